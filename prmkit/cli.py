@@ -1,0 +1,114 @@
+"""The border between the scripts and the library: arguments in, exit code out, and everything a person sees.
+
+stdout carries the result, stderr the narration. Nothing else in prmkit writes to either.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from prmkit.errors import ExitCode, Interrupted, PrmkitError
+
+log = logging.getLogger("prmkit")
+
+
+def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.ArgumentParser) -> int:
+    """Parse the command line, run `command`, and turn every expected error into one message and an exit code.
+
+    Returns:
+        The exit code, for `sys.exit`. Unexpected errors keep their traceback: they are ours to mend.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        code = command(parser.parse_args())
+        sys.stdout.flush()
+        return code
+    except PrmkitError as error:
+        log.error("error: %s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Point stdout at nothing, or Python complains once more as it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+
+
+def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise Interrupted("terminated", ExitCode.TERMINATED)
+
+
+def emit(text: str) -> None:
+    """Write one line of result to stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def emit_json(value: Any) -> None:
+    """Write a result that a machine reads to stdout, as indented JSON."""
+    emit(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def emit_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[str] = ()
+) -> None:
+    """Write a table to stdout. Nothing is cut off when stdout is a file or a pipe.
+
+    Args:
+        title: stands above the table; an empty string leaves it out.
+        columns: the header of each column.
+        rows: one sequence of texts a row, as long as `columns`.
+        numeric: the columns that are set flush right.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column), justify="right" if column in numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(file=sys.stdout)
+    if not sys.stdout.isatty():
+        console.width = max(console.measure(table).maximum, 1)
+    console.print(table)
+
+
+def narrate_mapping(title: str, values: Mapping[str, object]) -> None:
+    """Write names and values to stderr, aligned."""
+    width = max(map(len, values), default=0)
+    lines = [f"  {name:<{width}}  {value}" for name, value in values.items()]
+    log.info("\n".join([title, *lines]))
+
+
+def progress_bar(*, unit_is_bytes: bool = False) -> Any:
+    """A `rich.progress.Progress` on stderr with rate and time left; silent when stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amount = [DownloadColumn(), TransferSpeedColumn()] if unit_is_bytes else [MofNCompleteColumn()]
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *amount,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )

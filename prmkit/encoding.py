@@ -1,0 +1,114 @@
+"""Prompt and answer to token ids, exactly as LLaMA Factory encodes them for training.
+
+The length guard, the preflight and the judge all ask this module: a scored prompt has the token ids of a trained one.
+It knows nothing of markers: texts come in as they stand in the training files, that is, neutralised.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class ChatEncoding:
+    """A tokenizer together with one of LLaMA Factory's chat templates."""
+
+    tokenizer: Any
+    """A `transformers` tokenizer, with the special tokens that the template needs."""
+    template: Any
+    """A `llamafactory.data.template.Template` of our own; LLaMA Factory's registry is left as it was."""
+
+    def pair_ids(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of one training row, before any cutting: the prompt's, and the answer's with its end of turn."""
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        ((prompt_ids, answer_ids),) = self.template.encode_multiturn(self.tokenizer, messages, None, None)
+        if self.template.efficient_eos:
+            # These templates share one end token between turns; SupervisedDatasetProcessor adds the last one.
+            answer_ids = [*answer_ids, self.tokenizer.eos_token_id]
+        return prompt_ids, answer_ids
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of the prompt, up to where the answer begins."""
+        return self.pair_ids(prompt, "")[0]
+
+    def opened_ids(self, prompt: str, answer_so_far: str) -> list[int]:
+        """Token ids of the prompt and of an answer that goes on: the same as training's, without the end of turn.
+
+        Raises:
+            UsageError: this template's end of turn melts into the answer, so no answer can be left open with it.
+        """
+        prompt_ids, answer_ids = self.pair_ids(prompt, answer_so_far)
+        end = self._end_of_turn_ids
+        if end and answer_ids[-len(end) :] != end:
+            raise UsageError("this template's end of turn cannot be told from the answer; score with --mode generate.")
+        return prompt_ids + answer_ids[: len(answer_ids) - len(end)]
+
+    @cached_property
+    def _end_of_turn_ids(self) -> list[int]:
+        elements = self.template.format_assistant.apply(content="")
+        end: list[int] = self.template._convert_elements_to_ids(self.tokenizer, elements)
+        return [*end, self.tokenizer.eos_token_id] if self.template.efficient_eos else end
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The token ids that end an answer."""
+        ids: list[int] = self.template.get_stop_token_ids(self.tokenizer)
+        return ids
+
+
+def load_encoding(
+    model_folder: Path,
+    template: str | None,
+    *,
+    default_system: str | None = None,
+    enable_thinking: bool | None = True,
+    trust_remote_code: bool = False,
+) -> ChatEncoding:
+    """Load the tokenizer of `model_folder` and make one of LLaMA Factory's templates fit it.
+
+    Takes about 8 seconds, nearly all of it LLaMA Factory's imports.
+
+    Args:
+        model_folder: holds the tokenizer's files.
+        template: a name that LLaMA Factory knows (`qwen`, `llama3`, …); None parses the tokenizer's chat template.
+        default_system: LLaMA Factory's key of this name; None keeps the template's own, "" leaves it out.
+        enable_thinking: LLaMA Factory's key of this name; only reasoning templates (`qwen3`, …) look at it.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        DataError: the folder holds no tokenizer that `transformers` can load.
+        UsageError: LLaMA Factory knows no such template.
+    """
+    # LLaMA Factory logs to stdout, which is ours for results.
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
+    from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments
+    from transformers import AutoTokenizer
+
+    if template is not None and template not in TEMPLATES:
+        raise UsageError(f"template: LLaMA Factory knows no '{template}'.{_nearest(template, TEMPLATES)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model_folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{model_folder}: no tokenizer that can be loaded ({str(error).splitlines()[0]}).") from error
+
+    arguments = DataArguments(template=template, default_system=default_system, enable_thinking=enable_thinking)
+    registry = dict(TEMPLATES)
+    TEMPLATES.update({name: copy.deepcopy(entry) for name, entry in registry.items() if name == template})
+    try:
+        return ChatEncoding(tokenizer, get_template_and_fix_tokenizer(tokenizer, arguments))
+    finally:
+        # get_template_and_fix_tokenizer writes the system text and the thinking mode into the shared registry.
+        TEMPLATES.update(registry)
+
+
+def _nearest(name: str, known: Any) -> str:
+    import difflib
+
+    nearest = difflib.get_close_matches(name, list(known), n=3)
+    return f" Did you mean {' or '.join(nearest)}?" if nearest else ""

@@ -1,0 +1,141 @@
+"""Files that are whole or absent, locks, and reading lines from whatever they are packed in."""
+
+import fcntl
+import gzip
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import orjson
+
+from prmkit.errors import DataError
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name only when it is complete.
+
+    The bytes go to a temporary file in the same folder, which is synced and renamed over `path` when the block ends;
+    an error inside the block leaves `path` as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    # mkstemp makes private files; results get the permissions that open() would have given them.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file, or leave the old one."""
+    with written_whole(path) as stream:
+        stream.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole, indented JSON file, or leave the old one."""
+    with written_whole(path) as stream:
+        stream.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}.") from error
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error}).") from error
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """Yield the value of every line of a JSONL file, one at a time; blank lines are passed over.
+
+    Raises:
+        DataError: the file is missing or unreadable, or a line is not JSON (its number is named).
+    """
+    with open_input(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    raise DataError(f"{path}:{number}: not JSON ({error}).") from error
+
+
+@contextmanager
+def open_input(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file of lines for reading bytes; `.gz` and `.zst` are unpacked on the way.
+
+    Raises:
+        DataError: the file is missing, a folder, or not to be read.
+    """
+    try:
+        with path.open("rb") as raw:
+            if path.suffix == ".gz":
+                with gzip.open(raw) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            elif path.suffix == ".zst":
+                import zstandard
+
+                with zstandard.ZstdDecompressor().stream_reader(raw) as unpacked:
+                    import io
+
+                    yield io.BufferedReader(unpacked)
+            else:
+                yield raw
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}.") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def only_one(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder for this process; the lock goes with the process, so none is left behind by a kill.
+
+    Args:
+        folder: the folder to hold; made when it is missing.
+        doing: what the holder is doing, for the message that the second process gets.
+
+    Raises:
+        DataError: another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            raise DataError(f"{folder}: {holder} is {doing} here. Wait for it, or choose another folder.") from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()}")
+        stream.flush()
+        yield

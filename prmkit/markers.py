@@ -1,0 +1,62 @@
+r"""Text cannot become control tokens.
+
+A trajectory is text from the outside: a web page, a tool's output, an agent's thought. Where it contains `<|im_end|>`
+or `[/INST]`, LLaMA Factory's tokenizer makes the real control token of it, and the page could close the user's turn and
+write its own verdict. Every prompt and label therefore passes through `neutralise`, at conversion and at scoring alike.
+
+The mark is one backslash after the first character: `<|im_end|>` becomes `<\|im_end|>`, `{{idx}}` becomes `{\{idx}}`.
+A text that already reads `<\|im_end|>` gets one more, so that `restore` gives every text back exactly.
+In prompts `<think>` and `<tool_call>` stay as they are: they are what transcripts are made of, and they end no turn.
+"""
+
+import re
+
+# Everything that some model family's tokenizer, or LLaMA Factory itself, treats as control: the first character, then
+# what may follow it.
+_MARKERS = {
+    "<": (
+        r"\|[^\s|<>]{1,64}\|>",  # ChatML, Llama 3, Phi, GLM, InternLM
+        r"｜[^\s｜<>]{1,64}｜>",  # DeepSeek
+        r"/?(?:s|bos|eos|pad|unk|mask|cls|sep)>",  # Llama 2, Mistral, Gemma
+        r"(?:start|end)_of_(?:turn|image)>",  # Gemma
+        r"</?SYS>>",  # Llama 2
+        r"(?:image|video|audio)>",  # placeholders of LLaMA Factory's multimodal templates
+    ),
+    r"\[": (
+        r"/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT)\]",  # Mistral
+        r"(?:IMG|IMG_BREAK|IMG_END|gMASK|sMASK|MASK)\]",  # Pixtral, ChatGLM
+    ),
+    r"\{": (r"\{(?:idx|content)\}\}",),  # slots of LLaMA Factory's formatter
+}
+# LLaMA Factory's reasoning templates (qwen3 …) cut thoughts out of answers and add an empty thought to answers without
+# one, so a summary that quotes `<think>` would be trained in another shape than its neighbours.
+_ANSWER_MARKERS = {**_MARKERS, "<": (*_MARKERS["<"], r"/?think>")}
+
+
+def _patterns(markers: dict[str, tuple[str, ...]]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    # Alternatives that begin with one literal character each are found six times faster than a zero-width match.
+    plain = "|".join(rf"{first}(?=\\*(?:{'|'.join(rest)}))" for first, rest in markers.items())
+    marked = "|".join(rf"{first}\\(?=\\*(?:{'|'.join(rest)}))" for first, rest in markers.items())
+    return re.compile(plain), re.compile(marked)
+
+
+_PROMPT, _PROMPT_MARKED = _patterns(_MARKERS)
+_ANSWER, _ANSWER_MARKED = _patterns(_ANSWER_MARKERS)
+
+
+def neutralise(text: str, *, answer: bool = False) -> tuple[str, int]:
+    """Make every control marker in `text` plain text.
+
+    Args:
+        text: a prompt or a label.
+        answer: `text` is the assistant's; thought tags count as control there.
+
+    Returns:
+        The text, and how many markers were found in it.
+    """
+    return (_ANSWER if answer else _PROMPT).subn(r"\g<0>\\", text)
+
+
+def restore(text: str, *, answer: bool = False) -> str:
+    """Undo `neutralise`: `restore(neutralise(text)[0]) == text` for every text, with the same `answer` in both."""
+    return (_ANSWER_MARKED if answer else _PROMPT_MARKED).sub(lambda match: match.group()[0], text)
