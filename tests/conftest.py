@@ -1,0 +1,61 @@
+"""What every part of the tests stands on: the scripts as a user runs them, the sample, and one tiny model."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Two cores and models of a million weights: more threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Nothing in the tests may reach for a hub or a cloud.
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The folder that holds the scripts."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def sample(root: Path) -> Path:
+    """The sample that ships."""
+    return root / "finetune.jsonl"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base model: about a million random weights, with a real tokenizer and chat template."""
+    from prmkit.demo.tiny_model import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    build_tiny_model(sample, folder)
+    return folder
+
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def script(root: Path) -> Script:
+    """Run one of the scripts as a user does, and fail on any other exit code than the expected one."""
+
+    def run(
+        name: str, *arguments: object, code: int = 0, cwd: Path = root, stdin: str | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, str(root / name)] if name.endswith(".py") else [str(root / name)]
+        done = subprocess.run(
+            [*program, *map(str, arguments)], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=timeout
+        )
+        assert done.returncode == code, f"{name} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run

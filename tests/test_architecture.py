@@ -1,0 +1,91 @@
+"""The rules of the house, read off the code itself."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WINGS = {"dataset", "training", "judging", "demo"}
+HEAVY = {
+    "torch", "transformers", "llamafactory", "peft", "datasets", "matplotlib", "fastapi", "scipy", "sklearn", "numpy",
+    "tokenizers", "pandas", "swanlab", "omegaconf", "httpx",
+}  # fmt: skip
+MODULES = sorted((ROOT / "prmkit").rglob("*.py"))
+SCRIPTS = ["convert_dataset.py", "train.py", "evaluate_judge.py", "score_trajectories.py"]
+
+
+def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+              for node in ast.walk(function)}  # fmt: skip
+    typing_only = {id(node) for block in ast.walk(tree) if isinstance(block, ast.If)
+                   and "TYPE_CHECKING" in ast.unparse(block.test) for node in ast.walk(block)}  # fmt: skip
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if top_level_only and (id(node) in inside or id(node) in typing_only):
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where a name comes from"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _wing(path: Path) -> str | None:
+    part = path.relative_to(ROOT / "prmkit").parts[0]
+    return part if part in WINGS else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    """Wings know the ground floor and themselves; the ground floor knows no wing."""
+    wing = _wing(path)
+    ours = {name.split(".")[1] for name in _imports(path) if name.startswith("prmkit.")}
+    allowed = WINGS if path.name == "pipeline.py" else {wing}
+    assert (ours & WINGS) <= allowed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_heavy_imports_wait_until_they_are_needed(path: Path) -> None:
+    assert not {name.split(".")[0] for name in _imports(path, top_level_only=True)} & HEAVY
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_errors_are_caught_by_name_and_results_pass_through_one_place(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and ast.unparse(node.type) != "Exception", f"{path}:{node.lineno}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "eval", "exec"}:
+            raise AssertionError(f"{path}:{node.lineno}: {ast.unparse(node.func)}()")
+
+
+@pytest.mark.parametrize(("module", "where"), [("llamafactory.launcher", "training"), ("peft", "judging/judge.py")])
+def test_one_place_for_each_door(module: str, where: str) -> None:
+    """Only training runs LLaMA Factory, only judge.py loads a model."""
+    users = [str(path.relative_to(ROOT / "prmkit")) for path in MODULES
+             if any(name == module or name.startswith(module + ".") for name in _imports(path))]  # fmt: skip
+    assert all(user.startswith(where) for user in users), users
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_thin_and_answer_at_once(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 80
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.stdout.startswith("usage:")
+    assert min(seconds) < 1.0, f"--help takes {min(seconds):.1f} seconds"
+
+
+def test_the_tests_mirror_the_code() -> None:
+    """Every module of prmkit is named by some test file."""
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    unnamed = [str(path) for path in MODULES if path.stem != "__init__" and path.stem not in tests]
+    assert not unnamed
