@@ -1,0 +1,168 @@
+"""The whole path, typed as the user's guide has it, in a copy of the project with a tiny model in ./model.
+
+One project folder serves all tests of this module, in the order of the guide; its name has a space in it on purpose.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TASKS_KEPT = 8
+"""Of the sample's tasks: enough for a held-out side, few enough to train in seconds."""
+
+
+@pytest.fixture(scope="module")
+def project(root: Path, tiny_model: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("a user") / "my project"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True
+    ).stdout.split("\n")
+    for name in filter(None, listed):
+        if (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, folder / name)
+    shutil.copytree(tiny_model, folder / "model", dirs_exist_ok=True)
+    (folder / "finetune.jsonl").write_text(_few_tasks(sample), encoding="utf-8")
+    return folder
+
+
+def _few_tasks(sample: Path) -> str:
+    lines = sample.read_text(encoding="utf-8").splitlines(keepends=True)
+    task_of = [json.loads(line)["metadata"]["task_id"] for line in lines]
+    from prmkit.dataset.split import is_held_out
+
+    tasks = list(dict.fromkeys(["webshaper_qa_0", *task_of]))
+    held_out = [task for task in tasks if is_held_out(task, ratio=0.1, seed=0)][:2]
+    kept = {*held_out, *[task for task in tasks if task not in held_out][: TASKS_KEPT - len(held_out)]}
+    return "".join(line for line, task in zip(lines, task_of, strict=True) if task in kept)
+
+
+def type_in(project: Path, line: str, *, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a line in bash as it stands in the guide, with the environment's programs on the path."""
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=project, env=environment, input=stdin, capture_output=True, text=True, timeout=540
+    )
+    assert done.returncode == code, f"{line}\ngave {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def entries(project: Path) -> dict[str, dict[str, str]]:
+    listed: dict[str, dict[str, str]] = json.loads((project / "data" / "dataset_info.json").read_text())
+    return listed
+
+
+def test_convert(project: Path) -> None:
+    type_in(project, "python convert_dataset.py --input finetune.jsonl --output-dir data")
+    assert {
+        "reward_model_full", "reward_model_full_eval", "reward_model_clip", "reward_model_category",
+        "reward_model_final", "reward_model_deepseek_chat", "reward_model_kimi_k2_0711_preview",
+        "reward_model_webshaper_qa_0",
+    } <= set(entries(project))  # fmt: skip
+
+
+def test_convert_with_filters(project: Path) -> None:
+    before = set(entries(project))
+    type_in(
+        project,
+        "python convert_dataset.py --input finetune.jsonl --output-dir data"
+        " --evaluation-types clip --model-names deepseek-chat",
+    )
+    assert set(entries(project)) >= before | {"reward_model_custom"}
+    rows = (project / "data" / "reward_model_custom.meta.jsonl").read_text().splitlines()
+    metadata = [json.loads(row)["metadata"] for row in rows]
+    assert {(row["evaluation_type"], row["model_name"]) for row in metadata} == {("clip", "deepseek-chat")}
+    type_in(project, "python convert_dataset.py --input finetune.jsonl --output-dir data --task-ids webshaper_qa_0")
+    rows = (project / "data" / "reward_model_custom.meta.jsonl").read_text().splitlines()
+    assert {json.loads(row)["metadata"]["task_id"] for row in rows} == {"webshaper_qa_0"}
+
+
+def test_validate_only(project: Path) -> None:
+    type_in(project, "./run_training.sh --validate-only")
+    assert not list((project / "saves").glob("*/")), "--validate-only made a run"
+
+
+def test_train_and_export(project: Path) -> None:
+    type_in(project, "./run_training.sh -d reward_model_full -e 5 --export")
+    run = project / "saves" / "reward_model_training"
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert (run / "adapter_model.safetensors").stat().st_size > 0
+    assert list((project / "exported_model").glob("*.safetensors"))
+    log = [json.loads(line) for line in (project / "logs" / "trainer_log.jsonl").read_text().splitlines()]
+    assert log[-1]["current_steps"] == log[-1]["total_steps"]
+
+
+def test_train_anew_with_other_settings_keeps_the_first_run(project: Path) -> None:
+    before = (project / "saves" / "reward_model_training" / "adapter_model.safetensors").read_bytes()
+    type_in(project, "python train.py --config training_config.yaml")
+    assert (project / "saves" / "reward_model_training" / "adapter_model.safetensors").read_bytes() == before
+    runs = json.loads(type_in(project, "python train.py --runs --json").stdout)
+    assert [run["status"] for run in runs] == ["finished", "finished"]
+
+
+def test_the_same_command_again_says_that_it_is_done_and_exports(project: Path) -> None:
+    done = type_in(project, "python train.py --config training_config.yaml --export")
+    assert "finished" in done.stdout + done.stderr
+    again = type_in(project, "./run_training.sh")
+    assert "finished" in again.stdout + again.stderr
+
+
+def test_override_at_run_time(project: Path) -> None:
+    type_in(
+        project,
+        "python train.py --config training_config.yaml --dataset reward_model_clip --epochs 5"
+        " --learning-rate 2e-4 --batch-size 4",
+    )
+    runs = json.loads(type_in(project, "python train.py --runs --json").stdout)
+    config = runs[-1]["config"]
+    assert (config["dataset"], config["num_train_epochs"], config["learning_rate"]) == ("reward_model_clip", 5, 2e-4)
+    assert config["per_device_train_batch_size"] == 4
+    assert config["eval_dataset"] == "reward_model_clip_eval"
+
+
+def test_chat_with_the_adapter(project: Path) -> None:
+    chatted = type_in(
+        project,
+        "llamafactory-cli chat --model_name_or_path ./model --adapter_name_or_path ./saves/reward_model_training"
+        " --template qwen --finetuning_type lora",
+        stdin="Hello\nexit\n",
+    )
+    assert "Assistant:" in chatted.stdout
+
+
+def test_chat_with_the_exported_model(project: Path) -> None:
+    chatted = type_in(
+        project,
+        "llamafactory-cli chat --model_name_or_path ./exported_model --template qwen",
+        stdin="Hello\nexit\n",
+    )
+    assert "Assistant:" in chatted.stdout
+
+
+def test_the_programmatic_usage(project: Path) -> None:
+    snippet = project / "snippet.py"
+    snippet.write_text(
+        """\
+from transformers import AutoTokenizer, AutoModelForCausalLM
+
+# Load your trained model
+tokenizer = AutoTokenizer.from_pretrained("./exported_model")
+model = AutoModelForCausalLM.from_pretrained("./exported_model")
+
+# Use for evaluation
+inputs = tokenizer("Your evaluation prompt here", return_tensors="pt")
+outputs = model.generate(**inputs, max_new_tokens=512)
+response = tokenizer.decode(outputs[0], skip_special_tokens=True)
+print(len(response))
+"""
+    )
+    assert int(type_in(project, "python snippet.py").stdout.strip().splitlines()[-1]) > 0
