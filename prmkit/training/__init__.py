@@ -1,0 +1,1 @@
+"""The training wing: configuration, preflight, launch, records, export."""

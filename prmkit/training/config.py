@@ -1,0 +1,201 @@
+"""One flat YAML of LLaMA Factory's keys plus overrides, to the values that a run gets and where each came from.
+
+The way of a value: read it as LLaMA Factory would, lay the overrides over it, check everything and report every problem
+at once, then fit what is left to the data and to the machine. Nothing here imports LLaMA Factory.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import UsageError
+from prmkit.training.adapt import Adaptation, adapt
+from prmkit.training.config_rules import Problem, problems_in
+from prmkit.training.machine import Machine, this_machine
+from prmkit.training.schema import Key, llamafactory_version, training_keys
+
+
+@dataclass(frozen=True)
+class Override:
+    """One value from the command line, as it was typed; an empty text takes the key out of the file."""
+
+    key: str
+    text: str
+    source: str
+    """What the user typed it as: `--epochs`, or `key=value`."""
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What a run is started with."""
+
+    values: Mapping[str, Any]
+    """LLaMA Factory's keys, ready for `render_yaml`."""
+    sources: Mapping[str, str]
+    """For every key in `values`: the file, the flag, or `derived: why`."""
+    dropped: Mapping[str, str]
+    """Keys that the user set and that this run does without, and why."""
+
+
+def parse_assignment(text: str) -> Override:
+    """Read `key=value`, split at the first `=`; a leading `--` is forgiven.
+
+    Raises:
+        UsageError: there is no `=`, or nothing before it.
+    """
+    key, equals, value = text.removeprefix("--").partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"'{text}' is not key=value. Write for example lora_rank=32.")
+    return Override(key.strip(), value, "key=value")
+
+
+def resolve_config(
+    path: Path,
+    overrides: Sequence[Override] = (),
+    *,
+    machine: Machine | None = None,
+    world_size: int = 1,
+    torchrun: bool = False,
+) -> ResolvedConfig:
+    """Read a config, lay overrides over it, check it, and fit it to the data and the machine.
+
+    Takes under a second. Paths in the config are relative to the working directory, as they are for LLaMA Factory.
+
+    Args:
+        path: the YAML.
+        overrides: in the order of the command line.
+        machine: what training can count on; this machine when it is None.
+        world_size: how many processes train, over all nodes.
+        torchrun: whether they are started by torchrun; one process may be, for DeepSpeed.
+
+    Raises:
+        UsageError: something is wrong with the file or the overrides; everything that is wrong is in the message.
+        DataError: LLaMA Factory is not installed.
+    """
+    keys = training_keys()
+    problems: list[Problem] = []
+    values, sources = _from_file(path, keys)
+    problems += _lay_over(values, sources, overrides, keys)
+    problems += problems_in(values, keys)
+    if problems:
+        raise UsageError(report(path, problems))
+    adaptation = adapt(values, machine or this_machine(), world_size=world_size, torchrun=torchrun)
+    return _resolved(values, sources, adaptation)
+
+
+def _resolved(values: Mapping[str, Any], sources: Mapping[str, str], adaptation: Adaptation) -> ResolvedConfig:
+    derived = {key: f"derived: {reason}" for key, (_, reason) in adaptation.derived.items()}
+    merged = {**values, **{key: value for key, (value, _) in adaptation.derived.items()}}
+    kept = {key: value for key, value in merged.items() if key not in adaptation.dropped}
+    dropped = {key: reason for key, reason in adaptation.dropped.items() if key in values}
+    return ResolvedConfig(kept, {key: ({**sources, **derived})[key] for key in kept}, dropped)
+
+
+def report(path: Path, problems: Sequence[Problem]) -> str:
+    """All problems of a config as one text, in the order they were found."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"  {problem.key}: {problem.message} {problem.hint}".rstrip() for problem in problems]
+    return "\n".join([f"{path}: {count} (LLaMA Factory {llamafactory_version()}).", *lines])
+
+
+def render_yaml(values: Mapping[str, Any]) -> str:
+    """The text of a YAML that LLaMA Factory reads back as exactly these values.
+
+    Its own writer is used, because another one leaves a text such as `1e-4` unquoted, which it reads as a number.
+    """
+    from omegaconf import OmegaConf
+
+    text: str = OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+    return text
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a config the way LLaMA Factory does: `1e-4` is a float, a key may stand only once, `${x}` is plain text.
+
+    Raises:
+        UsageError: the file is missing, not YAML, or not a mapping; line and column are named where YAML knows them.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a YAML that LLaMA Factory can read. {_one_line(error)}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or 'not a mapping of keys to values'}.") from error
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path}: not a mapping of keys to values.")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _from_file(path: Path, keys: Mapping[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
+    values = {key: _no_is_a_word(keys.get(key), value) for key, value in read_yaml(path).items()}
+    # A null where LLaMA Factory's default is null says nothing; anywhere else the rules look at it.
+    values = {key: value for key, value in values.items() if not _says_nothing(keys.get(key), value)}
+    return values, dict.fromkeys(values, str(path))
+
+
+def _lay_over(
+    values: dict[str, Any], sources: dict[str, str], overrides: Iterable[Override], keys: Mapping[str, Key]
+) -> list[Problem]:
+    problems = []
+    seen: dict[str, Override] = {}
+    for override in overrides:
+        before = seen.setdefault(override.key, override)
+        if before.text != override.text:
+            typed = f"{before.text} ({before.source}) and {override.text} ({override.source})"
+            problems.append(Problem(override.key, f"is given twice: {typed}.", "Keep one."))
+        try:
+            value = typed_value(keys.get(override.key), override.text)
+        except ValueError as error:
+            problems.append(Problem(override.key, f"'{override.text}' is no YAML value: {error}.", ""))
+            continue
+        if value is None:
+            values.pop(override.key, None)
+            sources.pop(override.key, None)
+        else:
+            values[override.key] = value
+            sources[override.key] = override.source
+    return problems
+
+
+def typed_value(key: Key | None, text: str) -> Any:
+    """What a text on the command line means for a key, typed as LLaMA Factory types its own `key=value`.
+
+    A key that holds text takes it as it stands: `run_name=123` is a name, and `default_system="Judge: be strict"` no
+    mapping.
+
+    Raises:
+        ValueError: the text is not YAML.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    takes_text = key is not None and "str" in key.types
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        if takes_text:
+            return text
+        raise ValueError(_one_line(error)) from error
+    value = _no_is_a_word(key, value)
+    if key is not None and takes_text and type(value).__name__ not in key.types | {"NoneType"}:
+        return text
+    return value
+
+
+def _no_is_a_word(key: Key | None, value: Any) -> Any:
+    # YAML reads an unquoted `no` as false, and LLaMA Factory then finds no strategy of that name.
+    return "no" if value is False and key is not None and "no" in key.choices else value
+
+
+def _says_nothing(key: Key | None, value: Any) -> bool:
+    return value is None and key is not None and key.default is None

@@ -1,0 +1,171 @@
+"""Which keys the installed LLaMA Factory takes, of what type and with which choices.
+
+Its dataclasses are read from their source with `ast`, because importing them takes 7 seconds and reading them a tenth
+of one. A typo is told at once, and there is no list here that could go out of date.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError
+
+NO_DEFAULT = object()
+"""The default of a key whose default is computed when LLaMA Factory starts."""
+
+_ROOTS = ("ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments")
+# LLaMA Factory's TrainingArguments stands on this class of transformers.
+_TRANSFORMERS_ROOT = "Seq2SeqTrainingArguments"
+_TRANSFORMERS_FILES = ("training_args.py", "training_args_seq2seq.py", "trainer_utils.py", "debug_utils.py")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of LLaMA Factory's training YAML."""
+
+    name: str
+    types: frozenset[str]
+    """Names out of bool, int, float, str, dict, list and None; an enumeration counts as str."""
+    choices: tuple[str, ...]
+    """The texts that may stand there; empty where anything may."""
+    default: Any
+    """`NO_DEFAULT` where the source does not say it."""
+
+
+@cache
+def training_keys() -> Mapping[str, Key]:
+    """Every key that `llamafactory-cli train` takes, by name.
+
+    Raises:
+        DataError: LLaMA Factory or transformers is not installed.
+    """
+    llamafactory, transformers = _package_folder("llamafactory"), _package_folder("transformers")
+    ours = _classes([*(llamafactory / "hparams").glob("*.py"), llamafactory / "extras" / "constants.py"])
+    theirs = _classes(transformers / name for name in _TRANSFORMERS_FILES)
+    keys = _keys_of(_TRANSFORMERS_ROOT, theirs)
+    for root in _ROOTS:
+        keys |= _keys_of(root, ours)
+    for name in _split_at_commas(ours):
+        keys[name] = replace(keys[name], types=keys[name].types | {"list"})
+    return keys
+
+
+@cache
+def template_names() -> tuple[str, ...]:
+    """Every chat template that LLaMA Factory registers, in its order."""
+    tree = ast.parse((_package_folder("llamafactory") / "data" / "template.py").read_text())
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    registrations = (call for call in calls if getattr(call.func, "id", None) == "register_template")
+    names = (keyword.value for call in registrations for keyword in call.keywords if keyword.arg == "name")
+    return tuple(str(name.value) for name in names if isinstance(name, ast.Constant))
+
+
+def llamafactory_version() -> str:
+    """The installed version, without importing the package.
+
+    Raises:
+        DataError: LLaMA Factory is not installed.
+    """
+    _package_folder("llamafactory")
+    return metadata.version("llamafactory")
+
+
+def _package_folder(package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise DataError(f"{package} is not installed. Run ./run_training.sh --install-deps.")
+    return Path(found.origin).parent
+
+
+def _classes(paths: Iterable[Path]) -> dict[str, ast.ClassDef]:
+    trees = (ast.parse(path.read_text()) for path in paths)
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _keys_of(class_name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, Key]:
+    """The fields of a dataclass and of the classes it stands on; a class from another package has none here."""
+    if class_name not in classes:
+        return {}
+    node = classes[class_name]
+    keys: dict[str, Key] = {}
+    for base in reversed(node.bases):
+        keys |= _keys_of(ast.unparse(base), classes)
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            settings = _settings(statement.value)
+            if ast.unparse(settings.get("init", ast.Constant(True))) == "True":
+                keys[statement.target.id] = _key(statement.target.id, statement.annotation, settings, classes)
+    return keys
+
+
+def _split_at_commas(classes: Mapping[str, ast.ClassDef]) -> set[str]:
+    """The keys that LLaMA Factory splits at commas by its `split_arg`, which lets a list pass as it is."""
+    calls = (node for tree in classes.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
+    splits = (call.args[0] for call in calls if getattr(call.func, "id", None) == "split_arg")
+    return {split.attr for split in splits if isinstance(split, ast.Attribute)}
+
+
+def _settings(value: ast.expr | None) -> dict[str, ast.expr]:
+    if isinstance(value, ast.Call):
+        return {keyword.arg: keyword.value for keyword in value.keywords if keyword.arg}
+    return {} if value is None else {"default": value}
+
+
+def _key(name: str, annotation: ast.expr, settings: Mapping[str, ast.expr], classes: Mapping[str, ast.ClassDef]) -> Key:
+    types: set[str] = set()
+    choices: list[str] = list(_listed_choices(settings.get("metadata")))
+    for part in _parts(annotation):
+        text = ast.unparse(part)
+        if isinstance(part, ast.Subscript) and ast.unparse(part.value) == "Literal":
+            values = ast.literal_eval(part.slice)
+            literals = values if isinstance(values, tuple) else (values,)
+            types |= {type(literal).__name__ for literal in literals}
+            choices += [literal for literal in literals if isinstance(literal, str)]
+        elif text in classes:
+            types.add("str")
+            choices += _members(classes[text])
+        else:
+            types.add(text.split("[")[0])
+    # A list of options may also be written as one text with several of them in it.
+    listed = () if "list" in types else tuple(choices)
+    return Key(name, frozenset(types), listed, _default(settings.get("default"), classes))
+
+
+def _parts(annotation: ast.expr) -> Iterator[ast.expr]:
+    """The members of a union, however it is written."""
+    if isinstance(annotation, ast.BinOp):
+        yield from _parts(annotation.left)
+        yield from _parts(annotation.right)
+    elif isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Optional":
+        yield from _parts(annotation.slice)
+        yield ast.Constant(None)
+    else:
+        yield annotation
+
+
+def _listed_choices(settings: ast.expr | None) -> Iterator[str]:
+    if isinstance(settings, ast.Dict):
+        for key, value in zip(settings.keys, settings.values, strict=True):
+            if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
+                yield from ast.literal_eval(value)
+
+
+def _members(enumeration: ast.ClassDef) -> list[str]:
+    values = (statement.value for statement in enumeration.body if isinstance(statement, ast.Assign))
+    return [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+
+
+def _default(value: ast.expr | None, classes: Mapping[str, ast.ClassDef]) -> Any:
+    if isinstance(value, ast.Attribute) and ast.unparse(value.value) in classes:
+        for statement in classes[ast.unparse(value.value)].body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == value.attr:
+                return ast.literal_eval(statement.value)
+    try:
+        return NO_DEFAULT if value is None else ast.literal_eval(value)
+    except ValueError:
+        return NO_DEFAULT
