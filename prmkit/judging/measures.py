@@ -1,0 +1,308 @@
+"""The statistics of agreement, written for weighted tasks (see `prmkit.judging.bootstrap`).
+
+Every function takes a sample and gives the `Statistic` of it. With weight one for every task the values are those of
+scipy and scikit-learn, and with whole-number weights those of the rows repeated that often; the tests hold them to
+that. Where a value is not defined (nothing varies, nothing to count) it is NaN here and `null` with its reason outside.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prmkit.judging.bootstrap import Floats, Integers, Sample, Statistic
+
+BANDS = (0.2, 0.4, 0.6, 0.8)
+"""Where the five bands of the rubric meet; a score on a border belongs to the band above."""
+CALIBRATION_BINS = 10
+_NO_VARIANCE = 1e-15
+_SAME_SCORE = 1e-9  # references are means of hundredths: 0.8 may come as 0.7999999999999999
+
+
+# --- error ----------------------------------------------------------------------------------------------------------
+
+
+def mean_of(sample: Sample, values: Floats) -> Statistic:
+    """The mean of one value a pair."""
+    sums, sizes = sample.sums(values), sample.sums(np.ones(len(values)))
+    return lambda weights: _ratio(weights @ sums, weights @ sizes)
+
+
+def mean_absolute_error(sample: Sample) -> Statistic:
+    """MAE: the mean of |predicted - reference|."""
+    return mean_of(sample, np.abs(sample.predicted - sample.reference))
+
+
+def root_mean_square_error(sample: Sample) -> Statistic:
+    """RMSE: the square root of the mean of (predicted - reference)²."""
+    squares = mean_of(sample, (sample.predicted - sample.reference) ** 2)
+    return lambda weights: np.sqrt(squares(weights))
+
+
+def bias(sample: Sample) -> Statistic:
+    """The mean of predicted - reference: above zero the judge is kinder than the reference."""
+    return mean_of(sample, sample.predicted - sample.reference)
+
+
+def skill(sample: Sample, baseline: Floats) -> Statistic:
+    """1 - MAE / MAE of `baseline` on the same pairs: 0 is no better than the baseline, 1 is perfect."""
+    errors, baseline_errors = mean_absolute_error(sample), mean_of(sample, np.abs(baseline - sample.reference))
+    return lambda weights: 1 - _ratio(errors(weights), baseline_errors(weights))
+
+
+# --- order ----------------------------------------------------------------------------------------------------------
+
+
+def pearson(sample: Sample) -> Statistic:
+    """Pearson's product-moment correlation."""
+    predicted, reference = sample.predicted - sample.predicted.mean(), sample.reference - sample.reference.mean()
+    return lambda weights: _weighted_pearson(predicted, reference, sample.weights(weights))
+
+
+def spearman(sample: Sample) -> Statistic:
+    """Spearman's rho: Pearson's correlation of the midranks, ranked anew in every resample."""
+
+    def statistic(task_weights: Floats) -> Floats:
+        weights = sample.weights(task_weights)
+        return _weighted_pearson(_midranks(sample.predicted, weights), _midranks(sample.reference, weights), weights)
+
+    return statistic
+
+
+def kendall(sample: Sample) -> Statistic:
+    """Kendall's tau-b (Kendall 1945): (concordant - discordant) / sqrt(pairs untied in one · pairs untied in other).
+
+    The three sums over pairs of rows are kept as sums over pairs of tasks, which turns a resample into three quadratic
+    forms: w'Sw / sqrt(w'Pw · w'Rw).
+    """
+    tasks = sample.tasks
+    concordance, untied_predicted, untied_reference = (np.zeros((tasks, tasks)) for _ in range(3))
+    for first in range(0, len(sample.task), 512):
+        block = slice(first, first + 512)
+        predicted = np.sign(sample.predicted[block, None] - sample.predicted)
+        reference = np.sign(sample.reference[block, None] - sample.reference)
+        for matrix, signs in (
+            (concordance, predicted * reference),
+            (untied_predicted, np.abs(predicted)),
+            (untied_reference, np.abs(reference)),
+        ):
+            by_task = np.stack([sample.sums(row) for row in signs])
+            np.add.at(matrix, sample.task[block], by_task)
+
+    def statistic(weights: Floats) -> Floats:
+        agree, one, other = (
+            np.einsum("rt,rt->r", weights @ matrix, weights)
+            for matrix in (concordance, untied_predicted, untied_reference)
+        )
+        return _ratio(agree, np.sqrt(one * other))
+
+    return statistic
+
+
+@dataclass(frozen=True)
+class PairwiseAccuracy:
+    """Pairwise accuracy within groups, ties counted; see `pairwise_accuracy`."""
+
+    statistic: Statistic
+    pairs: int
+    epsilon: float
+    """Scores at most this far apart count as a tie."""
+    always_tied: float
+    """What a judge that calls every pair a tie reaches: the share of tied pairs in the reference."""
+
+
+def pairwise_accuracy(sample: Sample, group: Integers) -> PairwiseAccuracy:
+    """acc_eq with tie calibration (Deutsch, Foster and Freitag 2023, "Ties Matter", arXiv 2305.14324).
+
+    acc_eq = (C + T_hm) / (C + D + T_h + T_m + T_hm): pairs in the right order, or tied in both, among all pairs (h the
+    reference, m the judge). It is computed in each group and averaged over the groups (the paper's group-by-item).
+    Two scores of the judge tie when they are at most epsilon apart; epsilon is the one value that makes the average
+    greatest. It is chosen on these very pairs and held in the resamples, so compare with `always_tied`, which a
+    constant judge reaches.
+
+    Args:
+        sample: scores; pairs are formed within a group only.
+        group: the group of each score. A group lies within one task.
+    """
+    first, second = _pairs_within(group)
+    distance = np.abs(sample.predicted[first] - sample.predicted[second])
+    order = np.sign(sample.predicted[first] - sample.predicted[second])
+    reference = sample.reference[first] - sample.reference[second]
+    tied = np.abs(reference) < _SAME_SCORE
+    right_order = ~tied & (order == np.sign(reference))
+    _, pair_group, sizes = np.unique(group[first], return_inverse=True, return_counts=True)
+    share = 1 / sizes[pair_group]
+    epsilon = _best_epsilon(distance, tied * share, right_order * share)
+    correct = np.where(distance <= epsilon, tied, right_order) * share
+    task, tasks = sample.task[first], sample.tasks
+    sums = np.bincount(task, weights=correct, minlength=tasks)
+    groups = np.bincount(task, weights=share, minlength=tasks)
+    always_tied = float(np.sum(tied * share) / len(sizes)) if len(sizes) else float("nan")
+    return PairwiseAccuracy(
+        lambda weights: _ratio(weights @ sums, weights @ groups), len(first), float(epsilon), always_tied
+    )
+
+
+def _pairs_within(group: Integers) -> tuple[Integers, Integers]:
+    by_group = np.argsort(group, kind="stable")
+    firsts, seconds = [by_group[:0]], [by_group[:0]]
+    for members in np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1):
+        one, other = np.triu_indices(len(members), 1)
+        firsts.append(members[one])
+        seconds.append(members[other])
+    return np.concatenate(firsts), np.concatenate(seconds)
+
+
+def _best_epsilon(distance: Floats, tied: Floats, right_order: Floats) -> float:
+    """The observed distance (or zero) that, as the widest tie, gets the most pairs right."""
+    widths, place = np.unique(np.concatenate([[0.0], distance]), return_inverse=True)
+    gained = np.zeros(len(widths))
+    np.add.at(gained, place[1:], tied - right_order)  # calling this pair a tie: right if it is one, else its order lost
+    return float(widths[np.argmax(np.round(np.cumsum(gained), 12))])
+
+
+# --- decision -------------------------------------------------------------------------------------------------------
+
+
+def roc_area(sample: Sample) -> Statistic:
+    """AUROC: the probability that a bad step is suspected more than a good one, ties counting half (Mann-Whitney).
+
+    Args:
+        sample: `predicted` is the suspicion, `reference` 1.0 for a bad step and 0.0 for a good one.
+    """
+
+    def statistic(task_weights: Floats) -> Floats:
+        weights = sample.weights(task_weights)
+        bad, total = weights @ sample.reference, weights.sum(axis=1)
+        rank_sum = (weights * _midranks(sample.predicted, weights)) @ sample.reference
+        return _ratio(rank_sum - bad * (bad + 1) / 2, bad * (total - bad))
+
+    return statistic
+
+
+def average_precision(sample: Sample) -> Statistic:
+    """Average precision: the sum over thresholds of (recall gained) · precision, without interpolation.
+
+    Args:
+        sample: as for `roc_area`.
+    """
+    _, groups = np.unique(-sample.predicted, return_inverse=True)
+
+    def statistic(task_weights: Floats) -> Floats:
+        weights = sample.weights(task_weights)
+        found, taken = _group_sums(weights * sample.reference, groups), _group_sums(weights, groups)
+        precision = _ratio(np.cumsum(found, axis=1), np.cumsum(taken, axis=1))
+        # In a resample the highest scores may have been left out: nothing is taken there, and nothing found.
+        gained = np.where(found > 0, found * precision, 0.0).sum(axis=1)
+        return _ratio(gained, found.sum(axis=1))
+
+    return statistic
+
+
+def brier(sample: Sample) -> Statistic:
+    """Brier score: the mean of (probability - outcome)². A judge that always says the base rate b reaches b(1 - b).
+
+    Args:
+        sample: `predicted` is the probability of a bad step, `reference` 1.0 where it is one.
+    """
+    return mean_of(sample, (sample.predicted - sample.reference) ** 2)
+
+
+def calibration_error(sample: Sample) -> Statistic:
+    """ECE over ten bins of equal width (Guo et al. 2017): the mean distance of probability and share, by bin size.
+
+    Args:
+        sample: as for `brier`.
+    """
+    bins = np.minimum((sample.predicted * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    gaps = np.zeros((sample.tasks, CALIBRATION_BINS))
+    np.add.at(gaps, (sample.task, bins), sample.predicted - sample.reference)
+    sizes = sample.sums(np.ones(len(bins)))
+    return lambda weights: _ratio(np.abs(weights @ gaps).sum(axis=1), weights @ sizes)
+
+
+def kappa(sample: Sample) -> Statistic:
+    """Cohen's kappa with quadratic weights (Cohen 1968) on the five bands of the rubric."""
+    bands = len(BANDS) + 1
+    cells = np.zeros((sample.tasks, bands, bands))
+    np.add.at(cells, (sample.task, band(sample.predicted), band(sample.reference)), 1.0)
+    penalty = np.subtract.outer(np.arange(bands), np.arange(bands)) ** 2.0
+
+    def statistic(weights: Floats) -> Floats:
+        observed = np.einsum("rt,tij->rij", weights, cells)
+        total = observed.sum(axis=(1, 2))
+        expected = np.einsum("ri,rj->rij", observed.sum(axis=2), observed.sum(axis=1))
+        by_chance = _ratio((expected * penalty).sum(axis=(1, 2)), total)
+        return 1 - _ratio((observed * penalty).sum(axis=(1, 2)), by_chance)
+
+    return statistic
+
+
+def band(scores: Floats) -> Integers:
+    """The band of each score, 0 (worst) to 4."""
+    return np.digitize(scores + _SAME_SCORE, BANDS).astype(np.int64)
+
+
+# --- trajectories ---------------------------------------------------------------------------------------------------
+
+
+def first_error_f1(sample: Sample) -> Statistic:
+    """ProcessBench F1 (Zheng et al. 2024, arXiv 2412.06559).
+
+    The harmonic mean of two accuracies: among trajectories with a bad step, how often exactly the first one is named;
+    among those without, how often none is.
+
+    Args:
+        sample: one trajectory each; the index of its first bad step, -1 for none.
+    """
+    wrong = sample.reference >= 0
+    hit = (sample.predicted == sample.reference).astype(np.float64)
+    wrong_hits, wrong_sizes = sample.sums(hit * wrong), sample.sums(wrong.astype(np.float64))
+    right_hits, right_sizes = sample.sums(hit * ~wrong), sample.sums((~wrong).astype(np.float64))
+
+    def statistic(weights: Floats) -> Floats:
+        found = _ratio(weights @ wrong_hits, weights @ wrong_sizes)
+        cleared = _ratio(weights @ right_hits, weights @ right_sizes)
+        both = found + cleared
+        return np.where(both == 0, 0.0, _ratio(2 * found * cleared, both))
+
+    return statistic
+
+
+# --- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """numerator / denominator, NaN where the denominator is zero."""
+    shape = np.broadcast(numerator, denominator).shape
+    nowhere = np.full(shape, np.nan)
+    quotient: Floats = np.divide(numerator, denominator, out=nowhere, where=np.asarray(denominator) != 0)
+    return quotient
+
+
+def _weighted_pearson(one: Floats, other: Floats, weights: Floats) -> Floats:
+    total = weights.sum(axis=1, keepdims=True)
+    one = one - (weights * one).sum(axis=1, keepdims=True) / total
+    other = other - (weights * other).sum(axis=1, keepdims=True) / total
+    weighted = weights * one
+    variances = [(weighted * one).sum(axis=1), (weights * other * other).sum(axis=1)]
+    # What rounding leaves of a constant is no variance.
+    variances = [np.where(variance / total[:, 0] < _NO_VARIANCE, 0.0, variance) for variance in variances]
+    correlation = _ratio((weighted * other).sum(axis=1), np.sqrt(variances[0] * variances[1]))
+    clipped: Floats = np.clip(correlation, -1.0, 1.0)
+    return clipped
+
+
+def _midranks(values: Floats, weights: Floats) -> Floats:
+    """The rank of each value among values repeated `weights` times, ties sharing the middle, shape of `weights`."""
+    _, groups = np.unique(values, return_inverse=True)
+    sizes = _group_sums(weights, groups)
+    ranks: Floats = np.cumsum(sizes, axis=1) - (sizes - 1) / 2
+    return ranks[:, groups]
+
+
+def _group_sums(weights: Floats, groups: Integers) -> Floats:
+    """The weight of each group, shape (resamples, groups)."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    sums: Floats = np.add.reduceat(weights[:, order], starts, axis=1)
+    return sums
