@@ -1,0 +1,83 @@
+"""What is asked of a judge, and what it answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prmkit.verdict import Shape
+
+Mode = Literal["expected", "generate"]
+"""`expected` reads the probability of every score; `generate` lets the model write its verdict and reads that."""
+
+Status = Literal["ok", "unparsed", "too_long", "error"]
+
+BAD_BELOW = (0.5, 0.8)
+"""A step is bad when its score is below this: the stricter and the milder meaning of the word."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to judge."""
+
+    prompt: str
+    """As the user wrote it. Markers are neutralised inside, so a prompt out of `data/` goes through
+    `prmkit.markers.restore` first."""
+    shape: Shape
+    """The scores to give, in this order."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What a judge thinks about one score. Everything but `coverage` is given that it answers with a score at all."""
+
+    mean: float
+    """The score: the expectation over 0.00 … 1.00."""
+    median: float
+    mode: float
+    """The likeliest score, in hundredths; the lower one of two that are equally likely."""
+    std: float | None
+    """None for a score that was read from generated text, which carries no spread."""
+    coverage: float | None
+    """The probability of all 101 scores together, 0 to 1. Low: the model would rather write something else here.
+    None for a score that was read from generated text."""
+    below: Mapping[float, float] | None = None
+    """The probability that the score is below each of `BAD_BELOW`; None for a score that was read from text."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's answer to one request."""
+
+    status: Status
+    scores: Mapping[str, Distribution] = field(default_factory=dict)
+    """By key, in the order of the request; empty unless `status` is `ok`."""
+    reason: str | None = None
+    """Why there are no scores; None when there are."""
+    text: str | None = None
+    """What the model wrote, in generate mode."""
+    prompt_tokens: int = 0
+    """Length of the prompt that was judged, after any trimming."""
+    repaired: bool = False
+    """The generated text was not valid JSON as it stood."""
+    trimmed: bool = False
+    """The middle of the prompt was cut to fit the context."""
+
+    @property
+    def score(self) -> float | None:
+        """The mean of the keys' scores; None when there are none."""
+        return sum(each.mean for each in self.scores.values()) / len(self.scores) if self.scores else None
+
+    @property
+    def std(self) -> float | None:
+        """The mean of the keys' standard deviations; None when there are none."""
+        return _mean_of_known([each.std for each in self.scores.values()])
+
+    @property
+    def coverage(self) -> float | None:
+        """The lowest of the keys' coverages, for a score is as trustworthy as its worst part; None without any."""
+        return min((each.coverage for each in self.scores.values() if each.coverage is not None), default=None)
+
+
+def _mean_of_known(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,91 @@
+"""What both backends do around the scoring: prepare prompts as training did, score equal ones once, keep order."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from prmkit.encoding import ChatEncoding
+from prmkit.judging.candidates import answer_ids
+from prmkit.judging.judgement import Judgement, Request
+from prmkit.markers import neutralise
+from prmkit.trimming import trim_prompt
+from prmkit.verdict import Shape, answer_prefix
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt that is ready for the model."""
+
+    ids: list[int]
+    """Token ids up to where the answer begins, as training had them."""
+    shape: Shape
+    trimmed: bool
+
+
+def prepare(request: Request, encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Prepared | Judgement:
+    """Neutralise, trim where needed, and encode; or say why the prompt cannot be judged.
+
+    Both modes leave the same room for the answer, the scores and what stands before them, so both see the same prompt.
+    """
+    if not request.prompt.strip():
+        return Judgement("error", reason="the prompt is empty")
+    if not request.shape.keys:
+        return Judgement("error", reason="no score key is asked for")
+    try:
+        request.prompt.encode()
+    except UnicodeEncodeError as error:
+        return Judgement("error", reason=f"the prompt is no Unicode text ({error.reason})")
+    prompt, _ = neutralise(request.prompt)
+    ids = encoding.prompt_ids(prompt)
+    room = cutoff_len - _answer_length(encoding, request.shape)
+    if len(ids) <= room:
+        return Prepared(ids, request.shape, trimmed=False)
+    trimmed = trim_prompt(prompt, encoding, room) if trim else None
+    if trimmed is None:
+        reason = f"{len(ids):,} tokens, and there is room for {max(room, 0):,} of cutoff_len {cutoff_len:,}"
+        return Judgement("too_long", reason=reason, prompt_tokens=len(ids))
+    return Prepared(encoding.prompt_ids(trimmed.text), request.shape, trimmed=True)
+
+
+def _answer_length(encoding: ChatEncoding, shape: Shape) -> int:
+    return len(answer_ids(encoding, answer_prefix(shape, dict.fromkeys(shape.keys, 0.0))))
+
+
+def judgements_in_order(
+    requests: Iterable[Request],
+    prepare_one: Callable[[Request], Prepared | Judgement],
+    judge_all: Callable[[Sequence[Prepared]], Sequence[Judgement]],
+    window: int,
+) -> Iterator[Judgement]:
+    """Judge a stream, one window at a time; equal requests are judged once, wherever they stand.
+
+    Args:
+        requests: any number.
+        prepare_one: makes a request ready, or judges at once that it cannot be.
+        judge_all: judges what is ready, in any order it likes, and returns it in the order given.
+        window: how many requests are read ahead.
+
+    Yields:
+        One judgement a request, in their order.
+    """
+    known: dict[bytes, Judgement] = {}
+    requests = iter(requests)
+    while group := list(islice(requests, window)):
+        keys = list(map(_digest, group))
+        new = {key: request for key, request in zip(keys, group, strict=True) if key not in known}
+        ready: dict[bytes, Prepared] = {}
+        for key, request in new.items():
+            prepared = prepare_one(request)
+            if isinstance(prepared, Prepared):
+                ready[key] = prepared
+            else:
+                known[key] = prepared
+        for (key, prepared), judgement in zip(ready.items(), judge_all(list(ready.values())), strict=True):
+            known[key] = replace(judgement, prompt_tokens=len(prepared.ids), trimmed=prepared.trimmed)
+        yield from (known[key] for key in keys)
+
+
+def _digest(request: Request) -> bytes:
+    text = "\0".join([str(request.shape.nested), *request.shape.keys, request.prompt])
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()

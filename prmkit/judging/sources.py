@@ -1,0 +1,112 @@
+"""Where a judge comes from: a training run, an exported model, or folders that the user names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError, UsageError
+from prmkit.files import read_json
+
+DEFAULT_CUTOFF_LEN = 2048
+"""LLaMA Factory's own default."""
+
+EXPORT_FILE = "prmkit.json"
+"""What an exported model must be asked with; written into its folder by `train.py --export`."""
+
+
+@dataclass(frozen=True)
+class JudgeSource:
+    """Everything that `load_judge` needs."""
+
+    model: Path
+    """The base model, or a whole fine-tuned one; its tokenizer is the judge's."""
+    adapter: Path | None = None
+    """LoRA weights on top of `model`."""
+    template: str | None = None
+    """LLaMA Factory's template; None parses the tokenizer's chat template."""
+    default_system: str | None = None
+    enable_thinking: bool | None = True
+    cutoff_len: int = DEFAULT_CUTOFF_LEN
+    """Tokens of prompt and answer together, as in training."""
+    trained_dtype: str = "float32"
+    """`float32`, `bfloat16` or `float16`: what the weights were computed in while training."""
+    dtype: str = "auto"
+    """What to compute in: one of these, or `auto`: as trained on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """A torch device, or `auto`: a GPU where there is one."""
+    trust_remote_code: bool = False
+
+
+# These change the base model while LLaMA Factory loads it; plain transformers would load another model.
+_CHANGING_KEYS = ("rope_scaling", "resize_vocab", "add_tokens", "add_special_tokens", "create_new_adapter")
+
+
+def judge_source_of_run(run_folder: Path) -> JudgeSource:
+    """The judge that a run of `train.py` has trained, with the template, system text and lengths of its training.
+
+    A QLoRA adapter is put on the unquantised base, as it is when it is exported.
+
+    Args:
+        run_folder: `saves/<run>`, or a checkpoint folder in it.
+
+    Raises:
+        DataError: no run stands there, or it has left no weights yet.
+        UsageError: the run changed its base model in a way that only its export carries.
+    """
+    config = _config_of_run(run_folder)
+    changing = [key for key in _CHANGING_KEYS if config.get(key)]
+    if changing:
+        raise UsageError(
+            f"{run_folder}: trained with {', '.join(changing)}, which changes the base model as it loads. "
+            "Export the run (train.py --export-only) and judge with --model exported_model."
+        )
+    is_adapter = config.get("finetuning_type", "lora") == "lora"
+    weights = "adapter_config.json" if is_adapter else "config.json"
+    if not (run_folder / weights).is_file():
+        raise DataError(f"{run_folder}: no {weights}, so no trained weights. Let the run finish, or name a checkpoint.")
+    return JudgeSource(
+        model=Path(config["model_name_or_path"]) if is_adapter else run_folder,
+        adapter=run_folder if is_adapter else None,
+        template=config.get("template"),
+        default_system=config.get("default_system"),
+        enable_thinking=config.get("enable_thinking", True),
+        cutoff_len=config.get("cutoff_len", DEFAULT_CUTOFF_LEN),
+        trained_dtype=_dtype_of(config),
+        trust_remote_code=bool(config.get("trust_remote_code")),
+    )
+
+
+def _config_of_run(folder: Path) -> dict[str, Any]:
+    for place in (folder, folder.parent):
+        if (place / "run.json").is_file():
+            return dict(read_json(place / "run.json")["config"])
+        if (place / "resolved_config.yaml").is_file():
+            import yaml
+
+            return dict(yaml.safe_load((place / "resolved_config.yaml").read_text()))
+    raise DataError(f"{folder}: no run.json, so no run of train.py. Name a folder in saves/, or use --model.")
+
+
+def _dtype_of(config: dict[str, Any]) -> str:
+    if config.get("bf16") or config.get("pure_bf16"):
+        return "bfloat16"
+    return "float16" if config.get("fp16") else "float32"
+
+
+def judge_source_of_export(folder: Path) -> JudgeSource:
+    """The judge that `train.py --export` has merged into one model.
+
+    Raises:
+        DataError: the folder holds no model, or not what it must be asked with.
+    """
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: no config.json, so no model. Export one with: python train.py --export-only")
+    settings = read_json(folder / EXPORT_FILE)
+    return JudgeSource(
+        model=folder,
+        template=settings.get("template"),
+        default_system=settings.get("default_system"),
+        enable_thinking=settings.get("enable_thinking", True),
+        cutoff_len=settings.get("cutoff_len") or DEFAULT_CUTOFF_LEN,
+        trained_dtype=settings.get("dtype") or "float32",
+    )
