@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import UsageError
-from prmkit.training.adapt import Adaptation, adapt
-from prmkit.training.config_rules import Problem, problems_in
+from prmkit.training.adapt import Adaptation, fit_held_out, fit_machine
+from prmkit.training.config_rules import problems_in
+from prmkit.training.contradictions import contradictions_in
 from prmkit.training.machine import Machine, this_machine
+from prmkit.training.problem import Problem
 from prmkit.training.schema import Key, llamafactory_version, training_keys
 
 
@@ -55,7 +57,6 @@ def resolve_config(
     overrides: Sequence[Override] = (),
     *,
     machine: Machine | None = None,
-    world_size: int = 1,
     torchrun: bool = False,
 ) -> ResolvedConfig:
     """Read a config, lay overrides over it, check it, and fit it to the data and the machine.
@@ -66,36 +67,38 @@ def resolve_config(
         path: the YAML.
         overrides: in the order of the command line.
         machine: what training can count on; this machine when it is None.
-        world_size: how many processes train, over all nodes.
-        torchrun: whether they are started by torchrun; one process may be, for DeepSpeed.
+        torchrun: whether torchrun starts the training; it may start a single process, for DeepSpeed.
 
     Raises:
         UsageError: something is wrong with the file or the overrides; everything that is wrong is in the message.
         DataError: LLaMA Factory is not installed.
     """
     keys = training_keys()
-    problems: list[Problem] = []
     values, sources = _from_file(path, keys)
-    problems += _lay_over(values, sources, overrides, keys)
-    problems += problems_in(values, keys)
+    problems = _lay_over(values, sources, overrides, keys)
+    overridden = {override.key: override.key in values for override in overrides}
+    adaptation = fit_held_out(values, overridden)
+    fitted = adaptation.applied_to(values)
+    problems += problems_in(fitted, keys)
+    wrong = {problem.key for problem in problems}
+    problems += contradictions_in({key: value for key, value in fitted.items() if key not in wrong}, keys)
     if problems:
-        raise UsageError(report(path, problems))
-    adaptation = adapt(values, machine or this_machine(), world_size=world_size, torchrun=torchrun)
+        raise UsageError(report(path, problems, sources))
+    fit_machine(fitted, machine or this_machine(), torchrun=torchrun, adaptation=adaptation)
     return _resolved(values, sources, adaptation)
 
 
 def _resolved(values: Mapping[str, Any], sources: Mapping[str, str], adaptation: Adaptation) -> ResolvedConfig:
-    derived = {key: f"derived: {reason}" for key, (_, reason) in adaptation.derived.items()}
-    merged = {**values, **{key: value for key, (value, _) in adaptation.derived.items()}}
-    kept = {key: value for key, value in merged.items() if key not in adaptation.dropped}
-    dropped = {key: reason for key, reason in adaptation.dropped.items() if key in values}
-    return ResolvedConfig(kept, {key: ({**sources, **derived})[key] for key in kept}, dropped)
+    final = adaptation.applied_to(values)
+    origins = {**sources, **{key: f"derived: {reason}" for key, (_, reason) in adaptation.derived.items()}}
+    return ResolvedConfig(final, {key: origins[key] for key in final}, dict(adaptation.dropped))
 
 
-def report(path: Path, problems: Sequence[Problem]) -> str:
-    """All problems of a config as one text, in the order they were found."""
+def report(path: Path, problems: Sequence[Problem], sources: Mapping[str, str]) -> str:
+    """All problems of a config as one text; a key that is not from the file is named with where it is from."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = [f"  {problem.key}: {problem.message} {problem.hint}".rstrip() for problem in problems]
+    typed = {key: f"{key} ({source})" for key, source in sources.items() if source != str(path)}
+    lines = [f"  {typed.get(p.key, p.key)}: {p.message} {p.hint}".rstrip() for p in problems]
     return "\n".join([f"{path}: {count} (LLaMA Factory {llamafactory_version()}).", *lines])
 
 
@@ -181,7 +184,7 @@ def typed_value(key: Key | None, text: str) -> Any:
 
     takes_text = key is not None and "str" in key.types
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         if takes_text:
             return text

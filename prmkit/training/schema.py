@@ -65,6 +65,16 @@ def template_names() -> tuple[str, ...]:
     return tuple(str(name.value) for name in names if isinstance(name, ast.Constant))
 
 
+@cache
+def logger_names() -> tuple[str, ...]:
+    """Every name that `report_to` takes beside none and all."""
+    tree = ast.parse((_package_folder("transformers") / "integrations" / "integration_utils.py").read_text())
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
+    tables = (node.value for node in assigned if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
+    keys = (key for table in tables if isinstance(table, ast.Dict) for key in table.keys)
+    return tuple(str(key.value) for key in keys if isinstance(key, ast.Constant))
+
+
 def llamafactory_version() -> str:
     """The installed version, without importing the package.
 

@@ -1,0 +1,83 @@
+"""The dataset entries that a config names, as LLaMA Factory finds them in `dataset_info.json`."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError
+from prmkit.files import read_json
+
+HELD_OUT_SUFFIX = "_eval"
+SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of `dataset_info.json`."""
+
+    name: str
+    file: Path | None
+    """The local file or folder; None for a dataset that comes from a hub or a script."""
+    formatting: str
+    columns: Mapping[str, str] | None
+    tags: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much data there is; estimated from the beginning of every file."""
+
+    rows: int
+    bytes_per_row: int
+
+
+def names_in(value: Any) -> list[str]:
+    """The dataset names in a value of `dataset` or `eval_dataset`: a text with commas, or a list."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    return [str(part).strip() for part in parts]
+
+
+def folder_of(values: Mapping[str, Any]) -> Path:
+    """The folder that holds `dataset_info.json`."""
+    return Path(str(values.get("dataset_dir", "data")))
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every entry by name.
+
+    Raises:
+        DataError: there is no `dataset_info.json` in the folder, or it is not a JSON object of objects.
+    """
+    path = folder / "dataset_info.json"
+    if not path.is_file():
+        raise DataError(f"{path} is missing. Convert the data first: python convert_dataset.py")
+    info = read_json(path)
+    if not isinstance(info, dict) or not all(isinstance(raw, dict) for raw in info.values()):
+        raise DataError(f"{path}: not an object of dataset entries. Convert the data again: python convert_dataset.py")
+    return {name: _entry(name, raw, folder) for name, raw in info.items()}
+
+
+def _entry(name: str, raw: Mapping[str, Any], folder: Path) -> Entry:
+    file = folder / raw["file_name"] if "file_name" in raw else None
+    return Entry(name, file, raw.get("formatting", "alpaca"), raw.get("columns"), raw.get("tags"))
+
+
+def held_out_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The held-out sides of some datasets, as far as there are any."""
+    return [side for name in names if (side := name + HELD_OUT_SUFFIX) in set(known)]
+
+
+def shape_of(entries: Iterable[Entry]) -> Shape | None:
+    """Rows and bytes a row over all files; None when there is nothing to look at. Takes milliseconds."""
+    total = rows = 0
+    for entry in entries:
+        if entry.file is None or not entry.file.is_file():
+            continue
+        size = entry.file.stat().st_size
+        with entry.file.open("rb") as stream:
+            sample = stream.read(SAMPLED_BYTES)
+        if sample:
+            total += size
+            rows += max(1, round(size * max(1, sample.count(b"\n")) / len(sample)))
+    return Shape(rows, total // rows) if rows else None
