@@ -50,8 +50,12 @@ class ChatEncoding:
 
     @cached_property
     def _end_of_turn_ids(self) -> list[int]:
-        elements = self.template.format_assistant.apply(content="")
-        end: list[int] = self.template._convert_elements_to_ids(self.tokenizer, elements)
+        # Some templates (mistral) write something before the answer as well, so the place of the answer is looked up.
+        content = "\N{OBJECT REPLACEMENT CHARACTER}"
+        elements = self.template.format_assistant.apply(content=content)
+        place = next(index for index, element in enumerate(elements) if isinstance(element, str) and content in element)
+        behind = [elements[place].partition(content)[2], *elements[place + 1 :]]
+        end: list[int] = self.template._convert_elements_to_ids(self.tokenizer, behind)
         return [*end, self.tokenizer.eos_token_id] if self.template.efficient_eos else end
 
     @cached_property
