@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,25 +118,38 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def only_one(folder: Path, doing: str) -> Iterator[None]:
+def only_one(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[int]:
     """Hold a folder for this process; the lock goes with the process, so none is left behind by a kill.
 
     Args:
         folder: the folder to hold; made when it is missing.
         doing: what the holder is doing, for the message that the second process gets.
+        patience: seconds to wait for a holder that is just going.
+
+    Yields:
+        The lock's file descriptor. A child that inherits it holds the folder too, as long as it lives.
 
     Raises:
         DataError: another process holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
     with (folder / ".lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.seek(0)
-            holder = stream.read().strip() or "another process"
-            raise DataError(f"{folder}: {holder} is {doing} here. Wait for it, or choose another folder.") from error
+        while not _locked(stream):
+            if time.monotonic() >= deadline:
+                stream.seek(0)
+                holder = stream.read().strip() or "another process"
+                raise DataError(f"{folder}: {holder} is {doing} here. Wait for it, or choose another folder.")
+            time.sleep(0.05)
         stream.truncate(0)
         stream.write(f"process {os.getpid()}")
         stream.flush()
-        yield
+        yield stream.fileno()
+
+
+def _locked(stream: IO[str]) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,71 @@
+"""What went wrong inside LLaMA Factory, read from its log, and what to do about it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory"
+    r"|not enough memory: you tried to allocate|std::bad_alloc|^MemoryError",
+    re.MULTILINE,
+)
+_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
+# The last line of a traceback. torchrun and LLaMA Factory's launcher add tracebacks of their own behind the cause.
+_EXCEPTION = re.compile(
+    r"^(?:\[rank\d+\]: ?)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Iteration)\b.*)$", re.MULTILINE
+)
+_NOT_THE_CAUSE = ("torch.distributed.elastic", "ChildFailedError", "subprocess.CalledProcessError")
+_LAST_LINES = 15
+_READ_BYTES = 400_000
+
+
+def log_tail(path: Path, begin: int) -> str:
+    """The end of what was written to a log from byte `begin` on; of a progress bar only its last state."""
+    with path.open("rb") as stream:
+        stream.seek(max(begin, path.stat().st_size - _READ_BYTES))
+        text = stream.read().decode(errors="replace")
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
+
+
+def explain(tail: str, exit_code: int, values: Mapping[str, Any]) -> str:
+    """The cause in one line, the last lines, and advice where there is some.
+
+    Args:
+        tail: from `log_tail`.
+        exit_code: 128 plus the signal's number where a signal ended the child.
+        values: the run's resolved config.
+    """
+    causes = [cause for cause in _EXCEPTION.findall(tail) if not cause.startswith(_NOT_THE_CAUSE)]
+    head = causes[-1] if causes else f"exit code {exit_code}"
+    lines = [line for line in tail.splitlines() if line.strip()][-_LAST_LINES:]
+    advice = _advice(tail, exit_code, values)
+    return "\n".join([f"LLaMA Factory failed: {head}", *(f"  | {line}" for line in lines), *advice])
+
+
+def _advice(tail: str, exit_code: int, values: Mapping[str, Any]) -> list[str]:
+    if _OUT_OF_MEMORY.search(tail):
+        return ["Out of memory. Try, in this order:", *_memory_advice(values)]
+    if exit_code == 137:
+        killed = "It was killed from outside. If nobody did, the machine ran out of memory (dmesg tells):"
+        return [killed, *_memory_advice(values)]
+    if _NO_SPACE.search(tail):
+        return ["The disk is full. Free some space, or keep fewer checkpoints: save_total_limit=1"]
+    return []
+
+
+def _memory_advice(values: Mapping[str, Any]) -> list[str]:
+    batch = int(values.get("per_device_train_batch_size", 8))
+    accumulation = int(values.get("gradient_accumulation_steps", 1))
+    cutoff = int(values.get("cutoff_len", 2048))
+    steps = []
+    if batch > 1:
+        steps.append(f"  -bs 1 gradient_accumulation_steps={batch * accumulation}  the same rows a step, fewer at once")
+    steps.append(f"  cutoff_len={cutoff // 2}  convert again with the same cutoff_len, so that no label is cut")
+    if not values.get("enable_liger_kernel"):
+        steps.append("  enable_liger_kernel=true  after pip install liger-kernel; the logits are never whole in memory")
+    if values.get("quantization_bit") is None and values.get("finetuning_type", "lora") == "lora":
+        steps.append("  quantization_bit=4  after pip install bitsandbytes; the base model in 4 bits (QLoRA)")
+    if not values.get("deepspeed"):
+        steps.append("  several GPUs and DeepSpeed ZeRO-2: see configs/")
+    return steps

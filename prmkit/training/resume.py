@@ -1,0 +1,197 @@
+"""What a start means for a run folder: begin, go on from a checkpoint, finish what a kill left, or nothing to do."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError, LlamaFactoryError, UsageError
+from prmkit.training.checkpoints import (
+    Checkpoint,
+    checkpoint_folders,
+    fault_of,
+    load_checkpoint,
+    newest_whole,
+    read_state,
+    rename_aside,
+    weights_fault,
+)
+from prmkit.training.runs import differences, read_record
+
+log = logging.getLogger(__name__)
+
+
+class Step(StrEnum):
+    """What is to be done."""
+
+    BEGIN = "begin"
+    GO_ON = "go on"
+    FINISH = "finish"
+    """All steps were trained, but the final files were not written: they are taken from the last checkpoint."""
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a start is going to do."""
+
+    step: Step
+    record: dict[str, Any]
+    checkpoint: Checkpoint | None = None
+
+
+def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path:
+    """Where a run stands: `output_dir`, or beside it under `run_name`; what was typed wins over what is in the file.
+
+    Raises:
+        UsageError: the name is no plain folder name.
+    """
+    folder = Path(str(values["output_dir"]))
+    name = values.get("run_name")
+    from_file = sources.get("run_name") == sources.get("output_dir")
+    if name is None or (sources.get("output_dir", "").startswith(("key=value", "-")) and not from_file):
+        return folder
+    if Path(str(name)).name != str(name) or str(name).startswith("."):
+        raise UsageError(f"run_name: '{name}' is not a plain folder name.")
+    return folder.with_name(str(name))
+
+
+def free_folder(folder: Path, fresh: Mapping[str, Any]) -> Path:
+    """`folder`, or the first of `folder-2`, `folder-3` … that is not taken by a finished run of another config.
+
+    A run never overwrites another one; and the same command finds its own run again, because its config is the same.
+    """
+    candidate, number = folder, 1
+    while (record := read_record(candidate)) and record["status"] == "finished" and differences(record, fresh):
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename a folder to `NAME.TIMESTAMP`; nothing is lost by `--overwrite`."""
+    if not folder.exists():
+        return None
+    target = folder.with_name(f"{folder.name}.{datetime.now().strftime('%Y%m%d-%H%M%S')}")
+    while target.exists():
+        target = target.with_name(target.name + "+")
+    folder.rename(target)
+    log.info("Moved %s aside to %s", folder, target)
+    return target
+
+
+def plan_start(folder: Path, fresh: dict[str, Any]) -> Plan:
+    """Decide what a start does. Broken and foreign checkpoints are put aside on the way.
+
+    Args:
+        folder: the run folder, held by this process.
+        fresh: the record of a run that would begin now.
+
+    Raises:
+        UsageError: the folder holds something else than this run.
+        DataError: the checkpoint that the user chose is not whole.
+    """
+    record = read_record(folder)
+    wanted = fresh["config"].get("resume_from_checkpoint")
+    explicit = _chosen(Path(wanted)) if isinstance(wanted, str) else None
+    if record is None:
+        if explicit is None or explicit.folder.resolve().parent != folder.resolve():
+            _refuse_foreign(folder)
+        return _from(explicit, fresh)
+    changed = differences(record, fresh)
+    if record["status"] == "finished" and weights_fault(folder) is None:
+        if changed:
+            raise UsageError(_another_config(folder, "finished", changed))
+        return Plan(Step.DONE, record)
+    newest = newest_whole(folder, put_aside=True)
+    if changed and newest is None and explicit is None:
+        log.info("%s: the config has changed and nothing was saved yet; it begins anew.", folder)
+        return _from(None, fresh)
+    if changed and newest is not None:
+        raise UsageError(_another_config(folder, "unfinished", changed))
+    if wanted is False and newest is not None:
+        raise UsageError(
+            f"{folder}: resume_from_checkpoint is false, and {newest.folder.name} is there. Add --overwrite."
+        )
+    record = {**record, **{key: fresh[key] for key in ("config", "sources", "command", "processes")}}
+    if explicit is not None and not _went_on(record, explicit, newest):
+        return _from(explicit, record)
+    return _from(newest, record)
+
+
+def _chosen(folder: Path) -> Checkpoint:
+    """The checkpoint that the user named in `resume_from_checkpoint`."""
+    fault = fault_of(folder) if folder.is_dir() else "there is no such folder"
+    if fault is None:
+        return load_checkpoint(folder)
+    whole = [str(other) for other in checkpoint_folders(folder.parent) if fault_of(other) is None]
+    choice = f"Whole ones: {', '.join(whole)}." if whole else "Take the key out to begin anew."
+    raise DataError(f"resume_from_checkpoint: {folder}: {fault}. {choice}")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if checkpoint_folders(folder) or (folder.exists() and weights_fault(folder) is None):
+        raise UsageError(
+            f"{folder}: holds a model or checkpoints, but no run.json, so nobody knows what they were trained on.\n"
+            f"  --overwrite             moves the folder aside\n"
+            f"  run_name=NAME           trains in another folder\n"
+            f"  resume_from_checkpoint={folder}/checkpoint-N   goes on from one of its checkpoints"
+        )
+
+
+def _another_config(folder: Path, state: str, changed: list[str]) -> str:
+    shown = "\n".join(f"  {line}" for line in changed)
+    return (
+        f"{folder}: holds {'a' if state == 'finished' else 'an'} {state} run of another config:\n{shown}\n"
+        "Start with run_name=NAME to train in another folder, or with --overwrite to move this one aside."
+    )
+
+
+def _went_on(record: Mapping[str, Any], explicit: Checkpoint, newest: Checkpoint | None) -> bool:
+    """Whether this run has already gone on from the chosen checkpoint, and further."""
+    return str(explicit.folder) in record["resumed_from"] and newest is not None and newest.step >= explicit.step
+
+
+def _from(checkpoint: Checkpoint | None, record: dict[str, Any]) -> Plan:
+    if checkpoint is None:
+        return Plan(Step.BEGIN, record)
+    record = {**record, "resumed_from": [*record["resumed_from"], str(checkpoint.folder)]}
+    return Plan(Step.FINISH if checkpoint.step >= checkpoint.max_steps else Step.GO_ON, record, checkpoint)
+
+
+def clear_the_way(folder: Path, plan: Plan) -> None:
+    """Put aside what would make LLaMA Factory refuse, or would be mistaken for what this start writes."""
+    if plan.step is Step.BEGIN:
+        for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"):
+            if (folder / name).exists():
+                rename_aside(folder / name, "incomplete")
+        if (folder / "trainer_log.jsonl").exists():
+            rename_aside(folder / "trainer_log.jsonl", "before")
+    if plan.checkpoint is not None and plan.checkpoint.folder.resolve().parent == folder.resolve():
+        for higher in checkpoint_folders(folder):
+            if int(higher.name[11:]) > plan.checkpoint.step:
+                log.info("Put %s aside: this run goes on from step %s.", higher, plan.checkpoint.step)
+                rename_aside(higher, "superseded")
+
+
+def finish_from(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the final files of a run that had trained all its steps when it was killed.
+
+    LLaMA Factory itself would train one step too many. What it saves at the end is what stands in the last checkpoint,
+    or, with `load_best_model_at_end`, in the best one.
+    """
+    state = read_state(checkpoint.folder) or {}
+    best = state.get("best_model_checkpoint")
+    source = folder / Path(best).name if best and (folder / Path(best).name).is_dir() else checkpoint.folder
+    not_final = ("optimizer", "scheduler", "rng_state", "scaler", "global_step", "trainer_state", "pytorch_model_fsdp")
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(not_final):
+            shutil.copy2(path, folder / path.name)
+    # Last: a folder with it counts as finished.
+    shutil.copy2(checkpoint.folder / "trainer_state.json", folder / "trainer_state.json")
+    if fault := weights_fault(folder):
+        raise LlamaFactoryError(f"{folder}: {fault}, and {source.name} does not have it. Start with --overwrite.")

@@ -1,0 +1,122 @@
+"""Run one command and leave nothing of it behind. Linux only; imports nothing but the standard library.
+
+    python -I supervisor.py (child|grandchildren) COMMAND [ARGUMENT...]
+
+It stands between `train.py` and LLaMA Factory, because no process can clean up after its own `kill -9`. Its standard
+input is a pipe that `train.py` holds open and never writes to; when that ends, `train.py` is gone, however it went.
+
+- The pipe ends: every descendant is killed at once.
+- A first SIGTERM is passed on, so that the training can save a checkpoint. `child` passes it to the command,
+  `grandchildren` past it: torchrun gives its workers 30 seconds after a SIGTERM, and a long training step takes more.
+- A second SIGTERM: every descendant is killed at once.
+- The command ends: what it left running is killed, and its exit code returned (128 plus the number of a signal).
+
+A process group would not do: torchrun starts each worker in a session of its own. So the supervisor is a subreaper:
+the kernel hands it every orphan among its descendants, and it finds them all below itself.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def become_subreaper() -> None:
+    """Make this process the parent of every descendant whose own parent ends; see prctl(2)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def children_of(parent: int) -> list[int]:
+    """The process ids of the direct children, zombies left out."""
+    return [pid for pid, (its_parent, state) in _processes().items() if its_parent == parent and state != "Z"]
+
+
+def descendants_of(ancestor: int) -> list[int]:
+    """The process ids of children, their children, and so on, zombies left out."""
+    processes = _processes()
+    found = {ancestor}
+    while more := {pid for pid, (parent, _) in processes.items() if parent in found} - found:
+        found |= more
+    return [pid for pid in found - {ancestor} if processes[pid][1] != "Z"]
+
+
+def kill_descendants(ancestor: int) -> None:
+    """Kill until there is nothing left to kill: a process that is killed may have been about to start another."""
+    while pids := descendants_of(ancestor):
+        for pid in pids:
+            _send(pid, signal.SIGKILL)
+        _reap()
+        select.select([], [], [], 0.01)
+
+
+def _processes() -> dict[int, tuple[int, str]]:
+    """Parent and state of every process."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # The name in brackets may itself hold blanks and brackets; state and parent follow the last one.
+                state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            except OSError:
+                continue
+            found[int(entry.name)] = (int(parent), state)
+    return found
+
+
+def _reap() -> dict[int, int]:
+    """Collect every child that has ended; exit code by process id."""
+    ended = {}
+    with contextlib.suppress(ChildProcessError):
+        while (waited := os.waitpid(-1, os.WNOHANG))[0]:
+            code = os.waitstatus_to_exitcode(waited[1])
+            ended[waited[0]] = code if code >= 0 else 128 - code
+    return ended
+
+
+def _send(pid: int, number: int) -> None:
+    # It may end between being found and being signalled.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def supervise(command: list[str], *, pass_to_grandchildren: bool) -> int:
+    """Run the command as the head of this file says, and return its exit code."""
+    become_subreaper()
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    terminated = 0
+
+    def count(_signal: int, _frame: object) -> None:
+        nonlocal terminated
+        terminated += 1
+
+    signal.signal(signal.SIGTERM, count)
+    # Without a handler of its own SIGCHLD would not reach the wake-up pipe.
+    signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL).pid
+    passed_on = False
+    while True:
+        readable, _, _ = select.select([sys.stdin, woken], [], [])
+        if sys.stdin in readable or terminated > 1:
+            kill_descendants(os.getpid())
+            return 128 + signal.SIGKILL
+        os.read(woken, 4096)
+        ended = _reap()
+        if child in ended:
+            kill_descendants(os.getpid())
+            return ended[child]
+        if terminated and not passed_on:
+            passed_on = True
+            for pid in (children_of(child) if pass_to_grandchildren else []) or [child]:
+                _send(pid, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(sys.argv[2:], pass_to_grandchildren=sys.argv[1] == "grandchildren"))
