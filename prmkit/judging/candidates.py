@@ -51,14 +51,14 @@ def answer_ids(encoding: ChatEncoding, answer: str) -> list[int]:
 def score_trie(encoding: ChatEncoding, shape: Shape, chosen: Mapping[str, float]) -> ScoreTrie:
     """The trie of the first key of `shape` that is not in `chosen`.
 
-    Where the tokenizer melts a score's last digit with the comma or brace behind it, all candidates are taken with
-    that character, because that is what the model saw in training; else without it.
+    Where the tokenizer melts a score's last digits with what the label writes behind them, all candidates are taken
+    with that, because that is what the model saw in training; else without it.
 
     Raises:
         UsageError: the tokenizer writes two scores with the same tokens.
     """
     prefix = answer_prefix(shape, chosen)
-    follower = "}" if shape.nested and len(chosen) == len(shape.keys) - 1 else ","
+    follower = '}, "' if shape.nested and len(chosen) == len(shape.keys) - 1 else ', "'
     alone = [answer_ids(encoding, f"{prefix}{score:.2f}") for score in SCORES]
     followed = [answer_ids(encoding, f"{prefix}{score:.2f}{follower}") for score in SCORES]
     melts = any(longer[: len(ids)] != ids for ids, longer in zip(alone, followed, strict=True))

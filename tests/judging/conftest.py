@@ -1,0 +1,42 @@
+"""Tiny judges, built once a session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import families
+import pytest
+
+from prmkit.judging.judge import Judge, load_judge
+from prmkit.judging.sources import JudgeSource
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> Iterator[None]:
+    """Tiny models are quicker on one thread than on many."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model folder for each family."""
+    return {name: families.build(name, tmp_path_factory.mktemp(name)) for name in families.TEMPLATES}
+
+
+@pytest.fixture(scope="session")
+def judges(model_folders: dict[str, Path]) -> dict[str, Judge]:
+    """A loaded judge for each family."""
+    return {
+        name: load_judge(JudgeSource(model_folders[name], template=template, cutoff_len=2048))
+        for name, template in families.TEMPLATES.items()
+    }
+
+
+@pytest.fixture(params=list(families.TEMPLATES))
+def judge(request: pytest.FixtureRequest, judges: dict[str, Judge]) -> Judge:
+    """Each family's judge in turn."""
+    return judges[request.param]
