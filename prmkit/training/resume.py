@@ -31,7 +31,7 @@ class Step(StrEnum):
     BEGIN = "begin"
     GO_ON = "go on"
     FINISH = "finish"
-    """All steps were trained, but the final files were not written: they are taken from the last checkpoint."""
+    """All steps were trained; what is left is to check, and to take missing final files from the last checkpoint."""
     DONE = "done"
 
 
@@ -108,6 +108,8 @@ def plan_start(folder: Path, fresh: dict[str, Any]) -> Plan:
             raise UsageError(_another_config(folder, "finished", changed))
         return Plan(Step.DONE, record)
     newest = newest_whole(folder, put_aside=True)
+    if not changed and _is_complete(folder):
+        return Plan(Step.FINISH, record)
     if changed and newest is None and explicit is None:
         log.info("%s: the config has changed and nothing was saved yet; it begins anew.", folder)
         return _from(None, fresh)
@@ -121,6 +123,12 @@ def plan_start(folder: Path, fresh: dict[str, Any]) -> Plan:
     if explicit is not None and not _went_on(record, explicit, newest):
         return _from(explicit, record)
     return _from(newest, record)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the final files are there: LLaMA Factory writes the weights first and `trainer_state.json` last."""
+    state = read_state(folder)
+    return state is not None and state["global_step"] >= state["max_steps"] and weights_fault(folder) is None
 
 
 def _chosen(folder: Path) -> Checkpoint:

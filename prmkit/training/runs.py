@@ -100,6 +100,7 @@ def new_record(run_folder: Path, config: ResolvedConfig, command: list[str], pro
         "tokens": None,
         "train_loss": None,
         "eval_loss": None,
+        "peak_gpu_memory_gib": None,
         "resumed_from": [],
     }
 
