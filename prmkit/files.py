@@ -135,6 +135,8 @@ def only_one(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[int
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
     with (folder / ".lock").open("a+") as stream:
+        # A forked worker that outlives a killed parent for a moment must not hold its lock on.
+        os.register_at_fork(after_in_child=stream.close)
         while not _locked(stream):
             if time.monotonic() >= deadline:
                 stream.seek(0)

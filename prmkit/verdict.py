@@ -49,10 +49,16 @@ class Unreadable:
     """A judge's answer that gives no verdict."""
 
     reason: str
+    kind: str = ""
+    """The reason without what differs from answer to answer; refused answers are counted by it."""
 
 
 class _Refusal(Exception):
     """Carries the reason from where it is found to `read_verdict`."""
+
+    def __init__(self, reason: str, kind: str = "") -> None:
+        super().__init__(reason)
+        self.unreadable = Unreadable(reason, kind or reason)
 
 
 def read_verdict(text: str) -> Verdict | Unreadable:
@@ -65,7 +71,7 @@ def read_verdict(text: str) -> Verdict | Unreadable:
         answer, body, repairs = _parse(text)
         return _verdict(answer, body, repairs)
     except _Refusal as refusal:
-        return Unreadable(str(refusal))
+        return refusal.unreadable
 
 
 def render_verdict(verdict: Verdict) -> str:

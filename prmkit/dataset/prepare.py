@@ -1,0 +1,213 @@
+"""From a line of the input to the row that is trained on, or the reason why it is set aside.
+
+What happens here depends on the line alone; what depends on other lines happens in `resolve` and `write`.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from prmkit.dataset.formats import training_row
+from prmkit.dataset.lengths import LengthGuard, Measured
+from prmkit.dataset.processes import Advance
+from prmkit.dataset.record import LONGEST_LINE, Record, Rejected, parse_line, read_record
+from prmkit.dataset.settings import Settings
+from prmkit.dataset.sources import Block, Source, lines_of
+from prmkit.dataset.stage import ROWS_A_BLOCK, Facts, Group, Indexed, StageWriter
+from prmkit.errors import DataError
+from prmkit.leaked_scores import count_leaked_scores, mask_leaked_scores
+from prmkit.markers import neutralise
+from prmkit.verdict import Unreadable, Verdict, read_verdict, render_verdict
+
+_TEXT_SHOWN = 10_000
+"""Characters of a line that is no JSON, in rejected.jsonl."""
+_LONGEST_REMEMBERED = 100_000
+"""Characters of a prompt that is remembered for the next judge's row."""
+
+
+@dataclass
+class Prepared:
+    """What a worker tells of the blocks that it prepared."""
+
+    groups: list[Group] = field(default_factory=list)
+    """By the number that stands in the facts of the rows."""
+    lines: int = 0
+    """All but the blank ones."""
+    admitted: int = 0
+    """Rows whose form is known and that the filters want."""
+    rows_by_side: Counter[bool] = field(default_factory=Counter)
+    """By held-out; of all rows whose form is known, wanted or not."""
+    types: Counter[str] = field(default_factory=Counter)
+    judges: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    """Rows by value, of all rows whose form is known; counted only where there are filters."""
+
+
+class Preparer:
+    """One worker's rows on their way from lines to the stage."""
+
+    def __init__(self, settings: Settings, guard: LengthGuard | None, writer: StageWriter) -> None:
+        self._settings = settings
+        self._guard = guard
+        self._writer = writer
+        self._groups: dict[Group, int] = {}
+        self.told = Prepared()
+
+    def prepare_block(self, number: int, block: Block, source: Source) -> None:
+        """Stage the rows of a block, and those that are set aside."""
+        for line_number, line in lines_of(block, source):
+            self.told.lines += 1
+            row: Any = None
+            try:
+                if block.too_long:
+                    raise Rejected(f"line of {block.size:,} bytes, at most {LONGEST_LINE:,} are read", "line too long")
+                row = parse_line(line)
+                self._prepare(number, line_number, source.name, read_record(line, row))
+            except Rejected as rejected:
+                shown = line.decode(errors="replace")[:_TEXT_SHOWN] if row is None else row
+                entry = rejected_entry(source.name, line_number, rejected.reason, shown)
+                self._writer.add_rejected(line_number, entry, rejected.kind)
+            except DataError as error:
+                raise DataError(f"{source.name}:{line_number}: {error}") from error
+        self._writer.end_block()
+        self.told.groups = list(self._groups)
+
+    def _prepare(self, block: int, line_number: int, source: str, record: Record) -> None:
+        prompt = _cleaned(record.prompt, self._settings.mask_leaked_scores)
+        held_out = self._settings.split.holds_out(record.task, prompt.digest)
+        self.told.rows_by_side[held_out] += 1
+        if self._settings.filters:
+            self._count(record)
+            if not self._settings.filters.admit(record):
+                return
+        self.told.admitted += 1
+        verdict = read_verdict(record.answer)
+        if isinstance(verdict, Unreadable):
+            raise Rejected(verdict.reason, verdict.kind)
+        if _repeats_example(verdict, record.prompt):
+            raise Rejected("repeats the prompt's example")
+        canonical = render_verdict(verdict)
+        label, markers = neutralise(canonical if self._settings.labels == "canonical" else record.answer, answer=True)
+        measured = self._guard.fit(prompt.text, label) if self._guard else Measured(prompt.text, 0, 0, 0)
+
+        verdict_digest = hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()
+        row = training_row(measured.prompt, label, self._settings.form)
+        sidecar = {
+            "id": row_id(prompt.sha256, record.judge, label),
+            "source": source,
+            "line": line_number,
+            "prompt_sha256": prompt.sha256,
+            "repairs": verdict.repairs,
+            "scores": verdict.scores,
+            "metadata": record.metadata,
+        }
+        group = Group(record.evaluation_type, record.judge, record.task, held_out)
+        scores = {key: round(score * 100) for key, score in verdict.scores.items()}
+        sidecar_line = orjson.dumps(sidecar, option=orjson.OPT_APPEND_NEWLINE)
+        facts = Facts(
+            row_size=len(row),
+            sidecar_size=len(sidecar_line),
+            line=line_number,
+            group=self._groups.setdefault(group, len(self._groups)),
+            scores=scores,
+            prompt_characters=len(record.prompt),
+            label_characters=len(label),
+            tokens=measured.tokens,
+            tokens_left_out=measured.tokens_left_out,
+            characters_left_out=measured.characters_left_out,
+            markers=prompt.markers + markers,
+            leaked_scores=prompt.leaked_scores,
+            repairs=list(verdict.repairs),
+        )
+        place = block * ROWS_A_BLOCK + self._writer.rows_in_block
+        indexed = Indexed(prompt.digest, place, record.judge, record.evaluation_type, held_out, verdict_digest, scores)
+        self._writer.add_row(row, sidecar_line, facts, indexed)
+
+    def _count(self, record: Record) -> None:
+        for counter, value in (
+            (self.told.types, record.evaluation_type),
+            (self.told.judges, record.judge),
+            (self.told.tasks, record.task),
+        ):
+            if value is not None:
+                counter[value] += 1
+
+
+def prepare_share(
+    blocks: Iterable[tuple[int, Block]],
+    sources: Sequence[Source],
+    settings: Settings,
+    guard: LengthGuard | None,
+    stage: Path,
+    worker: int,
+    index_digits: int,
+    advance: Advance,
+) -> Prepared:
+    """Prepare a worker's share of the numbered blocks, and stage it.
+
+    Raises:
+        DataError: the length guard is to refuse rows that are too long, and one is.
+    """
+    with StageWriter(stage, worker, index_digits) as writer:
+        preparer = Preparer(settings, guard, writer)
+        for number, block in blocks:
+            preparer.prepare_block(number, block, sources[block.source])
+            advance(block.size)
+    return preparer.told
+
+
+class _CleanPrompt(NamedTuple):
+    text: str
+    """Neutralised, and masked where that is wanted."""
+    sha256: str
+    """Of the prompt as the user wrote it."""
+    digest: str
+    """What prompts are told apart by: of the prompt as it is trained on, before trimming."""
+    markers: int
+    leaked_scores: int
+
+
+def _cleaned(prompt: str, mask: bool) -> _CleanPrompt:
+    return (_clean_remembered if len(prompt) <= _LONGEST_REMEMBERED else _clean)(prompt, mask)
+
+
+def _clean(prompt: str, mask: bool) -> _CleanPrompt:
+    sha256 = hashlib.sha256(prompt.encode()).hexdigest()
+    digest = sha256
+    if mask:
+        prompt, leaked_scores = mask_leaked_scores(prompt)
+        digest = hashlib.sha256(prompt.encode()).hexdigest() if leaked_scores else sha256
+    else:
+        leaked_scores = count_leaked_scores(prompt)
+    text, markers = neutralise(prompt)
+    return _CleanPrompt(text, sha256, digest[:16], markers, leaked_scores)
+
+
+# The rows of several judges on one prompt mostly stand together.
+_clean_remembered = lru_cache(maxsize=8)(_clean)
+
+
+def _repeats_example(verdict: Verdict, prompt: str) -> bool:
+    """Whether the summary is the example text of the prompt's output schema."""
+    summary = verdict.texts.get("summary")
+    if not isinstance(summary, str) or not summary:
+        return False
+    schema = prompt[prompt.rfind('"summary"') :]
+    return schema.startswith('"summary"') and f'"{summary}"' in schema[: len(summary) + 100]
+
+
+def row_id(prompt_sha256: str, judge: str | None, label: str) -> str:
+    """What a row is called: the same in every conversion, format and split."""
+    return hashlib.blake2b(f"{prompt_sha256}\n{judge}\n{label}".encode(), digest_size=8).hexdigest()
+
+
+def rejected_entry(source: str, line_number: int, reason: str, row: Any) -> bytes:
+    """One line of rejected.jsonl."""
+    entry = {"source": source, "line": line_number, "reason": reason, "row": row}
+    return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)

@@ -1,0 +1,96 @@
+"""The files of a conversion appear all at once, and replace those of the one before all at once.
+
+Renaming file after file would leave, for a moment or for good after a kill, some files of the new conversion among
+those of the old one: with another split that is a leak. So for the time of the change each name becomes a symbolic link
+that leads through `.current`, which leads to the folder of the old files; renaming `.current` over is one atomic step,
+and from then on every name leads to the new file. Afterwards the files themselves take the places of their links.
+
+At rest, the folder holds plain files and no links. A kill leaves links behind, at any moment all old or all new, that
+read like the files; `recover` makes plain files of them. Needs a file system with hard and symbolic links.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from prmkit.errors import DataError
+
+_CURRENT = ".current"
+_STAGE = ".conversion-"
+
+
+def make_stage(folder: Path) -> Path:
+    """Make the folder in which a conversion works, inside the one that it writes to: renaming needs one file system."""
+    return Path(tempfile.mkdtemp(prefix=_STAGE, dir=folder))
+
+
+def recover(folder: Path) -> None:
+    """Finish what a killed conversion left: nobody else may be at work in the folder."""
+    if (folder / _CURRENT).is_symlink():
+        _settle(folder)
+    for left in folder.glob(_STAGE + "*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> None:
+    """Put the files of `new` in their places in `folder`, and remove those that are `obsolete`, in one step.
+
+    Args:
+        folder: what LLaMA Factory reads.
+        stage: from `make_stage(folder)`.
+        new: a folder inside `stage`, complete.
+        obsolete: names of files in `folder` that go.
+
+    Raises:
+        DataError: a folder stands where a file is to go.
+        OSError: the disk is full, or the file system knows no links.
+    """
+    names = {path.name for path in new.iterdir()}
+    for name in sorted(names):
+        if (folder / name).is_dir():
+            raise DataError(f"{folder / name}: a folder stands where a file is to go. Move it away.")
+    # One sync for all: a file system takes 2 ms for each fsync, and there may be thousands of files.
+    os.sync()
+    old = stage / "old"
+    old.mkdir()
+    names |= {name for name in obsolete if (folder / name).is_file()}
+    for name in names:
+        if (folder / name).is_file():
+            os.link(folder / name, old / name)
+    _point(folder / _CURRENT, old.relative_to(folder), stage)
+    for name in names:
+        _point(folder / name, Path(_CURRENT, name), stage)
+    _sync_folder(folder)
+    _point(folder / _CURRENT, new.relative_to(folder), stage)
+    _sync_folder(folder)
+    _settle(folder)
+
+
+def _point(link: Path, target: Path, stage: Path) -> None:
+    """Make `link` lead to `target`, atomically, whatever stood there."""
+    made = stage / "link"
+    made.symlink_to(target)
+    made.replace(link)
+
+
+def _settle(folder: Path) -> None:
+    """Put the files in the places of the links that lead to them; links that lead to none go."""
+    current = folder / _CURRENT
+    for link in list(folder.iterdir()):
+        if link.is_symlink() and link.readlink().parts[0] == _CURRENT:
+            if link.exists():
+                (current / link.name).replace(link)
+            else:
+                link.unlink()
+    _sync_folder(folder)
+    current.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,75 @@
+"""What a conversion prints: two tables, and below them what the user should know of the data."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prmkit import cli
+
+log = logging.getLogger(__name__)
+
+_VARIANTS_SHOWN = 25
+_KINDS_SHOWN = 15
+_NOTABLE = 0.05
+"""Difference between the wished and the realised share of held-out tasks that is worth a word."""
+
+
+def show_summary(report: Mapping[str, Any]) -> None:
+    """Print the summary of a conversion to stdout."""
+    variants = report["variants"]
+    rows = [[name, f"{counts['train']:,}", f"{counts['held_out']:,}"] for name, counts in variants.items()]
+    more = len(rows) - _VARIANTS_SHOWN
+    if more > 0:
+        rows = [*rows[:_VARIANTS_SHOWN], [f"... and {more:,} more", "", ""]]
+    cli.emit_table("", ("variant", "train", "held out"), rows, numeric=("train", "held out"))
+    if report["rejected"]:
+        kinds = [[kind, f"{n:,}"] for kind, n in list(report["rejected"].items())[:_KINDS_SHOWN]]
+        cli.emit_table("", ("set aside (rejected.jsonl)", "rows"), kinds, numeric=("rows",))
+    for line in _notes(report):
+        cli.emit(line)
+
+
+def _notes(report: Mapping[str, Any]) -> Iterator[str]:
+    rows = sum(report["rows"].values())
+    rejected = sum(report["rejected"].values())
+    yield (
+        f"{report['lines']:,} lines: {rows:,} rows kept, {rejected:,} set aside, {report['duplicates']:,} duplicates"
+    )
+    repaired, held_out = report["repaired"], report["held_out"]
+    if repaired["rows"]:
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in repaired["repairs"].items())
+        yield f"{repaired['rows']:,} answers were no valid JSON and were repaired ({kinds})"
+    if report["markers"]["rows"]:
+        yield f"{report['markers']['rows']:,} rows carry control markers, made plain text"
+    if report["leaked_scores"]["rows"]:
+        done = "masked" if report["settings"]["mask_leaked_scores"] else "use --mask-leaked-scores to mask them"
+        yield f"{report['leaked_scores']['rows']:,} prompts carry scores of earlier evaluations ({done})"
+    if report["prompts_a_judge_answered_differently"]:
+        yield f"{report['prompts_a_judge_answered_differently']:,} prompts have different verdicts of one judge"
+    yield from _held_out_notes(report, held_out)
+    yield from _length_notes(report)
+    for pair in report["judge_agreement"]:
+        yield (
+            f"agreement of {' and '.join(pair['judges'])} on {pair['evaluation_type']}: r = {pair['pearson']}, mean "
+            f"difference {pair['mean_absolute_difference']} ({pair['n']:,} scores of {pair['prompts']:,} prompts)"
+        )
+
+
+def _held_out_notes(report: Mapping[str, Any], held_out: Mapping[str, Any]) -> Iterator[str]:
+    split = report["settings"]["split"]
+    share = f"{held_out['tasks']:,} of {report['tasks']:,} tasks are held out ({held_out['realised_ratio']:.0%})"
+    if split["tasks"] is not None or abs(held_out["realised_ratio"] - split["ratio"]) < _NOTABLE:
+        yield share
+    else:
+        yield f"{share}; {split['ratio']:.0%} was asked for, and few tasks do not divide like many"
+
+
+def _length_notes(report: Mapping[str, Any]) -> Iterator[str]:
+    tokens, lengths = report["lengths"]["tokens"], report["settings"]["lengths"]
+    if not tokens or not lengths:
+        return
+    covering = ", ".join(f"{tokens[share]:,} covers {share}" for share in ("95%", "99%", "100%"))
+    yield f"cutoff_len is {lengths['cutoff_len']:,}; {covering} of the rows"
+    if report["trimmed"]["rows"]:
+        rows, left_out = report["trimmed"]["rows"], report["trimmed"]["tokens_left_out"]
+        yield f"{rows:,} prompts were shortened in the middle, by {left_out:,} tokens in all"

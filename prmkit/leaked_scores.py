@@ -1,0 +1,24 @@
+"""Scores that prompts give away.
+
+The prompts of `category` and `final` evaluations often carry the mean of the judges' clip scores in clear, as
+`(Score: 0.93)`. A judge who is trained on them learns to copy, and at scoring there is nobody to copy from.
+"""
+
+import re
+
+_SCORE = re.compile(r"\(Score: \d(?:\.\d+)?\)")
+MASK = "(Score: not shown)"
+
+
+def mask_leaked_scores(prompt: str) -> tuple[str, int]:
+    """Replace the scores of earlier evaluations in a prompt.
+
+    Returns:
+        The prompt, and how many scores were replaced.
+    """
+    return _SCORE.subn(MASK, prompt)
+
+
+def count_leaked_scores(prompt: str) -> int:
+    """How many scores of earlier evaluations a prompt carries."""
+    return len(_SCORE.findall(prompt))
