@@ -9,6 +9,7 @@ and computed for a block of resamples at a time.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ SEED = 0
 LEVEL = 0.95
 FEWEST_TASKS = 5
 """Fewer tasks than this give no interval: resampling so few says more about the method than about the judge."""
+SAME_PREDICTION = "the prediction is the same everywhere"
 _LEAST_DEFINED_SHARE = 0.9
 _BLOCK = 2_000_000  # weights a block: 16 MB for each array that a statistic makes
 
@@ -77,10 +79,14 @@ class Figure:
         return shown | ({"reason": self.reason} if self.reason else {})
 
 
+@lru_cache(maxsize=64)
 def draw_weights(tasks: int, resamples: int = RESAMPLES) -> Floats:
     """How often each task is in each resample, shape (resamples, tasks); the same for the same number of tasks."""
     generator = np.random.default_rng(SEED)
-    return generator.multinomial(tasks, np.full(tasks, 1 / tasks), size=resamples).astype(np.float64)
+    drawn = generator.integers(tasks, size=(resamples, tasks)) + tasks * np.arange(resamples)[:, None]
+    weights = np.bincount(drawn.ravel(), minlength=resamples * tasks).astype(np.float64)
+    weights.setflags(write=False)
+    return weights.reshape(resamples, tasks)
 
 
 def measure(sample: Sample, statistic: Statistic, *, fewest: int = 1, n: int | None = None) -> Figure:
@@ -126,5 +132,5 @@ def _why_undefined(sample: Sample) -> str:
     if np.ptp(sample.reference) == 0:
         return "the reference is the same everywhere"
     if np.ptp(sample.predicted) == 0:
-        return "the prediction is the same everywhere"
+        return SAME_PREDICTION
     return "not defined for these scores"

@@ -54,8 +54,16 @@ def skill(sample: Sample, baseline: Floats) -> Statistic:
 
 def pearson(sample: Sample) -> Statistic:
     """Pearson's product-moment correlation."""
+    # Centred first, or the differences of large sums below would lose what is small.
     predicted, reference = sample.predicted - sample.predicted.mean(), sample.reference - sample.reference.mean()
-    return lambda weights: _weighted_pearson(predicted, reference, sample.weights(weights))
+    products = (np.ones(len(predicted)), predicted, reference, predicted**2, reference**2, predicted * reference)
+    sums = np.stack([sample.sums(product) for product in products], axis=1)
+
+    def statistic(weights: Floats) -> Floats:
+        n, x, y, xx, yy, xy = (weights @ sums).T
+        return _correlation(xx - x * x / n, yy - y * y / n, xy - x * y / n, n)
+
+    return statistic
 
 
 def spearman(sample: Sample) -> Statistic:
@@ -281,15 +289,20 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 def _weighted_pearson(one: Floats, other: Floats, weights: Floats) -> Floats:
     total = weights.sum(axis=1, keepdims=True)
-    one = one - (weights * one).sum(axis=1, keepdims=True) / total
-    other = other - (weights * other).sum(axis=1, keepdims=True) / total
-    weighted = weights * one
-    variances = [(weighted * one).sum(axis=1), (weights * other * other).sum(axis=1)]
+    one = one - np.einsum("rn,rn->r", weights, one)[:, None] / total
+    other = other - np.einsum("rn,rn->r", weights, other)[:, None] / total
+    squares, other_squares, products = (
+        np.einsum("rn,rn,rn->r", weights, left, right) for left, right in ((one, one), (other, other), (one, other))
+    )
+    return _correlation(squares, other_squares, products, total[:, 0])
+
+
+def _correlation(squares: Floats, other_squares: Floats, products: Floats, total: Floats) -> Floats:
     # What rounding leaves of a constant is no variance.
-    variances = [np.where(variance / total[:, 0] < _NO_VARIANCE, 0.0, variance) for variance in variances]
-    correlation = _ratio((weighted * other).sum(axis=1), np.sqrt(variances[0] * variances[1]))
-    clipped: Floats = np.clip(correlation, -1.0, 1.0)
-    return clipped
+    varies = (squares / total > _NO_VARIANCE) & (other_squares / total > _NO_VARIANCE)
+    scale = np.sqrt(np.where(varies, squares * other_squares, 0.0))
+    correlation: Floats = np.clip(_ratio(products, scale), -1.0, 1.0)
+    return correlation
 
 
 def _midranks(values: Floats, weights: Floats) -> Floats:

@@ -53,7 +53,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
         DataError: no run stands there, or it has left no weights yet.
         UsageError: the run changed its base model in a way that only its export carries.
     """
-    config = _config_of_run(run_folder)
+    config = config_of_run(run_folder)
     changing = [key for key in _CHANGING_KEYS if config.get(key)]
     if changing:
         raise UsageError(
@@ -76,7 +76,12 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
     )
 
 
-def _config_of_run(folder: Path) -> dict[str, Any]:
+def config_of_run(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of a run, read from its folder or, for a checkpoint, from the one above.
+
+    Raises:
+        DataError: no run stands there.
+    """
     for place in (folder, folder.parent):
         if (place / "run.json").is_file():
             return dict(read_json(place / "run.json")["config"])

@@ -1,0 +1,189 @@
+"""The predictions of an evaluation: one line a prompt, written as they come, and read back as a table of scores."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from prmkit.files import read_json, write_json
+from prmkit.judging.bootstrap import Floats
+from prmkit.judging.heldout import HeldOutPrompt, Medians, leaked_scores
+from prmkit.judging.judgement import BAD_BELOW, Distribution, Judgement
+
+log = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+"""One line of `predictions.jsonl`."""
+
+
+def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any]:
+    """What is kept of one judged prompt: everything that a figure is made of, and what traces it back."""
+    leaked = leaked_scores(prompt.prompt)
+    return {
+        "id": prompt.id,
+        "prompt_sha256": prompt.prompt_sha256,
+        "task_id": prompt.task,
+        "evaluation_type": prompt.evaluation_type,
+        "clip_number": prompt.clip_number,
+        "category": prompt.category,
+        "prompt_tokens": judgement.prompt_tokens,
+        "prompt_characters": len(prompt.prompt),
+        "status": judgement.status,
+        "reason": judgement.reason,
+        "repaired": judgement.repaired,
+        "trimmed": judgement.trimmed,
+        "scores": {key: _distribution_row(each) for key, each in judgement.scores.items()},
+        "reference": prompt.reference,
+        "references": prompt.references,
+        "leaked_score": round(fmean(leaked), 6) if leaked else None,
+        "leaked_last": leaked[-1] if leaked else None,
+        "text": judgement.text,
+    }
+
+
+def _distribution_row(distribution: Distribution) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        name: _rounded(getattr(distribution, name)) for name in ("mean", "median", "mode", "std", "coverage")
+    }
+    below = distribution.below
+    return row | {"below": {str(limit): _rounded(share) for limit, share in below.items()} if below else None}
+
+
+def _rounded(value: float | None) -> float | None:
+    # What differs in the seventh decimal differs by the batch it was computed in; it must not make an order of ties.
+    return None if value is None else round(value, 6)
+
+
+# --- writing as they come, and going on -------------------------------------------------------------------------------
+
+
+def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The predictions that an earlier, possibly killed, evaluation left in `file`, if they are of the same kind.
+
+    A last line that was cut off is removed. Predictions of another judge, mode or dataset are moved aside, not mixed.
+
+    Args:
+        file: where predictions are and will be.
+        fingerprint: what makes predictions comparable; kept beside the file.
+    """
+    marker = file.with_suffix(".fingerprint.json")
+    if file.is_file() and not (marker.is_file() and read_json(marker) == fingerprint):
+        aside = _free_name(file)
+        file.replace(aside)
+        log.info("%s were made with another judge, mode or dataset; kept as %s", file, aside.name)
+    write_json(marker, fingerprint)
+    if not file.is_file():
+        return []
+    with file.open("r+b") as stream:
+        whole = stream.read()
+        stream.truncate(whole.rfind(b"\n") + 1)
+    return [orjson.loads(line) for line in whole.split(b"\n")[:-1]]
+
+
+def _free_name(file: Path) -> Path:
+    number = 1
+    while (aside := file.with_suffix(f".old{number}.jsonl")).exists():
+        number += 1
+    return aside
+
+
+def append_rows(file: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """Write each row to the end of `file` as it comes, and pass it on."""
+    with file.open("ab") as stream:
+        for row in rows:
+            stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            stream.flush()
+            yield row
+        os.fsync(stream.fileno())
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+Texts = NDArray[np.object_]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One entry for every score of every judged prompt that has a reference; all arrays have one length."""
+
+    prompt: Texts
+    """SHA-256 of the prompt."""
+    task: Texts
+    evaluation_type: Texts
+    key: Texts
+    clip_number: Floats
+    prompt_tokens: Floats
+    predicted: Floats
+    """The judge's score: the mean of its distribution."""
+    std: Floats
+    coverage: Floats
+    below: Floats
+    """Probability that the score is below each of `BAD_BELOW`, shape (scores, 2); NaN in generate mode."""
+    reference: Floats
+    """The mean of the judges."""
+    references: Floats
+    """Each judge alone, shape (scores, judges); NaN where a judge gave none."""
+    training_median: Floats
+    leaked_mean: Floats
+    """The mean of the scores that stand in the prompt; NaN where none does."""
+    leaked_last: Floats
+
+    def __len__(self) -> int:
+        return len(self.predicted)
+
+    def where(self, chosen: NDArray[Any]) -> "Scores":
+        """The entries that a mask or a list of positions chooses."""
+        return Scores(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+    def predicting(self, predicted: Floats) -> "Scores":
+        """The same entries as another judge would have scored them: one that knows no probabilities."""
+        return replace(self, predicted=predicted, below=np.full_like(self.below, np.nan))
+
+
+def table_of_scores(rows: Sequence[Row], judges: Sequence[str], medians: Medians) -> Scores:
+    """Every score that both the judge and at least one reference gave.
+
+    Args:
+        rows: predictions; those without scores add nothing.
+        judges: the columns of `Scores.references`.
+        medians: see `prmkit.judging.heldout.training_medians`.
+    """
+    entries = [(row, key, row["scores"][key]) for row in rows for key in row["scores"] if key in row["reference"]]
+
+    def texts(values: Iterable[str]) -> Texts:
+        return np.array(list(values), dtype=object)
+
+    def numbers(values: Iterable[float | None]) -> Floats:
+        return np.array(list(values), dtype=np.float64)  # None becomes NaN
+
+    def matrix(values: Iterable[Sequence[float | None]], columns: int) -> Floats:
+        return np.array(list(values), dtype=np.float64).reshape(len(entries), columns)
+
+    return Scores(
+        prompt=texts(row["prompt_sha256"] for row, _, _ in entries),
+        task=texts(row["task_id"] for row, _, _ in entries),
+        evaluation_type=texts(row["evaluation_type"] for row, _, _ in entries),
+        key=texts(key for _, key, _ in entries),
+        clip_number=numbers(row["clip_number"] for row, _, _ in entries),
+        prompt_tokens=numbers(row["prompt_tokens"] for row, _, _ in entries),
+        predicted=numbers(score["mean"] for _, _, score in entries),
+        std=numbers(score["std"] for _, _, score in entries),
+        coverage=numbers(score["coverage"] for _, _, score in entries),
+        below=matrix(
+            ([(score["below"] or {}).get(str(limit)) for limit in BAD_BELOW] for _, _, score in entries), len(BAD_BELOW)
+        ),
+        reference=numbers(row["reference"][key] for row, key, _ in entries),
+        references=matrix(
+            ([row["references"].get(judge, {}).get(key) for judge in judges] for row, key, _ in entries), len(judges)
+        ),
+        training_median=numbers(medians.get(row["evaluation_type"], {}).get(key) for row, key, _ in entries),
+        leaked_mean=numbers(row["leaked_score"] for row, _, _ in entries),
+        leaked_last=numbers(row["leaked_last"] for row, _, _ in entries),
+    )
