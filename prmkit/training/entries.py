@@ -12,9 +12,9 @@ HELD_OUT_SUFFIX = "_eval"
 SAMPLED_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """One entry of `dataset_info.json`."""
+    """One entry of `dataset_info.json`; each is itself alone, so that it can be a key."""
 
     name: str
     file: Path | None

@@ -1,0 +1,185 @@
+"""Is this machine ready to train? Versions, programs, GPUs, packages, disk space and monitoring; no heavy imports."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from prmkit.training.check import Check, error, ok, warning
+from prmkit.training.machine import GIBIBYTE, Machine, installed_version
+
+INSTALL = "./run_training.sh --install-deps"
+TESTED_PYTHON = (3, 11)
+GO_TOGETHER = ("llamafactory", "transformers", "peft", "trl", "accelerate", "datasets", "torchvision")
+"""Packages whose own demands on other versions are looked at."""
+
+TAKEN_FROM_THE_SHELL = {
+    "USE_RAY": "LLaMA Factory would start Ray, which waits for ever unless there are ten cores for each device",
+    "USE_MCA": "LLaMA Factory would look for Megatron's adapter",
+    "ALLOW_EXTRA_ARGS": "LLaMA Factory would pass over unknown keys in silence",
+    "DISABLE_VERSION_CHECK": "LLaMA Factory would not look at versions",
+}
+
+NEEDED_BY = {
+    "enable_liger_kernel": "liger-kernel",
+    "use_unsloth": "unsloth",
+    "deepspeed": "deepspeed",
+    "use_galore": "galore_torch",
+    "use_apollo": "apollo_torch",
+    "use_badam": "badam",
+    "use_adam_mini": "adam-mini",
+    "plot_loss": "matplotlib",
+    "predict_with_generate": "rouge_chinese",
+}
+QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
+LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_python() -> Check:
+    """The Python that the pinned versions were tested with."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] == TESTED_PYTHON:
+        return ok("Python", version)
+    wanted = ".".join(map(str, TESTED_PYTHON))
+    return warning("Python", version, f"The pinned versions are tested with {wanted}.")
+
+
+def check_versions() -> Check:
+    """Do the installed versions go together, by what the packages themselves demand? Takes milliseconds."""
+    problems = list(_unmet(GO_TOGETHER))
+    torch, audio = installed_version("torch"), installed_version("torchaudio")
+    # torchaudio demands nothing of torch in its metadata and then fails to load.
+    if torch and audio and torch.split("+")[0].split(".")[:2] != audio.split("+")[0].split(".")[:2]:
+        problems.append(f"torchaudio {audio} is for another torch than {torch}")
+    if problems:
+        return error("versions", "; ".join(problems), f"Install the set that was tested together: {INSTALL}")
+    shown = ", ".join(f"{name} {installed_version(name)}" for name in ("llamafactory", "transformers", "torch"))
+    return ok("versions", shown)
+
+
+def _unmet(names: tuple[str, ...]) -> Iterator[str]:
+    from packaging.requirements import Requirement
+
+    for name in names:
+        if installed_version(name) is None:
+            yield f"{name} is not installed"
+            continue
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            installed = installed_version(requirement.name)
+            if installed and not requirement.specifier.contains(installed, prereleases=True):
+                yield f"{name} needs {requirement.name}{requirement.specifier}, and {installed} is installed"
+
+
+def check_command() -> Check:
+    """`llamafactory-cli` beside this Python, where its other programs are too."""
+    program = Path(sys.executable).parent / "llamafactory-cli"
+    if program.exists():
+        return ok("llamafactory-cli", str(program))
+    elsewhere = shutil.which("llamafactory-cli")
+    found = f"not beside {sys.executable}" + (f", but in {elsewhere}, for another Python" if elsewhere else "")
+    return error("llamafactory-cli", found, f"Install it for this Python: {INSTALL}")
+
+
+def check_shell(environment: Mapping[str, str] | None = None) -> Check | None:
+    """Variables in the environment that change what LLaMA Factory does; None when there are none."""
+    environment = os.environ if environment is None else environment
+    set_here = [name for name in TAKEN_FROM_THE_SHELL if environment.get(name, "0").lower() in ("1", "true", "y")]
+    if not set_here:
+        return None
+    found = "; ".join(f"{name} is set: {TAKEN_FROM_THE_SHELL[name]}" for name in set_here)
+    return error("environment", found, f"unset {' '.join(set_here)}")
+
+
+def check_gpu(values: Mapping[str, Any], machine: Machine, processes: int) -> Check:
+    """GPUs there, enough of them, not taken by somebody else, and able to do what the config asks of them."""
+    if not machine.gpus:
+        if values.get("quantization_bit") or values.get("use_unsloth") or values.get("fp8"):
+            return error(
+                "GPU", "none, and the config asks for one (quantization, unsloth or fp8)", "Change these keys."
+            )
+        return warning("GPU", "none: training on the CPU, for tiny models only", "Start where nvidia-smi shows a GPU.")
+    names = ", ".join(
+        f"{gpu.name} ({gpu.free / GIBIBYTE:.0f} of {gpu.total / GIBIBYTE:.0f} GiB free)" for gpu in machine.gpus
+    )
+    if processes > len(machine.gpus):
+        return error("GPU", f"{names}; {processes} processes asked for", f"--nproc {len(machine.gpus)}")
+    busy = [gpu for gpu in machine.gpus[:processes] if gpu.free < 0.9 * gpu.total]
+    if busy:
+        return warning("GPU", f"{names}: another process is on it", "Look with nvidia-smi, and stop it if it is yours.")
+    return ok("GPU", names)
+
+
+def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
+    """Packages that the config asks for and that LLaMA Factory does not bring."""
+    missing = {NEEDED_BY[key]: key for key in NEEDED_BY if values.get(key) and NEEDED_BY[key] not in machine.packages}
+    quantizer = QUANTIZERS.get(str(values.get("quantization_method", "bnb")))
+    if values.get("quantization_bit") and quantizer and quantizer not in machine.packages:
+        missing[quantizer] = "quantization_bit"
+    if (
+        any(word in str(values.get("optim")) for word in ("8bit", "paged", "bnb"))
+        and "bitsandbytes" not in machine.packages
+    ):
+        missing["bitsandbytes"] = "optim"
+    loggers = values.get("report_to") or []
+    for logger in [loggers] if isinstance(loggers, str) else loggers:
+        if logger in LOGGERS and LOGGERS[logger] not in machine.packages:
+            missing[LOGGERS[logger]] = "report_to"
+    if not missing:
+        return ok("packages", "everything that the config asks for is installed")
+    found = ", ".join(f"{package} is missing for {key}" for package, key in missing.items())
+    return error("packages", found, f"pip install {' '.join(missing)}, or leave out: {', '.join(missing.values())}")
+
+
+def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Check:
+    """Room for the checkpoints that are kept at once, the one that is being written, and the final files.
+
+    Args:
+        values: LLaMA Factory's keys.
+        checkpoint_bytes: of one checkpoint; None when it is not known.
+    """
+    folder = Path(str(values.get("output_dir", "trainer_output"))).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        return error("disk", f"{existing} cannot be written to", "Choose another output_dir.")
+    free = shutil.disk_usage(existing).free
+    found = f"{free / GIBIBYTE:,.1f} GiB free in {existing}"
+    if checkpoint_bytes is None:
+        return ok("disk", found)
+    limit = values.get("save_total_limit")
+    kept = (int(limit) if limit else _checkpoints(values)) + 1
+    needed = checkpoint_bytes * (kept + 0.5)
+    found += f"; {kept} checkpoints of {_size(checkpoint_bytes)} at once"
+    if needed > free:
+        advice = "save_total_limit=1, save_only_model=true (cannot be resumed), or an output_dir with more room."
+        return error("disk", f"{found}: not enough", advice)
+    return ok("disk", found)
+
+
+def _size(count: float) -> str:
+    return f"{count / GIBIBYTE:.1f} GiB" if count > GIBIBYTE / 10 else f"{count / (1 << 20):.0f} MiB"
+
+
+def _checkpoints(values: Mapping[str, Any]) -> int:
+    """How many checkpoints a run without a limit keeps, roughly."""
+    strategy, steps = values.get("save_strategy", "steps"), values.get("save_steps", 500)
+    if strategy == "no":
+        return 0
+    return round(1 / steps) if strategy == "steps" and steps < 1 else round(float(values.get("num_train_epochs", 3)))
+
+
+def check_swanlab(values: Mapping[str, Any], dropped: Mapping[str, str], sources: Mapping[str, str]) -> Check:
+    """Where SwanLab puts the run; decided when the config was resolved."""
+    if "use_swanlab" in dropped:
+        reason, _, advice = dropped["use_swanlab"].partition("; ")
+        return warning("SwanLab", f"off: {reason}", advice.capitalize())
+    if not values.get("use_swanlab"):
+        return ok("SwanLab", "off")
+    mode = values.get("swanlab_mode", "cloud")
+    reason = sources.get("swanlab_mode", "")
+    said = f" ({reason.removeprefix('derived: ')})" if reason.startswith("derived") else ""
+    return ok("SwanLab", f"{mode}, project {values.get('swanlab_project', 'llamafactory')}{said}")

@@ -1,0 +1,283 @@
+"""How much memory a run needs on each GPU, from the model's files and the config alone.
+
+The parts, all in bytes:
+
+weights      frozen numbers as they lie in memory: 2 bytes in bf16; 0.5 in 4 bit plus quantization constants, which are
+             one float32 a block of 64, or 0.127 bit a number with double quantization (Dettmers et al. 2023, QLoRA,
+             section 3).
+states       trained numbers: float32 weight, gradient and Adam's two moments, 16 bytes (Rajbhandari et al. 2020, ZeRO,
+             section 3.1, with the float32 weights that LLaMA Factory upcasts to), and the bf16 copy that autocast
+             keeps, 2. ZeRO and FSDP divide what they shard by the number of processes (the same paper, section 5).
+activations  what the backward pass needs of the forward pass: the counting of Korthikanti et al. 2022 (Reducing
+             Activation Recomputation, section 4), done again for a block of RMSNorm, grouped-query attention and gated
+             MLP, with LoRA, and without the attention matrix, which FlashAttention and SDPA never store. With gradient
+             checkpointing each layer keeps only its input, and one layer at a time is whole.
+logits       vocabulary x tokens, three times in float32: log-softmax, its gradient, and the logits' gradient. Liger
+             computes them in chunks that take about as much room as the hidden states (Hsu et al. 2024, section 3.2).
+reserve      the CUDA context, and a share for fragmentation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError
+from prmkit.files import read_json
+from prmkit.training.model_folder import Weight, read_weights
+
+CUDA_CONTEXT = 800 << 20
+FRAGMENTATION = 0.05
+
+ADAM_STATE = 18
+"""Bytes for each trained number: float32 weight, gradient, two moments, and autocast's bf16 copy."""
+PURE_BF16_STATE = 8
+"""The same with pure_bf16: weight, gradient and both moments in bf16."""
+
+LOGIT_BYTES = 12
+"""What the loss holds of one logit at its worst moment, in the backward pass of the cross entropy."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the estimate needs to know of a model. Sizes are counts of numbers."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    """Of the MLP; for a mixture of experts of all experts that one token passes."""
+    query: int
+    """All query heads together."""
+    key_value: int
+    """All key heads together."""
+    heads: int
+    vocabulary: int
+    linear: tuple[tuple[int, int], ...]
+    """Outputs and inputs of every linear layer inside the blocks: what `lora_target: all` trains."""
+    linear_names: tuple[str, ...]
+    embedding: int
+    """Input embeddings and, where it is not the same tensor, the output layer."""
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: float
+    states: float
+    activations: float
+    logits: float
+
+    @property
+    def reserve(self) -> float:
+        """What CUDA itself takes."""
+        return CUDA_CONTEXT + FRAGMENTATION * (self.weights + self.states + self.activations + self.logits)
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return self.weights + self.states + self.activations + self.logits + self.reserve
+
+
+def read_model(folder: Path) -> Model:
+    """Read a model's sizes from its config.json and the headers of its safetensors.
+
+    Raises:
+        DataError: the files are missing, not JSON, or of a kind whose sizes are not known.
+    """
+    config = read_json(folder / "config.json")
+    config = config.get("text_config", config)
+    weights = read_weights(folder)
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        intermediate = config.get("moe_intermediate_size", 0) * config.get("num_experts_per_tok", 0)
+        linear = {name: weight for name, weight in weights.items() if _is_linear(name, weight)}
+        return Model(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=intermediate or config["intermediate_size"],
+            query=heads * head,
+            key_value=config.get("num_key_value_heads", heads) * head,
+            heads=heads,
+            vocabulary=config["vocab_size"],
+            linear=tuple((weight.shape[0], weight.shape[1]) for weight in linear.values()),
+            linear_names=tuple(linear),
+            embedding=sum(weight.size for name, weight in weights.items() if _is_embedding(name)),
+            parameters=sum(weight.size for weight in weights.values()),
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder}/config.json: no {error}, so the memory cannot be estimated.") from error
+
+
+def _is_linear(name: str, weight: Weight) -> bool:
+    # Experts are one three-dimensional parameter in memory, which LoRA passes over.
+    in_a_block = ".layers." in name or ".h." in name
+    return name.endswith(".weight") and len(weight.shape) == 2 and in_a_block and ".experts." not in name
+
+
+def _is_embedding(name: str) -> bool:
+    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight"))
+
+
+def lora_parameters(model: Model, values: Mapping[str, Any]) -> int:
+    """How many numbers LoRA trains: rank x (inputs + outputs) for each target (Hu et al. 2021, section 4.1)."""
+    rank = int(values.get("lora_rank", 8))
+    targets = values.get("lora_target", "all")
+    wanted = [target.strip() for target in targets.split(",")] if isinstance(targets, str) else list(targets)
+    pairs = zip(model.linear_names, model.linear, strict=True)
+    chosen = [shape for name, shape in pairs if wanted == ["all"] or name.split(".")[-2] in wanted]
+    adapter = sum(rank * (outputs + inputs) for outputs, inputs in chosen)
+    # additional_target trains whole layers beside it.
+    extra = values.get("additional_target") or ""
+    return adapter + (model.embedding if "embed_tokens" in extra or "lm_head" in extra else 0)
+
+
+def estimate(model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int = 1) -> Memory:
+    """Estimate what one GPU must hold at the worst moment of a training step.
+
+    Args:
+        model: its sizes.
+        values: LLaMA Factory's keys.
+        tokens: of the longest row, after cutting.
+        world_size: how many processes train, over all nodes.
+    """
+    in_batch = int(values.get("per_device_train_batch_size", 8)) * tokens
+    weights, states = _weights_and_states(model, values, world_size)
+    return Memory(weights, states, _activations(model, values, in_batch, tokens), _logits(model, values, in_batch))
+
+
+def _shards(values: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether states, and whether weights too, are divided over the processes."""
+    if values.get("fsdp"):
+        return True, True
+    stage = zero_stage(values)
+    return stage >= 1, stage >= 3
+
+
+def zero_stage(values: Mapping[str, Any]) -> int:
+    """The stage in the DeepSpeed file that a config names; 0 without one."""
+    deepspeed = values.get("deepspeed")
+    if not isinstance(deepspeed, str) or not Path(deepspeed).is_file():
+        return 0
+    try:
+        return int(read_json(Path(deepspeed)).get("zero_optimization", {}).get("stage", 0))
+    except (DataError, AttributeError, ValueError):
+        return 0
+
+
+def _weights_and_states(model: Model, values: Mapping[str, Any], world_size: int) -> tuple[float, float]:
+    full, half = _trains_base(values), _half(values)
+    states_sharded, weights_sharded = _shards(values)
+    per_state = PURE_BF16_STATE if values.get("pure_bf16") else ADAM_STATE
+    trained = model.parameters if full else lora_parameters(model, values)
+    if full and states_sharded and not values.get("fsdp"):
+        # DeepSpeed keeps bf16 weights beside its float32 masters: weights, gradients, masters and moments 2 + 2 + 12.
+        weights: float = half * model.parameters / (world_size if weights_sharded else 1)
+        return weights, 14 * trained / world_size
+    weights = 0 if full else _frozen_bytes(model, values, half) / (world_size if weights_sharded else 1)
+    return weights, per_state * trained / (world_size if states_sharded else 1)
+
+
+def _frozen_bytes(model: Model, values: Mapping[str, Any], half: int) -> float:
+    bits = int(values.get("quantization_bit") or 0)
+    if not bits:
+        return half * model.parameters
+    in_linear = sum(outputs * inputs for outputs, inputs in model.linear)
+    constants = 0.127 if values.get("double_quantization", True) else 0.5
+    return in_linear * (bits + constants) / 8 + half * (model.parameters - in_linear)
+
+
+def saved_per_token(model: Model, values: Mapping[str, Any]) -> float:
+    """Bytes that one block keeps of one token for its backward pass, without the attention matrix."""
+    half, liger = _half(values), bool(values.get("enable_liger_kernel"))
+    hidden, wide, query, key = model.hidden, model.intermediate, model.query, model.key_value
+    inputs = 5 * hidden + query + wide  # of the linear layers: three at attention, its output, gate and up, down
+    attention = half * (2 * query + 2 * key)
+    # gate, its SiLU and up; Liger computes the SiLU again.
+    mlp = half * wide * (2 if liger else 3)
+    if _trains_base(values):
+        # Weights, and so the numbers between the blocks, are float32: a norm keeps its input and the normed numbers.
+        return 2 * hidden * (4 if liger else 8) + attention + mlp + half * inputs
+    # A frozen norm keeps its input in float32, with Liger as it is. Every adapter keeps its own input, and a mask.
+    norms = 2 * hidden * (half if liger else 4)
+    return norms + attention + mlp + inputs * (half + (1 if values.get("lora_dropout") else 0))
+
+
+def _half(values: Mapping[str, Any]) -> int:
+    return 2 if values.get("bf16") or values.get("fp16") or values.get("pure_bf16") else 4
+
+
+def _trains_base(values: Mapping[str, Any]) -> bool:
+    return values.get("finetuning_type", "lora") in ("full", "freeze")
+
+
+def _activations(model: Model, values: Mapping[str, Any], in_batch: int, tokens: int) -> float:
+    half = _half(values)
+    block = in_batch * saved_per_token(model, values)
+    if values.get("flash_attn") == "disabled":
+        # Scores, their float32 softmax and its copy: heads x tokens x tokens for each row.
+        block += in_batch * tokens * model.heads * (2 * half + 4)
+    # The gradients that pass through the widest place of the block.
+    passing = in_batch * half * (2 * model.hidden + 3 * model.intermediate)
+    if values.get("disable_gradient_checkpointing"):
+        return model.layers * block + passing
+    kept = model.layers * in_batch * model.hidden * (4 if _trains_base(values) else half)
+    return kept + block + passing
+
+
+def _logits(model: Model, values: Mapping[str, Any], in_batch: int) -> float:
+    if values.get("enable_liger_kernel"):
+        chunk = ceil(in_batch / ceil(model.vocabulary / model.hidden))
+        return chunk * model.vocabulary * LOGIT_BYTES + 2.0 * in_batch * model.hidden * _half(values)
+    return in_batch * model.vocabulary * (LOGIT_BYTES + (4.0 if values.get("upcast_lmhead_output") else 0.0))
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Flags that make a run smaller, and what it takes with them."""
+
+    flags: str
+    memory: Memory
+
+
+def remedies(model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int, room: float) -> list[Remedy]:
+    """Ways to fit into `room` bytes, the mildest first; each one stands on those before it until it fits."""
+    steps = _steps(values, world_size)
+    found: list[Remedy] = []
+    now, typed = dict(values), ""
+    for flags, changes in steps:
+        now |= changes
+        typed = f"{typed} {flags}".strip()
+        memory = estimate(model, now, tokens=tokens, world_size=world_size)
+        found.append(Remedy(typed, memory))
+        if memory.total <= room:
+            break
+    return found
+
+
+def _steps(values: Mapping[str, Any], world_size: int) -> list[tuple[str, dict[str, Any]]]:
+    steps: list[tuple[str, dict[str, Any]]] = []
+    batch = int(values.get("per_device_train_batch_size", 8))
+    if batch > 1:
+        accumulation = batch * int(values.get("gradient_accumulation_steps", 1))
+        flags = f"per_device_train_batch_size=1 gradient_accumulation_steps={accumulation}"
+        steps.append((flags, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}))
+    if values.get("disable_gradient_checkpointing"):
+        steps.append(("disable_gradient_checkpointing=false", {"disable_gradient_checkpointing": False}))
+    if not values.get("enable_liger_kernel"):
+        steps.append(("enable_liger_kernel=true", {"enable_liger_kernel": True}))
+    if values.get("finetuning_type", "lora") == "lora" and not values.get("quantization_bit"):
+        steps.append(("quantization_bit=4", {"quantization_bit": 4}))
+    return steps
+
+
+def checkpoint_bytes(model: Model, values: Mapping[str, Any]) -> float:
+    """The size of one checkpoint on disk: what is trained, and twice as much again for Adam's moments."""
+    full = _trains_base(values)
+    trained = model.parameters if full else lora_parameters(model, values)
+    # Full fine-tuning saves bf16 weights and float32 moments; an adapter is saved in float32 throughout.
+    weight = _half(values) if full else 4
+    return trained * (weight + (0 if values.get("save_only_model") else 8))

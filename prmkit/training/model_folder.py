@@ -1,0 +1,149 @@
+"""Is a model folder whole? Read from its files alone: configuration, index, and the header of every weight file."""
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from prmkit.errors import DataError
+from prmkit.files import read_json
+from prmkit.training.check import Check, error, ok, warning
+
+NAME = "model folder"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "qwen.tiktoken")
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+               "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+_HUB_NAME = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def check_model_folder(values: Mapping[str, Any]) -> Check:
+    """Configuration, tokenizer and every weight file there and whole; about ten milliseconds."""
+    named = str(values["model_name_or_path"])
+    folder = Path(named)
+    if not folder.is_dir():
+        if _HUB_NAME.fullmatch(named):
+            found = f"{named} is no folder here; LLaMA Factory would download it from the hub"
+            return warning(NAME, found, "Download it first, so that it can be checked: hf download")
+        return error(NAME, f"model directory not found: {named}", "Download the model there.")
+    if not (folder / "config.json").is_file():
+        return _no_config(folder)
+    problems = list(_problems(folder, trusts_code=values.get("trust_remote_code") is True))
+    if problems:
+        return error(NAME, f"{folder}: {'; '.join(problems)}", "Download the model again; what is whole is kept.")
+    weights = read_weights(folder)
+    if not weights:
+        return warning(NAME, f"{folder}: whole, in an old format (.bin)", "Convert it to safetensors if you can.")
+    count = sum(weight.size for weight in weights.values())
+    return ok(NAME, f"{folder}: {read_json(folder / 'config.json').get('model_type')}, {count / 1e9:.3g} B parameters")
+
+
+def _no_config(folder: Path) -> Check:
+    deeper = sorted(path.parent for path in folder.glob("*/config.json"))
+    deeper += sorted(path.parent for path in folder.glob("models--*/snapshots/*/config.json"))
+    if deeper:
+        found = f"the model's files are in {deeper[0]}, not directly in {folder}"
+        return error(NAME, found, f"Move them up, or run with model_name_or_path={deeper[0]}")
+    if (folder / "adapter_config.json").is_file():
+        found = f"{folder} holds an adapter, not a model"
+        return error(NAME, found, "Name the base model here and the adapter in adapter_name_or_path.")
+    if any(folder.glob("*.gguf")):
+        return error(NAME, f"{folder} holds GGUF files, which cannot be trained", "Download the original model.")
+    content = "is empty" if all(path.name == ".gitkeep" for path in folder.iterdir()) else "has no config.json"
+    return error(NAME, f"{folder} {content}", "Download the model there: config, tokenizer and weights.")
+
+
+def _problems(folder: Path, *, trusts_code: bool) -> Iterator[str]:
+    try:
+        config = read_json(folder / "config.json")
+    except DataError as failure:
+        yield str(failure)
+        return
+    if not isinstance(config, dict) or not config.get("model_type"):
+        yield "config.json names no model_type"
+    elif "auto_map" in config and not trusts_code and not config.get("architectures"):
+        yield "the model comes with its own code, which needs trust_remote_code=true"
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        yield "no tokenizer (tokenizer.json or tokenizer.model)"
+    yield from _weight_problems(folder)
+
+
+def _weight_problems(folder: Path) -> Iterator[str]:
+    shards = _shards(folder)
+    if not shards:
+        yield "no weights (model*.safetensors)"
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        yield f"{len(missing)} of the {len(shards)} weight files in the index are missing ({', '.join(missing[:3])})"
+    for shard in shards:
+        if shard.is_file() and (problem := _shard_problem(shard)):
+            yield f"{shard.name} {problem}"
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The weight files that transformers would load, in its order of preference."""
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        path = folder / name
+        if path.is_file():
+            if path.suffix != ".json":
+                return [path]
+            return [folder / shard for shard in sorted(set(read_json(path)["weight_map"].values()))]
+    return []
+
+
+def _shard_problem(path: Path) -> str | None:
+    with path.open("rb") as stream:
+        start = stream.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights (git lfs pull)"
+    if path.suffix != ".safetensors":
+        return None if path.stat().st_size > len(start) else "is cut off"
+    try:
+        header = _header(path)
+    except (struct.error, orjson.JSONDecodeError, MemoryError):
+        return "is not a whole safetensors file"
+    length = struct.unpack("<Q", start[:8])[0]
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    actual = path.stat().st_size
+    return None if actual == 8 + length + end else f"is cut off ({actual:,} of {8 + length + end:,} bytes)"
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: eight bytes of length, then JSON."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > path.stat().st_size:
+            raise struct.error("the header is longer than the file")
+        header: dict[str, Any] = orjson.loads(stream.read(length))
+        return header
+
+
+def read_weights(folder: Path) -> dict[str, Weight]:
+    """Every tensor of a whole checkpoint in safetensors, by name; empty for other formats. Reads only the headers."""
+    shards = [path for path in _shards(folder) if path.suffix == ".safetensors"]
+    entries = ((name, entry) for path in shards for name, entry in _header(path).items() if name != "__metadata__")
+    return {name: Weight(entry["dtype"], tuple(entry["shape"])) for name, entry in entries}
