@@ -47,7 +47,7 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
 
     typed = vars(arguments)
     launch = Launch(**{field.name: typed.pop(field.name) for field in fields(Launch)})
-    return execute(Command(**typed, launch=launch))
+    return execute(Command(**typed, launch=launch)).code
 
 
 if __name__ == "__main__":

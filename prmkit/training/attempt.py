@@ -184,7 +184,8 @@ def _how_to_go_on(folder: Path) -> str:
 
 
 def _again(what: str) -> str:
-    return f"{what} with the same command: {shlex.join(['python', *sys.argv])}"
+    words = [word for word in sys.argv if word != "--overwrite"]
+    return f"{what} with the same command: {shlex.join(['python', *words])}"
 
 
 def _verify(folder: Path, values: Mapping[str, Any]) -> None:

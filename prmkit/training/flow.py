@@ -1,6 +1,7 @@
 """Training from the config to the checked adapter: resolve, check, launch, watch, verify, record, export."""
 
 import logging
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,18 @@ class Command:
     launch: Launch = field(default_factory=Launch)
 
 
-def execute(command: Command) -> ExitCode:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a command, for whoever goes on with it."""
+
+    code: ExitCode = ExitCode.DONE
+    run: Path | None = None
+    """The folder of the run that is finished now."""
+    exported: Path | None = None
+    """The folder of the merged model."""
+
+
+def execute(command: Command) -> Outcome:
     """Do what `train.py` was asked to do.
 
     Raises:
@@ -70,7 +82,7 @@ def execute(command: Command) -> ExitCode:
         return _report_checks(command, checks)
     if errors_in(checks) and not command.force:
         raise UsageError("The checks above found errors. Mend them, or go on all the same with --force.")
-    return _train_and_export(command, setting)
+    return train(command, setting)
 
 
 # --- resolving ----------------------------------------------------------------------------------------------------
@@ -83,8 +95,10 @@ def resolve(command: Command) -> Setting:
         UsageError: something is wrong with the config or the overrides.
     """
     machine, launch = this_machine(), command.launch
-    processes = launch.nproc or max(len(machine.gpus), 1)
-    world_size = processes * int(launch.nnodes.rpartition(":")[2])
+    processes = max(len(machine.gpus), 1) if launch.nproc is None else launch.nproc
+    world_size = processes * _nodes(launch)
+    if world_size < 1:
+        raise UsageError(f"--nproc {processes}: expected 1 or more.")
     overrides = _overrides(command)
     several = world_size > 1 or launch.rdzv_id is not None or len(machine.gpus) > 1
     config = resolve_config(command.config, overrides, machine=machine, torchrun=several)
@@ -93,6 +107,13 @@ def resolve(command: Command) -> Setting:
         config = resolve_config(command.config, overrides, machine=machine, torchrun=True)
         return Setting(config, launch, processes, world_size, torchrun=True, verbose=command.verbose)
     return Setting(config, launch, processes, world_size, several, command.verbose)
+
+
+def _nodes(launch: Launch) -> int:
+    """The number of nodes; of an elastic run the largest."""
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", launch.nnodes):
+        raise UsageError(f"--nnodes {launch.nnodes}: expected a number, or MIN:MAX for an elastic run.")
+    return int(launch.nnodes.rpartition(":")[2])
 
 
 def _overrides(command: Command) -> list[Override]:
@@ -117,28 +138,37 @@ def _narrate(config: ResolvedConfig) -> None:
 
 
 def _show_checks(checks: Sequence[Check]) -> None:
-    lines = [f"  {check.status:<8}{check.name}: {check.found} {check.advice}".rstrip() for check in checks]
-    log.info("\n".join(["Checks:", *lines]))
+    lines = ["Checks:"]
+    for check in checks:
+        lines.append(f"  {check.status:<9}{check.name}: {check.found}")
+        if check.advice:
+            lines.append(f"  {'':<9}-> {check.advice}")
+    log.info("\n".join(lines))
 
 
-def _report_checks(command: Command, checks: Sequence[Check]) -> ExitCode:
+def _report_checks(command: Command, checks: Sequence[Check]) -> Outcome:
     errors = errors_in(checks)
     if command.json:
         cli.emit_json([{"name": c.name, "status": c.status, "found": c.found, "advice": c.advice} for c in checks])
     else:
         cli.emit(f"{len(checks)} checks, {len(errors)} errors: {'not ready to train' if errors else 'ready to train'}")
-    return ExitCode.USAGE if errors else ExitCode.DONE
+    return Outcome(ExitCode.USAGE if errors else ExitCode.DONE)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def _train_and_export(command: Command, setting: Setting) -> ExitCode:
+def train(command: Command, setting: Setting) -> Outcome:
+    """Begin, go on with, or finish the run of a config; then export it if that was asked for.
+
+    Raises:
+        PrmkitError: as each part says.
+    """
     values = setting.config.values
     folder = run_folder_of(values, setting.config.sources)
     if not command.launch.is_first_node:
         join(setting, folder)
-        return ExitCode.DONE
+        return Outcome()
     target = Path(str(values.get("export_dir") or "exported_model"))
     fresh = new_record(folder, setting.config, command_line(), setting.world_size)
     folder = _claim(folder, fresh, command)
@@ -152,7 +182,7 @@ def _train_and_export(command: Command, setting: Setting) -> ExitCode:
         source = Source(folder, record)
         exported = export_run(source, target, log_path=LOGS / f"{folder.name}.log", overwrite=command.overwrite)
     _report(command, folder, record, exported, already=plan.step is Step.DONE)
-    return ExitCode.DONE
+    return Outcome(ExitCode.DONE, folder, exported)
 
 
 def _claim(folder: Path, fresh: dict[str, Any], command: Command) -> Path:
@@ -221,7 +251,7 @@ def _next_commands(
     return lines
 
 
-def _export_existing(command: Command, folder: Path, target: Any = None) -> ExitCode:
+def _export_existing(command: Command, folder: Path, target: Any = None) -> Outcome:
     source = find_source(folder)
     chosen = target or next(
         (parse_assignment(text).text for text in command.assignments if text.startswith("export_dir=")),
@@ -234,10 +264,10 @@ def _export_existing(command: Command, folder: Path, target: Any = None) -> Exit
         cli.emit_json({"folder": str(folder), "exported": str(exported)})
     else:
         cli.emit(f"Exported: {exported}")
-    return ExitCode.DONE
+    return Outcome(exported=exported)
 
 
-def _show_runs(command: Command) -> ExitCode:
+def _show_runs(command: Command) -> Outcome:
     saves = run_saves(command.config)
     records = list(all_records(saves))
     if command.json:
@@ -246,7 +276,7 @@ def _show_runs(command: Command) -> ExitCode:
         cli.emit_table(str(saves), TABLE_COLUMNS, table_rows(records), numeric=NUMERIC_COLUMNS)
     else:
         cli.emit(f"{saves}: no runs yet")
-    return ExitCode.DONE
+    return Outcome()
 
 
 def run_saves(config: Path) -> Path:

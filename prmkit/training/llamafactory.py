@@ -4,7 +4,6 @@ What it left behind is checked elsewhere (`prmkit.training.runs`, `prmkit.traini
 trusted.
 """
 
-import importlib.util
 import logging
 import os
 import signal
@@ -80,14 +79,10 @@ def train_command(config: Path, launch: Launch, processes: int, *, torchrun: boo
     """
     if not torchrun:
         return cli_command("train", config)
-    package = importlib.util.find_spec("llamafactory")
-    if package is None or package.origin is None:
-        raise DataError(f"llamafactory is not installed for {sys.executable}. Run ./run_training.sh --install-deps")
     return [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--nnodes={launch.nnodes}"),
         *_rendezvous(launch),
-        f"--max-restarts={launch.max_restarts}",
-        *(str(Path(package.origin).parent / "launcher.py"), str(config)),
+        *(f"--max-restarts={launch.max_restarts}", "-m", "prmkit.training.worker", str(config)),
     ]
 
 
@@ -112,6 +107,8 @@ _STRAY_VARIABLES = (
 def child_environment() -> dict[str, str]:
     """The environment that LLaMA Factory runs in: ours, without stray orders, with what makes its log useful."""
     environment = {name: value for name, value in os.environ.items() if name not in _STRAY_VARIABLES}
+    here = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, here))  # torchrun's workers import prmkit from anywhere
     environment |= {"PYTHONUNBUFFERED": "1", "RECORD_VRAM": "1"}
     # What LLaMA Factory's launcher sets for several GPUs; row lengths differ so much that one GPU gains by it too.
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
