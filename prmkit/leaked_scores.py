@@ -6,7 +6,7 @@ The prompts of `category` and `final` evaluations often carry the mean of the ju
 
 import re
 
-_SCORE = re.compile(r"\(Score: \d(?:\.\d+)?\)")
+_SCORE = re.compile(r"\(Score: (\d(?:\.\d+)?)\)")
 MASK = "(Score: not shown)"
 
 
@@ -22,3 +22,8 @@ def mask_leaked_scores(prompt: str) -> tuple[str, int]:
 def count_leaked_scores(prompt: str) -> int:
     """How many scores of earlier evaluations a prompt carries."""
     return len(_SCORE.findall(prompt))
+
+
+def leaked_scores(prompt: str) -> list[float]:
+    """The scores of earlier evaluations in a prompt, in order."""
+    return [float(score) for score in _SCORE.findall(prompt)]

@@ -1,5 +1,6 @@
 """Evaluate a judge: score the held-out prompts, resumably, and write predictions, metrics and report."""
 
+import argparse
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,18 @@ class Settings:
     """Shorten prompts that do not fit; else they get no score."""
     max_new_tokens: int = 1024
     """The longest verdict to write, in generate mode."""
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The settings that the command line of `evaluate_judge.py` names."""
+    return Settings(
+        mode=arguments.mode,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        with_base=arguments.baseline,
+        trim=arguments.too_long == "trim",
+        max_new_tokens=arguments.max_new_tokens,
+    )
 
 
 def evaluate(

@@ -1,7 +1,6 @@
 """The held-out prompts, and what the judges said about each: the yardstick of an evaluation."""
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -194,18 +193,6 @@ def training_medians(data_folder: Path, held_out_name: str) -> Medians:
         for key, score in row["scores"].items():
             scores[str(row["metadata"].get("evaluation_type"))][key].append(score)
     return {kind: {key: median(values) for key, values in keys.items()} for kind, keys in scores.items()}
-
-
-_LEAKED = re.compile(r"\(\s*score\s*[:=]\s*(0?\.\d+|0|1(?:\.0+)?|0\.)\s*\)", re.IGNORECASE)
-
-
-def leaked_scores(prompt: str) -> list[float]:
-    """The judged scores of earlier clips that stand in clear in a prompt, `(Score: 0.93)`, in order.
-
-    Prompts of whole categories and trajectories often carry them, and so does the history of late clips. A judge that
-    copies them looks good without judging anything, so copying is one of the baselines.
-    """
-    return [float(text) for text in _LEAKED.findall(prompt)]
 
 
 def sampled(prompts: tuple[HeldOutPrompt, ...], limit: int | None) -> Iterator[HeldOutPrompt]:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from prmkit.files import read_json, write_json
 from prmkit.judging.bootstrap import Floats
-from prmkit.judging.heldout import HeldOutPrompt, Medians, leaked_scores
+from prmkit.judging.heldout import HeldOutPrompt, Medians
 from prmkit.judging.judgement import BAD_BELOW, Distribution, Judgement
+from prmkit.leaked_scores import leaked_scores
 
 log = logging.getLogger(__name__)
 

@@ -132,6 +132,12 @@ def conclusions(metrics: Mapping[str, Any]) -> list[Conclusion]:
     return found
 
 
+def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The verdict as a terminal shows it."""
+    lines = [f"{each.kind}: {each.headline}" for each in conclusions(metrics)]
+    return [*lines, validity_sentence(metrics)]
+
+
 def _headline(group: Group) -> tuple[Standing, str]:
     """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak."""
     judge, copying, gap = group["judge"], group["baselines"].get("copy"), group["ceiling"]["gap"]
@@ -145,7 +151,7 @@ def _headline(group: Group) -> tuple[Standing, str]:
     if copying and _copies(copying):
         return "useless", "It repeats the scores that stand in the prompt."
     if skill["low"] is not None and skill["low"] <= 0:
-        return "weak", "Its order means something, its numbers do not: they beat no constant."
+        return "weak", "Its order means something; that its numbers beat a constant is not shown."
     if copying and copying["skill"]["low"] is not None and copying["skill"]["low"] <= 0:
         return "weak", "It judges, but copying the scores that stand in the prompt would do as well."
     if gap["low"] is None:

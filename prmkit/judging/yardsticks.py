@@ -20,8 +20,9 @@ COPY_WITHIN = 0.005
 def baselines(scores: Scores, base: Scores | None) -> Figures:
     """What can be had without training, on the same scores.
 
-    `training_median`: always the same number. `copy`: repeating a score that stands in the prompt, and the judge on
-    these very rows beside it, for a judge that copies looks good exactly there. `base_model`: the model without
+    `training_median`: always the same number. `copy`: repeating the scores of earlier clips that stand in the prompt,
+    their mean or the last of them, whichever errs less, and the judge on these very rows beside it, for a judge that
+    copies looks good exactly there. `base_model`: the model without
     its adapter, where it was asked, and the judge on the rows that both scored.
     """
     figures: Figures = {}

@@ -1,0 +1,159 @@
+"""Two evaluations of the same held-out prompts: which judge is better, and is that more than chance?"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prmkit.errors import DataError, GateError
+from prmkit.files import read_json, read_jsonl
+from prmkit.judging import measures
+from prmkit.judging.agreement import FEWEST_SCORES, Figures, plain
+from prmkit.judging.bootstrap import Figure, Floats, Sample, Statistic, make_sample, measure
+from prmkit.judging.evaluate import METRICS, PREDICTIONS
+from prmkit.judging.predictions import Scores, table_of_scores
+from prmkit.judging.summary import ALL, shown
+from prmkit.judging.yardsticks import shared
+
+COMPARISON = "comparison.json"
+COLUMNS = ("scores of", "n", "tasks", "Spearman", "other", "difference", "MAE", "other", "difference", "verdict")
+NUMERIC = COLUMNS[1:-1]
+
+_MEASURES: Mapping[str, tuple[Callable[[Sample], Statistic], int]] = {
+    "spearman": (measures.spearman, FEWEST_SCORES),
+    "mae": (measures.mean_absolute_error, 1),
+}
+
+
+def compare(this: Path, other: Path) -> dict[str, Any]:
+    """Compare two judges on the scores that both gave.
+
+    Differences are this judge's figure minus the other's, with a 95 % interval in which both are resampled together,
+    task by task: the prompts that are hard for both do not blur the difference.
+
+    Args:
+        this: a folder with `metrics.json` and `predictions.jsonl`.
+        other: another one, or the folder of a run that has been evaluated.
+
+    Raises:
+        DataError: one has not been evaluated, or they were measured on different held-out rows, or share no score.
+    """
+    other = other if (other / METRICS).is_file() or not (other / "evaluation").is_dir() else other / "evaluation"
+    described, others = _described(this), _described(other)
+    if described["held_out"]["sha256"] != others["held_out"]["sha256"]:
+        raise DataError(
+            f"{this} and {other} were measured on different held-out rows ({described['held_out']['dataset']}, "
+            f"{others['held_out']['dataset']}). Evaluate one of them again, on the other's --data-dir and --dataset."
+        )
+    mine, theirs = _scores(this), _scores(other)
+    both, both_of_other = shared(mine, theirs)
+    if not len(both):
+        raise DataError(f"{this} and {other} share no score. Evaluate both without --limit.")
+    kinds = [ALL, *dict.fromkeys(both.evaluation_type)]
+    masks = {kind: np.full(len(both), True) if kind == ALL else both.evaluation_type == kind for kind in kinds}
+    comparison: dict[str, Any] = plain(
+        {
+            "this": str(this),
+            "other": str(other),
+            "held_out_sha256": described["held_out"]["sha256"],
+            "scores_of_this_alone": len(mine) - len(both),
+            "scores_of_other_alone": len(theirs) - len(both),
+            "groups": [
+                {"evaluation_type": kind} | _differences(both.where(mask), both_of_other.where(mask))
+                for kind, mask in masks.items()
+            ],
+        }
+    )
+    return comparison
+
+
+def _described(folder: Path) -> Mapping[str, Any]:
+    if not (folder / METRICS).is_file():
+        raise DataError(f"{folder}: no {METRICS}. Evaluate it first: python evaluate_judge.py --run FOLDER")
+    metrics: Mapping[str, Any] = read_json(folder / METRICS)
+    return metrics
+
+
+def _scores(folder: Path) -> Scores:
+    return table_of_scores(list(read_jsonl(folder / PREDICTIONS)), judges=(), medians={})
+
+
+def _differences(mine: Scores, theirs: Scores) -> Figures:
+    samples = [make_sample(scores.predicted, scores.reference, scores.task) for scores in (mine, theirs)]
+    figures: Figures = {"scores": len(mine), "tasks": samples[0].tasks}
+    for name, (statistic_of, fewest) in _MEASURES.items():
+        one, other = (statistic_of(sample) for sample in samples)
+        figures[name] = {
+            "this": measure(samples[0], one, fewest=fewest),
+            "other": measure(samples[1], other, fewest=fewest),
+            "difference": measure(samples[0], _difference(one, other), fewest=fewest),
+        }
+    return figures | {"verdict": _verdict(figures["spearman"]["difference"], figures["mae"]["difference"])}
+
+
+def _difference(one: Statistic, other: Statistic) -> Statistic:
+    def statistic(weights: Floats) -> Floats:
+        return one(weights) - other(weights)
+
+    return statistic
+
+
+def _verdict(spearman: Figure, mae: Figure) -> str:
+    """`worse` or `better` where one figure's interval lies beyond zero and the other's does not contradict."""
+    worse = _beyond(spearman, below=True) or _beyond(mae, below=False)
+    better = _beyond(spearman, below=False) or _beyond(mae, below=True)
+    if worse and better:
+        return "mixed"
+    return "worse" if worse else "better" if better else "no difference shown"
+
+
+def _beyond(figure: Figure, *, below: bool) -> bool:
+    if figure.low is None or figure.high is None:
+        return False
+    return figure.high < 0 if below else figure.low > 0
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """One row an evaluation type, the cells in the order of `COLUMNS`."""
+    return [
+        [
+            "everything" if group["evaluation_type"] == ALL else group["evaluation_type"],
+            str(group["scores"]),
+            str(group["tasks"]),
+            *(
+                shown(group[name][which], 3, interval=which == "difference")
+                for name in _MEASURES
+                for which in ("this", "other", "difference")
+            ),
+            group["verdict"],
+        ]
+        for group in comparison["groups"]
+    ]
+
+
+def refuse_worse(comparison: Mapping[str, Any]) -> None:
+    """Fail where this judge is worse over everything, by more than chance explains.
+
+    Raises:
+        GateError: the interval of Spearman's difference lies below zero, or that of the mean absolute error's above.
+    """
+    everything = comparison["groups"][0]
+    if everything["verdict"] in ("worse", "mixed"):
+        raise GateError(
+            f"{comparison['this']} is worse than {comparison['other']}: Spearman differs by "
+            f"{shown(everything['spearman']['difference'], 3)}, MAE by {shown(everything['mae']['difference'], 3)}."
+        )
+
+
+def refuse_low_spearman(metrics: Mapping[str, Any], least: float) -> None:
+    """Fail where the judge's Spearman correlation over everything is below a threshold, or not defined.
+
+    Raises:
+        GateError: it is.
+    """
+    spearman = metrics["groups"][0]["judge"]["spearman"]
+    if spearman["value"] is None:
+        raise GateError(f"--min-spearman {least}: there is no Spearman correlation ({spearman['reason']}).")
+    if spearman["value"] < least:
+        raise GateError(f"--min-spearman {least}: the Spearman correlation is {shown(spearman, 3)}.")
