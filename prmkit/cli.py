@@ -77,7 +77,8 @@ def emit_table(
         table.add_column(Text(column), justify="right" if column in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(file=sys.stdout)
+    # Where nobody looks at a terminal there is no width to keep to, and rich would assume 80.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 10_000)
     if not sys.stdout.isatty():
         console.width = max(console.measure(table).maximum, 1)
     console.print(table)
