@@ -172,8 +172,8 @@ def _lay_over(
 def typed_value(key: Key | None, text: str) -> Any:
     """What a text on the command line means for a key, typed as LLaMA Factory types its own `key=value`.
 
-    A key that holds text takes it as it stands: `run_name=123` is a name, and `default_system="Judge: be strict"` no
-    mapping.
+    A key that holds text takes it as it stands, unless it is a list: `run_name=123` is a name, and
+    `default_system="Judge: be strict"` no mapping.
 
     Raises:
         ValueError: the text is not YAML.
@@ -190,7 +190,7 @@ def typed_value(key: Key | None, text: str) -> Any:
             return text
         raise ValueError(_one_line(error)) from error
     value = _no_is_a_word(key, value)
-    if key is not None and takes_text and type(value).__name__ not in key.types | {"NoneType"}:
+    if key is not None and takes_text and type(value).__name__ not in key.types | {"NoneType", "list"}:
         return text
     return value
 

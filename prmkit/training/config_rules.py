@@ -57,8 +57,11 @@ SUCCESSORS = {
 """What became of keys of older versions and of neighbouring tools. Looked at only for keys that the installed LLaMA
 Factory does not know."""
 
-_TAKEN_ALL_THE_SAME = {"swanlab_mode": ("offline", "disabled")}
-"""Values outside a key's own choices that nevertheless work."""
+_TAKEN_ALL_THE_SAME: dict[str, tuple[Any, ...]] = {
+    "swanlab_mode": ("offline", "disabled"),
+    "resume_from_checkpoint": (True, False),
+}
+"""Values outside a key's own types and choices that nevertheless work."""
 
 _EMPTY_MEANS_SOMETHING = {"default_system", "debug"}
 """`default_system: ""` leaves out the system text that the template would put in."""
@@ -161,7 +164,7 @@ def _null(key: Key) -> Iterator[Problem]:
 
 
 def _type(key: Key, value: Any) -> Iterator[Problem]:
-    if _fits(key, value):
+    if _fits(key, value) or value in _TAKEN_ALL_THE_SAME.get(key.name, ()):
         return
     wanted = " or ".join(sorted(_TYPE_WORDS[name] for name in key.types & _TYPE_WORDS.keys())) or "another type"
     if isinstance(value, str):

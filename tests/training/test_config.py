@@ -1,0 +1,321 @@
+"""Reading a config and its overrides: everything that is wrong is told, at once, with what to write instead."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from layout import CONFIG, write_config
+
+from prmkit.errors import UsageError
+from prmkit.training.config import Override, parse_assignment, read_yaml, render_yaml, resolve_config
+from prmkit.training.machine import Machine
+
+NO_GPU = Machine((), 2, {"swanlab": "0.10.3", "swanboard": "0.1", "matplotlib": "3"})
+
+
+def resolved(path: Path, *assignments: str):
+    """The config of a project, resolved on a machine without GPU."""
+    return resolve_config(path, [parse_assignment(text) for text in assignments], machine=NO_GPU)
+
+
+def complaint(path: Path, *assignments: str) -> str:
+    """What a user is told; fails when there is nothing to tell."""
+    with pytest.raises(UsageError) as caught:
+        resolved(path, *assignments)
+    return str(caught.value)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path / "config.yaml")
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("learning_rate=1e-4", 1e-4),
+        ("max_grad_norm=2", 2),
+        ("lora_rank=0x10", 16),
+        ("bf16_full_eval=false", False),
+        ("do_eval=true", True),
+        ("eval_strategy=no", "no"),
+        ("save_strategy=no", "no"),
+        ("save_strategy='no'", "no"),
+        ("run_name=123", "123"),
+        ("run_name=1e-4", "1e-4"),
+        ("run_name=yes", "yes"),
+        ("run_name=a=b", "a=b"),
+        ("default_system=Judge: be strict", "Judge: be strict"),
+        ("default_system={unclosed", "{unclosed"),
+        ("report_to=[tensorboard, wandb]", ["tensorboard", "wandb"]),
+        ("lora_target=q_proj,v_proj", "q_proj,v_proj"),
+        ("lora_target=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("include_num_input_tokens_seen=no", False),
+        ("--lora_rank=4", 4),
+    ],
+)
+def test_override_is_typed_as_llama_factory_types_it(config: Path, assignment: str, value: object) -> None:
+    key = assignment.removeprefix("--").partition("=")[0]
+    found = resolved(config, assignment)
+    assert found.values[key] == value
+    assert type(found.values[key]) is type(value)
+    assert found.sources[key] == "key=value"
+
+
+def test_override_by_presence_not_by_truth(config: Path) -> None:
+    found = resolve_config(config, [Override("weight_decay", "0", "--flag"), Override("seed", "0", "--flag")])
+    assert (found.values["weight_decay"], found.values["seed"]) == (0, 0)
+
+
+def test_empty_override_takes_a_key_out_of_the_file(config: Path) -> None:
+    assert "lora_rank" not in resolved(config, "lora_rank=").values
+
+
+@pytest.mark.parametrize("text", ["lora_rank", "=4", "--verbose", ""])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not key=value"):
+        parse_assignment(text)
+
+
+def test_same_key_twice_with_two_values_is_refused(config: Path) -> None:
+    overrides = [Override("num_train_epochs", "3", "--epochs"), parse_assignment("num_train_epochs=5")]
+    with pytest.raises(UsageError, match=r"given twice: 3 \(--epochs\) and 5 \(key=value\)"):
+        resolve_config(config, overrides, machine=NO_GPU)
+
+
+def test_every_value_has_a_source(config: Path) -> None:
+    found = resolved(config, "lora_rank=4")
+    assert found.values.keys() == found.sources.keys()
+    assert found.sources["learning_rate"] == str(config)
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: [1", "not a YAML"),
+        ("seed: 1\nseed: 2", "duplicate key seed"),
+        ("- a\n- b", "not a mapping"),
+        ("\tseed: 1", "line 1"),
+        ("seed: \xff", "not a YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=told) as caught:
+        read_yaml(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_yaml(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="directory"):
+        read_yaml(tmp_path)
+
+
+def test_the_file_is_read_as_llama_factory_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 1e-4\neval_strategy: no\nrun_name: ${oc.env:HOME}\n")
+    assert read_yaml(path) == {"learning_rate": 1e-4, "eval_strategy": False, "run_name": "${oc.env:HOME}"}
+
+
+def test_a_rendered_yaml_reads_back_the_same(tmp_path: Path) -> None:
+    values = {"a": "1e-4", "b": "no", "c": 1e-05, "d": "8", "e": "", "f": "x: y", "g": [1, "true"], "h": "Größe\n2",
+              "i": True, "j": "null", "k": {"version": 2}, "l": "0x1F", "m": "2026-01-01"}  # fmt: skip
+    path = tmp_path / "rendered.yaml"
+    path.write_text(render_yaml(values))
+    assert read_yaml(path) == values
+
+
+# --- traps --------------------------------------------------------------------------------------------------------
+
+TRAPS = {
+    # names that went away
+    "evaluation_strategy=steps": "Write eval_strategy",
+    "group_by_length=true": "train_sampling_strategy: group_by_length",
+    "tokenizer_name_or_path=./model": "always comes from model_name_or_path",
+    "modules_to_save=lm_head": "additional_target",
+    "torch_dtype=bfloat16": "bf16: true",
+    "save_safetensors=true": "Leave it out",
+    "experiment_name=x": "run_name",
+    "lora_plus_scale=16": "loraplus_lr_ratio",
+    "additional_special_tokens=<a>": "add_special_tokens",
+    "no_cuda=true": "use_cpu",
+    "per_gpu_train_batch_size=2": "per_device_train_batch_size",
+    "push_to_hub_token=x": "hub_token",
+    "include_inputs_for_metrics=true": "include_for_metrics",
+    "jit_mode_eval=true": "Leave it out",
+    "half_precision_backend=amp": "Leave it out",
+    "model_max_length=100": "cutoff_len",
+    # names that were mistyped
+    "learnig_rate=1e-4": "Did you mean learning_rate?",
+    "lora-rank=8": "Did you mean lora_rank?",
+    "zzz=1": "does not know this key",
+    # wrong types
+    "learning_rate='1e-4'": "Write learning_rate: 1e-4 without quotes",
+    "lora_rank='8'": "Write lora_rank: 8 without quotes",
+    "plot_loss='false'": "Write plot_loss: false without quotes",
+    "lora_rank=8.0": "Write 8.",
+    "lora_rank=many": "needs a whole number",
+    "max_steps=1e3": "Write 1000.",
+    "plot_loss=1": "Write true.",
+    "lora_rank=[8]": "needs a whole number",
+    "output_dir=[a]": "needs a text",
+    "lora_rank=true": "needs a whole number",
+    # values outside the choices
+    "stage=sfft": "Did you mean sft?",
+    "finetuning_type=lore": "Did you mean lora?",
+    "save_strategy=step": "Did you mean steps?",
+    "flash_attn=flash": "Write one of: auto",
+    "optim=adamw_hf": "not one of its choices",
+    "lr_scheduler_type=cosin": "Did you mean cosine?",
+    "template=qwenn": "Did you mean qwen",
+    "train_sampling_strategy=length": "group_by_length",
+    "swanlab_mode=clout": "Did you mean cloud?",
+    # values that LLaMA Factory takes and then dies of
+    "max_samples=-1": "Leave the key out to take every row",
+    "max_samples=0": "at least 1",
+    "resume_from_checkpoint=''": "is an empty text",
+    "adapter_name_or_path=''": "is an empty text",
+    "eval_dataset='' eval_strategy=no": "is an empty text",
+    "swanlab_workspace=''": "is an empty text",
+    "swanlab_api_key=abc": "SWANLAB_API_KEY",
+    "adapter_name_or_path=[a,b]": "Write one text: a,b",
+    "flash_attn=fa3": "NotImplementedError",
+    "quantization_bit=0": "has no 0-bit quantization",
+    "quantization_bit=5": "Write 4 or 8",
+    "report_to=none,wandb": "report_to: [none, wandb]",
+    "report_to=wandbb": "no logger 'wandbb'",
+    "report_to=swanlab": "use_swanlab: true",
+    "do_train=false": "nothing would be trained",
+    # numbers that make no sense
+    "learning_rate=0": "more than 0",
+    "learning_rate=3": "less than 1",
+    "learning_rate=.nan": "is nan",
+    "num_train_epochs=-1": "more than 0",
+    "per_device_train_batch_size=0": "at least 1",
+    "gradient_accumulation_steps=0": "at least 1",
+    "lora_rank=-8": "at least 1",
+    "lora_dropout=1.0": "less than 1",
+    # keys that contradict each other
+    "warmup_ratio=0.1 warmup_steps=10": "takes only the ratio",
+    "load_best_model_at_end=true eval_strategy=epoch": "must be equal",
+    "load_best_model_at_end=true eval_steps=5 save_steps=8": "multiple of eval_steps",
+    "save_strategy=best": "metric_for_best_model",
+    "packing=true": "neat_packing",
+    "val_size=0.1": "cannot stand beside eval_dataset",
+    "eval_dataset= val_size=1.0": "must be below 1",
+    "streaming=true dataloader_num_workers=1": "Set max_steps",
+    "streaming=true max_steps=5": "Set dataloader_num_workers: 1",
+    "streaming=true max_steps=5 max_samples=9 dataloader_num_workers=1": "cannot stand beside streaming",
+    "mask_history=true train_on_prompt=true": "cannot stand beside train_on_prompt",
+    "interleave_probs=0.5,0.5": "mix_strategy",
+    "neat_packing=true flash_attn=fa2": "per_device_train_batch_size: 1",
+    "bf16=true fp16=true": "cannot stand beside bf16",
+    "use_dora=true finetuning_type=full": "means nothing",
+    "quantization_bit=4 finetuning_type=full": "finetuning_type: lora",
+    "quantization_bit=4 resize_vocab=true": "quantized model",
+    "use_galore=true": "full fine-tuning",
+    "deepspeed=nowhere.json": "no file nowhere.json",
+    "dataloader_prefetch_factor=2": "dataloader_num_workers",
+    "dataloader_persistent_workers=true": "dataloader_num_workers",
+    "early_stopping_steps=3": "metric_for_best_model",
+    "lr_scheduler_type=reduce_lr_on_plateau eval_strategy=no": "held-out loss",
+    "predict_with_generate=true compute_accuracy=true": "cannot stand beside predict_with_generate",
+    "export_dir=model": "folder of model_name_or_path",
+    "output_dir=./model": "folder of model_name_or_path",
+    "logging_steps=2.5": "whole number",
+    # what must be there
+    "dataset=": "dataset: is not set",
+    "model_name_or_path=": "model_name_or_path: is not set",
+}
+
+
+@pytest.mark.parametrize("assignments", TRAPS)
+def test_trap(config: Path, assignments: str) -> None:
+    told = complaint(config, *assignments.split(" "))
+    assert TRAPS[assignments] in told
+    assert told.startswith(f"{config}: 1 problem (LLaMA Factory")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ("report_to: null", "Write report_to: none"),
+        ("flash_attn: null", "Leave the key out for LLaMA Factory's default, auto"),
+        ("cutoff_len: null", "default, 2048"),
+        ("run_name: 123", "Put it in quotes: '123'"),
+        ("do_eval: true\nval_size: 0.0", "there is no held-out data"),
+        ("do_eval: 'no'", "Write do_eval: no without quotes"),
+    ],
+)
+def test_trap_in_a_file(tmp_path: Path, changes: str, told: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model_name_or_path: model\ndataset: steps\n{changes}\n")
+    assert told in complaint(path)
+
+
+def test_do_eval_without_held_out_data(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", eval_dataset=None, eval_strategy=None, do_eval=True)
+    assert "do_eval: there is no held-out data" in complaint(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["adapter_name_or_path: null", "resume_from_checkpoint: null", "deepspeed: null", "template: null",
+     "enable_thinking: null", "default_system: ''", "swanlab_mode: offline", "swanlab_mode: disabled",
+     "resume_from_checkpoint: false", "report_to: []", "dataset: [steps]", "warmup_steps: 0.1", "save_steps: 0.05"],
+)  # fmt: skip
+def test_what_only_looks_like_a_trap(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "c.yaml"
+    base = "".join(f"{key}: {value}\n" for key, value in CONFIG.items() if not line.startswith(key))
+    path.write_text(base + line + "\n")
+    resolved(path)
+
+
+def test_seven_mistakes_in_one_report(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", learning_rate=None, save_strategy=None)
+    mistakes = {
+        "evaluation_strategy": "steps", "learning_rate": "'1e-4'", "lora_rnak": "8", "max_samples": "-1",
+        "flash_attn": "fa3", "packing": "true", "save_strategy": "sometimes",
+    }  # fmt: skip
+    path.write_text(path.read_text() + "".join(f"{key}: {value}\n" for key, value in mistakes.items()))
+    told = complaint(path)
+    assert "7 problems" in told
+    assert all(f"\n  {key}: " in told for key in mistakes)
+
+
+def test_a_problem_says_where_it_was_typed(config: Path) -> None:
+    with pytest.raises(UsageError, match=r"num_train_epochs \(--epochs\): is 'five'"):
+        resolve_config(config, [Override("num_train_epochs", "five", "--epochs")], machine=NO_GPU)
+
+
+def test_a_typo_is_told_in_under_two_seconds_by_a_fresh_process(config: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from prmkit.training.config import *\n"
+        "from prmkit.errors import UsageError\n"
+        "try: resolve_config(Path(sys.argv[1]), [parse_assignment('learnin_rate=1')])\n"
+        "except UsageError as error: print(error)\n"
+        "print([name for name in ('torch', 'transformers', 'llamafactory') if name in sys.modules])"
+    )
+    before = sum(_children())
+    done = subprocess.run([sys.executable, "-c", program, str(config)], capture_output=True, text=True, check=True)
+    spent = sum(_children()) - before
+    assert "Did you mean learning_rate?" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert spent < 2.0  # of processor time: the wall clock of a busy machine says nothing
+
+
+def _children() -> tuple[float, float]:
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime, usage.ru_stime
