@@ -4,17 +4,15 @@ Conversion, evaluation and serving all read and write verdicts here, so they can
 as a `Verdict` or refused as `Unreadable` with the reason; a score is never guessed and never defaults to a number.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import orjson
 
-LONGEST_VERDICT = 200_000
-"""Characters. Longer answers are refused unread: repairing them costs minutes, and no judge writes them."""
+from prmkit.mending import CUT_OFF, Found, Refusal, find_objects, objects_in
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,17 @@ class Unreadable:
     """The reason without what differs from answer to answer; refused answers are counted by it."""
 
 
-class _Refusal(Exception):
-    """Carries the reason from where it is found to `read_verdict`."""
-
-    def __init__(self, reason: str, kind: str = "") -> None:
-        super().__init__(reason)
-        self.unreadable = Unreadable(reason, kind or reason)
-
-
 def read_verdict(text: str) -> Verdict | Unreadable:
     """Read any judge's text.
 
-    Takes JSON as it stands; else the JSON in a Markdown fence or between prose; else what `json-repair` makes of it.
-    Every step away from the judge's own text is named in `Verdict.repairs`.
+    Takes JSON as it stands; else the JSON in a Markdown fence or between prose; else what can be mended of it. Every
+    step away from the judge's own text is named in `Verdict.repairs`.
     """
     try:
-        answer, body, repairs = _parse(text)
-        return _verdict(answer, body, repairs)
-    except _Refusal as refusal:
-        return refusal.unreadable
+        found = _first_with_scores(text)
+        return _verdict(found)
+    except Refusal as refusal:
+        return Unreadable(refusal.reason, refusal.kind)
 
 
 def render_verdict(verdict: Verdict) -> str:
@@ -125,194 +115,140 @@ def _dumps(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
-# --- from text to an object ---------------------------------------------------------------------------------------
-
-
-def _parse(text: str) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """The judge's object, the text that it was read from, and what was repaired.
-
-    Raises:
-        _Refusal: there is no object, or none that can be told.
-    """
-    text = text.strip().lstrip("\ufeff")
-    if not text:
-        raise _Refusal("empty answer")
-    if len(text) > LONGEST_VERDICT:
-        raise _Refusal(f"longer than {LONGEST_VERDICT:,} characters")
-    try:
-        answer = orjson.loads(text)
-        repairs: tuple[str, ...] = ()
-    except orjson.JSONDecodeError:
-        text, repairs = _unwrap(text)
-        answer, repairs = _mend(text, repairs)
-    if isinstance(answer, list) and len(answer) == 1:
-        answer, repairs = answer[0], (*repairs, "list around the object")
-    if not isinstance(answer, dict):
-        raise _Refusal("no JSON object")
-    return answer, text, repairs
-
-
-_THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
-_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\r?\n?(?=\s*[\[{])")
-
-
-def _unwrap(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text from the first brace to the end of the JSON, without thought, fence and prose."""
-    repairs = []
-    if thought := _THOUGHT.match(text):
-        text, repairs = text[thought.end() :], ["thought before the answer"]
-    if fence := _FENCE.search(text):
-        text = text[fence.end() :]
-        text = text[:end] if (end := text.rfind("```")) >= 0 else text
-        repairs.append("fenced")
-    start = text.find("{")
-    if start < 0:
-        raise _Refusal("no JSON object")
-    if text[:start].strip(" \t\r\n["):
-        repairs.append("prose around the answer")
-    return text[start:].rstrip(), tuple(repairs)
-
-
-def _mend(text: str, repairs: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-    """Parse text that starts with a brace, with as little mending as it needs."""
-    try:
-        answer, end = _LENIENT.raw_decode(text)
-    except (json.JSONDecodeError, RecursionError):
-        return _repair(text, repairs)
-    rest = text[end:].strip(" \t\r\n`]")
-    if rest:
-        _refuse_second_verdict(answer, rest)
-        if "prose around the answer" not in repairs:
-            repairs = (*repairs, "prose around the answer")
-    try:
-        orjson.loads(text[:end])
-    except orjson.JSONDecodeError:
-        repairs = (*repairs, "control characters in a string")
-    return answer, repairs
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _Refusal(f"{name} is not a JSON number")
-
-
-# strict=False admits raw newlines and tabs inside strings, the commonest fault of judges, and changes nothing else.
-_LENIENT = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
-
-
-def _refuse_second_verdict(first: Any, rest: str) -> None:
-    for other in _objects_in(rest):
-        if set(_score_items(other)) and dict(_score_items(other)) != dict(_score_items(first)):
-            raise _Refusal("two verdicts that differ")
-
-
-def _objects_in(text: str) -> Iterator[dict[str, Any]]:
-    position = text.find("{")
-    while position >= 0:
-        try:
-            value, end = _LENIENT.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError):
-            end = position + 1
-        else:
-            yield value
-        position = text.find("{", end)
-
-
-def _repair(text: str, repairs: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-    import json_repair
-
-    cut_off = _is_cut_off(text)
-    if cut_off:
-        _refuse_cut_scores(text)
-    try:
-        answer = json_repair.loads(text, skip_json_loads=True)
-    except RecursionError as error:
-        raise _Refusal("nested too deeply") from error
-    if isinstance(answer, list):
-        answer = next((item for item in answer if isinstance(item, dict) and _score_items(item)), answer)
-    return answer, (*repairs, "cut off" if cut_off else "syntax")
-
-
-def _is_cut_off(text: str) -> bool:
-    """Whether the text stops in the middle: behind its last brace there is more than prose."""
-    behind = text[text.rfind("}") + 1 :]
-    return '"' in behind or "}" not in text or bool(re.search(r'"scores"\s*:\s*\{[^{}]*\}\s*,?\s*$', text))
-
-
-_NUMBER = r'"?\s*[-+]?\d[\d.eE+-]*\s*%?\s*"?'
-
-
-def _refuse_cut_scores(text: str) -> None:
-    """Refuse a text that stops before its scores are whole: `0.` may have become `0.9`, or another key was to come."""
-    nested = re.search(r'"scores"\s*:\s*\{', text)
-    if nested and "}" in text[nested.end() :]:
-        return
-    inside = text[nested.end() :] if nested else text
-    if nested is None and re.search(rf'score"\s*:\s*{_NUMBER}\s*[,}}\n]', inside):
-        return
-    some = re.search(rf'"\s*:\s*{_NUMBER}', inside) if nested else re.search(r'score"\s*:\s*"?[-+]?\d', inside)
-    raise _Refusal("cut off inside the scores" if some else "cut off before the first score")
-
-
 # --- from an object to a verdict ----------------------------------------------------------------------------------
 
 
-def _score_items(answer: Any) -> dict[str, Any]:
+def _first_with_scores(text: str) -> Found:
+    """The surest reading of an answer that has scores.
+
+    Raises:
+        Refusal: none has.
+    """
+    reason = "no JSON object"
+    for found in find_objects(text):
+        unwrapped = _without_wrapper(found)
+        if _score_items(unwrapped.value):
+            return unwrapped
+        reason = "cut off before the first score" if CUT_OFF in found.repairs else "no score"
+    raise Refusal(reason)
+
+
+def _without_wrapper(found: Found) -> Found:
+    """Some judges put the object that they were asked for into another one, as its only member."""
+    if len(found.value) == 1:
+        ((key, inner),) = found.value.items()
+        if key != "scores" and isinstance(inner, dict) and _score_items(inner):
+            return Found(inner, found.text, found.rest, (*found.repairs, "object around the object"))
+    return found
+
+
+def _score_items(answer: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that are meant as scores, whatever their values are.
 
     All of `scores` where it is an object; else the keys that are named `score` or `…_score`; else every key with a
     number, for judges who name their scores otherwise.
     """
-    if not isinstance(answer, dict):
-        return {}
     if isinstance(answer.get("scores"), dict):
         return dict(answer["scores"])
     named = {key: value for key, value in answer.items() if key.lower().endswith("score")}
     return named or {key: value for key, value in answer.items() if type(value) in (int, float)}
 
 
-def _verdict(answer: dict[str, Any], text: str, repairs: tuple[str, ...]) -> Verdict:
+def _verdict(found: Found) -> Verdict:
+    answer, items = found.value, _score_items(found.value)
     nested = isinstance(answer.get("scores"), dict)
-    items = _score_items(answer)
-    if not items:
-        raise _Refusal("no score")
-    _refuse_contradictions(items, text)
-    scores = {key: _score(key, value) for key, value in items.items()}
     others = {"scores"} if nested else set(items)
     texts = {key: value for key, value in answer.items() if key not in others}
     if any("score" in key.lower() and type(value) in (int, float) for key, value in texts.items()):
-        raise _Refusal("scores both inside and outside of `scores`")
+        raise Refusal("scores both inside and outside of `scores`")
+    _refuse_contradictions(items, found.text)
+    for other, _ in objects_in(found.rest):
+        if (differing := _score_items(other)) and differing != items:
+            raise Refusal("two verdicts that differ")
+    if CUT_OFF in found.repairs or "syntax" in found.repairs:
+        _refuse_unclear_scores(items, nested, found)
+    scores = {key: _score(key, value) for key, value in items.items()}
+    return Verdict(scores, nested, _plain(scores, texts) if found.repairs else _not_too_deep(texts), found.repairs)
+
+
+def _plain(scores: Mapping[str, float], texts: dict[str, Any]) -> dict[str, Any]:
+    """The texts as they are read back from JSON: Python's parser admits numbers and characters that JSON has not."""
     try:
-        orjson.dumps(texts)
-        "".join(scores).encode()
-    except (orjson.JSONEncodeError, UnicodeEncodeError, RecursionError) as error:
-        raise _Refusal(f"not to be written as JSON ({error})") from error
-    return Verdict(scores, nested, texts, repairs)
+        orjson.dumps(list(scores))
+        plain: dict[str, Any] = orjson.loads(orjson.dumps(texts))
+    except (orjson.JSONEncodeError, orjson.JSONDecodeError) as error:
+        raise Refusal(f"not to be written as JSON ({error})", "not to be written as JSON") from error
+    return plain
+
+
+def _not_too_deep(texts: dict[str, Any]) -> dict[str, Any]:
+    if any(isinstance(value, dict | list) for value in texts.values()):
+        try:
+            orjson.dumps(texts)
+        except orjson.JSONEncodeError as error:
+            raise Refusal("nested too deeply") from error
+    return texts
+
+
+_STRICT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
 
 
 def _score(key: str, value: Any) -> float:
-    number: float | None = None
-    if isinstance(value, str):
-        stripped = value.strip()
-        divisor = 100 if stripped.endswith("%") else 1
-        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?", stripped.removesuffix("%").strip()):
-            number = float(stripped.removesuffix("%")) / divisor
-    elif type(value) in (int, float):
-        number = float(value) if abs(value) < 1e300 else math.inf
+    number = _number(value)
     if number is None:
-        raise _Refusal(f"score {_shortened(value)} of {_shortened(key)} is not a number")
+        raise Refusal(f"score {_shortened(value)} of {_shortened(key)} is not a number", "a score is not a number")
     if not 0.0 <= number <= 1.0:
-        raise _Refusal(f"score {_shortened(value)} of {_shortened(key)} out of range")
+        raise Refusal(f"score {_shortened(value)} of {_shortened(key)} out of range", "a score is out of range")
     return round(number, 2) + 0.0
+
+
+def _number(value: Any) -> float | None:
+    if type(value) is float:
+        return value
+    if type(value) is int:
+        return float(value) if abs(value) < 1e300 else math.inf
+    if not isinstance(value, str):
+        return None
+    digits = value.strip().removesuffix("%").strip()
+    if not _STRICT_NUMBER.fullmatch(digits):
+        return None
+    return float(digits) / (100 if value.strip().endswith("%") else 1)
+
+
+_QUOTE = "[\"'“”]?"
+
+
+def _written_numbers(key: str, text: str) -> list[tuple[str, str]]:
+    """What stands behind a score's key wherever it occurs: the number as it is written, and what ends it."""
+    pattern = (
+        rf"{re.escape(key)}{_QUOTE}\s*:\s*{_QUOTE}\s*([-+.\deE]+\s*%?)\s*{_QUOTE}\s*?(,\s*\d|[,}}\]\n]|//|/\*|#|.?)"
+    )
+    return re.findall(pattern, text)
 
 
 def _refuse_contradictions(items: Mapping[str, Any], text: str) -> None:
     """JSON parsers keep the last of two equal keys in silence; two different scores for one key are no verdict."""
+    if len(re.findall(r'"scores"\s*:\s*\{', text)) > 1:
+        raise Refusal("two objects of scores")
     for key in items:
-        name = f'"{key}"'
-        if text.count(name) > 1:
-            numbers = re.findall(rf'{re.escape(name)}\s*:\s*"?\s*([-+]?\d[\d.eE+-]*)', text)
-            if len(set(numbers)) > 1:
-                raise _Refusal(f"two different scores for {_shortened(key)}")
+        if text.count(f'"{key}"') > 1 and len({number for number, _ in _written_numbers(f'"{key}', text)}) > 1:
+            raise Refusal(f"two different scores for {_shortened(key)}", "two different scores for one key")
+
+
+def _refuse_unclear_scores(items: Mapping[str, Any], nested: bool, found: Found) -> None:
+    """Refuse a score that mending may have made.
+
+    Of `0.8` at the end of a text `0.85` may have been meant; `0,85` is two numbers to a parser; and behind the last
+    score that is there another one may have been to come.
+    """
+    if nested and CUT_OFF in found.repairs and not re.search(r'"scores"\s*:\s*\{[^{}]*\}', found.text):
+        raise Refusal("cut off inside the scores")
+    for key, value in items.items():
+        ends = [end for number, end in _written_numbers(key, found.text) if _number(number) == _number(value)]
+        if not any(end in ("}", "]", "\n", "//", "/*", "#", ",") for end in ends):
+            if CUT_OFF in found.repairs:
+                raise Refusal("cut off inside the scores")
+            raise Refusal(f"score {_shortened(value)} of {_shortened(key)} is unclear", "a score is unclear")
 
 
 def _shortened(value: Any) -> str:

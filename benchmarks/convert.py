@@ -1,0 +1,330 @@
+"""Measure convert_dataset.py against other ways of writing the same variants, in one run on one machine.
+
+    python benchmarks/convert.py --megabytes 200 1000
+
+Each way reads the same synthetic input (3 evaluation types, 4 judges, 2 a prompt, 2,000 tasks; 4 in 10 answers are not
+valid JSON) and writes reward_model_full and one variant for each evaluation type, judge and task:
+
+- prmkit: this converter, with everything it checks: verdicts, canonical labels, markers, duplicates, split, audit;
+- usual: load all rows, filter the list for each variant, json.dump(indent=2);
+- polars: read_ndjson, filter, write_ndjson;
+- duckdb: read_json, COPY ... TO for each variant;
+- copy: a plain copy of the tree that prmkit wrote, for what the disk allows.
+
+Only the first one reads the verdicts; the others write what they find. Each runs in a process of its own. Peak memory
+is the sum of the proportional set sizes (PSS) of the process and its children, sampled every 20 ms; CPU seconds include
+the children. Files are left in the page cache, as programs leave them; the first way also syncs them.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "benchmarks" / "work"
+
+TASKS = 2_000
+JUDGES = ("deepseek-chat", "kimi-k2-0711-preview", "judge-c", "judge-d")
+
+
+# --- the input ----------------------------------------------------------------------------------------------------
+
+_WORDS = (
+    "the agent searched result page table query answer evidence step tool call returned status team season match "
+    "record stadium attendance river bridge chapter author volume engine valve orbit launch archive index entry "
+    "Straße größer résumé naïve 東京 データ 搜索 结果 Москва запрос"
+).split()
+
+_CLIP = """
+You are judging one step of an agent.
+
+Task Description: "{task}"
+
+Previous Clips Summary: {history}
+
+Current Clip (Clip {number}):
+Tool Category: web
+Tools Used: web-search
+Content:
+<think>{thought}</think>
+<tool_call>
+{{"name": "web-search", "arguments": {{"query": "{query}"}}}}
+</tool_call>
+<result>{result}</result>
+
+Please evaluate this clip in the following JSON format:
+{{
+    "reasonableness_score": 0.85,  // Score from 0.0 to 1.0
+    "summary": "What was done in this clip."
+}}
+"""
+
+_WHOLE = """
+You are judging {what} of an agent.
+
+Task Description: "{task}"
+
+Clips: {history} (Score: 0.{hundredths:02d})
+
+Please provide your evaluation in the following JSON format:
+{{
+    "scores": {{
+        "tool_use_quality": 0.85,
+        "goal_achievement": 0.80
+    }},
+    "summary": "One sentence.",
+    "reasoning": "Why."
+}}
+"""
+
+
+def write_input(path: Path, megabytes: int) -> None:
+    """Write about as many megabytes; the same ones every time."""
+    choose = random.Random(0)
+    sentences = [" ".join(choose.choices(_WORDS, k=choose.randint(6, 18))) + "." for _ in range(4_000)]
+
+    def prose(characters: int) -> str:
+        return " ".join(choose.choices(sentences, k=max(characters // 80, 1)))
+
+    goal = megabytes * 1_000_000
+    with path.open("w", encoding="utf-8") as stream:
+        written = 0
+        for task in range(TASKS):
+            judges = choose.sample(JUDGES, 2)
+            question = prose(200)
+            while written < goal * (task + 1) / TASKS:
+                for kind, prompt in _prompts(choose, prose, question):
+                    for judge in judges:
+                        line = _row(choose, prose, kind, prompt, judge, f"webshaper_qa_{task}")
+                        stream.write(line)
+                        written += len(line.encode())
+
+
+def _prompts(choose: random.Random, prose: Callable[[int], str], task: str) -> Iterator[tuple[str, str]]:
+    for number in range(1, 8):
+        yield "clip", _CLIP.format(
+            task=task,
+            history=prose(800),
+            number=number,
+            thought=prose(400),
+            query=prose(80),
+            result=prose(choose.randint(500, 6_000)),
+        )
+    for kind in ("category", "final"):
+        yield kind, _WHOLE.format(what=kind, task=task, history=prose(2_500), hundredths=choose.randrange(100))
+
+
+def _row(
+    choose: random.Random, prose: Callable[[int], str], kind: str, prompt: str, judge: str, task: str
+) -> str:
+    def score() -> float:
+        return choose.randrange(0, 101, 5) / 100
+
+    verdict: dict[str, Any] = {"reasonableness_score": score(), "summary": prose(700)}
+    if kind != "clip":
+        scores = {"tool_use_quality": score(), "goal_achievement": score()}
+        verdict = {"scores": scores, "summary": prose(150), "reasoning": prose(900)}
+    row = {
+        "conversations": [
+            {"from": "human", "value": prompt},
+            {"from": "gpt", "value": _as_judges_write(choose, verdict)},
+        ],
+        "metadata": {
+            "model_name": judge,
+            "provider": "benchmark",
+            "task_id": task,
+            "evaluation_type": kind,
+            "clip_number": 1 if kind == "clip" else None,
+            "category": "web" if kind == "category" else None,
+            "timestamp": "2025-08-17 19:02:53",
+        },
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _as_judges_write(choose: random.Random, verdict: dict[str, Any]) -> str:
+    """The verdict as text; 4 in 10 are not valid JSON, in about the proportions in which judges fail."""
+    text = json.dumps(verdict, indent=4, ensure_ascii=False)
+    fault = choose.random()
+    if fault < 0.20:
+        return f"```json\n{text}\n```"
+    if fault < 0.28:
+        return text.replace(". ", ".\n", 3)
+    if fault < 0.33:
+        return text.replace(" agent ", ' "agent" ', 2)
+    if fault < 0.36:
+        return text[: len(text) * 3 // 4]
+    if fault < 0.38:
+        return text.removesuffix("\n}") + ",\n}"
+    if fault < 0.39:
+        return "Here is my evaluation:\n" + text
+    return "" if fault < 0.40 else text
+
+
+# --- the ways -----------------------------------------------------------------------------------------------------
+
+
+def prmkit_way(source: Path, output: Path) -> None:
+    """This converter, as a user starts it."""
+    command = [sys.executable, str(ROOT / "convert_dataset.py"), "--input", str(source), "--output-dir", str(output)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def usual_way(source: Path, output: Path) -> None:
+    """Everything in one list, and a pass over it for each variant."""
+    with source.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+
+    def write(name: str, chosen: list[dict[str, Any]]) -> None:
+        data = [
+            {
+                "instruction": row["conversations"][0]["value"],
+                "input": "",
+                "output": row["conversations"][1]["value"],
+                "metadata": row["metadata"],
+            }
+            for row in chosen
+        ]
+        with (output / f"{name}.json").open("w", encoding="utf-8") as written:
+            json.dump(data, written, ensure_ascii=False, indent=2)
+
+    write("full", rows)
+    for key in ("evaluation_type", "model_name", "task_id"):
+        for value in sorted({row["metadata"][key] for row in rows}):
+            write(value, [row for row in rows if row["metadata"][key] == value])
+
+
+def polars_way(source: Path, output: Path) -> None:
+    """Columns, grouped once for each kind of variant."""
+    import polars
+
+    rows = polars.read_ndjson(source)
+    rows = rows.select(
+        polars.col("conversations").list.get(0).struct.field("value").alias("instruction"),
+        polars.lit("").alias("input"),
+        polars.col("conversations").list.get(1).struct.field("value").alias("output"),
+        *(polars.col("metadata").struct.field(key) for key in ("evaluation_type", "model_name", "task_id")),
+    )
+    texts = ("instruction", "input", "output")
+    rows.select(texts).write_ndjson(output / "full.jsonl")
+    for key in ("evaluation_type", "model_name", "task_id"):
+        for (value,), part in rows.partition_by(key, as_dict=True).items():
+            part.select(texts).write_ndjson(output / f"{value}.jsonl")
+
+
+def duckdb_way(source: Path, output: Path) -> None:
+    """A table, and a query for each variant."""
+    import duckdb
+
+    connection = duckdb.connect()
+    connection.execute(
+        "CREATE TABLE rows AS SELECT conversations[1].value AS instruction, '' AS input, "
+        "conversations[2].value AS output, metadata.evaluation_type AS evaluation_type, "
+        "metadata.model_name AS model_name, metadata.task_id AS task_id "
+        f"FROM read_json('{source}', format='newline_delimited', maximum_object_size=100000000)"
+    )
+    columns = "SELECT instruction, input, output FROM rows"
+    connection.execute(f"COPY ({columns}) TO '{output / 'full.jsonl'}' (FORMAT json)")
+    for key in ("evaluation_type", "model_name", "task_id"):
+        for (value,) in connection.execute(f"SELECT DISTINCT {key} FROM rows").fetchall():
+            target = output / f"{value}.jsonl"
+            connection.execute(f"COPY ({columns} WHERE {key} = '{value}') TO '{target}' (FORMAT json)")
+
+
+def copy_way(source: Path, output: Path) -> None:
+    """The tree that prmkit wrote, file by file."""
+    shutil.copytree(source.parent / "prmkit", output, dirs_exist_ok=True)
+
+
+WAYS: dict[str, Callable[[Path, Path], None]] = {
+    "prmkit": prmkit_way,
+    "copy": copy_way,
+    "polars": polars_way,
+    "duckdb": duckdb_way,
+    "usual": usual_way,
+}
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def measure(way: str, source: Path, output: Path) -> dict[str, float]:
+    """Run one way in a process of its own: seconds, CPU seconds, peak memory in MB, and MB written."""
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    before = os.times()
+    started = time.perf_counter()
+    child = subprocess.Popen([sys.executable, __file__, "--run", way, str(source), str(output)])
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, sum(map(_proportional_set_size, _tree(child.pid))))
+        time.sleep(0.02)
+    seconds = time.perf_counter() - started
+    after = os.times()
+    if child.returncode:
+        raise SystemExit(f"{way} failed")
+    return {
+        "seconds": seconds,
+        "cpu": after.children_user + after.children_system - before.children_user - before.children_system,
+        "peak_mb": peak / 1e6,
+        "written_mb": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6,
+    }
+
+
+def _tree(process: int) -> Iterator[int]:
+    yield process
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return
+    for child in children:
+        yield from _tree(int(child))
+
+
+def _proportional_set_size(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[200])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        way, source, output = arguments.run
+        WAYS[way](Path(source), Path(output))
+        return
+    for megabytes in arguments.megabytes:
+        folder = WORK / str(megabytes)
+        folder.mkdir(parents=True, exist_ok=True)
+        source = folder / "input.jsonl"
+        if not source.exists():
+            write_input(source, megabytes)
+        print(f"\n{source.stat().st_size / 1e6:,.0f} MB of input\n")
+        print("| way | seconds | CPU seconds | peak MB | MB written |\n|---|---:|---:|---:|---:|")
+        for way in arguments.ways:
+            figures = measure(way, source, folder / way)
+            print(
+                f"| {way} | {figures['seconds']:.1f} | {figures['cpu']:.1f} | {figures['peak_mb']:,.0f} "
+                f"| {figures['written_mb']:,.0f} |",
+                flush=True,
+            )
+            if way != "prmkit":
+                shutil.rmtree(folder / way)
+
+
+if __name__ == "__main__":
+    main()
