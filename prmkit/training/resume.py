@@ -52,8 +52,8 @@ def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path
     """
     folder = Path(str(values["output_dir"]))
     name = values.get("run_name")
-    from_file = sources.get("run_name") == sources.get("output_dir")
-    if name is None or (sources.get("output_dir", "").startswith(("key=value", "-")) and not from_file):
+    only_folder_typed = sources.get("output_dir") == "key=value" != sources.get("run_name")
+    if name is None or only_folder_typed:
         return folder
     if Path(str(name)).name != str(name) or str(name).startswith("."):
         raise UsageError(f"run_name: '{name}' is not a plain folder name.")

@@ -100,7 +100,9 @@ def supervise(command: list[str], *, pass_to_grandchildren: bool) -> int:
     signal.signal(signal.SIGTERM, count)
     # Without a handler of its own SIGCHLD would not reach the wake-up pipe.
     signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL).pid
+    # Kept, because a Popen that nobody holds collects the exit code of a child that has already ended.
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    child = process.pid
     passed_on = False
     while True:
         readable, _, _ = select.select([sys.stdin, woken], [], [])

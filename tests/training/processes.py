@@ -1,4 +1,4 @@
-"""Start train.py as a user does, and find every process that it left behind."""
+"""Start a training as a user does, and find every process that it left behind."""
 
 import os
 import subprocess
@@ -9,45 +9,60 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass
 class Started:
-    """A running train.py; all its descendants carry its mark in their environment."""
+    """A running training; all its descendants carry its mark in their environment."""
 
     process: subprocess.Popen[str]
     mark: str
 
-    def living(self) -> list[str]:
-        """The command lines of what is still alive of it."""
-        found = []
+    def living(self) -> dict[int, str]:
+        """Process id and command line of what is still alive of it."""
+        found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
                     if self.mark.encode() in (entry / "environ").read_bytes():
-                        found.append(f"{entry.name}: {(entry / 'cmdline').read_bytes().decode(errors='replace')}")
+                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 except OSError:
                     continue
         return found
 
-    def nothing_lives(self, within: float = 5.0) -> bool:
-        """Whether all of it is gone within some seconds."""
-        return wait_for(lambda: not self.living(), within)
+    def pid_of(self, text: str) -> int:
+        """The newest of its processes whose command line holds a text; 0 for none."""
+        return max((pid for pid, line in self.living().items() if text in line), default=0)
+
+    def ends(self, code: int, within: float = 400.0) -> str:
+        """Wait for the end, see that nothing is left, and return what it wrote to stdout and stderr."""
+        try:
+            output, narration = self.process.communicate(timeout=within)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        assert self.process.returncode == code, f"exit code {self.process.returncode}\n{output}\n{narration}"
+        assert "Traceback" not in narration, narration
+        assert wait_for(lambda: not self.living(), 5.0), f"left behind: {self.living()}"
+        return output + narration
 
 
 def start(project: Path, *arguments: str) -> Started:
-    """Run train.py in a project folder; its output is caught."""
-    mark = f"PRMKIT_TEST={uuid.uuid4().hex}"
-    name, value = mark.split("=")
+    """Train in a project folder, without the checks before the run; the output is caught."""
+    name, value = "PRMKIT_TEST", uuid.uuid4().hex
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--config", "config.yaml", *arguments],
-        cwd=project, env={**os.environ, name: value}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return Started(process, mark)
+        [sys.executable, str(HERE / "without_checks.py"), "--config", "config.yaml", *arguments],
+        cwd=project,
+        env={**os.environ, name: value, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Started(process, f"{name}={value}")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_for(condition: Callable[[], object], seconds: float) -> bool:
     """Look ten times a second until a condition holds; whether it did."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,0 +1,317 @@
+"""The record of a run, its checkpoints, and what a start means for a folder: runs.py, checkpoints.py, resume.py."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from layout import STEPS, MakeProject, write_config
+
+from prmkit.errors import DataError, LlamaFactoryError, PrmkitError, UsageError
+from prmkit.files import sha256_of
+from prmkit.training import flow
+from prmkit.training.checkpoints import checkpoint_folders, fault_of, newest_whole, weights_fault
+from prmkit.training.flow import Command
+from prmkit.training.resume import Step, free_folder, plan_start, run_folder_of
+from prmkit.training.runs import all_records, differences, model_fingerprint, new_record, rows_a_step
+
+
+def record_of(project: Path) -> dict[str, Any]:
+    return dict(json.loads((project / "saves" / "run" / "run.json").read_text()))
+
+
+def start_again(project: Path, monkeypatch: pytest.MonkeyPatch, *assignments: str, **flags: Any) -> Path | None:
+    """What train.py does after its checks, in this process."""
+    monkeypatch.chdir(project)
+    command = Command(Path("config.yaml"), assignments, **flags)
+    return flow.train(command, flow.resolve(command)).run
+
+
+# --- the record ---------------------------------------------------------------------------------------------------
+
+
+def test_the_record_says_what_was_trained_on_what_and_how_it_ended(finished: Path) -> None:
+    record = record_of(finished)
+    assert (record["run"], record["status"], record["steps"], record["max_steps"]) == ("run", "finished", STEPS, STEPS)
+    assert record["config"]["learning_rate"] == 1e-3 and record["sources"]["learning_rate"] == "config.yaml"
+    assert record["dataset"] == {
+        "name": "steps", "file": "data/steps.jsonl", "sha256": sha256_of(finished / "data" / "steps.jsonl"),
+    }  # fmt: skip
+    assert record["eval_dataset"]["name"] == "steps_eval"
+    assert record["held_out_sha256"] == "c0ffee"
+    assert record["conversion_report_sha256"] == sha256_of(finished / "data" / "conversion_report.json")
+    assert record["base_model"]["fingerprint"] == model_fingerprint(finished / "model")
+    assert record["versions"]["llamafactory"] == "0.9.5" and record["hardware"]["cores"] >= 1
+    assert record["started"] < record["ended"] and record["resumed_from"] == []
+    assert record["git"]["commit"] and "--export" in record["command"]
+    state = json.loads((finished / "saves" / "run" / "trainer_state.json").read_text())
+    assert record["tokens"] == state["num_input_tokens_seen"] > 0
+    assert record["train_loss"] == [entry["loss"] for entry in state["log_history"] if "loss" in entry][-1]
+    assert record["eval_loss"] == [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1]
+    assert record["train_loss"] < 4, "it learnt nothing"
+
+
+def test_the_rendered_config_runs_without_us(finished: Path) -> None:
+    """LLaMA Factory's own parser reads it back as what was resolved."""
+    from llamafactory.hparams.parser import read_args
+
+    rendered = read_args([str(finished / "saves" / "run" / "resolved_config.yaml")])
+    assert rendered == record_of(finished)["config"]
+
+
+def test_another_model_has_another_fingerprint(finished_copy: Path) -> None:
+    weights = finished_copy / "model" / "model.safetensors"
+    before = model_fingerprint(weights.parent)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert model_fingerprint(weights.parent) != before
+    assert model_fingerprint(finished_copy / "nothing here") is None
+
+
+def test_a_record_names_a_dataset_that_is_missing(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (finished_copy / "data" / "steps.jsonl").unlink()
+    with pytest.raises(DataError, match=r"data/steps\.jsonl: no such file. Run convert_dataset\.py"):
+        start_again(finished_copy, monkeypatch)
+
+
+def test_a_run_that_was_killed_is_listed_as_killed(killed_copy: Path) -> None:
+    (listed,) = all_records(killed_copy / "saves")
+    assert listed["status"] == "killed"
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "no trainer_state.json": lambda folder: (folder / "trainer_state.json").unlink(),
+    "empty trainer_state.json": lambda folder: (folder / "trainer_state.json").write_text(""),
+    "adapter missing": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "adapter cut off": lambda folder: cut(folder / "adapter_model.safetensors"),
+    "adapter empty": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
+    "optimizer missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "optimizer cut off": lambda folder: cut(folder / "optimizer.pt"),
+    "still being written": lambda folder: (folder / "checkpoint-is-incomplete.txt").touch(),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_half_written_checkpoint_is_put_aside_and_the_one_before_it_taken(killed_copy: Path, how: str) -> None:
+    run = killed_copy / "saves" / "run"
+    newest, before = checkpoint_folders(run)
+    assert fault_of(newest) is None
+    SPOILT[how](newest)
+    taken = newest_whole(run, put_aside=True)
+    assert taken is not None and taken.folder == before
+    assert not newest.exists() and newest.with_name(f"{newest.name}.incomplete").is_dir()
+
+
+def test_a_stale_checkpoint_of_an_earlier_run_is_never_taken(killed_copy: Path) -> None:
+    """Higher in number, whole, and of as many steps: only the losses tell that another run wrote it."""
+    run = killed_copy / "saves" / "run"
+    stale = run / f"checkpoint-{STEPS + 8}"
+    shutil.copytree(run / f"checkpoint-{STEPS}", stale)
+    state = json.loads((stale / "trainer_state.json").read_text())
+    state["global_step"] = STEPS + 8
+    for entry in state["log_history"]:
+        if "loss" in entry:
+            entry["loss"] += 0.25
+    (stale / "trainer_state.json").write_text(json.dumps(state))
+    assert fault_of(stale) is None
+    taken = newest_whole(run, put_aside=True)
+    assert taken is not None and taken.step == STEPS
+    assert stale.with_name(f"{stale.name}.stale").is_dir()
+
+
+def test_a_checkpoint_of_a_run_of_another_length_is_stale(killed_copy: Path) -> None:
+    run = killed_copy / "saves" / "run"
+    newest = checkpoint_folders(run)[0]
+    state = json.loads((newest / "trainer_state.json").read_text())
+    (newest / "trainer_state.json").write_text(json.dumps({**state, "max_steps": 500}))
+    taken = newest_whole(run, put_aside=False)
+    assert taken is not None and taken.folder != newest and newest.exists()
+
+
+def test_a_model_in_several_files_is_whole_only_with_all_of_them(finished_copy: Path) -> None:
+    model = finished_copy / "model"
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_fault(model) == "model-2.safetensors is not whole"
+    shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
+    assert weights_fault(model) is None
+
+
+# --- what a start means -------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_says_so_and_names_the_ways_on(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = record_of(finished_copy)
+    assert start_again(finished_copy, monkeypatch) == Path("saves/run")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"Already finished: saves/run ({STEPS} steps, training loss ")
+    assert f"--epochs 16 run_name=run-longer resume_from_checkpoint=saves/run/checkpoint-{STEPS}" in shown
+    assert "--overwrite" in shown and record_of(finished_copy) == before
+
+
+def test_a_run_that_was_killed_after_its_last_step_is_finished_from_its_last_checkpoint(
+    killed_copy: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaMA Factory would train one step too many and report the loss of that step as the run's."""
+    start_again(killed_copy, monkeypatch)
+    before, after = record_of(finished), record_of(killed_copy)
+    adapter = "saves/run/adapter_model.safetensors"
+    assert (killed_copy / adapter).read_bytes() == (finished / adapter).read_bytes()
+    assert (after["status"], after["train_loss"]) == ("finished", before["train_loss"])
+    assert after["resumed_from"] == [f"saves/run/checkpoint-{STEPS}"]
+    assert not (killed_copy / "saves" / "run" / "optimizer.pt").exists()
+
+
+def test_a_run_that_was_killed_before_its_record_was_closed_is_finished(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_copy / "saves" / "run"
+    for folder in checkpoint_folders(run):
+        shutil.rmtree(folder)
+    (run / "run.json").write_text(json.dumps({**record_of(finished_copy), "status": "running", "steps": 0}))
+    start_again(finished_copy, monkeypatch)
+    assert (record_of(finished_copy)["status"], record_of(finished_copy)["steps"]) == ("finished", STEPS)
+
+
+def test_what_llamafactory_left_is_checked_even_when_it_ended_well(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prmkit.training.attempt import _verify
+
+    run = finished_copy / "saves" / "run"
+    _verify(run, {})
+    state = json.loads((run / "trainer_state.json").read_text())
+    (run / "trainer_state.json").write_text(json.dumps({**state, "global_step": 30}))
+    with pytest.raises(LlamaFactoryError, match=f"stopped early, after 30 of {STEPS} steps"):
+        _verify(run, {})
+    nan = [{"step": 2, "loss": float("inf")}]
+    (run / "trainer_state.json").write_text(json.dumps({**state, "log_history": nan}).replace("Infinity", "1e999"))
+    with pytest.raises(LlamaFactoryError, match="not a number"):
+        _verify(run, {})
+    cut(run / "adapter_model.safetensors")
+    with pytest.raises(LlamaFactoryError, match=r"adapter_model\.safetensors is not whole"):
+        _verify(run, {})
+
+
+def test_an_unfinished_run_is_not_mixed_with_another_config(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError) as refused:
+        start_again(killed_copy, monkeypatch, "lora_rank=16", "logging_steps=1")
+    said = str(refused.value)
+    assert "holds an unfinished run of another config" in said and "lora_rank: 8 -> 16" in said
+    assert "logging_steps" not in said, "how often is logged changes nothing about what is learnt"
+    assert "run_name=NAME" in said and "--overwrite" in said
+
+
+def test_changed_data_is_another_run(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = killed_copy / "data" / "steps.jsonl"
+    rows.write_text(rows.read_text().replace("answered", "failed", 1))
+    with pytest.raises(UsageError, match="dataset: its content has changed"):
+        start_again(killed_copy, monkeypatch)
+
+
+def test_the_same_rows_a_step_are_the_same_run(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The advice after an out-of-memory must not be refused."""
+    monkeypatch.chdir(killed_copy)
+    smaller = flow.resolve(Command(Path("config.yaml"), ["gradient_accumulation_steps=4"], batch_size="1"))
+    fresh = new_record(Path("saves/run"), smaller.config, [], 1)
+    assert rows_a_step(fresh) == rows_a_step(record_of(killed_copy)) == 4
+    assert differences(record_of(killed_copy), fresh) == []
+    assert plan_start(Path("saves/run"), fresh).step is Step.FINISH
+
+
+def test_a_finished_run_of_another_config_is_left_alone(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new config's run gets the next folder, and finds it again."""
+    monkeypatch.chdir(finished_copy)
+    other = flow.resolve(Command(Path("config.yaml"), epochs="9"))
+    fresh = new_record(Path("saves/run"), other.config, [], 1)
+    assert free_folder(Path("saves/run"), fresh) == Path("saves/run-2")
+    Path("saves/run-2").mkdir()
+    Path("saves/run-2/run.json").write_text(json.dumps(fresh))
+    assert free_folder(Path("saves/run"), fresh) == Path("saves/run-2")
+    with pytest.raises(UsageError, match="holds a finished run of another config"):
+        start_again(finished_copy, monkeypatch, "run_name=run", epochs="9")
+
+
+def test_checkpoints_of_nobody_are_left_alone(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (finished_copy / "saves" / "run" / "run.json").unlink()
+    with pytest.raises(UsageError, match=r"no run\.json") as refused:
+        start_again(finished_copy, monkeypatch)
+    assert "--overwrite" in str(refused.value) and "resume_from_checkpoint=saves/run/checkpoint-N" in str(refused.value)
+
+
+def test_the_checkpoint_that_the_user_names_is_taken(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the guide writes it: with `./` before it, in the YAML. Higher ones are superseded, and put aside."""
+    monkeypatch.chdir(killed_copy)
+    earlier = checkpoint_folders(Path("saves/run"))[1]
+    write_config(Path("config.yaml"), resume_from_checkpoint=f"./{earlier}")
+    setting = flow.resolve(Command(Path("config.yaml")))
+    fresh = new_record(Path("saves/run"), setting.config, [], 1)
+    plan = plan_start(Path("saves/run"), fresh)
+    assert plan.step is Step.GO_ON and plan.checkpoint is not None and plan.checkpoint.folder == earlier
+    flow_record = {**plan.record, "status": "running"}
+    Path("saves/run/run.json").write_text(json.dumps(flow_record))
+    newer = plan_start(Path("saves/run"), fresh)
+    assert newer.checkpoint is not None and newer.checkpoint.step == STEPS, "it would never get beyond the named one"
+
+
+def test_a_named_checkpoint_that_is_broken_is_refused_with_the_whole_ones(
+    killed_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest, before = checkpoint_folders(killed_copy / "saves" / "run")
+    cut(newest / "optimizer.pt")
+    with pytest.raises(DataError, match=r"optimizer.*not whole.*Whole ones: ") as refused:
+        start_again(killed_copy, monkeypatch, f"resume_from_checkpoint=saves/run/{newest.name}")
+    assert before.name in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        ([], "saves/run"),
+        (["run_name=second"], "saves/second"),
+        (["output_dir=elsewhere/x"], "elsewhere/x"),
+        (["output_dir=elsewhere/x", "run_name=second"], "elsewhere/second"),
+    ],
+)
+def test_where_a_run_stands(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, assignments: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(finished)
+    config = flow.resolve(Command(Path("config.yaml"), assignments)).config
+    assert run_folder_of(config.values, config.sources) == Path(expected)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "."])
+def test_a_run_name_cannot_leave_the_folder(finished: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(finished)
+    with pytest.raises(PrmkitError, match="run_name"):
+        start_again(finished, monkeypatch, f"run_name={name}")
+
+
+def test_overwrite_moves_the_old_run_aside(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost: the old folder stands beside the new one under the time of day."""
+    from prmkit.training.resume import move_aside
+
+    adapter = (finished_copy / "saves" / "run" / "adapter_model.safetensors").read_bytes()
+    first, second = move_aside(finished_copy / "saves" / "run"), move_aside(finished_copy / "saves" / "run")
+    assert first is not None and second is None
+    assert first.name.startswith("run.20") and (first / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_a_config_that_nobody_changed_makes_no_difference(make_project: MakeProject, finished: Path) -> None:
+    record = record_of(finished)
+    assert differences(record, record) == []
+    assert yaml.safe_load((finished / "config.yaml").read_text())["output_dir"] == "saves/run"

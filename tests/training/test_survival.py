@@ -1,0 +1,121 @@
+"""Real runs, really killed: the next command goes on or finishes, nothing is left behind, nothing is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from layout import STEPS, MakeProject
+from processes import Started, start, wait_for
+
+from prmkit.training.checkpoints import is_whole_safetensors, newest_whole
+
+KILLS = int(os.environ.get("PRMKIT_KILLS", "4"))
+"""How many times the run of one process is killed; half as often the one of two."""
+SEED = int(os.environ.get("PRMKIT_KILL_SEED", time.time_ns() % 1_000_000))
+
+
+def begun(project: Path, name: str = "run") -> bool:
+    """Whether the run has logged its first steps."""
+    return (project / "saves" / name / "trainer_log.jsonl").exists()
+
+
+def seconds_of(project: Path) -> float:
+    """How long the shared run took on this machine, from its start to its end."""
+    record = json.loads((project / "saves" / "run" / "run.json").read_text())
+    started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
+    return (ended - started).total_seconds()
+
+
+def kill_and_go_on(project: Path, kills: int, span: float, *arguments: str) -> str:
+    """Kill a run at random moments, start it again each time, and at last let it end; what the last start said."""
+    moments = random.Random(SEED)
+    for number in range(kills):
+        before = newest_whole(project / "saves" / "run", put_aside=False)
+        run = start(project, *arguments)
+        moment = moments.uniform(0.5, span)
+        try:
+            run.process.wait(moment)
+            break  # it had little left to do
+        except subprocess.TimeoutExpired:
+            run.process.kill()
+        narration = run.process.communicate()[1]
+        assert wait_for(lambda run=run: not run.living(), 5.0), f"seed {SEED}, kill {number}: {run.living()}"
+        if before and "Run saves/run" in narration:
+            assert f"goes on from step {before.step}" in narration, f"seed {SEED}, kill {number}:\n{narration}"
+    return start(project, *arguments).ends(0)
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
+    make_project: MakeProject, finished: Path, tmp_path: Path
+) -> None:
+    """Same seed, same data, same machine: the same adapter, byte for byte, as the run that nobody touched."""
+    project = make_project(tmp_path / "killed")
+    kill_and_go_on(project, KILLS, seconds_of(finished))
+    adapter = project / "saves" / "run" / "adapter_model.safetensors"
+    assert adapter.read_bytes() == (finished / "saves" / "run" / "adapter_model.safetensors").read_bytes()
+    record = json.loads((project / "saves" / "run" / "run.json").read_text())
+    assert (record["status"], record["steps"]) == ("finished", STEPS)
+    followed = [json.loads(line) for line in (project / "logs" / "trainer_log.jsonl").read_text().splitlines()]
+    logged = [entry["current_steps"] for entry in followed if "loss" in entry]
+    assert set(logged) == set(range(2, STEPS + 1, 2)), "logs/trainer_log.jsonl does not show the whole run"
+
+
+def test_two_processes_are_killed_and_go_on(make_project: MakeProject, finished: Path, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "killed twice")
+    kill_and_go_on(project, (KILLS + 1) // 2, 1.5 * seconds_of(finished), "--nproc", "2")
+    assert is_whole_safetensors(project / "saves" / "run" / "adapter_model.safetensors")
+    assert json.loads((project / "saves" / "run" / "run.json").read_text())["steps"] == STEPS // 2
+
+
+@pytest.fixture(scope="module")
+def interrupted(make_project: MakeProject, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Started]:
+    """A project in which a long run is training; it saves no checkpoint by itself."""
+    project = make_project(tmp_path_factory.mktemp("interrupted") / "p", num_train_epochs=2000.0, save_steps=100_000)
+    run = start(project)
+    assert wait_for(lambda: begun(project), 300)
+    return project, run
+
+
+def test_an_interrupted_run_saves_and_says_how_to_go_on(interrupted: tuple[Path, Started]) -> None:
+    """First a second start is refused while it runs; then SIGINT makes it save, stop and leave nothing behind."""
+    project, run = interrupted
+    refused = start(project).ends(1)
+    assert "is training here" in refused
+    assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "running"
+    run.process.send_signal(signal.SIGINT)
+    said = run.ends(130)
+    newest = newest_whole(project / "saves" / "run", put_aside=False)
+    assert newest is not None
+    assert f"saves/run/{newest.folder.name} is kept. Go on with the same command: python " in said
+    assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_sigterm_makes_two_processes_save_at_the_same_step(make_project: MakeProject, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "two", num_train_epochs=2000.0, save_steps=100_000)
+    run = start(project, "--nproc", "2")
+    assert wait_for(lambda: begun(project), 300)
+    run.process.send_signal(signal.SIGTERM)
+    assert "is kept. Go on with the same command" in run.ends(143)
+    newest = newest_whole(project / "saves" / "run", put_aside=False)
+    assert newest is not None and len(list(newest.folder.glob("rng_state_*.pth"))) == 2
+
+
+def test_when_llamafactory_or_the_supervisor_is_killed_the_rest_goes_too(
+    make_project: MakeProject, tmp_path: Path
+) -> None:
+    project = make_project(tmp_path / "p")
+    run = start(project)
+    assert wait_for(lambda: run.pid_of("llamafactory-cli train"), 60)
+    os.kill(run.pid_of("llamafactory-cli train"), signal.SIGKILL)
+    said = run.ends(3)
+    assert "killed from outside" in said and "logs/run.log" in said
+    run = start(project)
+    assert wait_for(lambda: run.pid_of("llamafactory-cli train"), 60)
+    os.kill(min(pid for pid, line in run.living().items() if "supervisor.py" in line), signal.SIGKILL)
+    run.ends(3)

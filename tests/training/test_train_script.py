@@ -1,0 +1,82 @@
+"""train.py as a user types it: the checks before the run, and every way it can end (flow.py, attempt.py)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Script
+from layout import STEPS, MakeProject
+
+
+@pytest.fixture
+def project(make_project: MakeProject, tmp_path: Path) -> Path:
+    return make_project(tmp_path / "my project")
+
+
+def test_the_whole_way_from_any_folder(script: Script, project: Path) -> None:
+    """Checks, training, result: with a blank in the path, from another folder than the script's."""
+    done = script(
+        "train.py", "--config", "config.yaml", "-e", "1", "-lr", "2e-3", "-bs", "8", "lora_rank=4", cwd=project
+    )
+    assert done.stdout.startswith("Trained: saves/run (5 steps, training loss ")
+    assert "llamafactory-cli chat --model_name_or_path model --adapter_name_or_path saves/run" in done.stdout
+    for shown in ("learning_rate", "0.002  (--learning-rate)", "(key=value)", "(config.yaml)", "ok       template:"):
+        assert shown in done.stderr, shown
+    config = json.loads((project / "saves" / "run" / "run.json").read_text())["config"]
+    assert (config["num_train_epochs"], config["per_device_train_batch_size"], config["lora_rank"]) == (1, 8, 4)
+
+
+def test_llamafactorys_failure_is_told_with_its_last_lines(script: Script, project: Path) -> None:
+    """No label is text, so LLaMA Factory drops every row; --force, since the checks would have told it before."""
+    rows = project / "data" / "steps.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": "a", "input": "", "output": 1}) + "\n" for _ in range(4)))
+    failed = script("train.py", "--config", "config.yaml", "--force", "--verbose", cwd=project, code=3)
+    assert "error: LLaMA Factory failed: RuntimeError: Cannot find valid samples" in failed.stderr
+    assert "The whole log: logs/run.log" in failed.stderr
+    assert "Running tokenizer on dataset" in failed.stderr, "--verbose shows everything"
+    assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "failed"
+    assert "failed" in script("train.py", "--config", "config.yaml", "--runs", cwd=project).stdout
+
+
+def test_validating_checks_everything_and_starts_nothing(script: Script, project: Path) -> None:
+    done = script("train.py", "--config", "config.yaml", "--validate-only", cwd=project)
+    assert "ready to train" in done.stdout
+    assert not (project / "saves").exists() and not (project / "logs").exists()
+    shutil.rmtree(project / "model")
+    failed = script("train.py", "--config", "config.yaml", "--doctor", "--json", cwd=project, code=2)
+    assert [check for check in json.loads(failed.stdout) if check["status"] == "error"]
+    stopped = script("train.py", "--config", "config.yaml", cwd=project, code=2)
+    assert "--force" in stopped.stderr and not (project / "saves").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["learning_rtae=1e-3"], "learning_rate"),
+        (["nonsense"], "'nonsense' is not key=value"),
+        (["--nnodes", "two"], "--nnodes two"),
+        (["--nproc", "0"], "--nproc 0"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--exprot"], "--exprot"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_at_once(
+    script: Script, finished: Path, arguments: list[str], said: str
+) -> None:
+    refused = script("train.py", "--config", "config.yaml", *arguments, cwd=finished, code=2, timeout=10)
+    assert said in refused.stderr
+
+
+def test_runs_are_listed_with_their_numbers(script: Script, finished: Path, tmp_path: Path) -> None:
+    shown = script("train.py", "--config", "config.yaml", "--runs", cwd=finished).stdout
+    assert "finished" in shown and f"{STEPS}/{STEPS}" in shown and "steps" in shown
+    (listed,) = json.loads(script("train.py", "--config", "config.yaml", "--runs", "--json", cwd=finished).stdout)
+    assert (listed["run"], listed["folder"], listed["steps"]) == ("run", "saves/run", STEPS)
+    assert "no runs yet" in script("train.py", "--config", "config.yaml", "--runs", cwd=tmp_path).stdout
+
+
+def test_the_shared_run_said_what_it_made_and_what_comes_next(finished: Path) -> None:
+    shown = (finished / "shown.txt").read_text()
+    assert f"Trained: saves/run ({STEPS} steps" in shown and "Exported: exported_model" in shown
+    assert "python evaluate_judge.py --run saves/run" in shown
