@@ -65,7 +65,7 @@ def _memory_advice(values: Mapping[str, Any]) -> list[str]:
     if not values.get("enable_liger_kernel"):
         steps.append("  enable_liger_kernel=true  after pip install liger-kernel; the logits are never whole in memory")
     if values.get("quantization_bit") is None and values.get("finetuning_type", "lora") == "lora":
-        steps.append("  quantization_bit=4  after pip install bitsandbytes; the base model in 4 bits (QLoRA)")
+        steps.append("  quantization_bit=4  the base model in 4 bits; needs bitsandbytes; see configs/24gb_qlora.yaml")
     if not values.get("deepspeed"):
-        steps.append("  several GPUs and DeepSpeed ZeRO-2: see configs/")
+        steps.append("  --nproc N  several GPUs with DeepSpeed ZeRO-2: see configs/multi_gpu_zero2.yaml")
     return steps

@@ -196,7 +196,8 @@ def run_to_end(
             raise Interrupted("interrupted", stop.exit_code) from None
     # The last lines may have been written after the last poll.
     on_poll()
-    return child.process.returncode
+    code = child.process.returncode
+    return code if code >= 0 else 128 - code
 
 
 def _wait(child: Child, on_poll: Callable[[], None], until: Callable[[], bool] = lambda: False) -> None:

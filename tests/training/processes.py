@@ -31,9 +31,9 @@ class Started:
                     continue
         return found
 
-    def pid_of(self, text: str) -> int:
-        """The newest of its processes whose command line holds a text; 0 for none."""
-        return max((pid for pid, line in self.living().items() if text in line), default=0)
+    def pid_of(self, text: str, without: str = "nothing") -> int:
+        """The process whose command line holds one text and not the other; 0 for none."""
+        return next((pid for pid, line in self.living().items() if text in line and without not in line), 0)
 
     def ends(self, code: int, within: float = 400.0) -> str:
         """Wait for the end, see that nothing is left, and return what it wrote to stdout and stderr."""
