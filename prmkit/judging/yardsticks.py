@@ -150,6 +150,7 @@ def _brief(one: Floats, other: Floats, task: object) -> Figures:
 
     return {
         "mae": figure(measures.mean_absolute_error(sample), 1),
+        "bias": figure(measures.bias(sample), 1),
         "pearson": figure(measures.pearson(sample), FEWEST_SCORES),
         "spearman": figure(measures.spearman(sample), FEWEST_SCORES),
     }
