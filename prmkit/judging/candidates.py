@@ -6,8 +6,9 @@ a score is then the product of the probabilities along its path.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from prmkit.encoding import ChatEncoding
 from prmkit.errors import UsageError
@@ -46,6 +47,24 @@ def answer_ids(encoding: ChatEncoding, answer: str) -> list[int]:
     `prompt_ids(prompt) + answer_ids(answer)` for every prompt, and a trie fits all of them.
     """
     return encoding.opened_ids("", answer)[len(encoding.prompt_ids("")) :]
+
+
+TrieOf = Callable[[Shape, Mapping[str, Distribution]], ScoreTrie]
+"""The trie of the next key of a shape, behind the keys that are scored already."""
+
+
+def tries_of(encoding: ChatEncoding) -> TrieOf:
+    """Make tries, each of them once.
+
+    A score is followed by its likeliest value: so the next one is read behind the answer that the model would have
+    written itself, and not behind a mean, which may be a number that it never writes.
+    """
+
+    @lru_cache(maxsize=4096)
+    def trie(shape: Shape, chosen: tuple[tuple[str, float], ...]) -> ScoreTrie:
+        return score_trie(encoding, shape, dict(chosen))
+
+    return lambda shape, scored: trie(shape, tuple((key, scored[key].mode) for key in scored))
 
 
 def score_trie(encoding: ChatEncoding, shape: Shape, chosen: Mapping[str, float]) -> ScoreTrie:

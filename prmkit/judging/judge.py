@@ -1,21 +1,19 @@
 """The judge: a fine-tuned model that scores steps. The only module of prmkit that loads a model."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from prmkit.encoding import ChatEncoding, load_encoding
 from prmkit.errors import DataError, UsageError
-from prmkit.judging.candidates import ScoreTrie, distribution_of, score_trie
+from prmkit.judging.candidates import TrieOf, distribution_of, tries_of
 from prmkit.judging.judgement import Distribution, Judgement, Mode, Request
-from prmkit.judging.order import Prepared, judgements_in_order, prepare
+from prmkit.judging.order import Prepared, judgements_in_order, prepare, read_written
 from prmkit.judging.sources import JudgeSource
 from prmkit.judging.tree import PromptTrees, refuse_unsuitable
-from prmkit.markers import restore
-from prmkit.verdict import Shape, Unreadable, read_verdict
 
 log = logging.getLogger("prmkit")
 
@@ -72,15 +70,11 @@ class Judge:
         )
 
     def _expected(self, batch: Sequence[Prepared]) -> list[Judgement]:
-        """Read the scores of prompts that have the same number of keys.
-
-        Behind a score goes on the answer that the model would most likely have written: the next score is read behind
-        the likeliest value of the one before, not behind the mean, which may be a number that it never writes.
-        """
+        """Read the scores of prompts that have the same number of keys."""
         trees = PromptTrees(self.model, [prepared.ids for prepared in batch])
         scores: list[dict[str, Distribution]] = [{} for _ in batch]
         for position in range(len(batch[0].shape.keys)):
-            tries = [self._trie(prepared.shape, _modes(given)) for prepared, given in zip(batch, scores, strict=True)]
+            tries = [self._trie(prepared.shape, given) for prepared, given in zip(batch, scores, strict=True)]
             for row, log_probabilities in enumerate(trees.log_probabilities(tries)):
                 distribution = distribution_of(log_probabilities)
                 scores[row][batch[row].shape.keys[position]] = distribution
@@ -88,12 +82,8 @@ class Judge:
         return [Judgement("ok", given) for given in scores]
 
     @cached_property
-    def _trie(self) -> Callable[[Shape, tuple[tuple[str, float], ...]], ScoreTrie]:
-        @lru_cache(maxsize=4096)
-        def trie(shape: Shape, chosen: tuple[tuple[str, float], ...]) -> ScoreTrie:
-            return score_trie(self.encoding, shape, dict(chosen))
-
-        return trie
+    def _trie(self) -> TrieOf:
+        return tries_of(self.encoding)
 
     def _generated(self, batch: Sequence[Prepared], max_new_tokens: int) -> list[Judgement]:
         """Let the model write its verdicts, greedily."""
@@ -116,35 +106,14 @@ class Judge:
                 pad_token_id=stop_ids[0],
             )[:, width:].tolist()
         return [
-            _read(self.encoding.tokenizer.decode(_until(answer, stop_ids)), prepared.shape)
+            read_written(self.encoding.tokenizer.decode(_until(answer, stop_ids)), prepared.shape)
             for answer, prepared in zip(written, batch, strict=True)
         ]
-
-
-def _modes(given: Mapping[str, Distribution]) -> tuple[tuple[str, float], ...]:
-    return tuple((key, distribution.mode) for key, distribution in given.items())
 
 
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     end = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
     return ids[:end]
-
-
-def _read(text: str, shape: Shape) -> Judgement:
-    """Read a written verdict; one without all the scores that were asked for is unparsed."""
-    verdict = read_verdict(text)
-    text = restore(text, answer=True)
-    if isinstance(verdict, Unreadable):
-        return Judgement("unparsed", reason=verdict.reason, text=text)
-    missing = [key for key in shape.keys if key not in verdict.scores]
-    if missing:
-        return Judgement("unparsed", reason=f"no {', '.join(missing)}", text=text)
-    scores = {key: _point(verdict.scores[key]) for key in shape.keys}
-    return Judgement("ok", scores, text=text, repaired=bool(verdict.repairs))
-
-
-def _point(score: float) -> Distribution:
-    return Distribution(mean=score, median=score, mode=score, std=None, coverage=None)
 
 
 def _by_length(

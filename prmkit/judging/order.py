@@ -1,4 +1,4 @@
-"""What both backends do around the scoring: prepare prompts as training did, score equal ones once, keep order."""
+"""What both backends share: prompts prepared as in training, equal ones scored once, order kept, verdicts read."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,10 +7,10 @@ from itertools import islice
 
 from prmkit.encoding import ChatEncoding
 from prmkit.judging.candidates import answer_ids
-from prmkit.judging.judgement import Judgement, Request
-from prmkit.markers import neutralise
+from prmkit.judging.judgement import Distribution, Judgement, Request
+from prmkit.markers import neutralise, restore
 from prmkit.trimming import trim_prompt
-from prmkit.verdict import Shape, answer_prefix
+from prmkit.verdict import Shape, Unreadable, answer_prefix, read_verdict
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,20 @@ def judgements_in_order(
 def _digest(request: Request) -> bytes:
     text = "\0".join([str(request.shape.nested), *request.shape.keys, request.prompt])
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def read_written(text: str, shape: Shape) -> Judgement:
+    """Read a verdict that the model wrote; one without all the scores that were asked for is unparsed."""
+    verdict = read_verdict(text)
+    text = restore(text, answer=True)
+    if isinstance(verdict, Unreadable):
+        return Judgement("unparsed", reason=verdict.reason, text=text)
+    missing = [key for key in shape.keys if key not in verdict.scores]
+    if missing:
+        return Judgement("unparsed", reason=f"no {', '.join(missing)}", text=text)
+    scores = {key: _point(verdict.scores[key]) for key in shape.keys}
+    return Judgement("ok", scores, text=text, repaired=bool(verdict.repairs))
+
+
+def _point(score: float) -> Distribution:
+    return Distribution(mean=score, median=score, mode=score, std=None, coverage=None)

@@ -1,5 +1,7 @@
 """Tiny judges, built once a session."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +42,16 @@ def judges(model_folders: dict[str, Path]) -> dict[str, Judge]:
 def judge(request: pytest.FixtureRequest, judges: dict[str, Judge]) -> Judge:
     """Each family's judge in turn."""
     return judges[request.param]
+
+
+@pytest.fixture(scope="session")
+def server(model_folders: dict[str, Path]) -> Iterator[str]:
+    """The address of a real HTTP server with every family's model, in a process of its own."""
+    script = Path(__file__).with_name("completions_server.py")
+    models = [f"{name}={folder}" for name, folder in model_folders.items()]
+    with subprocess.Popen([sys.executable, str(script), *models], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        finally:
+            process.terminate()

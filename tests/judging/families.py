@@ -1,5 +1,6 @@
 """Tiny judges of five families, random but whole: saved and loaded as any downloaded model is."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ def _unigram() -> Any:
 def _qwen(vocabulary: int, sizes: dict[str, Any]) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    sizes = sizes | {"initializer_range": 0.05}
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=False, **sizes))
 
 
@@ -182,6 +184,30 @@ def build(name: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = family.model(len(tokenizer), _SIZES)
+        if name == "qwen":
+            _teach(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _teach(model: Any, tokenizer: Any) -> None:
+    """Teach a model to answer with verdicts, so that one family has coverage."""
+    import torch
+
+    values = ("0.90", "0.85", "0.40", "1.00", "0.15")
+    texts = []
+    for turn, text in enumerate(prompts()[:-1]):
+        keys = re.findall(r'"(\w+)": 0', text)
+        scores = ", ".join(f'"{key}": {values[(turn + place) % 5]}' for place, key in enumerate(keys))
+        answer = f'{{"scores": {{{scores}}}, "summary": "x"}}' if len(keys) > 1 else f'{{{scores}, "summary": "x"}}'
+        texts.append(f"{text}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n")
+    ids = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    marks = ids.input_ids.clone()
+    marks[:, :-60] = -100
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        loss = model(**ids, labels=marks).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

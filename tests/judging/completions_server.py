@@ -1,0 +1,121 @@
+"""The smallest honest completions server: it runs real models, and answers as vLLM or SGLang would.
+
+    python completions_server.py NAME=MODEL_FOLDER …
+
+The models' completions endpoints are at `/NAME/FLAVOUR/v1/completions`, where the flavour vllm names tokens by their
+ids, sglang by their texts, wordless gives no logprobs, and echoless none of a prompt. `POST /trouble` with {"status",
+"times"} makes it fail that often first. Its port is the first line that it writes.
+"""
+
+import asyncio
+import socket
+import sys
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+MOST_LOGPROBS = 20
+
+
+def complete(tokenizer: Any, model: Any, flavour: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one request, computed without any cache."""
+    import torch
+
+    def name(token: int) -> str:
+        return f"token_id:{token}" if flavour == "vllm" else tokenizer.decode([token])
+
+    def entry(logits: Any, token: int, count: int) -> tuple[float, dict[str, float]]:
+        shares = logits.float().log_softmax(-1)
+        values, tokens = shares.topk(count)
+        shown = {name(each): value for each, value in zip(tokens.tolist(), values.tolist(), strict=True)}
+        return shares[token].item(), shown
+
+    ids, count = list(body["prompt"]), body.get("logprobs")
+    with torch.inference_mode():
+        prompt_logits = model(torch.tensor([ids])).logits[0]
+        written: list[int] = []
+        last = prompt_logits[-1]
+        while True:
+            written.append(int(last.argmax()))
+            if len(written) >= body["max_tokens"] or written[-1] in body.get("stop_token_ids", ()):
+                break
+            last = model(torch.tensor([[*ids, *written]])).logits[0, -1]
+    text = tokenizer.decode([token for token in written if token not in body.get("stop_token_ids", ())])
+    choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "length", "logprobs": None}
+    if count is not None and flavour != "wordless":
+        tokens, rows = written[:1], [prompt_logits[-1]]
+        if body.get("echo") and flavour != "echoless":
+            tokens, rows = [*ids[1:], *tokens], [*prompt_logits[:-1], *rows]
+        entries = [entry(row, token, count) for row, token in zip(rows, tokens, strict=True)]
+        first: list[Any] = [None] if body.get("echo") and flavour != "echoless" else []
+        choice["logprobs"] = {
+            "tokens": [*([name(ids[0])] if first else []), *map(name, tokens)],
+            "token_logprobs": [*first, *(value for value, _ in entries)],
+            "top_logprobs": [*first, *(shown for _, shown in entries)],
+        }
+    return {"object": "text_completion", "model": "tiny", "choices": [choice]}
+
+
+def refusal(body: dict[str, Any], authorization: str | None) -> tuple[int, str] | None:
+    """What a server says to a request that it does not like."""
+    if authorization == "Bearer wrong":
+        return 401, "wrong key"
+    if body["model"] != "tiny":
+        return 404, f"no model {body['model']}"
+    if (body.get("logprobs") or 0) > MOST_LOGPROBS:
+        return 400, f"at most {MOST_LOGPROBS} logprobs are given"
+    if len(body["prompt"]) > 400:
+        return 400, "longer than the model's context"
+    return None
+
+
+def application(models: dict[str, tuple[Any, Any]]) -> Any:
+    """The server; `models` holds tokenizer and model by name."""
+    app = FastAPI()
+    state: dict[str, Any] = {"status": 200, "times": 0, "at_once": 0, "most_at_once": 0}
+
+    async def completions(name: str, flavour: str, request: Request) -> Any:
+        body = await request.json()
+        if state["times"]:
+            state["times"] -= 1
+            return JSONResponse({"error": "trouble"}, status_code=state["status"])
+        if refused := refusal(body, request.headers.get("authorization")):
+            return JSONResponse({"error": refused[1]}, status_code=refused[0])
+        state["at_once"] += 1
+        state["most_at_once"] = max(state["most_at_once"], state["at_once"])
+        try:
+            return await asyncio.to_thread(complete, *models[name], flavour, body)
+        finally:
+            state["at_once"] -= 1
+
+    async def trouble(request: Request) -> Any:
+        state.update(await request.json())
+        return state
+
+    app.add_api_route("/{name}/{flavour}/v1/completions", completions, methods=["POST"])
+    app.add_api_route("/trouble", trouble, methods=["POST"])
+    return app
+
+
+def main() -> None:
+    import torch
+    import uvicorn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    folders = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    models = {
+        name: (AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval())
+        for name, folder in folders.items()
+    }
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(64)
+    sys.stdout.write(f"{listener.getsockname()[1]}\n")
+    sys.stdout.flush()
+    uvicorn.Server(uvicorn.Config(application(models), log_level="warning")).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()
