@@ -1,10 +1,13 @@
 """Files that are whole or absent, locks, and reading lines from whatever they are packed in."""
 
+import errno
 import fcntl
 import gzip
 import hashlib
+import io
 import os
 import tempfile
+import zlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +17,9 @@ from typing import IO, Any, BinaryIO
 import orjson
 
 from prmkit.errors import DataError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a file cannot grow: the disk, the quota, or the limit of a file's size."""
 
 
 @contextmanager
@@ -91,7 +97,7 @@ def open_input(path: Path) -> Iterator[IO[bytes]]:
     """Open a file of lines for reading bytes; `.gz` and `.zst` are unpacked on the way.
 
     Raises:
-        DataError: the file is missing, a folder, or not to be read.
+        DataError: the file is missing, a folder, or not to be read; a packed one is damaged or stops in the middle.
     """
     try:
         with path.open("rb") as raw:
@@ -99,16 +105,51 @@ def open_input(path: Path) -> Iterator[IO[bytes]]:
                 with gzip.open(raw) as unpacked:
                     yield unpacked  # type: ignore[misc]
             elif path.suffix == ".zst":
-                import zstandard
-
-                with zstandard.ZstdDecompressor().stream_reader(raw) as unpacked:
-                    import io
-
-                    yield io.BufferedReader(unpacked)
+                yield io.BufferedReader(_ZstandardReader(raw), 1 << 20)
             else:
                 yield raw
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged, or cut off ({error}). Pack it again.") from error
     except OSError as error:
+        if error.errno in DISK_FULL:  # somebody else's: raised where the lines are written to
+            raise
         raise DataError(f"{path}: {error.strerror or error}.") from error
+
+
+class _ZstandardReader(io.RawIOBase):
+    """Unpacks Zstandard frames, one or several; zstandard's own reader ends without a word where a frame is cut off."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw, self._zstandard = raw, zstandard
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._packed = self._unpacked = b""
+        self._inside = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            self._packed = self._packed or self._raw.read(1 << 18)
+            if not self._packed:
+                if self._inside:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            self._unpack()
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
+
+    def _unpack(self) -> None:
+        if not self._inside:
+            self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+        try:
+            self._unpacked = self._frame.decompress(self._packed)
+        except self._zstandard.ZstdError as error:
+            raise EOFError(error) from error
+        self._inside, self._packed = not self._frame.eof, self._frame.unused_data
 
 
 def sha256_of(path: Path) -> str:
@@ -140,11 +181,11 @@ def only_one(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[int
         while not _locked(stream):
             if time.monotonic() >= deadline:
                 stream.seek(0)
-                holder = stream.read().strip() or "another process"
-                raise DataError(f"{folder}: {holder} is {doing} here. Wait for it, or choose another folder.")
+                holder = stream.read().strip() or f"another process is {doing}"
+                raise DataError(f"{folder}: {holder} here. Wait for it, or choose another folder.")
             time.sleep(0.05)
         stream.truncate(0)
-        stream.write(f"process {os.getpid()}")
+        stream.write(f"process {os.getpid()} is {doing}")
         stream.flush()
         yield stream.fileno()
 

@@ -30,6 +30,8 @@ from prmkit.files import only_one, sha256_of
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 1.0
+"""Seconds that a conversion waits for workers of a killed one to notice."""
 _FORK_FROM = 8 << 20
 """Bytes of input. Below, a second process takes longer to start than it saves."""
 
@@ -47,7 +49,7 @@ def convert(settings: Settings) -> dict[str, Any]:
     names = find_inputs(settings.inputs, settings.output)
     guard = LengthGuard(settings.lengths) if settings.lengths else None
     try:
-        with only_one(settings.output, "converting"):
+        with only_one(settings.output, "converting", patience=_PATIENCE):
             recover(settings.output)
             stage = make_stage(settings.output)
             try:

@@ -19,6 +19,8 @@ from prmkit.errors import DataError
 
 _CURRENT = ".current"
 _STAGE = ".conversion-"
+_SYNCED_ONE_BY_ONE = 200
+"""Files. An fsync takes 2 ms, and there may be thousands of files; beyond, one sync of everything is cheaper."""
 
 
 def make_stage(folder: Path) -> Path:
@@ -51,8 +53,7 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
     for name in sorted(names):
         if (folder / name).is_dir():
             raise DataError(f"{folder / name}: a folder stands where a file is to go. Move it away.")
-    # One sync for all: a file system takes 2 ms for each fsync, and there may be thousands of files.
-    os.sync()
+    _sync_files(new)
     old = stage / "old"
     old.mkdir()
     names |= {name for name in obsolete if (folder / name).is_file()}
@@ -62,9 +63,9 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
     _point(folder / _CURRENT, old.relative_to(folder), stage)
     for name in names:
         _point(folder / name, Path(_CURRENT, name), stage)
-    _sync_folder(folder)
+    _sync(folder)
     _point(folder / _CURRENT, new.relative_to(folder), stage)
-    _sync_folder(folder)
+    _sync(folder)
     _settle(folder)
 
 
@@ -84,12 +85,22 @@ def _settle(folder: Path) -> None:
                 (current / link.name).replace(link)
             else:
                 link.unlink()
-    _sync_folder(folder)
+    _sync(folder)
     current.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync_files(folder: Path) -> None:
+    paths = list(folder.iterdir())
+    if len(paths) > _SYNCED_ONE_BY_ONE:
+        os.sync()
+    else:
+        for path in paths:
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
