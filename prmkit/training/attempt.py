@@ -143,6 +143,8 @@ def _launch_values(values: Mapping[str, Any], folder: Path, plan: Plan, launch: 
         key: value for key, value in values.items() if key not in {"resume_from_checkpoint", "overwrite_output_dir"}
     }
     kept["output_dir"] = str(folder)
+    if values.get("use_swanlab"):
+        kept.setdefault("swanlab_run_name", folder.name)
     # An elastic run that torchrun starts again must find the newest checkpoint itself.
     if plan.checkpoint and not launch.max_restarts:
         kept["resume_from_checkpoint"] = str(plan.checkpoint.folder)

@@ -4,6 +4,7 @@ LLaMA Factory itself takes the checkpoint with the highest number, also when a k
 it is a leftover of an earlier run. Some faults then end in a crash; a missing optimizer state goes unnoticed.
 """
 
+import json
 import logging
 import struct
 import zipfile
@@ -34,8 +35,9 @@ class Checkpoint:
 def read_state(folder: Path) -> dict[str, Any] | None:
     """What `trainer_state.json` says; None when it is not there or not whole."""
     try:
-        state = orjson.loads((folder / "trainer_state.json").read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        # Python's own reader, because a loss that is not a number stands there as NaN.
+        state = json.loads((folder / "trainer_state.json").read_bytes())
+    except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) and isinstance(state.get("global_step"), int) else None
 
@@ -124,8 +126,8 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         for line in path.read_bytes().splitlines():
             try:
-                value = orjson.loads(line)
-            except orjson.JSONDecodeError:
+                value = json.loads(line)
+            except ValueError:
                 continue
             if isinstance(value, dict) and isinstance(value.get("current_steps"), int):
                 yield value

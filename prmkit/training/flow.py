@@ -1,5 +1,6 @@
 """Training from the config to the checked adapter: resolve, check, launch, watch, verify, record, export."""
 
+import errno
 import logging
 import re
 import shlex
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import cli
-from prmkit.errors import ExitCode, UsageError
+from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import only_one
 from prmkit.training.attempt import LOGS, Setting, carry_out, join
 from prmkit.training.checkpoints import checkpoint_folders, fault_of
@@ -19,7 +20,16 @@ from prmkit.training.llamafactory import Launch
 from prmkit.training.machine import this_machine
 from prmkit.training.preflight import Check, errors_in, run_preflight
 from prmkit.training.resume import Step, free_folder, move_aside, plan_start, run_folder_of
-from prmkit.training.runs import NUMERIC_COLUMNS, TABLE_COLUMNS, all_records, command_line, new_record, table_rows
+from prmkit.training.runs import (
+    NUMERIC_COLUMNS,
+    TABLE_COLUMNS,
+    all_records,
+    command_line,
+    differences,
+    new_record,
+    read_record,
+    table_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +76,21 @@ def execute(command: Command) -> Outcome:
 
     Raises:
         PrmkitError: as each part says.
+        DataError: the disk is full, or a folder may not be written to.
     """
+    try:
+        return _execute(command)
+    except OSError as error:
+        if error.errno not in _THE_DISK:
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise DataError(f"{what}. Make room or rights, then start the same command again.") from error
+
+
+_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def _execute(command: Command) -> Outcome:
     if command.runs:
         return _show_runs(command)
     if command.export_only:
@@ -75,6 +99,8 @@ def execute(command: Command) -> Outcome:
     if command.export_only is not None:
         folder = run_folder_of(setting.config.values, setting.config.sources)
         return _export_existing(command, folder, setting.config.values.get("export_dir"))
+    if _is_finished(command, setting):
+        return train(command, setting)
     _narrate(setting.config)
     checks = run_preflight(setting.config, world_size=setting.world_size, torchrun=setting.torchrun)
     _show_checks(checks)
@@ -155,6 +181,15 @@ def _report_checks(command: Command, checks: Sequence[Check]) -> Outcome:
     return Outcome(ExitCode.USAGE if errors else ExitCode.DONE)
 
 
+def _is_finished(command: Command, setting: Setting) -> bool:
+    """Whether there is nothing to train, so that no check is needed to say so."""
+    folder = run_folder_of(setting.config.values, setting.config.sources)
+    record = read_record(folder)
+    if command.validate_only or command.doctor or command.overwrite or not record or record["status"] != "finished":
+        return False
+    return not differences(record, new_record(folder, setting.config, [], setting.world_size))
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +232,7 @@ def _claim(folder: Path, fresh: dict[str, Any], command: Command) -> Path:
     claimed = free_folder(folder, fresh)
     if claimed != folder:
         log.info("%s holds a finished run of another config; this one goes to %s.", folder, claimed)
-        fresh["run"] = claimed.name
+        fresh["run"], fresh["config"]["output_dir"] = claimed.name, str(claimed)
     return claimed
 
 

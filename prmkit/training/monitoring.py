@@ -1,6 +1,7 @@
 """Watching a run: `logs/trainer_log.jsonl`, the progress on the terminal, the curves."""
 
 import fcntl
+import json
 import logging
 import math
 import time
@@ -10,8 +11,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
-
-import orjson
 
 from prmkit import cli
 from prmkit.training.checkpoints import read_log
@@ -86,9 +85,9 @@ class Follower:
             read = stream.read()
         self.position += len(read)
         *lines, self.rest = (self.rest + read).split(b"\n")
-        entries = [corrected(orjson.loads(line), self.start) for line in lines if line]
+        entries = [corrected(json.loads(line), self.start) for line in lines if line]
         if self.target and entries:
-            self.target.write(b"".join(orjson.dumps(entry) + b"\n" for entry in entries))
+            self.target.write(_as_lines(entries))
             self.target.flush()
         return entries
 
@@ -111,11 +110,13 @@ def followed(source: Path, target: Path, start: Start) -> Iterator[Follower]:
             yield Follower(source, None, start, position)
             return
         stream.truncate(0)
-        for entry in read_log(source):
-            if entry["current_steps"] <= start.step:
-                stream.write(orjson.dumps(entry) + b"\n")
+        stream.write(_as_lines([entry for entry in read_log(source) if entry["current_steps"] <= start.step]))
         stream.flush()
         yield Follower(source, stream, start, position)
+
+
+def _as_lines(entries: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
 
 
 # --- on the terminal ----------------------------------------------------------------------------------------------
@@ -191,6 +192,7 @@ def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
     if not train and not held_out:
         return False
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -200,6 +202,7 @@ def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
         axes.plot(*zip(*held_out, strict=True), color=_HELD_OUT_COLOUR, marker="o", markersize=5, label="held-out")
     axes.set(title=name, xlabel="step", ylabel="loss (nats per token)")
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

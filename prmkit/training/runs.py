@@ -26,7 +26,8 @@ _RECORDED_VERSIONS = (
 
 # Keys that say how a run is done and watched, not what it learns: they may change between two starts of one run.
 _NOT_ABOUT_LEARNING = {
-    "resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache", "plot_loss", "report_to", "run_name",
+    "output_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache", "plot_loss",
+    "report_to",
     "logging_dir", "log_level", "logging_steps", "logging_first_step", "logging_strategy", "logging_nan_inf_filter",
     "disable_tqdm", "save_steps", "save_strategy", "save_total_limit", "save_only_model", "eval_strategy",
     "eval_steps", "eval_delay", "eval_on_start", "do_eval", "eval_accumulation_steps", "per_device_eval_batch_size",
@@ -74,7 +75,7 @@ def new_record(run_folder: Path, config: ResolvedConfig, command: list[str], pro
         "run": run_folder.name,
         "id": os.urandom(8).hex(),
         "status": "running",
-        "config": dict(values),
+        "config": {**values, "output_dir": str(run_folder)},
         "sources": dict(config.sources),
         "command": command,
         "processes": processes,

@@ -1,6 +1,7 @@
 """What a project of these tests holds: rows and a config of LLaMA Factory's keys."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,4 @@ def write_config(path: Path, **changes: Any) -> Path:
 STEPS = 80
 
 MakeProject = Callable[..., Path]
+Script = Callable[..., subprocess.CompletedProcess[str]]

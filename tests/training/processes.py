@@ -35,7 +35,7 @@ class Started:
         """The process whose command line holds one text and not the other; 0 for none."""
         return next((pid for pid, line in self.living().items() if text in line and without not in line), 0)
 
-    def ends(self, code: int, within: float = 400.0) -> str:
+    def ends(self, code: int, within: float = 900.0) -> str:
         """Wait for the end, see that nothing is left, and return what it wrote to stdout and stderr."""
         try:
             output, narration = self.process.communicate(timeout=within)

@@ -87,9 +87,11 @@ def test_the_number_format_is_the_one_that_was_trained_in(finished: Path, change
     assert trained_dtype(config) == dtype
 
 
-def test_the_export_config_has_no_key_of_training(finished: Path) -> None:
+def test_the_export_config_has_no_key_of_training(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaMA Factory's own parser takes it; it refuses every key of training."""
     from llamafactory.hparams.parser import _parse_infer_args
 
+    monkeypatch.chdir(finished)
     values = export_values(find_source(finished / "saves" / "run"), finished / "out")
     _parse_infer_args(values)
     assert values["adapter_name_or_path"] == str(finished / "saves" / "run")

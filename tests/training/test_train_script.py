@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Script
-from layout import STEPS, MakeProject
+from layout import STEPS, MakeProject, Script
 
 
 @pytest.fixture
