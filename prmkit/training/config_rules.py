@@ -40,7 +40,6 @@ SUCCESSORS = {
     "jit_mode_eval": "Leave it out: it is gone.",
     "xpu_backend": "Write ddp_backend.",
     "max_seq_length": "Write cutoff_len.",
-    "max_length": "Write cutoff_len.",
     "model_max_length": "Write cutoff_len: this one follows from it.",
     "device_map": "Leave it out: the model goes to the training device.",
     "load_in_4bit": "Write quantization_bit: 4.",

@@ -275,9 +275,11 @@ def _steps(values: Mapping[str, Any], world_size: int) -> list[tuple[str, dict[s
 
 
 def checkpoint_bytes(model: Model, values: Mapping[str, Any]) -> float:
-    """The size of one checkpoint on disk: what is trained, and twice as much again for Adam's moments."""
-    full = _trains_base(values)
-    trained = model.parameters if full else lora_parameters(model, values)
-    # Full fine-tuning saves bf16 weights and float32 moments; an adapter is saved in float32 throughout.
-    weight = _half(values) if full else 4
-    return trained * (weight + (0 if values.get("save_only_model") else 8))
+    """The size of one checkpoint on disk: the trained numbers and, unless it is left out, the optimizer's state."""
+    weight, optimizer = 4, 8  # float32, and Adam's two moments
+    if values.get("pure_bf16"):
+        weight, optimizer = 2, 4
+    elif _trains_base(values) and zero_stage(values):
+        weight, optimizer = 2, 12  # DeepSpeed saves bf16 weights, and its float32 masters with the moments
+    trained = model.parameters if _trains_base(values) else lora_parameters(model, values)
+    return trained * (weight + (0 if values.get("save_only_model") else optimizer))

@@ -18,14 +18,15 @@ WITHOUT_SYSTEM, WITH_SYSTEM, WITH_ANSWER = "a prompt", "a prompt with a system t
 
 @dataclass(frozen=True)
 class Rendering:
-    """Token ids of one turn; None where the template refuses (Gemma knows no system text)."""
+    """The parts of one turn as texts, each through the tokenizer and back; None where a template refuses a part
+    (Gemma knows no system text)."""
 
-    ids: Mapping[str, list[int] | None]
+    texts: Mapping[str, str | None]
 
     def differs_in(self, other: "Rendering") -> list[str]:
         """The parts in which two renderings differ, of those that both have."""
-        both = [part for part, ids in self.ids.items() if ids is not None and other.ids[part] is not None]
-        return [part for part in both if self.ids[part] != other.ids[part]]
+        both = [part for part, text in self.texts.items() if text is not None and other.texts[part] is not None]
+        return [part for part in both if self.texts[part] != other.texts[part]]
 
 
 def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
@@ -84,15 +85,14 @@ def _parsed_from_tokenizer(differences: list[str]) -> Check:
 def _own_rendering(tokenizer: Any, chat_template: Any, *, thinking: bool) -> Rendering:
     from jinja2 import TemplateError
 
-    def applied(messages: list[dict[str, str]]) -> list[int] | None:
+    def applied(messages: list[dict[str, str]]) -> str | None:
         opened = messages[-1]["role"] == "user"
         settings = {"chat_template": chat_template, "add_generation_prompt": opened, "enable_thinking": thinking}
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
         except TemplateError:
             return None
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
 
     user, system = {"role": "user", "content": USER}, {"role": "system", "content": SYSTEM}
     answer = {"role": "assistant", "content": ANSWER}
@@ -105,7 +105,8 @@ def _rendering(template: Any, tokenizer: Any) -> Rendering:
     ((prompt, _),) = template.encode_multiturn(tokenizer, messages, None, None)
     ((with_system, answer),) = template.encode_multiturn(tokenizer, messages, SYSTEM, None)
     end = [tokenizer.eos_token_id] if template.efficient_eos else []
-    return Rendering({WITHOUT_SYSTEM: prompt, WITH_SYSTEM: with_system, WITH_ANSWER: [*with_system, *answer, *end]})
+    parts = {WITHOUT_SYSTEM: prompt, WITH_SYSTEM: with_system, WITH_ANSWER: [*with_system, *answer, *end]}
+    return Rendering({part: tokenizer.decode(ids) for part, ids in parts.items()})
 
 
 def _fitting_templates(tokenizer: Any, own: Rendering) -> list[str]:
@@ -131,5 +132,4 @@ def _first_difference(encoding: ChatEncoding, own: Rendering) -> str:
     """Both renderings of the first part that differs, as texts."""
     ours = _rendering(encoding.template, encoding.tokenizer)
     part = ours.differs_in(own)[0]
-    texts = [encoding.tokenizer.decode(rendering.ids[part]) for rendering in (ours, own)]
-    return f"Trained would be {texts[0]!r}, the model expects {texts[1]!r}."
+    return f"Trained would be {ours.texts[part]!r}, the model expects {own.texts[part]!r}."
