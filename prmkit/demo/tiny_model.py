@@ -1,0 +1,166 @@
+"""Build the demo's base model: a Qwen2 of about a million random weights, with a tokenizer trained on the sample.
+
+    python -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
+
+It is saved as transformers saves any model, so that everything downstream treats it as a real one. It knows nothing:
+its embeddings are random, and LoRA must train them too (`additional_target: embed_tokens,lm_head`).
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prmkit import cli
+from prmkit.errors import DataError, ExitCode
+from prmkit.files import read_json, read_jsonl, sha256_of, write_json
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer
+
+VOCABULARY_SIZE = 1280
+"""Merged tokens and bytes. Small, because the embeddings are a good part of a tiny model's work."""
+
+ARCHITECTURE = {
+    "initializer_range": 0.1,
+    "hidden_size": 128,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+START_OF_TURN = "<|im_start|>"
+END_OF_TURN = "<|im_end|>"
+
+DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+# What Qwen2.5's template renders, without its tools: the default system line where there is none, then the turns.
+CHAT_TEMPLATE = """\
+{%- if not messages or messages[0].role != 'system' -%}
+    {{- '<|im_start|>system\\nDEFAULT_SYSTEM<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+""".replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
+
+RECIPE_FILE = "recipe.json"
+
+
+def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
+    """Build the tiny base model; do nothing when the same one stands there already.
+
+    Args:
+        sample: JSONL in the schema of `finetune.jsonl`; the tokenizer is trained on its texts.
+        output: the model folder.
+        seed: of the weights.
+
+    Returns:
+        Whether it was built now.
+
+    Raises:
+        DataError: the sample cannot be read, or another model stands in `output`.
+    """
+    recipe = _recipe(sample, seed)
+    recipe_path = output / RECIPE_FILE
+    if recipe_path.exists():
+        if read_json(recipe_path) == recipe:
+            return False
+    elif output.exists() and any(output.iterdir()):
+        raise DataError(f"{output}: holds something that is not the demo's model. Choose another folder.")
+    recipe_path.unlink(missing_ok=True)
+    tokenizer = _train_tokenizer(sample)
+    _save_model(tokenizer, output, seed)
+    tokenizer.save_pretrained(output)
+    # Last: a folder without it is not whole and is built again.
+    write_json(recipe_path, recipe)
+    return True
+
+
+def _recipe(sample: Path, seed: int) -> dict[str, Any]:
+    """Everything that the model depends on."""
+    if not sample.is_file():
+        raise DataError(f"{sample}: no such file. Make it with: python -m prmkit.demo.sample --output {sample}")
+    return {
+        "sample_sha256": sha256_of(sample),
+        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "seed": seed,
+    }
+
+
+def _train_tokenizer(sample: Path) -> "Qwen2Tokenizer":
+    """Train a byte-level BPE on the sample. Qwen's pre-tokenizer gives every digit a token of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    untrained = Qwen2Tokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY_SIZE, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(_texts(sample), trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
+        extra_special_tokens=[START_OF_TURN, END_OF_TURN],
+        model_max_length=ARCHITECTURE["max_position_embeddings"],
+    )
+    tokenizer.eos_token = END_OF_TURN
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _texts(sample: Path) -> Iterator[str]:
+    """Every turn as the chat template renders it: the words of the template are worth tokens of their own."""
+    for row in read_jsonl(sample):
+        yield f"system\n{DEFAULT_SYSTEM}"
+        for role, turn in zip(("user", "assistant"), row["conversations"], strict=True):
+            yield f"{role}\n{turn['value']}"
+
+
+def _save_model(tokenizer: "Qwen2Tokenizer", output: Path, seed: int) -> None:
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    end_of_turn, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = Qwen2Config(
+        **ARCHITECTURE, vocab_size=len(tokenizer), eos_token_id=end_of_turn, pad_token_id=padding, dtype="float32"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=[end_of_turn, padding], pad_token_id=padding
+    )
+    model.save_pretrained(output)
+
+
+def _command(arguments: argparse.Namespace) -> ExitCode:
+    built = build_tiny_model(arguments.sample, arguments.output, arguments.seed)
+    cli.emit(f"{arguments.output}: {'built' if built else 'already there'}")
+    return ExitCode.DONE
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prmkit.demo.tiny_model", description="Build the tiny, random base model that the demo trains."
+    )
+    parser.add_argument("--sample", type=Path, required=True, help="the JSONL that the tokenizer is trained on")
+    parser.add_argument("--output", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    return cli.run(_command, parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
