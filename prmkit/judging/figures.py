@@ -65,7 +65,7 @@ def _drawn(width: float, height: float, draw: Any, name: str) -> str:
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         written = io.StringIO()
-        figure.savefig(written, format="svg", bbox_inches="tight", pad_inches=0.08, metadata={"Date": None})
+        figure.savefig(written, format="svg", dpi=200, bbox_inches="tight", pad_inches=0.08, metadata={"Date": None})
     svg = written.getvalue()
     return svg[svg.index("<svg") :]
 

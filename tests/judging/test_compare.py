@@ -1,0 +1,112 @@
+"""Two judges on the same yardstick: the difference, its interval, and when a comparison is refused or fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from synthetic import MEDIANS, Judge, constant, noisy, predictions_of, write_data_folder, write_lines
+
+from prmkit.errors import DataError, GateError
+from prmkit.judging.compare import compare, comparison_table, refuse_low_spearman, refuse_worse
+from prmkit.judging.heldout import HeldOut, read_held_out
+from prmkit.judging.metrics import metrics_of
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
+    return read_held_out(write_data_folder(tmp_path_factory.mktemp("data"), tasks=20), "reward_model_full_eval")
+
+
+@pytest.fixture(scope="module")
+def evaluated(held_out: HeldOut, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The evaluation folders of four judges."""
+    judges = {"fine": noisy(0.08), "twin": noisy(0.08, seed=1), "poor": noisy(0.35), "constant": constant()}
+    folder = tmp_path_factory.mktemp("evaluated")
+    return {name: write_evaluation(folder / name / "evaluation", held_out, judge) for name, judge in judges.items()}
+
+
+def write_evaluation(folder: Path, held_out: HeldOut, judge: Judge, rows: slice = slice(None)) -> Path:
+    predictions = predictions_of(held_out, judge)[rows]
+    folder.mkdir(parents=True)
+    write_lines(folder / "predictions.jsonl", predictions)
+    (folder / "metrics.json").write_text(json.dumps(metrics_of(predictions, None, held_out, MEDIANS)))
+    return folder
+
+
+def spearman_of(folder: Path) -> float:
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    both = [(row, key) for row in rows for key in row["scores"] if key in row["reference"]]
+    pairs = [(row["scores"][key]["mean"], row["reference"][key]) for row, key in both]
+    return stats.spearmanr(*zip(*pairs, strict=True)).statistic
+
+
+def test_the_difference_is_that_of_the_two_figures(evaluated):
+    everything = compare(evaluated["fine"], evaluated["poor"])["groups"][0]
+    difference = everything["spearman"]["difference"]
+    assert difference["value"] == pytest.approx(spearman_of(evaluated["fine"]) - spearman_of(evaluated["poor"]))
+    assert difference["low"] > 0
+    assert everything["verdict"] == "better"
+
+
+def test_a_worse_judge_fails_the_gate_and_a_better_one_passes(evaluated):
+    refuse_worse(compare(evaluated["fine"], evaluated["poor"]))
+    with pytest.raises(GateError, match="is worse than"):
+        refuse_worse(compare(evaluated["poor"], evaluated["fine"]))
+
+
+def test_two_equally_good_judges_show_no_difference(evaluated):
+    comparison = compare(evaluated["fine"], evaluated["twin"])
+    assert comparison["groups"][0]["verdict"] == "no difference shown"
+    refuse_worse(comparison)
+    assert all(len(row) == 10 for row in comparison_table(comparison))
+
+
+def test_a_judge_compared_with_itself_does_not_differ_at_all(evaluated):
+    for group in compare(evaluated["fine"], evaluated["fine"])["groups"]:
+        assert group["mae"]["difference"]["low"] == group["mae"]["difference"]["high"] == 0.0
+
+
+def test_pairing_makes_the_interval_narrower_than_two_separate_ones(evaluated):
+    everything = compare(evaluated["fine"], evaluated["poor"])["groups"][0]["mae"]
+    width = {name: figure["high"] - figure["low"] for name, figure in everything.items()}
+    assert width["difference"] < width["this"] + width["other"]
+
+
+def test_a_constant_judge_is_worse_though_it_has_no_order(evaluated):
+    comparison = compare(evaluated["constant"], evaluated["fine"])
+    assert comparison["groups"][0]["spearman"]["difference"]["value"] is None
+    assert comparison["groups"][0]["verdict"] == "worse"
+
+
+def test_a_run_folder_is_as_good_as_its_evaluation_folder(evaluated):
+    assert compare(evaluated["fine"], evaluated["poor"].parent)["other"] == str(evaluated["poor"])
+
+
+def test_only_scores_of_both_are_compared_and_the_rest_is_counted(evaluated, held_out, tmp_path):
+    half = write_evaluation(tmp_path / "half", held_out, noisy(0.08), slice(0, 40))
+    comparison = compare(half, evaluated["fine"])
+    assert comparison["scores_of_this_alone"] == 0
+    whole = compare(evaluated["fine"], evaluated["fine"])["groups"][0]["scores"]
+    assert comparison["groups"][0]["scores"] + comparison["scores_of_other_alone"] == whole
+
+
+def test_another_yardstick_is_refused(evaluated, tmp_path):
+    other = read_held_out(write_data_folder(tmp_path / "data", tasks=6, seed=99), "reward_model_full_eval")
+    folder = write_evaluation(tmp_path / "other", other, noisy(0.1))
+    with pytest.raises(DataError, match="different held-out rows"):
+        compare(folder, evaluated["fine"])
+
+
+def test_a_folder_that_was_not_evaluated_is_named(evaluated, tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path}: no metrics.json"):
+        compare(evaluated["fine"], tmp_path)
+
+
+def test_the_least_spearman_is_a_gate(evaluated):
+    fine, flat = (json.loads((evaluated[name] / "metrics.json").read_text()) for name in ("fine", "constant"))
+    refuse_low_spearman(fine, 0.5)
+    with pytest.raises(GateError, match="the Spearman correlation is"):
+        refuse_low_spearman(fine, 0.999)
+    with pytest.raises(GateError, match="there is no Spearman correlation"):
+        refuse_low_spearman(flat, 0.0)
