@@ -7,8 +7,8 @@ import hashlib
 import io
 import os
 import tempfile
-import zlib
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -32,7 +32,7 @@ def put(folder: Path, content: dict[str, bytes]) -> None:
 STEPS = ("symlink", "rename", "replace", "unlink", "link", "mkdir", "fsync", "sync")
 
 
-@pytest.mark.parametrize("survived", range(0, 40))
+@pytest.mark.parametrize("survived", range(40))
 def test_a_death_between_any_two_steps_leaves_all_old_or_all_new(
     tmp_path: Path, survived: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,101 @@
+"""Several judges on one prompt: agreement, consensus, and prompts that are too contested."""
+
+import json
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from prmkit.dataset.agreement import Agreement
+from prmkit.dataset.split import Split
+from tests.dataset.conftest import Convert, Path, prompt_of, read_lines, row_of
+
+
+def judged(content: str, **scores: float) -> list[dict[str, object]]:
+    return [row_of(prompt_of(content), score=score, judge=judge) for judge, score in scores.items()]
+
+
+@pytest.mark.parametrize(("aggregate", "score"), [("mean", 0.6), ("median", 0.7)])
+def test_the_consensus_has_one_row_a_prompt(convert_rows: Convert, data: Path, aggregate: str, score: float) -> None:
+    rows = judged("a", one=0.2, two=0.7, three=0.9) + judged("b", one=0.4)
+    convert_rows(rows, aggregate=aggregate, split=Split(0.0))
+    lines = read_lines(data / "reward_model_consensus.jsonl")
+    assert [json.loads(line["output"])["reasonableness_score"] for line in lines] == [score, 0.4]
+    traced = read_lines(data / "reward_model_consensus.meta.jsonl")
+    assert traced[0]["line"] == 2, "the words are those of the judge nearest to the aggregate"
+    assert traced[0]["metadata"]["model_name"] == f"{aggregate} of 3 judges"
+    assert traced[0]["scores"] == {"reasonableness_score": score}
+    assert len(read_lines(data / "reward_model_full.jsonl")) == 4
+
+
+def test_the_consensus_keeps_to_the_sides(convert_rows: Convert, data: Path) -> None:
+    rows = judged("a", one=0.2, two=0.7) + [
+        row_of(prompt_of("b"), task="held", judge=judge, score=score) for judge, score in (("one", 0.1), ("two", 0.2))
+    ]
+    convert_rows(rows, aggregate="mean", split=Split(tasks=frozenset({"held"})))
+    assert len(read_lines(data / "reward_model_consensus.jsonl")) == 1
+    (held_out,) = read_lines(data / "reward_model_consensus_eval.jsonl")
+    assert json.loads(held_out["output"])["reasonableness_score"] == 0.15
+
+
+def test_scores_are_aggregated_key_by_key(convert_rows: Convert, data: Path) -> None:
+    answers = {"one": {"a": 0.2, "b": 0.4}, "two": {"a": 0.4, "b": 1.0}, "three": {"a": 0.9}}
+    rows = [
+        row_of(prompt_of("a"), json.dumps({"scores": scores, "summary": judge}), judge=judge)
+        for judge, scores in answers.items()
+    ]
+    convert_rows(rows, aggregate="mean")
+    (line,) = read_lines(data / "reward_model_consensus.jsonl")
+    assert line["output"] == '{"scores": {"a": 0.50, "b": 0.70}, "summary": "two"}'
+
+
+def test_a_judge_who_answers_twice_has_one_voice(convert_rows: Convert, data: Path) -> None:
+    rows = judged("a", one=0.2) + judged("a", one=0.4) + judged("a", two=0.9)
+    convert_rows(rows, aggregate="mean")
+    (line,) = read_lines(data / "reward_model_consensus.jsonl")
+    assert json.loads(line["output"])["reasonableness_score"] == 0.6
+
+
+def test_contested_prompts_are_set_aside(convert_rows: Convert, data: Path) -> None:
+    rows = judged("a", one=0.2, two=0.5) + judged("b", one=0.2, two=0.51) + judged("c", one=0.0)
+    report = convert_rows(rows, max_disagreement=0.3)
+    assert report["rejected"] == {"judges differ too much": 2}
+    assert {row["reason"] for row in read_lines(data / "rejected.jsonl")} == {
+        "judges differ by 0.31 on reasonableness_score"
+    }
+    assert sum(report["rows"].values()) == 3
+
+
+def test_agreement_is_what_numpy_finds() -> None:
+    choose = random.Random(0)
+    pairs = [(choose.randrange(101), choose.randrange(101)) for _ in range(200)]
+    agreement = Agreement()
+    for one, other in pairs:
+        agreement.add("clip", "a", "b", {"s": one}, {"s": other, "t": 5})
+    (found,) = agreement.as_json()
+    columns = np.array(pairs) / 100
+    assert found["pearson"] == pytest.approx(np.corrcoef(columns.T)[0, 1], abs=1e-4)
+    assert found["mean_absolute_difference"] == pytest.approx(np.abs(columns[:, 0] - columns[:, 1]).mean(), abs=1e-4)
+    assert (found["n"], found["prompts"]) == (200, 200)
+
+
+@pytest.mark.parametrize("scores", [[(50, 60)], [(50, 60), (50, 70)], [(0, 0)] * 5])
+def test_agreement_that_cannot_be_told_is_null(scores: Sequence[tuple[int, int]]) -> None:
+    agreement = Agreement()
+    for one, other in scores:
+        agreement.add("clip", "a", "b", {"s": one}, {"s": other})
+    assert agreement.as_json()[0]["pearson"] is None
+
+
+def test_agreement_by_type_and_pair(convert_rows: Convert) -> None:
+    rows = [
+        row_of(prompt_of(f"{kind} {number}"), judge=judge, kind=kind, score=(number * place % 10) / 10)
+        for kind in ("clip", "final")
+        for number in range(5)
+        for place, judge in enumerate(("one", "two", "three"), start=1)
+    ]
+    pairs = convert_rows(rows)["judge_agreement"]
+    assert [(pair["evaluation_type"], pair["judges"], pair["n"]) for pair in pairs] == [
+        (kind, pair, 5) for kind in ("clip", "final") for pair in (["one", "three"], ["one", "two"], ["three", "two"])
+    ]
