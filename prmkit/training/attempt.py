@@ -135,7 +135,7 @@ def _launch(setting: Setting, folder: Path, plan: Plan, lock: int) -> None:
             raise Interrupted(_how_to_go_on(folder), stop.exit_code) from None
     if code != 0:
         failure = explain(log_tail(log_path, begin), code, values)
-        raise LlamaFactoryError(f"{failure}\nThe whole log: {log_path}\n{_again('Mended')}")
+        raise LlamaFactoryError(f"{failure}\nThe whole log: {log_path}\nWhen it is mended, {_again('start')}")
 
 
 def _launch_values(values: Mapping[str, Any], folder: Path, plan: Plan, launch: Launch) -> dict[str, Any]:
@@ -182,12 +182,12 @@ class _Stopping:
 def _how_to_go_on(folder: Path) -> str:
     newest = newest_whole(folder, put_aside=False)
     kept = f"{newest.folder} is kept." if newest else "No checkpoint was written yet."
-    return f"interrupted. {kept} {_again('Go on')}"
+    return f"interrupted. {kept} {_again('To go on, start')}"
 
 
-def _again(what: str) -> str:
+def _again(verb: str) -> str:
     words = [word for word in sys.argv if word != "--overwrite"]
-    return f"{what} with the same command: {shlex.join(['python', *words])}"
+    return f"{verb} the same command again: {shlex.join(['python', *words])}"
 
 
 def _verify(folder: Path, values: Mapping[str, Any]) -> None:
@@ -203,7 +203,7 @@ def _verify(folder: Path, values: Mapping[str, Any]) -> None:
         raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but left no trainer_state.json.")
     if state["global_step"] < state["max_steps"] and not _stopped_by_itself(state, values):
         steps = f"{state['global_step']} of {state['max_steps']} steps"
-        raise LlamaFactoryError(f"{folder}: training stopped early, after {steps}. {_again('Go on')}")
+        raise LlamaFactoryError(f"{folder}: training stopped early, after {steps}. {_again('To go on, start')}")
     train, held_out = monitoring.curves(state.get("log_history", []))
     if any(not math.isfinite(loss) for _, loss in train[-1:] + held_out[-1:]):
         raise LlamaFactoryError(f"{folder}: the loss is not a number any more. Try a lower learning rate: -lr X")

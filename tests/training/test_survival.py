@@ -15,7 +15,7 @@ from processes import Started, start, wait_for
 
 from prmkit.training.checkpoints import is_whole_safetensors, newest_whole
 
-KILLS = int(os.environ.get("PRMKIT_KILLS", "4"))
+KILLS = int(os.environ.get("PRMKIT_KILLS", "3"))
 """How many times the run of one process is killed; half as often the one of two."""
 SEED = int(os.environ.get("PRMKIT_KILL_SEED", time.time_ns() % 1_000_000))
 
@@ -92,7 +92,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(interrupted: tuple[Path,
     said = run.ends(130)
     newest = newest_whole(project / "saves" / "run", put_aside=False)
     assert newest is not None
-    assert f"saves/run/{newest.folder.name} is kept. Go on with the same command: python " in said
+    assert f"saves/run/{newest.folder.name} is kept. To go on, start the same command again: python " in said
     assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "interrupted"
 
 
@@ -101,7 +101,7 @@ def test_sigterm_makes_two_processes_save_at_the_same_step(make_project: MakePro
     run = start(project, "--nproc", "2")
     assert wait_for(lambda: begun(project), 300)
     run.process.send_signal(signal.SIGTERM)
-    assert "is kept. Go on with the same command" in run.ends(143)
+    assert "is kept. To go on, start the same command again" in run.ends(143)
     newest = newest_whole(project / "saves" / "run", put_aside=False)
     assert newest is not None and len(list(newest.folder.glob("rng_state_*.pth"))) == 2
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from layout import STEPS, MakeProject, Script
+from processes import start
+
+from prmkit.training.runs import all_records
 
 
 @pytest.fixture
@@ -26,16 +29,18 @@ def test_the_whole_way_from_any_folder(script: Script, project: Path) -> None:
     assert (config["num_train_epochs"], config["per_device_train_batch_size"], config["lora_rank"]) == (1, 8, 4)
 
 
-def test_llamafactorys_failure_is_told_with_its_last_lines(script: Script, project: Path) -> None:
-    """No label is text, so LLaMA Factory drops every row; --force, since the checks would have told it before."""
+def test_llamafactorys_failure_is_told_with_its_last_lines(project: Path) -> None:
+    """No label is text, so LLaMA Factory drops every row; the checks, left out here, would have told it before."""
     rows = project / "data" / "steps.jsonl"
     rows.write_text("".join(json.dumps({"instruction": "a", "input": "", "output": 1}) + "\n" for _ in range(4)))
-    failed = script("train.py", "--config", "config.yaml", "--force", "--verbose", cwd=project, code=3)
-    assert "error: LLaMA Factory failed: RuntimeError: Cannot find valid samples" in failed.stderr
-    assert "The whole log: logs/run.log" in failed.stderr
-    assert "Running tokenizer on dataset" in failed.stderr, "--verbose shows everything"
-    assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "failed"
-    assert "failed" in script("train.py", "--config", "config.yaml", "--runs", cwd=project).stdout
+    failed = start(project, "--verbose")
+    _, said = failed.process.communicate(timeout=300)
+    assert failed.process.returncode == 3
+    assert "error: LLaMA Factory failed: RuntimeError: Cannot find valid samples" in said
+    assert "The whole log: logs/run.log" in said and "start the same command again: python " in said
+    assert "Running tokenizer on dataset" in said, "--verbose shows everything"
+    (listed,) = all_records(project / "saves")
+    assert listed["status"] == "failed"
 
 
 def test_validating_checks_everything_and_starts_nothing(script: Script, project: Path) -> None:
@@ -45,8 +50,7 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
     shutil.rmtree(project / "model")
     failed = script("train.py", "--config", "config.yaml", "--doctor", "--json", cwd=project, code=2)
     assert [check for check in json.loads(failed.stdout) if check["status"] == "error"]
-    stopped = script("train.py", "--config", "config.yaml", cwd=project, code=2)
-    assert "--force" in stopped.stderr and not (project / "saves").exists()
+    assert not (project / "saves").exists()
 
 
 @pytest.mark.parametrize(
