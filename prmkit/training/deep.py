@@ -1,11 +1,12 @@
 """The checks that need LLaMA Factory itself, in one child process: its imports alone take 8 seconds.
 
 The child does one step after the other and writes down each result at once. Where LLaMA Factory, torch or a model's own
-code raises, the child simply dies; the parent then knows which step it was and shows the last line of the traceback.
+code raises, the child simply dies; the parent then knows which step it was and shows what was raised.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -64,17 +65,23 @@ def look_deep(values: Mapping[str, Any], *, gpus: int) -> Findings:
                 command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 timeout=TIMEOUT_SECONDS, check=False,
             )  # fmt: skip
-            last_line = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+            failure = _cause(child.stderr) or f"exit code {child.returncode}"
         except subprocess.TimeoutExpired:
-            last_line = f"no end after {TIMEOUT_SECONDS} seconds"
-        return _findings([json.loads(line) for line in result.read_text().splitlines()], last_line)
+            failure = f"no end after {TIMEOUT_SECONDS} seconds"
+        return _findings([json.loads(line) for line in result.read_text().splitlines()], failure)
 
 
-def _findings(results: list[dict[str, Any]], last_line: str) -> Findings:
+def _cause(traceback: str) -> str:
+    """What was raised, and what was raised over it: transformers hides a broken torchvision behind another error."""
+    raised = re.findall(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", traceback, re.MULTILINE)
+    return "; then ".join(dict.fromkeys([*raised[:1], *raised[-1:]]))
+
+
+def _findings(results: list[dict[str, Any]], failure: str) -> Findings:
     checks = [Check(**{**entry["check"], "status": Status(entry["check"]["status"])}) for entry in results]
     longest = next((entry["longest"] for entry in results if entry["longest"]), None)
     for step, advice in list(STEPS.items())[len(checks) :][:1]:
-        checks.append(error(step, last_line, advice))
+        checks.append(error(step, failure, advice))
     return Findings(checks, longest)
 
 

@@ -1,0 +1,153 @@
+"""Versions, GPUs, packages, disk space and settings, each in a state that a user can meet."""
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prmkit.training import environment_checks as checks
+from prmkit.training.check import Status
+from prmkit.training.machine import GIBIBYTE, Gpu, Machine
+from prmkit.training.settings_checks import check_settings
+
+A100 = Gpu("NVIDIA A100", 40 * GIBIBYTE, 39 * GIBIBYTE, (8, 0))
+
+
+def test_this_environment_goes_together() -> None:
+    for check in (checks.check_python(), checks.check_versions(), checks.check_command()):
+        assert check.status is Status.OK, check
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let another version of a package be found first, as a second installation would."""
+
+    def install(name: str, version: str, *requires: str) -> None:
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        (folder / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {each}" for each in requires), ""]))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        importlib.invalidate_caches()
+
+    return install
+
+
+def test_a_torchvision_for_another_torch(distribution: Any) -> None:
+    distribution("torchvision", "0.28.0", "torch==2.13.0")
+    found = checks.check_versions()
+    assert found.status is Status.ERROR
+    assert "torchvision needs torch==2.13.0, and 2.11.0" in found.found
+    assert "--install-deps" in found.advice
+
+
+def test_a_torchaudio_for_another_torch(distribution: Any) -> None:
+    distribution("torchaudio", "2.13.0")
+    assert "torchaudio 2.13.0 is for another torch than 2.11.0" in checks.check_versions().found
+
+
+def test_a_transformers_that_llama_factory_refuses(distribution: Any) -> None:
+    distribution("transformers", "5.9.0")
+    assert "llamafactory needs transformers" in checks.check_versions().found
+
+
+def test_variables_that_change_what_llama_factory_does() -> None:
+    assert checks.check_shell({"USE_RAY": "0", "HOME": "/"}) is None
+    found = checks.check_shell({"USE_RAY": "1", "ALLOW_EXTRA_ARGS": "true"})
+    assert found is not None
+    assert (found.status, found.advice) == (Status.ERROR, "unset USE_RAY ALLOW_EXTRA_ARGS")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "values", "status"),
+    [
+        ((A100,), 1, {}, Status.OK),
+        ((A100, A100), 2, {}, Status.OK),
+        ((A100,), 2, {}, Status.ERROR),
+        ((), 1, {}, Status.WARNING),
+        ((), 1, {"quantization_bit": 4}, Status.ERROR),
+        ((Gpu("NVIDIA A100", 40 * GIBIBYTE, 9 * GIBIBYTE, (8, 0)),), 1, {}, Status.WARNING),
+    ],
+)
+def test_gpus(gpus: tuple[Gpu, ...], processes: int, values: dict[str, Any], status: Status) -> None:
+    assert checks.check_gpu(values, Machine(gpus, 8), processes).status is status
+
+
+@pytest.mark.parametrize(
+    ("values", "package"),
+    [
+        ({"enable_liger_kernel": True}, "liger-kernel"),
+        ({"deepspeed": "zero2.json"}, "deepspeed"),
+        ({"quantization_bit": 4}, "bitsandbytes"),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, "hqq"),
+        ({"optim": "paged_adamw_8bit"}, "bitsandbytes"),
+        ({"report_to": ["tensorboard"]}, "tensorboard"),
+        ({"use_unsloth": True}, "unsloth"),
+    ],
+)
+def test_packages_that_are_asked_for(values: dict[str, Any], package: str) -> None:
+    missing = checks.check_packages(values, Machine((), 2))
+    assert (missing.status, f"pip install {package}" in missing.advice) == (Status.ERROR, True)
+    assert checks.check_packages(values, Machine((), 2, {package: "1"})).status is Status.OK
+
+
+def test_disk_space(tmp_path: Path) -> None:
+    values = {"output_dir": str(tmp_path / "saves" / "run"), "save_total_limit": 3}
+    assert "4 checkpoints of 10 MiB" in checks.check_disk(values, 10 << 20).found
+    full = checks.check_disk(values, float(shutil.disk_usage(tmp_path).free))
+    assert (full.status, "save_total_limit=1" in full.advice) == (Status.ERROR, True)
+    twenty = {**values, "save_total_limit": None, "save_strategy": "steps", "save_steps": 0.05}
+    assert "21 checkpoints" in checks.check_disk(twenty, 1 << 20).found
+    assert checks.check_disk(values, None).status is Status.OK
+
+
+def test_swanlab_is_told() -> None:
+    off = checks.check_swanlab({}, {"use_swanlab": "nobody is logged in; for local runs: pip install x"}, {})
+    assert (off.status, off.found, off.advice) == (
+        Status.WARNING, "off: nobody is logged in", "For local runs: pip install x")  # fmt: skip
+    on = checks.check_swanlab(
+        {"use_swanlab": True, "swanlab_mode": "local", "swanlab_project": "p"},
+        {},
+        {"swanlab_mode": "derived: no login"},
+    )
+    assert (on.status, on.found) == (Status.OK, "local, project p (no login)")
+    assert checks.check_swanlab({}, {}, {}).found == "off"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"warmup_ratio": 0.1}, "warmup_steps: 0.1"),
+        ({"logging_dir": "logs"}, "TENSORBOARD_LOGGING_DIR"),
+        ({"overwrite_cache": True}, "Leave it out"),
+        ({"overwrite_output_dir": True}, "--overwrite"),
+        ({"learning_rate": 0.1}, "Usual is 0.0001"),
+        ({"learning_rate": 1e-3, "finetuning_type": "full"}, "Usual is 1e-05"),
+        ({"max_samples": 100}, "real run"),
+        ({"torch_compile": True}, "Leave it out"),
+        ({"stage": "dpo"}, "stage: sft"),
+        ({"train_on_prompt": True}, "Leave it out"),
+        ({"neftune_noise_alpha": 5}, "Leave it out"),
+    ],
+)
+def test_settings_that_deserve_a_word(values: dict[str, Any], told: str) -> None:
+    (found,) = check_settings(values)
+    assert (found.status, told in found.advice) == (Status.WARNING, True)
+
+
+def test_checkpoints_and_adapters_that_are_not_there(tmp_path: Path) -> None:
+    whole = tmp_path / "run" / "checkpoint-500"
+    whole.mkdir(parents=True)
+    (whole / "trainer_state.json").write_text("{}")
+    assert check_settings({"resume_from_checkpoint": str(whole)}) == []
+    (found,) = check_settings({"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-400")})
+    assert (found.status, str(whole) in found.advice) == (Status.ERROR, True)
+    (missing,) = check_settings({"adapter_name_or_path": str(tmp_path)})
+    assert missing.status is Status.ERROR
+    assert check_settings({"tokenized_path": str(tmp_path)})[0].status is Status.WARNING
+
+
+def test_usual_settings_deserve_none() -> None:
+    assert check_settings({"learning_rate": 1e-4, "warmup_steps": 0.1}) == []
