@@ -1,11 +1,23 @@
 """The command-line arguments that say which judge is asked, and how; the same in every script that asks one."""
 
 import argparse
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from prmkit.errors import UsageError
-from prmkit.judging.sources import EXPORT_FILE, JudgeSource, judge_source_of_export, judge_source_of_run
+from prmkit.judging.judgement import Judgement, Mode, Request
+from prmkit.judging.scoring import Score, lazily
+from prmkit.judging.sources import (
+    EXPORT_FILE,
+    JudgeSource,
+    encoding_of,
+    fingerprint_of,
+    judge_source_of_export,
+    judge_source_of_run,
+)
 
 DEFAULT_RUN = Path("saves/reward_model_training")
 
@@ -84,3 +96,89 @@ def _source_of_adapter(model: Path, adapter: Path) -> JudgeSource:
     if any((folder / "run.json").is_file() for folder in (adapter, adapter.parent)):
         return replace(judge_source_of_run(adapter), model=model)
     return JudgeSource(model, adapter)
+
+
+# --- backends ------------------------------------------------------------------------------------------------------
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses between a model loaded here and one behind HTTP; `add_judge_arguments` comes first."""
+    group = parser.add_argument_group("a judge behind HTTP")
+    group.add_argument(
+        "--backend",
+        choices=["transformers", "openai"],
+        default="transformers",
+        help="load the model here (default), or ask an OpenAI-compatible completions endpoint (vLLM, SGLang)",
+    )
+    group.add_argument("--base-url", metavar="URL", help="as http://localhost:8000/v1; --model is its name there")
+    group.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="the model's folder here, for its tokenizer and template (default: --model if it is a folder, else --run)",
+    )
+    group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
+    group.add_argument("--concurrency", type=positive, default=16, metavar="N", help="requests at once (default 16)")
+    group.add_argument(
+        "--top-logprobs", type=positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
+    )
+
+
+def asking(arguments: argparse.Namespace) -> tuple[Score, dict[str, Any]]:
+    """The judge that was named, loaded when it is first asked, and what tells it from others.
+
+    Raises:
+        DataError: nothing that could be a judge stands there.
+        UsageError: the arguments contradict each other.
+    """
+    settings = {
+        "batch_size": arguments.batch_size,
+        "trim": arguments.too_long == "trim",
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+    lasting = {key: value for key, value in settings.items() if key != "batch_size"}
+    if arguments.backend == "openai":
+        load, fingerprint = _over_http(arguments)
+    else:
+        source = judge_source(arguments)
+        load, fingerprint = (lambda: _load_judge(source)), fingerprint_of(source)
+
+    def loaded() -> Score:
+        judge = load()
+
+        def score(requests: Iterable[Request], mode: Mode) -> Iterator[Judgement]:
+            judgements: Iterator[Judgement] = judge.score(requests, mode=mode, **settings)
+            return judgements
+
+        return score
+
+    return lazily(loaded), fingerprint | lasting
+
+
+def _load_judge(source: JudgeSource) -> Any:
+    from prmkit.judging.judge import load_judge
+
+    return load_judge(source)
+
+
+def _over_http(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    if not arguments.base_url or not arguments.model:
+        raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
+    folder = arguments.tokenizer or (Path(arguments.model) if Path(arguments.model).is_dir() else None)
+    local = argparse.Namespace(**vars(arguments) | {"model": folder and str(folder)})
+    source = judge_source(local)
+    fingerprint = {"base_url": arguments.base_url, "model": arguments.model, "template": source.template}
+
+    def load() -> Any:
+        from prmkit.judging.completions import CompletionsJudge, Endpoint
+
+        endpoint = Endpoint(
+            arguments.base_url,
+            arguments.model,
+            api_key=os.environ.get(arguments.api_key_env),
+            concurrency=arguments.concurrency,
+            top_logprobs=arguments.top_logprobs,
+        )
+        return CompletionsJudge(endpoint, encoding_of(source), source.cutoff_len)
+
+    return load, fingerprint

@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prmkit.encoding import ChatEncoding, load_encoding
+from prmkit.encoding import ChatEncoding
 from prmkit.errors import DataError, UsageError
 from prmkit.judging.candidates import TrieOf, distribution_of, tries_of
 from prmkit.judging.judgement import Distribution, Judgement, Mode, Request
 from prmkit.judging.order import Prepared, judgements_in_order, prepare, read_written
-from prmkit.judging.sources import JudgeSource
+from prmkit.judging.sources import JudgeSource, encoding_of
 from prmkit.judging.tree import PromptTrees, refuse_unsuitable
 
 log = logging.getLogger("prmkit")
@@ -155,14 +155,7 @@ def load_judge(source: JudgeSource) -> Judge:
         DataError: a folder is missing, or holds nothing that can be loaded.
         UsageError: an unknown template, device or dtype.
     """
-    encoding = load_encoding(
-        source.model,
-        source.template,
-        default_system=source.default_system,
-        enable_thinking=source.enable_thinking,
-        trust_remote_code=source.trust_remote_code,
-    )
-    return Judge(source, encoding, _load_model(source))
+    return Judge(source, encoding_of(source), _load_model(source))
 
 
 def _load_model(source: JudgeSource) -> Any:

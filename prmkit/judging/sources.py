@@ -1,11 +1,12 @@
 """Where a judge comes from: a training run, an exported model, or folders that the user names."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prmkit.encoding import ChatEncoding, load_encoding
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_json
+from prmkit.files import read_json, sha256_of
 
 DEFAULT_CUTOFF_LEN = 2048
 """LLaMA Factory's own default."""
@@ -115,3 +116,30 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
         cutoff_len=settings.get("cutoff_len") or DEFAULT_CUTOFF_LEN,
         trained_dtype=settings.get("dtype") or "float32",
     )
+
+
+def encoding_of(source: JudgeSource) -> ChatEncoding:
+    """The judge's tokenizer and template, set up as in its training.
+
+    Raises:
+        DataError: the folder holds no tokenizer that can be loaded.
+        UsageError: LLaMA Factory knows no such template.
+    """
+    return load_encoding(
+        source.model,
+        source.template,
+        default_system=source.default_system,
+        enable_thinking=source.enable_thinking,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def fingerprint_of(source: JudgeSource) -> dict[str, Any]:
+    """What tells a judge from any other: its settings, and an adapter's hash or a model's file sizes and times."""
+    if source.adapter:
+        weights = {file.name: sha256_of(file) for file in sorted(source.adapter.glob("adapter_model.*"))}
+    else:
+        files = sorted(file for file in source.model.glob("*") if file.suffix in (".safetensors", ".bin"))
+        weights = {file.name: f"{file.stat().st_size} bytes of {file.stat().st_mtime_ns}" for file in files}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(source).items()}
+    return settings | {"weights": weights}

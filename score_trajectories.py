@@ -1,0 +1,55 @@
+"""Score agent steps with a trained judge: JSONL in, one line of JSON with scores out for every line in."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prmkit import cli
+from prmkit.errors import ExitCode
+from prmkit.judging.arguments import add_backend_arguments, add_judge_arguments, asking
+from prmkit.judging.rows import ShapeOf, known_keys
+from prmkit.judging.scoring import Job, run
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Exit code 1 when a row got no scores; its line says why. Run again, it goes on where it stopped.",
+    )
+    parser.add_argument("input", help='rows as in finetune.jsonl, or {"id", "prompt"}; .gz, .zst, or - for stdin')
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to go on with (default: stdout)")
+    parser.add_argument(
+        "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="tells keys by evaluation type"
+    )
+    parser.add_argument("--summaries", action="store_true", help="add the verdict that the model writes")
+    parser.add_argument("--aggregate", choices=["trajectory"], help="also sum up the steps of every task_id")
+    parser.add_argument("--bad-below", type=float, default=0.5, metavar="X", help="limit of a bad step (default 0.5)")
+    add_judge_arguments(parser)
+    add_backend_arguments(parser)
+    return cli.run(_command, parser)
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def _command(arguments: argparse.Namespace) -> ExitCode:
+    score, fingerprint = asking(arguments)
+    job = Job(
+        input=arguments.input,
+        output=arguments.output,
+        shape_of=ShapeOf(arguments.keys, known_keys(arguments.data)),
+        mode=arguments.mode,
+        summaries=arguments.summaries,
+        bad_below=arguments.bad_below if arguments.aggregate else None,
+    )
+    fingerprint = {"judge": fingerprint, "keys": list(arguments.keys)}
+    return ExitCode.DONE if run(job, score, fingerprint) else ExitCode.DATA
+
+
+if __name__ == "__main__":
+    sys.exit(main())

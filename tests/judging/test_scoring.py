@@ -1,0 +1,206 @@
+"""Bulk scoring: one line out for every line in, in order, gone on with where it stopped."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from families import FLAT, NESTED, prompt
+
+from prmkit.errors import UsageError
+from prmkit.judging.judge import Judge
+from prmkit.judging.judgement import Distribution, Judgement
+from prmkit.judging.rows import ShapeOf, read_rows
+from prmkit.judging.scoring import Job, judged, lazily, run, trajectories_file
+from prmkit.verdict import Shape
+
+
+def row(number: int, *, schema: str = FLAT, task: str = "one", label: str | None = None) -> dict:
+    turns = [{"from": "human", "value": prompt(f"Step {number} of {task}.", schema)}]
+    if label is not None:
+        turns.append({"from": "gpt", "value": label})
+    return {"conversations": turns, "metadata": {"task_id": task, "evaluation_type": "clip", "clip_number": number}}
+
+
+ROWS = [
+    json.dumps(row(1)),
+    "{broken",
+    json.dumps(row(2, label='{"reasonableness_score": 0.0}')),
+    "",
+    json.dumps({"id": "mine", "prompt": prompt("A step.", NESTED), "note": "kept"}),
+    json.dumps({"id": 7, "prompt": "No schema here."}),
+    json.dumps([1, 2]),
+    json.dumps({"conversations": [{"from": "gpt", "value": "only the judge"}]}),
+    json.dumps(row(1)),
+]
+
+
+@pytest.fixture
+def score(judges: dict[str, Judge]):
+    judge = judges["llama3"]
+    return lambda requests, mode: judge.score(requests, mode=mode, batch_size=2, max_new_tokens=6)
+
+
+def job(source: Path, output: Path | None, **changes) -> Job:
+    settings = {"shape_of": ShapeOf(), "mode": "expected", "summaries": False, "bad_below": None} | changes
+    return Job(input=str(source), output=output, **settings)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "steps.jsonl"
+    path.write_text("\n".join(ROWS) + "\n")
+    return path
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -> None:
+    output = tmp_path / "scores.jsonl"
+    assert run(job(source, output), score, {}) is False
+    results = lines_of(output)
+    assert [result["status"] for result in results] == ["ok", "error", "ok", "ok", "error", "error", "error", "ok"]
+    assert [result["id"] for result in results][3:6] == ["mine", 7, None]
+    assert results[3]["metadata"] == {"note": "kept"}
+    assert results[0] == results[7], "equal prompts have equal scores and ids"
+    assert results[0]["metadata"] == {"task_id": "one", "evaluation_type": "clip", "clip_number": 1}
+    assert list(results[3]["scores"]) == ["relevance", "use_of_tools", "progress"]
+    assert results[3]["score"] == pytest.approx(sum(results[3]["scores"].values()) / 3, abs=1e-6)
+    assert all(0 <= result["coverage"] <= 1 and result["std"] > 0 for result in results if result["status"] == "ok")
+    reasons = [result["reason"] for result in results]
+    assert reasons[1].startswith("line 2 is not JSON")
+    assert "--keys" in reasons[4]
+    assert reasons[5] == "line 7 is not a JSON object"
+    assert reasons[6] == "line 8 has neither a prompt nor a human turn in conversations"
+
+
+def test_the_judges_turn_is_never_seen(tmp_path: Path, score) -> None:
+    """A label in the row must not change its score."""
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text(
+        "".join(json.dumps(row(1, label=label)) + "\n" for label in (None, '{"reasonableness_score": 0.0}'))
+    )
+    assert run(job(source, output), score, {}) is True
+    bare, labelled = lines_of(output)
+    assert bare == labelled
+
+
+@pytest.mark.parametrize("kept_bytes", [0.0, 0.3, 0.62, 0.999, 1.0])
+def test_a_run_that_was_cut_off_goes_on(source: Path, tmp_path: Path, score, kept_bytes: float) -> None:
+    output = tmp_path / "scores.jsonl"
+    run(job(source, output), score, {"judge": 1})
+    whole = output.read_bytes()
+    output.write_bytes(whole[: int(len(whole) * kept_bytes)])
+    asked = []
+
+    def counting(requests, mode):
+        for judgement in score(requests, mode):
+            asked.append(judgement)
+            yield judgement
+
+    assert run(job(source, output), counting, {"judge": 1}) is False
+    assert lines_of(output) == [json.loads(line) for line in whole.splitlines()]
+    assert len(asked) == {0.0: 4, 1.0: 0}.get(kept_bytes, len(asked))
+
+
+def test_scores_of_another_input_are_not_gone_on_with(source: Path, tmp_path: Path, score) -> None:
+    output = tmp_path / "scores.jsonl"
+    run(job(source, output), score, {})
+    source.write_text("\n".join(reversed(ROWS)))
+    with pytest.raises(UsageError, match="another --output"):
+        run(job(source, output), score, {})
+
+
+def test_scores_of_another_judge_are_put_aside(source: Path, tmp_path: Path, score) -> None:
+    output = tmp_path / "scores.jsonl"
+    run(job(source, output), score, {"judge": 1})
+    first = output.read_text()
+    run(job(source, output), score, {"judge": 2})
+    assert (tmp_path / "scores.old1.jsonl").read_text() == first
+    assert len(lines_of(output)) == 8
+
+
+def test_no_judge_is_loaded_for_nothing() -> None:
+    def load():
+        raise AssertionError
+
+    (result,) = judged(read_rows([b"{", b"\n"], ShapeOf()), lazily(load), "expected", summaries=False)
+    assert result["status"] == "error"
+
+
+def test_written_verdicts_are_added_when_asked_for_and_kept_when_unreadable(source: Path, tmp_path, score) -> None:
+    rows = lambda: read_rows(source.read_bytes().splitlines(), ShapeOf())  # noqa: E731
+    plain = list(judged(rows(), score, "expected", summaries=False))
+    assert not any("text" in result for result in plain)
+    with_text = list(judged(rows(), score, "expected", summaries=True))
+    assert [result | {"text": 0} for result in with_text if "text" in result] == [
+        result | {"text": 0} for result in plain if result["status"] == "ok"
+    ]
+    written = list(judged(rows(), score, "generate", summaries=False))
+    assert [result["status"] for result in written if "text" in result] == ["unparsed"] * 4
+    assert written[0]["text"] == with_text[0]["text"] != ""
+    assert written[0]["score"] is None, "what cannot be read is no number"
+
+
+@pytest.mark.parametrize(
+    ("shape_of", "text", "evaluation_type", "expected"),
+    [
+        (ShapeOf(), prompt("x", FLAT), "clip", Shape(("reasonableness_score",), nested=False)),
+        (ShapeOf(), prompt("x", NESTED), "final", Shape(("relevance", "use_of_tools", "progress"), nested=True)),
+        (ShapeOf(("progress",)), prompt("x", NESTED), "final", Shape(("progress",), nested=True)),
+        (ShapeOf(("correctness_score",)), "x", "clip", Shape(("correctness_score",), nested=False)),
+        (ShapeOf(known={"final": ["a", "b"]}), "x", "final", Shape(("a", "b"), nested=True)),
+        (ShapeOf(known={"clip": ["a_score"]}), "x", "clip", Shape(("a_score",), nested=False)),
+    ],
+)
+def test_scores_to_ask_for(shape_of: ShapeOf, text: str, evaluation_type: str, expected: Shape) -> None:
+    assert shape_of(text, evaluation_type) == expected
+
+
+def test_scores_that_could_be_either_are_not_guessed() -> None:
+    reason = ShapeOf(known={"clip": ["reasonableness_score", "correctness_score"]})("x", "clip")
+    assert reason == (
+        "the prompt shows no score keys, and reasonableness_score or correctness_score would fit; name one with --keys"
+    )
+
+
+def scripted(scores: dict[str, float | None]):
+    """A judge that gives the score that was written down for a step."""
+
+    def score(requests, _mode) -> Iterator[Judgement]:
+        for request in requests:
+            value = next(value for step, value in scores.items() if step in request.prompt)
+            point = None if value is None else Distribution(value, value, value, 0.0, 1.0)
+            yield Judgement("ok", {"reasonableness_score": point}) if point else Judgement("too_long", reason="long")
+
+    return score
+
+
+def test_trajectories_are_summed_up(tmp_path: Path) -> None:
+    scores = {"Step 1 of one": 0.9, "Step 2 of one": 0.4, "Step 3 of one": 0.8, "Step 1 of two": 0.7}
+    scores |= {"Step 1 of three": 0.9, "Step 2 of three": None}
+    rows = [row(3), row(1), row(2), row(1), row(1, task="two"), row(1, task="three"), row(2, task="three")]
+    final = row(9)
+    final["metadata"]["evaluation_type"] = "final"
+    scores["Step 9 of one"] = 0.0
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text("".join(json.dumps(each) + "\n" for each in [*rows, final]))
+    run(job(source, output, bad_below=0.5), scripted(scores), {})
+    one, two, three = lines_of(trajectories_file(output))
+    assert one == {
+        "task_id": "one",
+        "steps": 3,
+        "unscored": 0,
+        "min": 0.4,
+        "product": 0.288,
+        "mean": 0.7,
+        "last": 0.8,
+        "first_bad_step": 1,
+        "first_bad_clip": 2,
+    }
+    assert (two["steps"], two["min"], two["first_bad_step"]) == (1, 0.7, None)
+    assert three == {"task_id": "three", "steps": 2, "unscored": 1} | dict.fromkeys(
+        ["min", "product", "mean", "last", "first_bad_step", "first_bad_clip"]
+    )
