@@ -41,7 +41,7 @@ JUDGES = (
         noise=0.07,
         clip_style="{action}: it {outcome}, after {manner}.",
         answer_style="Answer {standing}.",
-        overall_style="{band}.",
+        overall_style="{band} work.",
     ),
 )
 

@@ -9,8 +9,10 @@ its embeddings are random, and LoRA must train them too (`additional_target: emb
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,18 +73,20 @@ def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
         DataError: the sample cannot be read, or another model stands in `output`.
     """
     recipe = _recipe(sample, seed)
-    recipe_path = output / RECIPE_FILE
-    if recipe_path.exists():
-        if read_json(recipe_path) == recipe:
+    if output.exists() and any(output.iterdir()):
+        if not (output / RECIPE_FILE).exists():
+            raise DataError(f"{output}: holds something that is not the demo's model. Choose another folder.")
+        if read_json(output / RECIPE_FILE) == recipe:
             return False
-    elif output.exists() and any(output.iterdir()):
-        raise DataError(f"{output}: holds something that is not the demo's model. Choose another folder.")
-    recipe_path.unlink(missing_ok=True)
+    # Built beside its place and moved there at the end: what stands in `output` is whole.
+    unfinished = output.with_name(f".{output.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = _train_tokenizer(sample)
-    _save_model(tokenizer, output, seed)
-    tokenizer.save_pretrained(output)
-    # Last: a folder without it is not whole and is built again.
-    write_json(recipe_path, recipe)
+    _save_model(tokenizer, unfinished, seed)
+    tokenizer.save_pretrained(unfinished)
+    write_json(unfinished / RECIPE_FILE, recipe)
+    shutil.rmtree(output, ignore_errors=True)
+    unfinished.rename(output)
     return True
 
 
@@ -93,6 +97,7 @@ def _recipe(sample: Path, seed: int) -> dict[str, Any]:
     return {
         "sample_sha256": sha256_of(sample),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "transformers": version("transformers"),
         "seed": seed,
     }
 
