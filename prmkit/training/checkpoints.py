@@ -93,11 +93,10 @@ def fault_of(folder: Path) -> str | None:
 
 
 def _has_optimizer(folder: Path) -> bool:
-    if zipfile.is_zipfile(folder / "optimizer.pt"):
-        return True
-    # DeepSpeed and FSDP keep the optimizer in shards of their own: `global_stepN/` or `optimizer_0/`.
-    shards = [*folder.glob("global_step*/*optim_states.pt"), *folder.glob("optimizer_*/*.distcp")]
-    return bool(shards) and all(shard.stat().st_size for shard in shards)
+    # One process or DDP; FSDP; DeepSpeed, one file for each process. torch.save writes zip files, their index last.
+    names = ("optimizer.pt", "optimizer.bin", "global_step*/*optim_states.pt")
+    files = [path for name in names for path in folder.glob(name)]
+    return bool(files) and all(map(zipfile.is_zipfile, files))
 
 
 def stale_reason(folder: Path, own_log: Path) -> str | None:

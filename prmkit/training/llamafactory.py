@@ -110,6 +110,8 @@ def child_environment() -> dict[str, str]:
     here = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, here))  # torchrun's workers import prmkit from anywhere
     environment |= {"PYTHONUNBUFFERED": "1", "RECORD_VRAM": "1"}
+    # FSDP2 else saves shards alone, and LLaMA Factory ends without having written an adapter.
+    environment.setdefault("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     # What LLaMA Factory's launcher sets for several GPUs; row lengths differ so much that one GPU gains by it too.
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return environment

@@ -32,23 +32,31 @@ def seconds_of(project: Path) -> float:
     return (ended - started).total_seconds()
 
 
-def kill_and_go_on(project: Path, kills: int, span: float, *arguments: str) -> str:
-    """Kill a run at random moments, start it again each time, and at last let it end; what the last start said."""
+def kill_at_random(project: Path, kills: int, span: float, *arguments: str) -> list[Path]:
+    """Kill a run so many times, each time going on with it; when it ends in between, the next run takes its place.
+
+    Returns:
+        The folders of the runs that ended, each after none or several kills.
+    """
     moments = random.Random(SEED)
-    for number in range(kills):
-        before = newest_whole(project / "saves" / "run", put_aside=False)
-        run = start(project, *arguments)
-        moment = moments.uniform(0.5, span)
+    ended: list[Path] = []
+    while True:
+        folder = project / "saves" / f"run-{len(ended)}"
+        before = newest_whole(folder, put_aside=False)
+        run = start(project, f"run_name={folder.name}", *arguments)
         try:
-            run.process.wait(moment)
-            break  # it had little left to do
+            _, said = run.process.communicate(timeout=moments.uniform(0.5, span) if kills else None)
+            assert run.process.returncode == 0, f"seed {SEED}, {kills} kills to go:\n{said}"
+            ended.append(folder)
+            if not kills:
+                return ended
         except subprocess.TimeoutExpired:
             run.process.kill()
-        narration = run.process.communicate()[1]
-        assert wait_for(lambda run=run: not run.living(), 5.0), f"seed {SEED}, kill {number}: {run.living()}"
-        if before and "Run saves/run" in narration:
-            assert f"goes on from step {before.step}" in narration, f"seed {SEED}, kill {number}:\n{narration}"
-    return start(project, *arguments).ends(0)
+            kills -= 1
+            said = run.process.communicate()[1]
+        assert wait_for(lambda run=run: not run.living(), 5.0), f"seed {SEED}, {kills} kills to go: {run.living()}"
+        if before and "Run saves/" in said:
+            assert f"goes on from step {before.step}" in said, f"seed {SEED}, {kills} kills to go:\n{said}"
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
@@ -56,11 +64,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
 ) -> None:
     """Same seed, same data, same machine: the same adapter, byte for byte, as the run that nobody touched."""
     project = make_project(tmp_path / "killed")
-    kill_and_go_on(project, KILLS, seconds_of(finished))
-    adapter = project / "saves" / "run" / "adapter_model.safetensors"
-    assert adapter.read_bytes() == (finished / "saves" / "run" / "adapter_model.safetensors").read_bytes()
-    record = json.loads((project / "saves" / "run" / "run.json").read_text())
-    assert (record["status"], record["steps"]) == ("finished", STEPS)
+    untouched = (finished / "saves" / "run" / "adapter_model.safetensors").read_bytes()
+    for folder in kill_at_random(project, KILLS, seconds_of(finished)):
+        assert (folder / "adapter_model.safetensors").read_bytes() == untouched
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["status"], record["steps"]) == ("finished", STEPS)
     followed = [json.loads(line) for line in (project / "logs" / "trainer_log.jsonl").read_text().splitlines()]
     logged = [entry["current_steps"] for entry in followed if "loss" in entry]
     assert set(logged) == set(range(2, STEPS + 1, 2)), "logs/trainer_log.jsonl does not show the whole run"
@@ -68,9 +76,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
 
 def test_two_processes_are_killed_and_go_on(make_project: MakeProject, finished: Path, tmp_path: Path) -> None:
     project = make_project(tmp_path / "killed twice")
-    kill_and_go_on(project, (KILLS + 1) // 2, 1.5 * seconds_of(finished), "--nproc", "2")
-    assert is_whole_safetensors(project / "saves" / "run" / "adapter_model.safetensors")
-    assert json.loads((project / "saves" / "run" / "run.json").read_text())["steps"] == STEPS // 2
+    for folder in kill_at_random(project, (KILLS + 1) // 2, 1.5 * seconds_of(finished), "--nproc", "2"):
+        assert is_whole_safetensors(folder / "adapter_model.safetensors")
+        assert json.loads((folder / "run.json").read_text())["steps"] == STEPS // 2
 
 
 @pytest.fixture(scope="module")
