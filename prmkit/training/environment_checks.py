@@ -16,13 +16,6 @@ TESTED_PYTHON = (3, 11)
 GO_TOGETHER = ("llamafactory", "transformers", "peft", "trl", "accelerate", "datasets", "torchvision")
 """Packages whose own demands on other versions are looked at."""
 
-TAKEN_FROM_THE_SHELL = {
-    "USE_RAY": "LLaMA Factory would start Ray, which waits for ever unless there are ten cores for each device",
-    "USE_MCA": "LLaMA Factory would look for Megatron's adapter",
-    "ALLOW_EXTRA_ARGS": "LLaMA Factory would pass over unknown keys in silence",
-    "DISABLE_VERSION_CHECK": "LLaMA Factory would not look at versions",
-}
-
 NEEDED_BY = {
     "enable_liger_kernel": "liger-kernel",
     "use_unsloth": "unsloth",
@@ -34,6 +27,7 @@ NEEDED_BY = {
     "plot_loss": "matplotlib",
     "predict_with_generate": "rouge_chinese",
 }
+TOO_LARGE_FOR_A_CPU = 500_000_000
 QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
 LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -85,19 +79,19 @@ def check_command() -> Check:
     return error("llamafactory-cli", found, f"Install it for this Python: {INSTALL}")
 
 
-def check_shell(environment: Mapping[str, str] | None = None) -> Check | None:
-    """Variables in the environment that change what LLaMA Factory does; None when there are none."""
-    environment = os.environ if environment is None else environment
-    set_here = [name for name in TAKEN_FROM_THE_SHELL if environment.get(name, "0").lower() in ("1", "true", "y")]
-    if not set_here:
-        return None
-    found = "; ".join(f"{name} is set: {TAKEN_FROM_THE_SHELL[name]}" for name in set_here)
-    return error("environment", found, f"unset {' '.join(set_here)}")
+def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, parameters: int) -> Check:
+    """GPUs there, enough of them, not taken by somebody else, and able to do what the config asks of them.
 
-
-def check_gpu(values: Mapping[str, Any], machine: Machine, processes: int) -> Check:
-    """GPUs there, enough of them, not taken by somebody else, and able to do what the config asks of them."""
+    Args:
+        values: LLaMA Factory's keys.
+        machine: what training can count on.
+        processes: how many train on this machine.
+        parameters: of the model; 0 when it is not known.
+    """
     if not machine.gpus:
+        if parameters > TOO_LARGE_FOR_A_CPU:
+            found = f"none, and {parameters / 1e9:.1f} B parameters would train for weeks on a CPU"
+            return error("GPU", found, "Start where nvidia-smi shows a GPU.")
         if values.get("quantization_bit") or values.get("use_unsloth") or values.get("fp8"):
             return error(
                 "GPU", "none, and the config asks for one (quantization, unsloth or fp8)", "Change these keys."

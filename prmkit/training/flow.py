@@ -102,7 +102,7 @@ def _execute(command: Command) -> Outcome:
     if _is_finished(command, setting):
         return train(command, setting)
     _narrate(setting.config)
-    checks = run_preflight(setting.config, world_size=setting.world_size, torchrun=setting.torchrun)
+    checks = run_preflight(setting.config, processes=setting.processes, world_size=setting.world_size)
     _show_checks(checks)
     if command.validate_only or command.doctor:
         return _report_checks(command, checks)

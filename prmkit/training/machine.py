@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 
 GIBIBYTE = 1 << 30
 
@@ -27,6 +28,13 @@ class Machine:
     cores: int
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions of the installed ones out of `OPTIONAL_PACKAGES`, by distribution name."""
+    memory: int = 0
+    """Bytes of main memory that can be had; 0 when it is not known."""
+
+    @property
+    def room(self) -> int:
+        """Bytes that each training process can have: of the GPU with least to spare, or else of main memory."""
+        return min((gpu.free for gpu in self.gpus), default=self.memory)
 
 
 OPTIONAL_PACKAGES = (
@@ -42,7 +50,16 @@ def this_machine() -> Machine:
     `CUDA_VISIBLE_DEVICES` is respected, so a GPU that is hidden does not count.
     """
     installed = {name: version for name in OPTIONAL_PACKAGES if (version := installed_version(name))}
-    return Machine(_visible_gpus(), len(os.sched_getaffinity(0)), installed)
+    return Machine(_visible_gpus(), len(os.sched_getaffinity(0)), installed, _available_memory())
+
+
+def _available_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    kibibytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next(kibibytes, 0) * 1024
 
 
 def installed_version(distribution: str) -> str | None:

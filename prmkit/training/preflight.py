@@ -18,7 +18,6 @@ from prmkit.training.environment_checks import (
     check_gpu,
     check_packages,
     check_python,
-    check_shell,
     check_swanlab,
     check_versions,
 )
@@ -36,15 +35,15 @@ COMFORTABLE = 0.75
 
 
 def run_preflight(
-    config: ResolvedConfig, *, machine: Machine | None = None, world_size: int = 1, torchrun: bool = False
+    config: ResolvedConfig, *, machine: Machine | None = None, processes: int = 1, world_size: int = 1
 ) -> list[Check]:
     """Run every check and return them all, in the order of a training checklist. Takes under 15 seconds.
 
     Args:
         config: what the run would be started with.
         machine: what training can count on; this machine when it is None.
-        world_size: how many processes train, over all nodes.
-        torchrun: whether torchrun starts them.
+        processes: how many train on this machine.
+        world_size: how many train, over all nodes.
     """
     machine = machine or this_machine()
     values = config.values
@@ -58,14 +57,13 @@ def run_preflight(
     tokens = min(cutoff, findings.longest_row or cutoff) if findings else cutoff
     return [
         *versions,
-        *filter(None, [check_shell()]),
         *(findings.checks[:1] if findings else []),
         model_check,
         check_datasets(values),
         check_held_out(values, config.dropped),
         *(findings.checks[1:] if findings else []),
         *check_settings(values),
-        check_gpu(values, machine, min(world_size, len(machine.gpus) or 1)),
+        check_gpu(values, machine, processes=processes, parameters=model.parameters if model else 0),
         *_memory(model, values, machine, tokens=tokens, world_size=world_size),
         check_disk(values, checkpoint_bytes(model, values) if model else None),
         check_packages(values, machine),
@@ -88,13 +86,13 @@ def _sizes(values: Any, model_check: Check) -> Model | None:
 
 
 def _memory(model: Model | None, values: Any, machine: Machine, *, tokens: int, world_size: int) -> Iterator[Check]:
-    if not machine.gpus:
+    room = machine.room
+    if not room:
         return
     if model is None:
         yield warning("memory", "not estimated: the model's sizes are not known", "Watch nvidia-smi at the start.")
         return
     memory = estimate(model, values, tokens=tokens, world_size=world_size)
-    room = min(gpu.free for gpu in machine.gpus)
     found = f"about {_parts(memory)} at {tokens:,} tokens a row; {room / GIBIBYTE:.0f} GiB free"
     if memory.total <= room:
         yield ok("memory", found, _faster(model, values, room=room, tokens=tokens, world_size=world_size))
@@ -121,7 +119,7 @@ def _parts(memory: Memory) -> str:
 
 
 def _faster(model: Model, values: Any, *, room: float, tokens: int, world_size: int) -> str:
-    if values.get("disable_gradient_checkpointing"):
+    if values.get("disable_gradient_checkpointing") or values.get("use_cpu"):
         return ""
     whole = {**values, "disable_gradient_checkpointing": True}
     memory = estimate(model, whole, tokens=tokens, world_size=world_size)

@@ -6,12 +6,35 @@
 differently, one waits in the saving and the other in the next step, for ever.
 """
 
+import os
 import signal
+import sys
+from pathlib import Path
 from typing import Any
+
+
+def announce_fsdp(config: Path) -> None:
+    """Say in the environment that the weights are to be divided, as accelerate's launcher does.
+
+    LLaMA Factory and transformers look there while they load the model, long before the trainer reads `fsdp`. Without
+    it every process first puts the whole model on its GPU.
+    """
+    from prmkit.files import read_json
+    from prmkit.training.config import read_yaml
+
+    values = read_yaml(config)
+    if not values.get("fsdp"):
+        return
+    settings = values.get("fsdp_config") or {}
+    settings = read_json(Path(settings)) if isinstance(settings, str) else settings
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ["FSDP_VERSION"] = str(settings.get("version", 1))
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(settings.get("cpu_ram_efficient_loading", False)).lower()
 
 
 def main() -> None:
     """Train; SIGTERM to any of the processes, on any node, makes all of them save after the step at hand and stop."""
+    announce_fsdp(Path(sys.argv[1]))
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
 

@@ -5,25 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from complaints import NO_GPU, complaint, resolved
 from layout import CONFIG, write_config
 
 from prmkit.errors import UsageError
 from prmkit.training.config import Override, parse_assignment, read_yaml, render_yaml, resolve_config
-from prmkit.training.machine import Machine
-
-NO_GPU = Machine((), 2, {"swanlab": "0.10.3", "swanboard": "0.1", "matplotlib": "3"})
-
-
-def resolved(path: Path, *assignments: str):
-    """The config of a project, resolved on a machine without GPU."""
-    return resolve_config(path, [parse_assignment(text) for text in assignments], machine=NO_GPU)
-
-
-def complaint(path: Path, *assignments: str) -> str:
-    """What a user is told; fails when there is nothing to tell."""
-    with pytest.raises(UsageError) as caught:
-        resolved(path, *assignments)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -205,34 +191,6 @@ TRAPS = {
     "gradient_accumulation_steps=0": "at least 1",
     "lora_rank=-8": "at least 1",
     "lora_dropout=1.0": "less than 1",
-    # keys that contradict each other
-    "warmup_ratio=0.1 warmup_steps=10": "takes only the ratio",
-    "load_best_model_at_end=true eval_strategy=epoch": "must be equal",
-    "load_best_model_at_end=true eval_steps=5 save_steps=8": "multiple of eval_steps",
-    "save_strategy=best": "metric_for_best_model",
-    "packing=true": "neat_packing",
-    "val_size=0.1": "cannot stand beside eval_dataset",
-    "eval_dataset= val_size=1.0": "must be below 1",
-    "streaming=true dataloader_num_workers=1": "Set max_steps",
-    "streaming=true max_steps=5": "Set dataloader_num_workers: 1",
-    "streaming=true max_steps=5 max_samples=9 dataloader_num_workers=1": "cannot stand beside streaming",
-    "mask_history=true train_on_prompt=true": "cannot stand beside train_on_prompt",
-    "interleave_probs=0.5,0.5": "mix_strategy",
-    "neat_packing=true flash_attn=fa2": "per_device_train_batch_size: 1",
-    "bf16=true fp16=true": "cannot stand beside bf16",
-    "use_dora=true finetuning_type=full": "means nothing",
-    "quantization_bit=4 finetuning_type=full": "finetuning_type: lora",
-    "quantization_bit=4 resize_vocab=true": "quantized model",
-    "use_galore=true": "full fine-tuning",
-    "deepspeed=nowhere.json": "no file nowhere.json",
-    "dataloader_prefetch_factor=2": "dataloader_num_workers",
-    "dataloader_persistent_workers=true": "dataloader_num_workers",
-    "early_stopping_steps=3": "metric_for_best_model",
-    "lr_scheduler_type=reduce_lr_on_plateau eval_strategy=no": "held-out loss",
-    "predict_with_generate=true compute_accuracy=true": "cannot stand beside predict_with_generate",
-    "export_dir=model": "folder of model_name_or_path",
-    "output_dir=./model": "folder of model_name_or_path",
-    "logging_steps=2.5": "whole number",
     # what must be there
     "dataset=": "dataset: is not set",
     "model_name_or_path=": "model_name_or_path: is not set",
@@ -261,11 +219,6 @@ def test_trap_in_a_file(tmp_path: Path, changes: str, told: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"model_name_or_path: model\ndataset: steps\n{changes}\n")
     assert told in complaint(path)
-
-
-def test_do_eval_without_held_out_data(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "c.yaml", eval_dataset=None, eval_strategy=None, do_eval=True)
-    assert "do_eval: there is no held-out data" in complaint(path)
 
 
 @pytest.mark.parametrize(

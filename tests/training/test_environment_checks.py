@@ -53,13 +53,6 @@ def test_a_transformers_that_llama_factory_refuses(distribution: Any) -> None:
     assert "llamafactory needs transformers" in checks.check_versions().found
 
 
-def test_variables_that_change_what_llama_factory_does() -> None:
-    assert checks.check_shell({"USE_RAY": "0", "HOME": "/"}) is None
-    found = checks.check_shell({"USE_RAY": "1", "ALLOW_EXTRA_ARGS": "true"})
-    assert found is not None
-    assert (found.status, found.advice) == (Status.ERROR, "unset USE_RAY ALLOW_EXTRA_ARGS")
-
-
 @pytest.mark.parametrize(
     ("gpus", "processes", "values", "status"),
     [
@@ -72,7 +65,12 @@ def test_variables_that_change_what_llama_factory_does() -> None:
     ],
 )
 def test_gpus(gpus: tuple[Gpu, ...], processes: int, values: dict[str, Any], status: Status) -> None:
-    assert checks.check_gpu(values, Machine(gpus, 8), processes).status is status
+    assert checks.check_gpu(values, Machine(gpus, 8), processes=processes, parameters=10**6).status is status
+
+
+def test_a_large_model_on_a_cpu_is_an_error() -> None:
+    found = checks.check_gpu({}, Machine((), 8), processes=1, parameters=7_600_000_000)
+    assert (found.status, "7.6 B parameters" in found.found) == (Status.ERROR, True)
 
 
 @pytest.mark.parametrize(
