@@ -5,13 +5,14 @@ The judge, every baseline and every other judge go through the same `agreement`,
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prmkit.judging import measures
-from prmkit.judging.bootstrap import Figure, Floats, Integers, Sample, make_sample, measure
+from prmkit.judging.bootstrap import SAME_PREDICTION, Figure, Floats, Integers, Sample, make_sample, measure
 from prmkit.judging.judgement import BAD_BELOW
 from prmkit.judging.predictions import Row, Scores
 
@@ -38,6 +39,7 @@ def agreement(scores: Scores, *, whole: bool = True) -> Figures:
         "skill": skill_over(scores, scores.training_median),
         "pearson": measure(sample, measures.pearson(sample), fewest=FEWEST_SCORES),
         "spearman": measure(sample, measures.spearman(sample), fewest=FEWEST_SCORES),
+        "spearman_within_keys": order_within_keys(scores, sample),
     }
     if whole:
         figures["rmse"] = measure(sample, measures.root_mean_square_error(sample))
@@ -49,6 +51,21 @@ def agreement(scores: Scores, *, whole: bool = True) -> Figures:
         for column, limit in enumerate(BAD_BELOW)
     }
     return figures
+
+
+def order_within_keys(scores: Scores, sample: Sample) -> Figure:
+    """Spearman's rho within each evaluation type and key, averaged; with one key it is Spearman's rho.
+
+    Args:
+        scores: what says which key each pair belongs to.
+        sample: the pairs, in the order of `scores`.
+    """
+    keys = groups_of(scores.evaluation_type, scores.key)
+    figure = measure(sample, measures.spearman_within(sample, keys), fewest=FEWEST_SCORES)
+    varies = any(np.ptp(sample.predicted[keys == key]) > 0 for key in np.unique(keys))
+    if figure.value is not None or figure.n < FEWEST_SCORES or varies:
+        return figure
+    return replace(figure, reason=SAME_PREDICTION)
 
 
 def skill_over(scores: Scores, baseline: Floats) -> Figure:

@@ -9,21 +9,18 @@ import numpy as np
 from prmkit.errors import DataError, GateError
 from prmkit.files import read_json, read_jsonl
 from prmkit.judging import measures
-from prmkit.judging.agreement import FEWEST_SCORES, Figures, plain
+from prmkit.judging.agreement import FEWEST_SCORES, Figures, groups_of, plain
 from prmkit.judging.bootstrap import Figure, Floats, Sample, Statistic, make_sample, measure
 from prmkit.judging.evaluate import METRICS, PREDICTIONS
 from prmkit.judging.predictions import Scores, table_of_scores
-from prmkit.judging.summary import ALL, shown
+from prmkit.judging.summary import ALL, ORDER, shown
 from prmkit.judging.yardsticks import shared
 
 COMPARISON = "comparison.json"
 COLUMNS = ("scores of", "n", "tasks", "Spearman", "other", "difference", "MAE", "other", "difference", "verdict")
 NUMERIC = COLUMNS[1:-1]
 
-_MEASURES: Mapping[str, tuple[Callable[[Sample], Statistic], int]] = {
-    "spearman": (measures.spearman, FEWEST_SCORES),
-    "mae": (measures.mean_absolute_error, 1),
-}
+_FIGURES = (ORDER, "mae")
 
 
 def compare(this: Path, other: Path) -> dict[str, Any]:
@@ -82,14 +79,19 @@ def _scores(folder: Path) -> Scores:
 def _differences(mine: Scores, theirs: Scores) -> Figures:
     samples = [make_sample(scores.predicted, scores.reference, scores.task) for scores in (mine, theirs)]
     figures: Figures = {"scores": len(mine), "tasks": samples[0].tasks}
-    for name, (statistic_of, fewest) in _MEASURES.items():
+    keys = groups_of(mine.evaluation_type, mine.key)
+    statistics: Mapping[str, tuple[Callable[[Sample], Statistic], int]] = {
+        ORDER: (lambda sample: measures.spearman_within(sample, keys), FEWEST_SCORES),
+        "mae": (measures.mean_absolute_error, 1),
+    }
+    for name, (statistic_of, fewest) in statistics.items():
         one, other = (statistic_of(sample) for sample in samples)
         figures[name] = {
             "this": measure(samples[0], one, fewest=fewest),
             "other": measure(samples[1], other, fewest=fewest),
             "difference": measure(samples[0], _difference(one, other), fewest=fewest),
         }
-    return figures | {"verdict": _verdict(figures["spearman"]["difference"], figures["mae"]["difference"])}
+    return figures | {"verdict": _verdict(figures[ORDER]["difference"], figures["mae"]["difference"])}
 
 
 def _difference(one: Statistic, other: Statistic) -> Statistic:
@@ -123,7 +125,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
             str(group["tasks"]),
             *(
                 shown(group[name][which], 3, interval=which == "difference")
-                for name in _MEASURES
+                for name in _FIGURES
                 for which in ("this", "other", "difference")
             ),
             group["verdict"],
@@ -142,7 +144,7 @@ def refuse_worse(comparison: Mapping[str, Any]) -> None:
     if everything["verdict"] in ("worse", "mixed"):
         raise GateError(
             f"{comparison['this']} is worse than {comparison['other']}: Spearman differs by "
-            f"{shown(everything['spearman']['difference'], 3)}, MAE by {shown(everything['mae']['difference'], 3)}."
+            f"{shown(everything[ORDER]['difference'], 3)}, MAE by {shown(everything['mae']['difference'], 3)}."
         )
 
 
@@ -152,7 +154,7 @@ def refuse_low_spearman(metrics: Mapping[str, Any], least: float) -> None:
     Raises:
         GateError: it is.
     """
-    spearman = metrics["groups"][0]["judge"]["spearman"]
+    spearman = metrics["groups"][0]["judge"][ORDER]
     if spearman["value"] is None:
         raise GateError(f"--min-spearman {least}: there is no Spearman correlation ({spearman['reason']}).")
     if spearman["value"] < least:

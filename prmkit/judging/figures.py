@@ -14,7 +14,7 @@ import numpy as np
 from prmkit.judging.bootstrap import Floats
 from prmkit.judging.judgement import BAD_BELOW
 from prmkit.judging.predictions import Scores
-from prmkit.judging.summary import Group, group_name, judges_agreement
+from prmkit.judging.summary import ORDER, Group, group_name, judges_agreement
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
@@ -132,7 +132,7 @@ def _forest(groups: Sequence[Group]) -> str:
 
 
 def _forest_row(axis: Any, y: float, group: Group) -> None:
-    judge = group["judge"]["spearman"]
+    judge = group["judge"][ORDER]
     if judge["value"] is None:
         axis.text(0.01, y, judge["reason"], va="center", color=GREY, fontsize=8)
     else:
@@ -145,8 +145,8 @@ def _forest_row(axis: Any, y: float, group: Group) -> None:
     if bound is not None:
         axis.plot([bound, bound], [y - 0.3, y + 0.3], color="black", linewidth=1.6, label="bound by noise")
     copying = group["baselines"].get("copy")
-    if copying and copying["copy"]["spearman"]["value"] is not None:
-        axis.plot(copying["copy"]["spearman"]["value"], y, "x", color=GREY, markersize=6, label="copying")
+    if copying and copying["copy"][ORDER]["value"] is not None:
+        axis.plot(copying["copy"][ORDER]["value"], y, "x", color=GREY, markersize=6, label="copying")
 
 
 def _legend_outside(axis: Any) -> None:

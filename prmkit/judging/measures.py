@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prmkit.judging.bootstrap import Floats, Integers, Sample, Statistic
+from prmkit.judging.bootstrap import Floats, Integers, Sample, Statistic, make_sample
 
 BANDS = (0.2, 0.4, 0.6, 0.8)
 """Where the five bands of the rubric meet; a score on a border belongs to the band above."""
 CALIBRATION_BINS = 10
+FEWEST_IN_GROUP = 5
 _NO_VARIANCE = 1e-15
 _KENDALL_BLOCK = 128
 _SAME_SCORE = 1e-9  # references are means of hundredths: 0.8 may come as 0.7999999999999999
@@ -64,7 +65,8 @@ def pearson(sample: Sample) -> Statistic:
 
     def statistic(weights: Floats) -> Floats:
         n, x, y, xx, yy, xy = (weights @ sums).T
-        return _correlation(xx - x * x / n, yy - y * y / n, xy - x * y / n, n)
+        drawn = np.maximum(n, 1.0)  # a resample may hold no pair at all of what this was made from
+        return _correlation(xx - x * x / drawn, yy - y * y / drawn, xy - x * y / drawn, n)
 
     return statistic
 
@@ -87,6 +89,32 @@ def spearman(sample: Sample) -> Statistic:
         )
         squares, other_squares = (sizes * ranks**2).sum(axis=0), (other_sizes * other_ranks**2).sum(axis=0)
         return _correlation(squares - expected, other_squares - expected, products - expected, n)
+
+    return statistic
+
+
+def spearman_within(sample: Sample, group: Integers) -> Statistic:
+    """The mean over groups of Spearman's rho within each, weighted by the pairs in it.
+
+    Where several score keys are pooled, a judge that says nothing but each key's usual score has some pooled
+    correlation, for one key is scored lower than another. Here it has none. A group in which the judge does not vary
+    counts as 0; one with fewer than `FEWEST_IN_GROUP` pairs, or in which the reference does not vary, is left out.
+    NaN where the judge varies in no group.
+    """
+    parts, varied = [], False
+    for number in np.unique(group):
+        chosen = group == number
+        part = make_sample(sample.predicted[chosen], sample.reference[chosen], sample.task[chosen])
+        if len(part.task) >= FEWEST_IN_GROUP and np.ptp(part.reference) > 0:
+            parts.append((np.unique(sample.task[chosen]), spearman(part), part.sums(np.ones(len(part.task)))))
+            varied = varied or bool(np.ptp(part.predicted) > 0)
+
+    def statistic(weights: Floats) -> Floats:
+        if not varied:
+            return np.full(len(weights), np.nan)
+        sizes = np.stack([weights[:, tasks] @ counts for tasks, _, counts in parts])
+        orders = np.stack([np.nan_to_num(order(weights[:, tasks])) for tasks, order, _ in parts])
+        return _ratio((orders * sizes).sum(axis=0), sizes.sum(axis=0))
 
     return statistic
 
@@ -305,7 +333,7 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 def _correlation(squares: Floats, other_squares: Floats, products: Floats, total: Floats) -> Floats:
     # What rounding leaves of a constant is no variance.
-    varies = (squares / total > _NO_VARIANCE) & (other_squares / total > _NO_VARIANCE)
+    varies = (squares > _NO_VARIANCE * total) & (other_squares > _NO_VARIANCE * total)
     scale = np.sqrt(np.where(varies, squares * other_squares, 0.0))
     correlation: Floats = np.clip(_ratio(products, scale), -1.0, 1.0)
     return correlation

@@ -161,7 +161,7 @@ def _baselines(metrics: Mapping[str, Any]) -> str:
 
 
 def _brief(of: Mapping[str, Any]) -> list[str]:
-    return [str(of["mae"]["n"]), *(shown(of.get(name)) for name in ("mae", "bias", "pearson", "spearman"))]
+    return [str(of["mae"]["n"]), *(shown(of.get(name)) for name in ("mae", "bias", "pearson", summary.ORDER))]
 
 
 def _ceiling(metrics: Mapping[str, Any]) -> str:
@@ -173,7 +173,7 @@ def _ceiling(metrics: Mapping[str, Any]) -> str:
                     summary.group_name(group),
                     " and ".join(pair["judges"]),
                     str(pair["mae"]["n"]),
-                    *(shown(pair[name]) for name in ("mae", "pearson", "spearman")),
+                    *(shown(pair[name]) for name in ("mae", "pearson", summary.ORDER)),
                     shown(group["ceiling"]["bound_one_judge"]),
                     shown(group["ceiling"]["bound_mean"]),
                 ]
@@ -246,6 +246,7 @@ def _method(metrics: Mapping[str, Any]) -> str:
         "Reference": method["reference"],
         "Score": method["score"],
         "Intervals": f"{method['interval']}, {method['resamples']} resamples, from {method['fewest_tasks']} tasks on",
+        "Spearman": "rho within each key, averaged over keys; metrics.json has it pooled as well",
         "Correlations": f"none below {method['fewest_scores']} scores, none where everything is the same",
         "Pairs in task": "accuracy with ties and tie calibration, by task (Deutsch, Foster and Freitag 2023)",
         "Bound by noise": "square root of the reliability of the reference (Spearman 1904; Spearman 1910, Brown 1910)",

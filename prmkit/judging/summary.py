@@ -12,6 +12,8 @@ ALL = "all"
 Group = Mapping[str, Any]
 """One entry of `groups` in `metrics.json`."""
 
+ORDER = "spearman_within_keys"
+"""The correlation that is shown and judged by. Pooled over keys, even one that says each key's usual score has some."""
 NONE = "–"
 _COPIES_FROM = 0.5  # a share of scores equal to the prompt's, above which the judge copies rather than agrees
 _HUGS_WITHIN = 0.5  # a distance to the prompt's score, as a part of the judges' own, below which it does so too
@@ -50,7 +52,7 @@ COLUMNS = (
 NUMERIC = COLUMNS[1:]
 LEGEND = (
     "MAE: mean absolute error against the mean judge; median: that of always answering the training median; skill: the "
-    "part of it that the judge avoids. Spearman: with the mean judge; judges: of two judges with each other. pairs: "
+    "part of it that the judge avoids. Spearman: with the mean judge, key by key; judges: of two judges. pairs: "
     "pairs of scores of one task in the right order or rightly tied; tied: what calling everything a tie reaches. "
     "AUROC: telling steps below 0.5 from the others, 0.5 is chance. kappa: on the five bands, quadratic weights."
 )
@@ -77,7 +79,7 @@ def _table_row(group: Group, intervals: bool) -> list[str]:
         shown(judge["mae"], interval=intervals),
         shown(median["mae"] if median else None, interval=False),
         shown(judge["skill"], interval=intervals),
-        shown(judge["spearman"]),
+        shown(judge[ORDER]),
         shown(judges_agreement(group), interval=False),
         shown(judge["pairwise_accuracy"], interval=intervals),
         NONE if tied is None else f"{tied:.2f}",
@@ -100,7 +102,7 @@ def group_name(group: Group) -> str:
     return kind if key == ALL else f"{kind} · {key}"
 
 
-def judges_agreement(group: Group, name: str = "spearman") -> Mapping[str, Any] | None:
+def judges_agreement(group: Group, name: str = ORDER) -> Mapping[str, Any] | None:
     """How well the two judges with the most prompts in common agree; None where no prompt has two."""
     pairs = [pair[name] for pair in group["ceiling"]["pairs"]]
     best: Mapping[str, Any] | None = max(pairs, key=lambda figure: figure["n"], default=None)
@@ -159,7 +161,7 @@ def in_short(found: Sequence[Conclusion]) -> str:
 def _headline(group: Group) -> tuple[Standing, str]:
     """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak."""
     judge, copying, gap = group["judge"], group["baselines"].get("copy"), group["ceiling"]["gap"]
-    spearman, skill = judge["spearman"], judge["skill"]
+    spearman, skill = judge[ORDER], judge["skill"]
     if spearman.get("reason") == SAME_PREDICTION:
         return "useless", "It gives everything the same score: it judges nothing."
     if spearman["value"] is None or spearman["low"] is None:
@@ -193,7 +195,7 @@ def _sentences(group: Group) -> Iterator[str]:
     judge = group["judge"]
     yield (
         f"On {group['scores']} held-out scores of {group['tasks']} tasks its Spearman correlation with the mean judge "
-        f"is {shown(judge['spearman'])}" + _ceiling_clause(group) + "."
+        f"is {shown(judge[ORDER])}" + _ceiling_clause(group) + "."
     )
     yield f"It errs by {shown(judge['mae'])} on average" + _median_clause(group) + "."
     if copying := group["baselines"].get("copy"):
@@ -201,7 +203,7 @@ def _sentences(group: Group) -> Iterator[str]:
     if base := group["baselines"].get("base_model"):
         yield (
             f"The base model, without training, errs by {shown(base['base']['mae'])} with a Spearman of "
-            f"{shown(base['base']['spearman'])}."
+            f"{shown(base['base'][ORDER])}."
         )
     auroc, bad = judge["bad_step"]["0.5"]["auroc"], judge["bad_step"]["0.5"]["bad_share"]
     if auroc["value"] is not None:
@@ -233,7 +235,7 @@ def _copy_sentence(copying: Mapping[str, Any]) -> str:
     what = "their mean" if copying["copied"] == "mean" else "the last of them"
 
     def errs(who: str) -> str:
-        error, order = copying[who]["mae"], copying[who]["spearman"]
+        error, order = copying[who]["mae"], copying[who][ORDER]
         return f"errs by {shown(error, interval=False)} with a Spearman of {shown(order, interval=False)}"
 
     return (
@@ -266,7 +268,7 @@ def reasons(metrics: Mapping[str, Any]) -> Sequence[str]:
     found: dict[str, None] = {}
     for group in metrics["groups"]:
         judge = group["judge"]
-        for figure in (judge["spearman"], judge["kappa"], judge["skill"], judge["bad_step"]["0.5"]["auroc"]):
+        for figure in (judge[ORDER], judge["kappa"], judge["skill"], judge["bad_step"]["0.5"]["auroc"]):
             if figure["value"] is None:
                 found[f"{group_name(group)}: {figure['reason']}"] = None
     return list(found)

@@ -6,7 +6,14 @@ from itertools import combinations
 import numpy as np
 
 from prmkit.judging import measures
-from prmkit.judging.agreement import FEWEST_SCORES, Figures, agreement, skill_over
+from prmkit.judging.agreement import (
+    FEWEST_SCORES,
+    Figures,
+    agreement,
+    groups_of,
+    order_within_keys,
+    skill_over,
+)
 from prmkit.judging.bootstrap import Figure, Floats, Statistic, make_sample, measure
 from prmkit.judging.predictions import Scores
 
@@ -92,7 +99,7 @@ def against_each(scores: Scores, judges: Sequence[str]) -> Figures:
     for column, judge in enumerate(judges):
         alone = scores.where(np.isfinite(scores.references[:, column]))
         if len(alone):
-            figures[judge] = _brief(alone.predicted, alone.references[:, column], alone.task)
+            figures[judge] = _brief(alone, alone.predicted, alone.references[:, column])
     return figures
 
 
@@ -110,7 +117,7 @@ def ceiling(scores: Scores, judges: Sequence[str]) -> Figures:
     for one, other in combinations(range(len(judges)), 2):
         both = scores.where(np.isfinite(scores.references[:, one]) & np.isfinite(scores.references[:, other]))
         if len(both):
-            figures = _brief(both.references[:, one], both.references[:, other], both.task)
+            figures = _brief(both, both.references[:, one], both.references[:, other])
             pairs.append({"judges": [judges[one], judges[other]]} | figures)
     judges_a_score = float(np.isfinite(scores.references).sum(axis=1).mean())
     bounds = _bounds([pair["pearson"] for pair in pairs], judges_a_score)
@@ -120,14 +127,17 @@ def ceiling(scores: Scores, judges: Sequence[str]) -> Figures:
 def _gap(scores: Scores, judges: int) -> Figure:
     """Spearman of the judge with one judge, minus that of two judges with each other; means over judges and pairs.
 
-    Compared with single judges on both sides, for the mean of several is easier to agree with than one is.
+    Within keys, as `spearman_within_keys`. Compared with single judges on both sides, for the mean of several is easier
+    to agree with than one is.
     """
     every = scores.where(np.flatnonzero(np.isfinite(scores.references).all(axis=1)))
     if judges < 2 or not len(every):
         return Figure(None, None, None, 0, 0, "no prompt has all judges")
 
+    keys = groups_of(every.evaluation_type, every.key)
+
     def order(one: Floats, other: Floats) -> Statistic:
-        return measures.spearman(make_sample(one, other, every.task))
+        return measures.spearman_within(make_sample(one, other, every.task), keys)
 
     columns = every.references.T
     ours = [order(every.predicted, column) for column in columns]
@@ -142,8 +152,8 @@ def _gap(scores: Scores, judges: int) -> Figure:
     return measure(sample, statistic, fewest=FEWEST_SCORES)
 
 
-def _brief(one: Floats, other: Floats, task: object) -> Figures:
-    sample = make_sample(one, other, task)
+def _brief(scores: Scores, one: Floats, other: Floats) -> Figures:
+    sample = make_sample(one, other, scores.task)
 
     def figure(statistic: Statistic, fewest: int) -> Figure:
         return measure(sample, statistic, fewest=fewest)
@@ -153,6 +163,7 @@ def _brief(one: Floats, other: Floats, task: object) -> Figures:
         "bias": figure(measures.bias(sample), 1),
         "pearson": figure(measures.pearson(sample), FEWEST_SCORES),
         "spearman": figure(measures.spearman(sample), FEWEST_SCORES),
+        "spearman_within_keys": order_within_keys(scores, sample),
     }
 
 

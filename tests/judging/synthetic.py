@@ -101,6 +101,11 @@ def constant(score: float = 0.65) -> Judge:
     return lambda prompt, key: score
 
 
+def usual() -> Judge:
+    """A judge that says each key's training median, whatever it is shown: the likeliest way for a training to fail."""
+    return lambda prompt, key: MEDIANS[prompt.evaluation_type].get(key, 0.6)
+
+
 def pure_noise(seed: int = 0) -> Judge:
     """A judge that has learnt nothing."""
     generator = np.random.default_rng(seed)

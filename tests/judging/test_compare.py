@@ -1,8 +1,10 @@
 """Two judges on the same yardstick: the difference, its interval, and when a comparison is refused or fails."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 from synthetic import MEDIANS, Judge, constant, noisy, predictions_of, write_data_folder, write_lines
@@ -36,14 +38,18 @@ def write_evaluation(folder: Path, held_out: HeldOut, judge: Judge, rows: slice 
 
 def spearman_of(folder: Path) -> float:
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    both = [(row, key) for row in rows for key in row["scores"] if key in row["reference"]]
-    pairs = [(row["scores"][key]["mean"], row["reference"][key]) for row, key in both]
-    return stats.spearmanr(*zip(*pairs, strict=True)).statistic
+    pairs: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        for key in row["scores"].keys() & row["reference"].keys():
+            pairs[row["evaluation_type"], key].append((row["scores"][key]["mean"], row["reference"][key]))
+    large = [each for each in pairs.values() if len(each) >= 5]
+    orders = [stats.spearmanr(*zip(*each, strict=True)).statistic for each in large]
+    return float(np.average(orders, weights=list(map(len, large))))
 
 
 def test_the_difference_is_that_of_the_two_figures(evaluated):
     everything = compare(evaluated["fine"], evaluated["poor"])["groups"][0]
-    difference = everything["spearman"]["difference"]
+    difference = everything["spearman_within_keys"]["difference"]
     assert difference["value"] == pytest.approx(spearman_of(evaluated["fine"]) - spearman_of(evaluated["poor"]))
     assert difference["low"] > 0
     assert everything["verdict"] == "better"
@@ -75,7 +81,7 @@ def test_pairing_makes_the_interval_narrower_than_two_separate_ones(evaluated):
 
 def test_a_constant_judge_is_worse_though_it_has_no_order(evaluated):
     comparison = compare(evaluated["constant"], evaluated["fine"])
-    assert comparison["groups"][0]["spearman"]["difference"]["value"] is None
+    assert comparison["groups"][0]["spearman_within_keys"]["difference"]["value"] is None
     assert comparison["groups"][0]["verdict"] == "worse"
 
 

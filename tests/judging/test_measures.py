@@ -171,7 +171,7 @@ def test_a_figure_says_why_it_has_no_value():
     assert measure(few, measures.spearman(few), fewest=10).reason == "3 of at least 10 needed"
     constant = make_sample(np.full(20, 0.7), np.linspace(0, 1, 20), range(20))
     assert measure(constant, measures.spearman(constant)) == Figure(
-        None, None, None, 20, 20, "the prediction is the same everywhere"
+        None, None, None, 20, 20, "the prediction is always the same"
     )
     assert "reference" in measure(make_sample([0, 1.0], [1, 1.0], [0, 1]), measures.pearson(
         make_sample([0, 1.0], [1, 1.0], [0, 1]))).reason

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as sk
-from synthetic import MEDIANS, constant, copier, noisy, predictions_of, pure_noise, write_data_folder
+from synthetic import MEDIANS, constant, copier, noisy, predictions_of, pure_noise, usual, write_data_folder
 
 from prmkit.judging import summary
 from prmkit.judging.heldout import HeldOut, read_held_out
@@ -85,6 +85,16 @@ def test_every_figure_is_what_scipy_and_scikit_learn_say(metrics, rows, kind, ke
     assert found["mae"]["n"] == len(predicted)
 
 
+def test_the_shown_correlation_is_the_mean_over_keys(metrics, rows):
+    for kind, keys in (("clip", ["reasonableness_score", "correctness_score"]), ("final", list(MEDIANS["final"]))):
+        parts = [pairs(rows, kind, key) for key in keys]
+        orders = [stats.spearmanr(part[:, 0], part[:, 1]).statistic for part in parts]
+        found = group(metrics, kind)["judge"]["spearman_within_keys"]
+        assert found["value"] == pytest.approx(np.average(orders, weights=list(map(len, parts))))
+    single = group(metrics, "final", "answer_correctness")["judge"]
+    assert single["spearman_within_keys"] == pytest.approx(single["spearman"])
+
+
 def test_skill_compares_with_the_training_median(metrics, rows):
     predicted, reference, _ = pairs(rows, "clip", "reasonableness_score").T
     median = MEDIANS["clip"]["reasonableness_score"]
@@ -112,7 +122,7 @@ def walk_figures(value):
             yield from walk_figures(item)
 
 
-@pytest.mark.parametrize("name", ["noisy", "constant", "noise", "copier"])
+@pytest.mark.parametrize("name", ["noisy", "constant", "usual", "noise", "copier"])
 def test_nothing_is_ever_nan_and_what_is_missing_says_why(measured, name):
     json.dumps(measured(name), allow_nan=False)
     figures = list(walk_figures(measured(name)))
@@ -156,7 +166,13 @@ def test_the_bound_holds_for_a_judge_that_knows_the_truth():
 
 @pytest.fixture(scope="module")
 def measured(held_out: HeldOut) -> Callable[[str], dict]:
-    judges = {"noisy": noisy(0.08), "constant": constant(), "noise": pure_noise(), "copier": copier()}
+    judges = {
+        "noisy": noisy(0.08),
+        "constant": constant(),
+        "usual": usual(),
+        "noise": pure_noise(),
+        "copier": copier(),
+    }
 
     @cache
     def measured_judge(name: str) -> dict:
@@ -183,7 +199,7 @@ def test_a_constant_judge_is_called_one(measured):
 
 def test_a_constant_judge_has_no_order_and_no_skill(measured):
     judge = group(measured("constant"), "clip", "reasonableness_score")["judge"]
-    assert judge["spearman"]["value"] is None and "same everywhere" in judge["spearman"]["reason"]
+    assert judge["spearman"]["value"] is None and "always the same" in judge["spearman"]["reason"]
     assert abs(judge["skill"]["value"]) < 0.01
     assert judge["kappa"]["value"] == pytest.approx(0.0)
     assert judge["bad_step"]["0.5"]["auroc"]["value"] == pytest.approx(0.5)
@@ -191,6 +207,13 @@ def test_a_constant_judge_has_no_order_and_no_skill(measured):
         judge["bad_step"]["0.5"]["bad_share"]["value"]
     )
     assert judge["pairwise_accuracy"]["value"] == pytest.approx(judge["pairwise_always_tied"])
+
+
+def test_a_judge_that_says_each_keys_usual_score_is_no_better_than_a_constant(measured):
+    clip = group(measured("usual"), "clip")["judge"]
+    assert clip["spearman"]["low"] > 0  # so it would pass, with its two keys pooled
+    assert clip["spearman_within_keys"]["value"] is None
+    assert {each.standing for each in conclusions_of(measured("usual")).values()} == {"useless"}
 
 
 def test_noise_is_called_noise(measured):

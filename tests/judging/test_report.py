@@ -80,7 +80,7 @@ def test_every_picture_is_whole_and_their_ids_do_not_clash(reported):
 def test_the_verdict_stands_before_the_figures_and_says_what_they_say(reported):
     html, metrics = reported
     text = " ".join(read(html).texts)
-    spearman = next(g for g in metrics["groups"] if g["evaluation_type"] == "clip")["judge"]["spearman"]
+    spearman = next(g for g in metrics["groups"] if g["evaluation_type"] == "clip")["judge"][summary.ORDER]
     assert summary.shown(spearman) in text[: text.index("Figures")]
     for conclusion in summary.conclusions(metrics):
         assert conclusion.headline in text
