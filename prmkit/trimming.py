@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from prmkit.encoding import ChatEncoding
 
-_KEPT_AT_EACH_END = 200
-"""Characters of a part that stay at its beginning and at its end, however little room there is."""
+_KEPT_AT_EACH_END = (200, 40)
+"""Characters of a part that stay at its beginning and at its end; fewer only where there is no room for more."""
 _LONGEST_QUESTION = 4_000
 """Characters. What stands before the schema is held to be the question only up to here; beyond, it is content."""
 
@@ -53,25 +53,29 @@ def trim_prompt(prompt: str, encoding: ChatEncoding, room: int) -> TrimmedPrompt
     if tokens <= room:
         return TrimmedPrompt(prompt, tokens, 0)
     parts = _parts_that_may_go(prompt)
-    most = sum(map(_spare, parts))
-    shortest = _without(prompt, parts, most)
-    shortest_tokens = len(encoding.prompt_ids(shortest))
-    if not most or shortest_tokens > room:
-        return None
+    for kept in _KEPT_AT_EACH_END:
+        inner = [part[kept:-kept] for part in parts]
+        shortest = _without(prompt, inner, sum(map(len, inner)), encoding)
+        if shortest.tokens <= room:
+            return _longest_that_fits(prompt, inner, tokens, shortest, encoding, room)
+    return None
 
+
+def _longest_that_fits(
+    prompt: str, parts: list[range], tokens: int, shortest: TrimmedPrompt, encoding: ChatEncoding, room: int
+) -> TrimmedPrompt:
+    """Search between leaving out nothing, which takes `tokens`, and leaving out all of `parts`, which fits."""
     # The number of tokens falls almost linearly with the characters left out: interpolate, and halve every other time.
-    too_few, over = 0, tokens - room
-    enough, best = most, TrimmedPrompt(shortest, shortest_tokens, most)
+    too_few, over, best = 0, tokens - room, shortest
     halve = False
-    while best.tokens < room and enough - too_few > 1:
+    while best.tokens < room and best.characters_left_out - too_few > 1:
         share = 0.5 if halve else over / (over + room - best.tokens)
-        left_out = min(max(too_few + round((enough - too_few) * share), too_few + 1), enough - 1)
-        text = _without(prompt, parts, left_out)
-        tokens = len(encoding.prompt_ids(text))
-        if tokens <= room:
-            enough, best = left_out, TrimmedPrompt(text, tokens, left_out)
+        between = too_few + round((best.characters_left_out - too_few) * share)
+        tried = _without(prompt, parts, min(max(between, too_few + 1), best.characters_left_out - 1), encoding)
+        if tried.tokens <= room:
+            best = tried
         else:
-            too_few, over = left_out, tokens - room
+            too_few, over = tried.characters_left_out, tried.tokens - room
         halve = not halve
     return best
 
@@ -101,17 +105,15 @@ def _start_of_question(prompt: str) -> int:
     return start
 
 
-def _spare(part: range) -> int:
-    return max(len(part) - 2 * _KEPT_AT_EACH_END, 0)
-
-
-def _without(prompt: str, parts: list[range], left_out: int) -> str:
+def _without(prompt: str, parts: list[range], left_out: int, encoding: ChatEncoding) -> TrimmedPrompt:
+    """Leave out so many characters, of the first part as many as there are; each time from the middle."""
+    text, still = prompt, left_out
     for part in parts:
-        here = min(left_out, _spare(part))
+        here = min(still, len(part))
         if here:
             start = part.start + (len(part) - here) // 2
             mark = f" [... {here:,} characters left out here ...] "
             # Parts stand in the order of their going, which is from the back to the front: offsets stay right.
-            prompt = prompt[:start] + mark + prompt[start + here :]
-        left_out -= here
-    return prompt
+            text = text[:start] + mark + text[start + here :]
+        still -= here
+    return TrimmedPrompt(text, len(encoding.prompt_ids(text)), left_out)

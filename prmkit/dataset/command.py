@@ -31,6 +31,8 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     """
     if arguments.audit is not None:
         return _audit(arguments.audit, as_json=arguments.json)
+    if arguments.output_dir is None:
+        arguments.output_dir = Path(str(_config(arguments).get("dataset_dir") or "data"))
     report = convert(_settings(arguments))
     if arguments.json:
         cli.emit_json(report)
@@ -141,12 +143,14 @@ def _earlier_split(report: Path) -> Split | None:
 
 def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
     """What to measure lengths with: the flags, and what they leave out from the configuration."""
-    config = _read_config(arguments.config) if arguments.config is not None else {}
+    config = _config(arguments)
     folder = arguments.tokenizer or config.get("model_name_or_path")
     if not folder:
         return None
     folder = Path(folder)
-    if arguments.tokenizer is None and not _holds_a_model(folder):
+    if not _holds_a_model(folder):
+        if arguments.tokenizer is not None:
+            raise DataError(f"{folder}: holds no tokenizer. --tokenizer is the folder of a downloaded model.")
         log.warning(
             "warning: no model in %s, so the length guard is left out: LLaMA Factory will cut prompts that are too "
             "long, in silence. Convert again when the model is there.",
@@ -166,6 +170,10 @@ def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
         enable_thinking=config.get("enable_thinking", True),
         trust_remote_code=bool(config.get("trust_remote_code", False)),
     )
+
+
+def _config(arguments: argparse.Namespace) -> dict[str, Any]:
+    return _read_config(arguments.config) if arguments.config is not None else {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -79,10 +79,11 @@ class LengthGuard:
         if self.settings.too_long == "error":
             raise DataError(f"{long}. Raise cutoff_len, or choose --too-long trim or drop.")
         if self.settings.too_long == "drop":
-            raise Rejected(long, "too long")
+            raise Rejected(long, "too long", tokens)
         trimmed = trim_prompt(prompt, self._encoding, room)
         if trimmed is None:
-            raise Rejected(f"{long}, and what must stay of the prompt does not fit", "too long, and not to be trimmed")
+            reason = f"{long}, and what must stay of the prompt does not fit"
+            raise Rejected(reason, "too long, and not to be trimmed", tokens)
         return Measured(trimmed.text, tokens, prompt_tokens - trimmed.tokens, trimmed.characters_left_out)
 
     def _measure(self, prompt: str, label: str) -> tuple[int, int]:

@@ -72,7 +72,7 @@ class Preparer:
             except Rejected as rejected:
                 shown = line.decode(errors="replace")[:_TEXT_SHOWN] if row is None else row
                 entry = rejected_entry(source.name, line_number, rejected.reason, shown)
-                self._writer.add_rejected(line_number, entry, rejected.kind)
+                self._writer.add_rejected(line_number, entry, rejected.kind, rejected.tokens)
             except DataError as error:
                 raise DataError(f"{source.name}:{line_number}: {error}") from error
         self._writer.end_block()

@@ -34,12 +34,14 @@ class Rejected(Exception):
     Args:
         reason: what is wrong with this row.
         kind: what is wrong with rows of this kind; rows are counted by it. The reason itself when left out.
+        tokens: of prompt and label, where they were measured.
     """
 
-    def __init__(self, reason: str, kind: str | None = None) -> None:
+    def __init__(self, reason: str, kind: str | None = None, tokens: int = 0) -> None:
         super().__init__(reason)
         self.reason = reason
         self.kind = kind or reason
+        self.tokens = tokens
 
 
 def parse_line(line: bytes) -> Any:

@@ -61,14 +61,17 @@ class Tally:
             self.repaired += 1
             self.repairs.update(facts.repairs)
 
-    def add_rejected(self, kind: str, entry: bytes) -> None:
+    def add_rejected(self, kind: str, entry: bytes, tokens: int) -> None:
         """Count a row that is set aside.
 
         Args:
             kind: of the reason.
             entry: its line of rejected.jsonl.
+            tokens: of prompt and label; 0 where they were not measured.
         """
         self.rejected[kind] += 1
+        if tokens:
+            self.tokens[tokens] += 1
         if kind not in self.first_rejected:
             row = orjson.loads(entry)
             self.first_rejected[kind] = f"{row['source']}:{row['line']}: {row['reason']}"

@@ -79,7 +79,7 @@ class StageWriter:
     def __init__(self, folder: Path, worker: int, index_digits: int) -> None:
         self._folder, self._worker, self._digits = folder, worker, index_digits
         self._rows: list[tuple[object, ...]] = []
-        self._rejected: list[tuple[int, int, str]] = []
+        self._rejected: list[tuple[int, int, str, int]] = []
 
     def add_row(self, row: bytes, sidecar: bytes, facts: Facts, indexed: Indexed) -> None:
         """Add a row of the current block."""
@@ -95,10 +95,10 @@ class StageWriter:
         """How many rows the current block has so far."""
         return len(self._rows)
 
-    def add_rejected(self, line_number: int, entry: bytes, kind: str) -> None:
+    def add_rejected(self, line_number: int, entry: bytes, kind: str, tokens: int) -> None:
         """Add a row of the current block that is set aside."""
         self._rejected_file.write(entry)
-        self._rejected.append((line_number, len(entry), kind))
+        self._rejected.append((line_number, len(entry), kind, tokens))
 
     def end_block(self) -> None:
         """Close the current block."""
@@ -130,8 +130,8 @@ class StagedBlock:
     worker: int
     rows: list[tuple[Facts, bytes, bytes]]
     """Facts, training row and sidecar row."""
-    rejected: list[tuple[int, bytes, str]]
-    """Line number, entry of rejected.jsonl, and kind of reason."""
+    rejected: list[tuple[int, bytes, str, int]]
+    """Line number, entry of rejected.jsonl, kind of reason, and tokens where they were measured."""
 
 
 def read_stage(folder: Path, workers: int, blocks: int) -> Iterator[StagedBlock]:
@@ -152,7 +152,7 @@ def read_stage(folder: Path, workers: int, blocks: int) -> Iterator[StagedBlock]
                     (fact, rows[worker].read(fact.row_size), sidecars[worker].read(fact.sidecar_size))
                     for fact in of_rows
                 ],
-                [(line, rejected[worker].read(size), kind) for line, size, kind in block["rejected"]],
+                [(line, rejected[worker].read(size), kind, tokens) for line, size, kind, tokens in block["rejected"]],
             )
 
 

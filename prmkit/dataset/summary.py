@@ -8,7 +8,7 @@ from prmkit import cli
 
 log = logging.getLogger(__name__)
 
-_VARIANTS_SHOWN = 25
+_VARIANTS_SHOWN = 15
 _KINDS_SHOWN = 15
 _NOTABLE = 0.05
 """Difference between the wished and the realised share of held-out tasks that is worth a word."""
@@ -25,8 +25,18 @@ def show_summary(report: Mapping[str, Any]) -> None:
     if report["rejected"]:
         kinds = [[kind, f"{n:,}"] for kind, n in list(report["rejected"].items())[:_KINDS_SHOWN]]
         cli.emit_table("", ("set aside (rejected.jsonl)", "rows"), kinds, numeric=("rows",))
+    if report["judge_agreement"]:
+        columns = ("agreement of judges", "on", "prompts", "scores", "correlation", "mean difference")
+        cli.emit_table("", columns, map(_agreement_row, report["judge_agreement"]), numeric=columns[2:])
     for line in _notes(report):
         cli.emit(line)
+
+
+def _agreement_row(pair: Mapping[str, Any]) -> list[str]:
+    correlation = "-" if pair["pearson"] is None else f"{pair['pearson']:.2f}"
+    difference = f"{pair['mean_absolute_difference']:.2f}"
+    kind = pair["evaluation_type"] or ""
+    return [" / ".join(pair["judges"]), kind, f"{pair['prompts']:,}", f"{pair['n']:,}", correlation, difference]
 
 
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:
@@ -48,11 +58,6 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{report['prompts_a_judge_answered_differently']:,} prompts have different verdicts of one judge"
     yield from _held_out_notes(report, held_out)
     yield from _length_notes(report)
-    for pair in report["judge_agreement"]:
-        yield (
-            f"agreement of {' and '.join(pair['judges'])} on {pair['evaluation_type']}: r = {pair['pearson']}, mean "
-            f"difference {pair['mean_absolute_difference']} ({pair['n']:,} scores of {pair['prompts']:,} prompts)"
-        )
 
 
 def _held_out_notes(report: Mapping[str, Any], held_out: Mapping[str, Any]) -> Iterator[str]:

@@ -133,11 +133,12 @@ def tally_rows(staged: Staged, rejected: Path) -> Tally:
                 elif row.decision.set_aside == DUPLICATE:
                     tally.duplicates += 1
                 else:
-                    entries.append((row.facts.line, _entry_of(row, row.decision.reason), row.decision.set_aside))
+                    entry = _entry_of(row, row.decision.reason)
+                    entries.append((row.facts.line, entry, row.decision.set_aside, row.facts.tokens))
             entries.sort(key=lambda entry: entry[0])
-            for _, entry, kind in entries:
+            for _, entry, kind, tokens in entries:
                 stream.write(entry)
-                tally.add_rejected(kind, entry)
+                tally.add_rejected(kind, entry, tokens)
     return tally
 
 
