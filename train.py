@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-bs", "--batch-size", metavar="N", help="rows a device and step")
     add("--export", action="store_true", help="merge the adapter into the base model when it is trained")
     add("--export-only", nargs="?", const="", metavar="FOLDER", help="merge a run or checkpoint that is there already")
+    add("--evaluate", action="store_true", help="measure the judge on held-out rows when it is trained")
     add("--validate-only", action="store_true", help="do everything but train")
     add("--doctor", action="store_true", help="check this machine, the model and the data, and stop")
     add("--force", action="store_true", help="train although the checks found errors")
@@ -42,12 +43,14 @@ def _parser() -> argparse.ArgumentParser:
 def _command(arguments: argparse.Namespace) -> ExitCode:
     from dataclasses import fields
 
-    from prmkit.training.flow import Command, execute
+    from prmkit.pipeline import train_and_prove
+    from prmkit.training.flow import Command
     from prmkit.training.llamafactory import Launch
 
     typed = vars(arguments)
+    evaluate = typed.pop("evaluate")
     launch = Launch(**{field.name: typed.pop(field.name) for field in fields(Launch)})
-    return execute(Command(**typed, launch=launch)).code
+    return train_and_prove(Command(**typed, launch=launch), evaluate=evaluate)
 
 
 if __name__ == "__main__":

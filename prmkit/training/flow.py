@@ -299,7 +299,7 @@ def _export_existing(command: Command, folder: Path, target: Any = None) -> Outc
         cli.emit_json({"folder": str(folder), "exported": str(exported)})
     else:
         cli.emit(f"Exported: {exported}")
-    return Outcome(exported=exported)
+    return Outcome(run=folder, exported=exported)
 
 
 def _show_runs(command: Command) -> Outcome:

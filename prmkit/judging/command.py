@@ -1,0 +1,114 @@
+"""What the arguments of evaluate_judge.py mean, and the same for a run that has just been trained."""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prmkit import cli
+from prmkit.errors import DataError, ExitCode, UsageError
+from prmkit.files import write_json
+from prmkit.judging import heldout
+from prmkit.judging.arguments import DEFAULT_RUN, judge_source
+from prmkit.judging.evaluate import REPORT, Settings, evaluate, settings_of
+from prmkit.judging.judgement import Request
+from prmkit.judging.parity import check_parity
+from prmkit.judging.sources import JudgeSource, config_of_run, judge_source_of_export, judge_source_of_run
+
+log = logging.getLogger("prmkit")
+
+PARITY_PROMPTS = 8
+"""A wrong template or dtype shows on every prompt; a few are enough."""
+
+
+def execute(arguments: argparse.Namespace) -> ExitCode:
+    """Measure a judge, and hold it against another one and against thresholds.
+
+    Raises:
+        DataError: there is no judge, or nothing to measure it on.
+        UsageError: the arguments contradict each other.
+        GateError: it is worse than it was to be.
+    """
+    from prmkit.judging import compare
+
+    source = judge_source(arguments)
+    run = None if arguments.model else arguments.run or DEFAULT_RUN
+    config = config_of_run(run) if run else {}
+    if arguments.parity:
+        return _parity(source, config, arguments)
+    data_folder, name = heldout.place_of_held_out(config, arguments.data_dir, arguments.dataset)
+    held_out = heldout.read_held_out(data_folder, name)
+    folder = arguments.output or (evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}"))
+    medians = heldout.training_medians(data_folder, name)
+    metrics = evaluate(source, held_out, medians, folder, settings_of(arguments))
+    comparison = compare.compare(folder, arguments.compare) if arguments.compare else None
+    if comparison:
+        write_json(folder / compare.COMPARISON, comparison)
+    if arguments.json:
+        cli.emit_json({**metrics, "comparison": comparison} if comparison else metrics)
+    else:
+        _show(metrics, comparison, folder / REPORT)
+    if comparison:
+        compare.refuse_worse(comparison)
+    if arguments.min_spearman is not None:
+        compare.refuse_low_spearman(metrics, arguments.min_spearman)
+    return ExitCode.DONE
+
+
+def evaluate_run(run: Path) -> None:
+    """Measure the judge of a run on the rows that were held out from it, and show the table.
+
+    Raises:
+        DataError: nothing was held out, or not one prompt could be scored.
+    """
+    data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
+    held_out, medians = heldout.read_held_out(data_folder, name), heldout.training_medians(data_folder, name)
+    metrics = evaluate(judge_source_of_run(run), held_out, medians, evaluation_of(run), Settings())
+    _show(metrics, None, evaluation_of(run) / REPORT)
+
+
+def _parity(source: JudgeSource, config: Mapping[str, Any], arguments: argparse.Namespace) -> ExitCode:
+    exported = arguments.exported or Path(config.get("export_dir") or "exported_model")
+    held_out = heldout.read_held_out(*heldout.place_of_held_out(config, arguments.data_dir, arguments.dataset))
+    requests = _requests(held_out, arguments.parity)
+    parity = check_parity(source, judge_source_of_export(exported), requests, tolerance=arguments.tolerance)
+    cli.emit(f"{exported}: judges as {source.adapter or source.model} does ({parity}).")
+    return ExitCode.DONE
+
+
+def prove_export(run: Path, exported: Path) -> None:
+    """Show that an exported model scores as the run that it was made from, on a few held-out prompts.
+
+    Raises:
+        GateError: it does not; the likely causes are named.
+    """
+    try:
+        held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
+        trained = judge_source_of_run(run)
+    except (DataError, UsageError) as error:
+        log.warning("Whether %s scores as %s was not checked: %s", exported, run, error)
+        return
+    parity = check_parity(trained, judge_source_of_export(exported), _requests(held_out, PARITY_PROMPTS))
+    cli.emit(f"{exported}: judges as {run} does ({parity}).")
+
+
+def _requests(held_out: heldout.HeldOut, prompts: int) -> list[Request]:
+    return [Request(prompt.prompt, prompt.shape) for prompt in heldout.sampled(held_out.prompts, prompts)]
+
+
+def evaluation_of(run: Path) -> Path:
+    """The folder in a run that holds what was measured of it."""
+    return run / "evaluation"
+
+
+def _show(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, report: Path) -> None:
+    from prmkit.judging import compare, summary
+
+    cli.emit_table("", summary.COLUMNS, summary.main_table(metrics), numeric=summary.NUMERIC)
+    for line in summary.verdict_lines(metrics):
+        cli.emit(line)
+    if comparison:
+        table = compare.comparison_table(comparison)
+        cli.emit_table(f"Compared with {comparison['other']}", compare.COLUMNS, table, numeric=compare.NUMERIC)
+    cli.emit(f"report: {report}")
