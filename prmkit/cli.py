@@ -27,7 +27,8 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        code = command(parser.parse_args())
+        # Intermixed: `train.py lora_rank=8 --export seed=1` is as good as all key=value texts in one place.
+        code = command(parser.parse_intermixed_args())
         sys.stdout.flush()
         return code
     except PrmkitError as error:

@@ -5,7 +5,7 @@ import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,9 @@ _THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def _execute(command: Command) -> Outcome:
+    if command.export_only and "=" in command.export_only and not Path(command.export_only).exists():
+        # `--export-only export_dir=x`: the folder was left out, and the next word taken for it.
+        command = replace(command, export_only="", assignments=[*command.assignments, command.export_only])
     if command.runs:
         return _show_runs(command)
     if command.export_only:
