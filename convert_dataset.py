@@ -20,21 +20,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        default=["finetune.jsonl"],
-        metavar="PATH",
-        help="files (.jsonl, .gz, .zst), folders of them, or - for stdin (default: finetune.jsonl)",
-    )
+    inputs = "files (.jsonl, .gz, .zst), folders of them, or - for stdin (default: finetune.jsonl)"
+    add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
     add("--output-dir", type=Path, metavar="FOLDER", help="(default: dataset_dir of --config, or data)")
     add("--format", choices=["alpaca", "sharegpt"], default="alpaca", help="of the training files (default: alpaca)")
-    add(
-        "--labels",
-        choices=["canonical", "verbatim"],
-        default="canonical",
-        help="train on verdicts in one form, or as the judge wrote them (default: canonical)",
-    )
+    labels = "train on verdicts in one form, or as the judge wrote them (default: canonical)"
+    add("--labels", choices=["canonical", "verbatim"], default="canonical", help=labels)
     add("--mask-leaked-scores", action="store_true", help="hide earlier scores in prompts: (Score: 0.93)")
     add("--max-rejected", metavar="N", help="fail if more rows are set aside: a share (5%%) or a number")
     add("--no-task-variants", dest="task_variants", action="store_false", help="write no variant for each task")
@@ -54,12 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     split("--eval-tasks", type=Path, metavar="FILE", help="a list of one's own, one task a line")
 
     judges = parser.add_argument_group("several judges").add_argument
-    judges(
-        "--aggregate",
-        choices=["none", "mean", "median"],
-        default="none",
-        help="also write reward_model_consensus, with one row a prompt (default: none)",
-    )
+    consensus = "also write reward_model_consensus, with one row a prompt (default: none)"
+    judges("--aggregate", choices=["none", "mean", "median"], default="none", help=consensus)
     judges("--max-disagreement", type=float, metavar="X", help="set prompts aside on which judges differ more (0 to 1)")
 
     lengths = parser.add_argument_group("length guard").add_argument
@@ -67,13 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     lengths("--tokenizer", type=Path, metavar="FOLDER", help="the model's folder")
     lengths("--template", metavar="NAME", help="LLaMA Factory's, such as qwen")
     lengths("--cutoff-len", type=int, metavar="N", help="tokens of prompt and label")
-    lengths(
-        "--too-long",
-        choices=["trim", "drop", "error", "keep"],
-        default="trim",
-        help="rows that LLaMA Factory would cut: shorten the middle of the prompt, set aside, fail (default: trim)",
-    )
-    return parser  # fmt: skip
+    cut = "rows that LLaMA Factory would cut: shorten the middle of the prompt, set aside, fail (default: trim)"
+    lengths("--too-long", choices=["trim", "drop", "error", "keep"], default="trim", help=cut)
+    return parser
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WINGS = {"dataset", "training", "judging", "demo"}
 HEAVY = {
-    "torch", "transformers", "llamafactory", "peft", "datasets", "matplotlib", "fastapi", "scipy", "sklearn", "numpy",
+    "torch", "transformers", "llamafactory", "peft", "datasets", "matplotlib", "fastapi", "scipy", "sklearn",
     "tokenizers", "pandas", "swanlab", "omegaconf", "httpx",
 }  # fmt: skip
 MODULES = sorted((ROOT / "prmkit").rglob("*.py"))
