@@ -1,0 +1,162 @@
+"""What a score costs: reading probabilities against generating the whole verdict. Same model, rows, device and run.
+
+    python benchmarks/score.py --run demo/saves/reward_model_demo     a trained judge, its held-out rows, with Spearman
+    python benchmarks/score.py                                        the demo's model, untrained: throughput alone
+    python benchmarks/score.py --size 7b --prompt-tokens 4000         Qwen2.5-7B with random weights; needs a GPU
+
+Every figure comes from a process of its own, one after the other, after a warm-up. Peak memory is what torch allocated
+on the GPU; without a GPU, the largest resident set of that process. A model with random weights never ends its
+verdict, so it writes --verdict-tokens of them: 200 is what a verdict with a summary of a judge takes.
+"""
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "benchmarks" / "work" / "score"
+sys.path.insert(0, str(ROOT))
+
+from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
+from prmkit.encoding import ChatEncoding, load_encoding  # noqa: E402
+from prmkit.judging import heldout  # noqa: E402
+from prmkit.judging.judge import Judge, load_judge  # noqa: E402
+from prmkit.judging.judgement import Request  # noqa: E402
+from prmkit.judging.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
+from prmkit.verdict import Shape  # noqa: E402
+
+# https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/config.json
+QWEN_7B = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+WORDS = ("agent", "searched", "result", "page", "table", "answer", "evidence", "step", "tool", "call", "returned")
+WARM_UP = 2
+
+
+def rows_of_run(run: Path, count: int) -> tuple[list[Request], list[float]]:
+    """Held-out prompts, and the mean of the judges' scores for each."""
+    held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
+    prompts = held_out.prompts[:: max(len(held_out.prompts) // count, 1)][:count]
+    references = [sum(prompt.reference.values()) / len(prompt.reference) for prompt in prompts]
+    return [Request(prompt.prompt, prompt.shape) for prompt in prompts], references
+
+
+def made_up_rows(encoding: ChatEncoding, tokens: int, count: int) -> list[Request]:
+    """Prompts of about `tokens` tokens, all different."""
+    chance = random.Random(1)
+    per_word = len(encoding.prompt_ids(" ".join(WORDS * 20))) / (20 * len(WORDS))
+    texts = (" ".join(chance.choices(WORDS, k=round(tokens / per_word))) for _ in range(count))
+    return [Request(text, Shape(("reasonableness_score",), nested=False)) for text in texts]
+
+
+def random_judge(size: str, device: str) -> Judge:
+    """A judge with random weights and the demo's tokenizer."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    folder = WORK / "model"
+    build_tiny_model(ROOT / "finetune.jsonl", folder)
+    source = JudgeSource(folder, template="qwen", cutoff_len=32768, device=device)
+    if size == "tiny":
+        return load_judge(source)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(Qwen2Config(**QWEN_7B)).eval()
+    torch.set_default_dtype(before)
+    model.generation_config = GenerationConfig()
+    return Judge(source, load_encoding(folder, "qwen"), model)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Score all rows in one way, in this process."""
+    import torch
+
+    mode, batch_size = arguments.measure.split(":")
+    judge = (
+        load_judge(judge_source_of_run(arguments.run))
+        if arguments.run
+        else random_judge(arguments.size, arguments.device)
+    )
+    rows = rows_of_run(arguments.run, arguments.rows)[0] if arguments.run else []
+    rows = rows or made_up_rows(judge.encoding, arguments.prompt_tokens, arguments.rows)
+    asked = {"mode": mode, "batch_size": int(batch_size), "max_new_tokens": arguments.verdict_tokens}
+    list(judge.score(rows[:WARM_UP], **asked))
+    if judge.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    judgements = list(judge.score(rows, **asked))
+    seconds = time.perf_counter() - started
+    if judge.model.device.type == "cuda":
+        peak, machine = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    else:
+        peak, machine = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            f"CPU, {torch.get_num_threads()} threads",
+        )
+    return {
+        "steps_per_second": len({row.prompt for row in rows}) / seconds,
+        "peak": peak,
+        "machine": machine,
+        "prompt_tokens": sum(judgement.prompt_tokens for judgement in judgements) / len(judgements),
+        "scores": [judgement.score for judgement in judgements],
+    }
+
+
+def spearman(scores: list[float | None], references: list[float]) -> tuple[float, int]:
+    """Rank correlation over the rows that got a score, and how many did."""
+    from scipy.stats import spearmanr
+
+    known = [(score, reference) for score, reference in zip(scores, references, strict=True) if score is not None]
+    return float(spearmanr(*zip(*known, strict=True)).statistic) if len(known) > 2 else float("nan"), len(known)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Measure each way in a process of its own and print the table."""
+    results: dict[tuple[str, int], dict[str, Any]] = {}
+    for batch_size in arguments.batch_sizes:
+        for mode in ("generate", "expected"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--measure", f"{mode}:{batch_size}"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results[mode, batch_size] = json.loads(done.stdout.splitlines()[-1])
+    some = next(iter(results.values()))
+    print(f"{some['machine']}; {arguments.rows} rows, {some['prompt_tokens']:.0f} prompt tokens on average\n")
+    print("| batch | way | steps/s | ratio | peak memory | Spearman (rows scored) |\n|---|---|---|---|---|---|")
+    references = rows_of_run(arguments.run, arguments.rows)[1] if arguments.run else []
+    for (mode, batch_size), result in results.items():
+        ratio = result["steps_per_second"] / results["generate", batch_size]["steps_per_second"]
+        order = "{:.3f} ({})".format(*spearman(result["scores"], references)) if references else "untrained"
+        speed, peak = f"{result['steps_per_second']:.2f}", f"{result['peak'] / 2**20:,.0f} MiB"
+        print(f"| {batch_size} | {mode} | {speed} | {ratio:.1f} | {peak} | {order} |")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a trained run")
+    parser.add_argument("--size", choices=["tiny", "7b"], default="tiny", help="of the random model without --run")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=400, help="without --run")
+    parser.add_argument("--verdict-tokens", type=int, default=200, help="the longest verdict to generate")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--device", default="auto", help="without --run")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.size == "7b" and arguments.device == "auto":
+        arguments.device = "cuda"
+    if arguments.measure:
+        print(json.dumps(measure(arguments)))
+    else:
+        compare(arguments)
+
+
+if __name__ == "__main__":
+    main()
