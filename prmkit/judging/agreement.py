@@ -38,8 +38,7 @@ def agreement(scores: Scores, *, whole: bool = True) -> Figures:
         "bias": measure(sample, measures.bias(sample)),
         "skill": skill_over(scores, scores.training_median),
         "pearson": measure(sample, measures.pearson(sample), fewest=FEWEST_SCORES),
-        "spearman": measure(sample, measures.spearman(sample), fewest=FEWEST_SCORES),
-        "spearman_within_keys": order_within_keys(scores, sample),
+        **order(scores, sample),
     }
     if whole:
         figures["rmse"] = measure(sample, measures.root_mean_square_error(sample))
@@ -53,19 +52,22 @@ def agreement(scores: Scores, *, whole: bool = True) -> Figures:
     return figures
 
 
-def order_within_keys(scores: Scores, sample: Sample) -> Figure:
-    """Spearman's rho within each evaluation type and key, averaged; with one key it is Spearman's rho.
+def order(scores: Scores, sample: Sample) -> Figures:
+    """Spearman's rho, pooled and as the mean over evaluation types and keys; with one key both are the same.
 
     Args:
         scores: what says which key each pair belongs to.
         sample: the pairs, in the order of `scores`.
     """
+    pooled = measure(sample, measures.spearman(sample), fewest=FEWEST_SCORES)
     keys = groups_of(scores.evaluation_type, scores.key)
-    figure = measure(sample, measures.spearman_within(sample, keys), fewest=FEWEST_SCORES)
-    varies = any(np.ptp(sample.predicted[keys == key]) > 0 for key in np.unique(keys))
-    if figure.value is not None or figure.n < FEWEST_SCORES or varies:
-        return figure
-    return replace(figure, reason=SAME_PREDICTION)
+    if not keys.any():
+        return {"spearman": pooled, "spearman_within_keys": pooled}
+    within = measure(sample, measures.spearman_within(sample, keys), fewest=FEWEST_SCORES)
+    constant = all(np.ptp(sample.predicted[keys == key]) == 0 for key in np.unique(keys))
+    if within.value is None and within.n >= FEWEST_SCORES and constant:
+        within = replace(within, reason=SAME_PREDICTION)
+    return {"spearman": pooled, "spearman_within_keys": within}
 
 
 def skill_over(scores: Scores, baseline: Floats) -> Figure:

@@ -78,9 +78,11 @@ def spearman(sample: Sample) -> Statistic:
     only the sum of products goes through all pairs.
     """
     predicted, reference = _Values(sample, sample.predicted), _Values(sample, sample.reference)
+    once = np.ones(len(sample.task))
+    sizes_of, other_sizes_of = predicted.counted(once), reference.counted(once)
 
     def statistic(task_weights: Floats) -> Floats:
-        sizes, other_sizes = predicted.sizes(task_weights), reference.sizes(task_weights)
+        sizes, other_sizes = sizes_of(task_weights), other_sizes_of(task_weights)
         ranks, other_ranks = _midranks(sizes), _midranks(other_sizes)
         n = sizes.sum(axis=0)
         expected = n * (n + 1) ** 2 / 4
@@ -222,9 +224,10 @@ def roc_area(sample: Sample) -> Statistic:
     """
 
     scores = _Values(sample, sample.predicted)
+    sizes_of, bad_sizes_of = scores.counted(np.ones(len(sample.task))), scores.counted(sample.reference)
 
     def statistic(task_weights: Floats) -> Floats:
-        sizes, bad_sizes = scores.sizes(task_weights), scores.sizes(task_weights, sample.reference)
+        sizes, bad_sizes = sizes_of(task_weights), bad_sizes_of(task_weights)
         bad, total = bad_sizes.sum(axis=0), sizes.sum(axis=0)
         rank_sum = (bad_sizes * _midranks(sizes)).sum(axis=0)
         return _ratio(rank_sum - bad * (bad + 1) / 2, bad * (total - bad))
@@ -239,9 +242,10 @@ def average_precision(sample: Sample) -> Statistic:
         sample: as for `roc_area`.
     """
     scores = _Values(sample, -sample.predicted)
+    found_of, taken_of = scores.counted(sample.reference), scores.counted(np.ones(len(sample.task)))
 
     def statistic(task_weights: Floats) -> Floats:
-        found, taken = scores.sizes(task_weights, sample.reference), scores.sizes(task_weights)
+        found, taken = found_of(task_weights), taken_of(task_weights)
         # In a resample the highest scores may have been left out: nothing is taken there, and nothing found.
         precision = _ratio(np.cumsum(found, axis=0), np.cumsum(taken, axis=0))
         gained = np.where(found > 0, found * precision, 0.0).sum(axis=0)
@@ -343,23 +347,16 @@ class _Values:
     """The distinct values of a sample in rising order, and how often each stands in a resample."""
 
     def __init__(self, sample: Sample, values: Floats) -> None:
-        self._sample = sample
-        self._distinct, self.place = np.unique(values, return_inverse=True)
+        self._task, self._tasks = sample.task, sample.tasks
+        distinct, self.place = np.unique(values, return_inverse=True)
+        self._count = len(distinct)
 
-    def sizes(self, task_weights: Floats, counted: Floats | None = None) -> Floats:
-        """How often each value stands in each resample, shape (values, resamples).
-
-        Args:
-            task_weights: shape (resamples, tasks).
-            counted: how much each pair counts; None for one.
-        """
+    def counted(self, counts: Floats) -> Statistic:
+        """What gives the sum of `counts` at each value in each resample, shape (values, resamples)."""
         from scipy.sparse import csr_array
 
-        counts = np.ones(len(self.place)) if counted is None else counted
-        shape = (len(self._distinct), self._sample.tasks)
-        by_task = csr_array((counts, (self.place, self._sample.task)), shape=shape)
-        sizes: Floats = by_task @ np.ascontiguousarray(task_weights.T)
-        return sizes
+        by_task = csr_array((counts, (self.place, self._task)), shape=(self._count, self._tasks))
+        return lambda task_weights: by_task @ np.ascontiguousarray(task_weights.T)
 
 
 def _midranks(sizes: Floats) -> Floats:

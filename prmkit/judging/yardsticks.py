@@ -11,7 +11,7 @@ from prmkit.judging.agreement import (
     Figures,
     agreement,
     groups_of,
-    order_within_keys,
+    order,
     skill_over,
 )
 from prmkit.judging.bootstrap import Figure, Floats, Statistic, make_sample, measure
@@ -136,12 +136,12 @@ def _gap(scores: Scores, judges: int) -> Figure:
 
     keys = groups_of(every.evaluation_type, every.key)
 
-    def order(one: Floats, other: Floats) -> Statistic:
+    def within(one: Floats, other: Floats) -> Statistic:
         return measures.spearman_within(make_sample(one, other, every.task), keys)
 
     columns = every.references.T
-    ours = [order(every.predicted, column) for column in columns]
-    theirs = [order(one, other) for one, other in combinations(columns, 2)]
+    ours = [within(every.predicted, column) for column in columns]
+    theirs = [within(one, other) for one, other in combinations(columns, 2)]
     sample = make_sample(every.predicted, every.reference, every.task)
 
     def statistic(weights: Floats) -> Floats:
@@ -162,8 +162,7 @@ def _brief(scores: Scores, one: Floats, other: Floats) -> Figures:
         "mae": figure(measures.mean_absolute_error(sample), 1),
         "bias": figure(measures.bias(sample), 1),
         "pearson": figure(measures.pearson(sample), FEWEST_SCORES),
-        "spearman": figure(measures.spearman(sample), FEWEST_SCORES),
-        "spearman_within_keys": order_within_keys(scores, sample),
+        **order(scores, sample),
     }
 
 
