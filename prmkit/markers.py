@@ -33,15 +33,14 @@ _MARKERS = {
 _ANSWER_MARKERS = {**_MARKERS, "<": (*_MARKERS["<"], r"/?think>")}
 
 
-def _patterns(markers: dict[str, tuple[str, ...]]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    # Alternatives that begin with one literal character each are found six times faster than a zero-width match.
-    plain = "|".join(rf"{first}(?=\\*(?:{'|'.join(rest)}))" for first, rest in markers.items())
-    marked = "|".join(rf"{first}\\(?=\\*(?:{'|'.join(rest)}))" for first, rest in markers.items())
-    return re.compile(plain), re.compile(marked)
+def _patterns(markers: dict[str, tuple[str, ...]], between: str) -> list[re.Pattern[str]]:
+    # One search for each first character: a pattern that begins with one literal character is found with memchr, five
+    # times faster than an alternation of three.
+    return [re.compile(rf"{first}{between}(?=\\*(?:{'|'.join(rest)}))") for first, rest in markers.items()]
 
 
-_PROMPT, _PROMPT_MARKED = _patterns(_MARKERS)
-_ANSWER, _ANSWER_MARKED = _patterns(_ANSWER_MARKERS)
+_PROMPT, _ANSWER = _patterns(_MARKERS, ""), _patterns(_ANSWER_MARKERS, "")
+_PROMPT_MARKED, _ANSWER_MARKED = _patterns(_MARKERS, r"\\"), _patterns(_ANSWER_MARKERS, r"\\")
 
 
 def neutralise(text: str, *, answer: bool = False) -> tuple[str, int]:
@@ -54,9 +53,15 @@ def neutralise(text: str, *, answer: bool = False) -> tuple[str, int]:
     Returns:
         The text, and how many markers were found in it.
     """
-    return (_ANSWER if answer else _PROMPT).subn(r"\g<0>\\", text)
+    found = 0
+    for pattern in _ANSWER if answer else _PROMPT:
+        text, more = pattern.subn(r"\g<0>\\", text)
+        found += more
+    return text, found
 
 
 def restore(text: str, *, answer: bool = False) -> str:
     """Undo `neutralise`: `restore(neutralise(text)[0]) == text` for every text, with the same `answer` in both."""
-    return (_ANSWER_MARKED if answer else _PROMPT_MARKED).sub(lambda match: match.group()[0], text)
+    for pattern in reversed(_ANSWER_MARKED if answer else _PROMPT_MARKED):
+        text = pattern.sub(lambda match: match.group()[0], text)
+    return text

@@ -7,8 +7,7 @@ first, and says what had to be mended. It knows nothing of scores; `prmkit.verdi
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import orjson
 
@@ -22,8 +21,7 @@ _MOST_MENDED = 60
 CUT_OFF = "cut off"
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """One reading of an answer."""
 
     value: dict[str, Any]
@@ -75,6 +73,10 @@ def find_objects(text: str) -> Iterator[Found]:
 
 
 def _readings(text: str, unwrapped: tuple[str, ...]) -> Iterator[Found]:
+    value = _as_json(text)
+    if isinstance(value, dict):
+        yield Found(value, text, "", unwrapped)
+        return
     mended = _mend_where_the_parser_stops(text)
     if mended:
         value, rest, repairs = mended
@@ -163,18 +165,18 @@ def _mend_where_the_parser_stops(text: str) -> tuple[Any, str, list[str]] | None
         except (RecursionError, ValueError):  # nested too deeply; a number of more than 4,300 digits
             return None
         else:
-            if not done and not _is_json(text[:end]):
+            if not done and (end == len(text) or _as_json(text[:end]) is None):
                 done.append("control characters in a string")
             return value, text[end:], done
     return None
 
 
-def _is_json(text: str) -> bool:
+def _as_json(text: str) -> Any:
+    """The value of a text that is strict JSON; None for another one."""
     try:
-        orjson.loads(text)
+        return orjson.loads(text)
     except orjson.JSONDecodeError:
-        return False
-    return True
+        return None
 
 
 _CLOSED_BEFORE = re.compile(r'"[\s,]*\Z')

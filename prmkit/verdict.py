@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -70,7 +71,7 @@ def render_verdict(verdict: Verdict) -> str:
     Scores come first because the judge is asked for them first: `answer_prefix` must be a prefix of every label.
     """
     opened, close = answer_prefix(verdict.shape, verdict.scores), "}" if verdict.nested else ""
-    return opened + close + "".join(f", {_dumps(key)}: {_dumps(value)}" for key, value in verdict.texts.items()) + "}"
+    return opened + close + "".join([f", {_key(key)}: {_dumps(value)}" for key, value in verdict.texts.items()]) + "}"
 
 
 def answer_prefix(shape: Shape, chosen: Mapping[str, float]) -> str:
@@ -81,7 +82,7 @@ def answer_prefix(shape: Shape, chosen: Mapping[str, float]) -> str:
     """
     prefix = '{"scores": {' if shape.nested else "{"
     for position, key in enumerate(shape.keys):
-        prefix += f"{', ' if position else ''}{_dumps(key)}: "
+        prefix += f"{', ' if position else ''}{_key(key)}: "
         if key not in chosen:
             break
         prefix += f"{chosen[key]:.2f}"
@@ -106,10 +107,15 @@ def asked_shape(prompt: str) -> Shape | None:
     return Shape((flat[-1].group(1),), nested=False) if flat else None
 
 
+@lru_cache(maxsize=128)
+def _key(key: str) -> str:
+    return orjson.dumps(key).decode()
+
+
 def _dumps(value: Any) -> str:
     # orjson writes no blanks behind its separators; the label has them, as json.dumps writes it and as models know it.
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_dumps(key)}: {_dumps(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)}: {_dumps(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_dumps, value)) + "]"
     return orjson.dumps(value).decode()
@@ -162,7 +168,7 @@ def _verdict(found: Found) -> Verdict:
     if any("score" in key.lower() and type(value) in (int, float) for key, value in texts.items()):
         raise Refusal("scores both inside and outside of `scores`")
     _refuse_contradictions(items, found.text)
-    for other, _ in objects_in(found.rest):
+    for other, _ in objects_in(found.rest) if found.rest else ():
         if (differing := _score_items(other)) and differing != items:
             raise Refusal("two verdicts that differ")
     if CUT_OFF in found.repairs or "syntax" in found.repairs:
@@ -228,7 +234,7 @@ def _written_numbers(key: str, text: str) -> list[tuple[str, str]]:
 
 def _refuse_contradictions(items: Mapping[str, Any], text: str) -> None:
     """JSON parsers keep the last of two equal keys in silence; two different scores for one key are no verdict."""
-    if len(re.findall(r'"scores"\s*:\s*\{', text)) > 1:
+    if text.count('"scores"') > 1 and len(re.findall(r'"scores"\s*:\s*\{', text)) > 1:
         raise Refusal("two objects of scores")
     for key in items:
         if text.count(f'"{key}"') > 1 and len({number for number, _ in _written_numbers(f'"{key}', text)}) > 1:

@@ -6,10 +6,10 @@ no sidecar traces the rows back to tasks, prompts are compared alone.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from prmkit.dataset.variants import HELD_OUT_SUFFIX
 from prmkit.errors import DataError
@@ -40,14 +40,6 @@ class Dataset:
         if self.sidecar.exists():
             return self.name.endswith(HELD_OUT_SUFFIX)
         return bool(_HELD_OUT_ELSEWHERE.search(self.name))
-
-
-class Row(NamedTuple):
-    """What the audit knows of a row."""
-
-    prompt: str
-    """The first half of its SHA-256, in hexadecimal; as the user wrote it where that is known."""
-    task: str | None
 
 
 def read_datasets(folder: Path) -> list[Dataset]:
@@ -83,20 +75,24 @@ def audit(datasets: Sequence[Dataset]) -> dict[str, Any]:
     held_out = [dataset for dataset in datasets if dataset.held_out]
     training = [dataset for dataset in datasets if not dataset.held_out]
     rows, tasks = 0, set()
-    for _, row in _rows(held_out):
-        rows += 1
-        if row.task is not None:
-            tasks.add(row.task)
+    for dataset in held_out:
+        for _, task in _rows_of(dataset):
+            rows += 1
+            tasks.add(task)
+    tasks.discard("")
 
     shared: dict[tuple[str, str], str] = {}
     passes = -(-rows // _PROMPTS_A_PASS)
     for number in range(passes):
-        prompts = {row.prompt for _, row in _rows(held_out) if _pass_of(row, passes) == number}
-        for dataset, row in _rows(training):
-            if row.task in tasks:
-                shared.setdefault(("task", str(row.task)), dataset.name)
-            if row.prompt in prompts:
-                shared.setdefault(("prompt_sha256", row.prompt), dataset.name)
+        prompts = {
+            prompt for dataset in held_out for prompt, _ in _rows_of(dataset) if _pass_of(prompt, passes) == number
+        }
+        for dataset in training:
+            for prompt, task in _rows_of(dataset):
+                if task in tasks:
+                    shared.setdefault(("task", task), dataset.name)
+                if prompt in prompts:
+                    shared.setdefault(("prompt_sha256", prompt), dataset.name)
     return {
         "passed": not shared,
         "training_datasets": len(training),
@@ -109,29 +105,24 @@ def audit(datasets: Sequence[Dataset]) -> dict[str, Any]:
     }
 
 
-def _pass_of(row: Row, passes: int) -> int:
-    return int(row.prompt[:8], 16) % passes
+def _pass_of(prompt: str, passes: int) -> int:
+    return int(prompt[:8], 16) % passes
 
 
-def _rows(datasets: Iterable[Dataset]) -> Iterator[tuple[Dataset, Row]]:
-    for dataset in datasets:
-        for row in _rows_of(dataset):
-            yield dataset, row
-
-
-def _rows_of(dataset: Dataset) -> Iterator[Row]:
+def _rows_of(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """The SHA-256 of each row's prompt, as the user wrote it where that is known; and its task, empty for none."""
     if dataset.sidecar.exists():
         for traced in read_jsonl(dataset.sidecar):
             try:
                 task = traced["metadata"].get("task_id")
-                yield Row(traced["prompt_sha256"][:32], None if task in (None, "") else str(task))
+                yield traced["prompt_sha256"], "" if task is None else str(task)
             except (TypeError, KeyError, AttributeError) as error:
                 raise DataError(f"{dataset.sidecar}: not written by a conversion. Convert again.") from error
         return
     rows = read_json(dataset.path) if dataset.path.suffix == ".json" else read_jsonl(dataset.path)
     for row in rows:
         if prompt := _prompt_of(row, dataset.entry):
-            yield Row(hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()[:32], None)
+            yield hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest(), ""
 
 
 def _prompt_of(row: Any, entry: Mapping[str, Any]) -> str:

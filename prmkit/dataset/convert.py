@@ -24,7 +24,7 @@ from prmkit.dataset.settings import Settings
 from prmkit.dataset.sources import Source, blocks_of, find_inputs, open_sources
 from prmkit.dataset.stage import Group
 from prmkit.dataset.variants import CONSENSUS, FULL, held_out_name, name_values
-from prmkit.dataset.write import REJECTED, Consensus, Staged, tally_rows, write_variants
+from prmkit.dataset.write import REJECTED, Census, Consensus, Staged, write_variants
 from prmkit.errors import DataError
 from prmkit.files import only_one, sha256_of
 
@@ -137,10 +137,12 @@ def _write(
         variant = f"{settings.name}_consensus" if settings.filters else CONSENSUS
         consensus = Consensus(variant, settings.aggregate, settings.form, guard)
     names, whole, parts = _placements(settings, [group for groups in staged.groups for group in groups])
-    rejected = new / own_file(settings, REJECTED)
+    rejected = own_file(settings, REJECTED)
+    (new / rejected).touch()
+    census = Census(rejected)
     jobs: list[Job] = [
-        lambda advance: (write_variants(staged, whole, None, new, advance), tally_rows(staged, rejected)),
-        partial(write_variants, staged, parts, consensus, new),
+        lambda advance: (write_variants(staged, whole, new, census.watch, advance), census.tally),
+        partial(write_variants, staged, parts, new, consensus.watch if consensus else None),
     ]
     if len(staged.groups) > 1:
         (rows, tally), more_rows = in_parallel(jobs, advance)

@@ -30,9 +30,10 @@ class Decision(NamedTuple):
 
     number: int
     """`Indexed.number`."""
-    set_aside: str | None
-    """The kind of reason; None for a row that stays."""
+    set_aside: str
+    """The kind of reason; empty for a row that stays."""
     reason: str
+    """Empty for a row that stays."""
     consensus: Mapping[str, int] | None
     """The row is to be repeated in the consensus, with these scores in hundredths."""
     judges: int
@@ -160,4 +161,4 @@ def _consensus(rows: Sequence[Indexed], of_judges: Sequence[Mapping[str, float]]
 
     nearest = min(rows, key=distance)
     hundredths = {key: int(scores[key] + 0.5) for key in nearest.scores}
-    return Decision(nearest.number, None, "", hundredths, len(of_judges))
+    return Decision(nearest.number, "", "", hundredths, len(of_judges))

@@ -4,7 +4,7 @@ A row is serialised once, when it is prepared; here its bytes are only appended.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,15 @@ class StagedRow(NamedTuple):
     facts: Facts
     row: bytes
     sidecar: bytes
-    decision: Decision | None
+    decision: Decision
+
+    @property
+    def stays(self) -> bool:
+        """Whether the row is not set aside."""
+        return not self.decision.set_aside
+
+
+_NOTHING_DECIDED = Decision(-1, "", "", None, 0)
 
 
 @dataclass(frozen=True)
@@ -66,80 +74,83 @@ class Staged:
         for block in read_stage(self.folder, len(self.groups), self.blocks):
             rows = []
             for number, (facts, row, sidecar) in enumerate(block.rows, start=block.number * ROWS_A_BLOCK):
-                decided = None
+                decided = _NOTHING_DECIDED
                 if decision is not None and decision.number == number:
                     decided, decision = decision, next(decisions, None)
                 rows.append(StagedRow(self.groups[block.worker][facts.group], facts, row, sidecar, decided))
             yield block, rows
 
 
-@dataclass(frozen=True)
-class Consensus:
-    """How rows of the consensus are made."""
-
-    variant: str
-    aggregate: str
-    form: Format
-    guard: LengthGuard | None
+Watch = Callable[[Appender, StagedBlock, Sequence[StagedRow]], None]
+"""Looks at each block that is written, and may append rows of its own."""
 
 
 def write_variants(
-    staged: Staged,
-    placement: Mapping[Group, Sequence[str]],
-    consensus: Consensus | None,
-    output: Path,
-    advance: Advance,
+    staged: Staged, placement: Mapping[Group, Sequence[str]], output: Path, watch: Watch | None, advance: Advance
 ) -> dict[str, int]:
-    """Append every row to the variants of its group.
+    """Append every row that stays to the variants of its group.
 
     Args:
         staged: the rows.
         placement: the variants by group; each one's held-out side is found from the group.
-        consensus: what to make of the rows that stand for several judges; None leaves it out.
         output: the folder of the files.
+        watch: is shown every block.
         advance: told of the bytes.
 
     Returns:
         How many rows each dataset has, by name.
     """
-    names = {
-        group: [held_out_name(variant) if group.held_out else variant for variant in variants]
+    files = {
+        group: [(data_file(name), sidecar_file(name)) for name in _sided(variants, group)]
         for group, variants in placement.items()
     }
     with Appender(output) as appender:
-        for _, rows in staged.read():
+        for block, rows in staged.read():
             for row in rows:
-                if row.decision is None or row.decision.set_aside is None:
-                    for name in names[row.group]:
-                        appender.append(data_file(name), row.row)
-                        appender.append(sidecar_file(name), row.sidecar)
-                    if consensus and row.decision and row.decision.consensus:
-                        _append_consensus(row, row.decision.consensus, row.decision.judges, consensus, appender)
-            advance(sum(row.facts.row_size for row in rows))
+                if row.stays:
+                    for data, sidecar in files[row.group]:
+                        appender.append(data, row.row)
+                        appender.append(sidecar, row.sidecar)
+            if watch:
+                watch(appender, block, rows)
+            advance(sum([row.facts.row_size for row in rows]))
         return {
             name.removesuffix(".jsonl"): lines for name, lines in appender.lines.items() if not name.endswith(_SIDECAR)
         }
 
 
-def tally_rows(staged: Staged, rejected: Path) -> Tally:
-    """Count every row for the report, and write those that are set aside to `rejected`, in the order of the input."""
-    tally = Tally()
-    with rejected.open("wb") as stream:
-        for block, rows in staged.read():
-            entries = list(block.rejected)
-            for row in rows:
-                if row.decision is None or row.decision.set_aside is None:
-                    tally.add_row(row.group, row.facts)
-                elif row.decision.set_aside == DUPLICATE:
-                    tally.duplicates += 1
-                else:
-                    entry = _entry_of(row, row.decision.reason)
-                    entries.append((row.facts.line, entry, row.decision.set_aside, row.facts.tokens))
-            entries.sort(key=lambda entry: entry[0])
-            for _, entry, kind, tokens in entries:
-                stream.write(entry)
-                tally.add_rejected(kind, entry, tokens)
-    return tally
+def _sided(variants: Sequence[str], group: Group) -> list[str]:
+    return [held_out_name(variant) if group.held_out else variant for variant in variants]
+
+
+# --- what watches -------------------------------------------------------------------------------------------------
+
+
+class Census:
+    """Counts every row for the report, and writes those that are set aside, in the order of the input."""
+
+    def __init__(self, rejected: str) -> None:
+        """
+        Args:
+            rejected: the file of the rows that are set aside.
+        """
+        self.tally = Tally()
+        self._rejected = rejected
+
+    def watch(self, appender: Appender, block: StagedBlock, rows: Sequence[StagedRow]) -> None:
+        """See `Watch`."""
+        entries = list(block.rejected)
+        for row in rows:
+            if row.stays:
+                self.tally.add_row(row.group, row.facts)
+            elif row.decision.set_aside == DUPLICATE:
+                self.tally.duplicates += 1
+            else:
+                entry = _entry_of(row, row.decision.reason)
+                entries.append((row.facts.line, entry, row.decision.set_aside, row.facts.tokens))
+        for _, entry, kind, tokens in sorted(entries, key=lambda entry: entry[0]):
+            appender.append(self._rejected, entry)
+            self.tally.add_rejected(kind, entry, tokens)
 
 
 def _entry_of(row: StagedRow, reason: str) -> bytes:
@@ -147,29 +158,41 @@ def _entry_of(row: StagedRow, reason: str) -> bytes:
     return rejected_entry(sidecar["source"], sidecar["line"], reason, orjson.loads(row.row))
 
 
-def _append_consensus(
-    row: StagedRow, hundredths: Mapping[str, int], judges: int, consensus: Consensus, appender: Appender
-) -> None:
-    """Repeat a row with the aggregated scores in place of its judge's own."""
-    prompt, label = prompt_and_label(row.row, consensus.form)
-    verdict = read_verdict(restore(label, answer=True))
-    if isinstance(verdict, Unreadable):
-        raise ValueError(f"{verdict.reason}, in an answer that was read before: {label}")
-    scores = {key: score / 100 for key, score in hundredths.items()}
-    label, _ = neutralise(render_verdict(Verdict(scores, verdict.nested, verdict.texts)), answer=True)
-    sidecar = orjson.loads(row.sidecar)
-    if consensus.guard:
-        try:
-            prompt = consensus.guard.fit(prompt, label).prompt
-        except Rejected as rejected:  # the judge's own row fitted, by a token or two
-            log.warning("%s:%d: left out of the consensus: %s", sidecar["source"], sidecar["line"], rejected.reason)
-            return
-    judge = f"{consensus.aggregate} of {judges} judges"
-    sidecar |= {
-        "id": row_id(sidecar["prompt_sha256"], judge, label),
-        "scores": scores,
-        "metadata": sidecar["metadata"] | {"model_name": judge},
-    }
-    name = held_out_name(consensus.variant) if row.group.held_out else consensus.variant
-    appender.append(data_file(name), training_row(prompt, label, consensus.form))
-    appender.append(sidecar_file(name), orjson.dumps(sidecar, option=orjson.OPT_APPEND_NEWLINE))
+@dataclass(frozen=True)
+class Consensus:
+    """Repeats rows that stand for several judges, with the aggregated scores in place of their judge's own."""
+
+    variant: str
+    aggregate: str
+    form: Format
+    guard: LengthGuard | None
+
+    def watch(self, appender: Appender, _block: StagedBlock, rows: Sequence[StagedRow]) -> None:
+        """See `Watch`."""
+        for row in rows:
+            if row.decision.consensus:
+                self._append(appender, row, row.decision.consensus, row.decision.judges)
+
+    def _append(self, appender: Appender, row: StagedRow, hundredths: Mapping[str, int], judges: int) -> None:
+        prompt, label = prompt_and_label(row.row, self.form)
+        verdict = read_verdict(restore(label, answer=True))
+        if isinstance(verdict, Unreadable):
+            raise ValueError(f"{verdict.reason}, in an answer that was read before: {label}")
+        scores = {key: score / 100 for key, score in hundredths.items()}
+        label, _ = neutralise(render_verdict(Verdict(scores, verdict.nested, verdict.texts)), answer=True)
+        sidecar = orjson.loads(row.sidecar)
+        if self.guard:
+            try:
+                prompt = self.guard.fit(prompt, label).prompt
+            except Rejected as rejected:  # the judge's own row fitted, by a token or two
+                log.warning("%s:%d: left out of the consensus: %s", sidecar["source"], sidecar["line"], rejected.reason)
+                return
+        judge = f"{self.aggregate} of {judges} judges"
+        sidecar |= {
+            "id": row_id(sidecar["prompt_sha256"], judge, label),
+            "scores": scores,
+            "metadata": sidecar["metadata"] | {"model_name": judge},
+        }
+        (name,) = _sided([self.variant], row.group)
+        appender.append(data_file(name), training_row(prompt, label, self.form))
+        appender.append(sidecar_file(name), orjson.dumps(sidecar, option=orjson.OPT_APPEND_NEWLINE))
