@@ -91,18 +91,18 @@ def read_model(folder: Path) -> Model:
     config = config.get("text_config", config)
     weights = read_weights(folder)
     try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        intermediate = config.get("moe_intermediate_size", 0) * config.get("num_experts_per_tok", 0)
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        head = config.get("head_dim") or config.get("kv_channels") or hidden // heads
+        experts = config.get("moe_intermediate_size", 0) * config.get("num_experts_per_tok", 0)
         linear = {name: weight for name, weight in weights.items() if _is_linear(name, weight)}
         return Model(
-            layers=config["num_hidden_layers"],
+            layers=_either(config, "num_hidden_layers", "num_layers"),
             hidden=hidden,
-            intermediate=intermediate or config["intermediate_size"],
+            intermediate=experts or _either(config, "intermediate_size", "ffn_hidden_size"),
             query=heads * head,
-            key_value=config.get("num_key_value_heads", heads) * head,
+            key_value=(config.get("num_key_value_heads") or config.get("multi_query_group_num") or heads) * head,
             heads=heads,
-            vocabulary=config["vocab_size"],
+            vocabulary=_either(config, "vocab_size", "padded_vocab_size"),
             linear=tuple((weight.shape[0], weight.shape[1]) for weight in linear.values()),
             linear_names=tuple(linear),
             embedding=sum(weight.size for name, weight in weights.items() if _is_embedding(name)),
@@ -112,6 +112,10 @@ def read_model(folder: Path) -> Model:
         raise DataError(f"{folder}/config.json: no {error}, so the memory cannot be estimated.") from error
 
 
+def _either(config: Mapping[str, Any], name: str, chatglm: str) -> int:
+    return int(config[name] if name in config else config[chatglm])
+
+
 def _is_linear(name: str, weight: Weight) -> bool:
     # Experts are one three-dimensional parameter in memory, which LoRA passes over.
     in_a_block = ".layers." in name or ".h." in name
@@ -119,7 +123,9 @@ def _is_linear(name: str, weight: Weight) -> bool:
 
 
 def _is_embedding(name: str) -> bool:
-    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight"))
+    return name.endswith(
+        ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "output_layer.weight")
+    )
 
 
 def lora_parameters(model: Model, values: Mapping[str, Any]) -> int:

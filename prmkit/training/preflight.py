@@ -112,10 +112,10 @@ def _parts(memory: Memory) -> str:
         "LoRA and optimizer" if memory.weights else "weights and optimizer": memory.states,
         "activations": memory.activations,
         "logits": memory.logits,
-        "CUDA": memory.reserve,
+        "reserve": memory.reserve,
     }
     told = ", ".join(f"{name} {size / GIBIBYTE:.1f}" for name, size in parts.items() if size)
-    return f"{memory.total / GIBIBYTE:.0f} GiB ({told})"
+    return f"{memory.total / GIBIBYTE:.1f} GiB ({told})"
 
 
 def _faster(model: Model, values: Any, *, room: float, tokens: int, world_size: int) -> str:

@@ -186,3 +186,17 @@ def test_a_model_of_unknown_sizes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(DataError, match="cannot be estimated"):
         read_model(tmp_path)
+
+
+def test_chatglm_names_its_sizes_otherwise(folder: Path, tmp_path: Path) -> None:
+    names = {
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "ffn_hidden_size",
+        "vocab_size": "padded_vocab_size",
+        "num_key_value_heads": "multi_query_group_num",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    renamed = {names.get(key, key): value for key, value in config.items()}
+    (tmp_path / "config.json").write_text(json.dumps(renamed))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    assert read_model(tmp_path) == read_model(folder)
