@@ -2,7 +2,9 @@
 
 import logging
 import math
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -187,7 +189,15 @@ def _how_to_go_on(folder: Path) -> str:
 
 def _again(verb: str) -> str:
     words = [word for word in sys.argv if word != "--overwrite"]
-    return f"{verb} the same command again: {shlex.join(['python', *words])}"
+    return f"{verb} the same command again: {shlex.join([_python(), *words])}"
+
+
+def _python() -> str:
+    """How this Python can be called from here: `python` where the shell finds the same one, else by its path."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    here = Path.cwd()
+    return os.path.relpath(sys.executable, here) if Path(sys.executable).is_relative_to(here) else sys.executable
 
 
 def _verify(folder: Path, values: Mapping[str, Any]) -> None:

@@ -32,9 +32,23 @@ def announce_fsdp(config: Path) -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(settings.get("cpu_ram_efficient_loading", False)).lower()
 
 
+def let_numbered_cpus_load() -> None:
+    """Let `torch.load` read to `cpu:0`, where transformers puts the optimizer of several processes on a CPU.
+
+    torch knows the place `cpu` alone, so without this no such run could go on from a checkpoint.
+    """
+    import torch
+
+    def restored(storage: Any, location: str) -> Any:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(90, lambda storage: None, restored)
+
+
 def main() -> None:
     """Train; SIGTERM to any of the processes, on any node, makes all of them save after the step at hand and stop."""
     announce_fsdp(Path(sys.argv[1]))
+    let_numbered_cpus_load()
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
 

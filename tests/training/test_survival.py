@@ -100,7 +100,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(interrupted: tuple[Path,
     said = run.ends(130)
     newest = newest_whole(project / "saves" / "run", put_aside=False)
     assert newest is not None
-    assert f"saves/run/{newest.folder.name} is kept. To go on, start the same command again: python " in said
+    assert f"saves/run/{newest.folder.name} is kept. To go on, start the same command again: " in said
     assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "interrupted"
 
 

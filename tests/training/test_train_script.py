@@ -38,7 +38,7 @@ def test_llamafactorys_failure_is_told_with_its_last_lines(project: Path) -> Non
     _, said = failed.process.communicate(timeout=300)
     assert failed.process.returncode == 3
     assert "error: LLaMA Factory failed: RuntimeError: Cannot find valid samples" in said
-    assert "The whole log: logs/run.log" in said and "start the same command again: python " in said
+    assert "The whole log: logs/run.log" in said and "start the same command again: " in said
     assert "Running tokenizer on dataset" in said, "--verbose shows everything"
     (listed,) = all_records(project / "saves")
     assert listed["status"] == "failed"
