@@ -139,7 +139,7 @@ def _forest_row(axis: Any, y: float, group: Group) -> None:
         if judge["low"] is not None:
             axis.plot([judge["low"], judge["high"]], [y, y], color=BLUE, linewidth=2.2, solid_capstyle="butt")
         axis.plot(judge["value"], y, "o", color=BLUE, markersize=6, label="this judge")
-    other, bound = judges_agreement(group), group["ceiling"]["bound_mean"]["value"]
+    other, bound = judges_agreement(group), group["ceiling"]["bounds"][ORDER]["mean_judge"]["value"]
     if other and other["value"] is not None:
         axis.plot(other["value"], y, "D", color=ORANGE, fillstyle="none", markersize=6, label="two judges")
     if bound is not None:

@@ -173,14 +173,18 @@ def _ceiling(metrics: Mapping[str, Any]) -> str:
                     summary.group_name(group),
                     " and ".join(pair["judges"]),
                     str(pair["mae"]["n"]),
-                    *(shown(pair[name]) for name in ("mae", "pearson", summary.ORDER)),
-                    shown(group["ceiling"]["bound_one_judge"]),
-                    shown(group["ceiling"]["bound_mean"]),
+                    shown(pair["mae"]),
+                    *(
+                        shown(figure)
+                        for name, bounds in group["ceiling"]["bounds"].items()
+                        for figure in (pair[name], bounds["one_judge"], bounds["mean_judge"])
+                    ),
                 ]
             )
     if not rows:
         return "<p>No prompt was answered by two judges, so it is not known how far judges agree.</p>"
-    columns = ("scores of", "judges", "n", "MAE", "Pearson", "Spearman", "bound, one judge", "bound, mean judge")
+    bounds = ("against one: at most", "against the mean: at most")
+    columns = ("scores of", "judges", "n", "MAE", "Pearson", *bounds, "Spearman", *bounds)
     return "<h3>How far the judges agree with each other</h3>" + _table(columns, rows, texts=2)
 
 

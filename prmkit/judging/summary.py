@@ -147,15 +147,17 @@ def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def in_short(found: Sequence[Conclusion]) -> str:
-    """`Good on clip, weak on category and final.`"""
+    """`Useful on clip; weak on category and final.`"""
     by_standing: dict[str, list[str]] = {}
     for each in found:
         by_standing.setdefault(each.standing, []).append(each.kind)
-    parts = [
-        f"{_SHORT[standing]} {' and '.join(by_standing[standing])}" for standing in _SHORT if standing in by_standing
-    ]
+    parts = [f"{_SHORT[standing]} {_listed(by_standing[standing])}" for standing in _SHORT if standing in by_standing]
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def _headline(group: Group) -> tuple[Standing, str]:
@@ -193,10 +195,10 @@ def _copies(copying: Mapping[str, Any]) -> bool:
 
 def _sentences(group: Group) -> Iterator[str]:
     judge = group["judge"]
-    yield (
-        f"On {group['scores']} held-out scores of {group['tasks']} tasks its Spearman correlation with the mean judge "
-        f"is {shown(judge[ORDER])}" + _ceiling_clause(group) + "."
-    )
+    order = f"its Spearman correlation with the mean judge is {shown(judge[ORDER])}"
+    if judge[ORDER]["value"] is None:
+        order = f"it has no Spearman correlation with the mean judge ({judge[ORDER]['reason']})"
+    yield f"On {group['scores']} held-out scores of {group['tasks']} tasks {order}{_ceiling_clause(group)}."
     yield f"It errs by {shown(judge['mae'])} on average" + _median_clause(group) + "."
     if copying := group["baselines"].get("copy"):
         yield _copy_sentence(copying)
@@ -217,7 +219,7 @@ def _ceiling_clause(group: Group) -> str:
     other = judges_agreement(group)
     if other is None or other["value"] is None:
         return ""
-    bound = group["ceiling"]["bound_mean"]
+    bound = group["ceiling"]["bounds"][ORDER]["mean_judge"]
     limit = f", and noise in their scores keeps anyone below about {bound['value']:.2f}" if bound["value"] else ""
     return f"; two judges agree with each other at {shown(other)}{limit}"
 

@@ -111,7 +111,8 @@ def ceiling(scores: Scores, judges: Sequence[str]) -> Figures:
     (Spearman 1904, "The proof and measurement of association between two things") says that not even the noiseless
     opinion itself correlates with one judge's scores by more than sqrt(r). The mean of k judges has the reliability
     R = k r / (1 + (k - 1) r) (Spearman 1910, Brown 1910), so against the mean the bound is sqrt(R). Where judges hold
-    different opinions or err alike, the bounds are only approximate; for Spearman's rho they are so anyway.
+    different opinions or err alike, the bounds are only approximate; for Spearman's rho, where r is the judges' rho,
+    they are so anyway.
     """
     pairs: list[Figures] = []
     for one, other in combinations(range(len(judges)), 2):
@@ -120,8 +121,10 @@ def ceiling(scores: Scores, judges: Sequence[str]) -> Figures:
             figures = _brief(both, both.references[:, one], both.references[:, other])
             pairs.append({"judges": [judges[one], judges[other]]} | figures)
     judges_a_score = float(np.isfinite(scores.references).sum(axis=1).mean())
-    bounds = _bounds([pair["pearson"] for pair in pairs], judges_a_score)
-    return {"pairs": pairs, "gap": _gap(scores, len(judges))} | bounds
+    bounds = {
+        name: _bounds([pair[name] for pair in pairs], judges_a_score) for name in ("pearson", "spearman_within_keys")
+    }
+    return {"pairs": pairs, "gap": _gap(scores, len(judges)), "bounds": bounds}
 
 
 def _gap(scores: Scores, judges: int) -> Figure:
@@ -167,11 +170,11 @@ def _brief(scores: Scores, one: Floats, other: Floats) -> Figures:
 
 
 def _bounds(correlations: Sequence[Figure], judges_a_score: float) -> Figures:
-    """The two bounds of `ceiling`, from the mean Pearson correlation of all pairs of judges."""
+    """The two bounds of `ceiling`, from the mean correlation of all pairs of judges."""
     known = [figure for figure in correlations if figure.value is not None]
     if not known:
         reason = correlations[0].reason if correlations else "no prompt has two judges"
-        return dict.fromkeys(("reliability", "bound_one_judge", "bound_mean"), Figure(None, None, None, 0, 0, reason))
+        return dict.fromkeys(("reliability", "one_judge", "mean_judge"), Figure(None, None, None, 0, 0, reason))
     n, tasks = max(figure.n for figure in known), max(figure.tasks for figure in known)
     # Both bounds grow with r, so a single pair's interval goes through them; that of several pairs' mean does not.
     ends = (known[0].low, known[0].high) if len(known) == 1 else (None, None)
@@ -184,8 +187,8 @@ def _bounds(correlations: Sequence[Figure], judges_a_score: float) -> Figures:
 
     return {
         "reliability": Figure(r[0], r[1], r[2], n, tasks),
-        "bound_one_judge": bound(1.0),
-        "bound_mean": bound(judges_a_score),
+        "one_judge": bound(1.0),
+        "mean_judge": bound(judges_a_score),
     }
 
 

@@ -146,9 +146,10 @@ def test_the_ceiling_is_how_the_judges_agree_on_the_same_prompts(metrics, held_o
     assert pair["judges"] == [one, other] and pair["pearson"]["n"] == len(scores)
     assert pair["pearson"]["value"] == pytest.approx(r)
     assert pair["spearman"]["value"] == pytest.approx(stats.spearmanr(*scores.T).statistic)
-    assert ceiling["bound_one_judge"]["value"] == pytest.approx(math.sqrt(r))
+    bounds = ceiling["bounds"]["pearson"]
+    assert bounds["one_judge"]["value"] == pytest.approx(math.sqrt(r))
     several = np.mean([len(p.references) for p in held_out.prompts if p.evaluation_type == "clip"])
-    assert ceiling["bound_mean"]["value"] == pytest.approx(math.sqrt(several * r / (1 + (several - 1) * r)))
+    assert bounds["mean_judge"]["value"] == pytest.approx(math.sqrt(several * r / (1 + (several - 1) * r)))
 
 
 def test_the_bound_holds_for_a_judge_that_knows_the_truth():
