@@ -87,22 +87,23 @@ def fit_machine(values: Mapping[str, Any], machine: Machine, *, torchrun: bool, 
     """
     if "do_train" not in values:
         adaptation.derived["do_train"] = (True, "without it LLaMA Factory trains nothing")
-    if machine.gpus:
+    if values.get("use_cpu") or (not machine.gpus and "use_cpu" not in values):
+        _fit_cpu(values, machine, adaptation)
+    elif machine.gpus:
         _fit_gpus(values, machine, adaptation)
-    elif values.get("use_cpu") is not False:
-        _fit_cpu(values, adaptation)
     _fit_backend(values, machine, adaptation, torchrun=torchrun)
     _fit_preprocessing(values, machine, adaptation)
     _fit_swanlab(values, machine, adaptation)
 
 
-def _fit_cpu(values: Mapping[str, Any], adaptation: Adaptation) -> None:
-    if values.get("use_cpu") is not True:
-        adaptation.derived["use_cpu"] = (True, NO_GPU)
+def _fit_cpu(values: Mapping[str, Any], machine: Machine, adaptation: Adaptation) -> None:
+    reason = "use_cpu is set" if machine.gpus else NO_GPU
+    if "use_cpu" not in values:
+        adaptation.derived["use_cpu"] = (True, reason)
     half = ("bf16", "fp16", "pure_bf16", "tf32", "bf16_full_eval", "fp16_full_eval")
-    adaptation.drop(values, (*half, "enable_liger_kernel", "deepspeed"), NO_GPU)
+    adaptation.drop(values, (*half, "enable_liger_kernel", "deepspeed"), reason)
     if values.get("flash_attn") == "fa2":
-        adaptation.dropped["flash_attn"] = NO_GPU
+        adaptation.dropped["flash_attn"] = reason
 
 
 def _fit_gpus(values: Mapping[str, Any], machine: Machine, adaptation: Adaptation) -> None:

@@ -96,7 +96,8 @@ def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, pa
             return error(
                 "GPU", "none, and the config asks for one (quantization, unsloth or fp8)", "Change these keys."
             )
-        return warning("GPU", "none: training on the CPU, for tiny models only", "Start where nvidia-smi shows a GPU.")
+        advice = "Start where nvidia-smi shows a GPU; set use_cpu=false for another maker's."
+        return warning("GPU", "none: training on the CPU, for tiny models only", advice)
     names = ", ".join(
         f"{gpu.name} ({gpu.free / GIBIBYTE:.0f} of {gpu.total / GIBIBYTE:.0f} GiB free)" for gpu in machine.gpus
     )

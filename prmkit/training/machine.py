@@ -89,9 +89,13 @@ def _visible_gpus() -> tuple[Gpu, ...]:
 def _gpu(handle: object) -> Gpu:
     import pynvml
 
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), (int(major), int(minor)))
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except pynvml.NVMLError_NotSupported:
+        total = free = _available_memory()  # a GPU that shares the machine's memory
+    return Gpu(str(pynvml.nvmlDeviceGetName(handle)), total, free, (int(major), int(minor)))
 
 
 def visible_indices(setting: str | None, identities: list[str]) -> list[int]:

@@ -3,12 +3,14 @@
 Runs where LLaMA Factory is already imported (`prmkit.training.deep`).
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prmkit.encoding import ChatEncoding
+from prmkit.files import read_json
 from prmkit.training.check import Check, error, ok, warning
 
 NAME = "template"
@@ -40,7 +42,7 @@ def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
     chat_template = _own_chat_template(values)
     if chat_template is None:
         return ok(NAME, f"{name}; the model has no chat template of its own (a base model) and will learn this one")
-    own = _own_rendering(encoding.tokenizer, chat_template, thinking=bool(values.get("enable_thinking", True)))
+    own = _own_rendering(encoding.tokenizer, chat_template, values)
     differences = _rendering(encoding.template, encoding.tokenizer).differs_in(own)
     if name is None:
         return _parsed_from_tokenizer(differences)
@@ -59,20 +61,35 @@ def _own_chat_template(values: Mapping[str, Any]) -> Any:
 
 
 def _mismatch(encoding: ChatEncoding, values: Mapping[str, Any], own: Rendering, differences: list[str]) -> Check:
-    tokenizer, name = encoding.tokenizer, values["template"]
-    where = " and ".join(differences)
-    fitting = _fitting_templates(tokenizer, own)
-    if not fitting:
-        if differences == [WITHOUT_SYSTEM] and "default_system" not in values:
-            found = f"{name} puts another default system text before {where} than the model's chat template"
-        else:
-            found = (
-                f"{name} renders {where} differently from the model's chat template; no template of LLaMA Factory fits"
-            )
-        advice = "Judge and chat with this same template; apply_chat_template of transformers gives other prompts."
-        return warning(NAME, f"{found}. {_first_difference(encoding, own)}", advice)
-    found = f"{name} renders {where} differently from the model's chat template. {_first_difference(encoding, own)}"
-    return error(NAME, found, f"template={' or template='.join(_nearest_first(fitting, _model_type(values)))}")
+    found = f"{values['template']} renders {' and '.join(differences)} differently from the model's chat template"
+    shown = _first_difference(encoding, own)
+    model_type = _model_type(values)
+    family = model_type.rstrip("0123456789_")
+    fitting = _fitting_templates(encoding.tokenizer, values, own)
+    system = _default_system(own) if differences == [WITHOUT_SYSTEM] else None
+    if system and not any(name.startswith(family) for name in fitting):
+        return error(NAME, f"{found}: it puts in another system text. {shown}", f'default_system="{system}"')
+    if fitting:
+        nearest = sorted(
+            fitting, key=lambda name: (name != _model_type(values), not name.startswith(family), len(name))
+        )
+        return error(NAME, f"{found}. {shown}", f"template={' or template='.join(nearest[:2])}")
+    advice = "Judge and chat with this same template; apply_chat_template of transformers gives other prompts."
+    return warning(NAME, f"{found}; no template of LLaMA Factory fits. {shown}", advice)
+
+
+def _model_type(values: Mapping[str, Any]) -> str:
+    return str(read_json(Path(str(values["model_name_or_path"])) / "config.json").get("model_type", ""))
+
+
+def _default_system(own: Rendering) -> str | None:
+    """The system text that the model's own chat template puts in where there is none."""
+    alone, given = own.texts[WITHOUT_SYSTEM], own.texts[WITH_SYSTEM]
+    if alone is None or given is None or SYSTEM not in given:
+        return None
+    before, after = given.split(SYSTEM, maxsplit=1)
+    fits = alone.startswith(before) and alone.endswith(after) and len(alone) > len(before) + len(after)
+    return alone[len(before) : len(alone) - len(after)] if fits else None
 
 
 def _parsed_from_tokenizer(differences: list[str]) -> Check:
@@ -82,22 +99,27 @@ def _parsed_from_tokenizer(differences: list[str]) -> Check:
     return error(NAME, found, "Name a template: template=qwen, llama3, mistral …")
 
 
-def _own_rendering(tokenizer: Any, chat_template: Any, *, thinking: bool) -> Rendering:
+def _own_rendering(tokenizer: Any, chat_template: Any, values: Mapping[str, Any]) -> Rendering:
     from jinja2 import TemplateError
 
-    def applied(messages: list[dict[str, str]]) -> str | None:
-        opened = messages[-1]["role"] == "user"
-        settings = {"chat_template": chat_template, "add_generation_prompt": opened, "enable_thinking": thinking}
+    def applied(*messages: dict[str, str]) -> str | None:
+        settings = {"chat_template": chat_template, "add_generation_prompt": messages[-1] is user}
+        settings["enable_thinking"] = bool(values.get("enable_thinking", True))
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)
         except TemplateError:
             return None
         return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
 
     user, system = {"role": "user", "content": USER}, {"role": "system", "content": SYSTEM}
     answer = {"role": "assistant", "content": ANSWER}
-    rendered = {WITHOUT_SYSTEM: [user], WITH_SYSTEM: [system, user], WITH_ANSWER: [system, user, answer]}
-    return Rendering({part: applied(messages) for part, messages in rendered.items()})
+    # A system text from the config stands before every prompt; an empty one takes the template's own away, on purpose.
+    chosen = values.get("default_system")
+    before = [{"role": "system", "content": chosen}] if chosen else []
+    alone = None if chosen == "" else applied(*before, user)
+    return Rendering(
+        {WITHOUT_SYSTEM: alone, WITH_SYSTEM: applied(system, user), WITH_ANSWER: applied(system, user, answer)}
+    )
 
 
 def _rendering(template: Any, tokenizer: Any) -> Rendering:
@@ -109,23 +131,19 @@ def _rendering(template: Any, tokenizer: Any) -> Rendering:
     return Rendering({part: tokenizer.decode(ids) for part, ids in parts.items()})
 
 
-def _fitting_templates(tokenizer: Any, own: Rendering) -> list[str]:
+def _fitting_templates(tokenizer: Any, values: Mapping[str, Any], own: Rendering) -> list[str]:
+    """Every template for texts that renders like the model's own."""
     from llamafactory.data.template import TEMPLATES
 
-    return [name for name, template in TEMPLATES.items() if not _rendering(template, tokenizer).differs_in(own)]
-
-
-def _model_type(values: Mapping[str, Any]) -> str:
-    from prmkit.files import read_json
-
-    config = read_json(Path(str(values["model_name_or_path"])) / "config.json")
-    return str(config.get("model_type", ""))
-
-
-def _nearest_first(names: list[str], model_type: str) -> list[str]:
-    """At most two names, those that share most with the model's type first; the plainest name first among equals."""
-    family = model_type.rstrip("0123456789_")
-    return sorted(names, key=lambda name: (name != model_type, not name.startswith(family), len(name)))[:2]
+    fitting = []
+    for name, registered in TEMPLATES.items():
+        template = copy.copy(registered)
+        template.enable_thinking = values.get("enable_thinking", True)
+        # Templates for pictures and sound ask for a processor, which a model of texts has not.
+        for_texts = type(template.mm_plugin).__name__ == "BasePlugin"
+        if for_texts and not _rendering(template, tokenizer).differs_in(own):
+            fitting.append(name)
+    return fitting
 
 
 def _first_difference(encoding: ChatEncoding, own: Rendering) -> str:

@@ -93,6 +93,12 @@ def test_a_cpu_that_is_asked_not_to_be_used_is_believed(project: Path) -> None:
     assert resolved(project, "use_cpu=false", "bf16=true").values["bf16"] is True
 
 
+def test_a_cpu_that_is_asked_for_beside_a_gpu(project: Path) -> None:
+    found = resolved(project, "use_cpu=true", "bf16=true", machine=Machine(A100.gpus, 16, DASHBOARD | FAST))
+    assert not {"flash_attn", "enable_liger_kernel", "bf16"} & found.values.keys()
+    assert found.dropped["bf16"] == "use_cpu is set"
+
+
 def test_an_a100_gets_what_was_asked(project: Path) -> None:
     found = resolved(project, "bf16=true", "tf32=true", machine=A100)
     assert (found.values["bf16"], found.values["tf32"]) == (True, True)

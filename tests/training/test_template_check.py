@@ -15,6 +15,10 @@ TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
 OPENED = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 CHATML = f"{{%- for m in messages %}}{TURN}{{%- endfor %}}{OPENED}"
 
+QWEN2 = (
+    "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{%- endif %}" + CHATML
+)
 EMPTY_THOUGHT = "{{ '<think>\\n\\n</think>\\n\\n' }}"
 # Qwen3: no default system text, an empty thought before an answer without one, and before an unthinking answer begins.
 THINKING = (
@@ -74,8 +78,17 @@ def test_a_wrong_template_is_an_error_that_names_the_right_one(micro_model: Path
     assert "the model expects '<|im_start|>system\\nYou are Qwen" in found.found
 
 
-def test_another_system_text_is_not_the_models(micro_model: Path) -> None:
-    assert check(micro_model, "qwen", default_system="Judge.").status is not Status.OK
+@pytest.mark.parametrize("chosen", ["You are a strict judge of agents.", ""])
+def test_a_system_text_of_ones_own_is_meant(micro_model: Path, chosen: str) -> None:
+    assert check(micro_model, "qwen", default_system=chosen).status is Status.OK
+
+
+def test_a_model_with_another_system_text(model_with: Any) -> None:
+    """Qwen2 has another default than Qwen2.5, whose text LLaMA Factory's `qwen` has."""
+    folder = model_with(QWEN2)
+    found = check(folder, "qwen")
+    assert (found.status, found.advice) == (Status.ERROR, 'default_system="You are a helpful assistant."')
+    assert check(folder, "qwen", default_system="You are a helpful assistant.").status is Status.OK
 
 
 @pytest.mark.parametrize("template", ["qwen", "qwen3_nothink"])
