@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from prmkit.judging import measures
 from prmkit.judging.bootstrap import SAME_PREDICTION, Figure, Floats, Integers, Sample, make_sample, measure
 from prmkit.judging.judgement import BAD_BELOW
+from prmkit.judging.pairwise import pairwise_accuracy
 from prmkit.judging.predictions import Row, Scores
 
 Figures = dict[str, Any]
@@ -83,7 +84,7 @@ def skill_over(scores: Scores, baseline: Floats) -> Figure:
 
 
 def _pairwise(scores: Scores, sample: Sample) -> Figures:
-    found = measures.pairwise_accuracy(sample, groups_of(scores.task, scores.evaluation_type, scores.key))
+    found = pairwise_accuracy(sample, groups_of(scores.task, scores.evaluation_type, scores.key))
     if not found.pairs:
         nothing = Figure(None, None, None, 0, sample.tasks, "no task has two scores of one kind")
         return {"pairwise_accuracy": nothing, "pairwise_tie_width": None, "pairwise_always_tied": None}

@@ -5,8 +5,6 @@ scipy and scikit-learn, and with whole-number weights those of the rows repeated
 that. Where a value is not defined (nothing varies, nothing to count) it is NaN here and `null` with its reason outside.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from prmkit.judging.bootstrap import Floats, Integers, Sample, Statistic, make_sample
@@ -17,7 +15,8 @@ CALIBRATION_BINS = 10
 FEWEST_IN_GROUP = 5
 _NO_VARIANCE = 1e-15
 _KENDALL_BLOCK = 128
-_SAME_SCORE = 1e-9  # references are means of hundredths: 0.8 may come as 0.7999999999999999
+SAME_SCORE = 1e-9
+"""Scores this near are equal: references are means of hundredths, and 0.8 may come as 0.7999999999999999."""
 
 
 # --- error ----------------------------------------------------------------------------------------------------------
@@ -26,7 +25,7 @@ _SAME_SCORE = 1e-9  # references are means of hundredths: 0.8 may come as 0.7999
 def mean_of(sample: Sample, values: Floats) -> Statistic:
     """The mean of one value a pair."""
     sums, sizes = sample.sums(values), sample.sums(np.ones(len(values)))
-    return lambda weights: _ratio(weights @ sums, weights @ sizes)
+    return lambda weights: ratio(weights @ sums, weights @ sizes)
 
 
 def mean_absolute_error(sample: Sample) -> Statistic:
@@ -48,7 +47,7 @@ def bias(sample: Sample) -> Statistic:
 def skill(sample: Sample, baseline: Floats) -> Statistic:
     """1 - MAE / MAE of `baseline` on the same pairs: 0 is no better than the baseline, 1 is perfect."""
     errors, baseline_errors = mean_absolute_error(sample), mean_of(sample, np.abs(baseline - sample.reference))
-    return lambda weights: 1 - _ratio(errors(weights), baseline_errors(weights))
+    return lambda weights: 1 - ratio(errors(weights), baseline_errors(weights))
 
 
 # --- order ----------------------------------------------------------------------------------------------------------
@@ -116,7 +115,7 @@ def spearman_within(sample: Sample, group: Integers) -> Statistic:
             return np.full(len(weights), np.nan)
         sizes = np.stack([weights[:, tasks] @ counts for tasks, _, counts in parts])
         orders = np.stack([np.nan_to_num(order(weights[:, tasks])) for tasks, order, _ in parts])
-        return _ratio((orders * sizes).sum(axis=0), sizes.sum(axis=0))
+        return ratio((orders * sizes).sum(axis=0), sizes.sum(axis=0))
 
     return statistic
 
@@ -146,71 +145,9 @@ def kendall(sample: Sample) -> Statistic:
             np.einsum("rt,rt->r", weights @ matrix, weights)
             for matrix in (concordance, untied_predicted, untied_reference)
         )
-        return _ratio(agree, np.sqrt(one * other))
+        return ratio(agree, np.sqrt(one * other))
 
     return statistic
-
-
-@dataclass(frozen=True)
-class PairwiseAccuracy:
-    """Pairwise accuracy within groups, ties counted; see `pairwise_accuracy`."""
-
-    statistic: Statistic
-    pairs: int
-    epsilon: float
-    """Scores at most this far apart count as a tie."""
-    always_tied: float
-    """What a judge that calls every pair a tie reaches: the share of tied pairs in the reference."""
-
-
-def pairwise_accuracy(sample: Sample, group: Integers) -> PairwiseAccuracy:
-    """acc_eq with tie calibration (Deutsch, Foster and Freitag 2023, "Ties Matter", arXiv 2305.14324).
-
-    acc_eq = (C + T_hm) / (C + D + T_h + T_m + T_hm): pairs in the right order, or tied in both, among all pairs (h the
-    reference, m the judge). It is computed in each group and averaged over the groups (the paper's group-by-item).
-    Two scores of the judge tie when they are at most epsilon apart; epsilon is the one value that makes the average
-    greatest. It is chosen on these very pairs and held in the resamples, so compare with `always_tied`, which a
-    constant judge reaches.
-
-    Args:
-        sample: scores; pairs are formed within a group only.
-        group: the group of each score. A group lies within one task.
-    """
-    first, second = _pairs_within(group)
-    distance = np.abs(sample.predicted[first] - sample.predicted[second])
-    order = np.sign(sample.predicted[first] - sample.predicted[second])
-    reference = sample.reference[first] - sample.reference[second]
-    tied = np.abs(reference) < _SAME_SCORE
-    right_order = ~tied & (order == np.sign(reference))
-    _, pair_group, sizes = np.unique(group[first], return_inverse=True, return_counts=True)
-    share = 1 / sizes[pair_group]
-    epsilon = _best_epsilon(distance, tied * share, right_order * share)
-    correct = np.where(distance <= epsilon, tied, right_order) * share
-    task, tasks = sample.task[first], sample.tasks
-    sums = np.bincount(task, weights=correct, minlength=tasks)
-    groups = np.bincount(task, weights=share, minlength=tasks)
-    always_tied = float(np.sum(tied * share) / len(sizes)) if len(sizes) else float("nan")
-    return PairwiseAccuracy(
-        lambda weights: _ratio(weights @ sums, weights @ groups), len(first), float(epsilon), always_tied
-    )
-
-
-def _pairs_within(group: Integers) -> tuple[Integers, Integers]:
-    by_group = np.argsort(group, kind="stable")
-    firsts, seconds = [by_group[:0]], [by_group[:0]]
-    for members in np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1):
-        one, other = np.triu_indices(len(members), 1)
-        firsts.append(members[one])
-        seconds.append(members[other])
-    return np.concatenate(firsts), np.concatenate(seconds)
-
-
-def _best_epsilon(distance: Floats, tied: Floats, right_order: Floats) -> float:
-    """The observed distance (or zero) that, as the widest tie, gets the most pairs right."""
-    widths, place = np.unique(np.concatenate([[0.0], distance]), return_inverse=True)
-    gained = np.zeros(len(widths))
-    np.add.at(gained, place[1:], tied - right_order)  # calling this pair a tie: right if it is one, else its order lost
-    return float(widths[np.argmax(np.round(np.cumsum(gained), 12))])
 
 
 # --- decision -------------------------------------------------------------------------------------------------------
@@ -230,7 +167,7 @@ def roc_area(sample: Sample) -> Statistic:
         sizes, bad_sizes = sizes_of(task_weights), bad_sizes_of(task_weights)
         bad, total = bad_sizes.sum(axis=0), sizes.sum(axis=0)
         rank_sum = (bad_sizes * _midranks(sizes)).sum(axis=0)
-        return _ratio(rank_sum - bad * (bad + 1) / 2, bad * (total - bad))
+        return ratio(rank_sum - bad * (bad + 1) / 2, bad * (total - bad))
 
     return statistic
 
@@ -247,9 +184,9 @@ def average_precision(sample: Sample) -> Statistic:
     def statistic(task_weights: Floats) -> Floats:
         found, taken = found_of(task_weights), taken_of(task_weights)
         # In a resample the highest scores may have been left out: nothing is taken there, and nothing found.
-        precision = _ratio(np.cumsum(found, axis=0), np.cumsum(taken, axis=0))
+        precision = ratio(np.cumsum(found, axis=0), np.cumsum(taken, axis=0))
         gained = np.where(found > 0, found * precision, 0.0).sum(axis=0)
-        return _ratio(gained, found.sum(axis=0))
+        return ratio(gained, found.sum(axis=0))
 
     return statistic
 
@@ -273,7 +210,7 @@ def calibration_error(sample: Sample) -> Statistic:
     gaps = np.zeros((sample.tasks, CALIBRATION_BINS))
     np.add.at(gaps, (sample.task, bins), sample.predicted - sample.reference)
     sizes = sample.sums(np.ones(len(bins)))
-    return lambda weights: _ratio(np.abs(weights @ gaps).sum(axis=1), weights @ sizes)
+    return lambda weights: ratio(np.abs(weights @ gaps).sum(axis=1), weights @ sizes)
 
 
 def kappa(sample: Sample) -> Statistic:
@@ -287,15 +224,15 @@ def kappa(sample: Sample) -> Statistic:
         observed = np.einsum("rt,tij->rij", weights, cells)
         total = observed.sum(axis=(1, 2))
         expected = np.einsum("ri,rj->rij", observed.sum(axis=2), observed.sum(axis=1))
-        by_chance = _ratio((expected * penalty).sum(axis=(1, 2)), total)
-        return 1 - _ratio((observed * penalty).sum(axis=(1, 2)), by_chance)
+        by_chance = ratio((expected * penalty).sum(axis=(1, 2)), total)
+        return 1 - ratio((observed * penalty).sum(axis=(1, 2)), by_chance)
 
     return statistic
 
 
 def band(scores: Floats) -> Integers:
     """The band of each score, 0 (worst) to 4."""
-    return np.digitize(scores + _SAME_SCORE, BANDS).astype(np.int64)
+    return np.digitize(scores + SAME_SCORE, BANDS).astype(np.int64)
 
 
 # --- trajectories ---------------------------------------------------------------------------------------------------
@@ -316,10 +253,10 @@ def first_error_f1(sample: Sample) -> Statistic:
     right_hits, right_sizes = sample.sums(hit * ~wrong), sample.sums((~wrong).astype(np.float64))
 
     def statistic(weights: Floats) -> Floats:
-        found = _ratio(weights @ wrong_hits, weights @ wrong_sizes)
-        cleared = _ratio(weights @ right_hits, weights @ right_sizes)
+        found = ratio(weights @ wrong_hits, weights @ wrong_sizes)
+        cleared = ratio(weights @ right_hits, weights @ right_sizes)
         both = found + cleared
-        return np.where(both == 0, 0.0, _ratio(2 * found * cleared, both))
+        return np.where(both == 0, 0.0, ratio(2 * found * cleared, both))
 
     return statistic
 
@@ -327,7 +264,7 @@ def first_error_f1(sample: Sample) -> Statistic:
 # --- arithmetic -----------------------------------------------------------------------------------------------------
 
 
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+def ratio(numerator: Floats, denominator: Floats) -> Floats:
     """numerator / denominator, NaN where the denominator is zero."""
     shape = np.broadcast(numerator, denominator).shape
     nowhere = np.full(shape, np.nan)
@@ -339,7 +276,7 @@ def _correlation(squares: Floats, other_squares: Floats, products: Floats, total
     # What rounding leaves of a constant is no variance.
     varies = (squares > _NO_VARIANCE * total) & (other_squares > _NO_VARIANCE * total)
     scale = np.sqrt(np.where(varies, squares * other_squares, 0.0))
-    correlation: Floats = np.clip(_ratio(products, scale), -1.0, 1.0)
+    correlation: Floats = np.clip(ratio(products, scale), -1.0, 1.0)
     return correlation
 
 

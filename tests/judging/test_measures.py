@@ -1,7 +1,5 @@
 """The statistics against scipy, scikit-learn and brute force, whole and with tasks drawn more than once."""
 
-from itertools import combinations
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -108,42 +106,6 @@ def test_skill_is_zero_for_the_baseline_itself_and_one_for_the_truth():
     once = np.ones((1, sample.tasks))
     assert measures.skill(as_baseline, np.full(60, 0.6))(once)[0] == pytest.approx(0.0)
     assert measures.skill(perfect, np.full(60, 0.6))(once)[0] == pytest.approx(1.0)
-
-
-def accuracy_with_ties(sample: Sample, group: np.ndarray, epsilon: float) -> float:
-    """acc_eq by its definition, pair by pair, averaged over groups."""
-    accuracies = []
-    for name in np.unique(group):
-        right = total = 0
-        for i, j in combinations(np.flatnonzero(group == name), 2):
-            apart = sample.predicted[i] - sample.predicted[j]
-            judged = 0 if abs(apart) <= epsilon else np.sign(apart)
-            right += judged == np.sign(sample.reference[i] - sample.reference[j])
-            total += 1
-        if total:
-            accuracies.append(right / total)
-    return float(np.mean(accuracies))
-
-
-@pytest.mark.parametrize("noise", [0.05, 0.2, 2.0])
-def test_pairwise_accuracy_is_the_best_that_any_tie_width_gives(noise):
-    generator = np.random.default_rng(3)
-    scores = noisy(70, 12, noise, seed=3)
-    predicted = np.clip(scores.reference + generator.normal(0, noise, 70), 0, 1)
-    sample = Sample(predicted, scores.reference, scores.task)
-    found = measures.pairwise_accuracy(sample, sample.task)
-    value = found.statistic(np.ones((1, sample.tasks)))[0]
-    widths = [0.0, *(abs(a - b) for a, b in combinations(predicted, 2))]
-    assert value == pytest.approx(accuracy_with_ties(sample, sample.task, found.epsilon))
-    assert value == pytest.approx(max(accuracy_with_ties(sample, sample.task, width) for width in widths))
-    assert value >= found.always_tied == pytest.approx(accuracy_with_ties(sample, sample.task, 2.0))
-
-
-def test_a_constant_judge_reaches_exactly_the_share_of_ties():
-    sample = noisy(70, 12, 0.2, seed=4)
-    constant = Sample(np.full(70, 0.7), sample.reference, sample.task)
-    found = measures.pairwise_accuracy(constant, constant.task)
-    assert found.statistic(np.ones((1, 12)))[0] == pytest.approx(found.always_tied)
 
 
 def test_the_first_bad_step_counts_only_when_exactly_that_one_is_named():
