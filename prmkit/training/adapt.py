@@ -93,6 +93,9 @@ def fit_machine(values: Mapping[str, Any], machine: Machine, *, torchrun: bool, 
         _fit_gpus(values, machine, adaptation)
     _fit_backend(values, machine, adaptation, torchrun=torchrun)
     _fit_preprocessing(values, machine, adaptation)
+    if "per_device_eval_batch_size" not in values and (values.get("eval_dataset") or values.get("val_size")):
+        reason = "LLaMA Factory's 8 hold the logits of eight rows at once, tens of GB on long rows"
+        adaptation.derived["per_device_eval_batch_size"] = (1, reason)
     _fit_swanlab(values, machine, adaptation)
 
 

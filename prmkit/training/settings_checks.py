@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.training.check import Check, error, warning
+from prmkit.training.runs import read_record
 
 NAME = "settings"
 
@@ -16,7 +17,7 @@ def check_settings(values: Mapping[str, Any]) -> list[Check]:
 
 def _resuming(values: Mapping[str, Any]) -> Iterator[Check]:
     path = values.get("resume_from_checkpoint")
-    if isinstance(path, str) and not (Path(path) / "trainer_state.json").is_file():
+    if isinstance(path, str) and not (Path(path) / "trainer_state.json").is_file() and not _went_on_from(Path(path)):
         there = sorted(str(found.parent) for found in Path(path).parent.glob("checkpoint-*/trainer_state.json"))
         advice = f"There are: {', '.join(there)}" if there else "Leave it out: the newest whole checkpoint is found."
         yield error(NAME, f"resume_from_checkpoint: {path} is no whole checkpoint", advice)
@@ -26,6 +27,12 @@ def _resuming(values: Mapping[str, Any]) -> Iterator[Check]:
             yield error(
                 NAME, f"adapter_name_or_path: no adapter in {folder}", "Name a folder with adapter_config.json."
             )
+
+
+def _went_on_from(checkpoint: Path) -> bool:
+    """Whether the run beside it went on from this checkpoint before LLaMA Factory removed it as one too old."""
+    record = read_record(checkpoint.parent)
+    return record is not None and str(checkpoint) in record["resumed_from"]
 
 
 def _said_differently(values: Mapping[str, Any]) -> Iterator[Check]:
@@ -52,6 +59,9 @@ def _schedule(values: Mapping[str, Any]) -> Iterator[Check]:
     if rate > usual:
         kind = "full fine-tuning" if full else "LoRA"
         yield warning(NAME, f"learning_rate {rate:g} is high for {kind}", f"Usual is {1e-5 if full else 1e-4:g}.")
+    if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:
+        found = f"max_steps: {values['max_steps']} ends the run, whatever num_train_epochs says"
+        yield warning(NAME, found, "Leave one of them out.")
     if values.get("torch_compile"):
         yield warning(NAME, "torch_compile compiles anew for every length of row", "Leave it out.")
     if values.get("max_samples"):

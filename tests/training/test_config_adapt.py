@@ -160,6 +160,13 @@ def test_batches_of_long_rows_are_small(project: Path) -> None:
     assert "rows of 30," in found.sources["preprocessing_batch_size"]
 
 
+def test_held_out_rows_are_evaluated_one_by_one(project: Path) -> None:
+    found = resolved(project, "per_device_eval_batch_size=")
+    assert found.values["per_device_eval_batch_size"] == 1
+    assert "eight rows at once" in found.sources["per_device_eval_batch_size"]
+    assert "per_device_eval_batch_size" not in resolved(project, "dataset=odd", "per_device_eval_batch_size=").values
+
+
 def test_this_machine_is_looked_at_in_no_time() -> None:
     machine = this_machine()
     assert machine.cores >= 1

@@ -125,6 +125,7 @@ def test_swanlab_is_told() -> None:
         ({"learning_rate": 1e-3, "finetuning_type": "full"}, "Usual is 1e-05"),
         ({"max_samples": 100}, "real run"),
         ({"torch_compile": True}, "Leave it out"),
+        ({"max_steps": 10, "num_train_epochs": 3.0}, "Leave one of them out"),
         ({"stage": "dpo"}, "stage: sft"),
         ({"train_on_prompt": True}, "Leave it out"),
         ({"neftune_noise_alpha": 5}, "Leave it out"),
