@@ -11,7 +11,7 @@ from typing import Any
 
 from prmkit.errors import UsageError
 from prmkit.training.adapt import Adaptation, fit_held_out, fit_machine
-from prmkit.training.config_rules import problems_in
+from prmkit.training.config_rules import problems_in, unknown_key
 from prmkit.training.contradictions import contradictions_in
 from prmkit.training.machine import Machine, this_machine
 from prmkit.training.problem import Problem
@@ -161,6 +161,8 @@ def _lay_over(
             problems.append(Problem(override.key, f"'{override.text}' is no YAML value: {error}.", ""))
             continue
         if value is None:
+            if override.key not in keys and override.key not in values:
+                problems.append(unknown_key(override.key, keys))
             values.pop(override.key, None)
             sources.pop(override.key, None)
         else:

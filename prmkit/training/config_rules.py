@@ -97,7 +97,7 @@ def _first(problems: Iterator[Problem]) -> Problem | None:
 def _problems_of(name: str, value: Any, values: Mapping[str, Any], keys: Mapping[str, Key]) -> Iterator[Problem]:
     key = keys.get(name)
     if key is None:
-        yield _unknown(name, keys)
+        yield unknown_key(name, keys)
         return
     yield from _trap(name, value, values)
     if value is None:
@@ -108,7 +108,8 @@ def _problems_of(name: str, value: Any, values: Mapping[str, Any], keys: Mapping
     yield from _range(name, value)
 
 
-def _unknown(name: str, keys: Iterable[str]) -> Problem:
+def unknown_key(name: str, keys: Iterable[str]) -> Problem:
+    """What to say of a key that the installed LLaMA Factory does not take."""
     message = f"LLaMA Factory {llamafactory_version()} does not know this key."
     if name in SUCCESSORS:
         return Problem(name, message, SUCCESSORS[name])

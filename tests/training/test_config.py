@@ -61,6 +61,15 @@ def test_empty_override_takes_a_key_out_of_the_file(config: Path) -> None:
     assert "lora_rank" not in resolved(config, "lora_rank=").values
 
 
+def test_a_mistyped_key_cannot_be_taken_out(config: Path) -> None:
+    assert "Did you mean lora_rank?" in complaint(config, "lora_rnak=")
+
+
+def test_a_wrong_key_of_the_file_can_be_taken_out(config: Path) -> None:
+    config.write_text(config.read_text() + "evaluation_strategy: steps\n")
+    resolved(config, "evaluation_strategy=")
+
+
 @pytest.mark.parametrize("text", ["lora_rank", "=4", "--verbose", ""])
 def test_what_is_no_assignment_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not key=value"):
