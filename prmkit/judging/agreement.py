@@ -45,7 +45,7 @@ def agreement(scores: Scores, *, whole: bool = True) -> Figures:
         figures["rmse"] = measure(sample, measures.root_mean_square_error(sample))
         figures["kendall"] = measure(sample, measures.kendall(sample), fewest=FEWEST_SCORES)
         figures["kappa"] = measure(sample, measures.kappa(sample), fewest=FEWEST_SCORES)
-        figures |= _pairwise(scores, sample)
+        figures |= _pairwise(scores)
     figures["bad_step"] = {
         str(limit): decision(scores, limit, scores.below[:, column], whole=whole)
         for column, limit in enumerate(BAD_BELOW)
@@ -83,11 +83,15 @@ def skill_over(scores: Scores, baseline: Floats) -> Figure:
     return figure
 
 
-def _pairwise(scores: Scores, sample: Sample) -> Figures:
-    found = pairwise_accuracy(sample, groups_of(scores.task, scores.evaluation_type, scores.key))
-    if not found.pairs:
-        nothing = Figure(None, None, None, 0, sample.tasks, "no task has two scores of one kind")
+def _pairwise(scores: Scores) -> Figures:
+    groups = groups_of(scores.task, scores.evaluation_type, scores.key)
+    not_alone = np.bincount(groups, minlength=1)[groups] > 1
+    scores, groups = scores.where(not_alone), groups[not_alone]
+    if not len(scores):
+        nothing = Figure(None, None, None, 0, 0, "no task has two scores of one kind")
         return {"pairwise_accuracy": nothing, "pairwise_tie_width": None, "pairwise_always_tied": None}
+    sample = make_sample(scores.predicted, scores.reference, scores.task)
+    found = pairwise_accuracy(sample, groups)
     return {
         "pairwise_accuracy": measure(sample, found.statistic, n=found.pairs),
         "pairwise_tie_width": found.epsilon,

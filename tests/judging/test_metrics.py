@@ -85,6 +85,16 @@ def test_every_figure_is_what_scipy_and_scikit_learn_say(metrics, rows, kind, ke
     assert found["mae"]["n"] == len(predicted)
 
 
+def test_pairs_are_counted_with_the_tasks_that_have_some(metrics, rows):
+    steps: dict[str, list[str]] = {}
+    for row in rows:
+        if "reasonableness_score" in row["scores"]:
+            steps.setdefault(row["task_id"], []).append(row["id"])
+    numbers = [len(ids) for ids in steps.values() if len(ids) > 1]
+    found = group(metrics, "clip", "reasonableness_score")["judge"]["pairwise_accuracy"]
+    assert (found["n"], found["tasks"]) == (sum(n * (n - 1) // 2 for n in numbers), len(numbers))
+
+
 def test_the_shown_correlation_is_the_mean_over_keys(metrics, rows):
     for kind, keys in (("clip", ["reasonableness_score", "correctness_score"]), ("final", list(MEDIANS["final"]))):
         parts = [pairs(rows, kind, key) for key in keys]
