@@ -23,6 +23,8 @@ log = logging.getLogger("prmkit")
 
 STDIN = "-"
 
+_LOW_COVERAGE = 0.5
+
 Score = Callable[[Iterable[Request], Mode], Iterator[Judgement]]
 """Judges a stream of requests in their order."""
 
@@ -119,16 +121,25 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
         DataError: the input cannot be read.
     """
     counts: Counter[str] = Counter()
+    unwilling = 0
     trajectories = _Trajectories(job.bad_below)
     with _opened(job.input) as lines, cli.progress_bar() as progress:
         bar = progress.add_task("scoring", total=None)
         for result in _results(job, read_rows(lines, job.shape_of), score, fingerprint):
             counts[result["status"]] += 1
+            unwilling += result["coverage"] is not None and result["coverage"] < _LOW_COVERAGE
             trajectories.add(result)
             progress.advance(bar)
     if job.bad_below is not None:
         _write_summaries(trajectories, job.output)
     log.info("%d rows: %s", counts.total(), ", ".join(f"{n} {status}" for status, n in counts.items()) or "none")
+    if unwilling:
+        log.warning(
+            "%d of them have a coverage below %g: there the judge would rather write something else than a score. "
+            "An untrained model and a wrong template look like this.",
+            unwilling,
+            _LOW_COVERAGE,
+        )
     return counts.total() == counts["ok"]
 
 

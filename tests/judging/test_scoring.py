@@ -76,6 +76,17 @@ def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -
     assert reasons[6] == "line 8 has neither a prompt nor a human turn in conversations"
 
 
+def test_a_judge_that_does_not_want_to_score_is_told(source: Path, tmp_path: Path, score, caplog) -> None:
+    caplog.set_level("INFO")
+    run(job(source, tmp_path / "wild.jsonl"), score, {})
+    assert "8 rows: 4 ok, 4 error" in caplog.text
+    assert "4 of them have a coverage below 0.5" in caplog.text
+    caplog.clear()
+    sure = scripted({"Step": 0.9, "A step": 0.9})
+    run(job(source, tmp_path / "sure.jsonl"), sure, {})
+    assert "coverage" not in caplog.text
+
+
 def test_the_judges_turn_is_never_seen(tmp_path: Path, score) -> None:
     """A label in the row must not change its score."""
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
