@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from prmkit.dataset.record import Rejected
 from prmkit.encoding import ChatEncoding, load_encoding
@@ -34,8 +34,7 @@ class LengthSettings:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """A row after the guard."""
 
     prompt: str

@@ -62,29 +62,33 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
             os.link(folder / name, old / name)
     _point(folder / _CURRENT, old.relative_to(folder), stage)
     for name in names:
-        _point(folder / name, Path(_CURRENT, name), stage)
+        _point(folder / name, f"{_CURRENT}/{name}", stage)
     _sync(folder)
     _point(folder / _CURRENT, new.relative_to(folder), stage)
     _sync(folder)
     _settle(folder)
 
 
-def _point(link: Path, target: Path, stage: Path) -> None:
+def _point(link: Path, target: Path | str, stage: Path) -> None:
     """Make `link` lead to `target`, atomically, whatever stood there."""
-    made = stage / "link"
-    made.symlink_to(target)
-    made.replace(link)
+    made = os.path.join(stage, "link")  # noqa: PTH118 - thousands of links: pathlib takes longer than the system calls
+    os.symlink(target, made)  # noqa: PTH211
+    os.replace(made, link)  # noqa: PTH105
 
 
 def _settle(folder: Path) -> None:
     """Put the files in the places of the links that lead to them; links that lead to none go."""
     current = folder / _CURRENT
-    for link in list(folder.iterdir()):
-        if link.is_symlink() and link.readlink().parts[0] == _CURRENT:
-            if link.exists():
-                (current / link.name).replace(link)
+    ours = f"{_CURRENT}/"
+    with os.scandir(folder) as entries:
+        links = [entry.path for entry in entries if entry.is_symlink()]
+    for link in links:
+        target = os.readlink(link)  # noqa: PTH115
+        if target.startswith(ours):
+            if os.path.exists(link):  # noqa: PTH110
+                os.replace(os.path.join(folder, target), link)  # noqa: PTH105, PTH118
             else:
-                link.unlink()
+                os.unlink(link)  # noqa: PTH108
     _sync(folder)
     current.unlink()
 

@@ -3,8 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import orjson
 
@@ -15,8 +14,7 @@ LONGEST_LINE = 4 << 20
 _BARE_DATE = re.compile(r"\s*\d{4}-\d{2}-\d{2}(?:[ T]\d{2}(?::?\d{2}){0,2}(?:\.\d+)?(?:Z|[+-]\d{2}:?\d{2})?)?\s*")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One judged prompt."""
 
     prompt: str
@@ -121,11 +119,19 @@ def _name(metadata: Mapping[str, Any], key: str) -> str | None:
 
 def _quotes_of(value: Any) -> int:
     """How many quotation marks a value takes as JSON: two for each key and text, and those inside them."""
-    if isinstance(value, str):
-        return 2 + value.count('"')
-    if isinstance(value, dict):
-        return sum([2 + key.count('"') + _quotes_of(item) for key, item in value.items()])
-    return sum(map(_quotes_of, value)) if isinstance(value, list) else 0
+    kind = type(value)
+    if kind is str:
+        return 2 + int(value.count('"'))
+    quotes = 0
+    if kind is dict:
+        for key, item in value.items():
+            quotes += 2 + key.count('"')
+            if item is not None:
+                quotes += _quotes_of(item)
+    elif kind is list:
+        for item in value:
+            quotes += _quotes_of(item)
+    return quotes
 
 
 def _refuse_equal_keys(line: bytes) -> None:
