@@ -97,32 +97,31 @@ def plan_start(folder: Path, fresh: dict[str, Any]) -> Plan:
     """
     record = read_record(folder)
     wanted = fresh["config"].get("resume_from_checkpoint")
-    explicit = _chosen(Path(wanted)) if isinstance(wanted, str) else None
+    named = Path(wanted) if isinstance(wanted, str) else None
     if record is None:
-        if explicit is None or explicit.folder.resolve().parent != folder.resolve():
+        if named is None or named.resolve().parent != folder.resolve():
             _refuse_foreign(folder)
-        return _from(explicit, fresh)
+        return _from(_chosen(named), fresh)
     changed = differences(record, fresh)
     if record["status"] == "finished" and weights_fault(folder) is None:
         if changed:
             raise UsageError(_another_config(folder, "finished", changed))
         return Plan(Step.DONE, record)
+    # A run that has gone on from the named checkpoint goes on from its own newest one, not from there again; the named
+    # one may be gone by then, for LLaMA Factory keeps the last few alone.
+    explicit = None if str(named) in record["resumed_from"] else _chosen(named)
     newest = newest_whole(folder, put_aside=True)
     if not changed and _is_complete(folder):
         return Plan(Step.FINISH, record)
-    if changed and newest is None and explicit is None:
-        log.info("%s: the config has changed and nothing was saved yet; it begins anew.", folder)
-        return _from(None, fresh)
     if changed and newest is not None:
         raise UsageError(_another_config(folder, "unfinished", changed))
     if wanted is False and newest is not None:
-        raise UsageError(
-            f"{folder}: resume_from_checkpoint is false, and {newest.folder.name} is there. Add --overwrite."
-        )
+        raise UsageError(f"{newest.folder}: stands there, but resume_from_checkpoint is false. Add --overwrite.")
+    if changed:
+        log.info("%s: the config has changed and nothing was saved yet; it begins anew.", folder)
+        return _from(explicit, fresh)
     record = {**record, **{key: fresh[key] for key in ("config", "sources", "command", "processes")}}
-    if explicit is not None and not _went_on(record, explicit, newest):
-        return _from(explicit, record)
-    return _from(newest, record)
+    return _from(explicit or newest or _chosen(named), record)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -131,8 +130,10 @@ def _is_complete(folder: Path) -> bool:
     return state is not None and state["global_step"] >= state["max_steps"] and weights_fault(folder) is None
 
 
-def _chosen(folder: Path) -> Checkpoint:
-    """The checkpoint that the user named in `resume_from_checkpoint`."""
+def _chosen(folder: Path | None) -> Checkpoint | None:
+    """The checkpoint that the user named in `resume_from_checkpoint`, if any."""
+    if folder is None:
+        return None
     fault = fault_of(folder) if folder.is_dir() else "there is no such folder"
     if fault is None:
         return load_checkpoint(folder)
@@ -157,11 +158,6 @@ def _another_config(folder: Path, state: str, changed: list[str]) -> str:
         f"{folder}: holds {'a' if state == 'finished' else 'an'} {state} run of another config:\n{shown}\n"
         "Start with run_name=NAME to train in another folder, or with --overwrite to move this one aside."
     )
-
-
-def _went_on(record: Mapping[str, Any], explicit: Checkpoint, newest: Checkpoint | None) -> bool:
-    """Whether this run has already gone on from the chosen checkpoint, and further."""
-    return str(explicit.folder) in record["resumed_from"] and newest is not None and newest.step >= explicit.step
 
 
 def _from(checkpoint: Checkpoint | None, record: dict[str, Any]) -> Plan:
