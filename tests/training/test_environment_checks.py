@@ -74,6 +74,25 @@ def test_a_large_model_on_a_cpu_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "dropped", "status", "told"),
+    [
+        ({"bf16": True, "tf32": True}, {}, Status.OK, "bf16, tf32"),
+        (
+            {"use_cpu": True},
+            {"bf16": "this machine has no GPU"},
+            Status.OK,
+            "float32, without bf16: this machine has no",
+        ),
+        ({"fp16": True}, {"bf16": "Tesla T4 knows no bf16"}, Status.OK, "fp16, without bf16: Tesla T4"),
+        ({}, {}, Status.WARNING, "float32"),
+    ],
+)
+def test_precision(values: dict[str, Any], dropped: dict[str, str], status: Status, told: str) -> None:
+    found = checks.check_precision(values, dropped)
+    assert (found.status, found.found.startswith(told)) == (status, True)
+
+
+@pytest.mark.parametrize(
     ("values", "package"),
     [
         ({"enable_liger_kernel": True}, "liger-kernel"),

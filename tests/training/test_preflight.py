@@ -34,7 +34,7 @@ def test_a_project_that_is_ready(project: Path) -> None:
     assert not heavy & sys.modules.keys()  # LLaMA Factory is imported by the child alone
     assert not errors_in(list(found.values())), found
     assert {"Python", "versions", "llamafactory-cli", "model folder", "datasets", "held-out", "template", "row lengths",
-            "GPU", "disk", "packages", "SwanLab", *STEPS} <= found.keys()  # fmt: skip
+            "GPU", "precision", "memory", "disk", "packages", "SwanLab", *STEPS} <= found.keys()  # fmt: skip
     assert "takes all" in found["LLaMA Factory's own parser"].found
     assert "cuts none" in found["row lengths"].found
 
