@@ -13,7 +13,8 @@ valid JSON) and writes reward_model_full and one variant for each evaluation typ
 
 Only the first one reads the verdicts; the others write what they find. Each runs in a process of its own. Peak memory
 is the sum of the proportional set sizes (PSS) of the process and its children, sampled every 20 ms; CPU seconds include
-the children. Files are left in the page cache, as programs leave them; the first way also syncs them.
+the children. prmkit waits until its files are on the disk, the others leave them in the page cache: the second column
+of seconds has the wait for the disk for all of them.
 """
 
 import argparse
@@ -37,11 +38,11 @@ JUDGES = ("deepseek-chat", "kimi-k2-0711-preview", "judge-c", "judge-d")
 
 # --- the input ----------------------------------------------------------------------------------------------------
 
-_WORDS = (
-    "the agent searched result page table query answer evidence step tool call returned status team season match "
-    "record stadium attendance river bridge chapter author volume engine valve orbit launch archive index entry "
-    "Straße größer résumé naïve 東京 データ 搜索 结果 Москва запрос"
-).split()
+_WORDS = """
+the agent searched result page table query answer evidence step tool call returned status team season match record
+stadium attendance river bridge chapter author volume engine valve orbit launch archive index entry
+Straße größer résumé naïve 東京 データ 搜索 结果 Москва запрос
+"""
 
 _CLIP = """
 You are judging one step of an agent.
@@ -89,7 +90,8 @@ Please provide your evaluation in the following JSON format:
 def write_input(path: Path, megabytes: int) -> None:
     """Write about as many megabytes; the same ones every time."""
     choose = random.Random(0)
-    sentences = [" ".join(choose.choices(_WORDS, k=choose.randint(6, 18))) + "." for _ in range(4_000)]
+    words = _WORDS.split()
+    sentences = [" ".join(choose.choices(words, k=choose.randint(6, 18))) + "." for _ in range(4_000)]
 
     def prose(characters: int) -> str:
         return " ".join(choose.choices(sentences, k=max(characters // 80, 1)))
@@ -110,21 +112,22 @@ def write_input(path: Path, megabytes: int) -> None:
 
 def _prompts(choose: random.Random, prose: Callable[[int], str], task: str) -> Iterator[tuple[str, str]]:
     for number in range(1, 8):
-        yield "clip", _CLIP.format(
-            task=task,
-            history=prose(800),
-            number=number,
-            thought=prose(400),
-            query=prose(80),
-            result=prose(choose.randint(500, 6_000)),
+        yield (
+            "clip",
+            _CLIP.format(
+                task=task,
+                history=prose(800),
+                number=number,
+                thought=prose(400),
+                query=prose(80),
+                result=prose(choose.randint(500, 6_000)),
+            ),
         )
     for kind in ("category", "final"):
         yield kind, _WHOLE.format(what=kind, task=task, history=prose(2_500), hundredths=choose.randrange(100))
 
 
-def _row(
-    choose: random.Random, prose: Callable[[int], str], kind: str, prompt: str, judge: str, task: str
-) -> str:
+def _row(choose: random.Random, prose: Callable[[int], str], kind: str, prompt: str, judge: str, task: str) -> str:
     def score() -> float:
         return choose.randrange(0, 101, 5) / 100
 
@@ -229,12 +232,13 @@ def duckdb_way(source: Path, output: Path) -> None:
         "CREATE TABLE rows AS SELECT conversations[1].value AS instruction, '' AS input, "
         "conversations[2].value AS output, metadata.evaluation_type AS evaluation_type, "
         "metadata.model_name AS model_name, metadata.task_id AS task_id "
-        f"FROM read_json('{source}', format='newline_delimited', maximum_object_size=100000000)"
+        "FROM read_json(?, format='newline_delimited', maximum_object_size=100000000)",
+        [str(source)],
     )
     columns = "SELECT instruction, input, output FROM rows"
     connection.execute(f"COPY ({columns}) TO '{output / 'full.jsonl'}' (FORMAT json)")
     for key in ("evaluation_type", "model_name", "task_id"):
-        for (value,) in connection.execute(f"SELECT DISTINCT {key} FROM rows").fetchall():
+        for (value,) in connection.execute(f"SELECT DISTINCT {key} FROM rows").fetchall():  # noqa: S608
             target = output / f"{value}.jsonl"
             connection.execute(f"COPY ({columns} WHERE {key} = '{value}') TO '{target}' (FORMAT json)")
 
@@ -260,6 +264,7 @@ def measure(way: str, source: Path, output: Path) -> dict[str, float]:
     """Run one way in a process of its own: seconds, CPU seconds, peak memory in MB, and MB written."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
+    os.sync()
     before = os.times()
     started = time.perf_counter()
     child = subprocess.Popen([sys.executable, __file__, "--run", way, str(source), str(output)])
@@ -268,11 +273,14 @@ def measure(way: str, source: Path, output: Path) -> dict[str, float]:
         peak = max(peak, sum(map(_proportional_set_size, _tree(child.pid))))
         time.sleep(0.02)
     seconds = time.perf_counter() - started
+    os.sync()
+    synced = time.perf_counter() - started
     after = os.times()
     if child.returncode:
         raise SystemExit(f"{way} failed")
     return {
         "seconds": seconds,
+        "synced": synced,
         "cpu": after.children_user + after.children_system - before.children_user - before.children_system,
         "peak_mb": peak / 1e6,
         "written_mb": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6,
@@ -314,14 +322,12 @@ def main() -> None:
         if not source.exists():
             write_input(source, megabytes)
         print(f"\n{source.stat().st_size / 1e6:,.0f} MB of input\n")
-        print("| way | seconds | CPU seconds | peak MB | MB written |\n|---|---:|---:|---:|---:|")
+        print("| way | seconds | to the disk | CPU seconds | peak MB | MB written |\n|---|---:|---:|---:|---:|---:|")
         for way in arguments.ways:
             figures = measure(way, source, folder / way)
-            print(
-                f"| {way} | {figures['seconds']:.1f} | {figures['cpu']:.1f} | {figures['peak_mb']:,.0f} "
-                f"| {figures['written_mb']:,.0f} |",
-                flush=True,
-            )
+            shown = [f"{figures[name]:.1f}" for name in ("seconds", "synced", "cpu")]
+            shown += [f"{figures[name]:,.0f}" for name in ("peak_mb", "written_mb")]
+            print(f"| {way} | {' | '.join(shown)} |", flush=True)
             if way != "prmkit":
                 shutil.rmtree(folder / way)
 

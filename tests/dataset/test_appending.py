@@ -1,0 +1,36 @@
+"""Appending to very many files: nothing is lost or reordered, and memory stays bounded."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from prmkit.dataset import appending
+from prmkit.dataset.appending import Appender
+
+
+@pytest.mark.parametrize(("file_limit", "total_limit"), [(1, 1), (100, 1_000), (1 << 20, 1 << 30)])
+def test_every_file_gets_its_lines_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_limit: int, total_limit: int
+) -> None:
+    monkeypatch.setattr(appending, "_FILE_LIMIT", file_limit)
+    monkeypatch.setattr(appending, "_TOTAL_LIMIT", total_limit)
+    choose = random.Random(0)
+    expected: dict[str, list[bytes]] = {}
+    with Appender(tmp_path) as appender:
+        for number in range(2_000):
+            name = f"file-{choose.randrange(50)}"
+            line = b"%d\n" % number * choose.randrange(1, 5)
+            appender.append(name, line)
+            expected.setdefault(name, []).append(line)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        name: b"".join(lines) for name, lines in expected.items()
+    }
+    assert appender.lines == {name: len(lines) for name, lines in expected.items()}
+
+
+def test_an_error_writes_nothing_more(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Appender(tmp_path) as appender:
+        appender.append("a", b"line\n")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
