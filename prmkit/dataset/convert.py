@@ -69,6 +69,7 @@ def _convert(settings: Settings, names: Sequence[str], guard: LengthGuard | None
         bar = progress.add_task("reading", total=size)
         prepared, hashes, blocks = _prepare(settings, sources, guard, stage, size, partial(progress.advance, bar))
         refuse_unmatched(settings.filters, prepared)
+        _warn_of_unknown_tasks(settings, prepared)
         all_for_training = _only_held_out(settings, prepared)
         resolved = resolve(
             stage,
@@ -116,6 +117,14 @@ def _prepare(
 
 def _hashes(sources: Sequence[Source], _advance: Advance) -> list[str]:
     return [sha256_of(source.path) for source in sources]
+
+
+def _warn_of_unknown_tasks(settings: Settings, prepared: Sequence[Prepared]) -> None:
+    if settings.split.tasks is not None and not settings.filters:
+        unknown = settings.split.tasks - {group.task for told in prepared for group in told.groups}
+        if unknown:
+            shown = ", ".join(sorted(unknown)[:5])
+            log.warning("warning: %d tasks that are to be held out are not in the input: %s", len(unknown), shown)
 
 
 def _only_held_out(settings: Settings, prepared: Sequence[Prepared]) -> bool:

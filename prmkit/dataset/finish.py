@@ -1,6 +1,7 @@
 """The end of a conversion: audit what was written, tell what was done, put everything in its place."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -16,6 +17,8 @@ from prmkit.dataset.variants import FULL, HELD_OUT_SUFFIX, held_out_name
 from prmkit.dataset.write import data_file
 from prmkit.errors import DataError
 from prmkit.files import read_json, sha256_of, write_json
+
+log = logging.getLogger(__name__)
 
 INFO = "dataset_info.json"
 REPORT = "conversion_report.json"
@@ -62,10 +65,17 @@ def finish(
     report |= {"entries": list(entries), "files": files}
     write_json(new / report_file, report)
     write_json(new / INFO, kept | entries)
+    _warn_of_others_files(settings.output, set(files) - set(earlier.get("files", [])))
     # A report is a file that anybody may edit: only plain names in the folder itself are ever removed.
     obsolete = [name for name in earlier.get("files", []) if name not in files and Path(name).name == name]
     publish(settings.output, stage, new, obsolete)
     return report
+
+
+def _warn_of_others_files(output: Path, names: Iterable[str]) -> None:
+    there = sorted(name for name in names if (output / name).exists())
+    if there:
+        log.warning("warning: %s: replaced, though no earlier conversion lists them", ", ".join(there[:10]))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

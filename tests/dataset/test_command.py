@@ -58,8 +58,9 @@ def test_filters_hold_out_what_the_conversion_in_the_folder_holds_out(source: Pa
 
 def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, script: Script) -> None:
     tasks = tmp_path / "tasks.txt"
-    tasks.write_text("task_3\n\n task_4 \n")
-    script("convert_dataset.py", "--input", source, "--output-dir", data, "--eval-tasks", tasks)
+    tasks.write_text("task_3\n\n task_4 \ntask_x\n")
+    done = script("convert_dataset.py", "--input", source, "--output-dir", data, "--eval-tasks", tasks)
+    assert "1 tasks that are to be held out are not in the input: task_x" in done.stderr
     held_out = {row["metadata"]["task_id"] for row in read_lines(data / "reward_model_full_eval.meta.jsonl")}
     assert held_out == {"task_3", "task_4"}
 

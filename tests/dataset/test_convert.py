@@ -366,6 +366,18 @@ def test_stale_files_go_only_if_they_are_ours(convert_rows: Convert, data: Path)
     assert not [path for path in data.iterdir() if path.is_symlink()]
 
 
+def test_somebody_elses_file_of_the_same_name_is_not_replaced_in_silence(
+    convert_rows: Convert, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data.mkdir()
+    (data / "reward_model_full.jsonl").write_text("mine\n")
+    convert_rows(many_rows(tasks=3))
+    assert "reward_model_full.jsonl: replaced" in caplog.text
+    caplog.clear()
+    convert_rows(many_rows(tasks=3))
+    assert not caplog.text
+
+
 def test_a_report_that_lists_files_elsewhere_removes_none(convert_rows: Convert, data: Path, tmp_path: Path) -> None:
     convert_rows(many_rows(tasks=3))
     (tmp_path / "precious").write_text("keep")
