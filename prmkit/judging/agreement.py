@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prmkit.judging import measures
 from prmkit.judging.bootstrap import SAME_PREDICTION, Figure, Floats, Integers, Sample, make_sample, measure
-from prmkit.judging.judgement import BAD_BELOW
+from prmkit.judging.judgement import BAD_BELOW, LOW_COVERAGE
 from prmkit.judging.pairwise import pairwise_accuracy
 from prmkit.judging.predictions import Row, Scores
 
@@ -22,7 +22,6 @@ Figures = dict[str, Any]
 
 FEWEST_SCORES = 10
 """A correlation, a kappa or a ranking of fewer scores than this is not reported: three points are always in order."""
-LOW_COVERAGE = 0.5
 _A_HAIR = 1e-9
 
 

@@ -14,6 +14,9 @@ Status = Literal["ok", "unparsed", "too_long", "error"]
 BAD_BELOW = (0.5, 0.8)
 """A step is bad when its score is below this: the stricter and the milder meaning of the word."""
 
+LOW_COVERAGE = 0.5
+"""Below this, most of what the model would have written is no score."""
+
 
 @dataclass(frozen=True)
 class Request:

@@ -16,14 +16,12 @@ import orjson
 from prmkit import cli
 from prmkit.errors import UsageError
 from prmkit.files import open_input, write_text
-from prmkit.judging.judgement import Judgement, Mode, Request
+from prmkit.judging.judgement import LOW_COVERAGE, Judgement, Mode, Request
 from prmkit.judging.rows import Row, ShapeOf, read_rows
 
 log = logging.getLogger("prmkit")
 
 STDIN = "-"
-
-_LOW_COVERAGE = 0.5
 
 Score = Callable[[Iterable[Request], Mode], Iterator[Judgement]]
 """Judges a stream of requests in their order."""
@@ -127,7 +125,7 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
         bar = progress.add_task("scoring", total=None)
         for result in _results(job, read_rows(lines, job.shape_of), score, fingerprint):
             counts[result["status"]] += 1
-            unwilling += result["coverage"] is not None and result["coverage"] < _LOW_COVERAGE
+            unwilling += result["coverage"] is not None and result["coverage"] < LOW_COVERAGE
             trajectories.add(result)
             progress.advance(bar)
     if job.bad_below is not None:
@@ -138,7 +136,7 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
             "%d of them have a coverage below %g: there the judge would rather write something else than a score. "
             "An untrained model and a wrong template look like this.",
             unwilling,
-            _LOW_COVERAGE,
+            LOW_COVERAGE,
         )
     return counts.total() == counts["ok"]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prmkit.judging.bootstrap import SAME_PREDICTION
+from prmkit.judging.judgement import LOW_COVERAGE
 
 ALL = "all"
 """Stands for every evaluation type, or for every key, in `metrics.json`."""
@@ -135,7 +136,8 @@ def conclusions(metrics: Mapping[str, Any]) -> list[Conclusion]:
     """One conclusion for each evaluation type."""
     found = []
     for group in groups_of_kind(metrics):
-        standing, headline = _headline(group)
+        coverage = metrics["validity"][group["evaluation_type"]].get("coverage")
+        standing, headline = _headline(group, coverage)
         found.append(Conclusion(group["evaluation_type"], standing, headline, tuple(_sentences(group))))
     return found
 
@@ -160,14 +162,22 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
-def _headline(group: Group) -> tuple[Standing, str]:
-    """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak."""
+def _headline(group: Group, coverage: Mapping[str, Any] | None) -> tuple[Standing, str]:
+    """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak.
+
+    Args:
+        group: of one evaluation type.
+        coverage: the mean coverage of its scores; None where they were read from text.
+    """
     judge, copying, gap = group["judge"], group["baselines"].get("copy"), group["ceiling"]["gap"]
     spearman, skill = judge[ORDER], judge["skill"]
     if spearman.get("reason") == SAME_PREDICTION:
         return "useless", "It gives everything the same score: it judges nothing."
     if spearman["value"] is None or spearman["low"] is None:
         return "unknown", f"Too little held-out data to say ({spearman.get('reason')})."
+    if coverage and coverage["value"] < LOW_COVERAGE:
+        wanted = f"{coverage['value']:.0%} of its probability is on one"
+        return "useless", f"It does not want to answer with a score: {wanted}."
     if spearman["low"] <= 0:
         return "useless", "Nothing shows that its order is better than chance."
     if copying and _copies(copying):

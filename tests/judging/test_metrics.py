@@ -357,3 +357,15 @@ def test_both_formats_are_the_same_yardstick(tmp_path: Path):
     )
     assert alpaca.sha256 == sharegpt.sha256
     assert [prompt.prompt for prompt in alpaca.prompts] == [prompt.prompt for prompt in sharegpt.prompts]
+
+
+def test_a_model_that_does_not_want_to_score_is_not_called_a_judge(held_out):
+    rows = predictions_of(held_out, noisy(0.05))
+    for row in rows:
+        for score in row["scores"].values():
+            score["coverage"] = 0.02
+    metrics = metrics_of(rows, None, held_out, MEDIANS)
+    found = conclusions_of(metrics)
+    assert {each.standing for each in found.values()} == {"useless"}
+    assert "2% of its probability" in found["clip"].headline
+    assert "less than half of it for 100.0% of the scores" in summary.validity_sentence(metrics)
