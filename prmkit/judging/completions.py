@@ -19,7 +19,7 @@ from prmkit.encoding import ChatEncoding
 from prmkit.errors import DataError, UsageError
 from prmkit.judging.candidates import ScoreTrie, TrieOf, distribution_of, tries_of
 from prmkit.judging.judgement import Distribution, Judgement, Mode, Request
-from prmkit.judging.order import Prepared, judgements_in_order, prepare, read_written
+from prmkit.judging.order import Prepared, judgements_in_order, preparing, read_written
 
 log = logging.getLogger("prmkit")
 
@@ -92,7 +92,7 @@ class CompletionsJudge:
 
         return judgements_in_order(
             requests,
-            lambda request: prepare(request, self.encoding, self.cutoff_len, trim=trim),
+            preparing(self.encoding, self.cutoff_len, trim=trim),
             lambda ready: asyncio.run(judge_all(ready)),
             window=4 * batch_size,
         )

@@ -11,7 +11,7 @@ from prmkit.encoding import ChatEncoding
 from prmkit.errors import DataError, UsageError
 from prmkit.judging.candidates import TrieOf, distribution_of, tries_of
 from prmkit.judging.judgement import Distribution, Judgement, Mode, Request
-from prmkit.judging.order import Prepared, judgements_in_order, prepare, read_written
+from prmkit.judging.order import Prepared, judgements_in_order, preparing, read_written
 from prmkit.judging.sources import JudgeSource, encoding_of
 from prmkit.judging.tree import PromptTrees, refuse_unsuitable
 
@@ -64,7 +64,7 @@ class Judge:
 
         return judgements_in_order(
             requests,
-            lambda request: prepare(request, self.encoding, self.source.cutoff_len, trim=trim),
+            preparing(self.encoding, self.source.cutoff_len, trim=trim),
             lambda ready: _by_length(ready, batch_size, answer),
             window=batch_size * _BATCHES_READ_AHEAD,
         )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 
 from prmkit.encoding import ChatEncoding
@@ -23,33 +24,42 @@ class Prepared:
     trimmed: bool
 
 
-def prepare(request: Request, encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Prepared | Judgement:
-    """Neutralise, trim where needed, and encode; or say why the prompt cannot be judged.
+def preparing(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callable[[Request], Prepared | Judgement]:
+    """How prompts become ready for the model: neutralised, trimmed where needed, encoded; or why one cannot be judged.
 
     Both modes leave the same room for the answer, the scores and what stands before them, so both see the same prompt.
     """
+
+    @lru_cache(maxsize=1024)
+    def room_beside(shape: Shape) -> int:
+        return cutoff_len - len(answer_ids(encoding, answer_prefix(shape, dict.fromkeys(shape.keys, 0.0))))
+
+    def prepare(request: Request) -> Prepared | Judgement:
+        if fault := _fault(request):
+            return Judgement("error", reason=fault)
+        prompt, _ = neutralise(request.prompt)
+        ids, room = encoding.prompt_ids(prompt), room_beside(request.shape)
+        if len(ids) <= room:
+            return Prepared(ids, request.shape, trimmed=False)
+        trimmed = trim_prompt(prompt, encoding, room) if trim else None
+        if trimmed is None:
+            reason = f"{len(ids):,} tokens, and there is room for {max(room, 0):,} of cutoff_len {cutoff_len:,}"
+            return Judgement("too_long", reason=reason, prompt_tokens=len(ids))
+        return Prepared(encoding.prompt_ids(trimmed.text), request.shape, trimmed=True)
+
+    return prepare
+
+
+def _fault(request: Request) -> str | None:
     if not request.prompt.strip():
-        return Judgement("error", reason="the prompt is empty")
+        return "the prompt is empty"
     if not request.shape.keys:
-        return Judgement("error", reason="no score key is asked for")
+        return "no score key is asked for"
     try:
         request.prompt.encode()
     except UnicodeEncodeError as error:
-        return Judgement("error", reason=f"the prompt is no Unicode text ({error.reason})")
-    prompt, _ = neutralise(request.prompt)
-    ids = encoding.prompt_ids(prompt)
-    room = cutoff_len - _answer_length(encoding, request.shape)
-    if len(ids) <= room:
-        return Prepared(ids, request.shape, trimmed=False)
-    trimmed = trim_prompt(prompt, encoding, room) if trim else None
-    if trimmed is None:
-        reason = f"{len(ids):,} tokens, and there is room for {max(room, 0):,} of cutoff_len {cutoff_len:,}"
-        return Judgement("too_long", reason=reason, prompt_tokens=len(ids))
-    return Prepared(encoding.prompt_ids(trimmed.text), request.shape, trimmed=True)
-
-
-def _answer_length(encoding: ChatEncoding, shape: Shape) -> int:
-    return len(answer_ids(encoding, answer_prefix(shape, dict.fromkeys(shape.keys, 0.0))))
+        return f"the prompt is no Unicode text ({error.reason})"
+    return None
 
 
 def judgements_in_order(

@@ -18,6 +18,7 @@ from prmkit.files import write_json
 from prmkit.judging.candidates import SCORES, distribution_of, score_trie
 from prmkit.judging.judge import Judge, _as_memory_allows, load_judge
 from prmkit.judging.judgement import Judgement, Request
+from prmkit.judging.order import preparing
 from prmkit.judging.sources import JudgeSource, judge_source_of_export, judge_source_of_run
 from prmkit.judging.tree import refuse_unsuitable
 from prmkit.markers import neutralise
@@ -149,9 +150,8 @@ def test_token_ids_are_those_of_training(judges: dict[str, Judge], model_folders
 
 
 def _ids_that_are_run(judge: Judge, asked: list[Request]) -> list[list[int]]:
-    from prmkit.judging.order import prepare
-
-    return [prepare(request, judge.encoding, 4096, trim=False).ids for request in asked]
+    prepare = preparing(judge.encoding, 4096, trim=False)
+    return [prepare(request).ids for request in asked]
 
 
 def test_prompts_that_cannot_be_judged_say_why(judges: dict[str, Judge]) -> None:
