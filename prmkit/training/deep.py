@@ -17,6 +17,7 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.training.check import Check, Status, error, ok, warning
+from prmkit.training.llamafactory import child_environment
 
 TIMEOUT_SECONDS = 120
 STEPS = {
@@ -49,12 +50,7 @@ def look_deep(values: Mapping[str, Any], *, gpus: int) -> Findings:
     """
     # LLaMA Factory's parser refuses to work where it sees several GPUs and no torchrun.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if gpus else ""
-    clean = {name: text for name, text in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    # The child finds prmkit from whatever folder the script was started in.
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), clean.get("PYTHONPATH")]))
-    environment = {
-        **clean, "CUDA_VISIBLE_DEVICES": visible, "LLAMAFACTORY_VERBOSITY": "ERROR", "PYTHONPATH": path,
-    }  # fmt: skip
+    environment = {**child_environment(), "CUDA_VISIBLE_DEVICES": visible, "LLAMAFACTORY_VERBOSITY": "ERROR"}
     with tempfile.TemporaryDirectory() as folder:
         request, result = Path(folder) / "request.json", Path(folder) / "result.jsonl"
         request.write_text(json.dumps({"values": dict(values), "gpus": gpus}))
@@ -78,11 +74,12 @@ def _cause(traceback: str) -> str:
 
 
 def _findings(results: list[dict[str, Any]], failure: str) -> Findings:
-    checks = [Check(**{**entry["check"], "status": Status(entry["check"]["status"])}) for entry in results]
+    checks = (Check(**{**entry["check"], "status": Status(entry["check"]["status"])}) for entry in results)
+    found = {check.name: check for check in checks}
+    for step in [step for step in STEPS if step not in found][:1]:
+        found[step] = error(step, failure, STEPS[step])
     longest = next((entry["longest"] for entry in results if entry["longest"]), None)
-    for step, advice in list(STEPS.items())[len(checks) :][:1]:
-        checks.append(error(step, failure, advice))
-    return Findings(checks, longest)
+    return Findings([found[step] for step in STEPS if step in found], longest)
 
 
 def main() -> None:
@@ -95,8 +92,11 @@ def main() -> None:
             stream.write(json.dumps({"check": asdict(check), "longest": longest}) + "\n")
 
     done(_starts(request["gpus"]))
-    _template_and_rows(values, done)
-    done(_parser(values, result.with_name("run")))
+    try:
+        _template_and_rows(values, done)
+    finally:
+        # A tokenizer that raises something of its own must not hide what the parser has to say.
+        done(_parser(values, result.with_name("run")))
 
 
 def _starts(gpus: int) -> Check:

@@ -54,14 +54,20 @@ def test_a_project_with_everything_wrong_gets_one_list(project: Path) -> None:
     assert "JSONDecodeError" in found["LLaMA Factory's own parser"].found
 
 
-def test_a_tokenizer_that_cannot_be_loaded(project: Path) -> None:
+def test_a_tokenizer_and_a_gpu_that_cannot_be_used(project: Path) -> None:
+    """The driver is said to show a GPU that torch does not see: what an old driver looks like."""
     (project / "model" / "tokenizer.json").write_text("{}")
-    found = look_deep(
-        {"model_name_or_path": "model", "template": "qwen", "dataset": "steps", "dataset_dir": "data"}, gpus=0
-    )
-    by_name = {check.name: check.status for check in found.checks}
-    assert by_name["template"] is Status.ERROR
-    assert by_name["LLaMA Factory starts"] is Status.OK
+    values = {
+        "model_name_or_path": "model",
+        "template": "qwen",
+        "dataset": "steps",
+        "dataset_dir": "data",
+        "use_cpu": True,
+    }
+    by_name = {check.name: check for check in look_deep(values, gpus=1).checks}
+    assert by_name["template"].status is Status.ERROR
+    assert "cannot use the GPU that the driver shows" in by_name["LLaMA Factory starts"].found
+    assert by_name["LLaMA Factory's own parser"].status is Status.OK
 
 
 def test_a_torch_that_cannot_be_imported_is_told(
