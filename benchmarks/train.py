@@ -90,7 +90,7 @@ def shared_keys(size: str, steps: int, cutoff: int) -> dict[str, Any]:
     return {
         "model_name_or_path": str(WORK / size), "template": "qwen", "dataset": "rows", "dataset_dir": str(WORK),
         "cutoff_len": cutoff, "max_steps": steps, "logging_steps": 1, "save_strategy": "no", "seed": 42,
-        "report_to": "none", "include_num_input_tokens_seen": True,
+        "data_seed": 42, "warmup_steps": 0.1, "report_to": "none", "include_num_input_tokens_seen": True,
     }  # fmt: skip
 
 
