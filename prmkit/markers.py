@@ -55,8 +55,9 @@ def neutralise(text: str, *, answer: bool = False) -> tuple[str, int]:
     """
     found = 0
     for pattern in _ANSWER if answer else _PROMPT:
-        text, more = pattern.subn(r"\g<0>\\", text)
-        found += more
+        if pattern.search(text):  # a search is cheaper than preparing a replacement, and most texts have no marker
+            text, more = pattern.subn(r"\g<0>\\", text)
+            found += more
     return text, found
 
 
