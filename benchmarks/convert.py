@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "benchmarks" / "work"
+WORK = ROOT / "benchmarks" / "scratch"
 
 TASKS = 2_000
 JUDGES = ("deepseek-chat", "kimi-k2-0711-preview", "judge-c", "judge-d")

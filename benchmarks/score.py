@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "benchmarks" / "work" / "score"
+WORK = ROOT / "benchmarks" / "scratch" / "score"
 sys.path.insert(0, str(ROOT))
 
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402

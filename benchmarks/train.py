@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "benchmarks" / "work" / "train"
+WORK = ROOT / "benchmarks" / "scratch" / "train"
 sys.path.insert(0, str(ROOT))
 
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402

@@ -135,8 +135,12 @@ def test_a_figure_says_why_it_has_no_value():
     assert measure(constant, measures.spearman(constant)) == Figure(
         None, None, None, 20, 20, "the prediction is always the same"
     )
-    assert "reference" in measure(make_sample([0, 1.0], [1, 1.0], [0, 1]), measures.pearson(
-        make_sample([0, 1.0], [1, 1.0], [0, 1]))).reason
+    assert (
+        "reference"
+        in measure(
+            make_sample([0, 1.0], [1, 1.0], [0, 1]), measures.pearson(make_sample([0, 1.0], [1, 1.0], [0, 1]))
+        ).reason
+    )
     nothing = make_sample([], [], [])
     assert measure(nothing, measures.mean_absolute_error(nothing)).reason == "nothing to measure"
 
