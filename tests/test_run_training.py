@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Script
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_help_names_every_option(script: Script) -> None:

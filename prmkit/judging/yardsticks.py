@@ -82,9 +82,7 @@ def shared(mine: Scores, theirs: Scores) -> tuple[Scores, Scores]:
     """The scores of the same prompts and keys, in the same order."""
     places = {entry: place for place, entry in enumerate(zip(theirs.prompt, theirs.key, strict=True))}
     pairs = [
-        (place, places[entry])
-        for place, entry in enumerate(zip(mine.prompt, mine.key, strict=True))
-        if entry in places
+        (place, places[entry]) for place, entry in enumerate(zip(mine.prompt, mine.key, strict=True)) if entry in places
     ]
     chosen = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return mine.where(chosen[:, 0]), theirs.where(chosen[:, 1])
