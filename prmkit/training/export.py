@@ -62,26 +62,25 @@ def check_target(target: Path, source: Source | None = None, *, overwrite: bool)
     """See whether an export may be written to a folder; done before a training whose export would fail for it.
 
     Args:
-        target: the export folder.
+        target: the export folder. An earlier export in it will be moved aside.
         source: what will be exported; None when it is not trained yet.
-        overwrite: what is there will be moved aside.
+        overwrite: whatever is in it will be moved aside.
 
     Returns:
         Whether just this export is there already.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder holds something that is no export of ours.
     """
     if overwrite or not _contents(target):
         return False
-    note = read_json(target / NOTE) if (target / NOTE).exists() else None
-    if note and source and note["run_id"] == source.record["id"] and note["adapter"] == str(source.folder):
-        return True
-    if note and source is None:
-        held = f"the export of {note['adapter']}"
-    else:
-        held = f"the export of {note['adapter']}" if note else "files"
-    raise UsageError(f"{target}: holds {held}. Export elsewhere with export_dir=FOLDER, or move it aside: --overwrite.")
+    if not (target / NOTE).exists():
+        raise UsageError(
+            f"{target}: holds files that are no export. Export elsewhere with export_dir=FOLDER, or move them aside: "
+            "--overwrite."
+        )
+    note = read_json(target / NOTE)
+    return bool(source and note["run_id"] == source.record["id"] and note["adapter"] == str(source.folder))
 
 
 def _contents(folder: Path) -> list[Path]:
@@ -95,20 +94,20 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
         source: from `find_source`.
         target: the export folder.
         log_path: what LLaMA Factory prints is appended there.
-        overwrite: move what stands in `target` aside.
+        overwrite: move what stands in `target` aside, whatever it is; an earlier export is moved aside in any case.
 
     Returns:
         The export folder.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder holds something that is no export of ours.
         LlamaFactoryError: the export failed, or did not leave a whole model.
         Interrupted: a signal stopped it.
     """
     if check_target(target, source, overwrite=overwrite):
         log.info("%s: already exported.", target)
         return target
-    if overwrite and _contents(target):
+    if _contents(target):
         move_aside(target)
     part = target / _PART
     shutil.rmtree(part, ignore_errors=True)
