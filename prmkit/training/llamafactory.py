@@ -112,6 +112,9 @@ def child_environment() -> dict[str, str]:
     environment |= {"PYTHONUNBUFFERED": "1", "RECORD_VRAM": "1"}
     # FSDP2 else saves shards alone, and LLaMA Factory ends without having written an adapter.
     environment.setdefault("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    # On a CPU that others use as well, threads that spin while they wait for each other take the time that they wait
+    # for: the demo's steps took five times as long.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What LLaMA Factory's launcher sets for several GPUs; row lengths differ so much that one GPU gains by it too.
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return environment
