@@ -19,8 +19,9 @@ def project(make_project: MakeProject, tmp_path: Path) -> Path:
 def test_the_whole_way_from_any_folder(script: Script, project: Path) -> None:
     """Checks, training, result: with a blank in the path, from another folder than the script's."""
     done = script(
-        "train.py", "--config", "config.yaml", "-e", "1", "-lr", "2e-3", "-bs", "8", "lora_rank=4", cwd=project
-    )
+        "train.py", "lora_alpha=8", "--config", "config.yaml", "-e", "1", "-lr", "2e-3", "-bs", "8", "lora_rank=4",
+        cwd=project,
+    )  # fmt: skip
     assert done.stdout.startswith("Trained: saves/run (5 steps, training loss ")
     assert "llamafactory-cli chat --model_name_or_path model --adapter_name_or_path saves/run" in done.stdout
     for shown in ("learning_rate", "0.002  (--learning-rate)", "(key=value)", "(config.yaml)", "ok       template:"):
