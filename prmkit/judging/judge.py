@@ -1,6 +1,7 @@
 """The judge: a fine-tuned model that scores steps. The only module of prmkit that loads a model."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -191,7 +192,10 @@ def _first_line(error: Exception) -> str:
 def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter))
+    with warnings.catch_warnings():
+        if not model.config.tie_word_embeddings:  # peft says so of every model whose embeddings were trained
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return PeftModel.from_pretrained(model, str(adapter))
 
 
 def _device(name: str) -> Any:

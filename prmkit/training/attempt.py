@@ -20,11 +20,10 @@ from prmkit.training.config import ResolvedConfig, render_yaml
 from prmkit.training.failures import explain, log_tail
 from prmkit.training.llamafactory import Launch
 from prmkit.training.resume import Plan, Step, clear_the_way, finish_from
-from prmkit.training.runs import RENDERED, now, write_record
+from prmkit.training.runs import RENDERED, log_of, now, write_record
 
 log = logging.getLogger(__name__)
 
-LOGS = Path("logs")
 FOLLOWED = "trainer_log.jsonl"
 
 
@@ -112,13 +111,13 @@ def _launch(setting: Setting, folder: Path, plan: Plan, lock: int) -> None:
     write_text(rendered, render_yaml(values))
     checkpoint = plan.checkpoint
     start = monitoring.Start(checkpoint.step, checkpoint.tokens) if checkpoint else monitoring.Start()
-    log_path = LOGS / f"{folder.name}.log"
+    log_path = log_of(folder)
     line = llamafactory.train_command(rendered, setting.launch, setting.processes, torchrun=setting.torchrun)
     begin = _begin_log(log_path, line)
     where = f"goes on from step {start.step}" if checkpoint else "begins"
     log.info("Run %s %s; log: %s", folder, where, log_path)
     with (
-        monitoring.followed(folder / FOLLOWED, LOGS / FOLLOWED, start) as follower,
+        monitoring.followed(folder / FOLLOWED, log_path.parent / FOLLOWED, start) as follower,
         monitoring.progress(folder.name, start) as show,
         monitoring.echoed(log_path, begin) if setting.verbose else nullcontext(lambda: None) as echo,
         llamafactory.started(line, log_path, held=lock, through_torchrun=setting.torchrun) as child,
@@ -229,7 +228,8 @@ def join(setting: Setting, folder: Path) -> None:
     name = f"{folder.name}.node{setting.launch.node_rank}"
     newest = newest_whole(folder, put_aside=False)
     plan = Plan(Step.GO_ON if newest else Step.BEGIN, {}, newest)
-    rendered, log_path = LOGS / f"{name}.yaml", LOGS / f"{name}.log"
+    log_path = log_of(folder.with_name(name))
+    rendered = log_path.with_suffix(".yaml")
     values = _launch_values(setting.config.values, folder, plan, setting.launch)
     write_text(rendered, render_yaml(values))
     line = llamafactory.train_command(rendered, setting.launch, setting.processes, torchrun=True)

@@ -18,7 +18,7 @@ from prmkit.training.checkpoints import weights_fault
 from prmkit.training.config import render_yaml
 from prmkit.training.failures import explain, log_tail
 from prmkit.training.resume import move_aside
-from prmkit.training.runs import read_record
+from prmkit.training.runs import RECORD, read_record
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,11 @@ class Source:
     folder: Path
     record: Mapping[str, Any]
     """The run's `run.json`."""
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.folder if (self.folder / RECORD).exists() else self.folder.parent
 
 
 def find_source(folder: Path) -> Source:

@@ -12,7 +12,7 @@ from typing import Any
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import only_one
-from prmkit.training.attempt import LOGS, Setting, carry_out, join
+from prmkit.training.attempt import Setting, carry_out, join
 from prmkit.training.checkpoints import checkpoint_folders, fault_of
 from prmkit.training.config import Override, ResolvedConfig, parse_assignment, read_yaml, resolve_config
 from prmkit.training.export import Source, check_target, export_run, find_source
@@ -26,6 +26,7 @@ from prmkit.training.runs import (
     all_records,
     command_line,
     differences,
+    log_of,
     new_record,
     read_record,
     table_rows,
@@ -218,7 +219,7 @@ def train(command: Command, setting: Setting) -> Outcome:
     exported = None
     if command.export:
         source = Source(folder, record)
-        exported = export_run(source, target, log_path=LOGS / f"{folder.name}.log", overwrite=command.overwrite)
+        exported = export_run(source, target, log_path=log_of(folder), overwrite=command.overwrite)
     _report(command, folder, record, exported, already=plan.step is Step.DONE)
     return Outcome(ExitCode.DONE, folder, exported)
 
@@ -295,9 +296,7 @@ def _export_existing(command: Command, folder: Path, target: Any = None) -> Outc
         (parse_assignment(text).text for text in command.assignments if text.startswith("export_dir=")),
         source.record["config"].get("export_dir") or "exported_model",
     )
-    exported = export_run(
-        source, Path(str(chosen)), log_path=LOGS / f"{source.record['run']}.log", overwrite=command.overwrite
-    )
+    exported = export_run(source, Path(str(chosen)), log_path=log_of(source.run), overwrite=command.overwrite)
     if command.json:
         cli.emit_json({"folder": str(folder), "exported": str(exported)})
     else:

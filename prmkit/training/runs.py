@@ -44,6 +44,12 @@ _NOT_ABOUT_LEARNING = {
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
+def log_of(run_folder: Path) -> Path:
+    """Where the log of a run is: in `logs`, which stands beside the `saves` that the run is in, or else here."""
+    saves = run_folder.parent
+    return (saves.parent if saves.name == "saves" else Path()) / "logs" / f"{run_folder.name}.log"
+
+
 def now() -> str:
     """This moment in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

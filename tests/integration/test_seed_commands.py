@@ -4,13 +4,11 @@ One project folder serves all tests of this module, in the order of the guide; i
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from terminal import copy_project, type_in
 
 TASKS_KEPT = 8
 """Of the sample's tasks: enough for a held-out side, few enough to train in seconds."""
@@ -18,14 +16,7 @@ TASKS_KEPT = 8
 
 @pytest.fixture(scope="module")
 def project(root: Path, tiny_model: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("a user") / "my project"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True
-    ).stdout.split("\n")
-    for name in filter(None, listed):
-        if (root / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, folder / name)
+    folder = copy_project(root, tmp_path_factory.mktemp("a user") / "my project")
     shutil.copytree(tiny_model, folder / "model", dirs_exist_ok=True)
     (folder / "finetune.jsonl").write_text(_few_tasks(sample), encoding="utf-8")
     return folder
@@ -40,20 +31,6 @@ def _few_tasks(sample: Path) -> str:
     held_out = [task for task in tasks if is_held_out(task, ratio=0.1, seed=0)][:2]
     kept = {*held_out, *[task for task in tasks if task not in held_out][: TASKS_KEPT - len(held_out)]}
     return "".join(line for line, task in zip(lines, task_of, strict=True) if task in kept)
-
-
-def type_in(project: Path, line: str, *, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a line in bash as it stands in the guide, with the environment's programs on the path."""
-    environment = {
-        **os.environ,
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=project, env=environment, input=stdin, capture_output=True, text=True, timeout=540
-    )
-    assert done.returncode == code, f"{line}\ngave {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    return done
 
 
 def entries(project: Path) -> dict[str, dict[str, str]]:

@@ -16,7 +16,7 @@ from prmkit.training import flow
 from prmkit.training.checkpoints import checkpoint_folders, fault_of, newest_whole, weights_fault
 from prmkit.training.flow import Command
 from prmkit.training.resume import Step, free_folder, plan_start, run_folder_of
-from prmkit.training.runs import all_records, differences, model_fingerprint, new_record, rows_a_step
+from prmkit.training.runs import all_records, differences, log_of, model_fingerprint, new_record, rows_a_step
 
 
 def record_of(project: Path) -> dict[str, Any]:
@@ -315,3 +315,18 @@ def test_a_config_that_nobody_changed_makes_no_difference(make_project: MakeProj
     record = record_of(finished)
     assert differences(record, record) == []
     assert yaml.safe_load((finished / "config.yaml").read_text())["output_dir"] == "saves/run"
+
+
+@pytest.mark.parametrize(
+    ("run", "log"),
+    [
+        ("saves/run", "logs/run.log"),
+        ("./saves/run", "logs/run.log"),
+        ("demo/saves/run", "demo/logs/run.log"),
+        ("/scratch/saves/run", "/scratch/logs/run.log"),
+        ("/scratch/run", "logs/run.log"),
+        ("run", "logs/run.log"),
+    ],
+)
+def test_logs_stand_beside_saves(run: str, log: str) -> None:
+    assert log_of(Path(run)) == Path(log)
