@@ -1,51 +1,59 @@
 """Appending to thousands of files with one open handle and bounded memory."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-_FILE_LIMIT = 256 << 10
-_TOTAL_LIMIT = 24 << 20
+Line = bytes | memoryview
+
+_MOST_HELD = 24 << 20
+"""Bytes."""
 
 
 class Appender:
-    """Collects lines by file and writes them in large pieces; a file is open only while a piece is written.
+    """Collects lines by file and writes them in large pieces; a file is open only while its piece is written.
 
-    Holds at most about 24 MiB. Use as a context manager: what is still collected is written at the end.
+    Holds about 24 MiB. Use as a context manager: what is still collected is written at the end.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._pieces: dict[str, list[bytes]] = {}
-        self._sizes: dict[str, int] = {}
-        self._total = 0
-        self._lines: dict[str, int] = {}
+        self._collected: dict[str, list[Line]] = {}
+        self._size = 0
+        self._lines: Counter[str] = Counter()
 
     @property
     def lines(self) -> Mapping[str, int]:
-        """How many pieces were appended, by file."""
+        """How many lines were written, by file; complete when the context has ended."""
         return self._lines
 
-    def append(self, name: str, line: bytes) -> None:
+    def append(self, name: str, line: Line) -> None:
         """Append a line to the file of that name."""
-        size = self._sizes.get(name, 0) + len(line)
-        self._pieces.setdefault(name, []).append(line)
-        self._sizes[name] = size
-        self._lines[name] = self._lines.get(name, 0) + 1
-        self._total += len(line)
-        if size > _FILE_LIMIT:
-            self._write(name)
-        elif self._total > _TOTAL_LIMIT:
-            self._write_all()
+        self.collected(name).append(line)
+        self.count(len(line))
 
-    def _write(self, name: str) -> None:
-        with (self._folder / name).open("ab") as stream:
-            stream.write(b"".join(self._pieces.pop(name)))
-        self._total -= self._sizes.pop(name)
+    def collected(self, name: str) -> list[Line]:
+        """The lines that are yet to be written to a file, to be appended to in place; always the same list.
 
-    def _write_all(self) -> None:
-        for name in list(self._pieces):
-            self._write(name)
+        For loops in which a call a line would be most of the work; `count` must then be told of the bytes.
+        """
+        return self._collected.setdefault(name, [])
+
+    def count(self, size: int) -> None:
+        """Add to the bytes that are held, and write everything when they are many."""
+        self._size += size
+        if self._size > _MOST_HELD:
+            self._write()
+
+    def _write(self) -> None:
+        for name, lines in self._collected.items():
+            if lines:
+                with (self._folder / name).open("ab") as stream:
+                    stream.write(b"".join(lines))
+                self._lines[name] += len(lines)
+                lines.clear()
+        self._size = 0
 
     def __enter__(self) -> "Appender":
         return self
@@ -54,4 +62,4 @@ class Appender:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._write_all()
+            self._write()

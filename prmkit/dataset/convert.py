@@ -95,7 +95,7 @@ def _convert(settings: Settings, names: Sequence[str], guard: LengthGuard | None
         "prompts_a_judge_answered_differently": resolved.against_themselves,
         "judge_agreement": resolved.agreement.as_json(),
     }
-    return finish(settings, told, tally, rows, stage, new)
+    return finish(settings, told, tally, rows, stage, new, fork=len(prepared) > 1)
 
 
 def _prepare(
@@ -109,9 +109,7 @@ def _prepare(
         partial(prepare_share, blocks[worker::workers], sources, settings, guard, stage, worker, digits)
         for worker in range(workers)
     ]
-    if workers == 1:
-        return [shares[0](advance)], _hashes(sources, advance), len(blocks)
-    *prepared, hashes = in_parallel([*shares, partial(_hashes, sources)], advance)
+    *prepared, hashes = in_parallel([*shares, partial(_hashes, sources)], advance, fork=workers > 1)
     return prepared, hashes, len(blocks)
 
 
@@ -153,10 +151,7 @@ def _write(
         lambda advance: (write_variants(staged, whole, new, census.watch, advance), census.tally),
         partial(write_variants, staged, parts, new, consensus.watch if consensus else None),
     ]
-    if len(staged.groups) > 1:
-        (rows, tally), more_rows = in_parallel(jobs, advance)
-    else:
-        (rows, tally), more_rows = [job(advance) for job in jobs]
+    (rows, tally), more_rows = in_parallel(jobs, advance, fork=len(staged.groups) > 1)
     rows |= more_rows
     order = [FULL, settings.name, *([consensus.variant] if consensus else []), *names]
     sides = [name for variant in order for name in (variant, held_out_name(variant)) if name in rows]

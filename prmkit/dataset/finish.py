@@ -10,7 +10,8 @@ from typing import Any
 from prmkit import __version__
 from prmkit.dataset.audit import Dataset, audit
 from prmkit.dataset.formats import dataset_entry
-from prmkit.dataset.publish import publish
+from prmkit.dataset.processes import in_parallel
+from prmkit.dataset.publish import begin_to_sync, publish
 from prmkit.dataset.report import Tally
 from prmkit.dataset.settings import Settings
 from prmkit.dataset.variants import FULL, HELD_OUT_SUFFIX, held_out_name
@@ -30,7 +31,14 @@ def own_file(settings: Settings, name: str) -> str:
 
 
 def finish(
-    settings: Settings, told: Mapping[str, Any], tally: Tally, rows: Mapping[str, int], stage: Path, new: Path
+    settings: Settings,
+    told: Mapping[str, Any],
+    tally: Tally,
+    rows: Mapping[str, int],
+    stage: Path,
+    new: Path,
+    *,
+    fork: bool,
 ) -> dict[str, Any]:
     """Audit and publish.
 
@@ -41,6 +49,7 @@ def finish(
         rows: how many rows each dataset has, by name, in the order in which to list them; the files are complete.
         stage: the folder of the conversion's work.
         new: the folder in it with the files.
+        fork: use a second process.
 
     Returns:
         The report.
@@ -51,11 +60,19 @@ def finish(
     entries = {name: dataset_entry(data_file(name), settings.form) for name in rows}
     info, earlier = _read_object(settings.output / INFO), _read_object(settings.output / own_file(settings, REPORT))
     kept = {name: entry for name, entry in info.items() if name not in {*entries, *earlier.get("entries", [])}}
+    audited, _ = in_parallel(
+        [
+            lambda _: _refuse_leaks(settings.output, new, entries, kept),
+            lambda _: begin_to_sync(stage, new),
+        ],
+        lambda _: None,
+        fork=fork,
+    )
     report = {
         **told,
         **tally.as_json(),
         "held_out": _held_out(settings, tally, new),
-        "leak_audit": _refuse_leaks(settings.output, new, entries, kept),
+        "leak_audit": audited,
         "variants": _variants(rows),
         "settings": settings.as_json(),
         "versions": _versions(),

@@ -18,7 +18,7 @@ def training_row(prompt: str, label: str, form: Format) -> bytes:
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def prompt_and_label(row: bytes, form: Format) -> tuple[str, str]:
+def prompt_and_label(row: bytes | memoryview, form: Format) -> tuple[str, str]:
     """What a training row asks and answers: undoes `training_row`."""
     value = orjson.loads(row)
     if form == "alpaca":

@@ -118,18 +118,17 @@ def _name(metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def _quotes_of(value: Any) -> int:
-    """How many quotation marks a value takes as JSON: two for each key and text, and those inside them."""
-    kind = type(value)
-    if kind is str:
-        return 2 + int(value.count('"'))
-    quotes = 0
-    if kind is dict:
-        for key, item in value.items():
+    """How many quotation marks a list or object takes as JSON: two for each key and text, and those inside them."""
+    items, quotes = value, 0
+    if type(value) is dict:
+        items = value.values()
+        for key in value:
             quotes += 2 + key.count('"')
-            if item is not None:
-                quotes += _quotes_of(item)
-    elif kind is list:
-        for item in value:
+    for item in items:
+        kind = type(item)
+        if kind is str:
+            quotes += 2 + item.count('"')
+        elif kind is dict or kind is list:
             quotes += _quotes_of(item)
     return quotes
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
 _SIDECAR = ".meta.jsonl"
+_VARIANTS_A_ROW = 2
+"""In one call of `write_variants`."""
 
 
 def data_file(variant: str) -> str:
@@ -45,8 +47,8 @@ class StagedRow(NamedTuple):
 
     group: Group
     facts: Facts
-    row: bytes
-    sidecar: bytes
+    row: memoryview
+    sidecar: memoryview
     decision: Decision
 
     @property
@@ -100,23 +102,27 @@ def write_variants(
     Returns:
         How many rows each dataset has, by name.
     """
-    files = {
-        group: [(data_file(name), sidecar_file(name)) for name in _sided(variants, group)]
-        for group, variants in placement.items()
-    }
     with Appender(output) as appender:
+        targets = {
+            group: [
+                (appender.collected(data_file(name)), appender.collected(sidecar_file(name)))
+                for name in _sided(variants, group)
+            ]
+            for group, variants in placement.items()
+        }
         for block, rows in staged.read():
-            for row in rows:
-                if row.stays:
-                    for data, sidecar in files[row.group]:
-                        appender.append(data, row.row)
-                        appender.append(sidecar, row.sidecar)
+            size = 0
+            for group, facts, row, sidecar, decision in rows:
+                if not decision.set_aside:
+                    for data, sidecars in targets[group]:
+                        data.append(row)
+                        sidecars.append(sidecar)
+                size += facts.row_size
+            appender.count(size * _VARIANTS_A_ROW)
             if watch:
                 watch(appender, block, rows)
-            advance(sum([row.facts.row_size for row in rows]))
-        return {
-            name.removesuffix(".jsonl"): lines for name, lines in appender.lines.items() if not name.endswith(_SIDECAR)
-        }
+            advance(size)
+    return {name.removesuffix(".jsonl"): lines for name, lines in appender.lines.items() if not name.endswith(_SIDECAR)}
 
 
 def _sided(variants: Sequence[str], group: Group) -> list[str]:

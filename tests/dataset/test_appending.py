@@ -9,12 +9,9 @@ from prmkit.dataset import appending
 from prmkit.dataset.appending import Appender
 
 
-@pytest.mark.parametrize(("file_limit", "total_limit"), [(1, 1), (100, 1_000), (1 << 20, 1 << 30)])
-def test_every_file_gets_its_lines_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_limit: int, total_limit: int
-) -> None:
-    monkeypatch.setattr(appending, "_FILE_LIMIT", file_limit)
-    monkeypatch.setattr(appending, "_TOTAL_LIMIT", total_limit)
+@pytest.mark.parametrize("most_held", [1, 1_000, 1 << 30])
+def test_every_file_gets_its_lines_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_held: int) -> None:
+    monkeypatch.setattr(appending, "_MOST_HELD", most_held)
     choose = random.Random(0)
     expected: dict[str, list[bytes]] = {}
     with Appender(tmp_path) as appender:
