@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from prmkit.errors import DataError, ExitCode, Interrupted
 from prmkit.training import supervisor
@@ -23,6 +22,8 @@ from prmkit.training import supervisor
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+_ONE_REQUEST = 1.0
+"""Seconds within which several signals ask for the same."""
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,18 @@ def _stopping_signals() -> Iterator[None]:
     """Inside, SIGINT, SIGTERM and SIGHUP raise `Interrupted`.
 
     SIGINT too where the shell had it ignored, as it has for what a script starts with `&`. SIGHUP stays ignored where
-    it was (nohup).
+    it was (nohup). Signals that come at once are one request: Ctrl-C reaches train.py from the terminal, and from
+    run_training.sh as SIGTERM.
     """
 
-    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+    asked: float | None = None
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        now = time.monotonic()
+        if asked is not None and now - asked < _ONE_REQUEST:
+            return
+        asked = now
         raise Interrupted("", ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
 
     numbers = [signal.SIGINT, signal.SIGTERM]

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+ENVIRONMENT = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+"""Of a user who activated the environment of the tests."""
+
 
 def copy_project(root: Path, folder: Path) -> Path:
     """Copy what a clone would hold, and what is not yet committed."""
@@ -21,13 +24,14 @@ def copy_project(root: Path, folder: Path) -> Path:
 
 def type_in(project: Path, line: str, *, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a line in bash as it stands in the guide, with the environment's programs on the path."""
-    environment = {
-        **os.environ,
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
     done = subprocess.run(
-        ["bash", "-c", line], cwd=project, env=environment, input=stdin, capture_output=True, text=True, timeout=540
+        ["bash", "-c", line],
+        cwd=project,
+        env={**os.environ, **ENVIRONMENT},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=540,
     )
     assert done.returncode == code, f"{line}\ngave {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return done

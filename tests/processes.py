@@ -1,11 +1,11 @@
-"""Start a training as a user does, and find every process that it left behind."""
+"""Start something as a user does, and find every process that it left behind."""
 
 import os
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Started:
-    """A running training; all its descendants carry its mark in their environment."""
+    """A running command; all its descendants carry its mark in their environment."""
 
     process: subprocess.Popen[str]
     mark: str
@@ -50,14 +50,21 @@ class Started:
 
 def start(project: Path, *arguments: str) -> Started:
     """Train in a project folder, without the checks before the run; the output is caught."""
+    script = HERE / "training" / "without_checks.py"
+    return start_command([sys.executable, str(script), "--config", "config.yaml", *arguments], project)
+
+
+def start_command(command: Sequence[str], folder: Path, **environment: str) -> Started:
+    """Start a command in a folder, in a process group of its own; the output is caught."""
     name, value = "PRMKIT_TEST", uuid.uuid4().hex
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "without_checks.py"), "--config", "config.yaml", *arguments],
-        cwd=project,
-        env={**os.environ, name: value, "OMP_NUM_THREADS": "1"},
+        command,
+        cwd=folder,
+        env={**os.environ, name: value, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
     return Started(process, f"{name}={value}")
 
