@@ -6,6 +6,7 @@ Each way reads the same synthetic input (3 evaluation types, 4 judges, 2 a promp
 valid JSON) and writes reward_model_full and one variant for each evaluation type, judge and task:
 
 - prmkit: this converter, with everything it checks: verdicts, canonical labels, markers, duplicates, split, audit;
+- prmkit-1: the same in one process;
 - usual: load all rows, filter the list for each variant, json.dump(indent=2);
 - polars: read_ndjson, filter, write_ndjson;
 - duckdb: read_json, COPY ... TO for each variant;
@@ -175,10 +176,15 @@ def _as_judges_write(choose: random.Random, verdict: dict[str, Any]) -> str:
 # --- the ways -----------------------------------------------------------------------------------------------------
 
 
-def prmkit_way(source: Path, output: Path) -> None:
+def prmkit_way(source: Path, output: Path, *options: str) -> None:
     """This converter, as a user starts it."""
     command = [sys.executable, str(ROOT / "convert_dataset.py"), "--input", str(source), "--output-dir", str(output)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+
+
+def one_process_way(source: Path, output: Path) -> None:
+    """This converter on one core."""
+    prmkit_way(source, output, "--processes", "1")
 
 
 def usual_way(source: Path, output: Path) -> None:
@@ -250,6 +256,7 @@ def copy_way(source: Path, output: Path) -> None:
 
 WAYS: dict[str, Callable[[Path, Path], None]] = {
     "prmkit": prmkit_way,
+    "prmkit-1": one_process_way,
     "copy": copy_way,
     "polars": polars_way,
     "duckdb": duckdb_way,

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from prmkit.dataset import appending
 from prmkit.dataset.appending import Appender
 
 
 @pytest.mark.parametrize("most_held", [1, 1_000, 1 << 30])
-def test_every_file_gets_its_lines_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_held: int) -> None:
-    monkeypatch.setattr(appending, "_MOST_HELD", most_held)
+def test_every_file_gets_its_lines_in_order(tmp_path: Path, most_held: int) -> None:
     choose = random.Random(0)
     expected: dict[str, list[bytes]] = {}
-    with Appender(tmp_path) as appender:
+    with Appender(tmp_path, most_held) as appender:
         for number in range(2_000):
             name = f"file-{choose.randrange(50)}"
             line = b"%d\n" % number * choose.randrange(1, 5)
@@ -27,7 +25,7 @@ def test_every_file_gets_its_lines_in_order(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_error_writes_nothing_more(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), Appender(tmp_path) as appender:
+    with pytest.raises(RuntimeError), Appender(tmp_path, 1 << 20) as appender:
         appender.append("a", b"line\n")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
