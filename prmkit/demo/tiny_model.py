@@ -136,7 +136,9 @@ def _texts(sample: Path) -> Iterator[str]:
 def _save_model(tokenizer: "Qwen2Tokenizer", output: Path, seed: int) -> None:
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     end_of_turn, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen2Config(
         **ARCHITECTURE, vocab_size=len(tokenizer), eos_token_id=end_of_turn, pad_token_id=padding, dtype="float32"

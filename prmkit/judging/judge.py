@@ -56,7 +56,7 @@ class Judge:
             UsageError: expected scores cannot be read from this tokenizer, template or architecture.
         """
         if mode == "expected":
-            refuse_unsuitable(self.model.config)
+            refuse_unsuitable(self.model)
             answer: Callable[[Sequence[Prepared]], list[Judgement]] = self._expected
         else:
 

@@ -5,6 +5,7 @@ that it sees. So rows may have prompts of different lengths and trees of differe
 not chosen are simply not seen any more, and nothing is computed twice or copied out of the cache.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +14,20 @@ from prmkit.errors import UsageError
 from prmkit.judging.candidates import ScoreTrie, common_length
 
 
-def refuse_unsuitable(config: Any) -> None:
+def refuse_unsuitable(model: Any) -> None:
     """Refuse architectures whose layers keep a running state instead of keys that a mask can hide.
 
     Args:
-        config: a `transformers` model configuration.
+        model: a causal language model of `transformers`, or one that came with its own code.
 
     Raises:
-        UsageError: the model has other layers than full and sliding-window attention.
+        UsageError: the model has other layers than full and sliding-window attention, or its code knows nothing of
+            computing a part of the logits.
     """
-    text = config.get_text_config(decoder=True)
+    forward = getattr(model, "get_base_model", lambda: model)().forward
+    if "logits_to_keep" not in inspect.signature(forward).parameters:
+        raise UsageError(f"the code of {type(model).__name__} takes no logits_to_keep. Use --mode generate.")
+    text = model.config.get_text_config(decoder=True)
     foreign = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if foreign or getattr(text, "attention_chunk_size", None) or not hasattr(text, "num_attention_heads"):
         kinds = ", ".join(sorted(foreign)) or text.model_type

@@ -181,7 +181,8 @@ def _report_checks(command: Command, checks: Sequence[Check]) -> Outcome:
     if command.json:
         cli.emit_json([{"name": c.name, "status": c.status, "found": c.found, "advice": c.advice} for c in checks])
     else:
-        cli.emit(f"{len(checks)} checks, {len(errors)} errors: {'not ready to train' if errors else 'ready to train'}")
+        found = f"{len(errors)} error{'s' * (len(errors) != 1)}"
+        cli.emit(f"{len(checks)} checks, {found}: {'not ready to train' if errors else 'ready to train'}")
     return Outcome(ExitCode.USAGE if errors else ExitCode.DONE)
 
 

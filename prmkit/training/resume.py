@@ -24,6 +24,8 @@ from prmkit.training.runs import differences, read_record
 
 log = logging.getLogger(__name__)
 
+_KEPT_BY_GIT = ".gitkeep"
+
 
 class Step(StrEnum):
     """What is to be done."""
@@ -80,6 +82,9 @@ def move_aside(folder: Path) -> Path | None:
     while target.exists():
         target = target.with_name(target.name + "+")
     folder.rename(target)
+    if (target / _KEPT_BY_GIT).exists():  # the folder belongs to the repository, its contents do not
+        folder.mkdir()
+        (target / _KEPT_BY_GIT).rename(folder / _KEPT_BY_GIT)
     log.info("Moved %s aside to %s", folder, target)
     return target
 

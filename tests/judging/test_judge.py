@@ -269,12 +269,26 @@ def test_logits_are_never_made_for_a_whole_prompt(judges: dict[str, Judge]) -> N
 
 
 def test_models_without_keys_to_hide_are_refused() -> None:
-    from transformers import LlamaConfig, MambaConfig, Qwen3NextConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3NextConfig
 
-    refuse_unsuitable(LlamaConfig())
-    for config in (MambaConfig(), Qwen3NextConfig()):
-        with pytest.raises(UsageError, match="--mode generate"):
-            refuse_unsuitable(config)
+    with torch.device("meta"):
+        fine, *others = [
+            AutoModelForCausalLM.from_config(config(num_hidden_layers=4))
+            for config in (LlamaConfig, MambaConfig, Qwen3NextConfig)
+        ]
+    refuse_unsuitable(fine)
+    for other in others:
+        with pytest.raises(UsageError, match="attention that a mask can steer.* --mode generate"):
+            refuse_unsuitable(other)
+
+
+def test_a_model_with_code_that_computes_all_logits_is_refused() -> None:
+    class Homemade(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids
+
+    with pytest.raises(UsageError, match="the code of Homemade takes no logits_to_keep. Use --mode generate"):
+        refuse_unsuitable(Homemade())
 
 
 # --- where judges come from ----------------------------------------------------------------------------------------

@@ -311,6 +311,18 @@ def test_overwrite_moves_the_old_run_aside(finished_copy: Path, monkeypatch: pyt
     assert first.name.startswith("run.20") and (first / "adapter_model.safetensors").read_bytes() == adapter
 
 
+def test_what_belongs_to_the_repository_stays_where_it_is(tmp_path: Path) -> None:
+    from prmkit.training.resume import move_aside
+
+    folder = tmp_path / "exported_model"
+    folder.mkdir()
+    (folder / ".gitkeep").touch()
+    (folder / "config.json").touch()
+    aside = move_aside(folder)
+    assert aside is not None and [path.name for path in aside.iterdir()] == ["config.json"]
+    assert [path.name for path in folder.iterdir()] == [".gitkeep"]
+
+
 def test_a_config_that_nobody_changed_makes_no_difference(make_project: MakeProject, finished: Path) -> None:
     record = record_of(finished)
     assert differences(record, record) == []
