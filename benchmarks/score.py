@@ -1,6 +1,7 @@
 """What a score costs: reading probabilities against generating the whole verdict. Same model, rows, device and run.
 
     python benchmarks/score.py --run demo/saves/reward_model_demo     a trained judge, its held-out rows, with Spearman
+    python benchmarks/score.py --train                                trains one on verdicts as long as real ones first
     python benchmarks/score.py                                        the demo's model, untrained: throughput alone
     python benchmarks/score.py --size 7b --prompt-tokens 4000         Qwen2.5-7B with random weights; needs a GPU
 
@@ -29,7 +30,7 @@ from prmkit.judging import heldout  # noqa: E402
 from prmkit.judging.judge import Judge, load_judge  # noqa: E402
 from prmkit.judging.judgement import Request  # noqa: E402
 from prmkit.judging.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
-from prmkit.verdict import Shape  # noqa: E402
+from prmkit.verdict import Shape, Verdict, read_verdict, render_verdict  # noqa: E402
 
 # https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/config.json
 QWEN_7B = {
@@ -39,6 +40,39 @@ QWEN_7B = {
 }  # fmt: skip
 WORDS = ("agent", "searched", "result", "page", "table", "answer", "evidence", "step", "tool", "call", "returned")
 WARM_UP = 2
+
+
+def train_on_long_verdicts(tokens: int) -> Path:
+    """Train the demo's judge on the sample's clips, with verdicts of about so many tokens; its run folder.
+
+    The sample's verdicts have 27 tokens, real ones 200 and more. Their summaries are repeated here until they are as long.
+    """
+    folder = WORK / f"verdicts-of-{tokens}-tokens"
+    run = folder / "saves" / "judge"
+    if (run / "adapter_model.safetensors").exists():
+        return run
+    folder.mkdir(parents=True, exist_ok=True)
+    build_tiny_model(ROOT / "finetune.jsonl", folder / "model")
+    encoding = load_encoding(folder / "model", "qwen")
+    with (ROOT / "finetune.jsonl").open() as rows, (folder / "finetune.jsonl").open("w") as longer:
+        longer.writelines(json.dumps(_with_long_verdict(json.loads(row), encoding, tokens)) + "\n" for row in rows)
+    convert = ["--input", str(folder / "finetune.jsonl"), "--output-dir", str(folder / "data")]
+    subprocess.run([sys.executable, str(ROOT / "convert_dataset.py"), *convert], check=True, stdout=sys.stderr)
+    places = [f"model_name_or_path={folder / 'model'}", f"dataset_dir={folder / 'data'}", f"output_dir={run}"]
+    train = ["--config", str(ROOT / "configs" / "cpu_demo.yaml"), "--dataset", "reward_model_clip", *places]
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *train], check=True, stdout=sys.stderr, cwd=folder)
+    return run
+
+
+def _with_long_verdict(row: dict[str, Any], encoding: ChatEncoding, tokens: int) -> dict[str, Any]:
+    answer = row["conversations"][1]
+    verdict = read_verdict(answer["value"])
+    if isinstance(verdict, Verdict) and "summary" in verdict.texts:
+        summary = str(verdict.texts["summary"])
+        times = tokens // len(encoding.tokenizer(summary).input_ids)
+        longer = {**verdict.texts, "summary": " ".join([summary] * max(times, 1))}
+        answer["value"] = render_verdict(Verdict(verdict.scores, verdict.nested, longer))
+    return row
 
 
 def rows_of_run(run: Path, count: int) -> tuple[list[Request], list[float]]:
@@ -88,7 +122,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     rows = rows_of_run(arguments.run, arguments.rows)[0] if arguments.run else []
     rows = rows or made_up_rows(judge.encoding, arguments.prompt_tokens, arguments.rows)
-    asked = {"mode": mode, "batch_size": int(batch_size), "max_new_tokens": arguments.verdict_tokens}
+    longest = arguments.verdict_tokens * (2 if arguments.run else 1)
+    asked = {"mode": mode, "batch_size": int(batch_size), "max_new_tokens": longest}
     list(judge.score(rows[:WARM_UP], **asked))
     if judge.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -142,14 +177,19 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained run")
+    parser.add_argument("--train", action="store_true", help="train a judge on verdicts of --verdict-tokens first")
     parser.add_argument("--size", choices=["tiny", "7b"], default="tiny", help="of the random model without --run")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=400, help="without --run")
-    parser.add_argument("--verdict-tokens", type=int, default=200, help="the longest verdict to generate")
+    parser.add_argument(
+        "--verdict-tokens", type=int, default=200, help="of a verdict; a trained judge may take twice as many"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--device", default="auto", help="without --run")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.train:
+        arguments.run = train_on_long_verdicts(arguments.verdict_tokens)
     if arguments.size == "7b" and arguments.device == "auto":
         arguments.device = "cuda"
     if arguments.measure:

@@ -1,6 +1,7 @@
 """The 101 scores as tries, and what their probabilities say."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from families import NESTED, prompts
 
 from prmkit.encoding import load_encoding
 from prmkit.errors import UsageError
-from prmkit.judging.candidates import SCORES, _trie, answer_ids, distribution_of, score_trie
+from prmkit.judging.candidates import SCORES, _trie, answer_ids, distribution_of, score_trie, tries_of
 from prmkit.judging.judge import Judge
 from prmkit.verdict import Shape, asked_shape
 
@@ -45,6 +46,18 @@ def test_numbers_are_written_in_several_ways(judges: dict[str, Judge]) -> None:
     assert lengths["llama3"] == {3, 4}
     assert len(lengths["gemma2"]) > 1
     assert min(lengths["melting"]) < 3
+
+
+def test_a_trie_that_is_known_fits_behind_other_scores(judge: Judge) -> None:
+    """The short way gives what tokenising all candidates gives."""
+    shape, choose = asked_shape(NESTED), random.Random(0)
+    assert shape is not None
+    trie = tries_of(judge.encoding)
+    for _ in range(10):
+        position = choose.randrange(len(shape.keys))
+        scored = {key: distribution_of([-abs(i - choose.randrange(101)) for i in range(101)]) for key in shape.keys}
+        before = {key: scored[key] for key in shape.keys[:position]}
+        assert trie(shape, before) == score_trie(judge.encoding, shape, {key: before[key].mode for key in before})
 
 
 def test_nodes_stand_behind_their_parents(judge: Judge) -> None:

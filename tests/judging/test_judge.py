@@ -278,7 +278,7 @@ def test_models_without_keys_to_hide_are_refused() -> None:
         ]
     refuse_unsuitable(fine)
     for other in others:
-        with pytest.raises(UsageError, match="attention that a mask can steer.* --mode generate"):
+        with pytest.raises(UsageError, match=r"attention that a mask can steer.* --mode generate"):
             refuse_unsuitable(other)
 
 
@@ -287,7 +287,7 @@ def test_a_model_with_code_that_computes_all_logits_is_refused() -> None:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids
 
-    with pytest.raises(UsageError, match="the code of Homemade takes no logits_to_keep. Use --mode generate"):
+    with pytest.raises(UsageError, match="the code of Homemade takes no logits_to_keep"):
         refuse_unsuitable(Homemade())
 
 
