@@ -45,7 +45,8 @@ WARM_UP = 2
 def train_on_long_verdicts(tokens: int) -> Path:
     """Train the demo's judge on the sample's clips, with verdicts of about so many tokens; its run folder.
 
-    The sample's verdicts have 27 tokens, real ones 200 and more. Their summaries are repeated here until they are as long.
+    The sample's verdicts have 27 tokens, real ones 200 and more. Here their summaries are repeated until they are as
+    long.
     """
     folder = WORK / f"verdicts-of-{tokens}-tokens"
     run = folder / "saves" / "judge"
@@ -59,7 +60,7 @@ def train_on_long_verdicts(tokens: int) -> Path:
     convert = ["--input", str(folder / "finetune.jsonl"), "--output-dir", str(folder / "data")]
     subprocess.run([sys.executable, str(ROOT / "convert_dataset.py"), *convert], check=True, stdout=sys.stderr)
     places = [f"model_name_or_path={folder / 'model'}", f"dataset_dir={folder / 'data'}", f"output_dir={run}"]
-    train = ["--config", str(ROOT / "configs" / "cpu_demo.yaml"), "--dataset", "reward_model_clip", *places]
+    train = ["--config", str(ROOT / "configs" / "cpu_demo.yaml"), "--dataset", "reward_model_clip", "--epochs", "10", *places]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *train], check=True, stdout=sys.stderr, cwd=folder)
     return run
 
