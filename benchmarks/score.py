@@ -60,7 +60,8 @@ def train_on_long_verdicts(tokens: int) -> Path:
     convert = ["--input", str(folder / "finetune.jsonl"), "--output-dir", str(folder / "data")]
     subprocess.run([sys.executable, str(ROOT / "convert_dataset.py"), *convert], check=True, stdout=sys.stderr)
     places = [f"model_name_or_path={folder / 'model'}", f"dataset_dir={folder / 'data'}", f"output_dir={run}"]
-    train = ["--config", str(ROOT / "configs" / "cpu_demo.yaml"), "--dataset", "reward_model_clip", "--epochs", "10", *places]
+    learnt = ["--dataset", "reward_model_clip", "--epochs", "10"]
+    train = ["--config", str(ROOT / "configs" / "cpu_demo.yaml"), *learnt, *places]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *train], check=True, stdout=sys.stderr, cwd=folder)
     return run
 
