@@ -9,4 +9,5 @@ bin=$(dirname "$python")
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/shellcheck" ./*.sh .ci/run
-exec "$python" -m pytest "$@"
+# Two at once: most of a test here is waiting for imports on one core. A file keeps its order, and its fixtures.
+exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Two cores and models of a million weights: more threads only get in each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Two tests at once, and models of a million weights: more threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Nothing in the tests may reach for a hub or a cloud.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}

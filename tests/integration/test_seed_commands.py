@@ -5,11 +5,15 @@ One project folder serves all tests of this module, in the order of the guide; i
 
 import json
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from terminal import copy_project, type_in
 
+TALK: dict[str, Any] = {"stdin": "Hello\nexit\n", "codes": (0, -signal.SIGABRT)}
+"""LLaMA Factory's chat leaves threads behind; on a busy machine Python may abort over them, after the talk is over."""
 TASKS_KEPT = 8
 """Of the sample's tasks: enough for a held-out side, few enough to train in seconds."""
 
@@ -111,18 +115,18 @@ def test_chat_with_the_adapter(project: Path) -> None:
         project,
         "llamafactory-cli chat --model_name_or_path ./model --adapter_name_or_path ./saves/reward_model_training"
         " --template qwen --finetuning_type lora",
-        stdin="Hello\nexit\n",
+        **TALK,
     )
-    assert "Assistant:" in chatted.stdout
+    assert chatted.stdout.partition("Assistant:")[2].rstrip().endswith("User:")
 
 
 def test_chat_with_the_exported_model(project: Path) -> None:
     chatted = type_in(
         project,
         "llamafactory-cli chat --model_name_or_path ./exported_model --template qwen",
-        stdin="Hello\nexit\n",
+        **TALK,
     )
-    assert "Assistant:" in chatted.stdout
+    assert chatted.stdout.partition("Assistant:")[2].rstrip().endswith("User:")
 
 
 def test_the_programmatic_usage(project: Path) -> None:
