@@ -5,7 +5,6 @@ read and prepare every row (prepare) -> decide what only the whole input can tel
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,11 +50,10 @@ def convert(settings: Settings) -> dict[str, Any]:
     try:
         with only_one(settings.output, "converting", patience=_PATIENCE):
             recover(settings.output)
-            stage = make_stage(settings.output)
             try:
-                return _convert(settings, names, guard, stage)
+                return _convert(settings, names, guard, make_stage(settings.output))
             finally:
-                shutil.rmtree(stage, ignore_errors=True)
+                recover(settings.output)
     except OSError as error:
         raise DataError(f"{settings.output}: {error.strerror or error}. The data there is as it was.") from error
 
@@ -95,7 +93,7 @@ def _convert(settings: Settings, names: Sequence[str], guard: LengthGuard | None
         "prompts_a_judge_answered_differently": resolved.against_themselves,
         "judge_agreement": resolved.agreement.as_json(),
     }
-    return finish(settings, told, tally, rows, stage, new, fork=len(prepared) > 1)
+    return finish(settings, told, tally, rows, new, fork=len(prepared) > 1)
 
 
 def _prepare(

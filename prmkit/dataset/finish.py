@@ -1,7 +1,7 @@
 """The end of a conversion: audit what was written, tell what was done, put everything in its place."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -11,7 +11,7 @@ from prmkit import __version__
 from prmkit.dataset.audit import Dataset, audit
 from prmkit.dataset.formats import dataset_entry
 from prmkit.dataset.processes import in_parallel
-from prmkit.dataset.publish import begin_to_sync, publish
+from prmkit.dataset.publish import publish, sync_files
 from prmkit.dataset.report import Tally
 from prmkit.dataset.settings import Settings
 from prmkit.dataset.variants import FULL, HELD_OUT_SUFFIX, held_out_name
@@ -31,14 +31,7 @@ def own_file(settings: Settings, name: str) -> str:
 
 
 def finish(
-    settings: Settings,
-    told: Mapping[str, Any],
-    tally: Tally,
-    rows: Mapping[str, int],
-    stage: Path,
-    new: Path,
-    *,
-    fork: bool,
+    settings: Settings, told: Mapping[str, Any], tally: Tally, rows: Mapping[str, int], new: Path, *, fork: bool
 ) -> dict[str, Any]:
     """Audit and publish.
 
@@ -46,9 +39,8 @@ def finish(
         settings: of the conversion.
         told: what the report says of reading and deciding.
         tally: what it says of the rows.
-        rows: how many rows each dataset has, by name, in the order in which to list them; the files are complete.
-        stage: the folder of the conversion's work.
-        new: the folder in it with the files.
+        rows: how many rows each dataset has, by name, in the order in which to list them.
+        new: the folder with their files, complete; it lies in the folder of the conversion's work.
         fork: use a second process.
 
     Returns:
@@ -61,13 +53,12 @@ def finish(
     info, earlier = _read_object(settings.output / INFO), _read_object(settings.output / own_file(settings, REPORT))
     kept = {name: entry for name, entry in info.items() if name not in {*entries, *earlier.get("entries", [])}}
     audited, _ = in_parallel(
-        [
-            lambda _: _refuse_leaks(settings.output, new, entries, kept),
-            lambda _: begin_to_sync(stage, new),
-        ],
+        [lambda _: _refuse_leaks(settings.output, new, entries, kept), lambda _: _clear_and_sync(new)],
         lambda _: None,
         fork=fork,
     )
+    report_file = own_file(settings, REPORT)
+    files = sorted([*(path.name for path in new.iterdir()), report_file])
     report = {
         **told,
         **tally.as_json(),
@@ -76,17 +67,30 @@ def finish(
         "variants": _variants(rows),
         "settings": settings.as_json(),
         "versions": _versions(),
+        "entries": list(entries),
+        "files": files,
     }
-    report_file = own_file(settings, REPORT)
-    files = sorted([*(path.name for path in new.iterdir()), report_file])
-    report |= {"entries": list(entries), "files": files}
     write_json(new / report_file, report)
     write_json(new / INFO, kept | entries)
     _warn_of_others_files(settings.output, set(files) - set(earlier.get("files", [])))
-    # A report is a file that anybody may edit: only plain names in the folder itself are ever removed.
-    obsolete = [name for name in earlier.get("files", []) if name not in files and Path(name).name == name]
-    publish(settings.output, stage, new, obsolete)
+    publish(settings.output, new.parent, new, _obsolete(earlier, files))
     return report
+
+
+def _clear_and_sync(new: Path) -> None:
+    """Remove what the conversion is done with, and wait for the disk."""
+    for left in new.parent.iterdir():
+        if left.is_file():
+            left.unlink()
+    sync_files(new)
+
+
+def _obsolete(earlier: Mapping[str, Any], files: Sequence[str]) -> list[str]:
+    """What an earlier conversion wrote and this one does not.
+
+    A report is a file that anybody may edit: only plain names in the folder itself are ever removed.
+    """
+    return [name for name in earlier.get("files", []) if name not in files and Path(name).name == name]
 
 
 def _warn_of_others_files(output: Path, names: Iterable[str]) -> None:

@@ -5,8 +5,9 @@ those of the old one: with another split that is a leak. So for the time of the 
 that leads through `.current`, which leads to the folder of the old files; renaming `.current` over is one atomic step,
 and from then on every name leads to the new file. Afterwards the files themselves take the places of their links.
 
-At rest, the folder holds plain files and no links. A kill leaves links behind, at any moment all old or all new, that
-read like the files; `recover` makes plain files of them. Needs a file system with hard and symbolic links.
+At rest, the folder holds plain files and no links of ours. A kill leaves links behind, at any moment all old or all
+new, that read like the files; `recover` makes plain files of them. (A relative link that the user put in the place of a
+file leads nowhere between a kill and `recover`.) Needs a file system with hard and symbolic links.
 """
 
 import os
@@ -29,22 +30,21 @@ def make_stage(folder: Path) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Finish what a killed conversion left: nobody else may be at work in the folder."""
+    """Finish what an interrupted conversion left, all old or all new: nobody else may be at work in the folder."""
     if (folder / _CURRENT).is_symlink():
         _settle(folder)
     for left in folder.glob(_STAGE + "*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
-def begin_to_sync(stage: Path, new: Path) -> None:
-    """Send the files of `new` to the disk, and remove what else is in the stage, while others still read them.
-
-    `publish` waits for the disk anyway; this takes the wait out of its way.
-    """
-    for left in stage.iterdir():
-        if left.is_file():
-            left.unlink()
-    _sync_files(new)
+def sync_files(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk."""
+    paths = list(folder.iterdir())
+    if len(paths) > _SYNCED_ONE_BY_ONE:
+        os.sync()
+    else:
+        for path in paths:
+            _sync(path)
 
 
 def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> None:
@@ -53,18 +53,18 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
     Args:
         folder: what LLaMA Factory reads.
         stage: from `make_stage(folder)`.
-        new: a folder inside `stage`, complete.
+        new: a folder inside `stage`, complete, its files on the disk.
         obsolete: names of files in `folder` that go.
 
     Raises:
-        DataError: a folder stands where a file is to go.
-        OSError: the disk is full, or the file system knows no links.
+        DataError: a folder stands where a file is to go; or the disk failed when the new files had taken over.
+        OSError: the disk is full, or the file system knows no links; `recover` brings the old files back.
     """
     names = set(os.listdir(new))  # noqa: PTH208 - thousands of names: pathlib takes longer than the system calls
     files, folders = _entries(folder)
-    for name in sorted(names & folders):
-        raise DataError(f"{folder / name}: a folder stands where a file is to go. Move it away.")
-    _sync_files(new)
+    if in_the_way := sorted(names & folders):
+        raise DataError(f"{folder / in_the_way[0]}: a folder stands where a file is to go. Move it away.")
+    _sync(new)
     old = stage / "old"
     old.mkdir()
     names |= files & set(obsolete)
@@ -75,12 +75,15 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
         _point(folder / name, f"{_CURRENT}/{name}", stage)
     _sync(folder)
     _point(folder / _CURRENT, new.relative_to(folder), stage)
-    _sync(folder)
-    _settle(folder)
+    try:
+        _sync(folder)
+        _settle(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}, when the new data was in its place. Convert again.") from error
 
 
 def _entries(folder: Path) -> tuple[set[str], set[str]]:
-    """The names of the files and of the folders in a folder."""
+    """The names in a folder: of files and broken links, and of folders and links to folders."""
     with os.scandir(folder) as entries:
         is_folder = {entry.name: entry.is_dir() for entry in entries}
     return {name for name in is_folder if not is_folder[name]}, {name for name in is_folder if is_folder[name]}
@@ -102,21 +105,13 @@ def _settle(folder: Path) -> None:
     for link in links:
         target = os.readlink(link)  # noqa: PTH115
         if target.startswith(ours):
-            if os.path.exists(link):  # noqa: PTH110
-                os.replace(os.path.join(folder, target), link)  # noqa: PTH105, PTH118
+            file = os.path.join(folder, target)  # noqa: PTH118
+            if os.path.lexists(file):  # what stood there may itself be a link, of the user's
+                os.replace(file, link)  # noqa: PTH105
             else:
                 os.unlink(link)  # noqa: PTH108
     _sync(folder)
     current.unlink()
-
-
-def _sync_files(folder: Path) -> None:
-    paths = list(folder.iterdir())
-    if len(paths) > _SYNCED_ONE_BY_ONE:
-        os.sync()
-    else:
-        for path in paths:
-            _sync(path)
 
 
 def _sync(path: Path) -> None:
