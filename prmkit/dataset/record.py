@@ -78,11 +78,11 @@ def read_record(line: bytes, row: Any) -> Record:
         metadata = {}
     if not isinstance(metadata, dict):
         raise Rejected("metadata is not an object")
-    if line.count(b'"') != _quotes_of(row):
-        # A key stands twice, and one of its values is lost; or quotes are written as \\u0022. The slow check tells.
+    if line.count(b'"') != _quotes_of(row) or b"\\u0022" in line:
+        # A key stands twice, and one of its values is lost; or quotes are written otherwise. The slow check tells.
         _refuse_equal_keys(line)
     prompt, answer = _text(turns[0], "human"), _text(turns[1], "gpt")
-    if not prompt.strip():
+    if not prompt or prompt.isspace():
         raise Rejected("empty prompt")
     if _BARE_DATE.fullmatch(prompt):
         raise Rejected("the prompt is nothing but a date")

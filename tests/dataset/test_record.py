@@ -40,6 +40,10 @@ def changed(change: Callable[[dict[str, Any]], None]) -> bytes:
         (b'{"a": ' + b"[" * 5_000 + b"]" * 5_000 + b"}", "not JSON"),
         (GOOD[:-1].encode() + b', "metadata": {}}', "the key 'metadata' stands twice in one object"),
         (GOOD.replace('"task_id"', '"task_id": "other", "task_id"').encode(), "the key 'task_id' stands twice"),
+        (
+            GOOD.replace('"task_id"', r'"n": "\u0022\u0022\u0022\u0022", "task_id": "x", "task_id"').encode(),
+            "the key 'task_id'",
+        ),
         (GOOD.replace('"from": "gpt"', '"from": "gpt", "value": "x"').encode(), "the key 'value' stands twice"),
         (changed(lambda row: row.pop("conversations")), "conversations is not a list of two turns"),
         (changed(lambda row: row["conversations"].pop()), "conversations is not a list of two turns"),

@@ -75,6 +75,11 @@ def test_thousands_of_tasks_in_any_order(convert_rows: Convert, data: Path) -> N
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(report["variants"]) == 3_000 + 3
     assert len(read_lines(data / "reward_model_task_1.jsonl") + read_lines(data / "reward_model_task_2999.jsonl")) == 4
+    for name in ("reward_model_full", "reward_model_full_eval"):
+        lines = [trace["line"] for trace in read_lines(data / f"{name}.meta.jsonl")]
+        assert lines == sorted(lines)
+        assert len(read_lines(data / f"{name}.jsonl")) == len(lines)
+    assert report["rows"]["train"] + report["rows"]["held_out"] == 6_000
 
 
 def test_no_task_variants_on_request(convert_rows: Convert, data: Path) -> None:
