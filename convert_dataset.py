@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     lengths = parser.add_argument_group("length guard").add_argument
     lengths("--config", type=Path, metavar="FILE", help="take what is not given here from a training_config.yaml")
+    lengths("assignments", nargs="*", metavar="key=value", help="goes before --config: cutoff_len=8192")
     lengths("--tokenizer", type=Path, metavar="FOLDER", help="the model's folder")
     lengths("--template", metavar="NAME", help="LLaMA Factory's, such as qwen")
     lengths("--cutoff-len", type=int, metavar="N", help="tokens of prompt and label")

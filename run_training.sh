@@ -36,14 +36,18 @@ refuse() {
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 config="" convert=yes demo="" install=""
-training=() # what is passed on to train.py
+training=()    # what is passed on to train.py
+assignments=() # and to convert_dataset.py as well
 arguments=$#
 while (($#)); do
     case $1 in
         -c | --config | -d | --dataset | -e | --epochs | -lr | --learning-rate | -bs | --batch-size)
             (($# > 1)) || refuse "$1 needs a value."
             case $1 in
-                -c | --config) config=$(realpath -- "$2") ;;
+                -c | --config)
+                    [[ -n $2 ]] || refuse "$1 needs a value."
+                    config=$(realpath --canonicalize-missing -- "$2")
+                    ;;
                 *) training+=("$1" "$2") ;;
             esac
             shift
@@ -56,7 +60,7 @@ while (($#)); do
             usage
             exit 0
             ;;
-        [a-z]*=*) training+=("$1") ;;
+        [a-z]*=*) assignments+=("$1") ;;
         *) refuse "'$1' is not an option." ;;
     esac
     shift
@@ -97,6 +101,6 @@ if [[ -n $demo ]]; then
     step "$python" -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
 fi
 if [[ -n $convert ]]; then
-    step "$python" convert_dataset.py --input finetune.jsonl --config "$config"
+    step "$python" convert_dataset.py --input finetune.jsonl --config "$config" "${assignments[@]}"
 fi
-step "$python" train.py --config "$config" "${training[@]}"
+step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"

@@ -20,7 +20,9 @@ def test_help_names_every_option(script: Script) -> None:
         assert f"{option} " in shown or f"{option}," in shown, option
 
 
-@pytest.mark.parametrize("arguments", [["--exprot"], ["-x"], ["reward_model_full"], ["-d"], ["--epochs"], ["; ls"]])
+@pytest.mark.parametrize(
+    "arguments", [["--exprot"], ["-x"], ["reward_model_full"], ["-d"], ["--epochs"], ["; ls"], ["-c", ""]]
+)
 def test_what_is_not_understood_is_refused_with_usage(script: Script, arguments: list[str]) -> None:
     refused = script("run_training.sh", *arguments, code=2)
     assert refused.stderr.startswith("error: ")
@@ -41,6 +43,11 @@ def test_a_configuration_is_found_from_the_folder_in_which_one_stands(script: Sc
     (tmp_path / "mine.yaml").write_text("learning_rtae: 1.0e-4\n")
     refused = script("run_training.sh", "--no-convert", "--validate-only", "-c", "mine.yaml", cwd=tmp_path, code=2)
     assert "learning_rate" in refused.stderr + refused.stdout, "the misspelt key of mine.yaml was not read"
+
+
+def test_a_configuration_that_is_not_there_is_named(script: Script, tmp_path: Path) -> None:
+    refused = script("run_training.sh", "--no-convert", "-c", "no folder/mine.yaml", cwd=tmp_path, code=2)
+    assert f"{tmp_path}/no folder/mine.yaml: No such file" in refused.stderr
 
 
 def test_setting_up_again_changes_nothing(root: Path, tmp_path: Path) -> None:

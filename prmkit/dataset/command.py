@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import cli
+from prmkit.config_file import read_yaml, split_assignment, value_of
 from prmkit.dataset.audit import audit, read_datasets
 from prmkit.dataset.convert import convert
 from prmkit.dataset.filters import Filters
@@ -102,6 +103,8 @@ def _check(arguments: argparse.Namespace, filters: Filters) -> None:
         and (not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX)),
         f"--name: {name} is a variant of the main conversion": name in (FULL, CONSENSUS),
         "--processes: at least 1": arguments.processes < 1,
+        "key=value goes before what --config says: give a --config": bool(arguments.assignments)
+        and arguments.config is None,
         "--tokenizer needs --cutoff-len, or a --config that has it": arguments.tokenizer is not None
         and arguments.cutoff_len is None
         and arguments.config is None,
@@ -172,22 +175,33 @@ def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
     )
 
 
+_TEXTS = ("model_name_or_path", "template", "default_system", "dataset_dir")
+"""Keys whose values are texts, whatever YAML would make of them."""
+
+
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
-    return _read_config(arguments.config) if arguments.config is not None else {}
+    """What --config says, with the key=value texts laid over it; what a conversion has no use for is for train.py.
 
-
-def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML ({error}).") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path}: not a list of 'key: value' lines.")
+    Raises:
+        UsageError: the file cannot be read, or a text is not key=value.
+    """
+    config = read_yaml(arguments.config) if arguments.config is not None else {}
+    for text in arguments.assignments:
+        if "=" not in text:
+            raise UsageError(f"'{text}' is not key=value. Inputs are named behind --input.")
+        key, value = split_assignment(text)
+        if value:
+            config[key] = value if key in _TEXTS else _value_or_text(value)
+        else:
+            config.pop(key, None)
     return config
+
+
+def _value_or_text(text: str) -> Any:
+    try:
+        return value_of(text)
+    except ValueError:
+        return text
 
 
 def _holds_a_model(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prmkit.config_file import read_yaml, split_assignment, value_of
 from prmkit.errors import UsageError
 from prmkit.training.adapt import Adaptation, fit_held_out, fit_machine
 from prmkit.training.config_rules import problems_in, unknown_key
@@ -41,15 +42,8 @@ class ResolvedConfig:
 
 
 def parse_assignment(text: str) -> Override:
-    """Read `key=value`, split at the first `=`; a leading `--` is forgiven.
-
-    Raises:
-        UsageError: there is no `=`, or nothing before it.
-    """
-    key, equals, value = text.removeprefix("--").partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"'{text}' is not key=value. Write for example lora_rank=32.")
-    return Override(key.strip(), value, "key=value")
+    """Read `key=value`; see `split_assignment`."""
+    return Override(*split_assignment(text), "key=value")
 
 
 def resolve_config(
@@ -113,31 +107,6 @@ def render_yaml(values: Mapping[str, Any]) -> str:
     return text
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a config the way LLaMA Factory does: `1e-4` is a float, a key may stand only once, `${x}` is plain text.
-
-    Raises:
-        UsageError: the file is missing, not YAML, or not a mapping; line and column are named where YAML knows them.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a YAML that LLaMA Factory can read. {_one_line(error)}") from error
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or 'not a mapping of keys to values'}.") from error
-    if not isinstance(loaded, dict):
-        raise UsageError(f"{path}: not a mapping of keys to values.")
-    return {str(key): value for key, value in loaded.items()}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _from_file(path: Path, keys: Mapping[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
     values = {key: _no_is_a_word(keys.get(key), value) for key, value in read_yaml(path).items()}
     # A null where LLaMA Factory's default is null says nothing; anywhere else the rules look at it.
@@ -180,18 +149,13 @@ def typed_value(key: Key | None, text: str) -> Any:
     Raises:
         ValueError: the text is not YAML.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     takes_text = key is not None and "str" in key.types
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        value = _no_is_a_word(key, value_of(text))
+    except ValueError:
         if takes_text:
             return text
-        raise ValueError(_one_line(error)) from error
-    value = _no_is_a_word(key, value)
+        raise
     if key is not None and takes_text and type(value).__name__ not in key.types | {"NoneType", "list"}:
         return text
     return value

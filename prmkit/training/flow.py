@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import cli
+from prmkit.config_file import read_yaml
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import only_one
 from prmkit.training.attempt import Setting, carry_out, join
 from prmkit.training.checkpoints import checkpoint_folders, fault_of
-from prmkit.training.config import Override, ResolvedConfig, parse_assignment, read_yaml, resolve_config
+from prmkit.training.config import Override, ResolvedConfig, parse_assignment, resolve_config
 from prmkit.training.export import Source, check_target, export_run, find_source
 from prmkit.training.llamafactory import Launch
 from prmkit.training.machine import this_machine

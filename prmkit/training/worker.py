@@ -19,8 +19,8 @@ def announce_fsdp(config: Path) -> None:
     LLaMA Factory and transformers look there while they load the model, long before the trainer reads `fsdp`. Without
     it every process first puts the whole model on its GPU.
     """
+    from prmkit.config_file import read_yaml
     from prmkit.files import read_json
-    from prmkit.training.config import read_yaml
 
     values = read_yaml(config)
     if not values.get("fsdp"):

@@ -86,6 +86,8 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
         (["--tokenizer", "x"], 2, "--cutoff-len"),
         (["--template", "qwen"], 2, "--tokenizer"),
         (["--config", "gone.yaml"], 2, "gone.yaml"),
+        (["finetune.jsonl"], 2, "Inputs are named behind --input"),
+        (["cutoff_len=600"], 2, "give a --config"),
         (["--config", "finetune.jsonl"], 2, "finetune.jsonl"),
         (["--labels", "short"], 2, "invalid choice"),
         (["--frobnicate"], 2, "unrecognized arguments"),

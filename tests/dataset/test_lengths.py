@@ -251,6 +251,14 @@ def test_one_row_in_a_conversion_by_config(
     config.write_text(f"model_name_or_path: {tiny_model}\ntemplate: qwen\ncutoff_len: {CUTOFF}\n")
     convert_rows(LONG + many_rows(tasks=3))
     source = tmp_path / "finetune.jsonl"
-    done = script("convert_dataset.py", "--input", source, "--output-dir", data, "--config", config)
+    conversion = ["convert_dataset.py", "--input", source, "--output-dir", data, "--config", config]
+    done = script(*conversion)
     assert "cutoff_len is 700" in done.stdout
     assert "prompts were shortened in the middle" in done.stdout
+    done = script(*conversion, "cutoff_len=100000", "lora_rank=8", "default_system=Be: strict")
+    assert "prompts were shortened in the middle" not in done.stdout
+    lengths = json.loads((data / "conversion_report.json").read_text())["settings"]["lengths"]
+    assert (lengths["cutoff_len"], lengths["default_system"]) == (100_000, "Be: strict")
+    done = script(*conversion, "cutoff_len=", "template=", "--json")
+    assert json.loads(done.stdout)["settings"]["lengths"]["cutoff_len"] == 2048
+    script(*conversion, "cutoff_len=many", code=2)

@@ -72,6 +72,13 @@ def test_validate_only(project: Path) -> None:
     assert not list((project / "saves").glob("*/")), "--validate-only made a run"
 
 
+def test_what_is_typed_reaches_the_conversion_too(project: Path) -> None:
+    """Prompts that are shortened for another length than they are trained at would be cut in silence."""
+    type_in(project, "./run_training.sh --validate-only cutoff_len=600 dataset_dir=elsewhere")
+    settings = json.loads((project / "elsewhere" / "conversion_report.json").read_text())["settings"]
+    assert settings["lengths"]["cutoff_len"] == 600
+
+
 def test_train_and_export(project: Path) -> None:
     type_in(project, "./run_training.sh -d reward_model_full -e 5 --export")
     run = project / "saves" / "reward_model_training"

@@ -8,8 +8,9 @@ import pytest
 from complaints import NO_GPU, complaint, resolved
 from layout import CONFIG, write_config
 
+from prmkit.config_file import read_yaml
 from prmkit.errors import UsageError
-from prmkit.training.config import Override, parse_assignment, read_yaml, render_yaml, resolve_config
+from prmkit.training.config import Override, parse_assignment, render_yaml, resolve_config
 
 
 @pytest.fixture
@@ -70,12 +71,6 @@ def test_a_wrong_key_of_the_file_can_be_taken_out(config: Path) -> None:
     resolved(config, "evaluation_strategy=")
 
 
-@pytest.mark.parametrize("text", ["lora_rank", "=4", "--verbose", ""])
-def test_what_is_no_assignment_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="not key=value"):
-        parse_assignment(text)
-
-
 def test_same_key_twice_with_two_values_is_refused(config: Path) -> None:
     overrides = [Override("num_train_epochs", "3", "--epochs"), parse_assignment("num_train_epochs=5")]
     with pytest.raises(UsageError, match=r"given twice: 3 \(--epochs\) and 5 \(key=value\)"):
@@ -89,37 +84,6 @@ def test_every_value_has_a_source(config: Path) -> None:
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("a: [1", "not a YAML"),
-        ("seed: 1\nseed: 2", "duplicate key seed"),
-        ("- a\n- b", "not a mapping"),
-        ("\tseed: 1", "line 1"),
-        ("seed: \xff", "not a YAML"),
-    ],
-)
-def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, told: str) -> None:
-    path = tmp_path / "broken.yaml"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UsageError, match=told) as caught:
-        read_yaml(path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such file"):
-        read_yaml(tmp_path / "none.yaml")
-    with pytest.raises(UsageError, match="directory"):
-        read_yaml(tmp_path)
-
-
-def test_the_file_is_read_as_llama_factory_reads_it(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text("learning_rate: 1e-4\neval_strategy: no\nrun_name: ${oc.env:HOME}\n")
-    assert read_yaml(path) == {"learning_rate": 1e-4, "eval_strategy": False, "run_name": "${oc.env:HOME}"}
 
 
 def test_a_rendered_yaml_reads_back_the_same(tmp_path: Path) -> None:

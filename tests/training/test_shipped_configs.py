@@ -10,7 +10,8 @@ import pytest
 from parse_configs import ADAPTED
 from sizes import QWEN_7B
 
-from prmkit.training.config import parse_assignment, read_yaml, resolve_config
+from prmkit.config_file import read_yaml
+from prmkit.training.config import parse_assignment, resolve_config
 from prmkit.training.config_rules import SUCCESSORS
 from prmkit.training.machine import GIBIBYTE, Gpu, Machine
 from prmkit.training.memory import estimate

@@ -1,0 +1,58 @@
+"""A config is read as LLaMA Factory reads it, and what cannot be read is told with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from prmkit.config_file import read_yaml, split_assignment, value_of
+from prmkit.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: [1", "not a YAML"),
+        ("seed: 1\nseed: 2", "duplicate key seed"),
+        ("- a\n- b", "not a mapping"),
+        ("\tseed: 1", "line 1"),
+        ("seed: \xff", "not a YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=told) as caught:
+        read_yaml(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_yaml(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="directory"):
+        read_yaml(tmp_path)
+
+
+def test_the_file_is_read_as_llama_factory_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 1e-4\neval_strategy: no\nrun_name: ${oc.env:HOME}\n")
+    assert read_yaml(path) == {"learning_rate": 1e-4, "eval_strategy": False, "run_name": "${oc.env:HOME}"}
+
+
+@pytest.mark.parametrize("text", ["lora_rank", "=4", "--verbose", ""])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not key=value"):
+        split_assignment(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("8", 8), ("'8'", "8"), ("no", False), ("", None), ("[1, a]", [1, "a"]), ("a=b", "a=b")],
+)
+def test_a_value_is_typed_as_llama_factory_types_it(text: str, value: object) -> None:
+    assert value_of(text) == value
+
+
+def test_a_text_that_is_no_value() -> None:
+    with pytest.raises(ValueError, match="parsing"):
+        value_of("[1")
