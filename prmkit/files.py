@@ -159,12 +159,13 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def only_one(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[int]:
+def only_one(folder: Path, doing: str, *, lock: str = ".lock", patience: float = 0.0) -> Iterator[int]:
     """Hold a folder for this process; the lock goes with the process, so none is left behind by a kill.
 
     Args:
         folder: the folder to hold; made when it is missing.
         doing: what the holder is doing, for the message that the second process gets.
+        lock: the name of the file that is locked; with one of its own, a job holds a part of the folder.
         patience: seconds to wait for a holder that is just going.
 
     Yields:
@@ -175,7 +176,7 @@ def only_one(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[int
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
-    with (folder / ".lock").open("a+") as stream:
+    with (folder / lock).open("a+") as stream:
         # A forked worker that outlives a killed parent for a moment must not hold its lock on.
         os.register_at_fork(after_in_child=stream.close)
         while not _locked(stream):

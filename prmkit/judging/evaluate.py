@@ -94,7 +94,8 @@ def predict(
 ) -> list[Row]:
     """The predictions for `prompts`, in their order; what `file` already holds is not scored again.
 
-    The judge is loaded only if something is missing, and each prediction is on the disk before the next one is made.
+    The judge is loaded only if something is missing, and each prediction is written before the next one is made, so a
+    killed evaluation goes on behind it.
 
     Raises:
         DataError: not one prompt could be scored.

@@ -84,3 +84,11 @@ class Judgement:
 def _mean_of_known(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def rounded(value: float | None) -> float | None:
+    """A score as it is written to files.
+
+    What differs in the seventh decimal differs by the batch it was computed in; it must not make an order of ties.
+    """
+    return None if value is None else round(value, 6)

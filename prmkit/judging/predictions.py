@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prmkit.files import read_json, write_json
 from prmkit.judging.bootstrap import Floats
 from prmkit.judging.heldout import HeldOutPrompt, Medians
-from prmkit.judging.judgement import BAD_BELOW, Distribution, Judgement
+from prmkit.judging.judgement import BAD_BELOW, Distribution, Judgement, rounded
 from prmkit.leaked_scores import leaked_scores
 
 log = logging.getLogger(__name__)
@@ -51,15 +51,10 @@ def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any
 
 def _distribution_row(distribution: Distribution) -> dict[str, Any]:
     row: dict[str, Any] = {
-        name: _rounded(getattr(distribution, name)) for name in ("mean", "median", "mode", "std", "coverage")
+        name: rounded(getattr(distribution, name)) for name in ("mean", "median", "mode", "std", "coverage")
     }
     below = distribution.below
-    return row | {"below": {str(limit): _rounded(share) for limit, share in below.items()} if below else None}
-
-
-def _rounded(value: float | None) -> float | None:
-    # What differs in the seventh decimal differs by the batch it was computed in; it must not make an order of ties.
-    return None if value is None else round(value, 6)
+    return row | {"below": {str(limit): rounded(share) for limit, share in below.items()} if below else None}
 
 
 # --- writing as they come, and going on -------------------------------------------------------------------------------

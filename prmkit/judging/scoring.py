@@ -15,8 +15,8 @@ import orjson
 
 from prmkit import cli
 from prmkit.errors import UsageError
-from prmkit.files import open_input, write_text
-from prmkit.judging.judgement import LOW_COVERAGE, Judgement, Mode, Request
+from prmkit.files import only_one, open_input, write_text
+from prmkit.judging.judgement import LOW_COVERAGE, Judgement, Mode, Request, rounded
 from prmkit.judging.rows import Row, ShapeOf, read_rows
 
 log = logging.getLogger("prmkit")
@@ -72,17 +72,13 @@ def _result(row: Row, judgement: Judgement) -> dict[str, Any]:
     return {
         "id": row.id,
         "scores": {key: round(distribution.mean, 6) for key, distribution in judgement.scores.items()},
-        "score": _rounded(judgement.score),
-        "std": _rounded(judgement.std),
-        "coverage": _rounded(judgement.coverage),
+        "score": rounded(judgement.score),
+        "std": rounded(judgement.std),
+        "coverage": rounded(judgement.coverage),
         "status": judgement.status,
         "reason": judgement.reason,
         "metadata": row.metadata,
     }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
 
 
 # --- the whole flow ------------------------------------------------------------------------------------------------
@@ -116,7 +112,7 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
 
     Raises:
         UsageError: the output holds scores of another input.
-        DataError: the input cannot be read.
+        DataError: the input cannot be read, or another process is writing the same output.
     """
     counts: Counter[str] = Counter()
     unwilling = 0
@@ -155,12 +151,12 @@ def _results(
         return
     from prmkit.judging.predictions import append_rows, resume
 
-    job.output.parent.mkdir(parents=True, exist_ok=True)
-    done = resume(job.output, dict(fingerprint) | {"mode": job.mode, "summaries": job.summaries})
-    if done:
-        log.info("%s: %d rows are scored already", job.output, len(done))
-    yield from _already_scored(done, rows, job.output)
-    yield from append_rows(job.output, judged(rows, score, job.mode, summaries=job.summaries))
+    with only_one(job.output.parent, f"writing {job.output.name}", lock=f".{job.output.name}.lock"):
+        done = resume(job.output, dict(fingerprint) | {"mode": job.mode, "summaries": job.summaries})
+        if done:
+            log.info("%s: %d rows are scored already", job.output, len(done))
+        yield from _already_scored(done, rows, job.output)
+        yield from append_rows(job.output, judged(rows, score, job.mode, summaries=job.summaries))
 
 
 def _already_scored(
@@ -246,7 +242,7 @@ class _Trajectories:
         bad = next((index for index, score in enumerate(scores) if score < self._bad_below), None)
         values = (min(scores), math.prod(scores), sum(scores) / len(scores), scores[-1])
         found = (bad, None if bad is None else steps[bad].number)
-        return {"unscored": 0, **dict(zip(names, (*map(_rounded, values), *found), strict=True))}
+        return {"unscored": 0, **dict(zip(names, (*map(rounded, values), *found), strict=True))}
 
 
 def trajectories_file(output: Path) -> Path:

@@ -1,5 +1,6 @@
 """Where a judge comes from: a training run, an exported model, or folders that the user names."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from prmkit.encoding import ChatEncoding, load_encoding
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, sha256_of
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CUTOFF_LEN = 2048
 """LLaMA Factory's own default."""
@@ -61,6 +64,8 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
             f"{run_folder}: trained with {', '.join(changing)}, which changes the base model as it loads. "
             "Export the run (train.py --export-only) and judge with --model exported_model."
         )
+    if trust := bool(config.get("trust_remote_code")):
+        log.warning("warning: %s was trained with trust_remote_code: Python code of the model will run", run_folder)
     is_adapter = config.get("finetuning_type", "lora") == "lora"
     weights = "adapter_config.json" if is_adapter else "config.json"
     if not (run_folder / weights).is_file():
@@ -73,7 +78,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
         enable_thinking=config.get("enable_thinking", True),
         cutoff_len=config.get("cutoff_len", DEFAULT_CUTOFF_LEN),
         trained_dtype=_dtype_of(config),
-        trust_remote_code=bool(config.get("trust_remote_code")),
+        trust_remote_code=trust,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from families import FLAT, NESTED, prompt
 
-from prmkit.errors import UsageError
+from prmkit.errors import DataError, UsageError
 from prmkit.judging.judge import Judge
 from prmkit.judging.judgement import Distribution, Judgement
 from prmkit.judging.rows import ShapeOf, read_rows
@@ -113,7 +113,26 @@ def test_a_run_that_was_cut_off_goes_on(source: Path, tmp_path: Path, score, kep
 
     assert run(job(source, output), counting, {"judge": 1}) is False
     assert lines_of(output) == [json.loads(line) for line in whole.splitlines()]
-    assert len(asked) == {0.0: 4, 1.0: 0}.get(kept_bytes, len(asked))
+    statuses = [json.loads(line)["status"] for line in whole.splitlines()]
+    kept = whole[: int(len(whole) * kept_bytes)].count(b"\n")
+    assert len(asked) == statuses[kept:].count("ok"), "what was scored already was scored again, or something left out"
+
+
+def test_two_jobs_do_not_write_one_output(source: Path, tmp_path: Path, score) -> None:
+    output = tmp_path / "scores.jsonl"
+    refused = []
+
+    def meanwhile(requests, mode):
+        for judgement in score(requests, mode):
+            with pytest.raises(DataError, match="is writing scores"):
+                run(job(source, output), score, {})
+            run(job(source, tmp_path / "others.jsonl"), score, {})
+            refused.append(judgement)
+            yield judgement
+
+    run(job(source, output), meanwhile, {})
+    assert refused
+    assert lines_of(output) == lines_of(tmp_path / "others.jsonl")
 
 
 def test_scores_of_another_input_are_not_gone_on_with(source: Path, tmp_path: Path, score) -> None:
