@@ -1,11 +1,13 @@
 """Start something as a user does, and find every process that it left behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,16 @@ class Started:
 
     process: subprocess.Popen[str]
     mark: str
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End whatever a failed test has left."""
+        for pid in self.living():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
     def living(self) -> dict[int, str]:
         """Process id and command line of what is still alive of it."""

@@ -11,7 +11,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "RESULTS.md"]
-SCRIPTS = ["convert_dataset.py", "train.py", "evaluate_judge.py", "score_trajectories.py"]
+PROGRAMS = [
+    "benchmarks/convert.py", "benchmarks/train.py", "benchmarks/score.py",
+    "convert_dataset.py", "train.py", "evaluate_judge.py", "score_trajectories.py", "run_training.sh",
+]  # fmt: skip
+"""Longer paths before the names that they end in."""
 # What runs make; everything else that is named must be in the repository.
 MADE = ("data/", "saves/", "logs/", "exported_model", "demo/", "model/", ".venv", "checkpoint-")
 
@@ -23,8 +27,9 @@ def _help(name: str) -> str:
 
 
 def _commands(page: Path) -> list[str]:
-    """Every line of a shell block, continued lines joined, comments off."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    """Every line of a shell block or an indented one, continued lines joined, comments off."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
@@ -55,10 +60,16 @@ def _is_made_by_a_run(name: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_that_are_typed_exist(page: Path) -> None:
     for command in _commands(page):
-        script = next((name for name in [*SCRIPTS, "run_training.sh"] if name in command), None)
+        script = next((name for name in PROGRAMS if name in command), None)
         if script:
-            for flag in re.findall(r"(?<=\s)--?[a-z][\w-]*", command):
-                assert re.search(rf"{flag}\b", _help(script)), f"{command}: {flag}"
+            for flag in re.findall(r"(?<=\s)--?[a-z][\w-]*", command.partition(script)[2]):
+                assert re.search(rf"(?<![\w-]){flag}(?![\w-])", _help(script)), f"{command}: {flag}"
+
+
+def test_commands_are_found_where_they_are_shown() -> None:
+    """The test of the flags sees something of every page that shows commands, and of every program."""
+    shown = [command for page in PAGES for command in _commands(page)]
+    assert not [name for name in PROGRAMS if not any(name in command for command in shown)]
 
 
 def test_configuration_keys_that_are_shown_are_keys_of_llama_factory() -> None:
@@ -72,16 +83,28 @@ def test_configuration_keys_that_are_shown_are_keys_of_llama_factory() -> None:
 
 def test_every_file_of_the_tree_is_in_the_readme() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tree,) = [block for block in _blocks(ROOT / "README.md") if "├── prmkit/" in block]
     for name in {path.split("/")[0] for path in listed}:
         if not name.startswith("."):
-            assert name in readme, f"{name} is not in the README's tree"
+            assert re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", tree), f"{name} is not in the README's tree"
     for module in {path.split("/")[1] for path in listed if path.startswith("prmkit/")}:
         if module != "__init__.py":
-            assert module in readme, f"prmkit/{module} is not in the README's tree"
+            assert module.removesuffix(".py") in tree, f"prmkit/{module} is not in the README's tree"
+
+
+def _blocks(page: Path) -> list[str]:
+    return re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_the_project_speaks_of_itself_alone() -> None:
-    listed = subprocess.run(["git", "grep", "-nIE", r"/(work|farm)/|/tmp/w/|/root/"], cwd=ROOT, capture_output=True)
-    others = [line for line in listed.stdout.decode().splitlines() if not line.startswith("tests/test_docs.py")]
-    assert not others
+    """No path of the machine that it was written on."""
+    private = "|".join(re.escape(f"{folder}/") for folder in {ROOT.parent, Path.home()} if len(folder.parts) > 1)
+    found = subprocess.run(["git", "grep", "-nIE", private], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, ""), found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_keeps_to_120_characters(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))]
+    assert not long

@@ -41,12 +41,12 @@ def terminate_the_shell(run: Started) -> None:
 def test_stopped_by_a_signal(project: Path, stop: Callable[[Started], None], code: int) -> None:
     name = stop.__name__
     arguments = (*COMMAND, "num_train_epochs=100", f"output_dir=saves/{name}")
-    run = start_command(arguments, project, **ENVIRONMENT)
     before = steps_of(project)
     record = project / "saves" / name / "run.json"
-    assert wait_for(record.exists, 120) and wait_for(lambda: 2 <= steps_of(project) != before, 120), run.ends(code)
-    stop(run)
-    said = run.ends(code, within=60)
+    with start_command(arguments, project, **ENVIRONMENT) as run:
+        assert wait_for(record.exists, 120) and wait_for(lambda: 2 <= steps_of(project) != before, 120), run.living()
+        stop(run)
+        said = run.ends(code, within=60)
     assert "To go on" in said and "without saving" not in said, said
     assert json.loads(record.read_text())["status"] == "interrupted"
     assert list((project / "saves" / name).glob("checkpoint-*")), said

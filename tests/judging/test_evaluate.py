@@ -211,12 +211,6 @@ def test_mistakes_are_told_without_a_traceback(arguments, code, told):
     assert not result.stdout
 
 
-def test_help_is_quick():
-    start = time.monotonic()
-    assert evaluate_judge("--help").returncode == ExitCode.DONE
-    assert time.monotonic() - start < 5  # about 0.2 s on a quiet machine; importing torch alone takes longer
-
-
 def test_predictions_are_read_as_they_are_written(data, tmp_path):
     rows = predictions_of(read_held_out(data, NAME), noisy(0.1))
     file = tmp_path / "predictions.jsonl"

@@ -13,9 +13,11 @@ from sklearn import metrics as sk
 from synthetic import MEDIANS, constant, copier, noisy, predictions_of, pure_noise, usual, write_data_folder
 
 from prmkit.judging import summary
+from prmkit.judging.bootstrap import Figure
 from prmkit.judging.heldout import HeldOut, read_held_out
 from prmkit.judging.metrics import metrics_of
 from prmkit.judging.trajectories import trajectory_figures
+from prmkit.judging.yardsticks import _bounds
 
 NAME = "reward_model_full_eval"
 
@@ -167,9 +169,10 @@ def test_the_bound_holds_for_a_judge_that_knows_the_truth():
     generator = np.random.default_rng(0)
     truth = generator.normal(0, 1, 20_000)
     one, other = (truth + generator.normal(0, 0.7, len(truth)) for _ in range(2))
-    r = stats.pearsonr(one, other).statistic
-    assert stats.pearsonr(truth, one).statistic == pytest.approx(math.sqrt(r), abs=0.01)
-    assert stats.pearsonr(truth, (one + other) / 2).statistic == pytest.approx(math.sqrt(2 * r / (1 + r)), abs=0.01)
+    agreement = Figure(float(stats.pearsonr(one, other).statistic), None, None, len(truth), 1)
+    bounds = _bounds([agreement], judges_a_score=2.0)
+    assert stats.pearsonr(truth, one).statistic == pytest.approx(bounds["one_judge"].value, abs=0.01)
+    assert stats.pearsonr(truth, (one + other) / 2).statistic == pytest.approx(bounds["mean_judge"].value, abs=0.01)
 
 
 # --- judges that are bad, each in its own way -------------------------------------------------------------------------

@@ -43,9 +43,10 @@ def test_the_supervisor_ends_as_its_command_does(script: str, code: int) -> None
     assert process.wait(10) == code
 
 
-def test_nothing_outlives_a_command_that_ends() -> None:
-    process = supervised("sh", "-c", FAMILY + "sleep 0.5")
+def test_nothing_outlives_a_command_that_ends(tmp_path: Path) -> None:
+    process = supervised("sh", "-c", FAMILY + f"while [ ! -e '{tmp_path}/go' ]; do sleep 0.1; done")
     family = family_of(process, 4)
+    (tmp_path / "go").touch()
     assert process.wait(10) == 0
     assert wait_for(lambda: not living(family), 2)
 

@@ -1,5 +1,6 @@
 """Row lengths in tokens: nothing is cut without a word."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,14 @@ def test_both_formats_have_the_same_lengths(encoding: ChatEncoding, tmp_path: Pa
     assert first == second
 
 
-def test_the_longest_rows_come_first_when_time_is_short(encoding: ChatEncoding, tmp_path: Path) -> None:
+def test_the_longest_rows_come_first_when_time_is_short(
+    encoding: ChatEncoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{"instruction": "word " * (20 + number % 7), "output": "x"} for number in range(3000)]
     rows[1234]["instruction"] = "word " * 500
-    found = measure(encoding, write(tmp_path, ALPACA, rows), budget=0.05)
+    ticks = itertools.count()
+    monkeypatch.setattr("prmkit.training.row_lengths.time.monotonic", lambda: float(next(ticks)))
+    found = measure(encoding, write(tmp_path, ALPACA, rows), budget=100.0)
     assert found is not None
     assert not found.measured_all
     assert found.longest == found.longest_first[0] > 500

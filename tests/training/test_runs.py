@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from layout import STEPS, MakeProject, write_config
+from layout import STEPS, write_config
 
 from prmkit.errors import DataError, LlamaFactoryError, PrmkitError, UsageError
 from prmkit.files import sha256_of
@@ -301,14 +300,25 @@ def test_a_run_name_cannot_leave_the_folder(finished: Path, monkeypatch: pytest.
         start_again(finished, monkeypatch, f"run_name={name}")
 
 
-def test_overwrite_moves_the_old_run_aside(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is lost: the old folder stands beside the new one under the time of day."""
+def test_overwrite_moves_the_old_run_and_export_aside(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost: the old folders stand beside the new ones under the time of day, with what was put in them."""
+    adapter = (finished_copy / "saves" / "run" / "adapter_model.safetensors").read_bytes()
+    (finished_copy / "exported_model" / "prmkit.json").rename(finished_copy / "exported_model" / "mine.txt")
+    with pytest.raises(PrmkitError, match="--overwrite"):
+        start_again(finished_copy, monkeypatch, "max_steps=1", export=True)
+    assert start_again(finished_copy, monkeypatch, "max_steps=1", overwrite=True, export=True) == Path("saves/run")
+    assert record_of(finished_copy)["steps"] == 1
+    (run,) = (finished_copy / "saves").glob("run.20*")
+    assert (run / "adapter_model.safetensors").read_bytes() == adapter
+    (exported,) = finished_copy.glob("exported_model.20*")
+    assert (exported / "mine.txt").exists()
+    assert list((finished_copy / "exported_model").glob("*.safetensors"))
+
+
+def test_what_is_not_there_is_not_moved_aside(tmp_path: Path) -> None:
     from prmkit.training.resume import move_aside
 
-    adapter = (finished_copy / "saves" / "run" / "adapter_model.safetensors").read_bytes()
-    first, second = move_aside(finished_copy / "saves" / "run"), move_aside(finished_copy / "saves" / "run")
-    assert first is not None and second is None
-    assert first.name.startswith("run.20") and (first / "adapter_model.safetensors").read_bytes() == adapter
+    assert move_aside(tmp_path / "run") is None
 
 
 def test_what_belongs_to_the_repository_stays_where_it_is(tmp_path: Path) -> None:
@@ -321,12 +331,6 @@ def test_what_belongs_to_the_repository_stays_where_it_is(tmp_path: Path) -> Non
     aside = move_aside(folder)
     assert aside is not None and [path.name for path in aside.iterdir()] == ["config.json"]
     assert [path.name for path in folder.iterdir()] == [".gitkeep"]
-
-
-def test_a_config_that_nobody_changed_makes_no_difference(make_project: MakeProject, finished: Path) -> None:
-    record = record_of(finished)
-    assert differences(record, record) == []
-    assert yaml.safe_load((finished / "config.yaml").read_text())["output_dir"] == "saves/run"
 
 
 @pytest.mark.parametrize(

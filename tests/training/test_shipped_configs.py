@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parse_configs import ADAPTED
 from sizes import QWEN_7B
 
 from prmkit.config_file import read_yaml
@@ -79,11 +78,6 @@ def test_llama_factory_takes_it(llama_factory: dict[str, Any], path: Path) -> No
     assert found["learning_rate"] == values["learning_rate"]
     assert found["eval_strategy"] == values.get("eval_strategy", "no")
     assert found["finetuning_type"] == values.get("finetuning_type", "lora")
-
-
-def test_little_had_to_be_changed_for_a_machine_without_gpu() -> None:
-    """The parser is asked about the files as they are, but for these keys."""
-    assert ADAPTED.keys() == {"use_cpu", "tf32", "deepspeed", "ddp_backend"}
 
 
 @pytest.mark.parametrize("path", [DEFAULT, *SITUATIONS], ids=lambda path: path.name)

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -82,12 +83,12 @@ def test_two_processes_are_killed_and_go_on(make_project: MakeProject, finished:
 
 
 @pytest.fixture(scope="module")
-def interrupted(make_project: MakeProject, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Started]:
+def interrupted(make_project: MakeProject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Started]]:
     """A project in which a long run is training; it saves no checkpoint by itself."""
     project = make_project(tmp_path_factory.mktemp("interrupted") / "p", num_train_epochs=2000.0, save_steps=100_000)
-    run = start(project)
-    assert wait_for(lambda: begun(project), 300)
-    return project, run
+    with start(project) as run:
+        assert wait_for(lambda: begun(project), 300)
+        yield project, run
 
 
 def test_an_interrupted_run_saves_and_says_how_to_go_on(interrupted: tuple[Path, Started]) -> None:
@@ -106,10 +107,10 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(interrupted: tuple[Path,
 
 def test_sigterm_makes_two_processes_save_at_the_same_step(make_project: MakeProject, tmp_path: Path) -> None:
     project = make_project(tmp_path / "two", num_train_epochs=2000.0, save_steps=100_000)
-    run = start(project, "--nproc", "2")
-    assert wait_for(lambda: begun(project), 300)
-    run.process.send_signal(signal.SIGTERM)
-    assert "is kept. To go on, start the same command again" in run.ends(143)
+    with start(project, "--nproc", "2") as run:
+        assert wait_for(lambda: begun(project), 300)
+        run.process.send_signal(signal.SIGTERM)
+        assert "is kept. To go on, start the same command again" in run.ends(143)
     newest = newest_whole(project / "saves" / "run", put_aside=False)
     assert newest is not None and len(list(newest.folder.glob("rng_state_*.pth"))) == 2
 
@@ -118,8 +119,8 @@ def test_when_a_part_is_killed_the_rest_goes_too(make_project: MakeProject, tmp_
     """First LLaMA Factory itself, as the kernel does when memory runs out; then the supervisor above it."""
     project = make_project(tmp_path / "p")
     for part, without in (("llamafactory-cli train", "supervisor.py"), ("supervisor.py", "nothing")):
-        run = start(project)
-        assert wait_for(lambda run=run: run.pid_of("llamafactory-cli train", without="supervisor.py"), 60)
-        os.kill(run.pid_of(part, without), signal.SIGKILL)
-        said = run.ends(3)
+        with start(project) as run:
+            assert wait_for(lambda run=run: run.pid_of("llamafactory-cli train", without="supervisor.py"), 60)
+            os.kill(run.pid_of(part, without), signal.SIGKILL)
+            said = run.ends(3)
         assert "killed from outside" in said and "logs/run.log" in said

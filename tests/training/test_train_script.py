@@ -69,7 +69,7 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
 def test_a_wrong_command_line_is_refused_at_once(
     script: Script, finished: Path, arguments: list[str], said: str
 ) -> None:
-    refused = script("train.py", "--config", "config.yaml", *arguments, cwd=finished, code=2, timeout=10)
+    refused = script("train.py", "--config", "config.yaml", *arguments, cwd=finished, code=2)
     assert said in refused.stderr
 
 
