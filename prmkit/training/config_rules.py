@@ -65,6 +65,9 @@ _TAKEN_ALL_THE_SAME: dict[str, tuple[Any, ...]] = {
 _EMPTY_MEANS_SOMETHING = {"default_system", "debug"}
 """`default_system: ""` leaves out the system text that the template would put in."""
 
+_EMPTY_LIST_IS_NOTHING = {"eval_dataset", "lora_target", "additional_target"}
+"""LLaMA Factory looks into these lists for at least one name."""
+
 _AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "lora_rank": 1, "lora_alpha": 1, "cutoff_len": 16, "preprocessing_num_workers": 1, "preprocessing_batch_size": 1,
@@ -78,6 +81,7 @@ _RANGE_HINTS = {"max_samples": "Leave the key out to take every row."}
 _REQUIRED = {
     "model_name_or_path": "Write model_name_or_path: ./model.",
     "dataset": "Write dataset: reward_model_full, or another name in dataset_info.json.",
+    "output_dir": "Write output_dir: saves/NAME, the folder of this run.",
 }
 
 _QUANTIZATION_BITS = {"bnb": (4, 8), "hqq": (1, 2, 3, 4, 5, 6, 8), "eetq": (8,)}
@@ -85,7 +89,11 @@ _QUANTIZATION_BITS = {"bnb": (4, 8), "hqq": (1, 2, 3, 4, 5, 6, 8), "eetq": (8,)}
 
 def problems_in(values: Mapping[str, Any], keys: Mapping[str, Key]) -> list[Problem]:
     """Everything that is wrong with single keys, in their order; at most one problem a key."""
-    missing = [Problem(name, "is not set.", hint) for name, hint in _REQUIRED.items() if values.get(name) is None]
+    missing = [
+        Problem(name, "is not set." if values.get(name) is None else "is an empty list.", hint)
+        for name, hint in _REQUIRED.items()
+        if values.get(name) in (None, [])
+    ]
     found = (_first(_problems_of(name, value, values, keys)) for name, value in values.items())
     return [*missing, *(problem for problem in found if problem is not None)]
 
@@ -121,6 +129,8 @@ def _trap(name: str, value: Any, values: Mapping[str, Any]) -> Iterator[Problem]
     """Values that the parser lets pass and that end the run later."""
     if value == "" and name not in _EMPTY_MEANS_SOMETHING:
         yield Problem(name, "is an empty text, which LLaMA Factory takes for a value.", "Leave the key out.")
+    elif value == [] and name in _EMPTY_LIST_IS_NOTHING:
+        yield Problem(name, "is an empty list.", "Leave the key out.")
     elif name == "swanlab_api_key":
         yield Problem(name, "a key does not belong in a file.", "Set SWANLAB_API_KEY in the environment.")
     elif name == "adapter_name_or_path" and isinstance(value, list):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prmkit.training.entries import folder_of, names_in
+from prmkit.training.machine import installed_version
 from prmkit.training.problem import Problem
 from prmkit.training.schema import NO_DEFAULT, Key
 
@@ -24,7 +26,7 @@ def contradictions_in(values: Values, keys: Mapping[str, Key]) -> list[Problem]:
     defaults = {name: key.default for name, key in keys.items() if key.default is not NO_DEFAULT}
     effective = ChainMap(dict(values), defaults)
     rules: tuple[Callable[[Values, Values], Iterator[Problem]], ...] = (
-        _held_out, _rows, _packing, _schedule, _best_model, _method, _precision, _loaders, _logging, _folders,
+        _held_out, _rows, _packing, _schedule, _best_model, _metric, _method, _precision, _loaders, _logging, _folders,
     )  # fmt: skip
     return [problem for rule in rules for problem in rule(effective, values)]
 
@@ -77,7 +79,7 @@ def _schedule(config: Values, given: Values) -> Iterator[Problem]:
     if "warmup_ratio" in given and "warmup_steps" in given:
         hint = "Keep warmup_steps: 0.1 (below 1 it is a share of the run)."
         yield Problem("warmup_ratio", "is given beside warmup_steps, and LLaMA Factory takes only the ratio.", hint)
-    if config["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy") and config["eval_strategy"] == "no":
+    if config["lr_scheduler_type"] in _LOOKS_AT_LOSS and config["eval_strategy"] == "no":
         yield Problem("lr_scheduler_type", "looks at the held-out loss.", "Set eval_strategy: steps or epoch.")
     for name in ("logging_steps", "eval_steps", "save_steps"):
         steps = given.get(name)
@@ -102,6 +104,31 @@ def _best_model(config: Values, given: Values) -> Iterator[Problem]:
             yield Problem("early_stopping_steps", "looks at the held-out loss.", "Set eval_strategy: steps or epoch.")
         if "metric_for_best_model" not in given and not config["load_best_model_at_end"]:
             yield Problem("early_stopping_steps", "by which number?", "Write metric_for_best_model: loss.")
+
+
+def _metric(config: Values, given: Values) -> Iterator[Problem]:
+    """Is the number that chooses the best checkpoint among those that an evaluation gives?"""
+    follows_loss = config["load_best_model_at_end"] or config["lr_scheduler_type"] in _LOOKS_AT_LOSS
+    metric = given.get("metric_for_best_model", "loss" if follows_loss else None)
+    if metric is None or config["eval_strategy"] == "no" or config["stage"] != "sft":
+        return
+    # What generates its answers computes no loss.
+    measured = [] if config["predict_with_generate"] else ["loss"]
+    measured += [name for key, names in METRICS_OF.items() if config[key] for name in names]
+    if config["eval_on_each_dataset"]:
+        measured = [f"{dataset}_{name}" for dataset in names_in(config["eval_dataset"]) for name in measured]
+    if str(metric).removeprefix("eval_") not in measured:
+        hint = f"Write metric_for_best_model: {' or '.join(measured)}."
+        yield Problem("metric_for_best_model", f"no evaluation gives '{metric}'.", hint)
+
+
+_LOOKS_AT_LOSS = ("reduce_lr_on_plateau", "greedy")
+
+METRICS_OF = {
+    "compute_accuracy": ("accuracy",),
+    "predict_with_generate": ("rouge-1", "rouge-2", "rouge-l", "bleu-4"),
+}
+"""What LLaMA Factory measures beside the loss when a key asks for it."""
 
 
 def _method(config: Values, given: Values) -> Iterator[Problem]:
@@ -148,17 +175,41 @@ def _loaders(config: Values, given: Values) -> Iterator[Problem]:
 
 def _logging(config: Values, _given: Values) -> Iterator[Problem]:
     loggers = config["report_to"] if isinstance(config["report_to"], list) else [config["report_to"]]
+    message = "the swanlab logger of transformers does not work with the installed swanlab."
+    hint = "Write use_swanlab: true and report_to: none."
     if "swanlab" in loggers and not config["use_swanlab"]:
-        message = "the swanlab logger of transformers does not work with the installed swanlab."
-        yield Problem("report_to", message, "Write use_swanlab: true and report_to: none.")
+        yield Problem("report_to", message, hint)
+    elif "all" in loggers and not config["use_swanlab"] and installed_version("swanlab"):
+        yield Problem("report_to", f"all takes every logger that is installed, and {message}", "List those you want.")
 
 
 def _folders(config: Values, given: Values) -> Iterator[Problem]:
-    places = {name: Path(str(given[name])).resolve() for name in _FOLDERS if name in given}
-    for name, taken_by in (("output_dir", "model_name_or_path"), ("export_dir", "model_name_or_path"),
-                           ("export_dir", "output_dir")):  # fmt: skip
-        if name in places and places.get(taken_by) == places[name]:
-            yield Problem(name, f"is the folder of {taken_by}; its files would be overwritten.", "Name another folder.")
+    """A run and an export take the whole of their folder: `--overwrite` moves it aside with all that is in it."""
+    kept = {"dataset_dir": folder_of(config)}
+    if "model_name_or_path" in given:
+        kept["model_name_or_path"] = Path(str(given["model_name_or_path"]))
+    runs = {}
+    if "output_dir" in given:
+        runs["output_dir"] = Path(str(given["output_dir"]))
+        if "run_name" in given:
+            runs["run_name"] = runs["output_dir"].absolute().parent / str(given["run_name"])
+    for name, folder in runs.items():
+        yield from _lost_with(name, folder, kept)
+    if "export_dir" in given:
+        # Inside the run that it is made from it may stand, and goes aside with it.
+        yield from _lost_with("export_dir", Path(str(given["export_dir"])), {**kept, **runs})
 
 
-_FOLDERS = ("model_name_or_path", "output_dir", "export_dir")
+def _lost_with(name: str, folder: Path, others: Mapping[str, Path]) -> Iterator[Problem]:
+    """The first thing that would be overwritten or moved away with a folder."""
+    hint, place = "Name another folder, such as saves/NAME.", folder.resolve()
+    if Path.cwd().is_relative_to(place):
+        yield Problem(name, f"{folder} is the folder that you work in, or one above it.", hint)
+        return
+    for key, other in others.items():
+        if other.resolve() == place:
+            yield Problem(name, f"is the folder of {key}; its files would be overwritten.", hint)
+            return
+        if other.resolve().is_relative_to(place):
+            yield Problem(name, f"{folder} holds the folder of {key}, which would be moved away with it.", hint)
+            return

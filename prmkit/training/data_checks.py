@@ -1,6 +1,7 @@
 """Are the datasets there, can LLaMA Factory load them, and does nothing that is held out stand in the training rows?"""
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from prmkit.training.entries import Entry, folder_of, names_in, read_entries
 
 CONVERT = "python convert_dataset.py"
 FORMATS = ("alpaca", "sharegpt", "openai")
+RANKING_STAGES = ("rm", "dpo")
 FILE_TYPES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 SCANNED_BYTES = 256 << 20
 """A second of reading; what is wrong in a file is nearly always wrong near its start."""
@@ -30,20 +32,49 @@ def check_datasets(values: Mapping[str, Any]) -> Check:
         found, _, advice = str(failure).partition(". ")
         return error("datasets", found, advice)
     names = [*names_in(values.get("dataset")), *names_in(values.get("eval_dataset"))]
-    problems = [problem for name in names for problem in _entry_problems(name, entries)]
+    stage = str(values.get("stage", "sft"))
+    problems = [problem for name in names for problem in _entry_problems(name, entries, stage)]
+    problems += _report_problems(folder)
     if problems:
         return error("datasets", "; ".join(problems), f"Convert the data again ({CONVERT}), or name another dataset.")
-    return ok("datasets", ", ".join(f"{name} ({_rows_told(entries[name])})" for name in names))
+    told = ", ".join(f"{name} ({_rows_told(entries[name])})" for name in names)
+    if not all(_is_one_file(entries[name]) for name in names):
+        return warning("datasets", told, "Save it as one JSONL file, so that its rows are checked and recorded.")
+    return ok("datasets", told)
+
+
+def _is_one_file(entry: Entry) -> bool:
+    return entry.file is not None and entry.file.is_file()
 
 
 def _rows_told(entry: Entry) -> str:
-    if entry.file is None or entry.file.suffix != ".jsonl":
-        return "loadable"
+    if not _is_one_file(entry):
+        return "a folder: its rows are not looked at" if entry.file else "from a hub or a script: not looked at"
+    rows = _rows_of(entry)
+    return "loadable" if rows is None else f"{rows:,} rows"
+
+
+def _rows_of(entry: Entry) -> int | None:
+    """How many rows a dataset has; None when its file is of a kind that is not read here."""
+    if entry.file is None or entry.file.suffix != ".jsonl" or not entry.file.is_file():
+        return None
     with entry.file.open("rb") as stream:
-        return f"{sum(1 for line in stream if line.strip()):,} rows"
+        return sum(1 for line in stream if line.strip())
 
 
-def _entry_problems(name: str, entries: Mapping[str, Entry]) -> Iterator[str]:
+def _report_problems(folder: Path) -> Iterator[str]:
+    """Is the conversion's report, which every run records, as the conversion wrote it?"""
+    path = folder / "conversion_report.json"
+    try:
+        report = read_json(path) if path.exists() else {}
+    except DataError as failure:
+        yield str(failure).rstrip(".")
+        return
+    if not isinstance(report, dict) or not isinstance(report.get("held_out", {}), dict):
+        yield f"{path}: not a report of the conversion"
+
+
+def _entry_problems(name: str, entries: Mapping[str, Entry], stage: str) -> Iterator[str]:
     entry = entries.get(name)
     if entry is None:
         nearest = difflib.get_close_matches(name, entries, n=1)
@@ -51,16 +82,25 @@ def _entry_problems(name: str, entries: Mapping[str, Entry]) -> Iterator[str]:
         yield f"dataset not found: {name} ({known})"
     elif entry.formatting not in FORMATS:
         yield f"{name}: formatting is {entry.formatting}, not {' or '.join(FORMATS)}"
+    elif entry.ranking != (stage in RANKING_STAGES):
+        holds, wanted = ("pairs", "single answers") if entry.ranking else ("single answers", "pairs: chosen, rejected")
+        yield f"{name} holds {holds}, and stage: {stage} learns from {wanted}"
+    elif stage == "kto" and "kto_tag" not in (entry.columns or {}):
+        yield f"{name} has no column kto_tag, which stage: kto learns from"
+    elif entry.file is not None and entry.file.is_dir():
+        kinds = {path.suffix for path in entry.file.iterdir()}
+        if len(kinds) != 1 or not kinds <= {*FILE_TYPES}:
+            yield f"{entry.file} must hold files of one kind ({', '.join(FILE_TYPES)}), and nothing else"
     elif entry.file is not None:
         yield from _file_problems(entry, entry.file)
 
 
 def _file_problems(entry: Entry, file: Path) -> Iterator[str]:
-    if not file.exists():
+    if not file.is_file():
         yield f"{file} is missing"
-    elif file.is_file() and file.suffix not in FILE_TYPES:
+    elif file.suffix not in FILE_TYPES:
         yield f"{file}: LLaMA Factory reads {', '.join(FILE_TYPES)}"
-    elif file.is_file() and file.stat().st_size == 0:
+    elif file.stat().st_size == 0:
         yield f"{file} is empty"
     elif file.suffix == ".jsonl":
         yield from _row_problems(entry, file)
@@ -116,6 +156,8 @@ def _row_problem(line: bytes, wanted: Mapping[str, type], *, others_must_be_text
 def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str]) -> Check:
     """No task and no prompt of the held-out rows stands in the training rows."""
     if values.get("val_size"):
+        if problem := _nothing_left(values):
+            return error("held-out", problem, "Write a smaller val_size, or use eval_dataset.")
         found = "val_size takes rows at random, so steps of one task come to stand on both sides"
         return warning("held-out", found, "Use eval_dataset: the conversion holds out whole tasks.")
     names, held_out = names_in(values.get("dataset")), names_in(values.get("eval_dataset"))
@@ -129,6 +171,23 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str]) -> Che
         return _compare(folder, names, held_out)
     except (DataError, AttributeError, KeyError, TypeError) as failure:
         return warning("held-out", f"could not be compared: {failure}", f"Convert the data again: {CONVERT}")
+
+
+def _nothing_left(values: Mapping[str, Any]) -> str | None:
+    """Why `val_size` takes every row, if it does and the rows can be counted."""
+    if values.get("streaming") or values.get("mix_strategy", "concat") != "concat":
+        return None
+    try:
+        entries = read_entries(folder_of(values))
+    except DataError:
+        return None  # the check of the datasets tells
+    chosen = [entries[name] for name in names_in(values.get("dataset")) if name in entries]
+    counts = [entry.num_samples or _rows_of(entry) for entry in chosen]
+    rows = sum(min(count, values.get("max_samples") or count) for count in counts if count)
+    taken = values["val_size"] if values["val_size"] >= 1 else math.ceil(values["val_size"] * rows)
+    if None in counts or not rows or taken < rows:
+        return None
+    return f"val_size: {values['val_size']} takes all {rows:,} rows, and none is left to train on"
 
 
 def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
@@ -152,7 +211,8 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
 
 def _audit(folder: Path) -> Mapping[str, Any] | None:
     path = folder / "conversion_report.json"
-    audit = read_json(path).get("leak_audit") if path.is_file() else None
+    report = read_json(path) if path.is_file() else None
+    audit = report.get("leak_audit") if isinstance(report, dict) else None
     return audit if isinstance(audit, dict) else None
 
 

@@ -22,6 +22,10 @@ class Entry:
     formatting: str
     columns: Mapping[str, str] | None
     tags: Mapping[str, str] | None
+    ranking: bool = False
+    """Whether its rows are pairs of a better and a worse answer."""
+    num_samples: int | None = None
+    """How many rows LLaMA Factory draws; None takes each row once."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,23 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     info = read_json(path)
     if not isinstance(info, dict) or not all(isinstance(raw, dict) for raw in info.values()):
         raise DataError(f"{path}: not an object of dataset entries. Convert the data again: python convert_dataset.py")
+    for name, raw in info.items():
+        if wrong := [f"{key} is {raw[key]!r}" for key, kind in _TYPES.items() if not isinstance(raw.get(key), kind)]:
+            hint = "Convert the data again: python convert_dataset.py"
+            raise DataError(f"{path}: {name}: {wrong[0]}, which LLaMA Factory cannot use. {hint}")
     return {name: _entry(name, raw, folder) for name, raw in info.items()}
 
 
+_TYPES: dict[str, Any] = {
+    "file_name": str | None, "formatting": str | None, "columns": dict | None, "tags": dict | None,
+    "num_samples": int | None,
+}  # fmt: skip
+
+
 def _entry(name: str, raw: Mapping[str, Any], folder: Path) -> Entry:
-    file = folder / raw["file_name"] if "file_name" in raw else None
-    return Entry(name, file, raw.get("formatting", "alpaca"), raw.get("columns"), raw.get("tags"))
+    file = folder / raw["file_name"] if raw.get("file_name") else None
+    formatting, ranking = raw.get("formatting", "alpaca"), bool(raw.get("ranking"))
+    return Entry(name, file, formatting, raw.get("columns"), raw.get("tags"), ranking, raw.get("num_samples"))
 
 
 def held_out_names(names: Iterable[str], known: Iterable[str]) -> list[str]:

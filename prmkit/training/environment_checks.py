@@ -27,9 +27,10 @@ NEEDED_BY = {
     "plot_loss": "matplotlib",
     "predict_with_generate": "rouge_chinese",
 }
+LONGEST_NAME = 200
+"""Bytes. File systems take 255, and logs and folders that are moved aside get longer names than the run."""
 TOO_LARGE_FOR_A_CPU = 500_000_000
 QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
-LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check_python() -> Check:
@@ -123,22 +124,17 @@ def check_precision(values: Mapping[str, Any], dropped: Mapping[str, str]) -> Ch
 
 
 def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
-    """Packages that the config asks for and that LLaMA Factory does not bring."""
-    missing = {NEEDED_BY[key]: key for key in NEEDED_BY if values.get(key) and NEEDED_BY[key] not in machine.packages}
+    """Packages that a switch in the config asks for and that LLaMA Factory does not bring.
+
+    Those of `optim` and `report_to` are known to transformers alone: see the check of the trainer.
+    """
+    needed = {key: package for key, package in NEEDED_BY.items() if values.get(key)}
     quantizer = QUANTIZERS.get(str(values.get("quantization_method", "bnb")))
-    if values.get("quantization_bit") and quantizer and quantizer not in machine.packages:
-        missing[quantizer] = "quantization_bit"
-    if (
-        any(word in str(values.get("optim")) for word in ("8bit", "paged", "bnb"))
-        and "bitsandbytes" not in machine.packages
-    ):
-        missing["bitsandbytes"] = "optim"
-    loggers = values.get("report_to") or []
-    for logger in [loggers] if isinstance(loggers, str) else loggers:
-        if logger in LOGGERS and LOGGERS[logger] not in machine.packages:
-            missing[LOGGERS[logger]] = "report_to"
+    if values.get("quantization_bit") and quantizer:
+        needed["quantization_bit"] = quantizer
+    missing = {package: key for key, package in needed.items() if package not in machine.packages}
     if not missing:
-        return ok("packages", "everything that the config asks for is installed")
+        return ok("packages", f"nothing is missing for {', '.join(needed)}" if needed else "no switch asks for one")
     found = ", ".join(f"{package} is missing for {key}" for package, key in missing.items())
     return error("packages", found, f"pip install {' '.join(missing)}, or leave out: {', '.join(missing.values())}")
 
@@ -151,9 +147,15 @@ def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Che
         checkpoint_bytes: of one checkpoint; None when it is not known.
     """
     folder = Path(str(values.get("output_dir", "trainer_output"))).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        return error("disk", f"{existing} cannot be written to", "Choose another output_dir.")
+    places = {"output_dir": folder}
+    if "run_name" in values:
+        places["run_name"] = folder.parent / str(values["run_name"])
+    if "export_dir" in values:
+        places["export_dir"] = Path(str(values["export_dir"])).absolute()
+    problems = [f"{key}: {problem}" for key, place in places.items() if (problem := _cannot_be_made(place))]
+    if problems:
+        return error("disk", "; ".join(problems), "Choose another folder.")
+    existing = _nearest_existing(folder)
     free = shutil.disk_usage(existing).free
     found = f"{free / GIBIBYTE:,.1f} GiB free in {existing}"
     if checkpoint_bytes is None:
@@ -166,6 +168,23 @@ def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Che
         advice = "save_total_limit=1, save_only_model=true (cannot be resumed), or an output_dir with more room."
         return error("disk", f"{found}: not enough", advice)
     return ok("disk", found)
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _cannot_be_made(folder: Path) -> str | None:
+    """Why there can be no folder of this name, if it is so."""
+    try:
+        existing = _nearest_existing(folder)
+    except OSError as failure:  # a name that is too long, or a folder that may not be looked into
+        return f"{folder}: {failure.strerror}"
+    if not existing.is_dir():
+        return f"{existing} is a file, not a folder"
+    if len(os.fsencode(folder.name)) > LONGEST_NAME:
+        return f"a name of {len(os.fsencode(folder.name))} bytes is too long; at most {LONGEST_NAME}"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} cannot be written to"
 
 
 def _size(count: float) -> str:

@@ -88,9 +88,9 @@ def read_model(folder: Path) -> Model:
         DataError: the files are missing, not JSON, or of a kind whose sizes are not known.
     """
     config = read_json(folder / "config.json")
-    config = config.get("text_config", config)
     weights = read_weights(folder)
     try:
+        config = config.get("text_config", config)
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head = config.get("head_dim") or config.get("kv_channels") or hidden // heads
         experts = config.get("moe_intermediate_size", 0) * config.get("num_experts_per_tok", 0)
@@ -108,8 +108,10 @@ def read_model(folder: Path) -> Model:
             embedding=sum(weight.size for name, weight in weights.items() if _is_embedding(name)),
             parameters=sum(weight.size for weight in weights.values()),
         )
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise DataError(f"{folder}/config.json: no {error}, so the memory cannot be estimated.") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise DataError(f"{folder}/config.json: {error}, so the memory cannot be estimated.") from error
 
 
 def _either(config: Mapping[str, Any], name: str, chatglm: str) -> int:

@@ -41,7 +41,7 @@ def check_model_folder(values: Mapping[str, Any]) -> Check:
     named = str(values["model_name_or_path"])
     folder = Path(named)
     if not folder.is_dir():
-        if _HUB_NAME.fullmatch(named):
+        if is_hub_name(named):
             found = f"{named} is no folder here; LLaMA Factory would download it from the hub"
             return warning(NAME, found, "Download it first, so that it can be checked: hf download")
         return error(NAME, f"model directory not found: {named}", "Download the model there.")
@@ -55,6 +55,14 @@ def check_model_folder(values: Mapping[str, Any]) -> Check:
         return warning(NAME, f"{folder}: whole, in an old format (.bin)", "Convert it to safetensors if you can.")
     count = sum(weight.size for weight in weights.values())
     return ok(NAME, f"{folder}: {read_json(folder / 'config.json').get('model_type')}, {count / 1e9:.3g} B parameters")
+
+
+def is_hub_name(named: str) -> bool:
+    """Whether a name that is no folder here is one of the hub.
+
+    `models/Qwen2.5-7B` looks like one as well; where there is a folder `models`, the model is missing from it.
+    """
+    return bool(_HUB_NAME.fullmatch(named)) and not Path(named).parent.is_dir()
 
 
 def _no_config(folder: Path) -> Check:
@@ -82,13 +90,23 @@ def _problems(folder: Path, *, trusts_code: bool) -> Iterator[str]:
         yield "config.json names no model_type"
     elif "auto_map" in config and not trusts_code and not config.get("architectures"):
         yield "the model comes with its own code, which needs trust_remote_code=true"
+    else:
+        texts = [name for name in _SIZES if isinstance(config.get(name), str)]
+        yield from (f"config.json: {name} is {config[name]!r}, not a number" for name in texts)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         yield "no tokenizer (tokenizer.json or tokenizer.model)"
     yield from _weight_problems(folder)
 
 
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+
 def _weight_problems(folder: Path) -> Iterator[str]:
-    shards = _shards(folder)
+    try:
+        shards = _shards(folder)
+    except DataError as failure:
+        yield str(failure).rstrip(".")
+        return
     if not shards:
         yield "no weights (model*.safetensors)"
     missing = [shard.name for shard in shards if not shard.is_file()]
@@ -100,7 +118,11 @@ def _weight_problems(folder: Path) -> Iterator[str]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The weight files that transformers would load, in its order of preference."""
+    """The weight files that transformers would load, in its order of preference.
+
+    Raises:
+        DataError: their index is damaged.
+    """
     for name in (
         "model.safetensors",
         "model.safetensors.index.json",
@@ -111,8 +133,15 @@ def _shards(folder: Path) -> list[Path]:
         if path.is_file():
             if path.suffix != ".json":
                 return [path]
-            return [folder / shard for shard in sorted(set(read_json(path)["weight_map"].values()))]
+            return [folder / shard for shard in _shard_names(path)]
     return []
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        return sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index}: no index of weight files. Download it again.") from error
 
 
 def _shard_problem(path: Path) -> str | None:
@@ -124,26 +153,42 @@ def _shard_problem(path: Path) -> str | None:
         return None if path.stat().st_size > len(start) else "is cut off"
     try:
         header = _header(path)
-    except (struct.error, orjson.JSONDecodeError, MemoryError):
+    except DataError:
         return "is not a whole safetensors file"
     length = struct.unpack("<Q", start[:8])[0]
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    end = max((end for _, end in header.values()), default=0)
     actual = path.stat().st_size
     return None if actual == 8 + length + end else f"is cut off ({actual:,} of {8 + length + end:,} bytes)"
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: eight bytes of length, then JSON."""
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > path.stat().st_size:
-            raise struct.error("the header is longer than the file")
-        header: dict[str, Any] = orjson.loads(stream.read(length))
-        return header
+def _header(path: Path) -> dict[str, tuple[Weight, int]]:
+    """Every tensor in the header of a safetensors file and where it ends; eight bytes of length and then JSON.
+
+    Raises:
+        DataError: there is no such header.
+    """
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > path.stat().st_size:
+                raise struct.error("the header is longer than the file")
+            header = orjson.loads(stream.read(length))
+        entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+        return {
+            name: (Weight(entry["dtype"], tuple(map(int, entry["shape"]))), int(entry["data_offsets"][1]))
+            for name, entry in entries
+        }
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}. Download it again.") from error
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
+        raise DataError(f"{path}: not a whole safetensors file. Download it again.") from error
 
 
 def read_weights(folder: Path) -> dict[str, Weight]:
-    """Every tensor of a whole checkpoint in safetensors, by name; empty for other formats. Reads only the headers."""
+    """Every tensor of a whole checkpoint in safetensors, by name; empty for other formats. Reads only the headers.
+
+    Raises:
+        DataError: an index or a header is damaged.
+    """
     shards = [path for path in _shards(folder) if path.suffix == ".safetensors"]
-    entries = ((name, entry) for path in shards for name, entry in _header(path).items() if name != "__metadata__")
-    return {name: Weight(entry["dtype"], tuple(entry["shape"])) for name, entry in entries}
+    return {name: weight for path in shards for name, (weight, _) in _header(path).items()}

@@ -167,6 +167,10 @@ TRAPS = {
     # what must be there
     "dataset=": "dataset: is not set",
     "model_name_or_path=": "model_name_or_path: is not set",
+    "output_dir=": "output_dir: is not set",
+    "dataset=[]": "dataset (key=value): is an empty list",
+    "eval_dataset=[] eval_strategy=no": "eval_dataset (key=value): is an empty list",
+    "lora_target=[]": "lora_target (key=value): is an empty list",
 }
 
 
@@ -190,7 +194,7 @@ def test_trap(config: Path, assignments: str) -> None:
 )
 def test_trap_in_a_file(tmp_path: Path, changes: str, told: str) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(f"model_name_or_path: model\ndataset: steps\n{changes}\n")
+    path.write_text(f"model_name_or_path: model\ndataset: steps\noutput_dir: saves/run\n{changes}\n")
     assert told in complaint(path)
 
 

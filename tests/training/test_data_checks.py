@@ -112,6 +112,57 @@ def test_files_that_are_missing_or_of_another_kind(data: Path) -> None:
     assert "formatting is parrot" in check(data, "odd").found
 
 
+def test_a_dataset_that_is_a_folder(data: Path) -> None:
+    """LLaMA Factory takes it; nothing is claimed of rows that are not looked at."""
+    write(data, "parts", [GOOD], file_name="parts")
+    (data / "parts").mkdir()
+    assert "parts must hold files of one kind" in check(data, "parts").found
+    (data / "parts" / "a.jsonl").write_text(json.dumps(GOOD))
+    found = check(data, "parts")
+    assert (found.status, "parts (a folder: its rows are not looked at)" in found.found) == (Status.WARNING, True)
+    (data / "parts" / ".DS_Store").touch()
+    assert check(data, "parts").status is Status.ERROR
+
+
+def test_a_dataset_of_a_hub(data: Path) -> None:
+    info = json.loads((data / "dataset_info.json").read_text())
+    (data / "dataset_info.json").write_text(json.dumps(info | {"far": {"hf_hub_url": "someone/something"}}))
+    found = check(data, "far")
+    assert (found.status, "far (from a hub or a script: not looked at)" in found.found) == (Status.WARNING, True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("file_name", 5), ("columns", ["prompt"]), ("tags", "x")])
+def test_an_entry_of_another_type(data: Path, key: str, value: Any) -> None:
+    write(data, "odd", [GOOD], **{key: value})
+    found = check(data)
+    assert found.status is Status.ERROR
+    assert f"dataset_info.json: odd: {key} is {value!r}" in found.found
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"held_out": 5}'])
+def test_a_report_of_the_conversion_that_is_damaged(data: Path, text: str) -> None:
+    """Every run records it, and would end in an error after all checks."""
+    (data / "conversion_report.json").write_text(text)
+    found = check(data)
+    assert (found.status, "conversion_report.json: not" in found.found) == (Status.ERROR, True)
+    assert "python convert_dataset.py" in found.advice
+    held_out(data)
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "kto"])
+def test_a_stage_that_learns_from_other_rows(data: Path, stage: str) -> None:
+    values = {"dataset": "steps", "dataset_dir": str(data), "stage": stage}
+    found = check_datasets(values)
+    assert (found.status, f"stage: {stage} learns from" in found.found) == (Status.ERROR, True)
+
+
+def test_pairs_are_for_other_stages(data: Path) -> None:
+    columns = {"prompt": "instruction", "chosen": "good", "rejected": "bad"}
+    write(data, "pairs", [{"instruction": "a", "good": "b", "bad": "c"}], ranking=True, columns=columns)
+    assert "pairs holds pairs" in check(data, "pairs", None).found
+    assert check_datasets({"dataset": "pairs", "dataset_dir": str(data), "stage": "dpo"}).status is Status.OK
+
+
 def test_held_out_rows_apart(data: Path) -> None:
     trace(data, "steps", ("task 1", "aa"), ("task 2", "bb"))
     trace(data, "steps_eval", ("task 3", "cc"))
@@ -144,6 +195,24 @@ def test_other_ways_to_have_no_honest_held_out_rows(data: Path) -> None:
         {"dataset": "steps", "dataset_dir": str(data)}, {"eval_dataset": "steps has no held-out rows"}
     )
     assert said.found == "none: steps has no held-out rows"
+
+
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [
+        ({"val_size": 100000}, Status.ERROR),
+        ({"val_size": 5}, Status.ERROR),
+        ({"val_size": 4}, Status.WARNING),
+        ({"val_size": 4, "max_samples": 3}, Status.ERROR),
+        ({"val_size": 0.9}, Status.ERROR),
+        ({"val_size": 0.2}, Status.WARNING),
+        ({"val_size": 5, "streaming": True}, Status.WARNING),
+        ({"val_size": 5, "dataset": "steps,steps_eval"}, Status.WARNING),
+    ],
+)
+def test_a_val_size_that_leaves_nothing(data: Path, values: dict[str, Any], status: Status) -> None:
+    found = held_out(data, eval_dataset=None, **values)
+    assert (found.status, "none is left" in found.found) == (status, status is Status.ERROR)
 
 
 def test_a_sidecar_that_is_damaged_stops_nothing(data: Path) -> None:

@@ -99,8 +99,6 @@ def test_precision(values: dict[str, Any], dropped: dict[str, str], status: Stat
         ({"deepspeed": "zero2.json"}, "deepspeed"),
         ({"quantization_bit": 4}, "bitsandbytes"),
         ({"quantization_bit": 4, "quantization_method": "hqq"}, "hqq"),
-        ({"optim": "paged_adamw_8bit"}, "bitsandbytes"),
-        ({"report_to": ["tensorboard"]}, "tensorboard"),
         ({"use_unsloth": True}, "unsloth"),
     ],
 )
@@ -108,6 +106,13 @@ def test_packages_that_are_asked_for(values: dict[str, Any], package: str) -> No
     missing = checks.check_packages(values, Machine((), 2))
     assert (missing.status, f"pip install {package}" in missing.advice) == (Status.ERROR, True)
     assert checks.check_packages(values, Machine((), 2, {package: "1"})).status is Status.OK
+
+
+def test_what_was_looked_for_is_said() -> None:
+    """transformers knows what its optimizers and loggers need: nothing is claimed of them here."""
+    machine = Machine((), 2, {"matplotlib": "3"})
+    assert checks.check_packages({"plot_loss": True}, machine).found == "nothing is missing for plot_loss"
+    assert checks.check_packages({"optim": "lomo"}, machine).found == "no switch asks for one"
 
 
 def test_disk_space(tmp_path: Path) -> None:
@@ -118,6 +123,24 @@ def test_disk_space(tmp_path: Path) -> None:
     twenty = {**values, "save_total_limit": None, "save_strategy": "steps", "save_steps": 0.05}
     assert "21 checkpoints" in checks.check_disk(twenty, 1 << 20).found
     assert checks.check_disk(values, None).status is Status.OK
+
+
+@pytest.mark.parametrize("key", ["output_dir", "export_dir"])
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("file", "is a file, not a folder"), ("file/run", "is a file, not a folder"), ("/dev/null/x", "is a file"),
+     ("x" * 300, "File name too long"), ("é" * 110, "a name of 220 bytes is too long; at most 200")],
+)  # fmt: skip
+def test_folders_that_cannot_be_made(tmp_path: Path, key: str, place: str, told: str) -> None:
+    (tmp_path / "file").touch()
+    values = {"output_dir": str(tmp_path / "saves"), key: str(tmp_path / place)}
+    found = checks.check_disk(values, None)
+    assert (found.status, told in found.found, found.found.startswith(f"{key}: ")) == (Status.ERROR, True, True)
+
+
+def test_a_run_name_that_cannot_be_made(tmp_path: Path) -> None:
+    found = checks.check_disk({"output_dir": str(tmp_path / "run"), "run_name": "x" * 300}, None)
+    assert (found.status, "run_name" in found.found) == (Status.ERROR, True)
 
 
 def test_swanlab_is_told() -> None:
@@ -148,6 +171,7 @@ def test_swanlab_is_told() -> None:
         ({"stage": "dpo"}, "stage: sft"),
         ({"train_on_prompt": True}, "Leave it out"),
         ({"neftune_noise_alpha": 5}, "Leave it out"),
+        ({"save_only_model": True}, "Leave it out"),
     ],
 )
 def test_settings_that_deserve_a_word(values: dict[str, Any], told: str) -> None:
@@ -164,7 +188,6 @@ def test_checkpoints_and_adapters_that_are_not_there(tmp_path: Path) -> None:
     assert (found.status, str(whole) in found.advice) == (Status.ERROR, True)
     (missing,) = check_settings({"adapter_name_or_path": str(tmp_path)})
     assert missing.status is Status.ERROR
-    assert check_settings({"tokenized_path": str(tmp_path)})[0].status is Status.WARNING
 
 
 def test_usual_settings_deserve_none() -> None:

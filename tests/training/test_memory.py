@@ -200,3 +200,18 @@ def test_chatglm_names_its_sizes_otherwise(folder: Path, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(renamed))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     assert read_model(tmp_path) == read_model(folder)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"text_config": []}])
+def test_a_damaged_config_is_an_error_of_one_line(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    damaged = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(damaged))
+    with pytest.raises(DataError, match=r"config\.json: ") as caught:
+        read_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_a_list(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"config\.json: "):
+        read_model(tmp_path)

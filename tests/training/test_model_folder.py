@@ -1,11 +1,15 @@
 """Model folders that are not whole, each broken in one way."""
 
+import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from prmkit.errors import DataError
 from prmkit.training.check import Check, Status
 from prmkit.training.model_folder import check_model_folder, read_weights
 
@@ -46,12 +50,39 @@ def cut(path: Path, by: int) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 
 
+def index(folder: Path, text: str) -> None:
+    """Put an index in the place of the weights."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def headed(path: Path, header: Any) -> None:
+    """Write a safetensors file of nothing but a header."""
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
     "config of nothing": (lambda folder: (folder / "config.json").write_text("{}"), "names no model_type"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer.json")], "no tokenizer"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    "an index of nothing": (lambda folder: index(folder, "{}"), "model.safetensors.index.json: no index"),
+    "an index that is a list": (lambda folder: index(folder, "[]"), "model.safetensors.index.json: no index"),
+    "an index of no files": (lambda folder: index(folder, '{"weight_map": 5}'), "index.json: no index"),
+    "an index that is no JSON": (lambda folder: index(folder, "{"), "model.safetensors.index.json: not JSON"),
+    "a size that is a text": (
+        lambda folder: configure(folder, hidden_size="x"), "config.json: hidden_size is 'x', not a number"),
+    "weights with a list for a header": (
+        lambda folder: headed(folder / "model.safetensors", []), "model.safetensors is not a whole safetensors file"),
+    "weights without a place": (
+        lambda folder: headed(folder / "model.safetensors", {"a": {"dtype": "F32", "shape": [1]}}), "not a whole"),
     "weights cut off": (lambda folder: cut(folder / "model.safetensors", 100), "is cut off"),
     "weights are a page": (
         lambda folder: (folder / "model.safetensors").write_text("<html>Not found</html>"), "not a whole safetensors"),
@@ -68,6 +99,31 @@ def test_a_broken_folder(folder: Path, way: str) -> None:
     found = check(folder)
     assert (found.status, told in found.found) == (Status.ERROR, True), found.found
     assert found.advice
+
+
+def test_one_damaged_file_hides_no_other(folder: Path) -> None:
+    index(folder, "{")
+    (folder / "tokenizer.json").unlink()
+    found = check(folder).found
+    assert "no tokenizer" in found
+    assert "not JSON" in found
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_sizes_of_a_damaged_folder_are_an_error_of_one_line(folder: Path, text: str) -> None:
+    index(folder, text)
+    with pytest.raises(DataError, match=r"model\.safetensors\.index\.json"):
+        read_weights(folder)
+
+
+def test_a_model_that_is_missing_from_a_folder_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check("models/Qwen2.5-7B").status is Status.WARNING
+    (tmp_path / "models").mkdir()
+    found = check("models/Qwen2.5-7B")
+    assert (found.status, found.found) == (Status.ERROR, "model directory not found: models/Qwen2.5-7B")
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """The whole preflight on real projects: everything is told at once, and LLaMA Factory's own word is among it."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from layout import MakeProject
+from processes import start_command, wait_for
 from sizes import QWEN_7B
 
 from prmkit.training import preflight
@@ -68,6 +70,44 @@ def test_a_tokenizer_and_a_gpu_that_cannot_be_used(project: Path) -> None:
     assert by_name["template"].status is Status.ERROR
     assert "cannot use the GPU that the driver shows" in by_name["LLaMA Factory starts"].found
     assert by_name["LLaMA Factory's own parser"].status is Status.OK
+
+
+def test_what_the_trainer_would_die_of_after_the_model_has_loaded(project: Path) -> None:
+    found = checked(project, "optim=lomo", "lr_scheduler_type=cosine_with_min_lr", "report_to=mlflow")
+    assert [check.name for check in errors_in(list(found.values()))] == ["trainer"]
+    told = found["trainer"].found
+    assert all(word in told for word in ("lomo_optim", "min_lr_rate should be set", "requires mlflow"))
+
+
+def test_a_name_of_the_hub_without_a_network_takes_no_minute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    values = {"template": "qwen", "dataset": "steps", "output_dir": "saves/run", "use_cpu": True}
+    start = time.monotonic()
+    hub = {check.name: check for check in look_deep({**values, "model_name_or_path": "some/model"}, gpus=0).checks}
+    assert time.monotonic() - start < 40  # it took 54 seconds
+    assert (hub["template"].status, hub["template"].advice) == (
+        Status.ERROR, "Download the model first: hf download some/model")  # fmt: skip
+    missing = look_deep({**values, "model_name_or_path": "saves/model"}, gpus=0).checks
+    assert "template" in {check.name for check in errors_in(missing)}
+
+
+def test_a_kill_during_the_checks_leaves_nothing(project: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = [
+        sys.executable,
+        str(Path(preflight.__file__).parents[2] / "train.py"),
+        "--config",
+        "config.yaml",
+        "--validate-only",
+    ]
+    with start_command(command, project, TMPDIR=str(temporary)) as started:
+        assert wait_for(lambda: started.pid_of("prmkit.training.deep"), 30)
+        started.process.kill()
+        assert wait_for(lambda: not started.living(), 5), started.living()
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_torch_that_cannot_be_imported_is_told(
