@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     several("--nproc", type=int, metavar="N", help="processes on this node (default: one for each visible GPU)")
     several("--nnodes", default="1", metavar="N", help="nodes, or MIN:MAX for an elastic run")
     several("--node-rank", type=int, default=0, metavar="N")
-    several("--master-addr", default="127.0.0.1", metavar="HOST")
+    several("--master-addr", metavar="HOST", help="of the first node; several nodes need it")
     several("--master-port", type=int, metavar="PORT")
     several("--rdzv-id", metavar="NAME", help="of an elastic run; the same on every node")
     several("--max-restarts", type=int, default=0, metavar="N", help="of an elastic run")
@@ -44,8 +44,8 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
     from dataclasses import fields
 
     from prmkit.pipeline import train_and_prove
-    from prmkit.training.flow import Command
-    from prmkit.training.llamafactory import Launch
+    from prmkit.training.command import Command
+    from prmkit.training.launch import Launch
 
     typed = vars(arguments)
     evaluate = typed.pop("evaluate")

@@ -6,7 +6,8 @@
 Both ways learn the same: same rows, same rows an optimizer step, same LoRA, same cutoff_len. They differ in what is
 about speed and memory alone:
 
-- guide: the keys that the guide writes (batch 2 x 8, bf16, tf32) and LLaMA Factory's defaults for all else;
+- guide: the keys that the guide which this project began with writes (batch 2 x 8, bf16, tf32), and LLaMA Factory's
+  defaults for all else;
 - prmkit: training_config.yaml as train.py resolves it here (Liger and FlashAttention-2 where they are installed, fused
   optimizer, preprocessing fitted to rows and cores).
 
@@ -29,33 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "benchmarks" / "scratch" / "train"
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.sizes import QWEN_7B, WORDS  # noqa: E402
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.training.config import Override, render_yaml, resolve_config  # noqa: E402
-from prmkit.training.llamafactory import Launch, run_to_end, started, train_command  # noqa: E402
+from prmkit.training.launch import Launch  # noqa: E402
+from prmkit.training.llamafactory import run_to_end, started, train_command  # noqa: E402
 from prmkit.training.machine import this_machine  # noqa: E402
 from prmkit.training.supervisor import descendants_of  # noqa: E402
 
-# https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/config.json
-QWEN_7B = {
-    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-
-WORDS = (
-    "agent",
-    "searched",
-    "result",
-    "page",
-    "table",
-    "answer",
-    "evidence",
-    "step",
-    "tool",
-    "call",
-    "returned",
-    "season",
-)
+DIGITS = {"tokens a second": ",.0f", "peak memory, GiB": ",.2f", "first step after, s": ",.1f", "loss": ""}
+"""How the figures are shown. The loss with all of its digits: equal ones say that both ways learnt the same."""
 
 
 def write_rows(path: Path, rows: int, words: int, seed: int) -> None:
@@ -143,7 +127,7 @@ def measure(name: str, values: dict[str, Any]) -> dict[str, float]:
         "tokens a second": (last["total_tokens"] - first["total_tokens"]) / (seconds[1] - seconds[0]),
         "peak memory, GiB": gpu if gpu > 0 else largest / (1 << 30),
         "first step after, s": first_step,
-        "last loss": last["loss"],
+        "loss": last["loss"],
     }
 
 
@@ -182,7 +166,8 @@ def main() -> None:
     for key in found["guide"][0]:
         best = max if key == "tokens a second" else min
         guide, ours = (best(run[key] for run in found[name]) for name in ways)
-        print(f"| {key} | {guide:,.2f} | {ours:,.2f} | {ours / guide:.2f} |")
+        label = f"loss after {given.steps} steps" if key == "loss" else key
+        print(f"| {label} | {guide:{DIGITS[key]}} | {ours:{DIGITS[key]}} | {ours / guide:.2f} |")
 
 
 if __name__ == "__main__":

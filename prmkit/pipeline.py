@@ -1,7 +1,8 @@
 """Train, then prove: the one place where wings meet in code. Everywhere else they meet in files."""
 
 from prmkit.errors import ExitCode
-from prmkit.training.flow import Command, execute
+from prmkit.training.command import Command
+from prmkit.training.flow import execute
 
 
 def train_and_prove(command: Command, *, evaluate: bool) -> ExitCode:

@@ -18,7 +18,7 @@ from prmkit.training import llamafactory, monitoring
 from prmkit.training.checkpoints import checkpoint_folders, fault_of, newest_whole, read_log, read_state, weights_fault
 from prmkit.training.config import ResolvedConfig, render_yaml
 from prmkit.training.failures import explain, log_tail
-from prmkit.training.llamafactory import Launch
+from prmkit.training.launch import Launch
 from prmkit.training.resume import Plan, Step, clear_the_way, finish_from
 from prmkit.training.runs import RENDERED, log_of, now, write_record
 
@@ -71,9 +71,15 @@ def _recorded(folder: Path, record: dict[str, Any]) -> Iterator[None]:
         raise
     finally:
         record |= {"status": status, "ended": now(), **_numbers(folder, finished=status == "finished")}
-        write_record(folder, record)
-        state = _latest_state(folder, finished=status == "finished")
-        monitoring.draw_curves(state.get("log_history", []), folder.name, folder / "loss.png")
+        try:
+            write_record(folder, record)
+            state = _latest_state(folder, finished=status == "finished")
+            monitoring.draw_curves(state.get("log_history", []), folder.name, folder / "loss.png")
+        except OSError as error:
+            if status == "finished":
+                raise
+            # What the run failed of says more, most likely the same: a full disk.
+            log.error("%s: the end of the run could not be recorded: %s.", error.filename or folder, error.strerror)
 
 
 def _latest_state(folder: Path, *, finished: bool) -> dict[str, Any]:
@@ -116,6 +122,8 @@ def _launch(setting: Setting, folder: Path, plan: Plan, lock: int) -> None:
     begin = _begin_log(log_path, line)
     where = f"goes on from step {start.step}" if checkpoint else "begins"
     log.info("Run %s %s; log: %s", folder, where, log_path)
+    if setting.launch.most_nodes > 1:
+        log.info("Waiting for the other nodes: start the same command there, with --node-rank 1 and so on.")
     with (
         monitoring.followed(folder / FOLLOWED, log_path.parent / FOLLOWED, start) as follower,
         monitoring.progress(folder.name, start) as show,
@@ -182,6 +190,8 @@ class _Stopping:
 
 def _how_to_go_on(folder: Path) -> str:
     newest = newest_whole(folder, put_aside=False)
+    if newest is None and checkpoint_folders(folder):
+        return f"interrupted. {folder}: its checkpoints hold no optimizer's state (save_only_model): none goes on."
     kept = f"{newest.folder} is kept." if newest else "No checkpoint was written yet."
     return f"interrupted. {kept} {_again('To go on, start')}"
 

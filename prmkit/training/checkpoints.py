@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors format itself
 
 
+NO_OPTIMIZER = "the optimizer's state is missing or not whole"
+"""The fault of a checkpoint that `save_only_model` wrote, or that a kill cut off."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint."""
@@ -88,7 +92,7 @@ def fault_of(folder: Path) -> str | None:
     if fault := weights_fault(folder):
         return fault
     if not _has_optimizer(folder):
-        return "the optimizer's state is missing or not whole"
+        return NO_OPTIMIZER
     return None
 
 
@@ -143,7 +147,7 @@ def newest_whole(run_folder: Path, *, put_aside: bool) -> Checkpoint | None:
 
     Args:
         run_folder: holds `checkpoint-N` folders and the run's `trainer_log.jsonl`.
-        put_aside: rename the higher-numbered ones that cannot be used: `checkpoint-N.incomplete`, `checkpoint-N.stale`.
+        put_aside: rename the higher-numbered ones that cannot be used: `incomplete.checkpoint-N`, `stale.checkpoint-N`.
     """
     for folder in checkpoint_folders(run_folder):
         fault, kind = fault_of(folder), "incomplete"
@@ -163,11 +167,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state["global_step"], int(state.get("num_input_tokens_seen") or 0), state["max_steps"])
 
 
-def rename_aside(path: Path, suffix: str) -> Path:
-    """Rename to `NAME.SUFFIX`, or `NAME.SUFFIX.2` and so on where that is taken."""
-    target, number = path.with_name(f"{path.name}.{suffix}"), 1
+def rename_aside(path: Path, why: str) -> Path:
+    """Rename to `WHY.NAME`, or `WHY-2.NAME` and so on where that is taken.
+
+    The word stands in front because LLaMA Factory deletes old folders whose names begin with `checkpoint-`.
+    """
+    target, number = path.with_name(f"{why}.{path.name}"), 1
     while target.exists():
         number += 1
-        target = path.with_name(f"{path.name}.{suffix}.{number}")
+        target = path.with_name(f"{why}-{number}.{path.name}")
     path.rename(target)
     return target

@@ -4,7 +4,7 @@ The way of a value: read it as LLaMA Factory would, lay the overrides over it, c
 at once, then fit what is left to the data and to the machine. Nothing here imports LLaMA Factory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from typing import Any
 from prmkit.config_file import read_yaml, split_assignment, value_of
 from prmkit.errors import UsageError
 from prmkit.training.adapt import Adaptation, fit_held_out, fit_machine
+from prmkit.training.check import Status
 from prmkit.training.config_rules import problems_in, unknown_key
 from prmkit.training.contradictions import contradictions_in
+from prmkit.training.data_checks import check_datasets
 from prmkit.training.machine import Machine, this_machine
+from prmkit.training.model_folder import check_model_folder
 from prmkit.training.problem import Problem
 from prmkit.training.schema import Key, llamafactory_version, training_keys
 
@@ -52,6 +55,7 @@ def resolve_config(
     *,
     machine: Machine | None = None,
     torchrun: bool = False,
+    files: bool = False,
 ) -> ResolvedConfig:
     """Read a config, lay overrides over it, check it, and fit it to the data and the machine.
 
@@ -62,6 +66,7 @@ def resolve_config(
         overrides: in the order of the command line.
         machine: what training can count on; this machine when it is None.
         torchrun: whether torchrun starts the training; it may start a single process, for DeepSpeed.
+        files: where something is wrong, look at the model folder and the datasets too, so that all is told at once.
 
     Raises:
         UsageError: something is wrong with the file or the overrides; everything that is wrong is in the message.
@@ -77,9 +82,19 @@ def resolve_config(
     wrong = {problem.key for problem in problems}
     problems += contradictions_in({key: value for key, value in fitted.items() if key not in wrong}, keys)
     if problems:
+        problems += _missing_files(fitted, {problem.key for problem in problems}) if files else []
         raise UsageError(report(path, problems, sources))
     fit_machine(fitted, machine or this_machine(), torchrun=torchrun, adaptation=adaptation)
     return _resolved(values, sources, adaptation)
+
+
+def _missing_files(values: Mapping[str, Any], wrong: Collection[str]) -> Iterator[Problem]:
+    """What the checks before a run would find next: nobody wants to come back for it."""
+    for key, check in (("model_name_or_path", check_model_folder), ("dataset", check_datasets)):
+        if isinstance(values.get(key), str) and key not in wrong:
+            found = check(values)
+            if found.status is Status.ERROR:
+                yield Problem(key, f"{found.found}.", found.advice)
 
 
 def _resolved(values: Mapping[str, Any], sources: Mapping[str, str], adaptation: Adaptation) -> ResolvedConfig:

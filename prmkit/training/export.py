@@ -35,6 +35,10 @@ _KEPT_KEYS = (
 )  # fmt: skip
 
 
+EXPORT_KEYS = ("export_dir", "export_size", "export_device", "infer_dtype")
+"""What may be said of an export; all else is as it was trained."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What is exported: the last adapter of a run, or one of its checkpoints."""
@@ -75,8 +79,12 @@ def check_target(target: Path, source: Source | None = None, *, overwrite: bool)
         Whether just this export is there already.
 
     Raises:
-        UsageError: the folder holds something that is no export of ours.
+        UsageError: the folder holds something that is no export of ours, or is no folder.
     """
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target}: is a file. Name a folder for the export with export_dir=FOLDER.")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise UsageError(f"{target}: is the folder that this was started in. Name another with export_dir=FOLDER.")
     if overwrite or not _contents(target):
         return False
     if not (target / NOTE).exists():
@@ -85,7 +93,14 @@ def check_target(target: Path, source: Source | None = None, *, overwrite: bool)
             "--overwrite."
         )
     note = read_json(target / NOTE)
-    return bool(source and note["run_id"] == source.record["id"] and note["adapter"] == str(source.folder))
+    if source is None or not isinstance(note, dict) or weights_fault(target):
+        return False
+    same = {
+        "run_id": source.record["id"],
+        "adapter": str(source.folder),
+        "dtype": export_dtype(source.record["config"]),
+    }
+    return all(note.get(key) == value for key, value in same.items())
 
 
 def _contents(folder: Path) -> list[Path]:
@@ -135,7 +150,7 @@ def export_values(source: Source, target: Path) -> dict[str, Any]:
     config = source.record["config"]
     values: dict[str, Any] = {key: config[key] for key in _KEPT_KEYS if config.get(key) is not None}
     values["export_dir"] = str(target)
-    values["infer_dtype"] = trained_dtype(config)
+    values["infer_dtype"] = export_dtype(config)
     if config.get("finetuning_type", "lora") == "lora":
         return {
             "model_name_or_path": config["model_name_or_path"], "adapter_name_or_path": str(source.folder), **values,
@@ -143,11 +158,13 @@ def export_values(source: Source, target: Path) -> dict[str, Any]:
     return {"model_name_or_path": str(source.folder), **values}
 
 
-def trained_dtype(config: Mapping[str, Any]) -> str:
-    """The number format of the exported weights: the one that was trained in, so the same on every machine.
+def export_dtype(config: Mapping[str, Any]) -> str:
+    """The number format of the exported weights: `infer_dtype` where it is set, else the one that was trained in.
 
     Left to itself, LLaMA Factory takes bfloat16, float16 or float32 by the machine that it exports on.
     """
+    if config.get("infer_dtype", "auto") != "auto":
+        return str(config["infer_dtype"])
     if config.get("bf16") or config.get("pure_bf16"):
         return "bfloat16"
     if config.get("fp16"):
@@ -180,7 +197,7 @@ def _note(source: Source, renders_alike: bool) -> dict[str, Any]:
         "default_system": record["default_system"],
         "enable_thinking": record["enable_thinking"],
         "cutoff_len": record["cutoff_len"],
-        "dtype": trained_dtype(record["config"]),
+        "dtype": export_dtype(record["config"]),
         "chat_template_renders_as_trained": renders_alike,
     }
 

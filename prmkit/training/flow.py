@@ -2,10 +2,8 @@
 
 import errno
 import logging
-import re
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,14 @@ from prmkit.config_file import read_yaml
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import only_one
 from prmkit.training.attempt import Setting, carry_out, join
-from prmkit.training.checkpoints import checkpoint_folders, fault_of
-from prmkit.training.config import Override, ResolvedConfig, parse_assignment, resolve_config
-from prmkit.training.export import Source, check_target, export_run, find_source
-from prmkit.training.llamafactory import Launch
+from prmkit.training.check import Check, error, ok
+from prmkit.training.command import Command, overrides_of
+from prmkit.training.config import ResolvedConfig, resolve_config, typed_value
+from prmkit.training.export import EXPORT_KEYS, Source, check_target, export_run, find_source
+from prmkit.training.launch import refuse_nonsense
 from prmkit.training.machine import this_machine
-from prmkit.training.preflight import Check, errors_in, run_preflight
+from prmkit.training.next_steps import next_commands
+from prmkit.training.preflight import errors_in, run_preflight
 from prmkit.training.resume import Step, free_folder, move_aside, plan_start, run_folder_of
 from prmkit.training.runs import (
     NUMERIC_COLUMNS,
@@ -32,34 +32,11 @@ from prmkit.training.runs import (
     read_record,
     table_rows,
 )
+from prmkit.training.schema import training_keys
 
 log = logging.getLogger(__name__)
 
 _LOCK_PATIENCE = 5.0  # seconds; a killed run's children are gone long before
-
-
-@dataclass(frozen=True)
-class Command:
-    """What was asked for on the command line of `train.py`."""
-
-    config: Path
-    assignments: Sequence[str] = ()
-    """`key=value` texts."""
-    dataset: str | None = None
-    epochs: str | None = None
-    learning_rate: str | None = None
-    batch_size: str | None = None
-    export: bool = False
-    export_only: str | None = None
-    """A run or checkpoint folder; empty for the run of the config; None when it was not asked for."""
-    validate_only: bool = False
-    doctor: bool = False
-    force: bool = False
-    overwrite: bool = False
-    runs: bool = False
-    verbose: bool = False
-    json: bool = False
-    launch: Launch = field(default_factory=Launch)
 
 
 @dataclass(frozen=True)
@@ -86,10 +63,13 @@ def execute(command: Command) -> Outcome:
         if error.errno not in _THE_DISK:
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        raise DataError(f"{what}. Make room or rights, then start the same command again.") from error
+        raise DataError(f"{what}. See to it, or name another place; then start the same command again.") from error
 
 
-_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_THE_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 def _execute(command: Command) -> Outcome:
@@ -98,16 +78,20 @@ def _execute(command: Command) -> Outcome:
         command = replace(command, export_only="", assignments=[*command.assignments, command.export_only])
     if command.runs:
         return _show_runs(command)
+    if command.export_only is not None and (command.validate_only or command.doctor):
+        raise UsageError("--export-only exports and --validate-only and --doctor only look: choose.")
     if command.export_only:
-        return _export_existing(command, Path(command.export_only))
+        return _export_existing(command, Path(command.export_only), _typed_for_export(command))
     setting = resolve(command)
+    values, sources = setting.config.values, setting.config.sources
     if command.export_only is not None:
-        folder = run_folder_of(setting.config.values, setting.config.sources)
-        return _export_existing(command, folder, setting.config.values.get("export_dir"))
+        typed = {key: values[key] for key in EXPORT_KEYS if key in values and sources[key] == "key=value"}
+        return _export_existing(command, run_folder_of(values, sources), typed)
     if _is_finished(command, setting):
         return train(command, setting)
     _narrate(setting.config)
     checks = run_preflight(setting.config, processes=setting.processes, world_size=setting.world_size)
+    checks = [*checks, *_check_run_folder(command, setting)]
     _show_checks(checks)
     if command.validate_only or command.doctor:
         return _report_checks(command, checks)
@@ -126,36 +110,17 @@ def resolve(command: Command) -> Setting:
         UsageError: something is wrong with the config or the overrides.
     """
     machine, launch = this_machine(), command.launch
+    refuse_nonsense(launch)
     processes = max(len(machine.gpus), 1) if launch.nproc is None else launch.nproc
-    world_size = processes * _nodes(launch)
-    if world_size < 1:
-        raise UsageError(f"--nproc {processes}: expected 1 or more.")
-    overrides = _overrides(command)
+    world_size = processes * launch.most_nodes
+    overrides = overrides_of(command)
     several = world_size > 1 or launch.rdzv_id is not None or len(machine.gpus) > 1
-    config = resolve_config(command.config, overrides, machine=machine, torchrun=several)
+    config = resolve_config(command.config, overrides, machine=machine, torchrun=several, files=True)
     if not several and any(config.values.get(key) for key in ("deepspeed", "fsdp", "fsdp_config")):
         # They need torchrun even for one process, and that is known only now.
         config = resolve_config(command.config, overrides, machine=machine, torchrun=True)
         return Setting(config, launch, processes, world_size, torchrun=True, verbose=command.verbose)
     return Setting(config, launch, processes, world_size, several, command.verbose)
-
-
-def _nodes(launch: Launch) -> int:
-    """The number of nodes; of an elastic run the largest."""
-    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", launch.nnodes):
-        raise UsageError(f"--nnodes {launch.nnodes}: expected a number, or MIN:MAX for an elastic run.")
-    return int(launch.nnodes.rpartition(":")[2])
-
-
-def _overrides(command: Command) -> list[Override]:
-    flags = {
-        "dataset": ("--dataset", command.dataset),
-        "num_train_epochs": ("--epochs", command.epochs),
-        "learning_rate": ("--learning-rate", command.learning_rate),
-        "per_device_train_batch_size": ("--batch-size", command.batch_size),
-    }
-    typed = [Override(key, text, flag) for key, (flag, text) in flags.items() if text is not None]
-    return [*typed, *map(parse_assignment, command.assignments)]
 
 
 def _narrate(config: ResolvedConfig) -> None:
@@ -189,11 +154,30 @@ def _report_checks(command: Command, checks: Sequence[Check]) -> Outcome:
 
 def _is_finished(command: Command, setting: Setting) -> bool:
     """Whether there is nothing to train, so that no check is needed to say so."""
+    if command.validate_only or command.doctor or command.overwrite:
+        return False
     folder = run_folder_of(setting.config.values, setting.config.sources)
     record = read_record(folder)
-    if command.validate_only or command.doctor or command.overwrite or not record or record["status"] != "finished":
+    if not record or record["status"] != "finished":
         return False
     return not differences(record, new_record(folder, setting.config, [], setting.world_size))
+
+
+def _check_run_folder(command: Command, setting: Setting) -> Iterator[Check]:
+    """Whether the run may stand where it is to stand; without touching anything."""
+    if command.overwrite or not command.launch.is_first_node:
+        return
+    name = "run folder"
+    try:
+        folder = run_folder_of(setting.config.values, setting.config.sources)
+        fresh = new_record(folder, setting.config, [], setting.world_size)
+        folder = _place(folder, fresh, command)
+        plan = plan_start(folder, fresh, put_aside=False)
+    except (DataError, UsageError) as refusal:
+        yield error(name, str(refusal), "")
+    else:
+        where = f" from step {plan.checkpoint.step}" if plan.checkpoint else ""
+        yield ok(name, f"{folder}: the run is to {plan.step}{where}")
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -228,22 +212,20 @@ def train(command: Command, setting: Setting) -> Outcome:
 
 def _claim(folder: Path, fresh: dict[str, Any], command: Command) -> Path:
     """The folder of this run, free for it: a finished run of another config is never overwritten."""
-    if command.overwrite:
-        if folder.exists():
-            with only_one(folder, "training", patience=_LOCK_PATIENCE):
-                move_aside(folder)
-        return folder
-    if "output_dir" in _typed(command) or "run_name" in _typed(command):
-        return folder
-    claimed = free_folder(folder, fresh)
+    if command.overwrite and folder.exists():
+        with only_one(folder, "training", patience=_LOCK_PATIENCE):
+            move_aside(folder)
+    claimed = _place(folder, fresh, command)
     if claimed != folder:
         log.info("%s holds a finished run of another config; this one goes to %s.", folder, claimed)
         fresh["run"], fresh["config"]["output_dir"] = claimed.name, str(claimed)
     return claimed
 
 
-def _typed(command: Command) -> set[str]:
-    return {parse_assignment(text).key for text in command.assignments}
+def _place(folder: Path, fresh: dict[str, Any], command: Command) -> Path:
+    """A folder that the user typed is meant; one from the file may be another run's by now."""
+    typed = {override.key for override in overrides_of(command)}
+    return folder if typed & {"output_dir", "run_name"} else free_folder(folder, fresh)
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -262,43 +244,30 @@ def _report(command: Command, folder: Path, record: Mapping[str, Any], exported:
     cli.emit(f"{'Already finished' if already else 'Trained'}: {folder} ({reached})")
     if exported:
         cli.emit(f"Exported: {exported}")
-    for line in _next_commands(command, folder, record, exported, already=already):
+    for line in next_commands(command, folder, record, exported, already=already):
         cli.emit(line)
 
 
-def _next_commands(
-    command: Command, folder: Path, record: Mapping[str, Any], exported: Path | None, *, already: bool
-) -> list[str]:
-    config = shlex.quote(str(command.config))
-    place = shlex.quote(str(folder))
-    lines = ["Next:"]
-    if already:
-        last = next((path for path in checkpoint_folders(folder) if fault_of(path) is None), None)
-        epochs = float(record["config"].get("num_train_epochs", 3)) * 2
-        if last:
-            lines.append(
-                f"  train longer:   python train.py --config {config} --epochs {epochs:g} "
-                f"run_name={shlex.quote(folder.name)}-longer resume_from_checkpoint={shlex.quote(str(last))}"
-            )
-        lines.append(f"  train anew:     python train.py --config {config} --overwrite")
-    lines.append(f"  measure it:     python evaluate_judge.py --run {place}")
-    if not exported:
-        lines.append(f"  merge it:       python train.py --config {config} --export-only {place}")
-    base, template = shlex.quote(record["base_model"]["path"]), record["template"]
-    lines.append(
-        f"  talk to it:     llamafactory-cli chat --model_name_or_path {base} --adapter_name_or_path {place} "
-        f"--template {template} --finetuning_type lora"
-    )
-    return lines
+def _typed_for_export(command: Command) -> dict[str, Any]:
+    """What was typed beside `--export-only FOLDER`.
+
+    Raises:
+        UsageError: it is nothing that an export takes; a run is exported as it was trained.
+    """
+    overrides = overrides_of(command)
+    if strange := [override.key for override in overrides if override.key not in EXPORT_KEYS]:
+        raise UsageError(
+            f"{', '.join(strange)}: a run is exported as it was trained. An export takes {', '.join(EXPORT_KEYS)}."
+        )
+    keys = training_keys()
+    return {override.key: typed_value(keys.get(override.key), override.text) for override in overrides}
 
 
-def _export_existing(command: Command, folder: Path, target: Any = None) -> Outcome:
+def _export_existing(command: Command, folder: Path, typed: Mapping[str, Any]) -> Outcome:
     source = find_source(folder)
-    chosen = target or next(
-        (parse_assignment(text).text for text in command.assignments if text.startswith("export_dir=")),
-        source.record["config"].get("export_dir") or "exported_model",
-    )
-    exported = export_run(source, Path(str(chosen)), log_path=log_of(source.run), overwrite=command.overwrite)
+    source = replace(source, record={**source.record, "config": {**source.record["config"], **typed}})
+    target = Path(str(source.record["config"].get("export_dir") or "exported_model"))
+    exported = export_run(source, target, log_path=log_of(source.run), overwrite=command.overwrite)
     if command.json:
         cli.emit_json({"folder": str(folder), "exported": str(exported)})
     else:
@@ -307,7 +276,7 @@ def _export_existing(command: Command, folder: Path, target: Any = None) -> Outc
 
 
 def _show_runs(command: Command) -> Outcome:
-    saves = run_saves(command.config)
+    saves = run_saves(command)
     records = list(all_records(saves))
     if command.json:
         cli.emit_json(records)
@@ -318,6 +287,12 @@ def _show_runs(command: Command) -> Outcome:
     return Outcome()
 
 
-def run_saves(config: Path) -> Path:
-    """The folder that holds the runs of a config."""
-    return Path(str(read_yaml(config).get("output_dir", "saves/run"))).parent if config.exists() else Path("saves")
+def run_saves(command: Command) -> Path:
+    """The folder that holds the runs of a config.
+
+    Raises:
+        UsageError: the config is not there, or no YAML.
+    """
+    values = {} if command.config == Command.config and not command.config.exists() else read_yaml(command.config)
+    values |= {override.key: override.text for override in overrides_of(command)}
+    return Path(str(values.get("output_dir") or "saves/run")).parent

@@ -18,34 +18,13 @@ from types import FrameType
 
 from prmkit.errors import DataError, ExitCode, Interrupted
 from prmkit.training import supervisor
+from prmkit.training.launch import Launch
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 _ONE_REQUEST = 1.0
 """Seconds within which several signals ask for the same."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How many processes train, and where. Names and meanings are torchrun's."""
-
-    nproc: int | None = None
-    """Processes on this node; None takes one for each visible GPU."""
-    nnodes: str = "1"
-    """A number, or `MIN:MAX` for an elastic run."""
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
-    master_port: int | None = None
-    """None takes a free one on a single node, 29500 on several."""
-    rdzv_id: str | None = None
-    """Names an elastic run: nodes with the same one find each other at `master_addr`."""
-    max_restarts: int = 0
-
-    @property
-    def is_first_node(self) -> bool:
-        """This node writes the run folder and the record."""
-        return self.node_rank == 0
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
@@ -88,12 +67,12 @@ def train_command(config: Path, launch: Launch, processes: int, *, torchrun: boo
 
 
 def _rendezvous(launch: Launch) -> list[str]:
+    address, port = launch.master_addr or "127.0.0.1", launch.master_port or 29500
     if launch.rdzv_id is not None:
-        endpoint = f"{launch.master_addr}:{launch.master_port or 29500}"
+        endpoint = f"{address}:{port}"
         return [f"--rdzv-id={launch.rdzv_id}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
     if launch.nnodes == "1" and launch.master_port is None:
         return ["--standalone"]
-    address, port = launch.master_addr, launch.master_port or 29500
     return [f"--node-rank={launch.node_rank}", f"--master-addr={address}", f"--master-port={port}"]
 
 

@@ -27,8 +27,6 @@ from prmkit.training.memory import Memory, Model, checkpoint_bytes, estimate, re
 from prmkit.training.model_folder import check_model_folder
 from prmkit.training.settings_checks import check_settings
 
-__all__ = ["Check", "Status", "errors_in", "run_preflight"]
-
 SURE_TO_FAIL = 1.15
 """The estimate is good to about 15 %: that much over a GPU's memory will not fit, less may."""
 COMFORTABLE = 0.75

@@ -11,6 +11,7 @@ from typing import Any
 
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.training.checkpoints import (
+    NO_OPTIMIZER,
     Checkpoint,
     checkpoint_folders,
     fault_of,
@@ -75,9 +76,15 @@ def free_folder(folder: Path, fresh: Mapping[str, Any]) -> Path:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Rename a folder to `NAME.TIMESTAMP`; nothing is lost by `--overwrite`."""
+    """Rename a folder to `NAME.TIMESTAMP`; nothing is lost by `--overwrite`.
+
+    Raises:
+        UsageError: it is the folder that all this runs in, or above it.
+    """
     if not folder.exists():
         return None
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UsageError(f"{folder}: is the folder that this was started in, and cannot be moved aside. Name another.")
     target = folder.with_name(f"{folder.name}.{datetime.now().strftime('%Y%m%d-%H%M%S')}")
     while target.exists():
         target = target.with_name(target.name + "+")
@@ -89,15 +96,16 @@ def move_aside(folder: Path) -> Path | None:
     return target
 
 
-def plan_start(folder: Path, fresh: dict[str, Any]) -> Plan:
-    """Decide what a start does. Broken and foreign checkpoints are put aside on the way.
+def plan_start(folder: Path, fresh: dict[str, Any], *, put_aside: bool = True) -> Plan:
+    """Decide what a start does.
 
     Args:
-        folder: the run folder, held by this process.
+        folder: the run folder; held by this process, where something is put aside.
         fresh: the record of a run that would begin now.
+        put_aside: rename broken and foreign checkpoints on the way.
 
     Raises:
-        UsageError: the folder holds something else than this run.
+        UsageError: the folder holds something else than this run, or there is nothing left to train.
         DataError: the checkpoint that the user chose is not whole.
     """
     record = read_record(folder)
@@ -106,7 +114,7 @@ def plan_start(folder: Path, fresh: dict[str, Any]) -> Plan:
     if record is None:
         if named is None or named.resolve().parent != folder.resolve():
             _refuse_foreign(folder)
-        return _from(_chosen(named), fresh)
+        return _from(_chosen(named), fresh, folder)
     changed = differences(record, fresh)
     if record["status"] == "finished" and weights_fault(folder) is None:
         if changed:
@@ -115,7 +123,9 @@ def plan_start(folder: Path, fresh: dict[str, Any]) -> Plan:
     # A run that has gone on from the named checkpoint goes on from its own newest one, not from there again; the named
     # one may be gone by then, for LLaMA Factory keeps the last few alone.
     explicit = None if str(named) in record["resumed_from"] else _chosen(named)
-    newest = newest_whole(folder, put_aside=True)
+    if record["config"].get("save_only_model"):
+        _refuse_weights_alone(folder)
+    newest = newest_whole(folder, put_aside=put_aside)
     if not changed and _is_complete(folder):
         return Plan(Step.FINISH, record)
     if changed and newest is not None:
@@ -124,9 +134,9 @@ def plan_start(folder: Path, fresh: dict[str, Any]) -> Plan:
         raise UsageError(f"{newest.folder}: stands there, but resume_from_checkpoint is false. Add --overwrite.")
     if changed:
         log.info("%s: the config has changed and nothing was saved yet; it begins anew.", folder)
-        return _from(explicit, fresh)
+        return _from(explicit, fresh, folder)
     record = {**record, **{key: fresh[key] for key in ("config", "sources", "command", "processes")}}
-    return _from(explicit or newest or _chosen(named), record)
+    return _from(explicit or newest or _chosen(named), record, folder)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -157,6 +167,17 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
+def _refuse_weights_alone(folder: Path) -> None:
+    """Nothing goes on from weights alone, but they are worth keeping."""
+    if kept := [path for path in checkpoint_folders(folder) if fault_of(path) == NO_OPTIMIZER]:
+        raise UsageError(
+            f"{folder}: was saved with save_only_model, so training cannot go on from {kept[0].name}: it holds the "
+            "weights, not the optimizer's state.\n"
+            f"  --overwrite                    moves the folder aside and begins anew\n"
+            f"  evaluate_judge.py --run {kept[0]}   measures what is there"
+        )
+
+
 def _another_config(folder: Path, state: str, changed: list[str]) -> str:
     shown = "\n".join(f"  {line}" for line in changed)
     return (
@@ -165,11 +186,29 @@ def _another_config(folder: Path, state: str, changed: list[str]) -> str:
     )
 
 
-def _from(checkpoint: Checkpoint | None, record: dict[str, Any]) -> Plan:
+def _from(checkpoint: Checkpoint | None, record: dict[str, Any], folder: Path) -> Plan:
     if checkpoint is None:
         return Plan(Step.BEGIN, record)
+    own = checkpoint.folder.resolve().parent == folder.resolve()
+    if not own:
+        _refuse_nothing_left(checkpoint, record)
     record = {**record, "resumed_from": [*record["resumed_from"], str(checkpoint.folder)]}
-    return Plan(Step.FINISH if checkpoint.step >= checkpoint.max_steps else Step.GO_ON, record, checkpoint)
+    is_last = own and checkpoint.step >= checkpoint.max_steps
+    return Plan(Step.FINISH if is_last else Step.GO_ON, record, checkpoint)
+
+
+def _refuse_nothing_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Going on from another run's checkpoint trains it for longer, or it is a copy under another name."""
+    config, state = record["config"], read_state(checkpoint.folder) or {}
+    steps, epochs = int(config.get("max_steps") or -1), float(config.get("num_train_epochs", 3.0))
+    if 0 < steps <= checkpoint.step:
+        raise UsageError(f"max_steps={steps}: {checkpoint.folder} has trained {checkpoint.step} already. Give more.")
+    trained_on = (read_record(checkpoint.folder.parent) or {}).get("dataset")
+    if steps < 0 and trained_on == record["dataset"] and epochs <= float(state.get("epoch") or 0.0):
+        raise UsageError(
+            f"num_train_epochs={epochs:g}: {checkpoint.folder} has trained {state['epoch']:g} on this dataset already. "
+            "Give more with --epochs."
+        )
 
 
 def clear_the_way(folder: Path, plan: Plan) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from prmkit.errors import DataError
 from prmkit.files import read_json, sha256_of, write_json
 from prmkit.training.config import ResolvedConfig
+from prmkit.training.entries import names_in, read_entries
 from prmkit.training.machine import installed_version, this_machine
 
 RECORD = "run.json"
@@ -40,8 +41,16 @@ _NOT_ABOUT_LEARNING = {
     "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "do_sample", "temperature", "top_p", "top_k",
     "max_new_tokens", "max_length", "repetition_penalty",
 }  # fmt: skip
+_PLACES = {"model_name_or_path", "adapter_name_or_path", "dataset_dir", "tokenized_path", "cache_dir", "deepspeed"}
 # These share one number, the rows of an optimizer step; only that must stay.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+_SURE_TO_BE_THERE = {
+    "run", "id", "status", "config", "processes", "dataset", "base_model", "template", "started", "steps", "max_steps",
+    "tokens", "train_loss", "eval_loss", "resumed_from",
+}  # fmt: skip
+"""Keys of every record that other code reads."""
 
 
 def log_of(run_folder: Path) -> Path:
@@ -55,12 +64,6 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def as_names(value: Any) -> list[str]:
-    """The names in a key that takes one, several divided by commas, or a list."""
-    parts = value if isinstance(value, list) else str(value or "").split(",")
-    return [str(part).strip() for part in parts if str(part).strip()]
-
-
 def new_record(run_folder: Path, config: ResolvedConfig, command: list[str], processes: int) -> dict[str, Any]:
     """The record of a run that is about to start for the first time.
 
@@ -71,12 +74,14 @@ def new_record(run_folder: Path, config: ResolvedConfig, command: list[str], pro
         processes: how many train, over all nodes.
 
     Raises:
-        DataError: a dataset file is missing.
+        DataError: the conversion's report is damaged.
     """
     values = config.values
     datasets = Path(str(values.get("dataset_dir", "data")))
     conversion = datasets / "conversion_report.json"
     report = read_json(conversion) if conversion.exists() else {}
+    if not isinstance(report, dict):
+        raise DataError(f"{conversion}: not the report of a conversion. Run convert_dataset.py again.")
     return {
         "run": run_folder.name,
         "id": os.urandom(8).hex(),
@@ -112,29 +117,26 @@ def new_record(run_folder: Path, config: ResolvedConfig, command: list[str], pro
     }
 
 
-def describe_dataset(names: Any, folder: Path) -> dict[str, str] | None:
+def describe_dataset(names: Any, folder: Path) -> dict[str, str | None] | None:
     """Name, file and hash of a dataset entry; of several, the names and files with commas and one hash over all.
 
     Returns:
-        None when no name is given.
-
-    Raises:
-        DataError: the entry or its file is missing.
+        None when no name is given; file and hash are None where a file is not there (any more).
     """
-    if not (wanted := as_names(names)):
+    if not (wanted := list(filter(None, names_in(names)))):
         return None
-    entries = read_json(folder / "dataset_info.json")
-    files = []
-    for name in wanted:
-        file_name = entries.get(name, {}).get("file_name")
-        if file_name is None:
-            raise DataError(f"{folder / 'dataset_info.json'}: no dataset '{name}'. Run convert_dataset.py first.")
-        files.append(folder / file_name)
-    if missing := [path for path in files if not path.is_file()]:
-        raise DataError(f"{missing[0]}: no such file. Run convert_dataset.py again.")
-    hashes = [sha256_of(path) for path in files]
-    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return {"name": ",".join(wanted), "file": ",".join(map(str, files)), "sha256": digest}
+    try:
+        entries = read_entries(folder)
+    except DataError:
+        entries = {}
+    files = [entries[name].file if name in entries else None for name in wanted]
+    found = [path for path in files if path is not None and path.is_file()]
+    described: dict[str, str | None] = {"name": ",".join(wanted), "file": None, "sha256": None}
+    if len(found) == len(wanted):
+        hashes = [sha256_of(path) for path in found]
+        digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        described |= {"file": ",".join(map(str, found)), "sha256": digest}
+    return described
 
 
 def model_fingerprint(folder: Path) -> str | None:
@@ -170,16 +172,21 @@ def differences(record: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str
     found = [
         f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
         for key in keys
-        if before.get(key) != after.get(key)
+        if _compared(key, before.get(key)) != _compared(key, after.get(key))
     ]
     if rows_a_step(record) != rows_a_step(fresh):
         found.append(f"rows an optimizer step: {rows_a_step(record)} -> {rows_a_step(fresh)}")
     found += [
         f"{what}: its content has changed since"
         for what, part in (("dataset", "sha256"), ("base_model", "fingerprint"))
-        if record[what] and fresh[what] and record[what][part] != fresh[what][part]
+        if all(side[what] and side[what][part] for side in (record, fresh)) and record[what][part] != fresh[what][part]
     ]
     return found
+
+
+def _compared(key: str, value: Any) -> Any:
+    """`./model` and `model` are one place."""
+    return os.path.normpath(value) if key in _PLACES and isinstance(value, str) else value
 
 
 def rows_a_step(record: Mapping[str, Any]) -> int:
@@ -194,10 +201,18 @@ def read_record(run_folder: Path) -> dict[str, Any] | None:
     """The record of a run; None when the folder holds none.
 
     Raises:
-        DataError: it is not readable.
+        DataError: it is damaged.
     """
     path = run_folder / RECORD
-    return dict(read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        record = read_json(path)
+    except DataError:
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= _SURE_TO_BE_THERE:
+        raise DataError(f"{path}: damaged. Add --overwrite, which moves the folder aside, or run_name=NAME.")
+    return record
 
 
 def write_record(run_folder: Path, record: Mapping[str, Any]) -> None:
@@ -212,11 +227,14 @@ def all_records(saves: Path) -> Iterator[dict[str, Any]]:
     """
     records = []
     for path in saves.glob(f"*/{RECORD}"):
-        record = dict(read_json(path))
+        try:
+            record = read_record(path.parent) or {}
+        except DataError:
+            record = {**dict.fromkeys(_SURE_TO_BE_THERE), "run": path.parent.name, "status": "damaged", "config": {}}
         if record["status"] == "running" and not _is_held(path.parent):
             record["status"] = "killed"
         records.append({**record, "folder": str(path.parent)})
-    yield from sorted(records, key=lambda record: (record["started"], record["run"]))
+    yield from sorted(records, key=lambda record: (record["started"] or "", record["run"]))
 
 
 def _is_held(folder: Path) -> bool:
@@ -237,10 +255,10 @@ def table_rows(records: Iterable[Mapping[str, Any]]) -> list[list[str]]:
             Path(record["folder"]).name,
             record["status"],
             (record["dataset"] or {}).get("name", ""),
-            Path(record["base_model"]["path"]).name,
-            f"{record['steps']}/{record['max_steps'] or '?'}",
+            Path(record["base_model"]["path"]).name if record["base_model"] else "",
+            f"{record['steps'] or 0}/{record['max_steps'] or '?'}",
             *(f"{record[key]:.4f}" if record[key] is not None else "" for key in ("train_loss", "eval_loss")),
-            record["started"].replace("T", " ")[:16],
+            (record["started"] or "").replace("T", " ")[:16],
         ]
         for record in records
     ]

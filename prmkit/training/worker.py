@@ -9,20 +9,35 @@ differently, one waits in the saving and the other in the next step, for ever.
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def announce_fsdp(config: Path) -> None:
+def values_of(config: Path) -> dict[str, Any]:
+    """The config; of a worker that torchrun has started again, with the newest whole checkpoint to go on from.
+
+    LLaMA Factory would take the newest one, which the death of the worker may have left half-written, and die of it
+    until no restart is left.
+    """
+    from prmkit.config_file import read_yaml
+    from prmkit.training.checkpoints import newest_whole
+
+    values = read_yaml(config)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        newest = newest_whole(Path(values["output_dir"]), put_aside=False)
+        values["resume_from_checkpoint"] = str(newest.folder) if newest else False
+    return values
+
+
+def announce_fsdp(values: Mapping[str, Any]) -> None:
     """Say in the environment that the weights are to be divided, as accelerate's launcher does.
 
     LLaMA Factory and transformers look there while they load the model, long before the trainer reads `fsdp`. Without
     it every process first puts the whole model on its GPU.
     """
-    from prmkit.config_file import read_yaml
     from prmkit.files import read_json
 
-    values = read_yaml(config)
     if not values.get("fsdp"):
         return
     settings = values.get("fsdp_config") or {}
@@ -47,7 +62,8 @@ def let_numbered_cpus_load() -> None:
 
 def main() -> None:
     """Train; SIGTERM to any of the processes, on any node, makes all of them save after the step at hand and stop."""
-    announce_fsdp(Path(sys.argv[1]))
+    values = values_of(Path(sys.argv[1]))
+    announce_fsdp(values)
     let_numbered_cpus_load()
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
@@ -73,7 +89,7 @@ def main() -> None:
             if told.item():
                 control.should_save = control.should_training_stop = True
 
-    run_exp(callbacks=[StopTogether()])
+    run_exp(values, callbacks=[StopTogether()])
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import pytest
 import yaml
 from layout import STEPS
 from processes import start
+from safetensors import safe_open
 
 from prmkit.encoding import load_encoding
 from prmkit.errors import DataError, UsageError
 from prmkit.training.checkpoints import checkpoint_folders
-from prmkit.training.export import _fit_chat_template, check_target, export_values, find_source, trained_dtype
+from prmkit.training.export import _fit_chat_template, check_target, export_dtype, export_values, find_source
 
 
 def test_the_export_is_a_whole_model_in_the_trained_number_format(finished: Path) -> None:
@@ -68,6 +69,26 @@ def test_a_checkpoint_is_exported_over_an_old_export_that_is_moved_aside(finishe
     assert json.loads((finished_copy / "exported_model" / "prmkit.json").read_text())["adapter"] == checkpoint
 
 
+def test_a_damaged_export_is_made_again(finished_copy: Path) -> None:
+    weights = finished_copy / "exported_model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    assert "already exported" not in start(finished_copy, "--export-only", "saves/run").ends(0)
+    assert weights.read_bytes() == whole
+    (finished_copy / "exported_model" / "prmkit.json").write_text("{}")
+    assert "already exported" not in start(finished_copy, "--export-only", "saves/run").ends(0)
+    assert "already exported" in start(finished_copy, "--export-only", "saves/run").ends(0)
+
+
+def test_another_number_format_is_another_export(finished_copy: Path) -> None:
+    start(finished_copy, "--export-only", "saves/run", "infer_dtype=bfloat16").ends(0)
+    note = json.loads((finished_copy / "exported_model" / "prmkit.json").read_text())
+    assert note["dtype"] == "bfloat16"
+    with safe_open(finished_copy / "exported_model" / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+    assert len(list(finished_copy.glob("exported_model.20*"))) == 1, "the earlier one is kept"
+
+
 def test_what_cannot_be_exported_is_said(tmp_path: Path, finished_copy: Path) -> None:
     with pytest.raises(DataError, match=r"adapter_model\.safetensors is missing"):
         find_source(tmp_path)
@@ -82,7 +103,7 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, finished_copy: Path) ->
 )
 def test_the_number_format_is_the_one_that_was_trained_in(finished: Path, changes: dict[str, Any], dtype: str) -> None:
     config = {"model_name_or_path": str(finished / "model"), **changes}
-    assert trained_dtype(config) == dtype
+    assert export_dtype(config) == dtype
 
 
 def test_the_export_config_has_no_key_of_training(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The record of a run, its checkpoints, and what a start means for a folder: runs.py, checkpoints.py, resume.py."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +9,23 @@ from typing import Any
 
 import pytest
 from layout import STEPS, write_config
+from processes import start
 
 from prmkit.errors import DataError, LlamaFactoryError, PrmkitError, UsageError
 from prmkit.files import sha256_of
 from prmkit.training import flow
-from prmkit.training.checkpoints import checkpoint_folders, fault_of, newest_whole, weights_fault
-from prmkit.training.flow import Command
+from prmkit.training.checkpoints import checkpoint_folders, fault_of, newest_whole, rename_aside, weights_fault
+from prmkit.training.command import Command
 from prmkit.training.resume import Step, free_folder, plan_start, run_folder_of
-from prmkit.training.runs import all_records, differences, log_of, model_fingerprint, new_record, rows_a_step
+from prmkit.training.runs import (
+    all_records,
+    describe_dataset,
+    differences,
+    log_of,
+    model_fingerprint,
+    new_record,
+    rows_a_step,
+)
 
 
 def record_of(project: Path) -> dict[str, Any]:
@@ -71,10 +81,12 @@ def test_another_model_has_another_fingerprint(finished_copy: Path) -> None:
     assert model_fingerprint(finished_copy / "nothing here") is None
 
 
-def test_a_record_names_a_dataset_that_is_missing(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (finished_copy / "data" / "steps.jsonl").unlink()
-    with pytest.raises(DataError, match=r"data/steps\.jsonl: no such file. Run convert_dataset\.py"):
-        start_again(finished_copy, monkeypatch)
+def test_a_dataset_that_is_gone_has_no_hash(finished_copy: Path) -> None:
+    data = finished_copy / "data"
+    there = describe_dataset("steps", data)
+    assert there is not None and there["sha256"] == sha256_of(data / "steps.jsonl")
+    assert describe_dataset("steps,other", data) == {"name": "steps,other", "file": None, "sha256": None}
+    assert describe_dataset("", data) is None
 
 
 def test_a_run_that_was_killed_is_listed_as_killed(killed_copy: Path) -> None:
@@ -109,7 +121,7 @@ def test_a_half_written_checkpoint_is_put_aside_and_the_one_before_it_taken(kill
     SPOILT[how](newest)
     taken = newest_whole(run, put_aside=True)
     assert taken is not None and taken.folder == before
-    assert not newest.exists() and newest.with_name(f"{newest.name}.incomplete").is_dir()
+    assert not newest.exists() and newest.with_name(f"incomplete.{newest.name}").is_dir()
 
 
 def test_a_stale_checkpoint_of_an_earlier_run_is_never_taken(killed_copy: Path) -> None:
@@ -126,7 +138,7 @@ def test_a_stale_checkpoint_of_an_earlier_run_is_never_taken(killed_copy: Path) 
     assert fault_of(stale) is None
     taken = newest_whole(run, put_aside=True)
     assert taken is not None and taken.step == STEPS
-    assert stale.with_name(f"{stale.name}.stale").is_dir()
+    assert stale.with_name(f"stale.{stale.name}").is_dir()
 
 
 def test_a_checkpoint_of_a_run_of_another_length_is_stale(killed_copy: Path) -> None:
@@ -157,8 +169,85 @@ def test_a_finished_run_says_so_and_names_the_ways_on(
     assert start_again(finished_copy, monkeypatch) == Path("saves/run")
     shown = capsys.readouterr().out
     assert shown.startswith(f"Already finished: saves/run ({STEPS} steps, training loss ")
-    assert f"--epochs 16 run_name=run-longer resume_from_checkpoint=saves/run/checkpoint-{STEPS}" in shown
+    longer = f"num_train_epochs=16 output_dir=saves/run-longer resume_from_checkpoint=saves/run/checkpoint-{STEPS}"
+    assert longer in shown
     assert "--overwrite" in shown and record_of(finished_copy) == before
+
+
+def test_what_is_suggested_is_about_the_run_and_works(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The words that were typed are in it, and the longer run trains: typed as it is printed."""
+    run = finished_copy / "saves" / "run"
+    run.rename(finished_copy / "saves" / "mine")
+    typed = ["run_name=mine", "logging_steps=4"]
+    shown = start(finished_copy, *typed).ends(0)
+    suggested = dict(line.strip().split(":", 1) for line in shown.splitlines() if line.startswith("  train "))
+    anew, longer = (shlex.split(suggested[name]) for name in ("train anew", "train longer"))
+    assert anew == ["python", "train.py", "--config", "config.yaml", *typed, "--overwrite"]
+    assert longer[4:6] == ["logging_steps=4", "num_train_epochs=16"]
+    start(finished_copy, *longer[4:]).ends(0)
+    record = json.loads((finished_copy / "saves" / "mine-longer" / "run.json").read_text())
+    assert (record["status"], record["steps"]) == ("finished", 2 * STEPS)
+    assert record["resumed_from"] == [f"saves/mine/checkpoint-{STEPS}"]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "told"),
+    [
+        (["max_steps=80"], "has trained 80 already"),
+        (["max_steps=8"], "Give more"),
+        ([], "has trained 8 on this dataset"),
+    ],
+)
+def test_a_finished_checkpoint_of_another_run_is_not_copied_as_a_new_run(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch, assignments: list[str], told: str
+) -> None:
+    checkpoint = f"resume_from_checkpoint=saves/run/checkpoint-{STEPS}"
+    with pytest.raises(UsageError, match=told):
+        start_again(finished_copy, monkeypatch, "run_name=copy", checkpoint, *assignments)
+    assert not (finished_copy / "saves" / "copy" / "run.json").exists()
+
+
+def test_paths_in_other_words_are_the_same_run(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start_again(finished_copy, monkeypatch, "dataset_dir=./data", "model_name_or_path=./model/") == Path(
+        "saves/run"
+    )
+
+
+@pytest.mark.parametrize("gone", ["data", "model"])
+def test_a_finished_run_says_so_without_what_it_was_made_from(
+    script: Callable[..., Any], finished_copy: Path, gone: str
+) -> None:
+    shutil.rmtree(finished_copy / gone)
+    assert "Already finished: saves/run" in script("train.py", "--config", "config.yaml", cwd=finished_copy).stdout
+
+
+def test_weights_alone_are_kept_and_nothing_goes_on_from_them(
+    killed_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(killed_copy / "config.yaml", save_only_model=True)
+    run = killed_copy / "saves" / "run"
+    config = {**record_of(killed_copy)["config"], "save_only_model": True}
+    (run / "run.json").write_text(json.dumps({**record_of(killed_copy), "config": config}))
+    for folder in checkpoint_folders(run):
+        (folder / "optimizer.pt").unlink()
+    kept = sorted(path.name for path in run.iterdir())
+    with pytest.raises(UsageError, match="was saved with save_only_model"):
+        start_again(killed_copy, monkeypatch)
+    assert [name for name in sorted(path.name for path in run.iterdir()) if name != ".lock"] == [
+        name for name in kept if name != ".lock"
+    ]
+
+
+def test_what_is_put_aside_is_out_of_llamafactorys_reach(tmp_path: Path) -> None:
+    """It deletes the oldest of what is named checkpoint-*, `checkpoint-8.incomplete` as well."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    (tmp_path / "checkpoint-8").mkdir()
+    rename_aside(tmp_path / "checkpoint-8", "incomplete")
+    (tmp_path / "checkpoint-8").mkdir()
+    rename_aside(tmp_path / "checkpoint-8", "incomplete")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["incomplete-2.checkpoint-8", "incomplete.checkpoint-8"]
+    assert not list(tmp_path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def test_a_run_that_was_killed_after_its_last_step_is_finished_from_its_last_checkpoint(

@@ -62,6 +62,20 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
         (["nonsense"], "'nonsense' is not key=value"),
         (["--nnodes", "two"], "--nnodes two"),
         (["--nproc", "0"], "--nproc 0"),
+        (["--nproc", "1", "--node-rank", "1"], "--node-rank 1: expected 0 to 0"),
+        (["--node-rank", "-1"], "--node-rank -1"),
+        (["--nnodes", "2", "--node-rank", "5", "--master-addr", "10.9.9.9"], "--node-rank 5: expected 0 to 1"),
+        (["--nnodes", "4:2", "--rdzv-id", "a", "--master-addr", "here"], "the first number is the smaller one"),
+        (["--nnodes", "1:2", "--master-addr", "here"], "needs --rdzv-id"),
+        (["--nnodes", "2"], "need --master-addr"),
+        (["--master-port", "999999"], "--master-port 999999"),
+        (["--max-restarts", "-1"], "--max-restarts -1"),
+        (["--export-only", "--validate-only"], "choose"),
+        (["--export-only", "saves/run", "exprot_dir=x"], "exprot_dir"),
+        (["--export-only", "saves/run", "-d", "steps", "lora_rank=8"], "dataset, lora_rank"),
+        (["--export-only", "saves/run", "export_dir=config.yaml"], "config.yaml: is a file"),
+        (["--export-only", "saves/run", "export_dir=.", "--overwrite"], "folder that this was started in"),
+        (["--runs", "--config", "missing.yaml"], "missing.yaml"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--exprot"], "--exprot"),
     ],
@@ -73,12 +87,50 @@ def test_a_wrong_command_line_is_refused_at_once(
     assert said in refused.stderr
 
 
+def test_a_config_with_many_mistakes_and_a_missing_model_gets_one_report(script: Script, project: Path) -> None:
+    shutil.rmtree(project / "model")
+    wrong = ["learning_rtae=1e-3", "lora_rank='8'", "dataset=stepz", "bf16=maybe"]
+    said = script("train.py", "--config", "config.yaml", *wrong, cwd=project, code=2).stderr
+    assert "5 problems" in said
+    assert all(told in said for told in ("model directory not found", "stepz", "Did you mean learning_rate?"))
+
+
 def test_runs_are_listed_with_their_numbers(script: Script, finished: Path, tmp_path: Path) -> None:
     shown = script("train.py", "--config", "config.yaml", "--runs", cwd=finished).stdout
     assert "finished" in shown and f"{STEPS}/{STEPS}" in shown and "steps" in shown
     (listed,) = json.loads(script("train.py", "--config", "config.yaml", "--runs", "--json", cwd=finished).stdout)
     assert (listed["run"], listed["folder"], listed["steps"]) == ("run", "saves/run", STEPS)
-    assert "no runs yet" in script("train.py", "--config", "config.yaml", "--runs", cwd=tmp_path).stdout
+    assert "no runs yet" in script("train.py", "--runs", cwd=tmp_path).stdout
+    elsewhere = script("train.py", "--config", "config.yaml", "--runs", "output_dir=other/x", cwd=finished).stdout
+    assert "other: no runs yet" in elsewhere
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"status": "fin'])
+def test_a_damaged_record_does_not_hide_the_others(script: Script, finished_copy: Path, text: str) -> None:
+    (finished_copy / "saves" / "bad").mkdir()
+    (finished_copy / "saves" / "bad" / "run.json").write_text(text)
+    shown = script("train.py", "--config", "config.yaml", "--runs", cwd=finished_copy).stdout
+    assert "damaged" in shown and "finished" in shown
+    json.loads(script("train.py", "--config", "config.yaml", "--runs", "--json", cwd=finished_copy).stdout)
+    refused = script("train.py", "--config", "config.yaml", "run_name=bad", cwd=finished_copy, code=1).stderr
+    assert "saves/bad/run.json: damaged" in refused and "--overwrite" in refused
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "config.yaml/x", "/dev/null/x", "saves/" + 300 * "a"])
+def test_a_place_where_nothing_can_be_is_told_by_the_checks(script: Script, project: Path, place: str) -> None:
+    done = script("train.py", "--config", "config.yaml", "--validate-only", f"output_dir={place}", cwd=project, code=2)
+    assert "not ready to train" in done.stdout, done.stderr
+
+
+def test_the_checks_see_what_stands_in_the_folder(script: Script, killed_copy: Path) -> None:
+    checked = ["train.py", "--config", "config.yaml", "--validate-only"]
+    done = script(*checked, cwd=killed_copy)
+    assert "the run is to finish" in done.stderr
+    done = script(*checked, "lora_rank=4", cwd=killed_copy, code=2)
+    assert "holds an unfinished run of another config" in done.stderr
+    before = sorted(path.name for path in (killed_copy / "saves").rglob("*"))
+    script(*checked, "--overwrite", "lora_rank=4", cwd=killed_copy)
+    assert sorted(path.name for path in (killed_copy / "saves").rglob("*")) == before, "looking changed something"
 
 
 def test_the_shared_run_said_what_it_made_and_what_comes_next(finished: Path) -> None:

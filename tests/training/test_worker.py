@@ -46,12 +46,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("environment")
 def test_fsdp_is_announced_before_the_model_is_read(tmp_path: Path) -> None:
-    announce_fsdp(FSDP2)
+    announce_fsdp(read_yaml(FSDP2))
     assert (os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"]) == ("true", "2")
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 @pytest.mark.usefixtures("environment")
 def test_nothing_is_announced_without_fsdp() -> None:
-    announce_fsdp(FSDP2.with_name("two_nodes.yaml"))
+    announce_fsdp(read_yaml(FSDP2.with_name("two_nodes.yaml")))
     assert "ACCELERATE_USE_FSDP" not in os.environ
