@@ -13,7 +13,8 @@ say() { printf '%s\n' "$*" >&2; }
 find_python() {
     local candidate
     for candidate in python3.11 python3.12 python3.13 python3 python; do
-        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
             printf '%s\n' "$candidate"
             return
         fi

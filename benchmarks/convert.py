@@ -12,10 +12,17 @@ valid JSON) and writes reward_model_full and one variant for each evaluation typ
 - duckdb: read_json, COPY ... TO for each variant;
 - copy: a plain copy of the tree that prmkit wrote, for what the disk allows.
 
-Only the first one reads the verdicts; the others write what they find. Each runs in a process of its own. Peak memory
+Only the first two read the verdicts; the others write what they find. Each runs in a process of its own. Peak memory
 is the sum of the proportional set sizes (PSS) of the process and its children, sampled every 20 ms; CPU seconds include
 the children. prmkit waits until its files are on the disk, the others leave them in the page cache: the second column
 of seconds has the wait for the disk for all of them.
+
+The disk needs room for about 25 times the input, of all sizes together: each of the six ways writes about four times
+the input, and nothing is deleted before all of them are done. For an ext4 without a journal gives no inode out again
+for one to six minutes after its file was deleted, and each new file of that block group looks at all of those first
+(recently_deleted() in fs/ext4/ialloc.c of the kernel). Creating 1,000 files took 0.7 to 0.9 seconds behind thousands of
+deletions instead of 0.05, so a way that follows the deletion of another's tree would take seconds longer. Leave six
+minutes between two runs for the same reason.
 """
 
 import argparse
@@ -25,8 +32,11 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +99,7 @@ Please provide your evaluation in the following JSON format:
 
 
 def write_input(path: Path, megabytes: int) -> None:
-    """Write about as many megabytes; the same ones every time."""
+    """Write about as many megabytes; the same ones every time. The file is there when it is whole, and not before."""
     choose = random.Random(0)
     words = _WORDS.split()
     sentences = [" ".join(choose.choices(words, k=choose.randint(6, 18))) + "." for _ in range(4_000)]
@@ -98,7 +108,8 @@ def write_input(path: Path, megabytes: int) -> None:
         return " ".join(choose.choices(sentences, k=max(characters // 80, 1)))
 
     goal = megabytes * 1_000_000
-    with path.open("w", encoding="utf-8") as stream:
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as stream:
         written = 0
         for task in range(TASKS):
             judges = choose.sample(JUDGES, 2)
@@ -109,6 +120,7 @@ def write_input(path: Path, megabytes: int) -> None:
                         line = _row(choose, prose, kind, prompt, judge, f"webshaper_qa_{task}")
                         stream.write(line)
                         written += len(line.encode())
+    part.replace(path)
 
 
 def _prompts(choose: random.Random, prose: Callable[[int], str], task: str) -> Iterator[tuple[str, str]]:
@@ -250,8 +262,8 @@ def duckdb_way(source: Path, output: Path) -> None:
 
 
 def copy_way(source: Path, output: Path) -> None:
-    """The tree that prmkit wrote, file by file."""
-    shutil.copytree(source.parent / "prmkit", output, dirs_exist_ok=True)
+    """The tree that prmkit wrote in the same run, file by file."""
+    shutil.copytree(output.parent / "prmkit", output, dirs_exist_ok=True)
 
 
 WAYS: dict[str, Callable[[Path, Path], None]] = {
@@ -264,12 +276,24 @@ WAYS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
+def label(way: str) -> str:
+    """The name of a way in the tables of RESULTS.md."""
+    if way in ("polars", "duckdb"):
+        return f"{way} {version(way)}"
+    return {"prmkit-1": "prmkit, one process", "copy": "copy of the tree"}.get(way, way)
+
+
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
 def measure(way: str, source: Path, output: Path) -> dict[str, float]:
-    """Run one way in a process of its own: seconds, CPU seconds, peak memory in MB, and MB written."""
-    shutil.rmtree(output, ignore_errors=True)
+    """Run one way in a process of its own: seconds, CPU seconds, peak memory in MB, and MB written.
+
+    Args:
+        way: one of `WAYS`.
+        source: the input.
+        output: a folder that is not there yet; what it gets stays there.
+    """
     output.mkdir()
     os.sync()
     before = os.times()
@@ -313,30 +337,55 @@ def _proportional_set_size(process: int) -> int:
 
 
 def main() -> None:
+    """Run the command line; with --run, be the process that is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[200])
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[200], help="of input (default 200)")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="in this order")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         way, source, output = arguments.run
         WAYS[way](Path(source), Path(output))
         return
-    for megabytes in arguments.megabytes:
-        folder = WORK / str(megabytes)
-        folder.mkdir(parents=True, exist_ok=True)
-        source = folder / "input.jsonl"
-        if not source.exists():
-            write_input(source, megabytes)
-        print(f"\n{source.stat().st_size / 1e6:,.0f} MB of input\n")
-        print("| way | seconds | to the disk | CPU seconds | peak MB | MB written |\n|---|---:|---:|---:|---:|---:|")
-        for way in arguments.ways:
-            figures = measure(way, source, folder / way)
-            shown = [f"{figures[name]:.1f}" for name in ("seconds", "synced", "cpu")]
-            shown += [f"{figures[name]:,.0f}" for name in ("peak_mb", "written_mb")]
-            print(f"| {way} | {' | '.join(shown)} |", flush=True)
-            if way != "prmkit":
-                shutil.rmtree(folder / way)
+    if "copy" in arguments.ways and "prmkit" not in arguments.ways[: arguments.ways.index("copy")]:
+        parser.error("copy copies the tree that prmkit writes. Name prmkit before it: --ways prmkit copy")
+    if len(set(arguments.ways)) < len(arguments.ways):
+        parser.error("a way is named twice. Run the benchmark again to measure it again.")
+    # One stack for all sizes: what is deleted after the first would slow down the second.
+    with ExitStack() as kept:
+        for megabytes in arguments.megabytes:
+            compare(megabytes, arguments.ways, kept)
+
+
+def compare(megabytes: int, ways: Sequence[str], kept: ExitStack) -> None:
+    """Measure each way on an input of one size and print the table.
+
+    Args:
+        megabytes: of the input.
+        ways: of `WAYS`, in the order in which they are measured.
+        kept: removes what they wrote, in the end.
+    """
+    folder = WORK / str(megabytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "input.jsonl"
+    if not source.exists():
+        write_input(source, megabytes)
+    written = Path(kept.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+    print(f"\n| {_described(source)} | seconds | to the disk | CPU seconds | peak MB | MB written |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for way in ways:
+        figures = measure(way, source, written / way)
+        shown = [f"{figures[name]:.1f}" for name in ("seconds", "synced", "cpu")]
+        shown += [f"{figures[name]:,.0f}" for name in ("peak_mb", "written_mb")]
+        print(f"| {label(way)} | {' | '.join(shown)} |", flush=True)
+
+
+def _described(source: Path) -> str:
+    with source.open("rb") as stream:
+        rows = sum(1 for _ in stream)
+    size = source.stat().st_size
+    shown = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+    return f"{shown} ({rows:,} rows)"
 
 
 if __name__ == "__main__":

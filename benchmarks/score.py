@@ -8,6 +8,8 @@
 Every figure comes from a process of its own, one after the other, after a warm-up. Peak memory is what torch allocated
 on the GPU; without a GPU, the largest resident set of that process. A model with random weights never ends its
 verdict, so it writes --verdict-tokens of them: 200 is what a verdict with a summary of a judge takes.
+
+Spearman's rho comes with the 95 % interval that evaluate_judge.py gives: a bootstrap over tasks.
 """
 
 import argparse
@@ -24,31 +26,27 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "benchmarks" / "scratch" / "score"
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.sizes import QWEN_7B, WORDS  # noqa: E402
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.encoding import ChatEncoding, load_encoding  # noqa: E402
-from prmkit.judging import heldout  # noqa: E402
+from prmkit.judging import bootstrap, heldout, measures  # noqa: E402
+from prmkit.judging.agreement import FEWEST_SCORES  # noqa: E402
 from prmkit.judging.judge import Judge, load_judge  # noqa: E402
 from prmkit.judging.judgement import Request  # noqa: E402
 from prmkit.judging.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
+from prmkit.judging.summary import shown  # noqa: E402
 from prmkit.verdict import Shape, Verdict, read_verdict, render_verdict  # noqa: E402
 
-# https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/config.json
-QWEN_7B = {
-    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-WORDS = ("agent", "searched", "result", "page", "table", "answer", "evidence", "step", "tool", "call", "returned")
 WARM_UP = 2
 
 
-def train_on_long_verdicts(tokens: int) -> Path:
+def train_on_long_verdicts(tokens: int, epochs: int) -> Path:
     """Train the demo's judge on the sample's clips, with verdicts of about so many tokens; its run folder.
 
     The sample's verdicts have 27 tokens, real ones 200 and more. Here their summaries are repeated until they are as
     long.
     """
-    folder = WORK / f"verdicts-of-{tokens}-tokens"
+    folder = WORK / f"verdicts-of-{tokens}-tokens-{epochs}-epochs"
     run = folder / "saves" / "judge"
     if (run / "adapter_model.safetensors").exists():
         return run
@@ -60,7 +58,7 @@ def train_on_long_verdicts(tokens: int) -> Path:
     convert = ["--input", str(folder / "finetune.jsonl"), "--output-dir", str(folder / "data")]
     subprocess.run([sys.executable, str(ROOT / "convert_dataset.py"), *convert], check=True, stdout=sys.stderr)
     places = [f"model_name_or_path={folder / 'model'}", f"dataset_dir={folder / 'data'}", f"output_dir={run}"]
-    learnt = ["--dataset", "reward_model_clip", "--epochs", "10"]
+    learnt = ["--dataset", "reward_model_clip", "--epochs", str(epochs)]
     train = ["--config", str(ROOT / "configs" / "cpu_demo.yaml"), *learnt, *places]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *train], check=True, stdout=sys.stderr, cwd=folder)
     return run
@@ -77,12 +75,10 @@ def _with_long_verdict(row: dict[str, Any], encoding: ChatEncoding, tokens: int)
     return row
 
 
-def rows_of_run(run: Path, count: int) -> tuple[list[Request], list[float]]:
-    """Held-out prompts, and the mean of the judges' scores for each."""
+def prompts_of_run(run: Path, count: int) -> list[heldout.HeldOutPrompt]:
+    """Held-out prompts, spread over all of them."""
     held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
-    prompts = held_out.prompts[:: max(len(held_out.prompts) // count, 1)][:count]
-    references = [sum(prompt.reference.values()) / len(prompt.reference) for prompt in prompts]
-    return [Request(prompt.prompt, prompt.shape) for prompt in prompts], references
+    return list(held_out.prompts[:: max(len(held_out.prompts) // count, 1)][:count])
 
 
 def made_up_rows(encoding: ChatEncoding, tokens: int, count: int) -> list[Request]:
@@ -122,7 +118,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.run
         else random_judge(arguments.size, arguments.device)
     )
-    rows = rows_of_run(arguments.run, arguments.rows)[0] if arguments.run else []
+    prompts = prompts_of_run(arguments.run, arguments.rows) if arguments.run else []
+    rows = [Request(prompt.prompt, prompt.shape) for prompt in prompts]
     rows = rows or made_up_rows(judge.encoding, arguments.prompt_tokens, arguments.rows)
     longest = arguments.verdict_tokens * (2 if arguments.run else 1)
     asked = {"mode": mode, "batch_size": int(batch_size), "max_new_tokens": longest}
@@ -148,12 +145,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def spearman(scores: list[float | None], references: list[float]) -> tuple[float, int]:
-    """Rank correlation over the rows that got a score, and how many did."""
-    from scipy.stats import spearmanr
-
-    known = [(score, reference) for score, reference in zip(scores, references, strict=True) if score is not None]
-    return float(spearmanr(*zip(*known, strict=True)).statistic) if len(known) > 2 else float("nan"), len(known)
+def spearman(scores: list[float | None], prompts: list[heldout.HeldOutPrompt]) -> str:
+    """Rank correlation with the judges' mean score, its interval over tasks, and how many prompts got a score."""
+    pairs = [(score, prompt) for score, prompt in zip(scores, prompts, strict=True) if score is not None]
+    sample = bootstrap.make_sample(
+        [score for score, _ in pairs],
+        [sum(prompt.reference.values()) / len(prompt.reference) for _, prompt in pairs],
+        [prompt.task for _, prompt in pairs],
+    )
+    figure = bootstrap.measure(sample, measures.spearman(sample), fewest=FEWEST_SCORES)
+    return f"{shown(figure.as_json(), 3)} ({figure.n})"
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -166,11 +167,12 @@ def compare(arguments: argparse.Namespace) -> None:
             results[mode, batch_size] = json.loads(done.stdout.splitlines()[-1])
     some = next(iter(results.values()))
     print(f"{some['machine']}; {arguments.rows} rows, {some['prompt_tokens']:.0f} prompt tokens on average\n")
-    print("| batch | way | steps/s | ratio | peak memory | Spearman (rows scored) |\n|---|---|---|---|---|---|")
-    references = rows_of_run(arguments.run, arguments.rows)[1] if arguments.run else []
+    print("| batch | way | steps/s | ratio | peak memory | Spearman, 95 % interval (rows scored) |")
+    print("|---|---|---|---|---|---|")
+    prompts = prompts_of_run(arguments.run, arguments.rows) if arguments.run else []
     for (mode, batch_size), result in results.items():
         ratio = result["steps_per_second"] / results["generate", batch_size]["steps_per_second"]
-        order = "{:.3f} ({})".format(*spearman(result["scores"], references)) if references else "untrained"
+        order = spearman(result["scores"], prompts) if prompts else "untrained"
         speed, peak = f"{result['steps_per_second']:.2f}", f"{result['peak'] / 2**20:,.0f} MiB"
         print(f"| {batch_size} | {mode} | {speed} | {ratio:.1f} | {peak} | {order} |")
 
@@ -180,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained run")
     parser.add_argument("--train", action="store_true", help="train a judge on verdicts of --verdict-tokens first")
+    parser.add_argument("--epochs", type=int, default=10, help="of that training (default 10)")
     parser.add_argument("--size", choices=["tiny", "7b"], default="tiny", help="of the random model without --run")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=400, help="without --run")
@@ -191,7 +194,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
-        arguments.run = train_on_long_verdicts(arguments.verdict_tokens)
+        arguments.run = train_on_long_verdicts(arguments.verdict_tokens, arguments.epochs)
     if arguments.size == "7b" and arguments.device == "auto":
         arguments.device = "cuda"
     if arguments.measure:
