@@ -6,6 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
+import pytest
 from layout import STEPS, MakeProject
 from processes import start, wait_for
 
@@ -35,8 +36,11 @@ def test_two_nodes_train_one_run(make_project: MakeProject, tmp_path: Path) -> N
     assert [path.name for path in (project / "saves").iterdir()] == ["run"]
 
 
-def test_an_elastic_run_goes_on_when_a_worker_is_killed(make_project: MakeProject, tmp_path: Path) -> None:
+def test_an_elastic_run_goes_on_when_a_worker_is_killed(
+    make_project: MakeProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torchrun starts it again, and it goes on from the newest whole checkpoint, not from a half-written one."""
+    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "INFO")  # other tests make it quiet, and its log is looked at
     project = make_project(tmp_path / "p", save_steps=4)
     saves = project / "saves" / "run"
     elastic = ("--nnodes", "1:2", "--rdzv-id", "job", "--master-addr", "127.0.0.1", "--master-port", free_port())

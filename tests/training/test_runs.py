@@ -1,5 +1,6 @@
 """The record of a run, its checkpoints, and what a start means for a folder: runs.py, checkpoints.py, resume.py."""
 
+import errno
 import json
 import shlex
 import shutil
@@ -292,6 +293,23 @@ def test_what_llamafactory_left_is_checked_even_when_it_ended_well(
     cut(run / "adapter_model.safetensors")
     with pytest.raises(LlamaFactoryError, match=r"adapter_model\.safetensors is not whole"):
         _verify(run, {})
+
+
+def test_a_full_disk_does_not_hide_what_the_run_failed_of(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from prmkit.training import attempt
+
+    def full(_folder: Path, _record: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "saves/run/run.json")
+
+    monkeypatch.setattr(attempt, "write_record", full)
+    run = finished_copy / "saves" / "run"
+    with pytest.raises(LlamaFactoryError, match="the cause"), attempt._recorded(run, record_of(finished_copy)):
+        raise LlamaFactoryError("the cause")
+    assert "saves/run/run.json: the end of the run could not be recorded: No space left on device" in caplog.text
+    with pytest.raises(OSError, match="No space"), attempt._recorded(run, record_of(finished_copy)):
+        pass
 
 
 def test_an_unfinished_run_is_not_mixed_with_another_config(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
