@@ -176,8 +176,9 @@ def _check_run_folder(command: Command, setting: Setting) -> Iterator[Check]:
     except (DataError, UsageError) as refusal:
         yield error(name, str(refusal), "")
     else:
+        what = "is finished" if plan.step is Step.DONE else f"is to {plan.step}"
         where = f" from step {plan.checkpoint.step}" if plan.checkpoint else ""
-        yield ok(name, f"{folder}: the run is to {plan.step}{where}")
+        yield ok(name, f"{folder}: the run {what}{where}")
 
 
 # --- training -----------------------------------------------------------------------------------------------------

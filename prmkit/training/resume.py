@@ -123,10 +123,12 @@ def plan_start(folder: Path, fresh: dict[str, Any], *, put_aside: bool = True) -
     # A run that has gone on from the named checkpoint goes on from its own newest one, not from there again; the named
     # one may be gone by then, for LLaMA Factory keeps the last few alone.
     explicit = None if str(named) in record["resumed_from"] else _chosen(named)
-    if record["config"].get("save_only_model"):
+    complete = not changed and _is_complete(folder)
+    weights_alone = bool(record["config"].get("save_only_model"))
+    if weights_alone and not complete:
         _refuse_weights_alone(folder)
-    newest = newest_whole(folder, put_aside=put_aside)
-    if not changed and _is_complete(folder):
+    newest = newest_whole(folder, put_aside=put_aside and not (weights_alone and complete))
+    if complete:
         return Plan(Step.FINISH, record)
     if changed and newest is not None:
         raise UsageError(_another_config(folder, "unfinished", changed))
