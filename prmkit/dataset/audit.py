@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmkit.dataset.variants import HELD_OUT_SUFFIX
+from prmkit.data_folder import HELD_OUT_SUFFIX, INFO, sidecar_of
 from prmkit.errors import DataError
 from prmkit.files import read_json, read_jsonl
 
@@ -32,7 +32,7 @@ class Dataset:
     @property
     def sidecar(self) -> Path:
         """Where our conversion keeps what traces the rows back; others' datasets have none."""
-        return self.path.with_suffix(".meta.jsonl")
+        return sidecar_of(self.path)
 
     @property
     def held_out(self) -> bool:
@@ -48,7 +48,7 @@ def read_datasets(folder: Path) -> list[Dataset]:
     Raises:
         DataError: there is no dataset_info.json, or it is damaged, or it names a file that is missing.
     """
-    info = folder / "dataset_info.json"
+    info = folder / INFO
     listed = read_json(info)
     if not isinstance(listed, dict):
         raise DataError(f"{info}: not an object of datasets.")

@@ -8,15 +8,16 @@ from typing import Any
 
 from prmkit import cli
 from prmkit.config_file import read_yaml, split_assignment, value_of
+from prmkit.data_folder import HELD_OUT_SUFFIX, REPORT
 from prmkit.dataset.audit import audit, read_datasets
 from prmkit.dataset.convert import convert
 from prmkit.dataset.filters import Filters
-from prmkit.dataset.finish import REPORT, leaks_told
+from prmkit.dataset.finish import leaks_told
 from prmkit.dataset.lengths import LengthSettings
 from prmkit.dataset.settings import Settings
 from prmkit.dataset.split import Split, read_tasks
 from prmkit.dataset.summary import show_summary
-from prmkit.dataset.variants import CONSENSUS, FULL, HELD_OUT_SUFFIX
+from prmkit.dataset.variants import CONSENSUS, FULL
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import read_json
 

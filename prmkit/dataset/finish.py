@@ -8,21 +8,19 @@ from platform import python_version
 from typing import Any
 
 from prmkit import __version__
+from prmkit.data_folder import HELD_OUT_SUFFIX, INFO, REPORT
 from prmkit.dataset.audit import Dataset, audit
 from prmkit.dataset.formats import dataset_entry
 from prmkit.dataset.processes import in_parallel
 from prmkit.dataset.publish import publish, sync_files
 from prmkit.dataset.report import Tally
 from prmkit.dataset.settings import Settings
-from prmkit.dataset.variants import FULL, HELD_OUT_SUFFIX, held_out_name
+from prmkit.dataset.variants import FULL, held_out_name
 from prmkit.dataset.write import data_file
 from prmkit.errors import DataError
 from prmkit.files import read_json, sha256_of, write_json
 
 log = logging.getLogger(__name__)
-
-INFO = "dataset_info.json"
-REPORT = "conversion_report.json"
 
 
 def own_file(settings: Settings, name: str) -> str:

@@ -16,7 +16,6 @@ from prmkit.errors import DataError
 from prmkit.trimming import trim_prompt
 
 TooLong = Literal["trim", "drop", "error", "keep"]
-TOO_LONG: tuple[TooLong, ...] = ("trim", "drop", "error", "keep")
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from prmkit.data_folder import HELD_OUT_SUFFIX
+
 PREFIX = "reward_model_"
 FULL = PREFIX + "full"
 CONSENSUS = PREFIX + "consensus"
 CUSTOM = PREFIX + "custom"
-HELD_OUT_SUFFIX = "_eval"
 
 _EVALUATION_TYPES = ("clip", "category", "final")
 # A judge who is called so gets a hash behind his name, whether or not the input has a variant that he would clash with:

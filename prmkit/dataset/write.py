@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import orjson
 
+from prmkit.data_folder import SIDECAR_SUFFIX
 from prmkit.dataset.appending import Appender
 from prmkit.dataset.formats import Format, prompt_and_label, training_row
 from prmkit.dataset.lengths import LengthGuard
@@ -27,7 +28,6 @@ from prmkit.verdict import Unreadable, Verdict, read_verdict, render_verdict
 log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
-_SIDECAR = ".meta.jsonl"
 _HELD = 4 << 20
 """Bytes: about a block. More took no less time, and memory."""
 _VARIANTS_A_ROW = 2
@@ -41,7 +41,7 @@ def data_file(variant: str) -> str:
 
 def sidecar_file(variant: str) -> str:
     """The file that traces the rows of a variant back to the input."""
-    return variant + _SIDECAR
+    return variant + SIDECAR_SUFFIX
 
 
 class StagedRow(NamedTuple):
@@ -124,7 +124,11 @@ def write_variants(
             if watch:
                 watch(appender, block, rows)
             advance(size)
-    return {name.removesuffix(".jsonl"): lines for name, lines in appender.lines.items() if not name.endswith(_SIDECAR)}
+    return {
+        name.removesuffix(".jsonl"): lines
+        for name, lines in appender.lines.items()
+        if not name.endswith(SIDECAR_SUFFIX)
+    }
 
 
 def _sided(variants: Sequence[str], group: Group) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from prmkit.data_folder import HELD_OUT_SUFFIX, INFO, REPORT, SIDECAR_SUFFIX, sidecar_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.markers import restore
@@ -20,7 +21,6 @@ References = Mapping[str, Mapping[str, float]]
 Medians = Mapping[str, Mapping[str, float]]
 """Evaluation type -> score key -> the median of the training labels."""
 
-EVAL_SUFFIX = "_eval"
 DEFAULT_HELD_OUT = "reward_model_full_eval"
 
 
@@ -81,7 +81,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
     """
     entry = _entry(data_folder, name)
     file = data_folder / str(entry["file_name"])
-    sidecar = file.with_suffix(".meta.jsonl")
+    sidecar = sidecar_of(file)
     groups: dict[str, list[tuple[str, str, dict[str, Any]]]] = defaultdict(list)
     rows = 0
     try:
@@ -98,11 +98,11 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
 
 
 def _entry(data_folder: Path, name: str) -> Mapping[str, Any]:
-    known: dict[str, Any] = read_json(data_folder / "dataset_info.json")
+    known: dict[str, Any] = read_json(data_folder / INFO)
     if name in known:
         entry: dict[str, Any] = known[name]
         return entry
-    held_out = [other for other in known if other.endswith(EVAL_SUFFIX)]
+    held_out = [other for other in known if other.endswith(HELD_OUT_SUFFIX)]
     if held_out:
         shown = ", ".join(held_out[:6]) + (", …" if len(held_out) > 6 else "")
         raise UsageError(f"{data_folder}: no dataset '{name}'. Held out are: {shown}.")
@@ -180,12 +180,12 @@ def training_medians(data_folder: Path, held_out_name: str) -> Medians:
 
     Empty where neither stands in `data_folder`: then there is no constant to compare with.
     """
-    report = data_folder / "conversion_report.json"
+    report = data_folder / REPORT
     if report.is_file() and "train_median" in (written := read_json(report)):
         medians: Medians = written["train_median"]
         return medians
-    name = held_out_name.removesuffix(EVAL_SUFFIX)
-    sidecar = data_folder / f"{name}.meta.jsonl"
+    name = held_out_name.removesuffix(HELD_OUT_SUFFIX)
+    sidecar = data_folder / f"{name}{SIDECAR_SUFFIX}"
     if name == held_out_name or not sidecar.is_file():
         return {}
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from prmkit.data_folder import REPORT
 from prmkit.files import read_json
 from prmkit.judging.judgement import Request
 from prmkit.verdict import Shape, asked_shape
@@ -56,7 +57,7 @@ def _is_nested(keys: Sequence[str]) -> bool:
 
 def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:
     """The score keys by evaluation type that the converter has met; empty without a conversion."""
-    report = data_folder / "conversion_report.json"
+    report = data_folder / REPORT
     return dict(read_json(report).get("score_keys", {})) if report.is_file() else {}
 
 

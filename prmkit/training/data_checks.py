@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from prmkit.data_folder import REPORT, SIDECAR_SUFFIX
 from prmkit.errors import DataError
 from prmkit.files import read_json, read_jsonl
 from prmkit.training.check import Check, error, ok, warning
@@ -64,7 +65,7 @@ def _rows_of(entry: Entry) -> int | None:
 
 def _report_problems(folder: Path) -> Iterator[str]:
     """Is the conversion's report, which every run records, as the conversion wrote it?"""
-    path = folder / "conversion_report.json"
+    path = folder / REPORT
     try:
         report = read_json(path) if path.exists() else {}
     except DataError as failure:
@@ -195,7 +196,7 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
     if audit is not None and not audit.get("passed", True):
         found = f"the conversion found {audit.get('tasks_on_both_sides', '?')} tasks on both sides"
         return error("held-out", found, f"Convert the data again: {CONVERT}")
-    sides = [[folder / f"{name}.meta.jsonl" for name in side] for side in (names, held_out)]
+    sides = [[folder / f"{name}{SIDECAR_SUFFIX}" for name in side] for side in (names, held_out)]
     if not all(path.is_file() for side in sides for path in side):
         return ok("held-out", f"{', '.join(held_out)}; not compared, for these rows say nothing of their tasks")
     trained, kept = (_identities(side) for side in sides)
@@ -210,7 +211,7 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
 
 
 def _audit(folder: Path) -> Mapping[str, Any] | None:
-    path = folder / "conversion_report.json"
+    path = folder / REPORT
     report = read_json(path) if path.is_file() else None
     audit = report.get("leak_audit") if isinstance(report, dict) else None
     return audit if isinstance(audit, dict) else None

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prmkit.data_folder import HELD_OUT_SUFFIX, INFO
 from prmkit.errors import DataError
 from prmkit.files import read_json
 
-HELD_OUT_SUFFIX = "_eval"
 SAMPLED_BYTES = 1 << 20
 
 
@@ -53,7 +53,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     Raises:
         DataError: there is no `dataset_info.json` in the folder, or it is not a JSON object of objects.
     """
-    path = folder / "dataset_info.json"
+    path = folder / INFO
     if not path.is_file():
         raise DataError(f"{path} is missing. Convert the data first: python convert_dataset.py")
     info = read_json(path)

@@ -15,8 +15,6 @@ from prmkit.training.check import Check, error, ok, warning
 
 NAME = "model folder"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "qwen.tiktoken")
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-               "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 _HUB_NAME = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
 
 

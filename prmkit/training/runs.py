@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from prmkit.data_folder import REPORT
 from prmkit.errors import DataError
 from prmkit.files import read_json, sha256_of, write_json
 from prmkit.training.config import ResolvedConfig
@@ -78,7 +79,7 @@ def new_record(run_folder: Path, config: ResolvedConfig, command: list[str], pro
     """
     values = config.values
     datasets = Path(str(values.get("dataset_dir", "data")))
-    conversion = datasets / "conversion_report.json"
+    conversion = datasets / REPORT
     report = read_json(conversion) if conversion.exists() else {}
     if not isinstance(report, dict):
         raise DataError(f"{conversion}: not the report of a conversion. Run convert_dataset.py again.")
