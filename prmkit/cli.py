@@ -31,7 +31,7 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
         code = command(parser.parse_intermixed_args())
         sys.stdout.flush()
         return code
-    except PrmkitError as error:
+    except (PrmkitError, Interrupted) as error:
         log.error("error: %s", error)
         return error.exit_code
     except KeyboardInterrupt:

@@ -50,8 +50,11 @@ class GateError(PrmkitError):
     exit_code = ExitCode.GATE
 
 
-class Interrupted(PrmkitError):
+class Interrupted(BaseException):
     """A signal stopped the work; what was done so far is kept.
+
+    No `Exception`, as KeyboardInterrupt is none: it is raised wherever the signal arrives, and a library at work there
+    (logging, for one) would take it for an error of its own and go on.
 
     Args:
         message: what was kept, and the command that goes on.
