@@ -99,3 +99,13 @@ def test_scripts_are_thin_and_answer_at_once(name: str) -> None:
     assert done.stdout.startswith("usage:")
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "prmkit" in loaded and not loaded & (HEAVY | {"numpy", "yaml", "rich"})
+
+
+def test_no_module_is_left_over() -> None:
+    """Every module is imported by a script, another module or a test, or started as a program of its own."""
+    files = [*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / name for name in SCRIPTS)]
+    imported = {part for path in files for name in _imports(path) for part in (name, name.rpartition(".")[0])}
+    programs = {path for path in MODULES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES}
+    left_over = [name for path, name in names.items() if name not in imported and path not in programs]
+    assert not [name for name in left_over if not any(other.startswith(name + ".") for other in names.values())]
