@@ -163,7 +163,7 @@ def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Che
     limit = values.get("save_total_limit")
     kept = (int(limit) if limit else _checkpoints(values)) + 1
     needed = checkpoint_bytes * (kept + 0.5)
-    found += f"; {kept} checkpoints of {_size(checkpoint_bytes)} at once"
+    found += f"; {kept} checkpoint{'s' * (kept != 1)} of {_size(checkpoint_bytes)} at once"
     if needed > free:
         advice = "save_total_limit=1, save_only_model=true (cannot be resumed), or an output_dir with more room."
         return error("disk", f"{found}: not enough", advice)
