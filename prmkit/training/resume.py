@@ -1,6 +1,7 @@
 """What a start means for a run folder: begin, go on from a checkpoint, finish what a kill left, or nothing to do."""
 
 import logging
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,8 +176,8 @@ def _refuse_weights_alone(folder: Path) -> None:
         raise UsageError(
             f"{folder}: was saved with save_only_model, so training cannot go on from {kept[0].name}: it holds the "
             "weights, not the optimizer's state.\n"
-            f"  --overwrite                    moves the folder aside and begins anew\n"
-            f"  evaluate_judge.py --run {kept[0]}   measures what is there"
+            "  --overwrite moves the folder aside and begins anew\n"
+            f"  python evaluate_judge.py --run {shlex.quote(str(kept[0]))} measures what is there"
         )
 
 

@@ -107,15 +107,15 @@ def new_record(run_folder: Path, config: ResolvedConfig, command: list[str], pro
         "cutoff_len": values.get("cutoff_len", 2048),
         "hardware": _hardware(),
         "started": now(),
-        "ended": None,
-        "steps": 0,
-        "max_steps": None,
-        "tokens": None,
-        "train_loss": None,
-        "eval_loss": None,
-        "peak_gpu_memory_gib": None,
         "resumed_from": [],
+        **_NOT_REACHED_YET,
     }
+
+
+_NOT_REACHED_YET = {
+    "ended": None, "steps": 0, "max_steps": None, "tokens": None, "train_loss": None, "eval_loss": None,
+    "peak_gpu_memory_gib": None,
+}  # fmt: skip
 
 
 def describe_dataset(names: Any, folder: Path) -> dict[str, str | None] | None:
