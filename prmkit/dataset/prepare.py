@@ -58,12 +58,18 @@ class _Read(NamedTuple):
     record: Record
 
 
-class _Judged(NamedTuple):
-    """A row whose verdict is known."""
+class _Admitted(NamedTuple):
+    """A row that the filters want."""
 
     read: _Read
     prompt: "_CleanPrompt"
     held_out: bool
+
+
+class _Judged(NamedTuple):
+    """A row whose verdict is known."""
+
+    admitted: _Admitted
     verdict: Verdict
     canonical: str
 
@@ -81,12 +87,15 @@ class Preparer:
     def prepare_block(self, number: int, block: Block, source: Source) -> None:
         """Stage the rows of a block, and those that are set aside.
 
-        Goes step by step over the whole block: the code and the tables of one step stay in the processor's cache, which
-        is a sixth faster than row by row.
+        Goes step by step over the whole block: the code and the tables of one step stay in the processor's cache. With
+        these five steps that takes a fourth less time than row by row; more steps gain nothing.
         """
         lines = lines_of(block, source)
         read = [row for line_number, line in lines if (row := self._read(source, block, line_number, line))]
-        judged = [known for row in read if (known := self._judge(source, row))]
+        admitted = [wanted for row in read if (wanted := self._admit(row))]
+        verdicts = [read_verdict(wanted.read.record.answer) for wanted in admitted]
+        pairs = zip(admitted, verdicts, strict=True)
+        judged = [known for wanted, verdict in pairs if (known := self._judge(source, wanted, verdict))]
         for known in judged:
             self._stage(number, source, known)
         self._writer.end_block()
@@ -109,7 +118,7 @@ class Preparer:
         entry = rejected_entry(source.name, line_number, rejected.reason, row)
         self._writer.add_rejected(line_number, entry, rejected.kind, rejected.tokens)
 
-    def _judge(self, source: Source, read: _Read) -> _Judged | None:
+    def _admit(self, read: _Read) -> _Admitted | None:
         record = read.record
         prompt = _cleaned(record.prompt, self._settings.mask_leaked_scores)
         held_out = self._settings.split.holds_out(record.task, prompt.digest)
@@ -119,26 +128,30 @@ class Preparer:
             if not self._settings.filters.admit(record):
                 return None
         self.told.admitted += 1
-        verdict = read_verdict(record.answer)
+        return _Admitted(read, prompt, held_out)
+
+    def _judge(self, source: Source, admitted: _Admitted, verdict: Verdict | Unreadable) -> _Judged | None:
+        read = admitted.read
         if isinstance(verdict, Unreadable):
             self._set_aside(source, read.line_number, read.row, Rejected(verdict.reason, verdict.kind))
             return None
-        if _repeats_example(verdict, record.prompt):
+        if _repeats_example(verdict, read.record.prompt):
             self._set_aside(source, read.line_number, read.row, Rejected("repeats the prompt's example"))
             return None
-        return _Judged(read, prompt, held_out, verdict, render_verdict(verdict))
+        return _Judged(admitted, verdict, render_verdict(verdict))
 
     def _stage(self, block: int, source: Source, judged: _Judged) -> None:
-        (line_number, _, record), prompt, held_out, verdict, canonical = judged
+        (read, prompt, held_out), verdict, canonical = judged
+        record = read.record
         label, markers = neutralise(canonical if self._settings.labels == "canonical" else record.answer, answer=True)
-        measured = self._measure(source, judged, label)
+        measured = self._measure(source, read, prompt.text, label)
         if measured is None:
             return
         row = training_row(measured.prompt, label, self._settings.form)
         sidecar = {
             "id": row_id(prompt.sha256, record.judge, label),
             "source": source.name,
-            "line": line_number,
+            "line": read.line_number,
             "prompt_sha256": prompt.sha256,
             "repairs": verdict.repairs,
             "scores": verdict.scores,
@@ -150,7 +163,7 @@ class Preparer:
         facts = Facts(
             row_size=len(row),
             sidecar_size=len(sidecar_line),
-            line=line_number,
+            line=read.line_number,
             group=self._groups.setdefault(group, len(self._groups)),
             scores=scores,
             prompt_characters=len(record.prompt),
@@ -167,17 +180,16 @@ class Preparer:
         indexed = Indexed(prompt.digest, place, record.judge, record.evaluation_type, held_out, digest, scores)
         self._writer.add_row(row, sidecar_line, facts, indexed)
 
-    def _measure(self, source: Source, judged: _Judged, label: str) -> Measured | None:
+    def _measure(self, source: Source, read: _Read, prompt: str, label: str) -> Measured | None:
         if self._guard is None:
-            return Measured(judged.prompt.text, 0, 0, 0)
-        line_number, row, _ = judged.read
+            return Measured(prompt, 0, 0, 0)
         try:
-            return self._guard.fit(judged.prompt.text, label)
+            return self._guard.fit(prompt, label)
         except Rejected as rejected:
-            self._set_aside(source, line_number, row, rejected)
+            self._set_aside(source, read.line_number, read.row, rejected)
             return None
         except DataError as error:
-            raise DataError(f"{source.name}:{line_number}: {error}") from error
+            raise DataError(f"{source.name}:{read.line_number}: {error}") from error
 
     def _count(self, record: Record) -> None:
         for counter, value in (
