@@ -48,14 +48,14 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
     repaired, held_out = report["repaired"], report["held_out"]
     if repaired["rows"]:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in repaired["repairs"].items())
-        yield f"{repaired['rows']:,} answers were no valid JSON and were repaired ({kinds})"
+        yield f"answers that were no valid JSON and were repaired: {repaired['rows']:,} ({kinds})"
     if report["markers"]["rows"]:
-        yield f"{report['markers']['rows']:,} rows carry control markers, made plain text"
+        yield f"rows with control markers, which were made plain text: {report['markers']['rows']:,}"
     if report["leaked_scores"]["rows"]:
         done = "masked" if report["settings"]["mask_leaked_scores"] else "use --mask-leaked-scores to mask them"
-        yield f"{report['leaked_scores']['rows']:,} prompts carry scores of earlier evaluations ({done})"
+        yield f"rows whose prompt carries scores of earlier evaluations: {report['leaked_scores']['rows']:,} ({done})"
     if report["prompts_a_judge_answered_differently"]:
-        yield f"{report['prompts_a_judge_answered_differently']:,} prompts have different verdicts of one judge"
+        yield f"prompts with different verdicts of one judge: {report['prompts_a_judge_answered_differently']:,}"
     yield from _held_out_notes(report, held_out)
     yield from _length_notes(report)
 
@@ -77,4 +77,4 @@ def _length_notes(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"cutoff_len is {lengths['cutoff_len']:,}; {covering} of the rows"
     if report["trimmed"]["rows"]:
         rows, left_out = report["trimmed"]["rows"], report["trimmed"]["tokens_left_out"]
-        yield f"{rows:,} prompts were shortened in the middle, by {left_out:,} tokens in all"
+        yield f"prompts shortened in the middle: {rows:,}, by {left_out:,} tokens in all"

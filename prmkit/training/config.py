@@ -88,6 +88,21 @@ def resolve_config(
     return _resolved(values, sources, adaptation)
 
 
+def typed_values(overrides: Sequence[Override]) -> dict[str, Any]:
+    """The values of overrides that stand for themselves, without a config.
+
+    Raises:
+        UsageError: something is wrong with them; everything that is wrong is in the message.
+    """
+    keys = training_keys()
+    values: dict[str, Any] = {}
+    problems = _lay_over(values, {}, overrides, keys)
+    problems += [problem for problem in problems_in(values, keys) if problem.key in values]
+    if problems:
+        raise UsageError("\n".join(_told(problem.key, problem) for problem in problems))
+    return values
+
+
 def _missing_files(values: Mapping[str, Any], wrong: Collection[str]) -> Iterator[Problem]:
     """What the checks before a run would find next: nobody wants to come back for it."""
     for key, check in (("model_name_or_path", check_model_folder), ("dataset", check_datasets)):
@@ -107,8 +122,12 @@ def report(path: Path, problems: Sequence[Problem], sources: Mapping[str, str]) 
     """All problems of a config as one text; a key that is not from the file is named with where it is from."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     typed = {key: f"{key} ({source})" for key, source in sources.items() if source != str(path)}
-    lines = [f"  {typed.get(p.key, p.key)}: {p.message} {p.hint}".rstrip() for p in problems]
+    lines = [f"  {_told(typed.get(problem.key, problem.key), problem)}" for problem in problems]
     return "\n".join([f"{path}: {count} (LLaMA Factory {llamafactory_version()}).", *lines])
+
+
+def _told(key: str, problem: Problem) -> str:
+    return f"{key}: {problem.message} {problem.hint}".rstrip()
 
 
 def render_yaml(values: Mapping[str, Any]) -> str:
@@ -140,7 +159,7 @@ def _lay_over(
             typed = f"{before.text} ({before.source}) and {override.text} ({override.source})"
             problems.append(Problem(override.key, f"is given twice: {typed}.", "Keep one."))
         try:
-            value = typed_value(keys.get(override.key), override.text)
+            value = _typed_value(keys.get(override.key), override.text)
         except ValueError as error:
             problems.append(Problem(override.key, f"'{override.text}' is no YAML value: {error}.", ""))
             continue
@@ -155,7 +174,7 @@ def _lay_over(
     return problems
 
 
-def typed_value(key: Key | None, text: str) -> Any:
+def _typed_value(key: Key | None, text: str) -> Any:
     """What a text on the command line means for a key, typed as LLaMA Factory types its own `key=value`.
 
     A key that holds text takes it as it stands, unless it is a list: `run_name=123` is a name, and

@@ -14,7 +14,7 @@ from prmkit.files import only_one
 from prmkit.training.attempt import Setting, carry_out, join
 from prmkit.training.check import Check, error, ok
 from prmkit.training.command import Command, overrides_of
-from prmkit.training.config import ResolvedConfig, resolve_config, typed_value
+from prmkit.training.config import ResolvedConfig, resolve_config, typed_values
 from prmkit.training.export import EXPORT_KEYS, Source, check_target, export_run, find_source
 from prmkit.training.launch import refuse_nonsense
 from prmkit.training.machine import this_machine
@@ -32,7 +32,6 @@ from prmkit.training.runs import (
     read_record,
     table_rows,
 )
-from prmkit.training.schema import training_keys
 
 log = logging.getLogger(__name__)
 
@@ -253,15 +252,14 @@ def _typed_for_export(command: Command) -> dict[str, Any]:
     """What was typed beside `--export-only FOLDER`.
 
     Raises:
-        UsageError: it is nothing that an export takes; a run is exported as it was trained.
+        UsageError: it is nothing that an export takes, or no value of its key; a run is exported as it was trained.
     """
     overrides = overrides_of(command)
     if strange := [override.key for override in overrides if override.key not in EXPORT_KEYS]:
         raise UsageError(
             f"{', '.join(strange)}: a run is exported as it was trained. An export takes {', '.join(EXPORT_KEYS)}."
         )
-    keys = training_keys()
-    return {override.key: typed_value(keys.get(override.key), override.text) for override in overrides}
+    return typed_values(overrides)
 
 
 def _export_existing(command: Command, folder: Path, typed: Mapping[str, Any]) -> Outcome:

@@ -73,6 +73,12 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
         (["--export-only", "--validate-only"], "choose"),
         (["--export-only", "saves/run", "exprot_dir=x"], "exprot_dir"),
         (["--export-only", "saves/run", "-d", "steps", "lora_rank=8"], "dataset, lora_rank"),
+        (
+            ["--export-only", "saves/run", "infer_dtype=flaot16"],
+            "infer_dtype: 'flaot16' is not one of its choices. Did you mean float16?",
+        ),
+        (["--export-only", "saves/run", "export_size=[1"], "export_size: '[1' is no YAML value"),
+        (["--export-only", "saves/run", "export_size=0"], "export_size: is 0; it must be at least 1"),
         (["--export-only", "saves/run", "export_dir=config.yaml"], "config.yaml: is a file"),
         (["--export-only", "saves/run", "export_dir=.", "--overwrite"], "folder that this was started in"),
         (["--runs", "--config", "missing.yaml"], "missing.yaml"),
