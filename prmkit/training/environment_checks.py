@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,12 @@ def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Che
     if checkpoint_bytes is None:
         return ok("disk", found)
     limit = values.get("save_total_limit")
-    kept = (int(limit) if limit else _checkpoints(values)) + 1
-    needed = checkpoint_bytes * (kept + 0.5)
-    found += f"; {kept} checkpoint{'s' * (kept != 1)} of {_size(checkpoint_bytes)} at once"
+    kept = int(limit) if limit else _checkpoints(values)
+    at_once = 2 if kept is None else kept + 1
+    needed = checkpoint_bytes * (at_once + 0.5)
+    found += f"; {at_once} checkpoint{'s' * (at_once != 1)} of {_size(checkpoint_bytes)} at once"
+    if kept is None:
+        found += " at least: without save_total_limit all are kept"
     if needed > free:
         advice = "save_total_limit=1, save_only_model=true (cannot be resumed), or an output_dir with more room."
         return error("disk", f"{found}: not enough", advice)
@@ -191,12 +195,17 @@ def _size(count: float) -> str:
     return f"{count / GIBIBYTE:.1f} GiB" if count > GIBIBYTE / 10 else f"{count / (1 << 20):.0f} MiB"
 
 
-def _checkpoints(values: Mapping[str, Any]) -> int:
-    """How many checkpoints a run without a limit keeps, roughly."""
-    strategy, steps = values.get("save_strategy", "steps"), values.get("save_steps", 500)
+def _checkpoints(values: Mapping[str, Any]) -> int | None:
+    """How many checkpoints a run without a limit keeps; None where that depends on the number of rows."""
+    strategy, steps = values.get("save_strategy", "steps"), float(values.get("save_steps", 500))
+    max_steps = max(int(values.get("max_steps") or 0), 0)
     if strategy == "no":
         return 0
-    return round(1 / steps) if strategy == "steps" and steps < 1 else round(float(values.get("num_train_epochs", 3)))
+    if strategy == "steps" and steps < 1:
+        return round(1 / steps)
+    if strategy == "steps" and max_steps:
+        return int(max_steps // steps)
+    return ceil(float(values.get("num_train_epochs", 3))) if strategy == "epoch" and not max_steps else None
 
 
 def check_swanlab(values: Mapping[str, Any], dropped: Mapping[str, str], sources: Mapping[str, str]) -> Check:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prmkit.training.memory import savings
+
 _OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory"
     r"|not enough memory: you tried to allocate|std::bad_alloc|^MemoryError",
@@ -55,17 +57,9 @@ def _advice(tail: str, exit_code: int, values: Mapping[str, Any]) -> list[str]:
 
 
 def _memory_advice(values: Mapping[str, Any]) -> list[str]:
-    batch = int(values.get("per_device_train_batch_size", 8))
-    accumulation = int(values.get("gradient_accumulation_steps", 1))
-    cutoff = int(values.get("cutoff_len", 2048))
-    steps = []
-    if batch > 1:
-        steps.append(f"  -bs 1 gradient_accumulation_steps={batch * accumulation}  the same rows a step, fewer at once")
-    steps.append(f"  cutoff_len={cutoff // 2}  convert again with the same cutoff_len, so that no label is cut")
-    if not values.get("enable_liger_kernel"):
-        steps.append("  enable_liger_kernel=true  after pip install liger-kernel; the logits are never whole in memory")
-    if values.get("quantization_bit") is None and values.get("finetuning_type", "lora") == "lora":
-        steps.append("  quantization_bit=4  the base model in 4 bits; needs bitsandbytes; see configs/24gb_qlora.yaml")
-    if not values.get("deepspeed"):
-        steps.append("  --nproc N  several GPUs with DeepSpeed ZeRO-2: see configs/multi_gpu_zero2.yaml")
-    return steps
+    ways = [f"  {saving.flags}  {saving.why}" for saving in savings(values)]
+    half = int(values.get("cutoff_len", 2048)) // 2
+    ways.append(f"  cutoff_len={half}  convert again with the same cutoff_len, so that no label is cut")
+    if not values.get("deepspeed") and not values.get("fsdp"):
+        ways.append("  --nproc N  several GPUs with DeepSpeed ZeRO-2: see configs/multi_gpu_zero2.yaml")
+    return ways

@@ -84,8 +84,7 @@ def _execute(command: Command) -> Outcome:
     setting = resolve(command)
     values, sources = setting.config.values, setting.config.sources
     if command.export_only is not None:
-        typed = {key: values[key] for key in EXPORT_KEYS if key in values and sources[key] == "key=value"}
-        return _export_existing(command, run_folder_of(values, sources), typed)
+        return _export_existing(command, run_folder_of(values, sources), _typed_for_export(command))
     if _is_finished(command, setting):
         return train(command, setting)
     _narrate(setting.config)
@@ -248,13 +247,17 @@ def _report(command: Command, folder: Path, record: Mapping[str, Any], exported:
         cli.emit(line)
 
 
+_FINDS_THE_RUN = ("output_dir", "run_name")
+
+
 def _typed_for_export(command: Command) -> dict[str, Any]:
-    """What was typed beside `--export-only FOLDER`.
+    """What was typed beside `--export-only`. Without a folder, `run_name` and `output_dir` say which run is meant.
 
     Raises:
         UsageError: it is nothing that an export takes, or no value of its key; a run is exported as it was trained.
     """
-    overrides = overrides_of(command)
+    found_by = () if command.export_only else _FINDS_THE_RUN
+    overrides = [override for override in overrides_of(command) if override.key not in found_by]
     if strange := [override.key for override in overrides if override.key not in EXPORT_KEYS]:
         raise UsageError(
             f"{', '.join(strange)}: a run is exported as it was trained. An export takes {', '.join(EXPORT_KEYS)}."

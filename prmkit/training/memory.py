@@ -253,12 +253,11 @@ class Remedy:
 
 def remedies(model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int, room: float) -> list[Remedy]:
     """Ways to fit into `room` bytes, the mildest first; each one stands on those before it until it fits."""
-    steps = _steps(values, world_size)
     found: list[Remedy] = []
     now, typed = dict(values), ""
-    for flags, changes in steps:
-        now |= changes
-        typed = f"{typed} {flags}".strip()
+    for saving in savings(values):
+        now |= saving.changes
+        typed = f"{typed} {saving.flags}".strip()
         memory = estimate(model, now, tokens=tokens, world_size=world_size)
         found.append(Remedy(typed, memory))
         if memory.total <= room:
@@ -266,20 +265,36 @@ def remedies(model: Model, values: Mapping[str, Any], *, tokens: int, world_size
     return found
 
 
-def _steps(values: Mapping[str, Any], world_size: int) -> list[tuple[str, dict[str, Any]]]:
-    steps: list[tuple[str, dict[str, Any]]] = []
+@dataclass(frozen=True)
+class Saving:
+    """A change of the config that makes a run smaller, and not shorter-sighted."""
+
+    changes: Mapping[str, Any]
+    why: str
+
+    @property
+    def flags(self) -> str:
+        """The change as it is typed at train.py."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items())
+
+
+def savings(values: Mapping[str, Any]) -> list[Saving]:
+    """The changes that save memory and that this config has not made yet, the mildest first."""
+    found = []
     batch = int(values.get("per_device_train_batch_size", 8))
     if batch > 1:
         accumulation = batch * int(values.get("gradient_accumulation_steps", 1))
-        flags = f"per_device_train_batch_size=1 gradient_accumulation_steps={accumulation}"
-        steps.append((flags, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}))
+        changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+        found.append(Saving(changes, "the same rows a step, fewer at once"))
     if values.get("disable_gradient_checkpointing"):
-        steps.append(("disable_gradient_checkpointing=false", {"disable_gradient_checkpointing": False}))
+        found.append(Saving({"disable_gradient_checkpointing": False}, "each layer keeps its input alone; slower"))
     if not values.get("enable_liger_kernel"):
-        steps.append(("enable_liger_kernel=true", {"enable_liger_kernel": True}))
+        why = "after pip install liger-kernel; the logits are never whole in memory"
+        found.append(Saving({"enable_liger_kernel": True}, why))
     if values.get("finetuning_type", "lora") == "lora" and not values.get("quantization_bit"):
-        steps.append(("quantization_bit=4", {"quantization_bit": 4}))
-    return steps
+        why = "the base model in 4 bits; needs bitsandbytes; see configs/24gb_qlora.yaml"
+        found.append(Saving({"quantization_bit": 4}, why))
+    return found
 
 
 def checkpoint_bytes(model: Model, values: Mapping[str, Any]) -> float:

@@ -32,12 +32,18 @@ def next_commands(
     if not exported:
         config = shlex.quote(str(command.config))
         lines.append(f"  merge it:       python train.py --config {config} --export-only {place}")
-    base, template = shlex.quote(record["base_model"]["path"]), record["template"]
-    lines.append(
-        f"  talk to it:     llamafactory-cli chat --model_name_or_path {base} --adapter_name_or_path {place} "
-        f"--template {template} --finetuning_type lora"
-    )
+    lines.append(f"  talk to it:     {shlex.join(_chat(folder, record))}")
     return lines
+
+
+def _chat(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    if record["config"].get("finetuning_type", "lora") == "lora":
+        weights = ["--model_name_or_path", record["base_model"]["path"], "--adapter_name_or_path", str(folder)]
+        weights += ["--finetuning_type", "lora"]
+    else:
+        weights = ["--model_name_or_path", str(folder)]
+    template = ["--template", record["template"]] if record["template"] else []
+    return ["llamafactory-cli", "chat", *weights, *template]
 
 
 def _longer(command: Command, folder: Path, record: Mapping[str, Any], last: Path) -> list[str]:

@@ -125,6 +125,19 @@ def test_disk_space(tmp_path: Path) -> None:
     assert checks.check_disk(values, None).status is Status.OK
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"save_strategy": "no"}, "1 checkpoint of"),
+        ({"save_steps": 500, "max_steps": 20_000}, "41 checkpoints of 1 MiB at once"),
+        ({"save_strategy": "epoch", "num_train_epochs": 2.5}, "4 checkpoints of"),
+        ({"save_steps": 500}, "2 checkpoints of 1 MiB at once at least: without save_total_limit all are kept"),
+    ],
+)
+def test_checkpoints_that_nobody_limits(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+    assert told in checks.check_disk({"output_dir": str(tmp_path / "run"), **settings}, 1 << 20).found
+
+
 @pytest.mark.parametrize("key", ["output_dir", "export_dir"])
 @pytest.mark.parametrize(
     ("place", "told"),

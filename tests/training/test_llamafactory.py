@@ -170,7 +170,7 @@ def test_running_out_of_memory_is_answered_with_what_to_type(tmp_path: Path) -> 
         subprocess.run([sys.executable, "-c", "import torch; torch.empty(1 << 50)"], stderr=log, check=False)
     said = explain(log_tail(tmp_path / "log", 0), 1, CONFIG)
     assert said.startswith("LLaMA Factory failed: RuntimeError: ")
-    assert "-bs 1 gradient_accumulation_steps=16" in said
+    assert "per_device_train_batch_size=1 gradient_accumulation_steps=16" in said
     assert "cutoff_len=2048" in said and "enable_liger_kernel=true" in said and "quantization_bit=4" in said
     assert "ZeRO-2" in said
 

@@ -73,6 +73,7 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
         (["--export-only", "--validate-only"], "choose"),
         (["--export-only", "saves/run", "exprot_dir=x"], "exprot_dir"),
         (["--export-only", "saves/run", "-d", "steps", "lora_rank=8"], "dataset, lora_rank"),
+        (["--export-only", "lora_rank=8"], "lora_rank: a run is exported as it was trained"),
         (
             ["--export-only", "saves/run", "infer_dtype=flaot16"],
             "infer_dtype: 'flaot16' is not one of its choices. Did you mean float16?",
