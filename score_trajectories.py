@@ -15,7 +15,8 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit code 1 when a row got no scores; its line says why. Run again, it goes on where it stopped.",
+        epilog="Exit code 1 when a row got no scores; its line says why. Run again, it goes on where it stopped; rows "
+        "of status failed, for which a server or the memory is to blame, are asked again.",
     )
     parser.add_argument("input", help='rows as in finetune.jsonl, or {"id", "prompt"}; .gz, .zst, or - for stdin')
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to go on with (default: stdout)")
@@ -39,15 +40,16 @@ def _keys(text: str) -> tuple[str, ...]:
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
     score, fingerprint = asking(arguments)
+    known = known_keys(arguments.data)
     job = Job(
         input=arguments.input,
         output=arguments.output,
-        shape_of=ShapeOf(arguments.keys, known_keys(arguments.data)),
+        shape_of=ShapeOf(arguments.keys, known),
         mode=arguments.mode,
         summaries=arguments.summaries,
         bad_below=arguments.bad_below if arguments.aggregate else None,
     )
-    fingerprint = {"judge": fingerprint, "keys": list(arguments.keys)}
+    fingerprint = {"judge": fingerprint, "keys": list(arguments.keys), "known_keys": known}
     return ExitCode.DONE if run(job, score, fingerprint) else ExitCode.DATA
 
 

@@ -83,7 +83,7 @@ class CompletionsJudge:
                     return await self._expected(connection, prepared)
                 text = await connection.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
             except _RowFailure as failure:
-                return Judgement("error", reason=str(failure))
+                return Judgement("failed", reason=str(failure))
             return read_written(text, prepared.shape)
 
         async def judge_all(ready: Sequence[Prepared]) -> list[Judgement]:

@@ -143,7 +143,7 @@ def _as_memory_allows(
     # Outside of the handler, whose traceback would keep the tensors alive.
     torch.cuda.empty_cache()
     if len(batch) == 1:
-        return [Judgement("error", reason=f"out of memory: {shortage}")]
+        return [Judgement("failed", reason=f"out of memory: {shortage}")]
     log.warning("out of GPU memory with %d prompts at once: trying half as many", len(batch))
     middle = len(batch) // 2
     return [*_as_memory_allows(batch[:middle], answer), *_as_memory_allows(batch[middle:], answer)]

@@ -1,7 +1,9 @@
 """What is asked of a judge, and what it answers."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Literal
 
 from prmkit.verdict import Shape
@@ -9,10 +11,14 @@ from prmkit.verdict import Shape
 Mode = Literal["expected", "generate"]
 """`expected` reads the probability of every score; `generate` lets the model write its verdict and reads that."""
 
-Status = Literal["ok", "unparsed", "too_long", "error"]
+Status = Literal["ok", "unparsed", "too_long", "error", "failed"]
+"""`error` is the row's own, and stays; `failed` is the world's (a server, the memory), and the row is asked again."""
 
 BAD_BELOW = (0.5, 0.8)
 """A step is bad when its score is below this: the stricter and the milder meaning of the word."""
+
+SAME_SCORE = 1e-9
+"""Scores this near are equal: references are means of hundredths, and 0.8 may come as 0.7999999999999999."""
 
 LOW_COVERAGE = 0.5
 """Below this, most of what the model would have written is no score."""
@@ -79,6 +85,20 @@ class Judgement:
     def coverage(self) -> float | None:
         """The lowest of the keys' coverages, for a score is as trustworthy as its worst part; None without any."""
         return min((each.coverage for each in self.scores.values() if each.coverage is not None), default=None)
+
+
+AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "min": min,
+    "product": math.prod,
+    "mean": fmean,
+    "last": lambda scores: scores[-1],
+}
+"""How the scores of the steps become one score of the trajectory."""
+
+
+def first_below(scores: Sequence[float], limit: float) -> int | None:
+    """The position of the first score below `limit`, counted from 0; None where there is none."""
+    return next((place for place, score in enumerate(scores) if score < limit - SAME_SCORE), None)
 
 
 def _mean_of_known(values: list[float | None]) -> float | None:

@@ -82,7 +82,7 @@ def judgements_in_order(
     known: dict[bytes, Judgement] = {}
     requests = iter(requests)
     while group := list(islice(requests, window)):
-        keys = list(map(_digest, group))
+        keys = list(map(digest, group))
         new = {key: request for key, request in zip(keys, group, strict=True) if key not in known}
         ready: dict[bytes, Prepared] = {}
         for key, request in new.items():
@@ -96,7 +96,8 @@ def judgements_in_order(
         yield from (known[key] for key in keys)
 
 
-def _digest(request: Request) -> bytes:
+def digest(request: Request) -> bytes:
+    """What tells a request from every other one: of its prompt and of the scores that it asks for."""
     text = "\0".join([str(request.shape.nested), *request.shape.keys, request.prompt])
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 

@@ -1,24 +1,20 @@
 """The predictions of an evaluation: one line a prompt, written as they come, and read back as a table of scores."""
 
-import logging
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from prmkit.files import read_json, write_json
 from prmkit.judging.bootstrap import Floats
 from prmkit.judging.heldout import HeldOutPrompt, Medians
 from prmkit.judging.judgement import BAD_BELOW, Distribution, Judgement, rounded
+from prmkit.judging.resuming import append_rows as append_rows
+from prmkit.judging.resuming import reopen, replace_rows
 from prmkit.leaked_scores import leaked_scores
-
-log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
@@ -57,47 +53,20 @@ def _distribution_row(distribution: Distribution) -> dict[str, Any]:
     return row | {"below": {str(limit): rounded(share) for limit, share in below.items()} if below else None}
 
 
-# --- writing as they come, and going on -------------------------------------------------------------------------------
+# --- going on ---------------------------------------------------------------------------------------------------------
 
 
 def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The predictions that an earlier, possibly killed, evaluation left in `file`, if they are of the same kind.
 
-    A last line that was cut off is removed. Predictions of another judge, mode or dataset are moved aside, not mixed.
-
-    Args:
-        file: where predictions are and will be.
-        fingerprint: what makes predictions comparable; kept beside the file.
+    Prompts that the judge could not answer then (memory, a server) are taken out of the file: they are to be asked
+    again. For the rest see `prmkit.judging.resuming.reopen`.
     """
-    marker = file.with_suffix(".fingerprint.json")
-    if file.is_file() and not (marker.is_file() and read_json(marker) == fingerprint):
-        aside = _free_name(file)
-        file.replace(aside)
-        log.info("%s were made with another judge, mode or dataset; kept as %s", file, aside.name)
-    write_json(marker, fingerprint)
-    if not file.is_file():
-        return []
-    with file.open("r+b") as stream:
-        whole = stream.read()
-        stream.truncate(whole.rfind(b"\n") + 1)
-    return [orjson.loads(line) for line in whole.split(b"\n")[:-1]]
-
-
-def _free_name(file: Path) -> Path:
-    number = 1
-    while (aside := file.with_suffix(f".old{number}.jsonl")).exists():
-        number += 1
-    return aside
-
-
-def append_rows(file: Path, rows: Iterable[Row]) -> Iterator[Row]:
-    """Write each row to the end of `file` as it comes, and pass it on."""
-    with file.open("ab") as stream:
-        for row in rows:
-            stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-            stream.flush()
-            yield row
-        os.fsync(stream.fileno())
+    found = reopen(file, fingerprint)
+    lasting = [row for row in found if row.get("status") != "failed"]
+    if len(lasting) < len(found):
+        replace_rows(file, lasting)
+    return lasting
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ class Row:
     """The row's own; else the beginning of the prompt's SHA-256. None for a line that cannot be read."""
     request: Request | None
     reason: str | None
-    """Why there is no request."""
+    """Why the row cannot be judged."""
     metadata: Mapping[str, Any]
+    known: Mapping[str, Any] | None = None
+    """The result that an earlier run found for it; there is no request then."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Score steps in bulk: JSONL in, one line of JSON out for every line in, whatever it was."""
 
 import logging
-import math
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import chain, tee
+from dataclasses import dataclass, replace
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,19 +15,25 @@ import orjson
 from prmkit import cli
 from prmkit.errors import UsageError
 from prmkit.files import only_one, open_input, write_text
+from prmkit.judging.aggregates import Trajectories
 from prmkit.judging.judgement import LOW_COVERAGE, Judgement, Mode, Request, rounded
+from prmkit.judging.order import digest
+from prmkit.judging.resuming import append_rows, beside, reopen, replace_rows
 from prmkit.judging.rows import Row, ShapeOf, read_rows
 
 log = logging.getLogger("prmkit")
 
 STDIN = "-"
 
+Result = Mapping[str, Any]
+"""One line of the output."""
+
 Score = Callable[[Iterable[Request], Mode], Iterator[Judgement]]
 """Judges a stream of requests in their order."""
 
 
-def judged(rows: Iterable[Row], score: Score, mode: Mode, *, summaries: bool) -> Iterator[dict[str, Any]]:
-    """One result a row, in their order.
+def judged(rows: Iterable[Row], score: Score, mode: Mode, *, summaries: bool) -> Iterator[Result]:
+    """One result a row, in their order; those that are known already are passed on.
 
     Args:
         rows: read a few batches ahead.
@@ -46,9 +51,9 @@ def judged(rows: Iterable[Row], score: Score, mode: Mode, *, summaries: bool) ->
 
     for judgement, text in _with_text(requests(), score, mode, summaries=summaries):
         while not (row := waiting.popleft()).request:
-            yield _result(row, _unreadable(row))
+            yield _without_asking(row)
         yield _result(row, judgement) | ({"text": text} if text is not None else {})
-    yield from (_result(row, _unreadable(row)) for row in waiting)
+    yield from map(_without_asking, waiting)
 
 
 def _with_text(
@@ -64,8 +69,8 @@ def _with_text(
             yield judgement, judgement.text if summaries or judgement.status == "unparsed" else None
 
 
-def _unreadable(row: Row) -> Judgement:
-    return Judgement("error", reason=row.reason)
+def _without_asking(row: Row) -> Result:
+    return row.known or _result(row, Judgement("error", reason=row.reason))
 
 
 def _result(row: Row, judgement: Judgement) -> dict[str, Any]:
@@ -77,6 +82,7 @@ def _result(row: Row, judgement: Judgement) -> dict[str, Any]:
         "coverage": rounded(judgement.coverage),
         "status": judgement.status,
         "reason": judgement.reason,
+        "request_hash": digest(row.request).hex() if row.request else None,
         "metadata": row.metadata,
     }
 
@@ -116,7 +122,7 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
     """
     counts: Counter[str] = Counter()
     unwilling = 0
-    trajectories = _Trajectories(job.bad_below)
+    trajectories = Trajectories(job.bad_below)
     with _opened(job.input) as lines, cli.progress_bar() as progress:
         bar = progress.add_task("scoring", total=None)
         for result in _results(job, read_rows(lines, job.shape_of), score, fingerprint):
@@ -125,7 +131,7 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
             trajectories.add(result)
             progress.advance(bar)
     if job.bad_below is not None:
-        _write_summaries(trajectories, job.output)
+        _write_sums(trajectories, job.output)
     log.info("%d rows: %s", counts.total(), ", ".join(f"{n} {status}" for status, n in counts.items()) or "none")
     if unwilling:
         log.warning(
@@ -141,35 +147,61 @@ def _opened(source: str) -> AbstractContextManager[IO[bytes]]:
     return nullcontext(sys.stdin.buffer) if source == STDIN else open_input(Path(source))
 
 
-def _results(
-    job: Job, rows: Iterator[Row], score: Score, fingerprint: Mapping[str, Any]
-) -> Iterator[Mapping[str, Any]]:
+def _results(job: Job, rows: Iterator[Row], score: Score, fingerprint: Mapping[str, Any]) -> Iterator[Result]:
     if job.output is None:
         for result in judged(rows, score, job.mode, summaries=job.summaries):
             cli.emit(orjson.dumps(result).decode())
             yield result
         return
-    from prmkit.judging.predictions import append_rows, resume
-
     with only_one(job.output.parent, f"writing {job.output.name}", lock=f".{job.output.name}.lock"):
-        done = resume(job.output, dict(fingerprint) | {"mode": job.mode, "summaries": job.summaries})
-        if done:
-            log.info("%s: %d rows are scored already", job.output, len(done))
-        yield from _already_scored(done, rows, job.output)
-        yield from append_rows(job.output, judged(rows, score, job.mode, summaries=job.summaries))
+        done = reopen(job.output, dict(fingerprint) | {"mode": job.mode, "summaries": job.summaries})
+        results = judged(_with_known(done, rows, job.output), score, job.mode, summaries=job.summaries)
+        yield from _renewed(done, results, job.output)
+        yield from append_rows(job.output, results)
 
 
-def _already_scored(
-    done: Sequence[Mapping[str, Any]], rows: Iterator[Row], output: Path
-) -> Iterator[Mapping[str, Any]]:
+def _with_known(done: Sequence[Result], rows: Iterator[Row], output: Path) -> Iterator[Row]:
+    """The rows, the first ones with what an earlier run found for them.
+
+    Raises:
+        UsageError: the output holds results of other rows.
+    """
+    failed = sum(result["status"] == "failed" for result in done)
+    if done:
+        log.info("%s: %d rows are scored already", output, len(done) - failed)
+    if failed:
+        log.info("%s: %d rows that failed are asked again", output, failed)
     for number, result in enumerate(done, start=1):
-        row = next(rows, None)
-        if row is None or row.id != result["id"]:
-            raise UsageError(
-                f"{output}:{number}: holds the scores of {result['id']}, and the input has "
-                f"{'no such row' if row is None else row.id} there. Choose another --output for another input."
-            )
-        yield result
+        yield _known(next(rows, None), result, f"{output}:{number}")
+    yield from rows
+
+
+def _known(row: Row | None, result: Result, place: str) -> Row:
+    if row and result.get("request_hash") is None:
+        return row  # it could not be read, which costs nothing to try again: the line may have been mended
+    if row is None or row.id != result["id"]:
+        there = "no such row" if row is None else row.id
+        wrong = f"holds the scores of {result['id']}, and the input has {there} there"
+    elif row.request is None or digest(row.request).hex() != result["request_hash"]:
+        wrong = f"holds the scores of {result['id']} for another prompt or other score keys than the input has there"
+    elif result["status"] == "failed":
+        return row
+    else:
+        return replace(row, request=None, known={**result, "metadata": row.metadata})
+    raise UsageError(f"{place}: {wrong}. Choose another --output for another input.")
+
+
+def _renewed(done: Sequence[Result], results: Iterator[Result], output: Path) -> Iterator[Result]:
+    """The results for the lines that the output has; what is new among them is written back, whatever happens."""
+    lines, changed = list(done), False
+    try:
+        for position, result in enumerate(islice(results, len(lines))):
+            changed = changed or result != lines[position]
+            lines[position] = result
+            yield result
+    finally:
+        if changed:
+            replace_rows(output, lines)
 
 
 def lazily(load: Callable[[], Score]) -> Score:
@@ -186,71 +218,12 @@ def lazily(load: Callable[[], Score]) -> Score:
     return score
 
 
-# --- trajectories --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One clip of a trajectory."""
-
-    number: int | None
-    """`clip_number`; None where the row has none."""
-    scores: list[float | None]
-    """One a row: several judges' rows of one clip are one step."""
-
-    @property
-    def score(self) -> float | None:
-        known = [score for score in self.scores if score is not None]
-        return sum(known) / len(known) if known else None
-
-
-class _Trajectories:
-    """The scores of the steps by task, as they come in."""
-
-    def __init__(self, bad_below: float | None) -> None:
-        self._bad_below = bad_below
-        self._steps: dict[str | int, list[_Step]] = {}
-
-    def add(self, result: Mapping[str, Any]) -> None:
-        """Take a result in if it is one of a step that belongs to a task."""
-        metadata = result["metadata"]
-        task, number = metadata.get("task_id"), metadata.get("clip_number")
-        is_step = metadata.get("evaluation_type", "clip") == "clip"
-        if self._bad_below is None or not is_step or not isinstance(task, str | int):
-            return
-        steps = self._steps.setdefault(task, [])
-        number = number if isinstance(number, int) else None
-        same = next((step for step in steps if step.number == number is not None), None)
-        if same:
-            same.scores.append(result["score"])
-        else:
-            steps.append(_Step(number, [result["score"]]))
-
-    def summaries(self) -> Iterator[dict[str, Any]]:
-        """One a task, its steps by number; those without one behind the others, in the order of the input."""
-        for task, steps in self._steps.items():
-            steps.sort(key=lambda step: math.inf if step.number is None else step.number)
-            yield {"task_id": task, "steps": len(steps)} | self._aggregates(steps)
-
-    def _aggregates(self, steps: Sequence[_Step]) -> dict[str, Any]:
-        """All null where a step has no score, because without it every one of them would be another number."""
-        scores = [step.score for step in steps if step.score is not None]
-        names = ("min", "product", "mean", "last", "first_bad_step", "first_bad_clip")
-        unscored = len(steps) - len(scores)
-        if unscored or self._bad_below is None:
-            return {"unscored": unscored, **dict.fromkeys(names)}
-        bad = next((index for index, score in enumerate(scores) if score < self._bad_below), None)
-        values = (min(scores), math.prod(scores), sum(scores) / len(scores), scores[-1])
-        found = (bad, None if bad is None else steps[bad].number)
-        return {"unscored": 0, **dict(zip(names, (*map(rounded, values), *found), strict=True))}
-
-
 def trajectories_file(output: Path) -> Path:
-    """Where the summaries of an output's trajectories stand."""
-    return output.with_suffix(".trajectories.jsonl")
+    """Where the sums of an output's trajectories stand."""
+    return beside(output, "trajectories.jsonl")
 
 
-def _write_summaries(trajectories: _Trajectories, output: Path | None) -> None:
+def _write_sums(trajectories: Trajectories, output: Path | None) -> None:
     lines = [orjson.dumps(summary).decode() for summary in trajectories.summaries()]
     if output is None:
         for line in lines:

@@ -81,14 +81,14 @@ def test_lasting_trouble_fails_the_row_and_not_the_others(untroubled: str, judge
     httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3})
     judge = remote(untroubled, judges["qwen"], concurrency=1)
     judged = list(judge.score([FLAT_ONE, REQUESTS[2]], batch_size=1, mode=mode, max_new_tokens=2))
-    assert [judgement.status for judgement in judged] == ["error", "unparsed" if mode == "generate" else "ok"]
+    assert [judgement.status for judgement in judged] == ["failed", "unparsed" if mode == "generate" else "ok"]
     assert judged[0].reason.startswith("the server failed 3 times, at last with: 500")
 
 
 def test_a_prompt_that_the_server_refuses_fails_alone(server: str, judges: dict[str, Judge]) -> None:
     long = prompt("again and " * 200, FLAT)
     judged = list(remote(server, judges["qwen"]).score([Request(long, asked_shape(long)), FLAT_ONE], **QUICK))
-    assert [judgement.status for judgement in judged] == ["error", "unparsed"]
+    assert [judgement.status for judgement in judged] == ["failed", "unparsed"]
     assert "the server answers 400" in judged[0].reason
     assert "context" in judged[0].reason
 
@@ -120,5 +120,5 @@ def test_servers_without_logprobs_are_told_from_those_that_only_do_not_echo(serv
         list(wordless.score(REQUESTS))
     assert next(wordless.score([FLAT_ONE], **QUICK)).status == "unparsed"
     (judged,) = remote(server, judge, flavour="echoless", top_logprobs=1).score([FLAT_ONE])
-    assert judged.status == "error"
+    assert judged.status == "failed"
     assert "raise --top-logprobs" in judged.reason

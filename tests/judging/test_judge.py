@@ -251,7 +251,7 @@ def test_running_out_of_memory_halves_the_batch() -> None:
         return [Judgement("ok", reason=each) for each in batch]
 
     judgements = _as_memory_allows(["a", "b", "big", "c", "d"], answer)
-    assert [judgement.status for judgement in judgements] == ["ok", "ok", "error", "ok", "ok"]
+    assert [judgement.status for judgement in judgements] == ["ok", "ok", "failed", "ok", "ok"]
     assert judgements[2].reason == "out of memory: CUDA out of memory."
     assert seen[0] == 5
 

@@ -31,7 +31,8 @@ def test_stdin_to_stdout(steps: str, model_folders: dict[str, Path], tmp_path: P
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [result["id"] for result in results] == [0, 1, 2]
     assert results[0]["scores"] == results[2]["scores"]
-    assert list(results[0]) == ["id", "scores", "score", "std", "coverage", "status", "reason", "metadata"]
+    fields = ["id", "scores", "score", "std", "coverage", "status", "reason", "request_hash", "metadata"]
+    assert list(results[0]) == fields
     assert "3 rows: 3 ok" in done.stderr
 
 

@@ -143,6 +143,81 @@ def test_scores_of_another_input_are_not_gone_on_with(source: Path, tmp_path: Pa
         run(job(source, output), score, {})
 
 
+def asking_for(*steps: str) -> list[str]:
+    return [json.dumps({"id": number, "prompt": prompt(step, FLAT)}) for number, step in enumerate(steps)]
+
+
+def test_scores_of_other_prompts_under_the_same_ids_are_not_gone_on_with(tmp_path: Path) -> None:
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text("\n".join(asking_for("Step A.", "Step B.")))
+    run(job(source, output), scripted({"Step A": 0.1, "Step B": 0.2}), {})
+    whole = output.read_bytes()
+    source.write_text("\n".join(asking_for("Step A.", "Step C.")))
+    with pytest.raises(UsageError, match=r"scores\.jsonl:2: holds the scores of 1 for another prompt"):
+        run(job(source, output), scripted({"Step": 0.9}), {})
+    source.write_text("\n".join(asking_for("Step A.", "Step B.")))
+    with pytest.raises(UsageError, match="or other score keys"):
+        run(job(source, output, shape_of=ShapeOf(("correctness_score",))), scripted({"Step": 0.9}), {})
+    assert output.read_bytes() == whole
+    assert lines_of(output)[0]["request_hash"] != lines_of(output)[1]["request_hash"]
+
+
+def test_a_line_that_was_mended_gets_its_score(tmp_path: Path) -> None:
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    whole = asking_for("Step A.", "Step B.", "Step C.")
+    source.write_text("\n".join([whole[0], whole[1][:-1], whole[2]]))
+    assert run(job(source, output), scripted({"Step": 0.1}), {}) is False
+    source.write_text("\n".join(whole))
+    assert run(job(source, output), scripted({"Step A": 0.9, "Step B": 0.2, "Step C": 0.9}), {}) is True
+    assert [result["score"] for result in lines_of(output)] == [0.1, 0.2, 0.1]
+
+
+def failing(*steps: str):
+    """A judge whose server fails for these steps."""
+
+    def score(requests, _mode) -> Iterator[Judgement]:
+        for request in requests:
+            if any(step in request.prompt for step in steps):
+                yield Judgement("failed", reason="the server failed 6 times")
+            else:
+                yield Judgement("ok", {"reasonableness_score": Distribution(0.5, 0.5, 0.5, 0.0, 1.0)})
+
+    return score
+
+
+def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    rows = asking_for(*(f"Step {letter}." for letter in "ABCDE"))
+    source.write_text("\n".join(rows[:4]))
+    assert run(job(source, output), failing("Step B", "Step D"), {}) is False
+    assert [result["status"] for result in lines_of(output)] == ["ok", "failed", "ok", "failed"]
+    source.write_text("\n".join(rows))
+    again = {"Step B": 0.1, "Step D": 0.2, "Step E": None}
+    assert run(job(source, output, bad_below=0.5), scripted(again), {}) is False
+    results = lines_of(output)
+    assert [result["score"] for result in results] == [0.5, 0.1, 0.5, 0.2, None]
+    assert "2 rows are scored already" in caplog.text and "2 rows that failed are asked again" in caplog.text
+    assert run(job(source, output), scripted({}), {}) is False, "a row that is too long was asked for again"
+    assert lines_of(output) == results
+
+
+def test_what_was_asked_again_is_kept_when_the_run_is_stopped(tmp_path: Path) -> None:
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text("\n".join(asking_for("Step A.", "Step B.", "Step C.")))
+    run(job(source, output), failing("Step A", "Step C"), {})
+
+    def stopped(requests, mode):
+        yield from scripted({"Step A": 0.1})([next(iter(requests))], mode)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job(source, output), stopped, {})
+    assert [(result["status"], result["score"]) for result in lines_of(output)] == [
+        ("ok", 0.1), ("ok", 0.5), ("failed", None),
+    ]  # fmt: skip
+
+
 def test_scores_of_another_judge_are_put_aside(source: Path, tmp_path: Path, score) -> None:
     output = tmp_path / "scores.jsonl"
     run(job(source, output), score, {"judge": 1})

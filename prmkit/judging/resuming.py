@@ -1,0 +1,108 @@
+"""Outputs of one line a row that are written as they come, and gone on with by the next run."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from prmkit.errors import DataError, UsageError
+from prmkit.files import read_json, write_json, written_whole
+
+log = logging.getLogger("prmkit")
+
+Line = Mapping[str, Any]
+
+
+def beside(file: Path, what: str) -> Path:
+    """The name of a file that goes with an output: `scores.what` for `scores.jsonl`, `scores.a.what` for `scores.a`."""
+    return file.with_name(f"{file.stem if file.suffix == '.jsonl' else file.name}.{what}")
+
+
+def reopen(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines that an earlier, possibly killed, run left in `file`, if they are of the same kind.
+
+    A last line that was cut off is removed. Lines of another judge, mode or dataset are moved aside, not mixed.
+
+    Args:
+        file: where lines are and will be.
+        fingerprint: what makes lines comparable; kept beside the file.
+
+    Raises:
+        UsageError: the file is no output of such a run.
+        DataError: a line in it is damaged.
+    """
+    marker = beside(file, "fingerprint.json")
+    if file.is_file() and file.stat().st_size:
+        if not marker.is_file():
+            raise UsageError(
+                f"{file}: exists and is not a scoring output (no {marker.name} beside it). "
+                "Choose another --output, or move it away."
+            )
+        if read_json(marker) != fingerprint:
+            aside = _free_name(file)
+            file.replace(aside)
+            log.info("%s were made with another judge, mode or dataset; kept as %s", file, aside.name)
+    write_json(marker, fingerprint)
+    if not file.is_file():
+        return []
+    with file.open("r+b") as stream:
+        whole = stream.read()
+        stream.truncate(whole.rfind(b"\n") + 1)
+    return [_line(line, f"{file}:{number}") for number, line in enumerate(whole.split(b"\n")[:-1], start=1)]
+
+
+def _line(text: bytes, place: str) -> dict[str, Any]:
+    try:
+        return dict(orjson.loads(text))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{place}: damaged ({error}). Take the line and those behind it away, or start anew."
+        ) from error
+
+
+def _free_name(file: Path) -> Path:
+    number = 1
+    while (aside := beside(file, f"old{number}.jsonl")).exists():
+        number += 1
+    return aside
+
+
+def append_rows(file: Path, rows: Iterable[Line]) -> Iterator[Line]:
+    """Write each row to the end of `file` as it comes, and pass it on.
+
+    Raises:
+        OSError: the file cannot be written; its name stands in the error, which a full disk does not say by itself.
+    """
+    with file.open("ab", buffering=0) as stream:
+        for row in rows:
+            try:
+                _write(stream, _packed(row))
+            except OSError as error:
+                error.filename = error.filename or str(file)
+                raise
+            yield row
+        os.fsync(stream.fileno())
+
+
+def _write(stream: Any, text: bytes) -> None:
+    rest = memoryview(text)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
+def replace_rows(file: Path, rows: Iterable[Line]) -> None:
+    """Write the whole file anew; at any moment either the old lines or the new ones are there."""
+    with written_whole(file.resolve()) as stream:  # resolved, or a link would become a file
+        _write_all(stream, rows)
+
+
+def _write_all(stream: BinaryIO, rows: Iterable[Line]) -> None:
+    for row in rows:
+        stream.write(_packed(row))
+
+
+def _packed(row: Line) -> bytes:
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
