@@ -94,7 +94,7 @@ def prove_export(run: Path, exported: Path) -> None:
 
 
 def _requests(held_out: heldout.HeldOut, prompts: int) -> list[Request]:
-    return [Request(prompt.prompt, prompt.shape) for prompt in heldout.sampled(held_out.prompts, prompts)]
+    return [Request(prompt.prompt, prompt.shape) for prompt in heldout.by_task(held_out.prompts)[:prompts]]
 
 
 def evaluation_of(run: Path) -> Path:

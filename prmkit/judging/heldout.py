@@ -2,15 +2,16 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import orjson
 
-from prmkit.data_folder import HELD_OUT_SUFFIX, INFO, REPORT, SIDECAR_SUFFIX, sidecar_of
+from prmkit.data_folder import HELD_OUT_SUFFIX, INFO, SIDECAR_SUFFIX, sidecar_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.markers import restore
@@ -76,12 +77,14 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
     """Read a dataset of `convert_dataset.py` with its sidecar; rows of one prompt become one held-out prompt.
 
     Raises:
-        UsageError: the folder knows no such dataset.
+        UsageError: the folder knows no such dataset, or its rows are for training.
         DataError: a file is missing or unreadable, or the two have not the same rows.
     """
     entry = _entry(data_folder, name)
     file = data_folder / str(entry["file_name"])
     sidecar = sidecar_of(file)
+    if sidecar.is_file() and not name.endswith(HELD_OUT_SUFFIX):
+        raise UsageError(f"{file}: rows for training, of which nothing is held out. {_held_out_side_of(name)}")
     groups: dict[str, list[tuple[str, str, dict[str, Any]]]] = defaultdict(list)
     rows = 0
     try:
@@ -109,6 +112,10 @@ def _entry(data_folder: Path, name: str) -> Mapping[str, Any]:
     raise UsageError(f"{data_folder}: no dataset '{name}', and none held out. Convert with --eval-ratio 0.1.")
 
 
+def _held_out_side_of(name: str) -> str:
+    return f"The held-out side is --dataset {name}{HELD_OUT_SUFFIX}"
+
+
 def _prompt_and_label(entry: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, str]:
     columns = entry.get("columns", {})
     if entry.get("formatting") == "sharegpt":
@@ -129,12 +136,21 @@ def _held_out_prompt(sha256: str, rows: list[tuple[str, str, dict[str, Any]]]) -
         prompt=prompt,
         prompt_sha256=sha256,
         shape=asked_shape(prompt) or _shape_of(label, first["scores"]),
-        task=str(metadata.get("task_id") or f"prompt {sha256[:12]}"),
+        task=f"prompt {sha256[:12]}" if metadata.get("task_id") in (None, "") else str(metadata["task_id"]),
         evaluation_type=str(metadata.get("evaluation_type")),
-        clip_number=metadata.get("clip_number"),
+        clip_number=whole_number(metadata.get("clip_number")),
         category=metadata.get("category"),
         references={judge: _mean_scores(verdicts) for judge, verdicts in by_judge.items()},
     )
+
+
+def whole_number(value: Any) -> int | None:
+    """The number of a clip, which judges' pipelines write as 1, 1.0 or "1"; None where it is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def _shape_of(label: str, scores: Mapping[str, float]) -> Shape:
@@ -163,27 +179,31 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
         name: overrides its `eval_dataset`.
 
     Raises:
-        UsageError: the run was trained with several held-out datasets, so one has to be named.
+        UsageError: the run was trained with several held-out datasets, so one has to be named; or on this very one.
     """
-    names = config.get("eval_dataset") or DEFAULT_HELD_OUT
-    names = names.split(",") if isinstance(names, str) else list(names)
+    names = _names(config.get("eval_dataset") or DEFAULT_HELD_OUT)
     if name is None and len(names) > 1:
-        raise UsageError(f"this run has {len(names)} held-out datasets. Name one: --dataset {names[0].strip()}")
-    return data_folder or Path(config.get("dataset_dir") or "data"), name or names[0].strip()
+        raise UsageError(f"this run has {len(names)} held-out datasets. Name one: --dataset {names[0]}")
+    chosen = name or names[0]
+    if chosen in _names(config.get("dataset") or ()):
+        held_out = "Name one that it was not." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_side_of(chosen)
+        raise UsageError(f"{chosen}: the run was trained on it, so it says nothing about new steps. {held_out}")
+    return data_folder or Path(config.get("dataset_dir") or "data"), chosen
+
+
+def _names(value: Any) -> list[str]:
+    """Datasets as a configuration lists them: in a text with commas, or one by one."""
+    return [str(name).strip() for name in (value.split(",") if isinstance(value, str) else value)]
 
 
 # --- what the baselines know ------------------------------------------------------------------------------------------
 
 
 def training_medians(data_folder: Path, held_out_name: str) -> Medians:
-    """The median training label by evaluation type and key, as the converter reported it or from the training rows.
+    """The median training label by evaluation type and key, of the rows that this dataset is the held-out side of.
 
-    Empty where neither stands in `data_folder`: then there is no constant to compare with.
+    Empty where they do not stand in `data_folder`: then there is no constant to compare with.
     """
-    report = data_folder / REPORT
-    if report.is_file() and "train_median" in (written := read_json(report)):
-        medians: Medians = written["train_median"]
-        return medians
     name = held_out_name.removesuffix(HELD_OUT_SUFFIX)
     sidecar = data_folder / f"{name}{SIDECAR_SUFFIX}"
     if name == held_out_name or not sidecar.is_file():
@@ -195,10 +215,21 @@ def training_medians(data_folder: Path, held_out_name: str) -> Medians:
     return {kind: {key: median(values) for key, values in keys.items()} for kind, keys in scores.items()}
 
 
-def sampled(prompts: tuple[HeldOutPrompt, ...], limit: int | None) -> Iterator[HeldOutPrompt]:
-    """At most `limit` prompts, task by task in an order that depends on nothing but the tasks' names.
+def by_task(prompts: Iterable[HeldOutPrompt]) -> list[HeldOutPrompt]:
+    """The prompts task by task, in an order that depends on nothing but the tasks' names."""
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.task.encode(errors="surrogatepass")).digest())
+
+
+def sampled(prompts: Iterable[HeldOutPrompt], limit: int | None) -> Iterator[HeldOutPrompt]:
+    """At most `limit` prompts of whole tasks, in the order of `by_task`; where the first task has more, a part of it.
 
     A larger limit takes the same prompts and more, so a short evaluation can be made longer later.
     """
-    by_task = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.task.encode()).digest())
-    yield from by_task if limit is None else by_task[:limit]
+    taken = 0
+    for _, of_task in groupby(by_task(prompts), key=lambda prompt: prompt.task):
+        task = list(of_task)
+        if limit is not None and taken + len(task) > limit:
+            yield from task[:limit] if not taken else ()
+            return
+        yield from task
+        taken += len(task)

@@ -60,7 +60,6 @@ def write_data_folder(
     columns = {"prompt": "instruction", "query": "input", "response": "output"}
     entry = {"columns": columns} if formatting == "alpaca" else {"formatting": "sharegpt"}
     (folder / "dataset_info.json").write_text(json.dumps({name: {"file_name": f"{name}.jsonl", **entry}}))
-    (folder / "conversion_report.json").write_text(json.dumps({"train_median": MEDIANS}))
     return folder
 
 

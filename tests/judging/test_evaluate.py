@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from synthetic import MEDIANS, noisy, predictions_of, write_data_folder, write_l
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.judging import evaluate
 from prmkit.judging.evaluate import Settings
-from prmkit.judging.heldout import place_of_held_out, read_held_out, sampled, training_medians
+from prmkit.judging.heldout import HeldOutPrompt, place_of_held_out, read_held_out, sampled, training_medians
 from prmkit.judging.judgement import Request
 from prmkit.judging.predictions import resume
 from prmkit.judging.sources import JudgeSource
@@ -125,11 +127,25 @@ def test_a_judge_that_can_score_nothing_is_an_error_with_the_reason(data, source
         evaluate.evaluate(tight, read_held_out(data, NAME), MEDIANS, tmp_path, Settings(trim=False))
 
 
+def tasks_of(prompts: Iterable[HeldOutPrompt]) -> Counter[str]:
+    return Counter(prompt.task for prompt in prompts)
+
+
 def test_a_limit_takes_the_same_prompts_and_more(data):
     prompts = read_held_out(data, NAME).prompts
-    few, more = (list(sampled(prompts, limit)) for limit in (5, 9))
-    assert more[:5] == few and len(few) == 5
+    for limit in range(1, len(prompts)):
+        few, more = (list(sampled(prompts, each)) for each in (limit, limit + 1))
+        assert more[: len(few)] == few and 0 < len(few) <= limit
     assert sorted(p.id for p in sampled(prompts, None)) == sorted(p.id for p in prompts)
+
+
+def test_a_limit_cuts_between_tasks_unless_the_first_one_is_larger(data):
+    prompts = read_held_out(data, NAME).prompts
+    (first, size), (_, next_size), *_ = tasks_of(sampled(prompts, None)).items()
+    assert tasks_of(sampled(prompts, size + next_size - 1)) == {first: size}
+    assert tasks_of(sampled(prompts, size - 1)) == {first: size - 1}
+    whole = tasks_of(prompts)
+    assert all(n == whole[task] for task, n in tasks_of(sampled(prompts, len(prompts) - 1)).items())
 
 
 # --- where the held-out rows are --------------------------------------------------------------------------------------
@@ -157,16 +173,44 @@ def test_a_sidecar_that_does_not_fit_is_an_error(tmp_path):
         read_held_out(folder, NAME)
 
 
-def test_the_medians_come_from_the_report_or_else_from_the_training_rows(tmp_path):
+def test_rows_for_training_are_not_taken_for_held_out_ones(tmp_path):
+    folder = write_data_folder(tmp_path, tasks=2, name="reward_model_clip")
+    with pytest.raises(UsageError, match=r"nothing is held out.* --dataset reward_model_clip_eval"):
+        read_held_out(folder, "reward_model_clip")
+
+
+def test_a_run_is_not_measured_on_what_it_was_trained_on():
+    config = {"dataset": "reward_model_full, another_eval", "eval_dataset": "reward_model_full"}
+    with pytest.raises(UsageError, match=r"the run was trained on it.* --dataset reward_model_full_eval"):
+        place_of_held_out(config, None, None)
+    with pytest.raises(UsageError, match="another_eval: the run was trained on it"):
+        place_of_held_out(config, Path("elsewhere"), "another_eval")
+    assert place_of_held_out(config, None, "reward_model_full_eval")[1] == "reward_model_full_eval"
+
+
+def test_the_medians_are_those_of_the_training_rows_of_the_same_variant(tmp_path):
     folder = write_data_folder(tmp_path, tasks=2)
-    assert training_medians(folder, NAME) == MEDIANS
-    (folder / "conversion_report.json").unlink()
+    (folder / "conversion_report.json").write_text(json.dumps({"train_median": MEDIANS}))  # of all rows
     assert training_medians(folder, NAME) == {}
     (folder / "reward_model_full.meta.jsonl").write_bytes((folder / f"{NAME}.meta.jsonl").read_bytes())
     found = training_medians(folder, NAME)
     scores = [row["scores"] for row in map(json.loads, (folder / f"{NAME}.meta.jsonl").read_text().splitlines())]
     clips = [each["reasonableness_score"] for each in scores if "reasonableness_score" in each]
     assert found["clip"]["reasonableness_score"] == pytest.approx(np.median(clips))
+
+
+def test_a_task_called_nought_is_a_task_and_clip_numbers_are_read_as_they_come(tmp_path):
+    folder = write_data_folder(tmp_path, tasks=1)
+    sidecar = folder / f"{NAME}.meta.jsonl"
+    metas = [json.loads(line) for line in sidecar.read_text().splitlines()]
+    numbers = [1.0, "1", "first", None, 2]
+    for meta in metas:
+        position = int(meta["prompt_sha256"], 16) % len(numbers)
+        meta["metadata"] |= {"task_id": 0, "clip_number": numbers[position]}
+    write_lines(sidecar, metas)
+    for prompt in read_held_out(folder, NAME).prompts:
+        assert prompt.task == "0"
+        assert prompt.clip_number == [1, 1, None, None, 2][int(prompt.prompt_sha256, 16) % len(numbers)]
 
 
 def test_a_control_marker_in_a_prompt_is_told_to_the_judge_as_the_user_wrote_it(tmp_path):
