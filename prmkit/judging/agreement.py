@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prmkit.judging import measures
 from prmkit.judging.bootstrap import SAME_PREDICTION, Figure, Floats, Integers, Sample, make_sample, measure
-from prmkit.judging.judgement import BAD_BELOW, LOW_COVERAGE
+from prmkit.judging.judgement import BAD_BELOW, LOW_COVERAGE, SAME_SCORE
 from prmkit.judging.pairwise import pairwise_accuracy
 from prmkit.judging.predictions import Row, Scores
 
@@ -22,7 +22,6 @@ Figures = dict[str, Any]
 
 FEWEST_SCORES = 10
 """A correlation, a kappa or a ranking of fewer scores than this is not reported: three points are always in order."""
-_A_HAIR = 1e-9
 
 
 def agreement(scores: Scores, *, whole: bool = True) -> Figures:
@@ -110,7 +109,7 @@ def decision(scores: Scores, limit: float, probability: Floats, *, whole: bool =
         probability: of each score being below `limit`; NaN where the judge gives none.
         whole: with average precision, and with what needs a probability.
     """
-    bad = (scores.reference < limit - _A_HAIR).astype(np.float64)
+    bad = (scores.reference < limit - SAME_SCORE).astype(np.float64)
     suspicion = make_sample(-scores.predicted, bad, scores.task)
     share = measure(suspicion, measures.mean_of(suspicion, bad))
     figures: Figures = {"bad_share": share}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from prmkit.judging.bootstrap import Floats
-from prmkit.judging.judgement import BAD_BELOW
+from prmkit.judging.judgement import BAD_BELOW, SAME_SCORE
 from prmkit.judging.predictions import Scores
 from prmkit.judging.summary import ORDER, Group, group_name, judges_agreement
 
@@ -176,7 +176,7 @@ def _calibration(scores: Scores) -> str:
         axes[0].set(xlabel="this judge", ylabel="mean judge")
         if with_probability:
             for column, limit in enumerate(BAD_BELOW):
-                bad = (scores.reference < limit).astype(np.float64)
+                bad = (scores.reference < limit - SAME_SCORE).astype(np.float64)
                 _binned_line(axes[1], scores.below[:, column], bad, column, f"bad: below {limit}")
             axes[1].set(xlabel="probability of a bad step", ylabel="share of bad steps")
         for axis in axes:

@@ -8,6 +8,7 @@ that. Where a value is not defined (nothing varies, nothing to count) it is NaN 
 import numpy as np
 
 from prmkit.judging.bootstrap import Floats, Integers, Sample, Statistic, make_sample
+from prmkit.judging.judgement import SAME_SCORE
 
 BANDS = (0.2, 0.4, 0.6, 0.8)
 """Where the five bands of the rubric meet; a score on a border belongs to the band above."""
@@ -15,8 +16,6 @@ CALIBRATION_BINS = 10
 FEWEST_IN_GROUP = 5
 _NO_VARIANCE = 1e-15
 _KENDALL_BLOCK = 128
-SAME_SCORE = 1e-9
-"""Scores this near are equal: references are means of hundredths, and 0.8 may come as 0.7999999999999999."""
 
 
 # --- error ----------------------------------------------------------------------------------------------------------

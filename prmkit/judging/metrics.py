@@ -46,10 +46,15 @@ def metrics_of(
                 {"evaluation_type": kind, "key": key, "only_key": only} | _group(scores.where(chosen), base, judges)
                 for kind, key, only, chosen in _groups(scores)
             ],
-            "trajectory": trajectory_figures(rows),
+            "trajectory": trajectory_figures(rows, _cut_tasks(rows, held_out)),
         }
     )
     return metrics
+
+
+def _cut_tasks(rows: Sequence[Row], held_out: HeldOut) -> set[str]:
+    asked = {row["prompt_sha256"] for row in rows}
+    return {prompt.task for prompt in held_out.prompts if prompt.prompt_sha256 not in asked}
 
 
 def _described(held_out: HeldOut, rows: Sequence[Row]) -> Figures:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from prmkit.judging.bootstrap import Floats, Integers, Sample, Statistic
-from prmkit.judging.measures import SAME_SCORE, ratio
+from prmkit.judging.judgement import SAME_SCORE
+from prmkit.judging.measures import ratio
 
 
 @dataclass(frozen=True)

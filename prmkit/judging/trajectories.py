@@ -1,7 +1,7 @@
 """Whole trajectories: what the scores of the steps say about the answer, and where the first bad step is."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,22 +9,14 @@ import numpy as np
 from prmkit.judging import measures
 from prmkit.judging.agreement import FEWEST_SCORES, Figures
 from prmkit.judging.bootstrap import Figure, Floats, make_sample, measure
-from prmkit.judging.judgement import BAD_BELOW
+from prmkit.judging.heldout import whole_number
+from prmkit.judging.judgement import AGGREGATES, BAD_BELOW, SAME_SCORE, first_below
 from prmkit.judging.predictions import Row
 
 OUTCOME = "answer_correctness"
 """The key of a `final` verdict that says whether the trajectory reached its answer."""
 WRONG_ANSWER_BELOW = 0.5
 NO_BAD_STEP = -1
-_A_HAIR = 1e-9
-
-AGGREGATES: Mapping[str, Callable[[Floats], float]] = {
-    "min": lambda steps: float(steps.min()),
-    "product": lambda steps: float(steps.prod()),
-    "mean": lambda steps: float(steps.mean()),
-    "last": lambda steps: float(steps[-1]),
-}
-"""How the scores of the steps become one score of the trajectory."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +32,28 @@ class Trajectory:
 
 def first_bad_step(steps: Floats, limit: float) -> int:
     """The position of the first score below `limit`, counted from 0; -1 where there is none."""
-    bad = np.flatnonzero(steps < limit - _A_HAIR)
-    return int(bad[0]) if len(bad) else NO_BAD_STEP
+    found = first_below(steps.tolist(), limit)
+    return NO_BAD_STEP if found is None else found
 
 
-def trajectories_of(rows: Sequence[Row]) -> tuple[list[Trajectory], dict[str, int]]:
+def trajectories_of(rows: Sequence[Row], cut: Collection[str] = ()) -> tuple[list[Trajectory], dict[str, int]]:
     """Put clips together by task.
+
+    Args:
+        rows: predictions.
+        cut: tasks of which not every prompt was asked.
 
     Returns:
         The whole trajectories, and how many were left out for which reason: a step without a score would change every
-        aggregate, and two prompts for one clip number mean that the task was run more than once.
+        aggregate, as one that is not there does, and two prompts for one clip number mean that the task was run more
+        than once.
     """
     clips: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     outcomes: dict[str, float] = {}
     for row in rows:
-        if row["evaluation_type"] == "clip" and row["clip_number"] is not None:
-            clips[row["task_id"]][row["clip_number"]].append(row)
+        number = whole_number(row["clip_number"])
+        if row["evaluation_type"] == "clip" and number is not None:
+            clips[row["task_id"]][number].append(row)
         if row["evaluation_type"] == "final" and OUTCOME in row["reference"]:
             outcomes[row["task_id"]] = row["reference"][OUTCOME]
     whole, left_out = [], Counter[str]()
@@ -63,6 +61,8 @@ def trajectories_of(rows: Sequence[Row]) -> tuple[list[Trajectory], dict[str, in
         steps = [by_number[number] for number in sorted(by_number)]
         if any(len(same) > 1 for same in steps):
             left_out["two prompts for one clip number"] += 1
+        elif task in cut or max(by_number) - min(by_number) >= len(by_number):
+            left_out["a clip is missing"] += 1
         elif any(set(row["reference"]) - set(row["scores"]) for (row,) in steps):
             left_out["a step without a score"] += 1
         else:
@@ -76,12 +76,13 @@ def _mean(values: list[float]) -> float:
     return float(np.mean(values))
 
 
-def trajectory_figures(rows: Sequence[Row]) -> Figures:
+def trajectory_figures(rows: Sequence[Row], cut: Collection[str] = ()) -> Figures:
     """What the step scores say about the answer, and ProcessBench F1; the judges' own steps beside the judge's.
 
     Against the outcome: Spearman, Pearson, and AUROC for a wrong answer (outcome below 0.5). One trajectory a task.
+    The arguments are those of `trajectories_of`.
     """
-    trajectories, left_out = trajectories_of(rows)
+    trajectories, left_out = trajectories_of(rows, cut)
     ended = [each for each in trajectories if each.outcome is not None]
     return {
         "trajectories": len(trajectories),
@@ -90,8 +91,8 @@ def trajectory_figures(rows: Sequence[Row]) -> Figures:
         "left_out": left_out,
         "aggregates": {
             name: {
-                "judge": _against_outcome([aggregate(each.predicted) for each in ended], ended),
-                "reference": _against_outcome([aggregate(each.reference) for each in ended], ended),
+                "judge": _against_outcome([aggregate(each.predicted.tolist()) for each in ended], ended),
+                "reference": _against_outcome([aggregate(each.reference.tolist()) for each in ended], ended),
             }
             for name, aggregate in AGGREGATES.items()
         },
@@ -103,7 +104,7 @@ def _against_outcome(scores: Sequence[float], trajectories: Sequence[Trajectory]
     tasks = [each.task for each in trajectories]
     outcomes = np.array([each.outcome for each in trajectories], np.float64)
     sample = make_sample(scores, outcomes, tasks)
-    suspicion = make_sample([-score for score in scores], outcomes < WRONG_ANSWER_BELOW - _A_HAIR, tasks)
+    suspicion = make_sample([-score for score in scores], outcomes < WRONG_ANSWER_BELOW - SAME_SCORE, tasks)
     return {
         "pearson": measure(sample, measures.pearson(sample), fewest=FEWEST_SCORES),
         "spearman": measure(sample, measures.spearman(sample), fewest=FEWEST_SCORES),

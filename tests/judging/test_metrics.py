@@ -287,7 +287,7 @@ def test_generated_scores_have_no_probability_and_say_so(held_out):
 
 
 def test_prompts_without_scores_are_counted_and_enter_no_figure(held_out):
-    rows = predictions_of(held_out, noisy(0.1))[:60]
+    rows = predictions_of(held_out, noisy(0.1))
     lost = rows[0]["scores"]
     rows[0] |= {"status": "too_long", "reason": "9,000 tokens", "scores": {}}
     metrics = metrics_of(rows, None, held_out, MEDIANS)
