@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from prmkit.encoding import ChatEncoding
 from prmkit.errors import UsageError
-from prmkit.judging.judgement import BAD_BELOW, Distribution
+from prmkit.judging.judgement import BAD_BELOW, Distribution, Judgement
+from prmkit.markers import neutralise
 from prmkit.verdict import Shape, answer_prefix
 
 SCORES = tuple(hundredths / 100 for hundredths in range(101))
@@ -109,7 +110,12 @@ def _probes(encoding: ChatEncoding, shape: Shape, chosen: Mapping[str, float]) -
 def _around(shape: Shape, chosen: Mapping[str, float]) -> tuple[str, str]:
     """What a label has before the next score, and behind it."""
     is_last = len(chosen) == len(shape.keys) - 1
-    return answer_prefix(shape, chosen), '}, "' if shape.nested and is_last else ', "'
+    return label_beginning(shape, chosen), '}, "' if shape.nested and is_last else ', "'
+
+
+def label_beginning(shape: Shape, chosen: Mapping[str, float]) -> str:
+    """`answer_prefix` as training had it: a key that a prompt's schema brings cannot be a control token."""
+    return neutralise(answer_prefix(shape, chosen), answer=True)[0]
 
 
 def _trie(sequences: Sequence[list[int]]) -> ScoreTrie:
@@ -147,8 +153,13 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def distribution_of(log_probabilities: Sequence[float]) -> Distribution:
-    """Read the log-probabilities of `SCORES`; they need not add up to one."""
+    """Read the log-probabilities of `SCORES`; they need not add up to one.
+
+    Where a model computes no numbers (NaN), or no score is possible at all, the mean is NaN: see `believable`.
+    """
     highest = max(log_probabilities)
+    if not math.isfinite(math.fsum(map(math.exp, log_probabilities))) or highest == -math.inf:
+        return Distribution(math.nan, math.nan, SCORES[0], math.nan, math.nan)
     weights = [math.exp(value - highest) for value in log_probabilities]
     total = math.fsum(weights)
     shares = [weight / total for weight in weights]
@@ -165,6 +176,17 @@ def distribution_of(log_probabilities: Sequence[float]) -> Distribution:
             for limit in BAD_BELOW
         },
     )
+
+
+def believable(judgement: Judgement) -> Judgement:
+    """The judgement, or an error in its place where a score is not a number."""
+    if all(math.isfinite(distribution.mean) for distribution in judgement.scores.values()):
+        return judgement
+    reason = (
+        "the model's probabilities are not numbers; score with --dtype float32 (float16 overflows in many models), "
+        "and look whether its training has diverged"
+    )
+    return Judgement("error", reason=reason, text=judgement.text)
 
 
 def _median(shares: Sequence[float]) -> float:

@@ -7,11 +7,11 @@ from functools import lru_cache
 from itertools import islice
 
 from prmkit.encoding import ChatEncoding
-from prmkit.judging.candidates import answer_ids
+from prmkit.judging.candidates import answer_ids, believable, label_beginning
 from prmkit.judging.judgement import Distribution, Judgement, Request
 from prmkit.markers import neutralise, restore
 from prmkit.trimming import trim_prompt
-from prmkit.verdict import Shape, Unreadable, answer_prefix, read_verdict
+from prmkit.verdict import Shape, Unreadable, read_verdict
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def preparing(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callabl
 
     @lru_cache(maxsize=1024)
     def room_beside(shape: Shape) -> int:
-        return cutoff_len - len(answer_ids(encoding, answer_prefix(shape, dict.fromkeys(shape.keys, 0.0))))
+        return cutoff_len - len(answer_ids(encoding, label_beginning(shape, dict.fromkeys(shape.keys, 0.0))))
 
     def prepare(request: Request) -> Prepared | Judgement:
         if fault := _fault(request):
@@ -92,7 +92,7 @@ def judgements_in_order(
             else:
                 known[key] = prepared
         for (key, prepared), judgement in zip(ready.items(), judge_all(list(ready.values())), strict=True):
-            known[key] = replace(judgement, prompt_tokens=len(prepared.ids), trimmed=prepared.trimmed)
+            known[key] = replace(believable(judgement), prompt_tokens=len(prepared.ids), trimmed=prepared.trimmed)
         yield from (known[key] for key in keys)
 
 
@@ -104,8 +104,8 @@ def digest(request: Request) -> bytes:
 
 def read_written(text: str, shape: Shape) -> Judgement:
     """Read a verdict that the model wrote; one without all the scores that were asked for is unparsed."""
+    text = restore(text, answer=True)  # as labels were written from: a key in them may have had its marker marked
     verdict = read_verdict(text)
-    text = restore(text, answer=True)
     if isinstance(verdict, Unreadable):
         return Judgement("unparsed", reason=verdict.reason, text=text)
     missing = [key for key in shape.keys if key not in verdict.scores]

@@ -9,9 +9,11 @@ from families import NESTED, prompts
 
 from prmkit.encoding import load_encoding
 from prmkit.errors import UsageError
-from prmkit.judging.candidates import SCORES, _trie, answer_ids, distribution_of, score_trie, tries_of
+from prmkit.judging.candidates import SCORES, _trie, answer_ids, believable, distribution_of, score_trie, tries_of
 from prmkit.judging.judge import Judge
-from prmkit.verdict import Shape, asked_shape
+from prmkit.judging.judgement import Judgement
+from prmkit.markers import neutralise
+from prmkit.verdict import Shape, Verdict, asked_shape, render_verdict
 
 FLAT = Shape(("reasonableness_score",), nested=False)
 
@@ -113,6 +115,35 @@ def test_distribution_without_any_hope_is_still_one() -> None:
     assert distribution.mode == 0.3
     assert distribution.coverage == 0.0
     assert 0.3 < distribution.mean < 0.31
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [[math.nan] * 101, [-2.0] * 50 + [math.nan] + [-2.0] * 50, [-math.inf] * 101, [math.inf] + [-2.0] * 100],
+    ids=["all NaN", "one NaN", "no score possible", "infinite"],
+)
+def test_what_is_not_a_number_is_no_score(broken: list[float]) -> None:
+    judgement = believable(Judgement("ok", {"a_score": distribution_of(broken)}))
+    assert (judgement.status, judgement.score) == ("error", None)
+    assert judgement.reason.startswith("the model's probabilities are not numbers; ")
+
+
+def test_a_score_that_some_cannot_have_is_still_one() -> None:
+    sure = Judgement("ok", {"a_score": distribution_of([-math.inf] * 100 + [0.0])})
+    assert believable(sure) is sure
+    assert sure.score == 1.0
+
+
+def test_a_key_out_of_a_schema_cannot_be_a_control_token(judges: dict[str, Judge]) -> None:
+    """A page in the prompt may bring the schema; training wrote such a key with its marker marked."""
+    encoding, shape = judges["qwen"].encoding, asked_shape('{"scores": {"<|im_end|>": 0.5, "<think>": 0.5}}')
+    assert shape is not None
+    end = encoding.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    scored = {"<|im_end|>": distribution_of([-1.0] * 101)}
+    for trie in (tries_of(encoding)(shape, {}), tries_of(encoding)(shape, scored)):
+        assert end not in trie.context
+    label = neutralise(render_verdict(Verdict({"<|im_end|>": 0.0, "<think>": 0.0}, nested=True, texts={})), answer=True)
+    assert encoding.tokenizer.decode(spelt(tries_of(encoding)(shape, scored), 0)) in label[0]
 
 
 def test_even_distribution_prefers_the_lower_mode() -> None:
