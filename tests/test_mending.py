@@ -46,7 +46,11 @@ def test_the_text_of_a_reading_is_what_the_judge_wrote() -> None:
     assert CUT_OFF in found.repairs
 
 
-@pytest.mark.parametrize("text", ["", "   ", "no object", "<think>never done {", "x" * 300_000])
-def test_what_holds_no_object_is_refused(text: str) -> None:
+def test_without_an_object_there_is_no_reading() -> None:
+    assert not list(find_objects("no object"))
+
+
+@pytest.mark.parametrize("text", ["", "   ", "<think>never done {", "x" * 300_000])
+def test_what_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(Refusal):
         list(find_objects(text))

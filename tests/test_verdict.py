@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,8 @@ from prmkit.verdict import (
 )
 
 PLAIN = '{"reasonableness_score": 0.9, "summary": "The agent searched and found it."}'
+DRAFT = '{"reasonableness_score": 0.3, "summary": "Draft."}'
+UNQUOTED = "{'reasonableness_score': 0.3, summary: 'Draft.'}"
 NESTED = (
     '{"scores": {"quality": 0.5, "goal": 0.85}, "summary": "Fine.", "reasoning": {"quality": "Good.", "goal": "Met."}}'
 )
@@ -83,8 +86,96 @@ def test_quotes_and_newlines_stay_in_the_text() -> None:
     assert read(text).texts["summary"] == 'The agent asked\nfor "the web" and found it.'
 
 
-def test_the_last_text_of_an_answer_that_was_cut_off_ends_where_it_was_cut() -> None:
-    assert read(PLAIN[: PLAIN.index("nd it")]).texts["summary"] == "The agent searched and fou"
+def test_the_last_text_of_an_answer_that_was_cut_off_ends_behind_its_last_whole_sentence() -> None:
+    cut = '{"a_score": 0.9, "summary": "It searched the web (v1.2). Then it fou'
+    assert read(cut).texts["summary"] == "It searched the web (v1.2)."
+    assert read('{"a_score": 0.9, "summary": "它搜索了。然后').texts["summary"] == "它搜索了。"
+    assert read(PLAIN[: PLAIN.index("nd it")]).texts == {}, "there is none"
+    cut = '{"scores": {"a": 0.9}, "summary": "S.", "reasoning": {"a": "No whole sen'
+    assert read(cut).texts == {"summary": "S."}
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "Excellent use.",
+        "Each step.",
+        "0.95 because it met all.",
+        "0.9 - good",
+        "2 searches",
+        "- good",
+        ".",
+        "12,000 hits",
+    ],
+)
+def test_what_is_thought_of_a_score_is_no_second_score(thought: str) -> None:
+    """The keys of the scores stand once more in a keyed reasoning, with texts that may begin like numbers."""
+    answer = {"scores": {"a": 0.95, "b": 0.8}, "summary": "s", "reasoning": {"a": thought, "b": "Good."}}
+    for indent in (None, 4):
+        verdict = read(json.dumps(answer, indent=indent))
+        assert verdict.scores == answer["scores"]
+        assert read(render_verdict(verdict)) == verdict
+    assert read(json.dumps(answer, indent=4).replace("Good.", 'Go "on".')).scores == answer["scores"]
+
+
+@pytest.mark.parametrize(
+    ("written", "summary"),
+    [
+        ('The call {"query": "x"} was fine.', None),
+        ('Called search with {"query": "x", "page": 1}.', None),
+        ('Asked for ["a", "b"] and more.', None),
+        ('He ranked "X" #1 in the list.', None),
+        ('See "A" // "B" there.', None),
+        (r"It\'s the agent\'s.", "It's the agent's."),
+        (r"\frac{1}{2} and \beta.", r"\frac{1}{2} and \beta."),
+        ("The <think>x</think> is\nfine.", None),
+        ("Used ```json\n[1]\n``` here.", None),
+    ],
+)
+@pytest.mark.parametrize("layout", ["{%s, %s}", "```json\n{%s, %s}\n```", "Here:\n```\n{\n  %s,\n  %s\n}\n```\nDone."])
+@pytest.mark.parametrize("summary_first", [False, True])
+def test_a_text_may_quote_anything(written: str, summary: str | None, layout: str, summary_first: bool) -> None:
+    members = ['"a_score": 0.85', f'"summary": "{written}"']
+    verdict = read(layout % tuple(reversed(members) if summary_first else members))
+    assert (verdict.scores, verdict.texts) == ({"a_score": 0.85}, {"summary": summary or written})
+
+
+@pytest.mark.parametrize(
+    ("text", "nested"),
+    [
+        ('{"scores": {"a": 0.9}}, "summary": "s", "reasoning": "r"}', True),
+        ('{"a_score": 0.9}, "summary": "s", "reasoning": "r"}', False),
+    ],
+)
+def test_an_object_that_is_closed_too_early_is_read_to_its_end(text: str, nested: bool) -> None:
+    verdict = read(text)
+    assert (verdict.nested, verdict.texts) == (nested, {"summary": "s", "reasoning": "r"})
+    assert "brace that closes too early" in verdict.repairs
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'{PLAIN}\nThe tool call was:\n```json\n{{"query": "x", "max_results": 1}}\n```',
+        f'The call {{"query": "x", "page": 1}} was apt. So:\n{PLAIN}',
+        f"Arguments {{'query': 'x', 'page': 1}}.\n{PLAIN}",
+        f'```json\n{{"max_results": 1}}\n```\n{PLAIN}',
+        f"<thinking>Draft:\n```json\n{DRAFT}\n```\nToo harsh.</thinking>\n{PLAIN}",
+        f"<think>Its `<think> … </think>` is fine. Draft: {DRAFT}</think>\n{PLAIN}",
+        f"Perhaps {DRAFT}?\n</think>\n\n{PLAIN}",
+        f'{{"task_id": "x", "evaluation": {PLAIN}}}',
+        f'{{"clip_number": 1, "evaluation": {PLAIN}}}',
+        PLAIN.replace("reasonableness_score", "reasonableness_score:"),
+        PLAIN.replace("reasonableness_score", " reasonableness_score "),
+        f"{PLAIN}\n{PLAIN}",
+    ],
+)
+def test_the_verdict_is_found_among_other_things(text: str) -> None:
+    assert read(text).scores == {"reasonableness_score": 0.9}
+
+
+def test_the_same_verdict_twice_is_one() -> None:
+    assert read(f"{NESTED}\n{NESTED}").scores == {"quality": 0.5, "goal": 0.85}
 
 
 @pytest.mark.parametrize(
@@ -139,10 +230,56 @@ def test_scores_of_any_name() -> None:
         ('{"a_score": 0.1, "x": ' + "[" * 3_000 + "]" * 3_000 + "}", "nested too deeply"),
         ('{"a_score": 0.1, "x": ' + "[" * 600 + "]" * 600 + "}", "nested too deeply"),
         ("x" * 200_001, "longer than 200,000 characters"),
+        ('{"reasonableness_score": "0.95%"}', "score 0.95% of reasonableness_score is not a number"),
+        ("{'reasonableness_score': 01}", "score 1 of reasonableness_score is unclear"),
+        ("{'a_score': 0.85, 'summary': 's', 'a_score': 0.65}", "two different scores for a_score"),
+        (f"Clip 1 got {UNQUOTED}. Clip 2:\n{PLAIN}", "two different scores for reasonableness_score"),
+        (f"{PLAIN}\nWait:\n{UNQUOTED}", "two different scores for reasonableness_score"),
+        (f"```json\n{DRAFT}\n```\nWait. Corrected:\n{PLAIN}", "two different scores for reasonableness_score"),
+        (f"{DRAFT}\nIn the end:\n```json\n{PLAIN}\n```", "two different scores for reasonableness_score"),
+        (f'{PLAIN}\n\nCorrection: "reasonableness_score": 0.35', "two different scores for reasonableness_score"),
+        (f'{PLAIN}\n{{"correctness_score": 0.1, "summary": "a "b" c"}}', "two verdicts that differ"),
+        ("[{'a_score': 0.9}, {'a_score': 0.3}]", "two different scores for a_score"),
+        ('{"clip_1": {"a_score": 0.9}, "clip_2": {"a_score": 0.3}}', "several objects with scores"),
+        ('{"error": "rate limit exceeded", "retry_after": 1}', "no score"),
+        ('{"scores": [0.85, 0.8], "confidence": 0.9}', "no score"),
+        ('{\n **"scores"**: {"a": 0.5}, "summary": "s"}', "the scores stand in no object"),
+        ('{"a_score": 0.9, "summary": "He said "x"} and "y"} so", "more": "r"}', "unclear where the answer ends"),
+        ('{"scores": {' + ", ".join(f'"k{n}": 0.5' for n in range(101)) + "}}", "more than 100 scores"),
+        ('```{"```json{``````', "not to be repaired"),
     ],
 )  # fmt: skip
 def test_every_refusal_has_its_reason(text: str, expected: str) -> None:
     assert reason(text) == expected
+
+
+def asked_for(text: str, *keys: str, nested: bool = False) -> dict[str, float] | str:
+    verdict = read_verdict(text, Shape(keys, nested))
+    return dict(verdict.scores) if isinstance(verdict, Verdict) else verdict.reason
+
+
+def test_what_was_asked_for_tells_scores_from_other_numbers() -> None:
+    assert asked_for('{"elegance": 0.4, "clip_number": 1}', "elegance") == {"elegance": 0.4}
+    assert asked_for('{"code": 0, "message": "internal error"}', "elegance") == "no score"
+    assert asked_for('{"Elegance": "0.4", "depth": 0.5}', "elegance", "depth") == {"elegance": 0.4, "depth": 0.5}
+    assert asked_for(PLAIN.replace("reasonableness_score", "Reasonableness Score"), "reasonableness_score") == {
+        "reasonableness_score": 0.9
+    }
+    assert asked_for(PLAIN, "correctness_score") == {"reasonableness_score": 0.9}, "named by the judge itself"
+    quoted = 'It found {"title": "x", "score": 0.93, ...}.'
+    assert asked_for(quoted, "correctness_score") == "other scores than were asked for"
+    assert asked_for('{"a_score": 0.9, "summary": "cut', "a_score", "b_score") == "cut off inside the scores"
+    assert asked_for('{"scores": {"a": 0.9}, "b": 0.8}', "a", "b", nested=True) == "b stands among the texts"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["```" + " " * 190_000 + "x", PLAIN + "{" * 150_000, '{"a_score": 0.9, "b": {"a_score":' + " " * 190_000 + '"x"}}'],
+)
+def test_no_text_takes_long(text: str) -> None:
+    started = time.process_time()
+    read_verdict(text)
+    assert time.process_time() - started < 2
 
 
 def test_a_decimal_comma_is_no_zero() -> None:
@@ -156,8 +293,9 @@ def test_refusals_are_counted_by_kind() -> None:
 
 # --- nothing is made up -------------------------------------------------------------------------------------------
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-keys = st.text("abcdefghijklmnopqrstuvwxyz_ é", min_size=1, max_size=12)
+# Form feed and backspace, as JSON writes them, are read as the backslashes that judges mean.
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\f\b"), max_size=40)
+keys = st.text("abcdefghijklmnopqrstuvwxyz_ é", min_size=1, max_size=12).map(str.strip).filter(bool)
 values = st.recursive(
     texts | st.booleans() | st.none(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
@@ -261,6 +399,8 @@ def test_the_prefix_goes_up_to_the_score_that_comes_next() -> None:
     ("prompt", "shape"),
     [
         ('Answer:\n{\n  "clip_score": 0.85,  // c\n  "summary": "s"\n}', Shape(("clip_score",), False)),
+        ('{"a_score": 0.8, // c\n "b_score": 0.7, "summary": "s"}', Shape(("a_score", "b_score"), False)),
+        ('Answer: {"a_score": 0.1}' + "x" * 5_000, Shape(("a_score",), False)),
         ('Answer:\n{"scores": {"a": 0.1,\n "b": 0.2}, "summary": "s"}\n\nBe fair.', Shape(("a", "b"), True)),
         ('<result>{"scores": {"x": 1}}</result> Answer: {"last_score": 0.9}', Shape(("last_score",), False)),
         ('<result>{"x_score": 1}</result> Answer: {"scores": {"a": 0.1}}', Shape(("a",), True)),

@@ -23,7 +23,7 @@ from prmkit.dataset.stage import ROWS_A_BLOCK, Facts, Group, Indexed, StageWrite
 from prmkit.errors import DataError
 from prmkit.leaked_scores import count_leaked_scores, mask_leaked_scores
 from prmkit.markers import neutralise
-from prmkit.verdict import Unreadable, Verdict, read_verdict, render_verdict
+from prmkit.verdict import Shape, Unreadable, Verdict, asked_shape, read_verdict, render_verdict
 
 _TEXT_SHOWN = 10_000
 """Characters of a line that is no JSON, in rejected.jsonl."""
@@ -93,7 +93,7 @@ class Preparer:
         lines = lines_of(block, source)
         read = [row for line_number, line in lines if (row := self._read(source, block, line_number, line))]
         admitted = [wanted for row in read if (wanted := self._admit(row))]
-        verdicts = [read_verdict(wanted.read.record.answer) for wanted in admitted]
+        verdicts = [read_verdict(wanted.read.record.answer, wanted.prompt.asked) for wanted in admitted]
         pairs = zip(admitted, verdicts, strict=True)
         judged = [known for wanted, verdict in pairs if (known := self._judge(source, wanted, verdict))]
         for known in judged:
@@ -233,6 +233,8 @@ class _CleanPrompt(NamedTuple):
     """What prompts are told apart by: of the prompt as it is trained on, before trimming."""
     markers: int
     leaked_scores: int
+    asked: Shape | None
+    """What the judge was asked for."""
 
 
 def _cleaned(prompt: str, mask: bool) -> _CleanPrompt:
@@ -248,7 +250,7 @@ def _clean(prompt: str, mask: bool) -> _CleanPrompt:
     else:
         leaked_scores = count_leaked_scores(prompt)
     text, markers = neutralise(prompt)
-    return _CleanPrompt(text, sha256, digest[:16], markers, leaked_scores)
+    return _CleanPrompt(text, sha256, digest[:16], markers, leaked_scores, asked_shape(prompt))
 
 
 # The rows of several judges on one prompt mostly stand together.

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -23,7 +23,7 @@ from prmkit.dataset.resolve import DUPLICATE, Decision, read_decisions
 from prmkit.dataset.stage import ROWS_A_BLOCK, Facts, Group, StagedBlock, read_stage
 from prmkit.dataset.variants import held_out_name
 from prmkit.markers import neutralise, restore
-from prmkit.verdict import Unreadable, Verdict, read_verdict, render_verdict
+from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict, render_verdict
 
 log = logging.getLogger(__name__)
 
@@ -187,17 +187,18 @@ class Consensus:
 
     def _append(self, appender: Appender, row: StagedRow, hundredths: Mapping[str, int], judges: int) -> None:
         prompt, label = prompt_and_label(row.row, self.form)
-        verdict = read_verdict(restore(label, answer=True))
+        sidecar = orjson.loads(row.sidecar)
+        verdict = read_verdict(restore(label, answer=True), asked_shape(restore(prompt)))
         if isinstance(verdict, Unreadable):
-            raise ValueError(f"{verdict.reason}, in an answer that was read before: {label}")
+            self._leave_out(sidecar, verdict.reason)
+            return
         scores = {key: score / 100 for key, score in hundredths.items()}
         label, _ = neutralise(render_verdict(Verdict(scores, verdict.nested, verdict.texts)), answer=True)
-        sidecar = orjson.loads(row.sidecar)
         if self.guard:
             try:
                 prompt = self.guard.fit(prompt, label).prompt
             except Rejected as rejected:  # the judge's own row fitted, by a token or two
-                log.warning("%s:%d: left out of the consensus: %s", sidecar["source"], sidecar["line"], rejected.reason)
+                self._leave_out(sidecar, rejected.reason)
                 return
         judge = f"{self.aggregate} of {judges} judges"
         sidecar |= {
@@ -208,3 +209,6 @@ class Consensus:
         (name,) = _sided([self.variant], row.group)
         appender.append(data_file(name), training_row(prompt, label, self.form))
         appender.append(sidecar_file(name), orjson.dumps(sidecar, option=orjson.OPT_APPEND_NEWLINE))
+
+    def _leave_out(self, sidecar: Mapping[str, Any], reason: str) -> None:
+        log.warning("%s:%d: left out of the consensus: %s", sidecar["source"], sidecar["line"], reason)

@@ -137,6 +137,15 @@ def test_a_summary_that_is_the_schemas_example_is_set_aside(convert_rows: Conver
 # --- duplicates ---------------------------------------------------------------------------------------------------
 
 
+def test_what_the_prompt_asks_for_tells_scores_from_other_numbers(convert_rows: Convert, data: Path) -> None:
+    error = json.dumps({"code": 0, "message": "internal error"})
+    spelt = json.dumps({"Reasonableness Score": 0.5, "summary": "s"})
+    report = convert_rows([row_of(prompt_of("a"), error), row_of(prompt_of("b"), spelt)])
+    assert report["rejected"] == {"no score": 1}
+    (line,) = read_lines(data / "reward_model_full.jsonl")
+    assert line["output"] == '{"reasonableness_score": 0.50, "summary": "s"}'
+
+
 def test_the_same_verdict_twice_is_kept_once_and_counted(convert_rows: Convert) -> None:
     rows = [
         row_of(prompt_of("a"), score=0.9),
