@@ -1,6 +1,7 @@
 """Measure a judge on held-out rows: predictions.jsonl, metrics.json and report.html; table and verdict on stdout."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -21,14 +22,24 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--output", type=Path, metavar="FOLDER", help="where it goes (default: evaluation/ in the run)")
     result.add_argument("--json", action="store_true", help="print metrics.json instead of the table")
     result.add_argument("--compare", type=Path, metavar="RUN", help="exit 4 if worse than this evaluated run")
-    result.add_argument("--min-spearman", type=float, metavar="X", help="exit 4 if the correlation is lower")
+    result.add_argument("--min-spearman", type=finite_number, metavar="X", help="exit 4 if the correlation is lower")
     parity = parser.add_argument_group("instead: the same judge twice")
     parity.add_argument("--parity", type=positive, nargs="?", const=8, metavar="N", help="run and export, on N prompts")
     parity.add_argument(
         "--exported", type=Path, metavar="FOLDER", help="what --parity asks (default: the run's export_dir)"
     )
-    parity.add_argument("--tolerance", type=float, default=0.02, metavar="X", help="largest difference of two scores")
+    parity.add_argument(
+        "--tolerance", type=finite_number, metavar="X", help="largest difference of two scores (default 0.02)"
+    )
     return parser
+
+
+def finite_number(text: str) -> float:
+    """An argument that is a number. NaN is none: every comparison with it is false, so no gate would ever close."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:

@@ -160,6 +160,8 @@ def validity(rows: Sequence[Row]) -> Figures:
         "trimmed": sum(row["trimmed"] for row in rows),
         "repaired": sum(row["repaired"] for row in ok),
         "keys_without_reference": sum(key not in row["reference"] for row in ok for key in row["scores"]),
+        "scores_asked": sum(len(row["reference"]) for row in rows),
+        "scores_made": sum(key in row["scores"] for row in ok for key in row["reference"]),
         "references_without_score": sum(key not in row["scores"] for row in ok for key in row["reference"]),
         "scored_share": _share(rows, [float(row["status"] == "ok") for row in rows]),
         "strictly_valid_share": _share(rows, [float(row["status"] == "ok" and not row["repaired"]) for row in rows]),

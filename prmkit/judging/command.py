@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prmkit.judging import heldout
 from prmkit.judging.arguments import DEFAULT_RUN, judge_source
 from prmkit.judging.evaluate import REPORT, Settings, evaluate, settings_of
 from prmkit.judging.judgement import Request
-from prmkit.judging.parity import check_parity
+from prmkit.judging.parity import DEFAULT_TOLERANCE, check_parity
 from prmkit.judging.sources import JudgeSource, config_of_run, judge_source_of_export, judge_source_of_run
 
 log = logging.getLogger("prmkit")
@@ -32,6 +33,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     """
     from prmkit.judging import compare
 
+    _refuse_mixed(arguments)
     source = judge_source(arguments)
     run = None if arguments.model else arguments.run or DEFAULT_RUN
     config = config_of_run(run) if run else {}
@@ -42,18 +44,50 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     folder = arguments.output or (evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}"))
     medians = heldout.training_medians(data_folder, name)
     metrics = evaluate(source, held_out, medians, folder, settings_of(arguments))
-    comparison = compare.compare(folder, arguments.compare) if arguments.compare else None
-    if comparison:
+    comparison = None
+    if arguments.compare:
+        prompts = {prompt.prompt_sha256 for prompt in heldout.sampled(held_out.prompts, arguments.limit)}
+        comparison = compare.compare(folder, arguments.compare, prompts)
         write_json(folder / compare.COMPARISON, comparison)
     if arguments.json:
         cli.emit_json({**metrics, "comparison": comparison} if comparison else metrics)
     else:
         _show(metrics, comparison, folder / REPORT)
+    _refuse(metrics, comparison, arguments.min_spearman)
+    return ExitCode.DONE
+
+
+def _refuse_mixed(arguments: argparse.Namespace) -> None:
+    """Refuse what only one of the two, measuring and --parity, looks at, where the other one is asked for."""
+    measuring = {
+        "--min-spearman": arguments.min_spearman is not None,
+        "--compare": arguments.compare is not None,
+        "--limit": arguments.limit is not None,
+        "--output": arguments.output is not None,
+        "--baseline": arguments.baseline,
+        "--json": arguments.json,
+        "--mode generate": arguments.mode == "generate",
+    }
+    parity = {"--exported": arguments.exported is not None, "--tolerance": arguments.tolerance is not None}
+    given = [flag for flag, typed in (measuring if arguments.parity else parity).items() if typed]
+    if given and arguments.parity:
+        raise UsageError(
+            f"--parity holds the export against the run and measures nothing else: leave out {', '.join(given)}."
+        )
+    if given:
+        raise UsageError(f"{', '.join(given)}: only --parity looks at it. Add --parity, or leave it out.")
+
+
+def _refuse(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, least: float | None) -> None:
+    from prmkit.judging import compare
+
+    gates = ["--compare"] * (comparison is not None) + ["--min-spearman"] * (least is not None)
+    if gates:
+        compare.refuse_few_scores(metrics, " and ".join(gates))
     if comparison:
         compare.refuse_worse(comparison)
-    if arguments.min_spearman is not None:
-        compare.refuse_low_spearman(metrics, arguments.min_spearman)
-    return ExitCode.DONE
+    if least is not None:
+        compare.refuse_low_spearman(metrics, least)
 
 
 def evaluate_run(run: Path) -> None:
@@ -72,7 +106,9 @@ def _parity(source: JudgeSource, config: Mapping[str, Any], arguments: argparse.
     exported = arguments.exported or Path(config.get("export_dir") or "exported_model")
     held_out = heldout.read_held_out(*heldout.place_of_held_out(config, arguments.data_dir, arguments.dataset))
     requests = _requests(held_out, arguments.parity)
-    parity = check_parity(source, judge_source_of_export(exported), requests, tolerance=arguments.tolerance)
+    other = replace(judge_source_of_export(exported), trust_remote_code=source.trust_remote_code)
+    tolerance = DEFAULT_TOLERANCE if arguments.tolerance is None else arguments.tolerance
+    parity = check_parity(source, other, requests, tolerance=tolerance, batch_size=arguments.batch_size)
     cli.emit(f"{exported}: judges as {source.adapter or source.model} does ({parity}).")
     return ExitCode.DONE
 
@@ -89,7 +125,8 @@ def prove_export(run: Path, exported: Path) -> None:
     except (DataError, UsageError) as error:
         log.warning("Whether %s scores as %s was not checked: %s", exported, run, error)
         return
-    parity = check_parity(trained, judge_source_of_export(exported), _requests(held_out, PARITY_PROMPTS))
+    other = replace(judge_source_of_export(exported), trust_remote_code=trained.trust_remote_code)
+    parity = check_parity(trained, other, _requests(held_out, PARITY_PROMPTS))
     cli.emit(f"{exported}: judges as {run} does ({parity}).")
 
 
@@ -111,4 +148,6 @@ def _show(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, repo
     if comparison:
         table = compare.comparison_table(comparison)
         cli.emit_table(f"Compared with {comparison['other']}", compare.COLUMNS, table, numeric=compare.NUMERIC)
+        if left_out := compare.left_out(comparison):
+            cli.emit(left_out)
     cli.emit(f"report: {report}")

@@ -1,6 +1,6 @@
 """Two evaluations of the same held-out prompts: which judge is better, and is that more than chance?"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ COMPARISON = "comparison.json"
 COLUMNS = ("scores of", "n", "tasks", "Spearman", "other", "difference", "MAE", "other", "difference", "verdict")
 NUMERIC = COLUMNS[1:-1]
 
+LEAST_SHARE = 0.95
+"""Of the scores that are asked for; a gate that fewer pass is passed by the prompts that happen to suit the judge."""
+
 _FIGURES = (ORDER, "mae")
 
 
-def compare(this: Path, other: Path) -> dict[str, Any]:
+def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> dict[str, Any]:
     """Compare two judges on the scores that both gave.
 
     Differences are this judge's figure minus the other's, with a 95 % interval in which both are resampled together,
@@ -32,6 +35,7 @@ def compare(this: Path, other: Path) -> dict[str, Any]:
     Args:
         this: a folder with `metrics.json` and `predictions.jsonl`.
         other: another one, or the folder of a run that has been evaluated.
+        prompts: the SHA-256 of those to compare on; None for all that both have.
 
     Raises:
         DataError: one has not been evaluated, or they were measured on different held-out rows, or share no score.
@@ -43,7 +47,7 @@ def compare(this: Path, other: Path) -> dict[str, Any]:
             f"{this} and {other} were measured on different held-out rows ({described['held_out']['dataset']}, "
             f"{others['held_out']['dataset']}). Evaluate one of them again, on the other's --data-dir and --dataset."
         )
-    mine, theirs = _scores(this), _scores(other)
+    mine, theirs = _scores(this, prompts), _scores(other, prompts)
     both, both_of_other = shared(mine, theirs)
     if not len(both):
         raise DataError(f"{this} and {other} share no score. Evaluate both without --limit.")
@@ -72,8 +76,9 @@ def _described(folder: Path) -> Mapping[str, Any]:
     return metrics
 
 
-def _scores(folder: Path) -> Scores:
-    return table_of_scores(list(read_jsonl(folder / PREDICTIONS)), judges=(), medians={})
+def _scores(folder: Path, prompts: Collection[str] | None) -> Scores:
+    rows = [row for row in read_jsonl(folder / PREDICTIONS) if prompts is None or row["prompt_sha256"] in prompts]
+    return table_of_scores(rows, judges=(), medians={})
 
 
 def _differences(mine: Scores, theirs: Scores) -> Figures:
@@ -91,7 +96,7 @@ def _differences(mine: Scores, theirs: Scores) -> Figures:
             "other": measure(samples[1], other, fewest=fewest),
             "difference": measure(samples[0], _difference(one, other), fewest=fewest),
         }
-    return figures | {"verdict": _verdict(figures[ORDER]["difference"], figures["mae"]["difference"])}
+    return figures | {"verdict": _verdict(figures[ORDER], figures["mae"])}
 
 
 def _difference(one: Statistic, other: Statistic) -> Statistic:
@@ -101,13 +106,23 @@ def _difference(one: Statistic, other: Statistic) -> Statistic:
     return statistic
 
 
-def _verdict(spearman: Figure, mae: Figure) -> str:
-    """`worse` or `better` where one figure's interval lies beyond zero and the other's does not contradict."""
-    worse = _beyond(spearman, below=True) or _beyond(mae, below=False)
-    better = _beyond(spearman, below=False) or _beyond(mae, below=True)
+def _verdict(spearman: Mapping[str, Figure], mae: Mapping[str, Figure]) -> str:
+    """`worse` or `better` where one figure's interval lies beyond zero and the other's does not contradict.
+
+    A judge that says the same everywhere has no Spearman correlation, and none that differs; it is worse all the same
+    than one that puts things in the right order.
+    """
+    order, error = spearman["difference"], mae["difference"]
+    worse = _beyond(order, below=True) or _beyond(error, below=False) or _lost(spearman["this"], spearman["other"])
+    better = _beyond(order, below=False) or _beyond(error, below=True) or _lost(spearman["other"], spearman["this"])
     if worse and better:
         return "mixed"
     return "worse" if worse else "better" if better else "no difference shown"
+
+
+def _lost(one: Figure, other: Figure) -> bool:
+    # Tasks and references are the same on both sides, so only predictions that do not vary can leave one undefined.
+    return one.value is None and other.value is not None and other.value > 0
 
 
 def _beyond(figure: Figure, *, below: bool) -> bool:
@@ -142,9 +157,46 @@ def refuse_worse(comparison: Mapping[str, Any]) -> None:
     """
     everything = comparison["groups"][0]
     if everything["verdict"] in ("worse", "mixed"):
+        spearman = f"Spearman differs by {shown(everything[ORDER]['difference'], 3)}"
+        if everything[ORDER]["difference"]["value"] is None:
+            spearman = (
+                f"its Spearman is {_or_why(everything[ORDER]['this'])}, {_or_why(everything[ORDER]['other'])} there"
+            )
         raise GateError(
-            f"{comparison['this']} is worse than {comparison['other']}: Spearman differs by "
-            f"{shown(everything[ORDER]['difference'], 3)}, MAE by {shown(everything['mae']['difference'], 3)}."
+            f"{comparison['this']} is worse than {comparison['other']}: {spearman}, MAE differs by "
+            f"{shown(everything['mae']['difference'], 3)}."
+        )
+
+
+def _or_why(figure: Mapping[str, Any]) -> str:
+    return f"undefined ({figure['reason']})" if figure["value"] is None else shown(figure, 3)
+
+
+def left_out(comparison: Mapping[str, Any]) -> str | None:
+    """What the comparison is not made of; None where both judges have every score."""
+    mine, theirs = comparison["scores_of_this_alone"], comparison["scores_of_other_alone"]
+    if not mine and not theirs:
+        return None
+    both = comparison["groups"][0]["scores"]
+    return f"Compared on the {both} scores that both made; left out are {mine} of this judge and {theirs} of the other."
+
+
+def refuse_few_scores(metrics: Mapping[str, Any], gates: str) -> None:
+    """Fail where the judge made too few of the scores that it was asked for: the rest may be any.
+
+    Args:
+        metrics: the content of `metrics.json`.
+        gates: the flags that ask for it.
+
+    Raises:
+        GateError: it made less than `LEAST_SHARE` of them.
+    """
+    every = metrics["validity"][ALL]
+    made, asked = every["scores_made"], every["scores_asked"]
+    if made < LEAST_SHARE * asked:
+        raise GateError(
+            f"{gates}: {made} of {asked} scores were made ({made / asked:.1%}), at least {LEAST_SHARE:.0%} are needed. "
+            f"Why the others were not stands in {PREDICTIONS}."
         )
 
 

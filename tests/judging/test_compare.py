@@ -10,7 +10,14 @@ from scipy import stats
 from synthetic import MEDIANS, Judge, constant, noisy, predictions_of, write_data_folder, write_lines
 
 from prmkit.errors import DataError, GateError
-from prmkit.judging.compare import compare, comparison_table, refuse_low_spearman, refuse_worse
+from prmkit.judging.compare import (
+    compare,
+    comparison_table,
+    left_out,
+    refuse_few_scores,
+    refuse_low_spearman,
+    refuse_worse,
+)
 from prmkit.judging.heldout import HeldOut, read_held_out
 from prmkit.judging.metrics import metrics_of
 
@@ -85,6 +92,38 @@ def test_a_constant_judge_is_worse_though_it_has_no_order(evaluated):
     assert comparison["groups"][0]["verdict"] == "worse"
 
 
+def test_a_constant_judge_does_not_beat_one_with_the_right_order_by_its_error(held_out, tmp_path):
+    ordered = write_evaluation(tmp_path / "ordered", held_out, lambda prompt, key: 0.45 * prompt.reference.get(key, 1))
+    flat = write_evaluation(tmp_path / "flat", held_out, constant())
+    comparison = compare(flat, ordered)
+    everything = comparison["groups"][0]
+    assert everything["mae"]["difference"]["high"] < 0
+    assert everything["verdict"] == "mixed"
+    with pytest.raises(GateError, match="always the same"):
+        refuse_worse(comparison)
+    assert compare(ordered, flat)["groups"][0]["verdict"] == "mixed"
+
+
+def test_a_judge_that_makes_few_of_the_scores_fails_every_gate(held_out):
+    rows = predictions_of(held_out, noisy(0.08))
+    refuse_few_scores(metrics_of(rows, None, held_out, MEDIANS), "--compare")
+    for row in rows[12:]:
+        row |= {"status": "error", "reason": "out of memory", "scores": {}}
+    with pytest.raises(
+        GateError, match=r"--min-spearman: \d+ of \d+ scores were made \([\d.]+%\), at least 95% are needed"
+    ):
+        refuse_few_scores(metrics_of(rows, None, held_out, MEDIANS), "--min-spearman")
+
+
+def test_a_comparison_can_be_of_some_prompts(evaluated, held_out):
+    some = {prompt.prompt_sha256 for prompt in held_out.prompts[:40]}
+    comparison = compare(evaluated["fine"], evaluated["poor"], some)
+    rows = [json.loads(line) for line in (evaluated["fine"] / "predictions.jsonl").read_text().splitlines()]
+    asked = sum(len(row["scores"].keys() & row["reference"].keys()) for row in rows if row["prompt_sha256"] in some)
+    assert comparison["groups"][0]["scores"] == asked
+    assert left_out(comparison) is None
+
+
 def test_a_run_folder_is_as_good_as_its_evaluation_folder(evaluated):
     assert compare(evaluated["fine"], evaluated["poor"].parent)["other"] == str(evaluated["poor"])
 
@@ -93,6 +132,9 @@ def test_only_scores_of_both_are_compared_and_the_rest_is_counted(evaluated, hel
     half = write_evaluation(tmp_path / "half", held_out, noisy(0.08), slice(0, 40))
     comparison = compare(half, evaluated["fine"])
     assert comparison["scores_of_this_alone"] == 0
+    assert f"left out are 0 of this judge and {comparison['scores_of_other_alone']} of the other" in left_out(
+        comparison
+    )
     whole = compare(evaluated["fine"], evaluated["fine"])["groups"][0]["scores"]
     assert comparison["groups"][0]["scores"] + comparison["scores_of_other_alone"] == whole
 

@@ -246,6 +246,8 @@ def test_gates_are_told_by_the_exit_code_and_the_figures_come_first(evaluation, 
         (("--run", "/nowhere"), ExitCode.DATA, "no run of train.py"),
         (("--run", "a", "--model", "b"), ExitCode.USAGE, "two judges"),
         (("--limit", "0"), ExitCode.USAGE, "--limit"),
+        (("--min-spearman", "nan"), ExitCode.USAGE, "--min-spearman"),
+        (("--parity", "--tolerance", "inf"), ExitCode.USAGE, "--tolerance"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(arguments, code, told):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from synthetic import write_data_folder
 
-from prmkit.errors import DataError, ExitCode, GateError
+from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.files import write_json
-from prmkit.judging.command import evaluate_run, execute
+from prmkit.judging import command
+from prmkit.judging.command import evaluate_run, execute, prove_export
 
 parser = importlib.import_module("evaluate_judge")._parser
 
@@ -75,6 +76,44 @@ def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(r
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert {row["status"] for row in rows} == {"unparsed"}
     assert all(row["text"] is not None and row["scores"] == {} for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--parity", "2", "--min-spearman", "0.5", "--compare", "saves/a"), "leave out --min-spearman, --compare"),
+        (("--parity", "--limit", "5", "--mode", "generate"), "leave out --limit, --mode generate"),
+        (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: only --parity"),
+    ],
+)
+def test_what_parity_and_measuring_do_not_share_is_not_ignored(run, arguments, told):
+    with pytest.raises(UsageError, match=told):
+        evaluate_judge("--run", run, *arguments)
+
+
+def test_a_comparison_under_a_limit_is_of_the_prompts_under_it(run, tmp_path, capsys):
+    evaluate_judge("--run", run)
+    capsys.readouterr()
+    assert evaluate_judge("--run", run, "--compare", run, "--limit", 9, "--json") == ExitCode.DONE
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["comparison"]["groups"][0]["scores"] == printed["groups"][0]["scores"]
+
+
+def test_the_export_of_a_model_with_code_of_its_own_may_run_it_where_the_run_may(
+    run, model_folders, tmp_path, monkeypatch
+):
+    trusting = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "run.json").read_text())["config"]
+    write_json(trusting / "run.json", {"config": config | {"trust_remote_code": True}})
+    exported = shutil.copytree(model_folders["qwen"], tmp_path / "exported_model")
+    write_json(exported / "prmkit.json", {"template": "qwen", "cutoff_len": 2048})
+    asked = []
+    monkeypatch.setattr(command, "check_parity", lambda one, other, *_, **__: asked.append((one, other)))
+    evaluate_judge("--run", trusting, "--parity", 1, "--exported", exported)
+    prove_export(trusting, exported)
+    prove_export(run, exported)
+    assert [one.trust_remote_code for one, _ in asked] == [True, True, False]
+    assert [other.trust_remote_code for _, other in asked] == [True, True, False]
 
 
 def test_an_export_of_another_model_fails_the_parity_gate(run, model_folders, tmp_path):
