@@ -4,16 +4,19 @@ stdout carries the result, stderr the narration. Nothing else in prmkit writes t
 """
 
 import argparse
+import errno
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from prmkit.errors import ExitCode, Interrupted, PrmkitError
+from prmkit.files import DISK_FULL
 
 log = logging.getLogger("prmkit")
 
@@ -25,11 +28,13 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
         The exit code, for `sys.exit`. Unexpected errors keep their traceback: they are ours to mend.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    for library in ("httpx", "httpcore"):  # a line a request
+        logging.getLogger(library).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         # Intermixed: `train.py lora_rank=8 --export seed=1` is as good as all key=value texts in one place.
         code = command(parser.parse_intermixed_args())
-        sys.stdout.flush()
+        _flush()
         return code
     except (PrmkitError, Interrupted) as error:
         log.error("error: %s", error)
@@ -38,9 +43,40 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
         log.error("interrupted")
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has gone. Point stdout at nothing, or Python complains once more as it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()  # the reader (`| head`) has gone
         return ExitCode.DONE
+    except OSError as error:
+        if error.filename is None and error.errno not in _WORLDS_FAULT:
+            raise
+        if error.filename == _STDOUT:
+            _leave_stdout()
+        where = "" if error.filename is None else f"{error.filename}: "
+        log.error("error: %s%s.", where, error.strerror)
+        return ExitCode.DATA
+
+
+_STDOUT = "stdout"
+_WORLDS_FAULT = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors that are the disk's or the system's also where they do not name a file."""
+
+
+def _leave_stdout() -> None:
+    # Point stdout at nothing, or Python complains once more as it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush() -> None:
+    with _naming_stdout():
+        sys.stdout.flush()
+
+
+@contextmanager
+def _naming_stdout() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or _STDOUT
+        raise
 
 
 def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
@@ -49,7 +85,8 @@ def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
 
 def emit(text: str) -> None:
     """Write one line of result to stdout."""
-    sys.stdout.write(text + "\n")
+    with _naming_stdout():
+        sys.stdout.write(text + "\n")
 
 
 def emit_json(value: Any) -> None:

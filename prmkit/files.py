@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import os
+import sys
 import tempfile
 import time
 import zlib
@@ -30,7 +31,11 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     an error inside the block leaves `path` as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        error.filename = str(path)  # and not one that nobody has heard of
+        raise
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -98,24 +103,58 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 def open_input(path: Path) -> Iterator[IO[bytes]]:
     """Open a file of lines for reading bytes; `.gz` and `.zst` are unpacked on the way.
 
+    What goes wrong with anything else while the file is open, such as writing what was read, is not translated.
+
     Raises:
         DataError: the file is missing, a folder, or not to be read; a packed one is damaged or stops in the middle.
     """
     try:
-        with path.open("rb") as raw:
-            if path.suffix == ".gz":
-                with gzip.open(raw) as unpacked:
-                    yield unpacked  # type: ignore[misc]
-            elif path.suffix == ".zst":
-                yield io.BufferedReader(_ZstandardReader(raw), 1 << 20)
-            else:
-                yield raw
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged, or cut off ({error}). Pack it again.") from error
+        raw = path.open("rb")
     except OSError as error:
-        if error.errno in DISK_FULL:  # somebody else's: raised where the lines are written to
-            raise
         raise DataError(f"{path}: {error.strerror or error}.") from error
+    with raw:
+        unpacked: Any = raw
+        if path.suffix == ".gz":
+            unpacked = gzip.GzipFile(fileobj=raw)
+        elif path.suffix == ".zst":
+            unpacked = _ZstandardReader(raw)
+        with io.BufferedReader(_Reading(unpacked, str(path)), _READ_AHEAD) as lines:
+            yield lines
+
+
+@contextmanager
+def open_stdin() -> Iterator[IO[bytes]]:
+    """As `open_input`, for what is piped in.
+
+    Raises:
+        DataError: there is no stdin, or it cannot be read.
+    """
+    if sys.stdin is None:
+        raise DataError("stdin: closed. Pipe the lines in, or name a file.")
+    yield io.BufferedReader(_Reading(sys.stdin.buffer, "stdin"), _READ_AHEAD)
+
+
+_READ_AHEAD = 1 << 18
+
+
+class _Reading(io.RawIOBase):
+    """Another stream, whose errors of reading name it."""
+
+    def __init__(self, stream: Any, name: str) -> None:
+        # What is there is enough: a full buffer would keep a pipe's reader waiting for lines that are not written yet.
+        self._read = getattr(stream, "readinto1", stream.readinto)
+        self._name = name
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return int(self._read(buffer))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{self._name}: damaged, or cut off ({error}). Pack it again.") from error
+        except OSError as error:
+            raise DataError(f"{self._name}: {error.strerror or error}.") from error
 
 
 class _ZstandardReader(io.RawIOBase):

@@ -36,3 +36,33 @@ def test_a_signal_inside_of_a_library_stops_the_work(number: signal.Signals, cod
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+FAILING = """
+import argparse, sys
+from prmkit import cli
+
+def command(arguments):
+    raise OSError(*eval(sys.argv[1]))
+
+parser = argparse.ArgumentParser()
+parser.add_argument("error")
+sys.exit(cli.run(command, parser))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("(28, 'No space left on device')", "error: No space left on device.\n"),
+        ("(2, 'No such file or directory', 'a.json')", "error: a.json: No such file or directory.\n"),
+        ("(9, 'Bad file descriptor')", None),
+    ],
+)
+def test_what_the_system_says_of_a_file_is_one_line(error: str, told: str | None) -> None:
+    done = subprocess.run([sys.executable, "-c", FAILING, error], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    if told is None:
+        assert "Traceback" in done.stderr, "an error of ours lost its traceback"
+    else:
+        assert done.stderr == told

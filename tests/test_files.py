@@ -63,6 +63,16 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
             read_json(path)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_only_errors_of_reading_are_the_inputs(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(packed("one" + name[1:]) if name != "a.jsonl" else LINES)
+    for error in (OSError(13, "Permission denied", "another"), BrokenPipeError(), EOFError()):
+        with pytest.raises(type(error)), open_input(path) as lines:
+            next(lines)
+            raise error
+
+
 def test_a_line_that_is_no_json_is_numbered(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\noops\n')
     with pytest.raises(DataError, match=r"a\.jsonl:3: not JSON"):

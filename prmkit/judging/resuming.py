@@ -21,6 +21,44 @@ def beside(file: Path, what: str) -> Path:
     return file.with_name(f"{file.stem if file.suffix == '.jsonl' else file.name}.{what}")
 
 
+def fingerprint_file(file: Path) -> Path:
+    """Where it stands what made the lines of an output."""
+    return beside(file, "fingerprint.json")
+
+
+def refuse_output(file: Path, source: Path | None) -> None:
+    """Stop before anything is read or loaded where an output cannot be, or would cost the user a file.
+
+    Args:
+        file: the output.
+        source: the input; None for stdin.
+
+    Raises:
+        UsageError: the output is the input, is packed by its name, or is a device or a pipe.
+        DataError: it is a folder, or a file is where its folder should be.
+    """
+    if file.suffix in (".gz", ".zst"):
+        raise UsageError(
+            f"{file}: lines are written as plain text. Name it {file.with_suffix('').name}, and pack it later."
+        )
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise DataError(f"{file}: {folder} is no folder. Choose another --output.")
+    if file.is_dir():
+        raise DataError(f"{file}: is a folder. Name a file in it.")
+    if file.exists() and not file.is_file():
+        raise UsageError(f"{file}: is no regular file. Choose another --output, or none, and the lines go to stdout.")
+    if file.exists() and (file.samefile(source) if source and source.exists() else source is None and _is_stdin(file)):
+        raise UsageError(f"{file}: is the input as well. Choose another --output.")
+
+
+def _is_stdin(file: Path) -> bool:
+    try:
+        return os.path.samestat(file.stat(), os.fstat(0))
+    except OSError:  # there is no stdin
+        return False
+
+
 def reopen(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines that an earlier, possibly killed, run left in `file`, if they are of the same kind.
 
@@ -34,7 +72,7 @@ def reopen(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
         UsageError: the file is no output of such a run.
         DataError: a line in it is damaged.
     """
-    marker = beside(file, "fingerprint.json")
+    marker = fingerprint_file(file)
     if file.is_file() and file.stat().st_size:
         if not marker.is_file():
             raise UsageError(

@@ -1,10 +1,9 @@
 """Score steps in bulk: JSONL in, one line of JSON out for every line in, whatever it was."""
 
 import logging
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain, islice, tee
 from pathlib import Path
@@ -14,11 +13,11 @@ import orjson
 
 from prmkit import cli
 from prmkit.errors import UsageError
-from prmkit.files import only_one, open_input, write_text
+from prmkit.files import only_one, open_input, open_stdin, write_text
 from prmkit.judging.aggregates import Trajectories
 from prmkit.judging.judgement import LOW_COVERAGE, Judgement, Mode, Request, rounded
 from prmkit.judging.order import digest
-from prmkit.judging.resuming import append_rows, beside, reopen, replace_rows
+from prmkit.judging.resuming import append_rows, beside, fingerprint_file, refuse_output, reopen, replace_rows
 from prmkit.judging.rows import Row, ShapeOf, read_rows
 
 log = logging.getLogger("prmkit")
@@ -117,9 +116,10 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
         Whether every row got its scores.
 
     Raises:
-        UsageError: the output holds scores of another input.
+        UsageError: the output holds scores of another input, is the input itself, or no file that may be written.
         DataError: the input cannot be read, or another process is writing the same output.
     """
+    _refuse_outputs(job)
     counts: Counter[str] = Counter()
     unwilling = 0
     trajectories = Trajectories(job.bad_below)
@@ -143,8 +143,20 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
     return counts.total() == counts["ok"]
 
 
+def _refuse_outputs(job: Job) -> None:
+    if job.output is None:
+        return
+    source = None if job.input == STDIN else Path(job.input)
+    refuse_output(job.output, source)
+    if job.bad_below is not None:
+        sums = trajectories_file(job.output)
+        refuse_output(sums, source)
+        if sums.exists() and not fingerprint_file(job.output).is_file():
+            raise UsageError(f"{sums}: exists and belongs to no scoring output. Choose another --output, or move it.")
+
+
 def _opened(source: str) -> AbstractContextManager[IO[bytes]]:
-    return nullcontext(sys.stdin.buffer) if source == STDIN else open_input(Path(source))
+    return open_stdin() if source == STDIN else open_input(Path(source))
 
 
 def _results(job: Job, rows: Iterator[Row], score: Score, fingerprint: Mapping[str, Any]) -> Iterator[Result]:
