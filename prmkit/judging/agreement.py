@@ -15,7 +15,7 @@ from prmkit.judging import measures
 from prmkit.judging.bootstrap import SAME_PREDICTION, Figure, Floats, Integers, Sample, make_sample, measure
 from prmkit.judging.judgement import BAD_BELOW, LOW_COVERAGE, SAME_SCORE
 from prmkit.judging.pairwise import pairwise_accuracy
-from prmkit.judging.predictions import Row, Scores
+from prmkit.judging.predictions import Row, Scores, has_score
 
 Figures = dict[str, Any]
 """Names to `Figure`s, or to more such dictionaries, or to plain numbers and texts."""
@@ -161,12 +161,13 @@ def validity(rows: Sequence[Row]) -> Figures:
         "repaired": sum(row["repaired"] for row in ok),
         "keys_without_reference": sum(key not in row["reference"] for row in ok for key in row["scores"]),
         "scores_asked": sum(len(row["reference"]) for row in rows),
-        "scores_made": sum(key in row["scores"] for row in ok for key in row["reference"]),
+        "scores_made": sum(has_score(row, key) for row in ok for key in row["reference"]),
         "references_without_score": sum(key not in row["scores"] for row in ok for key in row["reference"]),
         "scored_share": _share(rows, [float(row["status"] == "ok") for row in rows]),
         "strictly_valid_share": _share(rows, [float(row["status"] == "ok" and not row["repaired"]) for row in rows]),
     }
-    covered = [(row, each["coverage"]) for row in ok for each in row["scores"].values() if each["coverage"] is not None]
+    given = [(row, each["coverage"]) for row in ok for each in row["scores"].values()]
+    covered = [(row, coverage) for row, coverage in given if coverage is not None and np.isfinite(coverage)]
     if covered:
         coverage = np.array([value for _, value in covered])
         figures["coverage"] = _share([row for row, _ in covered], coverage)

@@ -33,7 +33,7 @@ def metrics_of(
     scores = table_of_scores(rows, judges, medians)
     base = None if base_rows is None else table_of_scores(base_rows, judges, medians)
     if not len(scores):
-        raise DataError(f"{held_out.file}: none of the scores that the prompts ask for has a reference.")
+        raise DataError(f"{held_out.file}: none of the scores that the prompts ask for has a number and a reference.")
     metrics: dict[str, Any] = plain(
         {
             "held_out": _described(held_out, rows),

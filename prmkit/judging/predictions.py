@@ -1,5 +1,6 @@
 """The predictions of an evaluation: one line a prompt, written as they come, and read back as a table of scores."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -112,6 +113,12 @@ class Scores:
         return replace(self, predicted=predicted, below=np.full_like(self.below, np.nan))
 
 
+def has_score(row: Row, key: str) -> bool:
+    """Whether a prediction has a number for a key."""
+    mean = row["scores"].get(key, {}).get("mean")
+    return mean is not None and math.isfinite(mean)
+
+
 def table_of_scores(rows: Sequence[Row], judges: Sequence[str], medians: Medians) -> Scores:
     """Every score that both the judge and at least one reference gave.
 
@@ -120,7 +127,12 @@ def table_of_scores(rows: Sequence[Row], judges: Sequence[str], medians: Medians
         judges: the columns of `Scores.references`.
         medians: see `prmkit.judging.heldout.training_medians`.
     """
-    entries = [(row, key, row["scores"][key]) for row in rows for key in row["scores"] if key in row["reference"]]
+    entries = [
+        (row, key, score)
+        for row in rows
+        for key, score in row["scores"].items()
+        if key in row["reference"] and has_score(row, key)
+    ]
 
     def texts(values: Iterable[str]) -> Texts:
         return np.array(list(values), dtype=object)

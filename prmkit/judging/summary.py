@@ -39,9 +39,9 @@ def shown(figure: Mapping[str, Any] | None, decimals: int = 2, *, interval: bool
     return text
 
 
-def percent(figure: Mapping[str, Any]) -> str:
+def percent(figure: Mapping[str, Any], decimals: int = 0) -> str:
     """A share as people read it."""
-    return NONE if figure["value"] is None else f"{figure['value']:.0%}"
+    return NONE if figure["value"] is None else f"{figure['value']:.{decimals}%}"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -175,8 +175,8 @@ def _headline(group: Group, coverage: Mapping[str, Any] | None) -> tuple[Standin
         return "useless", "It gives everything the same score: it judges nothing."
     if spearman["value"] is None or spearman["low"] is None:
         return "unknown", f"Too little held-out data to say ({spearman.get('reason')})."
-    if coverage and coverage["value"] < LOW_COVERAGE:
-        wanted = f"{coverage['value']:.0%} of its probability is on one"
+    if coverage and coverage["value"] is not None and coverage["value"] < LOW_COVERAGE:
+        wanted = f"{percent(coverage)} of its probability is on one"
         return "useless", f"It does not want to answer with a score: {wanted}."
     if spearman["low"] <= 0:
         return "useless", "Nothing shows that its order is better than chance."
@@ -200,6 +200,8 @@ def _by(gap: Mapping[str, Any]) -> str:
 def _copies(copying: Mapping[str, Any]) -> bool:
     equal, of_reference = copying["judge_equals_copy"]["value"], copying["reference_equals_copy"]["value"]
     near, near_of_reference = copying["distance_of_judge"]["value"], copying["distance_of_reference"]["value"]
+    if None in (equal, of_reference, near, near_of_reference):
+        return False
     return bool(equal > max(_COPIES_FROM, of_reference) or near < _HUGS_WITHIN * near_of_reference)
 
 
@@ -269,7 +271,7 @@ def validity_sentence(metrics: Mapping[str, Any]) -> str:
     if every["repaired"]:
         text += f"; {every['repaired']} answers were no valid JSON as written and were repaired"
     if "coverage" in every:
-        text += f"; the 101 scores hold {every['coverage']['value']:.1%} of the model's probability on average"
+        text += f"; the 101 scores hold {percent(every['coverage'], 1)} of the model's probability on average"
         low = every["coverage_low_share"]["value"]
         text += f", less than half of it for {low:.1%} of the scores" if low else ""
     return text + "."

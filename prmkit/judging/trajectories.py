@@ -11,7 +11,7 @@ from prmkit.judging.agreement import FEWEST_SCORES, Figures
 from prmkit.judging.bootstrap import Figure, Floats, make_sample, measure
 from prmkit.judging.heldout import whole_number
 from prmkit.judging.judgement import AGGREGATES, BAD_BELOW, SAME_SCORE, first_below
-from prmkit.judging.predictions import Row
+from prmkit.judging.predictions import Row, has_score
 
 OUTCOME = "answer_correctness"
 """The key of a `final` verdict that says whether the trajectory reached its answer."""
@@ -63,7 +63,7 @@ def trajectories_of(rows: Sequence[Row], cut: Collection[str] = ()) -> tuple[lis
             left_out["two prompts for one clip number"] += 1
         elif task in cut or max(by_number) - min(by_number) >= len(by_number):
             left_out["a clip is missing"] += 1
-        elif any(set(row["reference"]) - set(row["scores"]) for (row,) in steps):
+        elif not all(has_score(row, key) for (row,) in steps for key in row["reference"]):
             left_out["a step without a score"] += 1
         else:
             predicted = [_mean([row["scores"][key]["mean"] for key in row["reference"]]) for (row,) in steps]

@@ -298,6 +298,29 @@ def test_prompts_without_scores_are_counted_and_enter_no_figure(held_out):
     assert "1 9,000 tokens" in summary.validity_sentence(metrics)
 
 
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_scores_that_are_no_numbers_are_counted_and_enter_no_figure(held_out, nothing):
+    rows = predictions_of(held_out, noisy(0.1))
+    for row in rows[::3]:
+        for score in row["scores"].values():
+            score |= dict.fromkeys(score, nothing) | {"below": None}
+    metrics = metrics_of(rows, None, held_out, MEDIANS)
+    every = metrics["validity"]["all"]
+    assert 0 < group(metrics, "all")["scores"] == every["scores_made"] < every["scores_asked"]
+    assert metrics["trajectory"]["left_out"]["a step without a score"]
+    assert "nan" not in " ".join([*summary.verdict_lines(metrics), str(summary.main_table(metrics))])
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_figures_that_are_not_defined_are_told_without_a_number(metrics):
+    undefined = json.loads(json.dumps(metrics))
+    for figure in walk_figures(undefined):
+        figure |= {"value": None, "low": None, "high": None, "reason": "not defined for these scores"}
+    assert {each.standing for each in summary.conclusions(undefined)} == {"unknown"}
+    assert "hold – of the model's probability" in summary.verdict_lines(undefined)[-1]
+    assert summary.main_table(undefined, intervals=True)
+
+
 def test_without_medians_there_is_no_skill_and_no_constant(held_out):
     metrics = metrics_of(predictions_of(held_out, noisy(0.1))[:60], None, held_out, {})
     found = group(metrics, "clip")
