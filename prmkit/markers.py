@@ -15,17 +15,23 @@ import re
 # what may follow it.
 _MARKERS = {
     "<": (
-        r"\|[^\s|<>]{1,64}\|>",  # ChatML, Llama 3, Phi, GLM, InternLM
+        r"\|[^\s|<>]{1,64}\|?>",  # ChatML, Llama 3, Phi, GLM, InternLM; Gemma 4 without the second bar
+        r"[a-z_]{1,32}\|>",  # Gemma 4
         r"｜[^\s｜<>]{1,64}｜>",  # DeepSeek
         r"/?(?:s|bos|eos|pad|unk|mask|cls|sep)>",  # Llama 2, Mistral, Gemma
         r"(?:start|end)_of_(?:turn|image)>",  # Gemma
+        r"(?:beginning|end)_of_sentence>",  # MiniMax
+        r"(?:_user|_bot|_system|_end|eod|sop|/?role)>",  # TeleChat, Yuan, GLM 4, Bailing
         r"</?SYS>>",  # Llama 2
         r"(?:image|video|audio)>",  # placeholders of LLaMA Factory's multimodal templates
     ),
     r"\[": (
         r"/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT)\]",  # Mistral
         r"(?:IMG|IMG_BREAK|IMG_END|gMASK|sMASK|MASK)\]",  # Pixtral, ChatGLM
+        r"\|[^\s|\[\]]{1,64}\|\]",  # EXAONE
+        r"e~\[",  # MiniMax
     ),
+    r"\]": (r"~!?b[\[\]]",),  # MiniMax
     r"\{": (r"\{(?:idx|content)\}\}",),  # slots of LLaMA Factory's formatter
 }
 # LLaMA Factory's reasoning templates (qwen3 …) cut thoughts out of answers and add an empty thought to answers without
@@ -35,7 +41,7 @@ _ANSWER_MARKERS = {**_MARKERS, "<": (*_MARKERS["<"], r"/?think>")}
 
 def _patterns(markers: dict[str, tuple[str, ...]], between: str) -> list[re.Pattern[str]]:
     # One search for each first character: a pattern that begins with one literal character is found with memchr, five
-    # times faster than an alternation of three.
+    # times faster than an alternation of all.
     return [re.compile(rf"{first}{between}(?=\\*(?:{'|'.join(rest)}))") for first, rest in markers.items()]
 
 

@@ -135,12 +135,14 @@ def leaks_told(found: Mapping[str, Any]) -> str:
 
 def _held_out(settings: Settings, tally: Tally, new: Path) -> dict[str, Any]:
     whole = new / data_file(held_out_name(settings.name if settings.filters else FULL))
-    tasks = len(tally.values("task", held_out=True))
+    tasks, rows = tally.tasks(held_out=True), tally.rows(held_out=True)
+    # Where no row names its task, each prompt is held out by itself.
+    ratio = tasks / tally.tasks() if tally.tasks() else rows / max(tally.rows(), 1)
     return {
         "tasks": tasks,
-        "rows": tally.rows(held_out=True),
+        "rows": rows,
         "sha256": sha256_of(whole) if whole.exists() else None,
-        "realised_ratio": round(tasks / max(len(tally.values("task")), 1), 4),
+        "realised_ratio": round(ratio, 4),
     }
 
 

@@ -5,7 +5,6 @@ from typing import Any, Literal
 import orjson
 
 Format = Literal["alpaca", "sharegpt"]
-FORMATS: tuple[Format, ...] = ("alpaca", "sharegpt")
 
 
 def training_row(prompt: str, label: str, form: Format) -> bytes:

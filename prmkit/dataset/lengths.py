@@ -4,7 +4,6 @@ LLaMA Factory 0.9.5 cuts an over-long prompt from the right, in silence: the out
 go, and a long label loses its closing brace and its end of turn.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +127,3 @@ def quantiles(lengths: Mapping[int, int], shares: tuple[float, ...]) -> dict[str
                 covering[f"{share:.0%}"] = length
                 break
     return covering
-
-
-def median_of(counts: Counter[int]) -> float:
-    """The median of values that are given by how often each occurs."""
-    total, below = sum(counts.values()), 0
-    middle: list[int] = []
-    for value in sorted(counts):
-        below += counts[value]
-        while len(middle) < 2 and below > (total - 1 + len(middle)) // 2:
-            middle.append(value)
-    return sum(middle) / 2

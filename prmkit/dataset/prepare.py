@@ -126,6 +126,8 @@ class Preparer:
         if self._settings.filters:
             self._count(record)
             if not self._settings.filters.admit(record):
+                if held_out:
+                    self._writer.note_held_out(prompt.digest)
                 return None
         self.told.admitted += 1
         return _Admitted(read, prompt, held_out)

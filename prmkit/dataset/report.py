@@ -1,4 +1,4 @@
-"""What a conversion did: counted while it writes, told in conversion_report.json and in two tables."""
+"""What a conversion did: counted while it writes, told in conversion_report.json and in tables."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from prmkit.dataset.lengths import median_of, quantiles
+from prmkit.dataset.lengths import quantiles
 from prmkit.dataset.stage import Facts, Group
 
 _COVERED = (0.5, 0.9, 0.95, 0.99, 1.0)
@@ -93,20 +93,23 @@ class Tally:
                 counts[getattr(group, place)] += n
         return counts
 
+    def tasks(self, *, held_out: bool | None = None) -> int:
+        """How many tasks the kept rows name."""
+        return len(self.values("task", held_out=held_out).keys() - {None})
+
     def as_json(self) -> dict[str, Any]:
         """The counts for the report; a missing judge, task or type stands as an empty text."""
         return {
             "rows": {"train": self.rows(held_out=False), "held_out": self.rows(held_out=True)},
             "evaluation_types": _named(self.values("evaluation_type")),
             "judges": _named(self.values("judge")),
-            "tasks": len(self.values("task")),
+            "tasks": self.tasks(),
             "duplicates": self.duplicates,
             "rejected": dict(self.rejected.most_common()),
             "repaired": {"rows": self.repaired, "repairs": dict(self.repairs.most_common())},
             "markers": {"rows": self.rows_with_markers, "markers": self.markers},
             "leaked_scores": {"rows": self.rows_with_leaked_scores, "scores": self.leaked_scores},
             "score_keys": self._score_keys(),
-            "train_median": self._train_medians(),
             "score_histograms": self._histograms(),
             "lengths": {
                 "prompt_characters": quantiles(self.prompt_characters, _COVERED),
@@ -127,13 +130,6 @@ class Tally:
             if key not in of_type:
                 of_type.append(key)
         return keys
-
-    def _train_medians(self) -> dict[str, dict[str, float]]:
-        medians: dict[str, dict[str, float]] = {}
-        for (evaluation_type, key, held_out), counts in self.scores.items():
-            if not held_out:
-                medians.setdefault(evaluation_type or "", {})[key] = median_of(counts) / 100
-        return medians
 
     def _histograms(self) -> dict[str, dict[str, list[int]]]:
         """Rows of both sides in ten bins of equal width; the last one includes 1.0."""

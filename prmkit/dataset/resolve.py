@@ -18,7 +18,7 @@ import orjson
 
 from prmkit.dataset.agreement import Agreement
 from prmkit.dataset.settings import Aggregate
-from prmkit.dataset.stage import Indexed, index_parts, read_index
+from prmkit.dataset.stage import UNWANTED, Indexed, index_parts, read_index
 
 DUPLICATE = "duplicate"
 BOTH_SIDES = "the prompt is also held out"
@@ -45,7 +45,6 @@ class Resolved:
     """What was found."""
 
     prompts: int = 0
-    held_out_prompts: int = 0
     against_themselves: int = 0
     """Prompts that one judge answered with different verdicts."""
     agreement: Agreement = field(default_factory=Agreement)
@@ -99,8 +98,10 @@ def _decide(
 ) -> Iterator[Decision]:
     """Decide on the rows of one prompt."""
     held_out = not nothing_held_out and any(row.held_out for row in rows)
+    rows = [row for row in rows if row.number != UNWANTED]
+    if not rows:
+        return
     found.prompts += 1
-    found.held_out_prompts += held_out
     kept: dict[tuple[str | None, str], Indexed] = {}
     for row in rows:
         if held_out and not row.held_out:

@@ -24,6 +24,8 @@ import orjson
 from prmkit.dataset.appending import Appender
 
 ROWS_A_BLOCK = 1 << 32
+UNWANTED = -1
+"""The number of a prompt that is held out, but with a row that the filters do not want."""
 _INDEX_HELD = 256 << 10
 """Bytes. Small things that outlive the large ones around them break the heap up: with 4 MiB it grew to three times."""
 
@@ -65,7 +67,7 @@ class Indexed(NamedTuple):
     prompt: str
     """Hexadecimal digest."""
     number: int
-    """Block times 2**32 plus the row's place in its block: the order of the input."""
+    """Block times 2**32 plus the row's place in its block: the order of the input. `UNWANTED`: there is no row."""
     judge: str | None
     evaluation_type: str | None
     held_out: bool
@@ -89,6 +91,13 @@ class StageWriter:
         self._sidecar_file.write(sidecar)
         # orjson takes tuples, and refuses named ones.
         self._rows.append(tuple(facts))
+        self._add_to_index(indexed)
+
+    def note_held_out(self, prompt: str) -> None:
+        """Note that a held-out row asks this prompt, though the row itself is not wanted."""
+        self._add_to_index(Indexed(prompt, UNWANTED, None, None, True, "", {}))
+
+    def _add_to_index(self, indexed: Indexed) -> None:
         entry = orjson.dumps(tuple(indexed), option=orjson.OPT_APPEND_NEWLINE)
         self._index.append(f"index-{self._worker}-{indexed.prompt[: self._digits]}", entry)
 

@@ -1,4 +1,4 @@
-"""What a conversion prints: two tables, and below them what the user should know of the data."""
+"""What a conversion prints: tables, and below them what the user should know of the data."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -62,11 +62,14 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _held_out_notes(report: Mapping[str, Any], held_out: Mapping[str, Any]) -> Iterator[str]:
     split = report["settings"]["split"]
-    share = f"{held_out['tasks']:,} of {report['tasks']:,} tasks are held out ({held_out['realised_ratio']:.0%})"
+    what = ("tasks", held_out["tasks"], report["tasks"])
+    if not report["tasks"]:
+        what = ("rows, which name no task,", held_out["rows"], sum(report["rows"].values()))
+    share = f"{what[1]:,} of {what[2]:,} {what[0]} are held out ({held_out['realised_ratio']:.0%})"
     if split["tasks"] is not None or abs(held_out["realised_ratio"] - split["ratio"]) < _NOTABLE:
         yield share
     else:
-        yield f"{share}; {split['ratio']:.0%} was asked for, and few tasks do not divide like many"
+        yield f"{share}; {split['ratio']:.0%} was asked for, and few do not divide like many"
 
 
 def _length_notes(report: Mapping[str, Any]) -> Iterator[str]:

@@ -225,6 +225,8 @@ def test_rows_without_a_task_go_by_their_prompt(convert_rows: Convert, data: Pat
     ]
     report = convert_rows(rows)
     assert report["rows"]["held_out"] > 0
+    assert (report["tasks"], report["held_out"]["tasks"]) == (0, 0)
+    assert report["held_out"]["realised_ratio"] == round(report["rows"]["held_out"] / 120, 4)
     train, held_out = (set(_prompts(data, f"reward_model_full{side}")) for side in ("", "_eval"))
     assert not train & held_out
 
@@ -342,6 +344,19 @@ def test_filters_that_match_nothing_say_what_exists(convert_rows: Convert, data:
     assert "not in the input: task_x" in text
     assert "and 80 more" in text
     assert not snapshot(data)
+
+
+def test_filters_know_the_held_out_rows_that_they_do_not_want(convert_rows: Convert, data: Path) -> None:
+    """A prompt that is the clip of one task and the final of a held-out one: the clip is set aside by both."""
+    tasks = [f"task_{number}" for number in range(40)]
+    rows = [row_of(prompt_of(task), task=task) for task in tasks]
+    held_out = next(task for task in tasks if is_held_out(task, 0.1, 0))
+    trained = next(task for task in tasks if not is_held_out(task, 0.1, 0))
+    rows.append(row_of(prompt_of(trained), task=held_out, kind="final"))
+    for filters in (Filters(), Filters(evaluation_types=frozenset({"clip"}))):
+        report = convert_rows(rows, filters=filters)
+        assert report["rejected"] == {"the prompt is also held out": 1}
+    assert report["leak_audit"]["passed"]
 
 
 def test_a_filtered_variant_cannot_train_on_held_out_tasks(convert_rows: Convert, data: Path) -> None:
