@@ -72,6 +72,7 @@ def load_encoding(
     default_system: str | None = None,
     enable_thinking: bool | None = True,
     trust_remote_code: bool = False,
+    local_files_only: bool = False,
 ) -> ChatEncoding:
     """Load the tokenizer of `model_folder` and make one of LLaMA Factory's templates fit it.
 
@@ -83,6 +84,7 @@ def load_encoding(
         default_system: LLaMA Factory's key of this name; None keeps the template's own, "" leaves it out.
         enable_thinking: LLaMA Factory's key of this name; only reasoning templates (`qwen3`, …) look at it.
         trust_remote_code: run Python code that comes with the model.
+        local_files_only: do not ask the hub, where `model_folder` is the name of a model there.
 
     Raises:
         DataError: the folder holds no tokenizer that `transformers` can load.
@@ -97,7 +99,9 @@ def load_encoding(
     if template is not None and template not in TEMPLATES:
         raise UsageError(f"template: LLaMA Factory knows no '{template}'.{_nearest(template, TEMPLATES)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_folder), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model_folder), trust_remote_code=trust_remote_code, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"{model_folder}: no tokenizer that can be loaded ({str(error).splitlines()[0]}).") from error
 

@@ -15,7 +15,13 @@ from prmkit.judging.arguments import DEFAULT_RUN, judge_source
 from prmkit.judging.evaluate import REPORT, Settings, evaluate, settings_of
 from prmkit.judging.judgement import Request
 from prmkit.judging.parity import DEFAULT_TOLERANCE, check_parity
-from prmkit.judging.sources import JudgeSource, config_of_run, judge_source_of_export, judge_source_of_run
+from prmkit.judging.sources import (
+    JudgeSource,
+    config_of_run,
+    judge_source_of_export,
+    judge_source_of_run,
+    refuse_missing,
+)
 
 log = logging.getLogger("prmkit")
 
@@ -35,6 +41,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
     _refuse_mixed(arguments)
     source = judge_source(arguments)
+    refuse_missing(source)
     run = None if arguments.model else arguments.run or DEFAULT_RUN
     config = config_of_run(run) if run else {}
     if arguments.parity:

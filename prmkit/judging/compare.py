@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from prmkit.errors import DataError, GateError
-from prmkit.files import read_json, read_jsonl
+from prmkit.files import read_jsonl
 from prmkit.judging import measures
 from prmkit.judging.agreement import FEWEST_SCORES, Figures, groups_of, plain
 from prmkit.judging.bootstrap import Figure, Floats, Sample, Statistic, make_sample, measure
 from prmkit.judging.evaluate import METRICS, PREDICTIONS
 from prmkit.judging.predictions import Scores, table_of_scores
+from prmkit.judging.sources import check_keys, read_object
 from prmkit.judging.summary import ALL, ORDER, shown
 from prmkit.judging.yardsticks import shared
 
@@ -72,13 +73,18 @@ def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> 
 def _described(folder: Path) -> Mapping[str, Any]:
     if not (folder / METRICS).is_file():
         raise DataError(f"{folder}: no {METRICS}. Evaluate it first: python evaluate_judge.py --run FOLDER")
-    metrics: Mapping[str, Any] = read_json(folder / METRICS)
+    metrics = read_object(folder / METRICS, held_out=dict)
+    check_keys(folder / METRICS, metrics["held_out"], sha256=str, dataset=str)
     return metrics
 
 
 def _scores(folder: Path, prompts: Collection[str] | None) -> Scores:
-    rows = [row for row in read_jsonl(folder / PREDICTIONS) if prompts is None or row["prompt_sha256"] in prompts]
-    return table_of_scores(rows, judges=(), medians={})
+    file = folder / PREDICTIONS
+    try:
+        rows = [row for row in read_jsonl(file) if prompts is None or row["prompt_sha256"] in prompts]
+        return table_of_scores(rows, judges=(), medians={})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: damaged: a line is no prediction ({error!r}). Evaluate the judge again.") from error
 
 
 def _differences(mine: Scores, theirs: Scores) -> Figures:

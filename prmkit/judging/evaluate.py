@@ -3,20 +3,20 @@
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prmkit import cli
 from prmkit.errors import DataError, UsageError
-from prmkit.files import only_one, sha256_of, write_json
+from prmkit.files import only_one, write_json
 from prmkit.judging.heldout import HeldOut, HeldOutPrompt, Medians, sampled
 from prmkit.judging.judgement import Mode, Request
 from prmkit.judging.metrics import metrics_of
 from prmkit.judging.predictions import Row, append_rows, prediction_row, resume, table_of_scores
 from prmkit.judging.report import write_report
-from prmkit.judging.sources import JudgeSource
+from prmkit.judging.sources import JudgeSource, described, fingerprint_of
 
 log = logging.getLogger("prmkit")
 
@@ -64,10 +64,11 @@ def evaluate(
 
     Raises:
         DataError: not one prompt could be scored; the most common reason is named.
-        UsageError: the base model was asked for, and the judge has no adapter to leave out.
+        UsageError: the base model was asked for, and the judge has no adapter to leave out; or `folder` is a file.
     """
     if settings.with_base and source.adapter is None:
         raise UsageError("--baseline asks the base model of an adapter, and this judge has no adapter.")
+    _make(folder)
     with only_one(folder, "evaluating"):
         prompts = list(sampled(held_out.prompts, settings.limit))
         rows = predict(source, held_out, prompts, folder / PREDICTIONS, settings)
@@ -75,15 +76,20 @@ def evaluate(
         if settings.with_base:
             base = replace(source, adapter=None)
             base_rows = predict(base, held_out, prompts, folder / BASE_PREDICTIONS, settings)
-        described: dict[str, Any] = {"judge": _as_texts(asdict(source)), "mode": settings.mode}
-        metrics = described | metrics_of(rows, base_rows, held_out, medians)
+        about: dict[str, Any] = {"judge": described(source), "mode": settings.mode}
+        metrics = about | metrics_of(rows, base_rows, held_out, medians)
         write_json(folder / METRICS, metrics)
         write_report(folder / REPORT, metrics, table_of_scores(rows, held_out.judges, medians))
     return metrics
 
 
-def _as_texts(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{folder}: a file stands there, and the results need a folder. Name another one.") from error
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({error.strerror}). Name another one with --output.") from error
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
@@ -101,7 +107,7 @@ def predict(
         DataError: not one prompt could be scored.
     """
     fingerprint = {
-        "judge": _as_texts(asdict(source)) | {"model": str(source.model.resolve()), "weights": _weights_of(source)},
+        "judge": fingerprint_of(source),
         "asked": {"mode": settings.mode, "trim": settings.trim, "max_new_tokens": settings.max_new_tokens},
         "dataset": {"sha256": held_out.sha256, "file_sha256": held_out.file_sha256},
     }
@@ -135,11 +141,3 @@ def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], settings: Set
     )
     for prompt, judgement in zip(prompts, judgements, strict=True):
         yield prediction_row(prompt, judgement)
-
-
-def _weights_of(source: JudgeSource) -> dict[str, str]:
-    """What tells one set of weights from another: an adapter's hash, a model's file sizes and times."""
-    if source.adapter:
-        return {file.name: sha256_of(file) for file in sorted(source.adapter.glob("adapter_model.*"))}
-    files = [file for file in sorted(source.model.glob("*")) if file.suffix in (".safetensors", ".bin")]
-    return {file.name: f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files}

@@ -13,7 +13,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.judging.candidates import TrieOf, distribution_of, tries_of
 from prmkit.judging.judgement import Distribution, Judgement, Mode, Request
 from prmkit.judging.order import Prepared, judgements_in_order, preparing, read_written
-from prmkit.judging.sources import JudgeSource, encoding_of
+from prmkit.judging.sources import JudgeSource, encoding_of, read_object, refuse_missing
 from prmkit.judging.tree import PromptTrees, refuse_unsuitable
 
 log = logging.getLogger("prmkit")
@@ -156,33 +156,57 @@ def load_judge(source: JudgeSource) -> Judge:
         DataError: a folder is missing, or holds nothing that can be loaded.
         UsageError: an unknown template, device or dtype.
     """
+    _refuse_incomplete(source)
     return Judge(source, encoding_of(source), _load_model(source))
 
 
 def _load_model(source: JudgeSource) -> Any:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     device = _device(source.device)
+    local = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(str(source.model), trust_remote_code=source.trust_remote_code)
+        config = AutoConfig.from_pretrained(str(source.model), **local)
         model = AutoModelForCausalLM.from_pretrained(
             str(source.model),
             config=config,
             dtype=getattr(torch, _dtype(source, device)),
-            trust_remote_code=source.trust_remote_code,
+            **local,
             # Gemma 2 caps its attention scores, which the fused kernels cannot; LLaMA Factory trains it so as well.
             attn_implementation="eager" if config.model_type == "gemma2" else None,
         )
         if source.adapter is not None:
             model = _with_adapter(model, source.adapter)
-    except (OSError, ValueError, RuntimeError) as error:
+        model = model.to(device)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{source.adapter or source.model}: cannot be loaded ({_first_line(error)}).") from error
     # The model's own may hold a repetition penalty, which would bend digits.
     model.generation_config = GenerationConfig()
-    return model.to(device).eval()
+    return model.eval()
+
+
+def _refuse_incomplete(source: JudgeSource) -> None:
+    """Refuse folders without weights or with damaged settings, which the libraries take for names on a hub or die of.
+
+    Raises:
+        DataError: something is missing or damaged.
+    """
+    refuse_missing(source)
+    if source.model.is_dir():
+        read_object(source.model / "config.json")
+        _refuse_without_weights(source.model, "")
+    if source.adapter is not None:
+        read_object(source.adapter / "adapter_config.json", peft_type=str)
+        _refuse_without_weights(source.adapter, "adapter_model")
+
+
+def _refuse_without_weights(folder: Path, beginning: str) -> None:
+    if not any(file.suffix in (".safetensors", ".bin") for file in folder.glob(f"{beginning}*")):
+        raise DataError(f"{folder}: no weights ({beginning or 'model'}*.safetensors). Download or train it again.")
 
 
 def _first_line(error: Exception) -> str:
@@ -204,9 +228,14 @@ def _device(name: str) -> Any:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"device: torch knows no '{name}'. Use cpu, cuda or cuda:0.") from error
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by how torch was built
+        raise UsageError(f"device: torch finds no {name} here; use --device cpu.") from error
+    return device
 
 
 def _dtype(source: JudgeSource, device: Any) -> str:

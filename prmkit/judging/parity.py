@@ -9,7 +9,7 @@ from typing import Any
 from prmkit.errors import GateError
 from prmkit.files import read_json
 from prmkit.judging.judgement import Judgement, Request
-from prmkit.judging.sources import EXPORT_FILE, JudgeSource
+from prmkit.judging.sources import EXPORT_FILE, JudgeSource, read_object
 from prmkit.markers import neutralise
 
 log = logging.getLogger("prmkit")
@@ -159,7 +159,7 @@ def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[
         yield f"wrong base: layers that no adapter touches differ from those of {trained.model}."
     if trained.adapter is None:
         return
-    note = read_json(exported.model / EXPORT_FILE) if (exported.model / EXPORT_FILE).is_file() else {}
+    note = read_object(exported.model / EXPORT_FILE) if (exported.model / EXPORT_FILE).is_file() else {}
     if note.get("adapter") and Path(note["adapter"]).resolve() != trained.adapter.resolve():
         yield f"wrong adapter: exported from {note['adapter']}, compared with {trained.adapter}."
     elif _newest(trained.adapter, "adapter_model") > _newest(exported.model, "") > 0:

@@ -1,6 +1,7 @@
 """Two judges on the same yardstick: the difference, its interval, and when a comparison is refused or fails."""
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -144,6 +145,22 @@ def test_another_yardstick_is_refused(evaluated, tmp_path):
     folder = write_evaluation(tmp_path / "other", other, noisy(0.1))
     with pytest.raises(DataError, match="different held-out rows"):
         compare(folder, evaluated["fine"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("metrics.json", "{}", r"metrics\.json: damaged: held_out is missing"),
+        ("metrics.json", "[]", r"metrics\.json: damaged: it holds no object"),
+        ("metrics.json", '{"held_out": {"dataset": "x"}}', "sha256 is missing"),
+        ("predictions.jsonl", "{}\n", r"predictions\.jsonl: damaged: a line is no prediction"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(evaluated, tmp_path, name, text, told):
+    damaged = shutil.copytree(evaluated["poor"], tmp_path / "damaged")
+    (damaged / name).write_text(text)
+    with pytest.raises(DataError, match=told):
+        compare(evaluated["fine"], damaged)
 
 
 def test_a_folder_that_was_not_evaluated_is_named(evaluated, tmp_path):

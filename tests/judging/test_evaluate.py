@@ -119,6 +119,14 @@ def test_the_base_model_is_asked_beside_an_adapter_only(data, source, tmp_path):
         evaluate.evaluate(source, read_held_out(data, NAME), MEDIANS, tmp_path, Settings(with_base=True))
 
 
+def test_results_do_not_go_where_a_file_stands(data, source, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="a file stands there"):
+            evaluate.evaluate(source, read_held_out(data, NAME), MEDIANS, folder, Settings())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_judge_that_can_score_nothing_is_an_error_with_the_reason(data, source, tmp_path):
     from dataclasses import replace
 
@@ -246,6 +254,7 @@ def test_gates_are_told_by_the_exit_code_and_the_figures_come_first(evaluation, 
         (("--run", "/nowhere"), ExitCode.DATA, "no run of train.py"),
         (("--run", "a", "--model", "b"), ExitCode.USAGE, "two judges"),
         (("--limit", "0"), ExitCode.USAGE, "--limit"),
+        (("--model", "nowhere"), ExitCode.DATA, "error: nowhere: no such folder."),
         (("--min-spearman", "nan"), ExitCode.USAGE, "--min-spearman"),
         (("--parity", "--tolerance", "inf"), ExitCode.USAGE, "--tolerance"),
     ],

@@ -383,15 +383,44 @@ def test_an_export_says_all_about_its_judge(model_folders: dict[str, Path], tmp_
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"model": Path("/nowhere")}, DataError, "no tokenizer"),
-        ({"adapter": Path("/nowhere")}, DataError, "cannot be loaded"),
+        ({"model": Path("/nowhere")}, DataError, "^/nowhere: no such folder"),
+        ({"model": Path("nowhere")}, DataError, "^nowhere: no such folder"),
+        ({"adapter": Path("/nowhere")}, DataError, "^/nowhere: no such folder"),
         ({"template": "qwem"}, UsageError, "Did you mean"),
         ({"device": "gpu7"}, UsageError, "torch knows no 'gpu7'"),
+        ({"device": "cuda:77"}, UsageError, "torch finds no cuda:77 here; use --device cpu"),
+        ({"device": "meta"}, UsageError, "torch finds no meta here"),
     ],
 )
 def test_judges_that_cannot_be_loaded_say_why(judges, change: dict, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         load_judge(replace(judges["qwen"].source, **change))
+
+
+def _cut_in_half(folder: Path, name: str) -> None:
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("which", "damage", "words"),
+    [
+        ("model", lambda folder: _cut_in_half(folder, "model.safetensors"), "cannot be loaded"),
+        ("model", lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+        ("model", lambda folder: write_json(folder / "config.json", []), "config.json: damaged: it holds no object"),
+        ("model", lambda folder: write_json(folder / "config.json", {}), "cannot be loaded"),
+        ("model", lambda folder: _cut_in_half(folder, "tokenizer.json"), "no tokenizer that can be loaded"),
+        ("adapter", lambda folder: _cut_in_half(folder, "adapter_model.safetensors"), "cannot be loaded"),
+        ("adapter", lambda folder: (folder / "adapter_model.safetensors").unlink(), "no weights"),
+        ("adapter", lambda folder: write_json(folder / "adapter_config.json", {}), "peft_type is missing"),
+    ],
+)
+def test_damaged_folders_are_told_from_whole_ones(run_folder, tmp_path, which, damage, words) -> None:
+    source = judge_source_of_run(run_folder)
+    folder = shutil.copytree(getattr(source, which), tmp_path / which)
+    damage(folder)
+    with pytest.raises(DataError, match=words):
+        load_judge(replace(source, **{which: folder}))
 
 
 def test_nothing_is_written_to_stdout(model_folders: dict[str, Path]) -> None:
