@@ -22,8 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--export", action="store_true", help="merge the adapter into the base model when it is trained")
     add("--export-only", nargs="?", const="", metavar="FOLDER", help="merge a run or checkpoint that is there already")
     add("--evaluate", action="store_true", help="measure the judge on held-out rows when it is trained")
-    add("--validate-only", action="store_true", help="do everything but train")
-    add("--doctor", action="store_true", help="check this machine, the model and the data, and stop")
+    check = "check the config, this machine, the model and the data, and stop"
+    add("--validate-only", "--doctor", action="store_true", help=check)
     add("--force", action="store_true", help="train although the checks found errors")
     add("--overwrite", action="store_true", help="move an earlier run or export of the same name aside")
     add("--runs", action="store_true", help="list the runs with their state and numbers")

@@ -76,8 +76,8 @@ def _convert(settings: Settings, names: Sequence[str], guard: LengthGuard | None
             max_disagreement=settings.max_disagreement,
         )
         groups = [
-            [group._replace(held_out=False) if all_for_training else group for group in told.groups]
-            for told in prepared
+            [group._replace(held_out=False) if all_for_training else group for group in share.groups]
+            for share in prepared
         ]
         bar = progress.add_task("writing", total=(stage / "rows-0").stat().st_size * 2 * len(prepared))
         staged = Staged(stage, groups, blocks)
@@ -88,7 +88,7 @@ def _convert(settings: Settings, names: Sequence[str], guard: LengthGuard | None
             {"source": source.name, "sha256": sha256, "bytes": source.path.stat().st_size}
             for source, sha256 in zip(sources, hashes, strict=True)
         ],
-        "lines": sum(told.lines for told in prepared),
+        "lines": sum(share.lines for share in prepared),
         "prompts": resolved.prompts,
         "prompts_a_judge_answered_differently": resolved.against_themselves,
         "judge_agreement": resolved.agreement.as_json(),

@@ -87,8 +87,8 @@ class Preparer:
     def prepare_block(self, number: int, block: Block, source: Source) -> None:
         """Stage the rows of a block, and those that are set aside.
 
-        Goes step by step over the whole block: the code and the tables of one step stay in the processor's cache. With
-        these five steps that takes a fourth less time than row by row; more steps gain nothing.
+        Goes step by step over the whole block: the code and the tables of one step stay in the processor's cache.
+        benchmarks/RESULTS.md says what that saves; more steps gained nothing.
         """
         lines = lines_of(block, source)
         read = [row for line_number, line in lines if (row := self._read(source, block, line_number, line))]

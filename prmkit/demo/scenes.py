@@ -23,7 +23,7 @@ class Tool:
 class Topic:
     """A kind of question, and what each tool may bring to it.
 
-    `facts` names the drawing of the numbers (`prmkit.demo.sample.FACTS`). `calls` gives for each tool a precise
+    `facts` names the drawing of the numbers (`prmkit.demo.trajectories.FACTS`). `calls` gives for each tool a precise
     argument and a loose one.
     """
 

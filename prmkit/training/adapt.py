@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prmkit.data_folder import HELD_OUT_SUFFIX
 from prmkit.errors import DataError
 from prmkit.training.entries import Shape, folder_of, held_out_names, names_in, read_entries, shape_of
 from prmkit.training.machine import Machine
@@ -64,7 +65,7 @@ def fit_held_out(values: Mapping[str, Any], overridden: Mapping[str, bool]) -> A
     try:
         known = list(read_entries(folder_of(values)))
     except DataError:
-        known = held_out_names(names, [f"{name}_eval" for name in names])  # the preflight tells
+        known = held_out_names(names, [name + HELD_OUT_SUFFIX for name in names])  # the preflight tells
     sides = held_out_names(names, known)
     if not follows and (not asked or asked != held_out_names(names, asked) or asked == sides):
         return adaptation

@@ -17,7 +17,7 @@ from prmkit.files import write_text
 from prmkit.training import llamafactory, monitoring
 from prmkit.training.checkpoints import checkpoint_folders, fault_of, newest_whole, read_log, read_state, weights_fault
 from prmkit.training.config import ResolvedConfig, render_yaml
-from prmkit.training.failures import explain, log_tail
+from prmkit.training.failures import told_by
 from prmkit.training.launch import Launch
 from prmkit.training.resume import Plan, Step, clear_the_way, finish_from
 from prmkit.training.runs import RENDERED, log_of, now, write_record
@@ -143,8 +143,8 @@ def _launch(setting: Setting, folder: Path, plan: Plan, lock: int) -> None:
         except Interrupted as stop:
             raise Interrupted(_how_to_go_on(folder), stop.exit_code) from None
     if code != 0:
-        failure = explain(log_tail(log_path, begin), code, values)
-        raise LlamaFactoryError(f"{failure}\nThe whole log: {log_path}\nWhen it is mended, {_again('start')}")
+        failure = told_by(log_path, begin, code, values)
+        raise LlamaFactoryError(f"{failure}\nWhen it is mended, {_again('start')}")
 
 
 def _launch_values(values: Mapping[str, Any], folder: Path, plan: Plan, launch: Launch) -> dict[str, Any]:
@@ -248,4 +248,4 @@ def join(setting: Setting, folder: Path) -> None:
     with llamafactory.started(line, log_path, through_torchrun=True) as child:
         code = llamafactory.run_to_end(child, lambda: None, is_saved=lambda: False, patience=lambda: 60.0)
     if code != 0:
-        raise LlamaFactoryError(f"{explain(log_tail(log_path, begin), code, values)}\nThe whole log: {log_path}")
+        raise LlamaFactoryError(told_by(log_path, begin, code, values))

@@ -23,7 +23,6 @@ class Command:
     export_only: str | None = None
     """A run or checkpoint folder; empty for the run of the config; None when it was not asked for."""
     validate_only: bool = False
-    doctor: bool = False
     force: bool = False
     overwrite: bool = False
     runs: bool = False

@@ -37,7 +37,7 @@ class Shape:
 
 
 def names_in(value: Any) -> list[str]:
-    """The dataset names in a value of `dataset` or `eval_dataset`: a text with commas, or a list."""
+    """The names in a value of `dataset`, `lora_target` and the like: a text with commas, or a list."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [str(part).strip() for part in parts]
 

@@ -16,7 +16,7 @@ from prmkit.files import read_json, write_json, write_text
 from prmkit.training import llamafactory
 from prmkit.training.checkpoints import weights_fault
 from prmkit.training.config import render_yaml
-from prmkit.training.failures import explain, log_tail
+from prmkit.training.failures import told_by
 from prmkit.training.resume import move_aside
 from prmkit.training.runs import RECORD, read_record
 
@@ -182,7 +182,7 @@ def _run_export(source: Source, part: Path, log_path: Path) -> None:
     with llamafactory.started(llamafactory.cli_command("export", yaml_path), log_path) as child:
         code = llamafactory.run_to_end(child, lambda: None, is_saved=lambda: True, patience=lambda: 0.0)
     if code != 0:
-        raise LlamaFactoryError(f"{explain(log_tail(log_path, begin), code, values)}\nThe whole log: {log_path}")
+        raise LlamaFactoryError(told_by(log_path, begin, code, values))
 
 
 def _note(source: Source, renders_alike: bool) -> dict[str, Any]:

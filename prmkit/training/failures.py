@@ -30,6 +30,11 @@ def log_tail(path: Path, begin: int) -> str:
     return "\n".join(line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
 
 
+def told_by(log: Path, begin: int, exit_code: int, values: Mapping[str, Any]) -> str:
+    """What a child that failed left in its log, from byte `begin` on; and where the log is. See `explain`."""
+    return f"{explain(log_tail(log, begin), exit_code, values)}\nThe whole log: {log}"
+
+
 def explain(tail: str, exit_code: int, values: Mapping[str, Any]) -> str:
     """The cause in one line, the last lines, and advice where there is some.
 

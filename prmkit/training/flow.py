@@ -77,8 +77,8 @@ def _execute(command: Command) -> Outcome:
         command = replace(command, export_only="", assignments=[*command.assignments, command.export_only])
     if command.runs:
         return _show_runs(command)
-    if command.export_only is not None and (command.validate_only or command.doctor):
-        raise UsageError("--export-only exports and --validate-only and --doctor only look: choose.")
+    if command.export_only is not None and command.validate_only:
+        raise UsageError("--export-only exports and --validate-only only looks: choose.")
     if command.export_only:
         return _export_existing(command, Path(command.export_only), _typed_for_export(command))
     setting = resolve(command)
@@ -91,7 +91,7 @@ def _execute(command: Command) -> Outcome:
     checks = run_preflight(setting.config, processes=setting.processes, world_size=setting.world_size)
     checks = [*checks, *_check_run_folder(command, setting)]
     _show_checks(checks)
-    if command.validate_only or command.doctor:
+    if command.validate_only:
         return _report_checks(command, checks)
     if errors_in(checks) and not command.force:
         raise UsageError("The checks above found errors. Mend them, or go on all the same with --force.")
@@ -152,7 +152,7 @@ def _report_checks(command: Command, checks: Sequence[Check]) -> Outcome:
 
 def _is_finished(command: Command, setting: Setting) -> bool:
     """Whether there is nothing to train, so that no check is needed to say so."""
-    if command.validate_only or command.doctor or command.overwrite:
+    if command.validate_only or command.overwrite:
         return False
     folder = run_folder_of(setting.config.values, setting.config.sources)
     record = read_record(folder)

@@ -1,7 +1,7 @@
 """The only module that runs LLaMA Factory: starts it as a child process, and stops it.
 
-What it left behind is checked elsewhere (`prmkit.training.runs`, `prmkit.training.export`): its exit code alone is not
-trusted.
+What it left behind is checked elsewhere (`prmkit.training.attempt`, `prmkit.training.export`): its exit code alone is
+not trusted.
 """
 
 import logging

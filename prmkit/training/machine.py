@@ -39,8 +39,7 @@ class Machine:
 
 OPTIONAL_PACKAGES = (
     "liger-kernel", "flash-attn", "deepspeed", "bitsandbytes", "unsloth", "swanlab", "swanboard", "matplotlib",
-    "galore_torch", "apollo_torch", "badam", "adam-mini", "hqq", "eetq", "ray", "tensorboard", "wandb", "jieba", "nltk",
-    "rouge_chinese",
+    "galore_torch", "apollo_torch", "badam", "adam-mini", "hqq", "eetq", "rouge_chinese",
 )  # fmt: skip
 
 

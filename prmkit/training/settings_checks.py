@@ -8,6 +8,7 @@ from typing import Any
 from prmkit.errors import DataError
 from prmkit.files import read_json
 from prmkit.training.check import Check, error, warning
+from prmkit.training.entries import names_in
 from prmkit.training.memory import read_model
 from prmkit.training.model_folder import read_weights
 from prmkit.training.runs import read_record
@@ -110,21 +111,16 @@ def _targets(values: Mapping[str, Any]) -> Iterator[Check]:
         return
     # An output layer that shares its weights with the input is not among the saved ones.
     layers = {name.rpartition(".")[0] for name, weight in weights.items() if len(weight.shape) > 1} | {"lm_head"}
-    targets = [] if _continued(values) else _names_in(values.get("lora_target", "all"))
+    targets = [] if _continued(values) else names_in(values.get("lora_target", "all"))
     for name in targets if targets != ["all"] else ():
         if not any(f".{layer}".endswith(f".{name}") for layer in layers):
             yield _unknown_layer("lora_target", name, layers)
     # Here whole blocks count as well, and PEFT compares the ends of the names alone.
     blocks = {".".join(parts[:end]) for name in weights if (parts := name.split(".")) for end in range(1, len(parts))}
     blocks.add("lm_head")
-    for name in _names_in(values.get("additional_target")):
+    for name in names_in(values.get("additional_target")):
         if not any(block.endswith(name) for block in blocks):
             yield _unknown_layer("additional_target", name, blocks)
-
-
-def _names_in(value: Any) -> list[str]:
-    parts = value.split(",") if isinstance(value, str) else value or []
-    return [str(part).strip() for part in parts]
 
 
 def _unknown_layer(key: str, name: str, layers: Iterable[str]) -> Check:
@@ -165,7 +161,7 @@ _SHAPE = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dr
 
 def _wanted_targets(values: Mapping[str, Any]) -> set[str]:
     """The layers that `lora_target` names; none when it is not set, or when the model does not say which are all."""
-    wanted = _names_in(values.get("lora_target"))
+    wanted = names_in(values.get("lora_target"))
     if wanted != ["all"]:
         return set(wanted)
     try:
