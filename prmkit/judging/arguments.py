@@ -1,6 +1,7 @@
 """The command-line arguments that say which judge is asked, and how; the same in every script that asks one."""
 
 import argparse
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import UsageError
+from prmkit.files import sha256_of
+from prmkit.judging.connection import Endpoint, refuse_url
 from prmkit.judging.judgement import Judgement, Mode, Request
 from prmkit.judging.scoring import Score, lazily
 from prmkit.judging.sources import (
@@ -56,6 +59,14 @@ def positive(text: str) -> int:
     """An argument that is a whole number above zero."""
     value = int(text)
     if value < 1:
+        raise ValueError
+    return value
+
+
+def seconds(text: str) -> float:
+    """An argument that is a time above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
         raise ValueError
     return value
 
@@ -122,6 +133,13 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--top-logprobs", type=positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
     )
+    group.add_argument(
+        "--timeout",
+        type=seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="longest wait for an answer, of which six are tried (default 300)",
+    )
 
 
 def asking(arguments: argparse.Namespace) -> tuple[Score, dict[str, Any]]:
@@ -164,21 +182,51 @@ def _load_judge(source: JudgeSource) -> Any:
 def _over_http(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if not arguments.base_url or not arguments.model:
         raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
+    refuse_url(arguments.base_url)
     folder = arguments.tokenizer or (Path(arguments.model) if Path(arguments.model).is_dir() else None)
     local = argparse.Namespace(**vars(arguments) | {"model": folder and str(folder)})
     source = judge_source(local)
-    fingerprint = {"base_url": arguments.base_url, "model": arguments.model, "template": source.template}
+    endpoint = Endpoint(
+        arguments.base_url,
+        arguments.model,
+        api_key=_api_key(arguments.api_key_env),
+        concurrency=arguments.concurrency,
+        top_logprobs=arguments.top_logprobs,
+        timeout=arguments.timeout,
+    )
 
     def load() -> Any:
-        from prmkit.judging.completions import CompletionsJudge, Endpoint
+        from prmkit.judging.completions import CompletionsJudge
 
-        endpoint = Endpoint(
-            arguments.base_url,
-            arguments.model,
-            api_key=os.environ.get(arguments.api_key_env),
-            concurrency=arguments.concurrency,
-            top_logprobs=arguments.top_logprobs,
-        )
         return CompletionsJudge(endpoint, encoding_of(source), source.cutoff_len)
 
-    return load, fingerprint
+    return load, _fingerprint_over_http(endpoint, source)
+
+
+def _api_key(name: str) -> str | None:
+    """The key in a variable, without the line break that `$(cat file)` or an .env file may have left in it.
+
+    Raises:
+        UsageError: it cannot be one, and a header with it could not be sent. It is not repeated: it may be most of one.
+    """
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"${name}: holds a character that no API key has, such as a line break. Set it anew.")
+    return key or None
+
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+def _fingerprint_over_http(endpoint: Endpoint, source: JudgeSource) -> dict[str, Any]:
+    """What changes a score; not where the server is: started anew on another port, it gives the same ones."""
+    files = {file for pattern in _TOKENIZER_FILES for file in source.model.glob(pattern) if file.is_file()}
+    return {
+        "model": endpoint.model,
+        "top_logprobs": endpoint.top_logprobs,
+        "tokenizer": {file.name: sha256_of(file) for file in sorted(files)},
+        "template": source.template,
+        "default_system": source.default_system,
+        "enable_thinking": source.enable_thinking,
+        "cutoff_len": source.cutoff_len,
+    }

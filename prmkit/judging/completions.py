@@ -7,50 +7,18 @@ The prompt is sent as token ids, the same as in training, and servers keep its c
 """
 
 import asyncio
-import logging
 import math
-import random
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 from prmkit.encoding import ChatEncoding
-from prmkit.errors import DataError, UsageError
 from prmkit.judging.candidates import ScoreTrie, TrieOf, distribution_of, tries_of
+from prmkit.judging.connection import Connection, Endpoint, RowFailure
 from prmkit.judging.judgement import Distribution, Judgement, Mode, Request
 from prmkit.judging.order import Prepared, judgements_in_order, preparing, read_written
-
-log = logging.getLogger("prmkit")
-
-_LONGEST_PAUSE = 30.0
-"""Seconds between two attempts."""
-_PASSING_TROUBLE = {408, 409, 425, 429, 500, 502, 503, 504}
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A server, and how to treat it."""
-
-    base_url: str
-    """As OpenAI's clients take it: `http://localhost:8000/v1`."""
-    model: str
-    """The name that the server gives the model."""
-    api_key: str | None = None
-    concurrency: int = 16
-    """The most requests at once."""
-    top_logprobs: int = 20
-    """How many of the likeliest tokens to ask for. vLLM gives up to 20 unless it is started with --max-logprobs."""
-    attempts: int = 6
-    timeout: float = 300.0
-    """Seconds that one request may take."""
-    unknown_share: float = 1e-4
-    """The most of the candidates' probability that may stay unknown, and so the most that a score can be off. Less asks
-    more often; a server's own rounding in half precision is a hundred times this."""
-
-
-class _RowFailure(Exception):
-    """The server cannot answer for this row; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +28,8 @@ class CompletionsJudge:
     endpoint: Endpoint
     encoding: ChatEncoding
     cutoff_len: int
+    _numbers: Iterator[int] = field(default_factory=count, repr=False, compare=False)
+    """Of the requests: the first one tells whether the server can be asked at all."""
 
     def score(
         self,
@@ -75,19 +45,21 @@ class CompletionsJudge:
         Raises:
             DataError: the server cannot be reached, refuses the key, or knows no such model.
             UsageError: the server gives no logprobs, or not as many as are asked for.
+
+        A server that answers the first request, and a later one not as it should, fails that row alone.
         """
 
-        async def judge(connection: "_Connection", prepared: Prepared) -> Judgement:
+        async def judge(connection: Connection, prepared: Prepared) -> Judgement:
             try:
                 if mode == "expected":
                     return await self._expected(connection, prepared)
                 text = await connection.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
-            except _RowFailure as failure:
+            except RowFailure as failure:
                 return Judgement("failed", reason=str(failure))
             return read_written(text, prepared.shape)
 
         async def judge_all(ready: Sequence[Prepared]) -> list[Judgement]:
-            async with _Connection(self.endpoint, self._ids_by_text) as connection:
+            async with Connection(self.endpoint, self._ids_by_text, self._numbers) as connection:
                 return await _gathered(batch_size, [judge(connection, prepared) for prepared in ready])
 
         return judgements_in_order(
@@ -97,12 +69,15 @@ class CompletionsJudge:
             window=4 * batch_size,
         )
 
-    async def _expected(self, connection: "_Connection", prepared: Prepared) -> Judgement:
+    async def _expected(self, connection: Connection, prepared: Prepared) -> Judgement:
         scores: dict[str, Distribution] = {}
         for key in prepared.shape.keys:
             trie = self._trie(prepared.shape, scores)
             walk = _Walk(trie, [*prepared.ids, *trie.context], connection)
-            scores[key] = distribution_of(await walk.log_probabilities())
+            log_probabilities = await walk.log_probabilities()
+            if max(log_probabilities) == -math.inf:
+                raise RowFailure("the model's probabilities are not numbers; the server gives no score any at all")
+            scores[key] = distribution_of(log_probabilities)
         return Judgement("ok", scores)
 
     @cached_property
@@ -138,7 +113,7 @@ _Question = Callable[[], Coroutine[Any, Any, None]]
 class _Walk:
     """The candidates of one key behind one prompt, known better with every request."""
 
-    def __init__(self, trie: ScoreTrie, context: list[int], connection: "_Connection") -> None:
+    def __init__(self, trie: ScoreTrie, context: list[int], connection: Connection) -> None:
         self._unknown_share = connection.endpoint.unknown_share
         self._trie = trie
         self._context = context
@@ -219,127 +194,3 @@ class _Walk:
     async def _ask_for(self, edge: int) -> None:
         node, token = self._trie.edges[edge]
         self._known[edge] = await self._connection.echoed([*self._ids(node), token])
-
-
-class _Connection:
-    """Requests to one endpoint: no more than allowed at once, tried again when the trouble may pass."""
-
-    def __init__(self, endpoint: Endpoint, ids_by_text: Callable[[], Mapping[str, int | None]]) -> None:
-        import httpx
-
-        self.endpoint = endpoint
-        self._ids_by_text = ids_by_text
-        self._gate = asyncio.Semaphore(endpoint.concurrency)
-        headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-        self._client = httpx.AsyncClient(timeout=endpoint.timeout, headers=headers)
-
-    async def __aenter__(self) -> "_Connection":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
-
-    async def written(self, ids: Sequence[int], max_tokens: int, stop_ids: Sequence[int]) -> str:
-        """What the model writes behind `ids`, greedily."""
-        choice = await self._ask(ids, max_tokens=max_tokens, stop_token_ids=list(stop_ids))
-        return str(choice["text"])
-
-    async def likeliest(self, ids: Sequence[int], tokens: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
-        """Log-probabilities behind `ids`, as far as the server shows them.
-
-        Returns:
-            By token of `tokens`: the log-probability of those that are shown, and a bound for those that are not.
-        """
-        choice = await self._ask(
-            ids, max_tokens=1, logprobs=self.endpoint.top_logprobs, return_tokens_as_token_ids=True
-        )
-        shown = _logprobs_of(choice, self.endpoint)["top_logprobs"][0]
-        if all(text.startswith("token_id:") for text in shown):
-            by_token: dict[int | None, float] = {int(text.partition(":")[2]): value for text, value in shown.items()}
-            hidden = set(tokens)
-        else:
-            by_text = self._ids_by_text()
-            by_token = {by_text.get(text): value for text, value in shown.items()}
-            # A token whose text others share may be among those that are shown.
-            hidden = set(tokens) & set(by_text.values()) if all(text in by_text for text in shown) else set()
-        least = min(shown.values())
-        return (
-            {token: by_token[token] for token in tokens if token in by_token},
-            {token: least if token in hidden else 0.0 for token in tokens},
-        )
-
-    async def echoed(self, ids: Sequence[int]) -> float:
-        """The log-probability of the last one of `ids`."""
-        # SGLang looks at the prompt only when logprobs is above zero.
-        choice = await self._ask(ids, max_tokens=1, logprobs=1, echo=True)
-        values = _logprobs_of(choice, self.endpoint)["token_logprobs"]
-        if len(values) < len(ids) or values[len(ids) - 1] is None:
-            raise _RowFailure(
-                f"a score is not among the {self.endpoint.top_logprobs} likeliest tokens, and the server gives no "
-                "logprobs of echoed prompts; raise --top-logprobs (vLLM: --max-logprobs)"
-            )
-        return float(values[len(ids) - 1])
-
-    async def _ask(self, ids: Sequence[int], **parameters: Any) -> dict[str, Any]:
-        """The first choice of one completion.
-
-        Raises:
-            _RowFailure: the server refuses this prompt, or keeps failing on it.
-            DataError, UsageError: it would refuse every prompt.
-        """
-        import httpx
-
-        body = {"model": self.endpoint.model, "prompt": list(ids), "temperature": 0, **parameters}
-        trouble, unreachable = "", False
-        for attempt in range(self.endpoint.attempts):
-            if attempt:
-                log.info("%s: trying again (%s)", self.endpoint.base_url, trouble)
-                # Half of the pause is left to chance, so that many clients do not come back at the same moment.
-                await asyncio.sleep(min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0))  # noqa: S311
-            async with self._gate:
-                try:
-                    response = await self._client.post(f"{self.endpoint.base_url.rstrip('/')}/completions", json=body)
-                except httpx.ConnectError as error:
-                    trouble, unreachable = str(error), True
-                    continue
-                except httpx.TransportError as error:
-                    trouble, unreachable = f"{type(error).__name__} {error}".strip(), False
-                    continue
-            if response.status_code not in _PASSING_TROUBLE:
-                return _choice(response, self.endpoint)
-            trouble, unreachable = f"{response.status_code} {response.text[:200]}", False
-        if unreachable:
-            raise DataError(f"{self.endpoint.base_url}: no server answers ({trouble}). Start it, or mend --base-url.")
-        raise _RowFailure(f"the server failed {self.endpoint.attempts} times, at last with: {trouble}")
-
-
-def _choice(response: Any, endpoint: Endpoint) -> dict[str, Any]:
-    status, text = response.status_code, response.text[:300]
-    if status in (401, 403):
-        raise DataError(f"{endpoint.base_url}: the server refuses the API key ({status}). Name another --api-key-env.")
-    if status == 404:
-        raise DataError(
-            f"{endpoint.base_url}: no completions of a model '{endpoint.model}' there ({text}). "
-            "The URL usually ends in /v1, and /v1/models lists the names."
-        )
-    if status >= 400 and "logprobs" in text:
-        raise UsageError(
-            f"{endpoint.base_url}: the server refuses {endpoint.top_logprobs} logprobs ({text}). "
-            "Lower --top-logprobs, or start vLLM with a higher --max-logprobs."
-        )
-    if status >= 400:
-        raise _RowFailure(f"the server answers {status}: {text}")
-    try:
-        return dict(response.json()["choices"][0])
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{endpoint.base_url}: not the answer of a completions endpoint ({text}).") from error
-
-
-def _logprobs_of(choice: Mapping[str, Any], endpoint: Endpoint) -> Mapping[str, Any]:
-    logprobs = choice.get("logprobs")
-    if not logprobs or not logprobs.get("top_logprobs") or not logprobs.get("token_logprobs"):
-        raise UsageError(
-            f"{endpoint.base_url}: the server gives no logprobs, which expected scores are read from. "
-            "Use a server that does (vLLM, SGLang), or --mode generate."
-        )
-    return dict(logprobs)

@@ -54,6 +54,7 @@ def test_a_server_gives_the_same_scores(steps: str, server: str, model_folders, 
     template = ("--tokenizer", model_folders["qwen"], "--template", "qwen")
     done = type_in("-", *backend, *template, stdin=steps, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "HTTP Request" not in done.stderr, "httpx writes a line for every request"
     prompts = [json.loads(line)["prompt"] for line in steps.splitlines()]
     here = judges["qwen"].score([Request(text, asked_shape(text)) for text in prompts])
     for line, judgement in zip(done.stdout.splitlines(), here, strict=True):
@@ -67,11 +68,12 @@ UNREADABLE = "{broken\n" * 20
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With an input, a file of the user's, and nothing that a judge would be loaded from."""
+    """With an input, a file of the user's, and an empty folder for a model, which nothing can be loaded from."""
     (tmp_path / "steps.jsonl").write_text(UNREADABLE)
     (tmp_path / "mine.jsonl").write_text("mine\n")
     (tmp_path / "link.jsonl").symlink_to("steps.jsonl")
     (tmp_path / "here").mkdir()
+    (tmp_path / "x").mkdir()
     return tmp_path
 
 
@@ -91,7 +93,7 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_an_output_costs_the_user_no_file(folder: Path, output: str, code: int, words: str) -> None:
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    done = type_in("steps.jsonl", "--model", "nowhere", "--output", output, "--aggregate", "trajectory", cwd=folder)
+    done = type_in("steps.jsonl", "--model", "x", "--output", output, "--aggregate", "trajectory", cwd=folder)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -160,8 +162,9 @@ def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
         (["-", "--adapter", "x"], 2, "--adapter needs --model"),
         (["-", "--run", "x", "--model", "y"], 2, "two judges"),
         (["-", "--backend", "openai"], 2, "--base-url"),
+        (["-", "--backend", "openai", "--model", ".", "--base-url", "localhost:80/v1"], 2, "no address of a server"),
         (["-", "--batch-size", "0"], 2, "invalid positive value"),
-        (["nowhere.jsonl", "--model", "y"], 1, "nowhere.jsonl"),
+        (["nowhere.jsonl", "--model", "."], 1, "nowhere.jsonl"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
