@@ -32,6 +32,7 @@ _STYLE = {
     "text.parse_math": False,  # a judge's name may contain dollars
 }
 _FEWEST_IN_BIN = 5
+_HEXBINS_A_ROW = 4
 
 
 def pictures(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, str]]:
@@ -90,20 +91,28 @@ def _predicted_against_reference(scores: Scores) -> str:
     kinds = _kinds(scores)
     visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest vanish on paper
 
+    columns = min(len(kinds), _HEXBINS_A_ROW)
+    rows = -(-len(kinds) // columns)
+
     def draw(figure: Any) -> None:
-        axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
-        for axis, kind in zip(axes, kinds, strict=True):
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for spare in grid.flat[len(kinds) :]:
+            spare.set_visible(False)
+        for place, (axis, kind) in enumerate(zip(grid.flat, kinds, strict=False), start=1):
             some = scores.where(scores.evaluation_type == kind)
             cells = axis.hexbin(
                 some.reference, some.predicted, gridsize=16, extent=(0, 1, 0, 1), mincnt=1, cmap=visible, linewidths=0.1
             )
             axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
-            axis.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xlabel="mean judge", title=kind)
-            label = "scores" if kind == kinds[-1] else ""
+            axis.set(
+                xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xlabel="mean judge", title=_short(kind, 30)
+            )
+            label = "scores" if place % columns == 0 or place == len(kinds) else ""
             figure.colorbar(cells, ax=axis, shrink=0.6, label=label, ticks=MaxNLocator(4, integer=True))
-        axes[0].set_ylabel("this judge")
+        for axis in grid[:, 0]:
+            axis.set_ylabel("this judge")
 
-    return _drawn(3.1 * len(kinds) + 0.4, 3.0, draw, "hexbin")
+    return _drawn(3.1 * columns + 0.4, 3.0 * rows, draw, "hexbin")
 
 
 # --- forest -----------------------------------------------------------------------------------------------------------
@@ -121,7 +130,7 @@ def _forest(groups: Sequence[Group]) -> str:
         for row, group in enumerate(groups):
             _forest_row(axis, -row, group)
         axis.axvline(0, color=GREY, linewidth=0.8)
-        axis.set_yticks([-row for row in range(len(groups))], [group_name(group) for group in groups])
+        axis.set_yticks([-row for row in range(len(groups))], [_short(group_name(group)) for group in groups])
         axis.set(xlabel="Spearman correlation", ylim=(-len(groups) + 0.4, 0.6))
         axis.set_xlim(min(-0.05, axis.get_xlim()[0]), 1.03)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -134,7 +143,7 @@ def _forest(groups: Sequence[Group]) -> str:
 def _forest_row(axis: Any, y: float, group: Group) -> None:
     judge = group["judge"][ORDER]
     if judge["value"] is None:
-        axis.text(0.01, y, judge["reason"], va="center", color=GREY, fontsize=8)
+        axis.text(0.01, y, _short(judge["reason"]), va="center", color=GREY, fontsize=8)
     else:
         if judge["low"] is not None:
             axis.plot([judge["low"], judge["high"]], [y, y], color=BLUE, linewidth=2.2, solid_capstyle="butt")
@@ -172,7 +181,7 @@ def _calibration(scores: Scores) -> str:
         axes = figure.subplots(1, 2 if with_probability else 1, squeeze=False)[0]
         for number, kind in enumerate(_kinds(scores)):
             some = scores.where(scores.evaluation_type == kind)
-            _binned_line(axes[0], some.predicted, some.reference, number, kind)
+            _binned_line(axes[0], some.predicted, some.reference, number, _in_legend(kind))
         axes[0].set(xlabel="this judge", ylabel="mean judge")
         if with_probability:
             for column, limit in enumerate(BAD_BELOW):
@@ -238,6 +247,11 @@ def _distributions(scores: Scores, judges: Sequence[str]) -> str:
 
 def _short(name: str, most: int = 50) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _in_legend(name: str) -> str:
+    # What begins with an underscore is left out of a legend, so a blank stands before it.
+    return f" {_short(name)}" if name.startswith("_") else _short(name)
 
 
 # --- error by length, score by clip -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from prmkit.judging.bootstrap import SAME_PREDICTION
@@ -53,8 +54,9 @@ COLUMNS = (
 NUMERIC = COLUMNS[1:]
 LEGEND = (
     "MAE: mean absolute error against the mean judge; median: that of always answering the training median; skill: the "
-    "part of it that the judge avoids. Spearman: with the mean judge, key by key; judges: of two judges. pairs: "
-    "pairs of scores of one task in the right order or rightly tied; tied: what calling everything a tie reaches. "
+    "part of it that the judge avoids. Spearman: with the mean judge, key by key; judges: of two judges, on "
+    "average. pairs: pairs of scores of one task in the right order or rightly tied; tied: what calling everything a "
+    "tie reaches. "
     "AUROC: telling steps below 0.5 from the others, 0.5 is chance. kappa: on the five bands, quadratic weights."
 )
 
@@ -104,10 +106,14 @@ def group_name(group: Group) -> str:
 
 
 def judges_agreement(group: Group, name: str = ORDER) -> Mapping[str, Any] | None:
-    """How well the two judges with the most prompts in common agree; None where no prompt has two."""
-    pairs = [pair[name] for pair in group["ceiling"]["pairs"]]
-    best: Mapping[str, Any] | None = max(pairs, key=lambda figure: figure["n"], default=None)
-    return best
+    """How well two judges agree: a pair's figure, or the mean over all pairs, without interval; None without any."""
+    pairs: list[Mapping[str, Any]] = [pair[name] for pair in group["ceiling"]["pairs"]]
+    known = [figure for figure in pairs if figure["value"] is not None]
+    if len(known) < 2:
+        return next(iter([*known, *pairs]), None)
+    n, tasks = (max(figure[which] for figure in known) for which in ("n", "tasks"))
+    mean = fmean(figure["value"] for figure in known)
+    return {"value": mean, "low": None, "high": None, "n": n, "tasks": tasks, "pairs": len(known)}
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
@@ -233,7 +239,8 @@ def _ceiling_clause(group: Group) -> str:
         return ""
     bound = group["ceiling"]["bounds"][ORDER]["mean_judge"]
     limit = f", and noise in their scores keeps anyone below about {bound['value']:.2f}" if bound["value"] else ""
-    return f"; two judges agree with each other at {shown(other)}{limit}"
+    pairs = f" on average over {other['pairs']} pairs" if "pairs" in other else ""
+    return f"; two judges agree with each other at {shown(other)}{pairs}{limit}"
 
 
 def _median_clause(group: Group) -> str:

@@ -1,5 +1,6 @@
 """The report: whole by itself, safe with hostile texts, and saying what the figures say."""
 
+import json
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -110,6 +111,39 @@ def test_a_picture_is_drawn_also_where_there_is_little(held_out):
         assert "<svg" in html
         assert "nan" not in " ".join(read(html).texts).lower()
         assert summary.main_table(metrics)
+
+
+def renamed(rows: list[dict], names: list[str]) -> list[dict]:
+    """The same predictions with other evaluation types, each of them as often."""
+    return [row | {"evaluation_type": names[number % len(names)]} for number, row in enumerate(rows)]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(
+    "names", [["_hidden", "_other"], ["k" * 3000, "clip"], [f"evaluation type number {n}" for n in range(9)]]
+)
+def test_pictures_are_legible_whatever_and_however_many_the_evaluation_types_are(held_out, names):
+    html, _ = report_of(held_out, renamed(predictions_of(held_out, noisy(0.1)), names))
+    assert "kkkkk" * 20 not in "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    hexbin, _, calibration, *_ = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert all(name in calibration for name in names if len(name) < 50)
+    width, height = map(float, re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', hexbin).groups())
+    assert width < 1000
+    assert height > 500 or len(names) < 5
+
+
+def test_the_agreement_of_many_judges_is_that_of_all_their_pairs(reported):
+    _, metrics = reported
+    group = json.loads(json.dumps(metrics["groups"][0]))
+    (pair,) = group["ceiling"]["pairs"]
+    assert summary.judges_agreement(group) == pair[summary.ORDER]
+    values = [0.8, 0.2, None]
+    group["ceiling"]["pairs"] = [{summary.ORDER: pair[summary.ORDER] | {"value": value}} for value in values]
+    mean = summary.judges_agreement(group)
+    assert mean["value"] == pytest.approx(0.5)
+    assert mean["pairs"] == 2
+    assert mean["low"] is None
+    assert "two judges agree with each other at 0.50 on average over 2 pairs" in " ".join(summary._sentences(group))
 
 
 def test_the_report_of_a_copier_says_so_at_the_top(held_out):
