@@ -93,8 +93,8 @@ def answer_prefix(shape: Shape, chosen: Mapping[str, float]) -> str:
     return prefix
 
 
-_ASKED_NESTED = re.compile(r'"scores"\s*+:\s*+(\{[^{}]*\})')
-_ASKED_FLAT = re.compile(r'\{\s*+"\w*score"\s*+:')
+_NESTED = re.compile(r'"scores"\s*+:\s*+(\{[^{}]*\})')
+_FLAT = re.compile(r'\{\s*+"\w*score"\s*+:')
 _SCHEMA_WITHIN = 2_000
 """Characters from the end of a prompt, in which the schema mostly stands: searched first, which takes a third."""
 
@@ -110,8 +110,8 @@ def asked_shape(prompt: str) -> Shape | None:
 
 
 def _last_shape(prompt: str, begin: int) -> Shape | None:
-    nested = list(_ASKED_NESTED.finditer(prompt, begin))
-    flat = list(_ASKED_FLAT.finditer(prompt, begin))
+    nested = list(_NESTED.finditer(prompt, begin)) if prompt.find('"scores"', begin) >= 0 else []
+    flat = list(_FLAT.finditer(prompt, begin))
     if nested and (not flat or nested[-1].start() > flat[-1].start()):
         keys = re.findall(r'"([^"\n]+)"\s*+:', nested[-1].group(1))
         return Shape(tuple(dict.fromkeys(keys)), nested=True) if keys else None
@@ -186,9 +186,15 @@ def _named_scores(answer: Mapping[str, Any]) -> dict[str, Any]:
 
     All of `scores` where it is an object; else the keys that are named `score` or `…_score`.
     """
-    if isinstance(answer.get("scores"), dict):
-        return dict(answer["scores"])
-    return {key: value for key, value in answer.items() if key.strip(_AROUND_KEYS).lower().endswith("score")}
+    scores = answer.get("scores")
+    if isinstance(scores, dict):
+        return scores
+    return {key: value for key, value in answer.items() if _is_named_score(key)}
+
+
+def _is_named_score(key: str) -> bool:
+    lowered = key.lower()
+    return "score" in lowered and lowered.rstrip(_AROUND_KEYS).endswith("score")
 
 
 def _score_items(answer: Mapping[str, Any], asked: Shape | None) -> dict[str, Any]:
@@ -232,25 +238,35 @@ def _verdict(found: Found, asked: Shape | None) -> Verdict:
     _refuse_contradictions(items, nested, found, asked)
     if CUT_OFF in found.repairs or "syntax" in found.repairs:
         _refuse_unclear_scores(items, nested, found)
-    spelt = {_bare(key): key for key in asked.keys} if asked else {}
-    scores = {spelt.get(_bare(key)) or _plain_key(key): _score(key, value) for key, value in items.items()}
-    if len(scores) < len(items):
-        raise Refusal("two scores of one name")
-    if asked:
+    scores = {key: _score(key, value) for key, value in items.items()}
+    if asked is None or asked.keys != tuple(scores):
+        scores = _spelt_as_asked(scores, asked)
         _refuse_other_scores(scores, texts, asked, found)
     return Verdict(scores, nested, _plain(scores, texts) if found.repairs else _not_too_deep(texts), found.repairs)
+
+
+def _spelt_as_asked(scores: Mapping[str, float], asked: Shape | None) -> dict[str, float]:
+    spelt = {_bare(key): key for key in asked.keys} if asked else {}
+    named = {spelt.get(_bare(key)) or _plain_key(key): score for key, score in scores.items()}
+    if len(named) < len(scores):
+        raise Refusal("two scores of one name")
+    return named
 
 
 _MOST_SCORES = 100
 """Each one is looked for in the whole answer."""
 
 
-def _refuse_other_scores(scores: Mapping[str, float], texts: Mapping[str, Any], asked: Shape, found: Found) -> None:
+def _refuse_other_scores(
+    scores: Mapping[str, float], texts: Mapping[str, Any], asked: Shape | None, found: Found
+) -> None:
     """Refuse what is no answer to the question that was asked.
 
     A judge may name scores otherwise than it was asked to. But a `score` in an object beside prose is more often a
     search result that is quoted.
     """
+    if asked is None:
+        return
     missing = [key for key in asked.keys if key not in scores]
     if scores.keys() == {"score"} and missing == list(asked.keys) and "prose around the answer" in found.repairs:
         raise Refusal("other scores than were asked for")
@@ -317,7 +333,7 @@ def _number(value: Any) -> float | None:
 # --- what an answer says twice ------------------------------------------------------------------------------------
 
 _ANY_QUOTE = "[\"'“”`*]{0,3}+"
-_SCORES = re.compile(rf"(?<!\w){_ANY_QUOTE}scores{_ANY_QUOTE}\s*+:\s*+(\{{[^{{}}]*\}})")
+_NESTED_ANY = re.compile(rf"(?<!\w){_ANY_QUOTE}scores{_ANY_QUOTE}\s*+:\s*+(\{{[^{{}}]*\}})")
 _OTHER_SCORE = re.compile(r"""\{\s*+["'“”]?+(\w*score)["'“”]?+\s*+:\s*+["'“”]?+[.\d]""")
 """The first score of an object that may be too broken to be parsed."""
 _ENDS = ("}", "]", "\n", "//", "/*", "#", ",")
@@ -346,14 +362,12 @@ def _refuse_contradictions(items: Mapping[str, Any], nested: bool, found: Found,
     JSON parsers keep the last of two equal keys in silence, and behind an answer there may be another one. In the
     texts of a nested verdict the keys may stand once more, with what was thought of each.
     """
-    quote = _ANY_QUOTE if "syntax" in found.repairs else '"'
+    quote, objects = (_ANY_QUOTE, _NESTED_ANY) if "syntax" in found.repairs else ('"', _NESTED)
     whole = found.text
-    if nested:
-        objects = [match.group(1) for match in _SCORES.finditer(whole)] if whole.count("scores") > 1 else []
-        if len(objects) > 1 and len({_all_numbers(items, one, quote) for one in objects}) > 1:
+    if nested and (numbers := objects.findall(whole)):
+        if len(numbers) > 1 and len({_all_numbers(items, one, quote) for one in numbers}) > 1:
             raise Refusal("two objects of scores")
-        if match := _SCORES.search(whole):
-            whole = match.group(1)
+        whole = numbers[0]
     for key in items:
         if whole.count(key) > 1 and len(_whole_numbers(key, whole, quote)) > 1:
             raise Refusal(f"two different scores for {_shortened(key)}", "two different scores for one key")
@@ -370,7 +384,7 @@ def _refuse_other_verdicts(items: Mapping[str, Any], nested: bool, rest: str, as
         if key in rest and _whole_numbers(key, f"{rest}\n", _ANY_QUOTE) - {_number(value)}:
             raise Refusal(f"two different scores for {_shortened(key)}", "two different scores for one key")
     others = {_bare(name) for name in _OTHER_SCORE.findall(rest)}
-    if others - {_bare(key) for key in items} or (not nested and _SCORES.search(rest)):
+    if others - {_bare(key) for key in items} or (not nested and "scores" in rest and _NESTED_ANY.search(rest)):
         raise Refusal("two verdicts that differ")
     for other, _ in objects_in(rest):
         named = _named_scores(other) or _named_scores(_inner(other)) or (_score_items(other, asked) if asked else {})
@@ -393,7 +407,7 @@ def _refuse_unclear_scores(items: Mapping[str, Any], nested: bool, found: Found)
     Of `0.8` at the end of a text `0.85` may have been meant; `0,85` is two numbers to a parser; and behind the last
     score that is there another one may have been to come.
     """
-    if nested and CUT_OFF in found.repairs and not re.search(r'"scores"\s*+:\s*+\{[^{}]*\}', found.text):
+    if nested and CUT_OFF in found.repairs and not _NESTED.search(found.text):
         raise Refusal("cut off inside the scores")
     for key, value in items.items():
         ends = [end for number, end in _written_numbers(key, found.text) if _number(number) == _number(value)]
