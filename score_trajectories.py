@@ -35,7 +35,10 @@ def main() -> int:
 
 
 def _keys(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, map(str.strip, text.split(","))))
+    keys = tuple(filter(None, map(str.strip, text.split(","))))
+    if len(set(keys)) < len(keys):
+        raise argparse.ArgumentTypeError(f"{text}: names a key twice")
+    return keys
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prmkit.judging.judgement import rounded
+from prmkit.judging.heldout import whole_number
+from prmkit.judging.judgement import AGGREGATES, first_below, rounded
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,19 @@ class Trajectories:
     def __init__(self, bad_below: float | None) -> None:
         self._bad_below = bad_below
         self._steps: dict[str | int, list[_Step]] = {}
+        self.unattributed = 0
+        """Steps without a task, and lines that could not be read: each may be a step that a trajectory misses."""
 
     def add(self, result: Mapping[str, Any]) -> None:
         """Take a result in if it is one of a step that belongs to a task."""
         metadata = result["metadata"]
-        task, number = metadata.get("task_id"), metadata.get("clip_number")
-        is_step = metadata.get("evaluation_type", "clip") == "clip"
-        if self._bad_below is None or not is_step or not isinstance(task, str | int):
+        task, number = metadata.get("task_id"), whole_number(metadata.get("clip_number"))
+        if self._bad_below is None or metadata.get("evaluation_type", "clip") != "clip":
+            return
+        if not isinstance(task, str | int):
+            self.unattributed += 1
             return
         steps = self._steps.setdefault(task, [])
-        number = number if isinstance(number, int) else None
         same = next((step for step in steps if step.number == number is not None), None)
         if same:
             same.scores.append(result["score"])
@@ -52,13 +56,21 @@ class Trajectories:
             yield {"task_id": task, "steps": len(steps)} | self._aggregates(steps)
 
     def _aggregates(self, steps: Sequence[_Step]) -> dict[str, Any]:
-        """All null where a step has no score, because without it every one of them would be another number."""
+        """All null where a step has no score or is missing: with it, every one of them might be another number."""
         scores = [step.score for step in steps if step.score is not None]
-        names = ("min", "product", "mean", "last", "first_bad_step", "first_bad_clip")
-        unscored = len(steps) - len(scores)
-        if unscored or self._bad_below is None:
-            return {"unscored": unscored, **dict.fromkeys(names)}
-        bad = next((index for index, score in enumerate(scores) if score < self._bad_below), None)
-        values = (min(scores), math.prod(scores), sum(scores) / len(scores), scores[-1])
-        found = (bad, None if bad is None else steps[bad].number)
-        return {"unscored": 0, **dict(zip(names, (*map(rounded, values), *found), strict=True))}
+        faults = {"missing": _missing(steps), "unscored": len(steps) - len(scores)}
+        if any(faults.values()) or self._bad_below is None:
+            return {**faults, **dict.fromkeys([*AGGREGATES, "first_bad_step", "first_bad_clip"])}
+        bad = first_below(scores, self._bad_below)
+        return {
+            **faults,
+            **{name: rounded(aggregate(scores)) for name, aggregate in AGGREGATES.items()},
+            "first_bad_step": bad,
+            "first_bad_clip": None if bad is None else steps[bad].number,
+        }
+
+
+def _missing(steps: Sequence[_Step]) -> int:
+    """How many clip numbers are not there between the smallest and the greatest one that are."""
+    numbers = [step.number for step in steps if step.number is not None]
+    return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0

@@ -1,5 +1,6 @@
 """The steps that a user wants scored: one line of JSON each, and which scores it asks for."""
 
+import codecs
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:
 def read_rows(lines: Iterable[bytes], shape_of: ShapeOf) -> Iterator[Row]:
     """Read rows as in `finetune.jsonl`, with or without the judge's turn, or `{"id", "prompt"}`; skip blank lines."""
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)  # as Windows writes it
         if line.strip():
             yield _row(line, number, shape_of)
 
@@ -78,6 +81,8 @@ def _row(line: bytes, number: int, shape_of: ShapeOf) -> Row:
     if not isinstance(content, dict):
         return Row(None, None, f"line {number} is not a JSON object", {})
     metadata = _metadata(content)
+    if not _can_be_written(metadata):
+        return Row(_id(content, None), None, f"line {number}: its metadata is nested too deeply", {})
     prompt = _prompt(content)
     if prompt is None:
         reason = f"line {number} has neither a prompt nor a human turn in conversations"
@@ -102,6 +107,15 @@ def _id(content: Mapping[str, Any], prompt: str | None) -> str | int | None:
     if isinstance(content.get("id"), str | int):
         return content["id"]  # type: ignore[no-any-return]
     return hashlib.sha256(prompt.encode()).hexdigest()[:16] if prompt is not None else None
+
+
+def _can_be_written(metadata: Mapping[str, Any]) -> bool:
+    """Whether it can stand in a result: orjson reads what is nested 1,024 deep, and writes 254."""
+    try:
+        orjson.dumps({"metadata": metadata})
+    except orjson.JSONEncodeError:
+        return False
+    return True
 
 
 def _metadata(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -236,6 +236,12 @@ def trajectories_file(output: Path) -> Path:
 
 
 def _write_sums(trajectories: Trajectories, output: Path | None) -> None:
+    if trajectories.unattributed:
+        log.warning(
+            "lines that belong to no trajectory: %d (not to be read, or without a task_id). Each may be a step that is "
+            "missing in one, and a last step is never known to be.",
+            trajectories.unattributed,
+        )
     lines = [orjson.dumps(summary).decode() for summary in trajectories.summaries()]
     if output is None:
         for line in lines:

@@ -163,6 +163,7 @@ def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
         (["-", "--run", "x", "--model", "y"], 2, "two judges"),
         (["-", "--backend", "openai"], 2, "--base-url"),
         (["-", "--backend", "openai", "--model", ".", "--base-url", "localhost:80/v1"], 2, "no address of a server"),
+        (["-", "--keys", "a_score,b_score, a_score"], 2, "names a key twice"),
         (["-", "--batch-size", "0"], 2, "invalid positive value"),
         (["nowhere.jsonl", "--model", "."], 1, "nowhere.jsonl"),
     ],

@@ -297,6 +297,7 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
     assert one == {
         "task_id": "one",
         "steps": 3,
+        "missing": 0,
         "unscored": 0,
         "min": 0.4,
         "product": 0.288,
@@ -306,6 +307,36 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
         "first_bad_clip": 2,
     }
     assert (two["steps"], two["min"], two["first_bad_step"]) == (1, 0.7, None)
-    assert three == {"task_id": "three", "steps": 2, "unscored": 1} | dict.fromkeys(
+    assert three == {"task_id": "three", "steps": 2, "missing": 0, "unscored": 1} | dict.fromkeys(
         ["min", "product", "mean", "last", "first_bad_step", "first_bad_clip"]
     )
+
+
+def summed_up(tmp_path: Path, rows: list[str]) -> list[dict]:
+    (tmp_path / "steps.jsonl").write_text("\n".join(rows))
+    run(job(tmp_path / "steps.jsonl", tmp_path / "sums.jsonl", bad_below=0.5), scripted({"Step": 0.7}), {})
+    return lines_of(trajectories_file(tmp_path / "sums.jsonl"))
+
+
+def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path, caplog) -> None:
+    rows = [json.dumps(row(number)) for number in (3, 4, 5)] + [
+        json.dumps(row(number, task="two")) for number in (0, 1)
+    ]
+    whole, two = summed_up(tmp_path, rows)
+    assert (whole["steps"], whole["missing"], whole["mean"], two["mean"]) == (3, 0, 0.7, 0.7)
+    assert "no trajectory" not in caplog.text
+    (tmp_path / "sums.jsonl").unlink()
+    gap, two = summed_up(tmp_path, [rows[0], rows[1][:-1], *rows[2:]])
+    assert (gap["steps"], gap["missing"], gap["unscored"]) == (2, 1, 0)
+    assert {gap[name] for name in ("min", "product", "mean", "last", "first_bad_step", "first_bad_clip")} == {None}
+    assert two["mean"] == 0.7
+    assert "belong to no trajectory: 1 (" in caplog.text
+
+
+@pytest.mark.parametrize("spelt", [float, str, lambda number: f" {number} "])
+def test_clip_numbers_as_spreadsheets_write_them_are_numbers(tmp_path: Path, spelt) -> None:
+    rows = [row(number) for number in (10, 9)]
+    for each in rows:
+        each["metadata"]["clip_number"] = spelt(each["metadata"]["clip_number"])
+    (one,) = summed_up(tmp_path, list(map(json.dumps, rows)))
+    assert (one["steps"], one["missing"], one["mean"]) == (2, 0, 0.7)
