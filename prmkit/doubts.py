@@ -91,13 +91,13 @@ def _numbers(items: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def refuse_unclear_scores(items: Mapping[str, Any], nested: bool, found: Found) -> None:
-    """Refuse a score that mending may have made.
+    """Refuse a score that mending may have made; the arguments are those of `refuse_contradictions`.
 
     Of `0.8` at the end of a text `0.85` may have been meant; `0,85` is two numbers to a parser; and behind the last
     score that is there another one may have been to come.
 
     Raises:
-        Refusal: see `refuse_contradictions` for the arguments.
+        Refusal: there is one.
     """
     if nested and CUT_OFF in found.repairs and not NESTED.search(found.text):
         raise Refusal("cut off inside the scores")
