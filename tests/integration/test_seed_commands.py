@@ -4,6 +4,7 @@ One project folder serves all tests of this module, in the order of the guide; i
 """
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -154,3 +155,9 @@ print(len(response))
 """
     )
     assert int(type_in(project, "python snippet.py").stdout.strip().splitlines()[-1]) > 0
+
+
+def test_the_programmatic_usage_of_the_readme(project: Path, root: Path) -> None:
+    (code,) = re.findall(r"```python\n(from transformers .*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (project / "snippet.py").write_text(code)
+    type_in(project, "python snippet.py")
