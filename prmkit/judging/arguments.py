@@ -224,7 +224,8 @@ def _fingerprint_over_http(endpoint: Endpoint, source: JudgeSource) -> dict[str,
     return {
         "model": endpoint.model,
         "top_logprobs": endpoint.top_logprobs,
-        "tokenizer": {file.name: sha256_of(file) for file in sorted(files)},
+        # A model of the hub lies in the hub's cache, under its name.
+        "tokenizer": {file.name: sha256_of(file) for file in sorted(files)} or str(source.model),
         "template": source.template,
         "default_system": source.default_system,
         "enable_thinking": source.enable_thinking,

@@ -130,6 +130,15 @@ def test_outputs_that_differ_in_their_suffix_have_files_of_their_own(folder: Pat
     }
 
 
+def test_scores_of_other_known_keys_are_put_aside(folder: Path) -> None:
+    command = ("steps.jsonl", "--model", "x", "--output", "scores.jsonl", "--data", "here")
+    type_in(*command, cwd=folder)
+    (folder / "here" / "conversion_report.json").write_text('{"score_keys": {"clip": ["a_score"]}}')
+    done = type_in(*command, cwd=folder)
+    assert "kept as scores.old1.jsonl" in done.stderr
+    assert "are scored already" in type_in(*command, cwd=folder).stderr
+
+
 @pytest.mark.parametrize(
     ("shell", "code", "words"),
     [
