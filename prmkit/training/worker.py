@@ -6,12 +6,13 @@
 differently, one waits in the saving and the other in the next step, for ever.
 """
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def values_of(config: Path) -> dict[str, Any]:
@@ -90,6 +91,23 @@ def main() -> None:
                 control.should_save = control.should_training_stop = True
 
     run_exp(values, callbacks=[StopTogether()])
+    leave()
+
+
+def leave() -> NoReturn:
+    """End the process without the destructors of C++ libraries.
+
+    Where one of their threads is still running they abort (`terminate called without an active exception`), which a
+    busy machine shows now and then, and torchrun takes the run that is finished for one that failed.
+    """
+    import torch.distributed as together
+
+    if together.is_initialized():
+        together.destroy_process_group()
+    atexit._run_exitfuncs()  # SwanLab's, for one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
