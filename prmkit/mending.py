@@ -128,7 +128,11 @@ def _repaired(text: str, repairs: tuple[str, ...]) -> Iterator[Found]:
     for number, item in enumerate(objects):
         others = objects[:number] + objects[number + 1 :]
         rest = "\n".join(json.dumps(other, ensure_ascii=False) for other in others)
-        yield Found(item, text, rest, (*repairs, CUT_OFF if _looks_cut_off(text) else "syntax"))
+        if not _looks_cut_off(text):
+            yield Found(item, text, rest, (*repairs, "syntax"))
+        else:
+            half = text[-1] not in "\"'}]"
+            yield Found(_whole_sentences(item) or {} if half else item, text, rest, (*repairs, CUT_OFF))
 
 
 def each_once(*repairs: str) -> tuple[str, ...]:
@@ -340,6 +344,21 @@ def _repair(text: str) -> Any:
         raise Refusal("nested too deeply") from error
     except (AssertionError, LookupError, TypeError, AttributeError) as error:
         raise Refusal("not to be repaired") from error
+
+
+def _whole_sentences(value: Any) -> Any:
+    """A value whose last text was cut off, with whole sentences alone; None where nothing is left of it."""
+    if isinstance(value, str):
+        ends = [sentence.end() for sentence in _SENTENCE.finditer(value)]
+        return value[: ends[-1]] if ends else None
+    if isinstance(value, dict) and value:
+        *members, (key, last) = value.items()
+        kept = _whole_sentences(last)
+        return dict(members if kept is None else [*members, (key, kept)]) or None
+    if isinstance(value, list) and value:
+        kept = _whole_sentences(value[-1])
+        return value[:-1] + ([] if kept is None else [kept]) or None
+    return value
 
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)

@@ -93,6 +93,12 @@ def test_the_last_text_of_an_answer_that_was_cut_off_ends_behind_its_last_whole_
     assert read(PLAIN[: PLAIN.index("nd it")]).texts == {}, "there is none"
     cut = '{"scores": {"a": 0.9}, "summary": "S.", "reasoning": {"a": "No whole sen'
     assert read(cut).texts == {"summary": "S."}
+    cut = "{'a_score': 0.9, 'summary': 'It was good. The agent sear"
+    assert read(cut).texts == {"summary": "It was good."}, "json-repair's readings, too"
+    assert read('{"a_score": 0.9, "steps": ["It was good. Then", "so"], "why": ["Because. And th').texts == {
+        "steps": ["It was good. Then", "so"],
+        "why": ["Because."],
+    }
 
 
 @pytest.mark.parametrize(

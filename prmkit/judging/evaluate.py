@@ -14,8 +14,9 @@ from prmkit.files import only_one, write_json
 from prmkit.judging.heldout import HeldOut, HeldOutPrompt, Medians, sampled
 from prmkit.judging.judgement import Mode, Request
 from prmkit.judging.metrics import metrics_of
-from prmkit.judging.predictions import Row, append_rows, prediction_row, resume, table_of_scores
+from prmkit.judging.predictions import Row, prediction_row, resume, table_of_scores
 from prmkit.judging.report import write_report
+from prmkit.judging.resuming import append_rows
 from prmkit.judging.sources import JudgeSource, described, fingerprint_of
 
 log = logging.getLogger("prmkit")

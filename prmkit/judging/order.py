@@ -105,7 +105,7 @@ def digest(request: Request) -> bytes:
 def read_written(text: str, shape: Shape) -> Judgement:
     """Read a verdict that the model wrote; one without all the scores that were asked for is unparsed."""
     text = restore(text, answer=True)  # as labels were written from: a key in them may have had its marker marked
-    verdict = read_verdict(text)
+    verdict = read_verdict(text, shape)
     if isinstance(verdict, Unreadable):
         return Judgement("unparsed", reason=verdict.reason, text=text)
     missing = [key for key in shape.keys if key not in verdict.scores]

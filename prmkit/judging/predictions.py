@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from prmkit.judging.bootstrap import Floats
 from prmkit.judging.heldout import HeldOutPrompt, Medians
 from prmkit.judging.judgement import BAD_BELOW, Distribution, Judgement, rounded
-from prmkit.judging.resuming import append_rows as append_rows
 from prmkit.judging.resuming import reopen, replace_rows
 from prmkit.leaked_scores import leaked_scores
 

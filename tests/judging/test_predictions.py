@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from prmkit.judging.predictions import append_rows, resume
+from prmkit.judging.predictions import resume
+from prmkit.judging.resuming import append_rows
 
 
 def test_predictions_that_failed_are_made_again_and_others_are_not(tmp_path: Path) -> None:
