@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
-from prmkit.judging.arguments import add_judge_arguments, positive
+from prmkit.judge.arguments import add_judge_arguments, positive
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def finite_number(text: str) -> float:
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
-    from prmkit.judging.command import execute
+    from prmkit.evaluation.command import execute
 
     return execute(arguments)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
-from prmkit.judging.arguments import add_backend_arguments, add_judge_arguments, asking
-from prmkit.judging.rows import ShapeOf, known_keys
-from prmkit.judging.scoring import Job, run
+from prmkit.judge.arguments import add_backend_arguments, add_judge_arguments, asking
+from prmkit.scoring.rows import ShapeOf, known_keys
+from prmkit.scoring.score import Job, run
 
 
 def main() -> int:

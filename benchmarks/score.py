@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.sizes import QWEN_7B, WORDS  # noqa: E402
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
-from prmkit.encoding import ChatEncoding, load_encoding  # noqa: E402
-from prmkit.judging import bootstrap, heldout, measures  # noqa: E402
-from prmkit.judging.agreement import FEWEST_SCORES  # noqa: E402
-from prmkit.judging.judge import Judge, load_judge  # noqa: E402
-from prmkit.judging.judgement import Request  # noqa: E402
-from prmkit.judging.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
-from prmkit.judging.summary import shown  # noqa: E402
+from prmkit.evaluation import bootstrap, heldout, measures  # noqa: E402
+from prmkit.evaluation.agreement import FEWEST_SCORES  # noqa: E402
+from prmkit.evaluation.summary import shown  # noqa: E402
+from prmkit.judge.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
+from prmkit.judge.transformers_judge import Judge, load_judge  # noqa: E402
+from prmkit.judge.types import Request  # noqa: E402
+from prmkit.prompts.encoding import ChatEncoding, load_encoding  # noqa: E402
 from prmkit.verdict import Shape, Verdict, read_verdict, render_verdict  # noqa: E402
 
 WARM_UP = 2

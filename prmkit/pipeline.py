@@ -19,11 +19,11 @@ def train_and_prove(command: Command, *, evaluate: bool) -> ExitCode:
     """
     outcome = execute(command)
     if evaluate and outcome.run is not None:
-        from prmkit.judging.command import evaluate_run
+        from prmkit.evaluation.command import evaluate_run
 
         evaluate_run(outcome.run)
     if outcome.exported is not None and outcome.run is not None:
-        from prmkit.judging.command import prove_export
+        from prmkit.evaluation.command import prove_export
 
         prove_export(outcome.run, outcome.exported)
     return outcome.code

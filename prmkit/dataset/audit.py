@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmkit.data_folder import HELD_OUT_SUFFIX, INFO, sidecar_of
 from prmkit.errors import DataError
 from prmkit.files import read_json, read_jsonl
+from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
 
 _PROMPTS_A_PASS = 200_000
 """Held-out prompts that are compared at once, at about 100 bytes each; beyond, the files are read once more."""

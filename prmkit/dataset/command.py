@@ -8,7 +8,6 @@ from typing import Any
 
 from prmkit import cli
 from prmkit.config_file import read_yaml, split_assignment, value_of
-from prmkit.data_folder import HELD_OUT_SUFFIX, REPORT
 from prmkit.dataset.audit import audit, read_datasets
 from prmkit.dataset.convert import convert
 from prmkit.dataset.filters import Filters
@@ -20,6 +19,7 @@ from prmkit.dataset.summary import show_summary
 from prmkit.dataset.variants import CONSENSUS, FULL
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import read_json
+from prmkit.paths import HELD_OUT_SUFFIX, REPORT
 
 log = logging.getLogger(__name__)
 

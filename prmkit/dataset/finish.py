@@ -8,7 +8,6 @@ from platform import python_version
 from typing import Any
 
 from prmkit import __version__
-from prmkit.data_folder import HELD_OUT_SUFFIX, INFO, REPORT
 from prmkit.dataset.audit import Dataset, audit
 from prmkit.dataset.formats import dataset_entry
 from prmkit.dataset.processes import in_parallel
@@ -19,6 +18,7 @@ from prmkit.dataset.variants import FULL, held_out_name
 from prmkit.dataset.write import data_file
 from prmkit.errors import DataError
 from prmkit.files import read_json, sha256_of, write_json
+from prmkit.paths import HELD_OUT_SUFFIX, INFO, REPORT
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from prmkit.dataset.record import Rejected
-from prmkit.encoding import ChatEncoding, load_encoding
 from prmkit.errors import DataError
-from prmkit.trimming import trim_prompt
+from prmkit.prompts.encoding import ChatEncoding, load_encoding
+from prmkit.prompts.truncation import trim_prompt
 
 TooLong = Literal["trim", "drop", "error", "keep"]
 

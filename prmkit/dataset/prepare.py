@@ -21,8 +21,8 @@ from prmkit.dataset.settings import Settings
 from prmkit.dataset.sources import Block, Source, lines_of
 from prmkit.dataset.stage import ROWS_A_BLOCK, Facts, Group, Indexed, StageWriter
 from prmkit.errors import DataError
-from prmkit.leaked_scores import count_leaked_scores, mask_leaked_scores
-from prmkit.markers import neutralise
+from prmkit.prompts.leaked_scores import count_leaked_scores, mask_leaked_scores
+from prmkit.prompts.special_tokens import neutralise
 from prmkit.verdict import Shape, Unreadable, Verdict, asked_shape, read_verdict, render_verdict
 
 _TEXT_SHOWN = 10_000

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from prmkit.data_folder import HELD_OUT_SUFFIX
+from prmkit.paths import HELD_OUT_SUFFIX
 
 PREFIX = "reward_model_"
 FULL = PREFIX + "full"

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from prmkit.data_folder import SIDECAR_SUFFIX
 from prmkit.dataset.appending import Appender
 from prmkit.dataset.formats import Format, prompt_and_label, training_row
 from prmkit.dataset.lengths import LengthGuard
@@ -22,7 +21,8 @@ from prmkit.dataset.report import Tally
 from prmkit.dataset.resolve import DUPLICATE, Decision, read_decisions
 from prmkit.dataset.stage import ROWS_A_BLOCK, Facts, Group, StagedBlock, read_stage
 from prmkit.dataset.variants import held_out_name
-from prmkit.markers import neutralise, restore
+from prmkit.paths import SIDECAR_SUFFIX
+from prmkit.prompts.special_tokens import neutralise, restore
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict, render_verdict
 
 log = logging.getLogger(__name__)

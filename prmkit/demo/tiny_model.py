@@ -93,7 +93,7 @@ def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
 def _recipe(sample: Path, seed: int) -> dict[str, Any]:
     """Everything that the model depends on."""
     if not sample.is_file():
-        raise DataError(f"{sample}: no such file. Make it with: python -m prmkit.demo.sample --output {sample}")
+        raise DataError(f"{sample}: no such file. Make it with: python -m tools.make_sample --output {sample}")
     return {
         "sample_sha256": sha256_of(sample),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prmkit.data_folder import HELD_OUT_SUFFIX
 from prmkit.errors import DataError
+from prmkit.paths import HELD_OUT_SUFFIX
 from prmkit.training.entries import Shape, folder_of, held_out_names, names_in, read_entries, shape_of
 from prmkit.training.machine import Machine
 from prmkit.training.swanlab_mode import resolve_swanlab

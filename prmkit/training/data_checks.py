@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
-from prmkit.data_folder import REPORT, SIDECAR_SUFFIX
 from prmkit.errors import DataError
 from prmkit.files import read_json, read_jsonl
+from prmkit.paths import REPORT, SIDECAR_SUFFIX
 from prmkit.training.check import Check, error, ok, warning
 from prmkit.training.entries import Entry, folder_of, names_in, read_entries
 

@@ -154,7 +154,7 @@ def _starts(gpus: int) -> Check:
 
 
 def _template_and_rows(values: Mapping[str, Any], done: Callable[..., None]) -> None:
-    from prmkit.encoding import load_encoding
+    from prmkit.prompts.encoding import load_encoding
     from prmkit.training.row_lengths import check_lengths, measure
     from prmkit.training.template_check import check_template
 

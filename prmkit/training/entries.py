@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmkit.data_folder import HELD_OUT_SUFFIX, INFO
 from prmkit.errors import DataError
 from prmkit.files import read_json
+from prmkit.paths import HELD_OUT_SUFFIX, INFO
 
 SAMPLED_BYTES = 1 << 20
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import __version__
-from prmkit.encoding import ChatEncoding, load_encoding
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.files import read_json, write_json, write_text
+from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training import llamafactory
 from prmkit.training.checkpoints import weights_fault
 from prmkit.training.config import render_yaml

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from prmkit.encoding import ChatEncoding
+from prmkit.prompts.encoding import ChatEncoding
 from prmkit.training.check import Check, error, ok, warning
 from prmkit.training.entries import Entry, folder_of, names_in, read_entries
 

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prmkit.data_folder import REPORT
 from prmkit.errors import DataError
 from prmkit.files import read_json, sha256_of, write_json
+from prmkit.paths import REPORT
 from prmkit.training.config import ResolvedConfig
 from prmkit.training.entries import names_in, read_entries
 from prmkit.training.machine import installed_version, this_machine

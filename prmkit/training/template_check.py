@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmkit.encoding import ChatEncoding
 from prmkit.files import read_json
+from prmkit.prompts.encoding import ChatEncoding
 from prmkit.training.check import Check, error, ok, warning
 
 NAME = "template"

@@ -14,7 +14,7 @@ import zstandard
 from prmkit.dataset.filters import Filters
 from prmkit.dataset.split import Split, is_held_out
 from prmkit.errors import DataError
-from prmkit.markers import restore
+from prmkit.prompts.special_tokens import restore
 from prmkit.verdict import Verdict, read_verdict
 from tests.dataset.conftest import Convert, many_rows, prompt_of, read_lines, row_of, snapshot, write_rows
 

@@ -10,7 +10,7 @@ import pytest
 from prmkit.dataset.lengths import LengthSettings
 from prmkit.dataset.split import Split
 from prmkit.errors import DataError
-from prmkit.trimming import trim_prompt
+from prmkit.prompts.truncation import trim_prompt
 from tests.dataset.conftest import SCHEMA, Convert, many_rows, prompt_of, read_lines, row_of
 
 CUTOFF = 700
@@ -188,7 +188,7 @@ def test_every_variant_loads_whole(
 
 @pytest.fixture(scope="module")
 def encoding(tiny_model: Path) -> Any:
-    from prmkit.encoding import load_encoding
+    from prmkit.prompts.encoding import load_encoding
 
     return load_encoding(tiny_model, "qwen")
 

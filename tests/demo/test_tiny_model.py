@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prmkit.demo.sample import write_sample
 from prmkit.demo.tiny_model import build_tiny_model
 from prmkit.errors import DataError
+from tools.make_sample.sample import write_sample
 
 
 @pytest.fixture(scope="module")

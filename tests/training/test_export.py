@@ -11,8 +11,8 @@ from layout import STEPS
 from processes import start
 from safetensors import safe_open
 
-from prmkit.encoding import load_encoding
 from prmkit.errors import DataError, UsageError
+from prmkit.prompts.encoding import load_encoding
 from prmkit.training.checkpoints import checkpoint_folders
 from prmkit.training.export import _fit_chat_template, check_target, export_dtype, export_values, find_source
 

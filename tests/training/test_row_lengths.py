@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prmkit.encoding import ChatEncoding, load_encoding
+from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training.check import Status
 from prmkit.training.row_lengths import Lengths, check_lengths, measure
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prmkit.encoding import load_encoding
+from prmkit.prompts.encoding import load_encoding
 from prmkit.training.check import Check, Status
 from prmkit.training.template_check import check_template
 

@@ -1,0 +1,1 @@
+"""Evaluation: held-out rows, metrics, comparison and report."""

@@ -1,0 +1,197 @@
+"""Does the exported model judge as the adapter that was trained? And if not, why not?"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import GateError
+from prmkit.files import read_json
+from prmkit.judge.sources import EXPORT_FILE, JudgeSource, read_object
+from prmkit.judge.types import Judgement, Request
+from prmkit.prompts.special_tokens import neutralise
+
+log = logging.getLogger("prmkit")
+
+DEFAULT_TOLERANCE = 0.02
+"""Above what rounding to bfloat16 does to a score, far below what a wrong template does."""
+
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_ROUNDING = 0.02
+"""Largest relative difference between a weight and its copy in half precision, with room to spare."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two judges are apart on the same prompts."""
+
+    prompts: int
+    scores: int
+    """How many scores both gave."""
+    largest: float
+    mean: float
+    """Largest and mean absolute difference of those."""
+    unequal: int
+    """Prompts that one of them could score and the other could not."""
+    causes: tuple[str, ...]
+    """What is known to make such differences and was found here, the likeliest first."""
+
+    def __str__(self) -> str:
+        figures = f"{self.scores} scores of {self.prompts} prompts: largest difference {self.largest:.4f}, "
+        return f"{figures}mean {self.mean:.4f}" + (f"; {self.unequal} prompts scored by only one" * bool(self.unequal))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What one of the two answered, and what it was shown."""
+
+    judgements: list[Judgement]
+    prompt_ids: list[list[int]]
+    chat_ids: list[list[int]] | None
+    """What the tokenizer's own chat template makes of the prompts; None when it has none."""
+
+
+def check_parity(
+    trained: JudgeSource,
+    exported: JudgeSource,
+    requests: Sequence[Request],
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+    batch_size: int = 8,
+) -> Parity:
+    """Score the same prompts with base and adapter and with the exported model.
+
+    Args:
+        trained: the run's judge.
+        exported: the exported model's.
+        requests: held-out prompts; a few are enough.
+        tolerance: how far two scores may be apart.
+        batch_size: prompts at once.
+
+    Returns:
+        How far they are apart, where that is near enough.
+
+    Raises:
+        GateError: they are further apart than that; its text names the likely causes.
+        DataError: one of the two cannot be loaded.
+    """
+    one, other = _ask(trained, requests, batch_size), _ask(exported, requests, batch_size)
+    differences = list(_differences(one.judgements, other.judgements))
+    unequal = sum(a.status != b.status for a, b in zip(one.judgements, other.judgements, strict=True))
+    parity = Parity(
+        prompts=len(requests),
+        scores=len(differences),
+        largest=max(differences, default=0.0),
+        mean=sum(differences) / len(differences) if differences else 0.0,
+        unequal=unequal,
+        causes=tuple(_causes(trained, exported, one, other)),
+    )
+    if parity.largest > tolerance or unequal or not differences:
+        name = trained.adapter or trained.model
+        causes = "".join(f"\n  {number}. {cause}" for number, cause in enumerate(parity.causes, start=1))
+        raise GateError(
+            f"{exported.model}: judges otherwise than {name} ({parity}; allowed {tolerance:g})."
+            + (f" Likely causes:{causes}" if causes else " None of the usual causes was found; export the run again.")
+        )
+    for cause in parity.causes:
+        log.warning("%s: scores agree, but beware: %s", exported.model, cause)
+    return parity
+
+
+def _ask(source: JudgeSource, requests: Sequence[Request], batch_size: int) -> _Side:
+    """Load a judge, ask it, and let it go: two models need not fit into memory together."""
+    from prmkit.judge.transformers_judge import load_judge
+
+    judge = load_judge(source)
+    prompts = [neutralise(request.prompt)[0] for request in requests]
+    tokenizer = judge.encoding.tokenizer
+    chat_ids = None
+    if tokenizer.chat_template:
+        chat_ids = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            )
+            for prompt in prompts
+        ]
+    prompt_ids = [judge.encoding.prompt_ids(prompt) for prompt in prompts]
+    return _Side(list(judge.score(requests, batch_size=batch_size)), prompt_ids, chat_ids)
+
+
+def _differences(one: Sequence[Judgement], other: Sequence[Judgement]) -> Iterator[float]:
+    for left, right in zip(one, other, strict=True):
+        for key in left.scores.keys() & right.scores.keys():
+            yield abs(left.scores[key].mean - right.scores[key].mean)
+
+
+# --- causes --------------------------------------------------------------------------------------------------------
+
+
+def _causes(trained: JudgeSource, exported: JudgeSource, one: _Side, other: _Side) -> Iterator[str]:
+    if one.prompt_ids != other.prompt_ids:
+        yield from _causes_of_other_ids(trained, exported)
+    yield from _causes_in_weights(trained, exported)
+    dtype = _config_of(exported.model).get("dtype")
+    if dtype and dtype != trained.trained_dtype:
+        yield f"dtype: trained in {trained.trained_dtype}, exported in {dtype}. Export with infer_dtype as trained."
+    if other.chat_ids is not None and other.chat_ids != one.prompt_ids:
+        yield (
+            "chat template: the export's own renders other prompts than training did, so whoever uses it "
+            "(chat endpoints, apply_chat_template) gets other scores. Use the completions endpoint with the template."
+        )
+
+
+def _causes_of_other_ids(trained: JudgeSource, exported: JudgeSource) -> Iterator[str]:
+    names = {"template": "template", "default_system": "system text", "enable_thinking": "thinking mode"}
+    differing = [key for key in names if getattr(trained, key) != getattr(exported, key)]
+    for key in differing:
+        yield f"{names[key]}: trained with {getattr(trained, key)!r}, exported with {getattr(exported, key)!r}."
+    if not differing:
+        yield "tokenizer: the export's makes other tokens of the same text than the base model's."
+
+
+def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[str]:
+    base, export = _config_of(trained.model), _config_of(exported.model)
+    sizes = [key for key in _SIZES if base.get(key) != export.get(key)]
+    if sizes:
+        yield f"wrong base: {', '.join(f'{key} {base.get(key)} became {export.get(key)}' for key in sizes)}."
+    elif _norms_differ(trained.model, exported.model):
+        yield f"wrong base: layers that no adapter touches differ from those of {trained.model}."
+    if trained.adapter is None:
+        return
+    note = read_object(exported.model / EXPORT_FILE) if (exported.model / EXPORT_FILE).is_file() else {}
+    if note.get("adapter") and Path(note["adapter"]).resolve() != trained.adapter.resolve():
+        yield f"wrong adapter: exported from {note['adapter']}, compared with {trained.adapter}."
+    elif _newest(trained.adapter, "adapter_model") > _newest(exported.model, "") > 0:
+        yield f"old export: {trained.adapter} was trained on after it. Export again."
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    config: dict[str, Any] = read_json(folder / "config.json")
+    return {**config, "dtype": config.get("dtype") or config.get("torch_dtype")}
+
+
+def _newest(folder: Path, prefix: str) -> float:
+    return max((file.stat().st_mtime for file in folder.glob(f"{prefix}*.safetensors")), default=0.0)
+
+
+def _norms_differ(base: Path, export: Path) -> bool:
+    """Whether the one-dimensional weights differ by more than rounding. LoRA leaves them alone."""
+    import torch
+
+    exported = dict(_vectors(export))
+    return any(
+        name in exported and not torch.allclose(exported[name], vector, rtol=_ROUNDING, atol=_ROUNDING)
+        for name, vector in _vectors(base)
+        if name.endswith("norm.weight")
+    )
+
+
+def _vectors(folder: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if len(weights.get_slice(name).get_shape()) == 1:
+                    yield name, weights.get_tensor(name).float()

@@ -1,0 +1,301 @@
+"""The statistics of agreement, written for weighted tasks (see `prmkit.evaluation.bootstrap`).
+
+Every function takes a sample and gives the `Statistic` of it. With weight one for every task the values are those of
+scipy and scikit-learn, and with whole-number weights those of the rows repeated that often; the tests hold them to
+that. Where a value is not defined (nothing varies, nothing to count) it is NaN here and `null` with its reason outside.
+"""
+
+import numpy as np
+
+from prmkit.evaluation.bootstrap import Floats, Integers, Sample, Statistic, make_sample
+from prmkit.judge.types import SAME_SCORE
+
+BANDS = (0.2, 0.4, 0.6, 0.8)
+"""Where the five bands of the rubric meet; a score on a border belongs to the band above."""
+CALIBRATION_BINS = 10
+FEWEST_IN_GROUP = 5
+_NO_VARIANCE = 1e-15
+_KENDALL_BLOCK = 128
+
+
+# --- error ----------------------------------------------------------------------------------------------------------
+
+
+def mean_of(sample: Sample, values: Floats) -> Statistic:
+    """The mean of one value a pair."""
+    sums, sizes = sample.sums(values), sample.sums(np.ones(len(values)))
+    return lambda weights: ratio(weights @ sums, weights @ sizes)
+
+
+def mean_absolute_error(sample: Sample) -> Statistic:
+    """MAE: the mean of |predicted - reference|."""
+    return mean_of(sample, np.abs(sample.predicted - sample.reference))
+
+
+def root_mean_square_error(sample: Sample) -> Statistic:
+    """RMSE: the square root of the mean of (predicted - reference)²."""
+    squares = mean_of(sample, (sample.predicted - sample.reference) ** 2)
+    return lambda weights: np.sqrt(squares(weights))
+
+
+def bias(sample: Sample) -> Statistic:
+    """The mean of predicted - reference: above zero the judge is kinder than the reference."""
+    return mean_of(sample, sample.predicted - sample.reference)
+
+
+def skill(sample: Sample, baseline: Floats) -> Statistic:
+    """1 - MAE / MAE of `baseline` on the same pairs: 0 is no better than the baseline, 1 is perfect."""
+    errors, baseline_errors = mean_absolute_error(sample), mean_of(sample, np.abs(baseline - sample.reference))
+    return lambda weights: 1 - ratio(errors(weights), baseline_errors(weights))
+
+
+# --- order ----------------------------------------------------------------------------------------------------------
+
+
+def pearson(sample: Sample) -> Statistic:
+    """Pearson's product-moment correlation."""
+    if not len(sample.task):
+        return lambda weights: np.full(len(weights), np.nan)
+    # Centred first, or the differences of large sums below would lose what is small.
+    predicted, reference = sample.predicted - sample.predicted.mean(), sample.reference - sample.reference.mean()
+    products = (np.ones(len(predicted)), predicted, reference, predicted**2, reference**2, predicted * reference)
+    sums = np.stack([sample.sums(product) for product in products], axis=1)
+
+    def statistic(weights: Floats) -> Floats:
+        n, x, y, xx, yy, xy = (weights @ sums).T
+        drawn = np.maximum(n, 1.0)  # a resample may hold no pair at all of what this was made from
+        return _correlation(xx - x * x / drawn, yy - y * y / drawn, xy - x * y / drawn, n)
+
+    return statistic
+
+
+def spearman(sample: Sample) -> Statistic:
+    """Spearman's rho: Pearson's correlation of the midranks, ranked anew in every resample.
+
+    The mean of n midranks is (n + 1) / 2 whatever ties there are, and their squares can be summed value by value, so
+    only the sum of products goes through all pairs.
+    """
+    predicted, reference = _Values(sample, sample.predicted), _Values(sample, sample.reference)
+    once = np.ones(len(sample.task))
+    sizes_of, other_sizes_of = predicted.counted(once), reference.counted(once)
+
+    def statistic(task_weights: Floats) -> Floats:
+        sizes, other_sizes = sizes_of(task_weights), other_sizes_of(task_weights)
+        ranks, other_ranks = _midranks(sizes), _midranks(other_sizes)
+        n = sizes.sum(axis=0)
+        expected = n * (n + 1) ** 2 / 4
+        products = np.einsum(
+            "nr,nr,nr->r", task_weights.T[sample.task], ranks[predicted.place], other_ranks[reference.place]
+        )
+        squares, other_squares = (sizes * ranks**2).sum(axis=0), (other_sizes * other_ranks**2).sum(axis=0)
+        return _correlation(squares - expected, other_squares - expected, products - expected, n)
+
+    return statistic
+
+
+def spearman_within(sample: Sample, group: Integers) -> Statistic:
+    """The mean over groups of Spearman's rho within each, weighted by the pairs in it.
+
+    Where several score keys are pooled, a judge that says nothing but each key's usual score has some pooled
+    correlation, for one key is scored lower than another. Here it has none. A group in which the judge does not vary
+    counts as 0; one with fewer than `FEWEST_IN_GROUP` pairs, or in which the reference does not vary, is left out.
+    NaN where the judge varies in no group.
+    """
+    parts, varied = [], False
+    for number in np.unique(group):
+        chosen = group == number
+        part = make_sample(sample.predicted[chosen], sample.reference[chosen], sample.task[chosen])
+        if len(part.task) >= FEWEST_IN_GROUP and np.ptp(part.reference) > 0:
+            parts.append((np.unique(sample.task[chosen]), spearman(part), part.sums(np.ones(len(part.task)))))
+            varied = varied or bool(np.ptp(part.predicted) > 0)
+
+    def statistic(weights: Floats) -> Floats:
+        if not varied:
+            return np.full(len(weights), np.nan)
+        sizes = np.stack([weights[:, tasks] @ counts for tasks, _, counts in parts])
+        orders = np.stack([np.nan_to_num(order(weights[:, tasks])) for tasks, order, _ in parts])
+        return ratio((orders * sizes).sum(axis=0), sizes.sum(axis=0))
+
+    return statistic
+
+
+def kendall(sample: Sample) -> Statistic:
+    """Kendall's tau-b (Kendall 1945): (concordant - discordant) / sqrt(pairs untied in one · pairs untied in other).
+
+    The three sums over pairs of rows are kept as sums over pairs of tasks, which turns a resample into three quadratic
+    forms: w'Sw / sqrt(w'Pw · w'Rw).
+    """
+    from scipy.sparse import csr_array
+
+    n, tasks = len(sample.task), sample.tasks
+    of_task = csr_array((np.ones(n), (sample.task, np.arange(n))), shape=(tasks, n))
+    concordance, untied_predicted, untied_reference = (np.zeros((tasks, tasks)) for _ in range(3))
+    for first in range(0, n, _KENDALL_BLOCK):
+        block = slice(first, first + _KENDALL_BLOCK)
+        predicted = np.sign(sample.predicted[:, None] - sample.predicted[block])
+        reference = np.sign(sample.reference[:, None] - sample.reference[block])
+        to_task = of_task[:, block].T
+        concordance += of_task @ (predicted * reference) @ to_task
+        untied_predicted += of_task @ np.abs(predicted) @ to_task
+        untied_reference += of_task @ np.abs(reference) @ to_task
+
+    def statistic(weights: Floats) -> Floats:
+        agree, one, other = (
+            np.einsum("rt,rt->r", weights @ matrix, weights)
+            for matrix in (concordance, untied_predicted, untied_reference)
+        )
+        return ratio(agree, np.sqrt(one * other))
+
+    return statistic
+
+
+# --- decision -------------------------------------------------------------------------------------------------------
+
+
+def roc_area(sample: Sample) -> Statistic:
+    """AUROC: the probability that a bad step is suspected more than a good one, ties counting half (Mann-Whitney).
+
+    Args:
+        sample: `predicted` is the suspicion, `reference` 1.0 for a bad step and 0.0 for a good one.
+    """
+
+    scores = _Values(sample, sample.predicted)
+    sizes_of, bad_sizes_of = scores.counted(np.ones(len(sample.task))), scores.counted(sample.reference)
+
+    def statistic(task_weights: Floats) -> Floats:
+        sizes, bad_sizes = sizes_of(task_weights), bad_sizes_of(task_weights)
+        bad, total = bad_sizes.sum(axis=0), sizes.sum(axis=0)
+        rank_sum = (bad_sizes * _midranks(sizes)).sum(axis=0)
+        return ratio(rank_sum - bad * (bad + 1) / 2, bad * (total - bad))
+
+    return statistic
+
+
+def average_precision(sample: Sample) -> Statistic:
+    """Average precision: the sum over thresholds of (recall gained) · precision, without interpolation.
+
+    Args:
+        sample: as for `roc_area`.
+    """
+    scores = _Values(sample, -sample.predicted)
+    found_of, taken_of = scores.counted(sample.reference), scores.counted(np.ones(len(sample.task)))
+
+    def statistic(task_weights: Floats) -> Floats:
+        found, taken = found_of(task_weights), taken_of(task_weights)
+        # In a resample the highest scores may have been left out: nothing is taken there, and nothing found.
+        precision = ratio(np.cumsum(found, axis=0), np.cumsum(taken, axis=0))
+        gained = np.where(found > 0, found * precision, 0.0).sum(axis=0)
+        return ratio(gained, found.sum(axis=0))
+
+    return statistic
+
+
+def brier(sample: Sample) -> Statistic:
+    """Brier score: the mean of (probability - outcome)². A judge that always says the base rate b reaches b(1 - b).
+
+    Args:
+        sample: `predicted` is the probability of a bad step, `reference` 1.0 where it is one.
+    """
+    return mean_of(sample, (sample.predicted - sample.reference) ** 2)
+
+
+def calibration_error(sample: Sample) -> Statistic:
+    """ECE over ten bins of equal width (Guo et al. 2017): the mean distance of probability and share, by bin size.
+
+    Args:
+        sample: as for `brier`.
+    """
+    bins = np.minimum((sample.predicted * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    gaps = np.zeros((sample.tasks, CALIBRATION_BINS))
+    np.add.at(gaps, (sample.task, bins), sample.predicted - sample.reference)
+    sizes = sample.sums(np.ones(len(bins)))
+    return lambda weights: ratio(np.abs(weights @ gaps).sum(axis=1), weights @ sizes)
+
+
+def kappa(sample: Sample) -> Statistic:
+    """Cohen's kappa with quadratic weights (Cohen 1968) on the five bands of the rubric."""
+    bands = len(BANDS) + 1
+    cells = np.zeros((sample.tasks, bands, bands))
+    np.add.at(cells, (sample.task, band(sample.predicted), band(sample.reference)), 1.0)
+    penalty = np.subtract.outer(np.arange(bands), np.arange(bands)) ** 2.0
+
+    def statistic(weights: Floats) -> Floats:
+        observed = np.einsum("rt,tij->rij", weights, cells)
+        total = observed.sum(axis=(1, 2))
+        expected = np.einsum("ri,rj->rij", observed.sum(axis=2), observed.sum(axis=1))
+        by_chance = ratio((expected * penalty).sum(axis=(1, 2)), total)
+        return 1 - ratio((observed * penalty).sum(axis=(1, 2)), by_chance)
+
+    return statistic
+
+
+def band(scores: Floats) -> Integers:
+    """The band of each score, 0 (worst) to 4."""
+    return np.digitize(scores + SAME_SCORE, BANDS).astype(np.int64)
+
+
+# --- trajectories ---------------------------------------------------------------------------------------------------
+
+
+def first_error_f1(sample: Sample) -> Statistic:
+    """ProcessBench F1 (Zheng et al. 2024, arXiv 2412.06559).
+
+    The harmonic mean of two accuracies: among trajectories with a bad step, how often exactly the first one is named;
+    among those without, how often none is.
+
+    Args:
+        sample: one trajectory each; the index of its first bad step, -1 for none.
+    """
+    wrong = sample.reference >= 0
+    hit = (sample.predicted == sample.reference).astype(np.float64)
+    wrong_hits, wrong_sizes = sample.sums(hit * wrong), sample.sums(wrong.astype(np.float64))
+    right_hits, right_sizes = sample.sums(hit * ~wrong), sample.sums((~wrong).astype(np.float64))
+
+    def statistic(weights: Floats) -> Floats:
+        found = ratio(weights @ wrong_hits, weights @ wrong_sizes)
+        cleared = ratio(weights @ right_hits, weights @ right_sizes)
+        both = found + cleared
+        return np.where(both == 0, 0.0, ratio(2 * found * cleared, both))
+
+    return statistic
+
+
+# --- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """numerator / denominator, NaN where the denominator is zero."""
+    shape = np.broadcast(numerator, denominator).shape
+    nowhere = np.full(shape, np.nan)
+    quotient: Floats = np.divide(numerator, denominator, out=nowhere, where=np.asarray(denominator) != 0)
+    return quotient
+
+
+def _correlation(squares: Floats, other_squares: Floats, products: Floats, total: Floats) -> Floats:
+    # What rounding leaves of a constant is no variance.
+    varies = (squares > _NO_VARIANCE * total) & (other_squares > _NO_VARIANCE * total)
+    scale = np.sqrt(np.where(varies, squares * other_squares, 0.0))
+    correlation: Floats = np.clip(ratio(products, scale), -1.0, 1.0)
+    return correlation
+
+
+class _Values:
+    """The distinct values of a sample in rising order, and how often each stands in a resample."""
+
+    def __init__(self, sample: Sample, values: Floats) -> None:
+        self._task, self._tasks = sample.task, sample.tasks
+        distinct, self.place = np.unique(values, return_inverse=True)
+        self._count = len(distinct)
+
+    def counted(self, counts: Floats) -> Statistic:
+        """What gives the sum of `counts` at each value in each resample, shape (values, resamples)."""
+        from scipy.sparse import csr_array
+
+        by_task = csr_array((counts, (self.place, self._task)), shape=(self._count, self._tasks))
+        return lambda task_weights: by_task @ np.ascontiguousarray(task_weights.T)
+
+
+def _midranks(sizes: Floats) -> Floats:
+    """The rank of each value among values that stand `sizes` times each; equal ones share the middle."""
+    ranks: Floats = np.cumsum(sizes, axis=0) - (sizes - 1) / 2
+    return ranks

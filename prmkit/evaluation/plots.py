@@ -1,0 +1,308 @@
+"""The pictures of the report, as SVG: to be read on paper, and without telling colours apart.
+
+Colours are those of Okabe and Ito (2008), which every common kind of colour vision tells apart; what they tell apart
+also differs in shape or line.
+"""
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from prmkit.evaluation.bootstrap import Floats
+from prmkit.evaluation.predictions import Scores
+from prmkit.evaluation.summary import ORDER, Group, group_name, judges_agreement
+from prmkit.judge.types import BAD_BELOW, SAME_SCORE
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "D", "^", "v")
+_STYLE = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a judge's name may contain dollars
+}
+_FEWEST_IN_BIN = 5
+_HEXBINS_A_ROW = 4
+
+
+def pictures(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, str]]:
+    """Every picture that the scores allow.
+
+    Returns:
+        Title, caption and SVG of each.
+    """
+    made = [
+        ("Judge against mean judge", _HEXBIN_CAPTION, _predicted_against_reference(scores)),
+        ("Correlations and their ceiling", _FOREST_CAPTION, _forest(metrics["groups"])),
+        ("Calibration", _CALIBRATION_CAPTION, _calibration(scores)),
+        ("Distribution of scores", _DISTRIBUTION_CAPTION, _distributions(scores, metrics["held_out"]["judges"])),
+        ("Error by length of the prompt", _LENGTH_CAPTION, _error_by_length(scores)),
+    ]
+    clips = scores.where((scores.evaluation_type == "clip") & np.isfinite(scores.clip_number))
+    if len(clips):
+        made.append(("Score by number of the clip", _CLIP_CAPTION, _score_by_clip(clips)))
+    return made
+
+
+def _drawn(width: float, height: float, draw: Any, name: str) -> str:
+    """Make a figure, let `draw` fill it, and return its SVG element."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # The salt keeps ids of one picture apart from another's in the same page. Names may be in any script: what the
+    # font here lacks the reader's browser has, for texts stay texts.
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        written = io.StringIO()
+        figure.savefig(written, format="svg", dpi=200, bbox_inches="tight", pad_inches=0.08, metadata={"Date": None})
+    svg = written.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _kinds(scores: Scores) -> list[str]:
+    return list(dict.fromkeys(scores.evaluation_type))
+
+
+# --- predicted against reference --------------------------------------------------------------------------------------
+
+_HEXBIN_CAPTION = (
+    "Each hexagon counts scores: darker is more. On the line the judge says what the mean judge said; above it the "
+    "judge is too kind."
+)
+
+
+def _predicted_against_reference(scores: Scores) -> str:
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    kinds = _kinds(scores)
+    visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest vanish on paper
+
+    columns = min(len(kinds), _HEXBINS_A_ROW)
+    rows = -(-len(kinds) // columns)
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for spare in grid.flat[len(kinds) :]:
+            spare.set_visible(False)
+        for place, (axis, kind) in enumerate(zip(grid.flat, kinds, strict=False), start=1):
+            some = scores.where(scores.evaluation_type == kind)
+            cells = axis.hexbin(
+                some.reference, some.predicted, gridsize=16, extent=(0, 1, 0, 1), mincnt=1, cmap=visible, linewidths=0.1
+            )
+            axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
+            axis.set(
+                xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xlabel="mean judge", title=_short(kind, 30)
+            )
+            label = "scores" if place % columns == 0 or place == len(kinds) else ""
+            figure.colorbar(cells, ax=axis, shrink=0.6, label=label, ticks=MaxNLocator(4, integer=True))
+        for axis in grid[:, 0]:
+            axis.set_ylabel("this judge")
+
+    return _drawn(3.1 * columns + 0.4, 3.0 * rows, draw, "hexbin")
+
+
+# --- forest -----------------------------------------------------------------------------------------------------------
+
+_FOREST_CAPTION = (
+    "Spearman correlation with the mean judge, with 95 % interval over tasks. Diamonds: two judges with each other. "
+    "Bars: the highest that noise in the judges' scores allows. Crosses: copying a score that stands in the prompt. "
+    "Below the diamond there is something left to learn; at the cross nothing was learnt but copying."
+)
+
+
+def _forest(groups: Sequence[Group]) -> str:
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        for row, group in enumerate(groups):
+            _forest_row(axis, -row, group)
+        axis.axvline(0, color=GREY, linewidth=0.8)
+        axis.set_yticks([-row for row in range(len(groups))], [_short(group_name(group)) for group in groups])
+        axis.set(xlabel="Spearman correlation", ylim=(-len(groups) + 0.4, 0.6))
+        axis.set_xlim(min(-0.05, axis.get_xlim()[0]), 1.03)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        _legend_outside(axis)
+
+    return _drawn(7.6, 1.3 + 0.3 * len(groups), draw, "forest")
+
+
+def _forest_row(axis: Any, y: float, group: Group) -> None:
+    judge = group["judge"][ORDER]
+    if judge["value"] is None:
+        axis.text(0.01, y, _short(judge["reason"]), va="center", color=GREY, fontsize=8)
+    else:
+        if judge["low"] is not None:
+            axis.plot([judge["low"], judge["high"]], [y, y], color=BLUE, linewidth=2.2, solid_capstyle="butt")
+        axis.plot(judge["value"], y, "o", color=BLUE, markersize=6, label="this judge")
+    other, bound = judges_agreement(group), group["ceiling"]["bounds"][ORDER]["mean_judge"]["value"]
+    if other and other["value"] is not None:
+        axis.plot(other["value"], y, "D", color=ORANGE, fillstyle="none", markersize=6, label="two judges")
+    if bound is not None:
+        axis.plot([bound, bound], [y - 0.3, y + 0.3], color="black", linewidth=1.6, label="bound by noise")
+    copying = group["baselines"].get("copy")
+    if copying and copying["copy"][ORDER]["value"] is not None:
+        axis.plot(copying["copy"][ORDER]["value"], y, "x", color=GREY, markersize=6, label="copying")
+
+
+def _legend_outside(axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    if unique:
+        axis.legend(unique.values(), unique.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+_CALIBRATION_CAPTION = (
+    "Left: scores in groups of equal size by the judge's score, and what the mean judge said of each group. On the "
+    "line, the judge's 0.7 means 0.7. Right, where the judge knows probabilities: of the steps that it calls bad with "
+    "this probability, how many are."
+)
+
+
+def _calibration(scores: Scores) -> str:
+    with_probability = bool(np.isfinite(scores.below).all()) and len(scores) > 0
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 2 if with_probability else 1, squeeze=False)[0]
+        for number, kind in enumerate(_kinds(scores)):
+            some = scores.where(scores.evaluation_type == kind)
+            _binned_line(axes[0], some.predicted, some.reference, number, _in_legend(kind))
+        axes[0].set(xlabel="this judge", ylabel="mean judge")
+        if with_probability:
+            for column, limit in enumerate(BAD_BELOW):
+                bad = (scores.reference < limit - SAME_SCORE).astype(np.float64)
+                _binned_line(axes[1], scores.below[:, column], bad, column, f"bad: below {limit}")
+            axes[1].set(xlabel="probability of a bad step", ylabel="share of bad steps")
+        for axis in axes:
+            axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
+            axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+            axis.legend(loc="upper left")
+
+    return _drawn(7.2 if with_probability else 3.8, 3.6, draw, "calibration")
+
+
+def _binned_line(axis: Any, said: Floats, true: Floats, number: int, label: str) -> None:
+    bins = _equal_bins(said, 10)
+    axis.plot(
+        [said[chosen].mean() for chosen in bins],
+        [true[chosen].mean() for chosen in bins],
+        marker=_MARKERS[number % len(_MARKERS)],
+        linestyle=_LINES[number % len(_LINES)],
+        color=_COLOURS[number % len(_COLOURS)],
+        label=label,
+    )
+
+
+def _equal_bins(values: Floats, most: int) -> list[Any]:
+    """Positions of the values in groups of equal size, in order of the values; groups of one value melt together."""
+    count = max(1, min(most, len(values) // _FEWEST_IN_BIN))
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)))
+    if len(edges) == 1:
+        return [np.arange(len(values))]
+    places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    return [np.flatnonzero(places == place) for place in range(len(edges) - 1) if (places == place).any()]
+
+
+# --- distributions ----------------------------------------------------------------------------------------------------
+
+_DISTRIBUTION_CAPTION = (
+    "How often each score is given, in steps of 0.05; dotted: the mean. A judge that has learnt to be careful crowds "
+    "the middle, one that has learnt a constant shows one peak."
+)
+
+
+def _distributions(scores: Scores, judges: Sequence[str]) -> str:
+    rows = [("this judge", scores.predicted, BLUE), ("mean judge", scores.reference, ORANGE)]
+    for column, judge in enumerate(judges):
+        alone = scores.references[:, column]
+        rows.append((judge, alone[np.isfinite(alone)], GREY))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+        for axis, (name, values, colour) in zip(axes, rows, strict=True):
+            weights = np.full(len(values), 1 / max(len(values), 1))
+            axis.hist(values, bins=np.arange(-0.025, 1.05, 0.05), weights=weights, color=colour, edgecolor="white")
+            axis.axvline(float(np.mean(values)), color="black", linewidth=1, linestyle=":")
+            axis.set_title(f"{_short(name)}: mean {np.mean(values):.2f}, standard deviation {np.std(values):.2f}")
+            axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes[-1].set(xlabel="score", xlim=(-0.03, 1.03))
+
+    return _drawn(6.4, 0.6 + 1.15 * len(rows), draw, "distribution")
+
+
+def _short(name: str, most: int = 50) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _in_legend(name: str) -> str:
+    # What begins with an underscore is left out of a legend, so a blank stands before it.
+    return f" {_short(name)}" if name.startswith("_") else _short(name)
+
+
+# --- error by length, score by clip -----------------------------------------------------------------------------------
+
+_LENGTH_CAPTION = (
+    "Each dot is a score; the line is the mean error in groups of equal size. A line that rises says that long prompts "
+    "are judged worse, often because they were cut."
+)
+
+
+def _error_by_length(scores: Scores) -> str:
+    errors = np.abs(scores.predicted - scores.reference)
+    bins = _equal_bins(scores.prompt_tokens, 8)
+    means = [(np.median(scores.prompt_tokens[chosen]), errors[chosen].mean()) for chosen in bins]
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.scatter(scores.prompt_tokens, errors, s=6, color=BLUE, alpha=0.25, linewidths=0, rasterized=True)
+        axis.plot(*zip(*means, strict=True), color="black", marker="o", label="mean")
+        axis.set(xlabel="prompt, in tokens", ylabel="|this judge - mean judge|", ylim=(-0.02, None))
+        axis.legend(loc="upper right")
+
+    return _drawn(6.4, 3.0, draw, "length")
+
+
+_CLIP_CAPTION = (
+    "Mean score of the first clip, the second, and so on; n under each. Lines that part say that the judge treats "
+    "early or late steps differently from the judges."
+)
+
+
+def _score_by_clip(clips: Scores) -> str:
+    numbers = np.unique(clips.clip_number)
+    chosen = [clips.where(clips.clip_number == number) for number in numbers]
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        for name, colour, marker, line, means, errors in (
+            ("mean judge", ORANGE, "D", "--", *_means([each.reference for each in chosen])),
+            ("this judge", BLUE, "o", "-", *_means([each.predicted for each in chosen])),
+        ):
+            axis.errorbar(numbers, means, errors, color=colour, marker=marker, linestyle=line, capsize=2, label=name)
+        labels = [f"{number:.0f}\nn={len(each)}" for number, each in zip(numbers, chosen, strict=True)]
+        every = max(1, len(numbers) // 12)
+        axis.set_xticks(numbers[::every], labels[::every])
+        axis.set(xlabel="clip", ylabel="mean score, ± 1.96 standard errors", ylim=(-0.03, 1.03))
+        axis.legend(loc="lower right")
+
+    return _drawn(6.4, 3.0, draw, "clip")
+
+
+def _means(values: Sequence[Floats]) -> tuple[list[float], list[float]]:
+    errors = [1.96 * float(np.std(each, ddof=1)) / len(each) ** 0.5 if len(each) > 1 else 0.0 for each in values]
+    return [float(each.mean()) for each in values], errors

@@ -1,0 +1,1 @@
+"""The judge: a model that scores prompts. It knows nothing about files of rows."""

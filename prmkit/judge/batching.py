@@ -1,0 +1,119 @@
+"""What both backends share: prompts prepared as in training, equal ones scored once, order kept, verdicts read."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+
+from prmkit.judge.score_trie import answer_ids, believable, label_beginning
+from prmkit.judge.types import Distribution, Judgement, Request
+from prmkit.prompts.encoding import ChatEncoding
+from prmkit.prompts.special_tokens import neutralise, restore
+from prmkit.prompts.truncation import trim_prompt
+from prmkit.verdict import Shape, Unreadable, read_verdict
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt that is ready for the model."""
+
+    ids: list[int]
+    """Token ids up to where the answer begins, as training had them."""
+    shape: Shape
+    trimmed: bool
+
+
+def preparing(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callable[[Request], Prepared | Judgement]:
+    """How prompts become ready for the model: neutralised, trimmed where needed, encoded; or why one cannot be judged.
+
+    Both modes leave the same room for the answer, the scores and what stands before them, so both see the same prompt.
+    """
+
+    @lru_cache(maxsize=1024)
+    def room_beside(shape: Shape) -> int:
+        return cutoff_len - len(answer_ids(encoding, label_beginning(shape, dict.fromkeys(shape.keys, 0.0))))
+
+    def prepare(request: Request) -> Prepared | Judgement:
+        if fault := _fault(request):
+            return Judgement("error", reason=fault)
+        prompt, _ = neutralise(request.prompt)
+        ids, room = encoding.prompt_ids(prompt), room_beside(request.shape)
+        if len(ids) <= room:
+            return Prepared(ids, request.shape, trimmed=False)
+        trimmed = trim_prompt(prompt, encoding, room) if trim else None
+        if trimmed is None:
+            reason = f"{len(ids):,} tokens, and there is room for {max(room, 0):,} of cutoff_len {cutoff_len:,}"
+            return Judgement("too_long", reason=reason, prompt_tokens=len(ids))
+        return Prepared(encoding.prompt_ids(trimmed.text), request.shape, trimmed=True)
+
+    return prepare
+
+
+def _fault(request: Request) -> str | None:
+    if not request.prompt.strip():
+        return "the prompt is empty"
+    if not request.shape.keys:
+        return "no score key is asked for"
+    try:
+        request.prompt.encode()
+    except UnicodeEncodeError as error:
+        return f"the prompt is no Unicode text ({error.reason})"
+    return None
+
+
+def judgements_in_order(
+    requests: Iterable[Request],
+    prepare_one: Callable[[Request], Prepared | Judgement],
+    judge_all: Callable[[Sequence[Prepared]], Sequence[Judgement]],
+    window: int,
+) -> Iterator[Judgement]:
+    """Judge a stream, one window at a time; equal requests are judged once, wherever they stand.
+
+    Args:
+        requests: any number.
+        prepare_one: makes a request ready, or judges at once that it cannot be.
+        judge_all: judges what is ready, in any order it likes, and returns it in the order given.
+        window: how many requests are read ahead.
+
+    Yields:
+        One judgement a request, in their order.
+    """
+    known: dict[bytes, Judgement] = {}
+    requests = iter(requests)
+    while group := list(islice(requests, window)):
+        keys = list(map(digest, group))
+        new = {key: request for key, request in zip(keys, group, strict=True) if key not in known}
+        ready: dict[bytes, Prepared] = {}
+        for key, request in new.items():
+            prepared = prepare_one(request)
+            if isinstance(prepared, Prepared):
+                ready[key] = prepared
+            else:
+                known[key] = prepared
+        for (key, prepared), judgement in zip(ready.items(), judge_all(list(ready.values())), strict=True):
+            known[key] = replace(believable(judgement), prompt_tokens=len(prepared.ids), trimmed=prepared.trimmed)
+        yield from (known[key] for key in keys)
+
+
+def digest(request: Request) -> bytes:
+    """What tells a request from every other one: of its prompt and of the scores that it asks for."""
+    text = "\0".join([str(request.shape.nested), *request.shape.keys, request.prompt])
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def read_written(text: str, shape: Shape) -> Judgement:
+    """Read a verdict that the model wrote; one without all the scores that were asked for is unparsed."""
+    text = restore(text, answer=True)  # as labels were written from: a key in them may have had its marker marked
+    verdict = read_verdict(text, shape)
+    if isinstance(verdict, Unreadable):
+        return Judgement("unparsed", reason=verdict.reason, text=text)
+    missing = [key for key in shape.keys if key not in verdict.scores]
+    if missing:
+        return Judgement("unparsed", reason=f"no {', '.join(missing)}", text=text)
+    scores = {key: _point(verdict.scores[key]) for key in shape.keys}
+    return Judgement("ok", scores, text=text, repaired=bool(verdict.repairs))
+
+
+def _point(score: float) -> Distribution:
+    return Distribution(mean=score, median=score, mode=score, std=None, label_mass=None)

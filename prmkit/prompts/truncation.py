@@ -1,0 +1,119 @@
+"""Prompts that outgrow the context are shortened in the middle, the way a person would shorten them.
+
+LLaMA Factory cuts an over-long prompt from the right: the output schema and the assistant's header go first, in
+silence. `trim_prompt` takes the middle of the clip's content instead. What the judge is asked, and of what, stays:
+the task description, the schema and the guidelines, the beginning and the end of the content. Training and scoring
+shorten with this one function, so a judge meets shortened prompts in the form that it was trained on.
+"""
+
+import re
+from dataclasses import dataclass
+
+from prmkit.prompts.encoding import ChatEncoding
+
+_KEPT_AT_EACH_END = (200, 40)
+"""Characters of a part that stay at its beginning and at its end; fewer only where there is no room for more."""
+_LONGEST_QUESTION = 4_000
+"""Characters. What stands before the schema is held to be the question only up to here; beyond, it is content."""
+
+_CLIP = re.compile(r"^(?:Current|Final) Clip\b[^\n]*\n(?:[^\n]*\n){0,4}?Content:[ \t]*\n", re.MULTILINE)
+_TASK = re.compile(r"Task Description:.*?\n[ \t]*\n(?=[A-Z][^\n:]{2,80}:)", re.DOTALL)
+_SCHEMA = re.compile(r'\{\s*"(?:scores"\s*:\s*\{|\w*score"\s*:)')
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
+# How paragraphs begin that belong to the question and not to the trajectory.
+_ASKING = re.compile(
+    r"\s*(?:Please|Rate|Evaluate|Judge|Assess|Score|Provide|Answer|Respond|Return|Output|Use|Give"
+    r"|Ground Truth|Model (?:Output|Final))\b"
+)
+
+
+@dataclass(frozen=True)
+class TrimmedPrompt:
+    """A prompt that fits."""
+
+    text: str
+    tokens: int
+    """How many token ids the prompt takes, the template's own included."""
+    characters_left_out: int
+    """0 for a prompt that fitted as it was."""
+
+
+def trim_prompt(prompt: str, encoding: ChatEncoding, room: int) -> TrimmedPrompt | None:
+    """Leave out as little of the prompt's middle as makes it fit.
+
+    Args:
+        prompt: as it stands in a training file, that is, neutralised.
+        encoding: counts the tokens.
+        room: how many token ids the prompt may take.
+
+    Returns:
+        The prompt with a mark where characters were left out, or None when it cannot fit: what must stay is too long.
+    """
+    tokens = len(encoding.prompt_ids(prompt))
+    if tokens <= room:
+        return TrimmedPrompt(prompt, tokens, 0)
+    parts = _parts_that_may_go(prompt)
+    for kept in _KEPT_AT_EACH_END:
+        inner = [part[kept:-kept] for part in parts]
+        shortest = _without(prompt, inner, sum(map(len, inner)), encoding)
+        if shortest.tokens <= room:
+            return _longest_that_fits(prompt, inner, tokens, shortest, encoding, room)
+    return None
+
+
+def _longest_that_fits(
+    prompt: str, parts: list[range], tokens: int, shortest: TrimmedPrompt, encoding: ChatEncoding, room: int
+) -> TrimmedPrompt:
+    """Search between leaving out nothing, which takes `tokens`, and leaving out all of `parts`, which fits."""
+    # The number of tokens falls almost linearly with the characters left out: interpolate, and halve every other time.
+    too_few, over, best = 0, tokens - room, shortest
+    halve = False
+    while best.tokens < room and best.characters_left_out - too_few > 1:
+        share = 0.5 if halve else over / (over + room - best.tokens)
+        between = too_few + round((best.characters_left_out - too_few) * share)
+        tried = _without(prompt, parts, min(max(between, too_few + 1), best.characters_left_out - 1), encoding)
+        if tried.tokens <= room:
+            best = tried
+        else:
+            too_few, over = tried.characters_left_out, tried.tokens - room
+        halve = not halve
+    return best
+
+
+def _parts_that_may_go(prompt: str) -> list[range]:
+    """The parts to shorten, the first one first; they do not overlap."""
+    end = _start_of_question(prompt)
+    task = _TASK.search(prompt, 0, end)
+    if task:
+        start = task.end()
+    else:
+        first = _BLANK_LINE.search(prompt, len(prompt) - len(prompt.lstrip()), min(end, _LONGEST_QUESTION))
+        start = first.end() if first else 0
+    if clip := _CLIP.search(prompt, max(start - 1, 0), end):
+        return [range(clip.end(), end), range(start, clip.start())]
+    return [range(start, end)]
+
+
+def _start_of_question(prompt: str) -> int:
+    """Where the paragraphs begin that ask for the verdict: those before the last schema, or before the prompt's end."""
+    schemas = list(_SCHEMA.finditer(prompt))
+    end = schemas[-1].start() if schemas else len(prompt)
+    breaks = [match.end() for match in _BLANK_LINE.finditer(prompt, 0, end)]
+    start = breaks.pop() if breaks and end - breaks[-1] <= _LONGEST_QUESTION else end
+    while breaks and end - breaks[-1] <= _LONGEST_QUESTION and _ASKING.match(prompt, breaks[-1]):
+        start = breaks.pop()
+    return start
+
+
+def _without(prompt: str, parts: list[range], left_out: int, encoding: ChatEncoding) -> TrimmedPrompt:
+    """Leave out so many characters, of the first part as many as there are; each time from the middle."""
+    text, still = prompt, left_out
+    for part in parts:
+        here = min(still, len(part))
+        if here:
+            start = part.start + (len(part) - here) // 2
+            mark = f" [... {here:,} characters left out here ...] "
+            # Parts stand in the order of their going, which is from the back to the front: offsets stay right.
+            text = text[:start] + mark + text[start + here :]
+        still -= here
+    return TrimmedPrompt(text, len(encoding.prompt_ids(text)), left_out)

@@ -1,0 +1,1 @@
+"""Scoring: rows in, one line of scores out for each."""

@@ -1,0 +1,61 @@
+"""Baselines and ceiling: what stands beside the judge is measured on the same scores as the judge."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+from synthetic import MEDIANS, copier, noisy, predictions_of, write_data_folder
+
+from prmkit.evaluation.baselines import against_each, baselines, ceiling, shared
+from prmkit.evaluation.heldout import HeldOut, read_held_out
+from prmkit.evaluation.predictions import Scores, table_of_scores
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
+    return read_held_out(write_data_folder(tmp_path_factory.mktemp("data"), tasks=15), "reward_model_full_eval")
+
+
+def clips(held_out: HeldOut, rows: list[dict]) -> Scores:
+    scores = table_of_scores(rows, held_out.judges, MEDIANS)
+    return scores.where(scores.key == "reasonableness_score")
+
+
+def test_shared_scores_are_put_side_by_side_whatever_their_order(held_out):
+    rows = predictions_of(held_out, noisy(0.1))
+    mine, theirs = clips(held_out, rows), clips(held_out, rows[::-1][:40])
+    one, other = shared(mine, theirs)
+    assert len(one) == len(theirs) < len(mine)
+    assert list(one.prompt) == list(other.prompt)
+    assert np.array_equal(one.predicted, other.predicted)
+
+
+def test_a_judge_that_is_one_of_the_judges_agrees_with_itself(held_out):
+    scores = clips(held_out, predictions_of(held_out, noisy(0.1)))
+    both = scores.where(np.flatnonzero(np.isfinite(scores.references).all(axis=1)))
+    twin = both.predicting(both.references[:, 0])
+    against = against_each(twin, held_out.judges)
+    rho = stats.spearmanr(both.references[:, 0], both.references[:, 1]).statistic
+    assert against[held_out.judges[0]]["spearman"].value == pytest.approx(1.0)
+    assert against[held_out.judges[0]]["mae"].value == 0.0
+    assert ceiling(twin, held_out.judges)["gap"].value == pytest.approx((1 + rho) / 2 - rho)
+
+
+def test_one_judge_alone_has_no_ceiling_and_says_so(held_out):
+    scores = clips(held_out, predictions_of(held_out, noisy(0.1)))
+    alone = replace(scores, references=scores.references[:, :1])
+    found = ceiling(alone, held_out.judges[:1])
+    assert found["pairs"] == []
+    assert found["gap"].value is None and found["gap"].reason
+    assert found["bounds"]["pearson"]["mean_judge"].reason == "no prompt has two judges"
+
+
+def test_copying_is_measured_only_where_there_is_something_to_copy(held_out):
+    rows = predictions_of(held_out, copier())
+    scores = table_of_scores(rows, held_out.judges, MEDIANS)
+    leaked = sum(len(row["scores"].keys() & row["reference"].keys()) for row in rows if row["leaked_score"] is not None)
+    copying = baselines(scores, None)["copy"]
+    assert copying["copy"]["mae"].n == copying["judge"]["mae"].n == leaked < len(scores)
+    masked = [row | {"leaked_score": None, "leaked_last": None} for row in rows]
+    assert "copy" not in baselines(table_of_scores(masked, held_out.judges, MEDIANS), None)

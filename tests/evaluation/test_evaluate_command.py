@@ -1,0 +1,123 @@
+"""evaluate_judge.py on a whole run: its own held-out rows, its base model, its export."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import write_data_folder
+
+from prmkit.errors import DataError, ExitCode, GateError, UsageError
+from prmkit.evaluation import command
+from prmkit.evaluation.command import evaluate_run, execute, prove_export
+from prmkit.files import write_json
+
+parser = importlib.import_module("evaluate_judge")._parser
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> Path:
+    """What train.py leaves, as far as a judge looks at it: an adapter and run.json."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("saves") / "a_run"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        base = AutoModelForCausalLM.from_pretrained(model_folders["qwen"])
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(base, lora).save_pretrained(folder)
+    data = write_data_folder(tmp_path_factory.mktemp("data"), tasks=3, name="reward_model_clip_eval")
+    config = {
+        "model_name_or_path": str(model_folders["qwen"]),
+        "template": "qwen",
+        "cutoff_len": 2048,
+        "dataset_dir": str(data),
+        "eval_dataset": "reward_model_clip_eval",
+    }
+    write_json(folder / "run.json", {"config": config})
+    return folder
+
+
+def evaluate_judge(*arguments: object) -> ExitCode:
+    return execute(parser().parse_args(list(map(str, arguments))))
+
+
+def test_a_run_is_measured_on_its_own_rows_beside_its_base_model(run, capsys):
+    assert evaluate_judge("--run", run, "--baseline") == ExitCode.DONE
+    folder = run / "evaluation"
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["held_out"]["dataset"] == "reward_model_clip_eval"
+    base = metrics["groups"][0]["baselines"]["base_model"]
+    assert base["base"]["mae"]["n"] == metrics["groups"][0]["scores"]
+    assert base["base"]["mae"]["value"] != metrics["groups"][0]["judge"]["mae"]["value"]
+    one, other = ((folder / name).read_text() for name in ("predictions.jsonl", "predictions_base.jsonl"))
+    assert one.count("\n") == other.count("\n") == metrics["held_out"]["prompts"]
+
+
+def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys, caplog):
+    evaluate_judge("--run", run)
+    before = (run / "evaluation" / "predictions.jsonl").read_bytes()
+    capsys.readouterr()
+    with caplog.at_level("INFO"):
+        evaluate_run(run)
+    assert "prompts are scored already" in caplog.text
+    assert (run / "evaluation" / "predictions.jsonl").read_bytes() == before
+    assert "everything" in capsys.readouterr().out
+
+
+def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(run, tmp_path):
+    # A random model writes no verdict: nothing is scored, and nothing is called zero.
+    with pytest.raises(DataError, match=r"none of 4 prompts got a score"):
+        evaluate_judge("--run", run, "--output", tmp_path, "--mode", "generate", "--max-new-tokens", 8, "--limit", 4)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert {row["status"] for row in rows} == {"unparsed"}
+    assert all(row["text"] is not None and row["scores"] == {} for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--parity", "2", "--min-spearman", "0.5", "--compare", "saves/a"), "leave out --min-spearman, --compare"),
+        (("--parity", "--limit", "5", "--mode", "generate"), "leave out --limit, --mode generate"),
+        (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: only --parity"),
+    ],
+)
+def test_what_parity_and_measuring_do_not_share_is_not_ignored(run, arguments, told):
+    with pytest.raises(UsageError, match=told):
+        evaluate_judge("--run", run, *arguments)
+
+
+def test_a_comparison_under_a_limit_is_of_the_prompts_under_it(run, tmp_path, capsys):
+    evaluate_judge("--run", run)
+    capsys.readouterr()
+    assert evaluate_judge("--run", run, "--compare", run, "--limit", 9, "--json") == ExitCode.DONE
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["comparison"]["groups"][0]["scores"] == printed["groups"][0]["scores"]
+
+
+def test_the_export_of_a_model_with_code_of_its_own_may_run_it_where_the_run_may(
+    run, model_folders, tmp_path, monkeypatch
+):
+    trusting = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "run.json").read_text())["config"]
+    write_json(trusting / "run.json", {"config": config | {"trust_remote_code": True}})
+    exported = shutil.copytree(model_folders["qwen"], tmp_path / "exported_model")
+    write_json(exported / "prmkit.json", {"template": "qwen", "cutoff_len": 2048})
+    asked = []
+    monkeypatch.setattr(command, "check_parity", lambda one, other, *_, **__: asked.append((one, other)))
+    evaluate_judge("--run", trusting, "--parity", 1, "--exported", exported)
+    prove_export(trusting, exported)
+    prove_export(run, exported)
+    assert [one.trust_remote_code for one, _ in asked] == [True, True, False]
+    assert [other.trust_remote_code for _, other in asked] == [True, True, False]
+
+
+def test_an_export_of_another_model_fails_the_parity_gate(run, model_folders, tmp_path):
+    exported = shutil.copytree(model_folders["qwen"], tmp_path / "exported_model")
+    write_json(exported / "prmkit.json", {"template": "qwen", "cutoff_len": 2048})
+    with pytest.raises(GateError, match="judges otherwise"):
+        evaluate_judge("--run", run, "--parity", 2, "--exported", exported, "--tolerance", "1e-6")

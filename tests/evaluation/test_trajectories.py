@@ -1,0 +1,49 @@
+"""Which tasks make a whole trajectory, and what one is summed up by."""
+
+import pytest
+
+from prmkit.evaluation.trajectories import trajectories_of
+from prmkit.judge.types import AGGREGATES, first_below
+
+
+def clip(number: object, score: float = 0.7, task: str = "a") -> dict:
+    return {
+        "task_id": task,
+        "evaluation_type": "clip",
+        "clip_number": number,
+        "prompt_sha256": f"{task}{number}",
+        "scores": {"score": {"mean": score}},
+        "reference": {"score": 0.6},
+    }
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3], [0, 1], [3, 2, 1], [1], [1.0, "2", 3], ["9", "10", "11"]])
+def test_clips_that_follow_each_other_are_a_whole_trajectory(numbers):
+    (whole,), left_out = trajectories_of([clip(number) for number in numbers])
+    assert len(whole.predicted) == len(numbers)
+    assert left_out == {}
+
+
+@pytest.mark.parametrize("numbers", [[1, 3], [1, 2, 4], ["1", 3.0]])
+def test_a_task_without_a_clip_in_the_middle_is_not_whole(numbers):
+    assert trajectories_of([clip(number) for number in numbers]) == ([], {"a clip is missing": 1})
+
+
+def test_a_task_that_was_not_asked_to_its_end_is_not_whole():
+    rows = [clip(1), clip(2), clip(1, task="b")]
+    whole, left_out = trajectories_of(rows, cut={"a"})
+    assert [each.task for each in whole] == ["b"]
+    assert left_out == {"a clip is missing": 1}
+
+
+def test_clips_are_put_in_the_order_of_their_numbers():
+    ((whole,), _) = trajectories_of([clip("10", 0.1), clip(9.0, 0.9)])
+    assert whole.predicted.tolist() == [0.9, 0.1]
+
+
+def test_the_aggregates_and_the_first_bad_step_by_hand():
+    steps = [0.9, 0.5, 0.8]
+    found = {name: aggregate(steps) for name, aggregate in AGGREGATES.items()}
+    assert found == pytest.approx({"min": 0.5, "product": 0.36, "mean": 2.2 / 3, "last": 0.8})
+    assert first_below(steps, 0.8) == 1
+    assert first_below([0.7999999999999999, 0.8], 0.8) is None

@@ -1,0 +1,293 @@
+"""Scores over HTTP: the same as those of the loaded model, whatever the server shows and however it fails."""
+
+import gzip
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+from families import FLAT, prompt, prompts
+
+from prmkit.errors import DataError, UsageError
+from prmkit.http_client import Endpoint, pause_asked_for
+from prmkit.judge.openai_judge import CompletionsJudge
+from prmkit.judge.transformers_judge import Judge
+from prmkit.judge.types import Judgement, Request
+from prmkit.verdict import asked_shape
+
+REQUESTS = [Request(text, asked_shape(text)) for text in prompts()[:4]]
+FLAT_ONE, NESTED_ONE = REQUESTS[:2]
+
+
+def remote(server: str, judge: Judge, *, family: str = "qwen", flavour: str = "vllm", **changes) -> CompletionsJudge:
+    endpoint = replace(Endpoint(f"{server}/{family}/{flavour}/v1", "tiny", attempts=3), **changes)
+    return CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
+
+
+def assert_same(got: list[Judgement], expected: list[Judgement], *, within: float = 1e-4) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert one.status == other.status
+        assert one.prompt_tokens == other.prompt_tokens
+        assert list(one.scores) == list(other.scores)
+        for key, distribution in other.scores.items():
+            assert one.scores[key].mean == pytest.approx(distribution.mean, abs=within)
+            assert one.scores[key].std == pytest.approx(distribution.std, abs=2 * within)
+            assert one.scores[key].mode == distribution.mode
+            assert one.scores[key].label_mass == pytest.approx(distribution.label_mass, rel=2 * within, abs=0)
+
+
+@pytest.fixture
+def untroubled(server: str) -> Iterator[str]:
+    yield server
+    httpx.post(f"{server}/trouble", json={"times": 0})
+
+
+def test_scores_are_those_of_the_loaded_model(server: str, judges: dict[str, Judge]) -> None:
+    judge = judges["qwen"]
+    assert_same(list(remote(server, judge).score(REQUESTS[:2])), list(judge.score(REQUESTS[:2])))
+
+
+def test_few_logprobs_give_the_same_scores(server: str, judges: dict[str, Judge]) -> None:
+    """What the server does not show is asked for by echoing it, down to any share."""
+    judge = judges["qwen"]
+    exact = remote(server, judge, top_logprobs=3, unknown_share=1e-7)
+    assert_same(list(exact.score([FLAT_ONE])), list(judge.score([FLAT_ONE])), within=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama3", "mistral"])
+def test_tokens_named_by_their_texts_give_the_same_scores(server: str, judges: dict[str, Judge], family: str) -> None:
+    """Also where several tokens share one text, as `0` and ` 0` do in SentencePiece."""
+    judge = judges[family]
+    named = remote(server, judge, family=family, flavour="sglang")
+    assert_same(list(named.score([FLAT_ONE])), list(judge.score([FLAT_ONE])))
+
+
+def test_written_verdicts_are_those_of_the_loaded_model(server: str, judges: dict[str, Judge]) -> None:
+    judge = judges["qwen"]
+    asked = {"mode": "generate", "max_new_tokens": 32}
+    assert list(remote(server, judge).score(REQUESTS[:2], **asked)) == list(judge.score(REQUESTS[:2], **asked))
+
+
+QUICK = {"mode": "generate", "max_new_tokens": 2}
+
+
+def test_passing_trouble_is_waited_out(untroubled: str, judges: dict[str, Judge]) -> None:
+    for status in (503, 429):
+        httpx.post(f"{untroubled}/trouble", json={"status": status, "times": 2})
+        (judged,) = remote(untroubled, judges["qwen"]).score([FLAT_ONE], **QUICK)
+        assert judged.status == "unparsed", "it was answered in the end, with two tokens"
+
+
+@pytest.mark.parametrize("mode", ["generate", "expected"])
+def test_lasting_trouble_fails_the_row_and_not_the_others(untroubled: str, judges: dict[str, Judge], mode: str) -> None:
+    httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3})
+    judge = remote(untroubled, judges["qwen"], concurrency=1)
+    judged = list(judge.score([FLAT_ONE, REQUESTS[2]], batch_size=1, mode=mode, max_new_tokens=2))
+    assert [judgement.status for judgement in judged] == ["failed", "unparsed" if mode == "generate" else "ok"]
+    assert judged[0].reason.startswith("the server failed 3 times, at last with: 500")
+
+
+def test_a_prompt_that_the_server_refuses_fails_alone(server: str, judges: dict[str, Judge]) -> None:
+    long = prompt("again and " * 200, FLAT)
+    judged = list(remote(server, judges["qwen"]).score([Request(long, asked_shape(long)), FLAT_ONE], **QUICK))
+    assert [judgement.status for judgement in judged] == ["failed", "unparsed"]
+    assert "the server answers 400" in judged[0].reason
+    assert "context" in judged[0].reason
+
+
+def test_no_more_requests_at_once_than_allowed(server: str, judges: dict[str, Judge]) -> None:
+    httpx.post(f"{server}/trouble", json={"most_at_once": 0})
+    list(remote(server, judges["qwen"], concurrency=3).score([FLAT_ONE]))
+    assert httpx.post(f"{server}/trouble", json={}).json()["most_at_once"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"api_key": "wrong"}, DataError, "refuses the API key"),
+        ({"model": "other"}, DataError, "no completions of a model 'other'"),
+        ({"top_logprobs": 101}, UsageError, "--max-logprobs"),
+        ({"base_url": "http://127.0.0.1:9/v1", "attempts": 1}, DataError, "no server answers"),
+    ],
+)
+def test_what_would_fail_every_row_stops_at_once(server: str, judges, changes: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        list(remote(server, judges["qwen"], **changes).score(REQUESTS))
+
+
+def test_servers_without_logprobs_are_told_from_those_that_only_do_not_echo(server: str, judges) -> None:
+    judge = judges["qwen"]
+    wordless = remote(server, judge, flavour="wordless")
+    with pytest.raises(UsageError, match="gives no logprobs"):
+        list(wordless.score(REQUESTS))
+    assert next(wordless.score([FLAT_ONE], **QUICK)).status == "unparsed"
+    (judged,) = remote(server, judge, flavour="echoless", top_logprobs=1).score([FLAT_ONE])
+    assert judged.status == "failed"
+    assert "raise --top-logprobs" in judged.reason
+
+
+# --- answers that are not as they should be ---------------------------------------------------------------------------
+
+Answer = tuple[int, bytes, dict[str, str]]
+
+
+@contextmanager
+def answering(answer: Callable[[int, dict[str, Any]], Answer]) -> Iterator[str]:
+    """The address of a server that answers request number n, from 0, in this way."""
+    asked: list[None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(None)
+            status, content, headers = answer(len(asked) - 1, body)
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(content))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            with suppress(BrokenPipeError):  # the judge may not have waited
+                self.wfile.write(content)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+
+
+def good(body: dict[str, Any]) -> dict[str, Any]:
+    """Every token is as likely as the next one."""
+    shown = {f"token_id:{token}": -6.0 for token in range(body.get("logprobs") or 0)}
+    values = [None, *[-6.0] * len(body["prompt"])] if body.get("echo") else [-6.0]
+    return {"text": '{"reasonableness_score": 0.50}', "logprobs": {"top_logprobs": [shown], "token_logprobs": values}}
+
+
+def answered(choice: object, *, status: int = 200, **headers: str) -> Answer:
+    return status, json.dumps({"choices": [choice]}).encode(), headers
+
+
+def asked_at(url: str, judge: Judge, requests: list[Request], mode: str = "expected", **changes) -> list[Judgement]:
+    endpoint = replace(Endpoint(url, "tiny", attempts=2, concurrency=1), **changes)
+    behind_http = CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
+    return list(behind_http.score(requests, mode=mode, batch_size=1))
+
+
+TOP = "top_logprobs"
+UNFIT = {
+    "top_logprobs are null": lambda body: {"logprobs": {TOP: [None]}},
+    "top_logprobs are empty": lambda body: {"logprobs": {TOP: [{}]}},
+    "top_logprobs are an object": lambda body: {"logprobs": {TOP: {"a": 1}}},
+    "logprobs are a list": lambda body: {"logprobs": [1]},
+    "logprobs are a chat's": lambda body: {"logprobs": {"content": [{"token": "a", "logprob": -1.0}]}},
+    "a logprob is a text": lambda body: {"logprobs": {TOP: [{"token_id:5": "-1.0"}]}},
+    "a logprob is null": lambda body: {"logprobs": {TOP: [{"token_id:5": None}]}},
+    "a token has no id": lambda body: {"logprobs": {TOP: [{"token_id:abc": -1.0}]}},
+    "the choice is a text": lambda body: "0.5",
+    "the choice is null": lambda body: None,
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT.values(), ids=UNFIT)
+def test_an_unfit_answer_stops_the_job_at_first_and_fails_its_row_later(judges, unfit: Callable) -> None:
+    with answering(lambda _, body: answered(unfit(body))) as url, pytest.raises((DataError, UsageError), match=url):
+        asked_at(url, judges["qwen"], [FLAT_ONE])
+
+    with answering(lambda number, body: answered(unfit(body) if number else good(body))) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE])
+    assert judged.status == "failed" and url in judged.reason
+
+
+@pytest.mark.parametrize("choice", [{}, {"text": None}, {"text": 5}])
+def test_a_text_that_is_none_is_not_read(judges, choice: dict) -> None:
+    with answering(lambda _, body: answered(choice)) as url, pytest.raises(DataError, match="its text is"):
+        asked_at(url, judges["qwen"], [FLAT_ONE], mode="generate")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1000.0, float("-inf"), -9999.0])
+def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) -> None:
+    def answer(_: int, body: dict[str, Any]) -> Answer:
+        choice = good(body)
+        choice["logprobs"] = {
+            TOP: [dict.fromkeys(choice["logprobs"][TOP][0], value)],
+            "token_logprobs": [value] * (len(body["prompt"]) + 1),
+        }
+        return answered(choice)
+
+    with answering(answer) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE])
+    assert (judged.status, judged.score) == ("failed", None)
+    assert judged.reason.startswith("the model's probabilities are not numbers; ")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, b"no gzip", {"Content-Encoding": "gzip"}),
+        (200, gzip.compress(b"{}")[:-9], {"Content-Encoding": "gzip", "Content-Length": "500", "Connection": "close"}),
+    ],
+)
+def test_an_answer_that_cannot_be_unpacked_fails_its_row(judges, answer: Answer) -> None:
+    with answering(lambda *_: answer) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], timeout=2.0)
+    assert judged.status == "failed" and judged.reason.startswith("the server failed 2 times")
+
+
+def test_a_refusal_that_only_mentions_logprobs_fails_its_row(judges) -> None:
+    refusal = (400, b'{"error": "prompt too long; you asked 20 logprobs"}', {})
+    with answering(lambda number, body: refusal if number == 1 else answered(good(body))) as url:
+        first, second = asked_at(url, judges["qwen"], [FLAT_ONE, REQUESTS[2]], mode="generate")
+    assert (first.status, second.status) == ("ok", "failed")
+    assert "prompt too long" in second.reason
+    with answering(lambda *_: refusal) as url, pytest.raises(UsageError, match="--top-logprobs"):
+        asked_at(url, judges["qwen"], [FLAT_ONE])
+
+
+def test_a_server_that_hangs_is_not_waited_for_longer_than_asked(judges) -> None:
+    def answer(_: int, body: dict[str, Any]) -> Answer:
+        time.sleep(5)
+        return answered(good(body))
+
+    before = time.monotonic()
+    with answering(answer) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], timeout=0.2)
+        assert time.monotonic() - before < 4
+    assert "ReadTimeout" in judged.reason
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(judges) -> None:
+    times: list[float] = []
+
+    def answer(number: int, body: dict[str, Any]) -> Answer:
+        times.append(time.monotonic())
+        return answered(good(body)) if number else (429, b"slow down", {"Retry-After": "2"})
+
+    with answering(answer) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], mode="generate")
+    assert judged.status == "ok"
+    assert times[1] - times[0] >= 1.9
+
+
+def test_pauses_are_read_as_numbers_and_as_dates_and_have_an_end() -> None:
+    assert pause_asked_for("7") == 7.0
+    assert pause_asked_for("99999") == pause_asked_for(formatdate(time.time() + 9999, usegmt=True)) == 120.0
+    assert 25 < pause_asked_for(formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert {pause_asked_for(header) for header in (None, "", "-5", "soon", "nan", "inf")} == {0.0}
+
+
+def test_a_key_is_never_told(judges) -> None:
+    """httpx repeats a header that it cannot send."""
+    with answering(lambda _, body: answered(good(body))) as url, pytest.raises(DataError) as caught:
+        asked_at(url, judges["qwen"], [FLAT_ONE], api_key="secret\n")
+    assert "secret" not in str(caught.value) and "LocalProtocolError" in str(caught.value)

@@ -1,0 +1,342 @@
+"""Bulk scoring: one line out for every line in, in order, gone on with where it stopped."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from families import FLAT, NESTED, prompt
+
+from prmkit.errors import DataError, UsageError
+from prmkit.judge.transformers_judge import Judge
+from prmkit.judge.types import Distribution, Judgement, lazily
+from prmkit.scoring.rows import ShapeOf, read_rows
+from prmkit.scoring.score import Job, judged, run, trajectories_file
+from prmkit.verdict import Shape
+
+
+def row(number: int, *, schema: str = FLAT, task: str = "one", label: str | None = None) -> dict:
+    turns = [{"from": "human", "value": prompt(f"Step {number} of {task}.", schema)}]
+    if label is not None:
+        turns.append({"from": "gpt", "value": label})
+    return {"conversations": turns, "metadata": {"task_id": task, "evaluation_type": "clip", "clip_number": number}}
+
+
+ROWS = [
+    json.dumps(row(1)),
+    "{broken",
+    json.dumps(row(2, label='{"reasonableness_score": 0.0}')),
+    "",
+    json.dumps({"id": "mine", "prompt": prompt("A step.", NESTED), "note": "kept"}),
+    json.dumps({"id": 7, "prompt": "No schema here."}),
+    json.dumps([1, 2]),
+    json.dumps({"conversations": [{"from": "gpt", "value": "only the judge"}]}),
+    json.dumps(row(1)),
+]
+
+
+@pytest.fixture
+def score(judges: dict[str, Judge]):
+    judge = judges["llama3"]
+    return lambda requests, mode: judge.score(requests, mode=mode, batch_size=2, max_new_tokens=6)
+
+
+def job(source: Path, output: Path | None, **changes) -> Job:
+    settings = {"shape_of": ShapeOf(), "mode": "expected", "summaries": False, "bad_below": None} | changes
+    return Job(input=str(source), output=output, **settings)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "steps.jsonl"
+    path.write_text("\n".join(ROWS) + "\n")
+    return path
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -> None:
+    output = tmp_path / "scores.jsonl"
+    assert run(job(source, output), score, {}) is False
+    results = lines_of(output)
+    assert [result["status"] for result in results] == ["ok", "error", "ok", "ok", "error", "error", "error", "ok"]
+    assert [result["id"] for result in results][3:6] == ["mine", 7, None]
+    assert results[3]["metadata"] == {"note": "kept"}
+    assert results[0] == results[7], "equal prompts have equal scores and ids"
+    assert results[0]["metadata"] == {"task_id": "one", "evaluation_type": "clip", "clip_number": 1}
+    assert list(results[3]["scores"]) == ["relevance", "use_of_tools", "progress"]
+    assert results[3]["score"] == pytest.approx(sum(results[3]["scores"].values()) / 3, abs=1e-6)
+    assert all(0 <= result["label_mass"] <= 1 and result["std"] > 0 for result in results if result["status"] == "ok")
+    reasons = [result["reason"] for result in results]
+    assert reasons[1].startswith("line 2 is not JSON")
+    assert "--keys" in reasons[4]
+    assert reasons[5] == "line 7 is not a JSON object"
+    assert reasons[6] == "line 8 has neither a prompt nor a human turn in conversations"
+
+
+def test_a_judge_that_does_not_want_to_score_is_told(source: Path, tmp_path: Path, score, caplog) -> None:
+    caplog.set_level("INFO")
+    run(job(source, tmp_path / "wild.jsonl"), score, {})
+    assert "8 rows: 4 ok, 4 error" in caplog.text
+    assert "4 of them have a label_mass below 0.5" in caplog.text
+    caplog.clear()
+    sure = scripted({"Step": 0.9, "A step": 0.9})
+    run(job(source, tmp_path / "sure.jsonl"), sure, {})
+    assert "label_mass" not in caplog.text
+
+
+def test_the_judges_turn_is_never_seen(tmp_path: Path, score) -> None:
+    """A label in the row must not change its score."""
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text(
+        "".join(json.dumps(row(1, label=label)) + "\n" for label in (None, '{"reasonableness_score": 0.0}'))
+    )
+    assert run(job(source, output), score, {}) is True
+    bare, labelled = lines_of(output)
+    assert bare == labelled
+
+
+@pytest.mark.parametrize("kept_bytes", [0.0, 0.3, 0.62, 0.999, 1.0])
+def test_a_run_that_was_cut_off_goes_on(source: Path, tmp_path: Path, score, kept_bytes: float) -> None:
+    output = tmp_path / "scores.jsonl"
+    run(job(source, output), score, {"judge": 1})
+    whole = output.read_bytes()
+    output.write_bytes(whole[: int(len(whole) * kept_bytes)])
+    asked = []
+
+    def counting(requests, mode):
+        for judgement in score(requests, mode):
+            asked.append(judgement)
+            yield judgement
+
+    assert run(job(source, output), counting, {"judge": 1}) is False
+    assert lines_of(output) == [json.loads(line) for line in whole.splitlines()]
+    statuses = [json.loads(line)["status"] for line in whole.splitlines()]
+    kept = whole[: int(len(whole) * kept_bytes)].count(b"\n")
+    assert len(asked) == statuses[kept:].count("ok"), "what was scored already was scored again, or something left out"
+
+
+def test_two_jobs_do_not_write_one_output(source: Path, tmp_path: Path, score) -> None:
+    output = tmp_path / "scores.jsonl"
+    refused = []
+
+    def meanwhile(requests, mode):
+        for judgement in score(requests, mode):
+            with pytest.raises(DataError, match="is writing scores"):
+                run(job(source, output), score, {})
+            run(job(source, tmp_path / "others.jsonl"), score, {})
+            refused.append(judgement)
+            yield judgement
+
+    run(job(source, output), meanwhile, {})
+    assert refused
+    assert lines_of(output) == lines_of(tmp_path / "others.jsonl")
+
+
+def test_scores_of_another_input_are_not_gone_on_with(source: Path, tmp_path: Path, score) -> None:
+    output = tmp_path / "scores.jsonl"
+    run(job(source, output), score, {})
+    source.write_text("\n".join(reversed(ROWS)))
+    with pytest.raises(UsageError, match="another --output"):
+        run(job(source, output), score, {})
+
+
+def asking_for(*steps: str) -> list[str]:
+    return [json.dumps({"id": number, "prompt": prompt(step, FLAT)}) for number, step in enumerate(steps)]
+
+
+def test_scores_of_other_prompts_under_the_same_ids_are_not_gone_on_with(tmp_path: Path) -> None:
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text("\n".join(asking_for("Step A.", "Step B.")))
+    run(job(source, output), scripted({"Step A": 0.1, "Step B": 0.2}), {})
+    whole = output.read_bytes()
+    source.write_text("\n".join(asking_for("Step A.", "Step C.")))
+    with pytest.raises(UsageError, match=r"scores\.jsonl:2: holds the scores of 1 for another prompt"):
+        run(job(source, output), scripted({"Step": 0.9}), {})
+    source.write_text("\n".join(asking_for("Step A.", "Step B.")))
+    with pytest.raises(UsageError, match="or other score keys"):
+        run(job(source, output, shape_of=ShapeOf(("correctness_score",))), scripted({"Step": 0.9}), {})
+    assert output.read_bytes() == whole
+    assert lines_of(output)[0]["request_hash"] != lines_of(output)[1]["request_hash"]
+
+
+def test_a_line_that_was_mended_gets_its_score(tmp_path: Path) -> None:
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    whole = asking_for("Step A.", "Step B.", "Step C.")
+    source.write_text("\n".join([whole[0], whole[1][:-1], whole[2]]))
+    assert run(job(source, output), scripted({"Step": 0.1}), {}) is False
+    source.write_text("\n".join(whole))
+    assert run(job(source, output), scripted({"Step A": 0.9, "Step B": 0.2, "Step C": 0.9}), {}) is True
+    assert [result["score"] for result in lines_of(output)] == [0.1, 0.2, 0.1]
+
+
+def failing(*steps: str):
+    """A judge whose server fails for these steps."""
+
+    def score(requests, _mode) -> Iterator[Judgement]:
+        for request in requests:
+            if any(step in request.prompt for step in steps):
+                yield Judgement("failed", reason="the server failed 6 times")
+            else:
+                yield Judgement("ok", {"reasonableness_score": Distribution(0.5, 0.5, 0.5, 0.0, 1.0)})
+
+    return score
+
+
+def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    rows = asking_for(*(f"Step {letter}." for letter in "ABCDE"))
+    source.write_text("\n".join(rows[:4]))
+    assert run(job(source, output), failing("Step B", "Step D"), {}) is False
+    assert [result["status"] for result in lines_of(output)] == ["ok", "failed", "ok", "failed"]
+    source.write_text("\n".join(rows))
+    again = {"Step B": 0.1, "Step D": 0.2, "Step E": None}
+    assert run(job(source, output, bad_below=0.5), scripted(again), {}) is False
+    results = lines_of(output)
+    assert [result["score"] for result in results] == [0.5, 0.1, 0.5, 0.2, None]
+    assert "2 rows are scored already" in caplog.text and "2 rows that failed are asked again" in caplog.text
+    assert run(job(source, output), scripted({}), {}) is False, "a row that is too long was asked for again"
+    assert lines_of(output) == results
+
+
+def test_what_was_asked_again_is_kept_when_the_run_is_stopped(tmp_path: Path) -> None:
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text("\n".join(asking_for("Step A.", "Step B.", "Step C.")))
+    run(job(source, output), failing("Step A", "Step C"), {})
+
+    def stopped(requests, mode):
+        yield from scripted({"Step A": 0.1})([next(iter(requests))], mode)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job(source, output), stopped, {})
+    assert [(result["status"], result["score"]) for result in lines_of(output)] == [
+        ("ok", 0.1), ("ok", 0.5), ("failed", None),
+    ]  # fmt: skip
+
+
+def test_scores_of_another_judge_are_put_aside(source: Path, tmp_path: Path, score) -> None:
+    output = tmp_path / "scores.jsonl"
+    run(job(source, output), score, {"judge": 1})
+    first = output.read_text()
+    run(job(source, output), score, {"judge": 2})
+    assert (tmp_path / "scores.old1.jsonl").read_text() == first
+    assert len(lines_of(output)) == 8
+
+
+def test_no_judge_is_loaded_for_nothing() -> None:
+    def load():
+        raise AssertionError
+
+    (result,) = judged(read_rows([b"{", b"\n"], ShapeOf()), lazily(load), "expected", summaries=False)
+    assert result["status"] == "error"
+
+
+def test_written_verdicts_are_added_when_asked_for_and_kept_when_unreadable(source: Path, tmp_path, score) -> None:
+    rows = lambda: read_rows(source.read_bytes().splitlines(), ShapeOf())  # noqa: E731
+    plain = list(judged(rows(), score, "expected", summaries=False))
+    assert not any("text" in result for result in plain)
+    with_text = list(judged(rows(), score, "expected", summaries=True))
+    assert [result | {"text": 0} for result in with_text if "text" in result] == [
+        result | {"text": 0} for result in plain if result["status"] == "ok"
+    ]
+    written = list(judged(rows(), score, "generate", summaries=False))
+    assert [result["status"] for result in written if "text" in result] == ["unparsed"] * 4
+    assert written[0]["text"] == with_text[0]["text"] != ""
+    assert written[0]["score"] is None, "what cannot be read is no number"
+
+
+@pytest.mark.parametrize(
+    ("shape_of", "text", "evaluation_type", "expected"),
+    [
+        (ShapeOf(), prompt("x", FLAT), "clip", Shape(("reasonableness_score",), nested=False)),
+        (ShapeOf(), prompt("x", NESTED), "final", Shape(("relevance", "use_of_tools", "progress"), nested=True)),
+        (ShapeOf(("progress",)), prompt("x", NESTED), "final", Shape(("progress",), nested=True)),
+        (ShapeOf(("correctness_score",)), "x", "clip", Shape(("correctness_score",), nested=False)),
+        (ShapeOf(known={"final": ["a", "b"]}), "x", "final", Shape(("a", "b"), nested=True)),
+        (ShapeOf(known={"clip": ["a_score"]}), "x", "clip", Shape(("a_score",), nested=False)),
+    ],
+)
+def test_scores_to_ask_for(shape_of: ShapeOf, text: str, evaluation_type: str, expected: Shape) -> None:
+    assert shape_of(text, evaluation_type) == expected
+
+
+def test_scores_that_could_be_either_are_not_guessed() -> None:
+    reason = ShapeOf(known={"clip": ["reasonableness_score", "correctness_score"]})("x", "clip")
+    assert reason == (
+        "the prompt shows no score keys, and reasonableness_score or correctness_score would fit; name one with --keys"
+    )
+
+
+def scripted(scores: dict[str, float | None]):
+    """A judge that gives the score that was written down for a step."""
+
+    def score(requests, _mode) -> Iterator[Judgement]:
+        for request in requests:
+            value = next(value for step, value in scores.items() if step in request.prompt)
+            point = None if value is None else Distribution(value, value, value, 0.0, 1.0)
+            yield Judgement("ok", {"reasonableness_score": point}) if point else Judgement("too_long", reason="long")
+
+    return score
+
+
+def test_trajectories_are_summed_up(tmp_path: Path) -> None:
+    scores = {"Step 1 of one": 0.9, "Step 2 of one": 0.4, "Step 3 of one": 0.8, "Step 1 of two": 0.7}
+    scores |= {"Step 1 of three": 0.9, "Step 2 of three": None}
+    rows = [row(3), row(1), row(2), row(1), row(1, task="two"), row(1, task="three"), row(2, task="three")]
+    final = row(9)
+    final["metadata"]["evaluation_type"] = "final"
+    scores["Step 9 of one"] = 0.0
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text("".join(json.dumps(each) + "\n" for each in [*rows, final]))
+    run(job(source, output, bad_below=0.5), scripted(scores), {})
+    one, two, three = lines_of(trajectories_file(output))
+    assert one == {
+        "task_id": "one",
+        "steps": 3,
+        "missing": 0,
+        "unscored": 0,
+        "min": 0.4,
+        "product": 0.288,
+        "mean": 0.7,
+        "last": 0.8,
+        "first_bad_step": 1,
+        "first_bad_clip": 2,
+    }
+    assert (two["steps"], two["min"], two["first_bad_step"]) == (1, 0.7, None)
+    assert three == {"task_id": "three", "steps": 2, "missing": 0, "unscored": 1} | dict.fromkeys(
+        ["min", "product", "mean", "last", "first_bad_step", "first_bad_clip"]
+    )
+
+
+def summed_up(tmp_path: Path, rows: list[str]) -> list[dict]:
+    (tmp_path / "steps.jsonl").write_text("\n".join(rows))
+    run(job(tmp_path / "steps.jsonl", tmp_path / "sums.jsonl", bad_below=0.5), scripted({"Step": 0.7}), {})
+    return lines_of(trajectories_file(tmp_path / "sums.jsonl"))
+
+
+def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path, caplog) -> None:
+    rows = [json.dumps(row(number)) for number in (3, 4, 5)] + [
+        json.dumps(row(number, task="two")) for number in (0, 1)
+    ]
+    whole, two = summed_up(tmp_path, rows)
+    assert (whole["steps"], whole["missing"], whole["mean"], two["mean"]) == (3, 0, 0.7, 0.7)
+    assert "no trajectory" not in caplog.text
+    (tmp_path / "sums.jsonl").unlink()
+    gap, two = summed_up(tmp_path, [rows[0], rows[1][:-1], *rows[2:]])
+    assert (gap["steps"], gap["missing"], gap["unscored"]) == (2, 1, 0)
+    assert {gap[name] for name in ("min", "product", "mean", "last", "first_bad_step", "first_bad_clip")} == {None}
+    assert two["mean"] == 0.7
+    assert "belong to no trajectory: 1 (" in caplog.text
+
+
+@pytest.mark.parametrize("spelt", [float, str, lambda number: f" {number} "])
+def test_clip_numbers_as_spreadsheets_write_them_are_numbers(tmp_path: Path, spelt) -> None:
+    rows = [row(number) for number in (10, 9)]
+    for each in rows:
+        each["metadata"]["clip_number"] = spelt(each["metadata"]["clip_number"])
+    (one,) = summed_up(tmp_path, list(map(json.dumps, rows)))
+    assert (one["steps"], one["missing"], one["mean"]) == (2, 0, 0.7)

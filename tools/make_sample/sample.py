@@ -1,0 +1,190 @@
+"""Make the `finetune.jsonl` that ships with prmkit: synthetic judged trajectories, the same bytes for the same seed.
+
+    python -m tools.make_sample --output finetune.jsonl
+
+Nothing in it was said by a real agent or a real judge. What it shares with real data is the schema and the habits: two
+judges of different strictness and noise answer the same prompts; every trajectory has ordinary clips, a last clip with
+the answer, one evaluation for each tool category and one for the whole; category and final prompts carry the mean clip
+scores in clear; about one task in seven is not in English. 8 % of the answers are broken: 3 % fenced, 1.5 % with a bare
+newline and 1 % with bare quotes inside a string, 1 % cut off, 1 % empty, 0.5 % prose without a score.
+The score follows from what the prompt shows, so that a model can learn it: see `tools.make_sample.trajectories`.
+"""
+
+import argparse
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import orjson
+
+from prmkit import cli
+from prmkit.errors import ExitCode
+from prmkit.files import written_whole
+from tools.make_sample import judges, prompts
+from tools.make_sample.judges import JUDGES, PROVIDER
+from tools.make_sample.scenes import TOOLS
+from tools.make_sample.trajectories import Answer, Clip, Trajectory, draw_trajectory
+
+DEFAULT_TASKS = 240
+FIRST_TIMESTAMP = datetime(2025, 1, 6, 9, 0, 0)
+
+Verdict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One prompt and what every judge answered, in the order of `JUDGES`."""
+
+    prompt: str
+    evaluation_type: str
+    clip_number: int | None
+    category: str | None
+    verdicts: Sequence[Verdict]
+
+
+def sample_rows(seed: int = 0, tasks: int = DEFAULT_TASKS) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the sample, task by task; the first tasks are the same whatever `tasks` is."""
+    families: Counter[str] = Counter()
+    for task in range(tasks):
+        rng = random.Random(f"{seed}:{task}")
+        trajectory = draw_trajectory(rng)
+        task_id = f"{trajectory.family}_{families[trajectory.family]}"
+        families[trajectory.family] += 1
+        for turn, evaluation in enumerate(_evaluations(rng, trajectory)):
+            yield from _rows(rng, evaluation, task_id, FIRST_TIMESTAMP + timedelta(minutes=7 * task, seconds=23 * turn))
+
+
+def _evaluations(rng: random.Random, trajectory: Trajectory) -> Iterator[Evaluation]:
+    """Judge a trajectory: its clips, its tool categories, its answer, the whole."""
+    question, clips, answer = trajectory.question, trajectory.clips, trajectory.answer
+    verdicts = [_clip_verdicts(rng, clip) for clip in clips]
+    told = [_told(clip.number, clip.category, both) for clip, both in zip(clips, verdicts, strict=True)]
+
+    for index, clip in enumerate(clips):
+        prompt = prompts.clip_prompt(question, _history(verdicts[:index]), clip)
+        yield Evaluation(prompt, "clip", clip.number, None, verdicts[index])
+
+    for category in trajectory.categories:
+        members = [index for index, clip in enumerate(clips) if clip.category == category]
+        prompt = prompts.category_prompt(question, category, [told[index] for index in members])
+        qualities = _category_qualities(category, [clips[index].quality for index in members])
+        yield Evaluation(prompt, "category", None, category, _overall_verdicts(rng, qualities))
+
+    answer_verdicts = _answer_verdicts(rng, answer)
+    prompt = prompts.answer_prompt(question, _history(verdicts), answer)
+    yield Evaluation(prompt, "clip", answer.number, None, answer_verdicts)
+
+    prompt = prompts.final_prompt(question, [*told, _told(answer.number, "final", answer_verdicts)], answer)
+    yield Evaluation(prompt, "final", None, "final", _overall_verdicts(rng, _final_qualities(trajectory)))
+
+
+def _rows(rng: random.Random, evaluation: Evaluation, task_id: str, timestamp: datetime) -> Iterator[dict[str, Any]]:
+    for judge, verdict in zip(JUDGES, evaluation.verdicts, strict=True):
+        yield {
+            "conversations": [
+                {"from": "human", "value": evaluation.prompt},
+                {"from": "gpt", "value": judges.written(rng, verdict)},
+            ],
+            "metadata": {
+                "model_name": judge.name,
+                "provider": PROVIDER,
+                "task_id": task_id,
+                "evaluation_type": evaluation.evaluation_type,
+                "clip_number": evaluation.clip_number,
+                "category": evaluation.category,
+                "timestamp": str(timestamp),
+            },
+        }
+
+
+def _clip_verdicts(rng: random.Random, clip: Clip) -> list[Verdict]:
+    return [
+        {
+            "reasonableness_score": judges.score(judge, rng, clip.quality),
+            "summary": judges.clip_summary(judge, clip),
+        }
+        for judge in JUDGES
+    ]
+
+
+def _answer_verdicts(rng: random.Random, answer: Answer) -> list[Verdict]:
+    return [
+        {
+            "correctness_score": judges.score(judge, rng, answer.quality),
+            "summary": judges.answer_summary(judge, answer),
+        }
+        for judge in JUDGES
+    ]
+
+
+def _overall_verdicts(rng: random.Random, qualities: Mapping[str, float]) -> list[Verdict]:
+    """The judges' verdicts on a category or a trajectory, given the quality behind each score key."""
+    verdicts = []
+    for judge in JUDGES:
+        scores = {key: judges.score(judge, rng, quality) for key, quality in qualities.items()}
+        summary = judges.overall_summary(judge, scores)
+        verdicts.append({"scores": scores, "summary": summary, "reasoning": judges.reasoning(rng, scores)})
+    return verdicts
+
+
+def _category_qualities(category: str, clip_qualities: Sequence[float]) -> dict[str, float]:
+    """Every metric is the mean of the clips, but the goal is reached by the best of them."""
+    qualities = dict.fromkeys(TOOLS[category].metrics, fmean(clip_qualities))
+    return qualities | {"goal_achievement": max(clip_qualities)}
+
+
+def _final_qualities(trajectory: Trajectory) -> dict[str, float]:
+    steps, answer = fmean(clip.quality for clip in trajectory.clips), trajectory.answer.quality
+    return {
+        "task_completion": 0.2 * steps + 0.8 * answer,
+        "tool_use_quality": steps,
+        "reasoning_coherence": 0.6 * steps + 0.4 * answer,
+        "answer_correctness": answer,
+    }
+
+
+def _history(verdicts: Sequence[Sequence[Verdict]]) -> str:
+    """What a later prompt says about the clips before it: the first judge's sentences."""
+    told = (f"Clip {number}: {first['summary']}" for number, (first, *_) in enumerate(verdicts, start=1))
+    return " ".join(told) or "none, the agent starts here."
+
+
+def _told(number: int, category: str, verdicts: Sequence[Verdict]) -> str:
+    """A judged clip as category and final prompts tell it: every judge's sentence, and the mean score in clear."""
+    sentences = " | ".join(
+        f"{PROVIDER}_{judge.name}: {verdict['summary']}" for judge, verdict in zip(JUDGES, verdicts, strict=True)
+    )
+    mean = fmean(next(iter(verdict.values())) for verdict in verdicts)
+    return f"Clip {number} ({category}): {sentences} (Score: {mean:.2f})"
+
+
+def write_sample(output: Path, seed: int = 0, tasks: int = DEFAULT_TASKS) -> int:
+    """Write the sample as JSONL, whole or not at all, and return the number of rows."""
+    count = 0
+    with written_whole(output) as stream:
+        for row in sample_rows(seed, tasks):
+            stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            count += 1
+    return count
+
+
+def _command(arguments: argparse.Namespace) -> ExitCode:
+    rows = write_sample(arguments.output, arguments.seed, arguments.tasks)
+    cli.emit(f"{arguments.output}: {rows} rows on {arguments.tasks} tasks")
+    return ExitCode.DONE
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.make_sample", description="Make a synthetic finetune.jsonl of judged trajectories."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other trajectories (default 0)")
+    parser.add_argument("--tasks", type=int, default=DEFAULT_TASKS, help=f"how many (default {DEFAULT_TASKS})")
+    return cli.run(_command, parser)
