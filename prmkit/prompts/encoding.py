@@ -23,26 +23,33 @@ class ChatEncoding:
     template: Any
     """A `llamafactory.data.template.Template` of our own; LLaMA Factory's registry is left as it was."""
 
-    def pair_ids(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Token ids of one training row, before any cutting: the prompt's, and the answer's with its end of turn."""
+    def pair_ids(self, prompt: str, answer: str, system: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids of one training row, before any cutting: the prompt's, and the answer's with its end of turn.
+
+        Args:
+            prompt: the user's turn.
+            answer: the assistant's turn.
+            system: the row's `system` column, which replaces the default system; None and "" leave the default, as
+                LLaMA Factory does for a row whose column is empty.
+        """
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        ((prompt_ids, answer_ids),) = self.template.encode_multiturn(self.tokenizer, messages, None, None)
+        ((prompt_ids, answer_ids),) = self.template.encode_multiturn(self.tokenizer, messages, system, None)
         if self.template.efficient_eos:
             # These templates share one end token between turns; SupervisedDatasetProcessor adds the last one.
             answer_ids = [*answer_ids, self.tokenizer.eos_token_id]
         return prompt_ids, answer_ids
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
         """Token ids of the prompt, up to where the answer begins."""
-        return self.pair_ids(prompt, "")[0]
+        return self.pair_ids(prompt, "", system)[0]
 
-    def opened_ids(self, prompt: str, answer_so_far: str) -> list[int]:
+    def opened_ids(self, prompt: str, answer_so_far: str, system: str | None = None) -> list[int]:
         """Token ids of the prompt and of an answer that goes on: the same as training's, without the end of turn.
 
         Raises:
             UsageError: this template's end of turn melts into the answer, so no answer can be left open with it.
         """
-        prompt_ids, answer_ids = self.pair_ids(prompt, answer_so_far)
+        prompt_ids, answer_ids = self.pair_ids(prompt, answer_so_far, system)
         end = self._end_of_turn_ids
         if end and answer_ids[-len(end) :] != end:
             raise UsageError("this template's end of turn cannot be told from the answer; score with --mode generate.")

@@ -7,7 +7,9 @@ shorten with this one function, so a judge meets shortened prompts in the form t
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from prmkit.prompts.encoding import ChatEncoding
 
@@ -38,40 +40,42 @@ class TrimmedPrompt:
     """0 for a prompt that fitted as it was."""
 
 
-def trim_prompt(prompt: str, encoding: ChatEncoding, room: int) -> TrimmedPrompt | None:
+def trim_prompt(prompt: str, encoding: ChatEncoding, room: int, system: str | None = None) -> TrimmedPrompt | None:
     """Leave out as little of the prompt's middle as makes it fit.
 
     Args:
         prompt: as it stands in a training file, that is, neutralised.
         encoding: counts the tokens.
-        room: how many token ids the prompt may take.
+        room: how many token ids the prompt may take, its system text included.
+        system: the row's system text, which is never shortened.
 
     Returns:
         The prompt with a mark where characters were left out, or None when it cannot fit: what must stay is too long.
     """
-    tokens = len(encoding.prompt_ids(prompt))
+    tokens = len(encoding.prompt_ids(prompt, system))
     if tokens <= room:
         return TrimmedPrompt(prompt, tokens, 0)
     parts = _parts_that_may_go(prompt)
     for kept in _KEPT_AT_EACH_END:
         inner = [part[kept:-kept] for part in parts]
-        shortest = _without(prompt, inner, sum(map(len, inner)), encoding)
+        cut = partial(_without, prompt, inner, encoding, system)
+        shortest = cut(sum(map(len, inner)))
         if shortest.tokens <= room:
-            return _longest_that_fits(prompt, inner, tokens, shortest, encoding, room)
+            return _longest_that_fits(cut, tokens, shortest, room)
     return None
 
 
 def _longest_that_fits(
-    prompt: str, parts: list[range], tokens: int, shortest: TrimmedPrompt, encoding: ChatEncoding, room: int
+    cut: Callable[[int], TrimmedPrompt], tokens: int, shortest: TrimmedPrompt, room: int
 ) -> TrimmedPrompt:
-    """Search between leaving out nothing, which takes `tokens`, and leaving out all of `parts`, which fits."""
+    """Search between leaving out nothing, which takes `tokens`, and `shortest`, which fits."""
     # The number of tokens falls almost linearly with the characters left out: interpolate, and halve every other time.
     too_few, over, best = 0, tokens - room, shortest
     halve = False
     while best.tokens < room and best.characters_left_out - too_few > 1:
         share = 0.5 if halve else over / (over + room - best.tokens)
         between = too_few + round((best.characters_left_out - too_few) * share)
-        tried = _without(prompt, parts, min(max(between, too_few + 1), best.characters_left_out - 1), encoding)
+        tried = cut(min(max(between, too_few + 1), best.characters_left_out - 1))
         if tried.tokens <= room:
             best = tried
         else:
@@ -105,7 +109,9 @@ def _start_of_question(prompt: str) -> int:
     return start
 
 
-def _without(prompt: str, parts: list[range], left_out: int, encoding: ChatEncoding) -> TrimmedPrompt:
+def _without(
+    prompt: str, parts: list[range], encoding: ChatEncoding, system: str | None, left_out: int
+) -> TrimmedPrompt:
     """Leave out so many characters, of the first part as many as there are; each time from the middle."""
     text, still = prompt, left_out
     for part in parts:
@@ -116,4 +122,4 @@ def _without(prompt: str, parts: list[range], left_out: int, encoding: ChatEncod
             # Parts stand in the order of their going, which is from the back to the front: offsets stay right.
             text = text[:start] + mark + text[start + here :]
         still -= here
-    return TrimmedPrompt(text, len(encoding.prompt_ids(text)), left_out)
+    return TrimmedPrompt(text, len(encoding.prompt_ids(text, system)), left_out)

@@ -1,5 +1,29 @@
 """What a judge answered: reading it, and writing it as the training label."""
 
-from prmkit.verdict.read import Shape, Unreadable, Verdict, answer_prefix, asked_shape, read_verdict, render_verdict
+from prmkit.verdict.read import (
+    Answer,
+    Scale,
+    Shape,
+    Unreadable,
+    Verdict,
+    answer_prefix,
+    asked_shape,
+    read_answer,
+    read_verdict,
+    render_verdict,
+    score_answer,
+)
 
-__all__ = ["Shape", "Unreadable", "Verdict", "answer_prefix", "asked_shape", "read_verdict", "render_verdict"]
+__all__ = [
+    "Answer",
+    "Scale",
+    "Shape",
+    "Unreadable",
+    "Verdict",
+    "answer_prefix",
+    "asked_shape",
+    "read_answer",
+    "read_verdict",
+    "render_verdict",
+    "score_answer",
+]

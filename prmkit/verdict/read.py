@@ -14,7 +14,7 @@ import orjson
 
 from prmkit.verdict.ambiguity import NESTED, refuse_contradictions, refuse_unclear_scores
 from prmkit.verdict.repair import CUT_OFF, Found, Refusal, each_once, find_objects
-from prmkit.verdict.scores import NO_VERDICT, bare, named_scores, plain_key, score_items, score_of, shortened
+from prmkit.verdict.scores import NO_VERDICT, bare, named_scores, plain_key, score_items, score_of, shortened, value_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,32 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A judge's answer that was read, before it is known what its values mean."""
+
+    values: Mapping[str, float | bool | str]
+    """What the judge gave each key, as written: a number (`90%` is 0.9), a truth value, or a word such as `pass`."""
+    nested: bool
+    """The values are in a `scores` object."""
+    texts: Mapping[str, Any]
+    """Everything else the judge wrote (`summary`, `reasoning`, …), in the judge's order."""
+    repairs: tuple[str, ...] = field(default=(), compare=False)
+    """What had to be repaired before the answer was JSON; empty for an answer that already was."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a judge's values become scores."""
+
+    low: float = 0.0
+    """The worst number that the judge gives; it becomes 0."""
+    high: float = 1.0
+    """The best number that the judge gives; it becomes 1."""
+    words: Mapping[str, float] = field(default_factory=dict)
+    """Scores from 0 to 1 for words in lower case; `true` and `false` are the words of truth values."""
+
+
+@dataclass(frozen=True)
 class Unreadable:
     """A judge's answer that gives no verdict."""
 
@@ -53,22 +79,42 @@ class Unreadable:
     """The reason without what differs from answer to answer; refused answers are counted by it."""
 
 
-def read_verdict(text: str, asked: Shape | None = None) -> Verdict | Unreadable:
-    """Read any judge's text.
+def read_verdict(text: str, asked: Shape | None = None, scale: Scale | None = None) -> Verdict | Unreadable:
+    """Read a judge's answer and turn its values into scores: `read_answer`, then `score_answer`."""
+    answer = read_answer(text, asked)
+    return answer if isinstance(answer, Unreadable) else score_answer(answer, scale)
 
-    Takes JSON as it stands; else the JSON in a Markdown fence or between prose; else what can be mended of it. Every
-    step away from the judge's own text is named in `Verdict.repairs`.
+
+def read_answer(text: str, asked: Shape | None = None) -> Answer | Unreadable:
+    """Read a judge's answer without deciding what its numbers mean.
+
+    Takes JSON as it is; else the JSON in a Markdown fence or between prose; else what can be repaired of it. Every
+    step away from the judge's own text is named in `Answer.repairs`.
 
     Args:
         text: the answer.
-        asked: what the judge was asked for, where that is known (`asked_shape`): which numbers are scores, and how
-            they are spelt.
+        asked: what the judge was asked for, where that is known (`asked_shape`): which values are scores, and how
+            their keys are spelt.
     """
     try:
         keys = asked.keys if asked else ()
-        return _verdict(_first_with_scores(text, keys), keys)
+        return _answer(_first_with_scores(text, keys), keys)
     except Refusal as refusal:
         return Unreadable(refusal.reason, refusal.kind)
+
+
+def score_answer(answer: Answer, scale: Scale | None = None) -> Verdict | Unreadable:
+    """Map an answer's values to scores from 0 to 1, in hundredths.
+
+    Args:
+        answer: what the judge answered.
+        scale: the judge's range and words; None for a judge who gives numbers from 0 to 1.
+    """
+    try:
+        scores = {key: score_of(key, value, scale) for key, value in answer.values.items()}
+    except Refusal as refusal:
+        return Unreadable(refusal.reason, refusal.kind)
+    return Verdict(scores, answer.nested, answer.texts, answer.repairs)
 
 
 def render_verdict(verdict: Verdict) -> str:
@@ -182,7 +228,7 @@ def _may_be_wrapped(key: str, value: Any, alone: bool, asked: tuple[str, ...]) -
     return bool(score_items(value, asked) if alone else named_scores(value).keys() - {"score"})
 
 
-def _verdict(found: Found, asked: tuple[str, ...]) -> Verdict:
+def _answer(found: Found, asked: tuple[str, ...]) -> Answer:
     answer, items = found.value, score_items(found.value, asked)
     nested = isinstance(answer.get("scores"), dict)
     others = {"scores"} if nested else set(items)
@@ -194,14 +240,14 @@ def _verdict(found: Found, asked: tuple[str, ...]) -> Verdict:
     refuse_contradictions(items, nested, found, asked)
     if CUT_OFF in found.repairs or "syntax" in found.repairs:
         refuse_unclear_scores(items, nested, found)
-    scores = {key: score_of(key, value) for key, value in items.items()}
-    if asked != tuple(scores):
-        scores = _spelt_as_asked(scores, asked)
-        _refuse_other_scores(scores, texts, asked, found)
-    return Verdict(scores, nested, _plain(scores, texts) if found.repairs else _not_too_deep(texts), found.repairs)
+    values = {key: value_of(key, value) for key, value in items.items()}
+    if asked != tuple(values):
+        values = _spelt_as_asked(values, asked)
+        _refuse_other_scores(values, texts, asked, found)
+    return Answer(values, nested, _plain(values, texts) if found.repairs else _not_too_deep(texts), found.repairs)
 
 
-def _spelt_as_asked(scores: Mapping[str, float], asked: tuple[str, ...]) -> dict[str, float]:
+def _spelt_as_asked(scores: Mapping[str, Any], asked: tuple[str, ...]) -> dict[str, Any]:
     spelt = {bare(key): key for key in asked}
     named = {spelt.get(bare(key)) or plain_key(key): score for key, score in scores.items()}
     if len(named) < len(scores):
@@ -214,7 +260,7 @@ _MOST_SCORES = 100
 
 
 def _refuse_other_scores(
-    scores: Mapping[str, float], texts: Mapping[str, Any], asked: tuple[str, ...], found: Found
+    scores: Mapping[str, Any], texts: Mapping[str, Any], asked: tuple[str, ...], found: Found
 ) -> None:
     """Refuse what is no answer to the question that was asked.
 
@@ -230,7 +276,7 @@ def _refuse_other_scores(
         raise Refusal(f"{shortened(stray[0])} stands among the texts", "a score stands among the texts")
 
 
-def _plain(scores: Mapping[str, float], texts: dict[str, Any]) -> dict[str, Any]:
+def _plain(scores: Mapping[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
     """The texts as they are read back from JSON: Python's parser admits numbers and characters that JSON has not."""
     try:
         orjson.dumps(list(scores))

@@ -4,9 +4,12 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prmkit.verdict.repair import Refusal
+
+if TYPE_CHECKING:
+    from prmkit.verdict.read import Scale
 
 NO_VERDICT = ("scores", "error", "errors")
 """Keys of objects whose other numbers are no scores: the scores are unreadable, or an API has failed."""
@@ -67,26 +70,54 @@ def plain_key(key: str) -> str:
 _STRICT_NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d+)?|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
 
 
-def score_of(key: str, value: Any) -> float:
-    """The score that a value stands for: 0 to 1, in hundredths.
+def value_of(key: str, value: Any) -> float | bool | str:
+    """What a judge gave a key: a number, a truth value, or one word.
 
     Raises:
-        Refusal: it is no number, or out of range.
+        Refusal: it is none of these.
     """
+    if isinstance(value, bool):
+        return value
     number = number_of(value)
-    if number is None:
-        raise Refusal(f"score {shortened(value)} of {shortened(key)} is not a number", "a score is not a number")
-    if not 0.0 <= number <= 1.0:
+    if number is not None and math.isinf(number):
         raise Refusal(f"score {shortened(value)} of {shortened(key)} out of range", "a score is out of range")
-    return round(number, 2) + 0.0
+    if number is not None:
+        return number
+    if isinstance(value, str) and _WORD.fullmatch(value.strip()):
+        return value.strip()
+    raise _not_a_number(key, value)
+
+
+_WORD = re.compile(r"[^\W\d_]+([ _-][^\W\d_]+){0,2}")
+
+
+def score_of(key: str, value: float | bool | str, scale: "Scale | None") -> float:
+    """The score that a value is on a scale: 0 to 1, in hundredths.
+
+    Raises:
+        Refusal: it is not a number and no word of the scale, or out of range.
+    """
+    if isinstance(value, bool | str):
+        word = str(value).lower()
+        if scale is None or word not in scale.words:
+            raise _not_a_number(key, value)
+        return round(scale.words[word], 2)
+    low, high = (scale.low, scale.high) if scale else (0.0, 1.0)
+    if not low <= value <= high:
+        raise Refusal(f"score {shortened(value)} of {shortened(key)} out of range", "a score is out of range")
+    return round((value - low) / (high - low), 2) + 0.0
+
+
+def _not_a_number(key: str, value: Any) -> Refusal:
+    return Refusal(f"score {shortened(value)} of {shortened(key)} is not a number", "a score is not a number")
 
 
 def number_of(value: Any) -> float | None:
-    """The number that a value is, or that a text writes plainly or in percent; None for everything else."""
+    """The number that a value is, or that a string writes plainly or in percent; None for everything else."""
     if type(value) is float:
         return value
     if type(value) is int:
-        return float(value) if abs(value) < 1e300 else math.inf
+        return value if abs(value) < 1e300 else math.inf
     if not isinstance(value, str):
         return None
     digits = value.strip().removesuffix("%").strip()
