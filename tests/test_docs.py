@@ -73,7 +73,7 @@ def test_commands_are_found_where_they_are_shown() -> None:
 
 
 def test_configuration_keys_that_are_shown_are_keys_of_llama_factory() -> None:
-    from prmkit.training.schema import training_keys
+    from prmkit.llamafactory_schema import training_keys
 
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks

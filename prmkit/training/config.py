@@ -11,6 +11,7 @@ from typing import Any
 
 from prmkit.config_file import read_yaml, split_assignment, value_of
 from prmkit.errors import UsageError
+from prmkit.llamafactory_schema import Key, llamafactory_version, training_keys
 from prmkit.training.adapt import Adaptation, fit_held_out, fit_machine
 from prmkit.training.check import Status
 from prmkit.training.config_rules import problems_in, unknown_key
@@ -19,7 +20,6 @@ from prmkit.training.data_checks import check_datasets
 from prmkit.training.machine import Machine, this_machine
 from prmkit.training.model_folder import check_model_folder
 from prmkit.training.problem import Problem
-from prmkit.training.schema import Key, llamafactory_version, training_keys
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from prmkit.llamafactory_schema import Key, llamafactory_version, logger_names, template_names
 from prmkit.training.problem import Problem
-from prmkit.training.schema import Key, llamafactory_version, logger_names, template_names
 
 SUCCESSORS = {
     "evaluation_strategy": "Write eval_strategy.",

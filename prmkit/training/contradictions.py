@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prmkit.llamafactory_schema import NO_DEFAULT, Key
 from prmkit.training.entries import folder_of, names_in
 from prmkit.training.machine import installed_version
 from prmkit.training.problem import Problem
-from prmkit.training.schema import NO_DEFAULT, Key
 
 Values = Mapping[str, Any]
 

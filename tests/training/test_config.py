@@ -10,6 +10,7 @@ from layout import CONFIG, write_config
 
 from prmkit.config_file import read_yaml
 from prmkit.errors import UsageError
+from prmkit.llamafactory_schema import default_of, setting
 from prmkit.training.config import Override, parse_assignment, render_yaml, resolve_config
 
 
@@ -249,3 +250,14 @@ def _children() -> tuple[float, float]:
 
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime, usage.ru_stime
+
+
+# --- defaults -----------------------------------------------------------------------------------------------------
+
+
+def test_defaults_come_from_the_installed_llama_factory() -> None:
+    assert (default_of("cutoff_len"), default_of("lora_rank"), default_of("num_train_epochs")) == (2048, 8, 3.0)
+    assert setting({"cutoff_len": 64}, "cutoff_len") == 64 and setting({}, "cutoff_len") == 2048
+    assert setting({"lora_alpha": None}, "lora_alpha") is None, "null is a value"
+    with pytest.raises(KeyError):
+        default_of("cutof_len")

@@ -8,8 +8,8 @@ import pytest
 from complaints import complaint, resolved
 from layout import write_config
 
+from prmkit.llamafactory_schema import training_keys
 from prmkit.training.contradictions import METRICS_OF, contradictions_in
-from prmkit.training.schema import training_keys
 
 CONTRADICTIONS = {
     "warmup_ratio=0.1 warmup_steps=10": "takes only the ratio",

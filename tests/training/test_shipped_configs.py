@@ -10,11 +10,11 @@ import pytest
 from sizes import QWEN_7B
 
 from prmkit.config_file import read_yaml
+from prmkit.llamafactory_schema import NO_DEFAULT, logger_names, template_names, training_keys
 from prmkit.training.config import parse_assignment, resolve_config
 from prmkit.training.config_rules import SUCCESSORS
 from prmkit.training.machine import GIBIBYTE, Gpu, Machine
 from prmkit.training.memory import estimate
-from prmkit.training.schema import NO_DEFAULT, logger_names, template_names, training_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "training_config.yaml"

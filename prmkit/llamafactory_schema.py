@@ -1,7 +1,8 @@
-"""Which keys the installed LLaMA Factory takes, of what type and with which choices.
+"""Which keys the installed LLaMA Factory takes: their types, choices and defaults.
 
 Its dataclasses are read from their source with `ast`, because importing them takes 7 seconds and reading them a tenth
-of one. A typo is told at once, and there is no list here that could go out of date.
+of one. Typos are reported at once, and no list here can go out of date: no other module writes down a default of
+LLaMA Factory.
 """
 
 import ast
@@ -16,10 +17,10 @@ from typing import Any
 from prmkit.errors import DataError
 
 NO_DEFAULT = object()
-"""The default of a key whose default is computed when LLaMA Factory starts."""
+"""The default of a key whose default LLaMA Factory computes when it starts."""
 
 _ROOTS = ("ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments")
-# LLaMA Factory's TrainingArguments stands on this class of transformers.
+# The class of transformers that LLaMA Factory's TrainingArguments extends.
 _TRANSFORMERS_ROOT = "Seq2SeqTrainingArguments"
 _TRANSFORMERS_FILES = ("training_args.py", "training_args_seq2seq.py", "trainer_utils.py", "debug_utils.py")
 
@@ -32,9 +33,9 @@ class Key:
     types: frozenset[str]
     """Names out of bool, int, float, str, dict, list and None; an enumeration counts as str."""
     choices: tuple[str, ...]
-    """The texts that may stand there; empty where anything may."""
+    """The allowed strings; empty where any value is allowed."""
     default: Any
-    """`NO_DEFAULT` where the source does not say it."""
+    """`NO_DEFAULT` where the source does not give it."""
 
 
 @cache
@@ -55,6 +56,24 @@ def training_keys() -> Mapping[str, Key]:
     return keys
 
 
+def default_of(name: str) -> Any:
+    """LLaMA Factory's default of one key.
+
+    Raises:
+        KeyError: the installed LLaMA Factory has no such key, or computes its default when it starts.
+        DataError: LLaMA Factory or transformers is not installed.
+    """
+    default = training_keys()[name].default
+    if default is NO_DEFAULT:
+        raise KeyError(name)
+    return default
+
+
+def setting(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a key in a config, or LLaMA Factory's default where the config does not set it."""
+    return values[name] if name in values else default_of(name)
+
+
 @cache
 def template_names() -> tuple[str, ...]:
     """Every chat template that LLaMA Factory registers, in its order."""
@@ -67,7 +86,7 @@ def template_names() -> tuple[str, ...]:
 
 @cache
 def logger_names() -> tuple[str, ...]:
-    """Every name that `report_to` takes beside none and all."""
+    """Every name that `report_to` takes, besides `none` and `all`."""
     tree = ast.parse((_package_folder("transformers") / "integrations" / "integration_utils.py").read_text())
     assigned = (node for node in tree.body if isinstance(node, ast.Assign))
     tables = (node.value for node in assigned if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
@@ -98,7 +117,7 @@ def _classes(paths: Iterable[Path]) -> dict[str, ast.ClassDef]:
 
 
 def _keys_of(class_name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, Key]:
-    """The fields of a dataclass and of the classes it stands on; a class from another package has none here."""
+    """The fields of a dataclass and of its base classes; a base class of another package adds none."""
     if class_name not in classes:
         return {}
     node = classes[class_name]
@@ -114,7 +133,7 @@ def _keys_of(class_name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, 
 
 
 def _split_at_commas(classes: Mapping[str, ast.ClassDef]) -> set[str]:
-    """The keys that LLaMA Factory splits at commas by its `split_arg`, which lets a list pass as it is."""
+    """The keys that LLaMA Factory splits at commas with `split_arg`, which also accepts a list."""
     calls = (node for tree in classes.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
     splits = (call.args[0] for call in calls if getattr(call.func, "id", None) == "split_arg")
     return {split.attr for split in splits if isinstance(split, ast.Attribute)}
@@ -141,7 +160,7 @@ def _key(name: str, annotation: ast.expr, settings: Mapping[str, ast.expr], clas
             choices += _members(classes[text])
         else:
             types.add(text.split("[")[0])
-    # A list of options may also be written as one text with several of them in it.
+    # A list of options may also be written as one string that names several of them.
     listed = () if "list" in types else tuple(choices)
     return Key(name, frozenset(types), listed, _default(settings.get("default"), classes))
 
