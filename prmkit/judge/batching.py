@@ -1,6 +1,7 @@
 """What both backends share: prompts prepared as in training, equal ones scored once, order kept, verdicts read."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,14 +39,15 @@ def preparing(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callabl
         if fault := _fault(request):
             return Judgement("error", reason=fault)
         prompt, _ = neutralise(request.prompt)
-        ids, room = encoding.prompt_ids(prompt), room_beside(request.shape)
+        system = neutralise(request.system)[0] if request.system else None
+        ids, room = encoding.prompt_ids(prompt, system), room_beside(request.shape)
         if len(ids) <= room:
             return Prepared(ids, request.shape, trimmed=False)
-        trimmed = trim_prompt(prompt, encoding, room) if trim else None
+        trimmed = trim_prompt(prompt, encoding, room, system) if trim else None
         if trimmed is None:
             reason = f"{len(ids):,} tokens, and there is room for {max(room, 0):,} of cutoff_len {cutoff_len:,}"
             return Judgement("too_long", reason=reason, prompt_tokens=len(ids))
-        return Prepared(encoding.prompt_ids(trimmed.text), request.shape, trimmed=True)
+        return Prepared(encoding.prompt_ids(trimmed.text, system), request.shape, trimmed=True)
 
     return prepare
 
@@ -56,7 +58,7 @@ def _fault(request: Request) -> str | None:
     if not request.shape.keys:
         return "no score key is asked for"
     try:
-        request.prompt.encode()
+        f"{request.system}{request.prompt}".encode()
     except UnicodeEncodeError as error:
         return f"the prompt is no Unicode text ({error.reason})"
     return None
@@ -98,8 +100,8 @@ def judgements_in_order(
 
 def digest(request: Request) -> bytes:
     """What tells a request from every other one: of its prompt and of the scores that it asks for."""
-    text = "\0".join([str(request.shape.nested), *request.shape.keys, request.prompt])
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+    text = json.dumps([request.shape.nested, request.shape.keys, request.system, request.prompt])
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def read_written(text: str, shape: Shape) -> Judgement:

@@ -16,7 +16,7 @@ from typing import Any
 
 from prmkit.http_client import Connection, Endpoint, RowFailure
 from prmkit.judge.batching import Prepared, judgements_in_order, preparing, read_written
-from prmkit.judge.score_trie import ScoreTrie, TrieOf, distribution_of, tries_of
+from prmkit.judge.score_trie import ScoreTrie, TrieOf, distribution_of, mean_std, tries_of
 from prmkit.judge.types import Distribution, Judgement, Mode, Request
 from prmkit.prompts.encoding import ChatEncoding
 
@@ -78,7 +78,7 @@ class CompletionsJudge:
             if max(log_probabilities) == -math.inf:
                 raise RowFailure("the model's probabilities are not numbers; the server gives no score any at all")
             scores[key] = distribution_of(log_probabilities)
-        return Judgement("ok", scores)
+        return Judgement("ok", scores, std=mean_std(scores))
 
     @cached_property
     def _trie(self) -> TrieOf:

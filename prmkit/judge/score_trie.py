@@ -196,3 +196,9 @@ def _median(shares: Sequence[float]) -> float:
         if below >= 0.5:
             return score
     return SCORES[-1]
+
+
+def mean_std(scores: Mapping[str, Distribution]) -> float | None:
+    """The mean of the keys' standard deviations; None when there are none."""
+    known = [each.std for each in scores.values() if each.std is not None]
+    return sum(known) / len(known) if known else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.batching import Prepared, judgements_in_order, preparing, read_written
-from prmkit.judge.score_trie import TrieOf, distribution_of, tries_of
+from prmkit.judge.score_trie import TrieOf, distribution_of, mean_std, tries_of
 from prmkit.judge.sources import JudgeSource, encoding_of, read_object, refuse_missing
 from prmkit.judge.tree_attention import PromptTrees, refuse_unsuitable
 from prmkit.judge.types import Distribution, Judgement, Mode, Request
@@ -80,7 +80,7 @@ class Judge:
                 distribution = distribution_of(log_probabilities)
                 scores[row][batch[row].shape.keys[position]] = distribution
                 trees.choose(row, round(distribution.mode * 100))
-        return [Judgement("ok", given) for given in scores]
+        return [Judgement("ok", given, std=mean_std(given)) for given in scores]
 
     @cached_property
     def _trie(self) -> TrieOf:

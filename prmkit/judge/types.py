@@ -12,17 +12,25 @@ from prmkit.verdict import Shape
 Mode = Literal["expected", "generate"]
 """`expected` reads the probability of every score; `generate` lets the model write its verdict and reads that."""
 
-Status = Literal["ok", "unparsed", "too_long", "error", "failed"]
-"""`error` is the row's own, and stays; `failed` is the world's (a server, the memory), and the row is asked again."""
+Status = Literal["ok", "unsure", "unparsed", "too_long", "error", "failed"]
+"""`ok` and `unsure` come with scores. `unsure`: the model would rather write something else than a score here.
+`unparsed`: no verdict could be read from what it wrote. `error`: the row itself cannot be judged. `failed`: a server
+or the memory is to blame, so the row is retried by the next run."""
+
+SCORED = ("ok", "unsure")
+"""The statuses that come with scores."""
 
 BAD_BELOW = (0.5, 0.8)
 """A step is bad when its score is below this: the stricter and the milder meaning of the word."""
 
 SAME_SCORE = 1e-9
-"""Scores this near are equal: references are means of hundredths, and 0.8 may come as 0.7999999999999999."""
+"""Scores this close are equal: references are means of hundredths, and 0.8 may come as 0.7999999999999999."""
 
 LOW_LABEL_MASS = 0.5
-"""Below this, most of what the model would have written is no score."""
+"""Below this, most of what the model would write in the place of a score is not a score."""
+
+LOW_REACH = 0.1
+"""Below this, fewer than one in ten of the model's answers would have led to the place where the score is read."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +38,17 @@ class Request:
     """One prompt to judge."""
 
     prompt: str
-    """As the user wrote it. Markers are neutralised inside, so a prompt out of `data/` goes through
-    `prmkit.prompts.special_tokens.restore` first."""
+    """As the user wrote it. Special tokens in it are escaped later, so a prompt out of `data/` has to be unescaped
+    first (`prmkit.prompts.special_tokens`)."""
     shape: Shape
     """The scores to give, in this order."""
+    system: str | None = None
+    """The row's own system text; None for the judge's default one."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a judge thinks about one score. Everything but `label_mass` is given that it answers with a score at all."""
+    """What a judge thinks about one score. All but `label_mass` and `reach` assume that it answers with a score."""
 
     mean: float
     """The score: the expectation over 0.00 … 1.00."""
@@ -48,10 +58,12 @@ class Distribution:
     std: float | None
     """None for a score that was read from generated text, which carries no spread."""
     label_mass: float | None
-    """The probability of all 101 scores together, 0 to 1. Low: the model would rather write something else here.
-    None for a score that was read from generated text."""
+    """The probability of all 101 scores together, 0 to 1. None for a score that was read from generated text."""
     below: Mapping[float, float] | None = None
     """The probability that the score is below each of `BAD_BELOW`; None for a score that was read from text."""
+    reach: float | None = None
+    """The probability of everything that was forced on the model before this score: the beginning of the verdict up to
+    here, without the scores in it. None for a score that was read from generated text."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +72,19 @@ class Judgement:
 
     status: Status
     scores: Mapping[str, Distribution] = field(default_factory=dict)
-    """By key, in the order of the request; empty unless `status` is `ok`."""
+    """By key, in the order of the request; empty unless `status` is one of `SCORED`."""
     reason: str | None = None
-    """Why there are no scores; None when there are."""
+    """Why there are no scores, or why they are not to be relied on; None for status ok."""
     text: str | None = None
     """What the model wrote, in generate mode."""
     prompt_tokens: int = 0
     """Length of the prompt that was judged, after any trimming."""
     repaired: bool = False
-    """The generated text was not valid JSON as it stood."""
+    """The generated text was not valid JSON and had to be repaired."""
     trimmed: bool = False
     """The middle of the prompt was cut to fit the context."""
+    std: float | None = None
+    """The standard deviation of `score`, the correlation between the keys included; None without a spread."""
 
     @property
     def score(self) -> float | None:
@@ -78,14 +92,14 @@ class Judgement:
         return sum(each.mean for each in self.scores.values()) / len(self.scores) if self.scores else None
 
     @property
-    def std(self) -> float | None:
-        """The mean of the keys' standard deviations; None when there are none."""
-        return _mean_of_known([each.std for each in self.scores.values()])
-
-    @property
     def label_mass(self) -> float | None:
         """The lowest of the keys' label masses, for a score is as trustworthy as its worst part; None without any."""
         return min((each.label_mass for each in self.scores.values() if each.label_mass is not None), default=None)
+
+    @property
+    def reach(self) -> float | None:
+        """The probability of all that was forced on the model, the scores left out; None where nothing was."""
+        return min((each.reach for each in self.scores.values() if each.reach is not None), default=None)
 
 
 AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
@@ -98,19 +112,14 @@ AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
 
 
 def first_below(scores: Sequence[float], limit: float) -> int | None:
-    """The position of the first score below `limit`, counted from 0; None where there is none."""
+    """The position of the first score below `limit`, counted from 0; None where all are at least that."""
     return next((place for place, score in enumerate(scores) if score < limit - SAME_SCORE), None)
-
-
-def _mean_of_known(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def rounded(value: float | None) -> float | None:
     """A score as it is written to files.
 
-    What differs in the seventh decimal differs by the batch it was computed in; it must not make an order of ties.
+    The seventh decimal depends on the batch that a prompt was computed in; it must not decide the order of ties.
     """
     return None if value is None else round(value, 6)
 

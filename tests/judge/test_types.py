@@ -1,0 +1,22 @@
+"""What tells one request from another."""
+
+from dataclasses import replace
+
+from prmkit.judge.batching import digest, preparing
+from prmkit.judge.transformers_judge import Judge
+from prmkit.judge.types import Request
+from prmkit.prompts.special_tokens import neutralise
+from prmkit.verdict import Shape
+
+PLAIN = Request("A step.", Shape(("a_score",), nested=False))
+
+
+def test_the_system_text_is_part_of_a_request() -> None:
+    strict, mild = replace(PLAIN, system="Be strict."), replace(PLAIN, system="Be mild.")
+    assert len({digest(request) for request in (PLAIN, strict, mild)}) == 3
+
+
+def test_the_system_text_is_encoded_as_in_training(judges: dict[str, Judge]) -> None:
+    encoding = judges["qwen"].encoding
+    prepared = preparing(encoding, 500, trim=True)(replace(PLAIN, system="Be strict <|im_end|>."))
+    assert prepared.ids == encoding.prompt_ids("A step.", neutralise("Be strict <|im_end|>.")[0])
