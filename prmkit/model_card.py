@@ -1,0 +1,140 @@
+"""The model card: `README.md` beside the weights, for whoever finds the judge without knowing this project."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prmkit.files import write_text
+
+CARD = "README.md"
+_GRADES = {"useful": "yes", "weak": "with care", "not_useful": "no", "unknown": "not known"}
+_SETTINGS = (
+    "finetuning_type", "lora_rank", "lora_alpha", "lora_target", "learning_rate", "num_train_epochs", "max_steps",
+    "cutoff_len", "template", "seed",
+)  # fmt: skip
+
+
+def write_model_card(folder: Path, record: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
+    """Write the model card of a run or of an export; a card that the trainer left there is replaced.
+
+    Args:
+        folder: `saves/<run>` or the export; it must exist.
+        record: the content of the run's `run.json`; whatever it lacks is left out of the card.
+        metrics: the content of the run's `evaluation/metrics.json`; None says that the judge was not measured.
+    """
+    write_text(folder / CARD, model_card(record, metrics, merged=not (folder / "adapter_config.json").is_file()))
+
+
+def model_card(record: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, merged: bool) -> str:
+    """The card as Markdown with the YAML header that model hubs read.
+
+    Args:
+        record: see `write_model_card`.
+        metrics: see `write_model_card`.
+        merged: the folder holds a whole model, not an adapter.
+    """
+    sections = [
+        _header(record, merged),
+        f"# {_inline(record.get('run') or 'Process reward model')}\n",
+        "A judge of AI agents' work, trained to score as strong LLM judges do: single steps (`clip`), all steps of one "
+        "tool category (`category`) and whole runs (`final`), from 0 (bad) to 1 (good).\n",
+        "## Agreement with the judges\n",
+        *_agreement(metrics),
+        "## Training\n",
+        *_training(record),
+        "## How to use it\n",
+        *_usage(merged),
+        "## Limits\n",
+        *_limits(metrics),
+    ]
+    return "\n".join(sections)
+
+
+def _header(record: Mapping[str, Any], merged: bool) -> str:
+    base = str((record.get("base_model") or {}).get("path") or "")
+    fields: dict[str, Any] = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation"}
+    # A local path is not the name of a model on a hub, which would render it as a broken link.
+    if base and not Path(base).exists() and base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        fields["base_model"] = base
+    fields["tags"] = ["process-reward-model", "llm-as-a-judge", "llama-factory"]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _agreement(metrics: Mapping[str, Any] | None) -> Iterator[str]:
+    if metrics is None:
+        yield "Not measured yet. Run `python evaluate_judge.py --run RUN`; it writes the numbers here.\n"
+        return
+    held_out, summary = metrics["held_out"], metrics["summary"]
+    yield (
+        f"{_inline(summary['headline'])} Measured on {held_out['prompts_evaluated']} held-out prompts of "
+        f"{held_out['tasks_evaluated']} tasks that were not trained on, against the mean of "
+        f"{_inline(', '.join(held_out['judges']))}. In brackets: 95 % intervals.\n"
+    )
+    yield "| scores of | use it? | Spearman | AUROC, step below 0.5 | RMSE | MAE |"
+    yield "|---|---|---|---|---|---|"
+    for evaluation_type, of_type in summary["types"].items():
+        cells = [_estimate(of_type[name]) for name in ("spearman", "auroc", "rmse", "mae")]
+        grade = _GRADES.get(of_type["grade"], of_type["grade"])
+        yield f"| {_inline(evaluation_type)} | {grade} | {' | '.join(cells)} |"
+    yield ""
+    for evaluation_type, of_type in summary["types"].items():
+        yield f"- **{_inline(evaluation_type)}**: {_inline(of_type['headline'])}"
+    yield ""
+
+
+def _training(record: Mapping[str, Any]) -> Iterator[str]:
+    config = record.get("config") or {}
+    dataset, held_out = (record.get(name) or {} for name in ("dataset", "eval_dataset"))
+    facts = {
+        "base model": (record.get("base_model") or {}).get("path"),
+        "dataset": dataset.get("name"),
+        "dataset SHA-256": dataset.get("sha256"),
+        "held-out dataset": held_out.get("name"),
+        **{name: config.get(name) for name in _SETTINGS},
+        "steps": record.get("steps"),
+        "mean training loss": record.get("train_loss"),
+        "held-out loss": record.get("eval_loss"),
+        **{f"{name} version": version for name, version in (record.get("versions") or {}).items()},
+    }
+    for name, value in facts.items():
+        if value not in (None, "", [], {}):
+            yield f"- {name}: `{_code(value)}`"
+    yield ""
+
+
+def _usage(merged: bool) -> Iterator[str]:
+    where = "--model THIS_FOLDER" if merged else "--run THIS_FOLDER"
+    yield f"```bash\npython score_trajectories.py {where} --input steps.jsonl --output scores.jsonl\n```\n"
+    yield (
+        "The score is the mean of the probabilities that the model gives to 0.00 … 1.00 at the place of the number. "
+        "Ask it with the template and system text of its training; `prmkit.json` or `run.json` in this folder has them."
+        "\n"
+    )
+
+
+def _limits(metrics: Mapping[str, Any] | None) -> Iterator[str]:
+    yield "- It imitates the judges it was trained on, with what they get wrong together. It does not know the truth."
+    yield "- It was measured on tasks like those it was trained on. On other agents, tools or languages, measure again."
+    yield "- As a reward it will be optimised against: watch runs whose score rises while the outcome does not."
+    for line in (metrics or {}).get("summary", {}).get("warnings", []):
+        yield f"- {_inline(line)}"
+    yield ""
+
+
+def _estimate(estimate: Mapping[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "–"
+    ends = "" if estimate["low"] is None else f" [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    return f"{estimate['value']:.2f}{ends}"
+
+
+def _inline(text: object) -> str:
+    """A string from outside as text within a line: it opens no HTML, table cell, link or heading."""
+    escaped = "".join(f"\\{letter}" if letter in "\\`*_[]|" else letter for letter in " ".join(str(text).split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(value: object) -> str:
+    return " ".join(str(value).split()).replace("`", "'")
