@@ -1,0 +1,123 @@
+"""Intervals around a judge's scores that hold the reference as often as they say, and abstention where they are wide.
+
+Split-conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018, section 5.2): on held-out rows, the error of a
+score is divided by the judge's own standard deviation. A new score then lies within
+`std * (quantile of those ratios)` of what the judges would have said, whatever the errors' distribution, as long as
+the new rows are like the held-out ones.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError
+from prmkit.files import read_json, write_json
+
+CALIBRATION_FILE = "calibration.json"
+"""Beside a run's weights, and beside an export that was shown to score as the run does."""
+MIN_STD = 0.01
+"""A judge that is certain is still rounded to hundredths; without a floor its errors would be infinitely unlikely."""
+MIN_RATIOS = 30
+"""An evaluation type with fewer held-out scores than this uses the errors of all types together."""
+ALL_TYPES = "all"
+_MOST_RATIOS = 2000  # kept a type: their quantiles are those of all of them to a two-thousandth
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The held-out errors of one judge in units of its own standard deviation."""
+
+    ratios: Mapping[str, Sequence[float]]
+    """Evaluation type (and `ALL_TYPES`) -> |score - reference| / std, in rising order."""
+    counts: Mapping[str, int]
+    """How many held-out scores each was made of."""
+    judge: Mapping[str, Any]
+    """The fingerprint of the judge that made the errors."""
+
+    def interval(
+        self, score: float, std: float | None, evaluation_type: str | None, level: float
+    ) -> tuple[float, float] | None:
+        """The ends between which the reference lies with probability `level`, within 0 and 1.
+
+        Args:
+            score: the judge's.
+            std: of the same score; None for one that was read from text.
+            evaluation_type: of the row; a type that was not measured uses the errors of all types.
+            level: between 0 and 1.
+
+        Returns:
+            None where there is no std to scale by.
+        """
+        if std is None:
+            return None
+        width = self._quantile(evaluation_type, level) * max(std, MIN_STD)
+        return max(0.0, score - width), min(1.0, score + width)
+
+    def _quantile(self, evaluation_type: str | None, level: float) -> float:
+        known = evaluation_type if self.counts.get(evaluation_type or "", 0) >= MIN_RATIOS else ALL_TYPES
+        ratios, count = self.ratios[str(known)], self.counts[str(known)]
+        rank = math.ceil((count + 1) * level)  # the finite-sample rank, counted from 1
+        if rank > count:
+            return math.inf  # so few errors make no finite width certain enough
+        return ratios[-(-rank * len(ratios) // count) - 1]
+
+
+def fit_calibration(ratios: Mapping[str, Sequence[float]], judge: Mapping[str, Any]) -> Calibration:
+    """Make a calibration from the errors of held-out scores.
+
+    Args:
+        ratios: evaluation type -> |score - reference| / max(std, `MIN_STD`), in any order.
+        judge: what identifies the judge; scores of another one must not be given these intervals.
+    """
+    by_type = {name: sorted(values) for name, values in ratios.items() if values}
+    by_type[ALL_TYPES] = sorted(ratio for values in by_type.values() for ratio in values)
+    return Calibration(
+        ratios={name: _thinned(values) for name, values in by_type.items()},
+        counts={name: len(values) for name, values in by_type.items()},
+        judge=judge,
+    )
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    if len(values) <= _MOST_RATIOS:
+        return [round(value, 6) for value in values]
+    # The upper end of each of the equal shares: a quantile is at most one share too wide, never too narrow.
+    return [round(values[math.ceil((place + 1) * len(values) / _MOST_RATIOS) - 1], 6) for place in range(_MOST_RATIOS)]
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    """Store a calibration beside the judge's weights."""
+    content = {"judge": dict(calibration.judge), "counts": dict(calibration.counts), "ratios": dict(calibration.ratios)}
+    write_json(folder / CALIBRATION_FILE, content)
+
+
+def read_calibration(folder: Path, judge: Mapping[str, Any]) -> Calibration:
+    """The calibration that belongs to a judge.
+
+    Args:
+        folder: the run or the export.
+        judge: its fingerprint, as in `Calibration.judge`.
+
+    Raises:
+        DataError: there is none, it is damaged, or it belongs to other weights.
+    """
+    file = folder / CALIBRATION_FILE
+    if not file.is_file():
+        raise DataError(f"{file}: not found, so no interval is known. Measure the run first: python evaluate_judge.py")
+    content = read_json(file)
+    try:
+        ratios = {str(name): [float(value) for value in values] for name, values in content["ratios"].items()}
+        counts = {str(name): int(count) for name, count in content["counts"].items()}
+        found = Calibration(ratios, counts, dict(content["judge"]))
+        sound = ALL_TYPES in ratios and all(
+            len(values) and values == sorted(values) and counts[name] >= len(values) for name, values in ratios.items()
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{file}: damaged ({error!r}). Measure the judge again.") from error
+    if not sound:
+        raise DataError(f"{file}: damaged. Measure the judge again.")
+    if dict(judge) != found.judge:
+        raise DataError(f"{file}: was made with other weights or settings. Measure the judge again.")
+    return found

@@ -1,0 +1,70 @@
+"""Conformal intervals: they hold as often as they say, widen with the judge's own uncertainty, and fit one judge."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prmkit.errors import DataError
+from prmkit.intervals import CALIBRATION_FILE, MIN_STD, fit_calibration, read_calibration, write_calibration
+
+JUDGE = {"weights": {"adapter_model.safetensors": "ab12"}}
+
+
+def errors(n: int, seed: int):
+    """Scores whose error is twice as large as the judge's own std says."""
+    generator = np.random.default_rng(seed)
+    std = generator.uniform(0.02, 0.1, n)
+    score = np.full(n, 0.5)
+    return score, std, score + generator.normal(0, 2 * std)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
+@pytest.mark.parametrize("n", [60, 5000])
+def test_an_interval_holds_as_often_as_it_says(level: float, n: int) -> None:
+    held = []
+    for seed in range(200 if n < 100 else 3):
+        score, std, truth = errors(n + 500, seed)
+        ratios = np.abs(score - truth)[:n] / std[:n]
+        calibration = fit_calibration({"clip": ratios.tolist()}, JUDGE)
+        for x, s, t in zip(score[n:], std[n:], truth[n:], strict=True):
+            low, high = calibration.interval(x, s, "clip", level)
+            held.append(low <= t <= high)
+    assert np.mean(held) == pytest.approx(level, abs=0.02)
+
+
+def test_few_errors_allow_no_high_level() -> None:
+    calibration = fit_calibration({"clip": [1.0] * 8}, JUDGE)
+    assert calibration.interval(0.5, 0.1, "clip", 0.9) == (0.0, 1.0)
+    assert calibration.interval(0.5, 0.1, "clip", 0.8) == pytest.approx((0.4, 0.6))
+
+
+def test_a_type_with_few_errors_uses_those_of_all() -> None:
+    calibration = fit_calibration({"clip": [1.0] * 100, "final": [3.0] * 5}, JUDGE)
+    for evaluation_type in ("final", "unseen", None):
+        assert calibration.interval(0.5, 0.1, evaluation_type, 0.5) == pytest.approx((0.4, 0.6))
+
+
+def test_a_score_without_spread_has_no_interval_and_a_certain_one_a_narrow_one() -> None:
+    calibration = fit_calibration({"clip": [1.0] * 100}, JUDGE)
+    assert calibration.interval(0.5, None, "clip", 0.9) is None
+    assert calibration.interval(0.5, 0.0, "clip", 0.9) == pytest.approx((0.5 - MIN_STD, 0.5 + MIN_STD))
+
+
+def test_it_is_read_back_for_its_judge_alone(tmp_path: Path) -> None:
+    calibration = fit_calibration({"clip": [1.0, 0.5] * 40, "final": [2.0] * 40}, JUDGE)
+    write_calibration(tmp_path, calibration)
+    assert read_calibration(tmp_path, JUDGE) == calibration
+    with pytest.raises(DataError, match="other weights"):
+        read_calibration(tmp_path, {"weights": {}})
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"judge": {}, "counts": {"all": 2}, "ratios": {"all": [2.0, 1.0]}}', '{"ratios": {}}']
+)
+def test_a_damaged_or_missing_file_is_reported(tmp_path: Path, content: str) -> None:
+    with pytest.raises(DataError, match="not found"):
+        read_calibration(tmp_path, JUDGE)
+    (tmp_path / CALIBRATION_FILE).write_text(content)
+    with pytest.raises(DataError, match="damaged"):
+        read_calibration(tmp_path, JUDGE)
