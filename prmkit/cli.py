@@ -1,6 +1,8 @@
-"""The border between the scripts and the library: arguments in, exit code out, and everything a person sees.
+"""The border between the scripts and the library: arguments in, an exit code out, and everything a person sees.
 
-stdout carries the result, stderr the narration. Nothing else in prmkit writes to either.
+stdout carries the result, stderr the narration. Nothing else in prmkit writes to either, so what makes output safe to
+read is done here, once: control characters of the data are shown escaped, lines fit the terminal, and a stream that is
+closed, or whose terminal has gone, ends nothing.
 """
 
 import argparse
@@ -8,15 +10,16 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
-from prmkit.errors import ExitCode, Interrupted, PrmkitError
-from prmkit.files import DISK_FULL
+from prmkit.errors import ExitCode, Interrupted, PrmkitError, UsageError, describe_os_error, is_environment_error
 
 log = logging.getLogger("prmkit")
 
@@ -25,49 +28,128 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
     """Parse the command line, run `command`, and turn every expected error into one message and an exit code.
 
     Returns:
-        The exit code, for `sys.exit`. Unexpected errors keep their traceback: they are ours to mend.
+        The exit code, for `sys.exit`. Unexpected errors keep their traceback: they are bugs.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    for library in ("httpx", "httpcore"):  # a line a request
-        logging.getLogger(library).setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    _prepare_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP, and that must stay so
+            signal.signal(number, _raise_terminated)
     try:
-        # Intermixed: `train.py lora_rank=8 --export seed=1` is as good as all key=value texts in one place.
+        _check_names_are_utf8()
+        # Intermixed: `train.py lora_rank=8 --export seed=1` means the same as with all key=value pairs in one place.
         code = command(parser.parse_intermixed_args())
-        _flush()
+        with _naming_stdout():
+            sys.stdout.flush()
         return code
-    except (PrmkitError, Interrupted) as error:
-        log.error("error: %s", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        log.error("interrupted")
-        return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        _leave_stdout()  # the reader (`| head`) has gone
-        return ExitCode.DONE
-    except OSError as error:
-        if error.filename is None and error.errno not in _WORLDS_FAULT:
+    except BaseException as error:
+        code_of_error = _report(error)
+        if code_of_error is None:
             raise
-        if error.filename == _STDOUT:
-            _leave_stdout()
-        where = "" if error.filename is None else f"{error.filename}: "
-        log.error("error: %s%s.", where, error.strerror)
-        return ExitCode.DATA
+        return code_of_error
+    finally:
+        _leave_dead_stdout()
+
+
+def _report(error: BaseException) -> ExitCode | None:
+    """Write the one message for an expected error; its exit code, or None for a bug."""
+    match error:
+        case PrmkitError() | Interrupted():
+            log.error("error: %s", error)
+            return error.exit_code
+        case KeyboardInterrupt():
+            log.error("interrupted")
+            return ExitCode.INTERRUPTED
+        case BrokenPipeError():
+            return ExitCode.DONE  # the reader (`| head`) has seen enough
+        case OSError() if error.filename == _STDOUT and error.errno == errno.EIO:
+            return ExitCode.TERMINATED  # the terminal was closed
+        case OSError() if error.filename is not None or is_environment_error(error):
+            log.error("error: %s", describe_os_error(error))
+            return ExitCode.DATA
+        case ImportError(name=str(name)) if name.partition(".")[0] != "prmkit":
+            log.error("error: %s", _advice_for_missing_package(name, error))
+            return ExitCode.DATA
+        case _:
+            return None
+
+
+def _advice_for_missing_package(name: str, error: ImportError) -> str:
+    what = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({error})"
+    return (
+        f"the Python package {name.partition('.')[0]} {what} for {sys.executable}. Install the tested set with "
+        "./run_training.sh --install-deps and activate it: source .venv/bin/activate"
+    )
+
+
+def _check_names_are_utf8() -> None:
+    # Linux allows any bytes in names; JSON, in which names are recorded, does not.
+    for name in (*sys.argv[1:], os.getcwd()):  # noqa: PTH109 - a string is wanted
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{name}: not valid UTF-8. Rename it, then run the command again.") from None
+
+
+def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise Interrupted("terminated", ExitCode.TERMINATED)
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 _STDOUT = "stdout"
-_WORLDS_FAULT = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors that are the disk's or the system's also where they do not name a file."""
 
 
-def _leave_stdout() -> None:
-    # Point stdout at nothing, or Python complains once more as it exits.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _prepare_streams() -> None:
+    # A closed descriptor (`>&-`) would be given to the next file that is opened, which then receives our output.
+    with suppress(OSError):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - open as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows \u4e2d
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Narration(sys.stderr)])
+    for library in ("httpx", "httpcore"):  # one line for each request
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def _flush() -> None:
-    with _naming_stdout():
-        sys.stdout.flush()
+class _Forgiving:
+    """A text stream whose terminal may be closed at any time: what cannot be written any more is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+class _Narration(logging.StreamHandler[Any]):
+    """Writes log records to stderr, readable at the terminal's width and above a progress bar that is shown."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(_Forgiving(stream))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _fit(visible(super().format(record)), _width(self.stream))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _shown_bars:
+            _print_above_bar(self.format(record))
+        else:
+            super().emit(record)
 
 
 @contextmanager
@@ -79,47 +161,159 @@ def _naming_stdout() -> Iterator[None]:
         raise
 
 
-def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
-    raise Interrupted("terminated", ExitCode.TERMINATED)
+def _leave_dead_stdout() -> None:
+    # Python flushes stdout as it exits, and complains about a reader or a terminal that has gone.
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# --- text that a person sees ------------------------------------------------------------------------------------------
+
+# C0 and C1 controls (but tab and newline), marks that reverse the reading direction, line separators, and the
+# surrogates that stand for bytes of names that are not UTF-8.
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Show what a terminal would obey: an escape character becomes the four characters `\x1b`."""
+    return _UNSAFE.sub(_escaped, text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00  # the byte that os.fsdecode could not decode
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+# Breaking one of these lines would spoil it for copying; the terminal may break it on the screen.
+_COMMAND = re.compile(r"(?:^|\s)(?:python3?|pip|hf|swanlab|llamafactory\S*|source|xdg-open|open|\./\w+\.sh) [^ ]")
+
+
+def _fit(text: str, width: int | None) -> str:
+    """Break lines that are longer than `width` at spaces, but for commands; None is as wide as needed."""
+    if width is None:
+        return text
+    return "\n".join(line if len(line) <= width else _broken(line, width) for line in text.split("\n"))
+
+
+def _broken(line: str, width: int) -> str:
+    if _COMMAND.search(line):
+        return line
+    # The second column of "  name   value" keeps its place.
+    indent = len(re.match(r" *(?:\S+ {2,})?", line)[0])  # type: ignore[index]
+    indent = indent if indent <= width // 2 else 0
+    parts = textwrap.wrap(
+        line,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
+    return "\n".join(parts)
+
+
+def _width(stream: Any) -> int | None:
+    """The columns of a terminal; None where the stream is not one."""
+    if not stream.isatty():
+        return None
+    with suppress(OSError, ValueError):
+        return int(os.environ.get("COLUMNS", "")) or None
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
 
 
 def emit(text: str) -> None:
-    """Write one line of result to stdout."""
-    with _naming_stdout():
-        sys.stdout.write(text + "\n")
+    """Write a sentence of the result to stdout. A line that a machine reads goes through `emit_json_line`."""
+    _write(_fit(visible(text), _width(sys.stdout)))
 
 
 def emit_json(value: Any) -> None:
     """Write a result that a machine reads to stdout, as indented JSON."""
-    emit(json.dumps(value, indent=2, ensure_ascii=False))
+    emit_json_line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def emit_json_line(text: str) -> None:
+    """Write JSON to stdout, unbroken; what a terminal would obey, or cannot show, becomes a JSON escape."""
+    text = _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1], text.replace("\x7f", "\\u007f"))
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = re.sub(r"[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)
+    _write(text)
+
+
+def _write(text: str) -> None:
+    if _shown_bars and sys.stdout.isatty():
+        _print_above_bar(text)
+        return
+    with _naming_stdout():
+        sys.stdout.write(text + "\n")
 
 
 def emit_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    numeric: Sequence[str] = (),
+    optional: Sequence[str] = (),
 ) -> None:
-    """Write a table to stdout. Nothing is cut off when stdout is a file or a pipe.
+    """Write a table to stdout. On a terminal, columns are left out until it fits; nothing is ever cut or folded.
 
     Args:
-        title: stands above the table; an empty string leaves it out.
+        title: a line above the table; an empty string leaves it out.
         columns: the header of each column.
-        rows: one sequence of texts a row, as long as `columns`.
-        numeric: the columns that are set flush right.
+        rows: one sequence of strings a row, as long as `columns`.
+        numeric: the columns that are aligned to the right.
+        optional: the columns that may be left out on a narrow terminal, the first to go first.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    table = [[visible(cell).replace("\n", "\\n") for cell in row] for row in (columns, *rows)]
+    widths = [max(map(_cells, column)) for column in zip(*table, strict=True)]
+    kept, width = list(range(len(columns))), _width(sys.stdout)
+    left_out = []
+    for name in optional:
+        if width is None or sum(widths[i] + 2 for i in kept) - 2 <= width:
+            break
+        kept.remove(columns.index(name))
+        left_out.append(name)
+    right = {columns.index(name) for name in numeric}
+    lines = ["  ".join(_aligned(row[i], widths[i], right=i in right) for i in kept).rstrip() for row in table]
+    rule = "  ".join(_rule() * widths[i] for i in kept)
+    _write("\n".join([*([visible(title)] if title else []), lines[0], rule, *lines[1:]]))
+    if left_out:
+        log.info("Left out at this width: %s. A wider terminal or a file gets them all.", ", ".join(left_out))
 
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(Text(column), justify="right" if column in numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    # Where nobody looks at a terminal there is no width to keep to, and rich would assume 80.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 10_000)
-    if not sys.stdout.isatty():
-        console.width = max(console.measure(table).maximum, 1)
-    console.print(table)
+
+def _rule() -> str:
+    try:
+        "─".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return "-"
+    return "─"
+
+
+def _cells(text: str) -> int:
+    """Columns of a terminal that a string takes: a Chinese character takes two."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _aligned(text: str, width: int, *, right: bool) -> str:
+    padding = " " * (width - _cells(text))
+    return padding + text if right else text + padding
+
+
+# --- the narration ----------------------------------------------------------------------------------------------------
 
 
 def narrate_mapping(title: str, values: Mapping[str, object]) -> None:
@@ -129,8 +323,17 @@ def narrate_mapping(title: str, values: Mapping[str, object]) -> None:
     log.info("\n".join([title, *lines]))
 
 
-def progress_bar(*, unit_is_bytes: bool = False) -> Any:
-    """A `rich.progress.Progress` on stderr with rate and time left; silent when stderr is not a terminal."""
+_shown_bars: list[Any] = []
+"""The progress bar that is on the terminal now; lines are printed above it."""
+
+
+def _print_above_bar(text: str) -> None:
+    _shown_bars[-1].console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+@contextmanager
+def progress_bar(*, unit_is_bytes: bool = False) -> Iterator[Any]:
+    """Show a `rich.progress.Progress` on stderr with rate and time left; nothing when stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -143,11 +346,21 @@ def progress_bar(*, unit_is_bytes: bool = False) -> Any:
     )
 
     amount = [DownloadColumn(), TransferSpeedColumn()] if unit_is_bytes else [MofNCompleteColumn()]
-    return Progress(
-        TextColumn("{task.description}"),
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *amount,
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(file=_Forgiving(sys.stderr)),  # type: ignore[arg-type]
         disable=not sys.stderr.isatty(),
+        # Rich would send everything written to stdout meanwhile to stderr.
+        redirect_stdout=False,
+        redirect_stderr=False,
     )
+    with bar:
+        if not bar.disable:
+            _shown_bars.append(bar)
+        try:
+            yield bar
+        finally:
+            _shown_bars.clear()

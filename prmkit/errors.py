@@ -3,33 +3,34 @@
 Every error says what is wrong, where, and what to do next. `prmkit.cli.run` is the only place that catches them.
 """
 
+import errno
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the process tells its caller. 130 and 143 follow the shell: 128 plus the signal's number."""
+    """The exit code of a script. 130 and 143 follow the shell: 128 plus the signal's number."""
 
     DONE = 0
     DATA = 1
-    """The data or the world is wrong: a missing file, an unreadable row, a full disk."""
+    """The data or the environment is wrong: a missing file, an unreadable row, a full disk."""
     USAGE = 2
     """The command line or the configuration is wrong."""
     LLAMAFACTORY = 3
-    """LLaMA Factory failed, or did not leave what it should have left."""
+    """LLaMA Factory failed, or did not write what it should have written."""
     GATE = 4
-    """Everything ran, and a threshold that the user set was not met."""
+    """Everything ran, but a threshold was not met, or there is too little data to decide."""
     INTERRUPTED = 130
     TERMINATED = 143
 
 
 class PrmkitError(Exception):
-    """Something that a user can cause and can mend. Its text is shown without a traceback."""
+    """Something that a user can cause and fix. Its message is shown without a traceback."""
 
     exit_code = ExitCode.DATA
 
 
 class DataError(PrmkitError):
-    """The data or the world is wrong."""
+    """The data or the environment is wrong."""
 
 
 class UsageError(PrmkitError):
@@ -39,13 +40,13 @@ class UsageError(PrmkitError):
 
 
 class LlamaFactoryError(PrmkitError):
-    """LLaMA Factory failed, or did not leave what it should have left."""
+    """LLaMA Factory failed, or did not write what it should have written."""
 
     exit_code = ExitCode.LLAMAFACTORY
 
 
 class GateError(PrmkitError):
-    """A threshold that the user set was not met."""
+    """A threshold was not met, or cannot be decided."""
 
     exit_code = ExitCode.GATE
 
@@ -53,14 +54,39 @@ class GateError(PrmkitError):
 class Interrupted(BaseException):
     """A signal stopped the work; what was done so far is kept.
 
-    No `Exception`, as KeyboardInterrupt is none: it is raised wherever the signal arrives, and a library at work there
-    (logging, for one) would take it for an error of its own and go on.
+    Not an `Exception`, for the same reason as KeyboardInterrupt: it is raised wherever the signal arrives, and a
+    library at work there (logging, for one) would catch it as one of its errors and continue.
 
     Args:
-        message: what was kept, and the command that goes on.
-        exit_code: `INTERRUPTED` for SIGINT, `TERMINATED` for SIGTERM.
+        message: what was kept, and the command that continues.
+        exit_code: `INTERRUPTED` for SIGINT, `TERMINATED` for SIGTERM and SIGHUP.
     """
 
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+# --- errors of the operating system -----------------------------------------------------------------------------------
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""A file cannot grow: the disk, the quota, or the limit of a file's size."""
+_NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_NOT_A_PLACE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
+_OTHERS = frozenset({errno.EIO, errno.ESTALE, errno.ENOLCK, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def is_environment_error(error: OSError) -> bool:
+    """Whether the machine is to blame (a full disk, a missing permission) rather than the program."""
+    return error.errno in DISK_FULL | _NOT_ALLOWED | _NOT_A_PLACE | _OTHERS
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line: the file, what is wrong with it, and what to do where there is something."""
+    where = "" if error.filename is None else f"{error.filename}: "
+    advice = ""
+    if error.errno in DISK_FULL:
+        advice = " Free some space or choose another folder, then run the same command again."
+    elif error.errno in _NOT_ALLOWED | _NOT_A_PLACE:
+        advice = " Choose another path, then run the same command again."
+    return f"{where}{error.strerror or error}.{advice}"

@@ -1,11 +1,13 @@
-"""Files that are whole or absent, locks, and reading lines from whatever they are packed in."""
+"""Files that are complete or absent, locks, and reading lines from compressed files."""
 
+import bz2
 import errno
 import fcntl
 import gzip
 import hashlib
 import io
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -15,16 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-import orjson
-
 from prmkit.errors import DataError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when a file cannot grow: the disk, the quota, or the limit of a file's size."""
+# orjson is imported where it is used, so that every script can show its --help without any package installed.
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name only when it is complete.
 
     The bytes go to a temporary file in the same folder, which is synced and renamed over `path` when the block ends;
@@ -34,7 +33,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
-        error.filename = str(path)  # and not one that nobody has heard of
+        error.filename = str(path)  # not the temporary name, which means nothing to the user
         raise
     temporary = Path(name)
     try:
@@ -59,14 +58,16 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file, or leave the old one."""
-    with written_whole(path) as stream:
+    """Write a text file completely, or leave the old one."""
+    with atomic_write(path) as stream:
         stream.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole, indented JSON file, or leave the old one."""
-    with written_whole(path) as stream:
+    """Write an indented JSON file completely, or leave the old one."""
+    import orjson
+
+    with atomic_write(path) as stream:
         stream.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
@@ -76,6 +77,8 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: the file is missing, unreadable or not JSON.
     """
+    import orjson
+
     try:
         return orjson.loads(path.read_bytes())
     except OSError as error:
@@ -85,11 +88,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
-    """Yield the value of every line of a JSONL file, one at a time; blank lines are passed over.
+    """Yield the value of every line of a JSONL file, one at a time; empty lines are skipped.
 
     Raises:
         DataError: the file is missing or unreadable, or a line is not JSON (its number is named).
     """
+    import orjson
+
     with open_input(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -101,12 +106,13 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def open_input(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file of lines for reading bytes; `.gz` and `.zst` are unpacked on the way.
+    """Open a file of lines for reading bytes; `.gz`, `.bz2` and `.zst` are decompressed while reading.
 
-    What goes wrong with anything else while the file is open, such as writing what was read, is not translated.
+    Only errors of reading become a `DataError`; those of other work done while the file is open, such as writing what
+    was read, are passed on unchanged.
 
     Raises:
-        DataError: the file is missing, a folder, or not to be read; a packed one is damaged or stops in the middle.
+        DataError: the file is missing, a folder, or not readable; a compressed one is damaged or truncated.
     """
     try:
         raw = path.open("rb")
@@ -114,9 +120,12 @@ def open_input(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"{path}: {error.strerror or error}.") from error
     with raw:
         unpacked: Any = raw
-        if path.suffix == ".gz":
+        suffix = path.suffix.lower()
+        if suffix == ".gz":
             unpacked = gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".zst":
+        elif suffix == ".bz2":
+            unpacked = bz2.BZ2File(raw)
+        elif suffix == ".zst":
             unpacked = _ZstandardReader(raw)
         with io.BufferedReader(_Reading(unpacked, str(path)), _READ_AHEAD) as lines:
             yield lines
@@ -124,7 +133,7 @@ def open_input(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_stdin() -> Iterator[IO[bytes]]:
-    """As `open_input`, for what is piped in.
+    """Open stdin for reading lines of bytes.
 
     Raises:
         DataError: there is no stdin, or it cannot be read.
@@ -138,10 +147,11 @@ _READ_AHEAD = 1 << 18
 
 
 class _Reading(io.RawIOBase):
-    """Another stream, whose errors of reading name it."""
+    """A stream whose reading errors name the file."""
 
     def __init__(self, stream: Any, name: str) -> None:
-        # What is there is enough: a full buffer would keep a pipe's reader waiting for lines that are not written yet.
+        # readinto1 returns what has arrived; readinto would wait for a full buffer, and so for lines of a pipe that are
+        # not written yet.
         self._read = getattr(stream, "readinto1", stream.readinto)
         self._name = name
 
@@ -152,13 +162,13 @@ class _Reading(io.RawIOBase):
         try:
             return int(self._read(buffer))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{self._name}: damaged, or cut off ({error}). Pack it again.") from error
+            raise DataError(f"{self._name}: damaged or truncated ({error}). Compress it again.") from error
         except OSError as error:
             raise DataError(f"{self._name}: {error.strerror or error}.") from error
 
 
 class _ZstandardReader(io.RawIOBase):
-    """Unpacks Zstandard frames, one or several; zstandard's own reader ends without a word where a frame is cut off."""
+    """Decompresses one or several Zstandard frames; zstandard's own reader ends silently where a frame is truncated."""
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
@@ -199,42 +209,68 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+# --- locks ------------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
-def only_one(folder: Path, doing: str, *, lock: str = ".lock", patience: float = 0.0) -> Iterator[int]:
-    """Hold a folder for this process; the lock goes with the process, so none is left behind by a kill.
+def exclusive_lock(folder: Path, activity: str, *, lock: str = ".lock", patience: float = 0.0) -> Iterator[int]:
+    """Lock a folder for this process. The system releases the lock when the process ends, however it ends.
 
     Args:
-        folder: the folder to hold; made when it is missing.
-        doing: what the holder is doing, for the message that the second process gets.
-        lock: the name of the file that is locked; with one of its own, a job holds a part of the folder.
-        patience: seconds to wait for a holder that is just going.
+        folder: the folder to lock; it is made when it is missing.
+        activity: what this process does ("converting"), for the message that a second process gets.
+        lock: the name of the file that is locked; with another name, a job locks a part of the folder.
+        patience: seconds to wait for a holder that is just ending.
 
     Yields:
-        The lock's file descriptor. A child that inherits it holds the folder too, as long as it lives.
+        The lock's file descriptor. A child that inherits it holds the lock too, as long as the child lives.
 
     Raises:
-        DataError: another process holds the folder.
+        DataError: another process holds the lock, the lock is not a regular file, or the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
-    with (folder / lock).open("a+") as stream:
-        # A forked worker that outlives a killed parent for a moment must not hold its lock on.
+    with _open_lock(folder / lock) as stream:
+        # A forked worker that outlives a killed parent for a moment must not keep its lock.
         os.register_at_fork(after_in_child=stream.close)
-        while not _locked(stream):
+        while not _try_lock(stream, folder):
             if time.monotonic() >= deadline:
-                stream.seek(0)
-                holder = stream.read().strip() or f"another process is {doing}"
+                holder = stream.read(200).strip() or f"another process is {activity}"
                 raise DataError(f"{folder}: {holder} here. Wait for it, or choose another folder.")
             time.sleep(0.05)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} is {doing}")
-        stream.flush()
+        if os.fstat(stream.fileno()).st_nlink == 1:  # a hard link may be somebody's file: lock it, but do not write
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} is {activity}")
+            stream.flush()
         yield stream.fileno()
 
 
-def _locked(stream: IO[str]) -> bool:
+def _open_lock(path: Path) -> IO[str]:
+    # In a folder that others may write to, a link planted here would make us truncate the file that it leads to, and a
+    # pipe would make us wait without end.
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise DataError(f"{path}: not a regular file. Remove it, then run the command again.") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path}: not a regular file. Remove it, then run the command again.")
+    return open(descriptor, "r+", encoding="utf-8", errors="replace")  # noqa: PTH123 - a descriptor is opened
+
+
+def _try_lock(stream: IO[str], folder: Path) -> bool:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise DataError(
+            f"{folder}: this file system does not support locks ({error.strerror}). Choose a folder on a local disk."
+        ) from error
     return True
+
+
+# Former names, until every module uses the new ones.
+written_whole, only_one = atomic_write, exclusive_lock

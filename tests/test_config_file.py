@@ -1,4 +1,4 @@
-"""A config is read as LLaMA Factory reads it, and what cannot be read is told with its place."""
+"""A config is read as LLaMA Factory reads it; an error names the place."""
 
 from pathlib import Path
 
@@ -9,19 +9,23 @@ from prmkit.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("a: [1", "not a YAML"),
+        ("a: [1", "not YAML"),
         ("seed: 1\nseed: 2", "duplicate key seed"),
         ("- a\n- b", "not a mapping"),
         ("\tseed: 1", "line 1"),
-        ("seed: \xff", "not a YAML"),
+        ("seed: \xff", "not YAML"),
+        ("{a: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
+        ("\n".join(" " * depth + "-" for depth in range(1200)), "nested too deeply"),
+        ("seed: " + "9" * 5000, "not YAML"),
+        ("# " + "x" * (1 << 20), "larger than 1 MiB"),
     ],
 )
-def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UsageError, match=told) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         read_yaml(path)
     assert str(path) in str(caught.value)
 
@@ -40,7 +44,7 @@ def test_the_file_is_read_as_llama_factory_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["lora_rank", "=4", "--verbose", ""])
-def test_what_is_no_assignment_is_refused(text: str) -> None:
+def test_what_is_not_an_assignment_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not key=value"):
         split_assignment(text)
 
@@ -53,6 +57,8 @@ def test_a_value_is_typed_as_llama_factory_types_it(text: str, value: object) ->
     assert value_of(text) == value
 
 
-def test_a_text_that_is_no_value() -> None:
+def test_a_string_that_is_not_a_value() -> None:
     with pytest.raises(ValueError, match="parsing"):
         value_of("[1")
+    with pytest.raises(ValueError, match="nested"):
+        value_of("[" * 3000 + "]" * 3000)

@@ -1,16 +1,27 @@
-"""Files that are whole or absent, inputs however they are packed, and one process at a time."""
+"""Files that are complete or absent, inputs however they are compressed, and one process at a time."""
 
+import bz2
 import gzip
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from prmkit.errors import DataError
-from prmkit.files import only_one, open_input, read_json, read_jsonl, sha256_of, write_json, write_text, written_whole
+from prmkit.files import (
+    atomic_write,
+    exclusive_lock,
+    open_input,
+    read_json,
+    read_jsonl,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 LINES = b"".join(b'{"line": %d}\n' % number for number in range(50_000))
 
@@ -24,14 +35,21 @@ def packed(how: str) -> bytes:
             return gzip.compress(LINES)
         case "two.jsonl.gz":
             return gzip.compress(LINES[:half]) + gzip.compress(LINES[half:])
+        case "one.jsonl.bz2" | "ONE.JSONL.BZ2":
+            return bz2.compress(LINES)
+        case "two.jsonl.bz2":
+            return bz2.compress(LINES[:half]) + bz2.compress(LINES[half:])
         case "one.jsonl.zst":
             return zstandard.compress(LINES)
         case _:
             return zstandard.compress(LINES[:half]) + zstandard.compress(LINES[half:])
 
 
-@pytest.mark.parametrize("name", ["plain.jsonl", "one.jsonl.gz", "two.jsonl.gz", "one.jsonl.zst", "two.jsonl.zst"])
-def test_lines_are_read_however_they_are_packed(tmp_path: Path, name: str) -> None:
+PACKED = [f"{count}.jsonl.{how}" for how in ("gz", "bz2", "zst") for count in ("one", "two")]
+
+
+@pytest.mark.parametrize("name", ["plain.jsonl", "ONE.JSONL.BZ2", *PACKED])
+def test_lines_are_read_however_they_are_compressed(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(packed(name))
     with open_input(path) as lines:
@@ -39,16 +57,16 @@ def test_lines_are_read_however_they_are_packed(tmp_path: Path, name: str) -> No
     assert [row["line"] for row in read_jsonl(path)] == list(range(50_000))
 
 
-@pytest.mark.parametrize("name", ["one.jsonl.gz", "two.jsonl.gz", "one.jsonl.zst", "two.jsonl.zst"])
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("missing", [1, 100])
-def test_a_packed_file_that_is_cut_off_is_no_shorter_file(tmp_path: Path, name: str, missing: int) -> None:
+def test_a_truncated_compressed_file_is_not_a_shorter_file(tmp_path: Path, name: str, missing: int) -> None:
     path = tmp_path / name
     path.write_bytes(packed(name)[:-missing])
     with pytest.raises(DataError, match=name), open_input(path) as lines:
         list(lines)
 
 
-@pytest.mark.parametrize("name", ["a.gz", "a.zst"])
+@pytest.mark.parametrize("name", ["a.gz", "a.bz2", "a.zst"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"something else")
     with pytest.raises(DataError, match=name), open_input(tmp_path / name) as lines:
@@ -73,17 +91,17 @@ def test_only_errors_of_reading_are_the_inputs(tmp_path: Path, name: str) -> Non
             raise error
 
 
-def test_a_line_that_is_no_json_is_numbered(tmp_path: Path) -> None:
+def test_a_line_that_is_not_json_is_numbered(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\noops\n')
     with pytest.raises(DataError, match=r"a\.jsonl:3: not JSON"):
         list(read_jsonl(tmp_path / "a.jsonl"))
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_atomic_write_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.json"
     write_json(path, {"a": "ü"})
     assert read_json(path) == {"a": "ü"}
-    with pytest.raises(RuntimeError), written_whole(path) as stream:
+    with pytest.raises(RuntimeError), atomic_write(path) as stream:
         stream.write(b"half")
         raise RuntimeError
     assert read_json(path) == {"a": "ü"}
@@ -107,8 +125,8 @@ def test_the_hash_is_that_of_sha256sum(tmp_path: Path) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from prmkit.files import only_one
-with only_one(Path(sys.argv[1]), "converting"):
+from prmkit.files import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), "converting"):
     if os.fork() == 0:  # a worker that outlives its parent
         time.sleep(60)
     print("held", flush=True)
@@ -116,18 +134,65 @@ with only_one(Path(sys.argv[1]), "converting"):
 """
 
 
-def test_the_second_process_is_told_and_a_kill_frees_the_folder(tmp_path: Path) -> None:
+def test_the_second_process_is_refused_and_a_kill_frees_the_folder(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     try:
-        with pytest.raises(DataError, match=f"process {holder.pid} is converting here"), only_one(tmp_path, "x"):
+        with pytest.raises(DataError, match=f"process {holder.pid} is converting here"), exclusive_lock(tmp_path, "x"):
             pass
         holder.kill()
         holder.wait()
-        with only_one(tmp_path, "converting", patience=10):  # the worker may not have run yet
+        with exclusive_lock(tmp_path, "converting", patience=10):  # the worker may not have run yet
             pass
     finally:
         os.killpg(holder.pid, 9)
+
+
+def test_a_lock_follows_no_link_and_writes_into_nothing_that_has_another_name(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("precious")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(precious)
+    with pytest.raises(DataError, match="not a regular file"), exclusive_lock(folder, "x"):
+        pass
+    (folder / ".lock").unlink()
+    (folder / ".lock").hardlink_to(precious)
+    with exclusive_lock(folder, "x"):
+        pass
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_a_lock_is_a_regular_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / ".lock")
+    with pytest.raises(DataError, match=r"\.lock: not a regular file"), exclusive_lock(tmp_path, "x"):
+        pass
+
+
+NO_FLOCK = """
+import errno, fcntl, sys
+from pathlib import Path
+
+def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = refuse  # as a network file system does
+from prmkit.files import exclusive_lock
+from prmkit.errors import DataError
+try:
+    with exclusive_lock(Path(sys.argv[1]), "x"):
+        pass
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_file_system_without_locks_is_named_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", NO_FLOCK, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        f"{tmp_path}: this file system does not support locks (No locks available). Choose a folder on a local disk.\n"
+    )
