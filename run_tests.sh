@@ -1,7 +1,32 @@
 #!/usr/bin/env bash
-# Set up what the tests need, then run every check and every test. Arguments go to pytest: ./run_tests.sh -k verdict
+# Every check and every test.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'USAGE'
+Usage: ./run_tests.sh [--fast] [arguments of pytest]
+
+Installs what the tests need (requirements-dev.txt, once), then runs ruff, mypy, shellcheck and pytest.
+
+  --fast       leave out what starts LLaMA Factory or is slow for another reason (markers llamafactory, slow)
+  -h, --help   show this text
+
+Everything else goes to pytest: ./run_tests.sh -k verdict, ./run_tests.sh tests/dataset
+USAGE
+}
+
+selection=()
+case ${1:-} in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    --fast)
+        selection=(-m "not llamafactory and not slow")
+        shift
+        ;;
+esac
 python=$(./setup_environment.sh requirements-dev.txt)
 bin=$(dirname "$python")
 
@@ -9,5 +34,5 @@ bin=$(dirname "$python")
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/shellcheck" ./*.sh .ci/run
-# Two at once: most of a test here is waiting for imports on one core. A file keeps its order, and its fixtures.
-exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@"
+# Two processes, because most of a test is waiting for imports on one core. A file stays together, as do its fixtures.
+exec "$python" -m pytest --numprocesses 2 --dist loadfile "${selection[@]}" "$@"

@@ -1,70 +1,137 @@
 #!/usr/bin/env bash
-# From finetune.jsonl to a judge: convert, train, and, when asked, evaluate and export. Decides nothing itself.
+# From judged rows to a judge: convert, train, and on request evaluate and export. All decisions are made in Python.
 set -euo pipefail
 
 usage() {
-    cat <<'EOF'
+    cat <<'USAGE'
 Usage: ./run_training.sh [options] [key=value ...]
 
+  -i,  --input FILE           your rows (default: finetune.jsonl, the sample)
   -c,  --config FILE          the configuration (default: training_config.yaml)
   -d,  --dataset NAME         the variant to train on, such as reward_model_full
   -e,  --epochs N             passes over the data
   -lr, --learning-rate X
-  -bs, --batch-size N         rows a device and step
+  -bs, --batch-size N         rows per device and step
        key=value              any key of LLaMA Factory, such as lora_rank=32
-       --export               merge the adapter into the base model when it is trained
-       --evaluate             measure the judge on held-out rows when it is trained
+       --evaluate             after training, measure the judge on held-out rows
+       --export               after training, merge the adapter into the base model
        --validate-only        convert and check everything, but do not train
        --no-convert           use the data that was converted before
-       --overwrite            move an earlier run of the same name aside and begin anew
+       --overwrite            move an earlier run of the same name aside and start again
        --force                train although the checks found errors
        --verbose              show everything that LLaMA Factory prints
        --install-deps         install the pinned dependencies; with no other option, stop there
        --demo                 the whole job on the sample with a tiny model, on a CPU, below demo/
-  -h,  --help                 this text
+  -h,  --help                 show this text
 
-Exit codes: 0 done, 1 data wrong, 2 command or configuration wrong, 3 LLaMA Factory failed, 4 a threshold not met,
-130 or 143 interrupted. Run the same command again to go on where it stopped.
-EOF
-}
+Several processes and nodes, see python train.py --help:
+       --nproc, --nnodes, --node-rank, --master-addr, --master-port, --rdzv-id, --max-restarts
 
-refuse() {
-    printf 'error: %s\n\n' "$1" >&2
-    usage >&2
-    exit 2
+Exit codes: 0 done, 1 data or environment wrong, 2 command or configuration wrong, 3 LLaMA Factory failed, 4 a threshold
+not met, 130 or 143 interrupted. Run the same command again to continue where it stopped.
+USAGE
 }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-config="" convert=yes demo="" install=""
-training=()    # what is passed on to train.py
-assignments=() # and to convert_dataset.py as well
+switches=(--evaluate --export --validate-only --overwrite --force --verbose) # passed on to train.py
+valued=(--dataset --epochs --learning-rate --batch-size
+    --nproc --nnodes --node-rank --master-addr --master-port --rdzv-id --max-restarts) # the same, with a value
+options=(--input --config --no-convert --install-deps --demo --help "${switches[@]}" "${valued[@]}")
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit "${2:-2}"
+}
+
+is_one_of() {
+    local wanted=$1 each
+    shift
+    for each in "$@"; do [[ $each == "$wanted" ]] && return; done
+    return 1
+}
+
+# The whole name of an option: short names and unique beginnings (--epoch) are accepted, as train.py does.
+full_name() {
+    local short=(-i --input -c --config -d --dataset -e --epochs -lr --learning-rate -bs --batch-size -h --help) i each
+    local matches=()
+    for ((i = 0; i < ${#short[@]}; i += 2)); do
+        [[ $1 == "${short[i]}" ]] && printf '%s' "${short[i + 1]}" && return
+    done
+    for each in "${options[@]}"; do
+        [[ $1 == "$each" ]] && printf '%s' "$each" && return
+        [[ $1 == --?* && $each == "$1"* ]] && matches+=("$each")
+    done
+    ((${#matches[@]} == 1)) && printf '%s' "${matches[0]}" && return
+    ((${#matches[@]} == 0)) || fail "$1 could be ${matches[*]}. Write the whole option."
+    if is_one_of "$1" --runs --export-only --json; then
+        fail "$1 is an option of train.py alone: python train.py $1"
+    fi
+    fail "'$1' is not an option.$(suggest "$1") See ./run_training.sh --help"
+}
+
+suggest() {
+    local python
+    python=$("$here/setup_environment.sh" --python 2>/dev/null) || return 0
+    "$python" -c '
+import difflib, sys
+typed, *options = sys.argv[1:]
+name = typed.lstrip("-").replace("_", "-")
+close = difflib.get_close_matches("--" + name, options, n=1, cutoff=0.8)
+key = name.replace("-", "_")
+print(f" Did you mean {close[0]}?" if close else f" A key of LLaMA Factory is written {key}=VALUE.", end="")
+' "$1" "${options[@]}"
+}
+
+config="" input="" convert=yes demo="" install="" validate=""
+training=()    # passed on to train.py
+assignments=() # passed on to convert_dataset.py as well
 arguments=$#
 while (($#)); do
-    case $1 in
-        -c | --config | -d | --dataset | -e | --epochs | -lr | --learning-rate | -bs | --batch-size)
-            (($# > 1)) || refuse "$1 needs a value."
-            case $1 in
-                -c | --config)
-                    [[ -n $2 ]] || refuse "$1 needs a value."
-                    config=$(realpath --canonicalize-missing -- "$2")
-                    ;;
-                *) training+=("$1" "$2") ;;
-            esac
+    if [[ $1 != -* ]]; then
+        [[ $1 == [a-z]*=* ]] || fail "'$1' is neither an option nor key=value. See ./run_training.sh --help"
+        assignments+=("$1")
+        shift
+        continue
+    fi
+    option=$1 value="" has_value=""
+    if [[ $option == --*=* ]]; then
+        value=${option#*=} option=${option%%=*} has_value=yes
+    fi
+    option=$(full_name "$option") || exit
+    shift
+    if is_one_of "$option" --input --config "${valued[@]}"; then
+        if [[ -z $has_value ]]; then
+            (($#)) || fail "$option needs a value."
+            value=$1
             shift
-            ;;
-        --export | --evaluate | --validate-only | --overwrite | --force | --verbose) training+=("$1") ;;
+        fi
+        [[ -n $value ]] || fail "$option needs a value."
+    elif [[ -n $has_value ]]; then
+        fail "$option takes no value."
+    fi
+    case $option in
+        --input) input=$value ;;
+        --config) config=$(realpath --canonicalize-missing -- "$value") ;;
         --no-convert) convert="" ;;
         --install-deps) install=yes ;;
         --demo) demo=yes ;;
-        -h | --help)
+        --help)
             usage
             exit 0
             ;;
-        [a-z]*=*) assignments+=("$1") ;;
-        *) refuse "'$1' is not an option." ;;
+        *)
+            training+=("$option")
+            if is_one_of "$option" "${valued[@]}"; then training+=("$value"); fi
+            if [[ $option == --validate-only ]]; then validate=yes; fi
+            ;;
     esac
-    shift
 done
+if [[ -n $input && $input != - ]]; then
+    [[ -e $input ]] || fail "$input: no such file. Name the file that holds your rows, one JSON object per line." 1
+    input=$(realpath -- "$input")
+fi
+[[ -z $input || -n $convert ]] || fail "--input and --no-convert contradict each other. Choose one of them."
+[[ -z $input || -z $demo ]] || fail "--demo runs on the sample. Leave out --demo to use your own rows."
 cd "$here"
 
 # Each step runs in the background so that a signal reaches this shell at once; it is passed on as SIGTERM, because a
@@ -78,9 +145,9 @@ stop() {
     exit "$1"
 }
 trap 'stop 130' INT
-trap 'stop 143' TERM
+trap 'stop 143' TERM HUP
 step() {
-    "$@" &
+    "$@" <&0 &
     child=$!
     wait "$child"
     child=
@@ -96,11 +163,17 @@ if [[ -n $demo ]]; then
 fi
 config=${config:-training_config.yaml}
 python=$(./setup_environment.sh --python)
+"$python" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' \
+    orjson omegaconf llamafactory torch ||
+    fail "the packages that prmkit needs are not installed for $python. Run ./run_training.sh --install-deps once." 1
 
 if [[ -n $demo ]]; then
     step "$python" -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
 fi
 if [[ -n $convert ]]; then
-    step "$python" convert_dataset.py --input finetune.jsonl --config "$config" "${assignments[@]}"
+    step "$python" convert_dataset.py --input "${input:-finetune.jsonl}" --config "$config" "${assignments[@]}"
 fi
 step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"
+if [[ -n $demo && -z $validate ]]; then
+    echo "  use your own rows:  ./run_training.sh --input my_rows.jsonl --validate-only"
+fi

@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
-# Install pinned dependencies, once. Into the active virtual environment if there is one, else into .venv.
-#
-#   ./setup_environment.sh [requirements.txt]
-#   ./setup_environment.sh --python             install nothing, only say which Python it is
-#
-# Prints the path of the Python that has them on stdout, and what it does on stderr. A second run changes nothing.
+# Install the pinned dependencies, once.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
+usage() {
+    cat <<'USAGE'
+Usage: ./setup_environment.sh [requirements.txt]
+       ./setup_environment.sh --python      install nothing, only print which Python is used
+
+Installs the pinned dependencies (about 6 GB) into the active virtual or conda environment, else into .venv, which is
+made if it is missing. Prints the path of that Python on stdout and the progress on stderr. A second run changes
+nothing. Exit codes: 0 done, 1 the installation failed, 2 command wrong.
+USAGE
+}
+
 say() { printf '%s\n' "$*" >&2; }
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
     local candidate
     for candidate in python3.11 python3.12 python3.13 python3 python; do
-        if command -v "$candidate" >/dev/null &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        if command -v "$candidate" >/dev/null && is_new_enough "$candidate"; then
             printf '%s\n' "$candidate"
             return
         fi
@@ -22,6 +29,24 @@ find_python() {
     say "error: no Python 3.11 or newer found. Install Python 3.11, then run this again."
     exit 1
 }
+
+case ${1:-} in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    --python) ;;
+    -*)
+        say "error: '$1' is not an option. See ./setup_environment.sh --help"
+        exit 2
+        ;;
+    *)
+        if [[ ! -f ${1:-$here/requirements.txt} ]]; then
+            say "error: $1: no such file. Name a requirements file, or nothing for requirements.txt."
+            exit 2
+        fi
+        ;;
+esac
 
 if [[ -n ${VIRTUAL_ENV:-} ]]; then
     environment=$VIRTUAL_ENV
@@ -40,21 +65,29 @@ else
     fi
 fi
 python=$environment/bin/python
+if ! is_new_enough "$python"; then
+    say "error: $python is not Python 3.11 or newer. Make an environment with Python 3.11, or deactivate this one and" \
+        "run this again."
+    exit 1
+fi
 if [[ ${1:-} == --python ]]; then
     printf '%s\n' "$python"
     exit 0
 fi
 
-# The stamp carries what was installed, so a changed pin is noticed and an unchanged one costs nothing.
+# The stamp holds a checksum of what was installed, so a changed pin is noticed and an unchanged one costs nothing.
 requirements=$(realpath -- "${1:-$here/requirements.txt}")
 stamp=$environment/.prmkit-$(basename "$requirements")
 wanted=$(cat "$here"/requirements*.txt | cksum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
-    say "Dependencies are there ($environment)."
+    say "Dependencies are already installed ($environment)."
 else
-    say "Installing the pinned dependencies into $environment (about 6 GB, a few minutes the first time)."
-    "$python" -m pip install --disable-pip-version-check --quiet --requirement "$requirements" >&2 || {
-        say "error: pip could not install $requirements; its message stands above. Mend that, then run this again."
+    say "Installing the pinned dependencies into $environment: about 6 GB, some minutes the first time."
+    # One line for each download, with its size, instead of several hundred from pip.
+    "$python" -m pip install --disable-pip-version-check --requirement "$requirements" 2>&1 |
+        awk '/^ *Downloading / || /^ERROR|^error/ { sub(/^ */, ""); print; fflush() }
+             /^Installing collected packages/ { print "Unpacking, a minute or two ..."; fflush() }' >&2 || {
+        say "error: pip could not install $requirements; the reason is above. Fix it, then run this again."
         exit 1
     }
     printf '%s\n' "$wanted" >"$stamp"

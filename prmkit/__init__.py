@@ -1,3 +1,33 @@
-"""prmkit: judged agent trajectories in, a process reward model out."""
+"""prmkit: judged agent trajectories in, a process reward model out.
+
+The Python API is what the scripts use, loaded when it is first asked for:
+
+    prmkit.convert("my_rows.jsonl", "data")            finetune.jsonl -> datasets for LLaMA Factory; the report
+    prmkit.load_judge("saves/my_run").score(prompts)   scores of steps; needs torch and transformers
+    prmkit.read_verdict('{"score": 0.8}')              the scores in one judge's answer, or why there are none
+"""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - before any import that an older Python cannot read
+    sys.exit(
+        f"error: prmkit needs Python 3.11 or newer; {sys.executable} is {sys.version_info[0]}.{sys.version_info[1]}. "
+        "Run ./run_training.sh --install-deps, then activate the environment: source .venv/bin/activate"
+    )
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prmkit.verdict import read_verdict
 
 __version__ = "0.1.0"
+__all__ = ["read_verdict"]
+
+_HOMES = {"read_verdict": "prmkit.verdict"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prmkit' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -17,7 +17,7 @@ HEAVY = {
     "tokenizers", "pandas", "swanlab", "omegaconf", "httpx",
 }  # fmt: skip
 MODULES = sorted((ROOT / "prmkit").rglob("*.py"))
-SCRIPTS = ["convert_dataset.py", "train.py", "evaluate_judge.py", "score_trajectories.py"]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 
 
 def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -45,10 +45,14 @@ def _wing(path: Path) -> str | None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
-    """Wings know the ground floor and themselves; the ground floor knows no wing."""
+    """Wings know the ground floor and themselves; the ground floor knows no wing, but for the package's front door."""
     wing = _wing(path)
     ours = {name.split(".")[1] for name in _imports(path) if name.startswith("prmkit.")}
-    allowed = WINGS if path.name == "pipeline.py" else {wing} | MAY_IMPORT.get(wing or "", set())
+    allowed = (
+        WINGS
+        if path in (ROOT / "prmkit" / "pipeline.py", ROOT / "prmkit" / "__init__.py")
+        else {wing} | MAY_IMPORT.get(wing or "", set())
+    )
     assert (ours & WINGS) <= allowed
 
 
@@ -105,6 +109,37 @@ def test_scripts_are_thin_and_answer_at_once(name: str) -> None:
     assert done.stdout.startswith("usage:")
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "prmkit" in loaded and not loaded & (HEAVY | {"numpy", "yaml", "rich"})
+
+
+WITHOUT_PACKAGES = [sys.executable, "-S", "-E"]
+
+
+@pytest.mark.parametrize("name", ["convert_dataset.py", "train.py"])
+def test_without_the_packages_a_script_helps_and_names_the_command(name: str, tmp_path: Path) -> None:
+    """`-S` leaves out site-packages: what somebody has who did not install or activate anything."""
+    shown = subprocess.run([*WITHOUT_PACKAGES, ROOT / name, "--help"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("usage:")
+    done = subprocess.run([*WITHOUT_PACKAGES, ROOT / name, *ARGUMENTS.get(name, [])], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: the Python package ") and "./run_training.sh --install-deps" in done.stderr
+
+
+ARGUMENTS = {"score_trajectories.py": ["finetune.jsonl"]}
+OLD = """
+import collections, runpy, sys
+Version = collections.namedtuple("Version", "major minor micro")
+sys.version_info = Version(3, 10, 1)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_older_python_is_refused_in_one_sentence(name: str) -> None:
+    for path in (ROOT / name, ROOT / "prmkit" / "__init__.py"):
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 7))
+    done = subprocess.run([sys.executable, "-c", OLD, ROOT / name, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: prmkit needs Python 3.11 or newer;") and done.stderr.count("\n") == 1
 
 
 def test_no_module_is_left_over() -> None:
