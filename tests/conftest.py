@@ -1,4 +1,4 @@
-"""What every part of the tests stands on: the scripts as a user runs them, the sample, and one tiny model."""
+"""What all tests share: the scripts as a user runs them, the sample, and one tiny model."""
 
 import os
 import signal
@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Nothing in the tests may reach for a hub or a cloud.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
+# run_training.sh uses the environment that is active: that of the tests.
+os.environ["VIRTUAL_ENV"] = sys.prefix
 # A shell that starts the tests in the background makes them, and all that they start, deaf to SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
