@@ -1,0 +1,184 @@
+"""dataset_info.json: the datasets of a folder, and which columns of their rows hold what.
+
+The conversion writes it; training, evaluation and the leak audit read it here, as LLaMA Factory 0.9.5 does
+(`llamafactory/data/parser.py`): an entry that names `columns` or `tags` loses the defaults of those that it leaves out.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import orjson
+
+from prmkit.errors import DataError
+from prmkit.files import read_json
+from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
+
+Format = Literal["alpaca", "sharegpt"]
+
+_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+
+
+class RowTexts(NamedTuple):
+    """What a row of a dataset says."""
+
+    system: str | None
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One dataset. Two entries are never equal, so that each can be a key."""
+
+    name: str
+    file: Path | None
+    """The local file or folder; None for a dataset that comes from a hub or a script."""
+    formatting: str = "alpaca"
+    columns: Mapping[str, str] = field(default_factory=lambda: _COLUMNS)
+    """Column by what it holds: prompt, query, response, system, messages, …; without those that no row has."""
+    tags: Mapping[str, str] = field(default_factory=lambda: _TAGS)
+    ranking: bool = False
+    """Whether its rows are pairs of a better and a worse answer."""
+    num_samples: int | None = None
+    """How many rows LLaMA Factory draws; None takes each row once."""
+
+    @property
+    def sidecar(self) -> Path | None:
+        """Where a conversion traces the rows back to its input; the datasets of others have none."""
+        return sidecar_of(self.file) if self.file and sidecar_of(self.file).is_file() else None
+
+    def read(self, row: Any) -> RowTexts:
+        """System text, prompt and answer of a row with one question and one answer.
+
+        Raises:
+            ValueError: the row does not have the columns of its entry, or has several questions.
+        """
+        try:
+            return self._turns(row) if self.formatting != "alpaca" else self._alpaca(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"a row without the columns that {INFO} names") from error
+
+    def _alpaca(self, row: Mapping[str, Any]) -> RowTexts:
+        names = self.columns
+        asked = [row[names["prompt"]] if "prompt" in names else "", row.get(names.get("query", ""))]
+        system, answer = (row.get(names.get(key, "")) for key in ("system", "response"))
+        return _checked(system, "\n".join(filter(None, asked)), answer or "")
+
+    def _turns(self, row: Mapping[str, Any]) -> RowTexts:
+        turns, tags = list(row[self.columns["messages"]]), self.tags
+        system = row.get(self.columns["system"]) if "system" in self.columns else None
+        role, content = tags["role_tag"], tags["content_tag"]
+        if turns and "system_tag" in tags and turns[0][role] == tags["system_tag"]:
+            system = turns.pop(0)[content]
+        if [turn[role] for turn in turns] not in ([tags["user_tag"]], [tags["user_tag"], tags["assistant_tag"]]):
+            raise ValueError("a row that is not one question and one answer")
+        return _checked(system, turns[0][content], turns[1][content] if len(turns) > 1 else "")
+
+
+def _checked(system: Any, prompt: Any, answer: Any) -> RowTexts:
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not isinstance(system, str | None):
+        raise TypeError
+    return RowTexts(system or None, prompt, answer)
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every dataset of a folder by name.
+
+    Raises:
+        DataError: there is no `dataset_info.json` in the folder, or it is not what LLaMA Factory reads.
+    """
+    path = folder / INFO
+    again = "Convert the data again: python convert_dataset.py"
+    if not path.is_file():
+        raise DataError(f"{path} is missing. Convert the data first: python convert_dataset.py")
+    info = read_json(path)
+    if not isinstance(info, dict) or not all(isinstance(raw, dict) for raw in info.values()):
+        raise DataError(f"{path}: not an object of dataset entries. {again}")
+    for name, raw in info.items():
+        if wrong := [f"{key} is {raw[key]!r}" for key, kind in _TYPES.items() if not isinstance(raw.get(key), kind)]:
+            raise DataError(f"{path}: {name}: {wrong[0]}, which LLaMA Factory cannot use. {again}")
+    return {name: _entry(name, raw, folder) for name, raw in info.items()}
+
+
+_TYPES: dict[str, Any] = {
+    "file_name": str | None, "formatting": str | None, "columns": dict | None, "tags": dict | None,
+    "num_samples": int | None,
+}  # fmt: skip
+
+
+def _entry(name: str, raw: Mapping[str, Any], folder: Path) -> Entry:
+    return Entry(
+        name=name,
+        file=folder / raw["file_name"] if raw.get("file_name") else None,
+        formatting=raw.get("formatting") or "alpaca",
+        columns=_named(raw.get("columns"), _COLUMNS),
+        tags=_named(raw.get("tags"), _TAGS),
+        ranking=bool(raw.get("ranking")),
+        num_samples=raw.get("num_samples"),
+    )
+
+
+def _named(given: Mapping[str, Any] | None, defaults: Mapping[str, str]) -> Mapping[str, str]:
+    return defaults if given is None else {key: value for key, value in given.items() if isinstance(value, str)}
+
+
+def split_names(value: Any) -> list[str]:
+    """The names in a value of `dataset`, `eval_dataset` and the like: a string with commas, or a list."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    return [str(part).strip() for part in parts]
+
+
+def held_out_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The held-out sides of some datasets, as far as they exist."""
+    known = set(known)
+    return [side for name in names if (side := name + HELD_OUT_SUFFIX) in known]
+
+
+# --- what a conversion writes -------------------------------------------------------------------------------------
+
+
+def training_row(prompt: str, label: str, form: Format, system: str | None = None) -> bytes:
+    """One line of a training file. It has string columns only: Arrow takes a column's type from the first 10 MB.
+
+    Args:
+        prompt: what the judge is asked.
+        label: what it is to answer.
+        form: of the file.
+        system: the system text, empty for none; None in a file without the column.
+    """
+    row: dict[str, Any] = (
+        {"instruction": prompt, "input": "", "output": label}
+        if form == "alpaca"
+        else {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": label}]}
+    )
+    if system is not None:
+        row["system"] = system
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def dataset_entry(file_name: str, form: Format, *, with_system: bool = False) -> dict[str, Any]:
+    """The entry of a training file in dataset_info.json.
+
+    Args:
+        file_name: of the training file, in the folder of dataset_info.json.
+        form: of the file.
+        with_system: its rows have a column for the system text.
+    """
+    system = {"system": "system"} if with_system else {}
+    if form == "alpaca":
+        return {"file_name": file_name, "columns": {**_ALPACA_COLUMNS, **system}}
+    return {
+        "file_name": file_name,
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", **system},
+        "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"},
+    }
+
+
+_ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}

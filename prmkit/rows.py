@@ -1,0 +1,517 @@
+"""The rows that conversion and scoring read: which files hold them, and what one row says.
+
+A file holds one row per line, or one JSON array, or objects that are spread over several lines; it may be compressed.
+A row is written as `finetune.jsonl` has it, as chat messages, in Alpaca's columns or as a bare prompt. Both wings read
+rows here, so a prompt is trained on and scored with the same system text and has the same hash.
+"""
+
+import codecs
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn
+
+import orjson
+
+from prmkit.errors import DataError
+from prmkit.files import open_input, open_stdin
+
+STDIN = "-"
+LONGEST_LINE = 4 << 20
+"""Bytes. A longer row is rejected unread: no model reads a prompt of a million tokens, and memory stays bounded."""
+EXPECTED = (
+    '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], '
+    '"metadata": {"task_id": "…", "model_name": "…", "evaluation_type": "clip"}}'
+)
+
+
+class Rejected(Exception):
+    """A row that cannot be used.
+
+    Args:
+        reason: what is wrong with this row.
+        kind: what is wrong with rows like it, for counting; the reason itself when left out.
+    """
+
+    def __init__(self, reason: str, kind: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.kind = kind or reason
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """One prompt, with the judge's answer where there is one."""
+
+    system: str | None
+    prompt: str
+    answer: str | None
+    judge: str | None
+    task: str | None
+    trajectory: str | None
+    """`trajectory_id`; the task where a row names none."""
+    evaluation_type: str | None
+    clip_number: int | None
+    metadata: Mapping[str, Any]
+    """As in the input, without what is named above only where it was not in the metadata."""
+    id: str | int | None = None
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what the judge is asked."""
+        return prompt_hash(self.prompt, self.system)
+
+
+class Line(NamedTuple):
+    """One row as it is in the file."""
+
+    number: int
+    """Of the line; in an array, or where objects are spread over lines, of the item. From 1."""
+    text: bytes
+    size: int
+    """In bytes; more than `len(text)` for a row that is too long, of which only the beginning is kept."""
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_rows(name: str) -> Iterator[Iterator[Line]]:
+    """Open a file of rows, compressed or not; `-` is the standard input.
+
+    Raises:
+        DataError: the file cannot be read or decompressed, or holds something other than rows of JSON.
+    """
+    if name == STDIN:
+        with open_stdin() as stream:
+            yield read_lines(stream, "stdin")
+    else:
+        with open_input(Path(name)) as stream:
+            yield read_lines(stream, name)
+
+
+def read_lines(stream: IO[bytes], name: str) -> Iterator[Line]:
+    """The rows of a file, one at a time; empty lines are skipped.
+
+    Reads no further than the first line to recognise one row per line, so that a pipe may be filled slowly.
+
+    Args:
+        stream: of the uncompressed bytes.
+        name: for messages.
+
+    Raises:
+        DataError: the file is a table or archive of another kind, or not UTF-8 throughout; an array is damaged.
+    """
+    number, first = 1, stream.readline(LONGEST_LINE + 1)
+    _check_kind_of_file(first, name)
+    first = first.removeprefix(codecs.BOM_UTF8)
+    while first and first.isspace():
+        number, first = number + 1, stream.readline(LONGEST_LINE + 1)
+    if not _may_begin_a_document(first):
+        yield from _numbered_lines(stream, first, number)
+        return
+    head = first + stream.read(LONGEST_LINE)
+    if _is_document(head):
+        yield from _items(stream, head, name)
+    else:
+        yield from _numbered_lines(stream, head, number)
+
+
+_OTHER_FILES = {
+    b"\xff\xfe": "written in UTF-16. Convert it first: iconv -f UTF-16 -t UTF-8 {name} > rows.jsonl",
+    b"\xfe\xff": "written in UTF-16. Convert it first: iconv -f UTF-16 -t UTF-8 {name} > rows.jsonl",
+    b"\x00\x00\xfe\xff": "written in UTF-32. Convert it first: iconv -f UTF-32 -t UTF-8 {name} > rows.jsonl",
+    b"\x1f\x8b": "compressed with gzip. Give it a name that ends in .gz.",
+    b"BZh": "compressed with bzip2. Give it a name that ends in .bz2.",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard. Give it a name that ends in .zst.",
+    b"PAR1": "a Parquet file. Write its rows as lines: "
+    "python -c \"import pandas; pandas.read_parquet('{name}').to_json('rows.jsonl', orient='records', lines=True)\"",
+    b"ARROW1": "an Arrow file. Write its rows as lines of JSON, such as with datasets.Dataset.to_json.",
+    b"PK\x03\x04": "a zip archive or a spreadsheet. Unpack it, and write its rows as lines of JSON.",
+    b"SQLite format 3": "an SQLite database. Write its rows as lines of JSON.",
+}
+
+
+def _check_kind_of_file(start: bytes, name: str) -> None:
+    for mark, advice in _OTHER_FILES.items():
+        if start.startswith(mark):
+            raise DataError(f"{name}: {advice.format(name=name)}")
+    header = start.strip()
+    if header and name.lower().endswith((".csv", ".tsv")) and header[:1] not in b"{[":
+        reader = "read_csv('{name}', sep='\\t')" if name.lower().endswith(".tsv") else "read_csv('{name}')"
+        command = (
+            f"import pandas; pandas.{reader.format(name=name)}.to_json('rows.jsonl', orient='records', lines=True)"
+        )
+        raise DataError(f'{name}: a table of columns. Write its rows as lines: python -c "{command}"')
+
+
+def _numbered_lines(stream: IO[bytes], ahead: bytes, number: int) -> Iterator[Line]:
+    """The lines of `ahead`, which was already read, and of the rest of the stream."""
+    buffered = io.BytesIO(ahead)
+    while True:
+        text = buffered.readline(LONGEST_LINE + 1)
+        if len(text) <= LONGEST_LINE and not text.endswith(b"\n"):
+            text += stream.readline(LONGEST_LINE + 1 - len(text))
+        if not text:
+            return
+        if len(text) > LONGEST_LINE and not text.endswith(b"\n"):
+            yield Line(number, text[:1000], len(text) + _skip_line(buffered) + _skip_line(stream))
+        elif not text.isspace():
+            text = text.rstrip(b"\n")
+            yield Line(number, text, len(text))
+        number += 1
+
+
+def _skip_line(stream: IO[bytes]) -> int:
+    skipped = 0
+    while text := stream.readline(1 << 20):
+        skipped += len(text)
+        if text.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _may_begin_a_document(first: bytes) -> bool:
+    """Whether the first line that is not empty may be a part of something larger, or an array."""
+    if first.lstrip()[:1] not in (b"[", b"{"):
+        return False
+    try:
+        return isinstance(orjson.loads(first), list)
+    except orjson.JSONDecodeError:
+        return True
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
+
+
+def _is_document(head: bytes) -> bool:
+    """Whether a file is one array, or objects spread over several lines, and not one row per line.
+
+    An array that is complete in the first line, with more lines after it, is a line like any other.
+    """
+    text = head.decode(errors="replace").lstrip()
+    start = _SPACE.match(text, 1).end() if text[0] == "[" else 0  # type: ignore[union-attr]
+    if text[0] == "[" and text[start : start + 1] == "]":
+        return not text[start + 1 :].strip()
+    if text[start : start + 1] != "{":
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return False
+    after = text[_SPACE.match(text, end).end() :][:1]  # type: ignore[union-attr]
+    if text[0] == "[":
+        line, _, rest = head.lstrip().partition(b"\n")
+        return after in (",", "]", "") and not (rest.strip() and _is_array(line))
+    return after == "," or "\n" in text[:end]
+
+
+def _is_array(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), list)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _items(stream: IO[bytes], head: bytes, name: str) -> Iterator[Line]:
+    """The items of an array, or objects one after another, with or without commas; the whole of any length."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    scan = json.JSONDecoder(strict=False).raw_decode
+    try:
+        text, ended, number = decode(head).lstrip(), False, 0
+        in_array = text.startswith("[")
+        at = int(in_array)
+        while True:
+            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+            try:
+                if in_array and text[at : at + 1] == "]" and ended:
+                    break
+                _, end = scan(text, at)
+                complete = end < len(text) or ended
+            except ValueError:
+                complete = False
+            if complete:
+                number += 1
+                item = text[at:end].encode(errors="surrogatepass")
+                yield Line(number, item, len(item))
+                at = end
+            elif ended or len(text) - at > LONGEST_LINE:
+                break
+            else:
+                more = stream.read(1 << 20)
+                text, at, ended = text[at:] + decode(more, not more), 0, not more
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8, after item {number:,}.") from error
+    except RecursionError as error:
+        raise DataError(f"{name}: nested too deeply, after item {number:,}.") from error
+    rest = text[at:].strip()
+    if rest != ("]" if in_array else ""):
+        what = "an array" if in_array else "objects"
+        raise DataError(
+            f"{name}: {what} of JSON that is damaged after item {number:,} ({rest[:40]!r}). "
+            f"Repair it, or write one row per line: jq -c '.{'[]' * in_array}' {name} > rows.jsonl"
+        )
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def parse_line(line: Line) -> Any:
+    """The JSON value of a row. `NaN`, which pandas writes where a value is missing, is read as null.
+
+    Raises:
+        Rejected: it is too long, not JSON, not UTF-8, or nested too deeply for any parser.
+    """
+    if line.size > len(line.text):
+        raise Rejected(f"row of {line.size:,} bytes, at most {LONGEST_LINE:,} are read", "row too long")
+    try:
+        return orjson.loads(line.text)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.text.decode()
+        except UnicodeDecodeError as wrong:
+            raise Rejected(f"not UTF-8 (byte {wrong.start + 1} of the line)", "not UTF-8") from error
+        if b"NaN" in line.text or b"Infinity" in line.text:
+            return _parse_with_nan(line.text, error)
+        raise Rejected(f"not JSON ({error})", "not JSON") from error
+
+
+def _parse_with_nan(text: bytes, error: Exception) -> Any:
+    try:
+        value = json.loads(text, parse_constant=lambda _: None)
+        orjson.dumps(value)  # Python's parser accepts characters that cannot be written
+    except (ValueError, RecursionError, orjson.JSONEncodeError):
+        raise Rejected(f"not JSON ({error})", "not JSON") from error
+    return value
+
+
+def read_row(value: Any, line: Line | None = None) -> InputRow:
+    """What a row says.
+
+    Args:
+        value: `parse_line(line)`.
+        line: where the row was read from, to look for keys that occur twice: parsers keep the last one silently.
+
+    Raises:
+        Rejected: the row is of an unknown form, or has something that a judge's prompt cannot carry.
+    """
+    if not isinstance(value, dict):
+        raise Rejected("not a JSON object")
+    quotes = _quotes_of(value, 0)
+    if line is not None:
+        _check_unique_keys(line.text, quotes)
+    metadata = _metadata(value)
+    system, prompt, answer = _texts(value)
+    if not prompt.strip():
+        raise Rejected("empty prompt")
+    task = name_in(metadata, "task_id")
+    identity = value.get("id")
+    return InputRow(
+        system or None,
+        prompt,
+        answer,
+        name_in(metadata, "model_name"),
+        task,
+        name_in(metadata, "trajectory_id") or task,
+        name_in(metadata, "evaluation_type"),
+        whole_number(metadata.get("clip_number")),
+        metadata,
+        identity if isinstance(identity, str | int) and not isinstance(identity, bool) else None,
+    )
+
+
+def prompt_hash(prompt: str, system: str | None = None) -> str:
+    """The SHA-256 by which a prompt is recognised; two prompts with different system texts are two prompts."""
+    whole = f"{system}\0{prompt}" if system else prompt
+    return hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()
+
+
+def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
+    """A name in the metadata, which pipelines write as "7", 7 or 7.0; None where it is missing.
+
+    Raises:
+        Rejected: it is a list, an object, a truth value or a fraction.
+    """
+    value = metadata.get(key)
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        return value
+    if type(value) is int or (type(value) is float and value.is_integer()):
+        return str(int(value))
+    raise Rejected(f"metadata.{key} is not a string")
+
+
+def whole_number(value: Any) -> int | None:
+    """The number of a clip, which pipelines write as 1, 1.0 or "1"; None where it is not one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(number) if number.is_integer() else None
+
+
+_CONTENT = {
+    "id", "metadata", "conversations", "messages", "prompt", "completion", "response", "instruction", "input",
+    "output", "system", "tools",
+}  # fmt: skip
+_IDENTITY = ("task_id", "trajectory_id", "model_name", "evaluation_type", "clip_number")
+
+
+def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata; at the top level of the row where it has none, and what identifies the row in either place."""
+    metadata = row.get("metadata")
+    if isinstance(metadata, str):  # tables keep objects as strings
+        try:
+            metadata = orjson.loads(metadata or "null")
+            _quotes_of([metadata], 0)
+        except orjson.JSONDecodeError:
+            raise Rejected("metadata is not an object") from None
+    if metadata is None:
+        metadata = {key: value for key, value in row.items() if key not in _CONTENT}
+    elif not isinstance(metadata, dict):
+        raise Rejected("metadata is not an object")
+    else:
+        for key in _IDENTITY:
+            if row.get(key) is not None and metadata.get(key) in (None, ""):
+                metadata = {**metadata, key: row[key]}
+            elif row.get(key) is not None and row[key] != metadata[key]:
+                raise Rejected(f"{key} differs between the row and its metadata")
+    return metadata
+
+
+_ROLES = {
+    "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system", "developer": "system",
+}  # fmt: skip
+
+
+def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
+    """System text, prompt and answer."""
+    for column in ("tools", "images", "videos", "audios", "history"):
+        if row.get(column) not in (None, "", "[]", []):
+            raise Rejected(f"carries {column}, which a judge's prompt cannot hold; write them into the prompt")
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise Rejected("system is not a string")
+    turns = row.get("conversations", row.get("messages"))
+    if turns is None and isinstance(row.get("prompt"), list):
+        completion = row.get("completion") or []
+        turns = [*row["prompt"], *(completion if isinstance(completion, list) else [_turn("gpt", completion)])]
+    if turns is not None:
+        return _from_turns(turns, system)
+    if isinstance(row.get("instruction"), str):
+        prompt = "\n".join(filter(None, (row["instruction"], _string(row.get("input"), "input"))))
+    elif isinstance(row.get("prompt"), str):
+        prompt = row["prompt"]
+    else:
+        raise Rejected(_unknown_form(row), "neither conversations nor a prompt")
+    answers = [row[key] for key in ("output", "response", "completion") if row.get(key) is not None]
+    if len(answers) > 1:
+        raise Rejected("several answers: output, response or completion")
+    return system, prompt, _string(answers[0], "the answer") if answers else None
+
+
+def _turn(role: str, text: Any) -> dict[str, Any]:
+    return {"from": role, "value": text}
+
+
+def _unknown_form(row: Mapping[str, Any]) -> str:
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f"an object around rows; write them as lines: jq -c '.[{json.dumps(key[:40])}][]' FILE > rows.jsonl"
+    return f"neither conversations nor a prompt; expected {EXPECTED}"
+
+
+def _string(value: Any, what: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise Rejected(f"{what} is not a string")
+    return value or ""
+
+
+def _from_turns(turns: Any, system: str | None) -> tuple[str | None, str, str | None]:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise Rejected("conversations is not a list of turns")
+    said = [(_role(turn), _said(turn)) for turn in turns]
+    if said[0][0] == "system":
+        own = said.pop(0)[1]
+        if system and own and system != own:
+            raise Rejected("two system texts: a column and a turn")
+        system = own or system
+    roles = [role for role, _ in said]
+    if roles not in (["human"], ["human", "gpt"]):
+        found = ", ".join(roles[:6]) or "nothing"
+        raise Rejected(f"the turns are not one question and one answer ({found}); expected human, gpt",
+                       "the turns are not one question and one answer")  # fmt: skip
+    return system, said[0][1], said[1][1] if len(said) > 1 else None
+
+
+def _role(turn: Mapping[str, Any]) -> str:
+    role = turn.get("from", turn.get("role"))
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise Rejected("a turn carries tool calls, which a judge's prompt cannot hold; write them into the prompt")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise Rejected(f"a turn is from {str(role)[:40]!r}; expected human, gpt or system", "a turn of unknown role")
+    return _ROLES[role]
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    text = turn.get("value", turn.get("content"))
+    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
+        text = "".join(_string(part.get("text"), "a part of a turn") for part in text)
+    if not isinstance(text, str):
+        raise Rejected(f"the turn of {_ROLES[turn.get('from', turn.get('role'))]} is not a string")
+    return text
+
+
+# --- keys that occur twice ----------------------------------------------------------------------------------------
+
+
+def _check_unique_keys(text: bytes, quotes: int) -> None:
+    # Where quotes are as many as the value needs, no key was lost. Else the slow check decides.
+    if quotes == text.count(b'"') and b"\\u0022" not in text:
+        return
+    try:
+        json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
+        # orjson has read it, so this is where parsers differ (an integer of 5,000 digits).
+        raise Rejected(f"not JSON ({error})", "not JSON") from error
+
+
+_DEEPEST = 250
+"""Levels. orjson reads 1,024 and writes 254; rows are written into a file of rejected rows, one level deeper."""
+
+
+def _quotes_of(value: Any, depth: int) -> int:
+    """How many quotation marks a list or object takes as JSON: two for each key and string, and those inside them."""
+    if depth > _DEEPEST:
+        raise Rejected("nested too deeply")
+    items, quotes = value, 0
+    if type(value) is dict:
+        items = value.values()
+        for key in value:
+            quotes += 2 + key.count('"')
+    for item in items:
+        kind = type(item)
+        if kind is str:
+            quotes += 2 + item.count('"')
+        elif kind is dict or kind is list:
+            quotes += _quotes_of(item, depth + 1)
+    return quotes
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        _reject_key(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+def _reject_key(key: str) -> NoReturn:
+    raise Rejected(f"the key {key[:40]!r} occurs twice in one object", "a key occurs twice in one object")

@@ -1,0 +1,70 @@
+"""Entries of dataset_info.json are read as LLaMA Factory reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prmkit.dataset_info import Format, RowTexts, dataset_entry, held_out_names, read_entries, split_names, training_row
+from prmkit.errors import DataError
+
+
+def entries_of(folder: Path, info: Any) -> Any:
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return read_entries(folder)
+
+
+@pytest.mark.parametrize("form", ["alpaca", "sharegpt"])
+@pytest.mark.parametrize("system", [None, "", "Be strict."])
+def test_what_is_written_is_read_back(tmp_path: Path, form: Format, system: str | None) -> None:
+    raw = dataset_entry("steps.jsonl", form, with_system=system is not None)
+    entry = entries_of(tmp_path, {"steps": raw})["steps"]
+    row = json.loads(training_row("Was it right?", "Yes.", form, system))
+    assert entry.read(row) == RowTexts(system or None, "Was it right?", "Yes.")
+    assert entry.file == tmp_path / "steps.jsonl"
+    assert entry.sidecar is None
+    (tmp_path / "steps.meta.jsonl").touch()
+    assert entry.sidecar == tmp_path / "steps.meta.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("raw", "row"),
+    [
+        ({}, {"instruction": "Was it", "input": "right?", "output": "Yes."}),
+        ({"columns": {"prompt": "q", "response": "a"}}, {"q": "Was it\nright?", "a": "Yes.", "input": "no column"}),
+        (
+            {"formatting": "sharegpt"},
+            {"conversations": [{"from": "human", "value": "Was it\nright?"}, {"from": "gpt", "value": "Yes."}]},
+        ),
+        (
+            {"formatting": "openai", "columns": {"messages": "m"},
+             "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}},
+            {"m": [{"role": "user", "content": "Was it\nright?"}, {"role": "assistant", "content": "Yes."}]},
+        ),
+    ],
+)  # fmt: skip
+def test_defaults_are_those_of_llamafactory(tmp_path: Path, raw: dict[str, Any], row: dict[str, Any]) -> None:
+    from llamafactory.data.parser import get_dataset_list
+
+    entry = entries_of(tmp_path, {"steps": {"file_name": "steps.jsonl", **raw}})["steps"]
+    (theirs,) = get_dataset_list(["steps"], str(tmp_path))
+    for name in ("prompt", "query", "response", "system", "messages"):
+        assert entry.columns.get(name) == getattr(theirs, name)
+    for name in ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag"):
+        assert entry.tags.get(name) == getattr(theirs, name)
+    assert entry.read(row) == RowTexts(None, "Was it\nright?", "Yes.")
+    with pytest.raises(ValueError, match="a row"):
+        entry.read({"other": 1})
+
+
+@pytest.mark.parametrize("info", [[], {"a": 1}, {"a": {"file_name": 3}}, {"a": {"columns": []}}])
+def test_a_damaged_file_says_so(tmp_path: Path, info: Any) -> None:
+    with pytest.raises(DataError, match=r"dataset_info\.json"):
+        entries_of(tmp_path, info)
+
+
+def test_names() -> None:
+    assert split_names("a, b") == split_names(["a", " b"]) == ["a", "b"]
+    assert split_names(None) == []
+    assert held_out_names(["a", "b"], ["a", "b", "b_eval"]) == ["b_eval"]

@@ -1,0 +1,242 @@
+"""Rows in every form that people keep them in: read whole, or rejected with the reason."""
+
+import bz2
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from prmkit.errors import DataError
+from prmkit.rows import InputRow, Line, Rejected, open_rows, parse_line, prompt_hash, read_row, whole_number
+
+PROMPT = 'Judge one step.\n\n{"reasonableness_score": 0.7, "summary": "…"}'
+ANSWER = '{"reasonableness_score": 0.5, "summary": "It asked twice."}'
+METADATA = {"model_name": "judge-a", "task_id": "harbour_1", "evaluation_type": "clip", "clip_number": 2}
+ROW = {
+    "conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": ANSWER}],
+    "metadata": METADATA,
+}
+
+
+def read(value: Any) -> InputRow:
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    line = Line(1, text, len(text))
+    return read_row(parse_line(line), line)
+
+
+def reason(value: Any) -> str:
+    with pytest.raises(Rejected) as rejected:
+        read(value)
+    return rejected.value.reason
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    row = json.loads(json.dumps(ROW))
+    change(row)
+    return row
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def numbers(path: Path, content: bytes | str) -> list[tuple[int, Any]]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with open_rows(str(path)) as lines:
+        return [(line.number, parse_line(line)["n"]) for line in lines]
+
+
+OBJECTS = [{"n": number, "text": 'a ] } " { [ ,\n'} for number in range(1, 6)]
+ALL = [(number, number) for number in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n".join(map(json.dumps, OBJECTS)),
+        json.dumps(OBJECTS),
+        json.dumps(OBJECTS) + "\n\n",
+        "\n " + json.dumps(OBJECTS, indent=2),
+        "[\n" + ",\n".join(map(json.dumps, OBJECTS)) + "\n]\n",
+        "[" + ",\n".join(map(json.dumps, OBJECTS)) + ",\n]",
+        ",\n".join(map(json.dumps, OBJECTS)),
+        "\n".join(json.dumps(value, indent=4) for value in OBJECTS),
+        "\ufeff" + "\r\n".join(json.dumps(value, indent=1) for value in OBJECTS),
+    ],
+    ids=["lines", "array", "array and space", "pretty", "by line", "extra comma", "commas", "objects", "Windows"],
+)
+def test_rows_are_found_in_any_layout(tmp_path: Path, content: str) -> None:
+    for name in ("rows.jsonl", "rows.json", "rows.ndjson"):
+        assert numbers(tmp_path / name, content) == ALL
+
+
+def test_layouts_are_read_across_the_parts_in_which_a_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [{"n": number, "text": "ä€\N{GRINNING FACE}" * 50} for number in range(1, 40)]
+    monkeypatch.setattr("prmkit.rows.LONGEST_LINE", 1_000)
+    for text in (json.dumps(many, ensure_ascii=False), json.dumps(many, indent=1, ensure_ascii=False)):
+        assert numbers(tmp_path / "rows.json", text) == [(number, number) for number in range(1, 40)]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_compressed_files_are_recognised_by_their_name(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    assert numbers(tmp_path / f"rows.JSONL{suffix}", pack(json.dumps(OBJECTS).encode())) == ALL
+
+
+@pytest.mark.parametrize("first", ["[1, 2]", "[]", "[{}]", "{oops", '{"n": ', "[", '{"a": "cut'])
+def test_a_bad_first_line_spoils_no_other(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([first, *map(json.dumps, OBJECTS)]))
+    with open_rows(str(path)) as lines:
+        found = list(lines)
+    assert [line.number for line in found] == [1, 2, 3, 4, 5, 6]
+    assert found[0].text.decode() == first
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(OBJECTS)[:-30], "after item 4"),
+        (json.dumps(OBJECTS).replace('"n": 3', '"n" 3'), "after item 2"),
+        (json.dumps(OBJECTS).encode("utf-16"), "UTF-16.*iconv"),
+        (gzip.compress(b"{}"), r"gzip.*ends in \.gz"),
+        (b"PAR1....", "Parquet"),
+        (b"PK\x03\x04....", "zip"),
+    ],
+)
+def test_a_file_that_is_not_rows_is_named_with_the_way_out(tmp_path: Path, content: bytes | str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        numbers(tmp_path / "rows.json", content)
+    with pytest.raises(DataError, match=r"rows\.csv: a table.*read_csv"):
+        numbers(tmp_path / "rows.csv", "prompt,answer\na,b\n")
+
+
+# --- forms --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROW,
+        {"conversations": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]},
+        {"messages": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]},
+        {"messages": [{"from": "user", "value": PROMPT}, {"from": "assistant", "value": ANSWER}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]},
+                      {"role": "assistant", "content": ANSWER}]},
+        {"instruction": PROMPT, "input": "", "output": ANSWER, "tools": ""},
+        {"instruction": PROMPT.split("\n")[0], "input": PROMPT.partition("\n")[2], "output": ANSWER},
+        {"prompt": PROMPT, "response": ANSWER},
+        {"prompt": [{"role": "user", "content": PROMPT}], "completion": [{"role": "assistant", "content": ANSWER}]},
+    ],
+)  # fmt: skip
+def test_every_dialect_says_the_same(row: dict[str, Any]) -> None:
+    for form in ({**row, "metadata": METADATA}, {**row, **METADATA}, {**row, "metadata": json.dumps(METADATA)}):
+        found = read(form)
+        assert (found.system, found.prompt, found.answer) == (None, PROMPT, ANSWER)
+        assert (found.judge, found.task, found.evaluation_type, found.clip_number) == (
+            "judge-a",
+            "harbour_1",
+            "clip",
+            2,
+        )
+        assert found.trajectory == "harbour_1"
+        assert found.metadata == METADATA
+    assert read({**row, "metadata": METADATA, "system": "Be strict."}).system == "Be strict."
+
+
+def test_a_bare_prompt_has_no_answer() -> None:
+    assert read({"prompt": PROMPT, "id": 7, "task_id": "x"}).answer is None
+    assert read({"prompt": PROMPT, "id": 7, "task_id": "x"}).id == 7
+    assert read({"messages": [{"role": "user", "content": PROMPT}]}).answer is None
+
+
+def test_system_texts_are_carried_and_part_of_the_hash() -> None:
+    turn = {"role": "system", "content": "Be strict."}
+    rows = [
+        read({**ROW, "system": "Be strict."}),
+        read(changed(lambda row: row["conversations"].insert(0, {"from": "system", "value": "Be strict."}))),
+        read({"messages": [turn, {"role": "user", "content": PROMPT}], "system": "Be strict."}),
+    ]
+    assert {row.system for row in rows} == {"Be strict."}
+    assert {row.sha256 for row in rows} == {prompt_hash(PROMPT, "Be strict.")}
+    assert prompt_hash(PROMPT, "Be kind.") != rows[0].sha256 != read(ROW).sha256
+    assert read({**ROW, "system": ""}).sha256 == read({**ROW, "system": None}).sha256 == read(ROW).sha256
+    assert "two system texts" in reason({"messages": [turn, {"role": "user", "content": "x"}], "system": "Be kind."})
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (changed(lambda row: row["conversations"].extend(row["conversations"])), "one question and one answer (human"),
+        (changed(lambda row: row["conversations"].insert(0, row["conversations"][0])), "(human, human, gpt)"),
+        (changed(lambda row: row["conversations"].reverse()), "(gpt, human)"),
+        (changed(lambda row: row["conversations"][0].update({"from": "tool"})), "a turn is from 'tool'"),
+        (changed(lambda row: row["conversations"].clear()), "not a list of turns"),
+        (changed(lambda row: row.update(conversations=["a", "b"])), "not a list of turns"),
+        (changed(lambda row: row["conversations"][1].update(value=0.9)), "the turn of gpt is not a string"),
+        (changed(lambda row: row["conversations"][1].update(value=None)), "the turn of gpt is not a string"),
+        (changed(lambda row: row["conversations"][1].update(tool_calls=[{}])), "tool calls"),
+        (changed(lambda row: row.update(tools='[{"name": "search"}]')), "carries tools"),
+        (changed(lambda row: row.update(images=["a.png"])), "carries images"),
+        (changed(lambda row: row.update(system=["x"])), "system is not a string"),
+        (changed(lambda row: row["conversations"][0].update(value=" \n")), "empty prompt"),
+        (changed(lambda row: row.pop("conversations")), 'expected {"conversations": [{"from": "human"'),
+        ({"data": [ROW, ROW]}, """jq -c '.["data"][]' FILE > rows.jsonl"""),
+        ({"prompt": PROMPT, "response": ANSWER, "output": ANSWER}, "several answers"),
+        ({"instruction": PROMPT, "output": {"score": 1}}, "the answer is not a string"),
+        (changed(lambda row: row.update(metadata=[])), "metadata is not an object"),
+        (changed(lambda row: row.update(metadata="{oops")), "metadata is not an object"),
+        (changed(lambda row: row.update(task_id="other")), "task_id differs"),
+        (changed(lambda row: row["metadata"].update(task_id=["x"])), "metadata.task_id is not a string"),
+        (changed(lambda row: row["metadata"].update(model_name=True)), "metadata.model_name is not a string"),
+        ([1], "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b"oops", "not JSON"),
+        (b"\xff\xfe{}", "not UTF-8 (byte 1 of the line)"),
+        (json.dumps(ROW)[:-1].encode() + b', "metadata": {}}', "the key 'metadata' occurs twice"),
+        (json.dumps(ROW).replace('"from": "gpt"', '"from": "gpt", "value": "x"').encode(), "the key 'value' occurs"),
+        (json.dumps(ROW).replace('"task_id"', r'"n": "\u0022\u0022", "task_id": "x", "task_id"').encode(), "'task_id'"),
+    ],
+)
+def test_what_cannot_be_carried_is_rejected_with_the_reason(row: Any, expected: str) -> None:
+    assert expected in reason(row)
+
+
+def test_nan_is_null_and_other_damage_is_not_json() -> None:
+    row = read(json.dumps(changed(lambda row: row["metadata"].update(category=float("nan"), clip_number=3.0))).encode())
+    assert row.metadata["category"] is None
+    assert row.clip_number == 3
+    assert "not JSON" in reason(json.dumps(ROW).replace("harbour", "\\ud800").replace("2}", "NaN}").encode())
+
+
+def test_names_are_one_however_they_are_written() -> None:
+    for value in ("7", 7, 7.0):
+        assert read(changed(lambda row, value=value: row["metadata"].update(task_id=value))).task == "7"
+    assert read(changed(lambda row: row["metadata"].update(task_id="", model_name=None))).task is None
+    flat = read(changed(lambda row: row.update(metadata={"source": "a"}, task_id="harbour_9", trajectory_id="run 4")))
+    assert (flat.task, flat.trajectory) == ("harbour_9", "run 4")
+    assert flat.metadata == {"source": "a", "task_id": "harbour_9", "trajectory_id": "run 4"}
+
+
+@pytest.mark.parametrize("depth", [200, 254, 300, 900, 1_020])
+@pytest.mark.parametrize("place", ["metadata", "beside"])
+def test_deep_rows_are_read_or_rejected(depth: int, place: str) -> None:
+    deep = "[" * depth + "]" * depth
+    text = json.dumps(ROW)[:-1] + f', "x": {deep}' + "}"
+    if place == "metadata":
+        text = json.dumps(ROW).replace('"clip_number": 2', f'"x": {deep}')
+    if depth == 200:
+        assert orjson.dumps({"row": dict(read(text.encode()).metadata)})
+    else:
+        assert reason(text.encode()) == "nested too deeply"
+
+
+@pytest.mark.parametrize(("value", "number"), [(1, 1), (1.0, 1), ("1", 1), (1.5, None), ("a", None), (None, None)])
+def test_whole_numbers(value: Any, number: int | None) -> None:
+    assert whole_number(value) == number
