@@ -5,12 +5,12 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
     cat <<'USAGE'
-Usage: ./setup_environment.sh [requirements.txt]
+Usage: ./setup_environment.sh [requirements-dev.txt]
        ./setup_environment.sh --python      install nothing, only print which Python is used
 
-Installs the pinned dependencies (about 6 GB) into the active virtual or conda environment, else into .venv, which is
-made if it is missing. Prints the path of that Python on stdout and the progress on stderr. A second run changes
-nothing. Exit codes: 0 done, 1 the installation failed, 2 command wrong.
+Installs the pinned dependencies of requirements.txt (about 6 GB), and of the file that is named, into the active virtual
+or conda environment, else into .venv, which is made if it is missing. Prints the path of that Python on stdout and the
+progress on stderr. A second run changes nothing. Exit codes: 0 done, 1 the installation failed, 2 command wrong.
 USAGE
 }
 
@@ -42,7 +42,7 @@ case ${1:-} in
         ;;
     *)
         if [[ ! -f ${1:-$here/requirements.txt} ]]; then
-            say "error: $1: no such file. Name a requirements file, or nothing for requirements.txt."
+            say "error: $1: no such file. Name a requirements file, or nothing for requirements.txt alone."
             exit 2
         fi
         ;;
@@ -76,18 +76,19 @@ if [[ ${1:-} == --python ]]; then
 fi
 
 # The stamp holds a checksum of what was installed, so a changed pin is noticed and an unchanged one costs nothing.
-requirements=$(realpath -- "${1:-$here/requirements.txt}")
-stamp=$environment/.prmkit-$(basename "$requirements")
+files=("$here/requirements.txt")
+[[ $# == 0 || $1 -ef ${files[0]} ]] || files+=("$1")
+stamp=$environment/.prmkit-$(basename "${files[-1]}")
 wanted=$(cat "$here"/requirements*.txt | cksum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     say "Dependencies are already installed ($environment)."
 else
     say "Installing the pinned dependencies into $environment: about 6 GB, some minutes the first time."
     # One line for each download, with its size, instead of several hundred from pip.
-    "$python" -m pip install --disable-pip-version-check --requirement "$requirements" 2>&1 |
+    "$python" -m pip install --disable-pip-version-check "${files[@]/#/--requirement=}" 2>&1 |
         awk '/^ *Downloading / || /^ERROR|^error/ { sub(/^ */, ""); print; fflush() }
              /^Installing collected packages/ { print "Unpacking, a minute or two ..."; fflush() }' >&2 || {
-        say "error: pip could not install $requirements; the reason is above. Fix it, then run this again."
+        say "error: pip could not install ${files[*]}; the reason is above. Fix it, then run this again."
         exit 1
     }
     printf '%s\n' "$wanted" >"$stamp"
