@@ -16,7 +16,7 @@ import pytest
 from tools.make_sample import judges
 from tools.make_sample.judges import JUDGES
 from tools.make_sample.prompts import EXAMPLE_SCORES
-from tools.make_sample.sample import DEFAULT_TASKS, sample_rows, write_sample
+from tools.make_sample.sample import DEFAULT_TASKS, new_steps, sample_rows, write_rows
 from tools.make_sample.scenes import PHRASEBOOKS, TOOLS
 from tools.make_sample.trajectories import OUTCOME_QUALITY, STANDING_QUALITY, draw_trajectory
 
@@ -37,7 +37,7 @@ def answer_of(row: Row) -> str:
 
 
 def verdict_of(row: Row) -> dict[str, Any] | None:
-    """The verdict, where the answer is JSON as it stands."""
+    """The verdict, where the answer is valid JSON."""
     try:
         return dict(json.loads(answer_of(row)))
     except json.JSONDecodeError:
@@ -49,9 +49,18 @@ def scores_of(verdict: dict[str, Any]) -> dict[str, float]:
 
 
 def test_the_sample_that_ships_is_what_the_generator_makes(sample: Path, tmp_path: Path) -> None:
-    write_sample(tmp_path / "again.jsonl")
+    write_rows(tmp_path / "again.jsonl", sample_rows())
     assert (tmp_path / "again.jsonl").read_bytes() == sample.read_bytes()
     assert sample.stat().st_size <= 4_000_000
+
+
+def test_the_new_steps_that_ship_are_what_the_generator_makes(root: Path, sample: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "again.jsonl", new_steps())
+    assert (tmp_path / "again.jsonl").read_bytes() == (root / "examples" / "new_steps.jsonl").read_bytes()
+    steps = list(new_steps())
+    assert [step["metadata"]["clip_number"] for step in steps] == [1, 2, 3]
+    known = {prompt_of(row) for row in map(json.loads, sample.read_text(encoding="utf-8").splitlines())}
+    assert not known & {step["prompt"] for step in steps}
 
 
 def test_another_seed_gives_another_sample_and_fewer_tasks_the_first_ones(rows: list[Row]) -> None:
@@ -202,8 +211,8 @@ def test_the_example_numbers_say_nothing_about_the_answer(rows: list[Row]) -> No
 
 def test_category_and_final_prompts_carry_the_mean_clip_scores(rows: list[Row]) -> None:
     for row in rows:
-        told = re.findall(r"\(Score: (\d\.\d\d)\)", prompt_of(row))
-        assert bool(told) == (row["metadata"]["evaluation_type"] != "clip")
+        shown = re.findall(r"\(Score: (\d\.\d\d)\)", prompt_of(row))
+        assert bool(shown) == (row["metadata"]["evaluation_type"] != "clip")
 
 
 def test_some_answers_are_broken_as_the_module_says(rows: list[Row]) -> None:
@@ -214,8 +223,8 @@ def test_some_answers_are_broken_as_the_module_says(rows: list[Row]) -> None:
         "prose": fmean(bool(answer) and "{" not in answer for answer in answers),
         "cut off": fmean(answer.startswith("{") and not answer.endswith("}") for answer in answers),
     }
-    told = {"fenced": 0.03, "empty": 0.01, "prose": 0.005, "cut off": 0.01}
-    assert shares == pytest.approx(told, abs=0.01)
+    expected = {"fenced": 0.03, "empty": 0.01, "prose": 0.005, "cut off": 0.01}
+    assert shares == pytest.approx(expected, abs=0.01)
     assert all(share > 0 for share in shares.values())
     unreadable = fmean(verdict_of(row) is None for row in rows)
     assert unreadable == pytest.approx(sum(share for share, _ in judges.MESSES), abs=0.02)

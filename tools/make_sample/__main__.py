@@ -1,4 +1,4 @@
-"""`python -m tools.make_sample --output finetune.jsonl`."""
+"""Entry point: `python -m tools.make_sample --output finetune.jsonl`."""
 
 import sys
 

@@ -97,7 +97,7 @@ def overall_summary(judge: Judge, scores: Mapping[str, float]) -> str:
 
 
 def reasoning(rng: random.Random, scores: Mapping[str, float]) -> str | dict[str, str]:
-    """Why the scores were given: mostly one string, sometimes one string a key, as real judges do."""
+    """Why the scores were given: mostly one string, sometimes one string for each key, as real judges write."""
     if rng.random() < OBJECT_REASONING_SHARE:
         return {key: f"It was {band(value)}." for key, value in scores.items()}
     first, *_, last = scores.values()
@@ -105,12 +105,12 @@ def reasoning(rng: random.Random, scores: Mapping[str, float]) -> str | dict[str
 
 
 def band(value: float) -> str:
-    """The word for a score, by the five bands of the guidelines."""
+    """The word for a score, from five bands."""
     return next(word for least, word in _BANDS if value >= least)
 
 
 def written(rng: random.Random, verdict: Mapping[str, object]) -> str:
-    """The judge's answer as it arrives: JSON, and in `MESSES`' shares something that is not quite JSON."""
+    """The judge's answer as it arrives: mostly JSON; broken in one of the ways of `MESSES`, as often as it says."""
     text = json.dumps(verdict, indent=4, ensure_ascii=False)
     draw = rng.random()
     for share, mess in MESSES:
@@ -152,4 +152,4 @@ MESSES: tuple[tuple[float, Callable[[str], str]], ...] = (
     (0.010, _empty),
     (0.005, _prose),
 )
-"""Share of answers -> how they are broken. The first four can be read after a repair, the last two cannot."""
+"""Share of the answers -> how they are broken. The first four can be repaired, the last two cannot."""

@@ -2,18 +2,20 @@
 
     python -m tools.make_sample --output finetune.jsonl
 
-Nothing in it was said by a real agent or a real judge. What it shares with real data is the schema and the habits: two
-judges of different strictness and noise answer the same prompts; every trajectory has ordinary clips, a last clip with
-the answer, one evaluation for each tool category and one for the whole; category and final prompts carry the mean clip
-scores in clear; about one task in seven is not in English. 8 % of the answers are broken: 3 % fenced, 1.5 % with a bare
-newline and 1 % with bare quotes inside a string, 1 % cut off, 1 % empty, 0.5 % prose without a score.
+    python -m tools.make_sample --new-steps examples/new_steps.jsonl     three steps without answers, to be scored
+
+No real agent or judge wrote any of it. It has the schema and the habits of real data: two judges of different
+strictness and noise answer the same prompts; every trajectory has ordinary clips, a last clip with the answer, one
+evaluation for each tool category and one for the whole; category and final prompts show the mean clip scores; about one
+task in seven is not in English. 8 % of the answers are broken: 3 % are fenced, 1.5 % have a bare newline and 1 % bare
+quotes inside a string, 1 % are truncated, 1 % are empty, 0.5 % are prose without a score.
 The score follows from what the prompt shows, so that a model can learn it: see `tools.make_sample.trajectories`.
 """
 
 import argparse
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,13 +26,15 @@ import orjson
 
 from prmkit import cli
 from prmkit.errors import ExitCode
-from prmkit.files import written_whole
+from prmkit.files import atomic_write
 from tools.make_sample import judges, prompts
 from tools.make_sample.judges import JUDGES, PROVIDER
 from tools.make_sample.scenes import TOOLS
 from tools.make_sample.trajectories import Answer, Clip, Trajectory, draw_trajectory
 
 DEFAULT_TASKS = 240
+NEW_SEED = 29
+"""Its first task, which is not in the sample, has a fair step, a wasted one and a good one."""
 FIRST_TIMESTAMP = datetime(2025, 1, 6, 9, 0, 0)
 
 Verdict = dict[str, Any]
@@ -63,7 +67,7 @@ def _evaluations(rng: random.Random, trajectory: Trajectory) -> Iterator[Evaluat
     """Judge a trajectory: its clips, its tool categories, its answer, the whole."""
     question, clips, answer = trajectory.question, trajectory.clips, trajectory.answer
     verdicts = [_clip_verdicts(rng, clip) for clip in clips]
-    told = [_told(clip.number, clip.category, both) for clip, both in zip(clips, verdicts, strict=True)]
+    judged = [_judged_clip(clip.number, clip.category, both) for clip, both in zip(clips, verdicts, strict=True)]
 
     for index, clip in enumerate(clips):
         prompt = prompts.clip_prompt(question, _history(verdicts[:index]), clip)
@@ -71,7 +75,7 @@ def _evaluations(rng: random.Random, trajectory: Trajectory) -> Iterator[Evaluat
 
     for category in trajectory.categories:
         members = [index for index, clip in enumerate(clips) if clip.category == category]
-        prompt = prompts.category_prompt(question, category, [told[index] for index in members])
+        prompt = prompts.category_prompt(question, category, [judged[index] for index in members])
         qualities = _category_qualities(category, [clips[index].quality for index in members])
         yield Evaluation(prompt, "category", None, category, _overall_verdicts(rng, qualities))
 
@@ -79,7 +83,7 @@ def _evaluations(rng: random.Random, trajectory: Trajectory) -> Iterator[Evaluat
     prompt = prompts.answer_prompt(question, _history(verdicts), answer)
     yield Evaluation(prompt, "clip", answer.number, None, answer_verdicts)
 
-    prompt = prompts.final_prompt(question, [*told, _told(answer.number, "final", answer_verdicts)], answer)
+    prompt = prompts.final_prompt(question, [*judged, _judged_clip(answer.number, "final", answer_verdicts)], answer)
     yield Evaluation(prompt, "final", None, "final", _overall_verdicts(rng, _final_qualities(trajectory)))
 
 
@@ -123,7 +127,7 @@ def _answer_verdicts(rng: random.Random, answer: Answer) -> list[Verdict]:
 
 
 def _overall_verdicts(rng: random.Random, qualities: Mapping[str, float]) -> list[Verdict]:
-    """The judges' verdicts on a category or a trajectory, given the quality behind each score key."""
+    """The judges' verdicts on a category or a trajectory, given the true quality for each score key."""
     verdicts = []
     for judge in JUDGES:
         scores = {key: judges.score(judge, rng, quality) for key, quality in qualities.items()}
@@ -133,7 +137,7 @@ def _overall_verdicts(rng: random.Random, qualities: Mapping[str, float]) -> lis
 
 
 def _category_qualities(category: str, clip_qualities: Sequence[float]) -> dict[str, float]:
-    """Every metric is the mean of the clips, but the goal is reached by the best of them."""
+    """Every metric is the mean over the clips, except goal_achievement, which is that of the best clip."""
     qualities = dict.fromkeys(TOOLS[category].metrics, fmean(clip_qualities))
     return qualities | {"goal_achievement": max(clip_qualities)}
 
@@ -150,12 +154,12 @@ def _final_qualities(trajectory: Trajectory) -> dict[str, float]:
 
 def _history(verdicts: Sequence[Sequence[Verdict]]) -> str:
     """What a later prompt says about the clips before it: the first judge's sentences."""
-    told = (f"Clip {number}: {first['summary']}" for number, (first, *_) in enumerate(verdicts, start=1))
-    return " ".join(told) or "none, the agent starts here."
+    sentences = (f"Clip {number}: {first['summary']}" for number, (first, *_) in enumerate(verdicts, start=1))
+    return " ".join(sentences) or "none, the agent starts here."
 
 
-def _told(number: int, category: str, verdicts: Sequence[Verdict]) -> str:
-    """A judged clip as category and final prompts tell it: every judge's sentence, and the mean score in clear."""
+def _judged_clip(number: int, category: str, verdicts: Sequence[Verdict]) -> str:
+    """A judged clip as category and final prompts show it: every judge's sentence, and the mean score."""
     sentences = " | ".join(
         f"{PROVIDER}_{judge.name}: {verdict['summary']}" for judge, verdict in zip(JUDGES, verdicts, strict=True)
     )
@@ -163,19 +167,33 @@ def _told(number: int, category: str, verdicts: Sequence[Verdict]) -> str:
     return f"Clip {number} ({category}): {sentences} (Score: {mean:.2f})"
 
 
-def write_sample(output: Path, seed: int = 0, tasks: int = DEFAULT_TASKS) -> int:
-    """Write the sample as JSONL, whole or not at all, and return the number of rows."""
+def new_steps() -> Iterator[dict[str, Any]]:
+    """Yield the steps of a task that is not in the sample: prompts without answers, for `score_trajectories.py`."""
+    trajectory = draw_trajectory(random.Random(f"{NEW_SEED}:0"))
+    for row in sample_rows(NEW_SEED, tasks=1):
+        metadata = row["metadata"]
+        number = metadata["clip_number"]
+        if number and number <= len(trajectory.clips) and metadata["model_name"] == JUDGES[0].name:
+            kept = {"task_id": "new_task", "evaluation_type": "clip", "clip_number": number}
+            yield {"id": f"step {number}", "prompt": row["conversations"][0]["value"], "metadata": kept}
+
+
+def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as JSONL, completely or not at all, and return how many there were."""
     count = 0
-    with written_whole(output) as stream:
-        for row in sample_rows(seed, tasks):
+    with atomic_write(output) as stream:
+        for row in rows:
             stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             count += 1
     return count
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
-    rows = write_sample(arguments.output, arguments.seed, arguments.tasks)
-    cli.emit(f"{arguments.output}: {rows} rows on {arguments.tasks} tasks")
+    if arguments.new_steps:
+        cli.emit(f"{arguments.new_steps}: {write_rows(arguments.new_steps, new_steps())} steps")
+    if arguments.output:
+        rows = write_rows(arguments.output, sample_rows(arguments.seed, arguments.tasks))
+        cli.emit(f"{arguments.output}: {rows} rows on {arguments.tasks} tasks")
     return ExitCode.DONE
 
 
@@ -184,7 +202,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.make_sample", description="Make a synthetic finetune.jsonl of judged trajectories."
     )
-    parser.add_argument("--output", type=Path, required=True, help="the file to write")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other trajectories (default 0)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the sample there")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other trajectories (default 0)")
     parser.add_argument("--tasks", type=int, default=DEFAULT_TASKS, help=f"how many (default {DEFAULT_TASKS})")
+    parser.add_argument("--new-steps", type=Path, metavar="FILE", help="write three steps without answers there")
     return cli.run(_command, parser)

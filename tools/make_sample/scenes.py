@@ -1,27 +1,27 @@
-"""The texts that the synthetic trajectories are put together from. Data only.
+"""The phrases from which the synthetic trajectories are built. Data only.
 
-Places and institutions are invented. In the texts, `{place}`, `{goal}`, `{answer}` and the like are slots.
+Places and institutions are invented. In the strings, `{place}`, `{goal}`, `{answer}` and the like are slots.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-Texts = tuple[str, ...]
+Strings = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool of the agent: how a call of it looks, and what the machine says when it brings nothing."""
+    """A tool of the agent: its name, its parameter, and how its use is judged."""
 
     name: str
     parameter: str
     metrics: Mapping[str, str]
-    """Score key of the category evaluation -> the question that it answers."""
+    """Score key of the category evaluation -> the question that the score answers."""
 
 
 @dataclass(frozen=True)
 class Topic:
-    """A kind of question, and what each tool may bring to it.
+    """A kind of question, and what each tool may find for it.
 
     `facts` names the function that draws the numbers (`trajectories.FACTS`). `calls` gives a precise and a loose
     argument for each tool.
@@ -30,7 +30,7 @@ class Topic:
     family: str
     language: str
     facts: str
-    things: Texts
+    things: Strings
     goal: str
     question: str
     calls: Mapping[str, tuple[str, str]]
@@ -40,21 +40,21 @@ class Topic:
 
 @dataclass(frozen=True)
 class Phrasebook:
-    """How the agent thinks and answers in one language, and what it meets there besides the task's own texts."""
+    """How the agent thinks and answers in one language, and what else it may find."""
 
-    places: Texts
-    irrelevant: Texts
-    thoughts: Mapping[str, Texts]
+    places: Strings
+    irrelevant: Strings
+    thoughts: Mapping[str, Strings]
     """Manner of the thought -> phrases. `again` goes with a repeated call, `assume` with none."""
-    closing: Mapping[str, Texts]
+    closing: Mapping[str, Strings]
     """Standing of the final answer -> the last thought."""
     answers: Mapping[str, str]
-    """Standing of the final answer -> the answer as it is worded."""
+    """Standing of the final answer -> the wording of the answer."""
 
 
-ERRORS: Texts = ("Error: timeout after 30 s", "Error: access denied", "Error: not found", "Error: invalid input")
-EMPTY: Texts = ("[]", "(nothing)")
-"""What machines say, whatever the language of the task."""
+ERRORS: Strings = ("Error: timeout after 30 s", "Error: access denied", "Error: not found", "Error: invalid input")
+EMPTY: Strings = ("[]", "(nothing)")
+"""What tools return, whatever the language of the task."""
 
 TOOLS: Mapping[str, Tool] = {
     "web_search": Tool(

@@ -1,7 +1,7 @@
 """Draw what an agent does on one task: a few clips with tools, then an answer, each with a known quality.
 
-The quality is not told in the prompt; it is a function of what the prompt shows: what the call brought, how the thought
-before it reads, and how the final answer stands to the truth.
+The prompt does not state the quality, but the quality follows from what the prompt shows: what the call found, how
+clear the thought before it is, and how the final answer compares with the truth.
 """
 
 import random
@@ -23,7 +23,7 @@ OUTCOME_QUALITY = {
     "again": 0.17,
     "assume": 0.07,
 }
-"""What a call brought -> the quality of the clip. `again` repeats the call before it, `assume` makes none."""
+"""What a call found -> the quality of the clip. `again` repeats the previous call, `assume` makes no call."""
 
 OUTCOME_SHARES = {
     "found": 0.36,
@@ -36,17 +36,17 @@ OUTCOME_SHARES = {
 }
 
 MANNER_BONUS = {"planned": 0.06, "plain": 0.0, "vague": -0.14}
-"""How the thought before the call reads -> what it adds to the quality."""
+"""How clear the thought before the call is -> what it adds to the quality."""
 
 STANDING_QUALITY = {"right": 0.97, "unchecked": 0.80, "rough": 0.50, "slip": 0.15, "guess": 0.10, "unknown": 0.03}
-"""How the final answer stands to the truth -> its correctness. A `slip` is a wrong answer given in good faith."""
+"""Standing of the final answer, compared with the truth -> its correctness. A `slip` is wrong but looks right."""
 
 STANDING_SHARES = {
     "found": {"right": 0.72, "unchecked": 0.20, "slip": 0.08},
     "partial": {"unchecked": 0.15, "rough": 0.65, "guess": 0.20},
     "other": {"rough": 0.10, "guess": 0.55, "unknown": 0.35},
 }
-"""The best outcome of the clips -> how the final answer stands."""
+"""The best outcome of the clips -> how likely each standing of the final answer is."""
 
 
 @dataclass(frozen=True)
