@@ -53,11 +53,14 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
 def _report(error: BaseException) -> ExitCode | None:
     """Write the one message for an expected error; its exit code, or None for a bug."""
     match error:
-        case PrmkitError() | Interrupted():
+        case PrmkitError():
             log.error("error: %s", error)
             return error.exit_code
+        case Interrupted():
+            log.error("%s", error)
+            return error.exit_code
         case KeyboardInterrupt():
-            log.error("interrupted")
+            log.error("Interrupted. Run the same command again.")
             return ExitCode.INTERRUPTED
         case BrokenPipeError():
             return ExitCode.DONE  # the reader (`| head`) has seen enough
@@ -91,7 +94,7 @@ def _check_names_are_utf8() -> None:
 
 
 def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
-    raise Interrupted("terminated", ExitCode.TERMINATED)
+    raise Interrupted("Terminated. Run the same command again.", ExitCode.TERMINATED)
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

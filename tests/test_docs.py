@@ -1,4 +1,4 @@
-"""What the documentation names exists: files, flags, links, pictures, configuration keys."""
+"""What the documentation names exists: files, flags, links, images, configuration keys."""
 
 import re
 import subprocess
@@ -10,13 +10,15 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "RESULTS.md"]
+LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")]
 PROGRAMS = [
-    "benchmarks/convert.py", "benchmarks/train.py", "benchmarks/score.py",
-    "convert_dataset.py", "train.py", "evaluate_judge.py", "score_trajectories.py", "run_training.sh",
+    *(name for name in LISTED if re.fullmatch(r"benchmarks/\w+\.py", name)
+      and '__name__ == "__main__"' in (ROOT / name).read_text(encoding="utf-8")),
+    *(name for name in LISTED if re.fullmatch(r"\w+\.(py|sh)", name)),
 ]  # fmt: skip
 """Longer paths before the names that they end in."""
-# What runs make; everything else that is named must be in the repository.
+# Runs make these; everything else that is named must be in the repository.
 MADE = ("data/", "saves/", "logs/", "exported_model", "demo/", "model/", ".venv", "checkpoint-")
 
 
@@ -35,7 +37,7 @@ def _commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+def test_links_and_images_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), target
@@ -67,7 +69,7 @@ def test_flags_that_are_typed_exist(page: Path) -> None:
 
 
 def test_commands_are_found_where_they_are_shown() -> None:
-    """The test of the flags sees something of every page that shows commands, and of every program."""
+    """Otherwise the test of the flags would pass without having seen any."""
     shown = [command for page in PAGES for command in _commands(page)]
     assert not [name for name in PROGRAMS if not any(name in command for command in shown)]
 
@@ -82,12 +84,11 @@ def test_configuration_keys_that_are_shown_are_keys_of_llama_factory() -> None:
 
 
 def test_every_file_of_the_tree_is_in_the_readme() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     (tree,) = [block for block in _blocks(ROOT / "README.md") if "├── prmkit/" in block]
-    for name in {path.split("/")[0] for path in listed}:
+    for name in {path.split("/")[0] for path in LISTED}:
         if not name.startswith("."):
             assert re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", tree), f"{name} is not in the README's tree"
-    for module in {path.split("/")[1] for path in listed if path.startswith("prmkit/")}:
+    for module in {path.split("/")[1] for path in LISTED if path.startswith("prmkit/")}:
         if module != "__init__.py":
             assert module.removesuffix(".py") in tree, f"prmkit/{module} is not in the README's tree"
 
@@ -96,8 +97,7 @@ def _blocks(page: Path) -> list[str]:
     return re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_project_speaks_of_itself_alone() -> None:
-    """No path of the machine that it was written on."""
+def test_no_path_of_the_machine_on_which_it_was_written() -> None:
     private = "|".join(re.escape(f"{folder}/") for folder in {ROOT.parent, Path.home()} if len(folder.parts) > 1)
     found = subprocess.run(["git", "grep", "-nIE", private], cwd=ROOT, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (1, ""), found.stdout + found.stderr

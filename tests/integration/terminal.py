@@ -1,5 +1,6 @@
 """A user at a terminal, in a fresh copy of the project."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,10 +9,12 @@ from pathlib import Path
 
 ENVIRONMENT = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 """Of a user who activated the environment of the tests."""
+TASKS_KEPT = 4
+"""Of the sample's tasks: two are held out, and the others train in seconds."""
 
 
 def copy_project(root: Path, folder: Path) -> Path:
-    """Copy what a clone would hold, and what is not yet committed."""
+    """Copy what a clone would have, and what is not yet committed."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True
     ).stdout.split("\n")
@@ -22,10 +25,22 @@ def copy_project(root: Path, folder: Path) -> Path:
     return folder
 
 
+def few_tasks(sample: Path) -> str:
+    """The sample's rows of a few tasks, with and without held-out ones, among them the one that the guide names."""
+    from prmkit.dataset.split import is_held_out
+
+    lines = sample.read_text(encoding="utf-8").splitlines(keepends=True)
+    task_of = [json.loads(line)["metadata"]["task_id"] for line in lines]
+    tasks = list(dict.fromkeys(["webshaper_qa_0", *task_of]))
+    held_out = [task for task in tasks if is_held_out(task, ratio=0.1, seed=0)][: TASKS_KEPT // 2]
+    kept = {*held_out, *[task for task in tasks if task not in held_out][: TASKS_KEPT - len(held_out)]}
+    return "".join(line for line, task in zip(lines, task_of, strict=True) if task in kept)
+
+
 def type_in(
     project: Path, line: str, *, stdin: str = "", codes: tuple[int, ...] = (0,)
 ) -> subprocess.CompletedProcess[str]:
-    """Run a line in bash as it stands in the guide, with the environment's programs on the path."""
+    """Run a line in bash exactly as the guide has it, with the environment's programs on the path."""
     done = subprocess.run(
         ["bash", "-c", line],
         cwd=project,

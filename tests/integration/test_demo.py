@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from terminal import copy_project, type_in
 
+pytestmark = pytest.mark.llamafactory
+
 
 def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -31,3 +33,5 @@ def test_the_demo_trains_measures_and_exports_below_its_own_folder(project: Path
     } <= made
     assert "Spearman" in done.stdout
     assert "judges as demo/saves/reward_model_demo does" in done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == "  use your own rows:  ./run_training.sh --input my_rows.jsonl --validate-only"

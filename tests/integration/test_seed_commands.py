@@ -1,6 +1,7 @@
 """The whole path, typed as the user's guide has it, in a copy of the project with a tiny model in ./model.
 
-One project folder serves all tests of this module, in the order of the guide; its name has a space in it on purpose.
+All tests of this module share one project folder and its first run, in the order of the guide. The folder's name has a
+space in it on purpose.
 """
 
 import json
@@ -11,31 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from terminal import copy_project, type_in
+from terminal import copy_project, few_tasks, type_in
 
+pytestmark = pytest.mark.llamafactory
 TALK: dict[str, Any] = {"stdin": "Hello\nexit\n", "codes": (0, -signal.SIGABRT)}
-"""LLaMA Factory's chat leaves threads behind; on a busy machine Python may abort over them, after the talk is over."""
-TASKS_KEPT = 8
-"""Of the sample's tasks: enough for a held-out side, few enough to train in seconds."""
+"""LLaMA Factory's chat does not end its threads; on a busy machine Python may abort over them after the chat."""
 
 
 @pytest.fixture(scope="module")
 def project(root: Path, tiny_model: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy_project(root, tmp_path_factory.mktemp("a user") / "my project")
     shutil.copytree(tiny_model, folder / "model", dirs_exist_ok=True)
-    (folder / "finetune.jsonl").write_text(_few_tasks(sample), encoding="utf-8")
+    (folder / "finetune.jsonl").write_text(few_tasks(sample), encoding="utf-8")
     return folder
-
-
-def _few_tasks(sample: Path) -> str:
-    lines = sample.read_text(encoding="utf-8").splitlines(keepends=True)
-    task_of = [json.loads(line)["metadata"]["task_id"] for line in lines]
-    from prmkit.dataset.split import is_held_out
-
-    tasks = list(dict.fromkeys(["webshaper_qa_0", *task_of]))
-    held_out = [task for task in tasks if is_held_out(task, ratio=0.1, seed=0)][:2]
-    kept = {*held_out, *[task for task in tasks if task not in held_out][: TASKS_KEPT - len(held_out)]}
-    return "".join(line for line, task in zip(lines, task_of, strict=True) if task in kept)
 
 
 def entries(project: Path) -> dict[str, dict[str, str]]:
@@ -74,8 +63,11 @@ def test_validate_only(project: Path) -> None:
 
 
 def test_what_is_typed_reaches_the_conversion_too(project: Path) -> None:
-    """Prompts that are shortened for another length than they are trained at would be cut in silence."""
-    type_in(project, "./run_training.sh --validate-only cutoff_len=600 dataset_dir=elsewhere")
+    """Prompts that are shortened for another length than they are trained at would be cut silently.
+
+    The misspelt key, which only the training looks at, saves the time of its checks.
+    """
+    type_in(project, "./run_training.sh --validate-only cutoff_len=600 dataset_dir=elsewhere lora_rnak=8", codes=(2,))
     settings = json.loads((project / "elsewhere" / "conversion_report.json").read_text())["settings"]
     assert settings["lengths"]["cutoff_len"] == 600
 
@@ -90,7 +82,7 @@ def test_train_and_export(project: Path) -> None:
     assert log[-1]["current_steps"] == log[-1]["total_steps"]
 
 
-def test_train_anew_with_other_settings_keeps_the_first_run(project: Path) -> None:
+def test_training_again_with_other_settings_keeps_the_first_run(project: Path) -> None:
     before = (project / "saves" / "reward_model_training" / "adapter_model.safetensors").read_bytes()
     type_in(project, "python train.py --config training_config.yaml")
     assert (project / "saves" / "reward_model_training" / "adapter_model.safetensors").read_bytes() == before
@@ -98,7 +90,7 @@ def test_train_anew_with_other_settings_keeps_the_first_run(project: Path) -> No
     assert [run["status"] for run in runs] == ["finished", "finished"]
 
 
-def test_the_same_command_again_says_that_it_is_done_and_exports(project: Path) -> None:
+def test_the_same_command_again_says_that_it_is_finished_and_exports(project: Path) -> None:
     done = type_in(project, "python train.py --config training_config.yaml --export")
     assert "finished" in done.stdout + done.stderr
     again = type_in(project, "./run_training.sh")

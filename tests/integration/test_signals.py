@@ -1,4 +1,4 @@
-"""Ctrl-C and kill at the front end: a checkpoint is saved, nothing is left running, and the same command goes on."""
+"""Ctrl-C and kill at the front end: a checkpoint is saved, nothing keeps running, and the same command continues."""
 
 import json
 import os
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from processes import Started, start_command, wait_for
-from terminal import ENVIRONMENT, copy_project
+from terminal import ENVIRONMENT, copy_project, few_tasks
 
+pytestmark = pytest.mark.llamafactory
 COMMAND = ("./run_training.sh", "-d", "reward_model_clip", "logging_steps=1", "eval_strategy=no")
 
 
@@ -18,8 +19,7 @@ COMMAND = ("./run_training.sh", "-d", "reward_model_clip", "logging_steps=1", "e
 def project(root: Path, tiny_model: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy_project(root, tmp_path_factory.mktemp("signals") / "my project")
     shutil.copytree(tiny_model, folder / "model", dirs_exist_ok=True)
-    lines = sample.read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "finetune.jsonl").write_text("".join(lines[:400]), encoding="utf-8")
+    (folder / "finetune.jsonl").write_text(few_tasks(sample), encoding="utf-8")
     return folder
 
 
