@@ -1,0 +1,188 @@
+"""The record of one agent run: what every importer writes, and what labelling, training and scoring read.
+
+A step is one message of the agent with its tool calls and what they returned: the unit that people label and that a
+judge scores. One JSON line holds one run; field names follow ATIF where it has them.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import orjson
+
+from prmkit.errors import DataError
+
+LabelKind = Literal["score", "ternary", "first_error", "failure"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What somebody else said to the agent between two of its steps."""
+
+    role: str
+    """`user`, `system`, or the name of another speaker."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call."""
+
+    name: str
+    arguments: Any = None
+    """The JSON value; a string where the agent wrote something that is not JSON."""
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a tool call returned."""
+
+    text: str
+    call_id: str | None = None
+    error: bool = False
+
+
+@dataclass(frozen=True)
+class Label:
+    """What somebody thinks of a step."""
+
+    value: float
+    """0 to 1."""
+    by: str
+    """A person or a judge; `human` where the source names nobody."""
+    kind: LabelKind = "score"
+    type: str | None = None
+    """The type of the error, in the words of the source."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One message of the agent with its tool calls and their results."""
+
+    n: int
+    """From 1."""
+    text: str = ""
+    thought: str = ""
+    calls: tuple[Call, ...] = ()
+    results: tuple[Result, ...] = ()
+    incoming: tuple[Message, ...] = ()
+    """What arrived since the step before, the task excepted."""
+    agent: str | None = None
+    source_index: int | None = None
+    """The position of the message in the source, from 0: public labels refer to it."""
+    last: bool = False
+    label: Label | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One attempt at a task."""
+
+    trajectory_id: str
+    """The group of aggregates; unique in a file."""
+    task_id: str
+    """The group of the split: all runs of a task have the same."""
+    task: str
+    steps: tuple[Step, ...]
+    system: str = ""
+    tools: tuple[Mapping[str, str], ...] = ()
+    """`name` and `description` of what the agent could call, where the source says."""
+    outcome: Mapping[str, Any] | None = None
+    """`success` and `score`; never part of a step's prompt."""
+    reference: str | None = None
+    """The solution; never part of a step's prompt."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """`format`, `file` and `line`."""
+    lost: Mapping[str, int] = field(default_factory=dict)
+    """What the importer could not place, counted by kind."""
+
+
+def task_id_of(task: str) -> str:
+    """The id of a task that has none: a hash of its text, the same for other spacing, case and Unicode forms."""
+    plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", task)).strip().casefold()
+    return "task-" + hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def with_labels(trajectory: Trajectory, labels: Mapping[int, Label]) -> Trajectory:
+    """The run with labels on its steps; those on messages that are not steps are counted as lost.
+
+    Args:
+        labels: by the position of the message in the source.
+    """
+    if not labels:
+        return trajectory
+    steps = tuple(
+        replace(step, label=labels.get(step.source_index, step.label)) if step.source_index is not None else step
+        for step in trajectory.steps
+    )
+    unplaced = len(labels.keys() - {step.source_index for step in steps})
+    lost = dict(trajectory.lost) | ({"labels on messages that are not steps": unplaced} if unplaced else {})
+    return replace(trajectory, steps=steps, lost=lost)
+
+
+def dump(trajectory: Trajectory) -> bytes:
+    """The run as one line of JSON. Lone surrogates, which no UTF-8 file can hold, become question marks."""
+    value = asdict(trajectory)
+    try:
+        return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        import json
+
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        return text.encode("utf-8", "replace") + b"\n"
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is a run in this form, as `dump` writes it."""
+    return (
+        isinstance(value, dict)
+        and {"trajectory_id", "task_id", "task", "steps", "source"} <= value.keys()
+        and isinstance(value["steps"], list)
+        and all(isinstance(step, dict) and "n" in step and "calls" in step for step in value["steps"])
+    )
+
+
+def load(value: Mapping[str, Any], place: str) -> Trajectory:
+    """Read a run back: the inverse of `dump`. Fields that are not known are left out.
+
+    Args:
+        place: file and line, for the error.
+
+    Raises:
+        DataError: a field is missing or of another type.
+    """
+    try:
+        steps = tuple(_load_step(step) for step in value["steps"])
+        run = _known(Trajectory, value) | {"steps": steps, "tools": tuple(value.get("tools") or ())}
+        loaded = Trajectory(**run)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{place}: a damaged trajectory record ({error!r:.80}). Import the run again.") from error
+    wrong = [name for name in ("trajectory_id", "task_id", "task", "system") if type(getattr(loaded, name)) is not str]
+    if wrong:
+        raise DataError(f"{place}: {wrong[0]} is not a string. Import the run again.")
+    return loaded
+
+
+def _load_step(value: Mapping[str, Any]) -> Step:
+    parts = {
+        "calls": tuple(Call(**_known(Call, call)) for call in value.get("calls") or ()),
+        "results": tuple(Result(**_known(Result, result)) for result in value.get("results") or ()),
+        "incoming": tuple(Message(**_known(Message, message)) for message in value.get("incoming") or ()),
+        "label": _load_label(value["label"]) if value.get("label") is not None else None,
+    }
+    return Step(**_known(Step, value) | parts)
+
+
+def _load_label(value: Mapping[str, Any]) -> Label:
+    label = Label(**_known(Label, {"by": "human"} | dict(value)))
+    if isinstance(label.value, bool) or not isinstance(label.value, int | float) or not 0 <= label.value <= 1:
+        raise ValueError(f"label value {label.value!r} is not a number from 0 to 1")
+    return label
+
+
+def _known(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value[name] for name in kind.__dataclass_fields__ if name in value}  # type: ignore[attr-defined]
