@@ -1,0 +1,141 @@
+"""What stands beside the messages of a run: ids, task, tools, outcome, solution, people's labels."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from prmkit.trajectories.content import as_text
+from prmkit.trajectories.run import Keys, Run, Unreadable
+from prmkit.trajectory import Label
+
+_TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
+_RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "uid", "uuid")
+_SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
+_OUTCOMES = ("reward", "score", "success", "resolved", "is_correct", "passed")
+
+SCALES = ("unit", "ternary")
+GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
+"""Right, a reasonable try, wrong: the anchors of the default rubric that people's words for steps mean."""
+
+
+def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection[str] = ()) -> None:
+    """Fill in what stands beside the messages: ids, task, tools, outcome, solution, labels; count the other fields.
+
+    Solutions go to `reference` alone: a judge has none when it scores.
+
+    Args:
+        run: is filled in; what its reader has set stays.
+        value: the object around the messages, its `metadata` included.
+        keys: what the user named.
+        read: the fields that the reader has read itself.
+    """
+    metadata = value.get("metadata")
+    flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
+    run.task_id = _named(flat, keys.task) if keys.task else run.task_id or first_of(flat, _TASK_IDS)
+    run.trajectory_id = run.trajectory_id or first_of(flat, _RUN_IDS)
+    run.reference = run.reference or first_of(flat, _SOLUTIONS)
+    if keys.outcome:
+        _named(flat, keys.outcome)
+    run.outcome = run.outcome or outcome_of(flat, keys.outcome)
+    run.tools = run.tools or tools_of(value.get("tools") or value.get("functions"))
+    if keys.labels:
+        run.labels = labels_by_index(flat.get(keys.labels), run, keys.label_scale)
+    known = {*read, *_TASK_IDS, *_RUN_IDS, *_SOLUTIONS, *_OUTCOMES, "tools", "functions", "metadata", "name"}
+    for name in value.keys() - known - {keys.task, keys.outcome, keys.labels}:
+        run.lost[f"field {name[:40]}"] += 1
+
+
+def _named(value: Mapping[str, Any], key: str) -> str:
+    if value.get(key) in (None, ""):
+        raise Unreadable(f"no field {key}")
+    return as_text(value[key])
+
+
+def first_of(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of some fields that holds something, as text."""
+    return next((as_text(value[name]) for name in names if value.get(name) not in (None, "", [], {})), None)
+
+
+def outcome_of(value: Mapping[str, Any], key: str | None = None) -> dict[str, Any] | None:
+    """How the run ended: a truth value is `success`, a number is `score`."""
+    for name in (key,) if key else _OUTCOMES:
+        given = value.get(name) if name else None
+        if isinstance(given, bool):
+            return {"success": given, "score": None}
+        if isinstance(given, int | float):
+            return {"success": None, "score": float(given)}
+    return None
+
+
+def tools_of(value: Any) -> tuple[dict[str, str], ...]:
+    """Names and descriptions of the tools that were offered: OpenAI's or Anthropic's list, or such a list as text."""
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return ()
+    found = []
+    for each in value if isinstance(value, list) else ():
+        body = each.get("function", each) if isinstance(each, dict) else {"name": each}
+        if isinstance(body, dict) and isinstance(body.get("name"), str):
+            found.append({"name": body["name"], "description": as_text(body.get("description"))})
+    return tuple(found)
+
+
+def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
+    """The labels of a column: a list with one entry for each step, or an object from message position to label.
+
+    An entry of null leaves its step unlabelled.
+
+    Raises:
+        Unreadable: the column is missing, has another length than the run has steps, or a label is out of range.
+    """
+    if isinstance(given, dict):
+        pairs = [(int(place) if str(place).isdigit() else -1, label) for place, label in given.items()]
+    elif isinstance(given, list):
+        steps = [turn.index for turn in run.turns if turn.role == "agent" and (turn.text or turn.thought or turn.calls)]
+        if len(steps) != len(given):
+            raise Unreadable(f"{len(given)} labels for {len(steps)} steps")
+        pairs = [(index, label) for index, label in zip(steps, given, strict=True) if index is not None]
+    else:
+        raise Unreadable("no column of labels")
+    return {place: label_of(value, scale) for place, value in pairs if value is not None}
+
+
+def label_of(value: Any, scale: str) -> Label:
+    """One label of a person.
+
+    Args:
+        value: a number or a truth value.
+        scale: `unit` for 0 to 1, `ternary` for -1, 0 and 1.
+
+    Raises:
+        Unreadable: the value is not on the scale.
+    """
+    if isinstance(value, int | float):
+        if scale == "ternary" and not isinstance(value, bool) and value in (-1, 0, 1):
+            return Label({1: GOOD, 0: NEUTRAL, -1: BAD}[int(value)], "human", "ternary")
+        if scale == "unit" and 0 <= value <= 1:
+            return Label(float(value), "human")
+    hint = "; -1, 0 and 1 need --label-scale ternary" if value == -1 else ""
+    raise Unreadable(f"label {value!s:.40} is not on the scale {scale}{hint}")
+
+
+def first_error(turns: Sequence[Any], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:
+    """Labels from known errors: wrong where one is, right before the first one, and nothing after it.
+
+    Whoever marks errors says nothing of the other steps that follow: they build on an error, and stay unlabelled.
+
+    Args:
+        turns: of the run.
+        errors: the type of every error, by the position of its message; empty for a run without one.
+        kind: of the labels.
+    """
+    first = min(errors, default=None)
+    labels = {
+        turn.index: Label(GOOD, "human", kind)
+        for turn in turns
+        if turn.role == "agent" and turn.index is not None and (first is None or turn.index < first)
+    }
+    return labels | {place: Label(BAD, "human", kind, type) for place, type in errors.items()}

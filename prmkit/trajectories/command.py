@@ -1,0 +1,134 @@
+"""The work behind `import_trajectories.py`: runs in, records or labelled rows out, and an account of both."""
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from prmkit import cli
+from prmkit.errors import DataError, ExitCode, UsageError
+from prmkit.files import atomic_write
+from prmkit.prompts.rubric import load_rubric
+from prmkit.trajectories.importing import FileReport, Options, read_runs
+from prmkit.trajectories.labels import SETS, set_named
+from prmkit.trajectories.rows import rows_of
+from prmkit.trajectories.run import Keys
+from prmkit.trajectory import Trajectory, dump
+
+log = logging.getLogger("prmkit")
+
+_OTHER_LABELS = ("steps", "column")
+
+
+def import_runs(arguments: argparse.Namespace) -> ExitCode:
+    """Read runs and write them as records, or the labelled steps as rows.
+
+    Raises:
+        DataError: nothing was read, or an input cannot be.
+        UsageError: a form is ambiguous, or the arguments contradict each other.
+    """
+    options = _options(arguments)
+    reports: list[FileReport] = []
+    _check_output(arguments.output, arguments.inputs)
+    written = 0
+    with atomic_write(arguments.output) as stream:
+        for line in _lines(arguments, read_runs(arguments.inputs, options, reports)):
+            stream.write(line)
+            written += 1
+        _check_written(written, reports, arguments)
+    if arguments.json:
+        cli.emit_json(_as_json(reports, arguments.output, written))
+    else:
+        _summarise(reports, arguments.output, written, "rows" if arguments.labels else "runs")
+    return ExitCode.DONE
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    name, form = arguments.labels, arguments.format
+    public = None
+    if name is not None and name not in _OTHER_LABELS:
+        public = set_named(name)
+        if public is None:
+            raise UsageError(f"--labels {name}: there are {', '.join((*_OTHER_LABELS, *SETS))}.")
+    if (name == "column") != (arguments.label_key is not None):
+        raise UsageError(
+            "--labels column and --label-key NAME go together: the key says which column holds the labels."
+        )
+    if arguments.rubric and not name:
+        raise UsageError("--rubric makes prompts, which only --labels writes. Leave it out, or add --labels.")
+    keys = Keys(
+        arguments.task_key, arguments.outcome_key, arguments.list_key, arguments.label_key, arguments.label_scale
+    )
+    return Options(form, keys, arguments.keep_secrets, public)
+
+
+def _check_output(output: Path, inputs: list[str]) -> None:
+    for given in map(Path, inputs):
+        inside = given.is_dir() and output.resolve().is_relative_to(given.resolve())
+        if inside or output.resolve() == given.resolve():
+            raise UsageError(f"--output {output} is among the inputs, and would be read next time. Write it elsewhere.")
+
+
+def _lines(arguments: argparse.Namespace, runs: Iterator[Trajectory]) -> Iterator[bytes]:
+    if arguments.labels is None:
+        yield from map(dump, runs)
+        return
+    rubric = load_rubric(arguments.rubric)
+    for run in runs:
+        for row in rows_of(run, rubric):
+            yield orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _check_written(written: int, reports: list[FileReport], arguments: argparse.Namespace) -> None:
+    if written:
+        return
+    _warn(reports)
+    if any(report.runs for report in reports):
+        raise DataError("no step of these runs has a label. Leave out --labels to import the runs alone.")
+    raise DataError(f"{', '.join(arguments.inputs)}: no run was read. The lines above say what each file is.")
+
+
+# --- the account ----------------------------------------------------------------------------------------------------
+
+
+def _warn(reports: list[FileReport]) -> None:
+    """Name every file that was passed over, and where something was not read."""
+    for report in reports:
+        if report.passed_over:
+            log.warning("passed over %s: %s", report.file, report.passed_over)
+        for reason, count in report.unreadable.items():
+            lines = ", ".join(map(str, report.examples[reason]))
+            log.warning("%s: not read: %d x %s (line %s)", report.file, count, reason, lines)
+
+
+def _summarise(reports: list[FileReport], output: Path, written: int, what: str) -> None:
+    _warn(reports)
+    forms: dict[str, Counter[str]] = {}
+    for report in reports:
+        if report.format and not report.passed_over:
+            counts = {"files": 1, "runs": report.runs, "steps": report.steps, "labels": report.labels}
+            forms.setdefault(report.format, Counter()).update(counts)
+    columns = ("form", "files", "runs", "steps", "labels")
+    table = [(form, *(f"{counts[name]:,}" for name in columns[1:])) for form, counts in forms.items()]
+    cli.emit_table("", columns, table, numeric=columns[1:])
+    for title, counts in (("not placed", _total(reports, "lost")), ("masked", _total(reports, "secrets"))):
+        if counts:
+            cli.emit(f"{title}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common()))
+    passed_over = sum(report.passed_over is not None for report in reports)
+    if passed_over:
+        cli.emit(f"files passed over: {passed_over}")
+    cli.emit(f"{output}: {written:,} {what}")
+
+
+def _total(reports: list[FileReport], name: str) -> Counter[str]:
+    return sum((getattr(report, name) for report in reports), Counter[str]())
+
+
+def _as_json(reports: list[FileReport], output: Path, written: int) -> dict[str, Any]:
+    names = ("file", "format", "runs", "steps", "labels", "lost", "unreadable", "secrets", "passed_over")
+    files = [{name: getattr(report, name) for name in names} for report in reports]
+    return {"output": str(output), "written": written, "files": files}

@@ -1,0 +1,237 @@
+"""Runs out of files and folders of any known form, and an account of what was read, lost and passed over."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError, UsageError
+from prmkit.trajectories.beside import first_error
+from prmkit.trajectories.documents import SUFFIXES, Broken, Document
+from prmkit.trajectories.readers import READERS, reader_for
+from prmkit.trajectories.readers.messages import is_judged_row
+from prmkit.trajectories.run import Ids, Keys, Reader, Run, Unreadable, Values, assemble
+from prmkit.trajectories.secrets import mask
+from prmkit.trajectory import Trajectory, with_labels
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = 3
+"""Places that are named for each reason why something was not read; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are read."""
+
+    format: str | None = None
+    """The name of a reader; None recognises the form by its structure."""
+    keys: Keys = field(default_factory=Keys)
+    keep_secrets: bool = False
+    labels: str | None = None
+    """The name of a public set whose labels stand in files beside the runs; None to read runs alone."""
+
+
+@dataclass
+class FileReport:
+    """What became of one file."""
+
+    file: str
+    format: str | None = None
+    runs: int = 0
+    steps: int = 0
+    labels: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    unreadable: Counter[str] = field(default_factory=Counter)
+    """Lines, or runs, that gave nothing, by reason."""
+    examples: dict[str, list[int]] = field(default_factory=dict)
+    """Line numbers for the reasons in `unreadable`."""
+    secrets: Counter[str] = field(default_factory=Counter)
+    passed_over: str | None = None
+    """Why nothing of the file was read."""
+
+    def reject(self, reason: str, line: int) -> None:
+        """Count something that gave no run."""
+        self.unreadable[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < _EXAMPLES:
+            places.append(line)
+
+
+def read_runs(
+    inputs: Sequence[str | Path], options: Options | None = None, reports: list[FileReport] | None = None
+) -> Iterator[Trajectory]:
+    """Yield the runs of files and folders, one at a time, with ids that are unique among them.
+
+    Args:
+        inputs: files and folders. Files of a folder that are not runs are passed over; a file that is named is read
+            or is an error.
+        options: how to read.
+        reports: gets one report for each file, complete when its last run was yielded.
+
+    Raises:
+        DataError: an input is missing, or one that was named cannot be read.
+        UsageError: the form of a file is ambiguous, or --format names none.
+    """
+    options = options or Options()
+    if options.format is not None and options.format not in READERS:
+        raise UsageError(f"--format {options.format}: not a form of runs. There are {', '.join(READERS)}.")
+    files = list(_files(inputs))
+    marks = _marks(files, options)
+    ids = Ids()
+    for path, named in files:
+        report = FileReport(str(path))
+        if reports is not None:
+            reports.append(report)
+        try:
+            for run in _runs_of(path, options, report):
+                run = _marked(run, marks) if marks else run
+                run = ids.named(run)
+                report.labels += sum(step.label is not None for step in run.steps)
+                report.lost.update(run.lost)
+                yield run
+        except DataError as error:
+            if named:
+                raise
+            report.passed_over = str(error).removeprefix(f"{path}: ")
+
+
+def _files(inputs: Sequence[str | Path]) -> Iterator[tuple[Path, bool]]:
+    """Every file, and whether the user named it; files of folders in the order of their names."""
+    seen: set[Path] = set()
+    for given in inputs:
+        path = Path(given)
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder.")
+        found = [each for each in sorted(path.rglob("*")) if _belongs(each, path)] if path.is_dir() else [path]
+        if not found:
+            raise DataError(f"{path}: an empty folder. Name the one that holds your runs.")
+        for each in found:
+            if each.resolve() not in seen:
+                seen.add(each.resolve())
+                yield each, each is path
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """Files of a folder, hidden ones and links out of it excepted."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.is_file() and not hidden and path.resolve().is_relative_to(folder.resolve())
+
+
+def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Trajectory]:
+    if not path.name.lower().endswith(SUFFIXES) and options.format is None and not _looks_like_json(path):
+        raise DataError(f"{path}: not JSON.")
+    document = Document(path)
+    reader = READERS[options.format] if options.format else reader_for(document, str(path))
+    if reader is None:
+        raise DataError(f"{path}: {_why_not(document)}")
+    report.format = reader.name
+    for line, found in _read(reader, document, options.keys, report):
+        run = found if isinstance(found, Trajectory) else _assembled(found, reader, path, line)
+        if run is None:
+            report.reject("run without a step of the agent", line)
+            continue
+        if not options.keep_secrets:
+            run = mask(run, report.secrets)
+        report.runs += 1
+        report.steps += len(run.steps)
+        yield run
+
+
+def _looks_like_json(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+
+
+def _assembled(found: Run, reader: Reader, path: Path, line: int) -> Trajectory | None:
+    return assemble(found, {"format": reader.name, "file": path.name, "line": found.line or line})
+
+
+def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
+    if reader.every:
+        yield from (
+            (run.line or 1 if isinstance(run, Run) else 1, run) for run in reader.every(_Whole(document, report), keys)
+        )
+        return
+    read = reader.one or _nothing
+    for line, value in document:
+        if isinstance(value, Broken):
+            report.reject(value.reason, line)
+        elif not reader.recognises(value) and not (keys.messages and isinstance(value, dict)):
+            report.reject(f"not of the form {reader.name}", line)
+        else:
+            try:
+                yield from ((line, run) for run in read(value, keys))
+            except (Unreadable, DataError) as error:
+                report.reject(str(error).removeprefix(": "), line)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                # The form is recognised by its outline; what is inside can still be anything.
+                report.reject(f"damaged inside ({type(error).__name__}: {error!s:.60})", line)
+
+
+def _nothing(_value: Any, _keys: Keys) -> Iterator[Run]:
+    return iter(())
+
+
+class _Whole:
+    """The values of a file for a reader that needs all of them; broken lines are counted the first time."""
+
+    def __init__(self, document: Document, report: FileReport) -> None:
+        self._document, self._report, self._counted = document, report, False
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for line, value in self._document:
+            if not isinstance(value, Broken):
+                yield line, value
+            elif not self._counted:
+                self._report.reject(value.reason, line)
+        self._counted = True
+
+
+def _why_not(values: Values) -> str:
+    """What a file without runs is."""
+    first = next((value for _, value in values if not isinstance(value, Broken)), None)
+    if first is None:
+        return "no JSON in it."
+    if is_judged_row(first):
+        return "rows of judged steps, not runs. Convert them: python convert_dataset.py --input FILE"
+    return "not a known form of runs. --format NAME reads it as one; --list-key names its list of messages."
+
+
+# --- labels that stand beside the runs ------------------------------------------------------------------------------
+
+
+def _marks(files: Sequence[tuple[Path, bool]], options: Options) -> dict[str, dict[int, str | None]]:
+    """The errors that the files of a set name, by run. Small: the runs themselves are not kept."""
+    reader = READERS.get(options.labels or "")
+    found: dict[str, dict[int, str | None]] = {}
+    if reader is None or reader.marks is None:
+        return found
+    for path, _ in files:
+        try:
+            for _, value in Document(path):
+                if mark := reader.marks(value):
+                    found[mark[0]] = mark[1]
+        except DataError:
+            continue  # the file is named when it is read for runs
+    if not found:
+        raise DataError(
+            f"no file with the labels of {options.labels} among the inputs. Name the folder that holds both."
+        )
+    return found
+
+
+def _marked(run: Trajectory, marks: dict[str, dict[int, str | None]]) -> Trajectory:
+    """The run with the errors that are known of it. Ids may have the name of a part of the set before them."""
+    names = {name for given in (run.trajectory_id, run.task_id) for name in (given, given.rsplit("_", 1)[-1])}
+    for name in names & marks.keys():
+        return with_labels(run, first_error([_Place(step.source_index) for step in run.steps], marks[name], "failure"))
+    return run
+
+
+@dataclass(frozen=True)
+class _Place:
+    index: int | None
+    role: str = "agent"

@@ -1,0 +1,46 @@
+"""AgentProcessBench: runs with tools, and a label of people for every step.
+
+`step_labels` maps the position of the agent's message in `messages`, from 0, to 1, 0 or -1. `query_index` is the task:
+every one was run five times, which `sample_index` tells apart.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.trajectories.beside import label_of, outcome_of, tools_of
+from prmkit.trajectories.content import as_text, is_message_list, turns_of
+from prmkit.trajectories.run import Keys, Reader, Run
+
+
+def recognises(value: Any) -> bool:
+    """Messages with `step_labels` and `query_index`."""
+    return (
+        isinstance(value, dict)
+        and {"step_labels", "query_index"} <= value.keys()
+        and isinstance(value["step_labels"], dict)
+        and is_message_list(value.get("messages"))
+    )
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Run]:
+    """The run of one line."""
+    lost: Counter[str] = Counter()
+    source = as_text(value.get("data_source") or value.get("dataset"))
+    task = "_".join(filter(None, (source, as_text(value["query_index"]))))
+    sample = as_text(value.get("sample_index"))
+    truth = value.get("ground_truth")
+    yield Run(
+        turns_of(value["messages"], lost),
+        lost,
+        task=as_text(value.get("question")) or None,
+        task_id=task,
+        trajectory_id=f"{task}.{sample}" if sample else None,
+        outcome=outcome_of({"success": value["final_label"] == 1 if "final_label" in value else None}),
+        reference=as_text(truth.get("target") if isinstance(truth, dict) else truth) or None,
+        tools=tools_of(value.get("tools")),
+        labels={int(place): label_of(label, "ternary") for place, label in value["step_labels"].items()},
+    )
+
+
+READER = Reader("agentprocessbench", recognises, one=read)

@@ -1,0 +1,93 @@
+"""AgentRx: failed runs, and files beside them that name every failure of a run. Failures count its messages from 1.
+
+The published data set keeps runs as `instruction` and steps of `substeps`; the repository has tau-bench's own files,
+which that reader reads. A failure on a message that is not the agent's, as some of tau's are, labels nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.trajectories.content import ROLES, as_text
+from prmkit.trajectories.run import Keys, Reader, Role, Run, Turn, Unreadable
+from prmkit.trajectory import Result
+
+_TYPES = {
+    "instruction/plan adherence failure": "instruction not followed",
+    "invention of new information": "invented information",
+    "invalid invocation": "invalid call",
+    "misinterpretation of tool output": "misread result",
+    "intent-plan misalignment": "wrong intent",
+    "underspecified user intent": "underspecified request",
+    "intent not supported": "unsupported request",
+    "guardrails triggered": "guardrail",
+    "system failure": "system failure",
+}
+"""Their names -> those of the default rubric."""
+
+
+def recognises(value: Any) -> bool:
+    """A run with `substeps`, or the failures of a run."""
+    return _is_run(value) or _is_marks(value)
+
+
+def _is_run(value: Any) -> bool:
+    steps = value.get("steps") if isinstance(value, dict) and "trajectory_id" in value else None
+    return isinstance(steps, list) and bool(steps) and isinstance(steps[0], dict) and "substeps" in steps[0]
+
+
+def _is_marks(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("failures"), list):
+        return False
+    return "trajectory_id" in value and all(
+        isinstance(each, dict) and "step_number" in each for each in value["failures"]
+    )
+
+
+def marks(value: Any) -> tuple[str, dict[int, str | None]] | None:
+    """The failures of a run, by the position of the message from 0; None for a value that is not a list of them."""
+    if not _is_marks(value):
+        return None
+    found = {int(each["step_number"]) - 1: _type(each.get("failure_category")) for each in value["failures"]}
+    return as_text(value["trajectory_id"]), found
+
+
+def _type(name: Any) -> str | None:
+    plain = " ".join(as_text(name).lower().split())
+    return _TYPES.get(plain, plain or None)
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Run]:
+    """The run of one value; nothing for a list of failures."""
+    if _is_marks(value):
+        return
+    if not _is_run(value):
+        raise Unreadable("neither a run nor failures of one")
+    lost: Counter[str] = Counter()
+    turns = [turn for step in value["steps"] for turn in _turns(step, lost)]
+    identity = as_text(value["trajectory_id"])
+    yield Run(turns, lost, task=as_text(value.get("instruction")), task_id=identity, trajectory_id=identity)
+
+
+def _turns(step: Any, lost: Counter[str]) -> list[Turn]:
+    """A step is one message of an agent, in parts, with what its tools returned; or a message of a user."""
+    index = int(step["index"]) - 1 if str(step.get("index", "")).isdigit() else None
+    said: dict[Role, list[str]] = {"system": [], "user": [], "agent": [], "tool": []}
+    speaker = None
+    for part in step.get("substeps") or ():
+        name = as_text(part.get("role"))
+        role = ROLES.get(name.lower(), "agent")
+        said[role].append(as_text(part.get("content")))
+        if role == "agent" and name.lower() not in ROLES:
+            speaker = speaker or name
+    results = tuple(map(Result, said["tool"]))
+    turns = [
+        Turn(role, "\n".join(said[role]), index=index) for role in said if role in ("system", "user") and said[role]
+    ]
+    if said["agent"]:
+        return [*turns, Turn("agent", "\n".join(said["agent"]), results=results, speaker=speaker, index=index)]
+    lost["entries that are not steps"] += not (turns or results)
+    return [*turns, Turn("tool", results=results, index=index)] if results else turns
+
+
+READER = Reader("agentrx", recognises, one=read, marks=marks)

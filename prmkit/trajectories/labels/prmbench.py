@@ -1,0 +1,31 @@
+"""PRMBench: chains of mathematical steps. `error_steps` counts the steps of `modified_process` from 1."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.trajectories.beside import first_error
+from prmkit.trajectories.content import as_text
+from prmkit.trajectories.run import Keys, Reader, Run, Turn
+
+
+def recognises(value: Any) -> bool:
+    """`modified_process` with `error_steps`."""
+    return isinstance(value, dict) and {"modified_process", "error_steps", "idx"} <= value.keys()
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Run]:
+    """The chain of one line."""
+    turns = [Turn("agent", as_text(step), index=index) for index, step in enumerate(value["modified_process"])]
+    kind = value.get("classification")
+    errors = {int(step) - 1: kind for step in value["error_steps"]}
+    yield Run(
+        turns,
+        Counter(),
+        task=as_text(value.get("modified_question") or value.get("question")),
+        trajectory_id=as_text(value["idx"]),
+        labels=first_error(turns, errors, "failure"),
+    )
+
+
+READER = Reader("prmbench", recognises, one=read)

@@ -1,0 +1,47 @@
+"""trajectory-judge: runs with one injected fault, or none. `failure_step` counts the steps from 0."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prmkit.trajectories.beside import first_error, outcome_of
+from prmkit.trajectories.content import as_text
+from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectory import Call, Result
+
+
+def recognises(value: Any) -> bool:
+    """`goal`, steps with `thought`, `call` and `observation`, and a label with `faulty`."""
+    return (
+        isinstance(value, dict)
+        and {"goal", "instance_id", "steps", "label"} <= value.keys()
+        and isinstance(value["label"], dict)
+        and "faulty" in value["label"]
+    )
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Run]:
+    """The run of one line."""
+    label = value["label"]
+    turns = [_turn(step) for step in value["steps"]]
+    errors = {int(label["failure_step"]): label.get("failure_type")} if label["faulty"] else {}
+    yield Run(
+        turns,
+        Counter(),
+        task=value["goal"],
+        task_id=as_text(value["instance_id"]),
+        trajectory_id=as_text(value.get("trajectory_id")) or None,
+        outcome=outcome_of({"success": label.get("outcome_correct")}),
+        labels=first_error(turns, errors, "first_error"),
+    )
+
+
+def _turn(step: Mapping[str, Any]) -> Turn:
+    call, observation = step.get("call"), step.get("observation")
+    calls = (Call(as_text(call.get("tool")), call.get("args")),) if isinstance(call, dict) else ()
+    failed = isinstance(observation, dict) and observation.get("ok") is False
+    results = (Result(as_text(observation), error=failed),) if observation is not None else ()
+    return Turn("agent", "", as_text(step.get("thought")), calls, results, index=step.get("index"))
+
+
+READER = Reader("trajectory-judge", recognises, one=read)

@@ -1,0 +1,45 @@
+"""Who&When: failed runs of several agents, with the first decisive mistake.
+
+`mistake_step` counts the messages of `history` from 0. Every message is a step of the agent in `name`, or in `role`
+where there is no name; a message of role `human` is the task.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.trajectories.beside import first_error, outcome_of
+from prmkit.trajectories.content import as_text
+from prmkit.trajectories.run import Keys, Reader, Run, Turn, Unreadable
+
+
+def recognises(value: Any) -> bool:
+    """`history` with `mistake_step` and `mistake_agent`."""
+    return isinstance(value, dict) and {"history", "mistake_step", "mistake_agent", "question"} <= value.keys()
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Run]:
+    """The run of one file."""
+    turns = [_turn(message, index) for index, message in enumerate(value["history"]) if isinstance(message, dict)]
+    mistake = as_text(value["mistake_step"]).strip()
+    if not mistake.isdigit() or int(mistake) >= len(value["history"]):
+        raise Unreadable(f"mistake_step {mistake!r} is not a message of the run")
+    yield Run(
+        turns,
+        Counter({"entries that are not messages": len(value["history"]) - len(turns)}),
+        task=as_text(value["question"]),
+        task_id=as_text(value.get("question_ID") or value.get("question_id")) or None,
+        outcome=outcome_of({"success": value.get("is_correct", value.get("is_corrected"))}),
+        reference=as_text(value.get("ground_truth")) or None,
+        labels=first_error(turns, {int(mistake): None}, "first_error"),
+    )
+
+
+def _turn(message: dict[str, Any], index: int) -> Turn:
+    text = as_text(message.get("content"))
+    if message.get("role") == "human":
+        return Turn("user", text, index=index)
+    return Turn("agent", text, speaker=as_text(message.get("name") or message.get("role")) or None, index=index)
+
+
+READER = Reader("who-and-when", recognises, one=read)

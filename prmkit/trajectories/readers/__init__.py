@@ -1,0 +1,68 @@
+"""The forms of runs that can be read, one module each. A new form is a module here and a line in `READERS`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from prmkit.errors import UsageError
+from prmkit.trajectories.documents import Broken
+from prmkit.trajectories.labels import agent_process_bench, agentrx, prmbench, trajectory_judge, who_and_when
+from prmkit.trajectories.readers import (
+    atif,
+    claude_code,
+    codex,
+    inspect_log,
+    langfuse,
+    langsmith,
+    message_lines,
+    messages,
+    mini_swe_agent,
+    otel,
+    record,
+    swe_agent,
+    tagged,
+    tau_bench,
+)
+from prmkit.trajectories.run import Reader
+
+_SPECIFIC = (
+    record, tau_bench, swe_agent, mini_swe_agent, inspect_log, atif, tagged, claude_code, codex, otel, langsmith,
+    langfuse, who_and_when, agentrx, trajectory_judge, agent_process_bench, prmbench,
+)  # fmt: skip
+_PLAIN = (messages, message_lines)
+"""Many specific forms hold plain messages too, so these are asked only about what no specific one recognises."""
+READERS: dict[str, Reader] = {module.READER.name: module.READER for module in (*_SPECIFIC, *_PLAIN)}
+
+_SAMPLE = 20
+"""Values of a file that must be recognised before its form is settled."""
+_PATIENCE = 1000
+"""Values after which a file in which none was recognised is given up."""
+
+
+def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
+    """The reader of a file's form, told by the structure of its first values; None where no form fits.
+
+    Raises:
+        UsageError: several forms fit.
+    """
+    fitting: dict[str, int] = {}
+    for count, (line, value) in enumerate(values, start=1):
+        found = [] if isinstance(value, Broken) else forms_of(value)
+        fitting |= {form: line for form in found if form not in fitting}
+        if specific := {form: line for form, line in fitting.items() if not _is_plain(form)}:
+            fitting = specific  # events of a session may look like plain messages
+        if len(fitting) > 1:
+            places = " and ".join(f"{form} (line {line})" for form, line in fitting.items())
+            raise UsageError(f"{name}: reads as {places}. Say which one it is with --format.")
+        if (fitting and count >= _SAMPLE) or count >= _PATIENCE:
+            break
+    return READERS[next(iter(fitting))] if fitting else None
+
+
+def _is_plain(form: str) -> bool:
+    return any(module.READER.name == form for module in _PLAIN)
+
+
+def forms_of(value: Any) -> list[str]:
+    """The names of the forms that a value has."""
+    specific = [module.READER.name for module in _SPECIFIC if module.READER.recognises(value)]
+    return specific or [module.READER.name for module in _PLAIN if module.READER.recognises(value)][:1]

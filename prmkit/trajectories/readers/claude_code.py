@@ -1,0 +1,121 @@
+"""Sessions of Claude Code: one event a line, `message` in Anthropic's form, linked by `parentUuid`.
+
+The form is undocumented, and three of its habits break a reader that takes the lines as they come: one answer of the
+model is split over several lines with one `message.id`; a session that was rewound keeps every branch; and the results
+of parallel calls hang off the path that leads back from the last line.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prmkit.trajectories.content import read_message
+from prmkit.trajectories.run import Keys, Reader, Run, Turn, Values, joined
+
+_INJECTED = re.compile(
+    r"\s*<(?:command-(?:name|message|args)|local-command-\w+|bash-std\w+|task-notification)>|\s*Caveat: "
+)
+
+Event = Mapping[str, Any]
+
+
+def recognises(value: Any) -> bool:
+    """An event with `sessionId` and a message of `type` user or assistant."""
+    return (
+        isinstance(value, dict)
+        and value.get("type") in ("user", "assistant")
+        and "sessionId" in value
+        and "uuid" in value
+        and isinstance(value.get("message"), dict)
+    )
+
+
+def read(values: Values, _keys: Keys) -> Iterator[Run]:
+    """A run for each session of a file, in the order of their first lines."""
+    sessions: dict[str, list[tuple[int, Event]]] = {}
+    for line, value in values:
+        if isinstance(value, dict) and isinstance(value.get("uuid"), str):
+            sessions.setdefault(str(value.get("sessionId")), []).append((line, value))
+    for name, events in sessions.items():
+        if any(recognises(event) for _, event in events):
+            yield _session(name, events)
+
+
+def _session(name: str, events: Sequence[tuple[int, Event]]) -> Run:
+    lost: Counter[str] = Counter()
+    aside = {event["uuid"] for _, event in events if event.get("isSidechain")}
+    if len(aside) == len(events):  # a file of a called agent: its side chain is the run
+        name, aside = f"{name}/{events[0][1].get('agentId') or 'agent'}", set()
+    main = [event for _, event in events if event["uuid"] not in aside]
+    lost["messages of called agents"] += sum(recognises(event) for _, event in events if event["uuid"] in aside)
+    kept = _active(main, lost)
+    run = Run([], lost, trajectory_id=name, line=events[0][0])
+    answers: dict[str, int] = {}
+    for index, event in enumerate(main):
+        if event["uuid"] in kept:
+            _add(run.turns, event, index, answers, lost)
+        elif recognises(event):
+            lost["messages on abandoned branches"] += 1
+    return run
+
+
+def _active(events: Sequence[Event], lost: Counter[str]) -> set[str]:
+    """The events on the branch that the session ended on."""
+    parents: dict[str, str | None] = {}
+    before: dict[str, str | None] = {}
+    previous: str | None = None
+    for event in events:
+        parents[event["uuid"]] = event.get("parentUuid") or event.get("logicalParentUuid")
+        before[event["uuid"]], previous = previous, event["uuid"]
+    path: set[str] = set()
+    place = next((event["uuid"] for event in reversed(events) if recognises(event)), None)
+    while place is not None and place not in path:
+        path.add(place)
+        parent = parents[place]
+        if parent is not None and parent not in parents:  # its parent is in another file: go on with the line above
+            lost["messages whose parent is not in the file"] += 1
+            parent = before[place]
+        place = parent
+    answers = {event["message"].get("id") for event in events if event["uuid"] in path and event["type"] == "assistant"}
+    answers.discard(None)
+    path |= {event["uuid"] for event in events if recognises(event) and event["message"].get("id") in answers}
+    calls = {call for event in events if event["uuid"] in path for call in _ids(event, "tool_use", "id")}
+    return path | {event["uuid"] for event in events if calls & {*_ids(event, "tool_result", "tool_use_id")}}
+
+
+def _ids(event: Event, kind: str, key: str) -> Iterator[str]:
+    content = event["message"].get("content") if recognises(event) else None
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and part.get("type") == kind and isinstance(part.get(key), str):
+            yield part[key]
+
+
+def _add(turns: list[Turn], event: Event, index: int, answers: dict[str, int], lost: Counter[str]) -> None:
+    """Append the turns of an event, or what it adds to an answer that has begun (`answers`: where, by message id)."""
+    if not recognises(event):
+        return  # attachments, progress, summaries of titles: bookkeeping of the program
+    message = event["message"]
+    if event.get("isMeta") or event.get("isApiErrorMessage") or _INJECTED.match(_plain(message)):
+        lost["messages of the program"] += 1
+        return
+    if event.get("isCompactSummary") and any(turn.role == "agent" for turn in turns):
+        lost["summaries of steps that are here"] += 1
+        return
+    found = [replace(turn, index=index) for turn in read_message({"role": event["type"]} | message, lost)]
+    if event["type"] == "assistant" and (begun := answers.get(message.get("id"))) is not None:
+        for part in found:
+            turns[begun] = joined(turns[begun], part)
+        return
+    if event["type"] == "assistant" and message.get("id"):
+        answers[message["id"]] = len(turns)
+    turns += found
+
+
+def _plain(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+READER = Reader("claude-code", recognises, every=read)

@@ -1,0 +1,107 @@
+"""Rollouts of Codex: `{timestamp, type, payload}` a line, the older ones with the payload alone.
+
+Thought, text and calls of one answer are lines of their own; an answer ends where a result or another message comes.
+What the program injects in the user's name (`<environment_context>` and its kin) is not the user's.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from prmkit.trajectories.content import Parts, read_call
+from prmkit.trajectories.run import Keys, Reader, Run, Turn, Values, joined
+from prmkit.trajectory import Call, Result
+
+_INJECTED = re.compile(
+    r"\s*(?:<(?:environment_context|user_instructions|permissions instructions|turn_aborted|skills_instructions)"
+    r"|# AGENTS\.md instructions)"
+)
+_CALLS = {"function_call", "custom_tool_call", "local_shell_call", "tool_search_call", "web_search_call"}
+_OUTPUTS = {"function_call_output", "custom_tool_call_output", "tool_search_output", "mcp_tool_call_output"}
+
+
+def recognises(value: Any) -> bool:
+    """`session_meta` or `response_item` with a payload; in older files an item of `function_call` and the like."""
+    if not isinstance(value, dict):
+        return False
+    if value.get("type") in ("session_meta", "response_item") and isinstance(value.get("payload"), dict):
+        return True
+    return value.get("type") in _CALLS | _OUTPUTS and ("call_id" in value)
+
+
+def read(values: Values, _keys: Keys) -> Iterator[Run]:
+    """The one run of a file."""
+    lost: Counter[str] = Counter()
+    run = Run([], lost)
+    for index, (line, value) in enumerate(values):
+        if not isinstance(value, dict):
+            continue
+        kind, payload = value.get("type"), value.get("payload")
+        run.line = run.line or line
+        if kind == "session_meta" and isinstance(payload, dict):
+            run.trajectory_id = str(payload["id"]) if payload.get("id") and not run.trajectory_id else run.trajectory_id
+        elif kind == "response_item" and isinstance(payload, dict):
+            _add(run, payload, index)
+        elif payload is None and kind in {"message", "reasoning"} | _CALLS | _OUTPUTS:
+            _add(run, value, index)
+        elif kind == "compacted":
+            lost["summaries of steps that are here"] += 1
+        # event_msg and turn_context repeat for the display what the items say
+    yield run
+
+
+def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
+    kind, lost = str(item.get("type")), run.lost
+    if kind == "message":
+        parts = Parts(lost)
+        parts.add(item.get("content"))
+        if item.get("role") == "assistant":
+            _continue(run, Turn("agent", parts.text(), index=index), new=bool(_open(run) and run.turns[-1].text))
+        elif item.get("role") == "user" and not _INJECTED.match(parts.text()):
+            run.turns.append(Turn("user", parts.text(), index=index))
+        elif item.get("role") == "developer" and not any(turn.role == "system" for turn in run.turns):
+            run.turns.append(Turn("system", parts.text(), index=index))
+        else:
+            lost["messages of the program"] += 1
+    elif kind == "reasoning":
+        parts = Parts(lost)
+        parts.add(item.get("summary") or item.get("content"))
+        thought = "\n\n".join(filter(None, (*parts.thoughts, parts.text())))
+        lost["thoughts that are hidden or encrypted"] += not thought
+        if thought:
+            _continue(run, Turn("agent", "", thought, index=index), new=_open(run) and bool(run.turns[-1].calls))
+    elif kind in _CALLS:
+        if call := _call(item, lost):
+            _continue(run, Turn("agent", calls=(call,), index=index), new=False)
+    elif kind in _OUTPUTS:
+        output = item.get("output")
+        parts = Parts(lost)
+        parts.add(output.get("content", output) if isinstance(output, dict) else output)
+        failed = isinstance(output, dict) and output.get("success") is False
+        run.turns.append(Turn("tool", results=(Result(parts.text(), item.get("call_id"), failed),), index=index))
+    else:
+        lost[f"items of type {kind[:40]}"] += 1
+
+
+def _open(run: Run) -> bool:
+    """Whether the last turn is an answer that may go on."""
+    return bool(run.turns) and run.turns[-1].role == "agent"
+
+
+def _continue(run: Run, more: Turn, *, new: bool) -> None:
+    if new or not _open(run):
+        run.turns.append(more)
+        return
+    run.turns[-1] = joined(run.turns[-1], more)
+
+
+def _call(item: Mapping[str, Any], lost: Counter[str]) -> Call | None:
+    if item["type"] in ("function_call", "custom_tool_call"):
+        call = read_call({"arguments": item.get("arguments", {"input": item.get("input")})} | dict(item), lost)
+        return replace(call, id=item.get("call_id") or call.id) if call else None
+    return Call(item["type"].removesuffix("_call"), item.get("action") or item.get("arguments"), item.get("call_id"))
+
+
+READER = Reader("codex", recognises, every=read)

@@ -1,0 +1,84 @@
+"""Inspect AI's logs as JSON (`inspect log convert --to json`): `samples` with messages, scores and a target.
+
+The target is the answer and goes to `reference`. Texts that Inspect moved to `attachments` are put back.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prmkit.trajectories.beside import outcome_of
+from prmkit.trajectories.content import Parts, as_text, is_message_list, turns_of
+from prmkit.trajectories.run import Keys, Reader, Run
+
+_REFERENCE = "attachment://"
+_GRADES: Mapping[Any, float] = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
+
+
+def recognises(value: Any) -> bool:
+    """A log with `eval` and `samples`, or one sample with `input`, `target` and messages."""
+    if not isinstance(value, dict):
+        return False
+    return (isinstance(value.get("eval"), dict) and "samples" in value) or _is_sample(value)
+
+
+def _is_sample(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"input", "target", "epoch"} <= value.keys()
+        and is_message_list(value.get("messages"))
+    )
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Run]:
+    """The runs of one log: a sample of an epoch each."""
+    name = as_text((value.get("eval") or {}).get("task")) if "samples" in value else ""
+    for sample in (value["samples"] or ()) if "samples" in value else (value,):
+        yield _run(sample, name) if _is_sample(sample) else Run([], Counter())
+
+
+def _run(sample: Mapping[str, Any], name: str) -> Run:
+    lost: Counter[str] = Counter()
+    attachments = sample.get("attachments")
+    messages = _resolved(sample["messages"], attachments if isinstance(attachments, dict) else {}, lost)
+    identity = as_text(sample.get("id"))
+    return Run(
+        turns_of(messages, lost),
+        lost,
+        task=_input(sample["input"], attachments or {}),
+        task_id=f"{name}/{identity}" if name and identity else identity or None,
+        trajectory_id=as_text(sample.get("uuid")) or None,
+        outcome=_outcome(sample.get("scores")),
+        reference=as_text(sample["target"]) or None,
+    )
+
+
+def _input(value: Any, attachments: Mapping[str, Any]) -> str | None:
+    if isinstance(value, str):
+        return as_text(_resolved(value, attachments, Counter()))
+    said = [message for message in value or () if isinstance(message, dict) and message.get("role") == "user"]
+    parts = Parts(Counter())
+    parts.add(_resolved(said[0].get("content"), attachments, Counter()) if said else None)
+    return parts.text() or None
+
+
+def _resolved(value: Any, attachments: Mapping[str, Any], lost: Counter[str]) -> Any:
+    if isinstance(value, str) and value.startswith(_REFERENCE):
+        found = attachments.get(value.removeprefix(_REFERENCE))
+        lost["attachments that are missing"] += found is None
+        return value if found is None else found
+    if isinstance(value, list):
+        return [_resolved(each, attachments, lost) for each in value]
+    if isinstance(value, dict):
+        return {key: _resolved(each, attachments, lost) for key, each in value.items()}
+    return value
+
+
+def _outcome(scores: Any) -> dict[str, Any] | None:
+    for score in scores.values() if isinstance(scores, dict) else ():
+        value = score.get("value") if isinstance(score, dict) else None
+        return outcome_of({"score": _GRADES.get(value, value) if isinstance(value, str) else value})
+    return None
+
+
+READER = Reader("inspect", recognises, one=read)

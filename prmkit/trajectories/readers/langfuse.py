@@ -1,0 +1,35 @@
+"""Exports of Langfuse: one observation a line, or a trace with its `observations`; `GENERATION` calls a model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.trajectories.content import as_text
+from prmkit.trajectories.run import Keys, Reader, Run, Values
+from prmkit.trajectories.spans import ModelCall, conversation, longest_conversations
+
+
+def recognises(value: Any) -> bool:
+    """An observation with `traceId` and `type`, or a trace with `observations`."""
+    if not isinstance(value, dict):
+        return False
+    if isinstance(value.get("observations"), list):
+        return all(isinstance(each, dict) and "type" in each for each in value["observations"])
+    return {"traceId", "type"} <= value.keys() and isinstance(value["type"], str)
+
+
+def read(values: Values, _keys: Keys) -> Iterator[Run]:
+    """A run for each trace."""
+    for _, run in longest_conversations(values, _calls):
+        yield run
+
+
+def _calls(value: Any) -> Iterator[ModelCall]:
+    if not recognises(value):
+        return
+    for each in value.get("observations", [value]):
+        if str(each["type"]).upper() == "GENERATION":
+            trace = as_text(each.get("traceId") or value.get("id"))
+            yield ModelCall(trace, as_text(each.get("startTime")), conversation(each.get("input"), each.get("output")))
+
+
+READER = Reader("langfuse", recognises, every=read)

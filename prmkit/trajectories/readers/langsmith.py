@@ -1,0 +1,39 @@
+"""Exports of LangSmith: one run (their word for a span) a line, `run_type: llm` for calls to a model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.trajectories.beside import tools_of
+from prmkit.trajectories.content import as_text
+from prmkit.trajectories.run import Keys, Reader, Run, Values
+from prmkit.trajectories.spans import ModelCall, conversation, longest_conversations
+
+
+def recognises(value: Any) -> bool:
+    """A span with `run_type`, `trace_id` and `inputs`."""
+    return isinstance(value, dict) and {"run_type", "inputs"} <= value.keys() and ("trace_id" in value or "id" in value)
+
+
+def read(values: Values, _keys: Keys) -> Iterator[Run]:
+    """A run for each trace."""
+    for call, run in longest_conversations(values, _calls):
+        run.tools = tools_of(call.tools)
+        yield run
+
+
+def _calls(value: Any) -> Iterator[ModelCall]:
+    if not recognises(value):
+        return
+    if value["run_type"] == "llm":
+        extra = value.get("extra")
+        parameters = extra.get("invocation_params") if isinstance(extra, dict) else None
+        tools = parameters.get("tools") if isinstance(parameters, dict) else None
+        time = as_text(value.get("dotted_order") or value.get("start_time"))
+        trace = as_text(value.get("trace_id") or value.get("id"))
+        yield ModelCall(trace, time, conversation(value["inputs"], value.get("outputs")), tools)
+    for child in value.get("child_runs") or ():
+        if isinstance(child, dict):
+            yield from _calls({"trace_id": value.get("trace_id") or value.get("id")} | child)
+
+
+READER = Reader("langsmith", recognises, every=read)

@@ -1,0 +1,24 @@
+"""One message a line, or one array of messages: the file is the run."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.trajectories.content import role_name, turns_of
+from prmkit.trajectories.run import Keys, Reader, Run, Values
+
+_CONTENT = {"content", "value", "tool_calls", "parts"}
+
+
+def recognises(value: Any) -> bool:
+    """A message by itself."""
+    return isinstance(value, dict) and bool(role_name(value)) and bool(_CONTENT & value.keys() or "kwargs" in value)
+
+
+def read(values: Values, _keys: Keys) -> Iterator[Run]:
+    """The one run of a file."""
+    lost: Counter[str] = Counter()
+    yield Run(turns_of([value for _, value in values], lost), lost)
+
+
+READER = Reader("message-lines", recognises, every=read)

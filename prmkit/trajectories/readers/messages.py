@@ -1,0 +1,76 @@
+"""Plain lists of messages, and what usually stands beside them. Covers OpenAI chat, ShareGPT, Anthropic, LangChain,
+verifiers (`prompt`, `completion`) and ART (`messages_and_choices`); `content` reads the messages themselves."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prmkit.trajectories.beside import describe
+from prmkit.trajectories.content import is_message_list, turns_of
+from prmkit.trajectories.run import Keys, Reader, Run, Unreadable
+
+LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog")
+_JUDGED = {"evaluation_type", "clip_number"}
+
+
+def recognises(value: Any) -> bool:
+    """A list of messages, or an object with exactly one under a usual name; rows of judges are not runs."""
+    if is_message_list(value):
+        return True
+    return isinstance(value, dict) and not is_judged_row(value) and (bool(_lists(value)) or _is_completion(value))
+
+
+def is_judged_row(value: Any) -> bool:
+    """Whether a value is a row of judged steps (`finetune.jsonl`): material for convert_dataset.py."""
+    metadata = value.get("metadata") if isinstance(value, dict) else None
+    return isinstance(value, dict) and bool(
+        _JUDGED & value.keys() or (isinstance(metadata, dict) and _JUDGED & metadata.keys())
+    )
+
+
+def read(value: Any, keys: Keys) -> Iterator[Run]:
+    """The run of one value.
+
+    Raises:
+        Unreadable: two lists of messages stand in it, or none under the name that was given.
+    """
+    lost: Counter[str] = Counter()
+    if isinstance(value, list):
+        yield Run(turns_of(value, lost), lost)
+        return
+    name, messages = _messages(value, keys)
+    run = Run(turns_of(messages, lost), lost)
+    if value.get("system"):  # Anthropic and ShareGPT keep it beside the messages
+        run.turns[:0] = turns_of([{"role": "system", "content": value["system"]}], Counter())
+    beside = {"prompt", "completion"} if name == "completion" else {name}
+    describe(run, value, keys, read={*beside, "system"})
+    yield run
+
+
+def _messages(value: Mapping[str, Any], keys: Keys) -> tuple[str, list[Any]]:
+    if keys.messages:
+        if not is_message_list(value.get(keys.messages)):
+            raise Unreadable(f"no list of messages under {keys.messages}")
+        return keys.messages, value[keys.messages]
+    names = _lists(value)
+    if len(names) > 1:
+        raise Unreadable(f"lists of messages under {' and '.join(names)}; say which with --list-key")
+    if names:
+        return names[0], value[names[0]]
+    if not _is_completion(value):
+        raise Unreadable("no list of messages; name its key with --list-key")
+    prompt = value["prompt"] if isinstance(value["prompt"], list) else [{"role": "user", "content": value["prompt"]}]
+    return "completion", [*prompt, *value["completion"]]
+
+
+def _lists(value: Mapping[str, Any]) -> list[str]:
+    return [name for name in LIST_KEYS if is_message_list(value.get(name))]
+
+
+def _is_completion(value: Mapping[str, Any]) -> bool:
+    return is_message_list(value.get("completion")) and (
+        is_message_list(value.get("prompt")) or isinstance(value.get("prompt"), str)
+    )
+
+
+READER = Reader("messages", recognises, one=read)

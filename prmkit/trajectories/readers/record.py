@@ -1,0 +1,15 @@
+"""Runs that were imported before: the record itself."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.trajectories.run import Keys, Reader
+from prmkit.trajectory import Trajectory, is_record, load
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Trajectory]:
+    """The run of one line."""
+    yield load(value, "")
+
+
+READER = Reader("trajectories", is_record, one=read)

@@ -1,0 +1,60 @@
+"""SWE-agent's `.traj`: `trajectory` holds the steps, `history` the messages that the model saw.
+
+Demonstrations in `history` are not part of the run; the task is its first message of a user that is not one.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prmkit.trajectories.content import Parts, as_text, mapping
+from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectory import Call, Result
+
+
+def recognises(value: Any) -> bool:
+    """A list of steps with `action` and `observation` under `trajectory`."""
+    steps = value.get("trajectory") if isinstance(value, dict) else None
+    return isinstance(steps, list) and bool(steps) and _is_step(steps[0]) and _is_step(steps[-1])
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, dict) and {"action", "observation"} <= value.keys()
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Run]:
+    """The run of one file."""
+    lost: Counter[str] = Counter()
+    turns = [*_opening(value.get("history"), lost)]
+    for index, step in enumerate(value["trajectory"]):
+        if _is_step(step):
+            turns.append(_turn(step, index))
+        else:
+            lost["entries that are not steps"] += 1
+    lost["submissions"] += bool(mapping(value.get("info")).get("submission"))  # the patch: what it does is in the steps
+    yield Run(turns, lost, task_id=as_text(value.get("instance_id")) or None)
+
+
+def _opening(history: Any, lost: Counter[str]) -> Iterator[Turn]:
+    """The system message and the task, which stand before the first answer of the model that is no demonstration."""
+    for message in history if isinstance(history, list) else ():
+        if not isinstance(message, dict) or message.get("is_demo"):
+            lost["demonstrations"] += 1
+            continue
+        if message.get("role") not in ("system", "user"):
+            return
+        parts = Parts(lost)
+        parts.add(message.get("content"))
+        yield Turn("system" if message["role"] == "system" else "user", parts.text())
+
+
+def _turn(step: Mapping[str, Any], index: int) -> Turn:
+    action, thought, response = (as_text(step.get(key)).strip() for key in ("action", "thought", "response"))
+    # The response is the thought and the action as the model wrote them; where it is neither, it is text of its own.
+    text = "" if not response or (thought in response and (action or thought)) else response
+    calls = (Call("action", action),) if action else ()
+    results = (Result(as_text(step["observation"])),) if calls or step["observation"] else ()
+    return Turn("agent", text, thought, calls, results, index=index)
+
+
+READER = Reader("swe-agent", recognises, one=read)

@@ -1,0 +1,59 @@
+"""tau-bench (`traj` beside `info.task`) and tau2 (`simulations` beside `tasks`): an agent talks to a simulated user.
+
+The task of a step's prompt is what the user said first: the simulated user's instructions are hidden from the agent,
+and `info.task.actions` and tau2's `evaluation_criteria` are the solution.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prmkit.trajectories.beside import outcome_of
+from prmkit.trajectories.content import as_text, is_message_list, mapping, turns_of
+from prmkit.trajectories.run import Keys, Reader, Run
+
+
+def recognises(value: Any) -> bool:
+    """A run of tau-bench, or a results file of tau2, or one simulation of it."""
+    if not isinstance(value, dict):
+        return False
+    return _is_tau_bench(value) or isinstance(value.get("simulations"), list) or _is_simulation(value)
+
+
+def _is_tau_bench(value: Mapping[str, Any]) -> bool:
+    return is_message_list(value.get("traj")) and isinstance(value.get("info"), dict) and "task_id" in value
+
+
+def _is_simulation(value: Mapping[str, Any]) -> bool:
+    return is_message_list(value.get("messages")) and "task_id" in value and "reward_info" in value
+
+
+def read(value: Any, _keys: Keys) -> Iterator[Run]:
+    """The runs of one value."""
+    if _is_tau_bench(value):
+        solution = mapping(value["info"].get("task")).get("actions")
+        yield _run(value, value["traj"], value.get("reward"), solution)
+        return
+    tasks = {str(task.get("id")): task for task in value.get("tasks") or () if isinstance(task, dict)}
+    for simulation in value.get("simulations", [value]):
+        if isinstance(simulation, dict) and is_message_list(simulation.get("messages")):
+            reward = mapping(simulation.get("reward_info")).get("reward")
+            solution = tasks.get(str(simulation.get("task_id")), {}).get("evaluation_criteria")
+            yield _run(simulation, simulation["messages"], reward, solution)
+        else:
+            yield Run([], Counter())
+
+
+def _run(value: Mapping[str, Any], messages: list[Any], reward: Any, solution: Any) -> Run:
+    lost: Counter[str] = Counter()
+    return Run(
+        turns_of(messages, lost),
+        lost,
+        task_id=as_text(value.get("task_id")) or None,
+        trajectory_id=as_text(value.get("id")) or None,
+        outcome=outcome_of({"reward": reward}),
+        reference=as_text(solution) or None,
+    )
+
+
+READER = Reader("tau-bench", recognises, one=read)

@@ -1,0 +1,65 @@
+"""Runs whose steps carry labels, as rows of judged steps: what convert_dataset.py reads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prmkit.errors import UsageError
+from prmkit.prompts.rubric import Rubric
+from prmkit.prompts.step import step_prompts
+from prmkit.trajectory import Label, Trajectory
+from prmkit.verdict import Verdict, render_verdict
+
+
+def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
+    """The rows of a run's labelled steps; steps without a label give none.
+
+    The prompt is the one that `score_trajectories.py` makes for the same step.
+
+    Raises:
+        UsageError: the rubric has several score keys, and a label is one number.
+    """
+    if len(rubric.keys) > 1:
+        raise UsageError(
+            f"a label of a step is one number, and the rubric asks for {', '.join(rubric.keys)}. Use another."
+        )
+    for prompt in step_prompts(run, rubric):
+        if (label := prompt.step.label) is not None:
+            yield {
+                "conversations": [
+                    {"from": "human", "value": prompt.text},
+                    {"from": "gpt", "value": _answer(label, rubric)},
+                ],
+                "metadata": {
+                    "model_name": label.by,
+                    "provider": run.source.get("format"),
+                    "evaluation_type": "clip",
+                    "category": None,
+                    "timestamp": None,
+                }
+                | step_metadata(run, prompt.step.n, rubric),
+            }
+
+
+def step_metadata(run: Trajectory, number: int, rubric: Rubric) -> dict[str, Any]:
+    """What identifies a step in rows and in scores. Clips are numbered from 1, whatever the source counts."""
+    step = run.steps[number - 1]
+    return {
+        "task_id": run.task_id,
+        "trajectory_id": run.trajectory_id,
+        "clip_number": step.n,
+        "source_index": step.source_index,
+        "rubric": rubric.sha256,
+        "per": "step",
+        "reference_shown": False,
+    }
+
+
+def _answer(label: Label, rubric: Rubric) -> str:
+    """The verdict of a label. An error whose type the rubric does not name has no `error_type`: none is invented."""
+    named = label.type or ("none" if label.value >= _NO_ERROR else None)
+    texts = {"error_type": named} if named in rubric.error_types else {}
+    return render_verdict(Verdict({rubric.keys[0]: round(label.value, 2)}, nested=False, texts=texts))
+
+
+_NO_ERROR = 0.5
+"""From here on a label that names no type means that there is no error."""

@@ -1,0 +1,203 @@
+"""From the messages of a run to its steps: the one place where every reader's output becomes a record."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from prmkit.trajectory import Call, Label, Message, Result, Step, Trajectory, task_id_of, with_labels
+
+Role = Literal["system", "user", "agent", "tool"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a run, whatever form it was written in."""
+
+    role: Role
+    text: str = ""
+    thought: str = ""
+    calls: tuple[Call, ...] = ()
+    results: tuple[Result, ...] = ()
+    speaker: str | None = None
+    """The name of an agent, or of whoever else spoke."""
+    index: int | None = None
+    """Its position in the source, from 0."""
+
+
+def joined(first: Turn, more: Turn) -> Turn:
+    """An answer that its source splits over several entries, as the one message that it is."""
+    return replace(
+        first,
+        text="\n\n".join(filter(None, (first.text, more.text))),
+        thought="\n\n".join(filter(None, (first.thought, more.thought))),
+        calls=(*first.calls, *more.calls),
+        results=(*first.results, *more.results),
+    )
+
+
+@dataclass
+class Run:
+    """What a reader found: the messages, and what stood beside them."""
+
+    turns: list[Turn]
+    lost: Counter[str] = field(default_factory=Counter)
+    task: str | None = None
+    """None: the first message of the user."""
+    task_id: str | None = None
+    trajectory_id: str | None = None
+    outcome: Mapping[str, Any] | None = None
+    reference: str | None = None
+    tools: tuple[Mapping[str, str], ...] = ()
+    labels: Mapping[int, Label] = field(default_factory=dict)
+    """By the position of the message in the source."""
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where home-made files keep things; None for the usual names."""
+
+    task: str | None = None
+    """The id of the task."""
+    outcome: str | None = None
+    messages: str | None = None
+    """The list of messages."""
+    labels: str | None = None
+    """Labels of the steps, by position or as an object from message position to label."""
+    label_scale: str = "unit"
+
+
+class Unreadable(Exception):
+    """A value that a reader recognised and still cannot read; its text says why."""
+
+
+Values = Iterable[tuple[int, Any]]
+"""The values of a file with their line numbers. It can be read more than once."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One form of runs. Exactly one of `one` and `every` is given."""
+
+    name: str
+    recognises: Callable[[Any], bool]
+    """Whether a value of a file has this form; looks at its structure alone."""
+    one: Callable[[Any, Keys], Iterator[Run | Trajectory]] | None = None
+    """Reads a value by itself: files of any size stream."""
+    every: Callable[[Values, Keys], Iterator[Run | Trajectory]] | None = None
+    """Reads all values of a file together, where one run takes several of them."""
+    marks: Callable[[Any], tuple[str, dict[int, str | None]] | None] | None = None
+    """For sets that keep labels apart from the runs: the id of a run and the types of its errors, by position."""
+
+
+def assemble(run: Run, source: Mapping[str, Any]) -> Trajectory | None:
+    """The record of a run, its ids provisional; None for a run in which the agent says and does nothing."""
+    lost = run.lost
+    system: list[str] = []
+    steps: list[Step] = []
+    incoming: list[Message] = []
+    said: str | None = None
+    for turn in run.turns:
+        if turn.role == "system":
+            lost["further system messages"] += bool(system)
+            if steps or incoming:
+                incoming.append(Message("system", turn.text))
+            else:
+                system.append(turn.text)
+        elif turn.role == "user":
+            if said is None and run.task is None and turn.text:
+                said = turn.text
+                if not steps:
+                    continue  # it is the task, which every prompt shows
+            if turn.text and not (not steps and turn.text == run.task):
+                incoming.append(Message(turn.speaker or "user", turn.text))
+        elif turn.role == "agent":
+            if not (turn.text or turn.thought or turn.calls):
+                lost["messages of the agent without text or call"] += 1
+                continue
+            steps.append(_step(turn, len(steps) + 1, incoming))
+            incoming = []
+        for result in turn.results:
+            _place(result, steps, lost)
+    lost["messages after the last step"] += len(incoming)
+    if not steps:
+        return None
+    lost["calls without a result"] += sum(len(step.calls) - _answered(step) for step in steps)
+    steps[-1] = replace(steps[-1], last=True)
+    task = run.task if run.task is not None else said or ""
+    lost["runs without a task"] += not task
+    return with_labels(_record(run, source, task, "\n\n".join(system), steps), run.labels)
+
+
+def _record(run: Run, source: Mapping[str, Any], task: str, system: str, steps: Sequence[Step]) -> Trajectory:
+    return Trajectory(
+        trajectory_id=run.trajectory_id or "",
+        task_id=run.task_id or task_id_of(task),
+        task=task,
+        steps=tuple(steps),
+        system=system,
+        tools=run.tools,
+        outcome=run.outcome,
+        reference=run.reference,
+        source=source,
+        lost={kind: count for kind, count in run.lost.items() if count},
+    )
+
+
+def _step(turn: Turn, number: int, incoming: Sequence[Message]) -> Step:
+    return Step(
+        n=number,
+        text=turn.text,
+        thought=turn.thought,
+        calls=tuple(
+            call if call.id else replace(call, id=f"{number}-{place}") for place, call in enumerate(turn.calls, start=1)
+        ),
+        incoming=tuple(incoming),
+        agent=turn.speaker,
+        source_index=turn.index,
+    )
+
+
+def _answered(step: Step) -> int:
+    return len({call.id for call in step.calls} & {result.call_id for result in step.results}) if step.calls else 0
+
+
+def _place(result: Result, steps: list[Step], lost: Counter[str]) -> None:
+    """Put a result to the call that it answers: by id; without one, to the first unanswered call of the last step."""
+    for place in range(len(steps) - 1, -1, -1):
+        if result.call_id is not None and any(call.id == result.call_id for call in steps[place].calls):
+            steps[place] = replace(steps[place], results=(*steps[place].results, result))
+            return
+    if not steps:
+        lost["results before the first step"] += 1
+        return
+    last = steps[-1]
+    given = {each.call_id for each in last.results}
+    waiting = [call.id for call in last.calls if call.id not in given]
+    if result.call_id is None and waiting:
+        result = replace(result, call_id=waiting[0])
+    else:
+        lost["results without a call"] += 1  # kept with the step after which they came
+    steps[-1] = replace(last, results=(*last.results, result))
+
+
+class Ids:
+    """Gives every run of an import an id that no other one has. Takes about 100 bytes a run."""
+
+    def __init__(self) -> None:
+        self._runs_of: Counter[int] = Counter()
+        self._taken: set[int] = set()
+
+    def named(self, run: Trajectory) -> Trajectory:
+        """The run with its id: its source's, else the task's with a number; a repeated one gets a number as well."""
+        name = run.trajectory_id
+        if not name:
+            self._runs_of[hash(run.task_id)] += 1
+            name = f"{run.task_id}.{self._runs_of[hash(run.task_id)]}"
+        unique, number = name, 1
+        while hash(unique) in self._taken:
+            number += 1
+            unique = f"{name}~{number}"
+        self._taken.add(hash(unique))
+        return replace(run, trajectory_id=unique)

@@ -1,0 +1,106 @@
+"""Traces: of all spans of a trace, the model call that holds the whole conversation, as a list of messages.
+
+A call to a model carries every message so far, so the longest one of a trace is the run; the others repeat its
+beginning. Calls that begin otherwise (a title, a guardrail, another agent) are counted.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prmkit.trajectories.attributes import parsed
+from prmkit.trajectories.content import as_text, is_message_list, role_name, turns_of
+from prmkit.trajectories.run import Run, Values
+
+Span = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What a reader finds in a span that is a call to a model."""
+
+    trace: str
+    time: str
+    """Sorts as the calls were made."""
+    messages: list[Any]
+    """What went in, then what came out."""
+    tools: Any = None
+
+
+@dataclass
+class _Trace:
+    place: tuple[int, int]
+    longest: tuple[int, str] = (-1, "")
+    openings: Counter[int] = field(default_factory=Counter)
+    opening: int = 0
+
+
+def longest_conversations(
+    values: Values, calls_of: Callable[[Any], Iterator[ModelCall]]
+) -> Iterator[tuple[ModelCall, Run]]:
+    """The longest conversation of every trace, and a run of it that its reader completes.
+
+    Reads the file twice, so that no more than one conversation is held at a time.
+    """
+    traces: dict[str, _Trace] = {}
+    for number, (_, value) in enumerate(values):
+        for inner, call in enumerate(calls_of(value)):
+            trace = traces.setdefault(call.trace, _Trace((number, inner)))
+            opening = _opening(call.messages)
+            trace.openings[opening] += 1
+            if (size := (len(call.messages), call.time)) > trace.longest:
+                trace.longest, trace.place, trace.opening = size, (number, inner), opening
+    wanted = {trace.place[0]: set[int]() for trace in traces.values()}
+    for trace in traces.values():
+        wanted[trace.place[0]].add(trace.place[1])
+    for number, (line, value) in enumerate(values):
+        for inner, call in enumerate(calls_of(value)) if number in wanted else ():
+            if inner in wanted[number]:
+                trace = traces[call.trace]
+                lost: Counter[str] = Counter()
+                lost["model calls of other conversations"] = trace.openings.total() - trace.openings[trace.opening]
+                yield call, Run(turns_of(call.messages, lost), lost, trajectory_id=call.trace, line=line)
+
+
+def _opening(messages: list[Any]) -> int:
+    """What the first message that is not a system's says: the same in all calls of a conversation."""
+    first = next((each for each in messages if role_name(each) not in ("system", "developer")), None)
+    return hash(as_text(first))
+
+
+def conversation(given: Any, answer: Any) -> list[Any]:
+    """The messages that went into a model and the one that came out, in any of the forms that tracers write.
+
+    Args:
+        given: messages, an object with `messages`, a list of lists (LangChain), any of these as JSON, or a prompt.
+        answer: a message, an object with `choices`, `generations` or `messages`, any of these as JSON, or text.
+    """
+    return [*_messages(given, "user"), *_messages(_answer(parsed(answer)), "assistant")]
+
+
+def _messages(value: Any, role: str) -> list[Any]:
+    value = parsed(value)
+    if isinstance(value, dict) and "messages" in value:
+        value = parsed(value["messages"])
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        value = value[0]
+    if is_message_list(value):
+        return list(value)
+    if role_name(value):
+        return [value]
+    return [{"role": role, "content": value}] if value not in (None, "", [], {}) else []
+
+
+def _answer(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if isinstance(value.get("choices"), list) and value["choices"]:
+        return (value["choices"][0] or {}).get("message")
+    if isinstance(value.get("generations"), list) and value["generations"]:
+        first = value["generations"][0]
+        first = first[0] if isinstance(first, list) and first else first
+        return first.get("message", first.get("text")) if isinstance(first, dict) else first
+    if set(value) <= {"output", "content"} and len(value) == 1:
+        return _answer(parsed(next(iter(value.values()))))
+    return value

@@ -1,0 +1,217 @@
+"""Plain messages in all their dialects."""
+
+import json
+from typing import Any
+
+import pytest
+
+from prmkit.trajectories.importing import FileReport
+from prmkit.trajectories.run import Keys
+from tests.trajectories.conftest import Read, outline
+
+CALL = {"city": "Oslo"}
+STEPS = [
+    ("", "", [("get_weather", CALL)], ["4 degrees"]),
+    ("", "It is 4 degrees in Oslo.", [], []),
+]
+"""What every dialect below says."""
+
+DIALECTS: dict[str, dict[str, Any]] = {
+    "openai": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "How warm is it in Oslo?"},
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(CALL)}}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "4 degrees"},
+            {"role": "assistant", "content": "It is 4 degrees in Oslo."},
+        ],
+    },
+    "openai's older function_call": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "How warm is it in Oslo?"}]},
+            {"role": "assistant", "content": "",
+             "function_call": {"name": "get_weather", "arguments": json.dumps(CALL)}},
+            {"role": "function", "name": "get_weather", "content": "4 degrees"},
+            {"role": "assistant", "content": "It is 4 degrees in Oslo."},
+        ],
+    },
+    "sharegpt": {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "How warm is it in Oslo?"},
+            {"from": "function_call", "value": json.dumps({"name": "get_weather", "arguments": CALL})},
+            {"from": "observation", "value": "4 degrees"},
+            {"from": "gpt", "value": "It is 4 degrees in Oslo."},
+        ],
+    },
+    "anthropic": {
+        "system": [{"type": "text", "text": "Be brief."}],
+        "messages": [
+            {"role": "user", "content": "How warm is it in Oslo?"},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "u1", "name": "get_weather", "input": CALL}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "u1", "content": [{"type": "text", "text": "4 degrees"}]}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "It is 4 degrees in Oslo."}]},
+        ],
+    },
+    "langchain": {
+        "messages": [
+            {"type": "system", "content": "Be brief."},
+            {"type": "human", "content": "How warm is it in Oslo?"},
+            {"type": "ai", "content": "", "tool_calls": [{"name": "get_weather", "args": CALL, "id": "l1"}]},
+            {"type": "tool", "content": "4 degrees", "tool_call_id": "l1", "id": "m7"},
+            {"type": "ai", "content": "It is 4 degrees in Oslo."},
+        ],
+    },
+    "langchain, serialised": {
+        "messages": [
+            {"lc": 1, "type": "constructor", "id": ["langchain", "schema", "messages", name], "kwargs": body}
+            for name, body in (
+                ("SystemMessage", {"content": "Be brief."}),
+                ("HumanMessage", {"content": "How warm is it in Oslo?"}),
+                ("AIMessage", {"content": "", "tool_calls": [{"name": "get_weather", "args": CALL, "id": "l1"}]}),
+                ("ToolMessage", {"content": "4 degrees", "tool_call_id": "l1"}),
+                ("AIMessageChunk", {"content": "It is 4 degrees in Oslo."}),
+            )
+        ],
+    },
+    "verifiers": {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How warm is it in Oslo?"}],
+        "completion": [
+            {"role": "assistant", "tool_calls": [
+                {"id": "c1", "function": {"name": "get_weather", "arguments": json.dumps(CALL)}}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "4 degrees"},
+            {"role": "assistant", "content": "It is 4 degrees in Oslo."},
+        ],
+    },
+    "art": {
+        "messages_and_choices": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "How warm is it in Oslo?"},
+            {"finish_reason": "tool_calls", "index": 0, "message": {"role": "assistant", "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(CALL)}}]}},
+            {"role": "tool", "tool_call_id": "c1", "content": "4 degrees"},
+            {"finish_reason": "stop", "index": 0,
+             "message": {"role": "assistant", "content": "It is 4 degrees in Oslo."}},
+        ],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialects_say_the_same(read: Read, dialect: str) -> None:
+    (run,) = read(DIALECTS[dialect])
+    assert outline(run) == STEPS
+    assert (run.task, run.system) == ("How warm is it in Oslo?", "Be brief.")
+    assert [step.last for step in run.steps] == [False, True]
+    assert run.lost == {}
+
+
+def test_one_task_has_one_id_and_every_run_its_own(read: Read) -> None:
+    runs = read(*DIALECTS.values())
+    assert len({run.task_id for run in runs}) == 1
+    assert len({run.trajectory_id for run in runs}) == len(runs)
+
+
+def test_a_list_of_messages_and_one_message_a_line_are_runs(read: Read) -> None:
+    messages = DIALECTS["openai"]["messages"]
+    (array,) = read(messages)
+    (lines,) = read(*messages)
+    two = read(messages, messages)
+    assert [outline(run) for run in (array, lines, *two)] == [STEPS] * 4
+
+
+def test_what_stands_beside_the_messages(read: Read) -> None:
+    beside = {"task_id": 7, "id": "r-1", "reward": 0.5, "answer": "4", "colour": "red",
+              "tools": [{"type": "function", "function": {"name": "get_weather", "description": "Now."}}]}  # fmt: skip
+    (run,) = read(DIALECTS["openai"] | beside)
+    assert (run.task_id, run.trajectory_id, run.reference) == ("7", "r-1", "4")
+    assert run.outcome == {"success": None, "score": 0.5}
+    assert run.tools == ({"name": "get_weather", "description": "Now."},)
+    assert run.lost == {"field colour": 1}
+
+
+def test_keys_of_home_made_files(read: Read) -> None:
+    value = {"dialogue": DIALECTS["openai"]["messages"], "case": "c-9", "won": True}
+    (run,) = read(value, format="messages", keys=Keys(task="case", outcome="won", messages="dialogue"))
+    assert (run.task_id, run.outcome, run.lost) == ("c-9", {"success": True, "score": None}, {})
+
+
+def test_two_lists_of_messages_are_not_chosen_between(read: Read, reports: list[FileReport]) -> None:
+    both = DIALECTS["openai"] | {"conversations": DIALECTS["sharegpt"]["conversations"]}
+    assert read(both) == []
+    assert "messages and conversations" in next(iter(reports[0].unreadable))
+    (run,) = read(both, keys=Keys(messages="messages"))
+    assert outline(run) == STEPS
+
+
+def test_thoughts_are_told_from_text(read: Read) -> None:
+    messages = [
+        {"role": "user", "content": "Go."},
+        {"role": "assistant", "content": "<think>I wonder.</think>\n\nDone."},
+        {"role": "assistant", "content": "Done.", "reasoning_content": "I wonder."},
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "I wonder."}, {"type": "text", "text": "Done."}],
+        },
+    ]
+    (run,) = read({"messages": messages})
+    assert outline(run) == [("I wonder.", "Done.", [], [])] * 3
+
+
+def test_parallel_calls_get_the_results_that_name_them(read: Read) -> None:
+    calls = [{"id": name, "function": {"name": name, "arguments": "{}"}} for name in ("a", "b")]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in ("b", "a")]
+    (run,) = read(
+        {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": calls}, *results]}
+    )
+    assert [(result.call_id, result.text) for result in run.steps[0].results] == [("b", "of b"), ("a", "of a")]
+
+
+def test_what_a_user_says_later_stands_before_the_next_step(read: Read) -> None:
+    said = [("user", "Hi."), ("assistant", "Yes?"), ("user", "Book it."), ("assistant", "Done."), ("user", "Bye.")]
+    (run,) = read({"messages": [{"role": role, "content": text} for role, text in said]})
+    assert run.task == "Hi."
+    assert [[message.text for message in step.incoming] for step in run.steps] == [[], ["Book it."]]
+    assert run.lost == {"messages after the last step": 1}
+
+
+@pytest.mark.parametrize(
+    ("messages", "lost"),
+    [
+        ([{"role": "assistant", "content": ""}], "messages of the agent without text or call"),
+        ([{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]}],
+         "calls without a result"),
+        ([{"role": "tool", "tool_call_id": "x", "content": "?"}], "results without a call"),
+        ([{"role": "system", "content": "And brief."}], "further system messages"),
+        ([{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{'a"}}]},
+          {"role": "tool", "tool_call_id": "c", "content": "bad"}], "arguments that are not JSON"),
+        ([{"role": "assistant", "content": [{"type": "hologram", "data": 1}]}], "content of type hologram"),
+        ([{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
+         "content of type image_url"),
+        ([{"role": "assistant", "content": "hm", "tool_calls": [{"id": "c"}]}], "calls without a name"),
+        (["not a message"], "entries that are not messages"),
+        ([{"role": "Narrator", "content": "Meanwhile."}], "roles read as an agent's name: narrator"),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_is_counted(read: Read, messages: list[Any], lost: str) -> None:
+    opening = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Go."}]
+    closing = [{"role": "assistant", "content": "Done."}]
+    (run,) = read({"messages": [*opening, {"role": "assistant", "content": "First."}, *messages, *closing]})
+    assert run.lost[lost] == 1
+
+
+def test_a_system_message_in_the_middle_is_kept(read: Read) -> None:
+    said = [
+        ("system", "A."),
+        ("system", "B."),
+        ("user", "Go."),
+        ("assistant", "1"),
+        ("system", "C."),
+        ("assistant", "2"),
+    ]
+    (run,) = read({"messages": [{"role": role, "content": text} for role, text in said]})
+    assert run.system == "A.\n\nB."
+    assert [(message.role, message.text) for message in run.steps[1].incoming] == [("system", "C.")]

@@ -1,0 +1,158 @@
+"""Sessions of coding agents: Claude Code and Codex."""
+
+from typing import Any
+
+from prmkit.trajectories.importing import FileReport
+from tests.trajectories.conftest import Read, outline
+
+
+def event(kind: str, uuid: str, parent: str | None, content: Any, **more: Any) -> dict[str, Any]:
+    """One line of a session of Claude Code."""
+    identity = {"id": more.pop("message", f"m-{uuid}")} if kind == "assistant" else {}
+    return {
+        "type": kind, "uuid": uuid, "parentUuid": parent, "sessionId": "s", "isSidechain": False,
+        "message": {"role": kind, "content": content} | identity,
+    } | more  # fmt: skip
+
+
+def use(name: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": name, "name": "Bash", "input": {"command": name}}
+
+
+def result(name: str) -> list[dict[str, Any]]:
+    return [{"type": "tool_result", "tool_use_id": name, "content": f"out of {name}"}]
+
+
+def test_an_answer_over_several_lines_is_one_step_with_all_its_results(read: Read) -> None:
+    """The results of parallel calls are not on the path from the last line to the first."""
+    (run,) = read(
+        {"type": "summary", "summary": "Tests", "leafUuid": "x"},
+        event("user", "u1", None, "Run the tests."),
+        event("assistant", "a1", "u1", [{"type": "thinking", "thinking": "Two at once."}], message="m"),
+        event("assistant", "a2", "a1", [{"type": "text", "text": "Running."}], message="m"),
+        event("assistant", "a3", "a2", [use("t1")], message="m"),
+        event("assistant", "a4", "a3", [use("t2")], message="m"),
+        event("user", "r1", "a3", result("t1")),
+        event("user", "r2", "a4", result("t2")),
+        event("assistant", "a5", "r2", [{"type": "text", "text": "All pass."}]),
+    )
+    calls = [("Bash", {"command": "t1"}), ("Bash", {"command": "t2"})]
+    assert outline(run) == [
+        ("Two at once.", "Running.", calls, ["out of t1", "out of t2"]),
+        ("", "All pass.", [], []),
+    ]
+    assert (run.task, run.trajectory_id, run.lost) == ("Run the tests.", "s", {})
+    assert all(step.agent is None for step in run.steps)
+
+
+def test_a_rewound_session_keeps_the_branch_that_it_ended_on(read: Read) -> None:
+    (run,) = read(
+        event("user", "u1", None, "Write it in Perl."),
+        event("assistant", "a1", "u1", [{"type": "text", "text": "In Perl."}]),
+        event("user", "u2", None, "Write it in Python."),
+        {"type": "attachment", "uuid": "x", "parentUuid": "u2", "sessionId": "s"},
+        event("assistant", "a2", "x", [{"type": "text", "text": "In Python."}]),
+    )
+    assert [step.text for step in run.steps] == ["In Python."]
+    assert run.task == "Write it in Python."
+    assert run.lost == {"messages on abandoned branches": 2}
+
+
+def test_a_session_continues_over_its_compaction(read: Read) -> None:
+    boundary = {"type": "system", "subtype": "compact_boundary", "uuid": "b", "parentUuid": None, "sessionId": "s",
+                "logicalParentUuid": "a1"}  # fmt: skip
+    (run,) = read(
+        event("user", "u1", None, "Fix it."),
+        event("assistant", "a1", "u1", [{"type": "text", "text": "One."}]),
+        boundary,
+        event("user", "u2", "b", "This session continues: …", isCompactSummary=True),
+        event("assistant", "a2", "u2", [{"type": "text", "text": "Two."}]),
+    )
+    assert [step.text for step in run.steps] == ["One.", "Two."]
+    assert run.lost == {"summaries of steps that are here": 1}
+
+
+def test_what_the_program_wrote_is_not_the_users(read: Read) -> None:
+    (run,) = read(
+        event("user", "u0", None, "Caveat: the messages below", isMeta=True),
+        event("user", "u1", "u0", "<command-name>/clear</command-name>"),
+        event("user", "u2", "u1", "Fix it."),
+        event("assistant", "a1", "u2", [{"type": "text", "text": "Done."}]),
+        event("assistant", "side", "a1", [{"type": "text", "text": "Another agent."}], isSidechain=True),
+        event("assistant", "a2", "a1", [{"type": "text", "text": "API Error"}], isApiErrorMessage=True),
+    )
+    assert run.task == "Fix it." and [step.text for step in run.steps] == ["Done."]
+    assert run.lost == {"messages of the program": 3, "messages of called agents": 1}
+
+
+def test_a_file_of_a_called_agent_is_a_run(read: Read) -> None:
+    aside = {"isSidechain": True, "agentId": "a7"}
+    (run,) = read(
+        event("user", "u1", None, "Search.", **aside),
+        event("assistant", "a1", "u1", [{"type": "text", "text": "Found."}], **aside),
+    )
+    assert (run.trajectory_id, [step.text for step in run.steps]) == ("s/a7", ["Found."])
+
+
+def test_a_chain_that_breaks_is_continued_with_the_line_above(read: Read) -> None:
+    (run,) = read(
+        event("user", "u1", None, "Fix it."),
+        event("assistant", "a1", "u1", [{"type": "text", "text": "One."}]),
+        event("assistant", "a2", "elsewhere", [{"type": "text", "text": "Two."}]),
+    )
+    assert [step.text for step in run.steps] == ["One.", "Two."]
+    assert run.lost == {"messages whose parent is not in the file": 1}
+
+
+def test_half_a_line_costs_that_line(read: Read, reports: list[FileReport]) -> None:
+    (run,) = read(
+        event("user", "u1", None, "Fix it."),
+        event("assistant", "a1", "u1", [{"type": "text", "text": "One."}]),
+        '{"type": "assistant", "uuid": "a2", "mess',
+    )
+    assert [step.text for step in run.steps] == ["One."]
+    assert reports[0].examples == {next(iter(reports[0].unreadable)): [3]}
+
+
+def item(**payload: Any) -> dict[str, Any]:
+    """One line of a rollout of Codex."""
+    return {"timestamp": "2026-01-01T00:00:00Z", "type": "response_item", "payload": payload}
+
+
+def message(role: str, text: str) -> dict[str, Any]:
+    kind = "output_text" if role == "assistant" else "input_text"
+    return {"type": "message", "role": role, "content": [{"type": kind, "text": text}]}
+
+
+PAYLOADS: list[dict[str, Any]] = [
+    message("developer", "Rules."),
+    message("user", "<environment_context>\n<cwd>/</cwd>"),
+    message("user", "Run the tests."),
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Look first."}], "encrypted_content": "x"},
+    {"type": "function_call", "name": "shell", "arguments": '{"command": ["ls"]}', "call_id": "c1"},
+    {"type": "custom_tool_call", "name": "apply_patch", "input": "*** Begin Patch", "call_id": "c2"},
+    {"type": "function_call_output", "call_id": "c1", "output": "a.py"},
+    {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "Done"}]},
+    {"type": "reasoning", "summary": [], "encrypted_content": "x"},
+    message("assistant", "All pass."),
+    message("assistant", "Anything else?"),
+]
+
+
+def test_codex(read: Read) -> None:
+    opening = {"timestamp": "…", "type": "session_meta", "payload": {"id": "s-9", "cwd": "/"}}
+    shown = {"timestamp": "…", "type": "event_msg", "payload": {"type": "agent_message", "message": "All pass."}}
+    (run,) = read(opening, *(item(**payload) for payload in PAYLOADS), shown)
+    calls = [("shell", {"command": ["ls"]}), ("apply_patch", {"input": "*** Begin Patch"})]
+    assert outline(run) == [
+        ("Look first.", "", calls, ["a.py", "Done"]),
+        ("", "All pass.", [], []),
+        ("", "Anything else?", [], []),
+    ]
+    assert (run.task, run.system, run.trajectory_id) == ("Run the tests.", "Rules.", "s-9")
+    assert run.lost == {"messages of the program": 1, "thoughts that are hidden or encrypted": 1}
+
+
+def test_codex_before_it_had_envelopes(read: Read) -> None:
+    (run,) = read({"id": "s-1", "timestamp": "…", "instructions": None}, *PAYLOADS)
+    assert [step.text for step in run.steps] == ["", "All pass.", "Anything else?"]

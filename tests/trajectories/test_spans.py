@@ -1,0 +1,142 @@
+"""Traces: OpenTelemetry in its generations, OpenInference, LangSmith, Langfuse."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.trajectories.conftest import Read, outline
+
+CALL = {"city": "Oslo"}
+STEPS = [("", "", [("get_weather", CALL)], ["4 degrees"]), ("", "It is 4 degrees.", [], [])]
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How warm?"},
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(CALL)}}]},
+    {"role": "tool", "tool_call_id": "c", "content": "4 degrees"},
+]  # fmt: skip
+ANSWER = {"role": "assistant", "content": "It is 4 degrees."}
+
+PARTS = [
+    {"role": "user", "parts": [{"type": "text", "content": "How warm?"}]},
+    {"role": "assistant", "parts": [{"type": "tool_call", "id": "c", "name": "get_weather", "arguments": CALL}]},
+    {"role": "tool", "parts": [{"type": "tool_call_response", "id": "c", "response": "4 degrees"}]},
+]
+OUT = [{"role": "assistant", "parts": [{"type": "text", "content": "It is 4 degrees."}], "finish_reason": "stop"}]
+GENAI = {
+    "gen_ai.operation.name": "chat",
+    "gen_ai.system_instructions": json.dumps([{"type": "text", "content": "Be brief."}]),
+    "gen_ai.input.messages": json.dumps(PARTS),
+    "gen_ai.output.messages": json.dumps(OUT),
+}
+TITLE = {
+    "gen_ai.operation.name": "chat",
+    "gen_ai.input.messages": json.dumps([{"role": "user", "parts": [{"type": "text", "content": "Title this."}]}]),
+    "gen_ai.output.messages": json.dumps(OUT),
+}
+AGENT = {"gen_ai.operation.name": "invoke_agent", "gen_ai.input.messages": json.dumps(PARTS[:1])}
+
+
+def span(attributes: dict[str, Any], time: int = 1, **more: Any) -> dict[str, Any]:
+    return {"name": "x", "trace_id": "t", "span_id": str(time), "start_time": time, "attributes": attributes} | more
+
+
+def _numbered(prefix: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    flat = {}
+    for place, message in enumerate(messages):
+        flat |= {f"{prefix}.{place}.{key}": value for key, value in message.items()}
+    return flat
+
+
+OLDER = {
+    **_numbered("gen_ai.prompt", [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "How warm?"},
+        {"role": "assistant", "tool_calls.0.id": "c", "tool_calls.0.name": "get_weather",
+         "tool_calls.0.arguments": json.dumps(CALL)},
+        {"role": "tool", "content": "4 degrees", "tool_call_id": "c"}]),
+    **_numbered("gen_ai.completion", [ANSWER]),
+}  # fmt: skip
+EVENTS = [
+    {"name": "gen_ai.system.message", "attributes": {"content": "Be brief."}},
+    {"name": "gen_ai.user.message", "attributes": {"content": "How warm?"}},
+    {"name": "gen_ai.assistant.message", "attributes": {"tool_calls": json.dumps(MESSAGES[2]["tool_calls"])}},
+    {"name": "gen_ai.tool.message", "attributes": {"content": "4 degrees", "id": "c"}},
+    {"name": "gen_ai.choice", "attributes": {"index": 0, "message": json.dumps(ANSWER)}},
+]
+OPENINFERENCE = {
+    "openinference.span.kind": "LLM",
+    **_numbered("llm.input_messages", [
+        {"message.role": "system", "message.content": "Be brief."},
+        {"message.role": "user", "message.contents.0.message_content.type": "text",
+         "message.contents.0.message_content.text": "How warm?"},
+        {"message.role": "assistant", "message.tool_calls.0.tool_call.id": "c",
+         "message.tool_calls.0.tool_call.function.name": "get_weather",
+         "message.tool_calls.0.tool_call.function.arguments": json.dumps(CALL)},
+        {"message.role": "tool", "message.content": "4 degrees", "message.tool_call_id": "c"}]),
+    **_numbered("llm.output_messages", [{"message.role": "assistant", "message.content": "It is 4 degrees."}]),
+}  # fmt: skip
+
+
+def _otlp(*spans: dict[str, Any]) -> dict[str, Any]:
+    written = [
+        {"traceId": each["trace_id"], "spanId": each["span_id"], "startTimeUnixNano": str(each["start_time"]),
+         "attributes": [{"key": key, "value": {"stringValue": value}} for key, value in each["attributes"].items()]}
+        for each in spans
+    ]  # fmt: skip
+    return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"scope": {}, "spans": written}]}]}
+
+
+FILES: dict[str, list[dict[str, Any]]] = {
+    "otel": [span(AGENT, 0), span(GENAI)],
+    "otlp": [_otlp(span(AGENT, 0), span(GENAI))],
+    "otel, numbered": [span(OLDER)],
+    "otel, events": [span({"gen_ai.system": "openai"}, events=EVENTS)],
+    "openinference": [span({"openinference.span.kind": "AGENT"}, 0), span(OPENINFERENCE)],
+    "langsmith": [
+        {"id": "r", "trace_id": "t", "run_type": "chain", "inputs": {}, "outputs": {}, "dotted_order": "1"},
+        {"id": "l", "trace_id": "t", "run_type": "llm", "inputs": {"messages": MESSAGES},
+         "outputs": {"choices": [{"message": ANSWER}]}, "dotted_order": "1.2"},
+    ],
+    "langsmith with langchain": [
+        {"id": "l", "trace_id": "t", "run_type": "llm", "dotted_order": "1.2", "inputs": {"messages": [[
+            {"lc": 1, "id": ["langchain", name], "kwargs": body} for name, body in (
+                ("SystemMessage", {"content": "Be brief."}), ("HumanMessage", {"content": "How warm?"}),
+                ("AIMessage", {"content": "", "tool_calls": [{"id": "c", "name": "get_weather", "args": CALL}]}),
+                ("ToolMessage", {"content": "4 degrees", "tool_call_id": "c"}))]]},
+         "outputs": {"generations": [[{"text": "It is 4 degrees.", "message": {
+             "lc": 1, "id": ["langchain", "AIMessage"], "kwargs": {"content": "It is 4 degrees."}}}]]}},
+    ],
+    "langfuse": [
+        {"id": "o0", "traceId": "t", "type": "SPAN", "input": {"q": 1}, "output": None, "startTime": "0"},
+        {"id": "o1", "traceId": "t", "type": "GENERATION", "input": MESSAGES, "output": ANSWER, "startTime": "1"},
+    ],
+    "langfuse, text": [
+        {"id": "t", "observations": [{"id": "o1", "type": "GENERATION", "startTime": "1",
+         "input": json.dumps({"messages": MESSAGES}), "output": "It is 4 degrees."}]},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_the_conversation_of_a_trace(read: Read, form: str) -> None:
+    (run,) = read(*FILES[form])
+    assert outline(run) == STEPS
+    assert (run.task, run.system, run.trajectory_id, run.lost) == ("How warm?", "Be brief.", "t", {})
+
+
+def test_the_longest_call_of_a_trace_is_the_run(read: Read) -> None:
+    """Later calls repeat the earlier ones; those of other conversations are counted."""
+    beginning = GENAI | {
+        "gen_ai.input.messages": json.dumps(PARTS[:1]),
+        "gen_ai.output.messages": json.dumps(PARTS[1:2]),
+    }
+    (run,) = read(span(beginning, 1), span(GENAI, 2), span(TITLE, 3))
+    assert outline(run) == STEPS
+    assert run.lost == {"model calls of other conversations": 1}
+
+
+def test_every_trace_is_a_run(read: Read) -> None:
+    runs = read(*(span(GENAI, number, trace_id=f"t{number}") for number in range(3)))
+    assert [run.trajectory_id for run in runs] == ["t0", "t1", "t2"]
+    assert [run.source["line"] for run in runs] == [1, 2, 3]
