@@ -270,7 +270,7 @@ def emit_table(
     numeric: Sequence[str] = (),
     optional: Sequence[str] = (),
 ) -> None:
-    """Write a table to stdout. On a terminal, columns are left out until it fits; nothing is ever cut or folded.
+    """Write a table and an empty line to stdout. On a narrow terminal columns are left out; no cell is cut or folded.
 
     Args:
         title: a line above the table; an empty string leaves it out.
@@ -291,7 +291,7 @@ def emit_table(
     right = {columns.index(name) for name in numeric}
     lines = ["  ".join(_aligned(row[i], widths[i], right=i in right) for i in kept).rstrip() for row in table]
     rule = "  ".join(_rule() * widths[i] for i in kept)
-    _write("\n".join([*([visible(title)] if title else []), lines[0], rule, *lines[1:]]))
+    _write("\n".join([*([visible(title)] if title else []), lines[0], rule, *lines[1:], ""]))
     if left_out:
         log.info("Left out at this width: %s. A wider terminal or a file gets them all.", ", ".join(left_out))
 

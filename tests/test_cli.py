@@ -144,7 +144,7 @@ def on_terminal(what: str, columns: int) -> list[str]:
 
 
 def test_a_table_leaves_columns_out_until_it_fits() -> None:
-    header, _, row, *note = on_terminal("table", 72)
+    header, _, row, _, *note = on_terminal("table", 72)
     assert header.split() == ["name", "n", "tasks", "MAE", "skill", "Spearman", "kappa"]
     assert row.startswith("information_relevance  36") and row.endswith("0.85 [0.73, 0.89]   0.86")
     assert max(map(len, (header, row, *note))) <= 72
