@@ -1,4 +1,4 @@
-"""Tiny judges of five families, random but whole: saved and loaded as any downloaded model is."""
+"""Tiny random judges of five model families, saved and loaded as any downloaded model is."""
 
 import re
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATES = {"qwen": "qwen", "llama3": "llama3", "mistral": "mistral", "gemma2": "gemma2", "melting": "mistral"}
-"""LLaMA Factory's template by family. Each family stands for a way of writing numbers and a way of attending.
+"""LLaMA Factory's template by family. Each family has its way of tokenising numbers and of attending.
 
 qwen: byte-level BPE, every digit a token; full attention.
 llama3: byte-level BPE, up to three digits a token; full attention with grouped heads.
 mistral: BPE with byte fallback, every digit a token; sliding window.
-gemma2: Unigram, numbers in pieces of any length; sliding and full attention in turns, capped scores, eager.
-melting: BPE without any splitting, so digits melt with points, blanks and commas. No such model is known.
+gemma2: Unigram, numbers in pieces of any length; alternating sliding and full attention, capped scores, eager.
+melting: BPE without any splitting, so digits merge with points, spaces and commas. No such model is known.
 """
 
 _STEPS = (
@@ -31,14 +31,14 @@ _SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 12,
     "max_position_embeddings": 2048,
-    # Large, so that a random model has opinions: its scores differ from prompt to prompt.
+    # Large, so that the scores of a random model differ from prompt to prompt.
     "initializer_range": 0.3,
 }
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is needed to build one."""
+    """What is needed to build a model of one family."""
 
     tokenizer: Callable[[], Any]
     special: dict[str, str]
@@ -47,7 +47,7 @@ class Family:
 
 
 def prompt(step: str, schema: str) -> str:
-    """A prompt as agents' steps are judged with."""
+    """A prompt that asks for a verdict on a step."""
     return f"Task Description: find it.\n\nCurrent Clip (Clip 1):\nContent:\n{step}\n\nAnswer in JSON:\n{schema}\n"
 
 
@@ -58,7 +58,7 @@ NESTED = (
 
 
 def prompts() -> list[str]:
-    """Different lengths, both shapes, a doubled one."""
+    """Prompts of different lengths and both shapes, one of them twice."""
     some = [prompt(" ".join(_STEPS[: 1 + i % 4] * (1 + i // 3)), NESTED if i % 3 == 1 else FLAT) for i in range(7)]
     return [*some, some[2]]
 
@@ -173,7 +173,7 @@ _FAMILIES = {
 
 
 def build(name: str, folder: Path) -> Path:
-    """Save a tiny model of the family into `folder`."""
+    """Save a tiny model of a family into `folder`."""
     import torch
     from transformers import PreTrainedTokenizerFast
 
@@ -192,7 +192,7 @@ def build(name: str, folder: Path) -> Path:
 
 
 def _teach(model: Any, tokenizer: Any) -> None:
-    """Teach a model to answer with verdicts, so that one family has label_mass."""
+    """Teach a model to answer with verdicts, so that one family has a high label mass."""
     import torch
 
     values = ("0.90", "0.85", "0.40", "1.00", "0.15")

@@ -46,7 +46,7 @@ def judge(request: pytest.FixtureRequest, judges: dict[str, Judge]) -> Judge:
 
 @pytest.fixture(scope="session")
 def server(model_folders: dict[str, Path]) -> Iterator[str]:
-    """The address of a real HTTP server with every family's model, in a process of its own."""
+    """The address of a real HTTP server with every family's model, in a separate process."""
     script = Path(__file__).with_name("completions_server.py")
     models = [f"{name}={folder}" for name, folder in model_folders.items()]
     with subprocess.Popen([sys.executable, str(script), *models], stdout=subprocess.PIPE, text=True) as process:

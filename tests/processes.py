@@ -1,4 +1,4 @@
-"""Start something as a user does, and find every process that it left behind."""
+"""Start something as a user does, and find every process that it left running."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ class Started:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End whatever a failed test has left."""
+        """End whatever a failed test left running."""
         for pid in self.living():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -56,18 +56,18 @@ class Started:
             raise
         assert self.process.returncode == code, f"exit code {self.process.returncode}\n{output}\n{narration}"
         assert "Traceback" not in narration, narration
-        assert wait_for(lambda: not self.living(), 5.0), f"left behind: {self.living()}"
+        assert wait_for(lambda: not self.living(), 5.0), f"still running: {self.living()}"
         return output + narration
 
 
 def start(project: Path, *arguments: str) -> Started:
-    """Train in a project folder, without the checks before the run; the output is caught."""
+    """Train in a project folder, without the checks before the run; the output is captured."""
     script = HERE / "training" / "without_checks.py"
     return start_command([sys.executable, str(script), "--config", "config.yaml", *arguments], project)
 
 
 def start_command(command: Sequence[str], folder: Path, **environment: str) -> Started:
-    """Start a command in a folder, in a process group of its own; the output is caught."""
+    """Start a command in a folder, in a new process group; the output is captured."""
     name, value = "PRMKIT_TEST", uuid.uuid4().hex
     process = subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""The rules of the house, read off the code itself."""
+"""The rules of the house, checked in the code itself."""
 
 import ast
 import re
@@ -66,7 +66,7 @@ WRITING = {f"{stream}.{how}" for stream in STREAMS for how in ("write", "writeli
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_a_person_sees_passes_through_one_place(path: Path) -> None:
+def test_only_one_module_writes_to_the_standard_streams(path: Path) -> None:
     """ruff forbids print(); nothing else writes to the standard streams either."""
     if path.name != "cli.py":
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -142,7 +142,7 @@ def test_an_older_python_is_refused_in_one_sentence(name: str) -> None:
     assert done.stderr.startswith("error: prmkit needs Python 3.11 or newer;") and done.stderr.count("\n") == 1
 
 
-def test_no_module_is_left_over() -> None:
+def test_every_module_is_used() -> None:
     """Every module is imported by a script, another module or a test, or started as a program of its own."""
     files = [*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / name for name in SCRIPTS)]
     imported = {part for path in files for name in _imports(path) for part in (name, name.rpartition(".")[0])}
