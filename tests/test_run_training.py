@@ -144,3 +144,33 @@ def test_setting_up_again_changes_nothing(root: Path, tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == str(environment / "bin" / "python")
     assert "Dependencies are already installed" in done.stderr
+
+
+PIP = """#!/bin/sh
+[ "$1" = -c ] && exit 0
+echo "$@" >&2
+echo "Collecting torch==2.11.0"
+echo "  Downloading torch-2.11.0-cp311.whl (530 MB)"
+echo "Installing collected packages: torch"
+exit {code}
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_installing_shows_its_progress_and_fails_in_one_sentence(root: Path, tmp_path: Path, code: int) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(PIP.format(code=code))
+    python.chmod(0o755)
+    done = subprocess.run(
+        [root / "setup_environment.sh", "requirements-dev.txt"],
+        cwd=root,
+        env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stderr.splitlines()
+    assert lines[1:3] == ["Downloading torch-2.11.0-cp311.whl (530 MB)", "Unpacking, a minute or two ..."]
+    assert done.returncode == code
+    assert (tmp_path / ".prmkit-requirements-dev.txt").exists() == (code == 0)
+    assert ("error: pip could not install" in lines[-1]) == (code == 1)
