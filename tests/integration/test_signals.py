@@ -47,6 +47,6 @@ def test_stopped_by_a_signal(project: Path, stop: Callable[[Started], None], cod
         assert wait_for(record.exists, 120) and wait_for(lambda: 2 <= steps_of(project) != before, 120), run.living()
         stop(run)
         said = run.ends(code, within=60)
-    assert "To go on" in said and "without saving" not in said, said
+    assert "same command" in said and "without saving" not in said, said
     assert json.loads(record.read_text())["status"] == "interrupted"
     assert list((project / "saves" / name).glob("checkpoint-*")), said
