@@ -1,7 +1,8 @@
-"""From a judge's text to the JSON object in it.
+"""From a judge's text to the JSON objects in it.
 
-About four in ten judges' answers are not valid JSON. `find_objects` offers what the text may mean, the surest reading
-first, and says what had to be mended. It knows nothing of scores; `prmkit.verdict` decides what to make of an object.
+About four in ten answers of judges are not valid JSON: fences, prose, thoughts, unescaped quotes, answers that were cut
+off. `find_json` finds what is JSON, `repair_objects` makes JSON of the rest, and both name what they did. They know
+nothing about scores: `prmkit.verdict.read` decides which object is the verdict, and proves its scores.
 """
 
 import json
@@ -9,28 +10,40 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
-import orjson
-
 LONGEST_ANSWER = 200_000
-"""Characters. Longer answers are refused unread: no judge writes them."""
-_LONGEST_REPAIRED = 30_000
-"""Characters. json-repair takes seconds for longer ones, and minutes for some that are made to hurt it."""
-_MOST_MENDED = 60
-"""Places in one answer. With more faults than that it is left to json-repair."""
+"""Characters. Longer answers are rejected unread: no judge writes them."""
+_LONGEST_REPAIRED = 20_000
+"""Characters of an answer that is not JSON. json-repair copies its string for every character it adds to it."""
+_MOST_READS = 400_000
+"""Characters that json-repair may look at for one answer, about a third of a second. It looks ahead at every quote, so
+some answers of a few thousand characters would take minutes. Unlike a clock, a count decides alike on every machine."""
+_MOST_OBJECTS = 60
+"""Braces of one answer at which an object is tried."""
 
-CUT_OFF = "cut off"
+CUT_OFF, SYNTAX = "cut off", "syntax"
+_ANSWER_NAMES = (
+    r"(?:begin_of_|start_)?(?:final[_ ]?)?(?:answer|output|json|result|verdict|evaluation|response|final|solution|box"
+    r"|assistant|message|assessment|judg\w+|scores?|start|im_start|start_header_id|s|bos)"
+)
+"""Tags that hold an answer rather than a thought."""
 
 
 class Found(NamedTuple):
-    """One reading of an answer."""
+    """One object in an answer."""
 
-    value: dict[str, Any]
+    value: Any
     text: str
-    """What the value was read from: from its first brace on, as the judge wrote it."""
-    rest: str
-    """What stands behind the value."""
+    """The characters that the value was read from."""
+    before: str
+    after: str
+    """What the judge wrote around it, without thoughts and fences."""
     repairs: tuple[str, ...]
-    """What was done to make JSON of it; empty for an answer that was JSON as it stood."""
+    """What was done to make JSON of it; empty for an answer that already was."""
+
+    @property
+    def exact(self) -> bool:
+        """The object is JSON as it is written, so it is certain which number belongs to which key."""
+        return CUT_OFF not in self.repairs and SYNTAX not in self.repairs
 
 
 class Refusal(Exception):
@@ -47,14 +60,20 @@ class Refusal(Exception):
         self.kind = kind or reason
 
 
-def find_objects(text: str) -> Iterator[Found]:
-    """The readings of an answer, the surest one first.
+class Broken(NamedTuple):
+    """What is not JSON in an answer."""
 
-    Takes JSON as it stands; else the JSON in a Markdown fence or between prose, its ordinary faults mended where the
-    parser stops; else what `json-repair` makes of it. No reading at all: there is no object in it.
+    text: str
+    starts: list[int]
+    """The braces that begin no JSON."""
+    repairs: tuple[str, ...]
+
+
+def find_json(text: str) -> tuple[list[Found], Broken]:
+    """The objects of an answer that are JSON as they are written, and what is left to be repaired.
 
     Raises:
-        Refusal: there is nothing to read, or nothing that can be.
+        Refusal: there is nothing to read, or nothing that can be read.
     """
     text = text.strip().lstrip("\ufeff").lstrip()
     if not text:
@@ -62,310 +81,329 @@ def find_objects(text: str) -> Iterator[Found]:
     if len(text) > LONGEST_ANSWER:
         raise Refusal(f"longer than {LONGEST_ANSWER:,} characters")
     repairs: tuple[str, ...] = ()
-    if ("\\f" in text or "\\b" in text) and _NO_ESCAPE.search(text):
-        text, repairs = _NO_ESCAPE.sub(r"\1\\\\\2", text), ("stray backslash",)
+    if ("\\f" in text or "\\b" in text) and _NOT_AN_ESCAPE.search(text):
+        text, repairs = _NOT_AN_ESCAPE.sub(r"\1\\\\\2", text), ("stray backslash",)
     try:
-        answer = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        yield from _taken_apart(text, repairs)
-        return
-    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
-        yield Found(answer[0], text, "", (*repairs, "list around the object"))
-    elif isinstance(answer, dict):
-        yield Found(answer, text, "", repairs)
+        return [Found(_STRICT.decode(text), text, "", "", repairs)], Broken("", [], ())
+    except ValueError:
+        text, thoughts = _without_thoughts(text)
+        return _objects_in(text, repairs + thoughts)
+    except RecursionError as error:
+        raise Refusal("nested too deeply") from error
 
 
-# Judges who write \\frac or \\beta mean no form feed and no backspace.
-_NO_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\([fb])(?=[A-Za-z])")
+# Judges who write \\frac or \\beta do not mean a form feed or a backspace.
+_NOT_AN_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\([fb])(?=[A-Za-z])")
 
 
-def _taken_apart(text: str, repairs: tuple[str, ...]) -> Iterator[Found]:
-    """The readings of an answer that is not JSON as a whole: of what is in the fence first, then of what is outside."""
-    text, thought = _without_thought(text)
-    repairs += thought
-    if text == "{":
-        raise Refusal(_TOO_EARLY)
-    if text.startswith(("{", "[")) or not (fence := _FENCE.search(text)):
-        yield from _readings(text, repairs)
-        return
-    end = text.rfind("```", fence.end())
-    inside, behind = (text[fence.end() : end], text[end + 3 :]) if end >= 0 else (text[fence.end() :], "")
-    outside = f"{text[: fence.start()]}\n{behind}"
-    for found in _readings(inside, (*repairs, "fenced")):
-        yield found._replace(rest=f"{found.rest}\n{outside}")
-    yield from _readings(outside, repairs)
+# --- objects that are JSON, anywhere in the text ------------------------------------------------------------------
 
 
-def _readings(text: str, repairs: tuple[str, ...]) -> Iterator[Found]:
-    """The readings of a text from its first object on."""
-    start = _OBJECT.search(text)
-    if not start:
-        return
-    before, text = text[: start.start()], text[start.start() :].rstrip()
-    if _SCORES_BEFORE.search(before):
-        raise Refusal("the scores stand in no object")
-    if before.strip(" \t\r\n["):
-        repairs = (*repairs, "prose around the answer")
-    value = _as_json(text)
-    if isinstance(value, dict):
-        yield Found(value, text, "", repairs)
-        return
-    mended = _mend_where_the_parser_stops(text)
-    if mended:
-        value, rest, done = mended
-        around = ("prose around the answer",) if rest.strip(" \t\r\n`]") else ()
-        if isinstance(value, dict):
-            yield Found(value, text, rest, each_once(*repairs, *around, *done))
-            for other, end in objects_in(rest):
-                yield Found(other, rest[:end], rest[end:], each_once(*repairs, *around))
-    yield from _repaired(text, repairs)
-
-
-def _repaired(text: str, repairs: tuple[str, ...]) -> Iterator[Found]:
-    """What json-repair makes of a text; of several objects each one, with the others as its rest."""
-    value = _repair(text)
-    objects = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
-    for number, item in enumerate(objects):
-        others = objects[:number] + objects[number + 1 :]
-        rest = "\n".join(json.dumps(other, ensure_ascii=False) for other in others)
-        if not _looks_cut_off(text):
-            yield Found(item, text, rest, (*repairs, "syntax"))
-        else:
-            half = text[-1] not in "\"'}]"
-            yield Found(_whole_sentences(item) or {} if half else item, text, rest, (*repairs, CUT_OFF))
-
-
-def each_once(*repairs: str) -> tuple[str, ...]:
-    """The repairs in their order, each one named once."""
-    return tuple(dict.fromkeys(repairs))
-
-
-# --- what stands around the object --------------------------------------------------------------------------------
-
-# Possessive, or a fence and 40,000 blanks would take a quarter of a minute.
-_FENCE = re.compile(r"```[a-zA-Z0-9]*+[ \t]*+\r?\n?(?=\s*+[\[{])")
-# A brace that begins an object rather than a thought in braces.
-_OBJECT = re.compile(r"\{\s*+(?:[\"'“}/#]|\w+\s*+:)")
-_SCORES_BEFORE = re.compile(r"""scores["'”]\W{0,9}:\s*\Z""", re.IGNORECASE)
-"""Right before an object: it is the scores alone, and what holds it was not taken for an object."""
-_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>")
-# Where a thought ends; a summary that quotes the tag goes on behind it.
-_THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>(?=\s*+(?:[\[{]|```)|[ \t]*+(?:\r?\n|\Z))")
-_TOO_EARLY = "cut off before the first score"
-
-
-def _without_thought(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text behind the judge's thought, if it begins with one, and what was taken off.
-
-    Templates put the first tag of a thought into the prompt, so an answer may hold the last one alone.
-    """
-    opened = _THOUGHT.match(text)
-    if not opened and text.startswith(("{", "[", "```")):
-        return text, ()
-    end = _THOUGHT_END.search(text)
-    if end:
-        return text[end.end() :].strip(), ("thought before the answer",)
-    if not opened:
-        return text, ()
-    _, closed, behind = text.partition(f"</{opened.group(1)}>")
-    if not closed:
-        raise Refusal(_TOO_EARLY)
-    return behind.strip(), ("thought before the answer",)
-
-
-def objects_in(text: str) -> Iterator[tuple[dict[str, Any], int]]:
-    """The JSON objects that a text contains, one behind the other, and where each ends."""
-    position, failures = text.find("{"), 0
-    while position >= 0 and failures < _MOST_MENDED:
+def _objects_in(text: str, repairs: tuple[str, ...]) -> tuple[list[Found], Broken]:
+    position, found, broken = 0, list[Found](), list[int]()
+    for _ in range(_MOST_OBJECTS):
+        if not (brace := _OBJECT.search(text, position)):
+            break
+        start = brace.start()
+        # A member of an object that is not JSON is not an answer by itself.
+        inside = bool(broken and _MEMBER.search(text[max(broken[0], start - 40) : start]))
         try:
-            value, end = _LENIENT.raw_decode(text, position)
+            value, position = _LENIENT.raw_decode(text, start)
         except (ValueError, RecursionError):
-            end = position + 1
-            failures += 1
+            value, position = None, start + 1
+        if inside:
+            continue
+        if value is None or _CONTINUES.match(text, position):
+            broken.append(start)
         else:
-            yield value, end
-        position = text.find("{", end)
+            found.append(_found(text, start, position, value, repairs))
+    return found, Broken(text, broken[:_MOST_REPAIRED], repairs)
 
 
-# --- ordinary faults ----------------------------------------------------------------------------------------------
+_MEMBER = re.compile(r"""(?:["'”」»＂]\s*+[:：]|[,，\[])\s*+\Z""")
+_OBJECT = re.compile(r"""[{｛]\s*+(?:["'“”„‟«「『＂/#]|\w++\s*+:|\Z)|\[\s*+\{""")
+# A brace that closes too early: the members of the object continue after it.
+_CONTINUES = re.compile(r'\s*+,\s*+"[^"\n]{1,80}"\s*+:')
+_MOST_REPAIRED = 3
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _found(text: str, start: int, end: int, value: Any, repairs: tuple[str, ...]) -> Found:
+    before, after = _TAG.sub("", text[:start]), _TAG.sub("", text[end:])
+    if fence := _FENCE.search(before):
+        before, (_, _, after) = before[: fence.start()], after.partition("```")
+        repairs = (*repairs, "fenced")
+    if re.search(r"\w", before + after):
+        repairs = (*repairs, "prose around the answer")
+    return Found(value, text[start:end], before, after, _with_controls(text[start:end], repairs))
+
+
+_FENCE = re.compile(r"```[\w-]*+\s*+\Z")
+# Tags around an answer, and the special tokens that end one.
+_TAG = re.compile(rf"</?(?:{_ANSWER_NAMES})>|<\|\w{{1,30}}\|>", re.IGNORECASE)
+
+
+def _with_controls(text: str, repairs: tuple[str, ...]) -> tuple[str, ...]:
+    if SYNTAX in repairs or CUT_OFF in repairs:
+        return repairs
+    try:
+        _STRICT.decode(text)
+    except ValueError:
+        return (*repairs, "control characters in a string")
+    return repairs
+
+
+def _reject_constant(name: str) -> NoReturn:
     raise Refusal(f"{name} is not a JSON number")
 
 
+def _without_duplicates(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; parsers keep the last of two equal keys silently, so two different values are rejected here."""
+    value = dict(members)
+    if len(value) < len(members):
+        for key, item in members:
+            if item != value[key]:
+                shown = key if len(key) <= 40 else f"{key[:37]}..."
+                raise Refusal(f"two different values for {shown}", "two different values for one key")
+    return value
+
+
+_STRICT = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_without_duplicates)
 # strict=False admits raw newlines and tabs inside strings, the commonest fault of judges, and changes nothing else.
-_LENIENT = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
+_LENIENT = json.JSONDecoder(strict=False, parse_constant=_reject_constant, object_pairs_hook=_without_duplicates)
 
 
-def _mend_where_the_parser_stops(text: str) -> tuple[Any, str, list[str]] | None:
-    """Mend the ordinary faults of judges, each at the place where a strict parser stops.
+# --- thoughts -----------------------------------------------------------------------------------------------------
 
-    json-repair mends these too, but takes 6 ms an answer, which would be most of a conversion's time; this takes 0.05.
+# Any marker that may open a thought: <think>, <seed:think>, <|channel|>, <|channel>, [THINK], ◁think▷, 【思考】. Model
+# families keep adding names, so every name opens a thought unless it is known to hold an answer.
+_OPENING = re.compile(
+    r"<\|?(?!/|end|END)(?P<tag>[^\W\d][\w:▁ -]{1,40}?)(?:\s[^<>{}]{0,80})?\|?>"
+    r"|\[(?P<bracket>[A-Z][A-Z_ ]{2,30}|(?i:think\w*|reason\w*|thought\w*))\]"
+    r"|[◁【＜](?P<wide>[^\W\d][\w ]{1,20})[▷】＞]"
+)
+_HOLDS_AN_ANSWER = re.compile(_ANSWER_NAMES, re.IGNORECASE)
+_CHANNELS = re.compile(r"<\|channel\|>final\b[^{}]{0,60}?<\|message\|>|<channel\|>")
+# A closing marker without an opening one: chat templates put the opening one into the prompt.
+_CLOSING = r"(?:<\|?|\[|[◁【＜])(?:/|end_?(?:of_)?)({name})(?:\|?>|\]|[▷】＞])"
+_ANY_CLOSING = re.compile(_CLOSING.format(name=r"[\w:]*?(?:think|thought|reason|analysis|思考)\w*"), re.IGNORECASE)
+_AT_THE_END = re.compile(r"\s*+(?:[\[{<]|```)|[ \t]*+(?:\r?\n|\Z)")
+_MOST_THOUGHTS = 20
 
-    Returns:
-        The value, what stands behind it, and what was done; None when this is not enough.
+
+def _without_thoughts(text: str) -> tuple[str, tuple[str, ...]]:
+    """The text without the thoughts before its first object, and what was removed.
+
+    Raises:
+        Refusal: a thought is never closed, so the answer was cut off inside it, or what a marker opens is unclear.
     """
-    done: list[str] = []
-    for _ in range(_MOST_MENDED):
-        try:
-            value, end = _LENIENT.raw_decode(text)
-        except json.JSONDecodeError as error:
-            mended = _mend_at(text, error)
-            if mended is None:
-                return None
-            text, what = mended
-            done.append(what)
-        except (RecursionError, ValueError):  # nested too deeply; a number of more than 4,300 digits
-            return None
-        else:
-            if _GOES_ON.match(text, end):
-                text = text[: end - 1] + text[end:]
-                done.append("brace that closes too early")
-                continue
-            if "quotes in a string" in done and _is_inside(text[end:]):
-                raise Refusal("unclear where the answer ends")
-            if not done and (end == len(text) or _as_json(text[:end]) is None):
-                done.append("control characters in a string")
-            return value, text[end:], done
-    return None
+    repairs: tuple[str, ...] = ()
+    for _ in range(_MOST_THOUGHTS):
+        brace = _OBJECT.search(text)
+        prose_end = brace.start() if brace else len(text)
+        opening = next(filter(_opens_a_thought, _OPENING.finditer(text, 0, prose_end)), None)
+        end = _end_of_thought(text, opening) if opening else _end_of_open_thought(text, prose_end)
+        if end is None:
+            return text, repairs
+        text = f"{text[: opening.start()]}\n{text[end:]}".strip() if opening else text[end:].strip()
+        repairs = ("thought before the answer",)
+    raise Refusal("more thoughts than answers")
 
 
-_GOES_ON = re.compile(r'\s*+,\s*+"[^"\n]{1,80}"\s*+:')
+def has_thought(prose: str) -> bool:
+    """Whether a marker in the prose opens a thought, or may open one."""
+    return any(map(_opens_a_thought, _OPENING.finditer(prose)))
 
 
-def _is_inside(rest: str) -> bool:
-    """Whether a text stands inside of an object: then the brace before it was a quoted one."""
-    return '"' in rest and rest.count("}") > rest.count("{")
+def _opens_a_thought(marker: re.Match[str]) -> bool:
+    name = next(filter(None, marker.groups())).strip()
+    return not _HOLDS_AN_ANSWER.fullmatch(name)
 
 
-def _as_json(text: str) -> Any:
-    """The value of a text that is strict JSON; None for another one."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
+def _end_of_thought(text: str, opening: re.Match[str]) -> int:
+    name = next(filter(None, opening.groups())).strip()
+    if name.startswith("channel"):
+        ends = [channel.end() for channel in _CHANNELS.finditer(text)][-1:]
+    elif name.startswith("unused"):
+        ends = [marker.end() for marker in re.finditer(r"<unused\d+>", text[:LONGEST_ANSWER])][1:2]
+    else:
+        core = re.sub(r"^(?:begin|start)[_ ▁]?(?:of[_ ▁])?", "", name, flags=re.IGNORECASE)
+        closing = re.compile(_CLOSING.format(name=re.escape(core)), re.IGNORECASE)
+        ends = [marker.end() for marker in closing.finditer(text, opening.end())]
+    if not ends:
+        raise Refusal("cut off before the first score")
+    # A thought may quote its closing marker in a sentence; the one that ends it is followed by the answer or a newline.
+    return next((end for end in ends if _AT_THE_END.match(text, end)), ends[0])
+
+
+def _end_of_open_thought(text: str, prose_end: int) -> int | None:
+    """Where a thought without an opening marker ends; None where there is none."""
+    if prose_end == 0 or text.startswith("```"):
         return None
+    if channels := [channel.end() for channel in _CHANNELS.finditer(text)]:
+        return channels[-1]
+    return next((end for end in (m.end() for m in _ANY_CLOSING.finditer(text)) if _AT_THE_END.match(text, end)), None)
 
 
-_CLOSED_BEFORE = re.compile(r'"[\s,]*\Z')
-_CLOSES_HERE = re.compile(r'"\s*[,}\]]')
-_KEY_HERE = re.compile(r'"[^"\n]{1,80}"\s*:')
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|#(?!\d)[^\n]*", re.DOTALL)
-_BEHIND_COMMENT = re.compile(r'\s*+(?:[,}\]]|"[^"\n]{1,80}"\s*+:)')
-_ENDS_A_STRING = re.compile(r'"\s*,?\s*\Z')
-_SENTENCE = re.compile(r"""\w[)"'”’\]]*(?:[.!?]["')\]”’]*(?=\s|\Z)|[。！？]["')\]”’]*)""")
-_LONGEST_QUOTED = 2_000
-"""Characters of JSON that a judge quotes in a text."""
+# --- objects that are not JSON ------------------------------------------------------------------------------------
 
 
-def _mend_at(text: str, error: json.JSONDecodeError) -> tuple[str, str] | None:
-    """Mend one fault; the text and what was done, or None where the fault is none of the ordinary ones."""
-    before, behind = text[: error.pos], text[error.pos :]
-    if error.msg.startswith("Invalid \\"):
-        slash = text.rfind("\\", 0, error.pos + 2)
-        rest = text[slash + 1 :]
-        return text[:slash] + (rest if rest.startswith("'") else "\\\\" + rest), "stray backslash"
-    if error.msg.startswith("Unterminated string"):
-        return _without_half_sentence(text, error.pos + 1), CUT_OFF
-    if not behind.strip():
-        # The parser ran out of text where a member ends: the object is to be closed.
-        return None if before.rstrip().endswith((":", "{")) else (before.rstrip().rstrip(",") + "}", CUT_OFF)
-    if (comment := _COMMENT.match(behind)) and _is_comment(comment.group(), behind[comment.end() :], error):
-        return before + behind[comment.end() :], "comment"
-    if behind[0] in "}]" and before.rstrip().endswith(","):
-        return before.rstrip()[:-1] + behind, "trailing comma"
-    if not error.msg.startswith(("Expecting ',' delimiter", "Expecting property name")):
-        return None
-    if _KEY_HERE.match(behind) and not before[-1:].isalnum():
-        return before.rstrip() + "," + behind, "missing comma"
-    closed = _CLOSED_BEFORE.search(before)
-    if closed and (behind[0] != '"' or _CLOSES_HERE.match(behind)):
-        # What follows is no JSON, so the quote before did not end its string: it belongs to it.
-        return _with_quotes_escaped(text, closed.start()), "quotes in a string"
-    return None
+def repair_objects(broken: Broken) -> Iterator[Found]:
+    """What can be repaired of an answer, from each brace that begins no JSON.
 
-
-def _is_comment(comment: str, behind: str, error: json.JSONDecodeError) -> bool:
-    """Whether what looks like a comment is one: `He ranked "X" // "Y" in the list.",` is a text with quotes."""
-    if error.msg.startswith("Expecting value"):
-        return True
-    return bool(_BEHIND_COMMENT.match(behind)) and not _ENDS_A_STRING.search(comment)
-
-
-def _with_quotes_escaped(text: str, quote: int) -> str:
-    """Escape a quote; where it stands behind a brace the text quotes JSON, and all quotes up to its end are escaped."""
-    start = len(text[:quote].rstrip()) - 1
-    end = _closing(text, start) if text[start] in _CLOSING else quote
-    quoted = re.sub(r'(?<!\\)"', r'\\"', text[quote : end + 1])
-    return text[:quote] + quoted + text[end + 1 :]
-
-
-_CLOSING = {"{": "}", "[": "]"}
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` is closed; right behind it when it is not."""
-    opening, closing, depth = text[start], _CLOSING[text[start]], 0
-    for place, character in enumerate(text[start : start + _LONGEST_QUOTED], start):
-        depth += (character == opening) - (character == closing)
-        if depth == 0:
-            return place
-    return start + 1
-
-
-def _without_half_sentence(text: str, start: int) -> str:
-    """Cut off behind its last whole sentence the string that begins at `start` and never ends; the member without one.
-
-    A judge that is trained on half sentences learns to stop in the middle.
+    Raises:
+        Refusal: there is too much to repair, or a repair would lose text.
     """
-    ends = [sentence.end() for sentence in _SENTENCE.finditer(text, start)]
-    if ends:
-        return text[: ends[-1]] + '"'
-    kept = _LAST_MEMBER.sub("", text[: start - 1])
-    while kept.endswith("{") and kept != "{":
-        kept = _LAST_MEMBER.sub("", kept[:-1])
-    return kept
+    meter = _Meter()
+    for start in broken.starts:
+        end = _end_of_object(broken.text, start)
+        body = broken.text[start:end]
+        if len(body) > _LONGEST_REPAIRED:
+            raise Refusal(f"not JSON, and longer than {_LONGEST_REPAIRED:,} characters")
+        cut_off = body[-1] not in "}]｝］" or body.count("{") > body.count("}")
+        value = _repair(body, meter)
+        objects = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+        lost = _letters(_NOT_TEXT.sub("", body)) - sum(map(_letters, map(_flat, objects)))
+        if objects and lost > (_LONGEST_MEMBER if cut_off else 0):
+            raise Refusal("repairing it would lose text")
+        for item in objects:
+            yield _found(broken.text, start, end, item, (*broken.repairs, CUT_OFF if cut_off else SYNTAX))
 
 
-_LAST_MEMBER = re.compile(r',?\s*+(?:"[^"\n]{1,80}"\s*+:\s*+)?\Z')
+_LONGEST_MEMBER = 80
+"""Letters that json-repair may drop where an answer was cut off inside a key."""
 
 
-# --- everything else ----------------------------------------------------------------------------------------------
+def _end_of_object(text: str, start: int) -> int:
+    """Where an object that is not JSON ends: at its fence, or at the last brace where nothing but prose follows."""
+    if _FENCE.search(text[:start]) and (fence := text.rfind("```", start)) > 0:
+        return len(text[:fence].rstrip())
+    last = max(text.rfind("}"), text.rfind("｝"))
+    body = text[start : last + 1]
+    whole = last > start and body.count("{") <= body.count("}") and '"' not in text[last:]
+    return last + 1 if whole else len(text.rstrip())
 
 
-def _repair(text: str) -> Any:
-    import json_repair
+# A URL in a string is taken for a comment, too: then less is checked, and nothing is rejected that should be read.
+_NOT_TEXT = re.compile(r"(?://|#)[^\n]*|/\*.{0,500}?\*/|\\(?:u[0-9a-fA-F]{4}|.)", re.DOTALL)
 
-    if len(text) > _LONGEST_REPAIRED:
-        raise Refusal(f"not JSON, and longer than {_LONGEST_REPAIRED:,} characters")
+
+def _letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    return " ".join(map(_flat, value)) if isinstance(value, list) else str(value)
+
+
+# --- json-repair, within bounds -----------------------------------------------------------------------------------
+
+
+class _Meter:
+    """How many characters json-repair has looked at."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+
+class _Metered(str):
+    """A string whose reads are counted: json-repair looks at its input one character at a time."""
+
+    meter: _Meter
+
+    def __getitem__(self, place: Any) -> str:
+        read = str.__getitem__(self, place)
+        self.meter.reads += len(read)
+        if self.meter.reads > _MOST_READS:
+            raise Refusal("too broken to be repaired")
+        return read
+
+
+def _repair(text: str, meter: _Meter) -> Any:
+    """The value that is left when the ordinary faults of judges are repaired, or else what json-repair makes of it.
+
+    Raises:
+        Refusal: it is nested too deeply, or there is too much to repair.
+    """
+    from json_repair.json_parser import JSONParser
+
+    class MeteredParser(JSONParser):  # type: ignore[misc]
+        @property
+        def json_str(self) -> str:
+            return self._metered
+
+        @json_str.setter
+        def json_str(self, changed: str) -> None:  # json-repair rewrites its input in places
+            self._metered = _Metered(changed)
+            self._metered.meter = meter
+
+    text = _requoted(text)
     try:
-        return json_repair.loads(text, skip_json_loads=True)
+        return _LENIENT.decode(text)
+    except ValueError:
+        pass
+    except RecursionError as error:
+        raise Refusal("nested too deeply") from error
+    try:
+        return MeteredParser(text, None, False).parse()
     except (RecursionError, ValueError) as error:
         raise Refusal("nested too deeply") from error
     except (AssertionError, LookupError, TypeError, AttributeError) as error:
         raise Refusal("not to be repaired") from error
 
 
-def _whole_sentences(value: Any) -> Any:
-    """A value whose last text was cut off, with whole sentences alone; None where nothing is left of it."""
-    if isinstance(value, str):
-        ends = [sentence.end() for sentence in _SENTENCE.finditer(value)]
-        return value[: ends[-1]] if ends else None
-    if isinstance(value, dict) and value:
-        *members, (key, last) = value.items()
-        kept = _whole_sentences(last)
-        return dict(members if kept is None else [*members, (key, kept)]) or None
-    if isinstance(value, list) and value:
-        kept = _whole_sentences(value[-1])
-        return value[:-1] + ([] if kept is None else [kept]) or None
-    return value
+_QUOTES = {'"': '"', "“": '“”„"', "”": "”“", "„": "“”„", "‟": "”", "«": "»", "「": "」", "『": "』", "＂": "＂"}
+"""By the quote that opens a string, those that may close it."""
+_ANY_QUOTE = '["“”„‟«»「」『』＂]'
+_WIDE = str.maketrans("：，｛｝［］　\u00a0", ":,{}[]  ")
+_OUTSIDE = re.compile(r"//[^\n]*|#[^\n]*|/\*.{0,500}?\*/|[\"“”„‟«「『＂:：,，{}｛｝\[\]［］]|[　\u00a0]", re.DOTALL)
+_INSIDE = re.compile(r"\\.|[\"“”„‟»」』＂{}\[\]]", re.DOTALL)
+_SINGLE_QUOTED = re.compile(r"[{\[\s]*+'")
+_KEY_ENDS = re.compile(r"\s*+[:：]")
+_NEXT_KEY = rf"{_ANY_QUOTE}[^\"\n]{{1,80}}?{_ANY_QUOTE}\s*+[:：]"
+_VALUE_ENDS = re.compile(
+    rf"\s*+(?:[}}｝]\s*+(?:[,，}}｝\]］`]|\Z|\n)|[,，]\s*+(?:{_NEXT_KEY}|[}}｝]|//|/\*|#)|{_NEXT_KEY}|\Z)"
+)
+_ITEM_ENDS = re.compile(rf"\s*+(?:[\]］]|[,，]\s*+(?:{_ANY_QUOTE}|[\d{{\[tfn\]-])|\Z)")
 
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+def _requoted(text: str) -> str:
+    """The text with its structure in ASCII, and with the quotes inside its strings escaped.
+
+    A quote closes its string only where a key, a comma or a bracket follows that fits the place, and never inside of
+    brackets that the string itself has opened: `"It called {"query": "x", "page": 1}."` is one string. json-repair does
+    not look at these brackets and would make members of them.
+    """
+    if _SINGLE_QUOTED.match(text):  # as Python writes a dictionary: json-repair reads it
+        return text
+    out: list[str] = []
+    done = position = depth = 0
+    containers, key, closing, last = "", False, "", ""
+    while sign := (_INSIDE if closing else _OUTSIDE).search(text, position):
+        mark, position = sign.group(), sign.end()
+        plain = mark.translate(_WIDE)
+        if closing and mark in closing and not depth and _closes(text, position, key, containers):
+            closing, plain = "", '"'
+        elif closing:
+            depth = max(0, depth + (mark in "{[") - (mark in "}]"))
+            plain = '\\"' if mark == '"' else mark
+        elif mark in _QUOTES:
+            closing, depth, plain = _QUOTES[mark], 0, '"'
+            if (text[done : sign.start()].rstrip()[-1:] or last) not in "{[,:":  # the comma before it is missing
+                plain, key = ',"', containers[-1:] != "["
+        elif plain in ("{", "["):
+            containers, key = containers + plain, plain == "{"
+        elif plain in ("}", "]"):
+            containers, key = containers[:-1], False
+        elif plain in (",", ":"):
+            key = plain == "," and containers[-1:] != "["
+        out += (text[done : sign.start()], plain)
+        done, last = position, plain if mark[0] not in "/#" else last
+    changed = "".join([*out, text[done:]])
+    return text if closing and depth else changed
 
 
-def _looks_cut_off(text: str) -> bool:
-    """Whether the text stops in the middle: a brace is still open, or behind the last one there is more than prose."""
-    behind = text[text.rfind("}") + 1 :]
-    outside = _STRING.sub("", text)
-    return "}" not in text or '"' in behind or outside.count("{") > outside.count("}")
+def _closes(text: str, position: int, key: bool, containers: str) -> bool:
+    ends = _KEY_ENDS if key else _ITEM_ENDS if containers[-1:] == "[" else _VALUE_ENDS
+    return bool(ends.match(text, position))

@@ -1,20 +1,22 @@
 """Verdicts: what is read, what is refused, and that nothing is ever made up."""
 
 import json
-import re
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Iterator
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prmkit.verdict import (
+    Scale,
     Shape,
     Unreadable,
     Verdict,
     answer_prefix,
-    asked_shape,
+    read_answer,
     read_verdict,
     render_verdict,
 )
@@ -43,7 +45,7 @@ def reason(text: str) -> str:
 # --- what is read -------------------------------------------------------------------------------------------------
 
 
-def test_json_as_it_stands_is_read_without_repair() -> None:
+def test_json_is_read_without_repair() -> None:
     verdict = read(NESTED)
     assert verdict.scores == {"quality": 0.5, "goal": 0.85}
     assert verdict.nested
@@ -60,13 +62,13 @@ def test_json_as_it_stands_is_read_without_repair() -> None:
         (f'The call {{"name": "search"}} was apt.\n{PLAIN}', "prose around the answer"),
         (f'<think>Perhaps {{"reasonableness_score": 0.1}}?</think>\n{PLAIN}', "thought before the answer"),
         (PLAIN.replace(" and ", "\nand\t"), "control characters in a string"),
-        (PLAIN.replace("searched", 'searched "the web"'), "quotes in a string"),
-        (PLAIN.replace("it.", 'the "page", and "it"'), "quotes in a string"),
-        (PLAIN.replace('"}', '",\n}'), "trailing comma"),
-        (PLAIN.replace(", ", ",  // from 0.0 to 1.0\n", 1), "comment"),
-        (PLAIN.replace(", ", " /* high */, ", 1), "comment"),
-        (PLAIN.replace(", ", "\n", 1), "missing comma"),
-        (PLAIN.replace("found", r"found C:\data\new"), "stray backslash"),
+        (PLAIN.replace("searched", 'searched "the web"'), "syntax"),
+        (PLAIN.replace("it.", 'the "page", and "it"'), "syntax"),
+        (PLAIN.replace('"}', '",\n}'), "syntax"),
+        (PLAIN.replace(", ", ",  // from 0.0 to 1.0\n", 1), "syntax"),
+        (PLAIN.replace(", ", " /* high */, ", 1), "syntax"),
+        (PLAIN.replace(", ", "\n", 1), "syntax"),
+        (PLAIN.replace("found", r"found C:\data\new"), "syntax"),
         (PLAIN[:-20], "cut off"),
         (PLAIN[:-1], "cut off"),
         (PLAIN.replace('"', "'"), "syntax"),
@@ -86,7 +88,7 @@ def test_quotes_and_newlines_stay_in_the_text() -> None:
     assert read(text).texts["summary"] == 'The agent asked\nfor "the web" and found it.'
 
 
-def test_the_last_text_of_an_answer_that_was_cut_off_ends_behind_its_last_whole_sentence() -> None:
+def test_the_last_text_of_an_answer_that_was_cut_off_ends_after_its_last_whole_sentence() -> None:
     cut = '{"a_score": 0.9, "summary": "It searched the web (v1.2). Then it fou'
     assert read(cut).texts["summary"] == "It searched the web (v1.2)."
     assert read('{"a_score": 0.9, "summary": "它搜索了。然后').texts["summary"] == "它搜索了。"
@@ -156,7 +158,7 @@ def test_a_text_may_quote_anything(written: str, summary: str | None, layout: st
 def test_an_object_that_is_closed_too_early_is_read_to_its_end(text: str, nested: bool) -> None:
     verdict = read(text)
     assert (verdict.nested, verdict.texts) == (nested, {"summary": "s", "reasoning": "r"})
-    assert "brace that closes too early" in verdict.repairs
+    assert "syntax" in verdict.repairs
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,124 @@ def test_scores_of_any_name() -> None:
     assert read('{"scores": {"Güte": 0.4}}').scores == {"Güte": 0.4}
 
 
+BOTH = Shape(("quality", "goal"), nested=True)
+ONE = Shape(("reasonableness_score",), nested=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        ('{"scores": {"quality": {"score": 0.5, "reason": "Slow."}, "goal": {"score": 0.85, "reason": "Met."}}}',
+         {"reasoning": {"quality": "Slow.", "goal": "Met."}}),
+        ('{"scores": [{"name": "quality", "score": 0.5}, {"name": "goal", "score": 0.85}], "summary": "s"}',
+         {"summary": "s"}),
+        ('[{"criterion": "quality", "score": 0.5}, {"criterion": "goal", "score": 0.85}]', {}),
+        ('{"goal": {"score": 0.85, "why": "Met."}, "quality": {"score": 0.5, "why": "Slow."}}',
+         {"reasoning": {"quality": "Slow.", "goal": "Met."}}),
+        ('{"criteria": {"quality": {"rating": 0.5}, "goal": {"rating": 0.85}}, "notes": "n"}', {"notes": "n"}),
+        ('{"evaluation": {"quality": 0.5, "goal": 0.85}, "summary": "s"}', {"summary": "s"}),
+        ('{"quality": 0.5, "goal": 0.85, "summary": "s"}', {"summary": "s"}),
+        ('{"result": {"evaluation": {"scores": {"quality": 0.5, "goal": 0.85}}}}', {}),
+        ('{"scores": {"quality": 0.5, "goal": 0.85}, "overall_score": 0.65, "confidence": 0.8}',
+         {"overall_score": 0.65, "confidence": 0.8}),
+        ('{"scores": {"quality": 0.5, "quality_summary": "Slow.", "goal": 0.85, "goal_summary": "Met."}}',
+         {"quality_summary": "Slow.", "goal_summary": "Met."}),
+        ('{"scores": {"Quality": 0.5, "GOAL": 0.85}, "summary": {"quality": "0.9 was near.", "goal": "Met."}}',
+         {"summary": {"quality": "0.9 was near.", "goal": "Met."}}),
+    ],
+)  # fmt: skip
+def test_scores_in_other_shapes_are_read_under_the_keys_that_were_asked_for(text: str, texts: dict[str, str]) -> None:
+    verdict = read_verdict(text, BOTH)
+    assert isinstance(verdict, Verdict), verdict.reason
+    assert (verdict.scores, verdict.nested, verdict.texts) == ({"quality": 0.5, "goal": 0.85}, True, texts)
+    assert read_verdict(render_verdict(verdict), BOTH) == verdict
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"reasonableness_score": {"score": 0.8}}', '{"reasonableness": {"score": 0.8}}', '{"reasonableness": 0.8}',
+     '{"score": 0.8}', '{"scores": {"reasonableness_score": 0.8}}'],
+)  # fmt: skip
+def test_a_lone_score_is_the_one_that_was_asked_for(text: str) -> None:
+    verdict = read_verdict(text, ONE)
+    assert isinstance(verdict, Verdict), verdict.reason
+    assert verdict.scores == {"reasonableness_score": 0.8}
+    assert read('{"relevance": {"score": 0.9, "reason": "r"}}').scores == {"relevance": 0.9}, "never a key `score`"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{“reasonableness_score”: 0.9, “summary”: “He said “fine”.”}", "{”reasonableness_score”: 0.9, ”summary”: ”s”}",
+     '{"reasonableness_score"：0.9，"summary"："好，很好。"}', '｛"reasonableness_score": 0.9, "summary": "s"｝',
+     "{「reasonableness_score」: 0.9, 「summary」: 「s」}", "{«reasonableness_score»: 0.9, «summary»: «s»}",
+     "{„reasonableness_score“: 0.9, „summary“: „s“}", '{"reasonableness_score": "０.９"}',
+     '{"reasonableness_score": "0,9"}', '{"reasonableness_score":\u00a00.9,\u3000"summary": "s"}'],
+)  # fmt: skip
+def test_other_punctuation_is_read(text: str) -> None:
+    assert read(text).scores == {"reasonableness_score": 0.9}
+
+
+MARKERS = [
+    ("<THINK>", "</THINK>"), ("<thinking>", "</thinking>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
+    ("<reflection>", "</reflection>"), ("<antThinking>", "</antThinking>"), ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("<|channel>thought\n", "<channel|>"), ("<unused94>thought\n", "<unused95>"), ("【思考】", "【/思考】"),
+    ("<some_new_name>", "</some_new_name>"), ('<think budget="low">', "</think>"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("opening", "closing"), MARKERS)
+@pytest.mark.parametrize(
+    "layout", ["{0}Perhaps {1} No.{2}\n{3}", "{0}\n{1}\nNo.\n{2}\n\n```json\n{3}\n```", "So.{0}{1}{2}{3}"]
+)
+def test_a_thought_is_never_the_answer(opening: str, closing: str, layout: str) -> None:
+    text = layout.format(opening, DRAFT, closing, PLAIN)
+    assert read(text).scores == {"reasonableness_score": 0.9}
+    cut = layout.format(opening, DRAFT, "", "It was too low. I will")
+    assert reason(cut) == "cut off before the first score"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"<answer>{PLAIN}</answer>", f"<|begin_of_box|>{PLAIN}<|end_of_box|>", f"{PLAIN}<|im_end|>",
+     f"My evaluation: {PLAIN}"],
+)  # fmt: skip
+def test_markers_of_an_answer_are_no_thoughts(text: str) -> None:
+    assert read(text).scores == {"reasonableness_score": 0.9}
+
+
+# --- scales -------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_read_as_they_are_written_and_scored_by_a_scale() -> None:
+    answer = read_answer('{"scores": {"a": 7, "b": "pass", "c": true}}')
+    assert not isinstance(answer, Unreadable)
+    assert answer.values == {"a": 7, "b": "pass", "c": True}
+    scale = Scale(1, 10, {"pass": 1.0, "true": 1.0})
+    verdict = read_verdict('{"scores": {"a": 7, "b": "pass", "c": true}}', scale=scale)
+    assert isinstance(verdict, Verdict)
+    assert verdict.scores == {"a": 0.67, "b": 1.0, "c": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("1", 0.0),
+        ("10", 1.0),
+        ("5.5", 0.5),
+        ("0", None),
+        ("11", None),
+        ('"90%"', None),
+        ('"no"', None),
+        ("false", None),
+    ],
+)
+def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
+    verdict = read_verdict(f'{{"a_score": {value}}}', scale=Scale(1, 10, {"yes": 1.0}))
+    assert (verdict.scores["a_score"] if isinstance(verdict, Verdict) else None) == expected
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -228,17 +348,18 @@ def test_scores_of_any_name() -> None:
         ('{"reasonableness_score": 0.9, "correctness_score": 0.', "cut off inside the scores"),
         ('{"scores": {"a": 0.5, "b": 0.8', "cut off inside the scores"),
         ('{"scores": {"a": 0.5, ', "cut off inside the scores"),
-        (PLAIN + PLAIN.replace("0.9", "0.3"), "two different scores for reasonableness_score"),
+        (PLAIN + PLAIN.replace("0.9", "0.3"), "the scores are only quoted in a sentence"),
+        (f"{PLAIN}\n{PLAIN.replace('0.9', '0.3')}", "two different scores for reasonableness_score"),
         ('{"a_score": 0.1}\n{"b_score": 0.2}', "two verdicts that differ"),
-        ('{"scores": {"a": 0.1}, "scores": {"b": 0.2}}', "two objects of scores"),
-        ('{"a_score": 0.1, "a_score": 0.2}', "two different scores for a_score"),
-        ('{"scores": {"a": 0.1}, "final_score": 0.2}', "scores both inside and outside of `scores`"),
+        ('{"scores": {"a": 0.1}, "scores": {"b": 0.2}}', "two different values for scores"),
+        ('{"a_score": 0.1, "a_score": 0.2}', "two different values for a_score"),
+        ('{"a_score": 0.1, "summary": "s", "summary": "t"}', "two different values for summary"),
         ('{"a_score": 0.1, "x": ' + "[" * 3_000 + "]" * 3_000 + "}", "nested too deeply"),
         ('{"a_score": 0.1, "x": ' + "[" * 600 + "]" * 600 + "}", "nested too deeply"),
         ("x" * 200_001, "longer than 200,000 characters"),
         ('{"reasonableness_score": "0.95%"}', "score 0.95% of reasonableness_score is not a number"),
         ("{'reasonableness_score': 01}", "score 1 of reasonableness_score is unclear"),
-        ("{'a_score': 0.85, 'summary': 's', 'a_score': 0.65}", "two different scores for a_score"),
+        ("{'a_score': 0.85, 'summary': 's', 'a_score': 0.65}", "repairing it would lose text"),
         (f"Clip 1 got {UNQUOTED}. Clip 2:\n{PLAIN}", "two different scores for reasonableness_score"),
         (f"{PLAIN}\nWait:\n{UNQUOTED}", "two different scores for reasonableness_score"),
         (f"```json\n{DRAFT}\n```\nWait. Corrected:\n{PLAIN}", "two different scores for reasonableness_score"),
@@ -249,14 +370,28 @@ def test_scores_of_any_name() -> None:
         ('{"clip_1": {"a_score": 0.9}, "clip_2": {"a_score": 0.3}}', "several objects with scores"),
         ('{"error": "rate limit exceeded", "retry_after": 1}', "no score"),
         ('{"scores": [0.85, 0.8], "confidence": 0.9}', "no score"),
-        ('{\n **"scores"**: {"a": 0.5}, "summary": "s"}', "the scores stand in no object"),
-        ('{"a_score": 0.9, "summary": "He said "x"} and "y"} so", "more": "r"}', "unclear where the answer ends"),
+        ('{\n **"scores"**: {"a": 0.5}, "summary": "s"}', "the scores are in no object"),
+        ('{"scores": {"a": "1/2"}}', "score 1/2 of a is not a number"),
+        ('{"a_score": 1.0000001}', "score 1.0000001 of a_score out of range"),
+        (f"A first guess: {DRAFT} But no, it is too low. I will", "the scores are only quoted in a sentence"),
+        (f"Perhaps `{DRAFT}`.", "the scores are only quoted in a sentence"),
+        (f"A first guess:\n{DRAFT}\nThe page names it.", "the sentence before the answer calls it a draft"),
+        (f"{DRAFT}\nWait, the page names it.", "the text after the answer may change it"),
+        (f"{DRAFT}\nThe score is 0.85.", "the text after the answer may change it"),
+        (f"{DRAFT}\n<think>Too low?</think>", "the text after the answer may change it"),
+        (f"{DRAFT}\nThe second page names it, so I", "cut off after the answer, which may have been a draft"),
+        ("{'a_score': 0.9, 'summary': 's', 'summary': 'another one'}", "repairing it would lose text"),
         ('{"scores": {' + ", ".join(f'"k{n}": 0.5' for n in range(101)) + "}}", "more than 100 scores"),
-        ('```{"```json{``````', "not to be repaired"),
     ],
 )  # fmt: skip
 def test_every_refusal_has_its_reason(text: str, expected: str) -> None:
     assert reason(text) == expected
+
+
+def test_a_misspelt_key_is_refused() -> None:
+    misspelt = PLAIN.replace("reasonableness", "reasonablenes")
+    assert asked_for(misspelt, "reasonableness_score") == "reasonableness_score is missing"
+    assert asked_for(NESTED.replace("goal", "gaol"), "quality", "goal") == "goal is missing"
 
 
 def asked_for(text: str, *keys: str, nested: bool = False) -> dict[str, float] | str:
@@ -264,28 +399,18 @@ def asked_for(text: str, *keys: str, nested: bool = False) -> dict[str, float] |
     return dict(verdict.scores) if isinstance(verdict, Verdict) else verdict.reason
 
 
-def test_what_was_asked_for_tells_scores_from_other_numbers() -> None:
+def test_what_was_asked_for_distinguishes_scores_from_other_numbers() -> None:
     assert asked_for('{"elegance": 0.4, "clip_number": 1}', "elegance") == {"elegance": 0.4}
     assert asked_for('{"code": 0, "message": "internal error"}', "elegance") == "no score"
     assert asked_for('{"Elegance": "0.4", "depth": 0.5}', "elegance", "depth") == {"elegance": 0.4, "depth": 0.5}
     assert asked_for(PLAIN.replace("reasonableness_score", "Reasonableness Score"), "reasonableness_score") == {
         "reasonableness_score": 0.9
     }
-    assert asked_for(PLAIN, "correctness_score") == {"reasonableness_score": 0.9}, "named by the judge itself"
+    assert asked_for(PLAIN, "correctness_score") == "correctness_score is missing"
     quoted = 'It found {"title": "x", "score": 0.93, ...}.'
-    assert asked_for(quoted, "correctness_score") == "other scores than were asked for"
+    assert asked_for(quoted, "correctness_score") == "the scores are only quoted in a sentence"
     assert asked_for('{"a_score": 0.9, "summary": "cut', "a_score", "b_score") == "cut off inside the scores"
-    assert asked_for('{"scores": {"a": 0.9}, "b": 0.8}', "a", "b", nested=True) == "b stands among the texts"
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["```" + " " * 190_000 + "x", PLAIN + "{" * 150_000, '{"a_score": 0.9, "b": {"a_score":' + " " * 190_000 + '"x"}}'],
-)
-def test_no_text_takes_long(text: str) -> None:
-    started = time.process_time()
-    read_verdict(text)
-    assert time.process_time() - started < 2
+    assert asked_for('{"scores": {"a": 0.9}, "b": 0.8}', "a", "b", nested=True) == "b is missing"
 
 
 def test_a_decimal_comma_is_no_zero() -> None:
@@ -357,32 +482,81 @@ def test_an_answer_that_is_cut_off_never_gives_another_score(made: tuple[Verdict
             assert read_again.scores == verdict.scores
 
 
-FAULTS = [
-    lambda text, at: text[:at] + '"' + text[at:],
-    lambda text, at: text[:at] + "\n" + text[at:],
-    lambda text, at: text[:at] + "\\" + text[at:],
-    lambda text, at: text[:at] + " // see above\n" + text[at:],
-    lambda text, at: text[:at] + text[at + 1 :],
-    lambda text, at: text[:at] + ' "and so", it "went" ' + text[at:],
+QUOTED = PLAIN.replace("searched", 'searched "the web"')
+KEYED = NESTED.replace("0.85", '"85%"')
+CRITERIA = '{"scores": {"quality": {"score": 0.5, "reason": "Fine."}, "goal": {"score": 0.85, "reason": "Met."}}}'
+SAMPLES = [
+    *((text, Shape(("reasonableness_score",), nested=False), {"reasonableness_score": 0.9}) for text in (
+        PLAIN, QUOTED, PLAIN.replace('"', "'"), PLAIN.replace(", ", "，").replace('"', "“", 1).replace('"', "”", 1),
+        f"```json\n{QUOTED}\n```", f"Here it is:\n{PLAIN}\nI hope it helps.", f"<think>Hm.</think>\n{PLAIN}",
+        PLAIN.replace('"}', '",\n}'), PLAIN.replace(", ", ",  // from 0 to 1\n", 1),
+    )),
+    *((text, Shape(("quality", "goal"), nested=True), {"quality": 0.5, "goal": 0.85}) for text in (
+        NESTED, KEYED, CRITERIA, json.dumps(json.loads(NESTED), indent=4), NESTED.replace("Good.", 'It is "good".'),
+        '{"scores": [{"name": "quality", "score": 0.5}, {"name": "goal", "score": 0.85}], "summary": "Fine."}',
+    )),
+]  # fmt: skip
+FAULTY = [*"\"\\\n{}[],: '.%/#“：_*`<>-", "", " // see above\n", ' "and so", it "went" ']
+"""What a fault puts into an answer, or in the place of one of its characters."""
+
+
+def faults(count: int) -> Iterator[tuple[str, Shape, dict[str, float]]]:
+    """Answers with one fault or cut off; a digit is never lost alone, for no reader could see that."""
+    chance = Random(1)
+    for _ in range(count):
+        text, asked, scores = chance.choice(SAMPLES)
+        at, taken = chance.randrange(len(text)), chance.choice((0, 0, 1))
+        if chance.random() < 0.4:
+            yield text[:at], asked, scores
+        elif not (taken and text[at].isdigit()):
+            yield text[:at] + chance.choice(FAULTY) + text[at + taken :], asked, scores
+
+
+def test_a_fault_never_gives_another_score_and_never_takes_long() -> None:
+    kept = count = 0
+    read_verdict(QUOTED)  # imports json-repair
+    for text, asked, scores in faults(20_000):
+        started = time.process_time()
+        verdict = read_verdict(text, asked)
+        assert time.process_time() - started < 1, text
+        count += 1
+        if isinstance(verdict, Verdict):
+            kept += 1
+            assert verdict.scores == scores, text
+    assert kept > count / 2
+
+
+LONG = [
+    "```" + " " * 190_000 + "x",
+    PLAIN + "{" * 150_000,
+    '{"a_score": 0.9, "b": {"a_score":' + " " * 190_000 + '"x"}}',
+    '{"a_score": 0.5, "summary": "The page was {   "x": "y" and so on."',
+    '{"a_score": 0.9, "s": "' + '["x' * 6_000 + ']"}',
+    '{"a_score": 0.9, "s": (' + "(" * 15_000,
+    "[" + '{"a_score": 0.9 "a_score": 0.9 ' * 600,
+    "{'a_score': 0.9, 's': '" + "it's, " * 3_300 + "'}",
+    PLAIN + "\n" + "reasonableness_score," * 1_900,
+    "<|" * 90_000 + PLAIN,
+    "<think>" * 28_000,
+    "</think> x" * 19_000 + PLAIN,
 ]
 
 
-@given(
-    verdicts.flatmap(lambda verdict: st.tuples(st.just(verdict), layouts(verdict))),
-    st.sampled_from(FAULTS),
-    st.data(),
-)
-@settings(max_examples=200, deadline=None)
-def test_a_fault_in_the_texts_never_changes_a_score(
-    made: tuple[Verdict, str], fault: Callable[[str, int], str], data: st.DataObject
-) -> None:
-    verdict, text = made
-    names = "|".join(re.escape(json.dumps(key, ensure_ascii=False)) for key in verdict.scores)
-    behind_scores = max(match.end() for match in re.finditer(rf"(?:{names}): [\d.]+", text))
-    faulty = fault(text, data.draw(st.integers(behind_scores, len(text) - 1)))
-    read_again = read_verdict(faulty)
-    if isinstance(read_again, Verdict):
-        assert {key: verdict.scores.get(key) for key in read_again.scores} == read_again.scores
+@pytest.mark.parametrize("text", LONG)
+def test_no_answer_takes_more_than_a_second(text: str) -> None:
+    read_verdict(QUOTED)
+    started = time.process_time()
+    read_verdict(text, Shape(("reasonableness_score",), nested=False))
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("text", LONG[1:5])
+def test_no_answer_takes_more_than_100_megabytes(text: str) -> None:
+    read_verdict(QUOTED)
+    tracemalloc.start()
+    read_verdict(text)
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
 
 
 # --- the canonical form and what is asked for ---------------------------------------------------------------------
@@ -399,19 +573,3 @@ def test_the_prefix_goes_up_to_the_score_that_comes_next() -> None:
     assert answer_prefix(shape, {}) == '{"scores": {"a": '
     assert answer_prefix(shape, {"a": 0.5}) == '{"scores": {"a": 0.50, "b": '
     assert answer_prefix(shape, {"a": 0.5, "b": 1.0}) == '{"scores": {"a": 0.50, "b": 1.00'
-
-
-@pytest.mark.parametrize(
-    ("prompt", "shape"),
-    [
-        ('Answer:\n{\n  "clip_score": 0.85,  // c\n  "summary": "s"\n}', Shape(("clip_score",), False)),
-        ('{"a_score": 0.8, // c\n "b_score": 0.7, "summary": "s"}', Shape(("a_score", "b_score"), False)),
-        ('Answer: {"a_score": 0.1}' + "x" * 5_000, Shape(("a_score",), False)),
-        ('Answer:\n{"scores": {"a": 0.1,\n "b": 0.2}, "summary": "s"}\n\nBe fair.', Shape(("a", "b"), True)),
-        ('<result>{"scores": {"x": 1}}</result> Answer: {"last_score": 0.9}', Shape(("last_score",), False)),
-        ('<result>{"x_score": 1}</result> Answer: {"scores": {"a": 0.1}}', Shape(("a",), True)),
-        ("How good was it?", None),
-    ],
-)  # fmt: skip
-def test_the_shape_that_a_prompt_asks_for_is_the_last_one_in_it(prompt: str, shape: Shape | None) -> None:
-    assert asked_shape(prompt) == shape
