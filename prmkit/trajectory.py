@@ -7,7 +7,7 @@ judge scores. One JSON line holds one run; field names follow ATIF where it has 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -161,10 +161,32 @@ def load(value: Mapping[str, Any], place: str) -> Trajectory:
         loaded = Trajectory(**run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{place}: a damaged trajectory record ({error!r:.80}). Import the run again.") from error
-    wrong = [name for name in ("trajectory_id", "task_id", "task", "system") if type(getattr(loaded, name)) is not str]
-    if wrong:
-        raise DataError(f"{place}: {wrong[0]} is not a string. Import the run again.")
+    if wrong := next(_wrong_types(loaded), None):
+        raise DataError(f"{place}: a damaged trajectory record ({wrong}). Import the run again.")
     return loaded
+
+
+def _wrong_types(run: Trajectory) -> Iterator[str]:
+    """What a record has where text is expected; everything that reads a run relies on it."""
+    texts: list[tuple[str, Any]] = [
+        (name, getattr(run, name)) for name in ("trajectory_id", "task_id", "task", "system")
+    ]
+    for place, step in enumerate(run.steps, start=1):
+        if step.n != place:
+            yield f"step {place} has the number {step.n!r:.20}"
+        texts += [("text", step.text), ("thought", step.thought), ("agent", "" if step.agent is None else step.agent)]
+        texts += [("the name of a call", call.name) for call in step.calls]
+        texts += [("the text of a result", result.text) for result in step.results]
+        texts += [("a message", part) for message in step.incoming for part in (message.role, message.text)]
+        ids = [call.id for call in step.calls] + [result.call_id for result in step.results]
+        texts += [("the id of a call", "" if identity is None else identity) for identity in ids]
+    yield from (f"{name} is not text" for name, value in texts if not isinstance(value, str))
+    if not isinstance(run.lost, dict) or not all(type(count) is int for count in run.lost.values()):
+        yield "lost is not a mapping of counts"
+    if not isinstance(run.source, dict):
+        yield "source is not an object"
+    if not all(isinstance(tool, dict) for tool in run.tools):
+        yield "tools is not a list of objects"
 
 
 def _load_step(value: Mapping[str, Any]) -> Step:

@@ -9,7 +9,7 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.trajectories.beside import first_error
-from prmkit.trajectories.documents import SUFFIXES, Broken, Document
+from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
 from prmkit.trajectories.readers import READERS, reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import Ids, Keys, Reader, Run, Unreadable, Values, assemble
@@ -121,8 +121,8 @@ def _belongs(path: Path, folder: Path) -> bool:
 
 
 def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Trajectory]:
-    if not path.name.lower().endswith(SUFFIXES) and options.format is None and not _looks_like_json(path):
-        raise DataError(f"{path}: not JSON.")
+    if not path.name.lower().endswith(SUFFIXES):
+        _check_is_json(path)
     document = Document(path)
     reader = READERS[options.format] if options.format else reader_for(document, str(path))
     if reader is None:
@@ -140,9 +140,12 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         yield run
 
 
-def _looks_like_json(path: Path) -> bool:
+def _check_is_json(path: Path) -> None:
     with path.open("rb") as stream:
-        return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+        head = stream.read(256)
+    check_kind(head, str(path))
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
+        raise DataError(f"{path}: not JSON.")
 
 
 def _assembled(found: Run, reader: Reader, path: Path, line: int) -> Trajectory | None:
@@ -150,12 +153,10 @@ def _assembled(found: Run, reader: Reader, path: Path, line: int) -> Trajectory 
 
 
 def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
-    if reader.every:
-        yield from (
-            (run.line or 1 if isinstance(run, Run) else 1, run) for run in reader.every(_Whole(document, report), keys)
-        )
+    read = reader.one
+    if read is None:
+        yield from _read_whole(reader, document, keys, report)
         return
-    read = reader.one or _nothing
     for line, value in document:
         if isinstance(value, Broken):
             report.reject(value.reason, line)
@@ -166,13 +167,22 @@ def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) ->
                 yield from ((line, run) for run in read(value, keys))
             except (Unreadable, DataError) as error:
                 report.reject(str(error).removeprefix(": "), line)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                # The form is recognised by its outline; what is inside can still be anything.
+            except _DAMAGE as error:
                 report.reject(f"damaged inside ({type(error).__name__}: {error!s:.60})", line)
 
 
-def _nothing(_value: Any, _keys: Keys) -> Iterator[Run]:
-    return iter(())
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""What readers run into: a form is recognised by its outline, and what is inside can still be anything."""
+
+
+def _read_whole(
+    reader: Reader, document: Document, keys: Keys, report: FileReport
+) -> Iterator[tuple[int, Run | Trajectory]]:
+    try:
+        for run in reader.every(_Whole(document, report), keys) if reader.every else ():
+            yield run.line or 1 if isinstance(run, Run) else 1, run
+    except _DAMAGE as error:
+        raise DataError(f"{document.path}: damaged inside ({type(error).__name__}: {error!s:.60}).") from error
 
 
 class _Whole:

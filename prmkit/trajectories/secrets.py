@@ -9,23 +9,33 @@ from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-_PATTERNS = {
-    "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
-    "anthropic key": r"\bsk-ant-[\w-]{20,}",
-    "openai key": r"\bsk-(?:proj-|svcacct-|or-v1-)?[A-Za-z0-9_-]{20,}",
-    "github token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
-    "gitlab token": r"\bglpat-[\w-]{20,}",
-    "aws key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "google key": r"\bAIza[\w-]{35}",
-    "slack token": r"\bxox[abeoprs]-[\w-]{10,}",
-    "hugging face token": r"\bhf_[A-Za-z0-9]{30,}",
-    "npm token": r"\bnpm_[A-Za-z0-9]{36}",
-    "stripe key": r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{20,}",
-    "sendgrid key": r"\bSG\.[\w-]{20,}\.[\w-]{20,}",
-    "json web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
-    "password in a url": r"(?<=://)[^\s:/@]{1,64}:[^\s:/@]{3,}(?=@)",
-    "authorization header": r"(?i)(?<=authorization: )(?:bearer|basic) +[\w.~+/=-]{12,}",
+_PATTERNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "private key": (
+        ("PRIVATE KEY",),
+        r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    ),
+    "anthropic key": (("sk-ant-",), r"\bsk-ant-[\w-]{20,}"),
+    "openai key": (("sk-",), r"\bsk-(?:proj-|svcacct-|or-v1-)?[A-Za-z0-9_-]{20,}"),
+    "github token": (
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+        r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
+    ),
+    "gitlab token": (("glpat-",), r"\bglpat-[\w-]{20,}"),
+    "aws key": (("AKIA", "ASIA"), r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    "google key": (("AIza",), r"\bAIza[\w-]{35}"),
+    "slack token": (("xox",), r"\bxox[abeoprs]-[\w-]{10,}"),
+    "hugging face token": (("hf_",), r"\bhf_[A-Za-z0-9]{30,}"),
+    "npm token": (("npm_",), r"\bnpm_[A-Za-z0-9]{36}"),
+    "stripe key": (("k_live_", "k_test_"), r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{20,}"),
+    "sendgrid key": (("SG.",), r"\bSG\.[\w-]{20,}\.[\w-]{20,}"),
+    "json web token": (("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
+    "password in a url": (("://",), r"(?<=://)[^\s:/@]{1,64}:[^\s:/@]{3,}(?=@)"),
+    "authorization header": (("uthorization: ",), r"(?<=uthorization: )(?i:bearer|basic) +[\w.~+/=-]{12,}"),
 }
+"""By kind: strings without which there is none, and the pattern. A search for a string is a hundred times faster, and
+most texts hold no secret."""
+_COMPILED = {kind: (needles, re.compile(pattern, re.DOTALL)) for kind, (needles, pattern) in _PATTERNS.items()}
+_HINTS = ("key", "secret", "token", "passw")
 _NAMED = re.compile(
     # NAME=value, "name": "value". Without quotes the value has a digit: `password = ask()` is code and no secret, and
     # a placeholder is no secret either (that an agent left it in may be its error, which a judge should see).
@@ -35,11 +45,6 @@ _NAMED = re.compile(
     (?:(\\?["'])(?!\[secret:|your|my[_-]|example|placeholder|x{3})([^\s"'\\]{8,})
     |(?=[^\s"'\\,;]*\d)([^\s"'\\,;}{)(<>$\[\]]{8,}))""",
 )
-_ANY = re.compile(
-    "|".join(f"(?:{pattern})" for pattern in (p.replace("(?i)", "") for p in _PATTERNS.values())), re.S | re.I
-)
-_EACH = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in _PATTERNS.items()}
-_HINT = re.compile(r"(?i)key|secret|token|passw")
 
 
 def mask(value: Any, found: Counter[str]) -> Any:
@@ -72,11 +77,12 @@ def _mask_entry(key: Any, value: Any, found: Counter[str]) -> Any:
 
 
 def _mask_text(text: str, found: Counter[str]) -> str:
-    counts = Counter[str]()
-    if _ANY.search(text):  # one search for all: most texts hold none
-        for kind, pattern in _EACH.items():
-            text, counts[kind] = pattern.subn(f"[secret: {kind}]", text)
-    if _HINT.search(text):
-        text, counts["named secret"] = _NAMED.subn(r"\1\2[secret: named secret]", text)
-    found.update(+counts)
+    for kind, (needles, pattern) in _COMPILED.items():
+        if any(needle in text for needle in needles):
+            text, count = pattern.subn(f"[secret: {kind}]", text)
+            found.update({kind: count} if count else {})
+    lowered = text.lower()
+    if any(hint in lowered for hint in _HINTS):
+        text, count = _NAMED.subn(r"\1\2[secret: named secret]", text)
+        found.update({"named secret": count} if count else {})
     return text

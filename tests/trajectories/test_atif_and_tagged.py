@@ -5,6 +5,15 @@ import pytest
 from prmkit.trajectories.importing import FileReport
 from tests.trajectories.conftest import Read, outline
 
+ATIF = {
+    "schema_version": "ATIF-v1.7", "session_id": "s", "agent": {"tool_definitions": [{"name": "ls"}]},
+    "steps": [
+        {"step_id": 1, "source": "user", "message": "List files."},
+        {"step_id": 2, "source": "agent", "message": "", "tool_calls": [
+            {"tool_call_id": "c", "function_name": "ls", "arguments": {}}],
+         "observation": {"results": [{"source_call_id": "c", "content": "a.txt"}]}}],
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("version", ["ATIF-v1.0", "ATIF-v1.4", "ATIF-v1.8", "ATIF-v1.9"])
 def test_atif(read: Read, version: str) -> None:
@@ -39,6 +48,9 @@ TAGGED = """<think>I search.</think>
 <result>found y</result>
 <think>Enough.</think>
 <answer>y</answer>"""
+
+
+EXAMPLES = {"atif": [ATIF], "tagged": [{"sft_data": {"instruction": "Find it.", "output": TAGGED}}]}
 
 
 def test_tagged_text(read: Read) -> None:

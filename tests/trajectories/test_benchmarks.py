@@ -7,20 +7,105 @@ from tests.trajectories.conftest import Read, outline
 SYSTEM = {"role": "system", "content": "Policy."}
 
 
-def test_tau_bench(read: Read) -> None:
-    value = {
-        "task_id": 3, "trial": 1, "reward": 1.0,
-        "info": {"task": {"actions": [{"name": "cancel", "kwargs": {}}], "instruction": "You are hidden."}},
-        "traj": [
-            SYSTEM,
-            {"role": "user", "content": "Cancel it."},
-            {"role": "assistant", "content": None, "tool_calls": [
-                {"id": "c", "type": "function", "function": {"name": "cancel", "arguments": "{}"}}]},
-            {"role": "tool", "tool_call_id": "c", "name": "cancel", "content": "ok"},
-            {"role": "assistant", "content": "Cancelled."},
-        ],
+TAU_BENCH: dict[str, Any] = {
+    "task_id": 3, "trial": 1, "reward": 1.0,
+    "info": {"task": {"actions": [{"name": "cancel", "kwargs": {}}], "instruction": "You are hidden."}},
+    "traj": [
+        SYSTEM,
+        {"role": "user", "content": "Cancel it."},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "cancel", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "c", "name": "cancel", "content": "ok"},
+        {"role": "assistant", "content": "Cancelled."},
+    ],
+}  # fmt: skip
+
+SIMULATION: dict[str, Any] = {
+    "id": "s-1", "task_id": "t-1", "trial": 0, "reward_info": {"reward": 1.0},
+    "messages": [
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "My phone is broken."},
+        {"role": "user", "content": None, "tool_calls": [
+            {"id": "u", "name": "reboot", "arguments": {}, "requestor": "user"}]},
+        {"role": "tool", "id": "u", "content": "rebooted", "requestor": "user"},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "c", "name": "lookup", "arguments": {"n": 1}, "requestor": "assistant"}]},
+        {"role": "tool", "id": "c", "content": "no", "requestor": "assistant", "error": True},
+        {"role": "assistant", "content": "Sorry."},
+    ],
+}  # fmt: skip
+_TASKS = [{"id": "t-1", "evaluation_criteria": {"actions": []}, "user_scenario": {"instructions": "hidden"}}]
+TAU2 = {"timestamp": "now", "tasks": _TASKS, "simulations": [SIMULATION]}
+
+SWE_AGENT: dict[str, Any] = {
+    "environment": "swe",
+    "trajectory": [
+        {
+            "action": "ls",
+            "observation": "a.py",
+            "response": "I look.\n```\nls\n```",
+            "thought": "I look.",
+            "state": "{}",
+        },
+        {
+            "action": "submit",
+            "observation": "",
+            "response": "Done.\n```\nsubmit\n```",
+            "thought": "Done.",
+            "state": "{}",
+        },
+    ],
+    "history": [
+        {"role": "system", "content": "You fix code.", "agent": "main"},
+        {"role": "user", "content": "A demonstration.", "is_demo": True},
+        {"role": "user", "content": [{"type": "text", "text": "Fix the bug."}]},
+        {"role": "assistant", "content": "I look."},
+    ],
+    "info": {"exit_status": "submitted", "submission": "diff"},
+}
+
+_SAMPLE: dict[str, Any] = {
+    "id": "q1", "epoch": 1, "input": "attachment://abc", "target": "the-answer",
+    "messages": [
+        {"role": "system", "content": "Policy."},
+        {"role": "user", "content": "attachment://abc", "source": "input"},
+        {"role": "assistant",
+         "content": [{"type": "reasoning", "reasoning": "Hm."}, {"type": "text", "text": "ok"}],
+         "tool_calls": [{"id": "c", "function": "bash", "arguments": {"cmd": "ls"}, "type": "function"}]},
+        {"role": "tool", "tool_call_id": "c", "function": "bash", "content": "attachment://missing"},
+        {"role": "assistant", "content": "It is four."},
+    ],
+    "scores": {"match": {"value": "C", "answer": "4"}}, "attachments": {"abc": "How many?"},
+}  # fmt: skip
+INSPECT: dict[str, Any] = {
+    "version": 2,
+    "status": "success",
+    "eval": {"task": "sums"},
+    "samples": [_SAMPLE, _SAMPLE | {"epoch": 2}],
+}
+
+
+def _mini(*messages: dict[str, Any]) -> dict[str, Any]:
+    opening = [SYSTEM, {"role": "user", "content": "Please solve this issue: it crashes."}]
+    closing = {"role": "exit", "content": "diff", "extra": {"exit_status": "Submitted", "submission": "diff"}}
+    info = {"exit_status": "Submitted", "submission": "diff", "mini_version": "2.0.0"}
+    return {
+        "info": info, "messages": [*opening, *messages, closing], "instance_id": "repo-1",
+        "trajectory_format": "mini-swe-agent-1.1",
     }  # fmt: skip
-    first, second = read([value, value | {"trial": 2, "reward": 0.0}])
+
+
+MINI = _mini(
+    {"role": "assistant", "content": "```bash\nls\n```", "extra": {"actions": [{"command": "ls"}]}},
+    {"role": "user", "content": "a.py", "extra": {"returncode": 0}},
+)
+EXAMPLES: dict[str, list[Any]] = {
+    "tau-bench": [TAU_BENCH], "tau2": [TAU2], "swe-agent": [SWE_AGENT], "mini-swe-agent": [MINI], "inspect": [INSPECT],
+}  # fmt: skip
+
+
+def test_tau_bench(read: Read) -> None:
+    first, second = read([TAU_BENCH, TAU_BENCH | {"trial": 2, "reward": 0.0}])
     assert outline(first) == [("", "", [("cancel", {})], ["ok"]), ("", "Cancelled.", [], [])]
     assert (first.task, first.task_id, first.system) == ("Cancel it.", "3", "Policy.")
     assert first.reference == '[{"name": "cancel", "kwargs": {}}]'
@@ -30,22 +115,7 @@ def test_tau_bench(read: Read) -> None:
 
 
 def test_tau2(read: Read) -> None:
-    simulation = {
-        "id": "s-1", "task_id": "t-1", "trial": 0, "reward_info": {"reward": 1.0},
-        "messages": [
-            {"role": "assistant", "content": "Hello!"},
-            {"role": "user", "content": "My phone is broken."},
-            {"role": "user", "content": None, "tool_calls": [
-                {"id": "u", "name": "reboot", "arguments": {}, "requestor": "user"}]},
-            {"role": "tool", "id": "u", "content": "rebooted", "requestor": "user"},
-            {"role": "assistant", "content": None, "tool_calls": [
-                {"id": "c", "name": "lookup", "arguments": {"n": 1}, "requestor": "assistant"}]},
-            {"role": "tool", "id": "c", "content": "no", "requestor": "assistant", "error": True},
-            {"role": "assistant", "content": "Sorry."},
-        ],
-    }  # fmt: skip
-    tasks = [{"id": "t-1", "evaluation_criteria": {"actions": []}, "user_scenario": {"instructions": "hidden"}}]
-    (run,) = read({"timestamp": "now", "tasks": tasks, "simulations": [simulation]})
+    (run,) = read(TAU2)
     assert outline(run) == [
         ("", "Hello!", [], []),
         ("", "", [("lookup", {"n": 1})], ["no"]),
@@ -58,46 +128,10 @@ def test_tau2(read: Read) -> None:
 
 
 def test_swe_agent(read: Read) -> None:
-    value = {
-        "environment": "swe",
-        "trajectory": [
-            {
-                "action": "ls",
-                "observation": "a.py",
-                "response": "I look.\n```\nls\n```",
-                "thought": "I look.",
-                "state": "{}",
-            },
-            {
-                "action": "submit",
-                "observation": "",
-                "response": "Done.\n```\nsubmit\n```",
-                "thought": "Done.",
-                "state": "{}",
-            },
-        ],
-        "history": [
-            {"role": "system", "content": "You fix code.", "agent": "main"},
-            {"role": "user", "content": "A demonstration.", "is_demo": True},
-            {"role": "user", "content": [{"type": "text", "text": "Fix the bug."}]},
-            {"role": "assistant", "content": "I look."},
-        ],
-        "info": {"exit_status": "submitted", "submission": "diff"},
-    }
-    (run,) = read(value, name="one.traj")
+    (run,) = read(SWE_AGENT, name="one.traj")
     assert outline(run) == [("I look.", "", [("action", "ls")], ["a.py"]), ("Done.", "", [("action", "submit")], [""])]
     assert (run.task, run.system) == ("Fix the bug.", "You fix code.")
     assert run.lost == {"demonstrations": 1, "submissions": 1}
-
-
-def _mini(*messages: dict[str, Any]) -> dict[str, Any]:
-    opening = [SYSTEM, {"role": "user", "content": "Please solve this issue: it crashes."}]
-    closing = {"role": "exit", "content": "diff", "extra": {"exit_status": "Submitted", "submission": "diff"}}
-    info = {"exit_status": "Submitted", "submission": "diff", "mini_version": "2.0.0"}
-    return {
-        "info": info, "messages": [*opening, *messages, closing], "instance_id": "repo-1",
-        "trajectory_format": "mini-swe-agent-1.1",
-    }  # fmt: skip
 
 
 def test_mini_swe_agent_with_text(read: Read) -> None:
@@ -140,21 +174,7 @@ def test_mini_swe_agent_with_tool_calls(read: Read) -> None:
 
 
 def test_inspect(read: Read) -> None:
-    sample = {
-        "id": "q1", "epoch": 1, "input": "attachment://abc", "target": "the-answer",
-        "messages": [
-            {"role": "system", "content": "Policy."},
-            {"role": "user", "content": "attachment://abc", "source": "input"},
-            {"role": "assistant",
-             "content": [{"type": "reasoning", "reasoning": "Hm."}, {"type": "text", "text": "ok"}],
-             "tool_calls": [{"id": "c", "function": "bash", "arguments": {"cmd": "ls"}, "type": "function"}]},
-            {"role": "tool", "tool_call_id": "c", "function": "bash", "content": "attachment://missing"},
-            {"role": "assistant", "content": "It is four."},
-        ],
-        "scores": {"match": {"value": "C", "answer": "4"}}, "attachments": {"abc": "How many?"},
-    }  # fmt: skip
-    log = {"version": 2, "status": "success", "eval": {"task": "sums"}, "samples": [sample, sample | {"epoch": 2}]}
-    first, second = read(log)
+    first, second = read(INSPECT)
     assert outline(first) == [
         ("Hm.", "ok", [("bash", {"cmd": "ls"})], ["attachment://missing"]),
         ("", "It is four.", [], []),

@@ -139,6 +139,19 @@ PAYLOADS: list[dict[str, Any]] = [
 ]
 
 
+EXAMPLES: dict[str, list[Any]] = {
+    "claude-code": [
+        event("user", "u1", None, "Run it."),
+        event("assistant", "a1", "u1", [{"type": "thinking", "thinking": "Hm."}], message="m"),
+        event("assistant", "a2", "a1", [use("t1")], message="m"),
+        event("user", "u2", "a2", result("t1")),
+        event("assistant", "a3", "u2", [{"type": "text", "text": "Done."}]),
+    ],
+    "codex": [item(**payload) for payload in PAYLOADS],
+    "codex before envelopes": PAYLOADS,
+}
+
+
 def test_codex(read: Read) -> None:
     opening = {"timestamp": "…", "type": "session_meta", "payload": {"id": "s-9", "cwd": "/"}}
     shown = {"timestamp": "…", "type": "event_msg", "payload": {"type": "agent_message", "message": "All pass."}}

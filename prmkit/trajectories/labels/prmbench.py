@@ -17,7 +17,7 @@ def recognises(value: Any) -> bool:
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
     """The chain of one line."""
     turns = [Turn("agent", as_text(step), index=index) for index, step in enumerate(value["modified_process"])]
-    kind = value.get("classification")
+    kind = as_text(value.get("classification")) or None
     errors = {int(step) - 1: kind for step in value["error_steps"]}
     yield Run(
         turns,

@@ -24,11 +24,11 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
     """The run of one line."""
     label = value["label"]
     turns = [_turn(step) for step in value["steps"]]
-    errors = {int(label["failure_step"]): label.get("failure_type")} if label["faulty"] else {}
+    errors = {int(label["failure_step"]): as_text(label.get("failure_type")) or None} if label["faulty"] else {}
     yield Run(
         turns,
         Counter(),
-        task=value["goal"],
+        task=as_text(value["goal"]),
         task_id=as_text(value["instance_id"]),
         trajectory_id=as_text(value.get("trajectory_id")) or None,
         outcome=outcome_of({"success": label.get("outcome_correct")}),

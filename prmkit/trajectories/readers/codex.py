@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from prmkit.trajectories.content import Parts, read_call
+from prmkit.trajectories.content import Parts, as_text, read_call
 from prmkit.trajectories.run import Keys, Reader, Run, Turn, Values, joined
 from prmkit.trajectory import Call, Result
 
@@ -28,7 +28,7 @@ def recognises(value: Any) -> bool:
         return False
     if value.get("type") in ("session_meta", "response_item") and isinstance(value.get("payload"), dict):
         return True
-    return value.get("type") in _CALLS | _OUTPUTS and ("call_id" in value)
+    return str(value.get("type")) in _CALLS | _OUTPUTS and "call_id" in value
 
 
 def read(values: Values, _keys: Keys) -> Iterator[Run]:
@@ -38,7 +38,7 @@ def read(values: Values, _keys: Keys) -> Iterator[Run]:
     for index, (line, value) in enumerate(values):
         if not isinstance(value, dict):
             continue
-        kind, payload = value.get("type"), value.get("payload")
+        kind, payload = str(value.get("type")), value.get("payload")
         run.line = run.line or line
         if kind == "session_meta" and isinstance(payload, dict):
             run.trajectory_id = str(payload["id"]) if payload.get("id") and not run.trajectory_id else run.trajectory_id
@@ -80,7 +80,9 @@ def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
         parts = Parts(lost)
         parts.add(output.get("content", output) if isinstance(output, dict) else output)
         failed = isinstance(output, dict) and output.get("success") is False
-        run.turns.append(Turn("tool", results=(Result(parts.text(), item.get("call_id"), failed),), index=index))
+        run.turns.append(
+            Turn("tool", results=(Result(parts.text(), as_text(item.get("call_id")) or None, failed),), index=index)
+        )
     else:
         lost[f"items of type {kind[:40]}"] += 1
 
@@ -100,8 +102,9 @@ def _continue(run: Run, more: Turn, *, new: bool) -> None:
 def _call(item: Mapping[str, Any], lost: Counter[str]) -> Call | None:
     if item["type"] in ("function_call", "custom_tool_call"):
         call = read_call({"arguments": item.get("arguments", {"input": item.get("input")})} | dict(item), lost)
-        return replace(call, id=item.get("call_id") or call.id) if call else None
-    return Call(item["type"].removesuffix("_call"), item.get("action") or item.get("arguments"), item.get("call_id"))
+        return replace(call, id=as_text(item.get("call_id")) or call.id) if call else None
+    name, arguments = item["type"].removesuffix("_call"), item.get("action") or item.get("arguments")
+    return Call(name, arguments, as_text(item.get("call_id")) or None)
 
 
 READER = Reader("codex", recognises, every=read)

@@ -1,0 +1,70 @@
+"""`import_trajectories.py` as it is typed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RUN = {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Use ghp_" + "a1B2" * 9}]}
+
+
+def typed(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "import_trajectories.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "a.jsonl").write_text(json.dumps(RUN) + "\n" + '{"half a li')
+    (runs / "notes.txt").write_text("notes")
+    return tmp_path
+
+
+def test_records_and_the_account(folder: Path) -> None:
+    done = typed(folder, "runs", "--output", "trajectories.jsonl")
+    assert done.returncode == 0, done.stderr
+    (line,) = (folder / "trajectories.jsonl").read_text().splitlines()
+    assert json.loads(line)["steps"][0]["text"] == "Use [secret: github token]"
+    assert "messages" in done.stdout and "masked: 1 github token" in done.stdout
+    assert "passed over runs/notes.txt" in done.stderr and "(line 2)" in done.stderr
+
+
+def test_the_account_as_json(folder: Path) -> None:
+    done = typed(folder, "runs", "--output", "t.jsonl", "--json")
+    account: dict[str, Any] = json.loads(done.stdout)
+    assert account["written"] == 1 and [file["runs"] for file in account["files"]] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["none", "--output", "t.jsonl"], 1, "no such file"),
+        (["runs/notes.txt", "--output", "t.jsonl"], 1, "not JSON"),
+        (["runs", "--output", "runs/t.jsonl"], 2, "among the inputs"),
+        (["runs", "--output", "t.jsonl", "--format", "x"], 2, "There are"),
+        (["runs", "--output", "t.jsonl", "--labels", "x"], 2, "who-and-when"),
+        (["runs", "--output", "t.jsonl", "--labels", "column"], 2, "--label-key"),
+        (["runs", "--output", "t.jsonl", "--labels", "steps"], 1, "no step of these runs has a label"),
+        (["runs", "--output", "t.jsonl", "--rubric", "r.yaml"], 2, "--labels"),
+        (["runs"], 2, "--output"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(folder: Path, arguments: list[str], code: int, words: str) -> None:
+    done = typed(folder, *arguments)
+    assert done.returncode == code and words in done.stderr
+    assert "Traceback" not in done.stderr and not (folder / "t.jsonl").exists()
+
+
+def test_rows_of_labelled_steps(folder: Path) -> None:
+    (folder / "marked.jsonl").write_text(json.dumps(RUN | {"marks": [0.4]}))
+    arguments = ["marked.jsonl", "--labels", "column", "--label-key", "marks", "--output", "rows.jsonl"]
+    assert typed(folder, *arguments).returncode == 0
+    (row,) = map(json.loads, (folder / "rows.jsonl").read_text().splitlines())
+    assert row["metadata"]["model_name"] == "human"
+    assert json.loads(row["conversations"][1]["value"]) == {"step_score": 0.4}
