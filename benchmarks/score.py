@@ -32,7 +32,7 @@ from prmkit.evaluation import bootstrap, heldout, measures  # noqa: E402
 from prmkit.evaluation.agreement import FEWEST_SCORES  # noqa: E402
 from prmkit.evaluation.summary import shown  # noqa: E402
 from prmkit.judge.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
-from prmkit.judge.transformers_judge import Judge, load_judge  # noqa: E402
+from prmkit.judge.transformers_judge import Judge, load_model  # noqa: E402
 from prmkit.judge.types import Request  # noqa: E402
 from prmkit.prompts.encoding import ChatEncoding, load_encoding  # noqa: E402
 from prmkit.verdict import Shape, Verdict, read_verdict, render_verdict  # noqa: E402
@@ -98,7 +98,7 @@ def random_judge(size: str, device: str) -> Judge:
     build_tiny_model(ROOT / "finetune.jsonl", folder)
     source = JudgeSource(folder, template="qwen", cutoff_len=32768, device=device)
     if size == "tiny":
-        return load_judge(source)
+        return load_model(source)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -114,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     mode, batch_size = arguments.measure.split(":")
     judge = (
-        load_judge(judge_source_of_run(arguments.run))
+        load_model(judge_source_of_run(arguments.run))
         if arguments.run
         else random_judge(arguments.size, arguments.device)
     )

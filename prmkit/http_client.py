@@ -1,14 +1,17 @@
-"""Requests to a completions endpoint: as many at once as allowed, tried again when trouble may pass, answers checked.
+"""Requests to a completions endpoint: as many at once as allowed, retried when trouble may pass, answers checked.
 
-What a server answers is another program's data: it is read here, in one place, into numbers and texts, or refused.
+What a server answers is another program's data. It is read here, in one place, into numbers and strings, or rejected.
+No time, size or header of an answer is trusted, and no message repeats the API key.
 """
 
 import asyncio
+import json
 import logging
 import math
 import random
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -22,10 +25,26 @@ T = TypeVar("T")
 _LONGEST_PAUSE = 30.0
 """Seconds between two attempts, of our own choice."""
 _LONGEST_PAUSE_ASKED = 120.0
-"""And at a server's wish."""
-_PASSING_TROUBLE = {408, 409, 425, 429, 500, 502, 503, 504}
+"""And where a server asks for it."""
+_PASSING_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
+_LARGEST_ANSWER = 16 << 20
+"""Bytes, unpacked. The logprobs of a prompt of 100,000 tokens fit."""
 _ROUNDING = 0.01
-"""So much above zero may a log-probability be that was computed in half precision."""
+"""A log-probability that was computed in half precision may be this far above zero."""
+_NOT_COMPUTED = -9000.0
+"""vLLM writes -9999.0 for tokens whose probability it did not compute. No float has a logarithm like that."""
+_NEUTRAL = {
+    "temperature": 0,
+    "top_p": 1,
+    "top_k": -1,
+    "min_p": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "repeat_penalty": 1,
+}
+"""Sent with every request: a server takes what a request leaves open from the model's generation_config.json, where
+many base models have a repetition penalty that changes digits. The last one is llama-server's name for it."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +62,30 @@ class Endpoint:
     """How many of the likeliest tokens to ask for. vLLM gives up to 20 unless it is started with --max-logprobs."""
     attempts: int = 6
     timeout: float = 300.0
-    """Seconds to wait for an answer."""
+    """Seconds until an answer must be complete."""
     unknown_share: float = 1e-4
     """The most of the candidates' probability that may stay unknown, and so the most that a score can be off. Less asks
     more often; a server's own rounding in half precision is a hundred times this."""
 
+    @property
+    def name(self) -> str:
+        """The address as messages show it: without a user and a password."""
+        return re.sub(r"//[^/@]*@", "//", self.base_url)
 
-def refuse_url(url: str) -> None:
-    """Stop before a model loads where `--base-url` can be no server's.
+    def without_secrets(self, text: str) -> str:
+        """What a server or a library says, with the key and the password out of it."""
+        userinfo = re.search(r"//([^/@]*)@", self.base_url)
+        secrets = {self.api_key, *(re.split(":", userinfo[1], maxsplit=1) if userinfo else ())}
+        for secret in filter(None, secrets):
+            text = text.replace(secret, "***")
+        return text
+
+
+def check_url(url: str) -> None:
+    """Stop before a model loads where `--base-url` cannot be a server's.
 
     Raises:
-        UsageError: no address, or of another protocol.
+        UsageError: not an address, or one of another protocol.
     """
     import httpx
 
@@ -63,33 +95,76 @@ def refuse_url(url: str) -> None:
     except httpx.InvalidURL:
         fits = False
     if not fits or any(map(str.isspace, url)):
-        raise UsageError(f"--base-url {url}: no address of a server. Write it as http://localhost:8000/v1.")
+        shown = Endpoint(url, "").name
+        raise UsageError(f"--base-url {shown}: not the address of a server. Write it as http://localhost:8000/v1.")
 
 
 class RowFailure(Exception):
-    """The server cannot answer for this row; the others go on."""
+    """The server cannot answer for this row; the others continue."""
+
+    def __init__(self, reason: str, *, is_usage: bool = False) -> None:
+        """Keep the reason, and whether another option of ours would help if it holds for all rows."""
+        super().__init__(reason)
+        self.is_usage = is_usage
+
+
+class _PassingTrouble(Exception):
+    """It may work the next time."""
+
+    def __init__(self, reason: str, *, pause: float = 0.0, is_unreachable: bool = False) -> None:
+        super().__init__(reason)
+        self.pause = pause
+        self.is_unreachable = is_unreachable
+
+
+@dataclass
+class ServerState:
+    """What is known of a server over all connections to it."""
+
+    is_usable: bool = False
+    """It has given an answer that could be read. Until then, what is wrong is probably wrong for every row."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What must be known of the model's tokenizer to read a server's answers."""
+
+    size: int
+    ids_by_text: Callable[[], Mapping[str, int | None]]
+    """Token id by text, None for a text that several tokens share; called only if the server does not say ids."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a server shows of the tokens that may be written at one place."""
+
+    known: Mapping[int, float]
+    """Log-probabilities of those that were of interest, by token id."""
+    bounds: Mapping[int, float]
+    """The most that the log-probability can be of those that are not shown."""
+    highest: float
+    """Of the likeliest token, which is the one that the model writes."""
+
+
+Likeliest = Mapping[int | str, float]
+"""Log-probabilities of the likeliest tokens at one place: by token id, or by text if the server does not say ids."""
 
 
 class Connection:
     """An open connection to one endpoint."""
 
-    def __init__(
-        self, endpoint: Endpoint, ids_by_text: Callable[[], Mapping[str, int | None]], numbers: Iterator[int]
-    ) -> None:
-        """Open one.
-
-        Args:
-            endpoint: the server.
-            ids_by_text: token id by text, None for a text of several; asked for only where the server names no ids.
-            numbers: counts the requests over all connections; what is wrong with number 0 is wrong with every one.
-        """
+    def __init__(self, endpoint: Endpoint, vocabulary: Vocabulary, state: ServerState) -> None:
+        """Open one; `state` is filled in as answers come."""
         import httpx
 
         self.endpoint = endpoint
-        self._ids_by_text = ids_by_text
-        self._numbers = numbers
+        self._vocabulary = vocabulary
+        self._state = state
         self._gate = asyncio.Semaphore(endpoint.concurrency)
-        headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+        # A compressed answer could unpack to any size.
+        headers = {"Accept-Encoding": "identity"}
+        if endpoint.api_key:
+            headers["Authorization"] = f"Bearer {endpoint.api_key}"
         self._client = httpx.AsyncClient(timeout=endpoint.timeout, headers=headers)
 
     async def __aenter__(self) -> "Connection":
@@ -98,47 +173,54 @@ class Connection:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
+    # --- questions ----------------------------------------------------------------------------------------------------
+
     async def written(self, ids: Sequence[int], max_tokens: int, stop_ids: Sequence[int]) -> str:
-        """What the model writes behind `ids`, greedily."""
+        """What the model writes after `ids`, greedily."""
         return await self._ask(ids, self._text, max_tokens=max_tokens, stop_token_ids=list(stop_ids))
 
-    async def likeliest(self, ids: Sequence[int], tokens: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
-        """Log-probabilities behind `ids`, as far as the server shows them.
+    async def likeliest(self, ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Place]:
+        """What the server shows of some tokens after `ids`, and further on while the model writes greedily.
+
+        Args:
+            ids: the prompt.
+            tokens: those of interest, at each of the next places.
 
         Returns:
-            By token of `tokens`: the log-probability of those that are shown, and a bound for those that are not.
+            At least one place, at most as many as were asked for.
         """
-        shown, by_id = await self._ask(
-            ids, self._shown, max_tokens=1, logprobs=self.endpoint.top_logprobs, return_tokens_as_token_ids=True
-        )
-        if by_id is not None:
-            by_token: Mapping[int | None, float] = by_id
-            hidden = set(tokens)
-        else:
-            by_text = self._ids_by_text()
-            by_token = {by_text.get(text): value for text, value in shown.items()}
-            # A token whose text others share may be among those that are shown.
-            hidden = set(tokens) & set(by_text.values()) if all(text in by_text for text in shown) else set()
-        least = min(shown.values())
-        return (
-            {token: by_token[token] for token in tokens if token in by_token},
-            {token: least if token in hidden else 0.0 for token in tokens},
+
+        def read(choice: Mapping[str, Any]) -> list[Place]:
+            shown = self._likeliest_of(choice)
+            return [self._place(each, wanted) for each, wanted in zip(shown, tokens, strict=False)]
+
+        return await self._ask(
+            ids, read, max_tokens=len(tokens), logprobs=self.endpoint.top_logprobs, return_tokens_as_token_ids=True
         )
 
     async def echoed(self, ids: Sequence[int]) -> float:
         """The log-probability of the last one of `ids`."""
 
-        def last(choice: Mapping[str, Any]) -> float:
-            values = self._logprobs(choice, "token_logprobs")
-            if len(values) < len(ids) or values[len(ids) - 1] is None:
-                raise RowFailure(
-                    f"a score is not among the {self.endpoint.top_logprobs} likeliest tokens, and the server gives no "
-                    "logprobs of echoed prompts; raise --top-logprobs (vLLM: --max-logprobs)"
-                )
+        def last(choice: Mapping[str, Any]) -> float | None:
+            values = self._logprobs(choice).get("token_logprobs")
+            if not isinstance(values, list) or len(values) < len(ids) or values[len(ids) - 1] is None:
+                return None
             return self._number(values[len(ids) - 1])
 
-        # SGLang looks at the prompt only when logprobs is above zero.
-        return await self._ask(ids, last, max_tokens=1, logprobs=1, echo=True)
+        try:
+            # SGLang looks at the prompt only when logprobs is above zero.
+            value = await self._ask(ids, last, max_tokens=1, logprobs=1, echo=True)
+        except RowFailure as failure:
+            raise self._needs_more_logprobs(f" ({failure})") from failure
+        if value is None:
+            raise self._needs_more_logprobs("")
+        return value
+
+    def _needs_more_logprobs(self, why: str) -> RowFailure:
+        return RowFailure(
+            f"a score is not among the {self.endpoint.top_logprobs} likeliest tokens, and the server gives no logprobs "
+            f"of echoed prompts{why}; raise --top-logprobs (vLLM: --max-logprobs)"
+        )
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -147,133 +229,212 @@ class Connection:
 
         Raises:
             RowFailure: the server refuses this prompt, keeps failing on it, or does not answer as it should.
-            DataError, UsageError: it would refuse every prompt, or it is the first answer that is not as it should be.
+            DataError: it cannot be reached, or would refuse every prompt.
         """
-        number = next(self._numbers)
-        response = await self._response(
-            {"model": self.endpoint.model, "prompt": list(ids), "temperature": 0, **parameters}
-        )
-        self._stop_if_hopeless(response)
-        try:
-            return read(self._choice(response))
-        except (DataError, UsageError) as error:
-            if number == 0:
-                raise
-            raise RowFailure(str(error)) from error
-
-    async def _response(self, body: Mapping[str, Any]) -> Any:
-        """An answer, whatever it is, that is no passing trouble."""
-        import httpx
-
-        trouble, unreachable, pause = "", False, 0.0
+        body = {"model": self.endpoint.model, "prompt": list(ids), **_NEUTRAL, **parameters}
+        trouble = _PassingTrouble("it was not asked")
         for attempt in range(self.endpoint.attempts):
             if attempt:
-                log.info("%s: trying again (%s)", self.endpoint.base_url, trouble)
-                # Half of the pause is left to chance, so that many clients do not come back at the same moment.
+                log.info("%s: trying again (%s)", self.endpoint.name, trouble)
+                # Half of the pause is random, so that many clients do not come back at the same moment.
                 own = min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311
-                await asyncio.sleep(max(own, pause))
-            async with self._gate:
-                try:
-                    response = await self._client.post(f"{self.endpoint.base_url.rstrip('/')}/completions", json=body)
-                except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
-                    # Its text may hold the headers, and so the key.
-                    what = type(error).__name__
-                    raise DataError(f"{self.endpoint.base_url}: a request cannot even be sent ({what}).") from None
-                except httpx.ConnectError as error:
-                    trouble, unreachable, pause = str(error), True, 0.0
-                    continue
-                except httpx.RequestError as error:
-                    trouble, unreachable, pause = f"{type(error).__name__} {error}".strip(), False, 0.0
-                    continue
-            if response.status_code not in _PASSING_TROUBLE:
-                return response
-            trouble, unreachable = f"{response.status_code} {response.text[:200]}", False
-            pause = pause_asked_for(response.headers.get("Retry-After"))
-        if unreachable:
-            raise DataError(f"{self.endpoint.base_url}: no server answers ({trouble}). Start it, or mend --base-url.")
-        raise RowFailure(f"the server failed {self.endpoint.attempts} times, at last with: {trouble}")
+                await asyncio.sleep(max(own, trouble.pause))
+            try:
+                value = read(self._choice(await self._post(body)))
+            except _PassingTrouble as error:
+                trouble = error
+            else:
+                self._state.is_usable = True
+                return value
+        if trouble.is_unreachable:
+            raise DataError(f"{self.endpoint.name}: no server answers ({trouble}). Start it, or correct --base-url.")
+        raise RowFailure(f"the server failed {self.endpoint.attempts} times, the last time with: {trouble}")
 
-    def _stop_if_hopeless(self, response: Any) -> None:
-        status, url = response.status_code, self.endpoint.base_url
+    async def _post(self, body: Mapping[str, Any]) -> bytes:
+        """The content of a good answer.
+
+        Raises:
+            _PassingTrouble: it did not come, or not whole.
+            RowFailure: the server refuses the request.
+            DataError: it would refuse every request.
+        """
+        import httpx
+
+        url = f"{self.endpoint.base_url.rstrip('/')}/completions"
+        try:
+            # httpx's own timeout is for the time between two bytes: a server that sends one now and then never ends.
+            async with (
+                self._gate,
+                asyncio.timeout(self.endpoint.timeout),
+                self._client.stream("POST", url, json=body) as response,
+            ):
+                content = bytearray()
+                async for part in response.aiter_bytes():
+                    content += part
+                    if len(content) > _LARGEST_ANSWER:
+                        raise _PassingTrouble(f"an answer of more than {_LARGEST_ANSWER >> 20} MiB")
+        except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
+            # Its text may hold the headers, and so the key.
+            what = type(error).__name__
+            raise DataError(f"{self.endpoint.name}: a request cannot even be sent ({what}).") from None
+        except httpx.ConnectError as error:
+            raise _PassingTrouble(self.endpoint.without_secrets(str(error)), is_unreachable=True) from None
+        except TimeoutError:
+            raise _PassingTrouble(f"no complete answer within {self.endpoint.timeout:g} s") from None
+        except (httpx.RequestError, httpx.InvalidURL) as error:  # the latter: of a redirection
+            what = self.endpoint.without_secrets(f"{type(error).__name__} {error}".strip())
+            raise _PassingTrouble(what) from None
+        self._check_status(response.status_code, response.headers.get("Retry-After"), bytes(content))
+        return bytes(content)
+
+    def _check_status(self, status: int, retry_after: str | None, content: bytes) -> None:
+        url, text = self.endpoint.name, self._excerpt(content)
+        if status in _PASSING_STATUSES:
+            raise _PassingTrouble(f"{status} {text}", pause=pause_asked_for(retry_after))
         if status in (401, 403):
             raise DataError(f"{url}: the server refuses the API key ({status}). Name another --api-key-env.")
         if status == 404:
             raise DataError(
-                f"{url}: no completions of a model '{self.endpoint.model}' there ({response.text[:300]}). "
+                f"{url}: the server has no completions of a model '{self.endpoint.model}' ({text}). "
                 "The URL usually ends in /v1, and /v1/models lists the names."
             )
+        if status >= 400:
+            advice = self._advice_on_logprobs(text)
+            raise RowFailure(f"{url} answers {status}: {text}{advice}", is_usage=bool(advice))
+
+    def _advice_on_logprobs(self, refusal: str) -> str:
+        """What to do, only where the server names a limit that was exceeded."""
+        limits = [int(number) for number in re.findall(r"\b\d{1,4}\b", refusal)]
+        asked = self.endpoint.top_logprobs
+        if "logprobs" not in refusal or not any(limit < asked for limit in limits):
+            return ""
+        return f". {asked} were asked for: lower --top-logprobs, or start vLLM with a higher --max-logprobs"
+
+    def _excerpt(self, content: bytes) -> str:
+        return self.endpoint.without_secrets(content[:300].decode(errors="replace"))
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _choice(self, response: Any) -> Mapping[str, Any]:
-        text = response.text[:300]
-        if response.status_code >= 400 and "logprobs" in text:
-            raise UsageError(
-                f"{self.endpoint.base_url}: the server refuses {self.endpoint.top_logprobs} logprobs ({text}). "
-                "Lower --top-logprobs, or start vLLM with a higher --max-logprobs."
-            )
-        if response.status_code >= 400:
-            raise RowFailure(f"the server answers {response.status_code}: {text}")
+    def _choice(self, content: bytes) -> Mapping[str, Any]:
         try:
-            content = response.json()
-        except (ValueError, RecursionError) as error:
-            raise self._no_completion(text) from error
-        choices = content.get("choices") if isinstance(content, dict) else None
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
+            raise self._misfit(self._excerpt(content)) from None
+        choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise self._no_completion(text)
+            raise self._misfit(self._excerpt(content))
         return choices[0]
 
-    def _no_completion(self, what: object) -> DataError:
-        return DataError(f"{self.endpoint.base_url}: not the answer of a completions endpoint ({str(what)[:300]}).")
+    def _misfit(self, what: object) -> RowFailure:
+        shown = self.endpoint.without_secrets(str(what)[:300])
+        return RowFailure(f"{self.endpoint.name}: not the answer of a completions endpoint ({shown})")
 
     def _text(self, choice: Mapping[str, Any]) -> str:
         text = choice.get("text")
         if not isinstance(text, str):
-            raise self._no_completion(f"its text is {text!r}")
+            raise self._misfit(f"its text is {text!r}")
         return text
 
-    def _logprobs(self, choice: Mapping[str, Any], name: str) -> list[Any]:
+    def _logprobs(self, choice: Mapping[str, Any]) -> Mapping[str, Any]:
         logprobs = choice.get("logprobs")
         if logprobs is not None and not isinstance(logprobs, dict):
-            raise self._no_completion(f"logprobs are {logprobs!r}")
-        if not logprobs or not logprobs.get(name):
-            raise UsageError(
-                f"{self.endpoint.base_url}: the server gives no logprobs, which expected scores are read from. "
-                "Use a server that does (vLLM, SGLang), or --mode generate."
+            raise self._misfit(f"logprobs are {logprobs!r}")
+        if not logprobs:
+            raise RowFailure(
+                f"{self.endpoint.name}: the server gives no logprobs, which expected scores are read from. "
+                "Use a server that does (vLLM, SGLang, llama-server), or --mode generate",
+                is_usage=True,
             )
-        values = logprobs[name]
-        if not isinstance(values, list):
-            raise self._no_completion(f"{name} is {values!r}")
-        return values
+        return logprobs
 
-    def _shown(self, choice: Mapping[str, Any]) -> tuple[Mapping[str, float], Mapping[int | None, float] | None]:
-        """The likeliest tokens as the server names them, and by their ids where it does so by ids."""
-        shown = self._logprobs(choice, "top_logprobs")[0]
-        if not isinstance(shown, dict) or not shown:
-            raise self._no_completion(f"top_logprobs begin with {shown!r}")
-        values = {str(name): self._number(value) for name, value in shown.items()}
+    def _likeliest_of(self, choice: Mapping[str, Any]) -> list[Likeliest]:
+        """At every place that was written, in either of the two forms that servers use.
+
+        vLLM, SGLang: `{"top_logprobs": [{"token_id:5" or "text": -0.1, …}, …]}`, an object a place.
+        llama-server: `{"content": [{"top_logprobs": [{"id": 5, "token": "text", "logprob": -0.1}, …]}, …]}`.
+        """
+        logprobs = self._logprobs(choice)
+        shown: Any = logprobs.get("top_logprobs")
+        read = self._from_object
+        if isinstance(places := logprobs.get("content"), list):
+            shown = [place.get("top_logprobs") if isinstance(place, dict) else None for place in places]
+            read = self._from_list
+        if not isinstance(shown, list) or not shown or not all(shown):
+            raise self._misfit(f"top_logprobs are {shown!r}")
+        return [read(each) for each in shown]
+
+    def _from_object(self, shown: object) -> Likeliest:
+        if not isinstance(shown, dict):
+            raise self._misfit(f"top_logprobs begin with {shown!r}")
+        values: dict[Any, float] = {str(name): self._number(value) for name, value in shown.items()}
         if not all(name.startswith("token_id:") for name in values):
-            return values, None
+            return values
         try:
-            return values, {int(name.removeprefix("token_id:")): value for name, value in values.items()}
+            return {int(name.removeprefix("token_id:")): value for name, value in values.items()}
         except ValueError as error:
-            raise self._no_completion(f"a token is {error}") from error
+            raise self._misfit(f"a token is {error}") from None
+
+    def _from_list(self, shown: object) -> Likeliest:
+        if not isinstance(shown, list) or not all(isinstance(each, dict) for each in shown):
+            raise self._misfit(f"top_logprobs begin with {shown!r}")
+        names: list[Any] = [each.get("id") for each in shown]
+        if not all(isinstance(name, int) and not isinstance(name, bool) for name in names):
+            names = [str(each.get("token")) for each in shown]
+        return dict(zip(names, (self._number(each.get("logprob")) for each in shown), strict=True))
+
+    def _place(self, shown: Likeliest, wanted: Sequence[int]) -> Place:
+        least, highest = min(shown.values()), max(shown.values())
+        if all(isinstance(name, int) for name in shown):
+            self._check_count(shown, may_be_fewer=False)
+            return Place(
+                {token: shown[token] for token in wanted if token in shown},
+                {token: least for token in wanted if token not in shown},
+                highest,
+            )
+        by_text = self._vocabulary.ids_by_text()
+        # Tokens with one text are one entry.
+        self._check_count(shown, may_be_fewer=any(by_text.get(str(text)) is None for text in shown))
+        by_id = {by_text.get(str(text)): value for text, value in shown.items()}
+        # A token that shares its text with others may be one that is shown; so may any, where a text is unknown here.
+        hidden = set(wanted) & set(by_text.values()) if all(str(text) in by_text for text in shown) else set()
+        return Place(
+            {token: by_id[token] for token in wanted if token in by_id},
+            {token: least if token in hidden else 0.0 for token in wanted if token not in by_id},
+            highest,
+        )
+
+    def _check_count(self, shown: Likeliest, *, may_be_fewer: bool) -> None:
+        """Reject an answer that does not hold all the tokens that were asked for.
+
+        While another client uses `logprob_token_ids`, vLLM answers ordinary requests with one or two tokens, one of
+        them at -9999. The least of two would be taken for a bound of all other tokens, and scores would be wrong.
+        """
+        asked = min(self.endpoint.top_logprobs, self._vocabulary.size)
+        if min(shown.values()) < _NOT_COMPUTED or (len(shown) < asked and not may_be_fewer):
+            raise _PassingTrouble(
+                f"{len(shown)} of the {asked} likeliest tokens that were asked for, as vLLM answers while another "
+                "client uses logprob_token_ids. If it is the server's limit, lower --top-logprobs"
+            )
 
     def _number(self, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._no_completion(f"a logprob is {value!r}")
-        if math.isnan(value) or value > _ROUNDING:
-            raise RowFailure(f"the model's probabilities are not numbers; the server gives the logprob {value}")
-        return float(value)
+            raise self._misfit(f"a logprob is {value!r}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isnan(number) or number > _ROUNDING:
+            raise RowFailure(f"the model's probabilities are not numbers; the server gives the logprob {number}")
+        return number
 
 
 def pause_asked_for(header: str | None) -> float:
-    """The seconds of a `Retry-After` header, a number or a date; zero where there is none, or none that can be read."""
+    """The seconds of a `Retry-After` header, a number or a date; zero without one, or if it cannot be read."""
     try:
         seconds = float(header or 0)
     except ValueError:
         try:
             seconds = parsedate_to_datetime(str(header)).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             seconds = 0.0
     return min(max(seconds, 0.0), _LONGEST_PAUSE_ASKED) if math.isfinite(seconds) else 0.0

@@ -1,10 +1,19 @@
-"""The smallest honest completions server: it runs real models, and answers as vLLM or SGLang would.
+"""The smallest honest completions server: it runs real models, and answers as other people's servers do.
 
     python completions_server.py NAME=MODEL_FOLDER …
 
-The models' completions endpoints are at `/NAME/FLAVOUR/v1/completions`, where the flavour vllm names tokens by their
-ids, sglang by their texts, wordless gives no logprobs, and echoless none of a prompt. `POST /trouble` with {"status",
-"times"} makes it fail that often first. Its port is the first line that it writes.
+The models' completions endpoints are at `/NAME/FLAVOUR/v1/completions`. The flavours:
+
+vllm        names tokens by their ids; its model brings a repetition penalty, as generation_config.json may
+busy        the same, and every second answer is damaged as while another client uses logprob_token_ids
+sglang      names tokens by their texts
+llama       logprobs in the form of llama-server, as many as asked for, and no echo
+wordless    no logprobs
+echoless    no logprobs of a prompt
+boolean     wants `logprobs` to be true or false
+textual     takes no token ids
+
+`POST /trouble` with {"status", "times"} makes it fail that often first. Its port is the first line that it writes.
 """
 
 import asyncio
@@ -23,7 +32,7 @@ def complete(tokenizer: Any, model: Any, flavour: str, body: dict[str, Any]) -> 
     import torch
 
     def name(token: int) -> str:
-        return f"token_id:{token}" if flavour == "vllm" else tokenizer.decode([token])
+        return f"token_id:{token}" if flavour in ("vllm", "busy") else tokenizer.decode([token])
 
     def entry(logits: Any, token: int, count: int) -> tuple[float, dict[str, float]]:
         shares = logits.float().log_softmax(-1)
@@ -36,15 +45,18 @@ def complete(tokenizer: Any, model: Any, flavour: str, body: dict[str, Any]) -> 
         prompt_logits = model(torch.tensor([ids])).logits[0]
         written: list[int] = []
         last = prompt_logits[-1]
+        places = []
+        penalty = body.get("repetition_penalty", 1.5)
         while True:
-            written.append(int(last.argmax()))
+            places.append(last)
+            written.append(int(penalised(last, [*ids, *written], penalty).argmax()))
             if len(written) >= body["max_tokens"] or written[-1] in body.get("stop_token_ids", ()):
                 break
             last = model(torch.tensor([[*ids, *written]])).logits[0, -1]
     text = tokenizer.decode([token for token in written if token not in body.get("stop_token_ids", ())])
     choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "length", "logprobs": None}
     if count is not None and flavour != "wordless":
-        tokens, rows = written[:1], [prompt_logits[-1]]
+        tokens, rows = written, places
         if body.get("echo") and flavour != "echoless":
             tokens, rows = [*ids[1:], *tokens], [*prompt_logits[:-1], *rows]
         entries = [entry(row, token, count) for row, token in zip(rows, tokens, strict=True)]
@@ -54,16 +66,53 @@ def complete(tokenizer: Any, model: Any, flavour: str, body: dict[str, Any]) -> 
             "token_logprobs": [*first, *(value for value, _ in entries)],
             "top_logprobs": [*first, *(shown for _, shown in entries)],
         }
+        if flavour == "llama":
+            choice["logprobs"] = {"content": [llama_entry(tokenizer, row, count) for row in rows]}
     return {"object": "text_completion", "model": "tiny", "choices": [choice]}
 
 
-def refusal(body: dict[str, Any], authorization: str | None) -> tuple[int, str] | None:
+def penalised(logits: Any, seen: list[int], penalty: float) -> Any:
+    """Logits as a repetition penalty changes them."""
+    logits = logits.clone()
+    logits[seen] = (
+        logits[seen].where(logits[seen] < 0, logits[seen] / penalty).where(logits[seen] > 0, logits[seen] * penalty)
+    )
+    return logits
+
+
+def llama_entry(tokenizer: Any, logits: Any, count: int) -> dict[str, Any]:
+    """One place of an answer in llama-server's form."""
+    values, tokens = logits.float().log_softmax(-1).topk(count)
+    shown = [
+        {"id": token, "token": tokenizer.decode([token]), "bytes": [], "logprob": value}
+        for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]
+    return shown[0] | {"top_logprobs": shown}
+
+
+def damage(answer: dict[str, Any]) -> None:
+    """What vLLM's V1 runner leaves of the likeliest tokens beside a request with logprob_token_ids."""
+    logprobs = answer["choices"][0]["logprobs"]
+    for shown in filter(None, logprobs["top_logprobs"]):
+        best = max(shown, key=shown.get)
+        value = shown[best]
+        shown.clear()
+        shown.update({best: value, "token_id:0": -9999.0})
+
+
+def refusal(body: dict[str, Any], flavour: str, authorization: str | None) -> tuple[int, str] | None:
     """What a server says to a request that it does not like."""
+    if flavour == "boolean" and not isinstance(body.get("logprobs", False), bool):
+        return 422, "logprobs: Input should be a valid boolean, unable to interpret input"
+    if flavour == "textual":
+        return 422, "prompt: Input should be a valid string"
+    if flavour == "llama" and body.get("echo"):
+        return 400, "Only no echo is supported"
     if authorization == "Bearer wrong":
         return 401, "wrong key"
     if body["model"] != "tiny":
         return 404, f"no model {body['model']}"
-    if (body.get("logprobs") or 0) > MOST_LOGPROBS:
+    if flavour != "llama" and (body.get("logprobs") or 0) > MOST_LOGPROBS:
         return 400, f"at most {MOST_LOGPROBS} logprobs are given"
     if len(body["prompt"]) > 400:
         return 400, "longer than the model's context"
@@ -73,21 +122,25 @@ def refusal(body: dict[str, Any], authorization: str | None) -> tuple[int, str] 
 def application(models: dict[str, tuple[Any, Any]]) -> Any:
     """The server; `models` holds tokenizer and model by name."""
     app = FastAPI()
-    state: dict[str, Any] = {"status": 200, "times": 0, "at_once": 0, "most_at_once": 0}
+    state: dict[str, Any] = {"status": 200, "times": 0, "at_once": 0, "most_at_once": 0, "answers": 0}
 
     async def completions(name: str, flavour: str, request: Request) -> Any:
         body = await request.json()
         if state["times"]:
             state["times"] -= 1
             return JSONResponse({"error": "trouble"}, status_code=state["status"])
-        if refused := refusal(body, request.headers.get("authorization")):
+        if refused := refusal(body, flavour, request.headers.get("authorization")):
             return JSONResponse({"error": refused[1]}, status_code=refused[0])
         state["at_once"] += 1
         state["most_at_once"] = max(state["most_at_once"], state["at_once"])
         try:
-            return await asyncio.to_thread(complete, *models[name], flavour, body)
+            answer = await asyncio.to_thread(complete, *models[name], flavour, body)
         finally:
             state["at_once"] -= 1
+        state["answers"] += 1
+        if flavour == "busy" and body.get("logprobs") and state["answers"] % 2:
+            damage(answer)
+        return answer
 
     async def trouble(request: Request) -> Any:
         state.update(await request.json())

@@ -16,7 +16,7 @@ gemma2: Unigram, numbers in pieces of any length; alternating sliding and full a
 melting: BPE without any splitting, so digits merge with points, spaces and commas. No such model is known.
 """
 
-_STEPS = (
+STEPS = (
     "The agent searched the web for the opening match and read the first page.",
     "It opened the file, found nothing, and called the same tool again.",
     "Das Ergebnis war leer; der Agent hat geraten.",
@@ -59,14 +59,14 @@ NESTED = (
 
 def prompts() -> list[str]:
     """Prompts of different lengths and both shapes, one of them twice."""
-    some = [prompt(" ".join(_STEPS[: 1 + i % 4] * (1 + i // 3)), NESTED if i % 3 == 1 else FLAT) for i in range(7)]
+    some = [prompt(" ".join(STEPS[: 1 + i % 4] * (1 + i // 3)), NESTED if i % 3 == 1 else FLAT) for i in range(7)]
     return [*some, some[2]]
 
 
 def _corpus() -> list[str]:
     labels = [f'{{"reasonableness_score": {i / 100:.2f}, "summary": "well done"}}' for i in range(0, 101, 5)]
     nested = [f'{{"scores": {{"relevance": {i / 100:.2f}, "progress": 0.90}}}}' for i in range(0, 101, 5)]
-    return [*prompts(), *_STEPS * 5, *labels * 6, *nested * 6, "1 12 123 95 100 0.95 0,95 95 95"]
+    return [*prompts(), *STEPS * 5, *labels * 6, *nested * 6, "1 12 123 95 100 0.95 0,95 95 95"]
 
 
 def _byte_level(digits: str) -> Any:

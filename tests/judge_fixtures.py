@@ -9,7 +9,7 @@ import families
 import pytest
 
 from prmkit.judge.sources import JudgeSource
-from prmkit.judge.transformers_judge import Judge, load_judge
+from prmkit.judge.transformers_judge import Judge, load_model
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def judges(model_folders: dict[str, Path], few_threads: None) -> dict[str, Judge]:
     """A loaded judge for each family."""
     return {
-        name: load_judge(JudgeSource(model_folders[name], template=template, cutoff_len=2048))
+        name: load_model(JudgeSource(model_folders[name], template=template, cutoff_len=2048))
         for name, template in families.TEMPLATES.items()
     }
 

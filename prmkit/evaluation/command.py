@@ -16,10 +16,10 @@ from prmkit.files import write_json
 from prmkit.judge.arguments import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import (
     JudgeSource,
+    check_folders,
     config_of_run,
     judge_source_of_export,
     judge_source_of_run,
-    refuse_missing,
 )
 from prmkit.judge.types import Request
 
@@ -41,7 +41,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
     _refuse_mixed(arguments)
     source = judge_source(arguments)
-    refuse_missing(source)
+    check_folders(source)
     run = None if arguments.model else arguments.run or DEFAULT_RUN
     config = config_of_run(run) if run else {}
     if arguments.parity:

@@ -130,10 +130,10 @@ def predict(
 
 
 def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], settings: Settings) -> Iterator[Row]:
-    from prmkit.judge.transformers_judge import load_judge
+    from prmkit.judge.transformers_judge import load_model
 
     requests = (Request(prompt.prompt, prompt.shape) for prompt in prompts)
-    judgements = load_judge(source).score(
+    judgements = load_model(source).score(
         requests,
         batch_size=settings.batch_size,
         mode=settings.mode,

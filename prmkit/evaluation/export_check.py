@@ -101,9 +101,9 @@ def check_parity(
 
 def _ask(source: JudgeSource, requests: Sequence[Request], batch_size: int) -> _Side:
     """Load a judge, ask it, and let it go: two models need not fit into memory together."""
-    from prmkit.judge.transformers_judge import load_judge
+    from prmkit.judge.transformers_judge import load_model
 
-    judge = load_judge(source)
+    judge = load_model(source)
     prompts = [neutralise(request.prompt)[0] for request in requests]
     tokenizer = judge.encoding.tokenizer
     chat_ids = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from prmkit.errors import UsageError
 from prmkit.files import sha256_of
-from prmkit.http_client import Endpoint, refuse_url
+from prmkit.http_client import Endpoint, check_url
 from prmkit.judge.sources import (
     EXPORT_FILE,
     JudgeSource,
@@ -173,15 +173,15 @@ def asking(arguments: argparse.Namespace) -> tuple[Score, dict[str, Any]]:
 
 
 def _load_judge(source: JudgeSource) -> Any:
-    from prmkit.judge.transformers_judge import load_judge
+    from prmkit.judge.transformers_judge import load_model
 
-    return load_judge(source)
+    return load_model(source)
 
 
 def _over_http(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if not arguments.base_url or not arguments.model:
         raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
-    refuse_url(arguments.base_url)
+    check_url(arguments.base_url)
     folder = arguments.tokenizer or (Path(arguments.model) if Path(arguments.model).is_dir() else None)
     local = argparse.Namespace(**vars(arguments) | {"model": folder and str(folder)})
     source = judge_source(local)

@@ -1,4 +1,4 @@
-"""What both backends share: prompts prepared as in training, equal ones scored once, order kept, verdicts read."""
+"""What both backends share: prompts prepared as in training, equal ones judged once, order kept, verdicts read."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 
-from prmkit.judge.score_trie import answer_ids, believable, label_beginning
+from prmkit.judge.score_trie import answer_ids, label_beginning
 from prmkit.judge.types import Distribution, Judgement, Request
 from prmkit.prompts.encoding import ChatEncoding
 from prmkit.prompts.special_tokens import neutralise, restore
@@ -25,27 +25,28 @@ class Prepared:
     trimmed: bool
 
 
-def preparing(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callable[[Request], Prepared | Judgement]:
-    """How prompts become ready for the model: neutralised, trimmed where needed, encoded; or why one cannot be judged.
+def make_preparer(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callable[[Request], Prepared | Judgement]:
+    """A function that makes a prompt ready for the model: escaped, trimmed if needed, encoded; or says why it cannot.
 
-    Both modes leave the same room for the answer, the scores and what stands before them, so both see the same prompt.
+    Both modes reserve the same space for the answer (the scores and what comes before them), so both see the same
+    prompt.
     """
 
     @lru_cache(maxsize=1024)
-    def room_beside(shape: Shape) -> int:
-        return cutoff_len - len(answer_ids(encoding, label_beginning(shape, dict.fromkeys(shape.keys, 0.0))))
+    def prompt_budget(shape: Shape) -> int:
+        return cutoff_len - len(answer_ids(encoding, label_beginning(shape, (0.0,) * len(shape.keys))))
 
     def prepare(request: Request) -> Prepared | Judgement:
         if fault := _fault(request):
             return Judgement("error", reason=fault)
         prompt, _ = neutralise(request.prompt)
         system = neutralise(request.system)[0] if request.system else None
-        ids, room = encoding.prompt_ids(prompt, system), room_beside(request.shape)
-        if len(ids) <= room:
+        ids, budget = encoding.prompt_ids(prompt, system), prompt_budget(request.shape)
+        if len(ids) <= budget:
             return Prepared(ids, request.shape, trimmed=False)
-        trimmed = trim_prompt(prompt, encoding, room, system) if trim else None
+        trimmed = trim_prompt(prompt, encoding, budget, system) if trim else None
         if trimmed is None:
-            reason = f"{len(ids):,} tokens, and there is room for {max(room, 0):,} of cutoff_len {cutoff_len:,}"
+            reason = f"{len(ids):,} tokens, but cutoff_len {cutoff_len:,} leaves room for {max(budget, 0):,}"
             return Judgement("too_long", reason=reason, prompt_tokens=len(ids))
         return Prepared(encoding.prompt_ids(trimmed.text, system), request.shape, trimmed=True)
 
@@ -60,7 +61,7 @@ def _fault(request: Request) -> str | None:
     try:
         f"{request.system}{request.prompt}".encode()
     except UnicodeEncodeError as error:
-        return f"the prompt is no Unicode text ({error.reason})"
+        return f"the prompt is not valid Unicode ({error.reason})"
     return None
 
 
@@ -70,12 +71,12 @@ def judgements_in_order(
     judge_all: Callable[[Sequence[Prepared]], Sequence[Judgement]],
     window: int,
 ) -> Iterator[Judgement]:
-    """Judge a stream, one window at a time; equal requests are judged once, wherever they stand.
+    """Judge a stream, one window at a time; equal requests are judged once, wherever they are in it.
 
     Args:
         requests: any number.
         prepare_one: makes a request ready, or judges at once that it cannot be.
-        judge_all: judges what is ready, in any order it likes, and returns it in the order given.
+        judge_all: judges what is ready, in any order it likes, and returns the judgements in the order given.
         window: how many requests are read ahead.
 
     Yields:
@@ -94,19 +95,19 @@ def judgements_in_order(
             else:
                 known[key] = prepared
         for (key, prepared), judgement in zip(ready.items(), judge_all(list(ready.values())), strict=True):
-            known[key] = replace(believable(judgement), prompt_tokens=len(prepared.ids), trimmed=prepared.trimmed)
+            known[key] = replace(judgement, prompt_tokens=len(prepared.ids), trimmed=prepared.trimmed)
         yield from (known[key] for key in keys)
 
 
 def digest(request: Request) -> bytes:
-    """What tells a request from every other one: of its prompt and of the scores that it asks for."""
+    """A hash of everything in a request: its prompt, its system text, and the scores that it asks for."""
     text = json.dumps([request.shape.nested, request.shape.keys, request.system, request.prompt])
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def read_written(text: str, shape: Shape) -> Judgement:
+def parse_generated(text: str, shape: Shape) -> Judgement:
     """Read a verdict that the model wrote; one without all the scores that were asked for is unparsed."""
-    text = restore(text, answer=True)  # as labels were written from: a key in them may have had its marker marked
+    text = restore(text, answer=True)  # labels were escaped for training, so the model writes escaped keys
     verdict = read_verdict(text, shape)
     if isinstance(verdict, Unreadable):
         return Judgement("unparsed", reason=verdict.reason, text=text)

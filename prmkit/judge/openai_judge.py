@@ -1,7 +1,7 @@
 """The same scores from a model that runs elsewhere: any OpenAI-compatible completions endpoint with logprobs.
 
 Such servers show only the likeliest tokens. So the trie of the candidates is walked: one request for each node that can
-matter gives the likeliest tokens behind it. What is not among them is bounded by the least likely one that is; where
+matter gives the likeliest tokens after it. What is not among them is bounded by the least likely one that is; where
 the bound leaves room for a difference, the server is asked for that very token, by echoing it as a part of the prompt.
 The prompt is sent as token ids, the same as in training, and servers keep its computation between the requests.
 """
@@ -11,25 +11,29 @@ import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
-from prmkit.http_client import Connection, Endpoint, RowFailure
-from prmkit.judge.batching import Prepared, judgements_in_order, preparing, read_written
-from prmkit.judge.score_trie import ScoreTrie, TrieOf, distribution_of, mean_std, tries_of
-from prmkit.judge.types import Distribution, Judgement, Mode, Request
+from prmkit.errors import DataError, UsageError
+from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, Vocabulary
+from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
+from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
+from prmkit.judge.types import LOW_LABEL_MASS, LOW_REACH, Judgement, Mode, Request
 from prmkit.prompts.encoding import ChatEncoding
+
+T = TypeVar("T")
+
+_LOW_LOG_REACH = math.log(LOW_REACH)
+"""A forced beginning that is less likely is not measured any further: its scores are unsure in any case."""
 
 
 @dataclass(frozen=True)
 class CompletionsJudge:
-    """A judge behind an endpoint."""
+    """A judge that a server runs."""
 
     endpoint: Endpoint
     encoding: ChatEncoding
     cutoff_len: int
-    _numbers: Iterator[int] = field(default_factory=count, repr=False, compare=False)
-    """Of the requests: the first one tells whether the server can be asked at all."""
+    _state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
     def score(
         self,
@@ -39,57 +43,64 @@ class CompletionsJudge:
         mode: Mode = "expected",
         trim: bool = True,
         max_new_tokens: int = 1024,
+        min_label_mass: float = LOW_LABEL_MASS,
     ) -> Iterator[Judgement]:
         """As `Judge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
 
         Raises:
-            DataError: the server cannot be reached, refuses the key, or knows no such model.
-            UsageError: the server gives no logprobs, or not as many as are asked for.
+            DataError: the server cannot be reached, refuses the key, does not have the model, or none of its first
+                answers can be used.
+            UsageError: as the last one, and another option would help.
 
-        A server that answers the first request, and a later one not as it should, fails that row alone.
+        A server whose answers could be used, and a later one cannot, fails that row alone.
         """
 
-        async def judge(connection: Connection, prepared: Prepared) -> Judgement:
+        async def judge(connection: Connection, prepared: Prepared) -> Judgement | RowFailure:
             try:
                 if mode == "expected":
-                    return await self._expected(connection, prepared)
+                    return await self._expected(connection, prepared, min_label_mass)
                 text = await connection.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
             except RowFailure as failure:
-                return Judgement("failed", reason=str(failure))
-            return read_written(text, prepared.shape)
+                return failure
+            return parse_generated(text, prepared.shape)
 
         async def judge_all(ready: Sequence[Prepared]) -> list[Judgement]:
-            async with Connection(self.endpoint, self._ids_by_text, self._numbers) as connection:
-                return await _gathered(batch_size, [judge(connection, prepared) for prepared in ready])
+            async with Connection(self.endpoint, self._vocabulary, self._state) as connection:
+                found = await _gathered(batch_size, [judge(connection, prepared) for prepared in ready])
+            self._stop_if_useless(found)
+            return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
 
         return judgements_in_order(
             requests,
-            preparing(self.encoding, self.cutoff_len, trim=trim),
+            make_preparer(self.encoding, self.cutoff_len, trim=trim),
             lambda ready: asyncio.run(judge_all(ready)),
             window=4 * batch_size,
         )
 
-    async def _expected(self, connection: Connection, prepared: Prepared) -> Judgement:
-        scores: dict[str, Distribution] = {}
-        for key in prepared.shape.keys:
-            trie = self._trie(prepared.shape, scores)
-            walk = _Walk(trie, [*prepared.ids, *trie.context], connection)
-            log_probabilities = await walk.log_probabilities()
-            if max(log_probabilities) == -math.inf:
-                raise RowFailure("the model's probabilities are not numbers; the server gives no score any at all")
-            scores[key] = distribution_of(log_probabilities)
-        return Judgement("ok", scores, std=mean_std(scores))
+    def _stop_if_useless(self, found: Sequence[Judgement | RowFailure]) -> None:
+        """Stop where no answer so far could be used: the other rows would fail one by one for the same reason."""
+        failure = next((each for each in found if isinstance(each, RowFailure)), None)
+        if failure is None or self._state.is_usable:
+            return
+        error = UsageError if failure.is_usage else DataError
+        raise error(f"{self.endpoint.name}: no usable answer for the first {len(found)} prompts: {failure}.")
+
+    async def _expected(self, connection: Connection, prepared: Prepared, min_label_mass: float) -> Judgement:
+        reader = VerdictReader(prepared.shape, self._trie_of, min_label_mass)
+        while questions := reader.questions():
+            reader.read(await asyncio.gather(*(_reading(connection, prepared.ids, each) for each in questions)))
+        return reader.judgement()
 
     @cached_property
-    def _trie(self) -> TrieOf:
+    def _trie_of(self) -> TrieOf:
         return tries_of(self.encoding)
 
-    def _ids_by_text(self) -> Mapping[str, int | None]:
-        return self._vocabulary
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(len(self.encoding.tokenizer), lambda: self._ids_by_text)
 
     @cached_property
-    def _vocabulary(self) -> Mapping[str, int | None]:
-        """Token id by text; None for a text that several tokens share."""
+    def _ids_by_text(self) -> Mapping[str, int | None]:
         tokenizer = self.encoding.tokenizer
         ids: dict[str, int | None] = {}
         for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(len(tokenizer))])):
@@ -97,21 +108,54 @@ class CompletionsJudge:
         return ids
 
 
-async def _gathered(at_once: int, work: Sequence[Coroutine[Any, Any, Judgement]]) -> list[Judgement]:
+async def _gathered(at_once: int, work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     gate = asyncio.Semaphore(at_once)
 
-    async def gated(each: Coroutine[Any, Any, Judgement]) -> Judgement:
+    async def gated(each: Coroutine[Any, Any, T]) -> T:
         async with gate:
             return await each
 
     return list(await asyncio.gather(*map(gated, work)))
 
 
-_Question = Callable[[], Coroutine[Any, Any, None]]
+async def _reading(connection: Connection, prompt_ids: Sequence[int], question: Question) -> Reading:
+    context = [*prompt_ids, *question.trie.context]
+    forced_from = len(prompt_ids) + question.forced_from
+    log_reach, log_probabilities = await asyncio.gather(
+        _log_reach(connection, context[:forced_from], context[forced_from:]),
+        _Walk(question.trie, context, connection).log_probabilities(),
+    )
+    if max(log_probabilities) == -math.inf:
+        raise RowFailure("the model's probabilities are not numbers; the server gives every score none at all")
+    return Reading(log_reach, log_probabilities)
+
+
+async def _log_reach(connection: Connection, ids: list[int], forced: list[int]) -> float:
+    """The log-probability of forced tokens after `ids`; where that is low, the most that it can be.
+
+    A judge that knows the form writes these tokens anyway. So it is let write, and watched: one request is enough then.
+    """
+    log_reach, done = 0.0, 0
+    while done < len(forced) and log_reach > _LOW_LOG_REACH:
+        for place in await connection.likeliest([*ids, *forced[:done]], [[token] for token in forced[done:]]):
+            token = forced[done]
+            done += 1
+            if token in place.known:
+                log_reach += place.known[token]
+            elif place.bounds[token] < _LOW_LOG_REACH:
+                log_reach += place.bounds[token]
+            else:
+                log_reach += await connection.echoed([*ids, *forced[:done]])
+            if place.known.get(token) != place.highest:
+                break  # from here on the model wrote something else
+    return log_reach
+
+
+_Request = Callable[[], Coroutine[Any, Any, None]]
 
 
 class _Walk:
-    """The candidates of one key behind one prompt, known better with every request."""
+    """The candidates of one key after one beginning, known better with every request."""
 
     def __init__(self, trie: ScoreTrie, context: list[int], connection: Connection) -> None:
         self._unknown_share = connection.endpoint.unknown_share
@@ -142,12 +186,12 @@ class _Walk:
     def _totals(self) -> list[float]:
         return [sum(self._known.get(edge, -math.inf) for edge in path) for path in self._trie.paths]
 
-    def _questions(self) -> list["_Question"]:
+    def _questions(self) -> list["_Request"]:
         """What to ask next: everything whose possible share is too great to stay unknown."""
-        open_ends: list[tuple[float, _Question]] = []
+        open_ends: list[tuple[float, _Request]] = []
         for node, reached in self._reached().items():
             if not self._is_asked(node):
-                open_ends.append((reached, partial(self._ask_behind, node)))
+                open_ends.append((reached, partial(self._ask_after, node)))
             for edge in self._edges_of[node]:
                 if edge in self._bound and edge not in self._known:
                     open_ends.append((reached + self._bound[edge], partial(self._ask_for, edge)))
@@ -182,14 +226,14 @@ class _Walk:
             node = self._trie.parents[node - 1]
         return [*self._context, *reversed(path)]
 
-    async def _ask_behind(self, node: int) -> None:
+    async def _ask_after(self, node: int) -> None:
         tokens = [self._trie.edges[edge][1] for edge in self._edges_of[node]]
-        known, bounds = await self._connection.likeliest(self._ids(node), tokens)
+        (place,) = await self._connection.likeliest(self._ids(node), [tokens])
         for edge, token in zip(self._edges_of[node], tokens, strict=True):
-            if token in known:
-                self._known[edge] = known[token]
+            if token in place.known:
+                self._known[edge] = place.known[token]
             else:
-                self._bound[edge] = bounds[token]
+                self._bound[edge] = place.bounds[token]
 
     async def _ask_for(self, edge: int) -> None:
         node, token = self._trie.edges[edge]

@@ -142,7 +142,7 @@ def encoding_of(source: JudgeSource) -> ChatEncoding:
         DataError: there is no such folder, or it holds no tokenizer that can be loaded.
         UsageError: LLaMA Factory knows no such template.
     """
-    refuse_missing(source)
+    check_folders(source)
     return load_encoding(
         source.model,
         source.template,
@@ -153,7 +153,7 @@ def encoding_of(source: JudgeSource) -> ChatEncoding:
     )
 
 
-def refuse_missing(source: JudgeSource) -> None:
+def check_folders(source: JudgeSource) -> None:
     """Refuse a judge whose folders are not there: the libraries would look for a mistyped one on the internet.
 
     A run may have been trained on a model of the hub, which then lies in the hub's cache.
@@ -182,7 +182,7 @@ def fingerprint_of(source: JudgeSource) -> dict[str, Any]:
     Raises:
         DataError: there is no such judge.
     """
-    refuse_missing(source)
+    check_folders(source)
     if source.adapter:
         weights = {file.name: sha256_of(file) for file in sorted(source.adapter.glob("adapter_model.*"))}
     else:

@@ -1,25 +1,30 @@
-"""The judge: a fine-tuned model that scores steps. The only module of prmkit that loads a model."""
+"""A judge whose model is loaded here. The only module of prmkit that loads one."""
 
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.judge.batching import Prepared, judgements_in_order, preparing, read_written
-from prmkit.judge.score_trie import TrieOf, distribution_of, mean_std, tries_of
-from prmkit.judge.sources import JudgeSource, encoding_of, read_object, refuse_missing
-from prmkit.judge.tree_attention import PromptTrees, refuse_unsuitable
-from prmkit.judge.types import Distribution, Judgement, Mode, Request
+from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
+from prmkit.judge.score_trie import TrieOf, VerdictReader, common_length, tries_of
+from prmkit.judge.sources import JudgeSource, check_folders, encoding_of, read_object
+from prmkit.judge.tree_attention import TokenTrees, check_architecture
+from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
 from prmkit.prompts.encoding import ChatEncoding
 
 log = logging.getLogger("prmkit")
 
+_READ_AHEAD = 64
+"""At least so many requests are put into an order together: enough for batches with little padding, and for the steps
+of a few trajectories to meet."""
 _BATCHES_READ_AHEAD = 8
-"""Requests of as many batches are sorted by length together: enough for batches with little padding."""
+
+Chain = Sequence[Prepared]
+"""Prompts that are run one after the other in one row of a batch, because each shares a beginning with the last."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,17 @@ class Judge:
         mode: Mode = "expected",
         trim: bool = True,
         max_new_tokens: int = 1024,
+        min_label_mass: float = LOW_LABEL_MASS,
     ) -> Iterator[Judgement]:
         """Judge any number of requests; equal ones are judged once.
 
         Args:
-            requests: read as they are needed, a few batches ahead.
+            requests: read as they are needed, some dozens ahead.
             batch_size: the most prompts to run at once. When the GPU's memory is too small, fewer are.
             mode: read probabilities, or let the model write.
             trim: shorten prompts that are too long, as the conversion does; else they are `too_long`.
             max_new_tokens: the longest verdict to write, in generate mode.
+            min_label_mass: scores with less are `unsure`.
 
         Yields:
             One judgement a request, in their order.
@@ -56,46 +63,48 @@ class Judge:
             UsageError: expected scores cannot be read from this tokenizer, template or architecture.
         """
         if mode == "expected":
-            refuse_unsuitable(self.model)
-            answer: Callable[[Sequence[Prepared]], list[Judgement]] = self._expected
+            check_architecture(self.model)
+            chains_of, answer = _chains, partial(self._expected, min_label_mass=min_label_mass)
         else:
-
-            def answer(batch: Sequence[Prepared]) -> list[Judgement]:
-                return self._generated(batch, max_new_tokens)
-
+            chains_of, answer = _single_chains, partial(self._generated, max_new_tokens=max_new_tokens)
         return judgements_in_order(
             requests,
-            preparing(self.encoding, self.source.cutoff_len, trim=trim),
-            lambda ready: _by_length(ready, batch_size, answer),
-            window=batch_size * _BATCHES_READ_AHEAD,
+            make_preparer(self.encoding, self.source.cutoff_len, trim=trim),
+            lambda ready: _in_batches(ready, chains_of(ready), batch_size, answer),
+            window=max(_READ_AHEAD, batch_size * _BATCHES_READ_AHEAD),
         )
 
-    def _expected(self, batch: Sequence[Prepared]) -> list[Judgement]:
-        """Read the scores of prompts that have the same number of keys."""
-        trees = PromptTrees(self.model, [prepared.ids for prepared in batch])
-        scores: list[dict[str, Distribution]] = [{} for _ in batch]
-        for position in range(len(batch[0].shape.keys)):
-            tries = [self._trie(prepared.shape, given) for prepared, given in zip(batch, scores, strict=True)]
-            for row, log_probabilities in enumerate(trees.log_probabilities(tries)):
-                distribution = distribution_of(log_probabilities)
-                scores[row][batch[row].shape.keys[position]] = distribution
-                trees.choose(row, round(distribution.mode * 100))
-        return [Judgement("ok", given, std=mean_std(given)) for given in scores]
+    def _expected(self, chains: Sequence[Chain], min_label_mass: float) -> list[list[Judgement]]:
+        """Read the scores of chains, the longest one first, whose prompts all have the same number of keys."""
+        trees = TokenTrees(self.model, len(chains))
+        judgements: list[list[Judgement]] = [[] for _ in chains]
+        for turn in range(len(chains[0])):
+            prompts = [chain[turn] for chain in chains if len(chain) > turn]
+            trees.set_prompts([prompt.ids for prompt in prompts])
+            readers = [VerdictReader(prompt.shape, self._trie_of, min_label_mass) for prompt in prompts]
+            while any(questions := [reader.questions() for reader in readers]):
+                for reader, readings in zip(readers, trees.read(questions), strict=True):
+                    if readings:
+                        reader.read(readings)
+            for given, reader in zip(judgements, readers, strict=False):
+                given.append(reader.judgement())
+        return judgements
 
     @cached_property
-    def _trie(self) -> TrieOf:
+    def _trie_of(self) -> TrieOf:
         return tries_of(self.encoding)
 
-    def _generated(self, batch: Sequence[Prepared], max_new_tokens: int) -> list[Judgement]:
-        """Let the model write its verdicts, greedily."""
+    def _generated(self, chains: Sequence[Chain], max_new_tokens: int) -> list[list[Judgement]]:
+        """Let the model write its verdicts, greedily; chains of one prompt each."""
         import torch
 
-        width = max(len(prepared.ids) for prepared in batch)
+        batch = [prompt for (prompt,) in chains]
+        width = max(len(prompt.ids) for prompt in batch)
         ids = torch.zeros((len(batch), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, prepared in enumerate(batch):
-            ids[row, width - len(prepared.ids) :] = torch.tensor(prepared.ids)
-            mask[row, width - len(prepared.ids) :] = 1
+        for row, prompt in enumerate(batch):
+            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[row, width - len(prompt.ids) :] = 1
         stop_ids = self.encoding.stop_ids
         with torch.inference_mode():
             written = self.model.generate(
@@ -107,8 +116,8 @@ class Judge:
                 pad_token_id=stop_ids[0],
             )[:, width:].tolist()
         return [
-            read_written(self.encoding.tokenizer.decode(_until(answer, stop_ids)), prepared.shape)
-            for answer, prepared in zip(written, batch, strict=True)
+            [parse_generated(self.encoding.tokenizer.decode(_until(answer, stop_ids)), prompt.shape)]
+            for answer, prompt in zip(written, batch, strict=True)
         ]
 
 
@@ -117,50 +126,93 @@ def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     return ids[:end]
 
 
-def _by_length(
-    ready: Sequence[Prepared], batch_size: int, answer: Callable[[Sequence[Prepared]], list[Judgement]]
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+Answer = Callable[[Sequence[Chain]], list[list[Judgement]]]
+
+
+def _chains(ready: Sequence[Prepared]) -> list[list[int]]:
+    """Indices of prompts in the order of their tokens, cut where a prompt shares little with the one before.
+
+    In this order no earlier prompt shares more with a prompt than the one just before it. The steps of a trajectory
+    share most of their tokens. Prompts with less than a third in common, which may be the rubric, run side by side
+    instead: a GPU does that in less time.
+    """
+    chains: list[list[int]] = []
+    for index in sorted(range(len(ready)), key=lambda index: (len(ready[index].shape.keys), ready[index].ids)):
+        this, last = ready[index], ready[chains[-1][-1]] if chains else None
+        if last and len(last.shape.keys) == len(this.shape.keys) and _shared(last, this) >= len(this.ids) / 3:
+            chains[-1].append(index)
+        else:
+            chains.append([index])
+    return chains
+
+
+def _shared(one: Prepared, other: Prepared) -> int:
+    return common_length(one.ids, other.ids)
+
+
+def _single_chains(ready: Sequence[Prepared]) -> list[list[int]]:
+    return [[index] for index in range(len(ready))]
+
+
+def _in_batches(
+    ready: Sequence[Prepared], chains: Sequence[list[int]], batch_size: int, answer: Answer
 ) -> list[Judgement]:
-    """Judge in batches of like length and equally many keys, the longest first: what does not fit shows at once."""
-    order = sorted(range(len(ready)), key=lambda index: (len(ready[index].shape.keys), -len(ready[index].ids)))
+    """Judge in batches of chains with equally many keys, the longest first: what does not fit shows at once."""
+
+    def order(chain: list[int]) -> tuple[int, int, int]:
+        last = ready[chain[-1]]
+        return len(last.shape.keys), -len(chain), -len(last.ids)
+
+    rest = sorted(chains, key=order)
     judgements: dict[int, Judgement] = {}
-    while order:
-        keys = len(ready[order[0]].shape.keys)
-        batch = [index for index in order[:batch_size] if len(ready[index].shape.keys) == keys]
-        order = order[len(batch) :]
-        judgements.update(zip(batch, _as_memory_allows([ready[index] for index in batch], answer), strict=True))
+    while rest:
+        batch = [chain for chain in rest[:batch_size] if order(chain)[0] == order(rest[0])[0]]
+        rest = rest[len(batch) :]
+        answers = _as_memory_allows([[ready[index] for index in chain] for chain in batch], answer)
+        for chain, given in zip(batch, answers, strict=True):
+            judgements.update(zip(chain, given, strict=True))
     return [judgements[index] for index in range(len(ready))]
 
 
-def _as_memory_allows(
-    batch: Sequence[Prepared], answer: Callable[[Sequence[Prepared]], list[Judgement]]
-) -> list[Judgement]:
+def _as_memory_allows(chains: Sequence[Chain], answer: Answer) -> list[list[Judgement]]:
+    """Judge all at once, or in halves where the GPU's memory is too small; a prompt that does not fit alone fails."""
     import torch
 
     try:
-        return answer(batch)
+        return answer(chains)
     except torch.OutOfMemoryError as error:
         shortage = _first_line(error)
     # Outside of the handler, whose traceback would keep the tensors alive.
     torch.cuda.empty_cache()
-    if len(batch) == 1:
-        return [Judgement("failed", reason=f"out of memory: {shortage}")]
-    log.warning("out of GPU memory with %d prompts at once: trying half as many", len(batch))
-    middle = len(batch) // 2
-    return [*_as_memory_allows(batch[:middle], answer), *_as_memory_allows(batch[middle:], answer)]
+    if len(chains) > 1:
+        log.warning("out of GPU memory with %d prompts at once: trying half as many", len(chains))
+        middle = len(chains) // 2
+        return [*_as_memory_allows(chains[:middle], answer), *_as_memory_allows(chains[middle:], answer)]
+    (chain,) = chains
+    if len(chain) > 1:
+        middle = len(chain) // 2
+        halves = [_as_memory_allows([half], answer)[0] for half in (chain[:middle], chain[middle:])]
+        return [[*halves[0], *halves[1]]]
+    return [[Judgement("failed", reason=f"out of memory: {shortage}")]]
 
 
-def load_judge(source: JudgeSource) -> Judge:
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(source: JudgeSource) -> Judge:
     """Load the tokenizer, the model and its adapter. Takes about ten seconds besides reading the weights.
 
     Raises:
         DataError: a folder is missing, or holds nothing that can be loaded.
-        UsageError: an unknown template, device or dtype.
+        UsageError: an unknown template, device or dtype, or a model with its own code that was not allowed to run.
     """
-    _refuse_incomplete(source)
-    return Judge(source, encoding_of(source), _load_model(source))
+    _check_complete(source)
+    return Judge(source, encoding_of(source), _load_weights(source))
 
 
-def _load_model(source: JudgeSource) -> Any:
+def _load_weights(source: JudgeSource) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -184,27 +236,27 @@ def _load_model(source: JudgeSource) -> Any:
         model = model.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{source.adapter or source.model}: cannot be loaded ({_first_line(error)}).") from error
-    # The model's own may hold a repetition penalty, which would bend digits.
+    # The model's own may hold a repetition penalty, which would change digits.
     model.generation_config = GenerationConfig()
     return model.eval()
 
 
-def _refuse_incomplete(source: JudgeSource) -> None:
-    """Refuse folders without weights or with damaged settings, which the libraries take for names on a hub or die of.
+def _check_complete(source: JudgeSource) -> None:
+    """Check for weights and settings: without them the libraries look for a name on a hub, or fail with a traceback.
 
     Raises:
         DataError: something is missing or damaged.
     """
-    refuse_missing(source)
+    check_folders(source)
     if source.model.is_dir():
         read_object(source.model / "config.json")
-        _refuse_without_weights(source.model, "")
+        _check_weights(source.model, "")
     if source.adapter is not None:
         read_object(source.adapter / "adapter_config.json", peft_type=str)
-        _refuse_without_weights(source.adapter, "adapter_model")
+        _check_weights(source.adapter, "adapter_model")
 
 
-def _refuse_without_weights(folder: Path, beginning: str) -> None:
+def _check_weights(folder: Path, beginning: str) -> None:
     if not any(file.suffix in (".safetensors", ".bin") for file in folder.glob(f"{beginning}*")):
         raise DataError(f"{folder}: no weights ({beginning or 'model'}*.safetensors). Download or train it again.")
 
@@ -230,11 +282,11 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"device: torch knows no '{name}'. Use cpu, cuda or cuda:0.") from error
+        raise UsageError(f"device: torch does not know '{name}'. Use cpu, cuda or cuda:0.") from error
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # by how torch was built
-        raise UsageError(f"device: torch finds no {name} here; use --device cpu.") from error
+        raise UsageError(f"device: torch cannot use {name} on this machine. Use --device cpu.") from error
     return device
 
 

@@ -1,159 +1,279 @@
-"""Probabilities of many short answers behind long prompts: one prefill, then one tree-masked forward pass a score key.
+"""Probabilities of many short answers to long prompts: each distinct token is run through the model once.
 
-The KV cache of a batch is a bag of slots, each with a token and a position, and every row has its own list of the slots
-that it sees. So rows may have prompts of different lengths and trees of different shapes, tokens that were tried and
-not chosen are simply not seen any more, and nothing is computed twice or copied out of the cache.
+A batch has rows, and each row is a *tree of tokens* in the KV cache: a trunk, which is the prompt, and on top of it
+everything that was tried as an answer. Each token in the cache has a *slot*, the same number for its key and value in
+every layer. Which earlier tokens a token sees is not a matter of their order in the cache but of a mask that we make:
+a token sees its ancestors in the tree, and nothing else.
+
+    slots      0   1   2   3   4   5   6   7
+    tokens     the trunk   {   0   1   .   .           "4" and "5" are two candidates; 6 follows 4, 7 follows 5
+    parents   -1   0   1   2   3   3   4   5
+    7 sees     x   x   x   x       x       x
+
+Three things follow. Candidates are tried side by side in one pass, and those that are not chosen are simply not seen
+later. Rows may have prompts of different lengths and trees of different shapes. And the next prompt of a row that
+begins like the last one (the steps of a trajectory do) keeps that part of the trunk: only what differs is run.
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from prmkit.errors import UsageError
-from prmkit.judge.score_trie import ScoreTrie, common_length
+from prmkit.judge.score_trie import Question, Reading, common_length
+
+_TOKENS_A_PASS = 1024
+"""Of all rows together, where a mask is needed. It bounds the memory for masks and for logits, of which each token has
+as many as the vocabulary has entries."""
 
 
-def refuse_unsuitable(model: Any) -> None:
-    """Refuse architectures whose layers keep a running state instead of keys that a mask can hide.
+def check_architecture(model: Any) -> None:
+    """Reject architectures whose layers keep a running state instead of keys that a mask can hide.
 
     Args:
         model: a causal language model of `transformers`, or one that came with its own code.
 
     Raises:
-        UsageError: the model has other layers than full and sliding-window attention, or its code knows nothing of
-            computing a part of the logits.
+        UsageError: the model has other layers than full and sliding-window attention, or its code cannot compute a
+            part of the logits.
     """
     forward = getattr(model, "get_base_model", lambda: model)().forward
     if "logits_to_keep" not in inspect.signature(forward).parameters:
-        raise UsageError(f"the code of {type(model).__name__} takes no logits_to_keep. Use --mode generate.")
+        raise UsageError(f"The code of {type(model).__name__} does not take logits_to_keep. Use --mode generate.")
     text = model.config.get_text_config(decoder=True)
     foreign = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if foreign or getattr(text, "attention_chunk_size", None) or not hasattr(text, "num_attention_heads"):
         kinds = ", ".join(sorted(foreign)) or text.model_type
-        raise UsageError(f"expected scores need attention that a mask can steer, not {kinds}. Use --mode generate.")
+        raise UsageError(f"Expected scores need attention with a free mask, not {kinds}. Use --mode generate.")
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The tokens that one row adds in one forward pass: a chain that goes on from the cache, then the trie's nodes."""
+@dataclass
+class _Row:
+    """What one row has in the cache."""
 
-    trie: ScoreTrie
-    kept: int
-    """How many cached tokens behind the prompt it goes on from."""
-    chain: tuple[int, ...]
-    """Ends in the trie's root, so there is always one."""
+    prompt: list[int] = field(default_factory=list)
+    trunk: list[int] = field(default_factory=list)
+    """The slot of each token of the prompt but the last, which is run with the first candidates: its logits are
+    needed. A token's index here is its position."""
+    branches: dict[tuple[int, int], int] = field(default_factory=dict)
+    """The slot of each token above the trunk, by its parent's slot and its id."""
+    parents: dict[int, int] = field(default_factory=dict)
+    """The slot of its parent, by the slot of each token above the trunk."""
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        return (*self.chain, *self.trie.tokens)
-
-    @property
-    def parents(self) -> list[int]:
-        """The index of each token's parent, which stands before it; -1 for the first one, whose parent is cached."""
-        root = len(self.chain) - 1
-        return [*range(-1, root), *(root + parent for parent in self.trie.parents)]
+    def top(self) -> int:
+        """The slot of the trunk's last token; -1 without one."""
+        return self.trunk[-1] if self.trunk else -1
 
 
-class PromptTrees:
-    """A batch of prompts in the KV cache, and the answers that grow behind them."""
+@dataclass
+class _Additions:
+    """Tokens that a row is about to get, parents before children."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
-        """Prefill the prompts but for their last tokens, which begin the first trees.
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    """Slots, which may be those of other additions."""
+    positions: list[int] = field(default_factory=list)
+    wanted: list[tuple[int, int]] = field(default_factory=list)
+    """(index of an addition, token that may follow): the log-probabilities to read."""
 
-        The padding stands on the right, where causal attention keeps it from being seen: so no mask is needed, and the
-        fastest kernels can be used. Its slots are hidden from all that comes later.
+    def add(self, token: int, parent: int, position: int) -> int:
+        """Add one token, and return its index."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.positions.append(position)
+        return len(self.tokens) - 1
+
+
+class TokenTrees:
+    """The trees of a batch, and the model that runs them."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        """Begin with empty rows.
 
         Args:
             model: a causal language model of `transformers`, in evaluation mode.
-            prompts: token ids, at least two in each.
+            rows: how many.
         """
         import numpy as np
-        import torch
         from transformers import DynamicCache
 
         self._model = model
         # Without a configuration every layer keeps all its keys; sliding windows are cut into the masks instead.
         self._cache = DynamicCache()
-        self._prompt_lengths = [len(prompt) - 1 for prompt in prompts]
-        # What each row has in the cache behind that, in order: (token, slot).
-        self._answers: list[list[tuple[int, int]]] = [[] for _ in prompts]
-        self._last_tokens = [prompt[-1] for prompt in prompts]
-        self._blocks: list[_Block] = []
+        self._rows = [_Row() for _ in range(rows)]
+        self._positions = np.zeros((rows, 0), dtype=np.int64)
+        """Of every slot, of shape (rows, slots)."""
 
-        width = max(self._prompt_lengths)
-        ids = np.zeros((len(prompts), width), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt) - 1] = prompt[:-1]
-        self._positions = np.tile(np.arange(width), (len(prompts), 1))
-        with torch.inference_mode():
-            self._forward(torch.from_numpy(ids), logits_to_keep=1)
+    def set_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Give every row its next prompt, of at least one token; what it shares with the last one is not run again.
 
-    def _forward(self, ids: Any, **arguments: Any) -> Any:
-        ids = ids.to(self._model.device)
-        return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **arguments).logits
-
-    def log_probabilities(self, tries: Sequence[ScoreTrie]) -> list[list[float]]:
-        """Natural logarithms of the probabilities of `SCORES`, for every row of the batch.
-
-        Args:
-            tries: one a row; their contexts go on from what `choose` chose. What is cached of them is not run again.
+        There may be fewer prompts than rows: the rows at the end are dropped for good.
         """
-        import torch
+        if len(prompts) < len(self._rows):
+            self._drop_rows(len(prompts))
+        for row, prompt in zip(self._rows, prompts, strict=True):
+            shared = common_length(row.prompt[:-1], prompt[:-1])
+            row.prompt, row.trunk = list(prompt), row.trunk[:shared]
+            row.branches.clear()
+            row.parents.clear()
+        # Slots after the last one that a trunk still has are free again.
+        self._crop(max((row.top for row in self._rows), default=-1) + 1)
+        if self._slots == 0:
+            self._run_first_prompts()
+        else:
+            self._run([self._rest_of_trunk(row) for row in self._rows])
 
-        self._blocks = [self._block(row, trie) for row, trie in enumerate(tries)]
-        # Trees stand flush right, so that one number says which positions need logits: a vocabulary of 150,000 for
-        # every token of a long prompt would fit nowhere.
-        nodes = [1 + len(trie.tokens) for trie in tries]
-        with torch.inference_mode():
-            logits = self._run_blocks(logits_to_keep=max(nodes))
-            return [
-                _path_sums(trie, logits[row, -count:])
-                for row, (trie, count) in enumerate(zip(tries, nodes, strict=True))
-            ]
+    def read(self, questions: Sequence[Sequence[Question]]) -> list[list[Reading]]:
+        """Answer the questions about every row's prompt in one go, however many there are a row."""
+        added = [_Additions() for _ in self._rows]
+        for row, additions, asked in zip(self._rows, added, questions, strict=True):
+            for question in asked:
+                self._add_question(row, additions, question)
+        values = map(iter, self._run(added))
+        return [
+            [_reading(question, given) for question in asked] for asked, given in zip(questions, values, strict=True)
+        ]
 
-    def _block(self, row: int, trie: ScoreTrie) -> _Block:
-        sequence = (self._last_tokens[row], *trie.context)
-        kept = min(common_length([token for token, _ in self._answers[row]], sequence), len(sequence) - 1)
-        return _Block(trie, kept, sequence[kept:])
+    # --- trees --------------------------------------------------------------------------------------------------------
 
-    def _run_blocks(self, *, logits_to_keep: int) -> Any:
+    @property
+    def _slots(self) -> int:
+        return int(self._positions.shape[1])
+
+    def _rest_of_trunk(self, row: _Row) -> _Additions:
+        additions = _Additions()
+        for position in range(len(row.trunk), len(row.prompt) - 1):
+            index = additions.add(row.prompt[position], row.top, position)
+            row.trunk.append(self._slots + index)
+        return additions
+
+    def _add_question(self, row: _Row, additions: _Additions, question: Question) -> None:
+        """Add the tokens that a question needs and the row does not have yet, and note what to read of them.
+
+        The probability of a token is read at the token before it, in the pass in which that one is run. So the tokens
+        from the one before the first forced one on are run, even where an earlier pass ran some of them already: its
+        logits are gone.
+        """
+        trie, slot = question.trie, row.top
+        # `sequence[i]` comes just before `trie.context[i]`.
+        sequence, kept = (row.prompt[-1], *trie.context), 0
+        while kept < question.forced_from and (slot, sequence[kept]) in row.branches:
+            slot = row.branches[slot, sequence[kept]]
+            kept += 1
+        for index in range(kept, len(sequence)):
+            slot = self._branch(row, additions, sequence[index], slot, index)
+            if question.forced_from <= index < len(trie.context):
+                additions.wanted.append((slot - self._slots, trie.context[index]))
+        nodes, depths = [slot], [len(trie.context)]
+        for token, parent in zip(trie.tokens, trie.parents, strict=True):
+            depths.append(depths[parent] + 1)
+            nodes.append(self._branch(row, additions, token, nodes[parent], depths[-1]))
+        additions.wanted.extend((nodes[node] - self._slots, token) for node, token in trie.edges)
+
+    def _branch(self, row: _Row, additions: _Additions, token: int, parent: int, depth: int) -> int:
+        slot = self._slots + additions.add(token, parent, len(row.trunk) + depth)
+        row.branches[parent, token] = slot
+        row.parents[slot] = parent
+        return slot
+
+    def _with_ancestors(self, index: int, slot: int) -> list[int]:
+        """A cached slot of one row and all that it sees; nothing for -1, the parent of the first token."""
+        row, branch = self._rows[index], []
+        while slot in row.parents:
+            branch.append(slot)
+            slot = row.parents[slot]
+        trunk = row.trunk[: self._positions[index, slot] + 1] if slot >= 0 else []
+        return trunk + branch
+
+    # --- running the model --------------------------------------------------------------------------------------------
+
+    def _run_first_prompts(self) -> None:
+        """Fill an empty cache with the prompts but for their last tokens.
+
+        The padding is on the right, where causal attention keeps it from being seen: no mask is needed, so that the
+        fastest kernels can be used. No row's tree contains the padding's slots, so nothing sees them later either.
+        """
         import numpy as np
         import torch
 
-        rows, cached = self._positions.shape
-        width = max(len(block.tokens) for block in self._blocks)
-        ids = np.zeros((rows, width), dtype=np.int64)
-        positions = np.zeros((rows, width), dtype=np.int64)
-        seen = np.zeros((rows, width, cached + width), dtype=bool)
-        # A query that sees nothing would be NaN, so the padding sees itself.
+        width = max(len(row.prompt) - 1 for row in self._rows)
+        ids = np.zeros((len(self._rows), width), dtype=np.int64)
+        for index, row in enumerate(self._rows):
+            ids[index, : len(row.prompt) - 1] = row.prompt[:-1]
+            row.trunk = list(range(len(row.prompt) - 1))
+        if width:
+            self._positions = np.tile(np.arange(width), (len(self._rows), 1))
+            with torch.inference_mode():
+                self._forward(torch.from_numpy(ids), logits_to_keep=1)
+
+    def _run(self, added: Sequence[_Additions]) -> list[list[float]]:
+        """Run the additions of all rows side by side, in as many passes as they need, and read what is wanted.
+
+        The slot of an addition is the number of slots before the first pass plus its index: every pass but the last
+        one is full, so its padding comes after the last addition of a row.
+        """
+        import torch
+
+        values = [[0.0] * len(additions.wanted) for additions in added]
+        most = max(1, _TOKENS_A_PASS // len(added))
+        with torch.inference_mode():
+            for first in range(0, max(len(additions.tokens) for additions in added), most):
+                logits = self._run_pass(added, first, most)
+                for row, additions in enumerate(added):
+                    here = [
+                        (place, index - first, token)
+                        for place, (index, token) in enumerate(additions.wanted)
+                        if first <= index < first + most
+                    ]
+                    for place, value in _log_probabilities(logits[row], here):
+                        values[row][place] = value
+        return values
+
+    def _run_pass(self, added: Sequence[_Additions], first: int, most: int) -> Any:
+        """Run the additions `first` … `first + most - 1` of every row; logits of shape (rows, tokens, vocabulary)."""
+        import numpy as np
+        import torch
+
+        cached = self._slots
+        width = min(most, max(len(additions.tokens) for additions in added) - first)
+        ids = np.zeros((len(added), width), dtype=np.int64)
+        positions = np.zeros((len(added), width), dtype=np.int64)
+        seen = np.zeros((len(added), width, cached + width), dtype=bool)
+        # The attention of a token that sees nothing is NaN, so every one sees itself, the padding included.
         seen[:, np.arange(width), cached + np.arange(width)] = True
-        for row, block in enumerate(self._blocks):
-            first = width - len(block.tokens)
-            history = self._answers[row][: block.kept]
-            seen[row, first:, : self._prompt_lengths[row]] = True
-            seen[row, first:, [slot for _, slot in history]] = True
-            ids[row, first:] = block.tokens
-            positions[row, first] = self._prompt_lengths[row] + block.kept
-            for index, parent in enumerate(block.parents[1:], start=first + 1):
-                seen[row, index] |= seen[row, first + parent]
-                positions[row, index] = positions[row, first + parent] + 1
-            chain = range(cached + first, cached + first + len(block.chain))
-            self._answers[row] = [*history, *zip(block.chain, chain, strict=True)]
+        for index, additions in enumerate(added):
+            here = slice(first, first + width)
+            count = len(additions.tokens[here])
+            ids[index, :count] = additions.tokens[here]
+            positions[index, :count] = additions.positions[here]
+            for place, parent in enumerate(additions.parents[here]):
+                if parent >= cached:
+                    seen[index, place] |= seen[index, parent - cached]
+                else:
+                    seen[index, place, self._with_ancestors(index, parent)] = True
         self._positions = np.concatenate([self._positions, positions], axis=1)
+        wants_logits = any(additions.wanted for additions in added)
         return self._forward(
             torch.from_numpy(ids),
             position_ids=torch.from_numpy(positions).to(self._model.device),
             attention_mask=self._masks(seen, positions),
-            logits_to_keep=logits_to_keep,
+            logits_to_keep=width if wants_logits else 1,
         )
+
+    def _forward(self, ids: Any, **arguments: Any) -> Any:
+        """Logits of the tokens; their keys and values are appended to the cache."""
+        return self._model(
+            input_ids=ids.to(self._model.device), past_key_values=self._cache, use_cache=True, **arguments
+        ).logits
 
     def _masks(self, seen: Any, positions: Any) -> Any:
         """What the model takes as its mask: a tensor, or one for each kind of its layers.
 
         Args:
-            seen: which slots each query sees, of shape (rows, queries, slots).
-            positions: of the queries, of shape (rows, queries).
+            seen: which slots each token sees, of shape (rows, tokens, slots).
+            positions: of the tokens, of shape (rows, tokens).
         """
         config = self._model.config.get_text_config(decoder=True)
         window = getattr(config, "sliding_window", None)
@@ -173,23 +293,36 @@ class PromptTrees:
         mask = torch.from_numpy(~seen).to(self._model.device)[:, None]
         return torch.zeros(mask.shape, dtype=self._model.dtype, device=mask.device).masked_fill_(mask, hidden)
 
-    def choose(self, row: int, candidate: int) -> None:
-        """Let a row's answer go on behind one of `SCORES`, by its index; its tokens stay in the cache."""
-        block = self._blocks[row]
-        first_inner = self._positions.shape[1] - len(block.trie.tokens)
-        for edge in block.trie.paths[candidate][1:]:
-            node = block.trie.edges[edge][0]
-            self._answers[row].append((block.trie.tokens[node - 1], first_inner + node - 1))
+    # --- making room --------------------------------------------------------------------------------------------------
+
+    def _crop(self, slots: int) -> None:
+        if slots < self._slots:
+            self._positions = self._positions[:, :slots]
+            self._cache.crop(slots)
+
+    def _drop_rows(self, kept: int) -> None:
+        import torch
+
+        self._rows, self._positions = self._rows[:kept], self._positions[:kept]
+        self._cache.batch_select_indices(torch.arange(kept, device=self._model.device))
 
 
-def _path_sums(trie: ScoreTrie, logits: Any) -> list[float]:
-    """The log-probability of every candidate.
+def _log_probabilities(logits: Any, wanted: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, float]]:
+    """Log-probabilities of (place, index of a token, token after it), each with its place.
 
     Args:
-        trie: the candidates.
-        logits: of shape (1 + inner nodes, vocabulary), the root's first.
+        logits: of one row, of shape (tokens, vocabulary).
+        wanted: what to read.
     """
-    nodes, tokens = map(list, zip(*trie.edges, strict=True))
-    logits = logits.float()
-    steps = (logits[nodes, tokens] - logits.logsumexp(dim=-1)[nodes]).tolist()
-    return [sum(steps[edge] for edge in path) for path in trie.paths]
+    if wanted:
+        places, indices, tokens = map(list, zip(*wanted, strict=True))
+        logits = logits.float()
+        yield from zip(places, (logits[indices, tokens] - logits.logsumexp(dim=-1)[indices]).tolist(), strict=True)
+
+
+def _reading(question: Question, values: Iterator[float]) -> Reading:
+    """Take the values of one question off the row's, in the order in which `_add_question` noted them."""
+    trie = question.trie
+    log_reach = sum(next(values) for _ in trie.context[question.forced_from :])
+    steps = [next(values) for _ in trie.edges]
+    return Reading(log_reach, [sum(steps[edge] for edge in path) for path in trie.paths])

@@ -15,7 +15,7 @@ from prmkit import cli
 from prmkit.errors import UsageError
 from prmkit.files import only_one, open_input, open_stdin, write_text
 from prmkit.judge.batching import digest
-from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request, Score, rounded
+from prmkit.judge.types import Judgement, Mode, Request, Score, rounded
 from prmkit.resumable import append_rows, beside, fingerprint_file, refuse_output, reopen, replace_rows
 from prmkit.scoring.rows import Row, ShapeOf, read_rows
 from prmkit.scoring.trajectory_scores import Trajectories
@@ -76,6 +76,7 @@ def _result(row: Row, judgement: Judgement) -> dict[str, Any]:
         "score": rounded(judgement.score),
         "std": rounded(judgement.std),
         "label_mass": rounded(judgement.label_mass),
+        "reach": rounded(judgement.reach),
         "status": judgement.status,
         "reason": judgement.reason,
         "request_hash": digest(row.request).hex() if row.request else None,
@@ -118,24 +119,21 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
     """
     _refuse_outputs(job)
     counts: Counter[str] = Counter()
-    unwilling = 0
     trajectories = Trajectories(job.bad_below)
     with _opened(job.input) as lines, cli.progress_bar() as progress:
         bar = progress.add_task("scoring", total=None)
         for result in _results(job, read_rows(lines, job.shape_of), score, fingerprint):
             counts[result["status"]] += 1
-            unwilling += result["label_mass"] is not None and result["label_mass"] < LOW_LABEL_MASS
             trajectories.add(result)
             progress.advance(bar)
     if job.bad_below is not None:
         _write_sums(trajectories, job.output)
     log.info("%d rows: %s", counts.total(), ", ".join(f"{n} {status}" for status, n in counts.items()) or "none")
-    if unwilling:
+    if counts["unsure"]:
         log.warning(
-            "%d of them have a label_mass below %g: there the judge would rather write something else than a score. "
-            "An untrained model and a wrong template look like this.",
-            unwilling,
-            LOW_LABEL_MASS,
+            "%d of them are unsure: there the judge would rather write something else than a score. An untrained model "
+            "and a wrong template look like this.",
+            counts["unsure"],
         )
     return counts.total() == counts["ok"]
 

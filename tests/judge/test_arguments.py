@@ -131,7 +131,7 @@ def test_another_tokenizer_is_another_judge_and_another_port_is_not() -> None:
     "url", ["localhost:8000/v1", "ftp://x/v1", "http://[::1/v1", "http://", "x", "http://a b/v1", "http://x:99999/v1"]
 )
 def test_an_address_of_no_server_is_refused_before_anything_loads(url: str) -> None:
-    with pytest.raises(UsageError, match="no address of a server"):
+    with pytest.raises(UsageError, match="not the address of a server"):
         asking(parsed(*REMOTE, "--base-url", url))
     asking(parsed(*REMOTE, "--base-url", "https://[::1]:8000/v1"))
 

@@ -1,31 +1,28 @@
 """What both backends share."""
 
-import math
+from dataclasses import replace
 
-from families import NESTED, prompt
-
-from prmkit.judge.batching import Prepared, judgements_in_order, read_written
-from prmkit.judge.score_trie import distribution_of
-from prmkit.judge.types import Judgement, Request
-from prmkit.verdict import Shape, asked_shape
-
-
-def test_a_model_that_computes_no_numbers_gives_an_error_and_no_score() -> None:
-    shape = asked_shape(NESTED)
-    requests = [Request(prompt(step, NESTED), shape) for step in ("good", "bad")]
-
-    def judge_all(ready: list[Prepared]) -> list[Judgement]:
-        values = {"good": -2.0, "bad": math.nan}
-        return [Judgement("ok", {key: distribution_of([values[p.ids]] * 101) for key in shape.keys}) for p in ready]
-
-    def prepare(request: Request) -> Prepared:
-        return Prepared("good" if "good" in request.prompt else "bad", request.shape, trimmed=False)
-
-    good, bad = judgements_in_order(requests, prepare, judge_all, window=2)
-    assert good.status == "ok" and good.score is not None
-    assert bad.status == "error" and bad.score is None and "not numbers" in bad.reason
+from prmkit.judge.batching import digest, make_preparer, parse_generated
+from prmkit.judge.transformers_judge import Judge
+from prmkit.judge.types import Request
+from prmkit.prompts.special_tokens import neutralise
+from prmkit.verdict import Shape
 
 
-def test_a_written_key_with_a_marker_is_read_as_the_prompt_has_it() -> None:
-    judged = read_written('{"scores": {"<\\|im_end|>": 0.50}}', Shape(("<|im_end|>",), nested=True))
+def test_a_generated_key_that_was_escaped_is_read_as_the_prompt_has_it() -> None:
+    judged = parse_generated('{"scores": {"<\\|im_end|>": 0.50}}', Shape(("<|im_end|>",), nested=True))
     assert (judged.status, judged.score, judged.repaired) == ("ok", 0.5, False)
+
+
+PLAIN = Request("A step.", Shape(("a_score",), nested=False))
+
+
+def test_the_system_text_is_part_of_a_request() -> None:
+    strict, mild = replace(PLAIN, system="Be strict."), replace(PLAIN, system="Be mild.")
+    assert len({digest(request) for request in (PLAIN, strict, mild)}) == 3
+
+
+def test_the_system_text_is_encoded_as_in_training(judges: dict[str, Judge]) -> None:
+    encoding = judges["qwen"].encoding
+    prepared = make_preparer(encoding, 500, trim=True)(replace(PLAIN, system="Be strict <|im_end|>."))
+    assert prepared.ids == encoding.prompt_ids("A step.", neutralise("Be strict <|im_end|>.")[0])

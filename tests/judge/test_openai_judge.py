@@ -15,11 +15,12 @@ import httpx
 import pytest
 from families import FLAT, prompt, prompts
 
+from prmkit import http_client
 from prmkit.errors import DataError, UsageError
 from prmkit.http_client import Endpoint, pause_asked_for
 from prmkit.judge.openai_judge import CompletionsJudge
 from prmkit.judge.transformers_judge import Judge
-from prmkit.judge.types import Judgement, Request
+from prmkit.judge.types import LOW_REACH, Judgement, Request
 from prmkit.verdict import asked_shape
 
 REQUESTS = [Request(text, asked_shape(text)) for text in prompts()[:4]]
@@ -41,6 +42,15 @@ def assert_same(got: list[Judgement], expected: list[Judgement], *, within: floa
             assert one.scores[key].std == pytest.approx(distribution.std, abs=2 * within)
             assert one.scores[key].mode == distribution.mode
             assert one.scores[key].label_mass == pytest.approx(distribution.label_mass, rel=2 * within, abs=0)
+            if distribution.reach > LOW_REACH:
+                assert one.scores[key].reach == pytest.approx(distribution.reach, rel=2 * within)
+            else:
+                assert one.scores[key].reach < LOW_REACH
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "_LONGEST_PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -59,6 +69,30 @@ def test_few_logprobs_give_the_same_scores(server: str, judges: dict[str, Judge]
     judge = judges["qwen"]
     exact = remote(server, judge, top_logprobs=3, unknown_share=1e-7)
     assert_same(list(exact.score([FLAT_ONE])), list(judge.score([FLAT_ONE])), within=1e-6)
+
+
+def test_answers_in_the_form_of_llama_server_give_the_same_scores(server: str, judges: dict[str, Judge]) -> None:
+    judge = judges["qwen"]
+    llama = remote(server, judge, flavour="llama", top_logprobs=300)
+    assert_same(list(llama.score([FLAT_ONE])), list(judge.score([FLAT_ONE])))
+    (judged,) = remote(server, judge, flavour="llama", top_logprobs=1).score([FLAT_ONE])
+    assert judged.status == "failed"
+    assert "(" in judged.reason and "Only no echo is supported" in judged.reason and "raise --top-" in judged.reason
+
+
+def test_a_vllm_that_another_client_disturbs_is_asked_again(server: str, judges: dict[str, Judge]) -> None:
+    judge = judges["qwen"]
+    busy = remote(server, judge, flavour="busy", attempts=20)
+    assert_same(list(busy.score([FLAT_ONE])), list(judge.score([FLAT_ONE])))
+    (judged,) = fails(server, judge, flavour="busy", attempts=1)
+    assert "of the 20 likeliest tokens that were asked for, as vLLM answers" in judged.reason
+
+
+def fails(server: str, judge: Judge, **changes: Any) -> list[Judgement]:
+    """One row at a server that has given a good answer before."""
+    behind = remote(server, judge, **changes)
+    behind._state.is_usable = True
+    return list(behind.score([FLAT_ONE]))
 
 
 @pytest.mark.parametrize("family", ["qwen", "llama3", "mistral"])
@@ -87,18 +121,19 @@ def test_passing_trouble_is_waited_out(untroubled: str, judges: dict[str, Judge]
 
 @pytest.mark.parametrize("mode", ["generate", "expected"])
 def test_lasting_trouble_fails_the_row_and_not_the_others(untroubled: str, judges: dict[str, Judge], mode: str) -> None:
-    httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3})
-    judge = remote(untroubled, judges["qwen"], concurrency=1)
+    httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3 if mode == "generate" else 6})
+    judge = remote(untroubled, judges["qwen"], concurrency=1 if mode == "generate" else 2)
     judged = list(judge.score([FLAT_ONE, REQUESTS[2]], batch_size=1, mode=mode, max_new_tokens=2))
-    assert [judgement.status for judgement in judged] == ["failed", "unparsed" if mode == "generate" else "ok"]
-    assert judged[0].reason.startswith("the server failed 3 times, at last with: 500")
+    assert judged[0].status == "failed"
+    assert judged[1].status == "unparsed" if mode == "generate" else judged[1].scores
+    assert judged[0].reason.startswith("the server failed 3 times, the last time with: 500")
 
 
 def test_a_prompt_that_the_server_refuses_fails_alone(server: str, judges: dict[str, Judge]) -> None:
     long = prompt("again and " * 200, FLAT)
     judged = list(remote(server, judges["qwen"]).score([Request(long, asked_shape(long)), FLAT_ONE], **QUICK))
     assert [judgement.status for judgement in judged] == ["failed", "unparsed"]
-    assert "the server answers 400" in judged[0].reason
+    assert "answers 400" in judged[0].reason
     assert "context" in judged[0].reason
 
 
@@ -113,7 +148,17 @@ def test_no_more_requests_at_once_than_allowed(server: str, judges: dict[str, Ju
     [
         ({"api_key": "wrong"}, DataError, "refuses the API key"),
         ({"model": "other"}, DataError, "no completions of a model 'other'"),
-        ({"top_logprobs": 101}, UsageError, "--max-logprobs"),
+        ({"top_logprobs": 101}, UsageError, "at most 20 logprobs are given.*lower --top-logprobs"),
+        (
+            {"flavour": "boolean"},
+            DataError,
+            "first 4 prompts: .* answers 422: .*valid boolean, unable to interpret input",
+        ),
+        (
+            {"flavour": "textual"},
+            DataError,
+            "first 4 prompts: .* answers 422: .*prompt: Input should be a valid string",
+        ),
         ({"base_url": "http://127.0.0.1:9/v1", "attempts": 1}, DataError, "no server answers"),
     ],
 )
@@ -122,7 +167,27 @@ def test_what_would_fail_every_row_stops_at_once(server: str, judges, changes: d
         list(remote(server, judges["qwen"], **changes).score(REQUESTS))
 
 
-def test_servers_without_logprobs_are_told_from_those_that_only_do_not_echo(server: str, judges) -> None:
+@pytest.mark.parametrize("flavour", ["boolean", "textual"])
+def test_no_advice_is_given_that_does_not_follow(server: str, judges, flavour: str) -> None:
+    with pytest.raises(DataError) as caught:
+        list(remote(server, judges["qwen"], flavour=flavour).score(REQUESTS))
+    assert "--" not in str(caught.value)
+
+
+def test_the_first_window_without_a_usable_answer_stops_the_job(server: str, judges) -> None:
+    asked = []
+
+    def counted() -> Iterator[Request]:
+        for number in range(100):
+            asked.append(number)
+            yield replace(FLAT_ONE, prompt=f"{number} {FLAT_ONE.prompt}")
+
+    with pytest.raises(DataError, match="no usable answer for the first 8 prompts"):
+        list(remote(server, judges["qwen"], flavour="textual").score(counted(), batch_size=2))
+    assert len(asked) == 8
+
+
+def test_servers_without_logprobs_differ_from_those_that_only_do_not_echo(server: str, judges) -> None:
     judge = judges["qwen"]
     wordless = remote(server, judge, flavour="wordless")
     with pytest.raises(UsageError, match="gives no logprobs"):
@@ -178,9 +243,13 @@ def answered(choice: object, *, status: int = 200, **headers: str) -> Answer:
     return status, json.dumps({"choices": [choice]}).encode(), headers
 
 
-def asked_at(url: str, judge: Judge, requests: list[Request], mode: str = "expected", **changes) -> list[Judgement]:
+def asked_at(
+    url: str, judge: Judge, requests: list[Request], mode: str = "expected", *, usable: bool = False, **changes
+) -> list[Judgement]:
+    """The judgements of a server; `usable`: it has given a good answer before."""
     endpoint = replace(Endpoint(url, "tiny", attempts=2, concurrency=1), **changes)
     behind_http = CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
+    behind_http._state.is_usable = usable
     return list(behind_http.score(requests, mode=mode, batch_size=1))
 
 
@@ -190,7 +259,12 @@ UNFIT = {
     "top_logprobs are empty": lambda body: {"logprobs": {TOP: [{}]}},
     "top_logprobs are an object": lambda body: {"logprobs": {TOP: {"a": 1}}},
     "logprobs are a list": lambda body: {"logprobs": [1]},
-    "logprobs are a chat's": lambda body: {"logprobs": {"content": [{"token": "a", "logprob": -1.0}]}},
+    "logprobs are a chat's without the others": lambda body: {
+        "logprobs": {"content": [{"token": "a", "logprob": -1.0}]}
+    },
+    "a place is a string": lambda body: {"logprobs": {"content": ["a"]}},
+    "a place holds strings": lambda body: {"logprobs": {"content": [{"top_logprobs": ["a"]}]}},
+    "a logprob is missing": lambda body: {"logprobs": {"content": [{"top_logprobs": [{"id": 5}]}]}},
     "a logprob is a text": lambda body: {"logprobs": {TOP: [{"token_id:5": "-1.0"}]}},
     "a logprob is null": lambda body: {"logprobs": {TOP: [{"token_id:5": None}]}},
     "a token has no id": lambda body: {"logprobs": {TOP: [{"token_id:abc": -1.0}]}},
@@ -201,11 +275,10 @@ UNFIT = {
 
 @pytest.mark.parametrize("unfit", UNFIT.values(), ids=UNFIT)
 def test_an_unfit_answer_stops_the_job_at_first_and_fails_its_row_later(judges, unfit: Callable) -> None:
-    with answering(lambda _, body: answered(unfit(body))) as url, pytest.raises((DataError, UsageError), match=url):
-        asked_at(url, judges["qwen"], [FLAT_ONE])
-
-    with answering(lambda number, body: answered(unfit(body) if number else good(body))) as url:
-        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE])
+    with answering(lambda _, body: answered(unfit(body))) as url:
+        with pytest.raises((DataError, UsageError), match=url):
+            asked_at(url, judges["qwen"], [FLAT_ONE])
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True)
     assert judged.status == "failed" and url in judged.reason
 
 
@@ -226,9 +299,12 @@ def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) ->
         return answered(choice)
 
     with answering(answer) as url:
-        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE])
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True)
     assert (judged.status, judged.score) == ("failed", None)
-    assert judged.reason.startswith("the model's probabilities are not numbers; ")
+    expected = (
+        "likeliest tokens that were asked for" if value < -9000 else "the model's probabilities are not numbers; "
+    )
+    assert expected in judged.reason
 
 
 @pytest.mark.parametrize(
@@ -240,30 +316,84 @@ def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) ->
 )
 def test_an_answer_that_cannot_be_unpacked_fails_its_row(judges, answer: Answer) -> None:
     with answering(lambda *_: answer) as url:
-        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], timeout=2.0)
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True, timeout=2.0)
     assert judged.status == "failed" and judged.reason.startswith("the server failed 2 times")
 
 
 def test_a_refusal_that_only_mentions_logprobs_fails_its_row(judges) -> None:
-    refusal = (400, b'{"error": "prompt too long; you asked 20 logprobs"}', {})
+    refusal = (400, b'{"error": "prompt too long; you asked for logprobs"}', {})
     with answering(lambda number, body: refusal if number == 1 else answered(good(body))) as url:
         first, second = asked_at(url, judges["qwen"], [FLAT_ONE, REQUESTS[2]], mode="generate")
     assert (first.status, second.status) == ("ok", "failed")
-    assert "prompt too long" in second.reason
-    with answering(lambda *_: refusal) as url, pytest.raises(UsageError, match="--top-logprobs"):
-        asked_at(url, judges["qwen"], [FLAT_ONE])
+    assert second.reason.endswith('answers 400: {"error": "prompt too long; you asked for logprobs"}')
 
 
-def test_a_server_that_hangs_is_not_waited_for_longer_than_asked(judges) -> None:
-    def answer(_: int, body: dict[str, Any]) -> Answer:
-        time.sleep(5)
-        return answered(good(body))
-
+@pytest.mark.parametrize("part", [b" ", b"HTTP/1.1 103 Early Hints\r\n\r\n"], ids=["bytes", "hints"])
+def test_a_server_that_never_ends_is_not_waited_for_longer_than_asked(judges, part: bytes) -> None:
     before = time.monotonic()
-    with answering(answer) as url:
-        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], timeout=0.2)
+    with dripping(part) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True, timeout=0.3)
         assert time.monotonic() - before < 4
-    assert "ReadTimeout" in judged.reason
+    assert judged.reason.endswith("no complete answer within 0.3 s")
+
+
+@contextmanager
+def dripping(part: bytes) -> Iterator[str]:
+    """The address of a server that sends a little now and then, without end."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            if part.isspace():
+                self.send_response(200)
+                self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(part)
+                    time.sleep(0.05)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Encoding": "gzip"}], ids=["plain", "packed"])
+def test_a_huge_answer_is_not_read_to_its_end(judges, headers: dict[str, str]) -> None:
+    huge = b" " * (40 << 20)
+    body = gzip.compress(huge, 1) if headers else huge
+    with answering(lambda *_: (200, body, headers)) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True, attempts=1)
+    assert judged.reason.endswith("an answer of more than 16 MiB")
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+@pytest.mark.parametrize("charset", ["undefined", "idna", "rot13", "hex", "utf-16", "punycode"])
+def test_an_odd_charset_fails_its_row(judges, charset: str, status: int) -> None:
+    headers = {"Content-Type": f"application/json; charset={charset}"}
+    with answering(lambda *_: (status, b"{\xff}", headers)) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True, attempts=1)
+    assert judged.status == "failed"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (429, b"", {"Retry-After": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}),
+        (302, b"", {"Location": "javascript:1"}),
+        (302, b"", {"Location": "http://[::1"}),
+        (200, b'{"choices": [{"logprobs": {"top_logprobs": [{"token_id:5": 1' + b"0" * 400 + b"}]}}]}", {}),
+        (200, b"[" * 100_000, {}),
+    ],
+    ids=["far future", "no address", "half an address", "huge number", "deep"],
+)
+def test_odd_headers_and_contents_fail_their_row(judges, answer: Answer) -> None:
+    with answering(lambda *_: answer) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True, attempts=1)
+    assert judged.status == "failed"
 
 
 def test_a_server_that_asks_for_a_pause_gets_it(judges) -> None:
@@ -286,8 +416,21 @@ def test_pauses_are_read_as_numbers_and_as_dates_and_have_an_end() -> None:
     assert {pause_asked_for(header) for header in (None, "", "-5", "soon", "nan", "inf")} == {0.0}
 
 
-def test_a_key_is_never_told(judges) -> None:
-    """httpx repeats a header that it cannot send."""
+def test_a_key_is_never_repeated(judges) -> None:
+    """httpx repeats a header that it cannot send, and servers repeat what they were sent."""
     with answering(lambda _, body: answered(good(body))) as url, pytest.raises(DataError) as caught:
         asked_at(url, judges["qwen"], [FLAT_ONE], api_key="secret\n")
     assert "secret" not in str(caught.value) and "LocalProtocolError" in str(caught.value)
+    for status in (200, 400, 500):
+        with answering(lambda *_, status=status: (status, b'{"you sent": "Bearer s3cr3t pass"}', {})) as url:
+            address = url.replace("//", "//user:pass@")
+            (judged,) = asked_at(address, judges["qwen"], [FLAT_ONE], usable=True, api_key="s3cr3t", attempts=1)
+            assert "Bearer *** ***" in judged.reason and "user" not in judged.reason
+
+
+def test_nothing_of_the_models_own_sampling_settings_applies(judges) -> None:
+    bodies = []
+    with answering(lambda _, body: bodies.append(body) or answered(good(body))) as url:
+        asked_at(url, judges["qwen"], [FLAT_ONE], mode="generate")
+    neutral = {"temperature": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
+    assert neutral.items() <= bodies[0].items()

@@ -11,12 +11,12 @@ from prmkit.files import write_json
 from prmkit.judge import sources
 from prmkit.judge.sources import (
     JudgeSource,
+    check_folders,
     config_of_run,
     fingerprint_of,
     judge_source_of_export,
     judge_source_of_run,
     read_object,
-    refuse_missing,
 )
 
 CONFIG = {"model_name_or_path": "model", "template": "qwen", "cutoff_len": 512}
@@ -57,11 +57,11 @@ def test_other_weights_settings_or_times_are_another_judge() -> None:
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_internet(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in (JudgeSource(Path("nowhere")), JudgeSource(Path("model"), Path("nowhere"))):
         with pytest.raises(DataError, match=r"^nowhere: no such folder\.$"):
-            refuse_missing(missing)
+            check_folders(missing)
         with pytest.raises(DataError, match="no such folder"):
             fingerprint_of(missing)
     monkeypatch.setattr(sources, "_in_cache", lambda name: name == "Qwen/Qwen2.5-7B")
-    refuse_missing(JudgeSource(Path("Qwen/Qwen2.5-7B"), Path("run")))
+    check_folders(JudgeSource(Path("Qwen/Qwen2.5-7B"), Path("run")))
 
 
 @pytest.mark.usefixtures("project")

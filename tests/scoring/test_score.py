@@ -36,9 +36,11 @@ ROWS = [
 
 
 @pytest.fixture
-def score(judges: dict[str, Judge]):
+def score(judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch):
+    """A random judge that is sure of itself: any share of its probability is enough."""
     judge = judges["llama3"]
-    return lambda requests, mode: judge.score(requests, mode=mode, batch_size=2, max_new_tokens=6)
+    monkeypatch.setattr("prmkit.judge.score_trie.LOW_REACH", 0.0)
+    return lambda requests, mode: judge.score(requests, mode=mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0)
 
 
 def job(source: Path, output: Path | None, **changes) -> Job:
@@ -76,15 +78,17 @@ def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -
     assert reasons[6] == "line 8 has neither a prompt nor a human turn in conversations"
 
 
-def test_a_judge_that_does_not_want_to_score_is_told(source: Path, tmp_path: Path, score, caplog) -> None:
+def test_a_judge_that_does_not_want_to_score_is_reported(source: Path, tmp_path: Path, judges, caplog) -> None:
     caplog.set_level("INFO")
-    run(job(source, tmp_path / "wild.jsonl"), score, {})
-    assert "8 rows: 4 ok, 4 error" in caplog.text
-    assert "4 of them have a label_mass below 0.5" in caplog.text
+    wild = lambda requests, mode: judges["llama3"].score(requests, mode=mode)  # noqa: E731
+    assert run(job(source, tmp_path / "wild.jsonl"), wild, {}) is False
+    assert all(result["scores"] for result in lines_of(tmp_path / "wild.jsonl") if result["status"] == "unsure")
+    assert "8 rows: 4 unsure, 4 error" in caplog.text
+    assert "4 of them are unsure" in caplog.text
     caplog.clear()
     sure = scripted({"Step": 0.9, "A step": 0.9})
     run(job(source, tmp_path / "sure.jsonl"), sure, {})
-    assert "label_mass" not in caplog.text
+    assert "unsure" not in caplog.text
 
 
 def test_the_judges_turn_is_never_seen(tmp_path: Path, score) -> None:
