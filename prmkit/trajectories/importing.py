@@ -206,7 +206,9 @@ def _why_not(values: Values) -> str:
     if first is None:
         return "no JSON in it."
     if is_judged_row(first):
-        return "rows of judged steps, not runs. Convert them: python convert_dataset.py --input FILE"
+        return (
+            "prompts of single steps, not runs: for convert_dataset.py, or without answers for score_trajectories.py."
+        )
     return "not a known form of runs. --format NAME reads it as one; --list-key names its list of messages."
 
 

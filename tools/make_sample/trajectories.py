@@ -126,14 +126,20 @@ FACTS: Mapping[str, Callable[[random.Random], dict[str, int]]] = {
 }
 
 
-def draw_trajectory(rng: random.Random) -> Trajectory:
-    """Draw a task, the agent's clips on it and its answer."""
+def draw_trajectory(rng: random.Random, attempt: random.Random | None = None) -> Trajectory:
+    """Draw a task, the agent's clips on it and its answer.
+
+    Args:
+        rng: draws the task, and the rest as well where `attempt` is None.
+        attempt: draws what the agent does; another one is another attempt at the same task.
+    """
     english = rng.random() < ENGLISH_SHARE
     topic = rng.choice([topic for topic in TOPICS if (topic.language == "en") == english])
     book = PHRASEBOOKS[topic.language]
     slots: dict[str, object] = {"place": rng.choice(book.places), "thing": rng.choice(topic.things)}
     slots |= FACTS[topic.facts](rng)
     slots["goal"] = topic.goal.format_map(slots)
+    rng = attempt or rng
     clips = _draw_clips(rng, topic, book, slots)
     return Trajectory(
         family=topic.family,

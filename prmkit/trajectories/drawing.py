@@ -1,0 +1,158 @@
+"""Scored runs to look at: a table on the terminal, and one HTML page without scripts."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prmkit import cli
+from prmkit.files import write_text
+from prmkit.trajectories.content import as_text
+from prmkit.trajectory import Step, Trajectory
+
+TEMPLATE = Path(__file__).with_name("run_page.html.j2")
+MOST_RUNS_ON_A_PAGE = 50
+_MOST_RUNS_IN_A_TABLE = 20
+_LONGEST_TEXT = 4_000
+"""Characters of one text on the page; a tool may have returned megabytes."""
+
+
+@dataclass(frozen=True)
+class ScoredStep:
+    """A step with the judge's opinion."""
+
+    step: Step
+    score: float | None
+    """None for a step that got no score."""
+    label_mass: float | None = None
+    reason: str | None = None
+    """Why there is no score."""
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run whose steps were scored."""
+
+    run: Trajectory
+    steps: Sequence[ScoredStep]
+    bad_below: float
+
+    @property
+    def known(self) -> list[float]:
+        """The scores that there are."""
+        return [step.score for step in self.steps if step.score is not None]
+
+    @property
+    def worst(self) -> ScoredStep | None:
+        """The step with the lowest score, the first of several; None without scores."""
+        scored = [step for step in self.steps if step.score is not None]
+        return min(scored, key=lambda each: each.score if each.score is not None else 1.0, default=None)
+
+    @property
+    def first_bad(self) -> int | None:
+        """The number of the first step below the limit; None where all that are scored are above it."""
+        return next(
+            (each.step.n for each in self.steps if each.score is not None and each.score < self.bad_below), None
+        )
+
+
+def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below: float) -> ScoredRun:
+    """Put the lines of `score_trajectories.py` to the steps that they are about, by `metadata.clip_number`."""
+    by_step = {result["metadata"]["clip_number"]: result for result in results}
+    steps = []
+    for step in run.steps:
+        found = by_step.get(step.n, {})
+        steps.append(ScoredStep(step, found.get("score"), found.get("label_mass"), found.get("reason")))
+    return ScoredRun(run, steps, bad_below)
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------------
+
+
+def emit_scored(runs: Sequence[ScoredRun]) -> None:
+    """Write a table of steps for one run, a table of runs for several: those with the worst steps first."""
+    if len(runs) == 1:
+        _emit_steps(runs[0])
+        return
+    ordered = sorted(runs, key=lambda each: min(each.known, default=2.0))
+    rows = [
+        (
+            each.run.trajectory_id,
+            str(len(each.steps)),
+            _number(min(each.known, default=None)),
+            _number(sum(each.known) / len(each.known) if each.known else None),
+            "" if each.first_bad is None else str(each.first_bad),
+            _line(each.run.task, 40),
+        )
+        for each in ordered[:_MOST_RUNS_IN_A_TABLE]
+    ]
+    columns = ("run", "steps", "worst", "mean", "first bad", "task")
+    cli.emit_table("", columns, rows, numeric=columns[1:5], optional=("task", "mean"))
+    if len(ordered) > _MOST_RUNS_IN_A_TABLE:
+        cli.emit(f"and {len(ordered) - _MOST_RUNS_IN_A_TABLE} runs with better worst steps")
+
+
+def _emit_steps(scored: ScoredRun) -> None:
+    rows = []
+    for each in scored.steps:
+        mark = "first bad step" if each.step.n == scored.first_bad else ""
+        what = _line(said(each.step), 40)
+        rows.append((str(each.step.n), _number(each.score), _bar(each.score), _number(each.label_mass), mark, what))
+    columns = ("step", "score", "", "label mass", " ", "what the agent did")
+    cli.emit_table(_line(scored.run.task, 76), columns, rows, numeric=("step", "score", "label mass"), optional=("",))
+    for each in scored.steps:
+        if each.reason:
+            cli.emit(f"step {each.step.n} has no score: {each.reason}")
+
+
+def said(step: Step) -> str:
+    """A step in one line: what it calls, else what it says."""
+    if step.calls:
+        return ", ".join(f"{call.name} {as_text(call.arguments)}" for call in step.calls)
+    return step.text or step.thought
+
+
+def _line(text: str, longest: int) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= longest else plain[: longest - 3] + "..."
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _bar(score: float | None) -> str:
+    return "" if score is None else "#" * round(score * 10)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def write_page(path: Path, runs: Sequence[ScoredRun], judge: str) -> None:
+    """Write one page: of every run its scores as bars, and its steps, the worst one open.
+
+    Args:
+        path: of the HTML file.
+        runs: at most `MOST_RUNS_ON_A_PAGE` are shown; the page says how many are not.
+        judge: its name, for the heading.
+    """
+    from jinja2 import Environment
+
+    # Everything on the page was written by an agent or by the web pages that it read: autoescape is the guard.
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"said": said, "number": _number, "line": _line, "cut": _cut, "json": _json}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    shown = runs[:MOST_RUNS_ON_A_PAGE]
+    write_text(path, template.render(runs=shown, left_out=len(runs) - len(shown), judge=judge))
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    half = _LONGEST_TEXT // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1, default=str)
