@@ -15,14 +15,18 @@ def _parser() -> argparse.ArgumentParser:
     add_judge_arguments(parser)
     what = parser.add_argument_group("what is measured")
     what.add_argument("--dataset", metavar="NAME", help="held-out dataset (default: the run's own)")
-    what.add_argument("--data-dir", type=Path, metavar="FOLDER", help="where it lies (default: the run's, or data)")
+    what.add_argument("--data-dir", type=Path, metavar="FOLDER", help="where it is (default: the run's, or data)")
     what.add_argument("--limit", type=positive, metavar="N", help="score at most N prompts, task by task")
     what.add_argument("--baseline", action="store_true", help="also ask the base model, without the adapter")
+    what.add_argument("--by", metavar="KEY", action="append", help="also by a metadata key, such as agent (repeatable)")
     result = parser.add_argument_group("the result")
     result.add_argument("--output", type=Path, metavar="FOLDER", help="where it goes (default: evaluation/ in the run)")
     result.add_argument("--json", action="store_true", help="print metrics.json instead of the table")
-    result.add_argument("--compare", type=Path, metavar="RUN", help="exit 4 if worse than this evaluated run")
-    result.add_argument("--min-spearman", type=finite_number, metavar="X", help="exit 4 if the correlation is lower")
+    gates = parser.add_argument_group("gates (exit 4 unless met on every evaluation type)")
+    gates.add_argument("--compare", type=Path, metavar="RUN", help="not shown to be worse than this evaluated run")
+    gates.add_argument("--margin", type=finite_number, metavar="X", help="--compare: shown to be worse by less than X")
+    gates.add_argument("--min-spearman", type=finite_number, metavar="X", help="lower end of the correlation")
+    gates.add_argument("--min-auroc", type=finite_number, metavar="X", help="lower end of AUROC, steps below 0.5")
     parity = parser.add_argument_group("instead: the same judge twice")
     parity.add_argument("--parity", type=positive, nargs="?", const=8, metavar="N", help="run and export, on N prompts")
     parity.add_argument(
@@ -35,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def finite_number(text: str) -> float:
-    """An argument that is a number. NaN is none: every comparison with it is false, so no gate would ever close."""
+    """An argument that is a finite number. Every comparison with NaN is false, so no gate would ever close."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError

@@ -6,7 +6,7 @@ usage() {
     cat <<'USAGE'
 Usage: ./run_training.sh [options] [key=value ...]
 
-  -i,  --input FILE           your rows, a file or a folder; may be repeated (default: finetune.jsonl, the sample)
+  -i,  --input FILE           your rows (default: finetune.jsonl, the sample)
   -c,  --config FILE          the configuration (default: training_config.yaml)
   -d,  --dataset NAME         the variant to train on, such as reward_model_full
   -e,  --epochs N             passes over the data
@@ -82,8 +82,7 @@ print(f" Did you mean {close[0]}?" if close else f" A key of LLaMA Factory is wr
 ' "$1" "${options[@]}"
 }
 
-config="" convert=yes demo="" install="" validate=""
-inputs=()      # your rows
+config="" input="" convert=yes demo="" install="" validate=""
 training=()    # passed on to train.py
 assignments=() # passed on to convert_dataset.py as well
 arguments=$#
@@ -111,13 +110,7 @@ while (($#)); do
         fail "$option takes no value."
     fi
     case $option in
-        --input)
-            if [[ $value != - ]]; then
-                [[ -e $value ]] || fail "$value: no such file. Name the file with your rows, one JSON object per line." 1
-                value=$(realpath -- "$value")
-            fi
-            inputs+=("$value")
-            ;;
+        --input) input=$value ;;
         --config) config=$(realpath --canonicalize-missing -- "$value") ;;
         --no-convert) convert="" ;;
         --install-deps) install=yes ;;
@@ -133,9 +126,12 @@ while (($#)); do
             ;;
     esac
 done
-((${#inputs[@]} == 0)) || [[ -n $convert ]] || fail "--input and --no-convert contradict each other. Choose one."
-((${#inputs[@]} == 0)) || [[ -z $demo ]] || fail "--demo runs on the sample. Leave out --demo to use your own rows."
-((${#inputs[@]})) || inputs=(finetune.jsonl)
+if [[ -n $input && $input != - ]]; then
+    [[ -e $input ]] || fail "$input: no such file. Name the file that holds your rows, one JSON object per line." 1
+    input=$(realpath -- "$input")
+fi
+[[ -z $input || -n $convert ]] || fail "--input and --no-convert contradict each other. Choose one of them."
+[[ -z $input || -z $demo ]] || fail "--demo runs on the sample. Leave out --demo to use your own rows."
 cd "$here"
 
 # Each step runs in the background so that a signal reaches this shell at once; it is passed on as SIGTERM, because a
@@ -175,7 +171,7 @@ if [[ -n $demo ]]; then
     step "$python" -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
 fi
 if [[ -n $convert ]]; then
-    step "$python" convert_dataset.py --input "${inputs[@]}" --config "$config" "${assignments[@]}"
+    step "$python" convert_dataset.py --input "${input:-finetune.jsonl}" --config "$config" "${assignments[@]}"
 fi
 step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"
 if [[ -n $demo && -z $validate ]]; then

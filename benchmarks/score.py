@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.sizes import QWEN_7B, WORDS  # noqa: E402
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
-from prmkit.evaluation import bootstrap, heldout, measures  # noqa: E402
-from prmkit.evaluation.agreement import FEWEST_SCORES  # noqa: E402
+from prmkit.evaluation import estimates, heldout, statistics  # noqa: E402
+from prmkit.evaluation.metrics import MIN_SCORES  # noqa: E402
 from prmkit.evaluation.summary import shown  # noqa: E402
 from prmkit.judge.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
 from prmkit.judge.transformers_judge import Judge, load_model  # noqa: E402
@@ -148,13 +148,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def spearman(scores: list[float | None], prompts: list[heldout.HeldOutPrompt]) -> str:
     """Rank correlation with the judges' mean score, its interval over tasks, and how many prompts got a score."""
     pairs = [(score, prompt) for score, prompt in zip(scores, prompts, strict=True) if score is not None]
-    sample = bootstrap.make_sample(
+    sample = estimates.make_sample(
         [score for score, _ in pairs],
         [sum(prompt.reference.values()) / len(prompt.reference) for _, prompt in pairs],
         [prompt.task for _, prompt in pairs],
     )
-    figure = bootstrap.measure(sample, measures.spearman(sample), fewest=FEWEST_SCORES)
-    return f"{shown(figure.as_json(), 3)} ({figure.n})"
+    estimate = estimates.measure(sample, statistics.spearman(sample), min_n=MIN_SCORES)
+    return f"{shown(estimate.as_json(), 3)} ({estimate.n})"
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -53,13 +53,18 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, 
 
 
 def _header(record: Mapping[str, Any], merged: bool) -> str:
-    base = str((record.get("base_model") or {}).get("path") or "")
+    base = _base_model(record)
     fields: dict[str, Any] = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation"}
     # A local path is not the name of a model on a hub, which would render it as a broken link.
     if base and not Path(base).exists() and base.count("/") == 1 and not base.startswith((".", "/", "~")):
         fields["base_model"] = base
     fields["tags"] = ["process-reward-model", "llm-as-a-judge", "llama-factory"]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _base_model(record: Mapping[str, Any]) -> str:
+    base = record.get("base_model") or {}
+    return str(base.get("name") or base.get("path") or "")
 
 
 def _agreement(metrics: Mapping[str, Any] | None) -> Iterator[str]:
@@ -88,13 +93,13 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     config = record.get("config") or {}
     dataset, held_out = (record.get(name) or {} for name in ("dataset", "eval_dataset"))
     facts = {
-        "base model": (record.get("base_model") or {}).get("path"),
+        "base model": _base_model(record),
         "dataset": dataset.get("name"),
         "dataset SHA-256": dataset.get("sha256"),
         "held-out dataset": held_out.get("name"),
         **{name: config.get(name) for name in _SETTINGS},
         "steps": record.get("steps"),
-        "mean training loss": record.get("train_loss"),
+        "last training loss": record.get("train_loss"),
         "held-out loss": record.get("eval_loss"),
         **{f"{name} version": version for name, version in (record.get("versions") or {}).items()},
     }

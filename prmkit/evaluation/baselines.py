@@ -1,66 +1,87 @@
-"""What a judge has to beat, and what it cannot beat: the baselines below it, the ceiling above it."""
+"""What a judge has to beat, what it cannot beat, where it fails: baselines, the judges' agreement, subgroups."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from prmkit.evaluation import measures
-from prmkit.evaluation.agreement import (
-    FEWEST_SCORES,
-    Figures,
-    agreement,
-    groups_of,
-    order,
-    skill_over,
-)
-from prmkit.evaluation.bootstrap import Figure, Floats, Statistic, make_sample, measure
-from prmkit.evaluation.predictions import Scores
+from prmkit.evaluation import statistics
+from prmkit.evaluation.estimates import Estimate, Floats, Sample, Statistic, measure, on_part, undefined
+from prmkit.evaluation.metrics import ALL, METRICS, MIN_SCORES, ORDER, Metrics, agreement, by_mean, by_median
+from prmkit.evaluation.predictions import Row, Scores
 
 COPY_WITHIN = 0.005
-"""A score this near to one that stands in the prompt equals it: prompts show two decimals."""
-
+"""A score this close to one that the prompt shows equals it: prompts show two decimals."""
 
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
-def baselines(scores: Scores, base: Scores | None) -> Figures:
+def baselines(scores: Scores, base: Scores | None) -> Metrics:
     """What can be had without training, on the same scores.
 
-    `training_median`: always the same number. `copy`: repeating the scores of earlier clips that stand in the prompt,
-    their mean or the last of them, whichever errs less, and the judge on these very rows beside it, for a judge that
-    copies looks good exactly there. `base_model`: the model without
-    its adapter, where it was asked, and the judge on the rows that both scored.
+    `constant`: always the mean (for RMSE) or the median (for MAE) of the training labels. `length` and `position`:
+    ranking by the prompt's length or the clip's number alone. `copy`: repeating the scores of earlier clips that the
+    prompt shows, their mean or the last of them, whichever has the smaller error, with the judge on the same rows,
+    for a judge that copies looks good exactly there. `base_model`: the model without its adapter, where it was asked,
+    and the judge on the rows that both scored.
     """
-    figures: Figures = {}
-    known = np.isfinite(scores.training_median)
-    if known.any():
-        constant = scores.where(known).predicting(scores.training_median[known])
-        figures["training_median"] = agreement(constant, whole=False)
-    leaked = np.isfinite(scores.leaked_mean)
-    if leaked.any():
-        figures["copy"] = _copying(scores.where(leaked))
+    constant = scores.predicting(scores.constant_mean)
+    found: Metrics = {"constant": agreement(replace(constant, median=scores.constant_median), brief=True)}
+    for name, values in (("length", scores.prompt_characters), ("position", scores.clip_number)):
+        known = np.isfinite(values)
+        if known.any() and np.ptp(values[known]) > 0:
+            found[name] = _ranking(scores.where(known), values[known])
+    shows_scores = np.isfinite(scores.leaked_mean)
+    if shows_scores.any():
+        found["copy"] = _copying(scores.where(shows_scores))
     if base is not None:
         mine, theirs = shared(scores, base)
         if len(mine):
-            figures["base_model"] = {
-                "base": agreement(theirs, whole=False),
-                "judge": agreement(mine, whole=False),
-                "skill": skill_over(mine, theirs.predicted),
+            found["base_model"] = {
+                "base": agreement(theirs, brief=True),
+                "judge": agreement(mine, brief=True),
+                "skill": _skill_over(mine, theirs.median),
             }
-    return figures
+    return found
 
 
-def _copying(scores: Scores) -> Figures:
+def _ranking(scores: Scores, values: Floats) -> Metrics:
+    """How far a ranking by one number gets, in the direction that suits each key best, and what the judge adds."""
+    directed = np.zeros(len(values))
+    for kind in np.unique(scores.kind):
+        chosen = scores.kind == kind
+        with np.errstate(invalid="ignore"):
+            direction = np.sum(
+                (values[chosen] - values[chosen].mean()) * (scores.reference[chosen] - scores.reference[chosen].mean())
+            )
+        directed[chosen] = values[chosen] * (np.sign(direction) or 1.0)
+    judge, ranking = by_mean(scores), by_mean(scores.predicting(directed))
+    ours, theirs = (_or_zero(statistics.spearman_within(sample)) for sample in (judge, ranking))
+    return {
+        ORDER: measure(ranking, statistics.spearman_within(ranking), min_n=MIN_SCORES),
+        "gain": measure(judge, lambda weights: ours(weights) - theirs(weights), min_n=MIN_SCORES),
+    }
+
+
+def _or_zero(statistic: Statistic) -> Statistic:
+    """A ranking that is the same everywhere orders nothing."""
+    return lambda weights: np.nan_to_num(statistic(weights))
+
+
+def _copying(scores: Scores) -> Metrics:
     copies = {"mean": scores.leaked_mean, "last": scores.leaked_last}
     errors = {name: float(np.mean(np.abs(copy - scores.reference))) for name, copy in copies.items()}
     better = min(errors, key=errors.__getitem__)
     copied = copies[better]
     return {
         "copied": better,
-        "copy": agreement(scores.predicting(copied), whole=False),
-        "judge": agreement(scores, whole=False),
-        "skill": skill_over(scores, copied),
+        "copy": agreement(scores.predicting(copied), brief=True),
+        "judge": agreement(scores, brief=True),
+        "skill": _skill_over(scores, copied),
         "judge_equals_copy": _equal_share(scores, copied, scores.predicted),
         "reference_equals_copy": _equal_share(scores, copied, scores.reference),
         "distance_of_judge": _distance(scores, copied, scores.predicted),
@@ -68,14 +89,20 @@ def _copying(scores: Scores) -> Figures:
     }
 
 
-def _equal_share(scores: Scores, copied: Floats, scored: Floats) -> Figure:
-    sample = make_sample(scored, copied, scores.task)
-    return measure(sample, measures.mean_of(sample, (np.abs(scored - copied) <= COPY_WITHIN).astype(np.float64)))
+def _skill_over(scores: Scores, baseline: Floats) -> Estimate:
+    sample = replace(by_median(scores), baseline=baseline)
+    estimate = measure(sample, statistics.skill_by_mae(sample))
+    return estimate if estimate.value is not None else replace(estimate, reason="the baseline makes no error")
 
 
-def _distance(scores: Scores, copied: Floats, scored: Floats) -> Figure:
-    sample = make_sample(scored, copied, scores.task)
-    return measure(sample, measures.mean_absolute_error(sample))
+def _equal_share(scores: Scores, copied: Floats, scored: Floats) -> Estimate:
+    sample = replace(by_mean(scores), predicted=(np.abs(scored - copied) <= COPY_WITHIN).astype(np.float64))
+    return measure(sample, statistics.share_predicted(sample))
+
+
+def _distance(scores: Scores, copied: Floats, scored: Floats) -> Estimate:
+    sample = replace(by_mean(scores), predicted=scored, reference=copied)
+    return measure(sample, statistics.mean_absolute_error(sample))
 
 
 def shared(mine: Scores, theirs: Scores) -> tuple[Scores, Scores]:
@@ -88,107 +115,217 @@ def shared(mine: Scores, theirs: Scores) -> tuple[Scores, Scores]:
     return mine.where(chosen[:, 0]), theirs.where(chosen[:, 1])
 
 
-# --- the ceiling ------------------------------------------------------------------------------------------------------
+# --- how well the judges agree ----------------------------------------------------------------------------------------
 
 
-def against_each(scores: Scores, judges: Sequence[str]) -> Figures:
+def self_agreement(entries: Sequence[Mapping[str, Any]], evaluation_type: str, key: str) -> Estimate:
+    """How well judges agree with themselves on prompts that they answered more than once.
+
+    Args:
+        entries: `self_agreement` of the conversion's report: judge, evaluation_type, key, pairs, pearson.
+        evaluation_type: only of this one; `ALL` for every one.
+        key: likewise.
+    """
+    known = [
+        (entry["pairs"], entry["pearson"])
+        for entry in entries
+        if evaluation_type in (ALL, entry["evaluation_type"])
+        and key in (ALL, entry["key"])
+        and entry["pearson"] is not None
+    ]
+    n = sum(pairs for pairs, _ in known)
+    if n < MIN_SCORES:
+        return undefined(f"{n} of at least {MIN_SCORES} scores that a judge gave twice", n)
+    return Estimate(sum(pairs * pearson for pairs, pearson in known) / n, None, None, n, 0)
+
+
+def against_each(scores: Scores, judges: Sequence[str]) -> Metrics:
     """The judge against each single judge, instead of their mean."""
-    figures = {}
+    found = {}
     for column, judge in enumerate(judges):
         alone = scores.where(np.isfinite(scores.references[:, column]))
         if len(alone):
-            figures[judge] = _brief(alone, alone.predicted, alone.references[:, column])
-    return figures
+            found[judge] = _brief(replace(by_mean(alone), reference=alone.references[:, column]))
+    return found
 
 
-def ceiling(scores: Scores, judges: Sequence[str]) -> Figures:
-    """How far the judges agree with each other on the same prompts, and what follows for anyone who predicts them.
+def _brief(sample: Sample) -> Metrics:
+    wanted = [metric for metric in METRICS if metric.name in (ORDER, "pearson", "rmse", "mae", "bias")]
+    return {metric.name: measure(sample, metric.statistic(sample), min_n=metric.min_n) for metric in wanted}
 
-    A judge's score is its opinion plus noise. If two judges hold the same opinion with independent noise of the same
-    size, their Pearson correlation r is the reliability of one of them, and the correction for attenuation
-    (Spearman 1904, "The proof and measurement of association between two things") says that not even the noiseless
-    opinion itself correlates with one judge's scores by more than sqrt(r). The mean of k judges has the reliability
-    R = k r / (1 + (k - 1) r) (Spearman 1910, Brown 1910), so against the mean the bound is sqrt(R). Where judges hold
-    different opinions or err alike, the bounds are only approximate; for Spearman's rho, where r is the judges' rho,
-    they are so anyway.
+
+def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
+    """How far the judges agree with each other on the same prompts, and what follows for whoever predicts them.
+
+    If two judges differ by independent noise of the same size alone, their Pearson correlation r is the reliability of
+    one of them, and the correction for attenuation (Spearman 1904, "The proof and measurement of association between
+    two things") says that not even the noiseless opinion correlates with one judge's scores by more than sqrt(r). The
+    mean of k judges has the reliability R = k r / (1 + (k - 1) r) (Spearman 1910, Brown 1910), so against the mean the
+    bound is sqrt(R).
+
+    Judges also differ because each has its own lasting view, which a model that was trained on all of them can learn.
+    What is noise shows where one judge answered the same prompt twice: with its agreement with itself w, the bound is
+    sqrt(1 - (1 - w) / (1 + (k - 1) r)), which is the other one where w = r and 1 where w = 1. For Spearman's rho, with
+    the judges' rho as r, all bounds are approximate.
+
+    Args:
+        scores: of one evaluation type and key, or of several together.
+        judges: the columns of `Scores.references`.
+        itself: see `self_agreement`.
     """
-    pairs: list[Figures] = []
+    found: list[Metrics] = []
     for one, other in combinations(range(len(judges)), 2):
-        both = scores.where(np.isfinite(scores.references[:, one]) & np.isfinite(scores.references[:, other]))
+        both = scores.where(np.flatnonzero(np.isfinite(scores.references[:, [one, other]]).all(axis=1)))
         if len(both):
-            figures = _brief(both, both.references[:, one], both.references[:, other])
-            pairs.append({"judges": [judges[one], judges[other]]} | figures)
-    judges_a_score = float(np.isfinite(scores.references).sum(axis=1).mean())
-    bounds = {
-        name: _bounds([pair[name] for pair in pairs], judges_a_score) for name in ("pearson", "spearman_within_keys")
+            sample = replace(by_mean(both), predicted=both.references[:, one], reference=both.references[:, other])
+            found.append({"judges": [judges[one], judges[other]]} | _brief(sample))
+    count = np.isfinite(scores.references).sum(axis=1)
+    against = _why_no_bound(scores, count)
+    return {
+        "pairs": found,
+        "gap": _gap(scores),
+        "no_bound_because": against,
+        "bounds": {
+            name: _bounds([pair[name] for pair in found], float(count.mean()), itself, against)
+            for name in ("pearson", ORDER)
+        },
     }
-    return {"pairs": pairs, "gap": _gap(scores, len(judges)), "bounds": bounds}
 
 
-def _gap(scores: Scores, judges: int) -> Figure:
-    """Spearman of the judge with one judge, minus that of two judges with each other; means over judges and pairs.
+def _why_no_bound(scores: Scores, count: NDArray[np.int64]) -> str | None:
+    """A bound from a part of the scores holds for all of them only if that part is large and like the rest."""
+    several = count > 1
+    if not several.any():
+        return "no score has two judges"
+    if several.mean() < 0.5:
+        return f"only {several.mean():.0%} of the scores have two judges"
+    if (~several).sum() < MIN_SCORES:
+        return None
+    single, double = (scores.references[mask][np.isfinite(scores.references[mask])] for mask in (~several, several))
+    spread = max(float(np.std(single)), 1e-9)
+    if abs(single.mean() - double.mean()) > 0.3 * spread or not 0.75 < np.std(double) / spread < 1.33:
+        return "the scores with two judges differ from the others"
+    return None
 
-    Within keys, as `spearman_within_keys`. Compared with single judges on both sides, for the mean of several is easier
-    to agree with than one is.
+
+def _gap(scores: Scores) -> Estimate:
+    """Spearman of the judge with one judge, minus that of two judges with each other.
+
+    Each pair of judges on the scores that both gave; the mean over pairs, weighted by these. Compared with single
+    judges on both sides, for the mean of several is easier to agree with than one is. Within keys, as `ORDER`.
     """
-    every = scores.where(np.flatnonzero(np.isfinite(scores.references).all(axis=1)))
-    if judges < 2 or not len(every):
-        return Figure(None, None, None, 0, 0, "no prompt has all judges")
-
-    keys = groups_of(every.evaluation_type, every.key)
-
-    def within(one: Floats, other: Floats) -> Statistic:
-        return measures.spearman_within(make_sample(one, other, every.task), keys)
-
-    columns = every.references.T
-    ours = [within(every.predicted, column) for column in columns]
-    theirs = [within(one, other) for one, other in combinations(columns, 2)]
-    sample = make_sample(every.predicted, every.reference, every.task)
+    sample, parts, used = by_mean(scores), [], np.zeros(len(scores), bool)
+    for one, other in combinations(scores.references.T, 2):
+        both = np.isfinite(one) & np.isfinite(other)
+        if both.sum() >= MIN_SCORES:
+            orders = [
+                on_part(replace(sample, predicted=left, reference=right), both, statistics.spearman_within)
+                for left, right in ((sample.predicted, one), (sample.predicted, other), (one, other))
+            ]
+            parts.append((int(both.sum()), orders))
+            used |= both
+    if not parts:
+        return undefined(f"no two judges share {MIN_SCORES} scores")
 
     def statistic(weights: Floats) -> Floats:
-        agreed, ceiling_of_it = (np.mean([one(weights) for one in each], axis=0) for each in (ours, theirs))
-        gap: Floats = agreed - ceiling_of_it
+        total = np.zeros(len(weights))
+        for size, (with_one, with_other, with_each_other) in parts:
+            total += size * ((with_one(weights) + with_other(weights)) / 2 - with_each_other(weights))
+        gap: Floats = total / sum(size for size, _ in parts)
         return gap
 
-    return measure(sample, statistic, fewest=FEWEST_SCORES)
+    estimate = measure(sample, statistic, min_n=MIN_SCORES)
+    return replace(estimate, n=int(used.sum()), tasks=len(np.unique(sample.task[used])))
 
 
-def _brief(scores: Scores, one: Floats, other: Floats) -> Figures:
-    sample = make_sample(one, other, scores.task)
-
-    def figure(statistic: Statistic, fewest: int) -> Figure:
-        return measure(sample, statistic, fewest=fewest)
-
-    return {
-        "mae": figure(measures.mean_absolute_error(sample), 1),
-        "bias": figure(measures.bias(sample), 1),
-        "pearson": figure(measures.pearson(sample), FEWEST_SCORES),
-        **order(scores, sample),
-    }
-
-
-def _bounds(correlations: Sequence[Figure], judges_a_score: float) -> Figures:
-    """The two bounds of `ceiling`, from the mean correlation of all pairs of judges."""
-    known = [figure for figure in correlations if figure.value is not None]
-    if not known:
-        reason = correlations[0].reason if correlations else "no prompt has two judges"
-        return dict.fromkeys(("reliability", "one_judge", "mean_judge"), Figure(None, None, None, 0, 0, reason))
-    n, tasks = max(figure.n for figure in known), max(figure.tasks for figure in known)
+def _bounds(correlations: Sequence[Estimate], judges: float, itself: Estimate, against: str | None) -> Metrics:
+    """The bounds of `ceiling`, from the mean correlation of all pairs of judges."""
+    known = [estimate for estimate in correlations if estimate.value is not None]
+    if not known or against:
+        reason = against or (correlations[0].reason if correlations else None) or "no prompt has two judges"
+        return dict.fromkeys(("reliability", "one_judge", "mean_judge", "mean_judge_by_self"), undefined(reason))
+    n, tasks = max(estimate.n for estimate in known), max(estimate.tasks for estimate in known)
     # Both bounds grow with r, so a single pair's interval goes through them; that of several pairs' mean does not.
     ends = (known[0].low, known[0].high) if len(known) == 1 else (None, None)
-    r = [float(np.mean([figure.value for figure in known])), *ends]
+    r = [float(np.mean([estimate.value for estimate in known])), *ends]
 
-    def bound(of_how_many: float) -> Figure:
+    def bound(of_how_many: float) -> Estimate:
         values = [None if x is None else _bound(x, of_how_many) for x in r]
         reason = "the judges do not agree at all" if values[0] is None else None
-        return Figure(values[0], values[1], values[2], n, tasks, reason)
+        return Estimate(values[0], values[1], values[2], n, tasks, reason)
 
+    by_self = itself
+    if itself.value is not None and r[0] is not None:
+        by_self = Estimate(_bound_by_self(itself.value, r[0], judges), None, None, itself.n, itself.tasks)
     return {
-        "reliability": Figure(r[0], r[1], r[2], n, tasks),
+        "reliability": Estimate(r[0], r[1], r[2], n, tasks),
         "one_judge": bound(1.0),
-        "mean_judge": bound(judges_a_score),
+        "mean_judge": bound(judges),
+        "self_agreement": itself,
+        "mean_judge_by_self": by_self,
     }
 
 
 def _bound(r: float, judges: float) -> float | None:
     return float(np.sqrt(judges * r / (1 + (judges - 1) * r))) if r > 0 else None
+
+
+def _bound_by_self(itself: float, r: float, judges: float) -> float:
+    return float(np.sqrt(max(0.0, 1 - (1 - itself) / (1 + (judges - 1) * max(r, 0.0)))))
+
+
+# --- subgroups --------------------------------------------------------------------------------------------------------
+
+TASK_GROUP = "task_group"
+"""A key that every dataset has: the task's name without its number."""
+_NOT_GROUPS = {"task_id", "trajectory_id", "evaluation_type", "clip_number", "timestamp", "model_name", "provider"}
+MAX_GROUPS = 30
+
+
+def group_values(rows: Sequence[Row], key: str) -> list[str | None]:
+    """The value of a metadata key for each prediction; None where it has none."""
+    if key == TASK_GROUP:
+        return [re.sub(r"[\W_]*\d+$", "", str(row["task_id"])) or None for row in rows]
+    values = (row["metadata"].get(key) for row in rows)
+    return [str(value) if isinstance(value, str | int | float | bool) and value != "" else None for value in values]
+
+
+def grouping_keys(rows: Sequence[Row]) -> list[str]:
+    """The metadata keys that divide the rows into a few groups."""
+    keys = dict.fromkeys(key for row in rows for key in row["metadata"] if key not in _NOT_GROUPS)
+    return [key for key in (TASK_GROUP, *keys) if 2 <= len(set(group_values(rows, key)) - {None}) <= MAX_GROUPS]
+
+
+def breakdown(scores: Scores, rows: Sequence[Row], key: str) -> list[Metrics]:
+    """The judge on each group of scores that share a value of a metadata key, the largest group first."""
+    values = np.array(group_values(rows, key), dtype=object)[scores.row]
+    found: list[Metrics] = []
+    names, counts = np.unique([value for value in values if value is not None], return_counts=True)
+    for name in names[np.argsort(-counts, kind="stable")][:MAX_GROUPS]:
+        some = scores.where(values == name)
+        tasks = by_mean(some).tasks
+        by_type = {
+            evaluation_type: _order_of(some.where(some.evaluation_type == evaluation_type))
+            for evaluation_type in dict.fromkeys(some.evaluation_type)
+        }
+        about: Metrics = {"value": str(name), "scores": len(some), "tasks": tasks, "order_by_type": by_type}
+        found.append(about | _of_group(some))
+    return found
+
+
+def _of_group(scores: Scores) -> Metrics:
+    whole = agreement(scores, brief=True)
+    return {name: whole[name] for name in (ORDER, "rmse", "mae", "bias")} | {"bad_step": whole["bad_step"]}
+
+
+def halves(scores: Scores) -> list[Estimate]:
+    """The judge's order on two random halves of the tasks: what holds on one half only was not learnt."""
+    tasks = np.unique(scores.task)
+    first = np.random.default_rng(0).permutation(tasks)[: len(tasks) // 2]
+    in_first = np.isin(scores.task, first)
+    return [_order_of(scores.where(mask)) for mask in (in_first, ~in_first)]
+
+
+def _order_of(scores: Scores) -> Estimate:
+    sample = by_mean(scores)
+    return measure(sample, statistics.spearman_within(sample), min_n=MIN_SCORES)

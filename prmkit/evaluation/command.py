@@ -2,26 +2,30 @@
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prmkit import cli
-from prmkit.errors import DataError, ExitCode, UsageError
-from prmkit.evaluation import heldout
-from prmkit.evaluation.evaluate import REPORT, Settings, evaluate, settings_of
+from prmkit.errors import DataError, ExitCode, GateError, UsageError
+from prmkit.evaluation import compare, heldout
+from prmkit.evaluation.evaluate import REPORT_FILE, Settings, evaluate
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, check_parity
-from prmkit.files import write_json
+from prmkit.files import read_json, write_json
+from prmkit.intervals import CALIBRATION_FILE, read_calibration, write_calibration
 from prmkit.judge.arguments import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import (
+    EXPORT_FILE,
     JudgeSource,
     check_folders,
     config_of_run,
+    fingerprint_of,
     judge_source_of_export,
     judge_source_of_run,
 )
 from prmkit.judge.types import Request
+from prmkit.model_card import write_model_card
 
 log = logging.getLogger("prmkit")
 
@@ -35,11 +39,9 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     Raises:
         DataError: there is no judge, or nothing to measure it on.
         UsageError: the arguments contradict each other.
-        GateError: it is worse than it was to be.
+        GateError: it is worse than asked for, or that cannot be decided.
     """
-    from prmkit.evaluation import compare
-
-    _refuse_mixed(arguments)
+    _check_arguments(arguments)
     source = judge_source(arguments)
     check_folders(source)
     run = None if arguments.model else arguments.run or DEFAULT_RUN
@@ -49,26 +51,44 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     data_folder, name = heldout.place_of_held_out(config, arguments.data_dir, arguments.dataset)
     held_out = heldout.read_held_out(data_folder, name)
     folder = arguments.output or (evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}"))
-    medians = heldout.training_medians(data_folder, name)
-    metrics = evaluate(source, held_out, medians, folder, settings_of(arguments))
+    constants = heldout.training_constants(data_folder, name)
+    weights = None if arguments.output else _weights_folder(source)
+    metrics = evaluate(source, held_out, constants, folder, _settings_of(arguments), weights)
+    if run and not arguments.output:
+        _write_card(run, metrics)
     comparison = None
     if arguments.compare:
         prompts = {prompt.prompt_sha256 for prompt in heldout.sampled(held_out.prompts, arguments.limit)}
         comparison = compare.compare(folder, arguments.compare, prompts)
-        write_json(folder / compare.COMPARISON, comparison)
+        write_json(folder / compare.COMPARISON_FILE, comparison)
     if arguments.json:
         cli.emit_json({**metrics, "comparison": comparison} if comparison else metrics)
     else:
-        _show(metrics, comparison, folder / REPORT)
-    _refuse(metrics, comparison, arguments.min_spearman)
+        _show(metrics, comparison, folder / REPORT_FILE)
+    _check_gates(metrics, comparison, arguments)
     return ExitCode.DONE
 
 
-def _refuse_mixed(arguments: argparse.Namespace) -> None:
-    """Refuse what only one of the two, measuring and --parity, looks at, where the other one is asked for."""
+def _settings_of(arguments: argparse.Namespace) -> Settings:
+    return Settings(
+        mode=arguments.mode,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        with_base=arguments.baseline,
+        trim=arguments.too_long == "trim",
+        max_new_tokens=arguments.max_new_tokens,
+        by=tuple(arguments.by or ()),
+    )
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Reject arguments that only one of the two, measuring and --parity, uses, where the other one is asked for."""
     measuring = {
         "--min-spearman": arguments.min_spearman is not None,
+        "--min-auroc": arguments.min_auroc is not None,
         "--compare": arguments.compare is not None,
+        "--margin": arguments.margin is not None,
+        "--by": bool(arguments.by),
         "--limit": arguments.limit is not None,
         "--output": arguments.output is not None,
         "--baseline": arguments.baseline,
@@ -79,22 +99,38 @@ def _refuse_mixed(arguments: argparse.Namespace) -> None:
     given = [flag for flag, typed in (measuring if arguments.parity else parity).items() if typed]
     if given and arguments.parity:
         raise UsageError(
-            f"--parity holds the export against the run and measures nothing else: leave out {', '.join(given)}."
+            f"--parity compares the export with the run and measures nothing: leave out {', '.join(given)}."
         )
     if given:
-        raise UsageError(f"{', '.join(given)}: only --parity looks at it. Add --parity, or leave it out.")
+        raise UsageError(f"{', '.join(given)}: used with --parity alone. Add --parity, or leave it out.")
+    if arguments.margin is not None and arguments.compare is None:
+        raise UsageError("--margin says how much worse than --compare RUN the judge may be. Add --compare RUN.")
+    if arguments.margin is not None and arguments.margin <= 0:
+        raise UsageError(f"--margin {arguments.margin:g}: must be above 0, for example 0.05.")
 
 
-def _refuse(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, least: float | None) -> None:
-    from prmkit.evaluation import compare
-
-    gates = ["--compare"] * (comparison is not None) + ["--min-spearman"] * (least is not None)
-    if gates:
-        compare.refuse_few_scores(metrics, " and ".join(gates))
+def _check_gates(
+    metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, arguments: argparse.Namespace
+) -> None:
+    """Check every gate that was asked for, so that all that fail are reported at once."""
+    gates: dict[str, Callable[[], str | None]] = {}
     if comparison:
-        compare.refuse_worse(comparison)
-    if least is not None:
-        compare.refuse_low_spearman(metrics, least)
+        gates["--compare"] = lambda: compare.check_not_worse(comparison, arguments.margin)
+    if arguments.min_spearman is not None:
+        gates["--min-spearman"] = lambda: compare.check_min_spearman(metrics, arguments.min_spearman)
+    if arguments.min_auroc is not None:
+        gates["--min-auroc"] = lambda: compare.check_min_auroc(metrics, arguments.min_auroc)
+    if not gates:
+        return
+    failed = []
+    for check in (lambda: compare.check_enough_scores(metrics, " and ".join(gates)), *gates.values()):
+        try:
+            if shown := check():
+                log.info("--compare: %s", shown)
+        except GateError as error:
+            failed.append(str(error))
+    if failed:
+        raise GateError("\n".join(failed))
 
 
 def evaluate_run(run: Path) -> None:
@@ -104,9 +140,28 @@ def evaluate_run(run: Path) -> None:
         DataError: nothing was held out, or not one prompt could be scored.
     """
     data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
-    held_out, medians = heldout.read_held_out(data_folder, name), heldout.training_medians(data_folder, name)
-    metrics = evaluate(judge_source_of_run(run), held_out, medians, evaluation_of(run), Settings())
-    _show(metrics, None, evaluation_of(run) / REPORT)
+    held_out, constants = heldout.read_held_out(data_folder, name), heldout.training_constants(data_folder, name)
+    metrics = evaluate(judge_source_of_run(run), held_out, constants, evaluation_of(run), Settings(), run)
+    _write_card(run, metrics)
+    _show(metrics, None, evaluation_of(run) / REPORT_FILE)
+
+
+def _weights_folder(source: JudgeSource) -> Path | None:
+    """Where a calibration is kept: beside an adapter or an export of this project, never in somebody's base model."""
+    return source.adapter or (source.model if (source.model / EXPORT_FILE).is_file() else None)
+
+
+def _write_card(run: Path, metrics: Mapping[str, Any]) -> None:
+    if (run / "run.json").is_file():
+        write_model_card(run, read_json(run / "run.json"), metrics)
+
+
+def evaluation_of(run: Path) -> Path:
+    """The folder in a run that holds what was measured of it."""
+    return run / "evaluation"
+
+
+# --- run and export ---------------------------------------------------------------------------------------------------
 
 
 def _parity(source: JudgeSource, config: Mapping[str, Any], arguments: argparse.Namespace) -> ExitCode:
@@ -116,7 +171,7 @@ def _parity(source: JudgeSource, config: Mapping[str, Any], arguments: argparse.
     other = replace(judge_source_of_export(exported), trust_remote_code=source.trust_remote_code)
     tolerance = DEFAULT_TOLERANCE if arguments.tolerance is None else arguments.tolerance
     parity = check_parity(source, other, requests, tolerance=tolerance, batch_size=arguments.batch_size)
-    cli.emit(f"{exported}: judges as {source.adapter or source.model} does ({parity}).")
+    cli.emit(f"{exported}: scores as {source.adapter or source.model} does ({parity}).")
     return ExitCode.DONE
 
 
@@ -134,27 +189,50 @@ def prove_export(run: Path, exported: Path) -> None:
         return
     other = replace(judge_source_of_export(exported), trust_remote_code=trained.trust_remote_code)
     parity = check_parity(trained, other, _requests(held_out, PARITY_PROMPTS))
-    cli.emit(f"{exported}: judges as {run} does ({parity}).")
+    _copy_measurements(run, trained, exported, other)
+    cli.emit(f"{exported}: scores as {run} does ({parity}).")
+
+
+def _copy_measurements(run: Path, trained: JudgeSource, exported: Path, other: JudgeSource) -> None:
+    """What was measured of the run holds for an export that was shown to score as it does."""
+    metrics_file = evaluation_of(run) / compare.METRICS_FILE
+    metrics = read_json(metrics_file) if metrics_file.is_file() else None
+    write_model_card(exported, read_json(run / "run.json"), metrics if metrics and "summary" in metrics else None)
+    if (run / CALIBRATION_FILE).is_file():
+        try:
+            calibration = read_calibration(run, fingerprint_of(trained))
+        except DataError as error:
+            log.warning("%s gets no intervals: %s", exported, error)
+        else:
+            write_calibration(exported, replace(calibration, judge=fingerprint_of(other)))
 
 
 def _requests(held_out: heldout.HeldOut, prompts: int) -> list[Request]:
-    return [Request(prompt.prompt, prompt.shape) for prompt in heldout.by_task(held_out.prompts)[:prompts]]
+    chosen = heldout.by_task(held_out.prompts)[:prompts]
+    return [Request(prompt.prompt, prompt.shape, prompt.system) for prompt in chosen]
 
 
-def evaluation_of(run: Path) -> Path:
-    """The folder in a run that holds what was measured of it."""
-    return run / "evaluation"
+# --- the terminal -----------------------------------------------------------------------------------------------------
 
 
 def _show(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, report: Path) -> None:
-    from prmkit.evaluation import compare, summary
+    from prmkit.evaluation import summary
 
-    cli.emit_table("", summary.COLUMNS, summary.main_table(metrics), numeric=summary.NUMERIC)
+    table = summary.main_table(metrics)
+    cli.emit_table("", summary.COLUMNS, table, numeric=summary.NUMERIC, optional=summary.OPTIONAL)
     for line in summary.verdict_lines(metrics):
         cli.emit(line)
+    for key in metrics["asked_breakdowns"]:
+        rows = summary.breakdown_table(metrics["breakdowns"].get(key, []))
+        cli.emit_table(f"By {key}", summary.BREAKDOWN_COLUMNS, rows, numeric=summary.BREAKDOWN_COLUMNS[1:])
     if comparison:
-        table = compare.comparison_table(comparison)
-        cli.emit_table(f"Compared with {comparison['other']}", compare.COLUMNS, table, numeric=compare.NUMERIC)
+        cli.emit_table(
+            f"Compared with {comparison['other']}",
+            compare.COLUMNS,
+            compare.comparison_table(comparison),
+            numeric=compare.NUMERIC,
+            optional=compare.OPTIONAL,
+        )
         if left_out := compare.left_out(comparison):
             cli.emit(left_out)
     cli.emit(f"report: {report}")

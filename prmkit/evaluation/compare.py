@@ -1,37 +1,58 @@
-"""Two evaluations of the same held-out prompts: which judge is better, and is that more than chance?"""
+"""Two evaluations of the same held-out prompts: which judge is better, and is that more than chance? And all gates.
 
-from collections.abc import Callable, Collection, Mapping
+A gate fails closed: where it cannot see, it fails.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prmkit.errors import DataError, GateError
-from prmkit.evaluation import measures
-from prmkit.evaluation.agreement import FEWEST_SCORES, Figures, groups_of, plain
+from prmkit.evaluation import statistics
 from prmkit.evaluation.baselines import shared
-from prmkit.evaluation.bootstrap import Figure, Floats, Sample, Statistic, make_sample, measure
-from prmkit.evaluation.evaluate import METRICS, PREDICTIONS
+from prmkit.evaluation.estimates import LEVEL, MIN_TASKS, Floats, Sample, Statistic, measure, resampled
+from prmkit.evaluation.metrics import ALL, MIN_SCORES, ORDER, STRICT, Metrics, as_json, by_mean, by_median, suspicion
 from prmkit.evaluation.predictions import Scores, table_of_scores
-from prmkit.evaluation.summary import ALL, ORDER, shown
+from prmkit.evaluation.summary import MIN_SCORED, groups_of_types, shown
 from prmkit.files import read_jsonl
 from prmkit.judge.sources import check_keys, read_object
 
-COMPARISON = "comparison.json"
-COLUMNS = ("scores of", "n", "tasks", "Spearman", "other", "difference", "MAE", "other", "difference", "verdict")
+COMPARISON_FILE = "comparison.json"
+METRICS_FILE = "metrics.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+
+COLUMNS = (
+    "scores of",
+    "n",
+    "tasks",
+    "Spearman",
+    "difference",
+    "MAE",
+    "difference ",
+    "AUROC",
+    "difference  ",
+    "verdict",
+)
 NUMERIC = COLUMNS[1:-1]
+OPTIONAL = ("AUROC", "MAE", "difference of AUROC", "tasks", "n", "Spearman", "difference of MAE")
 
-LEAST_SHARE = 0.95
-"""Of the scores that are asked for; a gate that fewer pass is passed by the prompts that happen to suit the judge."""
+POWER = 0.8
+"""A number of tasks is recommended so that a judge that is equally good passes with this probability."""
 
-_FIGURES = (ORDER, "mae")
+# A larger value is better for Spearman and AUROC, a smaller one for the error.
+_BETTER = {ORDER: 1, "mae": -1, "auroc": 1}
+_NAMES = {ORDER: "Spearman", "mae": "MAE", "auroc": "AUROC"}
+_WITH_MARGIN = (ORDER, "mae")
 
 
 def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> dict[str, Any]:
-    """Compare two judges on the scores that both gave.
+    """Compare two judges on the scores that both gave, by evaluation type.
 
-    Differences are this judge's figure minus the other's, with a 95 % interval in which both are resampled together,
-    task by task: the prompts that are hard for both do not blur the difference.
+    Differences are this judge's metric minus the other's, with an interval in which both are resampled together, task
+    by task: the prompts that are hard for both do not blur the difference.
 
     Args:
         this: a folder with `metrics.json` and `predictions.jsonl`.
@@ -41,100 +62,161 @@ def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> 
     Raises:
         DataError: one has not been evaluated, or they were measured on different held-out rows, or share no score.
     """
-    other = other if (other / METRICS).is_file() or not (other / "evaluation").is_dir() else other / "evaluation"
-    described, others = _described(this), _described(other)
-    if described["held_out"]["sha256"] != others["held_out"]["sha256"]:
+    other = other if (other / METRICS_FILE).is_file() or not (other / "evaluation").is_dir() else other / "evaluation"
+    one, another = _described(this), _described(other)
+    if one["held_out"]["sha256"] != another["held_out"]["sha256"]:
         raise DataError(
-            f"{this} and {other} were measured on different held-out rows ({described['held_out']['dataset']}, "
-            f"{others['held_out']['dataset']}). Evaluate one of them again, on the other's --data-dir and --dataset."
+            f"{this} and {other} were measured on different held-out rows ({one['held_out']['dataset']}, "
+            f"{another['held_out']['dataset']}). Evaluate one of them again, with the other's --data-dir and --dataset."
         )
     mine, theirs = _scores(this, prompts), _scores(other, prompts)
     both, both_of_other = shared(mine, theirs)
     if not len(both):
         raise DataError(f"{this} and {other} share no score. Evaluate both without --limit.")
-    kinds = [ALL, *dict.fromkeys(both.evaluation_type)]
-    masks = {kind: np.full(len(both), True) if kind == ALL else both.evaluation_type == kind for kind in kinds}
-    comparison: dict[str, Any] = plain(
+    types = [ALL, *dict.fromkeys(both.evaluation_type)]
+    masks = {name: np.full(len(both), True) if name == ALL else both.evaluation_type == name for name in types}
+    groups = [
+        {"evaluation_type": name} | _differences(both.where(mask), both_of_other.where(mask))
+        for name, mask in masks.items()
+    ]
+    _decide(groups)
+    comparison: dict[str, Any] = as_json(
         {
             "this": str(this),
             "other": str(other),
-            "held_out_sha256": described["held_out"]["sha256"],
+            "held_out_sha256": one["held_out"]["sha256"],
             "scores_of_this_alone": len(mine) - len(both),
             "scores_of_other_alone": len(theirs) - len(both),
-            "groups": [
-                {"evaluation_type": kind} | _differences(both.where(mask), both_of_other.where(mask))
-                for kind, mask in masks.items()
-            ],
+            "groups": groups,
         }
     )
     return comparison
 
 
 def _described(folder: Path) -> Mapping[str, Any]:
-    if not (folder / METRICS).is_file():
-        raise DataError(f"{folder}: no {METRICS}. Evaluate it first: python evaluate_judge.py --run FOLDER")
-    metrics = read_object(folder / METRICS, held_out=dict)
-    check_keys(folder / METRICS, metrics["held_out"], sha256=str, dataset=str)
+    if not (folder / METRICS_FILE).is_file():
+        raise DataError(f"{folder}: no {METRICS_FILE}. Evaluate it first: python evaluate_judge.py --run FOLDER")
+    metrics = read_object(folder / METRICS_FILE, held_out=dict)
+    check_keys(folder / METRICS_FILE, metrics["held_out"], sha256=str, dataset=str)
     return metrics
 
 
 def _scores(folder: Path, prompts: Collection[str] | None) -> Scores:
-    file = folder / PREDICTIONS
+    file = folder / PREDICTIONS_FILE
     try:
         rows = [row for row in read_jsonl(file) if prompts is None or row["prompt_sha256"] in prompts]
-        return table_of_scores(rows, judges=(), medians={})
+        return table_of_scores(rows, judges=(), constants={})
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: damaged: a line is no prediction ({error!r}). Evaluate the judge again.") from error
+        raise DataError(
+            f"{file}: damaged, or of an earlier version: a line is not a prediction ({error!r}). "
+            "Evaluate the judge again."
+        ) from error
 
 
-def _differences(mine: Scores, theirs: Scores) -> Figures:
-    samples = [make_sample(scores.predicted, scores.reference, scores.task) for scores in (mine, theirs)]
-    figures: Figures = {"scores": len(mine), "tasks": samples[0].tasks}
-    keys = groups_of(mine.evaluation_type, mine.key)
-    statistics: Mapping[str, tuple[Callable[[Sample], Statistic], int]] = {
-        ORDER: (lambda sample: measures.spearman_within(sample, keys), FEWEST_SCORES),
-        "mae": (measures.mean_absolute_error, 1),
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
+def _differences(mine: Scores, theirs: Scores) -> Metrics:
+    compared: Mapping[str, tuple[Callable[[Scores], Sample], Callable[[Sample], Statistic]]] = {
+        ORDER: (by_mean, statistics.spearman_within),
+        "mae": (by_median, statistics.mean_absolute_error),
+        "auroc": (lambda scores: suspicion(scores, float(STRICT)), statistics.roc_area),
     }
-    for name, (statistic_of, fewest) in statistics.items():
-        one, other = (statistic_of(sample) for sample in samples)
-        figures[name] = {
-            "this": measure(samples[0], one, fewest=fewest),
-            "other": measure(samples[1], other, fewest=fewest),
-            "difference": measure(samples[0], _difference(one, other), fewest=fewest),
+    found: Metrics = {"scores": len(mine), "tasks": by_mean(mine).tasks}
+    for name, (sample_of, statistic_of) in compared.items():
+        samples = [sample_of(scores) for scores in (mine, theirs)]
+        one, other = (_defined(statistic_of(sample), sample, name) for sample in samples)
+        min_n = 1 if name == "mae" else MIN_SCORES
+        difference = _minus(one, other)
+        found[name] = {
+            "this": measure(samples[0], one, min_n=min_n),
+            "other": measure(samples[1], other, min_n=min_n),
+            "difference": measure(samples[0], difference, min_n=min_n),
+            **_test(samples[0], difference, _BETTER[name]),
         }
-    return figures | {"verdict": _verdict(figures[ORDER], figures["mae"])}
+    return found
 
 
-def _difference(one: Statistic, other: Statistic) -> Statistic:
+def _defined(statistic: Statistic, sample: Sample, name: str) -> Statistic:
+    """A judge that says the same everywhere has no correlation; for a comparison it orders nothing, which is 0."""
+    if (
+        name == ORDER
+        and np.ptp(sample.reference) > 0
+        and all(np.ptp(sample.predicted[sample.group == group]) == 0 for group in np.unique(sample.group))
+    ):
+        return lambda weights: np.zeros(len(weights))
+    return statistic
+
+
+def _minus(one: Statistic, other: Statistic) -> Statistic:
     def statistic(weights: Floats) -> Floats:
         return one(weights) - other(weights)
 
     return statistic
 
 
-def _verdict(spearman: Mapping[str, Figure], mae: Mapping[str, Figure]) -> str:
-    """`worse` or `better` where one figure's interval lies beyond zero and the other's does not contradict.
+def _test(sample: Sample, difference: Statistic, better: int) -> Metrics:
+    """The standard error of a difference, and the one-sided p-values that this judge is worse, and better.
 
-    A judge that says the same everywhere has no Spearman correlation, and none that differs; it is worse all the same
-    than one that puts things in the right order.
+    By Student's t with the bootstrap's standard error: percentiles of 1000 resamples are too coarse for Holm.
     """
-    order, error = spearman["difference"], mae["difference"]
-    worse = _beyond(order, below=True) or _beyond(error, below=False) or _lost(spearman["this"], spearman["other"])
-    better = _beyond(order, below=False) or _beyond(error, below=True) or _lost(spearman["other"], spearman["this"])
-    if worse and better:
-        return "mixed"
-    return "worse" if worse else "better" if better else "no difference shown"
+    from scipy import stats
+
+    if sample.tasks < MIN_TASKS or len(sample.reference) < MIN_SCORES:
+        return {"standard_error": None, "p_worse": None, "p_better": None}
+    value = float(difference(np.ones((1, sample.tasks)))[0])
+    drawn = resampled(sample, difference)
+    known = drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or len(known) < 0.9 * len(drawn):
+        return {"standard_error": None, "p_worse": None, "p_better": None}
+    # With few tasks the bootstrap's variance is too small by (n - 1) / n.
+    error = float(np.std(known)) * math.sqrt(sample.tasks / (sample.tasks - 1))
+    if error < 1e-12:
+        sure = 0.0 if abs(value) > 1e-9 else 1.0
+        worse, other = (sure, 1.0) if better * value < 0 else (1.0, sure)
+    else:
+        t = better * value / error
+        worse, other = (float(stats.t.cdf(sign * t, sample.tasks - 1)) for sign in (1, -1))
+    return {"standard_error": error, "p_worse": worse, "p_better": other}
 
 
-def _lost(one: Figure, other: Figure) -> bool:
-    # Tasks and references are the same on both sides, so only predictions that do not vary can leave one undefined.
-    return one.value is None and other.value is not None and other.value > 0
+def _decide(groups: Sequence[Metrics]) -> None:
+    """Add a verdict to each group. Worse and better by Holm (1979) over all types and metrics, 2.5 % on each side."""
+    of_types = groups[1:]
+    rejected = {
+        side: _holm({(i, name): group[name][side] for i, group in enumerate(of_types) for name in _BETTER})
+        for side in ("p_worse", "p_better")
+    }
+    for i, group in enumerate(of_types):
+        if not _decidable(group):
+            group["verdict"] = "cannot decide"
+        else:
+            worse, better = (any((i, name) in rejected[side] for name in _BETTER) for side in ("p_worse", "p_better"))
+            group["verdict"] = {(True, True): "mixed", (True, False): "worse", (False, True): "better"}.get(
+                (worse, better), "no difference shown"
+            )
+    verdicts = [group["verdict"] for group in of_types]
+    groups[0]["verdict"] = next(
+        (verdict for verdict in ("cannot decide", "worse", "mixed", "better") if verdict in verdicts),
+        "no difference shown",
+    )
+    if {"better", "worse"} <= set(verdicts):
+        groups[0]["verdict"] = "mixed"
 
 
-def _beyond(figure: Figure, *, below: bool) -> bool:
-    if figure.low is None or figure.high is None:
-        return False
-    return figure.high < 0 if below else figure.low > 0
+def _decidable(group: Metrics) -> bool:
+    return all(isinstance(group[name]["standard_error"], float) for name in (ORDER, "mae"))
+
+
+def _holm(p_values: Mapping[Any, float | None], level: float = (1 - LEVEL) / 2) -> set[Any]:
+    """The hypotheses that Holm's step-down procedure rejects at `level`; undefined p-values are left out."""
+    known = sorted((p, name) for name, p in p_values.items() if p is not None)
+    rejected = set()
+    for place, (p, name) in enumerate(known):
+        if p > level / (len(known) - place):
+            break
+        rejected.add(name)
+    return rejected
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
@@ -144,38 +226,16 @@ def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
             "everything" if group["evaluation_type"] == ALL else group["evaluation_type"],
             str(group["scores"]),
             str(group["tasks"]),
-            *(
-                shown(group[name][which], 3, interval=which == "difference")
-                for name in _FIGURES
-                for which in ("this", "other", "difference")
-            ),
+            *(cell for name in _BETTER for cell in (_both(group[name]), shown(group[name]["difference"], 3))),
             group["verdict"],
         ]
         for group in comparison["groups"]
     ]
 
 
-def refuse_worse(comparison: Mapping[str, Any]) -> None:
-    """Fail where this judge is worse over everything, by more than chance explains.
-
-    Raises:
-        GateError: the interval of Spearman's difference lies below zero, or that of the mean absolute error's above.
-    """
-    everything = comparison["groups"][0]
-    if everything["verdict"] in ("worse", "mixed"):
-        spearman = f"Spearman differs by {shown(everything[ORDER]['difference'], 3)}"
-        if everything[ORDER]["difference"]["value"] is None:
-            spearman = (
-                f"its Spearman is {_or_why(everything[ORDER]['this'])}, {_or_why(everything[ORDER]['other'])} there"
-            )
-        raise GateError(
-            f"{comparison['this']} is worse than {comparison['other']}: {spearman}, MAE differs by "
-            f"{shown(everything['mae']['difference'], 3)}."
-        )
-
-
-def _or_why(figure: Mapping[str, Any]) -> str:
-    return f"undefined ({figure['reason']})" if figure["value"] is None else shown(figure, 3)
+def _both(estimates: Mapping[str, Any]) -> str:
+    one, other = (shown(estimates[name], 3, interval=False) for name in ("this", "other"))
+    return f"{one} : {other}"
 
 
 def left_out(comparison: Mapping[str, Any]) -> str | None:
@@ -187,33 +247,140 @@ def left_out(comparison: Mapping[str, Any]) -> str | None:
     return f"Compared on the {both} scores that both made; left out are {mine} of this judge and {theirs} of the other."
 
 
-def refuse_few_scores(metrics: Mapping[str, Any], gates: str) -> None:
-    """Fail where the judge made too few of the scores that it was asked for: the rest may be any.
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) -> str:
+    """Fail where this judge is worse on any evaluation type, or where that cannot be decided.
+
+    Args:
+        comparison: see `compare`.
+        margin: None asks that no type is shown to be worse, by Holm over types and metrics. A number asks for more:
+            that on every type Spearman and MAE are shown to be worse by less than this (non-inferiority: the one-sided
+            95 % interval of the difference excludes `-margin`).
+
+    Returns:
+        What was shown, as a sentence.
+
+    Raises:
+        GateError: a type is worse, or it cannot be decided.
+    """
+    of_types = comparison["groups"][1:]
+    if undecided := [group for group in of_types if group["verdict"] == "cannot decide"]:
+        raise GateError(f"--compare: cannot decide on {', '.join(map(_why_undecided, undecided))}.")
+    if margin is not None:
+        return _check_margin(comparison, margin)
+    for group in of_types:
+        if group["verdict"] in ("worse", "mixed"):
+            differences = ", ".join(
+                f"{_NAMES[name]} differs by {shown(group[name]['difference'], 3)}" for name in _BETTER
+            )
+            raise GateError(
+                f"{comparison['this']} is worse than {comparison['other']} on {group['evaluation_type']}: "
+                f"{differences}."
+            )
+    unseen = max(-_one_sided_end(group[ORDER], ORDER) for group in of_types)
+    return (
+        f"Not shown to be worse on any type. A loss of up to {max(unseen, 0.0):.3f} in Spearman is not excluded; "
+        "--margin X asks for proof."
+    )
+
+
+def _why_undecided(group: Mapping[str, Any]) -> str:
+    order = group[ORDER]["difference"]
+    reason = order.get("reason") or group["mae"]["difference"].get("reason") or "too little varies"
+    return f"{group['evaluation_type']} ({reason})"
+
+
+def _check_margin(comparison: Mapping[str, Any], margin: float) -> str:
+    too_bad, unclear = [], []
+    for group in comparison["groups"][1:]:
+        for name in _WITH_MARGIN:
+            at_worst = -_one_sided_end(group[name], name)
+            if at_worst < margin:
+                continue
+            loss = -_BETTER[name] * group[name]["difference"]["value"]
+            what = f"{_NAMES[name]} on {group['evaluation_type']}"
+            if loss - (at_worst - loss) > margin:
+                too_bad.append(f"{what} is worse by {loss:.3f}")
+            else:
+                tasks = tasks_needed(group[name]["standard_error"], group["tasks"], margin)
+                unclear.append((max(tasks, group["tasks"] + 1), f"{what} may be worse by up to {at_worst:.3f}"))
+    if too_bad:
+        raise GateError(f"--margin {margin:g}: {'; '.join(too_bad)}.")
+    if unclear:
+        tasks, what = max(unclear)
+        raise GateError(f"--margin {margin:g}: cannot tell: needs about {tasks} tasks ({what}).")
+    return f"Worse by less than {margin:g} in Spearman and MAE on every evaluation type (one-sided 95 %)."
+
+
+def _one_sided_end(estimates: Mapping[str, Any], name: str) -> float:
+    """How good (as "larger is better") the difference is at least, with 95 % confidence."""
+    from scipy import stats
+
+    difference = _BETTER[name] * estimates["difference"]["value"]
+    quantile = float(stats.t.ppf(LEVEL, estimates["difference"]["tasks"] - 1))
+    return float(difference - quantile * estimates["standard_error"])
+
+
+def tasks_needed(standard_error: float, tasks: int, margin: float) -> int:
+    """How many tasks show that an equally good judge is not worse by `margin`, with the probability `POWER`."""
+    from scipy import stats
+
+    quantiles = float(stats.norm.ppf(LEVEL) + stats.norm.ppf(POWER))
+    return math.ceil(tasks * (quantiles * standard_error / margin) ** 2) if margin > 0 else 10**9
+
+
+def check_enough_scores(metrics: Mapping[str, Any], gates: str) -> None:
+    """Fail where the judge made too few of the scores that it was asked for: the others may be any.
 
     Args:
         metrics: the content of `metrics.json`.
         gates: the flags that ask for it.
 
     Raises:
-        GateError: it made less than `LEAST_SHARE` of them.
+        GateError: on some evaluation type, fewer than `MIN_SCORED` were made.
     """
-    every = metrics["validity"][ALL]
-    made, asked = every["scores_made"], every["scores_asked"]
-    if made < LEAST_SHARE * asked:
-        raise GateError(
-            f"{gates}: {made} of {asked} scores were made ({made / asked:.1%}), at least {LEAST_SHARE:.0%} are needed. "
-            f"Why the others were not stands in {PREDICTIONS}."
-        )
+    for name, validity in metrics["validity"].items():
+        made, asked = validity["scores_made"], validity["scores_asked"]
+        if made < MIN_SCORED * asked:
+            where = "" if name == ALL else f" on {name}"
+            raise GateError(
+                f"{gates}: {made} of {asked} scores{where} were made ({made / asked:.1%}), at least {MIN_SCORED:.0%} "
+                f"are needed. {PREDICTIONS_FILE} has the reason for each of the others."
+            )
 
 
-def refuse_low_spearman(metrics: Mapping[str, Any], least: float) -> None:
-    """Fail where the judge's Spearman correlation over everything is below a threshold, or not defined.
+def check_min_spearman(metrics: Mapping[str, Any], least: float) -> None:
+    """Fail where the lower end of a type's Spearman correlation is below a threshold, or not known.
 
     Raises:
-        GateError: it is.
+        GateError: it is, for at least one evaluation type.
     """
-    spearman = metrics["groups"][0]["judge"][ORDER]
-    if spearman["value"] is None:
-        raise GateError(f"--min-spearman {least}: there is no Spearman correlation ({spearman['reason']}).")
-    if spearman["value"] < least:
-        raise GateError(f"--min-spearman {least}: the Spearman correlation is {shown(spearman, 3)}.")
+    _check_lower_end(metrics, f"--min-spearman {least:g}", least, lambda group: group["judge"][ORDER])
+
+
+def check_min_auroc(metrics: Mapping[str, Any], least: float) -> None:
+    """The same for AUROC: bad steps (below 0.5) must be told from good ones on every evaluation type.
+
+    Raises:
+        GateError: the lower end is below the threshold, or not known.
+    """
+    _check_lower_end(
+        metrics, f"--min-auroc {least:g}", least, lambda group: group["judge"]["bad_step"][STRICT]["auroc"]
+    )
+
+
+def _check_lower_end(
+    metrics: Mapping[str, Any], gate: str, least: float, estimate_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> None:
+    def failures() -> Iterator[str]:
+        for group in groups_of_types(metrics):
+            name, estimate = group["evaluation_type"], estimate_of(group)
+            if estimate["low"] is None:
+                yield f"{name}: cannot tell ({estimate['reason']})"
+            elif estimate["low"] < least:
+                yield f"{name}: {shown(estimate, 3)}, so the lower end is below {least:g}"
+
+    if found := list(failures()):
+        raise GateError(f"{gate}: {'; '.join(found)}.")

@@ -1,30 +1,54 @@
 """Evaluate a judge: score the held-out prompts, resumably, and write predictions, metrics and report."""
 
-import argparse
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prmkit import cli
 from prmkit.errors import DataError, UsageError
-from prmkit.evaluation.heldout import HeldOut, HeldOutPrompt, Medians, sampled
-from prmkit.evaluation.metrics import metrics_of
-from prmkit.evaluation.predictions import Row, prediction_row, resume, table_of_scores
-from prmkit.evaluation.report import write_report
+from prmkit.evaluation import estimates
+from prmkit.evaluation.baselines import (
+    against_each,
+    baselines,
+    breakdown,
+    ceiling,
+    grouping_keys,
+    halves,
+    self_agreement,
+)
+from prmkit.evaluation.compare import METRICS_FILE, PREDICTIONS_FILE
+from prmkit.evaluation.estimates import Estimate
+from prmkit.evaluation.heldout import Constants, HeldOut, HeldOutPrompt, sampled
+from prmkit.evaluation.metrics import (
+    ALL,
+    MIN_SCORES,
+    Metrics,
+    agreement,
+    as_json,
+    evaluation_types,
+    groups,
+    recommended_threshold,
+    trajectory_metrics,
+    validity,
+)
+from prmkit.evaluation.predictions import ROW_FORMAT, Row, Scores, prediction_row, resume, table_of_scores
+from prmkit.evaluation.summary import summarize
 from prmkit.files import only_one, write_json
+from prmkit.intervals import MIN_STD, fit_calibration, write_calibration
 from prmkit.judge.sources import JudgeSource, described, fingerprint_of
-from prmkit.judge.types import Mode, Request
+from prmkit.judge.types import BAD_BELOW, SCORED, Mode, Request
+from prmkit.leniency import describe_leniency
 from prmkit.resumable import append_rows
 
 log = logging.getLogger("prmkit")
 
-PREDICTIONS = "predictions.jsonl"
-BASE_PREDICTIONS = "predictions_base.jsonl"
-METRICS = "metrics.json"
-REPORT = "report.html"
+BASE_PREDICTIONS_FILE = "predictions_base.jsonl"
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -41,24 +65,22 @@ class Settings:
     """Shorten prompts that do not fit; else they get no score."""
     max_new_tokens: int = 1024
     """The longest verdict to write, in generate mode."""
-
-
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The settings that the command line of `evaluate_judge.py` names."""
-    return Settings(
-        mode=arguments.mode,
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-        with_base=arguments.baseline,
-        trim=arguments.too_long == "trim",
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    by: tuple[str, ...] = ()
+    """Metadata keys to break the metrics down by, besides those that divide the rows into a few groups."""
 
 
 def evaluate(
-    source: JudgeSource, held_out: HeldOut, medians: Medians, folder: Path, settings: Settings
+    source: JudgeSource, held_out: HeldOut, constants: Constants, folder: Path, settings: Settings, weights: Path | None
 ) -> dict[str, Any]:
     """Score what is not scored yet; write `predictions.jsonl`, `metrics.json` and `report.html` into `folder`.
+
+    Args:
+        source: the judge.
+        held_out: what to score.
+        constants: the training labels' constants.
+        folder: for the results.
+        settings: how to score.
+        weights: the folder of the judge's weights, where its calibration is kept; None keeps none.
 
     Returns:
         The content of `metrics.json`.
@@ -67,20 +89,24 @@ def evaluate(
         DataError: not one prompt could be scored; the most common reason is named.
         UsageError: the base model was asked for, and the judge has no adapter to leave out; or `folder` is a file.
     """
+    from prmkit.evaluation.report import write_report
+
     if settings.with_base and source.adapter is None:
         raise UsageError("--baseline asks the base model of an adapter, and this judge has no adapter.")
     _make(folder)
     with only_one(folder, "evaluating"):
         prompts = list(sampled(held_out.prompts, settings.limit))
-        rows = predict(source, held_out, prompts, folder / PREDICTIONS, settings)
+        rows = predict(source, held_out, prompts, folder / PREDICTIONS_FILE, settings)
         base_rows = None
         if settings.with_base:
             base = replace(source, adapter=None)
-            base_rows = predict(base, held_out, prompts, folder / BASE_PREDICTIONS, settings)
+            base_rows = predict(base, held_out, prompts, folder / BASE_PREDICTIONS_FILE, settings)
         about: dict[str, Any] = {"judge": described(source), "mode": settings.mode}
-        metrics = about | metrics_of(rows, base_rows, held_out, medians)
-        write_json(folder / METRICS, metrics)
-        write_report(folder / REPORT, metrics, table_of_scores(rows, held_out.judges, medians))
+        metrics = about | metrics_of(rows, base_rows, held_out, constants, settings.by)
+        write_json(folder / METRICS_FILE, metrics)
+        write_report(folder / REPORT_FILE, metrics, rows, held_out, constants)
+        if weights and settings.mode == "expected" and settings.limit is None:
+            calibrate(rows, weights, fingerprint_of(source))
     return metrics
 
 
@@ -88,9 +114,23 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{folder}: a file stands there, and the results need a folder. Name another one.") from error
+        raise UsageError(f"{folder}: is a file, and the results need a folder. Name another one.") from error
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error.strerror}). Name another one with --output.") from error
+
+
+def calibrate(rows: Sequence[Row], folder: Path, judge: Mapping[str, Any]) -> None:
+    """Fit the intervals of `prmkit.intervals` on all predictions with a spread, and store them beside the weights."""
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        if row["status"] in SCORED and row["std"] is not None and row["reference"]:
+            keys = row["scores"].keys() & row["reference"].keys()
+            if keys == row["scores"].keys():
+                reference = float(np.mean([row["reference"][key] for key in keys]))
+                ratio = abs(row["score"] - reference) / max(row["std"], MIN_STD)
+                ratios.setdefault(row["evaluation_type"], []).append(ratio)
+    if ratios:
+        write_calibration(folder, fit_calibration(ratios, judge))
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
@@ -101,13 +141,14 @@ def predict(
 ) -> list[Row]:
     """The predictions for `prompts`, in their order; what `file` already holds is not scored again.
 
-    The judge is loaded only if something is missing, and each prediction is written before the next one is made, so a
-    killed evaluation goes on behind it.
+    The judge is loaded only if something is missing, and each prediction is written before the next one is made, so
+    the next call continues where a killed evaluation stopped.
 
     Raises:
         DataError: not one prompt could be scored.
     """
     fingerprint = {
+        "format": ROW_FORMAT,
         "judge": fingerprint_of(source),
         "asked": {"mode": settings.mode, "trim": settings.trim, "max_new_tokens": settings.max_new_tokens},
         "dataset": {"sha256": held_out.sha256, "file_sha256": held_out.file_sha256},
@@ -123,7 +164,7 @@ def predict(
                 done[row["prompt_sha256"]] = row
                 progress.advance(bar)
     rows = [done[prompt.prompt_sha256] for prompt in prompts]
-    if all(row["status"] != "ok" for row in rows):
+    if all(row["status"] not in SCORED for row in rows):
         ((reason, count),) = Counter(row["reason"] for row in rows).most_common(1)
         raise DataError(f"{file}: none of {len(rows)} prompts got a score; {count} times: {reason}.")
     return rows
@@ -132,7 +173,7 @@ def predict(
 def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], settings: Settings) -> Iterator[Row]:
     from prmkit.judge.transformers_judge import load_model
 
-    requests = (Request(prompt.prompt, prompt.shape) for prompt in prompts)
+    requests = (Request(prompt.prompt, prompt.shape, prompt.system) for prompt in prompts)
     judgements = load_model(source).score(
         requests,
         batch_size=settings.batch_size,
@@ -142,3 +183,119 @@ def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], settings: Set
     )
     for prompt, judgement in zip(prompts, judgements, strict=True):
         yield prediction_row(prompt, judgement)
+
+
+# --- metrics.json -----------------------------------------------------------------------------------------------------
+
+
+def metrics_of(
+    rows: Sequence[Row],
+    base_rows: Sequence[Row] | None,
+    held_out: HeldOut,
+    constants: Constants,
+    by: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Every metric, as `metrics.json` has it: a value with its interval, n and tasks, or null with the reason.
+
+    Args:
+        rows: the judge's predictions.
+        base_rows: the base model's, or None.
+        held_out: what was judged.
+        constants: the training labels' constants, for the baseline.
+        by: metadata keys to break down by, besides those that divide the rows into a few groups.
+
+    Raises:
+        DataError: nothing can be measured.
+    """
+    judges = held_out.judges
+    scores = table_of_scores(rows, judges, constants)
+    base = None if base_rows is None else table_of_scores(base_rows, judges, constants)
+    if not len(scores):
+        raise DataError(f"{held_out.file}: none of the scores that the prompts ask for has a number and a reference.")
+    metrics: dict[str, Any] = as_json(
+        {
+            "held_out": _described(held_out, rows, scores),
+            "method": _method(),
+            "leniency": {
+                "offsets": held_out.leniency.offsets,
+                "shared_scores": held_out.leniency.shared_scores,
+                "sentences": describe_leniency(held_out.leniency),
+            },
+            "validity": {
+                name: validity([row for row in rows if name in (ALL, row["evaluation_type"])])
+                for name in (ALL, *evaluation_types(rows))
+            },
+            "groups": [
+                {"evaluation_type": evaluation_type, "key": key, "only_key": only}
+                | _group(
+                    scores.where(chosen), base, judges, self_agreement(held_out.self_agreement, evaluation_type, key)
+                )
+                for evaluation_type, key, only, chosen in groups(scores)
+            ],
+            "breakdowns": {key: breakdown(scores, rows, key) for key in dict.fromkeys((*by, *grouping_keys(rows)))},
+            "asked_breakdowns": list(by),
+            "trajectory": trajectory_metrics(rows, _incomplete_tasks(rows, held_out)),
+        }
+    )
+    return metrics | {"summary": summarize(metrics)}
+
+
+def _group(scores: Scores, base: Scores | None, judges: Sequence[str], itself: Estimate) -> Metrics:
+    return {
+        "scores": len(scores),
+        "prompts": len(set(scores.prompt)),
+        "tasks": len(np.unique(scores.task)),
+        "trajectories": len(np.unique(scores.trajectory)),
+        "trajectories_with_pairs": _with_pairs(scores),
+        "judge": agreement(scores),
+        "halves": halves(scores),
+        "threshold": recommended_threshold(scores),
+        "against": against_each(scores, judges),
+        "baselines": baselines(scores, base),
+        "ceiling": ceiling(scores, judges, itself),
+    }
+
+
+def _with_pairs(scores: Scores) -> int:
+    """How many trajectories have two scores of one key."""
+    entries, counts = np.unique(np.stack([scores.trajectory, scores.kind]), axis=1, return_counts=True)
+    return len(np.unique(entries[0][counts > 1]))
+
+
+def _incomplete_tasks(rows: Sequence[Row], held_out: HeldOut) -> set[str]:
+    asked = {row["prompt_sha256"] for row in rows}
+    return {prompt.task for prompt in held_out.prompts if prompt.prompt_sha256 not in asked}
+
+
+def _described(held_out: HeldOut, rows: Sequence[Row], scores: Scores) -> Metrics:
+    counts = np.bincount(scores.task)
+    largest = int(np.argmax(counts))
+    return {
+        "dataset": held_out.name,
+        "sha256": held_out.sha256,
+        "file_sha256": held_out.file_sha256,
+        "rows": held_out.rows,
+        "prompts": len(held_out.prompts),
+        "prompts_evaluated": len(rows),
+        "tasks_evaluated": len({row["task_id"] for row in rows}),
+        "trajectories_evaluated": len({(row["task_id"], row["trajectory_id"]) for row in rows}),
+        "judges": held_out.judges,
+        "largest_task": {
+            "task": rows[int(scores.row[np.argmax(scores.task == largest)])]["task_id"],
+            "share": float(counts[largest] / counts.sum()),
+        },
+    }
+
+
+def _method() -> Metrics:
+    return {
+        "reference": "the mean of the judges of a prompt, corrected for their leniency where they share prompts",
+        "score": "the mean of the judge's distribution over 0.00 … 1.00; in generate mode the number that it wrote",
+        "interval": f"{estimates.LEVEL:.0%} bootstrap over tasks, expanded percentiles",
+        "resamples": estimates.RESAMPLES,
+        "resamples_of_many": estimates.RESAMPLES_OF_MANY,
+        "seed": estimates.SEED,
+        "min_scores": MIN_SCORES,
+        "min_tasks": estimates.MIN_TASKS,
+        "bad_below": list(BAD_BELOW),
+    }

@@ -1,8 +1,8 @@
-"""The held-out prompts, and what the judges said about each: the yardstick of an evaluation."""
+"""The held-out prompts, and what the judges said about each: the reference of an evaluation."""
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -11,19 +11,28 @@ from typing import Any
 
 import orjson
 
+from prmkit.dataset_info import Entry, RowTexts, read_entries, split_names
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, sha256_of
-from prmkit.paths import HELD_OUT_SUFFIX, INFO, SIDECAR_SUFFIX, sidecar_of
+from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
+from prmkit.paths import HELD_OUT_SUFFIX, REPORT, SIDECAR_SUFFIX, sidecar_of
 from prmkit.prompts.special_tokens import restore
-from prmkit.scoring.rows import whole_number
+from prmkit.rows import whole_number
 from prmkit.verdict import Shape, Unreadable, asked_shape, read_verdict
 
 References = Mapping[str, Mapping[str, float]]
 """Judge -> score key -> score."""
-Medians = Mapping[str, Mapping[str, float]]
-"""Evaluation type -> score key -> the median of the training labels."""
+Constants = Mapping[str, Mapping[str, tuple[float, float]]]
+"""Evaluation type -> score key -> mean and median of the training labels."""
+
+_LabelledRow = tuple[RowTexts, Mapping[str, Any]]
+"""A row of the dataset and its line of the sidecar."""
 
 DEFAULT_HELD_OUT = "reward_model_full_eval"
+HOW_TO_HOLD_OUT = (
+    "Hold some tasks out and train again: python convert_dataset.py --eval-ratio 0.3 "
+    "(other tasks: --split-seed N; tasks of your choice: --eval-tasks FILE)."
+)
 
 
 @dataclass(frozen=True)
@@ -38,21 +47,20 @@ class HeldOutPrompt:
     shape: Shape
     """The scores that it asks for."""
     task: str
-    """`task_id`; for a prompt without one, a name of its own."""
+    """`task_id`; a prompt without one counts as a task, named after its hash."""
+    trajectory: str
+    """`trajectory_id` in the row's metadata, else the task."""
     evaluation_type: str
     clip_number: int | None
-    category: str | None
+    metadata: Mapping[str, Any]
+    """Of its first row."""
     references: References
-
-    @property
-    def reference(self) -> dict[str, float]:
-        """By key, the mean of the judges that gave this key a score."""
-        by_key: dict[str, list[float]] = defaultdict(list)
-        for scores in self.references.values():
-            for key, score in scores.items():
-                by_key[key].append(score)
-        # Rounded, so that the mean of 0.75 and 0.85 is 0.8 and not a hair less, which would be another band.
-        return {key: round(fmean(scores), 6) for key, scores in by_key.items()}
+    reference: Mapping[str, float]
+    """By key, the mean of the judges that gave this key a score, corrected for their leniency."""
+    answers: Mapping[str, str]
+    """Judge -> its (first) answer, as the dataset has it."""
+    system: str | None = None
+    """The row's own system text."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,13 @@ class HeldOut:
     rows: int
     prompts: tuple[HeldOutPrompt, ...]
     sha256: str
-    """Of the prompts and the judges' scores: equal for two runs that are measured with the same yardstick."""
+    """Of the prompts and the judges' scores: equal for two evaluations with the same reference."""
     file_sha256: str
-    """Of the dataset file: the prompts as they are scored, after any trimming by the converter."""
+    """Of the dataset file: the prompts as they are scored, after any truncation by the conversion."""
+    leniency: Leniency
+    """Of the judges, on these prompts; the references are corrected by it."""
+    self_agreement: Sequence[Mapping[str, Any]] = ()
+    """How well judges agree with themselves, as the conversion's report has it."""
 
     @property
     def judges(self) -> list[str]:
@@ -81,68 +93,81 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
         UsageError: the folder knows no such dataset, or its rows are for training.
         DataError: a file is missing or unreadable, or the two have not the same rows.
     """
-    entry = _entry(data_folder, name)
-    file = data_folder / str(entry["file_name"])
+    entry = _held_out_entry(data_folder, name)
+    file = entry.file
+    if file is None or not file.is_file():
+        raise DataError(f"{data_folder}: the file of dataset '{name}' is missing. Convert again.")
     sidecar = sidecar_of(file)
     if sidecar.is_file() and not name.endswith(HELD_OUT_SUFFIX):
         raise UsageError(f"{file}: rows for training, of which nothing is held out. {_held_out_side_of(name)}")
-    groups: dict[str, list[tuple[str, str, dict[str, Any]]]] = defaultdict(list)
+    groups: dict[str, list[_LabelledRow]] = defaultdict(list)
     rows = 0
     try:
         for row, meta in zip(read_jsonl(file), read_jsonl(sidecar), strict=True):
-            prompt, label = _prompt_and_label(entry, row)
-            groups[meta["prompt_sha256"]].append((prompt, label, meta))
+            groups[meta["prompt_sha256"]].append((entry.read(row), meta))
             rows += 1
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: its rows and those of {sidecar.name} do not fit. Convert again.") from error
     if not rows:
-        raise DataError(f"{file}: no rows, so nothing to evaluate on. Convert with a larger --eval-ratio.")
-    prompts = tuple(_held_out_prompt(sha256, group) for sha256, group in groups.items())
-    return HeldOut(name, file, rows, prompts, _yardstick_hash(prompts), sha256_of(file))
+        raise DataError(f"{file}: no rows, so there is nothing to evaluate on. {HOW_TO_HOLD_OUT}")
+    references = {sha256: _mean_scores_by_judge(group) for sha256, group in groups.items()}
+    leniency = estimate_leniency(scores for each in references.values() for scores in _by_key(each).values())
+    prompts = tuple(_held_out_prompt(name, groups[name], references[name], leniency) for name in groups)
+    return HeldOut(
+        name, file, rows, prompts, _reference_hash(prompts), sha256_of(file), leniency, _self_agreement(data_folder)
+    )
 
 
-def _entry(data_folder: Path, name: str) -> Mapping[str, Any]:
-    known: dict[str, Any] = read_json(data_folder / INFO)
+def _self_agreement(data_folder: Path) -> Sequence[Mapping[str, Any]]:
+    """Out of the conversion's report: it sees repeated answers that are equal, which the dataset keeps once."""
+    report = data_folder / REPORT
+    found = read_json(report).get("self_agreement", []) if report.is_file() else []
+    return [entry for entry in found if entry.keys() >= {"evaluation_type", "key", "pairs", "pearson"}]
+
+
+def _held_out_entry(data_folder: Path, name: str) -> Entry:
+    known = read_entries(data_folder)
     if name in known:
-        entry: dict[str, Any] = known[name]
-        return entry
+        return known[name]
     held_out = [other for other in known if other.endswith(HELD_OUT_SUFFIX)]
     if held_out:
         shown = ", ".join(held_out[:6]) + (", …" if len(held_out) > 6 else "")
         raise UsageError(f"{data_folder}: no dataset '{name}'. Held out are: {shown}.")
-    raise UsageError(f"{data_folder}: no dataset '{name}', and none held out. Convert with --eval-ratio 0.1.")
+    raise UsageError(f"{data_folder}: no dataset '{name}', and no held-out one. {HOW_TO_HOLD_OUT}")
 
 
 def _held_out_side_of(name: str) -> str:
     return f"The held-out side is --dataset {name}{HELD_OUT_SUFFIX}"
 
 
-def _prompt_and_label(entry: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, str]:
-    columns = entry.get("columns", {})
-    if entry.get("formatting") == "sharegpt":
-        turns = row[columns.get("messages", "conversations")]
-        (_, prompt), (_, label) = (turn.values() for turn in turns[-2:])
-        return prompt, label
-    return row[columns.get("prompt", "instruction")], row[columns.get("response", "output")]
-
-
-def _held_out_prompt(sha256: str, rows: list[tuple[str, str, dict[str, Any]]]) -> HeldOutPrompt:
-    neutralised, label, first = rows[0]
-    prompt, metadata = restore(neutralised), first["metadata"]
-    by_judge: dict[str, list[Mapping[str, float]]] = defaultdict(list)
-    for _, _, meta in rows:
-        by_judge[str(meta["metadata"].get("model_name"))].append(meta["scores"])
+def _held_out_prompt(
+    sha256: str, rows: list[_LabelledRow], references: References, leniency: Leniency
+) -> HeldOutPrompt:
+    texts, first = rows[0]
+    prompt, metadata = restore(texts.prompt), first["metadata"]
+    task = f"prompt {sha256[:12]}" if metadata.get("task_id") in (None, "") else str(metadata["task_id"])
+    answers: dict[str, str] = {}
+    for row, meta in rows:
+        answers.setdefault(_judge_of(meta), restore(row.answer, answer=True))
     return HeldOutPrompt(
         id=first["id"],
         prompt=prompt,
         prompt_sha256=sha256,
-        shape=asked_shape(prompt) or _shape_of(label, first["scores"]),
-        task=f"prompt {sha256[:12]}" if metadata.get("task_id") in (None, "") else str(metadata["task_id"]),
+        shape=asked_shape(prompt) or _shape_of(texts.answer, first["scores"]),
+        task=task,
+        trajectory=task if metadata.get("trajectory_id") in (None, "") else str(metadata["trajectory_id"]),
         evaluation_type=str(metadata.get("evaluation_type")),
         clip_number=whole_number(metadata.get("clip_number")),
-        category=metadata.get("category"),
-        references={judge: _mean_scores(verdicts) for judge, verdicts in by_judge.items()},
+        metadata=metadata,
+        references=references,
+        reference={key: corrected_mean(scores, leniency) for key, scores in _by_key(references).items()},
+        answers=answers,
+        system=restore(texts.system) if texts.system else None,
     )
+
+
+def _judge_of(meta: Mapping[str, Any]) -> str:
+    return str(meta["metadata"].get("model_name"))
 
 
 def _shape_of(label: str, scores: Mapping[str, float]) -> Shape:
@@ -151,19 +176,32 @@ def _shape_of(label: str, scores: Mapping[str, float]) -> Shape:
     return Shape(tuple(scores), nested=len(scores) > 1) if isinstance(verdict, Unreadable) else verdict.shape
 
 
-def _mean_scores(verdicts: list[Mapping[str, float]]) -> dict[str, float]:
+def _mean_scores_by_judge(rows: list[_LabelledRow]) -> References:
     """A judge that answered one prompt more than once counts once."""
-    keys = dict.fromkeys(key for verdict in verdicts for key in verdict)
-    return {key: round(fmean(verdict[key] for verdict in verdicts if key in verdict), 6) for key in keys}
+    by_judge: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for _, meta in rows:
+        for key, score in meta["scores"].items():
+            by_judge[_judge_of(meta)][key].append(score)
+    return {
+        judge: {key: round(fmean(scores), 6) for key, scores in by_key.items()} for judge, by_key in by_judge.items()
+    }
 
 
-def _yardstick_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
-    yardstick = sorted((prompt.prompt_sha256, sorted(prompt.references.items())) for prompt in prompts)
-    return hashlib.sha256(orjson.dumps(yardstick, option=orjson.OPT_SORT_KEYS)).hexdigest()
+def _by_key(references: References) -> dict[str, dict[str, float]]:
+    by_key: dict[str, dict[str, float]] = defaultdict(dict)
+    for judge, scores in references.items():
+        for key, score in scores.items():
+            by_key[key][judge] = score
+    return by_key
+
+
+def _reference_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
+    references = sorted((prompt.prompt_sha256, sorted(prompt.references.items())) for prompt in prompts)
+    return hashlib.sha256(orjson.dumps(references, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name: str | None) -> tuple[Path, str]:
-    """Where the held-out rows of a run are: its own held-out dataset in its own data folder, unless told otherwise.
+    """Where the held-out rows of a run are: its held-out dataset in its data folder, unless overridden.
 
     Args:
         config: the run's configuration; empty for a judge that no run of this project has trained.
@@ -173,28 +211,23 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
     Raises:
         UsageError: the run was trained with several held-out datasets, so one has to be named; or on this very one.
     """
-    names = _names(config.get("eval_dataset") or DEFAULT_HELD_OUT)
+    names = split_names(config.get("eval_dataset") or DEFAULT_HELD_OUT)
     if name is None and len(names) > 1:
         raise UsageError(f"this run has {len(names)} held-out datasets. Name one: --dataset {names[0]}")
     chosen = name or names[0]
-    if chosen in _names(config.get("dataset") or ()):
+    if chosen in split_names(config.get("dataset") or []):
         held_out = "Name one that it was not." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_side_of(chosen)
         raise UsageError(f"{chosen}: the run was trained on it, so it says nothing about new steps. {held_out}")
     return data_folder or Path(config.get("dataset_dir") or "data"), chosen
 
 
-def _names(value: Any) -> list[str]:
-    """Datasets as a configuration lists them: in a text with commas, or one by one."""
-    return [str(name).strip() for name in (value.split(",") if isinstance(value, str) else value)]
-
-
 # --- what the baselines know ------------------------------------------------------------------------------------------
 
 
-def training_medians(data_folder: Path, held_out_name: str) -> Medians:
-    """The median training label by evaluation type and key, of the rows that this dataset is the held-out side of.
+def training_constants(data_folder: Path, held_out_name: str) -> Constants:
+    """Mean and median of the training labels by evaluation type and key: the constants that a judge has to beat.
 
-    Empty where they do not stand in `data_folder`: then there is no constant to compare with.
+    Empty where the rows that this dataset is the held-out side of are not in `data_folder`.
     """
     name = held_out_name.removesuffix(HELD_OUT_SUFFIX)
     sidecar = data_folder / f"{name}{SIDECAR_SUFFIX}"
@@ -204,11 +237,14 @@ def training_medians(data_folder: Path, held_out_name: str) -> Medians:
     for row in read_jsonl(sidecar):
         for key, score in row["scores"].items():
             scores[str(row["metadata"].get("evaluation_type"))][key].append(score)
-    return {kind: {key: median(values) for key, values in keys.items()} for kind, keys in scores.items()}
+    return {
+        evaluation_type: {key: (fmean(values), median(values)) for key, values in keys.items()}
+        for evaluation_type, keys in scores.items()
+    }
 
 
 def by_task(prompts: Iterable[HeldOutPrompt]) -> list[HeldOutPrompt]:
-    """The prompts task by task, in an order that depends on nothing but the tasks' names."""
+    """The prompts task by task, in an order that depends on the tasks' names alone."""
     return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.task.encode(errors="surrogatepass")).digest())
 
 

@@ -1,89 +1,287 @@
-"""Every figure of an evaluation, put together: the content of `metrics.json`."""
+"""Every metric, in one table, and the content of `metrics.json` that is made with it.
 
-from collections.abc import Iterator, Sequence
+To add a metric, add an entry to `METRICS`: it is then computed for the judge, written to `metrics.json`, and, if it has
+a header, shown on the terminal and in the report.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from prmkit.errors import DataError
-from prmkit.evaluation import bootstrap
-from prmkit.evaluation.agreement import FEWEST_SCORES, Figures, agreement, plain, validity
-from prmkit.evaluation.baselines import against_each, baselines, ceiling
-from prmkit.evaluation.heldout import HeldOut, Medians
-from prmkit.evaluation.predictions import Row, Scores, table_of_scores
-from prmkit.evaluation.summary import ALL
-from prmkit.evaluation.trajectories import trajectory_figures
-from prmkit.judge.types import BAD_BELOW
+from prmkit.evaluation import statistics
+from prmkit.evaluation.estimates import (
+    SAME_PREDICTION,
+    Estimate,
+    Floats,
+    Sample,
+    Statistic,
+    make_sample,
+    measure,
+    undefined,
+)
+from prmkit.evaluation.predictions import Row, Scores, has_score
+from prmkit.judge.types import AGGREGATES, BAD_BELOW, LOW_LABEL_MASS, SAME_SCORE, SCORED, first_below
+from prmkit.rows import whole_number
+
+Metrics = dict[str, Any]
+"""Names to `Estimate`s, or to more such dictionaries, or to plain numbers and strings."""
+
+ALL = "all"
+"""In `metrics.json`: every evaluation type, or every key."""
+ORDER = "spearman_within_keys"
+"""The correlation that is shown and judged by. Pooled over keys, even one that says each key's usual score has some."""
+MIN_SCORES = 10
+"""A correlation, a kappa or a ranking of fewer scores than this is not reported: three points are always in order."""
+MIN_PAIRS = 30
+PRAISED_FROM = BAD_BELOW[-1]
+"""A bad step with a score from here on is praised: an RL run will find and repeat it."""
+STRICT = str(BAD_BELOW[0])
+"""The border in `metrics["bad_step"]` that conclusions and gates go by."""
+
+
+# --- samples: what a metric is computed from --------------------------------------------------------------------------
+
+
+def by_mean(scores: Scores) -> Sample:
+    """The means of the judge's distributions against the reference, beside the constant mean."""
+    return Sample(scores.predicted, scores.reference, _dense(scores.task), scores.kind, scores.constant_mean)
+
+
+def by_median(scores: Scores) -> Sample:
+    """The medians of the judge's distributions against the reference, beside the constant median."""
+    return Sample(scores.median, scores.reference, _dense(scores.task), scores.kind, scores.constant_median)
+
+
+def pairs(scores: Scores) -> Sample:
+    """Differences between two scores of the same trajectory, evaluation type and key."""
+    group = scores.trajectory * (int(scores.kind.max(initial=0)) + 1) + scores.kind
+    return statistics.make_pairs(replace(by_mean(scores), group=group))
+
+
+def suspicion(scores: Scores, border: float) -> Sample:
+    """Lowest scores first, as a user would cut them, against 1.0 for a bad step and 0.0 for a good one."""
+    return Sample(-scores.predicted, _bad(scores, border), *_rest(scores))
+
+
+def flagged_of_bad(scores: Scores, border: float) -> Sample:
+    """Of the truly bad steps: 1.0 where the judge's score is below the border as well."""
+    bad = scores.where(_bad(scores, border) > 0)
+    return Sample((bad.predicted < border - SAME_SCORE).astype(np.float64), bad.reference, *_rest(bad))
+
+
+def bad_of_flagged(scores: Scores, border: float) -> Sample:
+    """Of the steps that the judge puts below the border: 1.0 for a truly bad one."""
+    flagged = scores.where(scores.predicted < border - SAME_SCORE)
+    return Sample(_bad(flagged, border), flagged.reference, *_rest(flagged))
+
+
+def praised_of_bad(scores: Scores) -> Sample:
+    """Of the truly bad steps: 1.0 where the judge praises it."""
+    bad = scores.where(_bad(scores, BAD_BELOW[0]) > 0)
+    return Sample((bad.predicted >= PRAISED_FROM - SAME_SCORE).astype(np.float64), bad.reference, *_rest(bad))
+
+
+def probability_of_bad(scores: Scores, border: float) -> Sample:
+    """The judge's probability that a score is below the border, against 1.0 for a bad step."""
+    probability = scores.below[:, BAD_BELOW.index(border)]
+    known = scores.where(np.isfinite(probability))
+    return Sample(probability[np.isfinite(probability)], _bad(known, border), *_rest(known))
+
+
+def confidence(scores: Scores) -> Sample:
+    """Minus the standard deviation of each score, against its error."""
+    known = scores.where(np.isfinite(scores.std))
+    return Sample(-known.std, np.abs(known.predicted - known.reference), *_rest(known))
+
+
+def within_own_range(scores: Scores) -> Sample:
+    """1.0 where the reference is in the 90 % range that the judge's mean and std span if its error were normal."""
+    known = scores.where(np.isfinite(scores.std))
+    inside = np.abs(known.predicted - known.reference) <= 1.645 * np.maximum(known.std, 0.01)
+    return Sample(inside.astype(np.float64), known.reference, *_rest(known))
+
+
+def _bad(scores: Scores, border: float) -> Floats:
+    return (scores.reference < border - SAME_SCORE).astype(np.float64)
+
+
+def _rest(scores: Scores) -> tuple[Any, Any, Floats]:
+    return _dense(scores.task), scores.kind, np.full(len(scores), np.nan)
+
+
+def _dense(task: NDArray[np.int64]) -> NDArray[np.int64]:
+    numbers: NDArray[np.int64] = np.unique(task, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    return numbers
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that is known of a judge."""
+
+    name: str
+    """In `metrics.json`."""
+    statistic: Callable[[Sample], Statistic]
+    min_n: int
+    """With fewer entries in the sample than this there is no value."""
+    sample: Callable[..., Sample]
+    """Makes the sample from the scores; for a metric `at_borders` from the scores and a border."""
+    header: str = ""
+    """Of its column on the terminal and in the report; empty for `metrics.json` alone."""
+    meaning: str = ""
+    """For the legend of that column."""
+    brief: bool = False
+    """Also computed for baselines and single judges."""
+    at_borders: bool = False
+    """Computed once for each border of `BAD_BELOW`, under `bad_step`."""
+
+
+METRICS = (
+    Metric(ORDER, statistics.spearman_within, MIN_SCORES, by_mean, "Spearman", "rank correlation with the mean judge, "
+           "key by key", brief=True),
+    Metric("spearman", statistics.spearman, MIN_SCORES, by_mean),
+    Metric("pearson", statistics.pearson, MIN_SCORES, by_mean, brief=True),
+    Metric("rmse", statistics.root_mean_square_error, 1, by_mean, "RMSE", "root mean square error of the score (the "
+           "mean of the judge's distribution)", brief=True),
+    Metric("skill", statistics.skill_by_rmse, 1, by_mean, "skill", "the part of the RMSE of a constant (the training "
+           "mean) that the judge avoids; 0 is no better"),
+    Metric("mae", statistics.mean_absolute_error, 1, by_median, "MAE", "mean absolute error of the median of the "
+           "judge's distribution", brief=True),
+    Metric("skill_mae", statistics.skill_by_mae, 1, by_median),
+    Metric("bias", statistics.bias, 1, by_mean, brief=True),
+    Metric("pairwise_accuracy", statistics.pairwise_accuracy, MIN_PAIRS, pairs, "pairs", "pairs of scores of one run "
+           "in the right order or rightly tied"),
+    Metric("pairwise_always_tied", statistics.always_tied, MIN_PAIRS, pairs, "tied", "what calling every pair a tie "
+           "reaches"),
+    Metric("kappa", statistics.kappa, MIN_SCORES, by_mean, "kappa", "on the five bands, quadratic weights"),
+    Metric("praised_share", statistics.share_predicted, 1, praised_of_bad),
+    Metric("own_range_share", statistics.share_predicted, MIN_SCORES, within_own_range),
+    Metric("bad_share", statistics.share_of_reference, 1, suspicion, at_borders=True),
+    Metric("auroc", statistics.roc_area, MIN_SCORES, suspicion, "AUROC", f"telling steps below {STRICT} from the "
+           "others; 0.5 is chance", brief=True, at_borders=True),
+    Metric("average_precision", statistics.average_precision, MIN_SCORES, suspicion, at_borders=True),
+    Metric("recall", statistics.share_predicted, 1, flagged_of_bad, at_borders=True),
+    Metric("precision", statistics.share_predicted, 1, bad_of_flagged, at_borders=True),
+    Metric("brier", statistics.brier, MIN_SCORES, probability_of_bad, at_borders=True),
+    Metric("ece", statistics.calibration_error, MIN_SCORES, probability_of_bad, at_borders=True),
+    Metric("ece_by_chance", statistics.calibration_error_by_chance, MIN_SCORES, probability_of_bad, at_borders=True),
+    Metric("aurc", statistics.area_under_risk_coverage, MIN_SCORES, confidence),
+    Metric("aurc_random", statistics.share_of_reference, MIN_SCORES, confidence),
+    Metric("abstention_closed", statistics.share_of_abstention_closed, MIN_SCORES, confidence),
+)  # fmt: skip
+
+
+def agreement(scores: Scores, *, brief: bool = False) -> Metrics:
+    """How well the predicted scores agree with the reference.
+
+    The judge, every baseline and every other judge go through this, so their metrics can be compared.
+
+    Args:
+        scores: of one evaluation type and key, or of several together.
+        brief: only what baselines are compared by.
+    """
+    metrics: Metrics = {"bad_step": {str(border): {} for border in (BAD_BELOW[:1] if brief else BAD_BELOW)}}
+    for metric in METRICS:
+        if metric.brief or not brief:
+            if metric.at_borders:
+                for border, of_border in metrics["bad_step"].items():
+                    of_border[metric.name] = _estimate(metric, metric.sample(scores, float(border)))
+            else:
+                metrics[metric.name] = _estimate(metric, metric.sample(scores))
+    order = metrics[ORDER]
+    if order.value is None and order.n >= MIN_SCORES and _is_constant_by_key(scores):
+        metrics[ORDER] = replace(order, reason=SAME_PREDICTION)
+    if not brief:
+        metrics["kendall"] = _kendall(scores)
+        metrics["surest"] = {str(share): _error_of_surest(scores, share) for share in (0.9, 0.75, 0.5)}
+    return metrics
+
+
+def _estimate(metric: Metric, sample: Sample) -> Estimate:
+    if metric.name in ("auroc", "average_precision") and len(sample.reference) >= metric.min_n:
+        one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}.get(float(sample.reference.mean()))
+        if one_kind:
+            return undefined(one_kind, len(sample.reference), sample.tasks)
+    return measure(sample, metric.statistic(sample), min_n=metric.min_n)
+
+
+def _is_constant_by_key(scores: Scores) -> bool:
+    return all(np.ptp(scores.predicted[scores.kind == kind]) == 0 for kind in np.unique(scores.kind))
+
+
+def _kendall(scores: Scores) -> Estimate:
+    sample = by_mean(scores)
+    value = statistics.kendall(sample) if len(scores) >= MIN_SCORES else float("nan")
+    if not np.isfinite(value):
+        return undefined("not defined for these scores", len(scores), sample.tasks)
+    return Estimate(value, None, None, len(scores), sample.tasks, "no interval is computed for it")
+
+
+def _error_of_surest(scores: Scores, share: float) -> Estimate:
+    """The mean absolute error of the share of the scores that the judge is surest of."""
+    known = np.flatnonzero(np.isfinite(scores.std))
+    chosen = scores.where(known[np.argsort(scores.std[known], kind="stable")[: int(len(known) * share)]])
+    sample = confidence(chosen)
+    return measure(sample, statistics.share_of_reference(sample), min_n=MIN_SCORES)
+
+
+def recommended_threshold(scores: Scores, folds: int = 5) -> Metrics | None:
+    """The score below which a step is best called bad: the greatest F1 against the strict border.
+
+    Precision and recall are those on tasks that the threshold was not chosen on.
+
+    Returns:
+        None with fewer than `MIN_SCORES` bad or good steps, or too few tasks to hold some out.
+    """
+    bad = _bad(scores, BAD_BELOW[0]) > 0
+    fold = np.random.default_rng(0).permutation(int(scores.task.max(initial=-1)) + 1)[scores.task] % folds
+    if min(bad.sum(), (~bad).sum()) < MIN_SCORES or len(np.unique(fold)) < folds:
+        return None
+    flagged = np.zeros(len(scores), bool)
+    for held_out in range(folds):
+        inside = fold != held_out
+        flagged[~inside] = scores.predicted[~inside] < _best_threshold(scores.predicted[inside], bad[inside])
+    hits = int((flagged & bad).sum())
+    return {
+        "below": _best_threshold(scores.predicted, bad),
+        "precision": hits / int(flagged.sum()) if flagged.any() else None,
+        "recall": hits / int(bad.sum()),
+        "flagged_share": float(flagged.mean()),
+    }
+
+
+def _best_threshold(predicted: Floats, bad: NDArray[np.bool_]) -> float:
+    thresholds = np.arange(1, 101) / 100
+    flagged = np.searchsorted(np.sort(predicted), thresholds)
+    hits = np.searchsorted(np.sort(predicted[bad]), thresholds)
+    f1 = 2 * hits / np.maximum(flagged + bad.sum(), 1)
+    return float(thresholds[np.argmax(f1)])
+
+
+def as_json(value: Any) -> Any:
+    """Metrics as JSON has them."""
+    if isinstance(value, Estimate):
+        return value.as_json()
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return value
+
+
+# --- groups of scores -------------------------------------------------------------------------------------------------
 
 _FIRST_TYPES = ("clip", "category", "final")
 
 
-def metrics_of(
-    rows: Sequence[Row], base_rows: Sequence[Row] | None, held_out: HeldOut, medians: Medians
-) -> dict[str, Any]:
-    """Every figure, as `metrics.json` has it: a value with its interval, n and tasks, or null with the reason.
-
-    Args:
-        rows: the judge's predictions.
-        base_rows: the base model's, or None.
-        held_out: what was judged.
-        medians: the training medians, for the constant baseline.
-    """
-    judges = held_out.judges
-    scores = table_of_scores(rows, judges, medians)
-    base = None if base_rows is None else table_of_scores(base_rows, judges, medians)
-    if not len(scores):
-        raise DataError(f"{held_out.file}: none of the scores that the prompts ask for has a number and a reference.")
-    metrics: dict[str, Any] = plain(
-        {
-            "held_out": _described(held_out, rows),
-            "method": _method(),
-            "validity": {
-                kind: validity([row for row in rows if kind in (ALL, row["evaluation_type"])])
-                for kind in (ALL, *_evaluation_types(rows))
-            },
-            "groups": [
-                {"evaluation_type": kind, "key": key, "only_key": only} | _group(scores.where(chosen), base, judges)
-                for kind, key, only, chosen in _groups(scores)
-            ],
-            "trajectory": trajectory_figures(rows, _cut_tasks(rows, held_out)),
-        }
-    )
-    return metrics
-
-
-def _cut_tasks(rows: Sequence[Row], held_out: HeldOut) -> set[str]:
-    asked = {row["prompt_sha256"] for row in rows}
-    return {prompt.task for prompt in held_out.prompts if prompt.prompt_sha256 not in asked}
-
-
-def _described(held_out: HeldOut, rows: Sequence[Row]) -> Figures:
-    return {
-        "dataset": held_out.name,
-        "sha256": held_out.sha256,
-        "file_sha256": held_out.file_sha256,
-        "rows": held_out.rows,
-        "prompts": len(held_out.prompts),
-        "prompts_evaluated": len(rows),
-        "tasks_evaluated": len({row["task_id"] for row in rows}),
-        "judges": held_out.judges,
-    }
-
-
-def _method() -> Figures:
-    return {
-        "reference": "the mean of the judges of a prompt",
-        "score": "the mean of the judge's distribution over 0.00 … 1.00; in generate mode the number that it wrote",
-        "interval": f"{bootstrap.LEVEL:.0%} percentile bootstrap over tasks",
-        "resamples": bootstrap.RESAMPLES,
-        "seed": bootstrap.SEED,
-        "fewest_scores": FEWEST_SCORES,
-        "fewest_tasks": bootstrap.FEWEST_TASKS,
-        "bad_below": list(BAD_BELOW),
-    }
-
-
-def _evaluation_types(rows: Sequence[Row]) -> list[str]:
+def evaluation_types(rows: Sequence[Row]) -> list[str]:
+    """The evaluation types in the order of every table."""
     return sorted({row["evaluation_type"] for row in rows}, key=_type_order)
 
 
@@ -92,29 +290,169 @@ def _type_order(evaluation_type: str) -> tuple[int, str]:
     return (_FIRST_TYPES.index(evaluation_type) if known else len(_FIRST_TYPES)), evaluation_type
 
 
-def _groups(scores: Scores) -> Iterator[tuple[str, str, bool, Any]]:
+def groups(scores: Scores) -> Iterator[tuple[str, str, bool, NDArray[Any]]]:
     """All scores, then all of each evaluation type with more than one key, then each key.
 
     Yields:
         Evaluation type, key, whether the type has no other key, and the mask of the scores.
     """
     yield ALL, ALL, False, np.full(len(scores), True)
-    for kind in sorted(set(scores.evaluation_type), key=_type_order):
-        of_kind = scores.evaluation_type == kind
-        keys = list(dict.fromkeys(scores.key[of_kind]))
+    for evaluation_type in sorted(set(scores.evaluation_type), key=_type_order):
+        of_type = scores.evaluation_type == evaluation_type
+        keys = list(dict.fromkeys(scores.key[of_type]))
         if len(keys) > 1:
-            yield kind, ALL, False, of_kind
+            yield evaluation_type, ALL, False, of_type
         for key in keys:
-            yield kind, key, len(keys) == 1, of_kind & (scores.key == key)
+            yield evaluation_type, key, len(keys) == 1, of_type & (scores.key == key)
 
 
-def _group(scores: Scores, base: Scores | None, judges: Sequence[str]) -> Figures:
+# --- validity ---------------------------------------------------------------------------------------------------------
+
+
+def validity(rows: Sequence[Row]) -> Metrics:
+    """How many prompts got scores, why the others got none, and how willing the judge was to answer with a score.
+
+    What has no score enters no other metric, so this is shown beside them.
+    """
+    scored = [row for row in rows if row["status"] in SCORED]
+    reasons = Counter(row["reason"] or row["status"] for row in rows if row["status"] not in SCORED)
+    label_mass = [(row, each["label_mass"]) for row in scored for each in row["scores"].values()]
+    known = [(row, mass) for row, mass in label_mass if mass is not None and np.isfinite(mass)]
+    metrics: Metrics = {
+        "prompts": len(rows),
+        "statuses": dict(Counter(row["status"] for row in rows)),
+        "reasons": dict(reasons.most_common(10)),
+        "trimmed": sum(row["trimmed"] for row in rows),
+        "repaired": sum(row["repaired"] for row in scored),
+        "keys_without_reference": sum(key not in row["reference"] for row in scored for key in row["scores"]),
+        "scores_asked": sum(len(row["reference"]) for row in rows),
+        "scores_made": sum(has_score(row, key) for row in scored for key in row["reference"]),
+        "scored_share": _share(rows, [float(row["status"] in SCORED) for row in rows]),
+        "strictly_valid_share": _share(rows, [float(row["status"] in SCORED and not row["repaired"]) for row in rows]),
+    }
+    if known:
+        masses = np.array([mass for _, mass in known])
+        with_mass = [row for row, _ in known]
+        metrics["label_mass"] = _share(with_mass, masses)
+        metrics["label_mass_lowest"] = float(masses.min())
+        metrics["label_mass_low_share"] = _share(with_mass, masses < LOW_LABEL_MASS)
+    return metrics
+
+
+def _share(rows: Sequence[Row], values: Any) -> Estimate:
+    sample = make_sample(values, np.zeros(len(rows)), [row["task_id"] for row in rows])
+    return measure(sample, statistics.share_predicted(sample))
+
+
+# --- whole trajectories -----------------------------------------------------------------------------------------------
+
+OUTCOME = "answer_correctness"
+"""The key of a `final` verdict that says whether the trajectory reached its answer."""
+NO_BAD_STEP = -1
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The clips of one trajectory in order, and what the judges thought of its answer."""
+
+    task: str
+    predicted: list[float]
+    reference: list[float]
+    outcome: float | None
+    """The reference for `OUTCOME`; None where no judge gave one."""
+
+
+def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tuple[list[Trajectory], dict[str, int]]:
+    """Put clips together by trajectory.
+
+    Args:
+        rows: predictions.
+        incomplete: tasks of which not every prompt was scored, because of `--limit`.
+
+    Returns:
+        The whole trajectories, and how many were left out for which reason: a step without a score would change every
+        aggregate, as a missing one does, and two prompts for one clip number mean that several runs have one id.
+    """
+    clips: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    outcomes: dict[tuple[str, str], float] = {}
+    for row in rows:
+        number, name = whole_number(row["clip_number"]), (row["task_id"], row["trajectory_id"])
+        if row["evaluation_type"] == "clip" and number is not None:
+            clips[name][number].append(row)
+        if row["evaluation_type"] == "final" and OUTCOME in row["reference"]:
+            outcomes[name] = row["reference"][OUTCOME]
+    whole, left_out = [], Counter[str]()
+    for name, by_number in clips.items():
+        steps = [by_number[number] for number in sorted(by_number)]
+        if any(len(same) > 1 for same in steps):
+            left_out["two prompts for one clip number (give each run a trajectory_id)"] += 1
+        elif name[0] in incomplete or max(by_number) - min(by_number) >= len(by_number):
+            left_out["a missing clip"] += 1
+        elif not all(has_score(row, key) for (row,) in steps for key in row["reference"]):
+            left_out["a step without a score"] += 1
+        else:
+            predicted = [_mean(row["scores"][key]["mean"] for key in row["reference"]) for (row,) in steps]
+            reference = [_mean(row["reference"].values()) for (row,) in steps]
+            whole.append(Trajectory(name[0], predicted, reference, outcomes.get(name)))
+    return whole, dict(left_out)
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))
+
+
+def trajectory_metrics(rows: Sequence[Row], incomplete: Collection[str] = ()) -> Metrics:
+    """What the step scores say about the answer, and ProcessBench F1; the judges' own steps beside the judge's.
+
+    Against the outcome: Spearman, Pearson, and AUROC for a wrong answer (outcome below 0.5). Intervals are over tasks,
+    of which each may have several trajectories. The arguments are those of `trajectories_of`.
+    """
+    trajectories, left_out = trajectories_of(rows, incomplete)
+    ended = [each for each in trajectories if each.outcome is not None]
     return {
-        "scores": len(scores),
-        "prompts": len(set(scores.prompt)),
-        "tasks": len(set(scores.task)),
-        "judge": agreement(scores),
-        "against": against_each(scores, judges),
-        "baselines": baselines(scores, base),
-        "ceiling": ceiling(scores, judges),
+        "trajectories": len(trajectories),
+        "with_outcome": len(ended),
+        "outcome": OUTCOME,
+        "left_out": left_out,
+        "aggregates": {
+            name: {
+                "judge": _against_outcome([aggregate(each.predicted) for each in ended], ended),
+                "reference": _against_outcome([aggregate(each.reference) for each in ended], ended),
+            }
+            for name, aggregate in AGGREGATES.items()
+        },
+        "first_bad_step": {str(border): _first_errors(trajectories, border) for border in BAD_BELOW},
+    }
+
+
+def _against_outcome(scores: Sequence[float], trajectories: Sequence[Trajectory]) -> Metrics:
+    tasks = [each.task for each in trajectories]
+    outcomes = np.array([each.outcome for each in trajectories], np.float64)
+    sample = make_sample(scores, outcomes, tasks)
+    wrong = make_sample([-score for score in scores], outcomes < BAD_BELOW[0] - SAME_SCORE, tasks)
+    return {
+        "pearson": measure(sample, statistics.pearson(sample), min_n=MIN_SCORES),
+        "spearman": measure(sample, statistics.spearman(sample), min_n=MIN_SCORES),
+        "auroc": measure(wrong, statistics.roc_area(wrong), min_n=MIN_SCORES),
+    }
+
+
+def _first_errors(trajectories: Sequence[Trajectory], border: float) -> Metrics:
+    def first(steps: list[float]) -> int:
+        found = first_below(steps, border)
+        return NO_BAD_STEP if found is None else found
+
+    predicted = np.array([first(each.predicted) for each in trajectories], np.int64)
+    reference = np.array([first(each.reference) for each in trajectories], np.int64)
+    sample = make_sample(predicted, reference, [each.task for each in trajectories])
+    hits, bad = predicted == reference, reference != NO_BAD_STEP
+    f1 = measure(sample, statistics.first_error_f1(sample), min_n=MIN_SCORES)
+    if f1.value is None and f1.n >= MIN_SCORES:
+        f1 = replace(f1, reason="every trajectory has a bad step" if bad.all() else "no trajectory has a bad step")
+    return {
+        "f1": f1,
+        "with_bad_step": int(bad.sum()),
+        "found": int(hits[bad].sum()),
+        "without_bad_step": int((~bad).sum()),
+        "cleared": int(hits[~bad].sum()),
     }

@@ -1,7 +1,7 @@
-"""The pictures of the report, as SVG: to be read on paper, and without telling colours apart.
+"""The plots of the report, as SVG: readable on paper and without colour vision.
 
-Colours are those of Okabe and Ito (2008), which every common kind of colour vision tells apart; what they tell apart
-also differs in shape or line.
+Colours are those of Okabe and Ito (2008), which are distinct in every common kind of colour vision; what they
+distinguish also differs in shape or line.
 """
 
 import io
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from prmkit.evaluation.bootstrap import Floats
+from prmkit.evaluation.estimates import Floats
+from prmkit.evaluation.metrics import ORDER
 from prmkit.evaluation.predictions import Scores
-from prmkit.evaluation.summary import ORDER, Group, group_name, judges_agreement
+from prmkit.evaluation.summary import Group, group_name, judges_agreement
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
@@ -35,19 +36,22 @@ _FEWEST_IN_BIN = 5
 _HEXBINS_A_ROW = 4
 
 
-def pictures(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, str]]:
-    """Every picture that the scores allow.
+def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, str]]:
+    """Every plot that the scores allow.
 
     Returns:
         Title, caption and SVG of each.
     """
     made = [
         ("Judge against mean judge", _HEXBIN_CAPTION, _predicted_against_reference(scores)),
-        ("Correlations and their ceiling", _FOREST_CAPTION, _forest(metrics["groups"])),
+        ("Rank correlations", _FOREST_CAPTION, _forest(metrics["groups"])),
         ("Calibration", _CALIBRATION_CAPTION, _calibration(scores)),
         ("Distribution of scores", _DISTRIBUTION_CAPTION, _distributions(scores, metrics["held_out"]["judges"])),
         ("Error by length of the prompt", _LENGTH_CAPTION, _error_by_length(scores)),
     ]
+    with_spread = scores.where(np.isfinite(scores.std))
+    if len(with_spread):
+        made.append(("Error of the scores that it is surest of", _COVERAGE_CAPTION, _risk_coverage(with_spread)))
     clips = scores.where((scores.evaluation_type == "clip") & np.isfinite(scores.clip_number))
     if len(clips):
         made.append(("Score by number of the clip", _CLIP_CAPTION, _score_by_clip(clips)))
@@ -55,12 +59,12 @@ def pictures(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str,
 
 
 def _drawn(width: float, height: float, draw: Any, name: str) -> str:
-    """Make a figure, let `draw` fill it, and return its SVG element."""
+    """Make a matplotlib figure, let `draw` fill it, and return its SVG element."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    # The salt keeps ids of one picture apart from another's in the same page. Names may be in any script: what the
-    # font here lacks the reader's browser has, for texts stay texts.
+    # The salt keeps the ids of one plot apart from those of another in the same page. Names may be in any script: text
+    # is kept as text, so a letter that the font lacks here is drawn by the reader's browser.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -71,7 +75,7 @@ def _drawn(width: float, height: float, draw: Any, name: str) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _kinds(scores: Scores) -> list[str]:
+def _types(scores: Scores) -> list[str]:
     return list(dict.fromkeys(scores.evaluation_type))
 
 
@@ -88,26 +92,30 @@ def _predicted_against_reference(scores: Scores) -> str:
     from matplotlib.colors import ListedColormap
     from matplotlib.ticker import MaxNLocator
 
-    kinds = _kinds(scores)
+    types = _types(scores)
     visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest vanish on paper
 
-    columns = min(len(kinds), _HEXBINS_A_ROW)
-    rows = -(-len(kinds) // columns)
+    columns = min(len(types), _HEXBINS_A_ROW)
+    rows = -(-len(types) // columns)
 
     def draw(figure: Any) -> None:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-        for spare in grid.flat[len(kinds) :]:
+        for spare in grid.flat[len(types) :]:
             spare.set_visible(False)
-        for place, (axis, kind) in enumerate(zip(grid.flat, kinds, strict=False), start=1):
-            some = scores.where(scores.evaluation_type == kind)
+        for place, (axis, evaluation_type) in enumerate(zip(grid.flat, types, strict=False), start=1):
+            some = scores.where(scores.evaluation_type == evaluation_type)
             cells = axis.hexbin(
                 some.reference, some.predicted, gridsize=16, extent=(0, 1, 0, 1), mincnt=1, cmap=visible, linewidths=0.1
             )
             axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
             axis.set(
-                xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xlabel="mean judge", title=_short(kind, 30)
+                xlim=(-0.04, 1.04),
+                ylim=(-0.04, 1.04),
+                aspect="equal",
+                xlabel="mean judge",
+                title=_short(evaluation_type, 30),
             )
-            label = "scores" if place % columns == 0 or place == len(kinds) else ""
+            label = "scores" if place % columns == 0 or place == len(types) else ""
             figure.colorbar(cells, ax=axis, shrink=0.6, label=label, ticks=MaxNLocator(4, integer=True))
         for axis in grid[:, 0]:
             axis.set_ylabel("this judge")
@@ -119,8 +127,8 @@ def _predicted_against_reference(scores: Scores) -> str:
 
 _FOREST_CAPTION = (
     "Spearman correlation with the mean judge, with 95 % interval over tasks. Diamonds: two judges with each other. "
-    "Bars: the highest that noise in the judges' scores allows. Crosses: copying a score that stands in the prompt. "
-    "Below the diamond there is something left to learn; at the cross nothing was learnt but copying."
+    "Bars: the most that any prediction would reach if the judges differed by noise alone. Crosses: copying a score "
+    "that the prompt shows. Below the diamond there is something left to learn; at the cross it only copies."
 )
 
 
@@ -152,7 +160,7 @@ def _forest_row(axis: Any, y: float, group: Group) -> None:
     if other and other["value"] is not None:
         axis.plot(other["value"], y, "D", color=ORANGE, fillstyle="none", markersize=6, label="two judges")
     if bound is not None:
-        axis.plot([bound, bound], [y - 0.3, y + 0.3], color="black", linewidth=1.6, label="bound by noise")
+        axis.plot([bound, bound], [y - 0.3, y + 0.3], color="black", linewidth=1.6, label="noise bound")
     copying = group["baselines"].get("copy")
     if copying and copying["copy"][ORDER]["value"] is not None:
         axis.plot(copying["copy"][ORDER]["value"], y, "x", color=GREY, markersize=6, label="copying")
@@ -169,8 +177,8 @@ def _legend_outside(axis: Any) -> None:
 
 _CALIBRATION_CAPTION = (
     "Left: scores in groups of equal size by the judge's score, and what the mean judge said of each group. On the "
-    "line, the judge's 0.7 means 0.7. Right, where the judge knows probabilities: of the steps that it calls bad with "
-    "this probability, how many are."
+    "line, the judge's 0.7 means 0.7. Right, where the judge gives probabilities: of the steps that it calls bad with "
+    "this probability, how many are bad."
 )
 
 
@@ -179,9 +187,9 @@ def _calibration(scores: Scores) -> str:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, 2 if with_probability else 1, squeeze=False)[0]
-        for number, kind in enumerate(_kinds(scores)):
-            some = scores.where(scores.evaluation_type == kind)
-            _binned_line(axes[0], some.predicted, some.reference, number, _in_legend(kind))
+        for number, evaluation_type in enumerate(_types(scores)):
+            some = scores.where(scores.evaluation_type == evaluation_type)
+            _binned_line(axes[0], some.predicted, some.reference, number, _in_legend(evaluation_type))
         axes[0].set(xlabel="this judge", ylabel="mean judge")
         if with_probability:
             for column, limit in enumerate(BAD_BELOW):
@@ -209,7 +217,7 @@ def _binned_line(axis: Any, said: Floats, true: Floats, number: int, label: str)
 
 
 def _equal_bins(values: Floats, most: int) -> list[Any]:
-    """Positions of the values in groups of equal size, in order of the values; groups of one value melt together."""
+    """Positions of the values in groups of equal size, in order of the values; groups of one value are merged."""
     count = max(1, min(most, len(values) // _FEWEST_IN_BIN))
     edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)))
     if len(edges) == 1:
@@ -250,7 +258,7 @@ def _short(name: str, most: int = 50) -> str:
 
 
 def _in_legend(name: str) -> str:
-    # What begins with an underscore is left out of a legend, so a blank stands before it.
+    # matplotlib leaves a name that begins with an underscore out of the legend, so a space is put before it.
     return f" {_short(name)}" if name.startswith("_") else _short(name)
 
 
@@ -264,22 +272,50 @@ _LENGTH_CAPTION = (
 
 def _error_by_length(scores: Scores) -> str:
     errors = np.abs(scores.predicted - scores.reference)
-    bins = _equal_bins(scores.prompt_tokens, 8)
-    means = [(np.median(scores.prompt_tokens[chosen]), errors[chosen].mean()) for chosen in bins]
+    bins = _equal_bins(scores.prompt_characters, 8)
+    means = [(np.median(scores.prompt_characters[chosen]), errors[chosen].mean()) for chosen in bins]
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
-        axis.scatter(scores.prompt_tokens, errors, s=6, color=BLUE, alpha=0.25, linewidths=0, rasterized=True)
+        axis.scatter(scores.prompt_characters, errors, s=6, color=BLUE, alpha=0.25, linewidths=0, rasterized=True)
         axis.plot(*zip(*means, strict=True), color="black", marker="o", label="mean")
-        axis.set(xlabel="prompt, in tokens", ylabel="|this judge - mean judge|", ylim=(-0.02, None))
+        axis.set(xlabel="prompt, in characters", ylabel="|this judge - mean judge|", ylim=(-0.02, None))
         axis.legend(loc="upper right")
 
     return _drawn(6.4, 3.0, draw, "length")
 
 
+_COVERAGE_CAPTION = (
+    "Mean error when only the scores with the smallest spread are kept. The lower the line runs below the grey one, "
+    "the better its own uncertainty says where it is wrong; the dotted line would be perfect knowledge of its errors."
+)
+
+
+def _risk_coverage(scores: Scores) -> str:
+    errors = np.abs(scores.predicted - scores.reference)
+    orders = {
+        "by its own spread": np.argsort(scores.std, kind="stable"),
+        "by the true error": np.argsort(errors),
+    }
+    kept = np.arange(1, len(scores) + 1)
+    shown = np.unique(np.linspace(min(9, len(scores) - 1), len(scores) - 1, 200).astype(int))
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        for (name, order), colour, line in zip(orders.items(), (BLUE, "black"), ("-", ":"), strict=True):
+            risk = np.cumsum(errors[order]) / kept
+            axis.plot(kept[shown] / len(scores), risk[shown], color=colour, linestyle=line, label=name)
+        axis.axhline(errors.mean(), color=GREY, linewidth=0.8, linestyle="--", label="all scores")
+        axis.set(xlabel="share of the scores that is kept", ylabel="mean |this judge - mean judge|", ylim=(0, None))
+        axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axis.legend(loc="lower right")
+
+    return _drawn(6.4, 3.0, draw, "coverage")
+
+
 _CLIP_CAPTION = (
-    "Mean score of the first clip, the second, and so on; n under each. Lines that part say that the judge treats "
-    "early or late steps differently from the judges."
+    "Mean score of the first clip, the second, and so on, with n under each. Where the lines separate, the judge "
+    "treats early or late steps differently from the judges."
 )
 
 

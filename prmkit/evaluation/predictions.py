@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmkit.evaluation.bootstrap import Floats
-from prmkit.evaluation.heldout import HeldOutPrompt, Medians
+from prmkit.evaluation.estimates import Floats, Integers
+from prmkit.evaluation.heldout import Constants, HeldOutPrompt
 from prmkit.judge.types import BAD_BELOW, Distribution, Judgement, rounded
 from prmkit.prompts.leaked_scores import leaked_scores
 from prmkit.resumable import reopen, replace_rows
@@ -19,17 +19,21 @@ from prmkit.resumable import reopen, replace_rows
 Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
 
+ROW_FORMAT = 2
+"""Part of the fingerprint of `predictions.jsonl`: lines of another format are moved away, not mixed."""
+
 
 def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any]:
-    """What is kept of one judged prompt: everything that a figure is made of, and what traces it back."""
+    """What is kept of one judged prompt: everything that a metric is made of, and what traces it back."""
     leaked = leaked_scores(prompt.prompt)
     return {
         "id": prompt.id,
         "prompt_sha256": prompt.prompt_sha256,
         "task_id": prompt.task,
+        "trajectory_id": prompt.trajectory,
         "evaluation_type": prompt.evaluation_type,
         "clip_number": prompt.clip_number,
-        "category": prompt.category,
+        "metadata": prompt.metadata,
         "prompt_tokens": judgement.prompt_tokens,
         "prompt_characters": len(prompt.prompt),
         "status": judgement.status,
@@ -37,6 +41,8 @@ def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any
         "repaired": judgement.repaired,
         "trimmed": judgement.trimmed,
         "scores": {key: _distribution_row(each) for key, each in judgement.scores.items()},
+        "score": rounded(judgement.score),
+        "std": rounded(judgement.std),
         "reference": prompt.reference,
         "references": prompt.references,
         "leaked_score": round(fmean(leaked), 6) if leaked else None,
@@ -50,17 +56,14 @@ def _distribution_row(distribution: Distribution) -> dict[str, Any]:
         name: rounded(getattr(distribution, name)) for name in ("mean", "median", "mode", "std", "label_mass")
     }
     below = distribution.below
-    return row | {"below": {str(limit): rounded(share) for limit, share in below.items()} if below else None}
-
-
-# --- going on ---------------------------------------------------------------------------------------------------------
+    return row | {"below": {str(border): rounded(share) for border, share in below.items()} if below else None}
 
 
 def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The predictions that an earlier, possibly killed, evaluation left in `file`, if they are of the same kind.
 
-    Prompts that the judge could not answer then (memory, a server) are taken out of the file: they are to be asked
-    again. For the rest see `prmkit.resumable.reopen`.
+    Prompts that the judge could not answer then (memory, a server) are removed from the file, so they are retried.
+    For the rest see `prmkit.resumable.reopen`.
     """
     found = reopen(file, fingerprint)
     lasting = [row for row in found if row.get("status") != "failed"]
@@ -71,33 +74,41 @@ def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-Texts = NDArray[np.object_]
+Strings = NDArray[np.object_]
 
 
 @dataclass(frozen=True)
 class Scores:
     """One entry for every score of every judged prompt that has a reference; all arrays have one length."""
 
-    prompt: Texts
+    row: Integers
+    """The place of its prediction in the rows that the table was made of."""
+    prompt: Strings
     """SHA-256 of the prompt."""
-    task: Texts
-    evaluation_type: Texts
-    key: Texts
+    evaluation_type: Strings
+    key: Strings
+    task: Integers
+    """A number for each task; likewise for the trajectory, and for evaluation type and key together."""
+    trajectory: Integers
+    kind: Integers
     clip_number: Floats
-    prompt_tokens: Floats
+    prompt_characters: Floats
     predicted: Floats
     """The judge's score: the mean of its distribution."""
+    median: Floats
+    """The median of its distribution."""
     std: Floats
-    label_mass: Floats
     below: Floats
     """Probability that the score is below each of `BAD_BELOW`, shape (scores, 2); NaN in generate mode."""
     reference: Floats
     """The mean of the judges."""
     references: Floats
     """Each judge alone, shape (scores, judges); NaN where a judge gave none."""
-    training_median: Floats
+    constant_mean: Floats
+    """Mean and median of the training labels; where they are not known, of the held-out references themselves."""
+    constant_median: Floats
     leaked_mean: Floats
-    """The mean of the scores that stand in the prompt; NaN where none does."""
+    """The mean of the scores that the prompt shows; NaN where it shows none."""
     leaked_last: Floats
 
     def __len__(self) -> int:
@@ -109,7 +120,8 @@ class Scores:
 
     def predicting(self, predicted: Floats) -> "Scores":
         """The same entries as another judge would have scored them: one that knows no probabilities."""
-        return replace(self, predicted=predicted, below=np.full_like(self.below, np.nan))
+        unknown = np.full_like(predicted, np.nan)
+        return replace(self, predicted=predicted, median=predicted, std=unknown, below=np.full_like(self.below, np.nan))
 
 
 def has_score(row: Row, key: str) -> bool:
@@ -118,23 +130,20 @@ def has_score(row: Row, key: str) -> bool:
     return mean is not None and math.isfinite(mean)
 
 
-def table_of_scores(rows: Sequence[Row], judges: Sequence[str], medians: Medians) -> Scores:
+def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Constants) -> Scores:
     """Every score that both the judge and at least one reference gave.
 
     Args:
         rows: predictions; those without scores add nothing.
         judges: the columns of `Scores.references`.
-        medians: see `prmkit.evaluation.heldout.training_medians`.
+        constants: see `prmkit.evaluation.heldout.training_constants`.
     """
     entries = [
-        (row, key, score)
-        for row in rows
+        (number, row, key, score)
+        for number, row in enumerate(rows)
         for key, score in row["scores"].items()
         if key in row["reference"] and has_score(row, key)
     ]
-
-    def texts(values: Iterable[str]) -> Texts:
-        return np.array(list(values), dtype=object)
 
     def numbers(values: Iterable[float | None]) -> Floats:
         return np.array(list(values), dtype=np.float64)  # None becomes NaN
@@ -142,24 +151,52 @@ def table_of_scores(rows: Sequence[Row], judges: Sequence[str], medians: Medians
     def matrix(values: Iterable[Sequence[float | None]], columns: int) -> Floats:
         return np.array(list(values), dtype=np.float64).reshape(len(entries), columns)
 
+    of_rows = {name: [row[name] for _, row, _, _ in entries] for name in _COPIED}
+    keys, reference = [key for _, _, key, _ in entries], numbers(row["reference"][key] for _, row, key, _ in entries)
+    kind = _numbered(zip(of_rows["evaluation_type"], keys, strict=True))
+    given = [constants.get(row["evaluation_type"], {}).get(key) or (None, None) for _, row, key, _ in entries]
     return Scores(
-        prompt=texts(row["prompt_sha256"] for row, _, _ in entries),
-        task=texts(row["task_id"] for row, _, _ in entries),
-        evaluation_type=texts(row["evaluation_type"] for row, _, _ in entries),
-        key=texts(key for _, key, _ in entries),
-        clip_number=numbers(row["clip_number"] for row, _, _ in entries),
-        prompt_tokens=numbers(row["prompt_tokens"] for row, _, _ in entries),
-        predicted=numbers(score["mean"] for _, _, score in entries),
-        std=numbers(score["std"] for _, _, score in entries),
-        label_mass=numbers(score["label_mass"] for _, _, score in entries),
+        row=np.array([number for number, *_ in entries], dtype=np.int64),
+        prompt=np.array(of_rows["prompt_sha256"], dtype=object),
+        evaluation_type=np.array(of_rows["evaluation_type"], dtype=object),
+        key=np.array(keys, dtype=object),
+        task=_numbered(of_rows["task_id"]),
+        trajectory=_numbered(zip(of_rows["task_id"], of_rows["trajectory_id"], strict=True)),
+        kind=kind,
+        clip_number=numbers(of_rows["clip_number"]),
+        prompt_characters=numbers(of_rows["prompt_characters"]),
+        predicted=numbers(score["mean"] for *_, score in entries),
+        median=numbers(score["mean"] if score["median"] is None else score["median"] for *_, score in entries),
+        std=numbers(score["std"] for *_, score in entries),
         below=matrix(
-            ([(score["below"] or {}).get(str(limit)) for limit in BAD_BELOW] for _, _, score in entries), len(BAD_BELOW)
+            ([(score["below"] or {}).get(str(border)) for border in BAD_BELOW] for *_, score in entries), len(BAD_BELOW)
         ),
-        reference=numbers(row["reference"][key] for row, key, _ in entries),
+        reference=reference,
         references=matrix(
-            ([row["references"].get(judge, {}).get(key) for judge in judges] for row, key, _ in entries), len(judges)
+            ([row["references"].get(judge, {}).get(key) for judge in judges] for _, row, key, _ in entries), len(judges)
         ),
-        training_median=numbers(medians.get(row["evaluation_type"], {}).get(key) for row, key, _ in entries),
-        leaked_mean=numbers(row["leaked_score"] for row, _, _ in entries),
-        leaked_last=numbers(row["leaked_last"] for row, _, _ in entries),
+        constant_mean=_filled(numbers(mean for mean, _ in given), reference, kind, np.mean),
+        constant_median=_filled(numbers(median for _, median in given), reference, kind, np.median),
+        leaked_mean=numbers(of_rows["leaked_score"]),
+        leaked_last=numbers(of_rows["leaked_last"]),
     )
+
+
+_COPIED = (
+    *("prompt_sha256", "task_id", "trajectory_id", "evaluation_type", "clip_number"),
+    *("prompt_characters", "leaked_score", "leaked_last"),
+)
+
+
+def _numbered(values: Iterable[Any]) -> Integers:
+    """A number for each distinct value, in order of appearance."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
+
+
+def _filled(constants: Floats, reference: Floats, kind: Integers, middle: Any) -> Floats:
+    # Without training labels the best constant in hindsight is the baseline, which is harder to beat.
+    for number in np.unique(kind[np.isnan(constants)]):
+        chosen = (kind == number) & np.isnan(constants)
+        constants[chosen] = middle(reference[kind == number])
+    return constants

@@ -1,63 +1,77 @@
-"""What the figures mean, in plain sentences and one table: the same on the terminal and in the report."""
+"""What the metrics mean, in plain sentences and one table: the same on the terminal, in the report and on the card."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from prmkit.evaluation.bootstrap import SAME_PREDICTION
+from prmkit.evaluation.estimates import MIN_TASKS, SAME_PREDICTION, SAME_REFERENCE
+from prmkit.evaluation.metrics import ALL, METRICS, MIN_PAIRS, ORDER, PRAISED_FROM, STRICT
 from prmkit.judge.types import LOW_LABEL_MASS
-
-ALL = "all"
-"""Stands for every evaluation type, or for every key, in `metrics.json`."""
 
 Group = Mapping[str, Any]
 """One entry of `groups` in `metrics.json`."""
-
-ORDER = "spearman_within_keys"
-"""The correlation that is shown and judged by. Pooled over keys, even one that says each key's usual score has some."""
 NONE = "–"
+
+MIN_ORDER = 0.3
+"""A Spearman correlation whose lower end is below this orders too little to act on."""
+MIN_SCORED = 0.95
+"""Of the scores that are asked for: a judge that answers fewer may leave out just those that matter."""
+MIN_RECALL = 0.5
+"""Of the bad steps, the share that its scores put below the border; with less, the border misses most of them."""
+MAX_PRAISED = 0.1
+MIN_BAD = 10
+"""With fewer bad (or good) scores than this nothing is said about finding them."""
+SAME_AS_A_JUDGE = -0.05
+"""A gap to another judge whose lower end is above this is no gap that matters."""
+_BIAS_HELPS = 0.05  # the part of the RMSE that subtracting the bias takes away, from which it is worth naming
+_SMALLEST_BIAS = 0.01
 _COPIES_FROM = 0.5  # a share of scores equal to the prompt's, above which the judge copies rather than agrees
-_HUGS_WITHIN = 0.5  # a distance to the prompt's score, as a part of the judges' own, below which it does so too
+_HUGS_WITHIN = 0.5  # a distance to the prompt's score, as a part of the judges' distance, below which it does so too
+_MUCH_OF_ALL = 0.3  # a share of the scores that one task should not hold
+
+EXPLAINED = {
+    "clip": "one step of a run",
+    "category": "all steps of one tool category in a run",
+    "final": "a whole run",
+}
+"""What each evaluation type judges."""
 
 
-def groups_of_kind(metrics: Mapping[str, Any]) -> list[Group]:
+def groups_of_types(metrics: Mapping[str, Any]) -> list[Group]:
     """For each evaluation type the group with all of its scores, in the order of `metrics.json`."""
-    kinds: dict[str, Group] = {}
+    types: dict[str, Group] = {}
     for group in metrics["groups"]:
         if group["evaluation_type"] != ALL:
-            kinds.setdefault(group["evaluation_type"], group)
-    return list(kinds.values())
+            types.setdefault(group["evaluation_type"], group)
+    return list(types.values())
 
 
-def shown(figure: Mapping[str, Any] | None, decimals: int = 2, *, interval: bool = True) -> str:
-    """A figure as people read it: `0.78 [0.70, 0.84]`; a dash where there is none."""
-    if figure is None or figure["value"] is None:
+def shown(estimate: Mapping[str, Any] | None, decimals: int = 2, *, interval: bool = True) -> str:
+    """An estimate as people read it: `0.78 [0.70, 0.84]`; a dash where there is none."""
+    if estimate is None or estimate["value"] is None:
         return NONE
-    text = f"{figure['value']:.{decimals}f}"
-    if interval and figure["low"] is not None:
-        text += f" [{figure['low']:.{decimals}f}, {figure['high']:.{decimals}f}]"
+    text = f"{estimate['value']:.{decimals}f}"
+    if interval and estimate["low"] is not None:
+        text += f" [{estimate['low']:.{decimals}f}, {estimate['high']:.{decimals}f}]"
     return text
 
 
-def percent(figure: Mapping[str, Any], decimals: int = 0) -> str:
+def percent(estimate: Mapping[str, Any] | None, decimals: int = 0) -> str:
     """A share as people read it."""
-    return NONE if figure["value"] is None else f"{figure['value']:.{decimals}%}"
+    return NONE if estimate is None or estimate["value"] is None else f"{estimate['value']:.{decimals}%}"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    *("scores of", "n", "tasks", "MAE", "median", "skill", "Spearman", "judges"),
-    *("pairs", "tied", "AUROC", "kappa"),
-)
+_SHOWN = tuple(metric for metric in METRICS if metric.header)
+COLUMNS = ("scores of", "n", "tasks", *(metric.header for metric in _SHOWN), "constant", "judges")
 NUMERIC = COLUMNS[1:]
+OPTIONAL = ("tied", "kappa", "constant", "MAE", "judges", "tasks", "RMSE", "pairs", "AUROC", "skill", "n")
+"""Columns that may be left out where there is no room, the first one first."""
 LEGEND = (
-    "MAE: mean absolute error against the mean judge; median: that of always answering the training median; skill: the "
-    "part of it that the judge avoids. Spearman: with the mean judge, key by key; judges: of two judges, on "
-    "average. pairs: pairs of scores of one task in the right order or rightly tied; tied: what calling everything a "
-    "tie reaches. "
-    "AUROC: telling steps below 0.5 from the others, 0.5 is chance. kappa: on the five bands, quadratic weights."
+    "; ".join(f"{metric.header}: {metric.meaning}" for metric in _SHOWN)
+    + "; constant: the RMSE of always answering the training mean; judges: Spearman of two judges, on average."
 )
 
 
@@ -66,100 +80,222 @@ def main_table(metrics: Mapping[str, Any], *, intervals: bool = False) -> list[l
 
     Args:
         metrics: the content of `metrics.json`.
-        intervals: with every figure; else only with Spearman's.
+        intervals: with every estimate; else only with Spearman's.
     """
     return [_table_row(group, intervals) for group in metrics["groups"]]
 
 
 def _table_row(group: Group, intervals: bool) -> list[str]:
-    judge = group["judge"]
-    median = group["baselines"].get("training_median")
-    tied = judge["pairwise_always_tied"]
+    cells = []
+    for metric in _SHOWN:
+        estimate = group["judge"]["bad_step"][STRICT][metric.name] if metric.at_borders else group["judge"][metric.name]
+        cell = shown(estimate, interval=intervals or metric.name == ORDER)
+        counted = metric.name == "pairwise_accuracy" and estimate["value"] is not None and intervals
+        cells.append(f"{cell} n={estimate['n']}" if counted else cell)
+    constant = group["baselines"]["constant"]["rmse"]
+    others = judges_agreement(group)
+    numbers = [str(group["scores"]), str(group["tasks"])]
+    return [_table_name(group), *numbers, *cells, shown(constant, interval=False), shown(others, interval=False)]
+
+
+BREAKDOWN_COLUMNS = ("value", "n", "tasks", "Spearman", "RMSE", "bias", "AUROC")
+
+
+def breakdown_table(values: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """One row a value of a metadata key, the cells in the order of `BREAKDOWN_COLUMNS`."""
     return [
-        _table_name(group),
-        str(group["scores"]),
-        str(group["tasks"]),
-        shown(judge["mae"], interval=intervals),
-        shown(median["mae"] if median else None, interval=False),
-        shown(judge["skill"], interval=intervals),
-        shown(judge[ORDER]),
-        shown(judges_agreement(group), interval=False),
-        shown(judge["pairwise_accuracy"], interval=intervals),
-        NONE if tied is None else f"{tied:.2f}",
-        shown(judge["bad_step"]["0.5"]["auroc"], interval=intervals),
-        shown(judge["kappa"], interval=intervals),
+        [
+            value["value"],
+            str(value["scores"]),
+            str(value["tasks"]),
+            *(shown(value[name], interval=name == ORDER) for name in (ORDER, "rmse", "bias")),
+            shown(value["bad_step"][STRICT]["auroc"], interval=False),
+        ]
+        for value in values
     ]
 
 
 def _table_name(group: Group) -> str:
-    # Keys stand indented below their evaluation type; a type with one key has one row.
-    kind, key = group["evaluation_type"], group["key"]
-    return f"  {key}" if ALL not in (kind, key) and not group["only_key"] else group_name(group)
+    # Keys are indented below their evaluation type; a type with one key has one row.
+    evaluation_type, key = group["evaluation_type"], group["key"]
+    return f"  {key}" if ALL not in (evaluation_type, key) and not group["only_key"] else group_name(group)
 
 
 def group_name(group: Group) -> str:
     """`clip`, `final · answer_correctness`, or `everything`."""
-    kind, key = group["evaluation_type"], group["key"]
-    if kind == ALL:
+    evaluation_type, key = group["evaluation_type"], group["key"]
+    if evaluation_type == ALL:
         return "everything"
-    return kind if key == ALL else f"{kind} · {key}"
+    return evaluation_type if key == ALL else f"{evaluation_type} · {key}"
 
 
 def judges_agreement(group: Group, name: str = ORDER) -> Mapping[str, Any] | None:
-    """How well two judges agree: a pair's figure, or the mean over all pairs, without interval; None without any."""
+    """How well two judges agree: a pair's estimate, or the mean over all pairs, without interval; None without any."""
     pairs: list[Mapping[str, Any]] = [pair[name] for pair in group["ceiling"]["pairs"]]
-    known = [figure for figure in pairs if figure["value"] is not None]
+    known = [estimate for estimate in pairs if estimate["value"] is not None]
     if len(known) < 2:
         return next(iter([*known, *pairs]), None)
-    n, tasks = (max(figure[which] for figure in known) for which in ("n", "tasks"))
-    mean = fmean(figure["value"] for figure in known)
+    n, tasks = (max(estimate[which] for estimate in known) for which in ("n", "tasks"))
+    mean = fmean(estimate["value"] for estimate in known)
     return {"value": mean, "low": None, "high": None, "n": n, "tasks": tasks, "pairs": len(known)}
 
 
-# --- the verdict ------------------------------------------------------------------------------------------------------
+# --- the five conditions ----------------------------------------------------------------------------------------------
+
+State = Literal["met", "failed", "unknown", "not applicable"]
 
 
-Standing = Literal["good", "weak", "useless", "unknown"]
-_SHORT: Mapping[Standing, str] = {
-    "good": "useful on",
+@dataclass(frozen=True)
+class Condition:
+    """One thing that a useful judge must show."""
+
+    name: str
+    state: State
+    sentence: str
+
+
+def conditions(group: Group, validity: Mapping[str, Any]) -> list[Condition]:
+    """The five conditions for "Useful", each with its metric.
+
+    Args:
+        group: of one evaluation type.
+        validity: of the same type.
+    """
+    return [_order(group), _order_within(group), _bad_steps(group), _scored(validity), _skill(group)]
+
+
+def _order(group: Group) -> Condition:
+    order = group["judge"][ORDER]
+    if order["low"] is None:
+        return Condition("order", "unknown", f"Order: not known ({order.get('reason')}).")
+    text = f"Spearman with the mean judge is {shown(order)}; the lower end must be above {MIN_ORDER}."
+    return Condition("order", "met" if order["low"] > MIN_ORDER else "failed", f"Order: {text}")
+
+
+def _order_within(group: Group) -> Condition:
+    name, pairs, tied = "order within runs", group["judge"]["pairwise_accuracy"], group["judge"]["pairwise_always_tied"]
+    if group["trajectories_with_pairs"] < 0.5 * group["trajectories"]:
+        text = f"most runs have one score of this kind ({pairs['n']} pairs), so it is not asked for."
+        return Condition(name, "not applicable", f"Order within runs: {text}")
+    if pairs["n"] < MIN_PAIRS:
+        text = f"not known; {pairs['n']} pairs of scores of the same run, at least {MIN_PAIRS} are needed."
+        return Condition(name, "unknown", f"Order within runs: {text}")
+    if pairs["low"] is None:
+        return Condition(name, "unknown", f"Order within runs: not known ({pairs.get('reason')}).")
+    least = max(0.5, tied["value"])
+    text = f"{shown(pairs)} of {pairs['n']} pairs are right; the lower end must be above {least:.2f}, which is what "
+    text += "calling every pair a tie reaches." if least > 0.5 else "guessing reaches."
+    return Condition(name, "met" if pairs["low"] > least else "failed", f"Order within runs: {text}")
+
+
+def _bad_steps(group: Group) -> Condition:
+    of_border, praised = group["judge"]["bad_step"][STRICT], group["judge"]["praised_share"]
+    auroc, recall, share = of_border["auroc"], of_border["recall"], of_border["bad_share"]
+    bad, good = recall["n"], share["n"] - recall["n"]
+    if min(bad, good) < MIN_BAD:
+        text = f"not known; {bad} bad and {good} good scores, at least {MIN_BAD} of each are needed."
+        return Condition("bad steps", "unknown", f"Bad steps: {text}")
+    if auroc["low"] is None:
+        return Condition("bad steps", "unknown", f"Bad steps: not known ({auroc.get('reason')}).")
+    failed = []
+    if auroc["low"] <= 0.5:
+        failed.append("AUROC's lower end is not above 0.5")
+    if recall["value"] < MIN_RECALL:
+        failed.append(f"fewer than {MIN_RECALL:.0%} are put below the border")
+    if praised["value"] > MAX_PRAISED:
+        failed.append(f"more than {MAX_PRAISED:.0%} are praised")
+    text = (
+        f"AUROC is {shown(auroc)}; of {bad} scores below {STRICT} it puts {percent(recall)} below {STRICT} and praises "
+        f"{percent(praised)} with {PRAISED_FROM} or more"
+    )
+    text += f" ({'; '.join(failed)})." if failed else "."
+    return Condition("bad steps", "failed" if failed else "met", f"Bad steps: {text}")
+
+
+def _scored(validity: Mapping[str, Any]) -> Condition:
+    made, asked = validity["scores_made"], validity["scores_asked"]
+    text = (
+        f"Scored: {made} of {asked} scores were made ({made / max(asked, 1):.1%}); at least {MIN_SCORED:.0%} must be."
+    )
+    return Condition("scored", "met" if made >= MIN_SCORED * asked else "failed", text)
+
+
+def _skill(group: Group) -> Condition:
+    skill, rmse = group["judge"]["skill"], group["judge"]["rmse"]
+    if skill["low"] is None:
+        return Condition("skill", "unknown", f"Skill: not known ({skill.get('reason')}).")
+    constant = group["baselines"]["constant"]["rmse"]
+    text = (
+        f"Skill: its root mean square error is {shown(rmse, interval=False)}, that of a constant "
+        f"{shown(constant, interval=False)}: {shown(skill)} of it is avoided; the lower end must be above 0."
+    )
+    return Condition("skill", "met" if skill["low"] > 0 else "failed", text)
+
+
+# --- the conclusion ---------------------------------------------------------------------------------------------------
+
+Grade = Literal["useful", "weak", "not_useful", "unknown"]
+_IN_WORDS: Mapping[Grade, str] = {
+    "useful": "useful on",
     "weak": "weak on",
-    "useless": "not to be used on",
+    "not_useful": "not to be used on",
     "unknown": "not enough data on",
 }
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What one evaluation type's figures say to the person who must decide."""
+    """What one evaluation type's metrics say to the person who must decide."""
 
-    kind: str
-    standing: Standing
+    evaluation_type: str
+    grade: Grade
     headline: str
-    sentences: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+    notes: tuple[str, ...]
 
 
 def conclusions(metrics: Mapping[str, Any]) -> list[Conclusion]:
     """One conclusion for each evaluation type."""
     found = []
-    for group in groups_of_kind(metrics):
-        label_mass = metrics["validity"][group["evaluation_type"]].get("label_mass")
-        standing, headline = _headline(group, label_mass)
-        found.append(Conclusion(group["evaluation_type"], standing, headline, tuple(_sentences(group))))
+    for group in groups_of_types(metrics):
+        evaluation_type = group["evaluation_type"]
+        of_type = [each for each in metrics["groups"] if each["evaluation_type"] == evaluation_type]
+        validity = metrics["validity"][evaluation_type]
+        five = conditions(group, validity)
+        grade, headline = _grade(group, of_type, five, validity.get("label_mass"), list(weak_subgroups(metrics, group)))
+        notes = tuple(_notes(group, of_type))
+        found.append(Conclusion(evaluation_type, grade, headline, tuple(five), notes))
     return found
 
 
-def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """The verdict as a terminal shows it."""
-    lines = [f"{each.kind}: {each.headline}" for each in conclusions(metrics)]
-    return [*lines, validity_sentence(metrics)]
+def summarize(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The conclusions as `metrics.json` has them, for `train.py --runs`, the model card and other programs."""
+    found, groups = conclusions(metrics), groups_of_types(metrics)
+    return {
+        "headline": in_short(found),
+        "spearman": metrics["groups"][0]["judge"][ORDER],
+        "types": {
+            each.evaluation_type: {
+                "grade": each.grade,
+                "headline": each.headline,
+                "conditions": [asdict(condition) for condition in each.conditions],
+                "spearman": group["judge"][ORDER],
+                "auroc": group["judge"]["bad_step"][STRICT]["auroc"],
+                "rmse": group["judge"]["rmse"],
+                "mae": group["judge"]["mae"],
+            }
+            for each, group in zip(found, groups, strict=True)
+        },
+        "warnings": list(warnings(metrics)),
+    }
 
 
 def in_short(found: Sequence[Conclusion]) -> str:
     """`Useful on clip; weak on category and final.`"""
-    by_standing: dict[str, list[str]] = {}
+    by_grade: dict[str, list[str]] = {}
     for each in found:
-        by_standing.setdefault(each.standing, []).append(each.kind)
-    parts = [f"{_SHORT[standing]} {_listed(by_standing[standing])}" for standing in _SHORT if standing in by_standing]
+        by_grade.setdefault(each.grade, []).append(each.evaluation_type)
+    parts = [f"{_IN_WORDS[grade]} {_listed(by_grade[grade])}" for grade in _IN_WORDS if grade in by_grade]
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -168,39 +304,100 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
-def _headline(group: Group, label_mass: Mapping[str, Any] | None) -> tuple[Standing, str]:
-    """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak.
-
-    Args:
-        group: of one evaluation type.
-        label_mass: the mean label_mass of its scores; None where they were read from text.
-    """
-    judge, copying, gap = group["judge"], group["baselines"].get("copy"), group["ceiling"]["gap"]
-    spearman, skill = judge[ORDER], judge["skill"]
-    if spearman.get("reason") == SAME_PREDICTION:
-        return "useless", "It gives everything the same score: it judges nothing."
-    if spearman["value"] is None or spearman["low"] is None:
-        return "unknown", f"Too little held-out data to say ({spearman.get('reason')})."
+def _grade(
+    group: Group,
+    of_type: Sequence[Group],
+    five: Sequence[Condition],
+    label_mass: Mapping[str, Any] | None,
+    weak_subgroups: Sequence[str],
+) -> tuple[Grade, str]:
+    """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak."""
+    order = group["judge"][ORDER]
+    if order.get("reason") == SAME_REFERENCE:
+        return "unknown", "The judges gave everything the same score, so there is no order to learn or to check."
+    if order.get("reason") == SAME_PREDICTION:
+        return "not_useful", "It is constant: it gives everything the same score."
     if label_mass and label_mass["value"] is not None and label_mass["value"] < LOW_LABEL_MASS:
         wanted = f"{percent(label_mass)} of its probability is on one"
-        return "useless", f"It does not want to answer with a score: {wanted}."
-    if spearman["low"] <= 0:
-        return "useless", "Nothing shows that its order is better than chance."
-    if copying and _copies(copying):
-        return "useless", "It repeats the scores that stand in the prompt."
-    if skill["low"] is not None and skill["low"] <= 0:
-        return "weak", "Its order means something; that its numbers beat a constant is not shown."
+        return "not_useful", f"It does not want to answer with a score: {wanted}."
+    if order["low"] is None:
+        return "unknown", f"Too little held-out data to say ({order.get('reason')})."
+    if order["high"] < 0:
+        return "not_useful", f"It is inverted: its order is the wrong way round (Spearman {shown(order)})."
+    if order["low"] <= 0:
+        return "not_useful", f"Nothing shows that its order is better than chance (Spearman {shown(order)})."
+    if (copying := group["baselines"].get("copy")) and _copies(copying):
+        return "not_useful", "It repeats the scores that the prompt shows."
+    if weaknesses := [*_weaknesses(group, of_type, five), *weak_subgroups]:
+        return "weak", f"{weaknesses[0]}{_but_within_runs(five)}"
+    if missing := [condition.sentence for condition in five if condition.state == "unknown"]:
+        return "unknown", f"What can be seen is good, but not enough can be seen. {missing[0]}"
+    return "useful", _useful_headline(group, five)
+
+
+def _but_within_runs(five: Sequence[Condition]) -> str:
+    states = {condition.name: condition.state for condition in five}
+    if states["order within runs"] == "met" and "failed" in (states["order"], states["skill"]):
+        return " It does order the scores of one run: it may rank them, but not compare runs."
+    return ""
+
+
+def weak_subgroups(metrics: Mapping[str, Any], group: Group) -> Iterator[str]:
+    """Where the order of a type is shown not to be useful though it is elsewhere."""
+    if (group["judge"][ORDER]["low"] or 0) <= 0:
+        return
+    for key, values in metrics["breakdowns"].items():
+        for value in values:
+            order = value["order_by_type"].get(group["evaluation_type"])
+            if order and order["high"] is not None and order["high"] < MIN_ORDER:
+                yield f"Where {key} is {value['value']} its order is not useful (Spearman {shown(order)})."
+
+
+def _weaknesses(group: Group, of_type: Sequence[Group], five: Sequence[Condition]) -> Iterator[str]:
+    yield from (condition.sentence for condition in five if condition.state == "failed")
+    copying = group["baselines"].get("copy")
     if copying and copying["skill"]["low"] is not None and copying["skill"]["low"] <= 0:
-        return "weak", "It judges, but copying the scores that stand in the prompt would do as well."
+        yield "Copying the scores that the prompt shows would do as well."
+    for name, words in (("length", "the prompt's length"), ("position", "the step's number")):
+        ranking = group["baselines"].get(name)
+        if ranking and (ranking[ORDER]["low"] or 0) > 0 and (ranking["gain"]["low"] or 0) <= 0:
+            yield f"Ranking by {words} alone does as well (Spearman {shown(ranking[ORDER])})."
+    if any(half["value"] is not None and half["value"] <= 0 for half in group["halves"]):
+        yield "Its order holds on one half of the tasks and not on the other."
+    yield from (sentence for sentence in map(_bad_key, of_type) if sentence)
+
+
+def _bad_key(group: Group) -> str | None:
+    """What is wrong with a key that is shown to be worse than its type must be."""
+    order = group["judge"][ORDER]
+    if group["key"] == ALL or group["only_key"]:
+        return None
+    if order.get("reason") == SAME_PREDICTION:
+        return f"It gives {group['key']} always the same score."
+    if order["high"] is None or order["high"] >= MIN_ORDER:
+        return None
+    inverted = "is the wrong way round" if order["high"] < 0 else "is not useful"
+    return f"On {group['key']} its order {inverted} (Spearman {shown(order)})."
+
+
+def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
+    only = " It cannot be said whether it orders scores within a run." * any(
+        condition.state == "not applicable" for condition in five
+    )
+    return f"All conditions are met. {_against_judges(group['ceiling']['gap'])}{only}"
+
+
+def _against_judges(gap: Mapping[str, Any]) -> str:
     if gap["low"] is None:
-        return "good", "It judges. How well judges agree with each other is not known here."
+        return "How well judges agree with each other is not known here."
+    difference = f"difference in Spearman {gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
     if gap["high"] < 0:
-        return "good", f"It judges, but agrees with a judge less than another judge does{_by(gap)}."
-    return "good", f"It agrees with a judge as well as another judge does, as far as can be told{_by(gap)}."
-
-
-def _by(gap: Mapping[str, Any]) -> str:
-    return f" (difference in Spearman {gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}])"
+        return f"It agrees with a judge less than another judge does ({difference})."
+    if gap["low"] > SAME_AS_A_JUDGE:
+        return f"It agrees with a judge as well as another judge does ({difference})."
+    return (
+        f"It is not shown to be worse than another judge; it may be behind by up to {-gap['low']:.2f} ({difference})."
+    )
 
 
 def _copies(copying: Mapping[str, Any]) -> bool:
@@ -211,85 +408,167 @@ def _copies(copying: Mapping[str, Any]) -> bool:
     return bool(equal > max(_COPIES_FROM, of_reference) or near < _HUGS_WITHIN * near_of_reference)
 
 
-def _sentences(group: Group) -> Iterator[str]:
-    judge = group["judge"]
-    order = f"its Spearman correlation with the mean judge is {shown(judge[ORDER])}"
-    if judge[ORDER]["value"] is None:
-        order = f"it has no Spearman correlation with the mean judge ({judge[ORDER]['reason']})"
-    yield f"On {group['scores']} held-out scores of {group['tasks']} tasks {order}{_ceiling_clause(group)}."
-    yield f"It errs by {shown(judge['mae'])} on average" + _median_clause(group) + "."
+# --- notes ------------------------------------------------------------------------------------------------------------
+
+
+def _notes(group: Group, of_type: Sequence[Group]) -> Iterator[str]:
+    if sentence := bias_sentence(group):
+        yield sentence
+    if sentence := overconfidence_sentence(group):
+        yield sentence
+    yield from (sentence for sentence in map(_bad_key, of_type) if sentence)
+    if agreement := ceiling_sentence(group):
+        yield agreement
     if copying := group["baselines"].get("copy"):
         yield _copy_sentence(copying)
     if base := group["baselines"].get("base_model"):
         yield (
-            f"The base model, without training, errs by {shown(base['base']['mae'])} with a Spearman of "
+            f"The base model, without training, has an RMSE of {shown(base['base']['rmse'])} and a Spearman of "
             f"{shown(base['base'][ORDER])}."
         )
-    auroc, bad = judge["bad_step"]["0.5"]["auroc"], judge["bad_step"]["0.5"]["bad_share"]
-    if auroc["value"] is not None:
-        yield (
-            f"Of a bad and a good step (border 0.5; {percent(bad)} are bad) it gives the bad one the lower score in "
-            f"{percent(auroc)} of cases; 50% would be chance."
-        )
+    yield _floor_sentence(group)
 
 
-def _ceiling_clause(group: Group) -> str:
+def bias_sentence(group: Group) -> str | None:
+    """The bias, where its interval excludes 0 and subtracting it would help."""
+    bias, rmse = group["judge"]["bias"], group["judge"]["rmse"]
+    if bias["low"] is None or bias["low"] <= 0 <= bias["high"] or not rmse["value"]:
+        return None
+    if abs(bias["value"]) < _SMALLEST_BIAS:
+        return None
+    without = max(0.0, rmse["value"] ** 2 - bias["value"] ** 2) ** 0.5
+    if without > (1 - _BIAS_HELPS) * rmse["value"]:
+        return None
+    kinder = "kinder" if bias["value"] > 0 else "stricter"
+    return (
+        f"It is {kinder} than the mean judge: its bias is {shown(bias)}. Subtract {bias['value']:+.2f} from its "
+        f"scores, and the RMSE falls from {rmse['value']:.2f} to {without:.2f}."
+    )
+
+
+def overconfidence_sentence(group: Group) -> str | None:
+    """Said where the ranges that the judge itself gives hold far less than they should."""
+    inside = group["judge"]["own_range_share"]
+    if inside["high"] is None or inside["high"] >= 0.8:
+        return None
+    return (
+        f"It is overconfident: its own 90 % ranges hold {percent(inside)} of the references. Use calibrated intervals "
+        "(score_trajectories.py --interval 0.9)."
+    )
+
+
+def ceiling_sentence(group: Group) -> str | None:
+    """How well judges agree, and what that does and does not limit; None where it is not known."""
     other = judges_agreement(group)
     if other is None or other["value"] is None:
-        return ""
-    bound = group["ceiling"]["bounds"][ORDER]["mean_judge"]
-    limit = f", and noise in their scores keeps anyone below about {bound['value']:.2f}" if bound["value"] else ""
+        return None
     pairs = f" on average over {other['pairs']} pairs" if "pairs" in other else ""
-    return f"; two judges agree with each other at {shown(other)}{pairs}{limit}"
-
-
-def _median_clause(group: Group) -> str:
-    median = group["baselines"].get("training_median")
-    if not median:
-        return ""
-    skill = group["judge"]["skill"]
-    gained = f" (skill {shown(skill)})" if skill["value"] is not None else ""
-    return f"; always answering the training median errs by {shown(median['mae'], interval=False)}{gained}"
+    text = f"Two judges agree with each other at {shown(other)}{pairs}."
+    bounds = group["ceiling"]["bounds"][ORDER]
+    bound, by_self = bounds["mean_judge"]["value"], bounds["mean_judge_by_self"]["value"]
+    if bound is None:
+        reason = group["ceiling"]["no_bound_because"]
+        return f"{text} What that limits is not known: {reason}." if reason else text
+    if by_self is not None:
+        text += (
+            f" By how the judges agree with themselves on prompts that they answered twice, no prediction would "
+            f"correlate with their mean by more than about {by_self:.2f}."
+        )
+    return (
+        f"{text} If the judges differed by noise alone, no prediction would correlate with their mean by more than "
+        f"about {bound:.2f}; where each has its own lasting view, a model may pass it. It is about these judges, not "
+        "about the truth."
+    )
 
 
 def _copy_sentence(copying: Mapping[str, Any]) -> str:
     what = "their mean" if copying["copied"] == "mean" else "the last of them"
-
-    def errs(who: str) -> str:
-        error, order = copying[who]["mae"], copying[who][ORDER]
-        return f"errs by {shown(error, interval=False)} with a Spearman of {shown(order, interval=False)}"
-
+    errors = {who: shown(copying[who]["mae"], interval=False) for who in ("copy", "judge")}
+    orders = {who: shown(copying[who][ORDER], interval=False) for who in ("copy", "judge")}
     return (
-        f"For {copying['judge']['mae']['n']} of them the prompt shows earlier scores in clear: copying {what} "
-        f"{errs('copy')}, the judge {errs('judge')}; {percent(copying['judge_equals_copy'])} of the judge's scores "
-        f"equal the copied one, {percent(copying['reference_equals_copy'])} of the mean judge's do."
+        f"For {copying['judge']['mae']['n']} scores the prompt shows earlier scores. Copying {what} has an MAE of "
+        f"{errors['copy']} and a Spearman of {orders['copy']}, the judge {errors['judge']} and {orders['judge']}; "
+        f"{percent(copying['judge_equals_copy'])} of the judge's scores equal the copied one, "
+        f"{percent(copying['reference_equals_copy'])} of the mean judge's do."
     )
+
+
+def _floor_sentence(group: Group) -> str:
+    parts = [
+        f"ranking by {words} alone reaches a Spearman of {shown(group['baselines'][name][ORDER], interval=False)}"
+        for name, words in (("length", "the prompt's length"), ("position", "the step's number"))
+        if name in group["baselines"] and group["baselines"][name][ORDER]["value"] is not None
+    ]
+    if all(half["value"] is not None for half in group["halves"]):
+        one, other = (shown(half, interval=False) for half in group["halves"])
+        parts.append(f"on two halves of the tasks the judge's Spearman is {one} and {other}")
+    if (least := smallest_visible_difference(group["judge"][ORDER])) is not None:
+        parts.append(
+            f"the smallest loss in Spearman that a comparison on these tasks shows reliably is about {least:.2f}"
+        )
+    text = "; ".join(parts) or "too little data for the floor tests"
+    return f"Floor: {text}."
+
+
+def smallest_visible_difference(order: Mapping[str, Any]) -> float | None:
+    """The loss that a comparison of two judges on these tasks shows with 80 % probability (one-sided, 5 %).
+
+    Two judges whose errors correlate by one half have a difference with the standard error of one of them.
+    """
+    if order["low"] is None:
+        return None
+    standard_error = (order["high"] - order["low"]) / (2 * 1.96)
+    return float((1.645 + 0.842) * standard_error)
+
+
+def warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader has to know whatever the grade: unscored rows, one task that weighs most, leniency, subgroups."""
+    every = metrics["validity"][ALL]
+    if every["scores_made"] < MIN_SCORED * every["scores_asked"]:
+        yield f"Only {every['scores_made']} of {every['scores_asked']} scores were made; all else is about these."
+    largest = metrics["held_out"]["largest_task"]
+    if largest["share"] > _MUCH_OF_ALL and metrics["held_out"]["tasks_evaluated"] >= MIN_TASKS:
+        yield f"One task ({largest['task']}) has {largest['share']:.0%} of the scores, so the others hardly count."
+    for group in groups_of_types(metrics):
+        if (group["judge"][ORDER]["low"] or 0) > 0:
+            sentences = [bias_sentence(group), overconfidence_sentence(group), *weak_subgroups(metrics, group)]
+            yield from (f"{group['evaluation_type']}: {sentence}" for sentence in sentences if sentence)
+    yield from (line for line in metrics["leniency"]["sentences"] if line.startswith("warning"))
+
+
+def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The verdict as a terminal shows it."""
+    summary = metrics["summary"]
+    lines = [f"{name}: {each['headline']}" for name, each in summary["types"].items()]
+    return [summary["headline"], *lines, *summary["warnings"], validity_sentence(metrics)]
 
 
 def validity_sentence(metrics: Mapping[str, Any]) -> str:
     """How many prompts have scores, why the others have none, and how much the model wanted to answer with a score."""
     every = metrics["validity"][ALL]
-    scored, prompts = every["statuses"].get("ok", 0), every["prompts"]
+    scored, prompts = sum(every["statuses"].get(status, 0) for status in ("ok", "unsure")), every["prompts"]
     text = f"All {prompts} prompts got scores" if scored == prompts else f"{scored} of {prompts} prompts got scores"
     if every["reasons"]:
         text += "; the others did not: " + ", ".join(f"{n} {reason}" for reason, n in every["reasons"].items())
+    if unsure := every["statuses"].get("unsure"):
+        text += f"; {unsure} of them are unsure (low label mass)"
     if every["trimmed"]:
         text += f"; {every['trimmed']} were shortened to fit"
     if every["repaired"]:
-        text += f"; {every['repaired']} answers were no valid JSON as written and were repaired"
+        text += f"; {every['repaired']} answers were not valid JSON and were repaired"
     if "label_mass" in every:
-        text += f"; the 101 scores hold {percent(every['label_mass'], 1)} of the model's probability on average"
+        text += f"; label mass is {percent(every['label_mass'], 1)} on average (the probability of any score at all)"
         low = every["label_mass_low_share"]["value"]
-        text += f", less than half of it for {low:.1%} of the scores" if low else ""
+        text += f", below one half for {low:.1%} of the scores" if low else ""
     return text + "."
 
 
-def reasons(metrics: Mapping[str, Any]) -> Sequence[str]:
-    """Why figures in the table are missing, each reason once."""
+def missing_reasons(metrics: Mapping[str, Any]) -> list[str]:
+    """Why cells of the table are empty, each reason once."""
     found: dict[str, None] = {}
     for group in metrics["groups"]:
         judge = group["judge"]
-        for figure in (judge[ORDER], judge["kappa"], judge["skill"], judge["bad_step"]["0.5"]["auroc"]):
-            if figure["value"] is None:
-                found[f"{group_name(group)}: {figure['reason']}"] = None
+        for estimate in (judge[ORDER], judge["kappa"], judge["skill"], judge["bad_step"][STRICT]["auroc"]):
+            if estimate["value"] is None:
+                found[f"{group_name(group)}: {estimate['reason']}"] = None
     return list(found)

@@ -3,29 +3,36 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from prmkit.evaluation.heldout import HeldOut, HeldOutPrompt, Medians
+from prmkit.evaluation.heldout import Constants, HeldOut, HeldOutPrompt
 from prmkit.evaluation.predictions import prediction_row
 from prmkit.judge.score_trie import SCORES, distribution_of
 from prmkit.judge.types import Distribution, Judgement
+from prmkit.leniency import corrected_mean, estimate_leniency
 from prmkit.prompts.leaked_scores import leaked_scores
 from prmkit.prompts.special_tokens import neutralise
-from prmkit.verdict import Unreadable, read_verdict, render_verdict
+from prmkit.verdict import Shape, Unreadable, read_verdict, render_verdict
 from tools.make_sample.sample import sample_rows
 
 Judge = Callable[[HeldOutPrompt, str], float]
 """A prompt and a key -> the score."""
 
-MEDIANS: Medians = {
+MEDIANS = {
     "clip": {"reasonableness_score": 0.65, "correctness_score": 0.8},
     "category": dict.fromkeys(
         ("tool_use_quality", "information_relevance", "content_extraction", "goal_achievement", "code_quality"), 0.65
     ),
     "final": dict.fromkeys(("task_completion", "tool_use_quality", "reasoning_coherence", "answer_correctness"), 0.7),
 }
+
+CONSTANTS: Constants = {
+    name: {key: (median - 0.05, median) for key, median in keys.items()} for name, keys in MEDIANS.items()
+}
+"""Mean and median of the training labels."""
 
 
 def write_data_folder(
@@ -74,7 +81,8 @@ def predictions_of(held_out: HeldOut, judge: Judge, *, mode: str = "expected") -
     for prompt in held_out.prompts:
         scores = {key: judge(prompt, key) for key in prompt.shape.keys}
         given = {key: _said(score) if mode == "generate" else _felt(score) for key, score in scores.items()}
-        rows.append(prediction_row(prompt, Judgement("ok", given, prompt_tokens=len(prompt.prompt) // 4)))
+        std = None if mode == "generate" else next(iter(given.values())).std
+        rows.append(prediction_row(prompt, Judgement("ok", given, prompt_tokens=len(prompt.prompt) // 4, std=std)))
     return rows
 
 
@@ -119,3 +127,95 @@ def copier(otherwise: float = 0.65) -> Judge:
         return float(np.mean(leaked)) if leaked else otherwise
 
     return judge
+
+
+# --- a held-out set that is made up as well ---------------------------------------------------------------------------
+
+JUDGES = ("judge_a", "judge_b")
+
+
+def made_up(
+    tasks: int = 60,
+    clips: int = 4,
+    *,
+    keys: tuple[str, ...] = ("quality",),
+    noise: float = 0.07,
+    kinder: float = 0.0,
+    asked: Callable[[int, str], bool] = lambda item, judge: True,
+    judges: tuple[str, ...] = JUDGES,
+    grid: float = 0.05,
+    seed: int = 1,
+    final: bool = True,
+) -> HeldOut:
+    """Steps of known quality that made-up judges have scored.
+
+    Args:
+        tasks: how many; odd ones are about code, the others about the web, and two agents share them by halves.
+        clips: a task.
+        keys: that every prompt asks for.
+        noise: of each judge's scores.
+        kinder: how much the last judge adds to the quality.
+        asked: whether a judge scored an item; by its number and the judge's name.
+        judges: their names.
+        grid: scores are rounded to multiples of this.
+        seed: another seed makes other steps.
+        final: with a verdict on each whole run.
+    """
+    generator = np.random.default_rng(seed)
+    prompts: list[HeldOutPrompt] = []
+    for number in range(tasks):
+        of_task = generator.normal(0.62, 0.13)
+        kinds = [("clip", clip + 1) for clip in range(clips)] + [("final", None)] * final
+        for kind, clip in kinds:
+            quality = np.clip(of_task + generator.normal(0, 0.17 if kind == "clip" else 0.12), 0.02, 0.98)
+            item = len(prompts)
+            references = {
+                judge: {key: _scored(quality, noise, kinder * (judge == judges[-1]), grid, generator) for key in keys}
+                for judge in judges
+                if asked(item, judge)
+            }
+            prompts.append(_made_up_prompt(number, kind, clip, keys, references, generator))
+    items = [{judge: scores[key] for judge, scores in prompt.references.items()} for prompt in prompts for key in keys]
+    leniency = estimate_leniency(items)
+    corrected = tuple(
+        replace(
+            prompt,
+            reference={
+                key: corrected_mean({judge: scores[key] for judge, scores in prompt.references.items()}, leniency)
+                for key in keys
+            },
+        )
+        for prompt in prompts
+    )
+    return HeldOut("made_up_eval", Path("made_up.jsonl"), len(prompts), corrected, "sha", "file sha", leniency)
+
+
+def _scored(quality: float, noise: float, kinder: float, grid: float, generator: np.random.Generator) -> float:
+    score = np.clip(quality + kinder + generator.normal(0, noise), 0, 1)
+    return round(float(np.round(score / grid) * grid), 6)
+
+
+def _made_up_prompt(number, kind, clip, keys, references, generator) -> HeldOutPrompt:
+    text = f"Task {number}, {kind} {clip}. " + "word " * int(generator.integers(20, 200))
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    group = "code" if number % 2 else "web"
+    return HeldOutPrompt(
+        id=sha256[:16],
+        prompt=text,
+        prompt_sha256=sha256,
+        shape=Shape(keys, nested=len(keys) > 1),
+        task=f"{group}_{number}",
+        trajectory=f"{group}_{number}",
+        evaluation_type=kind,
+        clip_number=clip,
+        metadata={"agent": "alpha" if number % 4 < 2 else "beta", "task_id": f"{group}_{number}"},
+        references=references,
+        reference={},
+        answers={judge: json.dumps(scores) for judge, scores in references.items()},
+    )
+
+
+def without(rows: list[dict], left_out: Callable[[dict], bool]) -> list[dict]:
+    """The predictions of a judge that wrote nothing readable for some of them."""
+    unread = {"status": "unparsed", "reason": "no JSON object", "scores": {}, "score": None, "std": None}
+    return [row | unread if left_out(row) else row for row in rows]

@@ -1,4 +1,4 @@
-"""Two judges on the same yardstick: the difference, its interval, and when a comparison is refused or fails."""
+"""Two judges on the same held-out rows: the difference, its interval, and when a gate is closed."""
 
 import json
 import shutil
@@ -8,19 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic import MEDIANS, Judge, constant, noisy, predictions_of, write_data_folder, write_lines
+from synthetic import CONSTANTS, Judge, constant, made_up, noisy, predictions_of, write_data_folder, write_lines
 
 from prmkit.errors import DataError, GateError
 from prmkit.evaluation.compare import (
+    check_enough_scores,
+    check_min_auroc,
+    check_min_spearman,
+    check_not_worse,
     compare,
     comparison_table,
     left_out,
-    refuse_few_scores,
-    refuse_low_spearman,
-    refuse_worse,
+    tasks_needed,
 )
+from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.heldout import HeldOut, read_held_out
-from prmkit.evaluation.metrics import metrics_of
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def write_evaluation(folder: Path, held_out: HeldOut, judge: Judge, rows: slice 
     predictions = predictions_of(held_out, judge)[rows]
     folder.mkdir(parents=True)
     write_lines(folder / "predictions.jsonl", predictions)
-    (folder / "metrics.json").write_text(json.dumps(metrics_of(predictions, None, held_out, MEDIANS)))
+    (folder / "metrics.json").write_text(json.dumps(metrics_of(predictions, None, held_out, CONSTANTS)))
     return folder
 
 
@@ -55,7 +57,7 @@ def spearman_of(folder: Path) -> float:
     return float(np.average(orders, weights=list(map(len, large))))
 
 
-def test_the_difference_is_that_of_the_two_figures(evaluated):
+def test_the_difference_is_that_of_the_two_metrics(evaluated):
     everything = compare(evaluated["fine"], evaluated["poor"])["groups"][0]
     difference = everything["spearman_within_keys"]["difference"]
     assert difference["value"] == pytest.approx(spearman_of(evaluated["fine"]) - spearman_of(evaluated["poor"]))
@@ -64,15 +66,15 @@ def test_the_difference_is_that_of_the_two_figures(evaluated):
 
 
 def test_a_worse_judge_fails_the_gate_and_a_better_one_passes(evaluated):
-    refuse_worse(compare(evaluated["fine"], evaluated["poor"]))
+    check_not_worse(compare(evaluated["fine"], evaluated["poor"]))
     with pytest.raises(GateError, match="is worse than"):
-        refuse_worse(compare(evaluated["poor"], evaluated["fine"]))
+        check_not_worse(compare(evaluated["poor"], evaluated["fine"]))
 
 
 def test_two_equally_good_judges_show_no_difference(evaluated):
     comparison = compare(evaluated["fine"], evaluated["twin"])
     assert comparison["groups"][0]["verdict"] == "no difference shown"
-    refuse_worse(comparison)
+    check_not_worse(comparison)
     assert all(len(row) == 10 for row in comparison_table(comparison))
 
 
@@ -83,13 +85,13 @@ def test_a_judge_compared_with_itself_does_not_differ_at_all(evaluated):
 
 def test_pairing_makes_the_interval_narrower_than_two_separate_ones(evaluated):
     everything = compare(evaluated["fine"], evaluated["poor"])["groups"][0]["mae"]
-    width = {name: figure["high"] - figure["low"] for name, figure in everything.items()}
+    width = {name: everything[name]["high"] - everything[name]["low"] for name in ("this", "other", "difference")}
     assert width["difference"] < width["this"] + width["other"]
 
 
 def test_a_constant_judge_is_worse_though_it_has_no_order(evaluated):
     comparison = compare(evaluated["constant"], evaluated["fine"])
-    assert comparison["groups"][0]["spearman_within_keys"]["difference"]["value"] is None
+    assert comparison["groups"][0]["spearman_within_keys"]["difference"]["value"] < -0.5
     assert comparison["groups"][0]["verdict"] == "worse"
 
 
@@ -100,20 +102,20 @@ def test_a_constant_judge_does_not_beat_one_with_the_right_order_by_its_error(he
     everything = comparison["groups"][0]
     assert everything["mae"]["difference"]["high"] < 0
     assert everything["verdict"] == "mixed"
-    with pytest.raises(GateError, match="always the same"):
-        refuse_worse(comparison)
+    with pytest.raises(GateError, match="is worse than"):
+        check_not_worse(comparison)
     assert compare(ordered, flat)["groups"][0]["verdict"] == "mixed"
 
 
 def test_a_judge_that_makes_few_of_the_scores_fails_every_gate(held_out):
     rows = predictions_of(held_out, noisy(0.08))
-    refuse_few_scores(metrics_of(rows, None, held_out, MEDIANS), "--compare")
+    check_enough_scores(metrics_of(rows, None, held_out, CONSTANTS), "--compare")
     for row in rows[12:]:
         row |= {"status": "error", "reason": "out of memory", "scores": {}}
     with pytest.raises(
         GateError, match=r"--min-spearman: \d+ of \d+ scores were made \([\d.]+%\), at least 95% are needed"
     ):
-        refuse_few_scores(metrics_of(rows, None, held_out, MEDIANS), "--min-spearman")
+        check_enough_scores(metrics_of(rows, None, held_out, CONSTANTS), "--min-spearman")
 
 
 def test_a_comparison_can_be_of_some_prompts(evaluated, held_out):
@@ -140,7 +142,7 @@ def test_only_scores_of_both_are_compared_and_the_rest_is_counted(evaluated, hel
     assert comparison["groups"][0]["scores"] + comparison["scores_of_other_alone"] == whole
 
 
-def test_another_yardstick_is_refused(evaluated, tmp_path):
+def test_other_held_out_rows_are_rejected(evaluated, tmp_path):
     other = read_held_out(write_data_folder(tmp_path / "data", tasks=6, seed=99), "reward_model_full_eval")
     folder = write_evaluation(tmp_path / "other", other, noisy(0.1))
     with pytest.raises(DataError, match="different held-out rows"):
@@ -148,18 +150,22 @@ def test_another_yardstick_is_refused(evaluated, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("metrics.json", "{}", r"metrics\.json: damaged: held_out is missing"),
         ("metrics.json", "[]", r"metrics\.json: damaged: it holds no object"),
         ("metrics.json", '{"held_out": {"dataset": "x"}}', "sha256 is missing"),
-        ("predictions.jsonl", "{}\n", r"predictions\.jsonl: damaged: a line is no prediction"),
+        (
+            "predictions.jsonl",
+            "{}\n",
+            r"predictions\.jsonl: damaged, or of an earlier version",
+        ),
     ],
 )
-def test_a_damaged_evaluation_is_named(evaluated, tmp_path, name, text, told):
+def test_a_damaged_evaluation_is_named(evaluated, tmp_path, name, text, message):
     damaged = shutil.copytree(evaluated["poor"], tmp_path / "damaged")
     (damaged / name).write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         compare(evaluated["fine"], damaged)
 
 
@@ -170,8 +176,111 @@ def test_a_folder_that_was_not_evaluated_is_named(evaluated, tmp_path):
 
 def test_the_least_spearman_is_a_gate(evaluated):
     fine, flat = (json.loads((evaluated[name] / "metrics.json").read_text()) for name in ("fine", "constant"))
-    refuse_low_spearman(fine, 0.5)
-    with pytest.raises(GateError, match="the Spearman correlation is"):
-        refuse_low_spearman(fine, 0.999)
-    with pytest.raises(GateError, match="there is no Spearman correlation"):
-        refuse_low_spearman(flat, 0.0)
+    check_min_spearman(fine, 0.5)
+    with pytest.raises(GateError, match=r"so the lower end is below 0\.999"):
+        check_min_spearman(fine, 0.999)
+    with pytest.raises(GateError, match="cannot tell"):
+        check_min_spearman(flat, 0.0)
+
+
+# --- gates fail closed ------------------------------------------------------------------------------------------------
+
+
+def folder_of(tmp_path: Path, name: str, held_out: HeldOut, judge: Judge) -> Path:
+    rows = predictions_of(held_out, judge)
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    write_lines(folder / "predictions.jsonl", rows)
+    (folder / "metrics.json").write_text(json.dumps(metrics_of(rows, None, held_out, {})))
+    return folder
+
+
+def metrics_in(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def praising(prompt, key) -> float:
+    """Nearly right, but every bad clip gets 0.9."""
+    reference = prompt.reference[key]
+    return 0.9 if prompt.evaluation_type == "clip" and reference < 0.4 else reference
+
+
+def test_a_comparison_that_cannot_see_does_not_pass(tmp_path):
+    few = made_up(tasks=9)
+    inverted = folder_of(tmp_path, "inverted", few, lambda prompt, key: 1 - prompt.reference[key])
+    decent = folder_of(tmp_path, "decent", few, noisy(0.1))
+    for margin in (None, 0.05):
+        with pytest.raises(GateError, match=r"cannot decide on clip \(.*9 of at least 10 tasks"):
+            check_not_worse(compare(inverted, decent), margin)
+    with pytest.raises(GateError, match="cannot decide"):
+        check_not_worse(compare(decent, decent))
+
+
+def test_a_judge_that_praises_bad_clips_fails_although_the_rest_is_better(tmp_path):
+    held_out = made_up(seed=4)
+    praises = folder_of(tmp_path, "praises", held_out, praising)
+    decent = folder_of(tmp_path, "decent", held_out, noisy(0.06))
+    comparison = compare(praises, decent)
+    assert {group["evaluation_type"]: group["verdict"] for group in comparison["groups"][1:]}["final"] != "worse"
+    with pytest.raises(GateError, match=r"is worse than .* on clip"):
+        check_not_worse(comparison)
+    with pytest.raises(GateError, match="on clip"):
+        check_not_worse(comparison, 0.05)
+    with pytest.raises(GateError, match=r"--min-spearman 0\.6: clip"):
+        check_min_spearman(metrics_in(praises), 0.6)
+
+
+def test_noise_on_one_type_fails_the_gates_of_order_and_of_bad_steps(tmp_path):
+    held_out = made_up()
+    die = np.random.default_rng(1)
+    folder = folder_of(
+        tmp_path, "half", held_out, lambda p, k: p.reference[k] if p.evaluation_type == "clip" else die.uniform()
+    )
+    with pytest.raises(GateError, match=r"--min-spearman 0\.6: final"):
+        check_min_spearman(metrics_in(folder), 0.6)
+    with pytest.raises(GateError, match=r"--min-auroc 0\.7: final"):
+        check_min_auroc(metrics_in(folder), 0.7)
+
+
+def test_two_tasks_pass_no_gate_of_order(tmp_path):
+    folder = folder_of(tmp_path, "two", made_up(tasks=2, clips=8), lambda prompt, key: prompt.reference[key])
+    for check in (check_min_spearman, check_min_auroc):
+        with pytest.raises(GateError, match="cannot tell"):
+            check(metrics_in(folder), 0.1)
+
+
+def test_scores_that_are_missing_on_one_type_close_every_gate(tmp_path):
+    held_out = made_up()
+    rows = predictions_of(held_out, noisy(0.05))
+    for row in [row for row in rows if row["evaluation_type"] == "final"][:6]:
+        row |= {"status": "unparsed", "reason": "no JSON", "scores": {}}
+    with pytest.raises(GateError, match="on final were made"):
+        check_enough_scores(metrics_of(rows, None, held_out, {}), "--min-auroc")
+
+
+def test_a_margin_asks_for_proof_and_says_how_many_tasks_it_takes(tmp_path):
+    held_out = made_up(tasks=60)
+    one = folder_of(tmp_path, "one", held_out, noisy(0.1))
+    twin = folder_of(tmp_path, "twin", held_out, noisy(0.1, seed=9))
+    comparison = compare(one, twin)
+    assert "--margin X asks for proof" in check_not_worse(comparison)
+    assert "Worse by less than 0.3" in check_not_worse(comparison, 0.3)
+    with pytest.raises(GateError, match=r"--margin 0.01: cannot tell: needs about \d+ tasks"):
+        check_not_worse(comparison, 0.01)
+    poor = folder_of(tmp_path, "poor", held_out, noisy(0.5))
+    with pytest.raises(GateError, match=r"--margin 0.05: .* is worse by 0.\d+"):
+        check_not_worse(compare(poor, one), 0.05)
+
+
+def test_the_tasks_needed_fall_with_the_square_of_the_margin():
+    assert tasks_needed(0.04, 50, 0.05) == pytest.approx(198, abs=1)
+    assert tasks_needed(0.04, 50, 0.1) == pytest.approx(50, abs=1)
+
+
+def test_a_judge_compared_with_itself_is_not_worse_by_any_margin(evaluated):
+    comparison = compare(evaluated["fine"], evaluated["fine"])
+    with pytest.raises(GateError, match="cannot decide"):  # some types have too few tasks here
+        check_not_worse(
+            {**comparison, "groups": [comparison["groups"][0], {**comparison["groups"][1], "verdict": "cannot decide"}]}
+        )
+    assert check_not_worse(comparison, 0.001)

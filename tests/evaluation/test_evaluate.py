@@ -1,4 +1,4 @@
-"""The evaluation of a real, tiny judge: its files, going on after a kill, and the command line around it."""
+"""The evaluation of a real, tiny judge: its files, continuing after a kill, and the command line around it."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-from synthetic import MEDIANS, noisy, predictions_of, write_data_folder, write_lines
+from synthetic import CONSTANTS, noisy, predictions_of, write_data_folder, write_lines
 
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation import evaluate
 from prmkit.evaluation.evaluate import Settings
-from prmkit.evaluation.heldout import HeldOutPrompt, place_of_held_out, read_held_out, sampled, training_medians
+from prmkit.evaluation.heldout import HeldOutPrompt, place_of_held_out, read_held_out, sampled, training_constants
 from prmkit.evaluation.predictions import resume
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import Request
@@ -41,7 +41,7 @@ def source(model_folders: dict[str, Path]) -> JudgeSource:
 def evaluation(data: Path, source: JudgeSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished evaluation."""
     folder = tmp_path_factory.mktemp("evaluation")
-    evaluate.evaluate(source, read_held_out(data, NAME), MEDIANS, folder, Settings())
+    evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, folder, Settings(), None)
     return folder
 
 
@@ -64,7 +64,7 @@ def test_every_prompt_has_one_line_with_what_the_judge_said(evaluation, data, ju
         assert row["scores"][key]["below"]["0.5"] == pytest.approx(said.below[0.5], abs=1e-4)
 
 
-def test_metrics_and_report_stand_beside_the_predictions(evaluation):
+def test_metrics_and_report_are_written_with_the_predictions(evaluation):
     metrics = orjson.loads((evaluation / "metrics.json").read_bytes())
     assert metrics["groups"][0]["scores"] == sum(len(row["scores"]) for row in rows_of(evaluation))
     assert metrics["judge"]["template"] == "qwen" and metrics["mode"] == "expected"
@@ -75,11 +75,11 @@ def test_a_second_evaluation_scores_nothing_again(evaluation, data, source, monk
     # Without its weights the judge could not be asked even once.
     before = (evaluation / "predictions.jsonl").read_bytes()
     monkeypatch.setattr(evaluate, "_judged", None)
-    evaluate.evaluate(source, read_held_out(data, NAME), MEDIANS, evaluation, Settings())
+    evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, evaluation, Settings(), None)
     assert (evaluation / "predictions.jsonl").read_bytes() == before
 
 
-def test_a_killed_evaluation_goes_on_where_it_stopped(data, source, tmp_path):
+def test_a_killed_evaluation_continues_where_it_stopped(data, source, tmp_path):
     command = [
         *(sys.executable, "evaluate_judge.py", "--model", str(source.model), "--template", "qwen"),
         *("--data-dir", str(data), "--output", str(tmp_path), "--cutoff-len", "2048", "--batch-size", "1"),
@@ -116,14 +116,14 @@ def test_predictions_of_another_kind_are_kept_aside_not_mixed(tmp_path):
 
 def test_the_base_model_is_asked_beside_an_adapter_only(data, source, tmp_path):
     with pytest.raises(UsageError, match="has no adapter"):
-        evaluate.evaluate(source, read_held_out(data, NAME), MEDIANS, tmp_path, Settings(with_base=True))
+        evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, tmp_path, Settings(with_base=True), None)
 
 
-def test_results_do_not_go_where_a_file_stands(data, source, tmp_path):
+def test_results_do_not_go_where_a_file_is(data, source, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UsageError, match="a file stands there"):
-            evaluate.evaluate(source, read_held_out(data, NAME), MEDIANS, folder, Settings())
+        with pytest.raises(UsageError, match="is a file, and the results need a folder"):
+            evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, folder, Settings(), None)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -132,7 +132,7 @@ def test_a_judge_that_can_score_nothing_is_an_error_with_the_reason(data, source
 
     tight = replace(source, cutoff_len=40)
     with pytest.raises(DataError, match=r"none of \d+ prompts got a score; .* tokens"):
-        evaluate.evaluate(tight, read_held_out(data, NAME), MEDIANS, tmp_path, Settings(trim=False))
+        evaluate.evaluate(tight, read_held_out(data, NAME), CONSTANTS, tmp_path, Settings(trim=False), None)
 
 
 def tasks_of(prompts: Iterable[HeldOutPrompt]) -> Counter[str]:
@@ -196,15 +196,14 @@ def test_a_run_is_not_measured_on_what_it_was_trained_on():
     assert place_of_held_out(config, None, "reward_model_full_eval")[1] == "reward_model_full_eval"
 
 
-def test_the_medians_are_those_of_the_training_rows_of_the_same_variant(tmp_path):
+def test_the_constants_are_those_of_the_training_rows_of_the_same_variant(tmp_path):
     folder = write_data_folder(tmp_path, tasks=2)
-    (folder / "conversion_report.json").write_text(json.dumps({"train_median": MEDIANS}))  # of all rows
-    assert training_medians(folder, NAME) == {}
+    assert training_constants(folder, NAME) == {}
     (folder / "reward_model_full.meta.jsonl").write_bytes((folder / f"{NAME}.meta.jsonl").read_bytes())
-    found = training_medians(folder, NAME)
+    found = training_constants(folder, NAME)
     scores = [row["scores"] for row in map(json.loads, (folder / f"{NAME}.meta.jsonl").read_text().splitlines())]
     clips = [each["reasonableness_score"] for each in scores if "reasonableness_score" in each]
-    assert found["clip"]["reasonableness_score"] == pytest.approx(np.median(clips))
+    assert found["clip"]["reasonableness_score"] == pytest.approx((np.mean(clips), np.median(clips)))
 
 
 def test_a_task_called_nought_is_a_task_and_clip_numbers_are_read_as_they_come(tmp_path):
@@ -221,7 +220,7 @@ def test_a_task_called_nought_is_a_task_and_clip_numbers_are_read_as_they_come(t
         assert prompt.clip_number == [1, 1, None, None, 2][int(prompt.prompt_sha256, 16) % len(numbers)]
 
 
-def test_a_control_marker_in_a_prompt_is_told_to_the_judge_as_the_user_wrote_it(tmp_path):
+def test_the_judge_gets_a_control_marker_in_a_prompt_as_the_user_wrote_it(tmp_path):
     folder = write_data_folder(tmp_path, tasks=1)
     file = folder / f"{NAME}.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -238,18 +237,19 @@ def evaluate_judge(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
-def test_gates_are_told_by_the_exit_code_and_the_figures_come_first(evaluation, data, source):
+def test_every_gate_that_fails_is_named_after_the_metrics_and_the_exit_code_is_4(evaluation, data, source):
     asked = ("--model", source.model, "--template", "qwen", "--cutoff-len", 2048, "--data-dir", data)
     result = evaluate_judge(*asked, "--output", evaluation, "--json", "--min-spearman", "0.99", "--compare", evaluation)
     assert result.returncode == ExitCode.GATE, result.stderr
     printed = json.loads(result.stdout)
-    assert printed["comparison"]["groups"][0]["verdict"] == "no difference shown"
-    assert "--min-spearman 0.99" in result.stderr and "Traceback" not in result.stderr
+    assert printed["comparison"]["groups"][0]["verdict"] == "cannot decide"
+    assert "--compare: cannot decide on clip" in result.stderr
+    assert "--min-spearman 0.99: clip: cannot tell" in result.stderr and "Traceback" not in result.stderr
     assert (evaluation / "comparison.json").is_file()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (("--run", "/nowhere"), ExitCode.DATA, "no run of train.py"),
         (("--run", "a", "--model", "b"), ExitCode.USAGE, "two judges"),
@@ -257,12 +257,14 @@ def test_gates_are_told_by_the_exit_code_and_the_figures_come_first(evaluation, 
         (("--model", "nowhere"), ExitCode.DATA, "error: nowhere: no such folder."),
         (("--min-spearman", "nan"), ExitCode.USAGE, "--min-spearman"),
         (("--parity", "--tolerance", "inf"), ExitCode.USAGE, "--tolerance"),
+        (("--margin", "0.05"), ExitCode.USAGE, "Add --compare RUN"),
+        (("--margin", "0", "--compare", "x"), ExitCode.USAGE, "must be above 0"),
     ],
 )
-def test_mistakes_are_told_without_a_traceback(arguments, code, told):
+def test_mistakes_are_reported_without_a_traceback(arguments, code, message):
     result = evaluate_judge(*arguments)
     assert result.returncode == code
-    assert told in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
     assert not result.stdout
 
 

@@ -1,4 +1,4 @@
-"""evaluate_judge.py on a whole run: its own held-out rows, its base model, its export."""
+"""evaluate_judge.py on a whole run: its held-out rows, its base model, its export."""
 
 import importlib
 import json
@@ -13,6 +13,8 @@ from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import command
 from prmkit.evaluation.command import evaluate_run, execute, prove_export
 from prmkit.files import write_json
+from prmkit.intervals import read_calibration
+from prmkit.judge.sources import fingerprint_of, judge_source_of_run
 
 parser = importlib.import_module("evaluate_judge")._parser
 
@@ -53,7 +55,7 @@ def test_a_run_is_measured_on_its_own_rows_beside_its_base_model(run, capsys):
     assert metrics["held_out"]["dataset"] == "reward_model_clip_eval"
     base = metrics["groups"][0]["baselines"]["base_model"]
     assert base["base"]["mae"]["n"] == metrics["groups"][0]["scores"]
-    assert base["base"]["mae"]["value"] != metrics["groups"][0]["judge"]["mae"]["value"]
+    assert base["base"]["rmse"]["value"] != metrics["groups"][0]["judge"]["rmse"]["value"]
     one, other = ((folder / name).read_text() for name in ("predictions.jsonl", "predictions_base.jsonl"))
     assert one.count("\n") == other.count("\n") == metrics["held_out"]["prompts"]
 
@@ -69,6 +71,21 @@ def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys
     assert "everything" in capsys.readouterr().out
 
 
+def test_a_measured_run_has_a_model_card_and_intervals_for_its_scores(run):
+    evaluate_judge("--run", run)
+    assert "Agreement with the judges" in (run / "README.md").read_text()
+    calibration = read_calibration(run, fingerprint_of(judge_source_of_run(run)))
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert calibration.counts["all"] == metrics["held_out"]["prompts"]
+    low, high = calibration.interval(0.5, 0.1, "clip", 0.5)
+    assert 0 <= low < 0.5 < high <= 1
+
+
+def test_a_breakdown_by_a_metadata_key_is_printed(run, capsys):
+    assert evaluate_judge("--run", run, "--by", "provider") == ExitCode.DONE
+    assert "By provider" in capsys.readouterr().out
+
+
 def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(run, tmp_path):
     # A random model writes no verdict: nothing is scored, and nothing is called zero.
     with pytest.raises(DataError, match=r"none of 4 prompts got a score"):
@@ -79,22 +96,23 @@ def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(r
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--parity", "2", "--min-spearman", "0.5", "--compare", "saves/a"), "leave out --min-spearman, --compare"),
         (("--parity", "--limit", "5", "--mode", "generate"), "leave out --limit, --mode generate"),
-        (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: only --parity"),
+        (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: used with --parity alone"),
     ],
 )
-def test_what_parity_and_measuring_do_not_share_is_not_ignored(run, arguments, told):
-    with pytest.raises(UsageError, match=told):
+def test_what_parity_and_measuring_do_not_share_is_not_ignored(run, arguments, message):
+    with pytest.raises(UsageError, match=message):
         evaluate_judge("--run", run, *arguments)
 
 
 def test_a_comparison_under_a_limit_is_of_the_prompts_under_it(run, tmp_path, capsys):
     evaluate_judge("--run", run)
     capsys.readouterr()
-    assert evaluate_judge("--run", run, "--compare", run, "--limit", 9, "--json") == ExitCode.DONE
+    with pytest.raises(GateError, match="cannot decide"):
+        evaluate_judge("--run", run, "--compare", run, "--limit", 9, "--json")
     printed = json.loads(capsys.readouterr().out)
     assert printed["comparison"]["groups"][0]["scores"] == printed["groups"][0]["scores"]
 

@@ -1,4 +1,4 @@
-"""The report: whole by itself, safe with hostile texts, and saying what the figures say."""
+"""The report: self-contained, safe with hostile strings, and saying what the metrics say."""
 
 import json
 import re
@@ -6,13 +6,14 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from synthetic import MEDIANS, constant, copier, noisy, predictions_of, write_data_folder
+from synthetic import CONSTANTS, constant, copier, noisy, predictions_of, write_data_folder
 
+from prmkit import cli
 from prmkit.evaluation import summary
+from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.heldout import HeldOut, read_held_out
-from prmkit.evaluation.metrics import metrics_of
 from prmkit.evaluation.predictions import table_of_scores
-from prmkit.evaluation.report import report_html, write_report
+from prmkit.evaluation.report import report_html, worst_errors, write_report
 
 JUDGE = {"model": "model", "adapter": "saves/a_run", "template": "qwen"}
 HOSTILE = "<script>alert('x')</script> $\\frac{1}{2}$ & \"判官\" </svg>"
@@ -24,8 +25,9 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
 
 
 def report_of(held_out: HeldOut, rows: list[dict], judges: list[str] | None = None) -> tuple[str, dict]:
-    metrics = {"judge": JUDGE, "mode": "expected"} | metrics_of(rows, None, held_out, MEDIANS)
-    return report_html(metrics, table_of_scores(rows, judges or held_out.judges, MEDIANS)), metrics
+    metrics = {"judge": JUDGE, "mode": "expected"} | metrics_of(rows, None, held_out, CONSTANTS)
+    scores = table_of_scores(rows, judges or held_out.judges, CONSTANTS)
+    return report_html(metrics, scores, worst_errors(scores, rows, held_out)), metrics
 
 
 @pytest.fixture(scope="module")
@@ -64,31 +66,73 @@ def test_it_refers_to_nothing_outside_of_itself(reported):
     assert "@import" not in html and "@font-face" not in html
 
 
-def test_every_picture_is_whole_and_their_ids_do_not_clash(reported):
+def test_every_plot_is_whole_and_their_ids_do_not_clash(reported):
     html, _ = reported
-    pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(pictures) == 6
+    plots = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(plots) == 7
     referred: list[set[str]] = []
-    for picture in pictures:
-        ElementTree.fromstring(picture)
-        referred.append(set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", picture)))
-    ids = [set(re.findall(r'\bid="([^"]+)"', picture)) for picture in pictures]
+    for plot in plots:
+        ElementTree.fromstring(plot)
+        referred.append(set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", plot)))
+    ids = [set(re.findall(r'\bid="([^"]+)"', plot)) for plot in plots]
     for number, needed in enumerate(referred):
         assert needed <= ids[number]
         assert not any(needed & others for other, others in enumerate(ids) if other != number)
 
 
-def test_the_verdict_stands_before_the_figures_and_says_what_they_say(reported):
+def test_the_verdict_comes_before_the_numbers_and_says_what_they_say(reported):
     html, metrics = reported
     text = " ".join(read(html).texts)
     spearman = next(g for g in metrics["groups"] if g["evaluation_type"] == "clip")["judge"][summary.ORDER]
-    assert summary.shown(spearman) in text[: text.index("Figures")]
+    assert summary.shown(spearman) in text[: text.index("The numbers")]
+    assert metrics["summary"]["headline"] in text
     for conclusion in summary.conclusions(metrics):
         assert conclusion.headline in text
-        assert all(sentence in text for sentence in conclusion.sentences)
+        assert all(condition.sentence in text for condition in conclusion.conditions)
+        assert all(note in text for note in conclusion.notes)
 
 
-def test_hostile_names_stay_texts(held_out):
+def test_it_is_about_the_judge_and_explains_the_evaluation_types(reported):
+    html, _ = reported
+    assert "<title>a_run: how good is this judge?</title>" in html
+    text = " ".join(read(html).texts)
+    assert "one step of a run" in text and "a whole run" in text
+    assert "What to do next" in text and "python evaluate_judge.py --run saves/NEW --compare saves/a_run" in text
+    assert "precision" in text and "recall" in text
+
+
+def test_the_worst_errors_are_shown_with_what_was_judged_and_what_the_judges_wrote(held_out, reported):
+    html, _ = reported
+    rows = predictions_of(held_out, noisy(0.12))
+    scores = table_of_scores(rows, held_out.judges, CONSTANTS)
+    errors = worst_errors(scores, rows, held_out)
+    assert len(errors) == 10
+    gaps = [abs(error["judge"] - error["reference"]) for error in errors]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] == max(abs(scores.predicted - scores.reference))
+    text = " ".join(read(html).texts)
+    for error in errors:
+        assert error["step"].split("\n")[0] in text
+        assert all(answer in text for answer in error["answers"].values())
+
+
+def test_the_columns_of_a_narrow_screen_hold_spearman_and_auroc(reported):
+    html, _ = reported
+    main = html[html.index("The numbers") :]
+    headers = re.findall(r"<th( class=\"roomy\")?>(.*?)</th>", main[: main.index("</thead>")])
+    assert [name for hidden, name in headers if not hidden] == ["scores of", "Spearman", "AUROC"]
+
+
+@pytest.mark.parametrize(("width", "kept"), [(80, ("Spearman", "AUROC", "skill")), (60, ("Spearman",))])
+def test_the_table_on_a_terminal_fits_by_leaving_columns_out(reported, monkeypatch, capsys, width, kept):
+    _, metrics = reported
+    monkeypatch.setattr("prmkit.cli._width", lambda stream: width)
+    cli.emit_table("", summary.COLUMNS, summary.main_table(metrics), optional=summary.OPTIONAL)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(name in lines[0] for name in kept)
+
+
+def test_hostile_names_stay_strings(held_out):
     rows = predictions_of(held_out, noisy(0.1))
     renamed = []
     for row in rows:
@@ -101,11 +145,11 @@ def test_hostile_names_stay_texts(held_out):
     html, _ = report_of(held_out, renamed, [HOSTILE, "kimi-k2-0711-preview"])
     reader = read(html)
     assert "script" not in reader.tags
-    assert html.count("<svg") == html.count("</svg>") == 6
+    assert html.count("<svg") == html.count("</svg>") == 7
     assert any(HOSTILE in text for text in reader.texts)
 
 
-def test_a_picture_is_drawn_also_where_there_is_little(held_out):
+def test_plots_are_drawn_also_where_there_is_little(held_out):
     for rows in (predictions_of(held_out, constant())[:1], predictions_of(held_out, noisy(0.1), mode="generate")[:7]):
         html, metrics = report_of(held_out, rows)
         assert "<svg" in html
@@ -122,7 +166,7 @@ def renamed(rows: list[dict], names: list[str]) -> list[dict]:
 @pytest.mark.parametrize(
     "names", [["_hidden", "_other"], ["k" * 3000, "clip"], [f"evaluation type number {n}" for n in range(9)]]
 )
-def test_pictures_are_legible_whatever_and_however_many_the_evaluation_types_are(held_out, names):
+def test_plots_are_legible_whatever_and_however_many_the_evaluation_types_are(held_out, names):
     html, _ = report_of(held_out, renamed(predictions_of(held_out, noisy(0.1)), names))
     assert "kkkkk" * 20 not in "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     hexbin, _, calibration, *_ = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
@@ -143,18 +187,17 @@ def test_the_agreement_of_many_judges_is_that_of_all_their_pairs(reported):
     assert mean["value"] == pytest.approx(0.5)
     assert mean["pairs"] == 2
     assert mean["low"] is None
-    assert "two judges agree with each other at 0.50 on average over 2 pairs" in " ".join(summary._sentences(group))
+    assert "Two judges agree with each other at 0.50 on average over 2 pairs" in summary.ceiling_sentence(group)
 
 
 def test_the_report_of_a_copier_says_so_at_the_top(held_out):
     html, _ = report_of(held_out, predictions_of(held_out, copier()))
-    assert "repeats the scores that stand in the prompt" in html[: html.index("<h2>")]
+    assert "repeats the scores that the prompt shows" in html[: html.index("<h2>")]
 
 
 def test_the_same_evaluation_gives_the_same_file(held_out, tmp_path):
     rows = predictions_of(held_out, noisy(0.1))[:30]
-    metrics = {"judge": JUDGE, "mode": "expected"} | metrics_of(rows, None, held_out, MEDIANS)
-    scores = table_of_scores(rows, held_out.judges, MEDIANS)
+    metrics = {"judge": JUDGE, "mode": "expected"} | metrics_of(rows, None, held_out, CONSTANTS)
     for name in ("one.html", "two.html"):
-        write_report(tmp_path / name, metrics, scores)
+        write_report(tmp_path / name, metrics, rows, held_out, CONSTANTS)
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()

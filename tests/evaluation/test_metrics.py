@@ -1,4 +1,4 @@
-"""The figures of metrics.json, recomputed with scipy and scikit-learn from predictions; judges of known quality."""
+"""metrics.json, recomputed with scipy and scikit-learn from predictions; judges of known quality."""
 
 import json
 import math
@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as sk
-from synthetic import MEDIANS, constant, copier, noisy, predictions_of, pure_noise, usual, write_data_folder
+from synthetic import CONSTANTS, MEDIANS, constant, copier, noisy, predictions_of, pure_noise, usual, write_data_folder
 
 from prmkit.evaluation import summary
 from prmkit.evaluation.baselines import _bounds
-from prmkit.evaluation.bootstrap import Figure
+from prmkit.evaluation.estimates import Estimate, undefined
+from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.heldout import HeldOut, read_held_out
-from prmkit.evaluation.metrics import metrics_of
-from prmkit.evaluation.trajectories import trajectory_figures
+from prmkit.evaluation.metrics import METRICS, STRICT, trajectory_metrics
 
 NAME = "reward_model_full_eval"
 
@@ -35,7 +35,7 @@ def rows(held_out: HeldOut) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def metrics(held_out: HeldOut, rows: list[dict]) -> dict:
-    return metrics_of(rows, predictions_of(held_out, pure_noise(1)), held_out, MEDIANS)
+    return metrics_of(rows, predictions_of(held_out, pure_noise(1)), held_out, CONSTANTS)
 
 
 def group(metrics: dict, kind: str, key: str = "all") -> dict:
@@ -45,7 +45,12 @@ def group(metrics: dict, kind: str, key: str = "all") -> dict:
 def pairs(rows: list[dict], kind: str | None = None, key: str | None = None) -> np.ndarray:
     """Predicted and reference of a group, read from the rows as a stranger would."""
     found = [
-        (row["scores"][name]["mean"], row["reference"][name], row["scores"][name]["below"]["0.5"])
+        (
+            row["scores"][name]["mean"],
+            row["reference"][name],
+            row["scores"][name]["below"]["0.5"],
+            row["scores"][name]["median"],
+        )
         for row in rows
         for name in row["scores"]
         if name in row["reference"] and kind in (None, row["evaluation_type"]) and key in (None, name)
@@ -63,13 +68,13 @@ def pairs(rows: list[dict], kind: str | None = None, key: str | None = None) -> 
         ("category", None),
     ],
 )
-def test_every_figure_is_what_scipy_and_scikit_learn_say(metrics, rows, kind, key):
+def test_every_metric_is_what_scipy_and_scikit_learn_say(metrics, rows, kind, key):
     found = group(metrics, kind or "all", key or "all")["judge"]
-    predicted, reference, below = pairs(rows, kind, key).T
+    predicted, reference, below, medians = pairs(rows, kind, key).T
     bad = reference < 0.5
     bands = [np.searchsorted([0.2, 0.4, 0.6, 0.8], values, side="right") for values in (predicted, reference)]
     expected = {
-        "mae": sk.mean_absolute_error(reference, predicted),
+        "mae": sk.mean_absolute_error(reference, medians),
         "rmse": sk.root_mean_squared_error(reference, predicted),
         "bias": np.mean(predicted - reference),
         "pearson": stats.pearsonr(predicted, reference).statistic,
@@ -107,39 +112,50 @@ def test_the_shown_correlation_is_the_mean_over_keys(metrics, rows):
     assert single["spearman_within_keys"] == pytest.approx(single["spearman"])
 
 
-def test_skill_compares_with_the_training_median(metrics, rows):
-    predicted, reference, _ = pairs(rows, "clip", "reasonableness_score").T
-    median = MEDIANS["clip"]["reasonableness_score"]
-    skill = 1 - np.mean(np.abs(predicted - reference)) / np.mean(np.abs(median - reference))
+def test_skill_compares_the_mean_with_a_mean_and_the_median_with_a_median(metrics, rows):
+    predicted, reference, _, medians = pairs(rows, "clip", "reasonableness_score").T
+    mean, median = CONSTANTS["clip"]["reasonableness_score"]
+    by_rmse = 1 - sk.root_mean_squared_error(reference, predicted) / np.sqrt(np.mean((mean - reference) ** 2))
+    by_mae = 1 - np.mean(np.abs(medians - reference)) / np.mean(np.abs(median - reference))
     found = group(metrics, "clip", "reasonableness_score")
-    assert found["judge"]["skill"]["value"] == pytest.approx(skill)
-    assert found["baselines"]["training_median"]["mae"]["value"] == pytest.approx(np.mean(np.abs(median - reference)))
+    assert found["judge"]["skill"]["value"] == pytest.approx(by_rmse)
+    assert found["judge"]["skill_mae"]["value"] == pytest.approx(by_mae)
+    constant = found["baselines"]["constant"]
+    assert constant["mae"]["value"] == pytest.approx(np.mean(np.abs(median - reference)))
+    assert constant["rmse"]["value"] == pytest.approx(np.sqrt(np.mean((mean - reference) ** 2)))
+
+
+def test_every_entry_of_the_table_is_in_metrics_json_and_every_header_on_the_terminal(metrics):
+    judge = metrics["groups"][0]["judge"]
+    for metric in METRICS:
+        assert metric.name in (judge["bad_step"][STRICT] if metric.at_borders else judge)
+        assert not metric.header or metric.header in summary.COLUMNS
 
 
 def test_intervals_hold_their_values(metrics):
-    names = ("mae", "rmse", "bias", "skill", "pearson", "spearman", "kendall")
+    names = ("mae", "rmse", "bias", "skill", "pearson", "spearman")
     found = [each["judge"][name] for each in metrics["groups"] if each["tasks"] >= 20 for name in names]
-    assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in found) and len(found) > 50
+    assert all(each["low"] <= each["value"] <= each["high"] for each in found) and len(found) > 50
 
 
-def walk_figures(value):
+def walk_estimates(value):
     if isinstance(value, dict):
         if {"value", "low", "high", "n", "tasks"} <= set(value):
             yield value
         else:
             for item in value.values():
-                yield from walk_figures(item)
+                yield from walk_estimates(item)
     elif isinstance(value, list):
         for item in value:
-            yield from walk_figures(item)
+            yield from walk_estimates(item)
 
 
 @pytest.mark.parametrize("name", ["noisy", "constant", "usual", "noise", "copier"])
 def test_nothing_is_ever_nan_and_what_is_missing_says_why(measured, name):
     json.dumps(measured(name), allow_nan=False)
-    figures = list(walk_figures(measured(name)))
-    assert len(figures) > 500
-    assert all(figure["reason"] for figure in figures if figure["value"] is None or figure["low"] is None)
+    found = list(walk_estimates(measured(name)))
+    assert len(found) > 500
+    assert all(each["reason"] for each in found if each["value"] is None or each["low"] is None)
 
 
 def test_the_ceiling_is_how_the_judges_agree_on_the_same_prompts(metrics, held_out):
@@ -157,7 +173,7 @@ def test_the_ceiling_is_how_the_judges_agree_on_the_same_prompts(metrics, held_o
     r = stats.pearsonr(*scores.T).statistic
     assert pair["judges"] == [one, other] and pair["pearson"]["n"] == len(scores)
     assert pair["pearson"]["value"] == pytest.approx(r)
-    assert pair["spearman"]["value"] == pytest.approx(stats.spearmanr(*scores.T).statistic)
+    assert pair["mae"]["value"] == pytest.approx(np.mean(np.abs(scores[:, 0] - scores[:, 1])))
     bounds = ceiling["bounds"]["pearson"]
     assert bounds["one_judge"]["value"] == pytest.approx(math.sqrt(r))
     several = np.mean([len(p.references) for p in held_out.prompts if p.evaluation_type == "clip"])
@@ -169,8 +185,8 @@ def test_the_bound_holds_for_a_judge_that_knows_the_truth():
     generator = np.random.default_rng(0)
     truth = generator.normal(0, 1, 20_000)
     one, other = (truth + generator.normal(0, 0.7, len(truth)) for _ in range(2))
-    agreement = Figure(float(stats.pearsonr(one, other).statistic), None, None, len(truth), 1)
-    bounds = _bounds([agreement], judges_a_score=2.0)
+    agreement = Estimate(float(stats.pearsonr(one, other).statistic), None, None, len(truth), 1)
+    bounds = _bounds([agreement], judges=2.0, itself=undefined("nobody answered twice"), against=None)
     assert stats.pearsonr(truth, one).statistic == pytest.approx(bounds["one_judge"].value, abs=0.01)
     assert stats.pearsonr(truth, (one + other) / 2).statistic == pytest.approx(bounds["mean_judge"].value, abs=0.01)
 
@@ -190,63 +206,63 @@ def measured(held_out: HeldOut) -> Callable[[str], dict]:
 
     @cache
     def measured_judge(name: str) -> dict:
-        return metrics_of(predictions_of(held_out, judges[name]), None, held_out, MEDIANS)
+        return metrics_of(predictions_of(held_out, judges[name]), None, held_out, CONSTANTS)
 
     return measured_judge
 
 
 def conclusions_of(metrics: dict) -> dict[str, summary.Conclusion]:
-    return {each.kind: each for each in summary.conclusions(metrics)}
+    return {each.evaluation_type: each for each in summary.conclusions(metrics)}
 
 
 def test_a_judge_that_has_learnt_is_called_useful(measured):
     clip = conclusions_of(measured("noisy"))["clip"]
-    assert clip.standing == "good"
+    assert clip.grade == "useful"
     assert "as well as another judge" in clip.headline
 
 
 def test_a_constant_judge_is_called_one(measured):
     found = conclusions_of(measured("constant"))
-    assert {each.standing for each in found.values()} == {"useless"}
-    assert "everything the same score" in found["clip"].headline
+    assert {each.grade for each in found.values()} == {"not_useful"}
+    assert "gives everything the same score" in found["clip"].headline
 
 
 def test_a_constant_judge_has_no_order_and_no_skill(measured):
     judge = group(measured("constant"), "clip", "reasonableness_score")["judge"]
     assert judge["spearman"]["value"] is None and "always the same" in judge["spearman"]["reason"]
-    assert abs(judge["skill"]["value"]) < 0.01
+    assert abs(judge["skill"]["value"]) < 0.05
     assert judge["kappa"]["value"] == pytest.approx(0.0)
     assert judge["bad_step"]["0.5"]["auroc"]["value"] == pytest.approx(0.5)
     assert judge["bad_step"]["0.5"]["average_precision"]["value"] == pytest.approx(
         judge["bad_step"]["0.5"]["bad_share"]["value"]
     )
-    assert judge["pairwise_accuracy"]["value"] == pytest.approx(judge["pairwise_always_tied"])
+    assert judge["pairwise_accuracy"]["value"] == pytest.approx(judge["pairwise_always_tied"]["value"])
 
 
 def test_a_judge_that_says_each_keys_usual_score_is_no_better_than_a_constant(measured):
     clip = group(measured("usual"), "clip")["judge"]
     assert clip["spearman"]["low"] > 0  # so it would pass, with its two keys pooled
     assert clip["spearman_within_keys"]["value"] is None
-    assert {each.standing for each in conclusions_of(measured("usual")).values()} == {"useless"}
+    assert {each.grade for each in conclusions_of(measured("usual")).values()} == {"not_useful"}
 
 
 def test_noise_is_called_noise(measured):
     found = conclusions_of(measured("noise"))
-    assert {each.standing for each in found.values()} == {"useless"}
+    assert {each.grade for each in found.values()} == {"not_useful"}
     everything = group(measured("noise"), "all")["judge"]
     assert everything["skill"]["value"] < 0
     assert everything["spearman"]["low"] < 0 < everything["spearman"]["high"]
 
 
-def test_a_copier_looks_great_until_copying_stands_beside_it(measured):
+def test_a_copier_looks_great_until_it_is_compared_with_copying(measured):
     category = group(measured("copier"), "category")
     assert category["judge"]["spearman"]["value"] > 0.7  # so it would pass, seen by itself
     copying = category["baselines"]["copy"]
     assert abs(copying["skill"]["value"]) < 0.1
     assert copying["judge_equals_copy"]["value"] > 0.5 > copying["reference_equals_copy"]["value"]
     found = conclusions_of(measured("copier"))
-    assert {kind: each.standing for kind, each in found.items()} == dict.fromkeys(found, "useless")
-    assert "repeats the scores that stand in the prompt" in found["category"].headline
+    assert {kind: each.grade for kind, each in found.items()} == dict.fromkeys(found, "not_useful")
+    assert "repeats the scores that the prompt shows" in found["category"].headline
 
 
 def test_the_copy_baseline_is_the_better_of_mean_and_last(metrics, rows):
@@ -260,7 +276,7 @@ def test_the_copy_baseline_is_the_better_of_mean_and_last(metrics, rows):
     assert copying["copy"]["mae"]["value"] == pytest.approx(min(errors.values()))
 
 
-def test_the_base_model_stands_beside_the_judge_on_the_same_scores(metrics):
+def test_the_base_model_is_measured_on_the_same_scores(metrics):
     base = group(metrics, "clip")["baselines"]["base_model"]
     assert base["base"]["mae"]["n"] == base["judge"]["mae"]["n"]
     assert base["base"]["mae"]["value"] > base["judge"]["mae"]["value"]
@@ -272,25 +288,25 @@ def test_the_base_model_stands_beside_the_judge_on_the_same_scores(metrics):
 
 def test_few_scores_give_errors_but_no_order(held_out):
     rows = predictions_of(held_out, noisy(0.1))[:4]
-    metrics = metrics_of(rows, None, held_out, MEDIANS)
+    metrics = metrics_of(rows, None, held_out, CONSTANTS)
     everything = group(metrics, "all")["judge"]
     assert everything["mae"]["value"] is not None
     assert "at least 10" in everything["spearman"]["reason"] or everything["spearman"]["low"] is None
-    assert {each.standing for each in summary.conclusions(metrics)} == {"unknown"}
+    assert {each.grade for each in summary.conclusions(metrics)} == {"unknown"}
 
 
 def test_generated_scores_have_no_probability_and_say_so(held_out):
-    metrics = metrics_of(predictions_of(held_out, noisy(0.1), mode="generate")[:120], None, held_out, MEDIANS)
+    metrics = metrics_of(predictions_of(held_out, noisy(0.1), mode="generate")[:120], None, held_out, CONSTANTS)
     decision = group(metrics, "clip")["judge"]["bad_step"]["0.5"]
     assert decision["auroc"]["value"] > 0.9
-    assert decision["brier"]["value"] is None and "no probability" in decision["brier"]["reason"]
+    assert decision["brier"]["value"] is None and decision["brier"]["reason"] == "nothing to measure"
 
 
-def test_prompts_without_scores_are_counted_and_enter_no_figure(held_out):
+def test_prompts_without_scores_are_counted_and_enter_no_metric(held_out):
     rows = predictions_of(held_out, noisy(0.1))
     lost = rows[0]["scores"]
     rows[0] |= {"status": "too_long", "reason": "9,000 tokens", "scores": {}}
-    metrics = metrics_of(rows, None, held_out, MEDIANS)
+    metrics = metrics_of(rows, None, held_out, CONSTANTS)
     assert metrics["validity"]["all"]["statuses"] == {"too_long": 1, "ok": len(rows) - 1}
     assert metrics["validity"]["all"]["reasons"] == {"9,000 tokens": 1}
     assert group(metrics, "all")["scores"] == sum(len(row["scores"]) for row in rows) > 0 < len(lost)
@@ -299,12 +315,12 @@ def test_prompts_without_scores_are_counted_and_enter_no_figure(held_out):
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan])
-def test_scores_that_are_no_numbers_are_counted_and_enter_no_figure(held_out, nothing):
+def test_scores_that_are_not_numbers_are_counted_and_enter_no_metric(held_out, nothing):
     rows = predictions_of(held_out, noisy(0.1))
     for row in rows[::3]:
         for score in row["scores"].values():
             score |= dict.fromkeys(score, nothing) | {"below": None}
-    metrics = metrics_of(rows, None, held_out, MEDIANS)
+    metrics = metrics_of(rows, None, held_out, CONSTANTS)
     every = metrics["validity"]["all"]
     assert 0 < group(metrics, "all")["scores"] == every["scores_made"] < every["scores_asked"]
     assert metrics["trajectory"]["left_out"]["a step without a score"]
@@ -312,20 +328,20 @@ def test_scores_that_are_no_numbers_are_counted_and_enter_no_figure(held_out, no
     json.dumps(metrics, allow_nan=False)
 
 
-def test_figures_that_are_not_defined_are_told_without_a_number(metrics):
+def test_undefined_metrics_are_reported_without_a_number(metrics):
     undefined = json.loads(json.dumps(metrics))
-    for figure in walk_figures(undefined):
-        figure |= {"value": None, "low": None, "high": None, "reason": "not defined for these scores"}
-    assert {each.standing for each in summary.conclusions(undefined)} == {"unknown"}
-    assert "hold – of the model's probability" in summary.verdict_lines(undefined)[-1]
+    for each in walk_estimates(undefined):
+        each |= {"value": None, "low": None, "high": None, "reason": "not defined for these scores"}
+    assert {each.grade for each in summary.conclusions(undefined)} == {"unknown"}
+    assert "label mass is – on average" in summary.verdict_lines(undefined)[-1]
     assert summary.main_table(undefined, intervals=True)
 
 
-def test_without_medians_there_is_no_skill_and_no_constant(held_out):
-    metrics = metrics_of(predictions_of(held_out, noisy(0.1))[:60], None, held_out, {})
-    found = group(metrics, "clip")
-    assert found["judge"]["skill"]["value"] is None
-    assert "training_median" not in found["baselines"]
+def test_without_training_labels_the_best_constant_in_hindsight_is_the_baseline(held_out):
+    rows = predictions_of(held_out, noisy(0.1))[:60]
+    found = group(metrics_of(rows, None, held_out, {}), "clip", "reasonableness_score")
+    reference = pairs(rows, "clip", "reasonableness_score")[:, 1]
+    assert found["baselines"]["constant"]["rmse"]["value"] == pytest.approx(np.std(reference))
 
 
 # --- trajectories -----------------------------------------------------------------------------------------------------
@@ -350,10 +366,10 @@ def test_step_scores_against_the_answer_by_hand(metrics, rows):
 
 def test_a_perfect_judge_finds_every_first_bad_step(held_out):
     perfect = predictions_of(held_out, lambda prompt, key: prompt.reference.get(key, 0.5), mode="generate")
-    first = trajectory_figures(perfect)["first_bad_step"]["0.5"]
+    first = trajectory_metrics(perfect)["first_bad_step"]["0.5"]
     assert first["f1"].value == pytest.approx(1.0)
     assert first["found"] == first["with_bad_step"] > 0
-    never = trajectory_figures(predictions_of(held_out, constant(0.9)))
+    never = trajectory_metrics(predictions_of(held_out, constant(0.9)))
     assert never["first_bad_step"]["0.5"]["f1"].value == 0.0
 
 
@@ -361,7 +377,9 @@ def test_a_task_that_was_run_twice_is_left_out_of_the_trajectories(held_out):
     rows = predictions_of(held_out, noisy(0.1))
     clip = next(row for row in rows if row["evaluation_type"] == "clip")
     again = clip | {"prompt_sha256": "another"}
-    assert trajectory_figures([*rows, again])["left_out"] == {"two prompts for one clip number": 1}
+    assert trajectory_metrics([*rows, again])["left_out"] == {
+        "two prompts for one clip number (give each run a trajectory_id)": 1
+    }
 
 
 # --- the held-out rows ------------------------------------------------------------------------------------------------
@@ -373,10 +391,11 @@ def test_rows_of_one_prompt_become_one_with_every_judge(tmp_path: Path, formatti
     assert len({prompt.prompt_sha256 for prompt in held_out.prompts}) == len(held_out.prompts) < held_out.rows
     both = next(prompt for prompt in held_out.prompts if len(prompt.references) == 2)
     key = both.shape.keys[0]
-    assert both.reference[key] == pytest.approx(np.mean([scores[key] for scores in both.references.values()]))
+    mean = np.mean([scores[key] for scores in both.references.values()])
+    assert both.reference[key] == pytest.approx(mean, abs=0.01)  # corrected for leniency
 
 
-def test_both_formats_are_the_same_yardstick(tmp_path: Path):
+def test_both_formats_are_the_same_reference(tmp_path: Path):
     alpaca, sharegpt = (
         read_held_out(write_data_folder(tmp_path / formatting, tasks=3, formatting=formatting), NAME)
         for formatting in ("alpaca", "sharegpt")
@@ -390,8 +409,8 @@ def test_a_model_that_does_not_want_to_score_is_not_called_a_judge(held_out):
     for row in rows:
         for score in row["scores"].values():
             score["label_mass"] = 0.02
-    metrics = metrics_of(rows, None, held_out, MEDIANS)
+    metrics = metrics_of(rows, None, held_out, CONSTANTS)
     found = conclusions_of(metrics)
-    assert {each.standing for each in found.values()} == {"useless"}
+    assert {each.grade for each in found.values()} == {"not_useful"}
     assert "2% of its probability" in found["clip"].headline
-    assert "less than half of it for 100.0% of the scores" in summary.validity_sentence(metrics)
+    assert "below one half for 100.0% of the scores" in summary.validity_sentence(metrics)

@@ -2,13 +2,14 @@
 
 import pytest
 
-from prmkit.evaluation.trajectories import trajectories_of
+from prmkit.evaluation.metrics import trajectories_of
 from prmkit.judge.types import AGGREGATES, first_below
 
 
-def clip(number: object, score: float = 0.7, task: str = "a") -> dict:
+def clip(number: object, score: float = 0.7, task: str = "a", trajectory: str | None = None) -> dict:
     return {
         "task_id": task,
+        "trajectory_id": trajectory or task,
         "evaluation_type": "clip",
         "clip_number": number,
         "prompt_sha256": f"{task}{number}",
@@ -26,19 +27,26 @@ def test_clips_that_follow_each_other_are_a_whole_trajectory(numbers):
 
 @pytest.mark.parametrize("numbers", [[1, 3], [1, 2, 4], ["1", 3.0]])
 def test_a_task_without_a_clip_in_the_middle_is_not_whole(numbers):
-    assert trajectories_of([clip(number) for number in numbers]) == ([], {"a clip is missing": 1})
+    assert trajectories_of([clip(number) for number in numbers]) == ([], {"a missing clip": 1})
 
 
 def test_a_task_that_was_not_asked_to_its_end_is_not_whole():
     rows = [clip(1), clip(2), clip(1, task="b")]
-    whole, left_out = trajectories_of(rows, cut={"a"})
+    whole, left_out = trajectories_of(rows, incomplete={"a"})
     assert [each.task for each in whole] == ["b"]
-    assert left_out == {"a clip is missing": 1}
+    assert left_out == {"a missing clip": 1}
+
+
+def test_several_runs_of_one_task_are_several_trajectories():
+    rows = [clip(number, trajectory=run) for run in ("run 1", "run 2") for number in (1, 2, 3)]
+    whole, left_out = trajectories_of(rows)
+    assert [each.task for each in whole] == ["a", "a"]
+    assert left_out == {}
 
 
 def test_clips_are_put_in_the_order_of_their_numbers():
     ((whole,), _) = trajectories_of([clip("10", 0.1), clip(9.0, 0.9)])
-    assert whole.predicted.tolist() == [0.9, 0.1]
+    assert whole.predicted == [0.9, 0.1]
 
 
 def test_the_aggregates_and_the_first_bad_step_by_hand():

@@ -32,6 +32,6 @@ def test_the_demo_trains_measures_and_exports_below_its_own_folder(project: Path
         "demo/logs/trainer_log.jsonl",
     } <= made
     assert "Spearman" in done.stdout
-    assert "judges as demo/saves/reward_model_demo does" in done.stdout + done.stderr
+    assert "scores as demo/saves/reward_model_demo does" in done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     assert last == "  use your own rows:  ./run_training.sh --input my_rows.jsonl --validate-only"

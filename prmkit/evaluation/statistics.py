@@ -1,21 +1,27 @@
-"""The statistics of agreement, written for weighted tasks (see `prmkit.evaluation.bootstrap`).
+"""The statistics of agreement, written for weighted tasks (see `prmkit.evaluation.estimates`).
 
 Every function takes a sample and gives the `Statistic` of it. With weight one for every task the values are those of
 scipy and scikit-learn, and with whole-number weights those of the rows repeated that often; the tests hold them to
 that. Where a value is not defined (nothing varies, nothing to count) it is NaN here and `null` with its reason outside.
 """
 
-import numpy as np
+from dataclasses import replace
 
-from prmkit.evaluation.bootstrap import Floats, Integers, Sample, Statistic, make_sample
+import numpy as np
+from numpy.typing import NDArray
+
+from prmkit.evaluation.estimates import SEED, Floats, Integers, Sample, Statistic, make_sample, on_part
 from prmkit.judge.types import SAME_SCORE
 
 BANDS = (0.2, 0.4, 0.6, 0.8)
 """Where the five bands of the rubric meet; a score on a border belongs to the band above."""
 CALIBRATION_BINS = 10
-FEWEST_IN_GROUP = 5
+MIN_GROUP = 5
+"""A key with fewer scores than this has no rank correlation."""
+MAX_PAIRED = 40
+"""Of a group with more scores than this only as many random pairs are taken as this many scores have: pairs would
+otherwise grow with the square."""
 _NO_VARIANCE = 1e-15
-_KENDALL_BLOCK = 128
 
 
 # --- error ----------------------------------------------------------------------------------------------------------
@@ -43,10 +49,33 @@ def bias(sample: Sample) -> Statistic:
     return mean_of(sample, sample.predicted - sample.reference)
 
 
-def skill(sample: Sample, baseline: Floats) -> Statistic:
-    """1 - MAE / MAE of `baseline` on the same pairs: 0 is no better than the baseline, 1 is perfect."""
-    errors, baseline_errors = mean_absolute_error(sample), mean_of(sample, np.abs(baseline - sample.reference))
+def skill_by_rmse(sample: Sample) -> Statistic:
+    """1 - RMSE / RMSE of the baseline on the same pairs: 0 is no better than the baseline, 1 is perfect.
+
+    The mean of a distribution is what makes the squared error smallest, so it is compared with a constant mean.
+    """
+    errors, baseline_errors = root_mean_square_error(sample), root_mean_square_error(_baseline_of(sample))
     return lambda weights: 1 - ratio(errors(weights), baseline_errors(weights))
+
+
+def skill_by_mae(sample: Sample) -> Statistic:
+    """1 - MAE / MAE of the baseline; the median makes the absolute error smallest, so it is compared with a median."""
+    errors, baseline_errors = mean_absolute_error(sample), mean_absolute_error(_baseline_of(sample))
+    return lambda weights: 1 - ratio(errors(weights), baseline_errors(weights))
+
+
+def _baseline_of(sample: Sample) -> Sample:
+    return replace(sample, predicted=sample.baseline)
+
+
+def share_predicted(sample: Sample) -> Statistic:
+    """The mean of `predicted`, for shares: 1.0 for what is counted, 0.0 for the rest."""
+    return mean_of(sample, sample.predicted)
+
+
+def share_of_reference(sample: Sample) -> Statistic:
+    """The mean of `reference`: the base rate."""
+    return mean_of(sample, sample.reference)
 
 
 # --- order ----------------------------------------------------------------------------------------------------------
@@ -93,60 +122,38 @@ def spearman(sample: Sample) -> Statistic:
     return statistic
 
 
-def spearman_within(sample: Sample, group: Integers) -> Statistic:
+def spearman_within(sample: Sample) -> Statistic:
     """The mean over groups of Spearman's rho within each, weighted by the pairs in it.
 
     Where several score keys are pooled, a judge that says nothing but each key's usual score has some pooled
     correlation, for one key is scored lower than another. Here it has none. A group in which the judge does not vary
-    counts as 0; one with fewer than `FEWEST_IN_GROUP` pairs, or in which the reference does not vary, is left out.
+    counts as 0; one with fewer than `MIN_GROUP` pairs, or in which the reference does not vary, is left out.
     NaN where the judge varies in no group.
     """
     parts, varied = [], False
-    for number in np.unique(group):
-        chosen = group == number
-        part = make_sample(sample.predicted[chosen], sample.reference[chosen], sample.task[chosen])
-        if len(part.task) >= FEWEST_IN_GROUP and np.ptp(part.reference) > 0:
-            parts.append((np.unique(sample.task[chosen]), spearman(part), part.sums(np.ones(len(part.task)))))
-            varied = varied or bool(np.ptp(part.predicted) > 0)
+    for number in np.unique(sample.group):
+        chosen = sample.group == number
+        predicted, reference = sample.predicted[chosen], sample.reference[chosen]
+        if len(predicted) >= MIN_GROUP and np.ptp(reference) > 0:
+            sizes = sample.sums(chosen.astype(np.float64))
+            parts.append((on_part(sample, chosen, spearman), sizes))
+            varied = varied or bool(np.ptp(predicted) > 0)
 
     def statistic(weights: Floats) -> Floats:
         if not varied:
             return np.full(len(weights), np.nan)
-        sizes = np.stack([weights[:, tasks] @ counts for tasks, _, counts in parts])
-        orders = np.stack([np.nan_to_num(order(weights[:, tasks])) for tasks, order, _ in parts])
+        sizes = np.stack([weights @ counts for _, counts in parts])
+        orders = np.stack([np.nan_to_num(order(weights)) for order, _ in parts])
         return ratio((orders * sizes).sum(axis=0), sizes.sum(axis=0))
 
     return statistic
 
 
-def kendall(sample: Sample) -> Statistic:
-    """Kendall's tau-b (Kendall 1945): (concordant - discordant) / sqrt(pairs untied in one · pairs untied in other).
+def kendall(sample: Sample) -> float:
+    """Kendall's tau-b by Knight's method, in n log n; without interval, as no conclusion is drawn from it."""
+    from scipy import stats
 
-    The three sums over pairs of rows are kept as sums over pairs of tasks, which turns a resample into three quadratic
-    forms: w'Sw / sqrt(w'Pw · w'Rw).
-    """
-    from scipy.sparse import csr_array
-
-    n, tasks = len(sample.task), sample.tasks
-    of_task = csr_array((np.ones(n), (sample.task, np.arange(n))), shape=(tasks, n))
-    concordance, untied_predicted, untied_reference = (np.zeros((tasks, tasks)) for _ in range(3))
-    for first in range(0, n, _KENDALL_BLOCK):
-        block = slice(first, first + _KENDALL_BLOCK)
-        predicted = np.sign(sample.predicted[:, None] - sample.predicted[block])
-        reference = np.sign(sample.reference[:, None] - sample.reference[block])
-        to_task = of_task[:, block].T
-        concordance += of_task @ (predicted * reference) @ to_task
-        untied_predicted += of_task @ np.abs(predicted) @ to_task
-        untied_reference += of_task @ np.abs(reference) @ to_task
-
-    def statistic(weights: Floats) -> Floats:
-        agree, one, other = (
-            np.einsum("rt,rt->r", weights @ matrix, weights)
-            for matrix in (concordance, untied_predicted, untied_reference)
-        )
-        return ratio(agree, np.sqrt(one * other))
-
-    return statistic
+    return float(stats.kendalltau(sample.predicted, sample.reference).statistic)
 
 
 # --- decision -------------------------------------------------------------------------------------------------------
@@ -205,11 +212,28 @@ def calibration_error(sample: Sample) -> Statistic:
     Args:
         sample: as for `brier`.
     """
-    bins = np.minimum((sample.predicted * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    gaps = np.zeros((sample.tasks, CALIBRATION_BINS))
-    np.add.at(gaps, (sample.task, bins), sample.predicted - sample.reference)
-    sizes = sample.sums(np.ones(len(bins)))
+    gaps = _binned(sample, sample.predicted - sample.reference)
+    sizes = sample.sums(np.ones(len(sample.task)))
     return lambda weights: ratio(np.abs(weights @ gaps).sum(axis=1), weights @ sizes)
+
+
+def calibration_error_by_chance(sample: Sample) -> Statistic:
+    """The ECE that a perfectly calibrated judge with these probabilities would show on average.
+
+    In a bin, the distance of probability and share is the mean of independent errors with variance p (1 - p). Their
+    sum is nearly normal, and the mean of |normal| is sqrt(2 / pi) standard deviations.
+    """
+    variances = _binned(sample, sample.predicted * (1 - sample.predicted))
+    sizes = sample.sums(np.ones(len(sample.task)))
+    return lambda weights: ratio(np.sqrt(2 / np.pi * (weights @ variances)).sum(axis=1), weights @ sizes)
+
+
+def _binned(sample: Sample, values: Floats) -> Floats:
+    """Sums of `values` by task and bin of the predicted probability, shape (tasks, bins)."""
+    bins = np.clip((sample.predicted * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
+    sums = np.zeros((sample.tasks, CALIBRATION_BINS))
+    np.add.at(sums, (sample.task, bins), values)
+    return sums
 
 
 def kappa(sample: Sample) -> Statistic:
@@ -258,6 +282,114 @@ def first_error_f1(sample: Sample) -> Statistic:
         return np.where(both == 0, 0.0, ratio(2 * found * cleared, both))
 
     return statistic
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def make_pairs(sample: Sample) -> Sample:
+    """All pairs of scores within each group, as a sample of differences.
+
+    Args:
+        sample: scores; a group lies within one task.
+
+    Returns:
+        `predicted` and `reference` are differences, `baseline` the weight of a pair: one over the pairs of its group.
+    """
+    first, second, share = _pairs_within(sample.group)
+    return make_sample(
+        sample.predicted[first] - sample.predicted[second],
+        sample.reference[first] - sample.reference[second],
+        sample.task[first],
+        baseline=share,
+    )
+
+
+def _pairs_within(group: Integers) -> tuple[Integers, Integers, Floats]:
+    generator = np.random.default_rng(SEED)
+    by_group = np.argsort(group, kind="stable")
+    firsts, seconds, shares = [by_group[:0]], [by_group[:0]], [np.zeros(0)]
+    for members in np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1):
+        if len(members) <= MAX_PAIRED:
+            one, other = np.triu_indices(len(members), 1)
+        else:
+            one = generator.integers(len(members), size=MAX_PAIRED * (MAX_PAIRED - 1) // 2)
+            other = (one + generator.integers(1, len(members), size=len(one))) % len(members)
+        firsts.append(members[one])
+        seconds.append(members[other])
+        shares.append(np.full(len(one), 1 / max(len(one), 1)))
+    return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(shares)
+
+
+def pairwise_accuracy(pairs: Sample) -> Statistic:
+    """acc_eq with tie calibration (Deutsch, Foster and Freitag 2023, "Ties Matter", arXiv 2305.14324).
+
+    acc_eq = (C + T_hm) / (C + D + T_h + T_m + T_hm): pairs in the right order, or tied in both, among all pairs (h the
+    reference, m the judge). It is computed in each group and averaged over the groups (the paper's group-by-item).
+    Two scores of the judge tie when they are at most epsilon apart; epsilon is the one value that makes the average
+    greatest. It is chosen on these very pairs and held in the resamples, so compare with `always_tied`, which a
+    constant judge reaches.
+
+    Args:
+        pairs: see `make_pairs`.
+    """
+    distance, tied, share = np.abs(pairs.predicted), _tied(pairs), pairs.baseline
+    if tied.all():
+        return lambda weights: np.full(len(weights), np.nan)  # there is no order that could be right
+    right_order = ~tied & (np.sign(pairs.predicted) == np.sign(pairs.reference))
+    epsilon = _best_epsilon(distance, tied * share, right_order * share)
+    return _weighted_mean(pairs, np.where(distance <= epsilon, tied, right_order).astype(np.float64), share)
+
+
+def always_tied(pairs: Sample) -> Statistic:
+    """The `pairwise_accuracy` of a judge that calls every pair a tie: the share of tied pairs in the reference."""
+    return _weighted_mean(pairs, _tied(pairs).astype(np.float64), pairs.baseline)
+
+
+def _tied(pairs: Sample) -> NDArray[np.bool_]:
+    tied: NDArray[np.bool_] = np.abs(pairs.reference) < SAME_SCORE
+    return tied
+
+
+def _weighted_mean(sample: Sample, values: Floats, weight: Floats) -> Statistic:
+    sums, sizes = sample.sums(values * weight), sample.sums(weight)
+    return lambda weights: ratio(weights @ sums, weights @ sizes)
+
+
+def _best_epsilon(distance: Floats, tied: Floats, right_order: Floats) -> float:
+    """The observed distance (or zero) that, as the widest tie, gets the most pairs right."""
+    widths, place = np.unique(np.concatenate([[0.0], distance]), return_inverse=True)
+    # Calling a pair a tie gains it if it is one, and loses it if it was in the right order.
+    gained = np.bincount(place[1:], weights=tied - right_order, minlength=len(widths))
+    return float(widths[np.argmax(np.round(np.cumsum(gained), 12))])
+
+
+# --- abstention -------------------------------------------------------------------------------------------------------
+
+
+def area_under_risk_coverage(sample: Sample) -> Statistic:
+    """AURC (Geifman, Uziel and El-Yaniv 2019): the mean error of the surest scores, averaged over every share kept.
+
+    Args:
+        sample: `predicted` is the confidence, `reference` the error.
+    """
+    by_confidence = np.argsort(-sample.predicted, kind="stable")
+    task, error = sample.task[by_confidence], sample.reference[by_confidence]
+
+    def statistic(weights: Floats) -> Floats:
+        drawn = weights[:, task]
+        kept = np.cumsum(drawn, axis=1)
+        risk = ratio(np.cumsum(drawn * error, axis=1), kept)
+        return ratio(np.nansum(risk * drawn, axis=1), kept[:, -1])
+
+    return statistic
+
+
+def share_of_abstention_closed(sample: Sample) -> Statistic:
+    """How far AURC gets from random abstention (0) to abstention by the true error (1)."""
+    aurc, mean = area_under_risk_coverage(sample), share_of_reference(sample)
+    oracle = area_under_risk_coverage(replace(sample, predicted=-sample.reference))
+    return lambda weights: ratio(mean(weights) - aurc(weights), mean(weights) - oracle(weights))
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------

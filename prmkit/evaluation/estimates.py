@@ -1,0 +1,186 @@
+"""Numbers with their uncertainty: a value, a 95 % interval, and how much it rests on.
+
+The steps of one task resemble each other, so rows are not independent and a row-wise interval would be too narrow. The
+interval is the bootstrap over whole tasks (Field and Welsh 2007, "Bootstrapping clustered data"): tasks are drawn with
+replacement, each with all of its rows. Its ends are expanded percentiles (Hesterberg 2015, "What teachers should know
+about the bootstrap", section 4.3), because plain ones are too narrow for few tasks: of the 95 % intervals of a mean
+absolute error over 10 tasks only 88 % held the truth.
+
+A resample is nothing but a whole-number weight for each task, so a statistic is written once, for weights, and computed
+for a block of resamples at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Statistic = Callable[[Floats], Floats]
+"""Weights of the tasks, one resample a row, shape (resamples, tasks) -> the statistic of each resample; NaN where it
+is not defined."""
+
+SEED = 0
+LEVEL = 0.95
+RESAMPLES = 1000
+RESAMPLES_OF_MANY = 200
+"""For more pairs than `MANY`: their intervals are narrow, so the error of an end no longer shows in two decimals."""
+MANY = 10_000
+MIN_TASKS = 10
+"""Fewer tasks than this give no interval: resampling few clusters makes intervals that are too narrow."""
+SAME_PREDICTION = "the prediction is always the same"
+SAME_REFERENCE = "the reference is the same everywhere"
+
+_MIN_DEFINED_SHARE = 0.9
+_BLOCK = 200_000  # weights a block: small enough for a processor's cache, four times as fast as all at once
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pairs of numbers, and the task that each belongs to; all arrays have one length."""
+
+    predicted: Floats
+    reference: Floats
+    task: Integers
+    """Numbers from 0 to `tasks - 1`, each of them present."""
+    group: Integers
+    """For statistics within groups: the group of each pair; else 0."""
+    baseline: Floats
+    """For statistics that compare with a baseline: its prediction. For pairs of scores: the weight of each. Else NaN.
+    """
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are."""
+        return int(self.task.max(initial=-1)) + 1
+
+    def sums(self, values: Floats) -> Floats:
+        """The sum of `values` in each task, shape (tasks,)."""
+        sums: Floats = np.bincount(self.task, weights=values, minlength=self.tasks).astype(np.float64)
+        return sums
+
+
+def make_sample(
+    predicted: Any, reference: Any, task: Any, *, group: Integers | None = None, baseline: Floats | None = None
+) -> Sample:
+    """Make a sample of sequences of one length; `task` may hold anything that `numpy.unique` can sort."""
+    _, numbers = np.unique(np.asarray(task), return_inverse=True)
+    tasks = numbers.astype(np.int64).reshape(-1)
+    return Sample(
+        np.asarray(predicted, np.float64),
+        np.asarray(reference, np.float64),
+        tasks,
+        np.zeros(len(tasks), np.int64) if group is None else group,
+        np.full(len(tasks), np.nan) if baseline is None else baseline,
+    )
+
+
+def on_part(sample: Sample, chosen: NDArray[Any], make: Callable[[Sample], Statistic]) -> Statistic:
+    """A statistic of some of the pairs that takes weights for all tasks of the sample.
+
+    So several statistics, each of its own rows, can be resampled together.
+    """
+    tasks, task = np.unique(sample.task[chosen], return_inverse=True)
+    part = replace(
+        sample,
+        predicted=sample.predicted[chosen],
+        reference=sample.reference[chosen],
+        task=task.astype(np.int64),
+        group=sample.group[chosen],
+        baseline=sample.baseline[chosen],
+    )
+    statistic = make(part)
+    return lambda weights: statistic(weights[:, tasks])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its 95 % interval, and what it rests on; `value` is None where it is not defined, never NaN."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    tasks: int
+    reason: str | None = None
+    """Why there is no value, or no interval."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The estimate as it is in `metrics.json`."""
+        shown = {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "tasks": self.tasks}
+        return shown | ({"reason": self.reason} if self.reason else {})
+
+
+def undefined(reason: str, n: int = 0, tasks: int = 0) -> Estimate:
+    """An estimate without value."""
+    return Estimate(None, None, None, n, tasks, reason)
+
+
+@lru_cache(maxsize=8)
+def draw_weights(tasks: int, resamples: int = RESAMPLES) -> Floats:
+    """How often each task is in each resample, shape (resamples, tasks); the same for the same number of tasks."""
+    generator = np.random.default_rng(SEED)
+    drawn = generator.integers(tasks, size=(resamples, tasks)) + tasks * np.arange(resamples)[:, None]
+    weights = np.bincount(drawn.ravel(), minlength=resamples * tasks).astype(np.float64)
+    weights.setflags(write=False)
+    return weights.reshape(resamples, tasks)
+
+
+def measure(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> Estimate:
+    """Compute a statistic and its interval.
+
+    Args:
+        sample: what the statistic was made from.
+        statistic: one of `prmkit.evaluation.statistics`, applied to `sample`.
+        min_n: with fewer pairs than this there is no value.
+    """
+    count, tasks = len(sample.reference), sample.tasks
+    if count < max(min_n, 1):
+        few = f"{count} of at least {min_n} needed" if count else "nothing to measure"
+        return undefined(few, count, tasks)
+    value = float(statistic(np.ones((1, tasks)))[0])
+    if not np.isfinite(value):
+        return undefined(_why_undefined(sample), count, tasks)
+    if tasks < MIN_TASKS:
+        return Estimate(value, None, None, count, tasks, f"no interval: {tasks} of at least {MIN_TASKS} tasks")
+    low, high = interval(resampled(sample, statistic), tasks)
+    reason = None if low is not None else "no interval: it is not defined in too many resamples"
+    return Estimate(value, low, high, count, tasks, reason)
+
+
+def resampled(sample: Sample, statistic: Statistic) -> Floats:
+    """The statistic in every resample, shape (resamples,)."""
+    weights = draw_weights(sample.tasks, RESAMPLES if len(sample.reference) <= MANY else RESAMPLES_OF_MANY)
+    blocks = np.array_split(weights, max(1, len(weights) * len(sample.reference) // _BLOCK))
+    return np.concatenate([statistic(block) for block in blocks])
+
+
+def interval(values: Floats, tasks: int) -> tuple[float, float] | tuple[None, None]:
+    """The expanded percentile interval of resampled values; none where more than a tenth of them is not defined."""
+    defined = values[np.isfinite(values)]
+    if len(defined) < _MIN_DEFINED_SHARE * len(values):
+        return None, None
+    outside = _share_outside(tasks)
+    low, high = np.quantile(defined, [outside, 1 - outside])
+    return float(low), float(high)
+
+
+@lru_cache
+def _share_outside(tasks: int) -> float:
+    """How much of the resamples is cut off at each end: norm.cdf(-t_{n-1} * sqrt(n / (n - 1))), Hesterberg 2015."""
+    from scipy import stats
+
+    quantile = stats.t.ppf((1 + LEVEL) / 2, tasks - 1) * np.sqrt(tasks / (tasks - 1))
+    return float(stats.norm.cdf(-quantile))
+
+
+def _why_undefined(sample: Sample) -> str:
+    if np.ptp(sample.reference) == 0:
+        return SAME_REFERENCE
+    if np.ptp(sample.predicted) == 0:
+        return SAME_PREDICTION
+    return "not defined for these scores"
