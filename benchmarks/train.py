@@ -33,9 +33,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.sizes import QWEN_7B, WORDS  # noqa: E402
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.training.config import Override, render_yaml, resolve_config  # noqa: E402
-from prmkit.training.launch import Launch  # noqa: E402
-from prmkit.training.llamafactory import run_to_end, started, train_command  # noqa: E402
-from prmkit.training.machine import this_machine  # noqa: E402
+from prmkit.training.environment import this_machine  # noqa: E402
+from prmkit.training.launcher import Launch, run_to_end, started, train_command  # noqa: E402
 from prmkit.training.supervisor import descendants_of  # noqa: E402
 
 DIGITS = {"tokens a second": ",.0f", "peak memory, GiB": ",.2f", "first step after, s": ",.1f", "loss": ""}

@@ -104,6 +104,14 @@ def llamafactory_version() -> str:
     return metadata.version("llamafactory")
 
 
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None when it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _package_folder(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:

@@ -1,47 +1,44 @@
-"""One flat YAML of LLaMA Factory's keys plus overrides, to the values that a run gets and where each came from.
+"""One flat YAML of LLaMA Factory's keys plus overrides, resolved to the values of a run and where each came from.
 
-The way of a value: read it as LLaMA Factory would, lay the overrides over it, check everything and report every problem
-at once, then fit what is left to the data and to the machine. Nothing here imports LLaMA Factory.
+A value is read as LLaMA Factory would read it and overridden from the command line; everything is checked and all
+errors are reported at once; then what is left is fitted to the data and to the machine. Nothing here imports LLaMA
+Factory, and fitting never changes what is learned from a row: only what can run, and how fast.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prmkit.config_file import read_yaml, split_assignment, value_of
-from prmkit.errors import UsageError
-from prmkit.llamafactory_schema import Key, llamafactory_version, training_keys
-from prmkit.training.adapt import Adaptation, fit_held_out, fit_machine
-from prmkit.training.check import Status
-from prmkit.training.config_rules import problems_in, unknown_key
-from prmkit.training.contradictions import contradictions_in
-from prmkit.training.data_checks import check_datasets
-from prmkit.training.machine import Machine, this_machine
-from prmkit.training.model_folder import check_model_folder
-from prmkit.training.problem import Problem
+from prmkit.dataset_info import held_out_names, read_entries, split_names
+from prmkit.errors import DataError, UsageError
+from prmkit.llamafactory_schema import Key, default_of, llamafactory_version, setting, training_keys
+from prmkit.paths import HELD_OUT_SUFFIX
+from prmkit.training.checks import Check, check_conflicts, check_keys, error, is_secret, unknown_key
+from prmkit.training.environment import Machine, resolve_swanlab, this_machine
 
 
 @dataclass(frozen=True)
 class Override:
-    """One value from the command line, as it was typed; an empty text takes the key out of the file."""
+    """One value from the command line, as it was typed; an empty string removes the key."""
 
     key: str
     text: str
     source: str
-    """What the user typed it as: `--epochs`, or `key=value`."""
+    """How the user typed it: `--epochs`, or `key=value`."""
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """What a run is started with."""
+    """The config that a run is started with."""
 
     values: Mapping[str, Any]
     """LLaMA Factory's keys, ready for `render_yaml`."""
     sources: Mapping[str, str]
     """For every key in `values`: the file, the flag, or `derived: why`."""
     dropped: Mapping[str, str]
-    """Keys that the user set and that this run does without, and why."""
+    """Keys that the user set and that this run leaves out, and why."""
 
 
 def parse_assignment(text: str) -> Override:
@@ -57,83 +54,79 @@ def resolve_config(
     torchrun: bool = False,
     files: bool = False,
 ) -> ResolvedConfig:
-    """Read a config, lay overrides over it, check it, and fit it to the data and the machine.
+    """Read a config, apply overrides, check it, and fit it to the data and the machine.
 
     Takes under a second. Paths in the config are relative to the working directory, as they are for LLaMA Factory.
 
     Args:
         path: the YAML.
         overrides: in the order of the command line.
-        machine: what training can count on; this machine when it is None.
+        machine: what training can use; this machine when it is None.
         torchrun: whether torchrun starts the training; it may start a single process, for DeepSpeed.
-        files: where something is wrong, look at the model folder and the datasets too, so that all is told at once.
+        files: where the config has errors, report those of the model folder and the datasets with them.
 
     Raises:
-        UsageError: something is wrong with the file or the overrides; everything that is wrong is in the message.
+        UsageError: something is wrong with the file or the overrides; the message names all of it.
         DataError: LLaMA Factory is not installed.
     """
     keys = training_keys()
-    values, sources = _from_file(path, keys)
-    problems = _lay_over(values, sources, overrides, keys)
+    values, sources = _read_file(path, keys)
+    errors = _apply(values, sources, overrides, keys)
     overridden = {override.key: override.key in values for override in overrides}
-    adaptation = fit_held_out(values, overridden)
-    fitted = adaptation.applied_to(values)
-    problems += problems_in(fitted, keys)
-    wrong = {problem.key for problem in problems}
-    problems += contradictions_in({key: value for key, value in fitted.items() if key not in wrong}, keys)
-    if problems:
-        problems += _missing_files(fitted, {problem.key for problem in problems}) if files else []
-        raise UsageError(report(path, problems, sources))
-    fit_machine(fitted, machine or this_machine(), torchrun=torchrun, adaptation=adaptation)
-    return _resolved(values, sources, adaptation)
+    changes = _fit_held_out(values, overridden)
+    fitted = changes.applied_to(values)
+    errors += check_keys(fitted)
+    wrong = {each.name for each in errors}
+    errors += check_conflicts({key: value for key, value in fitted.items() if key not in wrong})
+    if errors:
+        errors += _check_inputs(fitted, {each.name for each in errors}) if files else []
+        raise UsageError(_report(path, errors, sources))
+    _fit_machine(fitted, machine or this_machine(), torchrun=torchrun, changes=changes)
+    final = changes.applied_to(values)
+    origins = {**sources, **{key: f"derived: {reason}" for key, (_, reason) in changes.derived.items()}}
+    return ResolvedConfig(final, {key: origins[key] for key in final}, dict(changes.dropped))
 
 
 def typed_values(overrides: Sequence[Override]) -> dict[str, Any]:
-    """The values of overrides that stand for themselves, without a config.
+    """The values of overrides without a config file.
 
     Raises:
-        UsageError: something is wrong with them; everything that is wrong is in the message.
+        UsageError: something is wrong with them; the message names all of it.
     """
-    keys = training_keys()
     values: dict[str, Any] = {}
-    problems = _lay_over(values, {}, overrides, keys)
-    problems += [problem for problem in problems_in(values, keys) if problem.key in values]
-    if problems:
-        raise UsageError("\n".join(_told(problem.key, problem) for problem in problems))
+    errors = _apply(values, {}, overrides, training_keys())
+    errors += [each for each in check_keys(values) if each.name in values]
+    if errors:
+        raise UsageError("\n".join(_line(each.name, each) for each in errors))
     return values
 
 
-def _missing_files(values: Mapping[str, Any], wrong: Collection[str]) -> Iterator[Problem]:
-    """What the checks before a run would find next: nobody wants to come back for it."""
-    for key, check in (("model_name_or_path", check_model_folder), ("dataset", check_datasets)):
-        if isinstance(values.get(key), str) and key not in wrong:
-            found = check(values)
-            if found.status is Status.ERROR:
-                yield Problem(key, f"{found.found}.", found.advice)
+def _check_inputs(values: Mapping[str, Any], wrong: set[str]) -> list[Check]:
+    from prmkit.training.input_checks import check_datasets, check_model_folder
+
+    checks = {"model_name_or_path": check_model_folder, "dataset": check_datasets}
+    wanted = {key: check for key, check in checks.items() if isinstance(values.get(key), str) and key not in wrong}
+    found = {key: check(values) for key, check in wanted.items()}
+    return [error(key, each.found, each.advice) for key, each in found.items() if each.status == "error"]
 
 
-def _resolved(values: Mapping[str, Any], sources: Mapping[str, str], adaptation: Adaptation) -> ResolvedConfig:
-    final = adaptation.applied_to(values)
-    origins = {**sources, **{key: f"derived: {reason}" for key, (_, reason) in adaptation.derived.items()}}
-    return ResolvedConfig(final, {key: origins[key] for key in final}, dict(adaptation.dropped))
-
-
-def report(path: Path, problems: Sequence[Problem], sources: Mapping[str, str]) -> str:
-    """All problems of a config as one text; a key that is not from the file is named with where it is from."""
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+def _report(path: Path, errors: Sequence[Check], sources: Mapping[str, str]) -> str:
+    """All errors of a config in one message; a key that is not from the file is named with where it is from."""
+    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
     typed = {key: f"{key} ({source})" for key, source in sources.items() if source != str(path)}
-    lines = [f"  {_told(typed.get(problem.key, problem.key), problem)}" for problem in problems]
+    lines = [f"  {_line(typed.get(each.name, each.name), each)}" for each in errors]
     return "\n".join([f"{path}: {count} (LLaMA Factory {llamafactory_version()}).", *lines])
 
 
-def _told(key: str, problem: Problem) -> str:
-    return f"{key}: {problem.message} {problem.hint}".rstrip()
+def _line(name: str, check: Check) -> str:
+    return f"{name}: {check.found}. {check.advice}".rstrip()
 
 
 def render_yaml(values: Mapping[str, Any]) -> str:
-    """The text of a YAML that LLaMA Factory reads back as exactly these values.
+    """A YAML that LLaMA Factory reads back as exactly these values.
 
-    Its own writer is used, because another one leaves a text such as `1e-4` unquoted, which it reads as a number.
+    LLaMA Factory's own writer is used, because others leave a string such as `1e-4` unquoted, which it reads as a
+    number.
     """
     from omegaconf import OmegaConf
 
@@ -141,64 +134,223 @@ def render_yaml(values: Mapping[str, Any]) -> str:
     return text
 
 
-def _from_file(path: Path, keys: Mapping[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
-    values = {key: _no_is_a_word(keys.get(key), value) for key, value in read_yaml(path).items()}
-    # A null where LLaMA Factory's default is null says nothing; anywhere else the rules look at it.
-    values = {key: value for key, value in values.items() if not _says_nothing(keys.get(key), value)}
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path, keys: Mapping[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
+    values = {key: _with_no_as_word(keys.get(key), value) for key, value in read_yaml(path).items()}
+    # A null where LLaMA Factory's default is null changes nothing; anywhere else it is checked.
+    values = {key: value for key, value in values.items() if value is not None or not _defaults_to_null(keys.get(key))}
     return values, dict.fromkeys(values, str(path))
 
 
-def _lay_over(
+def _defaults_to_null(key: Key | None) -> bool:
+    return key is not None and key.default is None
+
+
+def _apply(
     values: dict[str, Any], sources: dict[str, str], overrides: Iterable[Override], keys: Mapping[str, Key]
-) -> list[Problem]:
-    problems = []
+) -> list[Check]:
+    """Apply overrides to `values` and `sources`; return what is wrong with them."""
+    errors = []
     seen: dict[str, Override] = {}
     for override in overrides:
         before = seen.setdefault(override.key, override)
-        if before.text != override.text:
+        if before.text != override.text and not is_secret(override.key):
             typed = f"{before.text} ({before.source}) and {override.text} ({override.source})"
-            problems.append(Problem(override.key, f"is given twice: {typed}.", "Keep one."))
+            errors.append(error(override.key, f"is given twice: {typed}", "Keep one."))
         try:
             value = _typed_value(keys.get(override.key), override.text)
-        except ValueError as error:
-            problems.append(Problem(override.key, f"'{override.text}' is no YAML value: {error}.", ""))
+        except ValueError as failure:
+            errors.append(error(override.key, f"'{override.text}' is not a YAML value: {failure}"))
             continue
-        if value is None:
-            if override.key not in keys and override.key not in values:
-                problems.append(unknown_key(override.key, keys))
-            values.pop(override.key, None)
-            sources.pop(override.key, None)
-        else:
+        if value is not None:
             values[override.key] = value
             sources[override.key] = override.source
-    return problems
+            continue
+        if override.key not in keys and override.key not in values:
+            errors.append(unknown_key(override.key, keys))
+        values.pop(override.key, None)
+        sources.pop(override.key, None)
+    return errors
 
 
 def _typed_value(key: Key | None, text: str) -> Any:
-    """What a text on the command line means for a key, typed as LLaMA Factory types its own `key=value`.
+    """The value of a string on the command line, typed as LLaMA Factory types its own `key=value`.
 
-    A key that holds text takes it as it stands, unless it is a list: `run_name=123` is a name, and
-    `default_system="Judge: be strict"` no mapping.
+    A key that holds a string gets it unchanged, unless it is a list: `run_name=123` is a name, and
+    `default_system="Judge: be strict"` is not a mapping.
 
     Raises:
-        ValueError: the text is not YAML.
+        ValueError: the string is not YAML.
     """
-    takes_text = key is not None and "str" in key.types
+    takes_string = key is not None and "str" in key.types
     try:
-        value = _no_is_a_word(key, value_of(text))
+        value = _with_no_as_word(key, value_of(text))
     except ValueError:
-        if takes_text:
+        if takes_string:
             return text
         raise
-    if key is not None and takes_text and type(value).__name__ not in key.types | {"NoneType", "list"}:
+    if key is not None and takes_string and type(value).__name__ not in key.types | {"NoneType", "list"}:
         return text
     return value
 
 
-def _no_is_a_word(key: Key | None, value: Any) -> Any:
+def _with_no_as_word(key: Key | None, value: Any) -> Any:
     # YAML reads an unquoted `no` as false, and LLaMA Factory then finds no strategy of that name.
     return "no" if value is False and key is not None and "no" in key.choices else value
 
 
-def _says_nothing(key: Key | None, value: Any) -> bool:
-    return value is None and key is not None and key.default is None
+# --- fitting to the data and the machine --------------------------------------------------------------------------
+
+NO_GPU = "this machine has no GPU"
+AMPERE = (8, 0)
+
+EVALUATION_KEYS = (
+    "eval_dataset", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "compute_accuracy",
+    "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "early_stopping_steps",
+)  # fmt: skip
+"""Keys that mean nothing without rows to evaluate on."""
+
+BATCH_BYTES = 3_000_000
+"""Text in one preprocessing batch. 2,000 rows of 30,000 characters took 2.75 GB at 1,000 rows a batch and 1.15 GB at
+100, at the same speed."""
+ROWS_PER_WORKER = 500
+"""Fewer rows are tokenized faster than a worker process starts."""
+
+
+@dataclass
+class _Changes:
+    """What fitting changes, collected."""
+
+    derived: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    """Key to new value and reason."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Key to reason."""
+
+    def drop(self, values: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
+        """Leave out those of `names` that are set to something."""
+        self.dropped |= {name: reason for name in names if name in values and values[name] not in (None, False)}
+
+    def applied_to(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values after fitting."""
+        merged = {**values, **{name: value for name, (value, _) in self.derived.items()}}
+        return {name: value for name, value in merged.items() if name not in self.dropped}
+
+
+def _fit_held_out(values: Mapping[str, Any], overridden: Mapping[str, bool]) -> _Changes:
+    """Let the held-out side follow the dataset, and leave evaluation out where there is none.
+
+    Args:
+        values: as the user set them, unchecked.
+        overridden: keys that the command line names; False for those that it removes.
+    """
+    changes = _Changes()
+    if overridden.get("eval_dataset") is False:
+        changes.drop(values, EVALUATION_KEYS, "eval_dataset was removed")
+        return changes
+    names, asked = split_names(values.get("dataset")), split_names(values.get("eval_dataset"))
+    follows = "dataset" in overridden and asked and "eval_dataset" not in overridden
+    try:
+        known = list(read_entries(Path(str(setting(values, "dataset_dir")))))
+    except DataError:
+        known = held_out_names(names, [name + HELD_OUT_SUFFIX for name in names])  # reported by the checks
+    sides = held_out_names(names, known)
+    if not follows and (not asked or asked != held_out_names(names, asked) or asked == sides):
+        return changes
+    if not sides:
+        changes.drop(values, EVALUATION_KEYS, f"{', '.join(names)} has no held-out rows")
+    elif sides != asked:
+        changes.derived["eval_dataset"] = (",".join(sides), "the held-out side of the dataset")
+    return changes
+
+
+def _fit_machine(values: Mapping[str, Any], machine: Machine, *, torchrun: bool, changes: _Changes) -> None:
+    if "do_train" not in values:
+        changes.derived["do_train"] = (True, "without it LLaMA Factory trains nothing")
+    if values.get("use_cpu") or (not machine.gpus and "use_cpu" not in values):
+        _fit_cpu(values, machine, changes)
+    elif machine.gpus:
+        _fit_gpus(values, machine, changes)
+    if "ddp_backend" in values and not torchrun:
+        changes.dropped["ddp_backend"] = "only one process trains"
+    elif values.get("ddp_backend") == "nccl" and not machine.gpus:
+        changes.derived["ddp_backend"] = ("gloo", NO_GPU)
+    _fit_preprocessing(values, machine, changes)
+    if "per_device_eval_batch_size" not in values and (values.get("eval_dataset") or values.get("val_size")):
+        rows = default_of("per_device_eval_batch_size")
+        reason = f"LLaMA Factory's default of {rows} holds the logits of {rows} rows at once, tens of GB on long rows"
+        changes.derived["per_device_eval_batch_size"] = (1, reason)
+    _fit_swanlab(values, machine, changes)
+
+
+def _fit_cpu(values: Mapping[str, Any], machine: Machine, changes: _Changes) -> None:
+    reason = "use_cpu is set" if machine.gpus else NO_GPU
+    if "use_cpu" not in values:
+        changes.derived["use_cpu"] = (True, reason)
+    half = ("bf16", "fp16", "pure_bf16", "tf32", "bf16_full_eval", "fp16_full_eval")
+    changes.drop(values, (*half, "enable_liger_kernel", "deepspeed"), reason)
+    if values.get("flash_attn") == "fa2":
+        changes.dropped["flash_attn"] = reason
+
+
+def _fit_gpus(values: Mapping[str, Any], machine: Machine, changes: _Changes) -> None:
+    weakest = min(machine.gpus, key=lambda gpu: gpu.capability)
+    if weakest.capability < AMPERE:
+        reason = f"{weakest.name} does not support bf16"
+        if values.get("bf16") and "fp16" not in values:
+            changes.derived["fp16"] = (True, reason)
+        changes.drop(values, ("bf16", "pure_bf16", "bf16_full_eval"), reason)
+        changes.drop(values, ("tf32",), f"{weakest.name} does not support tf32")
+    half = any(values.get(name) for name in ("bf16", "fp16", "pure_bf16"))
+    has_flash_attention = "flash-attn" in machine.packages and weakest.capability >= AMPERE
+    if "flash_attn" not in values and has_flash_attention and half:
+        changes.derived["flash_attn"] = ("fa2", "flash-attn is installed: faster than SDPA on long rows")
+    if values.get("flash_attn") == "fa2" and not has_flash_attention:
+        changes.dropped["flash_attn"] = "flash-attn is not installed for this GPU; torch's SDPA gives the same results"
+    if "enable_liger_kernel" not in values and "liger-kernel" in machine.packages:
+        changes.derived["enable_liger_kernel"] = (True, "liger-kernel is installed: faster, and smaller logits")
+
+
+def _fit_preprocessing(values: Mapping[str, Any], machine: Machine, changes: _Changes) -> None:
+    rows, size = _estimate_rows(values)
+    most = max(1, min(machine.cores, rows // ROWS_PER_WORKER if rows else 16))
+    asked = values.get("preprocessing_num_workers")
+    if asked is None or asked > most:
+        enough = f"{machine.cores} cores" if most == machine.cores else f"{rows} rows"
+        changes.derived["preprocessing_num_workers"] = (most, f"enough for {enough}")
+    if "preprocessing_batch_size" not in values and rows:
+        batch = max(16, BATCH_BYTES // max(1, size // rows))
+        if batch < 1000:
+            reason = f"rows of {size // rows:,} bytes; more at once only take memory"
+            changes.derived["preprocessing_batch_size"] = (batch, reason)
+
+
+def _estimate_rows(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and bytes of the dataset, estimated from the first megabyte of each file; zeros where it is not here."""
+    try:
+        entries = read_entries(Path(str(setting(values, "dataset_dir"))))
+    except DataError:
+        return 0, 0
+    total = rows = 0
+    for name in split_names(values.get("dataset")):
+        file = entries[name].file if name in entries else None
+        if file is None or not file.is_file():
+            continue
+        with file.open("rb") as stream:
+            sample = stream.read(1 << 20)
+        if sample:
+            total += file.stat().st_size
+            rows += max(1, round(file.stat().st_size * max(1, sample.count(b"\n")) / len(sample)))
+    return rows, total
+
+
+def _fit_swanlab(values: Mapping[str, Any], machine: Machine, changes: _Changes) -> None:
+    if not values.get("use_swanlab"):
+        return
+    choice = resolve_swanlab(values, machine.packages)
+    if choice.mode is None:
+        changes.drop(values, [name for name in values if "swanlab" in name], choice.reason)
+    elif choice.mode != values.get("swanlab_mode"):
+        changes.derived["swanlab_mode"] = (choice.mode, choice.reason)

@@ -13,12 +13,11 @@ from prmkit import __version__
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.files import read_json, write_json, write_text
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
-from prmkit.training import llamafactory
-from prmkit.training.checkpoints import weights_fault
+from prmkit.training import launcher
 from prmkit.training.config import render_yaml
-from prmkit.training.failures import told_by
-from prmkit.training.resume import move_aside
-from prmkit.training.runs import RECORD, read_record
+from prmkit.training.launcher import diagnose
+from prmkit.training.records import RECORD, read_record
+from prmkit.training.resume import back_up, weights_fault
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
         log.info("%s: already exported.", target)
         return target
     if _contents(target):
-        move_aside(target)
+        back_up(target)
     part = target / _PART
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -179,10 +178,10 @@ def _run_export(source: Source, part: Path, log_path: Path) -> None:
     write_text(yaml_path, render_yaml(values))
     begin = log_path.stat().st_size if log_path.exists() else 0
     log.info("Exporting %s; log: %s", source.folder, log_path)
-    with llamafactory.started(llamafactory.cli_command("export", yaml_path), log_path) as child:
-        code = llamafactory.run_to_end(child, lambda: None, is_saved=lambda: True, patience=lambda: 0.0)
+    with launcher.started(launcher.cli_command("export", yaml_path), log_path) as child:
+        code = launcher.run_to_end(child, lambda: None, is_saved=lambda: True, patience=lambda: 0.0)
     if code != 0:
-        raise LlamaFactoryError(told_by(log_path, begin, code, values))
+        raise LlamaFactoryError(diagnose(log_path, begin, code, values))
 
 
 def _note(source: Source, renders_alike: bool) -> dict[str, Any]:

@@ -1,18 +1,27 @@
-"""The checks before a run: everything that would stop it or spoil it, found before the model loads.
+"""Every check before a run, in a process of its own: `python -m prmkit.training.preflight`.
 
-This is the checklist of a careful person, done by the machine: each check says what it found and what to do.
+This is the checklist of a careful person, done by the machine: each check says what it found and what to do. They run
+in a child of `train.py` (`prmkit.training.launcher.run_checks`), because the last of them import LLaMA Factory, which
+takes 8 seconds, and run a model's own code and chat template, which may raise anything, or hang.
+
+The request on standard input is a JSON object: `values`, `dropped`, `sources` (of the resolved config), `processes`,
+`world_size`, `evaluate`, `parent` (the process that asks). Standard output has one JSON object a line: `{"begin": NAME,
+"advice": what to do when the check dies, "note": what to show meanwhile}` or a check.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from prmkit.errors import DataError
-from prmkit.training.check import Check, Status, error, ok, warning
-from prmkit.training.config import ResolvedConfig
-from prmkit.training.data_checks import check_datasets, check_held_out
-from prmkit.training.deep import look_deep
-from prmkit.training.environment_checks import (
+from prmkit.llamafactory_schema import setting
+from prmkit.training import llamafactory_checks
+from prmkit.training.checks import Check, Status, check_settings, errors_in
+from prmkit.training.environment import (
     check_command,
     check_disk,
     check_gpu,
@@ -21,62 +30,59 @@ from prmkit.training.environment_checks import (
     check_python,
     check_swanlab,
     check_versions,
+    this_machine,
 )
-from prmkit.training.machine import GIBIBYTE, Machine, this_machine
-from prmkit.training.memory import Memory, Model, checkpoint_bytes, estimate, read_model, remedies
-from prmkit.training.model_folder import check_model_folder
-from prmkit.training.settings_checks import check_settings
-
-SURE_TO_FAIL = 1.15
-"""The estimate is good to about 15 %: that much over a GPU's memory will not fit, less may."""
-COMFORTABLE = 0.75
-"""Below this share of the free memory there is room to trade memory for speed."""
+from prmkit.training.input_checks import check_datasets, check_held_out, check_model_folder, check_named_files
+from prmkit.training.model import Model, check_memory, checkpoint_bytes, read_model
+from prmkit.training.supervisor import die_with_parent
 
 
-def run_preflight(
-    config: ResolvedConfig, *, machine: Machine | None = None, processes: int = 1, world_size: int = 1
-) -> list[Check]:
-    """Run every check and return them all, in the order of a training checklist. Takes under 15 seconds.
+def main() -> None:
+    """Answer the request on standard input; see the top of this file."""
+    request = json.load(sys.stdin)
+    die_with_parent(request["parent"])
+    # LLaMA Factory logs to stdout, which is for results alone.
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    run_preflight(request, results)
 
-    Args:
-        config: what the run would be started with.
-        machine: what training can count on; this machine when it is None.
-        processes: how many train on this machine.
-        world_size: how many train, over all nodes.
-    """
-    machine = machine or this_machine()
-    values = config.values
-    model_check = check_model_folder(values)
-    versions = [check_python(), check_versions(), check_command()]
-    findings = None
-    if not errors_in(versions):
-        findings = look_deep(values, gpus=len(machine.gpus))
+
+def run_preflight(request: Mapping[str, Any], results: IO[str]) -> None:
+    """Run every check and write each result at once, the quick ones first."""
+    values, machine = request["values"], this_machine()
+
+    def done(checks: Iterable[Check]) -> list[Check]:
+        written = list(checks)
+        for check in written:
+            _write(results, asdict(check))
+        return written
+
+    def begin(name: str, advice: str, note: str = "") -> None:
+        _write(results, {"begin": name, "advice": advice, "note": note})
+
+    versions = done([check_python(), check_versions(), check_command()])
+    (model_check,) = done([check_model_folder(values)])
+    done([check_datasets(values), check_held_out(values, request["dropped"], evaluate=request["evaluate"])])
+    done(check_named_files(values))
+    done(check_settings(values))
     model = _sizes(values, model_check)
-    cutoff = int(values.get("cutoff_len", 2048))
-    tokens = min(cutoff, findings.longest_row or cutoff) if findings else cutoff
-    return [
-        *versions,
-        *(findings.checks[:1] if findings else []),
-        model_check,
-        check_datasets(values),
-        check_held_out(values, config.dropped),
-        *(findings.checks[1:] if findings else []),
-        *check_settings(values),
-        check_gpu(values, machine, processes=processes, parameters=model.parameters if model else 0),
-        check_precision(values, config.dropped),
-        *_memory(model, values, machine, tokens=tokens, world_size=world_size),
-        check_disk(values, checkpoint_bytes(model, values) if model else None),
-        check_packages(values, machine),
-        check_swanlab(values, config.dropped, config.sources),
-    ]
+    parameters = model.parameters if model else 0
+    done([check_gpu(values, machine, processes=request["processes"], parameters=parameters)])
+    done([check_precision(values, request["dropped"])])
+    done([check_disk(values, checkpoint_bytes(model, values) if model else None), check_packages(values, machine)])
+    done([check_swanlab(values, request["dropped"], request["sources"])])
+    longest = None if errors_in(versions) else _check_llamafactory(values, len(machine.gpus), begin, done)
+    cutoff = int(setting(values, "cutoff_len"))
+    tokens = min(cutoff, longest or cutoff)
+    done(check_memory(model, values, machine, tokens=tokens, world_size=request["world_size"]))
 
 
-def errors_in(checks: Sequence[Check]) -> list[Check]:
-    """The checks that stop a run."""
-    return [check for check in checks if check.status is Status.ERROR]
+def _write(results: IO[str], message: Mapping[str, Any]) -> None:
+    results.write(json.dumps(message) + "\n")
+    results.flush()
 
 
-def _sizes(values: Any, model_check: Check) -> Model | None:
+def _sizes(values: Mapping[str, Any], model_check: Check) -> Model | None:
     if model_check.status is not Status.OK:
         return None
     try:
@@ -85,44 +91,33 @@ def _sizes(values: Any, model_check: Check) -> Model | None:
         return None
 
 
-def _memory(model: Model | None, values: Any, machine: Machine, *, tokens: int, world_size: int) -> Iterator[Check]:
-    room = machine.room
-    if not room:
-        return
-    if model is None:
-        yield warning("memory", "not estimated: the model's sizes are not known", "Watch nvidia-smi at the start.")
-        return
-    memory = estimate(model, values, tokens=tokens, world_size=world_size)
-    found = f"about {_parts(memory)} at {tokens:,} tokens a row; {room / GIBIBYTE:.0f} GiB free"
-    if memory.total <= room:
-        yield ok("memory", found, _faster(model, values, room=room, tokens=tokens, world_size=world_size))
-        return
-    smaller = remedies(model, values, tokens=tokens, world_size=world_size, room=room)
-    steps = [f"{step.flags} ({step.memory.total / GIBIBYTE:.0f} GiB)" for step in smaller]
-    fits = bool(smaller) and smaller[-1].memory.total <= room
-    last = "" if fits else "; then a shorter cutoff_len, or more GPUs with configs/multi_gpu_zero2.yaml"
-    advice = "Try, in this order: " + "; ".join(steps) + last
-    sure = memory.total > SURE_TO_FAIL * room
-    yield error("memory", f"{found}: will not fit", advice) if sure else warning("memory", f"{found}: tight", advice)
+def _check_llamafactory(
+    values: Mapping[str, Any], gpus: int, begin: Callable[..., None], done: Callable[[Iterable[Check]], list[Check]]
+) -> int | None:
+    """The checks that import LLaMA Factory; the longest row in tokens, if it could be measured."""
+    note = "Loading LLaMA Factory and the tokenizer; this takes about 10 seconds."
+    begin("LLaMA Factory starts", "Install the versions that fit together: ./run_training.sh --install-deps", note)
+    # Its parser refuses to work where it sees several GPUs and no torchrun.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if gpus else ""
+    if not llamafactory_checks.hub_answers(str(values["model_name_or_path"])):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    done([llamafactory_checks.check_start(gpus)])
+    try:
+        begin("template", "Look at the model folder's tokenizer files.")
+        found, encoding = llamafactory_checks.check_encoding(values)
+        done(found)
+        begin("row lengths", "Look at the dataset's files; or convert again: python convert_dataset.py")
+        check, longest = llamafactory_checks.check_rows(encoding, values)
+        done([check])
+    finally:
+        # A tokenizer that raises must not hide what the parser reports.
+        begin("LLaMA Factory's own parser", "Change the key that the message names.")
+        check, arguments = llamafactory_checks.check_parser(values)
+        done([check])
+        begin("trainer", llamafactory_checks.TRAINER_ADVICE)
+        done([llamafactory_checks.check_trainer(arguments)])
+    return longest
 
 
-def _parts(memory: Memory) -> str:
-    parts = {
-        "weights": memory.weights,
-        "LoRA and optimizer" if memory.weights else "weights and optimizer": memory.states,
-        "activations": memory.activations,
-        "logits": memory.logits,
-        "reserve": memory.reserve,
-    }
-    told = ", ".join(f"{name} {size / GIBIBYTE:.1f}" for name, size in parts.items() if size)
-    return f"{memory.total / GIBIBYTE:.1f} GiB ({told})"
-
-
-def _faster(model: Model, values: Any, *, room: float, tokens: int, world_size: int) -> str:
-    if values.get("disable_gradient_checkpointing") or values.get("use_cpu"):
-        return ""
-    whole = {**values, "disable_gradient_checkpointing": True}
-    memory = estimate(model, whole, tokens=tokens, world_size=world_size)
-    if memory.total > COMFORTABLE * room:
-        return ""
-    return f"disable_gradient_checkpointing=true would be faster and take {memory.total / GIBIBYTE:.0f} GiB."
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,17 @@
-"""What a start means for a run folder: begin, go on from a checkpoint, finish what a kill left, or nothing to do."""
+"""What a start means for a run folder: begin, resume from a checkpoint, finish what a kill interrupted, or nothing.
 
+LLaMA Factory itself resumes from the checkpoint with the highest number, even if a kill left it half written or an
+earlier run left it there. Some faults then end in a crash; a missing optimizer state goes unnoticed. So every file is
+checked here before a checkpoint is used, and its path is passed on explicitly.
+"""
+
+import json
 import logging
+import mmap
 import shlex
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -11,48 +19,287 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
-from prmkit.training.checkpoints import (
-    NO_OPTIMIZER,
-    Checkpoint,
-    checkpoint_folders,
-    fault_of,
-    load_checkpoint,
-    newest_whole,
-    read_state,
-    rename_aside,
-    weights_fault,
-)
-from prmkit.training.runs import differences, read_record
+from prmkit.files import read_json
+from prmkit.llamafactory_schema import setting
+from prmkit.training.model import read_header
+from prmkit.training.records import differences, read_record
 
 log = logging.getLogger(__name__)
 
+NO_OPTIMIZER = "the optimizer state is missing or damaged"
+"""The fault of a checkpoint that `save_only_model` wrote, or that a kill interrupted."""
 _KEPT_BY_GIT = ".gitkeep"
 
 
-class Step(StrEnum):
-    """What is to be done."""
-
-    BEGIN = "begin"
-    GO_ON = "go on"
-    FINISH = "finish"
-    """All steps were trained; what is left is to check, and to take missing final files from the last checkpoint."""
-    DONE = "done"
+# --- is a folder complete? ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a start is going to do."""
+class Checkpoint:
+    """A complete checkpoint."""
 
-    step: Step
-    record: dict[str, Any]
-    checkpoint: Checkpoint | None = None
+    folder: Path
+    step: int
+    tokens: int
+    """Input tokens seen so far; 0 where they were not counted."""
+    max_steps: int
+    """The last step of the run that wrote it."""
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The content of `trainer_state.json`; None when it is missing or damaged."""
+    try:
+        # Python's own reader, because a loss that is not a number is written as NaN.
+        state = json.loads((folder / "trainer_state.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(state, dict) or not all(type(state.get(key)) is int for key in ("global_step", "max_steps")):
+        return None
+    history, tokens = state.get("log_history"), state.get("num_input_tokens_seen")
+    entries = [entry for entry in history if _is_logged(entry)] if isinstance(history, list) else []
+    return {**state, "log_history": entries, "num_input_tokens_seen": tokens if type(tokens) is int else 0}
+
+
+def _is_logged(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("step"), int)
+        and all(isinstance(entry.get(key, 0.0), int | float) for key in ("loss", "eval_loss"))
+    )
+
+
+def parse_log_line(line: bytes) -> dict[str, Any] | None:
+    """One line of a `trainer_log.jsonl`; None for a line that a kill or a full disk damaged."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    numbers = ("total_steps", "loss", "eval_loss", "lr", "throughput", "total_tokens", "vram_reserved")
+    is_entry = isinstance(entry, dict) and isinstance(entry.get("current_steps"), int)
+    return entry if is_entry and all(isinstance(entry.get(key, 0), int | float) for key in numbers) else None
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `trainer_log.jsonl`; damaged ones are skipped."""
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        if (entry := parse_log_line(line)) is not None:
+            yield entry
+
+
+def weights_fault(folder: Path) -> str | None:
+    """What is wrong with the weights in a folder, an adapter or a model in one or several files; by header and size."""
+    try:
+        names = _weight_names(folder)
+    except DataError as failure:
+        return str(failure).rstrip(".")
+    if not names:
+        return "adapter_model.safetensors is missing"
+    return next((f"{name} is not complete" for name in names if not _is_complete_file(folder / name)), None)
+
+
+def _weight_names(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [name for name in ("adapter_model.safetensors", "model.safetensors") if (folder / name).exists()][:1]
+    try:
+        return sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError) as failure:
+        raise DataError(f"{index.name} is not an index.") from failure
+
+
+def _is_complete_file(path: Path) -> bool:
+    try:
+        header = read_header(path)
+        return bool(header.weights) and path.stat().st_size == header.size
+    except (DataError, OSError):
+        return False
+
+
+def content_fault(folder: Path) -> str | None:
+    """What is wrong with the contents of a folder of weights: every byte is read, about a second a gigabyte.
+
+    Besides `weights_fault`: JSON files that are empty or damaged, pages of zeros in the weights, which are what a power
+    failure leaves, and numbers that are not finite.
+    """
+    if fault := weights_fault(folder):
+        return fault
+    config = "adapter_config.json" if (folder / "adapter_model.safetensors").exists() else "config.json"
+    for name in (config, *(name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).exists())):
+        try:
+            if not isinstance(content := read_json(folder / name), dict) or not content:
+                return f"{name} is empty"
+        except DataError:
+            return f"{name} is missing or damaged"
+    return next((fault for name in _weight_names(folder) if (fault := _numbers_fault(folder / name))), None)
+
+
+_PAGE = 4096
+_EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+"""NumPy type of the same size, and the bits that are all set in infinities and NaN alone (IEEE 754)."""
+
+
+_CHUNK = 1 << 26
+
+
+def _numbers_fault(path: Path) -> str | None:
+    header = read_header(path)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for name, weight in header.weights.items():
+            begin, end = header.places[name]
+            if weight.dtype in _EXPONENTS and not _is_finite(content, begin, end, *_EXPONENTS[weight.dtype]):
+                return f"{path.name}: {name} contains numbers that are not finite"
+            # Embeddings have rows of zeros, and a tensor of nothing but zeros is a LoRA B that has not learned yet.
+            may_be_zero = len(weight.shape) < 2 or "embed" in name or "lm_head" in name
+            if not may_be_zero and _has_zero_page(content, begin, end):
+                return f"{path.name}: {name} has a page of zeros"
+    return None
+
+
+def _is_finite(content: mmap.mmap, begin: int, end: int, kind: str, exponent: int) -> bool:
+    import numpy
+
+    return all(
+        bool(((numpy.frombuffer(content[start : min(start + _CHUNK, end)], kind) & exponent) != exponent).all())
+        for start in range(begin, end, _CHUNK)
+    )
+
+
+def _has_zero_page(content: mmap.mmap, begin: int, end: int) -> bool:
+    """Whether a page of the file is zero, in a tensor that is not zero everywhere."""
+    import numpy
+
+    first, last = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
+    used = [
+        numpy.frombuffer(content[start : min(start + _CHUNK, last)], "<u8").reshape(-1, _PAGE // 8).any(axis=1)
+        for start in range(first, last, _CHUNK)
+    ]
+    return any(pages.any() for pages in used) and not all(pages.all() for pages in used)
+
+
+def checkpoint_fault(folder: Path, *, contents: bool = True) -> str | None:
+    """Why nothing can be resumed from a checkpoint folder; None when it is complete.
+
+    Args:
+        folder: `checkpoint-N`.
+        contents: read every byte, not only names and sizes.
+    """
+    if (folder / "checkpoint-is-incomplete.txt").exists():
+        return "it was being written when the run ended"
+    state = read_state(folder)
+    if state is None:
+        return "trainer_state.json is missing or damaged"
+    if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{state['global_step']}":
+        return f"it is from step {state['global_step']}, not from the one in its name"
+    if fault := content_fault(folder) if contents else weights_fault(folder):
+        return fault
+    return _optimizer_fault(folder, contents=contents)
+
+
+def _optimizer_fault(folder: Path, *, contents: bool) -> str | None:
+    # One process or DDP; FSDP; DeepSpeed, one file for each process. torch.save writes zip files with checksums.
+    optimizers = [path for name in ("optimizer.pt", "optimizer.bin", "global_step*/*optim_states.pt")
+                  for path in folder.glob(name)]  # fmt: skip
+    if not optimizers or not all(map(zipfile.is_zipfile, optimizers)):
+        return NO_OPTIMIZER
+    if not contents:
+        return None
+    if (folder / "optimizer.pt").exists():
+        needed = ("scheduler.pt", "training_args.bin")
+        if missing := [name for name in needed if not (folder / name).exists()]:
+            return f"{missing[0]} is missing"
+        if not list(folder.glob("rng_state*.pth")):
+            return "rng_state.pth is missing"
+    saved = [*optimizers, *folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("training_args.bin")]
+    return next((f"{path.name} is damaged" for path in dict.fromkeys(saved) if not _is_whole_zip(path)), None)
+
+
+def _is_whole_zip(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):
+        return False
+
+
+# --- which checkpoint? --------------------------------------------------------------------------------------------
+
+
+def stale_reason(folder: Path, run_log: Path) -> str | None:
+    """Why a complete checkpoint is from another run than the one whose `trainer_log.jsonl` this is.
+
+    The losses in the checkpoint's history must be those that this run logged. The last entry may be missing from the
+    log, which is written a moment later.
+    """
+    logged: dict[int, set[float]] = {}
+    totals: set[int] = set()
+    for line in read_log(run_log):
+        totals.add(line.get("total_steps", 0))
+        if "loss" in line:
+            logged.setdefault(line["current_steps"], set()).add(line["loss"])
+    state = read_state(folder) or {}
+    if totals and state.get("max_steps") not in totals:
+        return f"it is from a run of {state.get('max_steps')} steps"
+    history = [entry for entry in state.get("log_history", []) if "loss" in entry]
+    if any(entry["loss"] not in logged.get(entry["step"], set()) for entry in history[:-1]):
+        return "its losses are not those of this run"
+    return None
+
+
+def checkpoint_folders(run_folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders of a run, highest N first."""
+    folders = [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def newest_checkpoint(run_folder: Path, *, rename: bool = False, contents: bool = True) -> Checkpoint | None:
+    """The newest checkpoint that is complete and from this run.
+
+    Args:
+        run_folder: contains `checkpoint-N` folders and the run's `trainer_log.jsonl`.
+        rename: rename higher-numbered ones that cannot be used: `incomplete.checkpoint-N`, `stale.checkpoint-N`.
+        contents: see `checkpoint_fault`.
+    """
+    for folder in checkpoint_folders(run_folder):
+        fault, kind = checkpoint_fault(folder, contents=contents), "incomplete"
+        if fault is None:
+            fault, kind = stale_reason(folder, run_folder / "trainer_log.jsonl"), "stale"
+        if fault is None:
+            return _load_checkpoint(folder)
+        if rename:
+            moved = rename_with_prefix(folder, kind)
+            log.warning("%s cannot be used: %s. Renamed to %s.", folder, fault, moved.name)
+    return None
+
+
+def _load_checkpoint(folder: Path) -> Checkpoint:
+    state = read_state(folder) or {}
+    return Checkpoint(folder, state["global_step"], state["num_input_tokens_seen"], state["max_steps"])
+
+
+def rename_with_prefix(path: Path, why: str) -> Path:
+    """Rename to `WHY.NAME`, or `WHY-2.NAME` and so on where that is taken; of `incomplete` folders one is kept.
+
+    The word is a prefix because LLaMA Factory deletes old folders whose names begin with `checkpoint-`.
+    """
+    if why == "incomplete" and path.is_dir():
+        for older in path.parent.glob("incomplete*.checkpoint-*"):
+            shutil.rmtree(older, ignore_errors=True)
+    target, number = path.with_name(f"{why}.{path.name}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{why}-{number}.{path.name}")
+    path.rename(target)
+    return target
+
+
+# --- which folder? ------------------------------------------------------------------------------------------------
 
 
 def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path:
-    """Where a run stands: `output_dir`, or beside it under `run_name`; what was typed wins over what is in the file.
+    """The folder of a run: `output_dir`, or beside it under `run_name`; what was typed wins over the file.
 
     Raises:
-        UsageError: the name is no plain folder name.
+        UsageError: `run_name` is not a plain folder name.
     """
     folder = Path(str(values["output_dir"]))
     name = values.get("run_name")
@@ -65,7 +312,7 @@ def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path
 
 
 def free_folder(folder: Path, fresh: Mapping[str, Any]) -> Path:
-    """`folder`, or the first of `folder-2`, `folder-3` … that is not taken by a finished run of another config.
+    """`folder`, or the first of `folder-2`, `folder-3` … that does not contain a finished run of another config.
 
     A run never overwrites another one; and the same command finds its own run again, because its config is the same.
     """
@@ -76,16 +323,16 @@ def free_folder(folder: Path, fresh: Mapping[str, Any]) -> Path:
     return candidate
 
 
-def move_aside(folder: Path) -> Path | None:
+def back_up(folder: Path) -> Path | None:
     """Rename a folder to `NAME.TIMESTAMP`; nothing is lost by `--overwrite`.
 
     Raises:
-        UsageError: it is the folder that all this runs in, or above it.
+        UsageError: it is the current folder, or above it.
     """
     if not folder.exists():
         return None
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise UsageError(f"{folder}: is the folder that this was started in, and cannot be moved aside. Name another.")
+        raise UsageError(f"{folder}: is the current folder and cannot be renamed. Name another.")
     target = folder.with_name(f"{folder.name}.{datetime.now().strftime('%Y%m%d-%H%M%S')}")
     while target.exists():
         target = target.with_name(target.name + "+")
@@ -93,147 +340,175 @@ def move_aside(folder: Path) -> Path | None:
     if (target / _KEPT_BY_GIT).exists():  # the folder belongs to the repository, its contents do not
         folder.mkdir()
         (target / _KEPT_BY_GIT).rename(folder / _KEPT_BY_GIT)
-    log.info("Moved %s aside to %s", folder, target)
+    log.info("Renamed %s to %s", folder, target)
     return target
 
 
-def plan_start(folder: Path, fresh: dict[str, Any], *, put_aside: bool = True) -> Plan:
+# --- what does a start do? ----------------------------------------------------------------------------------------
+
+
+class Step(StrEnum):
+    """What a start does."""
+
+    BEGIN = "begin"
+    RESUME = "resume"
+    FINISH = "finish"
+    """All steps were trained; final files are checked, and missing ones copied from the last checkpoint."""
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a start is going to do."""
+
+    step: Step
+    record: dict[str, Any]
+    checkpoint: Checkpoint | None = None
+
+
+def plan_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) -> Plan:
     """Decide what a start does.
 
     Args:
-        folder: the run folder; held by this process, where something is put aside.
+        folder: the run folder; locked by this process where something is renamed.
         fresh: the record of a run that would begin now.
-        put_aside: rename broken and foreign checkpoints on the way.
+        rename: rename damaged and foreign checkpoints.
 
     Raises:
-        UsageError: the folder holds something else than this run, or there is nothing left to train.
-        DataError: the checkpoint that the user chose is not whole.
+        UsageError: the folder contains something other than this run, or there is nothing left to train.
+        DataError: the checkpoint that the user chose is not complete.
     """
     record = read_record(folder)
     wanted = fresh["config"].get("resume_from_checkpoint")
     named = Path(wanted) if isinstance(wanted, str) else None
     if record is None:
         if named is None or named.resolve().parent != folder.resolve():
-            _refuse_foreign(folder)
-        return _from(_chosen(named), fresh, folder)
+            _check_unknown_content(folder)
+        return _plan_from(_check_chosen(named), fresh, folder)
     changed = differences(record, fresh)
-    if record["status"] == "finished" and weights_fault(folder) is None:
+    if record["status"] == "finished" and (changed or content_fault(folder) is None):
         if changed:
-            raise UsageError(_another_config(folder, "finished", changed))
+            raise UsageError(_other_config(folder, "a finished", changed))
         return Plan(Step.DONE, record)
-    # A run that has gone on from the named checkpoint goes on from its own newest one, not from there again; the named
-    # one may be gone by then, for LLaMA Factory keeps the last few alone.
-    explicit = None if str(named) in record["resumed_from"] else _chosen(named)
-    complete = not changed and _is_complete(folder)
-    weights_alone = bool(record["config"].get("save_only_model"))
-    if weights_alone and not complete:
-        _refuse_weights_alone(folder)
-    newest = newest_whole(folder, put_aside=put_aside and not (weights_alone and complete))
+    # A run that has resumed from the named checkpoint continues from its own newest one, not from there again; the
+    # named one may be gone by then, because LLaMA Factory keeps only the last few.
+    explicit = None if str(named) in record["resumed_from"] else _check_chosen(named)
+    complete = not changed and _has_final_files(folder)
+    weights_only = bool(record["config"].get("save_only_model"))
+    if weights_only and not complete:
+        _check_weights_only(folder)
+    newest = newest_checkpoint(folder, rename=rename and not (weights_only and complete))
     if complete:
         return Plan(Step.FINISH, record)
     if changed and newest is not None:
-        raise UsageError(_another_config(folder, "unfinished", changed))
+        raise UsageError(_other_config(folder, "an unfinished", changed))
     if wanted is False and newest is not None:
-        raise UsageError(f"{newest.folder}: stands there, but resume_from_checkpoint is false. Add --overwrite.")
+        raise UsageError(f"{newest.folder}: exists, but resume_from_checkpoint is false. Add --overwrite.")
     if changed:
-        log.info("%s: the config has changed and nothing was saved yet; it begins anew.", folder)
-        return _from(explicit, fresh, folder)
-    record = {**record, **{key: fresh[key] for key in ("config", "sources", "command", "processes")}}
-    return _from(explicit or newest or _chosen(named), record, folder)
+        log.info("%s: the config has changed and nothing was saved yet; it starts from the beginning.", folder)
+        return _plan_from(explicit, fresh, folder)
+    record = {**record, **{key: fresh[key] for key in ("config", "sources", "command", "processes", "base_model")}}
+    return _plan_from(explicit or newest or _check_chosen(named), record, folder)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether the final files are there: LLaMA Factory writes the weights first and `trainer_state.json` last."""
+def _has_final_files(folder: Path) -> bool:
+    """Whether the final files are complete: LLaMA Factory writes the weights first and `trainer_state.json` last."""
     state = read_state(folder)
-    return state is not None and state["global_step"] >= state["max_steps"] and weights_fault(folder) is None
+    return state is not None and state["global_step"] >= state["max_steps"] and content_fault(folder) is None
 
 
-def _chosen(folder: Path | None) -> Checkpoint | None:
-    """The checkpoint that the user named in `resume_from_checkpoint`, if any."""
+def _check_chosen(folder: Path | None) -> Checkpoint | None:
+    """The checkpoint that the user named in `resume_from_checkpoint`, if any.
+
+    Raises:
+        DataError: it is not complete.
+    """
     if folder is None:
         return None
-    fault = fault_of(folder) if folder.is_dir() else "there is no such folder"
+    fault = checkpoint_fault(folder) if folder.is_dir() else "there is no such folder"
     if fault is None:
-        return load_checkpoint(folder)
-    whole = [str(other) for other in checkpoint_folders(folder.parent) if fault_of(other) is None]
-    choice = f"Whole ones: {', '.join(whole)}." if whole else "Take the key out to begin anew."
+        return _load_checkpoint(folder)
+    others = [str(other) for other in checkpoint_folders(folder.parent) if checkpoint_fault(other) is None]
+    choice = f"Complete ones: {', '.join(others)}." if others else "Remove the key to start from the beginning."
     raise DataError(f"resume_from_checkpoint: {folder}: {fault}. {choice}")
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _check_unknown_content(folder: Path) -> None:
     if checkpoint_folders(folder) or (folder.exists() and weights_fault(folder) is None):
         raise UsageError(
-            f"{folder}: holds a model or checkpoints, but no run.json, so nobody knows what they were trained on.\n"
-            f"  --overwrite             moves the folder aside\n"
+            f"{folder}: contains a model or checkpoints, but no run.json, so their data and settings are unknown.\n"
+            f"  --overwrite             renames the folder\n"
             f"  run_name=NAME           trains in another folder\n"
-            f"  resume_from_checkpoint={folder}/checkpoint-N   goes on from one of its checkpoints"
+            f"  resume_from_checkpoint={folder}/checkpoint-N   resumes from one of its checkpoints"
         )
 
 
-def _refuse_weights_alone(folder: Path) -> None:
-    """Nothing goes on from weights alone, but they are worth keeping."""
-    if kept := [path for path in checkpoint_folders(folder) if fault_of(path) == NO_OPTIMIZER]:
+def _check_weights_only(folder: Path) -> None:
+    """Nothing can be resumed from weights alone, but they are worth keeping."""
+    faults = {path: checkpoint_fault(path, contents=False) for path in checkpoint_folders(folder)}
+    if kept := [path for path, fault in faults.items() if fault == NO_OPTIMIZER]:
         raise UsageError(
-            f"{folder}: was saved with save_only_model, so training cannot go on from {kept[0].name}: it holds the "
-            "weights, not the optimizer's state.\n"
-            "  --overwrite moves the folder aside and begins anew\n"
+            f"{folder}: was saved with save_only_model, so training cannot be resumed from {kept[0].name}: it contains "
+            "the weights, not the optimizer state.\n"
+            "  --overwrite renames the folder and starts from the beginning\n"
             f"  python evaluate_judge.py --run {shlex.quote(str(kept[0]))} measures what is there"
         )
 
 
-def _another_config(folder: Path, state: str, changed: list[str]) -> str:
+def _other_config(folder: Path, state: str, changed: list[str]) -> str:
     shown = "\n".join(f"  {line}" for line in changed)
     return (
-        f"{folder}: holds {'a' if state == 'finished' else 'an'} {state} run of another config:\n{shown}\n"
-        "Start with run_name=NAME to train in another folder, or with --overwrite to move this one aside."
+        f"{folder}: contains {state} run of another config:\n{shown}\n"
+        "Add run_name=NAME to train in another folder, or --overwrite to rename this one."
     )
 
 
-def _from(checkpoint: Checkpoint | None, record: dict[str, Any], folder: Path) -> Plan:
+def _plan_from(checkpoint: Checkpoint | None, record: dict[str, Any], folder: Path) -> Plan:
     if checkpoint is None:
         return Plan(Step.BEGIN, record)
-    own = checkpoint.folder.resolve().parent == folder.resolve()
-    if not own:
-        _refuse_nothing_left(checkpoint, record)
+    is_ours = checkpoint.folder.resolve().parent == folder.resolve()
+    if not is_ours:
+        _check_something_left(checkpoint, record)
     record = {**record, "resumed_from": [*record["resumed_from"], str(checkpoint.folder)]}
-    is_last = own and checkpoint.step >= checkpoint.max_steps
-    return Plan(Step.FINISH if is_last else Step.GO_ON, record, checkpoint)
+    is_last = is_ours and checkpoint.step >= checkpoint.max_steps
+    return Plan(Step.FINISH if is_last else Step.RESUME, record, checkpoint)
 
 
-def _refuse_nothing_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
-    """Going on from another run's checkpoint trains it for longer, or it is a copy under another name."""
+def _check_something_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Resuming from another run's checkpoint must train it for longer; otherwise it is a copy under another name."""
     config, state = record["config"], read_state(checkpoint.folder) or {}
-    steps, epochs = int(config.get("max_steps") or -1), float(config.get("num_train_epochs", 3.0))
+    steps, epochs = int(config.get("max_steps") or -1), float(setting(config, "num_train_epochs"))
     if 0 < steps <= checkpoint.step:
-        raise UsageError(f"max_steps={steps}: {checkpoint.folder} has trained {checkpoint.step} already. Give more.")
-    trained_on = (read_record(checkpoint.folder.parent) or {}).get("dataset")
-    if steps < 0 and trained_on == record["dataset"] and epochs <= float(state.get("epoch") or 0.0):
+        raise UsageError(f"max_steps={steps}: {checkpoint.folder} has already trained {checkpoint.step}. Give more.")
+    trained_on = (read_record(checkpoint.folder.parent) or {}).get("dataset") or {}
+    same_rows = trained_on.get("sha256") == (record["dataset"] or {}).get("sha256")
+    if steps < 0 and same_rows and epochs <= float(state.get("epoch") or 0.0):
         raise UsageError(
-            f"num_train_epochs={epochs:g}: {checkpoint.folder} has trained {state['epoch']:g} on this dataset already. "
+            f"num_train_epochs={epochs:g}: {checkpoint.folder} has already trained {state['epoch']:g} on this dataset. "
             "Give more with --epochs."
         )
 
 
-def clear_the_way(folder: Path, plan: Plan) -> None:
-    """Put aside what would make LLaMA Factory refuse, or would be mistaken for what this start writes."""
+def prepare_run_folder(folder: Path, plan: Plan) -> None:
+    """Rename what would make LLaMA Factory refuse to start, or would be mistaken for what this start writes."""
     if plan.step is Step.BEGIN:
         for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"):
             if (folder / name).exists():
-                rename_aside(folder / name, "incomplete")
+                rename_with_prefix(folder / name, "incomplete")
         if (folder / "trainer_log.jsonl").exists():
-            rename_aside(folder / "trainer_log.jsonl", "before")
+            rename_with_prefix(folder / "trainer_log.jsonl", "before")
     if plan.checkpoint is not None and plan.checkpoint.folder.resolve().parent == folder.resolve():
         for higher in checkpoint_folders(folder):
             if int(higher.name[11:]) > plan.checkpoint.step:
-                log.info("Put %s aside: this run goes on from step %s.", higher, plan.checkpoint.step)
-                rename_aside(higher, "superseded")
+                moved = rename_with_prefix(higher, "superseded")
+                log.info("Renamed %s to %s: this run resumes from step %s.", higher, moved.name, plan.checkpoint.step)
 
 
-def finish_from(checkpoint: Checkpoint, folder: Path) -> None:
+def restore_final_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the final files of a run that had trained all its steps when it was killed.
 
-    LLaMA Factory itself would train one step too many. What it saves at the end is what stands in the last checkpoint,
-    or, with `load_best_model_at_end`, in the best one.
+    LLaMA Factory itself would train one step too many. What it saves at the end is what the last checkpoint contains,
+    or, with `load_best_model_at_end`, the best one.
     """
     state = read_state(checkpoint.folder) or {}
     best = state.get("best_model_checkpoint")
@@ -244,5 +519,5 @@ def finish_from(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copy2(path, folder / path.name)
     # Last: a folder with it counts as finished.
     shutil.copy2(checkpoint.folder / "trainer_state.json", folder / "trainer_state.json")
-    if fault := weights_fault(folder):
+    if fault := content_fault(folder):
         raise LlamaFactoryError(f"{folder}: {fault}, and {source.name} does not have it. Start with --overwrite.")

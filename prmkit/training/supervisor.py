@@ -1,18 +1,20 @@
-"""Run one command and leave nothing of it behind. Linux only; imports nothing but the standard library.
+"""Run one command and leave none of its processes running. Linux only; imports nothing but the standard library.
 
     python -I supervisor.py (child|grandchildren) COMMAND [ARGUMENT...]
 
-It stands between `train.py` and LLaMA Factory, because no process can clean up after its own `kill -9`. Its standard
-input is a pipe that `train.py` holds open and never writes to; when that ends, `train.py` is gone, however it went.
+It runs between `train.py` and LLaMA Factory, because no process can clean up after its own `kill -9`. Its standard
+input is a pipe that `train.py` keeps open and never writes to; when the pipe ends, `train.py` is gone, for whatever
+reason.
 
 - The pipe ends: every descendant is killed at once.
 - A first SIGTERM is passed on, so that the training can save a checkpoint. `child` passes it to the command,
   `grandchildren` past it: torchrun gives its workers 30 seconds after a SIGTERM, and a long training step takes more.
 - A second SIGTERM: every descendant is killed at once.
 - The command ends: what it left running is killed, and its exit code returned (128 plus the number of a signal).
+- The supervisor is killed: the kernel kills the command, so that there are never two trainers in one folder.
 
-A process group would not do: torchrun starts each worker in a session of its own. So the supervisor is a subreaper:
-the kernel hands it every orphan among its descendants, and it finds them all below itself.
+A process group would not do: torchrun starts each worker in a new session. So the supervisor is a subreaper: the
+kernel makes it the parent of every orphan among its descendants, and it finds them all below itself.
 """
 
 import contextlib
@@ -24,21 +26,32 @@ import subprocess
 import sys
 from pathlib import Path
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def become_subreaper() -> None:
-    """Make this process the parent of every descendant whose own parent ends; see prctl(2)."""
+    """Make this process the parent of every descendant whose parent ends; see prctl(2)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def die_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends, for whatever reason; see prctl(2).
+
+    Args:
+        parent: the process id that the parent had; it may have ended before the kernel is asked.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def children_of(parent: int) -> list[int]:
-    """The process ids of the direct children, zombies left out."""
+    """The process ids of the direct children, without zombies."""
     return [pid for pid, (its_parent, state) in _processes().items() if its_parent == parent and state != "Z"]
 
 
 def descendants_of(ancestor: int) -> list[int]:
-    """The process ids of children, their children, and so on, zombies left out."""
+    """The process ids of children, their children, and so on, without zombies."""
     processes = _processes()
     found = {ancestor}
     while more := {pid for pid, (parent, _) in processes.items() if parent in found} - found:
@@ -47,7 +60,7 @@ def descendants_of(ancestor: int) -> list[int]:
 
 
 def kill_descendants(ancestor: int) -> None:
-    """Kill until there is nothing left to kill: a process that is killed may have been about to start another."""
+    """Kill until nothing is left: a process that is killed may just have started another."""
     while pids := descendants_of(ancestor):
         for pid in pids:
             _send(pid, signal.SIGKILL)
@@ -61,7 +74,7 @@ def _processes() -> dict[int, tuple[int, str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                # The name in brackets may itself hold blanks and brackets; state and parent follow the last one.
+                # The name in brackets may contain spaces and brackets; state and parent follow the last one.
                 state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
             except OSError:
                 continue
@@ -86,7 +99,7 @@ def _send(pid: int, number: int) -> None:
 
 
 def supervise(command: list[str], *, pass_to_grandchildren: bool) -> int:
-    """Run the command as the head of this file says, and return its exit code."""
+    """Run the command as described at the top of this file, and return its exit code."""
     become_subreaper()
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -98,10 +111,11 @@ def supervise(command: list[str], *, pass_to_grandchildren: bool) -> int:
         terminated += 1
 
     signal.signal(signal.SIGTERM, count)
-    # Without a handler of its own SIGCHLD would not reach the wake-up pipe.
+    # Without a handler SIGCHLD would not reach the wake-up pipe.
     signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
-    # Kept, because a Popen that nobody holds collects the exit code of a child that has already ended.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    # Kept in a variable, because a Popen that is garbage-collected takes the exit code of a child that has ended.
+    pid = os.getpid()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(pid))
     child = process.pid
     passed_on = False
     while True:

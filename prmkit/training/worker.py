@@ -3,7 +3,7 @@
     torchrun … -m prmkit.training.worker CONFIG.yaml
 
 `enable_jit_checkpoint` saves on SIGTERM, but each process decides for itself at which step. Where two decide
-differently, one waits in the saving and the other in the next step, for ever.
+differently, one waits in the saving and the other in the next step, and neither ever ends.
 """
 
 import atexit
@@ -14,28 +14,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prmkit.training.supervisor import die_with_parent
+
 
 def values_of(config: Path) -> dict[str, Any]:
-    """The config; of a worker that torchrun has started again, with the newest whole checkpoint to go on from.
+    """The config; for a worker that torchrun has restarted, with the newest complete checkpoint to resume from.
 
-    LLaMA Factory would take the newest one, which the death of the worker may have left half-written, and die of it
-    until no restart is left.
+    LLaMA Factory would take the newest one, which the death of the worker may have left half-written, and fail until
+    no restart is left.
     """
     from prmkit.config_file import read_yaml
-    from prmkit.training.checkpoints import newest_whole
+    from prmkit.training.resume import newest_checkpoint
 
     values = read_yaml(config)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        newest = newest_whole(Path(values["output_dir"]), put_aside=False)
+        newest = newest_checkpoint(Path(values["output_dir"]))
         values["resume_from_checkpoint"] = str(newest.folder) if newest else False
     return values
 
 
 def announce_fsdp(values: Mapping[str, Any]) -> None:
-    """Say in the environment that the weights are to be divided, as accelerate's launcher does.
+    """Set the environment variables that accelerate's launcher sets for FSDP.
 
-    LLaMA Factory and transformers look there while they load the model, long before the trainer reads `fsdp`. Without
-    it every process first puts the whole model on its GPU.
+    LLaMA Factory and transformers read them while they load the model, long before the trainer reads `fsdp`. Without
+    them every process first loads the whole model onto its GPU.
     """
     from prmkit.files import read_json
 
@@ -49,9 +51,9 @@ def announce_fsdp(values: Mapping[str, Any]) -> None:
 
 
 def let_numbered_cpus_load() -> None:
-    """Let `torch.load` read to `cpu:0`, where transformers puts the optimizer of several processes on a CPU.
+    """Let `torch.load` load to `cpu:0`, where transformers puts the optimizer of several processes on a CPU.
 
-    torch knows the place `cpu` alone, so without this no such run could go on from a checkpoint.
+    torch knows only `cpu`, so without this no such run could be resumed.
     """
     import torch
 
@@ -62,7 +64,8 @@ def let_numbered_cpus_load() -> None:
 
 
 def main() -> None:
-    """Train; SIGTERM to any of the processes, on any node, makes all of them save after the step at hand and stop."""
+    """Train; SIGTERM to any of the processes, on any node, makes all of them save after the current step and stop."""
+    die_with_parent(os.getppid())
     values = values_of(Path(sys.argv[1]))
     announce_fsdp(values)
     let_numbered_cpus_load()
@@ -70,13 +73,13 @@ def main() -> None:
     from transformers import TrainerCallback
 
     class StopTogether(TrainerCallback):  # type: ignore[misc]
-        """Asks after every step whether any process was told to stop."""
+        """After every step, asks all processes whether one of them was asked to stop."""
 
-        told = False
+        stop_requested = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             def note(_signal: int, _frame: object) -> None:
-                self.told = True
+                self.stop_requested = True
 
             signal.signal(signal.SIGTERM, note)
 
@@ -84,10 +87,10 @@ def main() -> None:
             import torch
             import torch.distributed as together
 
-            told = torch.tensor(int(self.told), device=args.device)
+            stop = torch.tensor(int(self.stop_requested), device=args.device)
             if together.is_initialized():
-                together.all_reduce(told, together.ReduceOp.MAX)
-            if told.item():
+                together.all_reduce(stop, together.ReduceOp.MAX)
+            if stop.item():
                 control.should_save = control.should_training_stop = True
 
     run_exp(values, callbacks=[StopTogether()])
@@ -97,14 +100,14 @@ def main() -> None:
 def leave() -> NoReturn:
     """End the process without the destructors of C++ libraries.
 
-    Where one of their threads is still running they abort (`terminate called without an active exception`), which a
-    busy machine shows now and then, and torchrun takes the run that is finished for one that failed.
+    While one of their threads is still running they abort (`terminate called without an active exception`), which
+    happens on busy machines, and torchrun takes the finished run for a failed one.
     """
     import torch.distributed as together
 
     if together.is_initialized():
         together.destroy_process_group()
-    atexit._run_exitfuncs()  # SwanLab's, for one
+    atexit._run_exitfuncs()  # SwanLab's, for example
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

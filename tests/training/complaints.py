@@ -6,7 +6,7 @@ import pytest
 
 from prmkit.errors import UsageError
 from prmkit.training.config import ResolvedConfig, parse_assignment, resolve_config
-from prmkit.training.machine import Machine
+from prmkit.training.environment import Machine
 
 NO_GPU = Machine((), 2, {"swanlab": "0.10.3", "swanboard": "0.1", "matplotlib": "3"})
 

@@ -10,6 +10,13 @@ from layout import ROWS, MakeProject, row, write_config
 from processes import start
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The shared run is a run of LLaMA Factory: what needs it is marked so."""
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.llamafactory)
+
+
 @pytest.fixture(scope="session")
 def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model whose tokenizer was trained on the rows of these tests."""

@@ -1,6 +1,6 @@
 """The model that the shipped configs are written for."""
 
-from prmkit.training.memory import Model
+from prmkit.training.model import Model
 
 # Qwen2.5-7B-Instruct, from its config.json.
 LINEAR = [(3584, 3584), (512, 3584), (512, 3584), (3584, 3584), (18944, 3584), (18944, 3584), (3584, 18944)]

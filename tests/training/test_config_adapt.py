@@ -10,8 +10,7 @@ from layout import write_config
 
 from prmkit.errors import UsageError
 from prmkit.training.config import ResolvedConfig, parse_assignment, resolve_config
-from prmkit.training.machine import GIBIBYTE, Gpu, Machine, this_machine, visible_indices
-from prmkit.training.swanlab_mode import resolve_swanlab
+from prmkit.training.environment import GIBIBYTE, Gpu, Machine, resolve_swanlab, this_machine, visible_indices
 
 DASHBOARD = {"swanlab": "0.10.3", "swanboard": "0.1"}
 FAST = {"flash-attn": "2.8", "liger-kernel": "0.6"}
@@ -71,7 +70,7 @@ def test_a_config_whose_held_out_side_is_not_there(project: Path) -> None:
 def test_taking_the_held_out_side_out_ends_evaluation(project: Path) -> None:
     found = resolved(project, "eval_dataset=")
     assert "eval_strategy" not in found.values
-    assert found.dropped["eval_strategy"] == "eval_dataset was taken out"
+    assert found.dropped["eval_strategy"] == "eval_dataset was removed"
 
 
 def test_before_the_conversion_nothing_is_taken_away(project: Path) -> None:
@@ -108,7 +107,7 @@ def test_an_a100_gets_what_was_asked(project: Path) -> None:
 def test_an_old_gpu_gets_fp16(project: Path) -> None:
     found = resolved(project, "bf16=true", "tf32=true", machine=T4)
     assert found.values["fp16"] is True
-    assert found.sources["fp16"] == "derived: Tesla T4 knows no bf16"
+    assert found.sources["fp16"] == "derived: Tesla T4 does not support bf16"
     assert found.dropped.keys() == {"bf16", "tf32"}
 
 
@@ -163,7 +162,7 @@ def test_batches_of_long_rows_are_small(project: Path) -> None:
 def test_held_out_rows_are_evaluated_one_by_one(project: Path) -> None:
     found = resolved(project, "per_device_eval_batch_size=")
     assert found.values["per_device_eval_batch_size"] == 1
-    assert "eight rows at once" in found.sources["per_device_eval_batch_size"]
+    assert "8 rows at once" in found.sources["per_device_eval_batch_size"]
     assert "per_device_eval_batch_size" not in resolved(project, "dataset=odd", "per_device_eval_batch_size=").values
 
 
@@ -213,7 +212,7 @@ def test_swanlab_in_the_cloud_for_an_earlier_login(nobody: dict[str, str], serve
 
 def test_swanlab_on_this_machine_when_nobody_is_logged_in(nobody: dict[str, str]) -> None:
     choice = resolve_swanlab({"use_swanlab": True, "swanlab_mode": "cloud"}, DASHBOARD, nobody)
-    assert (choice.mode, choice.reason.split(";")[0]) == ("local", "nobody is logged in to SwanLab")
+    assert (choice.mode, choice.reason.split(";")[0]) == ("local", "not logged in to SwanLab")
 
 
 def test_swanlab_on_this_machine_without_network(nobody: dict[str, str]) -> None:

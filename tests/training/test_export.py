@@ -13,8 +13,10 @@ from safetensors import safe_open
 
 from prmkit.errors import DataError, UsageError
 from prmkit.prompts.encoding import load_encoding
-from prmkit.training.checkpoints import checkpoint_folders
 from prmkit.training.export import _fit_chat_template, check_target, export_dtype, export_values, find_source
+from prmkit.training.resume import checkpoint_folders
+
+pytestmark = pytest.mark.llamafactory
 
 
 def test_the_export_is_a_whole_model_in_the_trained_number_format(finished: Path) -> None:
@@ -62,7 +64,7 @@ def test_a_checkpoint_is_exported_over_an_old_export_that_is_moved_aside(finishe
     checkpoint = f"saves/run/checkpoint-{STEPS - 8}"
     old = (finished_copy / "exported_model" / "model.safetensors").read_bytes()
     said = start(finished_copy, "--export-only", checkpoint).ends(0)
-    assert "Exported: exported_model" in said and "Moved exported_model aside" in said
+    assert "Exported: exported_model" in said and "Renamed exported_model to" in said
     (aside,) = finished_copy.glob("exported_model.20*")
     assert (aside / "model.safetensors").read_bytes() == old
     assert (finished_copy / "exported_model" / "model.safetensors").read_bytes() != old

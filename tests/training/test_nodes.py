@@ -10,7 +10,9 @@ import pytest
 from layout import STEPS, MakeProject
 from processes import start, wait_for
 
-from prmkit.training.checkpoints import is_whole_safetensors, newest_whole
+from prmkit.training.resume import newest_checkpoint, weights_fault
+
+pytestmark = pytest.mark.llamafactory
 
 
 def free_port() -> str:
@@ -31,7 +33,7 @@ def test_two_nodes_train_one_run(make_project: MakeProject, tmp_path: Path) -> N
         second.ends(0)
     assert "Waiting for the other nodes" in said
     assert (record_of(project)["steps"], record_of(project)["processes"]) == (STEPS // 2, 2)
-    assert is_whole_safetensors(project / "saves" / "run" / "adapter_model.safetensors")
+    assert weights_fault(project / "saves" / "run") is None
     assert (project / "logs" / "run.node1.log").exists()
     assert [path.name for path in (project / "saves").iterdir()] == ["run"]
 
@@ -45,7 +47,7 @@ def test_an_elastic_run_goes_on_when_a_worker_is_killed(
     saves = project / "saves" / "run"
     elastic = ("--nnodes", "1:2", "--rdzv-id", "job", "--master-addr", "127.0.0.1", "--master-port", free_port())
     with start(project, "--nproc", "1", *elastic, "--max-restarts", "1") as run:
-        assert wait_for(lambda: newest_whole(saves, put_aside=False), 300), run.living()
+        assert wait_for(lambda: newest_checkpoint(saves), 300), run.living()
         worker = run.pid_of("prmkit.training.worker", without="torch.distributed.run")
         assert worker, run.living()
         os.kill(worker, signal.SIGKILL)
@@ -56,4 +58,4 @@ def test_an_elastic_run_goes_on_when_a_worker_is_killed(
     log = (project / "logs" / "run.log").read_text()
     assert log.count("***** Running training *****") == 2, "no worker was started again"
     assert "Resuming training from checkpoint with epoch" in log
-    assert is_whole_safetensors(project / "saves" / "run" / "adapter_model.safetensors")
+    assert weights_fault(project / "saves" / "run") is None

@@ -1,26 +1,36 @@
-"""The whole preflight on real projects: everything is told at once, and LLaMA Factory's own word is among it."""
+"""All checks before a run, on real projects: every error is reported at once, LLaMA Factory's own among them."""
 
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from layout import MakeProject
 from processes import start_command, wait_for
-from sizes import QWEN_7B
 
-from prmkit.training import preflight
-from prmkit.training.check import Check, Status
+import prmkit
+from prmkit.training.checks import Check, Status, errors_in
 from prmkit.training.config import parse_assignment, resolve_config
-from prmkit.training.deep import STEPS, look_deep
-from prmkit.training.machine import GIBIBYTE, Gpu, Machine, this_machine
-from prmkit.training.preflight import errors_in, run_preflight
+from prmkit.training.environment import this_machine
+from prmkit.training.launcher import run_checks
+
+pytestmark = pytest.mark.llamafactory
+ROOT = Path(prmkit.__file__).parents[1]
 
 
-def checked(project: Path, *assignments: str) -> dict[str, Check]:
+def checked(project: Path, *assignments: str, **values: Any) -> dict[str, Check]:
     """The checks of a project, by name, from its folder."""
-    overrides = [parse_assignment(text) for text in assignments]
-    return {check.name: check for check in run_preflight(resolve_config(project / "config.yaml", overrides))}
+    config = resolve_config(project / "config.yaml", [parse_assignment(text) for text in assignments])
+    request = {
+        "values": {**config.values, **values}, "dropped": dict(config.dropped), "sources": dict(config.sources),
+        "processes": 1, "world_size": 1, "evaluate": False,
+    }  # fmt: skip
+    shown: list[Check | str] = []
+    checks = run_checks(request, shown.append)
+    assert [check for check in shown if isinstance(check, Check)] == checks
+    assert any("Loading LLaMA Factory" in note for note in shown if isinstance(note, str))
+    return {check.name: check for check in checks}
 
 
 @pytest.fixture
@@ -33,16 +43,16 @@ def project(make_project: MakeProject, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_project_that_is_ready(project: Path) -> None:
     heavy = {"torch", "transformers", "llamafactory", "datasets"} - sys.modules.keys()
     found = checked(project)
-    assert not heavy & sys.modules.keys()  # LLaMA Factory is imported by the child alone
+    assert not heavy & sys.modules.keys(), "only the child imports LLaMA Factory"
     assert not errors_in(list(found.values())), found
     assert {"Python", "versions", "llamafactory-cli", "model folder", "datasets", "held-out", "template", "row lengths",
-            "GPU", "precision", "memory", "disk", "packages", "SwanLab", *STEPS} <= found.keys()  # fmt: skip
-    assert "takes all" in found["LLaMA Factory's own parser"].found
+            "GPU", "precision", "memory", "disk", "packages", "SwanLab", "LLaMA Factory starts", "trainer",
+            "LLaMA Factory's own parser"} <= found.keys()  # fmt: skip
+    assert "accepts all" in found["LLaMA Factory's own parser"].found
     assert "cuts none" in found["row lengths"].found
 
 
 def test_a_project_with_everything_wrong_gets_one_list(project: Path) -> None:
-    """The parser's own refusal comes last in the child, so that it hides nothing."""
     weights = project / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     found = checked(
@@ -56,106 +66,55 @@ def test_a_project_with_everything_wrong_gets_one_list(project: Path) -> None:
     assert "JSONDecodeError" in found["LLaMA Factory's own parser"].found
 
 
-def test_a_tokenizer_and_a_gpu_that_cannot_be_used(project: Path) -> None:
-    """The driver is said to show a GPU that torch does not see: what an old driver looks like."""
+def test_a_damaged_tokenizer_hides_nothing(project: Path) -> None:
+    """What the trainer would fail of after the model has loaded is found as well."""
     (project / "model" / "tokenizer.json").write_text("{}")
-    values = {
-        "model_name_or_path": "model",
-        "template": "qwen",
-        "dataset": "steps",
-        "dataset_dir": "data",
-        "use_cpu": True,
-    }
-    by_name = {check.name: check for check in look_deep(values, gpus=1).checks}
-    assert by_name["template"].status is Status.ERROR
-    assert "cannot use the GPU that the driver shows" in by_name["LLaMA Factory starts"].found
-    assert by_name["LLaMA Factory's own parser"].status is Status.OK
-
-
-def test_what_the_trainer_would_die_of_after_the_model_has_loaded(project: Path) -> None:
     found = checked(project, "optim=lomo", "lr_scheduler_type=cosine_with_min_lr", "report_to=mlflow")
-    assert [check.name for check in errors_in(list(found.values()))] == ["trainer"]
-    told = found["trainer"].found
-    assert all(word in told for word in ("lomo_optim", "min_lr_rate should be set", "requires mlflow"))
+    assert found["template"].status is Status.ERROR
+    assert found["LLaMA Factory's own parser"].status is Status.OK
+    reported = found["trainer"].found
+    assert all(word in reported for word in ("lomo_optim", "min_lr_rate should be set", "requires mlflow"))
 
 
-def test_a_name_of_the_hub_without_a_network_takes_no_minute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_template_without_an_end_is_stopped(project: Path) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
+    (project / "model" / "chat_template.jinja").write_text(endless)
+    found = checked(project)
+    assert "the model's chat template: still running after 10 seconds" in found["template"].found
+    assert found["trainer"].status is Status.OK
+
+
+def test_a_hub_name_without_a_network_does_not_take_a_minute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("TRANSFORMERS_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    values = {"template": "qwen", "dataset": "steps", "output_dir": "saves/run", "use_cpu": True}
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     start = time.monotonic()
-    hub = {check.name: check for check in look_deep({**values, "model_name_or_path": "some/model"}, gpus=0).checks}
+    hub = checked(project, model_name_or_path="some/model")
     assert time.monotonic() - start < 40  # it took 54 seconds
-    assert (hub["template"].status, hub["template"].advice) == (
-        Status.ERROR, "Download the model first: hf download some/model")  # fmt: skip
-    missing = look_deep({**values, "model_name_or_path": "saves/model"}, gpus=0).checks
-    assert "template" in {check.name for check in errors_in(missing)}
+    assert hub["template"].status is Status.ERROR
+    assert hub["template"].advice == "Download the model first: hf download some/model --local-dir model"
 
 
 def test_a_kill_during_the_checks_leaves_nothing(project: Path, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    command = [
-        sys.executable,
-        str(Path(preflight.__file__).parents[2] / "train.py"),
-        "--config",
-        "config.yaml",
-        "--validate-only",
-    ]
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "config.yaml", "--validate-only"]
     with start_command(command, project, TMPDIR=str(temporary)) as started:
-        assert wait_for(lambda: started.pid_of("prmkit.training.deep"), 30)
+        assert wait_for(lambda: started.pid_of("prmkit.training.preflight"), 30)
         started.process.kill()
         assert wait_for(lambda: not started.living(), 5), started.living()
     assert list(temporary.iterdir()) == []
 
 
-def test_a_torch_that_cannot_be_imported_is_told(
+def test_a_torch_that_cannot_be_imported_is_reported(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a torchvision for another torch looks like from outside: an import that fails."""
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    path = f"{tmp_path}:{Path(preflight.__file__).parents[2]}"
-    monkeypatch.setenv("PYTHONPATH", path)
-    (found,) = look_deep({"model_name_or_path": "model", "template": "qwen"}, gpus=0).checks
-    assert (found.name, found.status) == ("LLaMA Factory starts", Status.ERROR)
-    assert "torchvision::nms" in found.found
-
-
-# --- memory, on GPUs that are not here ----------------------------------------------------------------------------
-
-SEED = {"bf16": True, "lora_rank": 64, "lora_dropout": 0.1, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 8}  # fmt: skip
-
-
-def memory_check(gibibytes: int, **values: object) -> Check:
-    machine = Machine((Gpu("GPU", gibibytes * GIBIBYTE, gibibytes * GIBIBYTE, (8, 0)),), 8)
-    (found,) = preflight._memory(QWEN_7B, SEED | values, machine, tokens=4096, world_size=1)
-    return found
-
-
-def test_memory_that_is_enough() -> None:
-    found = memory_check(80)
-    assert found.status is Status.OK
-    assert "weights 14.2" in found.found
-
-
-def test_memory_that_is_tight() -> None:
-    found = memory_check(36)
-    assert (found.status, "tight" in found.found) == (Status.WARNING, True)
-
-
-def test_memory_that_will_not_do_gets_the_flags_to_type() -> None:
-    found = memory_check(24)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    found = checked(project)["LLaMA Factory starts"]
     assert found.status is Status.ERROR
-    assert "per_device_train_batch_size=1 gradient_accumulation_steps=16 (28 GiB)" in found.advice
-    assert "enable_liger_kernel=true (21 GiB)" in found.advice
-    assert "configs/multi_gpu_zero2.yaml" in memory_check(8).advice
-
-
-def test_memory_to_spare_buys_speed() -> None:
-    found = memory_check(140, enable_liger_kernel=True)
-    assert found.advice.startswith("disable_gradient_checkpointing=true would be faster")
+    assert "torchvision::nms" in found.found
 
 
 def test_this_machine_has_what_the_tests_suppose() -> None:

@@ -11,10 +11,10 @@ from sizes import QWEN_7B
 
 from prmkit.config_file import read_yaml
 from prmkit.llamafactory_schema import NO_DEFAULT, logger_names, template_names, training_keys
+from prmkit.training.checks import REPLACEMENTS
 from prmkit.training.config import parse_assignment, resolve_config
-from prmkit.training.config_rules import SUCCESSORS
-from prmkit.training.machine import GIBIBYTE, Gpu, Machine
-from prmkit.training.memory import estimate
+from prmkit.training.environment import GIBIBYTE, Gpu, Machine
+from prmkit.training.model import estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "training_config.yaml"
@@ -54,12 +54,12 @@ def test_templates_and_loggers_are_those_that_are_registered(llama_factory: dict
 
 
 def test_no_key_that_exists_is_called_gone() -> None:
-    assert not SUCCESSORS.keys() & training_keys().keys()
+    assert not REPLACEMENTS.keys() & training_keys().keys()
 
 
 def test_successors_exist() -> None:
     """Every name in a piece of advice that looks like a key is one."""
-    words = {word.strip(":,.") for advice in SUCCESSORS.values() for word in advice.split()}
+    words = {word.strip(":,.") for advice in REPLACEMENTS.values() for word in advice.split()}
     named = {word for word in words if "_" in word}
     values = {"group_by_length", "embed_tokens", "embed_tokens,lm_head"}
     assert named - values <= training_keys().keys()

@@ -14,11 +14,13 @@ import pytest
 from layout import STEPS, MakeProject
 from processes import Started, start, wait_for
 
-from prmkit.training.checkpoints import is_whole_safetensors, newest_whole
+from prmkit.training.resume import newest_checkpoint, weights_fault
 
 KILLS = int(os.environ.get("PRMKIT_KILLS", "3"))
 """How many times the run of one process is killed; half as often the one of two."""
 SEED = int(os.environ.get("PRMKIT_KILL_SEED", time.time_ns() % 1_000_000))
+
+pytestmark = pytest.mark.llamafactory
 
 
 def begun(project: Path, name: str = "run") -> bool:
@@ -43,7 +45,7 @@ def kill_at_random(project: Path, kills: int, span: float, *arguments: str) -> l
     ended: list[Path] = []
     while True:
         folder = project / "saves" / f"run-{len(ended)}"
-        before = newest_whole(folder, put_aside=False)
+        before = newest_checkpoint(folder)
         run = start(project, f"run_name={folder.name}", *arguments)
         try:
             _, said = run.process.communicate(timeout=moments.uniform(0.5, span) if kills else None)
@@ -57,7 +59,7 @@ def kill_at_random(project: Path, kills: int, span: float, *arguments: str) -> l
             said = run.process.communicate()[1]
         assert wait_for(lambda run=run: not run.living(), 5.0), f"seed {SEED}, {kills} kills to go: {run.living()}"
         if before and "Run saves/" in said:
-            assert f"goes on from step {before.step}" in said, f"seed {SEED}, {kills} kills to go:\n{said}"
+            assert f"resumes from step {before.step}" in said, f"seed {SEED}, {kills} kills to go:\n{said}"
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
@@ -78,7 +80,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
 def test_two_processes_are_killed_and_go_on(make_project: MakeProject, finished: Path, tmp_path: Path) -> None:
     project = make_project(tmp_path / "killed twice")
     for folder in kill_at_random(project, (KILLS + 1) // 2, 1.5 * seconds_of(finished), "--nproc", "2"):
-        assert is_whole_safetensors(folder / "adapter_model.safetensors")
+        assert weights_fault(folder) is None
         assert json.loads((folder / "run.json").read_text())["steps"] == STEPS // 2
 
 
@@ -99,9 +101,9 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(interrupted: tuple[Path,
     assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "running"
     run.process.send_signal(signal.SIGINT)
     said = run.ends(130)
-    newest = newest_whole(project / "saves" / "run", put_aside=False)
+    newest = newest_checkpoint(project / "saves" / "run")
     assert newest is not None
-    assert f"saves/run/{newest.folder.name} is kept. To go on, start the same command again: " in said
+    assert f"saves/run/{newest.folder.name} is kept. To resume, start the same command again: " in said
     assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "interrupted"
 
 
@@ -110,8 +112,8 @@ def test_sigterm_makes_two_processes_save_at_the_same_step(make_project: MakePro
     with start(project, "--nproc", "2") as run:
         assert wait_for(lambda: begun(project), 300)
         run.process.send_signal(signal.SIGTERM)
-        assert "is kept. To go on, start the same command again" in run.ends(143)
-    newest = newest_whole(project / "saves" / "run", put_aside=False)
+        assert "is kept. To resume, start the same command again" in run.ends(143)
+    newest = newest_checkpoint(project / "saves" / "run")
     assert newest is not None and len(list(newest.folder.glob("rng_state_*.pth"))) == 2
 
 

@@ -25,7 +25,7 @@ def losses(project: Path, **changes: object) -> list[float]:
 
 
 def test_divided_weights_learn_what_whole_ones_learn(make_project: MakeProject, tmp_path: Path) -> None:
-    from prmkit.training.model_folder import read_weights
+    from prmkit.training.model import read_weights
 
     project = make_project(tmp_path / "project")
     whole = losses(project, output_dir="saves/whole")

@@ -12,9 +12,7 @@ from processes import wait_for
 
 from prmkit.errors import ExitCode, Interrupted
 from prmkit.training import supervisor
-from prmkit.training.failures import explain, log_tail
-from prmkit.training.launch import Launch
-from prmkit.training.llamafactory import child_environment, run_to_end, started, train_command
+from prmkit.training.launcher import Launch, child_environment, explain, log_tail, run_to_end, started, train_command
 
 # As torchrun does: workers in sessions of their own, which a signal to the group would not reach.
 FAMILY = "setsid sleep 300 & setsid sh -c 'sleep 300 & exec sleep 300' & "

@@ -1,31 +1,128 @@
-"""How much memory a run needs on each GPU, from the model's files and the config alone.
+"""What a model's files say of it without loading it, and how much memory training it takes on each GPU.
 
-The parts, all in bytes:
+The estimate's parts, all in bytes:
 
-weights      frozen numbers as they lie in memory: 2 bytes in bf16; 0.5 in 4 bit plus quantization constants, which are
+weights      frozen numbers as stored in memory: 2 bytes in bf16; 0.5 in 4 bit plus quantization constants, which are
              one float32 a block of 64, or 0.127 bit a number with double quantization (Dettmers et al. 2023, QLoRA,
              section 3).
 states       trained numbers: float32 weight, gradient and Adam's two moments, 16 bytes (Rajbhandari et al. 2020, ZeRO,
              section 3.1, with the float32 weights that LLaMA Factory upcasts to), and the bf16 copy that autocast
              keeps, 2. ZeRO and FSDP divide what they shard by the number of processes (the same paper, section 5).
 activations  what the backward pass needs of the forward pass: the counting of Korthikanti et al. 2022 (Reducing
-             Activation Recomputation, section 4), done again for a block of RMSNorm, grouped-query attention and gated
+             Activation Recomputation, section 4), repeated for a block of RMSNorm, grouped-query attention and gated
              MLP, with LoRA, and without the attention matrix, which FlashAttention and SDPA never store. With gradient
-             checkpointing each layer keeps only its input, and one layer at a time is whole.
+             checkpointing each layer keeps only its input, and one layer at a time is complete.
 logits       vocabulary x tokens, three times in float32: log-softmax, its gradient, and the logits' gradient. Liger
-             computes them in chunks that take about as much room as the hidden states (Hsu et al. 2024, section 3.2).
+             computes them in chunks that take about as much memory as the hidden states (Hsu et al. 2024, section 3.2).
 reserve      the CUDA context, and a share for fragmentation.
 """
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import orjson
+
+from prmkit.dataset_info import split_names
 from prmkit.errors import DataError
 from prmkit.files import read_json
-from prmkit.training.model_folder import Weight, read_weights
+from prmkit.llamafactory_schema import setting
+from prmkit.training.checks import Check, error, ok, warning
+from prmkit.training.environment import GIBIBYTE, Machine
+
+# --- safetensors --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The header of a safetensors file: https://github.com/huggingface/safetensors#format."""
+
+    weights: Mapping[str, Weight]
+    places: Mapping[str, tuple[int, int]]
+    """Where the bytes of each tensor begin and end in the file."""
+    size: int
+    """Bytes that a complete file of this header has."""
+
+
+_LARGEST_HEADER = 100_000_000  # the limit of the format itself
+
+
+def read_header(path: Path) -> Tensors:
+    """Read a safetensors header: 8 bytes length N (little endian), N bytes JSON, then the tensors' bytes.
+
+    Raises:
+        DataError: the file has no such header.
+    """
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(_LARGEST_HEADER, path.stat().st_size):
+                raise struct.error("the header is longer than the file")
+            header = orjson.loads(stream.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        weights = {name: Weight(entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+        begin = 8 + length
+        places = {name: (begin + int(entry["data_offsets"][0]), begin + int(entry["data_offsets"][1]))
+                  for name, entry in entries.items()}  # fmt: skip
+    except OSError as failure:
+        raise DataError(f"{path}: {failure.strerror}. Download it again.") from failure
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as failure:
+        raise DataError(f"{path}: not a complete safetensors file. Download it again.") from failure
+    return Tensors(weights, places, max((end for _, end in places.values()), default=begin))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that transformers would load, in its order of preference.
+
+    Raises:
+        DataError: their index is damaged.
+    """
+    for name in (
+        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    ):  # fmt: skip
+        path = folder / name
+        if path.is_file():
+            return _files_in_index(path) if path.suffix == ".json" else [path]
+    return []
+
+
+def _files_in_index(index: Path) -> list[Path]:
+    try:
+        return [index.parent / name for name in sorted({str(n) for n in read_json(index)["weight_map"].values()})]
+    except (KeyError, TypeError, AttributeError) as failure:
+        raise DataError(f"{index}: not an index of weight files. Download it again.") from failure
+
+
+def read_weights(folder: Path) -> dict[str, Weight]:
+    """Every tensor of a model in safetensors, by name; empty for other formats. Reads only the headers.
+
+    Raises:
+        DataError: an index or a header is damaged.
+    """
+    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
+    return {name: weight for path in files for name, weight in read_header(path).weights.items()}
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
 
 CUDA_CONTEXT = 800 << 20
 FRAGMENTATION = 0.05
@@ -72,7 +169,7 @@ class Memory:
 
     @property
     def reserve(self) -> float:
-        """What CUDA itself takes."""
+        """Memory that CUDA itself takes."""
         return CUDA_CONTEXT + FRAGMENTATION * (self.weights + self.states + self.activations + self.logits)
 
     @property
@@ -85,7 +182,7 @@ def read_model(folder: Path) -> Model:
     """Read a model's sizes from its config.json and the headers of its safetensors.
 
     Raises:
-        DataError: the files are missing, not JSON, or of a kind whose sizes are not known.
+        DataError: the files are missing, not JSON, or of a kind whose sizes are unknown.
     """
     config = read_json(folder / "config.json")
     weights = read_weights(folder)
@@ -119,7 +216,7 @@ def _either(config: Mapping[str, Any], name: str, chatglm: str) -> int:
 
 
 def _is_linear(name: str, weight: Weight) -> bool:
-    # Experts are one three-dimensional parameter in memory, which LoRA passes over.
+    # Experts are one three-dimensional parameter in memory, which LoRA skips.
     in_a_block = ".layers." in name or ".h." in name
     return name.endswith(".weight") and len(weight.shape) == 2 and in_a_block and ".experts." not in name
 
@@ -132,13 +229,12 @@ def _is_embedding(name: str) -> bool:
 
 def lora_parameters(model: Model, values: Mapping[str, Any]) -> int:
     """How many numbers LoRA trains: rank x (inputs + outputs) for each target (Hu et al. 2021, section 4.1)."""
-    rank = int(values.get("lora_rank", 8))
-    targets = values.get("lora_target", "all")
-    wanted = [target.strip() for target in targets.split(",")] if isinstance(targets, str) else list(targets)
+    rank = int(setting(values, "lora_rank"))
+    wanted = split_names(setting(values, "lora_target"))
     pairs = zip(model.linear_names, model.linear, strict=True)
     chosen = [shape for name, shape in pairs if wanted == ["all"] or name.split(".")[-2] in wanted]
     adapter = sum(rank * (outputs + inputs) for outputs, inputs in chosen)
-    # additional_target trains whole layers beside it.
+    # additional_target trains whole layers as well.
     extra = values.get("additional_target") or ""
     return adapter + (model.embedding if "embed_tokens" in extra or "lm_head" in extra else 0)
 
@@ -152,7 +248,7 @@ def estimate(model: Model, values: Mapping[str, Any], *, tokens: int, world_size
         tokens: of the longest row, after cutting.
         world_size: how many processes train, over all nodes.
     """
-    in_batch = int(values.get("per_device_train_batch_size", 8)) * tokens
+    in_batch = int(setting(values, "per_device_train_batch_size")) * tokens
     weights, states = _weights_and_states(model, values, world_size)
     return Memory(weights, states, _activations(model, values, in_batch, tokens), _logits(model, values, in_batch))
 
@@ -182,7 +278,7 @@ def _weights_and_states(model: Model, values: Mapping[str, Any], world_size: int
     per_state = PURE_BF16_STATE if values.get("pure_bf16") else ADAM_STATE
     trained = model.parameters if full else lora_parameters(model, values)
     if full and states_sharded and not values.get("fsdp"):
-        # DeepSpeed keeps bf16 weights beside its float32 masters: weights, gradients, masters and moments 2 + 2 + 12.
+        # DeepSpeed keeps bf16 weights besides its float32 masters: weights, gradients, masters and moments 2 + 2 + 12.
         weights: float = half * model.parameters / (world_size if weights_sharded else 1)
         return weights, 14 * trained / world_size
     weights = 0 if full else _frozen_bytes(model, values, half) / (world_size if weights_sharded else 1)
@@ -194,7 +290,7 @@ def _frozen_bytes(model: Model, values: Mapping[str, Any], half: int) -> float:
     if not bits:
         return half * model.parameters
     in_linear = sum(outputs * inputs for outputs, inputs in model.linear)
-    constants = 0.127 if values.get("double_quantization", True) else 0.5
+    constants = 0.127 if setting(values, "double_quantization") else 0.5
     return in_linear * (bits + constants) / 8 + half * (model.parameters - in_linear)
 
 
@@ -219,7 +315,7 @@ def _half(values: Mapping[str, Any]) -> int:
 
 
 def _trains_base(values: Mapping[str, Any]) -> bool:
-    return values.get("finetuning_type", "lora") in ("full", "freeze")
+    return setting(values, "finetuning_type") in ("full", "freeze")
 
 
 def _activations(model: Model, values: Mapping[str, Any], in_batch: int, tokens: int) -> float:
@@ -228,7 +324,7 @@ def _activations(model: Model, values: Mapping[str, Any], in_batch: int, tokens:
     if values.get("flash_attn") == "disabled":
         # Scores, their float32 softmax and its copy: heads x tokens x tokens for each row.
         block += in_batch * tokens * model.heads * (2 * half + 4)
-    # The gradients that pass through the widest place of the block.
+    # The gradients that pass through the widest part of the block.
     passing = in_batch * half * (2 * model.hidden + 3 * model.intermediate)
     if values.get("disable_gradient_checkpointing"):
         return model.layers * block + passing
@@ -245,14 +341,14 @@ def _logits(model: Model, values: Mapping[str, Any], in_batch: int) -> float:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Flags that make a run smaller, and what it takes with them."""
+    """Flags that make a run smaller, and the memory that it then takes."""
 
     flags: str
     memory: Memory
 
 
 def remedies(model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int, room: float) -> list[Remedy]:
-    """Ways to fit into `room` bytes, the mildest first; each one stands on those before it until it fits."""
+    """Ways to fit into `room` bytes, the mildest first; each includes those before it, until one fits."""
     found: list[Remedy] = []
     now, typed = dict(values), ""
     for saving in savings(values):
@@ -267,31 +363,31 @@ def remedies(model: Model, values: Mapping[str, Any], *, tokens: int, world_size
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of the config that makes a run smaller, and not shorter-sighted."""
+    """A change of the config that saves memory and does not cut rows."""
 
     changes: Mapping[str, Any]
     why: str
 
     @property
     def flags(self) -> str:
-        """The change as it is typed at train.py."""
+        """The change as it is typed after train.py."""
         return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items())
 
 
 def savings(values: Mapping[str, Any]) -> list[Saving]:
     """The changes that save memory and that this config has not made yet, the mildest first."""
     found = []
-    batch = int(values.get("per_device_train_batch_size", 8))
+    batch = int(setting(values, "per_device_train_batch_size"))
     if batch > 1:
-        accumulation = batch * int(values.get("gradient_accumulation_steps", 1))
+        accumulation = batch * int(setting(values, "gradient_accumulation_steps"))
         changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
         found.append(Saving(changes, "the same rows a step, fewer at once"))
     if values.get("disable_gradient_checkpointing"):
-        found.append(Saving({"disable_gradient_checkpointing": False}, "each layer keeps its input alone; slower"))
+        found.append(Saving({"disable_gradient_checkpointing": False}, "each layer keeps only its input; slower"))
     if not values.get("enable_liger_kernel"):
-        why = "after pip install liger-kernel; the logits are never whole in memory"
+        why = "after pip install liger-kernel; the logits are never complete in memory"
         found.append(Saving({"enable_liger_kernel": True}, why))
-    if values.get("finetuning_type", "lora") == "lora" and not values.get("quantization_bit"):
+    if setting(values, "finetuning_type") == "lora" and not values.get("quantization_bit"):
         why = "the base model in 4 bits; needs bitsandbytes; see configs/24gb_qlora.yaml"
         found.append(Saving({"quantization_bit": 4}, why))
     return found
@@ -306,3 +402,56 @@ def checkpoint_bytes(model: Model, values: Mapping[str, Any]) -> float:
         weight, optimizer = 2, 12  # DeepSpeed saves bf16 weights, and its float32 masters with the moments
     trained = model.parameters if _trains_base(values) else lora_parameters(model, values)
     return trained * (weight + (0 if values.get("save_only_model") else optimizer))
+
+
+# --- does it fit? -------------------------------------------------------------------------------------------------
+
+SURE_TO_FAIL = 1.15
+"""The estimate is good to about 15 %: what is further over a GPU's memory will not fit, less may."""
+COMFORTABLE = 0.75
+"""Below this share of the free memory, memory can be traded for speed."""
+
+
+def check_memory(
+    model: Model | None, values: Any, machine: Machine, *, tokens: int, world_size: int
+) -> Iterator[Check]:
+    room = machine.memory_budget
+    if not room:
+        return
+    if model is None:
+        yield warning("memory", "not estimated: the model's sizes are unknown", "Watch nvidia-smi at the start.")
+        return
+    memory = estimate(model, values, tokens=tokens, world_size=world_size)
+    found = f"about {_parts(memory)} at {tokens:,} tokens a row; {room / GIBIBYTE:.0f} GiB free"
+    if memory.total <= room:
+        yield ok("memory", found, _faster(model, values, room=room, tokens=tokens, world_size=world_size))
+        return
+    smaller = remedies(model, values, tokens=tokens, world_size=world_size, room=room)
+    steps = [f"{step.flags} ({step.memory.total / GIBIBYTE:.0f} GiB)" for step in smaller]
+    fits = bool(smaller) and smaller[-1].memory.total <= room
+    last = "" if fits else "; then a shorter cutoff_len, or more GPUs with configs/multi_gpu_zero2.yaml"
+    advice = "Try, in this order: " + "; ".join(steps) + last
+    sure = memory.total > SURE_TO_FAIL * room
+    yield error("memory", f"{found}: will not fit", advice) if sure else warning("memory", f"{found}: tight", advice)
+
+
+def _parts(memory: Memory) -> str:
+    parts = {
+        "weights": memory.weights,
+        "LoRA and optimizer" if memory.weights else "weights and optimizer": memory.states,
+        "activations": memory.activations,
+        "logits": memory.logits,
+        "reserve": memory.reserve,
+    }
+    listed = ", ".join(f"{name} {size / GIBIBYTE:.1f}" for name, size in parts.items() if size)
+    return f"{memory.total / GIBIBYTE:.1f} GiB ({listed})"
+
+
+def _faster(model: Model, values: Any, *, room: float, tokens: int, world_size: int) -> str:
+    if values.get("disable_gradient_checkpointing") or values.get("use_cpu"):
+        return ""
+    whole = {**values, "disable_gradient_checkpointing": True}
+    memory = estimate(model, whole, tokens=tokens, world_size=world_size)
+    if memory.total > COMFORTABLE * room:
+        return ""
+    return f"disable_gradient_checkpointing=true would be faster and take {memory.total / GIBIBYTE:.0f} GiB."

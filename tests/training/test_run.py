@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from layout import STEPS
 
-from prmkit.training.monitoring import (
+from prmkit.training.run import (
     Start,
     corrected,
     curves,

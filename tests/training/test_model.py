@@ -9,8 +9,10 @@ import pytest
 from sizes import QWEN_7B
 
 from prmkit.errors import DataError
-from prmkit.training.machine import GIBIBYTE
-from prmkit.training.memory import (
+from prmkit.training.checks import Check, Status
+from prmkit.training.environment import GIBIBYTE, Gpu, Machine
+from prmkit.training.model import (
+    check_memory,
     checkpoint_bytes,
     estimate,
     lora_parameters,
@@ -215,3 +217,36 @@ def test_a_config_that_is_a_list(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(DataError, match=r"config\.json: "):
         read_model(tmp_path)
+
+
+# --- memory, on GPUs that are not here ----------------------------------------------------------------------------
+
+
+def memory_check(gibibytes: int, **values: object) -> Check:
+    machine = Machine((Gpu("GPU", gibibytes * GIBIBYTE, gibibytes * GIBIBYTE, (8, 0)),), 8)
+    (found,) = check_memory(QWEN_7B, SEED | values, machine, tokens=4096, world_size=1)
+    return found
+
+
+def test_memory_that_is_enough() -> None:
+    found = memory_check(80)
+    assert found.status is Status.OK
+    assert "weights 14.2" in found.found
+
+
+def test_memory_that_is_tight() -> None:
+    found = memory_check(36)
+    assert (found.status, "tight" in found.found) == (Status.WARNING, True)
+
+
+def test_memory_that_will_not_do_gets_the_flags_to_type() -> None:
+    found = memory_check(24)
+    assert found.status is Status.ERROR
+    assert "per_device_train_batch_size=1 gradient_accumulation_steps=16 (28 GiB)" in found.advice
+    assert "enable_liger_kernel=true (21 GiB)" in found.advice
+    assert "configs/multi_gpu_zero2.yaml" in memory_check(8).advice
+
+
+def test_memory_to_spare_buys_speed() -> None:
+    found = memory_check(140, enable_liger_kernel=True)
+    assert found.advice.startswith("disable_gradient_checkpointing=true would be faster")

@@ -8,7 +8,7 @@ import pytest
 from layout import STEPS, MakeProject, Script
 from processes import start
 
-from prmkit.training.runs import all_records
+from prmkit.training.records import all_records
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def test_the_whole_way_from_any_folder(script: Script, project: Path) -> None:
         "train.py", "lora_alpha=8", "--config", "config.yaml", "-e", "1", "-lr", "2e-3", "-bs", "8", "lora_rank=4",
         cwd=project,
     )  # fmt: skip
-    assert done.stdout.startswith("Trained: saves/run (5 steps, training loss ")
-    assert "llamafactory-cli chat --model_name_or_path model --adapter_name_or_path saves/run" in done.stdout
-    for shown in ("learning_rate", "0.002  (--learning-rate)", "(key=value)", "(config.yaml)", "ok       template:"):
+    assert done.stdout.startswith("Trained: saves/run (5 steps, last training loss ")
+    assert "score_trajectories.py --run saves/run" in done.stdout.splitlines()[-2]
+    for shown in ("learning_rate", "0.002  (--learning-rate)", "(key=value)", "ok       template:"):
         assert shown in done.stderr, shown
     config = json.loads((project / "saves" / "run" / "run.json").read_text())["config"]
     assert (config["num_train_epochs"], config["per_device_train_batch_size"]) == (1, 8)
@@ -39,7 +39,7 @@ def test_llamafactorys_failure_is_told_with_its_last_lines(project: Path) -> Non
     _, said = failed.process.communicate(timeout=300)
     assert failed.process.returncode == 3
     assert "error: LLaMA Factory failed: RuntimeError: Cannot find valid samples" in said
-    assert "The whole log: logs/run.log" in said and "start the same command again: " in said
+    assert "The complete log: logs/run.log" in said and "start the same command again: " in said
     assert "Running tokenizer on dataset" in said, "--verbose shows everything"
     (listed,) = all_records(project / "saves")
     assert listed["status"] == "failed"
@@ -70,7 +70,7 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
         (["--nnodes", "2"], "need --master-addr"),
         (["--master-port", "999999"], "--master-port 999999"),
         (["--max-restarts", "-1"], "--max-restarts -1"),
-        (["--export-only", "--validate-only"], "choose"),
+        (["--export-only", "--validate-only"], "Give one of them"),
         (["--export-only", "saves/run", "exprot_dir=x"], "exprot_dir"),
         (["--export-only", "saves/run", "-d", "steps", "lora_rank=8"], "dataset, lora_rank"),
         (["--export-only", "lora_rank=8"], "lora_rank: a run is exported as it was trained"),
@@ -78,13 +78,15 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
             ["--export-only", "saves/run", "infer_dtype=flaot16"],
             "infer_dtype: 'flaot16' is not one of its choices. Did you mean float16?",
         ),
-        (["--export-only", "saves/run", "export_size=[1"], "export_size: '[1' is no YAML value"),
+        (["--export-only", "saves/run", "export_size=[1"], "export_size: '[1' is not a YAML value"),
         (["--export-only", "saves/run", "export_size=0"], "export_size: is 0; it must be at least 1"),
         (["--export-only", "saves/run", "export_dir=config.yaml"], "config.yaml: is a file"),
         (["--export-only", "saves/run", "export_dir=.", "--overwrite"], "folder that this was started in"),
         (["--runs", "--config", "missing.yaml"], "missing.yaml"),
         (["--config", "missing.yaml"], "missing.yaml"),
-        (["--exprot"], "--exprot"),
+        (["--exprot"], "Did you mean --export?"),
+        (["--lora-rank", "8"], "Write lora_rank=8"),
+        (["--lora-rank=8"], "Write lora_rank=8"),
     ],
 )
 def test_a_wrong_command_line_is_refused_at_once(
@@ -98,7 +100,7 @@ def test_a_config_with_many_mistakes_and_a_missing_model_gets_one_report(script:
     shutil.rmtree(project / "model")
     wrong = ["learning_rtae=1e-3", "lora_rank='8'", "dataset=stepz", "bf16=maybe"]
     said = script("train.py", "--config", "config.yaml", *wrong, cwd=project, code=2).stderr
-    assert "5 problems" in said
+    assert "5 errors" in said
     assert all(told in said for told in ("model directory not found", "stepz", "Did you mean learning_rate?"))
 
 
@@ -133,7 +135,7 @@ def test_the_checks_see_what_stands_in_the_folder(script: Script, killed_copy: P
     """That an unfinished run of the same config goes on is tested by going on with it."""
     checked = ["train.py", "--config", "config.yaml", "--validate-only"]
     done = script(*checked, "lora_rank=4", cwd=killed_copy, code=2)
-    assert "holds an unfinished run of another config" in done.stderr
+    assert "contains an unfinished run of another config" in done.stdout
     before = sorted(path.name for path in (killed_copy / "saves").rglob("*"))
     script(*checked, "--overwrite", "lora_rank=4", cwd=killed_copy)
     assert sorted(path.name for path in (killed_copy / "saves").rglob("*")) == before, "looking changed something"

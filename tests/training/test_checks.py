@@ -8,50 +8,33 @@ import pytest
 from complaints import complaint, resolved
 from layout import write_config
 
-from prmkit.llamafactory_schema import training_keys
-from prmkit.training.contradictions import METRICS_OF, contradictions_in
+from prmkit.training.checks import METRICS_OF, check_conflicts
 
 CONTRADICTIONS = {
-    "warmup_ratio=0.1 warmup_steps=10": "takes only the ratio",
-    "load_best_model_at_end=true eval_strategy=epoch": "must be equal",
-    "load_best_model_at_end=true eval_steps=5 save_steps=8": "multiple of eval_steps",
+    "warmup_ratio=0.1 warmup_steps=10": "uses only the ratio",
     "save_strategy=best": "metric_for_best_model",
     "packing=true": "neat_packing",
-    "val_size=0.1": "cannot stand beside eval_dataset",
     "eval_dataset= val_size=1.0": "must be below 1",
-    "streaming=true dataloader_num_workers=1": "Set max_steps",
     "streaming=true max_steps=5": "Set dataloader_num_workers: 1",
-    "streaming=true max_steps=5 max_samples=9 dataloader_num_workers=1": "cannot stand beside streaming",
-    "mask_history=true train_on_prompt=true": "cannot stand beside train_on_prompt",
-    "interleave_probs=0.5,0.5": "mix_strategy",
     "neat_packing=true flash_attn=fa2": "per_device_train_batch_size: 1",
-    "bf16=true fp16=true": "cannot stand beside bf16",
-    "use_dora=true finetuning_type=full": "means nothing",
-    "quantization_bit=4 finetuning_type=full": "finetuning_type: lora",
-    "quantization_bit=4 resize_vocab=true": "quantized model",
-    "use_galore=true": "full fine-tuning",
     "deepspeed=nowhere.json": "no file nowhere.json",
-    "dataloader_prefetch_factor=2": "dataloader_num_workers",
     "dataloader_persistent_workers=true": "dataloader_num_workers",
     "early_stopping_steps=3": "metric_for_best_model",
-    "lr_scheduler_type=reduce_lr_on_plateau eval_strategy=no": "held-out loss",
-    "predict_with_generate=true compute_accuracy=true": "cannot stand beside predict_with_generate",
     "export_dir=model": "folder of model_name_or_path",
     "output_dir=./model": "folder of model_name_or_path",
     "output_dir=data": "is the folder of dataset_dir",
     "output_dir=o1/data dataset_dir=o1/data": "is the folder of dataset_dir",
-    "output_dir=o1 dataset_dir=o1/data": "holds the folder of dataset_dir",
-    "output_dir=o1 model_name_or_path=o1/model": "holds the folder of model_name_or_path",
-    "output_dir=.": "the folder that you work in",
-    "output_dir=..": "the folder that you work in, or one above it",
+    "output_dir=o1 dataset_dir=o1/data": "contains the folder of dataset_dir",
+    "output_dir=o1 model_name_or_path=o1/model": "contains the folder of model_name_or_path",
+    "output_dir=.": "is the current folder",
+    "output_dir=..": "is the current folder, or one above it",
     "run_name=data output_dir=run": "run_name (key=value): is the folder of dataset_dir",
-    "export_dir=.": "the folder that you work in",
+    "export_dir=.": "is the current folder",
     "export_dir=data": "is the folder of dataset_dir",
     "export_dir=saves/run": "is the folder of output_dir",
-    "export_dir=saves": "holds the folder of output_dir",
+    "export_dir=saves": "contains the folder of output_dir",
     "export_dir=saves/x run_name=x": "is the folder of run_name",
-    "logging_steps=2.5": "whole number",
-    "report_to=all": "all takes every logger",
+    "report_to=all": "all uses every installed logger",
     "metric_for_best_model=foo": "no evaluation gives 'foo'. Write metric_for_best_model: loss.",
     "metric_for_best_model=accuracy": "no evaluation gives 'accuracy'",
     "metric_for_best_model=loss predict_with_generate=true": "rouge-1 or",
@@ -66,12 +49,7 @@ def test_contradiction(tmp_path: Path, assignments: str, monkeypatch: pytest.Mon
     path = write_config(tmp_path / "config.yaml")
     told = complaint(path, *assignments.split(" "))
     assert CONTRADICTIONS[assignments] in told
-    assert told.startswith(f"{path}: 1 problem (LLaMA Factory")
-
-
-def test_do_eval_without_held_out_data(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "c.yaml", eval_dataset=None, eval_strategy=None, do_eval=True)
-    assert "do_eval: there is no held-out data" in complaint(path)
+    assert told.startswith(f"{path}: 1 error (LLaMA Factory")
 
 
 def test_what_goes_together(tmp_path: Path) -> None:
@@ -104,4 +82,4 @@ def test_metrics_are_those_that_llama_factory_measures() -> None:
 
 def test_nothing_contradicts_itself_by_default() -> None:
     """The defaults of LLaMA Factory alone give no cause for complaint."""
-    assert contradictions_in({}, training_keys()) == []
+    assert check_conflicts({}) == []

@@ -14,19 +14,30 @@ from processes import start
 
 from prmkit.errors import DataError, LlamaFactoryError, PrmkitError, UsageError
 from prmkit.files import sha256_of
-from prmkit.training import flow
-from prmkit.training.checkpoints import checkpoint_folders, fault_of, newest_whole, rename_aside, weights_fault
-from prmkit.training.command import Command
-from prmkit.training.resume import Step, free_folder, plan_start, run_folder_of
-from prmkit.training.runs import (
+from prmkit.training import train
+from prmkit.training.records import (
     all_records,
     describe_dataset,
     differences,
-    log_of,
+    log_path_of,
     model_fingerprint,
     new_record,
     rows_a_step,
 )
+from prmkit.training.resume import (
+    Step,
+    back_up,
+    checkpoint_fault,
+    checkpoint_folders,
+    free_folder,
+    newest_checkpoint,
+    plan_start,
+    rename_with_prefix,
+    run_folder_of,
+    weights_fault,
+)
+from prmkit.training.run import verify_run
+from prmkit.training.train import TrainOptions
 
 
 def record_of(project: Path) -> dict[str, Any]:
@@ -36,8 +47,8 @@ def record_of(project: Path) -> dict[str, Any]:
 def start_again(project: Path, monkeypatch: pytest.MonkeyPatch, *assignments: str, **flags: Any) -> Path | None:
     """What train.py does after its checks, in this process."""
     monkeypatch.chdir(project)
-    command = Command(Path("config.yaml"), assignments, **flags)
-    return flow.train(command, flow.resolve(command)).run
+    options = TrainOptions(Path("config.yaml"), assignments, **flags)
+    return train.train(options, train._prepare(options)).run
 
 
 # --- the record ---------------------------------------------------------------------------------------------------
@@ -47,9 +58,12 @@ def test_the_record_says_what_was_trained_on_what_and_how_it_ended(finished: Pat
     record = record_of(finished)
     assert (record["run"], record["status"], record["steps"], record["max_steps"]) == ("run", "finished", STEPS, STEPS)
     assert record["config"]["learning_rate"] == 1e-3 and record["sources"]["learning_rate"] == "config.yaml"
-    assert record["dataset"] == {
+    dataset = {key: value for key, value in record["dataset"].items() if key != "entry_sha256"}
+    assert dataset == {
         "name": "steps", "file": "data/steps.jsonl", "sha256": sha256_of(finished / "data" / "steps.jsonl"),
     }  # fmt: skip
+    assert record["base_model"]["name"] == "model" and record["base_model"]["path"] == str(finished / "model")
+    assert (finished / "saves" / "run" / record["base_model"]["relative"]).samefile(finished / "model")
     assert record["eval_dataset"]["name"] == "steps_eval"
     assert record["held_out_sha256"] == "c0ffee"
     assert record["conversion_report_sha256"] == sha256_of(finished / "data" / "conversion_report.json")
@@ -60,7 +74,8 @@ def test_the_record_says_what_was_trained_on_what_and_how_it_ended(finished: Pat
     state = json.loads((finished / "saves" / "run" / "trainer_state.json").read_text())
     assert record["tokens"] == state["num_input_tokens_seen"] > 0
     assert record["train_loss"] == [entry["loss"] for entry in state["log_history"] if "loss" in entry][-1]
-    assert record["eval_loss"] == [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1]
+    final = json.loads((finished / "saves" / "run" / "eval_results.json").read_text())
+    assert record["eval_loss"] == final["eval_loss"]
     assert record["train_loss"] < 4, "it learnt nothing"
 
 
@@ -86,7 +101,8 @@ def test_a_dataset_that_is_gone_has_no_hash(finished_copy: Path) -> None:
     data = finished_copy / "data"
     there = describe_dataset("steps", data)
     assert there is not None and there["sha256"] == sha256_of(data / "steps.jsonl")
-    assert describe_dataset("steps,other", data) == {"name": "steps,other", "file": None, "sha256": None}
+    gone = {"name": "steps,other", "file": None, "sha256": None, "entry_sha256": None}
+    assert describe_dataset("steps,other", data) == gone
     assert describe_dataset("", data) is None
 
 
@@ -118,9 +134,9 @@ SPOILT: dict[str, Callable[[Path], object]] = {
 def test_a_half_written_checkpoint_is_put_aside_and_the_one_before_it_taken(killed_copy: Path, how: str) -> None:
     run = killed_copy / "saves" / "run"
     newest, before = checkpoint_folders(run)
-    assert fault_of(newest) is None
+    assert checkpoint_fault(newest) is None
     SPOILT[how](newest)
-    taken = newest_whole(run, put_aside=True)
+    taken = newest_checkpoint(run, rename=True)
     assert taken is not None and taken.folder == before
     assert not newest.exists() and newest.with_name(f"incomplete.{newest.name}").is_dir()
 
@@ -136,8 +152,8 @@ def test_a_stale_checkpoint_of_an_earlier_run_is_never_taken(killed_copy: Path) 
         if "loss" in entry:
             entry["loss"] += 0.25
     (stale / "trainer_state.json").write_text(json.dumps(state))
-    assert fault_of(stale) is None
-    taken = newest_whole(run, put_aside=True)
+    assert checkpoint_fault(stale) is None
+    taken = newest_checkpoint(run, rename=True)
     assert taken is not None and taken.step == STEPS
     assert stale.with_name(f"stale.{stale.name}").is_dir()
 
@@ -147,7 +163,7 @@ def test_a_checkpoint_of_a_run_of_another_length_is_stale(killed_copy: Path) -> 
     newest = checkpoint_folders(run)[0]
     state = json.loads((newest / "trainer_state.json").read_text())
     (newest / "trainer_state.json").write_text(json.dumps({**state, "max_steps": 500}))
-    taken = newest_whole(run, put_aside=False)
+    taken = newest_checkpoint(run)
     assert taken is not None and taken.folder != newest and newest.exists()
 
 
@@ -155,7 +171,7 @@ def test_a_model_in_several_files_is_whole_only_with_all_of_them(finished_copy: 
     model = finished_copy / "model"
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert weights_fault(model) == "model-2.safetensors is not whole"
+    assert weights_fault(model) == "model-2.safetensors is not complete"
     shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
     assert weights_fault(model) is None
 
@@ -167,9 +183,11 @@ def test_a_finished_run_says_so_and_names_the_ways_on(
     finished_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = record_of(finished_copy)
-    assert start_again(finished_copy, monkeypatch) == Path("saves/run")
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"Already finished: saves/run ({STEPS} steps, training loss ")
+    monkeypatch.chdir(finished_copy)
+    options = TrainOptions(Path("config.yaml"))
+    outcome = train.train(options, train._prepare(options))
+    assert capsys.readouterr().out.startswith(f"Already finished: saves/run ({STEPS} steps, last training loss ")
+    shown = "\n".join(train.next_commands(options, outcome, evaluated=False))
     longer = f"num_train_epochs=16 output_dir=saves/run-longer resume_from_checkpoint=saves/run/checkpoint-{STEPS}"
     assert longer in shown
     assert "--overwrite" in shown and record_of(finished_copy) == before
@@ -182,7 +200,7 @@ def test_what_is_suggested_is_about_the_run_and_works(finished_copy: Path, capsy
     typed = ["run_name=mine", "logging_steps=4"]
     shown = start(finished_copy, *typed).ends(0)
     suggested = dict(line.strip().split(":", 1) for line in shown.splitlines() if line.startswith("  train "))
-    anew, longer = (shlex.split(suggested[name]) for name in ("train anew", "train longer"))
+    anew, longer = (shlex.split(suggested[name]) for name in ("train again", "train longer"))
     assert anew == ["python", "train.py", "--config", "config.yaml", *typed, "--overwrite"]
     assert longer[4:6] == ["logging_steps=4", "num_train_epochs=16"]
     start(finished_copy, *longer[4:]).ends(0)
@@ -194,9 +212,9 @@ def test_what_is_suggested_is_about_the_run_and_works(finished_copy: Path, capsy
 @pytest.mark.parametrize(
     ("assignments", "told"),
     [
-        (["max_steps=80"], "has trained 80 already"),
+        (["max_steps=80"], "has already trained 80"),
         (["max_steps=8"], "Give more"),
-        ([], "has trained 8 on this dataset"),
+        ([], "has already trained 8 on this dataset"),
     ],
 )
 def test_a_finished_checkpoint_of_another_run_is_not_copied_as_a_new_run(
@@ -239,15 +257,16 @@ def test_weights_alone_are_kept_and_nothing_goes_on_from_them(
     ]
 
 
-def test_what_is_put_aside_is_out_of_llamafactorys_reach(tmp_path: Path) -> None:
-    """It deletes the oldest of what is named checkpoint-*, `checkpoint-8.incomplete` as well."""
+def test_renamed_checkpoints_are_out_of_llamafactorys_reach_and_do_not_pile_up(tmp_path: Path) -> None:
+    """LLaMA Factory deletes the oldest of what is named checkpoint-*, `checkpoint-8.incomplete` as well."""
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
     (tmp_path / "checkpoint-8").mkdir()
-    rename_aside(tmp_path / "checkpoint-8", "incomplete")
-    (tmp_path / "checkpoint-8").mkdir()
-    rename_aside(tmp_path / "checkpoint-8", "incomplete")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["incomplete-2.checkpoint-8", "incomplete.checkpoint-8"]
+    rename_with_prefix(tmp_path / "checkpoint-8", "superseded")
+    for _ in range(3):
+        (tmp_path / "checkpoint-8").mkdir()
+        rename_with_prefix(tmp_path / "checkpoint-8", "incomplete")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["incomplete.checkpoint-8", "superseded.checkpoint-8"]
     assert not list(tmp_path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
@@ -278,37 +297,36 @@ def test_a_run_that_was_killed_before_its_record_was_closed_is_finished(
 def test_what_llamafactory_left_is_checked_even_when_it_ended_well(
     finished_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prmkit.training.attempt import _verify
 
     run = finished_copy / "saves" / "run"
-    _verify(run, {})
+    verify_run(run, {})
     state = json.loads((run / "trainer_state.json").read_text())
     (run / "trainer_state.json").write_text(json.dumps({**state, "global_step": 30}))
     with pytest.raises(LlamaFactoryError, match=f"stopped early, after 30 of {STEPS} steps"):
-        _verify(run, {})
+        verify_run(run, {})
     lost = [{"step": 2, "loss": float("nan")}]
     (run / "trainer_state.json").write_text(json.dumps({**state, "log_history": lost}))
-    with pytest.raises(LlamaFactoryError, match="not a number"):
-        _verify(run, {})
+    with pytest.raises(LlamaFactoryError, match="no longer a number"):
+        verify_run(run, {})
     cut(run / "adapter_model.safetensors")
-    with pytest.raises(LlamaFactoryError, match=r"adapter_model\.safetensors is not whole"):
-        _verify(run, {})
+    with pytest.raises(LlamaFactoryError, match=r"adapter_model\.safetensors is not complete"):
+        verify_run(run, {})
 
 
 def test_a_full_disk_does_not_hide_what_the_run_failed_of(
     finished_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from prmkit.training import attempt
+    from prmkit.training import run as one_start
 
     def full(_folder: Path, _record: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "saves/run/run.json")
 
-    monkeypatch.setattr(attempt, "write_record", full)
+    monkeypatch.setattr(one_start, "write_record", full)
     run = finished_copy / "saves" / "run"
-    with pytest.raises(LlamaFactoryError, match="the cause"), attempt._recorded(run, record_of(finished_copy)):
+    with pytest.raises(LlamaFactoryError, match="the cause"), one_start._recorded(run, record_of(finished_copy)):
         raise LlamaFactoryError("the cause")
     assert "saves/run/run.json: the end of the run could not be recorded: No space left on device" in caplog.text
-    with pytest.raises(OSError, match="No space"), attempt._recorded(run, record_of(finished_copy)):
+    with pytest.raises(OSError, match="No space"), one_start._recorded(run, record_of(finished_copy)):
         pass
 
 
@@ -316,7 +334,7 @@ def test_an_unfinished_run_is_not_mixed_with_another_config(killed_copy: Path, m
     with pytest.raises(UsageError) as refused:
         start_again(killed_copy, monkeypatch, "lora_rank=16", "logging_steps=1")
     said = str(refused.value)
-    assert "holds an unfinished run of another config" in said and "lora_rank: 8 -> 16" in said
+    assert "contains an unfinished run of another config" in said and "lora_rank: 8 -> 16" in said
     assert "logging_steps" not in said, "how often is logged changes nothing about what is learnt"
     assert "run_name=NAME" in said and "--overwrite" in said
 
@@ -324,15 +342,15 @@ def test_an_unfinished_run_is_not_mixed_with_another_config(killed_copy: Path, m
 def test_changed_data_is_another_run(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = killed_copy / "data" / "steps.jsonl"
     rows.write_text(rows.read_text().replace("answered", "failed", 1))
-    with pytest.raises(UsageError, match="dataset: its content has changed"):
+    with pytest.raises(UsageError, match="dataset: its rows have changed"):
         start_again(killed_copy, monkeypatch)
 
 
 def test_the_same_rows_a_step_are_the_same_run(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The advice after an out-of-memory must not be refused."""
     monkeypatch.chdir(killed_copy)
-    smaller = flow.resolve(Command(Path("config.yaml"), ["gradient_accumulation_steps=4"], batch_size="1"))
-    fresh = new_record(Path("saves/run"), smaller.config, [], 1)
+    smaller = train.resolve(TrainOptions(Path("config.yaml"), ["gradient_accumulation_steps=4"], batch_size="1"))
+    fresh = new_record(Path("saves/run"), smaller.config, 1)
     assert rows_a_step(fresh) == rows_a_step(record_of(killed_copy)) == 4
     assert differences(record_of(killed_copy), fresh) == []
     assert plan_start(Path("saves/run"), fresh).step is Step.FINISH
@@ -341,13 +359,13 @@ def test_the_same_rows_a_step_are_the_same_run(killed_copy: Path, monkeypatch: p
 def test_a_finished_run_of_another_config_is_left_alone(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new config's run gets the next folder, and finds it again."""
     monkeypatch.chdir(finished_copy)
-    other = flow.resolve(Command(Path("config.yaml"), epochs="9"))
-    fresh = new_record(Path("saves/run"), other.config, [], 1)
+    other = train.resolve(TrainOptions(Path("config.yaml"), epochs="9"))
+    fresh = new_record(Path("saves/run"), other.config, 1)
     assert free_folder(Path("saves/run"), fresh) == Path("saves/run-2")
     Path("saves/run-2").mkdir()
     Path("saves/run-2/run.json").write_text(json.dumps(fresh))
     assert free_folder(Path("saves/run"), fresh) == Path("saves/run-2")
-    with pytest.raises(UsageError, match="holds a finished run of another config"):
+    with pytest.raises(UsageError, match="contains a finished run of another config"):
         start_again(finished_copy, monkeypatch, "run_name=run", epochs="9")
 
 
@@ -363,10 +381,10 @@ def test_the_checkpoint_that_the_user_names_is_taken(killed_copy: Path, monkeypa
     monkeypatch.chdir(killed_copy)
     earlier = checkpoint_folders(Path("saves/run"))[1]
     write_config(Path("config.yaml"), resume_from_checkpoint=f"./{earlier}")
-    setting = flow.resolve(Command(Path("config.yaml")))
-    fresh = new_record(Path("saves/run"), setting.config, [], 1)
+    setting = train.resolve(TrainOptions(Path("config.yaml")))
+    fresh = new_record(Path("saves/run"), setting.config, 1)
     plan = plan_start(Path("saves/run"), fresh)
-    assert plan.step is Step.GO_ON and plan.checkpoint is not None and plan.checkpoint.folder == earlier
+    assert plan.step is Step.RESUME and plan.checkpoint is not None and plan.checkpoint.folder == earlier
     Path("saves/run/run.json").write_text(json.dumps({**plan.record, "status": "running"}))
     shutil.rmtree(earlier)  # LLaMA Factory keeps the last few alone
     newer = plan_start(Path("saves/run"), fresh)
@@ -378,7 +396,7 @@ def test_a_named_checkpoint_that_is_broken_is_refused_with_the_whole_ones(
 ) -> None:
     newest, before = checkpoint_folders(killed_copy / "saves" / "run")
     cut(newest / "optimizer.pt")
-    with pytest.raises(DataError, match=r"optimizer.*not whole.*Whole ones: ") as refused:
+    with pytest.raises(DataError, match=r"optimizer.*damaged.*Complete ones: ") as refused:
         start_again(killed_copy, monkeypatch, f"resume_from_checkpoint=saves/run/{newest.name}")
     assert before.name in str(refused.value)
 
@@ -396,7 +414,7 @@ def test_where_a_run_stands(
     finished: Path, monkeypatch: pytest.MonkeyPatch, assignments: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(finished)
-    config = flow.resolve(Command(Path("config.yaml"), assignments)).config
+    config = train.resolve(TrainOptions(Path("config.yaml"), assignments)).config
     assert run_folder_of(config.values, config.sources) == Path(expected)
 
 
@@ -423,19 +441,15 @@ def test_overwrite_moves_the_old_run_and_export_aside(finished_copy: Path, monke
 
 
 def test_what_is_not_there_is_not_moved_aside(tmp_path: Path) -> None:
-    from prmkit.training.resume import move_aside
-
-    assert move_aside(tmp_path / "run") is None
+    assert back_up(tmp_path / "run") is None
 
 
 def test_what_belongs_to_the_repository_stays_where_it_is(tmp_path: Path) -> None:
-    from prmkit.training.resume import move_aside
-
     folder = tmp_path / "exported_model"
     folder.mkdir()
     (folder / ".gitkeep").touch()
     (folder / "config.json").touch()
-    aside = move_aside(folder)
+    aside = back_up(folder)
     assert aside is not None and [path.name for path in aside.iterdir()] == ["config.json"]
     assert [path.name for path in folder.iterdir()] == [".gitkeep"]
 
@@ -452,4 +466,4 @@ def test_what_belongs_to_the_repository_stays_where_it_is(tmp_path: Path) -> Non
     ],
 )
 def test_logs_stand_beside_saves(run: str, log: str) -> None:
-    assert log_of(Path(run)) == Path(log)
+    assert log_path_of(Path(run)) == Path(log)

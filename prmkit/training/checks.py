@@ -1,0 +1,481 @@
+"""One check, its outcome, and every check of a config that needs neither this machine nor any other file.
+
+Names, types, choices and defaults come from the installed LLaMA Factory (`prmkit.llamafactory_schema`). The rules below
+are for what its parser accepts and what then fails after the model has loaded, or silently does something else. What
+its parser reports by itself is left to it: it is asked before every run (`prmkit.training.llamafactory_checks`).
+"""
+
+import difflib
+import math
+import re
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from prmkit.dataset_info import split_names
+from prmkit.llamafactory_schema import (
+    NO_DEFAULT,
+    Key,
+    installed_version,
+    llamafactory_version,
+    logger_names,
+    setting,
+    template_names,
+    training_keys,
+)
+
+Values = Mapping[str, Any]
+
+
+class Status(StrEnum):
+    """Errors stop a run unless `--force` is given; warnings are only shown."""
+
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what it looked at, what it found, and what to do about it."""
+
+    name: str
+    """The subject of the check; for a check of one key, the key."""
+    status: Status
+    found: str
+    advice: str = ""
+    """What to do; empty when there is nothing to do."""
+
+
+def ok(name: str, found: str, advice: str = "") -> Check:
+    """All is well."""
+    return Check(name, Status.OK, found, advice)
+
+
+def warning(name: str, found: str, advice: str) -> Check:
+    """The run would finish, and might not be what was meant."""
+    return Check(name, Status.WARNING, found, advice)
+
+
+def error(name: str, found: str, advice: str = "") -> Check:
+    """The run would fail, or be worth nothing."""
+    return Check(name, Status.ERROR, found, advice)
+
+
+def errors_in(checks: Sequence[Check]) -> list[Check]:
+    """The checks that stop a run."""
+    return [check for check in checks if check.status is Status.ERROR]
+
+
+# --- single keys --------------------------------------------------------------------------------------------------
+
+REPLACEMENTS = {
+    "evaluation_strategy": "Write eval_strategy.",
+    "group_by_length": "Write train_sampling_strategy: group_by_length.",
+    "tokenizer_name_or_path": "Leave it out: the tokenizer always comes from model_name_or_path.",
+    "tokenizer_name": "Leave it out: the tokenizer always comes from model_name_or_path.",
+    "modules_to_save": "Write additional_target: embed_tokens,lm_head (names, separated by commas).",
+    "torch_dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
+    "dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
+    "compute_dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
+    "save_safetensors": "Leave it out: everything is saved as safetensors.",
+    "experiment_name": "Write run_name or swanlab_run_name.",
+    "lora_plus_scale": "Write loraplus_lr_ratio: 16.0.",
+    "lora_r": "Write lora_rank.",
+    "target_modules": "Write lora_target.",
+    "additional_special_tokens": "Write add_special_tokens: <a>,<b> (one string, separated by commas).",
+    "no_cuda": "Write use_cpu: true.",
+    "use_mps_device": "Leave it out: the device is found.",
+    "per_gpu_train_batch_size": "Write per_device_train_batch_size.",
+    "per_gpu_eval_batch_size": "Write per_device_eval_batch_size.",
+    "push_to_hub_token": "Leave it out, and run hf auth login.",
+    "include_inputs_for_metrics": "Write include_for_metrics: [inputs].",
+    "use_legacy_prediction_loop": "Leave it out: it no longer exists.",
+    "half_precision_backend": "Leave it out: it no longer exists.",
+    "fp16_backend": "Leave it out: it no longer exists.",
+    "fp16_opt_level": "Leave it out: it no longer exists.",
+    "jit_mode_eval": "Leave it out: it no longer exists.",
+    "xpu_backend": "Write ddp_backend.",
+    "max_seq_length": "Write cutoff_len.",
+    "model_max_length": "Write cutoff_len: this one follows from it.",
+    "device_map": "Leave it out: the model is loaded onto the training device.",
+    "load_in_4bit": "Write quantization_bit: 4.",
+    "load_in_8bit": "Write quantization_bit: 8.",
+    "system": "Write default_system.",
+    "system_prompt": "Write default_system.",
+    "use_flash_attention_2": "Write flash_attn: fa2.",
+    "attn_implementation": "Write flash_attn: fa2 or sdpa.",
+    "epochs": "Write num_train_epochs.",
+    "batch_size": "Write per_device_train_batch_size.",
+    "lr": "Write learning_rate.",
+    "learning-rate": "Write learning_rate.",
+}
+"""What to write instead of keys of older versions and of similar tools. Used only for keys that the installed LLaMA
+Factory does not know."""
+
+_ACCEPTED_ANYWAY: dict[str, tuple[Any, ...]] = {
+    "swanlab_mode": ("offline", "disabled"),
+    "resume_from_checkpoint": (True, False),
+}
+"""Values outside a key's own types and choices that nevertheless work."""
+
+_EMPTY_IS_A_VALUE = {"default_system", "debug"}
+"""`default_system: ""` removes the system text that the template would add."""
+
+_EMPTY_LIST_FAILS = {"eval_dataset", "lora_target", "additional_target"}
+"""LLaMA Factory expects at least one name in these lists."""
+
+_AT_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "lora_rank": 1, "lora_alpha": 1, "cutoff_len": 16, "preprocessing_num_workers": 1, "preprocessing_batch_size": 1,
+    "lora_dropout": 0, "warmup_steps": 0, "weight_decay": 0, "val_size": 0, "dataloader_num_workers": 0,
+    "export_size": 1, "neftune_noise_alpha": 0, "max_samples": 1, "save_total_limit": 1, "eval_delay": 0,
+}  # fmt: skip
+_MORE_THAN = {"learning_rate": 0, "num_train_epochs": 0, "logging_steps": 0, "save_steps": 0, "max_grad_norm": 0}
+_LESS_THAN = {"lora_dropout": 1, "learning_rate": 1, "weight_decay": 1}
+_RANGE_HINTS = {"max_samples": "Leave the key out to use every row."}
+
+_REQUIRED = {
+    "model_name_or_path": "Write model_name_or_path: ./model.",
+    "dataset": "Write dataset: reward_model_full, or another name in dataset_info.json.",
+    "output_dir": "Write output_dir: saves/NAME, the folder of this run.",
+}
+
+_QUANTIZATION_BITS = {"bnb": (4, 8), "hqq": (1, 2, 3, 4, 5, 6, 8), "eetq": (8,)}
+_SECRET = re.compile(r"_token$|api_key$|_secret$|_webhook_url$")
+_PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key holds a secret, whose value must not be printed or recorded."""
+    return bool(_SECRET.search(key))
+
+
+def check_keys(values: Values) -> list[Check]:
+    """Everything that is wrong with single keys, in their order; at most one error a key."""
+    keys = training_keys()
+    missing = [
+        error(name, "is not set" if values.get(name) is None else "is an empty list", hint)
+        for name, hint in _REQUIRED.items()
+        if values.get(name) in (None, [])
+    ]
+    found = (next(_errors_of(name, value, values, keys), None) for name, value in values.items())
+    return [*missing, *(each for each in found if each is not None)]
+
+
+def _errors_of(name: str, value: Any, values: Values, keys: Mapping[str, Key]) -> Iterator[Check]:
+    key = keys.get(name)
+    if key is None:
+        yield unknown_key(name, keys)
+        return
+    yield from _check_trap(name, value, values)
+    if value is None:
+        if "None" not in key.types:
+            default = f" for LLaMA Factory's default, {key.default}" if isinstance(key.default, str | int) else ""
+            yield error(name, "null is not a value of this key", f"Leave the key out{default}.")
+        return
+    yield from _check_type(key, value)
+    yield from _check_choice(key, value)
+    yield from _check_range(name, value)
+
+
+def unknown_key(name: str, keys: Iterable[str]) -> Check:
+    """The error for a key that the installed LLaMA Factory does not accept."""
+    message = f"LLaMA Factory {llamafactory_version()} does not know this key"
+    if name in REPLACEMENTS:
+        return error(name, message, REPLACEMENTS[name])
+    nearest = difflib.get_close_matches(name.replace("-", "_"), keys, n=1)
+    return error(name, message, f"Did you mean {nearest[0]}?" if nearest else "Leave it out.")
+
+
+def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
+    """Values that the parser accepts and that fail later."""
+    if is_secret(name) or (isinstance(value, str) and _PASSWORD_IN_URL.search(value)):
+        hint = "Log in once (hf auth login, swanlab login), or set HF_TOKEN or SWANLAB_API_KEY in the environment."
+        yield error(name, "a secret does not belong in a config or a command", hint)
+    elif value == "" and name not in _EMPTY_IS_A_VALUE:
+        yield error(name, "is an empty string, which LLaMA Factory takes for a value", "Leave the key out.")
+    elif value == [] and name in _EMPTY_LIST_FAILS:
+        yield error(name, "is an empty list", "Leave the key out.")
+    elif name == "adapter_name_or_path" and isinstance(value, list):
+        joined = ",".join(map(str, value))
+        yield error(name, "LLaMA Factory cannot read a list here", f"Write one string: {joined}")
+    elif name == "flash_attn" and value == "fa3":
+        yield error(name, "fa3 ends in NotImplementedError when the model loads", "Write fa2, sdpa or auto.")
+    elif name == "do_train" and value is False:
+        yield error(name, "is false, so nothing would be trained", "Write do_train: true.")
+    elif name == "report_to":
+        yield from _check_report_to(value)
+    elif name == "quantization_bit" and isinstance(value, int):
+        method = str(setting(values, "quantization_method"))
+        allowed = _QUANTIZATION_BITS.get(method, (value,))
+        if value not in allowed:
+            hint = f"Write {' or '.join(map(str, allowed))}, or leave the key out for no quantization."
+            yield error(name, f"{method} has no {value}-bit quantization", hint)
+    elif name == "template" and isinstance(value, str) and value not in template_names():
+        nearest = " or ".join(difflib.get_close_matches(value, template_names(), n=3))
+        hint = f"Did you mean {nearest}?" if nearest else "For example qwen, qwen3, llama3, mistral, chatglm3."
+        yield error(name, f"LLaMA Factory has no template '{value}'", hint)
+
+
+def _check_report_to(value: Any) -> Iterator[Check]:
+    names = value if isinstance(value, list) else [value]
+    if value is None:
+        yield error("report_to", "null is taken for the name of a logger", "Write report_to: none.")
+    elif isinstance(value, str) and "," in value:
+        written = ", ".join(part.strip() for part in value.split(","))
+        yield error("report_to", "LLaMA Factory does not split this string", f"Write a list: report_to: [{written}]")
+    elif unknown := [str(name) for name in names if name not in (*logger_names(), "none", "all")]:
+        known = ", ".join(("none", *logger_names()))
+        yield error("report_to", f"there is no logger '{', '.join(unknown)}'", f"Known: {known}.")
+
+
+def _check_type(key: Key, value: Any) -> Iterator[Check]:
+    if _fits(key, value) or value in _ACCEPTED_ANYWAY.get(key.name, ()):
+        return
+    wanted = " or ".join(sorted(_TYPE_WORDS[name] for name in key.types & _TYPE_WORDS.keys())) or "another type"
+    plain = _unquoted(value) if isinstance(value, str) else None
+    if plain is not None and _fits(key, plain):
+        hint = f"Write {key.name}: {value} without quotes."
+        yield error(key.name, f"'{value}' is a string in quotes; LLaMA Factory needs {wanted} here", hint)
+        return
+    hint = f"Put it in quotes: '{value}'." if "str" in key.types and not isinstance(value, dict | list) else ""
+    if isinstance(value, float) and value.is_integer() and "int" in key.types:
+        hint = f"Write {int(value)}."
+    if isinstance(value, int) and value in (0, 1) and "bool" in key.types:
+        hint = f"Write {'true' if value else 'false'}."
+    yield error(key.name, f"is {value!r}; LLaMA Factory needs {wanted} here", hint)
+
+
+_TYPE_WORDS = {
+    "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a string", "list": "a list",
+    "dict": "a mapping",
+}  # fmt: skip
+
+
+def _fits(key: Key, value: Any) -> bool:
+    if not key.types <= {*_TYPE_WORDS, "None"}:
+        return True  # a class of transformers: its own parser checks it
+    if isinstance(value, bool):
+        return "bool" in key.types
+    if isinstance(value, int):
+        return bool(key.types & {"int", "float"})
+    return type(value).__name__ in key.types
+
+
+def _unquoted(text: str) -> Any:
+    """The value of a string without its quotes, or None where it would be a string again."""
+    lowered = text.strip().lower()
+    if lowered in ("true", "false", "yes", "no", "on", "off"):
+        return lowered in ("true", "yes", "on")
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return None
+
+
+def _check_choice(key: Key, value: Any) -> Iterator[Check]:
+    choices = (*key.choices, *_ACCEPTED_ANYWAY.get(key.name, ()))
+    if key.choices and isinstance(value, str) and value not in choices:
+        nearest = difflib.get_close_matches(value, choices, n=1)
+        hint = f"Did you mean {nearest[0]}?" if nearest else f"Write one of: {', '.join(choices)}."
+        yield error(key.name, f"'{value}' is not one of its choices", hint)
+
+
+def _check_range(name: str, value: Any) -> Iterator[Check]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    hint = _RANGE_HINTS.get(name, "")
+    if not math.isfinite(value):
+        yield error(name, f"is {value}", "Write a number.")
+    elif name in _AT_LEAST and value < _AT_LEAST[name]:
+        yield error(name, f"is {value}; it must be at least {_AT_LEAST[name]}", hint)
+    elif name in _MORE_THAN and value <= _MORE_THAN[name]:
+        yield error(name, f"is {value}; it must be more than {_MORE_THAN[name]}", hint)
+    elif name in _LESS_THAN and value >= _LESS_THAN[name]:
+        yield error(name, f"is {value}; it must be less than {_LESS_THAN[name]}", hint)
+
+
+# --- keys that contradict each other, unnoticed by LLaMA Factory's parser -----------------------------------------
+
+
+def check_conflicts(values: Values) -> list[Check]:
+    """Keys that do not go together.
+
+    Args:
+        values: without keys that are wrong by themselves.
+    """
+    defaults = {name: key.default for name, key in training_keys().items() if key.default is not NO_DEFAULT}
+    effective = ChainMap(dict(values), defaults)
+    rules: tuple[Callable[[Values, Values], Iterator[Check]], ...] = (
+        _check_rows, _check_schedule, _check_metric, _check_loggers, _check_folders,
+    )  # fmt: skip
+    return [found for rule in rules for found in rule(effective, values)]
+
+
+def _check_rows(config: Values, given: Values) -> Iterator[Check]:
+    val_size = config["val_size"]
+    if isinstance(val_size, float) and val_size >= 1:
+        hint = f"For a number of rows write {val_size:.0f}."
+        yield error("val_size", f"is {val_size}; a share must be below 1", hint)
+    if config["streaming"] and config["dataloader_num_workers"] < 1:
+        yield error("streaming", "a local file ends in StopIteration", "Set dataloader_num_workers: 1.")
+    if config["packing"] and not config["neat_packing"]:
+        message = "lets every row see the rows packed before it"
+        yield error("packing", message, "Write neat_packing: true, which keeps them apart, or leave it out.")
+    if config["neat_packing"] and config["flash_attn"] == "fa2" and config["per_device_train_batch_size"] > 1:
+        hint = "Write per_device_train_batch_size: 1 and multiply gradient_accumulation_steps."
+        yield error("neat_packing", "with flash_attn: fa2 works for batches of one only", hint)
+    if config["dataloader_num_workers"] < 1 and given.get("dataloader_persistent_workers"):
+        hint = "Set dataloader_num_workers: 2."
+        yield error("dataloader_persistent_workers", "is for loader processes, and there are none", hint)
+
+
+def _check_schedule(config: Values, given: Values) -> Iterator[Check]:
+    if "warmup_ratio" in given and "warmup_steps" in given:
+        hint = "Keep warmup_steps: 0.1 (below 1 it is a share of the run)."
+        yield error("warmup_ratio", "is set beside warmup_steps, and LLaMA Factory uses only the ratio", hint)
+    deepspeed = given.get("deepspeed")
+    # A launch checks this only under torchrun, after every process has started.
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
+        yield error("deepspeed", f"there is no file {deepspeed} below {Path.cwd()}", "See configs/deepspeed/.")
+    for name, asked in (
+        ("save_strategy", config["save_strategy"] == "best"),
+        ("early_stopping_steps", "early_stopping_steps" in given),
+    ):
+        if asked and "metric_for_best_model" not in given and not config["load_best_model_at_end"]:
+            yield error(name, "needs metric_for_best_model", "Write metric_for_best_model: loss.")
+
+
+_LOOKS_AT_LOSS = ("reduce_lr_on_plateau", "greedy")
+
+METRICS_OF = {
+    "compute_accuracy": ("accuracy",),
+    "predict_with_generate": ("rouge-1", "rouge-2", "rouge-l", "bleu-4"),
+}
+"""What LLaMA Factory measures besides the loss when a key asks for it."""
+
+
+def _check_metric(config: Values, given: Values) -> Iterator[Check]:
+    """Is the metric that chooses the best checkpoint among those that an evaluation gives?"""
+    follows_loss = config["load_best_model_at_end"] or config["lr_scheduler_type"] in _LOOKS_AT_LOSS
+    metric = given.get("metric_for_best_model", "loss" if follows_loss else None)
+    if metric is None or config["eval_strategy"] == "no" or config["stage"] != "sft":
+        return
+    # With predict_with_generate no loss is computed.
+    measured = [] if config["predict_with_generate"] else ["loss"]
+    measured += [name for key, names in METRICS_OF.items() if config[key] for name in names]
+    if config["eval_on_each_dataset"]:
+        measured = [f"{dataset}_{name}" for dataset in split_names(config["eval_dataset"]) for name in measured]
+    if str(metric).removeprefix("eval_") not in measured:
+        hint = f"Write metric_for_best_model: {' or '.join(measured)}."
+        yield error("metric_for_best_model", f"no evaluation gives '{metric}'", hint)
+
+
+def _check_loggers(config: Values, _given: Values) -> Iterator[Check]:
+    loggers = config["report_to"] if isinstance(config["report_to"], list) else [config["report_to"]]
+    message = "the swanlab logger of transformers does not work with the installed swanlab"
+    if "swanlab" in loggers and not config["use_swanlab"]:
+        yield error("report_to", message, "Write use_swanlab: true and report_to: none.")
+    elif "all" in loggers and not config["use_swanlab"] and installed_version("swanlab"):
+        yield error("report_to", f"all uses every installed logger, and {message}", "List those you want.")
+
+
+def _check_folders(config: Values, given: Values) -> Iterator[Check]:
+    """A run and an export use the whole of their folder: `--overwrite` renames it with all that is in it."""
+    kept = {"dataset_dir": Path(str(config["dataset_dir"]))}
+    if "model_name_or_path" in given:
+        kept["model_name_or_path"] = Path(str(given["model_name_or_path"]))
+    runs = {}
+    if "output_dir" in given:
+        runs["output_dir"] = Path(str(given["output_dir"]))
+        if "run_name" in given:
+            runs["run_name"] = runs["output_dir"].absolute().parent / str(given["run_name"])
+    for name, folder in runs.items():
+        yield from _check_overlap(name, folder, kept)
+    if "export_dir" in given:
+        # An export may be inside its run; it is then renamed with it.
+        yield from _check_overlap("export_dir", Path(str(given["export_dir"])), {**kept, **runs})
+
+
+def _check_overlap(name: str, folder: Path, others: Mapping[str, Path]) -> Iterator[Check]:
+    """The first thing that would be overwritten or renamed together with a folder."""
+    hint, place = "Name another folder, such as saves/NAME.", folder.resolve()
+    if Path.cwd().is_relative_to(place):
+        yield error(name, f"{folder} is the current folder, or one above it", hint)
+        return
+    for key, other in others.items():
+        if other.resolve() == place:
+            yield error(name, f"is the folder of {key}; its files would be overwritten", hint)
+            return
+        if other.resolve().is_relative_to(place):
+            yield error(name, f"{folder} contains the folder of {key}, which would be renamed with it", hint)
+            return
+
+
+# --- settings that do not do what one expects ---------------------------------------------------------------------
+
+
+def check_settings(values: Values) -> Iterator[Check]:
+    """Warnings for settings that are accepted and rarely meant."""
+    rate, full = setting(values, "learning_rate"), setting(values, "finetuning_type") in ("full", "freeze")
+    if rate > (1e-4 if full else 5e-3):
+        kind, usual = ("full fine-tuning", 1e-5) if full else ("LoRA", 1e-4)
+        yield warning("settings", f"learning_rate {rate:g} is high for {kind}", f"{usual:g} is usual.")
+    if setting(values, "stage") != "sft":
+        found = f"stage: {values['stage']} does not train the model to produce verdicts"
+        yield warning("settings", found, "Write stage: sft.")
+    for key, (found, advice) in _RARELY_MEANT.items():
+        if values.get(key):
+            yield warning("settings", found.format(values[key]), advice.format(values[key]))
+
+
+_RARELY_MEANT = {
+    "warmup_ratio": ("warmup_ratio is deprecated", "Write warmup_steps: {} (below 1 it is a share of the run)."),
+    "logging_dir": ("logging_dir has no effect", "TensorBoard's folder is set by TENSORBOARD_LOGGING_DIR."),
+    "overwrite_cache": (
+        "overwrite_cache tokenizes everything again at every start; changed files are noticed without it",
+        "Leave it out.",
+    ),
+    "overwrite_output_dir": (
+        "overwrite_output_dir keeps the old run's checkpoints, and a later resume may pick one of them",
+        "Leave it out; train.py --overwrite renames the old run.",
+    ),
+    "torch_compile": ("torch_compile compiles again for every row length", "Leave it out."),
+    "max_samples": (
+        "max_samples: only the first {} rows of each dataset are used, held-out rows too",
+        "Leave it out for a real run.",
+    ),
+    "neftune_noise_alpha": ("neftune_noise_alpha adds noise that helps chatting, not scoring", "Leave it out."),
+    "train_on_prompt": ("train_on_prompt trains on the prompts as well as the verdicts", "Leave it out."),
+    "save_only_model": (
+        "save_only_model saves no optimizer state, so an interrupted run cannot be resumed",
+        "Leave it out; save_total_limit: 1 saves disk space as well.",
+    ),
+}
+"""By key: what was found and what to do; `{}` is the value."""
+
+
+def suggest_flag(message: str, flags: Sequence[str], typed: Sequence[str]) -> str:
+    """What to write instead of a flag that argparse does not know; empty when the message is about something else.
+
+    Args:
+        message: argparse's, such as `unrecognized arguments: --lora-rank`.
+        flags: those that exist.
+        typed: the words of the command line.
+    """
+    _, found, words = message.partition("unrecognized arguments: --")
+    flag, _, value = words.partition(" ")[0].partition("=")
+    if not found:
+        return ""
+    after = typed[typed.index(f"--{flag}") + 1 :] if f"--{flag}" in typed else ()
+    value = value or next(iter(after), "VALUE")
+    if (key := flag.replace("-", "_")) in training_keys():
+        return f". Write {key}={value}"
+    nearest = difflib.get_close_matches(f"--{flag}", flags, n=1)
+    return f". Did you mean {nearest[0]}?" if nearest else ""

@@ -1,0 +1,403 @@
+"""This machine: GPUs, cores and packages, and whether it is ready to train. No heavy imports.
+
+What is asked here takes milliseconds, but for SwanLab's server, which is asked for at most two seconds.
+"""
+
+import netrc
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from math import ceil
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from prmkit.llamafactory_schema import installed_version, setting
+from prmkit.training.checks import Check, error, ok, warning
+
+GIBIBYTE = 1 << 30
+INSTALL = "./run_training.sh --install-deps"
+
+
+# --- what the machine has -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU. Sizes are bytes."""
+
+    name: str
+    total: int
+    free: int
+    capability: tuple[int, int]
+    """CUDA compute capability; from 8.0 (Ampere) on bf16, tf32 and FlashAttention-2 work."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training can use."""
+
+    gpus: tuple[Gpu, ...]
+    cores: int
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the installed ones out of `OPTIONAL_PACKAGES`, by distribution name."""
+    memory: int = 0
+    """Free bytes of main memory; 0 when unknown."""
+
+    @property
+    def memory_budget(self) -> int:
+        """Free bytes for each training process: of the GPU with the least, or else of main memory."""
+        return min((gpu.free for gpu in self.gpus), default=self.memory)
+
+
+OPTIONAL_PACKAGES = (
+    "liger-kernel", "flash-attn", "deepspeed", "bitsandbytes", "unsloth", "swanlab", "swanboard", "matplotlib",
+    "galore_torch", "apollo_torch", "badam", "adam-mini", "hqq", "eetq", "rouge_chinese",
+)  # fmt: skip
+
+
+def this_machine() -> Machine:
+    """Look at this machine, without importing torch. A GPU that `CUDA_VISIBLE_DEVICES` hides does not count."""
+    installed = {name: version for name in OPTIONAL_PACKAGES if (version := installed_version(name))}
+    return Machine(_visible_gpus(), len(os.sched_getaffinity(0)), installed, _available_memory())
+
+
+def _available_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    kibibytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next(kibibytes, 0) * 1024
+
+
+def _visible_gpus() -> tuple[Gpu, ...]:
+    import pynvml  # type: ignore[import-untyped]
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()  # no driver
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        identities = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+        chosen = visible_indices(os.environ.get("CUDA_VISIBLE_DEVICES"), identities)
+        return tuple(_gpu(handles[index]) for index in chosen)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(handle: object) -> Gpu:
+    import pynvml
+
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except pynvml.NVMLError_NotSupported:
+        total = free = _available_memory()  # a GPU that shares the machine's memory
+    return Gpu(str(pynvml.nvmlDeviceGetName(handle)), total, free, (int(major), int(minor)))
+
+
+def visible_indices(variable: str | None, identities: list[str]) -> list[int]:
+    """Which GPUs `CUDA_VISIBLE_DEVICES` shows, as CUDA reads it: numbers or UUIDs, up to the first invalid one.
+
+    Args:
+        variable: its value; None shows all.
+        identities: the UUID of every GPU, in the driver's order.
+    """
+    if variable is None:
+        return list(range(len(identities)))
+    chosen: list[int] = []
+    for entry in filter(None, map(str.strip, variable.split(","))):
+        by_identity = [index for index, identity in enumerate(identities) if identity.startswith(entry)]
+        index = int(entry) if entry.isdecimal() else (by_identity or [-1])[0]
+        if not 0 <= index < len(identities):
+            break
+        chosen.append(index)
+    return chosen
+
+
+# --- is it ready? ---------------------------------------------------------------------------------------------------
+
+TESTED_PYTHON = (3, 11)
+GO_TOGETHER = ("llamafactory", "transformers", "peft", "trl", "accelerate", "datasets", "torchvision")
+"""Packages whose requirements on each other are checked."""
+
+NEEDED_BY = {
+    "enable_liger_kernel": "liger-kernel",
+    "use_unsloth": "unsloth",
+    "deepspeed": "deepspeed",
+    "use_galore": "galore_torch",
+    "use_apollo": "apollo_torch",
+    "use_badam": "badam",
+    "use_adam_mini": "adam-mini",
+    "plot_loss": "matplotlib",
+    "predict_with_generate": "rouge_chinese",
+}
+LONGEST_NAME = 200
+"""Bytes. File systems allow 255, and logs and renamed folders get longer names than the run."""
+TOO_LARGE_FOR_A_CPU = 500_000_000
+QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
+
+
+def check_python() -> Check:
+    """The Python that the pinned versions were tested with."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] == TESTED_PYTHON:
+        return ok("Python", version)
+    wanted = ".".join(map(str, TESTED_PYTHON))
+    return warning("Python", version, f"The pinned versions are tested with {wanted}.")
+
+
+def check_versions() -> Check:
+    """Do the installed versions fit together, by the packages' own requirements?"""
+    problems = list(_unmet(GO_TOGETHER))
+    torch, audio = installed_version("torch"), installed_version("torchaudio")
+    # torchaudio requires nothing of torch in its metadata and then fails to load.
+    if torch and audio and torch.split("+")[0].split(".")[:2] != audio.split("+")[0].split(".")[:2]:
+        problems.append(f"torchaudio {audio} is for another torch than {torch}")
+    if problems:
+        return error("versions", "; ".join(problems), f"Install the set that was tested together: {INSTALL}")
+    shown = ", ".join(f"{name} {installed_version(name)}" for name in ("llamafactory", "transformers", "torch"))
+    return ok("versions", shown)
+
+
+def _unmet(names: tuple[str, ...]) -> Iterator[str]:
+    from packaging.requirements import Requirement
+
+    for name in names:
+        if installed_version(name) is None:
+            yield f"{name} is not installed"
+            continue
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            installed = installed_version(requirement.name)
+            if installed and not requirement.specifier.contains(installed, prereleases=True):
+                yield f"{name} needs {requirement.name}{requirement.specifier}, and {installed} is installed"
+
+
+def check_command() -> Check:
+    """Is `llamafactory-cli` installed for this Python?"""
+    program = Path(sys.executable).parent / "llamafactory-cli"
+    if program.exists():
+        return ok("llamafactory-cli", str(program))
+    elsewhere = shutil.which("llamafactory-cli")
+    found = f"not installed for {sys.executable}" + (f", only for another Python ({elsewhere})" if elsewhere else "")
+    return error("llamafactory-cli", found, f"Install it for this Python: {INSTALL}")
+
+
+def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, parameters: int) -> Check:
+    """Are there GPUs, enough of them, free, and able to do what the config asks for?
+
+    Args:
+        values: LLaMA Factory's keys.
+        machine: what training can use.
+        processes: how many train on this machine.
+        parameters: of the model; 0 when unknown.
+    """
+    if not machine.gpus:
+        if parameters > TOO_LARGE_FOR_A_CPU:
+            found = f"none, and {parameters / 1e9:.1f} B parameters would train for weeks on a CPU"
+            return error("GPU", found, "Start where nvidia-smi shows a GPU.")
+        if values.get("quantization_bit") or values.get("use_unsloth") or values.get("fp8"):
+            return error(
+                "GPU", "none, and the config asks for one (quantization, unsloth or fp8)", "Change these keys."
+            )
+        advice = "Start where nvidia-smi shows a GPU; for other makers' GPUs set use_cpu=false."
+        return warning("GPU", "none: training on the CPU, for tiny models only", advice)
+    names = ", ".join(
+        f"{gpu.name} ({gpu.free / GIBIBYTE:.0f} of {gpu.total / GIBIBYTE:.0f} GiB free)" for gpu in machine.gpus
+    )
+    if processes > len(machine.gpus):
+        return error("GPU", f"{names}; {processes} processes asked for", f"--nproc {len(machine.gpus)}")
+    busy = [gpu for gpu in machine.gpus[:processes] if gpu.free < 0.9 * gpu.total]
+    if busy:
+        return warning("GPU", f"{names}: in use by another process", "See nvidia-smi, and stop it if it is yours.")
+    return ok("GPU", names)
+
+
+def check_precision(values: Mapping[str, Any], dropped: Mapping[str, str]) -> Check:
+    """The number format of the training, and what the machine does not support of what the config asks for."""
+    chosen = [name for name in ("pure_bf16", "bf16", "fp16", "fp8", "tf32") if values.get(name)]
+    found = ", ".join(chosen) or "float32"
+    missed = [name for name in ("pure_bf16", "bf16", "fp16", "tf32") if name in dropped]
+    if missed:
+        found += f", without {' and '.join(missed)}: {dropped[missed[0]]}"
+    if not chosen and not values.get("use_cpu"):
+        advice = "On an A100 or newer, bf16=true tf32=true halve the memory and take a fraction of the time."
+        return warning("precision", found, advice)
+    return ok("precision", found)
+
+
+def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
+    """Packages that the config needs and that LLaMA Factory does not install.
+
+    Those of `optim` and `report_to` are found by the check of the trainer.
+    """
+    needed = {key: package for key, package in NEEDED_BY.items() if values.get(key)}
+    quantizer = QUANTIZERS.get(str(setting(values, "quantization_method")))
+    if values.get("quantization_bit") and quantizer:
+        needed["quantization_bit"] = quantizer
+    missing = {package: key for key, package in needed.items() if package not in machine.packages}
+    if not missing:
+        return ok("packages", f"installed for {', '.join(needed)}" if needed else "none needed")
+    found = ", ".join(f"{package} is missing for {key}" for package, key in missing.items())
+    return error("packages", found, f"pip install {' '.join(missing)}, or leave out: {', '.join(missing.values())}")
+
+
+def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Check:
+    """Is there disk space for the checkpoints kept at once, the one being written, and the final files?
+
+    Args:
+        values: LLaMA Factory's keys.
+        checkpoint_bytes: of one checkpoint; None when unknown.
+    """
+    folder = Path(str(values["output_dir"])).absolute()
+    places = {"output_dir": folder}
+    if "run_name" in values:
+        places["run_name"] = folder.parent / str(values["run_name"])
+    if "export_dir" in values:
+        places["export_dir"] = Path(str(values["export_dir"])).absolute()
+    problems = [f"{key}: {problem}" for key, place in places.items() if (problem := _why_not_writable(place))]
+    if problems:
+        return error("disk", "; ".join(problems), "Choose another folder.")
+    existing = _nearest_existing(folder)
+    free = shutil.disk_usage(existing).free
+    found = f"{free / GIBIBYTE:,.1f} GiB free in {existing}"
+    if checkpoint_bytes is None:
+        return ok("disk", found)
+    limit = values.get("save_total_limit")
+    kept = int(limit) if limit else _checkpoints(values)
+    at_once = 2 if kept is None else kept + 1
+    needed = checkpoint_bytes * (at_once + 0.5)
+    found += f"; keeps {at_once} checkpoint{'s' * (at_once != 1)} of {_size(checkpoint_bytes)}"
+    if kept is None:
+        found += " or more: without save_total_limit all are kept"
+    if needed > free:
+        advice = "Free some space, set save_total_limit=1, or choose an output_dir on another disk."
+        return error("disk", f"{found}: not enough", advice)
+    return ok("disk", found)
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """Why no folder of this name can be created; None when it can."""
+    try:
+        existing = _nearest_existing(folder)
+    except OSError as failure:  # a name that is too long, or a folder without permission
+        return f"{folder}: {failure.strerror}"
+    if not existing.is_dir():
+        return f"{existing} is a file, not a folder"
+    if len(os.fsencode(folder.name)) > LONGEST_NAME:
+        return f"a name of {len(os.fsencode(folder.name))} bytes is too long; at most {LONGEST_NAME}"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} cannot be written to"
+
+
+def _size(count: float) -> str:
+    return f"{count / GIBIBYTE:.1f} GiB" if count > GIBIBYTE / 10 else f"{count / (1 << 20):.0f} MiB"
+
+
+def _checkpoints(values: Mapping[str, Any]) -> int | None:
+    """How many checkpoints a run without a limit keeps; None where it depends on the number of rows."""
+    strategy, steps = setting(values, "save_strategy"), float(setting(values, "save_steps"))
+    max_steps = max(int(values.get("max_steps") or 0), 0)
+    if strategy == "no":
+        return 0
+    if strategy == "steps" and steps < 1:
+        return round(1 / steps)
+    if strategy == "steps" and max_steps:
+        return int(max_steps // steps)
+    return ceil(float(setting(values, "num_train_epochs"))) if strategy == "epoch" and not max_steps else None
+
+
+def check_swanlab(values: Mapping[str, Any], dropped: Mapping[str, str], sources: Mapping[str, str]) -> Check:
+    """Where SwanLab records the run; decided when the config was resolved."""
+    if "use_swanlab" in dropped:
+        reason, _, advice = dropped["use_swanlab"].partition("; ")
+        return warning("SwanLab", f"off: {reason}", advice.capitalize())
+    if not values.get("use_swanlab"):
+        return ok("SwanLab", "off")
+    mode = setting(values, "swanlab_mode")
+    reason = sources.get("swanlab_mode", "")
+    why = f" ({reason.removeprefix('derived: ')})" if reason.startswith("derived") else ""
+    return ok("SwanLab", f"{mode}, project {setting(values, 'swanlab_project')}{why}")
+
+
+# --- where SwanLab can record a run -------------------------------------------------------------------------------
+
+# LLaMA Factory finds out only after the model has loaded, and then the run fails.
+DEFAULT_HOST = "https://api.swanlab.cn"
+CONNECT_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class SwanLabChoice:
+    """Whether and how SwanLab is used, and why."""
+
+    mode: str | None
+    """A value of `swanlab_mode`; None turns SwanLab off."""
+    reason: str
+
+
+def resolve_swanlab(
+    values: Mapping[str, Any], packages: Mapping[str, str], environment: Mapping[str, str] | None = None
+) -> SwanLabChoice:
+    """Choose where SwanLab records the run.
+
+    Args:
+        values: LLaMA Factory's keys; `use_swanlab` is true.
+        packages: installed versions by name; `swanlab` and `swanboard` are used.
+        environment: the process's environment when it is None.
+    """
+    environment = os.environ if environment is None else environment
+    asked: str | None = values.get("swanlab_mode")
+    if "swanlab" not in packages:
+        return SwanLabChoice(None, "swanlab is not installed")
+    if asked in ("offline", "disabled", "local") and (asked != "local" or "swanboard" in packages):
+        return SwanLabChoice(asked, "as asked")
+    reason = "its dashboard is not installed" if asked == "local" else _why_not_cloud(environment)
+    if reason is None:
+        return SwanLabChoice("cloud", "logged in")
+    if asked != "local" and "swanboard" in packages:
+        return SwanLabChoice("local", f"{reason}; show the run with: swanlab watch")
+    # A local run recorded without swanboard can never be shown, not even after it is installed.
+    return SwanLabChoice(None, f"{reason}; for local runs: pip install 'swanlab[dashboard]'")
+
+
+def _why_not_cloud(environment: Mapping[str, str]) -> str | None:
+    host = _host_of_login(environment)
+    if host is None:
+        return "not logged in to SwanLab"
+    address = urlsplit(host if "//" in host else f"//{host}")
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return f"{host} cannot be reached"
+    return None
+
+
+def _host_of_login(environment: Mapping[str, str]) -> str | None:
+    """The server of the current login: from the environment, this folder, or the home folder."""
+    host = environment.get("SWANLAB_API_HOST")
+    if environment.get("SWANLAB_API_KEY"):
+        return host or DEFAULT_HOST
+    home = environment.get("SWANLAB_ROOT") or environment.get("SWANLAB_SAVE_DIR") or str(Path.home() / ".swanlab")
+    for folder in (Path(".swanlab"), Path(home)):
+        try:
+            hosts = netrc.netrc(folder / ".netrc").hosts
+        except (OSError, netrc.NetrcParseError):
+            continue
+        for machine, (_login, _account, password) in hosts.items():
+            if password:
+                return host or machine
+    return None

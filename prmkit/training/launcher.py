@@ -1,0 +1,443 @@
+"""The only module that starts LLaMA Factory: its command lines, the child process, how it is stopped, why it failed.
+
+An exit code of 0 is not trusted: what LLaMA Factory left is checked in `prmkit.training.run` and
+`prmkit.training.export`.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
+from prmkit.llamafactory_schema import setting
+from prmkit.training import supervisor
+from prmkit.training.checks import Check, Status, error
+from prmkit.training.model import savings
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+_ONE_REQUEST = 1.0
+"""Seconds within which several signals are one request to stop."""
+_SUPERVISOR_SECONDS = 15.0
+"""How long the supervisor may take to kill what it started; longer only when somebody has stopped it."""
+
+
+# --- how many processes, and where --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes train, and where. Names and meanings are torchrun's."""
+
+    nproc: int | None = None
+    """Processes on this node; None means one for each visible GPU."""
+    nnodes: str = "1"
+    """A number, or `MIN:MAX` for an elastic run."""
+    node_rank: int = 0
+    master_addr: str | None = None
+    """Where the first node is; None for this machine."""
+    master_port: int | None = None
+    """None means a free one on a single node, 29500 on several."""
+    rdzv_id: str | None = None
+    """Names an elastic run: nodes with the same one find each other at `master_addr`."""
+    max_restarts: int = 0
+
+    @property
+    def is_first_node(self) -> bool:
+        """Whether this node writes the run folder and the record."""
+        return self.node_rank == 0
+
+    @property
+    def most_nodes(self) -> int:
+        """How many nodes there are; for an elastic run, how many there may be."""
+        return int(self.nnodes.rpartition(":")[2])
+
+
+def check_launch(launch: Launch) -> None:
+    """Report all flags of torchrun that cannot be meant; torchrun itself would wait, or fail with a traceback.
+
+    Raises:
+        UsageError: with one line an error.
+    """
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", launch.nnodes):
+        raise UsageError(f"--nnodes {launch.nnodes}: expected a number, or MIN:MAX for an elastic run.")
+    fewest, most = int(launch.nnodes.partition(":")[0]), launch.most_nodes
+    problems = {
+        f"--nproc {launch.nproc}: expected 1 or more": launch.nproc is not None and launch.nproc < 1,
+        f"--nnodes {launch.nnodes}: the first number is the smaller one": fewest > most,
+        f"--nnodes {launch.nnodes}: an elastic run needs --rdzv-id, the same on every node": ":" in launch.nnodes
+        and launch.rdzv_id is None,
+        "--nnodes: several nodes need --master-addr, the address of the first one": most > 1
+        and launch.master_addr is None,
+        f"--node-rank {launch.node_rank}: expected 0 to {most - 1}, as there are {most} nodes (--nnodes)": not 0
+        <= launch.node_rank
+        < most,
+        f"--master-port {launch.master_port}: expected 1 to 65535": launch.master_port is not None
+        and not 0 < launch.master_port < 65536,
+        f"--max-restarts {launch.max_restarts}: expected 0 or more": launch.max_restarts < 0,
+    }
+    if found := [problem for problem, is_one in problems.items() if is_one]:
+        raise UsageError("\n  ".join(found))
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def cli_command(name: str, config: Path) -> list[str]:
+    """`llamafactory-cli NAME CONFIG`, with the `llamafactory-cli` of this Python, whatever PATH says.
+
+    Raises:
+        DataError: LLaMA Factory is not installed for this Python.
+    """
+    program = Path(sys.executable).parent / "llamafactory-cli"
+    if not program.exists():
+        raise DataError(f"llamafactory-cli not found for {sys.executable}. Run ./run_training.sh --install-deps")
+    return [str(program), name, str(config)]
+
+
+def train_command(config: Path, launch: Launch, processes: int, *, torchrun: bool) -> list[str]:
+    """The command line that trains.
+
+    LLaMA Factory's own launcher is not used where several processes train: it looks for `torchrun` on PATH, splits
+    paths at spaces, and leaves the workers training when it is stopped.
+
+    Args:
+        config: the rendered YAML.
+        launch: how many nodes, and where they meet.
+        processes: on this node.
+        torchrun: start through torchrun, which DeepSpeed and FSDP need even for one process.
+
+    Raises:
+        DataError: LLaMA Factory is not installed for this Python.
+    """
+    if not torchrun:
+        return cli_command("train", config)
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--nnodes={launch.nnodes}"),
+        *_rendezvous(launch),
+        *(f"--max-restarts={launch.max_restarts}", "-m", "prmkit.training.worker", str(config)),
+    ]
+
+
+def _rendezvous(launch: Launch) -> list[str]:
+    address, port = launch.master_addr or "127.0.0.1", launch.master_port or 29500
+    if launch.rdzv_id is not None:
+        endpoint = f"{address}:{port}"
+        return [f"--rdzv-id={launch.rdzv_id}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    if launch.nnodes == "1" and launch.master_port is None:
+        return ["--standalone"]
+    return [f"--node-rank={launch.node_rank}", f"--master-addr={address}", f"--master-port={port}"]
+
+
+# Variables that LLaMA Factory and torchrun would obey, left over from the user's shell.
+_STRAY_VARIABLES = (
+    "FORCE_TORCHRUN", "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "MIN_NNODES",
+    "MAX_NNODES", "MAX_RESTARTS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "USE_RAY", "USE_MCA",
+    "USE_V1", "ALLOW_EXTRA_ARGS",
+)  # fmt: skip
+
+
+def child_environment() -> dict[str, str]:
+    """The environment that LLaMA Factory runs in: ours, without stray variables, with what makes its log useful."""
+    environment = {name: value for name, value in os.environ.items() if name not in _STRAY_VARIABLES}
+    here = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, here))  # torchrun's workers import prmkit from anywhere
+    environment |= {"PYTHONUNBUFFERED": "1", "RECORD_VRAM": "1"}
+    # Otherwise FSDP2 saves only shards, and LLaMA Factory ends without having written an adapter.
+    environment.setdefault("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    # On a shared CPU, threads that spin while they wait for each other take the time that they wait for: the demo's
+    # steps took five times as long.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # glibc returns every large tensor to the kernel and asks for it again: a fifth to a third of a step on a CPU.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(8 << 30))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 << 30))
+    environment.setdefault("MALLOC_TOP_PAD_", str(256 << 20))
+    # LLaMA Factory's launcher sets it for several GPUs; row lengths differ so much that one GPU gains from it too.
+    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return environment
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Child:
+    """A command that runs below the supervisor."""
+
+    process: subprocess.Popen[bytes]
+
+    def terminate(self) -> None:
+        """Ask it to save and stop; the second time it is killed with everything that it started."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and everything that it started, now."""
+        if self.process.stdin:
+            self.process.stdin.close()
+        try:
+            self.process.wait(_SUPERVISOR_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # somebody has stopped it (SIGSTOP), so that it cannot kill anything itself
+            self.process.wait()
+        # Something is left only if the supervisor itself was killed.
+        supervisor.kill_descendants(os.getpid())
+
+
+@contextmanager
+def started(
+    command: Sequence[str], log_path: Path, *, held: int | None = None, through_torchrun: bool = False
+) -> Iterator[Child]:
+    """Start a command; when the block ends, none of its processes is left, whatever happened.
+
+    Args:
+        command: the program and its arguments.
+        log_path: everything that it prints is appended there.
+        held: a file descriptor that the supervisor keeps open as long as the command lives (a lock, so that it
+            outlasts a kill of this process).
+        through_torchrun: a request to stop is sent to torchrun's workers.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    supervisor.become_subreaper()
+    stop_whom = "grandchildren" if through_torchrun else "child"
+    with log_path.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", supervisor.__file__, stop_whom, *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=child_environment(),
+            pass_fds=() if held is None else (held,),
+            start_new_session=True,
+        )
+    child = Child(process)
+    try:
+        yield child
+    finally:
+        child.kill()
+
+
+def run_to_end(
+    child: Child, on_poll: Callable[[], None], *, is_saved: Callable[[], bool], patience: Callable[[], float]
+) -> int:
+    """Wait until a child ends, passing SIGINT, SIGTERM and SIGHUP on as a request to save and stop.
+
+    Args:
+        child: from `started`.
+        on_poll: called five times a second.
+        is_saved: whether, after a request to stop, there is nothing left to wait for.
+        patience: how many seconds to wait for that.
+
+    Returns:
+        The child's exit code; 128 plus the signal's number where a signal ended it.
+
+    Raises:
+        Interrupted: a signal stopped it.
+    """
+    with _stopping_signals():
+        try:
+            _wait(child, on_poll)
+        except Interrupted as stop:
+            _stop(child, on_poll, is_saved, patience())
+            raise Interrupted("interrupted", stop.exit_code) from None
+    # The last lines may have been written after the last poll.
+    on_poll()
+    code = child.process.returncode
+    return code if code >= 0 else 128 - code
+
+
+def _wait(child: Child, on_poll: Callable[[], None], until: Callable[[], bool] = lambda: False) -> None:
+    while not until():
+        try:
+            child.process.wait(POLL_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            on_poll()
+
+
+def _stop(child: Child, on_poll: Callable[[], None], is_saved: Callable[[], bool], patience: float) -> None:
+    log.warning("Stopping; a checkpoint is saved first if training has begun. Interrupt again to stop immediately.")
+    deadline = time.monotonic() + patience
+    child.terminate()
+    try:
+        _wait(child, on_poll, until=lambda: is_saved() or time.monotonic() > deadline)
+    except Interrupted:
+        log.warning("Stopped without saving.")
+
+
+@contextmanager
+def _stopping_signals() -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP raise `Interrupted`.
+
+    SIGINT as well where the shell ignores it, which it does for what a script starts with `&`. SIGHUP stays ignored
+    where it was (nohup). Signals in quick succession are one request: Ctrl-C reaches train.py from the terminal, and
+    from run_training.sh as SIGTERM.
+    """
+
+    asked: float | None = None
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        now = time.monotonic()
+        if asked is not None and now - asked < _ONE_REQUEST:
+            return
+        asked = now
+        raise Interrupted("", ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- the checks before a run --------------------------------------------------------------------------------------
+
+CHECK_SECONDS = 120.0
+"""How long one check may take."""
+
+
+def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) -> list[Check]:
+    """Run `prmkit.training.preflight` in a child process, which may die of LLaMA Factory or of a model's own code.
+
+    Args:
+        request: see `prmkit.training.preflight`.
+        show: called with every check as it ends, and with a sentence before a check that takes seconds.
+
+    Returns:
+        Every check. One in which the child died, or which took too long, is an error.
+    """
+    checks: list[Check] = []
+    begun: dict[str, str] = {}
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "prmkit.training.preflight"],
+            env={**child_environment(), "LLAMAFACTORY_VERBOSITY": "ERROR"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+        try:
+            for message in _messages(child, json.dumps({**request, "parent": os.getpid()}).encode()):
+                if "begin" in message:
+                    begun[message["begin"]] = message["advice"]
+                    if message["note"]:
+                        show(message["note"])
+                    continue
+                begun.pop(message["name"], None)
+                checks.append(Check(**{**message, "status": Status(message["status"])}))
+                show(checks[-1])
+            failure = f"no result after {CHECK_SECONDS:.0f} seconds" if child.poll() is None else None
+        finally:
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        failure = failure or _raised(errors.read().decode(errors="replace")) or f"exit code {child.returncode}"
+    for name, advice in begun.items():
+        checks.append(error(name, failure, advice))
+        show(checks[-1])
+    return checks
+
+
+def _messages(child: subprocess.Popen[bytes], request: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON lines that the child writes, until it ends or is silent for too long."""
+    if child.stdin is None or child.stdout is None:
+        raise TypeError("the child needs two pipes")
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may die while starting: its standard error says why
+        child.stdin.write(request)
+    rest = b""
+    while select.select([child.stdout], [], [], CHECK_SECONDS)[0]:
+        read = os.read(child.stdout.fileno(), 1 << 16)
+        if not read:
+            child.wait()
+            return
+        *lines, rest = (rest + read).split(b"\n")
+        yield from map(json.loads, lines)
+
+
+def _raised(traceback: str) -> str:
+    """The first and the last error in it: transformers hides a broken torchvision behind an error of its own."""
+    raised = re.findall(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", traceback, re.MULTILINE)
+    return "; then ".join(dict.fromkeys([*raised[:1], *raised[-1:]]))
+
+
+# --- why it failed ------------------------------------------------------------------------------------------------
+
+_OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory"
+    r"|not enough memory: you tried to allocate|std::bad_alloc|^MemoryError",
+    re.MULTILINE,
+)
+_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
+# The last line of a traceback. torchrun and LLaMA Factory's launcher add their own tracebacks after the cause.
+_EXCEPTION = re.compile(
+    r"^(?:\[rank\d+\]: ?)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Iteration)\b.*)$", re.MULTILINE
+)
+_NOT_THE_CAUSE = ("torch.distributed.elastic", "ChildFailedError", "subprocess.CalledProcessError")
+_LAST_LINES = 15
+_READ_BYTES = 400_000
+
+
+def log_tail(path: Path, begin: int) -> str:
+    """The end of what was written to a log from byte `begin` on; of a progress bar only the last state."""
+    with path.open("rb") as stream:
+        stream.seek(max(begin, path.stat().st_size - _READ_BYTES))
+        text = stream.read().decode(errors="replace")
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
+
+
+def diagnose(log: Path, begin: int, exit_code: int, values: Mapping[str, Any]) -> str:
+    """Why a child failed, from its log after byte `begin`; and where the log is. See `explain`."""
+    return f"{explain(log_tail(log, begin), exit_code, values)}\nThe complete log: {log}"
+
+
+def explain(tail: str, exit_code: int, values: Mapping[str, Any]) -> str:
+    """The cause in one line, the last lines, and advice where there is some.
+
+    Args:
+        tail: from `log_tail`.
+        exit_code: 128 plus the signal's number where a signal ended the child.
+        values: the run's resolved config.
+    """
+    causes = [cause for cause in _EXCEPTION.findall(tail) if not cause.startswith(_NOT_THE_CAUSE)]
+    head = causes[-1] if causes else f"exit code {exit_code}"
+    lines = [line for line in tail.splitlines() if line.strip()][-_LAST_LINES:]
+    advice = _advice(tail, exit_code, values)
+    return "\n".join([f"LLaMA Factory failed: {head}", *(f"  | {line}" for line in lines), *advice])
+
+
+def _advice(tail: str, exit_code: int, values: Mapping[str, Any]) -> list[str]:
+    if _OUT_OF_MEMORY.search(tail):
+        return ["Out of memory. Try, in this order:", *_memory_advice(values)]
+    if exit_code == 137:
+        killed = "It was killed from outside. If nobody did that, the machine ran out of memory (see dmesg):"
+        return [killed, *_memory_advice(values)]
+    if _NO_SPACE.search(tail):
+        return ["The disk is full. Free some space, or keep fewer checkpoints: save_total_limit=1"]
+    return []
+
+
+def _memory_advice(values: Mapping[str, Any]) -> list[str]:
+    ways = [f"  {saving.flags}  {saving.why}" for saving in savings(values)]
+    half = int(setting(values, "cutoff_len")) // 2
+    ways.append(f"  cutoff_len={half}  convert again with the same cutoff_len, so that no row is cut")
+    if not values.get("deepspeed") and not values.get("fsdp"):
+        ways.append("  --nproc N  several GPUs with DeepSpeed ZeRO-2: see configs/multi_gpu_zero2.yaml")
+    return ways

@@ -1,0 +1,558 @@
+"""One start of a run: execute the plan, follow LLaMA Factory, check what it left, and write the record."""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any
+
+from prmkit import cli
+from prmkit.errors import DataError, Interrupted, LlamaFactoryError
+from prmkit.files import read_json, write_text
+from prmkit.model_card import write_model_card
+from prmkit.training import launcher
+from prmkit.training.config import ResolvedConfig, render_yaml
+from prmkit.training.launcher import Launch
+from prmkit.training.records import METRICS, RESOLVED_CONFIG, log_path_of, now, write_record
+from prmkit.training.resume import (
+    Plan,
+    Step,
+    checkpoint_fault,
+    checkpoint_folders,
+    content_fault,
+    newest_checkpoint,
+    parse_log_line,
+    prepare_run_folder,
+    read_log,
+    read_state,
+    rename_with_prefix,
+    restore_final_files,
+)
+
+log = logging.getLogger(__name__)
+
+TRAINER_LOG = "trainer_log.jsonl"
+_LARGEST_LOG = 16 << 20
+"""Bytes of a run's log, above which a new one is begun; the one before is kept as `NAME.log.1`."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """A resolved config and how LLaMA Factory is started with it."""
+
+    config: ResolvedConfig
+    launch: Launch
+    processes: int
+    """On this node."""
+    world_size: int
+    """On all nodes."""
+    torchrun: bool
+    verbose: bool = False
+    """Show everything that LLaMA Factory prints."""
+
+
+def execute_plan(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int) -> dict[str, Any]:
+    """Execute a plan; return the run's record afterwards.
+
+    Raises:
+        LlamaFactoryError: it failed, or did not leave a complete run.
+        Interrupted: a signal stopped it.
+    """
+    if plan.step is Step.DONE:
+        return plan.record
+    prepare_run_folder(folder, plan)
+    record = {**plan.record, "status": "running", "ended": None}
+    write_record(folder, record)
+    with _recorded(folder, record):
+        if plan.step is not Step.FINISH:
+            _train(launch_plan, folder, plan, lock, record)
+        elif plan.checkpoint is not None:
+            log.info("%s had trained all its steps; writing the final files.", folder)
+            restore_final_files(plan.checkpoint, folder)
+        verify_run(folder, launch_plan.config.values)
+    return record
+
+
+# --- the record ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _recorded(folder: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Write into the record how the block ended and what the run has reached; for a finished run, its card as well."""
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    except (Interrupted, KeyboardInterrupt):
+        status = "interrupted"
+        raise
+    finally:
+        finished = status == "finished"
+        record |= {"status": status, "ended": now(), **_numbers(folder, finished=finished)}
+        try:
+            write_record(folder, record)
+            _draw(folder, finished=finished)
+            if finished:
+                write_card(folder, folder, record)
+        except OSError as failure:
+            if finished:
+                raise
+            # The reason why the run failed says more, and is most likely the same: a full disk.
+            log.error("%s: the end of the run could not be recorded: %s.", failure.filename or folder, failure.strerror)
+
+
+def write_card(target: Path, run_folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the model card of a run or of its export, with the run's measurements where there are any."""
+    try:
+        metrics = read_json(run_folder / METRICS) if (run_folder / METRICS).exists() else None
+    except DataError as failure:
+        log.warning("%s The model card says nothing about agreement.", failure)
+        metrics = None
+    write_model_card(target, record, metrics)
+
+
+def _latest_state(folder: Path, *, finished: bool) -> dict[str, Any]:
+    if finished:
+        return read_state(folder) or {}
+    newest = newest_checkpoint(folder, contents=False)
+    return (read_state(newest.folder) if newest else None) or {}
+
+
+def _numbers(folder: Path, *, finished: bool) -> dict[str, Any]:
+    """Steps, tokens and losses.
+
+    `train_loss` is the last one logged, a mean over `logging_steps` steps: LLaMA Factory's own `train_loss`, the mean
+    over the run, is wrong after every resume. `eval_loss` is that of the final weights, where they were evaluated.
+    """
+    state = _latest_state(folder, finished=finished)
+    train, held_out = curves(state.get("log_history", []))
+    logged = list(read_log(folder / TRAINER_LOG))
+    memory = max((line.get("vram_reserved", 0.0) for line in logged), default=0.0)
+    final = _final_loss(folder) if finished else None
+    totals = [line["total_steps"] for line in logged if "total_steps" in line]
+    return {
+        "steps": state.get("global_step", 0),
+        "max_steps": state.get("max_steps") or (totals[-1] if totals else None),
+        "tokens": state.get("num_input_tokens_seen") or None,
+        "train_loss": _finite(train[-1][1] if train else None),
+        "eval_loss": _finite(final if final is not None else held_out[-1][1] if held_out else None),
+        "peak_gpu_memory_gib": memory if memory > 0 else None,
+    }
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _final_loss(folder: Path) -> float | None:
+    try:
+        loss = read_json(folder / "eval_results.json").get("eval_loss")
+    except (DataError, AttributeError):
+        return None
+    return float(loss) if isinstance(loss, int | float) else None
+
+
+# --- LLaMA Factory ------------------------------------------------------------------------------------------------
+
+
+def _train(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int, record: dict[str, Any]) -> None:
+    """Run LLaMA Factory to its end; if it dies of the checkpoint that it resumes from, with the one before.
+
+    Raises:
+        LlamaFactoryError: it failed.
+        Interrupted: a signal stopped it.
+    """
+    try:
+        _launch(launch_plan, folder, plan, lock)
+        return
+    except _FailedBeforeFirstStep as failed:
+        failure, first = failed, plan.checkpoint
+    ours = first is not None and first.folder.resolve().parent == folder.resolve()
+    if first is None or not ours or len(checkpoint_folders(folder)) < 2:
+        raise LlamaFactoryError(str(failure)) from None
+    unusable = rename_with_prefix(first.folder, "unusable")
+    older = newest_checkpoint(folder)
+    if older is None:
+        unusable.rename(first.folder)
+        raise LlamaFactoryError(str(failure)) from None
+    log.warning("%s\nResuming from %s failed before its first step; trying %s.", failure, first.folder, older.folder)
+    try:
+        _launch(launch_plan, folder, replace(plan, checkpoint=older), lock)
+    except _FailedBeforeFirstStep:
+        unusable.rename(first.folder)  # it was not the checkpoint's fault
+        raise LlamaFactoryError(str(failure)) from None
+    record["resumed_from"] = [*record["resumed_from"][:-1], str(older.folder)]
+    log.warning(
+        "%s could not be used and is kept as %s; the run resumed from %s.", first.folder, unusable, older.folder
+    )
+
+
+class _FailedBeforeFirstStep(LlamaFactoryError):
+    """LLaMA Factory failed while it resumed; another checkpoint may help."""
+
+
+def _launch(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int) -> None:
+    values = _launch_values(launch_plan.config.values, folder, plan, launch_plan.launch)
+    write_text(folder / RESOLVED_CONFIG, render_yaml(values))
+    checkpoint, log_path = plan.checkpoint, log_path_of(folder)
+    start = Start(checkpoint.step, checkpoint.tokens) if checkpoint else Start()
+    launch, processes = launch_plan.launch, launch_plan.processes
+    command = launcher.train_command(folder / RESOLVED_CONFIG, launch, processes, torchrun=launch_plan.torchrun)
+    begin = _begin_log(log_path, command)
+    log.info("Run %s %s; log: %s", folder, f"resumes from step {start.step}" if checkpoint else "begins", log_path)
+    if launch.most_nodes > 1:
+        log.info("Waiting for the other nodes: start the same command there, with --node-rank 1 and so on.")
+    with (
+        followed(folder / TRAINER_LOG, log_path.parent / TRAINER_LOG, start) as follower,
+        progress(folder.name, start) as show,
+        echoed(log_path, begin) if launch_plan.verbose else nullcontext(lambda: None) as echo,
+        launcher.started(command, log_path, held=lock, through_torchrun=launch_plan.torchrun) as child,
+    ):
+        stopping = _Stopping(folder, start)
+
+        def on_poll() -> None:
+            for entry in follower.new_entries():
+                stopping.see(entry)
+                show(entry)
+            echo()
+
+        try:
+            code = launcher.run_to_end(child, on_poll, is_saved=stopping.is_saved, patience=stopping.patience)
+        except Interrupted as stop:
+            raise Interrupted(_how_to_resume(folder), stop.exit_code) from None
+    if code != 0:
+        message = f"{launcher.diagnose(log_path, begin, code, values)}\nOnce it is fixed, {_again('start')}"
+        # A signal or a full device is not the checkpoint's fault.
+        may_be_checkpoint = checkpoint is not None and not stopping.has_stepped and code == 1
+        raise (_FailedBeforeFirstStep if may_be_checkpoint else LlamaFactoryError)(message)
+
+
+def _launch_values(values: Mapping[str, Any], folder: Path, plan: Plan, launch: Launch) -> dict[str, Any]:
+    kept = {
+        key: value for key, value in values.items() if key not in {"resume_from_checkpoint", "overwrite_output_dir"}
+    }
+    kept["output_dir"] = str(folder)
+    if values.get("use_swanlab"):
+        kept.setdefault("swanlab_run_name", folder.name)
+    # An elastic run that torchrun restarts must find the newest checkpoint itself.
+    if plan.checkpoint and not launch.max_restarts:
+        kept["resume_from_checkpoint"] = str(plan.checkpoint.folder)
+    return kept
+
+
+def _begin_log(log_path: Path, command: Sequence[str]) -> int:
+    """Write a heading for this launch; return the byte at which its output begins."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    if log_path.exists() and log_path.stat().st_size > _LARGEST_LOG:
+        log_path.replace(log_path.with_name(f"{log_path.name}.1"))
+    with log_path.open("ab") as stream:
+        stream.write(f"=== {now()}  {shlex.join(command)}\n".encode())
+        return stream.tell()
+
+
+class _Stopping:
+    """Knows when a run that was asked to stop has saved, and how long that may take."""
+
+    def __init__(self, folder: Path, start: "Start") -> None:
+        self.folder, self.start = folder, start
+        self.before = {path.name for path in checkpoint_folders(folder)}
+        self.seconds_a_step = 0.0
+        self.has_stepped = False
+
+    def see(self, entry: Mapping[str, Any]) -> None:
+        self.seconds_a_step = seconds_a_step(entry, self.start)
+        self.has_stepped = True
+
+    def patience(self) -> float:
+        """Two steps and the saving: a checkpoint can only be written between steps."""
+        self.before = {path.name for path in self._complete()}
+        return 40 + 2 * self.seconds_a_step
+
+    def is_saved(self) -> bool:
+        return any(path.name not in self.before for path in self._complete())
+
+    def _complete(self) -> list[Path]:
+        return [path for path in checkpoint_folders(self.folder) if checkpoint_fault(path, contents=False) is None]
+
+
+def _how_to_resume(folder: Path) -> str:
+    newest = newest_checkpoint(folder, contents=False)
+    if newest is None and checkpoint_folders(folder):
+        return (
+            f"interrupted. {folder}: its checkpoints have no optimizer state (save_only_model): it cannot be resumed."
+        )
+    kept = f"{newest.folder} is kept." if newest else "No checkpoint was written yet."
+    return f"interrupted. {kept} {_again('To resume, start')}"
+
+
+def _again(verb: str) -> str:
+    words = [word for word in sys.argv if word != "--overwrite"]
+    return f"{verb} the same command again: {shlex.join([python(), *words])}"
+
+
+def python() -> str:
+    """How this Python can be called from here: `python` where the shell finds the same one, else its path."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    here = Path.cwd()
+    return os.path.relpath(sys.executable, here) if Path(sys.executable).is_relative_to(here) else sys.executable
+
+
+def verify_run(folder: Path, values: Mapping[str, Any]) -> None:
+    """Check what LLaMA Factory left; its exit code 0 is not trusted.
+
+    Raises:
+        LlamaFactoryError: a file is not complete, not all steps were trained, or the loss is not a number.
+    """
+    if fault := content_fault(folder):
+        raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but {fault}.")
+    state = read_state(folder)
+    if state is None:
+        raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but left no trainer_state.json.")
+    if state["global_step"] < state["max_steps"] and not _stopped_early(state, values):
+        steps = f"{state['global_step']} of {state['max_steps']} steps"
+        raise LlamaFactoryError(f"{folder}: training stopped early, after {steps}. {_again('To resume, start')}")
+    train, held_out = curves(state["log_history"])
+    if any(not math.isfinite(loss) for _, loss in train[-1:] + held_out[-1:]):
+        raise LlamaFactoryError(f"{folder}: the loss is no longer a number. Try a lower learning rate: -lr X")
+
+
+def _stopped_early(state: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    callbacks = state.get("stateful_callbacks")
+    return bool(values.get("early_stopping_steps")) and "EarlyStoppingCallback" in (callbacks or {})
+
+
+def run_worker_node(launch_plan: LaunchPlan, folder: Path) -> None:
+    """Take part in a run that another node leads: no lock, no record, and a separate log."""
+    launch = launch_plan.launch
+    name = f"{folder.name}.node{launch.node_rank}"
+    newest = newest_checkpoint(folder)
+    plan = Plan(Step.RESUME if newest else Step.BEGIN, {}, newest)
+    log_path = log_path_of(folder.with_name(name))
+    values = _launch_values(launch_plan.config.values, folder, plan, launch)
+    rendered = log_path.with_suffix(".yaml")
+    write_text(rendered, render_yaml(values))
+    command = launcher.train_command(rendered, launch, launch_plan.processes, torchrun=True)
+    begin = _begin_log(log_path, command)
+    log.info("Node %s of %s; log: %s", launch.node_rank, launch.nnodes, log_path)
+    with launcher.started(command, log_path, through_torchrun=True) as child:
+        code = launcher.run_to_end(child, lambda: None, is_saved=lambda: False, patience=lambda: 60.0)
+    if code != 0:
+        raise LlamaFactoryError(launcher.diagnose(log_path, begin, code, values))
+
+
+# --- following the trainer log ------------------------------------------------------------------------------------
+
+QUIET_SECONDS = 30
+"""Minimum seconds between progress lines when stderr is not a terminal."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a launch begins: at 0, or at the checkpoint that it resumes from."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+def corrected(entry: Mapping[str, Any], start: Start) -> dict[str, Any]:
+    """One entry of LLaMA Factory's trainer log, with the right time left and throughput after a resume.
+
+    LLaMA Factory divides the time of this launch by the steps and tokens of all launches. Corrected are
+    `remaining_time` and `throughput` (tokens per second, of this launch).
+    """
+    fixed = dict(entry)
+    done = entry["current_steps"] - start.step
+    seconds = _elapsed(entry)
+    if done > 0 and "total_steps" in entry:
+        left = max(entry["total_steps"] - entry["current_steps"], 0) * seconds / done
+        fixed["remaining_time"] = str(timedelta(seconds=round(left)))
+    if "total_tokens" in entry and seconds > 0:
+        fixed["throughput"] = round((entry["total_tokens"] - start.tokens) / seconds, 2)
+    return fixed
+
+
+def _elapsed(entry: Mapping[str, Any]) -> float:
+    """Seconds since this launch began to train; to the hundredth where tokens are counted, else whole seconds."""
+    if entry.get("throughput") and "total_tokens" in entry:
+        return float(entry["total_tokens"] / entry["throughput"])
+    days, _, clock = str(entry.get("elapsed_time", "0:00:00")).rpartition(" day")
+    try:
+        hours, minutes, seconds = clock.split()[-1].split(":")
+        return int(days or 0) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except (ValueError, IndexError):
+        return 0.0
+
+
+def seconds_a_step(entry: Mapping[str, Any], start: Start) -> float:
+    """How long a step has taken on average since this launch began; 0 before the first one ended."""
+    done = entry["current_steps"] - start.step
+    return _elapsed(entry) / done if done > 0 else 0.0
+
+
+@dataclass
+class Follower:
+    """Copies a run's trainer log, entry by entry, to a file that can be followed from before the first step."""
+
+    source: Path
+    """LLaMA Factory's `trainer_log.jsonl` in the run folder."""
+    target: IO[bytes] | None
+    start: Start
+    position: int = 0
+    """How many bytes of `source` have been read."""
+    rest: bytes = field(default=b"")
+    """The beginning of an incomplete line."""
+
+    def new_entries(self) -> list[dict[str, Any]]:
+        """The entries since the last call, corrected, and copied to `target`; damaged lines are skipped."""
+        if not self.source.exists():
+            return []
+        if self.source.stat().st_size < self.position:
+            self.position, self.rest = 0, b""  # written again from the beginning
+        with self.source.open("rb") as stream:
+            stream.seek(self.position)
+            read = stream.read()
+        self.position += len(read)
+        *lines, self.rest = (self.rest + read).split(b"\n")
+        entries = [corrected(entry, self.start) for line in lines if (entry := parse_log_line(line)) is not None]
+        if self.target and entries:
+            self.target.write(_as_lines(entries))
+            self.target.flush()
+        return entries
+
+
+@contextmanager
+def followed(source: Path, target: Path, start: Start) -> Iterator[Follower]:
+    """Let `target` follow the trainer log of the run that starts now.
+
+    It begins with what earlier launches of the same run logged, up to where this one resumes. The file remains the same
+    file, so that a `tail -f` continues. While another run is followed there, `target` is not touched.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    position = source.stat().st_size if source.exists() else 0
+    with target.open("ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("%s follows another run; this one is in %s", target, source)
+            yield Follower(source, None, start, position)
+            return
+        stream.truncate(0)
+        stream.write(_as_lines([entry for entry in read_log(source) if entry["current_steps"] <= start.step]))
+        stream.flush()
+        yield Follower(source, stream, start, position)
+
+
+def _as_lines(entries: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+
+
+@contextmanager
+def progress(name: str, start: Start) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show a run's entries as they come: as a bar on a terminal, otherwise as a line now and then."""
+    with cli.progress_bar() as bar:
+        task = bar.add_task(f"{name}: starting LLaMA Factory", total=None, completed=start.step)
+        last_line = -math.inf
+
+        def show(entry: Mapping[str, Any]) -> None:
+            nonlocal last_line
+            total, step = entry.get("total_steps"), entry["current_steps"]
+            if not {"loss", "eval_loss"} & entry.keys():
+                return  # the last entry is a summary
+            bar.update(task, total=total, completed=step, description=f"{name}: {summary(entry)}".rstrip(": "))
+            if bar.disable and (time.monotonic() - last_line > QUIET_SECONDS or step == total):
+                last_line = time.monotonic()
+                left = f", {entry['remaining_time']} left" if "remaining_time" in entry else ""
+                log.info("step %s of %s: %s%s", step, total, summary(entry), left)
+
+        yield show
+
+
+def summary(entry: Mapping[str, Any]) -> str:
+    """Loss, learning rate, tokens a second and GPU memory, as far as an entry has them."""
+    parts = [
+        f"loss {entry['loss']:.4f}" if "loss" in entry else "",
+        f"held-out loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else "",
+        f"lr {entry['lr']:.1e}" if "lr" in entry else "",
+        f"{entry['throughput']:,.0f} tokens/s" if entry.get("throughput") else "",
+        f"{entry['vram_reserved']:.1f} GiB" if entry.get("vram_reserved") else "",
+    ]
+    return "  ".join(filter(None, parts))
+
+
+@contextmanager
+def echoed(log_path: Path, begin: int) -> Iterator[Callable[[], None]]:
+    """Yield a function that shows on stderr what was added to a log since the last call, from byte `begin` on."""
+    with log_path.open("rb") as stream:
+        stream.seek(begin)
+
+        def show() -> None:
+            if text := stream.read().decode(errors="replace").strip("\n"):
+                log.info("%s", text)
+
+        yield show
+        show()
+
+
+# --- curves -------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's blue and vermilion, which remain distinct under every kind of colour vision; the marks differ as well.
+_TRAIN_COLOUR, _HELD_OUT_COLOUR = "#0072B2", "#D55E00"
+
+
+def curves(history: list[dict[str, Any]]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """Training and held-out losses by step, from a trainer state's `log_history`."""
+    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    held_out = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    return train, list(dict(held_out).items())
+
+
+def _draw(folder: Path, *, finished: bool) -> None:
+    history = _latest_state(folder, finished=finished).get("log_history", [])
+    if not draw_curves(history, folder.name, folder / "loss.png") and finished:
+        log.info("No loss.png: no loss was logged. A run shorter than logging_steps logs none: logging_steps=1")
+
+
+def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
+    """Plot both losses on a logarithmic axis, where the later steps are not one flat line.
+
+    Returns:
+        Whether there was anything to plot.
+    """
+    train, held_out = (
+        [(step, loss) for step, loss in curve if math.isfinite(loss) and 0 < loss < 1e30] for curve in curves(history)
+    )
+    if not train and not held_out:
+        return False
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for curve, colour, mark, label in (
+        (train, _TRAIN_COLOUR, "o" if len(train) < 2 else None, "training"),
+        (held_out, _HELD_OUT_COLOUR, "o", "held-out"),
+    ):
+        if curve:
+            axes.plot(*zip(*curve, strict=True), color=colour, marker=mark, markersize=5, linewidth=1.5, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    axes.set_title(name, parse_math=False)  # a run may be called `$$`
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(ScalarFormatter())
+    axes.grid(color="#dddddd", linewidth=0.6, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(target)
+    return True

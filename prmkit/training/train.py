@@ -1,0 +1,485 @@
+"""What `train.py` does, one function a verb: check, train, export, list runs; and what to type next."""
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from prmkit import cli
+from prmkit.config_file import read_yaml
+from prmkit.errors import DataError, ExitCode, UsageError
+from prmkit.files import only_one
+from prmkit.llamafactory_schema import setting
+from prmkit.training.checks import Check, error, errors_in, ok
+from prmkit.training.config import Override, ResolvedConfig, parse_assignment, resolve_config, typed_values
+from prmkit.training.environment import this_machine
+from prmkit.training.export import EXPORT_KEYS, Source, check_target, export_run, find_source
+from prmkit.training.launcher import Launch, check_launch, run_checks
+from prmkit.training.records import (
+    NUMERIC_COLUMNS,
+    TABLE_COLUMNS,
+    all_records,
+    differences,
+    log_path_of,
+    new_record,
+    read_record,
+    table_rows,
+)
+from prmkit.training.resume import Step, back_up, checkpoint_fault, checkpoint_folders, plan_start, run_folder_of
+from prmkit.training.resume import free_folder as free_run_folder
+from prmkit.training.run import LaunchPlan, execute_plan, python, run_worker_node, write_card
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = Path("training_config.yaml")
+_LOCK_PATIENCE = 5.0  # seconds; a killed run's children are gone long before
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The command line of train.py, by the names of its flags."""
+
+    config: Path = DEFAULT_CONFIG
+    assignments: Sequence[str] = ()
+    """`key=value` strings."""
+    dataset: str | None = None
+    epochs: str | None = None
+    learning_rate: str | None = None
+    batch_size: str | None = None
+    export: bool = False
+    export_only: str | None = None
+    """A run or checkpoint folder; empty for the run of the config; None when it was not asked for."""
+    evaluate: bool = False
+    validate_only: bool = False
+    force: bool = False
+    overwrite: bool = False
+    runs: bool = False
+    verbose: bool = False
+    json: bool = False
+    launch: Launch = field(default_factory=Launch)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a command."""
+
+    code: ExitCode = ExitCode.DONE
+    run: Path | None = None
+    """The folder of the run that is finished now."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Of that run."""
+    exported: Path | None = None
+    """The folder of the merged model."""
+    was_finished: bool = False
+    """The run was finished before this command."""
+
+
+def overrides_of(options: TrainOptions) -> list[Override]:
+    """Everything that was typed about the config, flags first.
+
+    Raises:
+        UsageError: a string is not key=value.
+    """
+    flags = {
+        "dataset": ("--dataset", options.dataset),
+        "num_train_epochs": ("--epochs", options.epochs),
+        "learning_rate": ("--learning-rate", options.learning_rate),
+        "per_device_train_batch_size": ("--batch-size", options.batch_size),
+    }
+    typed = [Override(key, text, flag) for key, (flag, text) in flags.items() if text is not None]
+    return [*typed, *map(parse_assignment, options.assignments)]
+
+
+def execute(options: TrainOptions) -> Outcome:
+    """Do what `train.py` was asked to do.
+
+    Raises:
+        PrmkitError: as each part says.
+    """
+    folder = options.export_only
+    if folder and "=" in folder and not Path(folder).exists():
+        # `--export-only export_dir=x`: the folder was left out, and the next word taken for it.
+        options = replace(options, export_only="", assignments=[*options.assignments, folder])
+    if options.runs:
+        return list_runs(options)
+    if options.export_only is not None:
+        if options.validate_only:
+            raise UsageError("--export-only exports and --validate-only only checks. Give one of them.")
+        return export_existing(options)
+    start = _prepare(options)
+    if options.validate_only:
+        return validate(options, start)
+    if not _is_finished(options, start):
+        checks = _check(options, start)
+        if errors_in(checks) and not options.force:
+            count = _count(len(errors_in(checks)), "error")
+            raise UsageError(f"the checks found {count}:\n{_list_errors(checks)}\nFix them, or add --force.")
+    return train(options, start)
+
+
+# --- resolving ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A start that was asked for: how, where, and the record of a run that would begin now."""
+
+    plan: LaunchPlan
+    folder: Path
+    fresh: dict[str, Any]
+
+
+def _prepare(options: TrainOptions) -> _Start:
+    if options.config == DEFAULT_CONFIG and not options.config.exists():
+        raise UsageError(
+            f"there is no {DEFAULT_CONFIG} in {Path.cwd()}. Start this in the project folder, or name a config: "
+            "--config FILE"
+        )
+    plan = resolve(options)
+    folder = run_folder_of(plan.config.values, plan.config.sources)
+    return _Start(plan, folder, new_record(folder, plan.config, plan.world_size))
+
+
+def resolve(options: TrainOptions) -> LaunchPlan:
+    """Apply the command line to the config, and find out how many processes train.
+
+    Raises:
+        UsageError: something is wrong with the config or the overrides.
+    """
+    machine, launch = this_machine(), options.launch
+    check_launch(launch)
+    processes = max(len(machine.gpus), 1) if launch.nproc is None else launch.nproc
+    world_size = processes * launch.most_nodes
+    overrides = overrides_of(options)
+    torchrun = world_size > 1 or launch.rdzv_id is not None or len(machine.gpus) > 1
+    config = resolve_config(options.config, overrides, machine=machine, torchrun=torchrun, files=True)
+    if not torchrun and any(config.values.get(key) for key in ("deepspeed", "fsdp", "fsdp_config")):
+        # They need torchrun even for one process, and that is known only now.
+        torchrun = True
+        config = resolve_config(options.config, overrides, machine=machine, torchrun=True)
+    return LaunchPlan(config, launch, processes, world_size, torchrun, options.verbose)
+
+
+# --- checking -----------------------------------------------------------------------------------------------------
+
+
+def validate(options: TrainOptions, start: _Start) -> Outcome:
+    """Run every check and report them, without touching anything."""
+    checks = _check(options, start)
+    errors = errors_in(checks)
+    found = f"{_count(len(checks), 'check')}, {_count(len(errors), 'error')}"
+    if options.json:
+        cli.emit_json([{"name": c.name, "status": c.status, "found": c.found, "advice": c.advice} for c in checks])
+    elif errors:
+        cli.emit(f"{found}: not ready to train\n{_list_errors(checks)}")
+    else:
+        cli.emit(f"{found}: ready to train\nNext:\n  train:  {shlex.join(_retyped(options))}")
+    return Outcome(ExitCode.USAGE if errors else ExitCode.DONE)
+
+
+def _check(options: TrainOptions, start: _Start) -> list[Check]:
+    _show_config(start.plan.config, options)
+    log.info("Checks:")
+    config = start.plan.config
+    request = {
+        "values": dict(config.values), "dropped": dict(config.dropped), "sources": dict(config.sources),
+        "processes": start.plan.processes, "world_size": start.plan.world_size, "evaluate": options.evaluate,
+    }  # fmt: skip
+    checks = run_checks(request, _show_check)
+    for check in _check_run_folder(options, start):
+        _show_check(check)
+        checks.append(check)
+    return checks
+
+
+def _show_config(config: ResolvedConfig, options: TrainOptions) -> None:
+    """What differs from the file; everything with `--verbose`."""
+    wanted = [key for key in config.values if options.verbose or config.sources[key] != str(options.config)]
+    same = len(config.values) - len(wanted)
+    shown = {key: f"{config.values[key]}  ({config.sources[key]})" for key in wanted}
+    rest = f"{_count(same, 'key')} as in {options.config} (--verbose shows them)"
+    if shown:
+        cli.narrate_mapping(f"Resolved config, besides {rest}:" if same else "Resolved config:", shown)
+    else:
+        log.info("Resolved config: %s", rest)
+    if config.dropped:
+        cli.narrate_mapping("Left out:", config.dropped)
+
+
+def _show_check(check: Check | str) -> None:
+    log.info("%s", f"  {'…':<9}{check}" if isinstance(check, str) else _check_lines(check))
+
+
+def _check_lines(check: Check) -> str:
+    return f"  {check.status:<9}{check.name}: {check.found}" + (f"\n  {'':<9}-> {check.advice}" if check.advice else "")
+
+
+def _list_errors(checks: Sequence[Check]) -> str:
+    return "\n".join(map(_check_lines, errors_in(checks)))
+
+
+def _check_run_folder(options: TrainOptions, start: _Start) -> Iterator[Check]:
+    """Whether the run may use its folder; without touching anything."""
+    if options.overwrite or not options.launch.is_first_node:
+        return
+    name = "run folder"
+    try:
+        folder = _place(options, start)
+        plan = plan_start(folder, start.fresh, rename=False)
+    except (DataError, UsageError) as failure:
+        yield error(name, str(failure))
+        return
+    step = plan.checkpoint.step if plan.checkpoint else 0
+    what = {
+        Step.BEGIN: "a new run", Step.RESUME: f"the run resumes from step {step}", Step.DONE: "the run is finished",
+        Step.FINISH: "the run has trained all its steps and gets its final files",
+    }  # fmt: skip
+    yield ok(name, f"{folder}: {what[plan.step]}")
+
+
+def _is_finished(options: TrainOptions, start: _Start) -> bool:
+    """Whether there is nothing to train, so that no check is needed to say so."""
+    record = None if options.overwrite else read_record(start.folder)
+    return record is not None and record["status"] == "finished" and not differences(record, start.fresh)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def train(options: TrainOptions, start: _Start) -> Outcome:
+    """Begin, resume, or finish the run of a config; then export it if that was asked for.
+
+    Raises:
+        PrmkitError: as each part says.
+    """
+    if not options.launch.is_first_node:
+        run_worker_node(start.plan, start.folder)
+        return Outcome()
+    target = Path(str(start.plan.config.values.get("export_dir") or "exported_model"))
+    folder = _claim(options, start)
+    with only_one(folder, "training", patience=_LOCK_PATIENCE) as lock:
+        plan = plan_start(folder, start.fresh)
+        if options.export and plan.step is not Step.DONE:
+            check_target(target, overwrite=options.overwrite)
+        record = execute_plan(start.plan, folder, plan, lock)
+    done = plan.step is Step.DONE
+    if not options.json:
+        cli.emit(f"{'Already finished' if done else 'Trained'}: {folder} ({_reached(record)})")
+    exported = _export(options, Source(folder, record), target) if options.export else None
+    if options.json:
+        keys = ("run", "status", "steps", "max_steps", "tokens", "train_loss", "eval_loss")
+        exported_to = str(exported) if exported else None
+        cli.emit_json({"folder": str(folder), **{key: record[key] for key in keys}, "exported": exported_to})
+    return Outcome(ExitCode.DONE, folder, record, exported, was_finished=done)
+
+
+def _claim(options: TrainOptions, start: _Start) -> Path:
+    """The folder of this run, free for it: a finished run of another config is never overwritten."""
+    if options.overwrite and start.folder.exists():
+        with only_one(start.folder, "training", patience=_LOCK_PATIENCE):
+            back_up(start.folder)
+    claimed = _place(options, start)
+    if claimed != start.folder:
+        _check_training_is_meant(options, start, claimed)
+        log.info("%s contains a finished run with other settings; this one is %s.", start.folder, claimed)
+        start.fresh["run"], start.fresh["config"]["output_dir"] = claimed.name, str(claimed)
+    return claimed
+
+
+def _place(options: TrainOptions, start: _Start) -> Path:
+    """A folder that the user typed is meant; one from the file may contain another run by now."""
+    typed = {override.key for override in overrides_of(options)}
+    return start.folder if typed & {"output_dir", "run_name"} else free_run_folder(start.folder, start.fresh)
+
+
+def _check_training_is_meant(options: TrainOptions, start: _Start, claimed: Path) -> None:
+    """`--export` alone, after a run with other settings, most likely means that run, not hours of training.
+
+    Raises:
+        UsageError: nothing was typed that asks for another training.
+    """
+    typed = {override.key for override in overrides_of(options)} - set(EXPORT_KEYS)
+    if not options.export or typed or read_record(claimed) is not None:
+        return
+    changed = "\n".join(f"  {line}" for line in differences(read_record(start.folder) or {}, start.fresh))
+    base = _base(options)
+    raise UsageError(
+        f"{start.folder} was trained with other settings than {options.config} has:\n{changed}\n"
+        f"Nothing was trained. To export that run, or to train with the settings of {options.config}:\n"
+        f"  {shlex.join([*base, '--export-only', str(start.folder)])}\n"
+        f"  {shlex.join([*base, '--export', f'run_name={claimed.name}'])}"
+    )
+
+
+def _reached(record: Mapping[str, Any]) -> str:
+    losses = [f"{name} loss {record[key]:.4f}"
+              for name, key in (("last training", "train_loss"), ("held-out", "eval_loss"))
+              if record[key] is not None]  # fmt: skip
+    return ", ".join([_count(record["steps"], "step"), *losses])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+# --- exporting ----------------------------------------------------------------------------------------------------
+
+
+def export_existing(options: TrainOptions) -> Outcome:
+    """Merge a run or checkpoint that was trained before.
+
+    Raises:
+        UsageError: something other than an export's keys was typed; a run is exported as it was trained.
+        PrmkitError: as the export says.
+    """
+    finding: tuple[str, ...] = ()
+    if options.export_only:
+        folder = Path(options.export_only)
+    else:
+        config = resolve(options).config
+        folder, finding = run_folder_of(config.values, config.sources), ("output_dir", "run_name")
+    typed = _typed_for_export(options, finding)
+    source = find_source(folder)
+    if source.record["config"].get("trust_remote_code") and typed.get("trust_remote_code") is not True:
+        raise UsageError(
+            f"{folder}: its base model runs code of its own. If you trust {source.record['base_model']['path']}, add "
+            "trust_remote_code=true"
+        )
+    source = replace(source, record={**source.record, "config": {**source.record["config"], **typed}})
+    target = Path(str(source.record["config"].get("export_dir") or "exported_model"))
+    exported = _export(options, source, target)
+    if options.json:
+        cli.emit_json({"folder": str(folder), "exported": str(exported)})
+    return Outcome(ExitCode.DONE, folder, source.record, exported, was_finished=True)
+
+
+def _typed_for_export(options: TrainOptions, finding: Sequence[str]) -> dict[str, Any]:
+    allowed = (*EXPORT_KEYS, "trust_remote_code")
+    overrides = [override for override in overrides_of(options) if override.key not in finding]
+    if strange := [override.key for override in overrides if override.key not in allowed]:
+        raise UsageError(
+            f"{', '.join(strange)}: a run is exported as it was trained. An export takes {', '.join(EXPORT_KEYS)}."
+        )
+    return typed_values(overrides)
+
+
+def _export(options: TrainOptions, source: Source, target: Path) -> Path:
+    exported = export_run(source, target, log_path=log_path_of(source.run), overwrite=options.overwrite)
+    write_card(exported, source.run, source.record)
+    if not options.json:
+        cli.emit(f"Exported: {exported}")
+    return exported
+
+
+# --- listing ------------------------------------------------------------------------------------------------------
+
+
+def list_runs(options: TrainOptions) -> Outcome:
+    """Show the runs below the folder of the config's `output_dir`; from any folder where the project has a config.
+
+    Raises:
+        UsageError: the config is missing, or not YAML.
+    """
+    config, base = options.config, Path()
+    if config == DEFAULT_CONFIG and not config.exists():
+        base = Path(__file__).resolve().parents[2]
+        config = base / config
+    values = read_yaml(config) if config.exists() or options.config != DEFAULT_CONFIG else {}
+    values |= {override.key: override.text for override in overrides_of(options)}
+    typed = any(override.key == "output_dir" for override in overrides_of(options))
+    saves = (Path() if typed else base) / Path(str(values.get("output_dir") or "saves/run")).parent
+    records = list(all_records(saves))
+    if options.json:
+        cli.emit_json(records)
+    elif records:
+        cli.emit_table(str(saves), TABLE_COLUMNS, table_rows(records), numeric=NUMERIC_COLUMNS)
+    else:
+        cli.emit(f"{saves}: no runs yet")
+    return Outcome()
+
+
+# --- what to type next --------------------------------------------------------------------------------------------
+
+NEW_STEPS = "examples/new_steps.jsonl"
+"""Steps that ship with the project, to be scored."""
+
+
+def _beside_train(name: str) -> str:
+    """A file beside the train.py that was typed, so that commands work from this folder."""
+    script = Path(sys.argv[0])
+    return shlex.quote(str(script.parent / name if script.name == "train.py" else Path(name)))
+
+
+def next_commands(options: TrainOptions, outcome: Outcome, *, evaluated: bool) -> list[str]:
+    """What to do next, as commands to type; nothing that was just done.
+
+    Args:
+        options: what was typed.
+        outcome: what came of it.
+        evaluated: the judge was measured by the same command.
+    """
+    if outcome.run is None or options.json:
+        return []
+    run = shlex.quote(str(outcome.run))
+    commands: dict[str, str] = {}
+    if evaluated:
+        commands["open the report"] = _open_command(outcome.run / "evaluation" / "report.html")
+    elif outcome.record.get("eval_dataset"):
+        commands["measure it"] = f"{python()} {_beside_train('evaluate_judge.py')} --run {run}"
+    scoring = f"{python()} {_beside_train('score_trajectories.py')} --run {run}"
+    commands["score new steps"] = f"{scoring} {_beside_train(NEW_STEPS)}"
+    if not outcome.exported:
+        commands["merge it"] = f"{shlex.join(_base(options))} --export-only {run}"
+    if outcome.was_finished and options.export_only is None:
+        if longer := _longer(options, outcome.run, outcome.record):
+            commands["train longer"] = shlex.join(longer)
+        commands["train again"] = shlex.join([*_retyped(options), "--overwrite"])
+    width = max(map(len, commands)) + 1
+    return ["Next:", *(f"  {name + ':':<{width}}  {command}" for name, command in commands.items())]
+
+
+def _open_command(report: Path) -> str:
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform == "darwin" or (has_display and shutil.which("xdg-open")):
+        return f"{'open' if sys.platform == 'darwin' else 'xdg-open'} {shlex.quote(str(report))}"
+    return f"{shlex.quote(str(report))} in a browser"
+
+
+def _base(options: TrainOptions) -> list[str]:
+    return [python(), *shlex.split(_beside_train("train.py")), "--config", str(options.config)]
+
+
+def _retyped(options: TrainOptions, without: Collection[str] = ()) -> list[str]:
+    """The words that were typed, so that what is suggested is about this run; without those that set some keys."""
+    words = _base(options)
+    for override in overrides_of(options):
+        if override.key not in without:
+            is_flag = override.source.startswith("--")
+            words += [override.source, override.text] if is_flag else [f"{override.key}={override.text}"]
+    for part in fields(Launch):
+        if (value := getattr(options.launch, part.name)) != part.default:
+            words += [f"--{part.name.replace('_', '-')}", str(value)]
+    return words + ["--export"] * options.export + ["--evaluate"] * options.evaluate
+
+
+def _longer(options: TrainOptions, folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """The command that resumes from the last checkpoint of a finished run and trains for as long again."""
+    folders = checkpoint_folders(folder)
+    last = next((path for path in folders if checkpoint_fault(path, contents=False) is None), None)
+    if last is None:
+        return []
+    config = record["config"]
+    by_steps = int(config.get("max_steps") or -1) > 0
+    length = (
+        f"max_steps={2 * int(config['max_steps'])}"
+        if by_steps
+        else f"num_train_epochs={2 * float(setting(config, 'num_train_epochs')):g}"
+    )
+    changed = {"run_name", "output_dir", "resume_from_checkpoint", "max_steps" if by_steps else "num_train_epochs"}
+    longer = folder.with_name(f"{folder.name}-longer")
+    return [*_retyped(options, changed), length, f"output_dir={longer}", f"resume_from_checkpoint={last}"]
