@@ -5,6 +5,7 @@ judge scores. One JSON line holds one run; field names follow ATIF where it has 
 """
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -126,13 +127,10 @@ def with_labels(trajectory: Trajectory, labels: Mapping[int, Label]) -> Trajecto
 
 def dump(trajectory: Trajectory) -> bytes:
     """The run as one line of JSON. Lone surrogates, which no UTF-8 file can hold, become question marks."""
-    value = asdict(trajectory)
     try:
-        return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+        return orjson.dumps(trajectory, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:
-        import json
-
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        text = json.dumps(asdict(trajectory), ensure_ascii=False, allow_nan=False, default=str)
         return text.encode("utf-8", "replace") + b"\n"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from prmkit.trajectories.attributes import parsed
 from prmkit.trajectories.run import Role, Turn
 from prmkit.trajectory import Call, Result
 
@@ -144,7 +145,7 @@ def _calls(message: Mapping[str, Any], lost: Counter[str]) -> list[Call]:
 
 def read_call(value: Any, lost: Counter[str]) -> Call | None:
     """A tool call in any dialect; None, and a count, where it has no name."""
-    value = mapping(value)
+    value = mapping(parsed(value))  # verifiers writes calls as JSON in strings
     function = value.get("function")
     body = function if isinstance(function, dict) else value
     name = body.get("name") or body.get("toolName") or function  # Inspect: the function is the name
@@ -171,8 +172,10 @@ def _results(message: Mapping[str, Any], parts: "Parts") -> list[Result]:
     if parts.results and not text:
         return []
     identity = message.get("tool_call_id") or message.get("tool_use_id") or message.get("id")
-    error = message.get("error") is True or message.get("is_error") is True or message.get("status") == "error"
-    return [Result(text, str(identity) if identity else None, error)]
+    error = message.get("error") or message.get("is_error") or message.get("status") == "error"
+    if error and not text:
+        text = as_text(mapping(error).get("message") or error) if error is not True else ""
+    return [Result(text, str(identity) if identity else None, bool(error))]
 
 
 def _sharegpt_call(message: Mapping[str, Any], lost: Counter[str]) -> Turn:

@@ -13,8 +13,8 @@ from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
 from prmkit.trajectories.readers import READERS, reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import Ids, Keys, Reader, Run, Unreadable, Values, assemble
-from prmkit.trajectories.secrets import mask
-from prmkit.trajectory import Trajectory, with_labels
+from prmkit.trajectories.secrets import mask, may_hold_secrets
+from prmkit.trajectory import Trajectory, dump, with_labels
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         if run is None:
             report.reject("run without a step of the agent", line)
             continue
-        if not options.keep_secrets:
+        if not options.keep_secrets and may_hold_secrets(dump(run)):
             run = mask(run, report.secrets)
         report.runs += 1
         report.steps += len(run.steps)

@@ -26,16 +26,24 @@ _PATTERNS: dict[str, tuple[tuple[str, ...], str]] = {
     "slack token": (("xox",), r"\bxox[abeoprs]-[\w-]{10,}"),
     "hugging face token": (("hf_",), r"\bhf_[A-Za-z0-9]{30,}"),
     "npm token": (("npm_",), r"\bnpm_[A-Za-z0-9]{36}"),
-    "stripe key": (("k_live_", "k_test_"), r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{20,}"),
+    "stripe key": (("sk_live_", "sk_test_", "rk_live_", "rk_test_"), r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{20,}"),
     "sendgrid key": (("SG.",), r"\bSG\.[\w-]{20,}\.[\w-]{20,}"),
     "json web token": (("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
     "password in a url": (("://",), r"(?<=://)[^\s:/@]{1,64}:[^\s:/@]{3,}(?=@)"),
-    "authorization header": (("uthorization: ",), r"(?<=uthorization: )(?i:bearer|basic) +[\w.~+/=-]{12,}"),
+    "authorization header": (
+        ("Authorization: ", "authorization: "),
+        r"(?<=uthorization: )(?i:bearer|basic) +[\w.~+/=-]{12,}",
+    ),
 }
 """By kind: strings without which there is none, and the pattern. A search for a string is a hundred times faster, and
 most texts hold no secret."""
 _COMPILED = {kind: (needles, re.compile(pattern, re.DOTALL)) for kind, (needles, pattern) in _PATTERNS.items()}
-_HINTS = ("key", "secret", "token", "passw")
+_HINTS = (
+    "secret", "passw", "apikey", "api-key", "api_key", "accesstoken", "access-token", "access_token", "authtoken",
+    "auth-token", "auth_token",
+)  # fmt: skip
+"""In lower case, without which there is no named secret."""
+_NEEDLES = tuple(needle.encode() for needles, _ in _PATTERNS.values() for needle in needles)
 _NAMED = re.compile(
     # NAME=value, "name": "value". Without quotes the value has a digit: `password = ask()` is code and no secret, and
     # a placeholder is no secret either (that an agent left it in may be its error, which a judge should see).
@@ -45,6 +53,13 @@ _NAMED = re.compile(
     (?:(\\?["'])(?!\[secret:|your|my[_-]|example|placeholder|x{3})([^\s"'\\]{8,})
     |(?=[^\s"'\\,;]*\d)([^\s"'\\,;}{)(<>$\[\]]{8,}))""",
 )
+
+
+def may_hold_secrets(text: bytes) -> bool:
+    """Whether a search is worth its time: a hundred times faster than the search."""
+    text = text.replace(b"task-", b"")  # every id of a task would be taken for a key that begins with sk-
+    lowered = text.lower()
+    return any(needle in text for needle in _NEEDLES) or any(hint.encode() in lowered for hint in _HINTS)
 
 
 def mask(value: Any, found: Counter[str]) -> Any:

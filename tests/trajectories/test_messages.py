@@ -147,7 +147,19 @@ def test_two_lists_of_messages_are_not_chosen_between(read: Read, reports: list[
     assert outline(run) == STEPS
 
 
-def test_thoughts_are_told_from_text(read: Read) -> None:
+def test_calls_as_strings_and_failed_results(read: Read) -> None:
+    call = json.dumps({"id": "c", "function": {"name": "f", "arguments": "{}"}})
+    result = {"role": "tool", "tool_call_id": "c", "content": "", "error": {"type": "timeout", "message": "too slow"}}
+    (run,) = read(
+        {
+            "prompt": [{"role": "user", "content": "Go."}],
+            "completion": [{"role": "assistant", "tool_calls": [call]}, result],
+        }
+    )
+    assert outline(run) == [("", "", [("f", {})], ["too slow"])] and run.steps[0].results[0].error
+
+
+def test_thoughts_are_separated_from_text(read: Read) -> None:
     messages = [
         {"role": "user", "content": "Go."},
         {"role": "assistant", "content": "<think>I wonder.</think>\n\nDone."},
