@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
-from prmkit.judge.arguments import add_judge_arguments, positive
+from prmkit.judge.scorer import add_judge_arguments, positive
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,28 +6,28 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
-from prmkit.judge.arguments import add_backend_arguments, add_judge_arguments, asking
-from prmkit.scoring.rows import ShapeOf, known_keys
-from prmkit.scoring.score import Job, run
+from prmkit.judge.scorer import ShapeOf, add_backend_arguments, add_judge_arguments, scorer_of
 
 
 def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit code 1 when a row got no scores; its line says why. Run again, it goes on where it stopped; rows "
-        "of status failed, for which a server or the memory is to blame, are asked again.",
+        epilog="Exit code 1 when a row has no scores, or unsure ones; its line says why. Run again, it continues where "
+        "it stopped. Rows of status failed, for which a server or the memory is to blame, are retried.",
     )
     parser.add_argument("input", help='rows as in finetune.jsonl, or {"id", "prompt"}; .gz, .zst, or - for stdin')
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to go on with (default: stdout)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to continue (default: stdout)")
     parser.add_argument(
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"
     )
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="tells keys by evaluation type"
+        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="has the keys by evaluation type"
     )
     parser.add_argument("--summaries", action="store_true", help="add the verdict that the model writes")
-    parser.add_argument("--aggregate", choices=["trajectory"], help="also sum up the steps of every task_id")
+    parser.add_argument(
+        "--aggregate", choices=["trajectory"], help="also sum up the steps of every trajectory_id, or task_id"
+    )
     parser.add_argument("--bad-below", type=float, default=0.5, metavar="X", help="limit of a bad step (default 0.5)")
     add_judge_arguments(parser)
     add_backend_arguments(parser)
@@ -42,7 +42,10 @@ def _keys(text: str) -> tuple[str, ...]:
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
-    score, fingerprint = asking(arguments)
+    from prmkit.scoring.rows import known_keys
+    from prmkit.scoring.score import Job, run
+
+    scorer = scorer_of(arguments)
     known = known_keys(arguments.data)
     job = Job(
         input=arguments.input,
@@ -52,8 +55,8 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
         summaries=arguments.summaries,
         bad_below=arguments.bad_below if arguments.aggregate else None,
     )
-    fingerprint = {"judge": fingerprint, "keys": list(arguments.keys), "known_keys": known}
-    return ExitCode.DONE if run(job, score, fingerprint) else ExitCode.DATA
+    fingerprint = {"judge": scorer.fingerprint(), "keys": list(arguments.keys), "known_keys": known}
+    return ExitCode.DONE if run(job, scorer, fingerprint) else ExitCode.DATA
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Outputs of one line a row that are written as they come, and gone on with by the next run."""
+"""Outputs of one line a row that are written as they come, and continued by the next run."""
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,11 +23,11 @@ def beside(file: Path, what: str) -> Path:
 
 
 def fingerprint_file(file: Path) -> Path:
-    """Where it stands what made the lines of an output."""
+    """Path of the fingerprint file that belongs to an output: what made its lines."""
     return beside(file, "fingerprint.json")
 
 
-def refuse_output(file: Path, source: Path | None) -> None:
+def check_output(file: Path, source: Path | None) -> None:
     """Stop before anything is read or loaded where an output cannot be, or would cost the user a file.
 
     Args:
@@ -34,20 +35,20 @@ def refuse_output(file: Path, source: Path | None) -> None:
         source: the input; None for stdin.
 
     Raises:
-        UsageError: the output is the input, is packed by its name, or is a device or a pipe.
+        UsageError: the output is the input, is compressed by its name, or is a device or a pipe.
         DataError: it is a folder, or a file is where its folder should be.
     """
-    if file.suffix in (".gz", ".zst"):
+    if file.suffix in (".gz", ".zst", ".bz2"):
         raise UsageError(
-            f"{file}: lines are written as plain text. Name it {file.with_suffix('').name}, and pack it later."
+            f"{file}: lines are written as plain text. Name it {file.with_suffix('').name}, and compress it later."
         )
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise DataError(f"{file}: {folder} is no folder. Choose another --output.")
+        raise DataError(f"{file}: {folder} is not a folder. Choose another --output.")
     if file.is_dir():
         raise DataError(f"{file}: is a folder. Name a file in it.")
     if file.exists() and not file.is_file():
-        raise UsageError(f"{file}: is no regular file. Choose another --output, or none, and the lines go to stdout.")
+        raise UsageError(f"{file}: is not a regular file. Choose another --output, or none for stdout.")
     if file.exists() and (file.samefile(source) if source and source.exists() else source is None and _is_stdin(file)):
         raise UsageError(f"{file}: is the input as well. Choose another --output.")
 
@@ -62,27 +63,27 @@ def _is_stdin(file: Path) -> bool:
 def reopen(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines that an earlier, possibly killed, run left in `file`, if they are of the same kind.
 
-    A last line that was cut off is removed. Lines of another judge, mode or dataset are moved aside, not mixed.
+    A last line that was cut off is removed. Lines of another judge, mode or dataset are moved away, not mixed.
 
     Args:
         file: where lines are and will be.
-        fingerprint: what makes lines comparable; kept beside the file.
+        fingerprint: what makes lines comparable; kept next to the file.
 
     Raises:
-        UsageError: the file is no output of such a run.
+        UsageError: the file is not an output of such a run.
         DataError: a line in it is damaged.
     """
     marker = fingerprint_file(file)
     if file.is_file() and file.stat().st_size:
         if not marker.is_file():
             raise UsageError(
-                f"{file}: exists and is not a scoring output (no {marker.name} beside it). "
+                f"{file}: exists and is not a scoring output (no {marker.name} next to it). "
                 "Choose another --output, or move it away."
             )
         if read_json(marker) != fingerprint:
-            aside = _free_name(file)
-            file.replace(aside)
-            log.info("%s were made with another judge, mode or dataset; kept as %s", file, aside.name)
+            backup = _free_name(file)
+            file.replace(backup)
+            log.info("%s: made with another judge, mode or dataset; kept as %s", file, backup.name)
     write_json(marker, fingerprint)
     if not file.is_file():
         return []
@@ -97,31 +98,46 @@ def _line(text: bytes, place: str) -> dict[str, Any]:
         return dict(orjson.loads(text))
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{place}: damaged ({error}). Take the line and those behind it away, or start anew."
+            f"{place}: damaged ({error}). Delete this line and all after it, or start again with another --output."
         ) from error
 
 
 def _free_name(file: Path) -> Path:
     number = 1
-    while (aside := beside(file, f"old{number}.jsonl")).exists():
+    while (name := beside(file, f"old{number}.jsonl")).exists():
         number += 1
-    return aside
+    return name
 
 
 def append_rows(file: Path, rows: Iterable[Line]) -> Iterator[Line]:
     """Write each row to the end of `file` as it comes, and pass it on.
 
     Raises:
-        OSError: the file cannot be written; its name stands in the error, which a full disk does not say by itself.
+        OSError: the file cannot be written; the error has its name.
+    """
+    with appending(file) as append:
+        for row in rows:
+            append(row)
+            yield row
+
+
+@contextmanager
+def appending(file: Path) -> Iterator[Callable[[Line], None]]:
+    """A function that writes a row to the end of `file`, at once.
+
+    Raises:
+        OSError: the file cannot be written; the error has its name, which a full disk does not say by itself.
     """
     with file.open("ab", buffering=0) as stream:
-        for row in rows:
+
+        def append(row: Line) -> None:
             try:
                 _write(stream, _packed(row))
             except OSError as error:
                 error.filename = error.filename or str(file)
                 raise
-            yield row
+
+        yield append
         os.fsync(stream.fileno())
 
 
@@ -132,7 +148,7 @@ def _write(stream: Any, text: bytes) -> None:
 
 
 def replace_rows(file: Path, rows: Iterable[Line]) -> None:
-    """Write the whole file anew; at any moment either the old lines or the new ones are there."""
+    """Write the whole file again; at any moment either the old lines or the new ones are there."""
     with written_whole(file.resolve()) as stream:  # resolved, or a link would become a file
         _write_all(stream, rows)
 

@@ -14,7 +14,7 @@ from prmkit.evaluation.evaluate import REPORT_FILE, Settings, evaluate
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, check_parity
 from prmkit.files import read_json, write_json
 from prmkit.intervals import CALIBRATION_FILE, read_calibration, write_calibration
-from prmkit.judge.arguments import DEFAULT_RUN, judge_source
+from prmkit.judge.scorer import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import (
     EXPORT_FILE,
     JudgeSource,

@@ -1,19 +1,15 @@
 """Where a judge comes from: a training run, an exported model, or folders that the user names."""
 
-import logging
+import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, sha256_of
+from prmkit.llamafactory_schema import default_of, setting
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
-
-log = logging.getLogger(__name__)
-
-DEFAULT_CUTOFF_LEN = 2048
-"""LLaMA Factory's own default."""
 
 EXPORT_FILE = "prmkit.json"
 """What an exported model must be asked with; written into its folder by `train.py --export`."""
@@ -21,7 +17,7 @@ EXPORT_FILE = "prmkit.json"
 
 @dataclass(frozen=True)
 class JudgeSource:
-    """Everything that `load_judge` needs."""
+    """Everything that is needed to load a judge."""
 
     model: Path
     """The base model, or a whole fine-tuned one; its tokenizer is the judge's."""
@@ -31,7 +27,7 @@ class JudgeSource:
     """LLaMA Factory's template; None parses the tokenizer's chat template."""
     default_system: str | None = None
     enable_thinking: bool | None = True
-    cutoff_len: int = DEFAULT_CUTOFF_LEN
+    cutoff_len: int = field(default_factory=lambda: int(default_of("cutoff_len")))
     """Tokens of prompt and answer together, as in training."""
     trained_dtype: str = "float32"
     """`float32`, `bfloat16` or `float16`: what the weights were computed in while training."""
@@ -40,10 +36,17 @@ class JudgeSource:
     device: str = "auto"
     """A torch device, or `auto`: a GPU where there is one."""
     trust_remote_code: bool = False
+    """Run Python code that the model brings. Only the user says so, never a file: a run's folder may be a stranger's.
+    """
 
 
 # These change the base model while LLaMA Factory loads it; plain transformers would load another model.
 _CHANGING_KEYS = ("rope_scaling", "resize_vocab", "add_tokens", "add_special_tokens", "create_new_adapter")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run of `train.py`, or of one of its checkpoints."""
+    return any((place / "run.json").is_file() for place in (folder, folder.parent))
 
 
 def judge_source_of_run(run_folder: Path) -> JudgeSource:
@@ -55,7 +58,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
         run_folder: `saves/<run>`, or a checkpoint folder in it.
 
     Raises:
-        DataError: no run stands there, or it has left no weights yet.
+        DataError: it is not the folder of a run, or the run has left no weights yet.
         UsageError: the run changed its base model in a way that only its export carries.
     """
     record = _record_of(run_folder)
@@ -66,27 +69,42 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
             f"{run_folder}: trained with {', '.join(changing)}, which changes the base model as it loads. "
             "Export the run (train.py --export-only) and judge with --model exported_model."
         )
-    if trust := bool(config.get("trust_remote_code")):
-        log.warning("warning: %s was trained with trust_remote_code: Python code of the model will run", run_folder)
-    is_adapter = config.get("finetuning_type", "lora") == "lora"
+    is_adapter = setting(config, "finetuning_type") == "lora"
     weights = "adapter_config.json" if is_adapter else "config.json"
     if not (run_folder / weights).is_file():
         raise DataError(f"{run_folder}: no {weights}, so no trained weights. Let the run finish, or name a checkpoint.")
     check_keys(record, config, model_name_or_path=str)
     return JudgeSource(
-        model=Path(config["model_name_or_path"]) if is_adapter else run_folder,
+        model=_base_model_of(record, config["model_name_or_path"]) if is_adapter else run_folder,
         adapter=run_folder if is_adapter else None,
         **_asked_with(record, config),
         trained_dtype=_dtype_of(config),
-        trust_remote_code=trust,
     )
+
+
+def _base_model_of(record: Path, name: str) -> Path:
+    """Where the base model of a run is now: projects are moved and copied, and scored from any folder.
+
+    Its path from the run's folder comes first, then the absolute one. Older records have only what the configuration
+    said, relative to where training was started: usually a folder above the run's.
+    """
+    recorded = read_object(record).get("base_model")
+    places = recorded if isinstance(recorded, dict) else {}
+    relative, absolute = places.get("relative"), places.get("path")
+    run = record.parent.resolve()
+    if isinstance(relative, str) and (run / relative).is_dir():
+        return Path(run / relative).resolve()
+    if isinstance(absolute, str) and Path(absolute).is_absolute():
+        return Path(absolute)
+    above = (folder / name for folder in run.parents[:3])
+    return next((place for place in above if place.is_dir()), Path(name))
 
 
 def config_of_run(folder: Path) -> dict[str, Any]:
     """The resolved configuration of a run, read from its folder or, for a checkpoint, from the one above.
 
     Raises:
-        DataError: no run stands there, or its record is damaged.
+        DataError: it is not the folder of a run, or its record is damaged.
     """
     return _config_in(_record_of(folder))
 
@@ -103,14 +121,13 @@ def _config_in(record: Path) -> dict[str, Any]:
 
 
 def _asked_with(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Template, system text, thinking mode and length: the same keys in a run's configuration and beside an export."""
-    defaults = {"template": None, "default_system": None, "enable_thinking": True, "cutoff_len": DEFAULT_CUTOFF_LEN}
+    """Template, system text, thinking mode and length: the same keys in a run's configuration and in an export."""
     kinds = {"template": str, "default_system": str, "enable_thinking": bool, "cutoff_len": int}
     given = {key: settings[key] for key in kinds if settings.get(key) is not None}
     check_keys(file, given, **{key: kinds[key] for key in given})
-    # LLaMA Factory tells a thinking mode of null from one that is not set.
+    # For LLaMA Factory a thinking mode of null is not the same as none.
     unset = {"enable_thinking": None} if settings.get("enable_thinking", True) is None else {}
-    return defaults | given | unset
+    return {key: default_of(key) for key in kinds} | given | unset
 
 
 def _dtype_of(config: dict[str, Any]) -> str:
@@ -123,7 +140,7 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
     """The judge that `train.py --export` has merged into one model.
 
     Raises:
-        DataError: the folder holds no model, or not what it must be asked with.
+        DataError: the folder does not hold a model, or not what it must be asked with.
     """
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json, so no model. Export one with: python train.py --export-only")
@@ -140,23 +157,33 @@ def encoding_of(source: JudgeSource) -> ChatEncoding:
 
     Raises:
         DataError: there is no such folder, or it holds no tokenizer that can be loaded.
-        UsageError: LLaMA Factory knows no such template.
+        UsageError: LLaMA Factory has no such template, or the tokenizer brings code that was not allowed to run.
     """
     check_folders(source)
-    return load_encoding(
-        source.model,
-        source.template,
-        default_system=source.default_system,
-        enable_thinking=source.enable_thinking,
-        trust_remote_code=source.trust_remote_code,
-        local_files_only=True,
-    )
+    try:
+        return load_encoding(
+            source.model,
+            source.template,
+            default_system=source.default_system,
+            enable_thinking=source.enable_thinking,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=True,
+        )
+    except DataError as error:
+        raise needs_trust(source, error) or error from error
+
+
+def needs_trust(source: JudgeSource, error: Exception) -> UsageError | None:
+    """What to say where `transformers` failed because a model's own code was not allowed to run."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return UsageError(f"{source.model}: brings Python code. Read it, then add --trust-remote-code to run it.")
 
 
 def check_folders(source: JudgeSource) -> None:
-    """Refuse a judge whose folders are not there: the libraries would look for a mistyped one on the internet.
+    """Reject a judge whose folders do not exist: the libraries would look for a mistyped one on the internet.
 
-    A run may have been trained on a model of the hub, which then lies in the hub's cache.
+    A run may have been trained on a model of the hub, which is then in the hub's cache.
 
     Raises:
         DataError: one is missing.
@@ -172,26 +199,68 @@ def _in_cache(name: str) -> bool:
 
     try:
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:  # a path is no name
+    except HFValidationError:  # a path cannot be a name
         return False
 
 
+# --- what makes two judges the same -----------------------------------------------------------------------------------
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "chat_template*")
+_WHOLE = 64 << 20
+"""Bytes. Files up to this size are hashed whole; of larger ones, weights of billions of parameters, a sample."""
+_SAMPLES, _SAMPLE = 256, 64 << 10
+
+
 def fingerprint_of(source: JudgeSource) -> dict[str, Any]:
-    """What tells a judge from any other: its settings, and an adapter's hash or a model's file sizes and times.
+    """What makes the scores of a judge: its weights, tokenizer and settings by content, so that a copy is the same.
+
+    Raises:
+        DataError: there is no such judge.
+    """
+    weights = {
+        name: _contents(folder, ("*.safetensors", "*.bin", "config.json", "adapter_config.json"))
+        for name, folder in (("model", source.model), ("adapter", source.adapter))
+        if folder is not None
+    }
+    settings = {"trained_dtype": source.trained_dtype, "dtype": source.dtype, "device": source.device}
+    return encoding_fingerprint(source) | settings | {"weights": weights}
+
+
+def encoding_fingerprint(source: JudgeSource) -> dict[str, Any]:
+    """What makes the token ids of a judge's prompts.
 
     Raises:
         DataError: there is no such judge.
     """
     check_folders(source)
-    if source.adapter:
-        weights = {file.name: sha256_of(file) for file in sorted(source.adapter.glob("adapter_model.*"))}
-    else:
-        files = sorted(file for file in source.model.glob("*") if file.suffix in (".safetensors", ".bin"))
-        weights = {file.name: f"{file.stat().st_size} bytes of {file.stat().st_mtime_ns}" for file in files}
-    folders = {
-        name: path.resolve() for name in ("model", "adapter") if (path := getattr(source, name)) and path.is_dir()
+    return {
+        "tokenizer": _contents(source.model, _TOKENIZER_FILES),
+        "template": source.template,
+        "default_system": source.default_system,
+        "enable_thinking": source.enable_thinking,
+        "cutoff_len": source.cutoff_len,
     }
-    return described(replace(source, **folders)) | {"weights": weights}
+
+
+def _contents(folder: Path, patterns: tuple[str, ...]) -> dict[str, str] | str:
+    """A hash a file, by name; the name itself for a model in the hub's cache."""
+    if not folder.is_dir():
+        return str(folder)
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: _content_hash(file) for file in sorted(files)}
+
+
+def _content_hash(file: Path) -> str:
+    """Of the whole file, or of many parts all over it: training changes weights everywhere."""
+    size = file.stat().st_size
+    if size <= _WHOLE:
+        return sha256_of(file)
+    parts = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for number in range(_SAMPLES):
+            stream.seek((size - _SAMPLE) * number // (_SAMPLES - 1))
+            parts.update(stream.read(_SAMPLE))
+    return f"sampled {parts.hexdigest()}"
 
 
 def described(source: JudgeSource) -> dict[str, Any]:
@@ -201,14 +270,14 @@ def described(source: JudgeSource) -> dict[str, Any]:
 
 # --- files that may be damaged ----------------------------------------------------------------------------------------
 
-_KINDS = {dict: "an object", str: "a text", int: "a whole number", bool: "true or false"}
+_KINDS = {dict: "an object", str: "a string", int: "a whole number", bool: "true or false"}
 
 
 def read_object(file: Path, **keys: type) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Args:
-        file: written by this project or by one of the libraries that it stands on.
+        file: written by this project or by one of the libraries that it uses.
         keys: what the object must have, and of which type.
 
     Raises:
@@ -216,18 +285,18 @@ def read_object(file: Path, **keys: type) -> dict[str, Any]:
     """
     found = read_json(file)
     if not isinstance(found, dict):
-        raise DataError(f"{file}: damaged: it holds no object. Make it anew, or restore it.")
+        raise DataError(f"{file}: damaged: not an object. Create it again, or restore it.")
     check_keys(file, found, **keys)
     return found
 
 
 def check_keys(file: Path, found: Mapping[str, Any], **keys: type) -> None:
-    """Refuse an object that has not what it must have.
+    """Reject an object without the keys that it must have.
 
     Raises:
         DataError: a key is missing, or of another type.
     """
     for key, kind in keys.items():
         if not isinstance(found.get(key), kind) or (kind is int and isinstance(found[key], bool)):
-            stands = f"{key} is {found[key]!r:.60}" if key in found else f"{key} is missing"
-            raise DataError(f"{file}: damaged: {stands}, expected {_KINDS[kind]}. Make it anew, or restore it.")
+            fault = f"{key} is {found[key]!r:.60}" if key in found else f"{key} is missing"
+            raise DataError(f"{file}: damaged: {fault}, expected {_KINDS[kind]}. Create it again, or restore it.")

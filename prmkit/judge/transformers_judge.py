@@ -11,7 +11,7 @@ from typing import Any
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.score_trie import TrieOf, VerdictReader, common_length, tries_of
-from prmkit.judge.sources import JudgeSource, check_folders, encoding_of, read_object
+from prmkit.judge.sources import JudgeSource, check_folders, encoding_of, needs_trust, read_object
 from prmkit.judge.tree_attention import TokenTrees, check_architecture
 from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
 from prmkit.prompts.encoding import ChatEncoding
@@ -235,7 +235,8 @@ def _load_weights(source: JudgeSource) -> Any:
             model = _with_adapter(model, source.adapter)
         model = model.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise DataError(f"{source.adapter or source.model}: cannot be loaded ({_first_line(error)}).") from error
+        failure = DataError(f"{source.adapter or source.model}: cannot be loaded ({_first_line(error)}).")
+        raise needs_trust(source, error) or failure from error
     # The model's own may hold a repetition penalty, which would change digits.
     model.generation_config = GenerationConfig()
     return model.eval()

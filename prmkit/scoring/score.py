@@ -1,90 +1,30 @@
-"""Score steps in bulk: JSONL in, one line of JSON out for every line in, whatever it was."""
+"""Score steps in bulk: rows in, one line of JSON out for every row, whatever it is."""
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from itertools import islice, tee
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
-
-import orjson
+from typing import Any
 
 from prmkit import cli
 from prmkit.errors import UsageError
-from prmkit.files import only_one, open_input, open_stdin, write_text
-from prmkit.judge.batching import digest
-from prmkit.judge.types import Judgement, Mode, Request, Score, rounded
-from prmkit.resumable import append_rows, beside, fingerprint_file, refuse_output, reopen, replace_rows
-from prmkit.scoring.rows import Row, ShapeOf, read_rows
+from prmkit.files import only_one, write_text
+from prmkit.judge.scorer import Scorer, ShapeOf
+from prmkit.judge.types import Judgement, Mode, rounded
+from prmkit.resumable import appending, beside, check_output, fingerprint_file, reopen, replace_rows
+from prmkit.rows import STDIN, open_rows
+from prmkit.scoring.rows import Row, read_rows
 from prmkit.scoring.trajectory_scores import Trajectories
 
 log = logging.getLogger("prmkit")
 
-STDIN = "-"
+WINDOW = 64
+"""Rows that are read before they are scored together, so that prompts with a common beginning meet."""
 
 Result = Mapping[str, Any]
 """One line of the output."""
-
-
-def judged(rows: Iterable[Row], score: Score, mode: Mode, *, summaries: bool) -> Iterator[Result]:
-    """One result a row, in their order; those that are known already are passed on.
-
-    Args:
-        rows: read a few batches ahead.
-        score: the judge.
-        mode: how to score.
-        summaries: also let the model write its verdict, and add the text.
-    """
-    waiting: deque[Row] = deque()
-
-    def requests() -> Iterator[Request]:
-        for row in rows:
-            waiting.append(row)
-            if row.request:
-                yield row.request
-
-    for judgement, text in _with_text(requests(), score, mode, summaries=summaries):
-        while not (row := waiting.popleft()).request:
-            yield _without_asking(row)
-        yield _result(row, judgement) | ({"text": text} if text is not None else {})
-    yield from map(_without_asking, waiting)
-
-
-def _with_text(
-    requests: Iterator[Request], score: Score, mode: Mode, *, summaries: bool
-) -> Iterator[tuple[Judgement, str | None]]:
-    """Judgements, each with the written verdict: where it was asked for, or where it could not be read."""
-    if mode == "expected" and summaries:
-        again, requests = tee(requests)
-        for judgement, written in zip(score(requests, "expected"), score(again, "generate"), strict=True):
-            yield judgement, written.text
-    else:
-        for judgement in score(requests, mode):
-            yield judgement, judgement.text if summaries or judgement.status == "unparsed" else None
-
-
-def _without_asking(row: Row) -> Result:
-    return row.known or _result(row, Judgement("error", reason=row.reason))
-
-
-def _result(row: Row, judgement: Judgement) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "scores": {key: round(distribution.mean, 6) for key, distribution in judgement.scores.items()},
-        "score": rounded(judgement.score),
-        "std": rounded(judgement.std),
-        "label_mass": rounded(judgement.label_mass),
-        "reach": rounded(judgement.reach),
-        "status": judgement.status,
-        "reason": judgement.reason,
-        "request_hash": digest(row.request).hex() if row.request else None,
-        "metadata": row.metadata,
-    }
-
-
-# --- the whole flow ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,42 +32,45 @@ class Job:
     """What `score_trajectories.py` was asked to do."""
 
     input: str
-    """A file, packed or not, or `-`."""
+    """A file, compressed or not, or `-`."""
     output: Path | None
     """None for stdout."""
     shape_of: ShapeOf
     mode: Mode
     summaries: bool
+    """Also let the model write its verdict, and add the text."""
     bad_below: float | None
     """Also sum up every trajectory, with this as the limit of a bad step; None to leave that out."""
 
 
-def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
-    """Score the input and write the output; with an output file, go on where an earlier run has stopped.
+def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
+    """Score the input and write the output; an output file of an interrupted run is continued.
 
     Args:
         job: what to do.
-        score: the judge. It is called only if there is something to score.
-        fingerprint: what makes scores comparable, kept beside the output; those of another judge are moved aside.
+        scorer: the judge. It is loaded only if there is something to score.
+        fingerprint: what makes scores comparable, kept next to the output; those of another judge are moved away.
 
     Returns:
-        Whether every row got its scores.
+        Whether every row got scores that the judge is sure of.
 
     Raises:
-        UsageError: the output holds scores of another input, is the input itself, or no file that may be written.
-        DataError: the input cannot be read, or another process is writing the same output.
+        UsageError: the output holds scores of another input, is the input itself, or is not a file to write.
+        DataError: the input cannot be read, another process is writing the same output, or a trajectory has two
+            different prompts for one clip.
     """
-    _refuse_outputs(job)
+    _check_outputs(job)
     counts: Counter[str] = Counter()
-    trajectories = Trajectories(job.bad_below)
-    with _opened(job.input) as lines, cli.progress_bar() as progress:
+    trajectories = Trajectories(job.bad_below or 0.0)
+    with open_rows(job.input) as lines, cli.progress_bar() as progress:
         bar = progress.add_task("scoring", total=None)
-        for result in _results(job, read_rows(lines, job.shape_of), score, fingerprint):
+        for row, result in _results(job, read_rows(lines, job.shape_of), scorer, fingerprint):
             counts[result["status"]] += 1
-            trajectories.add(result)
+            if job.bad_below is not None:
+                trajectories.add(row, result["score"], result["status"])
             progress.advance(bar)
     if job.bad_below is not None:
-        _write_sums(trajectories, job.output)
+        _write_summaries(trajectories, job.output)
     log.info("%d rows: %s", counts.total(), ", ".join(f"{n} {status}" for status, n in counts.items()) or "none")
     if counts["unsure"]:
         log.warning(
@@ -138,95 +81,164 @@ def run(job: Job, score: Score, fingerprint: Mapping[str, Any]) -> bool:
     return counts.total() == counts["ok"]
 
 
-def _refuse_outputs(job: Job) -> None:
+def _results(
+    job: Job, rows: Iterator[Row], scorer: Scorer, fingerprint: Mapping[str, Any]
+) -> Iterator[tuple[Row, Result]]:
+    """Every row with its line, after the line was written."""
     if job.output is None:
-        return
-    source = None if job.input == STDIN else Path(job.input)
-    refuse_output(job.output, source)
-    if job.bad_below is not None:
-        sums = trajectories_file(job.output)
-        refuse_output(sums, source)
-        if sums.exists() and not fingerprint_file(job.output).is_file():
-            raise UsageError(f"{sums}: exists and belongs to no scoring output. Choose another --output, or move it.")
-
-
-def _opened(source: str) -> AbstractContextManager[IO[bytes]]:
-    return open_stdin() if source == STDIN else open_input(Path(source))
-
-
-def _results(job: Job, rows: Iterator[Row], score: Score, fingerprint: Mapping[str, Any]) -> Iterator[Result]:
-    if job.output is None:
-        for result in judged(rows, score, job.mode, summaries=job.summaries):
-            cli.emit(orjson.dumps(result).decode())
-            yield result
+        for row, result in score_rows(((row, None) for row in rows), scorer, job):
+            cli.emit_json_line(_json(result))
+            yield row, result
         return
     with only_one(job.output.parent, f"writing {job.output.name}", lock=f".{job.output.name}.lock"):
         done = reopen(job.output, dict(fingerprint) | {"mode": job.mode, "summaries": job.summaries})
-        results = judged(_with_known(done, rows, job.output), score, job.mode, summaries=job.summaries)
-        yield from _renewed(done, results, job.output)
-        yield from append_rows(job.output, results)
+        _report_done(done, job.output)
+        scored = score_rows(_with_results(rows, done, job.output), scorer, job)
+        yield from _update_lines(done, scored, job.output)
+        with appending(job.output) as append:
+            for row, result in scored:
+                append(result)
+                yield row, result
 
 
-def _with_known(done: Sequence[Result], rows: Iterator[Row], output: Path) -> Iterator[Row]:
+def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: Job) -> Iterator[tuple[Row, Result]]:
+    """Score rows, a window at a time; equal ones once.
+
+    Args:
+        rows: each with the result that an earlier run found for it, or None.
+        scorer: the judge.
+        job: how to score.
+
+    Yields:
+        The rows in their order, each with its line of the output.
+    """
+    known: dict[str, tuple[Judgement, str | None]] = {}
+    rows = iter(rows)
+    while window := list(islice(rows, WINDOW)):
+        new = {
+            row.request_hash: row.request
+            for row, earlier in window
+            if row.request and row.request_hash and earlier is None and row.request_hash not in known
+        }
+        judgements = list(scorer.judgements(new.values(), job.mode))
+        texts = [each.text for each in judgements]
+        if job.summaries and job.mode == "expected":
+            texts = [each.text for each in scorer.judgements(new.values(), "generate")]
+        known |= dict(zip(new, zip(judgements, texts, strict=True), strict=True))
+        for row, earlier in window:
+            if earlier is not None:
+                yield row, {**earlier, "metadata": row.metadata}
+            elif row.request_hash:
+                yield row, _result(row, *known[row.request_hash], with_text=job.summaries)
+            else:
+                yield row, _result(row, Judgement("error", reason=row.reason))
+
+
+def _result(row: Row, judgement: Judgement, text: str | None = None, *, with_text: bool = False) -> Result:
+    line = {
+        "id": row.id,
+        "scores": {key: rounded(distribution.mean) for key, distribution in judgement.scores.items()},
+        "score": rounded(judgement.score),
+        "std": rounded(judgement.std),
+        "label_mass": rounded(judgement.label_mass),
+        "reach": rounded(judgement.reach),
+        "status": judgement.status,
+        "reason": judgement.reason,
+        "request_hash": row.request_hash,
+        "metadata": row.metadata,
+    }
+    is_shown = text is not None and (with_text or judgement.status == "unparsed")
+    return line | {"text": text} if is_shown else line
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def trajectories_file(output: Path) -> Path:
+    """Where the summaries of an output's trajectories are written."""
+    return beside(output, "trajectories.jsonl")
+
+
+def _check_outputs(job: Job) -> None:
+    if job.output is None:
+        return
+    source = None if job.input == STDIN else Path(job.input)
+    check_output(job.output, source)
+    if job.bad_below is not None:
+        summaries = trajectories_file(job.output)
+        check_output(summaries, source)
+        if summaries.exists() and not fingerprint_file(job.output).is_file():
+            raise UsageError(
+                f"{summaries}: exists and belongs to no scoring output. Choose another --output, or move it."
+            )
+
+
+def _report_done(done: Sequence[Result], output: Path) -> None:
+    failed = sum(result["status"] == "failed" for result in done)
+    if done:
+        log.info("%s: %d rows are scored already", output, len(done) - failed)
+    if failed:
+        log.info("%s: %d rows that failed are retried", output, failed)
+
+
+def _with_results(rows: Iterator[Row], done: Sequence[Result], output: Path) -> Iterator[tuple[Row, Result | None]]:
     """The rows, the first ones with what an earlier run found for them.
 
     Raises:
         UsageError: the output holds results of other rows.
     """
-    failed = sum(result["status"] == "failed" for result in done)
-    if done:
-        log.info("%s: %d rows are scored already", output, len(done) - failed)
-    if failed:
-        log.info("%s: %d rows that failed are asked again", output, failed)
     for number, result in enumerate(done, start=1):
-        yield _known(next(rows, None), result, f"{output}:{number}")
-    yield from rows
+        row = next(rows, None)
+        if row is None:
+            raise _other_input(f"{output}:{number}", f"the scores of {result['id']}, and the input has no such row")
+        if result["request_hash"] is None:
+            yield row, None  # it could not be read, which costs nothing to try again: it may have been corrected
+            continue
+        if row.id != result["id"]:
+            raise _other_input(f"{output}:{number}", f"the scores of {result['id']}, and the input has {row.id} there")
+        if row.request_hash != result["request_hash"]:
+            what = f"the scores of {result['id']} for another prompt or other score keys than the input has there"
+            raise _other_input(f"{output}:{number}", what)
+        yield row, None if result["status"] == "failed" else result
+    yield from ((row, None) for row in rows)
 
 
-def _known(row: Row | None, result: Result, place: str) -> Row:
-    if row and result.get("request_hash") is None:
-        return row  # it could not be read, which costs nothing to try again: the line may have been mended
-    if row is None or row.id != result["id"]:
-        there = "no such row" if row is None else row.id
-        wrong = f"holds the scores of {result['id']}, and the input has {there} there"
-    elif row.request is None or digest(row.request).hex() != result["request_hash"]:
-        wrong = f"holds the scores of {result['id']} for another prompt or other score keys than the input has there"
-    elif result["status"] == "failed":
-        return row
-    else:
-        return replace(row, request=None, known={**result, "metadata": row.metadata})
-    raise UsageError(f"{place}: {wrong}. Choose another --output for another input.")
+def _other_input(place: str, what: str) -> UsageError:
+    return UsageError(f"{place}: holds {what}. Choose another --output for another input.")
 
 
-def _renewed(done: Sequence[Result], results: Iterator[Result], output: Path) -> Iterator[Result]:
-    """The results for the lines that the output has; what is new among them is written back, whatever happens."""
+def _update_lines(
+    done: Sequence[Result], scored: Iterator[tuple[Row, Result]], output: Path
+) -> Iterator[tuple[Row, Result]]:
+    """The results for the lines that the output has; what is new among them is written, even if the run is stopped."""
     lines, changed = list(done), False
     try:
-        for position, result in enumerate(islice(results, len(lines))):
+        for position, (row, result) in enumerate(islice(scored, len(lines))):
             changed = changed or result != lines[position]
             lines[position] = result
-            yield result
+            yield row, result
     finally:
         if changed:
             replace_rows(output, lines)
 
 
-def trajectories_file(output: Path) -> Path:
-    """Where the sums of an output's trajectories stand."""
-    return beside(output, "trajectories.jsonl")
-
-
-def _write_sums(trajectories: Trajectories, output: Path | None) -> None:
+def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
     if trajectories.unattributed:
         log.warning(
-            "lines that belong to no trajectory: %d (not to be read, or without a task_id). Each may be a step that is "
-            "missing in one, and a last step is never known to be.",
+            "lines that belong to no trajectory: %d (unreadable, or without a task_id). Each may be a step that is "
+            "missing in one, and a missing last step cannot be noticed.",
             trajectories.unattributed,
         )
-    lines = [orjson.dumps(summary).decode() for summary in trajectories.summaries()]
+    summaries = list(trajectories.summaries())
     if output is None:
-        for line in lines:
-            cli.emit(line)
+        for summary in summaries:
+            cli.emit_json_line(_json(summary))
         return
-    write_text(trajectories_file(output), "".join(f"{line}\n" for line in lines))
-    log.info("%s: %d trajectories", trajectories_file(output), len(lines))
+    write_text(trajectories_file(output), "".join(f"{_json(summary)}\n" for summary in summaries))
+    log.info("%s: %d trajectories", trajectories_file(output), len(summaries))
+
+
+def _json(line: Result) -> str:
+    import orjson
+
+    return orjson.dumps(line).decode()

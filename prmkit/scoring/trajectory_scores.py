@@ -1,65 +1,77 @@
 """What the scores of its steps say about a whole trajectory."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from prmkit.errors import DataError
 from prmkit.judge.types import AGGREGATES, first_below, rounded
-from prmkit.scoring.rows import whole_number
+from prmkit.scoring.rows import Row
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Step:
     """One clip of a trajectory."""
 
     number: int | None
     """`clip_number`; None where the row has none."""
-    scores: list[float | None]
-    """One a row: several judges' rows of one clip are one step."""
+    request_hash: str | None
+    """Rows of several judges repeat one prompt, and are one step."""
+    score: float | None = None
+    is_unsure: bool = False
 
-    @property
-    def score(self) -> float | None:
-        known = [score for score in self.scores if score is not None]
-        return sum(known) / len(known) if known else None
+
+@dataclass
+class _Trajectory:
+    task: str | None
+    steps: list[_Step] = field(default_factory=list)
 
 
 class Trajectories:
-    """The scores of the steps by task, as they come in."""
+    """The scores of the steps by trajectory, as they come in."""
 
-    def __init__(self, bad_below: float | None) -> None:
+    def __init__(self, bad_below: float) -> None:
+        """Begin without any; a step is bad if its score is below `bad_below`."""
         self._bad_below = bad_below
-        self._steps: dict[str | int, list[_Step]] = {}
+        self._trajectories: dict[str, _Trajectory] = {}
         self.unattributed = 0
-        """Steps without a task, and lines that could not be read: each may be a step that a trajectory misses."""
+        """Steps without a trajectory, and lines that could not be read: each may be a step that a trajectory misses."""
 
-    def add(self, result: Mapping[str, Any]) -> None:
-        """Take a result in if it is one of a step that belongs to a task."""
-        metadata = result["metadata"]
-        task, number = metadata.get("task_id"), whole_number(metadata.get("clip_number"))
-        if self._bad_below is None or metadata.get("evaluation_type", "clip") != "clip":
+    def add(self, row: Row, score: float | None, status: str) -> None:
+        """Add the score of a row, if it is one of a step that belongs to a trajectory.
+
+        Raises:
+            DataError: the trajectory has another prompt with the same clip number.
+        """
+        if row.id is not None and not row.is_step:
             return
-        if not isinstance(task, str | int):
+        if row.trajectory is None:
             self.unattributed += 1
             return
-        steps = self._steps.setdefault(task, [])
-        same = next((step for step in steps if step.number == number is not None), None)
-        if same:
-            same.scores.append(result["score"])
-        else:
-            steps.append(_Step(number, [result["score"]]))
+        steps = self._trajectories.setdefault(row.trajectory, _Trajectory(row.task)).steps
+        same = next((step for step in steps if step.number == row.clip_number is not None), None)
+        if same and same.request_hash != row.request_hash:
+            raise DataError(
+                f"line {row.number}: clip {row.clip_number} of {row.trajectory} had another prompt before. If these "
+                "are several runs of one task, give each run its own trajectory_id in the metadata."
+            )
+        if not same:
+            is_unsure = status == "unsure"
+            steps.append(_Step(row.clip_number, row.request_hash, None if is_unsure else score, is_unsure))
 
     def summaries(self) -> Iterator[dict[str, Any]]:
-        """One a task, its steps by number; those without one behind the others, in the order of the input."""
-        for task, steps in self._steps.items():
-            steps.sort(key=lambda step: math.inf if step.number is None else step.number)
-            yield {"task_id": task, "steps": len(steps)} | self._aggregates(steps)
+        """One for each trajectory, its steps by number; those without one at the end, in the order of the input."""
+        for name, trajectory in self._trajectories.items():
+            steps = sorted(trajectory.steps, key=lambda step: math.inf if step.number is None else step.number)
+            yield {"trajectory_id": name, "task_id": trajectory.task, "steps": len(steps)} | self._aggregates(steps)
 
     def _aggregates(self, steps: Sequence[_Step]) -> dict[str, Any]:
-        """All null where a step has no score or is missing: with it, every one of them might be another number."""
+        """All null where a step is missing, unsure or without a score: it could change every one of them."""
         scores = [step.score for step in steps if step.score is not None]
-        faults = {"missing": _missing(steps), "unscored": len(steps) - len(scores)}
-        if any(faults.values()) or self._bad_below is None:
+        unsure = sum(step.is_unsure for step in steps)
+        faults = {"missing": _missing(steps), "unscored": len(steps) - len(scores) - unsure, "unsure": unsure}
+        if any(faults.values()):
             return {**faults, **dict.fromkeys([*AGGREGATES, "first_bad_step", "first_bad_clip"])}
         bad = first_below(scores, self._bad_below)
         return {
@@ -71,6 +83,6 @@ class Trajectories:
 
 
 def _missing(steps: Sequence[_Step]) -> int:
-    """How many clip numbers are not there between the smallest and the greatest one that are."""
+    """How many clip numbers between the smallest and the greatest one do not occur."""
     numbers = [step.number for step in steps if step.number is not None]
     return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import orjson
-
 from prmkit.verdict.repair import CUT_OFF, Found, Refusal, find_json, has_thought, repair_objects
 from prmkit.verdict.types import Answer, Scale, Shape, Unreadable, Verdict
 
@@ -508,6 +506,8 @@ def _is_quoted(found: Found) -> bool:
 
 def _as_json(values: Mapping[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
     """The texts as they are read back from JSON: Python's parser admits numbers and characters that JSON does not."""
+    import orjson
+
     try:
         orjson.dumps(list(values))
         plain: dict[str, Any] = orjson.loads(orjson.dumps(texts))

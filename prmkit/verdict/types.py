@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import orjson
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -96,10 +94,14 @@ def answer_prefix(shape: Shape, chosen: Mapping[str, float]) -> str:
 
 @lru_cache(maxsize=128)
 def _key(key: str) -> str:
+    import orjson
+
     return orjson.dumps(key).decode()
 
 
 def _dumps(value: Any) -> str:
+    import orjson
+
     # orjson writes no spaces after its separators; the label has them, as json.dumps writes it and as models know it.
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_key(key)}: {_dumps(item)}" for key, item in value.items()) + "}"

@@ -1,12 +1,14 @@
 """Where judges come from: what tells one from another, what is asked of the hub, and damaged files."""
 
+import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from prmkit.errors import DataError
+from prmkit.errors import DataError, UsageError
 from prmkit.files import write_json
 from prmkit.judge import sources
 from prmkit.judge.sources import (
@@ -18,6 +20,7 @@ from prmkit.judge.sources import (
     judge_source_of_run,
     read_object,
 )
+from prmkit.judge.transformers_judge import load_model
 
 CONFIG = {"model_name_or_path": "model", "template": "qwen", "cutoff_len": 512}
 
@@ -36,21 +39,65 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_judge_is_the_same_however_its_folders_are_written(project: Path) -> None:
-    one = judge_source_of_run(Path("run"))
-    other = replace(one, model=project / "run" / ".." / "model", adapter=project / "run")
-    assert fingerprint_of(one) == fingerprint_of(other)
-    assert fingerprint_of(one)["model"] == str(project / "model")
+def test_a_judge_is_the_same_wherever_its_folders_are(project: Path) -> None:
+    before = fingerprint_of(judge_source_of_run(Path("run")))
+    shutil.copytree(project, copy := project / "elsewhere" / "copy", ignore=lambda *_: ["elsewhere"])
+    assert judge_source_of_run(copy / "run").model == copy / "model"
+    assert fingerprint_of(judge_source_of_run(copy / "run")) == before
 
 
 @pytest.mark.usefixtures("project")
-def test_other_weights_settings_or_times_are_another_judge() -> None:
-    run, export = judge_source_of_run(Path("run")), judge_source_of_export(Path("exported"))
-    before = [fingerprint_of(run), fingerprint_of(export)]
-    assert fingerprint_of(replace(run, cutoff_len=99)) != before[0]
-    Path("run/adapter_model.safetensors").write_bytes(b"heights")
-    os.utime("exported/model.safetensors", (0, 0))
-    assert [fingerprint_of(run) == before[0], fingerprint_of(export) == before[1]] == [False, False]
+@pytest.mark.parametrize("file", ["run/adapter_model.safetensors", "model/model.safetensors", "model/tokenizer.json"])
+def test_other_contents_or_settings_are_another_judge(file: str) -> None:
+    run = judge_source_of_run(Path("run"))
+    before = fingerprint_of(run)
+    assert fingerprint_of(replace(run, cutoff_len=99)) != before
+    os.utime("model/model.safetensors", (0, 0))
+    assert fingerprint_of(run) == before
+    Path(file).write_bytes(b"heights")
+    assert fingerprint_of(run) != before
+
+
+def test_large_weights_are_hashed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_WHOLE", 1 << 20)
+    monkeypatch.setattr(sources, "_SAMPLE", 4096)
+    model, weights = JudgeSource(tmp_path), bytearray(4 << 20)
+    prints = []
+    for change in (None, 0, len(weights) - 1, len(weights) // 2):
+        if change is not None:
+            weights[change : change + 16384] = b"x" * len(weights[change : change + 16384])
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        prints.append(str(fingerprint_of(model)))
+    assert len(set(prints)) == 4
+
+
+def test_a_run_finds_its_base_model_from_any_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the path from the run's folder, by the absolute one, or, in an older record, in a folder above."""
+    monkeypatch.chdir("/")
+    run, model = project / "run", project / "model"
+    assert judge_source_of_run(run).model == model
+    for places in ({"relative": "../model", "path": "/gone"}, {"relative": "../gone", "path": str(model)}):
+        write_json(run / "run.json", {"config": CONFIG, "base_model": places})
+        assert judge_source_of_run(run).model == model
+    write_json(run / "run.json", {"config": CONFIG | {"model_name_or_path": "Qwen/Qwen2.5-7B"}})
+    assert judge_source_of_run(run).model == Path("Qwen/Qwen2.5-7B")
+
+
+@pytest.mark.usefixtures("project")
+def test_a_recorded_trust_in_code_is_not_taken_over() -> None:
+    write_json(Path("run/run.json"), {"config": CONFIG | {"trust_remote_code": True}})
+    assert judge_source_of_run(Path("run")).trust_remote_code is False
+
+
+def test_code_of_a_model_is_not_run_unless_that_is_typed(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folders["qwen"], tmp_path / "model")
+    mark = tmp_path / "it ran"
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"model_type": "mine", "auto_map": {"AutoConfig": "code.C"}})
+    with pytest.raises(UsageError, match=r"brings Python code\. Read it, then add --trust-remote-code"):
+        load_model(JudgeSource(folder, template="qwen"))
+    assert not mark.exists()
 
 
 @pytest.mark.usefixtures("project")
@@ -66,29 +113,29 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_internet(monkeypatc
 
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "fault"),
     [
-        ([], "it holds no object"),
+        ([], "not an object"),
         ({}, "config is missing, expected an object"),
         ({"config": None}, "config is None"),
-        ({"config": {}}, "model_name_or_path is missing, expected a text"),
+        ({"config": {}}, "model_name_or_path is missing, expected a string"),
         ({"config": CONFIG | {"model_name_or_path": None}}, "model_name_or_path is None"),
         ({"config": CONFIG | {"cutoff_len": "long"}}, "cutoff_len is 'long', expected a whole number"),
         ({"config": CONFIG | {"cutoff_len": True}}, "cutoff_len is True"),
         ({"config": CONFIG | {"template": 5}}, "template is 5"),
     ],
 )
-def test_a_damaged_record_of_a_run_is_named(record: object, told: str) -> None:
+def test_a_damaged_record_of_a_run_is_named(record: object, fault: str) -> None:
     write_json(Path("run/run.json"), record)
-    with pytest.raises(DataError, match=rf"^run/run\.json: damaged: {told}"):
+    with pytest.raises(DataError, match=rf"^run/run\.json: damaged: {fault}"):
         judge_source_of_run(Path("run"))
 
 
 @pytest.mark.usefixtures("project")
-def test_a_damaged_note_beside_an_export_is_named() -> None:
-    for note, told in (([], "it holds no object"), ({"cutoff_len": "512"}, "cutoff_len is '512'")):
+def test_a_damaged_note_in_an_export_is_named() -> None:
+    for note, fault in (([], "not an object"), ({"cutoff_len": "512"}, "cutoff_len is '512'")):
         write_json(Path("exported/prmkit.json"), note)
-        with pytest.raises(DataError, match=rf"^exported/prmkit\.json: damaged: {told}"):
+        with pytest.raises(DataError, match=rf"^exported/prmkit\.json: damaged: {fault}"):
             judge_source_of_export(Path("exported"))
 
 

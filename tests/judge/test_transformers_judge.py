@@ -542,7 +542,7 @@ def _cut_in_half(folder: Path, name: str) -> None:
     [
         ("model", lambda folder: _cut_in_half(folder, "model.safetensors"), "cannot be loaded"),
         ("model", lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
-        ("model", lambda folder: write_json(folder / "config.json", []), "config.json: damaged: it holds no object"),
+        ("model", lambda folder: write_json(folder / "config.json", []), "config.json: damaged: not an object"),
         ("model", lambda folder: write_json(folder / "config.json", {}), "cannot be loaded"),
         ("model", lambda folder: _cut_in_half(folder, "tokenizer.json"), "no tokenizer that can be loaded"),
         ("adapter", lambda folder: _cut_in_half(folder, "adapter_model.safetensors"), "cannot be loaded"),
@@ -550,7 +550,7 @@ def _cut_in_half(folder: Path, name: str) -> None:
         ("adapter", lambda folder: write_json(folder / "adapter_config.json", {}), "peft_type is missing"),
     ],
 )
-def test_damaged_folders_are_told_from_whole_ones(run_folder, tmp_path, which, damage, words) -> None:
+def test_damaged_folders_are_noticed(run_folder, tmp_path, which, damage, words) -> None:
     source = judge_source_of_run(run_folder)
     folder = shutil.copytree(getattr(source, which), tmp_path / which)
     damage(folder)

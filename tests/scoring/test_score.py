@@ -1,5 +1,6 @@
 """Bulk scoring: one line out for every line in, in order, gone on with where it stopped."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +9,13 @@ import pytest
 from families import FLAT, NESTED, prompt
 
 from prmkit.errors import DataError, UsageError
+from prmkit.judge.scorer import Scorer, ShapeOf
+from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import Judge
-from prmkit.judge.types import Distribution, Judgement, lazily
-from prmkit.scoring.rows import ShapeOf, read_rows
-from prmkit.scoring.score import Job, judged, run, trajectories_file
+from prmkit.judge.types import Distribution, Judgement
+from prmkit.rows import read_lines
+from prmkit.scoring.rows import read_rows
+from prmkit.scoring.score import Job, run, score_rows, trajectories_file
 from prmkit.verdict import Shape
 
 
@@ -35,12 +39,27 @@ ROWS = [
 ]
 
 
+class Scripted(Scorer):
+    """A scorer that judges with a function."""
+
+    def judgements(self, requests, mode="expected"):
+        return self.function(requests, mode)
+
+
+def scorer(function) -> Scorer:
+    made = Scripted(JudgeSource(Path("nowhere")))
+    object.__setattr__(made, "function", function)
+    return made
+
+
 @pytest.fixture
 def score(judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch):
     """A random judge that is sure of itself: any share of its probability is enough."""
     judge = judges["llama3"]
     monkeypatch.setattr("prmkit.judge.score_trie.LOW_REACH", 0.0)
-    return lambda requests, mode: judge.score(requests, mode=mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0)
+    return scorer(
+        lambda requests, mode: judge.score(requests, mode=mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0)
+    )
 
 
 def job(source: Path, output: Path | None, **changes) -> Job:
@@ -72,15 +91,15 @@ def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -
     assert results[3]["score"] == pytest.approx(sum(results[3]["scores"].values()) / 3, abs=1e-6)
     assert all(0 <= result["label_mass"] <= 1 and result["std"] > 0 for result in results if result["status"] == "ok")
     reasons = [result["reason"] for result in results]
-    assert reasons[1].startswith("line 2 is not JSON")
+    assert reasons[1].startswith("line 2: not JSON")
     assert "--keys" in reasons[4]
-    assert reasons[5] == "line 7 is not a JSON object"
-    assert reasons[6] == "line 8 has neither a prompt nor a human turn in conversations"
+    assert reasons[5] == "line 7: not a JSON object"
+    assert reasons[6].startswith("line 8: ")
 
 
 def test_a_judge_that_does_not_want_to_score_is_reported(source: Path, tmp_path: Path, judges, caplog) -> None:
     caplog.set_level("INFO")
-    wild = lambda requests, mode: judges["llama3"].score(requests, mode=mode)  # noqa: E731
+    wild = scorer(lambda requests, mode: judges["llama3"].score(requests, mode=mode))
     assert run(job(source, tmp_path / "wild.jsonl"), wild, {}) is False
     assert all(result["scores"] for result in lines_of(tmp_path / "wild.jsonl") if result["status"] == "unsure")
     assert "8 rows: 4 unsure, 4 error" in caplog.text
@@ -103,7 +122,7 @@ def test_the_judges_turn_is_never_seen(tmp_path: Path, score) -> None:
 
 
 @pytest.mark.parametrize("kept_bytes", [0.0, 0.3, 0.62, 0.999, 1.0])
-def test_a_run_that_was_cut_off_goes_on(source: Path, tmp_path: Path, score, kept_bytes: float) -> None:
+def test_a_run_that_was_cut_off_is_continued(source: Path, tmp_path: Path, score, kept_bytes: float) -> None:
     output = tmp_path / "scores.jsonl"
     run(job(source, output), score, {"judge": 1})
     whole = output.read_bytes()
@@ -111,15 +130,16 @@ def test_a_run_that_was_cut_off_goes_on(source: Path, tmp_path: Path, score, kep
     asked = []
 
     def counting(requests, mode):
-        for judgement in score(requests, mode):
+        for judgement in score.judgements(requests, mode):
             asked.append(judgement)
             yield judgement
 
-    assert run(job(source, output), counting, {"judge": 1}) is False
+    assert run(job(source, output), scorer(counting), {"judge": 1}) is False
     assert lines_of(output) == [json.loads(line) for line in whole.splitlines()]
-    statuses = [json.loads(line)["status"] for line in whole.splitlines()]
+    lines = [json.loads(line) for line in whole.splitlines()]
     kept = whole[: int(len(whole) * kept_bytes)].count(b"\n")
-    assert len(asked) == statuses[kept:].count("ok"), "what was scored already was scored again, or something left out"
+    left = {line["request_hash"] for line in lines[kept:] if line["status"] == "ok"}
+    assert len(asked) == len(left), "what was scored already was scored again, or something left out"
 
 
 def test_two_jobs_do_not_write_one_output(source: Path, tmp_path: Path, score) -> None:
@@ -127,19 +147,19 @@ def test_two_jobs_do_not_write_one_output(source: Path, tmp_path: Path, score) -
     refused = []
 
     def meanwhile(requests, mode):
-        for judgement in score(requests, mode):
+        for judgement in score.judgements(requests, mode):
             with pytest.raises(DataError, match="is writing scores"):
                 run(job(source, output), score, {})
             run(job(source, tmp_path / "others.jsonl"), score, {})
             refused.append(judgement)
             yield judgement
 
-    run(job(source, output), meanwhile, {})
+    run(job(source, output), scorer(meanwhile), {})
     assert refused
     assert lines_of(output) == lines_of(tmp_path / "others.jsonl")
 
 
-def test_scores_of_another_input_are_not_gone_on_with(source: Path, tmp_path: Path, score) -> None:
+def test_scores_of_another_input_are_not_continued(source: Path, tmp_path: Path, score) -> None:
     output = tmp_path / "scores.jsonl"
     run(job(source, output), score, {})
     source.write_text("\n".join(reversed(ROWS)))
@@ -151,7 +171,7 @@ def asking_for(*steps: str) -> list[str]:
     return [json.dumps({"id": number, "prompt": prompt(step, FLAT)}) for number, step in enumerate(steps)]
 
 
-def test_scores_of_other_prompts_under_the_same_ids_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_scores_of_other_prompts_under_the_same_ids_are_not_continued(tmp_path: Path) -> None:
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     source.write_text("\n".join(asking_for("Step A.", "Step B.")))
     run(job(source, output), scripted({"Step A": 0.1, "Step B": 0.2}), {})
@@ -166,7 +186,7 @@ def test_scores_of_other_prompts_under_the_same_ids_are_not_gone_on_with(tmp_pat
     assert lines_of(output)[0]["request_hash"] != lines_of(output)[1]["request_hash"]
 
 
-def test_a_line_that_was_mended_gets_its_score(tmp_path: Path) -> None:
+def test_a_line_that_was_corrected_gets_its_score(tmp_path: Path) -> None:
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     whole = asking_for("Step A.", "Step B.", "Step C.")
     source.write_text("\n".join([whole[0], whole[1][:-1], whole[2]]))
@@ -186,7 +206,7 @@ def failing(*steps: str):
             else:
                 yield Judgement("ok", {"reasonableness_score": Distribution(0.5, 0.5, 0.5, 0.0, 1.0)})
 
-    return score
+    return scorer(score)
 
 
 def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path, caplog) -> None:
@@ -201,28 +221,30 @@ def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path,
     assert run(job(source, output, bad_below=0.5), scripted(again), {}) is False
     results = lines_of(output)
     assert [result["score"] for result in results] == [0.5, 0.1, 0.5, 0.2, None]
-    assert "2 rows are scored already" in caplog.text and "2 rows that failed are asked again" in caplog.text
+    assert "2 rows are scored already" in caplog.text and "2 rows that failed are retried" in caplog.text
     assert run(job(source, output), scripted({}), {}) is False, "a row that is too long was asked for again"
     assert lines_of(output) == results
 
 
-def test_what_was_asked_again_is_kept_when_the_run_is_stopped(tmp_path: Path) -> None:
+def test_what_was_retried_is_kept_when_the_run_is_stopped(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("prmkit.scoring.score.WINDOW", 2)
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     source.write_text("\n".join(asking_for("Step A.", "Step B.", "Step C.")))
     run(job(source, output), failing("Step A", "Step C"), {})
 
     def stopped(requests, mode):
-        yield from scripted({"Step A": 0.1})([next(iter(requests))], mode)
-        raise KeyboardInterrupt
+        if any("Step C" in request.prompt for request in requests):
+            raise KeyboardInterrupt
+        yield from scripted({"Step A": 0.1}).judgements(requests, mode)
 
     with pytest.raises(KeyboardInterrupt):
-        run(job(source, output), stopped, {})
+        run(job(source, output), scorer(stopped), {})
     assert [(result["status"], result["score"]) for result in lines_of(output)] == [
         ("ok", 0.1), ("ok", 0.5), ("failed", None),
     ]  # fmt: skip
 
 
-def test_scores_of_another_judge_are_put_aside(source: Path, tmp_path: Path, score) -> None:
+def test_scores_of_another_judge_are_moved_away(source: Path, tmp_path: Path, score) -> None:
     output = tmp_path / "scores.jsonl"
     run(job(source, output), score, {"judge": 1})
     first = output.read_text()
@@ -231,26 +253,27 @@ def test_scores_of_another_judge_are_put_aside(source: Path, tmp_path: Path, sco
     assert len(lines_of(output)) == 8
 
 
-def test_no_judge_is_loaded_for_nothing() -> None:
-    def load():
-        raise AssertionError
+def results(source: bytes, score: Scorer, **changes) -> list[dict]:
+    rows = read_rows(read_lines(io.BytesIO(source), "steps.jsonl"), ShapeOf())
+    return [result for _, result in score_rows(((row, None) for row in rows), score, job(Path(), None, **changes))]
 
-    (result,) = judged(read_rows([b"{", b"\n"], ShapeOf()), lazily(load), "expected", summaries=False)
+
+def test_no_judge_is_loaded_for_nothing() -> None:
+    (result,) = results(b"{\n", Scorer(JudgeSource(Path("nowhere"))))
     assert result["status"] == "error"
 
 
-def test_written_verdicts_are_added_when_asked_for_and_kept_when_unreadable(source: Path, tmp_path, score) -> None:
-    rows = lambda: read_rows(source.read_bytes().splitlines(), ShapeOf())  # noqa: E731
-    plain = list(judged(rows(), score, "expected", summaries=False))
+def test_written_verdicts_are_added_when_asked_for_and_kept_when_unreadable(source: Path, score) -> None:
+    plain = results(source.read_bytes(), score)
     assert not any("text" in result for result in plain)
-    with_text = list(judged(rows(), score, "expected", summaries=True))
+    with_text = results(source.read_bytes(), score, summaries=True)
     assert [result | {"text": 0} for result in with_text if "text" in result] == [
         result | {"text": 0} for result in plain if result["status"] == "ok"
     ]
-    written = list(judged(rows(), score, "generate", summaries=False))
+    written = results(source.read_bytes(), score, mode="generate")
     assert [result["status"] for result in written if "text" in result] == ["unparsed"] * 4
     assert written[0]["text"] == with_text[0]["text"] != ""
-    assert written[0]["score"] is None, "what cannot be read is no number"
+    assert written[0]["score"] is None, "what cannot be read is not a number"
 
 
 @pytest.mark.parametrize(
@@ -284,7 +307,7 @@ def scripted(scores: dict[str, float | None]):
             point = None if value is None else Distribution(value, value, value, 0.0, 1.0)
             yield Judgement("ok", {"reasonableness_score": point}) if point else Judgement("too_long", reason="long")
 
-    return score
+    return scorer(score)
 
 
 def test_trajectories_are_summed_up(tmp_path: Path) -> None:
@@ -299,10 +322,12 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
     run(job(source, output, bad_below=0.5), scripted(scores), {})
     one, two, three = lines_of(trajectories_file(output))
     assert one == {
+        "trajectory_id": "one",
         "task_id": "one",
         "steps": 3,
         "missing": 0,
         "unscored": 0,
+        "unsure": 0,
         "min": 0.4,
         "product": 0.288,
         "mean": 0.7,
@@ -311,9 +336,8 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
         "first_bad_clip": 2,
     }
     assert (two["steps"], two["min"], two["first_bad_step"]) == (1, 0.7, None)
-    assert three == {"task_id": "three", "steps": 2, "missing": 0, "unscored": 1} | dict.fromkeys(
-        ["min", "product", "mean", "last", "first_bad_step", "first_bad_clip"]
-    )
+    expected = {"trajectory_id": "three", "task_id": "three", "steps": 2, "missing": 0, "unscored": 1, "unsure": 0}
+    assert three == expected | dict.fromkeys(["min", "product", "mean", "last", "first_bad_step", "first_bad_clip"])
 
 
 def summed_up(tmp_path: Path, rows: list[str]) -> list[dict]:
@@ -344,3 +368,33 @@ def test_clip_numbers_as_spreadsheets_write_them_are_numbers(tmp_path: Path, spe
         each["metadata"]["clip_number"] = spelt(each["metadata"]["clip_number"])
     (one,) = summed_up(tmp_path, list(map(json.dumps, rows)))
     assert (one["steps"], one["missing"], one["mean"]) == (2, 0, 0.7)
+
+
+def of(task: str, trajectory: str, number: int) -> str:
+    each = row(number, task=f"{task}, {trajectory}")
+    return json.dumps(each | {"metadata": each["metadata"] | {"task_id": task, "trajectory_id": trajectory}})
+
+
+def test_runs_of_one_task_are_summed_up_apart(tmp_path: Path) -> None:
+    rows = [of("t", trajectory, number) for number in (1, 2) for trajectory in ("a", "b")]
+    sums = summed_up(tmp_path, rows)
+    assert [(each["trajectory_id"], each["task_id"], each["steps"]) for each in sums] == [("a", "t", 2), ("b", "t", 2)]
+
+
+def test_two_prompts_for_one_clip_ask_for_a_trajectory_id(tmp_path: Path) -> None:
+    rows = [json.dumps(row(1)), json.dumps(row(1)), of("one", "", 1)]
+    with pytest.raises(DataError, match=r"line 3: clip 1 of one had another prompt before.*its own trajectory_id"):
+        summed_up(tmp_path, rows)
+
+
+def test_a_trajectory_with_an_unsure_step_is_not_summed_up(tmp_path: Path) -> None:
+    def unsure(requests, _mode) -> Iterator[Judgement]:
+        for _ in requests:
+            yield Judgement("unsure", {"reasonableness_score": Distribution(0.5, 0.5, 0.5, 0.0, 0.1)}, "thin")
+
+    source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
+    source.write_text(json.dumps(row(1)))
+    assert run(job(source, output, bad_below=0.5), scorer(unsure), {}) is False
+    (result,), (total,) = lines_of(output), lines_of(trajectories_file(output))
+    assert (result["score"], result["reason"]) == (0.5, "thin")
+    assert (total["unsure"], total["unscored"], total["mean"]) == (1, 0, None)

@@ -36,7 +36,7 @@ def test_stdin_to_stdout(steps: str, model_folders: dict[str, Path], tmp_path: P
     assert "3 rows: 3 unsure" in done.stderr and all(result["score"] for result in results)
 
 
-def test_a_file_is_gone_on_with_and_bad_rows_end_in_exit_1(steps, model_folders, tmp_path: Path) -> None:
+def test_a_file_is_continued_and_bad_rows_end_in_exit_1(steps, model_folders, tmp_path: Path) -> None:
     (tmp_path / "steps.jsonl").write_text(steps + "{broken\n")
     command = ("steps.jsonl", "--output", "scores.jsonl", "--model", model_folders["qwen"], "--template", "qwen")
     first = type_in(*command, cwd=tmp_path)
@@ -84,11 +84,11 @@ def folder(tmp_path: Path) -> Path:
         ("link.jsonl", 2, "error: link.jsonl: is the input as well."),
         ("mine.jsonl", 2, "error: mine.jsonl: exists and is not a scoring output"),
         ("here", 1, "error: here: is a folder."),
-        ("steps.jsonl/scores.jsonl", 1, "steps.jsonl is no folder"),
-        ("steps.jsonl/a/scores.jsonl", 1, "steps.jsonl is no folder"),
+        ("steps.jsonl/scores.jsonl", 1, "steps.jsonl is not a folder"),
+        ("steps.jsonl/a/scores.jsonl", 1, "steps.jsonl is not a folder"),
         ("scores.jsonl.gz", 2, "error: scores.jsonl.gz: lines are written as plain text. Name it scores.jsonl"),
-        ("/dev/null", 2, "error: /dev/null: is no regular file."),
-        ("/dev/stdout", 2, "error: /dev/stdout: is no regular file."),
+        ("/dev/null", 2, "error: /dev/null: is not a regular file."),
+        ("/dev/stdout", 2, "error: /dev/stdout: is not a regular file."),
     ],
 )
 def test_an_output_costs_the_user_no_file(folder: Path, output: str, code: int, words: str) -> None:
@@ -130,7 +130,7 @@ def test_outputs_that_differ_in_their_suffix_have_files_of_their_own(folder: Pat
     }
 
 
-def test_scores_of_other_known_keys_are_put_aside(folder: Path) -> None:
+def test_scores_of_other_known_keys_are_moved_away(folder: Path) -> None:
     command = ("steps.jsonl", "--model", "x", "--output", "scores.jsonl", "--data", "here")
     type_in(*command, cwd=folder)
     (folder / "here" / "conversion_report.json").write_text('{"score_keys": {"clip": ["a_score"]}}')
@@ -181,7 +181,7 @@ def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
         (["nowhere.jsonl", "--model", "."], 1, "nowhere.jsonl"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
     done = type_in(*arguments, stdin="", cwd=tmp_path)
     assert done.returncode == code
     assert words in done.stderr

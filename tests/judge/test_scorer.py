@@ -3,12 +3,16 @@
 import argparse
 from pathlib import Path
 
+import families
 import pytest
 
 from prmkit.errors import UsageError
 from prmkit.files import write_json
-from prmkit.judge.arguments import add_backend_arguments, add_judge_arguments, asking, judge_source
+from prmkit.judge.scorer import Scorer, add_backend_arguments, add_judge_arguments, judge_source, load_judge, scorer_of
 from prmkit.judge.sources import JudgeSource
+from prmkit.judge.transformers_judge import Judge
+from prmkit.judge.types import Request
+from prmkit.verdict import asked_shape
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -90,27 +94,39 @@ def test_the_judge_that_is_named(arguments: str, expected: JudgeSource) -> None:
     assert judge_source(parsed(*arguments.split())) == expected
 
 
+def fingerprint(arguments: argparse.Namespace) -> dict:
+    return scorer_of(arguments).fingerprint()
+
+
 REMOTE = ("--backend", "openai", "--base-url", "http://x/v1", "--model", "exported_model")
 
 
 @pytest.mark.usefixtures("project")
-def test_a_judge_behind_http_is_told_from_one_that_is_loaded() -> None:
-    _, loaded = asking(parsed("--model", "exported_model"))
-    _, remote = asking(parsed(*REMOTE))
+def test_a_judge_on_a_server_differs_from_one_that_is_loaded() -> None:
+    loaded = fingerprint(parsed("--model", "exported_model"))
+    remote = fingerprint(parsed(*REMOTE))
     assert remote["model"] == "exported_model"
     assert loaded != remote
     with pytest.raises(UsageError, match="--base-url and --model"):
-        asking(parsed("--backend", "openai", "--model", "exported_model"))
+        scorer_of(parsed("--backend", "openai", "--model", "exported_model"))
 
 
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(
     "changed",
-    ["--top-logprobs 5", "--cutoff-len 99", "--default-system Hi", "--enable-thinking", "--template qwen", "--model x"],
+    [
+        "--top-logprobs 5",
+        "--min-label-mass 0.3",
+        "--cutoff-len 99",
+        "--default-system Hi",
+        "--enable-thinking",
+        "--template qwen",
+        "--model x",
+    ],
 )
-def test_what_changes_a_score_tells_judges_behind_http_apart(changed: str) -> None:
-    _, before = asking(parsed(*REMOTE, "--tokenizer", "exported_model"))
-    _, after = asking(parsed(*REMOTE, "--tokenizer", "exported_model", *changed.split()))
+def test_what_changes_a_score_makes_another_judge_on_a_server(changed: str) -> None:
+    before = fingerprint(parsed(*REMOTE, "--tokenizer", "exported_model"))
+    after = fingerprint(parsed(*REMOTE, "--tokenizer", "exported_model", *changed.split()))
     assert before != after
 
 
@@ -118,11 +134,11 @@ def test_what_changes_a_score_tells_judges_behind_http_apart(changed: str) -> No
 def test_another_tokenizer_is_another_judge_and_another_port_is_not() -> None:
     tokenizer = Path("exported_model/tokenizer.json")
     tokenizer.write_text("{}")
-    _, before = asking(parsed(*REMOTE))
-    _, moved = asking(parsed(*REMOTE, "--base-url", "http://y:9000/v1", "--concurrency", "3", "--timeout", "1.5"))
+    before = fingerprint(parsed(*REMOTE))
+    moved = fingerprint(parsed(*REMOTE, "--base-url", "http://y:9000/v1", "--concurrency", "3", "--timeout", "1.5"))
     assert moved == before
     tokenizer.write_text("{ }")
-    _, after = asking(parsed(*REMOTE))
+    after = fingerprint(parsed(*REMOTE))
     assert after != before
 
 
@@ -130,24 +146,54 @@ def test_another_tokenizer_is_another_judge_and_another_port_is_not() -> None:
 @pytest.mark.parametrize(
     "url", ["localhost:8000/v1", "ftp://x/v1", "http://[::1/v1", "http://", "x", "http://a b/v1", "http://x:99999/v1"]
 )
-def test_an_address_of_no_server_is_refused_before_anything_loads(url: str) -> None:
+def test_an_address_of_no_server_is_rejected_before_anything_loads(url: str) -> None:
     with pytest.raises(UsageError, match="not the address of a server"):
-        asking(parsed(*REMOTE, "--base-url", url))
-    asking(parsed(*REMOTE, "--base-url", "https://[::1]:8000/v1"))
+        scorer_of(parsed(*REMOTE, "--base-url", url))
+    scorer_of(parsed(*REMOTE, "--base-url", "https://[::1]:8000/v1"))
 
 
 @pytest.mark.usefixtures("project")
-def test_a_key_that_cannot_be_one_is_refused_and_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_cannot_be_one_is_rejected_and_never_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("sec\nret", "secrét", "sec\x01ret"):
         monkeypatch.setenv("MY_KEY", key)
         with pytest.raises(UsageError, match=r"\$MY_KEY: holds a character") as caught:
-            asking(parsed(*REMOTE, "--api-key-env", "MY_KEY"))
+            scorer_of(parsed(*REMOTE, "--api-key-env", "MY_KEY"))
         assert "sec" not in str(caught.value)
     monkeypatch.setenv("MY_KEY", "secret\r\n")
-    asking(parsed(*REMOTE, "--api-key-env", "MY_KEY"))
+    scorer_of(parsed(*REMOTE, "--api-key-env", "MY_KEY"))
 
 
 def test_times_are_above_zero() -> None:
     for text in ("0", "-1", "nan", "inf", "soon"):
         with pytest.raises(SystemExit):
             parsed("--timeout", text)
+
+
+def test_shares_are_from_0_to_1() -> None:
+    for text in ("-0.1", "1.1", "nan", "much"):
+        with pytest.raises(SystemExit):
+            parsed("--min-label-mass", text)
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_rows_are_scored_from_python(model_folders: dict[str, Path], judges: dict[str, Judge]) -> None:
+    """As `score_trajectories.py` scores them."""
+    loaded = load_judge(model_folders["qwen"])
+    text = families.prompts()[1]
+    row = {"conversations": [{"from": "system", "value": "Be strict."}, {"from": "human", "value": text}]}
+    plain, with_system, unknown, empty, named = loaded.score([text, row, "Rate it.", {"x": 1}, text])
+    expected = list(judges["qwen"].score([Request(text, asked_shape(text), each) for each in (None, "Be strict.")]))
+    # A base model that is loaded from a folder has no template of LLaMA Factory: its own is parsed.
+    assert plain.score == pytest.approx(named.score)
+    assert plain.score != pytest.approx(with_system.score, abs=1e-6)
+    assert list(plain.scores) == list(expected[0].scores)
+    assert "name them with --keys" in unknown.reason and unknown.score is None
+    assert (empty.status, "conversations" in empty.reason) == ("error", True)
+    (one,) = loaded.score(["Rate it."], keys=["a_score"])
+    assert list(one.scores) == ["a_score"]
+
+
+def test_nothing_is_loaded_before_it_is_asked() -> None:
+    assert list(Scorer(JudgeSource(Path("nowhere"))).judgements([])) == []

@@ -1,0 +1,371 @@
+"""A judge that is ready to score: from Python, from a server, and from the flags that all scripts share."""
+
+import argparse
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prmkit.errors import UsageError
+from prmkit.http_client import Endpoint, check_url
+from prmkit.judge.sources import (
+    EXPORT_FILE,
+    JudgeSource,
+    encoding_fingerprint,
+    encoding_of,
+    fingerprint_of,
+    is_run,
+    judge_source_of_export,
+    judge_source_of_run,
+)
+from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
+from prmkit.verdict import Shape, asked_shape
+
+if TYPE_CHECKING:
+    from prmkit.judge.openai_judge import CompletionsJudge
+    from prmkit.judge.transformers_judge import Judge
+
+DEFAULT_RUN = Path("saves/reward_model_training")
+
+
+@dataclass(frozen=True)
+class ShapeOf:
+    """Decides which scores are asked for."""
+
+    keys: tuple[str, ...] = ()
+    """What the user named; empty to look at the prompt's schema, then at the evaluation type."""
+    known: Mapping[str, Sequence[str]] | None = None
+    """By evaluation type, the keys that the training data had."""
+
+    def __call__(self, prompt: str, evaluation_type: object) -> Shape | str:
+        """The shape, or why it is not known."""
+        asked = asked_shape(prompt)
+        if self.keys:
+            return Shape(self.keys, asked.nested if asked and asked.keys == self.keys else _is_nested(self.keys))
+        if asked:
+            return asked
+        known = tuple((self.known or {}).get(str(evaluation_type), ()))
+        if not known:
+            return "the prompt shows no score keys, and none are known for its evaluation type; name them with --keys"
+        if len(known) > 1 and not _is_nested(known):
+            return f"the prompt shows no score keys, and {' or '.join(known)} would fit; name one with --keys"
+        return Shape(known, _is_nested(known))
+
+
+def _is_nested(keys: Sequence[str]) -> bool:
+    """Judges write a single score by itself (`reasonableness_score`) and several in a `scores` object."""
+    return not all(key.endswith("score") for key in keys)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A judge with the settings that it is asked with. It is loaded when it is first asked."""
+
+    source: JudgeSource
+    """The model, or for one on a server its tokenizer and template."""
+    endpoint: Endpoint | None = None
+    batch_size: int = 8
+    trim: bool = True
+    max_new_tokens: int = 1024
+    min_label_mass: float = LOW_LABEL_MASS
+
+    @cached_property
+    def backend(self) -> "Judge | CompletionsJudge":
+        """The loaded judge; both kinds have the same `score`.
+
+        Raises:
+            DataError: there is nothing that can be loaded.
+            UsageError: an unknown template, device or dtype.
+        """
+        if self.endpoint:
+            from prmkit.judge.openai_judge import CompletionsJudge
+
+            return CompletionsJudge(self.endpoint, encoding_of(self.source), self.source.cutoff_len)
+        from prmkit.judge.transformers_judge import load_model
+
+        return load_model(self.source)
+
+    def judgements(self, requests: Iterable[Request], mode: Mode = "expected") -> Iterator[Judgement]:
+        """Judge a stream of requests in their order; see `transformers_judge.Judge.score`.
+
+        Without any request nothing is loaded.
+        """
+        requests = iter(requests)
+        first = next(requests, None)
+        if first is not None:
+            yield from self.backend.score(
+                chain([first], requests),
+                mode=mode,
+                batch_size=self.batch_size,
+                trim=self.trim,
+                max_new_tokens=self.max_new_tokens,
+                min_label_mass=self.min_label_mass,
+            )
+
+    def score(self, prompts: Iterable[str | Mapping[str, Any]], keys: Sequence[str] | None = None) -> list[Judgement]:
+        """Score prompts.
+
+        Args:
+            prompts: strings, or rows as `score_trajectories.py` reads them: with a prompt or a conversation, and
+                perhaps a system text and metadata.
+            keys: which scores to give; None for those that each prompt asks for in its schema.
+
+        Returns:
+            One judgement a prompt, in their order: `score` and `std` of the verdict, `scores` by key, `status` and
+            `reason`. A prompt that cannot be judged has status `error`.
+        """
+        shape_of = ShapeOf(tuple(keys or ()))
+        requests = [_request(prompt, shape_of) for prompt in prompts]
+        judgements = self.judgements(each for each in requests if isinstance(each, Request))
+        return [next(judgements) if isinstance(each, Request) else Judgement("error", reason=each) for each in requests]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes scores of one judge comparable: contents and settings, not places.
+
+        A server that is restarted on another port, or a folder that was copied, gives the same scores.
+
+        Raises:
+            DataError: there is no such judge.
+        """
+        settings = {
+            "trim": self.trim,
+            "max_new_tokens": self.max_new_tokens,
+            "min_label_mass": self.min_label_mass,
+        }
+        if not self.endpoint:
+            return fingerprint_of(self.source) | settings
+        served = {"model": self.endpoint.model, "top_logprobs": self.endpoint.top_logprobs}
+        return encoding_fingerprint(self.source) | served | settings
+
+
+def _request(prompt: str | Mapping[str, Any], shape_of: ShapeOf) -> Request | str:
+    """What to ask the judge, or why a prompt cannot be judged."""
+    from prmkit.rows import Rejected, read_row
+
+    try:
+        row = read_row({"prompt": prompt} if isinstance(prompt, str) else dict(prompt))
+    except Rejected as rejected:
+        return rejected.reason
+    shape = shape_of(row.prompt, row.evaluation_type)
+    return shape if isinstance(shape, str) else Request(row.prompt, shape, row.system)
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+
+def load_judge(
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    batch_size: int = 8,
+    min_label_mass: float = LOW_LABEL_MASS,
+) -> Scorer:
+    """Load a judge, ready to score.
+
+    Args:
+        folder: a run of `train.py` or a checkpoint in it, an exported model, or a base model.
+        device: `cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one.
+        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, else as trained.
+        trust_remote_code: run Python code that the model brings.
+        batch_size: the most prompts to run at once.
+        min_label_mass: scores with less are `unsure`.
+
+    Raises:
+        DataError: there is nothing that can be loaded.
+        UsageError: an unknown device or dtype, or a model with its own code that was not allowed to run.
+    """
+    source = judge_source_in(Path(folder))
+    source = replace(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    scorer = Scorer(source, batch_size=batch_size, min_label_mass=min_label_mass)
+    _ = scorer.backend
+    return scorer
+
+
+def judge_source_in(folder: Path) -> JudgeSource:
+    """The judge in a folder, whatever kind of folder it is.
+
+    Raises:
+        DataError, UsageError: as `judge_source_of_run` and `judge_source_of_export`.
+    """
+    if is_run(folder):
+        return judge_source_of_run(folder)
+    return judge_source_of_export(folder) if (folder / EXPORT_FILE).is_file() else JudgeSource(folder)
+
+
+# --- from the command line --------------------------------------------------------------------------------------------
+
+
+def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `judge_source` and `scorer_of` read, but for the server's flags."""
+    group = parser.add_argument_group("the judge")
+    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default {DEFAULT_RUN})")
+    group.add_argument("--model", metavar="FOLDER", help="an exported model, or a base model; instead of --run")
+    group.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA weights for --model")
+    group.add_argument("--template", help="LLaMA Factory's template (default: the one of the training)")
+    group.add_argument("--default-system", metavar="TEXT", help="system text (default: the one of the training)")
+    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="for reasoning templates")
+    group.add_argument("--cutoff-len", type=positive, metavar="TOKENS", help="prompt and answer together")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as trained on a GPU")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model brings")
+    asking = parser.add_argument_group("asking it")
+    asking.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts at once (default 8)")
+    asking.add_argument(
+        "--mode",
+        choices=["expected", "generate"],
+        default="expected",
+        help="read the probability of every score (default), or let the model write its verdict",
+    )
+    asking.add_argument("--max-new-tokens", type=positive, default=1024, metavar="N", help="longest written verdict")
+    asking.add_argument(
+        "--min-label-mass",
+        type=share,
+        default=LOW_LABEL_MASS,
+        metavar="P",
+        help="scores that hold less of the model's probability are unsure (default %(default)s)",
+    )
+    asking.add_argument(
+        "--too-long",
+        choices=["trim", "report"],
+        default="trim",
+        help="shorten the middle of prompts that do not fit, as in training (default), or give them no score",
+    )
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses between a model loaded here and one on a server; `add_judge_arguments` comes first."""
+    group = parser.add_argument_group("a judge on a server")
+    group.add_argument(
+        "--backend",
+        choices=["transformers", "openai"],
+        default="transformers",
+        help="load the model here (default), or ask an OpenAI-compatible completions endpoint (vLLM, SGLang)",
+    )
+    group.add_argument("--base-url", metavar="URL", help="as http://localhost:8000/v1; --model is its name there")
+    group.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="the model's folder here, for its tokenizer and template (default: --model if it is a folder, else --run)",
+    )
+    group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
+    group.add_argument("--concurrency", type=positive, default=16, metavar="N", help="requests at once (default 16)")
+    group.add_argument(
+        "--top-logprobs", type=positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
+    )
+    group.add_argument(
+        "--timeout",
+        type=seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="longest wait for a complete answer, of which six are tried (default 300)",
+    )
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above zero."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def seconds(text: str) -> float:
+    """An argument that is a time above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def share(text: str) -> float:
+    """An argument from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+def scorer_of(arguments: argparse.Namespace) -> Scorer:
+    """The judge that was named, with its settings; nothing is loaded yet.
+
+    Raises:
+        DataError: there is nothing that could be a judge.
+        UsageError: the arguments contradict each other.
+    """
+    endpoint = _endpoint(arguments) if arguments.backend == "openai" else None
+    if endpoint:
+        folder = arguments.tokenizer or (Path(arguments.model) if Path(arguments.model).is_dir() else None)
+        arguments = argparse.Namespace(**vars(arguments) | {"model": folder and str(folder)})
+    return Scorer(
+        judge_source(arguments),
+        endpoint,
+        batch_size=arguments.batch_size,
+        trim=arguments.too_long == "trim",
+        max_new_tokens=arguments.max_new_tokens,
+        min_label_mass=arguments.min_label_mass,
+    )
+
+
+def judge_source(arguments: argparse.Namespace) -> JudgeSource:
+    """Where the judge comes from: the run or the model that was named, changed by all other flags.
+
+    Raises:
+        DataError: there is nothing that could be a judge.
+        UsageError: the arguments contradict each other.
+    """
+    source = _named_source(arguments)
+    given = {
+        each.name: value
+        for each in fields(source)
+        if each.name not in ("model", "adapter") and (value := getattr(arguments, each.name, None)) is not None
+    }
+    return replace(source, **given)
+
+
+def _named_source(arguments: argparse.Namespace) -> JudgeSource:
+    if arguments.model is None:
+        if arguments.adapter is not None:
+            raise UsageError("--adapter needs --model, its base model. Name a whole run with --run alone.")
+        return judge_source_of_run(arguments.run or DEFAULT_RUN)
+    if arguments.run is not None:
+        raise UsageError("--run and --model name two judges. Leave one of them out.")
+    model = Path(arguments.model)
+    if arguments.adapter is None:
+        return judge_source_of_export(model) if (model / EXPORT_FILE).is_file() else JudgeSource(model)
+    # An adapter that is still in its run's folder is asked as in that run.
+    if is_run(arguments.adapter):
+        return replace(judge_source_of_run(arguments.adapter), model=model)
+    return JudgeSource(model, arguments.adapter)
+
+
+def _endpoint(arguments: argparse.Namespace) -> Endpoint:
+    if not arguments.base_url or not arguments.model:
+        raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
+    check_url(arguments.base_url)
+    return Endpoint(
+        arguments.base_url,
+        arguments.model,
+        api_key=_api_key(arguments.api_key_env),
+        concurrency=arguments.concurrency,
+        top_logprobs=arguments.top_logprobs,
+        timeout=arguments.timeout,
+    )
+
+
+def _api_key(name: str) -> str | None:
+    """The key in a variable, without the line break that `$(cat file)` or an .env file may have left in it.
+
+    Raises:
+        UsageError: a header with it could not be sent. It is not repeated, for it may be most of a key.
+    """
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"${name}: holds a character that no API key has, such as a line break. Set it again.")
+    return key or None
