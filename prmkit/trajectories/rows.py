@@ -1,12 +1,16 @@
 """Runs whose steps carry labels, as rows of judged steps: what convert_dataset.py reads."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from prmkit.errors import UsageError
+from prmkit.errors import DataError, UsageError
 from prmkit.prompts.rubric import Rubric
 from prmkit.prompts.step import step_prompts
-from prmkit.trajectory import Label, Trajectory
+from prmkit.trajectories.documents import Document
+from prmkit.trajectories.importing import Options, read_runs
+from prmkit.trajectories.readers import record
+from prmkit.trajectory import Label, Trajectory, is_record
 from prmkit.verdict import Verdict, render_verdict
 
 
@@ -38,6 +42,32 @@ def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
                 }
                 | step_metadata(run, prompt.step.n, rubric),
             }
+
+
+def holds_records(path: Path) -> bool:
+    """Whether a file holds runs in our own record, judged by its first value."""
+    try:
+        return is_record(next((value for _, value in Document(path)), None))
+    except DataError:
+        return False  # whoever reads the file says what is wrong with it
+
+
+def labelled_rows(path: Path, rubric: Rubric) -> Iterator[dict[str, Any]]:
+    """The rows of all labelled steps in a file of records.
+
+    Raises:
+        DataError: no step has a label, or the file cannot be read.
+        UsageError: the rubric has several score keys.
+    """
+    found = False
+    for run in read_runs([path], Options(format=record.READER.name)):
+        for row in rows_of(run, rubric):
+            found = True
+            yield row
+    if not found:
+        raise DataError(
+            f"{path}: runs, and no step of them has a label. Label steps first (import_trajectories.py --labels)."
+        )
 
 
 def step_metadata(run: Trajectory, number: int, rubric: Rubric) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from prmkit.errors import DataError, UsageError
 from prmkit.prompts.rubric import load_rubric
 from prmkit.prompts.step import step_prompts
 from prmkit.trajectories.importing import FileReport, Options, read_runs
-from prmkit.trajectories.rows import rows_of
+from prmkit.trajectories.rows import holds_records, labelled_rows, rows_of
 from prmkit.trajectories.run import Keys
-from prmkit.trajectory import Trajectory
+from prmkit.trajectory import Trajectory, dump
 from prmkit.verdict import Verdict, asked_shape, read_verdict
 from tests.trajectories.conftest import Read
 
@@ -199,3 +199,21 @@ def test_a_rubric_of_several_keys_cannot_be_filled_from_one_label(read: Read, tm
     (run,) = read(*EXAMPLES["prmbench"])
     with pytest.raises(UsageError, match="progress, safety"):
         list(rows_of(run, load_rubric(tmp_path / "two.yaml")))
+
+
+def test_labelled_records_are_rows_and_unlabelled_ones_an_error(read: Read, tmp_path: Path) -> None:
+    rubric = load_rubric()
+    runs = [run for form in ("prmbench", "trajectory-judge") for run in read(*EXAMPLES[form])]
+    path = tmp_path / "trajectories.jsonl"
+    path.write_bytes(b"".join(map(dump, runs)))
+    assert holds_records(path)
+    assert list(labelled_rows(path, rubric)) == [row for run in runs for row in rows_of(run, rubric)]
+    assert not holds_records(tmp_path / "runs.json")
+
+
+def test_records_without_a_label_are_an_error(read: Read, tmp_path: Path) -> None:
+    (run,) = read({"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]})
+    path = tmp_path / "trajectories.jsonl"
+    path.write_bytes(dump(run))
+    with pytest.raises(DataError, match="no step of them has a label"):
+        list(labelled_rows(path, load_rubric()))
