@@ -1,7 +1,6 @@
 """The work behind `import_trajectories.py`: runs in, records or labelled rows out, and an account of both."""
 
 import argparse
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +12,11 @@ from prmkit import cli
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write
 from prmkit.prompts.rubric import load_rubric
-from prmkit.trajectories.importing import FileReport, Options, read_runs
+from prmkit.trajectories.importing import FileReport, Options, read_runs, warn_of_losses
 from prmkit.trajectories.labels import SETS, set_named
 from prmkit.trajectories.rows import rows_of
 from prmkit.trajectories.run import Keys
 from prmkit.trajectory import Trajectory, dump
-
-log = logging.getLogger("prmkit")
 
 _OTHER_LABELS = ("steps", "column")
 
@@ -86,7 +83,7 @@ def _lines(arguments: argparse.Namespace, runs: Iterator[Trajectory]) -> Iterato
 def _check_written(written: int, reports: list[FileReport], arguments: argparse.Namespace) -> None:
     if written:
         return
-    _warn(reports)
+    warn_of_losses(reports)
     if any(report.runs for report in reports):
         raise DataError("no step of these runs has a label. Leave out --labels to import the runs alone.")
     raise DataError(f"{', '.join(arguments.inputs)}: no run was read. The lines above say what each file is.")
@@ -95,18 +92,8 @@ def _check_written(written: int, reports: list[FileReport], arguments: argparse.
 # --- the account ----------------------------------------------------------------------------------------------------
 
 
-def _warn(reports: list[FileReport]) -> None:
-    """Name every file that was passed over, and where something was not read."""
-    for report in reports:
-        if report.passed_over:
-            log.warning("passed over %s: %s", report.file, report.passed_over)
-        for reason, count in report.unreadable.items():
-            lines = ", ".join(map(str, report.examples[reason]))
-            log.warning("%s: not read: %d x %s (line %s)", report.file, count, reason, lines)
-
-
 def _summarise(reports: list[FileReport], output: Path, written: int, what: str) -> None:
-    _warn(reports)
+    warn_of_losses(reports)
     forms: dict[str, Counter[str]] = {}
     for report in reports:
         if report.format and not report.passed_over:

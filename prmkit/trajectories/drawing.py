@@ -129,13 +129,14 @@ def _bar(score: float | None) -> str:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def write_page(path: Path, runs: Sequence[ScoredRun], judge: str) -> None:
+def write_page(path: Path, runs: Sequence[ScoredRun], judge: str, left_out: int = 0) -> None:
     """Write one page: of every run its scores as bars, and its steps, the worst one open.
 
     Args:
         path: of the HTML file.
         runs: at most `MOST_RUNS_ON_A_PAGE` are shown; the page says how many are not.
         judge: its name, for the heading.
+        left_out: runs that were scored and are not among `runs`.
     """
     from jinja2 import Environment
 
@@ -144,7 +145,7 @@ def write_page(path: Path, runs: Sequence[ScoredRun], judge: str) -> None:
     environment.filters |= {"said": said, "number": _number, "line": _line, "cut": _cut, "json": _json}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     shown = runs[:MOST_RUNS_ON_A_PAGE]
-    write_text(path, template.render(runs=shown, left_out=len(runs) - len(shown), judge=judge))
+    write_text(path, template.render(runs=shown, left_out=left_out + len(runs) - len(shown), judge=judge))
 
 
 def _cut(text: str) -> str:
