@@ -175,5 +175,5 @@ if [[ -n $convert ]]; then
 fi
 step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"
 if [[ -n $demo && -z $validate ]]; then
-    echo "  use your own rows:  ./run_training.sh --input my_rows.jsonl --validate-only"
+    echo "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only"
 fi

@@ -34,4 +34,4 @@ def test_the_demo_trains_measures_and_exports_below_its_own_folder(project: Path
     assert "Spearman" in done.stdout
     assert "scores as demo/saves/reward_model_demo does" in done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
-    assert last == "  use your own rows:  ./run_training.sh --input my_rows.jsonl --validate-only"
+    assert last == "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only"
