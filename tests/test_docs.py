@@ -53,6 +53,15 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert found or _is_made_by_a_run(name), name
 
 
+def test_names_in_files_exist() -> None:
+    """`prmkit/rows.py` (`read_row`): the file has that name in it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)`\s\(`(\w+)`", text)
+    assert len(named) > 5
+    for file, name in named:
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8")), f"{file}: {name}"
+
+
 def _is_made_by_a_run(name: str) -> bool:
     """Whether the code itself writes a file of this name."""
     stem = name.rsplit("/", 1)[-1]
