@@ -110,7 +110,7 @@ def test_scripts_are_thin_and_answer_at_once(name: str) -> None:
 WITHOUT_PACKAGES = [sys.executable, "-S", "-E"]
 
 
-@pytest.mark.parametrize("name", ["convert_dataset.py", "train.py"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_without_the_packages_a_script_helps_and_names_the_command(name: str, tmp_path: Path) -> None:
     """`-S` leaves out site-packages: what somebody has who did not install or activate anything."""
     shown = subprocess.run([*WITHOUT_PACKAGES, ROOT / name, "--help"], capture_output=True, text=True, check=True)
@@ -120,7 +120,10 @@ def test_without_the_packages_a_script_helps_and_names_the_command(name: str, tm
     assert done.stderr.startswith("error: the Python package ") and "./run_training.sh --install-deps" in done.stderr
 
 
-ARGUMENTS = {"score_trajectories.py": ["finetune.jsonl"]}
+ARGUMENTS = {
+    "score_trajectories.py": ["finetune.jsonl"],
+    "import_trajectories.py": ["finetune.jsonl", "--output", "/dev/null"],
+}
 OLD = """
 import collections, runpy, sys
 Version = collections.namedtuple("Version", "major minor micro")

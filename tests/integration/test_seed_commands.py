@@ -6,6 +6,7 @@ space in it on purpose.
 
 import json
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -147,6 +148,30 @@ print(len(response))
 """
     )
     assert int(type_in(project, "python snippet.py").stdout.strip().splitlines()[-1]) > 0
+
+
+def test_the_notebook_example_of_the_readme_scores_and_draws_three_steps(project: Path, root: Path) -> None:
+    (code,) = re.findall(r"```python\n(import json.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (project / "notebook.py").write_text(code + "print([judgement.status for judgement in judgements])")
+    shown = type_in(project, "python notebook.py").stdout
+    assert (project / "steps.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(shown.splitlines()[-1].replace("'", '"'))) == 3
+
+
+def test_a_judge_is_loaded_from_any_working_directory(project: Path, tmp_path: Path) -> None:
+    run = project / "saves" / "reward_model_training"
+    code = f"import prmkit; print(len(prmkit.load_judge({str(run)!r}).score(['Judge: {{\"score\": 0.5}}'])))"
+    assert type_in(tmp_path, f"python -c {shlex.quote(code)}").stdout.splitlines()[-1] == "1"
+
+
+def test_the_new_steps_that_ship_are_scored(project: Path) -> None:
+    scoring = "python score_trajectories.py --run saves/reward_model_training examples/new_steps.jsonl"
+    type_in(
+        project, f"{scoring} --output scored.jsonl", codes=(0, 1)
+    )  # this judge is hardly trained: scores are unsure
+    lines = [json.loads(line) for line in (project / "scored.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["step 1", "step 2", "step 3"]
+    assert {line["status"] for line in lines} <= {"ok", "unsure"}
 
 
 def test_the_programmatic_usage_of_the_readme(project: Path, root: Path) -> None:
