@@ -12,21 +12,23 @@ from typing import Any
 from prmkit import __version__
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.files import read_json, write_json, write_text
+from prmkit.limits import limited
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training import launcher
 from prmkit.training.config import render_yaml
 from prmkit.training.launcher import diagnose
+from prmkit.training.portable import make_portable
 from prmkit.training.records import RECORD, read_record
 from prmkit.training.resume import back_up, weights_fault
 
 log = logging.getLogger(__name__)
 
 NOTE = "prmkit.json"
-"""Written last: an export folder without it is not whole."""
+"""Written last: an export folder without it is incomplete."""
 
 _PART = ".part"
-_LONGEST_ANSWER = 512  # tokens; what the exported model's context leaves for a verdict unless the config says more
-# What, besides the paths, makes the model that is merged the model that was trained.
+_LONGEST_ANSWER = 512  # tokens; room for the verdict in the exported model's context, unless the config says more
+# The keys of training that decide, besides the paths, which model is merged.
 _KEPT_KEYS = (
     "template", "default_system", "enable_thinking", "finetuning_type", "trust_remote_code", "resize_vocab",
     "add_tokens", "add_special_tokens", "rope_scaling", "use_fast_tokenizer", "split_special_tokens", "model_revision",
@@ -35,7 +37,7 @@ _KEPT_KEYS = (
 
 
 EXPORT_KEYS = ("export_dir", "export_size", "export_device", "infer_dtype")
-"""What may be said of an export; all else is as it was trained."""
+"""The keys that may be set for an export; everything else is as it was trained."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,21 @@ class Source:
 
 
 def find_source(folder: Path) -> Source:
-    """Find what a run folder or checkpoint folder holds.
+    """Find the adapter of a run folder or checkpoint folder.
 
     Raises:
-        DataError: there are no whole weights there, or no `run.json` beside them.
+        DataError: it has no complete weights, or no `run.json` beside them.
     """
     if fault := weights_fault(folder):
         raise DataError(f"{folder}: {fault}. Train first, or name a run or checkpoint folder.")
     record = read_record(folder) or read_record(folder.parent)
     if record is None:
-        raise DataError(f"{folder}: no run.json there, so its base model and template are not known.")
+        raise DataError(f"{folder}: no run.json, so its base model and template are not known.")
     return Source(folder, record)
 
 
 def check_target(target: Path, source: Source | None = None, *, overwrite: bool) -> bool:
-    """See whether an export may be written to a folder; done before a training whose export would fail for it.
+    """Check that an export may be written to a folder; done before training, which would be in vain otherwise.
 
     Args:
         target: the export folder. An earlier export in it will be moved aside.
@@ -75,21 +77,21 @@ def check_target(target: Path, source: Source | None = None, *, overwrite: bool)
         overwrite: whatever is in it will be moved aside.
 
     Returns:
-        Whether just this export is there already.
+        Whether this very export is already there.
 
     Raises:
-        UsageError: the folder holds something that is no export of ours, or is no folder.
+        UsageError: the folder holds something else than an export of prmkit, or is not a folder.
     """
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file. Name a folder for the export with export_dir=FOLDER.")
     if Path.cwd().is_relative_to(target.resolve()):
-        raise UsageError(f"{target}: is the folder that this was started in. Name another with export_dir=FOLDER.")
+        raise UsageError(f"{target}: is the current folder. Name another one with export_dir=FOLDER.")
     if overwrite or not _contents(target):
         return False
     if not (target / NOTE).exists():
         raise UsageError(
-            f"{target}: holds files that are no export. Export elsewhere with export_dir=FOLDER, or move them aside: "
-            "--overwrite."
+            f"{target}: holds files that are not an export. Choose another folder with export_dir=FOLDER, "
+            "or move them aside with --overwrite."
         )
     note = read_json(target / NOTE)
     if source is None or not isinstance(note, dict) or weights_fault(target):
@@ -113,14 +115,14 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
         source: from `find_source`.
         target: the export folder.
         log_path: what LLaMA Factory prints is appended there.
-        overwrite: move what stands in `target` aside, whatever it is; an earlier export is moved aside in any case.
+        overwrite: move aside whatever is in `target`; an earlier export is moved aside in any case.
 
     Returns:
         The export folder.
 
     Raises:
-        UsageError: the folder holds something that is no export of ours.
-        LlamaFactoryError: the export failed, or did not leave a whole model.
+        UsageError: the folder holds something else than an export of prmkit.
+        LlamaFactoryError: the export failed, or left no complete model.
         Interrupted: a signal stopped it.
     """
     if check_target(target, source, overwrite=overwrite):
@@ -133,11 +135,15 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
     part.mkdir(parents=True)
     _run_export(source, part, log_path)
     if fault := weights_fault(part):
-        raise LlamaFactoryError(f"{target}: LLaMA Factory ended without an error, but {fault}. Its log: {log_path}")
-    renders_alike = _fit_chat_template(part, source.record["config"])
-    _fit_context(part / "Modelfile", source.record["config"])
-    write_json(part / NOTE, _note(source, renders_alike))
-    # The note has a name of its own kind, so it is moved last.
+        raise LlamaFactoryError(f"{target}: LLaMA Factory reported no error, but {fault}. Log: {log_path}")
+    config = source.record["config"]
+    encoding = _trained_encoding(part, config)
+    renders_alike = _fit_chat_template(part, encoding, config)
+    _fit_context(part / "Modelfile", config)
+    # Last of the files: the tokenizer is saved again where its chat template was replaced.
+    portable = make_portable(part, encoding.stop_ids, trust_remote_code=bool(config.get("trust_remote_code")))
+    write_json(part / NOTE, {**_note(source, renders_alike), "portable": portable})
+    # The note is moved last: a folder that has it is complete.
     for path in sorted(part.iterdir(), key=lambda path: path.name == NOTE):
         path.rename(target / path.name)
     part.rmdir()
@@ -145,7 +151,7 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
 
 
 def export_values(source: Source, target: Path) -> dict[str, Any]:
-    """The keys of the export YAML. It is built from scratch: LLaMA Factory refuses training keys in it."""
+    """The keys of the export YAML, built from scratch because LLaMA Factory rejects training keys in it."""
     config = source.record["config"]
     values: dict[str, Any] = {key: config[key] for key in _KEPT_KEYS if config.get(key) is not None}
     values["export_dir"] = str(target)
@@ -158,9 +164,9 @@ def export_values(source: Source, target: Path) -> dict[str, Any]:
 
 
 def export_dtype(config: Mapping[str, Any]) -> str:
-    """The number format of the exported weights: `infer_dtype` where it is set, else the one that was trained in.
+    """The number format of the exported weights: `infer_dtype` if it is set, else the one of the training.
 
-    Left to itself, LLaMA Factory takes bfloat16, float16 or float32 by the machine that it exports on.
+    By default, LLaMA Factory chooses bfloat16, float16 or float32 by the machine that it exports on.
     """
     if config.get("infer_dtype", "auto") != "auto":
         return str(config["infer_dtype"])
@@ -210,10 +216,21 @@ def _fit_context(modelfile: Path, config: Mapping[str, Any]) -> None:
 
 # --- the chat template --------------------------------------------------------------------------------------------
 
+_LONGEST_RENDERING = 10.0  # seconds
 _PROBES = ("Judge this step.", '  {"a": [1.5]}\n\n```py\nx\n```\n步骤 état', "x")
 
 
-def _fit_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:
+def _trained_encoding(folder: Path, config: Mapping[str, Any]) -> ChatEncoding:
+    return load_encoding(
+        folder,
+        config.get("template"),
+        default_system=config.get("default_system"),
+        enable_thinking=config.get("enable_thinking", True),
+        trust_remote_code=bool(config.get("trust_remote_code")),
+    )
+
+
+def _fit_chat_template(folder: Path, encoding: ChatEncoding, config: Mapping[str, Any]) -> bool:
     """Make the exported tokenizer's chat template render a prompt exactly as training rendered it.
 
     LLaMA Factory exports the base model's chat template, whatever template it trained with.
@@ -224,13 +241,6 @@ def _fit_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:
     from transformers import AutoTokenizer
 
     trust = bool(config.get("trust_remote_code"))
-    encoding = load_encoding(
-        folder,
-        config.get("template"),
-        default_system=config.get("default_system"),
-        enable_thinking=config.get("enable_thinking", True),
-        trust_remote_code=trust,
-    )
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust)
     for candidate in _candidates(tokenizer.chat_template, encoding):
         if _renders_as_trained(tokenizer, candidate, encoding):
@@ -238,12 +248,12 @@ def _fit_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:
                 tokenizer.chat_template = candidate
                 tokenizer.save_pretrained(str(folder))
                 log.info(
-                    "The chat template of the export now renders what the template '%s' trained.",
+                    "The export's chat template now renders prompts as the template '%s' did in training.",
                     config.get("template"),
                 )
             return True
     log.warning(
-        "The chat template of the export does not render what was trained. Use it with LLaMA Factory's template: %s",
+        "The export's chat template does not render prompts as in training. Use LLaMA Factory's template %s instead.",
         config.get("template"),
     )
     return False
@@ -258,7 +268,7 @@ def _llamafactory_template(encoding: ChatEncoding) -> list[str]:
     try:
         return [encoding.template._get_jinja_template(encoding.tokenizer)]
     except ValueError:
-        return []  # some of its templates cannot be said in Jinja
+        return []  # some of its templates cannot be written in Jinja
 
 
 def _one_turn_template(encoding: ChatEncoding) -> str:
@@ -272,12 +282,15 @@ def _renders_as_trained(tokenizer: Any, chat_template: str, encoding: ChatEncodi
     from jinja2 import TemplateError
 
     try:
-        return all(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": probe}], chat_template=chat_template, add_generation_prompt=True,
-                tokenize=True, return_dict=False,
-            ) == encoding.prompt_ids(probe)
-            for probe in _PROBES
-        )  # fmt: skip
-    except TemplateError:
+        # A chat template is a program from the internet: it may loop for days.
+        with limited("chat template", seconds=_LONGEST_RENDERING):
+            rendered = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": probe}], chat_template=chat_template, add_generation_prompt=True,
+                    tokenize=True, return_dict=False,
+                )
+                for probe in _PROBES
+            ]  # fmt: skip
+    except (TemplateError, DataError):
         return False
+    return rendered == [encoding.prompt_ids(probe) for probe in _PROBES]

@@ -13,7 +13,14 @@ from safetensors import safe_open
 
 from prmkit.errors import DataError, UsageError
 from prmkit.prompts.encoding import load_encoding
-from prmkit.training.export import _fit_chat_template, check_target, export_dtype, export_values, find_source
+from prmkit.training.export import (
+    _fit_chat_template,
+    _trained_encoding,
+    check_target,
+    export_dtype,
+    export_values,
+    find_source,
+)
 from prmkit.training.resume import checkpoint_folders
 
 pytestmark = pytest.mark.llamafactory
@@ -26,7 +33,7 @@ def test_the_export_is_a_whole_model_in_the_trained_number_format(finished: Path
     base = load_file(finished / "model" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in merged.items()} == {name: base[name].dtype for name in merged}
     changed = [name for name in merged if not merged[name].equal(base[name])]
-    assert changed and all("proj" in name for name in changed), "LoRA stood on the linear layers"
+    assert changed and all("proj" in name for name in changed), "LoRA was on the linear layers"
     assert not (finished / "exported_model" / ".part").exists() and (finished / "exported_model" / ".gitkeep").exists()
 
 
@@ -36,6 +43,17 @@ def test_the_export_says_where_it_comes_from_and_how_to_prompt_it(finished: Path
     assert (note["run_id"], note["adapter"]) == (record["id"], "saves/run")
     assert (note["template"], note["cutoff_len"], note["dtype"]) == ("qwen", 256, "float32")
     assert note["chat_template_renders_as_trained"] is True
+    assert "config.json: rope_theta" in note["portable"]["corrected"] and note["portable"]["format_tried_with"]
+
+
+def test_an_endless_chat_template_is_replaced(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(finished / "exported_model", tmp_path / "export"))
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(endless)
+    monkeypatch.setattr("prmkit.training.export._LONGEST_RENDERING", 0.5)
+    settings = {"template": "qwen"}
+    assert _fit_chat_template(folder, _trained_encoding(folder, settings), settings)
+    assert "99999" not in (folder / "chat_template.jinja").read_text()
 
 
 def test_ollama_gets_a_context_that_holds_a_row_and_its_answer(finished: Path) -> None:
@@ -53,7 +71,7 @@ def test_the_same_export_again_is_there_already_and_foreign_files_are_refused(
     assert not check_target(target, checkpoint, overwrite=False)  # it will be moved aside
     assert not check_target(target, overwrite=False)
     (target / "prmkit.json").unlink()
-    with pytest.raises(UsageError, match="exported_model: holds files that are no export"):
+    with pytest.raises(UsageError, match="exported_model: holds files that are not an export"):
         check_target(target, checkpoint, overwrite=False)
     shutil.rmtree(target)
     assert not check_target(target, overwrite=False)
@@ -139,7 +157,7 @@ def test_the_exported_chat_template_renders_what_was_trained(
     from transformers import AutoTokenizer
 
     folder = Path(shutil.copytree(finished / "exported_model", tmp_path / "export"))
-    assert _fit_chat_template(folder, settings)
+    assert _fit_chat_template(folder, _trained_encoding(folder, settings), settings)
     encoding = load_encoding(
         finished / "model", settings["template"], default_system=settings.get("default_system"),
         enable_thinking=settings.get("enable_thinking", True),
