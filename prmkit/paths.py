@@ -9,6 +9,8 @@ REPORT = "conversion_report.json"
 HELD_OUT_SUFFIX = "_eval"
 """Behind the name of a variant: its held-out side."""
 SIDECAR_SUFFIX = ".meta.jsonl"
+TASKS = "tasks"
+"""Folder in the data folder with the datasets of single tasks, out of the way of the others."""
 
 
 def sidecar_of(file: Path) -> Path:

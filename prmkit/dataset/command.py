@@ -1,27 +1,36 @@
-"""The command line of convert_dataset.py: what its arguments mean."""
+"""What the arguments of convert_dataset.py mean."""
 
 import argparse
 import logging
 import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prmkit import cli
 from prmkit.config_file import read_yaml, split_assignment, value_of
-from prmkit.dataset.audit import audit, read_datasets
-from prmkit.dataset.convert import convert
-from prmkit.dataset.filters import Filters
-from prmkit.dataset.finish import leaks_told
-from prmkit.dataset.lengths import LengthSettings
-from prmkit.dataset.settings import Settings
-from prmkit.dataset.split import Split, read_tasks
-from prmkit.dataset.summary import show_summary
-from prmkit.dataset.variants import CONSENSUS, FULL
+from prmkit.dataset.arguments import make_parser
+from prmkit.dataset.settings import CONSENSUS, FULL, Filters, LengthSettings, Settings, Split, read_tasks
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import read_json
+from prmkit.llamafactory_schema import setting
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT
+from prmkit.verdict import Scale
 
 log = logging.getLogger(__name__)
+
+
+def arguments_of(options: Mapping[str, Any]) -> argparse.Namespace:
+    """The arguments of a command line on which some flags are given, for callers from Python.
+
+    Raises:
+        UsageError: there is no such flag.
+    """
+    arguments = make_parser(None).parse_args([])
+    if unknown := sorted(options.keys() - vars(arguments).keys()):
+        raise UsageError(f"convert has no option {unknown[0]}. Options: {', '.join(sorted(vars(arguments)))}.")
+    return argparse.Namespace(**{**vars(arguments), **options})
 
 
 def execute(arguments: argparse.Namespace) -> ExitCode:
@@ -33,9 +42,10 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     """
     if arguments.audit is not None:
         return _audit(arguments.audit, as_json=arguments.json)
-    if arguments.output_dir is None:
-        arguments.output_dir = Path(str(_config(arguments).get("dataset_dir") or "data"))
-    report = convert(_settings(arguments))
+    from prmkit.dataset.conversion import convert
+    from prmkit.dataset.report import show_summary
+
+    report = convert(settings_of(arguments))
     if arguments.json:
         cli.emit_json(report)
     else:
@@ -44,20 +54,42 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
 
 def _audit(folder: Path, *, as_json: bool) -> ExitCode:
-    found = audit(read_datasets(folder))
+    from prmkit.dataset.leaks import audit_folder, describe_leaks
+
+    found = audit_folder(folder)
+    near = found["near_duplicates"]
     if as_json:
         cli.emit_json(found)
-    elif found["passed"]:
+    if found["passed"] is False:
+        raise DataError(f"{folder}: {describe_leaks(found)}")
+    if not as_json:
+        repeated = (
+            f"{near['prompts']:,} training prompts nearly repeat a held-out one" if near["prompts"] else "no leak"
+        )
         cli.emit(
-            f"{folder}: no leak. {found['held_out_rows']:,} rows and {found['held_out_tasks']:,} tasks in "
+            f"{folder}: {repeated}. {found['held_out_rows']:,} rows and {found['held_out_tasks']:,} tasks in "
             f"{found['held_out_datasets']:,} held-out datasets, {found['training_datasets']:,} training datasets."
         )
-    if not found["passed"]:
-        raise DataError(f"{folder}: {leaks_told(found)}")
+        for example in near["examples"]:
+            cli.emit(f"  {example['training']} repeats {example['share']:.0%} of {example['held_out']}")
+    if found["passed"] is None:
+        log.error(
+            "error: %s: no row names its task, so steps of one task may be on both sides; only prompts were compared. "
+            "Convert rows with metadata.task_id.", folder,
+        )  # fmt: skip
+        return ExitCode.GATE
     return ExitCode.DONE
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """What the arguments of a command line mean.
+
+    Raises:
+        UsageError: they contradict each other, or a value cannot be right.
+        DataError: a file that they name cannot be read.
+    """
+    if arguments.output_dir is None:
+        arguments.output_dir = Path(str(_config(arguments).get("dataset_dir") or "data"))
     filters = Filters(_values(arguments.evaluation_types), _values(arguments.model_names), _values(arguments.task_ids))
     _check(arguments, filters)
     return Settings(
@@ -68,14 +100,56 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         form=arguments.format,
         labels=arguments.labels,
         split=_split(arguments, filters),
+        scales=_scales(arguments),
         aggregate=arguments.aggregate,
+        leniency_correction=arguments.leniency_correction,
         max_disagreement=arguments.max_disagreement,
+        near_duplicates=arguments.near_duplicates,
         mask_leaked_scores=arguments.mask_leaked_scores,
         max_rejected=arguments.max_rejected,
         task_variants=arguments.task_variants,
         lengths=_lengths(arguments),
-        processes=arguments.processes,
     )
+
+
+def _scales(arguments: argparse.Namespace) -> dict[str | None, Scale]:
+    """Scales by judge; None is every judge that is not named."""
+    words = dict(_word(text) for text in arguments.map)
+    ranges: dict[str | None, tuple[float, float]] = {}
+    for given in arguments.scale:
+        if len(given) == 2 and not any("=" in text for text in given):
+            pairs = [(None, ":".join(given))]
+        else:
+            pairs = [(judge or None, span) for judge, _, span in (text.rpartition("=") for text in given)]
+        for judge, span in pairs:
+            if judge in ranges:
+                raise UsageError(f"--scale: two ranges for {judge or 'all judges'}. Give one.")
+            ranges[judge] = _range(span, shlex.join(given))
+    if words:
+        ranges.setdefault(None, (0.0, 1.0))
+    return {judge: Scale(low, high, words) for judge, (low, high) in ranges.items()}
+
+
+def _range(span: str, given: str) -> tuple[float, float]:
+    low, colon, high = span.partition(":")
+    try:
+        ends = float(low), float(high)
+    except ValueError:
+        ends = (0.0, 0.0)
+    if not colon or not float("-inf") < ends[0] < ends[1] < float("inf"):
+        raise UsageError(f"--scale {given}: expected the worst and the best value, as in --scale 1 5 or JUDGE=1:10.")
+    return ends
+
+
+def _word(text: str) -> tuple[str, float]:
+    word, _, score = text.rpartition("=")
+    try:
+        value = float(score)
+    except ValueError:
+        value = -1.0
+    if not word or not 0 <= value <= 1:
+        raise UsageError(f"--map {text}: expected a word and its score from 0 to 1, as in --map pass=1 fail=0.")
+    return word.lower(), value
 
 
 def _values(values: list[str] | None) -> frozenset[str] | None:
@@ -83,7 +157,7 @@ def _values(values: list[str] | None) -> frozenset[str] | None:
 
 
 def _check(arguments: argparse.Namespace, filters: Filters) -> None:
-    """Refuse what cannot be meant, all of it at once.
+    """Check what cannot be meant, all of it at once.
 
     Raises:
         UsageError: with one line a problem.
@@ -103,9 +177,7 @@ def _check(arguments: argparse.Namespace, filters: Filters) -> None:
         f"--name: letters, digits, '_', '-' and '.', not ending in {HELD_OUT_SUFFIX}": name is not None
         and (not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX)),
         f"--name: {name} is a variant of the main conversion": name in (FULL, CONSENSUS),
-        "--processes: at least 1": arguments.processes < 1,
-        "key=value goes before what --config says: give a --config": bool(arguments.assignments)
-        and arguments.config is None,
+        "key=value overrides --config: give a --config": bool(arguments.assignments) and arguments.config is None,
         "--tokenizer needs --cutoff-len, or a --config that has it": arguments.tokenizer is not None
         and arguments.cutoff_len is None
         and arguments.config is None,
@@ -134,19 +206,20 @@ def _split(arguments: argparse.Namespace, filters: Filters) -> Split:
 
 
 def _earlier_split(report: Path) -> Split | None:
-    """The split of the main conversion in the folder: a filtered variant is to hold out the same tasks."""
+    """The split of the main conversion in the folder: a filtered variant holds out the same tasks."""
     if not report.exists():
         return None
     try:
         settings = read_json(report)["settings"]["split"]
         tasks = settings["tasks"]
-        return Split(float(settings["ratio"]), int(settings["seed"]), None if tasks is None else frozenset(tasks))
+        tasks = None if tasks is None else frozenset(tasks)
+        return Split(float(settings["ratio"]), int(settings["seed"]), tasks, from_report=True)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{report}: damaged ({error!r}). Run the conversion without filters first.") from error
 
 
 def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
-    """What to measure lengths with: the flags, and what they leave out from the configuration."""
+    """What to measure lengths with: the flags, and the configuration for what they leave out."""
     config = _config(arguments)
     folder = arguments.tokenizer or config.get("model_name_or_path")
     if not folder:
@@ -156,12 +229,12 @@ def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
         if arguments.tokenizer is not None:
             raise DataError(f"{folder}: holds no tokenizer. --tokenizer is the folder of a downloaded model.")
         log.warning(
-            "warning: no model in %s, so the length guard is left out: LLaMA Factory will cut prompts that are too "
-            "long, in silence. Convert again when the model is there.",
+            "warning: no model in %s, so lengths are not checked: LLaMA Factory cuts prompts that are too long without "
+            "a word. Convert again when the model is there.",
             folder,
         )
         return None
-    cutoff_len = arguments.cutoff_len if arguments.cutoff_len is not None else config.get("cutoff_len", 2048)
+    cutoff_len = arguments.cutoff_len if arguments.cutoff_len is not None else setting(config, "cutoff_len")
     if type(cutoff_len) is not int or cutoff_len < 1:
         raise UsageError(f"{arguments.config}: cutoff_len is {cutoff_len!r}, expected a number of tokens.")
     return LengthSettings(
@@ -171,34 +244,34 @@ def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
         too_long=arguments.too_long,
         packing=bool(config.get("packing") or config.get("neat_packing")),
         default_system=config.get("default_system"),
-        enable_thinking=config.get("enable_thinking", True),
+        enable_thinking=setting(config, "enable_thinking"),
         trust_remote_code=bool(config.get("trust_remote_code", False)),
     )
 
 
-_TEXTS = ("model_name_or_path", "template", "default_system", "dataset_dir")
-"""Keys whose values are texts, whatever YAML would make of them."""
+_STRINGS = ("model_name_or_path", "template", "default_system", "dataset_dir")
+"""Keys whose values are strings, whatever YAML would make of them."""
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What --config says, with the key=value texts laid over it; what a conversion has no use for is for train.py.
+    """What --config says, overridden by key=value; keys that a conversion has no use for are for train.py.
 
     Raises:
-        UsageError: the file cannot be read, or a text is not key=value.
+        UsageError: the file cannot be read, or an argument is not key=value.
     """
     config = read_yaml(arguments.config) if arguments.config is not None else {}
     for text in arguments.assignments:
         if "=" not in text:
-            raise UsageError(f"'{text}' is not key=value. Inputs are named behind --input.")
+            raise UsageError(f"'{text}' is not key=value. Inputs are named after --input.")
         key, value = split_assignment(text)
         if value:
-            config[key] = value if key in _TEXTS else _value_or_text(value)
+            config[key] = value if key in _STRINGS else _value_or_string(value)
         else:
             config.pop(key, None)
     return config
 
 
-def _value_or_text(text: str) -> Any:
+def _value_or_string(text: str) -> Any:
     try:
         return value_of(text)
     except ValueError:

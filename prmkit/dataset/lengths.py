@@ -1,35 +1,19 @@
 """The length guard: no row reaches LLaMA Factory that it would cut.
 
-LLaMA Factory 0.9.5 cuts an over-long prompt from the right, in silence: the output schema and the assistant's header
-go, and a long label loses its closing brace and its end of turn.
+LLaMA Factory 0.9.5 cuts a prompt that is too long from the right without a word: the output schema and the assistant's
+header go, and a long label loses its closing brace and its end of turn.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from prmkit.dataset.record import Rejected
-from prmkit.errors import DataError
+from prmkit.dataset.settings import LengthSettings
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.prompts.truncation import trim_prompt
 
-TooLong = Literal["trim", "drop", "error", "keep"]
-
-
-@dataclass(frozen=True)
-class LengthSettings:
-    """What rows are measured with, and what becomes of those that would be cut."""
-
-    tokenizer: Path
-    template: str | None
-    cutoff_len: int
-    too_long: TooLong = "trim"
-    packing: bool = False
-    """LLaMA Factory's `packing` or `neat_packing`: it keeps one token of `cutoff_len` for itself then."""
-    default_system: str | None = None
-    enable_thinking: bool | None = True
-    trust_remote_code: bool = False
+_REMEMBERED = 100_000
+"""Prompts whose tokens are remembered, for judges whose rows are in another file."""
 
 
 class Measured(NamedTuple):
@@ -37,13 +21,21 @@ class Measured(NamedTuple):
 
     prompt: str
     tokens: int
-    """Of prompt and label before anything was left out."""
+    """Of prompt and label before anything was left out; 0 without a guard."""
     tokens_left_out: int
     characters_left_out: int
 
 
+class TooLong(NamedTuple):
+    """A row that does not fit."""
+
+    kind: str
+    reason: str
+    tokens: int
+
+
 class LengthGuard:
-    """Measures rows with LLaMA Factory's own encoding."""
+    """Measures rows with LLaMA Factory's own template and the model's tokenizer."""
 
     def __init__(self, settings: LengthSettings) -> None:
         """Load the tokenizer and the template, which takes about 8 seconds.
@@ -53,77 +45,121 @@ class LengthGuard:
             UsageError: LLaMA Factory knows no such template.
         """
         self.settings = settings
-        self._encoding = _load(settings)
-        self._last_prompt: tuple[str, int] = ("", 0)
+        self._encoding = load_encoding(
+            settings.tokenizer,
+            settings.template,
+            default_system=settings.default_system,
+            enable_thinking=settings.enable_thinking,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        # Prompts beyond the model's context are what the guard is for; transformers would warn of each kind of them.
+        self._encoding.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        self._prompts: dict[bytes, int] = {}
 
-    def fit(self, prompt: str, label: str) -> Measured:
-        """Measure a row, and make it fit as the settings say.
+    def fit(self, rows: Sequence[tuple[str | None, str, str]]) -> list[Measured | TooLong]:
+        """Measure rows, and make them fit as the settings say.
 
         Args:
-            prompt: neutralised, as it will stand in the training file.
-            label: likewise.
-
-        Raises:
-            Rejected: the row is too long and is to be dropped, or cannot be made to fit.
-            DataError: the row is too long, and the settings make that an error.
+            rows: system text, prompt and label of each, as they will be in the training file.
         """
-        prompt_tokens, label_tokens = self._measure(prompt, label)
+        prompts = self._prompt_tokens([(system, prompt) for system, prompt, _ in rows])
+        labels = self._label_tokens([label for _, _, label in rows])
+        return [self._fit(*row[:2], *tokens) for row, *tokens in zip(rows, prompts, labels, strict=True)]
+
+    def _fit(self, system: str | None, prompt: str, prompt_tokens: int, label_tokens: int) -> Measured | TooLong:
         tokens = prompt_tokens + label_tokens
         room = self.settings.cutoff_len - self.settings.packing - label_tokens
         if prompt_tokens <= room or self.settings.too_long == "keep":
             return Measured(prompt, tokens, 0, 0)
         long = f"too long: {tokens:,} tokens, cutoff_len is {self.settings.cutoff_len:,}"
-        if self.settings.too_long == "error":
-            raise DataError(f"{long}. Raise cutoff_len, or choose --too-long trim or drop.")
-        if self.settings.too_long == "drop":
-            raise Rejected(long, "too long", tokens)
-        trimmed = trim_prompt(prompt, self._encoding, room)
+        if self.settings.too_long != "trim":
+            return TooLong("too long", long, tokens)
+        trimmed = trim_prompt(prompt, self._encoding, room, system)
         if trimmed is None:
             reason = f"{long}, and what must stay of the prompt does not fit"
-            raise Rejected(reason, "too long, and not to be trimmed", tokens)
+            return TooLong("too long, and cannot be trimmed", reason, tokens)
         return Measured(trimmed.text, tokens, prompt_tokens - trimmed.tokens, trimmed.characters_left_out)
 
-    def _measure(self, prompt: str, label: str) -> tuple[int, int]:
-        # Several judges answer one prompt, and their rows mostly stand together: a prompt's tokens are counted once.
-        if prompt == self._last_prompt[0]:
-            return self._last_prompt[1], len(self._encoding.pair_ids("", label)[1])
-        prompt_ids, label_ids = self._encoding.pair_ids(prompt, label)
-        self._last_prompt = (prompt, len(prompt_ids))
-        return len(prompt_ids), len(label_ids)
+    def _prompt_tokens(self, prompts: Sequence[tuple[str | None, str]]) -> list[int]:
+        """How many token ids each prompt takes, its system text included."""
+        keys = [hashlib.blake2b(f"{system}\0{text}".encode(), digest_size=12).digest() for system, text in prompts]
+        new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._prompts}
+        measured = pair_lengths(self._encoding, [(system, text, "") for system, text in new.values()])
+        counted = dict(zip(new, (tokens for tokens, _ in measured), strict=True))
+        found = [counted[key] if key in counted else self._prompts[key] for key in keys]
+        if len(self._prompts) > _REMEMBERED:
+            self._prompts.clear()
+        self._prompts |= counted
+        return found
+
+    def _label_tokens(self, labels: Iterable[str]) -> list[int]:
+        return [tokens for _, tokens in pair_lengths(self._encoding, [(None, "", label) for label in labels])]
+
+    def as_json(self) -> dict[str, Any]:
+        """What the lengths were measured with, for whoever wants to use them again."""
+        settings = self.settings
+        tokenizer = self._encoding.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        return {
+            "tokenizer_sha256": hashlib.sha256(content.encode()).hexdigest(),
+            "template": settings.template,
+            "default_system": settings.default_system,
+            "enable_thinking": settings.enable_thinking,
+            "cutoff_len": settings.cutoff_len,
+        }
 
 
-def _load(settings: LengthSettings) -> ChatEncoding:
-    encoding = load_encoding(
-        settings.tokenizer,
-        settings.template,
-        default_system=settings.default_system,
-        enable_thinking=settings.enable_thinking,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    # Prompts beyond the model's context are what the guard is for; transformers would warn of each kind of them.
-    encoding.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    return encoding
+class _Recorder:
+    """A tokenizer that notes the strings that a template wants encoded, or answers with as many ids as they have.
+
+    The template's own code decides what is encoded, so a row has the length that LLaMA Factory gives it. All strings
+    of many rows are then encoded at once, each distinct one once, on all cores.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.lengths: dict[str, int] = {}
+        self.wanted: dict[str, None] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, add_special_tokens: bool = True, **options: Any) -> list[int]:
+        """Ids of the right number and of no meaning; none for a string that was not measured yet."""
+        if add_special_tokens or options:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens, **options))
+        if text not in self.lengths:
+            self.wanted[text] = None
+            return []
+        return [0] * self.lengths[text]
+
+    def measure_wanted(self) -> None:
+        """Encode what was noted."""
+        texts = list(self.wanted)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            lengths = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        else:
+            backend.no_truncation()
+            backend.no_padding()
+            lengths = [len(encoded) for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        self.lengths |= zip(texts, lengths, strict=True)
+        self.wanted.clear()
 
 
-def quantiles(lengths: Mapping[int, int], shares: tuple[float, ...]) -> dict[str, int]:
-    """The smallest lengths that cover these shares of the rows.
+def pair_lengths(encoding: ChatEncoding, rows: Iterable[tuple[str | None, str, str]]) -> list[tuple[int, int]]:
+    """How many token ids `encoding.pair_ids` gives the prompt and the answer of each row, measured together.
 
     Args:
-        lengths: how many rows have each length.
-        shares: 0 to 1.
-
-    Returns:
-        Lengths by share in percent; empty when there are no rows.
+        encoding: of the model and the template.
+        rows: system text, prompt and answer.
     """
-    if not lengths:
-        return {}
-    rows = sum(lengths.values())
-    covering = {}
-    for share in shares:
-        covered = 0
-        for length in sorted(lengths):
-            covered += lengths[length]
-            if covered >= share * rows - 1e-9:
-                covering[f"{share:.0%}"] = length
-                break
-    return covering
+    rows = list(rows)
+    recorder = _Recorder(encoding.tokenizer)
+    recording = ChatEncoding(recorder, encoding.template)
+    for system, prompt, answer in rows:
+        recording.pair_ids(prompt, answer, system)
+    recorder.measure_wanted()
+    pairs = (recording.pair_ids(prompt, answer, system) for system, prompt, answer in rows)
+    return [(len(prompt_ids), len(answer_ids)) for prompt_ids, answer_ids in pairs]

@@ -1,279 +1,368 @@
-"""From a line of the input to the row that is trained on, or the reason why it is set aside.
+"""From the input files to rows in the form that is trained on, or the reason why a row is rejected.
 
-What happens here depends on the line alone; what depends on other lines happens in `resolve` and `write`.
+What happens here depends on one row alone; what depends on other rows is decided in `stage`.
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import io
+import os
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import orjson
 
-from prmkit.dataset.formats import training_row
-from prmkit.dataset.lengths import LengthGuard, Measured
-from prmkit.dataset.processes import Advance
-from prmkit.dataset.record import LONGEST_LINE, Record, Rejected, parse_line, read_record
 from prmkit.dataset.settings import Settings
-from prmkit.dataset.sources import Block, Source, lines_of
-from prmkit.dataset.stage import ROWS_A_BLOCK, Facts, Group, Indexed, StageWriter
 from prmkit.errors import DataError
+from prmkit.files import open_input, open_stdin
 from prmkit.prompts.leaked_scores import count_leaked_scores, mask_leaked_scores
 from prmkit.prompts.special_tokens import neutralise
-from prmkit.verdict import Shape, Unreadable, Verdict, asked_shape, read_verdict, render_verdict
+from prmkit.rows import EXPECTED, STDIN, InputRow, Line, Rejected, parse_line, prompt_hash, read_lines, read_row
+from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_answer, render_verdict, score_answer
 
+_SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst"))
 _TEXT_SHOWN = 10_000
-"""Characters of a line that is no JSON, in rejected.jsonl."""
+"""Characters of a row that is not JSON, in rejected.jsonl."""
 _LONGEST_REMEMBERED = 100_000
 """Characters of a prompt that is remembered for the next judge's row."""
+_VALUES_SHOWN = 8
+
+
+# --- input files --------------------------------------------------------------------------------------------------
+
+
+def find_inputs(settings: Settings) -> tuple[list[str], list[str]]:
+    """The input files, folders replaced by the files of rows in them; and what was passed over in folders.
+
+    Raises:
+        DataError: an input is missing or named twice, or a folder holds no file of rows.
+    """
+    found: list[str] = []
+    passed_over: list[str] = []
+    for name in settings.inputs:
+        path = Path(name)
+        if name == STDIN:
+            found.append(name)
+        elif path.is_dir():
+            inside, others = _in_folder(path, settings.output)
+            found += inside
+            passed_over += others
+        elif path.exists():
+            found.append(name)
+        else:
+            raise DataError(f"{name}: no such file. Name your judged trajectories with --input.")
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise DataError(f"{twice[0]}: named twice. Every row would be in the data twice.")
+    return found, passed_over
+
+
+def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
+    found: list[str] = []
+    others: list[str] = []
+    for parent, folders, files in os.walk(folder):
+        here = Path(parent)
+        left_out = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
+        others += [f"{here / name}/" for name in left_out]
+        folders[:] = sorted(name for name in folders if name not in left_out and not _same(here / name, output))
+        for name in sorted(files):
+            readable = name.lower().endswith(_SUFFIXES) and not name.startswith(".") and (here / name).is_file()
+            (found if readable else others).append(str(here / name))
+    if not found:
+        raise DataError(
+            f"{folder}: holds no file that ends in .jsonl, .ndjson or .json, with or without .gz, .bz2, .zst."
+        )
+    return found, others
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and one.exists() and one.samefile(other)
 
 
 @dataclass
-class Prepared:
-    """What a worker tells of the blocks that it prepared."""
+class Source:
+    """One input file, and what is recorded of it while it is read."""
 
-    groups: list[Group] = field(default_factory=list)
-    """By the number that stands in the facts of the rows."""
-    lines: int = 0
-    """All but the blank ones."""
-    admitted: int = 0
-    """Rows whose form is known and that the filters want."""
-    rows_by_side: Counter[bool] = field(default_factory=Counter)
-    """By held-out; of all rows whose form is known, wanted or not."""
-    types: Counter[str] = field(default_factory=Counter)
-    judges: Counter[str] = field(default_factory=Counter)
-    tasks: Counter[str] = field(default_factory=Counter)
-    """Rows by value, of all rows whose form is known; counted only where there are filters."""
+    name: str
+    """What the user calls it."""
+    sha256: str = ""
+    bytes: int = 0
+    """Of the uncompressed content, like the hash."""
 
 
-class _Read(NamedTuple):
-    """A row whose form is known."""
-
-    line_number: int
-    row: Any
-    """As it is shown where it is set aside."""
-    record: Record
-
-
-class _Admitted(NamedTuple):
-    """A row that the filters want."""
-
-    read: _Read
-    prompt: "_CleanPrompt"
-    held_out: bool
-
-
-class _Judged(NamedTuple):
-    """A row whose verdict is known."""
-
-    admitted: _Admitted
-    verdict: Verdict
-    canonical: str
-
-
-class Preparer:
-    """One worker's rows on their way from lines to the stage."""
-
-    def __init__(self, settings: Settings, guard: LengthGuard | None, writer: StageWriter) -> None:
-        self._settings = settings
-        self._guard = guard
-        self._writer = writer
-        self._groups: dict[Group, int] = {}
-        self.told = Prepared()
-
-    def prepare_block(self, number: int, block: Block, source: Source) -> None:
-        """Stage the rows of a block, and those that are set aside.
-
-        Goes step by step over the whole block: the code and the tables of one step stay in the processor's cache.
-        benchmarks/RESULTS.md says what that saves; more steps gained nothing.
-        """
-        lines = lines_of(block, source)
-        read = [row for line_number, line in lines if (row := self._read(source, block, line_number, line))]
-        admitted = [wanted for row in read if (wanted := self._admit(row))]
-        verdicts = [read_verdict(wanted.read.record.answer, wanted.prompt.asked) for wanted in admitted]
-        pairs = zip(admitted, verdicts, strict=True)
-        judged = [known for wanted, verdict in pairs if (known := self._judge(source, wanted, verdict))]
-        for known in judged:
-            self._stage(number, source, known)
-        self._writer.end_block()
-        self.told.groups = list(self._groups)
-
-    def _read(self, source: Source, block: Block, line_number: int, line: bytes) -> _Read | None:
-        self.told.lines += 1
-        row: Any = None
-        try:
-            if block.too_long:
-                raise Rejected(f"line of {block.size:,} bytes, at most {LONGEST_LINE:,} are read", "line too long")
-            row = parse_line(line)
-            return _Read(line_number, row, read_record(line, row))
-        except Rejected as rejected:
-            shown = line.decode(errors="replace")[:_TEXT_SHOWN] if row is None else row
-            self._set_aside(source, line_number, shown, rejected)
-            return None
-
-    def _set_aside(self, source: Source, line_number: int, row: Any, rejected: Rejected) -> None:
-        entry = rejected_entry(source.name, line_number, rejected.reason, row)
-        self._writer.add_rejected(line_number, entry, rejected.kind, rejected.tokens)
-
-    def _admit(self, read: _Read) -> _Admitted | None:
-        record = read.record
-        prompt = _cleaned(record.prompt, self._settings.mask_leaked_scores)
-        held_out = self._settings.split.holds_out(record.task, prompt.digest)
-        self.told.rows_by_side[held_out] += 1
-        if self._settings.filters:
-            self._count(record)
-            if not self._settings.filters.admit(record):
-                if held_out:
-                    self._writer.note_held_out(prompt.digest)
-                return None
-        self.told.admitted += 1
-        return _Admitted(read, prompt, held_out)
-
-    def _judge(self, source: Source, admitted: _Admitted, verdict: Verdict | Unreadable) -> _Judged | None:
-        read = admitted.read
-        if isinstance(verdict, Unreadable):
-            self._set_aside(source, read.line_number, read.row, Rejected(verdict.reason, verdict.kind))
-            return None
-        if _repeats_example(verdict, read.record.prompt):
-            self._set_aside(source, read.line_number, read.row, Rejected("repeats the prompt's example"))
-            return None
-        return _Judged(admitted, verdict, render_verdict(verdict))
-
-    def _stage(self, block: int, source: Source, judged: _Judged) -> None:
-        (read, prompt, held_out), verdict, canonical = judged
-        record = read.record
-        label, markers = neutralise(canonical if self._settings.labels == "canonical" else record.answer, answer=True)
-        measured = self._measure(source, read, prompt.text, label)
-        if measured is None:
-            return
-        row = training_row(measured.prompt, label, self._settings.form)
-        sidecar = {
-            "id": row_id(prompt.sha256, record.judge, label),
-            "source": source.name,
-            "line": read.line_number,
-            "prompt_sha256": prompt.sha256,
-            "repairs": verdict.repairs,
-            "scores": verdict.scores,
-            "metadata": record.metadata,
-        }
-        sidecar_line = orjson.dumps(sidecar, option=orjson.OPT_APPEND_NEWLINE)
-        group = Group(record.evaluation_type, record.judge, record.task, held_out)
-        scores = {key: round(score * 100) for key, score in verdict.scores.items()}
-        facts = Facts(
-            row_size=len(row),
-            sidecar_size=len(sidecar_line),
-            line=read.line_number,
-            group=self._groups.setdefault(group, len(self._groups)),
-            scores=scores,
-            prompt_characters=len(record.prompt),
-            label_characters=len(label),
-            tokens=measured.tokens,
-            tokens_left_out=measured.tokens_left_out,
-            characters_left_out=measured.characters_left_out,
-            markers=prompt.markers + markers,
-            leaked_scores=prompt.leaked_scores,
-            repairs=list(verdict.repairs),
-        )
-        place = block * ROWS_A_BLOCK + self._writer.rows_in_block
-        digest = hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()
-        indexed = Indexed(prompt.digest, place, record.judge, record.evaluation_type, held_out, digest, scores)
-        self._writer.add_row(row, sidecar_line, facts, indexed)
-
-    def _measure(self, source: Source, read: _Read, prompt: str, label: str) -> Measured | None:
-        if self._guard is None:
-            return Measured(prompt, 0, 0, 0)
-        try:
-            return self._guard.fit(prompt, label)
-        except Rejected as rejected:
-            self._set_aside(source, read.line_number, read.row, rejected)
-            return None
-        except DataError as error:
-            raise DataError(f"{source.name}:{read.line_number}: {error}") from error
-
-    def _count(self, record: Record) -> None:
-        for counter, value in (
-            (self.told.types, record.evaluation_type),
-            (self.told.judges, record.judge),
-            (self.told.tasks, record.task),
-        ):
-            if value is not None:
-                counter[value] += 1
-
-
-def prepare_share(
-    blocks: Iterable[tuple[int, Block]],
-    sources: Sequence[Source],
-    settings: Settings,
-    guard: LengthGuard | None,
-    stage: Path,
-    worker: int,
-    index_digits: int,
-    advance: Advance,
-) -> Prepared:
-    """Prepare a worker's share of the numbered blocks, and stage it.
+@contextmanager
+def open_source(name: str) -> Iterator[tuple[Source, Iterator[Line]]]:
+    """Read an input file row by row; afterwards the source has the hash of what was read.
 
     Raises:
-        DataError: the length guard is to refuse rows that are too long, and one is.
+        DataError: the file cannot be read, or changed while it was read.
     """
-    with StageWriter(stage, worker, index_digits) as writer:
-        preparer = Preparer(settings, guard, writer)
-        for number, block in blocks:
-            preparer.prepare_block(number, block, sources[block.source])
-            advance(block.size)
-    return preparer.told
+    shown = "stdin" if name == STDIN else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    source = Source(shown)
+    before = None if name == STDIN else _state(Path(name))
+    with open_stdin() if name == STDIN else open_input(Path(name)) as stream:
+        hashed = _Hashing(stream)
+        yield source, read_lines(io.BufferedReader(hashed, 1 << 18), shown)
+        source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
+    if before is not None and before != _state(Path(name)):
+        raise DataError(f"{shown}: changed while it was read. Convert again when nothing writes to it.")
 
 
-class _CleanPrompt(NamedTuple):
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}.") from error
+    regular = path.is_file()  # the size and time of a pipe say nothing
+    return (status.st_dev, status.st_ino, *((status.st_size, status.st_mtime_ns) if regular else ()))
+
+
+class _Hashing(io.RawIOBase):
+    """Another stream, of which the bytes that pass are hashed and counted."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.digest, self.size = stream, hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._stream.readinto1(buffer)  # type: ignore[attr-defined]
+        self.digest.update(memoryview(buffer)[:size])
+        self.size += size
+        return int(size)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+class CleanPrompt(NamedTuple):
+    """A prompt as it is trained on, before any trimming."""
+
+    system: str | None
     text: str
-    """Neutralised, and masked where that is wanted."""
+    """Without control tokens, and masked where that is wanted."""
     sha256: str
-    """Of the prompt as the user wrote it."""
+    """Of the prompt as the user wrote it, with its system text."""
     digest: str
-    """What prompts are told apart by: of the prompt as it is trained on, before trimming."""
+    """By which prompts are recognised: of the prompt as it is trained on."""
     markers: int
     leaked_scores: int
     asked: Shape | None
     """What the judge was asked for."""
 
 
-def _cleaned(prompt: str, mask: bool) -> _CleanPrompt:
-    return (_clean_remembered if len(prompt) <= _LONGEST_REMEMBERED else _clean)(prompt, mask)
+class PreparedRow(NamedTuple):
+    """A row whose verdict is known."""
+
+    line: int
+    row: InputRow
+    wanted: bool
+    """Whether the filters accept it."""
+    prompt: CleanPrompt
+    label: str
+    canonical: str
+    scores: dict[str, float]
+    repairs: tuple[str, ...]
+    markers: int
 
 
-def _clean(prompt: str, mask: bool) -> _CleanPrompt:
-    sha256 = hashlib.sha256(prompt.encode()).hexdigest()
-    digest = sha256
-    if mask:
-        prompt, leaked_scores = mask_leaked_scores(prompt)
-        digest = hashlib.sha256(prompt.encode()).hexdigest() if leaked_scores else sha256
-    else:
-        leaked_scores = count_leaked_scores(prompt)
-    text, markers = neutralise(prompt)
-    return _CleanPrompt(text, sha256, digest[:16], markers, leaked_scores, asked_shape(prompt))
+class RejectedRow(NamedTuple):
+    """A row that is not used."""
+
+    line: int
+    kind: str
+    reason: str
+    content: Any
+    """The row, or its text where it is not JSON."""
+    judge: str | None
+    tokens: int = 0
+    """Of prompt and label, where they were measured."""
 
 
-# The rows of several judges on one prompt mostly stand together.
+@dataclass
+class Values:
+    """How a judge answers one key."""
+
+    rows: int = 0
+    """Answers with a number."""
+    outside: int = 0
+    """Numbers that are not on the judge's scale."""
+    low: float = float("inf")
+    high: float = float("-inf")
+    examples: list[str] = field(default_factory=list)
+    """Values outside the scale, and words that it does not map."""
+    words: int = 0
+    """Words that the scale does not map."""
+
+
+class Preparer:
+    """Prepares rows one by one, and counts what the whole input is judged by."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.lines = 0
+        """Rows of the input, of any form."""
+        self.accepted = 0
+        """Rows whose form is known and that the filters accept."""
+        self.values: dict[tuple[str | None, str], Values] = defaultdict(Values)
+        """By judge and key; of the rows that the filters accept."""
+
+    def prepare(self, line: Line) -> PreparedRow | RejectedRow | None:
+        """The row of a line; None for one that is neither wanted nor usable."""
+        self.lines += 1
+        content: Any = None
+        row: InputRow | None = None
+        try:
+            content = parse_line(line)
+            row = read_row(content, line)
+            return self._prepare(line, row)
+        except Rejected as rejected:
+            if row is not None and not self._settings.filters.accept(row):
+                return None
+            shown = line.text.decode(errors="replace")[:_TEXT_SHOWN] if content is None else content
+            judge = None if row is None else row.judge
+            return RejectedRow(line.number, rejected.kind, rejected.reason, shown, judge)
+
+    def _prepare(self, line: Line, row: InputRow) -> PreparedRow:
+        wanted = self._settings.filters.accept(row)
+        self.accepted += wanted
+        if row.answer is None:
+            raise Rejected(f"no answer of a judge; expected {EXPECTED}", "no answer of a judge")
+        if _BARE_DATE.fullmatch(row.prompt):
+            raise Rejected("the prompt is nothing but a date")
+        prompt = _cleaned(row.prompt, row.system, self._settings.mask_leaked_scores)
+        answer = read_answer(row.answer, prompt.asked)
+        if isinstance(answer, Unreadable):
+            raise Rejected(answer.reason, answer.kind)
+        scale = self._settings.scale_of(row.judge)
+        if wanted:
+            self._count(row.judge, answer, scale)
+        verdict = score_answer(answer, scale)
+        if isinstance(verdict, Unreadable):
+            raise Rejected(verdict.reason, verdict.kind)
+        if _repeats_example(verdict.texts.get("summary"), row.prompt):
+            raise Rejected("repeats the prompt's example")
+        canonical = render_verdict(verdict)
+        label, markers = neutralise(canonical if self._settings.labels == "canonical" else row.answer, answer=True)
+        return PreparedRow(
+            line.number, row, wanted, prompt, label, canonical, dict(verdict.scores), verdict.repairs, markers
+        )
+
+    def _count(self, judge: str | None, answer: Answer, scale: Scale | None) -> None:
+        scale = scale or Scale()
+        for key, value in answer.values.items():
+            counted = self.values[judge, key]
+            if isinstance(value, bool | str):
+                known = str(value).lower() in scale.words
+                counted.words += not known
+            else:
+                known = scale.low <= value <= scale.high
+                counted.rows += 1
+                counted.outside += not known
+                counted.low, counted.high = min(counted.low, value), max(counted.high, value)
+            if not known and len(counted.examples) < _VALUES_SHOWN and str(value)[:20] not in counted.examples:
+                counted.examples.append(str(value)[:20])
+
+
+# Arrow reads a column in which every string is a bare date as timestamps, and LLaMA Factory then drops every row.
+_BARE_DATE = re.compile(r"\s*\d{4}-\d{2}-\d{2}(?:[ T]\d{2}(?::?\d{2}){0,2}(?:\.\d+)?(?:Z|[+-]\d{2}:?\d{2})?)?\s*")
+
+
+def _cleaned(prompt: str, system: str | None, mask: bool) -> CleanPrompt:
+    return (_clean_remembered if len(prompt) <= _LONGEST_REMEMBERED else _clean)(prompt, system, mask)
+
+
+def _clean(prompt: str, system: str | None, mask: bool) -> CleanPrompt:
+    sha256 = digest = prompt_hash(prompt, system)
+    masked, leaked_scores = mask_leaked_scores(prompt) if mask else (prompt, count_leaked_scores(prompt))
+    if masked != prompt:
+        digest = prompt_hash(masked, system)
+    text, markers = neutralise(masked)
+    if system:
+        system, more = neutralise(system)
+        markers += more
+    asked = asked_shape(prompt) or (asked_shape(system) if system else None)
+    return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked)
+
+
+# The rows of several judges on one prompt mostly follow one another.
 _clean_remembered = lru_cache(maxsize=8)(_clean)
 
 
-def _repeats_example(verdict: Verdict, prompt: str) -> bool:
+def _repeats_example(summary: Any, prompt: str) -> bool:
     """Whether the summary is the example text of the prompt's output schema."""
-    summary = verdict.texts.get("summary")
     if not isinstance(summary, str) or not summary:
         return False
     schema = prompt[prompt.rfind('"summary"') :]
     return schema.startswith('"summary"') and f'"{summary}"' in schema[: len(summary) + 100]
 
 
+class ScaleProblem(NamedTuple):
+    """A judge who answers a key with values that are not on its scale."""
+
+    judge: str | None
+    key: str
+    is_scale: bool
+    """Its numbers are on another scale, so none of them is a score. Else it uses words, and their rows are rejected."""
+    message: str
+
+
+def find_scale_problems(values: Mapping[tuple[str | None, str], Values], settings: Settings) -> Iterator[ScaleProblem]:
+    """Judges and keys whose values are not on the judge's scale in more than stray rows, each with what to do.
+
+    A judge on 1 to 10 answers 2 to 10, which are out of range, and 1, which is not: its worst would be the best label.
+    So none of its rows is a label until its scale is named.
+    """
+    for (judge, key), found in values.items():
+        name, scale = judge or "a judge without a name", settings.scale_of(judge) or Scale()
+        shown = ", ".join(found.examples)
+        if found.outside >= _FEWEST_OUTSIDE and found.outside >= _SHARE_OUTSIDE * found.rows:
+            flag = f"--scale {shlex.quote(f'{judge}=')}" if judge else "--scale "
+            yield ScaleProblem(judge, key, True, (
+                f"{name} answers {key} with values from {found.low:g} to {found.high:g} (such as {shown}), outside of "
+                f"{scale.low:g} to {scale.high:g} in {found.outside:,} of {found.rows:,} rows, so none of its rows "
+                f"with {key} is used. Name its scale, such as {flag}{_guess(found, between=':' if judge else ' ')}"
+            ))  # fmt: skip
+        elif found.words >= _FEWEST_OUTSIDE:
+            yield ScaleProblem(judge, key, False, (
+                f"{name} answers {key} with words ({shown}) in {found.words:,} rows, which are rejected. "
+                f"Say what they mean, such as --map {_words(found.examples)}"
+            ))  # fmt: skip
+
+
+_FEWEST_OUTSIDE = 3
+_SHARE_OUTSIDE = 0.02
+
+
+def _guess(found: Values, *, between: str) -> str:
+    low = 1 if found.low >= 1 else min(found.low, 0)
+    high = next((end for end in (1, 5, 10, 100) if found.high <= end), found.high)
+    return f"{low:g}{between}{high:g}"
+
+
+_GOOD = {"pass", "passed", "true", "yes", "good", "correct", "success"}
+
+
+def _words(examples: Sequence[str]) -> str:
+    words = [word.lower() for word in examples if word.isalpha()] or ["pass", "fail"]
+    return " ".join(f"{word}={int(word in _GOOD)}" for word in words)
+
+
+def rejected_entry(source: str, line: int, reason: str, content: Any) -> bytes:
+    """One line of rejected.jsonl."""
+    entry = {"source": source, "line": line, "reason": reason, "row": content}
+    try:
+        return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError:  # nested more deeply than can be written
+        return orjson.dumps({**entry, "row": repr(content)[:_TEXT_SHOWN]}, option=orjson.OPT_APPEND_NEWLINE)
+
+
 def row_id(prompt_sha256: str, judge: str | None, label: str) -> str:
     """What a row is called: the same in every conversion, format and split."""
     return hashlib.blake2b(f"{prompt_sha256}\n{judge}\n{label}".encode(), digest_size=8).hexdigest()
-
-
-def rejected_entry(source: str, line_number: int, reason: str, row: Any) -> bytes:
-    """One line of rejected.jsonl."""
-    entry = {"source": source, "line": line_number, "reason": reason, "row": row}
-    return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)

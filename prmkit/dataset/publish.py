@@ -1,25 +1,28 @@
-"""The files of a conversion appear all at once, and replace those of the one before all at once.
+"""The files of a conversion appear all at once, and replace those of the previous one all at once.
 
-Renaming file after file would leave, for a moment or for good after a kill, some files of the new conversion among
+Renaming file after file would leave, for a moment or permanently after a kill, some files of the new conversion among
 those of the old one: with another split that is a leak. So for the time of the change each name becomes a symbolic link
 that leads through `.current`, which leads to the folder of the old files; renaming `.current` over is one atomic step,
 and from then on every name leads to the new file. Afterwards the files themselves take the places of their links.
 
-At rest, the folder holds plain files and no links of ours. A kill leaves links behind, at any moment all old or all
-new, that read like the files; `recover` makes plain files of them. (A relative link that the user put in the place of a
-file leads nowhere between a kill and `recover`.) Needs a file system with hard and symbolic links.
+At rest, the folder holds plain files and no links of ours. A kill leaves links, at any moment all old or all new, that
+read like the files; `recover` makes plain files of them. (A relative link that the user put in the place of a file
+leads nowhere between a kill and `recover`.) Needs a file system with hard and symbolic links.
 """
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prmkit.errors import DataError
+from prmkit.paths import TASKS
 
 _CURRENT = ".current"
 _STAGE = ".conversion-"
+_OURS = re.compile(rf"{re.escape(_STAGE)}[^/]+/(?:old|new)")
 _SYNCED_ONE_BY_ONE = 200
 """Files. An fsync takes 2 ms, and there may be thousands of files; beyond, one sync of everything is cheaper."""
 
@@ -30,16 +33,54 @@ def make_stage(folder: Path) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Finish what an interrupted conversion left, all old or all new: nobody else may be at work in the folder."""
-    if (folder / _CURRENT).is_symlink():
+    """Finish what an interrupted conversion left, all old or all new: nobody else may be at work in the folder.
+
+    Raises:
+        DataError: there is a `.current` that no conversion made. Following it would move files of others.
+    """
+    _check_tasks_folder(folder)
+    current = folder / _CURRENT
+    if os.path.lexists(current):
+        if not _is_ours(current):
+            raise DataError(f"{current}: not made by a conversion. Remove it, after looking where it leads.")
         _settle(folder)
     for left in folder.glob(_STAGE + "*"):
-        shutil.rmtree(left, ignore_errors=True)
+        if not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_ours(current: Path) -> bool:
+    """Whether `.current` leads into the working folder of a conversion right here, which we own."""
+    if not current.is_symlink() or not _OURS.fullmatch(target := os.readlink(current)):  # noqa: PTH115
+        return False
+    stage, files = current.parent / Path(target).parent, current.parent / target
+    folders = [path for path in (stage, files) if path.is_dir() and not path.is_symlink()]
+    return len(folders) == 2 and all(path.stat().st_uid == os.geteuid() for path in folders)
+
+
+def _check_tasks_folder(folder: Path) -> None:
+    if (folder / TASKS).is_symlink():
+        raise DataError(f"{folder / TASKS}: a link, which may lead to files of others. Remove it, and convert again.")
+
+
+def names_in_folder(folder: Path) -> Iterator[str]:
+    """The files of a data folder by their names in it, those of single tasks included."""
+    for parent, prefix in ((folder, ""), (folder / TASKS, f"{TASKS}/")):
+        if parent.is_dir():
+            with os.scandir(parent) as entries:
+                yield from (prefix + entry.name for entry in entries if not _is_folder(entry))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def sync_files(folder: Path) -> None:
     """Wait until the files of a folder are on the disk."""
-    paths = list(folder.iterdir())
+    paths = [folder / name for name in names_in_folder(folder)]
     if len(paths) > _SYNCED_ONE_BY_ONE:
         os.sync()
     else:
@@ -57,23 +98,26 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
         obsolete: names of files in `folder` that go.
 
     Raises:
-        DataError: a folder stands where a file is to go; or the disk failed when the new files had taken over.
-        OSError: the disk is full, or the file system knows no links; `recover` brings the old files back.
+        DataError: a folder is where a file is to go; or the disk failed when the new files had taken over.
+        OSError: the disk is full, or the file system has no links; `recover` brings the old files back.
     """
-    names = set(os.listdir(new))  # noqa: PTH208 - thousands of names: pathlib takes longer than the system calls
-    files, folders = _entries(folder)
-    if in_the_way := sorted(names & folders):
-        raise DataError(f"{folder / in_the_way[0]}: a folder stands where a file is to go. Move it away.")
+    names, files = set(names_in_folder(new)), set(names_in_folder(folder))
+    if in_the_way := sorted(name for name in names - files if os.path.lexists(folder / name)):
+        raise DataError(f"{folder / in_the_way[0]}: a folder is where a file is to go. Move it away.")
     _sync(new)
     old = stage / "old"
     old.mkdir()
+    if any("/" in name for name in names | files):
+        (old / TASKS).mkdir()
+        if not (folder / TASKS).is_dir():
+            (folder / TASKS).mkdir()
     names |= files & set(obsolete)
     for name in names & files:
         os.link(folder / name, old / name)
     _point(folder / _CURRENT, old.relative_to(folder), stage)
     for name in names:
-        _point(folder / name, f"{_CURRENT}/{name}", stage)
-    _sync(folder)
+        _point(folder / name, _through_current(name), stage)
+    _sync_names(folder)
     _point(folder / _CURRENT, new.relative_to(folder), stage)
     try:
         _sync(folder)
@@ -82,15 +126,12 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
         raise DataError(f"{folder}: {error.strerror}, when the new data was in its place. Convert again.") from error
 
 
-def _entries(folder: Path) -> tuple[set[str], set[str]]:
-    """The names in a folder: of files and broken links, and of folders and links to folders."""
-    with os.scandir(folder) as entries:
-        is_folder = {entry.name: entry.is_dir() for entry in entries}
-    return {name for name in is_folder if not is_folder[name]}, {name for name in is_folder if is_folder[name]}
+def _through_current(name: str) -> str:
+    return "../" * name.count("/") + f"{_CURRENT}/{name}"
 
 
 def _point(link: Path, target: Path | str, stage: Path) -> None:
-    """Make `link` lead to `target`, atomically, whatever stood there."""
+    """Make `link` lead to `target`, atomically, whatever was there."""
     made = os.path.join(stage, "link")  # noqa: PTH118
     os.symlink(target, made)  # noqa: PTH211
     os.replace(made, link)  # noqa: PTH105
@@ -98,20 +139,25 @@ def _point(link: Path, target: Path | str, stage: Path) -> None:
 
 def _settle(folder: Path) -> None:
     """Put the files in the places of the links that lead to them; links that lead to none go."""
-    current = folder / _CURRENT
-    ours = f"{_CURRENT}/"
-    with os.scandir(folder) as entries:
-        links = [entry.path for entry in entries if entry.is_symlink()]
-    for link in links:
-        target = os.readlink(link)  # noqa: PTH115
-        if target.startswith(ours):
-            file = os.path.join(folder, target)  # noqa: PTH118
-            if os.path.lexists(file):  # what stood there may itself be a link, of the user's
+    for name in list(names_in_folder(folder)):
+        link = os.path.join(folder, name)  # noqa: PTH118
+        if os.path.islink(link) and os.readlink(link) == _through_current(name):  # noqa: PTH114, PTH115
+            file = os.path.join(folder, _CURRENT, name)  # noqa: PTH118
+            if os.path.lexists(file):  # what was there may itself be a link, of the user's
                 os.replace(file, link)  # noqa: PTH105
             else:
                 os.unlink(link)  # noqa: PTH108
-    _sync(folder)
-    current.unlink()
+    _sync_names(folder)
+    tasks = folder / TASKS
+    if tasks.is_dir() and not any(tasks.iterdir()):
+        tasks.rmdir()
+    (folder / _CURRENT).unlink()
+
+
+def _sync_names(folder: Path) -> None:
+    for parent in (folder, folder / TASKS):
+        if parent.is_dir():
+            _sync(parent)
 
 
 def _sync(path: Path) -> None:

@@ -1,145 +1,334 @@
-"""What a conversion did: counted while it writes, told in conversion_report.json and in tables."""
+"""What a conversion did: conversion_report.json, and the summary that is printed."""
+# ruff: noqa: S608 - queries are put together from texts of this module; what comes from the data is bound
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+import math
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import orjson
-
-from prmkit.dataset.lengths import quantiles
-from prmkit.dataset.stage import Facts, Group
+from prmkit import cli
+from prmkit.dataset.prepare import ScaleProblem
+from prmkit.dataset.stage import DUPLICATE, JUDGES_COMPARED, Stage
+from prmkit.leniency import Leniency, describe_leniency
+from prmkit.paths import HELD_OUT_SUFFIX, TASKS
 
 _COVERED = (0.5, 0.9, 0.95, 0.99, 1.0)
 _BINS = 10
+_SHOWN = 10
+"""Rows of a table on the terminal."""
+_LOST = 0.2
+"""Share of a judge's rows whose loss is worth a word."""
+_HELD_OUT_SIDES = {"train": 0, "held_out": 1}
 
 
-@dataclass
-class Tally:
-    """Counts over the rows of a conversion."""
+# --- counts -------------------------------------------------------------------------------------------------------
 
-    groups: Counter[Group] = field(default_factory=Counter)
-    duplicates: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Rows by kind of reason."""
-    first_rejected: dict[str, str] = field(default_factory=dict)
-    """`source:line: reason` of the first row by kind."""
-    repairs: Counter[str] = field(default_factory=Counter)
-    repaired: int = 0
-    rows_with_markers: int = 0
-    markers: int = 0
-    rows_with_leaked_scores: int = 0
-    leaked_scores: int = 0
-    scores: dict[tuple[str | None, str, bool], Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    """How often each score (in hundredths) occurs, by evaluation type, key and side."""
-    prompt_characters: Counter[int] = field(default_factory=Counter)
-    label_characters: Counter[int] = field(default_factory=Counter)
-    tokens: Counter[int] = field(default_factory=Counter)
-    trimmed: int = 0
-    tokens_left_out: int = 0
-    characters_left_out: int = 0
 
-    def add_row(self, group: Group, facts: Facts) -> None:
-        """Count a row that is kept."""
-        self.groups[group] += 1
-        for key, score in facts.scores.items():
-            self.scores[group.evaluation_type, key, group.held_out][score] += 1
-        self.prompt_characters[facts.prompt_characters] += 1
-        self.label_characters[facts.label_characters] += 1
-        if facts.tokens:
-            self.tokens[facts.tokens] += 1
-        if facts.characters_left_out:
-            self.trimmed += 1
-            self.tokens_left_out += facts.tokens_left_out
-            self.characters_left_out += facts.characters_left_out
-        if facts.markers:
-            self.rows_with_markers += 1
-            self.markers += facts.markers
-        if facts.leaked_scores:
-            self.rows_with_leaked_scores += 1
-            self.leaked_scores += facts.leaked_scores
-        if facts.repairs:
-            self.repaired += 1
-            self.repairs.update(facts.repairs)
+def count_rows(stage: Stage) -> dict[str, Any]:
+    """What the report says of the rows; a missing judge, task or type is an empty string."""
+    one, many = _query_one(stage), stage.rows.execute
+    sides = dict(many("SELECT held_out, count(*) FROM kept GROUP BY held_out").fetchall())
+    return {
+        "rows": {side: sides.get(number, 0) for side, number in _HELD_OUT_SIDES.items()},
+        "evaluation_types": _counts(stage, "evaluation_type"),
+        "judges": _counts(stage, "judge"),
+        "tasks": one("count(DISTINCT task) FROM kept"),
+        "duplicates": one(f"count(*) FROM row WHERE wanted AND status = '{DUPLICATE}'"),
+        "rejected": _rejected(stage),
+        "repaired": {"rows": one("count(*) FROM kept WHERE repairs != ''"), "repairs": _repairs(stage)},
+        "markers": {"rows": one("count(*) FROM kept WHERE markers"), "markers": one("total(markers) FROM kept")},
+        "leaked_scores": {
+            "rows": one("count(*) FROM kept WHERE leaked_scores"), "scores": one("total(leaked_scores) FROM kept"),
+        },
+        "score_keys": _score_keys(stage),
+        "score_histograms": _histograms(stage),
+        "lengths": {
+            "prompt_characters": _quantiles(stage, "prompt_characters FROM kept"),
+            "label_characters": _quantiles(stage, "label_characters FROM kept"),
+            "tokens": _quantiles(stage, "tokens FROM (SELECT tokens FROM kept UNION ALL SELECT tokens FROM rejected) "
+                                        "WHERE tokens"),
+        },
+        "trimmed": {
+            "rows": one("count(*) FROM kept WHERE characters_left_out"),
+            "tokens_left_out": one("total(tokens_left_out) FROM kept WHERE characters_left_out"),
+            "characters_left_out": one("total(characters_left_out) FROM kept"),
+        },
+    }  # fmt: skip
 
-    def add_rejected(self, kind: str, entry: bytes, tokens: int) -> None:
-        """Count a row that is set aside.
 
-        Args:
-            kind: of the reason.
-            entry: its line of rejected.jsonl.
-            tokens: of prompt and label; 0 where they were not measured.
-        """
-        self.rejected[kind] += 1
-        if tokens:
-            self.tokens[tokens] += 1
-        if kind not in self.first_rejected:
-            row = orjson.loads(entry)
-            self.first_rejected[kind] = f"{row['source']}:{row['line']}: {row['reason']}"
+def _query_one(stage: Stage) -> Any:
+    return lambda query: int(stage.rows.execute(f"SELECT {query}").fetchone()[0])
 
-    def rows(self, *, held_out: bool | None = None) -> int:
-        """Rows that are kept, on one side or on both."""
-        return sum(n for group, n in self.groups.items() if held_out is None or group.held_out == held_out)
 
-    def values(self, place: str, *, held_out: bool | None = None) -> Counter[Any]:
-        """Rows that are kept by evaluation type, judge or task.
+def _counts(stage: Stage, column: str) -> dict[str, int]:
+    found = stage.rows.execute(
+        f"SELECT coalesce({column}, ''), count(*) FROM kept GROUP BY {column} ORDER BY count(*) DESC, min(number)"
+    )
+    return dict(found.fetchall())
 
-        Args:
-            place: `evaluation_type`, `judge` or `task`.
-            held_out: the side; None counts both.
-        """
-        counts: Counter[Any] = Counter()
-        for group, n in self.groups.items():
-            if held_out is None or group.held_out == held_out:
-                counts[getattr(group, place)] += n
-        return counts
 
-    def tasks(self, *, held_out: bool | None = None) -> int:
-        """How many tasks the kept rows name."""
-        return len(self.values("task", held_out=held_out).keys() - {None})
+_ALL_REJECTED = (
+    "(SELECT number, kind, reason, judge FROM rejected UNION ALL SELECT number, status, reason, judge FROM row "
+    f"WHERE wanted AND status IS NOT NULL AND status != '{DUPLICATE}')"
+)
 
-    def as_json(self) -> dict[str, Any]:
-        """The counts for the report; a missing judge, task or type stands as an empty text."""
-        return {
-            "rows": {"train": self.rows(held_out=False), "held_out": self.rows(held_out=True)},
-            "evaluation_types": _named(self.values("evaluation_type")),
-            "judges": _named(self.values("judge")),
-            "tasks": self.tasks(),
-            "duplicates": self.duplicates,
-            "rejected": dict(self.rejected.most_common()),
-            "repaired": {"rows": self.repaired, "repairs": dict(self.repairs.most_common())},
-            "markers": {"rows": self.rows_with_markers, "markers": self.markers},
-            "leaked_scores": {"rows": self.rows_with_leaked_scores, "scores": self.leaked_scores},
-            "score_keys": self._score_keys(),
-            "score_histograms": self._histograms(),
-            "lengths": {
-                "prompt_characters": quantiles(self.prompt_characters, _COVERED),
-                "label_characters": quantiles(self.label_characters, _COVERED),
-                "tokens": quantiles(self.tokens, _COVERED),
-            },
-            "trimmed": {
-                "rows": self.trimmed,
-                "tokens_left_out": self.tokens_left_out,
-                "characters_left_out": self.characters_left_out,
-            },
+
+def _rejected(stage: Stage) -> dict[str, int]:
+    found = stage.rows.execute(
+        f"SELECT kind, count(*) FROM {_ALL_REJECTED} GROUP BY kind ORDER BY count(*) DESC, min(number)"
+    )
+    return dict(found.fetchall())
+
+
+def first_rejected(stage: Stage) -> dict[str, str]:
+    """`source:line: reason` of the first rejected row by kind."""
+    found = stage.rows.execute(f"SELECT kind, min(number), reason FROM {_ALL_REJECTED} GROUP BY kind")
+    return {kind: f"{stage.sources[number >> 40]}:{number & (1 << 40) - 1}: {reason}" for kind, number, reason in found}
+
+
+def judges_with_losses(stage: Stage) -> list[dict[str, Any]]:
+    """The judges more than a fifth of whose rows are rejected, with the commonest reason."""
+    found = stage.rows.execute(
+        f"SELECT judge, kind, count(*) FROM {_ALL_REJECTED} WHERE judge IS NOT NULL GROUP BY judge, kind "
+        "ORDER BY judge, count(*) DESC, kind"
+    )
+    lost: dict[str, dict[str, int]] = {}
+    for judge, kind, count in found:
+        lost.setdefault(judge, {})[kind] = count
+    kept = dict(stage.rows.execute(
+        f"SELECT judge, count(*) FROM row WHERE wanted AND (status IS NULL OR status = '{DUPLICATE}') GROUP BY judge"
+    ).fetchall())  # fmt: skip
+    rows = {judge: sum(kinds.values()) + kept.get(judge, 0) for judge, kinds in lost.items()}
+    return [
+        {"judge": judge, "rows": rows[judge], "rejected": sum(kinds.values()), "commonest_reason": next(iter(kinds))}
+        for judge, kinds in lost.items()
+        if sum(kinds.values()) > _LOST * rows[judge]
+    ]
+
+
+def _repairs(stage: Stage) -> dict[str, int]:
+    counted: dict[str, int] = {}
+    for repairs, rows in stage.rows.execute(
+        "SELECT repairs, count(*) FROM kept WHERE repairs != '' GROUP BY repairs ORDER BY min(number)"
+    ):
+        for repair in repairs.split(","):
+            counted[repair] = counted.get(repair, 0) + rows
+    return dict(sorted(counted.items(), key=lambda item: -item[1]))
+
+
+def _score_keys(stage: Stage) -> dict[str, list[str]]:
+    keys: dict[str, list[str]] = {}
+    for evaluation_type, key in stage.rows.execute(
+        "SELECT coalesce(evaluation_type, ''), key FROM kept JOIN score USING (number) "
+        "GROUP BY evaluation_type, key ORDER BY min(number), min(place)"
+    ):
+        keys.setdefault(evaluation_type, []).append(key)
+    return keys
+
+
+def _histograms(stage: Stage) -> dict[str, dict[str, list[int]]]:
+    """Rows of both sides in ten bins of equal width; the last one includes 1.0."""
+    bins: dict[str, dict[str, list[int]]] = {
+        evaluation_type: {key: [0] * _BINS for key in keys} for evaluation_type, keys in _score_keys(stage).items()
+    }
+    for evaluation_type, key, place, rows in stage.rows.execute(
+        "SELECT coalesce(evaluation_type, ''), key, min(value / 10, 9), count(*) FROM kept JOIN score USING (number) "
+        "GROUP BY 1, 2, 3"
+    ):
+        bins[evaluation_type][key][place] = rows
+    return bins
+
+
+def _quantiles(stage: Stage, lengths: str) -> dict[str, int]:
+    """The smallest lengths that cover these shares of the rows, by share in percent; empty without rows."""
+    rows = stage.rows.execute(f"SELECT count(*) FROM (SELECT {lengths})").fetchone()[0]
+    if not rows:
+        return {}
+    query = f"SELECT {lengths} ORDER BY 1 LIMIT 1 OFFSET ?"
+    return {
+        f"{share:.0%}": stage.rows.execute(query, (math.ceil(share * rows - 1e-9) - 1,)).fetchone()[0]
+        for share in _COVERED
+    }
+
+
+# --- judges -------------------------------------------------------------------------------------------------------
+
+
+def agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """One entry per evaluation type and pair of judges, from `Stage.agreement`.
+
+    `n` counts pairs of scores, several a prompt where a verdict carries several; `pearson` is null where a judge
+    always gave the same score; `mean_absolute_difference` is 0 to 1.
+    """
+    return [
+        {
+            "evaluation_type": evaluation_type,
+            "judges": [judge, other],
+            "prompts": prompts,
+            "n": n,
+            "pearson": _pearson(n, *rest[:5]),
+            "mean_absolute_difference": round(rest[5] / n / 100, 4),
         }
-
-    def _score_keys(self) -> dict[str, list[str]]:
-        keys: dict[str, list[str]] = {}
-        for evaluation_type, key, _ in self.scores:
-            of_type = keys.setdefault(evaluation_type or "", [])
-            if key not in of_type:
-                of_type.append(key)
-        return keys
-
-    def _histograms(self) -> dict[str, dict[str, list[int]]]:
-        """Rows of both sides in ten bins of equal width; the last one includes 1.0."""
-        histograms: dict[str, dict[str, list[int]]] = {}
-        for (evaluation_type, key, _), counts in self.scores.items():
-            bins = histograms.setdefault(evaluation_type or "", {}).setdefault(key, [0] * _BINS)
-            for score, n in counts.items():
-                bins[min(score * _BINS // 100, _BINS - 1)] += n
-        return histograms
+        for evaluation_type, judge, other, prompts, n, *rest in sums
+    ]
 
 
-def _named(counts: Counter[Any]) -> dict[str, int]:
-    return {name or "": n for name, n in counts.most_common()}
+def self_agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """One entry per judge, evaluation type and key, over prompts that the judge answered again.
+
+    Half of `mean_squared_difference` is the variance of a judge's noise.
+    """
+    return [
+        {
+            "judge": judge,
+            "evaluation_type": evaluation_type,
+            "key": key,
+            "pairs": n,
+            "pearson": _pearson(n, x, y, xx, yy, xy),
+            "mean_absolute_difference": round(apart / n / 100, 4),
+            "mean_squared_difference": round((xx + yy - 2 * xy) / n / 1e4, 6),
+        }
+        for judge, evaluation_type, key, n, x, y, xx, yy, xy, apart in sums
+    ]
+
+
+def _pearson(n: int, x: float, y: float, xx: float, yy: float, xy: float) -> float | None:
+    spread = (n * xx - x * x) * (n * yy - y * y)
+    return round((n * xy - x * y) / math.sqrt(spread), 4) if n > 1 and spread > 1e-6 else None
+
+
+def leniency_of(leniency: Leniency) -> dict[str, Any]:
+    """What the report says of the judges' leniency."""
+    return {
+        "offsets": dict(leniency.offsets),
+        "shared_scores": leniency.shared_scores,
+        "groups": [list(group) for group in leniency.groups],
+    }
+
+
+def describe_problems(problems: Iterable[ScaleProblem]) -> list[str]:
+    """Sentences about judges on other scales; many of one kind are counted."""
+    messages = [problem.message for problem in problems]
+    more = len(messages) - _SHOWN
+    return messages[:_SHOWN] + ([f"and {more:,} more judges and keys"] if more > 0 else [])
+
+
+# --- the summary --------------------------------------------------------------------------------------------------
+
+
+def show_summary(report: Mapping[str, Any]) -> None:
+    """Print the summary of a conversion to stdout. Its last line is what to do next."""
+    files = set(report["files"])
+    tasks = {name for name in report["variants"] for side in ("", HELD_OUT_SUFFIX)
+             if f"{TASKS}/{name}{side}.jsonl" in files}  # fmt: skip
+    shown = {name: counts for name, counts in report["variants"].items() if name not in tasks}
+    rows = [[name, f"{counts['train']:,}", f"{counts['held_out']:,}"] for name, counts in shown.items()]
+    _table(("variant", "train", "held out"), rows, numeric=("train", "held out"))
+    if report["rejected"]:
+        kinds = [[kind, f"{n:,}"] for kind, n in report["rejected"].items()]
+        _table(("rejected (see rejected.jsonl)", "rows"), kinds, numeric=("rows",))
+    if report["judge_agreement"]:
+        columns = ("agreement of judges", "type", "prompts", "scores", "correlation", "mean difference")
+        pairs = sorted(report["judge_agreement"], key=lambda pair: -pair["n"])
+        _table(columns, map(_agreement_row, pairs), numeric=columns[2:], optional=("prompts", "scores", "type"))
+    for line in _notes(report, len(tasks)):
+        cli.emit(line)
+
+
+def _table(
+    columns: tuple[str, ...],
+    rows: Iterable[list[str]],
+    *,
+    numeric: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> None:
+    rows = [[row[0] if len(row[0]) <= 60 else row[0][:59] + "…", *row[1:]] for row in rows]
+    more = len(rows) - _SHOWN
+    if more > 1:
+        rows = [*rows[:_SHOWN], [f"and {more:,} more", *[""] * (len(columns) - 1)]]
+    cli.emit_table("", columns, rows, numeric=numeric, optional=optional)
+    cli.emit("")
+
+
+def _agreement_row(pair: Mapping[str, Any]) -> list[str]:
+    correlation = "-" if pair["pearson"] is None else f"{pair['pearson']:.2f}"
+    difference = f"{pair['mean_absolute_difference']:.2f}"
+    judges = " / ".join(judge if len(judge) <= 28 else judge[:27] + "…" for judge in pair["judges"])
+    return [judges, pair["evaluation_type"] or "", f"{pair['prompts']:,}", f"{pair['n']:,}", correlation, difference]
+
+
+def _notes(report: Mapping[str, Any], tasks: int) -> Iterator[str]:
+    rows, rejected = sum(report["rows"].values()), sum(report["rejected"].values())
+    if tasks:
+        yield f"variants of single tasks, in {TASKS}/: {tasks:,}"
+    yield f"{report['lines']:,} rows read: {rows:,} kept, {rejected:,} rejected, {report['duplicates']:,} duplicates"
+    if report["repaired"]["rows"]:
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in report["repaired"]["repairs"].items())
+        yield f"answers that were not valid JSON and were repaired: {report['repaired']['rows']:,} ({kinds})"
+    if report["markers"]["rows"]:
+        yield f"rows with control tokens, which are now plain text: {report['markers']['rows']:,}"
+    if report["leaked_scores"]["rows"]:
+        done = "masked" if report["settings"]["mask_leaked_scores"] else "use --mask-leaked-scores to mask them"
+        yield f"rows whose prompt carries scores of earlier evaluations: {report['leaked_scores']['rows']:,} ({done})"
+    yield from _judge_notes(report)
+    yield from _held_out_notes(report)
+    yield from _length_notes(report)
+    yield _next_step(report)
+
+
+def _judge_notes(report: Mapping[str, Any]) -> Iterator[str]:
+    yield from report["scale_problems"]
+    for lost in report["judges_with_losses"][:_SHOWN]:
+        yield (
+            f"warning: {lost['rejected']:,} of {lost['rows']:,} rows of {lost['judge']} are rejected, "
+            f"most often because: {lost['commonest_reason']}"
+        )
+    if report["prompts_a_judge_answered_differently"]:
+        yield f"prompts with different verdicts of one judge: {report['prompts_a_judge_answered_differently']:,}"
+    if len(report["judges"]) > JUDGES_COMPARED:
+        yield f"{len(report['judges']):,} judges; the {JUDGES_COMPARED} with the most rows are compared"
+    leniency = report["leniency"]
+    known = Leniency(leniency["offsets"], leniency["shared_scores"], tuple(map(tuple, leniency["groups"])))
+    if 1 < len(leniency["offsets"]) <= _SHOWN:
+        yield from describe_leniency(known)
+
+
+def _held_out_notes(report: Mapping[str, Any]) -> Iterator[str]:
+    held_out, split, audit = report["held_out"], report["settings"]["split"], report["leak_audit"]
+    what = ("tasks", held_out["tasks"], report["tasks"])
+    if not report["tasks"]:
+        what = ("rows, which name no task,", held_out["rows"], sum(report["rows"].values()))
+    yield f"{what[1]:,} of {what[2]:,} {what[0]} are held out ({held_out['realised_ratio']:.0%})"
+    if not held_out["rows"] and split["ratio"] > 0:
+        yield "warning: no row is held out, so the judge cannot be measured. Add rows of a second task."
+    near = audit["near_duplicates"]
+    if near["prompts"]:
+        done = "taken out of training" if report["settings"]["near_duplicates"] == "drop" else (
+            "kept; --near-duplicates drop takes them out of training")  # fmt: skip
+        yield f"warning: {near['prompts']:,} training prompts nearly repeat a held-out one ({done}):"
+        for example in near["examples"]:
+            yield f"  {example['training']} repeats {example['share']:.0%} of {example['held_out']}"
+    if audit["passed"] is None and held_out["rows"]:
+        yield (
+            "warning: no row names its task (metadata.task_id), so steps of one task may be on both sides, "
+            "and the leak audit cannot say whether they are"
+        )
+    elif audit["rows_without_a_task"]:
+        yield f"held-out rows without a task, of which only the prompts were compared: {audit['rows_without_a_task']:,}"
+
+
+def _length_notes(report: Mapping[str, Any]) -> Iterator[str]:
+    tokens, lengths = report["lengths"]["tokens"], report["settings"]["lengths"]
+    if not tokens or not lengths:
+        return
+    covering = ", ".join(f"{tokens[share]:,} covers {share}" for share in ("95%", "99%", "100%"))
+    yield f"cutoff_len is {lengths['cutoff_len']:,}; {covering} of the rows"
+    if report["trimmed"]["rows"]:
+        rows, left_out = report["trimmed"]["rows"], report["trimmed"]["tokens_left_out"]
+        yield f"prompts shortened in the middle: {rows:,}, by {left_out:,} tokens in total"
+
+
+def _next_step(report: Mapping[str, Any]) -> str:
+    name, folder = next(iter(report["variants"])), report["settings"]["output"]
+    elsewhere = "" if folder == "data" else f" dataset_dir={shlex.quote(folder)}"
+    return f"next: python train.py --config training_config.yaml --dataset {name}{elsewhere}"

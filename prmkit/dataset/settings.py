@@ -1,17 +1,98 @@
 """Everything that the user decides about a conversion."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prmkit.dataset.filters import Filters
-from prmkit.dataset.formats import Format
-from prmkit.dataset.lengths import LengthSettings
-from prmkit.dataset.split import Split
-from prmkit.dataset.variants import CUSTOM
+from prmkit.dataset_info import Format
+from prmkit.errors import DataError
+from prmkit.rows import InputRow
+from prmkit.verdict import Scale
+
+PREFIX = "reward_model_"
+FULL = PREFIX + "full"
+CONSENSUS = PREFIX + "consensus"
+CUSTOM = PREFIX + "custom"
 
 Labels = Literal["canonical", "verbatim"]
 Aggregate = Literal["none", "mean", "median"]
+TooLong = Literal["trim", "drop", "error", "keep"]
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The values that a row must have; None accepts every value. All three must agree."""
+
+    evaluation_types: frozenset[str] | None = None
+    judges: frozenset[str] | None = None
+    tasks: frozenset[str] | None = None
+
+    def __bool__(self) -> bool:
+        return self != Filters()
+
+    def accept(self, row: InputRow) -> bool:
+        """Whether a row is wanted."""
+        return (
+            (self.evaluation_types is None or row.evaluation_type in self.evaluation_types)
+            and (self.judges is None or row.judge in self.judges)
+            and (self.tasks is None or row.task in self.tasks)
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """How tasks are held out. A task's side depends on its name and the seed, so new data does not move it."""
+
+    ratio: float = 0.1
+    """The expected share of tasks that are held out, 0 to 1."""
+    seed: int = 0
+    tasks: frozenset[str] | None = None
+    """The user's list of held-out tasks; it replaces ratio and seed."""
+    from_report: bool = False
+    """It is the split of the earlier conversion in the folder, not one that was typed."""
+
+    def place(self, task: str) -> int:
+        """Where a task is among all possible ones, 0 to 2**64; those below the ratio are held out."""
+        digest = hashlib.blake2b(f"{self.seed}:{task}".encode(errors="surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest)
+
+    def holds_out(self, task: str) -> bool:
+        """Whether a task is held out, whatever other tasks exist."""
+        return task in self.tasks if self.tasks is not None else self.place(task) < self.ratio * 2**64
+
+
+def read_tasks(path: Path) -> frozenset[str]:
+    """The tasks of a file with one task per line; empty lines are skipped.
+
+    Raises:
+        DataError: the file cannot be read, or lists no task.
+    """
+    try:
+        tasks = frozenset(filter(None, map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8.") from error
+    if not tasks:
+        raise DataError(f"{path}: lists no task. Write one task per line, or hold out none with --eval-ratio 0.")
+    return tasks
+
+
+@dataclass(frozen=True)
+class LengthSettings:
+    """What rows are measured with, and what happens to those that LLaMA Factory would cut."""
+
+    tokenizer: Path
+    template: str | None
+    cutoff_len: int
+    too_long: TooLong = "trim"
+    packing: bool = False
+    """LLaMA Factory's `packing` or `neat_packing`: it then uses one token of `cutoff_len` itself."""
+    default_system: str | None = None
+    enable_thinking: bool | None = True
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,22 +107,35 @@ class Settings:
     form: Format = "alpaca"
     labels: Labels = "canonical"
     split: Split = field(default_factory=Split)
+    scales: Mapping[str | None, Scale] = field(default_factory=dict)
+    """By judge; None is every judge that is not named."""
     aggregate: Aggregate = "none"
+    leniency_correction: bool = True
     max_disagreement: float | None = None
+    near_duplicates: Literal["keep", "drop"] = "keep"
     mask_leaked_scores: bool = False
     max_rejected: str | None = None
-    """A share (`5%`) or a number of rows."""
+    """A share (`5%`) or a number of rows; None is half of the rows."""
     task_variants: bool = True
     lengths: LengthSettings | None = None
-    processes: int = 2
+
+    def scale_of(self, judge: str | None) -> Scale | None:
+        """The scale on which a judge answers; None for 0 to 1."""
+        return self.scales.get(judge, self.scales.get(None))
+
+    def file_name(self, name: str) -> str:
+        """What a report or list of rejected rows is called: filters leave those of the main conversion alone."""
+        return f"{self.name}.{name.removeprefix('conversion_')}" if self.filters else name
 
     def as_json(self) -> dict[str, Any]:
         """The settings for the report."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        values = {**asdict(self), "scales": {judge or "": asdict(scale) for judge, scale in self.scales.items()}}
+        del values["split"]["from_report"]
+        return {key: _plain(value) for key, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, frozenset):
         return sorted(value)

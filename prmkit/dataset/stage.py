@@ -1,196 +1,331 @@
-"""What stands between reading and writing: every row in its final form, and what must be known to place it.
+"""All rows of a conversion in one SQLite file, and what only the whole input can decide about a row.
 
-Rows cannot be placed while they are read: whether a prompt also stands on the held-out side, whether two values share
-a name, whether a judge repeats itself is known only at the end. So each worker writes what it prepared into files of
-its own, in the order of its blocks, and the rest of the conversion reads those. Memory stays constant; the disk
-holds the input once more for the time of the conversion.
-
-    rows-N, sidecars-N    the lines of the training file and of its sidecar, one after another
-    rejected-N            the lines of rejected.jsonl
-    facts-N               one JSON line a block: the length and the facts of every row in it
-    index-X               one JSON line a row, by the first digits of its prompt's digest: what duplicates, sides and
-                          agreement are found by, 100 bytes or so a row
+Rows cannot be placed while they are read: whether a prompt is also held out, whether a judge repeats itself or answers
+on another scale is known only at the end. SQLite keeps them on the disk meanwhile, so memory does not grow with the
+input, and finds what belongs together.
 """
+# ruff: noqa: S608 - queries are put together from texts of this module; what comes from the data is bound
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import hashlib
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from statistics import fmean, median
+from typing import Any
 
 import orjson
 
-from prmkit.dataset.appending import Appender
+from prmkit.dataset.lengths import Measured
+from prmkit.dataset.prepare import PreparedRow, RejectedRow, ScaleProblem, rejected_entry, row_id
+from prmkit.dataset.settings import Aggregate, Split
+from prmkit.errors import DataError
+from prmkit.leniency import Leniency, estimate_leniency
 
-ROWS_A_BLOCK = 1 << 32
-UNWANTED = -1
-"""The number of a prompt that is held out, but with a row that the filters do not want."""
-_INDEX_HELD = 256 << 10
-"""Bytes. Small things that outlive the large ones around them break the heap up: with 4 MiB it grew to three times."""
+DUPLICATE = "duplicate"
+BOTH_SIDES = "the prompt is also held out"
+NEAR_DUPLICATE = "nearly repeats a held-out prompt"
+CONTESTED = "judges differ too much"
+OTHER_SCALE = "the judge uses another scale"
+JUDGES_COMPARED = 50
+"""Pairs of judges grow with the square of their number; beyond, those with the most rows are compared."""
 
-
-class Group(NamedTuple):
-    """What a row is placed by."""
-
-    evaluation_type: str | None
-    judge: str | None
-    task: str | None
-    held_out: bool
-
-
-class Facts(NamedTuple):
-    """What is known of a row besides its text."""
-
-    row_size: int
-    sidecar_size: int
-    line: int
-    group: int
-    """Its number among the worker's groups."""
-    scores: Mapping[str, int]
-    """In hundredths."""
-    prompt_characters: int
-    label_characters: int
-    tokens: int
-    """Of prompt and label before trimming; 0 without a length guard."""
-    tokens_left_out: int
-    characters_left_out: int
-    markers: int
-    """Control markers that were neutralised in prompt and label."""
-    leaked_scores: int
-    repairs: list[str]
+_SCHEMA = """
+CREATE TABLE prompt (id INTEGER PRIMARY KEY, digest BLOB UNIQUE, system TEXT, text TEXT);
+CREATE TABLE row (
+    number INTEGER PRIMARY KEY, source INTEGER, line INTEGER, prompt INTEGER, wanted INTEGER, unit TEXT, task TEXT,
+    judge TEXT, evaluation_type TEXT, trajectory TEXT, slot TEXT, question BLOB, verdict BLOB, answer BLOB,
+    prompt_characters INTEGER, label_characters INTEGER, tokens INTEGER, tokens_left_out INTEGER,
+    characters_left_out INTEGER, markers INTEGER, leaked_scores INTEGER, repairs TEXT,
+    held_out INTEGER DEFAULT 0, status TEXT, reason TEXT
+);
+CREATE TABLE body (number INTEGER PRIMARY KEY, label TEXT, trimmed TEXT, sidecar BLOB);
+CREATE TABLE score (number INTEGER, place INTEGER, key TEXT, value INTEGER, PRIMARY KEY (number, place)) WITHOUT ROWID;
+CREATE TABLE rejected (number INTEGER PRIMARY KEY, kind TEXT, reason TEXT, judge TEXT, tokens INTEGER, entry BLOB);
+CREATE TABLE unit (name TEXT PRIMARY KEY, is_task INTEGER, held_out INTEGER) WITHOUT ROWID;
+CREATE TABLE consensus (number INTEGER PRIMARY KEY, scores TEXT, judges INTEGER);
+CREATE VIEW kept AS SELECT * FROM row WHERE wanted AND status IS NULL;
+"""
+# unit: what is held out as a whole: the task; the prompt of a row without one. slot: the clip of its trajectory.
+# question: the prompt without its system text. answer: of the judge's text and the metadata. Scores are in hundredths.
 
 
-class Indexed(NamedTuple):
-    """A row as the search for duplicates, leaks and agreement sees it."""
+class Stage:
+    """The rows of one conversion. `rows` is the database, for questions that no method answers."""
 
-    prompt: str
-    """Hexadecimal digest."""
-    number: int
-    """Block times 2**32 plus the row's place in its block: the order of the input. `UNWANTED`: there is no row."""
-    judge: str | None
-    evaluation_type: str | None
-    held_out: bool
-    verdict: str
-    """Hexadecimal digest."""
-    scores: dict[str, int]
-    """In hundredths."""
+    def __init__(self, path: Path, sources: Sequence[str] = ()) -> None:
+        self.rows = sqlite3.connect(path, isolation_level=None)
+        self.sources = list(sources)
+        # The file goes with the conversion, so nothing in it needs to survive a crash.
+        self.rows.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-32000;")
+        self.rows.executescript("PRAGMA locking_mode=EXCLUSIVE; PRAGMA page_size=16384; BEGIN;" + _SCHEMA)
 
-
-class StageWriter:
-    """Writes one worker's files. Use as a context manager."""
-
-    def __init__(self, folder: Path, worker: int, index_digits: int) -> None:
-        self._folder, self._worker, self._digits = folder, worker, index_digits
-        self._rows: list[tuple[object, ...]] = []
-        self._rejected: list[tuple[int, int, str, int]] = []
-
-    def add_row(self, row: bytes, sidecar: bytes, facts: Facts, indexed: Indexed) -> None:
-        """Add a row of the current block."""
-        self._row_file.write(row)
-        self._sidecar_file.write(sidecar)
-        # orjson takes tuples, and refuses named ones.
-        self._rows.append(tuple(facts))
-        self._add_to_index(indexed)
-
-    def note_held_out(self, prompt: str) -> None:
-        """Note that a held-out row asks this prompt, though the row itself is not wanted."""
-        self._add_to_index(Indexed(prompt, UNWANTED, None, None, True, "", {}))
-
-    def _add_to_index(self, indexed: Indexed) -> None:
-        entry = orjson.dumps(tuple(indexed), option=orjson.OPT_APPEND_NEWLINE)
-        self._index.append(f"index-{self._worker}-{indexed.prompt[: self._digits]}", entry)
-
-    @property
-    def rows_in_block(self) -> int:
-        """How many rows the current block has so far."""
-        return len(self._rows)
-
-    def add_rejected(self, line_number: int, entry: bytes, kind: str, tokens: int) -> None:
-        """Add a row of the current block that is set aside."""
-        self._rejected_file.write(entry)
-        self._rejected.append((line_number, len(entry), kind, tokens))
-
-    def end_block(self) -> None:
-        """Close the current block."""
-        facts = {"rows": self._rows, "rejected": self._rejected}
-        self._facts_file.write(orjson.dumps(facts, option=orjson.OPT_APPEND_NEWLINE))
-        self._rows, self._rejected = [], []
-
-    def __enter__(self) -> "StageWriter":
-        with ExitStack() as stack:
-            self._row_file = stack.enter_context((self._folder / f"rows-{self._worker}").open("wb"))
-            self._sidecar_file = stack.enter_context((self._folder / f"sidecars-{self._worker}").open("wb"))
-            self._rejected_file = stack.enter_context((self._folder / f"rejected-{self._worker}").open("wb"))
-            self._facts_file = stack.enter_context((self._folder / f"facts-{self._worker}").open("wb"))
-            self._index = stack.enter_context(Appender(self._folder, _INDEX_HELD))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-
-@dataclass(frozen=True)
-class StagedBlock:
-    """One block as it was prepared, with the bytes of its rows."""
-
-    number: int
-    worker: int
-    rows: list[tuple[Facts, memoryview, memoryview]]
-    """Facts, training row and sidecar row."""
-    rejected: list[tuple[int, bytes, str, int]]
-    """Line number, entry of rejected.jsonl, kind of reason, and tokens where they were measured."""
-
-
-def read_stage(folder: Path, workers: int, blocks: int) -> Iterator[StagedBlock]:
-    """The blocks in the order of the input; block N was prepared by worker N modulo `workers`."""
-    with ExitStack() as stack:
-        rows, sidecars, rejected, facts = (
-            [stack.enter_context((folder / f"{name}-{worker}").open("rb")) for worker in range(workers)]
-            for name in ("rows", "sidecars", "rejected", "facts")
+    def add_row(self, source: int, prepared: PreparedRow, measured: Measured) -> None:
+        """Add a row that can be used, unless something is found in other rows."""
+        row, prompt = prepared.row, prepared.prompt
+        number = _number(source, prepared.line)
+        scores = [(key, round(score * 100)) for key, score in prepared.scores.items()]
+        self.rows.execute(
+            f"INSERT INTO row VALUES ({', '.join('?' * 22)}, 0, NULL, NULL)",
+            (
+                number, source, prepared.line, self._prompt_id(prompt.digest, prompt.system, prompt.text),
+                prepared.wanted, row.task or prompt.digest[:16], row.task, row.judge, row.evaluation_type,
+                row.trajectory, _slot(prepared), _digest(row.prompt), _digest(prepared.canonical),
+                _digest(f"{row.answer}\0{orjson.dumps(row.metadata)!r}"), len(row.prompt), len(prepared.label),
+                measured.tokens, measured.tokens_left_out, measured.characters_left_out,
+                prompt.markers + prepared.markers, prompt.leaked_scores, ",".join(prepared.repairs),
+            ),
+        )  # fmt: skip
+        if not prepared.wanted:
+            return
+        sidecar = {
+            "id": row_id(prompt.sha256, row.judge, prepared.label),
+            "source": self.sources[source],
+            "line": prepared.line,
+            "prompt_sha256": prompt.sha256,
+            "repairs": prepared.repairs,
+            "scores": prepared.scores,
+            "metadata": row.metadata,
+        }
+        if measured.tokens:
+            sidecar["tokens"] = measured.tokens - measured.tokens_left_out
+        trimmed = measured.prompt if measured.characters_left_out else None
+        self.rows.execute(
+            "INSERT INTO body VALUES (?, ?, ?, ?)", (number, prepared.label, trimmed, orjson.dumps(sidecar))
         )
-        for number in range(blocks):
-            worker = number % workers
-            block = orjson.loads(facts[worker].readline())
-            of_rows = list(map(Facts._make, block["rows"]))
-            yield StagedBlock(
-                number,
-                worker,
-                list(
-                    zip(
-                        of_rows,
-                        _read_pieces(rows[worker], [fact.row_size for fact in of_rows]),
-                        _read_pieces(sidecars[worker], [fact.sidecar_size for fact in of_rows]),
-                        strict=True,
-                    )
-                ),
-                [(line, rejected[worker].read(size), kind, tokens) for line, size, kind, tokens in block["rejected"]],
+        self.rows.executemany(
+            "INSERT INTO score VALUES (?, ?, ?, ?)", [(number, place, *pair) for place, pair in enumerate(scores)]
+        )
+
+    def _prompt_id(self, digest: str, system: str | None, text: str) -> int:
+        key = bytes.fromhex(digest)
+        found = self.rows.execute("SELECT id FROM prompt WHERE digest = ?", (key,)).fetchone()
+        if found:
+            return int(found[0])
+        made = self.rows.execute("INSERT INTO prompt (digest, system, text) VALUES (?, ?, ?)", (key, system, text))
+        return made.lastrowid or 0
+
+    def add_rejected(self, source: int, row: RejectedRow) -> None:
+        """Add a row that is rejected for itself."""
+        entry = rejected_entry(self.sources[source], row.line, row.reason, row.content)
+        values = (_number(source, row.line), row.kind, row.reason, row.judge, row.tokens, entry)
+        self.rows.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?, ?)", values)
+
+    def index(self) -> None:
+        """Make ready for the decisions, when all rows are there."""
+        self.rows.execute("CREATE INDEX row_prompt ON row (prompt, judge)")
+
+    # --- decisions, in this order ---
+
+    def reject_other_scales(self, problems: Iterable[ScaleProblem]) -> None:
+        """Reject the rows of judges who answer a key on a scale that nobody named."""
+        for problem in problems:
+            if problem.is_scale:
+                self._reject(
+                    OTHER_SCALE, f"{problem.key} of {problem.judge} is on another scale",
+                    "judge IS ? AND number IN (SELECT number FROM score WHERE key = ?)", problem.judge, problem.key,
+                )  # fmt: skip
+
+    def assign_sides(self, split: Split) -> set[str]:
+        """Hold out whole tasks; with two or more, at least one is on each side.
+
+        Returns:
+            The tasks of the user's list that no row has.
+        """
+        units = self.rows.execute(
+            "SELECT unit, max(task IS NOT NULL) FROM row WHERE status IS NULL GROUP BY unit ORDER BY unit"
+        ).fetchall()
+        held_out = {unit for unit, is_task in units if split.holds_out(unit) and (is_task or split.tasks is None)}
+        if split.tasks is None and split.ratio > 0 and units:
+            by_place = sorted((split.place(unit), unit) for unit, _ in units)
+            held_out = held_out or {by_place[0][1]}
+            if len(held_out) == len(units):
+                held_out.discard(by_place[-1][1])
+        self.rows.executemany("INSERT INTO unit VALUES (?, ?, ?)", ((*unit, unit[0] in held_out) for unit in units))
+        self.rows.execute("UPDATE row SET held_out = 1 WHERE unit IN (SELECT name FROM unit WHERE held_out)")
+        return set(split.tasks or ()) - {unit for unit, is_task in units if is_task}
+
+    def check_trajectories(self) -> None:
+        """Check that a clip of a trajectory has one prompt: else several runs of a task would become one.
+
+        Raises:
+            DataError: a clip has two.
+        """
+        found = self.rows.execute(
+            "SELECT trajectory, slot, min(number), max(number) FROM kept WHERE slot IS NOT NULL "
+            "GROUP BY trajectory, slot HAVING count(DISTINCT question) > 1 ORDER BY min(number)"
+        ).fetchall()
+        if found:
+            name, slot, *_ = found[0]
+            lines = self.rows.execute(
+                "SELECT source, min(line) FROM kept WHERE trajectory = ? AND slot = ? GROUP BY question "
+                "ORDER BY min(number) LIMIT 2", (name, slot),
+            )  # fmt: skip
+            places = " and ".join(f"{self.sources[source]}:{line}" for source, line in lines)
+            raise DataError(
+                f"{len(found):,} clips have several prompts, such as {slot.split(chr(0))[0] or 'clip'} number "
+                f"{slot.split(chr(0))[-1]} of {name} ({places}). If {name} was run several times, give each run a "
+                'name: "trajectory_id" in the metadata.'
             )
 
+    def reject_prompts_on_both_sides(self) -> None:
+        """Reject training rows whose prompt is held out by another task."""
+        held_out = "SELECT prompt FROM row WHERE held_out AND status IS NULL"
+        self._reject(BOTH_SIDES, BOTH_SIDES, f"NOT held_out AND prompt IN ({held_out})")
 
-def _read_pieces(stream: BinaryIO, sizes: Sequence[int]) -> Iterator[memoryview]:
-    """Pieces that stand one behind the other, from one read and without a copy each."""
-    pieces = memoryview(stream.read(sum(sizes)))
-    end = 0
-    for size in sizes:
-        start, end = end, end + size
-        yield pieces[start:end]
+    def reject_prompts(self, prompts: Iterable[tuple[str, int]], kind: str) -> None:
+        """Reject the training rows of some prompts.
+
+        Args:
+            prompts: reason and id.
+            kind: of the reasons.
+        """
+        self.rows.executemany(
+            "UPDATE row SET status = ?, reason = ? WHERE prompt = ? AND wanted AND status IS NULL",
+            ((kind, reason, prompt) for reason, prompt in prompts),
+        )
+
+    def reject_duplicates(self) -> None:
+        """Keep the first of the rows in which a judge gives a prompt the same verdict."""
+        first = "SELECT min(number) FROM kept GROUP BY prompt, judge, verdict"
+        self._reject(DUPLICATE, DUPLICATE, f"number NOT IN ({first})")
+
+    def reject_contested(self, limit: float) -> None:
+        """Reject prompts on whose scores the judges are further apart than `limit` (0 to 1)."""
+        contested = self.rows.execute(
+            "SELECT prompt, key, max(spread) FROM (SELECT prompt, key, max(value) - min(value) AS spread FROM voice "
+            "GROUP BY prompt, key) GROUP BY prompt HAVING max(spread) > ?", (100 * limit + 1e-9,),
+        ).fetchall()  # fmt: skip
+        self.reject_prompts(((f"judges differ by {spread / 100:.2f} on {key}", prompt)
+                             for prompt, key, spread in contested), CONTESTED)  # fmt: skip
+        self.rows.execute("DELETE FROM voice WHERE prompt NOT IN (SELECT prompt FROM kept)")
+
+    def _reject(self, status: str, reason: str, where: str, *values: Any) -> None:
+        query = f"UPDATE row SET status = ?, reason = ? WHERE wanted AND status IS NULL AND {where}"
+        self.rows.execute(query, (status, reason, *values))
+
+    # --- judges ---
+
+    def gather_voices(self) -> None:
+        """Give each judge one voice per prompt and key: the mean of its verdicts there."""
+        self.rows.execute(
+            "CREATE TABLE voice AS SELECT prompt, key, judge, min(evaluation_type) AS evaluation_type, "
+            "avg(value) AS value FROM kept JOIN score USING (number) GROUP BY prompt, key, judge"
+        )
+        self.rows.execute("CREATE INDEX voice_prompt ON voice (prompt, key)")
+        self.rows.execute("CREATE TABLE compared (judge TEXT PRIMARY KEY)")
+        self.rows.execute(
+            "INSERT INTO compared SELECT judge FROM kept WHERE judge IS NOT NULL GROUP BY judge "
+            "ORDER BY count(*) DESC, judge LIMIT ?", (JUDGES_COMPARED,),
+        )  # fmt: skip
+
+    def agreement(self) -> Iterator[tuple[Any, ...]]:
+        """By evaluation type and pair of judges: prompts, scores, and the sums of x, y, x², y², xy and |x - y|."""
+        return self.rows.execute(
+            "SELECT a.evaluation_type, a.judge, b.judge, count(DISTINCT a.prompt), count(*), sum(a.value), "
+            "sum(b.value), sum(a.value * a.value), sum(b.value * b.value), sum(a.value * b.value), "
+            "sum(abs(a.value - b.value)) FROM voice a JOIN voice b ON a.prompt = b.prompt AND a.key = b.key "
+            "AND a.judge < b.judge WHERE a.judge IN compared AND b.judge IN compared "
+            "GROUP BY a.evaluation_type, a.judge, b.judge"
+        )
+
+    def self_agreement(self) -> Iterator[tuple[Any, ...]]:
+        """As `agreement`, for judges who answered a prompt again: judge, type, key, n, and the sums.
+
+        Call it before duplicates are rejected. A row that was copied whole is no second answer.
+        """
+        return self.rows.execute(
+            "WITH given AS (SELECT min(number) AS number, prompt, judge, evaluation_type FROM kept "
+            "WHERE judge IS NOT NULL GROUP BY prompt, judge, answer), "
+            "pairs AS (SELECT judge, evaluation_type, key, 1.0 * value AS x, "
+            "lag(value) OVER (PARTITION BY prompt, judge, key ORDER BY number) AS y "
+            "FROM given JOIN score USING (number)) "
+            "SELECT judge, evaluation_type, key, count(*), sum(x), sum(y), sum(x * x), sum(y * y), sum(x * y), "
+            "sum(abs(x - y)) FROM pairs WHERE y IS NOT NULL GROUP BY judge, evaluation_type, key"
+        )
+
+    def leniency(self) -> Leniency:
+        """How leniently each judge scores, from the prompts that several of them answered."""
+        voices = self.rows.execute(
+            "SELECT prompt, key, judge, value / 100.0 FROM voice WHERE judge IN compared ORDER BY prompt, key, judge"
+        )
+        return estimate_leniency(
+            {judge: value for _, _, judge, value in voice} for _, voice in groupby(voices, key=itemgetter(0, 1))
+        )
+
+    def make_consensus(self, aggregate: Aggregate, leniency: Leniency) -> None:
+        """Choose for each prompt the row that is repeated in the consensus, and its scores.
+
+        Scores are aggregated key by key, each without its judge's offset. The row is the nearest of those with the
+        most keys, because its words go with the scores.
+        """
+        scores = self.rows.execute(
+            "SELECT prompt, number, judge, key, value FROM kept JOIN score USING (number) "
+            "ORDER BY prompt, number, place"
+        )
+        self.rows.executemany(
+            "INSERT INTO consensus VALUES (?, ?, ?)",
+            [_consensus(list(rows), aggregate, leniency) for _, rows in groupby(scores, key=itemgetter(0))],
+        )
 
 
-def index_parts(folder: Path) -> list[list[Path]]:
-    """The files of the index, those together that hold the same prompts."""
-    parts: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("index-*")):
-        parts.setdefault(path.name.split("-")[2], []).append(path)
-    return list(parts.values())
+def _consensus(
+    rows: Sequence[tuple[int, int, str | None, str, int]], aggregate: Aggregate, leniency: Leniency
+) -> tuple[int, bytes, int]:
+    """Number, scores in hundredths and how many judges, of the rows of one prompt."""
+    given: dict[str, dict[str | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    of_row: dict[int, dict[str, int]] = defaultdict(dict)
+    for _, number, judge, key, value in rows:
+        offset = 100 * leniency.offsets.get(judge, 0.0) if judge is not None else 0.0
+        given[key][judge].append(value - offset)
+        of_row[number][key] = value
+    combine = fmean if aggregate == "mean" else median
+    whole = {
+        key: min(100.0, max(0.0, round(combine([fmean(values) for values in by_judge.values()]), 4)))
+        for key, by_judge in given.items()
+    }
+
+    def distance(number: int) -> tuple[int, float, int]:
+        scores = of_row[number]
+        return -len(scores), fmean(abs(score - whole[key]) for key, score in scores.items()), number
+
+    nearest = min(of_row, key=distance)
+    hundredths = {key: int(whole[key] + 0.5) for key in of_row[nearest]}
+    return nearest, orjson.dumps(hundredths), len({judge for _, _, judge, _, _ in rows})
 
 
-def read_index(paths: list[Path]) -> Iterator[Indexed]:
-    """The entries of one part of the index."""
-    for path in paths:
-        with path.open("rb") as lines:
-            for line in lines:
-                yield Indexed._make(orjson.loads(line))
+def _number(source: int, line: int) -> int:
+    """The order of the input."""
+    return source << 40 | line
+
+
+def _slot(prepared: PreparedRow) -> str | None:
+    """The clip that a row is about, with the category for evaluations of one; None for rows about all clips."""
+    row = prepared.row
+    if row.clip_number is None or row.trajectory is None:
+        return None
+    category = row.metadata.get("category") if row.evaluation_type == "category" else ""
+    return f"{row.evaluation_type or ''}\0{category}\0{row.clip_number}"
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+
+
+@contextmanager
+def open_stage(path: Path, sources: Sequence[str]) -> Iterator[Stage]:
+    """A stage in a new file.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    stage = Stage(path, sources)
+    try:
+        yield stage
+    except sqlite3.OperationalError as error:
+        raise OSError(0, f"{error} ({path.parent})") from error
+    finally:
+        stage.rows.close()

@@ -1,214 +1,266 @@
-"""From the stage to the files of the variants: every row goes into each of its variants, in the input's order.
+"""From the stage to the files of the variants: every row goes into each of its variants, in the input's order."""
 
-A row is serialised once, when it is prepared; here its bytes are only appended.
-"""
-
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
-from prmkit.dataset.appending import Appender
-from prmkit.dataset.formats import Format, prompt_and_label, training_row
-from prmkit.dataset.lengths import LengthGuard
+from prmkit.dataset.lengths import LengthGuard, TooLong
 from prmkit.dataset.prepare import rejected_entry, row_id
-from prmkit.dataset.processes import Advance
-from prmkit.dataset.record import Rejected
-from prmkit.dataset.report import Tally
-from prmkit.dataset.resolve import DUPLICATE, Decision, read_decisions
-from prmkit.dataset.stage import ROWS_A_BLOCK, Facts, Group, StagedBlock, read_stage
-from prmkit.dataset.variants import held_out_name
-from prmkit.paths import SIDECAR_SUFFIX
+from prmkit.dataset.settings import CONSENSUS, FULL, PREFIX, Settings
+from prmkit.dataset.stage import DUPLICATE, Stage
+from prmkit.dataset_info import dataset_entry, training_row
+from prmkit.paths import HELD_OUT_SUFFIX, SIDECAR_SUFFIX, TASKS
 from prmkit.prompts.special_tokens import neutralise, restore
-from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict, render_verdict
+from prmkit.verdict import Unreadable, Verdict, asked_shape, read_answer, render_verdict
 
 log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
-_HELD = 4 << 20
-"""Bytes: about a block. More took no less time, and memory."""
-_VARIANTS_A_ROW = 2
-"""In one call of `write_variants`."""
+_HELD = 8 << 20
+"""Bytes that are collected before they are written, for all files together."""
 
 
-def data_file(variant: str) -> str:
-    """The training file of a variant."""
-    return f"{variant}.jsonl"
+# --- names --------------------------------------------------------------------------------------------------------
+
+_EVALUATION_TYPES = ("clip", "category", "final")
+# A judge with one of these names gets a hash after its name, whether or not the input has a variant that it would
+# clash with: names must not change when data arrives.
+_RESERVED = {"full", "custom", "consensus", "eval"}
+_LONGEST = 60
+"""Characters of a value in a name. File systems stop at 255 bytes."""
 
 
-def sidecar_file(variant: str) -> str:
-    """The file that traces the rows of a variant back to the input."""
-    return variant + SIDECAR_SUFFIX
+def held_out_name(variant: str) -> str:
+    """The name of a variant's held-out side."""
+    return variant + HELD_OUT_SUFFIX
 
 
-class StagedRow(NamedTuple):
-    """A row together with what was decided on it."""
+def name_values(types: Iterable[str], judges: Iterable[str], tasks: Iterable[str]) -> dict[tuple[str, str], str]:
+    """Name the variants of all evaluation types, judges and tasks: safe as file names, unique, the same in every run.
 
-    group: Group
-    facts: Facts
-    row: memoryview
-    sidecar: memoryview
-    decision: Decision
-
-    @property
-    def stays(self) -> bool:
-        """Whether the row is not set aside."""
-        return not self.decision.set_aside
-
-
-_NOTHING_DECIDED = Decision(-1, "", "", None, 0)
-
-
-@dataclass(frozen=True)
-class Staged:
-    """Everything that was prepared and decided."""
-
-    folder: Path
-    groups: Sequence[Sequence[Group]]
-    """By worker and number."""
-    blocks: int
-
-    def read(self) -> Iterator[tuple[StagedBlock, list[StagedRow]]]:
-        """The blocks and their rows, in the order of the input."""
-        decisions = read_decisions(self.folder)
-        decision = next(decisions, None)
-        for block in read_stage(self.folder, len(self.groups), self.blocks):
-            rows = []
-            for number, (facts, row, sidecar) in enumerate(block.rows, start=block.number * ROWS_A_BLOCK):
-                decided = _NOTHING_DECIDED
-                if decision is not None and decision.number == number:
-                    decided, decision = decision, next(decisions, None)
-                rows.append(StagedRow(self.groups[block.worker][facts.group], facts, row, sidecar, decided))
-            yield block, rows
-
-
-Watch = Callable[[Appender, StagedBlock, Sequence[StagedRow]], None]
-"""Looks at each block that is written, and may append rows of its own."""
-
-
-def write_variants(
-    staged: Staged, placement: Mapping[Group, Sequence[str]], output: Path, watch: Watch | None, advance: Advance
-) -> dict[str, int]:
-    """Append every row that stays to the variants of its group.
-
-    Args:
-        staged: the rows.
-        placement: the variants by group; each one's held-out side is found from the group.
-        output: the folder of the files.
-        watch: is shown every block.
-        advance: told of the bytes.
+    Values that would get the same name all get a hash after it; so does what is too long, or has nothing left once it
+    is safe. The three evaluation types that every input has keep their plain names.
 
     Returns:
-        How many rows each dataset has, by name.
+        The names by kind (`type`, `judge` or `task`) and value.
     """
-    with Appender(output, _HELD) as appender:
-        targets = {
-            group: [
-                (appender.collected(data_file(name)), appender.collected(sidecar_file(name)))
-                for name in _sided(variants, group)
-            ]
-            for group, variants in placement.items()
-        }
-        for block, rows in staged.read():
-            size = 0
-            for group, facts, row, sidecar, decision in rows:
-                if not decision.set_aside:
-                    for data, sidecars in targets[group]:
-                        data.append(row)
-                        sidecars.append(sidecar)
-                size += facts.row_size
-            appender.count(size * _VARIANTS_A_ROW)
-            if watch:
-                watch(appender, block, rows)
-            advance(size)
-    return {
-        name.removesuffix(".jsonl"): lines
-        for name, lines in appender.lines.items()
-        if not name.endswith(SIDECAR_SUFFIX)
+    plain = {
+        (kind, value): _safe(value)
+        for kind, values in (("type", types), ("judge", judges), ("task", tasks))
+        for value in values
     }
+    taken = Counter(plain.values())
+    return {key: PREFIX + _unique(key, safe, taken) for key, safe in plain.items()}
 
 
-def _sided(variants: Sequence[str], group: Group) -> list[str]:
-    return [held_out_name(variant) if group.held_out else variant for variant in variants]
+def _safe(value: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", value[: 4 * _LONGEST].lower()).strip("_")
 
 
-# --- what watches -------------------------------------------------------------------------------------------------
+def _unique(key: tuple[str, str], safe: str, taken: Mapping[str, int]) -> str:
+    kind, value = key
+    if kind == "type" and value in _EVALUATION_TYPES:
+        return value
+    clashes = taken[safe] > 1 or safe in _RESERVED or safe in _EVALUATION_TYPES or safe.endswith(HELD_OUT_SUFFIX)
+    if safe and not clashes and len(safe) <= _LONGEST and len(value) <= 4 * _LONGEST:
+        return safe
+    digest = hashlib.blake2b(f"{kind}:{value}".encode(errors="surrogatepass"), digest_size=4).hexdigest()
+    return f"{safe[:_LONGEST].strip('_') or kind}_{digest}"
 
 
-class Census:
-    """Counts every row for the report, and writes those that are set aside, in the order of the input."""
-
-    def __init__(self, rejected: str) -> None:
-        """
-        Args:
-            rejected: the file of the rows that are set aside.
-        """
-        self.tally = Tally()
-        self._rejected = rejected
-
-    def watch(self, appender: Appender, block: StagedBlock, rows: Sequence[StagedRow]) -> None:
-        """See `Watch`."""
-        entries = list(block.rejected)
-        for row in rows:
-            if row.stays:
-                self.tally.add_row(row.group, row.facts)
-            elif row.decision.set_aside == DUPLICATE:
-                self.tally.duplicates += 1
-            else:
-                entry = _entry_of(row, row.decision.reason)
-                entries.append((row.facts.line, entry, row.decision.set_aside, row.facts.tokens))
-        for _, entry, kind, tokens in sorted(entries, key=lambda entry: entry[0]):
-            appender.append(self._rejected, entry)
-            self.tally.add_rejected(kind, entry, tokens)
+# --- files --------------------------------------------------------------------------------------------------------
 
 
-def _entry_of(row: StagedRow, reason: str) -> bytes:
+class Written(NamedTuple):
+    """What was written."""
+
+    rows: Mapping[str, int]
+    """By dataset, in the order in which to list them."""
+    entries: Mapping[str, Mapping[str, Any]]
+    """Of dataset_info.json, in the same order."""
+
+
+def write_variants(settings: Settings, stage: Stage, guard: LengthGuard | None, output: Path) -> Written:
+    """Write every kept row into its variants, with sidecars, and every rejected one into rejected.jsonl.
+
+    Args:
+        settings: of the conversion.
+        stage: with all decisions taken.
+        guard: measures the labels of the consensus.
+        output: an empty folder.
+    """
+    with_system = bool(stage.rows.execute("SELECT 1 FROM prompt WHERE system IS NOT NULL LIMIT 1").fetchone())
+    names = {} if settings.filters else _names(settings, stage)
+    folders = {name: f"{TASKS}/" if kind == "task" else "" for (kind, _), name in names.items()}
+    consensus = f"{settings.name}_consensus" if settings.filters else CONSENSUS
+    rows: Counter[str] = Counter()
+    (output / settings.file_name(REJECTED)).touch()
+    with _appending(output) as append:
+        for staged in _kept_rows(stage):
+            line = training_row(staged.prompt, staged.label, settings.form, _system(staged, with_system))
+            for variant in _variants_of(staged, settings, names):
+                name = held_out_name(variant) if staged.held_out else variant
+                place = folders.get(variant, "") + name
+                append(f"{place}.jsonl", line)
+                append(f"{place}{SIDECAR_SUFFIX}", staged.sidecar + b"\n")
+                rows[name] += 1
+            if staged.consensus and (made := _consensus_row(staged, settings, guard, with_system)):
+                name = held_out_name(consensus) if staged.held_out else consensus
+                append(f"{name}.jsonl", made[0])
+                append(f"{name}{SIDECAR_SUFFIX}", made[1])
+                rows[name] += 1
+        for entry in _rejected_entries(stage, settings):
+            append(settings.file_name(REJECTED), entry)
+    order = [FULL, settings.name, consensus, *names.values()]
+    listed = [(name, variant) for variant in order for name in (variant, held_out_name(variant)) if name in rows]
+    entries = {
+        name: dataset_entry(f"{folders.get(variant, '')}{name}.jsonl", settings.form, with_system=with_system)
+        for name, variant in listed
+    }
+    return Written({name: rows[name] for name, _ in listed}, entries)
+
+
+def _names(settings: Settings, stage: Stage) -> dict[tuple[str, str], str]:
+    def values(column: str) -> list[str]:
+        found = stage.rows.execute(f"SELECT DISTINCT {column} FROM kept WHERE {column} IS NOT NULL ORDER BY {column}")  # noqa: S608
+        return [value for (value,) in found]
+
+    return name_values(values("evaluation_type"), values("judge"), values("task") if settings.task_variants else ())
+
+
+class _StagedRow(NamedTuple):
+    """A row that is kept."""
+
+    evaluation_type: str | None
+    judge: str | None
+    task: str | None
+    held_out: int
+    system: str | None
+    prompt: str
+    label: str
+    sidecar: bytes
+    consensus: bytes | None
+    """Scores in hundredths by key, where the row is repeated in the consensus."""
+    judges: int | None
+    """How many the consensus is of."""
+
+
+def _kept_rows(stage: Stage) -> Iterator[_StagedRow]:
+    rows = stage.rows.execute(
+        "SELECT evaluation_type, judge, task, held_out, system, coalesce(trimmed, text), label, sidecar, "
+        "consensus.scores, consensus.judges FROM kept CROSS JOIN prompt ON prompt.id = kept.prompt "
+        "CROSS JOIN body ON body.number = kept.number LEFT JOIN consensus ON consensus.number = kept.number "
+        "ORDER BY kept.number"
+    )
+    return map(_StagedRow._make, rows)
+
+
+def _variants_of(row: _StagedRow, settings: Settings, names: Mapping[tuple[str, str], str]) -> Iterator[str]:
+    if settings.filters:
+        yield settings.name
+        return
+    yield FULL
+    for kind, value in (("type", row.evaluation_type), ("judge", row.judge), ("task", row.task)):
+        if value is not None and (kind, value) in names:
+            yield names[kind, value]
+
+
+def _system(row: _StagedRow, with_system: bool) -> str | None:
+    return row.system or "" if with_system else None
+
+
+@contextmanager
+def _appending(folder: Path) -> Iterator[Any]:
+    """A function that appends a line to a file, for thousands of files: each is open only while it is written to."""
+    held: dict[str, list[bytes]] = {}
+    size = 0
+    (folder / TASKS).mkdir()
+
+    def append(name: str, line: bytes) -> None:
+        nonlocal size
+        held.setdefault(name, []).append(line)
+        size += len(line)
+        if size > _HELD:
+            write()
+
+    def write() -> None:
+        nonlocal size
+        for name, lines in held.items():
+            with open(f"{folder}/{name}", "ab", buffering=0) as stream:  # noqa: PTH123 - thousands of names
+                written = memoryview(b"".join(lines))
+                while written:  # a disk that is filling up takes a part, and says why with the next call
+                    written = written[stream.write(written) :]
+        held.clear()
+        size = 0
+
+    yield append
+    write()
+    if not any((folder / TASKS).iterdir()):
+        (folder / TASKS).rmdir()
+
+
+def _rejected_entries(stage: Stage, settings: Settings) -> Iterator[bytes]:
+    """The lines of rejected.jsonl in the order of the input."""
+    numbers = stage.rows.execute(
+        "SELECT number, entry, NULL FROM rejected UNION ALL SELECT number, NULL, reason FROM row "
+        "WHERE wanted AND status IS NOT NULL AND status != ? ORDER BY number", (DUPLICATE,),
+    )  # fmt: skip
+    for number, entry, reason in numbers:
+        if entry is None:
+            source, line, system, prompt, label = stage.rows.execute(
+                "SELECT source, line, system, text, label FROM row JOIN prompt ON prompt.id = prompt "
+                "JOIN body ON body.number = row.number WHERE row.number = ?", (number,),
+            ).fetchone()  # fmt: skip
+            row = orjson.loads(training_row(prompt, label, settings.form, system))
+            entry = rejected_entry(stage.sources[source], line, reason, row)
+        yield entry
+
+
+def _consensus_row(
+    row: _StagedRow, settings: Settings, guard: LengthGuard | None, with_system: bool
+) -> tuple[bytes, bytes] | None:
+    """The row with the judges' common scores in place of its own: the lines of the file and of the sidecar."""
     sidecar = orjson.loads(row.sidecar)
-    return rejected_entry(sidecar["source"], sidecar["line"], reason, orjson.loads(row.row))
+    asked = asked_shape(restore(row.prompt)) or (asked_shape(restore(row.system)) if row.system else None)
+    answer = read_answer(restore(row.label, answer=True), asked)
+    if isinstance(answer, Unreadable):
+        _warn_of_left_out(sidecar, answer.reason)
+        return None
+    scores = {key: score / 100 for key, score in orjson.loads(row.consensus or b"{}").items()}
+    label, _ = neutralise(render_verdict(Verdict(scores, answer.nested, answer.texts)), answer=True)
+    prompt = row.prompt
+    if guard:
+        (measured,) = guard.fit([(row.system, prompt, label)])
+        if isinstance(measured, TooLong):  # the judge's own row fitted, by a token or two
+            _warn_of_left_out(sidecar, measured.reason)
+            return None
+        prompt = measured.prompt
+        sidecar["tokens"] = measured.tokens - measured.tokens_left_out
+    judge = f"{settings.aggregate} of {row.judges} judges"
+    sidecar |= {
+        "id": row_id(sidecar["prompt_sha256"], judge, label),
+        "scores": scores,
+        "metadata": sidecar["metadata"] | {"model_name": judge},
+    }
+    line = training_row(prompt, label, settings.form, _system(row, with_system))
+    return line, orjson.dumps(sidecar, option=orjson.OPT_APPEND_NEWLINE)
 
 
-@dataclass(frozen=True)
-class Consensus:
-    """Repeats rows that stand for several judges, with the aggregated scores in place of their judge's own."""
+def _warn_of_left_out(sidecar: Mapping[str, Any], reason: str) -> None:
+    log.warning("%s:%d: left out of the consensus: %s", sidecar["source"], sidecar["line"], reason)
 
-    variant: str
-    aggregate: str
-    form: Format
-    guard: LengthGuard | None
 
-    def watch(self, appender: Appender, _block: StagedBlock, rows: Sequence[StagedRow]) -> None:
-        """See `Watch`."""
-        for row in rows:
-            if row.decision.consensus:
-                self._append(appender, row, row.decision.consensus, row.decision.judges)
-
-    def _append(self, appender: Appender, row: StagedRow, hundredths: Mapping[str, int], judges: int) -> None:
-        prompt, label = prompt_and_label(row.row, self.form)
-        sidecar = orjson.loads(row.sidecar)
-        verdict = read_verdict(restore(label, answer=True), asked_shape(restore(prompt)))
-        if isinstance(verdict, Unreadable):
-            self._leave_out(sidecar, verdict.reason)
-            return
-        scores = {key: score / 100 for key, score in hundredths.items()}
-        label, _ = neutralise(render_verdict(Verdict(scores, verdict.nested, verdict.texts)), answer=True)
-        if self.guard:
-            try:
-                prompt = self.guard.fit(prompt, label).prompt
-            except Rejected as rejected:  # the judge's own row fitted, by a token or two
-                self._leave_out(sidecar, rejected.reason)
-                return
-        judge = f"{self.aggregate} of {judges} judges"
-        sidecar |= {
-            "id": row_id(sidecar["prompt_sha256"], judge, label),
-            "scores": scores,
-            "metadata": sidecar["metadata"] | {"model_name": judge},
-        }
-        (name,) = _sided([self.variant], row.group)
-        appender.append(data_file(name), training_row(prompt, label, self.form))
-        appender.append(sidecar_file(name), orjson.dumps(sidecar, option=orjson.OPT_APPEND_NEWLINE))
-
-    def _leave_out(self, sidecar: Mapping[str, Any], reason: str) -> None:
-        log.warning("%s:%d: left out of the consensus: %s", sidecar["source"], sidecar["line"], reason)
+def both_sides(rows: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Rows by variant and side."""
+    variants: Sequence[str] = list(dict.fromkeys(name.removesuffix(HELD_OUT_SUFFIX) for name in rows))
+    return {
+        variant: {"train": rows.get(variant, 0), "held_out": rows.get(held_out_name(variant), 0)}
+        for variant in variants
+    }

@@ -1,4 +1,4 @@
-"""Judged rows as they are met, and conversions of them."""
+"""Judged rows as users have them, and conversions of them."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prmkit.dataset.convert import convert
+from prmkit.dataset.conversion import convert
 from prmkit.dataset.settings import Settings
 
 SCHEMA = """Please evaluate this clip in the following JSON format:
@@ -56,7 +56,7 @@ def row_of(
         answer = json.dumps({"reasonableness_score": score, "summary": "Searched."})
     return {
         "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}],
-        "metadata": {"model_name": judge, "task_id": task, "evaluation_type": kind, "clip_number": 1, **metadata},
+        "metadata": {"model_name": judge, "task_id": task, "evaluation_type": kind, **metadata},
     }
 
 
@@ -69,6 +69,7 @@ def many_rows(tasks: int = 30, clips: int = 3, judges: Iterable[str] = ("judge-a
             judge=judge,
             task=f"task_{task}",
             kind="final" if clip == clips - 1 else "clip",
+            clip_number=clip + 1,
             category=None if clip else "web",
         )
         for task in range(tasks)
@@ -112,5 +113,14 @@ def convert_rows(tmp_path: Path, data: Path) -> Convert:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """What a reader finds in a folder: the content of every file by name."""
     return {
-        path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and not path.name.startswith(".")
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for pattern in ("*", "tasks/*")
+        for path in folder.glob(pattern)
+        if path.is_file() and not path.name.startswith(".")
     }
+
+
+def file_of(data: Path, name: str, suffix: str = ".jsonl") -> Path:
+    """The file of a dataset, in the folder or in that of single tasks."""
+    path = data / f"{name}{suffix}"
+    return path if path.exists() else data / "tasks" / f"{name}{suffix}"

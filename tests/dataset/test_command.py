@@ -21,7 +21,7 @@ def source(tmp_path: Path) -> Path:
 def test_without_arguments_it_reads_finetune_jsonl_and_writes_data(source: Path, script: Script) -> None:
     done = script("convert_dataset.py", cwd=source.parent)
     assert (source.parent / "data" / "dataset_info.json").exists()
-    for said in ("reward_model_full", "held out", "not JSON", "181 lines: 180 rows kept, 1 set aside, 0 duplicates"):
+    for said in ("reward_model_full", "held out", "not JSON", "181 rows read: 180 kept, 1 rejected, 0 duplicates"):
         assert said in done.stdout
     assert "judge-a / judge-b" in done.stdout
     assert done.stderr.strip() == ""
@@ -70,10 +70,10 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
     [
         (["--input", "gone.jsonl"], 1, "gone.jsonl: no such file"),
         (["--input", "finetune.jsonl", "finetune.jsonl"], 1, "named twice"),
-        (["--input", "empty"], 1, "holds no file"),
+        (["--input", "empty"], 1, "holds no file that ends in"),
         (["--task-ids", "nope"], 1, "in the input: task_"),
         (["--eval-tasks", "gone.txt"], 1, "gone.txt: No such file"),
-        (["--max-rejected", "0"], 1, "1 rows are set aside"),
+        (["--max-rejected", "0"], 1, "1 rows are rejected"),
         (["--tokenizer", "empty", "--cutoff-len", "100"], 1, "empty: holds no tokenizer"),
         (["--eval-ratio", "1"], 2, "--eval-ratio"),
         (["--eval-ratio", "0.1", "--eval-tasks", "x"], 2, "choose"),
@@ -82,11 +82,14 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
         (["--name", "x"], 2, "--name: names the variant"),
         (["--name", "../x", "--task-ids", "task_1"], 2, "--name: letters"),
         (["--name", "reward_model_full", "--task-ids", "task_1"], 2, "is a variant of the main conversion"),
-        (["--processes", "0"], 2, "--processes"),
+        (["--scale", "5", "1"], 2, "--scale 5 1"),
+        (["--scale", "judge-a=10"], 2, "--scale judge-a=10"),
+        (["--scale", "1", "5", "--scale", "0", "9"], 2, "two ranges"),
+        (["--map", "pass=2"], 2, "--map pass=2"),
         (["--tokenizer", "x"], 2, "--cutoff-len"),
         (["--template", "qwen"], 2, "--tokenizer"),
         (["--config", "gone.yaml"], 2, "gone.yaml"),
-        (["finetune.jsonl"], 2, "Inputs are named behind --input"),
+        (["finetune.jsonl"], 2, "Inputs are named after --input"),
         (["cutoff_len=600"], 2, "give a --config"),
         (["--config", "finetune.jsonl"], 2, "finetune.jsonl"),
         (["--labels", "short"], 2, "invalid choice"),
@@ -103,8 +106,8 @@ def test_what_cannot_be_meant_is_said(
 
 
 def test_all_problems_are_told_at_once(script: Script) -> None:
-    done = script("convert_dataset.py", "--eval-ratio", 2, "--max-disagreement", 3, "--processes", 0, code=2)
-    assert all(flag in done.stderr for flag in ("--eval-ratio", "--max-disagreement", "--processes"))
+    done = script("convert_dataset.py", "--eval-ratio", 2, "--max-disagreement", 3, "--cutoff-len", 0, code=2)
+    assert all(flag in done.stderr for flag in ("--eval-ratio", "--max-disagreement", "--cutoff-len"))
 
 
 def test_a_config_without_a_model_leaves_the_guard_out_and_says_so(source: Path, data: Path, script: Script) -> None:
@@ -113,7 +116,7 @@ def test_a_config_without_a_model_leaves_the_guard_out_and_says_so(source: Path,
     (source.parent / "model").mkdir()
     (source.parent / "model" / ".gitkeep").touch()
     done = script("convert_dataset.py", "--config", config, cwd=source.parent)
-    assert "no model in model, so the length guard is left out" in done.stderr
+    assert "no model in model, so lengths are not checked" in done.stderr
 
 
 def test_an_unwritable_folder_is_one_message(source: Path, script: Script) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import zstandard
 
-from prmkit.dataset.filters import Filters
-from prmkit.dataset.split import Split, is_held_out
+from prmkit.dataset.conversion import convert
+from prmkit.dataset.settings import Filters, Settings, Split
 from prmkit.errors import DataError
 from prmkit.prompts.special_tokens import restore
 from prmkit.verdict import Verdict, read_verdict
-from tests.dataset.conftest import Convert, many_rows, prompt_of, read_lines, row_of, snapshot, write_rows
+from tests.dataset.conftest import Convert, file_of, many_rows, prompt_of, read_lines, row_of, snapshot, write_rows
 
 
 def test_every_row_stands_in_each_of_its_variants_in_the_order_of_the_input(convert_rows: Convert, data: Path) -> None:
@@ -38,7 +38,7 @@ def test_every_row_stands_in_each_of_its_variants_in_the_order_of_the_input(conv
 
 
 def _prompts(data: Path, name: str) -> list[str]:
-    path = data / f"{name}.jsonl"
+    path = file_of(data, name)
     return [row["instruction"] for row in read_lines(path)] if path.exists() else []
 
 
@@ -85,25 +85,9 @@ def test_labels_are_canonical_or_verbatim(convert_rows: Convert, data: Path) -> 
     assert read_lines(data / "reward_model_full.jsonl")[0]["output"] == answer
 
 
-def test_two_processes_write_what_one_writes(
-    convert_rows: Convert, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks of a few kilobytes, so that a small input is shared by several workers."""
-    monkeypatch.setattr("prmkit.dataset.sources._BLOCK", 5_000)
-    rows = [*many_rows(tasks=40), b"not json", *many_rows(tasks=3), {"a": 1}]
-    convert_rows(rows, processes=1, aggregate="mean")
-    alone = snapshot(data)
-    monkeypatch.setattr("prmkit.dataset.convert._FORK_FROM", 0)
-    for processes in (2, 3):
-        convert_rows(rows, processes=processes, aggregate="mean")
-        together = snapshot(data)
-        assert together.keys() == alone.keys()
-        assert [name for name in alone if alone[name] != together[name]] in ([], ["conversion_report.json"])
-
-
 def test_what_is_set_aside_says_where_and_why(convert_rows: Convert, data: Path) -> None:
     bad = row_of(prompt_of("x"), '{"reasonableness_score": 1.7, "summary": "s"}')
-    report = convert_rows([row_of(prompt_of("a")), b"{oops", bad, b"", row_of(prompt_of("y"), "")])
+    report = convert_rows([row_of(prompt_of("a")), b"{oops", bad, b"", row_of(prompt_of("y"), "")], max_rejected="100%")
     rejected = read_lines(data / "rejected.jsonl")
     assert [(entry["line"], entry["reason"]) for entry in rejected][1:] == [
         (3, "score 1.7 of reasonableness_score out of range"),
@@ -123,7 +107,7 @@ def test_too_many_rejected_rows_fail_the_conversion(convert_rows: Convert, data:
     if not fails:
         convert_rows(rows, max_rejected=limit)
         return
-    with pytest.raises(DataError, match=r"2 rows are set aside.*--max-rejected.*\n.*2 x not JSON.*:4: not JSON"):
+    with pytest.raises(DataError, match=r"2 rows are rejected.*--max-rejected.*\n.*2 x not JSON.*:4: not JSON"):
         convert_rows(rows, max_rejected=limit)
     assert not snapshot(data)
 
@@ -175,7 +159,7 @@ def test_a_task_is_on_one_side_everywhere_and_after_new_data(convert_rows: Conve
 def _tasks_by_side(convert_rows: Convert, data: Path, rows: list[Any]) -> dict[bool, set[str]]:
     convert_rows(rows)
     sides: dict[bool, set[str]] = {False: set(), True: set()}
-    for path in data.glob("*.meta.jsonl"):
+    for path in data.rglob("*.meta.jsonl"):
         held_out = path.name.endswith("_eval.meta.jsonl")
         sides[held_out] |= {row["metadata"]["task_id"] for row in read_lines(path)}
     return sides
@@ -184,13 +168,13 @@ def _tasks_by_side(convert_rows: Convert, data: Path, rows: list[Any]) -> dict[b
 def test_the_seed_and_the_ratio_choose_the_tasks() -> None:
     tasks = [f"task_{number}" for number in range(2_000)]
     for ratio in (0.1, 0.3):
-        assert abs(sum(is_held_out(task, ratio, 0) for task in tasks) / len(tasks) - ratio) < 0.03
-    assert [is_held_out(task, 0.1, 0) for task in tasks] != [is_held_out(task, 0.1, 1) for task in tasks]
-    assert not any(is_held_out(task, 0.0, 0) for task in tasks)
+        assert abs(sum(Split(ratio).holds_out(task) for task in tasks) / len(tasks) - ratio) < 0.03
+    assert [Split().holds_out(task) for task in tasks] != [Split(seed=1).holds_out(task) for task in tasks]
+    assert not any(Split(0.0).holds_out(task) for task in tasks)
 
 
 def test_the_training_set_is_never_empty(convert_rows: Convert) -> None:
-    held_out = next(f"task_{number}" for number in range(1_000) if is_held_out(f"task_{number}", 0.1, 0))
+    held_out = next(f"task_{number}" for number in range(1_000) if Split().holds_out(f"task_{number}"))
     report = convert_rows([row_of(prompt_of("a"), task=held_out)])
     assert report["rows"] == {"train": 1, "held_out": 0}
 
@@ -235,9 +219,6 @@ def test_rows_without_a_task_go_by_their_prompt(convert_rows: Convert, data: Pat
 
 
 def test_packed_and_several_inputs_and_folders(tmp_path: Path, data: Path, convert_rows: Convert) -> None:
-    from prmkit.dataset.convert import convert
-    from prmkit.dataset.settings import Settings
-
     rows = many_rows(tasks=6)
     folder = tmp_path / "inputs" / "deep"
     folder.mkdir(parents=True)
@@ -261,9 +242,6 @@ def test_packed_and_several_inputs_and_folders(tmp_path: Path, data: Path, conve
 
 
 def test_stdin(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prmkit.dataset.convert import convert
-    from prmkit.dataset.settings import Settings
-
     text = "\n".join(json.dumps(row) for row in many_rows(tasks=4))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     report = convert(Settings(inputs=("-",), output=data))
@@ -285,9 +263,6 @@ def test_stdin(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_useless_input_is_refused_and_nothing_is_written(
     tmp_path: Path, data: Path, content: bytes, message: str
 ) -> None:
-    from prmkit.dataset.convert import convert
-    from prmkit.dataset.settings import Settings
-
     (tmp_path / "input.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message):
         convert(Settings(inputs=(str(tmp_path / "input.jsonl"),), output=data))
@@ -296,9 +271,6 @@ def test_a_useless_input_is_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "folder", "broken.jsonl.gz", "broken.jsonl.zst", "cut.jsonl.gz"])
 def test_an_input_that_cannot_be_read_is_named(tmp_path: Path, data: Path, name: str) -> None:
-    from prmkit.dataset.convert import convert
-    from prmkit.dataset.settings import Settings
-
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken.jsonl.gz").write_bytes(b"no gzip")
     (tmp_path / "broken.jsonl.zst").write_bytes(b"no zstd")
@@ -350,8 +322,8 @@ def test_filters_know_the_held_out_rows_that_they_do_not_want(convert_rows: Conv
     """A prompt that is the clip of one task and the final of a held-out one: the clip is set aside by both."""
     tasks = [f"task_{number}" for number in range(40)]
     rows = [row_of(prompt_of(task), task=task) for task in tasks]
-    held_out = next(task for task in tasks if is_held_out(task, 0.1, 0))
-    trained = next(task for task in tasks if not is_held_out(task, 0.1, 0))
+    held_out = next(task for task in tasks if Split().holds_out(task))
+    trained = next(task for task in tasks if not Split().holds_out(task))
     rows.append(row_of(prompt_of(trained), task=held_out, kind="final"))
     for filters in (Filters(), Filters(evaluation_types=frozenset({"clip"}))):
         report = convert_rows(rows, filters=filters)
@@ -378,10 +350,10 @@ def test_stale_files_go_only_if_they_are_ours(convert_rows: Convert, data: Path)
     convert_rows(many_rows(tasks=5))
     (data / "reward_model_mine.jsonl").write_text("{}\n")
     (data / "notes.txt").write_text("keep")
-    assert (data / "reward_model_task_4.jsonl").exists()
+    assert (data / "tasks" / "reward_model_task_4.jsonl").exists()
     convert_rows(many_rows(tasks=3))
-    assert not (data / "reward_model_task_4.jsonl").exists()
-    assert not (data / "reward_model_task_4.meta.jsonl").exists()
+    assert not (data / "tasks" / "reward_model_task_4.jsonl").exists()
+    assert not (data / "tasks" / "reward_model_task_4.meta.jsonl").exists()
     assert "reward_model_task_4" not in json.loads((data / "dataset_info.json").read_text())
     assert (data / "reward_model_mine.jsonl").read_text() == "{}\n"
     assert (data / "notes.txt").read_text() == "keep"
@@ -395,7 +367,7 @@ def test_somebody_elses_file_of_the_same_name_is_not_replaced_in_silence(
     data.mkdir()
     (data / "reward_model_full.jsonl").write_text("mine\n")
     convert_rows(many_rows(tasks=3))
-    assert "reward_model_full.jsonl: replaced" in caplog.text
+    assert "replaced, though no earlier conversion lists them: reward_model_full.jsonl" in caplog.text
     caplog.clear()
     convert_rows(many_rows(tasks=3))
     assert not caplog.text

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from prmkit.dataset.lengths import LengthSettings
-from prmkit.dataset.split import Split
+from prmkit.dataset.settings import LengthSettings, Split
 from prmkit.errors import DataError
 from prmkit.prompts.truncation import trim_prompt
 from tests.dataset.conftest import SCHEMA, Convert, many_rows, prompt_of, read_lines, row_of
@@ -107,7 +106,7 @@ def test_without_the_guard_llamafactory_cuts(
 
 
 def test_too_long_rows_are_dropped_or_refused_on_request(convert_rows: Convert, data: Path, tiny_model: Path) -> None:
-    report = convert_rows(LONG, lengths=guarded(tiny_model, too_long="drop"))
+    report = convert_rows(LONG, lengths=guarded(tiny_model, too_long="drop"), max_rejected="100%")
     assert report["lengths"]["tokens"]["100%"] > 5_000, "what is dropped counts among the lengths"
     assert report["rejected"]["too long"] > 4
     assert "cutoff_len is 700" in read_lines(data / "rejected.jsonl")[0]["reason"]
@@ -118,7 +117,7 @@ def test_too_long_rows_are_dropped_or_refused_on_request(convert_rows: Convert, 
 def test_a_row_that_cannot_be_trimmed_is_set_aside(convert_rows: Convert, tiny_model: Path) -> None:
     hopeless = row_of(prompt_of("short", task="a long task " * 1_000))
     report = convert_rows([hopeless, row_of(prompt_of("fine"))], lengths=guarded(tiny_model))
-    assert report["rejected"] == {"too long, and not to be trimmed": 1}
+    assert report["rejected"] == {"too long, and cannot be trimmed": 1}
 
 
 def test_the_report_says_which_cutoff_would_do(convert_rows: Convert, data: Path, tiny_model: Path) -> None:

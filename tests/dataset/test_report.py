@@ -3,11 +3,7 @@
 import json
 from collections import Counter
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from prmkit.dataset.lengths import quantiles
-from prmkit.dataset.split import Split
+from prmkit.dataset.settings import Split
 from tests.dataset.conftest import Convert, Path, many_rows, prompt_of, read_lines, row_of
 
 
@@ -49,12 +45,11 @@ def test_repairs_are_counted(convert_rows: Convert) -> None:
     assert convert_rows(rows)["repaired"] == {"rows": 2, "repairs": {"fenced": 1, "cut off": 1}}
 
 
-counts = st.dictionaries(st.integers(0, 100), st.integers(1, 5), min_size=1).map(Counter)
-
-
-@given(counts)
-def test_quantiles_cover_their_share(values: "Counter[int]") -> None:
-    everything = sorted(values.elements())
-    for share, length in zip((0.5, 0.95, 1.0), quantiles(values, (0.5, 0.95, 1.0)).values(), strict=True):
-        assert sum(value <= length for value in everything) >= share * len(everything) - 1e-9
-        assert sum(value < length for value in everything) < share * len(everything)
+def test_quantiles_cover_their_share(convert_rows: Convert) -> None:
+    rows = [row_of(prompt_of("x" * number)) for number in range(37)]
+    lengths = sorted(len(row["conversations"][0]["value"]) for row in rows)
+    found = convert_rows(rows)["lengths"]["prompt_characters"]
+    for share, length in found.items():
+        wanted = float(share.removesuffix("%")) / 100 * len(lengths)
+        assert sum(value <= length for value in lengths) >= wanted - 1e-9
+        assert sum(value < length for value in lengths) < wanted

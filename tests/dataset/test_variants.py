@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmkit.dataset.variants import PREFIX, name_values
+from prmkit.dataset.settings import PREFIX
+from prmkit.dataset.write import name_values
 from tests.dataset.conftest import Convert, Path, prompt_of, read_lines, row_of
 
 TYPES = ["clip", "category", "final"]
@@ -52,11 +53,11 @@ def test_hostile_values_stay_inside_the_folder(convert_rows: Convert, data: Path
     rows += [row_of(prompt_of(f"t{number}"), kind=value) for number, value in enumerate(HOSTILE)]
     report = convert_rows(rows)
     assert sorted(path.name for path in data.parent.iterdir()) == ["data", "finetune.jsonl"]
-    assert all(path.is_file() for path in data.iterdir())
+    assert all(path.is_file() for path in data.iterdir() if path.name != "tasks")
     assert sum(report["rows"].values()) == len(rows)
     found = {
         row["metadata"]["task_id"]
-        for path in data.glob("*.meta.jsonl")
+        for path in data.rglob("*.meta.jsonl")
         if "full" not in path.name
         for row in read_lines(path)
     }
@@ -74,7 +75,13 @@ def test_thousands_of_tasks_in_any_order(convert_rows: Convert, data: Path) -> N
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(report["variants"]) == 3_000 + 3
-    assert len(read_lines(data / "reward_model_task_1.jsonl") + read_lines(data / "reward_model_task_2999.jsonl")) == 4
+    assert (
+        len(
+            read_lines(data / "tasks/reward_model_task_1.jsonl")
+            + read_lines(data / "tasks/reward_model_task_2999.jsonl")
+        )
+        == 4
+    )
     for name in ("reward_model_full", "reward_model_full_eval"):
         lines = [trace["line"] for trace in read_lines(data / f"{name}.meta.jsonl")]
         assert lines == sorted(lines)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from prmkit.dataset.agreement import Agreement
-from prmkit.dataset.split import Split
+from prmkit.dataset.settings import Split
 from tests.dataset.conftest import Convert, Path, prompt_of, read_lines, row_of
 
 
@@ -42,7 +41,7 @@ def test_the_consensus_keeps_to_the_sides(convert_rows: Convert, data: Path) -> 
 def test_scores_are_aggregated_key_by_key(convert_rows: Convert, data: Path) -> None:
     answers = {"one": {"a": 0.2, "b": 0.4}, "two": {"a": 0.4, "b": 1.0}, "three": {"a": 0.9}}
     rows = [
-        row_of(prompt_of("a"), json.dumps({"scores": scores, "summary": judge}), judge=judge)
+        row_of("Judge this run.", json.dumps({"scores": scores, "summary": judge}), judge=judge)
         for judge, scores in answers.items()
     ]
     convert_rows(rows, aggregate="mean")
@@ -67,25 +66,21 @@ def test_contested_prompts_are_set_aside(convert_rows: Convert, data: Path) -> N
     assert sum(report["rows"].values()) == 3
 
 
-def test_agreement_is_what_numpy_finds() -> None:
+def test_agreement_is_what_numpy_finds(convert_rows: Convert) -> None:
     choose = random.Random(0)
-    pairs = [(choose.randrange(101), choose.randrange(101)) for _ in range(200)]
-    agreement = Agreement()
-    for one, other in pairs:
-        agreement.add("clip", "a", "b", {"s": one}, {"s": other, "t": 5})
-    (found,) = agreement.as_json()
-    columns = np.array(pairs) / 100
+    pairs = [(choose.randrange(101) / 100, choose.randrange(101) / 100) for _ in range(200)]
+    rows = [row for number, (one, other) in enumerate(pairs) for row in judged(str(number), a=one, b=other)]
+    (found,) = convert_rows(rows)["judge_agreement"]
+    columns = np.array(pairs)
     assert found["pearson"] == pytest.approx(np.corrcoef(columns.T)[0, 1], abs=1e-4)
     assert found["mean_absolute_difference"] == pytest.approx(np.abs(columns[:, 0] - columns[:, 1]).mean(), abs=1e-4)
     assert (found["n"], found["prompts"]) == (200, 200)
 
 
-@pytest.mark.parametrize("scores", [[(50, 60)], [(50, 60), (50, 70)], [(0, 0)] * 5])
-def test_agreement_that_cannot_be_told_is_null(scores: Sequence[tuple[int, int]]) -> None:
-    agreement = Agreement()
-    for one, other in scores:
-        agreement.add("clip", "a", "b", {"s": one}, {"s": other})
-    assert agreement.as_json()[0]["pearson"] is None
+@pytest.mark.parametrize("scores", [[(0.5, 0.6)], [(0.5, 0.6), (0.5, 0.7)], [(0.0, 0.0)] * 5])
+def test_agreement_that_is_not_defined_is_null(convert_rows: Convert, scores: Sequence[tuple[float, float]]) -> None:
+    rows = [row for number, (one, other) in enumerate(scores) for row in judged(str(number), a=one, b=other)]
+    assert convert_rows(rows)["judge_agreement"][0]["pearson"] is None
 
 
 def test_agreement_by_type_and_pair(convert_rows: Convert) -> None:

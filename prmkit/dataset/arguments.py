@@ -1,0 +1,66 @@
+"""The flags of convert_dataset.py. Imports nothing else, so that --help works without any package."""
+
+import argparse
+from pathlib import Path
+
+_EPILOG = """\
+Without filters: reward_model_full and one variant for each evaluation type,
+judge and task, each with its held-out side NAME_eval, listed in
+dataset_info.json; conversion_report.json, rejected.jsonl.
+With filters: one variant (reward_model_custom, or --name), added to what is
+there; its report is NAME.report.json, its rejected rows are
+NAME.rejected.jsonl, and it holds out the tasks that the conversion in the
+folder holds out.
+"""
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of convert_dataset.py."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    inputs = "files of rows (.jsonl, .ndjson, .json; .gz, .bz2, .zst), folders of them, - for stdin (finetune.jsonl)"
+    add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
+    add("--output-dir", type=Path, metavar="FOLDER", help="(default: dataset_dir of --config, or data)")
+    add("--format", choices=["alpaca", "sharegpt"], default="alpaca", help="of the training files (default: alpaca)")
+    labels = "train on verdicts in one form, or as the judge wrote them (default: canonical)"
+    add("--labels", choices=["canonical", "verbatim"], default="canonical", help=labels)
+    add("--mask-leaked-scores", action="store_true", help="hide earlier scores in prompts: (Score: 0.93)")
+    add("--max-rejected", metavar="N", help="fail if more rows are rejected: a share or a number (default: 50%%)")
+    add("--no-task-variants", dest="task_variants", action="store_false", help="write no variant for each task")
+    add("--json", action="store_true", help="print the report instead of the summary")
+    add("--audit", type=Path, metavar="FOLDER", help="only look for leaks between the datasets of any folder")
+
+    filters = parser.add_argument_group("filters, which all must agree").add_argument
+    filters("--evaluation-types", nargs="+", metavar="TYPE", help="such as clip, category, final")
+    filters("--model-names", nargs="+", metavar="JUDGE", help="judges, such as deepseek-chat")
+    filters("--task-ids", nargs="+", metavar="TASK")
+    filters("--name", metavar="NAME", help="of the variant (default: reward_model_custom)")
+
+    split = parser.add_argument_group("held-out tasks").add_argument
+    split("--eval-ratio", type=float, metavar="X", help="share of the tasks that is held out; 0: none (default: 0.1)")
+    split("--split-seed", type=int, metavar="N", help="another seed holds out other tasks (default: 0)")
+    split("--eval-tasks", type=Path, metavar="FILE", help="your list of held-out tasks, one per line")
+    near = "training prompts that repeat a held-out one with a few words changed (default: keep, and count)"
+    split("--near-duplicates", choices=["keep", "drop"], default="keep", help=near)
+
+    judges = parser.add_argument_group("judges").add_argument
+    scale = "the range of all judges (1 5), or of single ones (JUDGE=1:10 …); may be given several times"
+    judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
+    judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help="scores of words: pass=1 fail=0")
+    consensus = "also write reward_model_consensus, with one row per prompt (default: none)"
+    judges("--aggregate", choices=["none", "mean", "median"], default="none", help=consensus)
+    judges("--no-leniency-correction", dest="leniency_correction", action="store_false",
+           help="aggregate scores as they are, without taking off how lenient each judge is")  # fmt: skip
+    judges("--max-disagreement", type=float, metavar="X", help="reject prompts on which judges differ more (0 to 1)")
+
+    lengths = parser.add_argument_group("length guard").add_argument
+    lengths("--config", type=Path, metavar="FILE", help="take what is not given here from a training_config.yaml")
+    lengths("assignments", nargs="*", metavar="key=value", help="overrides --config: cutoff_len=8192")
+    lengths("--tokenizer", type=Path, metavar="FOLDER", help="the model's folder")
+    lengths("--template", metavar="NAME", help="LLaMA Factory's, such as qwen")
+    lengths("--cutoff-len", type=int, metavar="N", help="tokens of prompt and label")
+    cut = "rows that LLaMA Factory would cut: shorten the middle of the prompt, reject, fail, keep (default: trim)"
+    lengths("--too-long", choices=["trim", "drop", "error", "keep"], default="trim", help=cut)
+    return parser

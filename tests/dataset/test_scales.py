@@ -1,0 +1,92 @@
+"""A judge on another scale gives no labels until the scale is named; words are mapped when their scores are given."""
+
+import json
+from typing import Any
+
+import pytest
+
+from prmkit.dataset.command import arguments_of, settings_of
+from prmkit.errors import DataError
+from prmkit.verdict import Scale
+from tests.dataset.conftest import Convert, Path, prompt_of, read_lines, row_of
+
+TEN = [1, 1, 2, 7, 10, 9, 1, 4]
+
+
+def judged(scores: list[Any], judge: str = "judge-ten", key: str = "reasonableness_score") -> list[dict[str, Any]]:
+    return [
+        row_of(prompt_of(f"{judge} {number}").replace("reasonableness_score", key),
+               json.dumps({key: score, "summary": "It looked."}), judge=judge, task=f"task_{number}")
+        for number, score in enumerate(scores)
+    ]  # fmt: skip
+
+
+def labels(data: Path) -> list[float]:
+    lines = [row for name in ("full", "full_eval") for row in read_lines(data / f"reward_model_{name}.meta.jsonl")]
+    return [row["scores"]["reasonableness_score"] for row in sorted(lines, key=lambda row: row["line"])]
+
+
+def test_none_of_its_rows_is_a_label(convert_rows: Convert, data: Path) -> None:
+    with pytest.raises(DataError) as error:
+        convert_rows(judged(TEN))
+    for said in ("judge-ten", "reasonableness_score", "from 1 to 10", "2, 7, 10", "--scale judge-ten=1:10"):
+        assert said in str(error.value)
+    report = convert_rows([*judged(TEN), *judged([0.5] * 9, judge="judge-a")])
+    assert report["judges"] == {"judge-a": 9}
+    assert report["rejected"] == {"a score is out of range": 5, "the judge uses another scale": 3}
+    assert set(labels(data)) == {0.5}
+    assert report["judges_with_losses"][0]["judge"] == "judge-ten"
+
+
+def test_a_named_scale_maps_the_worst_to_0_and_the_best_to_1(convert_rows: Convert, data: Path) -> None:
+    report = convert_rows(judged(TEN), scales={"judge-ten": Scale(1, 10)})
+    assert labels(data) == [0.0, 0.0, 0.11, 0.67, 1.0, 0.89, 0.0, 0.33]
+    assert report["rejected"] == {}
+    assert report["settings"]["scales"] == {"judge-ten": {"low": 1, "high": 10, "words": {}}}
+
+
+def test_a_wrong_scale_gives_no_labels_either(convert_rows: Convert) -> None:
+    """A judge from 0 to 1 under --scale 1 5: its 1.0, the best, would become the worst."""
+    with pytest.raises(DataError, match="outside of 1 to 5"):
+        convert_rows(judged([1.0, 0.5, 0.7, 1, 0.2]), scales={None: Scale(1, 5)})
+
+
+@pytest.mark.parametrize(("stray", "kept"), [(1, 249), (2, 248), (3, 297), (5, 0)])
+def test_stray_values_cost_their_own_rows(convert_rows: Convert, stray: int, kept: int) -> None:
+    rows = judged([1.7] * stray + [0.5] * (300 - stray if stray == 3 else 250 - stray), judge="judge-a")
+    if not kept:
+        rows = rows[:200]
+        with pytest.raises(DataError, match="none of its rows"):
+            convert_rows(rows)
+        return
+    report = convert_rows(rows)
+    assert sum(report["rows"].values()) == kept
+    assert report["scale_problems"] == []
+
+
+def test_only_the_key_on_another_scale_costs_rows(convert_rows: Convert) -> None:
+    rows = judged([0.5] * 6) + judged([3, 4, 1, 5], key="effort_score")
+    report = convert_rows(rows)
+    assert sum(report["rows"].values()) == 6
+    assert "effort_score" in report["scale_problems"][0]
+
+
+@pytest.mark.parametrize("values", [["pass", "fail", "pass", "fail"], [True, False, True, False]])
+def test_words_are_mapped_when_their_scores_are_given(convert_rows: Convert, data: Path, values: list[Any]) -> None:
+    with pytest.raises(DataError, match=r"--map (pass|true)=1"):
+        convert_rows(judged(values))
+    words = {str(values[0]).lower(): 1.0, str(values[1]).lower(): 0.0}
+    convert_rows(judged(values), scales={None: Scale(words=words)})
+    assert labels(data) == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_the_flags() -> None:
+    settings = settings_of(arguments_of({
+        "scale": [["1", "5"], ["judge-ten=1:10", "a=b=-1:1"]], "map": ["pass=1", "FAIL=0"], "output_dir": Path("x"),
+    }))  # fmt: skip
+    words = {"pass": 1.0, "fail": 0.0}
+    assert settings.scales == {
+        None: Scale(1, 5, words), "judge-ten": Scale(1, 10, words), "a=b": Scale(-1, 1, words),
+    }  # fmt: skip
+    assert settings.scale_of("judge-ten") == Scale(1, 10, words)
+    assert settings.scale_of("another") == settings.scale_of(None) == Scale(1, 5, words)
