@@ -1,7 +1,7 @@
 """Prompt and answer to token ids, exactly as LLaMA Factory encodes them for training.
 
 The length guard, the preflight and the judge all ask this module: a scored prompt has the token ids of a trained one.
-It knows nothing of markers: texts come in as they stand in the training files, that is, neutralised.
+It knows nothing about special tokens in texts: they come in neutralised, as in the training files.
 """
 
 import copy
@@ -21,7 +21,7 @@ class ChatEncoding:
     tokenizer: Any
     """A `transformers` tokenizer, with the special tokens that the template needs."""
     template: Any
-    """A `llamafactory.data.template.Template` of our own; LLaMA Factory's registry is left as it was."""
+    """A private copy of a `llamafactory.data.template.Template`: LLaMA Factory's registry stays unchanged."""
 
     def pair_ids(self, prompt: str, answer: str, system: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids of one training row, before any cutting: the prompt's, and the answer's with its end of turn.
@@ -44,25 +44,27 @@ class ChatEncoding:
         return self.pair_ids(prompt, "", system)[0]
 
     def opened_ids(self, prompt: str, answer_so_far: str, system: str | None = None) -> list[int]:
-        """Token ids of the prompt and of an answer that goes on: the same as training's, without the end of turn.
+        """Token ids of the prompt and of an answer that is not finished: training's, without the end of turn.
 
         Raises:
-            UsageError: this template's end of turn melts into the answer, so no answer can be left open with it.
+            UsageError: this template's end of turn merges with the answer's last token, so no answer can be left open.
         """
         prompt_ids, answer_ids = self.pair_ids(prompt, answer_so_far, system)
         end = self._end_of_turn_ids
         if end and answer_ids[-len(end) :] != end:
-            raise UsageError("this template's end of turn cannot be told from the answer; score with --mode generate.")
+            raise UsageError(
+                "this template's end of turn cannot be separated from the answer; score with --mode generate."
+            )
         return prompt_ids + answer_ids[: len(answer_ids) - len(end)]
 
     @cached_property
     def _end_of_turn_ids(self) -> list[int]:
-        # Some templates (mistral) write something before the answer as well, so the place of the answer is looked up.
+        # Some templates (mistral) also write something before the answer, so a placeholder shows where the answer is.
         content = "\N{OBJECT REPLACEMENT CHARACTER}"
         elements = self.template.format_assistant.apply(content=content)
         place = next(index for index, element in enumerate(elements) if isinstance(element, str) and content in element)
-        behind = [elements[place].partition(content)[2], *elements[place + 1 :]]
-        end: list[int] = self.template._convert_elements_to_ids(self.tokenizer, behind)
+        after = [elements[place].partition(content)[2], *elements[place + 1 :]]
+        end: list[int] = self.template._convert_elements_to_ids(self.tokenizer, after)
         return [*end, self.tokenizer.eos_token_id] if self.template.efficient_eos else end
 
     @cached_property
@@ -81,30 +83,30 @@ def load_encoding(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
 ) -> ChatEncoding:
-    """Load the tokenizer of `model_folder` and make one of LLaMA Factory's templates fit it.
+    """Load the tokenizer of `model_folder` and fit one of LLaMA Factory's templates to it.
 
     Takes about 8 seconds, nearly all of it LLaMA Factory's imports.
 
     Args:
         model_folder: holds the tokenizer's files.
         template: a name that LLaMA Factory knows (`qwen`, `llama3`, …); None parses the tokenizer's chat template.
-        default_system: LLaMA Factory's key of this name; None keeps the template's own, "" leaves it out.
-        enable_thinking: LLaMA Factory's key of this name; only reasoning templates (`qwen3`, …) look at it.
+        default_system: LLaMA Factory's key of this name; None keeps the template's default, "" leaves it out.
+        enable_thinking: LLaMA Factory's key of this name; only reasoning templates (`qwen3`, …) use it.
         trust_remote_code: run Python code that comes with the model.
         local_files_only: do not ask the hub, where `model_folder` is the name of a model there.
 
     Raises:
         DataError: the folder holds no tokenizer that `transformers` can load.
-        UsageError: LLaMA Factory knows no such template.
+        UsageError: LLaMA Factory has no such template.
     """
-    # LLaMA Factory logs to stdout, which is ours for results.
+    # LLaMA Factory logs to stdout, which is for results.
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
     from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
     if template is not None and template not in TEMPLATES:
-        raise UsageError(f"template: LLaMA Factory knows no '{template}'.{_nearest(template, TEMPLATES)}")
+        raise UsageError(f"template: LLaMA Factory has no '{template}'.{_nearest(template, TEMPLATES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(model_folder), trust_remote_code=trust_remote_code, local_files_only=local_files_only

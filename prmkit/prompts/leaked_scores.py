@@ -1,7 +1,7 @@
 """Scores that prompts give away.
 
-The prompts of `category` and `final` evaluations often carry the mean of the judges' clip scores in clear, as
-`(Score: 0.93)`. A judge who is trained on them learns to copy, and at scoring there is nobody to copy from.
+The prompts of `category` and `final` evaluations often contain the mean of the judges' clip scores, as
+`(Score: 0.93)`. A judge that is trained on them learns to copy, and when it scores there is nothing to copy from.
 """
 
 import re
@@ -20,7 +20,7 @@ def mask_leaked_scores(prompt: str) -> tuple[str, int]:
 
 
 def count_leaked_scores(prompt: str) -> int:
-    """How many scores of earlier evaluations a prompt carries."""
+    """How many scores of earlier evaluations a prompt contains."""
     return len(_SCORE.findall(prompt))
 
 

@@ -1,12 +1,13 @@
 r"""Text cannot become control tokens.
 
-A trajectory is text from the outside: a web page, a tool's output, an agent's thought. Where it contains `<|im_end|>`
-or `[/INST]`, LLaMA Factory's tokenizer makes the real control token of it, and the page could close the user's turn and
-write its own verdict. Every prompt and label therefore passes through `neutralise`, at conversion and at scoring alike.
+A trajectory is text from outside: a web page, a tool's output, an agent's thought. Where it contains `<|im_end|>` or
+`[/INST]`, LLaMA Factory's tokenizer turns that into the real control token, and the page could close the user's turn
+and write the verdict itself. Every prompt and label therefore passes through `neutralise`, at conversion and at
+scoring.
 
 The mark is one backslash after the first character: `<|im_end|>` becomes `<\|im_end|>`, `{{idx}}` becomes `{\{idx}}`.
-A text that already reads `<\|im_end|>` gets one more, so that `restore` gives every text back exactly.
-In prompts `<think>` and `<tool_call>` stay as they are: they are what transcripts are made of, and they end no turn.
+A string that already reads `<\|im_end|>` gets one more, so that `restore` gives every string back exactly.
+In prompts `<think>` and `<tool_call>` stay as they are: transcripts are full of them, and they end no turn.
 """
 
 import re
@@ -35,7 +36,7 @@ _MARKERS = {
     r"\{": (r"\{(?:idx|content)\}\}",),  # slots of LLaMA Factory's formatter
 }
 # LLaMA Factory's reasoning templates (qwen3 …) cut thoughts out of answers and add an empty thought to answers without
-# one, so a summary that quotes `<think>` would be trained in another shape than its neighbours.
+# one, so a summary that quotes `<think>` would be trained in another form than the other rows.
 _ANSWER_MARKERS = {**_MARKERS, "<": (*_MARKERS["<"], r"/?think>")}
 
 

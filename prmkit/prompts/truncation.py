@@ -1,9 +1,9 @@
-"""Prompts that outgrow the context are shortened in the middle, the way a person would shorten them.
+"""Prompts that are too long for the context are shortened in the middle, as a person would do it.
 
-LLaMA Factory cuts an over-long prompt from the right: the output schema and the assistant's header go first, in
-silence. `trim_prompt` takes the middle of the clip's content instead. What the judge is asked, and of what, stays:
-the task description, the schema and the guidelines, the beginning and the end of the content. Training and scoring
-shorten with this one function, so a judge meets shortened prompts in the form that it was trained on.
+LLaMA Factory silently cuts a long prompt from the right: the output schema and the assistant's header go first.
+`trim_prompt` takes the middle of the step's content instead. What the judge is asked about, and how, stays: the task,
+the schema and the guidelines, the beginning and the end of the content. Training and scoring shorten with this one
+function, so a judge sees shortened prompts in the form that it was trained on.
 """
 
 import re
@@ -16,10 +16,11 @@ from prmkit.prompts.encoding import ChatEncoding
 _KEPT_AT_EACH_END = (200, 40)
 """Characters of a part that stay at its beginning and at its end; fewer only where there is no room for more."""
 _LONGEST_QUESTION = 4_000
-"""Characters. What stands before the schema is held to be the question only up to here; beyond, it is content."""
+"""Characters. How far before the schema the question may begin; anything earlier is content."""
 
 _CLIP = re.compile(r"^(?:Current|Final) Clip\b[^\n]*\n(?:[^\n]*\n){0,4}?Content:[ \t]*\n", re.MULTILINE)
 _TASK = re.compile(r"Task Description:.*?\n[ \t]*\n(?=[A-Z][^\n:]{2,80}:)", re.DOTALL)
+_STEP = re.compile(r'^<step n="\d+"[^>\n]*>\n', re.MULTILINE)
 _SCHEMA = re.compile(r'\{\s*"(?:scores"\s*:\s*\{|\w*score"\s*:)')
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 # How paragraphs begin that belong to the question and not to the trajectory.
@@ -35,7 +36,7 @@ class TrimmedPrompt:
 
     text: str
     tokens: int
-    """How many token ids the prompt takes, the template's own included."""
+    """Token ids of the prompt, those of the template included."""
     characters_left_out: int
     """0 for a prompt that fitted as it was."""
 
@@ -44,13 +45,13 @@ def trim_prompt(prompt: str, encoding: ChatEncoding, room: int, system: str | No
     """Leave out as little of the prompt's middle as makes it fit.
 
     Args:
-        prompt: as it stands in a training file, that is, neutralised.
+        prompt: as in a training file, that is, with its special tokens neutralised.
         encoding: counts the tokens.
         room: how many token ids the prompt may take, its system text included.
         system: the row's system text, which is never shortened.
 
     Returns:
-        The prompt with a mark where characters were left out, or None when it cannot fit: what must stay is too long.
+        The prompt with a mark where characters were left out, or None when what must stay does not fit.
     """
     tokens = len(encoding.prompt_ids(prompt, system))
     if tokens <= room:
@@ -87,6 +88,11 @@ def _longest_that_fits(
 def _parts_that_may_go(prompt: str) -> list[range]:
     """The parts to shorten, the first one first; they do not overlap."""
     end = _start_of_question(prompt)
+    # Prompts of `prmkit.prompts.step`: the step that is judged first, then the steps between the task and it.
+    if steps := list(_STEP.finditer(prompt, 0, end)):
+        last, task_end = steps[-1], prompt.find("</task>\n", 0, steps[-1].start())
+        earlier = range(task_end + len("</task>\n") if task_end >= 0 else steps[0].start(), last.start())
+        return [range(last.end(), end), earlier]
     task = _TASK.search(prompt, 0, end)
     if task:
         start = task.end()
@@ -112,14 +118,14 @@ def _start_of_question(prompt: str) -> int:
 def _without(
     prompt: str, parts: list[range], encoding: ChatEncoding, system: str | None, left_out: int
 ) -> TrimmedPrompt:
-    """Leave out so many characters, of the first part as many as there are; each time from the middle."""
+    """Leave out `left_out` characters from the middle of the parts, as many as possible from the first one."""
     text, still = prompt, left_out
     for part in parts:
         here = min(still, len(part))
         if here:
             start = part.start + (len(part) - here) // 2
             mark = f" [... {here:,} characters left out here ...] "
-            # Parts stand in the order of their going, which is from the back to the front: offsets stay right.
+            # Parts are shortened from the back to the front, so the offsets of those before stay right.
             text = text[:start] + mark + text[start + here :]
         still -= here
     return TrimmedPrompt(text, len(encoding.prompt_ids(text, system)), left_out)

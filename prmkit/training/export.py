@@ -13,6 +13,7 @@ from prmkit import __version__
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.files import read_json, write_json, write_text
 from prmkit.limits import limited
+from prmkit.llamafactory_schema import setting
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training import launcher
 from prmkit.training.config import render_yaml
@@ -203,13 +204,14 @@ def _note(source: Source, renders_alike: bool) -> dict[str, Any]:
         "enable_thinking": record["enable_thinking"],
         "cutoff_len": record["cutoff_len"],
         "dtype": export_dtype(record["config"]),
+        "rubrics": record.get("rubrics", []),
         "chat_template_renders_as_trained": renders_alike,
     }
 
 
 def _fit_context(modelfile: Path, config: Mapping[str, Any]) -> None:
     """Ollama cuts prompts at `num_ctx`, which LLaMA Factory always writes as 4096."""
-    context = int(config.get("cutoff_len", 2048)) + int(config.get("max_new_tokens", _LONGEST_ANSWER))
+    context = int(setting(config, "cutoff_len")) + int(config.get("max_new_tokens", _LONGEST_ANSWER))
     text = modelfile.read_text(encoding="utf-8")
     write_text(modelfile, re.sub(r"PARAMETER num_ctx \d+", f"PARAMETER num_ctx {context}", text))
 
@@ -225,7 +227,7 @@ def _trained_encoding(folder: Path, config: Mapping[str, Any]) -> ChatEncoding:
         folder,
         config.get("template"),
         default_system=config.get("default_system"),
-        enable_thinking=config.get("enable_thinking", True),
+        enable_thinking=setting(config, "enable_thinking"),
         trust_remote_code=bool(config.get("trust_remote_code")),
     )
 

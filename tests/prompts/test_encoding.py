@@ -72,3 +72,16 @@ def test_the_system_text_counts_towards_the_room_and_stays(tiny_model: Path) -> 
     assert shorter.characters_left_out > longer.characters_left_out
     assert shorter.tokens == len(encoding.prompt_ids(shorter.text, rubric)) <= 900
     assert trim_prompt(prompt, encoding, 100, rubric) is None
+
+
+def test_of_a_run_in_steps_the_judged_step_is_shortened_first(tiny_model: Path) -> None:
+    encoding = load_encoding(tiny_model, "qwen")
+    steps = [f'<step n="{n}">\nBEGIN{n} {"it searched again " * 150} END{n}\n</step>\n' for n in (1, 2, 3)]
+    prompt = "Rubric.\n\n<task>\nFind it.\n</task>\n" + "".join(steps) + '\nJudge step 3.\n{"a_score": 0.5}'
+    tokens = len(encoding.prompt_ids(prompt))
+    for room, shortened in ((tokens - 60, 1), (tokens // 3, 2)):
+        trimmed = trim_prompt(prompt, encoding, room)
+        assert trimmed and trimmed.text.count("characters left out here") == shortened
+        assert "left out here" in trimmed.text.partition('<step n="3">')[2]
+        for kept in ("Rubric.", "Find it.", "BEGIN1", "BEGIN3", "END3", "Judge step 3."):
+            assert kept in trimmed.text

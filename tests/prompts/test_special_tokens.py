@@ -35,7 +35,7 @@ def test_thoughts_are_control_in_answers_only() -> None:
 
 
 NO_CONTROL = {"<tool_response>", "</tool_response>", "<response>", "</response>", "</answer>", "###"}
-"""What stands in templates and is ordinary text to the tokenizer, or what transcripts are made of."""
+"""What occurs in templates and is ordinary text to the tokenizer, or what transcripts are made of."""
 
 
 def test_no_template_of_llama_factory_has_a_marker_that_stays() -> None:
