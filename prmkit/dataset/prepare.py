@@ -195,10 +195,12 @@ class Values:
     """Numbers that are not on the judge's scale."""
     low: float = float("inf")
     high: float = float("-inf")
-    examples: list[str] = field(default_factory=list)
-    """Values outside the scale, and words that it does not map."""
+    numbers: list[str] = field(default_factory=list)
+    """Some of the numbers that are not on the scale."""
     words: int = 0
-    """Words that the scale does not map."""
+    """Answers with a word that the scale does not map."""
+    unknown: list[str] = field(default_factory=list)
+    """Some of these words."""
 
 
 class Preparer:
@@ -259,15 +261,15 @@ class Preparer:
         for key, value in answer.values.items():
             counted = self.values[judge, key]
             if isinstance(value, bool | str):
-                known = str(value).lower() in scale.words
+                known, examples = str(value).lower() in scale.words, counted.unknown
                 counted.words += not known
             else:
-                known = scale.low <= value <= scale.high
+                known, examples = scale.low <= value <= scale.high, counted.numbers
                 counted.rows += 1
                 counted.outside += not known
                 counted.low, counted.high = min(counted.low, value), max(counted.high, value)
-            if not known and len(counted.examples) < _VALUES_SHOWN and str(value)[:20] not in counted.examples:
-                counted.examples.append(str(value)[:20])
+            if not known and len(examples) < _VALUES_SHOWN and (shown := str(value)[:20]) not in examples:
+                examples.append(shown)
 
 
 # Arrow reads a column in which every string is a bare date as timestamps, and LLaMA Factory then drops every row.
@@ -321,18 +323,19 @@ def find_scale_problems(values: Mapping[tuple[str | None, str], Values], setting
     """
     for (judge, key), found in values.items():
         name, scale = judge or "a judge without a name", settings.scale_of(judge) or Scale()
-        shown = ", ".join(found.examples)
         if found.outside >= _FEWEST_OUTSIDE and found.outside >= _SHARE_OUTSIDE * found.rows:
             flag = f"--scale {shlex.quote(f'{judge}=')}" if judge else "--scale "
+            numbers = ", ".join(found.numbers)
             yield ScaleProblem(judge, key, True, (
-                f"{name} answers {key} with values from {found.low:g} to {found.high:g} (such as {shown}), outside of "
-                f"{scale.low:g} to {scale.high:g} in {found.outside:,} of {found.rows:,} rows, so none of its rows "
+                f"{name} answers {key} with values from {found.low:g} to {found.high:g} (such as {numbers}), outside "
+                f"of {scale.low:g} to {scale.high:g} in {found.outside:,} of {found.rows:,} rows, so none of its rows "
                 f"with {key} is used. Name its scale, such as {flag}{_guess(found, between=':' if judge else ' ')}"
             ))  # fmt: skip
         elif found.words >= _FEWEST_OUTSIDE:
+            words = ", ".join(found.unknown)
             yield ScaleProblem(judge, key, False, (
-                f"{name} answers {key} with words ({shown}) in {found.words:,} rows, which are rejected. "
-                f"Say what they mean, such as --map {_words(found.examples)}"
+                f"{name} answers {key} with words ({words}) in {found.words:,} rows, which are rejected. "
+                f"Say what they mean, such as --map {_words(found.unknown)}"
             ))  # fmt: skip
 
 
@@ -342,8 +345,8 @@ _SHARE_OUTSIDE = 0.02
 
 def _guess(found: Values, *, between: str) -> str:
     low = 1 if found.low >= 1 else min(found.low, 0)
-    high = next((end for end in (1, 5, 10, 100) if found.high <= end), found.high)
-    return f"{low:g}{between}{high:g}"
+    high = next((str(end) for end in (1, 5, 10, 100) if found.high <= end), "HIGHEST")
+    return f"{low:g}{between}{high}"
 
 
 _GOOD = {"pass", "passed", "true", "yes", "good", "correct", "success"}

@@ -135,14 +135,21 @@ class Stage:
         Returns:
             The tasks of the user's list that no row has.
         """
+        # A row without a task goes with the rows of its prompt that name one.
+        self.rows.execute(
+            "UPDATE row SET unit = named.unit FROM (SELECT prompt, min(unit) AS unit FROM row WHERE task IS NOT NULL "
+            "GROUP BY prompt) AS named WHERE row.task IS NULL AND row.prompt = named.prompt"
+        )
         units = self.rows.execute(
             "SELECT unit, max(task IS NOT NULL) FROM row WHERE status IS NULL GROUP BY unit ORDER BY unit"
         ).fetchall()
         held_out = {unit for unit, is_task in units if split.holds_out(unit) and (is_task or split.tasks is None)}
         if split.tasks is None and split.ratio > 0 and units:
-            by_place = sorted((split.place(unit), unit) for unit, _ in units)
+            tasks = [unit for unit, is_task in units if is_task]
+            choice = tasks if len(tasks) > 1 else [unit for unit, _ in units]
+            by_place = sorted((split.place(unit), unit) for unit in choice)
             held_out = held_out or {by_place[0][1]}
-            if len(held_out) == len(units):
+            if held_out.issuperset(choice):
                 held_out.discard(by_place[-1][1])
         self.rows.executemany("INSERT INTO unit VALUES (?, ?, ?)", ((*unit, unit[0] in held_out) for unit in units))
         self.rows.execute("UPDATE row SET held_out = 1 WHERE unit IN (SELECT name FROM unit WHERE held_out)")

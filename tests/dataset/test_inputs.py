@@ -137,6 +137,15 @@ def test_where_no_row_names_a_task_the_audit_does_not_say_passed(convert_rows: C
     assert "cannot say whether they are" in done.stdout
 
 
+def test_a_row_without_a_task_goes_with_its_prompt(convert_rows: Convert) -> None:
+    rows = [row_of(prompt_of(str(number)), task=f"task_{number % 4}") for number in range(12)]
+    rows += [row_of(prompt_of(str(number)), task=None, judge="judge-b") for number in range(12)]
+    report = convert_rows(rows)
+    assert sum(report["rows"].values()) == 24
+    assert report["held_out"]["tasks"] == 1
+    assert report["rows"]["held_out"] == 6
+
+
 def test_several_runs_of_a_task_need_names(convert_rows: Convert, data: Path) -> None:
     def runs(**names: Any) -> list[dict[str, Any]]:
         return [
@@ -156,8 +165,8 @@ def test_several_runs_of_a_task_need_names(convert_rows: Convert, data: Path) ->
     assert convert_rows(categories)["rows"]["train"] == 2
 
 
-@pytest.mark.parametrize("tasks", [2, 3, 5, 17, 33])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("tasks", [2, 3, 5, 17])
+@pytest.mark.parametrize("seed", range(3))
 def test_with_two_tasks_or_more_one_is_on_each_side(convert_rows: Convert, tasks: int, seed: int) -> None:
     rows = [row_of(prompt_of(str(task)), task=f"harbour_{task}") for task in range(tasks)]
     for ratio in (0.01, 0.1, 0.99):

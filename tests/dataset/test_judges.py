@@ -2,13 +2,16 @@
 
 import json
 import random
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from prmkit.dataset.settings import Split
 from tests.dataset.conftest import Convert, Path, prompt_of, read_lines, row_of
+
+Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def judged(content: str, **scores: float) -> list[dict[str, object]]:
@@ -94,3 +97,44 @@ def test_agreement_by_type_and_pair(convert_rows: Convert) -> None:
     assert [(pair["evaluation_type"], pair["judges"], pair["n"]) for pair in pairs] == [
         (kind, pair, 5) for kind in ("clip", "final") for pair in (["one", "three"], ["one", "two"], ["three", "two"])
     ]
+
+
+def test_a_lenient_judge_is_corrected_in_the_consensus(convert_rows: Convert, data: Path) -> None:
+    """The kind judge gives 0.2 more; prompts that it alone answered come out as the others would have scored them."""
+    truth = [round(0.1 + 0.02 * number, 2) for number in range(30)]
+    rows = [row for number, score in enumerate(truth) for row in judged(str(number), kind=score + 0.2, fair=score)]
+    rows += judged("kind alone", kind=0.7) + judged("fair alone", fair=0.5)
+    report = convert_rows(rows, aggregate="mean", split=Split(0.0))
+    assert report["leniency"]["offsets"] == {"fair": pytest.approx(-0.1), "kind": pytest.approx(0.1)}
+    assert _consensus(data)[-2:] == [0.6, 0.6]
+    convert_rows(rows, aggregate="mean", split=Split(0.0), leniency_correction=False)
+    assert _consensus(data)[-2:] == [0.7, 0.5]
+
+
+def _consensus(data: Path) -> list[float]:
+    return [row["scores"]["reasonableness_score"] for row in read_lines(data / "reward_model_consensus.meta.jsonl")]
+
+
+def test_answers_that_a_judge_gave_again_measure_its_noise(convert_rows: Convert) -> None:
+    rows = judged("a", one=0.2) + judged("a", one=0.4) + judged("b", one=0.5)
+    rows.append(row_of(prompt_of("b"), score=0.5, judge="one", timestamp="later"))
+    copied = [*rows, rows[0], rows[2]]
+    for given in (rows, copied):
+        report = convert_rows(given)
+        assert report["rows_answered_again"] == 2
+        assert report["self_agreement"] == [
+            {"judge": "one", "evaluation_type": "clip", "key": "reasonableness_score", "pairs": 2, "pearson": 1.0,
+             "mean_absolute_difference": 0.1, "mean_squared_difference": 0.02}
+        ]  # fmt: skip
+
+
+def test_many_judges_are_compared_in_linear_time(convert_rows: Convert, data: Path, script: Script) -> None:
+    rows = [row_of(prompt_of(str(number)), judge=f"judge-{judge}", score=(judge * 7 + number) % 100 / 100)
+            for number in range(5) for judge in range(200)]  # fmt: skip
+    report = convert_rows(rows)
+    assert len(report["judge_agreement"]) == 50 * 49 / 2
+    done = script("convert_dataset.py", "--input", report["inputs"][0]["source"], "--output-dir", data)
+    assert "and 1,215 more" in done.stdout
+    assert "200 judges; the 50 with the most rows are compared" in done.stdout
+    assert len(done.stdout.splitlines()) < 60
+    assert done.stdout.splitlines()[-1].startswith("next: python train.py")

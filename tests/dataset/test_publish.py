@@ -152,6 +152,32 @@ def _dies_at(folder: Path) -> Callable[[Path], None]:
     return sync
 
 
+@pytest.mark.parametrize("target", ["../theirs", ".conversion-x/../../theirs", ".conversion-x/new", "tasks"])
+def test_a_planted_link_moves_no_file_of_others(tmp_path: Path, data: Path, convert_rows: Convert, target: str) -> None:
+    put(tmp_path / "theirs", files(precious="x"))
+    (tmp_path / "theirs" / "new").mkdir()
+    put(tmp_path / "theirs" / "new", files(precious="x"))
+    data.mkdir()
+    (data / ".conversion-x").symlink_to("../theirs")
+    if target == "tasks":
+        (data / "tasks").symlink_to("../theirs")
+    else:
+        (data / ".current").symlink_to(target)
+    (data / "mine.txt").symlink_to(".current/precious")
+    with pytest.raises(DataError, match=r"\.current: not made by a conversion|tasks: a link"):
+        convert_rows(many_rows(tasks=2))
+    assert (tmp_path / "theirs" / "precious").read_text() == "x"
+    assert (tmp_path / "theirs" / "new" / "precious").read_text() == "x"
+    assert (data / "mine.txt").is_symlink()
+
+
+def test_files_of_tasks_are_exchanged_with_the_others(data: Path, convert_rows: Convert) -> None:
+    convert_rows(many_rows(tasks=3))
+    assert any((data / "tasks").iterdir())
+    convert_rows(many_rows(tasks=3), task_variants=False)
+    assert not (data / "tasks").exists()
+
+
 def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
     put(tmp_path, files(a="old"))
     (tmp_path / "b").mkdir()
