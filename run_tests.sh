@@ -9,7 +9,7 @@ Usage: ./run_tests.sh [--fast] [arguments of pytest]
 
 Installs what the tests need (requirements-dev.txt, once), then runs ruff, mypy, shellcheck and pytest.
 
-  --fast       leave out what starts LLaMA Factory or is slow for another reason (markers llamafactory, slow)
+  --fast       leave out what starts LLaMA Factory, downloads, or is slow (markers llamafactory, network, slow)
   -h, --help   show this text
 
 Everything else goes to pytest: ./run_tests.sh -k verdict, ./run_tests.sh tests/dataset
@@ -23,7 +23,7 @@ case ${1:-} in
         exit 0
         ;;
     --fast)
-        selection=(-m "not llamafactory and not slow")
+        selection=(-m "not llamafactory and not slow and not network")
         shift
         ;;
 esac

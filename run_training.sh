@@ -6,7 +6,7 @@ usage() {
     cat <<'USAGE'
 Usage: ./run_training.sh [options] [key=value ...]
 
-  -i,  --input FILE           your rows (default: finetune.jsonl, the sample)
+  -i,  --input FILE           your rows, a file or a folder; may be repeated (default: finetune.jsonl, the sample)
   -c,  --config FILE          the configuration (default: training_config.yaml)
   -d,  --dataset NAME         the variant to train on, such as reward_model_full
   -e,  --epochs N             passes over the data
@@ -22,6 +22,7 @@ Usage: ./run_training.sh [options] [key=value ...]
        --verbose              show everything that LLaMA Factory prints
        --install-deps         install the pinned dependencies; with no other option, stop there
        --demo                 the whole job on the sample with a tiny model, on a CPU, below demo/
+       --model smollm2        with --demo: a real small model instead (downloads 93 MB)
   -h,  --help                 show this text
 
 Several processes and nodes, see python train.py --help:
@@ -36,7 +37,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 switches=(--evaluate --export --validate-only --overwrite --force --verbose) # passed on to train.py
 valued=(--dataset --epochs --learning-rate --batch-size
     --nproc --nnodes --node-rank --master-addr --master-port --rdzv-id --max-restarts) # the same, with a value
-options=(--input --config --no-convert --install-deps --demo --help "${switches[@]}" "${valued[@]}")
+options=(--input --config --model --no-convert --install-deps --demo --help "${switches[@]}" "${valued[@]}")
 
 fail() {
     printf 'error: %s\n' "$1" >&2
@@ -82,7 +83,8 @@ print(f" Did you mean {close[0]}?" if close else f" A key of LLaMA Factory is wr
 ' "$1" "${options[@]}"
 }
 
-config="" input="" convert=yes demo="" install="" validate=""
+config="" convert=yes demo="" install="" model="" validate=""
+inputs=()      # your rows
 training=()    # passed on to train.py
 assignments=() # passed on to convert_dataset.py as well
 arguments=$#
@@ -99,7 +101,7 @@ while (($#)); do
     fi
     option=$(full_name "$option") || exit
     shift
-    if is_one_of "$option" --input --config "${valued[@]}"; then
+    if is_one_of "$option" --input --config --model "${valued[@]}"; then
         if [[ -z $has_value ]]; then
             (($#)) || fail "$option needs a value."
             value=$1
@@ -110,8 +112,15 @@ while (($#)); do
         fail "$option takes no value."
     fi
     case $option in
-        --input) input=$value ;;
+        --input)
+            if [[ $value != - ]]; then
+                [[ -e $value ]] || fail "$value: no such file. Name the file with your rows, one JSON object per line." 1
+                value=$(realpath -- "$value")
+            fi
+            inputs+=("$value")
+            ;;
         --config) config=$(realpath --canonicalize-missing -- "$value") ;;
+        --model) model=$value ;;
         --no-convert) convert="" ;;
         --install-deps) install=yes ;;
         --demo) demo=yes ;;
@@ -126,12 +135,11 @@ while (($#)); do
             ;;
     esac
 done
-if [[ -n $input && $input != - ]]; then
-    [[ -e $input ]] || fail "$input: no such file. Name the file that holds your rows, one JSON object per line." 1
-    input=$(realpath -- "$input")
-fi
-[[ -z $input || -n $convert ]] || fail "--input and --no-convert contradict each other. Choose one of them."
-[[ -z $input || -z $demo ]] || fail "--demo runs on the sample. Leave out --demo to use your own rows."
+((${#inputs[@]} == 0)) || [[ -n $convert ]] || fail "--input and --no-convert contradict each other. Choose one."
+((${#inputs[@]} == 0)) || [[ -z $demo ]] || fail "--demo runs on the sample. Leave out --demo to use your own rows."
+[[ -z $model || ($model == smollm2 && -n $demo) ]] ||
+    fail "--model takes smollm2, and only with --demo. For another model, write model_name_or_path=FOLDER."
+((${#inputs[@]})) || inputs=(finetune.jsonl)
 cd "$here"
 
 # Each step runs in the background so that a signal reaches this shell at once; it is passed on as SIGTERM, because a
@@ -158,6 +166,7 @@ if [[ -n $install || -n $demo ]]; then
     ((arguments > 1)) || [[ -n $demo ]] || exit 0
 fi
 if [[ -n $demo ]]; then
+    if [[ -n $model ]]; then config=${config:-configs/cpu_smollm2.yaml}; fi
     config=${config:-configs/cpu_demo.yaml}
     training=(--evaluate "${training[@]}")
 fi
@@ -167,11 +176,13 @@ python=$(./setup_environment.sh --python)
     orjson omegaconf llamafactory torch ||
     fail "the packages that prmkit needs are not installed for $python. Run ./run_training.sh --install-deps once." 1
 
-if [[ -n $demo ]]; then
+if [[ -n $model ]]; then
+    step "$python" -m prmkit.demo.smollm2 --output demo/smollm2
+elif [[ -n $demo ]]; then
     step "$python" -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
 fi
 if [[ -n $convert ]]; then
-    step "$python" convert_dataset.py --input "${input:-finetune.jsonl}" --config "$config" "${assignments[@]}"
+    step "$python" convert_dataset.py --input "${inputs[@]}" --config "$config" "${assignments[@]}"
 fi
 step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"
 if [[ -n $demo && -z $validate ]]; then

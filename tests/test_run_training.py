@@ -42,6 +42,8 @@ def test_help_names_every_option(script: Script, root: Path) -> None:
         (["-c", ""], "--config needs a value."),
         (["--export=yes"], "--export takes no value."),
         (["--demo", "--input", "finetune.jsonl"], "--demo runs on the sample."),
+        (["--model", "smollm2"], "--model takes smollm2, and only with --demo."),
+        (["--demo", "--model", "llama"], "--model takes smollm2, and only with --demo."),
         (["--no-convert", "--input", "finetune.jsonl"], "--input and --no-convert contradict each other."),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmkit.demo.tiny_model import build_tiny_model
 from prmkit.errors import DataError
-from tools.make_sample.sample import write_sample
+from tools.make_sample.sample import sample_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def tokenizer(tiny_model: Path) -> Any:
 @pytest.fixture(scope="module")
 def small_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sample") / "finetune.jsonl"
-    write_sample(path, tasks=5)
+    write_rows(path, sample_rows(tasks=5))
     return path
 
 
