@@ -1,4 +1,4 @@
-"""Score agent steps with a trained judge: JSONL in, one line of JSON with scores out for every line in."""
+"""Score agent steps with a trained judge: runs or prompts in, one line of JSON with scores out for every step."""
 
 import argparse
 import sys
@@ -16,7 +16,10 @@ def main() -> int:
         epilog="Exit code 1 when a row has no scores, or unsure ones; its line says why. Run again, it continues where "
         "it stopped. Rows of status failed, for which a server or the memory is to blame, are retried.",
     )
-    parser.add_argument("input", help='rows as in finetune.jsonl, or {"id", "prompt"}; .gz, .zst, or - for stdin')
+    inputs = (
+        "runs in any form that import_trajectories.py reads (file or folder), or prompts: rows as in finetune.jsonl"
+    )
+    parser.add_argument("input", help=f'{inputs}, {{"id", "prompt"}}; .gz, .zst, or - for stdin')
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to continue (default: stdout)")
     parser.add_argument(
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"
@@ -29,6 +32,11 @@ def main() -> int:
         "--aggregate", choices=["trajectory"], help="also sum up the steps of every trajectory_id, or task_id"
     )
     parser.add_argument("--bad-below", type=float, default=0.5, metavar="X", help="limit of a bad step (default 0.5)")
+    runs = parser.add_argument_group("raw runs")
+    runs.add_argument(
+        "--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours"
+    )
+    runs.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every step's score")
     add_judge_arguments(parser)
     add_backend_arguments(parser)
     return cli.run(_command, parser)
@@ -43,10 +51,12 @@ def _keys(text: str) -> tuple[str, ...]:
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
     from prmkit.scoring.rows import known_keys
+    from prmkit.scoring.runs import runs_to_score
     from prmkit.scoring.score import Job, run
 
     scorer = scorer_of(arguments)
     known = known_keys(arguments.data)
+    runs = runs_to_score(arguments, scorer.source.rubrics)
     job = Job(
         input=arguments.input,
         output=arguments.output,
@@ -54,8 +64,10 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
         mode=arguments.mode,
         summaries=arguments.summaries,
         bad_below=arguments.bad_below if arguments.aggregate else None,
+        runs=runs,
     )
     fingerprint = {"judge": scorer.fingerprint(), "keys": list(arguments.keys), "known_keys": known}
+    fingerprint |= {"rubric": runs.rubric.sha256} if runs else {}
     return ExitCode.DONE if run(job, scorer, fingerprint) else ExitCode.DATA
 
 

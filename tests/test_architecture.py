@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WINGS = {"dataset", "training", "judge", "scoring", "evaluation", "trajectories", "demo"}
-MAY_IMPORT = {"scoring": {"judge"}, "evaluation": {"judge", "scoring"}}
+MAY_IMPORT = {"scoring": {"judge", "trajectories"}, "evaluation": {"judge", "scoring"}, "dataset": {"trajectories"}}
 """Which other wings a wing may import; everything else meets in files."""
 HEAVY = {
     "torch", "transformers", "llamafactory", "peft", "datasets", "matplotlib", "fastapi", "scipy", "sklearn",

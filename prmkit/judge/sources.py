@@ -38,6 +38,9 @@ class JudgeSource:
     trust_remote_code: bool = False
     """Run Python code that the model brings. Only the user says so, never a file: a run's folder may be a stranger's.
     """
+    rubrics: tuple[str, ...] | None = field(default=None, compare=False)
+    """Hashes of the rubrics that its training rows ask with; empty for one trained on other prompts, None for a model
+    of whose training nothing is known."""
 
 
 # These change the base model while LLaMA Factory loads it; plain transformers would load another model.
@@ -79,6 +82,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
         adapter=run_folder if is_adapter else None,
         **_asked_with(record, config),
         trained_dtype=_dtype_of(config),
+        rubrics=_rubrics_in(record, read_object(record)),
     )
 
 
@@ -149,7 +153,16 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
         model=folder,
         **_asked_with(folder / EXPORT_FILE, settings),
         trained_dtype=settings.get("dtype") or "float32",
+        rubrics=_rubrics_in(folder / EXPORT_FILE, settings),
     )
+
+
+def _rubrics_in(file: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Records from before there were rubrics have none: those judges were trained on ready prompts."""
+    rubrics = record.get("rubrics", [])
+    if not isinstance(rubrics, list):
+        raise DataError(f"{file}: damaged: rubrics is not a list.")
+    return tuple(map(str, rubrics))
 
 
 def encoding_of(source: JudgeSource) -> ChatEncoding:

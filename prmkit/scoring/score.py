@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from prmkit.judge.types import Judgement, Mode, rounded
 from prmkit.resumable import appending, beside, check_output, fingerprint_file, reopen, replace_rows
 from prmkit.rows import STDIN, open_rows
 from prmkit.scoring.rows import Row, read_rows
+from prmkit.scoring.runs import RunsToScore
 from prmkit.scoring.trajectory_scores import Trajectories
 
 log = logging.getLogger("prmkit")
@@ -41,6 +43,8 @@ class Job:
     """Also let the model write its verdict, and add the text."""
     bad_below: float | None
     """Also sum up every trajectory, with this as the limit of a bad step; None to leave that out."""
+    runs: RunsToScore | None = None
+    """The input as raw runs; None for one that holds prompts."""
 
 
 def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
@@ -62,15 +66,19 @@ def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
     _check_outputs(job)
     counts: Counter[str] = Counter()
     trajectories = Trajectories(job.bad_below or 0.0)
-    with open_rows(job.input) as lines, cli.progress_bar() as progress:
+    with _open_input(job) as rows, cli.progress_bar() as progress:
         bar = progress.add_task("scoring", total=None)
-        for row, result in _results(job, read_rows(lines, job.shape_of), scorer, fingerprint):
+        for row, result in _results(job, rows, scorer, fingerprint):
             counts[result["status"]] += 1
+            if job.runs:
+                job.runs.add(row, result)
             if job.bad_below is not None:
                 trajectories.add(row, result["score"], result["status"])
             progress.advance(bar)
     if job.bad_below is not None:
         _write_summaries(trajectories, job.output)
+    if job.runs:
+        job.runs.draw(table=job.output is not None)
     log.info("%d rows: %s", counts.total(), ", ".join(f"{n} {status}" for status, n in counts.items()) or "none")
     if counts["unsure"]:
         log.warning(
@@ -79,6 +87,15 @@ def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
             counts["unsure"],
         )
     return counts.total() == counts["ok"]
+
+
+@contextmanager
+def _open_input(job: Job) -> Iterator[Iterator[Row]]:
+    if job.runs:
+        yield job.runs.rows()
+        return
+    with open_rows(job.input) as lines:
+        yield read_rows(lines, job.shape_of)
 
 
 def _results(

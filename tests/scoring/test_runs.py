@@ -1,0 +1,186 @@
+"""Raw runs scored with the rubric that the judge learnt: as it is typed, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prmkit.errors import UsageError
+from prmkit.files import write_json
+from prmkit.judge.sources import EXPORT_FILE
+from prmkit.prompts.rubric import DEFAULT_RUBRIC, load_rubric
+from prmkit.prompts.step import step_prompts
+from prmkit.scoring.runs import RunsToScore, check_rubric, holds_runs
+from prmkit.trajectories.importing import read_runs
+from prmkit.trajectory import dump
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "examples" / "runs.jsonl"
+
+
+def typed(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "score_trajectories.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def export(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported judge that was trained with the default rubric."""
+    folder = tmp_path_factory.mktemp("judge") / "exported"
+    shutil.copytree(model_folders["qwen"], folder)
+    settings = {"template": "qwen", "cutoff_len": 4096, "dtype": "float32", "rubrics": [load_rubric().sha256]}
+    write_json(folder / EXPORT_FILE, settings)
+    return folder
+
+
+def test_every_step_of_every_run_gets_a_line(export: Path, tmp_path: Path) -> None:
+    shutil.copy(RUNS, tmp_path / "runs.jsonl")
+    command = (
+        "runs.jsonl",
+        "--model",
+        export,
+        "--output",
+        "scores.jsonl",
+        "--aggregate",
+        "trajectory",
+        "--html",
+        "p.html",
+    )
+    done = typed(*command, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr  # the tiny judge is unsure
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    runs = list(read_runs([RUNS]))
+    expected = [(run.trajectory_id, step.n, step.source_index) for run in runs for step in run.steps]
+    found = [tuple(line["metadata"][key] for key in ("trajectory_id", "step", "source_index")) for line in lines]
+    assert found == expected
+    assert [line["id"] for line in lines] == [f"{name}#{step}" for name, step, _ in expected]
+    assert all(list(line["scores"]) == ["step_score"] for line in lines)
+    summaries = [json.loads(line) for line in (tmp_path / "scores.trajectories.jsonl").read_text().splitlines()]
+    assert [summary["trajectory_id"] for summary in summaries] == [run.trajectory_id for run in runs]
+    assert runs[0].trajectory_id in done.stdout and "first bad" in done.stdout
+    assert (tmp_path / "p.html").read_text().count("<h2>") == len(runs)
+    again = typed(*command, cwd=tmp_path)
+    assert f"{len(lines)} rows are scored already" in again.stderr
+
+
+def rows_of(path: Path, **changes: Any) -> RunsToScore:
+    return RunsToScore(str(path), load_rubric(), 0.5, "a judge", **changes)
+
+
+def test_one_run_is_drawn_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = rows_of(ROOT / "examples" / "session.jsonl", page=tmp_path / "page.html")
+    for row in runs.rows():
+        runs.add(row, {"score": 0.1 * row.number, "label_mass": 1.0, "reason": None, "metadata": row.metadata})
+    runs.draw(table=True)
+    assert "first bad step" in capsys.readouterr().out
+    assert "a judge" in (tmp_path / "page.html").read_text()
+
+
+def test_runs_and_imported_runs_are_the_same_rows(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_bytes(b"".join(map(dump, read_runs([RUNS]))))
+    assert list(rows_of(RUNS).rows()) == list(rows_of(tmp_path / "t.jsonl").rows())
+
+
+def test_a_judge_of_ready_prompts_says_so(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(model_folders["qwen"], folder)
+    write_json(folder / EXPORT_FILE, {"template": "qwen", "cutoff_len": 4096})
+    done = typed(RUNS, "--model", folder, cwd=tmp_path)
+    assert done.returncode == 2 and "trained on ready prompts" in done.stderr and done.stdout == ""
+
+
+def test_another_rubric_is_refused(export: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(DEFAULT_RUBRIC.read_text()) | {"context_tokens": 9000}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
+    done = typed(RUNS, "--model", export, "--rubric", "other.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "another rubric" in done.stderr and "--rubric" in done.stderr
+
+
+def test_rubrics_are_checked_against_what_was_learnt(caplog: pytest.LogCaptureFixture) -> None:
+    rubric = load_rubric()
+    check_rubric(rubric, ["other", rubric.sha256], "x")
+    check_rubric(rubric, None, "a base model")
+    assert "nothing says which rubric" in caplog.text
+    for learnt in ([], ["other"]):
+        with pytest.raises(UsageError):
+            check_rubric(rubric, learnt, "x")
+
+
+def test_flags_for_runs_need_runs(export: Path, tmp_path: Path) -> None:
+    done = typed(ROOT / "examples" / "new_steps.jsonl", "--model", export, "--html", "p.html", cwd=tmp_path)
+    assert done.returncode == 2 and "holds prompts" in done.stderr
+
+
+MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]
+PROMPT = 'Judge it. {"step_score": <score>}'
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"messages": MESSAGES}, True),
+        (MESSAGES, True),
+        ({"prompt": "Judge it."}, False),
+        ({"id": 1, "prompt": PROMPT}, False),
+        ({"messages": MESSAGES[:1]}, False),
+        ({"messages": [{"role": "user", "content": PROMPT}, MESSAGES[1]]}, False),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}],
+          "metadata": {"evaluation_type": "clip"}}, False),
+        ({"model": "x"}, False),
+    ],
+)  # fmt: skip
+def test_runs_and_prompts_are_recognised(value: Any, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "input.jsonl").write_text(json.dumps(value) + "\n")
+    assert holds_runs(str(tmp_path / "input.jsonl")) is expected
+
+
+def test_what_is_no_file_of_runs(tmp_path: Path) -> None:
+    assert not holds_runs("-") and not holds_runs(str(tmp_path / "none.jsonl"))
+    assert not holds_runs(str(ROOT / "finetune.jsonl")) and holds_runs(str(ROOT / "examples"))
+
+
+@pytest.mark.llamafactory
+def test_scored_prompts_have_the_token_ids_of_trained_ones(export: Path, tmp_path: Path) -> None:
+    """The same step as a training row, through the conversion, and as a raw run that is scored."""
+    from prmkit.judge.sources import encoding_of, judge_source_of_export
+    from prmkit.prompts.special_tokens import neutralise
+    from tools.make_sample.runs import message_runs
+    from tools.make_sample.sample import write_rows
+
+    write_rows(tmp_path / "labelled.jsonl", message_runs(0, 4, labelled=True))
+    script = [
+        sys.executable,
+        ROOT / "import_trajectories.py",
+        "labelled.jsonl",
+        "--labels",
+        "column",
+        "--label-key",
+        "labels",
+    ]
+    subprocess.run([*script, "--output", "rows.jsonl"], check=True, cwd=tmp_path, capture_output=True)
+    script = [
+        sys.executable,
+        ROOT / "convert_dataset.py",
+        "--input",
+        "rows.jsonl",
+        "--output-dir",
+        "data",
+        "--eval-ratio",
+        "0",
+    ]
+    subprocess.run(script, check=True, cwd=tmp_path, capture_output=True)
+    trained = {
+        json.loads(line)["instruction"]
+        for line in (tmp_path / "data" / "reward_model_full.jsonl").read_text().splitlines()
+    }
+    encoding = encoding_of(judge_source_of_export(export))
+    scored = [
+        prompt.text for run in read_runs([tmp_path / "labelled.jsonl"]) for prompt in step_prompts(run, load_rubric())
+    ]
+    ids = {tuple(encoding.prompt_ids(neutralise(text)[0])) for text in scored}
+    assert ids == {tuple(encoding.prompt_ids(text)) for text in trained}
