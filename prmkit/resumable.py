@@ -17,14 +17,14 @@ log = logging.getLogger("prmkit")
 Line = Mapping[str, Any]
 
 
-def beside(file: Path, what: str) -> Path:
+def companion_file(file: Path, what: str) -> Path:
     """The name of a file that goes with an output: `scores.what` for `scores.jsonl`, `scores.a.what` for `scores.a`."""
     return file.with_name(f"{file.stem if file.suffix == '.jsonl' else file.name}.{what}")
 
 
 def fingerprint_file(file: Path) -> Path:
     """Path of the fingerprint file that belongs to an output: what made its lines."""
-    return beside(file, "fingerprint.json")
+    return companion_file(file, "fingerprint.json")
 
 
 def check_output(file: Path, source: Path | None) -> None:
@@ -104,7 +104,7 @@ def _line(text: bytes, place: str) -> dict[str, Any]:
 
 def _free_name(file: Path) -> Path:
     number = 1
-    while (name := beside(file, f"old{number}.jsonl")).exists():
+    while (name := companion_file(file, f"old{number}.jsonl")).exists():
         number += 1
     return name
 

@@ -91,7 +91,7 @@ def llama_entry(tokenizer: Any, logits: Any, count: int) -> dict[str, Any]:
 
 
 def damage(answer: dict[str, Any]) -> None:
-    """What vLLM's V1 runner leaves of the likeliest tokens beside a request with logprob_token_ids."""
+    """What vLLM's V1 runner leaves of the likeliest tokens next to a request with logprob_token_ids."""
     logprobs = answer["choices"][0]["logprobs"]
     for shown in filter(None, logprobs["top_logprobs"]):
         best = max(shown, key=shown.get)

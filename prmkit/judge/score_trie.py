@@ -260,7 +260,7 @@ class Reading:
     log_reach: float
     """Log-probability of the forced tokens."""
     log_probabilities: Sequence[float]
-    """Of `SCORES`, behind the forced tokens."""
+    """Of `SCORES`, after the forced tokens."""
 
 
 @dataclass

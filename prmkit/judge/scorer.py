@@ -178,7 +178,7 @@ def load_judge(
 
     Raises:
         DataError: there is nothing that can be loaded.
-        UsageError: an unknown device or dtype, or a model with its own code that was not allowed to run.
+        UsageError: an unknown device or dtype, or a model that brings code, which was not allowed to run.
     """
     source = judge_source_in(Path(folder))
     source = replace(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -206,7 +206,7 @@ def load_model(source: JudgeSource) -> Judge:
 
     Raises:
         DataError: a folder is missing, or holds nothing that can be loaded.
-        UsageError: an unknown template, device or dtype, or a model with its own code that was not allowed to run.
+        UsageError: an unknown template, device or dtype, or a model that brings code, which was not allowed to run.
     """
     _check_complete(source)
     return Judge(source, encoding_of(source), _load_weights(source))

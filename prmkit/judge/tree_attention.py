@@ -32,7 +32,7 @@ def check_architecture(model: Any) -> None:
     """Reject architectures whose layers keep a running state instead of keys that a mask can hide.
 
     Args:
-        model: a causal language model of `transformers`, or one that came with its own code.
+        model: a causal language model of `transformers`, or one that brings its code.
 
     Raises:
         UsageError: the model has other layers than full and sliding-window attention, or its code cannot compute a

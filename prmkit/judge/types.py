@@ -1,9 +1,8 @@
 """What is asked of a judge, and what it answers."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from statistics import fmean
 from typing import Literal
 
@@ -122,21 +121,3 @@ def rounded(value: float | None) -> float | None:
     The seventh decimal depends on the batch that a prompt was computed in; it must not decide the order of ties.
     """
     return None if value is None else round(value, 6)
-
-
-Score = Callable[[Iterable[Request], Mode], Iterator[Judgement]]
-"""Judges a stream of requests in their order."""
-
-
-def lazily(load: Callable[[], Score]) -> Score:
-    """Load a judge when it gets its first request, and not when there is none."""
-    loaded: list[Score] = []
-
-    def score(requests: Iterable[Request], mode: Mode) -> Iterator[Judgement]:
-        requests = iter(requests)
-        for first in requests:
-            if not loaded:
-                loaded.append(load())
-            yield from loaded[0](chain([first], requests), mode)
-
-    return score

@@ -14,7 +14,7 @@ from prmkit.errors import UsageError
 from prmkit.files import only_one, write_text
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.types import Judgement, Mode, rounded
-from prmkit.resumable import appending, beside, check_output, fingerprint_file, reopen, replace_rows
+from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.rows import STDIN, open_rows
 from prmkit.scoring.rows import Row, read_rows
 from prmkit.scoring.runs import RunsToScore
@@ -173,7 +173,7 @@ def _result(row: Row, judgement: Judgement, text: str | None = None, *, with_tex
 
 def trajectories_file(output: Path) -> Path:
     """Where the summaries of an output's trajectories are written."""
-    return beside(output, "trajectories.jsonl")
+    return companion_file(output, "trajectories.jsonl")
 
 
 def _check_outputs(job: Job) -> None:

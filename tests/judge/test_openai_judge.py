@@ -90,9 +90,9 @@ def test_a_vllm_that_another_client_disturbs_is_asked_again(server: str, judges:
 
 def fails(server: str, judge: Judge, **changes: Any) -> list[Judgement]:
     """One row at a server that has given a good answer before."""
-    behind = remote(server, judge, **changes)
-    behind._state.is_usable = True
-    return list(behind.score([FLAT_ONE]))
+    used = remote(server, judge, **changes)
+    used._state.is_usable = True
+    return list(used.score([FLAT_ONE]))
 
 
 @pytest.mark.parametrize("family", ["qwen", "llama3", "mistral"])
@@ -248,9 +248,9 @@ def asked_at(
 ) -> list[Judgement]:
     """The judgements of a server; `usable`: it has given a good answer before."""
     endpoint = replace(Endpoint(url, "tiny", attempts=2, concurrency=1), **changes)
-    behind_http = CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
-    behind_http._state.is_usable = usable
-    return list(behind_http.score(requests, mode=mode, batch_size=1))
+    on_server = CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
+    on_server._state.is_usable = usable
+    return list(on_server.score(requests, mode=mode, batch_size=1))
 
 
 TOP = "top_logprobs"

@@ -34,9 +34,9 @@ def test_paths_spell_what_training_tokenises(judge: Judge, shape: Shape) -> None
         if shape is FLAT
         else '{"scores": {"relevance": 0.95, "use_of_tools": 0.95, "progress": '
     )
-    behind = ', "' if shape is FLAT else '}, "'
+    after = ', "' if shape is FLAT else '}, "'
     for candidate, score in enumerate(SCORES):
-        ids = answer_ids(judge.encoding, f"{opened}{score:.2f}{behind}")
+        ids = answer_ids(judge.encoding, f"{opened}{score:.2f}{after}")
         spelling = list(trie.spelled(candidate))
         assert ids[: len(spelling)] == spelling
 

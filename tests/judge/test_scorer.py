@@ -185,7 +185,7 @@ def test_prompts_and_rows_are_scored_from_python(model_folders: dict[str, Path],
     row = {"conversations": [{"from": "system", "value": "Be strict."}, {"from": "human", "value": text}]}
     plain, with_system, unknown, empty, named = loaded.score([text, row, "Rate it.", {"x": 1}, text])
     expected = list(judges["qwen"].score([Request(text, asked_shape(text), each) for each in (None, "Be strict.")]))
-    # A base model that is loaded from a folder has no template of LLaMA Factory: its own is parsed.
+    # A base model that is loaded from a folder has no template of LLaMA Factory: its chat template is parsed.
     assert plain.score == pytest.approx(named.score)
     assert plain.score != pytest.approx(with_system.score, abs=1e-6)
     assert list(plain.scores) == list(expected[0].scores)

@@ -1,4 +1,4 @@
-"""Where judges come from: what tells one from another, what is asked of the hub, and damaged files."""
+"""Where judges come from: what makes two the same, what is asked of the hub, and damaged files."""
 
 import json
 import os

@@ -246,7 +246,7 @@ def test_requests_are_read_as_they_are_needed(judges: dict[str, Judge]) -> None:
 
 
 def test_token_ids_are_those_of_training(judges: dict[str, Judge], model_folders: dict[str, Path]) -> None:
-    """LLaMA Factory's own preprocessing of the training row, beside what the judge runs."""
+    """LLaMA Factory's own preprocessing of the training row, and what the judge runs."""
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
@@ -256,7 +256,7 @@ def test_token_ids_are_those_of_training(judges: dict[str, Judge], model_folders
     asked = [*requests(), Request(hostile, asked_shape(hostile))]
     for name, judge in judges.items():
         if name == "melting":
-            continue  # There a score's last token depends on the text behind it, which no judge can know.
+            continue  # There a score's last token depends on the text after it, which no judge can know.
         arguments = DataArguments(template=name, cutoff_len=4096)
         tokenizer = AutoTokenizer.from_pretrained(str(model_folders[name]))
         template = get_template_and_fix_tokenizer(tokenizer, arguments)

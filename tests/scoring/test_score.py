@@ -1,4 +1,4 @@
-"""Bulk scoring: one line out for every line in, in order, gone on with where it stopped."""
+"""Bulk scoring: one line out for every line in, in order, continued where it stopped."""
 
 import io
 import json
