@@ -16,11 +16,12 @@ from prmkit.limits import limited
 from prmkit.llamafactory_schema import setting
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training import launcher
+from prmkit.training.checkpoints import weights_fault
 from prmkit.training.config import render_yaml
 from prmkit.training.launcher import diagnose
 from prmkit.training.portable import make_portable
 from prmkit.training.records import RECORD, read_record
-from prmkit.training.resume import back_up, weights_fault
+from prmkit.training.resume import back_up
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from prmkit.errors import DataError
 from prmkit.files import read_json, read_jsonl
 from prmkit.llamafactory_schema import setting
 from prmkit.paths import REPORT
+from prmkit.training.checkpoints import read_header, read_weights, weight_files
 from prmkit.training.checks import Check, error, ok, warning
-from prmkit.training.model import read_header, read_model, read_weights, weight_files
+from prmkit.training.model import read_model
 from prmkit.training.records import read_record
 
 # --- the model ----------------------------------------------------------------------------------------------------

@@ -271,7 +271,8 @@ def _wait(child: Child, on_poll: Callable[[], None], until: Callable[[], bool] =
 
 
 def _stop(child: Child, on_poll: Callable[[], None], is_saved: Callable[[], bool], patience: float) -> None:
-    log.warning("Stopping; a checkpoint is saved first if training has begun. Interrupt again to stop immediately.")
+    if patience:
+        log.warning("Stopping; a checkpoint is saved first if training has begun. Interrupt again to stop immediately.")
     deadline = time.monotonic() + patience
     child.terminate()
     try:
@@ -373,7 +374,7 @@ def _messages(child: subprocess.Popen[bytes], request: bytes) -> Iterator[dict[s
 
 
 def _raised(traceback: str) -> str:
-    """The first and the last error in it: transformers hides a broken torchvision behind an error of its own."""
+    """The first and the last error in it: transformers hides a broken torchvision with another error."""
     raised = re.findall(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", traceback, re.MULTILINE)
     return "; then ".join(dict.fromkeys([*raised[:1], *raised[-1:]]))
 

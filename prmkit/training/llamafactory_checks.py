@@ -1,9 +1,10 @@
 """The checks that need LLaMA Factory itself: its template, its row lengths, its parser, its trainer.
 
-They run in `prmkit.training.preflight`, a process of its own. Foreign errors are not caught: the parent reports them.
+They run in `prmkit.training.preflight`, a separate process. Foreign errors are not caught: the parent reports them.
 """
 
 import copy
+import hashlib
 import os
 import random
 import tempfile
@@ -17,12 +18,13 @@ import orjson
 
 from prmkit.dataset_info import Entry, read_entries, split_names
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_json
+from prmkit.files import read_json, read_jsonl
 from prmkit.limits import limited
 from prmkit.llamafactory_schema import setting
+from prmkit.paths import REPORT
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training.checks import Check, error, ok, warning
-from prmkit.training.input_checks import is_hub_name
+from prmkit.training.input_checks import TOKENIZER_FILES, is_hub_name
 
 HUB_SECONDS = 5.0
 TRAINER_ADVICE = "Change the keys that are named, or install what the messages name."
@@ -85,6 +87,8 @@ def check_encoding(values: Mapping[str, Any]) -> tuple[list[Check], ChatEncoding
             advice = f"Download the model first: hf download {model} --local-dir model"
             if not is_hub_name(model):
                 raise DataError(f"unknown: there is no folder {model}")
+        elif not any((Path(model) / name).is_file() for name in TOKENIZER_FILES):
+            return [error("template", f"not checked: no tokenizer in {model}", "Fix the model folder first.")], None
         encoding = load_encoding(
             Path(model),
             values.get("template"),
@@ -292,11 +296,15 @@ def measure(encoding: ChatEncoding, values: Mapping[str, Any], budget: float = B
         values: LLaMA Factory's keys.
         budget: seconds.
     """
-    entries = read_entries(Path(str(setting(values, "dataset_dir"))))
+    folder = Path(str(setting(values, "dataset_dir")))
+    entries = read_entries(folder)
     names = [*split_names(values.get("dataset")), *split_names(values.get("eval_dataset"))]
     chosen = [entries[name] for name in names if name in entries]
     if not chosen or any(entry.file is None or entry.file.suffix != ".jsonl" for entry in chosen):
         return None
+    if converted := _converted_lengths(encoding, folder / REPORT, chosen, values):
+        sample = random.Random(0).sample(converted, min(SAMPLE, len(converted)))  # noqa: S311
+        return Lengths(len(converted), sorted(converted, reverse=True), sample)
     places = [place for entry in chosen for place in _places(entry)]
     drawn = random.Random(0).sample(places, min(SAMPLE, len(places)))  # noqa: S311
     lengths = _in_time(encoding, sorted(places, key=lambda place: -place.size), budget * 0.6)
@@ -304,6 +312,27 @@ def measure(encoding: ChatEncoding, values: Mapping[str, Any], budget: float = B
     if len(lengths) < len(places):
         lengths |= _in_time(encoding, [place for place in drawn if place not in lengths], budget * 0.4)
     return Lengths(len(places), longest_first, [lengths[place] for place in drawn if place in lengths])
+
+
+def _converted_lengths(
+    encoding: ChatEncoding, report: Path, entries: Sequence[Entry], values: Mapping[str, Any]
+) -> list[int]:
+    """The lengths that the conversion measured, where it measured all rows with this tokenizer and template."""
+    try:
+        measured, content = read_json(report)["measured_with"], encoding.tokenizer.backend_tokenizer.to_str()
+        same = (
+            measured["template"] == values.get("template")
+            and measured["default_system"] == values.get("default_system")
+            and measured["enable_thinking"] == setting(values, "enable_thinking")
+            and measured["tokenizer_sha256"] == hashlib.sha256(content.encode()).hexdigest()
+        )
+        written = report.stat().st_mtime
+        # The report is written last; a newer dataset was changed by somebody else.
+        if not same or any(e.file is None or e.sidecar is None or e.file.stat().st_mtime > written for e in entries):
+            return []
+        return [int(row["tokens"]) for entry in entries if entry.sidecar for row in read_jsonl(entry.sidecar)]
+    except (DataError, OSError, LookupError, TypeError, ValueError, AttributeError):
+        return []
 
 
 class _Place(NamedTuple):

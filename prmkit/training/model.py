@@ -17,110 +17,19 @@ logits       vocabulary x tokens, three times in float32: log-softmax, its gradi
 reserve      the CUDA context, and a share for fragmentation.
 """
 
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from prmkit.dataset_info import split_names
 from prmkit.errors import DataError
 from prmkit.files import read_json
 from prmkit.llamafactory_schema import setting
+from prmkit.training.checkpoints import Weight, read_weights
 from prmkit.training.checks import Check, error, ok, warning
 from prmkit.training.environment import GIBIBYTE, Machine
-
-# --- safetensors --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of a checkpoint."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The header of a safetensors file: https://github.com/huggingface/safetensors#format."""
-
-    weights: Mapping[str, Weight]
-    places: Mapping[str, tuple[int, int]]
-    """Where the bytes of each tensor begin and end in the file."""
-    size: int
-    """Bytes that a complete file of this header has."""
-
-
-_LARGEST_HEADER = 100_000_000  # the limit of the format itself
-
-
-def read_header(path: Path) -> Tensors:
-    """Read a safetensors header: 8 bytes length N (little endian), N bytes JSON, then the tensors' bytes.
-
-    Raises:
-        DataError: the file has no such header.
-    """
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_LARGEST_HEADER, path.stat().st_size):
-                raise struct.error("the header is longer than the file")
-            header = orjson.loads(stream.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        weights = {name: Weight(entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
-        begin = 8 + length
-        places = {name: (begin + int(entry["data_offsets"][0]), begin + int(entry["data_offsets"][1]))
-                  for name, entry in entries.items()}  # fmt: skip
-    except OSError as failure:
-        raise DataError(f"{path}: {failure.strerror}. Download it again.") from failure
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as failure:
-        raise DataError(f"{path}: not a complete safetensors file. Download it again.") from failure
-    return Tensors(weights, places, max((end for _, end in places.values()), default=begin))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files that transformers would load, in its order of preference.
-
-    Raises:
-        DataError: their index is damaged.
-    """
-    for name in (
-        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    ):  # fmt: skip
-        path = folder / name
-        if path.is_file():
-            return _files_in_index(path) if path.suffix == ".json" else [path]
-    return []
-
-
-def _files_in_index(index: Path) -> list[Path]:
-    try:
-        return [index.parent / name for name in sorted({str(n) for n in read_json(index)["weight_map"].values()})]
-    except (KeyError, TypeError, AttributeError) as failure:
-        raise DataError(f"{index}: not an index of weight files. Download it again.") from failure
-
-
-def read_weights(folder: Path) -> dict[str, Weight]:
-    """Every tensor of a model in safetensors, by name; empty for other formats. Reads only the headers.
-
-    Raises:
-        DataError: an index or a header is damaged.
-    """
-    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
-    return {name: weight for path in files for name, weight in read_header(path).weights.items()}
-
 
 # --- memory -------------------------------------------------------------------------------------------------------
 

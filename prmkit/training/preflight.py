@@ -1,4 +1,4 @@
-"""Every check before a run, in a process of its own: `python -m prmkit.training.preflight`.
+"""Every check before a run, in a separate process: `python -m prmkit.training.preflight`.
 
 This is the checklist of a careful person, done by the machine: each check says what it found and what to do. They run
 in a child of `train.py` (`prmkit.training.launcher.run_checks`), because the last of them import LLaMA Factory, which

@@ -238,6 +238,11 @@ _CONTENTS = (
 )
 
 
+def contents_changed(difference: str) -> bool:
+    """Whether a line of `differences` is about files, not about keys of the config."""
+    return any(difference == f"{what}: {changed}" for what, _, changed in _CONTENTS)
+
+
 def _has_changed(before: Any, after: Any) -> bool:
     """Whether two hashes of one method differ; what is missing on one side cannot be compared."""
     return bool(before and after) and before != after and str(before).partition(":")[1] == str(after).partition(":")[1]

@@ -5,13 +5,10 @@ earlier run left it there. Some faults then end in a crash; a missing optimizer 
 checked here before a checkpoint is used, and its path is passed on explicitly.
 """
 
-import json
 import logging
-import mmap
 import shlex
 import shutil
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -19,19 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
-from prmkit.files import read_json
 from prmkit.llamafactory_schema import setting
-from prmkit.training.model import read_header
+from prmkit.training.checkpoints import (
+    NO_OPTIMIZER,
+    checkpoint_fault,
+    content_fault,
+    read_log,
+    read_state,
+    weights_fault,
+)
 from prmkit.training.records import differences, read_record
 
 log = logging.getLogger(__name__)
 
-NO_OPTIMIZER = "the optimizer state is missing or damaged"
-"""The fault of a checkpoint that `save_only_model` wrote, or that a kill interrupted."""
 _KEPT_BY_GIT = ".gitkeep"
 
 
-# --- is a folder complete? ----------------------------------------------------------------------------------------
+# --- which checkpoint? --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -44,184 +45,6 @@ class Checkpoint:
     """Input tokens seen so far; 0 where they were not counted."""
     max_steps: int
     """The last step of the run that wrote it."""
-
-
-def read_state(folder: Path) -> dict[str, Any] | None:
-    """The content of `trainer_state.json`; None when it is missing or damaged."""
-    try:
-        # Python's own reader, because a loss that is not a number is written as NaN.
-        state = json.loads((folder / "trainer_state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(state, dict) or not all(type(state.get(key)) is int for key in ("global_step", "max_steps")):
-        return None
-    history, tokens = state.get("log_history"), state.get("num_input_tokens_seen")
-    entries = [entry for entry in history if _is_logged(entry)] if isinstance(history, list) else []
-    return {**state, "log_history": entries, "num_input_tokens_seen": tokens if type(tokens) is int else 0}
-
-
-def _is_logged(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("step"), int)
-        and all(isinstance(entry.get(key, 0.0), int | float) for key in ("loss", "eval_loss"))
-    )
-
-
-def parse_log_line(line: bytes) -> dict[str, Any] | None:
-    """One line of a `trainer_log.jsonl`; None for a line that a kill or a full disk damaged."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    numbers = ("total_steps", "loss", "eval_loss", "lr", "throughput", "total_tokens", "vram_reserved")
-    is_entry = isinstance(entry, dict) and isinstance(entry.get("current_steps"), int)
-    return entry if is_entry and all(isinstance(entry.get(key, 0), int | float) for key in numbers) else None
-
-
-def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `trainer_log.jsonl`; damaged ones are skipped."""
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        if (entry := parse_log_line(line)) is not None:
-            yield entry
-
-
-def weights_fault(folder: Path) -> str | None:
-    """What is wrong with the weights in a folder, an adapter or a model in one or several files; by header and size."""
-    try:
-        names = _weight_names(folder)
-    except DataError as failure:
-        return str(failure).rstrip(".")
-    if not names:
-        return "adapter_model.safetensors is missing"
-    return next((f"{name} is not complete" for name in names if not _is_complete_file(folder / name)), None)
-
-
-def _weight_names(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [name for name in ("adapter_model.safetensors", "model.safetensors") if (folder / name).exists()][:1]
-    try:
-        return sorted({str(name) for name in read_json(index)["weight_map"].values()})
-    except (KeyError, TypeError, AttributeError) as failure:
-        raise DataError(f"{index.name} is not an index.") from failure
-
-
-def _is_complete_file(path: Path) -> bool:
-    try:
-        header = read_header(path)
-        return bool(header.weights) and path.stat().st_size == header.size
-    except (DataError, OSError):
-        return False
-
-
-def content_fault(folder: Path) -> str | None:
-    """What is wrong with the contents of a folder of weights: every byte is read, about a second a gigabyte.
-
-    Besides `weights_fault`: JSON files that are empty or damaged, pages of zeros in the weights, which are what a power
-    failure leaves, and numbers that are not finite.
-    """
-    if fault := weights_fault(folder):
-        return fault
-    config = "adapter_config.json" if (folder / "adapter_model.safetensors").exists() else "config.json"
-    for name in (config, *(name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).exists())):
-        try:
-            if not isinstance(content := read_json(folder / name), dict) or not content:
-                return f"{name} is empty"
-        except DataError:
-            return f"{name} is missing or damaged"
-    return next((fault for name in _weight_names(folder) if (fault := _numbers_fault(folder / name))), None)
-
-
-_PAGE = 4096
-_EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
-"""NumPy type of the same size, and the bits that are all set in infinities and NaN alone (IEEE 754)."""
-
-
-_CHUNK = 1 << 26
-
-
-def _numbers_fault(path: Path) -> str | None:
-    header = read_header(path)
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for name, weight in header.weights.items():
-            begin, end = header.places[name]
-            if weight.dtype in _EXPONENTS and not _is_finite(content, begin, end, *_EXPONENTS[weight.dtype]):
-                return f"{path.name}: {name} contains numbers that are not finite"
-            # Embeddings have rows of zeros, and a tensor of nothing but zeros is a LoRA B that has not learned yet.
-            may_be_zero = len(weight.shape) < 2 or "embed" in name or "lm_head" in name
-            if not may_be_zero and _has_zero_page(content, begin, end):
-                return f"{path.name}: {name} has a page of zeros"
-    return None
-
-
-def _is_finite(content: mmap.mmap, begin: int, end: int, kind: str, exponent: int) -> bool:
-    import numpy
-
-    return all(
-        bool(((numpy.frombuffer(content[start : min(start + _CHUNK, end)], kind) & exponent) != exponent).all())
-        for start in range(begin, end, _CHUNK)
-    )
-
-
-def _has_zero_page(content: mmap.mmap, begin: int, end: int) -> bool:
-    """Whether a page of the file is zero, in a tensor that is not zero everywhere."""
-    import numpy
-
-    first, last = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
-    used = [
-        numpy.frombuffer(content[start : min(start + _CHUNK, last)], "<u8").reshape(-1, _PAGE // 8).any(axis=1)
-        for start in range(first, last, _CHUNK)
-    ]
-    return any(pages.any() for pages in used) and not all(pages.all() for pages in used)
-
-
-def checkpoint_fault(folder: Path, *, contents: bool = True) -> str | None:
-    """Why nothing can be resumed from a checkpoint folder; None when it is complete.
-
-    Args:
-        folder: `checkpoint-N`.
-        contents: read every byte, not only names and sizes.
-    """
-    if (folder / "checkpoint-is-incomplete.txt").exists():
-        return "it was being written when the run ended"
-    state = read_state(folder)
-    if state is None:
-        return "trainer_state.json is missing or damaged"
-    if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{state['global_step']}":
-        return f"it is from step {state['global_step']}, not from the one in its name"
-    if fault := content_fault(folder) if contents else weights_fault(folder):
-        return fault
-    return _optimizer_fault(folder, contents=contents)
-
-
-def _optimizer_fault(folder: Path, *, contents: bool) -> str | None:
-    # One process or DDP; FSDP; DeepSpeed, one file for each process. torch.save writes zip files with checksums.
-    optimizers = [path for name in ("optimizer.pt", "optimizer.bin", "global_step*/*optim_states.pt")
-                  for path in folder.glob(name)]  # fmt: skip
-    if not optimizers or not all(map(zipfile.is_zipfile, optimizers)):
-        return NO_OPTIMIZER
-    if not contents:
-        return None
-    if (folder / "optimizer.pt").exists():
-        needed = ("scheduler.pt", "training_args.bin")
-        if missing := [name for name in needed if not (folder / name).exists()]:
-            return f"{missing[0]} is missing"
-        if not list(folder.glob("rng_state*.pth")):
-            return "rng_state.pth is missing"
-    saved = [*optimizers, *folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("training_args.bin")]
-    return next((f"{path.name} is damaged" for path in dict.fromkeys(saved) if not _is_whole_zip(path)), None)
-
-
-def _is_whole_zip(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):
-        return False
-
-
-# --- which checkpoint? --------------------------------------------------------------------------------------------
 
 
 def stale_reason(folder: Path, run_log: Path) -> str | None:

@@ -21,20 +21,16 @@ from prmkit.errors import DataError, Interrupted, LlamaFactoryError
 from prmkit.files import read_json, write_text
 from prmkit.model_card import write_model_card
 from prmkit.training import launcher
+from prmkit.training.checkpoints import checkpoint_fault, content_fault, parse_log_line, read_log, read_state
 from prmkit.training.config import ResolvedConfig, render_yaml
 from prmkit.training.launcher import Launch
 from prmkit.training.records import METRICS, RESOLVED_CONFIG, log_path_of, now, write_record
 from prmkit.training.resume import (
     Plan,
     Step,
-    checkpoint_fault,
     checkpoint_folders,
-    content_fault,
     newest_checkpoint,
-    parse_log_line,
     prepare_run_folder,
-    read_log,
-    read_state,
     rename_with_prefix,
     restore_final_files,
 )
@@ -192,9 +188,7 @@ def _train(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int, record:
         unusable.rename(first.folder)  # it was not the checkpoint's fault
         raise LlamaFactoryError(str(failure)) from None
     record["resumed_from"] = [*record["resumed_from"][:-1], str(older.folder)]
-    log.warning(
-        "%s could not be used and is kept as %s; the run resumed from %s.", first.folder, unusable, older.folder
-    )
+    log.warning("%s could not be used; it is kept as %s.", first.folder, unusable.name)
 
 
 class _FailedBeforeFirstStep(LlamaFactoryError):
@@ -224,6 +218,7 @@ def _launch(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int) -> Non
             for entry in follower.new_entries():
                 stopping.see(entry)
                 show(entry)
+            show(None)
             echo()
 
         try:
@@ -357,6 +352,10 @@ QUIET_SECONDS = 30
 """Minimum seconds between progress lines when stderr is not a terminal."""
 
 
+SILENT_SECONDS = 60
+"""After so long without a line, one says that the run is alive, when stderr is not a terminal."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a launch begins: at 0, or at the checkpoint that it resumes from."""
@@ -458,14 +457,23 @@ def _as_lines(entries: list[dict[str, Any]]) -> bytes:
 
 
 @contextmanager
-def progress(name: str, start: Start) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show a run's entries as they come: as a bar on a terminal, otherwise as a line now and then."""
+def progress(name: str, start: Start) -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
+    """Show a run's entries as they come: as a bar on a terminal, otherwise as a line now and then.
+
+    Yields:
+        A function that is called with every entry, and regularly with None, so that a long silence is explained.
+    """
     with cli.progress_bar() as bar:
         task = bar.add_task(f"{name}: starting LLaMA Factory", total=None, completed=start.step)
-        last_line = -math.inf
+        last_line, last_sign = -math.inf, time.monotonic()
 
-        def show(entry: Mapping[str, Any]) -> None:
-            nonlocal last_line
+        def show(entry: Mapping[str, Any] | None) -> None:
+            nonlocal last_line, last_sign
+            if entry is None:
+                if bar.disable and time.monotonic() - max(last_line, last_sign) > SILENT_SECONDS:
+                    last_sign = time.monotonic()
+                    log.info("%s: still running; nothing is logged until the next logging_steps are done", name)
+                return
             total, step = entry.get("total_steps"), entry["current_steps"]
             if not {"loss", "eval_loss"} & entry.keys():
                 return  # the last entry is a summary

@@ -15,6 +15,7 @@ from prmkit.config_file import read_yaml
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import only_one
 from prmkit.llamafactory_schema import setting
+from prmkit.training.checkpoints import checkpoint_fault
 from prmkit.training.checks import Check, error, errors_in, ok
 from prmkit.training.config import Override, ResolvedConfig, parse_assignment, resolve_config, typed_values
 from prmkit.training.environment import this_machine
@@ -24,13 +25,14 @@ from prmkit.training.records import (
     NUMERIC_COLUMNS,
     TABLE_COLUMNS,
     all_records,
+    contents_changed,
     differences,
     log_path_of,
     new_record,
     read_record,
     table_rows,
 )
-from prmkit.training.resume import Step, back_up, checkpoint_fault, checkpoint_folders, plan_start, run_folder_of
+from prmkit.training.resume import Step, back_up, checkpoint_folders, plan_start, run_folder_of
 from prmkit.training.resume import free_folder as free_run_folder
 from prmkit.training.run import LaunchPlan, execute_plan, python, run_worker_node, write_card
 
@@ -304,9 +306,13 @@ def _check_training_is_meant(options: TrainOptions, start: _Start, claimed: Path
         UsageError: nothing was typed that asks for another training.
     """
     typed = {override.key for override in overrides_of(options)} - set(EXPORT_KEYS)
-    if not options.export or typed or read_record(claimed) is not None:
+    earlier = read_record(start.folder)
+    if not options.export or options.evaluate or typed or earlier is None or read_record(claimed) is not None:
         return
-    changed = "\n".join(f"  {line}" for line in differences(read_record(start.folder) or {}, start.fresh))
+    found = differences(earlier, start.fresh)
+    if any(contents_changed(line) for line in found):
+        return  # new data is a reason to train again
+    changed = "\n".join(f"  {line}" for line in found)
     base = _base(options)
     raise UsageError(
         f"{start.folder} was trained with other settings than {options.config} has:\n{changed}\n"
@@ -347,8 +353,8 @@ def export_existing(options: TrainOptions) -> Outcome:
     source = find_source(folder)
     if source.record["config"].get("trust_remote_code") and typed.get("trust_remote_code") is not True:
         raise UsageError(
-            f"{folder}: its base model runs code of its own. If you trust {source.record['base_model']['path']}, add "
-            "trust_remote_code=true"
+            f"{folder}: its base model brings code that would run. If you trust "
+            f"{source.record['base_model']['path']}, add trust_remote_code=true"
         )
     source = replace(source, record={**source.record, "config": {**source.record["config"], **typed}})
     target = Path(str(source.record["config"].get("export_dir") or "exported_model"))

@@ -1,4 +1,4 @@
-"""Resolving a config on a machine without GPU, and what a user is told when something is wrong with it."""
+"""Resolving a config on a machine without GPU, and what a user is reported when something is wrong with it."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def resolved(path: Path, *assignments: str) -> ResolvedConfig:
 
 
 def complaint(path: Path, *assignments: str) -> str:
-    """What a user is told; fails when there is nothing to tell."""
+    """What a user is reported; fails when there is nothing to tell."""
     with pytest.raises(UsageError) as caught:
         resolved(path, *assignments)
     return str(caught.value)

@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
 
 
 def row(number: int) -> dict[str, str]:
-    """One training row; its score is told by its text."""
+    """One training row; its score is reported by its text."""
     good = number % 3
     return {
         "instruction": f"Judge step {number}: the tool {'answered ' * (good + 1)}.",

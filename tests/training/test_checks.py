@@ -47,9 +47,9 @@ CONTRADICTIONS = {
 def test_contradiction(tmp_path: Path, assignments: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_config(tmp_path / "config.yaml")
-    told = complaint(path, *assignments.split(" "))
-    assert CONTRADICTIONS[assignments] in told
-    assert told.startswith(f"{path}: 1 error (LLaMA Factory")
+    reported = complaint(path, *assignments.split(" "))
+    assert CONTRADICTIONS[assignments] in reported
+    assert reported.startswith(f"{path}: 1 error (LLaMA Factory")
 
 
 def test_what_goes_together(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading a config and its overrides: everything that is wrong is told, at once, with what to write instead."""
+"""Reading a config and its overrides: everything that is wrong is reported, at once, with what to write instead."""
 
 import subprocess
 import sys
@@ -181,13 +181,13 @@ TRAPS = {
 
 @pytest.mark.parametrize("assignments", TRAPS)
 def test_trap(config: Path, assignments: str) -> None:
-    told = complaint(config, *assignments.split(" "))
-    assert TRAPS[assignments] in told and "s3cr3t" not in told.partition("\n")[2]
-    assert told.startswith(f"{config}: 1 error (LLaMA Factory")
+    reported = complaint(config, *assignments.split(" "))
+    assert TRAPS[assignments] in reported and "s3cr3t" not in reported.partition("\n")[2]
+    assert reported.startswith(f"{config}: 1 error (LLaMA Factory")
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reported"),
     [
         ("report_to: null", "Write report_to: none"),
         ("flash_attn: null", "Leave the key out for LLaMA Factory's default, auto"),
@@ -196,10 +196,10 @@ def test_trap(config: Path, assignments: str) -> None:
         ("do_eval: 'no'", "Write do_eval: no without quotes"),
     ],
 )
-def test_trap_in_a_file(tmp_path: Path, changes: str, told: str) -> None:
+def test_trap_in_a_file(tmp_path: Path, changes: str, reported: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"model_name_or_path: model\ndataset: steps\noutput_dir: saves/run\n{changes}\n")
-    assert told in complaint(path)
+    assert reported in complaint(path)
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_seven_mistakes_in_one_report(tmp_path: Path) -> None:
         "flash_attn": "fa3", "packing": "true", "save_strategy": "sometimes",
     }  # fmt: skip
     path.write_text(path.read_text() + "".join(f"{key}: {value}\n" for key, value in mistakes.items()))
-    told = complaint(path)
-    assert "7 errors" in told
-    assert all(f"\n  {key}: " in told for key in mistakes)
+    reported = complaint(path)
+    assert "7 errors" in reported
+    assert all(f"\n  {key}: " in reported for key in mistakes)
 
 
 def test_a_problem_says_where_it_was_typed(config: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_problem_says_where_it_was_typed(config: Path) -> None:
         resolve_config(config, [Override("num_train_epochs", "five", "--epochs")], machine=NO_GPU)
 
 
-def test_a_typo_is_told_in_under_two_seconds_by_a_fresh_process(config: Path) -> None:
+def test_a_typo_is_reported_in_under_two_seconds_by_a_fresh_process(config: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from prmkit.training.config import *\n"
         "from prmkit.errors import UsageError\n"

@@ -1,4 +1,4 @@
-"""Fitting a config to the data and the machine: what is derived, what is left out, and that it is said."""
+"""Fitting a config to the data and the machine: what is derived, what is left out, and that it is reported."""
 
 import json
 import socket
@@ -186,7 +186,7 @@ def test_visible_gpus_are_read_as_cuda_reads_them(setting: str | None, chosen: l
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """Something that listens, as SwanLab's server would."""
+    """A listener, as SwanLab's server would."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
@@ -234,7 +234,7 @@ def test_swanlab_as_asked(nobody: dict[str, str], mode: str) -> None:
     assert resolve_swanlab({"swanlab_mode": mode}, DASHBOARD, nobody).mode == mode
 
 
-def test_swanlab_that_is_not_installed_leaves_no_key_behind(project: Path) -> None:
+def test_swanlab_that_is_not_installed_leaves_no_key(project: Path) -> None:
     found = resolved(project, "use_swanlab=true", "swanlab_project=p", machine=Machine((), 4))
     assert not [key for key in found.values if "swanlab" in key]
     assert found.dropped["use_swanlab"] == "swanlab is not installed"

@@ -74,7 +74,7 @@ def test_a_large_model_on_a_cpu_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "dropped", "status", "told"),
+    ("values", "dropped", "status", "reported"),
     [
         ({"bf16": True, "tf32": True}, {}, Status.OK, "bf16, tf32"),
         (
@@ -87,9 +87,9 @@ def test_a_large_model_on_a_cpu_is_an_error() -> None:
         ({}, {}, Status.WARNING, "float32"),
     ],
 )
-def test_precision(values: dict[str, Any], dropped: dict[str, str], status: Status, told: str) -> None:
+def test_precision(values: dict[str, Any], dropped: dict[str, str], status: Status, reported: str) -> None:
     found = checks.check_precision(values, dropped)
-    assert (found.status, found.found.startswith(told)) == (status, True)
+    assert (found.status, found.found.startswith(reported)) == (status, True)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_disk_space(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"save_strategy": "no"}, "1 checkpoint of"),
         ({"save_steps": 500, "max_steps": 20_000}, "41 checkpoints of 1 MiB"),
@@ -134,21 +134,21 @@ def test_disk_space(tmp_path: Path) -> None:
         ({"save_steps": 500}, "2 checkpoints of 1 MiB or more: without save_total_limit all are kept"),
     ],
 )
-def test_checkpoints_that_nobody_limits(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
-    assert told in checks.check_disk({"output_dir": str(tmp_path / "run"), **settings}, 1 << 20).found
+def test_checkpoints_that_nobody_limits(tmp_path: Path, settings: dict[str, Any], reported: str) -> None:
+    assert reported in checks.check_disk({"output_dir": str(tmp_path / "run"), **settings}, 1 << 20).found
 
 
 @pytest.mark.parametrize("key", ["output_dir", "export_dir"])
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "reported"),
     [("file", "is a file, not a folder"), ("file/run", "is a file, not a folder"), ("/dev/null/x", "is a file"),
      ("x" * 300, "File name too long"), ("é" * 110, "a name of 220 bytes is too long; at most 200")],
 )  # fmt: skip
-def test_folders_that_cannot_be_made(tmp_path: Path, key: str, place: str, told: str) -> None:
+def test_folders_that_cannot_be_made(tmp_path: Path, key: str, place: str, reported: str) -> None:
     (tmp_path / "file").touch()
     values = {"output_dir": str(tmp_path / "saves"), key: str(tmp_path / place)}
     found = checks.check_disk(values, None)
-    assert (found.status, told in found.found, found.found.startswith(f"{key}: ")) == (Status.ERROR, True, True)
+    assert (found.status, reported in found.found, found.found.startswith(f"{key}: ")) == (Status.ERROR, True, True)
 
 
 def test_a_run_name_that_cannot_be_made(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_a_run_name_that_cannot_be_made(tmp_path: Path) -> None:
     assert (found.status, "run_name" in found.found) == (Status.ERROR, True)
 
 
-def test_swanlab_is_told() -> None:
-    off = checks.check_swanlab({}, {"use_swanlab": "nobody is logged in; for local runs: pip install x"}, {})
+def test_swanlab_is_reported() -> None:
+    off = checks.check_swanlab({}, {"use_swanlab": "not logged in; for local runs: pip install x"}, {})
     assert (off.status, off.found, off.advice) == (
-        Status.WARNING, "off: nobody is logged in", "For local runs: pip install x")  # fmt: skip
+        Status.WARNING, "off: not logged in", "For local runs: pip install x")  # fmt: skip
     on = checks.check_swanlab(
         {"use_swanlab": True, "swanlab_mode": "local", "swanlab_project": "p"},
         {},
@@ -170,7 +170,7 @@ def test_swanlab_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "reported"),
     [
         ({"warmup_ratio": 0.1}, "warmup_steps: 0.1"),
         ({"logging_dir": "logs"}, "TENSORBOARD_LOGGING_DIR"),
@@ -186,18 +186,18 @@ def test_swanlab_is_told() -> None:
         ({"save_only_model": True}, "Leave it out"),
     ],
 )
-def test_settings_that_deserve_a_word(values: dict[str, Any], told: str) -> None:
+def test_settings_that_deserve_a_word(values: dict[str, Any], reported: str) -> None:
     (found,) = check_settings(values)
-    assert (found.status, told in found.advice) == (Status.WARNING, True)
+    assert (found.status, reported in found.advice) == (Status.WARNING, True)
 
 
 def test_checkpoints_and_adapters_that_are_not_there(tmp_path: Path) -> None:
-    whole = tmp_path / "run" / "checkpoint-500"
-    whole.mkdir(parents=True)
-    (whole / "trainer_state.json").write_text("{}")
-    assert check_named_files({"resume_from_checkpoint": str(whole)}) == []
+    complete = tmp_path / "run" / "checkpoint-500"
+    complete.mkdir(parents=True)
+    (complete / "trainer_state.json").write_text("{}")
+    assert check_named_files({"resume_from_checkpoint": str(complete)}) == []
     (found,) = check_named_files({"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-400")})
-    assert (found.status, str(whole) in found.advice) == (Status.ERROR, True)
+    assert (found.status, str(complete) in found.advice) == (Status.ERROR, True)
     (missing,) = check_named_files({"adapter_name_or_path": str(tmp_path)})
     assert missing.status is Status.ERROR
 

@@ -26,7 +26,7 @@ from prmkit.training.resume import checkpoint_folders
 pytestmark = pytest.mark.llamafactory
 
 
-def test_the_export_is_a_whole_model_in_the_trained_number_format(finished: Path) -> None:
+def test_the_export_is_a_complete_model_in_the_trained_number_format(finished: Path) -> None:
     from safetensors.torch import load_file
 
     merged = load_file(finished / "exported_model" / "model.safetensors")
@@ -91,10 +91,10 @@ def test_a_checkpoint_is_exported_over_an_old_export_that_is_moved_aside(finishe
 
 def test_a_damaged_export_is_made_again(finished_copy: Path) -> None:
     weights = finished_copy / "exported_model" / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-10])
+    complete = weights.read_bytes()
+    weights.write_bytes(complete[:-10])
     assert "already exported" not in start(finished_copy, "--export-only", "saves/run").ends(0)
-    assert weights.read_bytes() == whole
+    assert weights.read_bytes() == complete
     assert "already exported" in start(finished_copy, "--export-only", "saves/run").ends(0)
 
 
@@ -134,8 +134,8 @@ def test_the_export_config_has_no_key_of_training(finished: Path, monkeypatch: p
     assert values["adapter_name_or_path"] == str(finished / "saves" / "run")
     full = find_source(finished / "saves" / "run")
     full.record["config"] |= {"finetuning_type": "full"}  # type: ignore[attr-defined]
-    whole = export_values(full, finished / "out")
-    assert "adapter_name_or_path" not in whole and whole["model_name_or_path"] == str(finished / "saves" / "run")
+    complete = export_values(full, finished / "out")
+    assert "adapter_name_or_path" not in complete and complete["model_name_or_path"] == str(finished / "saves" / "run")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from prmkit.errors import DataError
+from prmkit.training.checkpoints import read_weights
 from prmkit.training.checks import Check, Status
 from prmkit.training.input_checks import check_datasets, check_held_out, check_model_folder, check_named_files
-from prmkit.training.model import read_weights
 
 # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -35,18 +35,18 @@ def sharded(folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="1MB")
 
 
-def test_a_whole_folder(folder: Path) -> None:
+def test_a_complete_folder(folder: Path) -> None:
     found = model_check(folder)
     assert (found.status, found.advice) == (Status.OK, "")
     assert "qwen2" in found.found
 
 
-def test_a_whole_folder_of_several_files(folder: Path) -> None:
-    whole = read_weights(folder)
+def test_a_complete_folder_of_several_files(folder: Path) -> None:
+    complete = read_weights(folder)
     sharded(folder)
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert model_check(folder).status is Status.OK
-    assert read_weights(folder).keys() == whole.keys()
+    assert read_weights(folder).keys() == complete.keys()
 
 
 def cut(path: Path, by: int) -> None:
@@ -80,7 +80,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index that is a list": (lambda folder: index(folder, "[]"), "model.safetensors.index.json: not an index"),
     "an index of no files": (lambda folder: index(folder, '{"weight_map": 5}'), "index.json: not an index"),
     "an index that is no JSON": (lambda folder: index(folder, "{"), "model.safetensors.index.json: not JSON"),
-    "a size that is a text": (
+    "a size that is a string": (
         lambda folder: configure(folder, hidden_size="x"), "config.json: hidden_size is 'x', not a number"),
     "weights with a list for a header": (
         lambda folder: headed(folder / "model.safetensors", []), "not a complete safetensors file"),
@@ -97,10 +97,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("way", BREAKS)
 def test_a_broken_folder(folder: Path, way: str) -> None:
-    breaks, told = BREAKS[way]
+    breaks, reported = BREAKS[way]
     breaks(folder)
     found = model_check(folder)
-    assert (found.status, told in found.found) == (Status.ERROR, True), found.found
+    assert (found.status, reported in found.found) == (Status.ERROR, True), found.found
     assert found.advice
 
 
@@ -187,7 +187,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, name: str, rows: list[Any], **entry: Any) -> None:
-    """Add one dataset to a folder; a row that is a text is written as it stands."""
+    """Add one dataset to a folder; a row that is a string is written as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     path = folder / "dataset_info.json"
@@ -228,7 +228,7 @@ def test_a_dataset_that_is_not_there(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "reported"),
     [
         ([GOOD, "{"], ":2: not JSON"),
         ([GOOD, "[]"], ":2: not an object"),
@@ -239,10 +239,10 @@ def test_a_dataset_that_is_not_there(data: Path) -> None:
         ([], "is empty"),
     ],
 )
-def test_rows_that_would_be_lost(data: Path, rows: list[Any], told: str) -> None:
+def test_rows_that_would_be_lost(data: Path, rows: list[Any], reported: str) -> None:
     write(data, "bad", rows)
     found = dataset_check(data, "bad")
-    assert (found.status, told in found.found) == (Status.ERROR, True), found.found
+    assert (found.status, reported in found.found) == (Status.ERROR, True), found.found
 
 
 def test_columns_that_are_mapped(data: Path) -> None:
@@ -338,13 +338,13 @@ def test_held_out_rows_apart(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leaked", "told"), [(("task 1", "zz"), "1 task and 0 prompts"), (("task 9", "bb"), "0 tasks and 1 prompt")]
+    ("leaked", "reported"), [(("task 1", "zz"), "1 task and 0 prompts"), (("task 9", "bb"), "0 tasks and 1 prompt")]
 )
-def test_held_out_rows_that_leak(data: Path, leaked: tuple[str, str], told: str) -> None:
+def test_held_out_rows_that_leak(data: Path, leaked: tuple[str, str], reported: str) -> None:
     trace(data, "steps", ("task 1", "aa"), ("task 2", "bb"))
     trace(data, "steps_eval", ("task 3", "cc"), leaked)
     found = held_out(data)
-    assert (found.status, told in found.found) == (Status.ERROR, True)
+    assert (found.status, reported in found.found) == (Status.ERROR, True)
 
 
 def test_what_the_conversion_found_is_believed(data: Path) -> None:
@@ -405,7 +405,7 @@ def named(micro_model: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("values", "told", "advice"),
+    ("values", "reported", "advice"),
     [
         ({"lora_target": "foo"}, "lora_target: the model has no layer foo", "There are: "),
         ({"lora_target": "q_proj,vproj"}, "no layer vproj", "Did you mean v_proj?"),
@@ -418,9 +418,9 @@ def named(micro_model: Path) -> Any:
         ({"additional_target": "embed_token"}, "no layer embed_token", "Did you mean embed_tokens?"),
     ],
 )
-def test_layers_that_the_model_does_not_have(named: Any, values: dict[str, Any], told: str, advice: str) -> None:
+def test_layers_that_the_model_does_not_have(named: Any, values: dict[str, Any], reported: str, advice: str) -> None:
     (found,) = named(**values)
-    assert (found.status, told in found.found, found.advice.startswith(advice)) == (Status.ERROR, True, True), found
+    assert (found.status, reported in found.found, found.advice.startswith(advice)) == (Status.ERROR, True, True), found
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_layers_that_it_has(named: Any, values: dict[str, Any]) -> None:
     assert named(**values) == []
 
 
-def test_a_damaged_model_is_told_by_its_own_check(named: Any, tmp_path: Path) -> None:
+def test_a_damaged_model_is_reported_by_its_own_check(named: Any, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     assert named(model_name_or_path=str(tmp_path), lora_target="foo") == []
     (tmp_path / "gone.safetensors").write_text("<html>")
@@ -455,22 +455,22 @@ EVERY_LAYER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def adapter(folder: Path, **shape: Any) -> str:
     folder.mkdir()
-    whole = {"r": 8, "lora_alpha": 16, "target_modules": EVERY_LAYER, **shape}
-    (folder / "adapter_config.json").write_text(json.dumps(whole))
+    complete = {"r": 8, "lora_alpha": 16, "target_modules": EVERY_LAYER, **shape}
+    (folder / "adapter_config.json").write_text(json.dumps(complete))
     return str(folder)
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "reported"),
     [
         ({"lora_rank": 4}, "without lora_rank: 4 (it has 8)"),
         ({"lora_rank": 4, "lora_alpha": 8}, "lora_rank: 4 (it has 8), lora_alpha: 8 (it has 16)"),
         ({"lora_target": "q_proj"}, "lora_target: q_proj (it has "),
     ],
 )
-def test_an_adapter_keeps_its_shape(named: Any, tmp_path: Path, values: dict[str, Any], told: str) -> None:
+def test_an_adapter_keeps_its_shape(named: Any, tmp_path: Path, values: dict[str, Any], reported: str) -> None:
     (found,) = named(adapter_name_or_path=adapter(tmp_path / "x"), **values)
-    assert (found.status, told in found.found) == (Status.WARNING, True), found
+    assert (found.status, reported in found.found) == (Status.WARNING, True), found
     assert "create_new_adapter" in found.advice
 
 

@@ -31,7 +31,7 @@ def family_of(process: subprocess.Popen[str], size: int) -> list[int]:
 
 
 def living(pids: list[int]) -> list[int]:
-    """Those that still run; a dead one may stand in the table for seconds until the system's first process reads it."""
+    """Those that still run; a dead one may are in the table for seconds until the system's first process reads it."""
     states = supervisor._processes()
     return [pid for pid in pids if pid in states and states[pid][1] != "Z"]
 
@@ -87,8 +87,8 @@ def test_a_child_that_was_asked_to_stop_may_save_first(tmp_path: Path) -> None:
     script = f"trap 'sleep 0.5; touch {tmp_path}/saved' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done"
 
     def interrupt() -> None:
-        if (tmp_path / "ready").exists() and not (tmp_path / "told").exists():
-            (tmp_path / "told").touch()
+        if (tmp_path / "ready").exists() and not (tmp_path / "reported").exists():
+            (tmp_path / "reported").touch()
             os.kill(os.getpid(), signal.SIGINT)
 
     with started(["bash", "-c", script], tmp_path / "log") as child, pytest.raises(Interrupted) as stopped:
@@ -101,8 +101,8 @@ def test_a_child_that_was_asked_to_stop_may_save_first(tmp_path: Path) -> None:
 
 def test_a_child_that_will_not_stop_is_waited_for_no_longer_than_patience(tmp_path: Path) -> None:
     def interrupt() -> None:
-        if (tmp_path / "ready").exists() and not (tmp_path / "told").exists():
-            (tmp_path / "told").touch()
+        if (tmp_path / "ready").exists() and not (tmp_path / "reported").exists():
+            (tmp_path / "reported").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
     script = f"trap '' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done"
@@ -185,7 +185,7 @@ def test_a_gpu_that_is_full_is_recognised(line: str) -> None:
     assert "Out of memory. Try, in this order:" in explain(f"Traceback\n{line}\n", 1, CONFIG)
 
 
-def test_the_cause_is_told_from_what_torchrun_adds() -> None:
+def test_the_cause_is_reported_from_what_torchrun_adds() -> None:
     tail = "\n".join(
         [
             "Traceback (most recent call last):",

@@ -1,8 +1,10 @@
 """The checks that need LLaMA Factory: is the template right, and are rows cut? Chat templates are written as model
 families write them, and compared with LLaMA Factory's templates."""
 
+import hashlib
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ GEMMA = (
     "+ m.content + '<end_of_turn>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{%- endif %}"
 )
-# Llama 3.1: a system block with today's date stands before everything, whatever is asked.
+# Llama 3.1: a system block with today's date is before everything, always.
 DATED = (
     "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: 26 Jul 2024\\n\\n' }}"
     "{%- if messages[0].role == 'system' %}{{ messages[0].content }}{%- set messages = messages[1:] %}{%- endif %}"
@@ -132,7 +134,7 @@ def test_a_template_read_from_the_tokenizer(micro_model: Path) -> None:
 
 
 def test_a_gpu_that_torch_does_not_see() -> None:
-    """The driver is said to show a GPU: what an old driver looks like."""
+    """The driver is reported to show a GPU: what an old driver looks like."""
     found = check_start(gpus=1)
     assert (found.status, "cannot use the GPU that the driver shows" in found.found) == (Status.ERROR, True)
 
@@ -193,6 +195,26 @@ def test_the_longest_rows_come_first_when_time_is_short(
     assert found.longest == found.longest_first[0] > 500
 
 
+def test_lengths_that_the_conversion_measured_are_used(
+    micro_model: Path, encoding: ChatEncoding, tmp_path: Path
+) -> None:
+    """Only where tokenizer and template are the same, and the rows are those that were measured."""
+    values = write(tmp_path, ALPACA, [{"instruction": "a", "input": "", "output": "b"}] * 3)
+    values |= {"model_name_or_path": str(micro_model), "template": "qwen"}
+    (tmp_path / "rows.meta.jsonl").write_text("".join(json.dumps({"tokens": n}) + "\n" for n in (11, 13, 12)))
+    tokenizer = encoding.tokenizer.backend_tokenizer
+    same = {"template": "qwen", "default_system": None, "enable_thinking": True,
+            "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()}  # fmt: skip
+    for lengths, used in (({}, True), ({"template": "qwen3"}, False), ({"tokenizer_sha256": "other"}, False)):
+        (tmp_path / "conversion_report.json").write_text(json.dumps({"measured_with": {**same, **lengths}}))
+        found = measure(encoding, values)
+        assert found is not None and (list(found.longest_first) == [13, 12, 11]) is used
+    (tmp_path / "conversion_report.json").write_text(json.dumps({"measured_with": same}))
+    os.utime(tmp_path / "rows.jsonl", (2**32, 2**32))
+    found = measure(encoding, values)
+    assert found is not None and found.longest != 13
+
+
 def test_other_files_are_not_measured(encoding: ChatEncoding, tmp_path: Path) -> None:
     values = write(tmp_path, {"file_name": "rows.csv"}, [])
     assert measure(encoding, values) is None
@@ -200,17 +222,17 @@ def test_other_files_are_not_measured(encoding: ChatEncoding, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("cutoff", "status", "told"),
+    ("cutoff", "status", "reported"),
     [
         (200, Status.OK, "cuts none"),
         (150, Status.WARNING, "1 row is cut"),
         (90, Status.ERROR, "100 of 200 rows are cut"),
     ],
 )
-def test_cut_rows(cutoff: int, status: Status, told: str) -> None:
+def test_cut_rows(cutoff: int, status: Status, reported: str) -> None:
     lengths = [180] + [100] * 99 + [50] * 100
     found = check_lengths(Lengths(200, lengths, lengths), {"cutoff_len": cutoff, "per_device_train_batch_size": 1})
-    assert (found.status, told in found.found) == (status, True)
+    assert (found.status, reported in found.found) == (status, True)
     assert ("cutoff_len=512" in found.advice) == (status is not Status.OK)
 
 

@@ -141,11 +141,11 @@ def test_what_saves_memory_saves_it_where_it_should() -> None:
     base = estimate(QWEN_7B, SEED, tokens=4096)
     liger = estimate(QWEN_7B, SEED | {"enable_liger_kernel": True}, tokens=4096)
     quantized = estimate(QWEN_7B, SEED | {"quantization_bit": 4}, tokens=4096)
-    whole = estimate(QWEN_7B, SEED | {"disable_gradient_checkpointing": True}, tokens=4096)
+    complete = estimate(QWEN_7B, SEED | {"disable_gradient_checkpointing": True}, tokens=4096)
     assert liger.logits < base.logits / 10
     assert liger.weights == base.weights
     assert 0.3 < quantized.weights / base.weights < 0.4  # embeddings stay in bf16
-    assert whole.activations > 10 * base.activations
+    assert complete.activations > 10 * base.activations
     eager = estimate(QWEN_7B, SEED | {"flash_attn": "disabled"}, tokens=4096)
     assert eager.activations > base.activations + 2 * 28 * 4096**2 * 6
 

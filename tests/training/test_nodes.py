@@ -10,7 +10,8 @@ import pytest
 from layout import STEPS, MakeProject
 from processes import start, wait_for
 
-from prmkit.training.resume import newest_checkpoint, weights_fault
+from prmkit.training.checkpoints import weights_fault
+from prmkit.training.resume import newest_checkpoint
 
 pytestmark = pytest.mark.llamafactory
 
@@ -38,10 +39,10 @@ def test_two_nodes_train_one_run(make_project: MakeProject, tmp_path: Path) -> N
     assert [path.name for path in (project / "saves").iterdir()] == ["run"]
 
 
-def test_an_elastic_run_goes_on_when_a_worker_is_killed(
+def test_an_elastic_run_continues_when_a_worker_is_killed(
     make_project: MakeProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun starts it again, and it goes on from the newest whole checkpoint, not from a half-written one."""
+    """torchrun starts it again, and it resumes from the newest complete checkpoint, not from a half-written one."""
     monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "INFO")  # other tests make it quiet, and its log is looked at
     project = make_project(tmp_path / "p", save_steps=4)
     saves = project / "saves" / "run"

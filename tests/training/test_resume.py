@@ -14,7 +14,9 @@ from processes import start
 
 from prmkit.errors import DataError, LlamaFactoryError, PrmkitError, UsageError
 from prmkit.files import sha256_of
+from prmkit.paths import base_model_of
 from prmkit.training import train
+from prmkit.training.checkpoints import checkpoint_fault, weights_fault
 from prmkit.training.records import (
     all_records,
     describe_dataset,
@@ -27,14 +29,12 @@ from prmkit.training.records import (
 from prmkit.training.resume import (
     Step,
     back_up,
-    checkpoint_fault,
     checkpoint_folders,
     free_folder,
     newest_checkpoint,
     plan_start,
     rename_with_prefix,
     run_folder_of,
-    weights_fault,
 )
 from prmkit.training.run import verify_run
 from prmkit.training.train import TrainOptions
@@ -118,6 +118,27 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def overwrite(path: Path, content: bytes) -> None:
+    """Put bytes into the middle of a file, at a multiple of a page."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2 // 4096 * 4096
+    data[middle : middle + len(content)] = content
+    path.write_bytes(data)
+
+
+def zero_page(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    last = len(data) // 4096 * 4096
+    data[last - 4096 : last] = bytes(4096)
+    path.write_bytes(data)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 SPOILT: dict[str, Callable[[Path], object]] = {
     "no trainer_state.json": lambda folder: (folder / "trainer_state.json").unlink(),
     "empty trainer_state.json": lambda folder: (folder / "trainer_state.json").write_text(""),
@@ -126,12 +147,24 @@ SPOILT: dict[str, Callable[[Path], object]] = {
     "adapter empty": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
     "optimizer missing": lambda folder: (folder / "optimizer.pt").unlink(),
     "optimizer cut off": lambda folder: cut(folder / "optimizer.pt"),
+    "adapter of zeros at the end": lambda folder: zero_page(folder / "adapter_model.safetensors"),
+    "adapter with infinities": lambda folder: overwrite(folder / "adapter_model.safetensors", b"\0\0\x80\x7f"),
+    "adapter_config.json empty": lambda folder: (folder / "adapter_config.json").write_text(""),
+    "adapter_config.json missing": lambda folder: (folder / "adapter_config.json").unlink(),
+    "adapter_config.json of nothing": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "tokenizer.json empty": lambda folder: (folder / "tokenizer.json").write_text(""),
+    "scheduler.pt empty": lambda folder: (folder / "scheduler.pt").write_bytes(b""),
+    "scheduler.pt missing": lambda folder: (folder / "scheduler.pt").unlink(),
+    "rng_state.pth missing": lambda folder: (folder / "rng_state.pth").unlink(),
+    "training_args.bin empty": lambda folder: (folder / "training_args.bin").write_bytes(b""),
+    "a hole in optimizer.pt": lambda folder: overwrite(folder / "optimizer.pt", b"\0" * 4096),
+    "one bit of optimizer.pt": lambda folder: flip(folder / "optimizer.pt"),
     "still being written": lambda folder: (folder / "checkpoint-is-incomplete.txt").touch(),
 }
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_a_half_written_checkpoint_is_put_aside_and_the_one_before_it_taken(killed_copy: Path, how: str) -> None:
+def test_a_half_written_checkpoint_is_renamed_and_the_one_before_it_used(killed_copy: Path, how: str) -> None:
     run = killed_copy / "saves" / "run"
     newest, before = checkpoint_folders(run)
     assert checkpoint_fault(newest) is None
@@ -142,7 +175,7 @@ def test_a_half_written_checkpoint_is_put_aside_and_the_one_before_it_taken(kill
 
 
 def test_a_stale_checkpoint_of_an_earlier_run_is_never_taken(killed_copy: Path) -> None:
-    """Higher in number, whole, and of as many steps: only the losses tell that another run wrote it."""
+    """Higher in number, complete, and of as many steps: only the losses tell that another run wrote it."""
     run = killed_copy / "saves" / "run"
     stale = run / f"checkpoint-{STEPS + 8}"
     shutil.copytree(run / f"checkpoint-{STEPS}", stale)
@@ -167,7 +200,7 @@ def test_a_checkpoint_of_a_run_of_another_length_is_stale(killed_copy: Path) -> 
     assert taken is not None and taken.folder != newest and newest.exists()
 
 
-def test_a_model_in_several_files_is_whole_only_with_all_of_them(finished_copy: Path) -> None:
+def test_a_model_in_several_files_is_complete_only_with_all_of_them(finished_copy: Path) -> None:
     model = finished_copy / "model"
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -179,7 +212,7 @@ def test_a_model_in_several_files_is_whole_only_with_all_of_them(finished_copy: 
 # --- what a start means -------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_says_so_and_names_the_ways_on(
+def test_a_finished_run_says_so_and_names_what_can_be_done_next(
     finished_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = record_of(finished_copy)
@@ -210,7 +243,7 @@ def test_what_is_suggested_is_about_the_run_and_works(finished_copy: Path, capsy
 
 
 @pytest.mark.parametrize(
-    ("assignments", "told"),
+    ("assignments", "reported"),
     [
         (["max_steps=80"], "has already trained 80"),
         (["max_steps=8"], "Give more"),
@@ -218,10 +251,10 @@ def test_what_is_suggested_is_about_the_run_and_works(finished_copy: Path, capsy
     ],
 )
 def test_a_finished_checkpoint_of_another_run_is_not_copied_as_a_new_run(
-    finished_copy: Path, monkeypatch: pytest.MonkeyPatch, assignments: list[str], told: str
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch, assignments: list[str], reported: str
 ) -> None:
     checkpoint = f"resume_from_checkpoint=saves/run/checkpoint-{STEPS}"
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=reported):
         start_again(finished_copy, monkeypatch, "run_name=copy", checkpoint, *assignments)
     assert not (finished_copy / "saves" / "copy" / "run.json").exists()
 
@@ -240,7 +273,7 @@ def test_a_finished_run_says_so_without_what_it_was_made_from(
     assert "Already finished: saves/run" in script("train.py", "--config", "config.yaml", cwd=finished_copy).stdout
 
 
-def test_weights_alone_are_kept_and_nothing_goes_on_from_them(
+def test_weights_alone_are_kept_and_nothing_resumes_from_them(
     killed_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(killed_copy / "config.yaml", save_only_model=True)
@@ -339,6 +372,55 @@ def test_an_unfinished_run_is_not_mixed_with_another_config(killed_copy: Path, m
     assert "run_name=NAME" in said and "--overwrite" in said
 
 
+@pytest.mark.parametrize(
+    ("change", "reported"),
+    [
+        (lambda data: swap_columns(data / "dataset_info.json", "steps"), "dataset: its entry in dataset_info.json"),
+        (lambda data: swap_columns(data / "dataset_info.json", "steps_eval"), "eval_dataset: its entry"),
+        (lambda data: cut_rows(data / "steps_eval.jsonl"), "eval_dataset: its rows"),
+        (lambda data: (data.parent / "model" / "merges.txt").write_text("a b"), "base_model: its files"),
+        (lambda data: overwrite(data.parent / "model" / "model.safetensors", b"12345678"), "base_model: its files"),
+    ],
+)
+def test_what_changes_the_meaning_of_the_data_is_another_run(
+    killed_copy: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], reported: str
+) -> None:
+    change(killed_copy / "data")
+    with pytest.raises(UsageError, match=reported):
+        start_again(killed_copy, monkeypatch)
+
+
+def swap_columns(info: Path, name: str) -> None:
+    entries = json.loads(info.read_text())
+    entries[name]["columns"] = {"prompt": "output", "response": "instruction"}
+    info.write_text(json.dumps(entries))
+
+
+def cut_rows(path: Path) -> None:
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(rows[: len(rows) // 2]))
+
+
+def test_a_run_is_the_same_after_its_project_was_moved(
+    killed_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = killed_copy.rename(tmp_path / "moved")
+    record = record_of(moved)
+    assert base_model_of(moved / "saves" / "run", record) == str(moved / "model")
+    assert start_again(moved, monkeypatch) == Path("saves/run")
+    assert record_of(moved)["base_model"]["path"] == str(moved / "model")
+
+
+def test_a_damaged_finished_run_is_restored_from_its_checkpoint(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = finished_copy / "saves" / "run" / "adapter_config.json"
+    before = config.read_bytes()
+    config.write_text("")
+    start_again(finished_copy, monkeypatch)
+    assert config.read_bytes() == before
+
+
 def test_changed_data_is_another_run(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = killed_copy / "data" / "steps.jsonl"
     rows.write_text(rows.read_text().replace("answered", "failed", 1))
@@ -377,7 +459,7 @@ def test_checkpoints_of_nobody_are_left_alone(finished_copy: Path, monkeypatch: 
 
 
 def test_the_checkpoint_that_the_user_names_is_taken(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the guide writes it: with `./` before it, in the YAML. Higher ones are superseded, and put aside."""
+    """As the guide writes it: with `./` before it, in the YAML. Higher ones are superseded, and renamed."""
     monkeypatch.chdir(killed_copy)
     earlier = checkpoint_folders(Path("saves/run"))[1]
     write_config(Path("config.yaml"), resume_from_checkpoint=f"./{earlier}")
@@ -391,7 +473,7 @@ def test_the_checkpoint_that_the_user_names_is_taken(killed_copy: Path, monkeypa
     assert newer.checkpoint is not None and newer.checkpoint.step == STEPS, "it would never get beyond the named one"
 
 
-def test_a_named_checkpoint_that_is_broken_is_refused_with_the_whole_ones(
+def test_a_named_checkpoint_that_is_broken_is_refused_with_the_complete_ones(
     killed_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newest, before = checkpoint_folders(killed_copy / "saves" / "run")
@@ -410,9 +492,7 @@ def test_a_named_checkpoint_that_is_broken_is_refused_with_the_whole_ones(
         (["output_dir=elsewhere/x", "run_name=second"], "elsewhere/second"),
     ],
 )
-def test_where_a_run_stands(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, assignments: list[str], expected: str
-) -> None:
+def test_where_a_run_is(finished: Path, monkeypatch: pytest.MonkeyPatch, assignments: list[str], expected: str) -> None:
     monkeypatch.chdir(finished)
     config = train.resolve(TrainOptions(Path("config.yaml"), assignments)).config
     assert run_folder_of(config.values, config.sources) == Path(expected)
@@ -426,7 +506,7 @@ def test_a_run_name_cannot_leave_the_folder(finished: Path, monkeypatch: pytest.
 
 
 def test_overwrite_moves_the_old_run_and_export_aside(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is lost: the old folders stand beside the new ones under the time of day, with what was put in them."""
+    """Nothing is lost: the old folders are beside the new ones under the time of day, with what was put in them."""
     adapter = (finished_copy / "saves" / "run" / "adapter_model.safetensors").read_bytes()
     (finished_copy / "exported_model" / "prmkit.json").rename(finished_copy / "exported_model" / "mine.txt")
     with pytest.raises(PrmkitError, match="--overwrite"):
@@ -465,5 +545,5 @@ def test_what_belongs_to_the_repository_stays_where_it_is(tmp_path: Path) -> Non
         ("run", "logs/run.log"),
     ],
 )
-def test_logs_stand_beside_saves(run: str, log: str) -> None:
+def test_logs_are_beside_saves(run: str, log: str) -> None:
     assert log_path_of(Path(run)) == Path(log)

@@ -57,7 +57,7 @@ def test_without_counted_tokens_the_clock_is_read(elapsed: str, left: str) -> No
     assert corrected(halfway, Start())["remaining_time"] == left
 
 
-def test_a_line_is_shown_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_line_is_shown_when_it_is_complete(tmp_path: Path) -> None:
     source, target = tmp_path / "run.jsonl", tmp_path / "logs" / "trainer_log.jsonl"
     line = json.dumps(entry(2, 1.0, 100)) + "\n"
     with followed(source, target, Start()) as follower:
@@ -70,7 +70,18 @@ def test_a_line_is_shown_when_it_is_whole(tmp_path: Path) -> None:
     assert len(target.read_text().splitlines()) == 1
 
 
-def test_a_tail_that_began_before_the_run_goes_on_and_shows_this_run_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    ["", "{", "[]", "5", '{"loss": 1}', '{"current_steps": "x"}', '{"current_steps": 4, "loss": "x"}', "\0" * 40],
+)
+def test_a_damaged_line_ends_nothing(tmp_path: Path, line: str) -> None:
+    source = tmp_path / "run.jsonl"
+    with followed(source, tmp_path / "trainer_log.jsonl", Start()) as follower:
+        source.write_text(line + "\n" + json.dumps(entry(2, 1.0, 100)) + "\n")
+        assert [found["current_steps"] for found in follower.new_entries()] == [2]
+
+
+def test_a_tail_that_began_before_the_run_continues_and_shows_this_run_alone(tmp_path: Path) -> None:
     source, target = tmp_path / "run.jsonl", tmp_path / "trainer_log.jsonl"
     target.write_text('{"current_steps": 500, "of": "another run"}\n')
     with target.open() as tail:
@@ -105,6 +116,13 @@ def test_where_nobody_sits_progress_is_a_line_now_and_then(caplog: pytest.LogCap
     assert "10 tokens/s" in caplog.text and "left" in caplog.text
 
 
+def test_a_long_silence_is_explained(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prmkit.training.run.SILENT_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO), progress("run", Start()) as show:
+        show(None)
+    assert "run: still running" in caplog.text
+
+
 def test_the_summary_has_what_there_is() -> None:
     shown = summary({"loss": 0.51234, "lr": 1e-4, "throughput": 12345.6, "vram_reserved": 31.25})
     assert shown == "loss 0.5123  lr 1.0e-04  12,346 tokens/s  31.2 GiB"
@@ -130,3 +148,9 @@ def test_both_curves_are_in_one_picture(finished: Path, tmp_path: Path) -> None:
     assert train[-1][1] < train[0][1]
     assert (finished / "saves" / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not draw_curves([], "empty", tmp_path / "none.png") and not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("name", ["$$", r"$\frac{$", "run"])
+def test_any_name_and_any_loss_can_be_plotted(tmp_path: Path, name: str) -> None:
+    history = [{"step": 1, "loss": loss} for loss in (1e308, -1e308, 0.0, float("nan"), 2.0)]
+    assert draw_curves(history, name, tmp_path / "loss.png")

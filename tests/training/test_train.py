@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from layout import STEPS, MakeProject, Script
+from layout import STEPS, MakeProject, Script, write_config
 from processes import start
 
+from prmkit.training import train
+from prmkit.training.checks import Status
 from prmkit.training.records import all_records
+from prmkit.training.train import TrainOptions
 
 
 @pytest.fixture
@@ -16,8 +20,8 @@ def project(make_project: MakeProject, tmp_path: Path) -> Path:
     return make_project(tmp_path / "my project")
 
 
-def test_the_whole_way_from_any_folder(script: Script, project: Path) -> None:
-    """Checks, training, result: with a blank in the path, from another folder than the script's."""
+def test_the_complete_way_from_any_folder(script: Script, project: Path) -> None:
+    """Checks, training, result: with a space in the path, from another folder than the script's."""
     done = script(
         "train.py", "lora_alpha=8", "--config", "config.yaml", "-e", "1", "-lr", "2e-3", "-bs", "8", "lora_rank=4",
         cwd=project,
@@ -28,11 +32,11 @@ def test_the_whole_way_from_any_folder(script: Script, project: Path) -> None:
         assert shown in done.stderr, shown
     config = json.loads((project / "saves" / "run" / "run.json").read_text())["config"]
     assert (config["num_train_epochs"], config["per_device_train_batch_size"]) == (1, 8)
-    assert (config["lora_rank"], config["lora_alpha"]) == (4, 8), "key=value may stand before and behind flags"
+    assert (config["lora_rank"], config["lora_alpha"]) == (4, 8), "key=value may come before and after flags"
 
 
-def test_llamafactorys_failure_is_told_with_its_last_lines(project: Path) -> None:
-    """No label is text, so LLaMA Factory drops every row; the checks, left out here, would have told it before."""
+def test_llamafactorys_failure_is_reported_with_its_last_lines(project: Path) -> None:
+    """No label is text, so LLaMA Factory drops every row; the checks, left out here, would have reported it before."""
     rows = project / "data" / "steps.jsonl"
     rows.write_text("".join(json.dumps({"instruction": "a", "input": "", "output": 1}) + "\n" for _ in range(4)))
     failed = start(project, "--verbose")
@@ -50,8 +54,10 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
     assert "ready to train" in done.stdout
     assert not (project / "saves").exists() and not (project / "logs").exists()
     shutil.rmtree(project / "model")
-    failed = script("train.py", "--config", "config.yaml", "--doctor", "--json", cwd=project, code=2)
-    assert [check for check in json.loads(failed.stdout) if check["status"] == "error"]
+    place = "output_dir=config.yaml/x"
+    failed = script("train.py", "--config", "config.yaml", "--doctor", "--json", place, cwd=project, code=2)
+    errors = {check["name"] for check in json.loads(failed.stdout) if check["status"] == "error"}
+    assert {"model folder", "disk"} <= errors
     assert not (project / "saves").exists()
 
 
@@ -101,7 +107,7 @@ def test_a_config_with_many_mistakes_and_a_missing_model_gets_one_report(script:
     wrong = ["learning_rtae=1e-3", "lora_rank='8'", "dataset=stepz", "bf16=maybe"]
     said = script("train.py", "--config", "config.yaml", *wrong, cwd=project, code=2).stderr
     assert "5 errors" in said
-    assert all(told in said for told in ("model directory not found", "stepz", "Did you mean learning_rate?"))
+    assert all(reported in said for reported in ("model directory not found", "stepz", "Did you mean learning_rate?"))
 
 
 def test_runs_are_listed_with_their_numbers(script: Script, finished: Path, tmp_path: Path) -> None:
@@ -112,6 +118,42 @@ def test_runs_are_listed_with_their_numbers(script: Script, finished: Path, tmp_
     assert "no runs yet" in script("train.py", "--runs", cwd=tmp_path).stdout
     elsewhere = script("train.py", "--config", "config.yaml", "--runs", "output_dir=other/x", cwd=finished).stdout
     assert "other: no runs yet" in elsewhere
+
+
+def test_an_export_alone_does_not_start_another_training(script: Script, finished_copy: Path) -> None:
+    """After a run with overrides, `--export` means that run: hours of training must be asked for."""
+    write_config(finished_copy / "config.yaml", num_train_epochs=9.0)
+    refused = script("train.py", "--config", "config.yaml", "--export", "--force", cwd=finished_copy, code=2).stderr
+    assert "num_train_epochs: 8.0 -> 9.0" in refused and "Nothing was trained" in refused
+    assert "--export-only saves/run" in refused and "--export run_name=run-2" in refused
+    assert not (finished_copy / "saves" / "run-2").exists()
+
+
+def test_evaluation_without_held_out_rows_fails_before_training(script: Script, project: Path) -> None:
+    refused = script("train.py", "--config", "config.yaml", "--evaluate", "eval_dataset=", cwd=project, code=2).stderr
+    reported = refused.partition("error: the checks found")[2]
+    assert all(flag in reported for flag in ("--eval-ratio 0.3", "--split-seed", "--eval-tasks"))
+    assert not (project / "saves").exists()
+
+
+def test_code_of_a_model_is_not_run_for_a_run_of_others(script: Script, finished_copy: Path) -> None:
+    path = finished_copy / "saves" / "run" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "config": {**record["config"], "trust_remote_code": True}}))
+    refused = script("train.py", "--config", "config.yaml", "--export-only", "saves/run", cwd=finished_copy, code=2)
+    assert "add trust_remote_code=true" in refused.stderr
+
+
+RECORD_KEYS = ("config", "base_model", "dataset", "processes", "steps", "train_loss", "started", "resumed_from")
+
+
+@pytest.mark.parametrize("value", ["x", 5, [5], None, {"path": 5}])
+def test_a_record_of_other_types_ends_nothing(script: Script, finished_copy: Path, value: object) -> None:
+    record = json.loads((finished_copy / "saves" / "run" / "run.json").read_text())
+    for key in RECORD_KEYS:
+        (finished_copy / "saves" / key).mkdir()
+        (finished_copy / "saves" / key / "run.json").write_text(json.dumps({**record, key: value}))
+    assert "finished" in script("train.py", "--config", "config.yaml", "--runs", cwd=finished_copy).stdout
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"status": "fin'])
@@ -125,20 +167,16 @@ def test_a_damaged_record_does_not_hide_the_others(script: Script, finished_copy
     assert "saves/bad/run.json: damaged" in refused and "--overwrite" in refused
 
 
-def test_a_place_where_nothing_can_be_is_told_by_the_checks(script: Script, project: Path) -> None:
-    """The kinds of such places are tested with the check itself."""
-    done = script("train.py", "--config", "config.yaml", "--doctor", "output_dir=config.yaml/x", cwd=project, code=2)
-    assert "not ready to train" in done.stdout, done.stderr
-
-
-def test_the_checks_see_what_stands_in_the_folder(script: Script, killed_copy: Path) -> None:
-    """That an unfinished run of the same config goes on is tested by going on with it."""
-    checked = ["train.py", "--config", "config.yaml", "--validate-only"]
-    done = script(*checked, "lora_rank=4", cwd=killed_copy, code=2)
-    assert "contains an unfinished run of another config" in done.stdout
-    before = sorted(path.name for path in (killed_copy / "saves").rglob("*"))
-    script(*checked, "--overwrite", "lora_rank=4", cwd=killed_copy)
-    assert sorted(path.name for path in (killed_copy / "saves").rglob("*")) == before, "looking changed something"
+def test_the_checks_see_what_is_in_the_folder(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That an unfinished run of the same config is resumed is tested by resuming it."""
+    monkeypatch.chdir(killed_copy)
+    before = sorted(path.name for path in Path("saves").rglob("*"))
+    other = TrainOptions(Path("config.yaml"), ["lora_rank=4"])
+    (found,) = train._check_run_folder(other, train._prepare(other))
+    assert found.status is Status.ERROR and "contains an unfinished run of another config" in found.found
+    replaced = replace(other, overwrite=True)
+    assert list(train._check_run_folder(replaced, train._prepare(replaced))) == []
+    assert sorted(path.name for path in Path("saves").rglob("*")) == before, "looking changed something"
 
 
 def test_the_shared_run_said_what_it_made_and_what_comes_next(finished: Path) -> None:

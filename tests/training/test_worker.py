@@ -24,16 +24,16 @@ def losses(project: Path, **changes: object) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, log.splitlines()) if "loss" in entry]
 
 
-def test_divided_weights_learn_what_whole_ones_learn(make_project: MakeProject, tmp_path: Path) -> None:
+def test_divided_weights_learn_what_undivided_ones_learn(make_project: MakeProject, tmp_path: Path) -> None:
     from prmkit.training.model import read_weights
 
     project = make_project(tmp_path / "project")
-    whole = losses(project, output_dir="saves/whole")
+    complete = losses(project, output_dir="saves/complete")
     divided = losses(project, output_dir="saves/divided", **DIVIDED)
-    assert divided == pytest.approx(whole, abs=1e-5)
+    assert divided == pytest.approx(complete, abs=1e-5)
     assert len(divided) == 3
     (project / "saves" / "divided" / "adapter_model.safetensors").rename(project / "model.safetensors")
-    (project / "saves" / "whole" / "adapter_model.safetensors").rename(project / "model" / "model.safetensors")
+    (project / "saves" / "complete" / "adapter_model.safetensors").rename(project / "model" / "model.safetensors")
     assert read_weights(project) == read_weights(project / "model")  # gathered again: same names and shapes
 
 
