@@ -441,7 +441,7 @@ def _from_turns(turns: Any, system: str | None) -> tuple[str | None, str, str | 
     if said[0][0] == "system":
         own = said.pop(0)[1]
         if system and own and system != own:
-            raise Rejected("two system texts: a column and a turn")
+            raise Rejected("two system prompts: a column and a turn")
         system = own or system
     roles = [role for role, _ in said]
     if roles not in (["human"], ["human", "gpt"]):

@@ -167,7 +167,7 @@ def test_system_texts_are_carried_and_part_of_the_hash() -> None:
     assert {row.sha256 for row in rows} == {prompt_hash(PROMPT, "Be strict.")}
     assert prompt_hash(PROMPT, "Be kind.") != rows[0].sha256 != read(ROW).sha256
     assert read({**ROW, "system": ""}).sha256 == read({**ROW, "system": None}).sha256 == read(ROW).sha256
-    assert "two system texts" in reason({"messages": [turn, {"role": "user", "content": "x"}], "system": "Be kind."})
+    assert "two system prompts" in reason({"messages": [turn, {"role": "user", "content": "x"}], "system": "Be kind."})
 
 
 @pytest.mark.parametrize(

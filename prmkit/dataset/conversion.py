@@ -1,6 +1,6 @@
 """finetune.jsonl to data/, from the first row to the last rename.
 
-prepare each row (prepare) and keep it (stage) -> decide what only the whole input can tell (stage, leaks)
+prepare each row (prepare) and keep it (stage) -> decide what takes the whole input (stage, leaks)
     -> append each row to its variants (write) -> audit and publish (leaks, publish)
 """
 
@@ -187,7 +187,7 @@ def _warn_of_files(names: Sequence[str], what: str) -> None:
 
 
 def _decide(settings: Settings, stage: Stage, preparer: Preparer, problems: Sequence[ScaleProblem]) -> dict[str, Any]:
-    """Reject what only the whole input can tell, and compare the judges; what the report says of both."""
+    """Reject what takes the whole input to find, compare the judges, and return what the report says of both."""
     if settings.filters and not preparer.accepted:
         raise DataError(_nothing_matched(settings, stage))
     stage.reject_other_scales(problems)

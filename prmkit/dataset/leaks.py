@@ -1,4 +1,4 @@
-"""Does anything that is held out also stand in the training rows: a task, a prompt, or nearly the same prompt?
+"""Is anything that is held out also in the training rows: a task, a prompt, or nearly the same prompt?
 
 The audit reads what was written and knows nothing of how the split was made. It also reads datasets of others: where
 no sidecar traces the rows back to tasks, prompts are compared alone, and nothing can be said about tasks.
@@ -164,7 +164,7 @@ def _prompts_of(entries: Iterable[Entry], *, held_out: bool) -> Iterator["Prompt
 _WORDS = 8
 """Words in a row that are compared at once."""
 _FEWEST_WORDS = 12
-"""A prompt with fewer words of its own, outside of the template, has too little to be recognised by."""
+"""A prompt with fewer words outside of the template has too little to be recognised by."""
 _SHARE = 0.8
 """Of a prompt's own words that another one must have in the same order to be nearly the same."""
 _FEWEST_UNITS = 3

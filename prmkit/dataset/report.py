@@ -1,5 +1,5 @@
 """What a conversion did: conversion_report.json, and the summary that is printed."""
-# ruff: noqa: S608 - queries are put together from texts of this module; what comes from the data is bound
+# ruff: noqa: S608 - queries consist of strings of this module; values from the data are bound
 
 import math
 import shlex

@@ -4,7 +4,7 @@ Rows cannot be placed while they are read: whether a prompt is also held out, wh
 on another scale is known only at the end. SQLite keeps them on the disk meanwhile, so memory does not grow with the
 input, and finds what belongs together.
 """
-# ruff: noqa: S608 - queries are put together from texts of this module; what comes from the data is bound
+# ruff: noqa: S608 - queries consist of strings of this module; values from the data are bound
 
 import hashlib
 import sqlite3

@@ -226,7 +226,7 @@ def _rejected_entries(stage: Stage, settings: Settings) -> Iterator[bytes]:
 def _consensus_row(
     row: _StagedRow, settings: Settings, guard: LengthGuard | None, with_system: bool
 ) -> tuple[bytes, bytes] | None:
-    """The row with the judges' common scores in place of its own: the lines of the file and of the sidecar."""
+    """The row with the scores of all judges together: the lines of the file and of the sidecar."""
     sidecar = orjson.loads(row.sidecar)
     asked = asked_shape(restore(row.prompt)) or (asked_shape(restore(row.system)) if row.system else None)
     answer = read_answer(restore(row.label, answer=True), asked)

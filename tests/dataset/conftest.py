@@ -79,7 +79,7 @@ def many_rows(tasks: int = 30, clips: int = 3, judges: Iterable[str] = ("judge-a
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
-    """Write rows (bytes stand for lines as they are) as JSONL."""
+    """Write rows (bytes are lines as they are) as JSONL."""
     lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path

@@ -105,7 +105,7 @@ def test_what_cannot_be_meant_is_said(
     assert not (source.parent / "data" / "dataset_info.json").exists()
 
 
-def test_all_problems_are_told_at_once(script: Script) -> None:
+def test_all_problems_are_reported_at_once(script: Script) -> None:
     done = script("convert_dataset.py", "--eval-ratio", 2, "--max-disagreement", 3, "--cutoff-len", 0, code=2)
     assert all(flag in done.stderr for flag in ("--eval-ratio", "--max-disagreement", "--cutoff-len"))
 
@@ -120,7 +120,7 @@ def test_a_config_without_a_model_leaves_the_guard_out_and_says_so(source: Path,
 
 
 def test_an_unwritable_folder_is_one_message(source: Path, script: Script) -> None:
-    (source.parent / "data").write_text("a file stands here")
+    (source.parent / "data").write_text("a file is here")
     done = script("convert_dataset.py", cwd=source.parent, code=1)
     assert "data: File exists" in done.stderr
 

@@ -1,4 +1,4 @@
-"""A conversion as a whole: what stands where, and that nothing is lost on the way."""
+"""A conversion as a whole: which file holds what, and that nothing is lost."""
 
 import gzip
 import hashlib
@@ -19,7 +19,7 @@ from prmkit.verdict import Verdict, read_verdict
 from tests.dataset.conftest import Convert, file_of, many_rows, prompt_of, read_lines, row_of, snapshot, write_rows
 
 
-def test_every_row_stands_in_each_of_its_variants_in_the_order_of_the_input(convert_rows: Convert, data: Path) -> None:
+def test_every_row_is_in_each_of_its_variants_in_the_order_of_the_input(convert_rows: Convert, data: Path) -> None:
     rows = many_rows()
     report = convert_rows(rows)
     for place, prefix in (("evaluation_type", ""), ("model_name", ""), ("task_id", "")):
@@ -85,7 +85,7 @@ def test_labels_are_canonical_or_verbatim(convert_rows: Convert, data: Path) -> 
     assert read_lines(data / "reward_model_full.jsonl")[0]["output"] == answer
 
 
-def test_what_is_set_aside_says_where_and_why(convert_rows: Convert, data: Path) -> None:
+def test_a_rejected_row_says_where_and_why(convert_rows: Convert, data: Path) -> None:
     bad = row_of(prompt_of("x"), '{"reasonableness_score": 1.7, "summary": "s"}')
     report = convert_rows([row_of(prompt_of("a")), b"{oops", bad, b"", row_of(prompt_of("y"), "")], max_rejected="100%")
     rejected = read_lines(data / "rejected.jsonl")
@@ -112,7 +112,7 @@ def test_too_many_rejected_rows_fail_the_conversion(convert_rows: Convert, data:
     assert not snapshot(data)
 
 
-def test_a_summary_that_is_the_schemas_example_is_set_aside(convert_rows: Convert) -> None:
+def test_a_summary_that_is_the_schemas_example_is_rejected(convert_rows: Convert) -> None:
     copied = json.dumps({"reasonableness_score": 0.85, "summary": "What was done in this clip."})
     report = convert_rows([row_of(prompt_of("a")), row_of(prompt_of("b"), copied)])
     assert report["rejected"] == {"repeats the prompt's example": 1}
@@ -121,7 +121,7 @@ def test_a_summary_that_is_the_schemas_example_is_set_aside(convert_rows: Conver
 # --- duplicates ---------------------------------------------------------------------------------------------------
 
 
-def test_what_the_prompt_asks_for_tells_scores_from_other_numbers(convert_rows: Convert, data: Path) -> None:
+def test_what_the_prompt_asks_for_separates_scores_from_other_numbers(convert_rows: Convert, data: Path) -> None:
     error = json.dumps({"code": 0, "message": "internal error"})
     spelt = json.dumps({"Reasonableness Score": 0.5, "summary": "s"})
     report = convert_rows([row_of(prompt_of("a"), error), row_of(prompt_of("b"), spelt)])
@@ -319,7 +319,7 @@ def test_filters_that_match_nothing_say_what_exists(convert_rows: Convert, data:
 
 
 def test_filters_know_the_held_out_rows_that_they_do_not_want(convert_rows: Convert, data: Path) -> None:
-    """A prompt that is the clip of one task and the final of a held-out one: the clip is set aside by both."""
+    """A prompt that is the clip of one task and the final of a held-out one: both reject the clip."""
     tasks = [f"task_{number}" for number in range(40)]
     rows = [row_of(prompt_of(task), task=task) for task in tasks]
     held_out = next(task for task in tasks if Split().holds_out(task))
@@ -361,7 +361,7 @@ def test_stale_files_go_only_if_they_are_ours(convert_rows: Convert, data: Path)
     assert not [path for path in data.iterdir() if path.is_symlink()]
 
 
-def test_somebody_elses_file_of_the_same_name_is_not_replaced_in_silence(
+def test_somebody_elses_file_of_the_same_name_is_not_replaced_silently(
     convert_rows: Convert, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data.mkdir()

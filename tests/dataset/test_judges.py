@@ -59,7 +59,7 @@ def test_a_judge_who_answers_twice_has_one_voice(convert_rows: Convert, data: Pa
     assert json.loads(line["output"])["reasonableness_score"] == 0.6
 
 
-def test_contested_prompts_are_set_aside(convert_rows: Convert, data: Path) -> None:
+def test_contested_prompts_are_rejected(convert_rows: Convert, data: Path) -> None:
     rows = judged("a", one=0.2, two=0.5) + judged("b", one=0.2, two=0.51) + judged("c", one=0.0)
     report = convert_rows(rows, max_disagreement=0.3)
     assert report["rejected"] == {"judges differ too much": 2}

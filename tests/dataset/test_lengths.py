@@ -95,6 +95,19 @@ def test_no_row_is_cut(
     assert all("characters left out here ...]" in prompt.split("END")[0] for _, prompt in trimmed)
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_lengths_in_the_sidecar_are_those_of_llamafactory(
+    convert_rows: Convert, data: Path, tiny_model: Path, load_with_llamafactory: Load, template: str
+) -> None:
+    """Row by row, with and without a system prompt; measured together in batches, each distinct string once."""
+    rows = [*LONG, *({**row, "system": "Be strict."} for row in LONG[:6])]
+    report = convert_rows(rows, lengths=guarded(tiny_model, template=template), split=Split(0.0))
+    loaded, _ = load_with_llamafactory(data, "reward_model_full", template)
+    traced = read_lines(data / "reward_model_full.meta.jsonl")
+    assert [row["tokens"] for row in traced] == [len(row["input_ids"]) for row in loaded]
+    assert report["measured_with"]["template"] == template
+
+
 def test_without_the_guard_llamafactory_cuts(
     convert_rows: Convert, data: Path, tiny_model: Path, load_with_llamafactory: Load
 ) -> None:
@@ -114,7 +127,7 @@ def test_too_long_rows_are_dropped_or_refused_on_request(convert_rows: Convert, 
         convert_rows(LONG, lengths=guarded(tiny_model, too_long="error"))
 
 
-def test_a_row_that_cannot_be_trimmed_is_set_aside(convert_rows: Convert, tiny_model: Path) -> None:
+def test_a_row_that_cannot_be_trimmed_is_rejected(convert_rows: Convert, tiny_model: Path) -> None:
     hopeless = row_of(prompt_of("short", task="a long task " * 1_000))
     report = convert_rows([hopeless, row_of(prompt_of("fine"))], lengths=guarded(tiny_model))
     assert report["rejected"] == {"too long, and cannot be trimmed": 1}

@@ -92,7 +92,7 @@ def test_an_interruption_between_any_two_steps_of_publishing_loses_nothing(
 ) -> None:
     """Ctrl-C and a failing disk, in the middle of the exchange, and the conversion that is interrupted tidies up."""
     convert_rows(many_rows(tasks=3), split=Split(seed=1))
-    (data / "mine.jsonl").write_text("the user's own")
+    (data / "mine.jsonl").write_text("the user's")
     old = snapshot(data)
     steps = 0
 
@@ -127,7 +127,7 @@ def test_an_interruption_between_any_two_steps_of_publishing_loses_nothing(
 
 @pytest.mark.parametrize("target", ["../real/a", "nowhere"])
 def test_a_link_of_the_users_outlives_a_kill(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Died before the switch: what stood in the place of a file comes back, a link that leads nowhere too."""
+    """Died before the switch: what was in the place of a file comes back, a link that leads nowhere too."""
     put(tmp_path / "real", files(a="the user's"))
     data = tmp_path / "data"
     put(data, files(b="old b"))

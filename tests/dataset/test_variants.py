@@ -96,7 +96,7 @@ def test_no_task_variants_on_request(convert_rows: Convert, data: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["full", "clip"])
-def test_a_judge_named_like_a_variant_gets_one_of_his_own(convert_rows: Convert, data: Path, value: str) -> None:
+def test_a_judge_named_like_a_variant_gets_another_name(convert_rows: Convert, data: Path, value: str) -> None:
     convert_rows([row_of(prompt_of("a"), judge=value), row_of(prompt_of("b"))])
     assert len(read_lines(data / f"reward_model_{value}.jsonl")) == 2
     (own,) = data.glob(f"reward_model_{value}_????????.jsonl")
