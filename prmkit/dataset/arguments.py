@@ -20,8 +20,10 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         description=description, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    inputs = "files of rows (.jsonl, .ndjson, .json; .gz, .bz2, .zst), folders of them, - for stdin (finetune.jsonl)"
+    inputs = "files of rows (.jsonl, .ndjson, .json; .gz, .bz2, .zst), of runs whose steps carry labels "
+    inputs += "(import_trajectories.py), folders of both, - for stdin (finetune.jsonl)"
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
+    add("--rubric", type=Path, metavar="FILE", help="for runs whose steps carry labels: what is asked (default: ours)")
     add("--output-dir", type=Path, metavar="FOLDER", help="(default: dataset_dir of --config, or data)")
     add("--format", choices=["alpaca", "sharegpt"], default="alpaca", help="of the training files (default: alpaca)")
     labels = "train on verdicts in one form, or as the judge wrote them (default: canonical)"

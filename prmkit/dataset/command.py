@@ -109,6 +109,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         max_rejected=arguments.max_rejected,
         task_variants=arguments.task_variants,
         lengths=_lengths(arguments),
+        rubric=arguments.rubric,
     )
 
 

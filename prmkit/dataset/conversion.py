@@ -92,6 +92,7 @@ def _convert(
     report = {
         "inputs": [{"source": source.name, "sha256": source.sha256, "bytes": source.bytes} for source in sources],
         "lines": preparer.lines,
+        "rubrics": sorted(preparer.rubrics),
         **decided,
         **count_rows(stage),
         "judges_with_losses": judges_with_losses(stage),
@@ -117,7 +118,7 @@ def _read(
     with cli.progress_bar(unit_is_bytes=True) as progress:
         bar = progress.add_task("reading", total=size)
         for number, name in enumerate(names):
-            with open_source(name) as (source, lines):
+            with open_source(name, settings.rubric) as (source, lines):
                 sources.append(source)
                 stage.sources.append(source.name)
                 while batch := list(islice(lines, _ROWS_AT_ONCE)):

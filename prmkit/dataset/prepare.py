@@ -20,10 +20,12 @@ import orjson
 
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError
-from prmkit.files import open_input, open_stdin
+from prmkit.files import open_input, open_stdin, sha256_of
 from prmkit.prompts.leaked_scores import count_leaked_scores, mask_leaked_scores
+from prmkit.prompts.rubric import load_rubric
 from prmkit.prompts.special_tokens import neutralise
 from prmkit.rows import EXPECTED, STDIN, InputRow, Line, Rejected, parse_line, prompt_hash, read_lines, read_row
+from prmkit.trajectories.rows import holds_records, labelled_rows
 from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_answer, render_verdict, score_answer
 
 _SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst"))
@@ -96,21 +98,38 @@ class Source:
 
 
 @contextmanager
-def open_source(name: str) -> Iterator[tuple[Source, Iterator[Line]]]:
+def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[Source, Iterator[Line]]]:
     """Read an input file row by row; afterwards the source has the hash of what was read.
 
+    A file of runs gives a row for each labelled step, numbered through the file.
+
+    Args:
+        name: of a file, or `-`.
+        rubric: what is asked about the steps of runs; None is the default one.
+
     Raises:
-        DataError: the file cannot be read, or changed while it was read.
+        DataError: the file cannot be read, or changed while it was read; it holds runs, and no step has a label.
+        UsageError: the rubric cannot be used.
     """
     shown = "stdin" if name == STDIN else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     source = Source(shown)
     before = None if name == STDIN else _state(Path(name))
-    with open_stdin() if name == STDIN else open_input(Path(name)) as stream:
-        hashed = _Hashing(stream)
-        yield source, read_lines(io.BufferedReader(hashed, 1 << 18), shown)
-        source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
+    if name != STDIN and Path(name).is_file() and holds_records(Path(name)):
+        source.sha256, source.bytes = sha256_of(Path(name)), Path(name).stat().st_size
+        yield source, _lines_of_runs(Path(name), rubric)
+    else:
+        with open_stdin() if name == STDIN else open_input(Path(name)) as stream:
+            hashed = _Hashing(stream)
+            yield source, read_lines(io.BufferedReader(hashed, 1 << 18), shown)
+            source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
     if before is not None and before != _state(Path(name)):
         raise DataError(f"{shown}: changed while it was read. Convert again when nothing writes to it.")
+
+
+def _lines_of_runs(path: Path, rubric: Path | None) -> Iterator[Line]:
+    for number, row in enumerate(labelled_rows(path, load_rubric(rubric)), start=1):
+        text = orjson.dumps(row)
+        yield Line(number, text, len(text))
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -214,6 +233,8 @@ class Preparer:
         """Rows whose form is known and that the filters accept."""
         self.values: dict[tuple[str | None, str], Values] = defaultdict(Values)
         """By judge and key; of the rows that the filters accept."""
+        self.rubrics: set[str] = set()
+        """Hashes of what is asked about the steps of raw runs; of the rows that the filters accept."""
 
     def prepare(self, line: Line) -> PreparedRow | RejectedRow | None:
         """The row of a line; None for one that is neither wanted nor usable."""
@@ -234,6 +255,8 @@ class Preparer:
     def _prepare(self, line: Line, row: InputRow) -> PreparedRow:
         wanted = self._settings.filters.accept(row)
         self.accepted += wanted
+        if wanted and isinstance(rubric := row.metadata.get("rubric"), str):
+            self.rubrics.add(rubric)
         if row.answer is None:
             raise Rejected(f"no answer of a judge; expected {EXPECTED}", "no answer of a judge")
         if _BARE_DATE.fullmatch(row.prompt):

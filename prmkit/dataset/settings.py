@@ -118,6 +118,8 @@ class Settings:
     """A share (`5%`) or a number of rows; None is half of the rows."""
     task_variants: bool = True
     lengths: LengthSettings | None = None
+    rubric: Path | None = None
+    """What is asked about the steps of runs that carry labels; None is the default rubric."""
 
     def scale_of(self, judge: str | None) -> Scale | None:
         """The scale on which a judge answers; None for 0 to 1."""
