@@ -19,13 +19,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prmkit.dataset import convert
     from prmkit.judge.scorer import load_judge
     from prmkit.verdict import read_verdict
 
 __version__ = "0.1.0"
-__all__ = ["load_judge", "read_verdict"]
+__all__ = ["convert", "load_judge", "read_verdict"]
 
-_HOMES = {"load_judge": "prmkit.judge.scorer", "read_verdict": "prmkit.verdict"}
+_HOMES = {
+    "convert": "prmkit.dataset",
+    "load_judge": "prmkit.judge.scorer",
+    "read_verdict": "prmkit.verdict",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -57,6 +57,14 @@ def test_a_verdict_is_read_with_the_core_alone(tmp_path: Path) -> None:
     assert shown == "{'score': 0.8}\n"
 
 
+def test_rows_are_converted_with_the_core_alone_from_any_working_directory(tmp_path: Path) -> None:
+    code = f"""
+report = prmkit.convert({str(ROOT / "finetune.jsonl")!r}, "data", evaluation_types=["clip"])
+print(sorted(report)[:1], __import__("pathlib").Path("data/dataset_info.json").exists())
+"""
+    assert run_core(code, tmp_path).splitlines()[-1].endswith("True")
+
+
 def test_what_the_package_offers() -> None:
     for name in prmkit.__all__:
         assert getattr(prmkit, name).__doc__, name
