@@ -240,7 +240,7 @@ class _Changes:
 
 
 def _fit_held_out(values: Mapping[str, Any], overridden: Mapping[str, bool]) -> _Changes:
-    """Let the held-out side follow the dataset, and leave evaluation out where there is none.
+    """Let the held-out side follow the dataset, and leave evaluation out without held-out rows.
 
     Args:
         values: as the user set them, unchecked.

@@ -169,7 +169,7 @@ def _model_type(values: Mapping[str, Any]) -> str:
 
 
 def _default_system(own: Rendering) -> str | None:
-    """The system text that the model's own chat template adds where there is none."""
+    """The system text that the model's own chat template adds to a prompt without one."""
     alone, given = own.texts[WITHOUT_SYSTEM], own.texts[WITH_SYSTEM]
     if alone is None or given is None or SYSTEM not in given:
         return None

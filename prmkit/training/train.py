@@ -13,7 +13,7 @@ from typing import Any
 from prmkit import cli
 from prmkit.config_file import read_yaml
 from prmkit.errors import DataError, ExitCode, UsageError
-from prmkit.files import only_one
+from prmkit.files import exclusive_lock
 from prmkit.llamafactory_schema import setting
 from prmkit.training.checkpoints import checkpoint_fault
 from prmkit.training.checks import Check, error, errors_in, ok
@@ -264,7 +264,7 @@ def train(options: TrainOptions, start: _Start) -> Outcome:
         return Outcome()
     target = Path(str(start.plan.config.values.get("export_dir") or "exported_model"))
     folder = _claim(options, start)
-    with only_one(folder, "training", patience=_LOCK_PATIENCE) as lock:
+    with exclusive_lock(folder, "training", patience=_LOCK_PATIENCE) as lock:
         plan = plan_start(folder, start.fresh)
         if options.export and plan.step is not Step.DONE:
             check_target(target, overwrite=options.overwrite)
@@ -283,7 +283,7 @@ def train(options: TrainOptions, start: _Start) -> Outcome:
 def _claim(options: TrainOptions, start: _Start) -> Path:
     """The folder of this run, free for it: a finished run of another config is never overwritten."""
     if options.overwrite and start.folder.exists():
-        with only_one(start.folder, "training", patience=_LOCK_PATIENCE):
+        with exclusive_lock(start.folder, "training", patience=_LOCK_PATIENCE):
             back_up(start.folder)
     claimed = _place(options, start)
     if claimed != start.folder:
