@@ -14,6 +14,7 @@ Spearman's rho comes with the 95 % interval that evaluate_judge.py gives: a boot
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "benchmarks" / "scratch" / "score"
+WORK = Path(os.environ.get("PRMKIT_SCRATCH", ROOT / "benchmarks" / "scratch")) / "score"
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.sizes import QWEN_7B, WORDS  # noqa: E402
+from benchmarks.sizes import WORDS, random_qwen_7b  # noqa: E402
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.evaluation import estimates, heldout, statistics  # noqa: E402
 from prmkit.evaluation.metrics import MIN_SCORES  # noqa: E402
@@ -91,21 +92,12 @@ def made_up_rows(encoding: ChatEncoding, tokens: int, count: int) -> list[Reques
 
 def random_judge(size: str, device: str) -> Judge:
     """A judge with random weights and the demo's tokenizer."""
-    import torch
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
-
     folder = WORK / "model"
     build_tiny_model(ROOT / "finetune.jsonl", folder)
     source = JudgeSource(folder, template="qwen", cutoff_len=32768, device=device)
     if size == "tiny":
         return load_model(source)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = Qwen2ForCausalLM(Qwen2Config(**QWEN_7B)).eval()
-    torch.set_default_dtype(before)
-    model.generation_config = GenerationConfig()
-    return Judge(source, load_encoding(folder, "qwen"), model)
+    return Judge(source, load_encoding(folder, "qwen"), random_qwen_7b(device))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

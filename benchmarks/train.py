@@ -1,79 +1,103 @@
-"""Compare the guide's own settings with this repository's defaults, in one run on one machine.
+"""Compare the guide's own settings with this repository's, in one run on one machine.
 
     python benchmarks/train.py                                        a model of a million weights, on any machine
-    python benchmarks/train.py --size 7b --words 3000 --cutoff 8192   Qwen2.5-7B with random weights; needs a GPU
+    python benchmarks/train.py --size 7b --words 1500 --cutoff 4096   Qwen2.5-7B with random weights; needs a GPU
 
-Both ways learn the same: same rows, same rows an optimizer step, same LoRA, same cutoff_len. They differ in what is
-about speed and memory alone:
+All ways learn from the same rows with the same LoRA, cutoff_len and, except for `packed`, the same rows in an optimizer
+step. They differ in speed and memory alone:
 
 - guide: the keys that the guide which this project began with writes (batch 2 x 8, bf16, tf32), and LLaMA Factory's
-  defaults for all else;
+  defaults for everything else;
 - prmkit: training_config.yaml as train.py resolves it here (Liger and FlashAttention-2 where they are installed, fused
-  optimizer, preprocessing fitted to rows and cores).
+  optimizer, preprocessing fitted to rows and cores);
+- single: prmkit with batches of one row (1 x 16), so that nothing is padded;
+- unchecked: single without gradient checkpointing, which computes nothing twice and takes more memory;
+- packed: unchecked with several rows in one sequence, kept apart (neat_packing).
 
-Both are started by the same launcher, each from an empty cache. The first step is left out of the tokens per second.
-Peak memory is the GPU's reserved memory as LLaMA Factory logs it; without a GPU, the largest resident set of the
-training process (VmHWM).
+Every way is started by the same launcher, each from an empty cache. Tokens are those of rows, without padding; the
+first step is left out. Peak memory is what LLaMA Factory logs of the GPU, next to prmkit's estimate; without a GPU, the
+largest resident set of the training process (VmHWM).
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "benchmarks" / "scratch" / "train"
+WORK = Path(os.environ.get("PRMKIT_SCRATCH", ROOT / "benchmarks" / "scratch")) / "train"
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.sizes import QWEN_7B, WORDS  # noqa: E402
+from benchmarks.sizes import WORDS, save_qwen_7b  # noqa: E402
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.training.config import Override, render_yaml, resolve_config  # noqa: E402
 from prmkit.training.environment import this_machine  # noqa: E402
 from prmkit.training.launcher import Launch, run_to_end, started, train_command  # noqa: E402
+from prmkit.training.model import estimate, read_model  # noqa: E402
 from prmkit.training.supervisor import descendants_of  # noqa: E402
 
-DIGITS = {"tokens a second": ",.0f", "peak memory, GiB": ",.2f", "first step after, s": ",.1f", "loss": ""}
-"""How the figures are shown. The loss with all of its digits: equal ones say that both ways learnt the same."""
+SINGLE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
+UNCHECKED = {**SINGLE, "disable_gradient_checkpointing": True}
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "prmkit": {},
+    "single": SINGLE,
+    "unchecked": UNCHECKED,
+    "packed": {**UNCHECKED, "neat_packing": True, "gradient_accumulation_steps": 8},
+}
+"""The ways besides the guide's, and what each changes in training_config.yaml."""
+
+ROWS_A_STEP = 16
+SPREAD = 0.6
+"""Of the logarithm of the rows' lengths: one row in twenty is 2.7 times the median, as prompts grow along a run."""
+
+DIGITS = {"tokens a second": ",.0f", "GiB allocated": ",.2f", "GiB estimated": ",.2f", "first step after, s": ",.1f"}
+"""How the numbers are shown; any other, such as the loss, with all of its digits."""
 
 
-def write_rows(path: Path, rows: int, words: int, seed: int) -> None:
-    """Rows of about as many words as a judged step has; lengths vary by half, as they do in the wild."""
+def write_rows(path: Path, rows: int, words: int, longest: int, seed: int) -> None:
+    """Rows of a judged step's length, `longest` words at most; a word is a token or a little more."""
     draw = random.Random(seed)
     with path.open("w") as stream:
         for _ in range(rows):
-            text = " ".join(draw.choices(WORDS, k=draw.randint(words // 2, words * 3 // 2)))
+            count = min(longest, max(16, round(draw.lognormvariate(math.log(words), SPREAD))))
+            text = " ".join(draw.choices(WORDS, k=count))
             label = json.dumps({"reasonableness_score": draw.randint(0, 100) / 100, "summary": "as it should be"})
             stream.write(json.dumps({"instruction": text, "input": "", "output": label}) + "\n")
 
 
 def build_model(size: str) -> None:
     """The tiny model; for 7b the same tokenizer with random weights of the real architecture, in bfloat16."""
+    WORK.mkdir(parents=True, exist_ok=True)
     sample = WORK / "sample.jsonl"
     turns = [{"value": " ".join(WORDS)}, {"value": '{"reasonableness_score": 0.95, "summary": "as it should be"}'}]
     sample.write_text(json.dumps({"conversations": turns}) + "\n")
     build_tiny_model(sample, WORK / "tiny")
-    if size == "tiny" or (WORK / "7b" / "config.json").exists():
-        return
-    import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    if size == "7b" and not (WORK / "7b" / "config.json").exists():
+        save_qwen_7b(WORK / "7b", tokenizer=WORK / "tiny")
 
-    torch.set_default_dtype(torch.bfloat16)
-    Qwen2ForCausalLM(Qwen2Config(**QWEN_7B, dtype="bfloat16")).save_pretrained(WORK / "7b")
-    AutoTokenizer.from_pretrained(WORK / "tiny").save_pretrained(WORK / "7b")
-    torch.set_default_dtype(torch.float32)
+
+def measured_lengths(size: str) -> list[int]:
+    """Tokens of each row, prompt and answer together, as LLaMA Factory encodes them."""
+    from prmkit.prompts.encoding import load_encoding
+
+    encoding = load_encoding(WORK / size, "qwen")
+    rows = map(json.loads, (WORK / "rows.jsonl").read_text().splitlines())
+    return [sum(map(len, encoding.pair_ids(row["instruction"], row["output"]))) for row in rows]
 
 
 def shared_keys(size: str, steps: int, cutoff: int) -> dict[str, Any]:
-    """What both ways have in common."""
+    """What all ways have in common."""
     return {
         "model_name_or_path": str(WORK / size), "template": "qwen", "dataset": "rows", "dataset_dir": str(WORK),
         "cutoff_len": cutoff, "max_steps": steps, "logging_steps": 1, "save_strategy": "no", "seed": 42,
-        "data_seed": 42, "warmup_steps": 0.1, "report_to": "none", "include_num_input_tokens_seen": True,
+        "data_seed": 42, "warmup_steps": 0.1, "report_to": "none", "include_num_input_tokens_seen": "non_padding",
     }  # fmt: skip
 
 
@@ -88,17 +112,22 @@ def guide_config(size: str, steps: int, cutoff: int) -> dict[str, Any]:
     return {**values, "bf16": True, "tf32": True} if this_machine().gpus else {**values, "use_cpu": True}
 
 
-def prmkit_config(size: str, steps: int, cutoff: int) -> dict[str, Any]:
-    """training_config.yaml, resolved for this machine."""
+def config_of(way: str, size: str, steps: int, cutoff: int) -> dict[str, Any]:
+    """The keys of one way; all but the guide's are training_config.yaml, resolved for this machine."""
+    if way == "guide":
+        return guide_config(size, steps, cutoff)
     without = ("eval_dataset", "eval_strategy", "eval_steps", "use_swanlab", "plot_loss", "save_steps")
-    changes = {**dict.fromkeys(without, ""), **shared_keys(size, steps, cutoff)}
+    changes = {**dict.fromkeys(without, ""), **shared_keys(size, steps, cutoff), **CHANGES[way]}
+    if changes.get("neat_packing"):
+        # The Trainer would sum a mask that holds the number of each row, or minus infinity.
+        changes["include_num_input_tokens_seen"] = "all"
     overrides = [Override(key, str(value), "benchmark") for key, value in changes.items()]
     return dict(resolve_config(ROOT / "training_config.yaml", overrides).values)
 
 
-def measure(name: str, values: dict[str, Any]) -> dict[str, float]:
+def measure(way: str, values: Mapping[str, Any], lengths: list[int]) -> dict[str, float]:
     """Train once and read off what it took."""
-    folder = WORK / name
+    folder = WORK / way
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "config.yaml").write_text(render_yaml({**values, "output_dir": str(folder / "run")}))
@@ -116,18 +145,47 @@ def measure(name: str, values: dict[str, Any]) -> dict[str, float]:
     with started(command, folder / "log") as child:
         code = run_to_end(child, look, is_saved=lambda: True, patience=lambda: 0.0)
     if code:
-        sys.exit(f"{name} failed, see {folder / 'log'}")
+        sys.exit(f"{way} failed; the end of {folder / 'log'}:\n{(folder / 'log').read_text()[-2000:]}")
     entries = [json.loads(line) for line in trainer_log.read_text().splitlines()]
     entries = [entry for entry in entries if "loss" in entry]
+    gpu = max(entry.get("vram_allocated", 0.0) for entry in entries)
+    return {
+        "tokens a second": tokens_per_second(entries) * filled(values, lengths, entries[0]),
+        "GiB allocated": gpu if gpu > 0 else largest / (1 << 30),
+        "GiB reserved": max(entry.get("vram_reserved", 0.0) for entry in entries),
+        "GiB estimated": estimated(values, lengths),
+        "first step after, s": first_step,
+        "loss": entries[-1]["loss"],
+    }
+
+
+def tokens_per_second(entries: list[dict[str, Any]]) -> float:
+    """The tokens that LLaMA Factory counted after the first step, by the seconds that they took."""
     first, last = entries[0], entries[-1]
     seconds = [entry["total_tokens"] / entry["throughput"] for entry in (first, last)]
-    gpu = max(entry.get("vram_reserved", 0.0) for entry in entries)
-    return {
-        "tokens a second": (last["total_tokens"] - first["total_tokens"]) / (seconds[1] - seconds[0]),
-        "peak memory, GiB": gpu if gpu > 0 else largest / (1 << 30),
-        "first step after, s": first_step,
-        "loss": last["loss"],
-    }
+    return float((last["total_tokens"] - first["total_tokens"]) / (seconds[1] - seconds[0]))
+
+
+def filled(values: Mapping[str, Any], lengths: list[int], first: Mapping[str, Any]) -> float:
+    """Which share of the tokens that were counted belongs to rows: less than 1 where padding is counted as well.
+
+    Args:
+        values: LLaMA Factory's keys.
+        lengths: of all rows, in tokens.
+        first: LLaMA Factory's log of the first step; its part of an epoch says how many packed sequences there are.
+    """
+    if values["include_num_input_tokens_seen"] == "non_padding":
+        return 1.0
+    in_a_step = int(values["per_device_train_batch_size"]) * int(values["gradient_accumulation_steps"])
+    sequences = round(in_a_step / float(first["epoch"]))
+    return sum(lengths) / (sequences * int(values["cutoff_len"]))
+
+
+def estimated(values: Mapping[str, Any], lengths: list[int]) -> float:
+    """What prmkit's checks say before a run, in GiB."""
+    model = read_model(Path(values["model_name_or_path"]))
+    tokens = int(values["cutoff_len"]) if values.get("neat_packing") else min(max(lengths), int(values["cutoff_len"]))
+    return float(estimate(model, values, tokens=tokens).total / (1 << 30))
 
 
 def resident_bytes(pid: int) -> int:
@@ -139,34 +197,48 @@ def resident_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
+def prepare(size: str, rows: int, words: int, cutoff: int) -> list[int]:
+    """Build the model and the rows; the rows' lengths in tokens."""
+    build_model(size)
+    write_rows(WORK / "rows.jsonl", rows, words, int(cutoff * 0.8), seed=1)  # no row is cut
+    (WORK / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl"}}))
+    return measured_lengths(size)
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Ways side by side, and each one's speed and memory as a ratio to the first's."""
+    ways = list(found)
+    lines = [f"| | {' | '.join(ways)} |", f"|---|{'---:|' * len(ways)}"]
+    for key in found[ways[0]]:
+        lines.append(f"| {key} | {' | '.join(format(found[way][key], DIGITS.get(key, '')) for way in ways)} |")
+    for key in ("tokens a second", "GiB allocated"):
+        ratios = (f"{found[way][key] / found[ways[0]][key]:.2f}" for way in ways)
+        lines.append(f"| {key}, ratio | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Measure both ways, and print a table for RESULTS.md."""
+    """Measure the ways in turns, and print a table for RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "7b"], default="tiny")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps, of 16 rows each (default 8)")
+    parser.add_argument("--ways", nargs="+", choices=["guide", *CHANGES], default=["guide", "prmkit"])
+    parser.add_argument("--steps", type=int, default=8, help=f"optimizer steps, of {ROWS_A_STEP} rows each (default 8)")
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--words", type=int, default=150, help="of a row, on average (default 150; real: 3000)")
+    parser.add_argument("--words", type=int, default=150, help="of a row, the median (default 150; real: 1500)")
     parser.add_argument("--cutoff", type=int, default=512)
-    parser.add_argument("--repeat", type=int, default=2, help="the ways take turns; the better one counts (default 2)")
+    parser.add_argument("--repeat", type=int, default=2, help="the ways take turns; the fastest run counts (default 2)")
     given = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    build_model(given.size)
-    write_rows(WORK / "rows.jsonl", given.rows, given.words, seed=1)
-    (WORK / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl"}}))
-    ways = {"guide": guide_config, "prmkit": prmkit_config}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    lengths = prepare(given.size, given.rows, given.words, given.cutoff)
+    found: dict[str, dict[str, float]] = {}
     for _ in range(given.repeat):
-        for name, config in ways.items():
-            found[name].append(measure(name, config(given.size, given.steps, given.cutoff)))
-            print(name, found[name][-1], file=sys.stderr)
+        for way in given.ways:
+            values = config_of(way, given.size, given.steps, given.cutoff)
+            run = measure(way, values, lengths)
+            print(way, run, file=sys.stderr)
+            found[way] = max(found.get(way, run), run, key=lambda run: run["tokens a second"])
     machine = this_machine()
     print(f"GPUs: {', '.join(gpu.name for gpu in machine.gpus) or 'none'}; cores: {machine.cores}; {given}")
-    print("| | guide | prmkit | ratio |\n|---|---|---|---|")
-    for key in found["guide"][0]:
-        best = max if key == "tokens a second" else min
-        guide, ours = (best(run[key] for run in found[name]) for name in ways)
-        label = f"loss after {given.steps} steps" if key == "loss" else key
-        print(f"| {label} | {guide:{DIGITS[key]}} | {ours:{DIGITS[key]}} | {ours / guide:.2f} |")
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Measure on a GPU, in at most 8 minutes: training against the guide's settings, memory against the estimate, scoring
+# against generating, agreement in bf16, and the demo's real model. No network: what is missing comes as wheels.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+Usage: benchmarks/gpu.sh [options]
+
+  --dry-run          small sizes on the CPU: is everything there, does every part run
+  --wheels FOLDER    install these into a new environment over the packages of python3, without a network
+  --smollm2 FOLDER   a model folder made by python -m prmkit.demo.smollm2; without it that part is left out
+  --scratch FOLDER   for the 15 GB of the random model (default: benchmarks/scratch); memory is fastest: /dev/shm/prmkit
+  --output FOLDER    where results.jsonl and the logs go (default: gpu in the scratch folder)
+  --parts "A B …"    only these (default: check prepare guide prmkit unchecked packed single scoring parity smollm2)
+  -h, --help         this text
+
+Each part runs alone and has a time limit; one that fails or overruns leaves the others' results as they are. Exit code:
+0 when every part succeeded, else 1.
+EOF
+}
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3} size=7b device=cuda wheels="" smollm2="" output="" steps=0
+scratch=$here/benchmarks/scratch
+parts="check prepare guide prmkit unchecked packed single scoring parity smollm2"
+while (($#)); do
+    case $1 in
+        --dry-run) size=tiny device=cpu steps=2 ;;
+        --wheels | --smollm2 | --scratch | --output | --parts)
+            (($# > 1)) || fail "$1 needs a value."
+            printf -v "${1#--}" %s "$2"
+            shift
+            ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *) fail "'$1' is not an option." ;;
+    esac
+    shift
+done
+output=${output:-$scratch/gpu}
+mkdir -p "$scratch" "$output"
+export PRMKIT_SCRATCH=$scratch PYTHONUNBUFFERED=1 LLAMAFACTORY_VERBOSITY=WARN
+rm -f "$output/results.jsonl"
+
+if [[ -n $wheels ]]; then
+    environment=$scratch/environment
+    packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -m venv --without-pip "$environment"
+    # What python3 has already comes after what the wheels bring.
+    echo "$packages" >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+    "$python" -m pip --python "$environment/bin/python" install -q --no-index --no-deps --no-compile --no-cache-dir \
+        "$wheels"/*.whl
+    python=$environment/bin/python
+fi
+
+# The name of a part, its time limit in seconds and its arguments.
+failed=""
+part() {
+    local name=$1 limit=$2
+    shift 2
+    [[ " $parts " == *" $name "* ]] || return 0
+    timeout --kill-after=5 "$limit" "$python" "$here/benchmarks/gpu.py" "$@" --size "$size" --device "$device" \
+        --output "$output" 2>"$output/$name.log" >&2 || failed+=" $name"
+    grep -E "^[a-z0-9]+: " "$output/$name.log" || tail -n 5 "$output/$name.log"
+}
+
+part check 60 check ${smollm2:+--smollm2 "$smollm2"}
+part prepare 90 prepare
+for way in guide prmkit unchecked packed single; do
+    part "$way" 90 training --way "$way"
+done
+part scoring 110 scoring
+part parity 60 parity
+[[ -z $smollm2 ]] || part smollm2 200 smollm2 --smollm2 "$smollm2" --max-steps "$steps"
+"$python" "$here/benchmarks/gpu.py" table --output "$output"
+[[ -z $failed ]] || {
+    printf 'failed:%s (logs in %s)\n' "$failed" "$output" >&2
+    exit 1
+}
