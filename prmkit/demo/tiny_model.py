@@ -9,7 +9,6 @@ its embeddings are random, and LoRA must train them too (`additional_target: emb
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prmkit import cli
+from prmkit.demo.folders import build_once
 from prmkit.errors import DataError, ExitCode
-from prmkit.files import read_json, read_jsonl, sha256_of, write_json
+from prmkit.files import read_jsonl, sha256_of
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
@@ -55,14 +55,12 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """.replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
 
-RECIPE_FILE = "recipe.json"
-
 
 def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
-    """Build the tiny base model; do nothing when the same one stands there already.
+    """Build the tiny base model; do nothing when the same one is there already.
 
     Args:
-        sample: JSONL in the schema of `finetune.jsonl`; the tokenizer is trained on its texts.
+        sample: JSONL in the schema of `finetune.jsonl`; the tokenizer is trained on its turns.
         output: the model folder.
         seed: of the weights.
 
@@ -70,24 +68,15 @@ def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
         Whether it was built now.
 
     Raises:
-        DataError: the sample cannot be read, or another model stands in `output`.
+        DataError: the sample cannot be read, or `output` holds another model.
     """
-    recipe = _recipe(sample, seed)
-    if output.exists() and any(output.iterdir()):
-        if not (output / RECIPE_FILE).exists():
-            raise DataError(f"{output}: holds something that is not the demo's model. Choose another folder.")
-        if read_json(output / RECIPE_FILE) == recipe:
-            return False
-    # Built beside its place and moved there at the end: what stands in `output` is whole.
-    unfinished = output.with_name(f".{output.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer = _train_tokenizer(sample)
-    _save_model(tokenizer, unfinished, seed)
-    tokenizer.save_pretrained(unfinished)
-    write_json(unfinished / RECIPE_FILE, recipe)
-    shutil.rmtree(output, ignore_errors=True)
-    unfinished.rename(output)
-    return True
+
+    def build(folder: Path) -> None:
+        tokenizer = _train_tokenizer(sample)
+        _save_model(tokenizer, folder, seed)
+        tokenizer.save_pretrained(folder)
+
+    return build_once(output, _recipe(sample, seed), build)
 
 
 def _recipe(sample: Path, seed: int) -> dict[str, Any]:
@@ -103,7 +92,7 @@ def _recipe(sample: Path, seed: int) -> dict[str, Any]:
 
 
 def _train_tokenizer(sample: Path) -> "Qwen2Tokenizer":
-    """Train a byte-level BPE on the sample. Qwen's pre-tokenizer gives every digit a token of its own."""
+    """Train a byte-level BPE on the sample. Qwen's pre-tokenizer makes every digit a token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -126,7 +115,7 @@ def _train_tokenizer(sample: Path) -> "Qwen2Tokenizer":
 
 
 def _texts(sample: Path) -> Iterator[str]:
-    """Every turn as the chat template renders it: the words of the template are worth tokens of their own."""
+    """Every turn as the chat template renders it: the words of the template deserve tokens as well."""
     for row in read_jsonl(sample):
         yield f"system\n{DEFAULT_SYSTEM}"
         for role, turn in zip(("user", "assistant"), row["conversations"], strict=True):
