@@ -1,1 +1,1 @@
-"""What the figures of the README come from. Run each script by its path: python benchmarks/convert.py"""
+"""Where the README's numbers come from. Run each script by its path: python benchmarks/convert.py"""

@@ -6,21 +6,20 @@ Each way reads the same synthetic input (3 evaluation types, 4 judges, 2 a promp
 valid JSON) and writes reward_model_full and one variant for each evaluation type, judge and task:
 
 - prmkit: this converter, with everything it checks: verdicts, canonical labels, markers, duplicates, split, audit;
-- prmkit-1: the same in one process;
 - usual: load all rows, filter the list for each variant, json.dump(indent=2);
 - polars: read_ndjson, filter, write_ndjson;
 - duckdb: read_json, COPY ... TO for each variant;
 - copy: a plain copy of the tree that prmkit wrote, for what the disk allows.
 
-Only the first two read the verdicts; the others write what they find. Each runs in a process of its own. Peak memory
+Only prmkit reads the verdicts; the others write what they find. Each runs in a separate process. Peak memory
 is the sum of the proportional set sizes (PSS) of the process and its children, sampled every 20 ms; CPU seconds include
 the children. prmkit waits until its files are on the disk, the others leave them in the page cache: the second column
 of seconds has the wait for the disk for all of them.
 
-The disk needs room for about 25 times the input, of all sizes together: each of the six ways writes about four times
+The disk needs room for about 25 times the input, of all sizes together: each of the five ways writes about four times
 the input, and nothing is deleted before all of them are done. For an ext4 without a journal gives no inode out again
 for one to six minutes after its file was deleted, and each new file of that block group looks at all of those first
-(recently_deleted() in fs/ext4/ialloc.c of the kernel). Creating 1,000 files took 0.7 to 0.9 seconds behind thousands of
+(recently_deleted() in fs/ext4/ialloc.c of the kernel). Creating 1,000 files took 0.7 to 0.9 seconds after thousands of
 deletions instead of 0.05, so a way that follows the deletion of another's tree would take seconds longer. Leave six
 minutes between two runs for the same reason.
 """
@@ -188,15 +187,10 @@ def _as_judges_write(choose: random.Random, verdict: dict[str, Any]) -> str:
 # --- the ways -----------------------------------------------------------------------------------------------------
 
 
-def prmkit_way(source: Path, output: Path, *options: str) -> None:
+def prmkit_way(source: Path, output: Path) -> None:
     """This converter, as a user starts it."""
     command = [sys.executable, str(ROOT / "convert_dataset.py"), "--input", str(source), "--output-dir", str(output)]
-    subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
-
-
-def one_process_way(source: Path, output: Path) -> None:
-    """This converter on one core."""
-    prmkit_way(source, output, "--processes", "1")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def usual_way(source: Path, output: Path) -> None:
@@ -268,7 +262,6 @@ def copy_way(source: Path, output: Path) -> None:
 
 WAYS: dict[str, Callable[[Path, Path], None]] = {
     "prmkit": prmkit_way,
-    "prmkit-1": one_process_way,
     "copy": copy_way,
     "polars": polars_way,
     "duckdb": duckdb_way,
@@ -280,14 +273,14 @@ def label(way: str) -> str:
     """The name of a way in the tables of RESULTS.md."""
     if way in ("polars", "duckdb"):
         return f"{way} {version(way)}"
-    return {"prmkit-1": "prmkit, one process", "copy": "copy of the tree"}.get(way, way)
+    return "copy of the tree" if way == "copy" else way
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
 def measure(way: str, source: Path, output: Path) -> dict[str, float]:
-    """Run one way in a process of its own: seconds, CPU seconds, peak memory in MB, and MB written.
+    """Run one way in a separate process: seconds, CPU seconds, peak memory in MB, and MB written.
 
     Args:
         way: one of `WAYS`.
@@ -374,9 +367,9 @@ def compare(megabytes: int, ways: Sequence[str], kept: ExitStack) -> None:
     print(f"\n| {_described(source)} | seconds | to the disk | CPU seconds | peak MB | MB written |")
     print("|---|---:|---:|---:|---:|---:|")
     for way in ways:
-        figures = measure(way, source, written / way)
-        shown = [f"{figures[name]:.1f}" for name in ("seconds", "synced", "cpu")]
-        shown += [f"{figures[name]:,.0f}" for name in ("peak_mb", "written_mb")]
+        numbers = measure(way, source, written / way)
+        shown = [f"{numbers[name]:.1f}" for name in ("seconds", "synced", "cpu")]
+        shown += [f"{numbers[name]:,.0f}" for name in ("peak_mb", "written_mb")]
         print(f"| {label(way)} | {' | '.join(shown)} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.sh; each runs in a process of its own and adds its lines to results.jsonl.
+"""The parts of benchmarks/gpu.sh; each runs in a separate process and adds its lines to results.jsonl.
 
 python benchmarks/gpu.py check                what is installed, against requirements.txt, and what is missing
 python benchmarks/gpu.py prepare              the random model and its rows

@@ -5,7 +5,7 @@
     python benchmarks/score.py                                        the demo's model, untrained: throughput alone
     python benchmarks/score.py --size 7b --prompt-tokens 4000         Qwen2.5-7B with random weights; needs a GPU
 
-Every figure comes from a process of its own, one after the other, after a warm-up. Peak memory is what torch allocated
+Every number comes from a separate process, one after the other, after a warm-up. Peak memory is what torch allocated
 on the GPU; without a GPU, the largest resident set of that process. A model with random weights never ends its
 verdict, so it writes --verdict-tokens of them: 200 is what a verdict with a summary of a judge takes.
 
@@ -150,7 +150,7 @@ def spearman(scores: list[float | None], prompts: list[heldout.HeldOutPrompt]) -
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Measure each way in a process of its own and print the table."""
+    """Measure each way in a separate process and print the table."""
     results: dict[tuple[str, int], dict[str, Any]] = {}
     for batch_size in arguments.batch_sizes:
         for mode in ("generate", "expected"):

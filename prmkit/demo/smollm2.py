@@ -92,16 +92,16 @@ def _download(folder: Path) -> Path:
 def _convert(weights: Path, folder: Path) -> None:
     """Save the weights and the tokenizer as transformers saves any model."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # transformers takes <|im_start|> for the end of a text and finds no padding. These are the original tokenizer's.
+    # transformers takes <|im_start|> for the end of a turn and finds no padding. These are the original tokenizer's.
     tokenizer.bos_token, tokenizer.eos_token = START_OF_TURN, END_OF_TURN
     tokenizer.pad_token, tokenizer.unk_token = END_OF_TURN, UNKNOWN
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end)
     model.save_pretrained(folder)

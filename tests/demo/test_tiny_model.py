@@ -73,7 +73,7 @@ def test_its_chat_template_renders_what_llama_factory_s_template_renders(tokeniz
     assert tokenizer.decode(prompt) == rendered
     assert tokenizer(rendered, add_special_tokens=False).input_ids == prompt
     assert tokenizer.decode(prompt + answer) == tokenizer.apply_chat_template(whole, tokenize=False)
-    # LLaMA Factory found nothing to mend.
+    # LLaMA Factory found nothing to change.
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer.chat_template == own_template
 
