@@ -169,7 +169,7 @@ _SHARE = 0.8
 """Of a prompt's own words that another one must have in the same order to be nearly the same."""
 _FEWEST_UNITS = 3
 """Of one evaluation type: what both of two tasks have may be the template or a repetition."""
-_HELD = 500_000
+_HELD = 200_000
 """Sequences of held-out prompts, about 30 bytes each; beyond, every second, fourth, … is compared."""
 
 
