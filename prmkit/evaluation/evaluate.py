@@ -293,7 +293,7 @@ def _method() -> Metrics:
         "score": "the mean of the judge's distribution over 0.00 … 1.00; in generate mode the number that it wrote",
         "interval": f"{estimates.LEVEL:.0%} bootstrap over tasks, expanded percentiles",
         "resamples": estimates.RESAMPLES,
-        "resamples_of_many": estimates.RESAMPLES_OF_MANY,
+        "fewer_resamples_above": estimates.MANY,
         "seed": estimates.SEED,
         "min_scores": MIN_SCORES,
         "min_tasks": estimates.MIN_TASKS,

@@ -1,4 +1,4 @@
-"""Does the exported model judge as the adapter that was trained? And if not, why not?"""
+"""Does the exported model score as the adapter that was trained? And if not, why not?"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ _ROUNDING = 0.02
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two judges are apart on the same prompts."""
+    """How much the scores of two judges differ on the same prompts."""
 
     prompts: int
     scores: int
@@ -66,14 +66,14 @@ def check_parity(
         trained: the run's judge.
         exported: the exported model's.
         requests: held-out prompts; a few are enough.
-        tolerance: how far two scores may be apart.
+        tolerance: how much two scores may differ.
         batch_size: prompts at once.
 
     Returns:
-        How far they are apart, where that is near enough.
+        How much they differ, where that is within the tolerance.
 
     Raises:
-        GateError: they are further apart than that; its text names the likely causes.
+        GateError: they differ by more; its message names the likely causes.
         DataError: one of the two cannot be loaded.
     """
     one, other = _ask(trained, requests, batch_size), _ask(exported, requests, batch_size)
@@ -91,11 +91,11 @@ def check_parity(
         name = trained.adapter or trained.model
         causes = "".join(f"\n  {number}. {cause}" for number, cause in enumerate(parity.causes, start=1))
         raise GateError(
-            f"{exported.model}: judges otherwise than {name} ({parity}; allowed {tolerance:g})."
+            f"{exported.model}: scores differ from those of {name} ({parity}; allowed {tolerance:g})."
             + (f" Likely causes:{causes}" if causes else " None of the usual causes was found; export the run again.")
         )
     for cause in parity.causes:
-        log.warning("%s: scores agree, but beware: %s", exported.model, cause)
+        log.warning("%s: scores agree, but: %s", exported.model, cause)
     return parity
 
 
@@ -147,7 +147,7 @@ def _causes_of_other_ids(trained: JudgeSource, exported: JudgeSource) -> Iterato
     for key in differing:
         yield f"{names[key]}: trained with {getattr(trained, key)!r}, exported with {getattr(exported, key)!r}."
     if not differing:
-        yield "tokenizer: the export's makes other tokens of the same text than the base model's."
+        yield "tokenizer: the export's splits the same text into other tokens than the base model's."
 
 
 def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[str]:

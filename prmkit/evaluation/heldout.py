@@ -60,7 +60,7 @@ class HeldOutPrompt:
     answers: Mapping[str, str]
     """Judge -> its (first) answer, as the dataset has it."""
     system: str | None = None
-    """The row's own system text."""
+    """The system text of the row; None for the judge's default."""
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,7 @@ METRICS = (
     Metric("bias", statistics.bias, 1, by_mean, brief=True),
     Metric("pairwise_accuracy", statistics.pairwise_accuracy, MIN_PAIRS, pairs, "pairs", "pairs of scores of one run "
            "in the right order or rightly tied"),
-    Metric("pairwise_always_tied", statistics.always_tied, MIN_PAIRS, pairs, "tied", "what calling every pair a tie "
-           "reaches"),
+    Metric("pairwise_always_tied", statistics.always_tied, MIN_PAIRS, pairs),
     Metric("kappa", statistics.kappa, MIN_SCORES, by_mean, "kappa", "on the five bands, quadratic weights"),
     Metric("praised_share", statistics.share_predicted, 1, praised_of_bad),
     Metric("own_range_share", statistics.share_predicted, MIN_SCORES, within_own_range),

@@ -19,9 +19,10 @@ WORST_ERRORS = 10
 _EXCERPT = 700
 _WHOLE_PROMPT = 20_000
 _STEP = re.compile(r"^.{0,20}\b(?:current|this) (?:clip|step)\b", re.IGNORECASE | re.MULTILINE)
+_SCHEMA = re.compile(r"\bJSON\b")
 _TABLES_OF_GROUPS = 4
 
-_NARROW = {"RMSE", "skill", "MAE", "pairs", "tied", "kappa", "constant", "judges", "tasks", "bias", "n"}
+_NARROW = {"RMSE", "skill", "MAE", "pairs", "kappa", "constant", "judges", "tasks", "bias", "n"}
 """Columns that a narrow screen leaves out, so that Spearman and AUROC are on it."""
 
 
@@ -299,11 +300,11 @@ def _clip(number: int | None) -> str | None:
 
 
 def _step_of(prompt: str) -> str:
-    """The part of the prompt that shows the step: from its heading on, or else the prompt's end."""
-    headings = list(_STEP.finditer(prompt))
-    if headings:
-        return _shortened(prompt[headings[-1].start() :], _EXCERPT)
-    return ("… " if len(prompt) > _EXCERPT else "") + prompt[-_EXCERPT:]
+    """The part of the prompt that shows the step: from its heading on, or else what comes before the schema."""
+    shown = prompt[: prompt.rfind("\n", 0, asked[-1].start())] if (asked := list(_SCHEMA.finditer(prompt))) else prompt
+    if headings := list(_STEP.finditer(shown)):
+        return _shortened(shown[headings[-1].start() :], _EXCERPT)
+    return ("… " if len(shown) > _EXCERPT else "") + shown[-_EXCERPT:]
 
 
 def _shortened(text: str, most: int) -> str:

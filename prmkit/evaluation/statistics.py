@@ -20,7 +20,7 @@ MIN_GROUP = 5
 """A key with fewer scores than this has no rank correlation."""
 MAX_PAIRED = 40
 """Of a group with more scores than this only as many random pairs are taken as this many scores have: pairs would
-otherwise grow with the square."""
+else grow with the square."""
 _NO_VARIANCE = 1e-15
 
 
@@ -99,7 +99,7 @@ def pearson(sample: Sample) -> Statistic:
 
 
 def spearman(sample: Sample) -> Statistic:
-    """Spearman's rho: Pearson's correlation of the midranks, ranked anew in every resample.
+    """Spearman's rho: Pearson's correlation of the midranks, ranked again in every resample.
 
     The mean of n midranks is (n + 1) / 2 whatever ties there are, and their squares can be summed value by value, so
     only the sum of products goes through all pairs.
@@ -412,7 +412,7 @@ def _correlation(squares: Floats, other_squares: Floats, products: Floats, total
 
 
 class _Values:
-    """The distinct values of a sample in rising order, and how often each stands in a resample."""
+    """The distinct values of a sample in rising order, and how often each is in a resample."""
 
     def __init__(self, sample: Sample, values: Floats) -> None:
         self._task, self._tasks = sample.task, sample.tasks

@@ -67,7 +67,7 @@ def percent(estimate: Mapping[str, Any] | None, decimals: int = 0) -> str:
 _SHOWN = tuple(metric for metric in METRICS if metric.header)
 COLUMNS = ("scores of", "n", "tasks", *(metric.header for metric in _SHOWN), "constant", "judges")
 NUMERIC = COLUMNS[1:]
-OPTIONAL = ("tied", "kappa", "constant", "MAE", "judges", "tasks", "RMSE", "pairs", "AUROC", "skill", "n")
+OPTIONAL = ("kappa", "constant", "MAE", "judges", "tasks", "RMSE", "pairs", "AUROC", "skill", "n")
 """Columns that may be left out where there is no room, the first one first."""
 LEGEND = (
     "; ".join(f"{metric.header}: {metric.meaning}" for metric in _SHOWN)
