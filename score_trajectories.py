@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
+from prmkit.intervals import share_of_one
 from prmkit.judge.scorer import ShapeOf, add_backend_arguments, add_judge_arguments, scorer_of
 
 
@@ -37,6 +38,15 @@ def main() -> int:
         "--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours"
     )
     runs.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every step's score")
+    parser.add_argument(
+        "--interval",
+        type=share_of_one,
+        metavar="LEVEL",
+        help="add low and high, which hold the judges' score so often: 0.9",
+    )
+    parser.add_argument(
+        "--abstain-above", type=share_of_one, metavar="WIDTH", help="status unsure where that interval is wider"
+    )
     add_judge_arguments(parser)
     add_backend_arguments(parser)
     return cli.run(_command, parser)
@@ -52,7 +62,7 @@ def _keys(text: str) -> tuple[str, ...]:
 def _command(arguments: argparse.Namespace) -> ExitCode:
     from prmkit.scoring.rows import known_keys
     from prmkit.scoring.runs import runs_to_score
-    from prmkit.scoring.score import Job, run
+    from prmkit.scoring.score import Job, abstention_of, run
 
     scorer = scorer_of(arguments)
     known = known_keys(arguments.data)
@@ -65,9 +75,12 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
         summaries=arguments.summaries,
         bad_below=arguments.bad_below if arguments.aggregate else None,
         runs=runs,
+        abstention=abstention_of(scorer, arguments.mode, arguments.interval, arguments.abstain_above),
     )
     fingerprint = {"judge": scorer.fingerprint(), "keys": list(arguments.keys), "known_keys": known}
     fingerprint |= {"rubric": runs.rubric.sha256} if runs else {}
+    if job.abstention:
+        fingerprint["abstention"] = {"interval": arguments.interval, "abstain_above": arguments.abstain_above}
     return ExitCode.DONE if run(job, scorer, fingerprint) else ExitCode.DATA
 
 

@@ -17,6 +17,7 @@ from prmkit.files import read_json, write_json
 
 CALIBRATION_FILE = "calibration.json"
 """Beside a run's weights, and beside an export that was shown to score as the run does."""
+DEFAULT_LEVEL = 0.9
 MIN_STD = 0.01
 """A judge that is certain is still rounded to hundredths; without a floor its errors would be infinitely unlikely."""
 MIN_RATIOS = 30
@@ -62,6 +63,69 @@ class Calibration:
         if rank > count:
             return math.inf  # so few errors make no finite width certain enough
         return ratios[-(-rank * len(ratios) // count) - 1]
+
+
+@dataclass(frozen=True)
+class Abstention:
+    """How lines of scores get their intervals, and from which width on a score is unsure."""
+
+    calibration: Calibration
+    level: float
+    max_width: float | None = None
+    """Scores with a wider interval get the status `unsure`; None for no such limit."""
+
+    def add_interval(self, line: Mapping[str, Any], evaluation_type: str | None) -> dict[str, Any]:
+        """The line of a scored row with `low` and `high`.
+
+        Args:
+            line: with `score`, `std`, `status` and `reason`; a row without a score gets null.
+            evaluation_type: of the row.
+        """
+        ends = None
+        if line["score"] is not None:
+            ends = self.calibration.interval(line["score"], line["std"], evaluation_type, self.level)
+        low, high = (None, None) if ends is None else (round(ends[0], 6), round(ends[1], 6))
+        added = {**line, "low": low, "high": high}
+        if line["status"] != "ok" or self.max_width is None:
+            return added
+        if low is None or high is None or high - low > self.max_width:
+            width = "is not known" if low is None or high is None else f"has a width of {high - low:.2f}"
+            reason = f"its {self.level:.0%} interval {width} (at most {self.max_width:g})"
+            return added | {"status": "unsure", "reason": reason}
+        return added
+
+
+def load_abstention(
+    folder: Path, fingerprint: Mapping[str, Any], level: float | None, max_width: float | None
+) -> Abstention | None:
+    """What the flags --interval and --abstain-above ask for; None without any.
+
+    Args:
+        folder: of the judge's weights.
+        fingerprint: of the judge.
+        level: of the intervals; with `max_width` alone it is `DEFAULT_LEVEL`.
+        max_width: see `Abstention`.
+
+    Raises:
+        DataError: the judge has no calibration.
+    """
+    if level is None and max_width is None:
+        return None
+    calibration = read_calibration(folder, calibrated_judge(fingerprint))
+    return Abstention(calibration, DEFAULT_LEVEL if level is None else level, max_width)
+
+
+def share_of_one(text: str) -> float:
+    """An argument strictly between 0 and 1, as a level and a width are."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+def calibrated_judge(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a judge for its intervals: device and dtype change a score by rounding alone."""
+    return {key: value for key, value in fingerprint.items() if key not in ("device", "dtype")}
 
 
 def fit_calibration(ratios: Mapping[str, Sequence[float]], judge: Mapping[str, Any]) -> Calibration:

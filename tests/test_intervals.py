@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from prmkit.errors import DataError
-from prmkit.intervals import CALIBRATION_FILE, MIN_STD, fit_calibration, read_calibration, write_calibration
+from prmkit.intervals import (
+    CALIBRATION_FILE,
+    MIN_STD,
+    Abstention,
+    calibrated_judge,
+    fit_calibration,
+    load_abstention,
+    read_calibration,
+    write_calibration,
+)
 
 JUDGE = {"weights": {"adapter_model.safetensors": "ab12"}}
 
@@ -68,3 +77,33 @@ def test_a_damaged_or_missing_file_is_reported(tmp_path: Path, content: str) -> 
     (tmp_path / CALIBRATION_FILE).write_text(content)
     with pytest.raises(DataError, match="damaged"):
         read_calibration(tmp_path, JUDGE)
+
+
+LINE = {"score": 0.5, "std": 0.1, "status": "ok", "reason": None}
+
+
+def test_a_line_gets_its_ends_and_a_wide_one_is_unsure() -> None:
+    calibration = fit_calibration({"clip": [1.0] * 100}, JUDGE)
+    line = Abstention(calibration, 0.9).add_interval(LINE, "clip")
+    assert (line["low"], line["high"], line["status"]) == (0.4, 0.6, "ok")
+    assert Abstention(calibration, 0.9, max_width=0.25).add_interval(LINE, "clip") == line
+    unsure = Abstention(calibration, 0.9, max_width=0.15).add_interval(LINE, "clip")
+    assert unsure["status"] == "unsure" and unsure["score"] == 0.5
+    assert "90% interval has a width of 0.20 (at most 0.15)" in unsure["reason"]
+
+
+def test_a_line_without_a_score_keeps_its_status_and_one_without_spread_is_unsure() -> None:
+    abstention = Abstention(fit_calibration({"clip": [1.0] * 100}, JUDGE), 0.9, max_width=0.9)
+    error = abstention.add_interval({"score": None, "std": None, "status": "error", "reason": "no prompt"}, None)
+    assert (error["low"], error["status"], error["reason"]) == (None, "error", "no prompt")
+    assert abstention.add_interval({**LINE, "std": None}, "clip")["status"] == "unsure"
+
+
+def test_the_flags_read_the_calibration_of_the_judge_whatever_it_is_computed_on(tmp_path: Path) -> None:
+    write_calibration(tmp_path, fit_calibration({"clip": [1.0] * 100}, calibrated_judge({**JUDGE, "device": "cpu"})))
+    on_gpu = {**JUDGE, "device": "cuda", "dtype": "bfloat16"}
+    assert load_abstention(tmp_path, on_gpu, None, None) is None
+    found = load_abstention(tmp_path, on_gpu, None, 0.3)
+    assert found is not None and (found.level, found.max_width) == (0.9, 0.3)
+    with pytest.raises(DataError, match="other weights"):
+        load_abstention(tmp_path, {"weights": {}}, 0.9, None)

@@ -13,7 +13,7 @@ from prmkit.evaluation import compare, heldout
 from prmkit.evaluation.evaluate import REPORT_FILE, Settings, evaluate
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, check_parity
 from prmkit.files import read_json, write_json
-from prmkit.intervals import CALIBRATION_FILE, read_calibration, write_calibration
+from prmkit.intervals import CALIBRATION_FILE, calibrated_judge, read_calibration, write_calibration
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import (
     EXPORT_FILE,
@@ -133,15 +133,20 @@ def _check_gates(
         raise GateError("\n".join(failed))
 
 
-def evaluate_run(run: Path) -> None:
+def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
     """Measure the judge of a run on the rows that were held out from it, and show the table.
+
+    Args:
+        run: its folder.
+        trust_remote_code: run Python code that the model brings.
 
     Raises:
         DataError: nothing was held out, or not one prompt could be scored.
     """
     data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
     held_out, constants = heldout.read_held_out(data_folder, name), heldout.training_constants(data_folder, name)
-    metrics = evaluate(judge_source_of_run(run), held_out, constants, evaluation_of(run), Settings(), run)
+    source = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
+    metrics = evaluate(source, held_out, constants, evaluation_of(run), Settings(), run)
     _write_card(run, metrics)
     _show(metrics, None, evaluation_of(run) / REPORT_FILE)
 
@@ -175,19 +180,24 @@ def _parity(source: JudgeSource, config: Mapping[str, Any], arguments: argparse.
     return ExitCode.DONE
 
 
-def prove_export(run: Path, exported: Path) -> None:
+def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) -> None:
     """Show that an exported model scores as the run that it was made from, on a few held-out prompts.
+
+    Args:
+        run: its folder.
+        exported: the folder of the exported model.
+        trust_remote_code: run Python code that the models bring.
 
     Raises:
         GateError: it does not; the likely causes are named.
     """
     try:
         held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
-        trained = judge_source_of_run(run)
+        trained = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
     except (DataError, UsageError) as error:
         log.warning("Whether %s scores as %s was not checked: %s", exported, run, error)
         return
-    other = replace(judge_source_of_export(exported), trust_remote_code=trained.trust_remote_code)
+    other = replace(judge_source_of_export(exported), trust_remote_code=trust_remote_code)
     parity = check_parity(trained, other, _requests(held_out, PARITY_PROMPTS))
     _copy_measurements(run, trained, exported, other)
     cli.emit(f"{exported}: scores as {run} does ({parity}).")
@@ -200,11 +210,11 @@ def _copy_measurements(run: Path, trained: JudgeSource, exported: Path, other: J
     write_model_card(exported, read_json(run / "run.json"), metrics if metrics and "summary" in metrics else None)
     if (run / CALIBRATION_FILE).is_file():
         try:
-            calibration = read_calibration(run, fingerprint_of(trained))
+            calibration = read_calibration(run, calibrated_judge(fingerprint_of(trained)))
         except DataError as error:
             log.warning("%s gets no intervals: %s", exported, error)
         else:
-            write_calibration(exported, replace(calibration, judge=fingerprint_of(other)))
+            write_calibration(exported, replace(calibration, judge=calibrated_judge(fingerprint_of(other))))
 
 
 def _requests(held_out: heldout.HeldOut, prompts: int) -> list[Request]:

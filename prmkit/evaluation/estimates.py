@@ -28,8 +28,8 @@ SEED = 0
 LEVEL = 0.95
 RESAMPLES = 1000
 MANY = 10_000
-"""For more pairs than this fewer resamples are drawn, down to a tenth at ten times as many: the time stays the same, and
-the error of an end, a part of a narrow interval, does not show in two decimals."""
+"""For more pairs than this fewer resamples are drawn, down to a tenth at ten times as many: the time stays the same,
+and the error of an end, a part of a narrow interval, does not show in two decimals."""
 MIN_TASKS = 10
 """Fewer tasks than this give no interval: resampling few clusters makes intervals that are too narrow."""
 SAME_PREDICTION = "the prediction is always the same"

@@ -39,7 +39,7 @@ from prmkit.evaluation.metrics import (
 from prmkit.evaluation.predictions import ROW_FORMAT, Row, Scores, prediction_row, resume, table_of_scores
 from prmkit.evaluation.summary import summarize
 from prmkit.files import only_one, write_json
-from prmkit.intervals import MIN_STD, fit_calibration, write_calibration
+from prmkit.intervals import MIN_STD, calibrated_judge, fit_calibration, write_calibration
 from prmkit.judge.sources import JudgeSource, described, fingerprint_of
 from prmkit.judge.types import BAD_BELOW, SCORED, Mode, Request
 from prmkit.leniency import describe_leniency
@@ -106,7 +106,7 @@ def evaluate(
         write_json(folder / METRICS_FILE, metrics)
         write_report(folder / REPORT_FILE, metrics, rows, held_out, constants)
         if weights and settings.mode == "expected" and settings.limit is None:
-            calibrate(rows, weights, fingerprint_of(source))
+            calibrate(rows, weights, calibrated_judge(fingerprint_of(source)))
     return metrics
 
 

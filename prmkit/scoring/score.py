@@ -12,7 +12,9 @@ from typing import Any
 from prmkit import cli
 from prmkit.errors import UsageError
 from prmkit.files import only_one, write_text
+from prmkit.intervals import Abstention, load_abstention
 from prmkit.judge.scorer import Scorer, ShapeOf
+from prmkit.judge.sources import fingerprint_of
 from prmkit.judge.types import Judgement, Mode, rounded
 from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.rows import STDIN, open_rows
@@ -45,6 +47,23 @@ class Job:
     """Also sum up every trajectory, with this as the limit of a bad step; None to leave that out."""
     runs: RunsToScore | None = None
     """The input as raw runs; None for one that holds prompts."""
+    abstention: Abstention | None = None
+    """Adds intervals, and marks scores with a wide one as unsure."""
+
+
+def abstention_of(scorer: Scorer, mode: Mode, level: float | None, max_width: float | None) -> Abstention | None:
+    """The intervals that were asked for; None where none were.
+
+    Raises:
+        UsageError: the judge is on a server or writes its verdicts, so its spread is not that of the calibration.
+        DataError: the judge has no calibration.
+    """
+    if level is None and max_width is None:
+        return None
+    if scorer.endpoint or mode != "expected":
+        raise UsageError("--interval and --abstain-above: only with a local judge in --mode expected.")
+    weights = scorer.source.adapter or scorer.source.model
+    return load_abstention(weights, fingerprint_of(scorer.source), level, max_width)
 
 
 def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
@@ -146,9 +165,12 @@ def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: J
             if earlier is not None:
                 yield row, {**earlier, "metadata": row.metadata}
             elif row.request_hash:
-                yield row, _result(row, *known[row.request_hash], with_text=job.summaries)
+                line = _result(row, *known[row.request_hash], with_text=job.summaries)
+                evaluation_type = row.metadata.get("evaluation_type")
+                yield row, job.abstention.add_interval(line, evaluation_type) if job.abstention else line
             else:
-                yield row, _result(row, Judgement("error", reason=row.reason))
+                line = _result(row, Judgement("error", reason=row.reason))
+                yield row, job.abstention.add_interval(line, None) if job.abstention else line
 
 
 def _result(row: Row, judgement: Judgement, text: str | None = None, *, with_text: bool = False) -> Result:

@@ -13,7 +13,7 @@ from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import command
 from prmkit.evaluation.command import evaluate_run, execute, prove_export
 from prmkit.files import write_json
-from prmkit.intervals import read_calibration
+from prmkit.intervals import calibrated_judge, read_calibration
 from prmkit.judge.sources import fingerprint_of, judge_source_of_run
 
 parser = importlib.import_module("evaluate_judge")._parser
@@ -74,7 +74,7 @@ def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys
 def test_a_measured_run_has_a_model_card_and_intervals_for_its_scores(run):
     evaluate_judge("--run", run)
     assert "Agreement with the judges" in (run / "README.md").read_text()
-    calibration = read_calibration(run, fingerprint_of(judge_source_of_run(run)))
+    calibration = read_calibration(run, calibrated_judge(fingerprint_of(judge_source_of_run(run))))
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert calibration.counts["all"] == metrics["held_out"]["prompts"]
     low, high = calibration.interval(0.5, 0.1, "clip", 0.5)
@@ -117,9 +117,7 @@ def test_a_comparison_under_a_limit_is_of_the_prompts_under_it(run, tmp_path, ca
     assert printed["comparison"]["groups"][0]["scores"] == printed["groups"][0]["scores"]
 
 
-def test_the_export_of_a_model_with_code_of_its_own_may_run_it_where_the_run_may(
-    run, model_folders, tmp_path, monkeypatch
-):
+def test_code_that_models_bring_runs_only_where_that_was_typed(run, model_folders, tmp_path, monkeypatch):
     trusting = shutil.copytree(run, tmp_path / "run")
     config = json.loads((run / "run.json").read_text())["config"]
     write_json(trusting / "run.json", {"config": config | {"trust_remote_code": True}})
@@ -127,9 +125,9 @@ def test_the_export_of_a_model_with_code_of_its_own_may_run_it_where_the_run_may
     write_json(exported / "prmkit.json", {"template": "qwen", "cutoff_len": 2048})
     asked = []
     monkeypatch.setattr(command, "check_parity", lambda one, other, *_, **__: asked.append((one, other)))
-    evaluate_judge("--run", trusting, "--parity", 1, "--exported", exported)
+    evaluate_judge("--run", trusting, "--parity", 1, "--exported", exported, "--trust-remote-code")
+    prove_export(trusting, exported, trust_remote_code=True)
     prove_export(trusting, exported)
-    prove_export(run, exported)
     assert [one.trust_remote_code for one, _ in asked] == [True, True, False]
     assert [other.trust_remote_code for _, other in asked] == [True, True, False]
 
@@ -137,5 +135,5 @@ def test_the_export_of_a_model_with_code_of_its_own_may_run_it_where_the_run_may
 def test_an_export_of_another_model_fails_the_parity_gate(run, model_folders, tmp_path):
     exported = shutil.copytree(model_folders["qwen"], tmp_path / "exported_model")
     write_json(exported / "prmkit.json", {"template": "qwen", "cutoff_len": 2048})
-    with pytest.raises(GateError, match="judges otherwise"):
+    with pytest.raises(GateError, match="scores differ from those of"):
         evaluate_judge("--run", run, "--parity", 2, "--exported", exported, "--tolerance", "1e-6")
