@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
-from prmkit.intervals import share_of_one
+from prmkit.intervals import add_interval_arguments
 from prmkit.judge.scorer import ShapeOf, add_backend_arguments, add_judge_arguments, scorer_of
 
 
@@ -38,15 +38,7 @@ def main() -> int:
         "--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours"
     )
     runs.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every step's score")
-    parser.add_argument(
-        "--interval",
-        type=share_of_one,
-        metavar="LEVEL",
-        help="add low and high, which hold the judges' score so often: 0.9",
-    )
-    parser.add_argument(
-        "--abstain-above", type=share_of_one, metavar="WIDTH", help="status unsure where that interval is wider"
-    )
+    add_interval_arguments(parser)
     add_judge_arguments(parser)
     add_backend_arguments(parser)
     return cli.run(_command, parser)
@@ -79,8 +71,6 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
     )
     fingerprint = {"judge": scorer.fingerprint(), "keys": list(arguments.keys), "known_keys": known}
     fingerprint |= {"rubric": runs.rubric.sha256} if runs else {}
-    if job.abstention:
-        fingerprint["abstention"] = {"interval": arguments.interval, "abstain_above": arguments.abstain_above}
     return ExitCode.DONE if run(job, scorer, fingerprint) else ExitCode.DATA
 
 

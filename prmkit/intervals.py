@@ -6,6 +6,7 @@ score is divided by the judge's own standard deviation. A new score then lies wi
 the new rows are like the held-out ones.
 """
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,11 +116,17 @@ def load_abstention(
     return Abstention(calibration, DEFAULT_LEVEL if level is None else level, max_width)
 
 
-def share_of_one(text: str) -> float:
-    """An argument strictly between 0 and 1, as a level and a width are."""
+def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `load_abstention` is asked by."""
+    group = parser.add_argument_group("calibrated intervals (of a judge that was evaluated)")
+    group.add_argument("--interval", type=_share, metavar="LEVEL", help="add low and high; 0.9: right 9 times in 10")
+    group.add_argument("--abstain-above", type=_share, metavar="WIDTH", help="status unsure where that is wider")
+
+
+def _share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
     return value
 
 

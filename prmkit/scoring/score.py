@@ -127,7 +127,10 @@ def _results(
             yield row, result
         return
     with only_one(job.output.parent, f"writing {job.output.name}", lock=f".{job.output.name}.lock"):
-        done = reopen(job.output, dict(fingerprint) | {"mode": job.mode, "summaries": job.summaries})
+        asked: dict[str, Any] = {"mode": job.mode, "summaries": job.summaries}
+        if job.abstention:
+            asked["interval"] = [job.abstention.level, job.abstention.max_width]
+        done = reopen(job.output, dict(fingerprint) | asked)
         _report_done(done, job.output)
         scored = score_rows(_with_results(rows, done, job.output), scorer, job)
         yield from _update_lines(done, scored, job.output)
