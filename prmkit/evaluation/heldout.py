@@ -15,7 +15,7 @@ from prmkit.dataset_info import Entry, RowTexts, read_entries, split_names
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
-from prmkit.paths import HELD_OUT_SUFFIX, REPORT, SIDECAR_SUFFIX, sidecar_of
+from prmkit.paths import HELD_OUT_SUFFIX, REPORT, sidecar_of
 from prmkit.prompts.special_tokens import restore
 from prmkit.rows import whole_number
 from prmkit.verdict import Shape, Unreadable, asked_shape, read_verdict
@@ -230,7 +230,9 @@ def training_constants(data_folder: Path, held_out_name: str) -> Constants:
     Empty where the rows that this dataset is the held-out side of are not in `data_folder`.
     """
     name = held_out_name.removesuffix(HELD_OUT_SUFFIX)
-    sidecar = data_folder / f"{name}{SIDECAR_SUFFIX}"
+    entry = read_entries(data_folder).get(name)
+    file = entry.file if entry and entry.file else data_folder / f"{name}.jsonl"
+    sidecar = sidecar_of(file)
     if name == held_out_name or not sidecar.is_file():
         return {}
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
