@@ -361,7 +361,7 @@ def check_min_spearman(metrics: Mapping[str, Any], least: float) -> None:
 
 
 def check_min_auroc(metrics: Mapping[str, Any], least: float) -> None:
-    """The same for AUROC: bad steps (below 0.5) must be told from good ones on every evaluation type.
+    """The same for AUROC: bad steps (below 0.5) must be distinguished from good ones on every evaluation type.
 
     Raises:
         GateError: the lower end is below the threshold, or not known.
