@@ -113,19 +113,25 @@ def write_input(path: Path, megabytes: int) -> None:
         for task in range(TASKS):
             judges = choose.sample(JUDGES, 2)
             question = prose(200)
+            attempt = 0
             while written < goal * (task + 1) / TASKS:
-                for kind, prompt in _prompts(choose, prose, question):
+                attempt += 1
+                names = {"task_id": f"webshaper_qa_{task}", "trajectory_id": f"webshaper_qa_{task}-{attempt}"}
+                for kind, number, prompt in _prompts(choose, prose, question):
                     for judge in judges:
-                        line = _row(choose, prose, kind, prompt, judge, f"webshaper_qa_{task}")
+                        about = {**names, "model_name": judge, "evaluation_type": kind, "clip_number": number}
+                        line = _row(choose, prose, prompt, about)
                         stream.write(line)
                         written += len(line.encode())
     part.replace(path)
 
 
-def _prompts(choose: random.Random, prose: Callable[[int], str], task: str) -> Iterator[tuple[str, str]]:
+def _prompts(choose: random.Random, prose: Callable[[int], str], task: str) -> Iterator[tuple[str, int | None, str]]:
+    """Evaluation type, clip number and prompt of everything that is judged in one run."""
     for number in range(1, 8):
         yield (
             "clip",
+            number,
             _CLIP.format(
                 task=task,
                 history=prose(800),
@@ -136,15 +142,16 @@ def _prompts(choose: random.Random, prose: Callable[[int], str], task: str) -> I
             ),
         )
     for kind in ("category", "final"):
-        yield kind, _WHOLE.format(what=kind, task=task, history=prose(2_500), hundredths=choose.randrange(100))
+        history = prose(2_500)
+        yield kind, None, _WHOLE.format(what=kind, task=task, history=history, hundredths=choose.randrange(100))
 
 
-def _row(choose: random.Random, prose: Callable[[int], str], kind: str, prompt: str, judge: str, task: str) -> str:
+def _row(choose: random.Random, prose: Callable[[int], str], prompt: str, about: dict[str, Any]) -> str:
     def score() -> float:
         return choose.randrange(0, 101, 5) / 100
 
     verdict: dict[str, Any] = {"reasonableness_score": score(), "summary": prose(700)}
-    if kind != "clip":
+    if about["evaluation_type"] != "clip":
         scores = {"tool_use_quality": score(), "goal_achievement": score()}
         verdict = {"scores": scores, "summary": prose(150), "reasoning": prose(900)}
     row = {
@@ -153,12 +160,9 @@ def _row(choose: random.Random, prose: Callable[[int], str], kind: str, prompt: 
             {"from": "gpt", "value": _as_judges_write(choose, verdict)},
         ],
         "metadata": {
-            "model_name": judge,
+            **about,
             "provider": "benchmark",
-            "task_id": task,
-            "evaluation_type": kind,
-            "clip_number": 1 if kind == "clip" else None,
-            "category": "web" if kind == "category" else None,
+            "category": "web" if about["evaluation_type"] == "category" else None,
             "timestamp": "2025-08-17 19:02:53",
         },
     }

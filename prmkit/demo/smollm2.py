@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from prmkit import cli
-from prmkit.demo.folders import build_once
+from prmkit.demo.tiny_model import build_once
 from prmkit.errors import DataError, ExitCode
 from prmkit.files import sha256_of
 

@@ -9,16 +9,16 @@ its embeddings are random, and LoRA must train them too (`additional_target: emb
 import argparse
 import hashlib
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prmkit import cli
-from prmkit.demo.folders import build_once
 from prmkit.errors import DataError, ExitCode
-from prmkit.files import read_jsonl, sha256_of
+from prmkit.files import read_json, read_jsonl, sha256_of, write_json
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
@@ -56,6 +56,9 @@ CHAT_TEMPLATE = """\
 """.replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
 
 
+RECIPE_FILE = "recipe.json"
+
+
 def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
     """Build the tiny base model; do nothing when the same one is there already.
 
@@ -77,6 +80,36 @@ def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
         tokenizer.save_pretrained(folder)
 
     return build_once(output, _recipe(sample, seed), build)
+
+
+def build_once(folder: Path, recipe: Mapping[str, Any], build: Callable[[Path], None]) -> bool:
+    """Build a model folder, unless it holds the one of this recipe already.
+
+    Args:
+        folder: of the model.
+        recipe: everything that the model depends on.
+        build: writes the model into the folder that it is given.
+
+    Returns:
+        Whether it was built now.
+
+    Raises:
+        DataError: `folder` holds something that is not a model of the demo.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / RECIPE_FILE).exists():
+            raise DataError(f"{folder}: holds something that is not the demo's model. Choose another folder.")
+        if read_json(folder / RECIPE_FILE) == recipe:
+            return False
+    # Built beside its place and moved there at the end, so a folder of this name is always whole.
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    build(unfinished)
+    write_json(unfinished / RECIPE_FILE, recipe)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return True
 
 
 def _recipe(sample: Path, seed: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from prmkit.errors import DataError
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.llamafactory
 def test_the_real_model_is_built_once_answers_and_trains(tmp_path: Path) -> None:
