@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_json, write_json, written_whole
+from prmkit.files import atomic_write, read_json, write_json
 
 log = logging.getLogger("prmkit")
 
@@ -149,7 +149,7 @@ def _write(stream: Any, text: bytes) -> None:
 
 def replace_rows(file: Path, rows: Iterable[Line]) -> None:
     """Write the whole file again; at any moment either the old lines or the new ones are there."""
-    with written_whole(file.resolve()) as stream:  # resolved, or a link would become a file
+    with atomic_write(file.resolve()) as stream:  # resolved, or a link would become a file
         _write_all(stream, rows)
 
 

@@ -27,7 +27,7 @@ class Row:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     trajectory: str | None = None
-    """`trajectory_id`, or the task where there is none."""
+    """`trajectory_id`; else the task."""
     clip_number: int | None = None
     is_step: bool = False
     """One step of a trajectory, not a whole one or a category of tools."""
