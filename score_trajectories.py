@@ -52,8 +52,7 @@ def _keys(text: str) -> tuple[str, ...]:
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
-    from prmkit.scoring.rows import known_keys
-    from prmkit.scoring.runs import runs_to_score
+    from prmkit.scoring.rows import known_keys, runs_to_score
     from prmkit.scoring.score import Job, abstention_of, run
 
     scorer = scorer_of(arguments)

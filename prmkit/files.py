@@ -270,7 +270,3 @@ def _try_lock(stream: IO[str], folder: Path) -> bool:
             f"{folder}: this file system does not support locks ({error.strerror}). Choose a folder on a local disk."
         ) from error
     return True
-
-
-# Former names, until every module uses the new ones.
-written_whole, only_one = atomic_write, exclusive_lock

@@ -172,7 +172,7 @@ def read_calibration(folder: Path, judge: Mapping[str, Any]) -> Calibration:
         judge: its fingerprint, as in `Calibration.judge`.
 
     Raises:
-        DataError: there is none, it is damaged, or it belongs to other weights.
+        DataError: it is missing, damaged, or it belongs to other weights.
     """
     file = folder / CALIBRATION_FILE
     if not file.is_file():

@@ -149,3 +149,35 @@ def test_every_module_is_used() -> None:
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES}
     left_over = [name for path, name in names.items() if name not in imported and path not in programs]
     assert not [name for name in left_over if not any(other.startswith(name + ".") for other in names.values())]
+
+
+# --- plain English and size -------------------------------------------------------------------------------------------
+
+PRIVATE_WORDS = re.compile(
+    r"(?i:\b(mend(s|ed|ing)?|anew|in silence|for ever|set aside|stands|told|tells|all the same|their kin|goes on)\b)"
+    r"|\bis none\b"  # `is None` is code
+)
+WRITTEN = [*MODULES, *(ROOT / name for name in SCRIPTS), *ROOT.glob("*.sh"), *ROOT.glob("*.md")]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_plain_english(path: Path) -> None:
+    """Words over which a native reader stumbles. Write repair, again, silently, reject, report, is, continue."""
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    assert not [f"{number}: {line}" for number, line in lines if PRIVATE_WORDS.search(line)]
+
+
+def test_the_package_stays_small() -> None:
+    """A reader holds the rooms of the house in the head; import formats are one file each, and do not count."""
+    modules = [path for path in MODULES if path.name != "__init__.py" and "trajectories" not in path.parts]
+    assert len(modules) <= 75
+
+
+def test_functions_stay_short() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in [*MODULES, *(ROOT / name for name in SCRIPTS)]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 50  # type: ignore[operator]
+    ]
+    assert not long

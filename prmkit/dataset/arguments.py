@@ -47,6 +47,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     near = "training prompts that repeat a held-out one with a few words changed (default: keep, and count)"
     split("--near-duplicates", choices=["keep", "drop"], default="keep", help=near)
 
+    _add_judges_and_lengths(parser)
+    return parser
+
+
+def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges = parser.add_argument_group("judges").add_argument
     scale = "the range of all judges (1 5), or of single ones (JUDGE=1:10 …); may be given several times"
     judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
@@ -65,4 +70,3 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     lengths("--cutoff-len", type=int, metavar="N", help="tokens of prompt and label")
     cut = "rows that LLaMA Factory would cut: shorten the middle of the prompt, reject, fail, keep (default: trim)"
     lengths("--too-long", choices=["trim", "drop", "error", "keep"], default="trim", help=cut)
-    return parser

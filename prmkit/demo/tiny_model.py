@@ -42,7 +42,7 @@ END_OF_TURN = "<|im_end|>"
 
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
-# What Qwen2.5's template renders, without its tools: the default system line where there is none, then the turns.
+# What Qwen2.5's template renders, without its tools: the system line, by default its own, then the turns.
 CHAT_TEMPLATE = """\
 {%- if not messages or messages[0].role != 'system' -%}
     {{- '<|im_start|>system\\nDEFAULT_SYSTEM<|im_end|>\\n' -}}

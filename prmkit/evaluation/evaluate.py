@@ -38,7 +38,7 @@ from prmkit.evaluation.metrics import (
 )
 from prmkit.evaluation.predictions import ROW_FORMAT, Row, Scores, prediction_row, resume, table_of_scores
 from prmkit.evaluation.summary import summarize
-from prmkit.files import only_one, write_json
+from prmkit.files import exclusive_lock, write_json
 from prmkit.intervals import MIN_STD, calibrated_judge, fit_calibration, write_calibration
 from prmkit.judge.sources import JudgeSource, described, fingerprint_of
 from prmkit.judge.types import BAD_BELOW, SCORED, Mode, Request
@@ -94,7 +94,7 @@ def evaluate(
     if settings.with_base and source.adapter is None:
         raise UsageError("--baseline asks the base model of an adapter, and this judge has no adapter.")
     _make(folder)
-    with only_one(folder, "evaluating"):
+    with exclusive_lock(folder, "evaluating"):
         prompts = list(sampled(held_out.prompts, settings.limit))
         rows = predict(source, held_out, prompts, folder / PREDICTIONS_FILE, settings)
         base_rows = None

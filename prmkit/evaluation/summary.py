@@ -48,7 +48,7 @@ def groups_of_types(metrics: Mapping[str, Any]) -> list[Group]:
 
 
 def shown(estimate: Mapping[str, Any] | None, decimals: int = 2, *, interval: bool = True) -> str:
-    """An estimate as people read it: `0.78 [0.70, 0.84]`; a dash where there is none."""
+    """An estimate as people read it: `0.78 [0.70, 0.84]`; a dash where it is undefined."""
     if estimate is None or estimate["value"] is None:
         return NONE
     text = f"{estimate['value']:.{decimals}f}"

@@ -1,16 +1,30 @@
-"""The steps that a user wants scored: one row each, and which scores it asks for."""
+"""The steps that a user wants scored: prompts, one row each, or raw runs, one row for each of their steps."""
 
+import argparse
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from prmkit import cli
+from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json
 from prmkit.judge.batching import digest
-from prmkit.judge.scorer import ShapeOf
+from prmkit.judge.scorer import DEFAULT_RUN, ShapeOf
 from prmkit.judge.types import Request
 from prmkit.paths import REPORT
-from prmkit.rows import InputRow, Line, Rejected, parse_line, read_row
+from prmkit.prompts.step import Rubric, load_rubric, step_prompts
+from prmkit.rows import STDIN, InputRow, Line, Rejected, parse_line, read_row
+from prmkit.trajectories.documents import Broken, Document
+from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_page
+from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
+from prmkit.trajectories.readers import reader_for
+from prmkit.trajectories.readers.messages import is_judged_row
+from prmkit.trajectories.rows import step_metadata
+from prmkit.trajectory import Trajectory
+from prmkit.verdict import asked_shape
 
 
 @dataclass(frozen=True)
@@ -73,3 +87,145 @@ def _row(row: InputRow, number: int, shape_of: ShapeOf) -> Row:
         row.clip_number,
         is_step=row.evaluation_type in (None, "clip"),
     )
+
+
+log = logging.getLogger("prmkit")
+
+_SAMPLE = 20
+"""Values of a file that are looked at to see what it holds."""
+
+
+def holds_runs(name: str) -> bool:
+    """Whether an input is runs, in any form, and not prompts of single steps. A folder always is.
+
+    Raises:
+        UsageError: several forms of runs fit.
+    """
+    path = Path(name)
+    if name == STDIN or not path.exists():
+        return False
+    if path.is_dir():
+        return True
+    try:
+        first = [value for _, value in islice(Document(path), _SAMPLE) if not isinstance(value, Broken)]
+        return not any(map(_is_prompt, first)) and reader_for(Document(path), name) is not None
+    except DataError:
+        return False  # the reader of rows says what is wrong with it
+
+
+def _is_prompt(value: Any) -> bool:
+    """Whether a value is a prompt: it asks for a verdict, or there is nothing in it but the prompt."""
+    try:
+        row = read_row(value)
+    except Rejected:
+        return is_judged_row(value)
+    return row.answer is None or is_judged_row(value) or asked_shape(row.prompt) is not None
+
+
+def check_rubric(rubric: Rubric, learnt: Sequence[str] | None, judge: str) -> None:
+    """Check that a judge was trained to answer what is asked of it.
+
+    Args:
+        rubric: what is asked.
+        learnt: hashes of the rubrics in its training data; None where nothing is known of its training.
+        judge: its name.
+
+    Raises:
+        UsageError: it was trained on other prompts.
+    """
+    if learnt is None:
+        log.warning("%s: nothing says which rubric it was trained with, so whether it knows these prompts", judge)
+    elif not learnt:
+        raise UsageError(
+            f"{judge}: trained on ready prompts, and needs such: raw runs hold no summaries by strong judges. Score "
+            "prompts as in finetune.jsonl, or train a judge on labelled runs (import_trajectories.py --labels)."
+        )
+    elif rubric.sha256 not in learnt:
+        raise UsageError(
+            f"{judge}: trained with another rubric ({', '.join(each[:12] for each in learnt)}, and this one is "
+            f"{rubric.sha256[:12]}). Name the file of its rubric with --rubric."
+        )
+
+
+@dataclass
+class RunsToScore:
+    """The steps of runs as rows, and the first runs with their results, for table and page."""
+
+    name: str
+    """A file or folder."""
+    rubric: Rubric
+    bad_below: float
+    """The limit of a bad step."""
+    judge: str
+    """Its name, for the page."""
+    page: Path | None = None
+    """Where to write the page; None for none."""
+    _first: dict[str, Trajectory] = field(default_factory=dict)
+    _results: dict[str, list[Any]] = field(default_factory=dict)
+    _runs: int = 0
+
+    def rows(self) -> Iterator[Row]:
+        """Every step of every run."""
+        reports: list[FileReport] = []
+        number = 0
+        for run in read_runs([self.name], reports=reports):
+            self._runs += 1
+            if len(self._first) < MOST_RUNS_ON_A_PAGE:
+                self._first[run.trajectory_id] = run
+            for prompt in step_prompts(run, self.rubric):
+                number += 1
+                yield self._row(run, prompt.step.n, prompt.text, number)
+        warn_of_losses(reports)
+        if not number:
+            raise DataError(f"{self.name}: no run was read.")
+
+    def _row(self, run: Trajectory, step: int, prompt: str, number: int) -> Row:
+        shape = asked_shape(prompt)
+        return Row(
+            number,
+            f"{run.trajectory_id}#{step}",
+            Request(prompt, shape) if shape else None,
+            None if shape else "the rubric asks for no score",
+            {"step": step, "evaluation_type": "clip"} | step_metadata(run, step, self.rubric),
+            run.task_id,
+            run.trajectory_id,
+            step,
+            is_step=True,
+        )
+
+    def add(self, row: Row, result: Any) -> None:
+        """Keep the result of a row, if its run is one of the first."""
+        if row.trajectory in self._first:
+            self._results.setdefault(row.trajectory, []).append(result)
+
+    def draw(self, *, table: bool) -> None:
+        """Write the table of the first runs to stdout, and the page to its file."""
+        scored = [scored_run(run, self._results.get(name, ()), self.bad_below) for name, run in self._first.items()]
+        if table:
+            emit_scored(scored)
+            if self._runs > len(scored):
+                cli.emit(f"of the first {len(scored)} of {self._runs} runs")
+        if self.page is not None:
+            write_page(self.page, scored, self.judge, self._runs - len(scored))
+            log.info("%s: %d runs", self.page, len(scored))
+
+
+def runs_to_score(arguments: argparse.Namespace, learnt: Sequence[str] | None) -> RunsToScore | None:
+    """The input as runs; None for one that holds prompts, as one with --keys always does.
+
+    Args:
+        arguments: of score_trajectories.py.
+        learnt: see `check_rubric`.
+
+    Raises:
+        UsageError: the judge was trained on other prompts, or flags for runs were given and there are none.
+    """
+    if arguments.keys or not holds_runs(arguments.input):
+        given = [flag for flag in ("rubric", "html") if getattr(arguments, flag)]
+        if given:
+            raise UsageError(f"--{given[0]} is for raw runs, and {arguments.input} holds prompts. Leave it out.")
+        return None
+    judge = str(arguments.run or arguments.model or DEFAULT_RUN)
+    rubric = load_rubric(arguments.rubric)
+    check_rubric(rubric, learnt, judge)
+    return RunsToScore(arguments.input, rubric, arguments.bad_below, judge, arguments.html)

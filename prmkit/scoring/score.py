@@ -19,8 +19,7 @@ from prmkit.judge.sources import fingerprint_of
 from prmkit.judge.types import AGGREGATES, Judgement, Mode, first_below, rounded
 from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.rows import STDIN, open_rows
-from prmkit.scoring.rows import Row, read_rows
-from prmkit.scoring.runs import RunsToScore
+from prmkit.scoring.rows import Row, RunsToScore, read_rows
 
 log = logging.getLogger("prmkit")
 
@@ -264,22 +263,6 @@ def _update_lines(
             replace_rows(output, lines)
 
 
-def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
-    if trajectories.unattributed:
-        log.warning(
-            "lines that belong to no trajectory: %d (unreadable, or without a task_id). Each may be a step that is "
-            "missing in one, and a missing last step cannot be noticed.",
-            trajectories.unattributed,
-        )
-    summaries = list(trajectories.summaries())
-    if output is None:
-        for summary in summaries:
-            cli.emit_json_line(_json(summary))
-        return
-    write_text(trajectories_file(output), "".join(f"{_json(summary)}\n" for summary in summaries))
-    log.info("%s: %d trajectories", trajectories_file(output), len(summaries))
-
-
 def _json(line: Result) -> str:
     import orjson
 
@@ -365,3 +348,19 @@ def _missing(steps: Sequence[_Step]) -> int:
     """How many clip numbers between the smallest and the greatest one do not occur."""
     numbers = [step.number for step in steps if step.number is not None]
     return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
+
+
+def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
+    if trajectories.unattributed:
+        log.warning(
+            "lines that belong to no trajectory: %d (unreadable, or without a task_id). Each may be a step that is "
+            "missing in one, and a missing last step cannot be noticed.",
+            trajectories.unattributed,
+        )
+    summaries = list(trajectories.summaries())
+    if output is None:
+        for summary in summaries:
+            cli.emit_json_line(_json(summary))
+        return
+    write_text(trajectories_file(output), "".join(f"{_json(summary)}\n" for summary in summaries))
+    log.info("%s: %d trajectories", trajectories_file(output), len(summaries))

@@ -10,10 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prmkit.config_file import read_yaml, split_assignment, value_of
 from prmkit.dataset_info import held_out_names, read_entries, split_names
 from prmkit.errors import DataError, UsageError
-from prmkit.llamafactory_schema import Key, default_of, llamafactory_version, setting, training_keys
+from prmkit.llamafactory_schema import (
+    Key,
+    default_of,
+    llamafactory_version,
+    read_yaml,
+    setting,
+    split_assignment,
+    training_keys,
+    value_of,
+)
 from prmkit.paths import HELD_OUT_SUFFIX
 from prmkit.training.checks import Check, check_conflicts, check_keys, error, is_secret, unknown_key
 from prmkit.training.environment import Machine, resolve_swanlab, this_machine

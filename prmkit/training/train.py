@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import cli
-from prmkit.config_file import read_yaml
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import exclusive_lock
-from prmkit.llamafactory_schema import setting
+from prmkit.llamafactory_schema import read_yaml, setting
 from prmkit.training.checkpoints import checkpoint_fault
 from prmkit.training.checks import Check, error, errors_in, ok
 from prmkit.training.config import Override, ResolvedConfig, parse_assignment, resolve_config, typed_values

@@ -23,7 +23,7 @@ def values_of(config: Path) -> dict[str, Any]:
     LLaMA Factory would take the newest one, which the death of the worker may have left half-written, and fail until
     no restart is left.
     """
-    from prmkit.config_file import read_yaml
+    from prmkit.llamafactory_schema import read_yaml
     from prmkit.training.resume import newest_checkpoint
 
     values = read_yaml(config)

@@ -61,7 +61,7 @@ def _listed(value: Any) -> Any:
 
 
 def at(tree: Any, *path: str) -> Any:
-    """What stands at a path of a tree; None where it ends before."""
+    """The value at a path of a tree; None where the path ends early."""
     for name in path:
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree

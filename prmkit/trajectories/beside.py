@@ -1,4 +1,4 @@
-"""What stands beside the messages of a run: ids, task, tools, outcome, solution, people's labels."""
+"""The fields next to the messages of a run: ids, task, tools, outcome, solution, people's labels."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
 
 
 def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection[str] = ()) -> None:
-    """Fill in what stands beside the messages: ids, task, tools, outcome, solution, labels; count the other fields.
+    """Fill in the fields next to the messages: ids, task, tools, outcome, solution, labels; count the other fields.
 
     Solutions go to `reference` alone: a judge has none when it scores.
 

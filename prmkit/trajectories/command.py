@@ -11,7 +11,7 @@ import orjson
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write
-from prmkit.prompts.rubric import load_rubric
+from prmkit.prompts.step import load_rubric
 from prmkit.trajectories.importing import FileReport, Options, read_runs, warn_of_losses
 from prmkit.trajectories.labels import SETS, set_named
 from prmkit.trajectories.rows import rows_of

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.prompts.rubric import Rubric
-from prmkit.prompts.step import step_prompts
+from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.trajectories.documents import Document
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record

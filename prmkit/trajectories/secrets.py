@@ -35,8 +35,8 @@ _PATTERNS: dict[str, tuple[tuple[str, ...], str]] = {
         r"(?<=uthorization: )(?i:bearer|basic) +[\w.~+/=-]{12,}",
     ),
 }
-"""By kind: strings without which there is none, and the pattern. A search for a string is a hundred times faster, and
-most texts hold no secret."""
+"""By kind: strings without which the pattern cannot match, and the pattern. A search for a string is a hundred times
+faster, and most strings hold no secret."""
 _COMPILED = {kind: (needles, re.compile(pattern, re.DOTALL)) for kind, (needles, pattern) in _PATTERNS.items()}
 _HINTS = (
     "secret", "passw", "apikey", "api-key", "api_key", "accesstoken", "access-token", "access_token", "authtoken",

@@ -1,8 +1,7 @@
 """What a judge answered: reading it, and writing it as the training label."""
 
 from prmkit.verdict.read import read_answer, read_verdict, score_answer
-from prmkit.verdict.shape import asked_shape
-from prmkit.verdict.types import Answer, Scale, Shape, Unreadable, Verdict, answer_prefix, render_verdict
+from prmkit.verdict.types import Answer, Scale, Shape, Unreadable, Verdict, answer_prefix, asked_shape, render_verdict
 
 __all__ = [
     "Answer",

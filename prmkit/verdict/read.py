@@ -85,7 +85,7 @@ def _choose(text: str, asked: tuple[str, ...]) -> tuple[Found, "_Reading"]:
     """The verdict among the objects of an answer.
 
     Raises:
-        Refusal: there is none, or there are several that differ.
+        Refusal: it is missing, or there are several that differ.
     """
     reasons = [Refusal("no JSON object")]
     objects, broken = find_json(text)
@@ -327,7 +327,7 @@ def _value(key: str, value: Any) -> float | bool | str:
     """What a judge gave a key: a number, a truth value, or a word.
 
     Raises:
-        Refusal: it is none of these.
+        Refusal: it is not one of these.
     """
     if isinstance(value, bool):
         return value

@@ -236,7 +236,7 @@ def _end_of_thought(text: str, opening: re.Match[str]) -> int:
 
 
 def _end_of_open_thought(text: str, prose_end: int) -> int | None:
-    """Where a thought without an opening marker ends; None where there is none."""
+    """Where a thought without an opening marker ends; None where it is missing."""
     if prose_end == 0 or text.startswith("```"):
         return None
     if channels := [channel.end() for channel in _CHANNELS.finditer(text)]:

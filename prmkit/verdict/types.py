@@ -1,6 +1,7 @@
-"""What a verdict is, and the one form in which it is trained."""
+"""What a verdict is, which one a prompt asks for, and the one form in which it is trained."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -108,3 +109,127 @@ def _dumps(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_dumps, value)) + "]"
     return orjson.dumps(value).decode()
+
+
+_SCHEMA_WITHIN = 4_000
+"""Characters from the end of a prompt, in which the schema mostly is: searched first."""
+
+
+def asked_shape(prompt: str) -> Shape | None:
+    """The shape of the verdict that a prompt asks for; None when it shows none.
+
+    Reads the last object in the prompt that has scores: a trajectory may itself contain JSON with scores, and the
+    schema comes after it. Only its keys are read, never its example numbers, so it may hold comments, placeholders and
+    ellipses. Its scores are in a `scores` object, in an object for each criterion, under keys that end in `score`, or
+    properties of a JSON schema.
+    """
+    begin = max(len(prompt) - _SCHEMA_WITHIN, 0)
+    return _last_shape(prompt[begin:]) or (_last_shape(prompt) if begin else None)
+
+
+def _last_shape(prompt: str) -> Shape | None:
+    if "score" not in prompt:
+        return None
+    for start, end in _objects_from_the_end(prompt):
+        shape = _shape_of(prompt[start:end]) if "score" in prompt[start:end] else None
+        if shape and (shape.keys != ("score",) or _INTRODUCED.search(prompt[max(start - 300, 0) : start + 80])):
+            return shape
+    return None
+
+
+# A search result has a `score`, too; a schema is introduced by a word, or begins with it.
+_INTRODUCED = re.compile(
+    r"json|format|schema|answer|respon|return|output|provide|格式|输出|[{｛]\s*+[\"“']score", re.IGNORECASE
+)
+
+
+# --- objects ------------------------------------------------------------------------------------------------------
+
+_QUOTED = r'"(?:[^"\\\n]|\\.){0,2000}+"|“[^”\n]{0,2000}+”'
+_BRACES = re.compile(rf"{_QUOTED}|[{{}}｛｝]")
+
+
+def _objects_from_the_end(prompt: str) -> Iterator[tuple[int, int]]:
+    """Where the outermost objects are, the last one first.
+
+    A brace of the trajectory that is never closed opens no object, so it cannot swallow the schema after it.
+    """
+    opened: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    for sign in _BRACES.finditer(prompt):
+        if sign.group() in "{｛":
+            opened.append(sign.start())
+        elif sign.group() in "}｝" and opened:
+            start = opened.pop()
+            while pairs and pairs[-1][0] > start:
+                pairs.pop()
+            pairs.append((start, sign.end()))
+    yield from reversed(pairs)
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+_TOKENS = re.compile(
+    rf"""(?://|\#)[^\n]*+|/\*.{{0,500}}?\*/|(?P<string>{_QUOTED}|'[\w -]{{1,80}}')(?P<colon>\s*+[:：])?"""
+    r"""|(?P<open>[{｛\[［])|(?P<close>[}｝\]］])""",
+    re.DOTALL,
+)
+
+
+@lru_cache(maxsize=256)
+def _shape_of(schema: str) -> Shape | None:
+    return _shape_of_keys(_keys_of(schema))
+
+
+def _shape_of_keys(keys: Mapping[str, Any]) -> Shape | None:
+    keys = _properties(keys)
+    if scores := _properties(keys.get("scores")):
+        return Shape(tuple(scores), nested=True)
+    named = tuple(key for key, inner in keys.items() if key.endswith("score") or "score" in _properties(inner))
+    if named:
+        return Shape(named, nested=False)
+    inside = [shape for inner in keys.values() if (shape := isinstance(inner, dict) and _shape_of_keys(inner))]
+    return inside[0] if len(inside) == 1 else None
+
+
+def _properties(keys: Any) -> Mapping[str, Any]:
+    """The keys of an object, those that a JSON schema describes, or the names in a list of criteria."""
+    if isinstance(keys, list):
+        names = [item.get("name") for item in keys if "score" in item]
+        return dict.fromkeys(names) if len(names) > 1 and all(map(_is_name, names)) else {}
+    if not isinstance(keys, dict):
+        return {}
+    return _properties(keys["properties"]) if isinstance(keys.get("properties"), dict) else keys
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w -]*", name))
+
+
+def _keys_of(schema: str) -> dict[str, Any]:
+    """An object with its keys alone: by key an object, a list of objects, a string, or None for anything else."""
+    top: dict[str, Any] = {}
+    stack: list[Any] = [top]
+    key: str | None = None
+    for token in _TOKENS.finditer(schema):
+        if token["open"]:
+            inner: Any = {} if token["open"] in "{｛" else []
+            parent = stack[-1]
+            if isinstance(parent, list):
+                parent.append(inner) if isinstance(inner, dict) else None
+            elif key is not None:
+                parent[key] = inner
+            elif isinstance(inner, dict):
+                inner = parent  # braces in braces, as templates escape them
+            stack.append(inner)
+            key = None
+        elif token["close"] and len(stack) > 1:
+            stack.pop()
+            key = None
+        elif token["colon"] and isinstance(stack[-1], dict):
+            key = token["string"][1:-1]
+            stack[-1].setdefault(key, None)
+        elif token["string"] and key is not None and isinstance(stack[-1], dict):
+            stack[-1][key] = token["string"][1:-1]
+            key = None
+    return top

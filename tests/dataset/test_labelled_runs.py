@@ -12,7 +12,7 @@ import yaml
 from prmkit.dataset.conversion import convert
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError, UsageError
-from prmkit.prompts.rubric import DEFAULT_RUBRIC, load_rubric
+from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.rows import labelled_rows
 from prmkit.trajectories.run import Keys

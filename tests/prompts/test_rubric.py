@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from prmkit.errors import UsageError
-from prmkit.prompts.rubric import DEFAULT_RUBRIC, load_rubric
-from prmkit.prompts.step import step_prompts
+from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric, step_prompts
 from prmkit.trajectory import Step, Trajectory
 from prmkit.verdict import Shape, asked_shape
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmkit.prompts.rubric import load_rubric, tokens
-from prmkit.prompts.step import shortened, step_prompts
+from prmkit.prompts.step import load_rubric, shortened, step_prompts, tokens
 from prmkit.trajectory import Call, Label, Message, Result, Step, Trajectory
 from prmkit.verdict import Shape, asked_shape
 

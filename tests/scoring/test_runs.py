@@ -13,9 +13,8 @@ import yaml
 from prmkit.errors import UsageError
 from prmkit.files import write_json
 from prmkit.judge.sources import EXPORT_FILE
-from prmkit.prompts.rubric import DEFAULT_RUBRIC, load_rubric
-from prmkit.prompts.step import step_prompts
-from prmkit.scoring.runs import RunsToScore, check_rubric, holds_runs
+from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric, step_prompts
+from prmkit.scoring.rows import RunsToScore, check_rubric, holds_runs
 from prmkit.trajectories.importing import read_runs
 from prmkit.trajectory import dump
 

@@ -8,9 +8,8 @@ import pytest
 from complaints import NO_GPU, complaint, resolved
 from layout import CONFIG, write_config
 
-from prmkit.config_file import read_yaml
 from prmkit.errors import UsageError
-from prmkit.llamafactory_schema import default_of, setting
+from prmkit.llamafactory_schema import default_of, read_yaml, setting
 from prmkit.training.config import Override, parse_assignment, render_yaml, resolve_config
 
 

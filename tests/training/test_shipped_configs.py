@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from sizes import QWEN_7B
 
-from prmkit.config_file import read_yaml
-from prmkit.llamafactory_schema import NO_DEFAULT, logger_names, template_names, training_keys
+from prmkit.llamafactory_schema import NO_DEFAULT, logger_names, read_yaml, template_names, training_keys
 from prmkit.training.checks import REPLACEMENTS
 from prmkit.training.config import parse_assignment, resolve_config
 from prmkit.training.environment import GIBIBYTE, Gpu, Machine

@@ -8,7 +8,7 @@ import pytest
 from layout import MakeProject, write_config
 from processes import start
 
-from prmkit.config_file import read_yaml
+from prmkit.llamafactory_schema import read_yaml
 from prmkit.training.worker import announce_fsdp
 
 FSDP2 = Path(__file__).resolve().parents[2] / "configs" / "fsdp2.yaml"

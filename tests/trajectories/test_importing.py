@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from prmkit.errors import DataError, UsageError
-from prmkit.prompts.rubric import load_rubric
-from prmkit.prompts.step import step_prompts
+from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport, Options, read_runs
 from prmkit.trajectory import Trajectory, dump, load
 from tests.trajectories import (

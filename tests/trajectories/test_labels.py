@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from prmkit.errors import DataError, UsageError
-from prmkit.prompts.rubric import load_rubric
-from prmkit.prompts.step import step_prompts
+from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport, Options, read_runs
 from prmkit.trajectories.rows import holds_records, labelled_rows, rows_of
 from prmkit.trajectories.run import Keys
@@ -192,7 +191,7 @@ def test_steps_without_a_label_give_no_row_and_types_are_not_invented(read: Read
 def test_a_rubric_of_several_keys_cannot_be_filled_from_one_label(read: Read, tmp_path: Path) -> None:
     import yaml
 
-    from prmkit.prompts.rubric import DEFAULT_RUBRIC
+    from prmkit.prompts.step import DEFAULT_RUBRIC
 
     content = yaml.safe_load(DEFAULT_RUBRIC.read_text()) | {"keys": ["progress", "safety"]}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(content))

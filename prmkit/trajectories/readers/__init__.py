@@ -39,7 +39,7 @@ _PATIENCE = 1000
 
 
 def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
-    """The reader of a file's form, told by the structure of its first values; None where no form fits.
+    """The reader of a file's form, recognised by the structure of its first values; None where no form fits.
 
     Raises:
         UsageError: several forms fit.

@@ -1,4 +1,4 @@
-"""Plain lists of messages, and what usually stands beside them. Covers OpenAI chat, ShareGPT, Anthropic, LangChain,
+"""Plain lists of messages, and the usual fields next to them. Covers OpenAI chat, ShareGPT, Anthropic, LangChain,
 verifiers (`prompt`, `completion`) and ART (`messages_and_choices`); `content` reads the messages themselves."""
 
 from collections import Counter

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from prmkit.config_file import read_yaml, split_assignment, value_of
 from prmkit.errors import UsageError
+from prmkit.llamafactory_schema import read_yaml, split_assignment, value_of
 
 
 @pytest.mark.parametrize(
