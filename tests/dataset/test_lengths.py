@@ -256,6 +256,7 @@ def test_prompts_of_other_forms_are_trimmed_before_the_question(encoding: Any, p
     assert trimmed.text.startswith(prompt[:40])
 
 
+@pytest.mark.slow
 def test_one_row_in_a_conversion_by_config(
     convert_rows: Convert, tiny_model: Path, data: Path, tmp_path: Path, root: Path, script: Callable[..., Any]
 ) -> None:

@@ -345,7 +345,7 @@ class Parrot(torch.nn.Module):
             {"relevance": 0.1, "progress": 0.5},
             None,
         ),
-        ('{"scores": {"relevance": 0.25}}', "unparsed", {}, "no progress"),
+        ('{"scores": {"relevance": 0.25}}', "unparsed", {}, "progress is missing"),
         ("I would rather not say.", "unparsed", {}, "no JSON object"),
         ("", "unparsed", {}, "empty answer"),
     ],

@@ -20,6 +20,7 @@ def project(make_project: MakeProject, tmp_path: Path) -> Path:
     return make_project(tmp_path / "my project")
 
 
+@pytest.mark.llamafactory
 def test_the_complete_way_from_any_folder(script: Script, project: Path) -> None:
     """Checks, training, result: with a space in the path, from another folder than the script's."""
     done = script(
@@ -35,6 +36,7 @@ def test_the_complete_way_from_any_folder(script: Script, project: Path) -> None
     assert (config["lora_rank"], config["lora_alpha"]) == (4, 8), "key=value may come before and after flags"
 
 
+@pytest.mark.llamafactory
 def test_llamafactorys_failure_is_reported_with_its_last_lines(project: Path) -> None:
     """No label is text, so LLaMA Factory drops every row; the checks, left out here, would have reported it before."""
     rows = project / "data" / "steps.jsonl"
@@ -49,6 +51,7 @@ def test_llamafactorys_failure_is_reported_with_its_last_lines(project: Path) ->
     assert listed["status"] == "failed"
 
 
+@pytest.mark.llamafactory
 def test_validating_checks_everything_and_starts_nothing(script: Script, project: Path) -> None:
     done = script("train.py", "--config", "config.yaml", "--validate-only", cwd=project)
     assert "ready to train" in done.stdout
@@ -129,6 +132,7 @@ def test_an_export_alone_does_not_start_another_training(script: Script, finishe
     assert not (finished_copy / "saves" / "run-2").exists()
 
 
+@pytest.mark.llamafactory
 def test_evaluation_without_held_out_rows_fails_before_training(script: Script, project: Path) -> None:
     refused = script("train.py", "--config", "config.yaml", "--evaluate", "eval_dataset=", cwd=project, code=2).stderr
     reported = refused.partition("error: the checks found")[2]

@@ -24,6 +24,7 @@ def losses(project: Path, **changes: object) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, log.splitlines()) if "loss" in entry]
 
 
+@pytest.mark.llamafactory
 def test_divided_weights_learn_what_undivided_ones_learn(make_project: MakeProject, tmp_path: Path) -> None:
     from prmkit.training.model import read_weights
 
