@@ -71,6 +71,7 @@ def test_own_rows_are_found_from_the_folder_in_which_the_command_is_typed(script
     assert "my rows.jsonl" in (tmp_path / "data" / "conversion_report.json").read_text()
 
 
+@pytest.mark.slow
 def test_values_with_spaces_survive_and_nothing_is_evaluated(script: Script, tmp_path: Path, root: Path) -> None:
     config = tmp_path / "my config $(touch pwned).yaml"
     refused = script("run_training.sh", "--no-convert", "-c", config, cwd=tmp_path, code=2)

@@ -23,6 +23,7 @@ GOOD = json.dumps(row_of(prompt_of("a")))
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.mark.slow
 def test_hostile_lines_stop_nothing(convert_rows: Convert, data: Path) -> None:
     wide = b'{"conversations": [' + b"[]," * 1_000_000 + b"[]]}"
     deep = "[" * 253 + "]" * 253

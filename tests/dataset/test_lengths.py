@@ -165,6 +165,7 @@ def test_no_control_token_comes_from_the_text(
     assert r"{\{idx}}" in decoded(tokenizer, attacked["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "count"), [("alpaca", 400), ("sharegpt", 40)])
 def test_every_variant_loads_whole(
     convert_rows: Convert, data: Path, load_with_llamafactory: Load, form: str, count: int

@@ -195,6 +195,7 @@ def start(root: Path, source: Path, data: Path, *arguments: str) -> subprocess.P
     )
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment(root: Path, tmp_path: Path) -> None:
     """Two inputs with other splits, converted in turn into one folder, and killed at random moments."""
     choose = random.Random(0)

@@ -64,6 +64,7 @@ def test_hostile_values_stay_inside_the_folder(convert_rows: Convert, data: Path
     assert set(HOSTILE) <= found
 
 
+@pytest.mark.slow
 def test_thousands_of_tasks_in_any_order(convert_rows: Convert, data: Path) -> None:
     import resource
 

@@ -79,6 +79,7 @@ def test_a_second_evaluation_scores_nothing_again(evaluation, data, source, monk
     assert (evaluation / "predictions.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues_where_it_stopped(data, source, tmp_path):
     command = [
         *(sys.executable, "evaluate_judge.py", "--model", str(source.model), "--template", "qwen"),

@@ -162,6 +162,7 @@ def renamed(rows: list[dict], names: list[str]) -> list[dict]:
     return [row | {"evaluation_type": names[number % len(names)]} for number, row in enumerate(rows)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize(
     "names", [["_hidden", "_other"], ["k" * 3000, "clip"], [f"evaluation type number {n}" for n in range(9)]]
@@ -195,6 +196,7 @@ def test_the_report_of_a_copier_says_so_at_the_top(held_out):
     assert "repeats the scores that the prompt shows" in html[: html.index("<h2>")]
 
 
+@pytest.mark.slow
 def test_the_same_evaluation_gives_the_same_file(held_out, tmp_path):
     rows = predictions_of(held_out, noisy(0.1))[:30]
     metrics = {"judge": JUDGE, "mode": "expected"} | metrics_of(rows, None, held_out, CONSTANTS)

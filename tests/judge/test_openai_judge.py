@@ -23,6 +23,8 @@ from prmkit.judge.transformers_judge import Judge
 from prmkit.judge.types import LOW_REACH, Judgement, Request
 from prmkit.verdict import asked_shape
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = [Request(text, asked_shape(text)) for text in prompts()[:4]]
 FLAT_ONE, NESTED_ONE = REQUESTS[:2]
 

@@ -558,6 +558,7 @@ def test_damaged_folders_are_noticed(run_folder, tmp_path, which, damage, words)
         load_model(replace(source, **{which: folder}))
 
 
+@pytest.mark.slow
 def test_nothing_is_written_to_stdout(model_folders: dict[str, Path]) -> None:
     """stdout is the result's; LLaMA Factory would log there."""
     code = (

@@ -37,6 +37,7 @@ def export(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.mark.slow
 def test_every_step_of_every_run_gets_a_line(export: Path, tmp_path: Path) -> None:
     shutil.copy(RUNS, tmp_path / "runs.jsonl")
     command = (

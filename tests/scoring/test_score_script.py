@@ -11,6 +11,8 @@ from families import FLAT, NESTED, prompt
 from prmkit.judge.types import Request
 from prmkit.verdict import asked_shape
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

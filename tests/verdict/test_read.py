@@ -512,6 +512,7 @@ def faults(count: int) -> Iterator[tuple[str, Shape, dict[str, float]]]:
             yield text[:at] + chance.choice(FAULTY) + text[at + taken :], asked, scores
 
 
+@pytest.mark.slow
 def test_a_fault_never_gives_another_score_and_never_takes_long() -> None:
     kept = count = 0
     read_verdict(QUOTED)  # imports json-repair
