@@ -37,6 +37,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 switches=(--evaluate --export --validate-only --overwrite --force --verbose) # passed on to train.py
 valued=(--dataset --epochs --learning-rate --batch-size
     --nproc --nnodes --node-rank --master-addr --master-port --rdzv-id --max-restarts) # the same, with a value
+converting=(--scale --map --eval-ratio --split-seed --eval-tasks --near-duplicates --aggregate --max-disagreement
+    --evaluation-types --model-names --task-ids --name --labels --format --max-rejected --mask-leaked-scores --rubric)
 options=(--input --config --model --no-convert --install-deps --demo --help "${switches[@]}" "${valued[@]}")
 
 fail() {
@@ -64,6 +66,9 @@ full_name() {
     done
     ((${#matches[@]} == 1)) && printf '%s' "${matches[0]}" && return
     ((${#matches[@]} == 0)) || fail "$1 could be ${matches[*]}. Write the whole option."
+    if is_one_of "$1" "${converting[@]}"; then
+        fail "$1 is an option of convert_dataset.py. Convert with it, then run ./run_training.sh --no-convert"
+    fi
     if is_one_of "$1" --runs --export-only --json; then
         fail "$1 is an option of train.py alone: python train.py $1"
     fi

@@ -32,6 +32,7 @@ def test_help_names_every_option(script: Script, root: Path) -> None:
         (["--batch_size", "4"], "'--batch_size' is not an option. Did you mean --batch-size?"),
         (["--lora-rank", "8"], "'--lora-rank' is not an option. A key of LLaMA Factory is written lora_rank=VALUE."),
         (["--lora-rank=8"], "'--lora-rank' is not an option. A key of LLaMA Factory is written lora_rank=VALUE."),
+        (["--scale", "1", "5"], "--scale is an option of convert_dataset.py. Convert with it, then run"),
         (["--runs"], "--runs is an option of train.py alone: python train.py --runs"),
         (["-x"], "'-x' is not an option."),
         (["--ma", "3"], "--ma could be --master-addr --master-port --max-restarts."),
