@@ -27,12 +27,12 @@ def copy_project(root: Path, folder: Path) -> Path:
 
 def few_tasks(sample: Path) -> str:
     """The sample's rows of a few tasks, with and without held-out ones, among them the one that the guide names."""
-    from prmkit.dataset.split import is_held_out
+    from prmkit.dataset.settings import Split
 
     lines = sample.read_text(encoding="utf-8").splitlines(keepends=True)
     task_of = [json.loads(line)["metadata"]["task_id"] for line in lines]
     tasks = list(dict.fromkeys(["webshaper_qa_0", *task_of]))
-    held_out = [task for task in tasks if is_held_out(task, ratio=0.1, seed=0)][: TASKS_KEPT // 2]
+    held_out = [task for task in tasks if Split().holds_out(task)][: TASKS_KEPT // 2]
     kept = {*held_out, *[task for task in tasks if task not in held_out][: TASKS_KEPT - len(held_out)]}
     return "".join(line for line, task in zip(lines, task_of, strict=True) if task in kept)
 

@@ -90,7 +90,7 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
         (["--export-only", "saves/run", "export_size=[1"], "export_size: '[1' is not a YAML value"),
         (["--export-only", "saves/run", "export_size=0"], "export_size: is 0; it must be at least 1"),
         (["--export-only", "saves/run", "export_dir=config.yaml"], "config.yaml: is a file"),
-        (["--export-only", "saves/run", "export_dir=.", "--overwrite"], "folder that this was started in"),
+        (["--export-only", "saves/run", "export_dir=.", "--overwrite"], "is the current folder"),
         (["--runs", "--config", "missing.yaml"], "missing.yaml"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--exprot"], "Did you mean --export?"),
