@@ -187,7 +187,7 @@ elif [[ -n $demo ]]; then
     step "$python" -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
 fi
 if [[ -n $convert ]]; then
-    step "$python" convert_dataset.py --input "${inputs[@]}" --config "$config" "${assignments[@]}"
+    step "$python" convert_dataset.py --no-next --input "${inputs[@]}" --config "$config" "${assignments[@]}"
 fi
 step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"
 if [[ -n $demo && -z $validate ]]; then

@@ -32,6 +32,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--max-rejected", metavar="N", help="fail if more rows are rejected: a share or a number (default: 50%%)")
     add("--no-task-variants", dest="task_variants", action="store_false", help="write no variant for each task")
     add("--json", action="store_true", help="print the report instead of the summary")
+    add("--no-next", action="store_true", help=argparse.SUPPRESS)  # run_training.sh does the next step itself
     add("--audit", type=Path, metavar="FOLDER", help="only look for leaks between the datasets of any folder")
 
     filters = parser.add_argument_group("filters, which all must agree").add_argument

@@ -48,7 +48,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     if arguments.json:
         cli.emit_json(report)
     else:
-        show_summary(report)
+        show_summary(report, with_next_step=not arguments.no_next)
     return ExitCode.DONE
 
 

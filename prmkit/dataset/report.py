@@ -216,8 +216,8 @@ def describe_problems(problems: Iterable[ScaleProblem]) -> list[str]:
 # --- the summary --------------------------------------------------------------------------------------------------
 
 
-def show_summary(report: Mapping[str, Any]) -> None:
-    """Print the summary of a conversion to stdout. Its last line is what to do next."""
+def show_summary(report: Mapping[str, Any], *, with_next_step: bool) -> None:
+    """Print the summary of a conversion to stdout, perhaps with what to do next as its last line."""
     files = set(report["files"])
     tasks = {name for name in report["variants"] for side in ("", HELD_OUT_SUFFIX)
              if f"{TASKS}/{name}{side}.jsonl" in files}  # fmt: skip
@@ -233,6 +233,8 @@ def show_summary(report: Mapping[str, Any]) -> None:
         _table(columns, map(_agreement_row, pairs), numeric=columns[2:], optional=("prompts", "scores", "type"))
     for line in _notes(report, len(tasks)):
         cli.emit(line)
+    if with_next_step:
+        cli.emit(_next_step(report))
 
 
 def _table(
@@ -247,7 +249,6 @@ def _table(
     if more > 1:
         rows = [*rows[:_SHOWN], [f"and {more:,} more", *[""] * (len(columns) - 1)]]
     cli.emit_table("", columns, rows, numeric=numeric, optional=optional)
-    cli.emit("")
 
 
 def _agreement_row(pair: Mapping[str, Any]) -> list[str]:
@@ -273,7 +274,6 @@ def _notes(report: Mapping[str, Any], tasks: int) -> Iterator[str]:
     yield from _judge_notes(report)
     yield from _held_out_notes(report)
     yield from _length_notes(report)
-    yield _next_step(report)
 
 
 def _judge_notes(report: Mapping[str, Any]) -> Iterator[str]:

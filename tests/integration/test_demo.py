@@ -1,5 +1,6 @@
 """The demo, from the shipped sample to the merged model; with few steps, as its minutes are all training."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,5 +34,6 @@ def test_the_demo_trains_measures_and_exports_below_its_own_folder(project: Path
     } <= made
     assert "Spearman" in done.stdout
     assert "scores as demo/saves/reward_model_demo does" in done.stdout + done.stderr
+    assert len(re.findall("^next:", done.stdout, re.IGNORECASE | re.MULTILINE)) == 1
     last = done.stdout.splitlines()[-1]
     assert last == "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only"
