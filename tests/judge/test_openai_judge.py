@@ -313,7 +313,11 @@ def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) ->
     "answer",
     [
         (200, b"no gzip", {"Content-Encoding": "gzip"}),
-        (200, gzip.compress(b"{}")[:-9], {"Content-Encoding": "gzip", "Content-Length": "500", "Connection": "close"}),
+        (
+            200,
+            gzip.compress(b"{}", mtime=0)[:-9],
+            {"Content-Encoding": "gzip", "Content-Length": "500", "Connection": "close"},
+        ),
     ],
 )
 def test_an_answer_that_cannot_be_unpacked_fails_its_row(judges, answer: Answer) -> None:

@@ -1,6 +1,7 @@
 """A project folder with a tiny model and tiny data, and a run in it that tests share: LLaMA Factory starts slowly."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from layout import ROWS, MakeProject, row, write_config
 from processes import start
+
+from prmkit.files import exclusive_lock
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,11 +56,17 @@ def make_project(micro_model: Path) -> MakeProject:
 @pytest.fixture(scope="session")
 def finished(make_project: MakeProject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose run `saves/run` is finished and exported. Not to be changed: see `finished_copy`."""
-    project = make_project(tmp_path_factory.mktemp("projects") / "a finished project")
-    (project / "exported_model").mkdir()
-    (project / "exported_model" / ".gitkeep").touch()
-    shown = start(project, "--export").ends(0)
-    (project / "shown.txt").write_text(shown)
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if parallel else base) / "finished"  # the workers' folders are side by side
+    with exclusive_lock(shared, "training", patience=600):
+        project = shared / "a finished project"
+        if not (project / "shown.txt").exists():
+            make_project(project)
+            (project / "exported_model").mkdir()
+            (project / "exported_model" / ".gitkeep").touch()
+            shown = start(project, "--export").ends(0)
+            (project / "shown.txt").write_text(shown)
     return project
 
 
