@@ -2,7 +2,7 @@
 
 Conversion, evaluation and scoring all read verdicts here, so they cannot drift apart. An answer is either read as a
 `Verdict` or rejected as `Unreadable` with the reason. A score is never guessed and never a default: where the answer is
-not JSON as a whole, each score must be written in it once, after its key and before a delimiter.
+not JSON, each score must be written in it once, after its key and before a delimiter.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from prmkit.verdict.repair import CUT_OFF, Found, Refusal, find_json, has_thought, repair_objects
+from prmkit.verdict.repair import Found, Refusal, find_objects, has_thought, shorten, unique_members
 from prmkit.verdict.types import Answer, Scale, Shape, Unreadable, Verdict
 
 
@@ -30,8 +30,9 @@ def read_answer(text: str, asked: Shape | None = None) -> Answer | Unreadable:
 
     Args:
         text: the answer.
-        asked: what the judge was asked for, where that is known (`asked_shape`). All its keys must be there; without
-            it, the keys are those in a `scores` object, those that end in `score`, or all that have numbers.
+        asked: what the judge was asked for, where that is known (`asked_shape`). All its keys must be there, and only
+            they are scores; without it, the keys are those in a `scores` object, those that end in `score`, or all that
+            have numbers.
     """
     try:
         return _answer(text, asked or Shape((), nested=False))
@@ -53,250 +54,170 @@ def score_answer(answer: Answer, scale: Scale | None = None) -> Verdict | Unread
     return Verdict(scores, answer.nested, answer.texts, answer.repairs)
 
 
-def _answer(text: str, asked: Shape) -> Answer:
-    found, reading = _choose(text, asked.keys)
-    if asked.keys and not found.exact:
-        reading = _without_other_scores(reading, asked.keys)
-    if len(reading.values) > _MOST_SCORES:
-        raise Refusal(f"more than {_MOST_SCORES} scores")
-    values = {key: _value(key, value) for key, value in reading.values.items()}
-    _check_surroundings(found, reading, values)
-    if not found.exact:
-        _check_evidence(found, reading, values, known=bool(asked.keys))
-    texts = dict(reading.texts)
-    if CUT_OFF in found.repairs:
-        texts = _whole_sentences(texts) or {}
-    nested = asked.nested if asked.keys else reading.nested
-    return Answer(values, nested, _as_json(values, texts), (*found.repairs, *reading.repairs))
-
-
-def _without_other_scores(reading: "_Reading", asked: tuple[str, ...]) -> "_Reading":
-    """Scores beyond those that were asked for are texts where a brace may be missing that would part them."""
-    others = {key: value for key, value in reading.values.items() if key not in asked}
-    values = {key: value for key, value in reading.values.items() if key in asked}
-    return reading._replace(values=values, texts={**others, **reading.texts})
-
-
 _MOST_SCORES = 100
 """Each one is looked for in the whole answer."""
 
 
-def _choose(text: str, asked: tuple[str, ...]) -> tuple[Found, "_Reading"]:
-    """The verdict among the objects of an answer.
-
-    Raises:
-        Refusal: it is missing, or there are several that differ.
-    """
-    reasons = [Refusal("no JSON object")]
-    objects, broken = find_json(text)
-    chosen = [reading for found in objects for reading in _verdicts(found, asked, reasons)]
-    for found in () if chosen else repair_objects(broken):
-        chosen += _verdicts(found, asked, reasons)
-    named = [one for one in chosen if one[1].named] or chosen[:1]
-    if not named:
-        raise reasons[-1]
-    found, reading = named[0]
-    if not reading.named and found.repairs and re.search(r"""scores?["'”*]{0,4}+\s*+:""", text):
-        raise Refusal("the scores are in no object")
-    for _, other in named[1:]:
-        if other.values != reading.values:
-            raise _two_scores(next((key for key in reading.values if key in other.values), None))
-    return found, reading
+def _answer(text: str, asked: Shape) -> Answer:
+    found, reading = _choose(find_objects(text), asked.keys)
+    if len(reading.values) > _MOST_SCORES:
+        raise Refusal(f"more than {_MOST_SCORES} scores")
+    values = {key: _value(key, value) for key, value in reading.values.items()}
+    _check_surroundings(found, values)
+    if not found.exact:
+        _check_evidence(found, reading, values, known=bool(asked.keys))
+    texts = _whole_sentences(reading.texts) or {} if found.cut_off else reading.texts
+    nested = asked.nested if asked.keys else reading.nested
+    return Answer(values, nested, _as_json(values, texts), (*found.repairs, *reading.repairs))
 
 
-def _verdicts(found: Found, asked: tuple[str, ...], reasons: list[Refusal]) -> Iterator[tuple[Found, "_Reading"]]:
-    """What an object, or each object of a list, gives; where it gives no verdict, why not is added to `reasons`."""
-    alone = not isinstance(found.value, list) or _members(found.value) is not None
-    for value in [found.value] if alone else found.value:
-        reading = _read_object(value, asked)
+def _choose(objects: list[Found], asked: tuple[str, ...]) -> tuple[Found, "_Reading"]:
+    """The verdict among the objects of an answer."""
+    chosen, reason = list[tuple[Found, _Reading]](), Refusal("no JSON object")
+    for found in objects:
+        reading = _read_object(found.value, asked, alone=len(objects) == 1)
         if reading is None:
-            reasons += [_why_not(found, asked)] if isinstance(value, dict | list) else []
-        elif _is_quoted(found):
-            reasons.append(Refusal("the scores are only quoted in a sentence"))
+            reason = _why_not(found, asked) if isinstance(found.value, dict | list) else reason
+        elif _is_inside_a_line(found):
+            reason = Refusal("the scores share a line with other text")
+        elif _OTHER_NAME in reading.repairs and "prose around the answer" in found.repairs:
+            reason = Refusal("other scores than were asked for")
         else:
-            around = () if alone else ("list around the object",)
-            yield found, reading._replace(repairs=(*reading.repairs, *around))
+            chosen.append((found, reading))
+    if not chosen:
+        raise reason
+    if any(other.values != chosen[0][1].values for _, other in chosen):
+        raise Refusal("two verdicts that differ")
+    return chosen[0]
 
 
 def _why_not(found: Found, asked: tuple[str, ...]) -> Refusal:
     """Why an object is not the verdict."""
-    others = _read_object(found.value, ())
-    others = others if others and others.named else None
-    if CUT_OFF in found.repairs:
-        return Refusal("cut off inside the scores" if others else "cut off before the first score")
-    missing = [key for key in asked if others and key not in _as_asked(others.values, asked)]
-    if not missing:
-        return Refusal("no score")
-    return Refusal(f"{_shortened(missing[0])} is missing", "a score that the prompt asks for is missing")
-
-
-def _two_scores(key: str | None) -> Refusal:
-    if key is None:
-        return Refusal("two verdicts that differ")
-    return Refusal(f"two different scores for {_shortened(key)}", "two different scores for one key")
+    if isinstance(found.value, list):
+        return Refusal("a list that is not one verdict")
+    names = {bare(name) for name in re.findall(r"""["'“]([^"'“”\n:]{1,80})["'”]\s*:""", found.text)}
+    missing = [key for key in asked if not names & {bare(key), _short(key)}]
+    if found.cut_off:
+        some = len(missing) < len(asked) if asked else any("score" in name for name in names)
+        return Refusal(f"cut off {'inside the scores' if some else 'before the first score'}")
+    if missing:
+        return Refusal(f"{shorten(missing[0])} is missing", "a score that the prompt asks for is missing")
+    return Refusal("the scores are not together in one object" if asked else "no score")
 
 
 # --- which members of an object are scores ------------------------------------------------------------------------
-
-
-class _Place(NamedTuple):
-    """Where scores may be."""
-
-    members: Mapping[str, Any]
-    nested: bool
-    """The members are those of a `scores` object, or of a list of criteria."""
-    beside: Mapping[str, Any]
-    """What the judge wrote beside these members."""
 
 
 class _Reading(NamedTuple):
     """What an object gives, if it is the verdict."""
 
     values: Mapping[str, Any]
-    """By key, as the prompt spells it."""
-    spelt: Mapping[str, str]
-    """By the same keys, as the judge spells them."""
-    nested: bool
-    texts: Mapping[str, Any]
+    spelt: Mapping[str, str]  # by key, as the prompt spells it, how the judge spells it
+    nested: bool  # the values are in a `scores` object, or in a list of criteria
+    texts: dict[str, Any]
     repairs: tuple[str, ...]
-    named: bool
-    """The keys were asked for or are named as scores; else they are whatever has a number."""
 
 
-_DEEPEST = 2
-"""Some judges put the object that they were asked for into another one, or into two."""
-_NO_VERDICT = ("scores", "error", "errors")
-"""Keys of objects whose numbers are not scores: the scores are unreadable, or an API has failed."""
-_SCORE_NAMES, _KEY_NAMES = ("score", "rating", "value"), ("name", "criterion", "metric", "dimension", "key")
-"""What judges call the score and the key in an object for each criterion."""
+_DEEPEST = 3
+"""Judges put the object that they were asked for into another one, or into two, and the scores into `scores`."""
 _OTHER_NAME = "score under another name"
+# What judges call the score and the key in an object for each criterion: {"name": "quality", "rating": 0.9}.
+_SCORE_NAMES, _KEY_NAMES = ("score", "rating", "value"), ("name", "criterion", "metric", "dimension", "key")
+# The objects around a place, each with the name of the member that leads to it.
+_Path = tuple[tuple[dict[str, Any], str], ...]
 
 
-def _read_object(value: Any, asked: tuple[str, ...]) -> _Reading | None:
-    """What an object gives in any of the shapes that judges use; None where it has no scores, or not all of them."""
-    members = _members(value)
-    places = [] if members is None else [_Place(members, isinstance(value, list), {})]
-    unnamed: _Reading | None = None
-    for depth in range(_DEEPEST + 1):
-        readings = [reading for place in places if (reading := _read_place(place, asked))]
-        named = [reading for reading in readings if reading.named]
-        if len(named) > 1:
-            raise Refusal("several objects with scores")
-        around = ("object around the object",) if depth else ()
-        if named:
-            return named[0]._replace(repairs=(*named[0].repairs, *around))
-        if unnamed is None and len(readings) == 1 and not (depth and places[0].beside):
-            unnamed = readings[0]._replace(repairs=around)
-        places = [inner for place in places for inner in _places_inside(place)]
-    return unnamed
+def _read_object(value: Any, asked: tuple[str, ...], *, alone: bool) -> _Reading | None:
+    """What an object gives in any of the shapes that judges use; None where it has no scores, or not all of them.
+
+    `{"a": 0.9}`, `{"scores": {"a": 0.9}}`, `{"a": {"score": 0.9, "reason": "…"}}`, `[{"name": "a", "score": 0.9}]`, and
+    each of them inside of other objects. The only object of an answer may have its scores under any names.
+    """
+    readings = _readings(value, asked)
+    reading = next(readings, None)
+    if reading and next(readings, None):
+        raise Refusal("several objects with scores")
+    if reading or asked or not alone or not isinstance(value, dict) or {"error", "scores"} & {*value}:
+        return reading
+    numbers = {name: name for name, number in value.items() if type(number) in (int, float, bool)}
+    return _reading(value, numbers, (), nested=False) if numbers else None
 
 
-def _members(value: Any) -> Mapping[str, Any] | None:
-    """The members of an object, or of a list of objects that each have a name and a score; None for anything else."""
+def _readings(value: Any, asked: tuple[str, ...], path: _Path = (), *, nested: bool = False) -> Iterator[_Reading]:
+    """What the outermost objects that have all the scores give."""
+    if isinstance(value, list) and len(value) == 1 and not _is_criterion(value[0]):
+        value = value[0]
+    members, nested = _members(value), nested or isinstance(value, list)
+    in_scores = bool(_members(members.get("scores")))
+    spelt = {} if in_scores else _as_asked(members, asked) if asked else _as_named(members, nested=nested)
+    if spelt and len(spelt) >= len(asked):
+        other_name = [*spelt.values()] == ["score"] and asked not in ((), ("score",))
+        yield _reading(members, spelt, path, nested=nested)._replace(repairs=(_OTHER_NAME,) if other_name else ())
+    elif len(path) < _DEEPEST:
+        for name in ["scores"] if in_scores else members:
+            yield from _readings(members[name], asked, (*path, (members, name)), nested=name == "scores")
+
+
+def _reading(members: dict[str, Any], spelt: dict[str, str], path: _Path, *, nested: bool) -> _Reading:
+    """The scores of an object, and as texts everything else: its other members, and those of the objects around it."""
+    given = {key: _without_reason(members[name]) for key, name in spelt.items()}
+    texts = [(name, text) for name, text in members.items() if name not in spelt.values()]
+    for around, inner in path:
+        texts += [(name, text) for name, text in around.items() if name != inner]
+    if reasons := {key: reason for key, (_, reason) in given.items() if reason}:
+        texts.append(("reasons" if "reasoning" in dict(texts) else "reasoning", reasons))
+    return _Reading({key: score for key, (score, _) in given.items()}, spelt, nested, unique_members(texts), ())
+
+
+def _members(value: Any) -> dict[str, Any]:
+    """The members of an object, or of a list of objects that each have a name and a score; none for anything else."""
     if not isinstance(value, list):
-        return value if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else {}
     members: dict[str, Any] = {}
     for item in value:
         name = next((key for key in _KEY_NAMES if isinstance(item, dict) and isinstance(item.get(key), str)), None)
-        if name is None or _score_name(item) is None:
-            return None
+        if name is None or not _is_criterion(item):
+            return {}
         if item[name] in members:
             raise _two_scores(item[name])
         members[item[name]] = {key: given for key, given in item.items() if key != name}
-    return members or None
+    return members
 
 
-def _score_name(value: Any) -> str | None:
-    return next((name for name in _SCORE_NAMES if name in value), None) if isinstance(value, dict) else None
-
-
-def _places_inside(place: _Place) -> Iterator[_Place]:
-    for name, value in place.members.items():
-        inner = _members(value)
-        if inner is not None and name.lower() not in _NO_VERDICT:
-            others = {key: other for key, other in place.members.items() if key != name}
-            yield _Place(inner, isinstance(value, list), {**place.beside, **others})
-
-
-def _read_place(place: _Place, asked: tuple[str, ...]) -> _Reading | None:
-    members, nested, beside = place
-    scores = _members(members.get("scores"))
-    if scores is not None:
-        beside = {**beside, **{key: value for key, value in members.items() if key != "scores"}}
-        members, nested = scores, True
-    keys = _as_asked(members, asked)
-    if len(keys) < len(asked):
-        return None
-    keys |= {
-        name: _plain_key(name)
-        for name, value in members.items()
-        if name not in keys and _is_score(name, value, nested, known=bool(asked))
-    }
-    named = bool(keys)
-    if not named and not any(name.lower() in _NO_VERDICT for name in members):
-        keys = {name: _plain_key(name) for name, value in members.items() if _is_plain_score(value)}
-    if len(set(keys.values())) < len(keys):
-        raise Refusal("two scores of one name")
-    if not keys:
-        return None
-    spelt = {key: name for name, key in sorted(keys.items(), key=lambda item: _place_of(item[1], asked))}
-    values = {key: _without_reason(members[name])[0] for key, name in spelt.items()}
-    other_name = tuple(keys) == ("score",) and asked not in ((), ("score",))
-    texts = {key: value for key, value in members.items() if key not in keys} | dict(beside)
-    reasons = {key: reason for key, name in spelt.items() if (reason := _without_reason(members[name])[1])}
-    repairs = (_OTHER_NAME,) if other_name else ()
-    return _Reading(values, spelt, nested, _with_reasons(texts, reasons), repairs, named)
-
-
-def _place_of(key: str, asked: tuple[str, ...]) -> int:
-    return asked.index(key) if key in asked else len(asked)
-
-
-def _is_score(name: str, value: Any, nested: bool, *, known: bool) -> bool:
-    """Whether a member that the prompt does not name is a score; a keyed summary in a `scores` object is not one."""
-    given, criterion = _without_reason(value)[0], _score_name(value)
-    if isinstance(given, dict | list) or not (nested or _is_named_score(name) or (criterion and not known)):
-        return False
-    return not known or number_of(given) is not None
-
-
-def _is_named_score(key: str) -> bool:
-    return key.lower().rstrip(_AROUND_KEYS).endswith("score")
-
-
-def _is_plain_score(value: Any) -> bool:
-    return type(value) in (int, float, bool) or (isinstance(value, str) and value.strip().lower() in _WORDS)
-
-
-_WORDS = ("pass", "fail", "passed", "failed", "true", "false", "yes", "no", "correct", "incorrect")
+def _is_criterion(value: Any) -> bool:
+    return isinstance(value, dict) and any(name in value for name in _SCORE_NAMES)
 
 
 def _without_reason(value: Any) -> tuple[Any, Any]:
     """The score of a member, and what an object for a criterion says beside it."""
-    name = _score_name(value)
-    if name is None:
+    if not _is_criterion(value):
         return value, None
-    others = {key: other for key, other in value.items() if key != name}
-    return value[name], next(iter(others.values())) if len(others) == 1 else others
+    others = dict(value)
+    score = others.pop(next(name for name in _SCORE_NAMES if name in value))
+    return score, next(iter(others.values())) if len(others) == 1 else others
 
 
-def _with_reasons(texts: dict[str, Any], reasons: Mapping[str, Any]) -> dict[str, Any]:
-    free = next(name for name in ("reasoning", "reasons", "criteria", "details of the scores") if name not in texts)
-    return texts | {free: reasons} if reasons else texts
+def _is_plain(value: Any) -> bool:
+    return not isinstance(_without_reason(value)[0], dict | list)
 
 
 def _as_asked(members: Mapping[str, Any], asked: tuple[str, ...]) -> dict[str, str]:
-    """By the keys of an object, those that the prompt asks for.
+    """By key that the prompt asks for, what the judge calls it.
 
-    Judges change case, spaces and the ending `_score`; another difference is a key that was not asked for.
+    Judges change case, spaces and the ending `_score`, and call a lone score `score`; another difference is a key that
+    was not asked for.
     """
-    wanted = {bare(key): key for key in asked}
-    found = {name: wanted[bare(name)] for name in members if bare(name) in wanted}
-    wanted |= {short.removesuffix("score"): key for short, key in wanted.items() if key not in found.values()}
-    found |= {name: wanted[bare(name)] for name in members if name not in found and bare(name) in wanted}
-    if len(asked) == 1 and not found and "score" in members:
-        found = {"score": asked[0]}
-    return {name: key for name, key in found.items() if not isinstance(_without_reason(members[name])[0], dict | list)}
+    names: dict[str, list[str]] = {}
+    for name, value in members.items():
+        if _is_plain(value):
+            names.setdefault(bare(name), []).append(name)
+    spelt = {key: found for key in asked if (found := names.get(bare(key)) or names.get(_short(key)))}
+    if len(asked) == 1 and not spelt and "score" in names:
+        spelt = {asked[0]: names["score"]}
+    for key, found in spelt.items():
+        if len(found) > 1 or [*spelt.values()].count(found) > 1:
+            raise _two_scores(key)
+    return {key: found[0] for key, found in spelt.items()}
 
 
 @lru_cache(maxsize=1024)
@@ -305,44 +226,62 @@ def bare(key: str) -> str:
     return re.sub(r"[\W_]+", "", key).casefold()
 
 
-_AROUND_KEYS = " \t\r\n:\u200b\ufeff"
+def _short(key: str) -> str:
+    return bare(key).removesuffix("score")
 
 
-def _plain_key(key: str) -> str:
-    """A score's key without what is around it.
+_NAME = re.compile(r"\w(?:[\w &-]*\w)?")  # tool-use quality; not `quality":` or `qua/lity`, which a fault has made
 
-    Raises:
-        Refusal: it is not a name.
-    """
-    plain = key.strip(_AROUND_KEYS)
-    if not plain or plain.strip("'") != plain or re.search(r'["“”\\\\:*{}\[\]\x00-\x1f]', plain):
-        raise Refusal(f"a score is named {_shortened(key)}", "the name of a score is unclear")
-    return plain
+
+def _as_named(members: Mapping[str, Any], *, nested: bool) -> dict[str, str]:
+    """The members that are scores by their names or places, where nobody knows what the prompt asks for."""
+    plain = {name: value for name, value in members.items() if _is_plain(value)}
+    names = [name for name, value in plain.items() if nested or name.lower().endswith("score") or _is_criterion(value)]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise Refusal(f"a score is named {shorten(name)}", "the name of a score is unclear")
+    return {name: name for name in names}
+
+
+def _two_scores(key: str) -> Refusal:
+    return Refusal(f"two different scores for {shorten(key)}", "two different scores for one key")
 
 
 # --- which number a value is --------------------------------------------------------------------------------------
 
 
 def _value(key: str, value: Any) -> float | bool | str:
-    """What a judge gave a key: a number, a truth value, or a word.
-
-    Raises:
-        Refusal: it is not one of these.
-    """
-    if isinstance(value, bool):
-        return value
+    """What a judge gave a key: a number, a truth value, or a word."""
     number = number_of(value)
     if number is not None and math.isinf(number):
-        raise _out_of_range(key, value)
-    if number is not None:
-        return number
-    if isinstance(value, str) and _WORD.fullmatch(value.strip()):
+        raise _unusable(key, value, "is out of range")
+    if number is None and isinstance(value, str) and _WORD.fullmatch(value.strip()):
         return value.strip()
-    raise _not_a_number(key, value)
+    if number is None and not isinstance(value, bool):
+        raise _unusable(key, value, "is not a number")
+    return value if number is None else number
 
 
-_WORD = re.compile(r"[^\W\d_]+([ _-][^\W\d_]+){0,2}")
+def _score(key: str, value: float | bool | str, scale: Scale) -> float:
+    """The score that a value is on a scale: 0 to 1, in hundredths."""
+    if isinstance(value, bool | str):
+        if str(value).lower() not in scale.words:
+            raise _unusable(key, value, "is not a number")
+        return round(scale.words[str(value).lower()], 2) + 0.0
+    if not scale.low <= value <= scale.high:
+        raise _unusable(key, value, "is out of range")
+    return round((value - scale.low) / (scale.high - scale.low), 2) + 0.0
+
+
+def _unusable(key: str, value: Any, why: str) -> Refusal:
+    return Refusal(f"score {shorten(value)} of {shorten(key)} {why}", f"a score {why}")
+
+
+_WORD = re.compile(r"[^\W\d_]+([ _-][^\W\d_]+){0,2}")  # pass, partly met, not_met
+# 0.85, .9, -0.1, 9e-1; not 01 and not 1_000
 _STRICT_NUMBER = re.compile(r"(?:[-+]?(0|[1-9]\d*)(\.\d+)?|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
+# 0,85 and 7,5; not 12,000: a comma before three digits may group them, except after a zero.
+_DECIMAL_COMMA = re.compile(r"-?\d{1,3},\d{1,2}|-?0,\d+")
 
 
 def number_of(value: Any) -> float | None:
@@ -355,66 +294,31 @@ def number_of(value: Any) -> float | None:
     percent, digits = digits.endswith("%"), digits.removesuffix("%").strip(" ")
     if _DECIMAL_COMMA.fullmatch(digits):
         digits = digits.replace(",", ".")
-    if not _STRICT_NUMBER.fullmatch(digits):
+    # Of `1%` and `0.95%` nobody knows whether 1 and 0.95 are meant, or hundredths; `8.5%` may be a faulty `85%`.
+    if not _STRICT_NUMBER.fullmatch(digits) or (percent and (digits == "1" or not digits.isdecimal())):
         return None
-    # Of `0.95%` nobody knows whether 0.95 or 95 % is meant; of `0%` everybody.
-    if percent:
-        return None if 0 < float(digits) <= 1 else float(digits) / 100
-    return float(digits)
+    return float(digits) / 100 if percent else float(digits)
 
 
-# Not `12,000`: a comma before three digits may group them, except after a zero.
-_DECIMAL_COMMA = re.compile(r"-?\d{1,3},\d{1,2}|-?0,\d+")
+# --- the guard: nothing ambiguous is a score ----------------------------------------------------------------------
 
-
-def _score(key: str, value: float | bool | str, scale: Scale) -> float:
-    """The score that a value is on a scale: 0 to 1, in hundredths.
-
-    Raises:
-        Refusal: it is not a number and no word of the scale, or out of range.
-    """
-    if isinstance(value, bool | str):
-        if str(value).lower() not in scale.words:
-            raise _not_a_number(key, value)
-        return round(scale.words[str(value).lower()], 2) + 0.0
-    if not scale.low <= value <= scale.high:
-        raise _out_of_range(key, value)
-    return round((value - scale.low) / (scale.high - scale.low), 2) + 0.0
-
-
-def _not_a_number(key: str, value: Any) -> Refusal:
-    return Refusal(f"score {_shortened(value)} of {_shortened(key)} is not a number", "a score is not a number")
-
-
-def _out_of_range(key: str, value: Any) -> Refusal:
-    return Refusal(f"score {_shortened(value)} of {_shortened(key)} out of range", "a score is out of range")
-
-
-def _shortened(value: Any) -> str:
-    """A value as it is shown in a reason."""
-    shown = str(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
-
-
-# --- the guard: nothing that is doubtful is a score ---------------------------------------------------------------
-
-_QUOTE = "[\"'“”„‟«»「」『』＂`*]{0,3}+"
-_NUMBER = r"[-+]?\d[\d.]*+(?:,\d++(?=\s*+%?+[\"'”“]))?+(?:[eE][-+]?\d++)?+(?: ?%)?+"
-_CRITERION = rf"[^{{}}｛｝]{{0,1000}}?{_QUOTE}(?:{'|'.join(_SCORE_NAMES)}){_QUOTE}\s*+[:：]\s*+"
-_OPENS, _CLOSES = "[\"'“”„‟«「『＂]", "[\"'“”„»」』＂]"
+_QUOTE = "[\"'“”`*]{0,3}+"
+# {"reason": "…", "score": after a criterion, or , "score": after the name of one in a list
+_CRITERION = rf"[^{{}}]{{0,1000}}?{_QUOTE}(?:{'|'.join(_SCORE_NAMES)}){_QUOTE}\s*+:\s*+"
+_NUMBER = r"[-+]?\d[\d.]*+(?:,\d++(?=\s*+%?+[\"'”]))?+(?:[eE][-+]?\d++)?+(?: ?%)?+"
+# What ends a number: `, "`, `}`, a comment, or the next key, whose comma is missing. Not as in `0.8}5`, `0,85`.
 _DELIMITER = re.compile(
     r"(?:\s++(?://[^\n]*+|#[^\n]*+|/\*.{0,200}?\*/))?+\s*+"
-    rf"(?:[,，]\s*+(?=[^\s\d])|[}}｝](?!\s*[\w.])|{_OPENS}[^\W\d][^\"'\n,:：]{{0,80}}{_CLOSES}\s*+[:：])"
+    r"(?:,\s*+(?=[^\s\d])|\}(?!\s*[\w.])|[\"'“][^\W\d][^\"'\n,:]{0,80}[\"'”]\s*+:)"
 )
-"""What follows a number that is whole. `0.8}5` and `0,85` are none."""
 
 
 @lru_cache(maxsize=1024)
 def _mention(key: str) -> re.Pattern[str]:
-    """Where a key is given a value: by itself, in an object for its criterion, or in a list of criteria."""
+    """Where a key is given a value: `"a": 0.9`, `'a': '90%'`, `"a": {"score": 0.9`, `"name": "a", "score": pass`."""
     return re.compile(
-        rf"(?<![^\W_]){_QUOTE}{re.escape(key)}{_QUOTE}\s*+(?:[:：]\s*+(?:[{{｛]{_CRITERION})?+|,{_CRITERION})"
-        rf"(?P<quote>{_OPENS})?+\s*+(?P<given>{_NUMBER}|[^\W\d]++(?:[ _-][^\W\d]++){{0,2}})(?(quote){_CLOSES}|)"
+        rf"(?<![^\W_]){_QUOTE}{re.escape(key)}{_QUOTE}\s*+(?::\s*+(?:\{{{_CRITERION})?+|,{_CRITERION})"
+        rf"(?P<quote>[\"'“])?+\s*+(?P<given>{_NUMBER}|[^\W\d]++(?:[ _-][^\W\d]++){{0,2}})(?(quote)[\"'”]|)"
     )
 
 
@@ -422,83 +326,50 @@ def _check_evidence(found: Found, reading: _Reading, values: Mapping[str, Any], 
     """Check that each score of an answer that is not JSON is written in it, once, after its key, before a delimiter.
 
     A repair may make `0.8` of `0.85`, or give one key the number of another: what the text says decides.
-
-    Raises:
-        Refusal: a score is not written, or two are, or another score may have been to come.
     """
-    cut_off = CUT_OFF in found.repairs
     for key, value in values.items():
-        proven = False
-        for mention in _mention(reading.spelt[key]).finditer(found.text):
-            if not _DELIMITER.match(found.text, mention.end()):
-                continue
-            number = number_of(mention["given"])
-            if number == value or mention["given"].lower() == str(value).lower():
-                proven = True
-            elif number is not None:
-                raise _two_scores(key)
-        if not proven and cut_off:
-            raise Refusal("cut off inside the scores")
-        if not proven:
-            raise Refusal(f"score {_shortened(value)} of {_shortened(key)} is unclear", "a score is unclear")
+        mentions = _mention(reading.spelt[key]).finditer(found.text)
+        given = [mention["given"] for mention in mentions if _DELIMITER.match(found.text, mention.end())]
+        numbers = {number for one in given if (number := number_of(one)) is not None}
+        if numbers - {value}:
+            raise _two_scores(key)
+        if not numbers and str(value).lower() not in [one.lower() for one in given]:
+            unclear = Refusal(f"score {shorten(value)} of {shorten(key)} is unclear", "a score is unclear")
+            raise Refusal("cut off inside the scores") if found.cut_off else unclear
     # Where the keys are not known, only a text after the scores shows that they were complete.
-    if cut_off and not known and not (reading.texts and list(reading.texts.values())[-1]):
+    if found.cut_off and not known and not (reading.texts and list(reading.texts.values())[-1]):
         raise Refusal("cut off inside the scores")
 
 
-_MOST_AROUND = 40_000
-"""Characters around an answer; each key is looked for in them."""
-_DRAFT = re.compile(r"\b(?:guess|draft|perhaps|maybe|tentative|initial|preliminary|example|first)", re.IGNORECASE)
-_TAKEN_BACK = re.compile(
-    r"\b(?:wait|actually|corrected|correction|second thought|reconsider|revis|scratch that|mistake|instead|draft"
-    r"|too (?:low|high|harsh|lenient|generous|strict|kind|severe)|should (?:be|have been)"
-    r"|i(?:'d|’d| would| will|'ll|’ll)\b|let me\b)|等等|更正|修正|改为|不对",
+# 0.35, .5, 1.0, 35 % and the 3 of `quality: 3`, but not the 0.0 and the 1.0 of "from 0.0 to 1.0"
+_NUMBER_AROUND = re.compile(
+    r"(?<![\w.,])(?<!to )(?:0?\.\d++|1\.0++|\d{1,3} ?%)(?!\d|\s*+(?:to|-|–)\s*+1)|(?<=[:：=])[\"'“*` ]{0,4}\d[\d.]*+"
+)
+# Words of a judge who calls the answer a draft, or changes their mind without giving another number.
+_DRAFT = re.compile(
+    r"\b(?:wait|actually|correct(?:ion|ed)|reconsider|revis|mistake|instead|draft|guess|perhaps|maybe|tentative|initial"
+    r"|let me|should (?:be|have)|too (?:low|high|harsh|lenient|generous|strict))|等等|更正|修正|改为|不对",
     re.IGNORECASE,
 )
-_DECIMAL = re.compile(r"(?<![\w.,])(?:0?\.\d+|1\.0+)(?![\d%])")
-_OTHER_SCORE = re.compile(r"""\{\s*+["'“”]?+(\w*score)["'“”]?+\s*+:\s*+["'“”]?+[.\d]""")
-"""The first score of an object that may be too broken to be parsed."""
 
 
-def _check_surroundings(found: Found, reading: _Reading, values: Mapping[str, Any]) -> None:
-    """Check that what the judge wrote around its answer does not change it.
-
-    Raises:
-        Refusal: it may: a thought that is never closed, another score, a word that takes the answer back.
-    """
-    before, after = found.before.strip(), found.after.strip()
-    if not before and not after:
-        return
-    if len(before) + len(after) > _MOST_AROUND:
-        raise Refusal("too much text around the answer")
-    if has_thought(before):
-        raise Refusal("cut off before the first score")
-    for key, value in values.items():
-        for mention in _mention(reading.spelt[key]).finditer(f"{before}\n{after}"):
-            number = number_of(mention["given"].rstrip(". "))
-            if number is not None and number != value:
-                raise _two_scores(key)
-    if {bare(name) for name in _OTHER_SCORE.findall(before + after)} - {bare(name) for name in reading.spelt.values()}:
-        raise Refusal("two verdicts that differ")
-    if _OTHER_NAME in reading.repairs and "prose around the answer" in found.repairs:
-        raise Refusal("other scores than were asked for")
-    if _DRAFT.search(before.rpartition("\n")[2]):
-        raise Refusal("the sentence before the answer calls it a draft")
-    others = [float(number) for number in _DECIMAL.findall(after)]
-    if has_thought(after) or _TAKEN_BACK.search(after) or any(number not in values.values() for number in others):
-        raise Refusal("the text after the answer may change it")
-    if after and after[-1].isalnum():
+def _check_surroundings(found: Found, values: Mapping[str, Any]) -> None:
+    """Check that what the judge wrote around its answer does not change it."""
+    around = f"{found.before}\n{found.after}"
+    if has_thought(around) or _DRAFT.search(around):
+        raise Refusal("the text around the answer may change it")
+    if {number_of(number.strip("\"'“*` .")) for number in _NUMBER_AROUND.findall(around)} - {*values.values()}:
+        raise Refusal("the text around the answer has another number")
+    if found.after.rstrip()[-1:].isalnum():
         raise Refusal("cut off after the answer, which may have been a draft")
 
 
-def _is_quoted(found: Found) -> bool:
-    """Whether an object is quoted inside a sentence rather than being the answer."""
-    if "fenced" in found.repairs:
-        return False
+def _is_inside_a_line(found: Found) -> bool:
+    """Whether an object is inside a line of text rather than being the answer: ``Perhaps `{"a_score": 0.3}`.``"""
     line, follows = found.before.rpartition("\n")[2], found.after.partition("\n")[0]
-    introduced = not re.search(r"\w", line) or line.rstrip(" \t*_`").endswith((":", "："))
+    introduced = "fenced" in found.repairs or not re.search(r"\w", line) or line.rstrip(" \t*_`").endswith((":", "："))
     in_backticks = found.before.endswith("`") and "prose around the answer" in found.repairs
-    return bool(re.search(r"\w", follows)) or not introduced or in_backticks
+    return bool(re.search(r"[\w,]", follows)) or not introduced or in_backticks
 
 
 # --- the texts ----------------------------------------------------------------------------------------------------
@@ -509,15 +380,13 @@ def _as_json(values: Mapping[str, Any], texts: dict[str, Any]) -> dict[str, Any]
     import orjson
 
     try:
-        orjson.dumps(list(values))
-        plain: dict[str, Any] = orjson.loads(orjson.dumps(texts))
+        plain: dict[str, Any] = orjson.loads(orjson.dumps([texts, list(values)]))[0]
     except (orjson.JSONEncodeError, orjson.JSONDecodeError) as error:
-        deep = "ecursion" in str(error)
-        reason = "nested too deeply" if deep else f"not to be written as JSON ({error})"
-        raise Refusal(reason, "nested too deeply" if deep else "not to be written as JSON") from error
+        raise Refusal(f"not to be written as JSON ({error})", "not to be written as JSON") from error
     return plain
 
 
+# The end of a sentence: "word." "word)." "word!" before a space or the end, or a Chinese full stop.
 _SENTENCE = re.compile(r"""\w[)"'”’\]]*(?:[.!?]["')\]”’]*(?=\s|\Z)|[。！？]["')\]”’]*)""")
 
 
@@ -527,13 +396,10 @@ def _whole_sentences(value: Any) -> Any:
     A judge that is trained on half sentences learns to stop in the middle.
     """
     if isinstance(value, str):
-        ends = [sentence.end() for sentence in _SENTENCE.finditer(value)]
-        return value[: ends[-1]] if ends else None
-    if isinstance(value, dict) and value:
-        *members, (key, last) = value.items()
-        kept = _whole_sentences(last)
-        return dict(members if kept is None else [*members, (key, kept)]) or None
-    if isinstance(value, list) and value:
-        kept = _whole_sentences(value[-1])
-        return value[:-1] + ([] if kept is None else [kept]) or None
-    return value
+        return value[: max((sentence.end() for sentence in _SENTENCE.finditer(value)), default=0)] or None
+    if not isinstance(value, dict | list) or not value:
+        return value
+    *members, (key, last) = value.items() if isinstance(value, dict) else enumerate(value)
+    kept = _whole_sentences(last)
+    members += [] if kept is None else [(key, kept)]
+    return (dict(members) if isinstance(value, dict) else [item for _, item in members]) or None

@@ -1,5 +1,6 @@
 """What a verdict is, which one a prompt asks for, and the one form in which it is trained."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def render_verdict(verdict: Verdict) -> str:
     Scores come first because the judge is asked for them first: `answer_prefix` must be a prefix of every label.
     """
     opened, close = answer_prefix(verdict.shape, verdict.scores), "}" if verdict.nested else ""
-    return opened + close + "".join([f", {_key(key)}: {_dumps(value)}" for key, value in verdict.texts.items()]) + "}"
+    return opened + close + "".join([f", {_dumps(key)}: {_dumps(value)}" for key, value in verdict.texts.items()]) + "}"
 
 
 def answer_prefix(shape: Shape, chosen: Mapping[str, float]) -> str:
@@ -86,33 +87,15 @@ def answer_prefix(shape: Shape, chosen: Mapping[str, float]) -> str:
     """
     prefix = '{"scores": {' if shape.nested else "{"
     for position, key in enumerate(shape.keys):
-        prefix += f"{', ' if position else ''}{_key(key)}: "
+        prefix += f"{', ' if position else ''}{_dumps(key)}: "
         if key not in chosen:
             break
         prefix += f"{chosen[key]:.2f}"
     return prefix
 
 
-@lru_cache(maxsize=128)
-def _key(key: str) -> str:
-    import orjson
-
-    return orjson.dumps(key).decode()
-
-
 def _dumps(value: Any) -> str:
-    import orjson
-
-    # orjson writes no spaces after its separators; the label has them, as json.dumps writes it and as models know it.
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)}: {_dumps(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_dumps, value)) + "]"
-    return orjson.dumps(value).decode()
-
-
-_SCHEMA_WITHIN = 4_000
-"""Characters from the end of a prompt, in which the schema mostly is: searched first."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def asked_shape(prompt: str) -> Shape | None:
@@ -123,21 +106,20 @@ def asked_shape(prompt: str) -> Shape | None:
     ellipses. Its scores are in a `scores` object, in an object for each criterion, under keys that end in `score`, or
     properties of a JSON schema.
     """
-    begin = max(len(prompt) - _SCHEMA_WITHIN, 0)
-    return _last_shape(prompt[begin:]) or (_last_shape(prompt) if begin else None)
-
-
-def _last_shape(prompt: str) -> Shape | None:
-    if "score" not in prompt:
-        return None
     for start, end in _objects_from_the_end(prompt):
         shape = _shape_of(prompt[start:end]) if "score" in prompt[start:end] else None
-        if shape and (shape.keys != ("score",) or _INTRODUCED.search(prompt[max(start - 300, 0) : start + 80])):
+        if shape and (shape.keys != ("score",) or _is_introduced(prompt, start)):
             return shape
     return None
 
 
-# A search result has a `score`, too; a schema is introduced by a word, or begins with it.
+def _is_introduced(prompt: str, start: int) -> bool:
+    """Whether an object with a lone `score` is a schema; an item of a list, such as a search result, has one, too."""
+    before = prompt[max(start - 300, 0) : start]
+    return before.rstrip()[-1:] not in ("[", ",") and bool(_INTRODUCED.search(before + prompt[start : start + 80]))
+
+
+# A schema is introduced by a word, or begins with its score.
 _INTRODUCED = re.compile(
     r"json|format|schema|answer|respon|return|output|provide|格式|输出|[{｛]\s*+[\"“']score", re.IGNORECASE
 )

@@ -90,7 +90,7 @@ def test_a_rejected_row_says_where_and_why(convert_rows: Convert, data: Path) ->
     report = convert_rows([row_of(prompt_of("a")), b"{oops", bad, b"", row_of(prompt_of("y"), "")], max_rejected="100%")
     rejected = read_lines(data / "rejected.jsonl")
     assert [(entry["line"], entry["reason"]) for entry in rejected][1:] == [
-        (3, "score 1.7 of reasonableness_score out of range"),
+        (3, "score 1.7 of reasonableness_score is out of range"),
         (5, "empty answer"),
     ]
     assert rejected[0]["line"] == 2
@@ -125,7 +125,7 @@ def test_what_the_prompt_asks_for_separates_scores_from_other_numbers(convert_ro
     error = json.dumps({"code": 0, "message": "internal error"})
     spelt = json.dumps({"Reasonableness Score": 0.5, "summary": "s"})
     report = convert_rows([row_of(prompt_of("a"), error), row_of(prompt_of("b"), spelt)])
-    assert report["rejected"] == {"no score": 1}
+    assert report["rejected"] == {"a score that the prompt asks for is missing": 1}
     (line,) = read_lines(data / "reward_model_full.jsonl")
     assert line["output"] == '{"reasonableness_score": 0.50, "summary": "s"}'
 

@@ -29,6 +29,7 @@ from prmkit.verdict import Shape, asked_shape
         ('{{"a_score": 0.7, "why": "..."}}', Shape(("a_score",), False)),
         ('Used {"x": {. Answer: {"evaluation": {"a_score": 0.7}, "why": "..."}', Shape(("a_score",), False)),
         ('Reply as JSON: {"reason": "...", "score": 0.7}', Shape(("score",), False)),
+        ('Answer in JSON: [{"name": "a", "score": 0.7}, {"name": "b", "score": 0.8}]', None),
         ('Found: [{"title": "t", "url": "u", "score": 0.93}]\nHow good was it?', None),
         ("How good was it?", None),
     ],
