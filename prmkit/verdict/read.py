@@ -67,8 +67,12 @@ def _answer(text: str, asked: Shape) -> Answer:
     if not found.exact:
         _check_evidence(found, reading, values, known=bool(asked.keys))
     texts = _whole_sentences(reading.texts) or {} if found.cut_off else reading.texts
+    repairs = (*found.repairs, *reading.repairs)
+    if found.texts_lost:
+        _check_scores_come_first(found, reading, known=bool(asked.keys))
+        texts, repairs = {}, (*repairs, "texts left out")
     nested = asked.nested if asked.keys else reading.nested
-    return Answer(values, nested, _as_json(values, texts), (*found.repairs, *reading.repairs))
+    return Answer(values, nested, _as_json(values, texts), repairs)
 
 
 def _choose(objects: list[Found], asked: tuple[str, ...]) -> tuple[Found, "_Reading"]:
@@ -339,6 +343,17 @@ def _check_evidence(found: Found, reading: _Reading, values: Mapping[str, Any], 
     # Where the keys are not known, only a text after the scores shows that they were complete.
     if found.cut_off and not known and not (reading.texts and list(reading.texts.values())[-1]):
         raise Refusal("cut off inside the scores")
+
+
+def _check_scores_come_first(found: Found, reading: _Reading, *, known: bool) -> None:
+    """Check that no string precedes a score, where a repair has lost the end of a string: it may quote a score.
+
+    `{"a_score": 0.8, "summary": "It sent {"x": 1}."}` keeps its score and loses its summary. Where the keys are not
+    known, a score may have been lost with the string.
+    """
+    last = max(mention.start() for key in reading.spelt.values() for mention in _mention(key).finditer(found.text))
+    if not known or re.search(r":\s*+[\"'“]", found.text[:last]):
+        raise Refusal("repairing it would lose text")
 
 
 # 0.35, .5, 1.0, 35 % and the 3 of `quality: 3`, but not the 0.0 and the 1.0 of "from 0.0 to 1.0"

@@ -31,6 +31,7 @@ class Found(NamedTuple):
     repairs: tuple[str, ...]  # what was done to make JSON of it; empty for an answer that already was
     exact: bool = True  # it is JSON, so it is certain which number belongs to which key
     cut_off: bool = False
+    texts_lost: bool = False  # the repair dropped or split a string: nothing but a proven score may be used
 
 
 class Refusal(Exception):
@@ -152,13 +153,18 @@ _OBJECT = re.compile(r"""[{｛]\s*+(?:["'“”„「『«/#]|\w++\s*+:|\Z)|\[\s
 _FENCE = re.compile(r"```[\w-]*+\s*+\Z")  # ```json before an object
 
 
+# What follows a brace that closes too early: {"scores": {"a": 0.8}}, "summary": "…"}
+_CONTINUES = re.compile(r'\s*+,\s*+"[^"\n]{1,80}"\s*+:')
+
+
 def _objects_in(text: str, repairs: tuple[str, ...]) -> list[Found]:
     found, position = list[Found](), 0
     while brace := _OBJECT.search(text, position):
         start = brace.start()
         if len(found) == _MOST_OBJECTS:
             raise Refusal(f"more than {_MOST_OBJECTS} objects")
-        if not (decoded := _decode(text, start)):
+        decoded = _decode(text, start)
+        if not decoded or _CONTINUES.match(text, decoded[1]):
             return [*found, _repaired(_found(None, text, start, _end_of_object(text, start), repairs))]
         value, position, controls = decoded
         found.append(_found(value, text, start, position, (*repairs, *controls)))
@@ -201,10 +207,11 @@ def _repaired(found: Found) -> Found:
         raise Refusal("not to be repaired") from error
     # Dropped text, and a string that was split: {"s": "It sent {"x": 1, "y": 2}."} would lose the inner closing brace.
     lost = _weight(_COMMENT.sub("", text)) - _weight(json.dumps(value, ensure_ascii=False))
-    if lost > (_LONGEST_KEY if cut_off else 0):
+    if cut_off and lost > _LONGEST_KEY:
         raise Refusal("repairing it would lose text")
     repairs = (*found.repairs, "cut off" if cut_off else "syntax")
-    return Found(value, text, found.before, found.after, repairs, exact=False, cut_off=cut_off)
+    texts_lost = lost > 0 and not cut_off
+    return Found(value, text, found.before, found.after, repairs, exact=False, cut_off=cut_off, texts_lost=texts_lost)
 
 
 _LONGEST_KEY = 80

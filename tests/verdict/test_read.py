@@ -148,13 +148,30 @@ def test_a_text_may_quote_anything(written: str, summary: str | None, layout: st
     "text",
     [
         '{"a_score": 0.85, "summary": "Called search with {"query": "x", "page": 1}."}',
-        '{"summary": "Then: "no", then "why": because.", "a_score": 0.85}',
-        "{'a_score': 0.85, 'summary': 's', 'a_score': 0.65}",
-        "{'a_score': 0.9, 'summary': 's', 'summary': 'another one'}",
+        '{"scores": {"a_score": 0.85}}, "summary": "The object of the scores is closed too early."}',
+        "{'a_score': 0.85, 'summary': 's', 'summary': 'another one'}",
     ],
 )
-def test_a_repair_that_splits_or_drops_a_text_is_refused(text: str) -> None:
-    assert reason(text) == "repairing it would lose text"
+def test_a_repair_that_splits_or_drops_a_text_keeps_the_scores_alone(text: str) -> None:
+    verdict = read_verdict(text, Shape(("a_score",), nested=False))
+    assert isinstance(verdict, Verdict), verdict.reason
+    assert (verdict.scores, verdict.texts) == ({"a_score": 0.85}, {})
+    assert verdict.repairs[-1] == "texts left out"
+    assert isinstance(read_verdict(text), Unreadable)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"summary": "Then: "no", then "why": because.", "a_score": 0.85}', "repairing it would lose text"),
+        ('{"summary": "It sent {"a_score": 0.85, "page": 1}."}', "the scores are not together in one object"),
+        ("{'a_score': 0.85, 'summary': 's', 'a_score': 0.65}", "two different scores for a_score"),
+    ],
+)
+def test_a_score_after_a_split_text_is_refused(text: str, why: str) -> None:
+    verdict = read_verdict(text, Shape(("a_score",), nested=False))
+    assert isinstance(verdict, Unreadable)
+    assert verdict.reason == why
 
 
 @pytest.mark.parametrize(
@@ -353,7 +370,7 @@ def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
         ("x" * 200_001, "longer than 200,000 characters"),
         ('{"reasonableness_score": "0.95%"}', "score 0.95% of reasonableness_score is not a number"),
         ("{'reasonableness_score': 01}", "score 1 of reasonableness_score is unclear"),
-        (f"Clip 1 got {UNQUOTED}. Clip 2:\n{PLAIN}", "repairing it would lose text"),
+        (f"Clip 1 got {UNQUOTED}. Clip 2:\n{PLAIN}", "the scores share a line with other text"),
         (f"{PLAIN}\nWait:\n{UNQUOTED}", "two verdicts that differ"),
         (f"```json\n{DRAFT}\n```\nWait. Corrected:\n{PLAIN}", "two verdicts that differ"),
         (f"{DRAFT}\nIn the end:\n```json\n{PLAIN}\n```", "two verdicts that differ"),
@@ -363,7 +380,7 @@ def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
         ('{"clip_1": {"a_score": 0.9}, "clip_2": {"a_score": 0.3}}', "several objects with scores"),
         ('{"error": "rate limit exceeded", "retry_after": 1}', "no score"),
         ('{"scores": [0.85, 0.8], "confidence": 0.9}', "no score"),
-        ('{\n **"scores"**: {"a": 0.5}, "summary": "s"}', "the scores share a line with other text"),
+        ('{\n **"scores"**: {"a": 0.5}, "summary": "s"}', "repairing it would lose text"),
         ('{"scores": {"a": "1/2"}}', "score 1/2 of a is not a number"),
         ('{"a_score": 1.0000001}', "score 1.0000001 of a_score is out of range"),
         (f"A first guess: {DRAFT} But no, it is too low. I will", "the scores share a line with other text"),
@@ -373,8 +390,8 @@ def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
         (f"{DRAFT}\nThe score is 0.85.", "the text around the answer has another number"),
         (f"{DRAFT}\nReasonableness: **1**", "the text around the answer has another number"),
         (f"{DRAFT}\nOr 35 %.", "the text around the answer has another number"),
-        ('{"a_score": 0.9}, "summary": "s"}', "the scores share a line with other text"),
-        ('{"scores": {"a": 0.9}\n},\n"summary": "s"}', "the scores share a line with other text"),
+        ('{"a_score": 0.9}, "summary": "s"}', "repairing it would lose text"),
+        ('{"scores": {"a": 0.9}\n},\n"summary": "s"}', "repairing it would lose text"),
         ('```json\n{"a_score": 0.8}5,\n"summary": "s"}\n```', "the scores share a line with other text"),
         (f"{DRAFT}\n<think>Hm.", "the text around the answer may change it"),
         ('{"qua/lity_score": 0.5}', "a score is named qua/lity_score"),
