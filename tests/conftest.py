@@ -22,6 +22,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABL
 os.environ["VIRTUAL_ENV"] = sys.prefix
 # A shell that starts the tests in the background makes them, and all that they start, deaf to SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# And nohup makes them ignore SIGHUP.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, str(ROOT))
 
