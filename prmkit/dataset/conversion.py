@@ -36,7 +36,7 @@ from prmkit.dataset.report import (
     self_agreement_of,
 )
 from prmkit.dataset.settings import FULL, PREFIX, Settings
-from prmkit.dataset.stage import NEAR_DUPLICATE, Stage, open_stage
+from prmkit.dataset.stage import BOTH_SIDES, NEAR_DUPLICATE, Stage, open_stage
 from prmkit.dataset.write import REJECTED, Written, both_sides, held_out_name, write_variants
 from prmkit.dataset_info import Entry, read_entries
 from prmkit.errors import DataError
@@ -294,11 +294,13 @@ def _check_enough_rows(settings: Settings, stage: Stage, problems: Sequence[Scal
     limit = _limit(limit_text, rejected + kept + counts["duplicates"])
     if not kept:
         raise DataError(f"No row can be used.{reasons}")
-    if rejected > limit:
+    # Rows that would leak say nothing about how well the input could be read.
+    unread = rejected - sum(counts["rejected"].get(kind, 0) for kind in (BOTH_SIDES, NEAR_DUPLICATE))
+    if unread > limit:
         allowed = f"--max-rejected {limit_text} allows {limit:,}"
         if settings.max_rejected is None:
             allowed = "more than half. If that is right, say so with --max-rejected 100%"
-        raise DataError(f"{rejected:,} rows are rejected, {allowed}.{reasons}")
+        raise DataError(f"{unread:,} rows are rejected, {allowed}.{reasons}")
     if not counts["rows"]["train"]:
         tasks = stage.rows.execute("SELECT DISTINCT coalesce(task, 'rows without a task') FROM kept LIMIT 5")
         raise DataError(

@@ -204,6 +204,13 @@ def test_more_than_half_rejected_fails_and_a_judge_who_loses_rows_is_named(
     assert "3 of 4 rows of judge-b are rejected, most often because: empty answer" in done.stdout
 
 
+def test_rows_that_would_leak_are_not_counted_as_unreadable(convert_rows: Convert) -> None:
+    same = [row_of(prompt_of("the same"), task="a", judge=f"judge-{n}") for n in range(6)]
+    others = [row_of(prompt_of("the same"), task="b"), row_of(prompt_of("another"), task="c")]
+    report = convert_rows([*same, *others], split=Split(tasks=frozenset({"b"})))
+    assert report["rejected"]["the prompt is also held out"] > report["lines"] / 2
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
