@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         return _parity(source, config, arguments)
     data_folder, name = heldout.place_of_held_out(config, arguments.data_dir, arguments.dataset)
     held_out = heldout.read_held_out(data_folder, name)
+    _check_breakdown_keys(arguments.by or (), held_out)
     folder = arguments.output or (evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}"))
     constants = heldout.training_constants(data_folder, name)
     weights = None if arguments.output else _weights_folder(source)
@@ -107,6 +108,15 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise UsageError("--margin says how much worse than --compare RUN the judge may be. Add --compare RUN.")
     if arguments.margin is not None and arguments.margin <= 0:
         raise UsageError(f"--margin {arguments.margin:g}: must be above 0, for example 0.05.")
+
+
+def _check_breakdown_keys(keys: Sequence[str], held_out: heldout.HeldOut) -> None:
+    known = {key for prompt in held_out.prompts for key, value in prompt.metadata.items() if value is not None}
+    if unknown := [key for key in keys if key not in known]:
+        raise UsageError(
+            f"--by {' '.join(unknown)}: not in the metadata of any row of {held_out.name}. "
+            f"There are {', '.join(sorted(known)) or 'no keys'}."
+        )
 
 
 def _check_gates(

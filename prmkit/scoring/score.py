@@ -100,8 +100,8 @@ def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
     log.info("%d rows: %s", counts.total(), ", ".join(f"{n} {status}" for status, n in counts.items()) or "none")
     if counts["unsure"]:
         log.warning(
-            "%d of them are unsure: there the judge would rather write something else than a score. An untrained model "
-            "and a wrong template look like this.",
+            "%d of them are unsure; their field reason says why. Where it names label mass or reach, the judge would "
+            "rather write something else than a score: an untrained model and a wrong template look like this.",
             counts["unsure"],
         )
     return counts.total() == counts["ok"]

@@ -86,6 +86,11 @@ def test_a_breakdown_by_a_metadata_key_is_printed(run, capsys):
     assert "By provider" in capsys.readouterr().out
 
 
+def test_a_breakdown_by_a_key_that_no_row_has_names_those_there_are(run):
+    with pytest.raises(UsageError, match=r"--by agent: not in the metadata .* There are .*provider"):
+        evaluate_judge("--run", run, "--by", "agent")
+
+
 def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(run, tmp_path):
     # A random model writes no verdict: nothing is scored, and nothing is called zero.
     with pytest.raises(DataError, match=r"none of 4 prompts got a score"):
