@@ -121,7 +121,7 @@ def _agent_turn(message: Mapping[str, Any], parts: "Parts", named: str | None, l
         "agent",
         text,
         "\n\n".join(filter(None, thoughts)),
-        (*parts.calls, *_calls(message, lost)),
+        _distinct([*parts.calls, *_calls(message, lost)]),
         tuple(parts.results),
         speaker if isinstance(speaker, str) else None,
     )
@@ -141,6 +141,12 @@ def _calls(message: Mapping[str, Any], lost: Counter[str]) -> list[Call]:
     if isinstance(message.get("function_call"), dict):
         calls.append(message["function_call"])
     return [call for each in calls if (call := read_call(each, lost))]
+
+
+def _distinct(calls: Sequence[Call]) -> tuple[Call, ...]:
+    """Calls without repetitions: LangChain lists those of Anthropic's models in `content` and in `tool_calls`."""
+    known = {call.id: call for call in reversed(calls) if call.id is not None}
+    return tuple(call for call in calls if call.id is None or known.get(call.id) is call)
 
 
 def read_call(value: Any, lost: Counter[str]) -> Call | None:

@@ -30,6 +30,10 @@ _PATTERNS: dict[str, tuple[tuple[str, ...], str]] = {
     "sendgrid key": (("SG.",), r"\bSG\.[\w-]{20,}\.[\w-]{20,}"),
     "json web token": (("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
     "password in a url": (("://",), r"(?<=://)[^\s:/@]{1,64}:[^\s:/@]{3,}(?=@)"),
+    "environment variable": (
+        ("_TOKEN=", "_KEY=", "_SECRET="),
+        r"(?:(?<=[A-Z]_TOKEN=)|(?<=[A-Z]_KEY=)|(?<=[A-Z]_SECRET=))(?=[^\s\"'\\]*\d)[^\s\"'\\${}()<>\[\]]{12,}",
+    ),
     "authorization header": (
         ("Authorization: ", "authorization: "),
         r"(?<=uthorization: )(?i:bearer|basic) +[\w.~+/=-]{12,}",

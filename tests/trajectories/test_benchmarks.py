@@ -127,6 +127,11 @@ def test_tau2(read: Read) -> None:
     assert "hidden" not in repr(run)
 
 
+def test_the_policy_of_tau2_is_the_system_text(read: Read) -> None:
+    (run,) = read(TAU2 | {"info": {"environment_info": {"domain_name": "phones", "policy": "Ask first."}}})
+    assert run.system == "Ask first." and run.steps[0].text == "Hello!"
+
+
 def test_swe_agent(read: Read) -> None:
     (run,) = read(SWE_AGENT, name="one.traj")
     assert outline(run) == [("I look.", "", [("action", "ls")], ["a.py"]), ("Done.", "", [("action", "submit")], [""])]

@@ -56,6 +56,26 @@ DIALECTS: dict[str, dict[str, Any]] = {
             {"role": "assistant", "content": [{"type": "text", "text": "It is 4 degrees in Oslo."}]},
         ],
     },
+    "langchain, which lists the calls of anthropic's models twice": {
+        "messages": [
+            {"type": "system", "content": "Be brief."},
+            {"type": "human", "content": "How warm is it in Oslo?"},
+            {"type": "ai", "content": [{"type": "tool_use", "id": "c1", "name": "get_weather", "input": CALL}],
+             "tool_calls": [{"type": "tool_call", "id": "c1", "name": "get_weather", "args": CALL}]},
+            {"type": "tool", "tool_call_id": "c1", "content": "4 degrees"},
+            {"type": "ai", "content": "It is 4 degrees in Oslo."},
+        ],
+    },
+    "openai's responses": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "How warm is it in Oslo?"},
+            {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": json.dumps(CALL)},
+            {"type": "function_call_output", "call_id": "c1", "output": "4 degrees"},
+            {"type": "message", "role": "assistant",
+             "content": [{"type": "output_text", "text": "It is 4 degrees in Oslo."}]},
+        ],
+    },
     "langchain": {
         "messages": [
             {"type": "system", "content": "Be brief."},
@@ -227,3 +247,11 @@ def test_a_system_message_in_the_middle_is_kept(read: Read) -> None:
     (run,) = read({"messages": [{"role": role, "content": text} for role, text in said]})
     assert run.system == "A.\n\nB."
     assert [(message.role, message.text) for message in run.steps[1].incoming] == [("system", "C.")]
+
+
+def test_a_group_of_runs(read: Read) -> None:
+    """ART's groups hold several attempts at one task."""
+    attempts = [DIALECTS["openai"] | {"reward": reward} for reward in (1.0, 0.0)]
+    runs = read({"trajectories": attempts, "exceptions": []})
+    assert [run.outcome for run in runs] == [{"success": None, "score": 1.0}, {"success": None, "score": 0.0}]
+    assert len({run.trajectory_id for run in runs}) == 2 and len({run.task_id for run in runs}) == 1

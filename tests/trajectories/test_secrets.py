@@ -28,7 +28,9 @@ FAKE = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"  # of no issuer
         ("postgres://admin:s3cr3t!@db:5432/x", "password in a url"),
         (f"Authorization: Bearer {FAKE}", "authorization header"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "private key"),
-        ("API_KEY=9f8e7d6c5b4a", "named secret"),
+        (f"GITHUB_TOKEN={FAKE}", "environment variable"),
+        ("export MY_SIGNING_KEY=9f8e7d6c5b4a", "environment variable"),
+        ("api_key=9f8e7d6c5b4a", "named secret"),
         ('{"client_secret": "correct-horse"}', "named secret"),
         ("export DB_PASSWORD='correct-horse'", "named secret"),
     ],
@@ -44,7 +46,7 @@ def test_secrets_are_masked(text: str, kind: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["password = ask_user()", "api_key=os.environ", 'API_KEY = "YOUR_API_KEY"', "the secret key is lost", "sk-learn",
-     "https://example.org/a:b", "token budget: 2048", "passwd: none"],
+     "https://example.org/a:b", "token budget: 2048", "TOKEN=$GITHUB_TOKEN", "PAGE_TOKEN=next", "passwd: none"],
 )  # fmt: skip
 def test_what_is_not_a_secret_stays(text: str) -> None:
     found: Counter[str] = Counter()

@@ -55,7 +55,7 @@ def test_a_rewound_session_keeps_the_branch_that_it_ended_on(read: Read) -> None
     )
     assert [step.text for step in run.steps] == ["In Python."]
     assert run.task == "Write it in Python."
-    assert run.lost == {"messages on abandoned branches": 2}
+    assert run.lost == {"messages on abandoned branches": 2, "entries of type attachment": 1}
 
 
 def test_a_session_continues_over_its_compaction(read: Read) -> None:
@@ -169,3 +169,15 @@ def test_codex(read: Read) -> None:
 def test_codex_before_it_had_envelopes(read: Read) -> None:
     (run,) = read({"id": "s-1", "timestamp": "…", "instructions": None}, *PAYLOADS)
     assert [step.text for step in run.steps] == ["", "All pass.", "Anything else?"]
+
+
+def test_items_of_the_responses_api_need_no_type_for_messages(read: Read) -> None:
+    items = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "Run it."}, *PAYLOADS[3:]]
+    (run,) = read(items)
+    assert (run.task, run.system) == ("Run it.", "Rules.")
+    assert [step.text for step in run.steps] == ["", "All pass.", "Anything else?"]
+
+
+def test_unknown_lines_of_codex_are_counted(read: Read) -> None:
+    (run,) = read(*EXAMPLES["codex"], {"timestamp": "…", "type": "new_kind", "payload": {}})
+    assert run.lost["entries of type new_kind"] == 1

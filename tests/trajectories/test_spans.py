@@ -93,6 +93,18 @@ FILES: dict[str, list[dict[str, Any]]] = {
     "otel, numbered": [span(OLDER)],
     "otel, events": [span({"gen_ai.system": "openai"}, events=EVENTS)],
     "openinference": [span({"openinference.span.kind": "AGENT"}, 0), span(OPENINFERENCE)],
+    "openinference as phoenix's data frames have it": [
+        {"name": "x", "context.trace_id": "t", "context.span_id": "1", "start_time": 1,
+         "attributes.openinference.span.kind": "LLM",
+         "attributes.llm.input_messages": [
+            {"message.role": "system", "message.content": "Be brief."},
+            {"message.role": "user", "message.content": "How warm?"},
+            {"message.role": "assistant", "message.tool_calls": [
+                {"tool_call.id": "c", "tool_call.function.name": "get_weather",
+                 "tool_call.function.arguments": json.dumps(CALL)}]},
+            {"message.role": "tool", "message.content": "4 degrees", "message.tool_call_id": "c"}],
+         "attributes.llm.output_messages": [{"message.role": "assistant", "message.content": "It is 4 degrees."}]},
+    ],
     "langsmith": [
         {"id": "r", "trace_id": "t", "run_type": "chain", "inputs": {}, "outputs": {}, "dotted_order": "1"},
         {"id": "l", "trace_id": "t", "run_type": "llm", "inputs": {"messages": MESSAGES},
@@ -140,3 +152,9 @@ def test_every_trace_is_a_run(read: Read) -> None:
     runs = read(*(span(GENAI, number, trace_id=f"t{number}") for number in range(3)))
     assert [run.trajectory_id for run in runs] == ["t0", "t1", "t2"]
     assert [run.source["line"] for run in runs] == [1, 2, 3]
+
+
+def test_tools_that_openinference_lists(read: Read) -> None:
+    schema = json.dumps({"type": "function", "function": {"name": "get_weather", "description": "of a city"}})
+    (run,) = read(span(OPENINFERENCE | {"llm.tools.0.tool.json_schema": schema}))
+    assert run.tools == ({"name": "get_weather", "description": "of a city"},)

@@ -17,6 +17,8 @@ from prmkit.trajectories.run import Keys, Reader, Run, Turn, Values, joined
 _INJECTED = re.compile(
     r"\s*<(?:command-(?:name|message|args)|local-command-\w+|bash-std\w+|task-notification)>|\s*Caveat: "
 )
+_BOOKKEEPING = {"progress", "system", "summary"}
+"""Types of lines that the model never saw."""
 
 Event = Mapping[str, Any]
 
@@ -95,7 +97,9 @@ def _ids(event: Event, kind: str, key: str) -> Iterator[str]:
 def _add(turns: list[Turn], event: Event, index: int, answers: dict[str, int], lost: Counter[str]) -> None:
     """Append the turns of an event, or what it adds to an answer that has begun (`answers`: where, by message id)."""
     if not recognises(event):
-        return  # attachments, progress, summaries of titles: bookkeeping of the program
+        if event.get("type") not in _BOOKKEEPING:
+            lost[f"entries of type {str(event.get('type'))[:40]}"] += 1
+        return
     message = event["message"]
     if event.get("isMeta") or event.get("isApiErrorMessage") or _INJECTED.match(_plain(message)):
         lost["messages of the program"] += 1

@@ -1,12 +1,13 @@
 """Rollouts of Codex: `{timestamp, type, payload}` a line, the older ones with the payload alone.
 
 Thought, text and calls of one answer are lines of their own; an answer ends where a result or another message comes.
+Their payloads are the items of OpenAI's Responses API, which are read without the lines around them too.
 What the program injects in the user's name (`<environment_context>` and its kin) is not the user's.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,8 @@ _INJECTED = re.compile(
     r"|# AGENTS\.md instructions)"
 )
 _CALLS = {"function_call", "custom_tool_call", "local_shell_call", "tool_search_call", "web_search_call"}
+_REPEATED = {"event_msg", "turn_context", "None"}
+"""Kinds of lines that repeat for the display what the items say; those without a kind open and close older files."""
 _OUTPUTS = {"function_call_output", "custom_tool_call_output", "tool_search_output", "mcp_tool_call_output"}
 
 
@@ -38,7 +41,7 @@ def read(values: Values, _keys: Keys) -> Iterator[Run]:
     for index, (line, value) in enumerate(values):
         if not isinstance(value, dict):
             continue
-        kind, payload = str(value.get("type")), value.get("payload")
+        kind, payload = _kind(value), value.get("payload")
         run.line = run.line or line
         if kind == "session_meta" and isinstance(payload, dict):
             run.trajectory_id = str(payload["id"]) if payload.get("id") and not run.trajectory_id else run.trajectory_id
@@ -48,12 +51,29 @@ def read(values: Values, _keys: Keys) -> Iterator[Run]:
             _add(run, value, index)
         elif kind == "compacted":
             lost["summaries of steps that are here"] += 1
-        # event_msg and turn_context repeat for the display what the items say
+        elif kind not in _REPEATED:
+            lost[f"entries of type {kind[:40]}"] += 1
     yield run
 
 
+def turns_of_items(items: Sequence[Any], lost: Counter[str]) -> list[Turn]:
+    """The turns of a list of items of the Responses API."""
+    run = Run([], lost)
+    for index, item in enumerate(items):
+        if isinstance(item, dict):
+            _add(run, item, index)
+        else:
+            lost["entries that are not messages"] += 1
+    return run.turns
+
+
+def _kind(item: Mapping[str, Any]) -> str:
+    """The type of an item; a message may have only its role."""
+    return str(item.get("type") or ("message" if item.get("role") else None))
+
+
 def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
-    kind, lost = str(item.get("type")), run.lost
+    kind, lost = _kind(item), run.lost
     if kind == "message":
         parts = Parts(lost)
         parts.add(item.get("content"))
@@ -61,7 +81,7 @@ def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
             _continue(run, Turn("agent", parts.text(), index=index), new=bool(_open(run) and run.turns[-1].text))
         elif item.get("role") == "user" and not _INJECTED.match(parts.text()):
             run.turns.append(Turn("user", parts.text(), index=index))
-        elif item.get("role") == "developer" and not any(turn.role == "system" for turn in run.turns):
+        elif item.get("role") in ("developer", "system") and not any(turn.role == "system" for turn in run.turns):
             run.turns.append(Turn("system", parts.text(), index=index))
         else:
             lost["messages of the program"] += 1

@@ -1,5 +1,6 @@
 """Plain lists of messages, and the usual fields next to them. Covers OpenAI chat, ShareGPT, Anthropic, LangChain,
-verifiers (`prompt`, `completion`) and ART (`messages_and_choices`); `content` reads the messages themselves."""
+verifiers (`prompt`, `completion`) and ART (`messages_and_choices`, groups in `trajectories`), and items of OpenAI's
+Responses API; `content` reads the messages themselves."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -7,7 +8,8 @@ from typing import Any
 
 from prmkit.trajectories.beside import describe
 from prmkit.trajectories.content import is_message_list, turns_of
-from prmkit.trajectories.run import Keys, Reader, Run, Unreadable
+from prmkit.trajectories.readers import codex
+from prmkit.trajectories.run import Keys, Reader, Run, Turn, Unreadable
 
 LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog")
 _JUDGED = {"evaluation_type", "clip_number"}
@@ -17,7 +19,9 @@ def recognises(value: Any) -> bool:
     """A list of messages, or an object with exactly one under a usual name; rows of judges are not runs."""
     if is_message_list(value):
         return True
-    return isinstance(value, dict) and not is_judged_row(value) and (bool(_lists(value)) or _is_completion(value))
+    if not isinstance(value, dict) or is_judged_row(value):
+        return False
+    return bool(_lists(value) or _is_completion(value) or _group(value))
 
 
 def is_judged_row(value: Any) -> bool:
@@ -36,15 +40,31 @@ def read(value: Any, keys: Keys) -> Iterator[Run]:
     """
     lost: Counter[str] = Counter()
     if isinstance(value, list):
-        yield Run(turns_of(value, lost), lost)
+        yield Run(_turns(value, lost), lost)
+        return
+    if group := _group(value):
+        for member in group:
+            yield from read(member, keys)
         return
     name, messages = _messages(value, keys)
-    run = Run(turns_of(messages, lost), lost)
+    run = Run(_turns(messages, lost), lost)
     if value.get("system"):  # Anthropic and ShareGPT keep it beside the messages
         run.turns[:0] = turns_of([{"role": "system", "content": value["system"]}], Counter())
     beside = {"prompt", "completion"} if name == "completion" else {name}
     describe(run, value, keys, read={*beside, "system"})
     yield run
+
+
+def _turns(messages: list[Any], lost: Counter[str]) -> list[Turn]:
+    has_items = any(codex.recognises(message) for message in messages)
+    return codex.turns_of_items(messages, lost) if has_items else turns_of(messages, lost)
+
+
+def _group(value: Mapping[str, Any]) -> list[Any]:
+    """The runs of a group (ART), if all that are in it are runs."""
+    group = value.get("trajectories")
+    is_group = isinstance(group, list) and all(isinstance(each, dict) and _lists(each) for each in group)
+    return group if is_group and group else []
 
 
 def _messages(value: Mapping[str, Any], keys: Keys) -> tuple[str, list[Any]]:

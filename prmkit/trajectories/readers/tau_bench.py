@@ -1,7 +1,8 @@
 """tau-bench (`traj` beside `info.task`) and tau2 (`simulations` beside `tasks`): an agent talks to a simulated user.
 
 The task of a step's prompt is what the user said first: the simulated user's instructions are hidden from the agent,
-and `info.task.actions` and tau2's `evaluation_criteria` are the solution.
+and `info.task.actions` and tau2's `evaluation_criteria` are the solution. tau2 keeps the policy, which the agent saw as
+its system text, once for all runs.
 """
 
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 
 from prmkit.trajectories.beside import outcome_of
 from prmkit.trajectories.content import as_text, is_message_list, mapping, turns_of
-from prmkit.trajectories.run import Keys, Reader, Run
+from prmkit.trajectories.run import Keys, Reader, Run, Turn
 
 
 def recognises(value: Any) -> bool:
@@ -35,11 +36,15 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
         yield _run(value, value["traj"], value.get("reward"), solution)
         return
     tasks = {str(task.get("id")): task for task in value.get("tasks") or () if isinstance(task, dict)}
+    policy = as_text(mapping(mapping(value.get("info")).get("environment_info")).get("policy"))
     for simulation in value.get("simulations", [value]):
         if isinstance(simulation, dict) and is_message_list(simulation.get("messages")):
             reward = mapping(simulation.get("reward_info")).get("reward")
             solution = tasks.get(str(simulation.get("task_id")), {}).get("evaluation_criteria")
-            yield _run(simulation, simulation["messages"], reward, solution)
+            run = _run(simulation, simulation["messages"], reward, solution)
+            if policy and not any(turn.role == "system" for turn in run.turns):
+                run.turns.insert(0, Turn("system", policy))
+            yield run
         else:
             yield Run([], Counter())
 
