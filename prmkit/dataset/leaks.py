@@ -361,7 +361,7 @@ def _grams(text: str) -> tuple[Any, Any]:
     """The hashes of all sequences of 8 words in order, uint64, and the word at which each begins."""
     import numpy as np
 
-    if not text.isascii():
+    if not text.isascii() and _WITHOUT_SPACES.search(text):
         text = " ".join(_WITHOUT_SPACES.split(text))  # Chinese, Japanese and Korean: each character is a word
     words = text.encode(errors="surrogatepass").translate(_LETTERS).split()
     count = max(len(words) - _WORDS + 1, 0)

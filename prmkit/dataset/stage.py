@@ -60,8 +60,9 @@ class Stage:
         self.rows = sqlite3.connect(path, isolation_level=None)
         self.sources = list(sources)
         # The file goes with the conversion, so nothing in it needs to survive a crash.
-        self.rows.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-32000;")
-        self.rows.executescript("PRAGMA locking_mode=EXCLUSIVE; PRAGMA page_size=16384; BEGIN;" + _SCHEMA)
+        # The size of a page comes before that of the cache, which is turned into a number of pages at once.
+        self.rows.executescript("PRAGMA page_size=16384; PRAGMA cache_size=-32000; PRAGMA journal_mode=OFF;")
+        self.rows.executescript("PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; BEGIN;" + _SCHEMA)
 
     def add_row(self, source: int, prepared: PreparedRow, measured: Measured) -> None:
         """Add a row that can be used, unless something is found in other rows."""

@@ -219,12 +219,13 @@ _LONGEST_KEY = 80
 # `// note`, `# note`, `/* note */`. A URL in a string is taken for one, too: then less is checked, and nothing is
 # rejected that should be read.
 _COMMENT = re.compile(r"(?://|#)[^\n]*|/\*.{0,500}?\*/", re.DOTALL)
+_WEIGHED = re.compile(r"[^\W\d_]+|[{}\[\]]+")
 _ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)", re.DOTALL)
 
 
 def _weight(text: str) -> int:
     """How many letters and brackets a text has."""
-    return sum(sign.isalpha() or sign in "{}[]" for sign in _ESCAPE.sub("", text))
+    return sum(map(len, _WEIGHED.findall(_ESCAPE.sub("", text))))
 
 
 _QUOTES = str.maketrans(dict.fromkeys("“”„‟«»「」『』＂", '"'))
