@@ -91,43 +91,65 @@ def read_runs(
     files = list(_files(inputs))
     marks = _marks(files, options)
     ids = Ids()
-    for path, named in files:
-        report = FileReport(str(path))
+    for given in files:
+        report = FileReport(str(given.path), passed_over=given.reason)
         if reports is not None:
             reports.append(report)
+        if given.reason:
+            continue
         try:
-            for run in _runs_of(path, options, report):
+            for run in _runs_of(given.path, options, report):
                 run = _marked(run, marks) if marks else run
                 run = ids.named(run)
                 report.labels += sum(step.label is not None for step in run.steps)
                 report.lost.update(run.lost)
                 yield run
         except DataError as error:
-            if named:
+            if given.is_named:
                 raise
-            report.passed_over = str(error).removeprefix(f"{path}: ")
+            report.passed_over = str(error).removeprefix(f"{given.path}: ")
 
 
-def _files(inputs: Sequence[str | Path]) -> Iterator[tuple[Path, bool]]:
-    """Every file, and whether the user named it; files of folders in the order of their names."""
+@dataclass(frozen=True)
+class _Input:
+    path: Path
+    is_named: bool
+    """By the user; otherwise it is in a folder."""
+    reason: str | None = None
+    """Why it is passed over without a look into it."""
+
+
+def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
+    """Every file; those of folders in the order of their names."""
     seen: set[Path] = set()
     for given in inputs:
         path = Path(given)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder.")
-        found = [each for each in sorted(path.rglob("*")) if _belongs(each, path)] if path.is_dir() else [path]
+        found = list(_contents(path)) if path.is_dir() else [_Input(path, is_named=True)]
         if not found:
             raise DataError(f"{path}: an empty folder. Name the one that holds your runs.")
         for each in found:
-            if each.resolve() not in seen:
-                seen.add(each.resolve())
-                yield each, each is path
+            if each.reason or each.path.resolve() not in seen:
+                seen.add(each.path.resolve())
+                yield each
 
 
-def _belongs(path: Path, folder: Path) -> bool:
-    """Files of a folder, hidden ones and links out of it excepted."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.is_file() and not hidden and path.resolve().is_relative_to(folder.resolve())
+def _contents(folder: Path) -> Iterator[_Input]:
+    """What is in a folder. Hidden files and links out of it are named, and not read; a hidden folder is named once."""
+    hidden: set[Path] = set()
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        depth = next((depth for depth, part in enumerate(parts, start=1) if part.startswith(".")), None)
+        if depth is not None:
+            top = folder.joinpath(*parts[:depth])
+            if top not in hidden:
+                yield _Input(top, is_named=False, reason="hidden. Name it to read it.")
+            hidden.add(top)
+        elif path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(folder.resolve())):
+            yield _Input(path, is_named=False, reason="a link. Name what it points to.")
+        elif not path.is_dir():
+            yield _Input(path, is_named=False, reason=None if path.is_file() else "not a file.")
 
 
 def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Trajectory]:
@@ -225,13 +247,13 @@ def _why_not(values: Values) -> str:
 # --- labels that stand beside the runs ------------------------------------------------------------------------------
 
 
-def _marks(files: Sequence[tuple[Path, bool]], options: Options) -> dict[str, dict[int, str | None]]:
+def _marks(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str | None]]:
     """The errors that the files of a set name, by run. Small: the runs themselves are not kept."""
     reader = READERS.get(options.labels or "")
     found: dict[str, dict[int, str | None]] = {}
     if reader is None or reader.marks is None:
         return found
-    for path, _ in files:
+    for path in (given.path for given in files if not given.reason):
         try:
             for _, value in Document(path):
                 if mark := reader.marks(value):

@@ -58,7 +58,8 @@ def test_a_folder_of_several_forms_with_every_other_file_named(tmp_path: Path) -
     runs = list(read_runs([tmp_path], reports=reports))
     assert [run.source["file"] for run in runs] == ["a.jsonl", "c.jsonl.gz", "b.json"]
     passed_over = {Path(report.file).name: report.passed_over for report in reports if report.passed_over}
-    assert set(passed_over) == {"notes.md", "picture.json", "log.eval", "settings.json", "empty.jsonl"}
+    named = {"notes.md", "picture.json", "log.eval", "settings.json", "empty.jsonl", ".hidden.jsonl"}
+    assert set(passed_over) == named
     assert "binary" in str(passed_over["picture.json"]) and "zip" in str(passed_over["log.eval"])
 
 
@@ -233,11 +234,18 @@ def test_options_are_checked_before_anything_is_read(tmp_path: Path) -> None:
         next(read_runs([tmp_path / "none"], Options(format="nonsense")))
 
 
-def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+def test_links_and_what_is_hidden_are_named_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.jsonl").write_text(json.dumps(messages()))
     inside = tmp_path / "runs"
     inside.mkdir()
     (inside / "a.jsonl").write_text(json.dumps(messages()))
     (inside / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
-    runs: list[Trajectory] = list(read_runs([inside]))
+    (inside / "more").symlink_to(tmp_path)
+    (inside / ".git").mkdir()
+    for name in ("x.json", "y.json"):
+        (inside / ".git" / name).write_text("{}")
+    reports: list[FileReport] = []
+    runs: list[Trajectory] = list(read_runs([inside], reports=reports))
     assert [run.source["file"] for run in runs] == ["a.jsonl"]
+    passed_over = [Path(report.file).name for report in reports if report.passed_over]
+    assert passed_over == [".git", "link.jsonl", "more"]
