@@ -28,6 +28,8 @@ class ScoredStep:
     label_mass: float | None = None
     reason: str | None = None
     """Why there is no score."""
+    is_unsure: bool = False
+    """The judge would rather have written something else than the score."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class ScoredRun:
             (each.step.n for each in self.steps if each.score is not None and each.score < self.bad_below), None
         )
 
+    def mark(self, each: ScoredStep) -> str:
+        """What there is to say of a step: the first bad one, unless a step before it has no score that holds."""
+        marks = []
+        if each.step.n == self.first_bad:
+            before = self.steps[: each.step.n - 1]
+            is_known = all(step.score is not None and not step.is_unsure for step in before)
+            marks.append("first bad step" if is_known else "first known bad step")
+        return ", ".join([*marks, *(["unsure"] if each.is_unsure else [])])
+
 
 def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below: float) -> ScoredRun:
     """Put the lines of `score_trajectories.py` to the steps that they are about, by `metadata.clip_number`."""
@@ -63,7 +74,11 @@ def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below:
     steps = []
     for step in run.steps:
         found = by_step.get(step.n, {})
-        steps.append(ScoredStep(step, found.get("score"), found.get("label_mass"), found.get("reason")))
+        steps.append(
+            ScoredStep(
+                step, found.get("score"), found.get("label_mass"), found.get("reason"), found.get("status") == "unsure"
+            )
+        )
     return ScoredRun(run, steps, bad_below)
 
 
@@ -96,9 +111,10 @@ def emit_scored(runs: Sequence[ScoredRun]) -> None:
 def _emit_steps(scored: ScoredRun) -> None:
     rows = []
     for each in scored.steps:
-        mark = "first bad step" if each.step.n == scored.first_bad else ""
         what = _line(said(each.step), 40)
-        rows.append((str(each.step.n), _number(each.score), _bar(each.score), _number(each.label_mass), mark, what))
+        rows.append(
+            (str(each.step.n), _number(each.score), _bar(each.score), _number(each.label_mass), scored.mark(each), what)
+        )
     columns = ("step", "score", "", "label mass", " ", "what the agent did")
     cli.emit_table(_line(scored.run.task, 76), columns, rows, numeric=("step", "score", "label mass"), optional=("",))
     for each in scored.steps:

@@ -1,6 +1,7 @@
 """Scored runs on the terminal and on a page."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,18 @@ def test_scores_are_put_to_their_steps() -> None:
 
 
 def test_a_table_of_steps_marks_the_first_bad_one(capsys: pytest.CaptureFixture[str]) -> None:
-    emit_scored([scored(0.9, None, 0.4, 0.1)])
+    emit_scored([scored(0.9, 0.4, None, 0.1)])
     lines = capsys.readouterr().out.splitlines()
     (marked,) = [line for line in lines if "first bad step" in line]
-    assert marked.split()[:2] == ["3", "0.40"]
-    assert any("step 2 has no score: too long" in line for line in lines)
+    assert marked.split()[:2] == ["2", "0.40"]
+    assert any("step 3 has no score: too long" in line for line in lines)
+
+
+def test_a_step_is_not_the_first_bad_one_for_sure_after_one_without_a_score_that_holds() -> None:
+    run = scored(0.9, None, 0.4, 0.1)
+    assert [run.mark(each) for each in run.steps] == ["", "", "first known bad step", ""]
+    unsure = replace(run, steps=[replace(run.steps[0], is_unsure=True), *run.steps[2:]])
+    assert unsure.mark(unsure.steps[0]) == "unsure"
 
 
 def test_a_table_of_runs_begins_with_the_worst(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +65,9 @@ def test_the_page_shows_every_step_and_opens_the_worst(tmp_path: Path) -> None:
         ("3", ""),
         ("4", " open"),
     ]
-    assert page.count("first bad step") == 2  # in the line below the heading, and at the step
+    assert (
+        page.count("first bad step") == page.count("first known bad step") == 1
+    )  # in the line below the heading, and at the step
     assert "too long" in page and "saves/x" in page and "0.90" in page
     assert 'href="#run-1-step-3"' in page
 
