@@ -31,9 +31,14 @@ def test_the_demo_trains_measures_and_exports_below_its_own_folder(project: Path
         "demo/exported_model/model.safetensors",
         "demo/logs/reward_model_demo.log",
         "demo/logs/trainer_log.jsonl",
+        "demo/labelled_steps.jsonl",
+        "demo/scores.jsonl",
+        "demo/run.html",
     } <= made
     assert "Spearman" in done.stdout
     assert "scores as demo/saves/reward_model_demo does" in done.stdout + done.stderr
     assert len(re.findall("^next:", done.stdout, re.IGNORECASE | re.MULTILINE)) == 1
-    last = done.stdout.splitlines()[-1]
-    assert last == "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only"
+    *shown, last = done.stdout.splitlines()
+    assert "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only" in shown
+    assert any(line.startswith("step ") and "what the agent did" in line for line in shown)
+    assert last == "  look at it:       demo/run.html in a browser"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.run import Keys
-from tools.make_sample.runs import ATTEMPTS, EXAMPLE_TASKS, message_runs, write_examples
+from tools.make_sample.runs import ATTEMPTS, EXAMPLE_TASKS, LABELLED_TASKS, message_runs, write_examples
 from tools.make_sample.sample import write_rows
 
 EXAMPLES = ("runs.jsonl", "session.jsonl", "trace.json")
@@ -13,7 +13,7 @@ EXAMPLES = ("runs.jsonl", "session.jsonl", "trace.json")
 
 def test_the_runs_that_ship_are_what_the_generator_makes(root: Path, tmp_path: Path) -> None:
     write_examples(tmp_path)
-    for name in EXAMPLES:
+    for name in (*EXAMPLES, "labelled_runs.jsonl"):
         assert (tmp_path / name).read_bytes() == (root / "examples" / name).read_bytes()
 
 
@@ -37,3 +37,11 @@ def test_labelled_runs_have_a_label_for_every_step(tmp_path: Path) -> None:
     assert all(step.label is not None for run in runs for step in run.steps)
     given = [label for line in path.read_text().splitlines() for label in json.loads(line)["labels"]]
     assert given == [step.label.value for run in runs for step in run.steps if step.label]
+
+
+def test_the_demo_draws_a_run_that_it_was_not_trained_on(root: Path) -> None:
+    labelled = list(read_runs([root / "examples" / "labelled_runs.jsonl"], Options(keys=Keys(labels="labels"))))
+    drawn = list(read_runs([root / "examples" / name for name in EXAMPLES]))
+    assert len(labelled) == LABELLED_TASKS * ATTEMPTS
+    assert {run.task_id for run in drawn}.isdisjoint(run.task_id for run in labelled)
+    assert {run.task for run in drawn}.isdisjoint(run.task for run in labelled)

@@ -5,7 +5,7 @@
 
 `runs.jsonl` has OpenAI messages, two attempts at each task; `session.jsonl` is a session of Claude Code, `trace.json`
 an OTLP trace with GenAI attributes. Labelled runs have the quality of every step, which the generator knows, in the
-column `labels`: a judge of raw runs can be trained on them.
+column `labels`: the demo's judge learns from `labelled_runs.jsonl` to score raw runs.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from tools.make_sample.trajectories import Trajectory, draw_trajectory
 
 EXAMPLE_TASKS = 3
 ATTEMPTS = 2
+LABELLED_SEED = 0
+LABELLED_TASKS = 50
+"""Few, as their prompts are long: each task adds three seconds to the demo's training."""
 SYSTEM = "You answer questions with the tools that you have. Say so when you do not know."
 
 Message = dict[str, Any]
@@ -41,7 +44,7 @@ def message_runs(seed: int, tasks: int, *, labelled: bool = False) -> Iterator[d
         for attempt in range(ATTEMPTS):
             run = draw_run(seed, task, attempt)
             row = {
-                "task_id": f"{run.family}_run_{task}",
+                "task_id": f"{run.family}_{'labelled' if labelled else 'run'}_{task}",
                 "messages": messages_of(run),
                 "tools": [{"type": "function", "function": {"name": TOOLS[name].name}} for name in run.categories],
                 "reward": float(run.answer.standing in ("right", "unchecked")),
@@ -126,17 +129,18 @@ def _in_parts(message: Message) -> dict[str, Any]:
 
 
 def write_examples(folder: Path) -> None:
-    """Write the three files of raw runs."""
+    """Write the three files of raw runs, and the labelled ones."""
     write_rows(folder / "runs.jsonl", message_runs(NEW_SEED, EXAMPLE_TASKS))
     write_rows(folder / "session.jsonl", session_lines(draw_run(NEW_SEED, EXAMPLE_TASKS, 0)))
     text = json.dumps(trace(draw_run(NEW_SEED, EXAMPLE_TASKS + 1, 0)), indent=1, ensure_ascii=False)
     write_text(folder / "trace.json", text + "\n")
+    write_rows(folder / "labelled_runs.jsonl", message_runs(LABELLED_SEED, LABELLED_TASKS, labelled=True))
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
     if arguments.examples:
         write_examples(arguments.examples)
-        cli.emit(f"{arguments.examples}: runs.jsonl, session.jsonl, trace.json")
+        cli.emit(f"{arguments.examples}: runs.jsonl, session.jsonl, trace.json, labelled_runs.jsonl")
     if arguments.labelled:
         rows = message_runs(arguments.seed, arguments.tasks, labelled=True)
         cli.emit(f"{arguments.labelled}: {write_rows(arguments.labelled, rows)} runs")
@@ -146,9 +150,9 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
 def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the three examples here")
+    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the examples here")
     parser.add_argument("--labelled", type=Path, metavar="FILE", help="write labelled runs as messages")
-    parser.add_argument("--seed", type=int, default=0, help="other tasks (default: 0)")
+    parser.add_argument("--seed", type=int, default=LABELLED_SEED, help="other tasks (default: 0)")
     parser.add_argument("--tasks", type=int, default=240, help="tasks of the labelled runs (default: 240)")
     return cli.run(_command, parser)
 
