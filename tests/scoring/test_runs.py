@@ -13,7 +13,7 @@ import yaml
 from prmkit.errors import UsageError
 from prmkit.files import write_json
 from prmkit.judge.sources import EXPORT_FILE
-from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric, step_prompts
+from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric
 from prmkit.scoring.rows import RunsToScore, check_rubric, holds_runs
 from prmkit.trajectories.importing import read_runs
 from prmkit.trajectory import dump
@@ -144,43 +144,68 @@ def test_what_is_no_file_of_runs(tmp_path: Path) -> None:
     assert not holds_runs(str(ROOT / "finetune.jsonl")) and holds_runs(str(ROOT / "examples"))
 
 
+CONFIG: dict[str, Any] = {
+    "stage": "sft",
+    "do_train": True,
+    "template": "qwen",
+    "finetuning_type": "lora",
+    "lora_rank": 8,
+    "lora_target": "all",
+    "dataset": "reward_model_clip",
+    "dataset_dir": "data",
+    "cutoff_len": 1500,
+    "preprocessing_num_workers": 1,
+    "output_dir": "saves/run",
+    "per_device_train_batch_size": 2,
+    "max_steps": 2,
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
+def trained_prompts(config: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The token ids of every prompt that LLaMA Factory trains on."""
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    model_args, data_args, training_args, _, _ = get_train_args(dict(config))
+    loaded = load_tokenizer(model_args)
+    made = get_template_and_fix_tokenizer(loaded["tokenizer"], data_args)
+    rows: Any = get_dataset(made, model_args, data_args, training_args, stage="sft", **loaded)["train_dataset"]
+    return [tuple(row["input_ids"][: row["labels"].count(-100)]) for row in rows]
+
+
 @pytest.mark.llamafactory
-def test_scored_prompts_have_the_token_ids_of_trained_ones(export: Path, tmp_path: Path) -> None:
-    """The same step as a training row, through the conversion, and as a raw run that is scored."""
-    from prmkit.judge.sources import encoding_of, judge_source_of_export
-    from prmkit.prompts.special_tokens import neutralise
+@pytest.mark.slow
+def test_labelled_converted_trained_and_scored(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way of one file of runs: what is scored has the token ids of what was trained on."""
+    from prmkit.judge.batching import Prepared, make_preparer
+    from prmkit.judge.sources import encoding_of, judge_source_of_run
     from tools.make_sample.runs import message_runs
     from tools.make_sample.sample import write_rows
 
-    write_rows(tmp_path / "labelled.jsonl", message_runs(0, 4, labelled=True))
-    script = [
-        sys.executable,
-        ROOT / "import_trajectories.py",
-        "labelled.jsonl",
-        "--labels",
-        "column",
-        "--label-key",
-        "labels",
-    ]
-    subprocess.run([*script, "--output", "rows.jsonl"], check=True, cwd=tmp_path, capture_output=True)
-    script = [
-        sys.executable,
-        ROOT / "convert_dataset.py",
-        "--input",
-        "rows.jsonl",
-        "--output-dir",
-        "data",
-        "--eval-ratio",
-        "0",
-    ]
-    subprocess.run(script, check=True, cwd=tmp_path, capture_output=True)
-    trained = {
-        json.loads(line)["instruction"]
-        for line in (tmp_path / "data" / "reward_model_full.jsonl").read_text().splitlines()
-    }
-    encoding = encoding_of(judge_source_of_export(export))
-    scored = [
-        prompt.text for run in read_runs([tmp_path / "labelled.jsonl"]) for prompt in step_prompts(run, load_rubric())
-    ]
-    ids = {tuple(encoding.prompt_ids(neutralise(text)[0])) for text in scored}
-    assert ids == {tuple(encoding.prompt_ids(text)) for text in trained}
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "runs.jsonl", message_runs(0, 4, labelled=True))
+    config = CONFIG | {"model_name_or_path": str(tiny_model)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    labels = ("--labels", "column", "--label-key", "labels", "--output", "rows.jsonl")
+    for script, *arguments in (
+        ("import_trajectories.py", "runs.jsonl", *labels),
+        ("convert_dataset.py", "--input", "rows.jsonl", "--eval-ratio", "0", "--config", "config.yaml"),
+        ("train.py", "--config", "config.yaml"),
+        ("score_trajectories.py", "runs.jsonl", "--run", "saves/run", "--output", "scores.jsonl"),
+    ):
+        done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
+        expected = (0, 1) if script == "score_trajectories.py" else (0,)  # after two steps it is unsure of all
+        assert done.returncode in expected, done.stderr
+    source = judge_source_of_run(tmp_path / "saves" / "run")
+    prepare = make_preparer(encoding_of(source), config["cutoff_len"], trim=True)
+    rows = list(rows_of(tmp_path / "runs.jsonl").rows())
+    scored = [prepare(row.request) for row in rows if row.request]
+    assert {tuple(each.ids) for each in scored if isinstance(each, Prepared)} == set(trained_prompts(config))
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [line["request_hash"] for line in lines] == [row.request_hash for row in rows]
+    assert all(line["score"] is not None for line in lines)
