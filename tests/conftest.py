@@ -18,8 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Nothing in the tests may reach for a hub or a cloud.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
-# run_training.sh uses the environment that is active: that of the tests.
+# The environment of the tests is the active one: run_training.sh uses it, and commands are suggested with `python`.
 os.environ["VIRTUAL_ENV"] = sys.prefix
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # A shell that starts the tests in the background makes them, and all that they start, deaf to SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # And nohup makes them ignore SIGHUP.
