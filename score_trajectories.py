@@ -37,6 +37,7 @@ def main() -> int:
     runs.add_argument(
         "--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours"
     )
+    runs.add_argument("--format", metavar="NAME", help="do not recognise the form; a wrong name lists the right ones")
     runs.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every step's score")
     add_interval_arguments(parser)
     add_judge_arguments(parser)

@@ -19,7 +19,7 @@ from prmkit.prompts.step import Rubric, load_rubric, step_prompts
 from prmkit.rows import STDIN, InputRow, Line, Rejected, parse_line, read_row
 from prmkit.trajectories.documents import Broken, Document
 from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_page
-from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
+from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.readers import reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.rows import step_metadata
@@ -160,6 +160,8 @@ class RunsToScore:
     """Its name, for the page."""
     page: Path | None = None
     """Where to write the page; None for none."""
+    format: str | None = None
+    """The form of the runs; None to recognise it."""
     _first: dict[str, Trajectory] = field(default_factory=dict)
     _results: dict[str, list[Any]] = field(default_factory=dict)
     _runs: int = 0
@@ -168,7 +170,7 @@ class RunsToScore:
         """Every step of every run."""
         reports: list[FileReport] = []
         number = 0
-        for run in read_runs([self.name], reports=reports):
+        for run in read_runs([self.name], Options(self.format), reports):
             self._runs += 1
             if len(self._first) < MOST_RUNS_ON_A_PAGE:
                 self._first[run.trajectory_id] = run
@@ -176,6 +178,8 @@ class RunsToScore:
                 number += 1
                 yield self._row(run, prompt.step.n, prompt.text, number)
         warn_of_losses(reports)
+        for line in totals(reports):
+            log.info(line)
         if not number:
             raise DataError(f"{self.name}: no run was read.")
 
@@ -220,12 +224,12 @@ def runs_to_score(arguments: argparse.Namespace, learnt: Sequence[str] | None) -
     Raises:
         UsageError: the judge was trained on other prompts, or flags for runs were given and there are none.
     """
-    if arguments.keys or not holds_runs(arguments.input):
-        given = [flag for flag in ("rubric", "html") if getattr(arguments, flag)]
+    if arguments.keys or not (arguments.format or holds_runs(arguments.input)):
+        given = [flag for flag in ("rubric", "html", "format") if getattr(arguments, flag)]
         if given:
             raise UsageError(f"--{given[0]} is for raw runs, and {arguments.input} holds prompts. Leave it out.")
         return None
     judge = str(arguments.run or arguments.model or DEFAULT_RUN)
     rubric = load_rubric(arguments.rubric)
     check_rubric(rubric, learnt, judge)
-    return RunsToScore(arguments.input, rubric, arguments.bad_below, judge, arguments.html)
+    return RunsToScore(arguments.input, rubric, arguments.bad_below, judge, arguments.html, arguments.format)

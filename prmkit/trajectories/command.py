@@ -12,7 +12,7 @@ from prmkit import cli
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write
 from prmkit.prompts.step import load_rubric
-from prmkit.trajectories.importing import FileReport, Options, read_runs, warn_of_losses
+from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.labels import SETS, set_named
 from prmkit.trajectories.rows import rows_of
 from prmkit.trajectories.run import Keys
@@ -102,17 +102,12 @@ def _summarise(reports: list[FileReport], output: Path, written: int, what: str)
     columns = ("form", "files", "runs", "steps", "labels")
     table = [(form, *(f"{counts[name]:,}" for name in columns[1:])) for form, counts in forms.items()]
     cli.emit_table("", columns, table, numeric=columns[1:])
-    for title, counts in (("not placed", _total(reports, "lost")), ("masked", _total(reports, "secrets"))):
-        if counts:
-            cli.emit(f"{title}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common()))
+    for line in totals(reports):
+        cli.emit(line)
     passed_over = sum(report.passed_over is not None for report in reports)
     if passed_over:
         cli.emit(f"files passed over: {passed_over}")
     cli.emit(f"{output}: {written:,} {what}")
-
-
-def _total(reports: list[FileReport], name: str) -> Counter[str]:
-    return sum((getattr(report, name) for report in reports), Counter[str]())
 
 
 def _as_json(reports: list[FileReport], output: Path, written: int) -> dict[str, Any]:

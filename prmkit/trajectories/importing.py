@@ -70,6 +70,14 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
             log.warning("%s: not read: %d x %s (line %s)", report.file, count, reason, lines)
 
 
+def totals(reports: Sequence[FileReport]) -> Iterator[str]:
+    """Sum up, in a line each, what of all files has no place in the record, and what was masked."""
+    for title, name in (("not placed", "lost"), ("masked", "secrets")):
+        counts = sum((getattr(report, name) for report in reports), Counter[str]())
+        if counts:
+            yield f"{title}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+
+
 def read_runs(
     inputs: Sequence[str | Path], options: Options | None = None, reports: list[FileReport] | None = None
 ) -> Iterator[Trajectory]:

@@ -81,6 +81,15 @@ def test_one_run_is_drawn_step_by_step(tmp_path: Path, capsys: pytest.CaptureFix
     assert "a judge" in (tmp_path / "page.html").read_text()
 
 
+def test_what_a_run_loses_is_reported_and_a_form_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"messages": MESSAGES, "colour": "red"}) + "\n")
+    with caplog.at_level("INFO"):
+        assert len(list(rows_of(tmp_path / "runs.jsonl", format="messages").rows())) == 1
+    assert "not placed: 1 field colour" in caplog.text
+    with pytest.raises(UsageError, match="not a form of runs"):
+        list(rows_of(tmp_path / "runs.jsonl", format="nonsense").rows())
+
+
 def test_runs_and_imported_runs_are_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(b"".join(map(dump, read_runs([RUNS]))))
     assert list(rows_of(RUNS).rows()) == list(rows_of(tmp_path / "t.jsonl").rows())
