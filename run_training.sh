@@ -90,7 +90,7 @@ print(f" Did you mean {close[0]}?" if close else f" A key of LLaMA Factory is wr
 
 config="" convert=yes demo="" install="" model="" validate=""
 inputs=()      # your rows
-steps=""       # the demo's rows of single steps, from labelled runs
+raw_runs=""    # whether the demo also shows a judge of raw runs
 training=()    # passed on to train.py
 assignments=() # passed on to convert_dataset.py as well
 arguments=$#
@@ -175,7 +175,7 @@ if [[ -n $install || -n $demo ]]; then
 fi
 if [[ -n $demo ]]; then
     if [[ -n $model ]]; then config=${config:-configs/cpu_smollm2.yaml}; fi
-    if [[ -z $config ]]; then steps=demo/labelled_steps.jsonl; fi
+    if [[ -z $config ]]; then raw_runs=yes; fi
     config=${config:-configs/cpu_demo.yaml}
     training=(--evaluate "${training[@]}")
 fi
@@ -190,11 +190,6 @@ if [[ -n $model ]]; then
 elif [[ -n $demo ]]; then
     step "$python" -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
 fi
-if [[ -n $steps && -n $convert ]]; then # labels that people gave to raw runs, as rows
-    step "$python" import_trajectories.py examples/labelled_runs.jsonl --labels column --label-key labels \
-        --output "$steps"
-    inputs+=("$steps")
-fi
 if [[ -n $convert ]]; then
     step "$python" convert_dataset.py --no-next --input "${inputs[@]}" --config "$config" "${assignments[@]}"
 fi
@@ -202,10 +197,16 @@ step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"
 if [[ -n $demo && -z $validate ]]; then
     echo "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only"
 fi
-if [[ -n $steps && -z $validate && " ${assignments[*]}" != *" output_dir="* ]]; then
-    printf '\nA raw run that the judge has not seen, examples/trace.json, scored step by step:\n\n'
-    rm -f demo/run.html
-    step "$python" score_trajectories.py --run demo/saves/reward_model_demo examples/trace.json \
-        --output demo/scores.jsonl --html demo/run.html || (($? <= 2)) # unsure of a step, or never taught any
-    [[ ! -f demo/run.html ]] || echo "  look at it:       demo/run.html in a browser"
+if [[ -n $raw_runs && -z $validate ]]; then # the judge above knows prompts with summaries by strong judges, not raw runs
+    printf '\nNext, a judge of raw runs. It learns from labelled ones:\n\n'
+    step "$python" import_trajectories.py examples/labelled_runs.jsonl --labels column --label-key labels \
+        --output demo/labelled_steps.jsonl
+    step "$python" convert_dataset.py --no-next --input demo/labelled_steps.jsonl --config "$config" \
+        "${assignments[@]}" --output-dir demo/step_data >/dev/null
+    step "$python" train.py --config "$config" "${assignments[@]}" \
+        dataset_dir=demo/step_data output_dir=demo/saves/step_judge >/dev/null
+    printf '\nA run that it has not seen, examples/trace.json, scored step by step:\n\n'
+    step "$python" score_trajectories.py --run demo/saves/step_judge examples/trace.json \
+        --output demo/scores.jsonl --html demo/run.html || (($? == 1)) # 1: the judge is unsure of a step
+    echo "  look at it:       demo/run.html in a browser"
 fi

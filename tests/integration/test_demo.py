@@ -32,6 +32,7 @@ def test_the_demo_trains_measures_and_exports_below_its_own_folder(project: Path
         "demo/logs/reward_model_demo.log",
         "demo/logs/trainer_log.jsonl",
         "demo/labelled_steps.jsonl",
+        "demo/saves/step_judge/adapter_model.safetensors",
         "demo/scores.jsonl",
         "demo/run.html",
     } <= made

@@ -5,7 +5,7 @@
 
 `runs.jsonl` has OpenAI messages, two attempts at each task; `session.jsonl` is a session of Claude Code, `trace.json`
 an OTLP trace with GenAI attributes. Labelled runs have the quality of every step, which the generator knows, in the
-column `labels`: the demo's judge learns from `labelled_runs.jsonl` to score raw runs.
+column `labels`: the demo's judge of raw runs learns from `labelled_runs.jsonl`.
 """
 
 import argparse
@@ -26,8 +26,7 @@ from tools.make_sample.trajectories import Trajectory, draw_trajectory
 EXAMPLE_TASKS = 3
 ATTEMPTS = 2
 LABELLED_SEED = 0
-LABELLED_TASKS = 50
-"""Few, as their prompts are long: each task adds three seconds to the demo's training."""
+LABELLED_TASKS = 120
 SYSTEM = "You answer questions with the tools that you have. Say so when you do not know."
 
 Message = dict[str, Any]
