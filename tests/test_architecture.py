@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = {"dataset", "training", "judge", "scoring", "evaluation", "trajectories", "demo"}
-MAY_IMPORT = {"scoring": {"judge", "trajectories"}, "evaluation": {"judge", "scoring"}, "dataset": {"trajectories"}}
+WINGS = {
+    "dataset", "training", "judge", "scoring", "evaluation", "trajectories", "demo", "collection", "serving",
+    "registry", "rewards",
+}  # fmt: skip
+MAY_IMPORT = {
+    "scoring": {"judge", "trajectories"},
+    "evaluation": {"judge", "scoring", "trajectories"},
+    "dataset": {"trajectories"},
+    "collection": {"trajectories"},
+    "serving": {"judge", "scoring", "trajectories"},
+    "registry": {"evaluation"},
+}
 """Which other wings a wing may import; everything else meets in files."""
 HEAVY = {
     "torch", "transformers", "llamafactory", "peft", "datasets", "matplotlib", "fastapi", "scipy", "sklearn",
@@ -169,8 +179,9 @@ def test_plain_english(path: Path) -> None:
 
 def test_the_package_stays_small() -> None:
     """A reader holds the rooms of the house in the head; import formats are one file each, and do not count."""
-    modules = [path for path in MODULES if path.name != "__init__.py" and "trajectories" not in path.parts]
-    assert len(modules) <= 75
+    modules = [path for path in MODULES if path.name != "__init__.py"]
+    formats = [path for path in modules if path.parent.name in ("readers", "labels")]
+    assert len(modules) - len(formats) <= 110
 
 
 def test_functions_stay_short() -> None:

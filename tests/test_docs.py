@@ -12,6 +12,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")]
+PAGES += sorted(ROOT.glob("docs/*.md"))
 PROGRAMS = [
     *(name for name in LISTED if re.fullmatch(r"benchmarks/\w+\.py", name)
       and '__name__ == "__main__"' in (ROOT / name).read_text(encoding="utf-8")),
