@@ -197,7 +197,7 @@ step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"
 if [[ -n $demo && -z $validate ]]; then
     echo "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only"
 fi
-if [[ -n $raw_runs && -z $validate ]]; then # the judge above knows prompts with summaries by strong judges, not raw runs
+if [[ -n $raw_runs && -z $validate ]]; then # the judge above learnt from prompts that raw runs lack
     printf '\nNext, a judge of raw runs. It learns from labelled ones:\n\n'
     step "$python" import_trajectories.py examples/labelled_runs.jsonl --labels column --label-key labels \
         --output demo/labelled_steps.jsonl

@@ -65,3 +65,15 @@ def at(tree: Any, *path: str) -> Any:
     for name in path:
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
+
+
+def nested(span: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A span whose own fields are dotted names too (`attributes.llm.…`), as Phoenix's data frames have them."""
+    return undotted(span) if any(str(key).startswith("attributes.") for key in span) else span
+
+
+def offered(attributes: Mapping[str, Any]) -> list[Any]:
+    """The tools that OpenInference lists, each as the JSON schema that the model got."""
+    listed = at(attributes, "llm", "tools")
+    found = [undotted(each) for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    return [parsed(at(each, "tool", "json_schema")) for each in found]

@@ -181,3 +181,13 @@ def test_items_of_the_responses_api_need_no_type_for_messages(read: Read) -> Non
 def test_unknown_lines_of_codex_are_counted(read: Read) -> None:
     (run,) = read(*EXAMPLES["codex"], {"timestamp": "…", "type": "new_kind", "payload": {}})
     assert run.lost["entries of type new_kind"] == 1
+
+
+def test_codex_lines_that_are_not_objects_are_counted(read: Read) -> None:
+    """They hold nothing that could be placed, but they are not dropped silently."""
+    items = [
+        {"type": "response_item", "payload": {"type": "message", "role": role, "content": "text"}}
+        for role in ("user", "assistant")
+    ]
+    (run,) = read({"type": "session_meta", "payload": {"id": "s"}}, 7, None, *items)
+    assert len(run.steps) == 1 and run.lost["lines that are not objects"] == 2

@@ -97,11 +97,11 @@ def _ids(event: Event, kind: str, key: str) -> Iterator[str]:
 def _add(turns: list[Turn], event: Event, index: int, answers: dict[str, int], lost: Counter[str]) -> None:
     """Append the turns of an event, or what it adds to an answer that has begun (`answers`: where, by message id)."""
     if not recognises(event):
-        if event.get("type") not in _BOOKKEEPING:
-            lost[f"entries of type {str(event.get('type'))[:40]}"] += 1
+        lost[f"entries of type {str(event.get('type'))[:40]}"] += event.get("type") not in _BOOKKEEPING
         return
     message = event["message"]
-    if event.get("isMeta") or event.get("isApiErrorMessage") or _INJECTED.match(_plain(message)):
+    injected = isinstance(message.get("content"), str) and _INJECTED.match(message["content"])
+    if event.get("isMeta") or event.get("isApiErrorMessage") or injected:
         lost["messages of the program"] += 1
         return
     if event.get("isCompactSummary") and any(turn.role == "agent" for turn in turns):
@@ -115,11 +115,6 @@ def _add(turns: list[Turn], event: Event, index: int, answers: dict[str, int], l
     if event["type"] == "assistant" and message.get("id"):
         answers[message["id"]] = len(turns)
     turns += found
-
-
-def _plain(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    return content if isinstance(content, str) else ""
 
 
 READER = Reader("claude-code", recognises, every=read)

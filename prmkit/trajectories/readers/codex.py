@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prmkit.trajectories.content import Parts, as_text, read_call
+from prmkit.trajectories.content import Parts, as_text, mapping, read_call
 from prmkit.trajectories.run import Keys, Reader, Run, Turn, Values, joined
 from prmkit.trajectory import Call, Result
 
@@ -21,7 +21,7 @@ _INJECTED = re.compile(
 )
 _CALLS = {"function_call", "custom_tool_call", "local_shell_call", "tool_search_call", "web_search_call"}
 _REPEATED = {"event_msg", "turn_context", "None"}
-"""Kinds of lines that repeat for the display what the items say; those without a kind open and close older files."""
+"""They repeat for the display what the items say; lines without a kind open and close older files."""
 _OUTPUTS = {"function_call_output", "custom_tool_call_output", "tool_search_output", "mcp_tool_call_output"}
 
 
@@ -39,12 +39,13 @@ def read(values: Values, _keys: Keys) -> Iterator[Run]:
     lost: Counter[str] = Counter()
     run = Run([], lost)
     for index, (line, value) in enumerate(values):
+        run.line = run.line or line
         if not isinstance(value, dict):
+            lost["lines that are not objects"] += 1
             continue
         kind, payload = _kind(value), value.get("payload")
-        run.line = run.line or line
         if kind == "session_meta" and isinstance(payload, dict):
-            run.trajectory_id = str(payload["id"]) if payload.get("id") and not run.trajectory_id else run.trajectory_id
+            run.trajectory_id = run.trajectory_id or as_text(payload.get("id")) or None
         elif kind == "response_item" and isinstance(payload, dict):
             _add(run, payload, index)
         elif payload is None and kind in {"message", "reasoning"} | _CALLS | _OUTPUTS:
@@ -60,10 +61,7 @@ def turns_of_items(items: Sequence[Any], lost: Counter[str]) -> list[Turn]:
     """The turns of a list of items of the Responses API."""
     run = Run([], lost)
     for index, item in enumerate(items):
-        if isinstance(item, dict):
-            _add(run, item, index)
-        else:
-            lost["entries that are not messages"] += 1
+        _add(run, mapping(item), index)
     return run.turns
 
 
@@ -100,23 +98,22 @@ def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
         parts = Parts(lost)
         parts.add(output.get("content", output) if isinstance(output, dict) else output)
         failed = isinstance(output, dict) and output.get("success") is False
-        run.turns.append(
-            Turn("tool", results=(Result(parts.text(), as_text(item.get("call_id")) or None, failed),), index=index)
-        )
+        result = Result(parts.text(), as_text(item.get("call_id")) or None, failed)
+        run.turns.append(Turn("tool", results=(result,), index=index))
     else:
         lost[f"items of type {kind[:40]}"] += 1
 
 
 def _open(run: Run) -> bool:
-    """Whether the last turn is an answer that may go on."""
+    """Whether the last turn is an answer that may continue."""
     return bool(run.turns) and run.turns[-1].role == "agent"
 
 
 def _continue(run: Run, more: Turn, *, new: bool) -> None:
     if new or not _open(run):
         run.turns.append(more)
-        return
-    run.turns[-1] = joined(run.turns[-1], more)
+    else:
+        run.turns[-1] = joined(run.turns[-1], more)
 
 
 def _call(item: Mapping[str, Any], lost: Counter[str]) -> Call | None:

@@ -8,7 +8,7 @@ events of the span; OpenInference numbers them too, as `llm.input_messages.0.mes
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.attributes import at, attributes_of, parsed, undotted
+from prmkit.trajectories.attributes import at, attributes_of, nested, offered, parsed, undotted
 from prmkit.trajectories.beside import tools_of
 from prmkit.trajectories.content import as_text, mapping
 from prmkit.trajectories.run import Keys, Reader, Run, Values
@@ -24,7 +24,7 @@ def recognises(value: Any) -> bool:
         return False
     if isinstance(value.get("resourceSpans") or value.get("resource_spans"), list):
         return True
-    value = _nested(value)
+    value = nested(value)
     if "attributes" not in value or not (
         {"name", "context", "trace_id", "traceId", "span_id", "spanId"} & value.keys()
     ):
@@ -48,24 +48,19 @@ def _calls(value: Any) -> Iterator[ModelCall]:
             context = mapping(span.get("context"))
             trace = span.get("traceId") or span.get("trace_id") or context.get("trace_id")
             time = span.get("startTimeUnixNano") or span.get("start_time") or span.get("startTime")
-            tools = at(attributes, "gen_ai", "tool", "definitions") or _offered(attributes)
+            tools = at(attributes, "gen_ai", "tool", "definitions") or offered(attributes)
             yield ModelCall(as_text(trace), as_text(time), messages, tools)
 
 
 def _spans(value: Any) -> Iterator[Span]:
     resources = (value.get("resourceSpans") or value.get("resource_spans")) if isinstance(value, dict) else None
     if not isinstance(resources, list):
-        if isinstance(value, dict) and "attributes" in (span := _nested(value)):
+        if isinstance(value, dict) and "attributes" in (span := nested(value)):
             yield span
         return
     for resource in resources:
         for scope in resource.get("scopeSpans") or resource.get("scope_spans") or ():
             yield from (span for span in scope.get("spans") or () if isinstance(span, dict))
-
-
-def _nested(span: Span) -> Span:
-    """A span whose own fields are dotted names too (`attributes.llm.…`), as Phoenix's data frames have them."""
-    return undotted(span) if any(str(key).startswith("attributes.") for key in span) else span
 
 
 def _genai(attributes: Mapping[str, Any], span: Span) -> list[Any]:
@@ -105,12 +100,6 @@ def _openinference(attributes: Mapping[str, Any]) -> list[Any]:
             if isinstance(message, dict):
                 found.append(_openinference_message(message))
     return found
-
-
-def _offered(attributes: Mapping[str, Any]) -> list[Any]:
-    listed = at(attributes, "llm", "tools")
-    found = [undotted(each) for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    return [parsed(at(each, "tool", "json_schema")) for each in found]
 
 
 def _openinference_message(message: Mapping[str, Any]) -> dict[str, Any]:
