@@ -13,6 +13,7 @@ the model, 15 here, because a leaf's probability is read at its parent.
 """
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -214,6 +215,7 @@ def _distribution(shares: Sequence[float], label_mass: float, reach: float | Non
             for limit in BAD_BELOW
         },
         reach=reach,
+        shares=array("d", shares),
     )
 
 

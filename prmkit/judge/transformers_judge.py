@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,11 @@ class Judge:
         Raises:
             UsageError: expected scores cannot be read from this tokenizer, template or architecture.
         """
+        chains_of: Callable[[Sequence[Prepared]], list[list[int]]]
         if mode == "expected":
             check_architecture(self.model)
-            chains_of, answer = _chains, partial(self._expected, min_label_mass=min_label_mass)
+            chains_of = partial(_chains, side_by_side=self.model.device.type != "cpu")
+            answer = partial(self._expected, min_label_mass=min_label_mass)
         else:
             chains_of, answer = _single_chains, partial(self._generated, max_new_tokens=max_new_tokens)
         return judgements_in_order(
@@ -131,17 +134,26 @@ def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
 Answer = Callable[[Sequence[Chain]], list[list[Judgement]]]
 
 
-def _chains(ready: Sequence[Prepared]) -> list[list[int]]:
+def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]:
     """Indices of prompts in the order of their tokens, cut where a prompt shares little with the one before.
 
     In this order no earlier prompt shares more with a prompt than the one just before it. The steps of a trajectory
-    share most of their tokens. Prompts with less than a third in common, which may be the rubric, run side by side
-    instead: a GPU does that in less time.
+    share most of their tokens.
+
+    Args:
+        ready: the prompts.
+        side_by_side: what all prompts share, such as the rubric, does not count: a batch runs that once for all its
+            rows, and a GPU runs rows side by side in the time of one. A CPU takes as long either way, and longer for
+            rows of different lengths.
     """
     chains: list[list[int]] = []
-    for index in sorted(range(len(ready)), key=lambda index: (len(ready[index].shape.keys), ready[index].ids)):
+    order = sorted(range(len(ready)), key=lambda index: (len(ready[index].shape.keys), ready[index].ids))
+    shared = [_shared(ready[one], ready[other]) for one, other in pairwise(order)]
+    by_all = min(shared, default=0) if side_by_side else 0
+    for index, in_common in zip(order, [0, *shared], strict=False):
         this, last = ready[index], ready[chains[-1][-1]] if chains else None
-        if last and len(last.shape.keys) == len(this.shape.keys) and _shared(last, this) >= len(this.ids) / 3:
+        is_next = last is not None and len(last.shape.keys) == len(this.shape.keys)
+        if is_next and in_common - by_all >= (len(this.ids) - by_all) / 3:
             chains[-1].append(index)
         else:
             chains.append([index])

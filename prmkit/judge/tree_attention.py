@@ -27,6 +27,9 @@ _TOKENS_A_PASS = 1024
 """Of all rows together, where a mask is needed. It bounds the memory for masks and for logits, of which each token has
 as many as the vocabulary has entries."""
 
+_MUCH_SHARED = 0.3
+"""Share of the longest prompt of a batch from which on its common beginning is run once for all rows."""
+
 
 def check_architecture(model: Any) -> None:
     """Reject architectures whose layers keep a running state instead of keys that a mask can hide.
@@ -122,8 +125,7 @@ class TokenTrees:
         self._crop(max((row.top for row in self._rows), default=-1) + 1)
         if self._slots == 0:
             self._run_first_prompts()
-        else:
-            self._run([self._rest_of_trunk(row) for row in self._rows])
+        self._run([self._rest_of_trunk(row) for row in self._rows])
 
     def read(self, questions: Sequence[Sequence[Question]]) -> list[list[Reading]]:
         """Answer the questions about every row's prompt in one go, however many there are a row."""
@@ -190,7 +192,11 @@ class TokenTrees:
     # --- running the model --------------------------------------------------------------------------------------------
 
     def _run_first_prompts(self) -> None:
-        """Fill an empty cache with the prompts but for their last tokens.
+        """Fill an empty cache with the prompts but for their last tokens; or where they share much, with that alone.
+
+        What all prompts begin with (the rubric) is run in one row, and copied to the others: the rest then costs as
+        much as if the prompts were that much shorter. It needs a mask, though, which costs more than it saves where
+        the prompts share little.
 
         The padding is on the right, where causal attention keeps it from being seen: no mask is needed, so that the
         fastest kernels can be used. No row's tree contains the padding's slots, so nothing sees them later either.
@@ -198,15 +204,22 @@ class TokenTrees:
         import numpy as np
         import torch
 
-        width = max(len(row.prompt) - 1 for row in self._rows)
-        ids = np.zeros((len(self._rows), width), dtype=np.int64)
+        prompts = [row.prompt[:-1] for row in self._rows]
+        shared = min(common_length(prompts[0], prompt) for prompt in prompts)
+        width = max(map(len, prompts))
+        if len(prompts) > 1 and shared >= width * _MUCH_SHARED:
+            prompts, width = [prompts[0][:shared]], shared
+        ids = np.zeros((len(prompts), width), dtype=np.int64)
+        for index, prompt in enumerate(prompts):
+            ids[index, : len(prompt)] = prompt
         for index, row in enumerate(self._rows):
-            ids[index, : len(row.prompt) - 1] = row.prompt[:-1]
-            row.trunk = list(range(len(row.prompt) - 1))
+            row.trunk = list(range(len(prompts[min(index, len(prompts) - 1)])))
         if width:
             self._positions = np.tile(np.arange(width), (len(self._rows), 1))
             with torch.inference_mode():
                 self._forward(torch.from_numpy(ids), logits_to_keep=1)
+                if len(prompts) < len(self._rows):
+                    self._cache.batch_repeat_interleave(len(self._rows))
 
     def _run(self, added: Sequence[_Additions]) -> list[list[float]]:
         """Run the additions of all rows side by side, in as many passes as they need, and read what is wanted.
@@ -217,6 +230,8 @@ class TokenTrees:
         import torch
 
         values = [[0.0] * len(additions.wanted) for additions in added]
+        if not any(additions.tokens for additions in added):
+            return values
         most = max(1, _TOKENS_A_PASS // len(added))
         with torch.inference_mode():
             for first in range(0, max(len(additions.tokens) for additions in added), most):

@@ -63,6 +63,9 @@ class Distribution:
     reach: float | None = None
     """The probability of everything that was forced on the model before this score: the beginning of the verdict up to
     here, without the scores in it. None for a score that was read from generated text."""
+    shares: Sequence[float] | None = None
+    """The probabilities of 0.00, 0.01, … 1.00 given that the judge writes a score; they add up to 1. None for a score
+    that was read from text."""
 
 
 @dataclass(frozen=True)

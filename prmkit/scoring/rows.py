@@ -15,7 +15,7 @@ from prmkit.judge.batching import digest
 from prmkit.judge.scorer import DEFAULT_RUN, ShapeOf
 from prmkit.judge.types import Request
 from prmkit.paths import REPORT
-from prmkit.prompts.step import Rubric, load_rubric, step_prompts
+from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
 from prmkit.rows import STDIN, InputRow, Line, Rejected, parse_line, read_row
 from prmkit.trajectories.documents import Broken, Document
 from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_page
@@ -67,14 +67,15 @@ def read_rows(lines: Iterable[Line], shape_of: ShapeOf) -> Iterator[Row]:
             yield Row(line.number, reason=f"line {line.number}: {rejected.reason}")
             continue
         try:
-            yield _row(read_row(value, line), line.number, shape_of)
+            yield prompt_row(read_row(value, line), line.number, shape_of)
         except Rejected as rejected:
             identity = value.get("id") if isinstance(value, dict) else None
             known = identity if isinstance(identity, str | int) else None
             yield Row(line.number, known, reason=f"line {line.number}: {rejected.reason}")
 
 
-def _row(row: InputRow, number: int, shape_of: ShapeOf) -> Row:
+def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> Row:
+    """A prompt as a row to score; `reason` says so where it is not known which scores it asks for."""
     shape = shape_of(row.prompt, row.evaluation_type)
     return Row(
         number,
@@ -147,6 +148,23 @@ def check_rubric(rubric: Rubric, learnt: Sequence[str] | None, judge: str) -> No
         )
 
 
+def step_row(run: Trajectory, prompt: StepPrompt, rubric: Rubric, number: int) -> Row:
+    """One step of a run as a row to score."""
+    shape = asked_shape(prompt.text)
+    step = prompt.step.n
+    return Row(
+        number,
+        f"{run.trajectory_id}#{step}",
+        Request(prompt.text, shape) if shape else None,
+        None if shape else "the rubric asks for no score",
+        {"step": step, "evaluation_type": "clip"} | step_metadata(run, step, rubric),
+        run.task_id,
+        run.trajectory_id,
+        step,
+        is_step=True,
+    )
+
+
 @dataclass
 class RunsToScore:
     """The steps of runs as rows, and the first runs with their results, for table and page."""
@@ -176,26 +194,12 @@ class RunsToScore:
                 self._first[run.trajectory_id] = run
             for prompt in step_prompts(run, self.rubric):
                 number += 1
-                yield self._row(run, prompt.step.n, prompt.text, number)
+                yield step_row(run, prompt, self.rubric, number)
         warn_of_losses(reports)
         for line in totals(reports):
             log.info(line)
         if not number:
             raise DataError(f"{self.name}: no run was read.")
-
-    def _row(self, run: Trajectory, step: int, prompt: str, number: int) -> Row:
-        shape = asked_shape(prompt)
-        return Row(
-            number,
-            f"{run.trajectory_id}#{step}",
-            Request(prompt, shape) if shape else None,
-            None if shape else "the rubric asks for no score",
-            {"step": step, "evaluation_type": "clip"} | step_metadata(run, step, self.rubric),
-            run.task_id,
-            run.trajectory_id,
-            step,
-            is_step=True,
-        )
 
     def add(self, row: Row, result: Any) -> None:
         """Keep the result of a row, if its run is one of the first."""

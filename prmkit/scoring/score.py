@@ -167,15 +167,16 @@ def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: J
             if earlier is not None:
                 yield row, {**earlier, "metadata": row.metadata}
             elif row.request_hash:
-                line = _result(row, *known[row.request_hash], with_text=job.summaries)
+                line = result_line(row, *known[row.request_hash], with_text=job.summaries)
                 evaluation_type = row.metadata.get("evaluation_type")
                 yield row, job.abstention.add_interval(line, evaluation_type) if job.abstention else line
             else:
-                line = _result(row, Judgement("error", reason=row.reason))
+                line = result_line(row, Judgement("error", reason=row.reason))
                 yield row, job.abstention.add_interval(line, None) if job.abstention else line
 
 
-def _result(row: Row, judgement: Judgement, text: str | None = None, *, with_text: bool = False) -> Result:
+def result_line(row: Row, judgement: Judgement, text: str | None = None, *, with_text: bool = False) -> Result:
+    """The line of the output for one row."""
     line = {
         "id": row.id,
         "scores": {key: rounded(distribution.mean) for key, distribution in judgement.scores.items()},

@@ -15,6 +15,7 @@ import torch
 from families import FLAT, STEPS, prompt, prompts
 
 import prmkit.judge.score_trie as score_trie_module
+import prmkit.judge.transformers_judge as transformers_judge_module
 import prmkit.judge.tree_attention as tree_attention_module
 from prmkit.errors import DataError, UsageError
 from prmkit.files import write_json
@@ -232,6 +233,21 @@ def test_rows_of_unequal_trajectories_do_not_mix(judge: Judge) -> None:
     for batch_size in (2, 8):
         together = [judgement.score for judgement in judge.score(asked, batch_size=batch_size)]
         assert together == pytest.approx(alone, abs=EXACT)
+
+
+def test_what_all_prompts_begin_with_is_run_once_for_rows_side_by_side(judge: Judge, monkeypatch) -> None:
+    """As on a GPU: the rubric in one row, then copied; the steps of a run still follow each other."""
+    chains = transformers_judge_module._chains
+    monkeypatch.setattr(transformers_judge_module, "_chains", lambda ready, **_: chains(ready, side_by_side=True))
+    rubric = "The rubric: a step is good when it helps the task, and bad when it repeats a failed call. " * 4
+    runs = [[replace(each, prompt=f"{rubric}{name}: {each.prompt}") for each in growing_requests(4)] for name in "AB"]
+    asked = [*runs[0], *runs[1]]
+    alone = [next(judge.score([request])).score for request in asked]
+    counts = counted_tokens(judge, monkeypatch)
+    together = [judgement.score for judgement in judge.score(asked)]
+    assert together == pytest.approx(alone, abs=EXACT)
+    ids = [judge.encoding.prompt_ids(request.prompt)[:-1] for request in asked]
+    assert counts[0] == min(common_length(ids[0], each) for each in ids)  # once, in one row
 
 
 def test_requests_are_read_as_they_are_needed(judges: dict[str, Judge]) -> None:

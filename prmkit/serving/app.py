@@ -1,0 +1,281 @@
+"""The endpoints over HTTP: routes, limits, keys, and the status of every error."""
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from prmkit.errors import PrmkitError
+from prmkit.serving.engine import Busy, Stopping
+from prmkit.serving.service import NoReward, Service
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+log = logging.getLogger("prmkit")
+
+PAGE = Path(__file__).with_name("page.html")
+_OPEN = {"/", "/health", "/ready", "/openapi.json", "/docs"}
+"""Paths that need no key: they show nothing of the judge or of what it is asked."""
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may cost."""
+
+    body: int = 32 << 20
+    """Bytes."""
+    key: str | None = None
+    """The bearer key that clients must send; None for no key."""
+    drain: float = 30.0
+    """Seconds for what was taken when the server is stopped."""
+
+
+def make_app(service: Service, limits: Limits) -> Any:
+    """The application, as uvicorn runs it."""
+    from fastapi import FastAPI
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    routes = _Routes(service)
+    app = FastAPI(
+        title="prmkit",
+        summary=f"Scores of agent steps by {service.name}.",
+        lifespan=_lifespan(service, routes, limits),
+        openapi_tags=[{"name": "scores"}, {"name": "rewards"}, {"name": "server"}],
+    )
+    _add_routes(app, routes)
+    for error in (PrmkitError, NoReward, Busy, Stopping, RequestValidationError, HTTPException):
+        app.add_exception_handler(error, _handle)
+    return Guard(app, service, limits)
+
+
+def _lifespan(service: Service, routes: "_Routes", limits: Limits) -> Callable[[Any], Any]:
+    @asynccontextmanager
+    async def lifespan(_app: Any) -> AsyncIterator[None]:
+        worker = asyncio.create_task(service.engine.run())
+        canary = asyncio.create_task(routes.score_canary())
+        yield
+        if not await service.engine.drain(limits.drain):
+            log.warning("stopped with %d prompts that were not judged in time", service.engine.depth)
+        for task in (canary, worker):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    return lifespan
+
+
+class _Routes:
+    """The handlers. Their parameters are what FastAPI reads from a request."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._canary: dict[str, Any] | None = None
+
+    async def score(self, body: dict[str, Any]) -> Any:
+        """Score ready prompts, or steps given as task, history and step. One that cannot be scored says why."""
+        return await self._service.score(body)
+
+    async def score_trajectory(
+        self,
+        body: dict[str, Any] | list[Any],
+        format: str | None = None,
+        gamma: float = 1.0,
+        bad_below: float | None = None,
+    ) -> Any:
+        """Score every step of a run in any form that `import_trajectories.py` reads, such as OpenAI messages."""
+        return await self._service.score_trajectory(body, format, gamma, bad_below)
+
+    async def get_reward(self, body: dict[str, Any]) -> Any:
+        """Rewards as OpenRLHF asks for them: finite numbers, or 503."""
+        return await self._service.rewards(body)
+
+    async def reward(self, body: dict[str, Any]) -> Any:
+        """The reward of one sample as slime asks for it (`--reward-key score`)."""
+        return await self._service.reward(body)
+
+    async def systemone(self, body: dict[str, Any]) -> Any:
+        """Typed questions about a state, answered with probabilities."""
+        return await self._service.systemone(body)
+
+    async def health(self) -> dict[str, str]:
+        """Whether the process is alive."""
+        return {"status": "ok"}
+
+    async def ready(self) -> Any:
+        """Whether the judge is loaded and has scored a first prompt."""
+        from fastapi.responses import JSONResponse
+
+        return JSONResponse(self._canary or {"status": "loading"}, 200 if self._is_ready() else 503)
+
+    def _is_ready(self) -> bool:
+        return self._canary is not None and self._canary["status"] in ("ok", "unsure")
+
+    async def score_canary(self) -> None:
+        """Score one small prompt: it loads the judge, and shows that it works before a client needs it."""
+        step = {"role": "assistant", "content": "4"}
+        prompt = 'Judge this step: 2 + 2 is 4. Answer with {"step_score": <score>}'
+        has_rubric = self._service.rubric is not None
+        asked = {"task": "What is 2 + 2?", "step": step} if has_rubric else {"prompt": prompt}
+        line = (await self._service.score({"steps": [asked]}))["results"][0]
+        self._canary = {"judge": self._service.name, **{key: line[key] for key in ("status", "score", "reason")}}
+        level = logging.INFO if self._is_ready() else logging.WARNING
+        log.log(level, "first prompt: %s", line["reason"] or line["status"])
+
+    async def models(self) -> dict[str, Any]:
+        """The one model there is, as OpenAI lists models."""
+        return {"object": "list", "data": [{"id": self._service.name, "object": "model", "owned_by": "prmkit"}]}
+
+    async def metrics(self) -> Any:
+        """Prometheus metrics."""
+        from fastapi.responses import Response
+
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def page(self) -> Any:
+        """A page to paste a run into."""
+        from fastapi.responses import HTMLResponse
+
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+
+_MESSAGES = [
+    {"role": "user", "content": "Cancel order 17."},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "get_order", "arguments": '{"id": 17}'}, "id": "c1"}]},
+    {"role": "tool", "tool_call_id": "c1", "content": "status: shipped"},
+    {"role": "assistant", "content": "It has shipped, so it cannot be cancelled."},
+]
+_EXAMPLES: Mapping[str, Any] = {
+    "score": {"steps": [{"task": "Cancel order 17.", "history": _MESSAGES[1:3], "step": _MESSAGES[3]}]},
+    "score_trajectory": {"messages": _MESSAGES},
+    "get_reward": {
+        "query": ["<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"],
+        "prompts": ["<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"],
+        "labels": [""],
+    },
+    "reward": {"prompt": "What is 2 + 2?", "response": "4", "label": ""},
+    "systemone": {
+        "state": {"task": "What is 2 + 2?", "output": "4"},
+        "questions": {"step_score": {"type": "score", "criteria": ["bad", "neutral", "good"]}},
+    },
+}
+
+
+def _add_routes(app: "FastAPI", routes: _Routes) -> None:
+    for name, path, tag in (
+        ("score", "/v1/score", "scores"),
+        ("score_trajectory", "/v1/score_trajectory", "scores"),
+        ("systemone", "/v1/systemone", "scores"),
+        ("get_reward", "/get_reward", "rewards"),
+        ("reward", "/reward", "rewards"),
+    ):
+        example = {"requestBody": {"content": {"application/json": {"example": _EXAMPLES[name]}}}}
+        app.add_api_route(path, getattr(routes, name), methods=["POST"], tags=[tag], openapi_extra=example)
+    for name, path in (("health", "/health"), ("ready", "/ready"), ("models", "/v1/models"), ("metrics", "/metrics")):
+        app.add_api_route(path, getattr(routes, name), methods=["GET"], tags=["server"])
+    app.add_api_route("/", routes.page, methods=["GET"], include_in_schema=False)
+
+
+async def _handle(_request: Any, error: Exception) -> Any:
+    """One form for all errors. 503, never 429: some trainers do not retry 4xx."""
+    from fastapi.responses import JSONResponse
+
+    status, message = getattr(error, "status_code", 503), str(error)
+    match error:
+        case PrmkitError():
+            status = 422
+        case Busy():
+            message = "the queue is full"
+        case Stopping():
+            message = "the server is shutting down"
+        case _ if hasattr(error, "errors"):  # of FastAPI: what is wrong with which part
+            status = 422
+            message = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
+        case _:
+            message = str(getattr(error, "detail", message))
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse({"error": message}, status, headers)
+
+
+class Guard:
+    """Around the application: the key, the size of bodies, request ids, and the count of every request."""
+
+    def __init__(self, app: Any, service: Service, limits: Limits) -> None:
+        """Guard an ASGI application."""
+        self._app, self._service, self._limits = app, service, limits
+        self._paths = {route.path for route in app.routes if hasattr(route, "path")}
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI wants it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        identity = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        started, status = time.perf_counter(), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+            await send(message)
+
+        try:
+            if fault := self._fault(scope, headers):
+                await _refuse(answer, *fault)
+            else:
+                await self._app(scope, self._limited(receive), answer)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._service.metrics.requests.labels(path, str(status)).inc()
+            self._service.metrics.seconds.labels(path).observe(time.perf_counter() - started)
+
+    def _fault(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
+        if self._limits.key and scope["path"] not in _OPEN:
+            sent = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(sent, b"Bearer " + self._limits.key.encode()):
+                return 401, "send the server's key: Authorization: Bearer …"
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._limits.body:
+            return 413, f"the body is larger than {self._limits.body:,} bytes"
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Counts a body as it comes in: one that is sent in chunks announces no length."""
+        from starlette.exceptions import HTTPException
+
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._limits.body:
+                raise HTTPException(413, f"the body is larger than {self._limits.body:,} bytes")
+            return message
+
+        return limited
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    body = orjson.dumps({"error": message})
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

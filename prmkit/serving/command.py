@@ -1,0 +1,121 @@
+"""The work behind `serve_judge.py`: the judge that was named, behind a port."""
+
+import argparse
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
+from prmkit.judge.scorer import DEFAULT_RUN, Scorer, ShapeOf, scorer_of
+from prmkit.prompts.step import Rubric, load_rubric
+from prmkit.scoring.rows import check_rubric, known_keys
+from prmkit.scoring.score import abstention_of
+from prmkit.serving.app import Limits, make_app
+from prmkit.serving.engine import Engine
+from prmkit.serving.metrics import Metrics, held_out_scores
+from prmkit.serving.service import Service
+
+log = logging.getLogger("prmkit")
+
+
+def serve(arguments: argparse.Namespace) -> ExitCode:
+    """Serve until a signal comes; what was taken by then is answered.
+
+    Raises:
+        DataError: there is no such judge, or the port is taken.
+        UsageError: the arguments contradict each other, or the key's variable is empty.
+        Interrupted: SIGTERM or SIGINT came, as always in the end.
+    """
+    scorer = scorer_of(arguments)
+    service = _service(arguments, scorer)
+    limits = Limits(arguments.max_body << 20, _key(arguments.key_env), arguments.drain)
+    service.engine.load()  # a judge that cannot be loaded is an error now, not when the first client comes
+    with _bind(arguments.host, arguments.port) as listening:
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        log.info("%s on http://%s:%d (stop with Ctrl-C)", service.name, shown, port)
+        return _run(make_app(service, limits), listening, arguments.drain)
+
+
+def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
+    name = str(arguments.run or arguments.model or DEFAULT_RUN)
+    rubric, why_not = _rubric(arguments.rubric, scorer, name)
+    engine = Engine(
+        scorer,
+        arguments.mode,
+        window=arguments.window / 1000,
+        limit=arguments.queue,
+        patience=arguments.queue_timeout,
+    )
+    run = None if scorer.endpoint or arguments.model else arguments.run or DEFAULT_RUN
+    metrics = Metrics(lambda: engine.depth, held_out_scores(run))
+    engine.on_batch = metrics.count_batch
+    engine.on_cache_hit = metrics.cache_hits.inc
+    return Service(
+        name=Path(name).name or name,
+        engine=engine,
+        metrics=metrics,
+        shape_of=ShapeOf((), known_keys(arguments.data)),
+        rubric=rubric,
+        why_no_rubric=why_not,
+        abstention=abstention_of(scorer, arguments.mode, arguments.interval, arguments.abstain_above),
+        bad_below=arguments.bad_below,
+        aggregate=arguments.aggregate,
+        unscored=arguments.unscored,
+    )
+
+
+def _rubric(path: Path | None, scorer: Scorer, judge: str) -> tuple[Rubric | None, str]:
+    """What the judge is asked about steps; or None and why, for a judge of ready prompts."""
+    rubric = load_rubric(path)
+    try:
+        check_rubric(rubric, scorer.source.rubrics, judge)
+    except UsageError as error:
+        if path is not None or scorer.source.rubrics:
+            raise  # another rubric than the one that it was trained with
+        log.warning("%s Until then, only prompts in /v1/score.", error)
+        return None, str(error)
+    return rubric, ""
+
+
+def _key(name: str | None) -> str | None:
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise UsageError(f"--key-env {name}: the variable is empty. Set it to the key that clients must send.")
+    return key
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(2048)  # from here on clients wait for the server to start, and are not refused
+    except (OSError, OverflowError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{host}:{port}: {reason}. Choose another --port or --host.") from error
+    return listening
+
+
+def _run(app: Any, listening: socket.socket, drain: float) -> ExitCode:
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        lifespan="on",
+        timeout_graceful_shutdown=int(drain) + 1,
+        timeout_keep_alive=75,
+        server_header=False,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except Interrupted as error:  # uvicorn raises the signal again when everything is answered
+        raise Interrupted("Stopped; every request that was taken is answered.", error.exit_code) from None
+    return ExitCode.DONE

@@ -1,0 +1,119 @@
+"""What `/metrics` shows, in Prometheus' text format."""
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from prmkit.judge.types import Judgement
+
+_RECENT = 1000
+"""Scores that drift is computed from."""
+_FEWEST = 200
+"""Below this many on either side, drift is not a number."""
+_BINS = 10
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SHARES = tuple(step / 10 for step in range(1, 11))
+
+
+class Metrics:
+    """Counters and histograms of one server."""
+
+    def __init__(self, depth: Callable[[], int], reference: Sequence[float]) -> None:
+        """Begin at zero.
+
+        Args:
+            depth: how many prompts wait or are being judged.
+            reference: scores of the judge on its held-out rows; empty where they are not known.
+        """
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self._registry = registry = CollectorRegistry()
+        self._reference = sorted(reference)
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self.requests = Counter(
+            "prmkit_requests", "Requests by path and HTTP status.", ["path", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "prmkit_request_seconds", "Time until an answer.", ["path"], buckets=_SECONDS, registry=registry
+        )
+        self.steps = Counter("prmkit_steps", "Prompts that were judged, by status.", ["status"], registry=registry)
+        self.cache_hits = Counter("prmkit_cache_hits", "Prompts that were judged before.", registry=registry)
+        self.batch_size = Histogram(
+            "prmkit_batch_size", "Prompts judged together.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+        )
+        self.batch_seconds = Histogram(
+            "prmkit_batch_seconds", "Time of one batch in the model.", buckets=_SECONDS, registry=registry
+        )
+        self.score = Histogram("prmkit_score", "Scores of steps.", buckets=_SHARES, registry=registry)
+        self.label_mass = Histogram(
+            "prmkit_label_mass", "Probability of any score at all.", buckets=_SHARES, registry=registry
+        )
+        self.unscored_rewards = Counter(
+            "prmkit_unscored_rewards", "Rewards that were asked for and not computed.", ["answer"], registry=registry
+        )
+        Gauge("prmkit_queue_depth", "Prompts that wait or are being judged.", registry=registry).set_function(depth)
+        drift = Gauge(
+            "prmkit_drift_psi",
+            f"Population stability index of the last {_RECENT} scores against the held-out ones; NaN below {_FEWEST}.",
+            registry=registry,
+        )
+        drift.set_function(lambda: population_stability(self._reference, list(self._recent)))
+
+    def count(self, judgement: Judgement) -> None:
+        """Count one judged prompt."""
+        self.steps.labels(judgement.status).inc()
+        if judgement.score is not None:
+            self.score.observe(judgement.score)
+            self._recent.append(judgement.score)
+        if judgement.label_mass is not None:
+            self.label_mass.observe(judgement.label_mass)
+
+    def count_batch(self, size: int, seconds: float) -> None:
+        """Count one batch that went through the model."""
+        self.batch_size.observe(size)
+        self.batch_seconds.observe(seconds)
+
+    def text(self) -> bytes:
+        """Everything, as Prometheus reads it."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self._registry)
+
+
+def population_stability(reference: Sequence[float], recent: Sequence[float]) -> float:
+    """The population stability index of two samples of scores: sum of (q - p) ln(q / p) over the reference's deciles.
+
+    A rule of thumb calls 0.1 a small and 0.25 a large change. Half a count in each bin keeps the logarithm finite.
+    Source: B. Yurdakul, Statistical Properties of Population Stability Index (2018).
+
+    Args:
+        reference: sorted scores, 0 to 1.
+        recent: scores in any order.
+
+    Returns:
+        0 and above; NaN where a sample has fewer than 200 scores.
+    """
+    if min(len(reference), len(recent)) < _FEWEST:
+        return math.nan
+    borders = sorted({reference[len(reference) * place // _BINS] for place in range(1, _BINS)})
+    expected, found = ([0.5] * (len(borders) + 1) for _ in range(2))
+    for counts, scores in ((expected, reference), (found, recent)):
+        for score in scores:
+            counts[bisect_left(borders, score)] += 1
+    shares = [[count / sum(counts) for count in counts] for counts in (expected, found)]
+    return math.fsum((q - p) * math.log(q / p) for p, q in zip(*shares, strict=True))
+
+
+def held_out_scores(run: Path | None) -> list[float]:
+    """The scores that a run's evaluation gave to its held-out steps; empty where it was not measured."""
+    file = run / "evaluation" / "predictions.jsonl" if run else None
+    if file is None or not file.is_file():
+        return []
+    with file.open("rb") as stream:
+        lines: list[Any] = [orjson.loads(line) for line in stream if line.endswith(b"\n")]
+    return [line["score"] for line in lines if line.get("evaluation_type") == "clip" and line.get("score") is not None]

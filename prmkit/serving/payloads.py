@@ -1,0 +1,226 @@
+"""What clients send, as runs and steps: messages, whole runs in any form, and the plain text of RL trainers.
+
+A trainer sends what its policy read and wrote: one string with the special tokens of the policy's chat template. A
+judge that is given such a string as its prompt answers with noise, so it is taken apart into messages here, and judged
+through the same step prompts as in training. What cannot be taken apart is refused.
+"""
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from prmkit.errors import DataError
+from prmkit.trajectories.content import ROLES, is_message_list, turns_of
+from prmkit.trajectories.importing import FileReport, Options, read_runs
+from prmkit.trajectories.readers.tagged import turns_of_tags
+from prmkit.trajectories.run import Run, Turn, assemble
+from prmkit.trajectory import Trajectory
+
+_SOURCE = {"format": "http"}
+
+
+def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileReport]]:
+    """The runs in the body of a request, in any form that `import_trajectories.py` reads.
+
+    Args:
+        body: what a file of that form holds; the lines of a JSONL file as an array.
+        form: the name of the form; None to recognise it.
+
+    Raises:
+        DataError: there is no run in it.
+        UsageError: several forms fit, or no form has that name.
+    """
+    reports: list[FileReport] = []
+    with tempfile.TemporaryDirectory(prefix="prmkit-") as folder:
+        file = Path(folder) / "request.json"
+        file.write_bytes(orjson.dumps([body] if is_message_list(body) else body))
+        try:
+            runs = list(read_runs([file], Options(form), reports))
+        except DataError as error:
+            raise DataError(str(error).replace(str(file), "the request")) from None
+    if not runs:
+        reasons = [reason for report in reports for reason in report.unreadable]
+        raise DataError(f"the request has no run in it{': ' if reasons else '.'}{'; '.join(reasons)}")
+    return runs, reports
+
+
+def run_of_step(item: Mapping[str, Any]) -> Trajectory:
+    """The run up to one step: `task`, `history` and `step`, the last two as lists of messages.
+
+    The step is taken to be the last of its run if it calls no tool; `last` says otherwise.
+
+    Raises:
+        DataError: a part is missing or not of its form, or the agent says nothing in `step`.
+    """
+    task, history, step = item.get("task"), item.get("history") or [], item.get("step")
+    if not isinstance(task, str) or not task.strip():
+        raise DataError("task: what the agent was asked, as a string.")
+    step = [step] if isinstance(step, Mapping) else step
+    for name, messages in (("history", history), ("step", step)):
+        if messages != [] and not is_message_list(messages):
+            raise DataError(f'{name}: a list of messages, such as [{{"role": "assistant", "content": "…"}}].')
+    lost: Counter[str] = Counter()
+    before, now = turns_of(history, lost), turns_of(step or [], lost)
+    if not any(turn.role == "agent" for turn in now):
+        raise DataError("step: has no message of the agent.")
+    run = _run([*before, *now], task)
+    calls = run.steps[-1].calls
+    last = item.get("last", not calls)
+    return replace(run, steps=(*run.steps[:-1], replace(run.steps[-1], last=bool(last))))
+
+
+def _run(turns: Sequence[Turn], task: str | None) -> Trajectory:
+    numbered = [replace(turn, index=place) for place, turn in enumerate(turns)]
+    run = assemble(Run(numbered, task=task, trajectory_id="request"), _SOURCE)
+    if run is None:
+        raise DataError("the agent says and does nothing in it.")
+    return run
+
+
+# --- the text of a policy ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """How a family of chat templates writes messages."""
+
+    message: re.Pattern[str]
+    """One message: `role`, `text`, and `end`, empty where the message is still open."""
+    answer: str
+    """What an answer of the agent begins with."""
+
+
+def _chat(begin: str, roles: str, after: str, ends: Sequence[str], answer: str) -> _Chat:
+    end = "|".join(map(re.escape, ends))
+    role = begin.replace("ROLE", f"(?P<role>{roles})")
+    following = begin.replace("ROLE", f"(?:{roles})")
+    return _Chat(re.compile(f"{role}{after}(?P<text>.*?)(?P<end>{end}|(?={following})|\\Z)", re.DOTALL), answer)
+
+
+_ANY = "system|developer|user|assistant|tool|observation|ipython|model"
+_CHATS = (
+    _chat(r"<\|im_start\|>ROLE", _ANY, r"\n", ("<|im_end|>",), "<|im_start|>assistant\n"),
+    _chat(
+        r"<\|start_header_id\|>ROLE<\|end_header_id\|>", _ANY, r"\n*", ("<|eot_id|>", "<|eom_id|>"),
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    _chat(r"<start_of_turn>ROLE", _ANY, r"\n", ("<end_of_turn>",), "<start_of_turn>model\n"),
+    _chat(r"<｜ROLE｜>", "System|User|Assistant|Tool", "", ("<｜end▁of▁sentence｜>",), "<｜Assistant｜>"),
+    _chat(r"<\|ROLE\|>", _ANY, r"\n?", ("<|end|>", "<|endoftext|>", "</s>"), "<|assistant|>\n"),
+)  # fmt: skip
+"""ChatML (Qwen, many others), Llama 3, Gemma, DeepSeek, and Phi, Zephyr and GLM."""
+_MISTRAL = (
+    (re.compile(r"\[INST\]\s*"), "<|im_start|>user\n"),
+    (re.compile(r"\s*\[/INST\]\s*"), "<|im_end|>\n<|im_start|>assistant\n"),
+    (re.compile(r"\[TOOL_RESULTS\]\s*"), "<|im_end|>\n<|im_start|>tool\n"),
+    (re.compile(r"\s*\[/TOOL_RESULTS\]\s*"), "<|im_end|>\n<|im_start|>assistant\n"),
+    (re.compile(r"</s>"), "<|im_end|>\n"),
+)
+"""Mistral marks only the user's turns; rewritten as ChatML, an answer has an end, too."""
+_NOT_TEXT = re.compile(
+    r"<\|(?:begin_of_text|endoftext|end_of_text)\|>|<s>|</s>|<bos>|<eos>|<pad>|<｜begin▁of▁sentence｜>"
+)
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_ANSWER = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
+_TAGS = re.compile(r"<(?:think|tool_call|result|answer)>")
+
+
+def run_of_policy(prompt: str | Sequence[Any], written: str, *, whole: bool) -> tuple[Trajectory, int]:
+    """What a policy wrote, as a run, and how many of the run's steps were already in its prompt.
+
+    Args:
+        prompt: what the policy was given: a string with or without the tokens of a chat template, or messages.
+        written: what it wrote. Tool results in it become those of the steps.
+        whole: `written` begins with the prompt, as a string.
+
+    Raises:
+        DataError: it cannot be taken apart, so a score of it would be noise.
+    """
+    if not isinstance(prompt, str):
+        if not is_message_list(list(prompt)):
+            raise DataError("prompt: neither a string nor a list of messages.")
+        before = turns_of(list(prompt), Counter())
+        now = _turns_of_chat(written) or _turns_of_plain(_NOT_TEXT.sub("", written))
+        return _with_earlier(before, now)
+    response = written
+    if whole:
+        if not written.startswith(prompt):
+            raise DataError("the query does not begin with its prompt, so it is not known what the policy wrote.")
+        response = written[len(prompt) :]
+    if "[/INST]" in prompt:
+        prompt, response = _without_inst(prompt), _without_inst(response)
+    chat = _chat_of(prompt)
+    if chat is None:
+        text = _NOT_TEXT.sub("", prompt).strip()
+        now = _turns_of_chat(response) or _turns_of_plain(_NOT_TEXT.sub("", response))
+        return _run(now, text), 0
+    complete = sum(_is_agent(found["role"]) and bool(found["end"]) for found in chat.message.finditer(prompt))
+    turns = _turns(chat, prompt + response)
+    agents = [turn for turn in turns if turn.role == "agent" and (turn.text or turn.thought or turn.calls)]
+    if len(agents) <= complete:
+        raise DataError("the policy wrote nothing in it.")
+    return _run(turns, None), complete
+
+
+def _without_inst(text: str) -> str:
+    for pattern, chatml in _MISTRAL:
+        text = pattern.sub(lambda _, chatml=chatml: chatml, text)  # type: ignore[misc]
+    return text
+
+
+def _with_earlier(before: Sequence[Turn], now: Sequence[Turn]) -> tuple[Trajectory, int]:
+    earlier = sum(turn.role == "agent" for turn in before)
+    return _run([*before, *now], None), earlier
+
+
+def _chat_of(text: str) -> _Chat | None:
+    return next((chat for chat in _CHATS if chat.message.search(text)), None)
+
+
+def _is_agent(role: str) -> bool:
+    return ROLES.get(role.lower()) == "agent"
+
+
+def _turns_of_chat(response: str) -> list[Turn]:
+    """The turns of an answer that holds the tokens of a chat template; empty for one without."""
+    chat = _chat_of(response)
+    return _turns(chat, chat.answer + response) if chat else []
+
+
+def _turns(chat: _Chat, text: str) -> list[Turn]:
+    messages: list[dict[str, Any]] = []
+    for found in chat.message.finditer(text):
+        role, content = found["role"].lower(), _NOT_TEXT.sub("", found["text"]).strip()
+        if _is_agent(role):
+            messages.append(_agent_message(content))
+        elif answers := _ANSWER.findall(content):  # Qwen and Hermes write tool results in messages of the user
+            messages += [{"role": "tool", "content": answer.strip()} for answer in answers]
+        elif content:
+            messages.append({"role": role, "content": content})
+    return turns_of(messages, Counter())
+
+
+def _agent_message(content: str) -> dict[str, Any]:
+    calls = []
+    for body in _CALL.findall(content):
+        try:
+            call = json.loads(body)
+        except ValueError:
+            call = None
+        known = isinstance(call, dict) and isinstance(call.get("name"), str)
+        calls.append(call if known else {"name": "tool_call", "arguments": body.strip()})
+    return {"role": "assistant", "content": _CALL.sub("", content).strip(), "tool_calls": calls}
+
+
+def _turns_of_plain(response: str) -> list[Turn]:
+    """The turns of text without a chat template: the tags of agents, or one answer."""
+    if _TAGS.search(response):
+        return turns_of_tags(response, Counter())
+    return turns_of([{"role": "assistant", "content": response.strip()}], Counter())

@@ -1,0 +1,288 @@
+"""What each endpoint answers. No HTTP here: dictionaries in, dictionaries out, errors raised."""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from prmkit.errors import DataError, PrmkitError, UsageError
+from prmkit.intervals import Abstention
+from prmkit.judge.scorer import ShapeOf
+from prmkit.judge.types import AGGREGATES, SAME_SCORE, Judgement, rounded
+from prmkit.prompts.step import Rubric, step_prompts
+from prmkit.rows import Rejected, read_row
+from prmkit.scoring.rows import Row, prompt_row, step_row
+from prmkit.scoring.score import Trajectories, result_line
+from prmkit.serving.engine import Engine
+from prmkit.serving.metrics import Metrics
+from prmkit.serving.payloads import run_of_policy, run_of_step, runs_in
+from prmkit.serving.systemone import answer_to, check_question, key_of
+from prmkit.trajectory import Trajectory
+
+UNSCORED = ("error", "skip", "mean", "null")
+"""What a reward endpoint answers for a step without a score that can be relied on."""
+_RECENT_REWARDS = 1000
+
+Body = Mapping[str, Any]
+
+
+class NoReward(Exception):
+    """A reward was asked for, and a step has no score that can be relied on."""
+
+
+@dataclass
+class Service:
+    """One judge, with everything that its endpoints need."""
+
+    name: str
+    """As clients see it: the folder's name, or the one on the server."""
+    engine: Engine
+    metrics: Metrics
+    shape_of: ShapeOf
+    rubric: Rubric | None
+    """What the judge is asked about steps of runs; None for a judge of ready prompts."""
+    why_no_rubric: str = ""
+    abstention: Abstention | None = None
+    bad_below: float = 0.5
+    aggregate: str = "min"
+    """How the scores of several steps become one reward."""
+    unscored: str = "error"
+    _rewards: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_REWARDS))
+
+    # --- /v1/score
+
+    async def score(self, body: Body) -> dict[str, Any]:
+        """One line for each of `steps`: ready prompts, or steps that become prompts here.
+
+        Raises:
+            DataError: the body is not of its form.
+        """
+        steps, keys = body.get("steps"), body.get("keys") or ()
+        if not isinstance(steps, list) or not all(isinstance(step, dict | str) for step in steps):
+            raise DataError('steps: a list of {"prompt"}, or of {"task", "history", "step"}.')
+        if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
+            raise DataError("keys: a list of score keys.")
+        shape_of = ShapeOf(tuple(keys), self.shape_of.known) if keys else self.shape_of
+        rows = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
+        return {"judge": self.name, "results": [line for line, _ in await self._lines(rows)]}
+
+    def _row(self, item: Any, number: int, shape_of: ShapeOf) -> Row:
+        item = {"prompt": item} if isinstance(item, str) else item
+        identity = item.get("id")
+        known = identity if isinstance(identity, str | int) else None
+        try:
+            if "step" in item and "prompt" not in item:
+                row = self._step_rows(run_of_step(item))[-1]
+                return Row(number, known or row.id, row.request, row.reason, item.get("metadata") or {}, is_step=True)
+            return prompt_row(read_row(item), number, shape_of)
+        except Rejected as rejected:
+            return Row(number, known, reason=rejected.reason)
+        except PrmkitError as error:
+            return Row(number, known, reason=str(error))
+
+    async def _lines(self, rows: Sequence[Row]) -> list[tuple[dict[str, Any], Judgement]]:
+        asked = [row.request for row in rows if row.request]
+        judged = iter(await self.engine.judge(asked))
+        found = [next(judged) if row.request else Judgement("error", reason=row.reason) for row in rows]
+        lines = []
+        for row, judgement in zip(rows, found, strict=True):
+            self.metrics.count(judgement)
+            line = dict(result_line(row, judgement))
+            evaluation_type = row.metadata.get("evaluation_type", "clip" if row.is_step else None)
+            lines.append((self.abstention.add_interval(line, evaluation_type) if self.abstention else line, judgement))
+        return lines
+
+    def _step_rows(self, run: Trajectory) -> list[Row]:
+        rubric = self.step_rubric()
+        return [step_row(run, prompt, rubric, prompt.step.n) for prompt in step_prompts(run, rubric)]
+
+    def step_rubric(self) -> Rubric:
+        """What this judge is asked about steps.
+
+        Raises:
+            UsageError: it was trained on ready prompts, and would answer with noise.
+        """
+        if self.rubric is None:
+            raise UsageError(self.why_no_rubric)
+        return self.rubric
+
+    # --- /v1/score_trajectory
+
+    async def score_trajectory(
+        self, body: Any, form: str | None, gamma: float, bad_below: float | None
+    ) -> dict[str, Any]:
+        """Every step of every run in the body, with aggregates and discounted returns.
+
+        Raises:
+            DataError: there is no run in the body.
+            UsageError: the form is ambiguous or unknown, or this judge needs ready prompts.
+        """
+        self.step_rubric()
+        runs, reports = await asyncio.to_thread(runs_in, body, form)
+        limit = self.bad_below if bad_below is None else bad_below
+        rows = [self._step_rows(run) for run in runs]
+        lines = iter(await self._lines([row for part in rows for row in part]))
+        answers = []
+        for run, part in zip(runs, rows, strict=True):
+            answers.append(_run_answer(run, part, [next(lines)[0] for _ in part], limit, gamma))
+        unread = {reason: count for report in reports for reason, count in report.unreadable.items()}
+        return {"judge": self.name, "runs": answers, "unread": unread}
+
+    # --- rewards
+
+    async def rewards(self, body: Body) -> dict[str, Any]:
+        """OpenRLHF's contract: lists of `query` and `prompts` in, equally long lists of finite numbers out.
+
+        Raises:
+            DataError: the lists do not fit, or a query cannot be taken apart.
+            NoReward: a step has no score that can be relied on.
+        """
+        queries, prompts = body.get("query"), body.get("prompts")
+        if not isinstance(queries, list) or not isinstance(prompts, list) or len(queries) != len(prompts):
+            raise DataError("query and prompts: two lists of strings of the same length.")
+        if not all(isinstance(text, str) for text in [*queries, *prompts]):
+            raise DataError("query and prompts: two lists of strings of the same length.")
+        pairs = zip(prompts, queries, strict=True)
+        found = await asyncio.gather(*(self._reward(prompt, query, whole=True) for prompt, query in pairs))
+        values = [self._number(each.pop("score"), can_be_null=False) for each in found]
+        logs = {key: [_finite(each[key]) for each in found] for key in ("label_mass", "unscored", "steps")}
+        return {"rewards": values, "scores": values, "extra_logs": logs}
+
+    async def reward(self, body: Body) -> dict[str, Any]:
+        """slime's contract: `prompt` and `response` of one sample in, an object with `score` out.
+
+        Raises:
+            DataError: a part is missing, or the response cannot be taken apart.
+            NoReward: a step has no score that can be relied on.
+        """
+        prompt, response = body.get("prompt"), body.get("response")
+        if not isinstance(prompt, str | list) or not isinstance(response, str):
+            raise DataError("prompt: a string or a list of messages; response: a string.")
+        found = await self._reward(prompt, response, whole=False)
+        return found | {"score": self._number(found["score"], can_be_null=True), "judge": self.name}
+
+    async def _reward(self, prompt: str | list[Any], text: str, *, whole: bool) -> dict[str, Any]:
+        """The aggregate of the steps that the policy wrote, null where a step has no score that can be relied on."""
+        run, earlier = run_of_policy(prompt, text, whole=whole)
+        rows = self._step_rows(run)[earlier:]
+        if not rows:
+            raise DataError("the policy wrote nothing in it.")
+        lines = [line for line, _ in await self._lines(rows)]
+        scores = [line["score"] for line in lines if line["status"] == "ok"]
+        masses = [line["label_mass"] for line in lines if line["label_mass"] is not None]
+        unscored = len(lines) - len(scores)
+        usable = scores if not unscored or self.unscored == "skip" else []
+        return {
+            "score": AGGREGATES[self.aggregate](usable) if usable else None,
+            "label_mass": min(masses, default=None),
+            "steps": len(lines),
+            "unscored": unscored,
+        }
+
+    def _number(self, score: float | None, *, can_be_null: bool) -> float | None:
+        """The reward to answer. Never a silent zero: the policy would learn from it."""
+        if score is not None:
+            self._rewards.append(score)
+            return score
+        if self.unscored == "mean" and self._rewards:
+            self.metrics.unscored_rewards.labels("mean").inc()
+            return fmean(self._rewards)
+        if self.unscored == "null" and can_be_null:
+            self.metrics.unscored_rewards.labels("null").inc()
+            return None
+        self.metrics.unscored_rewards.labels("error").inc()
+        raise NoReward("a step has no score that can be relied on. --unscored says what to answer instead.")
+
+    # --- /v1/systemone
+
+    async def systemone(self, body: Body) -> dict[str, Any]:
+        """Typed questions about a state, which is the end of a run.
+
+        Raises:
+            DataError: a question does not fit the judge's rubric, or the state is not a run.
+            NoReward: the judge gives no score.
+        """
+        rubric = self.step_rubric()
+        questions = body.get("questions")
+        if not isinstance(questions, dict) or not questions:
+            raise DataError("questions: an object of questions by name.")
+        for name, question in questions.items():
+            check_question(name, question)
+        keys = {name: key_of(name, rubric.keys) for name in questions}
+        run, unused = _run_of_state(body.get("state"))
+        ((line, judgement),) = await self._lines(self._step_rows(run)[-1:])
+        if line["status"] != "ok":
+            raise NoReward(f"the judge gives no score that can be relied on: {line['reason']}")
+        threshold = self.bad_below
+        answers = {
+            name: answer_to(question, judgement.scores[keys[name]], threshold) for name, question in questions.items()
+        }
+        usage = {"input_tokens": judgement.prompt_tokens, "output_tokens": 0}
+        return {"model": self.name, "answers": answers, "usage": usage, "unused_state": unused}
+
+
+def _run_answer(
+    run: Trajectory, rows: Sequence[Row], lines: Sequence[Mapping[str, Any]], limit: float, gamma: float
+) -> dict[str, Any]:
+    summed = Trajectories(limit)
+    for row, line in zip(rows, lines, strict=True):
+        summed.add(row, line["score"], line["status"])
+    (summary,) = summed.summaries()
+    returns = _discounted([line["score"] if line["status"] == "ok" else None for line in lines], gamma)
+    steps = []
+    for step, line, value in zip(run.steps, lines, returns, strict=True):
+        shown = {key: line[key] for key in line if key not in ("id", "metadata", "request_hash")}
+        about = {"step": step.n, "source_index": step.source_index, "agent": step.agent}
+        is_bad = line["score"] is not None and line["score"] < limit - SAME_SCORE
+        steps.append(about | shown | {"bad": is_bad, "return": rounded(value)})
+    first = next((step["step"] for step in steps if step["bad"]), None)
+    about_run = {"trajectory_id": run.trajectory_id, "task_id": run.task_id, "first_bad": first}
+    return about_run | {"steps": steps, "aggregates": summary, "lost": dict(run.lost)}
+
+
+def _discounted(scores: Sequence[float | None], gamma: float) -> list[float | None]:
+    """The discounted sum of the scores from each step on; null from the last step without a score backwards."""
+    returns: list[float | None] = []
+    following: float | None = 0.0
+    for score in reversed(scores):
+        following = None if score is None or following is None else score + gamma * following
+        returns.append(following)
+    return returns[::-1]
+
+
+def _finite(value: float | None) -> float:
+    """A number for a log: trainers put these into tensors, where null and NaN end the training."""
+    return -1.0 if value is None or not math.isfinite(value) else float(value)
+
+
+_TASK = ("task", "input", "inputs", "query", "question", "prompt")
+_STEP = ("step", "submission", "output", "outputs", "response", "answer")
+
+
+def _run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
+    """The run in a state, and the names of what is not shown to the judge: a solution, or guidelines."""
+    if isinstance(state, dict):
+        task = next((name for name in _TASK if state.get(name)), None)
+        step = next((name for name in _STEP if state.get(name)), None)
+        if task and step:
+            said = {"role": "assistant", "content": _text(state[step]), "reasoning_content": state.get("thinking")}
+            history = state.get("history") or []
+            run = run_of_step({"task": _text(state[task]), "history": history, "step": said})
+            return run, sorted(state.keys() - {task, step, "thinking", "history"})
+    if isinstance(state, dict | list):
+        runs, _ = runs_in(state, None)
+        if len(runs) == 1:
+            return runs[0], []
+    raise DataError(
+        "state: what this judge can read is a run in any form of import_trajectories.py, or an object with a task "
+        f"({', '.join(_TASK)}) and what the agent said ({', '.join(_STEP)})."
+    )
+
+
+def _text(value: Any) -> str:
+    import orjson
+
+    return value if isinstance(value, str) else orjson.dumps(value).decode()

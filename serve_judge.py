@@ -1,0 +1,52 @@
+"""Serve a trained judge over HTTP: steps and runs in, scores out; rewards for RL trainers; metrics for Prometheus."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prmkit import cli
+from prmkit.errors import ExitCode
+from prmkit.intervals import add_interval_arguments
+from prmkit.judge.scorer import add_backend_arguments, add_judge_arguments, positive, seconds, share
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="POST /v1/score, /v1/score_trajectory, /v1/systemone, /get_reward (OpenRLHF), /reward (slime); "
+        "GET /, /health, /ready, /metrics, /v1/models, /docs. SIGTERM: what was taken is answered, exit code 143.",
+    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    add("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default 8000)")
+    add("--key-env", metavar="NAME", help="variable with the bearer key that clients must send (default: no key)")
+    add("--max-body", type=positive, default=32, metavar="MB", help="largest request (default 32)")
+    add("--window", type=seconds, default=5.0, metavar="MS", help="how long an idle judge collects prompts (default 5)")
+    add("--queue", type=positive, default=1024, metavar="N", help="prompts that may wait; more get 503 (default 1024)")
+    add("--queue-timeout", type=seconds, default=60.0, metavar="SECONDS", help="wait for a place in it (default 60)")
+    add("--drain", type=seconds, default=30.0, metavar="SECONDS", help="to answer what was taken (default 30)")
+    add("--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours")
+    add("--data", type=Path, default=Path("data"), metavar="FOLDER", help="has the keys by evaluation type")
+    rewards = parser.add_argument_group("rewards").add_argument
+    how = "how the scores of several steps become one reward (default min)"
+    rewards("--aggregate", choices=["min", "mean", "product", "last"], default="min", help=how)
+    unscored = (
+        "where a step has no score, or an unsure one: 503 (default), leave it out, the mean of earlier rewards, null"
+    )
+    rewards("--unscored", choices=["error", "skip", "mean", "null"], default="error", help=unscored)
+    rewards("--bad-below", type=share, default=0.5, metavar="X", help="limit of a bad step (default 0.5)")
+    add_interval_arguments(parser)
+    add_judge_arguments(parser)
+    add_backend_arguments(parser)
+    return cli.run(_command, parser)
+
+
+def _command(arguments: argparse.Namespace) -> ExitCode:
+    from prmkit.serving.command import serve
+
+    return serve(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

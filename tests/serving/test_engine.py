@@ -1,0 +1,107 @@
+"""The queue in front of the judge: batches, equal prompts, a full queue, failures, and the end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from serving_stub import StubScorer
+
+from prmkit.judge.types import Judgement, Request
+from prmkit.serving.engine import BATCH, Busy, Engine, Stopping
+from prmkit.verdict import Shape
+
+SHAPE = Shape(("step_score",), nested=False)
+
+
+def asked(text: str) -> Request:
+    return Request(text, SHAPE)
+
+
+def running(work: Callable[[Engine, StubScorer], Awaitable[Any]], **settings: Any) -> Any:
+    """What `work` gives beside an engine that runs."""
+
+    async def both() -> Any:
+        scorer = StubScorer(settings.pop("seconds", 0.0))
+        engine = Engine(scorer, **settings)  # type: ignore[arg-type]
+        worker = asyncio.create_task(engine.run())
+        try:
+            return await asyncio.wait_for(work(engine, scorer), 20)
+        finally:
+            worker.cancel()
+
+    return asyncio.run(both())
+
+
+def test_single_prompts_of_many_clients_become_batches_and_keep_their_order() -> None:
+    async def work(engine: Engine, scorer: StubScorer) -> Any:
+        texts = [f"{'good' if number % 3 else 'poor'} {number}" for number in range(200)]
+        answers = await asyncio.gather(*(engine.judge([asked(text)]) for text in texts))
+        return texts, answers, scorer.batches
+
+    texts, answers, batches = running(work)
+    assert [answer.score > 0.5 for (answer,) in answers] == ["good" in text for text in texts]
+    assert max(batches) == BATCH and len(batches) < 10
+
+
+def test_equal_prompts_are_judged_once_also_later() -> None:
+    async def work(engine: Engine, scorer: StubScorer) -> Any:
+        first = await asyncio.gather(*(engine.judge([asked("good"), asked("poor")]) for _ in range(9)))
+        again = await engine.judge([asked("poor"), asked("poor"), asked("good")])
+        return first, again, scorer.batches
+
+    first, again, batches = running(work)
+    assert batches == [2]
+    assert again == [first[0][1], first[0][1], first[0][0]] and all(each == first[0] for each in first)
+
+
+def test_a_full_queue_makes_clients_wait_and_then_says_so() -> None:
+    async def work(engine: Engine, _scorer: StubScorer) -> Any:
+        many = asyncio.create_task(engine.judge([asked(f"good {number}") for number in range(3 * BATCH)]))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Busy):
+            await engine.judge([asked("one more")])
+        return await many
+
+    assert len(running(work, seconds=0.5, limit=8, patience=0.1)) == 3 * BATCH
+
+
+def test_a_place_that_becomes_free_is_taken() -> None:
+    async def work(engine: Engine, _scorer: StubScorer) -> Any:
+        return await asyncio.gather(*(engine.judge([asked(f"good {number}")]) for number in range(300)))
+
+    assert len(running(work, seconds=0.01, limit=16, patience=15)) == 300
+
+
+def test_a_failure_is_an_answer_and_is_not_remembered() -> None:
+    async def work(engine: Engine, scorer: StubScorer) -> Any:
+        failed = await engine.judge([asked("BREAK")])
+        return failed + await engine.judge([asked("BREAK")]) + await engine.judge([asked("good")])
+
+    *failed, fine = running(work)
+    assert failed == [Judgement("failed", reason="the server is gone")] * 2 and fine.status == "ok"
+
+
+def test_a_client_that_hangs_up_does_not_cancel_what_another_one_waits_for() -> None:
+    async def work(engine: Engine, _scorer: StubScorer) -> Any:
+        first = asyncio.create_task(engine.judge([asked("good")]))
+        second = asyncio.create_task(engine.judge([asked("good")]))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        return await second
+
+    assert running(work, seconds=0.2)[0].status == "ok"
+
+
+def test_what_was_taken_is_finished_and_nothing_more_is_taken() -> None:
+    async def work(engine: Engine, _scorer: StubScorer) -> Any:
+        taken = asyncio.create_task(engine.judge([asked("good")]))
+        await asyncio.sleep(0.05)
+        draining = asyncio.create_task(engine.drain(5))
+        await asyncio.sleep(0)
+        with pytest.raises(Stopping):
+            await engine.judge([asked("late")])
+        return await draining, await taken
+
+    drained, (taken,) = running(work, seconds=0.2)
+    assert drained and taken.status == "ok"

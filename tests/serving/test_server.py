@@ -1,0 +1,199 @@
+"""The server as a process: what a client, a balancer, a scraper and an operator meet."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from prmkit.files import write_json
+from prmkit.judge.sources import EXPORT_FILE
+from prmkit.prompts.step import load_rubric
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "s3cret"
+MESSAGES = [
+    {"role": "user", "content": "Cancel order 17."},
+    {"role": "assistant", "content": "I look it up."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "It has shipped."},
+]
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    def post(self, path: str, **given: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {KEY}", **given.pop("headers", {})}
+        return httpx.post(self.url + path, headers=headers, timeout=60, **given)
+
+    def get(self, path: str, *, key: str = KEY) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.get(self.url + path, headers=headers, timeout=60)
+
+    def stop(self) -> tuple[int, str]:
+        """End it as a supervisor does; its exit code and what it wrote."""
+        self.process.send_signal(signal.SIGTERM)
+        _, written = self.process.communicate(timeout=60)
+        return self.process.returncode, written
+
+
+def started(model: Path, *arguments: object) -> Server:
+    command = [sys.executable, ROOT / "serve_judge.py", "--model", model, "--port", "0", "--key-env", "SERVER_KEY"]
+    process = subprocess.Popen(
+        [*command, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=os.environ | {"SERVER_KEY": KEY}
+    )
+    assert process.stderr
+    for line in process.stderr:
+        if found := re.search(r"http://\S+?:\d+", line):
+            return Server(process, found[0])
+    raise AssertionError(f"the server ended with {process.wait()}")
+
+
+@pytest.fixture(scope="module")
+def export(model_folders: dict[str, Path]) -> Path:
+    """An exported judge that was, so its record says, trained with the default rubric."""
+    folder = model_folders["qwen"]
+    settings = {"template": "qwen", "cutoff_len": 4096, "dtype": "float32", "rubrics": [load_rubric().sha256]}
+    write_json(folder / EXPORT_FILE, settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(export: Path) -> Iterator[Server]:
+    server = started(export, "--max-body", "1")
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+def test_scores_over_http_are_those_of_the_script(server: Server, export: Path, tmp_path: Path) -> None:
+    run = server.post("/v1/score_trajectory", json={"messages": MESSAGES}).json()["runs"][0]
+    (tmp_path / "run.json").write_text(json.dumps({"messages": MESSAGES}))
+    command = [sys.executable, ROOT / "score_trajectories.py", tmp_path / "run.json", "--model", export]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for step, line in zip(run["steps"], lines, strict=True):
+        for name in ("score", "std", "label_mass", "reach"):
+            assert step[name] == pytest.approx(line[name], abs=2e-6)
+        assert (step["status"], step["reason"]) == (line["status"], line["reason"])
+    single = {"task": "Cancel order 17.", "history": MESSAGES[1:3], "step": MESSAGES[3]}
+    (last,) = server.post("/v1/score", json={"steps": [single]}).json()["results"]
+    assert last["score"] == pytest.approx(lines[1]["score"], abs=2e-6)
+
+
+def test_a_random_model_gives_no_rewards(server: Server) -> None:
+    """Its label mass is low, and an unsure score must not train a policy."""
+    found = server.post("/reward", json={"prompt": "What is 2 + 2?", "response": "4"})
+    assert found.status_code == 503 and found.headers["retry-after"] == "1" and "no score" in found.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/score", b"{", 422),
+        ("/v1/score", b"[]", 422),
+        ("/v1/score", b'{"steps": 7}', 422),
+        ("/v1/score_trajectory", b'{"messages": []}', 422),
+        ("/v1/score_trajectory?gamma=x", b"{}", 422),
+        ("/get_reward", b'{"query": ["a"]}', 422),
+        ("/nothing", b"{}", 404),
+        ("/v1/score", b"\xff\xfe\x00", 400),
+        ("/v1/score", b'{"steps": ["' + b"x" * (1 << 20) + b'"]}', 413),
+        ("/v1/score", b"[" * 100_000, 400),
+    ],
+)
+def test_bad_requests_are_refused(server: Server, path: str, body: bytes, status: int) -> None:
+    found = server.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert found.status_code == status, found.text
+    assert list(found.json()) == ["error"] and "Traceback" not in found.text
+
+
+def test_a_body_without_a_length_is_limited_as_well(server: Server) -> None:
+    found = server.post("/v1/score", content=(b"x" * 65536 for _ in range(100)))
+    assert found.status_code == 413
+
+
+def test_keys_ids_and_what_needs_none(server: Server) -> None:
+    assert server.get("/v1/models", key="wrong").status_code == 401
+    assert server.get("/metrics", key="").status_code == 401
+    for path in ("/", "/health", "/openapi.json", "/ready"):
+        assert server.get(path, key="").status_code in (200, 503), path
+    assert server.get("/v1/models").json()["data"][0]["owned_by"] == "prmkit"
+    assert (
+        server.post("/v1/score", json={"steps": []}, headers={"X-Request-Id": "abc.1"}).headers["x-request-id"]
+        == "abc.1"
+    )
+    made = server.post("/v1/score", json={"steps": []}, headers={"X-Request-Id": "a\tb"}).headers["x-request-id"]
+    assert re.fullmatch(r"[0-9a-f]{32}", made)
+
+
+def test_clients_that_hang_up_or_send_half_a_body_cost_nothing(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    for text in (
+        b"POST /v1/score HTTP/1.1\r\n",
+        b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{",
+        b"\0",
+    ):
+        for _ in range(20):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(text)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(
+            pool.map(lambda n: server.post("/v1/score", json={"steps": [f"{n}: {{'step_score': 1}}"]}), range(64))
+        )
+    assert [each.status_code for each in found] == [200] * 64
+    assert server.get("/health").json() == {"status": "ok"}
+
+
+def test_metrics_count_what_happened(server: Server) -> None:
+    text = server.get("/metrics").text
+    assert 'prmkit_requests_total{path="/health",status="200"}' in text
+    assert 'prmkit_requests_total{path="other",status="404"}' in text
+    for name in ("prmkit_queue_depth", "prmkit_batch_size_bucket", "prmkit_label_mass_sum", "prmkit_drift_psi NaN"):
+        assert name in text
+
+
+def test_sigterm_answers_what_was_taken(export: Path) -> None:
+    server = started(export, "--window", "2500")  # longer than it takes to send the signal
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.post, "/v1/score_trajectory", json={"messages": MESSAGES})
+        while not re.search(
+            r"prmkit_queue_depth [23]", server.get("/metrics").text
+        ):  # the first prompt may be the third
+            assert not waiting.done(), waiting.result().text
+        code, written = server.stop()
+        assert len(waiting.result().json()["runs"][0]["steps"]) == 2
+    assert code == 143 and "Traceback" not in written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--port", "99999"), 1, "--port"),
+        (("--key-env", "NO_SUCH_VARIABLE"), 2, "NO_SUCH_VARIABLE"),
+        (("--model", "nowhere"), 1, "nowhere"),
+        (("--rubric", "nowhere.yaml"), 2, "nowhere.yaml"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(export: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
+    command = [sys.executable, str(ROOT / "serve_judge.py"), "--model", str(export), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and says in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr

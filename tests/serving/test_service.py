@@ -1,0 +1,179 @@
+"""What the endpoints answer, beside a judge whose scores are known."""
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from serving_stub import StubScorer
+
+from prmkit.errors import DataError, UsageError
+from prmkit.judge.scorer import ShapeOf
+from prmkit.prompts.step import load_rubric
+from prmkit.serving.engine import Engine
+from prmkit.serving.metrics import Metrics, population_stability
+from prmkit.serving.service import NoReward, Service
+
+GOOD, POOR = 0.9, 0.2
+CLOSE = 0.03
+
+
+def answer(ask: Callable[[Service], Any], **settings: Any) -> Any:
+    """What a service answers."""
+
+    async def both() -> Any:
+        engine = Engine(StubScorer())  # type: ignore[arg-type]
+        worker = asyncio.create_task(engine.run())
+        metrics = Metrics(lambda: engine.depth, ())
+        given = {"rubric": load_rubric(), **settings}
+        try:
+            return await ask(Service("stub", engine, metrics, ShapeOf(), **given))
+        finally:
+            worker.cancel()
+
+    return asyncio.run(both())
+
+
+def sample(*said: str, prompt: str = "What is it?") -> dict[str, Any]:
+    chatml = f"<|im_start|>user\n{prompt}<|im_end|>\n"
+    answers = "<|im_start|>user\nand?<|im_end|>\n".join(f"<|im_start|>assistant\n{text}<|im_end|>\n" for text in said)
+    return {"query": [chatml + answers], "prompts": [chatml + "<|im_start|>assistant\n"], "labels": [""]}
+
+
+def test_steps_and_prompts_get_lines_and_bad_ones_a_reason() -> None:
+    steps = [
+        {"id": "a", "task": "t", "step": {"role": "assistant", "content": "good"}, "metadata": {"k": 1}},
+        {"prompt": 'poor. Answer: {"step_score": 0.5}'},
+        {"prompt": "no schema"},
+        {"task": "t"},
+        'a string is a prompt: {"step_score": 0.5}',
+    ]
+    found = answer(lambda service: service.score({"steps": steps}))["results"]
+    assert [line["status"] for line in found] == ["ok", "ok", "error", "error", "ok"]
+    assert found[0]["id"] == "a" and found[0]["metadata"] == {"k": 1}
+    assert found[0]["score"] == pytest.approx(GOOD, abs=CLOSE) and found[1]["score"] == pytest.approx(POOR, abs=CLOSE)
+    assert "no score keys" in found[2]["reason"]
+    for body in ({}, {"steps": 7}, {"steps": [7]}, {"steps": [], "keys": "x"}):
+        with pytest.raises(DataError):
+            answer(lambda service, body=body: service.score(body))
+
+
+def test_a_run_has_scores_aggregates_returns_and_its_first_bad_step() -> None:
+    said = ("good", "bad one", "good again")
+    messages = [{"role": "user", "content": "Do it."}, *({"role": "assistant", "content": text} for text in said)]
+    (run,) = answer(lambda service: service.score_trajectory(messages, None, 0.5, None))["runs"]
+    good, poor = run["steps"][0]["score"], run["steps"][1]["score"]
+    assert [step["bad"] for step in run["steps"]] == [False, True, False] and run["first_bad"] == 2
+    assert run["steps"][0]["return"] == pytest.approx(good + 0.5 * (poor + 0.5 * good), abs=1e-5)
+    assert run["aggregates"]["min"] == pytest.approx(poor, abs=1e-6)
+    assert run["aggregates"]["product"] == pytest.approx(good * poor * good, abs=1e-5)
+    messages[2]["content"] = "mumble"
+    (run,) = answer(lambda service: service.score_trajectory(messages, None, 1.0, None))["runs"]
+    assert run["aggregates"]["min"] is None and run["aggregates"]["unsure"] == 1
+    assert [step["return"] is None for step in run["steps"]] == [True, True, False]
+
+
+def test_rewards_are_finite_numbers_of_the_policys_own_steps() -> None:
+    found = answer(lambda service: service.rewards(sample("good", "bad")))
+    assert found["rewards"] == found["scores"] == [pytest.approx(POOR, abs=CLOSE)]
+    assert found["extra_logs"]["steps"] == [2.0]
+    mean = answer(lambda service: service.rewards(sample("good", "bad")), aggregate="mean")["rewards"]
+    assert mean == [pytest.approx((GOOD + POOR) / 2, abs=CLOSE)]
+    flat = [value for values in [found["rewards"], *found["extra_logs"].values()] for value in values]
+    assert all(type(value) is float and math.isfinite(value) for value in flat)
+
+
+@pytest.mark.parametrize("unsure", ["mumble", "toolong"])
+def test_a_step_without_a_score_is_never_silently_a_number(unsure: str) -> None:
+    body = sample("good", unsure)
+    for policy in ("error", "mean", "null"):  # a mean of no earlier rewards is none
+        with pytest.raises(NoReward):
+            answer(lambda service: service.rewards(body), unscored=policy)
+    skipped = answer(lambda service: service.rewards(body), unscored="skip")
+    assert skipped["rewards"] == [pytest.approx(GOOD, abs=CLOSE)] and skipped["extra_logs"]["unscored"] == [1.0]
+    with pytest.raises(NoReward):
+        answer(lambda service: service.rewards(sample(unsure)), unscored="skip")
+    one = {"prompt": "What?", "response": unsure}
+    assert answer(lambda service: service.reward(one), unscored="null")["score"] is None
+
+    async def after_a_good_one(service: Service) -> Any:
+        await service.rewards(sample("good"))
+        return await service.rewards(sample(unsure))
+
+    assert answer(after_a_good_one, unscored="mean")["rewards"] == [pytest.approx(GOOD, abs=CLOSE)]
+
+
+def test_what_trainers_send_wrongly_is_refused() -> None:
+    for body in ({}, {"query": ["a"], "prompts": []}, {"query": [7], "prompts": ["a"]}, {"query": "a", "prompts": "a"}):
+        with pytest.raises(DataError):
+            answer(lambda service, body=body: service.rewards(body))
+    for body in ({}, {"prompt": 7, "response": "x"}, {"prompt": "x"}):
+        with pytest.raises(DataError):
+            answer(lambda service, body=body: service.reward(body))
+
+
+def test_a_judge_of_ready_prompts_scores_no_runs() -> None:
+    without = {"rubric": None, "why_no_rubric": "stub: needs ready prompts"}
+    asks: list[Callable[[Service], Any]] = [
+        lambda service: service.score_trajectory([], None, 1.0, None),
+        lambda service: service.rewards(sample("good")),
+        lambda service: service.systemone({"questions": {}}),
+    ]
+    for ask in asks:
+        with pytest.raises(UsageError, match="ready prompts"):
+            answer(ask, **without)
+    ready = {
+        "steps": [{"prompt": 'good {"step_score": 0.5}'}, {"task": "t", "step": {"role": "assistant", "content": "x"}}]
+    }
+    found = answer(lambda service: service.score(ready), **without)["results"]
+    assert [line["status"] for line in found] == ["ok", "error"] and "ready prompts" in found[1]["reason"]
+
+
+STATE = {"task": "What is it?", "output": "good", "reference_submission": "x"}
+
+
+def test_typed_questions_are_answered_with_probabilities() -> None:
+    questions = {
+        "step_score": {"type": "score", "instructions": "How good?", "criteria": ["bad", "so-so", "good"]},
+        "is_it_good": {"type": "noul", "instructions": "Is it good?"},
+        "stars": {"type": "choice", "criteria": {"1": "worst", "2": None, "3": None, "4": None, "5": "best"}},
+        "hundredths": {"type": "choice", "criteria": {str(value): None for value in range(101)}},
+    }
+    found = answer(lambda service: service.systemone({"model": "m", "state": STATE, "questions": questions}))
+    answers = found["answers"]
+    assert found["unused_state"] == ["reference_submission"] and found["usage"]["output_tokens"] == 0
+    assert answers["step_score"]["score"] == pytest.approx(2, abs=0.1)
+    assert answers["step_score"]["legend"] == {"0": "bad", "1": "so-so", "2": "good"}
+    assert answers["is_it_good"]["noul"] > 0.99 and answers["stars"]["choice"] == "5"
+    assert answers["hundredths"]["choice"] == "90"
+    for name in ("step_score", "stars", "hundredths"):
+        chances = answers[name]["probabilities"]
+        assert math.fsum(chances.values()) == pytest.approx(1, abs=1e-9)
+        assert answers[name]["confidence"] == max(chances.values())
+
+
+@pytest.mark.parametrize(
+    ("state", "question"),
+    [
+        (STATE, {"type": "box"}),
+        (STATE, {"type": "score", "criteria": ["only one"]}),
+        (STATE, {"type": "choice", "criteria": {"angry": None, "calm": None}}),
+        (STATE, {"type": "choice", "criteria": {str(value): None for value in range(102)}}),
+        (STATE, "good?"),
+        ("a string", {"type": "noul"}),
+        ({"task": "alone"}, {"type": "noul"}),
+    ],
+)
+def test_questions_that_do_not_fit_a_judge_of_steps_are_refused(state: Any, question: Any) -> None:
+    with pytest.raises(DataError):
+        answer(lambda service: service.systemone({"state": state, "questions": {"q": question}}))
+
+
+def test_drift_is_near_zero_for_the_same_scores_and_large_for_others() -> None:
+    scores = [place / 1000 for place in range(1000)]
+    assert population_stability(scores, scores[::-1]) == pytest.approx(0, abs=1e-3)
+    assert population_stability(scores, [score / 2 for score in scores]) > 0.25
+    assert math.isnan(population_stability(scores, scores[:50])) and math.isnan(population_stability([], scores))
+    same = [0.5] * 300
+    assert population_stability(same, same) == pytest.approx(0, abs=1e-9)

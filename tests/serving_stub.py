@@ -1,0 +1,37 @@
+"""A judge for tests of what is around a judge: its score is a function of the prompt."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from prmkit.errors import DataError
+from prmkit.judge.score_trie import distribution_of
+from prmkit.judge.types import Judgement, Mode, Request
+
+
+@dataclass
+class StubScorer:
+    """Judges a prompt by the words in it."""
+
+    seconds: float = 0.0
+    batches: list[int] = field(default_factory=list)
+
+    def judgements(self, requests: Iterable[Request], mode: Mode = "expected") -> Iterator[Judgement]:
+        asked = list(requests)
+        self.batches.append(len(asked))
+        time.sleep(self.seconds)
+        if any("BREAK" in request.prompt for request in asked):
+            raise DataError("the server is gone")
+        yield from map(judgement_of, asked)
+
+
+def judgement_of(request: Request) -> Judgement:
+    """0.9 for steps that say "good", 0.2 for others; unsure of those that say "mumble"."""
+    this = request.prompt.rpartition("<step n=")[2] or request.prompt
+    if "toolong" in this:
+        return Judgement("too_long", reason="too long")
+    peak = 90 if "good" in this else 20
+    shares = [-abs(place - peak) / 2 - 1.5 for place in range(101)]
+    scores = {key: distribution_of(shares, 0.9) for key in request.shape.keys}
+    is_unsure = "mumble" in this
+    return Judgement("unsure" if is_unsure else "ok", scores, reason="mumbled" if is_unsure else None, prompt_tokens=7)
