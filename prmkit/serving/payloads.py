@@ -44,7 +44,8 @@ def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileRep
         try:
             runs = list(read_runs([file], Options(form), reports))
         except DataError as error:
-            raise DataError(str(error).replace(str(file), "the request")) from None
+            message = str(error).replace(str(file), "the request").partition(" --format")[0]
+            raise DataError(message) from None
     if not runs:
         reasons = [reason for report in reports for reason in report.unreadable]
         raise DataError(f"the request has no run in it{': ' if reasons else '.'}{'; '.join(reasons)}")
@@ -127,30 +128,31 @@ _MISTRAL = (
 _NOT_TEXT = re.compile(
     r"<\|(?:begin_of_text|endoftext|end_of_text)\|>|<s>|</s>|<bos>|<eos>|<pad>|<｜begin▁of▁sentence｜>"
 )
+_LEADING = re.compile(rf"\A(?:{_NOT_TEXT.pattern})+")
+"""A decoded query may have a first token that its prompt does not have."""
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _ANSWER = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
 _TAGS = re.compile(r"<(?:think|tool_call|result|answer)>")
 
 
-def run_of_policy(prompt: str | Sequence[Any], written: str, *, whole: bool) -> tuple[Trajectory, int]:
+def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, whole: bool) -> tuple[Trajectory, int]:
     """What a policy wrote, as a run, and how many of the run's steps were already in its prompt.
 
     Args:
         prompt: what the policy was given: a string with or without the tokens of a chat template, or messages.
-        written: what it wrote. Tool results in it become those of the steps.
-        whole: `written` begins with the prompt, as a string.
+        written: what it wrote, as a string or as messages. Tool results in it become those of the steps.
+        whole: `written` is a string that begins with the prompt.
 
     Raises:
         DataError: it cannot be taken apart, so a score of it would be noise.
     """
-    if not isinstance(prompt, str):
-        if not is_message_list(list(prompt)):
-            raise DataError("prompt: neither a string nor a list of messages.")
-        before = turns_of(list(prompt), Counter())
-        now = _turns_of_chat(written) or _turns_of_plain(_NOT_TEXT.sub("", written))
-        return _with_earlier(before, now)
+    if not isinstance(prompt, str) or not isinstance(written, str):
+        before = _turns_of_prompt(prompt)
+        now = _turns_of_response(written)
+        return _run([*before, *now], None), sum(turn.role == "agent" for turn in before)
     response = written
     if whole:
+        prompt, written = (_LEADING.sub("", text) for text in (prompt, written))
         if not written.startswith(prompt):
             raise DataError("the query does not begin with its prompt, so it is not known what the policy wrote.")
         response = written[len(prompt) :]
@@ -159,8 +161,7 @@ def run_of_policy(prompt: str | Sequence[Any], written: str, *, whole: bool) -> 
     chat = _chat_of(prompt)
     if chat is None:
         text = _NOT_TEXT.sub("", prompt).strip()
-        now = _turns_of_chat(response) or _turns_of_plain(_NOT_TEXT.sub("", response))
-        return _run(now, text), 0
+        return _run(_turns_of_response(response), text), 0
     complete = sum(_is_agent(found["role"]) and bool(found["end"]) for found in chat.message.finditer(prompt))
     turns = _turns(chat, prompt + response)
     agents = [turn for turn in turns if turn.role == "agent" and (turn.text or turn.thought or turn.calls)]
@@ -175,9 +176,24 @@ def _without_inst(text: str) -> str:
     return text
 
 
-def _with_earlier(before: Sequence[Turn], now: Sequence[Turn]) -> tuple[Trajectory, int]:
-    earlier = sum(turn.role == "agent" for turn in before)
-    return _run([*before, *now], None), earlier
+def _turns_of_prompt(prompt: str | Sequence[Any]) -> list[Turn]:
+    if not isinstance(prompt, str):
+        return _turns_of_messages("prompt", prompt)
+    chat = _chat_of(prompt)
+    plain = [{"role": "user", "content": _NOT_TEXT.sub("", prompt).strip()}]
+    return _turns(chat, prompt) if chat else turns_of(plain, Counter())
+
+
+def _turns_of_response(written: str | Sequence[Any]) -> list[Turn]:
+    if not isinstance(written, str):
+        return _turns_of_messages("response", written)
+    return _turns_of_chat(written) or _turns_of_plain(_NOT_TEXT.sub("", written))
+
+
+def _turns_of_messages(name: str, messages: Sequence[Any]) -> list[Turn]:
+    if not is_message_list(list(messages)):
+        raise DataError(f"{name}: neither a string nor a list of messages.")
+    return turns_of(list(messages), Counter())
 
 
 def _chat_of(text: str) -> _Chat | None:

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -152,19 +152,30 @@ class Service:
         return {"rewards": values, "scores": values, "extra_logs": logs}
 
     async def reward(self, body: Body) -> dict[str, Any]:
-        """slime's contract: `prompt` and `response` of one sample in, an object with `score` out.
+        """slime's contract, and that of prmkit.rewards: one sample's `prompt` and `response` in, an object out.
+
+        `aggregate` and `unscored` in the body replace the server's.
 
         Raises:
             DataError: a part is missing, or the response cannot be taken apart.
             NoReward: a step has no score that can be relied on.
         """
         prompt, response = body.get("prompt"), body.get("response")
-        if not isinstance(prompt, str | list) or not isinstance(response, str):
-            raise DataError("prompt: a string or a list of messages; response: a string.")
-        found = await self._reward(prompt, response, whole=False)
-        return found | {"score": self._number(found["score"], can_be_null=True), "judge": self.name}
+        if not isinstance(prompt, str | list) or not isinstance(response, str | list):
+            raise DataError("prompt and response: strings, or lists of messages.")
+        asked = self._asked_for(body)
+        found = await asked._reward(prompt, response, whole=False)
+        return found | {"score": asked._number(found["score"], can_be_null=True), "judge": self.name}
 
-    async def _reward(self, prompt: str | list[Any], text: str, *, whole: bool) -> dict[str, Any]:
+    def _asked_for(self, body: Body) -> "Service":
+        """This service with what a body says about the reward."""
+        given = {name: body[name] for name in ("aggregate", "unscored") if name in body}
+        for name, known in (("aggregate", tuple(AGGREGATES)), ("unscored", UNSCORED)):
+            if name in given and given[name] not in known:
+                raise DataError(f"{name}: one of {', '.join(known)}.")
+        return replace(self, **given) if given else self
+
+    async def _reward(self, prompt: str | list[Any], text: str | list[Any], *, whole: bool) -> dict[str, Any]:
         """The aggregate of the steps that the policy wrote, null where a step has no score that can be relied on."""
         run, earlier = run_of_policy(prompt, text, whole=whole)
         rows = self._step_rows(run)[earlier:]
@@ -179,6 +190,7 @@ class Service:
             "score": AGGREGATES[self.aggregate](usable) if usable else None,
             "label_mass": min(masses, default=None),
             "steps": len(lines),
+            "scores": [line["score"] if line["status"] == "ok" else None for line in lines],
             "unscored": unscored,
         }
 

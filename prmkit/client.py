@@ -1,0 +1,239 @@
+"""A client of `serve_judge.py` for trainers and agents. Needs httpx, and neither torch nor a model.
+
+judge = prmkit.client.Judge("http://127.0.0.1:8000")
+judge.score([{"task": "…", "history": [], "step": {"role": "assistant", "content": "…"}}])
+judge.score_run({"messages": […]})
+judge.reward("What is 2 + 2?", "4")
+"""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prmkit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+Messages = Sequence[Mapping[str, Any]]
+
+_PASSING = {408, 425, 429, 500, 502, 503, 504}
+_LONGEST_PAUSE = 30.0
+"""Seconds between two attempts."""
+
+
+class JudgeUnavailable(DataError):
+    """The server did not answer, or had no score to give, as often as it was asked."""
+
+
+class RequestRefused(UsageError):
+    """The server can never answer this request; its text says why."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What the judge thinks of what a policy wrote."""
+
+    value: float | None
+    """The aggregate of the steps, 0 to 1; None where a step has no score that can be relied on."""
+    steps: tuple[float | None, ...]
+    """The score of every step that the policy wrote."""
+    label_mass: float | None
+    """The lowest of the steps."""
+
+    def number(self, unscored_reward: float | None) -> float:
+        """The value, or the reward that the caller chose for samples without one.
+
+        Raises:
+            JudgeUnavailable: it chose none.
+        """
+        value = unscored_reward if self.value is None else self.value
+        if value is None:
+            raise JudgeUnavailable(
+                "a step has no score that can be relied on. unscored_reward names a reward for such samples."
+            )
+        return value
+
+
+@dataclass
+class Judge:
+    """A judge behind a URL. Safe to use from several threads."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    """The bearer key that the server wants."""
+    timeout: float = 120.0
+    """Seconds for one answer."""
+    attempts: int = 6
+    concurrency: int = 32
+    """The most requests at once; the server judges them together."""
+    _local: threading.local = field(default_factory=threading.local, repr=False)
+
+    def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Score steps or ready prompts: one line each, in their order, as `POST /v1/score` gives them.
+
+        Raises:
+            JudgeUnavailable, RequestRefused: see there.
+        """
+        more = {"keys": list(keys)} if keys else {}
+        parts = [list(steps[first : first + 64]) for first in range(0, len(steps), 64)]
+        answers = self._each([("/v1/score", {"steps": part, **more}) for part in parts])
+        return [line for answer in answers for line in answer["results"]]
+
+    def score_run(self, run: Any, *, gamma: float = 1.0) -> list[dict[str, Any]]:
+        """Score every step of a run in any form that `import_trajectories.py` reads; one object for each run in it.
+
+        Raises:
+            JudgeUnavailable, RequestRefused: see there.
+        """
+        (answer,) = self._each([(f"/v1/score_trajectory?gamma={float(gamma)}", run)])
+        return list(answer["runs"])
+
+    def reward(self, prompt: str | Messages, response: str | Messages, *, aggregate: str = "min") -> Reward:
+        """The reward of one sample.
+
+        Raises:
+            JudgeUnavailable, RequestRefused: see there.
+        """
+        return self.rewards([(prompt, response)], aggregate=aggregate)[0]
+
+    def rewards(
+        self, samples: Sequence[tuple[str | Messages, str | Messages]], *, aggregate: str = "min"
+    ) -> list[Reward]:
+        """The rewards of many samples, in their order, asked for at the same time.
+
+        Args:
+            samples: prompt and response, each as a string (with or without the tokens of a chat template) or as
+                messages.
+            aggregate: min, mean, product or last: how the scores of the steps become one number.
+
+        Raises:
+            JudgeUnavailable, RequestRefused: see there.
+        """
+        return [_reward(answer) for answer in self._each([_sample(*sample, aggregate) for sample in samples])]
+
+    async def arewards(
+        self, samples: Sequence[tuple[str | Messages, str | Messages]], *, aggregate: str = "min"
+    ) -> list[Reward]:
+        """As `rewards`, for callers that run an event loop."""
+        import httpx
+
+        limit = asyncio.Semaphore(self.concurrency)
+        async with httpx.AsyncClient(**self._settings()) as client:
+
+            async def ask(path: str, body: Any) -> Any:
+                async with limit:
+                    for attempt in range(self.attempts):
+                        outcome = await _acaught(client.post(path, json=body))
+                        if (pause := _pause(outcome, attempt, self.attempts)) is None:
+                            break
+                        await asyncio.sleep(pause)
+                    return _content(outcome, self.url)
+
+            asked = [_sample(*sample, aggregate) for sample in samples]
+            return [_reward(answer) for answer in await asyncio.gather(*(ask(path, body) for path, body in asked))]
+
+    def _each(self, requests: Sequence[tuple[str, Any]]) -> list[Any]:
+        if len(requests) == 1:
+            return [self._ask(*requests[0])]
+        with ThreadPoolExecutor(max(1, min(self.concurrency, len(requests)))) as pool:
+            return list(pool.map(lambda request: self._ask(*request), requests))
+
+    def _ask(self, path: str, body: Any) -> Any:
+        with self._client() as client:
+            for attempt in range(self.attempts):
+                outcome = _caught(lambda: client.post(path, json=body))
+                if (pause := _pause(outcome, attempt, self.attempts)) is None:
+                    break
+                time.sleep(pause)
+            return _content(outcome, self.url)
+
+    @contextmanager
+    def _client(self) -> "Iterator[httpx.Client]":
+        """A client for this thread; it keeps its connection."""
+        import httpx
+
+        if not hasattr(self._local, "client"):
+            self._local.client = httpx.Client(**self._settings())
+        yield self._local.client
+
+    def _settings(self) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        # No proxies from the environment: the judge is ours, and its address would leak to them.
+        return {"base_url": self.url.rstrip("/"), "headers": headers, "timeout": self.timeout, "trust_env": False}
+
+
+def client_of(judge: str | Judge) -> Judge:
+    """A client, from a URL or as it is."""
+    return Judge(judge) if isinstance(judge, str) else judge
+
+
+def _sample(prompt: str | Messages, response: str | Messages, aggregate: str) -> tuple[str, dict[str, Any]]:
+    # null, so that this side decides: every trainer needs another answer for a step without a score.
+    return "/reward", {"prompt": prompt, "response": response, "aggregate": aggregate, "unscored": "null"}
+
+
+def _reward(answer: Mapping[str, Any]) -> Reward:
+    return Reward(answer["score"], tuple(answer["scores"]), answer["label_mass"])
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _caught(ask: Callable[[], T]) -> T | Exception:
+    import httpx
+
+    try:
+        return ask()
+    except httpx.TransportError as error:
+        return error
+
+
+async def _acaught(ask: Any) -> Any:
+    import httpx
+
+    try:
+        return await ask
+    except httpx.TransportError as error:
+        return error
+
+
+def _pause(outcome: Any, attempt: int, attempts: int) -> float | None:
+    """Seconds until the next attempt; None where there is an answer, or no further attempt."""
+    if attempt + 1 >= attempts or getattr(outcome, "status_code", 503) not in _PASSING:
+        return None
+    asked = getattr(outcome, "headers", {}).get("retry-after", "")
+    own = min(2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+    return min(float(asked), _LONGEST_PAUSE) if asked.isdigit() else own
+
+
+def _content(outcome: Any, url: str) -> Any:
+    status = getattr(outcome, "status_code", None)
+    if status is None or status in _PASSING:
+        raise JudgeUnavailable(f"{url}: {_message(outcome)}")
+    if status != 200:
+        raise RequestRefused(f"{url}: {status}: {_message(outcome)}")
+    return _json(outcome)
+
+
+def _message(outcome: Any) -> str:
+    if isinstance(outcome, Exception):
+        return f"no answer ({type(outcome).__name__}: {outcome})"
+    try:
+        return str(outcome.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {outcome.status_code}"
+
+
+def _json(response: Any) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise JudgeUnavailable(f"{response.url}: the answer is not JSON, so this is not serve_judge.py.") from error

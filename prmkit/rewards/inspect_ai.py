@@ -1,0 +1,39 @@
+"""Inspect AI: `scorer=judge_scorer(url)` in a Task."""
+
+from typing import Any
+
+from prmkit.client import Judge, client_of
+
+
+def judge_scorer(judge: str | Judge, *, aggregate: str = "min") -> Any:
+    """A scorer that judges the messages of a sample; the step scores are in the metadata of its score.
+
+    A sample with a step that has no score is `Score.unscored`: Inspect leaves it out of its metrics and counts it.
+
+    Args:
+        judge: the URL of `serve_judge.py`, or a client.
+        aggregate: min, mean, product or last.
+
+    Raises:
+        JudgeUnavailable, RequestRefused: when a sample is scored.
+    """
+    import asyncio
+
+    from inspect_ai.scorer import Score, mean, scorer, stderr
+
+    client = client_of(judge)
+
+    @scorer(metrics=[mean(), stderr()], name="prmkit_judge")  # type: ignore[untyped-decorator]
+    def scores_of_judge() -> Any:
+        async def score(state: Any, _target: Any) -> Any:
+            messages = [message.model_dump(exclude_none=True) for message in state.messages]
+            (run,) = await asyncio.to_thread(client.score_run, {"messages": messages})
+            steps = [step["score"] if step["status"] == "ok" else None for step in run["steps"]]
+            value = run["aggregates"][aggregate]
+            if value is None:
+                return Score.unscored(explanation="a step has no score that can be relied on")
+            return Score(value=value, metadata={"steps": steps, "first_bad": run["first_bad"]})
+
+        return score
+
+    return scores_of_judge()

@@ -1,0 +1,49 @@
+"""ms-swift: `swift rlhf --rlhf_type grpo --external_plugins plugin.py --reward_funcs judge`.
+
+# plugin.py
+from swift.rewards import orms
+from prmkit.rewards.ms_swift import make_orm
+orms["judge"] = make_orm("http://127.0.0.1:8000")
+"""
+
+from typing import Any
+
+from prmkit.client import Judge, client_of
+from prmkit.rewards.trl import values_of
+
+
+def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
+    """A subclass of `swift.rewards.ORM`.
+
+    ms-swift turns None into 0, so a completion without a score gets the mean of its group, which are the completions
+    with one `prompt_id`. A group without any score has only None.
+
+    Args:
+        judge: the URL of `serve_judge.py`, or a client.
+        aggregate: min, mean, product or last.
+
+    Raises:
+        JudgeUnavailable, RequestRefused: when it is called.
+    """
+    from swift.rewards import ORM
+
+    client = client_of(judge)
+
+    class JudgeORM(ORM):  # type: ignore[misc]
+        """The reward of a served judge."""
+
+        def __call__(self, completions: list[str], **given: Any) -> list[float | None]:
+            conversations = given["messages"]
+            samples = [
+                (before_answer(messages), text) for messages, text in zip(conversations, completions, strict=True)
+            ]
+            rewards = client.rewards(samples, aggregate=aggregate)
+            return values_of(given.get("prompt_id") or [prompt for prompt, _ in samples], rewards, fill=True)
+
+    return JudgeORM
+
+
+def before_answer(messages: Any) -> list[Any]:
+    """The conversation without the answer that ms-swift appends to it."""
+    is_answered = bool(messages) and messages[-1].get("role") == "assistant"
+    return list(messages[:-1] if is_answered else messages)

@@ -1,0 +1,32 @@
+"""slime. Either `--rm-type remote_rm --rm-url http://HOST:8000/reward --reward-key score`, or a function:
+
+# my_rm.py, for --custom-rm-path my_rm.judge_rm --reward-key score
+from prmkit.rewards.slime import make_custom_rm
+judge_rm = make_custom_rm("http://127.0.0.1:8000")
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prmkit.client import Judge, client_of
+
+
+def make_custom_rm(
+    judge: str | Judge, *, aggregate: str = "min", unscored_reward: float | None = None
+) -> Callable[..., Awaitable[dict[str, Any]]]:
+    """An async `custom_rm(args, sample)`; the reward is an object, whose `score` `--reward-key` names.
+
+    slime takes any JSON as a reward. A sample without a score gets the reward that was named here and `unscored` true;
+    without one it is an error, which stops the rollout.
+
+    Raises:
+        JudgeUnavailable, RequestRefused: in the function that is returned.
+    """
+    client = client_of(judge)
+
+    async def custom_rm(_args: Any, sample: Any, **_more: Any) -> dict[str, Any]:
+        (reward,) = await client.arewards([(sample.prompt, sample.response)], aggregate=aggregate)
+        value = reward.number(unscored_reward)
+        return {"score": value, "unscored": reward.value is None, "steps": list(reward.steps)}
+
+    return custom_rm

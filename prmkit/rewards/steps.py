@@ -1,0 +1,86 @@
+"""Rewards of single steps, for frameworks that keep them: SkyRL, ROLL and NeMo-RL environments, AReaL, verifiers.
+
+rewards = step_rewards(judge, {"messages": messages})       # one for each message of the agent
+client.set_reward(completion_id, rewards[-1])               # AReaL
+return {"reward": rewards[-1], …}                           # Env.step of SkyRL
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from prmkit.client import Judge, Reward, client_of
+
+
+def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None = None) -> list[float]:
+    """The score of every step of a run.
+
+    Args:
+        judge: the URL of `serve_judge.py`, or a client.
+        run: in any form that `import_trajectories.py` reads, with one run in it.
+        unscored_reward: for steps without a score; None makes one an error.
+
+    Raises:
+        JudgeUnavailable: a step has no score, and no reward was named for that.
+        RequestRefused: it is not one run.
+    """
+    client = client_of(judge)
+    (found,) = client.score_run(run)
+    return [reward_of(step).number(unscored_reward) for step in found["steps"]]
+
+
+def reward_of(line: Mapping[str, Any]) -> Reward:
+    """The reward of one scored step, as `Judge.score` and `Judge.score_run` give them; unsure scores are none."""
+    value = line["score"] if line["status"] == "ok" else None
+    return Reward(value, (value,), line["label_mass"])
+
+
+def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
+    """The sum of the rewards from each step on, later ones discounted by `gamma` a step."""
+    returns: list[float] = []
+    for reward in reversed(rewards):
+        returns.append(reward + gamma * (returns[-1] if returns else 0.0))
+    return returns[::-1]
+
+
+def evaluation_events(run: Mapping[str, Any], name: str = "step_score") -> Iterator[dict[str, Any]]:
+    """The attributes of an OpenTelemetry `gen_ai.evaluation.result` event for each scored step of a run.
+
+    Args:
+        run: an object of `Judge.score_run`.
+        name: of the metric.
+    """
+    for step in run["steps"]:
+        if step["status"] == "ok":
+            yield {
+                "gen_ai.evaluation.name": name,
+                "gen_ai.evaluation.score.value": step["score"],
+                "gen_ai.evaluation.score.label": "bad" if step["bad"] else "good",
+            }
+
+
+def send_to_langfuse(
+    langfuse: Any, run: Mapping[str, Any], trace_id: str, observation_ids: Sequence[str], name: str = "step_score"
+) -> int:
+    """Write the score of every step to its observation in Langfuse; steps without a score get none.
+
+    Args:
+        langfuse: a `langfuse.Langfuse` client.
+        run: an object of `Judge.score_run`.
+        trace_id: of the run.
+        observation_ids: of its steps, in their order.
+        name: of the score.
+
+    Returns:
+        How many scores were written.
+
+    Raises:
+        ValueError: there are not as many observations as steps.
+    """
+    if len(observation_ids) != len(run["steps"]):
+        raise ValueError(f"{len(observation_ids)} observations for {len(run['steps'])} steps")
+    scored = [pair for pair in zip(run["steps"], observation_ids, strict=True) if pair[0]["status"] == "ok"]
+    for step, observation in scored:
+        langfuse.create_score(
+            name=name, value=step["score"], trace_id=trace_id, observation_id=observation, data_type="NUMERIC"
+        )
+    return len(scored)

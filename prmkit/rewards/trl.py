@@ -1,0 +1,65 @@
+"""TRL's GRPOTrainer: `reward_funcs=make_reward_func(url)`."""
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from statistics import fmean
+from typing import Any, Literal
+
+from prmkit.client import Judge, Reward, client_of
+
+WhenUnscored = Literal["none", "group_mean"]
+
+
+def make_reward_func(
+    judge: str | Judge, *, aggregate: str = "min", when_unscored: WhenUnscored | None = None
+) -> Callable[..., list[float | None]]:
+    """A reward function for `GRPOTrainer`, for text and for conversational prompts.
+
+    TRL 1.x leaves a completion whose reward is None out of its group. TRL 0.24 turns None into 0, which would teach the
+    policy to avoid what the judge could not score; there, the completion gets the mean of its group, and so hardly any
+    advantage. A group without any score has only None.
+
+    Args:
+        judge: the URL of `serve_judge.py`, or a client.
+        aggregate: min, mean, product or last: how the scores of several steps become one number.
+        when_unscored: `none` or `group_mean`; None decides by the installed TRL.
+
+    Raises:
+        JudgeUnavailable, RequestRefused: in the function that is returned, which stops the training.
+    """
+    client = client_of(judge)
+    answer = when_unscored or _fitting_trl()
+
+    def judge_reward(prompts: Sequence[Any], completions: Sequence[Any], **_columns: Any) -> list[float | None]:
+        rewards = client.rewards(list(zip(prompts, completions, strict=True)), aggregate=aggregate)
+        return values_of(prompts, rewards, fill=answer == "group_mean")
+
+    return judge_reward
+
+
+def values_of(groups: Sequence[Any], rewards: Sequence[Reward], *, fill: bool) -> list[float | None]:
+    """The numbers of some rewards.
+
+    Args:
+        groups: what the samples of one group have in common, sample by sample; groups are contiguous.
+        rewards: of the samples.
+        fill: give a sample without a score the mean of its group.
+    """
+    values = [reward.value for reward in rewards]
+    first = 0
+    while fill and first < len(values):
+        last = first
+        while last < len(values) and groups[last] == groups[first]:
+            last += 1
+        known = [value for value in values[first:last] if value is not None]
+        if known:
+            values[first:last] = [fmean(known) if value is None else value for value in values[first:last]]
+        first = last
+    return values
+
+
+def _fitting_trl() -> WhenUnscored:
+    try:
+        return "group_mean" if version("trl").startswith("0.") else "none"
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,56 @@
+"""verl: `reward.custom_reward_function.path=reward.py name=compute_score`.
+
+# reward.py
+from prmkit.rewards.verl import make_compute_score
+compute_score = make_compute_score("http://127.0.0.1:8000")
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from prmkit.client import Judge, client_of
+
+_PROMPTS = ("messages", "prompt", "raw_prompt", "question")
+"""Where a dataset or an agent loop may keep what the policy was asked: verl does not pass it."""
+
+
+def make_compute_score(
+    judge: str | Judge, *, aggregate: str = "min", unscored_reward: float | None = None
+) -> Callable[..., Awaitable[dict[str, float]]]:
+    """An async `compute_score` for verl's naive, dapo and similar reward managers.
+
+    verl needs the same keys from every sample and a number in each, so a sample without a score has `unscored: 1.0` and
+    the reward that was named here. Without one it is an error: verl retries nothing, and the training stops.
+
+    Args:
+        judge: the URL of `serve_judge.py`, or a client.
+        aggregate: min, mean, product or last.
+        unscored_reward: for samples without a score.
+
+    Raises:
+        ValueError: in the function, where `extra_info` does not hold the prompt under one of the usual names.
+        JudgeUnavailable, RequestRefused: in the function.
+    """
+    client = client_of(judge)
+
+    async def compute_score(
+        data_source: Any = None,
+        solution_str: str = "",
+        ground_truth: Any = None,
+        extra_info: Mapping[str, Any] | None = None,
+        **_more: Any,
+    ) -> dict[str, float]:
+        held = [extra_info.get(name) for name in _PROMPTS] if extra_info else []
+        prompt = next((each for each in held if each is not None and len(each)), None)  # may be an array of messages
+        if prompt is None:
+            raise ValueError(f"extra_info has none of {', '.join(_PROMPTS)}. Put what the policy was asked into it.")
+        prompt = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+        (reward,) = await client.arewards([(prompt, solution_str)], aggregate=aggregate)
+        return {
+            "score": reward.number(unscored_reward),
+            "unscored": float(reward.value is None),
+            "label_mass": -1.0 if reward.label_mass is None else reward.label_mass,
+            "steps": float(len(reward.steps)),
+        }
+
+    return compute_score

@@ -1,0 +1,127 @@
+"""The client against the real server, and against servers that are down, slow, or something else."""
+
+import http.server
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward
+
+GOOD, POOR, CLOSE = 0.9, 0.2, 0.03
+ROOT = Path(__file__).resolve().parents[2]
+MESSAGES = [{"role": "user", "content": "Do it."}, {"role": "assistant", "content": "good"}]
+
+
+def test_steps_runs_and_rewards(judge_url: str) -> None:
+    judge = Judge(judge_url)
+    steps = [{"task": "t", "step": {"role": "assistant", "content": f"good {number}"}} for number in range(150)]
+    lines = judge.score(steps)
+    assert len(lines) == 150 and all(line["score"] == pytest.approx(GOOD, abs=CLOSE) for line in lines)
+    (run,) = judge.score_run({"messages": MESSAGES}, gamma=0.5)
+    assert run["steps"][0]["return"] == pytest.approx(GOOD, abs=CLOSE)
+    samples = [("What?", "good"), (MESSAGES[:1], "bad"), (MESSAGES[:1], [{"role": "assistant", "content": "mumble"}])]
+    good, poor, unsure = judge.rewards(samples)
+    assert good.value == pytest.approx(GOOD, abs=CLOSE) and poor.value == pytest.approx(POOR, abs=CLOSE)
+    assert unsure.value is None and unsure.steps == (None,)
+    assert unsure.number(0.5) == 0.5 and good.number(None) == good.value
+    with pytest.raises(JudgeUnavailable):
+        unsure.number(None)
+
+
+def test_many_requests_at_once_keep_their_order(judge_url: str) -> None:
+    import asyncio
+
+    samples = [("What?", f"{'good' if number % 3 else 'bad'} {number}") for number in range(300)]
+    expected = [GOOD if number % 3 else POOR for number in range(300)]
+    assert [each.value for each in Judge(judge_url).rewards(samples)] == pytest.approx(expected, abs=CLOSE)
+    found = asyncio.run(Judge(judge_url).arewards(samples))
+    assert [each.value for each in found] == pytest.approx(expected, abs=CLOSE)
+
+
+def test_what_can_never_be_answered_is_said_at_once(judge_url: str) -> None:
+    judge = Judge(judge_url)
+    with pytest.raises(RequestRefused, match="not a known form of runs"):
+        judge.score_run({"messages": []})
+    with pytest.raises(RequestRefused, match="aggregate"):
+        judge.reward("What?", "good", aggregate="median")
+    with pytest.raises(RequestRefused, match="404"):
+        Judge(judge_url + "/elsewhere").reward("What?", "good")
+
+
+@contextmanager
+def answering(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """A server that gives these answers in turn, the last one again and again."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, body = answers[min(len(asked), len(answers) - 1)]
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+ANSWER = b'{"score": 0.7, "scores": [0.7], "label_mass": 0.9}'
+
+
+def test_trouble_that_passes_is_waited_for() -> None:
+    with answering((503, b'{"error": "the queue is full"}'), (502, b"<html>"), (200, ANSWER)) as (url, asked):
+        assert Judge(url).reward("a", "b") == Reward(0.7, (0.7,), 0.9)
+    assert len(asked) == 3
+
+
+def test_trouble_that_stays_is_an_error_and_never_a_number() -> None:
+    with answering((503, b'{"error": "the queue is full"}')) as (url, asked):
+        with pytest.raises(JudgeUnavailable, match="the queue is full"):
+            Judge(url, attempts=3).reward("a", "b")
+        assert len(asked) == 3
+    with answering((200, b"<html>hello</html>")) as (url, _), pytest.raises(JudgeUnavailable, match="not JSON"):
+        Judge(url).reward("a", "b")
+    with pytest.raises(JudgeUnavailable, match="no answer"):
+        Judge("http://127.0.0.1:9", attempts=1).reward("a", "b")
+
+
+def test_the_key_is_in_no_message_and_no_repr() -> None:
+    judge = Judge("http://127.0.0.1:9", key="s3cret", attempts=1)
+    with pytest.raises(JudgeUnavailable) as caught:
+        judge.reward("a", "b")
+    assert "s3cret" not in str(caught.value) + repr(judge)
+
+
+LIGHT = """
+import sys
+for name in ("torch", "transformers", "llamafactory", "numpy", "fastapi", "trl", "ray"):
+    sys.modules[name] = None
+import prmkit.client, prmkit.rewards.trl, prmkit.rewards.verl, prmkit.rewards.openrlhf, prmkit.rewards.ms_swift
+import prmkit.rewards.slime, prmkit.rewards.inspect_ai, prmkit.rewards.steps
+judge = prmkit.client.Judge(sys.argv[1])
+messages = [{"role": "user", "content": "t"}, {"role": "assistant", "content": "good"}]
+print(prmkit.rewards.steps.step_rewards(judge, {"messages": messages}))
+"""
+
+
+def test_a_trainers_environment_needs_no_torch(judge_url: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT, judge_url], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[0.8996")

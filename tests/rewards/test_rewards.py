@@ -1,0 +1,98 @@
+"""Each adapter with what its framework passes, and with a step that has no score."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from prmkit.client import JudgeUnavailable, RequestRefused, Reward
+from prmkit.rewards.slime import make_custom_rm
+from prmkit.rewards.steps import discounted_returns, evaluation_events, send_to_langfuse, step_rewards
+from prmkit.rewards.trl import make_reward_func, values_of
+from prmkit.rewards.verl import make_compute_score
+
+GOOD, POOR, CLOSE = 0.9, 0.2, 0.03
+RUN = {
+    "messages": [
+        {"role": "user", "content": "Do it."},
+        {"role": "assistant", "content": "good"},
+        {"role": "assistant", "content": "bad"},
+    ]
+}
+
+
+def near(*values: float | None) -> Any:
+    return [value if value is None else pytest.approx(value, abs=CLOSE) for value in values]
+
+
+def test_trl_none_where_trl_leaves_it_out_and_the_mean_of_the_group_where_it_would_be_zero(judge_url: str) -> None:
+    prompts = ["a"] * 3 + ["b"] * 2
+    completions = ["good", "mumble", "bad", "mumble", "mumble 2"]
+    columns = {"completion_ids": [[1]] * 5, "trainer_state": None, "answer": ["x"] * 5}
+    for chosen, expected in (("none", (GOOD, None, POOR, None, None)), ("group_mean", (GOOD, 0.55, POOR, None, None))):
+        reward = make_reward_func(judge_url, when_unscored=chosen)  # type: ignore[arg-type]
+        assert reward(prompts=prompts, completions=completions, **columns) == near(*expected)
+    conversational = make_reward_func(judge_url)(
+        prompts=[[{"role": "user", "content": "Do it."}]], completions=[[{"role": "assistant", "content": "good"}]]
+    )
+    assert conversational == near(GOOD)
+
+
+def test_the_mean_of_a_group_stays_in_its_group() -> None:
+    rewards = [Reward(value, (), None) for value in (0.2, None, None, 0.8, 0.6)]
+    assert values_of(["a", "a", "b", "b", "b"], rewards, fill=True) == pytest.approx([0.2, 0.2, 0.7, 0.8, 0.6])
+
+
+def test_verl_gets_the_same_keys_from_every_sample(judge_url: str) -> None:
+    compute = make_compute_score(judge_url, unscored_reward=0.5)
+
+    def score(solution: str, **extra: Any) -> dict[str, float]:
+        given = {"data_source": "x", "ground_truth": None, "reward_router_address": None}
+        return asyncio.run(compute(solution_str=solution, extra_info=extra, **given))  # type: ignore[arg-type]
+
+    good, unsure = score("good", prompt=RUN["messages"][:1]), score("mumble", question="What?")
+    assert good.keys() == unsure.keys() and all(type(value) is float for value in [*good.values(), *unsure.values()])
+    assert good["score"] == pytest.approx(GOOD, abs=CLOSE) and (unsure["score"], unsure["unscored"]) == (0.5, 1.0)
+    with pytest.raises(ValueError, match="extra_info has none of"):
+        score("good", num_turns=2)
+    with pytest.raises(JudgeUnavailable):
+        asyncio.run(make_compute_score(judge_url)(solution_str="mumble", extra_info={"prompt": "What?"}))
+
+
+def test_slime_gets_an_object(judge_url: str) -> None:
+    def reward(response: str, **settings: Any) -> dict[str, Any]:
+        sample = SimpleNamespace(prompt="What?", response=response, label=None, metadata={})
+        return asyncio.run(make_custom_rm(judge_url, **settings)(SimpleNamespace(), sample))
+
+    assert reward("good")["score"] == pytest.approx(GOOD, abs=CLOSE)
+    assert reward("mumble", unscored_reward=0.4) == {"score": 0.4, "unscored": True, "steps": [None]}
+    with pytest.raises(JudgeUnavailable):
+        reward("mumble")
+
+
+def test_rewards_of_single_steps(judge_url: str) -> None:
+    rewards = step_rewards(judge_url, RUN)
+    assert rewards == near(GOOD, POOR)
+    assert discounted_returns(rewards, 0.5) == pytest.approx([rewards[0] + 0.5 * rewards[1], rewards[1]])
+    unsure = {"messages": [*RUN["messages"], {"role": "assistant", "content": "mumble"}]}
+    assert step_rewards(judge_url, unsure, unscored_reward=0.0)[2] == 0.0
+    with pytest.raises(JudgeUnavailable):
+        step_rewards(judge_url, unsure)
+    with pytest.raises(RequestRefused):
+        step_rewards(judge_url, {"messages": RUN["messages"][:1]})
+
+
+def test_scores_for_traces(judge_url: str) -> None:
+    from prmkit.client import Judge
+
+    messages = [*RUN["messages"], {"role": "assistant", "content": "mumble"}]
+    (run,) = Judge(judge_url).score_run({"messages": messages})
+    labels = [event["gen_ai.evaluation.score.label"] for event in evaluation_events(run)]
+    assert labels == ["good", "bad"]  # and none for the unsure one
+    written: list[dict[str, Any]] = []
+    langfuse = SimpleNamespace(create_score=lambda **given: written.append(given))
+    assert send_to_langfuse(langfuse, run, "trace", ["o1", "o2", "o3"]) == 2
+    assert [each["observation_id"] for each in written] == ["o1", "o2"]
+    with pytest.raises(ValueError, match="2 observations for 3 steps"):
+        send_to_langfuse(langfuse, run, "trace", ["o1", "o2"])
