@@ -5,25 +5,30 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'USAGE'
-Usage: ./run_tests.sh [--fast] [arguments of pytest]
+Usage: ./run_tests.sh [--fast | --all] [arguments of pytest]
 
 Installs what the tests need (requirements-dev.txt, once), then runs ruff, mypy, shellcheck and pytest.
 
   --fast       leave out what starts LLaMA Factory, downloads, or is slow (markers llamafactory, network, slow)
+  --all        also what installs gigabytes: a real vLLM, verl, Inspect AI (marker huge)
   -h, --help   show this text
 
 Everything else goes to pytest: ./run_tests.sh -k verdict, ./run_tests.sh tests/dataset
 USAGE
 }
 
-selection=()
+selection=(-m "not huge")
 case ${1:-} in
     -h | --help)
         usage
         exit 0
         ;;
     --fast)
-        selection=(-m "not llamafactory and not slow and not network")
+        selection=(-m "not llamafactory and not slow and not network and not huge")
+        shift
+        ;;
+    --all)
+        selection=()
         shift
         ;;
 esac

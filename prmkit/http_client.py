@@ -12,16 +12,21 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from prmkit.errors import DataError, UsageError
 
 log = logging.getLogger("prmkit")
 
 T = TypeVar("T")
+Logprobs = Literal["exact", "top"]
 
+MOST_EXACT = 128
+"""Tokens that vLLM takes in one `logprob_token_ids`."""
+_LEFT_OUT = 5.0
+"""Seconds for which a server that failed gets no requests while another one answers."""
 _LONGEST_PAUSE = 30.0
 """Seconds between two attempts, of our own choice."""
 _LONGEST_PAUSE_ASKED = 120.0
@@ -63,6 +68,11 @@ class Endpoint:
     attempts: int = 6
     timeout: float = 300.0
     """Seconds until an answer must be complete."""
+    others: tuple[str, ...] = ()
+    """Further servers with the same model: each request goes to the one with the fewest under way."""
+    logprobs: Logprobs = "exact"
+    """`exact` asks for the very tokens that are wanted where the server can (vLLM's `logprob_token_ids`); `top` always
+    reads the likeliest ones."""
     unknown_share: float = 1e-4
     """The most of the candidates' probability that may stay unknown, and so the most that a score can be off. Less asks
     more often; a server's own rounding in half precision is a hundred times this."""
@@ -102,10 +112,11 @@ def check_url(url: str) -> None:
 class RowFailure(Exception):
     """The server cannot answer for this row; the others continue."""
 
-    def __init__(self, reason: str, *, is_usage: bool = False) -> None:
-        """Keep the reason, and whether another option of ours would help if it holds for all rows."""
+    def __init__(self, reason: str, *, is_usage: bool = False, is_refusal: bool = False) -> None:
+        """Keep the reason, whether another option would help if it holds for all rows, and whether it is a 4xx."""
         super().__init__(reason)
         self.is_usage = is_usage
+        self.is_refusal = is_refusal
 
 
 class _PassingTrouble(Exception):
@@ -123,6 +134,10 @@ class ServerState:
 
     is_usable: bool = False
     """It has given an answer that could be read. Until then, what is wrong is probably wrong for every row."""
+    is_exact: bool | None = None
+    """It answers with the tokens of `logprob_token_ids`; None until it was asked."""
+    left_out_until: dict[str, float] = field(default_factory=dict)
+    """By address, when a server that failed is tried again, on the clock of `time.monotonic`."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +174,11 @@ class Connection:
 
         self.endpoint = endpoint
         self._vocabulary = vocabulary
-        self._state = state
+        self.state = state
         self._gate = asyncio.Semaphore(endpoint.concurrency)
+        self.probing = asyncio.Lock()
+        """Held while it is found out whether the server reads exactly: it must never get both kinds at once."""
+        self._under_way = dict.fromkeys((endpoint.base_url, *endpoint.others), 0)
         # A compressed answer could unpack to any size.
         headers = {"Accept-Encoding": "identity"}
         if endpoint.api_key:
@@ -198,6 +216,30 @@ class Connection:
             ids, read, max_tokens=len(tokens), logprobs=self.endpoint.top_logprobs, return_tokens_as_token_ids=True
         )
 
+    async def exact(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[dict[int, float]] | None:
+        """The log-probabilities of tokens after each of several prompts, over the whole vocabulary, in one request.
+
+        Args:
+            prompts: token ids.
+            tokens: at most `MOST_EXACT`.
+
+        Returns:
+            By token, one mapping for each prompt; None where the server does not know `logprob_token_ids`.
+        """
+
+        def read(choices: Sequence[Mapping[str, Any]]) -> list[dict[int, float]] | None:
+            shown = [self._likeliest_of(choice)[0] for choice in choices]
+            if not all(token in each for each in shown for token in tokens):
+                return None
+            found = [{token: each[token] for token in tokens} for each in shown]
+            if any(value < _NOT_COMPUTED for each in found for value in each.values()):
+                raise _PassingTrouble("it did not compute the tokens that were asked for")
+            return found
+
+        return await self._ask_all(
+            prompts, read, max_tokens=1, logprobs=1, logprob_token_ids=list(tokens), return_tokens_as_token_ids=True
+        )
+
     async def echoed(self, ids: Sequence[int]) -> float:
         """The log-probability of the last one of `ids`."""
 
@@ -225,42 +267,69 @@ class Connection:
     # --- asking -------------------------------------------------------------------------------------------------------
 
     async def _ask(self, ids: Sequence[int], read: Callable[[Mapping[str, Any]], T], **parameters: Any) -> T:
-        """What `read` finds in the first choice of one completion.
+        """What `read` finds in the one completion of one prompt; see `_ask_all`."""
+        return await self._ask_all([ids], lambda choices: read(choices[0]), **parameters)
+
+    async def _ask_all(
+        self, prompts: Sequence[Sequence[int]], read: Callable[[Sequence[Mapping[str, Any]]], T], **parameters: Any
+    ) -> T:
+        """What `read` finds in the completions of some prompts, in their order.
 
         Raises:
-            RowFailure: the server refuses this prompt, keeps failing on it, or does not answer as it should.
+            RowFailure: the server refuses a prompt, keeps failing on one, or does not answer as it should.
             DataError: it cannot be reached, or would refuse every prompt.
         """
-        body = {"model": self.endpoint.model, "prompt": list(ids), **_NEUTRAL, **parameters}
+        asked = list(prompts[0]) if len(prompts) == 1 else list(map(list, prompts))
+        body = {"model": self.endpoint.model, "prompt": asked, **_NEUTRAL, **parameters}
         trouble = _PassingTrouble("it was not asked")
         for attempt in range(self.endpoint.attempts):
             if attempt:
                 log.info("%s: trying again (%s)", self.endpoint.name, trouble)
                 # Half of the pause is random, so that many clients do not come back at the same moment.
                 own = min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311
-                await asyncio.sleep(max(own, trouble.pause))
+                await asyncio.sleep(max(own, trouble.pause) if self._all_left_out() else 0)
             try:
-                value = read(self._choice(await self._post(body)))
+                value = read(self._choices(await self._post(body), len(prompts)))
             except _PassingTrouble as error:
                 trouble = error
             else:
-                self._state.is_usable = True
+                self.state.is_usable = self.state.is_usable or value is not None
                 return value
         if trouble.is_unreachable:
             raise DataError(f"{self.endpoint.name}: no server answers ({trouble}). Start it, or correct --base-url.")
         raise RowFailure(f"the server failed {self.endpoint.attempts} times, the last time with: {trouble}")
 
     async def _post(self, body: Mapping[str, Any]) -> bytes:
-        """The content of a good answer.
+        """The content of a good answer, of the server with the fewest requests under way that does not fail.
 
         Raises:
             _PassingTrouble: it did not come, or not whole.
             RowFailure: the server refuses the request.
             DataError: it would refuse every request.
         """
+        left_out = self.state.left_out_until
+        server = min(self._under_way, key=lambda url: (self._is_left_out(url), self._under_way[url]))
+        self._under_way[server] += 1
+        try:
+            content = await self._post_to(server, body)
+        except _PassingTrouble:
+            left_out[server] = time.monotonic() + _LEFT_OUT
+            raise
+        finally:
+            self._under_way[server] -= 1
+        left_out.pop(server, None)
+        return content
+
+    def _is_left_out(self, url: str) -> bool:
+        return self.state.left_out_until.get(url, 0.0) > time.monotonic()
+
+    def _all_left_out(self) -> bool:
+        return all(map(self._is_left_out, self._under_way))
+
+    async def _post_to(self, server: str, body: Mapping[str, Any]) -> bytes:
         import httpx
 
-        url = f"{self.endpoint.base_url.rstrip('/')}/completions"
+        url = f"{server.rstrip('/')}/completions"
         try:
             # httpx's own timeout is for the time between two bytes: a server that sends one now and then never ends.
             async with (
@@ -300,7 +369,7 @@ class Connection:
             )
         if status >= 400:
             advice = self._advice_on_logprobs(text)
-            raise RowFailure(f"{url} answers {status}: {text}{advice}", is_usage=bool(advice))
+            raise RowFailure(f"{url} answers {status}: {text}{advice}", is_usage=bool(advice), is_refusal=True)
 
     def _advice_on_logprobs(self, refusal: str) -> str:
         """What to do, only where the server names a limit that was exceeded."""
@@ -315,15 +384,20 @@ class Connection:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _choice(self, content: bytes) -> Mapping[str, Any]:
+    def _choices(self, content: bytes, count: int) -> list[Mapping[str, Any]]:
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError):
             raise self._misfit(self._excerpt(content)) from None
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        choices: Any = answer.get("choices") if isinstance(answer, dict) else None
+        is_list = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
+        if not is_list or len(choices) < count:
             raise self._misfit(self._excerpt(content))
-        return choices[0]
+        if count > 1:  # vLLM says in `index` which prompt a choice is for
+            choices = {choice.get("index"): choice for choice in choices}
+            if not all(place in choices for place in range(count)):
+                raise self._misfit(self._excerpt(content))
+        return [choices[place] for place in range(count)]
 
     def _misfit(self, what: object) -> RowFailure:
         shown = self.endpoint.without_secrets(str(what)[:300])

@@ -5,6 +5,7 @@
 The models' completions endpoints are at `/NAME/FLAVOUR/v1/completions`. The flavours:
 
 vllm        names tokens by their ids; its model brings a repetition penalty, as generation_config.json may
+exact       the same, and knows logprob_token_ids and lists of prompts
 busy        the same, and every second answer is damaged as while another client uses logprob_token_ids
 sglang      names tokens by their texts
 llama       logprobs in the form of llama-server, as many as asked for, and no echo
@@ -32,12 +33,15 @@ def complete(tokenizer: Any, model: Any, flavour: str, body: dict[str, Any]) -> 
     import torch
 
     def name(token: int) -> str:
-        return f"token_id:{token}" if flavour in ("vllm", "busy") else tokenizer.decode([token])
+        return f"token_id:{token}" if flavour in ("vllm", "busy", "exact") else tokenizer.decode([token])
 
     def entry(logits: Any, token: int, count: int) -> tuple[float, dict[str, float]]:
         shares = logits.float().log_softmax(-1)
         values, tokens = shares.topk(count)
         shown = {name(each): value for each, value in zip(tokens.tolist(), values.tolist(), strict=True)}
+        if flavour == "exact" and "logprob_token_ids" in body:
+            wanted = {token, *body["logprob_token_ids"]}
+            shown = {name(each): shares[each].item() for each in wanted}
         return shares[token].item(), shown
 
     ids, count = list(body["prompt"]), body.get("logprobs")
@@ -114,6 +118,8 @@ def refusal(body: dict[str, Any], flavour: str, authorization: str | None) -> tu
         return 404, f"no model {body['model']}"
     if flavour != "llama" and (body.get("logprobs") or 0) > MOST_LOGPROBS:
         return 400, f"at most {MOST_LOGPROBS} logprobs are given"
+    if flavour != "exact" and isinstance(body["prompt"][0], list):
+        return 400, "one prompt at a time"
     if len(body["prompt"]) > 400:
         return 400, "longer than the model's context"
     return None
@@ -134,7 +140,12 @@ def application(models: dict[str, tuple[Any, Any]]) -> Any:
         state["at_once"] += 1
         state["most_at_once"] = max(state["most_at_once"], state["at_once"])
         try:
-            answer = await asyncio.to_thread(complete, *models[name], flavour, body)
+            prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+            parts = [
+                await asyncio.to_thread(complete, *models[name], flavour, body | {"prompt": each}) for each in prompts
+            ]
+            answer = parts[0]
+            answer["choices"] = [part["choices"][0] | {"index": place} for place, part in enumerate(parts)][::-1]
         finally:
             state["at_once"] -= 1
         state["answers"] += 1

@@ -1,9 +1,15 @@
 """The same scores from a model that runs elsewhere: any OpenAI-compatible completions endpoint with logprobs.
 
-Such servers show only the likeliest tokens. So the trie of the candidates is walked: one request for each node that can
-matter gives the likeliest tokens after it. What is not among them is bounded by the least likely one that is; where
-the bound leaves room for a difference, the server is asked for that very token, by echoing it as a part of the prompt.
-The prompt is sent as token ids, the same as in training, and servers keep its computation between the requests.
+vLLM gives the probability of any tokens that are named, over the whole vocabulary: one request with all nodes of the
+trie of the candidates as a list of prompts is enough for a key.
+
+Other servers show only the likeliest tokens. So there the trie is walked: one request for each node that can matter
+gives the likeliest tokens after it. What is not among them is bounded by the least likely one that is; where the bound
+leaves room for a difference, the server is asked for that very token, by echoing it as a part of the prompt. The
+prompt is sent as token ids, the same as in training, and servers keep its computation between the requests.
+
+The two kinds are never asked at the same time: on a vLLM of today, an exact request damages the likeliest tokens of the
+requests that are computed together with it.
 """
 
 import asyncio
@@ -14,7 +20,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from prmkit.errors import DataError, UsageError
-from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, Vocabulary
+from prmkit.http_client import MOST_EXACT, Connection, Endpoint, RowFailure, ServerState, Vocabulary
 from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
 from prmkit.judge.types import LOW_LABEL_MASS, LOW_REACH, Judgement, Mode, Request
@@ -88,7 +94,7 @@ class CompletionsJudge:
     async def _expected(self, connection: Connection, prepared: Prepared, min_label_mass: float) -> Judgement:
         reader = VerdictReader(prepared.shape, self._trie_of, min_label_mass)
         while questions := reader.questions():
-            reader.read(await asyncio.gather(*(_reading(connection, prepared.ids, each) for each in questions)))
+            reader.read(await _readings(connection, prepared.ids, questions))
         return reader.judgement()
 
     @cached_property
@@ -118,16 +124,81 @@ async def _gathered(at_once: int, work: Sequence[Coroutine[Any, Any, T]]) -> lis
     return list(await asyncio.gather(*map(gated, work)))
 
 
-async def _reading(connection: Connection, prompt_ids: Sequence[int], question: Question) -> Reading:
+async def _readings(connection: Connection, prompt_ids: Sequence[int], questions: Sequence[Question]) -> list[Reading]:
+    """The answers to all questions about one prompt that are open at the same time."""
+    if connection.endpoint.logprobs == "exact" and (exact := await _exactly(connection, prompt_ids, questions)):
+        return exact
+    return list(await asyncio.gather(*(_walked(connection, prompt_ids, question) for question in questions)))
+
+
+async def _walked(connection: Connection, prompt_ids: Sequence[int], question: Question) -> Reading:
     context = [*prompt_ids, *question.trie.context]
     forced_from = len(prompt_ids) + question.forced_from
     log_reach, log_probabilities = await asyncio.gather(
         _log_reach(connection, context[:forced_from], context[forced_from:]),
         _Walk(question.trie, context, connection).log_probabilities(),
     )
-    if max(log_probabilities) == -math.inf:
+    return _checked(Reading(log_reach, log_probabilities))
+
+
+def _checked(reading: Reading) -> Reading:
+    if max(reading.log_probabilities) == -math.inf:
         raise RowFailure("the model's probabilities are not numbers; the server gives every score none at all")
-    return Reading(log_reach, log_probabilities)
+    return reading
+
+
+async def _exactly(
+    connection: Connection, prompt_ids: Sequence[int], questions: Sequence[Question]
+) -> list[Reading] | None:
+    """All questions in one request; None where the server cannot do that, which is found out once."""
+    contexts = [[*prompt_ids, *question.trie.context] for question in questions]
+    wanted: set[int] = set()
+    for question in questions:
+        wanted |= {*question.trie.context[question.forced_from :], *(token for _, token in question.trie.edges)}
+    tokens = sorted(wanted)
+    async with connection.probing:
+        if connection.state.is_exact is None:
+            connection.state.is_exact = len(tokens) <= MOST_EXACT and await _reads_exactly(
+                connection, contexts[0], tokens
+            )
+    if not connection.state.is_exact or len(tokens) > MOST_EXACT:
+        return None
+    prompts: list[list[int]] = []
+    for question, context in zip(questions, contexts, strict=True):
+        prompts += [context[:place] for place in range(len(prompt_ids) + question.forced_from, len(context))]
+        prompts += _contexts_of_nodes(question.trie, context)
+    found = await connection.exact(prompts, tokens)
+    if found is None:
+        raise RowFailure("the server did not answer with the tokens that were asked for, as it did before")
+    places = iter(found)
+    return [_checked(_exact_reading(question, places)) for question in questions]
+
+
+def _exact_reading(question: Question, places: Iterator[Mapping[int, float]]) -> Reading:
+    """Take the places of one question off the answer: its forced tokens, then the nodes of its trie."""
+    trie = question.trie
+    log_reach = math.fsum(next(places)[token] for token in trie.context[question.forced_from :])
+    nodes = [next(places) for _ in range(len(trie.tokens) + 1)]
+    steps = [nodes[node][token] for node, token in trie.edges]
+    return Reading(log_reach, [sum(steps[edge] for edge in path) for path in trie.paths])
+
+
+async def _reads_exactly(connection: Connection, context: list[int], tokens: list[int]) -> bool:
+    """Ask once, for one prompt: servers refuse a parameter that they do not know, or answer as if it were not there."""
+    try:
+        return await connection.exact([context], tokens) is not None
+    except RowFailure as failure:
+        if failure.is_refusal:
+            return False
+        raise
+
+
+def _contexts_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
+    """The token ids up to each node of a trie, the root first; a parent comes before its children."""
+    contexts = [context]
+    for token, parent in zip(trie.tokens, trie.parents, strict=True):
+        contexts.append([*contexts[parent], token])
+    return contexts
 
 
 async def _log_reach(connection: Connection, ids: list[int], forced: list[int]) -> float:
@@ -157,11 +228,15 @@ _Request = Callable[[], Coroutine[Any, Any, None]]
 class _Walk:
     """The candidates of one key after one beginning, known better with every request."""
 
+    _MOST_REQUESTS = 300
+    """A judge that was trained needs some dozens. One that would rather write anything else needs thousands."""
+
     def __init__(self, trie: ScoreTrie, context: list[int], connection: Connection) -> None:
         self._unknown_share = connection.endpoint.unknown_share
         self._trie = trie
         self._context = context
         self._connection = connection
+        self._requests = 0
         self._known: dict[int, float] = {}
         """Log-probability by edge."""
         self._bound: dict[int, float] = {}
@@ -180,6 +255,13 @@ class _Walk:
     async def log_probabilities(self) -> list[float]:
         """Of `SCORES`; minus infinity for those that have no share worth a request."""
         while questions := self._questions():
+            self._requests += len(questions)
+            if self._requests > self._MOST_REQUESTS:
+                raise RowFailure(
+                    f"more than {self._MOST_REQUESTS} requests for one score: the model would rather write something "
+                    "else than a score. Check that it was trained, and the template; or serve it with vLLM, which can "
+                    "be read in one request"
+                )
             await asyncio.gather(*(question() for question in questions))
         return self._totals()
 

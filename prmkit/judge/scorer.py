@@ -247,7 +247,13 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         default="transformers",
         help="load the model here (default), or ask an OpenAI-compatible completions endpoint (vLLM, SGLang)",
     )
-    group.add_argument("--base-url", metavar="URL", help="as http://localhost:8000/v1; --model is its name there")
+    group.add_argument(
+        "--base-url",
+        nargs="+",
+        metavar="URL",
+        help="as http://localhost:8000/v1; --model is its name there. Several: each request goes to the one with the "
+        "fewest under way, and not to one that fails",
+    )
     group.add_argument(
         "--tokenizer",
         type=Path,
@@ -256,6 +262,13 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
     group.add_argument("--concurrency", type=positive, default=16, metavar="N", help="requests at once (default 16)")
+    group.add_argument(
+        "--logprobs",
+        choices=["exact", "top"],
+        default="exact",
+        help="exact: name the tokens to read where the server can (vLLM; default). It disturbs other clients that ask "
+        "the same vLLM for ordinary logprobs; top does not",
+    )
     group.add_argument(
         "--top-logprobs", type=positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
     )
@@ -348,10 +361,14 @@ def _named_source(arguments: argparse.Namespace) -> JudgeSource:
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
     if not arguments.base_url or not arguments.model:
         raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
-    check_url(arguments.base_url)
+    for url in arguments.base_url:
+        check_url(url)
+    first, *others = arguments.base_url
     return Endpoint(
-        arguments.base_url,
+        first,
         arguments.model,
+        others=tuple(others),
+        logprobs=arguments.logprobs,
         api_key=_api_key(arguments.api_key_env),
         concurrency=arguments.concurrency,
         top_logprobs=arguments.top_logprobs,

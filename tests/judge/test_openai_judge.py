@@ -66,6 +66,83 @@ def test_scores_are_those_of_the_loaded_model(server: str, judges: dict[str, Jud
     assert_same(list(remote(server, judge).score(REQUESTS[:2])), list(judge.score(REQUESTS[:2])))
 
 
+def answers_given(server: str) -> int:
+    return httpx.post(f"{server}/trouble", json={}).json()["answers"]
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama3", "mistral"])
+def test_a_server_that_takes_token_ids_is_read_exactly_in_one_request_a_key(
+    server: str, judges: dict[str, Judge], family: str
+) -> None:
+    judge = judges[family]
+    before = answers_given(server)
+    (judged,) = remote(server, judge, family=family, flavour="exact").score([FLAT_ONE])
+    assert answers_given(server) - before == 2  # one to find out, one for the key
+    assert_same([judged], list(judge.score([FLAT_ONE])), within=2e-6)
+
+
+def test_two_kinds_of_logprobs_are_never_asked_for(server: str, judges: dict[str, Judge], monkeypatch: Any) -> None:
+    """An exact request damages the likeliest tokens of those beside it, also our own."""
+    sent: list[bool] = []
+    post = http_client.Connection._post
+
+    async def watched(self: Any, body: Any) -> bytes:
+        sent.append("logprob_token_ids" in body)
+        return await post(self, body)
+
+    monkeypatch.setattr(http_client.Connection, "_post", watched)
+    for flavour, logprobs, expected in (("exact", "exact", {True}), ("vllm", "top", {False})):
+        sent.clear()
+        list(remote(server, judges["qwen"], flavour=flavour, logprobs=logprobs).score(REQUESTS[:2]))
+        assert set(sent) == expected
+    sent.clear()
+    list(remote(server, judges["qwen"], flavour="vllm").score([FLAT_ONE]))
+    assert sent[0] and not any(sent[1:])  # asked once whether it can
+
+
+def test_a_server_that_dies_is_left_out_and_the_other_one_answers(server: str, judges: dict[str, Judge]) -> None:
+    dead = "http://127.0.0.1:9/v1"
+    alive = f"{server}/qwen/exact/v1"
+    judge = CompletionsJudge(
+        Endpoint(dead, "tiny", others=(alive,), attempts=2), judges["qwen"].encoding, judges["qwen"].source.cutoff_len
+    )
+    assert_same(list(judge.score(REQUESTS)), list(judges["qwen"].score(REQUESTS)), within=1e-5)
+    assert list(judge._state.left_out_until) == [dead]
+    neither = replace(judge, endpoint=Endpoint(dead, "tiny", others=("http://127.0.0.1:10/v1",), attempts=2))
+    with pytest.raises(DataError, match="no server answers"):
+        list(neither.score([FLAT_ONE]))
+
+
+def test_requests_go_to_the_server_with_the_fewest_under_way(
+    server: str, judges: dict[str, Judge], monkeypatch: Any
+) -> None:
+    asked: list[str] = []
+    post = http_client.Connection._post_to
+
+    async def watched(self: Any, url: str, body: Any) -> bytes:
+        asked.append(url)
+        return await post(self, url, body)
+
+    monkeypatch.setattr(http_client.Connection, "_post_to", watched)
+    one, other = f"{server}/qwen/exact/v1", f"{server}/qwen/exact/v1/"
+    endpoint = Endpoint(one, "tiny", others=(other,))
+    judge = CompletionsJudge(endpoint, judges["qwen"].encoding, judges["qwen"].source.cutoff_len)
+    list(judge.score(REQUESTS))
+    assert asked.count(one) >= 2 and asked.count(other) >= 2
+
+
+def test_a_model_that_would_write_anything_else_does_not_cost_thousands_of_requests(
+    server: str, judges: dict[str, Judge]
+) -> None:
+    before = answers_given(server)
+    careful = remote(server, judges["qwen"], top_logprobs=1, unknown_share=1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prmkit.judge.openai_judge._Walk._MOST_REQUESTS", 20)
+        (judged,) = careful.score([FLAT_ONE])
+    assert judged.status == "failed" and "more than 20 requests for one score" in str(judged.reason)
+    assert answers_given(server) - before < 60
+
+
 def test_few_logprobs_give_the_same_scores(server: str, judges: dict[str, Judge]) -> None:
     """What the server does not show is asked for by echoing it, down to any share."""
     judge = judges["qwen"]
@@ -123,8 +200,8 @@ def test_passing_trouble_is_waited_out(untroubled: str, judges: dict[str, Judge]
 
 @pytest.mark.parametrize("mode", ["generate", "expected"])
 def test_lasting_trouble_fails_the_row_and_not_the_others(untroubled: str, judges: dict[str, Judge], mode: str) -> None:
-    httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3 if mode == "generate" else 6})
-    judge = remote(untroubled, judges["qwen"], concurrency=1 if mode == "generate" else 2)
+    httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3})
+    judge = remote(untroubled, judges["qwen"], concurrency=1)
     judged = list(judge.score([FLAT_ONE, REQUESTS[2]], batch_size=1, mode=mode, max_new_tokens=2))
     assert judged[0].status == "failed"
     assert judged[1].status == "unparsed" if mode == "generate" else judged[1].scores

@@ -144,7 +144,7 @@ VERL_NEEDS = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_verls_reward_manager_gets_a_number_and_the_same_keys_each_time(
     judge_url: str, installed: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -181,7 +181,7 @@ print(json.dumps({"status": log.status, "mean": found.metrics["mean"].value, "un
 """
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_inspect_leaves_a_sample_without_a_score_out_of_its_mean(judge_url: str, tmp_path: Path) -> None:
     """In an environment of its own: its pins are not ours."""
     environment = tmp_path / "inspect"
