@@ -27,6 +27,11 @@ def _parser() -> argparse.ArgumentParser:
     gates.add_argument("--margin", type=finite_number, metavar="X", help="--compare: shown to be worse by less than X")
     gates.add_argument("--min-spearman", type=finite_number, metavar="X", help="lower end of the correlation")
     gates.add_argument("--min-auroc", type=finite_number, metavar="X", help="lower end of AUROC, steps below 0.5")
+    exam = parser.add_argument_group("instead: runs that people labelled, or several runs of each task")
+    exam.add_argument("--exam", type=Path, metavar="FILE", help="labels of people; --min-auroc is then about these")
+    exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how good is its pick?")
+    exam.add_argument("--predictions", type=Path, metavar="FILE", help="read answers (id, step, score), ask no judge")
+    exam.add_argument("--rubric", type=Path, metavar="FILE", help="the one the judge was trained with, if not ours")
     parity = parser.add_argument_group("instead: the same judge twice")
     parity.add_argument("--parity", type=positive, nargs="?", const=8, metavar="N", help="run and export, on N prompts")
     parity.add_argument(

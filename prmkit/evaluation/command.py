@@ -10,7 +10,9 @@ from typing import Any
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import compare, heldout
+from prmkit.evaluation.best_of_n import pick_best_of_n
 from prmkit.evaluation.evaluate import REPORT_FILE, Settings, evaluate
+from prmkit.evaluation.exam_command import take_exam
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, check_parity
 from prmkit.files import read_json, write_json
 from prmkit.intervals import CALIBRATION_FILE, calibrated_judge, read_calibration, write_calibration
@@ -42,6 +44,10 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         GateError: it is worse than asked for, or that cannot be decided.
     """
     _check_arguments(arguments)
+    if arguments.exam:
+        return take_exam(arguments)
+    if arguments.best_of_n:
+        return pick_best_of_n(arguments)
     source = judge_source(arguments)
     check_folders(source)
     run = None if arguments.model else arguments.run or DEFAULT_RUN
@@ -83,7 +89,8 @@ def _settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Reject arguments that only one of the two, measuring and --parity, uses, where the other one is asked for."""
+    """Reject arguments that only another one of the ways to measure uses."""
+    _check_exam_arguments(arguments)
     measuring = {
         "--min-spearman": arguments.min_spearman is not None,
         "--min-auroc": arguments.min_auroc is not None,
@@ -108,6 +115,19 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise UsageError("--margin says how much worse than --compare RUN the judge may be. Add --compare RUN.")
     if arguments.margin is not None and arguments.margin <= 0:
         raise UsageError(f"--margin {arguments.margin:g}: must be above 0, for example 0.05.")
+
+
+def _check_exam_arguments(arguments: argparse.Namespace) -> None:
+    chosen = [flag for flag in ("exam", "best_of_n") if getattr(arguments, flag)]
+    others = ("dataset", "limit", "by", "compare", "margin", "min_spearman", "parity", "exported", "tolerance")
+    unused = [*others, *(("min_auroc", "baseline") if arguments.best_of_n else ()), *chosen[1:]]
+    if not chosen:
+        unused, chosen = ["predictions", "rubric"], ["exam or --best-of-n"]
+        if given := [flag for flag in unused if getattr(arguments, flag) is not None]:
+            raise UsageError(f"--{given[0]} goes with --{chosen[0]}. Add one, or leave it out.")
+    elif given := [flag for flag in unused if getattr(arguments, flag) not in (None, False)]:
+        flags = [f"--{flag.replace('_', '-')}" for flag in (chosen[0], given[0])]
+        raise UsageError(f"{flags[0]} does not use {flags[1]}. Leave one of them out.")
 
 
 def _check_breakdown_keys(keys: Sequence[str], held_out: heldout.HeldOut) -> None:

@@ -159,15 +159,17 @@ def kendall(sample: Sample) -> float:
 # --- decision -------------------------------------------------------------------------------------------------------
 
 
-def roc_area(sample: Sample) -> Statistic:
+def roc_area(sample: Sample, weight: Floats | None = None) -> Statistic:
     """AUROC: the probability that a bad step is suspected more than a good one, ties counting half (Mann-Whitney).
 
     Args:
         sample: `predicted` is the suspicion, `reference` 1.0 for a bad step and 0.0 for a good one.
+        weight: how many steps each speaks for; None for one each.
     """
 
+    weight = np.ones(len(sample.task)) if weight is None else weight
     scores = _Values(sample, sample.predicted)
-    sizes_of, bad_sizes_of = scores.counted(np.ones(len(sample.task))), scores.counted(sample.reference)
+    sizes_of, bad_sizes_of = scores.counted(weight), scores.counted(sample.reference * weight)
 
     def statistic(task_weights: Floats) -> Floats:
         sizes, bad_sizes = sizes_of(task_weights), bad_sizes_of(task_weights)
@@ -178,14 +180,16 @@ def roc_area(sample: Sample) -> Statistic:
     return statistic
 
 
-def average_precision(sample: Sample) -> Statistic:
+def average_precision(sample: Sample, weight: Floats | None = None) -> Statistic:
     """Average precision: the sum over thresholds of (recall gained) · precision, without interpolation.
 
     Args:
         sample: as for `roc_area`.
+        weight: as for `roc_area`.
     """
+    weight = np.ones(len(sample.task)) if weight is None else weight
     scores = _Values(sample, -sample.predicted)
-    found_of, taken_of = scores.counted(sample.reference), scores.counted(np.ones(len(sample.task)))
+    found_of, taken_of = scores.counted(sample.reference * weight), scores.counted(weight)
 
     def statistic(task_weights: Floats) -> Floats:
         found, taken = found_of(task_weights), taken_of(task_weights)

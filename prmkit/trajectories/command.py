@@ -3,8 +3,9 @@
 import argparse
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -14,7 +15,7 @@ from prmkit.files import atomic_write
 from prmkit.prompts.step import load_rubric
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.labels import SETS, set_named
-from prmkit.trajectories.rows import rows_of
+from prmkit.trajectories.rows import rows_of, runs_beside
 from prmkit.trajectories.run import Keys
 from prmkit.trajectory import Trajectory, dump
 
@@ -32,8 +33,10 @@ def import_runs(arguments: argparse.Namespace) -> ExitCode:
     reports: list[FileReport] = []
     _check_output(arguments.output, arguments.inputs)
     written = 0
-    with atomic_write(arguments.output) as stream:
-        for line in _lines(arguments, read_runs(arguments.inputs, options, reports)):
+    with ExitStack() as files:
+        stream = files.enter_context(atomic_write(arguments.output))
+        runs = files.enter_context(atomic_write(runs_beside(arguments.output))) if arguments.labels else None
+        for line in _lines(arguments, read_runs(arguments.inputs, options, reports), runs):
             stream.write(line)
             written += 1
         _check_written(written, reports, arguments)
@@ -66,16 +69,19 @@ def _options(arguments: argparse.Namespace) -> Options:
 def _check_output(output: Path, inputs: list[str]) -> None:
     for given in map(Path, inputs):
         inside = given.is_dir() and output.resolve().is_relative_to(given.resolve())
-        if inside or output.resolve() == given.resolve():
+        if inside or given.resolve() in (output.resolve(), runs_beside(output).resolve()):
             raise UsageError(f"--output {output} is among the inputs, and would be read next time. Write it elsewhere.")
 
 
-def _lines(arguments: argparse.Namespace, runs: Iterator[Trajectory]) -> Iterator[bytes]:
-    if arguments.labels is None:
+def _lines(arguments: argparse.Namespace, runs: Iterator[Trajectory], whole: BinaryIO | None) -> Iterator[bytes]:
+    """Records; or rows of labelled steps, and then the whole runs go to a file of their own."""
+    if whole is None:
         yield from map(dump, runs)
         return
     rubric = load_rubric(arguments.rubric)
     for run in runs:
+        if any(step.label is not None for step in run.steps):
+            whole.write(dump(run))
         for row in rows_of(run, rubric):
             yield orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
@@ -108,6 +114,8 @@ def _summarise(reports: list[FileReport], output: Path, written: int, what: str)
     if passed_over:
         cli.emit(f"files passed over: {passed_over}")
     cli.emit(f"{output}: {written:,} {what}")
+    if what == "rows":
+        cli.emit(f"{runs_beside(output)}: the whole runs, which evaluate_judge.py --exam {output} reads")
 
 
 def _as_json(reports: list[FileReport], output: Path, written: int) -> dict[str, Any]:

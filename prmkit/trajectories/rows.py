@@ -6,10 +6,11 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.prompts.step import Rubric, step_prompts
+from prmkit.resumable import companion_file
 from prmkit.trajectories.documents import Document
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
-from prmkit.trajectory import Label, Trajectory, is_record
+from prmkit.trajectory import Label, Step, Trajectory, is_record, task_id_of
 from prmkit.verdict import Verdict, render_verdict
 
 
@@ -39,8 +40,38 @@ def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
                     "category": None,
                     "timestamp": None,
                 }
-                | step_metadata(run, prompt.step.n, rubric),
+                | step_metadata(run, prompt.step.n, rubric)
+                | _exam_metadata(run, prompt.step, label),
             }
+
+
+def runs_beside(rows: Path) -> Path:
+    """The file with the whole runs of labelled rows: `exam.runs.jsonl` for `exam.jsonl`.
+
+    Finding the first error of a run takes the steps after it as well, which have no label and so no row.
+    """
+    return companion_file(rows, "runs.jsonl")
+
+
+def _exam_metadata(run: Trajectory, step: Step, label: Label) -> dict[str, Any]:
+    """What an exam needs beside prompt and label. None of it is in the prompt."""
+    return {
+        "agent": step.agent,
+        "steps": len(run.steps),
+        "label_kind": label.kind,
+        "error_type": label.type,
+        "task_hash": task_id_of(run.task) if run.task else None,
+        "succeeded": succeeded(run),
+    }
+
+
+def succeeded(run: Trajectory) -> bool | None:
+    """Whether a run reached its goal; a score of 1 or more counts as reached, None where nothing is known."""
+    outcome = run.outcome or {}
+    if isinstance(outcome.get("success"), bool):
+        return bool(outcome["success"])
+    score = outcome.get("score")
+    return None if isinstance(score, bool) or not isinstance(score, int | float) else score >= 1
 
 
 def holds_records(path: Path) -> bool:

@@ -1,0 +1,300 @@
+"""`evaluate_judge.py --best-of-n`: how often the run that a judge picks out of N succeeds.
+
+For every task with several runs and every N, the mean over all subsets of N runs, computed and not sampled. Among runs
+with equal scores the pick is random. Beside the judge: a random pick, the best possible one, and picks that read
+nothing but the outside of a run.
+"""
+
+import argparse
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prmkit import cli
+from prmkit.errors import DataError, ExitCode
+from prmkit.evaluation import statistics
+from prmkit.evaluation.estimates import Estimate, make_sample, measure
+from prmkit.evaluation.exam import Exam, ExamRun, ExamStep
+from prmkit.evaluation.exam_answers import Answers, read_answers
+from prmkit.evaluation.exam_command import check_no_judge, folder_of, prompts_of_run, score_steps
+from prmkit.files import read_jsonl, sha256_of, write_json
+from prmkit.judge.scorer import judge_source
+from prmkit.judge.sources import check_folders
+from prmkit.judge.types import AGGREGATES
+from prmkit.prompts.step import load_rubric
+from prmkit.scoring.rows import check_rubric
+from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
+from prmkit.trajectory import Result, Trajectory
+
+log = logging.getLogger("prmkit")
+
+JSON_FILE = "best_of_n.json"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run of a task."""
+
+    trajectory_id: str
+    task_id: str
+    outcome: float
+    """0 to 1."""
+    steps: int
+    errors: int | None = None
+    """Results of tools that are errors."""
+    scores: tuple[float, ...] | None = None
+    """Of its steps, in order."""
+
+
+def expected_pick(scores: Sequence[float], outcomes: Sequence[float], n: int) -> float:
+    """The mean outcome of the run with the highest score, over all subsets of `n` runs; ties are averaged.
+
+    The highest score of a subset is s when the subset lies among the runs with at most s, and not among those below:
+    C(at most s, n) - C(below s, n) of all C(m, n) subsets. Within a tie each run is the pick equally often.
+
+    Args:
+        scores: one a run.
+        outcomes: likewise.
+        n: 1 to the number of runs.
+    """
+    by_score: dict[float, list[float]] = defaultdict(list)
+    for score, outcome in zip(scores, outcomes, strict=True):
+        by_score[score].append(outcome)
+    below, total = 0, 0.0
+    for score in sorted(by_score):
+        group = by_score[score]
+        subsets = comb(below + len(group), n) - comb(below, n)
+        total += subsets * math.fsum(group) / len(group)
+        below += len(group)
+    return total / comb(len(scores), n)
+
+
+Pick = Callable[[Attempt], float]
+
+
+def picks(attempts: Sequence[Attempt]) -> dict[str, Pick]:
+    """Every way to pick that the runs allow: the judge's aggregates first, then what a judge has to beat."""
+    found: dict[str, Pick] = {}
+    if all(each.scores for each in attempts):
+        found |= {f"judge: {name}": _by(aggregate) for name, aggregate in AGGREGATES.items()}
+    found |= {
+        "random": lambda each: 0.0,
+        "longest": lambda each: float(each.steps),
+        "shortest": lambda each: -float(each.steps),
+    }
+    if all(each.errors is not None for each in attempts):
+        found["fewest errors"] = lambda each: -float(each.errors or 0)
+    return found | {"oracle": lambda each: each.outcome}
+
+
+def _by(aggregate: Callable[[Sequence[float]], float]) -> Pick:
+    return lambda each: aggregate(each.scores or ())
+
+
+def measure_picks(attempts: Sequence[Attempt]) -> dict[str, list[Estimate]]:
+    """For each way to pick, the success for N = 1 to the most runs of a task; tasks with fewer than N runs leave."""
+    by_task: dict[str, list[Attempt]] = defaultdict(list)
+    for each in attempts:
+        by_task[each.task_id].append(each)
+    most = max(map(len, by_task.values()))
+    return {name: [_success(by_task, pick, n) for n in range(1, most + 1)] for name, pick in picks(attempts).items()}
+
+
+def _success(by_task: Mapping[str, Sequence[Attempt]], pick: Pick, n: int) -> Estimate:
+    values = {
+        task: expected_pick(list(map(pick, runs)), [run.outcome for run in runs], n)
+        for task, runs in by_task.items()
+        if len(runs) >= n
+    }
+    sample = make_sample(list(values.values()), np.zeros(len(values)), list(values))
+    return measure(sample, statistics.share_predicted(sample))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def pick_best_of_n(arguments: argparse.Namespace) -> ExitCode:
+    """Read runs with outcomes, score them, and show how often each way to pick succeeds.
+
+    Raises:
+        DataError: there are no outcomes, no task has two runs, or nothing was scored.
+        UsageError: the arguments contradict each other, or the judge was trained with another rubric.
+    """
+    file = arguments.best_of_n
+    ready = _outcome_lines(file)
+    runs = [] if ready else _runs_with_outcome(file)
+    attempts = ready or [_attempt(run) for run in runs]
+    folder = arguments.output or folder_of(arguments, "best_of_n", file)
+    if arguments.predictions:
+        check_no_judge(arguments)
+        attempts = _with_predictions(attempts, arguments.predictions, file)
+    elif runs:
+        attempts = _with_judge(attempts, runs, folder, arguments)
+    attempts, left_out = _comparable(attempts)
+    results = measure_picks(attempts)
+    report = _as_json(file, attempts, left_out, results)
+    write_json(folder / JSON_FILE, report)
+    if arguments.json:
+        cli.emit_json(report)
+    else:
+        _show(attempts, left_out, results)
+    return ExitCode.DONE
+
+
+def _outcome_lines(file: Path) -> list[Attempt]:
+    """Lines of `{task_id, trajectory_id, outcome, scores}`; empty for a file of runs."""
+    if not file.is_file() or not file.name.removesuffix(".gz").endswith(".jsonl"):
+        return []
+    first = next(iter(read_jsonl(file)), None)
+    if not isinstance(first, dict) or "task_id" not in first or {"steps", "messages", "traj"} & first.keys():
+        return []
+    if "scores" not in first:
+        return []
+    return [_outcome_line(value, f"{file}:{number}") for number, value in enumerate(read_jsonl(file), start=1)]
+
+
+def _outcome_line(value: Any, place: str) -> Attempt:
+    scores = value.get("scores") if isinstance(value, dict) else None
+    if not isinstance(scores, list) or not scores or not all(map(_is_share, scores)):
+        raise DataError(f"{place}: scores is not a list of numbers from 0 to 1, one a step.")
+    outcome = _outcome_of(value.get("outcome", value.get("reward", value.get("success"))))
+    if outcome is None or value.get("task_id") in (None, ""):
+        raise DataError(f"{place}: no task_id, or no outcome from 0 to 1 (outcome, reward or success).")
+    name = value.get("trajectory_id") or f"{value['task_id']}.{value.get('trial', place)}"
+    return Attempt(str(name), str(value["task_id"]), outcome, len(scores), scores=tuple(map(float, scores)))
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _outcome_of(given: Any) -> float | None:
+    """The outcome as a number from 0 to 1; None where there is none, or one on another scale."""
+    if isinstance(given, Mapping):
+        success, score = given.get("success"), given.get("score")
+        given = score if success is None else success
+    if isinstance(given, bool):
+        return float(given)
+    return float(given) if _is_share(given) else None
+
+
+def _runs_with_outcome(file: Path) -> list[Trajectory]:
+    reports: list[FileReport] = []
+    runs = list(read_runs([file], None, reports))
+    warn_of_losses(reports)
+    known = [run for run in runs if _outcome_of(run.outcome) is not None]
+    if not known:
+        raise DataError(
+            f"{file}: no run has an outcome from 0 to 1. Name its field as you import: import_trajectories.py "
+            "--outcome-key NAME."
+        )
+    if len(known) < len(runs):
+        log.warning("%s: %d of %d runs left out: no outcome from 0 to 1", file, len(runs) - len(known), len(runs))
+    return known
+
+
+def _attempt(run: Trajectory) -> Attempt:
+    return Attempt(
+        run.trajectory_id,
+        run.task_id,
+        _outcome_of(run.outcome) or 0.0,
+        len(run.steps),
+        errors=sum(_is_error(result) for step in run.steps for result in step.results),
+    )
+
+
+def _is_error(result: Result) -> bool:
+    """Marked as one, or beginning with the word, as tools without such a mark answer."""
+    return result.error or result.text.lstrip().lower().startswith("error")
+
+
+def _with_judge(
+    attempts: Sequence[Attempt], runs: Sequence[Trajectory], folder: Path, arguments: argparse.Namespace
+) -> list[Attempt]:
+    source = judge_source(arguments)
+    check_folders(source)
+    rubric = load_rubric(arguments.rubric)
+    check_rubric(rubric, source.rubrics, str((source.adapter or source.model).name))
+    asked = (step for run in runs for step in prompts_of_run(run, rubric))
+    scores = score_steps(source, asked, folder / "best_of_n_answers.jsonl", arguments)
+    return [_scored(each, scores) for each in attempts]
+
+
+def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -> list[Attempt]:
+    runs = tuple(
+        ExamRun(each.trajectory_id, each.task_id, None, "", tuple(map(ExamStep, range(1, each.steps + 1))), True)
+        for each in attempts
+    )
+    judges: list[Answers] = read_answers(file, Exam(outcomes, sha256_of(outcomes), runs))
+    if len(judges) > 1:
+        raise DataError(f"{file}: {len(judges)} judges ({', '.join(each.name for each in judges)}). Give one alone.")
+    return [_scored(each, judges[0].scores) for each in attempts]
+
+
+def _scored(attempt: Attempt, scores: Mapping[tuple[str, int], float]) -> Attempt:
+    """The run with its scores; without any where a step has none, which would change every aggregate."""
+    found = [scores.get((attempt.trajectory_id, n)) for n in range(1, attempt.steps + 1)]
+    known = tuple(score for score in found if score is not None)
+    return replace(attempt, scores=known if len(known) == len(found) else None)
+
+
+def _comparable(attempts: Sequence[Attempt]) -> tuple[list[Attempt], dict[str, int]]:
+    """The tasks on which every way to pick can be measured, and how many others there are."""
+    sizes = Counter(each.task_id for each in attempts)
+    without = {each.task_id for each in attempts if each.scores is None}
+    if len(without) == len(sizes):
+        raise DataError("no task has scores for every step of all its runs. The answers' file says why.")
+    kept = [each for each in attempts if sizes[each.task_id] > 1 and each.task_id not in without]
+    single = sum(count == 1 for count in sizes.values())
+    if not kept:
+        raise DataError("no task has two runs, all of their steps scored: there is nothing to pick from.")
+    return kept, {"tasks with one run": single, "tasks with a step without a score": len(without)}
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+def _as_json(
+    file: Path, attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Mapping[str, Sequence[Estimate]]
+) -> dict[str, Any]:
+    return {
+        "file": file.name,
+        "runs": len(attempts),
+        "tasks": len({each.task_id for each in attempts}),
+        "left_out": dict(left_out),
+        "picks": {
+            name: {str(n): estimate.as_json() for n, estimate in enumerate(estimates, start=1)}
+            for name, estimates in results.items()
+        },
+    }
+
+
+def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Mapping[str, Sequence[Estimate]]) -> None:
+    most = max(map(len, results.values()))
+    shown = range(most) if most <= 5 else sorted({n - 1 for n in (1, 2, 4, 8, 16, 32, 64, most) if n <= most})
+    names = [f"N={n + 1}" for n in shown]
+    last = f"95 % at N={most}"
+    rows = [
+        (name, *(_value(estimates[n]) for n in shown), _range(estimates[-1])) for name, estimates in results.items()
+    ]
+    cli.emit_table("", ("pick", *names, last), rows, numeric=(*names, last))
+    tasks = len({each.task_id for each in attempts})
+    cli.emit(f"{len(attempts):,} runs of {tasks:,} tasks; the mean over all subsets of N runs.")
+    for what, count in left_out.items():
+        if count:
+            cli.emit(f"left out: {count:,} {what}")
+
+
+def _value(estimate: Estimate) -> str:
+    return "–" if estimate.value is None else f"{estimate.value:.3f}"
+
+
+def _range(estimate: Estimate) -> str:
+    return "–" if estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"

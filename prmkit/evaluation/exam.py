@@ -1,0 +1,290 @@
+"""An exam: runs whose steps people have labelled, and that no judge in the table was trained on.
+
+Read are the rows and whole runs that `import_trajectories.py --labels` writes, records of runs with labels, and the
+labels of `label_steps.py`. A step without a label is unknown, never good: whoever marks an error says nothing of what
+follows it.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prmkit.dataset_info import read_entries, split_names
+from prmkit.errors import DataError, UsageError
+from prmkit.files import read_jsonl, sha256_of
+from prmkit.judge.types import BAD_BELOW, SAME_SCORE
+from prmkit.paths import sidecar_of
+from prmkit.rows import Rejected, read_row, whole_number
+from prmkit.trajectories.importing import Options, read_runs
+from prmkit.trajectories.readers import record
+from prmkit.trajectories.rows import holds_records, runs_beside, succeeded
+from prmkit.trajectory import Trajectory, task_id_of
+from prmkit.verdict import Unreadable, read_verdict
+
+log = logging.getLogger("prmkit")
+
+NO_ERROR = 0
+"""In the place of a step's number: the run has no bad step."""
+KINDS_OF_ERRORS = ("first_error", "failure")
+"""Labels of sets in which people marked errors, and not every step."""
+
+
+@dataclass(frozen=True)
+class ExamStep:
+    """One step, with or without a label."""
+
+    n: int
+    """From 1."""
+    index: int | None = None
+    """The position of its message in the source, from 0."""
+    agent: str | None = None
+    label: float | None = None
+    """0 to 1; None where nobody labelled it."""
+    kind: str | None = None
+    """Of the label; see `prmkit.trajectory.Label`."""
+    weight: float = 1.0
+    """How many steps it speaks for, where labelled steps were sampled unevenly."""
+    prompt: str | None = None
+    """None where the prompt is made of the whole run."""
+    system: str | None = None
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether its label is below 0.5."""
+        return self.label is not None and self.label < BAD_BELOW[0] - SAME_SCORE
+
+    @property
+    def place(self) -> int:
+        """What published results count by: the position of the message, or else the number of the step."""
+        return self.n if self.index is None else self.index
+
+
+@dataclass(frozen=True)
+class ExamRun:
+    """One run."""
+
+    trajectory_id: str
+    task_id: str
+    task_hash: str | None
+    source: str
+    """The form it was read from: the name of a public set, for one."""
+    steps: tuple[ExamStep, ...]
+    is_whole: bool
+    """Whether every step of the run is here; only then is there a first error to find."""
+    succeeded: bool | None = None
+    rubric: str | None = None
+    """Hash of the rubric of ready prompts."""
+    record: Trajectory | None = None
+
+    @cached_property
+    def first_error(self) -> int | None:
+        """The number of the first bad step, `NO_ERROR` where there is none, None where the labels do not say."""
+        if not self.is_whole:
+            return None
+        for step in self.steps:
+            if step.label is None:
+                return None
+            if step.is_bad:
+                return step.n
+        return NO_ERROR
+
+
+@dataclass(frozen=True)
+class Exam:
+    """All runs of an exam."""
+
+    file: Path
+    sha256: str
+    runs: tuple[ExamRun, ...]
+
+    @property
+    def labelled(self) -> Iterator[tuple[ExamRun, ExamStep]]:
+        """Every labelled step with its run."""
+        return ((run, step) for run in self.runs for step in run.steps if step.label is not None)
+
+    @property
+    def sources(self) -> list[str]:
+        """The sets that the runs come from."""
+        return sorted({run.source for run in self.runs})
+
+    @cached_property
+    def by_id(self) -> Mapping[str, ExamRun]:
+        """The runs by their id."""
+        return {run.trajectory_id: run for run in self.runs}
+
+
+def read_exam(file: Path) -> Exam:
+    """Read an exam.
+
+    Raises:
+        DataError: the file is missing or damaged, has no labelled step, or does not fit the whole runs next to it.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: no such file. Make an exam with import_trajectories.py --labels, or label_steps.py.")
+    if holds_records(file):
+        runs = [_run_of_record(run) for run in read_runs([file], Options(format=record.READER.name))]
+    else:
+        runs = _runs_of_rows(file)
+        if runs_beside(file).is_file():
+            runs = _completed(runs, runs_beside(file))
+    runs = [run for run in runs if any(step.label is not None for step in run.steps)]
+    if not runs:
+        raise DataError(f"{file}: no step has a label. Make an exam with import_trajectories.py --labels.")
+    return Exam(file, sha256_of(file), tuple(runs))
+
+
+def _run_of_record(run: Trajectory) -> ExamRun:
+    steps = tuple(
+        ExamStep(step.n, step.source_index, step.agent)
+        if step.label is None
+        else ExamStep(step.n, step.source_index, step.agent, step.label.value, step.label.kind)
+        for step in run.steps
+    )
+    return ExamRun(
+        run.trajectory_id,
+        run.task_id,
+        task_id_of(run.task) if run.task else None,
+        str(run.source.get("format")),
+        steps,
+        is_whole=True,
+        succeeded=succeeded(run),
+        record=run,
+    )
+
+
+def _runs_of_rows(file: Path) -> list[ExamRun]:
+    grouped: dict[str, dict[int, list[tuple[ExamStep, Mapping[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
+    for number, value in enumerate(read_jsonl(file), start=1):
+        name, step, metadata = _labelled_step(value, f"{file}: row {number}")
+        grouped[name][step.n].append((step, metadata))
+    return [_run_of_steps(name, [of_step[n] for n in sorted(of_step)]) for name, of_step in grouped.items()]
+
+
+def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, Any]]:
+    try:
+        row = read_row(value)
+    except Rejected as rejected:
+        raise DataError(f"{place}: not a labelled step ({rejected.reason}).") from rejected
+    metadata = row.metadata
+    n, run = whole_number(metadata.get("clip_number")), metadata.get("trajectory_id") or metadata.get("task_id")
+    verdict = None if row.answer is None else read_verdict(row.answer)
+    if n is None or not run or verdict is None or isinstance(verdict, Unreadable):
+        raise DataError(
+            f"{place}: not a labelled step. An exam has rows of import_trajectories.py --labels or of label_steps.py, "
+            "with trajectory_id, clip_number and a verdict."
+        )
+    weight = metadata.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise DataError(f"{place}: weight {weight!r:.30} is not a number above 0.")
+    index, agent = whole_number(metadata.get("source_index")), metadata.get("agent")
+    label, kind = fmean(verdict.scores.values()), str(metadata.get("label_kind") or "score")
+    step = ExamStep(n, index, agent and str(agent), label, kind, float(weight), row.prompt, row.system)
+    return str(run), step, metadata
+
+
+def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[str, Any]]]]) -> ExamRun:
+    """A run of labelled steps alone. Where several people labelled a step, their mean counts."""
+    merged = []
+    for of_step in steps:
+        labels = [step.label for step, _ in of_step if step.label is not None]
+        kind = of_step[0][0].kind if len(set(labels)) == 1 else "score"
+        merged.append(replace(of_step[0][0], label=fmean(labels), kind=kind))
+    first = steps[0][0][1]
+    given = first.get("succeeded")
+    return ExamRun(
+        name,
+        str(first.get("task_id") or name),
+        first.get("task_hash"),
+        str(first.get("provider")),
+        tuple(merged),
+        is_whole=whole_number(first.get("steps")) == len(merged),
+        succeeded=given if isinstance(given, bool) else None,
+        rubric=first.get("rubric"),
+    )
+
+
+def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
+    """The labelled runs with their other steps; the labels are those of the rows, which the user may have edited."""
+    whole = {run.trajectory_id: _run_of_record(run) for run in read_runs([file], Options(format=record.READER.name))}
+    completed = []
+    for run in runs:
+        found = whole.get(run.trajectory_id)
+        if found is None or not {step.n for step in run.steps} <= {step.n for step in found.steps}:
+            raise DataError(
+                f"{file}: has not the run {run.trajectory_id} of the rows. Import both again, or remove this file."
+            )
+        labels = {step.n: step for step in run.steps}
+        steps = tuple(
+            replace(step, label=mine.label, kind=mine.kind, weight=mine.weight)
+            if (mine := labels.get(step.n))
+            else replace(step, label=None, kind=None)
+            for step in found.steps
+        )
+        completed.append(replace(found, steps=steps))
+    return completed
+
+
+# --- what a judge was trained on --------------------------------------------------------------------------------------
+
+
+def check_not_trained_on(exam: Exam, config: Mapping[str, Any], data_folder: Path) -> None:
+    """Reject a judge that was trained on a task of the exam.
+
+    Tasks are the same when their texts are, however the two sets name them. Ids are compared where a text is not
+    known, and within a set: a simulated user may say one task in several ways.
+
+    Args:
+        exam: the exam.
+        config: of the judge's run.
+        data_folder: holds its training data.
+
+    Raises:
+        UsageError: at least one task is in both.
+        DataError: the training data is not there, so nobody can know.
+    """
+    hashes: set[str] = set()
+    ids: set[tuple[str, str]] = set()
+    unhashed: set[str] = set()
+    for metadata in _training_metadata(config, data_folder):
+        identity = str(metadata.get("task_id"))
+        ids.add((str(metadata.get("provider")), identity))
+        if metadata.get("task_hash"):
+            hashes.add(str(metadata["task_hash"]))
+        else:
+            unhashed.add(identity)
+    everywhere = {identity for _, identity in ids}
+    shared = [
+        run
+        for run in exam.runs
+        if run.task_hash in hashes
+        or (run.source, run.task_id) in ids
+        or run.task_id in (unhashed if run.task_hash else everywhere)
+    ]
+    if shared:
+        tasks = len({run.task_id for run in shared})
+        raise UsageError(
+            f"{exam.file}: the judge was trained on {tasks} of these {len({run.task_id for run in exam.runs})} tasks, "
+            f"{shared[0].task_id} for one. Take an exam of other tasks, or train without them."
+        )
+
+
+def _training_metadata(config: Mapping[str, Any], data_folder: Path) -> Iterator[Mapping[str, Any]]:
+    names = split_names(config.get("dataset") or [])
+    entries = read_entries(data_folder) if data_folder.is_dir() else {}
+    for name in names:
+        entry = entries.get(name)
+        sidecar = sidecar_of(entry.file) if entry and entry.file else None
+        if sidecar is None or not sidecar.is_file():
+            raise DataError(
+                f"{data_folder}: the training data {name} with its sidecar is not here, so whether the judge was "
+                "trained on the exam's tasks cannot be checked. Name its folder with --data-dir."
+            )
+        for row in read_jsonl(sidecar):
+            yield row.get("metadata") or {}
+    if not names:
+        raise DataError("no training data is known of this judge. Name a run (--run) that has its resolved config.")

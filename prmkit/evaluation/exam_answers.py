@@ -1,0 +1,195 @@
+"""What judges answered in an exam: scores of steps, or raw verdicts out of a file.
+
+A line of a file of answers is one of these, with the judge's name in `judge`, `judge_id`, `model` or `model_name`:
+
+- `{"id": run, "step": 3, "score": 0.4}`; `step` counts from 1, `source_index` instead counts messages from 0;
+- a line of score_trajectories.py, or a judged row as in finetune.jsonl;
+- a verdict on a run: `{"trajectory_id": run, "faulty": true, "failure_step": 2}` (messages from 0), or `step_labels`
+  from message to -1, 0 or 1.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prmkit.errors import DataError
+from prmkit.evaluation.exam import NO_ERROR, Exam, ExamRun
+from prmkit.files import read_jsonl
+from prmkit.rows import Rejected, read_row, whole_number
+from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
+from prmkit.verdict import Unreadable, read_verdict
+
+StepId = tuple[str, int]
+"""Id of the run and number of the step."""
+NOWHERE = -1
+"""In the place of a step's number: the run has an error, and the judge did not say where."""
+
+_TERNARY = {-1: BAD, 0: NEUTRAL, 1: GOOD}
+_JUDGES = ("judge", "judge_id", "model", "model_name")
+
+
+@dataclass
+class Answers:
+    """What one judge answered."""
+
+    name: str
+    scores: dict[StepId, float] = field(default_factory=dict)
+    """0 (bad) to 1."""
+    firsts: dict[str, int] | None = None
+    """For a judge that gave verdicts and not scores: the first error by run, `NO_ERROR` or `NOWHERE`."""
+    is_constant: bool = False
+    """A baseline that has not read the runs."""
+    unplaced: Counter[str] = field(default_factory=Counter)
+    """Lines that say nothing of a step of this exam, by reason."""
+
+
+def read_answers(file: Path, exam: Exam) -> list[Answers]:
+    """Read the answers of all judges in a file.
+
+    Raises:
+        DataError: a line cannot be read, is on no known scale, contradicts another one, or no line is of this exam.
+    """
+    indexes = {run.trajectory_id: {step.place: step.n for step in run.steps} for run in exam.runs}
+    judges: dict[str, Answers] = {}
+    given: dict[str, dict[StepId, float]] = {}
+    for number, value in enumerate(read_jsonl(file), start=1):
+        place = f"{file}:{number}"
+        if not isinstance(value, dict):
+            raise DataError(f"{place}: not an object with id, step and score.")
+        name = _judge_of(value) or file.name.removesuffix(".gz").removesuffix(".jsonl")
+        judge = judges.setdefault(name, Answers(name))
+        run = exam.by_id.get(_run_of(value))
+        if run is None:
+            judge.unplaced["of runs that are not in the exam"] += 1
+        elif "faulty" in value or "failure_step" in value:
+            _add_verdict(judge, run, value, place)
+        else:
+            for step, score in _scores_in(value, indexes[run.trajectory_id], place):
+                if score is None or step is None:
+                    judge.unplaced["without a score" if step is not None else "of steps that the run has not"] += 1
+                elif given.setdefault(name, {}).setdefault((run.trajectory_id, step), score) != score:
+                    raise DataError(f"{place}: {name} scores this step a second time, and otherwise. Keep one line.")
+    _add_scores(judges, given, file)
+    if not any(judge.scores or judge.firsts for judge in judges.values()):
+        first = exam.runs[0].trajectory_id
+        raise DataError(f"{file}: no line is about a step of {exam.file}, whose first run has the id {first}.")
+    return list(judges.values())
+
+
+def _judge_of(value: Mapping[str, Any]) -> str | None:
+    metadata = value.get("metadata") if "conversations" in value else None
+    places = (value, metadata if isinstance(metadata, dict) else {})
+    return next((str(place[key]) for place in places for key in _JUDGES if place.get(key)), None)
+
+
+def _run_of(value: Mapping[str, Any]) -> str:
+    metadata = value.get("metadata")
+    if isinstance(metadata, dict) and metadata.get("trajectory_id"):
+        return str(metadata["trajectory_id"])
+    if value.get("trajectory_id") is not None:
+        return str(value["trajectory_id"])
+    if "query_index" in value:
+        # Named as their reader names the runs of AgentProcessBench.
+        parts = (value.get("data_source") or value.get("dataset"), value["query_index"])
+        task = "_".join(str(part) for part in parts if part is not None)
+        return f"{task}.{value['sample_index']}" if value.get("sample_index") is not None else task
+    name = str(value.get("id"))
+    return name.rpartition("#")[0] if _has_step_in_id(value) else name
+
+
+def _has_step_in_id(value: Mapping[str, Any]) -> bool:
+    return not {"step", "source_index"} & value.keys() and str(value.get("id")).rpartition("#")[2].isdigit()
+
+
+def _scores_in(
+    value: Mapping[str, Any], numbers: Mapping[int, int], place: str
+) -> Iterator[tuple[int | None, float | None]]:
+    """Number of the step, or None for one that the run has not, and the score; None for a step without one."""
+    labels = next((value[key] for key in value if key.endswith("step_labels") and isinstance(value[key], dict)), None)
+    if labels is not None:
+        for index, label in labels.items():
+            if isinstance(label, bool) or not isinstance(label, int | float) or label not in _TERNARY:
+                raise DataError(f"{place}: label {label!r:.30} is not -1, 0 or 1.")
+            yield numbers.get(int(index)) if str(index).isdigit() else None, _RAW + label
+        return
+    if "conversations" in value:
+        yield _judged_step(value, numbers, place)
+        return
+    given_metadata = value.get("metadata")
+    metadata = given_metadata if isinstance(given_metadata, dict) else {}
+    if "step" not in value and value.get("source_index") is not None:
+        step = numbers.get(_whole(value["source_index"], place))
+    else:
+        given = value.get("step", metadata.get("clip_number"))
+        step = _whole(str(value.get("id")).rpartition("#")[2] if given is None else given, place)
+        step = step if step in numbers.values() else None
+    if "score" not in value:
+        raise DataError(f"{place}: no score. A line has id, step and score.")
+    score = value["score"]
+    if score is None:
+        yield step, None
+    elif isinstance(score, bool) or not isinstance(score, int | float) or not -1 <= score <= 1 or math.isnan(score):
+        raise DataError(f"{place}: score {score!r:.30} is not from 0 to 1, and not -1, 0 or 1.")
+    else:
+        yield step, float(score)
+
+
+_RAW = 10
+"""Added to raw verdicts of -1, 0 and 1 until all lines are read, so that they are not taken for scores."""
+
+
+def _judged_step(value: Mapping[str, Any], numbers: Mapping[int, int], place: str) -> tuple[int | None, float | None]:
+    try:
+        row = read_row(value)
+    except Rejected as rejected:
+        raise DataError(f"{place}: {rejected.reason}.") from rejected
+    verdict = None if row.answer is None else read_verdict(row.answer)
+    known = verdict is not None and not isinstance(verdict, Unreadable)
+    step = row.clip_number if row.clip_number in numbers.values() else None
+    return step, fmean(verdict.scores.values()) if known else None  # type: ignore[union-attr]
+
+
+def _whole(value: Any, place: str) -> int:
+    number = whole_number(value)
+    if number is None:
+        raise DataError(f"{place}: step {value!r:.30} is not a whole number. Steps count from 1.")
+    return number
+
+
+def _add_verdict(judge: Answers, run: ExamRun, value: Mapping[str, Any], place: str) -> None:
+    """A verdict that names the first error of a run, by the position of its message."""
+    faulty, index = value.get("faulty"), value.get("failure_step")
+    if value.get("error") or (faulty is None and index is None):
+        judge.unplaced["without a verdict"] += 1
+        return
+    first = NO_ERROR if faulty is False else NOWHERE
+    if faulty is not False and index is not None:
+        at = _whole(index, place)
+        first = next((step.n for step in run.steps if step.place == at), NOWHERE)
+    judge.firsts = judge.firsts or {}
+    if judge.firsts.setdefault(run.trajectory_id, first) != first:
+        raise DataError(f"{place}: a second verdict of {judge.name} on this run, and another one. Keep one line.")
+    if first != NOWHERE:
+        judge.scores |= {(run.trajectory_id, step.n): BAD if step.n == first else GOOD for step in run.steps}
+
+
+def _add_scores(judges: Mapping[str, Answers], given: Mapping[str, Mapping[StepId, float]], file: Path) -> None:
+    """Scores as they are; raw verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
+    is_ternary = any(score < 0 for scores in given.values() for score in scores.values())
+    for name, scores in given.items():
+        raw = {step: score - _RAW if score > 1 else score for step, score in scores.items()}
+        if not is_ternary and raw == scores:
+            judges[name].scores |= scores
+            continue
+        if not set(raw.values()) <= _TERNARY.keys():
+            raise DataError(f"{file}: {name} has scores below 0 and others than -1, 0 and 1. Bring them to 0 to 1.")
+        judges[name].scores |= {step: _TERNARY[int(score)] for step, score in raw.items()}
+        firsts = {run: NO_ERROR for run, _ in raw}
+        for (run, step), score in sorted(raw.items()):
+            if score < 0 and firsts[run] == NO_ERROR:
+                firsts[run] = step
+        judges[name].firsts = (judges[name].firsts or {}) | firsts

@@ -1,0 +1,268 @@
+"""`evaluate_judge.py --exam`: a judge, or answers out of a file, beside constants, published judges and people."""
+
+import argparse
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+from prmkit import cli
+from prmkit.errors import DataError, ExitCode, GateError, UsageError
+from prmkit.evaluation import exam_report
+from prmkit.evaluation.exam import Exam, check_not_trained_on, read_exam
+from prmkit.evaluation.exam_answers import Answers, StepId, read_answers
+from prmkit.evaluation.exam_figures import Entrant, constants, examine
+from prmkit.evaluation.summary import MIN_SCORED
+from prmkit.files import exclusive_lock, write_json
+from prmkit.judge.scorer import DEFAULT_RUN, Scorer, judge_source
+from prmkit.judge.sources import JudgeSource, check_folders, config_of_run
+from prmkit.judge.types import SCORED, Judgement, Mode, Request, rounded
+from prmkit.prompts.step import Rubric, load_rubric, step_prompts
+from prmkit.resumable import append_rows, reopen, replace_rows
+from prmkit.scoring.rows import check_rubric
+from prmkit.trajectory import Trajectory
+from prmkit.verdict import asked_shape
+
+log = logging.getLogger("prmkit")
+
+JSON_FILE, PAGE = "exam.json", "exam.html"
+
+
+def take_exam(arguments: argparse.Namespace) -> ExitCode:
+    """Examine a judge, show the table, and hold it against `--min-auroc`.
+
+    Raises:
+        DataError: there is no exam, no judge, or nothing was answered.
+        UsageError: the judge was trained on a task of the exam, or the arguments contradict each other.
+        GateError: the lower end of AUROC is below the threshold, or cannot be known.
+    """
+    exam = read_exam(arguments.exam)
+    unchecked = None
+    folder = arguments.output or folder_of(arguments, "exam", arguments.exam)
+    if arguments.predictions:
+        check_no_judge(arguments)
+        judges = [("judge", each) for each in read_answers(arguments.predictions, exam)]
+        _warn_of_unplaced([answers for _, answers in judges])
+    else:
+        source = judge_source(arguments)
+        check_folders(source)
+        unchecked = _check_training(exam, arguments)
+        judges = list(_asked_judges(exam, source, folder, arguments))
+    entrants = [examine(exam, answers, kind) for kind, answers in judges]
+    entrants += [*constants(exam), *exam_report.published(exam)]
+    write_json(folder / JSON_FILE, exam_report.as_json(exam, entrants))
+    exam_report.write_page(folder / PAGE, exam, entrants)
+    if arguments.json:
+        cli.emit_json(exam_report.as_json(exam, entrants))
+    else:
+        _show(exam, entrants, folder / PAGE)
+    if unchecked:
+        log.warning("%s", unchecked)
+    if arguments.min_auroc is not None:
+        _check_gate(entrants, arguments.min_auroc, unchecked)
+    return ExitCode.DONE
+
+
+def check_no_judge(arguments: argparse.Namespace) -> None:
+    """Reject a judge beside answers out of a file."""
+    given = [flag for flag in ("run", "model", "adapter", "baseline", "rubric") if getattr(arguments, flag)]
+    if given:
+        raise UsageError(f"--predictions and --{given[0]} name two sources of answers. Leave one of them out.")
+
+
+def _warn_of_unplaced(judges: Sequence[Answers]) -> None:
+    for judge in judges:
+        for reason, count in judge.unplaced.items():
+            log.warning("%s: %d lines %s", judge.name, count, reason)
+
+
+def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
+    """Reject a judge that knows tasks of the exam. Where nobody can know, a sentence that says so."""
+    run = None if arguments.model else arguments.run or DEFAULT_RUN
+    config = config_of_run(run) if run else {}
+    named = Path(config.get("dataset_dir") or "data")
+    # As the configuration has it, relative to where training was started: usually a folder above the run's.
+    above = [folder / named for folder in run.resolve().parents[:3]] if run else []
+    folder = arguments.data_dir or next((place for place in (named, *above) if place.is_dir()), named)
+    try:
+        check_not_trained_on(exam, config, folder)
+    except DataError as error:
+        return f"Whether the judge was trained on tasks of the exam is not known: {error}"
+    return None
+
+
+def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
+    """Where results go: a folder for each input, so that answers to one never replace those to another."""
+    name = f"{what}_{file.name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.json')}"
+    if arguments.predictions:
+        return Path(arguments.predictions.parent, name)
+    if arguments.model:
+        return Path("saves", f"evaluation_{Path(arguments.model).name}", name)
+    return Path(arguments.run or DEFAULT_RUN, "evaluation", name)
+
+
+# --- asking a judge ---------------------------------------------------------------------------------------------------
+
+
+def _asked_judges(
+    exam: Exam, source: JudgeSource, folder: Path, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Answers]]:
+    name = (source.adapter or source.model).resolve().name
+    rubric = load_rubric(arguments.rubric)
+    _check_asks_as_trained(exam, rubric, source, name)
+    asked = [("judge", name, source)]
+    if arguments.baseline:
+        if source.adapter is None:
+            raise UsageError("--baseline asks the model below the adapter, and this judge has none.")
+        asked.append(("base", f"{source.model.name} (untrained)", replace(source, adapter=None)))
+    for kind, judge, of_judge in asked:
+        file = folder / ("exam_answers.jsonl" if kind == "judge" else "exam_answers_base.jsonl")
+        scores = score_steps(of_judge, prompts_of(exam, rubric), file, arguments)
+        yield kind, Answers(judge, scores)
+
+
+def _check_asks_as_trained(exam: Exam, rubric: Rubric, source: JudgeSource, name: str) -> None:
+    if any(run.record for run in exam.runs):
+        check_rubric(rubric, source.rubrics, name)
+    ready = {run.rubric for run in exam.runs if run.record is None}
+    if source.rubrics is not None and (other := ready - set(source.rubrics or [None])):
+        raise UsageError(
+            f"{exam.file}: its prompts ask with a rubric ({str(next(iter(other)))[:12]}) that {name} was not trained "
+            "with. Make the exam with import_trajectories.py --labels --rubric FILE."
+        )
+
+
+def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
+    """What to ask of every step; None for a prompt that asks for no score."""
+    for run in exam.runs:
+        if run.record is not None:
+            yield from prompts_of_run(run.record, rubric)
+            continue
+        for step in run.steps:
+            shape = asked_shape(step.prompt or "")
+            yield (run.trajectory_id, step.n), Request(step.prompt or "", shape, step.system) if shape else None
+
+
+def prompts_of_run(run: Trajectory, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
+    """What to ask of every step of one run."""
+    for prompt in step_prompts(run, rubric):
+        shape = asked_shape(prompt.text)
+        yield (run.trajectory_id, prompt.step.n), Request(prompt.text, shape) if shape else None
+
+
+def score_steps(
+    source: JudgeSource,
+    asked: Iterable[tuple[StepId, Request | None]],
+    file: Path,
+    arguments: argparse.Namespace,
+) -> dict[StepId, float]:
+    """Ask a judge of every step; answers are written as they come, and those of an interrupted command are kept.
+
+    Args:
+        source: the judge.
+        asked: steps and what to ask of each; gone through once, and not kept.
+        file: one line a step.
+        arguments: batch_size, mode, too_long, max_new_tokens and min_label_mass.
+
+    Returns:
+        The scores of the steps that got one.
+    """
+    scorer = Scorer(
+        source,
+        batch_size=arguments.batch_size,
+        trim=arguments.too_long == "trim",
+        max_new_tokens=arguments.max_new_tokens,
+        min_label_mass=arguments.min_label_mass,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(file.parent, f"writing {file.name}", lock=f".{file.name}.lock"):
+        done = reopen(file, scorer.fingerprint() | {"mode": arguments.mode, "format": 1})
+        kept = [line for line in done if line["status"] != "failed"]
+        if len(kept) < len(done):
+            replace_rows(file, kept)
+        lines: dict[Any, Any] = {(line["request_hash"], line["id"], line["step"]): line for line in kept}
+        if lines:
+            log.info("%s: %d steps are scored already", file, len(lines))
+        wanted: list[tuple[str, str, int]] = []
+        with cli.progress_bar() as progress:
+            bar = progress.add_task("scoring", total=None)
+            for line in append_rows(file, _new_lines(scorer, asked, lines, wanted, arguments.mode)):
+                lines[line["request_hash"], line["id"], line["step"]] = line
+                progress.advance(bar)
+    found = [lines[key] for key in wanted if key in lines]
+    scores = {(line["id"], line["step"]): line["score"] for line in found if line["status"] in SCORED}
+    if not scores:
+        reason = found[0]["reason"] if found else "no step asks for a score"
+        raise DataError(f"{file}: none of {len(wanted)} steps got a score; the first one: {reason}.")
+    return scores
+
+
+def _new_lines(
+    scorer: Scorer,
+    asked: Iterable[tuple[StepId, Request | None]],
+    known: Mapping[tuple[str, str, int], Any],
+    wanted: list[tuple[str, str, int]],
+    mode: Mode,
+) -> Iterator[dict[str, Any]]:
+    """The lines of the steps that have none yet, in their order; every step's key goes to `wanted`."""
+    from prmkit.judge.batching import digest
+
+    def missing() -> Iterator[tuple[tuple[str, str, int], Request]]:
+        for (run, step), request in asked:
+            if request is not None:
+                key = (digest(request).hex(), run, step)
+                wanted.append(key)
+                if key not in known:
+                    yield key, request
+
+    keys, requests = tee(missing())
+    judgements = scorer.judgements((request for _, request in requests), mode)
+    for ((request_hash, run, step), _), judgement in zip(keys, judgements, strict=True):
+        yield {"id": run, "step": step, **_answered(judgement), "request_hash": request_hash}
+
+
+def _answered(judgement: Judgement) -> dict[str, Any]:
+    return {
+        "score": rounded(judgement.score),
+        "std": rounded(judgement.std),
+        "label_mass": rounded(judgement.label_mass),
+        "status": judgement.status,
+        "reason": judgement.reason,
+    }
+
+
+# --- the terminal and the gate ----------------------------------------------------------------------------------------
+
+
+def _show(exam: Exam, entrants: Sequence[Entrant], page: Path) -> None:
+    names = exam_report.columns(entrants)
+    cli.emit_table("", names, exam_report.table(entrants), numeric=names[1:], optional=exam_report.optional(entrants))
+    for line in exam_report.notes(exam, entrants):
+        cli.emit(line)
+    for each in entrants:
+        if each.kind in ("judge", "base"):
+            cli.emit(exam_report.verdict(each, entrants)[1])
+    cli.emit(f"report: {page}")
+
+
+def _check_gate(entrants: Sequence[Entrant], least: float, unchecked: str | None) -> None:
+    """Every judge must reach it; what nobody can know counts as not reached."""
+    failed = [f"--min-auroc {least:g}: {unchecked}"] if unchecked else []
+    for judge in (each for each in entrants if each.kind == "judge"):
+        auroc = judge.figures.get("auroc")
+        if judge.answered < MIN_SCORED * judge.asked:
+            failed.append(
+                f"--min-auroc: {judge.name} has scores for {judge.answered} of {judge.asked} labelled steps, and at "
+                f"least {MIN_SCORED:.0%} are needed."
+            )
+        elif auroc is None or auroc.low is None:
+            failed.append(f"--min-auroc: {judge.name}: cannot tell ({auroc.reason if auroc else 'no AUROC'}).")
+        elif auroc.low < least:
+            failed.append(
+                f"--min-auroc: {judge.name}: AUROC {auroc.value:.3f} with a lower end of {auroc.low:.3f}, below "
+                f"{least:g}."
+            )
+    if failed:
+        raise GateError("\n".join(failed))

@@ -1,0 +1,394 @@
+"""The metrics of an exam, as each public set defines its own, for judges and for constants alike.
+
+With s the score of a step and t a threshold, the first error is the first step with s < t, or none. AUROC and average
+precision need no threshold and come first. Where one is needed, that of a task is chosen on other tasks (five folds);
+a verdict that was read in as such needs none. Intervals are over tasks.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmkit.evaluation import statistics
+from prmkit.evaluation.estimates import Estimate, Floats, make_sample, measure, undefined
+from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam, ExamRun, ExamStep
+from prmkit.evaluation.exam_answers import NOWHERE, Answers, StepId
+from prmkit.judge.types import SAME_SCORE
+from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
+
+Array = NDArray[Any]
+
+FOLDS = 5
+_GRID = np.arange(1, 102) / 100
+"""Thresholds: from the least that calls 0.00 bad to one that calls everything bad."""
+
+NAMES = {
+    "auroc": "AUROC",
+    "average_precision": "AP",
+    "first_error": "first error",
+    "processbench_f1": "PB-F1",
+    "step_accuracy": "StepAcc",
+    "located": "step ±0",
+    "located_1": "step ±1",
+    "agent": "agent",
+    "silent_recall": "silent",
+    "loud_recall": "loud",
+    "false_alarms": "alarms",
+    "f1_bad": "F1 bad",
+    "f1_good": "F1 good",
+}
+EXPLAINED = {
+    "auroc": "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing",
+    "average_precision": "average precision for bad steps; guessing gives their share",
+    "first_error": "runs whose first bad step, or that there is none, is named exactly (FirstErrAcc)",
+    "processbench_f1": "harmonic mean of that accuracy on runs with a bad step and on runs without",
+    "step_accuracy": "steps called wrong, neutral or right as people call them (StepAcc)",
+    "located": "runs with an error in which exactly the step is named",
+    "located_1": "the same, with the message before or after it counted as right",
+    "agent": "runs with an error in which the agent of that step is named",
+    "silent_recall": "runs that went wrong and ended well which are flagged",
+    "loud_recall": "runs that went wrong and ended badly which are flagged",
+    "false_alarms": "runs without an error that are flagged; less is better",
+    "f1_bad": "F1 of bad steps",
+    "f1_good": "F1 of the others",
+}
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One line of the table."""
+
+    name: str
+    kind: str
+    """`judge`, `base`, `constant`, `published` or `people`."""
+    figures: Mapping[str, Estimate]
+    answered: int = 0
+    """Labelled steps with a score."""
+    asked: int = 0
+    source: str | None = None
+    """Where published numbers are from."""
+
+
+def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
+    """Every metric that the labels of the exam allow.
+
+    Args:
+        exam: the exam.
+        answers: of a judge or of a constant.
+        kind: of the entrant.
+    """
+    folds = _folds(exam)
+    figures = _of_steps(exam, answers, folds) | _of_runs(exam, answers, folds)
+    labelled = [(run.trajectory_id, step.n) for run, step in exam.labelled]
+    scored = sum(step in answers.scores for step in labelled)
+    return Entrant(
+        answers.name, kind, {name: figures[name] for name in NAMES if name in figures}, scored, len(labelled)
+    )
+
+
+def _folds(exam: Exam) -> dict[str, int]:
+    """A fold for each task, by the hash of its name: the same for every judge."""
+    tasks = sorted(
+        {run.task_id for run in exam.runs}, key=lambda task: hashlib.sha256(task.encode(errors="replace")).digest()
+    )
+    return {task: place % FOLDS for place, task in enumerate(tasks)}
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str, Estimate]:
+    found = [
+        (run, step, answers.scores[run.trajectory_id, step.n])
+        for run, step in exam.labelled
+        if (run.trajectory_id, step.n) in answers.scores
+    ]
+    names = ["auroc", "average_precision", "f1_bad", "f1_good"]
+    is_ternary = all(step.kind == "ternary" for _, step in exam.labelled)
+    if not found:
+        return {name: undefined("no labelled step has a score") for name in names}
+    tasks = [run.task_id for run, _, _ in found]
+    weight = np.array([step.weight for _, step, _ in found])
+    bad = np.array([step.is_bad for _, step, _ in found], np.float64)
+    scores = np.array([score for _, _, score in found])
+    sample = make_sample(-scores, bad, tasks, baseline=weight)
+    figures: dict[str, Estimate] = {}
+    one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}.get(float(bad.mean()))
+    for name, statistic in (("auroc", statistics.roc_area), ("average_precision", statistics.average_precision)):
+        figures[name] = (
+            undefined(one_kind, len(bad), sample.tasks) if one_kind else measure(sample, statistic(sample, weight))
+        )
+    fold = np.array([folds[task] for task in tasks])
+    flagged = _flagged(answers, scores, bad, weight, fold)
+    for name, is_bad in (("f1_bad", True), ("f1_good", False)):
+        figures[name] = _f1(tasks, flagged, bad, weight, is_bad=is_bad)
+    if is_ternary:
+        labels = np.array([step.label for _, step, _ in found])
+        figures["step_accuracy"] = _step_accuracy(answers, scores, labels, weight, tasks, fold)
+    return figures
+
+
+def _flagged(answers: Answers, scores: Floats, bad: Floats, weight: Floats, fold: Array) -> Array | None:
+    """Which steps are called bad; None where there is no other task to choose a threshold on."""
+    if answers.firsts is not None:
+        return scores < NEUTRAL - SAME_SCORE
+    below = scores[:, None] < _GRID - SAME_SCORE
+
+    def f1(inside: Array) -> Floats:
+        hits = (below & (bad[:, None] > 0) & inside[:, None]).T @ weight
+        return statistics.ratio(2 * hits, (below & inside[:, None]).T @ weight + (bad * inside) @ weight)
+
+    return _by_fold(fold, f1, lambda place, outside: below[outside, place])
+
+
+def _by_fold(fold: Array, worth: Callable[[Array], Array], apply: Callable[[int, Array], Array]) -> Array | None:
+    """What the best choice of the other folds says in each fold."""
+    if len(np.unique(fold)) < 2:
+        return None
+    result = None
+    for held_out in np.unique(fold):
+        outside = fold == held_out
+        values = np.nan_to_num(worth(~outside), nan=-1.0)
+        # The middle of equally good thresholds: at an end, the next task's scores could fall on the wrong side.
+        best = np.flatnonzero(values >= values.max() - 1e-12)
+        said = apply(int(best[len(best) // 2]), outside)
+        result = np.zeros(len(fold), np.asarray(said).dtype) if result is None else result
+        result[outside] = said
+    return result
+
+
+_ONE_TASK = "no other task to choose a threshold on"
+
+
+def _f1(tasks: Sequence[str], flagged: Array | None, bad: Floats, weight: Floats, *, is_bad: bool) -> Estimate:
+    if flagged is None:
+        return undefined(_ONE_TASK, len(bad), 1)
+    said, true = (flagged > 0) == is_bad, (bad > 0) == is_bad
+    sample = make_sample(said, true, tasks)
+    hits, all_said, all_true = (sample.sums(part * weight) for part in (said & true, said, true))
+
+    def statistic(weights: Floats) -> Floats:
+        return statistics.ratio(2 * weights @ hits, weights @ all_said + weights @ all_true)
+
+    return measure(sample, statistic)
+
+
+def _step_accuracy(
+    answers: Answers, scores: Floats, labels: Floats, weight: Floats, tasks: Sequence[str], fold: Array
+) -> Estimate:
+    """StepAcc; scores become wrong, neutral or right by two thresholds that are chosen together."""
+    called: Array | None
+    if answers.firsts is not None:
+        called = np.isclose(scores, labels)
+    else:
+        grid = np.unique(np.quantile(scores, np.linspace(0, 1, 21)))
+        pairs = [(low, high) for low in (*grid, 2.0) for high in (*grid, 2.0) if low <= high]
+        lows, highs = np.array(pairs).T
+        said = np.where(scores[:, None] < lows, BAD, np.where(scores[:, None] < highs, NEUTRAL, GOOD))
+        equal = np.isclose(said, labels[:, None])
+        called = _by_fold(
+            fold, lambda inside: (equal & inside[:, None]).T @ weight, lambda place, outside: equal[outside, place]
+        )
+    if called is None:
+        return undefined(_ONE_TASK, len(scores), 1)
+    sample = make_sample(called, labels, tasks)
+    hits, sizes = sample.sums(called * weight), sample.sums(weight)
+    return measure(sample, lambda weights: statistics.ratio(weights @ hits, weights @ sizes))
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def _of_runs(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str, Estimate]:
+    known = [run for run in exam.runs if run.first_error is not None]
+    with_error = [run for run in known if run.first_error != NO_ERROR]
+    clean = len(known) - len(with_error)
+    if not known:
+        return {}
+    answered = [run for run in known if _is_answered(run, answers)]
+    firsts = _first_errors(answered, answers, folds)
+    figures: dict[str, Estimate] = {}
+    if with_error:
+        figures["first_error"] = _hit_rate(answered, firsts, lambda run, first: first == run.first_error)
+    if with_error and clean:
+        figures["processbench_f1"] = _processbench(answered, firsts)
+    if any(step.kind in KINDS_OF_ERRORS for _, step in exam.labelled) and with_error:
+        figures |= _located(exam, [run for run in answered if run.first_error != NO_ERROR], answers)
+    return figures | _recalls(answered, firsts)
+
+
+def _is_answered(run: ExamRun, answers: Answers) -> bool:
+    first = (answers.firsts or {}).get(run.trajectory_id)
+    return first == NOWHERE or all((run.trajectory_id, step.n) in answers.scores for step in run.steps)
+
+
+def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str, int]) -> list[int] | None:
+    """The first error that the judge names in each run; None where there is no other task for a threshold."""
+    if answers.firsts is not None:
+        return [answers.firsts[run.trajectory_id] for run in runs]
+    if not runs:
+        return []
+    firsts = np.stack([_first_below(run, answers) for run in runs])
+    true = np.array([run.first_error for run in runs])
+    hit, wrong = firsts == true[:, None], true != NO_ERROR
+    fold = np.array([folds[run.task_id] for run in runs])
+
+    def worth(inside: Array) -> Floats:
+        sides = [hit[inside & side].mean(axis=0) for side in (wrong, ~wrong) if (inside & side).any()]
+        return sides[0] if len(sides) == 1 else statistics.ratio(2 * sides[0] * sides[1], sides[0] + sides[1])
+
+    chosen = _by_fold(fold, worth, lambda place, outside: firsts[outside, place])
+    return None if chosen is None else chosen.astype(int).tolist()
+
+
+def _first_below(run: ExamRun, answers: Answers) -> Array:
+    """The first step below each threshold of the grid, `NO_ERROR` where none is."""
+    scores = np.array([answers.scores[run.trajectory_id, step.n] for step in run.steps])
+    place = (np.minimum.accumulate(scores)[:, None] >= _GRID - SAME_SCORE).sum(axis=0)
+    return np.where(place < len(scores), place + 1, NO_ERROR)
+
+
+def _hit_rate(
+    runs: Sequence[ExamRun], firsts: Sequence[int] | None, is_hit: Callable[[ExamRun, int], bool]
+) -> Estimate:
+    if firsts is None:
+        return undefined(_ONE_TASK, len(runs), 1)
+    hits = [float(is_hit(run, first)) for run, first in zip(runs, firsts, strict=True)]
+    return _share(hits, runs)
+
+
+def _share(values: Sequence[float], runs: Sequence[ExamRun]) -> Estimate:
+    sample = make_sample(values, np.ones(len(values)), [run.task_id for run in runs])
+    return measure(sample, statistics.share_predicted(sample))
+
+
+def _processbench(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> Estimate:
+    if firsts is None:
+        return undefined(_ONE_TASK, len(runs), 1)
+
+    # That statistic writes -1 for no error, and here NOWHERE must not be taken for it.
+    def renamed(first: int) -> int:
+        return {NO_ERROR: -1, NOWHERE: -2}.get(first, first)
+
+    true = [renamed(run.first_error or NO_ERROR) for run in runs]
+    sample = make_sample([renamed(first) for first in firsts], true, [run.task_id for run in runs])
+    return measure(sample, statistics.first_error_f1(sample))
+
+
+def _located(exam: Exam, runs: Sequence[ExamRun], answers: Answers) -> dict[str, Estimate]:
+    """Where every run has an error, the judge's answer is the step with the lowest score, the first one of several."""
+    said = [_lowest(run, answers) for run in runs]
+    true = [run.steps[(run.first_error or 1) - 1] for run in runs]
+    pairs = list(zip(said, true, strict=True))
+    figures = {
+        name: _share([float(step is not None and abs(step.place - right.place) <= far) for step, right in pairs], runs)
+        for name, far in (("located", 0), ("located_1", 1))
+    }
+    if len({step.agent for run in exam.runs for step in run.steps}) > 1:
+        figures["agent"] = _share(
+            [float(step is not None and step.agent == right.agent) for step, right in pairs], runs
+        )
+    return figures
+
+
+def _lowest(run: ExamRun, answers: Answers) -> ExamStep | None:
+    if answers.firsts is not None:
+        first = answers.firsts[run.trajectory_id]
+        return run.steps[first - 1] if first > 0 else None
+    return min(run.steps, key=lambda step: answers.scores[run.trajectory_id, step.n])
+
+
+def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str, Estimate]:
+    """Shares of flagged runs, where it is known how runs ended."""
+    groups: dict[str, Callable[[ExamRun], bool]] = {
+        "silent_recall": lambda run: run.first_error != NO_ERROR and run.succeeded is True,
+        "loud_recall": lambda run: run.first_error != NO_ERROR and run.succeeded is False,
+        "false_alarms": lambda run: run.first_error == NO_ERROR,
+    }
+    if firsts is None or not any(run.succeeded is not None for run in runs):
+        return {}
+    figures = {}
+    for name, belongs in groups.items():
+        chosen = [(run, first) for run, first in zip(runs, firsts, strict=True) if belongs(run)]
+        if chosen:
+            figures[name] = _share([float(first != NO_ERROR) for _, first in chosen], [run for run, _ in chosen])
+    return figures
+
+
+# --- constants --------------------------------------------------------------------------------------------------------
+
+
+def constants(exam: Exam) -> list[Entrant]:
+    """What can be answered without reading a run; whatever comes from labels comes from those of other tasks."""
+    steps = [(run.trajectory_id, step.n) for run in exam.runs for step in run.steps]
+    every_run = [run.trajectory_id for run in exam.runs]
+    all_good = Answers("every step good", dict.fromkeys(steps, GOOD), dict.fromkeys(every_run, NO_ERROR), True)
+    firsts = {run.trajectory_id: run.steps[0].n for run in exam.runs}
+    all_bad = Answers("every step bad (first)", dict.fromkeys(steps, BAD), firsts, True)
+    entrants = [examine(exam, answers, "constant") for answers in (all_good, all_bad, _by_position(exam))]
+    if any(run.first_error for run in exam.runs):
+        entrants.append(examine(exam, _commonest_place(exam), "constant"))
+    if "agent" in entrants[0].figures:
+        entrants.append(_commonest_agent(exam))
+    return entrants
+
+
+def _by_position(exam: Exam) -> Answers:
+    """The share of good steps at the same position, and at the end of runs or before it, in other tasks."""
+    counts: dict[tuple[int, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    for run, step in exam.labelled:
+        cell = counts[_position(run, step)][run.task_id]
+        cell[0] += step.weight * (not step.is_bad)
+        cell[1] += step.weight
+    totals = {place: np.sum(list(by_task.values()), axis=0) for place, by_task in counts.items()}
+    overall = np.sum(list(totals.values()), axis=0)
+    prior = overall[0] / overall[1]
+    scores = {}
+    for run in exam.runs:
+        for step in run.steps:
+            place = _position(run, step)
+            own = counts[place].get(run.task_id, (0.0, 0.0)) if place in counts else (0.0, 0.0)
+            good, size = totals.get(place, np.zeros(2)) - np.array(own)
+            scores[run.trajectory_id, step.n] = (good + prior) / (size + 1)  # one step's worth of the overall share
+    return Answers("position alone", scores, is_constant=True)
+
+
+def _position(run: ExamRun, step: ExamStep) -> tuple[int, bool]:
+    return min(step.n, 30), run.is_whole and step.n == len(run.steps)
+
+
+def _commonest_place(exam: Exam) -> Answers:
+    """The message at which runs of other tasks most often go wrong."""
+    places = Counter[int]()
+    of_task: dict[str, Counter[int]] = defaultdict(Counter)
+    for run in exam.runs:
+        if run.first_error:
+            place = run.steps[run.first_error - 1].place
+            places[place] += 1
+            of_task[run.task_id][place] += 1
+    firsts: dict[str, int] = {}
+    scores: dict[StepId, float] = {}
+    for run in exam.runs:
+        others = places - of_task[run.task_id]
+        best = min(others, key=lambda place: (-others[place], place), default=None)
+        first = next((step.n for step in run.steps if step.place == best), NO_ERROR)
+        firsts[run.trajectory_id] = first
+        scores |= {(run.trajectory_id, step.n): BAD if step.n == first else GOOD for step in run.steps}
+    return Answers("commonest step elsewhere", scores, firsts, is_constant=True)
+
+
+def _commonest_agent(exam: Exam) -> Entrant:
+    """The agent that most often goes wrong in other tasks."""
+    runs = [run for run in exam.runs if run.first_error]
+    agents = {run.trajectory_id: run.steps[(run.first_error or 1) - 1].agent for run in runs}
+    hits = []
+    for run in runs:
+        others = Counter(agents[other.trajectory_id] for other in runs if other.task_id != run.task_id)
+        best = min(others, key=lambda agent: (-others[agent], str(agent)), default=None)
+        hits.append(float(best == agents[run.trajectory_id]))
+    return Entrant("commonest agent elsewhere", "constant", {"agent": _share(hits, runs)})

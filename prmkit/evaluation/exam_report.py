@@ -1,0 +1,248 @@
+"""What an exam says: one table with judges, constants, published judges and people, one sentence a judge, one page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prmkit.evaluation.estimates import Estimate
+from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam
+from prmkit.evaluation.exam_figures import EXPLAINED, NAMES, Entrant
+from prmkit.files import write_text
+
+PUBLISHED = Path(__file__).with_name("published_judges.yaml")
+TRUSTED_FROM = 0.7
+"""A judge is trusted when the lower end of its AUROC is at least this, and above what a constant reaches."""
+_NONE = "–"
+
+
+def published(exam: Exam) -> list[Entrant]:
+    """Judges that others have measured on the set, and people; none where the exam mixes sets."""
+    import yaml
+
+    if len(exam.sources) != 1:
+        return []
+    parts = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).get(exam.sources[0], [])
+    return [
+        Entrant(
+            name,
+            kind,
+            {key: Estimate(value, None, None, 0, 0) for key, value in figures.items()},
+            source=part["source"],
+        )
+        for part in parts
+        for name, kind, figures in _listed(part)
+    ]
+
+
+def _listed(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, float]]]:
+    for name, figures in part["judges"].items():
+        yield name, "published", figures
+    if "people" in part:
+        yield "people with people", "people", part["people"]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def shown_figures(entrants: Sequence[Entrant]) -> list[str]:
+    """The metrics that the exam allows, in their order."""
+    return [name for name in NAMES if any(name in each.figures for each in entrants if each.kind != "published")]
+
+
+def columns(entrants: Sequence[Entrant]) -> tuple[str, ...]:
+    """The header of the table."""
+    names = [NAMES[name] for name in shown_figures(entrants)]
+    return ("who", "AUROC", "95 %", *(name for name in names if name != "AUROC"))
+
+
+def optional(entrants: Sequence[Entrant]) -> tuple[str, ...]:
+    """Columns that a narrow terminal leaves out, the first to go first."""
+    kept = {"who", "AUROC", "95 %", "AP", "first error"}
+    return tuple(name for name in reversed(columns(entrants)) if name not in kept)
+
+
+def table(entrants: Sequence[Entrant]) -> list[tuple[str, ...]]:
+    """One row an entrant, the cells in the order of `columns`."""
+    names = [name for name in shown_figures(entrants) if name != "auroc"]
+    rows = []
+    for each in entrants:
+        auroc = each.figures.get("auroc")
+        first = (each.name + _MARKS.get(each.kind, ""), shown(auroc), shown_interval(auroc))
+        rows.append((*first, *(shown(each.figures.get(name)) for name in names)))
+    return rows
+
+
+_MARKS = {"published": " *", "people": " *"}
+
+
+def shown(estimate: Estimate | None) -> str:
+    """A value with three decimals: enough to find a published one again."""
+    return _NONE if estimate is None or estimate.value is None else f"{estimate.value:.3f}"
+
+
+def shown_interval(estimate: Estimate | None) -> str:
+    """The interval, where there is one."""
+    return _NONE if estimate is None or estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"
+
+
+def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
+    """What the table rests on."""
+    labelled = list(exam.labelled)
+    bad, tasks = sum(step.is_bad for _, step in labelled), len({run.task_id for run in exam.runs})
+    lines = [
+        f"{len(labelled):,} labelled steps ({bad:,} bad) in {len(exam.runs):,} runs of {tasks:,} tasks; "
+        "intervals over tasks, thresholds chosen on other tasks."
+    ]
+    partial = sum(not run.is_whole for run in exam.runs)
+    unknown = sum(run.first_error is None for run in exam.runs) - partial
+    if partial:
+        lines.append(f"{partial:,} runs are here in part, so no first error is looked for in them.")
+    if unknown:
+        lines.append(f"{unknown:,} runs have unlabelled steps before any bad one: their first error is not known.")
+    lines += [
+        f"{each.name}: {each.answered:,} of {each.asked:,} labelled steps have a score; the others count nowhere."
+        for each in entrants
+        if each.kind in ("judge", "base") and each.answered < each.asked
+    ]
+    lines += [f"* {source}" for source in dict.fromkeys(each.source for each in entrants if each.source)]
+    if any(step.kind in KINDS_OF_ERRORS for _, step in labelled) and any(run.first_error for run in exam.runs):
+        lines.append(
+            "In this set nothing after an error is labelled, so bad steps come last: compare with position alone."
+        )
+    return lines
+
+
+# --- one sentence a judge ---------------------------------------------------------------------------------------------
+
+
+def best_constant(entrants: Sequence[Entrant], figure: str = "auroc") -> tuple[str, float] | None:
+    """The constant with the highest value of a metric."""
+    found = [
+        (each.name, value)
+        for each in entrants
+        if each.kind == "constant" and (value := getattr(each.figures.get(figure), "value", None)) is not None
+    ]
+    return max(found, key=lambda pair: pair[1], default=None)
+
+
+def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
+    """`trust`, `use with care`, `do not rely` or `cannot say`, and the sentence that says why."""
+    auroc = judge.figures.get("auroc")
+    if auroc is None or auroc.value is None:
+        return "cannot say", f"{judge.name}: cannot say, {auroc.reason if auroc else 'no step has a score'}."
+    basis = f"{auroc.n:,} steps of {auroc.tasks:,} tasks"
+    if auroc.low is None:
+        reason = (auroc.reason or "").removeprefix("no interval: ")
+        return (
+            "cannot say",
+            f"{judge.name}: cannot say from {basis}: AUROC {auroc.value:.2f} without interval ({reason}).",
+        )
+    constant = best_constant(entrants)
+    bar, by = (max(0.5, constant[1]), constant[0]) if constant else (0.5, "guessing")
+    measured = f"AUROC {auroc.value:.2f} ({auroc.low:.2f} to {auroc.high:.2f}) on {basis}; {by} reaches {bar:.2f}"
+    if auroc.low >= TRUSTED_FROM and auroc.low > bar:
+        return "trust", f"{judge.name}: trust it. {measured}."
+    if auroc.low > 0.5 and auroc.value > bar:
+        return "use with care", f"{judge.name}: use it with care. {measured}."
+    return "do not rely", f"{judge.name}: do not rely on it. {measured}."
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
+    """The content of `exam.json`."""
+    tasks = {run.task_id for run in exam.runs}
+    return {
+        "exam": {
+            "file": exam.file.name,
+            "sha256": exam.sha256,
+            "sets": exam.sources,
+            "runs": len(exam.runs),
+            "tasks": len(tasks),
+            "labelled_steps": sum(1 for _ in exam.labelled),
+            "bad_steps": sum(step.is_bad for _, step in exam.labelled),
+            "runs_without_error": sum(run.first_error == NO_ERROR for run in exam.runs),
+            "runs_of_unknown_error": sum(run.first_error is None for run in exam.runs),
+            "weighted": any(step.weight != 1 for _, step in exam.labelled),
+        },
+        "entrants": [
+            {
+                "name": each.name,
+                "kind": each.kind,
+                "answered": each.answered,
+                "asked": each.asked,
+                "source": each.source,
+                "figures": {name: estimate.as_json() for name, estimate in each.figures.items()},
+            }
+            for each in entrants
+        ],
+        "verdicts": {
+            each.name: dict(zip(("verdict", "sentence"), verdict(each, entrants), strict=True))
+            for each in entrants
+            if each.kind in ("judge", "base")
+        },
+        "trusted_from": TRUSTED_FROM,
+    }
+
+
+def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
+    """Write the page; it refers to nothing outside of itself, and whatever comes from data is escaped."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("prmkit.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    names = shown_figures(entrants)
+    page = environment.get_template("exam.html.j2").render(
+        title=exam.file.name,
+        sets=exam.sources,
+        verdicts=[verdict(each, entrants) for each in entrants if each.kind in ("judge", "base")],
+        ladders=[ladder for name in names if (ladder := _ladder(name, entrants))],
+        columns=columns(entrants),
+        rows=list(zip(entrants, table(entrants), strict=True)),
+        notes=notes(exam, entrants),
+        explained=[(NAMES[name], EXPLAINED[name]) for name in names],
+        trusted_from=TRUSTED_FROM,
+    )
+    write_text(file, page)
+
+
+_KINDS = {"judge": "judge", "base": "base model", "constant": "constant", "published": "published", "people": "people"}
+_LADDERS = {"auroc": 0.5, "step_accuracy": 0.0, "processbench_f1": 0.0, "located": 0.0, "first_error": 0.0}
+"""Metrics that get a ladder, and where its scale begins."""
+
+
+def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
+    """The entrants by one metric, the best first; None for a metric with fewer than two of them."""
+    if name not in _LADDERS:
+        return None
+    known = [(each, each.figures[name]) for each in entrants if name in each.figures]
+    rungs = [(each, estimate, estimate.value) for each, estimate in known if estimate.value is not None]
+    if len(rungs) < 2:
+        return None
+    least = min(_LADDERS[name], *(value for *_, value in rungs))
+
+    def percent(value: float) -> float:
+        return round(100 * (max(value, least) - least) / (1 - least or 1), 2)
+
+    return {
+        "name": NAMES[name],
+        "explained": EXPLAINED[name],
+        "least": f"{least:.2f}",
+        "rungs": [
+            {
+                "name": each.name,
+                "kind": each.kind,
+                "kind_name": _KINDS[each.kind],
+                "value": shown(estimate),
+                "interval": shown_interval(estimate),
+                "at": percent(value),
+                "low": None if estimate.low is None else percent(estimate.low),
+                "width": None
+                if estimate.low is None or estimate.high is None
+                else round(percent(estimate.high) - percent(estimate.low), 2),
+            }
+            for each, estimate, value in sorted(rungs, key=lambda rung: -rung[2])
+        ],
+    }

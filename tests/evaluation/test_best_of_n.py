@@ -1,0 +1,104 @@
+"""evaluate_judge.py --best-of-n: the exact mean against counting all subsets, and tau-bench's form as it is typed."""
+
+import importlib
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import exam_fixtures as public
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prmkit.errors import DataError, ExitCode
+from prmkit.evaluation.best_of_n import expected_pick
+from prmkit.evaluation.command import execute
+
+evaluate = importlib.import_module("evaluate_judge")._parser
+
+
+def pick(file: Path, *arguments: object) -> dict[str, Any]:
+    folder = file.parent / "out"
+    typed = ["--best-of-n", file, "--output", folder, *arguments]
+    assert execute(evaluate().parse_args(list(map(str, typed)))) == ExitCode.DONE
+    return json.loads((folder / "best_of_n.json").read_text())
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=7), st.integers(1, 7)
+)
+def test_the_mean_over_all_subsets_is_exact(runs: list[tuple[int, float]], n: int) -> None:
+    n = min(n, len(runs))
+
+    def of_subset(subset: tuple[tuple[int, float], ...]) -> float:
+        best = max(score for score, _ in subset)
+        tied = [outcome for score, outcome in subset if score == best]
+        return sum(tied) / len(tied)
+
+    counted = [of_subset(subset) for subset in combinations(runs, n)]
+    scores, outcomes = zip(*runs, strict=True)
+    assert expected_pick(scores, outcomes, n) == pytest.approx(sum(counted) / len(counted))
+
+
+def tau_runs(tasks: int = 10) -> list[dict[str, Any]]:
+    """Three trials a task; the longest one succeeds, and in every second task no other one."""
+    return [
+        {
+            "task_id": task, "trial": trial, "reward": float(trial == 2 or (task % 2 == 0 and trial == 1)),
+            "info": {"task": {"actions": []}},
+            "traj": [{"role": "user", "content": f"Task {task}."},
+                     *({"role": "assistant", "content": f"Step {step} of {task}, {trial}."}
+                       for step in range(trial + 1))],
+        }
+        for task in range(tasks) for trial in range(3)
+    ]  # fmt: skip
+
+
+def test_runs_of_tau_bench_with_scores_out_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps(tau_runs()))
+    # The judge likes the second trial: right in every second task.
+    lines = [
+        {"id": f"{task}.{trial + 1}", "step": step + 1, "score": 0.9 if trial == 1 else 0.1}
+        for task in range(10) for trial in range(3) for step in range(trial + 1)
+    ]  # fmt: skip
+    found = pick(file, "--predictions", public.write_lines(tmp_path / "scores.jsonl", lines))["picks"]
+    at = {name: {n: round(each["value"], 6) for n, each in by_n.items()} for name, by_n in found.items()}
+    assert at["random"] == {"1": 0.5, "2": 0.5, "3": 0.5}
+    assert at["oracle"]["3"] == 1 and at["longest"]["3"] == 1 and at["shortest"]["3"] == 0
+    assert at["judge: min"]["3"] == at["judge: mean"]["3"] == at["judge: last"]["3"] == 0.5
+    assert at["judge: min"]["1"] == 0.5 and found["oracle"]["3"]["low"] is not None
+
+
+def test_lines_with_scores_and_outcomes_need_nothing_else(tmp_path: Path) -> None:
+    lines = [
+        {"task_id": task, "trial": trial, "reward": trial, "scores": [0.5, trial / 2]}
+        for task in range(3) for trial in range(2)
+    ]  # fmt: skip
+    found = pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))["picks"]
+    assert found["judge: last"]["2"]["value"] == 1 and found["random"]["2"]["value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"task_id": 1, "scores": [0.5], "reward": 7}], "no outcome from 0 to 1"),
+        ([{"task_id": 1, "scores": [5], "reward": 1}], "not a list of numbers"),
+        ([{"task_id": 1, "scores": [1], "reward": 1}], "no task has two runs"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, lines: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))
+
+
+def test_a_task_with_an_unscored_step_is_left_out_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps(tau_runs(3)))
+    lines = [
+        {"id": f"{task}.{trial + 1}", "step": step + 1, "score": 0.5}
+        for task in range(3) for trial in range(3) for step in range(trial + 1) if (task, trial) != (1, 0)
+    ]  # fmt: skip
+    found = pick(file, "--predictions", public.write_lines(tmp_path / "scores.jsonl", lines))
+    assert found["tasks"] == 2 and found["left_out"]["tasks with a step without a score"] == 1
