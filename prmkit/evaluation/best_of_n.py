@@ -176,7 +176,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _outcome_of(given: Any) -> float | None:
-    """The outcome as a number from 0 to 1; None where there is none, or one on another scale."""
+    """The outcome as a number from 0 to 1; None where it is missing or on another scale."""
     if isinstance(given, Mapping):
         success, score = given.get("success"), given.get("score")
         given = score if success is None else success

@@ -83,7 +83,7 @@ class ExamRun:
 
     @cached_property
     def first_error(self) -> int | None:
-        """The number of the first bad step, `NO_ERROR` where there is none, None where the labels do not say."""
+        """The number of the first bad step, `NO_ERROR` without one, None where the labels do not say."""
         if not self.is_whole:
             return None
         for step in self.steps:

@@ -1,6 +1,6 @@
 """The metrics of an exam, as each public set defines its own, for judges and for constants alike.
 
-With s the score of a step and t a threshold, the first error is the first step with s < t, or none. AUROC and average
+With s the score of a step and t a threshold, the first error is the first step with s < t, if any. AUROC and average
 precision need no threshold and come first. Where one is needed, that of a task is chosen on other tasks (five folds);
 a verdict that was read in as such needs none. Intervals are over tasks.
 """
@@ -45,7 +45,7 @@ NAMES = {
 EXPLAINED = {
     "auroc": "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing",
     "average_precision": "average precision for bad steps; guessing gives their share",
-    "first_error": "runs whose first bad step, or that there is none, is named exactly (FirstErrAcc)",
+    "first_error": "runs whose first bad step is named exactly, or rightly called absent (FirstErrAcc)",
     "processbench_f1": "harmonic mean of that accuracy on runs with a bad step and on runs without",
     "step_accuracy": "steps called wrong, neutral or right as people call them (StepAcc)",
     "located": "runs with an error in which exactly the step is named",
