@@ -239,6 +239,13 @@ def emit(text: str) -> None:
     _write(_fit(visible(text), _width(sys.stdout)))
 
 
+def confirm(question: str) -> bool:
+    """Ask the person at the terminal; anything but y or yes is no."""
+    sys.stderr.write(visible(question))
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def emit_json(value: Any) -> None:
     """Write a result that a machine reads to stdout, as indented JSON."""
     emit_json_line(json.dumps(value, indent=2, ensure_ascii=False))

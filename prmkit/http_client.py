@@ -161,6 +161,17 @@ class Place:
     """Of the likeliest token, which is the one that the model writes."""
 
 
+@dataclass(frozen=True)
+class ChatAnswer:
+    """What a chat endpoint answered."""
+
+    text: str
+    finish_reason: str | None
+    """`stop`, `length` for an answer that was cut off, or another word of the server."""
+    tokens_in: int | None
+    tokens_out: int | None
+
+
 Likeliest = Mapping[int | str, float]
 """Log-probabilities of the likeliest tokens at one place: by token id, or by text if the server does not say ids."""
 
@@ -281,6 +292,21 @@ class Connection:
         """
         asked = list(prompts[0]) if len(prompts) == 1 else list(map(list, prompts))
         body = {"model": self.endpoint.model, "prompt": asked, **_NEUTRAL, **parameters}
+        return await self._retried("completions", body, lambda answer: read(self._choices(answer, len(prompts))))
+
+    async def chat(self, body: Mapping[str, Any]) -> ChatAnswer:
+        """One answer of a chat endpoint.
+
+        Args:
+            body: `messages` and parameters, sent as they are.
+
+        Raises:
+            RowFailure: the server refuses it, keeps failing, or does not answer as it should.
+            DataError: it cannot be reached, or would refuse everything.
+        """
+        return await self._retried("chat/completions", {"model": self.endpoint.model, **body}, self._chat_answer)
+
+    async def _retried(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
         trouble = _PassingTrouble("it was not asked")
         for attempt in range(self.endpoint.attempts):
             if attempt:
@@ -289,7 +315,7 @@ class Connection:
                 own = min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311
                 await asyncio.sleep(max(own, trouble.pause) if self._all_left_out() else 0)
             try:
-                value = read(self._choices(await self._post(body), len(prompts)))
+                value = read(await self._post(path, body))
             except _PassingTrouble as error:
                 trouble = error
             else:
@@ -299,7 +325,7 @@ class Connection:
             raise DataError(f"{self.endpoint.name}: no server answers ({trouble}). Start it, or correct --base-url.")
         raise RowFailure(f"the server failed {self.endpoint.attempts} times, the last time with: {trouble}")
 
-    async def _post(self, body: Mapping[str, Any]) -> bytes:
+    async def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
         """The content of a good answer, of the server with the fewest requests under way that does not fail.
 
         Raises:
@@ -311,7 +337,7 @@ class Connection:
         server = min(self._under_way, key=lambda url: (self._is_left_out(url), self._under_way[url]))
         self._under_way[server] += 1
         try:
-            content = await self._post_to(server, body)
+            content = await self._post_to(f"{server.rstrip('/')}/{path}", body)
         except _PassingTrouble:
             left_out[server] = time.monotonic() + _LEFT_OUT
             raise
@@ -326,10 +352,9 @@ class Connection:
     def _all_left_out(self) -> bool:
         return all(map(self._is_left_out, self._under_way))
 
-    async def _post_to(self, server: str, body: Mapping[str, Any]) -> bytes:
+    async def _post_to(self, url: str, body: Mapping[str, Any]) -> bytes:
         import httpx
 
-        url = f"{server.rstrip('/')}/completions"
         try:
             # httpx's own timeout is for the time between two bytes: a server that sends one now and then never ends.
             async with (
@@ -364,7 +389,7 @@ class Connection:
             raise DataError(f"{url}: the server refuses the API key ({status}). Name another --api-key-env.")
         if status == 404:
             raise DataError(
-                f"{url}: the server has no completions of a model '{self.endpoint.model}' ({text}). "
+                f"{url}: the server has no model '{self.endpoint.model}' there ({text}). "
                 "The URL usually ends in /v1, and /v1/models lists the names."
             )
         if status >= 400:
@@ -398,6 +423,19 @@ class Connection:
             if not all(place in choices for place in range(count)):
                 raise self._misfit(self._excerpt(content))
         return [choices[place] for place in range(count)]
+
+    def _chat_answer(self, content: bytes) -> ChatAnswer:
+        (choice,) = self._choices(content, 1)
+        message, usage = choice.get("message"), json.loads(content).get("usage")
+        text = message.get("content") if isinstance(message, dict) else None
+        if text is not None and not isinstance(text, str):
+            raise self._misfit(f"its content is {text!r}")
+        counts = [
+            usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
+        ]
+        known = [count if type(count) is int and count >= 0 else None for count in counts]
+        reason = choice.get("finish_reason")
+        return ChatAnswer(text or "", reason if isinstance(reason, str) else None, *known)
 
     def _misfit(self, what: object) -> RowFailure:
         shown = self.endpoint.without_secrets(str(what)[:300])

@@ -166,6 +166,26 @@ def step_prompts(run: Trajectory, rubric: Rubric) -> Iterator[StepPrompt]:
                 begin += 1
 
 
+_RUN_TOKENS = 100_000
+"""Of a prompt with a whole run: what the contexts of strong judges have room for."""
+
+
+def run_prompt(run: Trajectory, rubric: Rubric) -> str:
+    """One prompt for all steps of a run, for strong judges with a long context: labels become cheaper that way.
+
+    Every step has the same room, at least what an earlier step has in a step's prompt. What a judge answers to it is
+    still the label of the step's own prompt.
+    """
+    room = max(int(rubric.context_tokens * _EARLIER_STEP), _RUN_TOKENS // len(run.steps))
+    steps = "".join(_block(step, room) for step in run.steps)
+    question = (
+        f"\nJudge each of the {len(run.steps)} steps by what was known when it was taken. Answer with one JSON object, "
+        f'scores from 0.00 to 1.00, one entry for each step in its order:\n{{"steps": [{{"step": 1, '
+        f"{rubric.schema[1:]}, ...]}}\n"
+    )
+    return f"{_opening(run, rubric)}{steps}{question}"
+
+
 def _opening(run: Trajectory, rubric: Rubric) -> str:
     """What all prompts of the run begin with."""
     room = rubric.context_tokens

@@ -86,9 +86,9 @@ def test_two_kinds_of_logprobs_are_never_asked_for(server: str, judges: dict[str
     sent: list[bool] = []
     post = http_client.Connection._post
 
-    async def watched(self: Any, body: Any) -> bytes:
+    async def watched(self: Any, path: str, body: Any) -> bytes:
         sent.append("logprob_token_ids" in body)
-        return await post(self, body)
+        return await post(self, path, body)
 
     monkeypatch.setattr(http_client.Connection, "_post", watched)
     for flavour, logprobs, expected in (("exact", "exact", {True}), ("vllm", "top", {False})):
@@ -124,11 +124,11 @@ def test_requests_go_to_the_server_with_the_fewest_under_way(
         return await post(self, url, body)
 
     monkeypatch.setattr(http_client.Connection, "_post_to", watched)
-    one, other = f"{server}/qwen/exact/v1", f"{server}/qwen/exact/v1/"
+    one, other = f"{server}/qwen/exact/v1", f"{server.replace('127.0.0.1', 'localhost')}/qwen/exact/v1"
     endpoint = Endpoint(one, "tiny", others=(other,))
     judge = CompletionsJudge(endpoint, judges["qwen"].encoding, judges["qwen"].source.cutoff_len)
     list(judge.score(REQUESTS))
-    assert asked.count(one) >= 2 and asked.count(other) >= 2
+    assert sum(url.startswith(one) for url in asked) >= 2 and sum(url.startswith(other) for url in asked) >= 2
 
 
 def test_a_model_that_would_write_anything_else_does_not_cost_thousands_of_requests(
@@ -226,7 +226,7 @@ def test_no_more_requests_at_once_than_allowed(server: str, judges: dict[str, Ju
     ("changes", "error", "words"),
     [
         ({"api_key": "wrong"}, DataError, "refuses the API key"),
-        ({"model": "other"}, DataError, "no completions of a model 'other'"),
+        ({"model": "other"}, DataError, "no model 'other'"),
         ({"top_logprobs": 101}, UsageError, "at most 20 logprobs are given.*lower --top-logprobs"),
         (
             {"flavour": "boolean"},

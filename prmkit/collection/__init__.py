@@ -1,0 +1,1 @@
+"""Asking strong judges about the steps of runs: requests, answers, rows."""

@@ -1,0 +1,176 @@
+"""Asking: as many requests at once as each judge allows, within the budget, every answer on the disk at once."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prmkit import cli
+from prmkit.collection.answers import recording
+from prmkit.collection.judges import StrongJudge
+from prmkit.collection.questions import Ask, Question, next_of
+from prmkit.errors import DataError
+from prmkit.http_client import ChatAnswer, Connection, Endpoint, RowFailure, ServerState, Vocabulary
+
+log = logging.getLogger("prmkit")
+
+_ROUNDING = 1e-9
+_ATTEMPTS = 10
+"""Of one request, while the server is busy or asks for a pause: about four minutes without a `Retry-After`."""
+
+
+@dataclass
+class Collection:
+    """What is being collected."""
+
+    answers: dict[str, dict[str, Any]]
+    """By key; grows."""
+    max_cost: float | None = None
+    spent: float = 0.0
+    """In this run, by the user's prices."""
+    reserved: float = 0.0
+    """The most that the requests under way can cost."""
+    is_exhausted: bool = False
+    """The budget has no room for another request."""
+    failures: dict[tuple[str, str, bool], str] = field(default_factory=dict)
+    """Why a question got no answer in this run: by judge, question, and whether it is a repetition."""
+    stopped: dict[str, str] = field(default_factory=dict)
+    """Judges that refuse everything, and why."""
+
+    def reserve(self, judge: StrongJudge, ask: Ask) -> float | None:
+        """Reserve the most that a request can cost; None where the budget has no room for it."""
+        most = judge.cost(ask.prompt_tokens, ask.most_tokens)
+        if self.max_cost is not None and self.spent + self.reserved + most > self.max_cost + _ROUNDING:
+            return None
+        self.reserved += most
+        return most
+
+
+def collect(
+    questions: Callable[[], Iterator[Question]], judges: Sequence[StrongJudge], into: Path, state: Collection
+) -> None:
+    """Ask everything that has no answer yet.
+
+    Args:
+        questions: those of all judges, in an order that does not change.
+        judges: those that are asked.
+        into: answers.jsonl.
+        state: what is known so far; is filled in.
+
+    Raises:
+        UsageError: a key's variable is empty.
+        OSError: the answers cannot be written.
+    """
+    endpoints = {judge.name: _endpoint(judge) for judge in judges}
+    open_questions = Counter(
+        question.judge.name for question in questions() if isinstance(next_of(question, state.answers), Ask)
+    )
+    if not open_questions:
+        return
+    with recording(into) as record, cli.progress_bar() as progress:
+        bars = {name: progress.add_task(name, total=count) for name, count in open_questions.items()}
+
+        def advance(judge: StrongJudge) -> None:
+            paid = f" {state.spent:.2f}" if judge.price_in is not None else ""
+            progress.update(bars[judge.name], advance=1, description=f"{judge.name}{paid}")
+
+        async def everything() -> None:
+            await asyncio.gather(
+                *(
+                    _ask_judge(judge, endpoints[judge.name], questions, state, record, advance)
+                    for judge in judges
+                    if open_questions[judge.name]
+                )
+            )
+
+        asyncio.run(everything())
+
+
+def _endpoint(judge: StrongJudge) -> Endpoint:
+    return Endpoint(
+        judge.base_url, judge.model, judge.key(), judge.concurrency, attempts=_ATTEMPTS, timeout=judge.timeout
+    )
+
+
+async def _ask_judge(
+    judge: StrongJudge,
+    endpoint: Endpoint,
+    questions: Callable[[], Iterator[Question]],
+    state: Collection,
+    record: Callable[[Mapping[str, Any]], None],
+    advance: Callable[[StrongJudge], None],
+) -> None:
+    waiting = (question for question in questions() if question.judge.name == judge.name)
+    async with Connection(endpoint, Vocabulary(0, dict), ServerState()) as connection:
+
+        async def worker() -> None:
+            for question in waiting:
+                if judge.name in state.stopped or state.is_exhausted:
+                    return
+                if isinstance(next_of(question, state.answers), Ask):
+                    await _follow(question, connection, state, record)
+                    advance(judge)
+
+        await asyncio.gather(*(worker() for _ in range(judge.concurrency)))
+
+
+async def _follow(
+    question: Question, connection: Connection, state: Collection, record: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Ask until the question is settled, or cannot be."""
+    judge = question.judge
+    while isinstance(ask := next_of(question, state.answers), Ask):
+        reserved = state.reserve(judge, ask)
+        while reserved is None and state.reserved > 0:  # what is under way usually costs less than it could
+            await asyncio.sleep(0.02)
+            reserved = state.reserve(judge, ask)
+        if reserved is None:
+            if not state.is_exhausted:
+                log.warning("--max-cost %g is reached: no further request fits into it", state.max_cost)
+            state.is_exhausted = True
+            return
+        started = time.time()
+        try:
+            answer = await connection.chat(ask.body)
+        except RowFailure as failure:
+            state.failures[judge.name, question.name, question.repeat] = str(failure)
+            return
+        except DataError as error:  # it refuses the key, has no such model, or cannot be reached
+            if judge.name not in state.stopped:
+                log.error("%s is asked nothing more: %s", judge.name, error)
+            state.stopped[judge.name] = str(error)
+            return
+        finally:
+            state.reserved -= reserved
+            if abs(state.reserved) < _ROUNDING:
+                state.reserved = 0.0
+        line = _line(question, ask, answer, started)
+        state.spent += line["cost"]
+        record(line)
+        state.answers[ask.key] = line
+
+
+def _line(question: Question, ask: Ask, answer: ChatAnswer, started: float) -> dict[str, Any]:
+    judge = question.judge
+    tokens_in = ask.prompt_tokens if answer.tokens_in is None else answer.tokens_in
+    tokens_out = (
+        -(-len(answer.text.encode("utf-8", "replace")) // 3) if answer.tokens_out is None else answer.tokens_out
+    )
+    return {
+        "key": ask.key,
+        "judge": judge.name,
+        "model": judge.model,
+        "question": question.name,
+        "attempt": ask.attempt,
+        "repeat": question.repeat,
+        "text": answer.text.encode("utf-8", "replace").decode(),
+        "finish_reason": answer.finish_reason,
+        "usage": {"prompt_tokens": answer.tokens_in, "completion_tokens": answer.tokens_out},
+        "cost": round(judge.cost(tokens_in, tokens_out), 8),
+        "time": round(started, 3),
+        "seconds": round(time.time() - started, 3),
+    }

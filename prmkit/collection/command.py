@@ -1,0 +1,237 @@
+"""The work behind `ask_judges.py`: what would be asked and at what price, the asking, and the rows."""
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import orjson
+
+from prmkit import cli
+from prmkit.collection.answers import read_answers
+from prmkit.collection.ask import Collection, collect
+from prmkit.collection.judges import StrongJudge, load_judges
+from prmkit.collection.questions import Ask, Question, draw, next_of, questions_of
+from prmkit.collection.rows import Tally, rows_of_answers
+from prmkit.errors import DataError, ExitCode, UsageError
+from prmkit.files import atomic_write, exclusive_lock
+from prmkit.prompts.step import Rubric, load_rubric
+from prmkit.resumable import check_output, companion_file
+from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
+
+log = logging.getLogger("prmkit")
+
+_MOST_MISSING = 0.05
+_LONGEST_REASON = 60
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked, of whom."""
+
+    inputs: tuple[str, ...]
+    form: str | None
+    judges: tuple[StrongJudge, ...]
+    rubric: Rubric
+    per_run: bool
+    with_reference: bool
+    repeat: float
+    """Share of the steps for which every judge is asked twice."""
+    selected: Mapping[tuple[str, int], tuple[str, float]] | None
+    """Why a step is asked for, and its weight, by trajectory and step; None for all steps."""
+
+    def questions(self, reports: list[FileReport] | None = None) -> Iterator[Question]:
+        """Every question, run by run and judge by judge: the same order each time, and one run in memory.
+
+        Args:
+            reports: gets what became of each file.
+        """
+        for run in read_runs(list(self.inputs), Options(self.form), reports):
+            for judge in self.judges:
+                for question in questions_of(
+                    run, judge, self.rubric, per_run=self.per_run, with_reference=self.with_reference
+                ):
+                    yield from self._wanted(question)
+
+    def _wanted(self, question: Question) -> Iterator[Question]:
+        if self.selected is not None:
+            chosen = self.selected.get((question.run.trajectory_id, next(iter(question.prompts))))
+            if chosen is None:
+                return
+            question = replace(question, selection=chosen)
+        yield question
+        if draw(self.repeat, "repeat", question.judge.name, question.name):
+            yield replace(question, repeat=True)
+
+
+def ask_judges(arguments: argparse.Namespace) -> ExitCode:
+    """Ask, or show what would be asked; then write the rows.
+
+    Raises:
+        UsageError: the arguments or judges.yaml are wrong, or a paid run was not confirmed.
+        DataError: the runs cannot be read, or more than 5 % of the verdicts are missing.
+    """
+    plan = _plan(arguments)
+    check_output(arguments.output, Path(arguments.inputs[0]))
+    answers_file = arguments.answers or companion_file(arguments.output, "answers.jsonl")
+    lock = f".{answers_file.name}.lock"
+    if arguments.dry_run:
+        _show(plan, read_answers(answers_file), with_prompt=True)
+        return ExitCode.DONE
+    with exclusive_lock(answers_file.parent, f"asking judges for {answers_file.name}", lock=lock):
+        state = Collection(read_answers(answers_file), arguments.max_cost)
+        if not arguments.no_asking:
+            if _show(plan, state.answers, with_prompt=False):
+                _confirm(plan.judges, yes=arguments.yes)
+            collect(plan.questions, plan.judges, answers_file, state)
+        return _write(plan, state, arguments.output, as_json=arguments.json)
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    judges = load_judges(arguments.judges)
+    if arguments.per == "run" and arguments.first is not None:
+        raise UsageError("--first selects single steps, and --per run asks for whole runs. Leave one of them out.")
+    if arguments.max_cost is not None and any(judge.price_in is None for judge in judges):
+        raise UsageError("--max-cost needs price_in and price_out of every judge in judges.yaml.")
+    selected = None
+    if arguments.first is not None:
+        selected = _selected(arguments.first, arguments.unsure_above, arguments.audit)
+    return Plan(
+        tuple(arguments.inputs),
+        arguments.format,
+        tuple(judges),
+        load_rubric(arguments.rubric),
+        per_run=arguments.per == "run",
+        with_reference=arguments.teacher_sees == "reference",
+        repeat=arguments.repeat,
+        selected=selected,
+    )
+
+
+def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str, int], tuple[str, float]]:
+    """The steps that the own judge is unsure of, and a random share of the others, with one over its probability."""
+    chosen: dict[tuple[str, int], tuple[str, float]] = {}
+    try:
+        lines = scores.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{scores}: {error.strerror}.") from error
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = orjson.loads(text)
+            place = (str(line["metadata"]["trajectory_id"]), int(line["metadata"]["step"]))
+            width = line["high"] - line["low"] if line.get("high") is not None else 2 * (line["std"] or 0.0)
+            is_unsure = line["status"] != "ok" or width > unsure_above
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{scores}:{number}: not a line that score_trajectories.py writes for runs ({error!r})."
+            ) from error
+        if is_unsure:
+            chosen[place] = ("unsure", 1.0)
+        elif draw(audit, "audit", *map(str, place)):
+            chosen[place] = ("audit", round(1 / audit, 6))
+    return chosen
+
+
+# --- before -----------------------------------------------------------------------------------------------------------
+
+
+def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool) -> int:
+    """Say what is still to be asked; how many requests that are."""
+    counts: dict[str, Counter[str]] = {judge.name: Counter() for judge in plan.judges}
+    first: Question | None = None
+    reports: list[FileReport] = []
+    for question in plan.questions(reports):
+        count = counts[question.judge.name]
+        count["questions"] += 1
+        first = first or question
+        found = next_of(question, answers)
+        if isinstance(found, Ask):
+            count["open"] += 1
+            count["tokens in"] += found.prompt_tokens
+            count["tokens out"] += found.most_tokens
+    warn_of_losses(reports)
+    for line in totals(reports):
+        log.info(line)
+    if first is None:
+        raise DataError(f"{', '.join(plan.inputs)}: no step to ask about.")
+    rows = [_price_row(judge, counts[judge.name]) for judge in plan.judges]
+    columns = ("judge", "questions", "open", "tokens in", "tokens out", "price", "host")
+    cli.emit_table("", columns, rows, numeric=columns[1:6], optional=("questions", "host"))
+    hosts = sorted({judge.host for judge in plan.judges})
+    cli.emit(f"The runs would be sent to: {', '.join(hosts)}. Tokens are estimates (3 bytes each, longest answers).")
+    if with_prompt:
+        cli.emit(f"\nThe first prompt ({first.name}):\n\n{first.text}")
+    return sum(count["open"] for count in counts.values())
+
+
+def _price_row(judge: StrongJudge, count: Mapping[str, int]) -> Sequence[str]:
+    price = "-" if judge.price_in is None else f"<= {judge.cost(count['tokens in'], count['tokens out']):.2f}"
+    numbers = [f"{count[name]:,}" for name in ("questions", "open", "tokens in", "tokens out")]
+    return (judge.name, *numbers, price, judge.host)
+
+
+def _confirm(judges: Sequence[StrongJudge], *, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("nobody is there to confirm the price: add --yes, or look at it first with --dry-run.")
+    if not cli.confirm(f"Ask {', '.join(judge.name for judge in judges)}? [y/N] "):
+        raise UsageError("not confirmed; nothing was asked.")
+
+
+# --- after ------------------------------------------------------------------------------------------------------------
+
+
+def _write(plan: Plan, state: Collection, output: Path, *, as_json: bool) -> ExitCode:
+    tally, written = Tally(), 0
+    reasons = {key: state.stopped.get(key[0], reason) for key, reason in state.failures.items()}
+    with atomic_write(output) as stream:
+        for row in rows_of_answers(plan.questions(), state.answers, reasons, tally):
+            stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            written += 1
+    missing = [(judge, f"stopped: {state.stopped[judge]}" if judge in state.stopped and reason == "not asked yet"
+                else reason, count) for (judge, reason), count in tally.missing.items()]  # fmt: skip
+    agreement = {judge: {"pairs": len(apart), "mean_difference": round(fmean(apart), 4),
+                         "equal": round(sum(each < 0.005 for each in apart) / len(apart), 4)}
+                 for judge, apart in tally.repeated.items()}  # fmt: skip
+    if as_json:
+        listed = [{"judge": judge, "reason": reason, "steps": count} for judge, reason, count in missing]
+        cli.emit_json(
+            {"output": str(output), "rows": written, "missing": listed, "share_missing": tally.share_missing,
+             "spent": round(state.spent, 6), "self_agreement": agreement}
+        )  # fmt: skip
+    else:
+        _report(output, written, missing, tally, agreement, state.spent)
+    if not written:
+        raise DataError(f"{output}: no verdict at all, so no row.")
+    if tally.share_missing > _MOST_MISSING:
+        raise DataError(
+            f"{tally.share_missing:.0%} of the verdicts are missing, more than {_MOST_MISSING:.0%}. Run the same "
+            "command again: it asks only for those, and pays for nothing twice."
+        )
+    return ExitCode.DONE
+
+
+def _report(
+    output: Path,
+    written: int,
+    missing: Sequence[tuple[str, str, int]],
+    tally: Tally,
+    agreement: Mapping[str, Mapping[str, Any]],
+    spent: float,
+) -> None:
+    if missing:
+        short = [(judge, reason[:_LONGEST_REASON], f"{count:,}") for judge, reason, count in missing]
+        cli.emit_table("Steps without a verdict", ("judge", "reason", "steps"), short, numeric=("steps",))
+    for judge, found in agreement.items():
+        cli.emit(
+            f"{judge} asked again about {found['pairs']} steps: its scores differ by {found['mean_difference']:.2f} "
+            f"on average, {found['equal']:.0%} are equal."
+        )
+    cost = f", {spent:.2f} spent" if spent else ""
+    cli.emit(f"{output}: {written:,} rows of {tally.asked.total():,} verdicts asked for{cost}")

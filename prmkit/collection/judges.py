@@ -1,0 +1,142 @@
+"""judges.yaml: who is asked, where, and at what price."""
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from prmkit.errors import UsageError
+from prmkit.http_client import check_url
+
+JsonMode = Literal["schema", "object", "prompt"]
+_LIMITS = ("max_tokens", "max_completion_tokens")
+_DEFAULT_LIMIT = 1024
+"""Tokens of an answer."""
+
+
+@dataclass(frozen=True)
+class StrongJudge:
+    """One judge: a model behind an OpenAI-compatible chat endpoint."""
+
+    name: str
+    """As rows have it in `model_name`."""
+    base_url: str
+    model: str
+    api_key_env: str | None = None
+    """The variable that holds the key; the key itself is in no file."""
+    concurrency: int = 4
+    json: JsonMode = "object"
+    """`schema` sends a JSON schema, `object` asks for any JSON object, `prompt` leaves it to the prompt."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Sent as they are: temperature, max_tokens, reasoning_effort, …"""
+    price_in: float | None = None
+    """Per million tokens of the prompt, in the user's currency; None where no price was given."""
+    price_out: float | None = None
+    timeout: float = 300.0
+
+    @property
+    def host(self) -> str:
+        """Who gets the data."""
+        return urlsplit(self.base_url).hostname or self.base_url
+
+    @property
+    def limit(self) -> tuple[str, int]:
+        """The parameter that limits an answer, and its tokens."""
+        name = next((name for name in _LIMITS if name in self.parameters), _LIMITS[0])
+        return name, int(self.parameters.get(name, _DEFAULT_LIMIT))
+
+    def key(self) -> str | None:
+        """The API key.
+
+        Raises:
+            UsageError: its variable is empty.
+        """
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise UsageError(f"{self.name}: the variable {self.api_key_env} is empty. Set it to the API key.")
+        return key
+
+    def cost(self, tokens_in: float, tokens_out: float) -> float:
+        """What so many tokens cost; 0 without a price."""
+        return (tokens_in * (self.price_in or 0.0) + tokens_out * (self.price_out or 0.0)) / 1e6
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "base_url": (str,),
+    "model": (str,),
+    "api_key_env": (str,),
+    "concurrency": (int,),
+    "json": (str,),
+    "parameters": (dict,),
+    "price_in": (int, float),
+    "price_out": (int, float),
+    "timeout": (int, float),
+}
+_OURS = {"model", "messages", "response_format", "stream", "n"}
+"""Parameters that the requests set themselves."""
+
+
+def load_judges(path: Path) -> list[StrongJudge]:
+    """Read judges.yaml: a list of judges.
+
+    Raises:
+        UsageError: the file is missing or not YAML, or something in it is missing, misspelt or of the wrong type.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, list) or not content:
+        raise UsageError(f"{path}: a list of judges, each with name, base_url and model. See examples/judges.yaml.")
+    judges = [_judge(each, f"{path}: judge {number}") for number, each in enumerate(content, start=1)]
+    names = [judge.name for judge in judges]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"{path}: two judges are called {twice}. Give each its own name.")
+    return judges
+
+
+def _judge(content: Any, place: str) -> StrongJudge:
+    if not isinstance(content, dict):
+        raise UsageError(f"{place}: not a mapping with name, base_url and model.")
+    for name, value in content.items():
+        if name not in _KINDS:
+            near = difflib.get_close_matches(str(name), _KINDS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_KINDS)}."
+            raise UsageError(f"{place}: there is no setting {name}. {hint}")
+        if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
+            raise UsageError(f"{place}: {name} is {value!r:.40}, and should be {_KINDS[name][0].__name__}.")
+    if missing := [name for name in ("name", "base_url", "model") if not content.get(name)]:
+        raise UsageError(f"{place}: {' and '.join(missing)} missing.")
+    judge = StrongJudge(**content)
+    _check(judge, place)
+    return judge
+
+
+def _check(judge: StrongJudge, place: str) -> None:
+    check_url(judge.base_url)
+    if "@" in judge.base_url:
+        raise UsageError(f"{place}: base_url holds a password. Name a variable with api_key_env instead.")
+    if judge.json not in ("schema", "object", "prompt"):
+        raise UsageError(f"{place}: json is {judge.json}, and should be schema, object or prompt.")
+    if judge.concurrency < 1 or judge.timeout <= 0:
+        raise UsageError(f"{place}: concurrency and timeout should be above zero.")
+    if min(judge.price_in or 0.0, judge.price_out or 0.0) < 0:
+        raise UsageError(f"{place}: a price is below zero.")
+    if (judge.price_in is None) != (judge.price_out is None):
+        raise UsageError(f"{place}: price_in and price_out go together.")
+    if fixed := sorted(_OURS & judge.parameters.keys()):
+        raise UsageError(f"{place}: parameters: {fixed[0]} is set for each request. Leave it out.")
+    name, tokens = judge.limit
+    if not isinstance(judge.parameters.get(name, 1), int) or tokens < 1:
+        raise UsageError(f"{place}: parameters: {name} should be a whole number above zero.")
+    if judge.api_key_env and not judge.api_key_env.isidentifier():
+        raise UsageError(f"{place}: api_key_env is the name of a variable, not the key itself.")

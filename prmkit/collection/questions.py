@@ -1,0 +1,216 @@
+"""What is asked, and what an answer means: a pure function of runs, judges and the answers so far.
+
+Every question is a chain: it is asked; an answer that was cut off is asked for once more with twice the room; one that
+cannot be read is asked for again, twice, with the reason. Each link has a key, the hash of all that was sent. So the
+same function says what to ask next while collecting, and what the result is afterwards, also with a reader that has
+become better since.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prmkit.collection.judges import StrongJudge
+from prmkit.prompts.step import Rubric, run_prompt, step_prompts, tokens
+from prmkit.trajectory import Trajectory
+from prmkit.verdict import Shape, Unreadable, Verdict, asked_shape, read_verdict
+
+_ASKED_AGAIN = 2
+_QUOTED = 2000
+"""Characters of an unreadable answer that are sent back with the reason."""
+
+Answers = Mapping[str, Mapping[str, Any]]
+"""What judges answered, by key: lines of answers.jsonl."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One step, or all steps of a run in one call, for one judge."""
+
+    judge: StrongJudge
+    run: Trajectory
+    rubric: Rubric
+    text: str
+    """What the judge is sent."""
+    prompts: Mapping[int, str]
+    """The prompt of each step that is asked for, by its number: what rows have, and what the student will see."""
+    per_run: bool
+    repeat: bool = False
+    """The same judge is asked a second time, to see how far it agrees with itself."""
+    reference_shown: bool = False
+    selection: tuple[str, float] | None = None
+    """Why this step is asked for, and one over the probability of that; None where all steps are."""
+
+    @property
+    def name(self) -> str:
+        """For messages and records."""
+        return self.run.trajectory_id if self.per_run else f"{self.run.trajectory_id}#{next(iter(self.prompts))}"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The next request of a question."""
+
+    key: str
+    body: Mapping[str, Any]
+    """Messages and parameters, as they are sent beside the model."""
+    attempt: int
+    most_tokens: int
+    """Of the answer."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """An estimate."""
+        return sum(tokens(str(message["content"])) + 4 for message in self.body["messages"])
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of a question."""
+
+    verdicts: Mapping[int, Verdict]
+    """By step; empty where nothing could be read."""
+    reason: str | None = None
+    """Why there are no verdicts."""
+    answer: Mapping[str, Any] | None = None
+    """The last line of answers.jsonl that was used."""
+
+
+def next_of(question: Question, answers: Answers) -> Ask | Settled:
+    """Follow the chain of a question: what to ask next, or what came out."""
+    first = [{"role": "user", "content": question.text}]
+    messages: list[dict[str, str]] = first
+    limit_name, limit = question.judge.limit
+    again, has_more_room, attempt = 0, False, 0
+    while True:
+        ask = _ask(question, messages, {limit_name: limit}, attempt)
+        answer = answers.get(ask.key)
+        if answer is None:
+            return ask
+        attempt += 1
+        if answer["finish_reason"] == "length" and not has_more_room:
+            has_more_room, limit = True, 2 * limit
+            continue
+        read = _read(question, answer)
+        if not isinstance(read, str):
+            return Settled(read, answer=answer)
+        if again == _ASKED_AGAIN:
+            return Settled({}, read, answer)
+        again += 1
+        said = {"role": "assistant", "content": answer["text"][:_QUOTED] or "(nothing)"}
+        demand = f"This cannot be used: {read}. Answer again, with nothing but the JSON object that was asked for."
+        messages = [*first, said, {"role": "user", "content": demand}]
+
+
+def _ask(question: Question, messages: Sequence[Mapping[str, str]], limit: Mapping[str, int], attempt: int) -> Ask:
+    judge = question.judge
+    body = {"messages": list(messages), **judge.parameters, **limit, **_response_format(question)}
+    asked = [judge.model, body, question.rubric.sha256, attempt, question.repeat]
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return Ask(key.hexdigest(), body, attempt, next(iter(limit.values())))
+
+
+def _response_format(question: Question) -> dict[str, Any]:
+    if question.judge.json == "prompt":
+        return {}
+    if question.judge.json == "object":
+        return {"response_format": {"type": "json_object"}}
+    schema = _run_schema(question) if question.per_run else _step_schema(question.rubric)
+    named = {"name": "verdict", "schema": schema, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
+
+
+def _step_schema(rubric: Rubric) -> dict[str, Any]:
+    """The reasons come first: what a grammar forces a judge to write before its score is its chain of thought."""
+    number = {"type": "number", "minimum": 0, "maximum": 1}
+    scores = dict.fromkeys(rubric.keys, number)
+    given: dict[str, Any] = {"reasoning": {"type": "string"}}
+    if rubric.error_types:
+        given["error_type"] = {"type": "string", "enum": list(rubric.error_types)}
+    given |= scores if len(rubric.keys) == 1 else {"scores": _object(scores)}
+    return _object(given)
+
+
+def _run_schema(question: Question) -> dict[str, Any]:
+    step = _step_schema(question.rubric)
+    one = _object({"step": {"type": "integer"}, **step["properties"]})
+    return _object({"steps": {"type": "array", "items": one}})
+
+
+def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False,
+    }  # fmt: skip
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _read(question: Question, answer: Mapping[str, Any]) -> Mapping[int, Verdict] | str:
+    """The verdicts in an answer, or why there are none."""
+    text = answer["text"]
+    if not text.strip():
+        return "the answer is empty"
+    shape = asked_shape(next(iter(question.prompts.values())))
+    if question.per_run:
+        return _read_run(text, question.prompts, shape)
+    verdict = read_verdict(text, shape)
+    ((step, _),) = question.prompts.items()
+    return _reason(verdict, shape) or {step: verdict}  # type: ignore[dict-item]
+
+
+def _reason(verdict: Verdict | Unreadable, shape: Shape | None) -> str | None:
+    if isinstance(verdict, Unreadable):
+        return verdict.reason
+    missing = [key for key in (shape.keys if shape else ()) if key not in verdict.scores]
+    return f"{', '.join(missing)} missing" if missing else None
+
+
+def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Mapping[int, Verdict] | str:
+    """Every step of a run in one answer. Anything that is not exactly that is unreadable: a shifted number is wrong."""
+    body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+    try:
+        given = json.loads(body)
+        entries = {entry.pop("step"): entry for entry in given["steps"]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 'not {"steps": [{"step": 1, …}, …]}'
+    if entries.keys() != prompts.keys() or len(given["steps"]) != len(entries):
+        return f"steps {sorted(map(str, entries))[:9]} instead of 1 to {len(prompts)}, each once"
+    verdicts: dict[int, Verdict] = {}
+    for step, entry in entries.items():
+        verdict = read_verdict(json.dumps(entry), shape)
+        if reason := _reason(verdict, shape):
+            return f"step {step}: {reason}"
+        verdicts[step] = verdict  # type: ignore[assignment]
+    return verdicts
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def questions_of(
+    run: Trajectory, judge: StrongJudge, rubric: Rubric, *, per_run: bool, with_reference: bool
+) -> Iterator[Question]:
+    """The questions about one run to one judge: one for each step, or one for all."""
+    prompts = {prompt.step.n: prompt.text for prompt in step_prompts(run, rubric)}
+    shown = with_reference and run.reference is not None
+    extra = f"\n{_reference(run)}" if shown else ""
+    if per_run:
+        yield Question(judge, run, rubric, run_prompt(run, rubric) + extra, prompts, True, reference_shown=shown)
+        return
+    for step, text in prompts.items():
+        yield Question(judge, run, rubric, text + extra, {step: text}, False, reference_shown=shown)
+
+
+def _reference(run: Trajectory) -> str:
+    return (
+        f"For you alone, what the agent did not see, a correct solution:\n<reference>\n{run.reference}\n</reference>\n"
+    )
+
+
+def draw(share: float, *names: str) -> bool:
+    """Whether something is in a random share, the same every time: by a hash of its names."""
+    place = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
+    return place < share * 2**64
