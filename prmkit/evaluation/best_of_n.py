@@ -23,7 +23,7 @@ from prmkit.evaluation import statistics
 from prmkit.evaluation.estimates import Estimate, make_sample, measure
 from prmkit.evaluation.exam import Exam, ExamRun, ExamStep
 from prmkit.evaluation.exam_answers import Answers, read_answers
-from prmkit.evaluation.exam_command import check_no_judge, folder_of, prompts_of_run, score_steps
+from prmkit.evaluation.exam_command import folder_of, prompts_of_run, score_steps
 from prmkit.files import read_jsonl, sha256_of, write_json
 from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
@@ -133,7 +133,6 @@ def pick_best_of_n(arguments: argparse.Namespace) -> ExitCode:
     attempts = ready or [_attempt(run) for run in runs]
     folder = arguments.output or folder_of(arguments, "best_of_n", file)
     if arguments.predictions:
-        check_no_judge(arguments)
         attempts = _with_predictions(attempts, arguments.predictions, file)
     elif runs:
         attempts = _with_judge(attempts, runs, folder, arguments)

@@ -125,7 +125,12 @@ def _check_exam_arguments(arguments: argparse.Namespace) -> None:
         unused, chosen = ["predictions", "rubric"], ["exam or --best-of-n"]
         if given := [flag for flag in unused if getattr(arguments, flag) is not None]:
             raise UsageError(f"--{given[0]} goes with --{chosen[0]}. Add one, or leave it out.")
-    elif given := [flag for flag in unused if getattr(arguments, flag) not in (None, False)]:
+        return
+    if arguments.predictions and not (arguments.run or arguments.model):
+        unused += ["baseline", "rubric", "adapter"]  # they are about a judge that is asked
+    elif arguments.predictions and arguments.best_of_n:
+        unused += ["run", "model"]
+    if given := [flag for flag in unused if getattr(arguments, flag) not in (None, False)]:
         flags = [f"--{flag.replace('_', '-')}" for flag in (chosen[0], given[0])]
         raise UsageError(f"{flags[0]} does not use {flags[1]}. Leave one of them out.")
 

@@ -138,6 +138,12 @@ def read_exam(file: Path) -> Exam:
     return Exam(file, sha256_of(file), tuple(runs))
 
 
+def bare_run(run: Trajectory) -> ExamRun:
+    """A run without labels, to find its steps by."""
+    steps = tuple(ExamStep(step.n, step.source_index, step.agent) for step in run.steps)
+    return ExamRun(run.trajectory_id, run.task_id, None, str(run.source.get("format")), steps, is_whole=True)
+
+
 def _run_of_record(run: Trajectory) -> ExamRun:
     steps = tuple(
         ExamStep(step.n, step.source_index, step.agent)

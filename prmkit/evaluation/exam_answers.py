@@ -28,6 +28,9 @@ StepId = tuple[str, int]
 NOWHERE = -1
 """In the place of a step's number: the run has an error, and the judge did not say where."""
 
+_ELSEWHERE = -2
+"""Likewise: at a step of which this exam has no label. Those that it has are called good."""
+
 _TERNARY = {-1: BAD, 0: NEUTRAL, 1: GOOD}
 _JUDGES = ("judge", "judge_id", "model", "model_name")
 
@@ -169,7 +172,7 @@ def _add_verdict(judge: Answers, run: ExamRun, value: Mapping[str, Any], place: 
     first = NO_ERROR if faulty is False else NOWHERE
     if faulty is not False and index is not None:
         at = _whole(index, place)
-        first = next((step.n for step in run.steps if step.place == at), NOWHERE)
+        first = next((step.n for step in run.steps if step.place == at), NOWHERE if run.is_whole else _ELSEWHERE)
     judge.firsts = judge.firsts or {}
     if judge.firsts.setdefault(run.trajectory_id, first) != first:
         raise DataError(f"{place}: a second verdict of {judge.name} on this run, and another one. Keep one line.")

@@ -41,15 +41,16 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     exam = read_exam(arguments.exam)
     unchecked = None
     folder = arguments.output or folder_of(arguments, "exam", arguments.exam)
-    if arguments.predictions:
-        check_no_judge(arguments)
-        judges = [("judge", each) for each in read_answers(arguments.predictions, exam)]
-        _warn_of_unplaced([answers for _, answers in judges])
-    else:
+    judges: list[tuple[str, Answers]] = []
+    if not arguments.predictions or arguments.run or arguments.model:
         source = judge_source(arguments)
         check_folders(source)
         unchecked = _check_training(exam, arguments)
-        judges = list(_asked_judges(exam, source, folder, arguments))
+        judges += _asked_judges(exam, source, folder, arguments)
+    if arguments.predictions:
+        others = read_answers(arguments.predictions, exam)
+        _warn_of_unplaced(others)
+        judges += [("other" if judges else "judge", each) for each in others]
     entrants = [examine(exam, answers, kind) for kind, answers in judges]
     entrants += [*constants(exam), *exam_report.published(exam)]
     write_json(folder / JSON_FILE, exam_report.as_json(exam, entrants))
@@ -63,13 +64,6 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     if arguments.min_auroc is not None:
         _check_gate(entrants, arguments.min_auroc, unchecked)
     return ExitCode.DONE
-
-
-def check_no_judge(arguments: argparse.Namespace) -> None:
-    """Reject a judge beside answers out of a file."""
-    given = [flag for flag in ("run", "model", "adapter", "baseline", "rubric") if getattr(arguments, flag)]
-    if given:
-        raise UsageError(f"--predictions and --{given[0]} name two sources of answers. Leave one of them out.")
 
 
 def _warn_of_unplaced(judges: Sequence[Answers]) -> None:
@@ -96,7 +90,7 @@ def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
     """Where results go: a folder for each input, so that answers to one never replace those to another."""
     name = f"{what}_{file.name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.json')}"
-    if arguments.predictions:
+    if arguments.predictions and not (arguments.run or arguments.model):
         return Path(arguments.predictions.parent, name)
     if arguments.model:
         return Path("saves", f"evaluation_{Path(arguments.model).name}", name)
@@ -242,7 +236,7 @@ def _show(exam: Exam, entrants: Sequence[Entrant], page: Path) -> None:
     for line in exam_report.notes(exam, entrants):
         cli.emit(line)
     for each in entrants:
-        if each.kind in ("judge", "base"):
+        if each.kind in exam_report.EXAMINED:
             cli.emit(exam_report.verdict(each, entrants)[1])
     cli.emit(f"report: {page}")
 

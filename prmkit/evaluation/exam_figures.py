@@ -223,8 +223,10 @@ def _of_runs(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str
 
 
 def _is_answered(run: ExamRun, answers: Answers) -> bool:
-    first = (answers.firsts or {}).get(run.trajectory_id)
-    return first == NOWHERE or all((run.trajectory_id, step.n) in answers.scores for step in run.steps)
+    first = NO_ERROR if answers.firsts is None else answers.firsts.get(run.trajectory_id)
+    return first == NOWHERE or (
+        first is not None and all((run.trajectory_id, step.n) in answers.scores for step in run.steps)
+    )
 
 
 def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str, int]) -> list[int] | None:

@@ -7,20 +7,23 @@ from typing import Any
 from prmkit.evaluation.estimates import Estimate
 from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam
 from prmkit.evaluation.exam_figures import EXPLAINED, NAMES, Entrant
+from prmkit.evaluation.summary import MIN_SCORED
 from prmkit.files import write_text
 
 PUBLISHED = Path(__file__).with_name("published_judges.yaml")
 TRUSTED_FROM = 0.7
 """A judge is trusted when the lower end of its AUROC is at least this, and above what a constant reaches."""
+EXAMINED = ("judge", "base", "other")
+"""Kinds of entrants that have answered this exam, other than constants."""
 _NONE = "–"
 
 
 def published(exam: Exam) -> list[Entrant]:
-    """Judges that others have measured on the set, and people; none where the exam mixes sets."""
+    """Judges that others have measured on the set, and people; none where the exam mixes sets or has parts of runs."""
     import yaml
 
-    if len(exam.sources) != 1:
-        return []
+    if len(exam.sources) != 1 or not all(run.is_whole for run in exam.runs):
+        return []  # labels of your own on some steps are another exam
     parts = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).get(exam.sources[0], [])
     return [
         Entrant(
@@ -102,7 +105,7 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
     lines += [
         f"{each.name}: {each.answered:,} of {each.asked:,} labelled steps have a score; the others count nowhere."
         for each in entrants
-        if each.kind in ("judge", "base") and each.answered < each.asked
+        if each.kind in EXAMINED and each.answered < each.asked
     ]
     lines += [f"* {source}" for source in dict.fromkeys(each.source for each in entrants if each.source)]
     if any(step.kind in KINDS_OF_ERRORS for _, step in labelled) and any(run.first_error for run in exam.runs):
@@ -126,7 +129,11 @@ def best_constant(entrants: Sequence[Entrant], figure: str = "auroc") -> tuple[s
 
 
 def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
-    """`trust`, `use with care`, `do not rely` or `cannot say`, and the sentence that says why."""
+    """`trust`, `use with care`, `do not rely` or `cannot say`, and the sentence that says why.
+
+    A judge that flags nearly every run can have a high AUROC; so where first errors are known, it must also be better
+    at naming them than every constant.
+    """
     auroc = judge.figures.get("auroc")
     if auroc is None or auroc.value is None:
         return "cannot say", f"{judge.name}: cannot say, {auroc.reason if auroc else 'no step has a score'}."
@@ -140,11 +147,22 @@ def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
     constant = best_constant(entrants)
     bar, by = (max(0.5, constant[1]), constant[0]) if constant else (0.5, "guessing")
     measured = f"AUROC {auroc.value:.2f} ({auroc.low:.2f} to {auroc.high:.2f}) on {basis}; {by} reaches {bar:.2f}"
-    if auroc.low >= TRUSTED_FROM and auroc.low > bar:
+    reservation = _reservation(judge, entrants)
+    if auroc.low >= TRUSTED_FROM and auroc.low > bar and not reservation:
         return "trust", f"{judge.name}: trust it. {measured}."
     if auroc.low > 0.5 and auroc.value > bar:
-        return "use with care", f"{judge.name}: use it with care. {measured}."
+        return "use with care", f"{judge.name}: use it with care. {measured}{reservation}."
     return "do not rely", f"{judge.name}: do not rely on it. {measured}."
+
+
+def _reservation(judge: Entrant, entrants: Sequence[Entrant]) -> str:
+    """What else keeps a judge with a high AUROC from being trusted; empty if nothing does."""
+    if judge.answered < MIN_SCORED * judge.asked:
+        return f"; it scored {judge.answered / judge.asked:.0%} of the labelled steps"
+    found, constant = judge.figures.get("processbench_f1"), best_constant(entrants, "processbench_f1")
+    if found and found.value is not None and constant and found.value <= constant[1]:
+        return f"; at first errors (PB-F1 {found.value:.2f}) it is no better than {constant[0]} ({constant[1]:.2f})"
+    return ""
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -180,7 +198,7 @@ def as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
         "verdicts": {
             each.name: dict(zip(("verdict", "sentence"), verdict(each, entrants), strict=True))
             for each in entrants
-            if each.kind in ("judge", "base")
+            if each.kind in EXAMINED
         },
         "trusted_from": TRUSTED_FROM,
     }
@@ -197,7 +215,7 @@ def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
     page = environment.get_template("exam.html.j2").render(
         title=exam.file.name,
         sets=exam.sources,
-        verdicts=[verdict(each, entrants) for each in entrants if each.kind in ("judge", "base")],
+        verdicts=[verdict(each, entrants) for each in entrants if each.kind in EXAMINED],
         ladders=[ladder for name in names if (ladder := _ladder(name, entrants))],
         columns=columns(entrants),
         rows=list(zip(entrants, table(entrants), strict=True)),
@@ -208,7 +226,14 @@ def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
     write_text(file, page)
 
 
-_KINDS = {"judge": "judge", "base": "base model", "constant": "constant", "published": "published", "people": "people"}
+_KINDS = {
+    "judge": "judge",
+    "base": "base model",
+    "constant": "constant",
+    "published": "published",
+    "other": "other judge",
+    "people": "people",
+}
 _LADDERS = {"auroc": 0.5, "step_accuracy": 0.0, "processbench_f1": 0.0, "located": 0.0, "first_error": 0.0}
 """Metrics that get a ladder, and where its scale begins."""
 

@@ -212,7 +212,7 @@ def test_a_file_that_is_no_exam_is_refused(tmp_path: Path, content: str) -> None
         read_exam(tmp_path / "exam.jsonl")
 
 
-@pytest.mark.parametrize("more", [["--run", "x"], ["--baseline"], ["--limit", "3"], ["--by", "agent"]])
+@pytest.mark.parametrize("more", [["--rubric", "x"], ["--baseline"], ["--limit", "3"], ["--by", "agent"]])
 def test_arguments_that_an_exam_does_not_use_are_refused(ternary: Path, more: list[str]) -> None:
     answers = public.write_lines(ternary.parent / "a.jsonl", [{"id": "quiz_0.0", "step": 1, "score": 1}])
     with pytest.raises(UsageError):

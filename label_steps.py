@@ -1,0 +1,38 @@
+"""Label steps of your own runs on a page in the browser: an exam for your judge in about twenty minutes."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prmkit import cli
+from prmkit.errors import ExitCode
+from prmkit.judge.scorer import positive
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Every label is on disk before the next step is shown; the same command continues. Then: "
+        "evaluate_judge.py --run saves/RUN --exam labels.jsonl",
+    )
+    add = parser.add_argument
+    add("input", help="runs in any form that import_trajectories.py reads (file or folder)")
+    add("--n", type=positive, default=50, metavar="N", help="steps to label (default 50)")
+    add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="rows (default labels.jsonl)")
+    add("--name", default="human", help="who labels; goes into every row (default human)")
+    add("--scores", type=Path, metavar="FILE", help="of score_trajectories.py: as many steps from each band of scores")
+    add("--seed", type=int, default=0, metavar="N", help="another one draws other steps (default 0)")
+    add("--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours")
+    add("--format", metavar="NAME", help="do not recognise the form of the runs")
+    add("--port", type=int, default=0, metavar="N", help="on 127.0.0.1 (default: a free one)")
+    return parser
+
+
+def _command(arguments: argparse.Namespace) -> ExitCode:
+    from prmkit.evaluation.label_page import label_steps
+
+    return label_steps(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(_command, _parser()))

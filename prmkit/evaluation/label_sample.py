@@ -1,0 +1,214 @@
+"""Which steps a person labels, and the file that the labels go to.
+
+Steps are drawn from bands of a judge's scores, as many from each, because bad steps are rare where a judge is good. A
+step stands for as many steps as its band has for each one drawn; this weight is in its row, and every metric of an exam
+counts with it. The labels are rows of judged steps, so they can be trained on as well.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError, UsageError
+from prmkit.evaluation.exam import Exam, bare_run
+from prmkit.evaluation.exam_answers import read_answers
+from prmkit.evaluation.statistics import BANDS
+from prmkit.files import read_json, read_jsonl, sha256_of, write_json
+from prmkit.judge.types import SAME_SCORE
+from prmkit.prompts.step import Rubric
+from prmkit.resumable import appending, check_output, companion_file, replace_rows
+from prmkit.trajectories.beside import label_of
+from prmkit.trajectories.importing import Options, read_runs
+from prmkit.trajectories.rows import rows_of
+from prmkit.trajectory import Trajectory
+
+_NO_SCORE = "no score"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One step to label."""
+
+    trajectory_id: str
+    n: int
+    weight: float
+    """How many steps it speaks for."""
+    band: str
+
+
+def draw(
+    steps: Sequence[tuple[str, int]], scores: Mapping[tuple[str, int], float] | None, n: int, seed: int
+) -> list[Drawn]:
+    """Draw steps, in random order, so that those labelled first are a sample as well.
+
+    Args:
+        steps: all of them: id of the run, number of the step.
+        scores: of a judge; None to draw evenly.
+        n: how many; all where there are fewer.
+        seed: of the draw.
+    """
+    bands: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for step in steps:
+        bands[_band(scores, step)].append(step)
+    chance = random.Random(seed)  # noqa: S311 - a sample, not a secret
+    drawn = []
+    left, rest = min(n, len(steps)), len(bands)
+    for band, members in sorted(bands.items(), key=lambda item: (len(item[1]), item[0])):
+        # The smallest band first: what it cannot give, the larger ones do.
+        size = min(len(members), -(-left // rest))
+        left, rest = left - size, rest - 1
+        drawn += [Drawn(*step, len(members) / size, band) for step in (chance.sample(members, size) if size else ())]
+    chance.shuffle(drawn)
+    return drawn
+
+
+def _band(scores: Mapping[tuple[str, int], float] | None, step: tuple[str, int]) -> str:
+    if scores is None:
+        return "all"
+    score = scores.get(step)
+    if score is None:
+        return _NO_SCORE
+    place = sum(score >= border - SAME_SCORE for border in BANDS)
+    low, high = (0.0, *BANDS)[place], (*BANDS, 1.0)[place]
+    return f"{low:g} to {high:g}"
+
+
+@dataclass
+class Labels:
+    """The steps to label, and what was labelled."""
+
+    file: Path
+    runs: Mapping[str, Trajectory]
+    sample: Sequence[Drawn]
+    rubric: Rubric
+    name: str
+    """Of the person."""
+    done: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    """The rows in the file."""
+    skipped: set[tuple[str, int]] = field(default_factory=set)
+
+    @property
+    def next(self) -> Drawn | None:
+        """The first step that is neither labelled nor skipped."""
+        passed = self.done.keys() | self.skipped
+        return next((each for each in self.sample if (each.trajectory_id, each.n) not in passed), None)
+
+    def add(self, drawn: Drawn, value: int, error_type: str | None) -> None:
+        """Write a label to disk.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        run = self.runs[drawn.trajectory_id]
+        label = replace(label_of(value, "ternary"), by=self.name, type=error_type)
+        steps = tuple(replace(step, label=label if step.n == drawn.n else None) for step in run.steps)
+        (row,) = rows_of(replace(run, steps=steps), self.rubric)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        row["metadata"] |= {"timestamp": now, "weight": round(drawn.weight, 6), "band": drawn.band}
+        with appending(self.file) as append:
+            append(row)
+        self.done[drawn.trajectory_id, drawn.n] = row
+
+    def skip(self, drawn: Drawn) -> None:
+        """Leave a step out, for good."""
+        with appending(_skipped_file(self.file)) as append:
+            append({"trajectory_id": drawn.trajectory_id, "step": drawn.n, "by": self.name})
+        self.skipped.add((drawn.trajectory_id, drawn.n))
+
+    def undo(self) -> bool:
+        """Take the last label back; whether there was one."""
+        if not self.done:
+            return False
+        self.done.popitem()
+        replace_rows(self.file, self.done.values())
+        return True
+
+
+def _skipped_file(file: Path) -> Path:
+    return companion_file(file, "skipped.jsonl")
+
+
+def _sample_file(file: Path) -> Path:
+    return companion_file(file, "sample.json")
+
+
+def open_labels(
+    source: str, file: Path, n: int, name: str, scores: Path | None, seed: int, rubric: Rubric, form: str | None = None
+) -> Labels:
+    """Read the runs, and draw the steps or find those that were drawn before.
+
+    Args:
+        source: file or folder of runs.
+        file: for the labels; continued where it exists.
+        n: how many steps.
+        name: who labels.
+        scores: a judge's scores for bands; None to draw evenly.
+        seed: of the draw.
+        rubric: for the prompts of the rows.
+        form: of the runs; None to recognise it.
+
+    Raises:
+        DataError: no runs, or a damaged file.
+        UsageError: the file holds labels of another sample.
+    """
+    check_output(file, Path(source))
+    runs = {run.trajectory_id: run for run in read_runs([source], Options(form))}
+    steps = [(run.trajectory_id, step.n) for run in runs.values() for step in run.steps]
+    if not steps:
+        raise DataError(f"{source}: no run was read.")
+    known = None if scores is None else _scores(scores, runs)
+    wanted = {
+        "seed": seed,
+        "n": n,
+        "scores": sha256_of(scores) if scores else None,
+        "rubric": rubric.sha256,
+        "steps": len(steps),
+    }
+    sample = draw(steps, known, n, seed)
+    _check_sample(file, wanted | {"sample": [[each.trajectory_id, each.n, each.weight, each.band] for each in sample]})
+    labels = Labels(file, runs, sample, rubric, name)
+    _read_done(labels)
+    return labels
+
+
+def _scores(file: Path, runs: Mapping[str, Trajectory]) -> Mapping[tuple[str, int], float]:
+    """The scores of the one judge in a file; those of runs that are not here are passed over."""
+    parts = tuple(bare_run(run) for run in runs.values())
+    judges = read_answers(file, Exam(file, "", parts))
+    if len(judges) > 1:
+        raise UsageError(f"{file}: scores of {len(judges)} judges. Draw by one of them.")
+    return judges[0].scores
+
+
+def _check_sample(file: Path, wanted: dict[str, Any]) -> None:
+    marker = _sample_file(file)
+    has_labels = file.is_file() and file.stat().st_size > 0
+    if has_labels and not marker.is_file():
+        raise UsageError(f"{file}: exists, and is not of this command (no {marker.name}). Choose another --output.")
+    if (has_labels or _skipped_file(file).is_file()) and read_json(marker) != wanted:
+        raise UsageError(
+            f"{file}: holds labels of another sample (other runs, --n, --seed, --scores or --rubric). Type the command "
+            "as the first time, or choose another --output."
+        )
+    write_json(marker, wanted)
+
+
+def _read_done(labels: Labels) -> None:
+    for row in _whole_lines(labels.file):
+        metadata = row["metadata"]
+        labels.done[metadata["trajectory_id"], metadata["clip_number"]] = row
+    for line in _whole_lines(_skipped_file(labels.file)):
+        labels.skipped.add((line["trajectory_id"], line["step"]))
+
+
+def _whole_lines(file: Path) -> list[Any]:
+    """The lines of a file; a last one that was cut off by a kill is removed."""
+    if not file.is_file():
+        return []
+    with file.open("r+b") as stream:
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+    return list(read_jsonl(file))
