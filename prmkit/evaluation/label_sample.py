@@ -1,7 +1,7 @@
 """Which steps a person labels, and the file that the labels go to.
 
 Steps are drawn from bands of a judge's scores, as many from each, because bad steps are rare where a judge is good. A
-step stands for as many steps as its band has for each one drawn; this weight is in its row, and every metric of an exam
+step counts for as many steps as its band has for each one drawn; this weight is in its row, and every metric of an exam
 counts with it. The labels are rows of judged steps, so they can be trained on as well.
 """
 
