@@ -306,6 +306,15 @@ class Connection:
         """
         return await self._retried("chat/completions", {"model": self.endpoint.model, **body}, self._chat_answer)
 
+    async def ask_json(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON object that another endpoint of the server answers.
+
+        Raises:
+            RowFailure: the server refuses it, keeps failing, or answers something else.
+            DataError: it cannot be reached, or would refuse everything.
+        """
+        return await self._retried(path, {"model": self.endpoint.model, **body}, self._object)
+
     async def _retried(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
         trouble = _PassingTrouble("it was not asked")
         for attempt in range(self.endpoint.attempts):
@@ -423,6 +432,15 @@ class Connection:
             if not all(place in choices for place in range(count)):
                 raise self._misfit(self._excerpt(content))
         return [choices[place] for place in range(count)]
+
+    def _object(self, content: bytes) -> dict[str, Any]:
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise RowFailure(f"{self.endpoint.name}: answers no JSON object ({self._excerpt(content)})")
+        return answer
 
     def _chat_answer(self, content: bytes) -> ChatAnswer:
         (choice,) = self._choices(content, 1)

@@ -23,7 +23,8 @@ from prmkit.evaluation import statistics
 from prmkit.evaluation.estimates import Estimate, make_sample, measure
 from prmkit.evaluation.exam import Exam, ExamRun, ExamStep
 from prmkit.evaluation.exam_answers import Answers, read_answers
-from prmkit.evaluation.exam_command import folder_of, prompts_of_run, score_steps
+from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
+from prmkit.evaluation.exam_command import folder_of
 from prmkit.files import read_jsonl, sha256_of, write_json
 from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
@@ -129,8 +130,8 @@ def pick_best_of_n(arguments: argparse.Namespace) -> ExitCode:
     """
     file = arguments.best_of_n
     ready = _outcome_lines(file)
-    runs = [] if ready else _runs_with_outcome(file)
-    attempts = ready or [_attempt(run) for run in runs]
+    runs = [] if ready else runs_with_outcome(file)
+    attempts = ready or [attempt_of(run) for run in runs]
     folder = arguments.output or folder_of(arguments, "best_of_n", file)
     if arguments.predictions:
         attempts = _with_predictions(attempts, arguments.predictions, file)
@@ -184,7 +185,12 @@ def _outcome_of(given: Any) -> float | None:
     return float(given) if _is_share(given) else None
 
 
-def _runs_with_outcome(file: Path) -> list[Trajectory]:
+def runs_with_outcome(file: Path) -> list[Trajectory]:
+    """The runs of a file whose outcome is known.
+
+    Raises:
+        DataError: no run has an outcome from 0 to 1.
+    """
     reports: list[FileReport] = []
     runs = list(read_runs([file], None, reports))
     warn_of_losses(reports)
@@ -199,7 +205,8 @@ def _runs_with_outcome(file: Path) -> list[Trajectory]:
     return known
 
 
-def _attempt(run: Trajectory) -> Attempt:
+def attempt_of(run: Trajectory) -> Attempt:
+    """A run with its outcome, before it is scored."""
     return Attempt(
         run.trajectory_id,
         run.task_id,

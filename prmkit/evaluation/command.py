@@ -120,13 +120,13 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 def _check_exam_arguments(arguments: argparse.Namespace) -> None:
     chosen = [flag for flag in ("exam", "best_of_n") if getattr(arguments, flag)]
     others = ("dataset", "limit", "by", "compare", "margin", "min_spearman", "parity", "exported", "tolerance")
-    unused = [*others, *(("min_auroc", "baseline") if arguments.best_of_n else ()), *chosen[1:]]
+    unused = [*others, *(("min_auroc", "baseline", "predict_with") if arguments.best_of_n else ()), *chosen[1:]]
     if not chosen:
-        unused, chosen = ["predictions", "rubric"], ["exam or --best-of-n"]
+        unused, chosen = ["predictions", "predict_with", "rubric"], ["exam or --best-of-n"]
         if given := [flag for flag in unused if getattr(arguments, flag) is not None]:
-            raise UsageError(f"--{given[0]} goes with --{chosen[0]}. Add one, or leave it out.")
+            raise UsageError(f"--{given[0].replace('_', '-')} goes with --{chosen[0]}. Add one, or leave it out.")
         return
-    if arguments.predictions and not (arguments.run or arguments.model):
+    if arguments.predictions and not (arguments.run or arguments.model or arguments.predict_with):
         unused += ["baseline", "rubric", "adapter"]  # they are about a judge that is asked
     elif arguments.predictions and arguments.best_of_n:
         unused += ["run", "model"]

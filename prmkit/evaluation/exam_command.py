@@ -2,28 +2,23 @@
 
 import argparse
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import tee
 from pathlib import Path
-from typing import Any
 
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import exam_report
 from prmkit.evaluation.exam import Exam, check_not_trained_on, read_exam
-from prmkit.evaluation.exam_answers import Answers, StepId, read_answers
+from prmkit.evaluation.exam_answers import Answers, read_answers
+from prmkit.evaluation.exam_asking import ask_server, endpoint_of, prompts_of, score_steps
 from prmkit.evaluation.exam_figures import Entrant, constants, examine
 from prmkit.evaluation.summary import MIN_SCORED
-from prmkit.files import exclusive_lock, write_json
-from prmkit.judge.scorer import DEFAULT_RUN, Scorer, judge_source
+from prmkit.files import write_json
+from prmkit.judge.scorer import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import JudgeSource, check_folders, config_of_run
-from prmkit.judge.types import SCORED, Judgement, Mode, Request, rounded
-from prmkit.prompts.step import Rubric, load_rubric, step_prompts
-from prmkit.resumable import append_rows, reopen, replace_rows
+from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.scoring.rows import check_rubric
-from prmkit.trajectory import Trajectory
-from prmkit.verdict import asked_shape
 
 log = logging.getLogger("prmkit")
 
@@ -42,7 +37,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     unchecked = None
     folder = arguments.output or folder_of(arguments, "exam", arguments.exam)
     judges: list[tuple[str, Answers]] = []
-    if not arguments.predictions or arguments.run or arguments.model:
+    if arguments.run or arguments.model or not (arguments.predictions or arguments.predict_with):
         source = judge_source(arguments)
         check_folders(source)
         unchecked = _check_training(exam, arguments)
@@ -51,6 +46,10 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
         others = read_answers(arguments.predictions, exam)
         _warn_of_unplaced(others)
         judges += [("other" if judges else "judge", each) for each in others]
+    if arguments.predict_with:
+        endpoint = endpoint_of(arguments)
+        scores = ask_server(exam, endpoint, load_rubric(arguments.rubric), folder / "exam_answers_server.jsonl")
+        judges.append(("other" if judges else "judge", Answers(endpoint.model, scores)))
     entrants = [examine(exam, answers, kind) for kind, answers in judges]
     entrants += [*constants(exam), *exam_report.published(exam)]
     write_json(folder / JSON_FILE, exam_report.as_json(exam, entrants))
@@ -90,8 +89,11 @@ def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
     """Where results go: a folder for each input, so that answers to one never replace those to another."""
     name = f"{what}_{file.name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.json')}"
-    if arguments.predictions and not (arguments.run or arguments.model):
-        return Path(arguments.predictions.parent, name)
+    if not (arguments.run or arguments.model):
+        if arguments.predictions:
+            return Path(arguments.predictions.parent, name)
+        if arguments.predict_with:
+            return Path("saves", "evaluation_of_server", name)
     if arguments.model:
         return Path("saves", f"evaluation_{Path(arguments.model).name}", name)
     return Path(arguments.run or DEFAULT_RUN, "evaluation", name)
@@ -126,105 +128,6 @@ def _check_asks_as_trained(exam: Exam, rubric: Rubric, source: JudgeSource, name
             f"{exam.file}: its prompts ask with a rubric ({str(next(iter(other)))[:12]}) that {name} was not trained "
             "with. Make the exam with import_trajectories.py --labels --rubric FILE."
         )
-
-
-def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
-    """What to ask of every step; None for a prompt that asks for no score."""
-    for run in exam.runs:
-        if run.record is not None:
-            yield from prompts_of_run(run.record, rubric)
-            continue
-        for step in run.steps:
-            shape = asked_shape(step.prompt or "")
-            yield (run.trajectory_id, step.n), Request(step.prompt or "", shape, step.system) if shape else None
-
-
-def prompts_of_run(run: Trajectory, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
-    """What to ask of every step of one run."""
-    for prompt in step_prompts(run, rubric):
-        shape = asked_shape(prompt.text)
-        yield (run.trajectory_id, prompt.step.n), Request(prompt.text, shape) if shape else None
-
-
-def score_steps(
-    source: JudgeSource,
-    asked: Iterable[tuple[StepId, Request | None]],
-    file: Path,
-    arguments: argparse.Namespace,
-) -> dict[StepId, float]:
-    """Ask a judge of every step; answers are written as they come, and those of an interrupted command are kept.
-
-    Args:
-        source: the judge.
-        asked: steps and what to ask of each; gone through once, and not kept.
-        file: one line a step.
-        arguments: batch_size, mode, too_long, max_new_tokens and min_label_mass.
-
-    Returns:
-        The scores of the steps that got one.
-    """
-    scorer = Scorer(
-        source,
-        batch_size=arguments.batch_size,
-        trim=arguments.too_long == "trim",
-        max_new_tokens=arguments.max_new_tokens,
-        min_label_mass=arguments.min_label_mass,
-    )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(file.parent, f"writing {file.name}", lock=f".{file.name}.lock"):
-        done = reopen(file, scorer.fingerprint() | {"mode": arguments.mode, "format": 1})
-        kept = [line for line in done if line["status"] != "failed"]
-        if len(kept) < len(done):
-            replace_rows(file, kept)
-        lines: dict[Any, Any] = {(line["request_hash"], line["id"], line["step"]): line for line in kept}
-        if lines:
-            log.info("%s: %d steps are scored already", file, len(lines))
-        wanted: list[tuple[str, str, int]] = []
-        with cli.progress_bar() as progress:
-            bar = progress.add_task("scoring", total=None)
-            for line in append_rows(file, _new_lines(scorer, asked, lines, wanted, arguments.mode)):
-                lines[line["request_hash"], line["id"], line["step"]] = line
-                progress.advance(bar)
-    found = [lines[key] for key in wanted if key in lines]
-    scores = {(line["id"], line["step"]): line["score"] for line in found if line["status"] in SCORED}
-    if not scores:
-        reason = found[0]["reason"] if found else "no step asks for a score"
-        raise DataError(f"{file}: none of {len(wanted)} steps got a score; the first one: {reason}.")
-    return scores
-
-
-def _new_lines(
-    scorer: Scorer,
-    asked: Iterable[tuple[StepId, Request | None]],
-    known: Mapping[tuple[str, str, int], Any],
-    wanted: list[tuple[str, str, int]],
-    mode: Mode,
-) -> Iterator[dict[str, Any]]:
-    """The lines of the steps that have none yet, in their order; every step's key goes to `wanted`."""
-    from prmkit.judge.batching import digest
-
-    def missing() -> Iterator[tuple[tuple[str, str, int], Request]]:
-        for (run, step), request in asked:
-            if request is not None:
-                key = (digest(request).hex(), run, step)
-                wanted.append(key)
-                if key not in known:
-                    yield key, request
-
-    keys, requests = tee(missing())
-    judgements = scorer.judgements((request for _, request in requests), mode)
-    for ((request_hash, run, step), _), judgement in zip(keys, judgements, strict=True):
-        yield {"id": run, "step": step, **_answered(judgement), "request_hash": request_hash}
-
-
-def _answered(judgement: Judgement) -> dict[str, Any]:
-    return {
-        "score": rounded(judgement.score),
-        "std": rounded(judgement.std),
-        "label_mass": rounded(judgement.label_mass),
-        "status": judgement.status,
-        "reason": judgement.reason,
-    }
 
 
 # --- the terminal and the gate ----------------------------------------------------------------------------------------

@@ -216,11 +216,12 @@ def _block(step: Step, room: int) -> str:
     agent = f' agent="{_attribute(step.agent)}"' if step.agent else ""
     begin, end = f'<step n="{step.n}"{agent}>\n', "\n</step>\n"
     inside = room - tokens(begin + end)
-    arrived = shortened(arrived, max(inside // 3, inside - tokens(_content(step))))
-    return f"{arrived}{begin}{shortened(_content(step), inside - tokens(arrived))}{end}"
+    arrived = shortened(arrived, max(inside // 3, inside - tokens(step_text(step))))
+    return f"{arrived}{begin}{shortened(step_text(step), inside - tokens(arrived))}{end}"
 
 
-def _content(step: Step) -> str:
+def step_text(step: Step) -> str:
+    """What the agent thought, wrote and called in a step, and what came back."""
     parts = [f"Thought: {_data(step.thought)}"] if step.thought else []
     if step.text:
         parts.append(f"Text: {_data(step.text)}")

@@ -1,0 +1,266 @@
+"""Asking a judge about every step of an exam: a model here, or a server. What was answered is never asked again."""
+
+import argparse
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice, tee
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeGuard
+
+from prmkit import cli
+from prmkit.errors import DataError, UsageError
+from prmkit.evaluation.exam import Exam
+from prmkit.evaluation.exam_answers import StepId
+from prmkit.files import exclusive_lock
+from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, Vocabulary, check_url
+from prmkit.judge.scorer import Scorer
+from prmkit.judge.sources import JudgeSource
+from prmkit.judge.types import SCORED, Judgement, Request, rounded
+from prmkit.prompts.step import Rubric, step_prompts, step_text
+from prmkit.resumable import append_rows, reopen, replace_rows
+from prmkit.trajectory import Trajectory
+from prmkit.verdict import Unreadable, asked_shape, read_verdict
+
+log = logging.getLogger("prmkit")
+
+Key = tuple[str, str, int]
+"""Hash of the request, id of the run, number of the step."""
+Asked = tuple[Key, Request]
+Line = dict[str, Any]
+
+
+def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
+    """What to ask of every step; None for a prompt that asks for no score."""
+    for run in exam.runs:
+        if run.record is not None:
+            yield from prompts_of_run(run.record, rubric)
+            continue
+        for step in run.steps:
+            shape = asked_shape(step.prompt or "")
+            yield (run.trajectory_id, step.n), Request(step.prompt or "", shape, step.system) if shape else None
+
+
+def prompts_of_run(run: Trajectory, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
+    """What to ask of every step of one run."""
+    for prompt in step_prompts(run, rubric):
+        shape = asked_shape(prompt.text)
+        yield (run.trajectory_id, prompt.step.n), Request(prompt.text, shape) if shape else None
+
+
+def score_steps(
+    source: JudgeSource, asked: Iterable[tuple[StepId, Request | None]], file: Path, arguments: argparse.Namespace
+) -> dict[StepId, float]:
+    """Let a model score steps; an interrupted command is continued.
+
+    Args:
+        source: the judge.
+        asked: steps and what to ask of each; gone through once, and not kept.
+        file: one line a step.
+        arguments: batch_size, mode, too_long, max_new_tokens and min_label_mass.
+
+    Returns:
+        The scores of the steps that got one.
+
+    Raises:
+        DataError: no step got one.
+    """
+    scorer = Scorer(
+        source,
+        batch_size=arguments.batch_size,
+        trim=arguments.too_long == "trim",
+        max_new_tokens=arguments.max_new_tokens,
+        min_label_mass=arguments.min_label_mass,
+    )
+
+    def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, Line]]:
+        keys, requests = tee(missing)
+        judgements = scorer.judgements((request for _, request in requests), arguments.mode)
+        for (key, _), judgement in zip(keys, judgements, strict=True):
+            yield key, _line(judgement)
+
+    return _ask(asked, file, scorer.fingerprint() | {"mode": arguments.mode, "format": 1}, answer)
+
+
+def _line(judgement: Judgement) -> Line:
+    return {
+        "score": rounded(judgement.score),
+        "std": rounded(judgement.std),
+        "label_mass": rounded(judgement.label_mass),
+        "status": judgement.status,
+        "reason": judgement.reason,
+    }
+
+
+def _ask(
+    asked: Iterable[tuple[StepId, Request | None]],
+    file: Path,
+    fingerprint: Mapping[str, Any],
+    answer: Callable[[Iterator[Asked]], Iterator[tuple[Key, Line]]],
+) -> dict[StepId, float]:
+    from prmkit.judge.batching import digest
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(file.parent, f"writing {file.name}", lock=f".{file.name}.lock"):
+        done = reopen(file, fingerprint)
+        kept = [line for line in done if line["status"] != "failed"]
+        if len(kept) < len(done):
+            replace_rows(file, kept)
+        lines: dict[Key, Any] = {(line["request_hash"], line["id"], line["step"]): line for line in kept}
+        if lines:
+            log.info("%s: %d steps are scored already", file, len(lines))
+        wanted: list[Key] = []
+
+        def missing() -> Iterator[Asked]:
+            for (run, step), request in asked:
+                if request is not None:
+                    key = (digest(request).hex(), run, step)
+                    wanted.append(key)
+                    if key not in lines:
+                        yield key, request
+
+        with cli.progress_bar() as progress:
+            bar = progress.add_task("scoring", total=None)
+            new = ({"id": key[1], "step": key[2], **line, "request_hash": key[0]} for key, line in answer(missing()))
+            for line in append_rows(file, new):
+                lines[line["request_hash"], line["id"], line["step"]] = line
+                progress.advance(bar)
+    return _scores(file, [lines[key] for key in wanted if key in lines])
+
+
+def _scores(file: Path, lines: list[Any]) -> dict[StepId, float]:
+    scores = {(line["id"], line["step"]): line["score"] for line in lines if line["status"] in SCORED}
+    if not scores:
+        reason = lines[0]["reason"] if lines else "no step asks for a score"
+        raise DataError(f"{file}: none of {len(lines)} steps got a score; the first one: {reason}.")
+    return scores
+
+
+# --- a server ---------------------------------------------------------------------------------------------------------
+
+_SYSTEMONE = "/systemone"
+_LONGEST_VERDICT = 1024
+"""Tokens."""
+_WINDOW = 64
+"""Steps that are asked before their lines are written."""
+
+
+def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
+    """The server of `--predict-with`.
+
+    Raises:
+        UsageError: not an address, no name of a model, or a key that cannot be sent.
+    """
+    url = arguments.predict_with
+    check_url(url)
+    if not arguments.server_model:
+        raise UsageError("--predict-with needs --server-model, the name of the model on the server.")
+    key = os.environ.get(arguments.api_key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"${arguments.api_key_env}: holds a character that no API key has. Set it again.")
+    return Endpoint(url.rstrip("/"), arguments.server_model, api_key=key or None)
+
+
+def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> dict[StepId, float]:
+    """Let a server score every step: one of typed questions where the address ends in /systemone, else a chat model.
+
+    A chat model gets the prompt that a trained judge gets, and its verdict is read as any judge's.
+
+    Args:
+        exam: the exam.
+        endpoint: the server.
+        rubric: what is asked.
+        file: one line a step.
+
+    Raises:
+        DataError: the server cannot be reached, or no step got a score.
+        UsageError: an exam or a rubric that typed questions cannot ask.
+    """
+    is_typed = endpoint.base_url.endswith(_SYSTEMONE)
+    if is_typed and (len(rubric.keys) > 1 or len(rubric.anchors) < 2 or any(run.record is None for run in exam.runs)):
+        raise UsageError(
+            f"{endpoint.name}: typed questions need whole runs, and a rubric of one key and two or more anchors. Make the "
+            "exam again with import_trajectories.py --labels, and keep both of its files."
+        )
+
+    records = {run.trajectory_id: run.record for run in exam.runs if run.record is not None}
+
+    async def ask_one(connection: Connection, key: Key, request: Request) -> float | str:
+        if is_typed:
+            answer = await connection.ask_json("systemone", _typed_question(records[key[1]], key[2], rubric))
+            return _read_typed(answer, rubric)
+        messages = [{"role": "user", "content": request.prompt}]
+        chat = await connection.chat({"messages": messages, "temperature": 0, "max_tokens": _LONGEST_VERDICT})
+        verdict = read_verdict(chat.text)
+        return verdict.reason if isinstance(verdict, Unreadable) else fmean(verdict.scores.values())
+
+    base = Endpoint(endpoint.base_url.removesuffix(_SYSTEMONE), endpoint.model, api_key=endpoint.api_key)
+
+    def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, Line]]:
+        while window := list(islice(missing, _WINDOW)):
+            yield from asyncio.run(_ask_window(base, window, ask_one))
+
+    # A server on another port with the same model gives the same answers.
+    fingerprint = {"model": endpoint.model, "typed": is_typed, "rubric": rubric.sha256, "format": 1}
+    return _ask(prompts_of(exam, rubric), file, fingerprint, answer)
+
+
+async def _ask_window(endpoint: Endpoint, window: list[Asked], ask_one: Callable[..., Any]) -> list[tuple[Key, Line]]:
+    async with Connection(endpoint, Vocabulary(0, dict), ServerState()) as connection:
+
+        async def line_of(key: Key, request: Request) -> tuple[Key, Line]:
+            try:
+                found = await ask_one(connection, key, request)
+            except RowFailure as failure:
+                return key, _server_line(None, "failed", str(failure))
+            return key, _server_line(None, "unparsed", found) if isinstance(found, str) else _server_line(found)
+
+        return await asyncio.gather(*(line_of(*asked) for asked in window))
+
+
+def _server_line(score: float | None, status: str = "ok", reason: str | None = None) -> Line:
+    return {"score": rounded(score), "std": None, "label_mass": None, "status": status, "reason": reason}
+
+
+def _typed_question(run: Trajectory, n: int, rubric: Rubric) -> dict[str, Any]:
+    """The state up to a step, and one question about it, in the levels of the rubric."""
+    history = [{"role": "assistant", "content": step_text(step)} for step in run.steps[: n - 1]]
+    question = {
+        "type": "score",
+        "instructions": rubric.instructions,
+        "criteria": [anchor.partition(": ")[2] for anchor in _levels(rubric)],
+    }
+    state = {"task": run.task or "(not recorded)", "history": history, "output": step_text(run.steps[n - 1])}
+    return {"state": state, "questions": {rubric.keys[0]: question}}
+
+
+def _levels(rubric: Rubric) -> list[str]:
+    return sorted(rubric.anchors, key=lambda anchor: float(anchor.partition(":")[0]))
+
+
+def _read_typed(answer: Mapping[str, Any], rubric: Rubric) -> float | str:
+    """The score that an answer means: its levels stand for the numbers of the rubric's anchors."""
+    answers = answer.get("answers")
+    found = answers.get(rubric.keys[0]) if isinstance(answers, dict) else None
+    if not isinstance(found, dict):
+        return "no answer to the question"
+    values = [float(anchor.partition(":")[0]) for anchor in _levels(rubric)]
+    chances = found.get("probabilities")
+    if isinstance(chances, dict) and chances.keys() == {str(level) for level in range(len(values))}:
+        shares = list(chances.values())
+        if all(map(_is_number, shares)) and min(shares) >= 0 and abs(math.fsum(shares) - 1) < 0.01:
+            return math.fsum(chances[str(level)] * value for level, value in enumerate(values)) / math.fsum(shares)
+    level = found.get("score", found.get("choice"))
+    if isinstance(level, str) and level.isdigit():
+        level = int(level)
+    if not _is_number(level) or not 0 <= level <= len(values) - 1:
+        return f"the answer {level!r:.40} is no level from 0 to {len(values) - 1}"
+    below = min(int(level), len(values) - 2)
+    return values[below] + (level - below) * (values[below + 1] - values[below])
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
