@@ -182,8 +182,8 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
     is_typed = endpoint.base_url.endswith(_SYSTEMONE)
     if is_typed and (len(rubric.keys) > 1 or len(rubric.anchors) < 2 or any(run.record is None for run in exam.runs)):
         raise UsageError(
-            f"{endpoint.name}: typed questions need whole runs, and a rubric of one key and two or more anchors. Make the "
-            "exam again with import_trajectories.py --labels, and keep both of its files."
+            f"{endpoint.name}: typed questions need whole runs, and a rubric of one key and two or more anchors. Make "
+            "the exam again with import_trajectories.py --labels, and keep both of its files."
         )
 
     records = {run.trajectory_id: run.record for run in exam.runs if run.record is not None}
