@@ -114,8 +114,14 @@ class Exam:
 
     @cached_property
     def by_id(self) -> Mapping[str, ExamRun]:
-        """The runs by their id."""
-        return {run.trajectory_id: run for run in self.runs}
+        """The runs by their id; by their task's id or the name of their file as well, where that names one run."""
+        named: dict[str, list[ExamRun]] = defaultdict(list)
+        for run in self.runs:
+            file = str(run.record.source.get("file")) if run.record else ""
+            for name in {run.task_id, file, file.removesuffix(".json")}:
+                named[name].append(run)
+        single = {name: runs[0] for name, runs in named.items() if len(runs) == 1 and name}
+        return single | {run.trajectory_id: run for run in self.runs}
 
 
 def read_exam(file: Path) -> Exam:

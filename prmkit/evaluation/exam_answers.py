@@ -8,6 +8,7 @@ A line of a file of answers is one of these, with the judge's name in `judge`, `
   from message to -1, 0 or 1.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from prmkit.files import read_jsonl
 from prmkit.rows import Rejected, read_row, whole_number
 from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
 from prmkit.verdict import Unreadable, read_verdict
+
+log = logging.getLogger("prmkit")
 
 StepId = tuple[str, int]
 """Id of the run and number of the step."""
@@ -72,8 +75,13 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
             _add_verdict(judge, run, value, place)
         else:
             for step, score in _scores_in(value, indexes[run.trajectory_id], place):
+                if step is None and run.is_whole and not _counts_messages(value):
+                    raise DataError(
+                        f"{place}: the run {run.trajectory_id} has no such step; it has 1 to {len(run.steps)}. If "
+                        "messages are counted, name the field source_index (from 0)."
+                    )
                 if score is None or step is None:
-                    judge.unplaced["without a score" if step is not None else "of steps that the run has not"] += 1
+                    judge.unplaced["without a score" if step is not None else "of steps that are not in the exam"] += 1
                 elif given.setdefault(name, {}).setdefault((run.trajectory_id, step), score) != score:
                     raise DataError(f"{place}: {name} scores this step a second time, and otherwise. Keep one line.")
     _add_scores(judges, given, file)
@@ -81,6 +89,11 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
         first = exam.runs[0].trajectory_id
         raise DataError(f"{file}: no line is about a step of {exam.file}, whose first run has the id {first}.")
     return list(judges.values())
+
+
+def _counts_messages(value: Mapping[str, Any]) -> bool:
+    """Whether steps are named by their messages, of which some may be somebody else's."""
+    return "source_index" in value or any(key.endswith("step_labels") for key in value)
 
 
 def _judge_of(value: Mapping[str, Any]) -> str | None:
@@ -183,6 +196,8 @@ def _add_verdict(judge: Answers, run: ExamRun, value: Mapping[str, Any], place: 
 def _add_scores(judges: Mapping[str, Answers], given: Mapping[str, Mapping[StepId, float]], file: Path) -> None:
     """Scores as they are; raw verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
     is_ternary = any(score < 0 for scores in given.values() for score in scores.values())
+    if not is_ternary and all(set(scores.values()) == {0.0, 1.0} for scores in given.values()) and given:
+        log.warning("%s: only scores of 0 and 1, without -1: 0 is read as bad and 1 as good", file)
     for name, scores in given.items():
         raw = {step: score - _RAW if score > 1 else score for step, score in scores.items()}
         if not is_ternary and raw == scores:

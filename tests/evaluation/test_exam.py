@@ -106,6 +106,17 @@ def test_a_judge_that_knows_the_labels_reaches_everything(ternary: Path) -> None
     }
 
 
+def test_messages_may_be_counted_and_runs_named_by_their_file(tmp_path: Path) -> None:
+    exam = make_exam(tmp_path, "who-and-when", public.first_error_marked())
+    lines = [
+        {"id": str(number), "source_index": place, "score": float(str(place) != run["mistake_step"])}
+        for number, run in enumerate(public.first_error_marked())
+        for place in range(5)
+    ]
+    found = take(exam, "--predictions", public.write_lines(tmp_path / "known.jsonl", lines))["known"]
+    assert value(found, "located") == value(found, "agent") == value(found, "auroc") == 1
+
+
 def test_verdicts_on_runs_are_measured_as_trajectory_judge_does(tmp_path: Path) -> None:
     exam = make_exam(tmp_path, "trajectory-judge", public.injected_faults())
     lines = [
@@ -180,6 +191,9 @@ def test_rows_alone_have_no_first_error_and_say_so(tmp_path: Path, capsys: pytes
         ({"id": "quiz_0.0", "step": 1, "score": 4}, "not from 0 to 1"),
         ({"id": "quiz_0.0", "step": "first", "score": 1}, "not a whole number"),
         ({"id": "quiz_0.0", "step": 1}, "no score"),
+        ({"id": "quiz_0.0", "step": 6, "score": 1}, "source_index"),
+        ({"id": "quiz_0.0", "step": 0, "score": 1}, "source_index"),
+        ({"id": "quiz_0.0", "source_index": 3, "score": 1}, "no line is about a step"),
         ({"id": "another run", "step": 1, "score": 1}, "no line is about a step"),
         ({"trajectory_id": "quiz_0.0", "step_labels": {"2": 5}}, "not -1, 0 or 1"),
         ([1, 2], "not an object"),
