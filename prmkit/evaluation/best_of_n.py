@@ -22,7 +22,7 @@ from prmkit.errors import DataError, ExitCode
 from prmkit.evaluation import statistics
 from prmkit.evaluation.estimates import Estimate, make_sample, measure
 from prmkit.evaluation.exam import Exam, ExamRun, ExamStep
-from prmkit.evaluation.exam_answers import Answers, read_answers
+from prmkit.evaluation.exam_answers import Answers, read_answers, run_of
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
 from prmkit.evaluation.exam_command import folder_of
 from prmkit.files import read_jsonl, sha256_of, write_json
@@ -30,6 +30,7 @@ from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
 from prmkit.judge.types import AGGREGATES
 from prmkit.prompts.step import load_rubric
+from prmkit.rows import whole_number
 from prmkit.scoring.rows import check_rubric
 from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
 from prmkit.trajectory import Result, Trajectory
@@ -148,27 +149,76 @@ def pick_best_of_n(arguments: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE
 
 
+_OUTCOMES = ("outcome", "reward", "success", "succeeded")
+
+
 def _outcome_lines(file: Path) -> list[Attempt]:
-    """Lines of `{task_id, trajectory_id, outcome, scores}`; empty for a file of runs."""
+    """Lines with an outcome and no run in them; empty for a file of runs.
+
+    A line is a run with its `scores`, or a step with its `score` (as of score_trajectories.py, with the outcome added),
+    or a run whose scores are in the file of `--predictions`.
+    """
     if not file.is_file() or not file.name.removesuffix(".gz").endswith(".jsonl"):
         return []
-    first = next(iter(read_jsonl(file)), None)
-    if not isinstance(first, dict) or "task_id" not in first or {"steps", "messages", "traj"} & first.keys():
+    if not _is_outcome_line(next(iter(read_jsonl(file)), None)):
         return []
-    if "scores" not in first:
-        return []
-    return [_outcome_line(value, f"{file}:{number}") for number, value in enumerate(read_jsonl(file), start=1)]
+    runs: dict[str, Attempt] = {}
+    steps: dict[str, dict[int, float | None]] = defaultdict(dict)
+    for number, value in enumerate(read_jsonl(file), start=1):
+        place = f"{file}:{number}"
+        if not _is_outcome_line(value):
+            raise DataError(f"{place}: not a line with task_id and outcome, as the first one is.")
+        attempt, step, score = _outcome_line(value, place)
+        name = attempt.trajectory_id
+        if name in runs and (step is None or step in steps[name] or runs[name].outcome != attempt.outcome):
+            raise DataError(f"{place}: a second line of {name}. Give each run a trajectory_id, and each step a number.")
+        runs[name] = attempt
+        if step is not None:
+            steps[name][step] = score
+    return [_of_steps(run, steps[name]) if name in steps else run for name, run in runs.items()]
 
 
-def _outcome_line(value: Any, place: str) -> Attempt:
-    scores = value.get("scores") if isinstance(value, dict) else None
-    if not isinstance(scores, list) or not scores or not all(map(_is_share, scores)):
-        raise DataError(f"{place}: scores is not a list of numbers from 0 to 1, one a step.")
-    outcome = _outcome_of(value.get("outcome", value.get("reward", value.get("success"))))
-    if outcome is None or value.get("task_id") in (None, ""):
-        raise DataError(f"{place}: no task_id, or no outcome from 0 to 1 (outcome, reward or success).")
-    name = value.get("trajectory_id") or f"{value['task_id']}.{value.get('trial', place)}"
-    return Attempt(str(name), str(value["task_id"]), outcome, len(scores), scores=tuple(map(float, scores)))
+def _is_outcome_line(value: Any) -> bool:
+    """Whether a value has an outcome and is not a run in one of the forms of import_trajectories.py."""
+    if not isinstance(value, dict):
+        return False
+    nested = {key for key, item in value.items() if isinstance(item, list | dict)}
+    about = _about(value)
+    return nested <= {"scores", "metadata", "outcome"} and "task_id" in about and any(key in about for key in _OUTCOMES)
+
+
+def _about(value: Mapping[str, Any]) -> dict[str, Any]:
+    metadata = value.get("metadata")
+    return {**(metadata if isinstance(metadata, dict) else {}), **value}
+
+
+def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | None, float | None]:
+    """The run of a line; for a line of one step, its number and score too."""
+    about = _about(value)
+    outcome = _outcome_of(next((about[key] for key in _OUTCOMES if key in about), None))
+    if outcome is None or about.get("task_id") in (None, ""):
+        raise DataError(f"{place}: no task_id, or no outcome from 0 to 1 ({', '.join(_OUTCOMES)}).")
+    task = str(about["task_id"])
+    attempt = Attempt(str(about.get("trajectory_id") or f"{task}.{about.get('trial', place)}"), task, outcome, 0)
+    scores = value.get("scores")
+    if isinstance(scores, list) or ("scores" in value and "score" not in value):
+        if not isinstance(scores, list) or not scores or not all(map(_is_share, scores)):
+            raise DataError(f"{place}: scores is not a list of numbers from 0 to 1, one a step.")
+        return replace(attempt, steps=len(scores), scores=tuple(map(float, scores))), None, None
+    if "score" not in value:
+        return attempt, None, None
+    step, score = whole_number(about.get("step", about.get("clip_number"))), value["score"]
+    if step is None or not (score is None or _is_share(score)):
+        raise DataError(f"{place}: a step has a number (step) and a score from 0 to 1.")
+    return attempt, step, score
+
+
+def _of_steps(run: Attempt, steps: Mapping[int, float | None]) -> Attempt:
+    """The run of lines of steps; without scores where a step is missing or has none."""
+    found = [steps[number] for number in sorted(steps)]
+    known = tuple(score for score in found if score is not None)
+    is_whole = len(known) == len(found) and sorted(steps) == list(range(1, len(steps) + 1))
+    return replace(run, steps=len(found), scores=known if is_whole else None)
 
 
 def _is_share(value: Any) -> bool:
@@ -234,6 +284,9 @@ def _with_judge(
 
 
 def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -> list[Attempt]:
+    if not all(each.steps for each in attempts):  # lines of outcomes alone: the scores say how long each run is
+        counts = Counter(run_of(value) for value in read_jsonl(file) if isinstance(value, dict))
+        attempts = [replace(each, steps=each.steps or counts[each.trajectory_id] or 1) for each in attempts]
     runs = tuple(
         ExamRun(each.trajectory_id, each.task_id, None, "", tuple(map(ExamStep, range(1, each.steps + 1))), True)
         for each in attempts

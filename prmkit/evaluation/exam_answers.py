@@ -68,7 +68,7 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
             raise DataError(f"{place}: not an object with id, step and score.")
         name = _judge_of(value) or file.name.removesuffix(".gz").removesuffix(".jsonl")
         judge = judges.setdefault(name, Answers(name))
-        run = exam.by_id.get(_run_of(value))
+        run = exam.by_id.get(run_of(value))
         if run is None:
             judge.unplaced["of runs that are not in the exam"] += 1
         elif "faulty" in value or "failure_step" in value:
@@ -102,7 +102,8 @@ def _judge_of(value: Mapping[str, Any]) -> str | None:
     return next((str(place[key]) for place in places for key in _JUDGES if place.get(key)), None)
 
 
-def _run_of(value: Mapping[str, Any]) -> str:
+def run_of(value: Mapping[str, Any]) -> str:
+    """The id of the run that a line is about."""
     metadata = value.get("metadata")
     if isinstance(metadata, dict) and metadata.get("trajectory_id"):
         return str(metadata["trajectory_id"])

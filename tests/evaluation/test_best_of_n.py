@@ -80,6 +80,26 @@ def test_lines_with_scores_and_outcomes_need_nothing_else(tmp_path: Path) -> Non
     assert found["judge: last"]["2"]["value"] == 1 and found["random"]["2"]["value"] == 0.5
 
 
+def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(tmp_path: Path) -> None:
+    """As score_trajectories.py writes them, with the outcome of the run added; and both in files of their own."""
+    steps = [
+        {"id": f"{task}.{trial}#{step}", "scores": {"step_score": 0.5}, "score": (trial + step) / 10,
+         "metadata": {"task_id": str(task), "trajectory_id": f"{task}.{trial}", "step": step}}
+        for task in range(3) for trial in range(2) for step in (2, 1)
+    ]  # fmt: skip
+    lines = [step | {"success": step["metadata"]["trajectory_id"][-1] == "1"} for step in steps]
+    one = pick(public.write_lines(tmp_path / "scored.jsonl", lines))
+    outcomes = [{"task_id": task, "trajectory_id": f"{task}.{trial}", "outcome": trial}
+                for task in range(3) for trial in range(2)]  # fmt: skip
+    scores = public.write_lines(tmp_path / "scores.jsonl", steps)
+    two = pick(public.write_lines(tmp_path / "outcomes.jsonl", outcomes), "--predictions", scores)
+    assert one["picks"] == two["picks"] and one["picks"]["judge: last"]["2"]["value"] == 1
+    with pytest.raises(DataError, match="second line"):
+        pick(public.write_lines(tmp_path / "twice.jsonl", [*lines, lines[0]]))
+    found = pick(public.write_lines(tmp_path / "gap.jsonl", [lines[0], *lines[2:]]))  # the first step of a run
+    assert found["tasks"] == 2
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
