@@ -244,7 +244,9 @@ def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
 # --- what a judge was trained on --------------------------------------------------------------------------------------
 
 
-def check_not_trained_on(exam: Exam, config: Mapping[str, Any], data_folder: Path) -> None:
+def check_not_trained_on(
+    exam: Exam, config: Mapping[str, Any], data_folder: Path, trained_on: Mapping[str, str] | None = None
+) -> None:
     """Reject a judge that was trained on a task of the exam.
 
     Tasks are the same when their texts are, however the two sets name them. Ids are compared where a text is not
@@ -254,15 +256,16 @@ def check_not_trained_on(exam: Exam, config: Mapping[str, Any], data_folder: Pat
         exam: the exam.
         config: of the judge's run.
         data_folder: holds its training data.
+        trained_on: SHA-256 of the training files by dataset, where the run's record has it.
 
     Raises:
         UsageError: at least one task is in both.
-        DataError: the training data is not there, so nobody can know.
+        DataError: the training data is not there, or is another by now, so nobody can know.
     """
     hashes: set[str] = set()
     ids: set[tuple[str, str]] = set()
     unhashed: set[str] = set()
-    for metadata in _training_metadata(config, data_folder):
+    for metadata in _training_metadata(config, data_folder, trained_on or {}):
         identity = str(metadata.get("task_id"))
         ids.add((str(metadata.get("provider")), identity))
         if metadata.get("task_hash"):
@@ -285,7 +288,9 @@ def check_not_trained_on(exam: Exam, config: Mapping[str, Any], data_folder: Pat
         )
 
 
-def _training_metadata(config: Mapping[str, Any], data_folder: Path) -> Iterator[Mapping[str, Any]]:
+def _training_metadata(
+    config: Mapping[str, Any], data_folder: Path, trained_on: Mapping[str, str]
+) -> Iterator[Mapping[str, Any]]:
     names = split_names(config.get("dataset") or [])
     entries = read_entries(data_folder) if data_folder.is_dir() else {}
     for name in names:
@@ -295,6 +300,11 @@ def _training_metadata(config: Mapping[str, Any], data_folder: Path) -> Iterator
             raise DataError(
                 f"{data_folder}: the training data {name} with its sidecar is not here, so whether the judge was "
                 "trained on the exam's tasks cannot be checked. Name its folder with --data-dir."
+            )
+        if name in trained_on and (not entry or not entry.file or sha256_of(entry.file) != trained_on[name]):
+            raise DataError(
+                f"{data_folder}: {name} is not what the judge was trained on; it was converted again. Name the folder "
+                "with the rows of its training with --data-dir."
             )
         for row in read_jsonl(sidecar):
             yield row.get("metadata") or {}

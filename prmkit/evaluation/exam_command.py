@@ -14,7 +14,7 @@ from prmkit.evaluation.exam_answers import Answers, read_answers
 from prmkit.evaluation.exam_asking import ask_server, endpoint_of, prompts_of, score_steps
 from prmkit.evaluation.exam_figures import Entrant, constants, examine
 from prmkit.evaluation.summary import MIN_SCORED
-from prmkit.files import write_json
+from prmkit.files import read_json, write_json
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import JudgeSource, check_folders, config_of_run
 from prmkit.prompts.step import Rubric, load_rubric
@@ -80,10 +80,18 @@ def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
     above = [folder / named for folder in run.resolve().parents[:3]] if run else []
     folder = arguments.data_dir or next((place for place in (named, *above) if place.is_dir()), named)
     try:
-        check_not_trained_on(exam, config, folder)
+        check_not_trained_on(exam, config, folder, _trained_on(run) if run else None)
     except DataError as error:
         return f"Whether the judge was trained on tasks of the exam is not known: {error}"
     return None
+
+
+def _trained_on(run: Path) -> dict[str, str]:
+    """The hashes of the training files that the record of a run has, by dataset."""
+    record = next((place / "run.json" for place in (run, run.parent) if (place / "run.json").is_file()), None)
+    dataset = read_json(record).get("dataset") if record else None
+    known = dataset if isinstance(dataset, dict) else {}
+    return {str(known["name"]): str(known["sha256"])} if {"name", "sha256"} <= known.keys() else {}
 
 
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:

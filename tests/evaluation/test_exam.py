@@ -300,6 +300,12 @@ def test_a_judge_that_was_trained_on_a_task_is_refused(tmp_path: Path, model_fol
     public.write_lines(data / "mine.meta.jsonl", [{"metadata": other | {"task_id": "q1", "task_hash": None}}])
     with pytest.raises(UsageError, match="q1"):
         take(exam, "--run", run)
+    # Rows that were converted again since then say nothing of the training.
+    public.write_lines(data / "mine.meta.jsonl", [{"metadata": other}])
+    record = {"config": config, "rubrics": [load_rubric().sha256], "dataset": {"name": "mine", "sha256": "0" * 64}}
+    write_json(run / "run.json", record)
+    with pytest.raises(GateError, match="converted again"):
+        take(exam, "--run", run, "--min-auroc", 0)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
