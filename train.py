@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from prmkit import cli
 from prmkit.errors import ExitCode
+from prmkit.registered import UseRegistered
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,6 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-bs", "--batch-size", metavar="N", help="rows per device and step")
     add("--export", action="store_true", help="merge the adapter into the base model after training")
     add("--export-only", nargs="?", const="", metavar="FOLDER", help="merge an existing run or checkpoint")
+    judge = "merge a registered version: production, NAME@NUMBER; instead of --export-only FOLDER"
+    add("--judge", dest="export_only", action=UseRegistered, default=argparse.SUPPRESS, metavar="VERSION", help=judge)
     add("--evaluate", action="store_true", help="measure the judge on held-out rows after training")
     check = "check the config, this machine, the model and the data, and stop"
     add("--validate-only", "--doctor", action="store_true", help=check)

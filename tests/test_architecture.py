@@ -131,6 +131,7 @@ def test_without_the_packages_a_script_helps_and_names_the_command(name: str, tm
 
 
 ARGUMENTS = {
+    "manage_judges.py": ["list"],
     "label_steps.py": ["finetune.jsonl"],
     "score_trajectories.py": ["finetune.jsonl"],
     "ask_judges.py": ["finetune.jsonl", "--judges", "examples/judges.yaml", "--output", "/dev/null"],

@@ -26,7 +26,12 @@ MADE = ("data/", "saves/", "logs/", "exported_model", "demo/", "model/", ".venv"
 @cache
 def _help(name: str) -> str:
     program = [sys.executable, ROOT / name] if name.endswith(".py") else [ROOT / name]
-    return subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
+    commands = re.findall(r"^    (\w+) {2,}\w", shown.partition("COMMAND\n")[2], re.MULTILINE)
+    return shown + "".join(
+        subprocess.run([*program, command, "--help"], capture_output=True, text=True, check=True).stdout
+        for command in commands
+    )
 
 
 def _commands(page: Path) -> list[str]:

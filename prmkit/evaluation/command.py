@@ -28,6 +28,7 @@ from prmkit.judge.sources import (
 )
 from prmkit.judge.types import Request
 from prmkit.model_card import write_model_card
+from prmkit.registered import is_registered, results_folder
 
 log = logging.getLogger("prmkit")
 
@@ -44,6 +45,8 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         GateError: it is worse than asked for, or that cannot be decided.
     """
     _check_arguments(arguments)
+    if arguments.run and is_registered(arguments.run) and not (arguments.parity or arguments.output):
+        arguments.output = results_folder(arguments.run)  # a registered version never changes
     if arguments.exam:
         return take_exam(arguments)
     if arguments.best_of_n:

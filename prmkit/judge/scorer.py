@@ -23,6 +23,7 @@ from prmkit.judge.sources import (
     judge_source_of_run,
 )
 from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
+from prmkit.registered import UseRegistered
 from prmkit.verdict import Shape, asked_shape
 
 if TYPE_CHECKING:
@@ -205,6 +206,14 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `judge_source` and `scorer_of` read, but for the server's flags."""
     group = parser.add_argument_group("the judge")
     group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default {DEFAULT_RUN})")
+    group.add_argument(
+        "--judge",
+        dest="run",
+        action=UseRegistered,
+        default=argparse.SUPPRESS,
+        metavar="VERSION",
+        help="a registered one: production, NAME@NUMBER (manage_judges.py); instead of --run",
+    )
     group.add_argument("--model", metavar="FOLDER", help="an exported model, or a base model; instead of --run")
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA weights for --model")
     group.add_argument("--template", help="LLaMA Factory's template (default: the one of the training)")

@@ -1,0 +1,223 @@
+"""Registered judges: which versions exist, which one a name means, and whether its files are as they were.
+
+`history.jsonl` is the registry. A version exists, or a tag points somewhere, because a line of it says so: one line is
+written at once and synced, so there is no half state to find after a crash, and what happened is what holds.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import DataError, UsageError
+from prmkit.files import read_json, sha256_of
+
+REGISTRY_VARIABLE = "PRMKIT_JUDGES"
+HISTORY_FILE = "history.jsonl"
+VERSION_FILE = "version.json"
+RUN, DATA, ROWS = "run", "data", "rows"
+"""Folders of a version: the run, the datasets it was trained and measured on, and the rows they were made of."""
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def registry_folder() -> Path:
+    """Where the judges are: `judges/`, or what the variable PRMKIT_JUDGES names (for cron, which starts elsewhere)."""
+    return Path(os.environ.get(REGISTRY_VARIABLE) or "judges")
+
+
+@dataclass(frozen=True, order=True)
+class VersionId:
+    """A version of a judge."""
+
+    name: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+@dataclass
+class State:
+    """What the lines of a history amount to."""
+
+    versions: list[VersionId] = field(default_factory=list)
+    """Those that exist, oldest first."""
+    last_number: dict[str, int] = field(default_factory=dict)
+    """By judge, the highest number ever given: a number is not used twice, also after `remove`."""
+    tags: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    """(judge, tag) -> the versions that had it, the present one last."""
+
+    def tagged(self, name: str, tag: str) -> int | None:
+        """The version that has a tag now."""
+        versions = self.tags.get((name, tag))
+        return versions[-1] if versions else None
+
+    def tags_of(self, version: VersionId) -> list[str]:
+        """The tags that point to a version now."""
+        return sorted(
+            tag for (name, tag), held in self.tags.items() if name == version.name and held[-1:] == [version.number]
+        )
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The actions so far. A last line without its end was being written when the machine stopped, and never happened.
+
+    Raises:
+        DataError: a line is damaged: what holds is then not known.
+    """
+    import orjson
+
+    try:
+        whole = (folder / HISTORY_FILE).read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{folder / HISTORY_FILE}: {error.strerror}.") from error
+    lines = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            value = orjson.loads(line)
+            str(value["action"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{folder / HISTORY_FILE}:{number}: damaged. Restore the file from a backup.") from error
+        lines.append(value)
+    return lines
+
+
+def state_of(history: Sequence[Mapping[str, Any]]) -> State:
+    """Replay the actions."""
+    state = State()
+    for line in history:
+        action, name, number = line["action"], str(line.get("judge")), int(line.get("version") or 0)
+        if action == "add":
+            state.versions.append(VersionId(name, number))
+            state.last_number[name] = max(number, state.last_number.get(name, 0))
+        elif action == "remove":
+            state.versions.remove(VersionId(name, number))
+            for (judge, _), held in state.tags.items():
+                held[:] = [each for each in held if (judge, each) != (name, number)]
+        elif action == "tag":
+            state.tags.setdefault((name, line["tag"]), []).append(number)
+        elif action == "rollback":
+            state.tags[name, line["tag"]].pop()
+    return state
+
+
+def find_version(reference: str, folder: Path | None = None) -> VersionId:
+    """The version that a person means.
+
+    Args:
+        reference: a tag (`production`), a number, or with the judge's name `NAME@TAG`, `NAME@NUMBER`.
+        folder: the registry.
+
+    Raises:
+        UsageError: it means none, or several.
+    """
+    folder = folder or registry_folder()
+    state = state_of(read_history(folder))
+    named, _, rest = reference.rpartition("@")
+    known = list(dict.fromkeys(version.name for version in state.versions))
+    if not known:
+        raise UsageError(f"{folder}: no judge is registered. Add one: python manage_judges.py add saves/RUN")
+    matches = [
+        version
+        for version in state.versions
+        if named in ("", version.name)
+        and (rest == str(version.number) or state.tagged(version.name, rest) == version.number)
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UsageError(f"{reference}: could be {' or '.join(map(str, matches))}. Write the judge's name: NAME@{rest}")
+    tags = sorted({f"{name}@{tag}" for (name, tag), held in state.tags.items() if held})
+    shown = ", ".join([*tags, *map(str, state.versions[-5:])])
+    raise UsageError(f"{reference}: no such version or tag in {folder}. There are {shown}.")
+
+
+def folder_of_version(version: VersionId, folder: Path | None = None) -> Path:
+    """The folder of a version."""
+    return (folder or registry_folder()) / version.name / str(version.number)
+
+
+def read_version(version: VersionId, folder: Path | None = None) -> dict[str, Any]:
+    """The record of a version.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    file = folder_of_version(version, folder) / VERSION_FILE
+    record = read_json(file)
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        raise DataError(f"{file}: damaged. Restore it from a backup.")
+    return record
+
+
+def check_files(version: VersionId, folder: Path | None = None, *, below: str = "") -> None:
+    """Check that the files of a version are those that were added.
+
+    Args:
+        version: which.
+        folder: the registry.
+        below: check only files in this folder of the version, such as `run`.
+
+    Raises:
+        DataError: a file was changed, added or deleted.
+    """
+    place = folder_of_version(version, folder)
+    expected = {name: sha for name, sha in read_version(version, folder)["files"].items() if name.startswith(below)}
+    found = {str(file.relative_to(place)) for file in (place / below).rglob("*") if file.is_file() or file.is_symlink()}
+    for name in sorted(expected.keys() | found - {VERSION_FILE}):
+        what = "was added" if name not in expected else "is missing" if name not in found else None
+        if what is None and ((place / name).is_symlink() or sha256_of(place / name) != expected[name]):
+            what = "was changed"
+        if what:
+            raise DataError(
+                f"{place / name}: {what} since {version} was registered. Restore it, or use another version."
+            )
+
+
+def registered_run(reference: str) -> Path:
+    """The run of a registered version, after its files were checked.
+
+    Raises:
+        UsageError: there is no such version.
+        DataError: its files are not those that were added.
+    """
+    version = find_version(reference)
+    check_files(version, below=f"{RUN}/")
+    return folder_of_version(version) / RUN
+
+
+def is_registered(run: Path) -> bool:
+    """Whether a run's folder is the copy in a registry, in which nothing may be written."""
+    return run.name == RUN and (run.parent / VERSION_FILE).is_file()
+
+
+def results_folder(run: Path) -> Path:
+    """Where results about a registered run go: beside the versions, which never change."""
+    version = run.parent
+    return version.parent / "results" / version.name
+
+
+class UseRegistered(argparse.Action):
+    """`--judge REFERENCE` means the same as naming the run's folder."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Put the folder where the other flag would.
+
+        Raises:
+            UsageError: both were typed, or there is no such version.
+        """
+        if getattr(namespace, self.dest, None):
+            raise UsageError(f"{option_string} and a folder name two judges. Leave one of them out.")
+        run = registered_run(str(values))
+        setattr(namespace, self.dest, str(run) if self.dest == "export_only" else run)

@@ -1,0 +1,1 @@
+"""Versions of judges: registered, compared, retrained, watched in production."""

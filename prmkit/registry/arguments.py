@@ -1,0 +1,57 @@
+"""The flags of manage_judges.py. Imports nothing else, so that --help works without any package."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+_EPILOG = """\
+VERSION is a tag (production), a number, NAME@TAG or NAME@NUMBER. The judges
+are in judges/, or in the folder that the variable PRMKIT_JUDGES names.
+Elsewhere: evaluate_judge.py, score_trajectories.py, serve_judge.py and
+train.py --export-only take --judge VERSION.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """argparse cannot mix options and positional arguments where there are subcommands."""
+        parsed: argparse.Namespace = self.parse_args(args, namespace)
+        return parsed
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of manage_judges.py."""
+    parser = _Parser(description=description, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_versions(commands)
+    return parser
+
+
+def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    add = commands.add_parser("add", help="copy a finished run into the registry, with its data and its rows")
+    add.add_argument("run", type=Path, help="folder of a finished run of train.py")
+    add.add_argument("--name", default="judge", help="of the judge (default: judge)")
+    add.add_argument("--parent", metavar="VERSION", help="the version that it follows")
+    add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the rows that were converted")
+    add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: where the run says)")
+    listing = commands.add_parser("list", help="all versions, with their agreement with the judges")
+    show = commands.add_parser("show", help="one version, and whether its files are as they were")
+    show.add_argument("version")
+    diff = commands.add_parser("diff", help="what two versions differ in: settings, data, agreement")
+    diff.add_argument("version")
+    diff.add_argument("other")
+    tag = commands.add_parser("tag", help="let a tag, such as production, point to a version")
+    tag.add_argument("version")
+    tag.add_argument("tag")
+    back = commands.add_parser("rollback", help="let a tag point to the version that had it before")
+    back.add_argument("version", metavar="TAG")
+    remove = commands.add_parser("remove", help="delete a version that no tag points to")
+    remove.add_argument("version")
+    export = commands.add_parser("export", help="a folder with weights and model card, ready for a hub")
+    export.add_argument("version")
+    export.add_argument("--push-ready", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    history = commands.add_parser("history", help="who did what, when and why")
+    for command in (listing, show, diff, history):
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    for command in (add, tag, back, remove):
+        command.add_argument("--why", metavar="TEXT", help="kept in the history")

@@ -1,0 +1,381 @@
+"""Adding, tagging, rolling back and removing versions: under one lock, one synced line of history an action."""
+
+import getpass
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prmkit import registered
+from prmkit.errors import DataError, UsageError
+from prmkit.files import exclusive_lock, read_json, read_jsonl, sha256_of, write_json
+from prmkit.paths import REPORT, sidecar_of
+from prmkit.registered import DATA, ROWS, RUN, SAFE_NAME, State, VersionId
+
+log = logging.getLogger("prmkit")
+
+_PATIENCE = 60.0
+"""Seconds that a command waits for another one."""
+_LEFT_OUT = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
+"""Of a run: what resumes it, and what is written while it runs."""
+_PRIVATE = shutil.ignore_patterns(
+    "training_args.bin", "trainer_*", "resolved_config.yaml", "run.json", "predictions*", "report.html", "*.png"
+)
+"""Of a run: what says where and on which rows it was trained, and is of no use to whoever loads the judge."""
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[State]:
+    """Hold the registry; inside, nothing of what is read changes. What a killed command left is removed."""
+    with exclusive_lock(folder, "changing versions", lock=".registry.lock", patience=_PATIENCE):
+        state = registered.state_of(registered.read_history(folder))
+        _sweep(folder, state)
+        yield state
+
+
+def _sweep(folder: Path, state: State) -> None:
+    known = {registered.folder_of_version(version, folder) for version in state.versions}
+    for name in {*state.last_number, *(place.parent.name for place in folder.glob("*/.adding-*"))}:
+        for place in (folder / name).iterdir() if (folder / name).is_dir() else ():
+            if place.name.startswith(".adding-") or (place.name.isdigit() and place not in known):
+                _remove_folder(place)
+    # The folder of a first version whose line was never written.
+    for file in folder.glob(f"*/*/{registered.VERSION_FILE}"):
+        if file.parent.name.isdigit() and file.parent not in known:
+            _remove_folder(file.parent)
+
+
+def _remove_folder(place: Path) -> None:
+    for each in [place, *place.rglob("*")]:
+        if each.is_dir() and not each.is_symlink():
+            each.chmod(0o755)
+    shutil.rmtree(place)
+
+
+def write_history(folder: Path, action: str, why: str | None, **values: Any) -> None:
+    """Append one action, synced. The line is the action: without it, nothing happened.
+
+    Raises:
+        OSError: the disk is full; the history is then as before.
+    """
+    import orjson
+
+    file = folder / registered.HISTORY_FILE
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "who": _who(),
+        "action": action,
+        **values,
+        "why": why,
+    }
+    with file.open("ab") as stream:
+        end = stream.tell()
+        whole = file.read_bytes()
+        if whole and not whole.endswith(b"\n"):  # what a killed command began to write
+            end = whole.rfind(b"\n") + 1
+            stream.truncate(end)
+        try:
+            stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError as error:
+            os.truncate(file, end)
+            error.filename = error.filename or str(file)
+            raise
+    _sync_folder(folder)
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()}"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- add --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What is registered."""
+
+    run: Path
+    name: str
+    rows: Sequence[Path] = ()
+    """The input of the conversion; empty for what its report names, where these files are unchanged."""
+    data: Path | None = None
+    """The converted data; None for where the run says."""
+    evaluation: Path | None = None
+    """A folder with metrics; None for the run's own."""
+    parent: str | None = None
+    why: str | None = None
+    details: Mapping[str, Any] | None = None
+    """Recorded as they are: of a retraining, its key, gate and report."""
+
+
+def add_version(folder: Path, addition: Addition) -> VersionId:
+    """Copy a finished run into the registry, with its data and rows, and give it the next number.
+
+    Raises:
+        DataError: it is not a finished run, or the data beside it is not what it was trained on.
+        UsageError: the name cannot be a folder's name.
+    """
+    if not SAFE_NAME.fullmatch(addition.name):
+        raise UsageError(f"--name {addition.name!r}: use letters, digits, dots, dashes and underscores.")
+    record = _finished(addition.run)
+    with changing(folder) as state:
+        parent = str(registered.find_version(addition.parent, folder)) if addition.parent else None
+        version = VersionId(addition.name, state.last_number.get(addition.name, 0) + 1)
+        for other in state.versions:
+            if other.name == addition.name and registered.read_version(other, folder)["run_id"] == record["id"]:
+                raise UsageError(f"{addition.run}: is registered already, as {other}.")
+        final = registered.folder_of_version(version, folder)
+        building = final.with_name(f".adding-{final.name}")
+        building.mkdir(parents=True)
+        _copy_run(addition, building / RUN)
+        _copy_data(addition, record, building)
+        content = _content(version, addition, record, parent, building)
+        write_json(building / registered.VERSION_FILE, content)
+        _make_read_only(building)
+        building.rename(final)
+        _sync_folder(final.parent)
+        write_history(folder, "add", addition.why, judge=version.name, version=version.number, run=str(addition.run),
+                      run_id=record["id"], parent=parent)  # fmt: skip
+    return version
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    file = run / "run.json"
+    if not file.is_file():
+        raise DataError(f"{run}: no run.json, so no run of train.py. Name a folder in saves/.")
+    record = read_json(file)
+    if record.get("status") != "finished":
+        raise DataError(
+            f"{run}: its training is {record.get('status')}, not finished. Run the same training command again."
+        )
+    return dict(record)
+
+
+def _copy_run(addition: Addition, target: Path) -> None:
+    shutil.copytree(addition.run, target, ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=False)
+    if addition.evaluation:
+        shutil.rmtree(target / "evaluation", ignore_errors=True)
+        shutil.copytree(addition.evaluation, target / "evaluation")
+    # The base model is found from the run's folder first; from here the way there is another one.
+    record = read_json(target / "run.json")
+    base = record.get("base_model") or {}
+    beside = addition.run / str(base.get("relative"))
+    if base.get("relative") and beside.is_dir():
+        final = target.parent.with_name(target.parent.name.removeprefix(".adding-")) / RUN
+        base["relative"] = os.path.relpath(beside.resolve(), final.resolve())
+        write_json(target / "run.json", {**record, "base_model": base})
+
+
+def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> None:
+    """The training and held-out rows with their sidecars, and the input: what retraining needs."""
+    data = addition.data or _data_of(addition.run, record)
+    if data is None:
+        log.warning(
+            "warning: the data of %s was not found: it cannot be retrained. Name it with --data-dir.", addition.run
+        )
+        return
+    info = read_json(data / "dataset_info.json")
+    (target / DATA).mkdir()
+    kept = {}
+    for side in ("dataset", "eval_dataset"):
+        described = record.get(side) or {}
+        name = described.get("name")
+        if name not in info:
+            continue
+        file = data / info[name]["file_name"]
+        if sha256_of(file) != described["sha256"]:
+            raise DataError(
+                f"{file}: is not what {addition.run} was trained with. Convert the same rows again, or use --data-dir."
+            )
+        kept[name] = info[name]
+        for each in (file, sidecar_of(file)):
+            if each.is_file():
+                (target / DATA / each.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(each, target / DATA / each.relative_to(data))
+    write_json(target / DATA / "dataset_info.json", kept)
+    if (data / REPORT).is_file():
+        shutil.copy2(data / REPORT, target / DATA / REPORT)
+        _copy_rows(addition, read_json(data / REPORT), data, target / ROWS)
+
+
+def _data_of(run: Path, record: Mapping[str, Any]) -> Path | None:
+    named = Path(record["config"].get("dataset_dir") or "data")
+    places = [named, *(above / named for above in run.resolve().parents[:4])]
+    return next((place for place in places if (place / "dataset_info.json").is_file()), None)
+
+
+def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target: Path) -> None:
+    wanted = [source["sha256"] for source in report["inputs"]]
+    # Where it was converted, and where the project is now.
+    folders = [Path(), *data.resolve().parents[:4]]
+    named = [folder / source["source"] for source in report["inputs"] for folder in folders]
+    places = [*addition.rows] or named
+    found = {sha256_of(place): place for place in places if place.is_file()}
+    if set(wanted) - set(found):
+        if addition.rows:
+            raise DataError("--rows: these are not the rows that the data was converted from (their hashes differ).")
+        log.warning("warning: the rows that the data was converted from are not there any more, or were changed: this "
+                    "version cannot be retrained. Name them with --rows.")  # fmt: skip
+        return
+    target.mkdir()
+    for number, sha256 in enumerate(wanted):
+        place = found[sha256]
+        shutil.copy2(place, target / (place.name if len(wanted) == 1 else f"{number:02d}_{place.name}"))
+
+
+def _content(
+    version: VersionId, addition: Addition, record: Mapping[str, Any], parent: str | None, building: Path
+) -> dict[str, Any]:
+    metrics_file = building / RUN / "evaluation" / "metrics.json"
+    metrics = read_json(metrics_file) if metrics_file.is_file() else {}
+    files = {str(file.relative_to(building)): sha256_of(file) for file in sorted(building.rglob("*")) if file.is_file()}
+    return {
+        "judge": version.name,
+        "version": version.number,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parent": parent,
+        "run": str(addition.run),
+        "run_id": record["id"],
+        "base_model": record["base_model"]["name"],
+        "rubrics": record.get("rubrics", []),
+        "conversion_report_sha256": record.get("conversion_report_sha256"),
+        "training_rows": _count_lines(building / DATA, record.get("dataset")),
+        "spearman": (metrics.get("summary") or {}).get("spearman"),
+        "types": {
+            name: each.get("spearman") for name, each in ((metrics.get("summary") or {}).get("types") or {}).items()
+        },
+        "evaluation_sha256": files.get(f"{RUN}/evaluation/metrics.json"),
+        "exams": _exams(building / RUN / "evaluation", files),
+        "bytes": sum((building / name).stat().st_size for name in files if name.startswith(f"{RUN}/")),
+        "details": dict(addition.details or {}),
+        "files": files,
+    }
+
+
+def _count_lines(data: Path, described: Any) -> int | None:
+    name = (described or {}).get("name")
+    file = data / f"{name}.meta.jsonl"
+    return sum(1 for _ in read_jsonl(file)) if file.is_file() else None
+
+
+def _exams(evaluation: Path, files: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The exams that the run has taken."""
+    found = []
+    for place in sorted(evaluation.glob("exam_*/exam.json")):
+        content = read_json(place)
+        found.append({"name": place.parent.name.removeprefix("exam_"), "headline": content.get("headline"),
+                      "sha256": files.get(f"{RUN}/evaluation/{place.parent.name}/exam.json")})  # fmt: skip
+    return found
+
+
+def _make_read_only(folder: Path) -> None:
+    for each in folder.rglob("*"):
+        if each.is_file():
+            each.chmod(0o444)
+            descriptor = os.open(each, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+# --- tags -------------------------------------------------------------------------------------------------------------
+
+
+def tag_version(folder: Path, reference: str, tag: str, why: str | None) -> VersionId:
+    """Let a tag point to a version.
+
+    Raises:
+        UsageError: there is no such version, or the tag could be taken for a version.
+        DataError: the version's files were changed.
+    """
+    if not SAFE_NAME.fullmatch(tag) or tag.isdigit():
+        raise UsageError(f"{tag!r}: cannot be a tag. Use a word, such as production or preview.")
+    with changing(folder) as state:
+        version = registered.find_version(reference, folder)
+        registered.check_files(version, folder)
+        if state.tagged(version.name, tag) != version.number:
+            write_history(folder, "tag", why, judge=version.name, version=version.number, tag=tag)
+        else:
+            log.info("%s is %s already.", version, tag)
+    return version
+
+
+def roll_back(folder: Path, reference: str, why: str | None) -> tuple[VersionId, VersionId]:
+    """Let a tag point to the version that had it before.
+
+    Returns:
+        The version that had the tag, and the one that has it now.
+
+    Raises:
+        UsageError: no version has this tag, or none had it before.
+        DataError: the earlier version's files were changed.
+    """
+    with changing(folder) as state:
+        version = registered.find_version(reference, folder)
+        tag = reference.rpartition("@")[2]
+        held = state.tags.get((version.name, tag), [])
+        if len(held) < 2:
+            raise UsageError(
+                f"{reference}: no version had this tag before {version}, so there is nothing to go back to."
+            )
+        earlier = VersionId(version.name, held[-2])
+        registered.check_files(earlier, folder)
+        write_history(folder, "rollback", why, judge=version.name, version=earlier.number, tag=tag, was=version.number)
+    return version, earlier
+
+
+def remove_version(folder: Path, reference: str, why: str | None) -> VersionId:
+    """Delete a version that no tag points to.
+
+    Raises:
+        UsageError: a tag points to it.
+    """
+    with changing(folder) as state:
+        version = registered.find_version(reference, folder)
+        if tags := state.tags_of(version):
+            raise UsageError(f"{version}: is {' and '.join(tags)}. Tag another version first, or roll back.")
+        write_history(folder, "remove", why, judge=version.name, version=version.number)
+        _remove_folder(registered.folder_of_version(version, folder))
+    return version
+
+
+def export_version(folder: Path, reference: str, target: Path) -> VersionId:
+    """Copy what a hub needs of a version: the weights, the tokenizer and the model card. Nothing is uploaded.
+
+    Raises:
+        UsageError: the folder exists.
+        DataError: the version's files were changed.
+    """
+    version = registered.find_version(reference, folder)
+    registered.check_files(version, folder, below=f"{RUN}/")
+    if target.exists():
+        raise UsageError(f"{target}: exists. Name a new folder.")
+    building = target.with_name(f".{target.name}.part")
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(registered.folder_of_version(version, folder) / RUN, building, ignore=_PRIVATE)
+    for each in building.rglob("*"):
+        if each.is_file():
+            each.chmod(0o644)
+    adapter = building / "adapter_config.json"
+    if adapter.is_file():  # it names a folder of this machine, which nobody else has
+        base = registered.read_version(version, folder)["base_model"]
+        write_json(adapter, {**read_json(adapter), "base_model_name_or_path": base})
+    building.rename(target)
+    return version

@@ -1,0 +1,212 @@
+"""Versions through the command line: added, tagged, rolled back, removed; killed and at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from registry_fixtures import ROOT, make_rows, make_run
+
+from prmkit import registered
+from prmkit.errors import DataError, UsageError
+from prmkit.registered import VersionId, read_history, state_of
+
+Manage = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs on one conversion."""
+    folder = tmp_path_factory.mktemp("project")
+    make_rows(folder / "rows.jsonl", range(30))
+    make_run(folder, folder / "rows.jsonl", 1)
+    make_run(folder, folder / "rows.jsonl", 2)
+    return folder
+
+
+@pytest.fixture
+def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty registry."""
+    monkeypatch.setenv(registered.REGISTRY_VARIABLE, str(tmp_path / "judges"))
+    yield tmp_path / "judges"
+
+
+@pytest.fixture
+def manage(script: Callable[..., subprocess.CompletedProcess[str]], judges: Path) -> Manage:
+    """Run manage_judges.py; what it printed."""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        done = script("manage_judges.py", *arguments, code=code)
+        return done.stderr if code else done.stdout
+
+    return run
+
+
+@pytest.fixture
+def two(project: Path, manage: Manage) -> None:
+    """Both runs are registered, and each was production in turn."""
+    for number in (1, 2):
+        manage("add", project / "saves" / f"run{number}", "--why", f"week {number}")
+        manage("tag", number, "production")
+
+
+@pytest.mark.usefixtures("two")
+def test_a_version_has_its_run_data_and_rows(project: Path, judges: Path, manage: Manage) -> None:
+    version = judges / "judge" / "2"
+    assert (version / "rows" / "rows.jsonl").read_bytes() == (project / "rows.jsonl").read_bytes()
+    assert (version / "data" / "reward_model_full_eval.meta.jsonl").is_file()
+    assert registered.registered_run("production") == version / "run"
+    shown = json.loads(manage("show", "production", "--json"))
+    assert shown["tags"] == ["production"] and shown["training_rows"] > 0
+    assert "seed" in json.loads(manage("diff", 1, 2, "--json"))["settings"]
+
+
+@pytest.mark.usefixtures("two")
+def test_a_copied_run_finds_its_base_model(project: Path, judges: Path) -> None:
+    from prmkit.judge.sources import judge_source_of_run
+
+    assert judge_source_of_run(judges / "judge" / "1" / "run").model == project / "model"
+
+
+@pytest.mark.usefixtures("two")
+def test_rollback_and_the_history(manage: Manage, judges: Path) -> None:
+    assert "judge@1" in manage("rollback", "production", "--why", "worse in production")
+    assert registered.find_version("production") == VersionId("judge", 1)
+    assert "nothing to go back to" in manage("rollback", "production", code=2)
+    actions = [line["action"] for line in read_history(judges)]
+    assert actions == ["add", "tag", "add", "tag", "rollback"]
+    last = json.loads(manage("history", "--json"))[-1]
+    assert (last["was"], last["version"], last["why"]) == (2, 1, "worse in production") and last["who"]
+
+
+@pytest.mark.usefixtures("two")
+def test_what_is_tagged_is_not_removed_and_numbers_are_not_used_twice(
+    project: Path, judges: Path, manage: Manage
+) -> None:
+    assert "is production" in manage("remove", 2, code=2)
+    manage("rollback", "production")
+    manage("remove", 2)
+    assert not (judges / "judge" / "2").exists()
+    assert "judge@3" in manage("add", project / "saves" / "run2")
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("harm", ["changed", "missing", "added"])
+def test_a_version_whose_files_changed_is_not_used(judges: Path, manage: Manage, harm: str) -> None:
+    weights = judges / "judge" / "2" / "run" / "adapter_model.safetensors"
+    if harm == "changed":
+        weights.chmod(0o644)
+        weights.write_bytes(b"other")
+    elif harm == "missing":
+        weights.unlink()
+    else:
+        (weights.parent / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=f"was {harm}|is {harm}"):
+        registered.registered_run("production")
+    assert harm in manage("show", "production", code=1)
+    assert harm in manage("tag", 2, "preview", code=1)
+    manage("rollback", "production")  # which leads away from it
+
+
+@pytest.mark.usefixtures("two")
+def test_an_export_names_no_folder_of_this_machine(tmp_path: Path, manage: Manage) -> None:
+    manage("export", "production", "--push-ready", tmp_path / "hub")
+    files = {file.name for file in (tmp_path / "hub").iterdir()}
+    assert "adapter_model.safetensors" in files and "run.json" not in files
+    assert json.loads((tmp_path / "hub" / "adapter_config.json").read_text())["base_model_name_or_path"] == "model"
+    assert "exists" in manage("export", "production", "--push-ready", tmp_path / "hub", code=2)
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("score_trajectories.py", ["nothing.jsonl"]), ("evaluate_judge.py", []), ("train.py", []), ("serve_judge.py", [])],
+)
+def test_judge_is_understood_wherever_a_run_is(
+    script: Callable[..., subprocess.CompletedProcess[str]], name: str, arguments: list[str]
+) -> None:
+    """The run has no model to load; that it is looked for says that the version was found."""
+    done = script(name, *arguments, "--judge", "staging", code=2)
+    assert "staging: no such version or tag" in done.stderr and "judge@production" in done.stderr
+    found = script(name, *arguments, "--judge", "production", code=1)
+    assert "staging" not in found.stderr
+
+
+def test_names_that_mean_nothing_or_several(project: Path, manage: Manage) -> None:
+    assert "no judge is registered" in manage("show", "production", code=2)
+    for name in ("a", "b"):
+        manage("add", project / "saves" / "run1", "--name", name)
+        manage("tag", f"{name}@1", "production")
+    assert "a@1 or b@1" in manage("show", "production", code=2)
+    assert registered.find_version("b@production") == VersionId("b", 1)
+    assert "--name" in manage("add", project / "saves" / "run1", "--name", "../out", code=2)
+    for tag in ("7", "a b", ".."):
+        assert "cannot be a tag" in manage("tag", "a@1", tag, code=2)
+
+
+def test_a_run_that_did_not_finish_or_has_other_data_is_refused(project: Path, tmp_path: Path, manage: Manage) -> None:
+    run = make_run(tmp_path, project / "rows.jsonl")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    assert "not finished" in manage("add", run, code=1)
+    record["eval_dataset"]["sha256"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(record))
+    assert "is not what" in manage("add", run, code=1)
+    assert read_history(registered.registry_folder()) == []
+
+
+def test_commands_at_once_are_done_one_by_one(project: Path, judges: Path) -> None:
+    run = project / "saves" / "run1"
+    commands = [[sys.executable, str(ROOT / "manage_judges.py"), "add", str(run), "--name", f"j{n}"] for n in range(6)]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for command in commands]
+    assert [process.wait() for process in processes] == [0] * 6
+    assert len(state_of(read_history(judges)).versions) == 6
+
+
+def test_a_killed_command_leaves_nothing_half_done(project: Path, judges: Path, manage: Manage) -> None:
+    """Adding is killed at twenty moments; after each, the version is there whole, or not at all."""
+    command = [sys.executable, str(ROOT / "manage_judges.py"), "add", str(project / "saves" / "run1"), "--name"]
+    began = time.monotonic()
+    subprocess.run([*command, "first"], check=True, capture_output=True)
+    takes = time.monotonic() - began
+    for attempt in range(20):
+        process = subprocess.Popen([*command, f"j{attempt}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(takes * random.Random(attempt).uniform(0.3, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for version in state_of(read_history(judges)).versions:
+            registered.check_files(version)
+    manage("tag", "first@1", "production")
+    known = {f"{version.name}/{version.number}" for version in state_of(read_history(judges)).versions}
+    assert {str(file.parent.relative_to(judges)) for file in judges.glob("*/*/version.json")} == known
+    assert not list(judges.glob("*/.adding-*"))
+
+
+@pytest.mark.usefixtures("two")
+def test_a_line_that_was_cut_off_never_happened(judges: Path, manage: Manage) -> None:
+    with (judges / "history.jsonl").open("a") as stream:
+        stream.write('{"action":"tag","judge":"judge","version":1,"tag":"prod')
+    assert registered.find_version("production") == VersionId("judge", 2)
+    manage("tag", 1, "preview")
+    assert len(read_history(judges)) == 5
+    (judges / "history.jsonl").write_text('{"action"\n')
+    assert "damaged" in manage("list", code=1)
+
+
+def test_judge_and_run_are_two_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import argparse
+
+    from prmkit.judge.scorer import add_judge_arguments
+
+    monkeypatch.chdir(tmp_path)
+    os.environ.pop(registered.REGISTRY_VARIABLE, None)
+    parser = argparse.ArgumentParser()
+    add_judge_arguments(parser)
+    with pytest.raises(UsageError, match="two judges"):
+        parser.parse_args(["--run", "saves/run", "--judge", "production"])
