@@ -19,6 +19,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--limit", type=positive, metavar="N", help="score at most N prompts, task by task")
     what.add_argument("--baseline", action="store_true", help="also ask the base model, without the adapter")
     what.add_argument("--by", metavar="KEY", action="append", help="also by a metadata key, such as agent (repeatable)")
+    robust = "also score prompts whose form, substance or flattery changed"
+    what.add_argument("--robustness", action="store_true", help=robust)
     result = parser.add_argument_group("the result")
     result.add_argument("--output", type=Path, metavar="FOLDER", help="where it goes (default: evaluation/ in the run)")
     result.add_argument("--json", action="store_true", help="print metrics.json instead of the table")

@@ -88,6 +88,7 @@ def _settings_of(arguments: argparse.Namespace) -> Settings:
         trim=arguments.too_long == "trim",
         max_new_tokens=arguments.max_new_tokens,
         by=tuple(arguments.by or ()),
+        robustness=arguments.robustness,
     )
 
 
@@ -103,6 +104,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         "--limit": arguments.limit is not None,
         "--output": arguments.output is not None,
         "--baseline": arguments.baseline,
+        "--robustness": arguments.robustness,
         "--json": arguments.json,
         "--mode generate": arguments.mode == "generate",
     }
@@ -123,7 +125,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 def _check_exam_arguments(arguments: argparse.Namespace) -> None:
     chosen = [flag for flag in ("exam", "best_of_n") if getattr(arguments, flag)]
     others = ("dataset", "limit", "by", "compare", "margin", "min_spearman", "parity", "exported", "tolerance")
-    unused = [*others, *(("min_auroc", "baseline", "predict_with") if arguments.best_of_n else ()), *chosen[1:]]
+    asking = ("min_auroc", "baseline", "predict_with") if arguments.best_of_n else ()
+    unused = [*others, "robustness", *asking, *chosen[1:]]
     if not chosen:
         unused, chosen = ["predictions", "predict_with", "rubric"], ["exam or --best-of-n"]
         if given := [flag for flag in unused if getattr(arguments, flag) is not None]:
@@ -264,7 +267,7 @@ def _requests(held_out: heldout.HeldOut, prompts: int) -> list[Request]:
 
 
 def _show(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, report: Path) -> None:
-    from prmkit.evaluation import summary
+    from prmkit.evaluation import robustness, summary
 
     table = summary.main_table(metrics)
     cli.emit_table("", summary.COLUMNS, table, numeric=summary.NUMERIC, optional=summary.OPTIONAL)
@@ -273,6 +276,11 @@ def _show(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, repo
     for key in metrics["asked_breakdowns"]:
         rows = summary.breakdown_table(metrics["breakdowns"].get(key, []))
         cli.emit_table(f"By {key}", summary.BREAKDOWN_COLUMNS, rows, numeric=summary.BREAKDOWN_COLUMNS[1:])
+    if probed := metrics.get("robustness"):
+        rows, optional = robustness.robustness_table(probed), robustness.OPTIONAL
+        cli.emit_table("Changed prompts", robustness.COLUMNS, rows, numeric=robustness.NUMERIC, optional=optional)
+        for note in robustness.robustness_notes(probed):
+            cli.emit(note)
     if comparison:
         cli.emit_table(
             f"Compared with {comparison['other']}",

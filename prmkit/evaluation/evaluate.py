@@ -37,6 +37,13 @@ from prmkit.evaluation.metrics import (
     validity,
 )
 from prmkit.evaluation.predictions import ROW_FORMAT, Row, Scores, prediction_row, resume, table_of_scores
+from prmkit.evaluation.robustness import (
+    CHANGED_PREDICTIONS_FILE,
+    MOST_PROMPTS,
+    change_prompts,
+    headline_with_attacks,
+    robustness_of,
+)
 from prmkit.evaluation.summary import summarize
 from prmkit.files import exclusive_lock, write_json
 from prmkit.intervals import MIN_STD, calibrated_judge, fit_calibration, write_calibration
@@ -67,6 +74,8 @@ class Settings:
     """The longest verdict to write, in generate mode."""
     by: tuple[str, ...] = ()
     """Metadata keys to break the metrics down by, besides those that divide the rows into a few groups."""
+    robustness: bool = False
+    """Also score changed prompts: see `prmkit.evaluation.robustness`."""
 
 
 def evaluate(
@@ -103,11 +112,31 @@ def evaluate(
             base_rows = predict(base, held_out, prompts, folder / BASE_PREDICTIONS_FILE, settings)
         about: dict[str, Any] = {"judge": described(source), "mode": settings.mode}
         metrics = about | metrics_of(rows, base_rows, held_out, constants, settings.by)
+        if settings.robustness:
+            _add_robustness(metrics, source, held_out, prompts, rows, folder, settings)
         write_json(folder / METRICS_FILE, metrics)
         write_report(folder / REPORT_FILE, metrics, rows, held_out, constants)
         if weights and settings.mode == "expected" and settings.limit is None:
             calibrate(rows, weights, calibrated_judge(fingerprint_of(source)))
     return metrics
+
+
+def _add_robustness(
+    metrics: dict[str, Any],
+    source: JudgeSource,
+    held_out: HeldOut,
+    prompts: Sequence[HeldOutPrompt],
+    rows: Sequence[Row],
+    folder: Path,
+    settings: Settings,
+) -> None:
+    chosen = {prompt.prompt_sha256 for prompt in sampled(prompts, MOST_PROMPTS)}
+    changes = change_prompts([prompt for prompt in prompts if prompt.prompt_sha256 in chosen])
+    changed = [change.changed for change in changes]
+    changed_rows = predict(source, held_out, changed, folder / CHANGED_PREDICTIONS_FILE, settings) if changed else []
+    chosen_rows = [row for row in rows if row["prompt_sha256"] in chosen]
+    metrics["robustness"] = as_json(robustness_of(changes, chosen_rows, changed_rows, len(rows)))
+    metrics["summary"]["headline"] = headline_with_attacks(metrics["summary"]["headline"], metrics["robustness"])
 
 
 def _make(folder: Path) -> None:

@@ -12,6 +12,8 @@ from prmkit.evaluation.heldout import Constants, HeldOut
 from prmkit.evaluation.metrics import ALL, ORDER
 from prmkit.evaluation.plots import plots
 from prmkit.evaluation.predictions import Row, Scores, table_of_scores
+from prmkit.evaluation.robustness import COLUMNS as ROBUSTNESS_COLUMNS
+from prmkit.evaluation.robustness import robustness_notes, robustness_table
 from prmkit.evaluation.summary import NONE, percent, shown
 from prmkit.files import write_text
 
@@ -64,6 +66,7 @@ def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Map
         validity=summary.validity_sentence(metrics),
         plots=plots(metrics, scores),
         errors=errors,
+        robustness=_robustness(metrics.get("robustness")),
         breakdowns=[(key, _table(summary.BREAKDOWN_COLUMNS, rows)) for key, rows in _breakdowns(metrics)],
         abstention=_abstention(metrics),
         bad_steps=_bad_steps(metrics),
@@ -145,6 +148,14 @@ def _main_groups(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _breakdowns(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     found = [(key, summary.breakdown_table(values)) for key, values in metrics["breakdowns"].items() if values]
     return found[: max(_TABLES_OF_GROUPS, len(metrics["asked_breakdowns"]))]
+
+
+def _robustness(robustness: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if robustness is None:
+        return None
+    meanings = {each["probe"]: each["meaning"] for each in robustness["probes"]}
+    table = _table(ROBUSTNESS_COLUMNS, robustness_table(robustness))
+    return {"table": table, "meanings": meanings, "notes": robustness_notes(robustness)}
 
 
 def _abstention(metrics: Mapping[str, Any]) -> Table | None:

@@ -87,7 +87,7 @@ def _longest_that_fits(
 
 def _parts_that_may_go(prompt: str) -> list[range]:
     """The parts to shorten, the first one first; they do not overlap."""
-    end = _start_of_question(prompt)
+    end = start_of_question(prompt)
     # Prompts of `prmkit.prompts.step`: the step that is judged first, then the steps between the task and it.
     if steps := list(_STEP.finditer(prompt, 0, end)):
         last, task_end = steps[-1], prompt.find("</task>\n", 0, steps[-1].start())
@@ -104,7 +104,17 @@ def _parts_that_may_go(prompt: str) -> list[range]:
     return [range(start, end)]
 
 
-def _start_of_question(prompt: str) -> int:
+def judged_part(prompt: str) -> range | None:
+    """Where a prompt shows the step that it asks about; None where it shows none, or in a form that is not known."""
+    end = start_of_question(prompt)
+    if steps := list(_STEP.finditer(prompt, 0, end)):
+        closing = prompt.rfind("\n</step>", steps[-1].end() - 1, end)
+        return range(steps[-1].end(), max(closing, steps[-1].end()) if closing >= 0 else end)
+    clip = _CLIP.search(prompt, 0, end)
+    return range(clip.end(), clip.end() + len(prompt[clip.end() : end].rstrip())) if clip else None
+
+
+def start_of_question(prompt: str) -> int:
     """Where the paragraphs begin that ask for the verdict: those before the last schema, or before the prompt's end."""
     schemas = list(_SCHEMA.finditer(prompt))
     end = schemas[-1].start() if schemas else len(prompt)

@@ -142,3 +142,28 @@ def test_an_export_of_another_model_fails_the_parity_gate(run, model_folders, tm
     write_json(exported / "prmkit.json", {"template": "qwen", "cutoff_len": 2048})
     with pytest.raises(GateError, match="scores differ from those of"):
         evaluate_judge("--run", run, "--parity", 2, "--exported", exported, "--tolerance", "1e-6")
+
+
+def test_changed_prompts_are_scored_once_and_are_in_table_metrics_and_report(run, tmp_path, capsys):
+    asked = ("--run", run, "--output", tmp_path, "--robustness", "--limit", 3)
+    assert evaluate_judge(*asked) == ExitCode.DONE
+    shown = capsys.readouterr().out
+    assert "Changed prompts" in shown and "Wrong way: " in shown
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"whitespace", "praise"} <= {each["probe"] for each in metrics["robustness"]["probes"]}
+    assert "When the prompt is changed" in (tmp_path / "report.html").read_text()
+    changed = tmp_path / "predictions_changed.jsonl"
+    before = changed.read_bytes()
+    changed.write_bytes(before[: len(before) // 2])  # as a kill leaves it
+    assert evaluate_judge(*asked) == ExitCode.DONE
+    assert sorted(map(_identity, changed.read_bytes().splitlines())) == sorted(map(_identity, before.splitlines()))
+
+
+def _identity(line: bytes) -> str:
+    return json.loads(line)["prompt_sha256"]
+
+
+@pytest.mark.parametrize("other", [("--parity", "2"), ("--exam", "exam.jsonl"), ("--best-of-n", "runs.jsonl")])
+def test_changed_prompts_are_held_out_rows(run, other):
+    with pytest.raises(UsageError, match="--robustness"):
+        evaluate_judge("--run", run, "--robustness", *other)

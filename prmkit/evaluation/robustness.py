@@ -1,0 +1,186 @@
+"""How a judge's scores move when held-out prompts are changed: in form, in substance, or by an attack."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from prmkit.evaluation.estimates import Floats, make_sample, measure
+from prmkit.evaluation.heldout import HeldOutPrompt
+from prmkit.evaluation.metrics import Metrics, evaluation_types
+from prmkit.evaluation.predictions import Row
+from prmkit.evaluation.probes import PROBES, Probe, answers_in
+from prmkit.evaluation.statistics import mean_of
+from prmkit.evaluation.summary import MIN_BAD, NONE, shown
+from prmkit.judge.types import BAD_BELOW, SCORED
+
+CHANGED_PREDICTIONS_FILE = "predictions_changed.jsonl"
+MOST_PROMPTS = 1000
+"""Each is scored up to nine more times, and more of them make no interval that is much narrower."""
+MOVED = 0.02
+"""A smaller difference is no move: batches and number formats alone can make one of this size."""
+LARGEST_GAIN = 0.1
+"""An attack that gains more on average is named in the headline."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One held-out prompt, changed."""
+
+    probe: Probe
+    original: HeldOutPrompt
+    changed: HeldOutPrompt
+
+
+def change_prompts(prompts: Sequence[HeldOutPrompt]) -> list[Change]:
+    """Every change of every prompt in which its place is found.
+
+    A score can only be expected to fall where the judges called the step good.
+    """
+    answers = answers_in(prompts)
+    changes = []
+    for probe in PROBES:
+        for prompt in prompts:
+            is_good = bool(prompt.reference) and fmean(prompt.reference.values()) >= max(BAD_BELOW)
+            if (probe.kind != "lower" or is_good) and (text := probe.change(prompt, answers)) is not None:
+                sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+                changes.append(Change(probe, prompt, replace(prompt, prompt=text, prompt_sha256=sha256)))
+    return changes
+
+
+def robustness_of(
+    changes: Sequence[Change], rows: Sequence[Row], changed_rows: Sequence[Row], prompts: int | None = None
+) -> Metrics:
+    """What `metrics.json` says about each change: how many scores move the wrong way, and by how much on average.
+
+    Args:
+        changes: what was changed.
+        rows: the predictions for the prompts as they were.
+        changed_rows: those for the changed ones, in the order of `changes`.
+        prompts: how many were evaluated, where only some of them were changed.
+    """
+    before = {row["prompt_sha256"]: row for row in rows}
+    pairs: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
+    left_out: dict[str, Counter[str]] = {probe.name: Counter() for probe in PROBES}
+    for change, after in zip(changes, changed_rows, strict=True):
+        pair = (before[change.original.prompt_sha256], after)
+        if reason := _not_comparable(*pair):
+            left_out[change.probe.name][reason] += 1
+        else:
+            pairs.setdefault((change.probe.name, change.original.evaluation_type), []).append(pair)
+    probes = [
+        {"probe": probe.name, "kind": probe.kind, "meaning": probe.meaning, "evaluation_type": evaluation_type}
+        | _measured(probe, pairs[probe.name, evaluation_type])
+        for probe in PROBES
+        for evaluation_type in evaluation_types(rows)
+        if (probe.name, evaluation_type) in pairs
+    ]
+    changed = Counter(change.probe.name for change in changes)
+    return {
+        "prompts": len(rows),
+        "of_prompts": prompts or len(rows),
+        "moved": MOVED,
+        "probes": probes,
+        "left_out": {name: dict(reasons) for name, reasons in left_out.items() if reasons},
+        "not_applicable": [probe.name for probe in PROBES if not changed[probe.name]],
+    }
+
+
+def _not_comparable(before: Row, after: Row) -> str | None:
+    if before["status"] not in SCORED or after["status"] not in SCORED:
+        return "no score"
+    # What was cut off may be what was changed.
+    return "shortened to fit" if before["trimmed"] or after["trimmed"] else None
+
+
+def _measured(probe: Probe, pairs: Sequence[tuple[Row, Row]]) -> Metrics:
+    """Of the prompts' scores, the means over their keys: a change need not move each key."""
+    change = np.array([after["score"] - before["score"] for before, after in pairs])
+    references = [fmean(before["reference"].values()) if before["reference"] else np.nan for before, _ in pairs]
+    task = np.array([before["task_id"] for before, _ in pairs])
+    is_bad = np.array(references) < min(BAD_BELOW)
+    return {
+        "wrong_way": _mean(_moves_wrong(probe, change).astype(np.float64), task),
+        "change": _mean(change, task),
+        "change_of_bad": _mean(change[is_bad], task[is_bad]),
+    }
+
+
+def _moves_wrong(probe: Probe, change: Floats) -> Any:
+    moved = MOVED + 1e-9
+    return {"same": np.abs(change) > moved, "lower": change >= -moved, "attack": change > moved}[probe.kind]
+
+
+def _mean(values: Floats, task: Any) -> Any:
+    sample = make_sample(values, np.zeros(len(values)), task)
+    return measure(sample, mean_of(sample, values))
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("change", "must", "of", "n", "tasks", "wrong way", "mean change", "on bad steps")
+NUMERIC = COLUMNS[3:]
+OPTIONAL = ("tasks", "on bad steps", "must", "n", "of")
+_MUST = {"same": "stay", "lower": "fall", "attack": "not rise"}
+
+
+def robustness_table(robustness: Mapping[str, Any]) -> list[list[str]]:
+    """One row a change and evaluation type, the cells in the order of `COLUMNS`."""
+    return [
+        [
+            each["probe"],
+            _MUST[each["kind"]],
+            each["evaluation_type"],
+            str(each["change"]["n"]),
+            str(each["change"]["tasks"]),
+            _share(each["wrong_way"]),
+            _signed(each["change"]),
+            _signed(each["change_of_bad"]) if each["kind"] == "attack" else NONE,
+        ]
+        for each in robustness["probes"]
+    ]
+
+
+def _share(estimate: Mapping[str, Any]) -> str:
+    interval = "" if estimate["low"] is None else f" [{estimate['low']:.0%}, {estimate['high']:.0%}]"
+    return NONE if estimate["value"] is None else f"{estimate['value']:.0%}{interval}"
+
+
+def _signed(estimate: Mapping[str, Any]) -> str:
+    return NONE if estimate["value"] is None else f"{'+' * (estimate['value'] >= 0)}{shown(estimate)}"
+
+
+def robustness_notes(robustness: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table has to know."""
+    notes = [
+        f"Wrong way: of scores that must stay, those that move by more than {robustness['moved']}; of those that must "
+        "fall, those that do not; of those that must not rise, those that do, each by more than that."
+    ]
+    if robustness["prompts"] < robustness["of_prompts"]:
+        notes.append(f"{robustness['prompts']:,} of {robustness['of_prompts']:,} prompts were changed.")
+    if missing := robustness["not_applicable"]:
+        notes.append(f"Not tried, as no prompt has a place for it: {', '.join(missing)}.")
+    for name, reasons in robustness["left_out"].items():
+        notes.append(f"{name}: left out {', '.join(f'{n} ({reason})' for reason, n in reasons.items())}.")
+    return notes
+
+
+def headline_with_attacks(headline: str, robustness: Mapping[str, Any]) -> str:
+    """The headline of an evaluation, with every attack that gains more than `LARGEST_GAIN`."""
+    return " ".join([headline, *_successful_attacks(robustness)])
+
+
+def _successful_attacks(robustness: Mapping[str, Any]) -> Iterator[str]:
+    for each in robustness["probes"]:
+        if each["kind"] != "attack":
+            continue
+        on_bad = each["change_of_bad"]
+        what = f"Attack: {each['meaning']} raises {each['evaluation_type']} scores"
+        if each["change"]["value"] > LARGEST_GAIN:
+            yield f"{what} by {shown(each['change'])} on average."
+        elif on_bad["n"] >= MIN_BAD and on_bad["value"] > LARGEST_GAIN:
+            yield f"{what} of bad steps by {shown(on_bad)} on average."
