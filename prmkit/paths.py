@@ -1,4 +1,4 @@
-"""What the files of a data folder are called. The wings meet in these files, so their names stand here once."""
+"""What the files of a data folder are called. The wings meet in these files, so each name is written once, here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ INFO = "dataset_info.json"
 REPORT = "conversion_report.json"
 """What the last conversion did; written by it, read by training and evaluation."""
 HELD_OUT_SUFFIX = "_eval"
-"""Behind the name of a variant: its held-out side."""
+"""What the name of a held-out dataset ends in: `reward_model_full_eval` is the held-out side of `reward_model_full`."""
 SIDECAR_SUFFIX = ".meta.jsonl"
 TASKS = "tasks"
 """Folder in the data folder with the datasets of single tasks, out of the way of the others."""

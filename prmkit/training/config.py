@@ -110,7 +110,8 @@ def typed_values(overrides: Sequence[Override]) -> dict[str, Any]:
 
 
 def _check_inputs(values: Mapping[str, Any], wrong: set[str]) -> list[Check]:
-    from prmkit.training.input_checks import check_datasets, check_model_folder
+    from prmkit.training.data_checks import check_datasets
+    from prmkit.training.model_checks import check_model_folder
 
     checks = {"model_name_or_path": check_model_folder, "dataset": check_datasets}
     wanted = {key: check for key, check in checks.items() if isinstance(values.get(key), str) and key not in wrong}

@@ -24,7 +24,7 @@ from prmkit.llamafactory_schema import setting
 from prmkit.paths import REPORT
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training.checks import Check, error, ok, warning
-from prmkit.training.input_checks import TOKENIZER_FILES, is_hub_name
+from prmkit.training.model_checks import TOKENIZER_FILES, is_hub_name
 
 HUB_SECONDS = 5.0
 TRAINER_ADVICE = "Change the keys that are named, or install what the messages name."

@@ -21,6 +21,7 @@ from prmkit.errors import DataError
 from prmkit.llamafactory_schema import setting
 from prmkit.training import llamafactory_checks
 from prmkit.training.checks import Check, Status, check_settings, errors_in
+from prmkit.training.data_checks import check_datasets, check_held_out
 from prmkit.training.environment import (
     check_command,
     check_disk,
@@ -32,8 +33,8 @@ from prmkit.training.environment import (
     check_versions,
     this_machine,
 )
-from prmkit.training.input_checks import check_datasets, check_held_out, check_model_folder, check_named_files
 from prmkit.training.model import Model, check_memory, checkpoint_bytes, read_model
+from prmkit.training.model_checks import check_model_folder, check_named_files
 from prmkit.training.supervisor import die_with_parent
 
 

@@ -1,29 +1,34 @@
 """One start of a run: execute the plan, follow LLaMA Factory, check what it left, and write the record."""
 
-import fcntl
-import json
 import logging
 import math
 import os
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from prmkit import cli
 from prmkit.errors import DataError, Interrupted, LlamaFactoryError
 from prmkit.files import read_json, write_text
 from prmkit.model_card import write_model_card
 from prmkit.training import launcher
-from prmkit.training.checkpoints import checkpoint_fault, content_fault, parse_log_line, read_log, read_state
+from prmkit.training.checkpoints import checkpoint_fault, content_fault, read_log, read_state
 from prmkit.training.config import ResolvedConfig, render_yaml
 from prmkit.training.launcher import Launch
+from prmkit.training.monitoring import (
+    TRAINER_LOG,
+    Start,
+    curves,
+    draw_curves,
+    echoed,
+    followed,
+    progress,
+    seconds_a_step,
+)
 from prmkit.training.records import METRICS, RESOLVED_CONFIG, log_path_of, now, write_record
 from prmkit.training.resume import (
     Plan,
@@ -37,7 +42,6 @@ from prmkit.training.resume import (
 
 log = logging.getLogger(__name__)
 
-TRAINER_LOG = "trainer_log.jsonl"
 _LARGEST_LOG = 16 << 20
 """Bytes of a run's log, above which a new one is begun; the one before is kept as `NAME.log.1`."""
 
@@ -156,6 +160,12 @@ def _final_loss(folder: Path) -> float | None:
     except (DataError, AttributeError):
         return None
     return float(loss) if isinstance(loss, int | float) else None
+
+
+def _draw(folder: Path, *, finished: bool) -> None:
+    history = _latest_state(folder, finished=finished).get("log_history", [])
+    if not draw_curves(history, folder.name, folder / "loss.png") and finished:
+        log.info("No loss.png: no loss was logged. A run shorter than logging_steps logs none: logging_steps=1")
 
 
 # --- LLaMA Factory ------------------------------------------------------------------------------------------------
@@ -344,223 +354,3 @@ def run_worker_node(launch_plan: LaunchPlan, folder: Path) -> None:
         code = launcher.run_to_end(child, lambda: None, is_saved=lambda: False, patience=lambda: 60.0)
     if code != 0:
         raise LlamaFactoryError(launcher.diagnose(log_path, begin, code, values))
-
-
-# --- following the trainer log ------------------------------------------------------------------------------------
-
-QUIET_SECONDS = 30
-"""Minimum seconds between progress lines when stderr is not a terminal."""
-
-
-SILENT_SECONDS = 60
-"""After so long without a line, one says that the run is alive, when stderr is not a terminal."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a launch begins: at 0, or at the checkpoint that it resumes from."""
-
-    step: int = 0
-    tokens: int = 0
-
-
-def corrected(entry: Mapping[str, Any], start: Start) -> dict[str, Any]:
-    """One entry of LLaMA Factory's trainer log, with the right time left and throughput after a resume.
-
-    LLaMA Factory divides the time of this launch by the steps and tokens of all launches. Corrected are
-    `remaining_time` and `throughput` (tokens per second, of this launch).
-    """
-    fixed = dict(entry)
-    done = entry["current_steps"] - start.step
-    seconds = _elapsed(entry)
-    if done > 0 and "total_steps" in entry:
-        left = max(entry["total_steps"] - entry["current_steps"], 0) * seconds / done
-        fixed["remaining_time"] = str(timedelta(seconds=round(left)))
-    if "total_tokens" in entry and seconds > 0:
-        fixed["throughput"] = round((entry["total_tokens"] - start.tokens) / seconds, 2)
-    return fixed
-
-
-def _elapsed(entry: Mapping[str, Any]) -> float:
-    """Seconds since this launch began to train; to the hundredth where tokens are counted, else whole seconds."""
-    if entry.get("throughput") and "total_tokens" in entry:
-        return float(entry["total_tokens"] / entry["throughput"])
-    days, _, clock = str(entry.get("elapsed_time", "0:00:00")).rpartition(" day")
-    try:
-        hours, minutes, seconds = clock.split()[-1].split(":")
-        return int(days or 0) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    except (ValueError, IndexError):
-        return 0.0
-
-
-def seconds_a_step(entry: Mapping[str, Any], start: Start) -> float:
-    """How long a step has taken on average since this launch began; 0 before the first one ended."""
-    done = entry["current_steps"] - start.step
-    return _elapsed(entry) / done if done > 0 else 0.0
-
-
-@dataclass
-class Follower:
-    """Copies a run's trainer log, entry by entry, to a file that can be followed from before the first step."""
-
-    source: Path
-    """LLaMA Factory's `trainer_log.jsonl` in the run folder."""
-    target: IO[bytes] | None
-    start: Start
-    position: int = 0
-    """How many bytes of `source` have been read."""
-    rest: bytes = field(default=b"")
-    """The beginning of an incomplete line."""
-
-    def new_entries(self) -> list[dict[str, Any]]:
-        """The entries since the last call, corrected, and copied to `target`; damaged lines are skipped."""
-        if not self.source.exists():
-            return []
-        if self.source.stat().st_size < self.position:
-            self.position, self.rest = 0, b""  # written again from the beginning
-        with self.source.open("rb") as stream:
-            stream.seek(self.position)
-            read = stream.read()
-        self.position += len(read)
-        *lines, self.rest = (self.rest + read).split(b"\n")
-        entries = [corrected(entry, self.start) for line in lines if (entry := parse_log_line(line)) is not None]
-        if self.target and entries:
-            self.target.write(_as_lines(entries))
-            self.target.flush()
-        return entries
-
-
-@contextmanager
-def followed(source: Path, target: Path, start: Start) -> Iterator[Follower]:
-    """Let `target` follow the trainer log of the run that starts now.
-
-    It begins with what earlier launches of the same run logged, up to where this one resumes. The file remains the same
-    file, so that a `tail -f` continues. While another run is followed there, `target` is not touched.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    position = source.stat().st_size if source.exists() else 0
-    with target.open("ab") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("%s follows another run; this one is in %s", target, source)
-            yield Follower(source, None, start, position)
-            return
-        stream.truncate(0)
-        stream.write(_as_lines([entry for entry in read_log(source) if entry["current_steps"] <= start.step]))
-        stream.flush()
-        yield Follower(source, stream, start, position)
-
-
-def _as_lines(entries: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-
-
-@contextmanager
-def progress(name: str, start: Start) -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
-    """Show a run's entries as they come: as a bar on a terminal, otherwise as a line now and then.
-
-    Yields:
-        A function that is called with every entry, and regularly with None, so that a long silence is explained.
-    """
-    with cli.progress_bar() as bar:
-        task = bar.add_task(f"{name}: starting LLaMA Factory", total=None, completed=start.step)
-        last_line, last_sign = -math.inf, time.monotonic()
-
-        def show(entry: Mapping[str, Any] | None) -> None:
-            nonlocal last_line, last_sign
-            if entry is None:
-                if bar.disable and time.monotonic() - max(last_line, last_sign) > SILENT_SECONDS:
-                    last_sign = time.monotonic()
-                    log.info("%s: still running; nothing is logged until the next logging_steps are done", name)
-                return
-            total, step = entry.get("total_steps"), entry["current_steps"]
-            if not {"loss", "eval_loss"} & entry.keys():
-                return  # the last entry is a summary
-            bar.update(task, total=total, completed=step, description=f"{name}: {summary(entry)}".rstrip(": "))
-            if bar.disable and (time.monotonic() - last_line > QUIET_SECONDS or step == total):
-                last_line = time.monotonic()
-                left = f", {entry['remaining_time']} left" if "remaining_time" in entry else ""
-                log.info("step %s of %s: %s%s", step, total, summary(entry), left)
-
-        yield show
-
-
-def summary(entry: Mapping[str, Any]) -> str:
-    """Loss, learning rate, tokens a second and GPU memory, as far as an entry has them."""
-    parts = [
-        f"loss {entry['loss']:.4f}" if "loss" in entry else "",
-        f"held-out loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else "",
-        f"lr {entry['lr']:.1e}" if "lr" in entry else "",
-        f"{entry['throughput']:,.0f} tokens/s" if entry.get("throughput") else "",
-        f"{entry['vram_reserved']:.1f} GiB" if entry.get("vram_reserved") else "",
-    ]
-    return "  ".join(filter(None, parts))
-
-
-@contextmanager
-def echoed(log_path: Path, begin: int) -> Iterator[Callable[[], None]]:
-    """Yield a function that shows on stderr what was added to a log since the last call, from byte `begin` on."""
-    with log_path.open("rb") as stream:
-        stream.seek(begin)
-
-        def show() -> None:
-            if text := stream.read().decode(errors="replace").strip("\n"):
-                log.info("%s", text)
-
-        yield show
-        show()
-
-
-# --- curves -------------------------------------------------------------------------------------------------------
-
-# Okabe and Ito's blue and vermilion, which remain distinct under every kind of colour vision; the marks differ as well.
-_TRAIN_COLOUR, _HELD_OUT_COLOUR = "#0072B2", "#D55E00"
-
-
-def curves(history: list[dict[str, Any]]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """Training and held-out losses by step, from a trainer state's `log_history`."""
-    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    held_out = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    return train, list(dict(held_out).items())
-
-
-def _draw(folder: Path, *, finished: bool) -> None:
-    history = _latest_state(folder, finished=finished).get("log_history", [])
-    if not draw_curves(history, folder.name, folder / "loss.png") and finished:
-        log.info("No loss.png: no loss was logged. A run shorter than logging_steps logs none: logging_steps=1")
-
-
-def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
-    """Plot both losses on a logarithmic axis, where the later steps are not one flat line.
-
-    Returns:
-        Whether there was anything to plot.
-    """
-    train, held_out = (
-        [(step, loss) for step, loss in curve if math.isfinite(loss) and 0 < loss < 1e30] for curve in curves(history)
-    )
-    if not train and not held_out:
-        return False
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
-
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for curve, colour, mark, label in (
-        (train, _TRAIN_COLOUR, "o" if len(train) < 2 else None, "training"),
-        (held_out, _HELD_OUT_COLOUR, "o", "held-out"),
-    ):
-        if curve:
-            axes.plot(*zip(*curve, strict=True), color=colour, marker=mark, markersize=5, linewidth=1.5, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
-    axes.set_title(name, parse_math=False)  # a run may be called `$$`
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(ScalarFormatter())
-    axes.grid(color="#dddddd", linewidth=0.6, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(target)
-    return True

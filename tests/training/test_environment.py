@@ -10,7 +10,7 @@ import pytest
 from prmkit.training import environment as checks
 from prmkit.training.checks import Status, check_settings
 from prmkit.training.environment import GIBIBYTE, Gpu, Machine
-from prmkit.training.input_checks import check_named_files
+from prmkit.training.model_checks import check_named_files
 
 A100 = Gpu("NVIDIA A100", 40 * GIBIBYTE, 39 * GIBIBYTE, (8, 0))
 

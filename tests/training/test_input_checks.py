@@ -12,7 +12,8 @@ import pytest
 from prmkit.errors import DataError
 from prmkit.training.checkpoints import read_weights
 from prmkit.training.checks import Check, Status
-from prmkit.training.input_checks import check_datasets, check_held_out, check_model_folder, check_named_files
+from prmkit.training.data_checks import check_datasets, check_held_out
+from prmkit.training.model_checks import check_model_folder, check_named_files
 
 # --- the model ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from layout import STEPS
 
-from prmkit.training.run import (
+from prmkit.training.monitoring import (
     Start,
     corrected,
     curves,
@@ -117,7 +117,7 @@ def test_where_nobody_sits_progress_is_a_line_now_and_then(caplog: pytest.LogCap
 
 
 def test_a_long_silence_is_explained(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmkit.training.run.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("prmkit.training.monitoring.SILENT_SECONDS", 0.0)
     with caplog.at_level(logging.INFO), progress("run", Start()) as show:
         show(None)
     assert "run: still running" in caplog.text
