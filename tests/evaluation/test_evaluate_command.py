@@ -16,6 +16,8 @@ from prmkit.files import write_json
 from prmkit.intervals import calibrated_judge, read_calibration
 from prmkit.judge.sources import fingerprint_of, judge_source_of_run
 
+pytestmark = pytest.mark.slow  # every test scores the rows of a real model
+
 parser = importlib.import_module("evaluate_judge")._parser
 
 

@@ -36,17 +36,20 @@ def llama_factory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 # --- what is read from the source ---------------------------------------------------------------------------------
 
 
+@pytest.mark.llamafactory
 def test_keys_are_those_of_the_dataclasses(llama_factory: dict[str, Any]) -> None:
     assert training_keys().keys() == llama_factory["keys"].keys()
     assert len(training_keys()) > 300
 
 
+@pytest.mark.llamafactory
 def test_defaults_are_those_of_the_dataclasses(llama_factory: dict[str, Any]) -> None:
     said = {name: key.default for name, key in training_keys().items() if key.default is not NO_DEFAULT}
     assert said == {name: llama_factory["keys"][name] for name in said}
     assert len(said) > 330
 
 
+@pytest.mark.llamafactory
 def test_templates_and_loggers_are_those_that_are_registered(llama_factory: dict[str, Any]) -> None:
     assert list(template_names()) == llama_factory["templates"]
     assert list(logger_names()) == llama_factory["loggers"]
@@ -68,6 +71,7 @@ def test_successors_exist() -> None:
 # --- the configs --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.llamafactory
 @pytest.mark.parametrize("path", [DEFAULT, *SITUATIONS], ids=lambda path: path.name)
 def test_llama_factory_takes_it(llama_factory: dict[str, Any], path: Path) -> None:
     found = llama_factory["parsed"][str(path)]
