@@ -23,6 +23,7 @@ from prmkit.evaluation.baselines import (
 )
 from prmkit.evaluation.compare import METRICS_FILE, PREDICTIONS_FILE
 from prmkit.evaluation.estimates import Estimate
+from prmkit.evaluation.grade import summarize
 from prmkit.evaluation.heldout import Constants, HeldOut, HeldOutPrompt, sampled
 from prmkit.evaluation.metrics import (
     ALL,
@@ -44,7 +45,6 @@ from prmkit.evaluation.robustness import (
     headline_with_attacks,
     robustness_of,
 )
-from prmkit.evaluation.summary import summarize
 from prmkit.files import exclusive_lock, write_json
 from prmkit.intervals import MIN_STD, calibrated_judge, fit_calibration, write_calibration
 from prmkit.judge.sources import JudgeSource, described, fingerprint_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prmkit.evaluation import summary
+from prmkit.evaluation import grade, summary
 from prmkit.evaluation.heldout import Constants, HeldOut
 from prmkit.evaluation.metrics import ALL, ORDER
 from prmkit.evaluation.plots import plots
@@ -56,7 +56,7 @@ def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Map
         name=judge_name(metrics),
         m=metrics,
         all=metrics["validity"][ALL],
-        conclusions=summary.conclusions(metrics),
+        conclusions=grade.conclusions(metrics),
         explained=summary.EXPLAINED,
         next_steps=list(next_steps(metrics)),
         thresholds=_thresholds(metrics),

@@ -9,7 +9,7 @@ import pytest
 from synthetic import CONSTANTS, constant, copier, noisy, predictions_of, write_data_folder
 
 from prmkit import cli
-from prmkit.evaluation import summary
+from prmkit.evaluation import grade, summary
 from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.heldout import HeldOut, read_held_out
 from prmkit.evaluation.predictions import table_of_scores
@@ -86,7 +86,7 @@ def test_the_verdict_comes_before_the_numbers_and_says_what_they_say(reported):
     spearman = next(g for g in metrics["groups"] if g["evaluation_type"] == "clip")["judge"][summary.ORDER]
     assert summary.shown(spearman) in text[: text.index("The numbers")]
     assert metrics["summary"]["headline"] in text
-    for conclusion in summary.conclusions(metrics):
+    for conclusion in grade.conclusions(metrics):
         assert conclusion.headline in text
         assert all(condition.sentence in text for condition in conclusion.conditions)
         assert all(note in text for note in conclusion.notes)

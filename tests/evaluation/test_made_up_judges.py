@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from synthetic import made_up, predictions_of, without
 
-from prmkit.evaluation import summary
+from prmkit.evaluation import grade, summary
 from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.heldout import HeldOut, HeldOutPrompt
 
@@ -76,7 +76,7 @@ JUDGES: dict[str, tuple[Callable, str, str, str]] = {
 
 
 def said(metrics: dict) -> str:
-    notes = [note for each in summary.conclusions(metrics) for note in each.notes]
+    notes = [note for each in grade.conclusions(metrics) for note in each.notes]
     sentences = [
         condition["sentence"] for each in metrics["summary"]["types"].values() for condition in each["conditions"]
     ]
@@ -125,7 +125,7 @@ def test_a_judge_that_is_wrong_on_one_key_is_not_useful_and_the_key_is_named(on_
     )
     metrics = measured(rows, held_out)
     assert grades(metrics) == ("not_useful" if on_one_key == "inverted" else "weak",)
-    assert any("second" in line for line in summary.conclusions(metrics)[0].notes)
+    assert any("second" in line for line in grade.conclusions(metrics)[0].notes)
 
 
 def test_a_judge_that_is_right_on_the_one_large_task_alone_is_not_useful() -> None:

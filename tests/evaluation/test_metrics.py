@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn import metrics as sk
 from synthetic import CONSTANTS, MEDIANS, constant, copier, noisy, predictions_of, pure_noise, usual, write_data_folder
 
-from prmkit.evaluation import summary
+from prmkit.evaluation import grade, summary
 from prmkit.evaluation.baselines import _bounds
 from prmkit.evaluation.estimates import Estimate, undefined
 from prmkit.evaluation.evaluate import metrics_of
@@ -211,8 +211,8 @@ def measured(held_out: HeldOut) -> Callable[[str], dict]:
     return measured_judge
 
 
-def conclusions_of(metrics: dict) -> dict[str, summary.Conclusion]:
-    return {each.evaluation_type: each for each in summary.conclusions(metrics)}
+def conclusions_of(metrics: dict) -> dict[str, grade.Conclusion]:
+    return {each.evaluation_type: each for each in grade.conclusions(metrics)}
 
 
 def test_a_judge_that_has_learnt_is_called_useful(measured):
@@ -292,7 +292,7 @@ def test_few_scores_give_errors_but_no_order(held_out):
     everything = group(metrics, "all")["judge"]
     assert everything["mae"]["value"] is not None
     assert "at least 10" in everything["spearman"]["reason"] or everything["spearman"]["low"] is None
-    assert {each.grade for each in summary.conclusions(metrics)} == {"unknown"}
+    assert {each.grade for each in grade.conclusions(metrics)} == {"unknown"}
 
 
 def test_generated_scores_have_no_probability_and_say_so(held_out):
@@ -332,7 +332,7 @@ def test_undefined_metrics_are_reported_without_a_number(metrics):
     undefined = json.loads(json.dumps(metrics))
     for each in walk_estimates(undefined):
         each |= {"value": None, "low": None, "high": None, "reason": "not defined for these scores"}
-    assert {each.grade for each in summary.conclusions(undefined)} == {"unknown"}
+    assert {each.grade for each in grade.conclusions(undefined)} == {"unknown"}
     assert "label mass is – on average" in summary.verdict_lines(undefined)[-1]
     assert summary.main_table(undefined, intervals=True)
 

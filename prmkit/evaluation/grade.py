@@ -1,0 +1,336 @@
+"""Is a judge useful? The five conditions, the grade and its reason, for each evaluation type.
+
+The thresholds are the constants below; `summary.py` has those that other tables need too (MIN_SCORED, MIN_BAD).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from prmkit.evaluation.estimates import MIN_TASKS, SAME_PREDICTION, SAME_REFERENCE
+from prmkit.evaluation.metrics import ALL, MIN_PAIRS, ORDER, PRAISED_FROM, STRICT
+from prmkit.evaluation.summary import (
+    MIN_BAD,
+    MIN_SCORED,
+    Group,
+    bias_sentence,
+    ceiling_sentence,
+    copy_sentence,
+    floor_sentence,
+    groups_of_types,
+    overconfidence_sentence,
+    percent,
+    shown,
+)
+from prmkit.judge.types import LOW_LABEL_MASS
+
+MIN_ORDER = 0.3
+"""A Spearman correlation whose lower end is below this orders too little to act on."""
+MIN_RECALL = 0.5
+"""Of the bad steps, the share that its scores put below the border; with less, the border misses most of them."""
+MAX_PRAISED = 0.1
+SAME_AS_A_JUDGE = -0.05
+"""A gap to another judge whose lower end is above this is no gap that matters."""
+_COPIES_FROM = 0.5  # a share of scores equal to the prompt's, above which the judge copies rather than agrees
+_HUGS_WITHIN = 0.5  # a distance to the prompt's score, as a part of the judges' distance, below which it does so too
+_MUCH_OF_ALL = 0.3  # a share of the scores that one task should not hold
+
+# --- the five conditions ----------------------------------------------------------------------------------------------
+
+State = Literal["met", "failed", "unknown", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One thing that a useful judge must show."""
+
+    name: str
+    state: State
+    sentence: str
+
+
+def conditions(group: Group, validity: Mapping[str, Any]) -> list[Condition]:
+    """The five conditions for "Useful", each with its metric.
+
+    Args:
+        group: of one evaluation type.
+        validity: of the same type.
+    """
+    return [_order(group), _order_within(group), _bad_steps(group), _scored(validity), _skill(group)]
+
+
+def _order(group: Group) -> Condition:
+    order = group["judge"][ORDER]
+    if order["low"] is None:
+        return Condition("order", "unknown", f"Order: not known ({order.get('reason')}).")
+    text = f"Spearman with the mean judge is {shown(order)}; the lower end must be above {MIN_ORDER}."
+    return Condition("order", "met" if order["low"] > MIN_ORDER else "failed", f"Order: {text}")
+
+
+def _order_within(group: Group) -> Condition:
+    name, pairs, tied = "order within runs", group["judge"]["pairwise_accuracy"], group["judge"]["pairwise_always_tied"]
+    if group["trajectories_with_pairs"] < 0.5 * group["trajectories"]:
+        text = f"most runs have one score of this kind ({pairs['n']} pairs), so it is not asked for."
+        return Condition(name, "not applicable", f"Order within runs: {text}")
+    if pairs["n"] < MIN_PAIRS:
+        text = f"not known; {pairs['n']} pairs of scores of the same run, at least {MIN_PAIRS} are needed."
+        return Condition(name, "unknown", f"Order within runs: {text}")
+    if pairs["low"] is None:
+        return Condition(name, "unknown", f"Order within runs: not known ({pairs.get('reason')}).")
+    least = max(0.5, tied["value"])
+    text = f"{shown(pairs)} of {pairs['n']} pairs are right; the lower end must be above {least:.2f}, which is what "
+    text += "calling every pair a tie reaches." if least > 0.5 else "guessing reaches."
+    return Condition(name, "met" if pairs["low"] > least else "failed", f"Order within runs: {text}")
+
+
+def _bad_steps(group: Group) -> Condition:
+    of_border, praised = group["judge"]["bad_step"][STRICT], group["judge"]["praised_share"]
+    auroc, recall, share = of_border["auroc"], of_border["recall"], of_border["bad_share"]
+    bad, good = recall["n"], share["n"] - recall["n"]
+    if min(bad, good) < MIN_BAD:
+        text = f"not known; {bad} bad and {good} good scores, at least {MIN_BAD} of each are needed."
+        return Condition("bad steps", "unknown", f"Bad steps: {text}")
+    if auroc["low"] is None:
+        return Condition("bad steps", "unknown", f"Bad steps: not known ({auroc.get('reason')}).")
+    failed = []
+    if auroc["low"] <= 0.5:
+        failed.append("AUROC's lower end is not above 0.5")
+    if recall["value"] < MIN_RECALL:
+        failed.append(f"fewer than {MIN_RECALL:.0%} are put below the border")
+    if praised["value"] > MAX_PRAISED:
+        failed.append(f"more than {MAX_PRAISED:.0%} are praised")
+    text = (
+        f"AUROC is {shown(auroc)}; of {bad} scores below {STRICT} it puts {percent(recall)} below {STRICT} and praises "
+        f"{percent(praised)} with {PRAISED_FROM} or more"
+    )
+    text += f" ({'; '.join(failed)})." if failed else "."
+    return Condition("bad steps", "failed" if failed else "met", f"Bad steps: {text}")
+
+
+def _scored(validity: Mapping[str, Any]) -> Condition:
+    made, asked = validity["scores_made"], validity["scores_asked"]
+    text = (
+        f"Scored: {made} of {asked} scores were made ({made / max(asked, 1):.1%}); at least {MIN_SCORED:.0%} must be."
+    )
+    return Condition("scored", "met" if made >= MIN_SCORED * asked else "failed", text)
+
+
+def _skill(group: Group) -> Condition:
+    skill, rmse = group["judge"]["skill"], group["judge"]["rmse"]
+    if skill["low"] is None:
+        return Condition("skill", "unknown", f"Skill: not known ({skill.get('reason')}).")
+    constant = group["baselines"]["constant"]["rmse"]
+    text = (
+        f"Skill: its root mean square error is {shown(rmse, interval=False)}, that of a constant "
+        f"{shown(constant, interval=False)}: {shown(skill)} of it is avoided; the lower end must be above 0."
+    )
+    return Condition("skill", "met" if skill["low"] > 0 else "failed", text)
+
+
+# --- the conclusion ---------------------------------------------------------------------------------------------------
+
+Grade = Literal["useful", "weak", "not_useful", "unknown"]
+_IN_WORDS: Mapping[Grade, str] = {
+    "useful": "useful on",
+    "weak": "weak on",
+    "not_useful": "not to be used on",
+    "unknown": "not enough data on",
+}
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What one evaluation type's metrics say to the person who must decide."""
+
+    evaluation_type: str
+    grade: Grade
+    headline: str
+    conditions: tuple[Condition, ...]
+    notes: tuple[str, ...]
+
+
+def conclusions(metrics: Mapping[str, Any]) -> list[Conclusion]:
+    """One conclusion for each evaluation type."""
+    found = []
+    for group in groups_of_types(metrics):
+        evaluation_type = group["evaluation_type"]
+        of_type = [each for each in metrics["groups"] if each["evaluation_type"] == evaluation_type]
+        validity = metrics["validity"][evaluation_type]
+        five = conditions(group, validity)
+        grade, headline = _grade(group, of_type, five, validity.get("label_mass"), list(weak_subgroups(metrics, group)))
+        notes = tuple(_notes(group, of_type))
+        found.append(Conclusion(evaluation_type, grade, headline, tuple(five), notes))
+    return found
+
+
+def summarize(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The conclusions as `metrics.json` has them, for `train.py --runs`, the model card and other programs."""
+    found, groups = conclusions(metrics), groups_of_types(metrics)
+    return {
+        "headline": in_short(found),
+        "spearman": metrics["groups"][0]["judge"][ORDER],
+        "types": {
+            each.evaluation_type: {
+                "grade": each.grade,
+                "headline": each.headline,
+                "conditions": [asdict(condition) for condition in each.conditions],
+                "spearman": group["judge"][ORDER],
+                "auroc": group["judge"]["bad_step"][STRICT]["auroc"],
+                "rmse": group["judge"]["rmse"],
+                "mae": group["judge"]["mae"],
+            }
+            for each, group in zip(found, groups, strict=True)
+        },
+        "warnings": list(warnings(metrics)),
+    }
+
+
+def in_short(found: Sequence[Conclusion]) -> str:
+    """`Useful on clip; weak on category and final.`"""
+    by_grade: dict[str, list[str]] = {}
+    for each in found:
+        by_grade.setdefault(each.grade, []).append(each.evaluation_type)
+    parts = [f"{_IN_WORDS[grade]} {_listed(by_grade[grade])}" for grade in _IN_WORDS if grade in by_grade]
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _grade(
+    group: Group,
+    of_type: Sequence[Group],
+    five: Sequence[Condition],
+    label_mass: Mapping[str, Any] | None,
+    weak_subgroups: Sequence[str],
+) -> tuple[Grade, str]:
+    """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak."""
+    order = group["judge"][ORDER]
+    if order.get("reason") == SAME_REFERENCE:
+        return "unknown", "The judges gave everything the same score, so there is no order to learn or to check."
+    if order.get("reason") == SAME_PREDICTION:
+        return "not_useful", "It is constant: it gives everything the same score."
+    if label_mass and label_mass["value"] is not None and label_mass["value"] < LOW_LABEL_MASS:
+        wanted = f"{percent(label_mass)} of its probability is on one"
+        return "not_useful", f"It does not want to answer with a score: {wanted}."
+    if order["low"] is None:
+        return "unknown", f"Too little held-out data to say ({order.get('reason')})."
+    if order["high"] < 0:
+        return "not_useful", f"It is inverted: its order is the wrong way round (Spearman {shown(order)})."
+    if order["low"] <= 0:
+        return "not_useful", f"Nothing shows that its order is better than chance (Spearman {shown(order)})."
+    if (copying := group["baselines"].get("copy")) and _copies(copying):
+        return "not_useful", "It repeats the scores that the prompt shows."
+    if weaknesses := [*_weaknesses(group, of_type, five), *weak_subgroups]:
+        return "weak", f"{weaknesses[0]}{_but_within_runs(five)}"
+    if missing := [condition.sentence for condition in five if condition.state == "unknown"]:
+        return "unknown", f"What can be seen is good, but not enough can be seen. {missing[0]}"
+    return "useful", _useful_headline(group, five)
+
+
+def _but_within_runs(five: Sequence[Condition]) -> str:
+    states = {condition.name: condition.state for condition in five}
+    if states["order within runs"] == "met" and "failed" in (states["order"], states["skill"]):
+        return " It does order the scores of one run: it may rank them, but not compare runs."
+    return ""
+
+
+def weak_subgroups(metrics: Mapping[str, Any], group: Group) -> Iterator[str]:
+    """Where the order of a type is shown not to be useful though it is elsewhere."""
+    if (group["judge"][ORDER]["low"] or 0) <= 0:
+        return
+    for key, values in metrics["breakdowns"].items():
+        for value in values:
+            order = value["order_by_type"].get(group["evaluation_type"])
+            if order and order["high"] is not None and order["high"] < MIN_ORDER:
+                yield f"Where {key} is {value['value']} its order is not useful (Spearman {shown(order)})."
+
+
+def _weaknesses(group: Group, of_type: Sequence[Group], five: Sequence[Condition]) -> Iterator[str]:
+    yield from (condition.sentence for condition in five if condition.state == "failed")
+    copying = group["baselines"].get("copy")
+    if copying and copying["skill"]["low"] is not None and copying["skill"]["low"] <= 0:
+        yield "Copying the scores that the prompt shows would do as well."
+    for name, words in (("length", "the prompt's length"), ("position", "the step's number")):
+        ranking = group["baselines"].get(name)
+        if ranking and (ranking[ORDER]["low"] or 0) > 0 and (ranking["gain"]["low"] or 0) <= 0:
+            yield f"Ranking by {words} alone does as well (Spearman {shown(ranking[ORDER])})."
+    if any(half["value"] is not None and half["value"] <= 0 for half in group["halves"]):
+        yield "Its order holds on one half of the tasks and not on the other."
+    yield from (sentence for sentence in map(_bad_key, of_type) if sentence)
+
+
+def _bad_key(group: Group) -> str | None:
+    """What is wrong with a key that is shown to be worse than its type must be."""
+    order = group["judge"][ORDER]
+    if group["key"] == ALL or group["only_key"]:
+        return None
+    if order.get("reason") == SAME_PREDICTION:
+        return f"It gives {group['key']} always the same score."
+    if order["high"] is None or order["high"] >= MIN_ORDER:
+        return None
+    inverted = "is the wrong way round" if order["high"] < 0 else "is not useful"
+    return f"On {group['key']} its order {inverted} (Spearman {shown(order)})."
+
+
+def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
+    only = " It cannot be said whether it orders scores within a run." * any(
+        condition.state == "not applicable" for condition in five
+    )
+    return f"All conditions are met. {_against_judges(group['ceiling']['gap'])}{only}"
+
+
+def _against_judges(gap: Mapping[str, Any]) -> str:
+    if gap["low"] is None:
+        return "How well judges agree with each other is not known here."
+    difference = f"difference in Spearman {gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
+    if gap["high"] < 0:
+        return f"It agrees with a judge less than another judge does ({difference})."
+    if gap["low"] > SAME_AS_A_JUDGE:
+        return f"It agrees with a judge as well as another judge does ({difference})."
+    return (
+        f"It is not shown to be worse than another judge; it may be behind by up to {-gap['low']:.2f} ({difference})."
+    )
+
+
+def _copies(copying: Mapping[str, Any]) -> bool:
+    equal, of_reference = copying["judge_equals_copy"]["value"], copying["reference_equals_copy"]["value"]
+    near, near_of_reference = copying["distance_of_judge"]["value"], copying["distance_of_reference"]["value"]
+    if None in (equal, of_reference, near, near_of_reference):
+        return False
+    return bool(equal > max(_COPIES_FROM, of_reference) or near < _HUGS_WITHIN * near_of_reference)
+
+
+def _notes(group: Group, of_type: Sequence[Group]) -> Iterator[str]:
+    if sentence := bias_sentence(group):
+        yield sentence
+    if sentence := overconfidence_sentence(group):
+        yield sentence
+    yield from (sentence for sentence in map(_bad_key, of_type) if sentence)
+    if agreement := ceiling_sentence(group):
+        yield agreement
+    if copying := group["baselines"].get("copy"):
+        yield copy_sentence(copying)
+    if base := group["baselines"].get("base_model"):
+        yield (
+            f"The base model, without training, has an RMSE of {shown(base['base']['rmse'])} and a Spearman of "
+            f"{shown(base['base'][ORDER])}."
+        )
+    yield floor_sentence(group)
+
+
+def warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader has to know whatever the grade: unscored rows, one task that weighs most, leniency, subgroups."""
+    every = metrics["validity"][ALL]
+    if every["scores_made"] < MIN_SCORED * every["scores_asked"]:
+        yield f"Only {every['scores_made']} of {every['scores_asked']} scores were made; all else is about these."
+    largest = metrics["held_out"]["largest_task"]
+    if largest["share"] > _MUCH_OF_ALL and metrics["held_out"]["tasks_evaluated"] >= MIN_TASKS:
+        yield f"One task ({largest['task']}) has {largest['share']:.0%} of the scores, so the others hardly count."
+    for group in groups_of_types(metrics):
+        if (group["judge"][ORDER]["low"] or 0) > 0:
+            sentences = [bias_sentence(group), overconfidence_sentence(group), *weak_subgroups(metrics, group)]
+            yield from (f"{group['evaluation_type']}: {sentence}" for sentence in sentences if sentence)
+    yield from (line for line in metrics["leniency"]["sentences"] if line.startswith("warning"))
