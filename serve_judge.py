@@ -36,6 +36,11 @@ def main() -> int:
     )
     rewards("--unscored", choices=["error", "skip", "mean", "null"], default="error", help=unscored)
     rewards("--bad-below", type=share, default=0.5, metavar="X", help="limit of a bad step (default 0.5)")
+    logs = parser.add_argument_group("request log").add_argument
+    logs("--log-requests", type=Path, metavar="FILE", help="append a JSON line for every step that is scored")
+    logs("--log-prompts", action="store_true", help="with the prompts; else only their hashes and lengths")
+    logs("--log-size", type=positive, default=100, metavar="MB", help="then FILE becomes FILE.1 (default 100)")
+    logs("--log-files", type=positive, default=10, metavar="N", help="full files that are kept (default 10)")
     add_interval_arguments(parser)
     add_judge_arguments(parser)
     add_backend_arguments(parser)

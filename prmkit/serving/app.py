@@ -16,6 +16,7 @@ import orjson
 
 from prmkit.errors import PrmkitError
 from prmkit.serving.engine import Busy, Stopping
+from prmkit.serving.payloads import request_id
 from prmkit.serving.service import NoReward, Service
 
 if TYPE_CHECKING:
@@ -128,11 +129,7 @@ class _Routes:
 
     async def score_canary(self) -> None:
         """Score one small prompt: it loads the judge, and shows that it works before a client needs it."""
-        step = {"role": "assistant", "content": "4"}
-        prompt = 'Judge this step: 2 + 2 is 4. Answer with {"step_score": <score>}'
-        has_rubric = self._service.rubric is not None
-        asked = {"task": "What is 2 + 2?", "step": step} if has_rubric else {"prompt": prompt}
-        line = (await self._service.score({"steps": [asked]}))["results"][0]
+        line = await self._service.first_line()
         self._canary = {"judge": self._service.name, **{key: line[key] for key in ("status", "score", "reason")}}
         level = logging.INFO if self._is_ready() else logging.WARNING
         log.log(level, "first prompt: %s", line["reason"] or line["status"])
@@ -229,6 +226,7 @@ class Guard:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         identity = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         started, status = time.perf_counter(), 500
+        request_id.set(identity)
 
         async def answer(message: Message) -> None:
             nonlocal status

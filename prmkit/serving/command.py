@@ -4,17 +4,20 @@ import argparse
 import logging
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
 from prmkit.judge.scorer import DEFAULT_RUN, Scorer, ShapeOf, scorer_of
 from prmkit.prompts.step import Rubric, load_rubric
+from prmkit.registered import is_registered
 from prmkit.scoring.rows import check_rubric, known_keys
 from prmkit.scoring.score import abstention_of
 from prmkit.serving.app import Limits, make_app
 from prmkit.serving.engine import Engine
 from prmkit.serving.metrics import Metrics, held_out_scores
+from prmkit.serving.request_log import RequestLog
 from prmkit.serving.service import Service
 
 log = logging.getLogger("prmkit")
@@ -31,6 +34,11 @@ def serve(arguments: argparse.Namespace) -> ExitCode:
     scorer = scorer_of(arguments)
     service = _service(arguments, scorer)
     limits = Limits(arguments.max_body << 20, _key(arguments.key_env), arguments.drain)
+    with service.request_log.writing() if service.request_log else nullcontext():
+        return _serve(service, limits, arguments)
+
+
+def _serve(service: Service, limits: Limits, arguments: argparse.Namespace) -> ExitCode:
     service.engine.load()  # a judge that cannot be loaded is an error now, not when the first client comes
     with _bind(arguments.host, arguments.port) as listening:
         host, port = listening.getsockname()[:2]
@@ -54,7 +62,7 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
     engine.on_batch = metrics.count_batch
     engine.on_cache_hit = metrics.cache_hits.inc
     return Service(
-        name=Path(name).name or name,
+        name=_name_of(name),
         engine=engine,
         metrics=metrics,
         shape_of=ShapeOf((), known_keys(arguments.data)),
@@ -64,6 +72,27 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
         bad_below=arguments.bad_below,
         aggregate=arguments.aggregate,
         unscored=arguments.unscored,
+        request_log=_request_log(arguments, metrics),
+    )
+
+
+def _name_of(judge: str) -> str:
+    """A judge's name for clients and the log: NAME@NUMBER of a registered one, else the last part of its path."""
+    run = Path(judge)
+    return f"{run.parent.parent.name}@{run.parent.name}" if is_registered(run) else run.name or judge
+
+
+def _request_log(arguments: argparse.Namespace, metrics: Metrics) -> RequestLog | None:
+    if arguments.log_requests is None:
+        if arguments.log_prompts:
+            raise UsageError("--log-prompts needs --log-requests FILE.")
+        return None
+    return RequestLog(
+        arguments.log_requests,
+        arguments.log_prompts,
+        arguments.log_size << 20,
+        arguments.log_files,
+        metrics.count_logged,
     )
 
 

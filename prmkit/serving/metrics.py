@@ -56,6 +56,11 @@ class Metrics:
         self.unscored_rewards = Counter(
             "prmkit_unscored_rewards", "Rewards that were asked for and not computed.", ["answer"], registry=registry
         )
+        self.request_log_lines = Counter(
+            "prmkit_request_log_lines", "Lines of the request log, written or lost.", ["outcome"], registry=registry
+        )
+        for outcome in ("written", "lost"):
+            self.request_log_lines.labels(outcome)  # so that an alarm for lost lines has a zero to begin with
         Gauge("prmkit_queue_depth", "Prompts that wait or are being judged.", registry=registry).set_function(depth)
         drift = Gauge(
             "prmkit_drift_psi",
@@ -77,6 +82,10 @@ class Metrics:
         """Count one batch that went through the model."""
         self.batch_size.observe(size)
         self.batch_seconds.observe(seconds)
+
+    def count_logged(self, outcome: str, lines: int) -> None:
+        """Count lines of the request log."""
+        self.request_log_lines.labels(outcome).inc(lines)
 
     def text(self) -> bytes:
         """Everything, as Prometheus reads it."""

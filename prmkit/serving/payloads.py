@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from typing import Any
 import orjson
 
 from prmkit.errors import DataError
+from prmkit.rows import name_in
 from prmkit.trajectories.content import ROLES, is_message_list, turns_of
 from prmkit.trajectories.importing import FileReport, Options, read_runs
 from prmkit.trajectories.readers.tagged import turns_of_tags
 from prmkit.trajectories.run import Run, Turn, assemble
-from prmkit.trajectory import Trajectory
+from prmkit.trajectory import Trajectory, task_id_of
 
 _SOURCE = {"format": "http"}
+
+request_id: ContextVar[str] = ContextVar("request_id", default="request")
+"""Of the HTTP request that is being answered: the name of a run that has no other."""
 
 
 def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileReport]]:
@@ -46,16 +51,30 @@ def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileRep
         except DataError as error:
             message = str(error).replace(str(file), "the request").partition(" --format")[0]
             raise DataError(message) from None
+    runs = [_named(run) for run in runs]
     if not runs:
         reasons = [reason for report in reports for reason in report.unreadable]
         raise DataError(f"the request has no run in it{': ' if reasons else '.'}{'; '.join(reasons)}")
     return runs, reports
 
 
+def _named(run: Trajectory) -> Trajectory:
+    """The run with the request's id in its name, where the client named neither run nor task.
+
+    The importer numbers runs of a task in a file. Here every request would begin with the same number, and so give
+    the runs of different requests one name.
+    """
+    given = task_id_of(run.task)
+    if run.task_id != given or not run.trajectory_id.startswith(f"{given}."):
+        return run
+    return replace(run, trajectory_id=f"{request_id.get()}.{run.trajectory_id.removeprefix(f'{given}.')}")
+
+
 def run_of_step(item: Mapping[str, Any]) -> Trajectory:
     """The run up to one step: `task`, `history` and `step`, the last two as lists of messages.
 
-    The step is taken to be the last of its run if it calls no tool; `last` says otherwise.
+    The step is taken to be the last of its run if it calls no tool; `last` says otherwise. `task_id` and
+    `trajectory_id`, here or in `metadata`, are kept.
 
     Raises:
         DataError: a part is missing or not of its form, or the agent says nothing in `step`.
@@ -68,18 +87,25 @@ def run_of_step(item: Mapping[str, Any]) -> Trajectory:
         if messages != [] and not is_message_list(messages):
             raise DataError(f'{name}: a list of messages, such as [{{"role": "assistant", "content": "…"}}].')
     lost: Counter[str] = Counter()
+    metadata = item.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise DataError("metadata: an object.")
+    names = {name: name_in(item, name) or name_in(metadata, name) for name in ("task_id", "trajectory_id")}
     before, now = turns_of(history, lost), turns_of(step or [], lost)
     if not any(turn.role == "agent" for turn in now):
         raise DataError("step: has no message of the agent.")
-    run = _run([*before, *now], task)
+    run = _run([*before, *now], task, **names)
     calls = run.steps[-1].calls
     last = item.get("last", not calls)
     return replace(run, steps=(*run.steps[:-1], replace(run.steps[-1], last=bool(last))))
 
 
-def _run(turns: Sequence[Turn], task: str | None) -> Trajectory:
+def _run(
+    turns: Sequence[Turn], task: str | None, task_id: str | None = None, trajectory_id: str | None = None
+) -> Trajectory:
     numbered = [replace(turn, index=place) for place, turn in enumerate(turns)]
-    run = assemble(Run(numbered, task=task, trajectory_id="request"), _SOURCE)
+    named = trajectory_id or request_id.get()
+    run = assemble(Run(numbered, task=task, task_id=task_id, trajectory_id=named), _SOURCE)
     if run is None:
         raise DataError("the agent says and does nothing in it.")
     return run

@@ -15,10 +15,11 @@ from prmkit.judge.types import AGGREGATES, SAME_SCORE, Judgement, rounded
 from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.rows import Rejected, read_row
 from prmkit.scoring.rows import Row, prompt_row, step_row
-from prmkit.scoring.score import Trajectories, result_line
+from prmkit.scoring.score import Result, Trajectories, result_line
 from prmkit.serving.engine import Engine
 from prmkit.serving.metrics import Metrics
-from prmkit.serving.payloads import run_of_policy, run_of_step, runs_in
+from prmkit.serving.payloads import request_id, run_of_policy, run_of_step, runs_in
+from prmkit.serving.request_log import RequestLog
 from prmkit.serving.systemone import answer_to, check_question, key_of
 from prmkit.trajectory import Trajectory
 
@@ -50,6 +51,7 @@ class Service:
     aggregate: str = "min"
     """How the scores of several steps become one reward."""
     unscored: str = "error"
+    request_log: RequestLog | None = None
     _rewards: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_REWARDS))
 
     # --- /v1/score
@@ -75,8 +77,16 @@ class Service:
         known = identity if isinstance(identity, str | int) else None
         try:
             if "step" in item and "prompt" not in item:
-                row = self._step_rows(run_of_step(item))[-1]
-                return Row(number, known or row.id, row.request, row.reason, item.get("metadata") or {}, is_step=True)
+                run = run_of_step(item)
+                row = self._step_rows(run)[-1]
+                trajectory = row.trajectory if run.trajectory_id != request_id.get() else None
+                return replace(
+                    row,
+                    number=number,
+                    id=known or row.id,
+                    metadata=item.get("metadata") or {},
+                    trajectory=trajectory,  # steps of one request need not be of one run
+                )
             return prompt_row(read_row(item), number, shape_of)
         except Rejected as rejected:
             return Row(number, known, reason=rejected.reason)
@@ -92,8 +102,21 @@ class Service:
             self.metrics.count(judgement)
             line = dict(result_line(row, judgement))
             evaluation_type = row.metadata.get("evaluation_type", "clip" if row.is_step else None)
-            lines.append((self.abstention.add_interval(line, evaluation_type) if self.abstention else line, judgement))
+            line = self.abstention.add_interval(line, evaluation_type) if self.abstention else line
+            if self.request_log:
+                self.request_log.add(row, line, self.name, "production")
+            lines.append((line, judgement))
         return lines
+
+    async def first_line(self) -> Result:
+        """The line of one small prompt. It shows that the judge works; neither metrics nor log count it."""
+        step = {"task": "What is 2 + 2?", "step": {"role": "assistant", "content": "4"}}
+        prompt = {"prompt": 'Judge this step: 2 + 2 is 4. Answer with {"step_score": <score>}'}
+        row = self._row(step if self.rubric else prompt, 1, self.shape_of)
+        judgement = (
+            (await self.engine.judge([row.request]))[0] if row.request else Judgement("error", reason=row.reason)
+        )
+        return result_line(row, judgement)
 
     def _step_rows(self, run: Trajectory) -> list[Row]:
         rubric = self.step_rubric()
@@ -145,8 +168,9 @@ class Service:
             raise DataError("query and prompts: two lists of strings of the same length.")
         if not all(isinstance(text, str) for text in [*queries, *prompts]):
             raise DataError("query and prompts: two lists of strings of the same length.")
-        pairs = zip(prompts, queries, strict=True)
-        found = await asyncio.gather(*(self._reward(prompt, query, whole=True) for prompt, query in pairs))
+        pairs = enumerate(zip(prompts, queries, strict=True), start=1)
+        asked = (self._reward(prompt, query, whole=True, number=number) for number, (prompt, query) in pairs)
+        found = await asyncio.gather(*asked)
         values = [self._number(each.pop("score"), can_be_null=False) for each in found]
         logs = {key: [_finite(each[key]) for each in found] for key in ("label_mass", "unscored", "steps")}
         return {"rewards": values, "scores": values, "extra_logs": logs}
@@ -175,9 +199,12 @@ class Service:
                 raise DataError(f"{name}: one of {', '.join(known)}.")
         return replace(self, **given) if given else self
 
-    async def _reward(self, prompt: str | list[Any], text: str | list[Any], *, whole: bool) -> dict[str, Any]:
+    async def _reward(
+        self, prompt: str | list[Any], text: str | list[Any], *, whole: bool, number: int = 1
+    ) -> dict[str, Any]:
         """The aggregate of the steps that the policy wrote, null where a step has no score that can be relied on."""
         run, earlier = run_of_policy(prompt, text, whole=whole)
+        run = replace(run, trajectory_id=f"{run.trajectory_id}.{number}")
         rows = self._step_rows(run)[earlier:]
         if not rows:
             raise DataError("the policy wrote nothing in it.")

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,8 +78,13 @@ def export(model_folders: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(export: Path) -> Iterator[Server]:
-    server = started(export, "--max-body", "1")
+def request_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "requests.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(export: Path, request_log: Path) -> Iterator[Server]:
+    server = started(export, "--max-body", "1", "--log-requests", request_log)
     yield server
     server.process.kill()
     server.process.communicate()
@@ -96,6 +103,55 @@ def test_scores_over_http_are_those_of_the_script(server: Server, export: Path, 
     single = {"task": "Cancel order 17.", "history": MESSAGES[1:3], "step": MESSAGES[3]}
     (last,) = server.post("/v1/score", json={"steps": [single]}).json()["results"]
     assert last["score"] == pytest.approx(lines[1]["score"], abs=2e-6)
+
+
+def logged(server: Server, file: Path, path: str, body: Any, **headers: str) -> list[dict[str, Any]]:
+    """The lines that a request adds to the log."""
+    before = len(file.read_text().splitlines())
+    answer = server.post(path, json=body, headers=headers)
+    deadline = time.monotonic() + 10
+    while len(file.read_text().splitlines()) == before:  # lines are written after the answer
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert answer.status_code in (200, 503), answer.text
+    return [json.loads(line) for line in file.read_text().splitlines()[before:]]
+
+
+def test_every_step_is_logged_by_ids_and_hashes_and_never_with_text(server: Server, request_log: Path) -> None:
+    (named,) = logged(
+        server,
+        request_log,
+        "/v1/score",
+        {"steps": [{"id": "s-1", "task_id": "t-1", "trajectory_id": "r-1", "task": "Cancel order 17.",
+                    "step": {"role": "assistant", "content": "It has shipped."}}]},
+    )  # fmt: skip
+    assert (named["id"], named["task"], named["trajectory"], named["role"]) == ("s-1", "t-1", "r-1", "production")
+    run = logged(server, request_log, "/v1/score_trajectory", {"messages": MESSAGES}, **{"X-Request-Id": "q7"})
+    assert [line["trajectory"] for line in run] == ["q7.1"] * 2 and [line["id"] for line in run] == ["q7.1#1", "q7.1#2"]
+    (reward,) = logged(
+        server, request_log, "/reward", {"prompt": "Say it in one word.", "response": "Four, of course."}
+    )
+    assert reward["status"] == "unsure" and reward["task"].startswith("task-") and reward["keys"] == ["step_score"]
+    assert reward["request_hash"] and reward["characters"] > 100
+    text = request_log.read_text()
+    for quoted in ("Cancel", "shipped", "one word", "Four", KEY):
+        assert quoted not in text
+
+
+def test_a_full_disk_costs_lines_and_no_answers(server: Server, request_log: Path) -> None:
+    """The server may not make its files longer: a disk that is full."""
+    process = server.process.pid
+    before = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (request_log.stat().st_size + 10, before[1]))
+    try:
+        for number in range(3):
+            assert server.post("/v1/score", json={"steps": [f'{number}: {{"step_score": 1}}']}).status_code == 200
+        deadline = time.monotonic() + 10
+        while 'prmkit_request_log_lines_total{outcome="lost"} 3.0' not in server.get("/metrics").text:
+            assert time.monotonic() < deadline
+    finally:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, before)
+    assert len(logged(server, request_log, "/v1/score", {"steps": ['again: {"step_score": 1}']})) == 1
 
 
 def test_a_random_model_gives_no_rewards(server: Server) -> None:

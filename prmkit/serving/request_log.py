@@ -1,0 +1,267 @@
+"""The request log: one JSON line for every step that was judged, for A/B tests, drift and audits.
+
+Lines are written by a thread of their own, so that a slow disk delays no answer. What cannot be written, because the
+disk is full or too slow, is counted and reported once; the answers themselves do not depend on it.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import orjson
+
+from prmkit.errors import DataError, UsageError
+from prmkit.files import exclusive_lock
+from prmkit.scoring.rows import Row
+from prmkit.scoring.score import Result
+
+log = logging.getLogger("prmkit")
+
+Role = Literal["production", "challenger", "shadow"]
+"""`production` and `challenger` answered the client; what `shadow` said was not shown to anybody."""
+
+FIELDS = (
+    "time", "id", "judge", "role", "request_hash", "task", "trajectory", "score", "std", "label_mass", "status",
+    "characters", "keys", "prompt",
+)  # fmt: skip
+
+_MOST_WAITING = 64 << 20
+"""Bytes of lines that wait for the disk. With more, new lines are lost: memory must not fill up instead of the disk."""
+_AT_ONCE = 1 << 20
+"""Bytes of lines that are written together."""
+_PATIENCE = 5.0
+"""Seconds for the last lines when the server ends."""
+_BEGINNING = b'{"time":"'
+_SAFE = re.compile(r"[A-Za-z0-9_.:/#@+=~-]{1,128}")
+
+
+def log_id(value: str | int | None) -> str | None:
+    """An id as the log shows it. One that may be text (spaces, length) becomes a hash: the log must not quote anybody.
+
+    Returns:
+        The id itself, or `sha256-` and 16 hexadecimal digits; None for None.
+    """
+    if value is None or _SAFE.fullmatch(str(value)):
+        return None if value is None else str(value)
+    return "sha256-" + hashlib.sha256(str(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass
+class RequestLog:
+    """Appends lines to a file, and starts a new file when it is full."""
+
+    file: Path
+    with_prompts: bool = False
+    largest: int = 100 << 20
+    """Bytes of one file; then it becomes FILE.1, FILE.1 becomes FILE.2, and so on."""
+    kept: int = 10
+    """How many full files are kept."""
+    on_outcome: Callable[[str, int], None] = lambda outcome, lines: None
+    """Called with `written` or `lost` and a number of lines."""
+    _waiting: deque[bytes] = field(default_factory=deque)
+    _bytes: int = 0
+    """The size of what waits."""
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _is_closing: bool = False
+    _has_warned: bool = False
+    _descriptor: int | None = None
+    """Of the open file; only the writing thread uses it."""
+
+    def add(self, row: Row, line: Result, judge: str, role: Role) -> None:
+        """Log one judged step. Returns at once, whatever the disk does.
+
+        Args:
+            row: what was asked.
+            line: what was answered.
+            judge: the name of the judge that gave this answer.
+            role: what the answer was for.
+        """
+        self._put(orjson.dumps(self._entry(row, line, judge, role), option=orjson.OPT_APPEND_NEWLINE))
+
+    def _entry(self, row: Row, line: Result, judge: str, role: Role) -> dict[str, Any]:
+        request = row.request
+        prompt = request.prompt if request else None
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "id": log_id(row.id),
+            "judge": judge,
+            "role": role,
+            "request_hash": row.request_hash,
+            "task": log_id(row.task),
+            "trajectory": log_id(row.trajectory),
+            "score": line["score"],
+            "std": line["std"],
+            "label_mass": line["label_mass"],
+            "status": line["status"],
+            "characters": len(prompt) if prompt is not None else None,
+            "keys": list(map(_valid, request.shape.keys)) if request else [],
+            "prompt": _valid(prompt) if prompt is not None and self.with_prompts else None,
+        }
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write what is added while the block runs. Another server cannot write the same file.
+
+        Raises:
+            DataError: the file cannot be written, or another server writes it.
+            UsageError: it is not a request log, but something that must not be appended to.
+        """
+        if self.file.exists() and not self.file.is_file():
+            raise UsageError(f"{self.file}: is not a regular file. Choose another --log-requests.")
+        with exclusive_lock(self.file.parent, f"writing {self.file.name}", lock=f".{self.file.name}.lock"):
+            _check_file(self.file)
+            writer = threading.Thread(target=self._write_lines, name="request log", daemon=True)
+            writer.start()
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._is_closing = True
+                    self._changed.notify()
+                writer.join(_PATIENCE)
+                if left := len(self._waiting):
+                    self._lose(left, "the disk is too slow")
+
+    def _put(self, line: bytes) -> None:
+        with self._changed:
+            is_taken = not self._is_closing and self._bytes + len(line) <= _MOST_WAITING
+            if is_taken:
+                self._waiting.append(line)
+                self._bytes += len(line)
+                self._changed.notify()
+        if not is_taken:
+            self._lose(1, "the disk is too slow")
+
+    # --- the writing thread
+
+    def _write_lines(self) -> None:
+        while lines := self._next_lines():
+            text = b"".join(lines)
+            try:
+                self._append(text)
+            except OSError as error:
+                self._lose(len(lines), error.strerror or str(error))
+            else:
+                self.on_outcome("written", len(lines))
+
+    def _next_lines(self) -> list[bytes]:
+        """Some lines to write together; none when the log was closed and everything is written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closing)
+            lines: list[bytes] = []
+            size = 0
+            limit = min(_AT_ONCE, self.largest)
+            while self._waiting and (not lines or size + len(self._waiting[0]) <= limit):
+                lines.append(self._waiting.popleft())
+                size += len(lines[-1])
+            self._bytes -= size
+            return lines
+
+    def _append(self, text: bytes) -> None:
+        """Write complete lines or nothing: half a line would damage the next one, too."""
+        descriptor = self._open()
+        size = os.fstat(descriptor).st_size
+        if size and size + len(text) > self.largest:
+            self._rotate()
+            descriptor, size = self._open(), 0
+        done = 0
+        try:
+            while done < len(text):
+                done += os.write(descriptor, text[done:])
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+
+    def _open(self) -> int:
+        """The descriptor of the file, opened again where somebody has moved or deleted it (logrotate)."""
+        if self._descriptor is not None and not _is_at(self._descriptor, self.file):
+            os.close(self._descriptor)
+            self._descriptor = None
+        if self._descriptor is None:
+            self._descriptor = _open_file(self.file)
+        return self._descriptor
+
+    def _rotate(self) -> None:
+        names = [self.file, *(self.file.with_name(f"{self.file.name}.{number}") for number in range(1, self.kept + 1))]
+        for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+            if newer.exists():
+                newer.replace(older)
+
+    def _lose(self, lines: int, reason: str) -> None:
+        self.on_outcome("lost", lines)
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: %s. Lines of the request log are lost; answers are not affected. This is reported once, and "
+                "counted in /metrics (prmkit_request_log_lines).",
+                self.file,
+                reason,
+            )
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _open_file(file: Path) -> int:
+    # Private, for it may hold prompts. A link that somebody has planted would let us write into another file.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(file, flags, 0o600)
+
+
+def _valid(text: str) -> str:
+    """Text that can be written: half a surrogate pair, which JSON can carry, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _check_file(file: Path) -> None:
+    """Check that lines can be appended, and remove a last line that a killed server has not finished."""
+    try:
+        descriptor = _open_file(file)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}. Choose another --log-requests.") from error
+    with open(descriptor, "r+b") as stream:  # noqa: PTH123 - a descriptor is opened
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        if not _may_be_ours(stream.readline()):
+            raise UsageError(f"{file}: exists and is not a request log. Choose another --log-requests.")
+        end = _end_of_last_line(stream, size)
+        if end < size:
+            log.warning("%s: the last line was not finished, and is removed", file)
+            stream.truncate(end)
+
+
+def _may_be_ours(first: bytes) -> bool:
+    """Whether the first line of a file is a line of a request log, complete or cut off, or missing."""
+    if not first.endswith(b"\n"):
+        return first[: len(_BEGINNING)] == _BEGINNING[: len(first)]
+    try:
+        line = orjson.loads(first)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(line, dict) and {"time", "judge", "role", "request_hash"} <= line.keys()
+
+
+def _end_of_last_line(stream: BinaryIO, size: int) -> int:
+    """The position after the last line break; 0 where there is no line break."""
+    end = size
+    while end:
+        begin = max(0, end - _AT_ONCE)
+        stream.seek(begin)
+        place = stream.read(end - begin).rfind(b"\n")
+        if place >= 0:
+            return begin + place + 1
+        end = begin
+    return 0
