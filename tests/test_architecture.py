@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "dataset": {"trajectories"},
     "collection": {"trajectories"},
     "serving": {"judge", "scoring", "trajectories"},
-    "registry": {"evaluation"},
+    "registry": {"evaluation", "training"},
 }
 """Which other wings a wing may import; everything else meets in files."""
 HEAVY = {

@@ -24,7 +24,41 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = _Parser(description=description, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_versions(commands)
+    _add_retraining(commands)
     return parser
+
+
+def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    retrain = commands.add_parser(
+        "retrain",
+        help="a new version out of one and new rows, measured against it",
+        epilog="Exit code 0: the gate is met; 4: it is not, or it cannot decide. Run again, it continues.",
+    )
+    add = retrain.add_argument
+    add("version", help="such as production")
+    add("--new", type=Path, nargs="+", required=True, metavar="FILE", help="new rows")
+    add(
+        "--from",
+        dest="start",
+        choices=["adapter", "base"],
+        default="base",
+        help="what training starts from (default: base)",
+    )
+    replay = "share of the old training tasks to train on again (default: 1 from base, 0.3 from adapter)"
+    add("--replay", type=_share, metavar="X", help=replay)
+    add("--margin", type=_share, default=0.05, metavar="X", help="not worse by more than this, by type (default 0.05)")
+    add("--set", nargs="+", default=[], metavar="key=value", help="of LLaMA Factory, such as learning_rate=1e-5")
+    add("--promote-if-better", action="store_true", help="tag the new version where the gate is met")
+    add("--accept-contradiction", action="store_true", help="also train on labels that contradict the judge")
+    add("--why", metavar="TEXT", help="kept in the history")
+    add("--json", action="store_true", help="print the result as JSON")
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
 
 
 def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -51,6 +51,29 @@ def _export(folder: Path, arguments: argparse.Namespace) -> None:
     cli.emit(f"{arguments.push_ready}: {version}, ready to be uploaded. Read its README.md first.")
 
 
+def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
+    from prmkit.registry.retrain import Retraining, exit_code_of, retrain
+
+    default = 1.0 if arguments.start == "base" else 0.3
+    asked = Retraining(
+        reference=arguments.version,
+        new=tuple(arguments.new),
+        start=arguments.start,
+        replay=default if arguments.replay is None else arguments.replay,
+        margin=arguments.margin,
+        settings=tuple(arguments.set),
+        promote=arguments.promote_if_better,
+        accept_contradiction=arguments.accept_contradiction,
+        why=arguments.why,
+    )
+    result = retrain(folder, asked)
+    if arguments.json:
+        cli.emit_json(result)
+    else:
+        describe.show_retraining(result)
+    return exit_code_of(result)
+
+
 _COMMANDS: Mapping[str, Callable[[Path, argparse.Namespace], ExitCode | None]] = {
     "add": _add,
     "list": lambda folder, arguments: describe.list_versions(folder, as_json=arguments.json),
@@ -62,5 +85,6 @@ _COMMANDS: Mapping[str, Callable[[Path, argparse.Namespace], ExitCode | None]] =
     "rollback": _roll_back,
     "remove": _remove,
     "export": _export,
+    "retrain": _retrain,
     "history": lambda folder, arguments: describe.show_history(folder, as_json=arguments.json),
 }

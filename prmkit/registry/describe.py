@@ -186,3 +186,20 @@ def sentence_of(line: Mapping[str, Any]) -> str:
     if line["action"] == "rollback":
         return f"{line['tag']}: from {line['judge']}@{line['was']} to {version}"
     return version + (f" {line['what']}" if line.get("what") else "")
+
+
+def show_retraining(result: Mapping[str, Any]) -> None:
+    """What a retraining found, trained and decided."""
+    for sentence in (result["report"] or {}).get("findings", []):
+        cli.emit(f"new rows: {sentence}")
+    if result["version"]:
+        cli.emit(f"{result['version']}: registered; its parent is {result['parent']}.")
+    else:
+        cli.emit(f"Nothing was trained: {result['parent']} stays as it is.")
+    cli.emit("gate: met" if result["gate"]["passed"] else "gate: not met")
+    for reason in result["gate"]["reasons"]:
+        cli.emit(f"  {reason}")
+    if result["promoted"]:
+        cli.emit(f"{result['version']}: has the tag now.")
+    elif result["gate"]["passed"]:
+        cli.emit(f"next: python manage_judges.py tag {result['version']} production")

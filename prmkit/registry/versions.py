@@ -116,6 +116,8 @@ class Addition:
     name: str
     rows: Sequence[Path] = ()
     """The input of the conversion; empty for what its report names, where these files are unchanged."""
+    keep_rows: Sequence[Path] = ()
+    """Rows to keep instead of these: after a replay the data is made of a part of them."""
     data: Path | None = None
     """The converted data; None for where the run says."""
     evaluation: Path | None = None
@@ -224,6 +226,11 @@ def _data_of(run: Path, record: Mapping[str, Any]) -> Path | None:
 
 def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target: Path) -> None:
     wanted = [source["sha256"] for source in report["inputs"]]
+    if addition.keep_rows:
+        target.mkdir()
+        for number, place in enumerate(addition.keep_rows):
+            shutil.copy2(place, target / f"{number:03d}_{place.name.lstrip('0123456789_') or 'rows.jsonl'}")
+        return
     # Where it was converted, and where the project is now.
     folders = [Path(), *data.resolve().parents[:4]]
     named = [folder / source["source"] for source in report["inputs"] for folder in folders]
@@ -298,8 +305,17 @@ def _make_read_only(folder: Path) -> None:
 # --- tags -------------------------------------------------------------------------------------------------------------
 
 
-def tag_version(folder: Path, reference: str, tag: str, why: str | None) -> VersionId:
+def tag_version(
+    folder: Path, reference: str, tag: str, why: str | None, *, expected: VersionId | None = None
+) -> VersionId:
     """Let a tag point to a version.
+
+    Args:
+        folder: the registry.
+        reference: the version.
+        tag: the tag.
+        why: for the history.
+        expected: the version that must have the tag now, if any has: somebody may have rolled back meanwhile.
 
     Raises:
         UsageError: there is no such version, or the tag could be taken for a version.
@@ -310,7 +326,12 @@ def tag_version(folder: Path, reference: str, tag: str, why: str | None) -> Vers
     with changing(folder) as state:
         version = registered.find_version(reference, folder)
         registered.check_files(version, folder)
-        if state.tagged(version.name, tag) != version.number:
+        now = state.tagged(version.name, tag)
+        if expected and now not in (None, expected.number, version.number):
+            raise DataError(
+                f"{tag}: is {version.name}@{now} now. {version} was compared with {expected}, and is not tagged."
+            )
+        if now != version.number:
             write_history(folder, "tag", why, judge=version.name, version=version.number, tag=tag)
         else:
             log.info("%s is %s already.", version, tag)

@@ -1,0 +1,111 @@
+"""Retraining: what is reported about new rows, what is refused before training, and one real retraining."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from registry_fixtures import ROOT, make_rows, make_run
+
+from prmkit import registered
+from prmkit.errors import DataError
+from prmkit.files import exclusive_lock
+from prmkit.registry.batch import check_sides, describe_batch
+from prmkit.registry.distributions import shift_of
+from prmkit.registry.versions import Addition, add_version
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def sidecar(prompt: str, score: float, judge: str = "a", kind: str = "clip", task: str = "t") -> dict[str, Any]:
+    """A line of a sidecar."""
+    metadata = {"model_name": judge, "evaluation_type": kind, "task_id": task}
+    return {"prompt_sha256": prompt, "scores": {"score": score}, "metadata": metadata}
+
+
+def test_changed_labels_and_other_judges_are_found() -> None:
+    old = [sidecar("p1", 0.2), sidecar("p2", 0.4), sidecar("p3", 0.6, judge="b")]
+    new = [sidecar("p1", 0.2), sidecar("p2", 0.9), sidecar("p4", 0.5, judge="c", kind="final")]
+    report = describe_batch(old, new, {"rejected": {"not JSON": 2}})
+    assert (report["repeated_labels"], report["changed_labels"]) == (2, 1)
+    assert report["changed_examples"] == [{"prompt_sha256": "p2", "judge": "a", "key": "score", "was": 0.4, "is": 0.9}]
+    assert (report["judges_new"], report["judges_gone"], report["types_new"]) == (["c"], ["b"], ["final"])
+    assert len(report["findings"]) == 5
+
+
+def test_shifted_scores_are_found_and_chance_is_not_a_shift() -> None:
+    rng = np.random.default_rng(0)
+    same = [shift_of(rng.uniform(size=200), rng.uniform(size=100)).exceeds(0.25) for _ in range(100)]
+    assert sum(same) == 0
+    assert shift_of(rng.uniform(size=200), rng.uniform(size=100) ** 3).exceeds(0.25)
+    few = shift_of([0.5] * 200, [0.1] * 10)
+    assert few.psi is None and not few.exceeds(0.25)
+    rows = [sidecar(f"p{n}", 0.9) for n in range(100)]
+    report = describe_batch(rows, [sidecar(f"q{n}", 0.1) for n in range(100)], {"rejected": {}})
+    assert "have shifted: mean 0.90 before, 0.10 now" in report["findings"][0]
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry with one version in production, whose weights cannot be loaded."""
+    make_rows(tmp_path / "rows.jsonl", range(30))
+    judges = tmp_path / "judges"
+    monkeypatch.setenv(registered.REGISTRY_VARIABLE, str(judges))
+    add_version(judges, Addition(make_run(tmp_path, tmp_path / "rows.jsonl"), "judge"))
+    return judges
+
+
+def test_a_task_that_changes_its_side_is_a_leak(registry: Path, tmp_path: Path) -> None:
+    data = registry / "judge" / "1" / "data"
+    assert check_sides(data, "judge", registry) == 1
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    full = "reward_model_full"
+    (swapped / f"{full}_eval.meta.jsonl").write_bytes((data / f"{full}.meta.jsonl").read_bytes())
+    with pytest.raises(DataError, match="judge@1 has trained on"):
+        check_sides(swapped, "judge", registry)
+
+
+def test_rows_that_the_version_has_are_nothing_to_do(registry: Path, tmp_path: Path, script: Script) -> None:
+    done = script("manage_judges.py", "retrain", 1, "--new", tmp_path / "rows.jsonl", "--json")
+    assert json.loads(done.stdout)["version"] == "judge@1"
+    assert "trained on these rows already" in done.stderr
+
+
+def test_a_second_retraining_is_refused_with_a_sentence(registry: Path, tmp_path: Path, script: Script) -> None:
+    make_rows(tmp_path / "new.jsonl", range(40, 50))
+    with exclusive_lock(registry / "judge", "retraining", lock=".retrain.lock"):
+        done = script("manage_judges.py", "retrain", 1, "--new", tmp_path / "new.jsonl", code=1)
+    assert f"process {os.getpid()} is retraining here" in done.stderr
+
+
+def test_what_cannot_be_retrained_is_refused_before_any_work(registry: Path, tmp_path: Path, script: Script) -> None:
+    make_rows(tmp_path / "new.jsonl", range(40, 50))
+    (tmp_path / "rows.jsonl").unlink()
+    version = add_version(registry, Addition(make_run(tmp_path, tmp_path / "rows.jsonl", 2), "judge"))
+    done = script("manage_judges.py", "retrain", version, "--new", tmp_path / "new.jsonl", code=2)
+    assert "--rows" in done.stderr
+    done = script("manage_judges.py", "retrain", 1, "--new", tmp_path / "none.jsonl", code=1)
+    assert "none.jsonl" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.llamafactory
+def test_a_week_with_a_real_training_and_a_poisoned_one(tmp_path: Path) -> None:
+    """The whole quarter is benchmarks/quarter.py; here are its first week and inverted labels."""
+    program = """if True:
+        import benchmarks.quarter as quarter
+        quarter.POISON = 2
+        raise SystemExit(quarter.main())
+    """
+    command = [sys.executable, "-c", program, "--work", str(tmp_path), "--weeks", "2", "--kills", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    weeks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert weeks[0]["after"] == "judge@2"
+    assert weeks[1]["version"] is None and "contradict" in weeks[1]["reasons"][0]
