@@ -45,12 +45,12 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         GateError: it is worse than asked for, or that cannot be decided.
     """
     _check_arguments(arguments)
-    if arguments.run and is_registered(arguments.run) and not (arguments.parity or arguments.output):
-        arguments.output = results_folder(arguments.run)  # a registered version never changes
     if arguments.exam:
         return take_exam(arguments)
     if arguments.best_of_n:
         return pick_best_of_n(arguments)
+    if arguments.run and is_registered(arguments.run) and not (arguments.parity or arguments.output):
+        arguments.output = results_folder(arguments.run)  # a registered version never changes
     source = judge_source(arguments)
     check_folders(source)
     run = None if arguments.model else arguments.run or DEFAULT_RUN

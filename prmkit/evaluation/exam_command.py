@@ -18,6 +18,7 @@ from prmkit.files import read_json, write_json
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import JudgeSource, check_folders, config_of_run
 from prmkit.prompts.step import Rubric, load_rubric
+from prmkit.registered import is_registered, results_folder
 from prmkit.scoring.rows import check_rubric
 
 log = logging.getLogger("prmkit")
@@ -104,7 +105,8 @@ def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
             return Path("saves", "evaluation_of_server", name)
     if arguments.model:
         return Path("saves", f"evaluation_{Path(arguments.model).name}", name)
-    return Path(arguments.run or DEFAULT_RUN, "evaluation", name)
+    run = Path(arguments.run or DEFAULT_RUN)
+    return (results_folder(run) if is_registered(run) else run / "evaluation") / name
 
 
 # --- asking a judge ---------------------------------------------------------------------------------------------------

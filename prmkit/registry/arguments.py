@@ -25,7 +25,26 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_versions(commands)
     _add_retraining(commands)
+    _add_monitoring(commands)
     return parser
+
+
+def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    logs = "request logs of serve_judge.py, or outputs of score_trajectories.py"
+    ab = commands.add_parser("ab", help="how two judges differ, and which one predicts success better")
+    drift = commands.add_parser("drift", help="whether scores are as on the held-out rows; exit code 4 if not")
+    drift.add_argument("judge", metavar="VERSION")
+    page = commands.add_parser("page", help="one HTML page about all versions")
+    page.add_argument("--logs", type=Path, nargs="+", default=(), metavar="LOG", help=f"{logs}: for A/B and drift")
+    page.add_argument("--output", type=Path, default=Path("judges.html"), metavar="FILE")
+    ab.add_argument("--outcomes", type=Path, metavar="FILE", help="lines with trajectory_id and outcome, 0 to 1")
+    for command in (ab, drift):
+        command.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=logs)
+        command.add_argument("--days", type=float, metavar="N", help="only what was logged in the last N days")
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    for command in (drift, page):
+        limit = "of the population stability index (default 0.25)"
+        command.add_argument("--limit", type=_share, default=0.25, metavar="X", help=limit)
 
 
 def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:

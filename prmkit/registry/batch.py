@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from prmkit import registered
+from prmkit.drift import shift_of
 from prmkit.errors import DataError
 from prmkit.files import read_json, read_jsonl
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT
 from prmkit.registered import DATA
-from prmkit.registry.distributions import shift_of
 
 FULL = "reward_model_full"
 SHIFT_LIMIT = 0.25

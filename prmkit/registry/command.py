@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prmkit import cli
-from prmkit.errors import ExitCode
-from prmkit.registered import registry_folder
+from prmkit.errors import ExitCode, GateError
+from prmkit.registered import find_version, registry_folder
 from prmkit.registry import describe, versions
 
 
@@ -52,7 +52,8 @@ def _export(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
-    from prmkit.registry.retrain import Retraining, exit_code_of, retrain
+    from prmkit.registry.conversion import Retraining
+    from prmkit.registry.retrain import exit_code_of, retrain
 
     default = 1.0 if arguments.start == "base" else 0.3
     asked = Retraining(
@@ -74,6 +75,40 @@ def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
     return exit_code_of(result)
 
 
+def _ab(_folder: Path, arguments: argparse.Namespace) -> None:
+    from prmkit.registry import monitor
+
+    outcomes = monitor.read_outcomes(arguments.outcomes) if arguments.outcomes else None
+    found = monitor.compare_judges(monitor.read_scored(arguments.logs, arguments.days), outcomes)
+    if arguments.json:
+        cli.emit_json(found)
+    else:
+        describe.show_ab(found)
+
+
+def _drift(folder: Path, arguments: argparse.Namespace) -> None:
+    from prmkit.registry import monitor
+
+    version = find_version(arguments.judge, folder)
+    steps = monitor.steps_of(str(version), monitor.read_scored(arguments.logs, arguments.days))
+    found = monitor.drift_of(steps, describe.held_out_of(version, folder), arguments.limit)
+    if arguments.json:
+        cli.emit_json(found)
+    else:
+        describe.show_drift(version, found)
+    if found["findings"]:
+        raise GateError(f"{version} has drifted: {'; '.join(found['findings'])}.")
+    if found["undecided"]:
+        raise GateError(f"{version}: too few scores of {' and '.join(found['undecided'])} to decide.")
+
+
+def _page(folder: Path, arguments: argparse.Namespace) -> None:
+    from prmkit.registry import page
+
+    page.write_page(folder, arguments.output, arguments.logs, arguments.limit)
+    cli.emit(f"{arguments.output}: open it in a browser.")
+
+
 _COMMANDS: Mapping[str, Callable[[Path, argparse.Namespace], ExitCode | None]] = {
     "add": _add,
     "list": lambda folder, arguments: describe.list_versions(folder, as_json=arguments.json),
@@ -86,5 +121,8 @@ _COMMANDS: Mapping[str, Callable[[Path, argparse.Namespace], ExitCode | None]] =
     "remove": _remove,
     "export": _export,
     "retrain": _retrain,
+    "ab": _ab,
+    "drift": _drift,
+    "page": _page,
     "history": lambda folder, arguments: describe.show_history(folder, as_json=arguments.json),
 }

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import cli, registered
-from prmkit.files import read_json
+from prmkit.errors import DataError
+from prmkit.files import read_json, read_jsonl
 from prmkit.registered import DATA, RUN, VersionId
 
-_COLUMNS = ("version", "tags", "Spearman", "exams", "rows", "MB", "changed", "added")
+_COLUMNS = ("version", "tags", "Spearman", "exam AUROC", "rows", "MB", "changed", "added")
 
 
 def list_versions(folder: Path, *, as_json: bool) -> None:
@@ -16,7 +17,13 @@ def list_versions(folder: Path, *, as_json: bool) -> None:
     state = registered.state_of(registered.read_history(folder))
     records = [(version, registered.read_version(version, folder)) for version in state.versions]
     if as_json:
-        cli.emit_json([_summary(record) | {"tags": state.tags_of(version)} for version, record in records])
+        cli.emit_json(
+            [
+                {key: value for key, value in record.items() if key != "files"}
+                | {"tags": state.tags_of(version), "exams": exams_of(version, folder)}
+                for version, record in records
+            ]
+        )
         return
     if not records:
         cli.emit(f"{folder}: no judge is registered. Add one: python manage_judges.py add saves/RUN")
@@ -27,7 +34,7 @@ def list_versions(folder: Path, *, as_json: bool) -> None:
             str(version),
             ", ".join(state.tags_of(version)),
             shown_estimate(record["spearman"]),
-            str(len(record["exams"])),
+            "; ".join(shown_estimate(exam["auroc"]) for exam in exams_of(version, folder)),
             "?" if record["training_rows"] is None else f"{record['training_rows']:,}",
             f"{record['bytes'] / 1e6:.1f}",
             _changed(record, known.get(str(record["parent"])), folder),
@@ -35,11 +42,43 @@ def list_versions(folder: Path, *, as_json: bool) -> None:
         ]
         for version, record in records
     ]
-    cli.emit_table("", _COLUMNS, rows, numeric=("rows", "MB", "exams"), optional=("MB", "exams", "added", "changed"))
+    cli.emit_table("", _COLUMNS, rows, numeric=("rows", "MB"), optional=("MB", "added", "exam AUROC", "changed"))
 
 
-def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "files"}
+def exams_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
+    """The exams that a version took, before and since it was registered: `name`, `auroc`, `sentence`."""
+    run = registered.folder_of_version(version, folder) / RUN
+    places = [*(run / "evaluation").glob("exam_*/exam.json"), *registered.results_folder(run).glob("exam_*/exam.json")]
+    found: list[dict[str, Any]] = []
+    for place in sorted(places):
+        content = read_json(place)
+        found += [
+            {
+                "name": place.parent.name.removeprefix("exam_"),
+                "auroc": judge["figures"].get("auroc"),
+                "sentence": (content["verdicts"].get(judge["name"]) or {}).get("sentence", ""),
+            }
+            for judge in content["entrants"]
+            if judge["kind"] == "judge"
+        ]
+    return found
+
+
+def held_out_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
+    """What a version scored on its held-out rows, when it was registered or since.
+
+    Raises:
+        DataError: it was never measured.
+    """
+    run = registered.folder_of_version(version, folder) / RUN
+    places = [run / "evaluation" / "predictions.jsonl", registered.results_folder(run) / "predictions.jsonl"]
+    for place in places:
+        if place.is_file():
+            return list(read_jsonl(place))
+    raise DataError(
+        f"{version}: was not measured, so there is nothing to compare with. "
+        f"Run: python evaluate_judge.py --judge {version}"
+    )
 
 
 def shown_estimate(estimate: Mapping[str, Any] | None) -> str:
@@ -70,7 +109,7 @@ def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
     state = registered.state_of(registered.read_history(folder))
     tags = state.tags_of(version)
     if as_json:
-        cli.emit_json({**record, "tags": tags})
+        cli.emit_json({**record, "tags": tags, "exams": exams_of(version, folder)})
         return
     rows = [
         ("tags", ", ".join(tags) or "none"),
@@ -81,7 +120,7 @@ def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
         ("training rows", "not known" if record["training_rows"] is None else f"{record['training_rows']:,}"),
         ("Spearman", shown_estimate(record["spearman"])),
         *((f"  {name}", shown_estimate(estimate)) for name, estimate in record["types"].items()),
-        *((f"exam {exam['name']}", str(exam["headline"] or "")) for exam in record["exams"]),
+        *((f"exam {exam['name']}", exam["sentence"]) for exam in exams_of(version, folder)),
         ("rubrics", ", ".join(each[:12] for each in record["rubrics"]) or "none"),
         ("files", f"{len(record['files'])}, all as they were added"),
         ("folder", str(registered.folder_of_version(version, folder))),
@@ -203,3 +242,46 @@ def show_retraining(result: Mapping[str, Any]) -> None:
         cli.emit(f"{result['version']}: has the tag now.")
     elif result["gate"]["passed"]:
         cli.emit(f"next: python manage_judges.py tag {result['version']} production")
+
+
+def show_ab(found: Mapping[str, Any]) -> None:
+    """How two judges differ, and which one predicts success better."""
+    cli.emit(f"a is {found['a']}, b is {found['b']}: {found['steps']:,} steps that both are sure of")
+    if found["steps"]:
+        cli.emit(
+            f"b minus a: {shown_estimate(found['mean_difference'])} over {found['tasks']:,} tasks; "
+            f"{found['equal_within_0.1']:.0%} differ by at most 0.1"
+        )
+        widest = [[each["id"], f"{each['a']:.2f}", f"{each['b']:.2f}"] for each in found["widest"]]
+        cli.emit_table("Where they differ most", ("step", "a", "b"), widest, numeric=("a", "b"))
+        for each in found["widest"]:
+            if each["prompt"]:
+                cli.emit(f"{each['id']}:\n{each['prompt'][-_LOGGED:]}\n")
+    if "outcomes" in found:
+        on = found["outcomes"]
+        cli.emit(
+            f"squared error of success, a minus b: {shown_estimate(on['gain_of_b'])} over {on['tasks']:,} tasks: "
+            f"{on['decision']}"
+        )
+
+
+_LOGGED = 600
+"""Characters of a logged prompt that are shown: its end is the step."""
+
+
+def show_drift(version: VersionId, found: Mapping[str, Any]) -> None:
+    """How scores of today are distributed, next to the held-out ones."""
+    rows = [
+        [f"{keys}: {what}" if len(found["groups"]) > 1 else what, f"{each['n_reference']:,}", f"{each['n']:,}",
+         *(_number(each[key]) for key in ("mean_reference", "mean", "psi", "ks")), each["verdict"]]
+        for keys, group in found["groups"].items()
+        for what, each in group.items()
+    ]  # fmt: skip
+    columns = ("", "n then", "n now", "mean then", "mean now", "PSI", "KS", "verdict")
+    cli.emit_table(str(version), columns, rows, numeric=columns[1:7], optional=("n then", "KS"))
+    unsure = found["unsure"]
+    cli.emit(f"unsure or unscored: {unsure['then']:.1%} then, {unsure['now']:.1%} now")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"

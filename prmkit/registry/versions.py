@@ -270,7 +270,6 @@ def _content(
             name: each.get("spearman") for name, each in ((metrics.get("summary") or {}).get("types") or {}).items()
         },
         "evaluation_sha256": files.get(f"{RUN}/evaluation/metrics.json"),
-        "exams": _exams(building / RUN / "evaluation", files),
         "bytes": sum((building / name).stat().st_size for name in files if name.startswith(f"{RUN}/")),
         "details": dict(addition.details or {}),
         "files": files,
@@ -281,16 +280,6 @@ def _count_lines(data: Path, described: Any) -> int | None:
     name = (described or {}).get("name")
     file = data / f"{name}.meta.jsonl"
     return sum(1 for _ in read_jsonl(file)) if file.is_file() else None
-
-
-def _exams(evaluation: Path, files: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The exams that the run has taken."""
-    found = []
-    for place in sorted(evaluation.glob("exam_*/exam.json")):
-        content = read_json(place)
-        found.append({"name": place.parent.name.removeprefix("exam_"), "headline": content.get("headline"),
-                      "sha256": files.get(f"{RUN}/evaluation/{place.parent.name}/exam.json")})  # fmt: skip
-    return found
 
 
 def _make_read_only(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """What `/metrics` shows, in Prometheus' text format."""
 
 import math
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +8,11 @@ from typing import Any
 
 import orjson
 
+from prmkit.drift import shift_of
 from prmkit.judge.types import Judgement
 
 _RECENT = 1000
 """Scores that drift is computed from."""
-_FEWEST = 200
-"""Below this many on either side, drift is not a number."""
-_BINS = 10
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHARES = tuple(step / 10 for step in range(1, 11))
 
@@ -33,7 +30,7 @@ class Metrics:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         self._registry = registry = CollectorRegistry()
-        self._reference = sorted(reference)
+        self._reference = reference
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.requests = Counter(
             "prmkit_requests", "Requests by path and HTTP status.", ["path", "status"], registry=registry
@@ -64,10 +61,14 @@ class Metrics:
         Gauge("prmkit_queue_depth", "Prompts that wait or are being judged.", registry=registry).set_function(depth)
         drift = Gauge(
             "prmkit_drift_psi",
-            f"Population stability index of the last {_RECENT} scores against the held-out ones; NaN below {_FEWEST}.",
+            f"Population stability index of the last {_RECENT} scores against the held-out ones; NaN for too few.",
             registry=registry,
         )
-        drift.set_function(lambda: population_stability(self._reference, list(self._recent)))
+        drift.set_function(self._drift)
+
+    def _drift(self) -> float:
+        psi = shift_of(self._reference, list(self._recent)).psi
+        return math.nan if psi is None else psi
 
     def count(self, judgement: Judgement) -> None:
         """Count one judged prompt."""
@@ -92,30 +93,6 @@ class Metrics:
         from prometheus_client import generate_latest
 
         return generate_latest(self._registry)
-
-
-def population_stability(reference: Sequence[float], recent: Sequence[float]) -> float:
-    """The population stability index of two samples of scores: sum of (q - p) ln(q / p) over the reference's deciles.
-
-    A rule of thumb calls 0.1 a small and 0.25 a large change. Half a count in each bin keeps the logarithm finite.
-    Source: B. Yurdakul, Statistical Properties of Population Stability Index (2018).
-
-    Args:
-        reference: sorted scores, 0 to 1.
-        recent: scores in any order.
-
-    Returns:
-        0 and above; NaN where a sample has fewer than 200 scores.
-    """
-    if min(len(reference), len(recent)) < _FEWEST:
-        return math.nan
-    borders = sorted({reference[len(reference) * place // _BINS] for place in range(1, _BINS)})
-    expected, found = ([0.5] * (len(borders) + 1) for _ in range(2))
-    for counts, scores in ((expected, reference), (found, recent)):
-        for score in scores:
-            counts[bisect_left(borders, score)] += 1
-    shares = [[count / sum(counts) for count in counts] for counts in (expected, found)]
-    return math.fsum((q - p) * math.log(q / p) for p, q in zip(*shares, strict=True))
 
 
 def held_out_scores(run: Path | None) -> list[float]:

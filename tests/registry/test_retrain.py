@@ -13,10 +13,10 @@ import pytest
 from registry_fixtures import ROOT, make_rows, make_run
 
 from prmkit import registered
+from prmkit.drift import shift_of
 from prmkit.errors import DataError
 from prmkit.files import exclusive_lock
 from prmkit.registry.batch import check_sides, describe_batch
-from prmkit.registry.distributions import shift_of
 from prmkit.registry.versions import Addition, add_version
 
 Script = Callable[..., subprocess.CompletedProcess[str]]

@@ -10,9 +10,10 @@ from serving_stub import StubScorer
 
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.scorer import ShapeOf
+from prmkit.judge.types import Distribution, Judgement
 from prmkit.prompts.step import load_rubric
 from prmkit.serving.engine import Engine
-from prmkit.serving.metrics import Metrics, population_stability
+from prmkit.serving.metrics import Metrics
 from prmkit.serving.service import NoReward, Service
 
 GOOD, POOR = 0.9, 0.2
@@ -171,9 +172,15 @@ def test_questions_that_do_not_fit_a_judge_of_steps_are_refused(state: Any, ques
 
 
 def test_drift_is_near_zero_for_the_same_scores_and_large_for_others() -> None:
+    def drift(scores: list[float], recent: list[float]) -> float:
+        metrics = Metrics(lambda: 0, scores)
+        for score in recent:
+            metrics.count(Judgement("ok", {"step_score": Distribution(score, score, score, None, None)}))
+        line = next(line for line in metrics.text().decode().splitlines() if line.startswith("prmkit_drift_psi"))
+        return float(line.split()[1])
+
     scores = [place / 1000 for place in range(1000)]
-    assert population_stability(scores, scores[::-1]) == pytest.approx(0, abs=1e-3)
-    assert population_stability(scores, [score / 2 for score in scores]) > 0.25
-    assert math.isnan(population_stability(scores, scores[:50])) and math.isnan(population_stability([], scores))
-    same = [0.5] * 300
-    assert population_stability(same, same) == pytest.approx(0, abs=1e-9)
+    assert drift(scores, scores[::-1]) == pytest.approx(0, abs=1e-3)
+    assert drift(scores, [score / 2 for score in scores]) > 0.25
+    assert math.isnan(drift(scores, scores[:49])) and math.isnan(drift([], scores))
+    assert drift([0.5] * 300, [0.5] * 300) == pytest.approx(0, abs=1e-9)

@@ -1,14 +1,14 @@
 """How far two sets of numbers are apart: the population stability index and the Kolmogorov-Smirnov distance."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 BINS = 10
 MIN_VALUES = 50
-"""With fewer values on one side nothing is said: chance alone moves the index above any useful limit."""
+"""With fewer values on one side nothing is reported: chance alone moves the index above any useful limit."""
 SURE = 0.01
 """A shift is reported where chance makes one as large less often than this."""
 
@@ -19,21 +19,22 @@ class Shift:
 
     n_reference: int
     n: int
-    psi: float | None
+    mean_reference: float | None
+    mean: float | None
+    psi: float | None = None
     """The population stability index; None where there are too few values."""
-    ks: float | None
-    p_value: float | None
-    """Of the Kolmogorov-Smirnov distance."""
-    means: tuple[float | None, float | None]
+    ks: float | None = None
+    """The Kolmogorov-Smirnov distance, 0 to 1."""
+    p: float | None = None
+    """Of that distance."""
 
     def exceeds(self, limit: float) -> bool:
         """Whether the index is above a limit, and chance does not explain it."""
-        return self.psi is not None and self.p_value is not None and self.psi > limit and self.p_value < SURE
+        return self.psi is not None and self.p is not None and self.psi > limit and self.p < SURE
 
     def as_json(self) -> dict[str, Any]:
         """For a result that a machine reads."""
-        return {"n_reference": self.n_reference, "n": self.n, "psi": self.psi, "ks": self.ks, "p": self.p_value,
-                "mean_reference": self.means[0], "mean": self.means[1]}  # fmt: skip
+        return asdict(self)
 
 
 def shift_of(reference: Sequence[float], values: Sequence[float]) -> Shift:
@@ -47,9 +48,14 @@ def shift_of(reference: Sequence[float], values: Sequence[float]) -> Shift:
     from scipy import stats
 
     one, other = (np.asarray(each, dtype=float) for each in (reference, values))
-    means = tuple(round(float(each.mean()), 6) if len(each) else None for each in (one, other))
+    size: dict[str, Any] = {
+        "n_reference": len(one),
+        "n": len(other),
+        "mean_reference": _mean(one),
+        "mean": _mean(other),
+    }
     if min(len(one), len(other)) < MIN_VALUES:
-        return Shift(len(one), len(other), None, None, None, (means[0], means[1]))
+        return Shift(**size)
     edges = np.unique(np.quantile(one, np.linspace(0, 1, BINS + 1)[1:-1]))
     # Scores have ties: a value that equals an edge has a cell of its own, else a constant reference has a single bin.
     cells = [
@@ -61,6 +67,8 @@ def shift_of(reference: Sequence[float], values: Sequence[float]) -> Shift:
     by_chance = (used.sum() - 1) * (1 / len(one) + 1 / len(other))
     psi = max(0.0, float(np.sum((q - p) * np.log(q / p)) - by_chance))
     found = stats.ks_2samp(one, other)
-    return Shift(
-        len(one), len(other), round(psi, 6), round(float(found.statistic), 6), float(found.pvalue), (means[0], means[1])
-    )
+    return Shift(**size, psi=round(psi, 6), ks=round(float(found.statistic), 6), p=float(found.pvalue))
+
+
+def _mean(values: "np.ndarray[Any, Any]") -> float | None:
+    return round(float(values.mean()), 6) if len(values) else None

@@ -1,0 +1,313 @@
+"""A judge in production: which of two is better, and whether scores drift. Reads scoring outputs and request logs."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prmkit.drift import shift_of
+from prmkit.errors import DataError, UsageError
+from prmkit.files import read_jsonl
+from prmkit.judge.types import AGGREGATES
+
+LEVEL = 0.95
+_CAP = 0.5
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scored step, from either kind of file."""
+
+    judge: str
+    keys: tuple[str, ...]
+    """The score keys, sorted; empty where the line does not say."""
+    prompt: str
+    """Hash of the request."""
+    trajectory: str
+    task: str
+    score: float | None
+    label_mass: float | None
+    status: str
+    id: str
+    text: str | None = None
+    """The prompt, where it was logged."""
+    characters: int | None = None
+    is_logged: bool = False
+    """From a request log, which names the judge and the time."""
+
+
+def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored]:
+    """The steps of outputs of score_trajectories.py (the judge is the file) and of request logs.
+
+    Args:
+        paths: the files.
+        days: only what was logged in the last so many days; None for everything.
+
+    Raises:
+        DataError: a file is missing, a line is of neither kind, or nothing is left.
+        UsageError: days of a file that has no times.
+    """
+    found = []
+    since = None if days is None else datetime.now(UTC) - timedelta(days=days)
+    for path in paths:
+        for number, line in enumerate(read_jsonl(path), start=1):
+            if not isinstance(line, dict) or not {"score", "status", "request_hash"} <= line.keys():
+                raise DataError(f"{path}:{number}: neither a scored step nor a line of a request log.")
+            if since is None or _time_of(line, f"{path}:{number}") >= since:
+                found.append(_scored(line, path))
+    if not found:
+        recent = "" if days is None else f" from the last {days:g} days"
+        raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
+    return found
+
+
+def _time_of(line: Mapping[str, Any], place: str) -> datetime:
+    if line.get("time") is None:
+        raise UsageError(f"--days: {place} has no time. Only request logs have (serve_judge.py --log-requests).")
+    try:
+        time = datetime.fromisoformat(str(line["time"]))
+    except ValueError as error:
+        raise DataError(f"{place}: {line['time']!r:.40} is not a time.") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _scored(line: Mapping[str, Any], path: Path) -> Scored:
+    metadata = line.get("metadata") or {}
+    task = str(line.get("task") or metadata.get("task_id") or "")
+    return Scored(
+        judge=str(line.get("judge") or path),
+        keys=tuple(sorted(line.get("keys") or line.get("scores") or ())),
+        prompt=str(line["request_hash"]),
+        trajectory=str(line.get("trajectory") or metadata.get("trajectory_id") or task),
+        task=task,
+        score=line["score"],
+        label_mass=line.get("label_mass"),
+        status=line["status"],
+        id=str(line.get("id")),
+        text=line.get("prompt"),
+        characters=line.get("characters"),
+        is_logged="judge" in line,
+    )
+
+
+def steps_of(judge: str, steps: Sequence[Scored]) -> list[Scored]:
+    """The steps that a judge scored; outputs of score_trajectories.py do not name it, so all of theirs.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = [step for step in steps if not step.is_logged or step.judge == judge]
+    if not found:
+        others = ", ".join(sorted({step.judge for step in steps}))
+        raise DataError(f"{judge}: no logged step was scored by it, only by {others}.")
+    return found
+
+
+# --- two judges -------------------------------------------------------------------------------------------------------
+
+
+def compare_judges(steps: Iterable[Scored], outcomes: Mapping[str, float] | None) -> dict[str, Any]:
+    """How two judges differ on the steps that both scored, and which one predicts success better.
+
+    Args:
+        steps: of two judges.
+        outcomes: by trajectory, 0 to 1; None where they are not known.
+
+    Raises:
+        UsageError: there are not two judges, or they share no step.
+    """
+    by_judge: dict[str, dict[str, Scored]] = defaultdict(dict)
+    for step in steps:
+        by_judge[step.judge].setdefault(step.prompt, step)
+    if len(by_judge) != 2:
+        raise UsageError(f"an A/B needs two judges, and there are {len(by_judge)} ({', '.join(by_judge)}).")
+    (first, ones), (second, others) = by_judge.items()
+    both = [prompt for prompt in ones if prompt in others and _is_sure(ones[prompt]) and _is_sure(others[prompt])]
+    found: dict[str, Any] = {"a": first, "b": second, "steps": len(both)}
+    if both:
+        found |= _differences([(ones[prompt], others[prompt]) for prompt in both])
+    if outcomes is not None:
+        found["outcomes"] = _on_outcomes(ones.values(), others.values(), outcomes)
+    elif not both:
+        raise UsageError(f"{first} and {second} share no step that both are sure of. Score the same runs with both.")
+    return found
+
+
+def _is_sure(step: Scored) -> bool:
+    return step.status == "ok" and step.score is not None
+
+
+def _differences(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, Any]:
+    apart = [(b.score or 0.0) - (a.score or 0.0) for a, b in pairs]
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for (a, _), difference in zip(pairs, apart, strict=True):
+        by_task[a.task or a.trajectory].append(difference)
+    widest = sorted(zip(apart, pairs, strict=True), key=lambda each: -abs(each[0]))[:_SHOWN]
+    return {
+        "tasks": len(by_task),
+        "mean_difference": interval([fmean(values) for values in by_task.values()]),
+        "mean_absolute_difference": fmean(map(abs, apart)),
+        "equal_within_0.1": sum(abs(each) <= 0.1 for each in apart) / len(apart),
+        "widest": [{"id": a.id, "a": a.score, "b": b.score, "prompt": a.text} for _, (a, b) in widest],
+    }
+
+
+def _on_outcomes(ones: Iterable[Scored], others: Iterable[Scored], outcomes: Mapping[str, float]) -> dict[str, Any]:
+    """The difference of the squared errors of two judges' lowest step scores, one number for each task.
+
+    Runs of a task are not independent, so they count as one. Only runs that both scored whole are compared.
+    """
+    lowest = [_lowest(steps) for steps in (ones, others)]
+    losses: dict[str, list[float]] = defaultdict(list)
+    for trajectory in lowest[0].keys() & lowest[1].keys() & outcomes.keys():
+        (a, task), (b, _) = lowest[0][trajectory], lowest[1][trajectory]
+        losses[task].append((a - outcomes[trajectory]) ** 2 - (b - outcomes[trajectory]) ** 2)
+    gains = [fmean(values) for values in losses.values()]
+    found = {"tasks": len(gains), "runs": sum(map(len, losses.values()))}
+    if not gains:
+        return {**found, "gain_of_b": None, "decision": "no run with an outcome was scored by both"}
+    gain = interval(gains)
+    return {**found, "gain_of_b": gain, "decision": _decision(gain, len(gains))}
+
+
+def _lowest(steps: Iterable[Scored]) -> dict[str, tuple[float, str]]:
+    runs: dict[str, list[Scored]] = defaultdict(list)
+    for step in steps:
+        runs[step.trajectory].append(step)
+    whole = {name: run for name, run in runs.items() if all(map(_is_sure, run))}
+    return {
+        name: (AGGREGATES["min"]([step.score or 0.0 for step in run]), run[0].task or name)
+        for name, run in whole.items()
+    }
+
+
+def _decision(gain: Mapping[str, float], n: int) -> str:
+    if gain["low"] > 0:
+        return "stop: b predicts success better"
+    if gain["high"] < 0:
+        return "stop: a predicts success better"
+    width, mean = (gain["high"] - gain["low"]) / 2, abs(gain["value"])
+    if mean < 1e-6:
+        return "continue: no difference so far"
+    # The width shrinks with the square root of the number of tasks, a little slower for a sequence.
+    more = max(math.ceil(n * ((width / mean) ** 2 - 1)), 1)
+    return f"continue: about {more:,} more tasks, if the difference stays as it is"
+
+
+def interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float]:
+    """A confidence sequence of the mean: an interval that may be looked at after every value, and holds at all times.
+
+    Predictable plug-in empirical Bernstein: theorem 2 of Waudby-Smith and Ramdas, Estimating means of bounded random
+    variables by betting (2024), for values from -1 to 1 in the order in which they came.
+
+    Returns:
+        `value`, the plain mean, `low` and `high`.
+    """
+    log = math.log(2 / (1 - level))
+    weights = weighted = spread = 0.0
+    total, squares, mean = 0.5, 0.25, 0.5
+    low, high = 0.0, 1.0
+    for count, value in enumerate(values, start=1):
+        x = (value + 1) / 2
+        rate = min(math.sqrt(2 * log / (squares * math.log(1 + count))), _CAP)
+        weights += rate
+        weighted += rate * x
+        spread += 4 * (x - mean) ** 2 * (-math.log(1 - rate) - rate) / 4
+        total += x
+        mean = total / (count + 1)
+        squares += (x - mean) ** 2
+        margin = (log + spread) / weights
+        low, high = max(low, weighted / weights - margin), min(high, weighted / weights + margin)
+    return {"value": fmean(values), "low": 2 * low - 1, "high": 2 * high - 1}
+
+
+# --- drift ------------------------------------------------------------------------------------------------------------
+
+
+def drift_of(steps: Sequence[Scored], held_out: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
+    """Whether scores, label masses and lengths are as on the held-out rows of the judge.
+
+    Steps are compared with held-out rows of the same score keys: a verdict on a step and one on a whole run are
+    distributed differently, and a log may hold more of one kind than the held-out rows do.
+
+    Args:
+        steps: what was scored in production.
+        held_out: lines of the judge's `predictions.jsonl`.
+        limit: of the population stability index and of the rise of unsure steps, above which it is a drift.
+
+    Returns:
+        `groups` (by score keys; in each, by quantity: the `Shift` and a `verdict`), `unsure` (shares `then` and `now`),
+        `statuses`, `findings` (sentences), `undecided` (groups of a tenth of the steps or more with too few values).
+    """
+    references: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for line in held_out:
+        if line.get("scores"):
+            references[tuple(sorted(line["scores"]))].append(line)
+    by_keys: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
+    for step in steps:
+        if step.keys:
+            by_keys[step.keys].append(step)
+    groups, findings, undecided = {}, [], []
+    for keys, now in by_keys.items():
+        name = ", ".join(keys)
+        if keys not in references:
+            findings.append(f"{name}: {len(now):,} steps with score keys on which the judge was never measured")
+            continue
+        groups[name] = group = _compared(references[keys], now, limit)
+        findings += [f"{name}: {what} (PSI {each['psi']:.2f}, KS {each['ks']:.2f})"
+                     for what, each in group.items() if each["verdict"] == "drift"]  # fmt: skip
+        if group["score"]["verdict"] == "too few" and len(now) >= len(steps) / 10:
+            undecided.append(name)
+    unsure = {
+        "then": sum(line["status"] != "ok" for line in held_out) / max(len(held_out), 1),
+        "now": sum(step.status != "ok" for step in steps) / len(steps),
+    }
+    if unsure["now"] - unsure["then"] > limit:
+        findings.append(f"unsure or unscored: {unsure['now']:.0%}, {unsure['then']:.0%} on the held-out rows")
+    if not groups and not findings:
+        undecided.append("all steps")
+    return {"groups": groups, "unsure": unsure, "statuses": dict(Counter(step.status for step in steps)),
+            "findings": findings, "undecided": undecided}  # fmt: skip
+
+
+def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[Scored], limit: float) -> dict[str, dict[str, Any]]:
+    """What is compared of one group of score keys; only what both sides have."""
+    masses = [[each["label_mass"] for each in line["scores"].values()] for line in then]
+    pairs: dict[str, tuple[Sequence[float | None], Sequence[float | None]]] = {
+        "score": ([line["score"] for line in then], [step.score for step in now]),
+        "label mass": (
+            [min(each) for each in masses if None not in each],
+            [step.label_mass for step in now],
+        ),
+        "characters": ([float(line["prompt_characters"]) for line in then], [step.characters for step in now]),
+    }
+    found = {}
+    for what, (old, new) in pairs.items():
+        reference, values = ([float(value) for value in each if value is not None] for each in (old, new))
+        if what == "score" or (reference and values):
+            shift = shift_of(reference, values)
+            verdict = "too few" if shift.psi is None else "drift" if shift.exceeds(limit) else "stable"
+            found[what] = shift.as_json() | {"verdict": verdict}
+    return found
+
+
+def read_outcomes(path: Path) -> dict[str, float]:
+    """Outcomes by trajectory: lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
+
+    Raises:
+        DataError: a line has no outcome from 0 to 1.
+    """
+    found: dict[str, float] = {}
+    for number, line in enumerate(read_jsonl(path), start=1):
+        outcome = line.get("outcome") if isinstance(line, dict) else None
+        if isinstance(outcome, dict):
+            outcome = outcome.get("score") if outcome.get("score") is not None else outcome.get("success")
+        if not isinstance(outcome, int | float) or not 0 <= outcome <= 1 or not line.get("trajectory_id"):
+            raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
+        found[str(line["trajectory_id"])] = float(outcome)
+    return found

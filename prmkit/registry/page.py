@@ -1,0 +1,94 @@
+"""One page about all versions: agreement over time, what is tagged, what happened, an open A/B, drift."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prmkit import registered
+from prmkit.errors import DataError, UsageError
+from prmkit.files import write_text
+from prmkit.registry import describe, monitor
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+_WIDTH, _HEIGHT, _EDGE = 640, 220, 34
+
+
+def write_page(folder: Path, output: Path, logs: Sequence[Path], limit: float) -> None:
+    """Write the page.
+
+    Args:
+        folder: the registry.
+        output: the HTML file.
+        logs: request logs or scoring outputs, for the A/B and for drift; may be empty.
+        limit: of the population stability index, above which it is a drift.
+
+    Raises:
+        DataError: a version or a log is damaged.
+    """
+    from jinja2 import Environment
+
+    history = registered.read_history(folder)
+    state = registered.state_of(history)
+    versions = [_version(folder, version, state.tags_of(version)) for version in state.versions]
+    steps = monitor.read_scored(logs) if logs else []
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    actions = [{**line, "what": describe.sentence_of(line)} for line in history[::-1]]
+    page = template.render(
+        versions=versions, history=actions, ab=_ab(steps), drifts=_drifts(folder, state, steps, limit), limit=limit,
+        points=_points(versions), width=_WIDTH, height=_HEIGHT, edge=_EDGE,
+    )  # fmt: skip
+    write_text(output, page)
+
+
+def _version(folder: Path, version: registered.VersionId, tags: list[str]) -> dict[str, Any]:
+    record = registered.read_version(version, folder)
+    details = record["details"]
+    gate = details.get("gate") or {}
+    return {
+        "name": str(version), "tags": tags, "parent": record["parent"], "spearman": record["spearman"],
+        "exams": describe.exams_of(version, folder), "findings": (details.get("report") or {}).get("findings", []),
+        "reasons": gate.get("reasons", []), "passed": gate.get("passed"),
+    }  # fmt: skip
+
+
+def _ab(steps: Sequence[monitor.Scored]) -> Mapping[str, Any] | None:
+    if not steps:
+        return None
+    try:
+        return monitor.compare_judges(steps, None)
+    except UsageError as error:  # one judge, or three: nothing to compare, and the page says so
+        return {"reason": str(error)}
+
+
+def _drifts(
+    folder: Path, state: registered.State, steps: Sequence[monitor.Scored], limit: float
+) -> list[dict[str, Any]]:
+    """The drift of every registered version that the logs name."""
+    found = []
+    for version in state.versions:
+        scored = [step for step in steps if step.is_logged and step.judge == str(version)]
+        if scored:
+            try:
+                drift = monitor.drift_of(scored, describe.held_out_of(version, folder), limit)
+            except DataError as error:
+                drift = {"reason": str(error)}
+            found.append({"name": str(version), "steps": len(scored), **drift})
+    return found
+
+
+def _points(versions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where each version is in the plot, in pixels; the axis goes from 1 down to 0, and lower only where it must."""
+    known = [(place, each["spearman"]) for place, each in enumerate(versions)
+             if each["spearman"] and each["spearman"].get("low") is not None]  # fmt: skip
+    floor = min([0.0, *(estimate["low"] for _, estimate in known)])
+    step = (_WIDTH - 2 * _EDGE) / max(len(versions) - 1, 1)
+
+    def y(value: float) -> float:
+        return round(float(_HEIGHT - _EDGE - (value - floor) / (1 - floor) * (_HEIGHT - 2 * _EDGE)), 1)
+
+    return [
+        {"x": round(_EDGE + place * step, 1), "y": y(estimate["value"]), "low": y(estimate["low"]),
+         "high": y(estimate["high"]), "name": versions[place]["name"], "is_tagged": bool(versions[place]["tags"]),
+         "zero": y(0.0), "one": y(1.0), "label": f"{estimate['value']:.2f}"}
+        for place, estimate in known
+    ]  # fmt: skip

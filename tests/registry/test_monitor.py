@@ -1,0 +1,180 @@
+"""Which of two judges is better, and whether scores drift: intervals that hold, and gates that close when blind."""
+
+import json
+import random
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from registry_fixtures import make_rows, make_run
+
+from prmkit import registered
+from prmkit.errors import DataError, UsageError
+from prmkit.registry.describe import show_ab
+from prmkit.registry.monitor import compare_judges, drift_of, interval, read_outcomes, read_scored, steps_of
+
+
+def scored(folder: Path, name: str, scores: list[float], **more: Any) -> Path:
+    """An output of score_trajectories.py: two steps a run, one run a task."""
+    lines = [
+        {"id": f"r{n // 2}#{n % 2}", "scores": {"k": score}, "score": score, "std": 0.1, "label_mass": 0.95,
+         "status": "ok", "request_hash": f"h{n}",
+         "metadata": {"trajectory_id": f"r{n // 2}", "task_id": f"t{n // 2}"}, **more}
+        for n, score in enumerate(scores)
+    ]  # fmt: skip
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_confidence_sequence_holds_at_all_times_and_shrinks() -> None:
+    """With many looks, an ordinary 95 % interval would miss the mean in far more than one of twenty sequences."""
+    rng = random.Random(0)
+    missed = 0
+    for _ in range(200):
+        mean = rng.uniform(-0.5, 0.5)
+        values = [max(-1.0, min(1.0, rng.choice([mean + 0.3, mean - 0.3]))) for _ in range(300)]
+        looks = [interval(values[:n]) for n in (3, 10, 30, 100, 300)]
+        missed += any(not look["low"] <= mean <= look["high"] for look in looks)
+        assert looks[-1]["high"] - looks[-1]["low"] < looks[0]["high"] - looks[0]["low"]
+    assert missed <= 10
+    assert interval([1.0])["low"] >= -1 and interval([1.0])["high"] <= 1
+
+
+def test_a_judge_that_predicts_success_better_is_found_and_an_equal_one_is_not(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    truth = [float(rng.random() < 0.5) for _ in range(300)]
+    good = [min(1.0, max(0.0, 0.8 * value + 0.1)) for value in truth for _ in range(2)]
+    blind = [0.5 for _ in truth for _ in range(2)]
+    outcomes = tmp_path / "outcomes.jsonl"
+    lines = [{"trajectory_id": f"r{n}", "outcome": {"success": bool(value)}} for n, value in enumerate(truth)]
+    outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = read_scored([scored(tmp_path, "a", blind), scored(tmp_path, "b", good)])
+    found = compare_judges(steps, read_outcomes(outcomes))
+    assert found["outcomes"]["decision"] == "stop: b predicts success better" and found["outcomes"]["tasks"] == 300
+    assert found["widest"][0]["a"] == 0.5
+    same = read_scored([scored(tmp_path, "a", blind), scored(tmp_path, "c", blind)])
+    assert compare_judges(same, read_outcomes(outcomes))["outcomes"]["decision"].startswith("continue")
+    few = [step for step in steps if int(step.id[1:].split("#")[0]) < 6]
+    assert "more tasks" in compare_judges(few, read_outcomes(outcomes))["outcomes"]["decision"]
+
+
+def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
+    one = scored(tmp_path, "a", [0.5] * 4)
+    with pytest.raises(UsageError, match="two judges"):
+        compare_judges(read_scored([one]), None)
+    unsure = scored(tmp_path, "b", [0.5] * 4, status="unsure")
+    with pytest.raises(UsageError, match="share no step"):
+        compare_judges(read_scored([one, unsure]), None)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"x": 1}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        read_scored([bad])
+    bad.write_text('{"trajectory_id": "r", "outcome": 7}\n')
+    with pytest.raises(DataError, match="from 0 to 1"):
+        read_outcomes(bad)
+
+
+def held_out(scores: list[float], key: str = "k") -> list[dict[str, Any]]:
+    return [{"score": score, "status": "ok", "prompt_characters": 1000, "scores": {key: {"label_mass": 0.95}}}
+            for score in scores]  # fmt: skip
+
+
+def test_drift_is_found_and_sameness_is_not_called_drift(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    then = [rng.random() for _ in range(600)]
+    same = read_scored([scored(tmp_path, "same", [rng.random() for _ in range(600)])])
+    found = drift_of(same, held_out(then), 0.25)
+    assert not found["findings"] and not found["undecided"]
+    assert {what: each["verdict"] for what, each in found["groups"]["k"].items()} == {
+        "score": "stable",
+        "label mass": "stable",
+    }
+    lower = read_scored([scored(tmp_path, "lower", [0.5 * rng.random() for _ in range(600)])])
+    assert any("k: score (PSI" in each for each in drift_of(lower, held_out(then), 0.25)["findings"])
+    unsure = read_scored([scored(tmp_path, "unsure", [0.5] * 600, status="unsure")])
+    assert any("unsure" in each for each in drift_of(unsure, held_out([0.5] * 600), 0.25)["findings"])
+    few = drift_of(same[:40], held_out(then), 0.25)
+    assert few["undecided"] == ["k"] and not few["findings"]
+
+
+def test_steps_are_compared_with_held_out_rows_of_the_same_score_keys(tmp_path: Path) -> None:
+    """A log of steps alone must not look shifted because the held-out rows also have verdicts on whole runs."""
+    steps = read_scored([scored(tmp_path, "steps", [0.2, 0.4] * 100)])
+    mixed = [*held_out([0.2, 0.4] * 100), *held_out([0.9] * 200, "whole_run")]
+    assert not drift_of(steps, mixed, 0.25)["findings"]
+    assert "never measured" in drift_of(steps, held_out([0.9] * 200, "whole_run"), 0.25)["findings"][0]
+
+
+def log_line(n: int, judge: str, score: float, *, days_ago: float = 0, text: str | None = None) -> str:
+    """A line as serve_judge.py --log-requests writes it."""
+    time = (datetime.now(UTC) - timedelta(days=days_ago)).isoformat()
+    line = {"time": time, "id": f"r{n}", "judge": judge, "role": "production", "request_hash": f"h{n}", "keys": ["k"],
+            "task": f"t{n}", "trajectory": f"t{n}", "score": score, "std": 0.1, "label_mass": 0.95,
+            "status": "ok", "characters": 1000, "prompt": text}  # fmt: skip
+    return json.dumps(line) + "\n"
+
+
+def test_a_request_log_is_read_by_judge_and_by_day(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    old = [log_line(n, "judge@1", 0.9, days_ago=30) for n in range(100)]
+    log.write_text("".join([*old, *(log_line(100 + n, "judge@1", 0.2) for n in range(60)), log_line(0, "judge@2", 0)]))
+    recent = read_scored([log], days=7)
+    assert len(recent) == 61 and len(steps_of("judge@1", recent)) == 60
+    assert drift_of(steps_of("judge@1", recent), held_out([0.2] * 100), 0.25)["findings"] == []
+    assert drift_of(steps_of("judge@1", read_scored([log])), held_out([0.2] * 100), 0.25)["findings"]
+    with pytest.raises(DataError, match=r"only by judge@1, judge@2"):
+        steps_of("judge@3", recent)
+    with pytest.raises(UsageError, match="Only request logs"):
+        read_scored([scored(tmp_path, "scores", [0.5])], days=7)
+    with pytest.raises(DataError, match=r"last 0\.001 days"):
+        log.write_text("".join(old))
+        read_scored([log], days=0.001)
+
+
+def test_the_texts_where_two_judges_differ_are_shown_if_they_were_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.jsonl"
+    pairs = [(n, 0.5, 0.5) for n in range(20)] + [(20, 0.1, 0.9)]
+    lines = [log_line(n, judge, score, text=f"step {n}") for n, a, b in pairs for judge, score in (("a", a), ("b", b))]
+    log.write_text("".join(lines))
+    show_ab(compare_judges(read_scored([log]), None))
+    shown = capsys.readouterr().out
+    assert "step 20" in shown and "r20" in shown and "0.10" in shown and "0.90" in shown
+
+
+def test_drift_a_b_and_the_page_from_the_command_line(
+    tmp_path: Path, script: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(registered.REGISTRY_VARIABLE, str(tmp_path / "judges"))
+    make_rows(tmp_path / "rows.jsonl", range(30))
+    run = make_run(tmp_path, tmp_path / "rows.jsonl")
+    script("manage_judges.py", "add", run)
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(log_line(n, "judge@1", 0.2 + n % 5 / 10, text="<b>step</b>") for n in range(100)))
+    assert "was not measured" in script("manage_judges.py", "drift", 1, log, code=1).stderr
+    results = tmp_path / "judges" / "judge" / "results" / "1"
+    results.mkdir(parents=True)
+    lines = held_out([0.2 + n % 5 / 10 for n in range(200)])
+    (results / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "stable" in script("manage_judges.py", "drift", 1, log).stdout
+    with log.open("a") as stream:
+        stream.write("".join(log_line(n, "judge@2", 0.9) for n in range(100)))
+    assert "stable" in script("manage_judges.py", "drift", 1, log).stdout  # the other judge is not this one's drift
+    shifted = tmp_path / "shifted.jsonl"
+    shifted.write_text("".join(log_line(n, "judge@1", 0.9) for n in range(100)))
+    assert "has drifted: k: score" in script("manage_judges.py", "drift", 1, shifted, code=4).stderr
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(log_line(n, "judge@1", 0.9) for n in range(10)))
+    assert "too few scores" in script("manage_judges.py", "drift", 1, few, code=4).stderr
+    found = json.loads(script("manage_judges.py", "ab", log, "--json").stdout)
+    assert (found["a"], found["b"], found["steps"], found["tasks"]) == ("judge@1", "judge@2", 100, 100)
+    page = tmp_path / "judges.html"
+    script("manage_judges.py", "page", "--logs", log, "--output", page)
+    html = page.read_text()
+    assert "judge@2 minus judge@1" in html and "Drift of judge@1" in html and "add: judge@1" in html
+    assert "<b>step" not in html
