@@ -1,6 +1,6 @@
 """A quarter in the life of a judge: twelve weekly batches, a shift in week 7, inverted labels in week 9.
 
-    python -m benchmarks.quarter --work FOLDER [--weeks 12] [--kills 20]
+    python benchmarks/quarter.py --work FOLDER [--weeks 12] [--kills 20]
 
 Everything is real but the rows and the size of the model: convert_dataset.py, LLaMA Factory, evaluate_judge.py and
 manage_judges.py as cron would run them. It fails unless the poisoned batch is refused, the shift is reported, rollback
@@ -20,10 +20,12 @@ from typing import Any
 
 import yaml
 
-from prmkit import registered
-from prmkit.demo.tiny_model import build_tiny_model
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from prmkit import registered  # noqa: E402
+from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
+
 SHIFT, POISON = 7, 9
 TASKS = 40
 GRADES = {0.1: "failed", 0.3: "weak", 0.5: "partial", 0.7: "sound", 0.9: "excellent"}

@@ -52,7 +52,7 @@ def _export(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
-    from prmkit.registry.conversion import Retraining
+    from prmkit.registry.batch import Retraining
     from prmkit.registry.retrain import exit_code_of, retrain
 
     default = 1.0 if arguments.start == "base" else 0.3

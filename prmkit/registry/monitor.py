@@ -99,7 +99,7 @@ def steps_of(judge: str, steps: Sequence[Scored]) -> list[Scored]:
     """The steps that a judge scored; outputs of score_trajectories.py do not name it, so all of theirs.
 
     Raises:
-        DataError: there is none.
+        DataError: it scored nothing.
     """
     found = [step for step in steps if not step.is_logged or step.judge == judge]
     if not found:

@@ -21,15 +21,7 @@ from prmkit.files import exclusive_lock, read_json, sha256_of, write_json, write
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT
 from prmkit.registered import DATA, ROWS, RUN, VersionId
 from prmkit.registry import batch, versions
-from prmkit.registry.conversion import (
-    Job,
-    Retraining,
-    base_model,
-    convert_all,
-    kept_rows,
-    run_script,
-    training_data,
-)
+from prmkit.registry.batch import Job, Retraining, base_model, convert_all, kept_rows, run_script, training_data
 
 log = logging.getLogger("prmkit")
 
