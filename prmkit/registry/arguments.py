@@ -70,13 +70,17 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add("--promote-if-better", action="store_true", help="tag the new version where the gate is met")
     add("--accept-contradiction", action="store_true", help="also train on labels that contradict the judge")
     add("--why", metavar="TEXT", help="kept in the history")
+    add("--mlflow", action="store_true", help="log the new version to MLflow, too")
     add("--json", action="store_true", help="print the result as JSON")
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to 1")
     return value
 
 
@@ -106,5 +110,8 @@ def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     history = commands.add_parser("history", help="who did what, when and why")
     for command in (listing, show, diff, history):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    mlflow = commands.add_parser("mlflow", help="log a version to the MLflow server of MLFLOW_TRACKING_URI")
+    mlflow.add_argument("version")
+    add.add_argument("--mlflow", action="store_true", help="log it to MLflow, too, where mlflow is installed")
     for command in (add, tag, back, remove):
         command.add_argument("--why", metavar="TEXT", help="kept in the history")

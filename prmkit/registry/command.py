@@ -1,13 +1,16 @@
 """What the commands of manage_judges.py do."""
 
 import argparse
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode, GateError
-from prmkit.registered import find_version, registry_folder
+from prmkit.registered import VersionId, find_version, registry_folder
 from prmkit.registry import describe, versions
+
+log = logging.getLogger("prmkit")
 
 
 def execute(arguments: argparse.Namespace) -> ExitCode:
@@ -29,6 +32,8 @@ def _add(folder: Path, arguments: argparse.Namespace) -> None:
         why=arguments.why,
     )
     version = versions.add_version(folder, addition)
+    if arguments.mlflow:
+        _log_to_mlflow(folder, version)
     cli.emit(f"{version}: registered.\nnext: python manage_judges.py tag {version} production")
 
 
@@ -51,6 +56,16 @@ def _export(folder: Path, arguments: argparse.Namespace) -> None:
     cli.emit(f"{arguments.push_ready}: {version}, ready to be uploaded. Read its README.md first.")
 
 
+def _mlflow(folder: Path, arguments: argparse.Namespace) -> None:
+    _log_to_mlflow(folder, find_version(arguments.version, folder))
+
+
+def _log_to_mlflow(folder: Path, version: VersionId) -> None:
+    from prmkit.registry.mlflow_log import log_version
+
+    log.info("MLflow: %s is run %s", version, log_version(version, folder))
+
+
 def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
     from prmkit.registry.batch import Retraining
     from prmkit.registry.retrain import exit_code_of, retrain
@@ -68,6 +83,8 @@ def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
         why=arguments.why,
     )
     result = retrain(folder, asked)
+    if arguments.mlflow and result["version"]:
+        _log_to_mlflow(folder, find_version(result["version"], folder))
     if arguments.json:
         cli.emit_json(result)
     else:
@@ -124,5 +141,6 @@ _COMMANDS: Mapping[str, Callable[[Path, argparse.Namespace], ExitCode | None]] =
     "ab": _ab,
     "drift": _drift,
     "page": _page,
+    "mlflow": _mlflow,
     "history": lambda folder, arguments: describe.show_history(folder, as_json=arguments.json),
 }

@@ -148,14 +148,14 @@ def differences(record: Mapping[str, Any], other: Mapping[str, Any], folder: Pat
     }
 
 
-_PLACES = {"output_dir", "dataset_dir", "export_dir", "adapter_name_or_path", "swanlab_run_name", "run_name"}
+PLACES = {"output_dir", "dataset_dir", "export_dir", "adapter_name_or_path", "swanlab_run_name", "run_name"}
 """Settings that say where something is, not what is trained."""
 
 
 def _config(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     run = registered.folder_of_version(_id(record), folder) / RUN
     config = read_json(run / "run.json")["config"]
-    found = {key: value for key, value in config.items() if key not in _PLACES}
+    found = {key: value for key, value in config.items() if key not in PLACES}
     return found | {"starts from": "an adapter" if config.get("adapter_name_or_path") else "the base model"}
 
 

@@ -210,3 +210,32 @@ def test_judge_and_run_are_two_judges(monkeypatch: pytest.MonkeyPatch, tmp_path:
     add_judge_arguments(parser)
     with pytest.raises(UsageError, match="two judges"):
         parser.parse_args(["--run", "saves/run", "--judge", "production"])
+
+
+@pytest.mark.network
+@pytest.mark.huge
+def test_a_version_is_logged_to_a_real_mlflow(project: Path, manage: Manage, tmp_path: Path) -> None:
+    evaluation = project / "saves" / "run1" / "evaluation"
+    evaluation.mkdir()
+    summary = {"spearman": {"value": 0.8, "low": 0.7, "high": 0.9}, "types": {}}
+    (evaluation / "metrics.json").write_text(json.dumps({"summary": summary}))
+    said = manage("add", project / "saves" / "run1", "--mlflow", code=2)
+    assert "judge@1 is registered; install mlflow-skinny" in said
+    packages, store = tmp_path / "packages", tmp_path / "mlruns"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(packages), "mlflow-skinny==3.17.2"]
+    subprocess.run(pip, check=True, capture_output=True)
+    environment = {"MLFLOW_TRACKING_URI": store.as_uri(), "PYTHONPATH": str(packages)}
+    command = [sys.executable, str(ROOT / "manage_judges.py"), "mlflow", "1"]
+
+    def log_it(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env={**os.environ, **environment, **more}, capture_output=True, text=True, check=False
+        )
+
+    refused = log_it()
+    assert refused.returncode == 1 and "judge@1 is registered" in refused.stderr
+    assert log_it(MLFLOW_ALLOW_FILE_STORE="true").returncode == 0
+    (logged,) = store.glob("*/*/metrics/spearman")
+    assert float(logged.read_text().split()[1]) == 0.8
+    assert (logged.parents[1] / "tags" / "prmkit.version").read_text() == "judge@1"
+    assert (logged.parents[1] / "params" / "seed").read_text() == "1"
