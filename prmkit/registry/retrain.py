@@ -20,7 +20,7 @@ from prmkit.evaluation import compare
 from prmkit.files import exclusive_lock, read_json, sha256_of, write_json, write_text
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT
 from prmkit.registered import DATA, ROWS, RUN, VersionId
-from prmkit.registry import batch, versions
+from prmkit.registry import batch, describe, versions
 from prmkit.registry.batch import Job, Retraining, base_model, convert_all, kept_rows, run_script, training_data
 
 log = logging.getLogger("prmkit")
@@ -134,9 +134,10 @@ def _report(job: Job) -> dict[str, Any]:
     old_rows = [row for row in batch.rows_of(job.work / "all") if not _is_new(row, job)]
     report = batch.describe_batch(old_rows, batch.rows_of(first), batch.report_of(first))
     report["contradicts"] = None
-    _evaluate(job, job.parent_folder / RUN, job.parent_folder / DATA, "old_on_old")
+    known = _evaluate(job, job.parent_folder / RUN, job.parent_folder / DATA, "old_on_old")
     if (job.work / "new" / REPORT).is_file():
         metrics = _evaluate(job, job.parent_folder / RUN, job.work / "new", "old_on_new")
+        report["findings"] += _drops(known, metrics, job.parent)
         report["contradicts"] = _contradiction(metrics, job.parent)
     report["findings"] += [report["contradicts"]] if report["contradicts"] else []
     write_json(file, report)
@@ -145,6 +146,21 @@ def _report(job: Job) -> dict[str, Any]:
 
 def _is_new(row: Mapping[str, Any], job: Job) -> bool:
     return Path(row["source"]).resolve() in {file.resolve() for file in job.asked.new}
+
+
+def _drops(known: Mapping[str, Any], metrics: Mapping[str, Any], parent: VersionId) -> list[str]:
+    """Where the judge agrees clearly less with the new labels than with the old ones."""
+    found = []
+    for name, summary in metrics["summary"]["types"].items():
+        before = (known["summary"]["types"].get(name) or {}).get("spearman") or {}
+        now = summary["spearman"]
+        if None not in (before.get("low"), now.get("high")) and now["high"] < before["low"]:
+            found.append(
+                f"{parent} agrees less with the new labels of {name}: Spearman {describe.shown_estimate(now)}, "
+                f"{describe.shown_estimate(before)} with the old ones. Either the runs are of a new kind, or the "
+                "labels are worse."
+            )
+    return found
 
 
 def _contradiction(metrics: Mapping[str, Any], parent: VersionId) -> str | None:

@@ -17,6 +17,7 @@ from prmkit.drift import shift_of
 from prmkit.errors import DataError
 from prmkit.files import exclusive_lock
 from prmkit.registry.batch import check_sides, describe_batch
+from prmkit.registry.retrain import _contradiction, _drops
 from prmkit.registry.versions import Addition, add_version
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
@@ -48,6 +49,18 @@ def test_shifted_scores_are_found_and_chance_is_not_a_shift() -> None:
     rows = [sidecar(f"p{n}", 0.9) for n in range(100)]
     report = describe_batch(rows, [sidecar(f"q{n}", 0.1) for n in range(100)], {"rejected": {}})
     assert "have shifted: mean 0.90 before, 0.10 now" in report["findings"][0]
+
+
+def test_a_judge_that_agrees_less_with_new_labels_is_reported() -> None:
+    def metrics(low: float | None, value: float, high: float | None) -> dict[str, Any]:
+        return {"summary": {"types": {"clip": {"spearman": {"low": low, "value": value, "high": high}}}}}
+
+    parent = registered.VersionId("judge", 1)
+    (said,) = _drops(metrics(0.8, 0.9, 0.95), metrics(0.1, 0.4, 0.7), parent)
+    assert "Spearman 0.40 [0.10, 0.70], 0.90 [0.80, 0.95] with the old ones" in said
+    assert not _drops(metrics(0.8, 0.9, 0.95), metrics(0.7, 0.85, 0.9), parent)
+    assert not _drops(metrics(0.8, 0.9, 0.95), metrics(None, 0.4, None), parent)
+    assert _contradiction(metrics(-0.9, -0.5, -0.1), parent) and not _contradiction(metrics(-0.9, -0.5, 0.1), parent)
 
 
 @pytest.fixture
