@@ -36,6 +36,11 @@ def main() -> int:
     )
     rewards("--unscored", choices=["error", "skip", "mean", "null"], default="error", help=unscored)
     rewards("--bad-below", type=share, default=0.5, metavar="X", help="limit of a bad step (default 0.5)")
+    trial = parser.add_argument_group("a challenger").add_argument
+    trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (as --judge)")
+    how_many = "of the tasks, by hash, that it answers (default 0.1), or with --shadow scores as well (default 1)"
+    trial("--share", type=share, metavar="X", help=how_many)
+    trial("--shadow", action="store_true", help="the production judge answers; what the challenger says is logged")
     logs = parser.add_argument_group("request log").add_argument
     logs("--log-requests", type=Path, metavar="FILE", help="append a JSON line for every step that is scored")
     logs("--log-prompts", action="store_true", help="with the prompts; else only their hashes and lengths")

@@ -22,6 +22,8 @@ class StubScorer:
         time.sleep(self.seconds)
         if any("BREAK" in request.prompt for request in asked):
             raise DataError("the server is gone")
+        if any("POISON" in request.prompt for request in asked):
+            raise TypeError("an odd prompt")
         yield from map(judgement_of, asked)
 
 

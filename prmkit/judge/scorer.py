@@ -23,7 +23,7 @@ from prmkit.judge.sources import (
     judge_source_of_run,
 )
 from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
-from prmkit.registered import UseRegistered
+from prmkit.registered import UseRegistered, registered_run
 from prmkit.verdict import Shape, asked_shape
 
 if TYPE_CHECKING:
@@ -325,14 +325,37 @@ def scorer_of(arguments: argparse.Namespace) -> Scorer:
     if endpoint:
         folder = arguments.tokenizer or (Path(arguments.model) if Path(arguments.model).is_dir() else None)
         arguments = argparse.Namespace(**vars(arguments) | {"model": folder and str(folder)})
+    return _with_settings(judge_source(arguments), endpoint, arguments)
+
+
+def _with_settings(source: JudgeSource, endpoint: Endpoint | None, arguments: argparse.Namespace) -> Scorer:
     return Scorer(
-        judge_source(arguments),
+        source,
         endpoint,
         batch_size=arguments.batch_size,
         trim=arguments.too_long == "trim",
         max_new_tokens=arguments.max_new_tokens,
         min_label_mass=arguments.min_label_mass,
     )
+
+
+def challenger_of(arguments: argparse.Namespace, name: str) -> Scorer:
+    """A second judge beside the one that was named, loaded here and asked in the same way.
+
+    Args:
+        arguments: of which those count that say how to run and to ask a judge, not which one.
+        name: a folder (a run, an exported or a base model), or a registered version.
+
+    Raises:
+        DataError, UsageError: there is no such judge.
+    """
+    folder = Path(name)
+    if not folder.is_dir() and os.sep not in name:
+        folder = registered_run(name)
+    source = judge_source_in(folder)
+    given = {each: getattr(arguments, each) for each in ("device", "dtype", "trust_remote_code")}
+    source = replace(source, **{each: value for each, value in given.items() if value is not None})
+    return _with_settings(source, None, arguments)
 
 
 def judge_source(arguments: argparse.Namespace) -> JudgeSource:

@@ -16,6 +16,7 @@ import orjson
 
 from prmkit.errors import PrmkitError
 from prmkit.serving.engine import Busy, Stopping
+from prmkit.serving.judges import ServedJudge
 from prmkit.serving.payloads import request_id
 from prmkit.serving.service import NoReward, Service
 
@@ -55,7 +56,7 @@ def make_app(service: Service, limits: Limits) -> Any:
     routes = _Routes(service)
     app = FastAPI(
         title="prmkit",
-        summary=f"Scores of agent steps by {service.name}.",
+        summary=f"Scores of agent steps by {service.judge.name}.",
         lifespan=_lifespan(service, routes, limits),
         openapi_tags=[{"name": "scores"}, {"name": "rewards"}, {"name": "server"}],
     )
@@ -68,12 +69,15 @@ def make_app(service: Service, limits: Limits) -> Any:
 def _lifespan(service: Service, routes: "_Routes", limits: Limits) -> Callable[[Any], Any]:
     @asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
-        worker = asyncio.create_task(service.engine.run())
-        canary = asyncio.create_task(routes.score_canary())
+        tasks = [asyncio.create_task(judge.engine.run()) for judge in service.judges]
+        tasks.append(asyncio.create_task(routes.score_canary()))
         yield
-        if not await service.engine.drain(limits.drain):
-            log.warning("stopped with %d prompts that were not judged in time", service.engine.depth)
-        for task in (canary, worker):
+        deadline = time.monotonic() + limits.drain
+        if not await service.judge.engine.drain(limits.drain):
+            log.warning("stopped with %d prompts that were not judged in time", service.judge.engine.depth)
+        if service.trial:
+            await service.trial.finish(deadline - time.monotonic())
+        for task in tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -129,14 +133,20 @@ class _Routes:
 
     async def score_canary(self) -> None:
         """Score one small prompt: it loads the judge, and shows that it works before a client needs it."""
-        line = await self._service.first_line()
-        self._canary = {"judge": self._service.name, **{key: line[key] for key in ("status", "score", "reason")}}
-        level = logging.INFO if self._is_ready() else logging.WARNING
-        log.log(level, "first prompt: %s", line["reason"] or line["status"])
+        service = self._service
+        self._canary = await self._first_line(service.judge)
+        if service.trial:  # whether it works decides nothing: the production judge answers where it does not
+            self._canary["challenger"] = await self._first_line(service.trial.challenger)
+
+    async def _first_line(self, judge: ServedJudge) -> dict[str, Any]:
+        line = await self._service.first_line(judge)
+        level = logging.INFO if line["status"] in ("ok", "unsure") else logging.WARNING
+        log.log(level, "%s: first prompt: %s", judge.name, line["reason"] or line["status"])
+        return {key: line[key] for key in ("judge", "status", "score", "reason")}
 
     async def models(self) -> dict[str, Any]:
         """The one model there is, as OpenAI lists models."""
-        return {"object": "list", "data": [{"id": self._service.name, "object": "model", "owned_by": "prmkit"}]}
+        return {"object": "list", "data": [{"id": self._service.judge.name, "object": "model", "owned_by": "prmkit"}]}
 
     async def metrics(self) -> Any:
         """Prometheus metrics."""

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
-from prmkit.judge.scorer import DEFAULT_RUN, Scorer, ShapeOf, scorer_of
+from prmkit.judge.scorer import DEFAULT_RUN, Scorer, ShapeOf, challenger_of, scorer_of
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.registered import is_registered
 from prmkit.scoring.rows import check_rubric, known_keys
 from prmkit.scoring.score import abstention_of
 from prmkit.serving.app import Limits, make_app
 from prmkit.serving.engine import Engine
+from prmkit.serving.judges import ServedJudge, Trial
 from prmkit.serving.metrics import Metrics, held_out_scores
 from prmkit.serving.request_log import RequestLog
 from prmkit.serving.service import Service
 
 log = logging.getLogger("prmkit")
+
+_SHADOW_PATIENCE = 0.01
+"""Seconds that the challenger's prompts wait for a place: nobody waits for them, and their number must not grow."""
 
 
 def serve(arguments: argparse.Namespace) -> ExitCode:
@@ -39,17 +43,41 @@ def serve(arguments: argparse.Namespace) -> ExitCode:
 
 
 def _serve(service: Service, limits: Limits, arguments: argparse.Namespace) -> ExitCode:
-    service.engine.load()  # a judge that cannot be loaded is an error now, not when the first client comes
+    for judge in service.judges:
+        judge.engine.load()  # one that cannot be loaded is an error now, not when the first client comes
     with _bind(arguments.host, arguments.port) as listening:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        log.info("%s on http://%s:%d (stop with Ctrl-C)", service.name, shown, port)
+        log.info("%s on http://%s:%d (stop with Ctrl-C)", service.judge.name, shown, port)
+        if trial := service.trial:
+            how = "also scores, unseen by clients," if trial.is_shadow else "answers"
+            log.info("%s %s %g %% of the tasks", trial.challenger.name, how, 100 * trial.share)
         return _run(make_app(service, limits), listening, arguments.drain)
 
 
 def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
     name = str(arguments.run or arguments.model or DEFAULT_RUN)
     rubric, why_not = _rubric(arguments.rubric, scorer, name)
+    judge = _served(arguments, scorer, _name_of(name))
+    run = None if scorer.endpoint or arguments.model else arguments.run or DEFAULT_RUN
+    metrics = Metrics(lambda: judge.engine.depth, held_out_scores(run))
+    judge.engine.on_batch = metrics.count_batch
+    judge.engine.on_cache_hit = metrics.cache_hits.inc
+    return Service(
+        judge=judge,
+        metrics=metrics,
+        shape_of=ShapeOf((), known_keys(arguments.data)),
+        rubric=rubric,
+        why_no_rubric=why_not,
+        trial=_trial(arguments, has_rubric=rubric is not None),
+        bad_below=arguments.bad_below,
+        aggregate=arguments.aggregate,
+        unscored=arguments.unscored,
+        request_log=_request_log(arguments, metrics),
+    )
+
+
+def _served(arguments: argparse.Namespace, scorer: Scorer, name: str) -> ServedJudge:
     engine = Engine(
         scorer,
         arguments.mode,
@@ -57,23 +85,25 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
         limit=arguments.queue,
         patience=arguments.queue_timeout,
     )
-    run = None if scorer.endpoint or arguments.model else arguments.run or DEFAULT_RUN
-    metrics = Metrics(lambda: engine.depth, held_out_scores(run))
-    engine.on_batch = metrics.count_batch
-    engine.on_cache_hit = metrics.cache_hits.inc
-    return Service(
-        name=_name_of(name),
-        engine=engine,
-        metrics=metrics,
-        shape_of=ShapeOf((), known_keys(arguments.data)),
-        rubric=rubric,
-        why_no_rubric=why_not,
-        abstention=abstention_of(scorer, arguments.mode, arguments.interval, arguments.abstain_above),
-        bad_below=arguments.bad_below,
-        aggregate=arguments.aggregate,
-        unscored=arguments.unscored,
-        request_log=_request_log(arguments, metrics),
-    )
+    return ServedJudge(name, engine, abstention_of(scorer, arguments.mode, arguments.interval, arguments.abstain_above))
+
+
+def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
+    if arguments.challenger is None:
+        if arguments.share is not None or arguments.shadow:
+            raise UsageError("--share and --shadow need --challenger, the judge to try.")
+        return None
+    scorer = challenger_of(arguments, arguments.challenger)
+    challenger = _served(arguments, scorer, _name_of(str(scorer.source.adapter or scorer.source.model)))
+    rubric, _ = _rubric(arguments.rubric, scorer, challenger.name)
+    if (rubric is not None) != has_rubric:
+        raise UsageError(
+            f"{challenger.name}: one of the two judges scores steps of runs, the other ready prompts alone."
+        )
+    if arguments.shadow:
+        challenger.engine.patience = _SHADOW_PATIENCE
+    share = arguments.share if arguments.share is not None else 1.0 if arguments.shadow else 0.1
+    return Trial(challenger, share, arguments.shadow)
 
 
 def _name_of(judge: str) -> str:

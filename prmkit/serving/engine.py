@@ -24,6 +24,12 @@ BATCH = 64
 _REMEMBERED = 4096
 """Judgements that are kept, so that a prompt that is asked again costs nothing. About 5 MB."""
 
+_FAULTS = (
+    RuntimeError, MemoryError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
+    OSError,
+)  # fmt: skip
+"""What libraries raise inside a model: too little memory, or a bug that one odd prompt meets."""
+
 
 class Busy(Exception):
     """The queue is full, and stayed full for as long as a client should wait."""
@@ -139,9 +145,15 @@ class Engine:
         """Runs in the judge's thread. Whatever goes wrong there is an answer: the server must outlive it."""
         try:
             return list(self.scorer.judgements(batch, self.mode))
-        except (PrmkitError, RuntimeError, MemoryError, ValueError) as error:
-            log.warning("a batch of %d prompts failed: %s", len(batch), error)
-            return [Judgement("failed", reason=str(error) or type(error).__name__)] * len(batch)
+        except PrmkitError as error:
+            fault: Exception = error
+        except _FAULTS as error:
+            if len(batch) > 1:  # one prompt is to blame, perhaps, and must not cost the others their answers
+                middle = len(batch) // 2
+                return self._score(batch[:middle]) + self._score(batch[middle:])
+            fault = error
+        log.warning("%d prompts could not be judged: %s: %s", len(batch), type(fault).__name__, fault)
+        return [Judgement("failed", reason=str(fault) or type(fault).__name__)] * len(batch)
 
     async def drain(self, seconds: float) -> bool:
         """Take nothing more and finish what was taken; whether that was done in time."""

@@ -10,6 +10,8 @@ import orjson
 
 from prmkit.drift import shift_of
 from prmkit.judge.types import Judgement
+from prmkit.registered import is_registered, results_folder
+from prmkit.serving.request_log import Role
 
 _RECENT = 1000
 """Scores that drift is computed from."""
@@ -38,7 +40,9 @@ class Metrics:
         self.seconds = Histogram(
             "prmkit_request_seconds", "Time until an answer.", ["path"], buckets=_SECONDS, registry=registry
         )
-        self.steps = Counter("prmkit_steps", "Prompts that were judged, by status.", ["status"], registry=registry)
+        self.steps = Counter(
+            "prmkit_steps", "Prompts that were judged, by status and role.", ["status", "role"], registry=registry
+        )
         self.cache_hits = Counter("prmkit_cache_hits", "Prompts that were judged before.", registry=registry)
         self.batch_size = Histogram(
             "prmkit_batch_size", "Prompts judged together.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
@@ -46,9 +50,9 @@ class Metrics:
         self.batch_seconds = Histogram(
             "prmkit_batch_seconds", "Time of one batch in the model.", buckets=_SECONDS, registry=registry
         )
-        self.score = Histogram("prmkit_score", "Scores of steps.", buckets=_SHARES, registry=registry)
+        self.score = Histogram("prmkit_score", "Scores of steps.", ["role"], buckets=_SHARES, registry=registry)
         self.label_mass = Histogram(
-            "prmkit_label_mass", "Probability of any score at all.", buckets=_SHARES, registry=registry
+            "prmkit_label_mass", "Probability of any score at all.", ["role"], buckets=_SHARES, registry=registry
         )
         self.unscored_rewards = Counter(
             "prmkit_unscored_rewards", "Rewards that were asked for and not computed.", ["answer"], registry=registry
@@ -58,6 +62,7 @@ class Metrics:
         )
         for outcome in ("written", "lost"):
             self.request_log_lines.labels(outcome)  # so that an alarm for lost lines has a zero to begin with
+        self.score.labels("production"), self.label_mass.labels("production")
         Gauge("prmkit_queue_depth", "Prompts that wait or are being judged.", registry=registry).set_function(depth)
         drift = Gauge(
             "prmkit_drift_psi",
@@ -70,14 +75,15 @@ class Metrics:
         psi = shift_of(self._reference, list(self._recent)).psi
         return math.nan if psi is None else psi
 
-    def count(self, judgement: Judgement) -> None:
-        """Count one judged prompt."""
-        self.steps.labels(judgement.status).inc()
+    def count(self, judgement: Judgement, role: Role) -> None:
+        """Count one judged prompt. Drift is that of the production judge."""
+        self.steps.labels(judgement.status, role).inc()
         if judgement.score is not None:
-            self.score.observe(judgement.score)
-            self._recent.append(judgement.score)
+            self.score.labels(role).observe(judgement.score)
+            if role == "production":
+                self._recent.append(judgement.score)
         if judgement.label_mass is not None:
-            self.label_mass.observe(judgement.label_mass)
+            self.label_mass.labels(role).observe(judgement.label_mass)
 
     def count_batch(self, size: int, seconds: float) -> None:
         """Count one batch that went through the model."""
@@ -97,8 +103,11 @@ class Metrics:
 
 def held_out_scores(run: Path | None) -> list[float]:
     """The scores that a run's evaluation gave to its held-out steps; empty where it was not measured."""
-    file = run / "evaluation" / "predictions.jsonl" if run else None
-    if file is None or not file.is_file():
+    if run is None:
+        return []
+    places = [run / "evaluation", *([results_folder(run)] if is_registered(run) else [])]
+    file = next((file for place in places if (file := place / "predictions.jsonl").is_file()), None)
+    if file is None:
         return []
     with file.open("rb") as stream:
         lines: list[Any] = [orjson.loads(line) for line in stream if line.endswith(b"\n")]

@@ -9,17 +9,16 @@ from statistics import fmean
 from typing import Any
 
 from prmkit.errors import DataError, PrmkitError, UsageError
-from prmkit.intervals import Abstention
 from prmkit.judge.scorer import ShapeOf
-from prmkit.judge.types import AGGREGATES, SAME_SCORE, Judgement, rounded
+from prmkit.judge.types import AGGREGATES, SAME_SCORE, rounded
 from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.rows import Rejected, read_row
 from prmkit.scoring.rows import Row, prompt_row, step_row
-from prmkit.scoring.score import Result, Trajectories, result_line
-from prmkit.serving.engine import Engine
+from prmkit.scoring.score import Trajectories
+from prmkit.serving.judges import Scored, ServedJudge, Trial
 from prmkit.serving.metrics import Metrics
 from prmkit.serving.payloads import request_id, run_of_policy, run_of_step, runs_in
-from prmkit.serving.request_log import RequestLog
+from prmkit.serving.request_log import RequestLog, Role
 from prmkit.serving.systemone import answer_to, check_question, key_of
 from prmkit.trajectory import Trajectory
 
@@ -38,21 +37,25 @@ class NoReward(Exception):
 class Service:
     """One judge, with everything that its endpoints need."""
 
-    name: str
-    """As clients see it: the folder's name, or the one on the server."""
-    engine: Engine
+    judge: ServedJudge
+    """The one in production."""
     metrics: Metrics
     shape_of: ShapeOf
     rubric: Rubric | None
     """What the judge is asked about steps of runs; None for a judge of ready prompts."""
     why_no_rubric: str = ""
-    abstention: Abstention | None = None
+    trial: Trial | None = None
     bad_below: float = 0.5
     aggregate: str = "min"
     """How the scores of several steps become one reward."""
     unscored: str = "error"
     request_log: RequestLog | None = None
     _rewards: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_REWARDS))
+
+    @property
+    def judges(self) -> list[ServedJudge]:
+        """All that are loaded: the production judge, and the challenger if there is one."""
+        return [self.judge, self.trial.challenger] if self.trial else [self.judge]
 
     # --- /v1/score
 
@@ -69,7 +72,8 @@ class Service:
             raise DataError("keys: a list of score keys.")
         shape_of = ShapeOf(tuple(keys), self.shape_of.known) if keys else self.shape_of
         rows = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
-        return {"judge": self.name, "results": [line for line, _ in await self._lines(rows)]}
+        lines = [line for line, _ in await self._lines(rows)]
+        return {"judge": judge_of(lines) if lines else self.judge.name, "results": lines}
 
     def _row(self, item: Any, number: int, shape_of: ShapeOf) -> Row:
         item = {"prompt": item} if isinstance(item, str) else item
@@ -93,30 +97,25 @@ class Service:
         except PrmkitError as error:
             return Row(number, known, reason=str(error))
 
-    async def _lines(self, rows: Sequence[Row]) -> list[tuple[dict[str, Any], Judgement]]:
-        asked = [row.request for row in rows if row.request]
-        judged = iter(await self.engine.judge(asked))
-        found = [next(judged) if row.request else Judgement("error", reason=row.reason) for row in rows]
-        lines = []
-        for row, judgement in zip(rows, found, strict=True):
-            self.metrics.count(judgement)
-            line = dict(result_line(row, judgement))
-            evaluation_type = row.metadata.get("evaluation_type", "clip" if row.is_step else None)
-            line = self.abstention.add_interval(line, evaluation_type) if self.abstention else line
-            if self.request_log:
-                self.request_log.add(row, line, self.name, "production")
-            lines.append((line, judgement))
-        return lines
+    async def _lines(self, rows: Sequence[Row]) -> list[Scored]:
+        if self.trial:
+            return await self.trial.answer(self.judge, rows, self._count)
+        answers = await self.judge.score(rows)
+        for row, scored in zip(rows, answers, strict=True):
+            self._count(row, scored, "production")
+        return answers
 
-    async def first_line(self) -> Result:
-        """The line of one small prompt. It shows that the judge works; neither metrics nor log count it."""
+    def _count(self, row: Row, scored: Scored, role: Role) -> None:
+        self.metrics.count(scored.judgement, role)
+        if self.request_log:
+            self.request_log.add(row, scored.line, scored.line["judge"], role)
+
+    async def first_line(self, judge: ServedJudge) -> dict[str, Any]:
+        """The line of one small prompt. It shows that a judge works; neither metrics nor log count it."""
         step = {"task": "What is 2 + 2?", "step": {"role": "assistant", "content": "4"}}
         prompt = {"prompt": 'Judge this step: 2 + 2 is 4. Answer with {"step_score": <score>}'}
-        row = self._row(step if self.rubric else prompt, 1, self.shape_of)
-        judgement = (
-            (await self.engine.judge([row.request]))[0] if row.request else Judgement("error", reason=row.reason)
-        )
-        return result_line(row, judgement)
+        (scored,) = await judge.score([self._row(step if self.rubric else prompt, 1, self.shape_of)])
+        return scored.line
 
     def _step_rows(self, run: Trajectory) -> list[Row]:
         rubric = self.step_rubric()
@@ -152,7 +151,7 @@ class Service:
         for run, part in zip(runs, rows, strict=True):
             answers.append(_run_answer(run, part, [next(lines)[0] for _ in part], limit, gamma))
         unread = {reason: count for report in reports for reason, count in report.unreadable.items()}
-        return {"judge": self.name, "runs": answers, "unread": unread}
+        return {"judge": judge_of(answers), "runs": answers, "unread": unread}
 
     # --- rewards
 
@@ -173,7 +172,8 @@ class Service:
         found = await asyncio.gather(*asked)
         values = [self._number(each.pop("score"), can_be_null=False) for each in found]
         logs = {key: [_finite(each[key]) for each in found] for key in ("label_mass", "unscored", "steps")}
-        return {"rewards": values, "scores": values, "extra_logs": logs}
+        judges = [each["judge"] for each in found]
+        return {"rewards": values, "scores": values, "extra_logs": logs, "judge": judges}
 
     async def reward(self, body: Body) -> dict[str, Any]:
         """slime's contract, and that of prmkit.rewards: one sample's `prompt` and `response` in, an object out.
@@ -189,7 +189,7 @@ class Service:
             raise DataError("prompt and response: strings, or lists of messages.")
         asked = self._asked_for(body)
         found = await asked._reward(prompt, response, whole=False)
-        return found | {"score": asked._number(found["score"], can_be_null=True), "judge": self.name}
+        return found | {"score": asked._number(found["score"], can_be_null=True)}
 
     def _asked_for(self, body: Body) -> "Service":
         """This service with what a body says about the reward."""
@@ -219,6 +219,7 @@ class Service:
             "steps": len(lines),
             "scores": [line["score"] if line["status"] == "ok" else None for line in lines],
             "unscored": unscored,
+            "judge": judge_of(lines),
         }
 
     def _number(self, score: float | None, *, can_be_null: bool) -> float | None:
@@ -260,7 +261,13 @@ class Service:
             name: answer_to(question, judgement.scores[keys[name]], threshold) for name, question in questions.items()
         }
         usage = {"input_tokens": judgement.prompt_tokens, "output_tokens": 0}
-        return {"model": self.name, "answers": answers, "usage": usage, "unused_state": unused}
+        return {"model": line["judge"], "answers": answers, "usage": usage, "unused_state": unused}
+
+
+def judge_of(answers: Sequence[Mapping[str, Any]]) -> str | None:
+    """The judge that gave all of some answers; None where several did."""
+    names = {answer["judge"] for answer in answers}
+    return names.pop() if len(names) == 1 else None
 
 
 def _run_answer(
@@ -278,7 +285,12 @@ def _run_answer(
         is_bad = line["score"] is not None and line["score"] < limit - SAME_SCORE
         steps.append(about | shown | {"bad": is_bad, "return": rounded(value)})
     first = next((step["step"] for step in steps if step["bad"]), None)
-    about_run = {"trajectory_id": run.trajectory_id, "task_id": run.task_id, "first_bad": first}
+    about_run = {
+        "trajectory_id": run.trajectory_id,
+        "task_id": run.task_id,
+        "judge": judge_of(steps),
+        "first_bad": first,
+    }
     return about_run | {"steps": steps, "aggregates": summary, "lost": dict(run.lost)}
 
 

@@ -16,6 +16,7 @@ from prmkit.judge.scorer import ShapeOf
 from prmkit.prompts.step import load_rubric
 from prmkit.serving.app import Limits, make_app
 from prmkit.serving.engine import Engine
+from prmkit.serving.judges import ServedJudge
 from prmkit.serving.metrics import Metrics
 from prmkit.serving.service import Service
 
@@ -31,7 +32,8 @@ def judge_url() -> Iterator[str]:
 
     async def serve() -> None:
         engine = Engine(StubScorer())  # type: ignore[arg-type]
-        service = Service("stub", engine, Metrics(lambda: engine.depth, ()), ShapeOf(), load_rubric())
+        judge = ServedJudge("stub", engine)
+        service = Service(judge, Metrics(lambda: engine.depth, ()), ShapeOf(), load_rubric())
         config = uvicorn.Config(make_app(service, Limits(drain=1)), log_level="warning")
         servers.append(uvicorn.Server(config))
         await servers[0].serve(sockets=[listening])

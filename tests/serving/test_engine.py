@@ -82,6 +82,16 @@ def test_a_failure_is_an_answer_and_is_not_remembered() -> None:
     assert failed == [Judgement("failed", reason="the server is gone")] * 2 and fine.status == "ok"
 
 
+def test_one_prompt_that_breaks_the_model_costs_the_others_of_its_batch_nothing() -> None:
+    async def work(engine: Engine, _scorer: StubScorer) -> Any:
+        texts = [f"good {number}" for number in range(20)] + ["POISON"] + [f"poor {number}" for number in range(20)]
+        return await asyncio.gather(*(engine.judge([asked(text)]) for text in texts))
+
+    answers = [answer for (answer,) in running(work)]
+    assert [answer.status for answer in answers] == ["ok"] * 20 + ["failed"] + ["ok"] * 20
+    assert answers[20].reason == "an odd prompt"
+
+
 def test_a_client_that_hangs_up_does_not_cancel_what_another_one_waits_for() -> None:
     async def work(engine: Engine, _scorer: StubScorer) -> Any:
         first = asyncio.create_task(engine.judge([asked("good")]))

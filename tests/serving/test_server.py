@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -239,6 +240,31 @@ def test_sigterm_answers_what_was_taken(export: Path) -> None:
     assert code == 143 and "Traceback" not in written
 
 
+def test_a_challenger_answers_its_share_and_the_log_says_so(
+    export: Path, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two loaded judges in one process; the second one is asked in its own template."""
+    challenger, log = tmp_path / "candidate", tmp_path / "log.jsonl"
+    shutil.copytree(model_folders["llama3"], challenger)
+    settings = {"template": "llama3", "cutoff_len": 4096, "dtype": "float32", "rubrics": [load_rubric().sha256]}
+    write_json(challenger / EXPORT_FILE, settings)
+    server = started(export, "--challenger", challenger, "--share", "0.5", "--log-requests", log)
+    steps = [{"task": f"Cancel order {number}.", "step": MESSAGES[3]} for number in range(24)]
+    results = server.post("/v1/score", json={"steps": steps}).json()["results"]
+    again = server.post("/v1/score", json={"steps": steps[::-1]}).json()["results"][::-1]
+    while "challenger" not in (ready := server.get("/ready").json()):
+        time.sleep(0.05)
+    code, _ = server.stop()
+    assert code == 143
+    assert ready["judge"] == export.name and ready["challenger"]["judge"] == challenger.name
+    names = [line["judge"] for line in results]
+    assert names == [line["judge"] for line in again] and set(names) == {export.name, challenger.name}
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    roles = {export.name: "production", challenger.name: "challenger"}
+    assert len(lines) == 48 and all(line["role"] == roles[line["judge"]] for line in lines)
+    assert [line["score"] for line in results] == pytest.approx([line["score"] for line in again], abs=2e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -246,10 +272,15 @@ def test_sigterm_answers_what_was_taken(export: Path) -> None:
         (("--key-env", "NO_SUCH_VARIABLE"), 2, "NO_SUCH_VARIABLE"),
         (("--model", "nowhere"), 1, "nowhere"),
         (("--rubric", "nowhere.yaml"), 2, "nowhere.yaml"),
+        (("--challenger", "nowhere"), 2, "nowhere"),
+        (("--challenger", "./nowhere"), 1, "nowhere"),
+        (("--share", "0.5"), 2, "--challenger"),
+        (("--log-prompts",), 2, "--log-requests"),
+        (("--log-requests", "README.md"), 2, "not a request log"),
     ],
 )
 def test_what_cannot_be_served_is_one_sentence(export: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
     command = [sys.executable, str(ROOT / "serve_judge.py"), "--model", str(export), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == code and says in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr

@@ -13,6 +13,7 @@ from prmkit.judge.scorer import ShapeOf
 from prmkit.judge.types import Distribution, Judgement
 from prmkit.prompts.step import load_rubric
 from prmkit.serving.engine import Engine
+from prmkit.serving.judges import ServedJudge
 from prmkit.serving.metrics import Metrics
 from prmkit.serving.service import NoReward, Service
 
@@ -29,7 +30,7 @@ def answer(ask: Callable[[Service], Any], **settings: Any) -> Any:
         metrics = Metrics(lambda: engine.depth, ())
         given = {"rubric": load_rubric(), **settings}
         try:
-            return await ask(Service("stub", engine, metrics, ShapeOf(), **given))
+            return await ask(Service(ServedJudge("stub", engine), metrics, ShapeOf(), **given))
         finally:
             worker.cancel()
 
@@ -175,7 +176,8 @@ def test_drift_is_near_zero_for_the_same_scores_and_large_for_others() -> None:
     def drift(scores: list[float], recent: list[float]) -> float:
         metrics = Metrics(lambda: 0, scores)
         for score in recent:
-            metrics.count(Judgement("ok", {"step_score": Distribution(score, score, score, None, None)}))
+            known = Distribution(score, score, score, None, None)
+            metrics.count(Judgement("ok", {"step_score": known}), "production")
         line = next(line for line in metrics.text().decode().splitlines() if line.startswith("prmkit_drift_psi"))
         return float(line.split()[1])
 

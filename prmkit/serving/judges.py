@@ -1,0 +1,133 @@
+"""Which judge answers what: the one in production, and a challenger beside it that may replace it one day."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from prmkit.intervals import Abstention
+from prmkit.judge.types import Judgement
+from prmkit.scoring.rows import Row
+from prmkit.scoring.score import result_line
+from prmkit.serving.engine import Busy, Engine, Stopping
+from prmkit.serving.request_log import Role
+
+
+class Scored(NamedTuple):
+    """What a judge said about one row."""
+
+    line: dict[str, Any]
+    """As clients get it."""
+    judgement: Judgement
+
+
+@dataclass(frozen=True)
+class ServedJudge:
+    """One judge with its queue."""
+
+    name: str
+    """As clients and the log see it."""
+    engine: Engine
+    abstention: Abstention | None = None
+
+    async def score(self, rows: Sequence[Row]) -> list[Scored]:
+        """Score rows, together with those of all other clients.
+
+        Raises:
+            Busy, Stopping: see `Engine.judge`.
+        """
+        judged = iter(await self.engine.judge([row.request for row in rows if row.request]))
+        return [self._scored(row, next(judged) if row.request else None) for row in rows]
+
+    async def try_to_score(self, rows: Sequence[Row]) -> list[Scored]:
+        """As `score`, but a full queue is an answer, too: status `failed`."""
+        try:
+            return await self.score(rows)
+        except Busy:
+            return [self._scored(row, Judgement("failed", reason="the queue is full")) for row in rows]
+
+    def _scored(self, row: Row, judgement: Judgement | None) -> Scored:
+        judgement = judgement or Judgement("error", reason=row.reason)
+        line = dict(result_line(row, judgement))
+        evaluation_type = row.metadata.get("evaluation_type", "clip" if row.is_step else None)
+        if self.abstention:
+            line = dict(self.abstention.add_interval(line, evaluation_type))
+        return Scored(line | {"judge": self.name}, judgement)
+
+
+Count = Callable[[Row, Scored, Role], None]
+
+
+@dataclass
+class Trial:
+    """A challenger beside the production judge."""
+
+    challenger: ServedJudge
+    share: float
+    """Of the tasks that the challenger scores, 0 to 1."""
+    is_shadow: bool
+    """Both judges score these tasks and the production judge answers; else the challenger alone scores them."""
+    _shadows: set["asyncio.Task[None]"] = field(default_factory=set)
+
+    def takes(self, row: Row) -> bool:
+        """Whether the challenger scores this row: the same for all rows of a task, in every process, at any time.
+
+        A task that is taken with a small share is also taken with every larger one.
+        """
+        key = row.task or (row.request.prompt if row.request else "")
+        number = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return row.request is not None and int.from_bytes(number) < self.share * 2**64
+
+    async def answer(self, production: ServedJudge, rows: Sequence[Row], count: Count) -> list[Scored]:
+        """Score rows with the judge that each is for.
+
+        Args:
+            production: the judge that answers everything which the challenger does not.
+            rows: what was asked.
+            count: called with everything that a judge said, shown to the client or not.
+
+        Returns:
+            One answer a row, in their order.
+
+        Raises:
+            Busy, Stopping: of the production judge.
+        """
+        if self.is_shadow:
+            self._start_shadow([row for row in rows if self.takes(row)], count)
+        taken = [not self.is_shadow and self.takes(row) for row in rows]
+        mine = [row for row, is_taken in zip(rows, taken, strict=True) if is_taken]
+        others = [row for row, is_taken in zip(rows, taken, strict=True) if not is_taken]
+        challenged, answered = await asyncio.gather(self.challenger.try_to_score(mine), production.score(others))
+        # What the challenger failed at is answered as if there were none.
+        failed = [row for row, scored in zip(mine, challenged, strict=True) if scored.judgement.status == "failed"]
+        of_challenger, of_production, instead = map(iter, (challenged, answered, await production.score(failed)))
+        answers = []
+        for row, is_taken in zip(rows, taken, strict=True):
+            scored = next(of_challenger if is_taken else of_production)
+            count(row, scored, "challenger" if is_taken else "production")
+            if is_taken and scored.judgement.status == "failed":
+                scored = next(instead)
+                count(row, scored, "production")
+            answers.append(scored)
+        return answers
+
+    def _start_shadow(self, rows: Sequence[Row], count: Count) -> None:
+        """Let the challenger score rows, without anybody who waits for it."""
+        if rows:
+            task = asyncio.create_task(self._shadow(rows, count))
+            self._shadows.add(task)  # the event loop alone would forget a task that is still at work
+            task.add_done_callback(self._shadows.discard)
+
+    async def finish(self, seconds: float) -> None:
+        """Let the challenger finish what it has begun, for so long."""
+        await self.challenger.engine.drain(seconds)
+        for task in list(self._shadows):
+            task.cancel()
+
+    async def _shadow(self, rows: Sequence[Row], count: Count) -> None:
+        try:
+            for row, scored in zip(rows, await self.challenger.try_to_score(rows), strict=True):
+                count(row, scored, "shadow")
+        except Stopping:
+            return
