@@ -31,6 +31,10 @@ request_id: ContextVar[str] = ContextVar("request_id", default="request")
 """Of the HTTP request that is being answered: the name of a run that has no other."""
 
 
+class NothingWritten(DataError):
+    """There is no step in what a policy wrote: it ended its answer at once, as policies do now and then."""
+
+
 def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileReport]]:
     """The runs in the body of a request, in any form that `import_trajectories.py` reads.
 
@@ -107,7 +111,7 @@ def _run(
     named = trajectory_id or request_id.get()
     run = assemble(Run(numbered, task=task, task_id=task_id, trajectory_id=named), _SOURCE)
     if run is None:
-        raise DataError("the agent says and does nothing in it.")
+        raise NothingWritten("the agent says and does nothing in it.")
     return run
 
 
@@ -152,7 +156,8 @@ _MISTRAL = (
 )
 """Mistral marks only the user's turns; rewritten as ChatML, an answer has an end, too."""
 _NOT_TEXT = re.compile(
-    r"<\|(?:begin_of_text|endoftext|end_of_text)\|>|<s>|</s>|<bos>|<eos>|<pad>|<｜begin▁of▁sentence｜>"
+    r"<\|(?:begin_of_text|endoftext|end_of_text|im_end|eot_id|eom_id|end)\|>|<s>|</s>|<bos>|<eos>|<pad>|<end_of_turn>|"
+    r"<｜(?:begin|end)▁of▁sentence｜>"
 )
 _LEADING = re.compile(rf"\A(?:{_NOT_TEXT.pattern})+")
 """A decoded query may have a first token that its prompt does not have."""
@@ -170,6 +175,7 @@ def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, 
         whole: `written` is a string that begins with the prompt.
 
     Raises:
+        NothingWritten: no message of the agent in it has any content.
         DataError: it cannot be taken apart, so a score of it would be noise.
     """
     if not isinstance(prompt, str) or not isinstance(written, str):
@@ -192,7 +198,7 @@ def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, 
     turns = _turns(chat, prompt + response)
     agents = [turn for turn in turns if turn.role == "agent" and (turn.text or turn.thought or turn.calls)]
     if len(agents) <= complete:
-        raise DataError("the policy wrote nothing in it.")
+        raise NothingWritten("the policy wrote nothing in it.")
     return _run(turns, None), complete
 
 

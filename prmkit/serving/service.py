@@ -17,7 +17,7 @@ from prmkit.scoring.rows import Row, prompt_row, step_row
 from prmkit.scoring.score import Trajectories
 from prmkit.serving.judges import Scored, ServedJudge, Trial
 from prmkit.serving.metrics import Metrics
-from prmkit.serving.payloads import request_id, run_of_policy, run_of_step, runs_in
+from prmkit.serving.payloads import NothingWritten, request_id, run_of_policy, run_of_step, runs_in
 from prmkit.serving.request_log import RequestLog, Role
 from prmkit.serving.systemone import answer_to, check_question, key_of
 from prmkit.trajectory import Trajectory
@@ -203,11 +203,14 @@ class Service:
         self, prompt: str | list[Any], text: str | list[Any], *, whole: bool, number: int = 1
     ) -> dict[str, Any]:
         """The aggregate of the steps that the policy wrote, null where a step has no score that can be relied on."""
-        run, earlier = run_of_policy(prompt, text, whole=whole)
-        run = replace(run, trajectory_id=f"{run.trajectory_id}.{number}")
-        rows = self._step_rows(run)[earlier:]
+        try:
+            run, earlier = run_of_policy(prompt, text, whole=whole)
+            run = replace(run, trajectory_id=f"{run.trajectory_id}.{number}")
+            rows = self._step_rows(run)[earlier:]
+        except NothingWritten:  # a policy does that now and then, which must not end its training
+            rows = []
         if not rows:
-            raise DataError("the policy wrote nothing in it.")
+            return {"score": None, "label_mass": None, "steps": 0, "scores": [], "unscored": 1}
         lines = [line for line, _ in await self._lines(rows)]
         scores = [line["score"] for line in lines if line["status"] == "ok"]
         masses = [line["label_mass"] for line in lines if line["label_mass"] is not None]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prmkit.client import JudgeUnavailable, RequestRefused, Reward
+from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward
 from prmkit.rewards.slime import make_custom_rm
 from prmkit.rewards.steps import discounted_returns, evaluation_events, send_to_langfuse, step_rewards
 from prmkit.rewards.trl import make_reward_func, values_of
@@ -37,6 +37,14 @@ def test_trl_none_where_trl_leaves_it_out_and_the_mean_of_the_group_where_it_wou
         prompts=[[{"role": "user", "content": "Do it."}]], completions=[[{"role": "assistant", "content": "good"}]]
     )
     assert conversational == near(GOOD)
+
+
+@pytest.mark.parametrize("nothing", ["", "  \n", "<|im_end|>", [{"role": "assistant", "content": ""}]])
+def test_a_policy_that_writes_nothing_gets_no_score_and_does_not_end_the_training(judge_url: str, nothing: Any) -> None:
+    for prompt in ("What?", "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n", RUN["messages"][:1]):
+        judge = make_reward_func(judge_url, when_unscored="group_mean")
+        assert judge(prompts=[prompt] * 2, completions=["good", nothing]) == near(GOOD, GOOD)
+        assert Judge(judge_url).reward(prompt, nothing) == Reward(None, (), None)
 
 
 def test_the_mean_of_a_group_stays_in_its_group() -> None:
@@ -84,8 +92,6 @@ def test_rewards_of_single_steps(judge_url: str) -> None:
 
 
 def test_scores_for_traces(judge_url: str) -> None:
-    from prmkit.client import Judge
-
     messages = [*RUN["messages"], {"role": "assistant", "content": "mumble"}]
     (run,) = Judge(judge_url).score_run({"messages": messages})
     labels = [event["gen_ai.evaluation.score.label"] for event in evaluation_events(run)]
