@@ -54,7 +54,8 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
     from dataclasses import fields
 
     from prmkit.training.launcher import Launch
-    from prmkit.training.train import TrainOptions, execute, next_commands
+    from prmkit.training.options import TrainOptions, next_commands
+    from prmkit.training.train import execute
 
     typed = vars(arguments)
     launch = Launch(**{field.name: typed.pop(field.name) for field in fields(Launch)})

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from prmkit.errors import DataError
 from prmkit.llamafactory_schema import setting
-from prmkit.training import llamafactory_checks
+from prmkit.training import llamafactory_checks, row_lengths
 from prmkit.training.checks import Check, Status, check_settings, errors_in
 from prmkit.training.data_checks import check_datasets, check_held_out
 from prmkit.training.environment import (
@@ -108,7 +108,7 @@ def _check_llamafactory(
         found, encoding = llamafactory_checks.check_encoding(values)
         done(found)
         begin("row lengths", "Look at the dataset's files; or convert again: python convert_dataset.py")
-        check, longest = llamafactory_checks.check_rows(encoding, values)
+        check, longest = row_lengths.check_rows(encoding, values)
         done([check])
     finally:
         # A tokenizer that raises must not hide what the parser reports.

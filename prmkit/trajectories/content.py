@@ -14,7 +14,6 @@ from typing import Any
 
 import orjson
 
-from prmkit.trajectories.attributes import parsed
 from prmkit.trajectories.run import Role, Turn
 from prmkit.trajectory import Call, Result
 
@@ -30,6 +29,16 @@ _TEXT_PARTS = {"text", "input_text", "output_text", "summary_text", "refusal"}
 _THOUGHT_PARTS = {"thinking", "reasoning", "thought", "reasoning_text"}
 _MEDIA = re.compile(r"image|audio|video|file|document|blob|uri|media")
 _THINK = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
+
+
+def parsed(value: Any) -> Any:
+    """A value that may be JSON in a string."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return value
+    return value
 
 
 def role_name(message: Any) -> str | None:

@@ -13,7 +13,8 @@ import pytest
 
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training.checks import Check, Status
-from prmkit.training.llamafactory_checks import Lengths, check_lengths, check_start, check_template, measure
+from prmkit.training.llamafactory_checks import check_start, check_template
+from prmkit.training.row_lengths import Lengths, check_lengths, measure
 
 TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
 OPENED = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
@@ -188,7 +189,7 @@ def test_the_longest_rows_come_first_when_time_is_short(
     rows = [{"instruction": "word " * (20 + number % 7), "output": "x"} for number in range(3000)]
     rows[1234]["instruction"] = "word " * 500
     ticks = itertools.count()
-    monkeypatch.setattr("prmkit.training.llamafactory_checks.time.monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr("prmkit.training.row_lengths.time.monotonic", lambda: float(next(ticks)))
     found = measure(encoding, write(tmp_path, ALPACA, rows), budget=100.0)
     assert found is not None
     assert not found.measured_all

@@ -17,6 +17,7 @@ from prmkit.files import sha256_of
 from prmkit.paths import base_model_of
 from prmkit.training import train
 from prmkit.training.checkpoints import checkpoint_fault, weights_fault
+from prmkit.training.options import TrainOptions, next_commands
 from prmkit.training.records import (
     all_records,
     describe_dataset,
@@ -37,7 +38,6 @@ from prmkit.training.resume import (
     run_folder_of,
 )
 from prmkit.training.run import verify_run
-from prmkit.training.train import TrainOptions
 
 
 def record_of(project: Path) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def test_a_finished_run_says_so_and_names_what_can_be_done_next(
     options = TrainOptions(Path("config.yaml"))
     outcome = train.train(options, train._prepare(options))
     assert capsys.readouterr().out.startswith(f"Already finished: saves/run ({STEPS} steps, last training loss ")
-    shown = "\n".join(train.next_commands(options, outcome, evaluated=False))
+    shown = "\n".join(next_commands(options, outcome, evaluated=False))
     longer = f"num_train_epochs=16 output_dir=saves/run-longer resume_from_checkpoint=saves/run/checkpoint-{STEPS}"
     assert longer in shown
     assert "--overwrite" in shown and record_of(finished_copy) == before

@@ -11,8 +11,8 @@ from processes import start
 
 from prmkit.training import train
 from prmkit.training.checks import Status
+from prmkit.training.options import TrainOptions
 from prmkit.training.records import all_records
-from prmkit.training.train import TrainOptions
 
 
 @pytest.fixture

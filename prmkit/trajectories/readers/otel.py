@@ -8,11 +8,20 @@ events of the span; OpenInference numbers them too, as `llm.input_messages.0.mes
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.attributes import at, attributes_of, nested, offered, parsed, undotted
 from prmkit.trajectories.beside import tools_of
-from prmkit.trajectories.content import as_text, mapping
+from prmkit.trajectories.content import as_text, mapping, parsed
 from prmkit.trajectories.run import Keys, Reader, Run, Values
-from prmkit.trajectories.spans import ModelCall, Span, conversation, longest_conversations
+from prmkit.trajectories.spans import (
+    ModelCall,
+    Span,
+    at,
+    attributes_of,
+    conversation,
+    longest_conversations,
+    nested,
+    offered,
+    undotted,
+)
 
 _EVENT_ROLES = {"gen_ai.system.message": "system", "gen_ai.user.message": "user", "gen_ai.tool.message": "tool",
                 "gen_ai.assistant.message": "assistant", "gen_ai.choice": "assistant"}  # fmt: skip

@@ -1,0 +1,157 @@
+"""The command line of train.py: what was typed, what came of it, and what to type next."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from prmkit.errors import ExitCode
+from prmkit.llamafactory_schema import setting
+from prmkit.training.checkpoints import checkpoint_fault
+from prmkit.training.config import Override, parse_assignment
+from prmkit.training.launcher import Launch
+from prmkit.training.resume import checkpoint_folders
+from prmkit.training.run import python
+
+DEFAULT_CONFIG = Path("training_config.yaml")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The command line of train.py, by the names of its flags."""
+
+    config: Path = DEFAULT_CONFIG
+    assignments: Sequence[str] = ()
+    """`key=value` strings."""
+    dataset: str | None = None
+    epochs: str | None = None
+    learning_rate: str | None = None
+    batch_size: str | None = None
+    export: bool = False
+    export_only: str | None = None
+    """A run or checkpoint folder; empty for the run of the config; None when it was not asked for."""
+    evaluate: bool = False
+    validate_only: bool = False
+    force: bool = False
+    overwrite: bool = False
+    runs: bool = False
+    verbose: bool = False
+    json: bool = False
+    launch: Launch = field(default_factory=Launch)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a command."""
+
+    code: ExitCode = ExitCode.DONE
+    run: Path | None = None
+    """The folder of the run that is finished now."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Of that run."""
+    exported: Path | None = None
+    """The folder of the merged model."""
+    was_finished: bool = False
+    """The run was finished before this command."""
+
+
+def overrides_of(options: TrainOptions) -> list[Override]:
+    """Everything that was typed about the config, flags first.
+
+    Raises:
+        UsageError: a string is not key=value.
+    """
+    flags = {
+        "dataset": ("--dataset", options.dataset),
+        "num_train_epochs": ("--epochs", options.epochs),
+        "learning_rate": ("--learning-rate", options.learning_rate),
+        "per_device_train_batch_size": ("--batch-size", options.batch_size),
+    }
+    typed = [Override(key, text, flag) for key, (flag, text) in flags.items() if text is not None]
+    return [*typed, *map(parse_assignment, options.assignments)]
+
+
+# --- what to type next ----------------------------------------------------------------------------------------------
+
+NEW_STEPS = "examples/new_steps.jsonl"
+"""Steps that ship with the project, to be scored."""
+
+
+def _beside_train(name: str) -> str:
+    """A file beside the train.py that was typed, so that commands work from this folder."""
+    script = Path(sys.argv[0])
+    return shlex.quote(str(script.parent / name if script.name == "train.py" else Path(name)))
+
+
+def next_commands(options: TrainOptions, outcome: Outcome, *, evaluated: bool) -> list[str]:
+    """What to do next, as commands to type; nothing that was just done.
+
+    Args:
+        options: what was typed.
+        outcome: what came of it.
+        evaluated: the judge was measured by the same command.
+    """
+    if outcome.run is None or options.json:
+        return []
+    run = shlex.quote(str(outcome.run))
+    commands: dict[str, str] = {}
+    if evaluated:
+        commands["open the report"] = _open_command(outcome.run / "evaluation" / "report.html")
+    elif outcome.record.get("eval_dataset"):
+        commands["measure it"] = f"{python()} {_beside_train('evaluate_judge.py')} --run {run}"
+    scoring = f"{python()} {_beside_train('score_trajectories.py')} --run {run}"
+    commands["score new steps"] = f"{scoring} {_beside_train(NEW_STEPS)}"
+    if not outcome.exported:
+        commands["merge it"] = f"{shlex.join(base_command(options))} --export-only {run}"
+    if outcome.was_finished and options.export_only is None:
+        if longer := _longer(options, outcome.run, outcome.record):
+            commands["train longer"] = shlex.join(longer)
+        commands["train again"] = shlex.join([*typed_command(options), "--overwrite"])
+    width = max(map(len, commands)) + 1
+    return ["Next:", *(f"  {name + ':':<{width}}  {command}" for name, command in commands.items())]
+
+
+def _open_command(report: Path) -> str:
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform == "darwin" or (has_display and shutil.which("xdg-open")):
+        return f"{'open' if sys.platform == 'darwin' else 'xdg-open'} {shlex.quote(str(report))}"
+    return f"{shlex.quote(str(report))} in a browser"
+
+
+def base_command(options: TrainOptions) -> list[str]:
+    return [python(), *shlex.split(_beside_train("train.py")), "--config", str(options.config)]
+
+
+def typed_command(options: TrainOptions, without: Collection[str] = ()) -> list[str]:
+    """The words that were typed, so that what is suggested is about this run; without those that set some keys."""
+    words = base_command(options)
+    for override in overrides_of(options):
+        if override.key not in without:
+            is_flag = override.source.startswith("--")
+            words += [override.source, override.text] if is_flag else [f"{override.key}={override.text}"]
+    for part in fields(Launch):
+        if (value := getattr(options.launch, part.name)) != part.default:
+            words += [f"--{part.name.replace('_', '-')}", str(value)]
+    return words + ["--export"] * options.export + ["--evaluate"] * options.evaluate
+
+
+def _longer(options: TrainOptions, folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """The command that resumes from the last checkpoint of a finished run and trains for as long again."""
+    folders = checkpoint_folders(folder)
+    last = next((path for path in folders if checkpoint_fault(path, contents=False) is None), None)
+    if last is None:
+        return []
+    config = record["config"]
+    by_steps = int(config.get("max_steps") or -1) > 0
+    length = (
+        f"max_steps={2 * int(config['max_steps'])}"
+        if by_steps
+        else f"num_train_epochs={2 * float(setting(config, 'num_train_epochs')):g}"
+    )
+    changed = {"run_name", "output_dir", "resume_from_checkpoint", "max_steps" if by_steps else "num_train_epochs"}
+    longer = folder.with_name(f"{folder.name}-longer")
+    return [*typed_command(options, changed), length, f"output_dir={longer}", f"resume_from_checkpoint={last}"]
