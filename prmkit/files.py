@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from prmkit.errors import DataError
+from prmkit.errors import DataError, UsageError
 
 # orjson is imported where it is used, so that every script can show its --help without any package installed.
 
@@ -85,6 +85,22 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: {error.strerror}.") from error
     except orjson.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON ({error}).") from error
+
+
+def read_plain_yaml(path: Path) -> Any:
+    """Read a YAML file that is ours, not LLaMA Factory's: a rubric, a list of judges.
+
+    Raises:
+        UsageError: the file is missing, unreadable or not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from error
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:

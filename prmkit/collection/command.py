@@ -13,11 +13,10 @@ from typing import Any
 import orjson
 
 from prmkit import cli
-from prmkit.collection.answers import read_answers
+from prmkit.collection.answers import Tally, read_answers, rows_of_answers
 from prmkit.collection.ask import Collection, collect
 from prmkit.collection.judges import StrongJudge, load_judges
 from prmkit.collection.questions import Ask, Question, draw, next_of, questions_of
-from prmkit.collection.rows import Tally, rows_of_answers
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write, exclusive_lock
 from prmkit.prompts.step import Rubric, load_rubric

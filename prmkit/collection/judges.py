@@ -8,6 +8,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from prmkit.errors import UsageError
+from prmkit.files import read_plain_yaml
 from prmkit.http_client import check_url
 
 JsonMode = Literal["schema", "object", "prompt"]
@@ -87,14 +88,7 @@ def load_judges(path: Path) -> list[StrongJudge]:
     Raises:
         UsageError: the file is missing or not YAML, or something in it is missing, misspelt or of the wrong type.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from error
+    content = read_plain_yaml(path)
     if not isinstance(content, list) or not content:
         raise UsageError(f"{path}: a list of judges, each with name, base_url and model. See examples/judges.yaml.")
     judges = [_judge(each, f"{path}: judge {number}") for number, each in enumerate(content, start=1)]

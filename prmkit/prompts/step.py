@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import UsageError
+from prmkit.files import read_plain_yaml
 from prmkit.trajectory import Step, Trajectory
 
 DEFAULT_RUBRIC = Path(__file__).with_name("step_score.yaml")
@@ -81,16 +82,8 @@ def load_rubric(path: Path | None = None) -> Rubric:
     Raises:
         UsageError: the file is missing, or something in it is missing, misspelt or of the wrong type.
     """
-    import yaml
-
     path = path or DEFAULT_RUBRIC
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from error
-    return _checked(content, path)
+    return _checked(read_plain_yaml(path), path)
 
 
 def _checked(content: Any, path: Path) -> Rubric:
