@@ -1,12 +1,25 @@
 """A judge for tests of what is around a judge: its score is a function of the prompt."""
 
+import asyncio
+import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import uvicorn
 
 from prmkit.errors import DataError
 from prmkit.judge.score_trie import distribution_of
+from prmkit.judge.scorer import ShapeOf
 from prmkit.judge.types import Judgement, Mode, Request
+from prmkit.prompts.step import load_rubric
+from prmkit.serving.app import Limits, make_app
+from prmkit.serving.engine import Engine
+from prmkit.serving.judges import ServedJudge
+from prmkit.serving.metrics import Metrics
+from prmkit.serving.service import Service
 
 
 @dataclass
@@ -37,3 +50,23 @@ def judgement_of(request: Request) -> Judgement:
     scores = {key: distribution_of(shares, 0.9) for key in request.shape.keys}
     is_unsure = "mumble" in this
     return Judgement("unsure" if is_unsure else "ok", scores, reason="mumbled" if is_unsure else None, prompt_tokens=7)
+
+
+@contextmanager
+def running_server(key: str | None = None) -> Iterator[str]:
+    """The address of a real HTTP server with this judge, in a thread."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    servers: list[uvicorn.Server] = []
+
+    async def serve() -> None:
+        engine = Engine(StubScorer())  # type: ignore[arg-type]
+        service = Service(ServedJudge("stub", engine), Metrics(lambda: engine.depth, ()), ShapeOf(), load_rubric())
+        config = uvicorn.Config(make_app(service, Limits(key=key, drain=1)), log_level="warning")
+        servers.append(uvicorn.Server(config))
+        await servers[0].serve(sockets=[listening])
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    servers[0].should_exit = True
+    thread.join(10)

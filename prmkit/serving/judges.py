@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -120,8 +121,11 @@ class Trial:
             task.add_done_callback(self._shadows.discard)
 
     async def finish(self, seconds: float) -> None:
-        """Let the challenger finish what it has begun, for so long."""
+        """Let the challenger finish what it has begun, and count it, for so long."""
+        deadline = time.monotonic() + seconds
         await self.challenger.engine.drain(seconds)
+        if self._shadows:
+            await asyncio.wait(self._shadows, timeout=max(0.1, deadline - time.monotonic()))
         for task in list(self._shadows):
             task.cancel()
 

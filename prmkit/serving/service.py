@@ -19,7 +19,7 @@ from prmkit.serving.judges import Scored, ServedJudge, Trial
 from prmkit.serving.metrics import Metrics
 from prmkit.serving.payloads import NothingWritten, request_id, run_of_policy, run_of_step, runs_in
 from prmkit.serving.request_log import RequestLog, Role
-from prmkit.serving.systemone import answer_to, check_question, key_of
+from prmkit.serving.systemone import answer_to, check_question, key_of, run_of_state
 from prmkit.trajectory import Trajectory
 
 UNSCORED = ("error", "skip", "mean", "null")
@@ -245,8 +245,8 @@ class Service:
         """Typed questions about a state, which is the end of a run.
 
         Raises:
-            DataError: a question does not fit the judge's rubric, or the state is not a run.
-            NoReward: the judge gives no score.
+            DataError: a question does not fit the judge's rubric, the state is not a run, or the judge is not sure.
+            NoReward: the judge could not be asked.
         """
         rubric = self.step_rubric()
         questions = body.get("questions")
@@ -254,14 +254,16 @@ class Service:
             raise DataError("questions: an object of questions by name.")
         for name, question in questions.items():
             check_question(name, question)
-        keys = {name: key_of(name, rubric.keys) for name in questions}
-        run, unused = _run_of_state(body.get("state"))
+        keys = {name: key_of(name, question, rubric.keys) for name, question in questions.items()}
+        run, unused = run_of_state(body.get("state"))
         ((line, judgement),) = await self._lines(self._step_rows(run)[-1:])
-        if line["status"] != "ok":
-            raise NoReward(f"the judge gives no score that can be relied on: {line['reason']}")
+        if line["status"] != "ok":  # asking again would help where a machine is to blame, and only there
+            kind = NoReward if line["status"] == "failed" else DataError
+            raise kind(f"the judge gives no score that can be relied on: {line['reason']}")
         threshold = self.bad_below
         answers = {
-            name: answer_to(question, judgement.scores[keys[name]], threshold) for name, question in questions.items()
+            name: answer_to(question, judgement.scores[keys[name]], threshold) | {"key": keys[name]}
+            for name, question in questions.items()
         }
         usage = {"input_tokens": judgement.prompt_tokens, "output_tokens": 0}
         return {"model": line["judge"], "answers": answers, "usage": usage, "unused_state": unused}
@@ -310,33 +312,3 @@ def _discounted(scores: Sequence[float | None], gamma: float) -> list[float | No
 def _finite(value: float | None) -> float:
     """A number for a log: trainers put these into tensors, where null and NaN end the training."""
     return -1.0 if value is None or not math.isfinite(value) else float(value)
-
-
-_TASK = ("task", "input", "inputs", "query", "question", "prompt")
-_STEP = ("step", "submission", "output", "outputs", "response", "answer")
-
-
-def _run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
-    """The run in a state, and the names of what is not shown to the judge: a solution, or guidelines."""
-    if isinstance(state, dict):
-        task = next((name for name in _TASK if state.get(name)), None)
-        step = next((name for name in _STEP if state.get(name)), None)
-        if task and step:
-            said = {"role": "assistant", "content": _text(state[step]), "reasoning_content": state.get("thinking")}
-            history = state.get("history") or []
-            run = run_of_step({"task": _text(state[task]), "history": history, "step": said})
-            return run, sorted(state.keys() - {task, step, "thinking", "history"})
-    if isinstance(state, dict | list):
-        runs, _ = runs_in(state, None)
-        if len(runs) == 1:
-            return runs[0], []
-    raise DataError(
-        "state: what this judge can read is a run in any form of import_trajectories.py, or an object with a task "
-        f"({', '.join(_TASK)}) and what the agent said ({', '.join(_STEP)})."
-    )
-
-
-def _text(value: Any) -> str:
-    import orjson
-
-    return value if isinstance(value, str) else orjson.dumps(value).decode()

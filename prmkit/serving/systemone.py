@@ -1,31 +1,110 @@
 """Typed questions about a state, answered with probabilities: the wire format of the open decision-model servers.
 
+The state is the end of a run: what the agent was asked, and what it said.
+
 A question is about one score key of the judge's rubric. Its type says in which form the answer comes: `score` over
 ordered levels, `choice` among levels, or `noul`, yes or no. The levels are ranges of the judge's 101 scores.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prmkit.errors import DataError
 from prmkit.judge.types import Distribution
+from prmkit.serving.payloads import run_of_policy, run_of_step, runs_in
+from prmkit.trajectories.content import is_message_list
+from prmkit.trajectory import Trajectory
 
 MOST_LEVELS = 101
 """The judge has this many scores."""
 
 
-def key_of(name: str, keys: Sequence[str]) -> str:
-    """The score key that a question is about: the one of its name; else the only one that there is.
+# --- the state --------------------------------------------------------------------------------------------------------
+
+_TASK = ("task", "input", "inputs", "query", "question", "prompt")
+_STEP = ("step", "submission", "output", "outputs", "response", "answer")
+_NEVER_SHOWN = {"expectations", "guidelines", "reference", "reference_submission", "solution"}
+
+
+def run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
+    """The run in a state, and the names of what is not shown to the judge: a solution, or guidelines.
 
     Raises:
-        DataError: the rubric has several keys, and none of this name.
+        DataError: there is no run in it.
+    """
+    if isinstance(state, dict):
+        task = next((name for name in _TASK if state.get(name)), None)
+        step = next((name for name in _STEP if state.get(name)), None)
+        if task and step:
+            history = state.get("history") or []
+            unused = sorted(state.keys() - {task, step, "thinking", "history"})
+            return _run_of_parts(state[task], history, state[step], state.get("thinking")), unused
+    if isinstance(state, dict | list):
+        runs, _ = runs_in(state, None)
+        if len(runs) == 1:
+            return runs[0], sorted(_NEVER_SHOWN & set(state)) if isinstance(state, dict) else []
+    raise DataError(
+        "state: what this judge can read is a run in any form of import_trajectories.py, or an object with a task "
+        f"({', '.join(_TASK)}) and what the agent said ({', '.join(_STEP)})."
+    )
+
+
+def _run_of_parts(task: Any, history: Any, said: Any, thinking: Any) -> Trajectory:
+    asked = _messages_in(task)
+    answer = _messages_in(said) or [{"role": "assistant", "content": _text(said)}]
+    if asked and answer[: len(asked)] == asked:  # what an agent returns may begin with what it was given
+        answer = answer[len(asked) :]
+    if not answer or not isinstance(history, list):
+        raise DataError("state: history is a list of messages, and what the agent said is not empty.")
+    if thinking:
+        answer = [*answer[:-1], {"reasoning_content": _text(thinking), **answer[-1]}]
+    if asked is None:
+        return run_of_step({"task": _text(task), "history": history, "step": answer})
+    return run_of_policy([*asked, *history], answer, whole=False)[0]
+
+
+def _messages_in(value: Any) -> list[Any] | None:
+    """The messages in what an application calls its input or output; None where it is something else."""
+    match value:
+        case {"messages": list(messages)} if is_message_list(messages):
+            return messages
+        case {"choices": [{"message": dict(message)}, *_]}:
+            return [message]
+        case list() if is_message_list(value):
+            return value
+    return None
+
+
+def _text(value: Any) -> str:
+    """A value as text; an object with a single string in it, such as {"question": "…"}, is that string."""
+    if isinstance(value, dict) and len(value) == 1:
+        value = next(iter(value.values()))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# --- questions and answers --------------------------------------------------------------------------------------------
+
+
+def key_of(name: str, question: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The score key that a question is about.
+
+    It is the one of its name, or the only one that there is, or the only one that its instructions name: some clients
+    give every question the same name.
+
+    Raises:
+        DataError: the rubric has several keys, and the question says none of them.
     """
     if name in keys:
         return name
-    if len(keys) == 1:
-        return keys[0]
-    raise DataError(f"questions.{name}: this judge scores {', '.join(keys)}. Name the question after one of them.")
+    named = [key for key in keys if key in str(question.get("instructions"))] if len(keys) > 1 else keys
+    if len(named) == 1:
+        return named[0]
+    raise DataError(
+        f"questions.{name}: this judge scores {', '.join(keys)}. Name the question after one of them, or name one in "
+        "its instructions."
+    )
 
 
 def check_question(name: str, question: Any) -> None:

@@ -16,6 +16,7 @@ from prmkit.serving.engine import Engine
 from prmkit.serving.judges import ServedJudge
 from prmkit.serving.metrics import Metrics
 from prmkit.serving.service import NoReward, Service
+from prmkit.serving.systemone import key_of, run_of_state
 
 GOOD, POOR = 0.9, 0.2
 CLOSE = 0.03
@@ -153,6 +154,51 @@ def test_typed_questions_are_answered_with_probabilities() -> None:
         chances = answers[name]["probabilities"]
         assert math.fsum(chances.values()) == pytest.approx(1, abs=1e-9)
         assert answers[name]["confidence"] == max(chances.values())
+
+
+CHAT = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "good"}]
+
+
+@pytest.mark.parametrize(
+    ("state", "unused"),
+    [
+        ({"inputs": {"question": "What is it?"}, "outputs": {"response": "good"}}, []),
+        ({"inputs": {"messages": CHAT[:1]}, "outputs": {"choices": [{"message": CHAT[1]}]}}, []),
+        ({"inputs": CHAT[:1], "outputs": {"messages": CHAT}, "expectations": {"x": 1}}, ["expectations"]),
+        ({"conversation": CHAT, "expectations": {"x": 1}}, ["expectations"]),
+        ({"input": "What is it?", "submission": "good", "guidelines": "g"}, ["guidelines"]),
+        (CHAT, []),
+    ],
+)
+def test_a_state_is_what_applications_call_input_and_output(state: Any, unused: list[str]) -> None:
+    run, found = run_of_state(state)
+    assert (run.task, [step.text for step in run.steps], found) == ("What is it?", ["good"], unused)
+
+
+@pytest.mark.parametrize(
+    "state", [{"input": CHAT, "output": {"messages": CHAT}}, {"input": CHAT[:1], "output": "x", "history": 7}, 7, []]
+)
+def test_a_state_without_an_answer_of_the_agent_is_refused(state: Any) -> None:
+    with pytest.raises(DataError):
+        run_of_state(state)
+
+
+def test_a_question_is_about_the_key_of_its_name_or_of_its_instructions() -> None:
+    keys = ("progress", "safety")
+    assert key_of("safety", {}, keys) == "safety" and key_of("q", {"instructions": "Its safety?"}, keys) == "safety"
+    assert key_of("q", {}, ("step_score",)) == "step_score"
+    for instructions in (None, "How good?", "progress and safety"):
+        with pytest.raises(DataError, match="progress, safety"):
+            key_of("q", {"instructions": instructions}, keys)
+
+
+def test_questions_about_a_step_that_the_judge_is_not_sure_of_are_not_asked_again() -> None:
+    """422 and not 503: clients would try ten times."""
+    ask = {"state": {"task": "t", "output": "mumble"}, "questions": {"q": {"type": "noul"}}}
+    with pytest.raises(DataError, match="mumbled"):
+        answer(lambda service: service.systemone(ask))
+    with pytest.raises(NoReward, match="gone"):
+        answer(lambda service: service.systemone(ask | {"state": {"task": "t", "output": "BREAK"}}))
 
 
 @pytest.mark.parametrize(

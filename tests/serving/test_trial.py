@@ -42,7 +42,7 @@ class Broken(StubScorer):
 
 def answer(ask: Callable[[Service], Any], log: Path, challenger: StubScorer, **settings: Any) -> tuple[Any, list[Any]]:
     """What a service with a challenger answers, and the lines that it logs."""
-    limit, wait = settings.pop("limit", 1024), settings.pop("wait", True)
+    limit = settings.pop("limit", 1024)
 
     async def ask_and_wait() -> Any:
         judges = [
@@ -55,9 +55,7 @@ def answer(ask: Callable[[Service], Any], log: Path, challenger: StubScorer, **s
         service = Service(judges[0], metrics, ShapeOf(), load_rubric(), trial=trial, request_log=request_log)
         try:
             found = await ask(service)
-            if wait:
-                await trial.finish(10)
-                await asyncio.sleep(0.01)
+            await trial.finish(10)
             return found
         finally:
             for worker in workers:
@@ -92,7 +90,7 @@ def test_in_shadow_both_score_and_the_production_judge_answers(tmp_path: Path) -
     assert all(line["score"] < 0.3 for line in by_role["shadow"].values())
 
 
-@pytest.mark.parametrize("settings", [{"challenger": Broken()}, {"challenger": StubScorer(0.5), "limit": 1}])
+@pytest.mark.parametrize("settings", [{"challenger": Broken()}, {"challenger": StubScorer(1.0), "limit": 1}])
 def test_a_challenger_in_shadow_that_fails_or_is_slow_harms_no_answer(tmp_path: Path, settings: Any) -> None:
     async def ask(service: Service) -> Any:
         started = time.monotonic()
@@ -100,7 +98,7 @@ def test_a_challenger_in_shadow_that_fails_or_is_slow_harms_no_answer(tmp_path: 
         return found, time.monotonic() - started
 
     (found, seconds), lines = answer(ask, tmp_path / "log", is_shadow=True, **settings)
-    assert [line["status"] for line in found] == ["ok"] * 20 and seconds < 3
+    assert [line["status"] for line in found] == ["ok"] * 20 and seconds < 8
     roles = [line["role"] for line in lines]
     assert roles.count("production") == roles.count("shadow") == 20
     failed = [line for line in lines if line["status"] == "failed"]
