@@ -63,6 +63,8 @@ def send_to_langfuse(
 ) -> int:
     """Write the score of every step to its observation in Langfuse; steps without a score get none.
 
+    A score that is sent again replaces the one before. The client sends in the background: flush it before the end.
+
     Args:
         langfuse: a `langfuse.Langfuse` client.
         run: an object of `Judge.score_run`.
@@ -71,7 +73,7 @@ def send_to_langfuse(
         name: of the score.
 
     Returns:
-        How many scores were written.
+        How many scores were given to the client.
 
     Raises:
         ValueError: there are not as many observations as steps.
@@ -81,6 +83,7 @@ def send_to_langfuse(
     scored = [pair for pair in zip(run["steps"], observation_ids, strict=True) if pair[0]["status"] == "ok"]
     for step, observation in scored:
         langfuse.create_score(
-            name=name, value=step["score"], trace_id=trace_id, observation_id=observation, data_type="NUMERIC"
-        )
+            name=name, value=step["score"], trace_id=trace_id, observation_id=observation, data_type="NUMERIC",
+            score_id=f"{trace_id}-{observation}-{name}",
+        )  # fmt: skip
     return len(scored)

@@ -96,8 +96,8 @@ def run_of_step(item: Mapping[str, Any]) -> Trajectory:
         raise DataError("metadata: an object.")
     names = {name: name_in(item, name) or name_in(metadata, name) for name in ("task_id", "trajectory_id")}
     before, now = turns_of(history, lost), turns_of(step or [], lost)
-    if not any(turn.role == "agent" for turn in now):
-        raise DataError("step: has no message of the agent.")
+    if not any(map(_is_step, now)):  # or the step before it would be judged
+        raise DataError("step: has no message in which the agent says or does something.")
     run = _run([*before, *now], task, **names)
     calls = run.steps[-1].calls
     last = item.get("last", not calls)
@@ -181,7 +181,7 @@ def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, 
     if not isinstance(prompt, str) or not isinstance(written, str):
         before = _turns_of_prompt(prompt)
         now = _turns_of_response(written)
-        return _run([*before, *now], None), sum(turn.role == "agent" for turn in before)
+        return _run([*before, *now], None), sum(map(_is_step, before))
     response = written
     if whole:
         prompt, written = (_LEADING.sub("", text) for text in (prompt, written))
@@ -194,10 +194,12 @@ def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, 
     if chat is None:
         text = _NOT_TEXT.sub("", prompt).strip()
         return _run(_turns_of_response(response), text), 0
-    complete = sum(_is_agent(found["role"]) and bool(found["end"]) for found in chat.message.finditer(prompt))
+    complete = sum(
+        _is_agent(found["role"]) and bool(found["end"] and found["text"].strip())
+        for found in chat.message.finditer(prompt)
+    )
     turns = _turns(chat, prompt + response)
-    agents = [turn for turn in turns if turn.role == "agent" and (turn.text or turn.thought or turn.calls)]
-    if len(agents) <= complete:
+    if sum(map(_is_step, turns)) <= complete:
         raise NothingWritten("the policy wrote nothing in it.")
     return _run(turns, None), complete
 
@@ -218,6 +220,8 @@ def _turns_of_prompt(prompt: str | Sequence[Any]) -> list[Turn]:
 
 def _turns_of_response(written: str | Sequence[Any]) -> list[Turn]:
     if not isinstance(written, str):
+        if not written:
+            raise NothingWritten("the policy wrote nothing in it.")
         return _turns_of_messages("response", written)
     return _turns_of_chat(written) or _turns_of_plain(_NOT_TEXT.sub("", written))
 
@@ -230,6 +234,11 @@ def _turns_of_messages(name: str, messages: Sequence[Any]) -> list[Turn]:
 
 def _chat_of(text: str) -> _Chat | None:
     return next((chat for chat in _CHATS if chat.message.search(text)), None)
+
+
+def _is_step(turn: Turn) -> bool:
+    """Whether the turn becomes a step of the run."""
+    return turn.role == "agent" and bool(turn.text or turn.thought or turn.calls)
 
 
 def _is_agent(role: str) -> bool:

@@ -30,3 +30,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return install
+
+
+@pytest.fixture(scope="session")
+def installed_alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Install packages with what they need into an environment apart from ours; gives its Python."""
+
+    def install(*packages: str) -> Path:
+        folder = tmp_path_factory.mktemp("environment")
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        python = folder / "bin" / "python"
+        command = [str(python), "-m", "pip", "install", "--quiet", "orjson", "httpx", *packages]
+        subprocess.run(command, check=True, capture_output=True, timeout=1200)
+        return python
+
+    return install

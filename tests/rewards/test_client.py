@@ -114,7 +114,8 @@ import sys
 for name in ("torch", "transformers", "llamafactory", "numpy", "fastapi", "trl", "ray"):
     sys.modules[name] = None
 import prmkit.client, prmkit.rewards.trl, prmkit.rewards.verl, prmkit.rewards.openrlhf, prmkit.rewards.ms_swift
-import prmkit.rewards.slime, prmkit.rewards.inspect_ai, prmkit.rewards.steps
+import prmkit.rewards.slime, prmkit.rewards.inspect_ai, prmkit.rewards.steps, prmkit.rewards.verifiers
+import prmkit.rewards.skyrl
 judge = prmkit.client.Judge(sys.argv[1])
 messages = [{"role": "user", "content": "t"}, {"role": "assistant", "content": "good"}]
 print(prmkit.rewards.steps.step_rewards(judge, {"messages": messages}))

@@ -182,27 +182,113 @@ print(json.dumps({"status": log.status, "mean": found.metrics["mean"].value, "un
 
 
 @pytest.mark.huge
-def test_inspect_leaves_a_sample_without_a_score_out_of_its_mean(judge_url: str, tmp_path: Path) -> None:
-    """In an environment of its own: its pins are not ours."""
-    environment = tmp_path / "inspect"
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-    python = environment / "bin" / "python"
-    needs = ["inspect-ai==0.3.285", "orjson", "httpx"]
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *needs], check=True, timeout=900)
-    done = subprocess.run(
-        [str(python), "-c", INSPECT, judge_url, str(tmp_path / "logs")],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_inspect_leaves_a_sample_without_a_score_out_of_its_mean(
+    judge_url: str, installed_alone: Callable[..., Path], tmp_path: Path
+) -> None:
+    python = installed_alone("inspect-ai==0.3.285")  # its pins are not ours
+    found = _run(python, ROOT, INSPECT, judge_url, tmp_path / "logs")
     assert found == {"status": "success", "mean": pytest.approx((GOOD + POOR) / 2, abs=CLOSE), "unscored": 1}
 
 
+VERIFIERS = """
+import asyncio, json, sys
+import verifiers.v1 as vf
+from verifiers.v1.graph import MessageNode
+from verifiers.v1.trace import AgentInfo, Trace, TraceTask
+from verifiers.v1.types import AssistantMessage, ToolCall, ToolMessage, UserMessage
+from prmkit.rewards.verifiers import make_reward
+
+class Judged(vf.Task[vf.TaskData, vf.State]):
+    judged = make_reward(sys.argv[1], weight=2.0)
+
+def traced(*messages):
+    data = vf.TaskData(prompt="Do it.")
+    trace = Trace(task=TraceTask(type="Judged", data=data), agent=AgentInfo(config=vf.AgentConfig()))
+    for place, (message, sampled) in enumerate(messages):
+        trace.nodes.append(MessageNode(parent=place - 1 if place else None, message=message, sampled=sampled))
+    return data, trace
+
+def said(text, sampled=True, **more):
+    return AssistantMessage(content=text, **more), sampled
+
+call = ToolCall(id="c1", name="look", arguments="{}")
+asked = (UserMessage(content="Do it."), False)
+found = []
+for messages in (
+    [asked, said("bad", sampled=False), said("good")],
+    [asked, said("good", tool_calls=[call]), (ToolMessage(tool_call_id="c1", content="found"), False), said("bad")],
+    [asked, said("good"), said("mumble")],
+    [asked],
+):
+    data, trace = traced(*messages)
+    try:
+        asyncio.run(Judged(data).score(trace))
+        reward = trace.rewards["judge_reward"]
+        found.append([reward.score, reward.value, trace.info["judge_steps"]])
+    except vf.TaskError as error:
+        found.append([str(error), trace.rewards["judge_reward"], trace.info["judge_steps"]])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.huge
+def test_verifiers_gets_a_reward_of_what_the_model_wrote_and_an_error_for_what_has_no_score(
+    judge_url: str, installed_alone: Callable[..., Path]
+) -> None:
+    good, poor, *unscored = _run(installed_alone("verifiers==0.4.0"), ROOT, VERIFIERS, judge_url)
+    assert good == [_near(GOOD), _near(2 * GOOD), [_near(GOOD)]]  # not of the message in its prompt
+    assert poor == [_near(POOR), _near(2 * POOR), [_near(GOOD), _near(POOR)]]
+    for message, reward, steps in unscored:
+        assert "no score" in message and reward is None  # and not 0
+        assert steps in ([_near(GOOD), None], [])
+
+
+SKYRL = """
+import json, sys
+import skyrl_gym
+from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+from prmkit.rewards.skyrl import make_env
+
+class Game(BaseTextEnv):
+    def step(self, action):
+        self.turns += 1
+        seen = [{"role": "user", "content": "Go on."}]
+        return BaseTextEnvStepOutput(observations=seen, reward=0.5, done=self.turns == 3, metadata={})
+
+judged = make_env(Game, sys.argv[1], weight=2.0)
+skyrl_gym.register(id="judged", entry_point=judged)
+env = skyrl_gym.make("judged")
+env.init([{"role": "system", "content": "Play."}, {"role": "user", "content": "Do it."}])
+rewards = [env.step(text)["reward"] for text in ("good", "bad")]
+for text in ("mumble", ""):
+    try:
+        env.step(text)
+    except Exception as error:
+        rewards.append(type(error).__name__)
+print(json.dumps(rewards))
+"""
+
+
+@pytest.mark.huge
+def test_every_turn_of_a_skyrl_environment_earns_its_score(
+    judge_url: str, installed_alone: Callable[..., Path]
+) -> None:
+    found = _run(installed_alone("skyrl-gym==0.4.0"), ROOT, SKYRL, judge_url)
+    assert found == [_near(0.5 + 2 * GOOD), _near(0.5 + 2 * POOR), "JudgeUnavailable", "JudgeUnavailable"]
+
+
+def _near(value: float) -> Any:
+    return pytest.approx(value, abs=2 * CLOSE)
+
+
 def _python(program: str, overlay: Path, *arguments: object) -> Any:
-    path = os.pathsep.join([str(overlay), str(ROOT)])
+    return _run(Path(sys.executable), os.pathsep.join([str(overlay), str(ROOT)]), program, *arguments)
+
+
+def _run(python: Path, path: str | Path, program: str, *arguments: object) -> Any:
     done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path},
+        [str(python), "-c", program, *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

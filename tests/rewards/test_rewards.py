@@ -39,12 +39,23 @@ def test_trl_none_where_trl_leaves_it_out_and_the_mean_of_the_group_where_it_wou
     assert conversational == near(GOOD)
 
 
-@pytest.mark.parametrize("nothing", ["", "  \n", "<|im_end|>", [{"role": "assistant", "content": ""}]])
+@pytest.mark.parametrize("nothing", ["", "  \n", "<|im_end|>", [], [{"role": "assistant", "content": ""}]])
 def test_a_policy_that_writes_nothing_gets_no_score_and_does_not_end_the_training(judge_url: str, nothing: Any) -> None:
     for prompt in ("What?", "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n", RUN["messages"][:1]):
         judge = make_reward_func(judge_url, when_unscored="group_mean")
         assert judge(prompts=[prompt] * 2, completions=["good", nothing]) == near(GOOD, GOOD)
         assert Judge(judge_url).reward(prompt, nothing) == Reward(None, (), None)
+
+
+def test_an_empty_step_never_gets_the_score_of_another(judge_url: str) -> None:
+    judge, empty = Judge(judge_url), {"role": "assistant", "content": ""}
+    (line,) = judge.score([{"task": "Do it.", "history": RUN["messages"][1:2], "step": empty}])
+    assert line["score"] is None and "says or does something" in line["reason"]
+    # And one in the prompt does not count as a step, so that the policy's first step would be taken for the prompt's.
+    earlier = [*RUN["messages"][:1], empty, *RUN["messages"][:1]]
+    assert judge.reward(earlier, "bad").steps == tuple(near(POOR))
+    chat = "<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    assert judge.reward(chat, "bad<|im_end|>").steps == tuple(near(POOR))
 
 
 def test_the_mean_of_a_group_stays_in_its_group() -> None:

@@ -1,0 +1,63 @@
+"""SkyRL: an environment in which every turn earns the judge's score.
+
+from skyrl_gym.envs import register
+JudgedSearch = make_env(SearchEnv, "http://127.0.0.1:8000")
+register(id="judged-search", entry_point="my_module:JudgedSearch")
+"""
+
+from typing import Any
+
+from prmkit.client import Judge, client_of
+from prmkit.rewards.steps import reward_of
+
+
+def make_env(
+    environment: type, judge: str | Judge, *, weight: float = 1.0, unscored_reward: float | None = None
+) -> type:
+    """A subclass of a `BaseTextEnv`: the reward of a turn is the environment's plus `weight` times the judge's score.
+
+    SkyRL puts the reward of a turn on its last token, so the scores of the steps reach the policy as they are. The
+    judge sees the turn, the messages before it, and observations of role `tool` that it led to; one of role `user` is
+    seen with the next turn.
+
+    Args:
+        environment: the class.
+        judge: the URL of `serve_judge.py`, or a client.
+        weight: of the judge's score.
+        unscored_reward: the score of turns without one; None makes one an error.
+
+    Raises:
+        JudgeUnavailable, RequestRefused: in `step`.
+    """
+    client = client_of(judge)
+
+    class JudgedEnv(environment):  # type: ignore[misc]
+        """The environment with the rewards of a served judge."""
+
+        def init(self, prompt: list[dict[str, Any]]) -> Any:
+            messages, info = super().init(prompt)
+            self._judged = list(messages)
+            return messages, info
+
+        def step(self, action: str) -> Any:
+            output = super().step(action)
+            turn = {"role": "assistant", "content": output.get("postprocessed_action") or action}
+            answers = list(output["observations"] or ())
+            score = self._score(turn, answers, is_last=output["done"])
+            self._judged += [turn, *answers]
+            output["reward"] = float(output["reward"]) + weight * score
+            return output
+
+        def _score(self, turn: dict[str, Any], answers: list[dict[str, Any]], *, is_last: bool) -> float:
+            task = next(place for place, message in enumerate(self._judged) if message["role"] == "user")
+            results = [message for message in answers if message["role"] == "tool"]
+            asked = {
+                "task": self._judged[task]["content"],
+                "history": self._judged[:task] + self._judged[task + 1 :],
+                "step": [turn, *results],
+                "last": is_last,
+            }
+            (line,) = client.score([asked])
+            return reward_of(line).number(unscored_reward)
+
+    return JudgedEnv
