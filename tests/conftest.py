@@ -25,8 +25,11 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # And nohup makes them ignore SIGHUP.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+CHILDREN = Path(__file__).with_name("children")  # its sitecustomize.py: what every Python that a test starts does first
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILDREN), str(ROOT), os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, str(ROOT))
+if sys.modules.get("sklearn", sys) is None:  # a worker of pytest-xdist is a child as well, but tests use scikit-learn
+    del sys.modules["sklearn"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from prmkit.dataset.arguments import make_parser
+from prmkit.dataset.command import execute
 from prmkit.dataset.settings import LengthSettings, Split
-from prmkit.errors import DataError
+from prmkit.errors import DataError, UsageError
 from prmkit.prompts.truncation import trim_prompt
 from tests.dataset.conftest import SCHEMA, Convert, many_rows, prompt_of, read_lines, row_of
 
@@ -257,22 +259,26 @@ def test_prompts_of_other_forms_are_trimmed_before_the_question(encoding: Any, p
     assert trimmed.text.startswith(prompt[:40])
 
 
-@pytest.mark.slow
 def test_one_row_in_a_conversion_by_config(
-    convert_rows: Convert, tiny_model: Path, data: Path, tmp_path: Path, root: Path, script: Callable[..., Any]
+    convert_rows: Convert, tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"model_name_or_path: {tiny_model}\ntemplate: qwen\ncutoff_len: {CUTOFF}\n")
     convert_rows(LONG + many_rows(tasks=3))
-    source = tmp_path / "finetune.jsonl"
-    conversion = ["convert_dataset.py", "--input", source, "--output-dir", data, "--config", config]
-    done = script(*conversion)
-    assert "cutoff_len is 700" in done.stdout
-    assert "prompts shortened in the middle" in done.stdout
-    done = script(*conversion, "cutoff_len=100000", "lora_rank=8", "default_system=Be: strict")
-    assert "prompts shortened in the middle" not in done.stdout
+
+    def converted(*typed: str) -> str:
+        """In this process, which has LLaMA Factory's templates already; other tests start the script."""
+        files = ("--input", str(tmp_path / "finetune.jsonl"), "--output-dir", str(data), "--config", str(config))
+        execute(make_parser(None).parse_args([*files, *typed]))
+        return capsys.readouterr().out
+
+    shown = converted()
+    assert "cutoff_len is 700" in shown
+    assert "prompts shortened in the middle" in shown
+    shown = converted("cutoff_len=100000", "lora_rank=8", "default_system=Be: strict")
+    assert "prompts shortened in the middle" not in shown
     lengths = json.loads((data / "conversion_report.json").read_text())["settings"]["lengths"]
     assert (lengths["cutoff_len"], lengths["default_system"]) == (100_000, "Be: strict")
-    done = script(*conversion, "cutoff_len=", "template=", "--json")
-    assert json.loads(done.stdout)["settings"]["lengths"]["cutoff_len"] == 2048
-    script(*conversion, "cutoff_len=many", code=2)
+    assert json.loads(converted("cutoff_len=", "template=", "--json"))["settings"]["lengths"]["cutoff_len"] == 2048
+    with pytest.raises(UsageError):
+        converted("cutoff_len=many")

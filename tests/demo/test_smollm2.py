@@ -29,7 +29,8 @@ def test_the_real_model_is_built_once_answers_and_trains(tmp_path: Path) -> None
     _run([*convert, "--no-task-variants"])
     places = {"model_name_or_path": "model", "dataset_dir": "data", "output_dir": "saves/judge"}
     assignments = [f"{key}={tmp_path / folder}" for key, folder in places.items()]
-    short = ["max_steps=3", "save_strategy=no", "plot_loss=false", "max_samples=12", "eval_dataset="]
+    short = ["max_steps=3", "per_device_train_batch_size=1", "save_strategy=no", "plot_loss=false"]
+    short += ["max_samples=3", "eval_dataset="]
     _run(["train.py", "--config", "configs/cpu_smollm2.yaml", *assignments, *short])
     log = (tmp_path / "saves" / "judge" / "trainer_log.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["current_steps"] == 3

@@ -20,7 +20,7 @@ def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_demo_trains_measures_and_exports_below_its_own_folder(project: Path) -> None:
     before = files_of(project)
-    done = type_in(project, "./run_training.sh --demo --export max_steps=20 eval_strategy=no")
+    done = type_in(project, "./run_training.sh --demo --export max_steps=8 eval_strategy=no")
     made = {name for name in files_of(project) - before if "__pycache__" not in name}
     assert {name for name in made if not name.startswith("demo/")} == set()
     assert {

@@ -6,7 +6,6 @@ space in it on purpose.
 
 import json
 import re
-import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -94,6 +93,7 @@ def test_training_again_with_other_settings_keeps_the_first_run(project: Path) -
 def test_the_same_command_again_says_that_it_is_finished_and_exports(project: Path) -> None:
     done = type_in(project, "python train.py --config training_config.yaml --export")
     assert "finished" in done.stdout + done.stderr
+    assert "Loading LLaMA Factory" not in done.stderr, "a finished run is checked"
     again = type_in(project, "./run_training.sh")
     assert "finished" in again.stdout + again.stderr
 
@@ -130,7 +130,8 @@ def test_chat_with_the_exported_model(project: Path) -> None:
     assert chatted.stdout.partition("Assistant:")[2].rstrip().endswith("User:")
 
 
-def test_the_programmatic_usage(project: Path) -> None:
+def test_the_programmatic_usage_of_the_guide_and_of_the_readme(project: Path, root: Path) -> None:
+    (of_the_readme,) = re.findall(r"```python\n(from transformers .*?)```", (root / "README.md").read_text(), re.DOTALL)
     snippet = project / "snippet.py"
     snippet.write_text(
         """\
@@ -144,24 +145,30 @@ model = AutoModelForCausalLM.from_pretrained("./exported_model")
 inputs = tokenizer("Your evaluation prompt here", return_tensors="pt")
 outputs = model.generate(**inputs, max_new_tokens=512)
 response = tokenizer.decode(outputs[0], skip_special_tokens=True)
-print(len(response))
+print("LENGTH", len(response))
 """
+        + of_the_readme
     )
-    assert int(type_in(project, "python snippet.py").stdout.strip().splitlines()[-1]) > 0
+    (length,) = re.findall(r"^LENGTH (\d+)$", type_in(project, "python snippet.py").stdout, re.MULTILINE)
+    assert int(length) > 0
 
 
-def test_the_notebook_example_of_the_readme_scores_and_draws_three_steps(project: Path, root: Path) -> None:
+def test_the_notebook_example_of_the_readme_scores_and_draws_from_any_working_directory(
+    project: Path, root: Path, tmp_path: Path
+) -> None:
     (code,) = re.findall(r"```python\n(import json.*?)```", (root / "README.md").read_text(), re.DOTALL)
-    (project / "notebook.py").write_text(code + "print([judgement.status for judgement in judgements])")
-    shown = type_in(project, "python notebook.py").stdout
-    assert (project / "steps.png").read_bytes().startswith(b"\x89PNG")
-    assert len(json.loads(shown.splitlines()[-1].replace("'", '"'))) == 3
-
-
-def test_a_judge_is_loaded_from_any_working_directory(project: Path, tmp_path: Path) -> None:
     run = project / "saves" / "reward_model_training"
-    code = f"import prmkit; print(len(prmkit.load_judge({str(run)!r}).score(['Judge: {{\"score\": 0.5}}'])))"
-    assert type_in(tmp_path, f"python -c {shlex.quote(code)}").stdout.splitlines()[-1] == "1"
+    elsewhere = f"""
+print(json.dumps([judgement.status for judgement in judgements]))
+import os
+os.chdir({str(tmp_path)!r})
+print(len(prmkit.load_judge({str(run)!r}).score(['Judge: {{"score": 0.5}}'])))
+"""
+    (project / "notebook.py").write_text(code + elsewhere)
+    *_, statuses, scored_elsewhere = type_in(project, "python notebook.py").stdout.splitlines()
+    assert (project / "steps.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(statuses)) == 3
+    assert scored_elsewhere == "1"
 
 
 def test_the_new_steps_that_ship_are_scored(project: Path) -> None:
@@ -172,9 +179,3 @@ def test_the_new_steps_that_ship_are_scored(project: Path) -> None:
     lines = [json.loads(line) for line in (project / "scored.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["step 1", "step 2", "step 3"]
     assert {line["status"] for line in lines} <= {"ok", "unsure"}
-
-
-def test_the_programmatic_usage_of_the_readme(project: Path, root: Path) -> None:
-    (code,) = re.findall(r"```python\n(from transformers .*?)```", (root / "README.md").read_text(), re.DOTALL)
-    (project / "snippet.py").write_text(code)
-    type_in(project, "python snippet.py")

@@ -44,6 +44,8 @@ def test_an_elastic_run_continues_when_a_worker_is_killed(
 ) -> None:
     """torchrun starts it again, and it resumes from the newest complete checkpoint, not from a half-written one."""
     monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "INFO")  # other tests make it quiet, and its log is looked at
+    # At each of its two starts torchrun waits 30 seconds for a second node, which never comes.
+    monkeypatch.setenv("PET_RDZV_CONF", "last_call_timeout=1")
     project = make_project(tmp_path / "p", save_steps=4)
     saves = project / "saves" / "run"
     elastic = ("--nnodes", "1:2", "--rdzv-id", "job", "--master-addr", "127.0.0.1", "--master-port", free_port())
