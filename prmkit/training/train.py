@@ -186,7 +186,7 @@ def _check_run_folder(options: TrainOptions, start: _Start) -> Iterator[Check]:
 
 def _is_finished(options: TrainOptions, start: _Start) -> bool:
     """Whether there is nothing to train, so that no check is needed to say so."""
-    record = None if options.overwrite else read_record(start.folder)
+    record = None if options.overwrite else read_record(_place(options, start))
     return record is not None and record["status"] == "finished" and not differences(record, start.fresh)
 
 
