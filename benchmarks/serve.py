@@ -1,11 +1,18 @@
 """What serve_judge.py does under load: one request at a time against many clients, all with single steps.
 
     python benchmarks/serve.py --run demo/saves/step_judge                    one client, then 32
+    python benchmarks/serve.py --run demo/saves/step_judge --wrk wrk          32 connections of wrk as well
     python benchmarks/serve.py --run demo/saves/step_judge --minutes 10       and ten minutes of 32 clients: memory
+    python benchmarks/serve.py --run demo/saves/step_judge --bad 10000        bad requests beside good ones
 
 Every request is one step that the server has not seen, as trainers send them: the steps of labelled runs, each with
 its history, in a random order, so those of one run meet only by chance. Latency is what a client measures. Server and
-clients share the machine. Memory is the server's resident set.
+clients share the machine. Memory is the server's resident set. wrk (Debian has it) is a load tool in C; a Lua script
+gives each of its requests another body.
+
+Bad requests: half bodies and headers, bytes that are not UTF-8 or not HTTP, values of wrong types and sizes in bodies
+that are else right, wrong methods and paths, lengths that lie, and clients that hang up. Good clients ask all the time,
+and every one of their answers is compared with the one that it got before.
 """
 
 import argparse
@@ -17,7 +24,10 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +83,177 @@ async def load(url: str, steps: list[Step], clients: int, seconds: float | None 
     }
 
 
+def load_with_wrk(wrk: str, url: str, steps: list[Step], clients: int, seconds: int) -> dict[str, Any]:
+    """What wrk measures; it stops with the time, or with an error when the steps run out."""
+    with tempfile.TemporaryDirectory() as folder:
+        bodies, script = Path(folder) / "bodies.jsonl", Path(folder) / "requests.lua"
+        bodies.write_text("".join(json.dumps({"steps": [step]}) + "\n" for step in steps))
+        script.write_text(LUA.replace("BODIES", str(bodies)))
+        command = [wrk, "-t2", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "--latency", "-s", str(script), url]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"p50=(\d+) p99=(\d+) requests=(\d+) errors=(\d+) unscored=(\d+) micros=(\d+)", shown)
+    if not found:
+        raise SystemExit(shown)
+    p50, p99, requests, errors, unscored, micros = map(int, found.groups())
+    return {
+        "tool": "wrk",
+        "clients": clients,
+        "steps": requests,
+        "steps_per_second": round(requests / micros * 1e6, 1),
+        "p50_ms": p50 // 1000,
+        "p99_ms": p99 // 1000,
+        "errors": errors,
+        "unscored": unscored,
+    }
+
+
+LUA = """
+local threads = {}
+function setup(thread)
+  thread:set("id", #threads)
+  table.insert(threads, thread)
+end
+function init(args)
+  bodies, unscored = {}, 0
+  for line in io.lines("BODIES") do table.insert(bodies, line) end
+  place = id * math.floor(#bodies / 2)
+end
+function request()
+  place = place + 1
+  return wrk.format("POST", "/v1/score", {["Content-Type"] = "application/json"}, bodies[place])
+end
+function response(status, headers, body)
+  if not body:find('"score":[01]') then unscored = unscored + 1 end
+end
+function done(summary, latency, requests)
+  local errors = summary.errors
+  local lost, unscored = errors.connect + errors.read + errors.write + errors.status + errors.timeout, 0
+  for _, thread in ipairs(threads) do unscored = unscored + thread:get("unscored") end
+  print(string.format("p50=%d p99=%d requests=%d errors=%d unscored=%d micros=%d", latency:percentile(50),
+    latency:percentile(99), summary.requests, lost, unscored, summary.duration))
+end
+"""
+
+
 def resident(pid: int) -> int:
     """The resident set of a process, in MB."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) // 1024 if found else 0
+
+
+# --- bad requests -----------------------------------------------------------------------------------------------------
+
+ODD: list[Any] = [
+    None, True, 0, -1, 7.5, 10**400, -(10**30), float("nan"), float("inf"), "", " ", "\ud800", "\0", "x" * 5000,
+    "\u202e", [], [[]], [None], {}, {"": None}, {"role": 7}, [{"role": "assistant"}], {"\ud800": "\udfff"},
+    [[[[[[[[1]]]]]]]],
+]  # fmt: skip
+MESSAGES = [{"role": "user", "content": "Do it."}, {"role": "assistant", "content": "Done."}]
+CHATML = "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n"
+RIGHT: dict[str, Any] = {
+    "/v1/score": {"steps": [{"id": "a", "task": "t", "history": MESSAGES, "step": MESSAGES[1], "metadata": {"k": 1}}]},
+    "/v1/score_trajectory": {"messages": MESSAGES, "task_id": "t"},
+    "/get_reward": {"query": [CHATML + "Done."], "prompts": [CHATML], "labels": [""]},
+    "/reward": {"prompt": "Do it.", "response": MESSAGES, "aggregate": "min", "unscored": "null"},
+    "/v1/systemone": {
+        "state": {"task": "Do it.", "output": "Done."},
+        "questions": {"q": {"type": "score", "criteria": ["bad", "good"]}},
+    },
+}
+
+
+def damaged(value: Any, luck: random.Random) -> Any:
+    """A value in which one part is replaced, removed or repeated."""
+    if isinstance(value, dict) and value and luck.random() < 0.8:
+        key = luck.choice(list(value))
+        if luck.random() < 0.15:
+            return {name: part for name, part in value.items() if name != key}
+        return value | {key: damaged(value[key], luck)}
+    if isinstance(value, list) and value and luck.random() < 0.7:
+        place = luck.randrange(len(value))
+        return [*value[:place], damaged(value[place], luck), *value[place:]]
+    return luck.choice(ODD)
+
+
+def bad_request(luck: random.Random) -> tuple[bytes, bool]:
+    """One request that no server should be asked, and whether it is complete, so that an answer comes."""
+    path, right = luck.choice(list(RIGHT.items()))
+    body = json.dumps(damaged(right, luck)).encode()
+    method, kind = "POST", luck.randrange(12)
+    length: object = None
+    is_complete = kind not in (0, 2, 8, 9)
+    if kind == 0:
+        return luck.randbytes(luck.randrange(1, 400)) + luck.choice([b"", b"\r\n\r\n"]), False
+    if kind == 1:
+        body = body[: luck.randrange(len(body))]  # not JSON any more
+    elif kind == 2:
+        body, length = body[: len(body) // 2], len(body)  # and the rest never comes
+    elif kind == 3:
+        body = body.replace(b"a", b"\xff\xfe", 3) + b"\xc3"
+    elif kind == 4:
+        method = luck.choice(["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "BREW", "post"])
+    elif kind == 5:
+        path = luck.choice(["/", "/x" * 4000, "/%00", "/../../etc/passwd", "//", "/v1/score/" + "9" * 900])
+    elif kind == 6:
+        path += "?" + luck.choice(["gamma=1e400", "gamma=nan", "bad_below=x", "format=%ff", "gamma=" + "9" * 3000])
+    elif kind == 7:
+        body = luck.choice([b"[" * 50_000, b'{"steps":' * 5_000, b'"' * 9_999, b"9" * 9_999, b"\xef\xbb\xbf{}", b""])
+    elif kind == 8:
+        length = luck.choice([-1, 10**30, "x", "1, 2", len(body) + 9, max(0, len(body) - 9)])
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    if kind == 9:
+        chunks = luck.choice([b"zz\r\n", b"5\r\nab", b"-1\r\n\r\n"])
+        return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks, False
+    if kind == 10:
+        head += f"X-Request-Id: {'a' * 70_000}\r\n"
+    length = len(body) if length is None else length
+    return f"{head}Content-Length: {length}\r\n\r\n".encode() + body, is_complete
+
+
+async def send_bad(host: str, port: int, luck: random.Random) -> str:
+    """Send one bad request, and perhaps hang up; the status of the answer, or what came instead."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        request, is_complete = bad_request(luck)
+        writer.write(request)
+        await writer.drain()
+        if luck.random() < 0.1:
+            writer.transport.abort()
+            return "hung up"
+        try:
+            line = await asyncio.wait_for(reader.readline(), 60 if is_complete else 0.1)
+        except TimeoutError:
+            return "no answer" if is_complete else "hung up"
+        return line.split()[1].decode() if line.startswith(b"HTTP/") else "closed"
+    except OSError as error:
+        return type(error).__name__
+    finally:
+        writer.close()
+
+
+async def load_badly(url: str, numbers: range, clients: int) -> dict[str, Any]:
+    """Bad requests from some clients beside good ones; how each was answered, and whether good answers changed."""
+    host, port = url.removeprefix("http://").split(":")
+    answers: Counter[str] = Counter()
+    good: Counter[str] = Counter()
+    count, places = len(numbers), iter(numbers)
+
+    async def bad_client() -> None:
+        for place in places:
+            answers[await send_bad(host, int(port), random.Random(place))] += 1
+
+    async def good_client(session: httpx.AsyncClient) -> None:
+        known: dict[int, Any] = {}
+        while answers.total() < count:
+            place = good.total() % 50
+            answer = await session.post("/v1/score", json={"steps": [good_steps[place]]})
+            score = answer.json()["results"][0]["score"] if answer.status_code == 200 else answer.status_code
+            good["same" if known.setdefault(place, score) == score and answer.status_code == 200 else "other"] += 1
+
+    good_steps = steps_of_runs(9)[:50]
+    async with httpx.AsyncClient(base_url=url, timeout=300) as session:
+        await asyncio.gather(good_client(session), *(bad_client() for _ in range(clients)))
+    return {"bad": count, "answers": dict(sorted(answers.items())), "good_answers": dict(good)}
 
 
 def main() -> None:
@@ -86,22 +263,51 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--steps", type=int, default=400, help="in each part (default 400)")
     parser.add_argument("--minutes", type=float, default=0.0, help="also load it for so long, and watch the memory")
+    parser.add_argument("--wrk", metavar="PROGRAM", help="also load it for 60 seconds with wrk")
+    parser.add_argument("--bad", type=int, default=0, metavar="N", help="only: so many bad requests, and the memory")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more arguments for serve_judge.py")
     arguments = parser.parse_args()
     command = [sys.executable, str(ROOT / "serve_judge.py"), "--run", str(arguments.run), "--port", "0"]
+    command += arguments.serve
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     try:
         url = next(found[0] for line in server.stderr or () if (found := re.search(r"http://\S+?:\d+", line)))
+        threading.Thread(target=lambda: sys.stderr.writelines(server.stderr or ()), daemon=True).start()
         asyncio.run(load(url, steps_of_runs(0)[:8], 1))  # warm
-        for seed, clients in ((1, 1), (2, arguments.clients)):
-            print(json.dumps(asyncio.run(load(url, steps_of_runs(seed)[: arguments.steps], clients))), flush=True)
-        print(json.dumps({"server_mb": resident(server.pid)}), flush=True)
-        if arguments.minutes:
-            many = [step for seed in range(3, 400) for step in steps_of_runs(seed)]
-            print(json.dumps(asyncio.run(load(url, many, arguments.clients, 60 * arguments.minutes))), flush=True)
-            print(json.dumps({"server_mb": resident(server.pid)}), flush=True)
+        if arguments.bad:
+            show_bad(url, server.pid, arguments.bad)
+        else:
+            show_load(url, server.pid, arguments)
+        show({"still_running": server.poll() is None})
     finally:
         server.terminate()
         server.wait()
+
+
+def show_load(url: str, pid: int, arguments: argparse.Namespace) -> None:
+    """One client, many clients, wrk, and minutes of many clients."""
+    for seed, clients in ((1, 1), (2, arguments.clients)):
+        show(asyncio.run(load(url, steps_of_runs(seed)[: arguments.steps], clients)))
+    if arguments.wrk:
+        many = [step for seed in range(1000, 1000 + 60) for step in steps_of_runs(seed)]
+        show(load_with_wrk(arguments.wrk, url, many, arguments.clients, 60))
+    show({"server_mb": resident(pid)})
+    if arguments.minutes:
+        many = [step for seed in range(3, 400) for step in steps_of_runs(seed)]
+        show(asyncio.run(load(url, many, arguments.clients, 60 * arguments.minutes)))
+        show({"server_mb": resident(pid)})
+
+
+def show_bad(url: str, pid: int, count: int) -> None:
+    """Bad requests twice: what the second half adds to the memory is growth, the first also fills caches."""
+    for numbers in (range(count // 2), range(count // 2, count)):
+        before = resident(pid)
+        show(asyncio.run(load_badly(url, numbers, 16)) | {"server_mb": [before, resident(pid)]})
+
+
+def show(line: dict[str, Any]) -> None:
+    """Print one measurement."""
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def judgement_of(request: Request) -> Judgement:
 @contextmanager
 def running_server(key: str | None = None) -> Iterator[str]:
     """The address of a real HTTP server with this judge, in a thread."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # see prmkit.serving.command
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(128)
     servers: list[uvicorn.Server] = []
 
     async def serve() -> None:

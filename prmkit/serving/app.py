@@ -60,9 +60,11 @@ def make_app(service: Service, limits: Limits) -> Any:
         lifespan=_lifespan(service, routes, limits),
         openapi_tags=[{"name": "scores"}, {"name": "rewards"}, {"name": "server"}],
     )
+    app.router.route_class = _strict_route()
     _add_routes(app, routes)
     for error in (PrmkitError, NoReward, Busy, Stopping, RequestValidationError, HTTPException):
         app.add_exception_handler(error, _handle)
+    app.add_exception_handler(Exception, _handle_bug)
     return Guard(app, service, limits)
 
 
@@ -83,6 +85,30 @@ def _lifespan(service: Service, routes: "_Routes", limits: Limits) -> Callable[[
                 await task
 
     return lifespan
+
+
+def _strict_route() -> Any:
+    """Routes that read JSON strictly: no NaN, no half of a surrogate pair, no nesting without end.
+
+    Python's own reader accepts these, and whatever writes them later (an answer, a file, a log) fails.
+    """
+    from fastapi import Request
+    from fastapi.routing import APIRoute
+
+    class StrictRequest(Request):
+        async def json(self) -> Any:
+            return orjson.loads(await self.body())
+
+    class StrictRoute(APIRoute):
+        def get_route_handler(self) -> Any:
+            handle = super().get_route_handler()
+
+            async def handle_strictly(request: Request) -> Any:
+                return await handle(StrictRequest(request.scope, request.receive))
+
+            return handle_strictly
+
+    return StrictRoute
 
 
 class _Routes:
@@ -217,6 +243,13 @@ async def _handle(_request: Any, error: Exception) -> Any:
             message = str(getattr(error, "detail", message))
     headers = {"Retry-After": "1"} if status == 503 else None
     return JSONResponse({"error": message}, status, headers)
+
+
+async def _handle_bug(_request: Any, _error: Exception) -> Any:
+    """The traceback goes to the server's stderr; a client gets nothing of it."""
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": "a fault of the server; its log says more"}, 500)
 
 
 class Guard:

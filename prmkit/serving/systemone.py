@@ -113,7 +113,7 @@ def check_question(name: str, question: Any) -> None:
     Raises:
         DataError: it is of another type, or its levels cannot be ranges of scores.
     """
-    if not isinstance(question, Mapping) or question.get("type") not in _ANSWERS:
+    if not isinstance(question, Mapping) or question.get("type") not in list(_ANSWERS):
         raise DataError(f"questions.{name}.type: this judge answers {', '.join(_ANSWERS)}.")
     criteria, kind = question.get("criteria"), question["type"]
     if kind == "score" and not (isinstance(criteria, list) and 2 <= len(criteria) <= MOST_LEVELS):

@@ -171,9 +171,13 @@ def test_a_random_model_gives_no_rewards(server: Server) -> None:
         ("/v1/score_trajectory?gamma=x", b"{}", 422),
         ("/get_reward", b'{"query": ["a"]}', 422),
         ("/nothing", b"{}", 404),
-        ("/v1/score", b"\xff\xfe\x00", 400),
+        ("/v1/score", b"\xff\xfe\x00", 422),
         ("/v1/score", b'{"steps": ["' + b"x" * (1 << 20) + b'"]}', 413),
-        ("/v1/score", b"[" * 100_000, 400),
+        ("/v1/score", b"[" * 100_000, 422),
+        ("/v1/score", b'{"steps": [{"id": 1e999, "prompt": "x"}]}', 422),
+        ("/v1/score_trajectory", b'{"messages": [{"role": "\\ud800"}]}', 422),
+        ("/v1/score_trajectory", b'{"messages": [{"role": "user", "content": "%s"}]}' % (b"9" * 999), 422),
+        ("/v1/systemone", b'{"state": {"task": "t", "output": "o"}, "questions": {"q": {"type": [1]}}}', 422),
     ],
 )
 def test_bad_requests_are_refused(server: Server, path: str, body: bytes, status: int) -> None:
@@ -199,6 +203,17 @@ def test_keys_ids_and_what_needs_none(server: Server) -> None:
     )
     made = server.post("/v1/score", json={"steps": []}, headers={"X-Request-Id": "a\tb"}).headers["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", made)
+
+
+def test_an_answer_to_a_small_request_is_not_held_back(server: Server) -> None:
+    """Header and body are two packets; with Nagle's algorithm the second one waits 40 ms for the client's system."""
+    with httpx.Client(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        waits = []
+        for _ in range(30):
+            started = time.perf_counter()
+            client.get(f"{server.url}/v1/models")
+            waits.append(time.perf_counter() - started)
+    assert sorted(waits)[5] < 0.03
 
 
 def test_clients_that_hang_up_or_send_half_a_body_cost_nothing(server: Server) -> None:
