@@ -1,9 +1,12 @@
 """A real server with a judge whose scores are known: 0.9 for what says "good", 0.2 for the rest, unsure of "mumble"."""
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving_stub import running_server
@@ -45,3 +48,18 @@ def installed_alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return python
 
     return install
+
+
+@pytest.fixture(scope="session")
+def output_of() -> Callable[..., Any]:
+    """Run a program with an interpreter and a search path; gives the JSON of its last line."""
+
+    def run(python: Path, path: str | Path, program: str, *arguments: object, timeout: float = 300) -> Any:
+        done = subprocess.run(
+            [str(python), "-c", program, *map(str, arguments)],
+            capture_output=True, text=True, timeout=timeout, env=os.environ | {"PYTHONPATH": str(path)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -1,10 +1,8 @@
 """Scores in the real clients of Langfuse and OpenTelemetry."""
 
-import json
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,15 +57,9 @@ print(json.dumps({"written": written, "scores": scores, "events": events}))
 
 
 def test_scored_steps_arrive_and_a_step_without_a_score_writes_nothing(
-    judge_url: str, installed_alone: Callable[..., Path]
+    judge_url: str, installed_alone: Callable[..., Path], output_of: Callable[..., Any]
 ) -> None:
-    python = installed_alone("langfuse==5.0.4", "opentelemetry-sdk")
-    done = subprocess.run(
-        [str(python), "-c", EXPORT, judge_url],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = output_of(installed_alone("langfuse==5.0.4", "opentelemetry-sdk"), ROOT, EXPORT, judge_url)
     good, poor = pytest.approx(GOOD, abs=CLOSE), pytest.approx(POOR, abs=CLOSE)
     assert found["written"] == 2
     assert found["scores"] == [["a" * 16, good, "NUMERIC"], ["c" * 16, poor, "NUMERIC"]]

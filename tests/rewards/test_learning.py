@@ -98,11 +98,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from prmkit.rewards.trl import make_reward_func
 
-knowing_url, constant_url, model, steps, questions = sys.argv[1:]
+knowing_url, constant_url, model, steps, questions, output = sys.argv[1:]
 knows = make_reward_func(knowing_url)
 prompts = [[{"role": "user", "content": question}] for question in json.loads(questions)]
 settings = trl.GRPOConfig(
-    output_dir="policy", per_device_train_batch_size=16, num_generations=8, max_completion_length=6, seed=0,
+    output_dir=output, per_device_train_batch_size=16, num_generations=8, max_completion_length=6, seed=0,
     max_steps=int(steps), learning_rate=5e-5, lr_scheduler_type="constant", report_to=[], use_cpu=True,
     save_strategy="no", disable_tqdm=True,
 )
@@ -129,7 +129,7 @@ def verdict(score: float) -> str:
 
 
 def test_grpo_learns_what_only_the_judge_knows_and_nothing_from_a_constant_judge(
-    tiny_model: Path, installed: Callable[..., Path], tmp_path: Path
+    tiny_model: Path, installed: Callable[..., Path], output_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Takes about two minutes on two cores."""
     rubric_file = tmp_path / "rubric.yaml"
@@ -150,7 +150,8 @@ def test_grpo_learns_what_only_the_judge_knows_and_nothing_from_a_constant_judge
     path = os.pathsep.join([str(installed("trl==1.16.0")), str(ROOT)])
     with serving(copies["knowing"], rubric_file) as knows, serving(copies["constant"], rubric_file) as constant:
         questions = json.dumps(list(ANSWERS))
-        found = _output(tmp_path, path, TRAIN, knows, constant, copies["policy"], STEPS, questions)
+        given = (knows, constant, copies["policy"], STEPS, questions, tmp_path / "out")
+        found = output_of(sys.executable, path, TRAIN, *given, timeout=900)
     first, last = _first_and_last(found["knowing"]["measured"])
     assert last > first + 0.3 and last > 0.7, (first, last)  # 0.31 and 0.92
     first, last = _first_and_last(found["constant"]["measured"])
@@ -164,12 +165,3 @@ def _first_and_last(rewards: list[list[float | None]]) -> tuple[float, float]:
     assert len(rewards) == STEPS
     means = [fmean(POOR if value is None else value for value in step) for step in rewards]
     return fmean(means[:WINDOW]), fmean(means[-WINDOW:])
-
-
-def _output(folder: Path, path: str, program: str, *arguments: object) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True, text=True, timeout=600, cwd=folder, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])

@@ -1,8 +1,6 @@
 """The real clients of trainers, installed over the tested environment."""
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,14 +32,14 @@ print(json.dumps(found))
 
 
 def test_openrlhfs_own_client_gets_rewards_and_never_a_silent_zero(
-    judge_url: str, installed: Callable[..., Path], tmp_path: Path
+    judge_url: str, installed: Callable[..., Path], output_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "reward.py"
     file.write_text(
         f"from prmkit.rewards.openrlhf import make_reward_func\nreward_func = make_reward_func({judge_url!r})\n"
     )
     overlay = installed("openrlhf==0.11.2", "pylatexenc==2.11")
-    found = _python(OPENRLHF, overlay, judge_url, "-", file)
+    found = output_of(sys.executable, _path(overlay), OPENRLHF, judge_url, "-", file)
     assert [found["http good"], found["file good"]] == pytest.approx([GOOD, GOOD], abs=CLOSE)
     assert found["http bad"] == pytest.approx(POOR, abs=CLOSE)
     assert found["http mumble"] == "RuntimeError" and found["file mumble"] == "JudgeUnavailable"
@@ -75,9 +73,9 @@ print(json.dumps({"trl": trl.__version__, "seen": seen, "logged": logged}))
 
 
 def test_trls_grpo_trains_on_the_judges_rewards(
-    judge_url: str, installed: Callable[..., Path], tiny_model: Path, tmp_path: Path
+    judge_url: str, installed: Callable[..., Path], output_of: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    found = _python(TRL, installed("trl==1.16.0"), judge_url, tiny_model, tmp_path / "out")
+    found = output_of(sys.executable, _path(installed("trl==1.16.0")), TRL, judge_url, tiny_model, tmp_path / "out")
     assert found["trl"] == "1.16.0" and len(found["seen"]) == 12 and len(found["logged"]) == 3
     known = [value for value in found["seen"] if value is not None]
     assert known and all(0 <= value <= 1 for value in known)
@@ -98,9 +96,9 @@ SWIFT_NEEDS = ("ms-swift==4.6.0", "addict==2.4.0", "attrdict==2.0.1", "dacite==1
 
 
 def test_ms_swift_gets_the_mean_of_the_group_for_what_has_no_score(
-    judge_url: str, installed: Callable[..., Path]
+    judge_url: str, installed: Callable[..., Path], output_of: Callable[..., Any]
 ) -> None:
-    found = _python(SWIFT, installed(*SWIFT_NEEDS), judge_url)
+    found = output_of(sys.executable, _path(installed(*SWIFT_NEEDS)), SWIFT, judge_url)
     assert found == pytest.approx([GOOD, (GOOD + POOR) / 2, POOR], abs=CLOSE)
 
 
@@ -146,12 +144,12 @@ VERL_NEEDS = (
 
 @pytest.mark.huge
 def test_verls_reward_manager_gets_a_number_and_the_same_keys_each_time(
-    judge_url: str, installed: Callable[..., Path], tiny_model: Path, tmp_path: Path
+    judge_url: str, installed: Callable[..., Path], output_of: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     made = f"make_compute_score({judge_url!r}, unscored_reward=0.5)"
     file = tmp_path / "reward.py"
     file.write_text(f"from prmkit.rewards.verl import make_compute_score\ncompute_score = {made}\n")
-    good, poor, unsure = _python(VERL, installed(*VERL_NEEDS), file, tiny_model)
+    good, poor, unsure = output_of(sys.executable, _path(installed(*VERL_NEEDS)), VERL, file, tiny_model)
     scores = [each["reward_score"] for each in (good, poor, unsure)]
     assert scores == pytest.approx([GOOD, POOR, 0.5], abs=CLOSE)
     assert good["reward_extra_info"].keys() == unsure["reward_extra_info"].keys()
@@ -183,10 +181,10 @@ print(json.dumps({"status": log.status, "mean": found.metrics["mean"].value, "un
 
 @pytest.mark.huge
 def test_inspect_leaves_a_sample_without_a_score_out_of_its_mean(
-    judge_url: str, installed_alone: Callable[..., Path], tmp_path: Path
+    judge_url: str, installed_alone: Callable[..., Path], output_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     python = installed_alone("inspect-ai==0.3.285")  # its pins are not ours
-    found = _run(python, ROOT, INSPECT, judge_url, tmp_path / "logs")
+    found = output_of(python, ROOT, INSPECT, judge_url, tmp_path / "logs")
     assert found == {"status": "success", "mean": pytest.approx((GOOD + POOR) / 2, abs=CLOSE), "unscored": 1}
 
 
@@ -233,9 +231,9 @@ print(json.dumps(found))
 
 @pytest.mark.huge
 def test_verifiers_gets_a_reward_of_what_the_model_wrote_and_an_error_for_what_has_no_score(
-    judge_url: str, installed_alone: Callable[..., Path]
+    judge_url: str, installed_alone: Callable[..., Path], output_of: Callable[..., Any]
 ) -> None:
-    good, poor, *unscored = _run(installed_alone("verifiers==0.4.0"), ROOT, VERIFIERS, judge_url)
+    good, poor, *unscored = output_of(installed_alone("verifiers==0.4.0"), ROOT, VERIFIERS, judge_url)
     assert good == [_near(GOOD), _near(2 * GOOD), [_near(GOOD)]]  # not of the message in its prompt
     assert poor == [_near(POOR), _near(2 * POOR), [_near(GOOD), _near(POOR)]]
     for message, reward, steps in unscored:
@@ -271,9 +269,9 @@ print(json.dumps(rewards))
 
 @pytest.mark.huge
 def test_every_turn_of_a_skyrl_environment_earns_its_score(
-    judge_url: str, installed_alone: Callable[..., Path]
+    judge_url: str, installed_alone: Callable[..., Path], output_of: Callable[..., Any]
 ) -> None:
-    found = _run(installed_alone("skyrl-gym==0.4.0"), ROOT, SKYRL, judge_url)
+    found = output_of(installed_alone("skyrl-gym==0.4.0"), ROOT, SKYRL, judge_url)
     assert found == [_near(0.5 + 2 * GOOD), _near(0.5 + 2 * POOR), "JudgeUnavailable", "JudgeUnavailable"]
 
 
@@ -281,14 +279,5 @@ def _near(value: float) -> Any:
     return pytest.approx(value, abs=2 * CLOSE)
 
 
-def _python(program: str, overlay: Path, *arguments: object) -> Any:
-    return _run(Path(sys.executable), os.pathsep.join([str(overlay), str(ROOT)]), program, *arguments)
-
-
-def _run(python: Path, path: str | Path, program: str, *arguments: object) -> Any:
-    done = subprocess.run(
-        [str(python), "-c", program, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def _path(overlay: Path) -> str:
+    return os.pathsep.join([str(overlay), str(ROOT)])
