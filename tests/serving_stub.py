@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import uvicorn
 
@@ -53,7 +54,9 @@ def judgement_of(request: Request) -> Judgement:
 
 
 @contextmanager
-def running_server(key: str | None = None) -> Iterator[str]:
+def running_server(
+    key: str | None = None, *, scorer: StubScorer | None = None, body_patience: float = 30.0, **queue: Any
+) -> Iterator[str]:
     """The address of a real HTTP server with this judge, in a thread."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # see prmkit.serving.command
     listening.bind(("127.0.0.1", 0))
@@ -61,9 +64,10 @@ def running_server(key: str | None = None) -> Iterator[str]:
     servers: list[uvicorn.Server] = []
 
     async def serve() -> None:
-        engine = Engine(StubScorer())  # type: ignore[arg-type]
+        engine = Engine(scorer or StubScorer(), **queue)  # type: ignore[arg-type]
         service = Service(ServedJudge("stub", engine), Metrics(lambda: engine.depth, ()), ShapeOf(), load_rubric())
-        config = uvicorn.Config(make_app(service, Limits(key=key, drain=1)), log_level="warning")
+        limits = Limits(key=key, drain=1, body_patience=body_patience)
+        config = uvicorn.Config(make_app(service, limits), log_level="warning")
         servers.append(uvicorn.Server(config))
         await servers[0].serve(sockets=[listening])
 

@@ -351,7 +351,10 @@ def challenger_of(arguments: argparse.Namespace, name: str) -> Scorer:
     """
     folder = Path(name)
     if not folder.is_dir() and os.sep not in name:
-        folder = registered_run(name)
+        try:
+            folder = registered_run(name)
+        except UsageError as error:
+            raise UsageError(f"{name}: no such folder, and no registered version ({error})") from error
     source = judge_source_in(folder)
     given = {each: getattr(arguments, each) for each in ("device", "dtype", "trust_remote_code")}
     source = replace(source, **{each: value for each, value in given.items() if value is not None})

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("prmkit")
 
 PAGE = Path(__file__).with_name("page.html")
+_SHUTTING_DOWN = "the server is shutting down"
+_LOOK_UP = 0.5
+"""Seconds after which a request whose body does not come is looked at again."""
+_SLOWEST = 10_000
+"""Bytes a second. A body that comes more slowly holds a connection for the sake of holding it."""
 _OPEN = {"/", "/health", "/ready", "/openapi.json", "/docs"}
 """Paths that need no key: they show nothing of the judge or of what it is asked."""
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -45,6 +50,8 @@ class Limits:
     """The bearer key that clients must send; None for no key."""
     drain: float = 30.0
     """Seconds for what was taken when the server is stopped."""
+    body_patience: float = 30.0
+    """Seconds for a body to come in, and more for a large one."""
 
 
 def make_app(service: Service, limits: Limits) -> Any:
@@ -74,14 +81,10 @@ def _lifespan(service: Service, routes: "_Routes", limits: Limits) -> Callable[[
         tasks = [asyncio.create_task(judge.engine.run()) for judge in service.judges]
         tasks.append(asyncio.create_task(routes.score_canary()))
         yield
-        deadline = time.monotonic() + limits.drain
-        if not await service.judge.engine.drain(limits.drain):
-            log.warning("stopped with %d prompts that were not judged in time", service.judge.engine.depth)
-        if service.trial:
-            await service.trial.finish(deadline - time.monotonic())
+        await service.stop(limits.drain)
         for task in tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError, Stopping):
                 await task
 
     return lifespan
@@ -165,7 +168,10 @@ class _Routes:
             self._canary["challenger"] = await self._first_line(service.trial.challenger)
 
     async def _first_line(self, judge: ServedJudge) -> dict[str, Any]:
-        line = await self._service.first_line(judge)
+        while True:
+            with suppress(Busy):  # clients were faster: it waits for its turn, as long as it takes
+                line = await self._service.first_line(judge)
+                break
         level = logging.INFO if line["status"] in ("ok", "unsure") else logging.WARNING
         log.log(level, "%s: first prompt: %s", judge.name, line["reason"] or line["status"])
         return {key: line[key] for key in ("judge", "status", "score", "reason")}
@@ -235,13 +241,13 @@ async def _handle(_request: Any, error: Exception) -> Any:
         case Busy():
             message = "the queue is full"
         case Stopping():
-            message = "the server is shutting down"
+            message = _SHUTTING_DOWN
         case _ if hasattr(error, "errors"):  # of FastAPI: what is wrong with which part
             status = 422
             message = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
         case _:
             message = str(getattr(error, "detail", message))
-    headers = {"Retry-After": "1"} if status == 503 else None
+    headers = {"Retry-After": "1"} if status == 503 else getattr(error, "headers", None)
     return JSONResponse({"error": message}, status, headers)
 
 
@@ -299,18 +305,28 @@ class Guard:
         return None
 
     def _limited(self, receive: Receive) -> Receive:
-        """Counts a body as it comes in: one that is sent in chunks announces no length."""
+        """Limits the size of a body, which need not announce one, and the time that it may take to come in."""
         from starlette.exceptions import HTTPException
 
-        received = 0
+        began, received, is_complete = time.monotonic(), 0, False
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._limits.body:
-                raise HTTPException(413, f"the body is larger than {self._limits.body:,} bytes")
-            return message
+            nonlocal received, is_complete
+            while not is_complete:
+                try:
+                    message = await asyncio.wait_for(receive(), _LOOK_UP)
+                except TimeoutError:
+                    if self._service.judge.engine.is_stopping:
+                        raise HTTPException(503, _SHUTTING_DOWN) from None  # FastAPI lets no other kind through here
+                    if time.monotonic() - began > self._limits.body_patience + received / _SLOWEST:
+                        raise HTTPException(408, "the body did not come in time", {"Connection": "close"}) from None
+                    continue
+                received += len(message.get("body", b""))
+                if received > self._limits.body:
+                    raise HTTPException(413, f"the body is larger than {self._limits.body:,} bytes")
+                is_complete = not message.get("more_body", False)
+                return message
+            return await receive()  # of a client that hangs up
 
         return limited
 

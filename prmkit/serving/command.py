@@ -1,6 +1,7 @@
 """The work behind `serve_judge.py`: the judge that was named, behind a port."""
 
 import argparse
+import asyncio
 import logging
 import os
 import socket
@@ -23,6 +24,8 @@ from prmkit.serving.service import Service
 
 log = logging.getLogger("prmkit")
 
+_KEEP_ALIVE = 75
+"""Seconds that a connection may be idle, or take to send the head of a request."""
 _SHADOW_PATIENCE = 0.01
 """Seconds that the challenger's prompts wait for a place: nobody waits for them, and their number must not grow."""
 
@@ -38,21 +41,29 @@ def serve(arguments: argparse.Namespace) -> ExitCode:
     scorer = scorer_of(arguments)
     service = _service(arguments, scorer)
     limits = Limits(arguments.max_body << 20, _key(arguments.key_env), arguments.drain)
-    with service.request_log.writing() if service.request_log else nullcontext():
-        return _serve(service, limits, arguments)
+    try:
+        with service.request_log.writing() if service.request_log else nullcontext():
+            return _serve(service, limits, arguments)
+    except Interrupted as stopped:
+        if refused := sum(judge.engine.refused for judge in service.judges):
+            # The thread that should have judged them may hang for minutes, and Python would wait for it.
+            log.error("Stopped; %d prompts were not judged in time, and refused with 503.", refused)
+            os._exit(stopped.exit_code)
+        raise
 
 
 def _serve(service: Service, limits: Limits, arguments: argparse.Namespace) -> ExitCode:
-    for judge in service.judges:
-        judge.engine.load()  # one that cannot be loaded is an error now, not when the first client comes
     with _bind(arguments.host, arguments.port) as listening:
+        for judge in service.judges:
+            judge.engine.load()  # one that cannot be loaded is an error now, not when the first client comes
+        _listen(listening, arguments.host)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         log.info("%s on http://%s:%d (stop with Ctrl-C)", service.judge.name, shown, port)
         if trial := service.trial:
             how = "also scores, unseen by clients," if trial.is_shadow else "answers"
             log.info("%s %s %g %% of the tasks", trial.challenger.name, how, 100 * trial.share)
-        return _run(make_app(service, limits), listening, arguments.drain)
+        return _run(service, limits, listening)
 
 
 def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
@@ -155,27 +166,77 @@ def _bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-        listening.listen(2048)  # from here on clients wait for the server to start, and are not refused
     except (OSError, OverflowError) as error:
         listening.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{host}:{port}: {reason}. Choose another --port or --host.") from error
+        raise _cannot_listen(host, port, error) from error
     return listening
 
 
-def _run(app: Any, listening: socket.socket, drain: float) -> ExitCode:
+def _listen(listening: socket.socket, host: str) -> None:
+    try:
+        listening.listen(2048)  # only now: until the judge is loaded, clients and balancers are refused
+    except OSError as error:  # somebody else bound the same port at the same time
+        raise _cannot_listen(host, listening.getsockname()[1], error) from error
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return DataError(f"{host}:{port}: {reason}. Choose another --port or --host.")
+
+
+def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode:
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # uvicorn ends the application after its requests, and they wait for the judge, which would not stop.
+            stopping = asyncio.create_task(service.stop(limits.drain))
+            await super().shutdown(sockets)
+            await stopping
+
     config = uvicorn.Config(
-        app,
+        make_app(service, limits),
+        http=_patient_protocol(),
         log_level="warning",
         lifespan="on",
-        timeout_graceful_shutdown=int(drain) + 1,
-        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(limits.drain) + 2,
+        timeout_keep_alive=_KEEP_ALIVE,
         server_header=False,
     )
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
     except Interrupted as error:  # uvicorn raises the signal again when everything is answered
         raise Interrupted("Stopped; every request that was taken is answered.", error.exit_code) from None
     return ExitCode.DONE
+
+
+def _patient_protocol() -> Any:
+    """uvicorn's protocol with a limit for the head of a request: its own timer ends with the first byte."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        _head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect_head()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._expect_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self._head_timer:
+                self._head_timer.cancel()
+
+        def _expect_head(self) -> None:
+            if self._head_timer:
+                self._head_timer.cancel()
+            self._head_timer = self.loop.call_later(_KEEP_ALIVE, self._close_without_head, self.cycle)
+
+        def _close_without_head(self, earlier: object) -> None:
+            if self.cycle is earlier:
+                self.transport.close()
+
+    return Protocol

@@ -61,7 +61,9 @@ class Engine:
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _left: asyncio.Condition = field(default_factory=asyncio.Condition)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "judge"))
-    _is_stopping: bool = False
+    is_stopping: bool = False
+    refused: int = 0
+    """Prompts that were not judged before the server had to end: the judge's thread may hang at them."""
 
     def load(self) -> None:
         """Load the judge now, in the thread that will use it: a second pool of compute threads would slow it down.
@@ -107,7 +109,7 @@ class Engine:
 
     async def _wait_for_places(self, count: int) -> None:
         """A request with more prompts than there are places at all gets in when the queue is empty."""
-        if self._is_stopping:
+        if self.is_stopping:
             raise Stopping
         async with self._left:
             try:
@@ -133,7 +135,8 @@ class Engine:
         judgements = await asyncio.get_running_loop().run_in_executor(self._thread, self._score, batch)
         self.on_batch(len(batch), time.perf_counter() - started)
         for key, judgement in zip(keys, judgements, strict=True):
-            self._answers.pop(key).set_result(judgement)
+            if answer := self._answers.pop(key, None):  # none where it came too late
+                answer.set_result(judgement)
             if judgement.status != "failed":
                 self._known[key] = judgement
         while len(self._known) > _REMEMBERED:
@@ -155,10 +158,21 @@ class Engine:
         log.warning("%d prompts could not be judged: %s: %s", len(batch), type(fault).__name__, fault)
         return [Judgement("failed", reason=str(fault) or type(fault).__name__)] * len(batch)
 
-    async def drain(self, seconds: float) -> bool:
-        """Take nothing more and finish what was taken; whether that was done in time."""
-        self._is_stopping = True
+    async def stop(self, seconds: float) -> int:
+        """Take nothing more, finish what was taken, and refuse what is not finished in time.
+
+        Returns:
+            How many prompts were refused.
+        """
+        self.is_stopping = True
         deadline = time.monotonic() + seconds
         while self._answers and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        return not self._answers
+        left = list(self._answers.values())
+        self._waiting.clear()
+        self._answers.clear()
+        for answer in left:
+            answer.set_exception(Stopping())
+            answer.exception()  # a client may have hung up, and nobody else would look at it
+        self.refused += len(left)
+        return len(left)

@@ -123,7 +123,7 @@ class Trial:
     async def finish(self, seconds: float) -> None:
         """Let the challenger finish what it has begun, and count it, for so long."""
         deadline = time.monotonic() + seconds
-        await self.challenger.engine.drain(seconds)
+        await self.challenger.engine.stop(seconds)
         if self._shadows:
             await asyncio.wait(self._shadows, timeout=max(0.1, deadline - time.monotonic()))
         for task in list(self._shadows):

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,13 @@ class Service:
     def judges(self) -> list[ServedJudge]:
         """All that are loaded: the production judge, and the challenger if there is one."""
         return [self.judge, self.trial.challenger] if self.trial else [self.judge]
+
+    async def stop(self, seconds: float) -> None:
+        """Take nothing more, answer what was taken, and refuse the rest after so many seconds."""
+        deadline = time.monotonic() + seconds
+        await self.judge.engine.stop(seconds)
+        if self.trial:
+            await self.trial.finish(max(0.0, deadline - time.monotonic()))
 
     # --- /v1/score
 

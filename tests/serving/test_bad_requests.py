@@ -3,10 +3,13 @@
 import asyncio
 import json
 import random
+import socket
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-from serving_stub import running_server
+from serving_stub import StubScorer, running_server
 
 from benchmarks.serve import RIGHT, damaged, load_badly
 
@@ -24,6 +27,36 @@ def test_damaged_bodies_are_answered_and_never_with_a_fault_of_the_server() -> N
             statuses[answer.status_code] += 1
             assert answer.status_code in (200, 422) or "no score" in answer.json()["error"], (path, body, answer.text)
         assert statuses[200] > 60 and statuses[422] > 200
+
+
+def test_a_body_that_comes_too_slowly_is_refused_and_holds_nobody_up() -> None:
+    with running_server(body_patience=0.2) as url, httpx.Client(base_url=url) as client:
+        host, port = url.removeprefix("http://").split(":")
+        slow = [socket.create_connection((host, int(port))) for _ in range(50)]
+        for connection in slow:
+            connection.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        assert client.post("/v1/score", json={"steps": ['good: {"step_score": 1}']}).json()["results"][0]["score"] > 0.8
+        for connection in slow:
+            with connection.makefile("rb") as stream:  # to its end: the server closes the connection
+                answer = stream.read()
+            connection.close()
+            assert answer.startswith(b"HTTP/1.1 408") and b"did not come in time" in answer
+
+
+def test_a_full_queue_is_503_with_retry_after() -> None:
+    with running_server(scorer=StubScorer(1.0), limit=1, patience=0.05) as url, ThreadPoolExecutor(8) as pool:
+
+        def ask(number: int) -> httpx.Response:
+            return httpx.post(f"{url}/v1/score", json={"steps": [f'good {number}: {{"step_score": 1}}']}, timeout=60)
+
+        first = pool.submit(ask, 0)
+        time.sleep(0.3)  # it is being judged
+        found = [each.result() for each in [pool.submit(ask, number) for number in range(1, 6)]]
+        assert first.result().status_code == 200
+    refused = [answer for answer in found if answer.status_code == 503]
+    assert len(refused) >= 3 and {answer.headers["retry-after"] for answer in refused} == {"1"}
+    assert refused[0].json() == {"error": "the queue is full"}
+    assert {answer.status_code for answer in found} <= {200, 503}
 
 
 def test_broken_http_and_clients_that_hang_up_change_no_good_answer() -> None:

@@ -107,11 +107,22 @@ def test_what_was_taken_is_finished_and_nothing_more_is_taken() -> None:
     async def work(engine: Engine, _scorer: StubScorer) -> Any:
         taken = asyncio.create_task(engine.judge([asked("good")]))
         await asyncio.sleep(0.05)
-        draining = asyncio.create_task(engine.drain(5))
+        stopping = asyncio.create_task(engine.stop(5))
         await asyncio.sleep(0)
         with pytest.raises(Stopping):
             await engine.judge([asked("late")])
-        return await draining, await taken
+        return await stopping, await taken
 
-    drained, (taken,) = running(work, seconds=0.2)
-    assert drained and taken.status == "ok"
+    refused, (taken,) = running(work, seconds=0.2)
+    assert refused == 0 and taken.status == "ok"
+
+
+def test_what_is_not_finished_in_time_is_refused() -> None:
+    async def work(engine: Engine, _scorer: StubScorer) -> Any:
+        asking = [asyncio.create_task(engine.judge([asked(f"good {number}")])) for number in range(100)]
+        await asyncio.sleep(0.05)
+        refused = await engine.stop(0.1)
+        return refused, await asyncio.gather(*asking, return_exceptions=True)
+
+    refused, answers = running(work, seconds=0.5)
+    assert refused == 100 and all(isinstance(answer, Stopping) for answer in answers)

@@ -57,7 +57,7 @@ class Server:
         return self.process.returncode, written
 
 
-def started(model: Path, *arguments: object) -> Server:
+def started(model: Path | str, *arguments: object) -> Server:
     command = [sys.executable, ROOT / "serve_judge.py", "--model", model, "--port", "0", "--key-env", "SERVER_KEY"]
     process = subprocess.Popen(
         [*command, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=os.environ | {"SERVER_KEY": KEY}
@@ -253,6 +253,28 @@ def test_sigterm_answers_what_was_taken(export: Path) -> None:
         code, written = server.stop()
         assert len(waiting.result().json()["runs"][0]["steps"]) == 2
     assert code == 143 and "Traceback" not in written
+
+
+def test_sigterm_refuses_what_a_dead_backend_never_answers_and_ends_in_time(export: Path) -> None:
+    """The judge's thread hangs at a server that takes requests and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        backend = ("--backend", "openai", "--base-url", url, "--tokenizer", export, "--template", "qwen")
+        server = started("m", *backend, "--drain", "1")
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(server.post, "/v1/score", json={"steps": ['x: {"step_score": 1}']})
+            slow = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            slow.sendall(f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n".encode())
+            slow.sendall(b"Content-Length: 99\r\n\r\n{")  # and the rest never comes
+            while not re.search(r"prmkit_queue_depth [12]", server.get("/metrics").text):
+                assert not waiting.done(), waiting.result().text
+            began = time.monotonic()
+            code, written = server.stop()
+            assert code == 143 and time.monotonic() - began < 10 and "Traceback" not in written, written
+            found = waiting.result()
+        assert found.status_code == 503 and found.headers["retry-after"] == "1"
+        assert b"503" in slow.recv(1000) and "refused with 503" in written
+        slow.close()
 
 
 def test_a_challenger_answers_its_share_and_the_log_says_so(
