@@ -41,6 +41,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "benchmarks" / "scratch"
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.measuring import run_measured  # noqa: E402
 
 TASKS = 2_000
 JUDGES = ("deepseek-chat", "kimi-k2-0711-preview", "judge-c", "judge-d")
@@ -293,44 +296,17 @@ def measure(way: str, source: Path, output: Path) -> dict[str, float]:
     """
     output.mkdir()
     os.sync()
-    before = os.times()
     started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, __file__, "--run", way, str(source), str(output)])
-    peak = 0
-    while child.poll() is None:
-        peak = max(peak, sum(map(_proportional_set_size, _tree(child.pid))))
-        time.sleep(0.02)
-    seconds = time.perf_counter() - started
+    measured, code = run_measured([sys.executable, __file__, "--run", way, source, output])
     os.sync()
     synced = time.perf_counter() - started
-    after = os.times()
-    if child.returncode:
+    if code:
         raise SystemExit(f"{way} failed")
     return {
-        "seconds": seconds,
+        **measured._asdict(),
         "synced": synced,
-        "cpu": after.children_user + after.children_system - before.children_user - before.children_system,
-        "peak_mb": peak / 1e6,
         "written_mb": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6,
     }
-
-
-def _tree(process: int) -> Iterator[int]:
-    yield process
-    try:
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except OSError:
-        return
-    for child in children:
-        yield from _tree(int(child))
-
-
-def _proportional_set_size(process: int) -> int:
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def main() -> None:
