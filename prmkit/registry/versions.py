@@ -23,10 +23,12 @@ _PATIENCE = 60.0
 """Seconds that a command waits for another one."""
 _LEFT_OUT = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
 """Of a run: what resumes it, and what is written while it runs."""
-_PRIVATE = shutil.ignore_patterns(
-    "training_args.bin", "trainer_*", "resolved_config.yaml", "run.json", "predictions*", "report.html", "*.png"
-)
-"""Of a run: what says where and on which rows it was trained, and is of no use to whoever loads the judge."""
+_PUBLIC = (
+    "adapter_*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "README.md",
+    "calibration.json",
+)  # fmt: skip
+"""Of a run: what whoever loads the judge needs. Nothing that says where or on which rows it was trained."""
 
 
 @contextmanager
@@ -379,10 +381,10 @@ def export_version(folder: Path, reference: str, target: Path) -> VersionId:
         raise UsageError(f"{target}: exists. Name a new folder.")
     building = target.with_name(f".{target.name}.part")
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(registered.folder_of_version(version, folder) / RUN, building, ignore=_PRIVATE)
-    for each in building.rglob("*"):
-        if each.is_file():
-            each.chmod(0o644)
+    run = registered.folder_of_version(version, folder) / RUN
+    building.mkdir(parents=True)
+    for file in sorted({file for pattern in _PUBLIC for file in run.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, building / file.name)  # without the mode: the registry's files are read-only
     adapter = building / "adapter_config.json"
     if adapter.is_file():  # it names a folder of this machine, which nobody else has
         base = registered.read_version(version, folder)["base_model"]
