@@ -85,6 +85,12 @@ def template_names() -> tuple[str, ...]:
     return tuple(str(name.value) for name in names if isinstance(name, ast.Constant))
 
 
+def template_sources() -> tuple[Path, ...]:
+    """The installed files that decide what a chat template encodes."""
+    folder = _package_folder("llamafactory") / "data"
+    return folder / "template.py", folder / "formatter.py"
+
+
 @cache
 def logger_names() -> tuple[str, ...]:
     """Every name that `report_to` takes, besides `none` and `all`."""

@@ -5,13 +5,21 @@ It knows nothing about special tokens in texts: they come in neutralised, as in 
 """
 
 import copy
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prmkit.errors import DataError, UsageError
+
+
+class EncodesPrompts(Protocol):
+    """What gives a prompt's token ids."""
+
+    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
+        """Token ids of the prompt, up to where the answer begins."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,13 @@ class ChatEncoding:
         after = [elements[place].partition(content)[2], *elements[place + 1 :]]
         end: list[int] = self.template._convert_elements_to_ids(self.tokenizer, after)
         return [*end, self.tokenizer.eos_token_id] if self.template.efficient_eos else end
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer with the tokens that the template adds."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
     def stop_ids(self) -> list[int]:

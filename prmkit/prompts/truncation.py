@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from prmkit.prompts.encoding import ChatEncoding
+from prmkit.prompts.encoding import EncodesPrompts
 
 _KEPT_AT_EACH_END = (200, 40)
 """Characters of a part that stay at its beginning and at its end; fewer only where there is no room for more."""
@@ -41,7 +41,7 @@ class TrimmedPrompt:
     """0 for a prompt that fitted as it was."""
 
 
-def trim_prompt(prompt: str, encoding: ChatEncoding, room: int, system: str | None = None) -> TrimmedPrompt | None:
+def trim_prompt(prompt: str, encoding: EncodesPrompts, room: int, system: str | None = None) -> TrimmedPrompt | None:
     """Leave out as little of the prompt's middle as makes it fit.
 
     Args:
@@ -126,7 +126,7 @@ def start_of_question(prompt: str) -> int:
 
 
 def _without(
-    prompt: str, parts: list[range], encoding: ChatEncoding, system: str | None, left_out: int
+    prompt: str, parts: list[range], encoding: EncodesPrompts, system: str | None, left_out: int
 ) -> TrimmedPrompt:
     """Leave out `left_out` characters from the middle of the parts, as many as possible from the first one."""
     text, still = prompt, left_out

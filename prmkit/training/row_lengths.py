@@ -5,7 +5,6 @@ answer's turn are lost, the label stays. So the longest rows are measured first,
 the time is up.
 """
 
-import hashlib
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,12 +92,12 @@ def _converted_lengths(
 ) -> list[int]:
     """The lengths that the conversion measured, where it measured all rows with this tokenizer and template."""
     try:
-        measured, content = read_json(report)["measured_with"], encoding.tokenizer.backend_tokenizer.to_str()
+        measured = read_json(report)["measured_with"]
         same = (
             measured["template"] == values.get("template")
             and measured["default_system"] == values.get("default_system")
             and measured["enable_thinking"] == setting(values, "enable_thinking")
-            and measured["tokenizer_sha256"] == hashlib.sha256(content.encode()).hexdigest()
+            and measured["tokenizer_sha256"] == encoding.tokenizer_sha256
         )
         written = report.stat().st_mtime
         # The report is written last; a newer dataset was changed by somebody else.

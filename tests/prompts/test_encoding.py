@@ -1,5 +1,6 @@
 """A scored prompt has the token ids of a trained one: rows with and without a `system` column."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,12 @@ def trained_ids(model: Path, folder: Path, template: str, default_system: str | 
     [("qwen", None), ("qwen3", None), ("llama3", None), ("mistral", None), ("gemma", None), ("qwen", "You judge.")],
 )
 def test_a_system_column_is_encoded_as_llamafactory_does(
-    tiny_model: Path, tmp_path: Path, template: str, default_system: str | None
+    tiny_model: Path, tmp_path: Path, template: str, default_system: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from llamafactory.data.template import TEMPLATES
+
+    # LLaMA Factory writes the system text into its registry, where later tests of this process would find it.
+    monkeypatch.setitem(TEMPLATES, template, copy.deepcopy(TEMPLATES[template]))
     encoding = load_encoding(tiny_model, template, default_system=default_system)
     trained = trained_ids(tiny_model, tmp_path, template, default_system)
     assert len({tuple(ids) for ids, _ in trained}) == 3, "None and an empty column leave the default system"
