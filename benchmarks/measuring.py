@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-INTERVAL = 0.02
+INTERVAL = 0.1
 """Seconds between two looks at the memory."""
 
 
