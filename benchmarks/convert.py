@@ -11,10 +11,10 @@ valid JSON) and writes reward_model_full and one variant for each evaluation typ
 - duckdb: read_json, COPY ... TO for each variant;
 - copy: a plain copy of the tree that prmkit wrote, for what the disk allows.
 
-Only prmkit reads the verdicts; the others write what they find. Each runs in a separate process. Peak memory
-is the sum of the proportional set sizes (PSS) of the process and its children, sampled ten times a second; CPU seconds include
-the children. prmkit waits until its files are on the disk, the others leave them in the page cache: the second column
-of seconds has the wait for the disk for all of them.
+Only prmkit reads the verdicts; the others write what they find. Each runs in a separate process. Peak memory is the
+sum of the proportional set sizes (PSS) of the process and its children, sampled ten times a second; CPU seconds
+include the children. prmkit waits until its files are on the disk, the others leave them in the page cache: the
+second column of seconds has the wait for the disk for all of them.
 
 The disk needs room for about 25 times the input, of all sizes together: each of the five ways writes about four times
 the input, and nothing is deleted before all of them are done. For an ext4 without a journal gives no inode out again
