@@ -176,7 +176,7 @@ def read_calibration(folder: Path, judge: Mapping[str, Any]) -> Calibration:
     """
     file = folder / CALIBRATION_FILE
     if not file.is_file():
-        raise DataError(f"{file}: not found, so no interval is known. Measure the run first: python evaluate_judge.py")
+        raise DataError(f"{file}: not found; no intervals yet. Measure the run first: python evaluate_judge.py")
     content = read_json(file)
     try:
         ratios = {str(name): [float(value) for value in values] for name, values in content["ratios"].items()}

@@ -130,7 +130,7 @@ async def _follow(
             reserved = state.reserve(judge, ask)
         if reserved is None:
             if not state.is_exhausted:
-                log.warning("--max-cost %g is reached: no further request fits into it", state.max_cost)
+                log.warning("--max-cost %g is reached; no more requests are sent", state.max_cost)
             state.is_exhausted = True
             return
         started = time.time()
@@ -141,7 +141,7 @@ async def _follow(
             return
         except DataError as error:  # it refuses the key, has no such model, or cannot be reached
             if judge.name not in state.stopped:
-                log.error("%s is asked nothing more: %s", judge.name, error)
+                log.error("%s gets no more requests: %s", judge.name, error)
             state.stopped[judge.name] = str(error)
             return
         finally:

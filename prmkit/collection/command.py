@@ -178,9 +178,9 @@ def _confirm(judges: Sequence[StrongJudge], *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("nobody is there to confirm the price: add --yes, or look at it first with --dry-run.")
+        raise UsageError("there is no terminal to confirm the price on. Check it with --dry-run, then add --yes.")
     if not cli.confirm(f"Ask {', '.join(judge.name for judge in judges)}? [y/N] "):
-        raise UsageError("not confirmed; nothing was asked.")
+        raise UsageError("not confirmed; nothing was sent.")
 
 
 # --- after ------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def _write(plan: Plan, state: Collection, output: Path, *, as_json: bool) -> Exi
     else:
         _report(output, written, missing, tally, agreement, state.spent)
     if not written:
-        raise DataError(f"{output}: no verdict at all, so no row.")
+        raise DataError(f"{output}: no verdicts, so no rows.")
     if tally.share_missing > _MOST_MISSING:
         raise DataError(
             f"{tally.share_missing:.0%} of the verdicts are missing, more than {_MOST_MISSING:.0%}. Run the same "

@@ -90,7 +90,7 @@ def load_judges(path: Path) -> list[StrongJudge]:
     """
     content = read_plain_yaml(path)
     if not isinstance(content, list) or not content:
-        raise UsageError(f"{path}: a list of judges, each with name, base_url and model. See examples/judges.yaml.")
+        raise UsageError(f"{path}: not a list of judges with name, base_url and model. See examples/judges.yaml.")
     judges = [_judge(each, f"{path}: judge {number}") for number, each in enumerate(content, start=1)]
     names = [judge.name for judge in judges]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -126,7 +126,7 @@ def _check(judge: StrongJudge, place: str) -> None:
     if min(judge.price_in or 0.0, judge.price_out or 0.0) < 0:
         raise UsageError(f"{place}: a price is below zero.")
     if (judge.price_in is None) != (judge.price_out is None):
-        raise UsageError(f"{place}: price_in and price_out go together.")
+        raise UsageError(f"{place}: give both price_in and price_out, or neither.")
     if fixed := sorted(_OURS & judge.parameters.keys()):
         raise UsageError(f"{place}: parameters: {fixed[0]} is set for each request. Leave it out.")
     name, tokens = judge.limit

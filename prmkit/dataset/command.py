@@ -229,8 +229,8 @@ def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
         if arguments.tokenizer is not None:
             raise DataError(f"{folder}: holds no tokenizer. --tokenizer is the folder of a downloaded model.")
         log.warning(
-            "warning: no model in %s, so lengths are not checked: LLaMA Factory cuts prompts that are too long without "
-            "a word. Convert again when the model is there.",
+            "warning: no model in %s, so lengths are not checked, and LLaMA Factory cuts prompts that are too long "
+            "silently. Convert again when the model is there.",
             folder,
         )
         return None

@@ -98,12 +98,12 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
         obsolete: names of files in `folder` that go.
 
     Raises:
-        DataError: a folder is where a file is to go; or the disk failed when the new files had taken over.
+        DataError: a folder is in the way of a file, or the disk failed after the new files were in place.
         OSError: the disk is full, or the file system has no links; `recover` brings the old files back.
     """
     names, files = set(names_in_folder(new)), set(names_in_folder(folder))
     if in_the_way := sorted(name for name in names - files if os.path.lexists(folder / name)):
-        raise DataError(f"{folder / in_the_way[0]}: a folder is where a file is to go. Move it away.")
+        raise DataError(f"{folder / in_the_way[0]}: a folder is in the way of a file. Move it away.")
     _sync(new)
     old = stage / "old"
     old.mkdir()

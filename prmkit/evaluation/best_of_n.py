@@ -247,7 +247,7 @@ def runs_with_outcome(file: Path) -> list[Trajectory]:
     known = [run for run in runs if _outcome_of(run.outcome) is not None]
     if not known:
         raise DataError(
-            f"{file}: no run has an outcome from 0 to 1. Name its field as you import: import_trajectories.py "
+            f"{file}: no run has an outcome from 0 to 1. Name its field when importing: import_trajectories.py "
             "--outcome-key NAME."
         )
     if len(known) < len(runs):
@@ -293,7 +293,9 @@ def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -
     )
     judges: list[Answers] = read_answers(file, Exam(outcomes, sha256_of(outcomes), runs))
     if len(judges) > 1:
-        raise DataError(f"{file}: {len(judges)} judges ({', '.join(each.name for each in judges)}). Give one alone.")
+        raise DataError(
+            f"{file}: {len(judges)} judges ({', '.join(each.name for each in judges)}). Give the answers of one."
+        )
     return [_scored(each, judges[0].scores) for each in attempts]
 
 
@@ -313,7 +315,7 @@ def _comparable(attempts: Sequence[Attempt]) -> tuple[list[Attempt], dict[str, i
     kept = [each for each in attempts if sizes[each.task_id] > 1 and each.task_id not in without]
     single = sum(count == 1 for count in sizes.values())
     if not kept:
-        raise DataError("no task has two runs, all of their steps scored: there is nothing to pick from.")
+        raise DataError("no task has two runs whose steps all have scores, so there is nothing to pick from.")
     return kept, {"tasks with one run": single, "tasks with a step without a score": len(without)}
 
 

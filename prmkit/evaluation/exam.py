@@ -228,7 +228,7 @@ def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
         found = whole.get(run.trajectory_id)
         if found is None or not {step.n for step in run.steps} <= {step.n for step in found.steps}:
             raise DataError(
-                f"{file}: has not the run {run.trajectory_id} of the rows. Import both again, or remove this file."
+                f"{file}: lacks the run {run.trajectory_id} of the rows. Import both again, or remove this file."
             )
         labels = {step.n: step for step in run.steps}
         steps = tuple(
@@ -309,4 +309,4 @@ def _training_metadata(
         for row in read_jsonl(sidecar):
             yield row.get("metadata") or {}
     if not names:
-        raise DataError("no training data is known of this judge. Name a run (--run) that has its resolved config.")
+        raise DataError("the training data of this judge is unknown. Name a run (--run) that has its resolved config.")

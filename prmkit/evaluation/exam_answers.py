@@ -83,7 +83,7 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
                 if score is None or step is None:
                     judge.unplaced["without a score" if step is not None else "of steps that are not in the exam"] += 1
                 elif given.setdefault(name, {}).setdefault((run.trajectory_id, step), score) != score:
-                    raise DataError(f"{place}: {name} scores this step a second time, and otherwise. Keep one line.")
+                    raise DataError(f"{place}: {name} scores this step a second time, differently. Keep one line.")
     _add_scores(judges, given, file)
     if not any(judge.scores or judge.firsts for judge in judges.values()):
         first = exam.runs[0].trajectory_id
@@ -189,7 +189,7 @@ def _add_verdict(judge: Answers, run: ExamRun, value: Mapping[str, Any], place: 
         first = next((step.n for step in run.steps if step.place == at), NOWHERE if run.is_whole else _ELSEWHERE)
     judge.firsts = judge.firsts or {}
     if judge.firsts.setdefault(run.trajectory_id, first) != first:
-        raise DataError(f"{place}: a second verdict of {judge.name} on this run, and another one. Keep one line.")
+        raise DataError(f"{place}: a second, different verdict of {judge.name} on this run. Keep one line.")
     if first != NOWHERE:
         judge.scores |= {(run.trajectory_id, step.n): BAD if step.n == first else GOOD for step in run.steps}
 
@@ -205,7 +205,7 @@ def _add_scores(judges: Mapping[str, Answers], given: Mapping[str, Mapping[StepI
             judges[name].scores |= scores
             continue
         if not set(raw.values()) <= _TERNARY.keys():
-            raise DataError(f"{file}: {name} has scores below 0 and others than -1, 0 and 1. Bring them to 0 to 1.")
+            raise DataError(f"{file}: {name} has scores below 0, but not only -1, 0 and 1. Rescale them to 0 to 1.")
         judges[name].scores |= {step: _TERNARY[int(score)] for step, score in raw.items()}
         firsts = {run: NO_ERROR for run, _ in raw}
         for (run, step), score in sorted(raw.items()):

@@ -121,7 +121,7 @@ def _asked_judges(
     asked = [("judge", name, source)]
     if arguments.baseline:
         if source.adapter is None:
-            raise UsageError("--baseline asks the model below the adapter, and this judge has none.")
+            raise UsageError("--baseline asks the base model without the adapter, and this judge has no adapter.")
         asked.append(("base", f"{source.model.name} (untrained)", replace(source, adapter=None)))
     for kind, judge, of_judge in asked:
         file = folder / ("exam_answers.jsonl" if kind == "judge" else "exam_answers_base.jsonl")

@@ -54,7 +54,7 @@ def label_steps(arguments: argparse.Namespace) -> ExitCode:
             arguments.format,
         )
         server = make_server(labels, arguments.port)
-        cli.emit(f"{server.address}\nOpen this address in the browser of this machine. Ctrl-C ends; labels are kept.")
+        cli.emit(f"{server.address}\nOpen this address in the browser of this machine. Ctrl-C stops; labels are kept.")
         try:
             server.serve_forever(poll_interval=0.1)
         except (KeyboardInterrupt, Interrupted):

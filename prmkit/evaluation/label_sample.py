@@ -180,7 +180,7 @@ def _scores(file: Path, runs: Mapping[str, Trajectory]) -> Mapping[tuple[str, in
     parts = tuple(bare_run(run) for run in runs.values())
     judges = read_answers(file, Exam(file, "", parts))
     if len(judges) > 1:
-        raise UsageError(f"{file}: scores of {len(judges)} judges. Draw by one of them.")
+        raise UsageError(f"{file}: scores of {len(judges)} judges. Keep those of one.")
     return judges[0].scores
 
 
@@ -188,11 +188,13 @@ def _check_sample(file: Path, wanted: dict[str, Any]) -> None:
     marker = _sample_file(file)
     has_labels = file.is_file() and file.stat().st_size > 0
     if has_labels and not marker.is_file():
-        raise UsageError(f"{file}: exists, and is not of this command (no {marker.name}). Choose another --output.")
+        raise UsageError(
+            f"{file}: exists, and label_steps.py did not write it (no {marker.name}). Choose another --output."
+        )
     if (has_labels or _skipped_file(file).is_file()) and read_json(marker) != wanted:
         raise UsageError(
-            f"{file}: holds labels of another sample (other runs, --n, --seed, --scores or --rubric). Type the command "
-            "as the first time, or choose another --output."
+            f"{file}: holds labels of another sample (other runs, --n, --seed, --scores or --rubric). Repeat the "
+            "first command exactly, or choose another --output."
         )
     write_json(marker, wanted)
 

@@ -75,7 +75,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
     is_adapter = setting(config, "finetuning_type") == "lora"
     weights = "adapter_config.json" if is_adapter else "config.json"
     if not (run_folder / weights).is_file():
-        raise DataError(f"{run_folder}: no {weights}, so no trained weights. Let the run finish, or name a checkpoint.")
+        raise DataError(f"{run_folder}: no trained weights (no {weights}). Let the run finish, or name a checkpoint.")
     check_keys(record, config, model_name_or_path=str)
     return JudgeSource(
         model=_base_model_of(record, config["model_name_or_path"]) if is_adapter else run_folder,
@@ -117,7 +117,7 @@ def _record_of(folder: Path) -> Path:
     for place in (folder, folder.parent):
         if (place / "run.json").is_file():
             return place / "run.json"
-    raise DataError(f"{folder}: no run.json, so no run of train.py. Name a folder in saves/, or use --model.")
+    raise DataError(f"{folder}: not a run of train.py (no run.json). Name a folder in saves/, or use --model.")
 
 
 def _config_in(record: Path) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
         DataError: the folder does not hold a model, or not what it must be asked with.
     """
     if not (folder / "config.json").is_file():
-        raise DataError(f"{folder}: no config.json, so no model. Export one with: python train.py --export-only")
+        raise DataError(f"{folder}: no model (no config.json). Export one with: python train.py --export-only")
     settings = read_object(folder / EXPORT_FILE)
     return JudgeSource(
         model=folder,

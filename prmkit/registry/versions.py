@@ -164,7 +164,7 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
 def _finished(run: Path) -> dict[str, Any]:
     file = run / "run.json"
     if not file.is_file():
-        raise DataError(f"{run}: no run.json, so no run of train.py. Name a folder in saves/.")
+        raise DataError(f"{run}: not a run of train.py (no run.json). Name a folder in saves/.")
     record = read_json(file)
     if record.get("status") != "finished":
         raise DataError(

@@ -138,8 +138,9 @@ def check_rubric(rubric: Rubric, learnt: Sequence[str] | None, judge: str) -> No
         log.warning("%s: nothing says which rubric it was trained with, so whether it knows these prompts", judge)
     elif not learnt:
         raise UsageError(
-            f"{judge}: trained on ready prompts, and needs such: raw runs hold no summaries by strong judges. Score "
-            "prompts as in finetune.jsonl, or train a judge on labelled runs (import_trajectories.py --labels)."
+            f"{judge}: trained on ready prompts, and can score only those: raw runs have no summaries by strong "
+            "judges. Score prompts as in finetune.jsonl, or train a judge on labelled runs "
+            "(import_trajectories.py --labels)."
         )
     elif rubric.sha256 not in learnt:
         raise UsageError(

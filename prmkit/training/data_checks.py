@@ -171,7 +171,7 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, eva
         found = f"none: {dropped['eval_dataset']}" if "eval_dataset" in dropped else "none"
         if evaluate:
             return error("held-out", f"{found}, and --evaluate needs some", HOLD_OUT)
-        return warning("held-out", f"{found}, so nobody can say how good the judge is", HOLD_OUT)
+        return warning("held-out", f"{found}, so the judge cannot be measured", HOLD_OUT)
     if both := set(names) & set(held_out):
         return error("held-out", f"{', '.join(sorted(both))} is trained on and held out", "Name its held-out side.")
     folder = Path(str(setting(values, "dataset_dir")))

@@ -112,7 +112,7 @@ def _summarise(reports: list[FileReport], output: Path, written: int, what: str)
         cli.emit(line)
     passed_over = sum(report.passed_over is not None for report in reports)
     if passed_over:
-        cli.emit(f"files passed over: {passed_over}")
+        cli.emit(f"skipped files: {passed_over}")
     cli.emit(f"{output}: {written:,} {what}")
     if what == "rows":
         cli.emit(f"{runs_beside(output)}: the whole runs, which evaluate_judge.py --exam {output} reads")

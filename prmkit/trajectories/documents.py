@@ -162,7 +162,7 @@ def _scan(stream: IO[bytes], head: bytes, name: str, *, closing: str) -> Iterato
         except RecursionError:
             raise DataError(f"{name}: nested too deeply, at value {number + 1:,}.") from None
     if text[at:].strip() != closing:
-        raise DataError(f"{name}: JSON that breaks off or is damaged after value {number:,} ({text[at : at + 40]!r}).")
+        raise DataError(f"{name}: JSON that ends early or is damaged after value {number:,} ({text[at : at + 40]!r}).")
 
 
 def _skip(text: str, at: int) -> int:

@@ -64,7 +64,7 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
     """Name every file that was passed over, and where something was not read."""
     for report in reports:
         if report.passed_over:
-            log.warning("passed over %s: %s", report.file, report.passed_over)
+            log.warning("skipped %s: %s", report.file, report.passed_over)
         for reason, count in report.unreadable.items():
             lines = ", ".join(map(str, report.examples[reason]))
             log.warning("%s: not read: %d x %s (line %s)", report.file, count, reason, lines)

@@ -96,7 +96,7 @@ def labelled_rows(path: Path, rubric: Rubric) -> Iterator[dict[str, Any]]:
             yield row
     if not found:
         raise DataError(
-            f"{path}: runs, and no step of them has a label. Label steps first (import_trajectories.py --labels)."
+            f"{path}: no step of these runs has a label. Label steps first (import_trajectories.py --labels)."
         )
 
 

@@ -242,7 +242,7 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
         ("- {name: a, base_url: 'ftp://x', model: m}", "not the address"),
         ("- {name: a, base_url: 'http://u:p@x/v1', model: m}", "api_key_env"),
         ("- {name: a, base_url: 'http://x/v1', model: m, json: yaml}", "schema, object or prompt"),
-        ("- {name: a, base_url: 'http://x/v1', model: m, price_in: 1}", "go together"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, price_in: 1}", "or neither"),
         ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {stream: true}}", "stream is set"),
         ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: 'sk-abc-def'}", "name of a variable"),
         ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),

@@ -78,7 +78,7 @@ def test_another_rubric_is_recorded(records: Path, tmp_path: Path) -> None:
 def test_runs_without_labels_and_rubrics_that_are_wrong_are_one_sentence(records: Path, tmp_path: Path) -> None:
     unlabelled = tmp_path / "unlabelled.jsonl"
     unlabelled.write_bytes(b"".join(map(dump, read_runs([tmp_path / "raw.jsonl"]))))
-    with pytest.raises(DataError, match="no step of them has a label"):
+    with pytest.raises(DataError, match="no step of these runs has a label"):
         convert(Settings((str(unlabelled),), tmp_path / "data"))
     with pytest.raises(UsageError, match="No such file"):
         convert(Settings((str(records),), tmp_path / "data", rubric=tmp_path / "none.yaml"))

@@ -183,7 +183,7 @@ def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     stage = make_stage(tmp_path)
     put(stage / "new", files(a="new", b="new"))
-    with pytest.raises(DataError, match="a folder is where a file is to go"):
+    with pytest.raises(DataError, match="a folder is in the way of a file"):
         publish(tmp_path, stage, stage / "new", [])
     assert (tmp_path / "a").read_text() == "old"
 

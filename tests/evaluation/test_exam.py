@@ -215,7 +215,7 @@ def test_two_scores_for_one_step_are_refused_unless_equal(ternary: Path) -> None
 
 def test_scores_below_zero_beside_others_than_verdicts_are_refused(ternary: Path) -> None:
     lines = [{"id": "quiz_0.0", "step": n, "score": score} for n, score in ((1, -1), (2, 0.5))]
-    with pytest.raises(DataError, match="others than -1, 0 and 1"):
+    with pytest.raises(DataError, match="not only -1, 0 and 1"):
         take(ternary, "--predictions", public.write_lines(ternary.parent / "mixed.jsonl", lines))
 
 

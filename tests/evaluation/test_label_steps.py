@@ -162,5 +162,5 @@ def test_labels_of_another_sample_are_not_continued(runs: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="another sample"):
         open_labels(str(runs), file, 5, "kim", None, 0, rubric)
     (tmp_path / "labels.sample.json").unlink()
-    with pytest.raises(UsageError, match="not of this command"):
+    with pytest.raises(UsageError, match=r"label_steps\.py did not write it"):
         open_labels(str(runs), file, 4, "kim", None, 0, rubric)

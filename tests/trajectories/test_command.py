@@ -32,7 +32,7 @@ def test_records_and_the_account(folder: Path) -> None:
     (line,) = (folder / "trajectories.jsonl").read_text().splitlines()
     assert json.loads(line)["steps"][0]["text"] == "Use [secret: github token]"
     assert "messages" in done.stdout and "masked: 1 github token" in done.stdout
-    assert "passed over runs/notes.txt" in done.stderr and "(line 2)" in done.stderr
+    assert "skipped runs/notes.txt" in done.stderr and "(line 2)" in done.stderr
 
 
 def test_the_account_as_json(folder: Path) -> None:

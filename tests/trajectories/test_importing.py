@@ -108,7 +108,7 @@ def test_a_first_line_that_is_damaged_costs_that_line(read: Read, reports: list[
 def test_one_document_that_breaks_off_is_an_error(tmp_path: Path) -> None:
     whole = json.dumps([messages(), messages()], indent=2)
     (tmp_path / "cut.json").write_text(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="breaks off"):
+    with pytest.raises(DataError, match="ends early"):
         list(read_runs([tmp_path / "cut.json"]))
 
 

@@ -214,5 +214,5 @@ def test_records_without_a_label_are_an_error(read: Read, tmp_path: Path) -> Non
     (run,) = read({"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]})
     path = tmp_path / "trajectories.jsonl"
     path.write_bytes(dump(run))
-    with pytest.raises(DataError, match="no step of them has a label"):
+    with pytest.raises(DataError, match="no step of these runs has a label"):
         list(labelled_rows(path, load_rubric()))
