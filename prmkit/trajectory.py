@@ -206,3 +206,17 @@ def _load_label(value: Mapping[str, Any]) -> Label:
 
 def _known(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value[name] for name in kind.__dataclass_fields__ if name in value}  # type: ignore[attr-defined]
+
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9_.:/#@+=~-]{1,128}")
+
+
+def log_id(value: str | int | None) -> str | None:
+    """An id as the log shows it. One that may be text (spaces, length) becomes a hash: the log must not quote anybody.
+
+    Returns:
+        The id itself, or `sha256-` and 16 hexadecimal digits; None for None.
+    """
+    if value is None or _SAFE_ID.fullmatch(str(value)):
+        return None if value is None else str(value)
+    return "sha256-" + hashlib.sha256(str(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -13,6 +13,7 @@ from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_jsonl
 from prmkit.judge.types import AGGREGATES
+from prmkit.trajectory import log_id
 
 LEVEL = 0.95
 _CAP = 0.5
@@ -38,7 +39,9 @@ class Scored:
     """The prompt, where it was logged."""
     characters: int | None = None
     is_logged: bool = False
-    """From a request log, which names the judge and the time."""
+    """From a request log, which names the judge."""
+    time: str = ""
+    """When it was logged, in UTC; empty for outputs of score_trajectories.py."""
 
 
 def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored]:
@@ -63,7 +66,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored
     if not found:
         recent = "" if days is None else f" from the last {days:g} days"
         raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
-    return found
+    return sorted(found, key=lambda step: step.time)  # the files of a rotated log come in any order
 
 
 def _time_of(line: Mapping[str, Any], place: str) -> datetime:
@@ -92,6 +95,7 @@ def _scored(line: Mapping[str, Any], path: Path) -> Scored:
         text=line.get("prompt"),
         characters=line.get("characters"),
         is_logged="judge" in line,
+        time=str(line.get("time") or ""),
     )
 
 
@@ -146,7 +150,7 @@ def _differences(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, Any]:
     apart = [(b.score or 0.0) - (a.score or 0.0) for a, b in pairs]
     by_task: dict[str, list[float]] = defaultdict(list)
     for (a, _), difference in zip(pairs, apart, strict=True):
-        by_task[a.task or a.trajectory].append(difference)
+        by_task[a.task or a.trajectory or a.prompt].append(difference)
     widest = sorted(zip(apart, pairs, strict=True), key=lambda each: -abs(each[0]))[:_SHOWN]
     return {
         "tasks": len(by_task),
@@ -170,7 +174,11 @@ def _on_outcomes(ones: Iterable[Scored], others: Iterable[Scored], outcomes: Map
     gains = [fmean(values) for values in losses.values()]
     found = {"tasks": len(gains), "runs": sum(map(len, losses.values()))}
     if not gains:
-        return {**found, "gain_of_b": None, "decision": "no run with an outcome was scored by both"}
+        return {
+            **found,
+            "gain_of_b": None,
+            "decision": "no run with an outcome was scored by both (--shadow lets both score)",
+        }
     gain = interval(gains)
     return {**found, "gain_of_b": gain, "decision": _decision(gain, len(gains))}
 
@@ -178,7 +186,8 @@ def _on_outcomes(ones: Iterable[Scored], others: Iterable[Scored], outcomes: Map
 def _lowest(steps: Iterable[Scored]) -> dict[str, tuple[float, str]]:
     runs: dict[str, list[Scored]] = defaultdict(list)
     for step in steps:
-        runs[step.trajectory].append(step)
+        if step.trajectory:
+            runs[step.trajectory].append(step)
     whole = {name: run for name, run in runs.items() if all(map(_is_sure, run))}
     return {
         name: (AGGREGATES["min"]([step.score or 0.0 for step in run]), run[0].task or name)
@@ -309,5 +318,6 @@ def read_outcomes(path: Path) -> dict[str, float]:
             outcome = outcome.get("score") if outcome.get("score") is not None else outcome.get("success")
         if not isinstance(outcome, int | float) or not 0 <= outcome <= 1 or not line.get("trajectory_id"):
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
-        found[str(line["trajectory_id"])] = float(outcome)
+        name = str(line["trajectory_id"])
+        found[name] = found[str(log_id(name))] = float(outcome)  # a log shows a hash of an id that may be text
     return found

@@ -4,10 +4,8 @@ Lines are written by a thread of their own, so that a slow disk delays no answer
 disk is full or too slow, is counted and reported once; the answers themselves do not depend on it.
 """
 
-import hashlib
 import logging
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.files import exclusive_lock
 from prmkit.scoring.rows import Row
 from prmkit.scoring.score import Result
+from prmkit.trajectory import log_id
 
 log = logging.getLogger("prmkit")
 
@@ -41,18 +40,6 @@ _AT_ONCE = 1 << 20
 _PATIENCE = 5.0
 """Seconds for the last lines when the server ends."""
 _BEGINNING = b'{"time":"'
-_SAFE = re.compile(r"[A-Za-z0-9_.:/#@+=~-]{1,128}")
-
-
-def log_id(value: str | int | None) -> str | None:
-    """An id as the log shows it. One that may be text (spaces, length) becomes a hash: the log must not quote anybody.
-
-    Returns:
-        The id itself, or `sha256-` and 16 hexadecimal digits; None for None.
-    """
-    if value is None or _SAFE.fullmatch(str(value)):
-        return None if value is None else str(value)
-    return "sha256-" + hashlib.sha256(str(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass

@@ -15,6 +15,7 @@ from prmkit import registered
 from prmkit.errors import DataError, UsageError
 from prmkit.registry.describe import show_ab
 from prmkit.registry.monitor import compare_judges, drift_of, interval, read_outcomes, read_scored, steps_of
+from prmkit.trajectory import log_id
 
 
 def scored(folder: Path, name: str, scores: list[float], **more: Any) -> Path:
@@ -133,6 +134,17 @@ def test_a_request_log_is_read_by_judge_and_by_day(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"last 0\.001 days"):
         log.write_text("".join(old))
         read_scored([log], days=0.001)
+
+
+def test_outcomes_are_found_for_ids_that_the_log_hashes(tmp_path: Path) -> None:
+    log, outcomes = tmp_path / "log.jsonl", tmp_path / "outcomes.jsonl"
+    names = [f"run {n} of the agent" for n in range(5)]
+    lines = [json.loads(log_line(n, judge, score)) | {"trajectory": log_id(name), "task": None}
+             for n, name in enumerate(names) for judge, score in (("a", 0.2), ("b", 0.9))]  # fmt: skip
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcomes.write_text("".join(json.dumps({"trajectory_id": name, "outcome": True}) + "\n" for name in names))
+    found = compare_judges(read_scored([log]), read_outcomes(outcomes))
+    assert (found["outcomes"]["runs"], found["outcomes"]["tasks"]) == (5, 5)
 
 
 def test_the_texts_where_two_judges_differ_are_shown_if_they_were_logged(

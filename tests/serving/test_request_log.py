@@ -15,7 +15,8 @@ import pytest
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.types import Request
 from prmkit.scoring.rows import Row
-from prmkit.serving.request_log import FIELDS, RequestLog, log_id
+from prmkit.serving.request_log import FIELDS, RequestLog
+from prmkit.trajectory import log_id
 from prmkit.verdict import Shape
 
 LINE = {"score": 0.5, "std": 0.1, "label_mass": 0.9, "status": "ok"}
