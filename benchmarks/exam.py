@@ -86,7 +86,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
     yield "| | AUROC | 95 % | AP | first error | PB-F1 | step ±0 |"
     yield "|---|---:|---|---:|---:|---:|---:|"
     for entrant in result["entrants"]:
-        values = [entrant["figures"].get(name, {}) for name in SHOWN]
+        values = [entrant["metrics"].get(name, {}) for name in SHOWN]
         cells = ["–" if each.get("value") is None else f"{each['value']:.3f}" for each in values]
         low, high = values[0].get("low"), values[0].get("high")
         name = entrant["name"] + (" *" if entrant["source"] else "")

@@ -12,7 +12,7 @@ from prmkit.evaluation import exam_report
 from prmkit.evaluation.exam import Exam, check_not_trained_on, read_exam
 from prmkit.evaluation.exam_answers import Answers, read_answers
 from prmkit.evaluation.exam_asking import ask_server, endpoint_of, prompts_of, score_steps
-from prmkit.evaluation.exam_figures import Entrant, constants, examine
+from prmkit.evaluation.exam_metrics import Entrant, constants, examine
 from prmkit.evaluation.summary import MIN_SCORED
 from prmkit.files import read_json, write_json
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
@@ -158,7 +158,7 @@ def _check_gate(entrants: Sequence[Entrant], least: float, unchecked: str | None
     """Every judge must reach it; what nobody can know counts as not reached."""
     failed = [f"--min-auroc {least:g}: {unchecked}"] if unchecked else []
     for judge in (each for each in entrants if each.kind == "judge"):
-        auroc = judge.figures.get("auroc")
+        auroc = judge.metrics.get("auroc")
         if judge.answered < MIN_SCORED * judge.asked:
             failed.append(
                 f"--min-auroc: {judge.name} has scores for {judge.answered} of {judge.asked} labelled steps, and at "

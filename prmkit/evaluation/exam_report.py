@@ -6,7 +6,7 @@ from typing import Any
 
 from prmkit.evaluation.estimates import Estimate
 from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam
-from prmkit.evaluation.exam_figures import EXPLAINED, NAMES, Entrant
+from prmkit.evaluation.exam_metrics import EXPLAINED, NAMES, Entrant
 from prmkit.evaluation.summary import MIN_SCORED
 from prmkit.files import write_text
 
@@ -29,17 +29,17 @@ def published(exam: Exam) -> list[Entrant]:
         Entrant(
             name,
             kind,
-            {key: Estimate(value, None, None, 0, 0) for key, value in figures.items()},
+            {key: Estimate(value, None, None, 0, 0) for key, value in metrics.items()},
             source=part["source"],
         )
         for part in parts
-        for name, kind, figures in _listed(part)
+        for name, kind, metrics in _listed(part)
     ]
 
 
 def _listed(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, float]]]:
-    for name, figures in part["judges"].items():
-        yield name, "published", figures
+    for name, metrics in part["judges"].items():
+        yield name, "published", metrics
     if "people" in part:
         yield "people with people", "people", part["people"]
 
@@ -47,14 +47,14 @@ def _listed(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, fl
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def shown_figures(entrants: Sequence[Entrant]) -> list[str]:
+def shown_metrics(entrants: Sequence[Entrant]) -> list[str]:
     """The metrics that the exam allows, in their order."""
-    return [name for name in NAMES if any(name in each.figures for each in entrants if each.kind != "published")]
+    return [name for name in NAMES if any(name in each.metrics for each in entrants if each.kind != "published")]
 
 
 def columns(entrants: Sequence[Entrant]) -> tuple[str, ...]:
     """The header of the table."""
-    names = [NAMES[name] for name in shown_figures(entrants)]
+    names = [NAMES[name] for name in shown_metrics(entrants)]
     return ("who", "AUROC", "95 %", *(name for name in names if name != "AUROC"))
 
 
@@ -66,12 +66,12 @@ def optional(entrants: Sequence[Entrant]) -> tuple[str, ...]:
 
 def table(entrants: Sequence[Entrant]) -> list[tuple[str, ...]]:
     """One row an entrant, the cells in the order of `columns`."""
-    names = [name for name in shown_figures(entrants) if name != "auroc"]
+    names = [name for name in shown_metrics(entrants) if name != "auroc"]
     rows = []
     for each in entrants:
-        auroc = each.figures.get("auroc")
+        auroc = each.metrics.get("auroc")
         first = (each.name + _MARKS.get(each.kind, ""), shown(auroc), shown_interval(auroc))
-        rows.append((*first, *(shown(each.figures.get(name)) for name in names)))
+        rows.append((*first, *(shown(each.metrics.get(name)) for name in names)))
     return rows
 
 
@@ -118,12 +118,12 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
 # --- one sentence a judge ---------------------------------------------------------------------------------------------
 
 
-def best_constant(entrants: Sequence[Entrant], figure: str = "auroc") -> tuple[str, float] | None:
+def best_constant(entrants: Sequence[Entrant], metric: str = "auroc") -> tuple[str, float] | None:
     """The constant with the highest value of a metric."""
     found = [
         (each.name, value)
         for each in entrants
-        if each.kind == "constant" and (value := getattr(each.figures.get(figure), "value", None)) is not None
+        if each.kind == "constant" and (value := getattr(each.metrics.get(metric), "value", None)) is not None
     ]
     return max(found, key=lambda pair: pair[1], default=None)
 
@@ -134,7 +134,7 @@ def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
     A judge that flags nearly every run can have a high AUROC; so where first errors are known, it must also be better
     at naming them than every constant.
     """
-    auroc = judge.figures.get("auroc")
+    auroc = judge.metrics.get("auroc")
     if auroc is None or auroc.value is None:
         return "cannot say", f"{judge.name}: cannot say, {auroc.reason if auroc else 'no step has a score'}."
     basis = f"{auroc.n:,} steps of {auroc.tasks:,} tasks"
@@ -159,7 +159,7 @@ def _reservation(judge: Entrant, entrants: Sequence[Entrant]) -> str:
     """What else keeps a judge with a high AUROC from being trusted; empty if nothing does."""
     if judge.answered < MIN_SCORED * judge.asked:
         return f"; it scored {judge.answered / judge.asked:.0%} of the labelled steps"
-    found, constant = judge.figures.get("processbench_f1"), best_constant(entrants, "processbench_f1")
+    found, constant = judge.metrics.get("processbench_f1"), best_constant(entrants, "processbench_f1")
     if found and found.value is not None and constant and found.value <= constant[1]:
         return f"; at first errors (PB-F1 {found.value:.2f}) it is no better than {constant[0]} ({constant[1]:.2f})"
     return ""
@@ -191,7 +191,7 @@ def as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
                 "answered": each.answered,
                 "asked": each.asked,
                 "source": each.source,
-                "figures": {name: estimate.as_json() for name, estimate in each.figures.items()},
+                "metrics": {name: estimate.as_json() for name, estimate in each.metrics.items()},
             }
             for each in entrants
         ],
@@ -211,7 +211,7 @@ def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
     environment = Environment(
         loader=PackageLoader("prmkit.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    names = shown_figures(entrants)
+    names = shown_metrics(entrants)
     page = environment.get_template("exam.html.j2").render(
         title=exam.file.name,
         sets=exam.sources,
@@ -242,7 +242,7 @@ def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
     """The entrants by one metric, the best first; None for a metric with fewer than two of them."""
     if name not in _LADDERS:
         return None
-    known = [(each, each.figures[name]) for each in entrants if name in each.figures]
+    known = [(each, each.metrics[name]) for each in entrants if name in each.metrics]
     rungs = [(each, estimate, estimate.value) for each, estimate in known if estimate.value is not None]
     if len(rungs) < 2:
         return None

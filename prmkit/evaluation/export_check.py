@@ -38,8 +38,8 @@ class Parity:
     """What is known to make such differences and was found here, the likeliest first."""
 
     def __str__(self) -> str:
-        figures = f"{self.scores} scores of {self.prompts} prompts: largest difference {self.largest:.4f}, "
-        return f"{figures}mean {self.mean:.4f}" + (f"; {self.unequal} prompts scored by only one" * bool(self.unequal))
+        counts = f"{self.scores} scores of {self.prompts} prompts: largest difference {self.largest:.4f}, "
+        return f"{counts}mean {self.mean:.4f}" + (f"; {self.unequal} prompts scored by only one" * bool(self.unequal))
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def exams_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
         found += [
             {
                 "name": place.parent.name.removeprefix("exam_"),
-                "auroc": judge["figures"].get("auroc"),
+                "auroc": judge["metrics"].get("auroc"),
                 "sentence": (content["verdicts"].get(judge["name"]) or {}).get("sentence", ""),
             }
             for judge in content["entrants"]
@@ -132,7 +132,7 @@ def differences(record: Mapping[str, Any], other: Mapping[str, Any], folder: Pat
     """What two versions differ in.
 
     Returns:
-        `settings`: by key the two values; `data`: by figure of the conversion the two values; `agreement`: by
+        `settings`: by key the two values; `data`: by metric of the conversion the two values; `agreement`: by
         evaluation type the two estimates.
     """
     mine, theirs = (_config(each, folder) for each in (record, other))

@@ -13,7 +13,7 @@ import pytest
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation.command import execute
 from prmkit.evaluation.exam import read_exam
-from prmkit.evaluation.exam_figures import constants
+from prmkit.evaluation.exam_metrics import constants
 from prmkit.files import write_json
 from prmkit.judge.sources import EXPORT_FILE
 from prmkit.prompts.step import load_rubric
@@ -47,8 +47,8 @@ def take(exam: Path, *arguments: object) -> dict[str, Any]:
     return {each["name"]: each for each in found["entrants"] if each["kind"] != "published"} | {"json": found}
 
 
-def value(entrant: dict[str, Any], figure: str) -> float:
-    return entrant["figures"][figure]["value"]
+def value(entrant: dict[str, Any], metric: str) -> float:
+    return entrant["metrics"][metric]["value"]
 
 
 @pytest.fixture
@@ -93,13 +93,13 @@ def test_auroc_and_average_precision_are_those_of_scikit_learn(ternary: Path) ->
     bad, suspicion = [step.is_bad for _, step in labelled], [-score for score in scores]
     assert value(found, "auroc") == pytest.approx(roc_auc_score(bad, suspicion))
     assert value(found, "average_precision") == pytest.approx(average_precision_score(bad, suspicion))
-    assert found["figures"]["auroc"]["tasks"] == 12 and found["answered"] == found["asked"] == len(labelled)
+    assert found["metrics"]["auroc"]["tasks"] == 12 and found["answered"] == found["asked"] == len(labelled)
 
 
 def test_a_judge_that_knows_the_labels_reaches_everything(ternary: Path) -> None:
     lines = [{"id": f"{run.trajectory_id}#{step.n}", "score": step.label} for run, step in read_exam(ternary).labelled]
     found = take(ternary, "--predictions", public.write_lines(ternary.parent / "all.jsonl", lines))["all"]
-    assert {name: each["value"] for name, each in found["figures"].items() if name != "agent"} == {
+    assert {name: each["value"] for name, each in found["metrics"].items() if name != "agent"} == {
         **dict.fromkeys(("auroc", "average_precision", "f1_bad", "f1_good", "step_accuracy"), 1.0),
         **dict.fromkeys(("first_error", "processbench_f1", "silent_recall", "loud_recall"), 1.0),
         "false_alarms": 0.0,
@@ -139,7 +139,7 @@ def test_verdicts_on_runs_are_measured_as_trajectory_judge_does(tmp_path: Path) 
 
 def test_the_commonest_place_and_agent_come_from_other_tasks(tmp_path: Path) -> None:
     exam = read_exam(make_exam(tmp_path, "who-and-when", public.first_error_marked()))
-    found = {each.name: each.figures for each in constants(exam)}
+    found = {each.name: each.metrics for each in constants(exam)}
     mistakes = [int(run["mistake_step"]) for run in public.first_error_marked()]
 
     agents = [run["mistake_agent"] for run in public.first_error_marked()]
@@ -178,7 +178,7 @@ def test_rows_alone_have_no_first_error_and_say_so(tmp_path: Path, capsys: pytes
     assert all(run.first_error is None for run in exam.runs)
     lines = [{"id": run.trajectory_id, "step": step.n, "score": 0.5} for run, step in exam.labelled]
     found = take(file, "--predictions", public.write_lines(tmp_path / "some.jsonl", lines))["some"]
-    assert {"auroc", "average_precision"} <= found["figures"].keys() and "located" not in found["figures"]
+    assert {"auroc", "average_precision"} <= found["metrics"].keys() and "located" not in found["metrics"]
     assert "12 runs are here in part" in capsys.readouterr().out
 
 

@@ -86,7 +86,7 @@ def test_typed_questions_are_asked_step_by_step_and_kept(exam: Path) -> None:
 
     with serving(answer) as (url, asked):
         found = take(exam, f"{url}/systemone")
-        assert found["figures"]["auroc"]["value"] == 1 and found["answered"] == found["asked"] == len(asked)
+        assert found["metrics"]["auroc"]["value"] == 1 and found["answered"] == found["asked"] == len(asked)
         assert max(len(body["state"]["history"]) for body in asked) >= 1
         assert "reference" not in json.dumps(asked)
         take(exam, f"{url}/systemone")

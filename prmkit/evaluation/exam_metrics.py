@@ -66,7 +66,7 @@ class Entrant:
     name: str
     kind: str
     """`judge`, `base`, `constant`, `published` or `people`."""
-    figures: Mapping[str, Estimate]
+    metrics: Mapping[str, Estimate]
     answered: int = 0
     """Labelled steps with a score."""
     asked: int = 0
@@ -83,11 +83,11 @@ def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
         kind: of the entrant.
     """
     folds = _folds(exam)
-    figures = _of_steps(exam, answers, folds) | _of_runs(exam, answers, folds)
+    metrics = _of_steps(exam, answers, folds) | _of_runs(exam, answers, folds)
     labelled = [(run.trajectory_id, step.n) for run, step in exam.labelled]
     scored = sum(step in answers.scores for step in labelled)
     return Entrant(
-        answers.name, kind, {name: figures[name] for name in NAMES if name in figures}, scored, len(labelled)
+        answers.name, kind, {name: metrics[name] for name in NAMES if name in metrics}, scored, len(labelled)
     )
 
 
@@ -117,20 +117,20 @@ def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[st
     bad = np.array([step.is_bad for _, step, _ in found], np.float64)
     scores = np.array([score for _, _, score in found])
     sample = make_sample(-scores, bad, tasks, baseline=weight)
-    figures: dict[str, Estimate] = {}
+    metrics: dict[str, Estimate] = {}
     one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}.get(float(bad.mean()))
     for name, statistic in (("auroc", statistics.roc_area), ("average_precision", statistics.average_precision)):
-        figures[name] = (
+        metrics[name] = (
             undefined(one_kind, len(bad), sample.tasks) if one_kind else measure(sample, statistic(sample, weight))
         )
     fold = np.array([folds[task] for task in tasks])
     flagged = _flagged(answers, scores, bad, weight, fold)
     for name, is_bad in (("f1_bad", True), ("f1_good", False)):
-        figures[name] = _f1(tasks, flagged, bad, weight, is_bad=is_bad)
+        metrics[name] = _f1(tasks, flagged, bad, weight, is_bad=is_bad)
     if is_ternary:
         labels = np.array([step.label for _, step, _ in found])
-        figures["step_accuracy"] = _step_accuracy(answers, scores, labels, weight, tasks, fold)
-    return figures
+        metrics["step_accuracy"] = _step_accuracy(answers, scores, labels, weight, tasks, fold)
+    return metrics
 
 
 def _flagged(answers: Answers, scores: Floats, bad: Floats, weight: Floats, fold: Array) -> Array | None:
@@ -212,14 +212,14 @@ def _of_runs(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str
         return {}
     answered = [run for run in known if _is_answered(run, answers)]
     firsts = _first_errors(answered, answers, folds)
-    figures: dict[str, Estimate] = {}
+    metrics: dict[str, Estimate] = {}
     if with_error:
-        figures["first_error"] = _hit_rate(answered, firsts, lambda run, first: first == run.first_error)
+        metrics["first_error"] = _hit_rate(answered, firsts, lambda run, first: first == run.first_error)
     if with_error and clean:
-        figures["processbench_f1"] = _processbench(answered, firsts)
+        metrics["processbench_f1"] = _processbench(answered, firsts)
     if any(step.kind in KINDS_OF_ERRORS for _, step in exam.labelled) and with_error:
-        figures |= _located(exam, [run for run in answered if run.first_error != NO_ERROR], answers)
-    return figures | _recalls(answered, firsts)
+        metrics |= _located(exam, [run for run in answered if run.first_error != NO_ERROR], answers)
+    return metrics | _recalls(answered, firsts)
 
 
 def _is_answered(run: ExamRun, answers: Answers) -> bool:
@@ -287,15 +287,15 @@ def _located(exam: Exam, runs: Sequence[ExamRun], answers: Answers) -> dict[str,
     said = [_lowest(run, answers) for run in runs]
     true = [run.steps[(run.first_error or 1) - 1] for run in runs]
     pairs = list(zip(said, true, strict=True))
-    figures = {
+    metrics = {
         name: _share([float(step is not None and abs(step.place - right.place) <= far) for step, right in pairs], runs)
         for name, far in (("located", 0), ("located_1", 1))
     }
     if len({step.agent for run in exam.runs for step in run.steps}) > 1:
-        figures["agent"] = _share(
+        metrics["agent"] = _share(
             [float(step is not None and step.agent == right.agent) for step, right in pairs], runs
         )
-    return figures
+    return metrics
 
 
 def _lowest(run: ExamRun, answers: Answers) -> ExamStep | None:
@@ -314,12 +314,12 @@ def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str,
     }
     if firsts is None or not any(run.succeeded is not None for run in runs):
         return {}
-    figures = {}
+    metrics = {}
     for name, belongs in groups.items():
         chosen = [(run, first) for run, first in zip(runs, firsts, strict=True) if belongs(run)]
         if chosen:
-            figures[name] = _share([float(first != NO_ERROR) for _, first in chosen], [run for run, _ in chosen])
-    return figures
+            metrics[name] = _share([float(first != NO_ERROR) for _, first in chosen], [run for run, _ in chosen])
+    return metrics
 
 
 # --- constants --------------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def constants(exam: Exam) -> list[Entrant]:
     entrants = [examine(exam, answers, "constant") for answers in (all_good, all_bad, _by_position(exam))]
     if any(run.first_error for run in exam.runs):
         entrants.append(examine(exam, _commonest_place(exam), "constant"))
-    if "agent" in entrants[0].figures:
+    if "agent" in entrants[0].metrics:
         entrants.append(_commonest_agent(exam))
     return entrants
 
