@@ -40,6 +40,8 @@ class Scored:
     characters: int | None = None
     is_logged: bool = False
     """From a request log, which names the judge."""
+    role: str = ""
+    """`production`, `challenger` or `shadow`, in a request log."""
     time: str = ""
     """When it was logged, in UTC; empty for outputs of score_trajectories.py."""
 
@@ -95,6 +97,7 @@ def _scored(line: Mapping[str, Any], path: Path) -> Scored:
         text=line.get("prompt"),
         characters=line.get("characters"),
         is_logged="judge" in line,
+        role=str(line.get("role") or ""),
         time=str(line.get("time") or ""),
     )
 
@@ -130,7 +133,10 @@ def compare_judges(steps: Iterable[Scored], outcomes: Mapping[str, float] | None
         by_judge[step.judge].setdefault(step.prompt, step)
     if len(by_judge) != 2:
         raise UsageError(f"an A/B needs two judges, and there are {len(by_judge)} ({', '.join(by_judge)}).")
-    (first, ones), (second, others) = by_judge.items()
+    # The one in production is a, whichever was logged first.
+    (first, ones), (second, others) = sorted(
+        by_judge.items(), key=lambda judge: next(iter(judge[1].values())).role != "production"
+    )
     both = [prompt for prompt in ones if prompt in others and _is_sure(ones[prompt]) and _is_sure(others[prompt])]
     found: dict[str, Any] = {"a": first, "b": second, "steps": len(both)}
     if both:

@@ -110,6 +110,12 @@ def test_steps_are_compared_with_held_out_rows_of_the_same_score_keys(tmp_path: 
     assert "never measured" in drift_of(steps, held_out([0.9] * 200, "whole_run"), 0.25)["findings"][0]
 
 
+def _scored_lines(folder: Path, lines: list[dict[str, Any]]) -> Any:
+    log = folder / "other.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_scored([log])
+
+
 def log_line(n: int, judge: str, score: float, *, days_ago: float = 0, text: str | None = None) -> str:
     """A line as serve_judge.py --log-requests writes it."""
     time = (datetime.now(UTC) - timedelta(days=days_ago)).isoformat()
@@ -154,6 +160,11 @@ def test_the_texts_where_two_judges_differ_are_shown_if_they_were_logged(
     pairs = [(n, 0.5, 0.5) for n in range(20)] + [(20, 0.1, 0.9)]
     lines = [log_line(n, judge, score, text=f"step {n}") for n, a, b in pairs for judge, score in (("a", a), ("b", b))]
     log.write_text("".join(lines))
+    shadow_first = [json.loads(line) for line in lines]
+    for line in shadow_first:
+        line["role"] = "shadow" if line["judge"] == "a" else "production"
+    found = compare_judges(_scored_lines(tmp_path, shadow_first), None)
+    assert (found["a"], found["b"]) == ("b", "a")
     show_ab(compare_judges(read_scored([log]), None))
     shown = capsys.readouterr().out
     assert "step 20" in shown and "r20" in shown and "0.10" in shown and "0.90" in shown
