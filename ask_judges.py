@@ -13,7 +13,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Every answer is in OUTPUT.answers.jsonl before the next request is sent. After an interruption, run "
-        "the same command again: nothing that was answered is paid for twice. Exit code 1: more than 5 %% are missing.",
+        "the same command again: nothing that was answered is paid for twice. Exit code 1: more than 5 % are missing.",
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="RUNS", help="files or folders in any form that import_trajectories.py reads")
@@ -23,7 +23,7 @@ def main() -> int:
     add("--dry-run", action="store_true", help="show prompts, tokens, price and hosts; ask nothing")
     add("--yes", action="store_true", help="do not ask whether the price is right")
     add("--max-cost", type=float, metavar="X", help="send no request that could make this run cost more")
-    add("--no-asking", action="store_true", help="only make the rows again from the answers")
+    add("--no-asking", action="store_true", help="only rebuild the rows from the answers, offline")
     add("--json", action="store_true", help="print the result as JSON")
     asking = parser.add_argument_group("what is asked").add_argument
     asking("--per", choices=["step", "run"], default="step", help="one call a step (default), or a run: cheaper")
@@ -31,7 +31,7 @@ def main() -> int:
     asking("--repeat", type=_share, default=0.0, metavar="X", help="ask twice about this share of steps (default 0)")
     asking("--rubric", type=Path, metavar="FILE", help="what is asked (default: ours)")
     asking("--format", metavar="NAME", help="the form of the runs, if it is not recognised")
-    first = parser.add_argument_group("only where the own judge is unsure").add_argument
+    first = parser.add_argument_group("only where your own judge is unsure").add_argument
     first("--first", type=Path, metavar="SCORES", help="scores of the same runs by score_trajectories.py")
     wide = "ask where its interval (else two standard deviations) is wider (default 0.4)"
     first("--unsure-above", type=_share, default=0.4, metavar="X", help=wide)

@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     exam.add_argument("--exam", type=Path, metavar="FILE", help="labels of people; --min-auroc is then about these")
     exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how good is its pick?")
     exam.add_argument("--predictions", type=Path, metavar="FILE", help="read answers (id, step, score), ask no judge")
-    exam.add_argument("--predict-with", metavar="URL", help="ask a server: of chat completions, or /v1/systemone")
+    exam.add_argument("--predict-with", metavar="URL", help="ask a server: chat completions, or /v1/systemone")
     exam.add_argument("--server-model", metavar="NAME", help="its name there")
     exam.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
     exam.add_argument("--rubric", type=Path, metavar="FILE", help="the one the judge was trained with, if not ours")

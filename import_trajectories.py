@@ -24,12 +24,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="FILE", help="JSONL to write")
     add("--format", metavar="NAME", help="do not recognise the form; a wrong name lists the right ones")
     add("--keep-secrets", action="store_true", help="do not mask keys and passwords")
-    add("--json", action="store_true", help="print the account of every file as JSON instead of the summary")
+    add("--json", action="store_true", help="print the report on every file as JSON instead of the summary")
 
     fields = parser.add_argument_group("files with field names of your own").add_argument
     fields("--list-key", metavar="NAME", help="of the list of messages")
     fields(
-        "--task-key", metavar="NAME", help="of the task's id (default: task_id and its kin, else a hash of the task)"
+        "--task-key", metavar="NAME", help="of the task's id (default: task_id and similar, else a hash of the task)"
     )
     fields("--outcome-key", metavar="NAME", help="of the reward, or of whether the run succeeded")
 

@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="rows (default labels.jsonl)")
     add("--name", default="human", help="who labels; goes into every row (default human)")
     add("--scores", type=Path, metavar="FILE", help="of score_trajectories.py: as many steps from each band of scores")
-    add("--seed", type=int, default=0, metavar="N", help="another one draws other steps (default 0)")
+    add("--seed", type=int, default=0, metavar="N", help="another seed draws other steps (default 0)")
     add("--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours")
     add("--format", metavar="NAME", help="do not recognise the form of the runs")
     add("--port", type=int, default=0, metavar="N", help="on 127.0.0.1 (default: a free one)")

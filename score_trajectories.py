@@ -32,7 +32,9 @@ def main() -> int:
     parser.add_argument(
         "--aggregate", choices=["trajectory"], help="also sum up the steps of every trajectory_id, or task_id"
     )
-    parser.add_argument("--bad-below", type=float, default=0.5, metavar="X", help="limit of a bad step (default 0.5)")
+    parser.add_argument(
+        "--bad-below", type=float, default=0.5, metavar="X", help="scores below this are bad (default 0.5)"
+    )
     runs = parser.add_argument_group("raw runs")
     runs.add_argument(
         "--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours"

@@ -35,7 +35,7 @@ def main() -> int:
         "where a step has no score, or an unsure one: 503 (default), leave it out, the mean of earlier rewards, null"
     )
     rewards("--unscored", choices=["error", "skip", "mean", "null"], default="error", help=unscored)
-    rewards("--bad-below", type=share, default=0.5, metavar="X", help="limit of a bad step (default 0.5)")
+    rewards("--bad-below", type=share, default=0.5, metavar="X", help="scores below this are bad (default 0.5)")
     trial = parser.add_argument_group("a challenger").add_argument
     trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (as --judge)")
     how_many = "of the tasks, by hash, that it answers (default 0.1), or with --shadow scores as well (default 1)"

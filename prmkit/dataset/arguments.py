@@ -35,7 +35,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--no-next", action="store_true", help=argparse.SUPPRESS)  # run_training.sh does the next step itself
     add("--audit", type=Path, metavar="FOLDER", help="only look for leaks between the datasets of any folder")
 
-    filters = parser.add_argument_group("filters, which all must agree").add_argument
+    filters = parser.add_argument_group("filters (combined with AND)").add_argument
     filters("--evaluation-types", nargs="+", metavar="TYPE", help="such as clip, category, final")
     filters("--model-names", nargs="+", metavar="JUDGE", help="judges, such as deepseek-chat")
     filters("--task-ids", nargs="+", metavar="TASK")

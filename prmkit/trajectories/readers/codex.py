@@ -2,7 +2,7 @@
 
 Thought, text and calls of one answer are lines of their own; an answer ends where a result or another message comes.
 Their payloads are the items of OpenAI's Responses API, which are read without the lines around them too.
-What the program injects in the user's name (`<environment_context>` and its kin) is not the user's.
+What the program injects in the user's name (`<environment_context>` and similar) is not the user's.
 """
 
 import re
