@@ -27,6 +27,8 @@ log = logging.getLogger("prmkit")
 
 PAGE = Path(__file__).with_name("page.html")
 _SHUTTING_DOWN = "the server is shutting down"
+_CANARY_PAUSE = 5.0
+"""Seconds until a first prompt that failed is tried again."""
 _LOOK_UP = 0.5
 """Seconds after which a request whose body does not come is looked at again."""
 _SLOWEST = 10_000
@@ -163,7 +165,11 @@ class _Routes:
     async def score_canary(self) -> None:
         """Score one small prompt: it loads the judge, and shows that it works before a client needs it."""
         service = self._service
-        self._canary = await self._first_line(service.judge)
+        while True:
+            self._canary = await self._first_line(service.judge)
+            if self._canary["status"] != "failed":
+                break
+            await asyncio.sleep(_CANARY_PAUSE)  # a server that it asks may be starting
         if service.trial:  # whether it works decides nothing: the production judge answers where it does not
             self._canary["challenger"] = await self._first_line(service.trial.challenger)
 
@@ -313,19 +319,22 @@ class Guard:
         async def limited() -> Message:
             nonlocal received, is_complete
             while not is_complete:
-                try:
+                message = None
+                with suppress(TimeoutError):
                     message = await asyncio.wait_for(receive(), _LOOK_UP)
-                except TimeoutError:
-                    if self._service.judge.engine.is_stopping:
-                        raise HTTPException(503, _SHUTTING_DOWN) from None  # FastAPI lets no other kind through here
-                    if time.monotonic() - began > self._limits.body_patience + received / _SLOWEST:
-                        raise HTTPException(408, "the body did not come in time", {"Connection": "close"}) from None
-                    continue
-                received += len(message.get("body", b""))
+                if message:
+                    received += len(message.get("body", b""))
+                    is_complete = not message.get("more_body", False)
                 if received > self._limits.body:
                     raise HTTPException(413, f"the body is larger than {self._limits.body:,} bytes")
-                is_complete = not message.get("more_body", False)
-                return message
+                # HTTPException, for FastAPI lets no other kind through while it reads a body.
+                if not is_complete and self._service.judge.engine.is_stopping:
+                    raise HTTPException(503, _SHUTTING_DOWN)
+                allowed = self._limits.body_patience + received / _SLOWEST
+                if not is_complete and time.monotonic() - began > allowed:
+                    raise HTTPException(408, "the body did not come in time", {"Connection": "close"})
+                if message:
+                    return message
             return await receive()  # of a client that hangs up
 
         return limited

@@ -7,6 +7,7 @@ import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 from serving_stub import StubScorer, running_server
@@ -41,6 +42,21 @@ def test_a_body_that_comes_too_slowly_is_refused_and_holds_nobody_up() -> None:
                 answer = stream.read()
             connection.close()
             assert answer.startswith(b"HTTP/1.1 408") and b"did not come in time" in answer
+
+
+def test_a_body_that_comes_byte_by_byte_is_refused_as_well() -> None:
+    with running_server(body_patience=0.5) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n")
+            slow.settimeout(0.1)
+            answer, began = b"", time.monotonic()
+            while not answer:
+                assert time.monotonic() - began < 10
+                slow.sendall(b"{")
+                with suppress(TimeoutError):
+                    answer = slow.recv(100)
+    assert answer.startswith(b"HTTP/1.1 408")
 
 
 def test_a_full_queue_is_503_with_retry_after() -> None:

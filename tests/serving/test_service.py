@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
-from serving_stub import StubScorer
+from serving_stub import StubScorer, running_server
 
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.scorer import ShapeOf
@@ -232,3 +233,23 @@ def test_drift_is_near_zero_for_the_same_scores_and_large_for_others() -> None:
     assert drift(scores, [score / 2 for score in scores]) > 0.25
     assert math.isnan(drift(scores, scores[:49])) and math.isnan(drift([], scores))
     assert drift([0.5] * 300, [0.5] * 300) == pytest.approx(0, abs=1e-9)
+
+
+class Starting(StubScorer):
+    """Fails at first, as a server does that has not loaded its model yet."""
+
+    def judgements(self, requests: Any, mode: Any = "expected") -> Any:
+        if len(self.batches) < 3:
+            self.batches.append(0)
+            raise DataError("connection refused")
+        yield from super().judgements(requests)
+
+
+def test_a_server_is_ready_when_what_it_asks_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prmkit.serving.app._CANARY_PAUSE", 0.2)
+    with running_server(scorer=Starting()) as url:
+        statuses: list[int] = []
+        while 200 not in statuses:
+            statuses.append(httpx.get(f"{url}/ready").status_code)
+            assert len(statuses) < 2000
+    assert statuses[0] == 503
