@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytest_plugins = ["judge_fixtures"]
 
-# Two tests at once, and models of a million weights: more threads only get in each other's way.
+# Several tests at once, and models of a million weights: more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Nothing in the tests may reach for a hub or a cloud.
