@@ -26,7 +26,7 @@ def main() -> int:
     add("--no-asking", action="store_true", help="only rebuild the rows from the answers, offline")
     add("--json", action="store_true", help="print the result as JSON")
     asking = parser.add_argument_group("what is asked").add_argument
-    asking("--per", choices=["step", "run"], default="step", help="one call a step (default), or a run: cheaper")
+    asking("--per", choices=["step", "run"], default="step", help="one call per step (default), or per run: cheaper")
     asking("--teacher-sees", choices=["reference"], help="also send the solution, where a run has one; never in rows")
     asking("--repeat", type=_share, default=0.0, metavar="X", help="ask twice about this share of steps (default 0)")
     asking("--rubric", type=Path, metavar="FILE", help="what is asked (default: ours)")

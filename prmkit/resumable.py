@@ -1,4 +1,4 @@
-"""Outputs of one line a row that are written as they come, and continued by the next run."""
+"""Outputs of one line per row that are written as they come, and continued by the next run."""
 
 import logging
 import os

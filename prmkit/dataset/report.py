@@ -157,7 +157,7 @@ def _quantiles(stage: Stage, lengths: str) -> dict[str, int]:
 def agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
     """One entry per evaluation type and pair of judges, from `Stage.agreement`.
 
-    `n` counts pairs of scores, several a prompt where a verdict carries several; `pearson` is null where a judge
+    `n` counts pairs of scores, several per prompt where a verdict carries several; `pearson` is null where a judge
     always gave the same score; `mean_absolute_difference` is 0 to 1.
     """
     return [

@@ -62,7 +62,7 @@ def expected_pick(scores: Sequence[float], outcomes: Sequence[float], n: int) ->
     C(at most s, n) - C(below s, n) of all C(m, n) subsets. Within a tie each run is the pick equally often.
 
     Args:
-        scores: one a run.
+        scores: one per run.
         outcomes: likewise.
         n: 1 to the number of runs.
     """
@@ -203,7 +203,7 @@ def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | 
     scores = value.get("scores")
     if isinstance(scores, list) or ("scores" in value and "score" not in value):
         if not isinstance(scores, list) or not scores or not all(map(_is_share, scores)):
-            raise DataError(f"{place}: scores is not a list of numbers from 0 to 1, one a step.")
+            raise DataError(f"{place}: scores is not a list of numbers from 0 to 1, one per step.")
         return replace(attempt, steps=len(scores), scores=tuple(map(float, scores))), None, None
     if "score" not in value:
         return attempt, None, None

@@ -59,7 +59,7 @@ def score_steps(
     Args:
         source: the judge.
         asked: steps and what to ask of each; gone through once, and not kept.
-        file: one line a step.
+        file: one line per step.
         arguments: batch_size, mode, too_long, max_new_tokens and min_label_mass.
 
     Returns:
@@ -173,7 +173,7 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
         exam: the exam.
         endpoint: the server.
         rubric: what is asked.
-        file: one line a step.
+        file: one line per step.
 
     Raises:
         DataError: the server cannot be reached, or no step got a score.

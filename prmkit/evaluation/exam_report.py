@@ -1,4 +1,4 @@
-"""What an exam says: one table with judges, constants, published judges and people, one sentence a judge, one page."""
+"""What an exam says: a table with judges, constants, published judges and people, a sentence per judge, a page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +115,7 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
     return lines
 
 
-# --- one sentence a judge ---------------------------------------------------------------------------------------------
+# --- one sentence per judge -------------------------------------------------------------------------------------------
 
 
 def best_constant(entrants: Sequence[Entrant], metric: str = "auroc") -> tuple[str, float] | None:

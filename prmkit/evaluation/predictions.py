@@ -1,4 +1,4 @@
-"""The predictions of an evaluation: one line a prompt, written as they come, and read back as a table of scores."""
+"""The predictions of an evaluation: one line per prompt, written as they come, and read back as a table of scores."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -290,7 +290,7 @@ def savings(values: Mapping[str, Any]) -> list[Saving]:
     if batch > 1:
         accumulation = batch * int(setting(values, "gradient_accumulation_steps"))
         changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
-        found.append(Saving(changes, "the same rows a step, fewer at once"))
+        found.append(Saving(changes, "the same rows per step, fewer at once"))
     if values.get("disable_gradient_checkpointing"):
         found.append(Saving({"disable_gradient_checkpointing": False}, "each layer keeps only its input; slower"))
     if not values.get("enable_liger_kernel"):

@@ -5,8 +5,8 @@ in a child of `train.py` (`prmkit.training.launcher.run_checks`), because the la
 takes 8 seconds, and run a model's own code and chat template, which may raise anything, or hang.
 
 The request on standard input is a JSON object: `values`, `dropped`, `sources` (of the resolved config), `processes`,
-`world_size`, `evaluate`, `parent` (the process that asks). Standard output has one JSON object a line: `{"begin": NAME,
-"advice": what to do when the check dies, "note": what to show meanwhile}` or a check.
+`world_size`, `evaluate`, `parent` (the process that asks). Standard output has one JSON object per line: `{"begin":
+NAME, "advice": what to do when the check dies, "note": what to show meanwhile}` or a check.
 """
 
 import json
