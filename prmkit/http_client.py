@@ -22,6 +22,8 @@ log = logging.getLogger("prmkit")
 
 T = TypeVar("T")
 Logprobs = Literal["exact", "top"]
+ExactBy = Literal["logprob_token_ids", "score", "nothing"]
+"""vLLM's parameter of completions, SGLang's `/v1/score`, or neither."""
 
 MOST_EXACT = 128
 """Tokens that vLLM takes in one `logprob_token_ids`."""
@@ -38,6 +40,8 @@ _ROUNDING = 0.01
 """A log-probability that was computed in half precision may be this far above zero."""
 _NOT_COMPUTED = -9000.0
 """vLLM writes -9999.0 for tokens whose probability it did not compute. No float has a logarithm like that."""
+_SAME = 0.05
+"""Two log-probabilities of one token may differ so much, because of half precision and other batches."""
 _NEUTRAL = {
     "temperature": 0,
     "top_p": 1,
@@ -134,8 +138,8 @@ class ServerState:
 
     is_usable: bool = False
     """It has given an answer that could be read. Until then, what is wrong is probably wrong for every row."""
-    is_exact: bool | None = None
-    """It answers with the tokens of `logprob_token_ids`; None until it was asked."""
+    exact_by: ExactBy | None = None
+    """How it gives the probabilities of tokens that are named; None until it was asked."""
     left_out_until: dict[str, float] = field(default_factory=dict)
     """By address, when a server that failed is tried again, on the clock of `time.monotonic`."""
 
@@ -250,6 +254,48 @@ class Connection:
         return await self._ask_all(
             prompts, read, max_tokens=1, logprobs=1, logprob_token_ids=list(tokens), return_tokens_as_token_ids=True
         )
+
+    async def scored(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[dict[int, float]] | None:
+        """As `exact`, from SGLang's `/v1/score`; None where the server answers something else.
+
+        What all prompts begin with is sent once. An item must not be empty, so it is one token less.
+        """
+        shared = min(map(len, prompts)) - 1
+        while any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
+            shared -= 1
+        body = {
+            "query": list(prompts[0][:shared]),
+            "items": [list(prompt[shared:]) for prompt in prompts],
+            "label_token_ids": [list(tokens)] * len(prompts),
+            "apply_softmax": False,  # it would be over these tokens alone
+            "return_token_logprobs": True,
+        }
+
+        def read(content: bytes) -> list[dict[int, float]] | None:
+            try:
+                rows = json.loads(content)["token_logprobs"]
+                fits = [len(row) for row in rows] == [len(tokens)] * len(prompts)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                return None
+            if not fits:
+                return None
+            found = [dict(zip(tokens, map(self._number, row), strict=True)) for row in rows]
+            if any(value < _NOT_COMPUTED for each in found for value in each.values()):
+                raise _PassingTrouble("it did not compute the tokens that were asked for")
+            return found
+
+        return await self._retried("score", {"model": self.endpoint.model, **body}, read)
+
+    async def scores_agree(self, ids: Sequence[int]) -> bool:
+        """Whether the likeliest tokens after `ids` have the probabilities in `scored` that a completion gives them.
+
+        A path named `/v1/score` may do anything. SGLang itself puts another token before what is scored, where it was
+        started with `--multi-item-scoring-delimiter`, and so answers for another prompt.
+        """
+        (place,) = await self.likeliest(ids, [range(self._vocabulary.size)])
+        shown = dict(place.known)
+        scored = await self.scored([ids], list(shown)) if shown else None
+        return scored is not None and all(abs(scored[0][token] - value) < _SAME for token, value in shown.items())
 
     async def echoed(self, ids: Sequence[int]) -> float:
         """The log-probability of the last one of `ids`."""

@@ -8,6 +8,8 @@ vllm        names tokens by their ids; its model brings a repetition penalty, as
 exact       the same, and knows logprob_token_ids and lists of prompts
 busy        the same, and every second answer is damaged as while another client uses logprob_token_ids
 sglang      names tokens by their texts
+scoring     the same, with SGLang's /v1/score beside it, which takes the labels of every item
+delimited   the same, started with a delimiter that it puts before what it scores
 llama       logprobs in the form of llama-server, as many as asked for, and no echo
 wordless    no logprobs
 echoless    no logprobs of a prompt
@@ -18,6 +20,7 @@ textual     takes no token ids
 """
 
 import asyncio
+import math
 import socket
 import sys
 from typing import Any
@@ -94,6 +97,30 @@ def llama_entry(tokenizer: Any, logits: Any, count: int) -> dict[str, Any]:
     return shown[0] | {"top_logprobs": shown}
 
 
+def score(model: Any, flavour: str, body: dict[str, Any]) -> dict[str, Any]:
+    """SGLang's answer to /v1/score."""
+    import torch
+
+    rows = []
+    between = [0] if flavour == "delimited" else []
+    with torch.inference_mode():
+        for item, labels in zip(body["items"], body["label_token_ids"], strict=True):
+            shares = model(torch.tensor([[*body["query"], *between, *item]])).logits[0, -1].float().log_softmax(-1)
+            rows.append([shares[label].item() for label in labels])
+    return {"object": "scoring", "scores": [[math.exp(value) for value in row] for row in rows],
+            "token_logprobs": rows if body.get("return_token_logprobs") else None}  # fmt: skip
+
+
+def score_refusal(flavour: str, body: dict[str, Any]) -> str | None:
+    """What SGLang says to a request for scores that it does not like."""
+    if flavour not in ("scoring", "delimited"):
+        return "not found"
+    items, labels = body["items"], body["label_token_ids"]
+    if not all(items) or len(items) != len(labels) or any(len(set(each)) < len(each) for each in labels):
+        return "items must not be empty, and have labels without duplicates each"
+    return None
+
+
 def damage(answer: dict[str, Any]) -> None:
     """What vLLM's V1 runner leaves of the likeliest tokens next to a request with logprob_token_ids."""
     logprobs = answer["choices"][0]["logprobs"]
@@ -153,11 +180,19 @@ def application(models: dict[str, tuple[Any, Any]]) -> Any:
             damage(answer)
         return answer
 
+    async def scores(name: str, flavour: str, request: Request) -> Any:
+        body = await request.json()
+        if refused := score_refusal(flavour, body):
+            return JSONResponse({"error": refused}, status_code=404 if refused == "not found" else 400)
+        state["answers"] += 1
+        return await asyncio.to_thread(score, models[name][1], flavour, body)
+
     async def trouble(request: Request) -> Any:
         state.update(await request.json())
         return state
 
     app.add_api_route("/{name}/{flavour}/v1/completions", completions, methods=["POST"])
+    app.add_api_route("/{name}/{flavour}/v1/score", scores, methods=["POST"])
     app.add_api_route("/trouble", trouble, methods=["POST"])
     return app
 

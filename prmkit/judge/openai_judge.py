@@ -1,7 +1,7 @@
 """The same scores from a model that runs elsewhere: any OpenAI-compatible completions endpoint with logprobs.
 
-vLLM gives the probability of any tokens that are named, over the whole vocabulary: one request with all nodes of the
-trie of the candidates as a list of prompts is enough for a key.
+vLLM and SGLang give the probability of any tokens that are named, over the whole vocabulary: one request with all nodes
+of the trie of the candidates as a list of prompts is enough for a key.
 
 Other servers show only the likeliest tokens. So there the trie is walked: one request for each node that can matter
 gives the likeliest tokens after it. What is not among them is bounded by the least likely one that is; where the bound
@@ -20,7 +20,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from prmkit.errors import DataError, UsageError
-from prmkit.http_client import MOST_EXACT, Connection, Endpoint, RowFailure, ServerState, Vocabulary
+from prmkit.http_client import MOST_EXACT, Connection, Endpoint, ExactBy, RowFailure, ServerState, Vocabulary
 from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
 from prmkit.judge.types import LOW_LABEL_MASS, LOW_REACH, Judgement, Mode, Request
@@ -157,17 +157,16 @@ async def _exactly(
         wanted |= {*question.trie.context[question.forced_from :], *(token for _, token in question.trie.edges)}
     tokens = sorted(wanted)
     async with connection.probing:
-        if connection.state.is_exact is None:
-            connection.state.is_exact = len(tokens) <= MOST_EXACT and await _reads_exactly(
-                connection, contexts[0], tokens
-            )
-    if not connection.state.is_exact or len(tokens) > MOST_EXACT:
+        if connection.state.exact_by is None and len(tokens) <= MOST_EXACT:
+            connection.state.exact_by = await _exact_way(connection, contexts[0], tokens)
+    if connection.state.exact_by in (None, "nothing") or len(tokens) > MOST_EXACT:
         return None
     prompts: list[list[int]] = []
     for question, context in zip(questions, contexts, strict=True):
         prompts += [context[:place] for place in range(len(prompt_ids) + question.forced_from, len(context))]
         prompts += _contexts_of_nodes(question.trie, context)
-    found = await connection.exact(prompts, tokens)
+    ask = connection.scored if connection.state.exact_by == "score" else connection.exact
+    found = await ask(prompts, tokens)
     if found is None:
         raise RowFailure("the server did not answer with the tokens that were asked for, as it did before")
     places = iter(found)
@@ -183,14 +182,19 @@ def _exact_reading(question: Question, places: Iterator[Mapping[int, float]]) ->
     return Reading(log_reach, [sum(steps[edge] for edge in path) for path in trie.paths])
 
 
-async def _reads_exactly(connection: Connection, context: list[int], tokens: list[int]) -> bool:
+async def _exact_way(connection: Connection, context: list[int], tokens: list[int]) -> ExactBy:
     """Ask once, for one prompt: servers refuse a parameter that they do not know, or answer as if it were not there."""
     try:
-        return await connection.exact([context], tokens) is not None
+        if await connection.exact([context], tokens) is not None:
+            return "logprob_token_ids"
     except RowFailure as failure:
-        if failure.is_refusal:
-            return False
-        raise
+        if not failure.is_refusal:
+            raise
+    try:
+        is_there = await connection.scored([context], tokens) is not None
+    except (RowFailure, DataError):  # there is no such path, or it is for something else
+        is_there = False
+    return "score" if is_there and await connection.scores_agree(context) else "nothing"
 
 
 def _contexts_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:

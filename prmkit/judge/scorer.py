@@ -275,8 +275,8 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--logprobs",
         choices=["exact", "top"],
         default="exact",
-        help="exact: name the tokens to read where the server can (vLLM; default). It disturbs other clients that ask "
-        "the same vLLM for ordinary logprobs; top does not",
+        help="exact: name the tokens to read where the server can (vLLM, SGLang; default). It disturbs other clients "
+        "that ask the same vLLM for ordinary logprobs; top does not",
     )
     group.add_argument(
         "--top-logprobs", type=positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"

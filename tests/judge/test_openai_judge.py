@@ -81,6 +81,54 @@ def test_a_server_that_takes_token_ids_is_read_exactly_in_one_request_a_key(
     assert_same([judged], list(judge.score([FLAT_ONE])), within=2e-6)
 
 
+@pytest.mark.parametrize("family", ["qwen", "mistral"])
+def test_sglangs_scoring_is_read_exactly_in_one_request_a_key(
+    server: str, judges: dict[str, Judge], family: str
+) -> None:
+    judge = judges[family]
+    before = answers_given(server)
+    remote_judge = remote(server, judge, family=family, flavour="scoring")
+    (judged,) = remote_judge.score([FLAT_ONE])
+    assert answers_given(server) - before == 5  # four to find out, one for the key
+    assert remote_judge._state.exact_by == "score"
+    assert_same([judged], list(judge.score([FLAT_ONE])), within=1e-5)
+    assert_same(list(remote_judge.score(REQUESTS)), list(judge.score(REQUESTS)), within=1e-5)
+
+
+def test_a_scoring_endpoint_that_answers_for_another_prompt_is_not_used(server: str, judges: dict[str, Judge]) -> None:
+    """As SGLang's with --multi-item-scoring-delimiter: its answer has the right form and wrong numbers."""
+    judge = remote(server, judges["qwen"], flavour="delimited")
+    assert_same(list(judge.score([FLAT_ONE])), list(judges["qwen"].score([FLAT_ONE])))
+    assert judge._state.exact_by == "nothing"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"scores": [[0.5]]},
+        {"token_logprobs": None},
+        {"token_logprobs": [[-1.0]]},
+        {"token_logprobs": [["a"] * 99]},
+        {"token_logprobs": 7},
+        {"error": "no"},
+        [1, 2],
+        "hello",
+    ],
+)
+def test_another_kind_of_score_endpoint_is_no_reason_to_fail(
+    server: str, judges: dict[str, Judge], monkeypatch: Any, answer: Any
+) -> None:
+    post = http_client.Connection._post
+
+    async def other(self: Any, path: str, body: Any) -> bytes:
+        return json.dumps(answer).encode() if path == "score" else await post(self, path, body)
+
+    monkeypatch.setattr(http_client.Connection, "_post", other)
+    judge = remote(server, judges["qwen"])
+    (judged,) = judge.score([FLAT_ONE])
+    assert judged.scores and judge._state.exact_by == "nothing"
+
+
 def test_two_kinds_of_logprobs_are_never_asked_for(server: str, judges: dict[str, Judge], monkeypatch: Any) -> None:
     """An exact request damages the likeliest tokens of those beside it, also our own."""
     sent: list[bool] = []
