@@ -252,7 +252,7 @@ def test_every_gate_that_fails_is_named_after_the_metrics_and_the_exit_code_is_4
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--run", "/nowhere"), ExitCode.DATA, "no run of train.py"),
+        (("--run", "/nowhere"), ExitCode.DATA, "not a run of train.py"),
         (("--run", "a", "--model", "b"), ExitCode.USAGE, "two judges"),
         (("--limit", "0"), ExitCode.USAGE, "--limit"),
         (("--model", "nowhere"), ExitCode.DATA, "error: nowhere: no such folder."),
