@@ -85,7 +85,10 @@ class Judge:
         more = {"keys": list(keys)} if keys else {}
         parts = [list(steps[first : first + 64]) for first in range(0, len(steps), 64)]
         answers = self._each([("/v1/score", {"steps": part, **more}) for part in parts])
-        return [line for answer in answers for line in answer["results"]]
+        lines = [line for answer in answers for line in _lines(answer, "results", self.url)]
+        if len(lines) != len(steps):
+            raise JudgeUnavailable(f"{self.url}: {len(lines)} lines for {len(steps)} steps.")
+        return lines
 
     def score_run(self, run: Any, *, gamma: float = 1.0) -> list[dict[str, Any]]:
         """Score every step of a run in any form that `import_trajectories.py` reads; one object for each run in it.
@@ -94,7 +97,10 @@ class Judge:
             JudgeUnavailable, RequestRefused: see there.
         """
         (answer,) = self._each([(f"/v1/score_trajectory?gamma={float(gamma)}", run)])
-        return list(answer["runs"])
+        runs = _lines(answer, "runs", self.url)
+        for found in runs:
+            _lines(found, "steps", self.url)
+        return runs
 
     def reward(self, prompt: str | Messages, response: str | Messages, *, aggregate: str = "min") -> Reward:
         """The reward of one sample.
@@ -117,7 +123,8 @@ class Judge:
         Raises:
             JudgeUnavailable, RequestRefused: see there.
         """
-        return [_reward(answer) for answer in self._each([_sample(*sample, aggregate) for sample in samples])]
+        asked = [_sample(*sample, aggregate) for sample in samples]
+        return [_reward(answer, self.url) for answer in self._each(asked)]
 
     async def arewards(
         self, samples: Sequence[tuple[str | Messages, str | Messages]], *, aggregate: str = "min"
@@ -138,7 +145,8 @@ class Judge:
                     return _content(outcome, self.url)
 
             asked = [_sample(*sample, aggregate) for sample in samples]
-            return [_reward(answer) for answer in await asyncio.gather(*(ask(path, body) for path, body in asked))]
+            answers = await asyncio.gather(*(ask(path, body) for path, body in asked))
+            return [_reward(answer, self.url) for answer in answers]
 
     def _each(self, requests: Sequence[tuple[str, Any]]) -> list[Any]:
         if len(requests) == 1:
@@ -180,8 +188,30 @@ def _sample(prompt: str | Messages, response: str | Messages, aggregate: str) ->
     return "/reward", {"prompt": prompt, "response": response, "aggregate": aggregate, "unscored": "null"}
 
 
-def _reward(answer: Mapping[str, Any]) -> Reward:
-    return Reward(answer["score"], tuple(answer["scores"]), answer["label_mass"])
+def _reward(answer: Any, url: str) -> Reward:
+    try:
+        value, steps, mass = answer["score"], tuple(answer["scores"]), answer["label_mass"]
+    except (TypeError, KeyError):
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py.") from None
+    for number in (value, *steps, mass):
+        _check_share(number, url)
+    return Reward(value, steps, mass)
+
+
+def _lines(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
+    """The lines of an answer, with scores that are scores."""
+    lines = answer.get(name) if isinstance(answer, dict) else None
+    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py.")
+    for line in lines:
+        _check_share(line.get("score"), url)
+    return lines
+
+
+def _check_share(number: Any, url: str) -> None:
+    """A reward that is NaN, or beyond the scale, would train the policy on nonsense without a word."""
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1):
+        raise JudgeUnavailable(f"{url}: {number!r:.40} is no score from 0 to 1.")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

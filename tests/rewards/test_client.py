@@ -1,10 +1,14 @@
 """The client against the real server, and against servers that are down, slow, or something else."""
 
+import asyncio
 import http.server
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +39,6 @@ def test_steps_runs_and_rewards(judge_url: str) -> None:
 
 
 def test_many_requests_at_once_keep_their_order(judge_url: str) -> None:
-    import asyncio
-
     samples = [("What?", f"{'good' if number % 3 else 'bad'} {number}") for number in range(300)]
     expected = [GOOD if number % 3 else POOR for number in range(300)]
     assert [each.value for each in Judge(judge_url).rewards(samples)] == pytest.approx(expected, abs=CLOSE)
@@ -74,7 +76,7 @@ def answering(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[str]]]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
     finally:
@@ -100,6 +102,83 @@ def test_trouble_that_stays_is_an_error_and_never_a_number() -> None:
         Judge(url).reward("a", "b")
     with pytest.raises(JudgeUnavailable, match="no answer"):
         Judge("http://127.0.0.1:9", attempts=1).reward("a", "b")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"null",
+        b"[]",
+        b"{}",
+        b'"0.7"',
+        b'{"score": NaN, "scores": [NaN], "label_mass": 0.9}',
+        b'{"score": 1e999, "scores": [0.5], "label_mass": 0.9}',
+        b'{"score": 7, "scores": [7], "label_mass": 0.9}',
+        b'{"score": -0.1, "scores": [0.5], "label_mass": 0.9}',
+        b'{"score": true, "scores": [true], "label_mass": 0.9}',
+        b'{"score": "0.7", "scores": [0.7], "label_mass": 0.9}',
+        b'{"score": 0.7, "scores": null, "label_mass": 0.9}',
+        b'{"score": 0.7, "scores": [0.7, NaN], "label_mass": 0.9}',
+        b"<html>" * 1000,
+    ],
+)
+def test_an_answer_that_is_no_score_is_an_error(body: bytes) -> None:
+    with answering((200, body)) as (url, _), pytest.raises(JudgeUnavailable) as caught:
+        Judge(url).reward("a", "b")
+    assert len(str(caught.value)) < 400
+    with answering((200, body)) as (url, _), pytest.raises(JudgeUnavailable):
+        asyncio.run(Judge(url).arewards([("a", "b")]))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b'{"results": []}',
+        b'{"results": [7]}',
+        b'{"results": [{"score": NaN, "status": "ok", "label_mass": 1}]}',
+    ],
+)
+def test_lines_are_as_many_as_steps_and_their_scores_are_scores(body: bytes) -> None:
+    with answering((200, body)) as (url, _), pytest.raises(JudgeUnavailable):
+        Judge(url).score([{"prompt": "a"}])
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", b'{"runs": [{}]}', b'{"runs": [{"steps": [{"score": 1.5, "status": "ok", "label_mass": 1}]}]}']
+)
+def test_a_run_has_steps_with_scores_that_are_scores(body: bytes) -> None:
+    with answering((200, body)) as (url, _), pytest.raises(JudgeUnavailable):
+        Judge(url).score_run({"messages": MESSAGES})
+
+
+def test_a_server_that_never_answers_ends_in_an_error_after_the_time_that_was_given() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(JudgeUnavailable, match="no answer"):
+            Judge(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.2, attempts=2).reward("a", "b")
+        assert time.monotonic() - started < 5
+
+
+def test_a_server_that_is_restarted_in_the_middle_loses_no_reward() -> None:
+    """It is killed while 32 connections wait; another one takes its port two seconds later."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    program = [sys.executable, str(Path(__file__).with_name("slow_server.py")), str(port)]
+    first = subprocess.Popen(program, stdout=subprocess.PIPE)
+    assert first.stdout and first.stdout.readline()
+    samples = [("What?", str(number)) for number in range(200)]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(Judge(f"http://127.0.0.1:{port}").rewards, samples)
+        time.sleep(0.5)
+        assert not waiting.done()
+        first.kill()
+        first.communicate()
+        time.sleep(1)
+        with subprocess.Popen(program, stdout=subprocess.DEVNULL) as second:
+            found = waiting.result(60)
+            second.kill()
+    assert [reward.value for reward in found] == [number / 1000 for number in range(200)]
 
 
 def test_the_key_is_in_no_message_and_no_repr() -> None:
