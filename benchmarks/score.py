@@ -4,6 +4,8 @@
     python benchmarks/score.py --train                                trains one on verdicts as long as real ones first
     python benchmarks/score.py                                        the demo's model, untrained: throughput alone
     python benchmarks/score.py --size 7b --prompt-tokens 4000         Qwen2.5-7B with random weights; needs a GPU
+    python benchmarks/score.py --through http://127.0.0.1:8000/v1 --model FOLDER --template smollm2 --rows 12
+                                                                      one model here and in a vLLM that serves it
 
 Every number comes from a separate process, one after the other, after a warm-up. Peak memory is what torch allocated
 on the GPU; without a GPU, the largest resident set of that process. A model with random weights never ends its
@@ -20,6 +22,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,13 @@ from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.evaluation import estimates, heldout, statistics  # noqa: E402
 from prmkit.evaluation.metrics import MIN_SCORES  # noqa: E402
 from prmkit.evaluation.summary import shown  # noqa: E402
+from prmkit.http_client import Connection, Endpoint  # noqa: E402
+from prmkit.judge.scorer import Scorer  # noqa: E402
 from prmkit.judge.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
 from prmkit.judge.transformers_judge import Judge, load_model  # noqa: E402
-from prmkit.judge.types import Request  # noqa: E402
+from prmkit.judge.types import Judgement, Mode, Request  # noqa: E402
 from prmkit.prompts.encoding import ChatEncoding, load_encoding  # noqa: E402
-from prmkit.verdict import Shape, Verdict, read_verdict, render_verdict  # noqa: E402
+from prmkit.verdict import Shape, Verdict, asked_shape, read_verdict, render_verdict  # noqa: E402
 
 WARM_UP = 2
 
@@ -169,6 +174,70 @@ def compare(arguments: argparse.Namespace) -> None:
         print(f"| {batch_size} | {mode} | {speed} | {ratio:.1f} | {peak} | {order} |")
 
 
+def compare_through(arguments: argparse.Namespace) -> None:
+    """Score prompts of the sample with the model here and with a server that has the same one, and print the table.
+
+    The sample's prompts are real ones for a judge of clips, whatever the model; scores of one that was never trained
+    mean nothing, and are compared all the same: the arithmetic is what is measured.
+    """
+    source = JudgeSource(arguments.model, template=arguments.template, device="cpu", dtype="float32")
+    endpoint = Endpoint(arguments.through, arguments.served_name)
+    sent = _count_requests()
+    requests = list(_prompts_of_sample(arguments.rows))
+    ways: tuple[tuple[str, Scorer, Mode], ...] = (
+        ("transformers, expected", Scorer(source), "expected"),
+        ("vLLM exact, expected", Scorer(source, endpoint), "expected"),
+        ("transformers, generating", Scorer(source, max_new_tokens=arguments.verdict_tokens), "generate"),
+        ("vLLM, generating", Scorer(source, endpoint, max_new_tokens=arguments.verdict_tokens), "generate"),
+    )
+    print(f"{len(requests)} prompts, at most {arguments.verdict_tokens} tokens of a verdict\n")
+    print("| way | prompts/s | requests | scored | largest difference: score, label mass |")
+    print("|---|---:|---:|---:|---|")
+    reference: list[Judgement] = []
+    for name, scorer, mode in ways:
+        list(scorer.judgements(requests[-WARM_UP:], mode))
+        sent.clear()
+        started = time.perf_counter()
+        found = list(scorer.judgements(requests[:-WARM_UP], mode))
+        speed = len(found) / (time.perf_counter() - started)
+        reference = reference or found
+        scored = sum(judgement.score is not None for judgement in found)
+        differ = _differences(found, reference) if mode == "expected" and found is not reference else "–"
+        print(f"| {name} | {speed:.2f} | {len(sent) or '–'} | {scored} | {differ} |", flush=True)
+
+
+def _prompts_of_sample(count: int) -> Iterator[Request]:
+    """Different prompts, spread over the file."""
+    with (ROOT / "finetune.jsonl").open() as rows:
+        texts = list(dict.fromkeys(json.loads(row)["conversations"][0]["value"] for row in rows))
+    for text in texts[:: len(texts) // (count + WARM_UP)][: count + WARM_UP]:
+        if shape := asked_shape(text):  # every prompt of the sample shows what it asks for
+            yield Request(text, shape)
+
+
+def _count_requests() -> list[str]:
+    """The paths that are posted to from here on."""
+    sent: list[str] = []
+    post = Connection._post_to
+
+    async def counted(self: Connection, url: str, body: Mapping[str, Any]) -> bytes:
+        sent.append(url)
+        return await post(self, url, body)
+
+    Connection._post_to = counted  # type: ignore[method-assign]
+    return sent
+
+
+def _differences(found: list[Judgement], reference: list[Judgement]) -> str:
+    """The largest of the score and of the label mass, over all keys of all prompts."""
+    scores, masses = [0.0], [0.0]
+    for one, other in zip(found, reference, strict=True):
+        for key, expected in other.scores.items():
+            scores.append(abs(one.scores[key].mean - expected.mean))
+            masses.append(abs((one.scores[key].label_mass or 0.0) - (expected.label_mass or 0.0)))
+    return f"{max(scores):.1e}, {max(masses):.1e}"
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,13 +252,19 @@ def main() -> None:
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--device", default="auto", help="without --run")
+    parser.add_argument("--through", metavar="URL", help="a vLLM that serves --model, as OpenAI's clients take it")
+    parser.add_argument("--model", type=Path, help="the folder that the server serves")
+    parser.add_argument("--template", default="qwen", help="of that model")
+    parser.add_argument("--served-name", default="judge", help="the name that the server gives it (default judge)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
         arguments.run = train_on_long_verdicts(arguments.verdict_tokens, arguments.epochs)
     if arguments.size == "7b" and arguments.device == "auto":
         arguments.device = "cuda"
-    if arguments.measure:
+    if arguments.through:
+        compare_through(arguments)
+    elif arguments.measure:
         print(json.dumps(measure(arguments)))
     else:
         compare(arguments)
