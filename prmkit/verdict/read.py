@@ -306,13 +306,15 @@ def number_of(value: Any) -> float | None:
 
 # --- the guard: nothing ambiguous is a score ----------------------------------------------------------------------
 
+# Whole groups are atomic, (?>(…)?), and not possessive, (…)?+: before Python 3.11.5 these lose matches (gh-106052), and
+# Debian 12 has 3.11.2.
 _QUOTE = "[\"'“”`*]{0,3}+"
 # {"reason": "…", "score": after a criterion, or , "score": after the name of one in a list
 _CRITERION = rf"[^{{}}]{{0,1000}}?{_QUOTE}(?:{'|'.join(_SCORE_NAMES)}){_QUOTE}\s*+:\s*+"
-_NUMBER = r"[-+]?\d[\d.]*+(?:,\d++(?=\s*+%?+[\"'”]))?+(?:[eE][-+]?\d++)?+(?: ?%)?+"
+_NUMBER = r"[-+]?\d[\d.]*+(?>(?:,\d++(?=\s*+%?+[\"'”]))?)(?>(?:[eE][-+]?\d++)?)(?>(?: ?%)?)"
 # What ends a number: `, "`, `}`, a comment, or the next key, whose comma is missing. Not as in `0.8}5`, `0,85`.
 _DELIMITER = re.compile(
-    r"(?:\s++(?://[^\n]*+|#[^\n]*+|/\*.{0,200}?\*/))?+\s*+"
+    r"(?>(?:\s++(?://[^\n]*+|#[^\n]*+|/\*.{0,200}?\*/))?)\s*+"
     r"(?:,\s*+(?=[^\s\d])|\}(?!\s*[\w.])|[\"'“][^\W\d][^\"'\n,:]{0,80}[\"'”]\s*+:)"
 )
 
@@ -321,8 +323,8 @@ _DELIMITER = re.compile(
 def _mention(key: str) -> re.Pattern[str]:
     """Where a key is given a value: `"a": 0.9`, `'a': '90%'`, `"a": {"score": 0.9`, `"name": "a", "score": pass`."""
     return re.compile(
-        rf"(?<![^\W_]){_QUOTE}{re.escape(key)}{_QUOTE}\s*+(?::\s*+(?:\{{{_CRITERION})?+|,{_CRITERION})"
-        rf"(?P<quote>[\"'“])?+\s*+(?P<given>{_NUMBER}|[^\W\d]++(?:[ _-][^\W\d]++){{0,2}})(?(quote)[\"'”]|)"
+        rf"(?<![^\W_]){_QUOTE}{re.escape(key)}{_QUOTE}\s*+(?::\s*+(?>(?:\{{{_CRITERION})?)|,{_CRITERION})"
+        rf"(?>(?P<quote>[\"'“])?)\s*+(?P<given>{_NUMBER}|[^\W\d]++(?:[ _-][^\W\d]++){{0,2}})(?(quote)[\"'”]|)"
     )
 
 
