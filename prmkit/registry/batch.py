@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 import prmkit
 from prmkit import registered
 from prmkit.drift import shift_of
@@ -68,6 +70,7 @@ class Job:
 
 def convert_all(job: Job) -> None:
     """New rows by themselves, then old and new together, with every task on the side that it has always had."""
+    write_config(job)  # what is wrong with it is reported now, and not after the conversion
     old = kept_rows(job)
     settings = read_json(job.parent_folder / DATA / REPORT)["settings"]
     if any(settings["filters"].values()):
@@ -142,15 +145,8 @@ def _conversion_flags(job: Job, settings: Mapping[str, Any]) -> list[Any]:
         words |= scale["words"]
     flags += ["--map", *(f"{word}={score:g}" for word, score in words.items())] if words else []
     if lengths := settings["lengths"]:
-        flags += [
-            "--tokenizer",
-            base_model(job),
-            "--cutoff-len",
-            lengths["cutoff_len"],
-            "--too-long",
-            lengths["too_long"],
-        ]
-        flags += ["--template", lengths["template"]] if lengths["template"] else []
+        # With what will be trained, so that what --set changes (cutoff_len, template) holds for the lengths, too.
+        flags += ["--too-long", lengths["too_long"], "--config", write_config(job), *job.asked.settings]
     return flags
 
 
@@ -182,6 +178,34 @@ def base_model(job: Job) -> str:
     run = job.parent_folder / RUN
     model = base_model_of(run, read_json(run / "run.json"))
     return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def run_of(job: Job) -> Path:
+    """The folder of the run that is trained."""
+    return job.work / "saves" / f"{job.parent.name}_{job.key}"
+
+
+def write_config(job: Job) -> Path:
+    """Write what the run is trained with: the parent's configuration, in the folders of this retraining.
+
+    Raises:
+        UsageError: there is no adapter to start from.
+    """
+    config = dict(read_json(job.parent_folder / RUN / "run.json")["config"])
+    for key in ("adapter_name_or_path", "export_dir", "resume_from_checkpoint", "eval_on_start"):
+        config.pop(key, None)
+    config |= {
+        "model_name_or_path": base_model(job),
+        "dataset_dir": str(training_data(job).resolve()),
+        "output_dir": str(run_of(job).resolve()),
+    }
+    if job.asked.start == "adapter":
+        if not (job.parent_folder / RUN / "adapter_config.json").is_file():
+            raise UsageError(f"{job.parent}: has no adapter to start from (full fine-tuning). Use --from base.")
+        config["adapter_name_or_path"] = str((job.parent_folder / RUN).resolve())
+    file = job.work / "config.yaml"
+    write_text(file, yaml.safe_dump(config, sort_keys=False))
+    return file
 
 
 def run_script(script: str, arguments: Sequence[Any], *, check: bool = True) -> int:

@@ -12,16 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prmkit import registered
 from prmkit.errors import ExitCode, GateError, LlamaFactoryError
 from prmkit.evaluation import compare
-from prmkit.files import exclusive_lock, read_json, sha256_of, write_json, write_text
+from prmkit.files import exclusive_lock, read_json, sha256_of, write_json
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT
 from prmkit.registered import DATA, ROWS, RUN, VersionId
 from prmkit.registry import batch, describe, versions
-from prmkit.registry.batch import Job, Retraining, base_model, convert_all, kept_rows, run_script, training_data
+from prmkit.registry.batch import (
+    Job,
+    Retraining,
+    convert_all,
+    kept_rows,
+    run_of,
+    run_script,
+    training_data,
+    write_config,
+)
 
 log = logging.getLogger("prmkit")
 
@@ -46,32 +53,23 @@ def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
         hashes = sorted(sha256_of(file) for file in asked.new)
         known = registered.read_version(parent, registry)["files"]
         if set(hashes) <= {sha for name, sha in known.items() if name.startswith(f"{ROWS}/")}:
-            return _already_in(parent, registry)
-        what = [
-            str(parent),
-            hashes,
-            asked.start,
-            asked.replay,
-            asked.margin,
-            asked.settings,
-            asked.accept_contradiction,
-        ]
+            return _already_in(parent, registry, asked)
+        what = [str(parent), hashes, asked.start, asked.replay, asked.margin, asked.settings,
+                asked.accept_contradiction]  # fmt: skip
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         job = Job(asked, registry, parent, registry / parent.name / f".retrain-{key}", key)
         job.work.mkdir(parents=True, exist_ok=True)
-        result = _finish(job) if (job.work / RESULT).is_file() else _work(job)
-        return _promote(job, result)
+        done = job.work / RESULT
+        return _promote(job, dict(read_json(done)) if done.is_file() else _work(job))
 
 
-def _already_in(version: VersionId, registry: Path) -> dict[str, Any]:
+def _already_in(version: VersionId, registry: Path, asked: Retraining) -> dict[str, Any]:
+    """The answer where nothing is new. A tag that names the version is on it already."""
     details = registered.read_version(version, registry)["details"]
     log.info("%s was trained on these rows already; nothing to do.", version)
-    return {"version": str(version), "parent": details.get("parent"), "promoted": True,
+    return {"version": str(version), "parent": details.get("parent"),
+            "promoted": not asked.reference.rpartition("@")[2].isdigit(),
             "gate": details.get("gate", {"passed": True, "reasons": []}), "report": details.get("report")}  # fmt: skip
-
-
-def _finish(job: Job) -> dict[str, Any]:
-    return dict(read_json(job.work / RESULT))
 
 
 def _work(job: Job) -> dict[str, Any]:
@@ -107,17 +105,10 @@ def _promote(job: Job, result: dict[str, Any]) -> dict[str, Any]:
     tag = job.asked.reference.rpartition("@")[2]
     tag = "production" if tag.isdigit() else tag
     number = registered.find_version(result["version"], job.registry).number
-    for line in registered.read_history(job.registry):
-        if (line["action"], line.get("judge"), line.get("tag"), line.get("was")) == (
-            "rollback",
-            job.parent.name,
-            tag,
-            number,
-        ):
-            log.warning(
-                "warning: %s was rolled back before, so it is not tagged again. Tag it by hand.", result["version"]
-            )
-            return result
+    rolled_back = {"action": "rollback", "judge": job.parent.name, "tag": tag, "was": number}
+    if any(rolled_back.items() <= line.items() for line in registered.read_history(job.registry)):
+        log.warning("warning: %s was rolled back before, so it is not tagged again. Tag it by hand.", result["version"])
+        return result
     why = job.asked.why or f"better than {job.parent} by the gate of its retraining"
     versions.tag_version(job.registry, result["version"], tag, why, expected=job.parent)
     return result | {"promoted": True}
@@ -180,22 +171,11 @@ def _contradiction(metrics: Mapping[str, Any], parent: VersionId) -> str | None:
 
 
 def _train(job: Job) -> Path:
-    run = job.work / "saves" / f"{job.parent.name}_{job.key}"
+    run = run_of(job)
     record = run / "run.json"
     if record.is_file() and read_json(record).get("status") == "finished":
         return run
-    config = dict(read_json(job.parent_folder / RUN / "run.json")["config"])
-    for key in ("adapter_name_or_path", "export_dir", "resume_from_checkpoint", "eval_on_start"):
-        config.pop(key, None)
-    config |= {
-        "model_name_or_path": base_model(job),
-        "dataset_dir": str(training_data(job).resolve()),
-        "output_dir": str(run.resolve()),
-    }
-    if job.asked.start == "adapter":
-        config["adapter_name_or_path"] = str((job.parent_folder / RUN).resolve())
-    write_text(job.work / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    code = run_script("train.py", ["--config", job.work / "config.yaml", *job.asked.settings], check=False)
+    code = run_script("train.py", ["--config", write_config(job), *job.asked.settings], check=False)
     if code or read_json(record).get("status") != "finished":
         raise LlamaFactoryError(
             f"{run}: training failed (exit code {code}), for the reason above. The same command continues."

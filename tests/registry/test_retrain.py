@@ -16,7 +16,7 @@ from prmkit import registered
 from prmkit.drift import shift_of
 from prmkit.errors import DataError
 from prmkit.files import exclusive_lock
-from prmkit.registry.batch import check_sides, describe_batch
+from prmkit.registry.batch import Job, Retraining, check_sides, convert_all, describe_batch
 from prmkit.registry.retrain import _contradiction, _drops
 from prmkit.registry.versions import Addition, add_version
 
@@ -87,7 +87,44 @@ def test_a_task_that_changes_its_side_is_a_leak(registry: Path, tmp_path: Path) 
 def test_rows_that_the_version_has_are_nothing_to_do(registry: Path, tmp_path: Path, script: Script) -> None:
     done = script("manage_judges.py", "retrain", 1, "--new", tmp_path / "rows.jsonl", "--json")
     assert json.loads(done.stdout)["version"] == "judge@1"
+    assert json.loads(done.stdout)["promoted"] is False
     assert "trained on these rows already" in done.stderr
+
+
+def test_lengths_are_measured_with_what_will_be_trained(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script
+) -> None:
+    """A system text that the guard leaves out would let LLaMA Factory cut rows that just fit."""
+    monkeypatch.setenv(registered.REGISTRY_VARIABLE, str(tmp_path / "judges"))
+    make_rows(tmp_path / "rows.jsonl", range(30))
+    make_rows(tmp_path / "new.jsonl", range(40, 60))
+    config = {"model_name_or_path": str(tiny_model), "template": "qwen", "cutoff_len": 400, "neat_packing": True,
+              "default_system": "You are strict.", "finetuning_type": "lora"}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    typed = ["--input", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "data", "--eval-ratio", "0.3"]
+    script("convert_dataset.py", *typed, "--no-task-variants", "--config", tmp_path / "config.yaml")
+    run = make_run(tmp_path, tmp_path / "rows.jsonl")
+    record = json.loads((run / "run.json").read_text())
+    base = {**record["base_model"], "path": str(tiny_model), "relative": None}
+    config["dataset_dir"] = str(tmp_path / "data")
+    (run / "run.json").write_text(json.dumps({**record, "config": config, "base_model": base}))
+    parent = add_version(tmp_path / "judges", Addition(run, "judge"))
+    asked = Retraining("judge@1", (tmp_path / "new.jsonl",), "base", 1.0, 0.05, ("cutoff_len=300",), False, False)
+    work = tmp_path / "work"
+    work.mkdir()
+    convert_all(Job(asked, tmp_path / "judges", parent, work, "key"))
+    for name in ("first", "all", "new"):
+        lengths = json.loads((work / name / "conversion_report.json").read_text())["settings"]["lengths"]
+        assert (lengths["default_system"], lengths["cutoff_len"], lengths["packing"]) == ("You are strict.", 300, True)
+
+
+def test_full_fine_tuning_has_no_adapter_to_start_from(registry: Path, tmp_path: Path, script: Script) -> None:
+    make_rows(tmp_path / "new.jsonl", range(40, 50))
+    run = make_run(tmp_path, tmp_path / "rows.jsonl", 3)
+    (run / "adapter_config.json").unlink()
+    version = add_version(registry, Addition(run, "judge"))
+    done = script("manage_judges.py", "retrain", version, "--new", tmp_path / "new.jsonl", "--from", "adapter", code=2)
+    assert "--from base" in done.stderr
 
 
 def test_a_second_retraining_is_refused_with_a_sentence(registry: Path, tmp_path: Path, script: Script) -> None:
