@@ -279,12 +279,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
+    """The model with its adapter, merged where that loses nothing."""
+    import torch
     from peft import PeftModel
 
     with warnings.catch_warnings():
         if not model.config.tie_word_embeddings:  # peft says so of every model whose embeddings were trained
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        return PeftModel.from_pretrained(model, str(adapter))
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    # Merged in float32 the scores differ by 1e-7, and the small matrices of every layer cost nothing any more: a
+    # quarter of the time on a CPU. In bfloat16 merging would round the adapter away.
+    return adapted.merge_and_unload(safe_merge=True) if model.dtype == torch.float32 else adapted
 
 
 def _device(name: str) -> Any:

@@ -263,7 +263,13 @@ class TokenTrees:
             count = len(additions.tokens[here])
             ids[index, :count] = additions.tokens[here]
             positions[index, :count] = additions.positions[here]
-            for place, parent in enumerate(additions.parents[here]):
+            parents = additions.parents[here]
+            if count and parents[1:] == list(range(cached, cached + count - 1)):  # a chain: the rest of a prompt
+                rows = seen[index, :count]
+                rows[:, self._with_ancestors(index, parents[0])] = True
+                rows[:, cached : cached + count] = np.tri(count, dtype=bool)
+                continue
+            for place, parent in enumerate(parents):
                 if parent >= cached:
                     seen[index, place] |= seen[index, parent - cached]
                 else:
@@ -292,8 +298,10 @@ class TokenTrees:
         """
         config = self._model.config.get_text_config(decoder=True)
         window = getattr(config, "sliding_window", None)
+        if window is None:
+            return self._additive(seen)
         distances = positions[:, :, None] - self._positions[:, None, :]
-        if window is None or (distances < window).all():
+        if (distances < window).all():
             return self._additive(seen)
         near = self._additive(seen & (distances < window))
         if getattr(config, "layer_types", None) is None:

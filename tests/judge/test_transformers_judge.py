@@ -494,6 +494,19 @@ def test_the_adapter_counts(run_folder: Path) -> None:
     assert max(abs(one - other) for one, other in zip(adapted, base, strict=True)) > 0.01
 
 
+def test_an_adapter_is_merged_only_in_float32_where_that_changes_no_score(run_folder: Path) -> None:
+    from peft import PeftModel
+
+    source = judge_source_of_run(run_folder)
+    merged = load_model(source)
+    base = load_model(replace(source, adapter=None))
+    beside = replace(base, model=PeftModel.from_pretrained(base.model, str(run_folder)).eval())
+    assert not isinstance(merged.model, PeftModel)
+    assert isinstance(load_model(replace(source, dtype="bfloat16")).model, PeftModel)
+    pairs = zip(merged.score(requests()), beside.score(requests()), strict=True)
+    assert max(abs(one.score - other.score) for one, other in pairs) < 1e-6
+
+
 def test_runs_that_cannot_be_judged_say_why(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no run\.json"):
         judge_source_of_run(tmp_path)
