@@ -1,14 +1,14 @@
 """What serve_judge.py does under load: one request at a time against many clients, all with single steps.
 
     python benchmarks/serve.py --run demo/saves/step_judge                    one client, then 32
-    python benchmarks/serve.py --run demo/saves/step_judge --wrk wrk          32 connections of wrk as well
+    python benchmarks/serve.py --run demo/saves/step_judge --wrk wrk          and wrk with one connection, and with 32
     python benchmarks/serve.py --run demo/saves/step_judge --minutes 10       and ten minutes of 32 clients: memory
     python benchmarks/serve.py --run demo/saves/step_judge --bad 10000        bad requests beside good ones
 
 Every request is one step that the server has not seen, as trainers send them: the steps of labelled runs, each with
 its history, in a random order, so those of one run meet only by chance. Latency is what a client measures. Server and
-clients share the machine. Memory is the server's resident set. wrk (Debian has it) is a load tool in C; a Lua script
-gives each of its requests another body.
+clients share the machine. Memory is the server's resident set; its CPU time a step hardly depends on what else the
+machine does. wrk (Debian has it) is a load tool in C; a Lua script gives each of its requests another body.
 
 Bad requests: half bodies and headers, bytes that are not UTF-8 or not HTTP, values of wrong types and sizes in bodies
 that are else right, wrong methods and paths, lengths that lie, and clients that hang up. Good clients ask all the time,
@@ -83,13 +83,19 @@ async def load(url: str, steps: list[Step], clients: int, seconds: float | None 
     }
 
 
+def cpu_seconds(pid: int) -> float:
+    """Seconds that a process has computed: what a step costs also on a machine on which others are at work."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def load_with_wrk(wrk: str, url: str, steps: list[Step], clients: int, seconds: int) -> dict[str, Any]:
     """What wrk measures; it stops with the time, or with an error when the steps run out."""
     with tempfile.TemporaryDirectory() as folder:
         bodies, script = Path(folder) / "bodies.jsonl", Path(folder) / "requests.lua"
         bodies.write_text("".join(json.dumps({"steps": [step]}) + "\n" for step in steps))
         script.write_text(LUA.replace("BODIES", str(bodies)))
-        command = [wrk, "-t2", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "--latency", "-s", str(script), url]
+        command = [wrk, f"-t{min(2, clients)}", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "--latency", "-s", str(script), url]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"p50=(\d+) p99=(\d+) requests=(\d+) errors=(\d+) unscored=(\d+) micros=(\d+)", shown)
     if not found:
@@ -263,7 +269,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--steps", type=int, default=400, help="in each part (default 400)")
     parser.add_argument("--minutes", type=float, default=0.0, help="also load it for so long, and watch the memory")
-    parser.add_argument("--wrk", metavar="PROGRAM", help="also load it for 60 seconds with wrk")
+    parser.add_argument("--wrk", metavar="PROGRAM", help="also load it with wrk, twice 60 seconds")
     parser.add_argument("--bad", type=int, default=0, metavar="N", help="only: so many bad requests, and the memory")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more arguments for serve_judge.py")
     arguments = parser.parse_args()
@@ -287,10 +293,13 @@ def main() -> None:
 def show_load(url: str, pid: int, arguments: argparse.Namespace) -> None:
     """One client, many clients, wrk, and minutes of many clients."""
     for seed, clients in ((1, 1), (2, arguments.clients)):
-        show(asyncio.run(load(url, steps_of_runs(seed)[: arguments.steps], clients)))
+        before = cpu_seconds(pid)
+        found = asyncio.run(load(url, steps_of_runs(seed)[: arguments.steps], clients))
+        show(found | {"server_cpu_ms_a_step": round(1000 * (cpu_seconds(pid) - before) / found["steps"], 1)})
     if arguments.wrk:
-        many = [step for seed in range(1000, 1000 + 60) for step in steps_of_runs(seed)]
-        show(load_with_wrk(arguments.wrk, url, many, arguments.clients, 60))
+        for seed, clients in ((1000, 1), (2000, arguments.clients)):
+            many = [step for more in range(60) for step in steps_of_runs(seed + more)]
+            show(load_with_wrk(arguments.wrk, url, many, clients, 60))
     show({"server_mb": resident(pid)})
     if arguments.minutes:
         many = [step for seed in range(3, 400) for step in steps_of_runs(seed)]
