@@ -76,7 +76,8 @@ def stages(arguments: argparse.Namespace) -> Iterator[tuple[str, Measured, str, 
     guard = ["--tokenizer", model, "--template", template, "--cutoff-len", CUTOFF]
     typed = ["--input", source, "--output-dir", WORK / "large", "--no-task-variants", *guard]
     size, floor = f"{arguments.megabytes} MB", _plain("encode", model, source)
-    os.environ["XDG_CACHE_HOME"] = str(WORK / "cache")  # empty: the first conversion asks LLaMA Factory for the template
+    # Without a cache, so that the first conversion asks LLaMA Factory for the template.
+    os.environ["XDG_CACHE_HOME"] = str(WORK / "cache")
     yield f"convert {size}, the first time", _ours("convert_dataset.py", *typed), "encode_batch", floor
     yield f"convert {size}", _ours("convert_dataset.py", *typed), "encode_batch", floor
 

@@ -95,7 +95,8 @@ def load_with_wrk(wrk: str, url: str, steps: list[Step], clients: int, seconds: 
         bodies, script = Path(folder) / "bodies.jsonl", Path(folder) / "requests.lua"
         bodies.write_text("".join(json.dumps({"steps": [step]}) + "\n" for step in steps))
         script.write_text(LUA.replace("BODIES", str(bodies)))
-        command = [wrk, f"-t{min(2, clients)}", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "--latency", "-s", str(script), url]
+        flags = [f"-t{min(2, clients)}", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "--latency"]
+        command = [wrk, *flags, "-s", str(script), url]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"p50=(\d+) p99=(\d+) requests=(\d+) errors=(\d+) unscored=(\d+) micros=(\d+)", shown)
     if not found:

@@ -30,6 +30,8 @@ class ChatEncoding:
     """A `transformers` tokenizer, with the special tokens that the template needs."""
     template: Any
     """A private copy of a `llamafactory.data.template.Template`: LLaMA Factory's registry stays unchanged."""
+    own_chat_template: Any = None
+    """The model's own; some of LLaMA Factory's templates replace the tokenizer's."""
 
     def pair_ids(self, prompt: str, answer: str, system: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids of one training row, before any cutting: the prompt's, and the answer's with its end of turn.
@@ -130,10 +132,10 @@ def load_encoding(
         raise DataError(f"{model_folder}: no tokenizer that can be loaded ({str(error).splitlines()[0]}).") from error
 
     arguments = DataArguments(template=template, default_system=default_system, enable_thinking=enable_thinking)
-    registry = dict(TEMPLATES)
+    own, registry = getattr(tokenizer, "chat_template", None), dict(TEMPLATES)
     TEMPLATES.update({name: copy.deepcopy(entry) for name, entry in registry.items() if name == template})
     try:
-        return ChatEncoding(tokenizer, get_template_and_fix_tokenizer(tokenizer, arguments))
+        return ChatEncoding(tokenizer, get_template_and_fix_tokenizer(tokenizer, arguments), own)
     finally:
         # get_template_and_fix_tokenizer writes the system text and the thinking mode into the shared registry.
         TEMPLATES.update(registry)

@@ -328,7 +328,8 @@ def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) 
         Every check. One in which the child died, or which took too long, is an error.
     """
     checks: list[Check] = []
-    begun: dict[str, str] = {}
+    # A child that dies between two checks must not look like one that found nothing.
+    begun = {"all checks": "Install the versions that fit together: ./run_training.sh --install-deps"}
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             [sys.executable, "-m", "prmkit.training.preflight"],
@@ -337,6 +338,9 @@ def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) 
         )  # fmt: skip
         try:
             for message in _messages(child, json.dumps({**request, "parent": os.getpid()}).encode()):
+                if "ended" in message:
+                    del begun["all checks"]
+                    continue
                 if "begin" in message:
                     begun[message["begin"]] = message["advice"]
                     if message["note"]:
@@ -351,6 +355,8 @@ def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) 
             child.wait()
         errors.seek(0)
         failure = failure or _raised(errors.read().decode(errors="replace")) or f"exit code {child.returncode}"
+    if len(begun) > 1:  # it is known in which check
+        begun.pop("all checks", None)
     for name, advice in begun.items():
         checks.append(error(name, failure, advice))
         show(checks[-1])

@@ -6,7 +6,7 @@ They run in `prmkit.training.preflight`, a separate process. Foreign errors are 
 import copy
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,11 @@ def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
         values: LLaMA Factory's keys.
     """
     name = values.get("template")
-    chat_template = _own_chat_template(values)
-    if chat_template is None:
+    if encoding.own_chat_template is None:
         return ok("template", f"{name}; a base model: it has no chat template and will learn this one")
     try:
         with limited("the model's chat template"):
-            own = _own_rendering(encoding.tokenizer, chat_template, values)
+            own = _own_rendering(encoding.tokenizer, encoding.own_chat_template, values)
     except DataError as failure:
         return error("template", str(failure), "Download the model again, from a source that you trust.")
     differences = _rendering(encoding.template, encoding.tokenizer).differs_in(own)
@@ -128,15 +127,6 @@ def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
     if not differences:
         return ok("template", f"{name} renders every turn as the model's own chat template does")
     return _mismatch(encoding, values, own, differences)
-
-
-def _own_chat_template(values: Mapping[str, Any]) -> Any:
-    # Not the encoding's tokenizer: some of LLaMA Factory's templates replace the model's.
-    from transformers import AutoTokenizer
-
-    trust = bool(values.get("trust_remote_code"))
-    untouched = AutoTokenizer.from_pretrained(str(values["model_name_or_path"]), trust_remote_code=trust)
-    return getattr(untouched, "chat_template", None)
 
 
 def _mismatch(encoding: ChatEncoding, values: Mapping[str, Any], own: Rendering, differences: list[str]) -> Check:
@@ -207,7 +197,13 @@ def _rendering(template: Any, tokenizer: Any) -> Rendering:
     ((with_system, answer),) = template.encode_multiturn(tokenizer, messages, SYSTEM, None)
     end = [tokenizer.eos_token_id] if template.efficient_eos else []
     parts = {WITHOUT_SYSTEM: prompt, WITH_SYSTEM: with_system, WITH_ANSWER: [*with_system, *answer, *end]}
-    return Rendering({part: tokenizer.decode(ids) for part, ids in parts.items()})
+    return Rendering({part: _decoded(tokenizer, ids) for part, ids in parts.items()})
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int | None]) -> str:
+    # A token that the vocabulary lacks has no id, where the tokenizer has no id for what it does not know.
+    known = [each for each in ids if each is not None]
+    return str(tokenizer.decode(known)) + ("" if len(known) == len(ids) else " + tokens that the vocabulary lacks")
 
 
 def _fitting_templates(tokenizer: Any, values: Mapping[str, Any], own: Rendering) -> list[str]:

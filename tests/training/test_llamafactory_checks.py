@@ -83,6 +83,18 @@ def test_a_wrong_template_is_an_error_that_names_the_right_one(micro_model: Path
     assert "expects '<|im_start|>system\\nYou are Qwen" in found.found
 
 
+def test_tokens_that_the_vocabulary_lacks_are_named(model_with: Any) -> None:
+    """A tokenizer without a token for what it does not know, like Llama 3's, has no id for them at all."""
+    folder = model_with(CHATML)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | plain))
+    found = template_check(folder, "yuan")
+    assert found.status is Status.ERROR
+    assert "tokens that the vocabulary lacks" in found.found
+    assert found.advice.startswith("template=")
+
+
 @pytest.mark.parametrize("chosen", ["You are a strict judge of agents.", ""])
 def test_a_system_text_of_ones_own_is_meant(micro_model: Path, chosen: str) -> None:
     assert template_check(micro_model, "qwen", default_system=chosen).status is Status.OK

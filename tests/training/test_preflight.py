@@ -117,5 +117,19 @@ def test_a_torch_that_cannot_be_imported_is_reported(
     assert "torchvision::nms" in found.found
 
 
+@pytest.mark.parametrize(
+    ("dies", "why"),
+    [("raise RuntimeError('broken')", "RuntimeError: broken"), ("import os; os._exit(0)", "exit code 0")],
+)
+def test_checks_that_end_before_the_last_one_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str, why: str
+) -> None:
+    """No check has begun yet, so there is none to blame; and nothing that was found must not mean ready."""
+    (tmp_path / "orjson.py").write_text(dies)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    (found,) = run_checks({"values": {}}, lambda shown: None)
+    assert (found.name, found.status, found.found) == ("all checks", Status.ERROR, why)
+
+
 def test_this_machine_has_what_the_tests_suppose() -> None:
     assert this_machine().packages.keys() >= {"swanlab", "swanboard", "matplotlib"}
