@@ -14,7 +14,7 @@ from prmkit.collection.answers import recording
 from prmkit.collection.judges import StrongJudge
 from prmkit.collection.questions import Ask, Question, next_of
 from prmkit.errors import DataError
-from prmkit.http_client import ChatAnswer, Connection, Endpoint, RowFailure, ServerState, Vocabulary
+from prmkit.http_client import ChatAnswer, Connection, Endpoint, RowFailure, ServerState
 
 log = logging.getLogger("prmkit")
 
@@ -105,7 +105,7 @@ async def _ask_judge(
     advance: Callable[[StrongJudge], None],
 ) -> None:
     waiting = (question for question in questions() if question.judge.name == judge.name)
-    async with Connection(endpoint, Vocabulary(0, dict), ServerState()) as connection:
+    async with Connection(endpoint, ServerState()) as connection:
 
         async def worker() -> None:
             for question in waiting:

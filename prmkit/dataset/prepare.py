@@ -21,8 +21,7 @@ import orjson
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError
 from prmkit.files import open_input, open_stdin, sha256_of
-from prmkit.prompts.leaked_scores import count_leaked_scores, mask_leaked_scores
-from prmkit.prompts.special_tokens import neutralise
+from prmkit.prompts.cleaning import count_leaked_scores, mask_leaked_scores, neutralise
 from prmkit.prompts.step import load_rubric
 from prmkit.rows import EXPECTED, STDIN, InputRow, Line, Rejected, parse_line, prompt_hash, read_lines, read_row
 from prmkit.trajectories.rows import holds_records, labelled_rows

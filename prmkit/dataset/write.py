@@ -17,7 +17,7 @@ from prmkit.dataset.settings import CONSENSUS, FULL, PREFIX, Settings
 from prmkit.dataset.stage import DUPLICATE, Stage
 from prmkit.dataset_info import dataset_entry, training_row
 from prmkit.paths import HELD_OUT_SUFFIX, SIDECAR_SUFFIX, TASKS
-from prmkit.prompts.special_tokens import neutralise, restore
+from prmkit.prompts.cleaning import neutralise, restore
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_answer, render_verdict
 
 log = logging.getLogger(__name__)

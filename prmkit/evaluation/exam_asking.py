@@ -16,7 +16,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.evaluation.exam import Exam
 from prmkit.evaluation.exam_answers import StepId
 from prmkit.files import exclusive_lock
-from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, Vocabulary, check_url
+from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url
 from prmkit.judge.scorer import Scorer
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
@@ -209,7 +209,7 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
 
 
 async def _ask_window(endpoint: Endpoint, window: list[Asked], ask_one: Callable[..., Any]) -> list[tuple[Key, Line]]:
-    async with Connection(endpoint, Vocabulary(0, dict), ServerState()) as connection:
+    async with Connection(endpoint, ServerState()) as connection:
 
         async def line_of(key: Key, request: Request) -> tuple[Key, Line]:
             try:

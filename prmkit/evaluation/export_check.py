@@ -10,7 +10,7 @@ from prmkit.errors import GateError
 from prmkit.files import read_json
 from prmkit.judge.sources import EXPORT_FILE, JudgeSource, read_object
 from prmkit.judge.types import Judgement, Request
-from prmkit.prompts.special_tokens import neutralise
+from prmkit.prompts.cleaning import neutralise
 
 log = logging.getLogger("prmkit")
 

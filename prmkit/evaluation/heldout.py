@@ -16,7 +16,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT, sidecar_of
-from prmkit.prompts.special_tokens import restore
+from prmkit.prompts.cleaning import restore
 from prmkit.rows import whole_number
 from prmkit.verdict import Shape, Unreadable, asked_shape, read_verdict
 

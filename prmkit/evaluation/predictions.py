@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prmkit.evaluation.estimates import Floats, Integers
 from prmkit.evaluation.heldout import Constants, HeldOutPrompt
 from prmkit.judge.types import BAD_BELOW, Distribution, Judgement, rounded
-from prmkit.prompts.leaked_scores import leaked_scores
+from prmkit.prompts.cleaning import leaked_scores
 from prmkit.resumable import reopen, replace_rows
 
 Row = Mapping[str, Any]

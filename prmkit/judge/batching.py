@@ -9,8 +9,8 @@ from itertools import islice
 
 from prmkit.judge.score_trie import answer_ids, label_beginning
 from prmkit.judge.types import Distribution, Judgement, Request
+from prmkit.prompts.cleaning import neutralise, restore
 from prmkit.prompts.encoding import ChatEncoding
-from prmkit.prompts.special_tokens import neutralise, restore
 from prmkit.prompts.truncation import trim_prompt
 from prmkit.verdict import Shape, Unreadable, read_verdict
 

@@ -20,8 +20,9 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from prmkit.errors import DataError, UsageError
-from prmkit.http_client import MOST_EXACT, Connection, Endpoint, ExactBy, RowFailure, ServerState, Vocabulary
+from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, ServerState
 from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
+from prmkit.judge.completions import MOST_EXACT, Completions, Vocabulary
 from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
 from prmkit.judge.types import LOW_LABEL_MASS, LOW_REACH, Judgement, Mode, Request
 from prmkit.prompts.encoding import ChatEncoding
@@ -61,18 +62,19 @@ class CompletionsJudge:
         A server whose answers could be used, and a later one cannot, fails that row alone.
         """
 
-        async def judge(connection: Connection, prepared: Prepared) -> Judgement | RowFailure:
+        async def judge(completions: Completions, prepared: Prepared) -> Judgement | RowFailure:
             try:
                 if mode == "expected":
-                    return await self._expected(connection, prepared, min_label_mass)
-                text = await connection.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
+                    return await self._expected(completions, prepared, min_label_mass)
+                text = await completions.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
             except RowFailure as failure:
                 return failure
             return parse_generated(text, prepared.shape)
 
         async def judge_all(ready: Sequence[Prepared]) -> list[Judgement]:
-            async with Connection(self.endpoint, self._vocabulary, self._state) as connection:
-                found = await _gathered(batch_size, [judge(connection, prepared) for prepared in ready])
+            async with Connection(self.endpoint, self._state) as connection:
+                completions = Completions(connection, self._vocabulary)
+                found = await _gathered(batch_size, [judge(completions, prepared) for prepared in ready])
             self._stop_if_useless(found)
             return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
 
@@ -91,10 +93,10 @@ class CompletionsJudge:
         error = UsageError if failure.is_usage else DataError
         raise error(f"{self.endpoint.name}: no usable answer for the first {len(found)} prompts: {failure}.")
 
-    async def _expected(self, connection: Connection, prepared: Prepared, min_label_mass: float) -> Judgement:
+    async def _expected(self, completions: Completions, prepared: Prepared, min_label_mass: float) -> Judgement:
         reader = VerdictReader(prepared.shape, self._trie_of, min_label_mass)
         while questions := reader.questions():
-            reader.read(await _readings(connection, prepared.ids, questions))
+            reader.read(await _readings(completions, prepared.ids, questions))
         return reader.judgement()
 
     @cached_property
@@ -124,19 +126,21 @@ async def _gathered(at_once: int, work: Sequence[Coroutine[Any, Any, T]]) -> lis
     return list(await asyncio.gather(*map(gated, work)))
 
 
-async def _readings(connection: Connection, prompt_ids: Sequence[int], questions: Sequence[Question]) -> list[Reading]:
+async def _readings(
+    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
+) -> list[Reading]:
     """The answers to all questions about one prompt that are open at the same time."""
-    if connection.endpoint.logprobs == "exact" and (exact := await _exactly(connection, prompt_ids, questions)):
+    if completions.endpoint.logprobs == "exact" and (exact := await _exactly(completions, prompt_ids, questions)):
         return exact
-    return list(await asyncio.gather(*(_walked(connection, prompt_ids, question) for question in questions)))
+    return list(await asyncio.gather(*(_walked(completions, prompt_ids, question) for question in questions)))
 
 
-async def _walked(connection: Connection, prompt_ids: Sequence[int], question: Question) -> Reading:
+async def _walked(completions: Completions, prompt_ids: Sequence[int], question: Question) -> Reading:
     context = [*prompt_ids, *question.trie.context]
     forced_from = len(prompt_ids) + question.forced_from
     log_reach, log_probabilities = await asyncio.gather(
-        _log_reach(connection, context[:forced_from], context[forced_from:]),
-        _Walk(question.trie, context, connection).log_probabilities(),
+        _log_reach(completions, context[:forced_from], context[forced_from:]),
+        _Walk(question.trie, context, completions).log_probabilities(),
     )
     return _checked(Reading(log_reach, log_probabilities))
 
@@ -148,7 +152,7 @@ def _checked(reading: Reading) -> Reading:
 
 
 async def _exactly(
-    connection: Connection, prompt_ids: Sequence[int], questions: Sequence[Question]
+    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
 ) -> list[Reading] | None:
     """All questions in one request; None where the server cannot do that, which is found out once."""
     contexts = [[*prompt_ids, *question.trie.context] for question in questions]
@@ -156,16 +160,17 @@ async def _exactly(
     for question in questions:
         wanted |= {*question.trie.context[question.forced_from :], *(token for _, token in question.trie.edges)}
     tokens = sorted(wanted)
-    async with connection.probing:
-        if connection.state.exact_by is None and len(tokens) <= MOST_EXACT:
-            connection.state.exact_by = await _exact_way(connection, contexts[0], tokens)
-    if connection.state.exact_by in (None, "nothing") or len(tokens) > MOST_EXACT:
+    state = completions.connection.state
+    async with completions.probing:
+        if state.exact_by is None and len(tokens) <= MOST_EXACT:
+            state.exact_by = await _exact_way(completions, contexts[0], tokens)
+    if state.exact_by in (None, "nothing") or len(tokens) > MOST_EXACT:
         return None
     prompts: list[list[int]] = []
     for question, context in zip(questions, contexts, strict=True):
         prompts += [context[:place] for place in range(len(prompt_ids) + question.forced_from, len(context))]
         prompts += _contexts_of_nodes(question.trie, context)
-    ask = connection.scored if connection.state.exact_by == "score" else connection.exact
+    ask = completions.scored if state.exact_by == "score" else completions.exact
     found = await ask(prompts, tokens)
     if found is None:
         raise RowFailure("the server did not answer with the tokens that were asked for, as it did before")
@@ -182,19 +187,19 @@ def _exact_reading(question: Question, places: Iterator[Mapping[int, float]]) ->
     return Reading(log_reach, [sum(steps[edge] for edge in path) for path in trie.paths])
 
 
-async def _exact_way(connection: Connection, context: list[int], tokens: list[int]) -> ExactBy:
+async def _exact_way(completions: Completions, context: list[int], tokens: list[int]) -> ExactBy:
     """Ask once, for one prompt: servers refuse a parameter that they do not know, or answer as if it were not there."""
     try:
-        if await connection.exact([context], tokens) is not None:
+        if await completions.exact([context], tokens) is not None:
             return "logprob_token_ids"
     except RowFailure as failure:
         if not failure.is_refusal:
             raise
     try:
-        is_there = await connection.scored([context], tokens) is not None
+        is_there = await completions.scored([context], tokens) is not None
     except (RowFailure, DataError):  # there is no such path, or it is for something else
         is_there = False
-    return "score" if is_there and await connection.scores_agree(context) else "nothing"
+    return "score" if is_there and await completions.scores_agree(context) else "nothing"
 
 
 def _contexts_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
@@ -205,14 +210,14 @@ def _contexts_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
     return contexts
 
 
-async def _log_reach(connection: Connection, ids: list[int], forced: list[int]) -> float:
+async def _log_reach(completions: Completions, ids: list[int], forced: list[int]) -> float:
     """The log-probability of forced tokens after `ids`; where that is low, the most that it can be.
 
     A judge that knows the form writes these tokens anyway. So it is let write, and watched: one request is enough then.
     """
     log_reach, done = 0.0, 0
     while done < len(forced) and log_reach > _LOW_LOG_REACH:
-        for place in await connection.likeliest([*ids, *forced[:done]], [[token] for token in forced[done:]]):
+        for place in await completions.likeliest([*ids, *forced[:done]], [[token] for token in forced[done:]]):
             token = forced[done]
             done += 1
             if token in place.known:
@@ -220,7 +225,7 @@ async def _log_reach(connection: Connection, ids: list[int], forced: list[int]) 
             elif place.bounds[token] < _LOW_LOG_REACH:
                 log_reach += place.bounds[token]
             else:
-                log_reach += await connection.echoed([*ids, *forced[:done]])
+                log_reach += await completions.echoed([*ids, *forced[:done]])
             if place.known.get(token) != place.highest:
                 break  # from here on the model wrote something else
     return log_reach
@@ -235,11 +240,11 @@ class _Walk:
     _MOST_REQUESTS = 300
     """A judge that was trained needs some dozens. One that would rather write anything else needs thousands."""
 
-    def __init__(self, trie: ScoreTrie, context: list[int], connection: Connection) -> None:
-        self._unknown_share = connection.endpoint.unknown_share
+    def __init__(self, trie: ScoreTrie, context: list[int], completions: Completions) -> None:
+        self._unknown_share = completions.endpoint.unknown_share
         self._trie = trie
         self._context = context
-        self._connection = connection
+        self._completions = completions
         self._requests = 0
         self._known: dict[int, float] = {}
         """Log-probability by edge."""
@@ -314,7 +319,7 @@ class _Walk:
 
     async def _ask_after(self, node: int) -> None:
         tokens = [self._trie.edges[edge][1] for edge in self._edges_of[node]]
-        (place,) = await self._connection.likeliest(self._ids(node), [tokens])
+        (place,) = await self._completions.likeliest(self._ids(node), [tokens])
         for edge, token in zip(self._edges_of[node], tokens, strict=True):
             if token in place.known:
                 self._known[edge] = place.known[token]
@@ -323,4 +328,4 @@ class _Walk:
 
     async def _ask_for(self, edge: int) -> None:
         node, token = self._trie.edges[edge]
-        self._known[edge] = await self._connection.echoed([*self._ids(node), token])
+        self._known[edge] = await self._completions.echoed([*self._ids(node), token])

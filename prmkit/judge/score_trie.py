@@ -20,8 +20,8 @@ from functools import lru_cache
 
 from prmkit.errors import UsageError
 from prmkit.judge.types import BAD_BELOW, LOW_REACH, Distribution, Judgement
+from prmkit.prompts.cleaning import neutralise
 from prmkit.prompts.encoding import ChatEncoding
-from prmkit.prompts.special_tokens import neutralise
 from prmkit.verdict import Shape, answer_prefix
 
 SCORES = tuple(hundredths / 100 for hundredths in range(101))

@@ -38,7 +38,7 @@ class Request:
 
     prompt: str
     """As the user wrote it. Special tokens in it are escaped later, so a prompt out of `data/` has to be unescaped
-    first (`prmkit.prompts.special_tokens`)."""
+    first (`prmkit.prompts.cleaning`)."""
     shape: Shape
     """The scores to give, in this order."""
     system: str | None = None

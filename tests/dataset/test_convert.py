@@ -14,7 +14,7 @@ import zstandard
 from prmkit.dataset.conversion import convert
 from prmkit.dataset.settings import Filters, Settings, Split
 from prmkit.errors import DataError
-from prmkit.prompts.special_tokens import restore
+from prmkit.prompts.cleaning import restore
 from prmkit.verdict import Verdict, read_verdict
 from tests.dataset.conftest import Convert, file_of, many_rows, prompt_of, read_lines, row_of, snapshot, write_rows
 

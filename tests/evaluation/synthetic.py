@@ -13,8 +13,7 @@ from prmkit.evaluation.predictions import prediction_row
 from prmkit.judge.score_trie import SCORES, distribution_of
 from prmkit.judge.types import Distribution, Judgement
 from prmkit.leniency import corrected_mean, estimate_leniency
-from prmkit.prompts.leaked_scores import leaked_scores
-from prmkit.prompts.special_tokens import neutralise
+from prmkit.prompts.cleaning import leaked_scores, neutralise
 from prmkit.verdict import Shape, Unreadable, read_verdict, render_verdict
 from tools.make_sample.sample import sample_rows
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from prmkit.judge.batching import digest, make_preparer, parse_generated
 from prmkit.judge.transformers_judge import Judge
 from prmkit.judge.types import Request
-from prmkit.prompts.special_tokens import neutralise
+from prmkit.prompts.cleaning import neutralise
 from prmkit.verdict import Shape
 
 

@@ -118,12 +118,12 @@ def test_a_scoring_endpoint_that_answers_for_another_prompt_is_not_used(server: 
 def test_another_kind_of_score_endpoint_is_no_reason_to_fail(
     server: str, judges: dict[str, Judge], monkeypatch: Any, answer: Any
 ) -> None:
-    post = http_client.Connection._post
+    post = http_client.Connection._post_once
 
     async def other(self: Any, path: str, body: Any) -> bytes:
         return json.dumps(answer).encode() if path == "score" else await post(self, path, body)
 
-    monkeypatch.setattr(http_client.Connection, "_post", other)
+    monkeypatch.setattr(http_client.Connection, "_post_once", other)
     judge = remote(server, judges["qwen"])
     (judged,) = judge.score([FLAT_ONE])
     assert judged.scores and judge._state.exact_by == "nothing"
@@ -132,13 +132,13 @@ def test_another_kind_of_score_endpoint_is_no_reason_to_fail(
 def test_two_kinds_of_logprobs_are_never_asked_for(server: str, judges: dict[str, Judge], monkeypatch: Any) -> None:
     """An exact request damages the likeliest tokens of those beside it, also our own."""
     sent: list[bool] = []
-    post = http_client.Connection._post
+    post = http_client.Connection._post_once
 
     async def watched(self: Any, path: str, body: Any) -> bytes:
         sent.append("logprob_token_ids" in body)
         return await post(self, path, body)
 
-    monkeypatch.setattr(http_client.Connection, "_post", watched)
+    monkeypatch.setattr(http_client.Connection, "_post_once", watched)
     for flavour, logprobs, expected in (("exact", "exact", {True}), ("vllm", "top", {False})):
         sent.clear()
         list(remote(server, judges["qwen"], flavour=flavour, logprobs=logprobs).score(REQUESTS[:2]))

@@ -19,8 +19,8 @@ from prmkit.judge.score_trie import (
     tries_of,
 )
 from prmkit.judge.transformers_judge import Judge
+from prmkit.prompts.cleaning import neutralise
 from prmkit.prompts.encoding import load_encoding
-from prmkit.prompts.special_tokens import neutralise
 from prmkit.verdict import Shape, Verdict, asked_shape, render_verdict
 
 FLAT = Shape(("reasonableness_score",), nested=False)

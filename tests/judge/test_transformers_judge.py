@@ -25,7 +25,7 @@ from prmkit.judge.sources import JudgeSource, judge_source_of_export, judge_sour
 from prmkit.judge.transformers_judge import Judge, _as_memory_allows, load_model
 from prmkit.judge.tree_attention import TokenTrees, check_architecture
 from prmkit.judge.types import Judgement, Request
-from prmkit.prompts.special_tokens import neutralise
+from prmkit.prompts.cleaning import neutralise
 from prmkit.verdict import Shape, Verdict, answer_prefix, asked_shape, render_verdict
 
 EXACT = 1e-5

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmkit.prompts.special_tokens import neutralise, restore
+from prmkit.prompts.cleaning import neutralise, restore
 
 MARKERS = [
     "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|reserved_special_token_1|>",

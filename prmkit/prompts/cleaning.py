@@ -1,4 +1,4 @@
-r"""Text cannot become control tokens.
+r"""What is taken out of texts before they are trained on or scored: control tokens, and scores that say the answer.
 
 A trajectory is text from outside: a web page, a tool's output, an agent's thought. Where it contains `<|im_end|>` or
 `[/INST]`, LLaMA Factory's tokenizer turns that into the real control token, and the page could close the user's turn
@@ -73,3 +73,30 @@ def restore(text: str, *, answer: bool = False) -> str:
     for pattern in reversed(_ANSWER_MARKED if answer else _PROMPT_MARKED):
         text = pattern.sub(lambda match: match.group()[0], text)
     return text
+
+
+# --- scores of earlier evaluations ------------------------------------------------------------------------------------
+
+# The prompts of `category` and `final` evaluations often contain the mean of the judges' clip scores: `(Score: 0.93)`.
+# A judge that is trained on them learns to copy, and when it scores there is nothing to copy from.
+_SCORE = re.compile(r"\(Score: (\d(?:\.\d+)?)\)")
+MASK = "(Score: not shown)"
+
+
+def mask_leaked_scores(prompt: str) -> tuple[str, int]:
+    """Replace the scores of earlier evaluations in a prompt.
+
+    Returns:
+        The prompt, and how many scores were replaced.
+    """
+    return _SCORE.subn(MASK, prompt)
+
+
+def count_leaked_scores(prompt: str) -> int:
+    """How many scores of earlier evaluations a prompt contains."""
+    return len(_SCORE.findall(prompt))
+
+
+def leaked_scores(prompt: str) -> list[float]:
+    """The scores of earlier evaluations in a prompt, in order."""
+    return [float(score) for score in _SCORE.findall(prompt)]

@@ -1,0 +1,307 @@
+"""What a completions endpoint writes after token ids, and which probabilities it shows.
+
+What a server answers is another program's data. It is read here into numbers and strings, or rejected.
+"""
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from prmkit.http_client import Connection, PassingTrouble, RowFailure
+
+T = TypeVar("T")
+
+MOST_EXACT = 128
+"""Tokens that vLLM takes in one `logprob_token_ids`."""
+_ROUNDING = 0.01
+"""A log-probability that was computed in half precision may be this far above zero."""
+_NOT_COMPUTED = -9000.0
+"""vLLM writes -9999.0 for tokens whose probability it did not compute. No float has a logarithm like that."""
+_SAME = 0.05
+"""Two log-probabilities of one token may differ so much, because of half precision and other batches."""
+_NEUTRAL = {
+    "temperature": 0,
+    "top_p": 1,
+    "top_k": -1,
+    "min_p": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "repeat_penalty": 1,
+}
+"""Sent with every request: a server takes what a request leaves open from the model's generation_config.json, where
+many base models have a repetition penalty that changes digits. The last one is llama-server's name for it."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What must be known of the model's tokenizer to read a server's answers."""
+
+    size: int
+    ids_by_text: Callable[[], Mapping[str, int | None]]
+    """Token id by text, None for a text that several tokens share; called only if the server does not say ids."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a server shows of the tokens that may be written at one place."""
+
+    known: Mapping[int, float]
+    """Log-probabilities of those that were of interest, by token id."""
+    bounds: Mapping[int, float]
+    """The most that the log-probability can be of those that are not shown."""
+    highest: float
+    """Of the likeliest token, which is the one that the model writes."""
+
+
+Likeliest = Mapping[int | str, float]
+"""Log-probabilities of the likeliest tokens at one place: by token id, or by text if the server does not say ids."""
+
+
+class Completions:
+    """The completions of one server, over a connection."""
+
+    def __init__(self, connection: Connection, vocabulary: Vocabulary) -> None:
+        """Ask over `connection`; `vocabulary` is that of its model."""
+        self.connection = connection
+        self.endpoint = connection.endpoint
+        self._vocabulary = vocabulary
+        self.probing = asyncio.Lock()
+        """Held while it is found out whether the server reads exactly: it must never get both kinds at once."""
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    async def written(self, ids: Sequence[int], max_tokens: int, stop_ids: Sequence[int]) -> str:
+        """What the model writes after `ids`, greedily."""
+        return await self._ask(ids, self._text, max_tokens=max_tokens, stop_token_ids=list(stop_ids))
+
+    async def likeliest(self, ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Place]:
+        """What the server shows of some tokens after `ids`, and further on while the model writes greedily.
+
+        Args:
+            ids: the prompt.
+            tokens: those of interest, at each of the next places.
+
+        Returns:
+            At least one place, at most as many as were asked for.
+        """
+
+        def read(choice: Mapping[str, Any]) -> list[Place]:
+            shown = self._likeliest_of(choice)
+            return [self._place(each, wanted) for each, wanted in zip(shown, tokens, strict=False)]
+
+        return await self._ask(
+            ids, read, max_tokens=len(tokens), logprobs=self.endpoint.top_logprobs, return_tokens_as_token_ids=True
+        )
+
+    async def exact(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[dict[int, float]] | None:
+        """The log-probabilities of tokens after each of several prompts, over the whole vocabulary, in one request.
+
+        Args:
+            prompts: token ids.
+            tokens: at most `MOST_EXACT`.
+
+        Returns:
+            By token, one mapping for each prompt; None where the server does not know `logprob_token_ids`.
+        """
+
+        def read(choices: Sequence[Mapping[str, Any]]) -> list[dict[int, float]] | None:
+            shown = [self._likeliest_of(choice)[0] for choice in choices]
+            if not all(token in each for each in shown for token in tokens):
+                return None
+            found = [{token: each[token] for token in tokens} for each in shown]
+            if any(value < _NOT_COMPUTED for each in found for value in each.values()):
+                raise PassingTrouble("it did not compute the tokens that were asked for")
+            return found
+
+        return await self._ask_all(
+            prompts, read, max_tokens=1, logprobs=1, logprob_token_ids=list(tokens), return_tokens_as_token_ids=True
+        )
+
+    async def scored(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[dict[int, float]] | None:
+        """As `exact`, from SGLang's `/v1/score`; None where the server answers something else.
+
+        What all prompts begin with is sent once. An item must not be empty, so it is one token less.
+        """
+        shared = min(map(len, prompts)) - 1
+        while any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
+            shared -= 1
+        body = {
+            "query": list(prompts[0][:shared]),
+            "items": [list(prompt[shared:]) for prompt in prompts],
+            "label_token_ids": [list(tokens)] * len(prompts),
+            "apply_softmax": False,  # it would be over these tokens alone
+            "return_token_logprobs": True,
+        }
+
+        def read(content: bytes) -> list[dict[int, float]] | None:
+            try:
+                rows = json.loads(content)["token_logprobs"]
+                fits = [len(row) for row in rows] == [len(tokens)] * len(prompts)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                return None
+            if not fits:
+                return None
+            found = [dict(zip(tokens, map(self._number, row), strict=True)) for row in rows]
+            if any(value < _NOT_COMPUTED for each in found for value in each.values()):
+                raise PassingTrouble("it did not compute the tokens that were asked for")
+            return found
+
+        return await self.connection.post("score", body, read)
+
+    async def scores_agree(self, ids: Sequence[int]) -> bool:
+        """Whether the likeliest tokens after `ids` have the probabilities in `scored` that a completion gives them.
+
+        A path named `/v1/score` may do anything. SGLang itself puts another token before what is scored, where it was
+        started with `--multi-item-scoring-delimiter`, and so answers for another prompt.
+        """
+        (place,) = await self.likeliest(ids, [range(self._vocabulary.size)])
+        shown = dict(place.known)
+        scored = await self.scored([ids], list(shown)) if shown else None
+        return scored is not None and all(abs(scored[0][token] - value) < _SAME for token, value in shown.items())
+
+    async def echoed(self, ids: Sequence[int]) -> float:
+        """The log-probability of the last one of `ids`."""
+
+        def last(choice: Mapping[str, Any]) -> float | None:
+            values = self._logprobs(choice).get("token_logprobs")
+            if not isinstance(values, list) or len(values) < len(ids) or values[len(ids) - 1] is None:
+                return None
+            return self._number(values[len(ids) - 1])
+
+        try:
+            # SGLang looks at the prompt only when logprobs is above zero.
+            value = await self._ask(ids, last, max_tokens=1, logprobs=1, echo=True)
+        except RowFailure as failure:
+            raise self._needs_more_logprobs(f" ({failure})") from failure
+        if value is None:
+            raise self._needs_more_logprobs("")
+        return value
+
+    def _needs_more_logprobs(self, why: str) -> RowFailure:
+        return RowFailure(
+            f"a score is not among the {self.endpoint.top_logprobs} likeliest tokens, and the server gives no logprobs "
+            f"of echoed prompts{why}; raise --top-logprobs (vLLM: --max-logprobs)"
+        )
+
+    async def _ask(self, ids: Sequence[int], read: Callable[[Mapping[str, Any]], T], **parameters: Any) -> T:
+        """What `read` finds in the one completion of one prompt; see `_ask_all`."""
+        return await self._ask_all([ids], lambda choices: read(choices[0]), **parameters)
+
+    async def _ask_all(
+        self, prompts: Sequence[Sequence[int]], read: Callable[[Sequence[Mapping[str, Any]]], T], **parameters: Any
+    ) -> T:
+        """What `read` finds in the completions of some prompts, in their order.
+
+        Raises:
+            RowFailure: the server refuses a prompt, keeps failing on one, or does not answer as it should.
+            DataError: it cannot be reached, or would refuse every prompt.
+        """
+        asked = list(prompts[0]) if len(prompts) == 1 else list(map(list, prompts))
+        body = {"prompt": asked, **_NEUTRAL, **parameters}
+        return await self.connection.post(
+            "completions", body, lambda answer: read(self.connection.choices(answer, len(prompts)))
+        )
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _text(self, choice: Mapping[str, Any]) -> str:
+        text = choice.get("text")
+        if not isinstance(text, str):
+            raise self.connection.misfit(f"its text is {text!r}")
+        return text
+
+    def _logprobs(self, choice: Mapping[str, Any]) -> Mapping[str, Any]:
+        logprobs = choice.get("logprobs")
+        if logprobs is not None and not isinstance(logprobs, dict):
+            raise self.connection.misfit(f"logprobs are {logprobs!r}")
+        if not logprobs:
+            raise RowFailure(
+                f"{self.endpoint.name}: the server gives no logprobs, which expected scores are read from. "
+                "Use a server that does (vLLM, SGLang, llama-server), or --mode generate",
+                is_usage=True,
+            )
+        return logprobs
+
+    def _likeliest_of(self, choice: Mapping[str, Any]) -> list[Likeliest]:
+        """At every place that was written, in either of the two forms that servers use.
+
+        vLLM, SGLang: `{"top_logprobs": [{"token_id:5" or "text": -0.1, …}, …]}`, an object a place.
+        llama-server: `{"content": [{"top_logprobs": [{"id": 5, "token": "text", "logprob": -0.1}, …]}, …]}`.
+        """
+        logprobs = self._logprobs(choice)
+        shown: Any = logprobs.get("top_logprobs")
+        read = self._from_object
+        if isinstance(places := logprobs.get("content"), list):
+            shown = [place.get("top_logprobs") if isinstance(place, dict) else None for place in places]
+            read = self._from_list
+        if not isinstance(shown, list) or not shown or not all(shown):
+            raise self.connection.misfit(f"top_logprobs are {shown!r}")
+        return [read(each) for each in shown]
+
+    def _from_object(self, shown: object) -> Likeliest:
+        if not isinstance(shown, dict):
+            raise self.connection.misfit(f"top_logprobs begin with {shown!r}")
+        values: dict[Any, float] = {str(name): self._number(value) for name, value in shown.items()}
+        if not all(name.startswith("token_id:") for name in values):
+            return values
+        try:
+            return {int(name.removeprefix("token_id:")): value for name, value in values.items()}
+        except ValueError as error:
+            raise self.connection.misfit(f"a token is {error}") from None
+
+    def _from_list(self, shown: object) -> Likeliest:
+        if not isinstance(shown, list) or not all(isinstance(each, dict) for each in shown):
+            raise self.connection.misfit(f"top_logprobs begin with {shown!r}")
+        names: list[Any] = [each.get("id") for each in shown]
+        if not all(isinstance(name, int) and not isinstance(name, bool) for name in names):
+            names = [str(each.get("token")) for each in shown]
+        return dict(zip(names, (self._number(each.get("logprob")) for each in shown), strict=True))
+
+    def _place(self, shown: Likeliest, wanted: Sequence[int]) -> Place:
+        least, highest = min(shown.values()), max(shown.values())
+        if all(isinstance(name, int) for name in shown):
+            self._check_count(shown, may_be_fewer=False)
+            return Place(
+                {token: shown[token] for token in wanted if token in shown},
+                {token: least for token in wanted if token not in shown},
+                highest,
+            )
+        by_text = self._vocabulary.ids_by_text()
+        # Tokens with one text are one entry.
+        self._check_count(shown, may_be_fewer=any(by_text.get(str(text)) is None for text in shown))
+        by_id = {by_text.get(str(text)): value for text, value in shown.items()}
+        # A token that shares its text with others may be one that is shown; so may any, where a text is unknown here.
+        hidden = set(wanted) & set(by_text.values()) if all(str(text) in by_text for text in shown) else set()
+        return Place(
+            {token: by_id[token] for token in wanted if token in by_id},
+            {token: least if token in hidden else 0.0 for token in wanted if token not in by_id},
+            highest,
+        )
+
+    def _check_count(self, shown: Likeliest, *, may_be_fewer: bool) -> None:
+        """Reject an answer that does not hold all the tokens that were asked for.
+
+        While another client uses `logprob_token_ids`, vLLM answers ordinary requests with one or two tokens, one of
+        them at -9999. The least of two would be taken for a bound of all other tokens, and scores would be wrong.
+        """
+        asked = min(self.endpoint.top_logprobs, self._vocabulary.size)
+        if min(shown.values()) < _NOT_COMPUTED or (len(shown) < asked and not may_be_fewer):
+            raise PassingTrouble(
+                f"{len(shown)} of the {asked} likeliest tokens that were asked for, as vLLM answers while another "
+                "client uses logprob_token_ids. If it is the server's limit, lower --top-logprobs"
+            )
+
+    def _number(self, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.connection.misfit(f"a logprob is {value!r}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isnan(number) or number > _ROUNDING:
+            raise RowFailure(f"the model's probabilities are not numbers; the server gives the logprob {number}")
+        return number
