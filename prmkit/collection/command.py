@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     judges = load_judges(arguments.judges)
     if arguments.per == "run" and arguments.first is not None:
         raise UsageError("--first selects single steps, and --per run asks for whole runs. Leave one of them out.")
+    if arguments.max_cost is not None and not 0 <= arguments.max_cost < math.inf:
+        raise UsageError(f"--max-cost {arguments.max_cost}: not an amount of at least zero.")
     if arguments.max_cost is not None and any(judge.price_in is None for judge in judges):
         raise UsageError("--max-cost needs price_in and price_out of every judge in judges.yaml.")
     selected = None

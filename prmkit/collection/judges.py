@@ -1,7 +1,10 @@
 """judges.yaml: who is asked, where, and at what price."""
 
 import difflib
+import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +98,21 @@ def load_judges(path: Path) -> list[StrongJudge]:
     names = [judge.name for judge in judges]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"{path}: two judges are called {twice}. Give each its own name.")
+    _check_answers_differ(judges, path)
     return judges
+
+
+def _check_answers_differ(judges: Sequence[StrongJudge], path: Path) -> None:
+    """An answer is found by model and parameters, so that of one judge would count for another one with the same."""
+    sent: dict[str, str] = {}
+    for judge in judges:
+        same = json.dumps([judge.model, judge.json, judge.parameters | dict([judge.limit])], sort_keys=True)
+        other = sent.setdefault(same, judge.name)
+        if other != judge.name:
+            raise UsageError(
+                f"{path}: {other} and {judge.name} have the same model and parameters, so the answers of one would "
+                "count for both. Remove one, or give the models different names on their servers."
+            )
 
 
 def _judge(content: Any, place: str) -> StrongJudge:
@@ -108,7 +125,7 @@ def _judge(content: Any, place: str) -> StrongJudge:
             raise UsageError(f"{place}: there is no setting {name}. {hint}")
         if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
             raise UsageError(f"{place}: {name} is {value!r:.40}, and should be {_KINDS[name][0].__name__}.")
-    if missing := [name for name in ("name", "base_url", "model") if not content.get(name)]:
+    if missing := [name for name in ("name", "base_url", "model") if not str(content.get(name, "")).strip()]:
         raise UsageError(f"{place}: {' and '.join(missing)} missing.")
     judge = StrongJudge(**content)
     _check(judge, place)
@@ -116,21 +133,40 @@ def _judge(content: Any, place: str) -> StrongJudge:
 
 
 def _check(judge: StrongJudge, place: str) -> None:
-    check_url(judge.base_url)
-    if "@" in judge.base_url:
-        raise UsageError(f"{place}: base_url holds a password. Name a variable with api_key_env instead.")
+    _check_address(judge.base_url, place)
     if judge.json not in ("schema", "object", "prompt"):
         raise UsageError(f"{place}: json is {judge.json}, and should be schema, object or prompt.")
-    if judge.concurrency < 1 or judge.timeout <= 0:
+    if judge.concurrency < 1 or not 0 < judge.timeout < math.inf:
         raise UsageError(f"{place}: concurrency and timeout should be above zero.")
-    if min(judge.price_in or 0.0, judge.price_out or 0.0) < 0:
-        raise UsageError(f"{place}: a price is below zero.")
+    # No comparison with NaN is true, so a price that is one would open every budget.
+    if not all(0 <= (price or 0.0) < math.inf for price in (judge.price_in, judge.price_out)):
+        raise UsageError(f"{place}: a price is not a number of at least zero.")
     if (judge.price_in is None) != (judge.price_out is None):
         raise UsageError(f"{place}: give both price_in and price_out, or neither.")
-    if fixed := sorted(_OURS & judge.parameters.keys()):
-        raise UsageError(f"{place}: parameters: {fixed[0]} is set for each request. Leave it out.")
-    name, tokens = judge.limit
-    if not isinstance(judge.parameters.get(name, 1), int) or tokens < 1:
-        raise UsageError(f"{place}: parameters: {name} should be a whole number above zero.")
+    _check_parameters(judge, place)
     if judge.api_key_env and not judge.api_key_env.isidentifier():
         raise UsageError(f"{place}: api_key_env is the name of a variable, not the key itself.")
+
+
+def _check_address(url: str, place: str) -> None:
+    try:
+        check_url(url)
+    except UsageError as error:
+        raise UsageError(f"{place}: {str(error).replace('--base-url', 'base_url')}") from error
+    if "@" in url:
+        raise UsageError(f"{place}: base_url holds a password. Name a variable with api_key_env instead.")
+    if "?" in url or "#" in url:  # it may be a key, and requests go to a path below this address
+        raise UsageError(f"{place}: base_url has a query or a fragment. End it before the ? or #.")
+
+
+def _check_parameters(judge: StrongJudge, place: str) -> None:
+    if fixed := sorted(_OURS & judge.parameters.keys()):
+        raise UsageError(f"{place}: parameters: {fixed[0]} is set for each request. Leave it out.")
+    for name in _LIMITS:
+        tokens = judge.parameters.get(name, 1)
+        if type(tokens) is not int or tokens < 1:
+            raise UsageError(f"{place}: parameters: {name} should be a whole number above zero.")
+    try:
+        json.dumps(judge.parameters, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{place}: parameters cannot be sent as JSON ({error}). Quote dates and keys.") from error

@@ -199,6 +199,8 @@ def test_the_budget_is_never_overrun(tmp_path: Path, endpoint: Endpoint) -> None
     done = typed(tmp_path, "--yes", "--max-cost", "0.25", code=1)  # an answer costs 0.01, and up to 0.1
     spent = sum(json.loads(line)["cost"] for line in (tmp_path / "rows.answers.jsonl").read_text().splitlines())
     assert 0.1 < spent <= 0.25 and "--max-cost 0.25 is reached" in done.stderr
+    for amount in ("nan", "-1", "inf"):
+        assert "--max-cost" in typed(tmp_path, "--yes", "--max-cost", amount, code=2).stderr
     typed(tmp_path, "--yes", "--max-cost", "9")
     assert len(rows(tmp_path)) == 63
 
@@ -239,7 +241,7 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
         ("[]", "a list of judges"),
         ("- {name: a, base_url: 'http://x/v1'}", "model missing"),
         ("- {name: a, base_url: 'http://x/v1', model: m, concurency: 3}", "Did you mean concurrency?"),
-        ("- {name: a, base_url: 'ftp://x', model: m}", "not the address"),
+        ("- {name: a, base_url: 'ftp://x', model: m}", "judge 1: base_url ftp://x: not the address"),
         ("- {name: a, base_url: 'http://u:p@x/v1', model: m}", "api_key_env"),
         ("- {name: a, base_url: 'http://x/v1', model: m, json: yaml}", "schema, object or prompt"),
         ("- {name: a, base_url: 'http://x/v1', model: m, price_in: 1}", "or neither"),
@@ -247,6 +249,17 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
         ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: 'sk-abc-def'}", "name of a variable"),
         ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
         ("- &a {name: a, base_url: 'http://x/v1', model: m}\n- *a", "two judges are called a"),
+        ("- {name: a, base_url: 'http://x/v1?key=abc', model: m}", "query"),
+        ("- {name: a, base_url: 'http://x/v1', model: ' '}", "model missing"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, timeout: .nan}", "timeout should be above zero"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, price_in: .nan, price_out: 1}", "a price"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, price_in: 1, price_out: .inf}", "a price"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {max_tokens: many}}", "a whole number"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {max_tokens: null}}", "a whole number"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {temperature: .nan}}", "as JSON"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {since: 2024-01-01}}", "as JSON"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {1: 2, a: 3}}", "as JSON"),
+        ("- {name: a, base_url: 'http://x/v1', model: m}\n- {name: b, base_url: 'http://y/v1', model: m}", "for both"),
         ("a: [", "not YAML"),
     ],
 )
