@@ -334,7 +334,7 @@ class Connection:
         counts = [
             usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
         ]
-        known = [count if type(count) is int and count >= 0 else None for count in counts]
+        known = [count if type(count) is int and 0 <= count < 2**53 else None for count in counts]
         reason = choice.get("finish_reason")
         return ChatAnswer(text or "", reason if isinstance(reason, str) else None, *known)
 

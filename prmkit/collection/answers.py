@@ -20,7 +20,10 @@ from prmkit.errors import DataError
 from prmkit.trajectories.rows import step_metadata
 from prmkit.verdict import Verdict, render_verdict
 
-_KINDS: Mapping[str, Any] = {"key": str, "judge": str, "model": str, "text": str, "cost": (int, float)}
+_KINDS: Mapping[str, Any] = {
+    "key": str, "judge": str, "model": str, "text": str, "cost": (int, float), "time": (int, float),
+}  # fmt: skip
+_LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
@@ -34,10 +37,18 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     answers: dict[str, dict[str, Any]] = {}
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if line.endswith(b"\n"):
+            if line.endswith(b"\n") or _is_whole(line):
                 answer = _answer(line, f"{path}:{number}")
                 answers.setdefault(answer["key"], answer)
     return answers
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a last line lacks nothing but its end, which an editor may have removed."""
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
 
 
 def _answer(line: bytes, place: str) -> dict[str, Any]:
@@ -46,7 +57,7 @@ def _answer(line: bytes, place: str) -> dict[str, Any]:
         is_whole = isinstance(answer, dict) and all(isinstance(answer[key], kind) for key, kind in _KINDS.items())
     except (orjson.JSONDecodeError, KeyError):
         is_whole = False
-    if not is_whole or "finish_reason" not in answer:
+    if not is_whole or "finish_reason" not in answer or not 0 <= answer["time"] < _LATEST:
         raise DataError(f"{place}: damaged. It holds answers that were paid for; repair or delete this line.")
     return dict(answer)
 
@@ -60,7 +71,7 @@ def recording(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as stream:
-        _drop_half_a_line(stream)
+        _end_the_last_line(stream)
 
         def record(answer: Mapping[str, Any]) -> None:
             try:
@@ -75,13 +86,16 @@ def recording(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield record
 
 
-def _drop_half_a_line(stream: Any) -> None:
-    """What a kill left of a line would spoil the next one."""
+def _end_the_last_line(stream: Any) -> None:
+    """What a kill left of a line would spoil the next one: it is removed, or ended where nothing else is missing."""
     size = stream.seek(0, os.SEEK_END)
     end = size
     while end and not _ends_a_line(stream, end):
         end -= 1
-    if end < size:
+    stream.seek(end)
+    if end < size and _is_whole(stream.read()):
+        stream.write(b"\n")
+    elif end < size:
         stream.truncate(end)
 
 

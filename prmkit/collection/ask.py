@@ -40,6 +40,8 @@ class Collection:
     """Why a question got no answer in this run: by judge, question, and whether it is a repetition."""
     stopped: dict[str, str] = field(default_factory=dict)
     """Judges that refuse everything, and why."""
+    under_way: dict[str, asyncio.Event] = field(default_factory=dict)
+    """By key, requests without an answer yet; the event is set when they end."""
 
     def reserve(self, judge: StrongJudge, ask: Ask) -> float | None:
         """Reserve the most that a request can cost; None where the budget has no room for it."""
@@ -122,36 +124,52 @@ async def _follow(
     question: Question, connection: Connection, state: Collection, record: Callable[[Mapping[str, Any]], None]
 ) -> None:
     """Ask until the question is settled, or cannot be."""
-    judge = question.judge
     while isinstance(ask := next_of(question, state.answers), Ask):
-        reserved = state.reserve(judge, ask)
-        while reserved is None and state.reserved > 0:  # what is under way usually costs less than it could
-            await asyncio.sleep(0.02)
-            reserved = state.reserve(judge, ask)
-        if reserved is None:
-            if not state.is_exhausted:
-                log.warning("--max-cost %g is reached; no more requests are sent", state.max_cost)
-            state.is_exhausted = True
-            return
-        started = time.time()
+        if same := state.under_way.get(ask.key):  # runs may begin alike, and one answer is enough
+            await same.wait()
+            if question.judge.name in state.stopped:
+                return
+            continue
+        state.under_way[ask.key] = asyncio.Event()
         try:
-            answer = await connection.chat(ask.body)
-        except RowFailure as failure:
-            state.failures[judge.name, question.name, question.repeat] = str(failure)
-            return
-        except DataError as error:  # it refuses the key, has no such model, or cannot be reached
-            if judge.name not in state.stopped:
-                log.error("%s gets no more requests: %s", judge.name, error)
-            state.stopped[judge.name] = str(error)
-            return
+            line = await _send(question, ask, connection, state)
+            if line is None:
+                return
+            state.spent += line["cost"]
+            record(line)
+            state.answers[ask.key] = line
         finally:
-            state.reserved -= reserved
-            if abs(state.reserved) < _ROUNDING:
-                state.reserved = 0.0
-        line = _line(question, ask, answer, started)
-        state.spent += line["cost"]
-        record(line)
-        state.answers[ask.key] = line
+            state.under_way.pop(ask.key).set()
+
+
+async def _send(question: Question, ask: Ask, connection: Connection, state: Collection) -> dict[str, Any] | None:
+    """One request within the budget; None, with the reason in `state`, where there is no answer."""
+    judge = question.judge
+    reserved = state.reserve(judge, ask)
+    while reserved is None and state.reserved > 0:  # what is under way usually costs less than it could
+        await asyncio.sleep(0.02)
+        reserved = state.reserve(judge, ask)
+    if reserved is None:
+        if not state.is_exhausted:
+            log.warning("--max-cost %g is reached; no more requests are sent", state.max_cost)
+        state.is_exhausted = True
+        return None
+    started = time.time()
+    try:
+        return _line(question, ask, await connection.chat(ask.body), started)
+    except RowFailure as failure:
+        state.failures[judge.name, question.name, question.repeat] = str(failure)
+    except DataError as error:  # it refuses the key, has no such model, or cannot be reached
+        # The client's advice names flags of other commands.
+        reason = str(error).replace("--base-url", "base_url").replace("--api-key-env", "api_key_env")
+        if judge.name not in state.stopped:
+            log.error("%s gets no more requests: %s", judge.name, reason)
+        state.stopped[judge.name] = reason
+    finally:
+        state.reserved -= reserved
+        if abs(state.reserved) < _ROUNDING:
+            state.reserved = 0.0
+    return None
 
 
 def _line(question: Question, ask: Ask, answer: ChatAnswer, started: float) -> dict[str, Any]:

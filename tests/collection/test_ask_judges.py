@@ -193,6 +193,38 @@ def test_twenty_kills_lose_nothing_that_was_written_and_pay_for_nothing_twice(
     assert written > 20
 
 
+def test_runs_that_begin_alike_pay_once(tmp_path: Path, endpoint: Endpoint) -> None:
+    endpoint.seconds = 0.2
+    runs = [
+        {"task_id": "t", "messages": [{"role": "user", "content": "Task."}, {"role": "assistant", "content": "good"}]}
+    ]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs * 6))
+    write_judges(tmp_path, endpoint, concurrency=6)
+    typed(tmp_path, "--yes")
+    assert len(endpoint.asked) == 1 and len(rows(tmp_path)) == 6
+
+
+def test_the_end_of_the_last_line_may_be_missing(tmp_path: Path, endpoint: Endpoint) -> None:
+    write_runs(tmp_path, ["good", "good too"])
+    write_judges(tmp_path, endpoint)
+    typed(tmp_path, "--yes")
+    answers = tmp_path / "rows.answers.jsonl"
+    answers.write_bytes(answers.read_bytes()[:-1])
+    write_runs(tmp_path, ["good", "good too", "good three"])
+    typed(tmp_path, "--yes")
+    assert len(endpoint.asked) == 4 and len(answers.read_text().splitlines()) == 4  # step 2 is no longer the last one
+
+
+@pytest.mark.parametrize("moment", [None, "noon", 1e300, -1e300])
+def test_an_answer_without_its_time_is_damaged(tmp_path: Path, endpoint: Endpoint, moment: Any) -> None:
+    write_runs(tmp_path, ["good"])
+    write_judges(tmp_path, endpoint)
+    typed(tmp_path, "--yes")
+    answers = tmp_path / "rows.answers.jsonl"
+    answers.write_text(json.dumps(json.loads(answers.read_text()) | {"time": moment}) + "\n")
+    assert "rows.answers.jsonl:1: damaged" in typed(tmp_path, "--no-asking", code=1).stderr
+
+
 def test_the_budget_is_never_overrun(tmp_path: Path, endpoint: Endpoint) -> None:
     write_runs(tmp_path, ["good"] * 3 + [f"good {n}" for n in range(60)])
     write_judges(tmp_path, endpoint, price_in=0, price_out=1000, parameters={"max_tokens": 100}, concurrency=8)
