@@ -28,6 +28,7 @@ log = logging.getLogger("prmkit")
 
 _MOST_MISSING = 0.05
 _LONGEST_REASON = 60
+_COUNTED = ("questions", "open", "tokens in", "tokens out")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Plan:
     with_reference: bool
     repeat: float
     """Share of the steps for which every judge is asked twice."""
-    selected: Mapping[tuple[str, int], tuple[str, float]] | None
-    """Why a step is asked for, and its weight, by trajectory and step; None for all steps."""
+    selected: Mapping[tuple[str, int], tuple[str, float] | None] | None
+    """Why a step is asked for, and its weight, by trajectory and step, or None if it is not; None for all steps."""
 
     def questions(self, reports: list[FileReport] | None = None) -> Iterator[Question]:
         """Every question, run by run and judge by judge: the same order each time, and one run in memory.
@@ -60,7 +61,13 @@ class Plan:
 
     def _wanted(self, question: Question) -> Iterator[Question]:
         if self.selected is not None:
-            chosen = self.selected.get((question.run.trajectory_id, next(iter(question.prompts))))
+            place = (question.run.trajectory_id, next(iter(question.prompts)))
+            if place not in self.selected:
+                raise DataError(
+                    f"--first has no score of {question.name}. Score all of these runs first: score_trajectories.py "
+                    f"{' '.join(self.inputs)} --run saves/RUN --output FILE"
+                )
+            chosen = self.selected[place]
             if chosen is None:
                 return
             question = replace(question, selection=chosen)
@@ -77,19 +84,38 @@ def ask_judges(arguments: argparse.Namespace) -> ExitCode:
         DataError: the runs cannot be read, or more than 5 % of the verdicts are missing.
     """
     plan = _plan(arguments)
-    check_output(arguments.output, Path(arguments.inputs[0]))
     answers_file = arguments.answers or companion_file(arguments.output, "answers.jsonl")
+    _check_files(arguments, answers_file)
     lock = f".{answers_file.name}.lock"
     if arguments.dry_run:
-        _show(plan, read_answers(answers_file), with_prompt=True)
+        _show(plan, read_answers(answers_file), with_prompt=True, as_json=arguments.json)
         return ExitCode.DONE
     with exclusive_lock(answers_file.parent, f"asking judges for {answers_file.name}", lock=lock):
         state = Collection(read_answers(answers_file), arguments.max_cost)
         if not arguments.no_asking:
-            if _show(plan, state.answers, with_prompt=False):
+            if _show(plan, state.answers, with_prompt=False, as_json=arguments.json):
                 _confirm(plan.judges, yes=arguments.yes)
             collect(plan.questions, plan.judges, answers_file, state)
         return _write(plan, state, arguments.output, as_json=arguments.json)
+
+
+def _check_files(arguments: argparse.Namespace, answers: Path) -> None:
+    """Stop where an output would replace something that is read, or answers that were paid for."""
+    for folder in filter(Path.is_dir, map(Path, arguments.inputs)):
+        if any(folder.resolve() in file.resolve().parents for file in (arguments.output, answers)):
+            raise UsageError(
+                f"{folder}: the output is in this folder of runs, and would be read as runs the next time."
+            )
+    read = [*map(Path, arguments.inputs), arguments.judges, *filter(None, (arguments.first, arguments.rubric))]
+    for source in read:
+        check_output(arguments.output, source)
+        check_output(answers, source)
+    if arguments.output.absolute() == answers.absolute() or (answers.exists() and _is_same(arguments.output, answers)):
+        raise UsageError(f"{answers}: is the --output as well. The answers need a file for themselves.")
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    return file.exists() and file.samefile(other)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -115,9 +141,9 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str, int], tuple[str, float]]:
-    """The steps that the own judge is unsure of, and a random share of the others, with one over its probability."""
-    chosen: dict[tuple[str, int], tuple[str, float]] = {}
+def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str, int], tuple[str, float] | None]:
+    """Why each step is asked for, with one over the probability of that; None for steps that are not."""
+    chosen: dict[tuple[str, int], tuple[str, float] | None] = {}
     try:
         lines = scores.read_bytes().splitlines()
     except OSError as error:
@@ -126,23 +152,29 @@ def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str
         try:
             line = orjson.loads(text)
             place = (str(line["metadata"]["trajectory_id"]), int(line["metadata"]["step"]))
-            width = line["high"] - line["low"] if line.get("high") is not None else 2 * (line["std"] or 0.0)
-            is_unsure = line["status"] != "ok" or width > unsure_above
+            is_unsure = line["status"] != "ok" or _width(line) > unsure_above
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{scores}:{number}: not a line that score_trajectories.py writes for runs ({error!r})."
             ) from error
-        if is_unsure:
-            chosen[place] = ("unsure", 1.0)
-        elif draw(audit, "audit", *map(str, place)):
-            chosen[place] = ("audit", round(1 / audit, 6))
+        if place in chosen:
+            raise DataError(f"{scores}:{number}: a second line about step {place[1]} of {place[0]}. Keep one.")
+        is_audited = draw(audit, "audit", *map(str, place))
+        chosen[place] = ("unsure", 1.0) if is_unsure else ("audit", round(1 / audit, 6)) if is_audited else None
     return chosen
+
+
+def _width(line: Mapping[str, Any]) -> float:
+    """Of the interval, else two standard deviations; infinite where the judge gave neither."""
+    if line.get("high") is not None:
+        return float(line["high"] - line["low"])
+    return math.inf if line["std"] is None else 2 * float(line["std"])
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
 
 
-def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool) -> int:
+def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool, as_json: bool) -> int:
     """Say what is still to be asked; how many requests that are."""
     counts: dict[str, Counter[str]] = {judge.name: Counter() for judge in plan.judges}
     first: Question | None = None
@@ -161,19 +193,46 @@ def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool) -> int:
         log.info(line)
     if first is None:
         raise DataError(f"{', '.join(plan.inputs)}: no step to ask about.")
-    rows = [_price_row(judge, counts[judge.name]) for judge in plan.judges]
-    columns = ("judge", "questions", "open", "tokens in", "tokens out", "price", "host")
-    cli.emit_table("", columns, rows, numeric=columns[1:6], optional=("questions", "host"))
-    hosts = sorted({judge.host for judge in plan.judges})
-    cli.emit(f"The runs would be sent to: {', '.join(hosts)}. Tokens are estimates (3 bytes each, longest answers).")
-    if with_prompt:
-        cli.emit(f"\nThe first prompt ({first.name}):\n\n{first.text}")
+    if as_json:
+        _show_as_json(plan, counts, first if with_prompt else None)
+    else:
+        _show_as_table(plan, counts, first if with_prompt else None)
     return sum(count["open"] for count in counts.values())
 
 
+def _show_as_json(plan: Plan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
+    """To stdout where it is the result; stderr gets the price before asking, because the result comes later."""
+    judges = [
+        {"judge": judge.name, "host": judge.host}
+        | {name.replace(" ", "_"): counts[judge.name][name] for name in _COUNTED}
+        | {"most_cost": None if judge.price_in is None else _most_cost(judge, counts[judge.name])}
+        for judge in plan.judges
+    ]
+    if first is not None:
+        cli.emit_json({"judges": judges, "first_prompt": {"question": first.name, "text": first.text}})
+        return
+    for judge in judges:
+        cost = "" if judge["most_cost"] is None else f", for at most {judge['most_cost']:.2f}"
+        log.info("%s (%s): %s requests%s", judge["judge"], judge["host"], f"{judge['open']:,}", cost)
+
+
+def _show_as_table(plan: Plan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
+    rows = [_price_row(judge, counts[judge.name]) for judge in plan.judges]
+    columns = ("judge", *_COUNTED, "price", "host")
+    cli.emit_table("", columns, rows, numeric=columns[1:6], optional=("questions", "host"))
+    hosts = sorted({judge.host for judge in plan.judges})
+    cli.emit(f"The runs would be sent to: {', '.join(hosts)}. Tokens are estimates (3 bytes each, longest answers).")
+    if first is not None:
+        cli.emit(f"\nThe first prompt ({first.name}):\n\n{first.text}")
+
+
+def _most_cost(judge: StrongJudge, count: Mapping[str, int]) -> float:
+    return judge.cost(count["tokens in"], count["tokens out"])
+
+
 def _price_row(judge: StrongJudge, count: Mapping[str, int]) -> Sequence[str]:
-    price = "-" if judge.price_in is None else f"<= {judge.cost(count['tokens in'], count['tokens out']):.2f}"
-    numbers = [f"{count[name]:,}" for name in ("questions", "open", "tokens in", "tokens out")]
+    price = "-" if judge.price_in is None else f"<= {_most_cost(judge, count):.2f}"
+    numbers = [f"{count[name]:,}" for name in _COUNTED]
     return (judge.name, *numbers, price, judge.host)
 
 

@@ -215,6 +215,31 @@ def test_the_end_of_the_last_line_may_be_missing(tmp_path: Path, endpoint: Endpo
     assert len(endpoint.asked) == 4 and len(answers.read_text().splitlines()) == 4  # step 2 is no longer the last one
 
 
+def test_no_output_replaces_what_is_read_or_was_paid_for(tmp_path: Path, endpoint: Endpoint) -> None:
+    write_runs(tmp_path, ["good"])
+    write_judges(tmp_path, endpoint)
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "b.json").write_text((tmp_path / "runs.jsonl").read_text().strip())
+    for flags in (
+        ["--answers", "rows.jsonl"], ["--answers", "more/b.json", "more/b.json"], ["--output", "judges.yaml"],
+        ["--output", "more/b.json", "more/b.json"], ["--output", "more/rows.jsonl", "more"],
+    ):  # fmt: skip
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
+        assert "output" in typed(tmp_path, "--yes", *flags, code=2).stderr
+        assert before == {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
+
+
+def test_json_is_all_of_stdout(tmp_path: Path, endpoint: Endpoint) -> None:
+    write_runs(tmp_path, ["good", "good too"])
+    write_judges(tmp_path, endpoint, price_in=1, price_out=1000, parameters={"max_tokens": 100})
+    planned = json.loads(typed(tmp_path, "--dry-run", "--json").stdout)
+    (judge,) = planned["judges"]
+    assert judge["open"] == 2 and 0.2 < judge["most_cost"] < 0.21 and "Task 0." in planned["first_prompt"]["text"]
+    done = typed(tmp_path, "--yes", "--json")
+    assert json.loads(done.stdout)["rows"] == 2 and "2 requests, for at most 0.20" in done.stderr
+
+
 @pytest.mark.parametrize("moment", [None, "noon", 1e300, -1e300])
 def test_an_answer_without_its_time_is_damaged(tmp_path: Path, endpoint: Endpoint, moment: Any) -> None:
     write_runs(tmp_path, ["good"])
@@ -263,6 +288,10 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
     assert chosen["unsure"] == 4 and 4 <= chosen["audit"] <= 20
     weights = {row["metadata"]["selected_by"]: row["metadata"]["selection_weight"] for row in rows(tmp_path)}
     assert weights == {"unsure": 1.0, "audit": 5.0}
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    assert "no score of t0.1#60" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
+    assert "scores.jsonl:61: a second line" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
     (tmp_path / "scores.jsonl").write_text("{}\n")
     assert "scores.jsonl:1" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
 
