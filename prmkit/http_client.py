@@ -31,7 +31,8 @@ _LONGEST_PAUSE = 30.0
 """Seconds between two attempts, of our own choice."""
 _LONGEST_PAUSE_ASKED = 120.0
 """And where a server asks for it."""
-_PASSING_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
+_PASSING_STATUSES = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
+"""Also those that only some providers and proxies use, such as 529 (overloaded) and 524 (a timeout)."""
 _LARGEST_ANSWER = 16 << 20
 """Bytes, unpacked. The logprobs of a prompt of 100,000 tokens fit."""
 
@@ -279,6 +280,8 @@ class Connection:
                 f"{url}: the server has no model '{self.endpoint.model}' there ({text}). "
                 "The URL usually ends in /v1, and /v1/models lists the names."
             )
+        if 300 <= status < 400:
+            raise RowFailure(f"{url} answers {status}, a redirection, which is not followed. Name the final address.")
         if status >= 400:
             advice = self._advice_on_logprobs(text)
             raise RowFailure(f"{url} answers {status}: {text}{advice}", is_usage=bool(advice), is_refusal=True)
@@ -329,6 +332,9 @@ class Connection:
         (choice,) = self.choices(content, 1)
         message, usage = choice.get("message"), json.loads(content).get("usage")
         text = message.get("content") if isinstance(message, dict) else None
+        if isinstance(text, list):  # of parts, of which some may be thoughts
+            parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
+            text = "".join(str(part.get("text") or "") for part in parts)
         if text is not None and not isinstance(text, str):
             raise self.misfit(f"its content is {text!r}")
         counts = [

@@ -158,7 +158,8 @@ async def _send(question: Question, ask: Ask, connection: Connection, state: Col
     try:
         return _line(question, ask, await connection.chat(ask.body), started)
     except RowFailure as failure:
-        state.failures[judge.name, question.name, question.repeat] = str(failure)
+        reason = str(failure).removeprefix(judge.base_url).lstrip(": ")  # the table has the judge's name
+        state.failures[judge.name, question.name, question.repeat] = reason
     except DataError as error:  # it refuses the key, has no such model, or cannot be reached
         # The client's advice names flags of other commands.
         reason = str(error).replace("--base-url", "base_url").replace("--api-key-env", "api_key_env")

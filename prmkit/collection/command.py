@@ -28,6 +28,7 @@ log = logging.getLogger("prmkit")
 
 _MOST_MISSING = 0.05
 _LONGEST_REASON = 60
+_MOST_REASONS = 20
 _COUNTED = ("questions", "open", "tokens in", "tokens out")
 
 
@@ -287,8 +288,7 @@ def _report(
     spent: float,
 ) -> None:
     if missing:
-        short = [(judge, reason[:_LONGEST_REASON], f"{count:,}") for judge, reason, count in missing]
-        cli.emit_table("Steps without a verdict", ("judge", "reason", "steps"), short, numeric=("steps",))
+        _report_missing(missing)
     for judge, found in agreement.items():
         cli.emit(
             f"{judge} asked again about {found['pairs']} steps: its scores differ by {found['mean_difference']:.2f} "
@@ -296,3 +296,21 @@ def _report(
         )
     cost = f", {spent:.2f} spent" if spent else ""
     cli.emit(f"{output}: {written:,} rows of {tally.asked.total():,} verdicts asked for{cost}")
+
+
+def _report_missing(missing: Sequence[tuple[str, str, int]]) -> None:
+    """A table judge x reason, the most frequent first. Reasons that begin alike are one; what is cut off follows."""
+    counts: Counter[tuple[str, str]] = Counter()
+    whole: dict[tuple[str, str], str] = {}
+    for judge, reason, count in missing:
+        cell = (judge, reason if len(reason) <= _LONGEST_REASON else f"{reason[: _LONGEST_REASON - 1]}…")
+        counts[cell] += count
+        whole.setdefault(cell, reason)
+    shown = counts.most_common(_MOST_REASONS)
+    if rest := counts.total() - sum(count for _, count in shown):
+        shown.append((("…", "other reasons (--json has all of them)"), rest))
+    rows = [(*cell, f"{count:,}") for cell, count in shown]
+    cli.emit_table("Steps without a verdict", ("judge", "reason", "steps"), rows, numeric=("steps",))
+    for cell, _ in shown:
+        if cell[1].endswith("…"):
+            log.info("%s: %s", cell[0], whole[cell])

@@ -2,7 +2,8 @@
 
 Its score is 0.9 for a step that says "good", else 0.2. What else a step says makes it misbehave: "fenced" wraps its
 answer, "prose" answers without JSON once, "stubborn" always, "cut" is cut off until there is more room, "html" answers
-a page, "refused" is a 400. Models: "locked" is a 401, "gone" a 404, "busy" answers 429 with Retry-After at first.
+a page, "refused" is a 400. Models: "locked" is a 401, "gone" a 404, "busy" answers 429 with Retry-After at first, and
+"overloaded" 529; "moved" redirects, "broke" says in a 200 that it has no credits, "parts" answers in parts.
 """
 
 import json
@@ -77,6 +78,12 @@ def _answer(body: dict[str, Any], endpoint: Endpoint) -> tuple[int, bytes]:
         return (401 if model == "locked" else 404), b'{"error": "no"}'
     if model == "busy" and endpoint.refused < 3:
         return 429, b'{"error": "slow down"}'
+    if model == "overloaded" and endpoint.refused < 1:
+        return 529, b'{"error": "overloaded"}'
+    if model == "moved":
+        return 307, b""
+    if model == "broke":
+        return 200, b'{"error": {"message": "' + b"so sorry, " * 9 + b'no credits"}}'
     text = messages[0]["content"]
     this = text.rpartition("<step n=")[2]
     if "refused" in this:
@@ -84,7 +91,9 @@ def _answer(body: dict[str, Any], endpoint: Endpoint) -> tuple[int, bytes]:
     if "html" in this:
         return 200, b"<html>hello</html>"
     said, reason = _said(text, this, len(messages) > 1, body.get("max_tokens", 0))
-    choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": reason}
+    parts = [{"type": "thinking", "thinking": [{"text": "hm"}]}, {"type": "text", "text": said}]
+    content = parts if model == "parts" else said
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": reason}
     usage = {"prompt_tokens": 100, "completion_tokens": 10}
     return 200, json.dumps({"choices": [choice], "usage": usage}).encode()
 

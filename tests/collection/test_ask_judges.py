@@ -143,6 +143,14 @@ def test_more_than_a_twentieth_missing_is_an_error_and_one_judge_does_not_stop_t
     assert endpoint.refused <= 8  # each stops at once
 
 
+def test_what_only_some_providers_answer(tmp_path: Path, endpoint: Endpoint) -> None:
+    write_runs(tmp_path, ["good"])
+    write_judges(tmp_path, endpoint, "overloaded", "parts", "moved", "broke")
+    done = typed(tmp_path, "--yes", code=1)
+    assert [row["metadata"]["model_name"] for row in rows(tmp_path)] == ["judge-overloaded", "judge-parts"]
+    assert "307, a redirection" in done.stdout and "no credits" in done.stderr
+
+
 def test_rows_are_a_function_of_runs_and_answers(tmp_path: Path, endpoint: Endpoint) -> None:
     write_runs(tmp_path, ["good", "bad prose"], ["bad"])
     write_judges(tmp_path, endpoint)
