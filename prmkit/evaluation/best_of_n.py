@@ -239,11 +239,17 @@ def runs_with_outcome(file: Path) -> list[Trajectory]:
     """The runs of a file whose outcome is known.
 
     Raises:
-        DataError: no run has an outcome from 0 to 1.
+        DataError: no run has an outcome, or one is not from 0 to 1. Without it, only the runs at one end would be left.
     """
     reports: list[FileReport] = []
     runs = list(read_runs([file], None, reports))
     warn_of_losses(reports)
+    for run in runs:
+        given = run.outcome and run.outcome.get("score")
+        if given is not None and _outcome_of(run.outcome) is None:
+            raise DataError(
+                f"{file}: the outcome of {run.trajectory_id} is {given:g}, not from 0 to 1. Rescale them all."
+            )
     known = [run for run in runs if _outcome_of(run.outcome) is not None]
     if not known:
         raise DataError(
@@ -251,7 +257,7 @@ def runs_with_outcome(file: Path) -> list[Trajectory]:
             "--outcome-key NAME."
         )
     if len(known) < len(runs):
-        log.warning("%s: %d of %d runs left out: no outcome from 0 to 1", file, len(runs) - len(known), len(runs))
+        log.warning("%s: %d of %d runs left out: no outcome", file, len(runs) - len(known), len(runs))
     return known
 
 
@@ -311,7 +317,10 @@ def _comparable(attempts: Sequence[Attempt]) -> tuple[list[Attempt], dict[str, i
     sizes = Counter(each.task_id for each in attempts)
     without = {each.task_id for each in attempts if each.scores is None}
     if len(without) == len(sizes):
-        raise DataError("no task has scores for every step of all its runs. The answers' file says why.")
+        raise DataError(
+            "no task has scores for every step of all its runs. Runs are scored by a judge (--run), lines of outcomes "
+            "need --predictions; best_of_n_answers.jsonl in the output's folder says why a judge gave no score."
+        )
     kept = [each for each in attempts if sizes[each.task_id] > 1 and each.task_id not in without]
     single = sum(count == 1 for count in sizes.values())
     if not kept:

@@ -100,12 +100,17 @@ def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(tmp_path: Path)
     assert found["tasks"] == 2
 
 
+MESSAGES = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([{"task_id": 1, "scores": [0.5], "reward": 7}], "no outcome from 0 to 1"),
         ([{"task_id": 1, "scores": [5], "reward": 1}], "not a list of numbers"),
         ([{"task_id": 1, "scores": [1], "reward": 1}], "no task has two runs"),
+        ([{"task_id": 1, "trial": trial, "reward": 1} for trial in range(2)], "need --predictions"),
+        ([{"task_id": 1, "reward": reward, "messages": MESSAGES} for reward in (0, 100, 0)], "is 100, not from 0 to 1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, lines: list[Any], message: str) -> None:
