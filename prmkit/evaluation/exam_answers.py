@@ -87,7 +87,9 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
     _add_scores(judges, given, file)
     if not any(judge.scores or judge.firsts for judge in judges.values()):
         first = exam.runs[0].trajectory_id
-        raise DataError(f"{file}: no line is about a step of {exam.file}, whose first run has the id {first}.")
+        unplaced = sum((judge.unplaced for judge in judges.values()), Counter[str]())
+        why = "".join(f"; {count} lines {reason}" for reason, count in unplaced.items())
+        raise DataError(f"{file}: no score of a step of {exam.file}, whose first run has the id {first}{why}.")
     return list(judges.values())
 
 
