@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 
+from prmkit.errors import UsageError
 from prmkit.trajectories.content import as_text
 from prmkit.trajectories.run import Keys, Run, Unreadable
 from prmkit.trajectory import Label
@@ -12,7 +13,7 @@ from prmkit.trajectory import Label
 _TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
 _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "uid", "uuid")
 _SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
-_OUTCOMES = ("reward", "score", "success", "resolved", "is_correct", "passed")
+_OUTCOMES = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
 
 SCALES = ("unit", "ternary")
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
@@ -41,7 +42,8 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
     run.tools = run.tools or tools_of(value.get("tools") or value.get("functions"))
     if keys.labels:
         run.labels = labels_by_index(flat.get(keys.labels), run, keys.label_scale)
-    known = {*read, *_TASK_IDS, *_RUN_IDS, *_SOLUTIONS, *_OUTCOMES, "tools", "functions", "metadata", "name"}
+    outcomes = {name for name in _OUTCOMES if isinstance(flat.get(name), int | float | None)}
+    known = {*read, *_TASK_IDS, *_RUN_IDS, *_SOLUTIONS, *outcomes, "tools", "functions", "metadata", "name"}
     for name in value.keys() - known - {keys.task, keys.outcome, keys.labels}:
         run.lost[f"field {name[:40]}"] += 1
 
@@ -90,6 +92,7 @@ def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
 
     Raises:
         Unreadable: the column is missing, has another length than the run has steps, or a label is out of range.
+        UsageError: a label is -1 on the unit scale. The 0 of other runs is then neutral, and would be read as wrong.
     """
     if isinstance(given, dict):
         pairs = [(int(place) if str(place).isdigit() else -1, label) for place, label in given.items()]
@@ -100,6 +103,8 @@ def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
         pairs = [(index, label) for index, label in zip(steps, given, strict=True) if index is not None]
     else:
         raise Unreadable("no column of labels")
+    if scale == "unit" and any(value == -1 for _, value in pairs):
+        raise UsageError("a label is -1, so 0 is not the worst one: labels of -1, 0 and 1 need --label-scale ternary.")
     return {place: label_of(value, scale) for place, value in pairs if value is not None}
 
 
@@ -118,8 +123,7 @@ def label_of(value: Any, scale: str) -> Label:
             return Label({1: GOOD, 0: NEUTRAL, -1: BAD}[int(value)], "human", "ternary")
         if scale == "unit" and 0 <= value <= 1:
             return Label(float(value), "human")
-    hint = "; -1, 0 and 1 need --label-scale ternary" if value == -1 else ""
-    raise Unreadable(f"label {value!s:.40} is not on the scale {scale}{hint}")
+    raise Unreadable(f"label {value!s:.40} is not on the scale {scale}")
 
 
 def first_error(turns: Sequence[Any], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:

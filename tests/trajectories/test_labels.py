@@ -159,7 +159,21 @@ def test_a_column_of_labels(read: Read, given: Any, scale: str, expected: list[f
     assert labels(run) == expected
 
 
-@pytest.mark.parametrize("given", [[1], [1, 1, 1], None, [1, -1], [1, 5], ["good", "bad"], 3])
+def test_a_zero_beside_minus_one_is_not_read_as_wrong(tmp_path: Path) -> None:
+    """Reading only the runs without -1 would make rows of neutral steps that are called wrong."""
+    runs = [COLUMN | {"marks": marks} for marks in ([1, 0], [1, -1])]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    with pytest.raises(UsageError, match="--label-scale ternary"):
+        list(read_runs([tmp_path / "runs.jsonl"], Options(keys=Keys(labels="marks"))))
+
+
+def test_an_outcome_is_read_under_its_own_name_or_counted(read: Read) -> None:
+    assert read(COLUMN | {"outcome": 1})[0].outcome == {"success": None, "score": 1.0}
+    (run,) = read(COLUMN | {"outcome": "it went well"})
+    assert run.outcome is None and run.lost["field outcome"] == 1
+
+
+@pytest.mark.parametrize("given", [[1], [1, 1, 1], None, [1, 5], ["good", "bad"], 3])
 def test_a_column_that_does_not_fit_is_counted(read: Read, reports: list[FileReport], given: Any) -> None:
     assert read(COLUMN | {"marks": given}, keys=Keys(labels="marks")) == []
     assert reports[0].unreadable.total() == 1
