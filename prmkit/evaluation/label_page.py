@@ -100,7 +100,7 @@ def make_server(labels: Labels, port: int) -> Server:
         return Server(labels, port)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"127.0.0.1:{port}: {reason}. Choose another --port.") from error
+        raise DataError(f"127.0.0.1:{port}: {reason.rstrip('.')}. Choose another --port.") from error
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -156,6 +156,8 @@ def open_labels(
         UsageError: the file holds labels of another sample.
     """
     check_output(file, Path(source))
+    if not name.strip():
+        raise UsageError("--name is empty. Rows need the name of who labels.")
     runs = {run.trajectory_id: run for run in read_runs([source], Options(form))}
     steps = [(run.trajectory_id, step.n) for run in runs.values() for step in run.steps]
     if not steps:
@@ -200,11 +202,24 @@ def _check_sample(file: Path, wanted: dict[str, Any]) -> None:
 
 
 def _read_done(labels: Labels) -> None:
-    for row in _whole_lines(labels.file):
-        metadata = row["metadata"]
-        labels.done[metadata["trajectory_id"], metadata["clip_number"]] = row
-    for line in _whole_lines(_skipped_file(labels.file)):
-        labels.skipped.add((line["trajectory_id"], line["step"]))
+    labels.done |= _steps_in(labels.file, "clip_number")
+    labels.skipped |= _steps_in(_skipped_file(labels.file), "step").keys()
+
+
+def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """The lines of a file by their run and step.
+
+    Raises:
+        DataError: a line is not one that this command writes.
+    """
+    found = {}
+    for place, line in enumerate(_whole_lines(file), start=1):
+        about = line.get("metadata", line) if isinstance(line, dict) else None
+        run, step = (about.get("trajectory_id"), about.get(number)) if isinstance(about, dict) else (None, None)
+        if not isinstance(run, str) or type(step) is not int:
+            raise DataError(f"{file}:{place}: not a line of label_steps.py. Repair or delete this line.")
+        found[run, step] = line
+    return found
 
 
 def _whole_lines(file: Path) -> list[Any]:

@@ -17,7 +17,7 @@ import exam_fixtures as public
 import numpy as np
 import pytest
 
-from prmkit.errors import UsageError
+from prmkit.errors import DataError, UsageError
 from prmkit.evaluation import statistics
 from prmkit.evaluation.estimates import make_sample
 from prmkit.evaluation.exam import read_exam
@@ -164,3 +164,22 @@ def test_labels_of_another_sample_are_not_continued(runs: Path, tmp_path: Path) 
     (tmp_path / "labels.sample.json").unlink()
     with pytest.raises(UsageError, match=r"label_steps\.py did not write it"):
         open_labels(str(runs), file, 4, "kim", None, 0, rubric)
+
+
+@pytest.mark.parametrize("name", ["labels.jsonl", "labels.skipped.jsonl"])
+@pytest.mark.parametrize("line", ["{}", "[]", '{"metadata": 5}', '{"metadata": {"trajectory_id": "a"}}'])
+def test_a_damaged_line_is_named(runs: Path, tmp_path: Path, name: str, line: str) -> None:
+    file, rubric = tmp_path / "labels.jsonl", load_rubric()
+    labels = open_labels(str(runs), file, 4, "kim", None, 0, rubric)
+    for act in (lambda drawn: labels.add(drawn, 1, None), labels.skip):
+        assert labels.next is not None
+        act(labels.next)
+    with (tmp_path / name).open("a") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(DataError, match=rf"{name}:2: not a line of label_steps"):
+        open_labels(str(runs), file, 4, "kim", None, 0, rubric)
+
+
+def test_a_person_has_a_name(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--name"):
+        open_labels(str(runs), tmp_path / "labels.jsonl", 4, " ", None, 0, load_rubric())
