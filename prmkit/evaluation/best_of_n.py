@@ -97,7 +97,8 @@ def picks(attempts: Sequence[Attempt]) -> dict[str, Pick]:
 
 
 def _by(aggregate: Callable[[Sequence[float]], float]) -> Pick:
-    return lambda each: aggregate(each.scores or ())
+    """Rounded to twelve digits: a product depends on the order of its factors in the last one, which breaks ties."""
+    return lambda each: float(f"{aggregate(each.scores or ()):.12g}")
 
 
 def measure_picks(attempts: Sequence[Attempt]) -> dict[str, list[Estimate]]:

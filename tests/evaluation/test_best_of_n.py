@@ -41,6 +41,14 @@ def test_the_mean_over_all_subsets_is_exact(runs: list[tuple[int, float]], n: in
     assert expected_pick(scores, outcomes, n) == pytest.approx(sum(counted) / len(counted))
 
 
+def test_equal_scores_in_another_order_are_a_tie(tmp_path: Path) -> None:
+    """0.1 * 0.2 * 0.3 and 0.3 * 0.2 * 0.1 differ in their last digit."""
+    lines = [{"task_id": task, "trajectory_id": f"{task}.{trial}", "outcome": trial, "scores": scores}
+             for task in range(3) for trial, scores in enumerate(([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]))]  # fmt: skip
+    found = pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))["picks"]
+    assert {found[f"judge: {name}"]["2"]["value"] for name in ("min", "product", "mean")} == {0.5}
+
+
 def tau_runs(tasks: int = 10) -> list[dict[str, Any]]:
     """Three trials a task; the longest one succeeds, and in every second task no other one."""
     return [
