@@ -27,7 +27,7 @@ def main() -> int:
     add("--json", action="store_true", help="print the result as JSON")
     asking = parser.add_argument_group("what is asked").add_argument
     asking("--per", choices=["step", "run"], default="step", help="one call per step (default), or per run: cheaper")
-    asking("--teacher-sees", choices=["reference"], help="also send the solution, where a run has one; never in rows")
+    asking("--teacher-sees", choices=["reference"], help="also send the solution, where a run has one; not in rows")
     asking("--repeat", type=_share, default=0.0, metavar="X", help="ask twice about this share of steps (default 0)")
     asking("--rubric", type=Path, metavar="FILE", help="what is asked (default: ours)")
     asking("--format", metavar="NAME", help="the form of the runs, if it is not recognised")

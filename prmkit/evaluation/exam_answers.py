@@ -22,7 +22,7 @@ from prmkit.evaluation.exam import NO_ERROR, Exam, ExamRun
 from prmkit.files import read_jsonl
 from prmkit.rows import Rejected, read_row, whole_number
 from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
-from prmkit.verdict import Unreadable, read_verdict
+from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
 log = logging.getLogger("prmkit")
 
@@ -166,7 +166,7 @@ def _judged_step(value: Mapping[str, Any], numbers: Mapping[int, int], place: st
         row = read_row(value)
     except Rejected as rejected:
         raise DataError(f"{place}: {rejected.reason}.") from rejected
-    verdict = None if row.answer is None else read_verdict(row.answer)
+    verdict = None if row.answer is None else read_verdict(row.answer, asked_shape(row.prompt))
     known = verdict is not None and not isinstance(verdict, Unreadable)
     step = row.clip_number if row.clip_number in numbers.values() else None
     return step, fmean(verdict.scores.values()) if known else None  # type: ignore[union-attr]

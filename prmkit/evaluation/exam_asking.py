@@ -192,9 +192,10 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
         if is_typed:
             answer = await connection.ask_json("systemone", _typed_question(records[key[1]], key[2], rubric))
             return _read_typed(answer, rubric)
-        messages = [{"role": "user", "content": request.prompt}]
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        messages = [*system, {"role": "user", "content": request.prompt}]
         chat = await connection.chat({"messages": messages, "temperature": 0, "max_tokens": _LONGEST_VERDICT})
-        verdict = read_verdict(chat.text)
+        verdict = read_verdict(chat.text, request.shape)
         return verdict.reason if isinstance(verdict, Unreadable) else fmean(verdict.scores.values())
 
     base = Endpoint(endpoint.base_url.removesuffix(_SYSTEMONE), endpoint.model, api_key=endpoint.api_key)
@@ -204,7 +205,7 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
             yield from asyncio.run(_ask_window(base, window, ask_one))
 
     # A server on another port with the same model gives the same answers.
-    fingerprint = {"model": endpoint.model, "typed": is_typed, "rubric": rubric.sha256, "format": 1}
+    fingerprint = {"model": endpoint.model, "typed": is_typed, "rubric": rubric.sha256, "format": 2}
     return _ask(prompts_of(exam, rubric), file, fingerprint, answer)
 
 

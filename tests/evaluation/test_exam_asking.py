@@ -15,6 +15,7 @@ import pytest
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation.command import execute
 from prmkit.evaluation.exam import read_exam
+from prmkit.evaluation.exam_answers import read_answers
 from prmkit.trajectories.command import import_runs
 
 evaluate = importlib.import_module("evaluate_judge")._parser
@@ -105,6 +106,27 @@ def test_a_chat_server_is_asked_as_a_judge_is(exam: Path) -> None:
     assert 0 < found["answered"] < found["asked"] == len(asked)
     lines = [json.loads(line) for line in (exam.parent / "out" / "exam_answers_server.jsonl").read_text().splitlines()]
     assert {line["status"]: line["score"] for line in lines} == {"ok": 0.25, "unparsed": None}
+
+
+def test_other_numbers_in_a_verdict_are_no_scores(exam: Path) -> None:
+    """A mean with the judge's confidence would be a wrong score; its confidence alone is none."""
+    said = ['{"step_score": 0.25, "confidence_score": 0.95}', '{"confidence": 0.9, "correct": 1}']
+    numbers = iter(range(1000))
+
+    def answer(_path: str, _body: Any) -> tuple[int, Any]:
+        return 200, {"choices": [{"message": {"content": said[next(numbers) % 2]}}]}
+
+    with serving(answer) as (url, _):
+        take(exam, url)
+    lines = [json.loads(line) for line in (exam.parent / "out" / "exam_answers_server.jsonl").read_text().splitlines()]
+    assert {line["score"] for line in lines} == {0.25, None}
+    rows = [json.loads(line) for line in exam.read_text().splitlines()]
+    for row in rows:
+        row["conversations"][1]["value"] = said[0]
+        row["metadata"]["model_name"] = "M"
+    judged = public.write_lines(exam.parent / "judged.jsonl", rows)
+    found = read_answers(judged, read_exam(exam))
+    assert set(found[0].scores.values()) == {0.25}
 
 
 @pytest.mark.parametrize(
