@@ -18,6 +18,8 @@ from prmkit.trajectory import Trajectory
 from prmkit.verdict import Shape, Unreadable, Verdict, asked_shape, read_verdict
 
 _ASKED_AGAIN = 2
+_TOKENS_A_STEP = 100
+"""Of an answer about a whole run: a score, the type of an error, and one or two sentences."""
 _QUOTED = 2000
 """Characters of an unreadable answer that are sent back with the reason."""
 
@@ -82,7 +84,7 @@ def next_of(question: Question, answers: Answers) -> Ask | Settled:
     """Follow the chain of a question: what to ask next, or what came out."""
     first = [{"role": "user", "content": question.text}]
     messages: list[dict[str, str]] = first
-    limit_name, limit = question.judge.limit
+    limit_name, limit = _limit(question)
     again, has_more_room, attempt = 0, False, 0
     while True:
         ask = _ask(question, messages, {limit_name: limit}, attempt)
@@ -97,11 +99,21 @@ def next_of(question: Question, answers: Answers) -> Ask | Settled:
         if not isinstance(read, str):
             return Settled(read, answer=answer)
         if again == _ASKED_AGAIN:
+            if answer["finish_reason"] == "length":
+                read = f"cut off at {limit} tokens; raise {limit_name} ({read})"
             return Settled({}, read, answer)
         again += 1
         said = {"role": "assistant", "content": answer["text"][:_QUOTED] or "(nothing)"}
         demand = f"This cannot be used: {read}. Answer again, with nothing but the JSON object that was asked for."
         messages = [*first, said, {"role": "user", "content": demand}]
+
+
+def _limit(question: Question) -> tuple[str, int]:
+    """The parameter that limits an answer, and its tokens: more for a long run, unless judges.yaml says how many."""
+    name, limit = question.judge.limit
+    if question.per_run and name not in question.judge.parameters:
+        limit = max(limit, _TOKENS_A_STEP * len(question.prompts))
+    return name, limit
 
 
 def _ask(question: Question, messages: Sequence[Mapping[str, str]], limit: Mapping[str, int], attempt: int) -> Ask:

@@ -270,6 +270,22 @@ def test_the_budget_is_never_overrun(tmp_path: Path, endpoint: Endpoint) -> None
     assert len(rows(tmp_path)) == 63
 
 
+def test_a_long_run_has_room_for_its_answer(tmp_path: Path, endpoint: Endpoint) -> None:
+    write_runs(tmp_path, [f"good {n}" for n in range(40)], ["good"])
+    write_judges(tmp_path, endpoint)
+    typed(tmp_path, "--yes", "--per", "run")
+    assert [body["max_tokens"] for body in endpoint.asked] == [4000, 1024]
+    write_judges(tmp_path, endpoint, parameters={"max_tokens": 500}, price_in=1, price_out=1)
+    (judge,) = json.loads(typed(tmp_path, "--dry-run", "--json", "--per", "run").stdout)["judges"]
+    assert judge["tokens_out"] == 1000
+
+
+def test_an_answer_that_is_cut_off_every_time_says_what_to_raise(tmp_path: Path, endpoint: Endpoint) -> None:
+    write_runs(tmp_path, ["cut"])
+    write_judges(tmp_path, endpoint, parameters={"max_tokens": 100})
+    assert "cut off at 200 tokens; raise max_tokens" in typed(tmp_path, "--yes", code=1).stdout
+
+
 def test_the_solution_is_sent_to_the_judge_alone(tmp_path: Path, endpoint: Endpoint) -> None:
     write_runs(tmp_path, ["good"])
     write_judges(tmp_path, endpoint)
