@@ -256,8 +256,7 @@ def _write(plan: Plan, state: Collection, output: Path, *, as_json: bool) -> Exi
         for row in rows_of_answers(plan.questions(), state.answers, reasons, tally):
             stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             written += 1
-    missing = [(judge, f"stopped: {state.stopped[judge]}" if judge in state.stopped and reason == "not asked yet"
-                else reason, count) for (judge, reason), count in tally.missing.items()]  # fmt: skip
+    missing = [(judge, _why(state, judge, reason), count) for (judge, reason), count in tally.missing.items()]
     agreement = {judge: {"pairs": len(apart), "mean_difference": round(fmean(apart), 4),
                          "equal": round(sum(each < 0.005 for each in apart) / len(apart), 4)}
                  for judge, apart in tally.repeated.items()}  # fmt: skip
@@ -277,6 +276,14 @@ def _write(plan: Plan, state: Collection, output: Path, *, as_json: bool) -> Exi
             "command again: it asks only for those, and pays for nothing twice."
         )
     return ExitCode.DONE
+
+
+def _why(state: Collection, judge: str, reason: str) -> str:
+    if reason != "not asked yet":
+        return reason
+    if judge in state.stopped:
+        return f"stopped: {state.stopped[judge]}"
+    return "not asked: --max-cost was reached" if state.is_exhausted else reason
 
 
 def _report(

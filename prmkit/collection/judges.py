@@ -55,13 +55,15 @@ class StrongJudge:
         """The API key.
 
         Raises:
-            UsageError: its variable is empty.
+            UsageError: its variable is empty, or cannot be sent.
         """
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
             raise UsageError(f"{self.name}: the variable {self.api_key_env} is empty. Set it to the API key.")
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(f"{self.name}: {self.api_key_env} holds a character that no API key has. Set it again.")
         return key
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:

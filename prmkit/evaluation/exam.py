@@ -24,7 +24,7 @@ from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
 from prmkit.trajectories.rows import holds_records, runs_beside, succeeded
 from prmkit.trajectory import Trajectory, task_id_of
-from prmkit.verdict import Unreadable, read_verdict
+from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
 log = logging.getLogger("prmkit")
 
@@ -184,7 +184,7 @@ def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, 
         raise DataError(f"{place}: not a labelled step ({rejected.reason}).") from rejected
     metadata = row.metadata
     n, run = whole_number(metadata.get("clip_number")), metadata.get("trajectory_id") or metadata.get("task_id")
-    verdict = None if row.answer is None else read_verdict(row.answer)
+    verdict = None if row.answer is None else read_verdict(row.answer, asked_shape(row.prompt))
     if n is None or not run or verdict is None or isinstance(verdict, Unreadable):
         raise DataError(
             f"{place}: not a labelled step. An exam has rows of import_trajectories.py --labels or of label_steps.py, "

@@ -201,6 +201,17 @@ def test_twenty_kills_lose_nothing_that_was_written_and_pay_for_nothing_twice(
     assert written > 20
 
 
+@pytest.mark.parametrize("key", ["s\u00e9cret", "se\ncret"])
+def test_a_key_that_cannot_be_sent_is_not_repeated(tmp_path: Path, endpoint: Endpoint, key: str) -> None:
+    write_runs(tmp_path, ["good"])
+    write_judges(tmp_path, endpoint)
+    done = subprocess.run(
+        command("--yes"), cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        env=os.environ | {"JUDGE_KEY": key},
+    )  # fmt: skip
+    assert done.returncode == 2 and "JUDGE_KEY holds a character" in done.stderr and "cret" not in done.stderr
+
+
 def test_runs_that_begin_alike_pay_once(tmp_path: Path, endpoint: Endpoint) -> None:
     endpoint.seconds = 0.2
     runs = [
@@ -264,6 +275,7 @@ def test_the_budget_is_never_overrun(tmp_path: Path, endpoint: Endpoint) -> None
     done = typed(tmp_path, "--yes", "--max-cost", "0.25", code=1)  # an answer costs 0.01, and up to 0.1
     spent = sum(json.loads(line)["cost"] for line in (tmp_path / "rows.answers.jsonl").read_text().splitlines())
     assert 0.1 < spent <= 0.25 and "--max-cost 0.25 is reached" in done.stderr
+    assert "not asked: --max-cost was reached" in done.stdout
     for amount in ("nan", "-1", "inf"):
         assert "--max-cost" in typed(tmp_path, "--yes", "--max-cost", amount, code=2).stderr
     typed(tmp_path, "--yes", "--max-cost", "9")
