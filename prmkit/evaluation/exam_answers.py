@@ -71,6 +71,8 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
         run = exam.by_id.get(run_of(value))
         if run is None:
             judge.unplaced["of runs that are not in the exam"] += 1
+        elif _is_repeated(value):
+            judge.unplaced["with second answers (--repeat), which are not part of the exam"] += 1
         elif "faulty" in value or "failure_step" in value:
             _add_verdict(judge, run, value, place)
         else:
@@ -91,6 +93,12 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
         why = "".join(f"; {count} lines {reason}" for reason, count in unplaced.items())
         raise DataError(f"{file}: no score of a step of {exam.file}, whose first run has the id {first}{why}.")
     return list(judges.values())
+
+
+def _is_repeated(value: Mapping[str, Any]) -> bool:
+    """Whether a row has what a judge of ask_judges.py answered when it was asked again, to see how far it agrees."""
+    metadata = value.get("metadata")
+    return isinstance(metadata, dict) and metadata.get("repeat") is True
 
 
 def _counts_messages(value: Mapping[str, Any]) -> bool:
