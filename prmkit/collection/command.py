@@ -206,23 +206,26 @@ def _show_as_json(plan: Plan, counts: Mapping[str, Counter[str]], first: Questio
     judges = [
         {"judge": judge.name, "host": judge.host}
         | {name.replace(" ", "_"): counts[judge.name][name] for name in _COUNTED}
-        | {"most_cost": None if judge.price_in is None else _most_cost(judge, counts[judge.name])}
+        | {"most_cost_asked_once": None if judge.price_in is None else _most_cost(judge, counts[judge.name])}
         for judge in plan.judges
     ]
     if first is not None:
         cli.emit_json({"judges": judges, "first_prompt": {"question": first.name, "text": first.text}})
         return
     for judge in judges:
-        cost = "" if judge["most_cost"] is None else f", for at most {judge['most_cost']:.2f}"
+        cost = "" if judge["most_cost_asked_once"] is None else f", for at most {judge['most_cost_asked_once']:.2f}"
         log.info("%s (%s): %s requests%s", judge["judge"], judge["host"], f"{judge['open']:,}", cost)
 
 
 def _show_as_table(plan: Plan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
     rows = [_price_row(judge, counts[judge.name]) for judge in plan.judges]
-    columns = ("judge", *_COUNTED, "price", "host")
+    columns = ("judge", *_COUNTED, "asked once", "host")
     cli.emit_table("", columns, rows, numeric=columns[1:6], optional=("questions", "host"))
     hosts = sorted({judge.host for judge in plan.judges})
-    cli.emit(f"The runs would be sent to: {', '.join(hosts)}. Tokens are estimates (3 bytes each, longest answers).")
+    cli.emit(
+        f"The runs would be sent to: {', '.join(hosts)}. Tokens are estimates (3 bytes each, longest "
+        "answers), and unreadable answers are asked for again; --max-cost counts those, too."
+    )
     if first is not None:
         cli.emit(f"\nThe first prompt ({first.name}):\n\n{first.text}")
 

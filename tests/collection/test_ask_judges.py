@@ -254,7 +254,11 @@ def test_json_is_all_of_stdout(tmp_path: Path, endpoint: Endpoint) -> None:
     write_judges(tmp_path, endpoint, price_in=1, price_out=1000, parameters={"max_tokens": 100})
     planned = json.loads(typed(tmp_path, "--dry-run", "--json").stdout)
     (judge,) = planned["judges"]
-    assert judge["open"] == 2 and 0.2 < judge["most_cost"] < 0.21 and "Task 0." in planned["first_prompt"]["text"]
+    assert (
+        judge["open"] == 2
+        and 0.2 < judge["most_cost_asked_once"] < 0.21
+        and "Task 0." in planned["first_prompt"]["text"]
+    )
     done = typed(tmp_path, "--yes", "--json")
     assert json.loads(done.stdout)["rows"] == 2 and "2 requests, for at most 0.20" in done.stderr
 
