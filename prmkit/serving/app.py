@@ -71,7 +71,7 @@ def make_app(service: Service, limits: Limits) -> Any:
     )
     app.router.route_class = _strict_route()
     _add_routes(app, routes)
-    for error in (PrmkitError, NoReward, Busy, Stopping, RequestValidationError, HTTPException):
+    for error in (PrmkitError, NoReward, Busy, Stopping, RecursionError, RequestValidationError, HTTPException):
         app.add_exception_handler(error, _handle)
     app.add_exception_handler(Exception, _handle_bug)
     return Guard(app, service, limits)
@@ -244,6 +244,8 @@ async def _handle(_request: Any, error: Exception) -> Any:
     match error:
         case PrmkitError():
             status = 422
+        case RecursionError():
+            status, message = 422, "the request is nested too deeply"
         case Busy():
             message = "the queue is full"
         case Stopping():

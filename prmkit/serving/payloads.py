@@ -49,7 +49,7 @@ def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileRep
     reports: list[FileReport] = []
     with tempfile.TemporaryDirectory(prefix="prmkit-") as folder:
         file = Path(folder) / "request.json"
-        file.write_bytes(orjson.dumps([body] if is_message_list(body) else body))
+        file.write_bytes(_written(body))
         try:
             runs = list(read_runs([file], Options(form), reports))
         except DataError as error:
@@ -60,6 +60,13 @@ def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileRep
         reasons = [reason for report in reports for reason in report.unreadable]
         raise DataError(f"the request has no run in it{': ' if reasons else '.'}{'; '.join(reasons)}")
     return runs, reports
+
+
+def _written(body: Any) -> bytes:
+    try:
+        return orjson.dumps([body] if is_message_list(body) else body)
+    except TypeError:  # orjson writes fewer levels than it reads, and raises this
+        raise DataError("the request is nested too deeply.") from None
 
 
 def _named(run: Trajectory) -> Trajectory:
@@ -269,7 +276,7 @@ def _agent_message(content: str) -> dict[str, Any]:
     for body in _CALL.findall(content):
         try:
             call = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             call = None
         known = isinstance(call, dict) and isinstance(call.get("name"), str)
         calls.append(call if known else {"name": "tool_call", "arguments": body.strip()})

@@ -102,6 +102,8 @@ class Service:
             return prompt_row(read_row(item), number, shape_of)
         except Rejected as rejected:
             return Row(number, known, reason=rejected.reason)
+        except RecursionError:
+            return Row(number, known, reason="nested too deeply")
         except PrmkitError as error:
             return Row(number, known, reason=str(error))
 
@@ -147,10 +149,13 @@ class Service:
         """Every step of every run in the body, with aggregates and discounted returns.
 
         Raises:
-            DataError: there is no run in the body.
+            DataError: there is no run in the body, or a number is out of range.
             UsageError: the form is ambiguous or unknown, or this judge needs ready prompts.
         """
         self.step_rubric()
+        for name, share in (("gamma", gamma), ("bad_below", bad_below)):
+            if share is not None and not 0 <= share <= 1:  # NaN would call no step bad
+                raise DataError(f"{name}: a number from 0 to 1.")
         runs, reports = await asyncio.to_thread(runs_in, body, form)
         limit = self.bad_below if bad_below is None else bad_below
         rows = [self._step_rows(run) for run in runs]
@@ -215,10 +220,10 @@ class Service:
             run, earlier = run_of_policy(prompt, text, whole=whole)
             run = replace(run, trajectory_id=f"{run.trajectory_id}.{number}")
             rows = self._step_rows(run)[earlier:]
-        except NothingWritten:  # a policy does that now and then, which must not end its training
+        except (NothingWritten, RecursionError):  # no answer, or one of endless brackets: neither may end a training
             rows = []
         if not rows:
-            return {"score": None, "label_mass": None, "steps": 0, "scores": [], "unscored": 1}
+            return {"score": None, "label_mass": None, "steps": 0, "scores": [], "unscored": 1, "judge": None}
         lines = [line for line, _ in await self._lines(rows)]
         scores = [line["score"] for line in lines if line["status"] == "ok"]
         masses = [line["label_mass"] for line in lines if line["label_mass"] is not None]

@@ -30,6 +30,29 @@ def test_damaged_bodies_are_answered_and_never_with_a_fault_of_the_server() -> N
         assert statuses[200] > 60 and statuses[422] > 200
 
 
+def nested(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+def test_deep_nesting_is_refused_and_what_a_policy_nests_ends_no_training() -> None:
+    call = '{"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": NESTED}}]}'
+    written = "<tool_call>" + json.dumps({"name": "x", "arguments": "NESTED"}).replace('"NESTED"', nested(990))
+    chat = "<|im_start|>assistant\n" + written + "</tool_call><|im_end|>"
+    deep = chat.replace(nested(990), nested(100_000))
+    headers = {"Content-Type": "application/json"}
+    with running_server() as url, httpx.Client(base_url=url) as client:
+        for path, body in (
+            ("/v1/score_trajectory", f'{{"messages": [{{"role": "user", "content": "a"}}, {call}]}}'),
+            ("/v1/score_trajectory", "NESTED"),
+            ("/v1/systemone", '{"state": {"a": NESTED}, "questions": {"step_score": {"type": "noul"}}}'),
+        ):
+            answer = client.post(path, content=body.replace("NESTED", nested(900)), headers=headers)
+            assert (answer.status_code, "nested too deeply" in answer.text) == (422, True), answer.text
+        for response in (written, chat, deep):
+            asked = {"prompt": "<|im_start|>user\na<|im_end|>\n", "response": response, "unscored": "null"}
+            assert client.post("/reward", json=asked).status_code == 200
+
+
 def test_a_body_that_comes_too_slowly_is_refused_and_holds_nobody_up() -> None:
     with running_server(body_patience=0.2) as url, httpx.Client(base_url=url) as client:
         host, port = url.removeprefix("http://").split(":")

@@ -108,6 +108,27 @@ def test_a_step_without_a_score_is_never_silently_a_number(unsure: str) -> None:
     assert answer(after_a_good_one, unscored="mean")["rewards"] == [pytest.approx(GOOD, abs=CLOSE)]
 
 
+def test_a_query_in_which_nothing_is_written_gets_the_mean() -> None:
+    nothing = sample("")["prompts"]
+
+    async def both(service: Service) -> tuple[Any, Any]:
+        first = await service.rewards(sample("good"))
+        return first, await service.rewards({"query": nothing, "prompts": nothing})
+
+    first, second = answer(both, unscored="mean")
+    assert second["rewards"] == first["rewards"] and second["judge"] == [None]
+    assert second["extra_logs"]["unscored"] == [1.0]
+
+
+@pytest.mark.parametrize("beyond", [math.nan, math.inf, -0.1, 1.1])
+def test_numbers_out_of_range_are_refused(beyond: float) -> None:
+    messages = [{"role": "user", "content": "Do it."}, {"role": "assistant", "content": "good"}]
+    with pytest.raises(DataError, match="gamma: a number from 0 to 1"):
+        answer(lambda service: service.score_trajectory(messages, None, beyond, None))
+    with pytest.raises(DataError, match="bad_below: a number from 0 to 1"):
+        answer(lambda service: service.score_trajectory(messages, None, 1.0, beyond))
+
+
 def test_what_trainers_send_wrongly_is_refused() -> None:
     for body in ({}, {"query": ["a"], "prompts": []}, {"query": [7], "prompts": ["a"]}, {"query": "a", "prompts": "a"}):
         with pytest.raises(DataError):
