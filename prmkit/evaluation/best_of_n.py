@@ -358,6 +358,9 @@ def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Map
     cli.emit_table("", ("pick", *names, last), rows, numeric=(*names, last))
     tasks = len({each.task_id for each in attempts})
     cli.emit(f"{len(attempts):,} runs of {tasks:,} tasks; the mean over all subsets of N runs.")
+    fewer = [f"N={n}: {each.n}" for n, each in enumerate(results["random"], start=1) if each.n < tasks]
+    if fewer:
+        cli.emit(f"Some tasks have fewer runs, so not all columns are about the same tasks ({', '.join(fewer)}).")
     for what, count in left_out.items():
         if count:
             cli.emit(f"left out: {count:,} {what}")

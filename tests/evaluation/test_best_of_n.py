@@ -135,3 +135,10 @@ def test_a_task_with_an_unscored_step_is_left_out_and_counted(tmp_path: Path) ->
     ]  # fmt: skip
     found = pick(file, "--predictions", public.write_lines(tmp_path / "scores.jsonl", lines))
     assert found["tasks"] == 2 and found["left_out"]["tasks with a step without a score"] == 1
+
+
+def test_columns_about_fewer_tasks_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"task_id": task, "trajectory_id": f"{task}.{trial}", "outcome": trial % 2, "scores": [0.5]}
+             for task in range(5) for trial in range(2 + task // 3)]  # fmt: skip
+    pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))
+    assert "(N=3: 2)" in capsys.readouterr().out
