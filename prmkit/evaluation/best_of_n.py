@@ -6,6 +6,7 @@ nothing but the outside of a run.
 """
 
 import argparse
+import json
 import logging
 import math
 from collections import Counter, defaultdict
@@ -22,7 +23,7 @@ from prmkit.errors import DataError, ExitCode
 from prmkit.evaluation import statistics
 from prmkit.evaluation.estimates import Estimate, make_sample, measure
 from prmkit.evaluation.exam import Exam, ExamRun, ExamStep
-from prmkit.evaluation.exam_answers import Answers, read_answers, run_of
+from prmkit.evaluation.exam_answers import Answers, is_repeated, read_answers, run_of
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
 from prmkit.evaluation.exam_command import folder_of
 from prmkit.files import read_jsonl, sha256_of, write_json
@@ -292,7 +293,8 @@ def _with_judge(
 
 def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -> list[Attempt]:
     if not all(each.steps for each in attempts):  # lines of outcomes alone: the scores say how long each run is
-        counts = Counter(run_of(value) for value in read_jsonl(file) if isinstance(value, dict))
+        lines = (value for value in read_jsonl(file) if isinstance(value, dict) and not is_repeated(value))
+        counts = Counter(run for run, _ in {(run_of(value), json.dumps(value, sort_keys=True)) for value in lines})
         attempts = [replace(each, steps=each.steps or counts[each.trajectory_id] or 1) for each in attempts]
     runs = tuple(
         ExamRun(each.trajectory_id, each.task_id, None, "", tuple(map(ExamStep, range(1, each.steps + 1))), True)

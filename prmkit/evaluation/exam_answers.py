@@ -71,7 +71,7 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
         run = exam.by_id.get(run_of(value))
         if run is None:
             judge.unplaced["of runs that are not in the exam"] += 1
-        elif _is_repeated(value):
+        elif is_repeated(value):
             judge.unplaced["with second answers (--repeat), which are not part of the exam"] += 1
         elif "faulty" in value or "failure_step" in value:
             _add_verdict(judge, run, value, place)
@@ -95,7 +95,7 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
     return list(judges.values())
 
 
-def _is_repeated(value: Mapping[str, Any]) -> bool:
+def is_repeated(value: Mapping[str, Any]) -> bool:
     """Whether a row has what a judge of ask_judges.py answered when it was asked again, to see how far it agrees."""
     metadata = value.get("metadata")
     return isinstance(metadata, dict) and metadata.get("repeat") is True

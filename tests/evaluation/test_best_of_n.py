@@ -101,6 +101,8 @@ def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(tmp_path: Path)
                 for task in range(3) for trial in range(2)]  # fmt: skip
     scores = public.write_lines(tmp_path / "scores.jsonl", steps)
     two = pick(public.write_lines(tmp_path / "outcomes.jsonl", outcomes), "--predictions", scores)
+    twice = public.write_lines(tmp_path / "scores_twice.jsonl", [*steps, steps[0]])
+    assert pick(tmp_path / "outcomes.jsonl", "--predictions", twice)["picks"] == two["picks"]
     assert one["picks"] == two["picks"] and one["picks"]["judge: last"]["2"]["value"] == 1
     with pytest.raises(DataError, match="second line"):
         pick(public.write_lines(tmp_path / "twice.jsonl", [*lines, lines[0]]))
