@@ -27,6 +27,9 @@ Messages = Sequence[Mapping[str, Any]]
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
 """Seconds between two attempts."""
+_LINE = {"score", "status", "label_mass"}
+_PARTS = {"results": _LINE, "steps": _LINE, "runs": {"steps", "aggregates", "first_bad"}}
+"""What every line of a list in an answer has."""
 
 
 class JudgeUnavailable(DataError):
@@ -76,6 +79,18 @@ class Judge:
     """The most requests at once; the server judges them together."""
     _local: threading.local = field(default_factory=threading.local, repr=False)
 
+    def __post_init__(self) -> None:
+        """Check what can never be sent.
+
+        Raises:
+            UsageError: the URL is not that of a server, or the key cannot be in a header.
+        """
+        if not self.url.startswith(("http://", "https://")):
+            raise UsageError("the URL of a judge begins with http:// or https://, as in http://127.0.0.1:8000.")
+        self.key = self.key and self.key.strip()  # a key that was read from a file ends with a line break
+        if self.key and not (self.key.isascii() and self.key.isprintable()):  # httpx's message would show the key
+            raise UsageError("the key of a judge has characters that cannot be sent. Check where it was read from.")
+
     def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Score steps or ready prompts: one line each, in their order, as `POST /v1/score` gives them.
 
@@ -100,6 +115,8 @@ class Judge:
         runs = _lines(answer, "runs", self.url)
         for found in runs:
             _lines(found, "steps", self.url)
+            for name in ("min", "product", "mean", "last"):
+                _check_share(_part(found["aggregates"], name, self.url), self.url)
         return runs
 
     def reward(self, prompt: str | Messages, response: str | Messages, *, aggregate: str = "min") -> Reward:
@@ -138,7 +155,7 @@ class Judge:
             async def ask(path: str, body: Any) -> Any:
                 async with limit:
                     for attempt in range(self.attempts):
-                        outcome = await _acaught(client.post(path, json=body))
+                        outcome = await _acaught(client.post(path, json=body), self.timeout)
                         if (pause := _pause(outcome, attempt, self.attempts)) is None:
                             break
                         await asyncio.sleep(pause)
@@ -157,7 +174,7 @@ class Judge:
     def _ask(self, path: str, body: Any) -> Any:
         with self._client() as client:
             for attempt in range(self.attempts):
-                outcome = _caught(lambda: client.post(path, json=body))
+                outcome = _caught(lambda: _post(client, path, body, self.timeout))
                 if (pause := _pause(outcome, attempt, self.attempts)) is None:
                     break
                 time.sleep(pause)
@@ -201,11 +218,18 @@ def _reward(answer: Any, url: str) -> Reward:
 def _lines(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
     """The lines of an answer, with scores that are scores."""
     lines = answer.get(name) if isinstance(answer, dict) else None
-    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+    needed = _PARTS[name]
+    if not isinstance(lines, list) or not all(isinstance(line, dict) and needed <= line.keys() for line in lines):
         raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py.")
     for line in lines:
         _check_share(line.get("score"), url)
     return lines
+
+
+def _part(answer: Any, name: str, url: str) -> Any:
+    if not isinstance(answer, dict) or name not in answer:
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py.")
+    return answer[name]
 
 
 def _check_share(number: Any, url: str) -> None:
@@ -222,17 +246,31 @@ def _caught(ask: Callable[[], T]) -> T | Exception:
 
     try:
         return ask()
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         return error
 
 
-async def _acaught(ask: Any) -> Any:
+async def _acaught(ask: Any, timeout: float) -> Any:
     import httpx
 
     try:
-        return await ask
-    except httpx.TransportError as error:
+        return await asyncio.wait_for(ask, timeout)
+    except (httpx.RequestError, TimeoutError) as error:
         return error
+
+
+def _post(client: "httpx.Client", path: str, body: Any, timeout: float) -> "httpx.Response":
+    """An answer that is complete in time: httpx's own limit is for the time between two bytes."""
+    import httpx
+
+    deadline, content = time.monotonic() + timeout, bytearray()
+    with client.stream("POST", path, json=body) as response:
+        for part in response.iter_bytes():
+            content += part
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout(f"no complete answer within {timeout:g} s")
+    headers = {"retry-after": response.headers.get("retry-after", "")}
+    return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=response.request)
 
 
 def _pause(outcome: Any, attempt: int, attempts: int) -> float | None:
@@ -241,7 +279,7 @@ def _pause(outcome: Any, attempt: int, attempts: int) -> float | None:
         return None
     asked = getattr(outcome, "headers", {}).get("retry-after", "")
     own = min(2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
-    return min(float(asked), _LONGEST_PAUSE) if asked.isdigit() else own
+    return min(float(asked), _LONGEST_PAUSE) if asked.isdecimal() else own
 
 
 def _content(outcome: Any, url: str) -> Any:
@@ -258,12 +296,12 @@ def _message(outcome: Any) -> str:
         return f"no answer ({type(outcome).__name__}: {outcome})"
     try:
         return str(outcome.json()["error"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"status {outcome.status_code}"
 
 
 def _json(response: Any) -> Any:
     try:
         return response.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JudgeUnavailable(f"{response.url}: the answer is not JSON, so this is not serve_judge.py.") from error

@@ -8,7 +8,7 @@ return {"reward": rewards[-1], …}                           # Env.step of SkyR
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prmkit.client import Judge, Reward, client_of
+from prmkit.client import Judge, RequestRefused, Reward, client_of
 
 
 def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None = None) -> list[float]:
@@ -24,7 +24,10 @@ def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None 
         RequestRefused: it is not one run.
     """
     client = client_of(judge)
-    (found,) = client.score_run(run)
+    runs = client.score_run(run)
+    if len(runs) != 1:
+        raise RequestRefused(f"{len(runs)} runs, where the rewards of one are wanted. Call step_rewards for each.")
+    (found,) = runs
     return [reward_of(step).number(unscored_reward) for step in found["steps"]]
 
 

@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward
+from prmkit.errors import UsageError
+from prmkit.rewards.steps import step_rewards
 
 GOOD, POOR, CLOSE = 0.9, 0.2, 0.03
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +188,53 @@ def test_the_key_is_in_no_message_and_no_repr() -> None:
     with pytest.raises(JudgeUnavailable) as caught:
         judge.reward("a", "b")
     assert "s3cret" not in str(caught.value) + repr(judge)
+
+
+@pytest.mark.parametrize("key", ["s3cret\nx", "s3cr\u20act", "s3cret\x00"])
+def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(UsageError, match="characters that cannot be sent") as caught:
+        Judge("http://127.0.0.1:9", key=key)
+    assert "s3cr" not in str(caught.value)
+    assert Judge("http://127.0.0.1:9", key="s3cret\n").key == "s3cret"
+
+
+def test_what_is_no_address_is_said_at_once() -> None:
+    with pytest.raises(UsageError, match="begins with http://"):
+        Judge("localhost:8000")
+
+
+def test_an_answer_that_comes_byte_by_byte_ends_with_the_time_that_was_given() -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(50):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    judge = Judge(f"http://127.0.0.1:{server.server_port}", timeout=0.3, attempts=1)
+    began = time.monotonic()
+    for ask in (lambda: judge.reward("a", "b"), lambda: asyncio.run(judge.arewards([("a", "b")]))):
+        with pytest.raises(JudgeUnavailable):
+            ask()
+    server.shutdown()
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("aggregates", ["", ', "aggregates": {"min": NaN, "product": 0, "mean": 0, "last": 0}'])
+def test_aggregates_that_are_no_scores_are_an_error(aggregates: str) -> None:
+    steps = '{"runs": [{"first_bad": null, "steps": [{"score": 0.5, "status": "ok", "label_mass": 1}]%s}]}'
+    with answering((200, (steps % aggregates).encode())) as (url, _), pytest.raises(JudgeUnavailable):
+        Judge(url, attempts=1).score_run({"messages": MESSAGES})
+
+
+def test_rewards_of_two_runs_at_once_are_refused(judge_url: str) -> None:
+    with pytest.raises(RequestRefused, match="2 runs"):
+        step_rewards(judge_url, [{"messages": MESSAGES}, {"messages": MESSAGES}])
 
 
 LIGHT = """
