@@ -55,7 +55,7 @@ def make_env(
                 "task": self._judged[task]["content"],
                 "history": self._judged[:task] + self._judged[task + 1 :],
                 "step": [turn, *results],
-                "last": is_last,
+                "last": bool(is_last),
             }
             (line,) = client.score([asked])
             return reward_of(line).number(unscored_reward)

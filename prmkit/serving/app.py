@@ -236,7 +236,7 @@ def _add_routes(app: "FastAPI", routes: _Routes) -> None:
     app.add_api_route("/", routes.page, methods=["GET"], include_in_schema=False)
 
 
-async def _handle(_request: Any, error: Exception) -> Any:
+async def _handle(request: Any, error: Exception) -> Any:
     """One form for all errors. 503, never 429: some trainers do not retry 4xx."""
     from fastapi.responses import JSONResponse
 
@@ -253,6 +253,8 @@ async def _handle(_request: Any, error: Exception) -> Any:
         case _ if hasattr(error, "errors"):  # of FastAPI: what is wrong with which part
             status = 422
             message = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
+            if "json" not in request.headers.get("content-type", ""):  # curl -d alone says that it sends a form
+                message = f"send JSON with the header Content-Type: application/json ({message})"
         case _:
             message = str(getattr(error, "detail", message))
     headers = {"Retry-After": "1"} if status == 503 else getattr(error, "headers", None)

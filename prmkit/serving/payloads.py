@@ -107,8 +107,10 @@ def run_of_step(item: Mapping[str, Any]) -> Trajectory:
         raise DataError("step: has no message in which the agent says or does something.")
     run = _run([*before, *now], task, **names)
     calls = run.steps[-1].calls
-    last = item.get("last", not calls)
-    return replace(run, steps=(*run.steps[:-1], replace(run.steps[-1], last=bool(last))))
+    last = not calls if item.get("last") is None else item["last"]
+    if not isinstance(last, bool):  # "false" would be true
+        raise DataError("last: true or false.")
+    return replace(run, steps=(*run.steps[:-1], replace(run.steps[-1], last=last)))
 
 
 def _run(

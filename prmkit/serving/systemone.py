@@ -138,7 +138,7 @@ def _numbers(labels: Mapping[str, Any]) -> list[float] | None:
         numbers = [float(label) for label in labels]
     except ValueError:
         return None
-    is_range = len(set(numbers)) == len(numbers) and all(map(math.isfinite, numbers))
+    is_range = len(set(numbers)) == len(numbers) and all(map(math.isfinite, [*numbers, max(numbers) - min(numbers)]))
     return numbers if is_range else None
 
 

@@ -53,6 +53,13 @@ def test_deep_nesting_is_refused_and_what_a_policy_nests_ends_no_training() -> N
             assert client.post("/reward", json=asked).status_code == 200
 
 
+def test_a_body_that_is_not_said_to_be_json_is_refused_with_the_header_to_send() -> None:
+    with running_server() as url, httpx.Client(base_url=url) as client:
+        form = client.post("/reward", content="{}", headers={"Content-Type": "application/x-www-form-urlencoded"})
+        assert form.status_code == 422 and "Content-Type: application/json" in form.json()["error"]
+        assert "Content-Type" not in client.post("/reward", json=[]).json()["error"]
+
+
 def test_a_body_that_comes_too_slowly_is_refused_and_holds_nobody_up() -> None:
     with running_server(body_patience=0.2) as url, httpx.Client(base_url=url) as client:
         host, port = url.removeprefix("http://").split(":")

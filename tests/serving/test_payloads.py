@@ -113,3 +113,10 @@ def test_runs_come_in_every_form() -> None:
     for body in ({}, [], {"messages": CHAT[:1]}, "text", {"conversations": 7}):
         with pytest.raises(DataError, match=r"^(?!.*/tmp)"):
             runs_in(body, None)
+
+
+def test_whether_a_step_is_the_last_is_true_or_false() -> None:
+    step = {"task": "t", "step": {"role": "assistant", "content": "a"}}
+    assert not run_of_step(step | {"last": False}).steps[-1].last
+    with pytest.raises(DataError, match="last: true or false"):
+        run_of_step(step | {"last": "false"})

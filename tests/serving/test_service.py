@@ -229,6 +229,7 @@ def test_questions_about_a_step_that_the_judge_is_not_sure_of_are_not_asked_agai
         (STATE, {"type": "box"}),
         (STATE, {"type": "score", "criteria": ["only one"]}),
         (STATE, {"type": "choice", "criteria": {"angry": None, "calm": None}}),
+        (STATE, {"type": "choice", "criteria": {"-1e308": None, "1e308": None}}),
         (STATE, {"type": "choice", "criteria": {str(value): None for value in range(102)}}),
         (STATE, "good?"),
         ("a string", {"type": "noul"}),
