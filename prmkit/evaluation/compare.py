@@ -332,15 +332,22 @@ def tasks_needed(standard_error: float, tasks: int, margin: float) -> int:
 
 
 def check_enough_scores(metrics: Mapping[str, Any], gates: str) -> None:
-    """Fail where the judge made too few of the scores that it was asked for: the others may be any.
+    """Fail where the scores are not those of all steps: the judge made too few, or `--first` chose the steps.
 
     Args:
         metrics: the content of `metrics.json`.
         gates: the flags that ask for it.
 
     Raises:
-        GateError: on some evaluation type, fewer than `MIN_SCORED` were made.
+        GateError: on some evaluation type, fewer than `MIN_SCORED` were made; or prompts were chosen.
     """
+    if selected := metrics["held_out"].get("prompts_selected"):
+        prompts = metrics["held_out"]["prompts"]
+        raise GateError(
+            f"{gates}: cannot tell: {selected:,} of {prompts:,} held-out prompts were chosen with "
+            "ask_judges.py --first, and are harder than others. Hold out tasks that were labelled without it: "
+            "convert_dataset.py --eval-tasks FILE."
+        )
     for name, validity in metrics["validity"].items():
         made, asked = validity["scores_made"], validity["scores_asked"]
         if made < MIN_SCORED * asked:

@@ -306,6 +306,7 @@ def _described(held_out: HeldOut, rows: Sequence[Row], scores: Scores) -> Metric
         "rows": held_out.rows,
         "prompts": len(held_out.prompts),
         "prompts_evaluated": len(rows),
+        "prompts_selected": sum("selected_by" in prompt.metadata for prompt in held_out.prompts),
         "tasks_evaluated": len({row["task_id"] for row in rows}),
         "trajectories_evaluated": len({(row["task_id"], row["trajectory_id"]) for row in rows}),
         "judges": held_out.judges,

@@ -326,6 +326,12 @@ def warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
     every = metrics["validity"][ALL]
     if every["scores_made"] < MIN_SCORED * every["scores_asked"]:
         yield f"Only {every['scores_made']} of {every['scores_asked']} scores were made; all else is about these."
+    if selected := metrics["held_out"].get("prompts_selected"):
+        prompts = metrics["held_out"]["prompts"]
+        yield (
+            f"{selected:,} of {prompts:,} prompts were chosen because a judge was unsure of them, or "
+            "by chance (ask_judges.py --first). No metric weighs that back: it is agreement on hard steps."
+        )
     largest = metrics["held_out"]["largest_task"]
     if largest["share"] > _MUCH_OF_ALL and metrics["held_out"]["tasks_evaluated"] >= MIN_TASKS:
         yield f"One task ({largest['task']}) has {largest['share']:.0%} of the scores, so the others hardly count."

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from prmkit.evaluation.compare import (
     tasks_needed,
 )
 from prmkit.evaluation.evaluate import metrics_of
+from prmkit.evaluation.grade import warnings
 from prmkit.evaluation.heldout import HeldOut, read_held_out
 
 
@@ -105,6 +107,16 @@ def test_a_constant_judge_does_not_beat_one_with_the_right_order_by_its_error(he
     with pytest.raises(GateError, match="is worse than"):
         check_not_worse(comparison)
     assert compare(ordered, flat)["groups"][0]["verdict"] == "mixed"
+
+
+def test_a_gate_cannot_tell_where_a_judge_chose_the_prompts(held_out: HeldOut) -> None:
+    first, *others = held_out.prompts
+    chosen = replace(first, metadata={**first.metadata, "selected_by": "unsure", "selection_weight": 1.0})
+    selected = replace(held_out, prompts=(chosen, *others))
+    metrics = metrics_of(predictions_of(selected, noisy(0.1)), None, selected, CONSTANTS)
+    with pytest.raises(GateError, match=r"--min-spearman: cannot tell: 1 of [\d,]+ held-out prompts were chosen"):
+        check_enough_scores(metrics, "--min-spearman")
+    assert any("agreement on hard steps" in line for line in warnings(metrics))
 
 
 def test_a_judge_that_makes_few_of_the_scores_fails_every_gate(held_out):
