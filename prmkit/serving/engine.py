@@ -62,6 +62,8 @@ class Engine:
     _left: asyncio.Condition = field(default_factory=asyncio.Condition)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "judge"))
     is_stopping: bool = False
+    _is_over: bool = False
+    """Nothing more is judged, also of what waits for a place."""
     refused: int = 0
     """Prompts that were not judged before the server had to end: the judge's thread may hang at them."""
 
@@ -113,10 +115,16 @@ class Engine:
             raise Stopping
         async with self._left:
             try:
-                fits = self._left.wait_for(lambda: not self._waiting or len(self._waiting) + count <= self.limit)
-                await asyncio.wait_for(fits, self.patience)
+                await asyncio.wait_for(
+                    self._left.wait_for(lambda: self._is_over or self._has_places(count)), self.patience
+                )
             except TimeoutError:
                 raise Busy from None
+        if self._is_over:
+            raise Stopping
+
+    def _has_places(self, count: int) -> bool:
+        return not self._waiting or len(self._waiting) + count <= self.limit
 
     async def run(self) -> None:
         """Judge until cancelled."""
@@ -174,5 +182,8 @@ class Engine:
         for answer in left:
             answer.set_exception(Stopping())
             answer.exception()  # a client may have hung up, and nobody else would look at it
+        self._is_over = True
+        async with self._left:
+            self._left.notify_all()
         self.refused += len(left)
         return len(left)

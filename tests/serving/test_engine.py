@@ -126,3 +126,14 @@ def test_what_is_not_finished_in_time_is_refused() -> None:
 
     refused, answers = running(work, seconds=0.5)
     assert refused == 100 and all(isinstance(answer, Stopping) for answer in answers)
+
+
+def test_what_waits_for_a_place_when_the_server_ends_is_refused_as_well() -> None:
+    async def work(engine: Engine, _scorer: StubScorer) -> Any:
+        asking = [asyncio.create_task(engine.judge([asked(f"good {number}")])) for number in range(6)]
+        await asyncio.sleep(0.1)
+        await engine.stop(0.1)
+        return await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 1)
+
+    answers = running(work, seconds=2, limit=1, window=0)
+    assert [type(answer) for answer in answers] == [Stopping] * 6
