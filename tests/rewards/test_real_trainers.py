@@ -171,7 +171,7 @@ def replay():
         return state
     return solve
 
-samples = [Sample(input="Do it.", metadata={"said": said}) for said in ("good", "bad", "mumble")]
+samples = [Sample(input="Do it.", metadata={"said": said}) for said in ("good", "bad", "mumble", "")]
 task = Task(dataset=samples, solver=replay(), scorer=judge_scorer(sys.argv[1]))
 (log,) = eval(task, model="mockllm/model", log_dir=sys.argv[2], display="none")
 (found,) = log.results.scores
@@ -185,7 +185,7 @@ def test_inspect_leaves_a_sample_without_a_score_out_of_its_mean(
 ) -> None:
     python = installed_alone("inspect-ai==0.3.285")  # its pins are not ours
     found = output_of(python, ROOT, INSPECT, judge_url, tmp_path / "logs")
-    assert found == {"status": "success", "mean": pytest.approx((GOOD + POOR) / 2, abs=CLOSE), "unscored": 1}
+    assert found == {"status": "success", "mean": pytest.approx((GOOD + POOR) / 2, abs=CLOSE), "unscored": 2}
 
 
 VERIFIERS = """
