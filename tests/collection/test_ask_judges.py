@@ -290,7 +290,7 @@ def test_a_long_run_has_room_for_its_answer(tmp_path: Path, endpoint: Endpoint) 
     write_runs(tmp_path, [f"good {n}" for n in range(40)], ["good"])
     write_judges(tmp_path, endpoint)
     typed(tmp_path, "--yes", "--per", "run")
-    assert [body["max_tokens"] for body in endpoint.asked] == [4000, 1024]
+    assert sorted(body["max_tokens"] for body in endpoint.asked) == [1024, 4000]  # side by side, in any order
     write_judges(tmp_path, endpoint, parameters={"max_tokens": 500}, price_in=1, price_out=1)
     (judge,) = json.loads(typed(tmp_path, "--dry-run", "--json", "--per", "run").stdout)["judges"]
     assert judge["tokens_out"] == 1000

@@ -106,16 +106,17 @@ def test_scores_over_http_are_those_of_the_script(server: Server, export: Path, 
     assert last["score"] == pytest.approx(lines[1]["score"], abs=2e-6)
 
 
-def logged(server: Server, file: Path, path: str, body: Any, **headers: str) -> list[dict[str, Any]]:
-    """The lines that a request adds to the log."""
-    before = len(file.read_text().splitlines())
-    answer = server.post(path, json=body, headers=headers)
-    deadline = time.monotonic() + 10
-    while len(file.read_text().splitlines()) == before:  # lines are written after the answer
+def logged(server: Server, file: Path, path: str, body: Any, request: str, count: int = 1) -> list[dict[str, Any]]:
+    """The lines that a request adds to the log, by the beginning of their ids: those of others may come late."""
+    answer = server.post(path, json=body, headers={"X-Request-Id": request})
+    assert answer.status_code in (200, 503), answer.text
+    deadline, found = time.monotonic() + 10, list[dict[str, Any]]()
+    while len(found) < count:  # lines are written after the answer
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert answer.status_code in (200, 503), answer.text
-    return [json.loads(line) for line in file.read_text().splitlines()[before:]]
+        lines = map(json.loads, file.read_text().rpartition("\n")[0].splitlines())
+        found = [line for line in lines if line["id"].startswith(request)]
+    return found
 
 
 def test_every_step_is_logged_by_ids_and_hashes_and_never_with_text(server: Server, request_log: Path) -> None:
@@ -125,12 +126,13 @@ def test_every_step_is_logged_by_ids_and_hashes_and_never_with_text(server: Serv
         "/v1/score",
         {"steps": [{"id": "s-1", "task_id": "t-1", "trajectory_id": "r-1", "task": "Cancel order 17.",
                     "step": {"role": "assistant", "content": "It has shipped."}}]},
+        "s-1",
     )  # fmt: skip
     assert (named["id"], named["task"], named["trajectory"], named["role"]) == ("s-1", "t-1", "r-1", "production")
-    run = logged(server, request_log, "/v1/score_trajectory", {"messages": MESSAGES}, **{"X-Request-Id": "q7"})
+    run = logged(server, request_log, "/v1/score_trajectory", {"messages": MESSAGES}, "q7", count=2)
     assert [line["trajectory"] for line in run] == ["q7.1"] * 2 and [line["id"] for line in run] == ["q7.1#1", "q7.1#2"]
     (reward,) = logged(
-        server, request_log, "/reward", {"prompt": "Say it in one word.", "response": "Four, of course."}
+        server, request_log, "/reward", {"prompt": "Say it in one word.", "response": "Four, of course."}, "q8"
     )
     assert reward["status"] == "unsure" and reward["task"].startswith("task-") and reward["keys"] == ["step_score"]
     assert reward["request_hash"] and reward["characters"] > 100
@@ -152,7 +154,8 @@ def test_a_full_disk_costs_lines_and_no_answers(server: Server, request_log: Pat
             assert time.monotonic() < deadline
     finally:
         resource.prlimit(process, resource.RLIMIT_FSIZE, before)
-    assert len(logged(server, request_log, "/v1/score", {"steps": ['again: {"step_score": 1}']})) == 1
+    again = {"id": "again", "prompt": 'Judge again: {"step_score": 1}'}
+    assert logged(server, request_log, "/v1/score", {"steps": [again]}, "again")
 
 
 def test_a_random_model_gives_no_rewards(server: Server) -> None:
