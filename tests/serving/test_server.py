@@ -316,11 +316,14 @@ def test_a_challenger_answers_its_share_and_the_log_says_so(
         (("--challenger", "./nowhere"), 1, "nowhere"),
         (("--share", "0.5"), 2, "--challenger"),
         (("--log-prompts",), 2, "--log-requests"),
-        (("--log-requests", "README.md"), 2, "not a request log"),
+        (("--log-requests", "notes.md"), 2, "not a request log"),
     ],
 )
-def test_what_cannot_be_served_is_one_sentence(export: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
+def test_what_cannot_be_served_is_one_sentence(
+    export: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    (tmp_path / "notes.md").write_text("# Notes\n")
     command = [sys.executable, str(ROOT / "serve_judge.py"), "--model", str(export), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == code and says in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
