@@ -8,8 +8,10 @@ the new rows are like the held-out ones.
 
 import argparse
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ class Calibration:
     ratios: Mapping[str, Sequence[float]]
     """Evaluation type (and `ALL_TYPES`) -> |score - reference| / std, in rising order."""
     counts: Mapping[str, int]
-    """How many held-out scores each was made of."""
+    """How many held-out scores each was made of; of weighted ones, how many equally weighted would tell as much."""
     judge: Mapping[str, Any]
     """The fingerprint of the judge that made the errors."""
 
@@ -135,27 +137,32 @@ def calibrated_judge(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fingerprint.items() if key not in ("device", "dtype")}
 
 
-def fit_calibration(ratios: Mapping[str, Sequence[float]], judge: Mapping[str, Any]) -> Calibration:
+def fit_calibration(ratios: Mapping[str, Sequence[tuple[float, float]]], judge: Mapping[str, Any]) -> Calibration:
     """Make a calibration from the errors of held-out scores.
 
     Args:
-        ratios: evaluation type -> |score - reference| / max(std, `MIN_STD`), in any order.
+        ratios: evaluation type -> |score - reference| / max(std, `MIN_STD`) and how many scores it speaks for, in any
+            order.
         judge: what identifies the judge; scores of another one must not be given these intervals.
     """
     by_type = {name: sorted(values) for name, values in ratios.items() if values}
-    by_type[ALL_TYPES] = sorted(ratio for values in by_type.values() for ratio in values)
-    return Calibration(
-        ratios={name: _thinned(values) for name, values in by_type.items()},
-        counts={name: len(values) for name, values in by_type.items()},
-        judge=judge,
-    )
+    by_type[ALL_TYPES] = sorted(pair for pairs in by_type.values() for pair in pairs)
+    counts = {name: _effective_size(pairs) for name, pairs in by_type.items()}
+    return Calibration({name: _quantiles(pairs, counts[name]) for name, pairs in by_type.items()}, counts, judge)
 
 
-def _thinned(values: Sequence[float]) -> list[float]:
-    if len(values) <= _MOST_RATIOS:
-        return [round(value, 6) for value in values]
-    # The upper end of each of the equal shares: a quantile is at most one share too wide, never too narrow.
-    return [round(values[math.ceil((place + 1) * len(values) / _MOST_RATIOS) - 1], 6) for place in range(_MOST_RATIOS)]
+def _effective_size(pairs: Sequence[tuple[float, float]]) -> int:
+    """How many equally weighted values tell as much (Kish 1965): their number, where the weights are equal."""
+    total, squares = math.fsum(weight for _, weight in pairs), math.fsum(weight**2 for _, weight in pairs)
+    return max(1, math.floor(total**2 / squares + 1e-9))
+
+
+def _quantiles(pairs: Sequence[tuple[float, float]], size: int) -> list[float]:
+    """The upper ends of equal shares of the weight: a quantile is at most one share too wide, never too narrow."""
+    shares = min(size, _MOST_RATIOS)
+    up_to = list(accumulate(weight for _, weight in pairs))
+    places = (bisect_left(up_to, up_to[-1] * ((place + 1) / shares - 1e-12)) for place in range(shares))
+    return [round(pairs[place][0], 6) for place in places]
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:

@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,14 @@ EXPECTED = (
     '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], '
     '"metadata": {"task_id": "…", "model_name": "…", "evaluation_type": "clip"}}'
 )
+
+
+SELECTED_BY = "selected_by"
+WEIGHT = "selection_weight"
+"""In the metadata of a row whose prompt `ask_judges.py --first` chose: by what (`unsure` or `AUDIT`), and one over the
+probability of that choice. Every metric of an evaluation weighs the row by it."""
+AUDIT = "audit"
+"""`SELECTED_BY` of a prompt that was chosen by chance, and so speaks for others like it."""
 
 
 class Rejected(Exception):
@@ -346,6 +355,19 @@ def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
     if type(value) is int or (type(value) is float and value.is_integer()):
         return str(int(value))
     raise Rejected(f"metadata.{key} is not a string")
+
+
+def weight_of(metadata: Mapping[str, Any]) -> float:
+    """How many prompts a row speaks for: `WEIGHT`; one where it has none.
+
+    Raises:
+        DataError: it is not a positive number.
+    """
+    weight = metadata.get(WEIGHT, 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        task = metadata.get("task_id")
+        raise DataError(f"metadata.{WEIGHT} of a row of task {task} is {weight!r}; it must be a number above 0.")
+    return float(weight)
 
 
 def whole_number(value: Any) -> int | None:

@@ -17,6 +17,7 @@ import orjson
 
 from prmkit.collection.questions import Answers, Ask, Question, next_of
 from prmkit.errors import DataError
+from prmkit.rows import SELECTED_BY, WEIGHT
 from prmkit.trajectories.rows import step_metadata
 from prmkit.verdict import Verdict, render_verdict
 
@@ -170,6 +171,6 @@ def _row(question: Question, step: int, prompt: str, verdict: Verdict, answer: A
     if question.repeat:
         metadata["repeat"] = True
     if question.selection:
-        metadata |= {"selected_by": question.selection[0], "selection_weight": question.selection[1]}
+        metadata |= {SELECTED_BY: question.selection[0], WEIGHT: question.selection[1]}
     said = [{"from": "human", "value": prompt}, {"from": "gpt", "value": render_verdict(verdict)}]
     return {"conversations": said, "metadata": metadata}

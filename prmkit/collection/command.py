@@ -22,6 +22,7 @@ from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write, exclusive_lock
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.resumable import check_output, companion_file
+from prmkit.rows import AUDIT
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 
 log = logging.getLogger("prmkit")
@@ -161,7 +162,7 @@ def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str
         if place in chosen:
             raise DataError(f"{scores}:{number}: a second line about step {place[1]} of {place[0]}. Keep one.")
         is_audited = draw(audit, "audit", *map(str, place))
-        chosen[place] = ("unsure", 1.0) if is_unsure else ("audit", round(1 / audit, 6)) if is_audited else None
+        chosen[place] = ("unsure", 1.0) if is_unsure else (AUDIT, round(1 / audit, 6)) if is_audited else None
     return chosen
 
 

@@ -13,6 +13,7 @@ from prmkit.evaluation import statistics
 from prmkit.evaluation.estimates import Estimate, Floats, Sample, Statistic, measure, on_part, undefined
 from prmkit.evaluation.metrics import ALL, METRICS, MIN_SCORES, ORDER, Metrics, agreement, by_mean, by_median
 from prmkit.evaluation.predictions import Row, Scores
+from prmkit.evaluation.statistics import weighted_mean
 
 COPY_WITHIN = 0.005
 """A score this close to one that the prompt shows equals it: prompts show two decimals."""
@@ -54,10 +55,10 @@ def _ranking(scores: Scores, values: Floats) -> Metrics:
     directed = np.zeros(len(values))
     for kind in np.unique(scores.kind):
         chosen = scores.kind == kind
+        reference, weight = scores.reference[chosen], scores.weight[chosen]
         with np.errstate(invalid="ignore"):
-            direction = np.sum(
-                (values[chosen] - values[chosen].mean()) * (scores.reference[chosen] - scores.reference[chosen].mean())
-            )
+            along, up = (each - weighted_mean(each, weight) for each in (values[chosen], reference))
+            direction = weighted_mean(along * up, weight)
         directed[chosen] = values[chosen] * (np.sign(direction) or 1.0)
     judge, ranking = by_mean(scores), by_mean(scores.predicting(directed))
     ours, theirs = (_or_zero(statistics.spearman_within(sample)) for sample in (judge, ranking))
@@ -74,7 +75,7 @@ def _or_zero(statistic: Statistic) -> Statistic:
 
 def _copying(scores: Scores) -> Metrics:
     copies = {"mean": scores.leaked_mean, "last": scores.leaked_last}
-    errors = {name: float(np.mean(np.abs(copy - scores.reference))) for name, copy in copies.items()}
+    errors = {name: weighted_mean(np.abs(copy - scores.reference), scores.weight) for name, copy in copies.items()}
     better = min(errors, key=errors.__getitem__)
     copied = copies[better]
     return {
@@ -222,7 +223,7 @@ def _gap(scores: Scores) -> Estimate:
                 on_part(replace(sample, predicted=left, reference=right), both, statistics.spearman_within)
                 for left, right in ((sample.predicted, one), (sample.predicted, other), (one, other))
             ]
-            parts.append((int(both.sum()), orders))
+            parts.append((float(sample.weight[both].sum()), orders))
             used |= both
     if not parts:
         return undefined(f"no two judges share {MIN_SCORES} scores")

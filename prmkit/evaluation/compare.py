@@ -332,21 +332,23 @@ def tasks_needed(standard_error: float, tasks: int, margin: float) -> int:
 
 
 def check_enough_scores(metrics: Mapping[str, Any], gates: str) -> None:
-    """Fail where the scores are not those of all steps: the judge made too few, or `--first` chose the steps.
+    """Fail where the scores do not speak for all steps: the judge made too few, or `--first` audited too few.
 
     Args:
         metrics: the content of `metrics.json`.
         gates: the flags that ask for it.
 
     Raises:
-        GateError: on some evaluation type, fewer than `MIN_SCORED` were made; or prompts were chosen.
+        GateError: on some evaluation type, fewer than `MIN_SCORED` were made; or prompts were chosen, and those that
+            chance chose are of fewer tasks than an interval needs.
     """
-    if selected := metrics["held_out"].get("prompts_selected"):
-        prompts = metrics["held_out"]["prompts"]
+    selection = metrics["held_out"].get("selection")
+    if selection and selection["audited_tasks"] < MIN_TASKS:
         raise GateError(
-            f"{gates}: cannot tell: {selected:,} of {prompts:,} held-out prompts were chosen with "
-            "ask_judges.py --first, and are harder than others. Hold out tasks that were labelled without it: "
-            "convert_dataset.py --eval-tasks FILE."
+            f"{gates}: cannot tell: ask_judges.py --first chose {selection['prompts']:,} of the held-out prompts, and "
+            f"only {selection['audited_tasks']} tasks, of at least {MIN_TASKS} needed, have prompts that chance chose. "
+            "Ask again with a larger --audit, or hold out tasks that were labelled without --first "
+            "(convert_dataset.py --eval-tasks FILE)."
         )
     for name, validity in metrics["validity"].items():
         made, asked = validity["scores_made"], validity["scores_asked"]

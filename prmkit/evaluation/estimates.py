@@ -50,8 +50,9 @@ class Sample:
     group: Integers
     """For statistics within groups: the group of each pair; else 0."""
     baseline: Floats
-    """For statistics that compare with a baseline: its prediction. For pairs of scores: the weight of each. Else NaN.
-    """
+    """For statistics that compare with a baseline: its prediction. Else NaN."""
+    weight: Floats
+    """How many pairs each speaks for; one where all were equally likely to be in the sample."""
 
     @property
     def tasks(self) -> int:
@@ -59,13 +60,19 @@ class Sample:
         return int(self.task.max(initial=-1)) + 1
 
     def sums(self, values: Floats) -> Floats:
-        """The sum of `values` in each task, shape (tasks,)."""
-        sums: Floats = np.bincount(self.task, weights=values, minlength=self.tasks).astype(np.float64)
+        """The weighted sum of `values` in each task, shape (tasks,)."""
+        sums: Floats = np.bincount(self.task, weights=values * self.weight, minlength=self.tasks).astype(np.float64)
         return sums
 
 
 def make_sample(
-    predicted: Any, reference: Any, task: Any, *, group: Integers | None = None, baseline: Floats | None = None
+    predicted: Any,
+    reference: Any,
+    task: Any,
+    *,
+    group: Integers | None = None,
+    baseline: Floats | None = None,
+    weight: Any = None,
 ) -> Sample:
     """Make a sample of sequences of one length; `task` may hold anything that `numpy.unique` can sort."""
     _, numbers = np.unique(np.asarray(task), return_inverse=True)
@@ -76,6 +83,7 @@ def make_sample(
         tasks,
         np.zeros(len(tasks), np.int64) if group is None else group,
         np.full(len(tasks), np.nan) if baseline is None else baseline,
+        np.ones(len(tasks)) if weight is None else np.asarray(weight, np.float64),
     )
 
 
@@ -92,6 +100,7 @@ def on_part(sample: Sample, chosen: NDArray[Any], make: Callable[[Sample], Stati
         task=task.astype(np.int64),
         group=sample.group[chosen],
         baseline=sample.baseline[chosen],
+        weight=sample.weight[chosen],
     )
     statistic = make(part)
     return lambda weights: statistic(weights[:, tasks])

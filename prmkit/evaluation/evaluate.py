@@ -51,6 +51,7 @@ from prmkit.judge.sources import JudgeSource, described, fingerprint_of
 from prmkit.judge.types import BAD_BELOW, SCORED, Mode, Request
 from prmkit.leniency import describe_leniency
 from prmkit.resumable import append_rows
+from prmkit.rows import AUDIT, SELECTED_BY, weight_of
 
 log = logging.getLogger("prmkit")
 
@@ -150,14 +151,14 @@ def _make(folder: Path) -> None:
 
 def calibrate(rows: Sequence[Row], folder: Path, judge: Mapping[str, Any]) -> None:
     """Fit the intervals of `prmkit.intervals` on all predictions with a spread, and store them beside the weights."""
-    ratios: dict[str, list[float]] = {}
+    ratios: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["status"] in SCORED and row["std"] is not None and row["reference"]:
             keys = row["scores"].keys() & row["reference"].keys()
             if keys == row["scores"].keys():
                 reference = float(np.mean([row["reference"][key] for key in keys]))
                 ratio = abs(row["score"] - reference) / max(row["std"], MIN_STD)
-                ratios.setdefault(row["evaluation_type"], []).append(ratio)
+                ratios.setdefault(row["evaluation_type"], []).append((ratio, weight_of(row["metadata"])))
     if ratios:
         write_calibration(folder, fit_calibration(ratios, judge))
 
@@ -297,7 +298,7 @@ def _incomplete_tasks(rows: Sequence[Row], held_out: HeldOut) -> set[str]:
 
 
 def _described(held_out: HeldOut, rows: Sequence[Row], scores: Scores) -> Metrics:
-    counts = np.bincount(scores.task)
+    counts = np.bincount(scores.task, weights=scores.weight)
     largest = int(np.argmax(counts))
     return {
         "dataset": held_out.name,
@@ -306,7 +307,7 @@ def _described(held_out: HeldOut, rows: Sequence[Row], scores: Scores) -> Metric
         "rows": held_out.rows,
         "prompts": len(held_out.prompts),
         "prompts_evaluated": len(rows),
-        "prompts_selected": sum("selected_by" in prompt.metadata for prompt in held_out.prompts),
+        "selection": _selection(rows),
         "tasks_evaluated": len({row["task_id"] for row in rows}),
         "trajectories_evaluated": len({(row["task_id"], row["trajectory_id"]) for row in rows}),
         "judges": held_out.judges,
@@ -314,6 +315,19 @@ def _described(held_out: HeldOut, rows: Sequence[Row], scores: Scores) -> Metric
             "task": rows[int(scores.row[np.argmax(scores.task == largest)])]["task_id"],
             "share": float(counts[largest] / counts.sum()),
         },
+    }
+
+
+def _selection(rows: Sequence[Row]) -> Metrics | None:
+    """How far the prompts that `ask_judges.py --first` chose can speak for all; None where it chose none."""
+    chosen = [row for row in rows if SELECTED_BY in row["metadata"]]
+    if not chosen:
+        return None
+    weights = np.array([weight_of(row["metadata"]) for row in rows])
+    return {
+        "prompts": len(chosen),
+        "audited_tasks": len({row["task_id"] for row in chosen if row["metadata"][SELECTED_BY] == AUDIT}),
+        "effective_prompts": float(weights.sum() ** 2 / (weights**2).sum()),
     }
 
 

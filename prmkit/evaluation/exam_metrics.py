@@ -116,13 +116,11 @@ def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[st
     weight = np.array([step.weight for _, step, _ in found])
     bad = np.array([step.is_bad for _, step, _ in found], np.float64)
     scores = np.array([score for _, _, score in found])
-    sample = make_sample(-scores, bad, tasks, baseline=weight)
+    sample = make_sample(-scores, bad, tasks, weight=weight)
     metrics: dict[str, Estimate] = {}
     one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}.get(float(bad.mean()))
     for name, statistic in (("auroc", statistics.roc_area), ("average_precision", statistics.average_precision)):
-        metrics[name] = (
-            undefined(one_kind, len(bad), sample.tasks) if one_kind else measure(sample, statistic(sample, weight))
-        )
+        metrics[name] = undefined(one_kind, len(bad), sample.tasks) if one_kind else measure(sample, statistic(sample))
     fold = np.array([folds[task] for task in tasks])
     flagged = _flagged(answers, scores, bad, weight, fold)
     for name, is_bad in (("f1_bad", True), ("f1_good", False)):
@@ -169,8 +167,8 @@ def _f1(tasks: Sequence[str], flagged: Array | None, bad: Floats, weight: Floats
     if flagged is None:
         return undefined(_ONE_TASK, len(bad), 1)
     said, true = (flagged > 0) == is_bad, (bad > 0) == is_bad
-    sample = make_sample(said, true, tasks)
-    hits, all_said, all_true = (sample.sums(part * weight) for part in (said & true, said, true))
+    sample = make_sample(said, true, tasks, weight=weight)
+    hits, all_said, all_true = (sample.sums(part) for part in (said & true, said, true))
 
     def statistic(weights: Floats) -> Floats:
         return statistics.ratio(2 * weights @ hits, weights @ all_said + weights @ all_true)
@@ -196,9 +194,8 @@ def _step_accuracy(
         )
     if called is None:
         return undefined(_ONE_TASK, len(scores), 1)
-    sample = make_sample(called, labels, tasks)
-    hits, sizes = sample.sums(called * weight), sample.sums(weight)
-    return measure(sample, lambda weights: statistics.ratio(weights @ hits, weights @ sizes))
+    sample = make_sample(called, labels, tasks, weight=weight)
+    return measure(sample, statistics.share_predicted(sample))
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

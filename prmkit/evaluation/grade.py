@@ -321,17 +321,26 @@ def _notes(group: Group, of_type: Sequence[Group]) -> Iterator[str]:
     yield floor_sentence(group)
 
 
+def _selection_sentence(selection: Mapping[str, Any], prompts: int) -> str:
+    chosen = f"{selection['prompts']:,} of {prompts:,} prompts were chosen by ask_judges.py --first"
+    if selection["audited_tasks"] < MIN_TASKS:
+        return (
+            f"{chosen}, and only {selection['audited_tasks']} tasks have some that were chosen by chance: this is "
+            "agreement on steps that a judge was unsure of, not on all."
+        )
+    return (
+        f"{chosen} and are weighted by the chance of that: together they tell as much as "
+        f"{selection['effective_prompts']:,.0f} that were not chosen."
+    )
+
+
 def warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
     """What a reader has to know whatever the grade: unscored rows, one task that weighs most, leniency, subgroups."""
     every = metrics["validity"][ALL]
     if every["scores_made"] < MIN_SCORED * every["scores_asked"]:
         yield f"Only {every['scores_made']} of {every['scores_asked']} scores were made; all else is about these."
-    if selected := metrics["held_out"].get("prompts_selected"):
-        prompts = metrics["held_out"]["prompts"]
-        yield (
-            f"{selected:,} of {prompts:,} prompts were chosen because a judge was unsure of them, or "
-            "by chance (ask_judges.py --first). No metric weighs that back: it is agreement on hard steps."
-        )
+    if selection := metrics["held_out"].get("selection"):
+        yield _selection_sentence(selection, metrics["held_out"]["prompts_evaluated"])
     largest = metrics["held_out"]["largest_task"]
     if largest["share"] > _MUCH_OF_ALL and metrics["held_out"]["tasks_evaluated"] >= MIN_TASKS:
         yield f"One task ({largest['task']}) has {largest['share']:.0%} of the scores, so the others hardly count."

@@ -6,18 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import orjson
 
 from prmkit.dataset_info import Entry, RowTexts, read_entries, split_names
 from prmkit.errors import DataError, UsageError
+from prmkit.evaluation.estimates import Floats
+from prmkit.evaluation.statistics import weighted_mean, weighted_median
 from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT, sidecar_of
 from prmkit.prompts.cleaning import restore
-from prmkit.rows import whole_number
+from prmkit.rows import SELECTED_BY, WEIGHT, weight_of, whole_number
 from prmkit.verdict import Shape, Unreadable, asked_shape, read_verdict
 
 References = Mapping[str, Mapping[str, float]]
@@ -53,7 +56,7 @@ class HeldOutPrompt:
     evaluation_type: str
     clip_number: int | None
     metadata: Mapping[str, Any]
-    """Of its first row."""
+    """Of its first row; the weight is the lowest of all its rows."""
     references: References
     reference: Mapping[str, float]
     """By key, the mean of the judges that gave this key a score, corrected for their leniency."""
@@ -144,7 +147,7 @@ def _held_out_prompt(
     sha256: str, rows: list[_LabelledRow], references: References, leniency: Leniency
 ) -> HeldOutPrompt:
     texts, first = rows[0]
-    prompt, metadata = restore(texts.prompt), first["metadata"]
+    prompt, metadata = restore(texts.prompt), _with_weight([meta["metadata"] for _, meta in rows])
     task = f"prompt {sha256[:12]}" if metadata.get("task_id") in (None, "") else str(metadata["task_id"])
     answers: dict[str, str] = {}
     for row, meta in rows:
@@ -164,6 +167,22 @@ def _held_out_prompt(
         answers=answers,
         system=restore(texts.system) if texts.system else None,
     )
+
+
+def _with_weight(of_rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The metadata of the first row of a prompt.
+
+    A prompt that was asked about by chance and again for certain was certain to be asked about: the lowest weight.
+
+    Raises:
+        DataError: a weight is not a positive number.
+    """
+    metadata = {name: value for name, value in of_rows[0].items() if name not in (SELECTED_BY, WEIGHT)}
+    weights = [weight_of(of_row) for of_row in of_rows]
+    if all(WEIGHT in of_row for of_row in of_rows):
+        chosen = of_rows[weights.index(min(weights))]
+        metadata |= {name: chosen[name] for name in (SELECTED_BY, WEIGHT) if name in chosen}
+    return metadata
 
 
 def _judge_of(meta: Mapping[str, Any]) -> str:
@@ -196,7 +215,12 @@ def _by_key(references: References) -> dict[str, dict[str, float]]:
 
 
 def _reference_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
-    references = sorted((prompt.prompt_sha256, sorted(prompt.references.items())) for prompt in prompts)
+    references: list[Any] = sorted((prompt.prompt_sha256, sorted(prompt.references.items())) for prompt in prompts)
+    # Weights are a part of the reference, too; without any the hash is that of earlier versions.
+    if weights := sorted(
+        (prompt.prompt_sha256, prompt.metadata[WEIGHT]) for prompt in prompts if WEIGHT in prompt.metadata
+    ):
+        references.append(weights)
     return hashlib.sha256(orjson.dumps(references, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -235,14 +259,18 @@ def training_constants(data_folder: Path, held_out_name: str) -> Constants:
     sidecar = sidecar_of(file)
     if name == held_out_name or not sidecar.is_file():
         return {}
-    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in read_jsonl(sidecar):
         for key, score in row["scores"].items():
-            scores[str(row["metadata"].get("evaluation_type"))][key].append(score)
+            scores[str(row["metadata"].get("evaluation_type"))][key].append((score, weight_of(row["metadata"])))
     return {
-        evaluation_type: {key: (fmean(values), median(values)) for key, values in keys.items()}
+        evaluation_type: {key: _middles(*np.array(pairs).T) for key, pairs in keys.items()}
         for evaluation_type, keys in scores.items()
     }
+
+
+def _middles(values: Floats, weight: Floats) -> tuple[float, float]:
+    return weighted_mean(values, weight), weighted_median(values, weight)
 
 
 def by_task(prompts: Iterable[HeldOutPrompt]) -> list[HeldOutPrompt]:

@@ -25,7 +25,7 @@ from prmkit.evaluation.estimates import (
 )
 from prmkit.evaluation.predictions import Row, Scores, has_score
 from prmkit.judge.types import AGGREGATES, BAD_BELOW, LOW_LABEL_MASS, SAME_SCORE, SCORED, first_below
-from prmkit.rows import whole_number
+from prmkit.rows import SELECTED_BY, weight_of, whole_number
 
 Metrics = dict[str, Any]
 """Names to `Estimate`s, or to more such dictionaries, or to plain numbers and strings."""
@@ -48,12 +48,12 @@ STRICT = str(BAD_BELOW[0])
 
 def by_mean(scores: Scores) -> Sample:
     """The means of the judge's distributions against the reference, beside the constant mean."""
-    return Sample(scores.predicted, scores.reference, _dense(scores.task), scores.kind, scores.constant_mean)
+    return _sample(scores, scores.predicted, scores.reference, baseline=scores.constant_mean)
 
 
 def by_median(scores: Scores) -> Sample:
     """The medians of the judge's distributions against the reference, beside the constant median."""
-    return Sample(scores.median, scores.reference, _dense(scores.task), scores.kind, scores.constant_median)
+    return _sample(scores, scores.median, scores.reference, baseline=scores.constant_median)
 
 
 def pairs(scores: Scores) -> Sample:
@@ -64,58 +64,53 @@ def pairs(scores: Scores) -> Sample:
 
 def suspicion(scores: Scores, border: float) -> Sample:
     """Lowest scores first, as a user would cut them, against 1.0 for a bad step and 0.0 for a good one."""
-    return Sample(-scores.predicted, _bad(scores, border), *_rest(scores))
+    return _sample(scores, -scores.predicted, _bad(scores, border))
 
 
 def flagged_of_bad(scores: Scores, border: float) -> Sample:
     """Of the truly bad steps: 1.0 where the judge's score is below the border as well."""
     bad = scores.where(_bad(scores, border) > 0)
-    return Sample((bad.predicted < border - SAME_SCORE).astype(np.float64), bad.reference, *_rest(bad))
+    return _sample(bad, bad.predicted < border - SAME_SCORE, bad.reference)
 
 
 def bad_of_flagged(scores: Scores, border: float) -> Sample:
     """Of the steps that the judge puts below the border: 1.0 for a truly bad one."""
     flagged = scores.where(scores.predicted < border - SAME_SCORE)
-    return Sample(_bad(flagged, border), flagged.reference, *_rest(flagged))
+    return _sample(flagged, _bad(flagged, border), flagged.reference)
 
 
 def praised_of_bad(scores: Scores) -> Sample:
     """Of the truly bad steps: 1.0 where the judge praises it."""
     bad = scores.where(_bad(scores, BAD_BELOW[0]) > 0)
-    return Sample((bad.predicted >= PRAISED_FROM - SAME_SCORE).astype(np.float64), bad.reference, *_rest(bad))
+    return _sample(bad, bad.predicted >= PRAISED_FROM - SAME_SCORE, bad.reference)
 
 
 def probability_of_bad(scores: Scores, border: float) -> Sample:
     """The judge's probability that a score is below the border, against 1.0 for a bad step."""
     probability = scores.below[:, BAD_BELOW.index(border)]
     known = scores.where(np.isfinite(probability))
-    return Sample(probability[np.isfinite(probability)], _bad(known, border), *_rest(known))
+    return _sample(known, probability[np.isfinite(probability)], _bad(known, border))
 
 
 def confidence(scores: Scores) -> Sample:
     """Minus the standard deviation of each score, against its error."""
     known = scores.where(np.isfinite(scores.std))
-    return Sample(-known.std, np.abs(known.predicted - known.reference), *_rest(known))
+    return _sample(known, -known.std, np.abs(known.predicted - known.reference))
 
 
 def within_own_range(scores: Scores) -> Sample:
     """1.0 where the reference is in the 90 % range that the judge's mean and std span if its error were normal."""
     known = scores.where(np.isfinite(scores.std))
     inside = np.abs(known.predicted - known.reference) <= 1.645 * np.maximum(known.std, 0.01)
-    return Sample(inside.astype(np.float64), known.reference, *_rest(known))
+    return _sample(known, inside, known.reference)
 
 
 def _bad(scores: Scores, border: float) -> Floats:
     return (scores.reference < border - SAME_SCORE).astype(np.float64)
 
 
-def _rest(scores: Scores) -> tuple[Any, Any, Floats]:
-    return _dense(scores.task), scores.kind, np.full(len(scores), np.nan)
-
-
-def _dense(task: NDArray[np.int64]) -> NDArray[np.int64]:
-    numbers: NDArray[np.int64] = np.unique(task, return_inverse=True)[1].reshape(-1).astype(np.int64)
-    return numbers
+def _sample(scores: Scores, predicted: Any, reference: Floats, baseline: Floats | None = None) -> Sample:
+    return make_sample(predicted, reference, scores.task, group=scores.kind, baseline=baseline, weight=scores.weight)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -216,6 +211,8 @@ def _is_constant_by_key(scores: Scores) -> bool:
 
 def _kendall(scores: Scores) -> Estimate:
     sample = by_mean(scores)
+    if np.any(scores.weight != 1):
+        return undefined("not computed for weighted prompts", len(scores), sample.tasks)
     value = statistics.kendall(sample) if len(scores) >= MIN_SCORES else float("nan")
     if not np.isfinite(value):
         return undefined("not defined for these scores", len(scores), sample.tasks)
@@ -224,9 +221,10 @@ def _kendall(scores: Scores) -> Estimate:
 
 def _error_of_surest(scores: Scores, share: float) -> Estimate:
     """The mean absolute error of the share of the scores that the judge is surest of."""
-    known = np.flatnonzero(np.isfinite(scores.std))
-    chosen = scores.where(known[np.argsort(scores.std[known], kind="stable")[: int(len(known) * share)]])
-    sample = confidence(chosen)
+    known = scores.where(np.isfinite(scores.std))
+    by_confidence = known.where(np.argsort(known.std, kind="stable"))
+    kept = np.cumsum(by_confidence.weight) <= share * by_confidence.weight.sum() + 1e-9
+    sample = confidence(by_confidence.where(kept))
     return measure(sample, statistics.share_of_reference(sample), min_n=MIN_SCORES)
 
 
@@ -238,29 +236,36 @@ def recommended_threshold(scores: Scores, folds: int = 5) -> Metrics | None:
     Returns:
         None with fewer than `MIN_SCORES` bad or good steps, or too few tasks to hold some out.
     """
-    bad = _bad(scores, BAD_BELOW[0]) > 0
+    bad, weight = _bad(scores, BAD_BELOW[0]) > 0, scores.weight
     fold = np.random.default_rng(0).permutation(int(scores.task.max(initial=-1)) + 1)[scores.task] % folds
     if min(bad.sum(), (~bad).sum()) < MIN_SCORES or len(np.unique(fold)) < folds:
         return None
     flagged = np.zeros(len(scores), bool)
     for held_out in range(folds):
         inside = fold != held_out
-        flagged[~inside] = scores.predicted[~inside] < _best_threshold(scores.predicted[inside], bad[inside])
-    hits = int((flagged & bad).sum())
+        flagged[~inside] = scores.predicted[~inside] < _best_threshold(scores.where(inside), bad[inside])
+    hits = float(weight @ (flagged & bad))
     return {
-        "below": _best_threshold(scores.predicted, bad),
-        "precision": hits / int(flagged.sum()) if flagged.any() else None,
-        "recall": hits / int(bad.sum()),
-        "flagged_share": float(flagged.mean()),
+        "below": _best_threshold(scores, bad),
+        "precision": hits / float(weight @ flagged) if flagged.any() else None,
+        "recall": hits / float(weight @ bad),
+        "flagged_share": float(weight @ flagged / weight.sum()),
     }
 
 
-def _best_threshold(predicted: Floats, bad: NDArray[np.bool_]) -> float:
+def _best_threshold(scores: Scores, bad: NDArray[np.bool_]) -> float:
     thresholds = np.arange(1, 101) / 100
-    flagged = np.searchsorted(np.sort(predicted), thresholds)
-    hits = np.searchsorted(np.sort(predicted[bad]), thresholds)
-    f1 = 2 * hits / np.maximum(flagged + bad.sum(), 1)
-    return float(thresholds[np.argmax(f1)])
+    flagged = _weight_below(thresholds, scores.predicted, scores.weight)
+    hits = _weight_below(thresholds, scores.predicted[bad], scores.weight[bad])
+    f1 = statistics.ratio(2 * hits, flagged + scores.weight @ bad)
+    return float(thresholds[np.nanargmax(np.round(f1, 12))])
+
+
+def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
+    """How much weight of the values lies below each threshold."""
+    rising = np.argsort(values, kind="stable")
+    up_to = np.concatenate([[0.0], np.cumsum(weight[rising])])
+    return up_to[np.searchsorted(values[rising], thresholds)]
 
 
 def as_json(value: Any) -> Any:
@@ -339,7 +344,8 @@ def validity(rows: Sequence[Row]) -> Metrics:
 
 
 def _share(rows: Sequence[Row], values: Any) -> Estimate:
-    sample = make_sample(values, np.zeros(len(rows)), [row["task_id"] for row in rows])
+    weight = [weight_of(row["metadata"]) for row in rows]
+    sample = make_sample(values, np.zeros(len(rows)), [row["task_id"] for row in rows], weight=weight)
     return measure(sample, statistics.share_predicted(sample))
 
 
@@ -374,6 +380,7 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
     """
     clips: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     outcomes: dict[tuple[str, str], float] = {}
+    chosen = {(row["task_id"], row["trajectory_id"]) for row in rows if SELECTED_BY in row["metadata"]}
     for row in rows:
         number, name = whole_number(row["clip_number"]), (row["task_id"], row["trajectory_id"])
         if row["evaluation_type"] == "clip" and number is not None:
@@ -383,7 +390,9 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
     whole, left_out = [], Counter[str]()
     for name, by_number in clips.items():
         steps = [by_number[number] for number in sorted(by_number)]
-        if any(len(same) > 1 for same in steps):
+        if name in chosen:
+            left_out["steps that ask_judges.py --first chose"] += 1
+        elif any(len(same) > 1 for same in steps):
             left_out["two prompts for one clip number (give each run a trajectory_id)"] += 1
         elif name[0] in incomplete or max(by_number) - min(by_number) >= len(by_number):
             left_out["a missing clip"] += 1

@@ -1,7 +1,7 @@
 """The predictions of an evaluation: one line per prompt, written as they come, and read back as a table of scores."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from prmkit.evaluation.estimates import Floats, Integers
 from prmkit.evaluation.heldout import Constants, HeldOutPrompt
+from prmkit.evaluation.statistics import weighted_mean, weighted_median
 from prmkit.judge.types import BAD_BELOW, Distribution, Judgement, rounded
 from prmkit.prompts.cleaning import leaked_scores
 from prmkit.resumable import reopen, replace_rows
+from prmkit.rows import weight_of
 
 Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
@@ -110,6 +112,8 @@ class Scores:
     leaked_mean: Floats
     """The mean of the scores that the prompt shows; NaN where it shows none."""
     leaked_last: Floats
+    weight: Floats
+    """How many prompts its prompt speaks for: see `prmkit.rows.WEIGHT`."""
 
     def __len__(self) -> int:
         return len(self.predicted)
@@ -145,15 +149,13 @@ def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Const
         if key in row["reference"] and has_score(row, key)
     ]
 
-    def numbers(values: Iterable[float | None]) -> Floats:
-        return np.array(list(values), dtype=np.float64)  # None becomes NaN
-
     def matrix(values: Iterable[Sequence[float | None]], columns: int) -> Floats:
         return np.array(list(values), dtype=np.float64).reshape(len(entries), columns)
 
     of_rows = {name: [row[name] for _, row, _, _ in entries] for name in _COPIED}
-    keys, reference = [key for _, _, key, _ in entries], numbers(row["reference"][key] for _, row, key, _ in entries)
+    keys, reference = [key for _, _, key, _ in entries], _numbers(row["reference"][key] for _, row, key, _ in entries)
     kind = _numbered(zip(of_rows["evaluation_type"], keys, strict=True))
+    weight = _numbers(weight_of(row["metadata"]) for _, row, _, _ in entries)
     given = [constants.get(row["evaluation_type"], {}).get(key) or (None, None) for _, row, key, _ in entries]
     return Scores(
         row=np.array([number for number, *_ in entries], dtype=np.int64),
@@ -163,11 +165,11 @@ def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Const
         task=_numbered(of_rows["task_id"]),
         trajectory=_numbered(zip(of_rows["task_id"], of_rows["trajectory_id"], strict=True)),
         kind=kind,
-        clip_number=numbers(of_rows["clip_number"]),
-        prompt_characters=numbers(of_rows["prompt_characters"]),
-        predicted=numbers(score["mean"] for *_, score in entries),
-        median=numbers(score["mean"] if score["median"] is None else score["median"] for *_, score in entries),
-        std=numbers(score["std"] for *_, score in entries),
+        clip_number=_numbers(of_rows["clip_number"]),
+        prompt_characters=_numbers(of_rows["prompt_characters"]),
+        predicted=_numbers(score["mean"] for *_, score in entries),
+        median=_numbers(score["mean"] if score["median"] is None else score["median"] for *_, score in entries),
+        std=_numbers(score["std"] for *_, score in entries),
         below=matrix(
             ([(score["below"] or {}).get(str(border)) for border in BAD_BELOW] for *_, score in entries), len(BAD_BELOW)
         ),
@@ -175,10 +177,11 @@ def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Const
         references=matrix(
             ([row["references"].get(judge, {}).get(key) for judge in judges] for _, row, key, _ in entries), len(judges)
         ),
-        constant_mean=_filled(numbers(mean for mean, _ in given), reference, kind, np.mean),
-        constant_median=_filled(numbers(median for _, median in given), reference, kind, np.median),
-        leaked_mean=numbers(of_rows["leaked_score"]),
-        leaked_last=numbers(of_rows["leaked_last"]),
+        constant_mean=_filled(_numbers(mean for mean, _ in given), reference, kind, weight, weighted_mean),
+        constant_median=_filled(_numbers(median for _, median in given), reference, kind, weight, weighted_median),
+        leaked_mean=_numbers(of_rows["leaked_score"]),
+        leaked_last=_numbers(of_rows["leaked_last"]),
+        weight=weight,
     )
 
 
@@ -188,15 +191,25 @@ _COPIED = (
 )
 
 
+def _numbers(values: Iterable[float | None]) -> Floats:
+    return np.array(list(values), dtype=np.float64)  # None becomes NaN
+
+
 def _numbered(values: Iterable[Any]) -> Integers:
     """A number for each distinct value, in order of appearance."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
 
 
-def _filled(constants: Floats, reference: Floats, kind: Integers, middle: Any) -> Floats:
+def _filled(
+    constants: Floats,
+    reference: Floats,
+    kind: Integers,
+    weight: Floats,
+    middle: Callable[[Floats, Floats], float],
+) -> Floats:
     # Without training labels the best constant in hindsight is the baseline, which is harder to beat.
     for number in np.unique(kind[np.isnan(constants)]):
         chosen = (kind == number) & np.isnan(constants)
-        constants[chosen] = middle(reference[kind == number])
+        constants[chosen] = middle(reference[kind == number], weight[kind == number])
     return constants

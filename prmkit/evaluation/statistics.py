@@ -1,8 +1,9 @@
 """The statistics of agreement, written for weighted tasks (see `prmkit.evaluation.estimates`).
 
 Every function takes a sample and gives the `Statistic` of it. With weight one for every task the values are those of
-scipy and scikit-learn, and with whole-number weights those of the rows repeated that often; the tests hold them to
-that. Where a value is not defined (nothing varies, nothing to count) it is NaN here and `null` with its reason outside.
+scipy and scikit-learn, and with whole-number weights, of tasks or of pairs (`Sample.weight`), those of the rows
+repeated that often; the tests hold them to that. Where a value is not defined (nothing varies, nothing to count) it is
+NaN here and `null` with its reason outside.
 """
 
 from dataclasses import replace
@@ -86,13 +87,15 @@ def pearson(sample: Sample) -> Statistic:
     if not len(sample.task):
         return lambda weights: np.full(len(weights), np.nan)
     # Centred first, or the differences of large sums below would lose what is small.
-    predicted, reference = sample.predicted - sample.predicted.mean(), sample.reference - sample.reference.mean()
+    predicted, reference = (
+        values - weighted_mean(values, sample.weight) for values in (sample.predicted, sample.reference)
+    )
     products = (np.ones(len(predicted)), predicted, reference, predicted**2, reference**2, predicted * reference)
     sums = np.stack([sample.sums(product) for product in products], axis=1)
 
     def statistic(weights: Floats) -> Floats:
         n, x, y, xx, yy, xy = (weights @ sums).T
-        drawn = np.maximum(n, 1.0)  # a resample may hold no pair at all of what this was made from
+        drawn = np.where(n > 0, n, 1.0)  # a resample may hold no pair at all of what this was made from
         return _correlation(xx - x * x / drawn, yy - y * y / drawn, xy - x * y / drawn, n)
 
     return statistic
@@ -105,17 +108,16 @@ def spearman(sample: Sample) -> Statistic:
     only the sum of products goes through all pairs.
     """
     predicted, reference = _Values(sample, sample.predicted), _Values(sample, sample.reference)
-    once = np.ones(len(sample.task))
-    sizes_of, other_sizes_of = predicted.counted(once), reference.counted(once)
+    sizes_of, other_sizes_of = predicted.counted(sample.weight), reference.counted(sample.weight)
+    weighted = bool(np.any(sample.weight != 1))
 
     def statistic(task_weights: Floats) -> Floats:
         sizes, other_sizes = sizes_of(task_weights), other_sizes_of(task_weights)
         ranks, other_ranks = _midranks(sizes), _midranks(other_sizes)
         n = sizes.sum(axis=0)
         expected = n * (n + 1) ** 2 / 4
-        products = np.einsum(
-            "nr,nr,nr->r", task_weights.T[sample.task], ranks[predicted.place], other_ranks[reference.place]
-        )
+        drawn = task_weights.T[sample.task] * (sample.weight[:, None] if weighted else 1.0)
+        products = np.einsum("nr,nr,nr->r", drawn, ranks[predicted.place], other_ranks[reference.place])
         squares, other_squares = (sizes * ranks**2).sum(axis=0), (other_sizes * other_ranks**2).sum(axis=0)
         return _correlation(squares - expected, other_squares - expected, products - expected, n)
 
@@ -159,17 +161,14 @@ def kendall(sample: Sample) -> float:
 # --- decision -------------------------------------------------------------------------------------------------------
 
 
-def roc_area(sample: Sample, weight: Floats | None = None) -> Statistic:
+def roc_area(sample: Sample) -> Statistic:
     """AUROC: the probability that a bad step is suspected more than a good one, ties counting half (Mann-Whitney).
 
     Args:
         sample: `predicted` is the suspicion, `reference` 1.0 for a bad step and 0.0 for a good one.
-        weight: how many steps each speaks for; None for one each.
     """
-
-    weight = np.ones(len(sample.task)) if weight is None else weight
     scores = _Values(sample, sample.predicted)
-    sizes_of, bad_sizes_of = scores.counted(weight), scores.counted(sample.reference * weight)
+    sizes_of, bad_sizes_of = scores.counted(sample.weight), scores.counted(sample.reference * sample.weight)
 
     def statistic(task_weights: Floats) -> Floats:
         sizes, bad_sizes = sizes_of(task_weights), bad_sizes_of(task_weights)
@@ -180,16 +179,14 @@ def roc_area(sample: Sample, weight: Floats | None = None) -> Statistic:
     return statistic
 
 
-def average_precision(sample: Sample, weight: Floats | None = None) -> Statistic:
+def average_precision(sample: Sample) -> Statistic:
     """Average precision: the sum over thresholds of (recall gained) · precision, without interpolation.
 
     Args:
         sample: as for `roc_area`.
-        weight: as for `roc_area`.
     """
-    weight = np.ones(len(sample.task)) if weight is None else weight
     scores = _Values(sample, -sample.predicted)
-    found_of, taken_of = scores.counted(sample.reference * weight), scores.counted(weight)
+    found_of, taken_of = scores.counted(sample.reference * sample.weight), scores.counted(sample.weight)
 
     def statistic(task_weights: Floats) -> Floats:
         found, taken = found_of(task_weights), taken_of(task_weights)
@@ -216,7 +213,7 @@ def calibration_error(sample: Sample) -> Statistic:
     Args:
         sample: as for `brier`.
     """
-    gaps = _binned(sample, sample.predicted - sample.reference)
+    gaps = _binned(sample, (sample.predicted - sample.reference) * sample.weight)
     sizes = sample.sums(np.ones(len(sample.task)))
     return lambda weights: ratio(np.abs(weights @ gaps).sum(axis=1), weights @ sizes)
 
@@ -224,10 +221,10 @@ def calibration_error(sample: Sample) -> Statistic:
 def calibration_error_by_chance(sample: Sample) -> Statistic:
     """The ECE that a perfectly calibrated judge with these probabilities would show on average.
 
-    In a bin, the distance of probability and share is the mean of independent errors with variance p (1 - p). Their
-    sum is nearly normal, and the mean of |normal| is sqrt(2 / pi) standard deviations.
+    In a bin, the distance of probability and share is the mean of independent errors, each with variance p (1 - p)
+    and its weight. Their sum is nearly normal, and the mean of |normal| is sqrt(2 / pi) standard deviations.
     """
-    variances = _binned(sample, sample.predicted * (1 - sample.predicted))
+    variances = _binned(sample, sample.predicted * (1 - sample.predicted) * sample.weight**2)
     sizes = sample.sums(np.ones(len(sample.task)))
     return lambda weights: ratio(np.sqrt(2 / np.pi * (weights @ variances)).sum(axis=1), weights @ sizes)
 
@@ -244,7 +241,7 @@ def kappa(sample: Sample) -> Statistic:
     """Cohen's kappa with quadratic weights (Cohen 1968) on the five bands of the rubric."""
     bands = len(BANDS) + 1
     cells = np.zeros((sample.tasks, bands, bands))
-    np.add.at(cells, (sample.task, band(sample.predicted), band(sample.reference)), 1.0)
+    np.add.at(cells, (sample.task, band(sample.predicted), band(sample.reference)), sample.weight)
     penalty = np.subtract.outer(np.arange(bands), np.arange(bands)) ** 2.0
 
     def statistic(weights: Floats) -> Floats:
@@ -298,22 +295,26 @@ def make_pairs(sample: Sample) -> Sample:
         sample: scores; a group lies within one task.
 
     Returns:
-        `predicted` and `reference` are differences, `baseline` the weight of a pair: one over the pairs of its group.
+        `predicted` and `reference` are differences. The weight of a pair is the product of those of its scores, and
+        the weights of a group add up to one.
     """
-    first, second, share = _pairs_within(sample.group)
+    first, second, group = _pairs_within(sample.group)
+    weight = sample.weight[first] * sample.weight[second]
+    of_group = np.bincount(group, weights=weight) if len(group) else np.zeros(0)
     return make_sample(
         sample.predicted[first] - sample.predicted[second],
         sample.reference[first] - sample.reference[second],
         sample.task[first],
-        baseline=share,
+        weight=weight / of_group[group],
     )
 
 
-def _pairs_within(group: Integers) -> tuple[Integers, Integers, Floats]:
+def _pairs_within(group: Integers) -> tuple[Integers, Integers, Integers]:
+    """The two scores of each pair, and a number for its group."""
     generator = np.random.default_rng(SEED)
     by_group = np.argsort(group, kind="stable")
-    firsts, seconds, shares = [by_group[:0]], [by_group[:0]], [np.zeros(0)]
-    for members in np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1):
+    firsts, seconds, numbers = [by_group[:0]], [by_group[:0]], [by_group[:0]]
+    for number, members in enumerate(np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1)):
         if len(members) <= MAX_PAIRED:
             one, other = np.triu_indices(len(members), 1)
         else:
@@ -321,8 +322,8 @@ def _pairs_within(group: Integers) -> tuple[Integers, Integers, Floats]:
             other = (one + generator.integers(1, len(members), size=len(one))) % len(members)
         firsts.append(members[one])
         seconds.append(members[other])
-        shares.append(np.full(len(one), 1 / max(len(one), 1)))
-    return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(shares)
+        numbers.append(np.full(len(one), number))
+    return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(numbers)
 
 
 def pairwise_accuracy(pairs: Sample) -> Statistic:
@@ -337,27 +338,22 @@ def pairwise_accuracy(pairs: Sample) -> Statistic:
     Args:
         pairs: see `make_pairs`.
     """
-    distance, tied, share = np.abs(pairs.predicted), _tied(pairs), pairs.baseline
+    distance, tied = np.abs(pairs.predicted), _tied(pairs)
     if tied.all():
         return lambda weights: np.full(len(weights), np.nan)  # there is no order that could be right
     right_order = ~tied & (np.sign(pairs.predicted) == np.sign(pairs.reference))
-    epsilon = _best_epsilon(distance, tied * share, right_order * share)
-    return _weighted_mean(pairs, np.where(distance <= epsilon, tied, right_order).astype(np.float64), share)
+    epsilon = _best_epsilon(distance, tied * pairs.weight, right_order * pairs.weight)
+    return mean_of(pairs, np.where(distance <= epsilon, tied, right_order).astype(np.float64))
 
 
 def always_tied(pairs: Sample) -> Statistic:
     """The `pairwise_accuracy` of a judge that calls every pair a tie: the share of tied pairs in the reference."""
-    return _weighted_mean(pairs, _tied(pairs).astype(np.float64), pairs.baseline)
+    return mean_of(pairs, _tied(pairs).astype(np.float64))
 
 
 def _tied(pairs: Sample) -> NDArray[np.bool_]:
     tied: NDArray[np.bool_] = np.abs(pairs.reference) < SAME_SCORE
     return tied
-
-
-def _weighted_mean(sample: Sample, values: Floats, weight: Floats) -> Statistic:
-    sums, sizes = sample.sums(values * weight), sample.sums(weight)
-    return lambda weights: ratio(weights @ sums, weights @ sizes)
 
 
 def _best_epsilon(distance: Floats, tied: Floats, right_order: Floats) -> float:
@@ -378,10 +374,10 @@ def area_under_risk_coverage(sample: Sample) -> Statistic:
         sample: `predicted` is the confidence, `reference` the error.
     """
     by_confidence = np.argsort(-sample.predicted, kind="stable")
-    task, error = sample.task[by_confidence], sample.reference[by_confidence]
+    task, error, weight = sample.task[by_confidence], sample.reference[by_confidence], sample.weight[by_confidence]
 
     def statistic(weights: Floats) -> Floats:
-        drawn = weights[:, task]
+        drawn = weights[:, task] * weight
         kept = np.cumsum(drawn, axis=1)
         risk = ratio(np.cumsum(drawn * error, axis=1), kept)
         return ratio(np.nansum(risk * drawn, axis=1), kept[:, -1])
@@ -413,6 +409,20 @@ def _correlation(squares: Floats, other_squares: Floats, products: Floats, total
     scale = np.sqrt(np.where(varies, squares * other_squares, 0.0))
     correlation: Floats = np.clip(ratio(products, scale), -1.0, 1.0)
     return correlation
+
+
+def weighted_mean(values: Floats, weight: Floats) -> float:
+    """The mean of values of which each is there `weight` times."""
+    return float(np.average(values, weights=weight))
+
+
+def weighted_median(values: Floats, weight: Floats) -> float:
+    """The median of values of which each is there `weight` times."""
+    rising = np.argsort(values, kind="stable")
+    up_to = np.cumsum(weight[rising])
+    half = up_to[-1] / 2
+    ends = [np.searchsorted(up_to, half * (1 - 1e-12)), np.searchsorted(up_to, half * (1 + 1e-12), side="right")]
+    return float(values[rising[ends]].mean())
 
 
 class _Values:

@@ -1,6 +1,7 @@
 """Two judges on the same held-out rows: the difference, its interval, and when a gate is closed."""
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from dataclasses import replace
@@ -24,7 +25,10 @@ from prmkit.evaluation.compare import (
 )
 from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.grade import warnings
-from prmkit.evaluation.heldout import HeldOut, read_held_out
+from prmkit.evaluation.heldout import HeldOut, HeldOutPrompt, read_held_out
+from prmkit.evaluation.metrics import STRICT, agreement
+from prmkit.evaluation.predictions import table_of_scores
+from prmkit.rows import AUDIT, SELECTED_BY, WEIGHT
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +113,56 @@ def test_a_constant_judge_does_not_beat_one_with_the_right_order_by_its_error(he
     assert compare(ordered, flat)["groups"][0]["verdict"] == "mixed"
 
 
-def test_a_gate_cannot_tell_where_a_judge_chose_the_prompts(held_out: HeldOut) -> None:
-    first, *others = held_out.prompts
-    chosen = replace(first, metadata={**first.metadata, "selected_by": "unsure", "selection_weight": 1.0})
-    selected = replace(held_out, prompts=(chosen, *others))
-    metrics = metrics_of(predictions_of(selected, noisy(0.1)), None, selected, CONSTANTS)
-    with pytest.raises(GateError, match=r"--min-spearman: cannot tell: 1 of [\d,]+ held-out prompts were chosen"):
+def chosen_by_first(held_out: HeldOut, audit: float, seed: int = 0) -> HeldOut:
+    """The held-out prompts that ask_judges.py --first would have asked about: a judge is unsure of low scores."""
+    generator, kept = np.random.default_rng(seed), []
+    for prompt in held_out.prompts:
+        if is_low(prompt):
+            kept.append(replace(prompt, metadata={**prompt.metadata, SELECTED_BY: "unsure", WEIGHT: 1.0}))
+        elif generator.uniform() < audit:
+            kept.append(replace(prompt, metadata={**prompt.metadata, SELECTED_BY: AUDIT, WEIGHT: 1 / audit}))
+    return replace(held_out, prompts=tuple(kept))
+
+
+def is_low(prompt: HeldOutPrompt) -> bool:
+    return min(prompt.reference.values()) < 0.5
+
+
+def test_what_first_chose_is_weighed_back(held_out: HeldOut) -> None:
+    def judge(prompt: HeldOutPrompt, key: str) -> float:  # wrong by more where it is unsure
+        return min(prompt.reference.get(key, 0.5) + (0.3 if is_low(prompt) else 0.05), 1.0)
+
+    def measured(rows: list[dict]) -> dict[str, float]:
+        found = agreement(table_of_scores(rows, (), CONSTANTS))
+        bad = found["bad_step"][STRICT]
+        return {name: each.value for name, each in (found | {"share": bad["bad_share"], "brier": bad["brier"]}).items()
+                if name in ("mae", "bias", "rmse", "share", "brier")}  # fmt: skip
+
+    whole = measured(predictions_of(held_out, judge))
+    weighted, plain = [], []
+    for seed in range(20):
+        rows = predictions_of(chosen_by_first(held_out, 0.3, seed), judge)
+        weighted.append(measured(rows))
+        plain.append(measured([row | {"metadata": {}} for row in rows]))
+    for name, value in whole.items():
+        assert np.mean([each[name] for each in weighted]) == pytest.approx(value, rel=0.08), name
+        assert np.mean([each[name] for each in plain]) > 1.2 * value, name
+
+
+def test_a_gate_opens_on_chosen_prompts_only_where_chance_chose_some_of_enough_tasks(held_out: HeldOut) -> None:
+    few = chosen_by_first(held_out, 0.005)
+    metrics = metrics_of(predictions_of(few, noisy(0.1)), None, few, CONSTANTS)
+    with pytest.raises(GateError, match=r"--min-spearman: cannot tell: ask_judges.py --first chose [\d,]+ of the held"):
         check_enough_scores(metrics, "--min-spearman")
-    assert any("agreement on hard steps" in line for line in warnings(metrics))
+    assert any("steps that a judge was unsure of, not on all" in line for line in warnings(metrics))
+    enough = chosen_by_first(held_out, 0.4)
+    metrics = metrics_of(predictions_of(enough, noisy(0.1)), None, enough, CONSTANTS)
+    check_enough_scores(metrics, "--min-spearman")
+    assert metrics["trajectory"]["trajectories"] == 0
+    assert "steps that ask_judges.py --first chose" in metrics["trajectory"]["left_out"]
+    told = next(line for line in warnings(metrics) if "--first" in line)
+    effective = float(re.findall(r"as much as ([\d,]+) that", told)[0].replace(",", ""))
+    assert 0.2 * len(held_out.prompts) < effective < len(enough.prompts)
 
 
 def test_a_judge_that_makes_few_of_the_scores_fails_every_gate(held_out):

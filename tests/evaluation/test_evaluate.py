@@ -22,6 +22,7 @@ from prmkit.evaluation.heldout import HeldOutPrompt, place_of_held_out, read_hel
 from prmkit.evaluation.predictions import resume
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import Request
+from prmkit.rows import SELECTED_BY, WEIGHT, weight_of
 
 REPOSITORY = Path(__file__).parents[2]
 NAME = "reward_model_full_eval"
@@ -205,6 +206,38 @@ def test_the_constants_are_those_of_the_training_rows_of_the_same_variant(tmp_pa
     scores = [row["scores"] for row in map(json.loads, (folder / f"{NAME}.meta.jsonl").read_text().splitlines())]
     clips = [each["reasonableness_score"] for each in scores if "reasonableness_score" in each]
     assert found["clip"]["reasonableness_score"] == pytest.approx((np.mean(clips), np.median(clips)))
+    metas = [json.loads(line) for line in (folder / f"{NAME}.meta.jsonl").read_text().splitlines()]
+    for meta in metas:
+        meta["metadata"][WEIGHT] = 1 + 3 * (meta["scores"].get("reasonableness_score", 1) < 0.6)
+    write_lines(folder / "reward_model_full.meta.jsonl", metas)
+    often = np.repeat(clips, [4 if score < 0.6 else 1 for score in clips])
+    found = training_constants(folder, NAME)["clip"]["reasonableness_score"]
+    assert found == pytest.approx((np.mean(often), np.median(often)))
+
+
+def test_a_prompt_weighs_as_its_most_certain_row_and_a_bad_weight_is_an_error(tmp_path):
+    folder = write_data_folder(tmp_path, tasks=4)
+    sidecar = folder / f"{NAME}.meta.jsonl"
+    metas = [json.loads(line) for line in sidecar.read_text().splitlines()]
+    rows_of = Counter(meta["prompt_sha256"] for meta in metas)
+    one, other, *_ = (sha256 for sha256, count in rows_of.items() if count > 1)
+    plain = read_held_out(folder, NAME)
+
+    def weighted(sha256: str, *selections: dict) -> HeldOutPrompt:
+        for meta, selection in zip([m for m in metas if m["prompt_sha256"] == sha256], selections, strict=False):
+            meta["metadata"] |= selection
+        write_lines(sidecar, metas)
+        assert read_held_out(folder, NAME).sha256 != plain.sha256
+        return next(prompt for prompt in read_held_out(folder, NAME).prompts if prompt.prompt_sha256 == sha256)
+
+    audit, unsure = ({SELECTED_BY: by, WEIGHT: weight} for by, weight in (("audit", 5.0), ("unsure", 1.0)))
+    every = rows_of[one]
+    assert weighted(one, *[audit] * every).metadata.items() >= audit.items()
+    assert weighted(one, audit, *[unsure] * (every - 1)).metadata.items() >= unsure.items()
+    assert WEIGHT not in weighted(other, audit).metadata  # its other rows were asked for whatever the judge said
+    for wrong in (0, -1.0, "2", None, True, float("inf")):
+        with pytest.raises(DataError, match=r"metadata\.selection_weight of a row of task .* must be a number above 0"):
+            weight_of({"task_id": "t", WEIGHT: wrong})
 
 
 def test_a_task_called_nought_is_a_task_and_clip_numbers_are_read_as_they_come(tmp_path):

@@ -14,12 +14,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import exam_fixtures as public
-import numpy as np
 import pytest
 
 from prmkit.errors import DataError, UsageError
-from prmkit.evaluation import statistics
-from prmkit.evaluation.estimates import make_sample
 from prmkit.evaluation.exam import read_exam
 from prmkit.evaluation.label_sample import draw, open_labels
 from prmkit.prompts.step import load_rubric
@@ -41,17 +38,6 @@ def test_bands_are_drawn_evenly_and_weighted_back() -> None:
     assert draw(steps, scores, 30, 0) == drawn != draw(steps, scores, 30, 1)
     assert len({(each.trajectory_id, each.n) for each in drawn}) == 30
     assert len(draw(steps, None, 1000, 0)) == 100
-
-
-def test_weighted_metrics_are_those_of_repeated_rows() -> None:
-    generator = np.random.default_rng(0)
-    suspicion, bad = generator.integers(0, 5, 40) / 5, generator.integers(0, 2, 40).astype(float)
-    task, weight = generator.integers(0, 8, 40), generator.integers(1, 4, 40)
-    once = make_sample(suspicion, bad, task)
-    repeated = make_sample(*(np.repeat(each, weight) for each in (suspicion, bad, task)))
-    tasks = np.array([[1.0, 2, 0, 1, 1, 3, 1, 1], [1.0] * 8])
-    for statistic in (statistics.roc_area, statistics.average_precision):
-        np.testing.assert_allclose(statistic(once, weight.astype(float))(tasks), statistic(repeated)(tasks))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

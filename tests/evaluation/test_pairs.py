@@ -1,5 +1,6 @@
 """Pairwise accuracy against its definition, pair by pair."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -46,6 +47,21 @@ def accuracy_with_ties(sample: Sample, group: np.ndarray, epsilon: float) -> flo
         if total:
             accuracies.append(right / total)
     return float(np.mean(accuracies))
+
+
+def test_a_pair_weighs_as_the_product_of_its_scores_and_every_group_the_same():
+    scores = tied_scores(seed=5)
+    sample = replace(scores, weight=np.random.default_rng(5).uniform(1, 5, 70))
+    shares = []
+    for task in range(12):
+        members = combinations(np.flatnonzero(sample.task == task), 2)
+        weighted = [
+            (sample.weight[i] * sample.weight[j], sample.reference[i] == sample.reference[j]) for i, j in members
+        ]
+        if weighted:
+            shares.append(np.average([tied for _, tied in weighted], weights=[weight for weight, _ in weighted]))
+    assert tied_share(sample) == pytest.approx(np.mean(shares))
+    assert tied_share(sample) != pytest.approx(tied_share(scores), abs=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.2, 2.0])

@@ -1,5 +1,7 @@
 """The statistics against scipy, scikit-learn and brute force, whole and with tasks drawn more than once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -17,6 +19,7 @@ from prmkit.evaluation.estimates import (
     measure,
     resampled,
 )
+from prmkit.evaluation.metrics import METRICS, pairs
 
 NOISES = (0.05, 0.3)
 SIZES = ((12, 4), (60, 9), (400, 40))
@@ -90,6 +93,48 @@ def test_a_decision_statistic_is_scikit_learns(name, threshold, size, tasks):
     found = getattr(statistics, name)(sample)(weights)
     expected = [OF_DECISIONS[name](*repeated(sample, row)) for row in weights]
     np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+OF_WEIGHTED = {**OF_SCORES, **OF_DECISIONS}
+
+
+@pytest.mark.parametrize("name", [*OF_WEIGHTED, "calibration_error"])
+def test_a_weighted_pair_counts_as_that_many_also_when_tasks_are_drawn_again(name):
+    scores = noisy(120, 12, 0.3, seed=5)
+    weight = np.random.default_rng(5).integers(1, 6, 120)
+    sample = scores
+    if name not in OF_SCORES:
+        sample = make_sample(1 - scores.predicted, scores.reference < 0.5, scores.task)
+    often = make_sample(*(np.repeat(each, weight) for each in (sample.predicted, sample.reference, sample.task)))
+    weights = draws(12)
+    statistic = getattr(statistics, name)
+    for scale in (1.0, 0.37):  # only the ratio of weights matters
+        found = statistic(replace(sample, weight=scale * weight))(weights)
+        np.testing.assert_allclose(found, statistic(often)(weights), atol=1e-12)
+    assert not np.allclose(found, statistic(sample)(weights), atol=1e-3)
+
+
+@pytest.mark.parametrize("metric", [each for each in METRICS if each.sample is not pairs], ids=lambda each: each.name)
+def test_weighting_each_pair_of_a_task_is_weighting_the_task(metric):
+    scores = noisy(200, 12, 0.2, seed=4)
+    reference = (scores.reference < 0.5).astype(float) if metric.at_borders else scores.reference
+    baseline = np.full(200, 0.6)
+    of_task = np.random.default_rng(1).integers(1, 5, 12).astype(float)
+    whole = make_sample(scores.predicted, reference, scores.task, baseline=baseline)
+    each = replace(whole, weight=of_task[scores.task])
+    found, expected = metric.statistic(each)(np.ones((1, 12))), metric.statistic(whole)(of_task[None])
+    if metric.name == "ece_by_chance":  # repeated outcomes are of independent steps, a weighted one is one step
+        assert found[0] > expected[0]
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_a_weighted_median_is_that_of_repeated_values():
+    generator = np.random.default_rng(2)
+    for size in (1, 2, 5, 40):
+        values, weight = generator.integers(0, 9, size) / 8, generator.integers(1, 5, size)
+        expected = np.median(np.repeat(values, weight))
+        assert statistics.weighted_median(values, weight / 3) == pytest.approx(expected)
 
 
 def test_calibration_error_bin_by_bin():

@@ -13,6 +13,7 @@ def clip(number: object, score: float = 0.7, task: str = "a", trajectory: str | 
         "evaluation_type": "clip",
         "clip_number": number,
         "prompt_sha256": f"{task}{number}",
+        "metadata": {},
         "scores": {"score": {"mean": score}},
         "reference": {"score": 0.6},
     }
