@@ -308,7 +308,7 @@ def test_the_solution_is_sent_to_the_judge_alone(tmp_path: Path, endpoint: Endpo
     typed(tmp_path, "--yes", "--teacher-sees", "reference")
     assert "the solution is 42" in endpoint.asked[0]["messages"][0]["content"]
     (row,) = rows(tmp_path)
-    assert row["metadata"]["reference_shown"] is True and "42" not in json.dumps(row)
+    assert row["metadata"]["reference_shown"] is True and "the solution is" not in json.dumps(row)
 
 
 def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpoint: Endpoint) -> None:
