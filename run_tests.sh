@@ -35,6 +35,9 @@ esac
 python=$(./setup_environment.sh requirements-dev.txt)
 bin=$(dirname "$python")
 
+# The tests start hundreds of Pythons, which would else compile the same modules each time.
+unset PYTHONDONTWRITEBYTECODE
+
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"

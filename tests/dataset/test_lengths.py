@@ -68,6 +68,7 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
+@pytest.mark.llamafactory
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_no_row_is_cut(
     convert_rows: Convert, data: Path, tiny_model: Path, load_with_llamafactory: Load, template: str
@@ -97,6 +98,7 @@ def test_no_row_is_cut(
     assert all("characters left out here ...]" in prompt.split("END")[0] for _, prompt in trimmed)
 
 
+@pytest.mark.llamafactory
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_lengths_in_the_sidecar_are_those_of_llamafactory(
     convert_rows: Convert, data: Path, tiny_model: Path, load_with_llamafactory: Load, template: str
@@ -110,6 +112,7 @@ def test_lengths_in_the_sidecar_are_those_of_llamafactory(
     assert report["measured_with"]["template"] == template
 
 
+@pytest.mark.llamafactory
 def test_without_the_guard_llamafactory_cuts(
     convert_rows: Convert, data: Path, tiny_model: Path, load_with_llamafactory: Load
 ) -> None:
@@ -151,6 +154,7 @@ def test_packing_takes_one_token(convert_rows: Convert, tiny_model: Path) -> Non
     assert packed["trimmed"]["rows"] == 1
 
 
+@pytest.mark.llamafactory
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_no_control_token_comes_from_the_text(
     convert_rows: Convert, data: Path, tiny_model: Path, load_with_llamafactory: Load, template: str
@@ -167,7 +171,7 @@ def test_no_control_token_comes_from_the_text(
     assert r"{\{idx}}" in decoded(tokenizer, attacked["input_ids"])
 
 
-@pytest.mark.slow
+@pytest.mark.llamafactory
 @pytest.mark.parametrize(("form", "count"), [("alpaca", 400), ("sharegpt", 40)])
 def test_every_variant_loads_whole(
     convert_rows: Convert, data: Path, load_with_llamafactory: Load, form: str, count: int
@@ -259,6 +263,7 @@ def test_prompts_of_other_forms_are_trimmed_before_the_question(encoding: Any, p
     assert trimmed.text.startswith(prompt[:40])
 
 
+@pytest.mark.llamafactory
 def test_one_row_in_a_conversion_by_config(
     convert_rows: Convert, tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmkit.demo.tiny_model import build_tiny_model
 from prmkit.errors import DataError
@@ -16,6 +15,8 @@ from tools.make_sample.sample import sample_rows, write_rows
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model: Path) -> Any:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
@@ -27,6 +28,8 @@ def small_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_loads_as_any_model_and_has_one_to_three_million_weights(tiny_model: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert model.config.model_type == "qwen2"
     assert 1_000_000 <= model.num_parameters() <= 3_000_000
@@ -101,6 +104,8 @@ def test_what_a_killed_build_left_is_in_nobody_s_way(small_sample: Path, tmp_pat
     (left / "model.safetensors").write_bytes(b"half")
     assert build_tiny_model(small_sample, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    from transformers import AutoModelForCausalLM
+
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").num_parameters() > 500_000
 
 

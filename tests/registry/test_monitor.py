@@ -170,6 +170,7 @@ def test_the_texts_where_two_judges_differ_are_shown_if_they_were_logged(
     assert "step 20" in shown and "r20" in shown and "0.10" in shown and "0.90" in shown
 
 
+@pytest.mark.slow
 def test_drift_a_b_and_the_page_from_the_command_line(
     tmp_path: Path, script: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

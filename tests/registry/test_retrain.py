@@ -91,6 +91,7 @@ def test_rows_that_the_version_has_are_nothing_to_do(registry: Path, tmp_path: P
     assert "trained on these rows already" in done.stderr
 
 
+@pytest.mark.llamafactory
 def test_lengths_are_measured_with_what_will_be_trained(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script
 ) -> None:
