@@ -215,7 +215,7 @@ def test_an_answer_that_comes_byte_by_byte_ends_with_the_time_that_was_given() -
                     time.sleep(0.1)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     judge = Judge(f"http://127.0.0.1:{server.server_port}", timeout=0.3, attempts=1)
     began = time.monotonic()
     for ask in (lambda: judge.reward("a", "b"), lambda: asyncio.run(judge.arewards([("a", "b")]))):
