@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prmkit.errors import DataError, UsageError
+from prmkit.http_client import check_url
 
 if TYPE_CHECKING:
     import httpx
@@ -85,8 +86,7 @@ class Judge:
         Raises:
             UsageError: the URL is not that of a server, or the key cannot be in a header.
         """
-        if not self.url.startswith(("http://", "https://")):
-            raise UsageError("the URL of a judge begins with http:// or https://, as in http://127.0.0.1:8000.")
+        check_url(self.url, "the URL of a judge,", "http://127.0.0.1:8000")
         self.key = self.key and self.key.strip()  # a key that was read from a file ends with a line break
         if self.key and not (self.key.isascii() and self.key.isprintable()):  # httpx's message would show the key
             raise UsageError("the key of a judge has characters that cannot be sent. Check where it was read from.")

@@ -76,8 +76,13 @@ class Endpoint:
         return text
 
 
-def check_url(url: str) -> None:
-    """Stop before a model loads where `--base-url` cannot be a server's.
+def check_url(url: str, called: str = "--base-url", example: str = "http://localhost:8000/v1") -> None:
+    """Stop before a model loads where an address cannot be a server's.
+
+    Args:
+        url: the address.
+        called: what the user typed it as.
+        example: how one is written there.
 
     Raises:
         UsageError: not an address, or one of another protocol.
@@ -90,8 +95,7 @@ def check_url(url: str) -> None:
     except httpx.InvalidURL:
         fits = False
     if not fits or any(map(str.isspace, url)):
-        shown = Endpoint(url, "").name
-        raise UsageError(f"--base-url {shown}: not the address of a server. Write it as http://localhost:8000/v1.")
+        raise UsageError(f"{called} {Endpoint(url, '').name}: not the address of a server. Write it as {example}.")
 
 
 class RowFailure(Exception):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prmkit.judge.openai_judge import CompletionsJudge
     from prmkit.judge.transformers_judge import Judge
 
+_NAME_THEM = "name the wanted ones: --keys, or keys in a request to a server"
 DEFAULT_RUN = Path("saves/reward_model_training")
 
 
@@ -51,9 +52,9 @@ class ShapeOf:
             return asked
         known = tuple((self.known or {}).get(str(evaluation_type), ()))
         if not known:
-            return "the prompt shows no score keys, and none are known for its evaluation type; name them with --keys"
+            return f"the prompt shows no score keys, and none are known for its evaluation type; {_NAME_THEM}"
         if len(known) > 1 and not _is_nested(known):
-            return f"the prompt shows no score keys, and {' or '.join(known)} would fit; name one with --keys"
+            return f"the prompt shows no score keys, and {' or '.join(known)} would fit; {_NAME_THEM}"
         return Shape(known, _is_nested(known))
 
 

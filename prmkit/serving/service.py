@@ -78,6 +78,8 @@ class Service:
             raise DataError('steps: a list of {"prompt"}, or of {"task", "history", "step"}.')
         if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
             raise DataError("keys: a list of score keys.")
+        if keys and any(_is_step(step) for step in steps):
+            raise DataError("keys: of ready prompts. A step of a run is asked for what the judge's rubric asks for.")
         shape_of = ShapeOf(tuple(keys), self.shape_of.known) if keys else self.shape_of
         rows = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
         lines = [line for line, _ in await self._lines(rows)]
@@ -88,7 +90,7 @@ class Service:
         identity = item.get("id")
         known = identity if isinstance(identity, str | int) else None
         try:
-            if "step" in item and "prompt" not in item:
+            if _is_step(item):
                 run = run_of_step(item)
                 row = self._step_rows(run)[-1]
                 trajectory = row.trajectory if run.trajectory_id != request_id.get() else None
@@ -183,7 +185,7 @@ class Service:
         pairs = enumerate(zip(prompts, queries, strict=True), start=1)
         asked = (self._reward(prompt, query, whole=True, number=number) for number, (prompt, query) in pairs)
         found = await asyncio.gather(*asked)
-        values = [self._number(each.pop("score"), can_be_null=False) for each in found]
+        values = [self._number(each.pop("score"), each["reason"], can_be_null=False) for each in found]
         logs = {key: [_finite(each[key]) for each in found] for key in ("label_mass", "unscored", "steps")}
         judges = [each["judge"] for each in found]
         return {"rewards": values, "scores": values, "extra_logs": logs, "judge": judges}
@@ -202,7 +204,7 @@ class Service:
             raise DataError("prompt and response: strings, or lists of messages.")
         asked = self._asked_for(body)
         found = await asked._reward(prompt, response, whole=False)
-        return found | {"score": asked._number(found["score"], can_be_null=True)}
+        return found | {"score": asked._number(found["score"], found["reason"], can_be_null=True)}
 
     def _asked_for(self, body: Body) -> "Service":
         """This service with what a body says about the reward."""
@@ -223,7 +225,15 @@ class Service:
         except (NothingWritten, RecursionError):  # no answer, or one of endless brackets: neither may end a training
             rows = []
         if not rows:
-            return {"score": None, "label_mass": None, "steps": 0, "scores": [], "unscored": 1, "judge": None}
+            return {
+                "score": None,
+                "label_mass": None,
+                "steps": 0,
+                "scores": [],
+                "unscored": 1,
+                "judge": None,
+                "reason": "the policy wrote nothing that can be judged",
+            }
         lines = [line for line, _ in await self._lines(rows)]
         scores = [line["score"] for line in lines if line["status"] == "ok"]
         masses = [line["label_mass"] for line in lines if line["label_mass"] is not None]
@@ -236,9 +246,10 @@ class Service:
             "scores": [line["score"] if line["status"] == "ok" else None for line in lines],
             "unscored": unscored,
             "judge": judge_of(lines),
+            "reason": next((line["reason"] for line in lines if line["status"] != "ok"), None),
         }
 
-    def _number(self, score: float | None, *, can_be_null: bool) -> float | None:
+    def _number(self, score: float | None, reason: str | None, *, can_be_null: bool) -> float | None:
         """The reward to answer. Never a silent zero: the policy would learn from it."""
         if score is not None:
             self._rewards.append(score)
@@ -250,7 +261,7 @@ class Service:
             self.metrics.unscored_rewards.labels("null").inc()
             return None
         self.metrics.unscored_rewards.labels("error").inc()
-        raise NoReward("a step has no score that can be relied on. --unscored says what to answer instead.")
+        raise NoReward(f"no score that can be relied on: {reason}. --unscored says what to answer instead.")
 
     # --- /v1/systemone
 
@@ -280,6 +291,11 @@ class Service:
         }
         usage = {"input_tokens": judgement.prompt_tokens, "output_tokens": 0}
         return {"model": line["judge"], "answers": answers, "usage": usage, "unused_state": unused}
+
+
+def _is_step(item: Any) -> bool:
+    """Whether an item of `steps` is a step of a run, and not a ready prompt."""
+    return isinstance(item, Mapping) and "step" in item and "prompt" not in item
 
 
 def judge_of(answers: Sequence[Mapping[str, Any]]) -> str | None:

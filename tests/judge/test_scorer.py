@@ -189,7 +189,7 @@ def test_prompts_and_rows_are_scored_from_python(model_folders: dict[str, Path],
     assert plain.score == pytest.approx(named.score)
     assert plain.score != pytest.approx(with_system.score, abs=1e-6)
     assert list(plain.scores) == list(expected[0].scores)
-    assert "name them with --keys" in unknown.reason and unknown.score is None
+    assert "name the wanted ones: --keys, or keys in a request to a server" in unknown.reason and unknown.score is None
     assert (empty.status, "conversations" in empty.reason) == ("error", True)
     (one,) = loaded.score(["Rate it."], keys=["a_score"])
     assert list(one.scores) == ["a_score"]

@@ -199,8 +199,9 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> No
 
 
 def test_what_is_no_address_is_said_at_once() -> None:
-    with pytest.raises(UsageError, match="begins with http://"):
-        Judge("localhost:8000")
+    for url in ("localhost:8000", "http://[::1", "http://127.0.0.1:80000", "ftp://127.0.0.1", "http://", "http://a b"):
+        with pytest.raises(UsageError, match=r"the URL of a judge, .*: not the address of a server. Write it as http:"):
+            Judge(url)
 
 
 def test_an_answer_that_comes_byte_by_byte_ends_with_the_time_that_was_given() -> None:

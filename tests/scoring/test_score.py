@@ -294,7 +294,8 @@ def test_scores_to_ask_for(shape_of: ShapeOf, text: str, evaluation_type: str, e
 def test_scores_that_could_be_either_are_not_guessed() -> None:
     reason = ShapeOf(known={"clip": ["reasonableness_score", "correctness_score"]})("x", "clip")
     assert reason == (
-        "the prompt shows no score keys, and reasonableness_score or correctness_score would fit; name one with --keys"
+        "the prompt shows no score keys, and reasonableness_score or correctness_score would fit; "
+        "name the wanted ones: --keys, or keys in a request to a server"
     )
 
 

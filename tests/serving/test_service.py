@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -92,14 +93,15 @@ def test_rewards_are_finite_numbers_of_the_policys_own_steps() -> None:
 def test_a_step_without_a_score_is_never_silently_a_number(unsure: str) -> None:
     body = sample("good", unsure)
     for policy in ("error", "mean", "null"):  # a mean of no earlier rewards is none
-        with pytest.raises(NoReward):
+        with pytest.raises(NoReward, match=r"mumbled|long"):
             answer(lambda service: service.rewards(body), unscored=policy)
     skipped = answer(lambda service: service.rewards(body), unscored="skip")
     assert skipped["rewards"] == [pytest.approx(GOOD, abs=CLOSE)] and skipped["extra_logs"]["unscored"] == [1.0]
     with pytest.raises(NoReward):
         answer(lambda service: service.rewards(sample(unsure)), unscored="skip")
     one = {"prompt": "What?", "response": unsure}
-    assert answer(lambda service: service.reward(one), unscored="null")["score"] is None
+    found = answer(lambda service: service.reward(one), unscored="null")
+    assert found["score"] is None and re.search("mumbled|long", found["reason"])
 
     async def after_a_good_one(service: Service) -> Any:
         await service.rewards(sample("good"))
@@ -117,6 +119,8 @@ def test_a_query_in_which_nothing_is_written_gets_the_mean() -> None:
 
     first, second = answer(both, unscored="mean")
     assert second["rewards"] == first["rewards"] and second["judge"] == [None]
+    with pytest.raises(NoReward, match=r"the policy wrote nothing that can be judged\. --unscored"):
+        answer(lambda service: service.rewards({"query": nothing, "prompts": nothing}))
     assert second["extra_logs"]["unscored"] == [1.0]
 
 
@@ -212,6 +216,12 @@ def test_a_question_is_about_the_key_of_its_name_or_of_its_instructions() -> Non
     for instructions in (None, "How good?", "progress and safety"):
         with pytest.raises(DataError, match="progress, safety"):
             key_of("q", {"instructions": instructions}, keys)
+
+
+def test_keys_are_of_ready_prompts_and_refused_for_steps() -> None:
+    step = {"task": "t", "step": {"role": "assistant", "content": "good"}}
+    with pytest.raises(DataError, match="keys: of ready prompts"):
+        answer(lambda service: service.score({"steps": [step], "keys": ["other"]}))
 
 
 def test_questions_about_a_step_that_the_judge_is_not_sure_of_are_not_asked_again() -> None:
