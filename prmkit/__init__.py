@@ -1,6 +1,6 @@
 """prmkit: judged agent trajectories in, a process reward model out.
 
-The Python API is what the scripts use, loaded when it is first asked for:
+The Python API is what the scripts use. Each function is imported on first use:
 
     prmkit.convert("my_rows.jsonl", "data")            finetune.jsonl -> datasets for LLaMA Factory; the report
     prmkit.load_judge("saves/my_run").score(prompts)   scores of steps; needs torch and transformers

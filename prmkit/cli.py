@@ -1,8 +1,8 @@
 """The border between the scripts and the library: arguments in, an exit code out, and everything a person sees.
 
-stdout carries the result, stderr the narration. Nothing else in prmkit writes to either, so what makes output safe to
-read is done here, once: control characters of the data are shown escaped, lines fit the terminal, and a stream that is
-closed, or whose terminal has gone, ends nothing.
+stdout carries the result, stderr the narration. No other module writes to either, so output is made safe to read here,
+once: control characters in the data are escaped, lines fit the terminal, and a closed stream or terminal does not stop
+the program.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
 
 
 def _report(error: BaseException) -> ExitCode | None:
-    """Write the one message for an expected error; its exit code, or None for a bug."""
+    """Log an expected error; return its exit code, or None for a bug."""
     match error:
         case PrmkitError():
             log.error("error: %s", error)
@@ -85,7 +85,7 @@ def _advice_for_missing_package(name: str, error: ImportError) -> str:
 
 
 def _check_names_are_utf8() -> None:
-    # Linux allows any bytes in names; JSON, in which names are recorded, does not.
+    # Linux allows any bytes in file names; JSON, where names are recorded, does not.
     for name in (*sys.argv[1:], os.getcwd()):  # noqa: PTH109 - a string is wanted
         try:
             name.encode()
@@ -121,7 +121,7 @@ def _prepare_streams() -> None:
 
 
 class _Forgiving:
-    """A text stream whose terminal may be closed at any time: what cannot be written any more is dropped."""
+    """A text stream whose terminal may be closed at any time: what can no longer be written is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -140,7 +140,7 @@ class _Forgiving:
 
 
 class _Narration(logging.StreamHandler[Any]):
-    """Writes log records to stderr, readable at the terminal's width and above a progress bar that is shown."""
+    """Writes log records to stderr, wrapped at the terminal's width and above any progress bar."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(_Forgiving(stream))
@@ -165,7 +165,7 @@ def _naming_stdout() -> Iterator[None]:
 
 
 def _leave_dead_stdout() -> None:
-    # Python flushes stdout as it exits, and complains about a reader or a terminal that has gone.
+    # Python flushes stdout as it exits, and complains if the reader or the terminal has gone.
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -181,7 +181,7 @@ _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 
 def visible(text: str) -> str:
-    r"""Show what a terminal would obey: an escape character becomes the four characters `\x1b`."""
+    r"""Escape characters that a terminal would act on: an escape character becomes the four characters `\x1b`."""
     return _UNSAFE.sub(_escaped, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -197,7 +197,7 @@ _COMMAND = re.compile(r"(?:^|\s)(?:python3?|pip|hf|swanlab|llamafactory\S*|sourc
 
 
 def _fit(text: str, width: int | None) -> str:
-    """Break lines that are longer than `width` at spaces, but for commands; None is as wide as needed."""
+    """Break lines longer than `width` at spaces, except commands; None means no limit."""
     if width is None:
         return text
     return "\n".join(line if len(line) <= width else _broken(line, width) for line in text.split("\n"))
@@ -221,7 +221,7 @@ def _broken(line: str, width: int) -> str:
 
 
 def _width(stream: Any) -> int | None:
-    """The columns of a terminal; None where the stream is not one."""
+    """The width of the terminal in columns; None if the stream is not a terminal."""
     if not stream.isatty():
         return None
     with suppress(OSError, ValueError):
@@ -235,24 +235,24 @@ def _width(stream: Any) -> int | None:
 
 
 def emit(text: str) -> None:
-    """Write a sentence of the result to stdout. A line that a machine reads goes through `emit_json_line`."""
+    """Write text of the result to stdout. Use `emit_json_line` for a line that a machine reads."""
     _write(_fit(visible(text), _width(sys.stdout)))
 
 
 def confirm(question: str) -> bool:
-    """Ask the person at the terminal; anything but y or yes is no."""
+    """Ask the person at the terminal; anything but y or yes means no."""
     sys.stderr.write(visible(question))
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def emit_json(value: Any) -> None:
-    """Write a result that a machine reads to stdout, as indented JSON."""
+    """Write a machine-readable result to stdout, as indented JSON."""
     emit_json_line(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def emit_json_line(text: str) -> None:
-    """Write JSON to stdout, unbroken; what a terminal would obey, or cannot show, becomes a JSON escape."""
+    """Write JSON to stdout without line breaks; what a terminal would act on, or cannot show, becomes a JSON escape."""
     text = _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1], text.replace("\x7f", "\\u007f"))
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -277,14 +277,14 @@ def emit_table(
     numeric: Sequence[str] = (),
     optional: Sequence[str] = (),
 ) -> None:
-    """Write a table and an empty line to stdout. On a narrow terminal columns are left out; no cell is cut or folded.
+    """Write a table and an empty line to stdout. On a narrow terminal, columns are left out; no cell is cut or wrapped.
 
     Args:
-        title: a line above the table; an empty string leaves it out.
+        title: a line above the table; none if empty.
         columns: the header of each column.
-        rows: one sequence of strings a row, as long as `columns`.
+        rows: one sequence of strings per row, as long as `columns`.
         numeric: the columns that are aligned to the right.
-        optional: the columns that may be left out on a narrow terminal, the first to go first.
+        optional: the columns that may be left out on a narrow terminal, in the order in which they are dropped.
     """
     table = [[visible(cell).replace("\n", "\\n") for cell in row] for row in (columns, *rows)]
     widths = [max(map(_cells, column)) for column in zip(*table, strict=True)]
@@ -300,7 +300,7 @@ def emit_table(
     rule = "  ".join(_rule() * widths[i] for i in kept)
     _write("\n".join([*([visible(title)] if title else []), lines[0], rule, *lines[1:], ""]))
     if left_out:
-        log.info("Left out at this width: %s. A wider terminal or a file gets them all.", ", ".join(left_out))
+        log.info("Columns left out at this width: %s. Widen the terminal or write to a file.", ", ".join(left_out))
 
 
 def _rule() -> str:
@@ -312,7 +312,7 @@ def _rule() -> str:
 
 
 def _cells(text: str) -> int:
-    """Columns of a terminal that a string takes: a Chinese character takes two."""
+    """How many terminal columns a string takes: a Chinese character takes two."""
     from rich.cells import cell_len
 
     return cell_len(text)
@@ -334,7 +334,7 @@ def narrate_mapping(title: str, values: Mapping[str, object]) -> None:
 
 
 _shown_bars: list[Any] = []
-"""The progress bar that is on the terminal now; lines are printed above it."""
+"""The progress bar that is on the screen now; lines are printed above it."""
 
 
 def _print_above_bar(text: str) -> None:
@@ -363,7 +363,7 @@ def progress_bar(*, unit_is_bytes: bool = False) -> Iterator[Any]:
         TimeRemainingColumn(),
         console=Console(file=_Forgiving(sys.stderr)),  # type: ignore[arg-type]
         disable=not sys.stderr.isatty(),
-        # Rich would send everything written to stdout meanwhile to stderr.
+        # Otherwise Rich would send everything written to stdout in the meantime to stderr.
         redirect_stdout=False,
         redirect_stderr=False,
     )

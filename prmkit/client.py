@@ -1,4 +1,4 @@
-"""A client of `serve_judge.py` for trainers and agents. Needs httpx, and neither torch nor a model.
+"""A client of `serve_judge.py` for trainers and agents. Needs httpx, but neither torch nor a model.
 
 judge = prmkit.client.Judge("http://127.0.0.1:8000")
 judge.score([{"task": "…", "history": [], "step": {"role": "assistant", "content": "…"}}])
@@ -30,39 +30,37 @@ _LONGEST_PAUSE = 30.0
 """Seconds between two attempts."""
 _LINE = {"score", "status", "label_mass"}
 _PARTS = {"results": _LINE, "steps": _LINE, "runs": {"steps", "aggregates", "first_bad"}}
-"""What every line of a list in an answer has."""
+"""The keys that every line of a list in an answer has."""
 
 
 class JudgeUnavailable(DataError):
-    """The server did not answer, or had no score to give, as often as it was asked."""
+    """No attempt got an answer from the server, or the answer had no score."""
 
 
 class RequestRefused(UsageError):
-    """The server can never answer this request; its text says why."""
+    """The server can never answer this request; the message says why."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """What the judge thinks of what a policy wrote."""
+    """The judge's scores of what a policy wrote."""
 
     value: float | None
-    """The aggregate of the steps, 0 to 1; None where a step has no score that can be relied on."""
+    """The aggregate of the steps, 0 to 1; None if a step has no reliable score."""
     steps: tuple[float | None, ...]
     """The score of every step that the policy wrote."""
     label_mass: float | None
     """The lowest of the steps."""
 
     def number(self, unscored_reward: float | None) -> float:
-        """The value, or the reward that the caller chose for samples without one.
+        """The value, or the reward that the caller chose for samples without a value.
 
         Raises:
-            JudgeUnavailable: it chose none.
+            JudgeUnavailable: there is no value and the caller chose no such reward.
         """
         value = unscored_reward if self.value is None else self.value
         if value is None:
-            raise JudgeUnavailable(
-                "a step has no score that can be relied on. unscored_reward names a reward for such samples."
-            )
+            raise JudgeUnavailable("a step has no reliable score. Set unscored_reward to give such samples a reward.")
         return value
 
 
@@ -74,17 +72,17 @@ class Judge:
     key: str | None = field(default=None, repr=False)
     """The bearer key that the server wants."""
     timeout: float = 120.0
-    """Seconds for one answer."""
+    """Seconds until an answer must be complete."""
     attempts: int = 6
     concurrency: int = 32
     """The most requests at once; the server judges them together."""
     _local: threading.local = field(default_factory=threading.local, repr=False)
 
     def __post_init__(self) -> None:
-        """Check what can never be sent.
+        """Check the URL and the key.
 
         Raises:
-            UsageError: the URL is not that of a server, or the key cannot be in a header.
+            UsageError: the URL is not that of a server, or the key cannot be sent in a header.
         """
         check_url(self.url, "the URL of a judge,", "http://127.0.0.1:8000")
         self.key = self.key and self.key.strip()  # a key that was read from a file ends with a line break
@@ -92,7 +90,7 @@ class Judge:
             raise UsageError("the key of a judge has characters that cannot be sent. Check where it was read from.")
 
     def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Score steps or ready prompts: one line each, in their order, as `POST /v1/score` gives them.
+        """Score steps or finished prompts: one line each, in order, as `POST /v1/score` returns them.
 
         Raises:
             JudgeUnavailable, RequestRefused: see there.
@@ -106,7 +104,7 @@ class Judge:
         return lines
 
     def score_run(self, run: Any, *, gamma: float = 1.0) -> list[dict[str, Any]]:
-        """Score every step of a run in any form that `import_trajectories.py` reads; one object for each run in it.
+        """Score every step of a run in any form that `import_trajectories.py` reads; returns one object per run.
 
         Raises:
             JudgeUnavailable, RequestRefused: see there.
@@ -130,12 +128,12 @@ class Judge:
     def rewards(
         self, samples: Sequence[tuple[str | Messages, str | Messages]], *, aggregate: str = "min"
     ) -> list[Reward]:
-        """The rewards of many samples, in their order, asked for at the same time.
+        """The rewards of many samples, in order, requested concurrently.
 
         Args:
             samples: prompt and response, each as a string (with or without the tokens of a chat template) or as
                 messages.
-            aggregate: min, mean, product or last: how the scores of the steps become one number.
+            aggregate: min, mean, product or last: how the steps' scores become one number.
 
         Raises:
             JudgeUnavailable, RequestRefused: see there.
@@ -182,7 +180,7 @@ class Judge:
 
     @contextmanager
     def _client(self) -> "Iterator[httpx.Client]":
-        """A client for this thread; it keeps its connection."""
+        """This thread's client, which keeps its connection open."""
         import httpx
 
         if not hasattr(self._local, "client"):
@@ -196,12 +194,12 @@ class Judge:
 
 
 def client_of(judge: str | Judge) -> Judge:
-    """A client, from a URL or as it is."""
+    """A `Judge` for a URL; a `Judge` is returned as it is."""
     return Judge(judge) if isinstance(judge, str) else judge
 
 
 def _sample(prompt: str | Messages, response: str | Messages, aggregate: str) -> tuple[str, dict[str, Any]]:
-    # null, so that this side decides: every trainer needs another answer for a step without a score.
+    # null, so that the client decides: each trainer handles a step without a score differently.
     return "/reward", {"prompt": prompt, "response": response, "aggregate": aggregate, "unscored": "null"}
 
 
@@ -216,7 +214,7 @@ def _reward(answer: Any, url: str) -> Reward:
 
 
 def _lines(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
-    """The lines of an answer, with scores that are scores."""
+    """The lines of an answer, once every score is known to be a number from 0 to 1 or null."""
     lines = answer.get(name) if isinstance(answer, dict) else None
     needed = _PARTS[name]
     if not isinstance(lines, list) or not all(isinstance(line, dict) and needed <= line.keys() for line in lines):
@@ -233,9 +231,9 @@ def _part(answer: Any, name: str, url: str) -> Any:
 
 
 def _check_share(number: Any, url: str) -> None:
-    """A reward that is NaN, or beyond the scale, would train the policy on nonsense without a word."""
+    """Reject a reward that is NaN or out of range: it would silently train the policy on nonsense."""
     if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1):
-        raise JudgeUnavailable(f"{url}: {number!r:.40} is no score from 0 to 1.")
+        raise JudgeUnavailable(f"{url}: {number!r:.40} is not a score from 0 to 1.")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -260,7 +258,7 @@ async def _acaught(ask: Any, timeout: float) -> Any:
 
 
 def _post(client: "httpx.Client", path: str, body: Any, timeout: float) -> "httpx.Response":
-    """An answer that is complete in time: httpx's own limit is for the time between two bytes."""
+    """The answer, complete within `timeout` seconds: httpx's own limit is for the time between two bytes."""
     import httpx
 
     deadline, content = time.monotonic() + timeout, bytearray()
@@ -274,7 +272,7 @@ def _post(client: "httpx.Client", path: str, body: Any, timeout: float) -> "http
 
 
 def _pause(outcome: Any, attempt: int, attempts: int) -> float | None:
-    """Seconds until the next attempt; None where there is an answer, or no further attempt."""
+    """Seconds until the next attempt; None if there is an answer, or no attempt is left."""
     if attempt + 1 >= attempts or getattr(outcome, "status_code", 503) not in _PASSING:
         return None
     asked = getattr(outcome, "headers", {}).get("retry-after", "")

@@ -1,7 +1,7 @@
 """dataset_info.json: the datasets of a folder, and which columns of their rows hold what.
 
 The conversion writes it; training, evaluation and the leak audit read it here, as LLaMA Factory 0.9.5 does
-(`llamafactory/data/parser.py`): an entry that names `columns` or `tags` loses the defaults of those that it leaves out.
+(`llamafactory/data/parser.py`): an entry with `columns` or `tags` gets no defaults for those that it leaves out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,10 +38,10 @@ class Entry:
 
     name: str
     file: Path | None
-    """The local file or folder; None for a dataset that comes from a hub or a script."""
+    """The local file or folder; None for a dataset from a hub or a script."""
     formatting: str = "alpaca"
     columns: Mapping[str, str] = field(default_factory=lambda: _COLUMNS)
-    """Column by what it holds: prompt, query, response, system, messages, …; without those that no row has."""
+    """What a column holds (prompt, query, response, system, messages, …) -> its name, for the columns that exist."""
     tags: Mapping[str, str] = field(default_factory=lambda: _TAGS)
     ranking: bool = False
     """Whether its rows are pairs of a better and a worse answer."""
@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def sidecar(self) -> Path | None:
-        """Where a conversion traces the rows back to its input; the datasets of others have none."""
+        """The file that traces a conversion's rows back to its input; only datasets made by prmkit have one."""
         return sidecar_of(self.file) if self.file and sidecar_of(self.file).is_file() else None
 
     def read(self, row: Any) -> RowTexts:
@@ -91,7 +91,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     """Every dataset of a folder by name.
 
     Raises:
-        DataError: there is no `dataset_info.json` in the folder, or it is not what LLaMA Factory reads.
+        DataError: there is no `dataset_info.json` in the folder, or LLaMA Factory cannot read it.
     """
     path = folder / INFO
     again = "Convert the data again: python convert_dataset.py"
@@ -129,13 +129,13 @@ def _named(given: Mapping[str, Any] | None, defaults: Mapping[str, str]) -> Mapp
 
 
 def split_names(value: Any) -> list[str]:
-    """The names in a value of `dataset`, `eval_dataset` and the like: a string with commas, or a list."""
+    """The names in a value of `dataset`, `eval_dataset` and similar keys: a comma-separated string, or a list."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [str(part).strip() for part in parts]
 
 
 def held_out_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The held-out sides of some datasets, as far as they exist."""
+    """The held-out sides of some datasets, where they exist."""
     known = set(known)
     return [side for name in names if (side := name + HELD_OUT_SUFFIX) in known]
 
@@ -144,11 +144,11 @@ def held_out_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def training_row(prompt: str, label: str, form: Format, system: str | None = None) -> bytes:
-    """One line of a training file. It has string columns only: Arrow takes a column's type from the first 10 MB.
+    """One line of a training file. All columns are strings, because Arrow infers a column's type from the first 10 MB.
 
     Args:
         prompt: what the judge is asked.
-        label: what it is to answer.
+        label: the answer that it should give.
         form: of the file.
         system: the system text, empty for none; None in a file without the column.
     """

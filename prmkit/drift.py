@@ -8,28 +8,28 @@ import numpy as np
 
 BINS = 10
 MIN_VALUES = 50
-"""With fewer values on one side nothing is reported: chance alone moves the index above any useful limit."""
+"""With fewer values on either side nothing is reported: chance alone moves the index above any useful limit."""
 SURE = 0.01
-"""A shift is reported where chance makes one as large less often than this."""
+"""A shift is reported if chance produces one as large with a probability below this."""
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How far new values are from reference ones."""
+    """How far new values are from reference values."""
 
     n_reference: int
     n: int
     mean_reference: float | None
     mean: float | None
     psi: float | None = None
-    """The population stability index; None where there are too few values."""
+    """The population stability index; None with too few values."""
     ks: float | None = None
     """The Kolmogorov-Smirnov distance, 0 to 1."""
     p: float | None = None
-    """Of that distance."""
+    """The p-value of that distance."""
 
     def exceeds(self, limit: float) -> bool:
-        """Whether the index is above a limit, and chance does not explain it."""
+        """Whether the index is above a limit and chance does not explain it."""
         return self.psi is not None and self.p is not None and self.psi > limit and self.p < SURE
 
     def as_json(self) -> dict[str, Any]:
@@ -42,8 +42,8 @@ def shift_of(reference: Sequence[float], values: Sequence[float]) -> Shift:
 
     PSI is the sum over bins of (q - p) ln(q / p), with the shares p of the reference and q of the values in bins that
     hold equal shares of the reference (Siddiqi, Credit Risk Scorecards, 2006: above 0.25 is a large change). Half a
-    value is added to every bin, so that an empty one does not make it infinite. Where nothing has changed, it is about
-    (bins - 1) (1/n + 1/m), which is subtracted: small samples would otherwise look shifted.
+    value is added to every bin, so that an empty bin does not make PSI infinite. If nothing has changed, PSI is about
+    (bins - 1) (1/n + 1/m). This is subtracted, because small samples would otherwise look shifted.
     """
     from scipy import stats
 
@@ -57,7 +57,7 @@ def shift_of(reference: Sequence[float], values: Sequence[float]) -> Shift:
     if min(len(one), len(other)) < MIN_VALUES:
         return Shift(**size)
     edges = np.unique(np.quantile(one, np.linspace(0, 1, BINS + 1)[1:-1]))
-    # Scores have ties: a value that equals an edge has a cell of its own, else a constant reference has a single bin.
+    # Scores have ties: a value equal to an edge gets its own cell, or a constant reference would have a single bin.
     cells = [
         np.searchsorted(edges, each, side="left") + np.searchsorted(edges, each, side="right") for each in (one, other)
     ]

@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
 
 
 class PrmkitError(Exception):
-    """Something that a user can cause and fix. Its message is shown without a traceback."""
+    """An error that a user can cause and fix. Its message is shown without a traceback."""
 
     exit_code = ExitCode.DATA
 
@@ -46,7 +46,7 @@ class LlamaFactoryError(PrmkitError):
 
 
 class GateError(PrmkitError):
-    """A threshold was not met, or cannot be decided."""
+    """A threshold was not met, or there is too little data to decide."""
 
     exit_code = ExitCode.GATE
 
@@ -54,8 +54,8 @@ class GateError(PrmkitError):
 class Interrupted(BaseException):
     """A signal stopped the work; what was done so far is kept.
 
-    Not an `Exception`, for the same reason as KeyboardInterrupt: it is raised wherever the signal arrives, and a
-    library at work there (logging, for one) would catch it as one of its errors and continue.
+    Not an `Exception`, for the same reason as KeyboardInterrupt: it is raised wherever the signal arrives, where a
+    library (logging, for one) would otherwise catch it as one of its own errors and continue.
 
     Args:
         message: what was kept, and the command that continues.
@@ -82,7 +82,7 @@ def is_environment_error(error: OSError) -> bool:
 
 
 def describe_os_error(error: OSError) -> str:
-    """One line: the file, what is wrong with it, and what to do where there is something."""
+    """One line: the file, what is wrong with it, and what to do about it if anything helps."""
     where = "" if error.filename is None else f"{error.filename}: "
     advice = ""
     if error.errno in DISK_FULL:

@@ -24,7 +24,7 @@ from prmkit.errors import DataError, UsageError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name only when it is complete.
+    """Open a file for writing; it appears under its name only when it is complete.
 
     The bytes go to a temporary file in the same folder, which is synced and renamed over `path` when the block ends;
     an error inside the block leaves `path` as it was.
@@ -88,7 +88,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_plain_yaml(path: Path) -> Any:
-    """Read a YAML file that is ours, not LLaMA Factory's: a rubric, a list of judges.
+    """Read one of our own YAML files (a rubric, a list of judges), not one of LLaMA Factory's.
 
     Raises:
         UsageError: the file is missing, unreadable or not YAML.
@@ -124,11 +124,11 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 def open_input(path: Path) -> Iterator[IO[bytes]]:
     """Open a file of lines for reading bytes; `.gz`, `.bz2` and `.zst` are decompressed while reading.
 
-    Only errors of reading become a `DataError`; those of other work done while the file is open, such as writing what
-    was read, are passed on unchanged.
+    Only errors of reading become a `DataError`; other errors raised while the file is open, such as those of writing,
+    are passed on unchanged.
 
     Raises:
-        DataError: the file is missing, a folder, or not readable; a compressed one is damaged or truncated.
+        DataError: the file is missing, a folder, or not readable; or a compressed file is damaged or truncated.
     """
     try:
         raw = path.open("rb")
@@ -163,11 +163,11 @@ _READ_AHEAD = 1 << 18
 
 
 class _Reading(io.RawIOBase):
-    """A stream whose reading errors name the file."""
+    """A stream whose read errors name the file."""
 
     def __init__(self, stream: Any, name: str) -> None:
-        # readinto1 returns what has arrived; readinto would wait for a full buffer, and so for lines of a pipe that are
-        # not written yet.
+        # readinto1 returns what has arrived; readinto would wait for a full buffer, and so for lines that have not been
+        # written to the pipe yet.
         self._read = getattr(stream, "readinto1", stream.readinto)
         self._name = name
 
@@ -233,10 +233,10 @@ def exclusive_lock(folder: Path, activity: str, *, lock: str = ".lock", patience
     """Lock a folder for this process. The system releases the lock when the process ends, however it ends.
 
     Args:
-        folder: the folder to lock; it is made when it is missing.
+        folder: the folder to lock; it is made if it is missing.
         activity: what this process does ("converting"), for the message that a second process gets.
-        lock: the name of the file that is locked; with another name, a job locks a part of the folder.
-        patience: seconds to wait for a holder that is just ending.
+        lock: the name of the lock file; another name locks only a part of the folder.
+        patience: seconds to wait for a holder that is about to end.
 
     Yields:
         The lock's file descriptor. A child that inherits it holds the lock too, as long as the child lives.
@@ -247,7 +247,7 @@ def exclusive_lock(folder: Path, activity: str, *, lock: str = ".lock", patience
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
     with _open_lock(folder / lock) as stream:
-        # A forked worker that outlives a killed parent for a moment must not keep its lock.
+        # A forked worker that briefly outlives a killed parent must not keep its lock.
         os.register_at_fork(after_in_child=stream.close)
         while not _try_lock(stream, folder):
             if time.monotonic() >= deadline:
@@ -262,8 +262,8 @@ def exclusive_lock(folder: Path, activity: str, *, lock: str = ".lock", patience
 
 
 def _open_lock(path: Path) -> IO[str]:
-    # In a folder that others may write to, a link planted here would make us truncate the file that it leads to, and a
-    # pipe would make us wait without end.
+    # In a folder that others can write to, a link planted here would make us truncate the file it points to, and a pipe
+    # would make us wait forever.
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:

@@ -1,7 +1,6 @@
-"""Requests to servers with OpenAI's endpoints: as many at once as allowed, retried when trouble may pass.
+"""Requests to servers with OpenAI's endpoints: as many at once as allowed, retried after failures that may pass.
 
-What a server answers is another program's data: no time, size or header of an answer is trusted, and no message repeats
-the API key.
+A server's answer is untrusted data: its duration, size and headers are checked, and no message repeats the API key.
 """
 
 import asyncio
@@ -26,15 +25,15 @@ ExactBy = Literal["logprob_token_ids", "score", "nothing"]
 """vLLM's parameter of completions, SGLang's `/v1/score`, or neither."""
 
 _LEFT_OUT = 5.0
-"""Seconds for which a server that failed gets no requests while another one answers."""
+"""Seconds for which a server that failed gets no requests while another server answers."""
 _LONGEST_PAUSE = 30.0
-"""Seconds between two attempts, of our own choice."""
+"""The most seconds between two attempts when the server asks for no pause."""
 _LONGEST_PAUSE_ASKED = 120.0
-"""And where a server asks for it."""
+"""The most seconds between two attempts when the server asks for a pause."""
 _PASSING_STATUSES = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
-"""Also those that only some providers and proxies use, such as 529 (overloaded) and 524 (a timeout)."""
+"""Includes those that only some providers and proxies use, such as 529 (overloaded) and 524 (a timeout)."""
 _LARGEST_ANSWER = 16 << 20
-"""Bytes, unpacked. The logprobs of a prompt of 100,000 tokens fit."""
+"""Bytes, uncompressed. The logprobs of a prompt of 100,000 tokens fit."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +48,26 @@ class Endpoint:
     concurrency: int = 16
     """The most requests at once."""
     top_logprobs: int = 20
-    """How many of the likeliest tokens to ask for. vLLM gives up to 20 unless it is started with --max-logprobs."""
+    """How many of the likeliest tokens to ask for. vLLM returns up to 20 unless it is started with --max-logprobs."""
     attempts: int = 6
     timeout: float = 300.0
     """Seconds until an answer must be complete."""
     others: tuple[str, ...] = ()
-    """Further servers with the same model: each request goes to the one with the fewest under way."""
+    """Further servers with the same model: each request goes to the server with the fewest requests in flight."""
     logprobs: Logprobs = "exact"
-    """`exact` asks for the very tokens that are wanted where the server can (vLLM's `logprob_token_ids`); `top` always
-    reads the likeliest ones."""
+    """`exact` asks for the probabilities of named tokens if the server supports it (vLLM's `logprob_token_ids`); `top`
+    always reads the likeliest tokens."""
     unknown_share: float = 1e-4
-    """The most of the candidates' probability that may stay unknown, and so the most that a score can be off. Less asks
-    more often; a server's own rounding in half precision is a hundred times this."""
+    """The most of the candidates' probability that may stay unknown, and so the largest error of a score from it. A
+    smaller value takes more requests; a server's own rounding in half precision is a hundred times this."""
 
     @property
     def name(self) -> str:
-        """The address as messages show it: without a user and a password."""
+        """The address as messages show it: without user name and password."""
         return re.sub(r"//[^/@]*@", "//", self.base_url)
 
     def without_secrets(self, text: str) -> str:
-        """What a server or a library says, with the key and the password out of it."""
+        """A message of a server or a library, with the key and the password masked."""
         userinfo = re.search(r"//([^/@]*)@", self.base_url)
         secrets = {self.api_key, *(re.split(":", userinfo[1], maxsplit=1) if userinfo else ())}
         for secret in filter(None, secrets):
@@ -77,15 +76,15 @@ class Endpoint:
 
 
 def check_url(url: str, called: str = "--base-url", example: str = "http://localhost:8000/v1") -> None:
-    """Stop before a model loads where an address cannot be a server's.
+    """Check the address of a server before a model is loaded.
 
     Args:
         url: the address.
-        called: what the user typed it as.
-        example: how one is written there.
+        called: the option or argument that it was given as.
+        example: an address of the right form.
 
     Raises:
-        UsageError: not an address, or one of another protocol.
+        UsageError: it is not a URL, or is one of another protocol.
     """
     import httpx
 
@@ -99,17 +98,17 @@ def check_url(url: str, called: str = "--base-url", example: str = "http://local
 
 
 class RowFailure(Exception):
-    """The server cannot answer for this row; the others continue."""
+    """The server cannot answer for this row; the other rows continue."""
 
     def __init__(self, reason: str, *, is_usage: bool = False, is_refusal: bool = False) -> None:
-        """Keep the reason, whether another option would help if it holds for all rows, and whether it is a 4xx."""
+        """Keep the reason, whether another option would help if all rows fail so, and whether the status was 4xx."""
         super().__init__(reason)
         self.is_usage = is_usage
         self.is_refusal = is_refusal
 
 
 class PassingTrouble(Exception):
-    """It may work the next time."""
+    """A failure that may not happen again: the request is retried."""
 
     def __init__(self, reason: str, *, pause: float = 0.0, is_unreachable: bool = False) -> None:
         super().__init__(reason)
@@ -122,11 +121,11 @@ class ServerState:
     """What is known of a server over all connections to it."""
 
     is_usable: bool = False
-    """It has given an answer that could be read. Until then, what is wrong is probably wrong for every row."""
+    """It has given a readable answer. Until then, a failure probably concerns every row."""
     exact_by: ExactBy | None = None
-    """How it gives the probabilities of tokens that are named; None until it was asked."""
+    """How it returns the probabilities of named tokens; None until it has been tried."""
     left_out_until: dict[str, float] = field(default_factory=dict)
-    """By address, when a server that failed is tried again, on the clock of `time.monotonic`."""
+    """Address of a server that failed -> when it is tried again, on the clock of `time.monotonic`."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class ChatAnswer:
 
     text: str
     finish_reason: str | None
-    """`stop`, `length` for an answer that was cut off, or another word of the server."""
+    """`stop`, `length` for an answer that was cut off, or another value from the server."""
     tokens_in: int | None
     tokens_out: int | None
 
@@ -144,7 +143,7 @@ class Connection:
     """An open connection to one endpoint."""
 
     def __init__(self, endpoint: Endpoint, state: ServerState) -> None:
-        """Open one; `state` is filled in as answers come."""
+        """Open the connection; `state` is filled in as answers arrive."""
         import httpx
 
         self.endpoint = endpoint
@@ -172,8 +171,8 @@ class Connection:
             body: `messages` and parameters, sent as they are.
 
         Raises:
-            RowFailure: the server refuses it, keeps failing, or does not answer as it should.
-            DataError: it cannot be reached, or would refuse everything.
+            RowFailure: the server refuses the request, keeps failing, or does not answer as it should.
+            DataError: the server cannot be reached, or would refuse everything.
         """
         return await self.post("chat/completions", body, self._chat_answer)
 
@@ -181,22 +180,22 @@ class Connection:
         """The JSON object that another endpoint of the server answers.
 
         Raises:
-            RowFailure: the server refuses it, keeps failing, or answers something else.
-            DataError: it cannot be reached, or would refuse everything.
+            RowFailure: the server refuses the request, keeps failing, or answers something else.
+            DataError: the server cannot be reached, or would refuse everything.
         """
         return await self.post(path, body, self._object)
 
     async def post(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
-        """What `read` finds in the answer to a request, which is sent again while that may help.
+        """What `read` makes of the answer to a request; the request is retried while that may help.
 
         Args:
             path: below the base URL.
             body: JSON; the model's name is added.
-            read: may raise `PassingTrouble` for an answer that may be another one the next time, and `RowFailure`.
+            read: may raise `PassingTrouble` for an answer that may be good after a retry, and `RowFailure`.
 
         Raises:
-            RowFailure: the server refuses it, keeps failing, or does not answer as it should.
-            DataError: it cannot be reached, or would refuse everything.
+            RowFailure: the server refuses the request, keeps failing, or does not answer as it should.
+            DataError: the server cannot be reached, or would refuse everything.
         """
         body = {"model": self.endpoint.model, **body}
         trouble = PassingTrouble("it was not asked")
@@ -218,12 +217,12 @@ class Connection:
         raise RowFailure(f"the server failed {self.endpoint.attempts} times, the last time with: {trouble}")
 
     async def _post_once(self, path: str, body: Mapping[str, Any]) -> bytes:
-        """The content of a good answer, of the server with the fewest requests under way that does not fail.
+        """The content of a good answer, from the working server with the fewest requests in flight.
 
         Raises:
-            PassingTrouble: it did not come, or not whole.
+            PassingTrouble: no answer came, or not all of it.
             RowFailure: the server refuses the request.
-            DataError: it would refuse every request.
+            DataError: the server would refuse every request.
         """
         left_out = self.state.left_out_until
         server = min(self._under_way, key=lambda url: (self._is_left_out(url), self._under_way[url]))
@@ -248,7 +247,8 @@ class Connection:
         import httpx
 
         try:
-            # httpx's own timeout is for the time between two bytes: a server that sends one now and then never ends.
+            # httpx's own timeout is for the time between two bytes: a server that sends one now and then would never
+            # time out.
             async with (
                 self._gate,
                 asyncio.timeout(self.endpoint.timeout),
@@ -260,7 +260,7 @@ class Connection:
                     if len(content) > _LARGEST_ANSWER:
                         raise PassingTrouble(f"an answer of more than {_LARGEST_ANSWER >> 20} MiB")
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
-            # Its text may hold the headers, and so the key.
+            # The error's text may hold the headers, and so the key.
             what = type(error).__name__
             raise DataError(f"{self.endpoint.name}: a request cannot even be sent ({what}).") from None
         except httpx.ConnectError as error:
@@ -291,7 +291,7 @@ class Connection:
             raise RowFailure(f"{url} answers {status}: {text}{advice}", is_usage=bool(advice), is_refusal=True)
 
     def _advice_on_logprobs(self, refusal: str) -> str:
-        """What to do, only where the server names a limit that was exceeded."""
+        """Advice, if the server names a limit that was exceeded; otherwise empty."""
         limits = [int(number) for number in re.findall(r"\b\d{1,4}\b", refusal)]
         asked = self.endpoint.top_logprobs
         if "logprobs" not in refusal or not any(limit < asked for limit in limits):
@@ -304,10 +304,10 @@ class Connection:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def choices(self, content: bytes, count: int) -> list[Mapping[str, Any]]:
-        """The choices of an answer, one for each of `count` prompts, in their order.
+        """The choices of an answer, one for each of `count` prompts, in order.
 
         Raises:
-            RowFailure: it is another one.
+            RowFailure: the answer is of another form.
         """
         try:
             answer = json.loads(content)
@@ -329,7 +329,7 @@ class Connection:
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise RowFailure(f"{self.endpoint.name}: answers no JSON object ({self._excerpt(content)})")
+            raise RowFailure(f"{self.endpoint.name}: the answer is not a JSON object ({self._excerpt(content)})")
         return answer
 
     def _chat_answer(self, content: bytes) -> ChatAnswer:
@@ -349,7 +349,7 @@ class Connection:
         return ChatAnswer(text or "", reason if isinstance(reason, str) else None, *known)
 
     def misfit(self, what: object) -> RowFailure:
-        """The failure of an answer that is not of its form."""
+        """The failure for an answer that does not have the expected form."""
         shown = self.endpoint.without_secrets(str(what)[:300])
         return RowFailure(f"{self.endpoint.name}: not the answer of a completions endpoint ({shown})")
 

@@ -1,9 +1,9 @@
-"""Intervals around a judge's scores that hold the reference as often as they say, and abstention where they are wide.
+"""Calibrated intervals around a judge's scores, and abstention where the intervals are wide.
 
 Split-conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018, section 5.2): on held-out rows, the error of a
-score is divided by the judge's own standard deviation. A new score then lies within
-`std * (quantile of those ratios)` of what the judges would have said, whatever the errors' distribution, as long as
-the new rows are like the held-out ones.
+score is divided by the judge's own standard deviation. A new score is then within `std * (quantile of those ratios)` of
+what the judges would have said, as often as the level promises, whatever the distribution of the errors, as long as the
+new rows are like the held-out ones.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from prmkit.errors import DataError
 from prmkit.files import read_json, write_json
 
 CALIBRATION_FILE = "calibration.json"
-"""Beside a run's weights, and beside an export that was shown to score as the run does."""
+"""Written beside a run's weights, and beside an export that was shown to score as the run does."""
 DEFAULT_LEVEL = 0.9
 MIN_STD = 0.01
-"""A judge that is certain is still rounded to hundredths; without a floor its errors would be infinitely unlikely."""
+"""A floor: even a certain judge's score is rounded to hundredths, and dividing by a std of 0 would be infinite."""
 MIN_RATIOS = 30
 """An evaluation type with fewer held-out scores than this uses the errors of all types together."""
 ALL_TYPES = "all"
@@ -36,23 +36,23 @@ class Calibration:
     ratios: Mapping[str, Sequence[float]]
     """Evaluation type (and `ALL_TYPES`) -> |score - reference| / std, in rising order."""
     counts: Mapping[str, int]
-    """How many held-out scores each was made of; of weighted ones, how many equally weighted would tell as much."""
+    """How many held-out scores each was made from; for weighted scores, the effective sample size."""
     judge: Mapping[str, Any]
     """The fingerprint of the judge that made the errors."""
 
     def interval(
         self, score: float, std: float | None, evaluation_type: str | None, level: float
     ) -> tuple[float, float] | None:
-        """The ends between which the reference lies with probability `level`, within 0 and 1.
+        """The ends between which the reference is with probability `level`, within 0 and 1.
 
         Args:
             score: the judge's.
-            std: of the same score; None for one that was read from text.
+            std: of the same score; None for a score that was read from text.
             evaluation_type: of the row; a type that was not measured uses the errors of all types.
             level: between 0 and 1.
 
         Returns:
-            None where there is no std to scale by.
+            None if there is no std to scale by.
         """
         if std is None:
             return None
@@ -64,18 +64,18 @@ class Calibration:
         ratios, count = self.ratios[str(known)], self.counts[str(known)]
         rank = math.ceil((count + 1) * level)  # the finite-sample rank, counted from 1
         if rank > count:
-            return math.inf  # so few errors make no finite width certain enough
+            return math.inf  # with so few errors, no finite width is certain enough
         return ratios[-(-rank * len(ratios) // count) - 1]
 
 
 @dataclass(frozen=True)
 class Abstention:
-    """How lines of scores get their intervals, and from which width on a score is unsure."""
+    """How lines of scores get their intervals, and above which width a score is unsure."""
 
     calibration: Calibration
     level: float
     max_width: float | None = None
-    """Scores with a wider interval get the status `unsure`; None for no such limit."""
+    """Scores with a wider interval get the status `unsure`; None for no limit."""
 
     def add_interval(self, line: Mapping[str, Any], evaluation_type: str | None) -> dict[str, Any]:
         """The line of a scored row with `low` and `high`.
@@ -101,7 +101,7 @@ class Abstention:
 def load_abstention(
     folder: Path, fingerprint: Mapping[str, Any], level: float | None, max_width: float | None
 ) -> Abstention | None:
-    """What the flags --interval and --abstain-above ask for; None without any.
+    """What the flags --interval and --abstain-above ask for; None without either.
 
     Args:
         folder: of the judge's weights.
@@ -119,7 +119,7 @@ def load_abstention(
 
 
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `load_abstention` is asked by."""
+    """Add the flags --interval and --abstain-above, which `load_abstention` takes."""
     group = parser.add_argument_group("calibrated intervals (of a judge that was evaluated)")
     group.add_argument("--interval", type=_share, metavar="LEVEL", help="add low and high; 0.9: right 9 times in 10")
     group.add_argument("--abstain-above", type=_share, metavar="WIDTH", help="status unsure where that is wider")
@@ -141,9 +141,8 @@ def fit_calibration(ratios: Mapping[str, Sequence[tuple[float, float]]], judge: 
     """Make a calibration from the errors of held-out scores.
 
     Args:
-        ratios: evaluation type -> |score - reference| / max(std, `MIN_STD`) and how many scores it speaks for, in any
-            order.
-        judge: what identifies the judge; scores of another one must not be given these intervals.
+        ratios: evaluation type -> |score - reference| / max(std, `MIN_STD`) and its weight, in any order.
+        judge: what identifies the judge; scores of another judge must not be given these intervals.
     """
     by_type = {name: sorted(values) for name, values in ratios.items() if values}
     by_type[ALL_TYPES] = sorted(pair for pairs in by_type.values() for pair in pairs)
@@ -152,13 +151,13 @@ def fit_calibration(ratios: Mapping[str, Sequence[tuple[float, float]]], judge: 
 
 
 def _effective_size(pairs: Sequence[tuple[float, float]]) -> int:
-    """How many equally weighted values tell as much (Kish 1965): their number, where the weights are equal."""
+    """The effective sample size (Kish 1965): the number of values if all weights are equal."""
     total, squares = math.fsum(weight for _, weight in pairs), math.fsum(weight**2 for _, weight in pairs)
     return max(1, math.floor(total**2 / squares + 1e-9))
 
 
 def _quantiles(pairs: Sequence[tuple[float, float]], size: int) -> list[float]:
-    """The upper ends of equal shares of the weight: a quantile is at most one share too wide, never too narrow."""
+    """The upper ends of equal shares of the weight: a quantile is at most one share too high, never too low."""
     shares = min(size, _MOST_RATIOS)
     up_to = list(accumulate(weight for _, weight in pairs))
     places = (bisect_left(up_to, up_to[-1] * ((place + 1) / shares - 1e-12)) for place in range(shares))
@@ -179,7 +178,7 @@ def read_calibration(folder: Path, judge: Mapping[str, Any]) -> Calibration:
         judge: its fingerprint, as in `Calibration.judge`.
 
     Raises:
-        DataError: it is missing, damaged, or it belongs to other weights.
+        DataError: the calibration is missing or damaged, or belongs to other weights.
     """
     file = folder / CALIBRATION_FILE
     if not file.is_file():
@@ -197,5 +196,5 @@ def read_calibration(folder: Path, judge: Mapping[str, Any]) -> Calibration:
     if not sound:
         raise DataError(f"{file}: damaged. Measure the judge again.")
     if dict(judge) != found.judge:
-        raise DataError(f"{file}: was made with other weights or settings. Measure the judge again.")
+        raise DataError(f"{file}: made with other weights or settings. Measure the judge again.")
     return found

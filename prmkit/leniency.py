@@ -1,7 +1,7 @@
 """How much more leniently one judge scores than another, and the mean of several judges corrected for it.
 
-Where every judge scored every prompt, a lenient judge shifts all means alike and the order is unharmed. Where the
-judges scored different prompts, the mean says as much about who was asked as about the step.
+If every judge scored every prompt, a lenient judge shifts all means alike and the order is unharmed. If the judges
+scored different prompts, the mean says as much about who was asked as about the step.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from statistics import fmean
 import numpy as np
 
 MIN_SHARED_SCORES = 10
-"""Two judges are compared from this many scores of the same prompts and keys on; fewer would correct by noise."""
+"""Two judges are compared only with this many scores of the same prompts and keys; fewer would correct by noise."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Leniency:
     """The offsets of the judges, and which judges can be compared at all."""
 
     offsets: Mapping[str, float] = field(default_factory=dict)
-    """Judge -> how much higher it scores than its comparable judges would. Averaged over all scores of a group of
-    comparable judges this is 0, so a correction moves no overall mean. A judge that nobody can be compared with has 0.
+    """Judge -> how much higher it scores than comparable judges would. Averaged over all scores of a group of
+    comparable judges this is 0, so a correction moves no overall mean. It is 0 for a judge that cannot be compared.
     """
     shared_scores: int = 0
-    """How many scores (a prompt and a key) two judges or more gave."""
+    """How many items (a prompt and a key) were scored by two or more judges."""
     groups: tuple[tuple[str, ...], ...] = ()
     """Judges that are linked by shared scores, directly or through others. With more than one group, the groups
     cannot be compared: a difference in leniency between them looks like a difference in quality."""
@@ -42,8 +42,8 @@ def estimate_leniency(items: Iterable[Mapping[str, float]]) -> Leniency:
     The quality of an item is eliminated by centring it, which leaves one small linear system in the offsets.
 
     Args:
-        items: one mapping for each prompt and key: judge -> score. Read once, so a generator will do; memory grows
-            with the judges, not with the items.
+        items: one mapping for each prompt and key: judge -> score. Read once, so a generator will do; memory grows with
+            the number of judges, not of items.
     """
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # judge -> number of scores, sum of deviations
     together: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])  # pair -> shared items, weight
@@ -92,14 +92,14 @@ def _solve(
     for group in groups:
         if len(group) > 1:
             chosen = [place[judge] for judge in group]
-            # Offsets are known up to a constant, so the smallest solution is taken and then centred by scores.
+            # Offsets are known up to a constant, so the smallest solution is taken, then centred over the scores.
             found, *_ = np.linalg.lstsq(normal[np.ix_(chosen, chosen)], deviations[chosen], rcond=None)
             offsets[chosen] = found - np.average(found, weights=counts[chosen])
     return {judge: round(float(offset), 6) for judge, offset in zip(judges, offsets, strict=True)}
 
 
 def corrected_mean(scores: Mapping[str, float], leniency: Leniency) -> float:
-    """The mean of the judges' scores of one prompt and key, each with its offset taken off, within 0 and 1.
+    """The mean of the judges' scores of one prompt and key, each minus its judge's offset, within 0 and 1.
 
     Args:
         scores: judge -> score; at least one.

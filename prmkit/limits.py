@@ -1,7 +1,7 @@
-"""A limit of time and memory for code that others wrote and that runs inside ours: chat templates, above all.
+"""A limit of time and memory for other people's code that runs inside ours: chat templates, above all.
 
-A chat template is a program: `{% for %}` loops of any length, `'x' * 10**10`. The sandbox that transformers renders it
-in keeps it away from files, and lets it run for days.
+A chat template is a program: `{% for %}` loops of any length, `'x' * 10**10`. The sandbox in which transformers renders
+it keeps it away from files, but lets it run for days.
 """
 
 import resource
@@ -16,9 +16,9 @@ from prmkit.errors import DataError
 
 @contextmanager
 def limited(what: str, *, seconds: float = 10.0, memory: int = 1 << 30) -> Iterator[None]:
-    """Let a block run so long, and take so much more memory than the process has now.
+    """Limit how long a block runs, and how much memory it takes on top of what the process has now.
 
-    Works in the main thread alone, because it uses SIGALRM; not nested.
+    Works only in the main thread, because it uses SIGALRM, and cannot be nested.
 
     Args:
         what: the subject of the error message, such as `chat_template.jinja`.

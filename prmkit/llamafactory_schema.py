@@ -1,8 +1,8 @@
 """LLaMA Factory's configuration: which keys the installed version takes, and how a file of them is read.
 
-The keys, their types, choices and defaults are read from the source of its dataclasses with `ast`, because importing
-them takes 7 seconds and reading them a tenth of one. Typos are reported at once, and no list here can go out of date:
-no other module writes down a default of LLaMA Factory.
+The keys, their types, choices and defaults are read from the source of its dataclasses with `ast`: importing them takes
+7 seconds, reading them a tenth of a second. No other module writes down a default of LLaMA Factory, so none can go out
+of date. Keys that LLaMA Factory has renamed are in `prmkit.training.checks` (`REPLACEMENTS`).
 """
 
 import ast
@@ -32,11 +32,11 @@ class Key:
 
     name: str
     types: frozenset[str]
-    """Names out of bool, int, float, str, dict, list and None; an enumeration counts as str."""
+    """Some of bool, int, float, str, dict, list and None; an enumeration counts as str."""
     choices: tuple[str, ...]
     """The allowed strings; empty where any value is allowed."""
     default: Any
-    """`NO_DEFAULT` where the source does not give it."""
+    """`NO_DEFAULT` if the source does not give one."""
 
 
 @cache
@@ -71,13 +71,13 @@ def default_of(name: str) -> Any:
 
 
 def setting(values: Mapping[str, Any], name: str) -> Any:
-    """The value of a key in a config, or LLaMA Factory's default where the config does not set it."""
+    """The value of a key in a config, or LLaMA Factory's default if the config does not set it."""
     return values[name] if name in values else default_of(name)
 
 
 @cache
 def template_names() -> tuple[str, ...]:
-    """Every chat template that LLaMA Factory registers, in its order."""
+    """Every chat template that LLaMA Factory registers, in LLaMA Factory's order."""
     tree = ast.parse((_package_folder("llamafactory") / "data" / "template.py").read_text())
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     registrations = (call for call in calls if getattr(call.func, "id", None) == "register_template")
@@ -93,7 +93,7 @@ def template_sources() -> tuple[Path, ...]:
 
 @cache
 def logger_names() -> tuple[str, ...]:
-    """Every name that `report_to` takes, besides `none` and `all`."""
+    """Every name that `report_to` accepts, besides `none` and `all`."""
     tree = ast.parse((_package_folder("transformers") / "integrations" / "integration_utils.py").read_text())
     assigned = (node for node in tree.body if isinstance(node, ast.Assign))
     tables = (node.value for node in assigned if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
@@ -216,14 +216,14 @@ def _default(value: ast.expr | None, classes: Mapping[str, ast.ClassDef]) -> Any
 
 
 LARGEST_FILE = 1 << 20
-"""Bytes. The longest configuration that we have seen has 10 KB; a file this large is something else."""
+"""Bytes. The longest configuration we have seen is 10 KB; a file this large is something else."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a config the way LLaMA Factory does: `1e-4` is a float, no key may appear twice, `${x}` is plain text.
 
     Raises:
-        UsageError: the file is missing, not YAML, or not a mapping; line and column are named where YAML knows them.
+        UsageError: the file is missing, not YAML, or not a mapping; the message gives line and column if YAML does.
     """
     import yaml
     from omegaconf import OmegaConf

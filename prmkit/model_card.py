@@ -21,8 +21,8 @@ def write_model_card(folder: Path, record: Mapping[str, Any], metrics: Mapping[s
 
     Args:
         folder: `saves/<run>` or the export; it must exist.
-        record: the content of the run's `run.json`; whatever it lacks is left out of the card.
-        metrics: the content of the run's `evaluation/metrics.json`; None says that the judge was not measured.
+        record: the content of the run's `run.json`; what it lacks is left out of the card.
+        metrics: the content of the run's `evaluation/metrics.json`; None if the judge was not measured.
     """
     write_text(folder / CARD, model_card(record, metrics, merged=not (folder / "adapter_config.json").is_file()))
 
@@ -114,13 +114,13 @@ def _usage(merged: bool) -> Iterator[str]:
     yield f"```bash\npython score_trajectories.py {where} --input steps.jsonl --output scores.jsonl\n```\n"
     yield (
         "The score is the mean of the probabilities that the model gives to 0.00 … 1.00 at the place of the number. "
-        "Ask it with the template and system text of its training; `prmkit.json` or `run.json` in this folder has them."
+        "Use the template and system text of its training; `prmkit.json` or `run.json` in this folder has them."
         "\n"
     )
 
 
 def _limits(metrics: Mapping[str, Any] | None) -> Iterator[str]:
-    yield "- It imitates the judges it was trained on, with what they get wrong together. It does not know the truth."
+    yield "- It imitates the judges it was trained on, including the mistakes they share. It does not know the truth."
     yield "- It was measured on tasks like those it was trained on. On other agents, tools or languages, measure again."
     yield "- As a reward it will be optimised against: watch runs whose score rises while the outcome does not."
     for line in (metrics or {}).get("summary", {}).get("warnings", []):
@@ -136,7 +136,7 @@ def _estimate(estimate: Mapping[str, Any]) -> str:
 
 
 def _inline(text: object) -> str:
-    """A string from outside as text within a line: it opens no HTML, table cell, link or heading."""
+    """Escape a string from outside for use within a line: it opens no HTML, table cell, link or heading."""
     escaped = "".join(f"\\{letter}" if letter in "\\`*_[]|" else letter for letter in " ".join(str(text).split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

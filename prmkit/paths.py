@@ -1,4 +1,4 @@
-"""What the files of a data folder are called. The wings meet in these files, so each name is written once, here."""
+"""The names of the files in a data folder. The wings share these files, so each name is written once, here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 INFO = "dataset_info.json"
 """LLaMA Factory's list of the datasets in the folder."""
 REPORT = "conversion_report.json"
-"""What the last conversion did; written by it, read by training and evaluation."""
+"""The report of the last conversion; training and evaluation read it."""
 HELD_OUT_SUFFIX = "_eval"
-"""What the name of a held-out dataset ends in: `reward_model_full_eval` is the held-out side of `reward_model_full`."""
+"""The suffix of a held-out dataset: `reward_model_full_eval` is the held-out side of `reward_model_full`."""
 SIDECAR_SUFFIX = ".meta.jsonl"
 TASKS = "tasks"
-"""Folder in the data folder with the datasets of single tasks, out of the way of the others."""
+"""The subfolder for datasets of single tasks, out of the way of the others."""
 
 
 def sidecar_of(file: Path) -> Path:
@@ -23,7 +23,7 @@ def sidecar_of(file: Path) -> Path:
 def base_model_of(run_folder: Path, record: Mapping[str, Any]) -> str:
     """The base model of a run: its folder wherever the project is now, or its name on a hub.
 
-    Found from any working directory: `relative` leads there from the run, also after the project was moved or copied;
+    Found from any working directory: `relative` is the path from the run, which survives moving or copying the project;
     `path` is absolute. Records of older versions have only a `path`, relative to where the training was started.
     """
     model = record["base_model"]

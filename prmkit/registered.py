@@ -1,7 +1,7 @@
-"""Registered judges: which versions exist, which one a name means, and whether its files are as they were.
+"""Registered judges: which versions exist, which one a name means, and whether its files are unchanged.
 
-`history.jsonl` is the registry. A version exists, or a tag points somewhere, because a line of it says so: one line is
-written at once and synced, so there is no half state to find after a crash, and what happened is what holds.
+`history.jsonl` is the registry: a version exists, or a tag points to it, because a line says so. Each action writes and
+syncs one line, so a crash leaves no half-done action.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def registry_folder() -> Path:
-    """Where the judges are: `judges/`, or what the variable PRMKIT_JUDGES names (for cron, which starts elsewhere)."""
+    """Where the judges are: `judges/`, or the folder in PRMKIT_JUDGES (for cron, which starts in another directory)."""
     return Path(os.environ.get(REGISTRY_VARIABLE) or "judges")
 
 
@@ -41,14 +41,14 @@ class VersionId:
 
 @dataclass
 class State:
-    """What the lines of a history amount to."""
+    """The versions and tags that result from a history."""
 
     versions: list[VersionId] = field(default_factory=list)
     """Those that exist, oldest first."""
     last_number: dict[str, int] = field(default_factory=dict)
-    """By judge, the highest number ever given: a number is not used twice, also after `remove`."""
+    """Judge -> the highest number ever given: numbers are never reused, not even after `remove`."""
     tags: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-    """(judge, tag) -> the versions that had it, the present one last."""
+    """(judge, tag) -> the versions that have had it, the current one last."""
 
     def tagged(self, name: str, tag: str) -> int | None:
         """The version that has a tag now."""
@@ -63,10 +63,10 @@ class State:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The actions so far. A last line without its end was being written when the machine stopped, and never happened.
+    """The actions so far. An incomplete last line was being written when the machine stopped, and does not count.
 
     Raises:
-        DataError: a line is damaged: what holds is then not known.
+        DataError: a line is damaged, so the registry's state is unknown.
     """
     import orjson
 
@@ -110,11 +110,11 @@ def find_version(reference: str, folder: Path | None = None) -> VersionId:
     """The version that a person means.
 
     Args:
-        reference: a tag (`production`), a number, or with the judge's name `NAME@TAG`, `NAME@NUMBER`.
+        reference: a tag (`production`), a number, or either with the judge's name: `NAME@TAG`, `NAME@NUMBER`.
         folder: the registry.
 
     Raises:
-        UsageError: it means none, or several.
+        UsageError: no version matches, or several do.
     """
     folder = folder or registry_folder()
     state = state_of(read_history(folder))
@@ -159,7 +159,7 @@ def check_files(version: VersionId, folder: Path | None = None, *, below: str = 
     """Check that the files of a version are those that were added.
 
     Args:
-        version: which.
+        version: the version to check.
         folder: the registry.
         below: check only files in this folder of the version, such as `run`.
 
@@ -180,7 +180,7 @@ def check_files(version: VersionId, folder: Path | None = None, *, below: str = 
 
 
 def registered_run(reference: str) -> Path:
-    """The run of a registered version, after its files were checked.
+    """The run folder of a registered version, after checking its files.
 
     Raises:
         UsageError: there is no such version.
@@ -192,12 +192,12 @@ def registered_run(reference: str) -> Path:
 
 
 def is_registered(run: Path) -> bool:
-    """Whether a run's folder is the copy in a registry, in which nothing may be written."""
+    """Whether a run folder is a registry's copy, which must not be changed."""
     return run.name == RUN and (run.parent / VERSION_FILE).is_file()
 
 
 def results_folder(run: Path) -> Path:
-    """Where results about a registered run go: beside the versions, which never change."""
+    """The folder for results about a registered run: beside the versions, which never change."""
     version = run.parent
     return version.parent / "results" / version.name
 
@@ -212,12 +212,12 @@ class UseRegistered(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Put the folder where the other flag would.
+        """Store the folder as the other flag would.
 
         Raises:
-            UsageError: both were typed, or there is no such version.
+            UsageError: both flags were given, or there is no such version.
         """
         if getattr(namespace, self.dest, None):
-            raise UsageError(f"{option_string} and a folder name two judges. Leave one of them out.")
+            raise UsageError(f"{option_string} and a folder name two judges. Give only one of them.")
         run = registered_run(str(values))
         setattr(namespace, self.dest, str(run) if self.dest == "export_only" else run)

@@ -1,4 +1,4 @@
-"""Outputs of one line per row that are written as they come, and continued by the next run."""
+"""Outputs of one line per row, written as the rows come, and continued by the next run."""
 
 import logging
 import os
@@ -23,20 +23,20 @@ def companion_file(file: Path, what: str) -> Path:
 
 
 def fingerprint_file(file: Path) -> Path:
-    """Path of the fingerprint file that belongs to an output: what made its lines."""
+    """Path of the fingerprint file of an output, which says what made its lines."""
     return companion_file(file, "fingerprint.json")
 
 
 def check_output(file: Path, source: Path | None) -> None:
-    """Stop before anything is read or loaded where an output cannot be, or would cost the user a file.
+    """Check an output path before anything is read or loaded: it must be writable and must not cost the user a file.
 
     Args:
         file: the output.
         source: the input; None for stdin.
 
     Raises:
-        UsageError: the output is the input, is compressed by its name, or is a device or a pipe.
-        DataError: it is a folder, or a file is where its folder should be.
+        UsageError: the output is the input, has a name that ends in .gz or the like, or is a device or a pipe.
+        DataError: it is a folder, or its folder is a file.
     """
     if file.suffix in (".gz", ".zst", ".bz2"):
         raise UsageError(
@@ -50,7 +50,7 @@ def check_output(file: Path, source: Path | None) -> None:
     if file.exists() and not file.is_file():
         raise UsageError(f"{file}: is not a regular file. Choose another --output, or none for stdout.")
     if file.exists() and (file.samefile(source) if source and source.exists() else source is None and _is_stdin(file)):
-        raise UsageError(f"{file}: is the input as well. Choose another --output.")
+        raise UsageError(f"{file}: is also the input. Choose another --output.")
 
 
 def _is_stdin(file: Path) -> bool:
@@ -63,11 +63,11 @@ def _is_stdin(file: Path) -> bool:
 def reopen(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines that an earlier, possibly killed, run left in `file`, if they are of the same kind.
 
-    A last line that was cut off is removed. Lines of another judge, mode or dataset are moved away, not mixed.
+    A last line that was cut off is removed. Lines of another judge, mode or dataset are moved away, not mixed in.
 
     Args:
-        file: where lines are and will be.
-        fingerprint: what makes lines comparable; kept next to the file.
+        file: the output.
+        fingerprint: lines with the same fingerprint may be in one file; kept next to the file.
 
     Raises:
         UsageError: the file is not an output of such a run.
@@ -148,7 +148,7 @@ def _write(stream: Any, text: bytes) -> None:
 
 
 def replace_rows(file: Path, rows: Iterable[Line]) -> None:
-    """Write the whole file again; at any moment either the old lines or the new ones are there."""
+    """Replace the whole file; at any moment it holds either the old lines or the new ones."""
     with atomic_write(file.resolve()) as stream:  # resolved, or a link would become a file
         _write_all(stream, rows)
 

@@ -1,8 +1,8 @@
 """The rows that conversion and scoring read: which files hold them, and what one row says.
 
 A file holds one row per line, or one JSON array, or objects that are spread over several lines; it may be compressed.
-A row is written as `finetune.jsonl` has it, as chat messages, in Alpaca's columns or as a bare prompt. Both wings read
-rows here, so a prompt is trained on and scored with the same system text and has the same hash.
+A row has the form of `finetune.jsonl`, chat messages, Alpaca's columns or a bare prompt. Conversion and scoring both
+read rows here, so a prompt has the same system text and the same hash in both.
 """
 
 import codecs
@@ -33,10 +33,10 @@ EXPECTED = (
 
 SELECTED_BY = "selected_by"
 WEIGHT = "selection_weight"
-"""In the metadata of a row whose prompt `ask_judges.py --first` chose: by what (`unsure` or `AUDIT`), and one over the
-probability of that choice. Every metric of an evaluation weighs the row by it."""
+"""In the metadata of a row whose prompt `ask_judges.py --first` selected: why (`unsure` or `AUDIT`), and one over the
+probability of selection. Every metric of an evaluation uses it as the row's weight."""
 AUDIT = "audit"
-"""`SELECTED_BY` of a prompt that was chosen by chance, and so speaks for others like it."""
+"""`SELECTED_BY` of a prompt that was selected at random, and so represents others like it."""
 
 
 class Rejected(Exception):
@@ -44,7 +44,7 @@ class Rejected(Exception):
 
     Args:
         reason: what is wrong with this row.
-        kind: what is wrong with rows like it, for counting; the reason itself when left out.
+        kind: the name under which such rows are counted; by default the reason.
     """
 
     def __init__(self, reason: str, kind: str | None = None) -> None:
@@ -63,11 +63,11 @@ class InputRow:
     judge: str | None
     task: str | None
     trajectory: str | None
-    """`trajectory_id`; the task where a row names none."""
+    """`trajectory_id`; the task if a row names none."""
     evaluation_type: str | None
     clip_number: int | None
     metadata: Mapping[str, Any]
-    """As in the input, without what is named above only where it was not in the metadata."""
+    """As in the input, plus those of the fields above that the row has at its top level."""
     id: str | int | None = None
 
     @property
@@ -80,10 +80,10 @@ class Line(NamedTuple):
     """One row as it is in the file."""
 
     number: int
-    """Of the line; in an array, or where objects are spread over lines, of the item. From 1."""
+    """Of the line, from 1; of the item in an array or where objects are spread over several lines."""
     text: bytes
     size: int
-    """In bytes; more than `len(text)` for a row that is too long, of which only the beginning is kept."""
+    """In bytes; more than `len(text)` if the row is too long and only its beginning is kept."""
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class Line(NamedTuple):
 
 @contextmanager
 def open_rows(name: str) -> Iterator[Iterator[Line]]:
-    """Open a file of rows, compressed or not; `-` is the standard input.
+    """Open a file of rows, compressed or not; `-` is stdin.
 
     Raises:
         DataError: the file cannot be read or decompressed, or holds something other than rows of JSON.
@@ -107,10 +107,10 @@ def open_rows(name: str) -> Iterator[Iterator[Line]]:
 def read_lines(stream: IO[bytes], name: str) -> Iterator[Line]:
     """The rows of a file, one at a time; empty lines are skipped.
 
-    Reads no further than the first line to recognise one row per line, so that a pipe may be filled slowly.
+    The first line is enough to recognise one row per line, so a slow pipe is read as it fills.
 
     Args:
-        stream: of the uncompressed bytes.
+        stream: uncompressed bytes.
         name: for messages.
 
     Raises:
@@ -186,7 +186,7 @@ def _skip_line(stream: IO[bytes]) -> int:
 
 
 def _may_begin_a_document(first: bytes) -> bool:
-    """Whether the first line that is not empty may be a part of something larger, or an array."""
+    """Whether the first non-empty line is an array, or may be a part of something larger."""
     if first.lstrip()[:1] not in (b"[", b"{"):
         return False
     try:
@@ -229,7 +229,7 @@ def _is_array(line: bytes) -> bool:
 
 
 def _items(stream: IO[bytes], head: bytes, name: str) -> Iterator[Line]:
-    """The items of an array, or objects one after another, with or without commas; the whole of any length."""
+    """The items of an array, or objects one after another, with or without commas; the file may have any length."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     scan = json.JSONDecoder(strict=False).raw_decode
     try:
@@ -272,13 +272,13 @@ def _items(stream: IO[bytes], head: bytes, name: str) -> Iterator[Line]:
 
 
 def parse_line(line: Line) -> Any:
-    """The JSON value of a row. `NaN`, which pandas writes where a value is missing, is read as null.
+    """The JSON value of a row. `NaN`, which pandas writes for a missing value, is read as null.
 
     Raises:
-        Rejected: it is too long, not JSON, not UTF-8, or nested too deeply for any parser.
+        Rejected: the row is too long, not JSON, not UTF-8, or nested too deeply for any parser.
     """
     if line.size > len(line.text):
-        raise Rejected(f"row of {line.size:,} bytes, at most {LONGEST_LINE:,} are read", "row too long")
+        raise Rejected(f"row of {line.size:,} bytes; the limit is {LONGEST_LINE:,}", "row too long")
     try:
         return orjson.loads(line.text)
     except orjson.JSONDecodeError as error:
@@ -305,10 +305,10 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
 
     Args:
         value: `parse_line(line)`.
-        line: where the row was read from, to look for keys that occur twice: parsers keep the last one silently.
+        line: where the row was read from, to look for keys that occur twice: parsers silently keep the last one.
 
     Raises:
-        Rejected: the row is of an unknown form, or has something that a judge's prompt cannot carry.
+        Rejected: the row has an unknown form, or has something that a judge's prompt cannot hold.
     """
     if not isinstance(value, dict):
         raise Rejected("not a JSON object")
@@ -336,16 +336,16 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:
-    """The SHA-256 by which a prompt is recognised; two prompts with different system texts are two prompts."""
+    """The SHA-256 that identifies a prompt; the same prompt with another system text is another prompt."""
     whole = f"{system}\0{prompt}" if system else prompt
     return hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()
 
 
 def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
-    """A name in the metadata, which pipelines write as "7", 7 or 7.0; None where it is missing.
+    """A name in the metadata, which pipelines write as "7", 7 or 7.0; None if it is missing.
 
     Raises:
-        Rejected: it is a list, an object, a truth value or a fraction.
+        Rejected: it is a list, an object, a boolean or a fraction.
     """
     value = metadata.get(key)
     if value is None or value == "":
@@ -358,10 +358,10 @@ def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def weight_of(metadata: Mapping[str, Any]) -> float:
-    """How many prompts a row speaks for: `WEIGHT`; one where it has none.
+    """How many prompts a row represents: `WEIGHT`, or one if it has none.
 
     Raises:
-        DataError: it is not a positive number.
+        DataError: the weight is not a positive number.
     """
     weight = metadata.get(WEIGHT, 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
@@ -371,7 +371,7 @@ def weight_of(metadata: Mapping[str, Any]) -> float:
 
 
 def whole_number(value: Any) -> int | None:
-    """The number of a clip, which pipelines write as 1, 1.0 or "1"; None where it is not one."""
+    """A whole number (of a clip), which pipelines write as 1, 1.0 or "1"; None for anything else."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -387,7 +387,7 @@ _IDENTITY = ("task_id", "trajectory_id", "model_name", "evaluation_type", "clip_
 
 
 def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metadata; at the top level of the row where it has none, and what identifies the row in either place."""
+    """The metadata, or the row's other top-level keys if it has none; what identifies a row may be in either place."""
     metadata = row.get("metadata")
     if isinstance(metadata, str):  # tables keep objects as strings
         try:
@@ -495,7 +495,7 @@ def _said(turn: Mapping[str, Any]) -> str:
 
 
 def _check_unique_keys(text: bytes, quotes: int) -> None:
-    # Where quotes are as many as the value needs, no key was lost. Else the slow check decides.
+    # If there are as many quotes as the value needs, no key was lost. Otherwise the slow check decides.
     if quotes == text.count(b'"') and b"\\u0022" not in text:
         return
     try:
@@ -506,7 +506,7 @@ def _check_unique_keys(text: bytes, quotes: int) -> None:
 
 
 _DEEPEST = 250
-"""Levels. orjson reads 1,024 and writes 254; rows are written into a file of rejected rows, one level deeper."""
+"""Levels. orjson reads 1,024 and writes 254; the file of rejected rows has each row one level deeper."""
 
 
 def _quotes_of(value: Any, depth: int) -> int:

@@ -1,7 +1,7 @@
 """The record of one agent run: what every importer writes, and what labelling, training and scoring read.
 
-A step is one message of the agent with its tool calls and what they returned: the unit that people label and that a
-judge scores. One JSON line holds one run; field names follow ATIF where it has them.
+A step is one message of the agent with its tool calls and what they returned: the unit that people label and a judge
+scores. One JSON line holds one run; field names follow ATIF where ATIF has them.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ LabelKind = Literal["score", "ternary", "first_error", "failure"]
 
 @dataclass(frozen=True)
 class Message:
-    """What somebody else said to the agent between two of its steps."""
+    """What anybody else said to the agent between two of its steps."""
 
     role: str
     """`user`, `system`, or the name of another speaker."""
@@ -49,12 +49,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Label:
-    """What somebody thinks of a step."""
+    """A person's or a judge's assessment of a step."""
 
     value: float
     """0 to 1."""
     by: str
-    """A person or a judge; `human` where the source names nobody."""
+    """A person or a judge; `human` if the source names nobody."""
     kind: LabelKind = "score"
     type: str | None = None
     """The type of the error, in the words of the source."""
@@ -71,7 +71,7 @@ class Step:
     calls: tuple[Call, ...] = ()
     results: tuple[Result, ...] = ()
     incoming: tuple[Message, ...] = ()
-    """What arrived since the step before, the task excepted."""
+    """What arrived since the previous step, except the task."""
     agent: str | None = None
     source_index: int | None = None
     """The position of the message in the source, from 0: public labels refer to it."""
@@ -84,14 +84,14 @@ class Trajectory:
     """One attempt at a task."""
 
     trajectory_id: str
-    """The group of aggregates; unique in a file."""
+    """The unit of aggregation; unique in a file."""
     task_id: str
-    """The group of the split: all runs of a task have the same."""
+    """The unit of the split; the same for all runs of a task."""
     task: str
     steps: tuple[Step, ...]
     system: str = ""
     tools: tuple[Mapping[str, str], ...] = ()
-    """`name` and `description` of what the agent could call, where the source says."""
+    """`name` and `description` of the tools the agent could call, if the source lists them."""
     outcome: Mapping[str, Any] | None = None
     """`success` and `score`; never part of a step's prompt."""
     reference: str | None = None
@@ -103,16 +103,16 @@ class Trajectory:
 
 
 def task_id_of(task: str) -> str:
-    """The id of a task that has none: a hash of its text, the same for other spacing, case and Unicode forms."""
+    """An id for a task that has none: a hash of its text that ignores spacing, case and Unicode form."""
     plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", task)).strip().casefold()
     return "task-" + hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def with_labels(trajectory: Trajectory, labels: Mapping[int, Label]) -> Trajectory:
-    """The run with labels on its steps; those on messages that are not steps are counted as lost.
+    """The run with labels on its steps; labels on messages that are not steps are counted as lost.
 
     Args:
-        labels: by the position of the message in the source.
+        labels: the message's position in the source -> its label.
     """
     if not labels:
         return trajectory
@@ -145,7 +145,7 @@ def is_record(value: Any) -> bool:
 
 
 def load(value: Mapping[str, Any], place: str) -> Trajectory:
-    """Read a run back: the inverse of `dump`. Fields that are not known are left out.
+    """Read a run back: the inverse of `dump`. Unknown fields are left out.
 
     Args:
         place: file and line, for the error.
@@ -165,7 +165,7 @@ def load(value: Mapping[str, Any], place: str) -> Trajectory:
 
 
 def _wrong_types(run: Trajectory) -> Iterator[str]:
-    """What a record has where text is expected; everything that reads a run relies on it."""
+    """The fields of a record that have another type than every reader of a run expects."""
     texts: list[tuple[str, Any]] = [
         (name, getattr(run, name)) for name in ("trajectory_id", "task_id", "task", "system")
     ]
@@ -212,7 +212,7 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9_.:/#@+=~-]{1,128}")
 
 
 def log_id(value: str | int | None) -> str | None:
-    """An id as the log shows it. One that may be text (spaces, length) becomes a hash: the log must not quote anybody.
+    """An id as the log shows it. One that may be text (spaces, length) becomes a hash: the log must quote nobody.
 
     Returns:
         The id itself, or `sha256-` and 16 hexadecimal digits; None for None.

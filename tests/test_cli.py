@@ -148,7 +148,7 @@ def test_a_table_leaves_columns_out_until_it_fits() -> None:
     assert header.split() == ["name", "n", "tasks", "MAE", "skill", "Spearman", "kappa"]
     assert row.startswith("information_relevance  36") and row.endswith("0.85 [0.73, 0.89]   0.86")
     assert max(map(len, (header, row, *note))) <= 72
-    assert note[0].startswith("Left out at this width: tied, pairs, median")
+    assert note[0].startswith("Columns left out at this width: tied, pairs, median")
     assert "tied" in on_terminal("table", 200)[0]
 
 

@@ -1,4 +1,4 @@
-"""The flags of convert_dataset.py. Imports nothing else, so that --help works without any package."""
+"""The flags of convert_dataset.py; the defaults are in `settings`. Imports no other package, so --help always works."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Everything that the user decides about a conversion."""
+"""Everything that the user decides about a conversion, with the defaults."""
 
 import hashlib
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ TooLong = Literal["trim", "drop", "error", "keep"]
 
 @dataclass(frozen=True)
 class Filters:
-    """The values that a row must have; None accepts every value. All three must agree."""
+    """The values that a row must have; None accepts every value. A row must pass all three filters."""
 
     evaluation_types: frozenset[str] | None = None
     judges: frozenset[str] | None = None
@@ -51,10 +51,10 @@ class Split:
     tasks: frozenset[str] | None = None
     """The user's list of held-out tasks; it replaces ratio and seed."""
     from_report: bool = False
-    """It is the split of the earlier conversion in the folder, not one that was typed."""
+    """The split was read from the folder's previous conversion report, not given on the command line."""
 
     def place(self, task: str) -> int:
-        """Where a task is among all possible ones, 0 to 2**64; those below the ratio are held out."""
+        """The task's hash, 0 to 2**64; tasks whose hash is below `ratio` * 2**64 are held out."""
         digest = hashlib.blake2b(f"{self.seed}:{task}".encode(errors="surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest)
 

@@ -1,1 +1,1 @@
-"""What the demo runs on, without a download: a synthetic sample of judged trajectories and a tiny base model."""
+"""The demo's base models, built without a download. The demo's data is written by `tools/make_sample/`."""

@@ -1,4 +1,4 @@
-"""A judge that is ready to score: from Python, from a server, and from the flags that all scripts share."""
+"""A judge that is ready to score, for Python, the server and the scripts. `Scorer.backend` chooses the backend."""
 
 import argparse
 import math

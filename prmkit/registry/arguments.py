@@ -1,4 +1,4 @@
-"""The flags of manage_judges.py. Imports nothing else, so that --help works without any package."""
+"""The flags of manage_judges.py. Imports no other package, so --help always works."""
 
 import argparse
 from pathlib import Path

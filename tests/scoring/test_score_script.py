@@ -82,8 +82,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("output", "code", "words"),
     [
-        ("steps.jsonl", 2, "error: steps.jsonl: is the input as well."),
-        ("link.jsonl", 2, "error: link.jsonl: is the input as well."),
+        ("steps.jsonl", 2, "error: steps.jsonl: is also the input."),
+        ("link.jsonl", 2, "error: link.jsonl: is also the input."),
         ("mine.jsonl", 2, "error: mine.jsonl: exists and is not a scoring output"),
         ("here", 1, "error: here: is a folder."),
         ("steps.jsonl/scores.jsonl", 1, "steps.jsonl is not a folder"),
@@ -108,7 +108,7 @@ def test_the_input_is_not_written_over_when_it_is_piped_in(folder: Path) -> None
     command = [sys.executable, str(ROOT / "score_trajectories.py"), "-", "--model", "x", "--output", "steps.jsonl"]
     with (folder / "steps.jsonl").open() as stdin:
         done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 2 and "is the input as well" in done.stderr
+    assert done.returncode == 2 and "is also the input" in done.stderr
     assert (folder / "steps.jsonl").read_text() == UNREADABLE
 
 
