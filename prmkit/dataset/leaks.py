@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -171,6 +171,8 @@ _FEWEST_UNITS = 3
 """Of one evaluation type: what both of two tasks have may be the template or a repetition."""
 _HELD = 200_000
 """Sequences of held-out prompts, about 30 bytes each; beyond, every second, fourth, … is compared."""
+_REMEMBERED = 5_000_000
+"""Sequences of training prompts, 8 bytes each, that are not computed again for the second look."""
 
 
 class Prompt(NamedTuple):
@@ -218,14 +220,27 @@ def find_near_duplicates(prompts: Callable[[bool], Iterable[Prompt]]) -> NearDup
     index.close()
     pairs, compared = [], 0
     if index.has_grams:
-        # How common a gram is, is known only after all prompts; few of them have enough in common to look again.
-        candidates = [index.count(prompt) for prompt in prompts(False)]
-        compared = len(candidates)
-        for prompt in compress(prompts(False), candidates) if any(candidates) else ():
-            if found := index.nearest(prompt):
+        # How common a gram is, is known only after all prompts; then those with enough in common are looked at again.
+        looks = [index.count(prompt) for prompt in prompts(False)]
+        compared = len(looks)
+        for prompt, look in zip(prompts(False), looks, strict=True) if any(looks) else ():
+            if look and (found := index.nearest(prompt, look)):
                 held_out, share = found
                 pairs.append((prompt.place, places[held_out], share))
     return NearDuplicates(pairs, compared)
+
+
+class _Look(NamedTuple):
+    """The grams of a training prompt."""
+
+    numbers: Any
+    """Of each gram among the held-out ones, int32; -1 for one that they do not have."""
+    starts: Any
+    """The word at which each begins, int32."""
+
+
+_AGAIN = _Look(None, None)
+"""Of a prompt that has to be read again."""
 
 
 class _Index:
@@ -233,7 +248,7 @@ class _Index:
 
     def __init__(self) -> None:
         self._held: list[tuple[Prompt, Any, Any]] = []  # without text; hashes of the grams, and where each begins
-        self._every, self._size = 1, 0
+        self._every, self._size, self._remembered = 1, 0, 0
         self._units_of_type: Counter[str] = Counter()
         self._last_unit_of_type: dict[str, str] = {}
         self._unit, self._unit_number = "", -1
@@ -276,16 +291,19 @@ class _Index:
         for place, (prompt, _, _) in enumerate(self._held):
             self._count(prompt, self._numbers[self._from[place] : self._from[place + 1]])
 
-    def count(self, prompt: Prompt) -> bool:
+    def count(self, prompt: Prompt) -> _Look | None:
         """Count the unit of a training prompt for the grams that it shares with held-out ones.
 
         Returns:
-            Whether it shares enough, template included, to nearly repeat one of them.
+            None where it shares too little, template included, to nearly repeat one of them.
         """
-        grams, starts = self._sampled(*_grams(prompt.text))
-        numbers, known = self._look_up(grams)
-        self._count(prompt, numbers[known])
-        return _covered(starts[known]) >= _SHARE * _covered(starts)
+        look = self._look_at(prompt)
+        known = look.numbers >= 0
+        self._count(prompt, look.numbers[known])
+        if _covered(look.starts[known]) < _SHARE * _covered(look.starts):
+            return None
+        self._remembered += len(look.starts)
+        return look if self._remembered <= _REMEMBERED else _AGAIN
 
     def _count(self, prompt: Prompt, numbers: Any) -> None:
         if prompt.unit != self._unit:
@@ -297,13 +315,14 @@ class _Index:
         self._last_unit[new] = self._unit_number
         self._units[new] += 1  # once, even where a gram occurs twice in the prompt: numpy adds to a copy
 
-    def _look_up(self, grams: Any) -> tuple[Any, Any]:
+    def _look_at(self, prompt: Prompt) -> _Look:
         import numpy as np
 
+        grams, starts = self._sampled(*_grams(prompt.text))
         numbers = np.minimum(np.searchsorted(self._grams, grams), len(self._grams) - 1)
-        return numbers, self._grams[numbers] == grams
+        return _Look(np.where(self._grams[numbers] == grams, numbers, -1).astype(np.int32), starts)
 
-    def nearest(self, prompt: Prompt) -> tuple[int, float] | None:
+    def nearest(self, prompt: Prompt, look: _Look) -> tuple[int, float] | None:
         """The held-out prompt that a training prompt nearly repeats, by its number, and the share that is common."""
         import numpy as np
 
@@ -311,10 +330,12 @@ class _Index:
         if units < _FEWEST_UNITS:
             return None
         limit = max(2, units // 4)
-        grams, starts = self._sampled(*_grams(prompt.text))
-        numbers, known = self._look_up(grams)
+        numbers, starts = self._look_at(prompt) if look is _AGAIN else look
+        known = numbers >= 0
         template = known & (self._units[numbers] > limit)
         shared, own = numbers[known & ~template], _covered(starts) - _covered(starts[template])
+        if _WORDS * len(shared) < _SHARE * own:
+            return None
         begin, size = self._owners_from[shared], self._owners_of[shared]
         places = np.repeat(begin - np.cumsum(size) + size, size) + np.arange(size.sum())
         counts = np.bincount(self._owners[places], minlength=1)
