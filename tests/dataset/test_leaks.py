@@ -166,8 +166,12 @@ def test_chinese_prompts_are_compared_by_character(convert_rows: Convert) -> Non
     assert report["leak_audit"]["near_duplicates"]["prompts"] == 1
 
 
-def test_many_sequences_are_sampled(convert_rows: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmkit.dataset.leaks._HELD", 500)
+@pytest.mark.parametrize("limits", [{"_HELD": 500}, {"_REMEMBERED": 0}])
+def test_many_sequences_are_sampled_and_not_all_remembered(
+    convert_rows: Convert, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
+) -> None:
+    for name, limit in limits.items():
+        monkeypatch.setattr(f"prmkit.dataset.leaks.{name}", limit)
     rows = with_stories(20, 600)
     rows.append(row_of(rows[0]["conversations"][0]["value"].replace(story(0, 600)[:20], "Fenchurch"), task="task_99"))
     report = convert_rows(rows, split=split_of(3))
