@@ -171,11 +171,12 @@ def resampled(sample: Sample, statistic: Statistic) -> Floats:
 
 def interval(values: Floats, tasks: int) -> tuple[float, float] | tuple[None, None]:
     """The expanded percentile interval of resampled values; none where more than a tenth of them is not defined."""
-    defined = values[np.isfinite(values)]
+    defined = np.sort(values[np.isfinite(values)])
     if len(defined) < _MIN_DEFINED_SHARE * len(values):
         return None, None
     outside = _share_outside(tasks)
-    low, high = np.quantile(defined, [outside, 1 - outside])
+    places = np.array([outside, 1 - outside]) * (len(defined) - 1)
+    low, high = np.interp(places, np.arange(len(defined)), defined)  # numpy's quantile takes ten times as long
     return float(low), float(high)
 
 

@@ -429,15 +429,16 @@ class _Values:
     """The distinct values of a sample in rising order, and how often each is in a resample."""
 
     def __init__(self, sample: Sample, values: Floats) -> None:
-        self._task, self._tasks = sample.task, sample.tasks
         distinct, self.place = np.unique(values, return_inverse=True)
-        self._count = len(distinct)
+        self._order = np.argsort(self.place, kind="stable")
+        self._task, self._from = sample.task[self._order], np.cumsum([0, *np.bincount(self.place)])
+        self._shape = (len(distinct), sample.tasks)
 
     def counted(self, counts: Floats) -> Statistic:
         """What gives the sum of `counts` at each value in each resample, shape (values, resamples)."""
         from scipy.sparse import csr_array
 
-        by_task = csr_array((counts, (self.place, self._task)), shape=(self._count, self._tasks))
+        by_task = csr_array((counts[self._order], self._task, self._from), shape=self._shape)
         return lambda task_weights: by_task @ np.ascontiguousarray(task_weights.T)
 
 
