@@ -33,7 +33,7 @@ _LOOK_UP = 0.5
 """Seconds after which a request whose body does not come is looked at again."""
 _SLOWEST = 10_000
 """Bytes a second. A body that comes more slowly holds a connection for the sake of holding it."""
-_OPEN = {"/", "/health", "/ready", "/openapi.json"}
+_OPEN = {"/", "/health", "/ready", "/openapi.json", "/docs"}
 """Paths that need no key: they show nothing of the judge or of what it is asked."""
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -68,8 +68,6 @@ def make_app(service: Service, limits: Limits) -> Any:
         summary=f"Scores of agent steps by {service.judge.name}.",
         lifespan=_lifespan(service, routes, limits),
         openapi_tags=[{"name": "scores"}, {"name": "rewards"}, {"name": "server"}],
-        docs_url=None,  # FastAPI's pages load their scripts from the internet, and are blank without it
-        redoc_url=None,
     )
     app.router.route_class = _strict_route()
     _add_routes(app, routes)
