@@ -15,37 +15,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="POST /v1/score, /v1/score_trajectory, /v1/systemone, /get_reward (OpenRLHF), /reward (slime); "
-        "GET /, /health, /ready, /metrics, /v1/models, /docs. SIGTERM: what was taken is answered, exit code 143.",
+        "GET /, /health, /ready, /metrics, /v1/models, /docs. SIGTERM: accepted requests are answered, exit code 143.",
     )
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
-    add("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default 8000)")
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: only this machine)")
+    add("--port", type=int, default=8000, metavar="N", help="0 picks a free one (default 8000)")
     add("--key-env", metavar="NAME", help="variable with the bearer key that clients must send (default: no key)")
     add("--max-body", type=positive, default=32, metavar="MB", help="largest request (default 32)")
-    add("--window", type=seconds, default=5.0, metavar="MS", help="how long an idle judge collects prompts (default 5)")
-    add("--queue", type=positive, default=1024, metavar="N", help="prompts that may wait; more get 503 (default 1024)")
-    add("--queue-timeout", type=seconds, default=60.0, metavar="SECONDS", help="wait for a place in it (default 60)")
-    add("--drain", type=seconds, default=30.0, metavar="SECONDS", help="to answer what was taken (default 30)")
-    add("--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours")
-    add("--data", type=Path, default=Path("data"), metavar="FOLDER", help="has the keys by evaluation type")
+    add("--window", type=seconds, default=5.0, metavar="MS", help="wait for more prompts if idle (default 5)")
+    add("--queue", type=positive, default=1024, metavar="N", help="waiting prompts; more get 503 (default 1024)")
+    add("--queue-timeout", type=seconds, default=60.0, metavar="SECONDS", help="wait for a place there (default 60)")
+    add("--drain", type=seconds, default=30.0, metavar="SECONDS", help="time to finish when stopped (default 30)")
+    add("--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not ours")
+    add("--data", type=Path, default=Path("data"), metavar="FOLDER", help="has the keys of each evaluation type")
     rewards = parser.add_argument_group("rewards").add_argument
     how = "how the scores of several steps become one reward (default min)"
     rewards("--aggregate", choices=["min", "mean", "product", "last"], default="min", help=how)
-    unscored = (
-        "where a step has no score, or an unsure one: 503 (default), leave it out, the mean of earlier rewards, null"
-    )
+    unscored = "if a step has no score, or an unsure one: 503 (default), leave it out, the mean of past rewards, null"
     rewards("--unscored", choices=["error", "skip", "mean", "null"], default="error", help=unscored)
     rewards("--bad-below", type=share, default=0.5, metavar="X", help="scores below this are bad (default 0.5)")
     trial = parser.add_argument_group("a challenger").add_argument
-    trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (as --judge)")
-    how_many = "of the tasks, by hash, that it answers (default 0.1), or with --shadow scores as well (default 1)"
+    trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (like --judge)")
+    how_many = "share of tasks, by hash, that it answers (default 0.1) or, with --shadow, also scores (default 1)"
     trial("--share", type=share, metavar="X", help=how_many)
     trial("--shadow", action="store_true", help="the production judge answers; what the challenger says is logged")
     logs = parser.add_argument_group("request log").add_argument
-    logs("--log-requests", type=Path, metavar="FILE", help="append a JSON line for every step that is scored")
-    logs("--log-prompts", action="store_true", help="with the prompts; else only their hashes and lengths")
-    logs("--log-size", type=positive, default=100, metavar="MB", help="then FILE becomes FILE.1 (default 100)")
-    logs("--log-files", type=positive, default=10, metavar="N", help="full files that are kept (default 10)")
+    logs("--log-requests", type=Path, metavar="FILE", help="append a JSON line for every scored step")
+    logs("--log-prompts", action="store_true", help="log the prompts; otherwise only their hashes and lengths")
+    logs("--log-size", type=positive, default=100, metavar="MB", help="size at which FILE becomes FILE.1 (default 100)")
+    logs("--log-files", type=positive, default=10, metavar="N", help="full files to keep (default 10)")
     add_interval_arguments(parser)
     add_judge_arguments(parser)
     add_backend_arguments(parser)

@@ -6,7 +6,7 @@ from prmkit.client import Judge, client_of
 
 
 def judge_scorer(judge: str | Judge, *, aggregate: str = "min") -> Any:
-    """A scorer that judges the messages of a sample; the step scores are in the metadata of its score.
+    """A scorer that judges the messages of a sample; the score's metadata has the score of each step.
 
     A sample in which the model wrote nothing, or with a step that has no score, is `Score.unscored`: Inspect leaves it
     out of its metrics and counts it.
@@ -35,7 +35,7 @@ def judge_scorer(judge: str | Judge, *, aggregate: str = "min") -> Any:
             steps = [step["score"] if step["status"] == "ok" else None for step in run["steps"]]
             value = run["aggregates"][aggregate]
             if value is None:
-                return Score.unscored(explanation="a step has no score that can be relied on")
+                return Score.unscored(explanation="a step has no reliable score")
             return Score(value=value, metadata={"steps": steps, "first_bad": run["first_bad"]})
 
         return score

@@ -1,4 +1,4 @@
-"""MLflow: an alignment optimizer that trains a judge on what people said about traces, and serves it.
+"""MLflow: an alignment optimizer that trains a judge on people's feedback on traces, and serves it.
 
 optimizer = make_optimizer(toolkit="…/prmkit", config="training_config.yaml", folder="aligned")
 aligned = judge.align(traces, optimizer)      # any judge of MLflow; its name is that of the feedback
@@ -30,21 +30,21 @@ def make_optimizer(
     python: str = sys.executable,
     settings: Sequence[str] = (),
 ) -> Any:
-    """An `AlignmentOptimizer` whose `align` trains weights, where those of MLflow write another prompt.
+    """An `AlignmentOptimizer` whose `align` trains weights, where MLflow's optimizers rewrite the prompt.
 
-    Of each trace the inputs and outputs of the root span are one step, and the feedback of people with the judge's name
-    is its label: a number from 0 to 1, a truth value, or yes and no. The server ends with the process.
+    The inputs and outputs of each trace's root span are one step. People's feedback under the judge's name is its
+    label: a number from 0 to 1, a boolean, or yes or no. The server ends with the process.
 
     Args:
         toolkit: the folder with train.py.
-        config: of the training.
-        folder: for rows, data and the run; other feedback wants another folder.
+        config: the training configuration.
+        folder: for rows, data and the run; use another folder for other feedback.
         python: the interpreter of the toolkit's environment, which need not be MLflow's.
         settings: key=value for train.py.
 
     Raises:
         UsageError: no trace has such feedback, or a value is not a score.
-        DataError: a step of the training failed; its message says why.
+        DataError: a stage of the training failed; the message says why.
     """
     from mlflow.genai.judges.base import AlignmentOptimizer
 
@@ -55,7 +55,7 @@ def make_optimizer(
             place, scripts = Path(folder).resolve(), Path(toolkit).resolve()
             rows = [json.dumps(row) for row in _labelled(judge.name, traces)]
             if not rows:
-                raise UsageError(f"no trace has feedback of a person with the judge's name, {judge.name}.")
+                raise UsageError(f"no trace has feedback from a person under the judge's name, {judge.name}.")
             place.mkdir(parents=True, exist_ok=True)
             (place / "runs.jsonl").write_text("\n".join(rows), encoding="utf-8")
             training = ["--config", str(Path(config).resolve()), "--dataset", "reward_model_clip", *settings]
@@ -72,7 +72,7 @@ def make_optimizer(
 
 
 def make_judge(judge: str | Judge, name: str, instructions: str = "") -> Any:
-    """A served judge as a `Judge` of MLflow: the feedback is a score from 0 to 1, or an error where it is not sure."""
+    """A served judge as a `Judge` of MLflow: the feedback is a score from 0 to 1, or an error if it is unsure."""
     from mlflow.entities import AssessmentSource, Feedback
     from mlflow.genai.judges.base import Judge as MlflowJudge
     from mlflow.genai.judges.base import JudgeField
@@ -84,7 +84,7 @@ def make_judge(judge: str | Judge, name: str, instructions: str = "") -> Any:
 
         @property
         def instructions(self) -> str:
-            return instructions or "The rubric of the judge that was trained."
+            return instructions or "The rubric that the judge was trained with."
 
         @property
         def feedback_value_type(self) -> type:
@@ -99,14 +99,14 @@ def make_judge(judge: str | Judge, name: str, instructions: str = "") -> Any:
             source = AssessmentSource(source_type="LLM_JUDGE", source_id=client.url)
             metadata = {"label_mass": str(reward.label_mass)}
             if reward.value is None:
-                return Feedback(name=name, error="no score that can be relied on", source=source, metadata=metadata)
+                return Feedback(name=name, error="no reliable score", source=source, metadata=metadata)
             return Feedback(name=name, value=reward.value, source=source, metadata=metadata)
 
     return ServedJudge(name=name)
 
 
 def _labelled(name: str, traces: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """A run of one step, with its label, for each trace that a person scored."""
+    """One labelled run of one step for each trace that a person scored."""
     for trace in traces:
         given = [each for each in trace.search_assessments(name, type="feedback") if each.source.source_type == "HUMAN"]
         root = next((span for span in trace.data.spans if span.parent_id is None), None)
@@ -120,14 +120,12 @@ def _labelled(name: str, traces: Sequence[Any]) -> Iterator[dict[str, Any]]:
 def _score(value: Any, trace: str) -> float:
     score = _WORDS.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise UsageError(
-            f"{trace}: the feedback {value!r} is no score: a number from 0 to 1, a truth value, yes or no."
-        )
+        raise UsageError(f"{trace}: the feedback {value!r} is not a score: a number from 0 to 1, a boolean, yes or no.")
     return float(score)
 
 
 def _messages(inputs: Any, outputs: Any) -> tuple[list[Any], list[Any]]:
-    """What was asked and what was answered, the same way for training and for scoring."""
+    """Question and answer of a trace, in the same form for training and for scoring."""
     asked = inputs.get("messages") if isinstance(inputs, Mapping) else None
     prompt = list(asked) if isinstance(asked, list) and asked else [{"role": "user", "content": _text(inputs)}]
     choices = outputs.get("choices") if isinstance(outputs, Mapping) else None
@@ -136,7 +134,7 @@ def _messages(inputs: Any, outputs: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _text(value: Any) -> str:
-    """A string, the only string of an object, or JSON."""
+    """A value as text: a string, an object's only string, or JSON."""
     parts = list(value.values()) if isinstance(value, Mapping) else [value]
     return parts[0] if len(parts) == 1 and isinstance(parts[0], str) else json.dumps(value, default=str)
 
@@ -144,11 +142,11 @@ def _text(value: Any) -> str:
 def _run(command: Sequence[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise DataError(f"{Path(command[1]).name} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+        raise DataError(f"{Path(command[1]).name} failed ({done.returncode}):\n{done.stdout[-3000:]}")
 
 
 def _serve(command: Sequence[str], folder: Path) -> str:
-    """Start a server that ends with this process; its URL."""
+    """Start a server that ends with this process, and return its URL."""
     log = folder / "server.log"
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=folder, stderr=stream)
@@ -157,4 +155,4 @@ def _serve(command: Sequence[str], folder: Path) -> str:
         if found := re.search(r"http://\S+?:\d+", log.read_text(encoding="utf-8", errors="replace")):
             return found[0]
         time.sleep(0.1)
-    raise DataError(f"the server ended with {process.returncode}:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    raise DataError(f"the server failed ({process.returncode}):\n{log.read_text(encoding='utf-8')[-3000:]}")

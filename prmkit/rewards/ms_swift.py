@@ -15,8 +15,8 @@ from prmkit.rewards.trl import values_of
 def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
     """A subclass of `swift.rewards.ORM`.
 
-    ms-swift turns None into 0, so a completion without a score gets the mean of its group, which are the completions
-    with one `prompt_id`. A group without any score has only None.
+    ms-swift turns None into 0, so a completion without a score gets the mean of its group (the completions with the
+    same `prompt_id`). In a group without any score, all stay None.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
@@ -44,6 +44,6 @@ def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
 
 
 def before_answer(messages: Any) -> list[Any]:
-    """The conversation without the answer that ms-swift appends to it."""
+    """The conversation without the answer that ms-swift has appended."""
     is_answered = bool(messages) and messages[-1].get("role") == "assistant"
     return list(messages[:-1] if is_answered else messages)

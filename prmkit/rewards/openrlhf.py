@@ -1,4 +1,4 @@
-"""OpenRLHF. Either `--reward.remote_url http://HOST:8000/get_reward` and no code at all, or a file:
+"""OpenRLHF: either `--reward.remote_url http://HOST:8000/get_reward` without any code, or a file:
 
 # reward.py, for --reward.remote_url reward.py
 from prmkit.rewards.openrlhf import make_reward_func
@@ -15,10 +15,10 @@ from prmkit.rewards.steps import reward_of
 def make_reward_func(
     judge: str | Judge, *, aggregate: str = "min", unscored_reward: float | None = None
 ) -> Callable[..., dict[str, Any]]:
-    """A `reward_func` of a reward file.
+    """A `reward_func` for a reward file.
 
-    OpenRLHF puts what comes back into tensors, where None and NaN end or poison the training. A sample without a score
-    gets the reward that was named here, and `unscored` 1.0 in the logs; without one it is an error.
+    OpenRLHF puts the returned values into tensors, where None and NaN stop or poison the training. A sample without a
+    score gets `unscored_reward`, and `unscored` 1.0 in the logs; without `unscored_reward` it is an error.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
@@ -26,7 +26,7 @@ def make_reward_func(
         unscored_reward: for samples without a score.
 
     Raises:
-        JudgeUnavailable, RequestRefused: in the function that is returned.
+        JudgeUnavailable, RequestRefused: raised by the returned function.
     """
     client = client_of(judge)
 
@@ -48,8 +48,8 @@ def score_step(
     """The score of one turn, for `AgentInstanceBase.step`; OpenRLHF sums the turns' rewards.
 
     Raises:
-        JudgeUnavailable: the step has no score that can be relied on, and no reward was named for that.
-        RequestRefused: it is not a step.
+        JudgeUnavailable: the step has no reliable score, and there is no `unscored_reward`.
+        RequestRefused: the arguments are not a step.
     """
     client = client_of(judge)
     (line,) = client.score([{"task": task, "history": list(history), "step": step}])
@@ -58,5 +58,5 @@ def score_step(
 
 def _response(query: str, prompt: str) -> str:
     if not query.startswith(prompt):
-        raise ValueError("a query does not begin with its prompt, so it is not known what the policy wrote")
+        raise ValueError("a query does not begin with its prompt, so what the policy wrote is unknown")
     return query[len(prompt) :]

@@ -1,4 +1,4 @@
-"""SkyRL: an environment in which every turn earns the judge's score.
+"""SkyRL: an environment whose reward for every turn includes the judge's score.
 
 from skyrl_gym.envs import register
 JudgedSearch = make_env(SearchEnv, "http://127.0.0.1:8000")
@@ -16,15 +16,15 @@ def make_env(
 ) -> type:
     """A subclass of a `BaseTextEnv`: the reward of a turn is the environment's plus `weight` times the judge's score.
 
-    SkyRL puts the reward of a turn on its last token, so the scores of the steps reach the policy as they are. The
-    judge sees the turn, the messages before it, and observations of role `tool` that it led to; one of role `user` is
+    SkyRL puts the reward of a turn on its last token, so the step scores reach the policy unchanged. The judge sees the
+    turn, the messages before it, and the observations of role `tool` that it caused; an observation of role `user` is
     seen with the next turn.
 
     Args:
-        environment: the class.
+        environment: the class to extend.
         judge: the URL of `serve_judge.py`, or a client.
         weight: of the judge's score.
-        unscored_reward: the score of turns without one; None makes one an error.
+        unscored_reward: used as the score of a turn that has none; with None, such a turn is an error.
 
     Raises:
         JudgeUnavailable, RequestRefused: in `step`.
@@ -32,7 +32,7 @@ def make_env(
     client = client_of(judge)
 
     class JudgedEnv(environment):  # type: ignore[misc]
-        """The environment with the rewards of a served judge."""
+        """The environment with a served judge's rewards."""
 
         def init(self, prompt: list[dict[str, Any]]) -> Any:
             messages, info = super().init(prompt)

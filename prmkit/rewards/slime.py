@@ -1,4 +1,4 @@
-"""slime. Either `--rm-type remote_rm --rm-url http://HOST:8000/reward --reward-key score`, or a function:
+"""slime: either `--rm-type remote_rm --rm-url http://HOST:8000/reward --reward-key score`, or a function:
 
 # my_rm.py, for --custom-rm-path my_rm.judge_rm --reward-key score
 from prmkit.rewards.slime import make_custom_rm
@@ -14,13 +14,13 @@ from prmkit.client import Judge, client_of
 def make_custom_rm(
     judge: str | Judge, *, aggregate: str = "min", unscored_reward: float | None = None
 ) -> Callable[..., Awaitable[dict[str, Any]]]:
-    """An async `custom_rm(args, sample)`; the reward is an object, whose `score` `--reward-key` names.
+    """An async `custom_rm(args, sample)`. The reward is an object; `--reward-key score` selects the number.
 
-    slime takes any JSON as a reward. A sample without a score gets the reward that was named here and `unscored` true;
-    without one it is an error, which stops the rollout.
+    slime accepts any JSON as a reward. A sample without a score gets `unscored_reward` and `unscored` true; without
+    `unscored_reward` it is an error, which stops the rollout.
 
     Raises:
-        JudgeUnavailable, RequestRefused: in the function that is returned.
+        JudgeUnavailable, RequestRefused: raised by the returned function.
     """
     client = client_of(judge)
 

@@ -16,29 +16,29 @@ def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None 
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
-        run: in any form that `import_trajectories.py` reads, with one run in it.
-        unscored_reward: for steps without a score; None makes one an error.
+        run: one run, in any form that `import_trajectories.py` reads.
+        unscored_reward: for steps without a score; with None, such a step is an error.
 
     Raises:
-        JudgeUnavailable: a step has no score, and no reward was named for that.
-        RequestRefused: it is not one run.
+        JudgeUnavailable: a step has no score, and there is no `unscored_reward`.
+        RequestRefused: `run` is not exactly one run.
     """
     client = client_of(judge)
     runs = client.score_run(run)
     if len(runs) != 1:
-        raise RequestRefused(f"{len(runs)} runs, where the rewards of one are wanted. Call step_rewards for each.")
+        raise RequestRefused(f"{len(runs)} runs instead of one. Call step_rewards for each.")
     (found,) = runs
     return [reward_of(step).number(unscored_reward) for step in found["steps"]]
 
 
 def reward_of(line: Mapping[str, Any]) -> Reward:
-    """The reward of one scored step, as `Judge.score` and `Judge.score_run` give them; unsure scores are none."""
+    """The reward of one scored step from `Judge.score` or `Judge.score_run`; an unsure score counts as none."""
     value = line["score"] if line["status"] == "ok" else None
     return Reward(value, (value,), line["label_mass"])
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
-    """The sum of the rewards from each step on, later ones discounted by `gamma` a step."""
+    """The sum of the rewards from each step on, discounted by `gamma` per step."""
     returns: list[float] = []
     for reward in reversed(rewards):
         returns.append(reward + gamma * (returns[-1] if returns else 0.0))
@@ -49,7 +49,7 @@ def evaluation_events(run: Mapping[str, Any], name: str = "step_score") -> Itera
     """The attributes of an OpenTelemetry `gen_ai.evaluation.result` event for each scored step of a run.
 
     Args:
-        run: an object of `Judge.score_run`.
+        run: an object from `Judge.score_run`.
         name: of the metric.
     """
     for step in run["steps"]:
@@ -66,20 +66,20 @@ def send_to_langfuse(
 ) -> int:
     """Write the score of every step to its observation in Langfuse; steps without a score get none.
 
-    A score that is sent again replaces the one before. The client sends in the background: flush it before the end.
+    A score that is sent again replaces the previous one. The client sends in the background: flush it before exiting.
 
     Args:
         langfuse: a `langfuse.Langfuse` client.
-        run: an object of `Judge.score_run`.
+        run: an object from `Judge.score_run`.
         trace_id: of the run.
-        observation_ids: of its steps, in their order.
+        observation_ids: of its steps, in order.
         name: of the score.
 
     Returns:
-        How many scores were given to the client.
+        How many scores were handed to the client.
 
     Raises:
-        ValueError: there are not as many observations as steps.
+        ValueError: the numbers of observations and steps differ.
     """
     if len(observation_ids) != len(run["steps"]):
         raise ValueError(f"{len(observation_ids)} observations for {len(run['steps'])} steps")

@@ -13,11 +13,11 @@ WhenUnscored = Literal["none", "group_mean"]
 def make_reward_func(
     judge: str | Judge, *, aggregate: str = "min", when_unscored: WhenUnscored | None = None
 ) -> Callable[..., list[float | None]]:
-    """A reward function for `GRPOTrainer`, for text and for conversational prompts.
+    """A reward function for `GRPOTrainer`, for plain-text and conversational prompts.
 
     TRL 1.x leaves a completion whose reward is None out of its group. TRL 0.24 turns None into 0, which would teach the
-    policy to avoid what the judge could not score; there, the completion gets the mean of its group, and so hardly any
-    advantage. A group without any score has only None.
+    policy to avoid what the judge could not score; with it, the completion gets the mean of its group, and so hardly
+    any advantage. In a group without any score, all stay None.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
@@ -25,7 +25,7 @@ def make_reward_func(
         when_unscored: `none` or `group_mean`; None decides by the installed TRL.
 
     Raises:
-        JudgeUnavailable, RequestRefused: in the function that is returned, which stops the training.
+        JudgeUnavailable, RequestRefused: raised by the returned function, which stops the training.
     """
     client = client_of(judge)
     answer = when_unscored or _fitting_trl()
@@ -38,10 +38,10 @@ def make_reward_func(
 
 
 def values_of(groups: Sequence[Any], rewards: Sequence[Reward], *, fill: bool) -> list[float | None]:
-    """The numbers of some rewards.
+    """Rewards as plain numbers.
 
     Args:
-        groups: what the samples of one group have in common, sample by sample; groups are contiguous.
+        groups: a key for each sample, equal within a group; groups are contiguous.
         rewards: of the samples.
         fill: give a sample without a score the mean of its group.
     """

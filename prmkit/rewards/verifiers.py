@@ -1,4 +1,4 @@
-"""verifiers 0.4 (and prime-rl): a reward of a Task, or one plugged in by its config.
+"""verifiers 0.4 (and prime-rl): a reward of a Task, set in the class or named in its config.
 
 class MyTask(vf.Task):
     judged = make_reward("http://127.0.0.1:8000")
@@ -11,10 +11,10 @@ from prmkit.client import Judge, client_of
 
 
 def make_reward(judge: str | Judge, *, aggregate: str = "min", weight: float = 1.0) -> Callable[..., Awaitable[float]]:
-    """A reward named `judge_reward`; the scores of the steps are in `trace.info["judge_steps"]`.
+    """A reward named `judge_reward`; the step scores are in `trace.info["judge_steps"]`.
 
-    The last branch of the trace is judged, and of it what the model wrote: messages of the agent in the prompt
-    are context. A step without a score is an error of the task, which verifiers keeps apart from a reward of 0.
+    Only what the model wrote in the last branch of the trace is judged; the agent's messages in the prompt are context.
+    A step without a score is an error of the task, which verifiers distinguishes from a reward of 0.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
@@ -22,7 +22,7 @@ def make_reward(judge: str | Judge, *, aggregate: str = "min", weight: float = 1
         weight: of this reward among those of the task.
 
     Raises:
-        JudgeUnavailable, RequestRefused: in the function that is returned.
+        JudgeUnavailable, RequestRefused: raised by the returned function.
     """
     import verifiers.v1 as vf
 

@@ -11,7 +11,7 @@ from typing import Any
 from prmkit.client import Judge, client_of
 
 _PROMPTS = ("messages", "prompt", "raw_prompt", "question")
-"""Where a dataset or an agent loop may keep what the policy was asked: verl does not pass it."""
+"""Names under which a dataset or an agent loop may keep the policy's prompt: verl does not pass it on."""
 
 
 def make_compute_score(
@@ -20,7 +20,7 @@ def make_compute_score(
     """An async `compute_score` for verl's naive, dapo and similar reward managers.
 
     verl needs the same keys from every sample and a number in each, so a sample without a score has `unscored: 1.0` and
-    the reward that was named here. Without one it is an error: verl retries nothing, and the training stops.
+    `unscored_reward`. Without `unscored_reward` it is an error: verl does not retry, and the training stops.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
@@ -28,8 +28,8 @@ def make_compute_score(
         unscored_reward: for samples without a score.
 
     Raises:
-        ValueError: in the function, where `extra_info` does not hold the prompt under one of the usual names.
-        JudgeUnavailable, RequestRefused: in the function.
+        ValueError: from the returned function, if `extra_info` has the prompt under none of the usual names.
+        JudgeUnavailable, RequestRefused: from the returned function.
     """
     client = client_of(judge)
 
@@ -43,7 +43,9 @@ def make_compute_score(
         held = [extra_info.get(name) for name in _PROMPTS] if extra_info else []
         prompt = next((each for each in held if each is not None and len(each)), None)  # may be an array of messages
         if prompt is None:
-            raise ValueError(f"extra_info has none of {', '.join(_PROMPTS)}. Put what the policy was asked into it.")
+            raise ValueError(
+                f"extra_info has none of {', '.join(_PROMPTS)}. Add the policy's prompt under one of these names."
+            )
         prompt = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
         (reward,) = await client.arewards([(prompt, solution_str)], aggregate=aggregate)
         return {

@@ -1,4 +1,4 @@
-"""The endpoints over HTTP: routes, limits, keys, and the status of every error."""
+"""The server's HTTP side: routes, limits, keys, and the status of every error."""
 
 import asyncio
 import hmac
@@ -28,13 +28,13 @@ log = logging.getLogger("prmkit")
 PAGE = Path(__file__).with_name("page.html")
 _SHUTTING_DOWN = "the server is shutting down"
 _CANARY_PAUSE = 5.0
-"""Seconds until a first prompt that failed is tried again."""
+"""Seconds until a failed first prompt is retried."""
 _LOOK_UP = 0.5
-"""Seconds after which a request whose body does not come is looked at again."""
+"""Seconds between two checks of a request whose body has not arrived."""
 _SLOWEST = 10_000
-"""Bytes a second. A body that comes more slowly holds a connection for the sake of holding it."""
+"""Bytes per second. A client that sends its body more slowly is only holding the connection open."""
 _OPEN = {"/", "/health", "/ready", "/openapi.json", "/docs"}
-"""Paths that need no key: they show nothing of the judge or of what it is asked."""
+"""Paths that need no key: they reveal nothing about the judge or its requests."""
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 Message = MutableMapping[str, Any]
@@ -44,16 +44,16 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost."""
+    """Limits for one request."""
 
     body: int = 32 << 20
     """Bytes."""
     key: str | None = None
-    """The bearer key that clients must send; None for no key."""
+    """The bearer key that clients must send; None if no key is needed."""
     drain: float = 30.0
-    """Seconds for what was taken when the server is stopped."""
+    """Seconds to answer accepted requests when the server is stopped."""
     body_patience: float = 30.0
-    """Seconds for a body to come in, and more for a large one."""
+    """Seconds for a body to arrive; a large body gets more."""
 
 
 def make_app(service: Service, limits: Limits) -> Any:
@@ -93,9 +93,9 @@ def _lifespan(service: Service, routes: "_Routes", limits: Limits) -> Callable[[
 
 
 def _strict_route() -> Any:
-    """Routes that read JSON strictly: no NaN, no half of a surrogate pair, no nesting without end.
+    """Routes that read JSON strictly: no NaN, no lone surrogate, no endless nesting.
 
-    Python's own reader accepts these, and whatever writes them later (an answer, a file, a log) fails.
+    Python's own parser accepts these, but whatever writes them later (an answer, a file, a log) fails.
     """
     from fastapi import Request
     from fastapi.routing import APIRoute
@@ -117,14 +117,14 @@ def _strict_route() -> Any:
 
 
 class _Routes:
-    """The handlers. Their parameters are what FastAPI reads from a request."""
+    """The handlers. FastAPI reads their parameters from the request."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._canary: dict[str, Any] | None = None
 
     async def score(self, body: dict[str, Any]) -> Any:
-        """Score ready prompts, or steps given as task, history and step. One that cannot be scored says why."""
+        """Score finished prompts, or steps given as task, history and step. A line without a score says why."""
         return await self._service.score(body)
 
     async def score_trajectory(
@@ -138,11 +138,11 @@ class _Routes:
         return await self._service.score_trajectory(body, format, gamma, bad_below)
 
     async def get_reward(self, body: dict[str, Any]) -> Any:
-        """Rewards as OpenRLHF asks for them: finite numbers, or 503."""
+        """Rewards in OpenRLHF's format: finite numbers, or 503."""
         return await self._service.rewards(body)
 
     async def reward(self, body: dict[str, Any]) -> Any:
-        """The reward of one sample as slime asks for it (`--reward-key score`)."""
+        """The reward of one sample in slime's format (`--reward-key score`)."""
         return await self._service.reward(body)
 
     async def systemone(self, body: dict[str, Any]) -> Any:
@@ -163,19 +163,19 @@ class _Routes:
         return self._canary is not None and self._canary["status"] in ("ok", "unsure")
 
     async def score_canary(self) -> None:
-        """Score one small prompt: it loads the judge, and shows that it works before a client needs it."""
+        """Score one small prompt: this loads the judge and shows that it works before a client needs it."""
         service = self._service
         while True:
             self._canary = await self._first_line(service.judge)
             if self._canary["status"] != "failed":
                 break
-            await asyncio.sleep(_CANARY_PAUSE)  # a server that it asks may be starting
-        if service.trial:  # whether it works decides nothing: the production judge answers where it does not
+            await asyncio.sleep(_CANARY_PAUSE)  # the server behind the judge may still be starting
+        if service.trial:  # its failure does not matter: the production judge answers instead
             self._canary["challenger"] = await self._first_line(service.trial.challenger)
 
     async def _first_line(self, judge: ServedJudge) -> dict[str, Any]:
         while True:
-            with suppress(Busy):  # clients were faster: it waits for its turn, as long as it takes
+            with suppress(Busy):  # clients were faster: the prompt waits for its turn, as long as it takes
                 line = await self._service.first_line(judge)
                 break
         level = logging.INFO if line["status"] in ("ok", "unsure") else logging.WARNING
@@ -183,7 +183,7 @@ class _Routes:
         return {key: line[key] for key in ("judge", "status", "score", "reason")}
 
     async def models(self) -> dict[str, Any]:
-        """The one model there is, as OpenAI lists models."""
+        """The only model, in the format of OpenAI's list of models."""
         return {"object": "list", "data": [{"id": self._service.judge.name, "object": "model", "owned_by": "prmkit"}]}
 
     async def metrics(self) -> Any:
@@ -237,7 +237,7 @@ def _add_routes(app: "FastAPI", routes: _Routes) -> None:
 
 
 async def _handle(request: Any, error: Exception) -> Any:
-    """One form for all errors. 503, never 429: some trainers do not retry 4xx."""
+    """Give all errors one form. 503, never 429: some trainers do not retry 4xx."""
     from fastapi.responses import JSONResponse
 
     status, message = getattr(error, "status_code", 503), str(error)
@@ -262,22 +262,22 @@ async def _handle(request: Any, error: Exception) -> Any:
 
 
 async def _handle_bug(_request: Any, _error: Exception) -> Any:
-    """The traceback goes to the server's stderr; a client gets nothing of it."""
+    """The traceback goes to the server's stderr, never to a client."""
     from fastapi.responses import JSONResponse
 
-    return JSONResponse({"error": "a fault of the server; its log says more"}, 500)
+    return JSONResponse({"error": "internal server error; the server's log has the details"}, 500)
 
 
 class Guard:
-    """Around the application: the key, the size of bodies, request ids, and the count of every request."""
+    """A wrapper around the application: checks the key and the body's size, adds request ids, counts requests."""
 
     def __init__(self, app: Any, service: Service, limits: Limits) -> None:
-        """Guard an ASGI application."""
+        """Wrap an ASGI application."""
         self._app, self._service, self._limits = app, service, limits
         self._paths = {route.path for route in app.routes if hasattr(route, "path")}
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """Handle one connection, as ASGI wants it."""
+        """Handle one ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -315,7 +315,7 @@ class Guard:
         return None
 
     def _limited(self, receive: Receive) -> Receive:
-        """Limits the size of a body, which need not announce one, and the time that it may take to come in."""
+        """Limits the size of a body, whether announced or not, and the time it may take to arrive."""
         from starlette.exceptions import HTTPException
 
         began, received, is_complete = time.monotonic(), 0, False
@@ -331,15 +331,15 @@ class Guard:
                     is_complete = not message.get("more_body", False)
                 if received > self._limits.body:
                     raise HTTPException(413, f"the body is larger than {self._limits.body:,} bytes")
-                # HTTPException, for FastAPI lets no other kind through while it reads a body.
+                # HTTPException, because FastAPI lets no other exception through while it reads a body.
                 if not is_complete and self._service.judge.engine.is_stopping:
                     raise HTTPException(503, _SHUTTING_DOWN)
                 allowed = self._limits.body_patience + received / _SLOWEST
                 if not is_complete and time.monotonic() - began > allowed:
-                    raise HTTPException(408, "the body did not come in time", {"Connection": "close"})
+                    raise HTTPException(408, "the body did not arrive in time", {"Connection": "close"})
                 if message:
                     return message
-            return await receive()  # of a client that hangs up
+            return await receive()  # the client hung up
 
         return limited
 

@@ -1,4 +1,4 @@
-"""The work behind `serve_judge.py`: the judge that was named, behind a port."""
+"""The work behind `serve_judge.py`: load a judge and serve it on a port."""
 
 import argparse
 import asyncio
@@ -25,18 +25,18 @@ from prmkit.serving.service import Service
 log = logging.getLogger("prmkit")
 
 _KEEP_ALIVE = 75
-"""Seconds that a connection may be idle, or take to send the head of a request."""
+"""Seconds that a connection may be idle, or may take to send a request's headers."""
 _SHADOW_PATIENCE = 0.01
-"""Seconds that the challenger's prompts wait for a place: nobody waits for them, and their number must not grow."""
+"""Seconds that the challenger's prompts wait for a place: no client needs them, and their number must not grow."""
 
 
 def serve(arguments: argparse.Namespace) -> ExitCode:
-    """Serve until a signal comes; what was taken by then is answered.
+    """Serve until a signal arrives; requests accepted by then are answered.
 
     Raises:
         DataError: there is no such judge, or the port is taken.
         UsageError: the arguments contradict each other, or the key's variable is empty.
-        Interrupted: SIGTERM or SIGINT came, as always in the end.
+        Interrupted: SIGTERM or SIGINT arrived; this is how serving normally ends.
     """
     scorer = scorer_of(arguments)
     service = _service(arguments, scorer)
@@ -46,8 +46,8 @@ def serve(arguments: argparse.Namespace) -> ExitCode:
             return _serve(service, limits, arguments)
     except Interrupted as stopped:
         if refused := sum(judge.engine.refused for judge in service.judges):
-            # The thread that should have judged them may hang for minutes, and Python would wait for it.
-            log.error("Stopped; %d prompts were not judged in time, and refused with 503.", refused)
+            # The thread that should have judged them may hang for minutes, and Python would wait for it to end.
+            log.error("Stopped; %d prompts were not judged in time and were refused with 503.", refused)
             os._exit(stopped.exit_code)
         raise
 
@@ -55,7 +55,7 @@ def serve(arguments: argparse.Namespace) -> ExitCode:
 def _serve(service: Service, limits: Limits, arguments: argparse.Namespace) -> ExitCode:
     with _bind(arguments.host, arguments.port) as listening:
         for judge in service.judges:
-            judge.engine.load()  # one that cannot be loaded is an error now, not when the first client comes
+            judge.engine.load()  # a judge that cannot be loaded is an error now, not when the first client connects
         _listen(listening, arguments.host)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -102,14 +102,14 @@ def _served(arguments: argparse.Namespace, scorer: Scorer, name: str) -> ServedJ
 def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
     if arguments.challenger is None:
         if arguments.share is not None or arguments.shadow:
-            raise UsageError("--share and --shadow need --challenger, the judge to try.")
+            raise UsageError("--share and --shadow need --challenger (a second judge).")
         return None
     scorer = challenger_of(arguments, arguments.challenger)
     challenger = _served(arguments, scorer, _name_of(str(scorer.source.adapter or scorer.source.model)))
     rubric, _ = _rubric(arguments.rubric, scorer, challenger.name)
     if (rubric is not None) != has_rubric:
         raise UsageError(
-            f"{challenger.name}: one of the two judges scores steps of runs, the other ready prompts alone."
+            f"{challenger.name}: one of the two judges scores steps of runs, the other only finished prompts."
         )
     if arguments.shadow:
         challenger.engine.patience = _SHADOW_PATIENCE
@@ -118,7 +118,7 @@ def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
 
 
 def _name_of(judge: str) -> str:
-    """A judge's name for clients and the log: NAME@NUMBER of a registered one, else the last part of its path."""
+    """A judge's name for clients and the log: NAME@NUMBER if it is registered, else the last part of its path."""
     run = Path(judge)
     return f"{run.parent.parent.name}@{run.parent.name}" if is_registered(run) else run.name or judge
 
@@ -138,14 +138,14 @@ def _request_log(arguments: argparse.Namespace, metrics: Metrics) -> RequestLog 
 
 
 def _rubric(path: Path | None, scorer: Scorer, judge: str) -> tuple[Rubric | None, str]:
-    """What the judge is asked about steps; or None and why, for a judge of ready prompts."""
+    """The rubric for steps; or None and the reason, if the judge can only score finished prompts."""
     rubric = load_rubric(path)
     try:
         check_rubric(rubric, scorer.source.rubrics, judge)
     except UsageError as error:
         if path is not None or scorer.source.rubrics:
-            raise  # another rubric than the one that it was trained with
-        log.warning("%s Until then, only prompts in /v1/score.", error)
+            raise  # not the rubric that the judge was trained with
+        log.warning("%s Until then, only finished prompts can be scored, at /v1/score.", error)
         return None, str(error)
     return rubric, ""
 
@@ -174,8 +174,8 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _listen(listening: socket.socket, host: str) -> None:
     try:
-        listening.listen(2048)  # only now: until the judge is loaded, clients and balancers are refused
-    except OSError as error:  # somebody else bound the same port at the same time
+        listening.listen(2048)  # only now: until the judge is loaded, clients and load balancers are refused
+    except OSError as error:  # another process bound the same port at the same time
         raise _cannot_listen(host, listening.getsockname()[1], error) from error
 
 
@@ -189,7 +189,7 @@ def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # uvicorn ends the application after its requests, and they wait for the judge, which would not stop.
+            # uvicorn stops the application only after its requests, which wait for the judge, so it would never stop.
             stopping = asyncio.create_task(service.stop(limits.drain))
             await super().shutdown(sockets)
             await stopping
@@ -206,12 +206,12 @@ def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode
     try:
         Server(config).run(sockets=[listening])
     except Interrupted as error:  # uvicorn raises the signal again when everything is answered
-        raise Interrupted("Stopped; every request that was taken is answered.", error.exit_code) from None
+        raise Interrupted("Stopped; every accepted request was answered.", error.exit_code) from None
     return ExitCode.DONE
 
 
 def _patient_protocol() -> Any:
-    """uvicorn's protocol with a limit for the head of a request: its own timer ends with the first byte."""
+    """uvicorn's protocol with a time limit for a request's headers: uvicorn's own timer ends with the first byte."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):

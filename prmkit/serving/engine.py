@@ -1,7 +1,7 @@
-"""One judge for many clients: what they ask one at a time is judged in batches, and equal prompts once.
+"""One judge for many clients: their single prompts are judged in batches, and equal prompts once.
 
-Everything here runs in one event loop, so nothing needs a lock; the judge itself works in a thread of its own, the
-only one that touches the model.
+Everything here runs in one event loop, so nothing needs a lock; the judge runs in a separate thread, the only one that
+touches the model.
 """
 
 import asyncio
@@ -22,33 +22,33 @@ log = logging.getLogger("prmkit")
 BATCH = 64
 """The most prompts that are judged together. The backend sorts them by length and shares their prefixes."""
 _REMEMBERED = 4096
-"""Judgements that are kept, so that a prompt that is asked again costs nothing. About 5 MB."""
+"""The number of judgements kept, so that a repeated prompt costs nothing. About 5 MB."""
 
 _FAULTS = (
     RuntimeError, MemoryError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
     OSError,
 )  # fmt: skip
-"""What libraries raise inside a model: too little memory, or a bug that one odd prompt meets."""
+"""What libraries raise inside a model: out of memory, or a bug that one odd prompt triggers."""
 
 
 class Busy(Exception):
-    """The queue is full, and stayed full for as long as a client should wait."""
+    """The queue stayed full for as long as a client should wait."""
 
 
 class Stopping(Exception):
-    """The server is shutting down and takes no more prompts."""
+    """The server is shutting down and accepts no more prompts."""
 
 
 @dataclass
 class Engine:
-    """Judges requests as they come in."""
+    """Judges requests as they arrive."""
 
     scorer: Scorer
     mode: Mode = "expected"
     window: float = 0.005
     """Seconds that an idle judge waits for more prompts after the first one."""
     limit: int = 1024
-    """The most prompts that wait at once."""
+    """The most prompts that may wait at once."""
     patience: float = 60.0
     """Seconds that a client waits for a place in the queue."""
     on_batch: Callable[[int, float], None] = lambda size, seconds: None
@@ -56,22 +56,22 @@ class Engine:
     on_cache_hit: Callable[[], None] = lambda: None
     _waiting: "OrderedDict[bytes, Request]" = field(default_factory=OrderedDict)
     _answers: dict[bytes, "asyncio.Future[Judgement]"] = field(default_factory=dict)
-    """Of prompts that wait or are being judged."""
+    """The hashes of prompts that wait or are being judged."""
     _known: "OrderedDict[bytes, Judgement]" = field(default_factory=OrderedDict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _left: asyncio.Condition = field(default_factory=asyncio.Condition)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "judge"))
     is_stopping: bool = False
     _is_over: bool = False
-    """Nothing more is judged, also of what waits for a place."""
+    """Nothing more is judged, including prompts that wait for a place."""
     refused: int = 0
-    """Prompts that were not judged before the server had to end: the judge's thread may hang at them."""
+    """Prompts that were not judged before the server had to stop: the judge's thread may hang on them."""
 
     def load(self) -> None:
         """Load the judge now, in the thread that will use it: a second pool of compute threads would slow it down.
 
         Raises:
-            DataError, UsageError: it cannot be loaded.
+            DataError, UsageError: the judge cannot be loaded.
         """
         self._thread.submit(lambda: self.scorer.backend).result()
 
@@ -93,11 +93,11 @@ class Engine:
         await self._wait_for_places(len(new))
         loop = asyncio.get_running_loop()
         for key, request in new.items():
-            if key not in self._answers:  # another client may have asked while this one waited
+            if key not in self._answers:  # another client may have sent the same prompt while this one waited
                 self._answers[key] = loop.create_future()
                 self._waiting[key] = request
         self._arrived.set()
-        # Shielded: a client that hangs up must not cancel what another one waits for, too.
+        # Shielded: a client that hangs up must not cancel what another client also waits for.
         answers = {key: asyncio.shield(self._answers[key]) for key in new}
         found |= dict(zip(answers, await asyncio.gather(*answers.values()), strict=True))
         return [found[key] for key in keys]
@@ -110,7 +110,7 @@ class Engine:
         return True
 
     async def _wait_for_places(self, count: int) -> None:
-        """A request with more prompts than there are places at all gets in when the queue is empty."""
+        """Wait for room; a request with more prompts than the queue has places gets in when it is empty."""
         if self.is_stopping:
             raise Stopping
         async with self._left:
@@ -143,7 +143,7 @@ class Engine:
         judgements = await asyncio.get_running_loop().run_in_executor(self._thread, self._score, batch)
         self.on_batch(len(batch), time.perf_counter() - started)
         for key, judgement in zip(keys, judgements, strict=True):
-            if answer := self._answers.pop(key, None):  # none where it came too late
+            if answer := self._answers.pop(key, None):  # none if the judgement came too late
                 answer.set_result(judgement)
             if judgement.status != "failed":
                 self._known[key] = judgement
@@ -153,13 +153,13 @@ class Engine:
             self._left.notify_all()
 
     def _score(self, batch: Sequence[Request]) -> list[Judgement]:
-        """Runs in the judge's thread. Whatever goes wrong there is an answer: the server must outlive it."""
+        """Runs in the judge's thread. Every failure becomes an answer: the server must survive it."""
         try:
             return list(self.scorer.judgements(batch, self.mode))
         except PrmkitError as error:
             fault: Exception = error
         except _FAULTS as error:
-            if len(batch) > 1:  # one prompt is to blame, perhaps, and must not cost the others their answers
+            if len(batch) > 1:  # a single prompt may be to blame, and must not cost the others their answers
                 middle = len(batch) // 2
                 return self._score(batch[:middle]) + self._score(batch[middle:])
             fault = error
@@ -167,7 +167,7 @@ class Engine:
         return [Judgement("failed", reason=str(fault) or type(fault).__name__)] * len(batch)
 
     async def stop(self, seconds: float) -> int:
-        """Take nothing more, finish what was taken, and refuse what is not finished in time.
+        """Accept nothing more, finish what was accepted, and refuse what is not finished in time.
 
         Returns:
             How many prompts were refused.
@@ -181,7 +181,7 @@ class Engine:
         self._answers.clear()
         for answer in left:
             answer.set_exception(Stopping())
-            answer.exception()  # a client may have hung up, and nobody else would look at it
+            answer.exception()  # if the client hung up, nobody else would retrieve the exception
         self._is_over = True
         async with self._left:
             self._left.notify_all()

@@ -1,4 +1,4 @@
-"""Which judge answers what: the one in production, and a challenger beside it that may replace it one day."""
+"""Which judge answers what: the production judge, or a challenger that may one day replace it."""
 
 import asyncio
 import hashlib
@@ -19,7 +19,7 @@ class Scored(NamedTuple):
     """What a judge said about one row."""
 
     line: dict[str, Any]
-    """As clients get it."""
+    """The line that clients get."""
     judgement: Judgement
 
 
@@ -28,7 +28,7 @@ class ServedJudge:
     """One judge with its queue."""
 
     name: str
-    """As clients and the log see it."""
+    """The judge's name for clients and the log."""
     engine: Engine
     abstention: Abstention | None = None
 
@@ -42,7 +42,7 @@ class ServedJudge:
         return [self._scored(row, next(judged) if row.request else None) for row in rows]
 
     async def try_to_score(self, rows: Sequence[Row]) -> list[Scored]:
-        """As `score`, but a full queue is an answer, too: status `failed`."""
+        """Like `score`, but a full queue gives answers with the status `failed`."""
         try:
             return await self.score(rows)
         except Busy:
@@ -66,33 +66,33 @@ class Trial:
 
     challenger: ServedJudge
     share: float
-    """Of the tasks that the challenger scores, 0 to 1."""
+    """The share of tasks that the challenger scores, 0 to 1."""
     is_shadow: bool
-    """Both judges score these tasks and the production judge answers; else the challenger alone scores them."""
+    """If true, both judges score these tasks and the production judge answers; else only the challenger scores them."""
     _shadows: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def takes(self, row: Row) -> bool:
         """Whether the challenger scores this row: the same for all rows of a task, in every process, at any time.
 
-        A task that is taken with a small share is also taken with every larger one.
+        A task that is selected with a small share is also selected with every larger share.
         """
         key = row.task or (row.request.prompt if row.request else "")
         number = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return row.request is not None and int.from_bytes(number) < self.share * 2**64
 
     async def answer(self, production: ServedJudge, rows: Sequence[Row], count: Count) -> list[Scored]:
-        """Score rows with the judge that each is for.
+        """Score each row with the judge that is responsible for it.
 
         Args:
-            production: the judge that answers everything which the challenger does not.
-            rows: what was asked.
-            count: called with everything that a judge said, shown to the client or not.
+            production: the judge that answers everything the challenger does not.
+            rows: the rows to score.
+            count: called with every judge's answers, whether the client sees them or not.
 
         Returns:
-            One answer a row, in their order.
+            One answer per row, in order.
 
         Raises:
-            Busy, Stopping: of the production judge.
+            Busy, Stopping: raised by the production judge.
         """
         if self.is_shadow:
             self._start_shadow([row for row in rows if self.takes(row)], count)
@@ -100,7 +100,7 @@ class Trial:
         mine = [row for row, is_taken in zip(rows, taken, strict=True) if is_taken]
         others = [row for row, is_taken in zip(rows, taken, strict=True) if not is_taken]
         challenged, answered = await asyncio.gather(self.challenger.try_to_score(mine), production.score(others))
-        # What the challenger failed at is answered as if there were none.
+        # Rows on which the challenger failed are answered as if there were no challenger.
         failed = [row for row, scored in zip(mine, challenged, strict=True) if scored.judgement.status == "failed"]
         of_challenger, of_production, instead = map(iter, (challenged, answered, await production.score(failed)))
         answers = []
@@ -114,14 +114,14 @@ class Trial:
         return answers
 
     def _start_shadow(self, rows: Sequence[Row], count: Count) -> None:
-        """Let the challenger score rows, without anybody who waits for it."""
+        """Let the challenger score rows in the background; no client waits for it."""
         if rows:
             task = asyncio.create_task(self._shadow(rows, count))
-            self._shadows.add(task)  # the event loop alone would forget a task that is still at work
+            self._shadows.add(task)  # the event loop keeps only a weak reference to a running task
             task.add_done_callback(self._shadows.discard)
 
     async def finish(self, seconds: float) -> None:
-        """Let the challenger finish what it has begun, and count it, for so long."""
+        """Wait up to `patience` seconds for the challenger to finish what it has begun, and count that."""
         deadline = time.monotonic() + seconds
         await self.challenger.engine.stop(seconds)
         if self._shadows:

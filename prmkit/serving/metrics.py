@@ -14,7 +14,7 @@ from prmkit.registered import is_registered, results_folder
 from prmkit.serving.request_log import Role
 
 _RECENT = 1000
-"""Scores that drift is computed from."""
+"""The number of latest scores from which drift is computed."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHARES = tuple(step / 10 for step in range(1, 11))
 
@@ -23,11 +23,11 @@ class Metrics:
     """Counters and histograms of one server."""
 
     def __init__(self, depth: Callable[[], int], reference: Sequence[float]) -> None:
-        """Begin at zero.
+        """Start all counts at zero.
 
         Args:
             depth: how many prompts wait or are being judged.
-            reference: scores of the judge on its held-out rows; empty where they are not known.
+            reference: scores of the judge on its held-out rows; empty if they are not known.
         """
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -43,7 +43,7 @@ class Metrics:
         self.steps = Counter(
             "prmkit_steps", "Prompts that were judged, by status and role.", ["status", "role"], registry=registry
         )
-        self.cache_hits = Counter("prmkit_cache_hits", "Prompts that were judged before.", registry=registry)
+        self.cache_hits = Counter("prmkit_cache_hits", "Prompts answered from the cache.", registry=registry)
         self.batch_size = Histogram(
             "prmkit_batch_size", "Prompts judged together.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
         )
@@ -55,13 +55,13 @@ class Metrics:
             "prmkit_label_mass", "Probability of any score at all.", ["role"], buckets=_SHARES, registry=registry
         )
         self.unscored_rewards = Counter(
-            "prmkit_unscored_rewards", "Rewards that were asked for and not computed.", ["answer"], registry=registry
+            "prmkit_unscored_rewards", "Rewards that were requested but not computed.", ["answer"], registry=registry
         )
         self.request_log_lines = Counter(
             "prmkit_request_log_lines", "Lines of the request log, written or lost.", ["outcome"], registry=registry
         )
         for outcome in ("written", "lost"):
-            self.request_log_lines.labels(outcome)  # so that an alarm for lost lines has a zero to begin with
+            self.request_log_lines.labels(outcome)  # so that an alert on lost lines starts from a zero
         self.score.labels("production"), self.label_mass.labels("production")
         Gauge("prmkit_queue_depth", "Prompts that wait or are being judged.", registry=registry).set_function(depth)
         drift = Gauge(
@@ -76,7 +76,7 @@ class Metrics:
         return math.nan if psi is None else psi
 
     def count(self, judgement: Judgement, role: Role) -> None:
-        """Count one judged prompt. Drift is that of the production judge."""
+        """Count one judged prompt. Only the production judge's scores count for drift."""
         self.steps.labels(judgement.status, role).inc()
         if judgement.score is not None:
             self.score.labels(role).observe(judgement.score)
@@ -95,14 +95,14 @@ class Metrics:
         self.request_log_lines.labels(outcome).inc(lines)
 
     def text(self) -> bytes:
-        """Everything, as Prometheus reads it."""
+        """All metrics, in Prometheus' text format."""
         from prometheus_client import generate_latest
 
         return generate_latest(self._registry)
 
 
 def held_out_scores(run: Path | None) -> list[float]:
-    """The scores that a run's evaluation gave to its held-out steps; empty where it was not measured."""
+    """The judge's scores of the held-out steps in a run's evaluation; empty if it was not evaluated."""
     if run is None:
         return []
     places = [run / "evaluation", *([results_folder(run)] if is_registered(run) else [])]

@@ -1,8 +1,8 @@
 """What clients send, as runs and steps: messages, whole runs in any form, and the plain text of RL trainers.
 
 A trainer sends what its policy read and wrote: one string with the special tokens of the policy's chat template. A
-judge that is given such a string as its prompt answers with noise, so it is taken apart into messages here, and judged
-through the same step prompts as in training. What cannot be taken apart is refused.
+judge would answer such a prompt with noise, so the string is split into messages here, and they are judged with the
+same step prompts as in training. A string that cannot be split is refused.
 """
 
 import json
@@ -28,18 +28,18 @@ from prmkit.trajectory import Trajectory, task_id_of
 _SOURCE = {"format": "http"}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="request")
-"""Of the HTTP request that is being answered: the name of a run that has no other."""
+"""The id of the HTTP request being answered: it names a run that has no other name."""
 
 
 class NothingWritten(DataError):
-    """There is no step in what a policy wrote: it ended its answer at once, as policies do now and then."""
+    """There is no step in what a policy wrote: it ended its answer at once, as policies sometimes do."""
 
 
 def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileReport]]:
     """The runs in the body of a request, in any form that `import_trajectories.py` reads.
 
     Args:
-        body: what a file of that form holds; the lines of a JSONL file as an array.
+        body: the content of a file in that form; an array of lines for JSONL.
         form: the name of the form; None to recognise it.
 
     Raises:
@@ -70,10 +70,10 @@ def _written(body: Any) -> bytes:
 
 
 def _named(run: Trajectory) -> Trajectory:
-    """The run with the request's id in its name, where the client named neither run nor task.
+    """The run with the request's id in its name, if the client named neither run nor task.
 
-    The importer numbers runs of a task in a file. Here every request would begin with the same number, and so give
-    the runs of different requests one name.
+    The importer numbers the runs of a task within a file. Here every request would start with the same number, and runs
+    of different requests would share a name.
     """
     given = task_id_of(run.task)
     if run.task_id != given or not run.trajectory_id.startswith(f"{given}."):
@@ -82,13 +82,13 @@ def _named(run: Trajectory) -> Trajectory:
 
 
 def run_of_step(item: Mapping[str, Any]) -> Trajectory:
-    """The run up to one step: `task`, `history` and `step`, the last two as lists of messages.
+    """The run up to one step, from `task`, `history` and `step`; the last two are lists of messages.
 
     The step is taken to be the last of its run if it calls no tool; `last` says otherwise. `task_id` and
     `trajectory_id`, here or in `metadata`, are kept.
 
     Raises:
-        DataError: a part is missing or not of its form, or the agent says nothing in `step`.
+        DataError: a part is missing or malformed, or the agent says nothing in `step`.
     """
     task, history, step = item.get("task"), item.get("history") or [], item.get("step")
     if not isinstance(task, str) or not task.strip():
@@ -103,7 +103,7 @@ def run_of_step(item: Mapping[str, Any]) -> Trajectory:
         raise DataError("metadata: an object.")
     names = {name: name_in(item, name) or name_in(metadata, name) for name in ("task_id", "trajectory_id")}
     before, now = turns_of(history, lost), turns_of(step or [], lost)
-    if not any(map(_is_step, now)):  # or the step before it would be judged
+    if not any(map(_is_step, now)):  # otherwise the previous step would be judged
         raise DataError("step: has no message in which the agent says or does something.")
     run = _run([*before, *now], task, **names)
     calls = run.steps[-1].calls
@@ -129,10 +129,10 @@ def _run(
 
 @dataclass(frozen=True)
 class _Chat:
-    """How a family of chat templates writes messages."""
+    """The format in which a family of chat templates writes messages."""
 
     message: re.Pattern[str]
-    """One message: `role`, `text`, and `end`, empty where the message is still open."""
+    """One message: `role`, `text`, and `end`, which is empty if the message is still open."""
     answer: str
     """What an answer of the agent begins with."""
 
@@ -163,13 +163,13 @@ _MISTRAL = (
     (re.compile(r"\s*\[/TOOL_RESULTS\]\s*"), "<|im_end|>\n<|im_start|>assistant\n"),
     (re.compile(r"</s>"), "<|im_end|>\n"),
 )
-"""Mistral marks only the user's turns; rewritten as ChatML, an answer has an end, too."""
+"""Mistral marks only the user's turns; rewritten as ChatML, answers have an end, too."""
 _NOT_TEXT = re.compile(
     r"<\|(?:begin_of_text|endoftext|end_of_text|im_end|eot_id|eom_id|end)\|>|<s>|</s>|<bos>|<eos>|<pad>|<end_of_turn>|"
     r"<｜(?:begin|end)▁of▁sentence｜>"
 )
 _LEADING = re.compile(rf"\A(?:{_NOT_TEXT.pattern})+")
-"""A decoded query may have a first token that its prompt does not have."""
+"""A decoded query may begin with a token that its prompt does not have."""
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _ANSWER = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
 _TAGS = re.compile(r"<(?:think|tool_call|result|answer)>")
@@ -180,12 +180,12 @@ def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, 
 
     Args:
         prompt: what the policy was given: a string with or without the tokens of a chat template, or messages.
-        written: what it wrote, as a string or as messages. Tool results in it become those of the steps.
+        written: what it wrote, as a string or as messages. Tool results in it become the steps' results.
         whole: `written` is a string that begins with the prompt.
 
     Raises:
         NothingWritten: no message of the agent in it has any content.
-        DataError: it cannot be taken apart, so a score of it would be noise.
+        DataError: it cannot be split into messages, so a score of it would be noise.
     """
     if not isinstance(prompt, str) or not isinstance(written, str):
         before = _turns_of_prompt(prompt)
@@ -195,7 +195,7 @@ def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, 
     if whole:
         prompt, written = (_LEADING.sub("", text) for text in (prompt, written))
         if not written.startswith(prompt):
-            raise DataError("the query does not begin with its prompt, so it is not known what the policy wrote.")
+            raise DataError("the query does not begin with its prompt, so what the policy wrote is unknown.")
         response = written[len(prompt) :]
     if "[/INST]" in prompt:
         prompt, response = _without_inst(prompt), _without_inst(response)
@@ -255,7 +255,7 @@ def _is_agent(role: str) -> bool:
 
 
 def _turns_of_chat(response: str) -> list[Turn]:
-    """The turns of an answer that holds the tokens of a chat template; empty for one without."""
+    """The turns of an answer that has the tokens of a chat template; empty if it has none."""
     chat = _chat_of(response)
     return _turns(chat, chat.answer + response) if chat else []
 
@@ -266,7 +266,7 @@ def _turns(chat: _Chat, text: str) -> list[Turn]:
         role, content = found["role"].lower(), _NOT_TEXT.sub("", found["text"]).strip()
         if _is_agent(role):
             messages.append(_agent_message(content))
-        elif answers := _ANSWER.findall(content):  # Qwen and Hermes write tool results in messages of the user
+        elif answers := _ANSWER.findall(content):  # Qwen and Hermes write tool results in user messages
             messages += [{"role": "tool", "content": answer.strip()} for answer in answers]
         elif content:
             messages.append({"role": role, "content": content})

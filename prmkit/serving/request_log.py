@@ -1,7 +1,7 @@
-"""The request log: one JSON line for every step that was judged, for A/B tests, drift and audits.
+"""The request log: one JSON line for every judged step, for A/B tests, drift and audits.
 
-Lines are written by a thread of their own, so that a slow disk delays no answer. What cannot be written, because the
-disk is full or too slow, is counted and reported once; the answers themselves do not depend on it.
+A separate thread writes the lines, so that a slow disk delays no answer. Lines that cannot be written, because the disk
+is full or too slow, are counted, and the failure is reported once; answers are not affected.
 """
 
 import logging
@@ -26,7 +26,7 @@ from prmkit.trajectory import log_id
 log = logging.getLogger("prmkit")
 
 Role = Literal["production", "challenger", "shadow"]
-"""`production` and `challenger` answered the client; what `shadow` said was not shown to anybody."""
+"""`production` and `challenger` answered the client; a `shadow` answer was shown to nobody."""
 
 FIELDS = (
     "time", "id", "judge", "role", "request_hash", "task", "trajectory", "score", "std", "label_mass", "status",
@@ -34,11 +34,11 @@ FIELDS = (
 )  # fmt: skip
 
 _MOST_WAITING = 64 << 20
-"""Bytes of lines that wait for the disk. With more, new lines are lost: memory must not fill up instead of the disk."""
+"""The most bytes that wait for the disk. Beyond that, new lines are lost, so that memory does not fill up instead."""
 _AT_ONCE = 1 << 20
 """Bytes of lines that are written together."""
 _PATIENCE = 5.0
-"""Seconds for the last lines when the server ends."""
+"""Seconds to write the last lines when the server stops."""
 _BEGINNING = b'{"time":"'
 
 
@@ -49,28 +49,28 @@ class RequestLog:
     file: Path
     with_prompts: bool = False
     largest: int = 100 << 20
-    """Bytes of one file; then it becomes FILE.1, FILE.1 becomes FILE.2, and so on."""
+    """Bytes after which a file is full; it then becomes FILE.1, FILE.1 becomes FILE.2, and so on."""
     kept: int = 10
     """How many full files are kept."""
     on_outcome: Callable[[str, int], None] = lambda outcome, lines: None
     """Called with `written` or `lost` and a number of lines."""
     _waiting: deque[bytes] = field(default_factory=deque)
     _bytes: int = 0
-    """The size of what waits."""
+    """Bytes of the lines that wait."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _is_closing: bool = False
     _has_warned: bool = False
     _descriptor: int | None = None
-    """Of the open file; only the writing thread uses it."""
+    """Bytes in the open file; only the writing thread uses it."""
 
     def add(self, row: Row, line: Result, judge: str, role: Role) -> None:
         """Log one judged step. Returns at once, whatever the disk does.
 
         Args:
-            row: what was asked.
-            line: what was answered.
+            row: the row that was scored.
+            line: the answer.
             judge: the name of the judge that gave this answer.
-            role: what the answer was for.
+            role: the judge's role for this answer.
         """
         self._put(orjson.dumps(self._entry(row, line, judge, role), option=orjson.OPT_APPEND_NEWLINE))
 
@@ -96,11 +96,11 @@ class RequestLog:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Write what is added while the block runs. Another server cannot write the same file.
+        """Write lines while the block runs. Another server cannot write to the same file.
 
         Raises:
-            DataError: the file cannot be written, or another server writes it.
-            UsageError: it is not a request log, but something that must not be appended to.
+            DataError: the file cannot be written, or another server is writing to it.
+            UsageError: the file is not a request log, so nothing may be appended to it.
         """
         if self.file.exists() and not self.file.is_file():
             raise UsageError(f"{self.file}: is not a regular file. Choose another --log-requests.")
@@ -141,7 +141,7 @@ class RequestLog:
                 self.on_outcome("written", len(lines))
 
     def _next_lines(self) -> list[bytes]:
-        """Some lines to write together; none when the log was closed and everything is written."""
+        """Lines to write together; none when the log is closed and everything is written."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
             lines: list[bytes] = []
@@ -154,7 +154,7 @@ class RequestLog:
             return lines
 
     def _append(self, text: bytes) -> None:
-        """Write complete lines or nothing: half a line would damage the next one, too."""
+        """Write complete lines or nothing: half a line would damage the next line, too."""
         descriptor = self._open()
         size = os.fstat(descriptor).st_size
         if size and size + len(text) > self.largest:
@@ -169,7 +169,7 @@ class RequestLog:
             raise
 
     def _open(self) -> int:
-        """The descriptor of the file, opened again where somebody has moved or deleted it (logrotate)."""
+        """The file's descriptor, reopened if the file was moved or deleted (logrotate)."""
         if self._descriptor is not None and not _is_at(self._descriptor, self.file):
             os.close(self._descriptor)
             self._descriptor = None
@@ -203,18 +203,18 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _open_file(file: Path) -> int:
-    # Private, for it may hold prompts. A link that somebody has planted would let us write into another file.
+    # Private, because it may hold prompts. A planted link would make us write into another file.
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return os.open(file, flags, 0o600)
 
 
 def _valid(text: str) -> str:
-    """Text that can be written: half a surrogate pair, which JSON can carry, becomes a question mark."""
+    """Text that can be written: a lone surrogate, which JSON can hold, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _check_file(file: Path) -> None:
-    """Check that lines can be appended, and remove a last line that a killed server has not finished."""
+    """Check that lines can be appended, and remove a last line that a killed server did not finish."""
     try:
         descriptor = _open_file(file)
     except OSError as error:
@@ -226,7 +226,7 @@ def _check_file(file: Path) -> None:
             raise UsageError(f"{file}: exists and is not a request log. Choose another --log-requests.")
         end = _end_of_last_line(stream, size)
         if end < size:
-            log.warning("%s: the last line was not finished, and is removed", file)
+            log.warning("%s: removed an incomplete last line", file)
             stream.truncate(end)
 
 
@@ -242,7 +242,7 @@ def _may_be_ours(first: bytes) -> bool:
 
 
 def _end_of_last_line(stream: BinaryIO, size: int) -> int:
-    """The position after the last line break; 0 where there is no line break."""
+    """The position after the last line break; 0 without one."""
     end = size
     while end:
         begin = max(0, end - _AT_ONCE)

@@ -1,4 +1,4 @@
-"""What each endpoint answers. No HTTP here: dictionaries in, dictionaries out, errors raised."""
+"""What each endpoint answers, without HTTP: dictionaries in, dictionaries out, errors raised."""
 
 import asyncio
 import math
@@ -24,14 +24,14 @@ from prmkit.serving.systemone import answer_to, check_question, key_of, run_of_s
 from prmkit.trajectory import Trajectory
 
 UNSCORED = ("error", "skip", "mean", "null")
-"""What a reward endpoint answers for a step without a score that can be relied on."""
+"""What a reward endpoint answers for a step without a reliable score."""
 _RECENT_REWARDS = 1000
 
 Body = Mapping[str, Any]
 
 
 class NoReward(Exception):
-    """A reward was asked for, and a step has no score that can be relied on."""
+    """A reward was requested, but a step has no reliable score."""
 
 
 @dataclass
@@ -39,11 +39,11 @@ class Service:
     """One judge, with everything that its endpoints need."""
 
     judge: ServedJudge
-    """The one in production."""
+    """The production judge."""
     metrics: Metrics
     shape_of: ShapeOf
     rubric: Rubric | None
-    """What the judge is asked about steps of runs; None for a judge of ready prompts."""
+    """What the judge is asked about steps of runs; None if it can only score finished prompts."""
     why_no_rubric: str = ""
     trial: Trial | None = None
     bad_below: float = 0.5
@@ -55,11 +55,11 @@ class Service:
 
     @property
     def judges(self) -> list[ServedJudge]:
-        """All that are loaded: the production judge, and the challenger if there is one."""
+        """The loaded judges: the production judge, and the challenger if there is one."""
         return [self.judge, self.trial.challenger] if self.trial else [self.judge]
 
     async def stop(self, seconds: float) -> None:
-        """Take nothing more, answer what was taken, and refuse the rest after so many seconds."""
+        """Accept nothing more, answer what was accepted, and refuse what is left after so many seconds."""
         deadline = time.monotonic() + seconds
         await self.judge.engine.stop(seconds)
         if self.trial:
@@ -68,10 +68,10 @@ class Service:
     # --- /v1/score
 
     async def score(self, body: Body) -> dict[str, Any]:
-        """One line for each of `steps`: ready prompts, or steps that become prompts here.
+        """One line for each of `steps`: finished prompts, or steps that become prompts here.
 
         Raises:
-            DataError: the body is not of its form.
+            DataError: the body is malformed.
         """
         steps, keys = body.get("steps"), body.get("keys") or ()
         if not isinstance(steps, list) or not all(isinstance(step, dict | str) for step in steps):
@@ -99,7 +99,7 @@ class Service:
                     number=number,
                     id=known or row.id,
                     metadata=item.get("metadata") or {},
-                    trajectory=trajectory,  # steps of one request need not be of one run
+                    trajectory=trajectory,  # the steps of a request may belong to different runs
                 )
             return prompt_row(read_row(item), number, shape_of)
         except Rejected as rejected:
@@ -123,7 +123,7 @@ class Service:
             self.request_log.add(row, scored.line, scored.line["judge"], role)
 
     async def first_line(self, judge: ServedJudge) -> dict[str, Any]:
-        """The line of one small prompt. It shows that a judge works; neither metrics nor log count it."""
+        """Score one small prompt to show that a judge works; neither the metrics nor the log count it."""
         step = {"task": "What is 2 + 2?", "step": {"role": "assistant", "content": "4"}}
         prompt = {"prompt": 'Judge this step: 2 + 2 is 4. Answer with {"step_score": <score>}'}
         (scored,) = await judge.score([self._row(step if self.rubric else prompt, 1, self.shape_of)])
@@ -137,7 +137,7 @@ class Service:
         """What this judge is asked about steps.
 
         Raises:
-            UsageError: it was trained on ready prompts, and would answer with noise.
+            UsageError: the judge was trained on finished prompts, and would answer with noise.
         """
         if self.rubric is None:
             raise UsageError(self.why_no_rubric)
@@ -152,11 +152,11 @@ class Service:
 
         Raises:
             DataError: there is no run in the body, or a number is out of range.
-            UsageError: the form is ambiguous or unknown, or this judge needs ready prompts.
+            UsageError: the form is ambiguous or unknown, or this judge needs finished prompts.
         """
         self.step_rubric()
         for name, share in (("gamma", gamma), ("bad_below", bad_below)):
-            if share is not None and not 0 <= share <= 1:  # NaN would call no step bad
+            if share is not None and not 0 <= share <= 1:  # with NaN, no step would be bad
                 raise DataError(f"{name}: a number from 0 to 1.")
         runs, reports = await asyncio.to_thread(runs_in, body, form)
         limit = self.bad_below if bad_below is None else bad_below
@@ -174,8 +174,8 @@ class Service:
         """OpenRLHF's contract: lists of `query` and `prompts` in, equally long lists of finite numbers out.
 
         Raises:
-            DataError: the lists do not fit, or a query cannot be taken apart.
-            NoReward: a step has no score that can be relied on.
+            DataError: the lists do not match, or a query cannot be split into messages.
+            NoReward: a step has no reliable score.
         """
         queries, prompts = body.get("query"), body.get("prompts")
         if not isinstance(queries, list) or not isinstance(prompts, list) or len(queries) != len(prompts):
@@ -191,13 +191,13 @@ class Service:
         return {"rewards": values, "scores": values, "extra_logs": logs, "judge": judges}
 
     async def reward(self, body: Body) -> dict[str, Any]:
-        """slime's contract, and that of prmkit.rewards: one sample's `prompt` and `response` in, an object out.
+        """The contract of slime and of prmkit.rewards: one sample's `prompt` and `response` in, an object out.
 
-        `aggregate` and `unscored` in the body replace the server's.
+        `aggregate` and `unscored` in the body override the server's.
 
         Raises:
-            DataError: a part is missing, or the response cannot be taken apart.
-            NoReward: a step has no score that can be relied on.
+            DataError: a part is missing, or the response cannot be split into messages.
+            NoReward: a step has no reliable score.
         """
         prompt, response = body.get("prompt"), body.get("response")
         if not isinstance(prompt, str | list) or not isinstance(response, str | list):
@@ -207,7 +207,7 @@ class Service:
         return found | {"score": asked._number(found["score"], found["reason"], can_be_null=True)}
 
     def _asked_for(self, body: Body) -> "Service":
-        """This service with what a body says about the reward."""
+        """This service with the reward settings of a request's body."""
         given = {name: body[name] for name in ("aggregate", "unscored") if name in body}
         for name, known in (("aggregate", tuple(AGGREGATES)), ("unscored", UNSCORED)):
             if name in given and given[name] not in known:
@@ -217,12 +217,12 @@ class Service:
     async def _reward(
         self, prompt: str | list[Any], text: str | list[Any], *, whole: bool, number: int = 1
     ) -> dict[str, Any]:
-        """The aggregate of the steps that the policy wrote, null where a step has no score that can be relied on."""
+        """The aggregate of the steps that the policy wrote; null if a step has no reliable score."""
         try:
             run, earlier = run_of_policy(prompt, text, whole=whole)
             run = replace(run, trajectory_id=f"{run.trajectory_id}.{number}")
             rows = self._step_rows(run)[earlier:]
-        except (NothingWritten, RecursionError):  # no answer, or one of endless brackets: neither may end a training
+        except (NothingWritten, RecursionError):  # no answer, or endless brackets: neither may stop a training run
             rows = []
         if not rows:
             return {
@@ -250,7 +250,7 @@ class Service:
         }
 
     def _number(self, score: float | None, reason: str | None, *, can_be_null: bool) -> float | None:
-        """The reward to answer. Never a silent zero: the policy would learn from it."""
+        """The reward to return. Never a silent zero: the policy would learn from it."""
         if score is not None:
             self._rewards.append(score)
             return score
@@ -261,7 +261,7 @@ class Service:
             self.metrics.unscored_rewards.labels("null").inc()
             return None
         self.metrics.unscored_rewards.labels("error").inc()
-        raise NoReward(f"no score that can be relied on: {reason}. --unscored says what to answer instead.")
+        raise NoReward(f"no reliable score: {reason}. --unscored sets what to answer instead.")
 
     # --- /v1/systemone
 
@@ -270,7 +270,7 @@ class Service:
 
         Raises:
             DataError: a question does not fit the judge's rubric, the state is not a run, or the judge is not sure.
-            NoReward: the judge could not be asked.
+            NoReward: the judge could not answer.
         """
         rubric = self.step_rubric()
         questions = body.get("questions")
@@ -281,9 +281,9 @@ class Service:
         keys = {name: key_of(name, question, rubric.keys) for name, question in questions.items()}
         run, unused = run_of_state(body.get("state"))
         ((line, judgement),) = await self._lines(self._step_rows(run)[-1:])
-        if line["status"] != "ok":  # asking again would help where a machine is to blame, and only there
+        if line["status"] != "ok":  # a retry helps only if the machine is to blame
             kind = NoReward if line["status"] == "failed" else DataError
-            raise kind(f"the judge gives no score that can be relied on: {line['reason']}")
+            raise kind(f"the judge gives no reliable score: {line['reason']}")
         threshold = self.bad_below
         answers = {
             name: answer_to(question, judgement.scores[keys[name]], threshold) | {"key": keys[name]}
@@ -299,7 +299,7 @@ def _is_step(item: Any) -> bool:
 
 
 def judge_of(answers: Sequence[Mapping[str, Any]]) -> str | None:
-    """The judge that gave all of some answers; None where several did."""
+    """The judge that gave all of these answers; None if there were several."""
     names = {answer["judge"] for answer in answers}
     return names.pop() if len(names) == 1 else None
 
@@ -329,7 +329,7 @@ def _run_answer(
 
 
 def _discounted(scores: Sequence[float | None], gamma: float) -> list[float | None]:
-    """The discounted sum of the scores from each step on; null from the last step without a score backwards."""
+    """The discounted sum of the scores from each step on; null up to and including the last step without a score."""
     returns: list[float | None] = []
     following: float | None = 0.0
     for score in reversed(scores):
@@ -339,5 +339,5 @@ def _discounted(scores: Sequence[float | None], gamma: float) -> list[float | No
 
 
 def _finite(value: float | None) -> float:
-    """A number for a log: trainers put these into tensors, where null and NaN end the training."""
+    """A number for a log: trainers put these into tensors, where null and NaN stop the training."""
     return -1.0 if value is None or not math.isfinite(value) else float(value)

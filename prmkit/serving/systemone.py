@@ -2,8 +2,8 @@
 
 The state is the end of a run: what the agent was asked, and what it said.
 
-A question is about one score key of the judge's rubric. Its type says in which form the answer comes: `score` over
-ordered levels, `choice` among levels, or `noul`, yes or no. The levels are ranges of the judge's 101 scores.
+A question is about one score key of the judge's rubric. Its type sets the form of the answer: `score` over ordered
+levels, `choice` among levels, or `noul`, yes or no. The levels are ranges of the judge's 101 scores.
 """
 
 import json
@@ -29,7 +29,7 @@ _NEVER_SHOWN = {"expectations", "guidelines", "reference", "reference_submission
 
 
 def run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
-    """The run in a state, and the names of what is not shown to the judge: a solution, or guidelines.
+    """The run in a state, and the names of the parts that are not shown to the judge: a solution, or guidelines.
 
     Raises:
         DataError: there is no run in it.
@@ -46,7 +46,7 @@ def run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
         if len(runs) == 1:
             return runs[0], sorted(_NEVER_SHOWN & set(state)) if isinstance(state, dict) else []
     raise DataError(
-        "state: what this judge can read is a run in any form of import_trajectories.py, or an object with a task "
+        "state: this judge reads a run in any form of import_trajectories.py, or an object with a task "
         f"({', '.join(_TASK)}) and what the agent said ({', '.join(_STEP)})."
     )
 
@@ -54,10 +54,10 @@ def run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
 def _run_of_parts(task: Any, history: Any, said: Any, thinking: Any) -> Trajectory:
     asked = _messages_in(task)
     answer = _messages_in(said) or [{"role": "assistant", "content": _text(said)}]
-    if asked and answer[: len(asked)] == asked:  # what an agent returns may begin with what it was given
+    if asked and answer[: len(asked)] == asked:  # an agent's output may begin with its input
         answer = answer[len(asked) :]
     if not answer or not isinstance(history, list):
-        raise DataError("state: history is a list of messages, and what the agent said is not empty.")
+        raise DataError("state: history must be a list of messages, and what the agent said must not be empty.")
     if thinking:
         answer = [*answer[:-1], {"reasoning_content": _text(thinking), **answer[-1]}]
     if asked is None:
@@ -66,7 +66,7 @@ def _run_of_parts(task: Any, history: Any, said: Any, thinking: Any) -> Trajecto
 
 
 def _messages_in(value: Any) -> list[Any] | None:
-    """The messages in what an application calls its input or output; None where it is something else."""
+    """The messages in what an application calls its input or output; None if it is something else."""
     match value:
         case {"messages": list(messages)} if is_message_list(messages):
             return messages
@@ -90,11 +90,11 @@ def _text(value: Any) -> str:
 def key_of(name: str, question: Mapping[str, Any], keys: Sequence[str]) -> str:
     """The score key that a question is about.
 
-    It is the one of its name, or the only one that there is, or the only one that its instructions name: some clients
+    It is the key with the question's name, or the only key, or the only key named in the instructions: some clients
     give every question the same name.
 
     Raises:
-        DataError: the rubric has several keys, and the question says none of them.
+        DataError: the rubric has several keys, and the question does not identify one of them.
     """
     if name in keys:
         return name
@@ -111,7 +111,7 @@ def check_question(name: str, question: Any) -> None:
     """Check that a judge of steps can answer a question.
 
     Raises:
-        DataError: it is of another type, or its levels cannot be ranges of scores.
+        DataError: the question has another type, or its levels cannot be ranges of scores.
     """
     if not isinstance(question, Mapping) or question.get("type") not in list(_ANSWERS):
         raise DataError(f"questions.{name}.type: this judge answers {', '.join(_ANSWERS)}.")
@@ -128,12 +128,12 @@ def _check_labels(name: str, criteria: Any) -> None:
     if _numbers(criteria) is None:
         raise DataError(
             f"questions.{name}.criteria: this judge gives scores, so the names of choices must be numbers, such as "
-            '"1" to "5" (the least is 0.00, the greatest is 1.00). Ask other questions of a judge trained for them.'
+            '"1" to "5" (the lowest is 0.00, the highest is 1.00). For other questions, use a judge trained for them.'
         )
 
 
 def _numbers(labels: Mapping[str, Any]) -> list[float] | None:
-    """What the names of choices mean; None unless they are different numbers."""
+    """The numbers that the names of choices stand for; None unless they are different numbers."""
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
@@ -143,11 +143,11 @@ def _numbers(labels: Mapping[str, Any]) -> list[float] | None:
 
 
 def answer_to(question: Mapping[str, Any], distribution: Distribution, threshold: float) -> dict[str, Any]:
-    """The answer to a question that `check_question` let pass.
+    """The answer to a question that passed `check_question`.
 
     Args:
-        question: as it came.
-        distribution: the judge's opinion on the question's key, with `shares`.
+        question: as the client sent it.
+        distribution: the judge's distribution for the question's key, with `shares`.
         threshold: a step with at least this score is good.
     """
     shares = distribution.shares or ()
@@ -191,7 +191,7 @@ _ANSWERS = {"score": _score, "choice": _choice, "noul": _noul}
 
 
 def _by_level(shares: Sequence[float], places: Sequence[float]) -> list[float]:
-    """The probability of each level: every score counts for the level that is nearest to it, the lower one of two."""
+    """The probability of each level: every score counts for its nearest level, the lower one in a tie."""
     order = sorted(range(len(places)), key=places.__getitem__)
     chances = [0.0] * len(places)
     for hundredth, share in enumerate(shares):

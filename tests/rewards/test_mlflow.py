@@ -63,6 +63,6 @@ def test_align_trains_on_what_people_said_and_returns_the_served_judge(
 ) -> None:
     python = installed_alone("mlflow==3.17.2", "pyyaml")
     found = output_of(python, ROOT, ALIGN, ROOT, tiny_model, sys.executable, tmp_path, timeout=900)
-    assert "no trace has feedback of a person" in found["nothing to learn"]  # a model's feedback teaches nothing
+    assert "no trace has feedback from a person" in found["nothing to learn"]  # a model's feedback teaches nothing
     assert found["sound"] > 0.7 and found["poor"] < 0.3, found
     assert found["scorer"] == ["right", True]

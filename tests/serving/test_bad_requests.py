@@ -71,7 +71,7 @@ def test_a_body_that_comes_too_slowly_is_refused_and_holds_nobody_up() -> None:
             with connection.makefile("rb") as stream:  # to its end: the server closes the connection
                 answer = stream.read()
             connection.close()
-            assert answer.startswith(b"HTTP/1.1 408") and b"did not come in time" in answer
+            assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in time" in answer
 
 
 def test_a_body_that_comes_byte_by_byte_is_refused_as_well() -> None:

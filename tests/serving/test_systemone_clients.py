@@ -105,6 +105,6 @@ def test_autorubric_grades_with_every_framing_that_a_judge_of_scores_can_answer(
     found = answers(python, AUTORUBRIC, tmp_path, url, KEY)
     for framing in ("noul", "framed", "score"):
         assert (found[f"{framing} good"], found[f"{framing} bad"]) == (1.0, 0.0), framing
-        assert "no score that can be relied on" in found[f"{framing} mumble"]
+        assert "no reliable score" in found[f"{framing} mumble"]
     for framing in ("choice", "words"):  # both offer a choice that is not a number, such as that it cannot be assessed
         assert "names of choices must be numbers" in found[f"{framing} good"]
