@@ -19,11 +19,11 @@ def _parser() -> argparse.ArgumentParser:
     add("input", help="runs in any form that import_trajectories.py reads (file or folder)")
     add("--n", type=positive, default=50, metavar="N", help="steps to label (default 50)")
     add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="rows (default labels.jsonl)")
-    add("--name", default="human", help="who labels; goes into every row (default human)")
-    add("--scores", type=Path, metavar="FILE", help="of score_trajectories.py: as many steps from each band of scores")
-    add("--seed", type=int, default=0, metavar="N", help="another seed draws other steps (default 0)")
-    add("--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours")
-    add("--format", metavar="NAME", help="do not recognise the form of the runs")
+    add("--name", default="human", help="your name, written into every row (default human)")
+    add("--scores", type=Path, metavar="FILE", help="of score_trajectories.py: draws as many steps from each band")
+    add("--seed", type=int, default=0, metavar="N", help="another seed draws different steps (default 0)")
+    add("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not ours")
+    add("--format", metavar="NAME", help="form of the runs (default: recognised)")
     add("--port", type=int, default=0, metavar="N", help="on 127.0.0.1 (default: a free one)")
     return parser
 

@@ -1,4 +1,4 @@
-"""What a judge has to beat, what it cannot beat, where it fails: baselines, the judges' agreement, subgroups."""
+"""What a judge has to beat (baselines), what it cannot beat (the judges' agreement), and where it fails (subgroups)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,19 @@ from prmkit.evaluation.predictions import Row, Scores
 from prmkit.evaluation.statistics import weighted_mean
 
 COPY_WITHIN = 0.005
-"""A score this close to one that the prompt shows equals it: prompts show two decimals."""
+"""A score this close to one in the prompt counts as equal to it: prompts show two decimals."""
 
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
 def baselines(scores: Scores, base: Scores | None) -> Metrics:
-    """What can be had without training, on the same scores.
+    """What can be reached without training, on the same scores.
 
     `constant`: always the mean (for RMSE) or the median (for MAE) of the training labels. `length` and `position`:
-    ranking by the prompt's length or the clip's number alone. `copy`: repeating the scores of earlier clips that the
-    prompt shows, their mean or the last of them, whichever has the smaller error, with the judge on the same rows,
-    for a judge that copies looks good exactly there. `base_model`: the model without its adapter, where it was asked,
-    and the judge on the rows that both scored.
+    ranking by only the prompt's length or the clip's number. `copy`: repeating the scores of earlier clips that the
+    prompt shows (their mean or the last, whichever has the smaller error), next to the judge on the same rows, because
+    a judge that copies looks good exactly there. `base_model`: the model without its adapter, if it was asked, next to
+    the judge on the rows that both scored.
     """
     constant = scores.predicting(scores.constant_mean)
     found: Metrics = {"constant": agreement(replace(constant, median=scores.constant_median), brief=True)}
@@ -51,7 +51,7 @@ def baselines(scores: Scores, base: Scores | None) -> Metrics:
 
 
 def _ranking(scores: Scores, values: Floats) -> Metrics:
-    """How far a ranking by one number gets, in the direction that suits each key best, and what the judge adds."""
+    """How well a ranking by one number does, in the better direction for each key, and what the judge adds."""
     directed = np.zeros(len(values))
     for kind in np.unique(scores.kind):
         chosen = scores.kind == kind
@@ -120,11 +120,11 @@ def shared(mine: Scores, theirs: Scores) -> tuple[Scores, Scores]:
 
 
 def self_agreement(entries: Sequence[Mapping[str, Any]], evaluation_type: str, key: str) -> Estimate:
-    """How well judges agree with themselves on prompts that they answered more than once.
+    """How well judges agree with themselves on prompts that they have answered more than once.
 
     Args:
         entries: `self_agreement` of the conversion's report: judge, evaluation_type, key, pairs, pearson.
-        evaluation_type: only of this one; `ALL` for every one.
+        evaluation_type: use only entries of this type; `ALL` for every type.
         key: likewise.
     """
     known = [
@@ -141,7 +141,7 @@ def self_agreement(entries: Sequence[Mapping[str, Any]], evaluation_type: str, k
 
 
 def against_each(scores: Scores, judges: Sequence[str]) -> Metrics:
-    """The judge against each single judge, instead of their mean."""
+    """The judge compared with each single judge, instead of with their mean."""
     found = {}
     for column, judge in enumerate(judges):
         alone = scores.where(np.isfinite(scores.references[:, column]))
@@ -156,18 +156,18 @@ def _brief(sample: Sample) -> Metrics:
 
 
 def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
-    """How far the judges agree with each other on the same prompts, and what follows for whoever predicts them.
+    """How well the judges agree with each other on the same prompts, and the bound that this puts on any prediction.
 
-    If two judges differ by independent noise of the same size alone, their Pearson correlation r is the reliability of
-    one of them, and the correction for attenuation (Spearman 1904, "The proof and measurement of association between
-    two things") says that not even the noiseless opinion correlates with one judge's scores by more than sqrt(r). The
-    mean of k judges has the reliability R = k r / (1 + (k - 1) r) (Spearman 1910, Brown 1910), so against the mean the
-    bound is sqrt(R).
+    If two judges differ only by independent noise of the same size, their Pearson correlation r is the reliability of
+    one of them, and by the correction for attenuation (Spearman 1904, "The proof and measurement of association between
+    two things") not even the noiseless opinion correlates with one judge's scores by more than sqrt(r). The mean of k
+    judges has the reliability R = k r / (1 + (k - 1) r) (Spearman 1910, Brown 1910), so the bound against the mean is
+    sqrt(R).
 
-    Judges also differ because each has its own lasting view, which a model that was trained on all of them can learn.
-    What is noise shows where one judge answered the same prompt twice: with its agreement with itself w, the bound is
-    sqrt(1 - (1 - w) / (1 + (k - 1) r)), which is the other one where w = r and 1 where w = 1. For Spearman's rho, with
-    the judges' rho as r, all bounds are approximate.
+    Judges also differ because each has its own consistent view, which a model trained on all of them can learn. A judge
+    that answered the same prompt twice shows how much is noise: if it agrees with itself by w, the bound is
+    sqrt(1 - (1 - w) / (1 + (k - 1) r)), which equals the first bound for w = r, and 1 for w = 1. For Spearman's rho,
+    with the judges' rho as r, all bounds are approximate.
 
     Args:
         scores: of one evaluation type and key, or of several together.
@@ -194,7 +194,7 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
 
 
 def _why_no_bound(scores: Scores, count: NDArray[np.int64]) -> str | None:
-    """A bound from a part of the scores holds for all of them only if that part is large and like the rest."""
+    """Why a bound from the scores with two judges does not hold for all: they must be many, and like the rest."""
     several = count > 1
     if not several.any():
         return "no score has two judges"
@@ -210,10 +210,10 @@ def _why_no_bound(scores: Scores, count: NDArray[np.int64]) -> str | None:
 
 
 def _gap(scores: Scores) -> Estimate:
-    """Spearman of the judge with one judge, minus that of two judges with each other.
+    """Spearman of this judge with a single judge, minus Spearman of two judges with each other.
 
-    Each pair of judges on the scores that both gave; the mean over pairs, weighted by these. Compared with single
-    judges on both sides, for the mean of several is easier to agree with than one is. Within keys, as `ORDER`.
+    Computed for each pair of judges on the scores that both gave; the mean over pairs is weighted by their number. Both
+    sides use single judges, because the mean of several is easier to agree with. Within keys, as `ORDER`.
     """
     sample, parts, used = by_mean(scores), [], np.zeros(len(scores), bool)
     for one, other in combinations(scores.references.T, 2):
@@ -246,7 +246,7 @@ def _bounds(correlations: Sequence[Estimate], judges: float, itself: Estimate, a
         reason = against or (correlations[0].reason if correlations else None) or "no prompt has two judges"
         return dict.fromkeys(("reliability", "one_judge", "mean_judge", "mean_judge_by_self"), undefined(reason))
     n, tasks = max(estimate.n for estimate in known), max(estimate.tasks for estimate in known)
-    # Both bounds grow with r, so a single pair's interval goes through them; that of several pairs' mean does not.
+    # Both bounds grow with r, so a single pair's interval can be mapped through them; that of a mean of pairs cannot.
     ends = (known[0].low, known[0].high) if len(known) == 1 else (None, None)
     r = [float(np.mean([estimate.value for estimate in known])), *ends]
 
@@ -278,13 +278,13 @@ def _bound_by_self(itself: float, r: float, judges: float) -> float:
 # --- subgroups --------------------------------------------------------------------------------------------------------
 
 TASK_GROUP = "task_group"
-"""A key that every dataset has: the task's name without its number."""
+"""A grouping that every dataset allows: the task's name without its number."""
 _NOT_GROUPS = {"task_id", "trajectory_id", "evaluation_type", "clip_number", "timestamp", "model_name", "provider"}
 MAX_GROUPS = 30
 
 
 def group_values(rows: Sequence[Row], key: str) -> list[str | None]:
-    """The value of a metadata key for each prediction; None where it has none."""
+    """The value of a metadata key for each prediction; None if it has none."""
     if key == TASK_GROUP:
         return [re.sub(r"[\W_]*\d+$", "", str(row["task_id"])) or None for row in rows]
     values = (row["metadata"].get(key) for row in rows)
@@ -320,7 +320,7 @@ def _of_group(scores: Scores) -> Metrics:
 
 
 def halves(scores: Scores) -> list[Estimate]:
-    """The judge's order on two random halves of the tasks: what holds on one half only was not learnt."""
+    """The judge's rank correlation on two random halves of the tasks: what holds on only one half was not learnt."""
     tasks = np.unique(scores.task)
     first = np.random.default_rng(0).permutation(tasks)[: len(tasks) // 2]
     in_first = np.isin(scores.task, first)

@@ -1,8 +1,8 @@
 """`evaluate_judge.py --best-of-n`: how often the run that a judge picks out of N succeeds.
 
-For every task with several runs and every N, the mean over all subsets of N runs, computed and not sampled. Among runs
-with equal scores the pick is random. Beside the judge: a random pick, the best possible one, and picks that read
-nothing but the outside of a run.
+For every task with several runs and every N, the result is the exact mean over all subsets of N runs. Among runs with
+equal scores the pick is random. The judge is compared with a random pick, the best possible pick, and picks that use
+only outward features of a run, such as its length.
 """
 
 import argparse
@@ -51,16 +51,16 @@ class Attempt:
     """0 to 1."""
     steps: int
     errors: int | None = None
-    """Results of tools that are errors."""
+    """Tool results that are errors."""
     scores: tuple[float, ...] | None = None
-    """Of its steps, in order."""
+    """The scores of its steps, in order."""
 
 
 def expected_pick(scores: Sequence[float], outcomes: Sequence[float], n: int) -> float:
     """The mean outcome of the run with the highest score, over all subsets of `n` runs; ties are averaged.
 
-    The highest score of a subset is s when the subset lies among the runs with at most s, and not among those below:
-    C(at most s, n) - C(below s, n) of all C(m, n) subsets. Within a tie each run is the pick equally often.
+    The highest score of a subset is s if all its runs score at most s, but not all below s:
+    C(at most s, n) - C(below s, n) of all C(m, n) subsets. Tied runs are picked equally often.
 
     Args:
         scores: one per run.
@@ -83,7 +83,7 @@ Pick = Callable[[Attempt], float]
 
 
 def picks(attempts: Sequence[Attempt]) -> dict[str, Pick]:
-    """Every way to pick that the runs allow: the judge's aggregates first, then what a judge has to beat."""
+    """Every way to pick that the runs allow: first the judge's aggregates, then what a judge has to beat."""
     found: dict[str, Pick] = {}
     if all(each.scores for each in attempts):
         found |= {f"judge: {name}": _by(aggregate) for name, aggregate in AGGREGATES.items()}
@@ -98,12 +98,12 @@ def picks(attempts: Sequence[Attempt]) -> dict[str, Pick]:
 
 
 def _by(aggregate: Callable[[Sequence[float]], float]) -> Pick:
-    """Rounded to twelve digits: a product depends on the order of its factors in the last one, which breaks ties."""
+    """Rounded to twelve digits: a product's last digit depends on the order of its factors, and would break ties."""
     return lambda each: float(f"{aggregate(each.scores or ()):.12g}")
 
 
 def measure_picks(attempts: Sequence[Attempt]) -> dict[str, list[Estimate]]:
-    """For each way to pick, the success for N = 1 to the most runs of a task; tasks with fewer than N runs leave."""
+    """For each way to pick, the success for N = 1 to the most runs of a task; tasks with fewer than N runs drop out."""
     by_task: dict[str, list[Attempt]] = defaultdict(list)
     for each in attempts:
         by_task[each.task_id].append(each)
@@ -155,10 +155,10 @@ _OUTCOMES = ("outcome", "reward", "success", "succeeded")
 
 
 def _outcome_lines(file: Path) -> list[Attempt]:
-    """Lines with an outcome and no run in them; empty for a file of runs.
+    """Lines that have an outcome but contain no run; empty for a file of runs.
 
-    A line is a run with its `scores`, or a step with its `score` (as of score_trajectories.py, with the outcome added),
-    or a run whose scores are in the file of `--predictions`.
+    A line is a run with its `scores`, a step with its `score` (from score_trajectories.py, with the outcome added), or
+    a run whose scores are in the file of `--predictions`.
     """
     if not file.is_file() or not file.name.removesuffix(".gz").endswith(".jsonl"):
         return []
@@ -169,11 +169,11 @@ def _outcome_lines(file: Path) -> list[Attempt]:
     for number, value in enumerate(read_jsonl(file), start=1):
         place = f"{file}:{number}"
         if not _is_outcome_line(value):
-            raise DataError(f"{place}: not a line with task_id and outcome, as the first one is.")
+            raise DataError(f"{place}: not a line with task_id and outcome, unlike the first line.")
         attempt, step, score = _outcome_line(value, place)
         name = attempt.trajectory_id
         if name in runs and (step is None or step in steps[name] or runs[name].outcome != attempt.outcome):
-            raise DataError(f"{place}: a second line of {name}. Give each run a trajectory_id, and each step a number.")
+            raise DataError(f"{place}: a second line for {name}. Give runs a trajectory_id, and steps a number.")
         runs[name] = attempt
         if step is not None:
             steps[name][step] = score
@@ -195,7 +195,7 @@ def _about(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | None, float | None]:
-    """The run of a line; for a line of one step, its number and score too."""
+    """The run of a line; for a line about one step, also its number and score."""
     about = _about(value)
     outcome = _outcome_of(next((about[key] for key in _OUTCOMES if key in about), None))
     if outcome is None or about.get("task_id") in (None, ""):
@@ -216,7 +216,7 @@ def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | 
 
 
 def _of_steps(run: Attempt, steps: Mapping[int, float | None]) -> Attempt:
-    """The run of lines of steps; without scores where a step is missing or has none."""
+    """The run that lines about steps make up; without scores if a step is missing or has none."""
     found = [steps[number] for number in sorted(steps)]
     known = tuple(score for score in found if score is not None)
     is_whole = len(known) == len(found) and sorted(steps) == list(range(1, len(steps) + 1))
@@ -228,7 +228,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _outcome_of(given: Any) -> float | None:
-    """The outcome as a number from 0 to 1; None where it is missing or on another scale."""
+    """The outcome as a number from 0 to 1; None if it is missing or on another scale."""
     if isinstance(given, Mapping):
         success, score = given.get("success"), given.get("score")
         given = score if success is None else success
@@ -241,7 +241,7 @@ def runs_with_outcome(file: Path) -> list[Trajectory]:
     """The runs of a file whose outcome is known.
 
     Raises:
-        DataError: no run has an outcome, or one is not from 0 to 1. Without it, only the runs at one end would be left.
+        DataError: no run has an outcome, or one is not from 0 to 1; dropping it would leave only one end of the scale.
     """
     reports: list[FileReport] = []
     runs = list(read_runs([file], None, reports))
@@ -275,7 +275,7 @@ def attempt_of(run: Trajectory) -> Attempt:
 
 
 def _is_error(result: Result) -> bool:
-    """Marked as one, or beginning with the word, as tools without such a mark answer."""
+    """Whether a result is marked as an error, or begins with the word, as tools without such a mark write it."""
     return result.error or result.text.lstrip().lower().startswith("error")
 
 
@@ -292,7 +292,7 @@ def _with_judge(
 
 
 def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -> list[Attempt]:
-    if not all(each.steps for each in attempts):  # lines of outcomes alone: the scores say how long each run is
+    if not all(each.steps for each in attempts):  # lines with only outcomes: the number of scores is the run's length
         lines = (value for value in read_jsonl(file) if isinstance(value, dict) and not is_repeated(value))
         counts = Counter(run for run, _ in {(run_of(value), json.dumps(value, sort_keys=True)) for value in lines})
         attempts = [replace(each, steps=each.steps or counts[each.trajectory_id] or 1) for each in attempts]
@@ -303,13 +303,13 @@ def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -
     judges: list[Answers] = read_answers(file, Exam(outcomes, sha256_of(outcomes), runs))
     if len(judges) > 1:
         raise DataError(
-            f"{file}: {len(judges)} judges ({', '.join(each.name for each in judges)}). Give the answers of one."
+            f"{file}: {len(judges)} judges ({', '.join(each.name for each in judges)}). Keep the answers of one."
         )
     return [_scored(each, judges[0].scores) for each in attempts]
 
 
 def _scored(attempt: Attempt, scores: Mapping[tuple[str, int], float]) -> Attempt:
-    """The run with its scores; without any where a step has none, which would change every aggregate."""
+    """The run with its scores; without any if a step has none, because that would change every aggregate."""
     found = [scores.get((attempt.trajectory_id, n)) for n in range(1, attempt.steps + 1)]
     known = tuple(score for score in found if score is not None)
     return replace(attempt, scores=known if len(known) == len(found) else None)
@@ -321,8 +321,8 @@ def _comparable(attempts: Sequence[Attempt]) -> tuple[list[Attempt], dict[str, i
     without = {each.task_id for each in attempts if each.scores is None}
     if len(without) == len(sizes):
         raise DataError(
-            "no task has scores for every step of all its runs. Runs are scored by a judge (--run), lines of outcomes "
-            "need --predictions; best_of_n_answers.jsonl in the output's folder says why a judge gave no score."
+            "no task has scores for every step of all its runs. Runs are scored by a judge (--run); lines with "
+            "outcomes need --predictions. best_of_n_answers.jsonl in the output folder says why a judge gave no score."
         )
     kept = [each for each in attempts if sizes[each.task_id] > 1 and each.task_id not in without]
     single = sum(count == 1 for count in sizes.values())
@@ -362,7 +362,7 @@ def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Map
     cli.emit(f"{len(attempts):,} runs of {tasks:,} tasks; the mean over all subsets of N runs.")
     fewer = [f"N={n}: {each.n}" for n, each in enumerate(results["random"], start=1) if each.n < tasks]
     if fewer:
-        cli.emit(f"Some tasks have fewer runs, so not all columns are about the same tasks ({', '.join(fewer)}).")
+        cli.emit(f"Some tasks have fewer runs, so the columns are not all about the same tasks ({', '.join(fewer)}).")
     for what, count in left_out.items():
         if count:
             cli.emit(f"left out: {count:,} {what}")

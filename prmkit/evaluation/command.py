@@ -1,4 +1,4 @@
-"""What the arguments of evaluate_judge.py mean, and the same for a run that has just been trained."""
+"""The work behind `evaluate_judge.py`, and the evaluation of a run that has just been trained."""
 
 import argparse
 import logging
@@ -33,16 +33,16 @@ from prmkit.registered import is_registered, results_folder
 log = logging.getLogger("prmkit")
 
 PARITY_PROMPTS = 8
-"""A wrong template or dtype shows on every prompt; a few are enough."""
+"""How many prompts --parity compares: a wrong template or dtype shows on every prompt, so a few are enough."""
 
 
 def execute(arguments: argparse.Namespace) -> ExitCode:
-    """Measure a judge, and hold it against another one and against thresholds.
+    """Measure a judge, and compare it with another judge and with thresholds.
 
     Raises:
         DataError: there is no judge, or nothing to measure it on.
         UsageError: the arguments contradict each other.
-        GateError: it is worse than asked for, or that cannot be decided.
+        GateError: a gate is not met, or cannot be decided.
     """
     _check_arguments(arguments)
     if arguments.exam:
@@ -93,7 +93,7 @@ def _settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Reject arguments that only another one of the ways to measure uses."""
+    """Reject arguments that only another kind of evaluation uses."""
     _check_exam_arguments(arguments)
     measuring = {
         "--min-spearman": arguments.min_spearman is not None,
@@ -115,9 +115,9 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             f"--parity compares the export with the run and measures nothing: leave out {', '.join(given)}."
         )
     if given:
-        raise UsageError(f"{', '.join(given)}: used with --parity alone. Add --parity, or leave it out.")
+        raise UsageError(f"{', '.join(given)}: only used with --parity. Add --parity, or leave it out.")
     if arguments.margin is not None and arguments.compare is None:
-        raise UsageError("--margin says how much worse than --compare RUN the judge may be. Add --compare RUN.")
+        raise UsageError("--margin limits how much worse than --compare RUN the judge may be. Add --compare RUN.")
     if arguments.margin is not None and arguments.margin <= 0:
         raise UsageError(f"--margin {arguments.margin:g}: must be above 0, for example 0.05.")
 
@@ -130,10 +130,10 @@ def _check_exam_arguments(arguments: argparse.Namespace) -> None:
     if not chosen:
         unused, chosen = ["predictions", "predict_with", "rubric"], ["exam or --best-of-n"]
         if given := [flag for flag in unused if getattr(arguments, flag) is not None]:
-            raise UsageError(f"--{given[0].replace('_', '-')} goes with --{chosen[0]}. Add one, or leave it out.")
+            raise UsageError(f"--{given[0].replace('_', '-')} needs --{chosen[0]}. Add it, or leave the other out.")
         return
     if arguments.predictions and not (arguments.run or arguments.model or arguments.predict_with):
-        unused += ["baseline", "rubric", "adapter"]  # they are about a judge that is asked
+        unused += ["baseline", "rubric", "adapter"]  # they only apply to a judge that is asked
     elif arguments.predictions and arguments.best_of_n:
         unused += ["run", "model"]
     if given := [flag for flag in unused if getattr(arguments, flag) not in (None, False)]:
@@ -146,14 +146,14 @@ def _check_breakdown_keys(keys: Sequence[str], held_out: heldout.HeldOut) -> Non
     if unknown := [key for key in keys if key not in known]:
         raise UsageError(
             f"--by {' '.join(unknown)}: not in the metadata of any row of {held_out.name}. "
-            f"There are {', '.join(sorted(known)) or 'no keys'}."
+            f"It has {', '.join(sorted(known)) or 'no keys'}."
         )
 
 
 def _check_gates(
     metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, arguments: argparse.Namespace
 ) -> None:
-    """Check every gate that was asked for, so that all that fail are reported at once."""
+    """Check all requested gates, so that all failures are reported at once."""
     gates: dict[str, Callable[[], str | None]] = {}
     if comparison:
         gates["--compare"] = lambda: compare.check_not_worse(comparison, arguments.margin)
@@ -175,14 +175,14 @@ def _check_gates(
 
 
 def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
-    """Measure the judge of a run on the rows that were held out from it, and show the table.
+    """Measure a run's judge on the rows held out from its training, and show the table.
 
     Args:
         run: its folder.
         trust_remote_code: run Python code that the model brings.
 
     Raises:
-        DataError: nothing was held out, or not one prompt could be scored.
+        DataError: nothing was held out, or no prompt could be scored.
     """
     data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
     held_out, constants = heldout.read_held_out(data_folder, name), heldout.training_constants(data_folder, name)
@@ -193,7 +193,7 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def _weights_folder(source: JudgeSource) -> Path | None:
-    """Where a calibration is kept: beside an adapter or an export of this project, never in somebody's base model."""
+    """Where a calibration is kept: beside an adapter or an export of this project, never in a base model's folder."""
     return source.adapter or (source.model if (source.model / EXPORT_FILE).is_file() else None)
 
 
@@ -203,7 +203,7 @@ def _write_card(run: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def evaluation_of(run: Path) -> Path:
-    """The folder in a run that holds what was measured of it."""
+    """The folder for a run's evaluation results."""
     return run / "evaluation"
 
 
@@ -222,7 +222,7 @@ def _parity(source: JudgeSource, config: Mapping[str, Any], arguments: argparse.
 
 
 def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) -> None:
-    """Show that an exported model scores as the run that it was made from, on a few held-out prompts.
+    """Check on a few held-out prompts that an exported model scores as the run that it was made from.
 
     Args:
         run: its folder.
@@ -230,7 +230,7 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) 
         trust_remote_code: run Python code that the models bring.
 
     Raises:
-        GateError: it does not; the likely causes are named.
+        GateError: it does not; the message names the likely causes.
     """
     try:
         held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
@@ -245,7 +245,7 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) 
 
 
 def _copy_measurements(run: Path, trained: JudgeSource, exported: Path, other: JudgeSource) -> None:
-    """What was measured of the run holds for an export that was shown to score as it does."""
+    """Copy the run's calibration to an export that was shown to score as the run does."""
     metrics_file = evaluation_of(run) / compare.METRICS_FILE
     metrics = read_json(metrics_file) if metrics_file.is_file() else None
     write_model_card(exported, read_json(run / "run.json"), metrics if metrics and "summary" in metrics else None)

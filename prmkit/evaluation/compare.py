@@ -1,6 +1,6 @@
-"""Two evaluations of the same held-out prompts: which judge is better, and is that more than chance? And all gates.
+"""Comparing two evaluations of the same held-out prompts: is one judge better, by more than chance? Also all gates.
 
-A gate fails closed: where it cannot see, it fails.
+Gates fail closed: a gate that cannot be decided is not met.
 """
 
 import math
@@ -40,7 +40,7 @@ NUMERIC = COLUMNS[1:-1]
 OPTIONAL = ("AUROC", "MAE", "difference of AUROC", "tasks", "n", "Spearman", "difference of MAE")
 
 POWER = 0.8
-"""A number of tasks is recommended so that a judge that is equally good passes with this probability."""
+"""The number of tasks recommended lets an equally good judge pass with this probability."""
 
 # A larger value is better for Spearman and AUROC, a smaller one for the error.
 _BETTER = {ORDER: 1, "mae": -1, "auroc": 1}
@@ -51,16 +51,16 @@ _WITH_MARGIN = (ORDER, "mae")
 def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> dict[str, Any]:
     """Compare two judges on the scores that both gave, by evaluation type.
 
-    Differences are this judge's metric minus the other's, with an interval in which both are resampled together, task
-    by task: the prompts that are hard for both do not blur the difference.
+    Differences are this judge's metric minus the other's. For their intervals both are resampled together, task by
+    task, so prompts that are hard for both do not blur the difference.
 
     Args:
         this: a folder with `metrics.json` and `predictions.jsonl`.
-        other: another one, or the folder of a run that has been evaluated.
-        prompts: the SHA-256 of those to compare on; None for all that both have.
+        other: another such folder, or the folder of an evaluated run.
+        prompts: the SHA-256 of the prompts to compare on; None for all that both have.
 
     Raises:
-        DataError: one has not been evaluated, or they were measured on different held-out rows, or share no score.
+        DataError: one has not been evaluated, or the two were measured on different held-out rows or share no score.
     """
     other = other if (other / METRICS_FILE).is_file() or not (other / "evaluation").is_dir() else other / "evaluation"
     one, another = _described(this), _described(other)
@@ -108,7 +108,7 @@ def _scores(folder: Path, prompts: Collection[str] | None) -> Scores:
         return table_of_scores(rows, judges=(), constants={})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{file}: damaged, or of an earlier version: a line is not a prediction ({error!r}). "
+            f"{file}: damaged, or from an earlier version: a line is not a prediction ({error!r}). "
             "Evaluate the judge again."
         ) from error
 
@@ -138,7 +138,7 @@ def _differences(mine: Scores, theirs: Scores) -> Metrics:
 
 
 def _defined(statistic: Statistic, sample: Sample, name: str) -> Statistic:
-    """A judge that says the same everywhere has no correlation; for a comparison it orders nothing, which is 0."""
+    """The correlation of a constant judge is undefined; for a comparison it counts as 0, because it orders nothing."""
     if (
         name == ORDER
         and np.ptp(sample.reference) > 0
@@ -156,7 +156,7 @@ def _minus(one: Statistic, other: Statistic) -> Statistic:
 
 
 def _test(sample: Sample, difference: Statistic, better: int) -> Metrics:
-    """The standard error of a difference, and the one-sided p-values that this judge is worse, and better.
+    """The standard error of a difference, and the one-sided p-values for this judge being worse, and better.
 
     By Student's t with the bootstrap's standard error: percentiles of 1000 resamples are too coarse for Holm.
     """
@@ -220,7 +220,7 @@ def _holm(p_values: Mapping[Any, float | None], level: float = (1 - LEVEL) / 2) 
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
-    """One row an evaluation type, the cells in the order of `COLUMNS`."""
+    """One row per evaluation type, with cells in the order of `COLUMNS`."""
     return [
         [
             "everything" if group["evaluation_type"] == ALL else group["evaluation_type"],
@@ -239,28 +239,28 @@ def _both(estimates: Mapping[str, Any]) -> str:
 
 
 def left_out(comparison: Mapping[str, Any]) -> str | None:
-    """What the comparison is not made of; None where both judges have every score."""
+    """The scores left out of the comparison; None if both judges have every score."""
     mine, theirs = comparison["scores_of_this_alone"], comparison["scores_of_other_alone"]
     if not mine and not theirs:
         return None
     both = comparison["groups"][0]["scores"]
-    return f"Compared on the {both} scores that both made; left out are {mine} of this judge and {theirs} of the other."
+    return f"Compared on the {both} scores that both gave; {mine} of this judge and {theirs} of the other are left out."
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
 
 
 def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) -> str:
-    """Fail where this judge is worse on any evaluation type, or where that cannot be decided.
+    """Fail if this judge is worse on any evaluation type, or if that cannot be decided.
 
     Args:
         comparison: see `compare`.
-        margin: None asks that no type is shown to be worse, by Holm over types and metrics. A number asks for more:
+        margin: None requires that no type is shown to be worse, by Holm over types and metrics. A number requires more:
             that on every type Spearman and MAE are shown to be worse by less than this (non-inferiority: the one-sided
             95 % interval of the difference excludes `-margin`).
 
     Returns:
-        What was shown, as a sentence.
+        The result as a sentence.
 
     Raises:
         GateError: a type is worse, or it cannot be decided.
@@ -282,7 +282,7 @@ def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) 
     unseen = max(-_one_sided_end(group[ORDER], ORDER) for group in of_types)
     return (
         f"Not shown to be worse on any type. A loss of up to {max(unseen, 0.0):.3f} in Spearman is not excluded; "
-        "--margin X asks for proof."
+        "--margin X requires proof."
     )
 
 
@@ -310,12 +310,12 @@ def _check_margin(comparison: Mapping[str, Any], margin: float) -> str:
         raise GateError(f"--margin {margin:g}: {'; '.join(too_bad)}.")
     if unclear:
         tasks, what = max(unclear)
-        raise GateError(f"--margin {margin:g}: cannot tell: needs about {tasks} tasks ({what}).")
+        raise GateError(f"--margin {margin:g}: cannot be decided; about {tasks} tasks are needed ({what}).")
     return f"Worse by less than {margin:g} in Spearman and MAE on every evaluation type (one-sided 95 %)."
 
 
 def _one_sided_end(estimates: Mapping[str, Any], name: str) -> float:
-    """How good (as "larger is better") the difference is at least, with 95 % confidence."""
+    """The lower bound of the difference (as "larger is better") with 95 % confidence."""
     from scipy import stats
 
     difference = _BETTER[name] * estimates["difference"]["value"]
@@ -324,7 +324,7 @@ def _one_sided_end(estimates: Mapping[str, Any], name: str) -> float:
 
 
 def tasks_needed(standard_error: float, tasks: int, margin: float) -> int:
-    """How many tasks show that an equally good judge is not worse by `margin`, with the probability `POWER`."""
+    """How many tasks show, with probability `POWER`, that an equally good judge is not worse by `margin`."""
     from scipy import stats
 
     quantiles = float(stats.norm.ppf(LEVEL) + stats.norm.ppf(POWER))
@@ -332,22 +332,22 @@ def tasks_needed(standard_error: float, tasks: int, margin: float) -> int:
 
 
 def check_enough_scores(metrics: Mapping[str, Any], gates: str) -> None:
-    """Fail where the scores do not speak for all steps: the judge made too few, or `--first` audited too few.
+    """Fail if the scores do not represent all steps: the judge gave too few, or `--first` audited too few.
 
     Args:
         metrics: the content of `metrics.json`.
-        gates: the flags that ask for it.
+        gates: the flags that need this check, for the message.
 
     Raises:
-        GateError: on some evaluation type, fewer than `MIN_SCORED` were made; or prompts were chosen, and those that
-            chance chose are of fewer tasks than an interval needs.
+        GateError: on some evaluation type, fewer than `MIN_SCORED` of the scores were given; or prompts were selected,
+            and the randomly selected ones are from fewer tasks than an interval needs.
     """
     selection = metrics["held_out"].get("selection")
     if selection and selection["audited_tasks"] < MIN_TASKS:
         raise GateError(
-            f"{gates}: cannot tell: ask_judges.py --first chose {selection['prompts']:,} of the held-out prompts, and "
-            f"only {selection['audited_tasks']} tasks, of at least {MIN_TASKS} needed, have prompts that chance chose. "
-            "Ask again with a larger --audit, or hold out tasks that were labelled without --first "
+            f"{gates}: cannot be decided: ask_judges.py --first selected {selection['prompts']:,} of the held-out "
+            f"prompts, and only {selection['audited_tasks']} tasks have randomly selected prompts; {MIN_TASKS} are "
+            "needed. Ask again with a larger --audit, or hold out tasks that were labelled without --first "
             "(convert_dataset.py --eval-tasks FILE)."
         )
     for name, validity in metrics["validity"].items():
@@ -355,16 +355,16 @@ def check_enough_scores(metrics: Mapping[str, Any], gates: str) -> None:
         if made < MIN_SCORED * asked:
             where = "" if name == ALL else f" on {name}"
             raise GateError(
-                f"{gates}: {made} of {asked} scores{where} were made ({made / asked:.1%}), at least {MIN_SCORED:.0%} "
-                f"are needed. {PREDICTIONS_FILE} has the reason for each of the others."
+                f"{gates}: {made} of {asked} scores{where} were given ({made / asked:.1%}); at least {MIN_SCORED:.0%} "
+                f"are needed. {PREDICTIONS_FILE} has the reason for each missing score."
             )
 
 
 def check_min_spearman(metrics: Mapping[str, Any], least: float) -> None:
-    """Fail where the lower end of a type's Spearman correlation is below a threshold, or not known.
+    """Fail if the lower end of a type's Spearman correlation is below a threshold or unknown.
 
     Raises:
-        GateError: it is, for at least one evaluation type.
+        GateError: this holds for at least one evaluation type.
     """
     _check_lower_end(metrics, f"--min-spearman {least:g}", least, lambda group: group["judge"][ORDER])
 
@@ -373,7 +373,7 @@ def check_min_auroc(metrics: Mapping[str, Any], least: float) -> None:
     """The same for AUROC: bad steps (below 0.5) must be distinguished from good ones on every evaluation type.
 
     Raises:
-        GateError: the lower end is below the threshold, or not known.
+        GateError: the lower end is below the threshold or unknown.
     """
     _check_lower_end(
         metrics, f"--min-auroc {least:g}", least, lambda group: group["judge"]["bad_step"][STRICT]["auroc"]
@@ -387,7 +387,7 @@ def _check_lower_end(
         for group in groups_of_types(metrics):
             name, estimate = group["evaluation_type"], estimate_of(group)
             if estimate["low"] is None:
-                yield f"{name}: cannot tell ({estimate['reason']})"
+                yield f"{name}: cannot be decided ({estimate['reason']})"
             elif estimate["low"] < least:
                 yield f"{name}: {shown(estimate, 3)}, so the lower end is below {least:g}"
 

@@ -1,13 +1,13 @@
-"""Numbers with their uncertainty: a value, a 95 % interval, and how much it rests on.
+"""Numbers with their uncertainty: a value, a 95 % interval, and how much data it is based on.
 
 The steps of one task resemble each other, so rows are not independent and a row-wise interval would be too narrow. The
 interval is the bootstrap over whole tasks (Field and Welsh 2007, "Bootstrapping clustered data"): tasks are drawn with
 replacement, each with all of its rows. Its ends are expanded percentiles (Hesterberg 2015, "What teachers should know
-about the bootstrap", section 4.3), because plain ones are too narrow for few tasks: of the 95 % intervals of a mean
-absolute error over 10 tasks only 88 % held the truth.
+about the bootstrap", section 4.3), because plain percentiles are too narrow for few tasks: of the 95 % intervals of a
+mean absolute error over 10 tasks, only 88 % held the true value.
 
-A resample is nothing but a whole-number weight for each task, so a statistic is written once, for weights, and computed
-for a block of resamples at a time.
+A resample is just a whole-number weight for each task, so a statistic is written once, for weights, and computed for a
+block of resamples at a time.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,10 @@ SEED = 0
 LEVEL = 0.95
 RESAMPLES = 1000
 MANY = 10_000
-"""For more pairs than this fewer resamples are drawn, down to a tenth at ten times as many: the time stays the same,
-and the error of an end, a part of a narrow interval, does not show in two decimals."""
+"""Above this many pairs fewer resamples are drawn, down to a tenth at ten times as many: the time stays the same, and
+the intervals are then so narrow that the error of their ends does not show in two decimals."""
 MIN_TASKS = 10
-"""Fewer tasks than this give no interval: resampling few clusters makes intervals that are too narrow."""
+"""With fewer tasks than this there is no interval: resampling few clusters gives intervals that are too narrow."""
 SAME_PREDICTION = "the prediction is always the same"
 SAME_REFERENCE = "the reference is the same everywhere"
 
@@ -48,11 +48,11 @@ class Sample:
     task: Integers
     """Numbers from 0 to `tasks - 1`, each of them present."""
     group: Integers
-    """For statistics within groups: the group of each pair; else 0."""
+    """The group of each pair, for statistics within groups; else 0."""
     baseline: Floats
-    """For statistics that compare with a baseline: its prediction. Else NaN."""
+    """The baseline's prediction, for statistics that compare with one; else NaN."""
     weight: Floats
-    """How many pairs each speaks for; one where all were equally likely to be in the sample."""
+    """How many pairs each one represents; 1 if all were equally likely to be in the sample."""
 
     @property
     def tasks(self) -> int:
@@ -90,7 +90,7 @@ def make_sample(
 def on_part(sample: Sample, chosen: NDArray[Any], make: Callable[[Sample], Statistic]) -> Statistic:
     """A statistic of some of the pairs that takes weights for all tasks of the sample.
 
-    So several statistics, each of its own rows, can be resampled together.
+    This way several statistics, each on its own rows, can be resampled together.
     """
     tasks, task = np.unique(sample.task[chosen], return_inverse=True)
     part = replace(
@@ -108,7 +108,7 @@ def on_part(sample: Sample, chosen: NDArray[Any], make: Callable[[Sample], Stati
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its 95 % interval, and what it rests on; `value` is None where it is not defined, never NaN."""
+    """A number, its 95 % interval, and what it is based on; `value` is None if undefined, never NaN."""
 
     value: float | None
     low: float | None
@@ -125,7 +125,7 @@ class Estimate:
 
 
 def undefined(reason: str, n: int = 0, tasks: int = 0) -> Estimate:
-    """An estimate without value."""
+    """An estimate without a value."""
     return Estimate(None, None, None, n, tasks, reason)
 
 
@@ -170,7 +170,7 @@ def resampled(sample: Sample, statistic: Statistic) -> Floats:
 
 
 def interval(values: Floats, tasks: int) -> tuple[float, float] | tuple[None, None]:
-    """The expanded percentile interval of resampled values; none where more than a tenth of them is not defined."""
+    """The expanded percentile interval of resampled values; none if more than a tenth of them are undefined."""
     defined = np.sort(values[np.isfinite(values)])
     if len(defined) < _MIN_DEFINED_SHARE * len(values):
         return None, None
@@ -182,7 +182,7 @@ def interval(values: Floats, tasks: int) -> tuple[float, float] | tuple[None, No
 
 @lru_cache
 def _share_outside(tasks: int) -> float:
-    """How much of the resamples is cut off at each end: norm.cdf(-t_{n-1} * sqrt(n / (n - 1))), Hesterberg 2015."""
+    """The share of resamples cut off at each end: norm.cdf(-t_{n-1} * sqrt(n / (n - 1))), Hesterberg 2015."""
     from scipy import stats
 
     quantile = stats.t.ppf((1 + LEVEL) / 2, tasks - 1) * np.sqrt(tasks / (tasks - 1))

@@ -70,7 +70,7 @@ class Settings:
     with_base: bool = False
     """Also ask the base model, without its adapter."""
     trim: bool = True
-    """Shorten prompts that do not fit; else they get no score."""
+    """Shorten prompts that do not fit; otherwise they get no score."""
     max_new_tokens: int = 1024
     """The longest verdict to write, in generate mode."""
     by: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ class Settings:
 def evaluate(
     source: JudgeSource, held_out: HeldOut, constants: Constants, folder: Path, settings: Settings, weights: Path | None
 ) -> dict[str, Any]:
-    """Score what is not scored yet; write `predictions.jsonl`, `metrics.json` and `report.html` into `folder`.
+    """Score what has not been scored yet; write `predictions.jsonl`, `metrics.json` and `report.html` into `folder`.
 
     Args:
         source: the judge.
@@ -96,8 +96,8 @@ def evaluate(
         The content of `metrics.json`.
 
     Raises:
-        DataError: not one prompt could be scored; the most common reason is named.
-        UsageError: the base model was asked for, and the judge has no adapter to leave out; or `folder` is a file.
+        DataError: no prompt could be scored; the message names the most common reason.
+        UsageError: the base model was requested, but the judge has no adapter to leave out; or `folder` is a file.
     """
     from prmkit.evaluation.report import write_report
 
@@ -144,7 +144,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{folder}: is a file, and the results need a folder. Name another one.") from error
+        raise UsageError(f"{folder}: is a file, but the results need a folder. Name another one.") from error
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error.strerror}). Name another one with --output.") from error
 
@@ -169,13 +169,13 @@ def calibrate(rows: Sequence[Row], folder: Path, judge: Mapping[str, Any]) -> No
 def predict(
     source: JudgeSource, held_out: HeldOut, prompts: Sequence[HeldOutPrompt], file: Path, settings: Settings
 ) -> list[Row]:
-    """The predictions for `prompts`, in their order; what `file` already holds is not scored again.
+    """The predictions for `prompts`, in order; prompts that are already in `file` are not scored again.
 
     The judge is loaded only if something is missing, and each prediction is written before the next one is made, so
     the next call continues where a killed evaluation stopped.
 
     Raises:
-        DataError: not one prompt could be scored.
+        DataError: no prompt could be scored.
     """
     fingerprint = {
         "format": ROW_FORMAT,
@@ -186,7 +186,7 @@ def predict(
     done: dict[str, Row] = {row["prompt_sha256"]: row for row in resume(file, fingerprint)}
     missing = [prompt for prompt in prompts if prompt.prompt_sha256 not in done]
     if len(missing) < len(prompts):
-        log.info("%s: %d of %d prompts are scored already", file, len(prompts) - len(missing), len(prompts))
+        log.info("%s: %d of %d prompts are already scored", file, len(prompts) - len(missing), len(prompts))
     if missing:
         with cli.progress_bar() as progress:
             bar = progress.add_task(f"scoring with {(source.adapter or source.model).name}", total=len(missing))
@@ -196,7 +196,7 @@ def predict(
     rows = [done[prompt.prompt_sha256] for prompt in prompts]
     if all(row["status"] not in SCORED for row in rows):
         ((reason, count),) = Counter(row["reason"] for row in rows).most_common(1)
-        raise DataError(f"{file}: none of {len(rows)} prompts got a score; {count} times: {reason}.")
+        raise DataError(f"{file}: none of {len(rows)} prompts got a score. Main reason ({count} times): {reason}.")
     return rows
 
 
@@ -225,12 +225,12 @@ def metrics_of(
     constants: Constants,
     by: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Every metric, as `metrics.json` has it: a value with its interval, n and tasks, or null with the reason.
+    """All metrics, in the form of `metrics.json`: a value with its interval, n and tasks, or null with the reason.
 
     Args:
         rows: the judge's predictions.
         base_rows: the base model's, or None.
-        held_out: what was judged.
+        held_out: the rows that were judged.
         constants: the training labels' constants, for the baseline.
         by: metadata keys to break down by, besides those that divide the rows into a few groups.
 
@@ -319,7 +319,7 @@ def _described(held_out: HeldOut, rows: Sequence[Row], scores: Scores) -> Metric
 
 
 def _selection(rows: Sequence[Row]) -> Metrics | None:
-    """How far the prompts that `ask_judges.py --first` chose can speak for all; None where it chose none."""
+    """How well the prompts selected by `ask_judges.py --first` represent all; None if it selected none."""
     chosen = [row for row in rows if SELECTED_BY in row["metadata"]]
     if not chosen:
         return None

@@ -1,8 +1,8 @@
 """An exam: runs whose steps people have labelled, and that no judge in the table was trained on.
 
-Read are the rows and whole runs that `import_trajectories.py --labels` writes, records of runs with labels, and the
-labels of `label_steps.py`. A step without a label is unknown, never good: whoever marks an error says nothing of what
-follows it.
+It is read from the rows and whole runs that `import_trajectories.py --labels` writes, from run records with labels, or
+from the labels of `label_steps.py`. A step without a label is unknown, never good: a person who marks an error says
+nothing about what follows it.
 """
 
 import logging
@@ -29,9 +29,9 @@ from prmkit.verdict import Unreadable, asked_shape, read_verdict
 log = logging.getLogger("prmkit")
 
 NO_ERROR = 0
-"""In the place of a step's number: the run has no bad step."""
+"""Used instead of a step number: the run has no bad step."""
 KINDS_OF_ERRORS = ("first_error", "failure")
-"""Labels of sets in which people marked errors, and not every step."""
+"""Labels from sets in which people marked errors rather than labelling every step."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class ExamStep:
     n: int
     """From 1."""
     index: int | None = None
-    """The position of its message in the source, from 0."""
+    """The position of the step's message in the source, from 0."""
     agent: str | None = None
     label: float | None = None
-    """0 to 1; None where nobody labelled it."""
+    """0 to 1; None if nobody labelled it."""
     kind: str | None = None
     """Of the label; see `prmkit.trajectory.Label`."""
     weight: float = 1.0
-    """How many steps it speaks for, where labelled steps were sampled unevenly."""
+    """How many steps it represents, if labelled steps were sampled unevenly."""
     prompt: str | None = None
-    """None where the prompt is made of the whole run."""
+    """None if the prompt is built from the whole run."""
     system: str | None = None
 
     @property
@@ -60,7 +60,7 @@ class ExamStep:
 
     @property
     def place(self) -> int:
-        """What published results count by: the position of the message, or else the number of the step."""
+        """The index that published results use: the message's position, or else the step's number."""
         return self.n if self.index is None else self.index
 
 
@@ -72,18 +72,18 @@ class ExamRun:
     task_id: str
     task_hash: str | None
     source: str
-    """The form it was read from: the name of a public set, for one."""
+    """The form that it was read from, such as the name of a public set."""
     steps: tuple[ExamStep, ...]
     is_whole: bool
     """Whether every step of the run is here; only then is there a first error to find."""
     succeeded: bool | None = None
     rubric: str | None = None
-    """Hash of the rubric of ready prompts."""
+    """The hash of the rubric, for finished prompts."""
     record: Trajectory | None = None
 
     @cached_property
     def first_error(self) -> int | None:
-        """The number of the first bad step, `NO_ERROR` without one, None where the labels do not say."""
+        """The number of the first bad step, `NO_ERROR` without one, None if the labels do not say."""
         if not self.is_whole:
             return None
         for step in self.steps:
@@ -114,7 +114,7 @@ class Exam:
 
     @cached_property
     def by_id(self) -> Mapping[str, ExamRun]:
-        """The runs by their id; by their task's id or the name of their file as well, where that names one run."""
+        """The runs by id; also by task id or file name if that names a single run."""
         named: dict[str, list[ExamRun]] = defaultdict(list)
         for run in self.runs:
             file = str(run.record.source.get("file")) if run.record else ""
@@ -128,7 +128,7 @@ def read_exam(file: Path) -> Exam:
     """Read an exam.
 
     Raises:
-        DataError: the file is missing or damaged, has no labelled step, or does not fit the whole runs next to it.
+        DataError: the file is missing or damaged, has no labelled step, or does not match the whole runs next to it.
     """
     if not file.is_file():
         raise DataError(f"{file}: no such file. Make an exam with import_trajectories.py --labels, or label_steps.py.")
@@ -145,7 +145,7 @@ def read_exam(file: Path) -> Exam:
 
 
 def bare_run(run: Trajectory) -> ExamRun:
-    """A run without labels, to find its steps by."""
+    """A run without labels, in which to find its steps."""
     steps = tuple(ExamStep(step.n, step.source_index, step.agent) for step in run.steps)
     return ExamRun(run.trajectory_id, run.task_id, None, str(run.source.get("format")), steps, is_whole=True)
 
@@ -187,7 +187,7 @@ def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, 
     verdict = None if row.answer is None else read_verdict(row.answer, asked_shape(row.prompt))
     if n is None or not run or verdict is None or isinstance(verdict, Unreadable):
         raise DataError(
-            f"{place}: not a labelled step. An exam has rows of import_trajectories.py --labels or of label_steps.py, "
+            f"{place}: not a labelled step. An exam has rows from import_trajectories.py --labels or label_steps.py, "
             "with trajectory_id, clip_number and a verdict."
         )
     weight = metadata.get("weight", 1.0)
@@ -200,7 +200,7 @@ def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, 
 
 
 def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[str, Any]]]]) -> ExamRun:
-    """A run of labelled steps alone. Where several people labelled a step, their mean counts."""
+    """A run that consists only of labelled steps. If several people labelled a step, their mean counts."""
     merged = []
     for of_step in steps:
         labels = [step.label for step, _ in of_step if step.label is not None]
@@ -221,14 +221,14 @@ def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[st
 
 
 def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
-    """The labelled runs with their other steps; the labels are those of the rows, which the user may have edited."""
+    """The labelled runs with their other steps; the labels come from the rows, which the user may have edited."""
     whole = {run.trajectory_id: _run_of_record(run) for run in read_runs([file], Options(format=record.READER.name))}
     completed = []
     for run in runs:
         found = whole.get(run.trajectory_id)
         if found is None or not {step.n for step in run.steps} <= {step.n for step in found.steps}:
             raise DataError(
-                f"{file}: lacks the run {run.trajectory_id} of the rows. Import both again, or remove this file."
+                f"{file}: the run {run.trajectory_id} is missing, but has rows. Import both again, or remove this file."
             )
         labels = {step.n: step for step in run.steps}
         steps = tuple(
@@ -249,18 +249,18 @@ def check_not_trained_on(
 ) -> None:
     """Reject a judge that was trained on a task of the exam.
 
-    Tasks are the same when their texts are, however the two sets name them. Ids are compared where a text is not
-    known, and within a set: a simulated user may say one task in several ways.
+    Tasks are the same if their texts are, whatever their ids. Ids are compared if a text is unknown, and within a set:
+    a simulated user may word a task in several ways.
 
     Args:
         exam: the exam.
         config: of the judge's run.
         data_folder: holds its training data.
-        trained_on: SHA-256 of the training files by dataset, where the run's record has it.
+        trained_on: dataset -> SHA-256 of its training file, if the run's record has it.
 
     Raises:
         UsageError: at least one task is in both.
-        DataError: the training data is not there, or is another by now, so nobody can know.
+        DataError: the training data is missing or has changed, so it cannot be checked.
     """
     hashes: set[str] = set()
     ids: set[tuple[str, str]] = set()
@@ -284,7 +284,7 @@ def check_not_trained_on(
         tasks = len({run.task_id for run in shared})
         raise UsageError(
             f"{exam.file}: the judge was trained on {tasks} of these {len({run.task_id for run in exam.runs})} tasks, "
-            f"{shared[0].task_id} for one. Take an exam of other tasks, or train without them."
+            f"for example {shared[0].task_id}. Use an exam with other tasks, or train without them."
         )
 
 
@@ -298,13 +298,13 @@ def _training_metadata(
         sidecar = sidecar_of(entry.file) if entry and entry.file else None
         if sidecar is None or not sidecar.is_file():
             raise DataError(
-                f"{data_folder}: the training data {name} with its sidecar is not here, so whether the judge was "
-                "trained on the exam's tasks cannot be checked. Name its folder with --data-dir."
+                f"{data_folder}: the training data {name} or its sidecar is missing, so it cannot be checked whether "
+                "the judge was trained on the exam's tasks. Name its folder with --data-dir."
             )
         if name in trained_on and (not entry or not entry.file or sha256_of(entry.file) != trained_on[name]):
             raise DataError(
                 f"{data_folder}: {name} is not what the judge was trained on; it was converted again. Name the folder "
-                "with the rows of its training with --data-dir."
+                "with the original training data with --data-dir."
             )
         for row in read_jsonl(sidecar):
             yield row.get("metadata") or {}

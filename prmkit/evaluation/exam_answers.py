@@ -1,4 +1,4 @@
-"""What judges answered in an exam: scores of steps, or raw verdicts out of a file.
+"""Judges' answers in an exam: scores of steps, or raw verdicts from a file.
 
 A line of a file of answers is one of these, with the judge's name in `judge`, `judge_id`, `model` or `model_name`:
 
@@ -27,12 +27,12 @@ from prmkit.verdict import Unreadable, asked_shape, read_verdict
 log = logging.getLogger("prmkit")
 
 StepId = tuple[str, int]
-"""Id of the run and number of the step."""
+"""The run's id and the step's number."""
 NOWHERE = -1
-"""In the place of a step's number: the run has an error, and the judge did not say where."""
+"""Used instead of a step number: the run has an error, and the judge did not say where."""
 
 _ELSEWHERE = -2
-"""Likewise: at a step of which this exam has no label. Those that it has are called good."""
+"""Likewise: the error is at a step that has no label in this exam. All labelled steps are called good."""
 
 _TERNARY = {-1: BAD, 0: NEUTRAL, 1: GOOD}
 _JUDGES = ("judge", "judge_id", "model", "model_name")
@@ -40,24 +40,24 @@ _JUDGES = ("judge", "judge_id", "model", "model_name")
 
 @dataclass
 class Answers:
-    """What one judge answered."""
+    """One judge's answers."""
 
     name: str
     scores: dict[StepId, float] = field(default_factory=dict)
     """0 (bad) to 1."""
     firsts: dict[str, int] | None = None
-    """For a judge that gave verdicts and not scores: the first error by run, `NO_ERROR` or `NOWHERE`."""
+    """For a judge that gave verdicts instead of scores: run -> first error, `NO_ERROR` or `NOWHERE`."""
     is_constant: bool = False
     """A baseline that has not read the runs."""
     unplaced: Counter[str] = field(default_factory=Counter)
-    """Lines that say nothing of a step of this exam, by reason."""
+    """Reason -> number of lines that are not about a step of this exam."""
 
 
 def read_answers(file: Path, exam: Exam) -> list[Answers]:
     """Read the answers of all judges in a file.
 
     Raises:
-        DataError: a line cannot be read, is on no known scale, contradicts another one, or no line is of this exam.
+        DataError: a line cannot be read, has an unknown scale or contradicts another, or no line is of this exam.
     """
     indexes = {run.trajectory_id: {step.place: step.n for step in run.steps} for run in exam.runs}
     judges: dict[str, Answers] = {}
@@ -70,7 +70,7 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
         judge = judges.setdefault(name, Answers(name))
         run = exam.by_id.get(run_of(value))
         if run is None:
-            judge.unplaced["of runs that are not in the exam"] += 1
+            judge.unplaced["about runs not in the exam"] += 1
         elif is_repeated(value):
             judge.unplaced["with second answers (--repeat), which are not part of the exam"] += 1
         elif "faulty" in value or "failure_step" in value:
@@ -79,11 +79,11 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
             for step, score in _scores_in(value, indexes[run.trajectory_id], place):
                 if step is None and run.is_whole and not _counts_messages(value):
                     raise DataError(
-                        f"{place}: the run {run.trajectory_id} has no such step; it has 1 to {len(run.steps)}. If "
-                        "messages are counted, name the field source_index (from 0)."
+                        f"{place}: the run {run.trajectory_id} has no such step; it has steps 1 to {len(run.steps)}. "
+                        "If you count messages (from 0), call the field source_index."
                     )
                 if score is None or step is None:
-                    judge.unplaced["without a score" if step is not None else "of steps that are not in the exam"] += 1
+                    judge.unplaced["without a score" if step is not None else "about steps not in the exam"] += 1
                 elif given.setdefault(name, {}).setdefault((run.trajectory_id, step), score) != score:
                     raise DataError(f"{place}: {name} scores this step a second time, differently. Keep one line.")
     _add_scores(judges, given, file)
@@ -91,18 +91,18 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
         first = exam.runs[0].trajectory_id
         unplaced = sum((judge.unplaced for judge in judges.values()), Counter[str]())
         why = "".join(f"; {count} lines {reason}" for reason, count in unplaced.items())
-        raise DataError(f"{file}: no score of a step of {exam.file}, whose first run has the id {first}{why}.")
+        raise DataError(f"{file}: has no score of a step of {exam.file}, whose first run has the id {first}{why}.")
     return list(judges.values())
 
 
 def is_repeated(value: Mapping[str, Any]) -> bool:
-    """Whether a row has what a judge of ask_judges.py answered when it was asked again, to see how far it agrees."""
+    """Whether a row has the second answer of a judge that ask_judges.py asked again to measure its self-agreement."""
     metadata = value.get("metadata")
     return isinstance(metadata, dict) and metadata.get("repeat") is True
 
 
 def _counts_messages(value: Mapping[str, Any]) -> bool:
-    """Whether steps are named by their messages, of which some may be somebody else's."""
+    """Whether steps are identified by message positions, some of which may not be the agent's."""
     return "source_index" in value or any(key.endswith("step_labels") for key in value)
 
 
@@ -120,7 +120,7 @@ def run_of(value: Mapping[str, Any]) -> str:
     if value.get("trajectory_id") is not None:
         return str(value["trajectory_id"])
     if "query_index" in value:
-        # Named as their reader names the runs of AgentProcessBench.
+        # The form in which the reader of AgentProcessBench names its runs.
         parts = (value.get("data_source") or value.get("dataset"), value["query_index"])
         task = "_".join(str(part) for part in parts if part is not None)
         return f"{task}.{value['sample_index']}" if value.get("sample_index") is not None else task
@@ -135,7 +135,7 @@ def _has_step_in_id(value: Mapping[str, Any]) -> bool:
 def _scores_in(
     value: Mapping[str, Any], numbers: Mapping[int, int], place: str
 ) -> Iterator[tuple[int | None, float | None]]:
-    """Number of the step, or None for one that the run has not, and the score; None for a step without one."""
+    """The step's number (None if the run has no such step) and its score; None for a step without a score."""
     labels = next((value[key] for key in value if key.endswith("step_labels") and isinstance(value[key], dict)), None)
     if labels is not None:
         for index, label in labels.items():
@@ -166,7 +166,7 @@ def _scores_in(
 
 
 _RAW = 10
-"""Added to raw verdicts of -1, 0 and 1 until all lines are read, so that they are not taken for scores."""
+"""Added to raw verdicts of -1, 0 and 1 until all lines are read, so that they are not mistaken for scores."""
 
 
 def _judged_step(value: Mapping[str, Any], numbers: Mapping[int, int], place: str) -> tuple[int | None, float | None]:
@@ -205,17 +205,17 @@ def _add_verdict(judge: Answers, run: ExamRun, value: Mapping[str, Any], place: 
 
 
 def _add_scores(judges: Mapping[str, Answers], given: Mapping[str, Mapping[StepId, float]], file: Path) -> None:
-    """Scores as they are; raw verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
+    """Scores unchanged; raw verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
     is_ternary = any(score < 0 for scores in given.values() for score in scores.values())
     if not is_ternary and all(set(scores.values()) == {0.0, 1.0} for scores in given.values()) and given:
-        log.warning("%s: only scores of 0 and 1, without -1: 0 is read as bad and 1 as good", file)
+        log.warning("%s: all scores are 0 or 1 and none is -1; 0 is read as bad, 1 as good", file)
     for name, scores in given.items():
         raw = {step: score - _RAW if score > 1 else score for step, score in scores.items()}
         if not is_ternary and raw == scores:
             judges[name].scores |= scores
             continue
         if not set(raw.values()) <= _TERNARY.keys():
-            raise DataError(f"{file}: {name} has scores below 0, but not only -1, 0 and 1. Rescale them to 0 to 1.")
+            raise DataError(f"{file}: {name} has scores below 0, and not only -1, 0 and 1. Rescale to 0 to 1.")
         judges[name].scores |= {step: _TERNARY[int(score)] for step, score in raw.items()}
         firsts = {run: NO_ERROR for run, _ in raw}
         for (run, step), score in sorted(raw.items()):

@@ -1,4 +1,4 @@
-"""Asking a judge about every step of an exam: a model here, or a server. What was answered is never asked again."""
+"""Asking a judge about every step of an exam: a local model, or a server. Answered steps are never asked again."""
 
 import argparse
 import asyncio
@@ -28,13 +28,13 @@ from prmkit.verdict import Unreadable, asked_shape, read_verdict
 log = logging.getLogger("prmkit")
 
 Key = tuple[str, str, int]
-"""Hash of the request, id of the run, number of the step."""
+"""The request's hash, the run's id, the step's number."""
 Asked = tuple[Key, Request]
 Line = dict[str, Any]
 
 
 def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
-    """What to ask of every step; None for a prompt that asks for no score."""
+    """The request for every step; None for a prompt that asks for no score."""
     for run in exam.runs:
         if run.record is not None:
             yield from prompts_of_run(run.record, rubric)
@@ -45,7 +45,7 @@ def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | N
 
 
 def prompts_of_run(run: Trajectory, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
-    """What to ask of every step of one run."""
+    """The request for every step of one run."""
     for prompt in step_prompts(run, rubric):
         shape = asked_shape(prompt.text)
         yield (run.trajectory_id, prompt.step.n), Request(prompt.text, shape) if shape else None
@@ -54,11 +54,11 @@ def prompts_of_run(run: Trajectory, rubric: Rubric) -> Iterator[tuple[StepId, Re
 def score_steps(
     source: JudgeSource, asked: Iterable[tuple[StepId, Request | None]], file: Path, arguments: argparse.Namespace
 ) -> dict[StepId, float]:
-    """Let a model score steps; an interrupted command is continued.
+    """Let a model score steps; an interrupted command continues where it stopped.
 
     Args:
         source: the judge.
-        asked: steps and what to ask of each; gone through once, and not kept.
+        asked: steps and the request for each; iterated once, and not kept.
         file: one line per step.
         arguments: batch_size, mode, too_long, max_new_tokens and min_label_mass.
 
@@ -66,7 +66,7 @@ def score_steps(
         The scores of the steps that got one.
 
     Raises:
-        DataError: no step got one.
+        DataError: no step got a score.
     """
     scorer = Scorer(
         source,
@@ -111,7 +111,7 @@ def _ask(
             replace_rows(file, kept)
         lines: dict[Key, Any] = {(line["request_hash"], line["id"], line["step"]): line for line in kept}
         if lines:
-            log.info("%s: %d steps are scored already", file, len(lines))
+            log.info("%s: %d steps are already scored", file, len(lines))
         wanted: list[Key] = []
 
         def missing() -> Iterator[Asked]:
@@ -152,7 +152,7 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
     """The server of `--predict-with`.
 
     Raises:
-        UsageError: not an address, no name of a model, or a key that cannot be sent.
+        UsageError: the address is not a URL, the model's name is missing, or the key cannot be sent.
     """
     url = arguments.predict_with
     check_url(url)
@@ -160,24 +160,24 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
         raise UsageError("--predict-with needs --server-model, the name of the model on the server.")
     key = os.environ.get(arguments.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"${arguments.api_key_env}: holds a character that no API key has. Set it again.")
+        raise UsageError(f"${arguments.api_key_env}: has a character that cannot be in an API key. Set it again.")
     return Endpoint(url.rstrip("/"), arguments.server_model, api_key=key or None)
 
 
 def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> dict[StepId, float]:
-    """Let a server score every step: one of typed questions where the address ends in /systemone, else a chat model.
+    """Let a server score every step: by typed questions if the address ends in /systemone, else as a chat model.
 
-    A chat model gets the prompt that a trained judge gets, and its verdict is read as any judge's.
+    A chat model gets the prompt that a trained judge gets, and its verdict is read like any judge's.
 
     Args:
         exam: the exam.
         endpoint: the server.
-        rubric: what is asked.
+        rubric: for the prompts.
         file: one line per step.
 
     Raises:
         DataError: the server cannot be reached, or no step got a score.
-        UsageError: an exam or a rubric that typed questions cannot ask.
+        UsageError: the exam or the rubric does not suit typed questions.
     """
     is_typed = endpoint.base_url.endswith(_SYSTEMONE)
     if is_typed and (len(rubric.keys) > 1 or len(rubric.anchors) < 2 or any(run.record is None for run in exam.runs)):
@@ -204,7 +204,7 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
         while window := list(islice(missing, _WINDOW)):
             yield from asyncio.run(_ask_window(base, window, ask_one))
 
-    # A server on another port with the same model gives the same answers.
+    # The same model on another port gives the same answers.
     fingerprint = {"model": endpoint.model, "typed": is_typed, "rubric": rubric.sha256, "format": 2}
     return _ask(prompts_of(exam, rubric), file, fingerprint, answer)
 
@@ -227,7 +227,7 @@ def _server_line(score: float | None, status: str = "ok", reason: str | None = N
 
 
 def _typed_question(run: Trajectory, n: int, rubric: Rubric) -> dict[str, Any]:
-    """The state up to a step, and one question about it, in the levels of the rubric."""
+    """The state up to a step, and one question about it, with the levels of the rubric."""
     history = [{"role": "assistant", "content": step_text(step)} for step in run.steps[: n - 1]]
     question = {
         "type": "score",
@@ -243,7 +243,7 @@ def _levels(rubric: Rubric) -> list[str]:
 
 
 def _read_typed(answer: Mapping[str, Any], rubric: Rubric) -> float | str:
-    """The score that an answer means: its levels stand for the numbers of the rubric's anchors."""
+    """The score of an answer: its levels stand for the numbers of the rubric's anchors."""
     answers = answer.get("answers")
     found = answers.get(rubric.keys[0]) if isinstance(answers, dict) else None
     if not isinstance(found, dict):
@@ -258,7 +258,7 @@ def _read_typed(answer: Mapping[str, Any], rubric: Rubric) -> float | str:
     if isinstance(level, str) and level.isdigit():
         level = int(level)
     if not _is_number(level) or not 0 <= level <= len(values) - 1:
-        return f"the answer {level!r:.40} is no level from 0 to {len(values) - 1}"
+        return f"the answer {level!r:.40} is not a level from 0 to {len(values) - 1}"
     below = min(int(level), len(values) - 2)
     return values[below] + (level - below) * (values[below + 1] - values[below])
 

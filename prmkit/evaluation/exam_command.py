@@ -1,4 +1,4 @@
-"""`evaluate_judge.py --exam`: a judge, or answers out of a file, beside constants, published judges and people."""
+"""`evaluate_judge.py --exam`: a judge, or answers from a file, next to constants, published judges and people."""
 
 import argparse
 import logging
@@ -27,12 +27,12 @@ JSON_FILE, PAGE = "exam.json", "exam.html"
 
 
 def take_exam(arguments: argparse.Namespace) -> ExitCode:
-    """Examine a judge, show the table, and hold it against `--min-auroc`.
+    """Examine a judge, show the table, and check `--min-auroc`.
 
     Raises:
-        DataError: there is no exam, no judge, or nothing was answered.
+        DataError: there is no exam or no judge, or nothing was answered.
         UsageError: the judge was trained on a task of the exam, or the arguments contradict each other.
-        GateError: the lower end of AUROC is below the threshold, or cannot be known.
+        GateError: the lower end of AUROC is below the threshold or unknown.
     """
     exam = read_exam(arguments.exam)
     unchecked = None
@@ -73,7 +73,7 @@ def _warn_of_unplaced(judges: Sequence[Answers]) -> None:
 
 
 def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
-    """Reject a judge that knows tasks of the exam. Where nobody can know, a sentence that says so."""
+    """Reject a judge that was trained on tasks of the exam. Returns a sentence if that cannot be checked."""
     run = None if arguments.model else arguments.run or DEFAULT_RUN
     config = config_of_run(run) if run else {}
     named = Path(config.get("dataset_dir") or "data")
@@ -83,12 +83,12 @@ def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
     try:
         check_not_trained_on(exam, config, folder, _trained_on(run) if run else None)
     except DataError as error:
-        return f"Whether the judge was trained on tasks of the exam is not known: {error}"
+        return f"It is unknown whether the judge was trained on tasks of the exam: {error}"
     return None
 
 
 def _trained_on(run: Path) -> dict[str, str]:
-    """The hashes of the training files that the record of a run has, by dataset."""
+    """Dataset -> hash of its training file, from the run's record."""
     record = next((place / "run.json" for place in (run, run.parent) if (place / "run.json").is_file()), None)
     dataset = read_json(record).get("dataset") if record else None
     known = dataset if isinstance(dataset, dict) else {}
@@ -96,7 +96,7 @@ def _trained_on(run: Path) -> dict[str, str]:
 
 
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
-    """Where results go: a folder for each input, so that answers to one never replace those to another."""
+    """The results folder: one for each input, so that answers to one exam never replace those to another."""
     name = f"{what}_{file.name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.json')}"
     if not (arguments.run or arguments.model):
         if arguments.predictions:
@@ -121,7 +121,7 @@ def _asked_judges(
     asked = [("judge", name, source)]
     if arguments.baseline:
         if source.adapter is None:
-            raise UsageError("--baseline asks the base model without the adapter, and this judge has no adapter.")
+            raise UsageError("--baseline asks the base model without the adapter, but this judge has no adapter.")
         asked.append(("base", f"{source.model.name} (untrained)", replace(source, adapter=None)))
     for kind, judge, of_judge in asked:
         file = folder / ("exam_answers.jsonl" if kind == "judge" else "exam_answers_base.jsonl")
@@ -135,7 +135,7 @@ def _check_asks_as_trained(exam: Exam, rubric: Rubric, source: JudgeSource, name
     ready = {run.rubric for run in exam.runs if run.record is None}
     if source.rubrics is not None and (other := ready - set(source.rubrics or [None])):
         raise UsageError(
-            f"{exam.file}: its prompts ask with a rubric ({str(next(iter(other)))[:12]}) that {name} was not trained "
+            f"{exam.file}: its prompts use a rubric ({str(next(iter(other)))[:12]}) that {name} was not trained "
             "with. Make the exam with import_trajectories.py --labels --rubric FILE."
         )
 
@@ -155,20 +155,20 @@ def _show(exam: Exam, entrants: Sequence[Entrant], page: Path) -> None:
 
 
 def _check_gate(entrants: Sequence[Entrant], least: float, unchecked: str | None) -> None:
-    """Every judge must reach it; what nobody can know counts as not reached."""
+    """Every judge must reach the threshold; an unknown AUROC counts as not reached."""
     failed = [f"--min-auroc {least:g}: {unchecked}"] if unchecked else []
     for judge in (each for each in entrants if each.kind == "judge"):
         auroc = judge.metrics.get("auroc")
         if judge.answered < MIN_SCORED * judge.asked:
             failed.append(
-                f"--min-auroc: {judge.name} has scores for {judge.answered} of {judge.asked} labelled steps, and at "
+                f"--min-auroc: {judge.name} has scores for {judge.answered} of {judge.asked} labelled steps; at "
                 f"least {MIN_SCORED:.0%} are needed."
             )
         elif auroc is None or auroc.low is None:
-            failed.append(f"--min-auroc: {judge.name}: cannot tell ({auroc.reason if auroc else 'no AUROC'}).")
+            failed.append(f"--min-auroc: {judge.name}: cannot be decided ({auroc.reason if auroc else 'no AUROC'}).")
         elif auroc.low < least:
             failed.append(
-                f"--min-auroc: {judge.name}: AUROC {auroc.value:.3f} with a lower end of {auroc.low:.3f}, below "
+                f"--min-auroc: {judge.name}: AUROC {auroc.value:.3f}; its lower end, {auroc.low:.3f}, is below "
                 f"{least:g}."
             )
     if failed:

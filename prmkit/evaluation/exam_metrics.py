@@ -1,8 +1,8 @@
 """The metrics of an exam, as each public set defines its own, for judges and for constants alike.
 
 With s the score of a step and t a threshold, the first error is the first step with s < t, if any. AUROC and average
-precision need no threshold and come first. Where one is needed, that of a task is chosen on other tasks (five folds);
-a verdict that was read in as such needs none. Intervals are over tasks.
+precision need no threshold and come first. Where a threshold is needed, it is chosen on other tasks (five folds); a
+judge that gave verdicts needs none. Intervals are over tasks.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 FOLDS = 5
 _GRID = np.arange(1, 102) / 100
-"""Thresholds: from the least that calls 0.00 bad to one that calls everything bad."""
+"""Thresholds: from the lowest that calls 0.00 bad to one that calls everything bad."""
 
 NAMES = {
     "auroc": "AUROC",
@@ -48,12 +48,12 @@ EXPLAINED = {
     "first_error": "runs whose first bad step is named exactly, or rightly called absent (FirstErrAcc)",
     "processbench_f1": "harmonic mean of that accuracy on runs with a bad step and on runs without",
     "step_accuracy": "steps called wrong, neutral or right as people call them (StepAcc)",
-    "located": "runs with an error in which exactly the step is named",
-    "located_1": "the same, with the message before or after it counted as right",
+    "located": "runs with an error in which exactly that step is named",
+    "located_1": "the same, but the message before or after it also counts as right",
     "agent": "runs with an error in which the agent of that step is named",
-    "silent_recall": "runs that went wrong and ended well which are flagged",
-    "loud_recall": "runs that went wrong and ended badly which are flagged",
-    "false_alarms": "runs without an error that are flagged; less is better",
+    "silent_recall": "flagged share of the runs that went wrong but ended well",
+    "loud_recall": "flagged share of the runs that went wrong and ended badly",
+    "false_alarms": "flagged share of the runs without an error; lower is better",
     "f1_bad": "F1 of bad steps",
     "f1_good": "F1 of the others",
 }
@@ -71,15 +71,15 @@ class Entrant:
     """Labelled steps with a score."""
     asked: int = 0
     source: str | None = None
-    """Where published numbers are from."""
+    """The source of published numbers."""
 
 
 def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
-    """Every metric that the labels of the exam allow.
+    """Every metric that the exam's labels allow.
 
     Args:
         exam: the exam.
-        answers: of a judge or of a constant.
+        answers: of a judge or a constant.
         kind: of the entrant.
     """
     folds = _folds(exam)
@@ -132,7 +132,7 @@ def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[st
 
 
 def _flagged(answers: Answers, scores: Floats, bad: Floats, weight: Floats, fold: Array) -> Array | None:
-    """Which steps are called bad; None where there is no other task to choose a threshold on."""
+    """Which steps are called bad; None if there is no other task on which to choose a threshold."""
     if answers.firsts is not None:
         return scores < NEUTRAL - SAME_SCORE
     below = scores[:, None] < _GRID - SAME_SCORE
@@ -145,7 +145,7 @@ def _flagged(answers: Answers, scores: Floats, bad: Floats, weight: Floats, fold
 
 
 def _by_fold(fold: Array, worth: Callable[[Array], Array], apply: Callable[[int, Array], Array]) -> Array | None:
-    """What the best choice of the other folds says in each fold."""
+    """The result in each fold of the threshold that is best on the other folds."""
     if len(np.unique(fold)) < 2:
         return None
     result = None
@@ -160,7 +160,7 @@ def _by_fold(fold: Array, worth: Callable[[Array], Array], apply: Callable[[int,
     return result
 
 
-_ONE_TASK = "no other task to choose a threshold on"
+_ONE_TASK = "no other task on which to choose a threshold"
 
 
 def _f1(tasks: Sequence[str], flagged: Array | None, bad: Floats, weight: Floats, *, is_bad: bool) -> Estimate:
@@ -179,7 +179,7 @@ def _f1(tasks: Sequence[str], flagged: Array | None, bad: Floats, weight: Floats
 def _step_accuracy(
     answers: Answers, scores: Floats, labels: Floats, weight: Floats, tasks: Sequence[str], fold: Array
 ) -> Estimate:
-    """StepAcc; scores become wrong, neutral or right by two thresholds that are chosen together."""
+    """StepAcc: two thresholds, chosen together, turn scores into wrong, neutral or right."""
     called: Array | None
     if answers.firsts is not None:
         called = np.isclose(scores, labels)
@@ -227,7 +227,7 @@ def _is_answered(run: ExamRun, answers: Answers) -> bool:
 
 
 def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str, int]) -> list[int] | None:
-    """The first error that the judge names in each run; None where there is no other task for a threshold."""
+    """The first error that the judge names in each run; None if there is no other task for a threshold."""
     if answers.firsts is not None:
         return [answers.firsts[run.trajectory_id] for run in runs]
     if not runs:
@@ -246,7 +246,7 @@ def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str,
 
 
 def _first_below(run: ExamRun, answers: Answers) -> Array:
-    """The first step below each threshold of the grid, `NO_ERROR` where none is."""
+    """The first step below each threshold of the grid; `NO_ERROR` if no step is below it."""
     scores = np.array([answers.scores[run.trajectory_id, step.n] for step in run.steps])
     place = (np.minimum.accumulate(scores)[:, None] >= _GRID - SAME_SCORE).sum(axis=0)
     return np.where(place < len(scores), place + 1, NO_ERROR)
@@ -270,7 +270,7 @@ def _processbench(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> Esti
     if firsts is None:
         return undefined(_ONE_TASK, len(runs), 1)
 
-    # That statistic writes -1 for no error, and here NOWHERE must not be taken for it.
+    # That statistic uses -1 for no error; NOWHERE must not be mistaken for it.
     def renamed(first: int) -> int:
         return {NO_ERROR: -1, NOWHERE: -2}.get(first, first)
 
@@ -280,7 +280,7 @@ def _processbench(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> Esti
 
 
 def _located(exam: Exam, runs: Sequence[ExamRun], answers: Answers) -> dict[str, Estimate]:
-    """Where every run has an error, the judge's answer is the step with the lowest score, the first one of several."""
+    """If every run has an error, the judge's answer is the step with the lowest score, the first in a tie."""
     said = [_lowest(run, answers) for run in runs]
     true = [run.steps[(run.first_error or 1) - 1] for run in runs]
     pairs = list(zip(said, true, strict=True))
@@ -303,7 +303,7 @@ def _lowest(run: ExamRun, answers: Answers) -> ExamStep | None:
 
 
 def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str, Estimate]:
-    """Shares of flagged runs, where it is known how runs ended."""
+    """Shares of flagged runs, among runs whose outcome is known."""
     groups: dict[str, Callable[[ExamRun], bool]] = {
         "silent_recall": lambda run: run.first_error != NO_ERROR and run.succeeded is True,
         "loud_recall": lambda run: run.first_error != NO_ERROR and run.succeeded is False,
@@ -323,7 +323,7 @@ def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str,
 
 
 def constants(exam: Exam) -> list[Entrant]:
-    """What can be answered without reading a run; whatever comes from labels comes from those of other tasks."""
+    """Answers that need no reading of a run; those that use labels use only labels of other tasks."""
     steps = [(run.trajectory_id, step.n) for run in exam.runs for step in run.steps]
     every_run = [run.trajectory_id for run in exam.runs]
     all_good = Answers("every step good", dict.fromkeys(steps, GOOD), dict.fromkeys(every_run, NO_ERROR), True)
@@ -338,7 +338,7 @@ def constants(exam: Exam) -> list[Entrant]:
 
 
 def _by_position(exam: Exam) -> Answers:
-    """The share of good steps at the same position, and at the end of runs or before it, in other tasks."""
+    """The share of good steps in other tasks at the same position, separately for the last step of a run."""
     counts: dict[tuple[int, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     for run, step in exam.labelled:
         cell = counts[_position(run, step)][run.task_id]
@@ -362,7 +362,7 @@ def _position(run: ExamRun, step: ExamStep) -> tuple[int, bool]:
 
 
 def _commonest_place(exam: Exam) -> Answers:
-    """The message at which runs of other tasks most often go wrong."""
+    """The message at which runs of other tasks go wrong most often."""
     places = Counter[int]()
     of_task: dict[str, Counter[int]] = defaultdict(Counter)
     for run in exam.runs:
@@ -382,7 +382,7 @@ def _commonest_place(exam: Exam) -> Answers:
 
 
 def _commonest_agent(exam: Exam) -> Entrant:
-    """The agent that most often goes wrong in other tasks."""
+    """The agent that goes wrong most often in other tasks."""
     runs = [run for run in exam.runs if run.first_error]
     agents = {run.trajectory_id: run.steps[(run.first_error or 1) - 1].agent for run in runs}
     hits = []

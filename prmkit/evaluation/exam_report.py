@@ -1,4 +1,4 @@
-"""What an exam says: a table with judges, constants, published judges and people, a sentence per judge, a page."""
+"""The results of an exam: a table with judges, constants, published judges and people, a sentence per judge, a page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,18 +12,18 @@ from prmkit.files import write_text
 
 PUBLISHED = Path(__file__).with_name("published_judges.yaml")
 TRUSTED_FROM = 0.7
-"""A judge is trusted when the lower end of its AUROC is at least this, and above what a constant reaches."""
+"""A judge is trusted if the lower end of its AUROC is at least this, and above every constant's AUROC."""
 EXAMINED = ("judge", "base", "other")
-"""Kinds of entrants that have answered this exam, other than constants."""
+"""Kinds of entrants, other than constants, that answered this exam."""
 _NONE = "–"
 
 
 def published(exam: Exam) -> list[Entrant]:
-    """Judges that others have measured on the set, and people; none where the exam mixes sets or has parts of runs."""
+    """Published results of judges and people on the set; none if the exam mixes sets or has only parts of runs."""
     import yaml
 
     if len(exam.sources) != 1 or not all(run.is_whole for run in exam.runs):
-        return []  # labels of your own on some steps are another exam
+        return []  # your own labels on some steps make it a different exam
     parts = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).get(exam.sources[0], [])
     return [
         Entrant(
@@ -48,7 +48,7 @@ def _listed(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, fl
 
 
 def shown_metrics(entrants: Sequence[Entrant]) -> list[str]:
-    """The metrics that the exam allows, in their order."""
+    """The metrics that the exam allows, in order."""
     return [name for name in NAMES if any(name in each.metrics for each in entrants if each.kind != "published")]
 
 
@@ -59,13 +59,13 @@ def columns(entrants: Sequence[Entrant]) -> tuple[str, ...]:
 
 
 def optional(entrants: Sequence[Entrant]) -> tuple[str, ...]:
-    """Columns that a narrow terminal leaves out, the first to go first."""
+    """Columns that a narrow terminal leaves out, in the order in which they are dropped."""
     kept = {"who", "AUROC", "95 %", "AP", "first error"}
     return tuple(name for name in reversed(columns(entrants)) if name not in kept)
 
 
 def table(entrants: Sequence[Entrant]) -> list[tuple[str, ...]]:
-    """One row an entrant, the cells in the order of `columns`."""
+    """One row per entrant, with cells in the order of `columns`."""
     names = [name for name in shown_metrics(entrants) if name != "auroc"]
     rows = []
     for each in entrants:
@@ -79,17 +79,17 @@ _MARKS = {"published": " *", "people": " *"}
 
 
 def shown(estimate: Estimate | None) -> str:
-    """A value with three decimals: enough to find a published one again."""
+    """A value with three decimals: enough to recognise a published value."""
     return _NONE if estimate is None or estimate.value is None else f"{estimate.value:.3f}"
 
 
 def shown_interval(estimate: Estimate | None) -> str:
-    """The interval, where there is one."""
+    """The interval, if there is one."""
     return _NONE if estimate is None or estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"
 
 
 def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
-    """What the table rests on."""
+    """The data that the table is based on."""
     labelled = list(exam.labelled)
     bad, tasks = sum(step.is_bad for _, step in labelled), len({run.task_id for run in exam.runs})
     lines = [
@@ -99,11 +99,11 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
     partial = sum(not run.is_whole for run in exam.runs)
     unknown = sum(run.first_error is None for run in exam.runs) - partial
     if partial:
-        lines.append(f"{partial:,} runs are here in part, so no first error is looked for in them.")
+        lines.append(f"{partial:,} runs are incomplete, so their first errors are not evaluated.")
     if unknown:
         lines.append(f"{unknown:,} runs have unlabelled steps before any bad one: their first error is not known.")
     lines += [
-        f"{each.name}: {each.answered:,} of {each.asked:,} labelled steps have a score; the others count nowhere."
+        f"{each.name}: {each.answered:,} of {each.asked:,} labelled steps have a score; the others are not counted."
         for each in entrants
         if each.kind in EXAMINED and each.answered < each.asked
     ]
@@ -129,10 +129,10 @@ def best_constant(entrants: Sequence[Entrant], metric: str = "auroc") -> tuple[s
 
 
 def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
-    """`trust`, `use with care`, `do not rely` or `cannot say`, and the sentence that says why.
+    """`trust`, `use with care`, `do not rely` or `cannot say`, and a sentence that gives the reason.
 
-    A judge that flags nearly every run can have a high AUROC; so where first errors are known, it must also be better
-    at naming them than every constant.
+    A judge that flags nearly every run can have a high AUROC; so if first errors are known, it must also name them
+    better than every constant.
     """
     auroc = judge.metrics.get("auroc")
     if auroc is None or auroc.value is None:
@@ -142,7 +142,7 @@ def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
         reason = (auroc.reason or "").removeprefix("no interval: ")
         return (
             "cannot say",
-            f"{judge.name}: cannot say from {basis}: AUROC {auroc.value:.2f} without interval ({reason}).",
+            f"{judge.name}: cannot say from {basis}: AUROC {auroc.value:.2f} without an interval ({reason}).",
         )
     constant = best_constant(entrants)
     bar, by = (max(0.5, constant[1]), constant[0]) if constant else (0.5, "guessing")
@@ -156,7 +156,7 @@ def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
 
 
 def _reservation(judge: Entrant, entrants: Sequence[Entrant]) -> str:
-    """What else keeps a judge with a high AUROC from being trusted; empty if nothing does."""
+    """Why a judge with a high AUROC is still not trusted; empty if there is no reason."""
     if judge.answered < MIN_SCORED * judge.asked:
         return f"; it scored {judge.answered / judge.asked:.0%} of the labelled steps"
     found, constant = judge.metrics.get("processbench_f1"), best_constant(entrants, "processbench_f1")
@@ -205,7 +205,7 @@ def as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
 
 
 def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
-    """Write the page; it refers to nothing outside of itself, and whatever comes from data is escaped."""
+    """Write the page; it loads nothing from outside, and everything that comes from data is escaped."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -235,11 +235,11 @@ _KINDS = {
     "people": "people",
 }
 _LADDERS = {"auroc": 0.5, "step_accuracy": 0.0, "processbench_f1": 0.0, "located": 0.0, "first_error": 0.0}
-"""Metrics that get a ladder, and where its scale begins."""
+"""Metrics that get a ladder plot, and where its scale begins."""
 
 
 def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
-    """The entrants by one metric, the best first; None for a metric with fewer than two of them."""
+    """The entrants by one metric, the best first; None if fewer than two have it."""
     if name not in _LADDERS:
         return None
     known = [(each, each.metrics[name]) for each in entrants if name in each.metrics]

@@ -1,4 +1,4 @@
-"""Does the exported model score as the adapter that was trained? And if not, why not?"""
+"""Does the exported model give the same scores as the trained adapter? If not, why?"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ from prmkit.prompts.cleaning import neutralise
 log = logging.getLogger("prmkit")
 
 DEFAULT_TOLERANCE = 0.02
-"""Above what rounding to bfloat16 does to a score, far below what a wrong template does."""
+"""More than rounding to bfloat16 changes a score, far less than a wrong template does."""
 
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _ROUNDING = 0.02
-"""Largest relative difference between a weight and its copy in half precision, with room to spare."""
+"""The largest relative difference between a weight and its half-precision copy, with some margin."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Parity:
     """How many scores both gave."""
     largest: float
     mean: float
-    """Largest and mean absolute difference of those."""
+    """Largest and mean absolute difference of these scores."""
     unequal: int
-    """Prompts that one of them could score and the other could not."""
+    """Prompts that only one of the two could score."""
     causes: tuple[str, ...]
-    """What is known to make such differences and was found here, the likeliest first."""
+    """Known causes of such differences that were found here, the likeliest first."""
 
     def __str__(self) -> str:
         counts = f"{self.scores} scores of {self.prompts} prompts: largest difference {self.largest:.4f}, "
@@ -44,12 +44,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class _Side:
-    """What one of the two answered, and what it was shown."""
+    """What one of the two answered, and the prompt that it saw."""
 
     judgements: list[Judgement]
     prompt_ids: list[list[int]]
     chat_ids: list[list[int]] | None
-    """What the tokenizer's own chat template makes of the prompts; None when it has none."""
+    """The prompts as the tokenizer's own chat template renders them; None if it has none."""
 
 
 def check_parity(
@@ -70,10 +70,10 @@ def check_parity(
         batch_size: prompts at once.
 
     Returns:
-        How much they differ, where that is within the tolerance.
+        How much they differ, if that is within the tolerance.
 
     Raises:
-        GateError: they differ by more; its message names the likely causes.
+        GateError: they differ by more; the message names the likely causes.
         DataError: one of the two cannot be loaded.
     """
     one, other = _ask(trained, requests, batch_size), _ask(exported, requests, batch_size)
@@ -100,7 +100,7 @@ def check_parity(
 
 
 def _ask(source: JudgeSource, requests: Sequence[Request], batch_size: int) -> _Side:
-    """Load a judge, ask it, and let it go: two models need not fit into memory together."""
+    """Load a judge, ask it, and release it: both models together may not fit into memory."""
     from prmkit.judge.transformers_judge import load_model
 
     judge = load_model(source)
@@ -133,11 +133,11 @@ def _causes(trained: JudgeSource, exported: JudgeSource, one: _Side, other: _Sid
     yield from _causes_in_weights(trained, exported)
     dtype = _config_of(exported.model).get("dtype")
     if dtype and dtype != trained.trained_dtype:
-        yield f"dtype: trained in {trained.trained_dtype}, exported in {dtype}. Export with infer_dtype as trained."
+        yield f"dtype: trained in {trained.trained_dtype}, exported in {dtype}. Export again (infer_dtype)."
     if other.chat_ids is not None and other.chat_ids != one.prompt_ids:
         yield (
-            "chat template: the export's own renders other prompts than training did, so whoever uses it "
-            "(chat endpoints, apply_chat_template) gets other scores. Use the completions endpoint with the template."
+            "chat template: the export's own template renders prompts differently from training, so chat endpoints "
+            "and apply_chat_template give other scores. Use the completions endpoint with the training template."
         )
 
 
@@ -147,7 +147,7 @@ def _causes_of_other_ids(trained: JudgeSource, exported: JudgeSource) -> Iterato
     for key in differing:
         yield f"{names[key]}: trained with {getattr(trained, key)!r}, exported with {getattr(exported, key)!r}."
     if not differing:
-        yield "tokenizer: the export's splits the same text into other tokens than the base model's."
+        yield "tokenizer: the export's tokenizer splits text into different tokens than the base model's."
 
 
 def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[str]:
@@ -156,14 +156,14 @@ def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[
     if sizes:
         yield f"wrong base: {', '.join(f'{key} {base.get(key)} became {export.get(key)}' for key in sizes)}."
     elif _norms_differ(trained.model, exported.model):
-        yield f"wrong base: layers that no adapter touches differ from those of {trained.model}."
+        yield f"wrong base: layers that no adapter changes differ from those of {trained.model}."
     if trained.adapter is None:
         return
     note = read_object(exported.model / EXPORT_FILE) if (exported.model / EXPORT_FILE).is_file() else {}
     if note.get("adapter") and Path(note["adapter"]).resolve() != trained.adapter.resolve():
         yield f"wrong adapter: exported from {note['adapter']}, compared with {trained.adapter}."
     elif _newest(trained.adapter, "adapter_model") > _newest(exported.model, "") > 0:
-        yield f"old export: {trained.adapter} was trained on after it. Export again."
+        yield f"old export: {trained.adapter} was trained further after it. Export again."
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:
@@ -176,7 +176,7 @@ def _newest(folder: Path, prefix: str) -> float:
 
 
 def _norms_differ(base: Path, export: Path) -> bool:
-    """Whether the one-dimensional weights differ by more than rounding. LoRA leaves them alone."""
+    """Whether the one-dimensional weights, which LoRA does not change, differ by more than rounding."""
     import torch
 
     exported = dict(_vectors(export))

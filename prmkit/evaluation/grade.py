@@ -25,15 +25,15 @@ from prmkit.evaluation.summary import (
 from prmkit.judge.types import LOW_LABEL_MASS
 
 MIN_ORDER = 0.3
-"""A Spearman correlation whose lower end is below this orders too little to act on."""
+"""With a lower end of Spearman's correlation below this, a judge's order is too weak to act on."""
 MIN_RECALL = 0.5
-"""Of the bad steps, the share that its scores put below the border; with less, the border misses most of them."""
+"""The share of bad steps that the judge must score below the border; with less, the border misses most of them."""
 MAX_PRAISED = 0.1
 SAME_AS_A_JUDGE = -0.05
-"""A gap to another judge whose lower end is above this is no gap that matters."""
+"""A gap to another judge is negligible if its lower end is above this."""
 _COPIES_FROM = 0.5  # a share of scores equal to the prompt's, above which the judge copies rather than agrees
-_HUGS_WITHIN = 0.5  # a distance to the prompt's score, as a part of the judges' distance, below which it does so too
-_MUCH_OF_ALL = 0.3  # a share of the scores that one task should not hold
+_HUGS_WITHIN = 0.5  # the same for its distance to the prompt's score, as a part of the judges' distance, if below this
+_MUCH_OF_ALL = 0.3  # the largest share of the scores that one task should have
 
 # --- the five conditions ----------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ State = Literal["met", "failed", "unknown", "not applicable"]
 
 @dataclass(frozen=True)
 class Condition:
-    """One thing that a useful judge must show."""
+    """One of the conditions that a useful judge must meet."""
 
     name: str
     state: State
@@ -70,16 +70,16 @@ def _order(group: Group) -> Condition:
 def _order_within(group: Group) -> Condition:
     name, pairs, tied = "order within runs", group["judge"]["pairwise_accuracy"], group["judge"]["pairwise_always_tied"]
     if group["trajectories_with_pairs"] < 0.5 * group["trajectories"]:
-        text = f"most runs have one score of this kind ({pairs['n']} pairs), so it is not asked for."
+        text = f"most runs have one score of this kind ({pairs['n']} pairs), so this is not required."
         return Condition(name, "not applicable", f"Order within runs: {text}")
     if pairs["n"] < MIN_PAIRS:
-        text = f"not known; {pairs['n']} pairs of scores of the same run, at least {MIN_PAIRS} are needed."
+        text = f"not known: {pairs['n']} pairs of scores of the same run, but at least {MIN_PAIRS} are needed."
         return Condition(name, "unknown", f"Order within runs: {text}")
     if pairs["low"] is None:
         return Condition(name, "unknown", f"Order within runs: not known ({pairs.get('reason')}).")
     least = max(0.5, tied["value"])
-    text = f"{shown(pairs)} of {pairs['n']} pairs are right; the lower end must be above {least:.2f}, which is what "
-    text += "calling every pair a tie reaches." if least > 0.5 else "guessing reaches."
+    text = f"{shown(pairs)} of {pairs['n']} pairs are right; the lower end must be above {least:.2f}, the result of "
+    text += "calling every pair a tie." if least > 0.5 else "guessing reaches."
     return Condition(name, "met" if pairs["low"] > least else "failed", f"Order within runs: {text}")
 
 
@@ -88,7 +88,7 @@ def _bad_steps(group: Group) -> Condition:
     auroc, recall, share = of_border["auroc"], of_border["recall"], of_border["bad_share"]
     bad, good = recall["n"], share["n"] - recall["n"]
     if min(bad, good) < MIN_BAD:
-        text = f"not known; {bad} bad and {good} good scores, at least {MIN_BAD} of each are needed."
+        text = f"not known: {bad} bad and {good} good scores, but at least {MIN_BAD} of each are needed."
         return Condition("bad steps", "unknown", f"Bad steps: {text}")
     if auroc["low"] is None:
         return Condition("bad steps", "unknown", f"Bad steps: not known ({auroc.get('reason')}).")
@@ -96,7 +96,7 @@ def _bad_steps(group: Group) -> Condition:
     if auroc["low"] <= 0.5:
         failed.append("AUROC's lower end is not above 0.5")
     if recall["value"] < MIN_RECALL:
-        failed.append(f"fewer than {MIN_RECALL:.0%} are put below the border")
+        failed.append(f"fewer than {MIN_RECALL:.0%} are scored below the border")
     if praised["value"] > MAX_PRAISED:
         failed.append(f"more than {MAX_PRAISED:.0%} are praised")
     text = (
@@ -110,7 +110,7 @@ def _bad_steps(group: Group) -> Condition:
 def _scored(validity: Mapping[str, Any]) -> Condition:
     made, asked = validity["scores_made"], validity["scores_asked"]
     text = (
-        f"Scored: {made} of {asked} scores were made ({made / max(asked, 1):.1%}); at least {MIN_SCORED:.0%} must be."
+        f"Scored: {made} of {asked} scores were given ({made / max(asked, 1):.1%}); at least {MIN_SCORED:.0%} must be."
     )
     return Condition("scored", "met" if made >= MIN_SCORED * asked else "failed", text)
 
@@ -122,7 +122,7 @@ def _skill(group: Group) -> Condition:
     constant = group["baselines"]["constant"]["rmse"]
     text = (
         f"Skill: its root mean square error is {shown(rmse, interval=False)}, that of a constant "
-        f"{shown(constant, interval=False)}: {shown(skill)} of it is avoided; the lower end must be above 0."
+        f"{shown(constant, interval=False)}, so its skill is {shown(skill)}; the lower end must be above 0."
     )
     return Condition("skill", "met" if skill["low"] > 0 else "failed", text)
 
@@ -140,7 +140,7 @@ _IN_WORDS: Mapping[Grade, str] = {
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What one evaluation type's metrics say to the person who must decide."""
+    """What one evaluation type's metrics mean for the person who must decide."""
 
     evaluation_type: str
     grade: Grade
@@ -164,7 +164,7 @@ def conclusions(metrics: Mapping[str, Any]) -> list[Conclusion]:
 
 
 def summarize(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The conclusions as `metrics.json` has them, for `train.py --runs`, the model card and other programs."""
+    """The conclusions in the form of `metrics.json`, for `train.py --runs`, the model card and other programs."""
     found, groups = conclusions(metrics), groups_of_types(metrics)
     return {
         "headline": in_short(found),
@@ -206,19 +206,19 @@ def _grade(
     label_mass: Mapping[str, Any] | None,
     weak_subgroups: Sequence[str],
 ) -> tuple[Grade, str]:
-    """The first of these that holds. The order matters: what makes a judge useless comes before what makes it weak."""
+    """The first reason that applies. The order matters: what makes a judge useless comes before what makes it weak."""
     order = group["judge"][ORDER]
     if order.get("reason") == SAME_REFERENCE:
         return "unknown", "The judges gave everything the same score, so there is no order to learn or to check."
     if order.get("reason") == SAME_PREDICTION:
         return "not_useful", "It is constant: it gives everything the same score."
     if label_mass and label_mass["value"] is not None and label_mass["value"] < LOW_LABEL_MASS:
-        wanted = f"{percent(label_mass)} of its probability is on one"
-        return "not_useful", f"It does not want to answer with a score: {wanted}."
+        wanted = f"only {percent(label_mass)} of its probability is on scores"
+        return "not_useful", f"It rarely wants to answer with a score: {wanted}."
     if order["low"] is None:
         return "unknown", f"Too little held-out data to say ({order.get('reason')})."
     if order["high"] < 0:
-        return "not_useful", f"It is inverted: its order is the wrong way round (Spearman {shown(order)})."
+        return "not_useful", f"It is inverted: it ranks good steps below bad ones (Spearman {shown(order)})."
     if order["low"] <= 0:
         return "not_useful", f"Nothing shows that its order is better than chance (Spearman {shown(order)})."
     if (copying := group["baselines"].get("copy")) and _copies(copying):
@@ -226,19 +226,19 @@ def _grade(
     if weaknesses := [*_weaknesses(group, of_type, five), *weak_subgroups]:
         return "weak", f"{weaknesses[0]}{_but_within_runs(five)}"
     if missing := [condition.sentence for condition in five if condition.state == "unknown"]:
-        return "unknown", f"What can be seen is good, but not enough can be seen. {missing[0]}"
+        return "unknown", f"What was measured is good, but not enough could be measured. {missing[0]}"
     return "useful", _useful_headline(group, five)
 
 
 def _but_within_runs(five: Sequence[Condition]) -> str:
     states = {condition.name: condition.state for condition in five}
     if states["order within runs"] == "met" and "failed" in (states["order"], states["skill"]):
-        return " It does order the scores of one run: it may rank them, but not compare runs."
+        return " It does order the scores within a run: use it to rank steps of a run, but not to compare runs."
     return ""
 
 
 def weak_subgroups(metrics: Mapping[str, Any], group: Group) -> Iterator[str]:
-    """Where the order of a type is shown not to be useful though it is elsewhere."""
+    """A group in which the order is shown not to be useful, although it is useful overall."""
     if (group["judge"][ORDER]["low"] or 0) <= 0:
         return
     for key, values in metrics["breakdowns"].items():
@@ -258,25 +258,25 @@ def _weaknesses(group: Group, of_type: Sequence[Group], five: Sequence[Condition
         if ranking and (ranking[ORDER]["low"] or 0) > 0 and (ranking["gain"]["low"] or 0) <= 0:
             yield f"Ranking by {words} alone does as well (Spearman {shown(ranking[ORDER])})."
     if any(half["value"] is not None and half["value"] <= 0 for half in group["halves"]):
-        yield "Its order holds on one half of the tasks and not on the other."
+        yield "Its order holds on one half of the tasks but not on the other."
     yield from (sentence for sentence in map(_bad_key, of_type) if sentence)
 
 
 def _bad_key(group: Group) -> str | None:
-    """What is wrong with a key that is shown to be worse than its type must be."""
+    """What is wrong with a key that is shown to be worse than its type is required to be."""
     order = group["judge"][ORDER]
     if group["key"] == ALL or group["only_key"]:
         return None
     if order.get("reason") == SAME_PREDICTION:
-        return f"It gives {group['key']} always the same score."
+        return f"It always gives {group['key']} the same score."
     if order["high"] is None or order["high"] >= MIN_ORDER:
         return None
-    inverted = "is the wrong way round" if order["high"] < 0 else "is not useful"
+    inverted = "is reversed" if order["high"] < 0 else "is not useful"
     return f"On {group['key']} its order {inverted} (Spearman {shown(order)})."
 
 
 def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
-    only = " It cannot be said whether it orders scores within a run." * any(
+    only = " Whether it orders scores within a run is unknown." * any(
         condition.state == "not applicable" for condition in five
     )
     return f"All conditions are met. {_against_judges(group['ceiling']['gap'])}{only}"
@@ -284,14 +284,14 @@ def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
 
 def _against_judges(gap: Mapping[str, Any]) -> str:
     if gap["low"] is None:
-        return "How well judges agree with each other is not known here."
+        return "How well judges agree with each other is unknown."
     difference = f"difference in Spearman {gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
     if gap["high"] < 0:
         return f"It agrees with a judge less than another judge does ({difference})."
     if gap["low"] > SAME_AS_A_JUDGE:
         return f"It agrees with a judge as well as another judge does ({difference})."
     return (
-        f"It is not shown to be worse than another judge; it may be behind by up to {-gap['low']:.2f} ({difference})."
+        f"It is not shown to be worse than another judge, but may be worse by up to {-gap['low']:.2f} ({difference})."
     )
 
 
@@ -322,28 +322,28 @@ def _notes(group: Group, of_type: Sequence[Group]) -> Iterator[str]:
 
 
 def _selection_sentence(selection: Mapping[str, Any], prompts: int) -> str:
-    chosen = f"{selection['prompts']:,} of {prompts:,} prompts were chosen by ask_judges.py --first"
+    chosen = f"{selection['prompts']:,} of {prompts:,} prompts were selected by ask_judges.py --first"
     if selection["audited_tasks"] < MIN_TASKS:
         return (
-            f"{chosen}, and only {selection['audited_tasks']} tasks have some that were chosen by chance: this is "
-            "agreement on steps that a judge was unsure of, not on all."
+            f"{chosen}, and only {selection['audited_tasks']} tasks have some that were selected at random: this is "
+            "agreement on steps that a judge was unsure of, not on all steps."
         )
     return (
-        f"{chosen} and are weighted by the chance of that: together they tell as much as "
-        f"{selection['effective_prompts']:,.0f} that were not chosen."
+        f"{chosen} and are weighted by one over the probability of that: they are worth as much as "
+        f"{selection['effective_prompts']:,.0f} unselected prompts."
     )
 
 
 def warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader has to know whatever the grade: unscored rows, one task that weighs most, leniency, subgroups."""
+    """Warnings that matter whatever the grade: unscored rows, one dominant task, leniency, subgroups."""
     every = metrics["validity"][ALL]
     if every["scores_made"] < MIN_SCORED * every["scores_asked"]:
-        yield f"Only {every['scores_made']} of {every['scores_asked']} scores were made; all else is about these."
+        yield f"Only {every['scores_made']} of {every['scores_asked']} scores were given; the rest is about these."
     if selection := metrics["held_out"].get("selection"):
         yield _selection_sentence(selection, metrics["held_out"]["prompts_evaluated"])
     largest = metrics["held_out"]["largest_task"]
     if largest["share"] > _MUCH_OF_ALL and metrics["held_out"]["tasks_evaluated"] >= MIN_TASKS:
-        yield f"One task ({largest['task']}) has {largest['share']:.0%} of the scores, so the others hardly count."
+        yield f"One task ({largest['task']}) has {largest['share']:.0%} of the scores, so the other tasks hardly count."
     for group in groups_of_types(metrics):
         if (group["judge"][ORDER]["low"] or 0) > 0:
             sentences = [bias_sentence(group), overconfidence_sentence(group), *weak_subgroups(metrics, group)]

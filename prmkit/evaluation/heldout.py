@@ -1,4 +1,4 @@
-"""The held-out prompts, and what the judges said about each: the reference of an evaluation."""
+"""The held-out prompts and the judges' scores for each: the reference of an evaluation."""
 
 import hashlib
 from collections import defaultdict
@@ -43,25 +43,25 @@ class HeldOutPrompt:
     """One prompt that never reached training, and every judge's scores for it."""
 
     id: str
-    """The id of its first row in the dataset."""
+    """The id of the prompt's first row in the dataset."""
     prompt: str
-    """As the user wrote it."""
+    """The prompt as the user wrote it."""
     prompt_sha256: str
     shape: Shape
-    """The scores that it asks for."""
+    """The score keys that it asks for."""
     task: str
-    """`task_id`; a prompt without one counts as a task, named after its hash."""
+    """`task_id`; a prompt without one is a task of its own, named after its hash."""
     trajectory: str
     """`trajectory_id` in the row's metadata, else the task."""
     evaluation_type: str
     clip_number: int | None
     metadata: Mapping[str, Any]
-    """Of its first row; the weight is the lowest of all its rows."""
+    """From its first row; the weight is the lowest of all its rows."""
     references: References
     reference: Mapping[str, float]
-    """By key, the mean of the judges that gave this key a score, corrected for their leniency."""
+    """Key -> the mean score of the judges that scored it, corrected for their leniency."""
     answers: Mapping[str, str]
-    """Judge -> its (first) answer, as the dataset has it."""
+    """Judge -> its (first) answer, as it is in the dataset."""
     system: str | None = None
     """The system text of the row; None for the judge's default."""
 
@@ -75,13 +75,13 @@ class HeldOut:
     rows: int
     prompts: tuple[HeldOutPrompt, ...]
     sha256: str
-    """Of the prompts and the judges' scores: equal for two evaluations with the same reference."""
+    """Hash of the prompts and the judges' scores: equal for two evaluations with the same reference."""
     file_sha256: str
-    """Of the dataset file: the prompts as they are scored, after any truncation by the conversion."""
+    """Hash of the dataset file: the prompts as they are scored, after any truncation by the conversion."""
     leniency: Leniency
-    """Of the judges, on these prompts; the references are corrected by it."""
+    """Of the judges, on these prompts; the references are corrected for it."""
     self_agreement: Sequence[Mapping[str, Any]] = ()
-    """How well judges agree with themselves, as the conversion's report has it."""
+    """How well judges agree with themselves, from the conversion's report."""
 
     @property
     def judges(self) -> list[str]:
@@ -93,8 +93,8 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
     """Read a dataset of `convert_dataset.py` with its sidecar; rows of one prompt become one held-out prompt.
 
     Raises:
-        UsageError: the folder knows no such dataset, or its rows are for training.
-        DataError: a file is missing or unreadable, or the two have not the same rows.
+        UsageError: the folder has no such dataset, or its rows are for training.
+        DataError: a file is missing or unreadable, or the two files have different rows.
     """
     entry = _held_out_entry(data_folder, name)
     file = entry.file
@@ -102,7 +102,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
         raise DataError(f"{data_folder}: the file of dataset '{name}' is missing. Convert again.")
     sidecar = sidecar_of(file)
     if sidecar.is_file() and not name.endswith(HELD_OUT_SUFFIX):
-        raise UsageError(f"{file}: rows for training, of which nothing is held out. {_held_out_side_of(name)}")
+        raise UsageError(f"{file}: these rows are for training. {_held_out_side_of(name)}")
     groups: dict[str, list[_LabelledRow]] = defaultdict(list)
     rows = 0
     try:
@@ -110,7 +110,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
             groups[meta["prompt_sha256"]].append((entry.read(row), meta))
             rows += 1
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: its rows and those of {sidecar.name} do not fit. Convert again.") from error
+        raise DataError(f"{file}: its rows and those of {sidecar.name} do not match. Convert again.") from error
     if not rows:
         raise DataError(f"{file}: no rows, so there is nothing to evaluate on. {HOW_TO_HOLD_OUT}")
     references = {sha256: _mean_scores_by_judge(group) for sha256, group in groups.items()}
@@ -122,7 +122,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
 
 
 def _self_agreement(data_folder: Path) -> Sequence[Mapping[str, Any]]:
-    """Out of the conversion's report: it sees repeated answers that are equal, which the dataset keeps once."""
+    """From the conversion's report, which also counts equal repeated answers; the dataset keeps those once."""
     report = data_folder / REPORT
     found = read_json(report).get("self_agreement", []) if report.is_file() else []
     return [entry for entry in found if entry.keys() >= {"evaluation_type", "key", "pairs", "pearson"}]
@@ -135,7 +135,7 @@ def _held_out_entry(data_folder: Path, name: str) -> Entry:
     held_out = [other for other in known if other.endswith(HELD_OUT_SUFFIX)]
     if held_out:
         shown = ", ".join(held_out[:6]) + (", …" if len(held_out) > 6 else "")
-        raise UsageError(f"{data_folder}: no dataset '{name}'. Held out are: {shown}.")
+        raise UsageError(f"{data_folder}: no dataset '{name}'. The held-out datasets are {shown}.")
     raise UsageError(f"{data_folder}: no dataset '{name}', and no held-out one. {HOW_TO_HOLD_OUT}")
 
 
@@ -170,9 +170,10 @@ def _held_out_prompt(
 
 
 def _with_weight(of_rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The metadata of the first row of a prompt.
+    """The metadata of a prompt's first row.
 
-    A prompt that was asked about by chance and again for certain was certain to be asked about: the lowest weight.
+    A prompt that was selected at random once and for certain another time was certain to be selected: it gets the
+    lowest weight.
 
     Raises:
         DataError: a weight is not a positive number.
@@ -190,13 +191,13 @@ def _judge_of(meta: Mapping[str, Any]) -> str:
 
 
 def _shape_of(label: str, scores: Mapping[str, float]) -> Shape:
-    # A prompt without a schema is asked for what its judge answered with: the keys, not the values.
+    # A prompt without a schema is asked for the keys (not the values) of its judge's answer.
     verdict = read_verdict(restore(label, answer=True))
     return Shape(tuple(scores), nested=len(scores) > 1) if isinstance(verdict, Unreadable) else verdict.shape
 
 
 def _mean_scores_by_judge(rows: list[_LabelledRow]) -> References:
-    """A judge that answered one prompt more than once counts once."""
+    """A judge that answered a prompt more than once counts once."""
     by_judge: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for _, meta in rows:
         for key, score in meta["scores"].items():
@@ -216,7 +217,7 @@ def _by_key(references: References) -> dict[str, dict[str, float]]:
 
 def _reference_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
     references: list[Any] = sorted((prompt.prompt_sha256, sorted(prompt.references.items())) for prompt in prompts)
-    # Weights are a part of the reference, too; without any the hash is that of earlier versions.
+    # Weights are part of the reference, too; without any, the hash is that of earlier versions.
     if weights := sorted(
         (prompt.prompt_sha256, prompt.metadata[WEIGHT]) for prompt in prompts if WEIGHT in prompt.metadata
     ):
@@ -225,7 +226,7 @@ def _reference_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
 
 
 def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name: str | None) -> tuple[Path, str]:
-    """Where the held-out rows of a run are: its held-out dataset in its data folder, unless overridden.
+    """The location of a run's held-out rows: its held-out dataset in its data folder, unless overridden.
 
     Args:
         config: the run's configuration; empty for a judge that no run of this project has trained.
@@ -233,14 +234,14 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
         name: overrides its `eval_dataset`.
 
     Raises:
-        UsageError: the run was trained with several held-out datasets, so one has to be named; or on this very one.
+        UsageError: the run has several held-out datasets, so one must be named; or it was trained on this one.
     """
     names = split_names(config.get("eval_dataset") or DEFAULT_HELD_OUT)
     if name is None and len(names) > 1:
         raise UsageError(f"this run has {len(names)} held-out datasets. Name one: --dataset {names[0]}")
     chosen = name or names[0]
     if chosen in split_names(config.get("dataset") or []):
-        held_out = "Name one that it was not." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_side_of(chosen)
+        held_out = "Name another one." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_side_of(chosen)
         raise UsageError(f"{chosen}: the run was trained on it, so it says nothing about new steps. {held_out}")
     return data_folder or Path(config.get("dataset_dir") or "data"), chosen
 
@@ -251,7 +252,7 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
 def training_constants(data_folder: Path, held_out_name: str) -> Constants:
     """Mean and median of the training labels by evaluation type and key: the constants that a judge has to beat.
 
-    Empty where the rows that this dataset is the held-out side of are not in `data_folder`.
+    Empty if the training side of this held-out dataset is not in `data_folder`.
     """
     name = held_out_name.removesuffix(HELD_OUT_SUFFIX)
     entry = read_entries(data_folder).get(name)
@@ -274,14 +275,14 @@ def _middles(values: Floats, weight: Floats) -> tuple[float, float]:
 
 
 def by_task(prompts: Iterable[HeldOutPrompt]) -> list[HeldOutPrompt]:
-    """The prompts task by task, in an order that depends on the tasks' names alone."""
+    """The prompts task by task, in an order that depends only on the tasks' names."""
     return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.task.encode(errors="surrogatepass")).digest())
 
 
 def sampled(prompts: Iterable[HeldOutPrompt], limit: int | None) -> Iterator[HeldOutPrompt]:
-    """At most `limit` prompts of whole tasks, in the order of `by_task`; where the first task has more, a part of it.
+    """At most `limit` prompts of whole tasks, in the order of `by_task`; if the first task has more, a part of it.
 
-    A larger limit takes the same prompts and more, so a short evaluation can be made longer later.
+    A larger limit takes the same prompts and more, so a short evaluation can be extended later.
     """
     taken = 0
     for _, of_task in groupby(by_task(prompts), key=lambda prompt: prompt.task):

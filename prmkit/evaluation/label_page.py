@@ -1,8 +1,8 @@
 """The page of label_steps.py: a small server on 127.0.0.1 that shows one step at a time and writes labels.
 
-Other pages in the same browser can send requests to 127.0.0.1 too. So the address holds a random token, a request must
-name this very host, and a label is only taken from our own origin. The page gets no score, band, outcome, solution or
-earlier label: whoever labels must not know what a judge thought.
+Other pages in the same browser can also send requests to 127.0.0.1. So the address holds a random token, a request must
+name exactly this host, and labels are accepted only from our own origin. The page gets no score, band, outcome,
+solution or earlier label: the person must not know a judge's opinion.
 """
 
 import argparse
@@ -29,16 +29,16 @@ log = logging.getLogger("prmkit")
 
 PAGE = Path(__file__).with_name("label_page.html")
 _MOST_BYTES = 10_000
-"""Of a request: a label is a few words."""
+"""The most bytes of a request: a label is a few words."""
 _LONGEST_TYPE = 80
 
 
 def label_steps(arguments: argparse.Namespace) -> ExitCode:
-    """Serve the page until every step is labelled and the person is done, or the command is stopped.
+    """Serve the page until every step is labelled and the person has finished, or the command is stopped.
 
     Raises:
-        DataError: there are no runs, the port is taken, or another process writes the same file.
-        UsageError: the output holds labels of another sample.
+        DataError: there are no runs, the port is taken, or another process is writing to the same file.
+        UsageError: the output has labels of another sample.
     """
     rubric = load_rubric(arguments.rubric)
     file = arguments.output
@@ -54,11 +54,11 @@ def label_steps(arguments: argparse.Namespace) -> ExitCode:
             arguments.format,
         )
         server = make_server(labels, arguments.port)
-        cli.emit(f"{server.address}\nOpen this address in the browser of this machine. Ctrl-C stops; labels are kept.")
+        cli.emit(f"{server.address}\nOpen this address in a browser on this machine. Ctrl-C stops; labels are kept.")
         try:
             server.serve_forever(poll_interval=0.1)
         except (KeyboardInterrupt, Interrupted):
-            log.info("Stopped. The same command continues.")
+            log.info("Stopped. Run the same command to continue.")
         finally:
             server.server_close()
     cli.emit(f"{file}: {len(labels.done)} of {len(labels.sample)} steps are labelled, {len(labels.skipped)} skipped")
@@ -81,7 +81,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def hosts(self) -> set[str]:
-        """What a request may name as its host; another name leads here from a page of somebody else."""
+        """The hosts that a request may name; any other name comes from somebody else's page."""
         return {f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"}
 
     @property
@@ -94,7 +94,7 @@ def make_server(labels: Labels, port: int) -> Server:
     """Bind the server.
 
     Raises:
-        DataError: the port is taken, or is not one.
+        DataError: the port is taken or invalid.
     """
     try:
         return Server(labels, port)
@@ -116,14 +116,14 @@ class _Handler(BaseHTTPRequestHandler):
                 with self.server.lock:
                     self._send_json(state_of(self.server.labels))
             case None:
-                self._refuse(HTTPStatus.FORBIDDEN, "Open the address that the command shows, with its token.")
+                self._refuse(HTTPStatus.FORBIDDEN, "Open the address that the command printed, including its token.")
             case _:
                 self._refuse(HTTPStatus.NOT_FOUND, "There is nothing here.")
 
     def do_POST(self) -> None:
         path = self._path()
         if path is None or self.headers.get("Origin") not in {f"http://{host}" for host in self.server.hosts}:
-            self._refuse(HTTPStatus.FORBIDDEN, "Labels are taken from the page of this command alone.")
+            self._refuse(HTTPStatus.FORBIDDEN, "Labels are accepted only from this command's own page.")
             return
         value = self._body()
         if value is None:
@@ -135,10 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._send_json(state_of(self.server.labels))
         if path == "finish" and not refused:
-            threading.Thread(target=self.server.shutdown).start()  # it waits for this very request to end
+            threading.Thread(target=self.server.shutdown).start()  # it waits for this request to end
 
     def _path(self) -> str | None:
-        """What is asked for; None unless host and token are right."""
+        """The requested path; None unless host and token are right."""
         token, _, rest = self.path.partition("?")[0].removeprefix("/").partition("/")
         right = secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode())
         return rest if right and self.headers.get("Host") in self.server.hosts else None
@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, orjson.dumps(value, default=str), "application/json")
 
     def _refuse(self, status: HTTPStatus, why: str) -> None:
-        self.close_connection = True  # what was not read of the body must not be taken for the next request
+        self.close_connection = True  # the unread rest of the body must not be read as the next request
         self._send(status, orjson.dumps({"error": why}), "application/json")
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
@@ -180,11 +180,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not narrated: their paths hold the token."""
+        """Log nothing: request paths hold the token."""
 
 
 def _act(labels: Labels, path: str, value: Mapping[str, Any]) -> str | None:
-    """Do what was asked for; the reason where that cannot be done."""
+    """Do what was requested; returns the reason if that is not possible."""
     if path == "finish":
         return None
     if path == "undo":
@@ -207,7 +207,7 @@ def _act(labels: Labels, path: str, value: Mapping[str, Any]) -> str | None:
 
 
 def state_of(labels: Labels) -> dict[str, Any]:
-    """What the page shows: the step with its history, and how many are left. Nothing that a judge has said."""
+    """What the page shows: the step with its history, and how many are left; nothing from a judge."""
     drawn = labels.next
     counts = {"labelled": len(labels.done), "skipped": len(labels.skipped), "all": len(labels.sample)}
     return counts | {"step": None if drawn is None else _shown(labels, drawn), "types": list(labels.rubric.error_types)}

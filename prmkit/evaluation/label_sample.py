@@ -1,8 +1,8 @@
 """Which steps a person labels, and the file that the labels go to.
 
-Steps are drawn from bands of a judge's scores, as many from each, because bad steps are rare where a judge is good. A
-step counts for as many steps as its band has for each one drawn; this weight is in its row, and every metric of an exam
-counts with it. The labels are rows of judged steps, so they can be trained on as well.
+Equally many steps are drawn from each band of a judge's scores, because bad steps are rare and an even draw would find
+few. A step's weight is the size of its band divided by the number drawn from it; the weight is in its row, and every
+metric of an exam uses it. The labels are rows of judged steps, so they can also be trained on.
 """
 
 import random
@@ -36,19 +36,19 @@ class Drawn:
     trajectory_id: str
     n: int
     weight: float
-    """How many steps it speaks for."""
+    """How many steps it represents."""
     band: str
 
 
 def draw(
     steps: Sequence[tuple[str, int]], scores: Mapping[tuple[str, int], float] | None, n: int, seed: int
 ) -> list[Drawn]:
-    """Draw steps, in random order, so that those labelled first are a sample as well.
+    """Draw steps in random order, so that those labelled first are also a sample.
 
     Args:
-        steps: all of them: id of the run, number of the step.
+        steps: all steps: the run's id and the step's number.
         scores: of a judge; None to draw evenly.
-        n: how many; all where there are fewer.
+        n: how many; all if there are fewer.
         seed: of the draw.
     """
     bands: dict[str, list[tuple[str, int]]] = defaultdict(list)
@@ -58,7 +58,7 @@ def draw(
     drawn = []
     left, rest = min(n, len(steps)), len(bands)
     for band, members in sorted(bands.items(), key=lambda item: (len(item[1]), item[0])):
-        # The smallest band first: what it cannot give, the larger ones do.
+        # The smallest band first: the larger bands make up for what it lacks.
         size = min(len(members), -(-left // rest))
         left, rest = left - size, rest - 1
         drawn += [Drawn(*step, len(members) / size, band) for step in (chance.sample(members, size) if size else ())]
@@ -79,14 +79,14 @@ def _band(scores: Mapping[tuple[str, int], float] | None, step: tuple[str, int])
 
 @dataclass
 class Labels:
-    """The steps to label, and what was labelled."""
+    """The steps to label, and the labels so far."""
 
     file: Path
     runs: Mapping[str, Trajectory]
     sample: Sequence[Drawn]
     rubric: Rubric
     name: str
-    """Of the person."""
+    """The person's name."""
     done: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     """The rows in the file."""
     skipped: set[tuple[str, int]] = field(default_factory=set)
@@ -114,13 +114,13 @@ class Labels:
         self.done[drawn.trajectory_id, drawn.n] = row
 
     def skip(self, drawn: Drawn) -> None:
-        """Leave a step out, for good."""
+        """Leave a step out permanently."""
         with appending(_skipped_file(self.file)) as append:
             append({"trajectory_id": drawn.trajectory_id, "step": drawn.n, "by": self.name})
         self.skipped.add((drawn.trajectory_id, drawn.n))
 
     def undo(self) -> bool:
-        """Take the last label back; whether there was one."""
+        """Remove the last label; returns whether there was one."""
         if not self.done:
             return False
         self.done.popitem()
@@ -143,7 +143,7 @@ def open_labels(
 
     Args:
         source: file or folder of runs.
-        file: for the labels; continued where it exists.
+        file: for the labels; continued if it exists.
         n: how many steps.
         name: who labels.
         scores: a judge's scores for bands; None to draw evenly.
@@ -157,7 +157,7 @@ def open_labels(
     """
     check_output(file, Path(source))
     if not name.strip():
-        raise UsageError("--name is empty. Rows need the name of who labels.")
+        raise UsageError("--name is empty. Rows need the name of the person who labels.")
     runs = {run.trajectory_id: run for run in read_runs([source], Options(form))}
     steps = [(run.trajectory_id, step.n) for run in runs.values() for step in run.steps]
     if not steps:
@@ -178,11 +178,11 @@ def open_labels(
 
 
 def _scores(file: Path, runs: Mapping[str, Trajectory]) -> Mapping[tuple[str, int], float]:
-    """The scores of the one judge in a file; those of runs that are not here are passed over."""
+    """The scores of the only judge in a file; scores of unknown runs are skipped."""
     parts = tuple(bare_run(run) for run in runs.values())
     judges = read_answers(file, Exam(file, "", parts))
     if len(judges) > 1:
-        raise UsageError(f"{file}: scores of {len(judges)} judges. Keep those of one.")
+        raise UsageError(f"{file}: has scores of {len(judges)} judges. Keep those of one.")
     return judges[0].scores
 
 
@@ -195,7 +195,7 @@ def _check_sample(file: Path, wanted: dict[str, Any]) -> None:
         )
     if (has_labels or _skipped_file(file).is_file()) and read_json(marker) != wanted:
         raise UsageError(
-            f"{file}: holds labels of another sample (other runs, --n, --seed, --scores or --rubric). Repeat the "
+            f"{file}: has labels of another sample (other runs, --n, --seed, --scores or --rubric). Repeat the "
             "first command exactly, or choose another --output."
         )
     write_json(marker, wanted)
@@ -207,10 +207,10 @@ def _read_done(labels: Labels) -> None:
 
 
 def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """The lines of a file by their run and step.
+    """The lines of a file by run and step.
 
     Raises:
-        DataError: a line is not one that this command writes.
+        DataError: a line was not written by this command.
     """
     found = {}
     for place, line in enumerate(_whole_lines(file), start=1):
@@ -223,7 +223,7 @@ def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _whole_lines(file: Path) -> list[Any]:
-    """The lines of a file; a last one that was cut off by a kill is removed."""
+    """The lines of a file; a last line that a kill cut off is removed."""
     if not file.is_file():
         return []
     with file.open("r+b") as stream:

@@ -28,31 +28,32 @@ from prmkit.judge.types import AGGREGATES, BAD_BELOW, LOW_LABEL_MASS, SAME_SCORE
 from prmkit.rows import SELECTED_BY, weight_of, whole_number
 
 Metrics = dict[str, Any]
-"""Names to `Estimate`s, or to more such dictionaries, or to plain numbers and strings."""
+"""Name -> `Estimate`, another such dictionary, or a plain number or string."""
 
 ALL = "all"
 """In `metrics.json`: every evaluation type, or every key."""
 ORDER = "spearman_within_keys"
-"""The correlation that is shown and judged by. Pooled over keys, even one that says each key's usual score has some."""
+"""The correlation that is shown and graded. Pooled over keys, even a judge that gives each key its usual score has some
+correlation; this one does not reward that."""
 MIN_SCORES = 10
-"""A correlation, a kappa or a ranking of fewer scores than this is not reported: three points are always in order."""
+"""No correlation, kappa or ranking is reported for fewer scores than this: three points are soon in order."""
 MIN_PAIRS = 30
 PRAISED_FROM = BAD_BELOW[-1]
-"""A bad step with a score from here on is praised: an RL run will find and repeat it."""
+"""A bad step with at least this score is praised: an RL run will find and repeat it."""
 STRICT = str(BAD_BELOW[0])
-"""The border in `metrics["bad_step"]` that conclusions and gates go by."""
+"""The border in `metrics["bad_step"]` that conclusions and gates use."""
 
 
 # --- samples: what a metric is computed from --------------------------------------------------------------------------
 
 
 def by_mean(scores: Scores) -> Sample:
-    """The means of the judge's distributions against the reference, beside the constant mean."""
+    """The means of the judge's distributions against the reference, with the constant mean as baseline."""
     return _sample(scores, scores.predicted, scores.reference, baseline=scores.constant_mean)
 
 
 def by_median(scores: Scores) -> Sample:
-    """The medians of the judge's distributions against the reference, beside the constant median."""
+    """The medians of the judge's distributions against the reference, with the constant median as baseline."""
     return _sample(scores, scores.median, scores.reference, baseline=scores.constant_median)
 
 
@@ -63,24 +64,24 @@ def pairs(scores: Scores) -> Sample:
 
 
 def suspicion(scores: Scores, border: float) -> Sample:
-    """Lowest scores first, as a user would cut them, against 1.0 for a bad step and 0.0 for a good one."""
+    """The suspicion of each step (higher for a lower score), against 1.0 for a bad step and 0.0 for a good one."""
     return _sample(scores, -scores.predicted, _bad(scores, border))
 
 
 def flagged_of_bad(scores: Scores, border: float) -> Sample:
-    """Of the truly bad steps: 1.0 where the judge's score is below the border as well."""
+    """For the truly bad steps: 1.0 if the judge's score is also below the border."""
     bad = scores.where(_bad(scores, border) > 0)
     return _sample(bad, bad.predicted < border - SAME_SCORE, bad.reference)
 
 
 def bad_of_flagged(scores: Scores, border: float) -> Sample:
-    """Of the steps that the judge puts below the border: 1.0 for a truly bad one."""
+    """For the steps that the judge scores below the border: 1.0 if the step is truly bad."""
     flagged = scores.where(scores.predicted < border - SAME_SCORE)
     return _sample(flagged, _bad(flagged, border), flagged.reference)
 
 
 def praised_of_bad(scores: Scores) -> Sample:
-    """Of the truly bad steps: 1.0 where the judge praises it."""
+    """For the truly bad steps: 1.0 if the judge praises the step."""
     bad = scores.where(_bad(scores, BAD_BELOW[0]) > 0)
     return _sample(bad, bad.predicted >= PRAISED_FROM - SAME_SCORE, bad.reference)
 
@@ -99,7 +100,7 @@ def confidence(scores: Scores) -> Sample:
 
 
 def within_own_range(scores: Scores) -> Sample:
-    """1.0 where the reference is in the 90 % range that the judge's mean and std span if its error were normal."""
+    """1.0 if the reference is in the 90 % range that the judge's mean and std imply for normal errors."""
     known = scores.where(np.isfinite(scores.std))
     inside = np.abs(known.predicted - known.reference) <= 1.645 * np.maximum(known.std, 0.01)
     return _sample(known, inside, known.reference)
@@ -118,7 +119,7 @@ def _sample(scores: Scores, predicted: Any, reference: Floats, baseline: Floats 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that is known of a judge."""
+    """One number that describes a judge."""
 
     name: str
     """In `metrics.json`."""
@@ -128,7 +129,7 @@ class Metric:
     sample: Callable[..., Sample]
     """Makes the sample from the scores; for a metric `at_borders` from the scores and a border."""
     header: str = ""
-    """Of its column on the terminal and in the report; empty for `metrics.json` alone."""
+    """Of its column on the terminal and in the report; empty if it is only in `metrics.json`."""
     meaning: str = ""
     """For the legend of that column."""
     brief: bool = False
@@ -174,11 +175,11 @@ METRICS = (
 def agreement(scores: Scores, *, brief: bool = False) -> Metrics:
     """How well the predicted scores agree with the reference.
 
-    The judge, every baseline and every other judge go through this, so their metrics can be compared.
+    The judge, every baseline and every other judge are measured by this function, so their metrics are comparable.
 
     Args:
         scores: of one evaluation type and key, or of several together.
-        brief: only what baselines are compared by.
+        brief: compute only the metrics on which baselines are compared.
     """
     metrics: Metrics = {"bad_step": {str(border): {} for border in (BAD_BELOW[:1] if brief else BAD_BELOW)}}
     for metric in METRICS:
@@ -220,7 +221,7 @@ def _kendall(scores: Scores) -> Estimate:
 
 
 def _error_of_surest(scores: Scores, share: float) -> Estimate:
-    """The mean absolute error of the share of the scores that the judge is surest of."""
+    """The mean absolute error of that share of the scores that the judge is surest of."""
     known = scores.where(np.isfinite(scores.std))
     by_confidence = known.where(np.argsort(known.std, kind="stable"))
     kept = np.cumsum(by_confidence.weight) <= share * by_confidence.weight.sum() + 1e-9
@@ -229,9 +230,9 @@ def _error_of_surest(scores: Scores, share: float) -> Estimate:
 
 
 def recommended_threshold(scores: Scores, folds: int = 5) -> Metrics | None:
-    """The score below which a step is best called bad: the greatest F1 against the strict border.
+    """The score below which a step is best called bad: the threshold with the greatest F1 against the strict border.
 
-    Precision and recall are those on tasks that the threshold was not chosen on.
+    Precision and recall are measured on tasks on which the threshold was not chosen.
 
     Returns:
         None with fewer than `MIN_SCORES` bad or good steps, or too few tasks to hold some out.
@@ -262,7 +263,7 @@ def _best_threshold(scores: Scores, bad: NDArray[np.bool_]) -> float:
 
 
 def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
-    """How much weight of the values lies below each threshold."""
+    """The weight of the values below each threshold."""
     rising = np.argsort(values, kind="stable")
     up_to = np.concatenate([[0.0], np.cumsum(weight[rising])])
     return up_to[np.searchsorted(values[rising], thresholds)]
@@ -316,7 +317,7 @@ def groups(scores: Scores) -> Iterator[tuple[str, str, bool, NDArray[Any]]]:
 def validity(rows: Sequence[Row]) -> Metrics:
     """How many prompts got scores, why the others got none, and how willing the judge was to answer with a score.
 
-    What has no score enters no other metric, so this is shown beside them.
+    Prompts without a score enter no other metric, so this is shown next to the metrics.
     """
     scored = [row for row in rows if row["status"] in SCORED]
     reasons = Counter(row["reason"] or row["status"] for row in rows if row["status"] not in SCORED)
@@ -358,25 +359,25 @@ NO_BAD_STEP = -1
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The clips of one trajectory in order, and what the judges thought of its answer."""
+    """The clips of one trajectory in order, and the judges' score of its answer."""
 
     task: str
     predicted: list[float]
     reference: list[float]
     outcome: float | None
-    """The reference for `OUTCOME`; None where no judge gave one."""
+    """The reference for `OUTCOME`; None if no judge gave one."""
 
 
 def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tuple[list[Trajectory], dict[str, int]]:
-    """Put clips together by trajectory.
+    """Group clips by trajectory.
 
     Args:
         rows: predictions.
         incomplete: tasks of which not every prompt was scored, because of `--limit`.
 
     Returns:
-        The whole trajectories, and how many were left out for which reason: a step without a score would change every
-        aggregate, as a missing one does, and two prompts for one clip number mean that several runs have one id.
+        The whole trajectories, and how many were left out for which reason: a step without a score, like a missing
+        step, would change every aggregate, and two prompts for one clip number mean that several runs share an id.
     """
     clips: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     outcomes: dict[tuple[str, str], float] = {}
@@ -391,7 +392,7 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
     for name, by_number in clips.items():
         steps = [by_number[number] for number in sorted(by_number)]
         if name in chosen:
-            left_out["steps that ask_judges.py --first chose"] += 1
+            left_out["steps that ask_judges.py --first selected"] += 1
         elif any(len(same) > 1 for same in steps):
             left_out["two prompts for one clip number (give each run a trajectory_id)"] += 1
         elif name[0] in incomplete or max(by_number) - min(by_number) >= len(by_number):
@@ -410,7 +411,7 @@ def _mean(values: Any) -> float:
 
 
 def trajectory_metrics(rows: Sequence[Row], incomplete: Collection[str] = ()) -> Metrics:
-    """What the step scores say about the answer, and ProcessBench F1; the judges' own steps beside the judge's.
+    """How well step scores predict the answer's score, and ProcessBench F1; for the judges' steps and for this judge's.
 
     Against the outcome: Spearman, Pearson, and AUROC for a wrong answer (outcome below 0.5). Intervals are over tasks,
     of which each may have several trajectories. The arguments are those of `trajectories_of`.

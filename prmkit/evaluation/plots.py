@@ -47,14 +47,14 @@ def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, st
         ("Rank correlations", _FOREST_CAPTION, _forest(metrics["groups"])),
         ("Calibration", _CALIBRATION_CAPTION, _calibration(scores)),
         ("Distribution of scores", _DISTRIBUTION_CAPTION, _distributions(scores, metrics["held_out"]["judges"])),
-        ("Error by length of the prompt", _LENGTH_CAPTION, _error_by_length(scores)),
+        ("Error by prompt length", _LENGTH_CAPTION, _error_by_length(scores)),
     ]
     with_spread = scores.where(np.isfinite(scores.std))
     if len(with_spread):
-        made.append(("Error of the scores that it is surest of", _COVERAGE_CAPTION, _risk_coverage(with_spread)))
+        made.append(("Error of its surest scores", _COVERAGE_CAPTION, _risk_coverage(with_spread)))
     clips = scores.where((scores.evaluation_type == "clip") & np.isfinite(scores.clip_number))
     if len(clips):
-        made.append(("Score by number of the clip", _CLIP_CAPTION, _score_by_clip(clips)))
+        made.append(("Score by clip number", _CLIP_CAPTION, _score_by_clip(clips)))
     return made
 
 
@@ -63,7 +63,7 @@ def _drawn(width: float, height: float, draw: Any, name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # The salt keeps the ids of one plot apart from those of another in the same page. Names may be in any script: text
+    # The salt keeps the ids of different plots in the same page distinct. Names may be in any script: text
     # is kept as text, so a letter that the font lacks here is drawn by the reader's browser.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -82,8 +82,8 @@ def _types(scores: Scores) -> list[str]:
 # --- predicted against reference --------------------------------------------------------------------------------------
 
 _HEXBIN_CAPTION = (
-    "Each hexagon counts scores: darker is more. On the line the judge says what the mean judge said; above it the "
-    "judge is too kind."
+    "Each hexagon counts scores: darker means more. On the line, the judge agrees with the mean judge; above it, the "
+    "judge is too lenient."
 )
 
 
@@ -93,7 +93,7 @@ def _predicted_against_reference(scores: Scores) -> str:
     from matplotlib.ticker import MaxNLocator
 
     types = _types(scores)
-    visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest vanish on paper
+    visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest colours vanish on paper
 
     columns = min(len(types), _HEXBINS_A_ROW)
     rows = -(-len(types) // columns)
@@ -127,8 +127,8 @@ def _predicted_against_reference(scores: Scores) -> str:
 
 _FOREST_CAPTION = (
     "Spearman correlation with the mean judge, with 95 % interval over tasks. Diamonds: two judges with each other. "
-    "Bars: the most that any prediction would reach if the judges differed by noise alone. Crosses: copying a score "
-    "that the prompt shows. Below the diamond there is something left to learn; at the cross it only copies."
+    "Bars: the most that any prediction could reach if the judges differed only by noise. Crosses: copying a score "
+    "that the prompt shows. Below the diamond, there is more to learn; at the cross, the judge may only be copying."
 )
 
 
@@ -176,9 +176,9 @@ def _legend_outside(axis: Any) -> None:
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 _CALIBRATION_CAPTION = (
-    "Left: scores in groups of equal size by the judge's score, and what the mean judge said of each group. On the "
-    "line, the judge's 0.7 means 0.7. Right, where the judge gives probabilities: of the steps that it calls bad with "
-    "this probability, how many are bad."
+    "Left: scores in groups of equal size by the judge's score, and the mean judge's score of each group. On the "
+    "line, the judge's 0.7 means 0.7. Right, if the judge gives probabilities: the share of bad steps among those that "
+    "it calls bad with this probability."
 )
 
 
@@ -229,8 +229,8 @@ def _equal_bins(values: Floats, most: int) -> list[Any]:
 # --- distributions ----------------------------------------------------------------------------------------------------
 
 _DISTRIBUTION_CAPTION = (
-    "How often each score is given, in steps of 0.05; dotted: the mean. A judge that has learnt to be careful crowds "
-    "the middle, one that has learnt a constant shows one peak."
+    "How often each score is given, in steps of 0.05; dotted: the mean. A judge that has learnt to be cautious crowds "
+    "the middle; one that has learnt a constant shows a single peak."
 )
 
 
@@ -265,7 +265,7 @@ def _in_legend(name: str) -> str:
 # --- error by length, score by clip -----------------------------------------------------------------------------------
 
 _LENGTH_CAPTION = (
-    "Each dot is a score; the line is the mean error in groups of equal size. A line that rises says that long prompts "
+    "Each dot is a score; the line is the mean error in groups of equal size. A rising line means that long prompts "
     "are judged worse, often because they were cut."
 )
 
@@ -286,8 +286,8 @@ def _error_by_length(scores: Scores) -> str:
 
 
 _COVERAGE_CAPTION = (
-    "Mean error when only the scores with the smallest spread are kept. The lower the line runs below the grey one, "
-    "the better its own uncertainty says where it is wrong; the dotted line would be perfect knowledge of its errors."
+    "Mean error when only the scores with the smallest spread are kept. The further the line is below the grey one, "
+    "the better the judge's own uncertainty shows where it is wrong; the dotted line is the best possible."
 )
 
 
@@ -306,7 +306,7 @@ def _risk_coverage(scores: Scores) -> str:
             risk = np.cumsum(errors[order]) / kept
             axis.plot(kept[shown] / len(scores), risk[shown], color=colour, linestyle=line, label=name)
         axis.axhline(errors.mean(), color=GREY, linewidth=0.8, linestyle="--", label="all scores")
-        axis.set(xlabel="share of the scores that is kept", ylabel="mean |this judge - mean judge|", ylim=(0, None))
+        axis.set(xlabel="share of the scores that are kept", ylabel="mean |this judge - mean judge|", ylim=(0, None))
         axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.legend(loc="lower right")
 
@@ -314,8 +314,8 @@ def _risk_coverage(scores: Scores) -> str:
 
 
 _CLIP_CAPTION = (
-    "Mean score of the first clip, the second, and so on, with n under each. Where the lines separate, the judge "
-    "treats early or late steps differently from the judges."
+    "Mean score of the first clip, the second, and so on, with n below each. Where the lines diverge, this judge "
+    "treats early or late steps differently from the judges it learnt from."
 )
 
 

@@ -22,11 +22,11 @@ Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
 
 ROW_FORMAT = 2
-"""Part of the fingerprint of `predictions.jsonl`: lines of another format are moved away, not mixed."""
+"""Part of the fingerprint of `predictions.jsonl`: lines of another format are moved away, not mixed in."""
 
 
 def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any]:
-    """What is kept of one judged prompt: everything that a metric is made of, and what traces it back."""
+    """The record of one judged prompt: everything that the metrics need, and what traces it back to the input."""
     leaked = leaked_scores(prompt.prompt)
     return {
         "id": prompt.id,
@@ -64,8 +64,8 @@ def _distribution_row(distribution: Distribution) -> dict[str, Any]:
 def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The predictions that an earlier, possibly killed, evaluation left in `file`, if they are of the same kind.
 
-    Prompts that the judge could not answer then (memory, a server) are removed from the file, so they are retried.
-    For the rest see `prmkit.resumable.reopen`.
+    Prompts that the judge could not answer then (memory, a server) are removed from the file, so that they are retried.
+    For everything else see `prmkit.resumable.reopen`.
     """
     found = reopen(file, fingerprint)
     lasting = [row for row in found if row.get("status") != "failed"]
@@ -84,13 +84,13 @@ class Scores:
     """One entry for every score of every judged prompt that has a reference; all arrays have one length."""
 
     row: Integers
-    """The place of its prediction in the rows that the table was made of."""
+    """The index of its prediction in the rows from which the table was made."""
     prompt: Strings
     """SHA-256 of the prompt."""
     evaluation_type: Strings
     key: Strings
     task: Integers
-    """A number for each task; likewise for the trajectory, and for evaluation type and key together."""
+    """A number for each task; likewise for each trajectory, and each pair of evaluation type and key."""
     trajectory: Integers
     kind: Integers
     clip_number: Floats
@@ -107,23 +107,23 @@ class Scores:
     references: Floats
     """Each judge alone, shape (scores, judges); NaN where a judge gave none."""
     constant_mean: Floats
-    """Mean and median of the training labels; where they are not known, of the held-out references themselves."""
+    """Mean and median of the training labels; if these are unknown, of the held-out references."""
     constant_median: Floats
     leaked_mean: Floats
-    """The mean of the scores that the prompt shows; NaN where it shows none."""
+    """The mean of the scores that the prompt shows; NaN if it shows none."""
     leaked_last: Floats
     weight: Floats
-    """How many prompts its prompt speaks for: see `prmkit.rows.WEIGHT`."""
+    """How many prompts its prompt represents: see `prmkit.rows.WEIGHT`."""
 
     def __len__(self) -> int:
         return len(self.predicted)
 
     def where(self, chosen: NDArray[Any]) -> "Scores":
-        """The entries that a mask or a list of positions chooses."""
+        """The entries selected by a mask or a list of positions."""
         return Scores(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     def predicting(self, predicted: Floats) -> "Scores":
-        """The same entries as another judge would have scored them: one that knows no probabilities."""
+        """The same entries with another judge's scores, without probabilities."""
         unknown = np.full_like(predicted, np.nan)
         return replace(self, predicted=predicted, median=predicted, std=unknown, below=np.full_like(self.below, np.nan))
 
@@ -138,7 +138,7 @@ def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Const
     """Every score that both the judge and at least one reference gave.
 
     Args:
-        rows: predictions; those without scores add nothing.
+        rows: predictions; those without scores are skipped.
         judges: the columns of `Scores.references`.
         constants: see `prmkit.evaluation.heldout.training_constants`.
     """
@@ -208,7 +208,7 @@ def _filled(
     weight: Floats,
     middle: Callable[[Floats, Floats], float],
 ) -> Floats:
-    # Without training labels the best constant in hindsight is the baseline, which is harder to beat.
+    # Without training labels, the baseline is the best constant in hindsight, which is harder to beat.
     for number in np.unique(kind[np.isnan(constants)]):
         chosen = (kind == number) & np.isnan(constants)
         constants[chosen] = middle(reference[kind == number], weight[kind == number])

@@ -25,19 +25,19 @@ _SCHEMA = re.compile(r"\bJSON\b")
 _TABLES_OF_GROUPS = 4
 
 _NARROW = {"RMSE", "skill", "MAE", "pairs", "kappa", "constant", "judges", "tasks", "bias", "n"}
-"""Columns that a narrow screen leaves out, so that Spearman and AUROC are on it."""
+"""Columns that a narrow screen leaves out, so that Spearman and AUROC fit."""
 
 
 def write_report(
     file: Path, metrics: Mapping[str, Any], rows: Sequence[Row], held_out: HeldOut, constants: Constants
 ) -> None:
-    """Write the report; it refers to nothing outside of itself.
+    """Write the report; it loads nothing from outside.
 
     Args:
         file: the HTML file.
         metrics: the content of `metrics.json`.
-        rows: the predictions that the metrics were made of.
-        held_out: what was judged, for the texts.
+        rows: the predictions from which the metrics were made.
+        held_out: the rows that were judged, for their texts.
         constants: as for `metrics_of`.
     """
     scores = table_of_scores(rows, held_out.judges, constants)
@@ -79,7 +79,7 @@ def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Map
 
 
 def judge_name(metrics: Mapping[str, Any]) -> str:
-    """What people call this judge: the run's folder, or the model's."""
+    """The judge's name: the run's folder, or the model's."""
     judge = metrics["judge"]
     path = Path(str(judge.get("adapter") or judge.get("model") or "judge"))
     return path.parent.name + "/" + path.name if path.name.startswith("checkpoint-") else path.name or str(path)
@@ -89,7 +89,7 @@ def judge_name(metrics: Mapping[str, Any]) -> str:
 
 
 def next_steps(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """What to do with this judge, each with the command for it or None."""
+    """What to do with this judge, each item with its command or None."""
     types = metrics["summary"]["types"]
     grades = {each["grade"] for each in types.values()}
     judge = metrics["judge"]
@@ -97,7 +97,7 @@ def next_steps(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
     if "useful" in grades:
         names = [name for name, each in types.items() if each["grade"] == "useful"]
         command = f"python score_trajectories.py {where} --input steps.jsonl --output scores.jsonl --interval 0.9"
-        yield f"Score new {' and '.join(names)} prompts; low and high say how far a score may be off.", command
+        yield f"Score new {' and '.join(names)} prompts; low and high are the ends of each score's interval.", command
     for group in summary.groups_of_types(metrics):
         if sentence := summary.bias_sentence(group):
             yield f"{group['evaluation_type']}: {sentence}", None
@@ -109,7 +109,7 @@ def next_steps(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
     if grades & {"weak", "not_useful"}:
         yield "Read the worst errors below: some are the judges'. Fix or drop such rows, and train again.", None
         yield (
-            "Train longer, on more tasks, or from a larger base model; then compare:",
+            "Train longer, on more tasks, or with a larger base model; then compare:",
             (f"python evaluate_judge.py --run saves/NEW --compare {judge.get('adapter') or 'saves/OLD'} --margin 0.05"),
         )
     if metrics["leniency"]["sentences"] and metrics["leniency"]["sentences"][-1].startswith("warning"):
@@ -136,7 +136,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1
 
 
 def _cell(text: str) -> tuple[str, str]:
-    """An interval goes below its value, so that values are aligned."""
+    """Put an interval below its value, so that values are aligned."""
     value, bracket, rest = text.partition(" [")
     return (value, f"[{rest}") if bracket else (text, "")
 
@@ -280,7 +280,7 @@ def _first_errors(trajectory: Mapping[str, Any]) -> Table | None:
 
 
 def worst_errors(scores: Scores, rows: Sequence[Row], held_out: HeldOut) -> list[dict[str, Any]]:
-    """The largest errors with the text that was judged and what the judges wrote, one entry a prompt."""
+    """The largest errors with the judged text and the judges' answers, one entry per prompt."""
     prompts = {prompt.prompt_sha256: prompt for prompt in held_out.prompts}
     worst = np.argsort(-np.abs(scores.predicted - scores.reference), kind="stable")
     found: dict[str, dict[str, Any]] = {}
@@ -311,7 +311,7 @@ def _clip(number: int | None) -> str | None:
 
 
 def _step_of(prompt: str) -> str:
-    """The part of the prompt that shows the step: from its heading on, or else what comes before the schema."""
+    """The part of the prompt that shows the step: everything from its heading on, or else what precedes the schema."""
     shown = prompt[: prompt.rfind("\n", 0, asked[-1].start())] if (asked := list(_SCHEMA.finditer(prompt))) else prompt
     if headings := list(_STEP.finditer(shown)):
         return _shortened(shown[headings[-1].start() :], _EXCERPT)
@@ -331,15 +331,15 @@ def _method(metrics: Mapping[str, Any]) -> dict[str, str]:
         "Reference": method["reference"],
         "Leniency": "; ".join(metrics["leniency"]["sentences"]) or "one judge, or no shared scores to compare",
         "Score": method["score"],
-        "Intervals": f"{method['interval']}, {method['resamples']} resamples, from {method['min_tasks']} tasks on "
+        "Intervals": f"{method['interval']}, {method['resamples']} resamples, from {method['min_tasks']} tasks "
         "(Field and Welsh 2007; Hesterberg 2015)",
-        "Spearman": "rho within each key, averaged over keys; metrics.json has it pooled as well",
-        "Correlations": f"none below {method['min_scores']} scores, none where everything is the same",
-        "Pairs": "accuracy with ties and tie calibration, by run (Deutsch, Foster and Freitag 2023), from 30 pairs on",
+        "Spearman": "rho within each key, averaged over keys; metrics.json also has it pooled",
+        "Correlations": f"none with fewer than {method['min_scores']} scores, or if all values are equal",
+        "Pairs": "accuracy with ties and tie calibration, by run (Deutsch, Foster and Freitag 2023), from 30 pairs",
         "Noise bound": "square root of the reliability of the reference (Spearman 1904; Spearman 1910, Brown 1910)",
         "ECE": "ten bins of equal width (Guo et al. 2017); by chance: what a perfectly calibrated judge would show",
-        "AURC": "area under the risk-coverage curve (Geifman et al. 2019); closed: of the way from random abstention "
-        "to abstention by the true error",
+        "AURC": "area under the risk-coverage curve (Geifman et al. 2019); closed: the share of the way from random "
+        "abstention to abstention by the true error",
         "Kappa": "quadratic weights (Cohen 1968), bands meeting at 0.2, 0.4, 0.6, 0.8",
         "First bad step": "harmonic mean of the two accuracies (ProcessBench, Zheng et al. 2024)",
         "Smallest visible loss": "one-sided 5 %, power 80 %, for two judges whose errors correlate by one half",

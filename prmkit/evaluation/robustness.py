@@ -20,9 +20,9 @@ from prmkit.judge.types import BAD_BELOW, SCORED
 
 CHANGED_PREDICTIONS_FILE = "predictions_changed.jsonl"
 MOST_PROMPTS = 1000
-"""Each is scored up to nine more times, and more of them make no interval that is much narrower."""
+"""The most prompts to change. Each is scored up to nine more times, and more prompts hardly narrow the intervals."""
 MOVED = 0.02
-"""A smaller difference is no move: batches and number formats alone can make one of this size."""
+"""A smaller difference does not count as a move: batching and number formats alone can cause it."""
 LARGEST_GAIN = 0.1
 """An attack that gains more on average is named in the headline."""
 
@@ -37,9 +37,9 @@ class Change:
 
 
 def change_prompts(prompts: Sequence[HeldOutPrompt]) -> list[Change]:
-    """Every change of every prompt in which its place is found.
+    """Every change of every prompt that has a place for it.
 
-    A score can only be expected to fall where the judges called the step good.
+    A score can only be expected to fall if the judges called the step good.
     """
     answers = answers_in(prompts)
     changes = []
@@ -55,13 +55,13 @@ def change_prompts(prompts: Sequence[HeldOutPrompt]) -> list[Change]:
 def robustness_of(
     changes: Sequence[Change], rows: Sequence[Row], changed_rows: Sequence[Row], prompts: int | None = None
 ) -> Metrics:
-    """What `metrics.json` says about each change: how many scores move the wrong way, and by how much on average.
+    """The entry of `metrics.json` for each change: how many scores move the wrong way, and by how much on average.
 
     Args:
-        changes: what was changed.
-        rows: the predictions for the prompts as they were.
-        changed_rows: those for the changed ones, in the order of `changes`.
-        prompts: how many were evaluated, where only some of them were changed.
+        changes: the changed prompts.
+        rows: the predictions for the original prompts.
+        changed_rows: those for the changed prompts, in the order of `changes`.
+        prompts: how many prompts were evaluated, if only some of them were changed.
     """
     before = {row["prompt_sha256"]: row for row in rows}
     pairs: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
@@ -93,12 +93,12 @@ def robustness_of(
 def _not_comparable(before: Row, after: Row) -> str | None:
     if before["status"] not in SCORED or after["status"] not in SCORED:
         return "no score"
-    # What was cut off may be what was changed.
+    # The change may be in the part that was cut off.
     return "shortened to fit" if before["trimmed"] or after["trimmed"] else None
 
 
 def _measured(probe: Probe, pairs: Sequence[tuple[Row, Row]]) -> Metrics:
-    """Of the prompts' scores, the means over their keys: a change need not move each key."""
+    """Each prompt's mean score over its keys: a change need not move every key."""
     change = np.array([after["score"] - before["score"] for before, after in pairs])
     references = [fmean(before["reference"].values()) if before["reference"] else np.nan for before, _ in pairs]
     task = np.array([before["task_id"] for before, _ in pairs])
@@ -129,7 +129,7 @@ _MUST = {"same": "stay", "lower": "fall", "attack": "not rise"}
 
 
 def robustness_table(robustness: Mapping[str, Any]) -> list[list[str]]:
-    """One row a change and evaluation type, the cells in the order of `COLUMNS`."""
+    """One row per change and evaluation type, with cells in the order of `COLUMNS`."""
     return [
         [
             each["probe"],
@@ -155,22 +155,22 @@ def _signed(estimate: Mapping[str, Any]) -> str:
 
 
 def robustness_notes(robustness: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table has to know."""
+    """Notes for the reader of the table."""
     notes = [
-        f"Wrong way: of scores that must stay, those that move by more than {robustness['moved']}; of those that must "
-        "fall, those that do not; of those that must not rise, those that do, each by more than that."
+        f"Wrong way: scores that should stay but move by more than {robustness['moved']}, that should fall but do not, "
+        "or that should not rise but do, each by more than that."
     ]
     if robustness["prompts"] < robustness["of_prompts"]:
         notes.append(f"{robustness['prompts']:,} of {robustness['of_prompts']:,} prompts were changed.")
     if missing := robustness["not_applicable"]:
-        notes.append(f"Not tried, as no prompt has a place for it: {', '.join(missing)}.")
+        notes.append(f"Not tried, because no prompt has a place for it: {', '.join(missing)}.")
     for name, reasons in robustness["left_out"].items():
         notes.append(f"{name}: left out {', '.join(f'{n} ({reason})' for reason, n in reasons.items())}.")
     return notes
 
 
 def headline_with_attacks(headline: str, robustness: Mapping[str, Any]) -> str:
-    """The headline of an evaluation, with every attack that gains more than `LARGEST_GAIN`."""
+    """The headline of an evaluation, with every attack that raises scores by more than `LARGEST_GAIN`."""
     return " ".join([headline, *_successful_attacks(robustness)])
 
 

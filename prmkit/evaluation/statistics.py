@@ -1,9 +1,9 @@
 """The statistics of agreement, written for weighted tasks (see `prmkit.evaluation.estimates`).
 
-Every function takes a sample and gives the `Statistic` of it. With weight one for every task the values are those of
-scipy and scikit-learn, and with whole-number weights, of tasks or of pairs (`Sample.weight`), those of the rows
-repeated that often; the tests hold them to that. Where a value is not defined (nothing varies, nothing to count) it is
-NaN here and `null` with its reason outside.
+Every function takes a sample and returns its `Statistic`. With weight one for every task the values equal those of
+scipy and scikit-learn; with whole-number weights of tasks or pairs (`Sample.weight`) they equal those of the rows
+repeated that often. The tests check both. An undefined value (nothing varies, nothing to count) is NaN here, and
+`null` with its reason in `metrics.json`.
 """
 
 from dataclasses import replace
@@ -20,8 +20,8 @@ CALIBRATION_BINS = 10
 MIN_GROUP = 5
 """A key with fewer scores than this has no rank correlation."""
 MAX_PAIRED = 40
-"""Of a group with more scores than this only as many random pairs are taken as this many scores have: pairs would
-else grow with the square."""
+"""In a group with more scores than this, only as many random pairs are used as this many scores have; all pairs would
+grow with the square."""
 _NO_VARIANCE = 1e-15
 
 
@@ -29,7 +29,7 @@ _NO_VARIANCE = 1e-15
 
 
 def mean_of(sample: Sample, values: Floats) -> Statistic:
-    """The mean of one value a pair."""
+    """The mean of one value per pair."""
     sums, sizes = sample.sums(values), sample.sums(np.ones(len(values)))
     return lambda weights: ratio(weights @ sums, weights @ sizes)
 
@@ -46,21 +46,21 @@ def root_mean_square_error(sample: Sample) -> Statistic:
 
 
 def bias(sample: Sample) -> Statistic:
-    """The mean of predicted - reference: above zero the judge is kinder than the reference."""
+    """The mean of predicted - reference: above zero, the judge is more lenient than the reference."""
     return mean_of(sample, sample.predicted - sample.reference)
 
 
 def skill_by_rmse(sample: Sample) -> Statistic:
     """1 - RMSE / RMSE of the baseline on the same pairs: 0 is no better than the baseline, 1 is perfect.
 
-    The mean of a distribution is what makes the squared error smallest, so it is compared with a constant mean.
+    The mean of a distribution minimises the squared error, so it is compared with a constant mean.
     """
     errors, baseline_errors = root_mean_square_error(sample), root_mean_square_error(_baseline_of(sample))
     return lambda weights: 1 - ratio(errors(weights), baseline_errors(weights))
 
 
 def skill_by_mae(sample: Sample) -> Statistic:
-    """1 - MAE / MAE of the baseline; the median makes the absolute error smallest, so it is compared with a median."""
+    """1 - MAE / MAE of the baseline; the median minimises the absolute error, so it is compared with a median."""
     errors, baseline_errors = mean_absolute_error(sample), mean_absolute_error(_baseline_of(sample))
     return lambda weights: 1 - ratio(errors(weights), baseline_errors(weights))
 
@@ -86,7 +86,7 @@ def pearson(sample: Sample) -> Statistic:
     """Pearson's product-moment correlation."""
     if not len(sample.task):
         return lambda weights: np.full(len(weights), np.nan)
-    # Centred first, or the differences of large sums below would lose what is small.
+    # Centred first, or the differences of large sums below would lose precision.
     predicted, reference = (
         values - weighted_mean(values, sample.weight) for values in (sample.predicted, sample.reference)
     )
@@ -104,8 +104,8 @@ def pearson(sample: Sample) -> Statistic:
 def spearman(sample: Sample) -> Statistic:
     """Spearman's rho: Pearson's correlation of the midranks, ranked again in every resample.
 
-    The mean of n midranks is (n + 1) / 2 whatever ties there are, and their squares can be summed value by value, so
-    only the sum of products goes through all pairs.
+    The mean of n midranks is (n + 1) / 2 whatever the ties, and their squares can be summed value by value, so only the
+    sum of products needs all pairs.
     """
     predicted, reference = _Values(sample, sample.predicted), _Values(sample, sample.reference)
     sizes_of, other_sizes_of = predicted.counted(sample.weight), reference.counted(sample.weight)
@@ -127,10 +127,10 @@ def spearman(sample: Sample) -> Statistic:
 def spearman_within(sample: Sample) -> Statistic:
     """The mean over groups of Spearman's rho within each, weighted by the pairs in it.
 
-    Where several score keys are pooled, a judge that says nothing but each key's usual score has some pooled
-    correlation, for one key is scored lower than another. Here it has none. A group in which the judge does not vary
-    counts as 0; one with fewer than `MIN_GROUP` pairs, or in which the reference does not vary, is left out.
-    NaN where the judge varies in no group.
+    If several score keys are pooled, a judge that only gives each key its usual score has some pooled correlation,
+    because one key is scored lower than another. Here it has none. A group in which the judge does not vary counts as
+    0; a group with fewer than `MIN_GROUP` pairs, or in which the reference does not vary, is left out. NaN if the judge
+    varies in no group.
     """
     parts, varied = [], False
     for number in np.unique(sample.group):
@@ -152,7 +152,7 @@ def spearman_within(sample: Sample) -> Statistic:
 
 
 def kendall(sample: Sample) -> float:
-    """Kendall's tau-b by Knight's method, in n log n; without interval, as no conclusion is drawn from it."""
+    """Kendall's tau-b by Knight's method, in n log n; without an interval, because no conclusion is drawn from it."""
     from scipy import stats
 
     return float(stats.kendalltau(sample.predicted, sample.reference).statistic)
@@ -190,7 +190,7 @@ def average_precision(sample: Sample) -> Statistic:
 
     def statistic(task_weights: Floats) -> Floats:
         found, taken = found_of(task_weights), taken_of(task_weights)
-        # In a resample the highest scores may have been left out: nothing is taken there, and nothing found.
+        # A resample may lack the highest scores: there, nothing is retrieved, and nothing found.
         precision = ratio(np.cumsum(found, axis=0), np.cumsum(taken, axis=0))
         gained = np.where(found > 0, found * precision, 0.0).sum(axis=0)
         return ratio(gained, found.sum(axis=0))
@@ -202,7 +202,7 @@ def brier(sample: Sample) -> Statistic:
     """Brier score: the mean of (probability - outcome)². A judge that always says the base rate b reaches b(1 - b).
 
     Args:
-        sample: `predicted` is the probability of a bad step, `reference` 1.0 where it is one.
+        sample: `predicted` is the probability of a bad step, `reference` 1.0 if it is one.
     """
     return mean_of(sample, (sample.predicted - sample.reference) ** 2)
 
@@ -266,7 +266,7 @@ def first_error_f1(sample: Sample) -> Statistic:
     """ProcessBench F1 (Zheng et al. 2024, arXiv 2412.06559).
 
     The harmonic mean of two accuracies: among trajectories with a bad step, how often exactly the first one is named;
-    among those without, how often none is.
+    among those without, how often no step is named.
 
     Args:
         sample: one trajectory each; the index of its first bad step, -1 for none.
@@ -331,9 +331,9 @@ def pairwise_accuracy(pairs: Sample) -> Statistic:
 
     acc_eq = (C + T_hm) / (C + D + T_h + T_m + T_hm): pairs in the right order, or tied in both, among all pairs (h the
     reference, m the judge). It is computed in each group and averaged over the groups (the paper's group-by-item).
-    Two scores of the judge tie when they are at most epsilon apart; epsilon is the one value that makes the average
-    greatest. It is chosen on these very pairs and held in the resamples, so compare with `always_tied`, which a
-    constant judge reaches.
+    Two scores of the judge tie if they are at most epsilon apart; epsilon is the single value that maximises the
+    average. It is chosen on these same pairs and kept in the resamples, so compare with `always_tied`, which a constant
+    judge reaches.
 
     Args:
         pairs: see `make_pairs`.
@@ -357,7 +357,7 @@ def _tied(pairs: Sample) -> NDArray[np.bool_]:
 
 
 def _best_epsilon(distance: Floats, tied: Floats, right_order: Floats) -> float:
-    """The observed distance (or zero) that, as the widest tie, gets the most pairs right."""
+    """The observed distance (or zero) that gets the most pairs right when used as epsilon."""
     widths, place = np.unique(np.concatenate([[0.0], distance]), return_inverse=True)
     # Calling a pair a tie gains it if it is one, and loses it if it was in the right order.
     gained = np.bincount(place[1:], weights=tied - right_order, minlength=len(widths))
@@ -396,7 +396,7 @@ def share_of_abstention_closed(sample: Sample) -> Statistic:
 
 
 def ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """numerator / denominator, NaN where the denominator is zero."""
+    """numerator / denominator; NaN if the denominator is zero."""
     shape = np.broadcast(numerator, denominator).shape
     nowhere = np.full(shape, np.nan)
     quotient: Floats = np.divide(numerator, denominator, out=nowhere, where=np.asarray(denominator) != 0)
@@ -404,7 +404,7 @@ def ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 
 def _correlation(squares: Floats, other_squares: Floats, products: Floats, total: Floats) -> Floats:
-    # What rounding leaves of a constant is no variance.
+    # The rounding errors of a constant are not variance.
     varies = (squares > _NO_VARIANCE * total) & (other_squares > _NO_VARIANCE * total)
     scale = np.sqrt(np.where(varies, squares * other_squares, 0.0))
     correlation: Floats = np.clip(ratio(products, scale), -1.0, 1.0)
@@ -412,12 +412,12 @@ def _correlation(squares: Floats, other_squares: Floats, products: Floats, total
 
 
 def weighted_mean(values: Floats, weight: Floats) -> float:
-    """The mean of values of which each is there `weight` times."""
+    """The mean of values, each counted `weight` times."""
     return float(np.average(values, weights=weight))
 
 
 def weighted_median(values: Floats, weight: Floats) -> float:
-    """The median of values of which each is there `weight` times."""
+    """The median of values, each counted `weight` times."""
     rising = np.argsort(values, kind="stable")
     up_to = np.cumsum(weight[rising])
     half = up_to[-1] / 2
@@ -426,7 +426,7 @@ def weighted_median(values: Floats, weight: Floats) -> float:
 
 
 class _Values:
-    """The distinct values of a sample in rising order, and how often each is in a resample."""
+    """The distinct values of a sample in rising order, and how often each occurs in a resample."""
 
     def __init__(self, sample: Sample, values: Floats) -> None:
         distinct, self.place = np.unique(values, return_inverse=True)
@@ -435,7 +435,7 @@ class _Values:
         self._shape = (len(distinct), sample.tasks)
 
     def counted(self, counts: Floats) -> Statistic:
-        """What gives the sum of `counts` at each value in each resample, shape (values, resamples)."""
+        """A function that gives the sum of `counts` at each value in each resample, shape (values, resamples)."""
         from scipy.sparse import csr_array
 
         by_task = csr_array((counts[self._order], self._task, self._from), shape=self._shape)
@@ -443,6 +443,6 @@ class _Values:
 
 
 def _midranks(sizes: Floats) -> Floats:
-    """The rank of each value among values that stand `sizes` times each; equal ones share the middle."""
+    """The rank of each value if each occurs `sizes` times; equal values share the middle rank."""
     ranks: Floats = np.cumsum(sizes, axis=0) - (sizes - 1) / 2
     return ranks

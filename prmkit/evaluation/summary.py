@@ -1,4 +1,4 @@
-"""The metrics as one table and plain sentences: the same on the terminal, in the report and on the card."""
+"""The metrics as one table and plain sentences: the same on the terminal, in the report and on the model card."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -11,10 +11,10 @@ Group = Mapping[str, Any]
 NONE = "–"
 
 MIN_SCORED = 0.95
-"""Of the scores that are asked for: a judge that answers fewer may leave out just those that matter."""
+"""The share of requested scores that a judge must give: one that gives fewer may leave out just those that matter."""
 MIN_BAD = 10
-"""With fewer bad (or good) scores than this nothing is said about finding them."""
-_BIAS_HELPS = 0.05  # the part of the RMSE that subtracting the bias takes away, from which it is worth naming
+"""With fewer bad (or good) scores than this, finding them is not graded."""
+_BIAS_HELPS = 0.05  # the bias is worth reporting if subtracting it lowers the RMSE by at least this share
 _SMALLEST_BIAS = 0.01
 
 EXPLAINED = {
@@ -55,7 +55,7 @@ _SHOWN = tuple(metric for metric in METRICS if metric.header)
 COLUMNS = ("scores of", "n", "tasks", *(metric.header for metric in _SHOWN), "constant", "judges")
 NUMERIC = COLUMNS[1:]
 OPTIONAL = ("kappa", "constant", "MAE", "judges", "tasks", "RMSE", "pairs", "AUROC", "skill", "n")
-"""Columns that may be left out where there is no room, the first one first."""
+"""Columns that may be left out if there is no room, in the order in which they are dropped."""
 LEGEND = (
     "; ".join(f"{metric.header}: {metric.meaning}" for metric in _SHOWN)
     + "; constant: the RMSE of always answering the training mean; judges: Spearman of two judges, on average."
@@ -63,11 +63,11 @@ LEGEND = (
 
 
 def main_table(metrics: Mapping[str, Any], *, intervals: bool = False) -> list[list[str]]:
-    """One row a group, the cells in the order of `COLUMNS`.
+    """One row per group, with cells in the order of `COLUMNS`.
 
     Args:
         metrics: the content of `metrics.json`.
-        intervals: with every estimate; else only with Spearman's.
+        intervals: show every estimate's interval; else only Spearman's.
     """
     return [_table_row(group, intervals) for group in metrics["groups"]]
 
@@ -89,7 +89,7 @@ BREAKDOWN_COLUMNS = ("value", "n", "tasks", "Spearman", "RMSE", "bias", "AUROC")
 
 
 def breakdown_table(values: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """One row a value of a metadata key, the cells in the order of `BREAKDOWN_COLUMNS`."""
+    """One row per value of a metadata key, with cells in the order of `BREAKDOWN_COLUMNS`."""
     return [
         [
             value["value"],
@@ -117,7 +117,7 @@ def group_name(group: Group) -> str:
 
 
 def judges_agreement(group: Group, name: str = ORDER) -> Mapping[str, Any] | None:
-    """How well two judges agree: a pair's estimate, or the mean over all pairs, without interval; None without any."""
+    """How well two judges agree: a pair's estimate, or the mean over all pairs without an interval; or None."""
     pairs: list[Mapping[str, Any]] = [pair[name] for pair in group["ceiling"]["pairs"]]
     known = [estimate for estimate in pairs if estimate["value"] is not None]
     if len(known) < 2:
@@ -131,7 +131,7 @@ def judges_agreement(group: Group, name: str = ORDER) -> Mapping[str, Any] | Non
 
 
 def bias_sentence(group: Group) -> str | None:
-    """The bias, where its interval excludes 0 and subtracting it would help."""
+    """A sentence about the bias, if its interval excludes 0 and subtracting it would help."""
     bias, rmse = group["judge"]["bias"], group["judge"]["rmse"]
     if bias["low"] is None or bias["low"] <= 0 <= bias["high"] or not rmse["value"]:
         return None
@@ -148,7 +148,7 @@ def bias_sentence(group: Group) -> str | None:
 
 
 def overconfidence_sentence(group: Group) -> str | None:
-    """Said where the ranges that the judge itself gives hold far less than they should."""
+    """A warning if the judge's own ranges contain far fewer references than they should."""
     inside = group["judge"]["own_range_share"]
     if inside["high"] is None or inside["high"] >= 0.8:
         return None
@@ -159,7 +159,7 @@ def overconfidence_sentence(group: Group) -> str | None:
 
 
 def ceiling_sentence(group: Group) -> str | None:
-    """How well judges agree, and what that does and does not limit; None where it is not known."""
+    """How well judges agree, and what that does and does not limit; None if it is unknown."""
     other = judges_agreement(group)
     if other is None or other["value"] is None:
         return None
@@ -169,26 +169,26 @@ def ceiling_sentence(group: Group) -> str | None:
     bound, by_self = bounds["mean_judge"]["value"], bounds["mean_judge_by_self"]["value"]
     if bound is None:
         reason = group["ceiling"]["no_bound_because"]
-        return f"{text} What that limits is not known: {reason}." if reason else text
+        return f"{text} What limit follows from that is unknown: {reason}." if reason else text
     if by_self is not None:
         text += (
-            f" By how the judges agree with themselves on prompts that they answered twice, no prediction would "
+            f" Judging by the judges' agreement with themselves on repeated prompts, no prediction would "
             f"correlate with their mean by more than about {by_self:.2f}."
         )
     return (
-        f"{text} If the judges differed by noise alone, no prediction would correlate with their mean by more than "
-        f"about {bound:.2f}; where each has its own lasting view, a model may pass it. It is about these judges, not "
-        "about the truth."
+        f"{text} If the judges differed only by noise, no prediction would correlate with their mean by more than "
+        f"about {bound:.2f}; if each has its own consistent view, a model may exceed that. The bound is about these "
+        "judges, not about the truth."
     )
 
 
 def copy_sentence(copying: Mapping[str, Any]) -> str:
-    """What copying the scores that the prompt shows would reach, next to the judge."""
+    """How well copying the scores in the prompt would do, next to the judge."""
     what = "their mean" if copying["copied"] == "mean" else "the last of them"
     errors = {who: shown(copying[who]["mae"], interval=False) for who in ("copy", "judge")}
     orders = {who: shown(copying[who][ORDER], interval=False) for who in ("copy", "judge")}
     return (
-        f"For {copying['judge']['mae']['n']} scores the prompt shows earlier scores. Copying {what} has an MAE of "
+        f"For {copying['judge']['mae']['n']} scores, the prompt shows earlier scores. Copying {what} has an MAE of "
         f"{errors['copy']} and a Spearman of {orders['copy']}, the judge {errors['judge']} and {orders['judge']}; "
         f"{percent(copying['judge_equals_copy'])} of the judge's scores equal the copied one, "
         f"{percent(copying['reference_equals_copy'])} of the mean judge's do."
@@ -196,7 +196,7 @@ def copy_sentence(copying: Mapping[str, Any]) -> str:
 
 
 def floor_sentence(group: Group) -> str:
-    """What the simplest rankings reach, and the smallest loss that these tasks can show."""
+    """How well the simplest rankings do, and the smallest loss that these tasks can show."""
     parts = [
         f"ranking by {words} alone reaches a Spearman of {shown(group['baselines'][name][ORDER], interval=False)}"
         for name, words in (("length", "the prompt's length"), ("position", "the step's number"))
@@ -232,12 +232,12 @@ def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def validity_sentence(metrics: Mapping[str, Any]) -> str:
-    """How many prompts have scores, why the others have none, and how much the model wanted to answer with a score."""
+    """How many prompts have scores, why the others have none, and how willing the model was to answer with a score."""
     every = metrics["validity"][ALL]
     scored, prompts = sum(every["statuses"].get(status, 0) for status in ("ok", "unsure")), every["prompts"]
     text = f"All {prompts} prompts got scores" if scored == prompts else f"{scored} of {prompts} prompts got scores"
     if every["reasons"]:
-        text += "; the others did not: " + ", ".join(f"{n} {reason}" for reason, n in every["reasons"].items())
+        text += "; the others got none: " + ", ".join(f"{n} {reason}" for reason, n in every["reasons"].items())
     if unsure := every["statuses"].get("unsure"):
         text += f"; {unsure} of them are unsure (low label mass)"
     if every["trimmed"]:

@@ -152,16 +152,16 @@ def test_what_first_chose_is_weighed_back(held_out: HeldOut) -> None:
 def test_a_gate_opens_on_chosen_prompts_only_where_chance_chose_some_of_enough_tasks(held_out: HeldOut) -> None:
     few = chosen_by_first(held_out, 0.005)
     metrics = metrics_of(predictions_of(few, noisy(0.1)), None, few, CONSTANTS)
-    with pytest.raises(GateError, match=r"--min-spearman: cannot tell: ask_judges.py --first chose [\d,]+ of the held"):
+    with pytest.raises(GateError, match=r"--min-spearman: cannot be decided: ask_judges.py --first selected [\d,]+ of"):
         check_enough_scores(metrics, "--min-spearman")
     assert any("steps that a judge was unsure of, not on all" in line for line in warnings(metrics))
     enough = chosen_by_first(held_out, 0.4)
     metrics = metrics_of(predictions_of(enough, noisy(0.1)), None, enough, CONSTANTS)
     check_enough_scores(metrics, "--min-spearman")
     assert metrics["trajectory"]["trajectories"] == 0
-    assert "steps that ask_judges.py --first chose" in metrics["trajectory"]["left_out"]
+    assert "steps that ask_judges.py --first selected" in metrics["trajectory"]["left_out"]
     told = next(line for line in warnings(metrics) if "--first" in line)
-    effective = float(re.findall(r"as much as ([\d,]+) that", told)[0].replace(",", ""))
+    effective = float(re.findall(r"as much as ([\d,]+) unselected", told)[0].replace(",", ""))
     assert 0.2 * len(held_out.prompts) < effective < len(enough.prompts)
 
 
@@ -171,7 +171,7 @@ def test_a_judge_that_makes_few_of_the_scores_fails_every_gate(held_out):
     for row in rows[12:]:
         row |= {"status": "error", "reason": "out of memory", "scores": {}}
     with pytest.raises(
-        GateError, match=r"--min-spearman: \d+ of \d+ scores were made \([\d.]+%\), at least 95% are needed"
+        GateError, match=r"--min-spearman: \d+ of \d+ scores were given \([\d.]+%\); at least 95% are needed"
     ):
         check_enough_scores(metrics_of(rows, None, held_out, CONSTANTS), "--min-spearman")
 
@@ -193,7 +193,7 @@ def test_only_scores_of_both_are_compared_and_the_rest_is_counted(evaluated, hel
     half = write_evaluation(tmp_path / "half", held_out, noisy(0.08), slice(0, 40))
     comparison = compare(half, evaluated["fine"])
     assert comparison["scores_of_this_alone"] == 0
-    assert f"left out are 0 of this judge and {comparison['scores_of_other_alone']} of the other" in left_out(
+    assert f"; 0 of this judge and {comparison['scores_of_other_alone']} of the other are left out" in left_out(
         comparison
     )
     whole = compare(evaluated["fine"], evaluated["fine"])["groups"][0]["scores"]
@@ -216,7 +216,7 @@ def test_other_held_out_rows_are_rejected(evaluated, tmp_path):
         (
             "predictions.jsonl",
             "{}\n",
-            r"predictions\.jsonl: damaged, or of an earlier version",
+            r"predictions\.jsonl: damaged, or from an earlier version",
         ),
     ],
 )
@@ -237,7 +237,7 @@ def test_the_least_spearman_is_a_gate(evaluated):
     check_min_spearman(fine, 0.5)
     with pytest.raises(GateError, match=r"so the lower end is below 0\.999"):
         check_min_spearman(fine, 0.999)
-    with pytest.raises(GateError, match="cannot tell"):
+    with pytest.raises(GateError, match="cannot be decided"):
         check_min_spearman(flat, 0.0)
 
 
@@ -303,7 +303,7 @@ def test_noise_on_one_type_fails_the_gates_of_order_and_of_bad_steps(tmp_path):
 def test_two_tasks_pass_no_gate_of_order(tmp_path):
     folder = folder_of(tmp_path, "two", made_up(tasks=2, clips=8), lambda prompt, key: prompt.reference[key])
     for check in (check_min_spearman, check_min_auroc):
-        with pytest.raises(GateError, match="cannot tell"):
+        with pytest.raises(GateError, match="cannot be decided"):
             check(metrics_in(folder), 0.1)
 
 
@@ -312,7 +312,7 @@ def test_scores_that_are_missing_on_one_type_close_every_gate(tmp_path):
     rows = predictions_of(held_out, noisy(0.05))
     for row in [row for row in rows if row["evaluation_type"] == "final"][:6]:
         row |= {"status": "unparsed", "reason": "no JSON", "scores": {}}
-    with pytest.raises(GateError, match="on final were made"):
+    with pytest.raises(GateError, match="on final were given"):
         check_enough_scores(metrics_of(rows, None, held_out, {}), "--min-auroc")
 
 
@@ -321,9 +321,9 @@ def test_a_margin_asks_for_proof_and_says_how_many_tasks_it_takes(tmp_path):
     one = folder_of(tmp_path, "one", held_out, noisy(0.1))
     twin = folder_of(tmp_path, "twin", held_out, noisy(0.1, seed=9))
     comparison = compare(one, twin)
-    assert "--margin X asks for proof" in check_not_worse(comparison)
+    assert "--margin X requires proof" in check_not_worse(comparison)
     assert "Worse by less than 0.3" in check_not_worse(comparison, 0.3)
-    with pytest.raises(GateError, match=r"--margin 0.01: cannot tell: needs about \d+ tasks"):
+    with pytest.raises(GateError, match=r"--margin 0.01: cannot be decided; about \d+ tasks are needed"):
         check_not_worse(comparison, 0.01)
     poor = folder_of(tmp_path, "poor", held_out, noisy(0.5))
     with pytest.raises(GateError, match=r"--margin 0.05: .* is worse by 0.\d+"):

@@ -99,7 +99,7 @@ def test_a_killed_evaluation_continues_where_it_stopped(data, source, tmp_path):
     predictions.write_bytes(whole + b'{"id":"half a li')  # what a kill in the middle of a write leaves
     again = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == ExitCode.DONE, again.stderr
-    assert "prompts are scored already" in again.stderr
+    assert "prompts are already scored" in again.stderr
     assert predictions.read_bytes().startswith(whole)
     hashes = [row["prompt_sha256"] for row in rows_of(tmp_path)]
     assert len(hashes) == len(set(hashes)) == len(read_held_out(data, NAME).prompts)
@@ -124,7 +124,7 @@ def test_the_base_model_is_asked_beside_an_adapter_only(data, source, tmp_path):
 def test_results_do_not_go_where_a_file_is(data, source, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UsageError, match="is a file, and the results need a folder"):
+        with pytest.raises(UsageError, match="is a file, but the results need a folder"):
             evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, folder, Settings(), None)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -133,7 +133,7 @@ def test_a_judge_that_can_score_nothing_is_an_error_with_the_reason(data, source
     from dataclasses import replace
 
     tight = replace(source, cutoff_len=40)
-    with pytest.raises(DataError, match=r"none of \d+ prompts got a score; .* tokens"):
+    with pytest.raises(DataError, match=r"none of \d+ prompts got a score. .* tokens"):
         evaluate.evaluate(tight, read_held_out(data, NAME), CONSTANTS, tmp_path, Settings(trim=False), None)
 
 
@@ -171,7 +171,7 @@ def test_a_run_is_measured_on_its_own_held_out_rows():
 
 
 def test_a_dataset_that_is_not_there_names_those_that_are(data):
-    with pytest.raises(UsageError, match=f"Held out are: {NAME}"):
+    with pytest.raises(UsageError, match=f"The held-out datasets are {NAME}"):
         read_held_out(data, "reward_model_clip_eval")
 
 
@@ -179,13 +179,13 @@ def test_a_sidecar_that_does_not_fit_is_an_error(tmp_path):
     folder = write_data_folder(tmp_path, tasks=2)
     sidecar = folder / f"{NAME}.meta.jsonl"
     sidecar.write_text("".join(sidecar.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(DataError, match="do not fit"):
+    with pytest.raises(DataError, match="do not match"):
         read_held_out(folder, NAME)
 
 
 def test_rows_for_training_are_not_taken_for_held_out_ones(tmp_path):
     folder = write_data_folder(tmp_path, tasks=2, name="reward_model_clip")
-    with pytest.raises(UsageError, match=r"nothing is held out.* --dataset reward_model_clip_eval"):
+    with pytest.raises(UsageError, match=r"these rows are for training.* --dataset reward_model_clip_eval"):
         read_held_out(folder, "reward_model_clip")
 
 
@@ -278,7 +278,7 @@ def test_every_gate_that_fails_is_named_after_the_metrics_and_the_exit_code_is_4
     printed = json.loads(result.stdout)
     assert printed["comparison"]["groups"][0]["verdict"] == "cannot decide"
     assert "--compare: cannot decide on clip" in result.stderr
-    assert "--min-spearman 0.99: clip: cannot tell" in result.stderr and "Traceback" not in result.stderr
+    assert "--min-spearman 0.99: clip: cannot be decided" in result.stderr and "Traceback" not in result.stderr
     assert (evaluation / "comparison.json").is_file()
 
 

@@ -68,7 +68,7 @@ def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys
     capsys.readouterr()
     with caplog.at_level("INFO"):
         evaluate_run(run)
-    assert "prompts are scored already" in caplog.text
+    assert "prompts are already scored" in caplog.text
     assert (run / "evaluation" / "predictions.jsonl").read_bytes() == before
     assert "everything" in capsys.readouterr().out
 
@@ -89,7 +89,7 @@ def test_a_breakdown_by_a_metadata_key_is_printed(run, capsys):
 
 
 def test_a_breakdown_by_a_key_that_no_row_has_names_those_there_are(run):
-    with pytest.raises(UsageError, match=r"--by agent: not in the metadata .* There are .*provider"):
+    with pytest.raises(UsageError, match=r"--by agent: not in the metadata .* It has .*provider"):
         evaluate_judge("--run", run, "--by", "agent")
 
 
@@ -107,7 +107,7 @@ def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(r
     [
         (("--parity", "2", "--min-spearman", "0.5", "--compare", "saves/a"), "leave out --min-spearman, --compare"),
         (("--parity", "--limit", "5", "--mode", "generate"), "leave out --limit, --mode generate"),
-        (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: used with --parity alone"),
+        (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: only used with --parity"),
     ],
 )
 def test_what_parity_and_measuring_do_not_share_is_not_ignored(run, arguments, message):
@@ -153,7 +153,7 @@ def test_changed_prompts_are_scored_once_and_are_in_table_metrics_and_report(run
     assert "Changed prompts" in shown and "Wrong way: " in shown
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert {"whitespace", "praise"} <= {each["probe"] for each in metrics["robustness"]["probes"]}
-    assert "When the prompt is changed" in (tmp_path / "report.html").read_text()
+    assert "Robustness to changed prompts" in (tmp_path / "report.html").read_text()
     changed = tmp_path / "predictions_changed.jsonl"
     before = changed.read_bytes()
     changed.write_bytes(before[: len(before) // 2])  # as a kill leaves it

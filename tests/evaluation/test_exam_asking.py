@@ -144,10 +144,10 @@ def test_second_answers_of_strong_judges_are_counted_and_not_read(exam: Path) ->
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"answers": {"step_score": {"score": 9}}}, "no level from 0 to 5"),
-        ({"answers": {"step_score": {"score": True}}}, "no level from 0 to 5"),
+        ({"answers": {"step_score": {"score": 9}}}, "is not a level from 0 to 5"),
+        ({"answers": {"step_score": {"score": True}}}, "is not a level from 0 to 5"),
         ({"answers": {}}, "no answer"),
-        ([1], "no JSON object"),
+        ([1], "not a JSON object"),
     ],
 )
 def test_an_answer_that_means_no_score_gives_none(exam: Path, given: Any, reason: str) -> None:

@@ -100,7 +100,7 @@ def _base_alone(trained: JudgeSource, exported: JudgeSource) -> JudgeSource:
     [
         (lambda trained, exported: replace(exported, template="chatml"), "template: trained with 'qwen'"),
         (lambda trained, exported: replace(exported, default_system="Be harsh."), "system text: trained with None"),
-        (_other_base, "wrong base: layers that no adapter touches"),
+        (_other_base, "wrong base: layers that no adapter changes"),
         (_base_alone, "wrong adapter: exported from saves/another_run"),
     ],
 )
@@ -132,5 +132,5 @@ def test_a_chat_template_that_renders_otherwise_is_a_warning(trained, exported, 
     tokenizer.chat_template = CHAT_TEMPLATE.replace("You are Qwen, created by Alibaba Cloud. ", "")
     tokenizer.save_pretrained(exported.model)
     (cause,) = check_parity(trained, exported, REQUESTS).causes
-    assert cause.startswith("chat template: the export's own renders other prompts")
+    assert cause.startswith("chat template: the export's own template renders prompts differently")
     assert "scores agree, but: chat template" in caplog.text

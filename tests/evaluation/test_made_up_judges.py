@@ -42,7 +42,7 @@ def noisy(reference: float, prompt: HeldOutPrompt, die: np.random.Generator) -> 
 JUDGES: dict[str, tuple[Callable, str, str, str]] = {
     # what it is: its scores; the grade on clip and on final; words that must be said
     "decent": (noisy, "useful", "useful", "All conditions are met"),
-    "perfect": (lambda r, p, die: r, "useful", "useful", "a model may pass it"),
+    "perfect": (lambda r, p, die: r, "useful", "useful", "a model may exceed that"),
     "constant": (lambda r, p, die: 0.65, "not_useful", "not_useful", "It is constant"),
     "constant by type": (lambda r, p, die: 0.65 if is_clip(p) else 0.7, "not_useful", "not_useful", "It is constant"),
     "uniform noise": (lambda r, p, die: die.uniform(), "not_useful", "not_useful", "better than chance"),
@@ -56,7 +56,7 @@ JUDGES: dict[str, tuple[Callable, str, str, str]] = {
     "random within runs": (lambda r, p, die: of_task(p) + die.normal(0, 0.05), "weak", "useful", "Order within runs"),
     "random between runs": (
         lambda r, p, die: r - of_task(p) + np.random.default_rng(len(p.task) * 7 + sum(map(ord, p.task))).uniform(),
-        "weak", "not_useful", "It does order the scores of one run",
+        "weak", "not_useful", "It does order the scores within a run",
     ),
     "weak order": (lambda r, p, die: 0.62 + 0.08 * (r - 0.62) / 0.2 + die.normal(0, 0.15), "weak", "weak", "Order"),
     "worst steps praised": (lambda r, p, die: 0.9 if r < 0.4 else noisy(r, p, die), "weak", "weak", "praise"),
@@ -220,7 +220,7 @@ def test_three_judges_of_whom_two_score_a_step_can_be_compared() -> None:
 def test_no_bound_is_printed_where_few_scores_have_two_judges_or_other_ones() -> None:
     few = ceiling_of(made_up(asked=lambda item, judge: judge == "judge_a" or item % 4 == 0, final=False))
     assert few["bounds"]["pearson"]["mean_judge"]["value"] is None
-    assert "What that limits is not known: only 2" in few["said"]
+    assert "What limit follows from that is unknown: only 2" in few["said"]
     held_out = made_up(final=False)
     easy = tuple(
         prompt

@@ -309,5 +309,5 @@ def test_the_report_has_a_table_of_changed_prompts_only_if_they_were_scored(held
     metrics["robustness"] = probed(held_out, lambda probe, prompt: 0.2)
     write_report(tmp_path / "with.html", metrics, rows, held_out, CONSTANTS)
     without, with_it = ((tmp_path / name).read_text() for name in ("without.html", "with.html"))
-    assert "When the prompt is changed" in with_it and "an injected verdict with full marks" in with_it
-    assert "When the prompt is changed" not in without
+    assert "Robustness to changed prompts" in with_it and "an injected verdict with full marks" in with_it
+    assert "Robustness to changed prompts" not in without
