@@ -1,4 +1,4 @@
-"""finetune.jsonl -> data/: rows that judges answered become datasets for LLaMA Factory."""
+"""finetune.jsonl -> data/: judged rows become datasets for LLaMA Factory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ def convert(
         input: files or folders of rows.
         output_dir: the folder that LLaMA Factory reads.
         config: takes the length guard's settings from a training configuration.
-        options: the other flags of the script by their names, with `_` for `-`.
+        options: the script's other flags by name, with `_` for `-`.
 
     Returns:
         The report, as in conversion_report.json.

@@ -7,10 +7,10 @@ _EPILOG = """\
 Without filters: reward_model_full and one variant for each evaluation type,
 judge and task, each with its held-out side NAME_eval, listed in
 dataset_info.json; conversion_report.json, rejected.jsonl.
-With filters: one variant (reward_model_custom, or --name), added to what is
-there; its report is NAME.report.json, its rejected rows are
-NAME.rejected.jsonl, and it holds out the tasks that the conversion in the
-folder holds out.
+With filters: one variant (reward_model_custom, or --name), added to those in
+the folder; its report is NAME.report.json, its rejected rows are in
+NAME.rejected.jsonl, and it holds out the same tasks as the conversion already
+in the folder.
 """
 
 
@@ -23,10 +23,10 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     inputs = "files of rows (.jsonl, .ndjson, .json; .gz, .bz2, .zst), of runs whose steps carry labels "
     inputs += "(import_trajectories.py), folders of both, - for stdin (finetune.jsonl)"
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
-    add("--rubric", type=Path, metavar="FILE", help="for runs whose steps carry labels: what is asked (default: ours)")
+    add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: ours)")
     add("--output-dir", type=Path, metavar="FOLDER", help="(default: dataset_dir of --config, or data)")
     add("--format", choices=["alpaca", "sharegpt"], default="alpaca", help="of the training files (default: alpaca)")
-    labels = "train on verdicts in one form, or as the judge wrote them (default: canonical)"
+    labels = "train on verdicts in one form, or as judges wrote them (default: canonical)"
     add("--labels", choices=["canonical", "verbatim"], default="canonical", help=labels)
     add("--mask-leaked-scores", action="store_true", help="hide earlier scores in prompts: (Score: 0.93)")
     add("--max-rejected", metavar="N", help="fail if more rows are rejected: a share or a number (default: 50%%)")
@@ -42,10 +42,10 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     filters("--name", metavar="NAME", help="of the variant (default: reward_model_custom)")
 
     split = parser.add_argument_group("held-out tasks").add_argument
-    split("--eval-ratio", type=float, metavar="X", help="share of the tasks that is held out; 0: none (default: 0.1)")
-    split("--split-seed", type=int, metavar="N", help="another seed holds out other tasks (default: 0)")
+    split("--eval-ratio", type=float, metavar="X", help="share of tasks to hold out; 0: none (default: 0.1)")
+    split("--split-seed", type=int, metavar="N", help="another seed holds out different tasks (default: 0)")
     split("--eval-tasks", type=Path, metavar="FILE", help="your list of held-out tasks, one per line")
-    near = "training prompts that repeat a held-out one with a few words changed (default: keep, and count)"
+    near = "training prompts that repeat a held-out one, a few words changed (default: keep, and count)"
     split("--near-duplicates", choices=["keep", "drop"], default="keep", help=near)
 
     _add_judges_and_lengths(parser)
@@ -54,17 +54,17 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges = parser.add_argument_group("judges").add_argument
-    scale = "the range of all judges (1 5), or of single ones (JUDGE=1:10 …); may be given several times"
+    scale = "the range of all judges (1 5), or of single judges (JUDGE=1:10 …); repeatable"
     judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
     judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help="scores of words: pass=1 fail=0")
     consensus = "also write reward_model_consensus, with one row per prompt (default: none)"
     judges("--aggregate", choices=["none", "mean", "median"], default="none", help=consensus)
     judges("--no-leniency-correction", dest="leniency_correction", action="store_false",
-           help="aggregate scores as they are, without taking off how lenient each judge is")  # fmt: skip
+           help="aggregate scores without correcting for each judge's leniency")  # fmt: skip
     judges("--max-disagreement", type=float, metavar="X", help="reject prompts on which judges differ more (0 to 1)")
 
     lengths = parser.add_argument_group("length guard").add_argument
-    lengths("--config", type=Path, metavar="FILE", help="take what is not given here from a training_config.yaml")
+    lengths("--config", type=Path, metavar="FILE", help="training_config.yaml with the defaults for this group")
     lengths("assignments", nargs="*", metavar="key=value", help="overrides --config: cutoff_len=8192")
     lengths("--tokenizer", type=Path, metavar="FOLDER", help="the model's folder")
     lengths("--template", metavar="NAME", help="LLaMA Factory's, such as qwen")

@@ -1,4 +1,4 @@
-"""What the arguments of convert_dataset.py mean."""
+"""The work behind `convert_dataset.py`: its arguments become settings, then it converts or audits."""
 
 import argparse
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def arguments_of(options: Mapping[str, Any]) -> argparse.Namespace:
-    """The arguments of a command line on which some flags are given, for callers from Python.
+    """The arguments of a command line with some flags set, for callers from Python.
 
     Raises:
         UsageError: there is no such flag.
@@ -33,7 +33,7 @@ def arguments_of(options: Mapping[str, Any]) -> argparse.Namespace:
 
 
 def execute(arguments: argparse.Namespace) -> ExitCode:
-    """Convert, or audit what was converted.
+    """Convert, or audit an earlier conversion.
 
     Raises:
         UsageError: arguments contradict each other.
@@ -81,7 +81,7 @@ def _audit(folder: Path, *, as_json: bool) -> ExitCode:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """What the arguments of a command line mean.
+    """The settings that a command line's arguments amount to.
 
     Raises:
         UsageError: they contradict each other, or a value cannot be right.
@@ -113,7 +113,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def _scales(arguments: argparse.Namespace) -> dict[str | None, Scale]:
-    """Scales by judge; None is every judge that is not named."""
+    """Judge -> scale; None applies to every other judge."""
     words = dict(_word(text) for text in arguments.map)
     ranges: dict[str | None, tuple[float, float]] = {}
     for given in arguments.scale:
@@ -157,24 +157,24 @@ def _values(values: list[str] | None) -> frozenset[str] | None:
 
 
 def _check(arguments: argparse.Namespace, filters: Filters) -> None:
-    """Check what cannot be meant, all of it at once.
+    """Report all invalid or contradictory arguments at once.
 
     Raises:
-        UsageError: with one line a problem.
+        UsageError: with one line per problem.
     """
     name, limit = arguments.name, arguments.max_rejected
     problems = {
-        "--eval-ratio: a share of tasks, from 0 to below 1": arguments.eval_ratio is not None
+        "--eval-ratio: must be a share of tasks, 0 or more and below 1": arguments.eval_ratio is not None
         and not 0 <= arguments.eval_ratio < 1,
-        "--eval-tasks replaces --eval-ratio and --split-seed: choose": arguments.eval_tasks is not None
+        "--eval-tasks replaces --eval-ratio and --split-seed: leave these out": arguments.eval_tasks is not None
         and (arguments.eval_ratio is not None or arguments.split_seed is not None),
-        "--max-disagreement: a difference of scores, 0 to 1": arguments.max_disagreement is not None
+        "--max-disagreement: must be a difference of scores, 0 to 1": arguments.max_disagreement is not None
         and not 0 <= arguments.max_disagreement <= 1,
-        "--max-rejected: a share such as 5% or a number of rows": limit is not None
+        "--max-rejected: must be a share such as 5% or a number of rows": limit is not None
         and not re.fullmatch(r"\d+|\d+(\.\d+)?%", limit),
-        "--name: names the variant that filters write; give --evaluation-types, --model-names or --task-ids": bool(name)
+        "--name: only names a filtered variant; give --evaluation-types, --model-names or --task-ids": bool(name)
         and not filters,
-        f"--name: letters, digits, '_', '-' and '.', not ending in {HELD_OUT_SUFFIX}": name is not None
+        f"--name: may have letters, digits, '_', '-' and '.', and must not end in {HELD_OUT_SUFFIX}": name is not None
         and (not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX)),
         f"--name: {name} is a variant of the main conversion": name in (FULL, CONSENSUS),
         "key=value overrides --config: give a --config": bool(arguments.assignments) and arguments.config is None,
@@ -186,7 +186,7 @@ def _check(arguments: argparse.Namespace, filters: Filters) -> None:
         )
         and arguments.tokenizer is None
         and arguments.config is None,
-        "--cutoff-len: a number of tokens, at least 1": arguments.cutoff_len is not None and arguments.cutoff_len < 1,
+        "--cutoff-len: must be a number above 0": arguments.cutoff_len is not None and arguments.cutoff_len < 1,
     }
     if found := [problem for problem, is_one in problems.items() if is_one]:
         raise UsageError("\n  ".join(found))
@@ -219,7 +219,7 @@ def _earlier_split(report: Path) -> Split | None:
 
 
 def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
-    """What to measure lengths with: the flags, and the configuration for what they leave out."""
+    """What to measure lengths with: from the flags, else from the configuration."""
     config = _config(arguments)
     folder = arguments.tokenizer or config.get("model_name_or_path")
     if not folder:
@@ -227,10 +227,10 @@ def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
     folder = Path(folder)
     if not _holds_a_model(folder):
         if arguments.tokenizer is not None:
-            raise DataError(f"{folder}: holds no tokenizer. --tokenizer is the folder of a downloaded model.")
+            raise DataError(f"{folder}: has no tokenizer. --tokenizer must be the folder of a downloaded model.")
         log.warning(
-            "warning: no model in %s, so lengths are not checked, and LLaMA Factory cuts prompts that are too long "
-            "silently. Convert again when the model is there.",
+            "warning: no model in %s, so lengths are not checked, and LLaMA Factory silently cuts prompts that are too "
+            "long. Convert again when the model is there.",
             folder,
         )
         return None
@@ -254,7 +254,7 @@ _STRINGS = ("model_name_or_path", "template", "default_system", "dataset_dir")
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What --config says, overridden by key=value; keys that a conversion has no use for are for train.py.
+    """The content of --config, overridden by key=value; keys that only train.py needs are ignored.
 
     Raises:
         UsageError: the file cannot be read, or an argument is not key=value.
@@ -262,7 +262,7 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_yaml(arguments.config) if arguments.config is not None else {}
     for text in arguments.assignments:
         if "=" not in text:
-            raise UsageError(f"'{text}' is not key=value. Inputs are named after --input.")
+            raise UsageError(f"'{text}' is not key=value. Give input files after --input.")
         key, value = split_assignment(text)
         if value:
             config[key] = value if key in _STRINGS else _value_or_string(value)

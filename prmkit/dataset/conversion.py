@@ -1,6 +1,6 @@
 """finetune.jsonl to data/, from the first row to the last rename.
 
-prepare each row (prepare) and keep it (stage) -> decide what takes the whole input (stage, leaks)
+prepare each row (prepare) and keep it (stage) -> decide what depends on the whole input (stage, leaks)
     -> append each row to its variants (write) -> audit and publish (leaks, publish)
 """
 
@@ -48,7 +48,7 @@ from prmkit.rows import STDIN, Line
 log = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 256
-"""Rows that are measured together; more of them take memory and save no time."""
+"""Rows that are measured together; more would take memory and save no time."""
 _MOST_REJECTED = "50%"
 _SHOWN = 10
 
@@ -61,7 +61,7 @@ def convert(settings: Settings) -> dict[str, Any]:
 
     Raises:
         DataError: the inputs give no training row, too many rows are rejected, the data would leak, another
-            conversion is at work in the folder, or the disk is full.
+            conversion is running in the folder, or the disk is full.
     """
     names, passed_over = find_inputs(settings)
     _warn_of_files(passed_over, "not read: they are hidden, linked, or do not look like files of rows")
@@ -161,10 +161,10 @@ def _measure(rows: Sequence[PreparedRow], guard: LengthGuard | None) -> Iterator
 
 
 def _check_inputs_survive(names: Sequence[str], settings: Settings) -> None:
-    """Check that no input would be replaced or removed as a file of the conversion.
+    """Check that the conversion would not replace or remove an input file.
 
     Raises:
-        DataError: one would.
+        DataError: it would.
     """
     earlier = _earlier_report(settings).get("files", [])
     for name in names:
@@ -188,7 +188,7 @@ def _warn_of_files(names: Sequence[str], what: str) -> None:
 
 
 def _decide(settings: Settings, stage: Stage, preparer: Preparer, problems: Sequence[ScaleProblem]) -> dict[str, Any]:
-    """Reject what takes the whole input to find, compare the judges, and return what the report says of both."""
+    """Reject rows for reasons that need the whole input, compare the judges, and return the report on both."""
     if settings.filters and not preparer.accepted:
         raise DataError(_nothing_matched(settings, stage))
     stage.reject_other_scales(problems)
@@ -241,11 +241,11 @@ def _check_tasks(settings: Settings, unknown: set[str]) -> None:
     shown = ", ".join(f"{task:.80}" for task in sorted(unknown)[:5])
     if unknown == tasks:
         raise DataError(f"--eval-tasks: no row has one of these tasks ({shown}), so nothing would be held out.")
-    log.warning("warning: %d tasks that are to be held out are not in the input: %s", len(unknown), shown)
+    log.warning("warning: %d tasks of --eval-tasks are not in the input: %s", len(unknown), shown)
 
 
 def _prompts(stage: Stage, *, held_out: bool) -> Iterator[Prompt]:
-    """The distinct prompts of one side, those of a task one after another."""
+    """The distinct prompts of one side, grouped by task."""
     rows = stage.rows.execute(
         "SELECT prompt, min(unit), min(evaluation_type), min(number) FROM kept WHERE held_out = ? GROUP BY prompt "
         "ORDER BY 2, 4", (held_out,),
@@ -257,7 +257,7 @@ def _prompts(stage: Stage, *, held_out: bool) -> Iterator[Prompt]:
 
 
 def _nothing_matched(settings: Settings, stage: Stage) -> str:
-    """What to say when the filters accept no row: which values exist, the frequent ones first."""
+    """The message if the filters accept no row: which values exist, the most frequent first."""
     lines = ["No row matches the filters."]
     filters = settings.filters
     for flag, column, wanted in (
@@ -270,7 +270,7 @@ def _nothing_matched(settings: Settings, stage: Stage) -> str:
                 f"SELECT {column}, count(*) FROM row WHERE {column} IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, min(number)"  # noqa: S608
             ).fetchall()
             absent = sorted(wanted - {value for value, _ in found})
-            why = f"not in the input: {', '.join(absent)}" if absent else "each is in the input, but not together"
+            why = f"not in the input: {', '.join(absent)}" if absent else "each is in the input, but never together"
             shown = ", ".join(f"{value:.80} ({count:,})" for value, count in found[:20]) or "none"
             more = f", and {len(found) - 20:,} more" if len(found) > 20 else ""
             lines += [f"  {flag} {' '.join(sorted(wanted))}  ({why})", f"    in the input: {shown}{more}"]
@@ -278,17 +278,16 @@ def _nothing_matched(settings: Settings, stage: Stage) -> str:
 
 
 def _check_enough_rows(settings: Settings, stage: Stage, problems: Sequence[ScaleProblem]) -> None:
-    """Check that there is something to train on, and that not too much is rejected.
+    """Check that there is something to train on, and that not too many rows are rejected.
 
     Raises:
-        DataError: with the reasons, and where each first occurs.
+        DataError: with the reasons, and where each occurs first.
     """
     counts = count_rows(stage)
     rejected, kept = sum(counts["rejected"].values()), sum(counts["rows"].values())
     first = first_rejected(stage)
     reasons = "".join(
-        f"\n  {n:,} x {kind}; the first one: {first[kind]:.300}"
-        for kind, n in list(counts["rejected"].items())[:_SHOWN]
+        f"\n  {n:,} x {kind}; the first: {first[kind]:.300}" for kind, n in list(counts["rejected"].items())[:_SHOWN]
     ) + "".join(f"\n  {message}" for message in describe_problems(problems))
     limit_text = settings.max_rejected or _MOST_REJECTED
     limit = _limit(limit_text, rejected + kept + counts["duplicates"])
@@ -299,12 +298,12 @@ def _check_enough_rows(settings: Settings, stage: Stage, problems: Sequence[Scal
     if unread > limit:
         allowed = f"--max-rejected {limit_text} allows {limit:,}"
         if settings.max_rejected is None:
-            allowed = "more than half. If that is right, say so with --max-rejected 100%"
+            allowed = "more than half. If that is right, allow it with --max-rejected 100%"
         raise DataError(f"{unread:,} rows are rejected, {allowed}.{reasons}")
     if not counts["rows"]["train"]:
         tasks = stage.rows.execute("SELECT DISTINCT coalesce(task, 'rows without a task') FROM kept LIMIT 5")
         raise DataError(
-            f"Every row that can be used is held out ({', '.join(f'{task:.80}' for (task,) in tasks)}): the judge is "
+            f"Every usable row is held out ({', '.join(f'{task:.80}' for (task,) in tasks)}): the judge is "
             "measured on these, so it must not train on them. Choose other tasks, or use --eval-ratio 0 with another "
             "--output-dir."
         )
@@ -323,7 +322,7 @@ def _held_out(settings: Settings, stage: Stage, new: Path) -> dict[str, Any]:
         "SELECT count(DISTINCT CASE WHEN held_out THEN task END), count(DISTINCT task), total(held_out), count(*) "
         "FROM kept"
     ).fetchone()
-    # Where no row names its task, each prompt is held out by itself.
+    # If no row names its task, each prompt is held out by itself.
     ratio = tasks / all_tasks if all_tasks else rows / max(all_rows, 1)
     return {
         "tasks": tasks,
@@ -337,7 +336,7 @@ def _finish(settings: Settings, report: dict[str, Any], written: Written, new: P
     """Audit and publish.
 
     Raises:
-        DataError: the data would leak, or what an earlier conversion left is damaged.
+        DataError: the data would leak, or the files of an earlier conversion are damaged.
     """
     output, earlier = settings.output, _earlier_report(settings)
     info = _read_object(output / INFO)
@@ -357,14 +356,14 @@ def _finish(settings: Settings, report: dict[str, Any], written: Written, new: P
     write_json(new / report_file, report)
     write_json(new / INFO, {**kept, **written.entries})
     foreign = sorted(name for name in set(files) - set(earlier.get("files", [])) if (output / name).exists())
-    _warn_of_files(foreign, "replaced, though no earlier conversion lists them")
+    _warn_of_files(foreign, "replaced, although no earlier conversion lists them")
     sync_files(new)
     publish(output, new.parent, new, [name for name in earlier.get("files", []) if name not in files])
     return report
 
 
 def _earlier_report(settings: Settings) -> dict[str, Any]:
-    """The report of the conversion that this one replaces; it is a file that anybody may edit, so it is checked."""
+    """The report of the conversion that this one replaces; anybody may have edited the file, so it is checked."""
     path = settings.output / settings.file_name(REPORT)
     report = _read_object(path)
     for key in ("entries", "files"):
@@ -381,7 +380,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _check_leaks(output: Path, new: Path, written: Written, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Audit what was written, together with what earlier conversions wrote and what stays beside it."""
+    """Audit the new files together with those of earlier conversions that stay in the folder."""
     write_json(new / INFO, written.entries)
     entries: list[Entry] = list(read_entries(new).values())
     if kept:
@@ -390,7 +389,7 @@ def _check_leaks(output: Path, new: Path, written: Written, kept: Mapping[str, A
     found = audit(entries)
     if found["passed"] is False:
         raise DataError(
-            f"the data would leak: {describe_leaks(found)}\nWhere one of these datasets comes from an earlier "
+            f"the data would leak: {describe_leaks(found)}\nIf one of these datasets comes from an earlier "
             "conversion with another split, convert it again, or remove it from dataset_info.json."
         )
     return found

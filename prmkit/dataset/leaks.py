@@ -1,7 +1,7 @@
 """Is anything that is held out also in the training rows: a task, a prompt, or nearly the same prompt?
 
-The audit reads what was written and knows nothing of how the split was made. It also reads datasets of others: where
-no sidecar traces the rows back to tasks, prompts are compared alone, and nothing can be said about tasks.
+The audit reads the written files and knows nothing about how the split was made. It also reads datasets that prmkit did
+not write: without a sidecar that traces the rows back to tasks, only prompts are compared.
 """
 
 import re
@@ -20,7 +20,7 @@ from prmkit.paths import HELD_OUT_SUFFIX, INFO
 from prmkit.rows import Rejected, name_in, prompt_hash
 
 _PROMPTS_A_PASS = 200_000
-"""Held-out prompts that are compared at once, at about 100 bytes each; beyond, the files are read once more."""
+"""Held-out prompts compared at once, at about 100 bytes each; if there are more, the files are read once more."""
 _EXAMPLES = 5
 _HELD_OUT_ELSEWHERE = re.compile(r"[_-](?:eval|val|valid|validation|test|dev|held_?out)$", re.IGNORECASE)
 
@@ -36,7 +36,7 @@ def is_held_out(entry: Entry) -> bool:
 
 
 def audit_folder(folder: Path) -> dict[str, Any]:
-    """Audit the datasets whose files are in a folder, as its dataset_info.json lists them; near duplicates included.
+    """Audit the datasets that a folder's dataset_info.json lists, near duplicates included.
 
     Raises:
         DataError: there is no dataset_info.json, or it is damaged, or it names a file that is missing.
@@ -54,8 +54,8 @@ def audit(entries: Sequence[Entry]) -> dict[str, Any]:
     """Compare every held-out dataset with every training dataset.
 
     Returns:
-        `passed`, what was compared, and examples of what is on both sides. `passed` is None where no row names a task:
-        its steps may be on both sides under other prompts, and nobody can see it.
+        `passed`, what was compared, and examples of what is on both sides. `passed` is None if no row names a task:
+        steps of one task may then be on both sides under different prompts, without any way to tell.
 
     Raises:
         DataError: a file is damaged.
@@ -87,7 +87,7 @@ def audit(entries: Sequence[Entry]) -> dict[str, Any]:
 def _shared(
     training: Iterable[Entry], held_out: Sequence[Entry], tasks: set[str], *, passes: int
 ) -> tuple[dict[tuple[str, str], str], int, int]:
-    """What is on both sides with the name of a training dataset; training rows without a task, and all of them."""
+    """What is on both sides, with the training dataset; the number of training rows without a task, and of all."""
     shared: dict[tuple[str, str], str] = {}
     nameless = trained = 0
     for number in range(passes):
@@ -106,7 +106,7 @@ def _shared(
 
 
 def _identities(entry: Entry) -> Iterator[tuple[str, str]]:
-    """The SHA-256 of each row's prompt, as the user wrote it where that is known; and its task, empty for none."""
+    """The SHA-256 of each row's prompt (as the user wrote it, if known) and its task, empty for none."""
     if entry.sidecar:
         for traced in read_jsonl(entry.sidecar):
             try:
@@ -133,7 +133,7 @@ def _asked(entry: Entry) -> Iterator[tuple[str | None, str]]:
 
 
 def describe_leaks(found: dict[str, Any]) -> str:
-    """What an audit found, in words."""
+    """An audit's findings in words."""
     examples = "".join(
         f"\n  {what} {value} is in {example['dataset']} and in a held-out dataset"
         for example in found["examples"]
@@ -162,17 +162,17 @@ def _prompts_of(entries: Iterable[Entry], *, held_out: bool) -> Iterator["Prompt
 # --- nearly the same prompt ---------------------------------------------------------------------------------------
 
 _WORDS = 8
-"""Words in a row that are compared at once."""
+"""The number of consecutive words that are compared together."""
 _FEWEST_WORDS = 12
-"""A prompt with fewer words outside of the template has too little to be recognised by."""
+"""A prompt with fewer words outside the template is too short to be recognised."""
 _SHARE = 0.8
-"""Of a prompt's own words that another one must have in the same order to be nearly the same."""
+"""The share of a prompt's own words that another must have in the same order to count as nearly the same."""
 _FEWEST_UNITS = 3
-"""Of one evaluation type: what both of two tasks have may be the template or a repetition."""
+"""Of one evaluation type: with two tasks, what both have may be the template or a repetition."""
 _HELD = 200_000
-"""Sequences of held-out prompts, about 30 bytes each; beyond, every second, fourth, … is compared."""
+"""Sequences of held-out prompts, about 30 bytes each; with more, every second, fourth, … is compared."""
 _REMEMBERED = 5_000_000
-"""Sequences of training prompts, 8 bytes each, that are not computed again for the second look."""
+"""Sequences of training prompts, 8 bytes each, that are kept for the second pass instead of computed again."""
 
 
 class Prompt(NamedTuple):
@@ -180,10 +180,10 @@ class Prompt(NamedTuple):
 
     text: str
     unit: str
-    """What it is held out with: its task. Sequences of words that many tasks have are a template."""
+    """The unit with which it is held out: its task. Word sequences that many tasks share are a template."""
     evaluation_type: str
     place: Any
-    """Where it is, for the caller."""
+    """Its place in the input, for the caller."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class NearDuplicates:
     """Training prompts that nearly repeat a held-out one."""
 
     pairs: Sequence[tuple[Any, Any, float]]
-    """Place in training, place of the held-out prompt, and the share of words that they have in common."""
+    """The training prompt's place, the held-out prompt's place, and the share of words that they have in common."""
     compared: int
     """Training prompts."""
 
@@ -206,12 +206,12 @@ def find_near_duplicates(prompts: Callable[[bool], Iterable[Prompt]]) -> NearDup
     """Find training prompts that repeat a held-out one with a few words or numbers changed.
 
     Two prompts are compared by the sequences of 8 words that both have. Sequences that more than a quarter of the
-    tasks have (and more than two) come from the template of the prompts, and their words do not count. Neither do
-    numbers. Time is linear in the text; memory is bounded by the number of sequences that are held.
+    tasks have (and more than two) come from the prompt template, and their words do not count. Neither do numbers.
+    Time is linear in the text; memory is bounded by the number of sequences that are kept.
 
     Args:
-        prompts: of the held-out side (True) or the training side (False), each distinct one once, those of a unit
-            one after another. Called once for the held-out side and twice for training.
+        prompts: gives the held-out side (True) or the training side (False), each distinct prompt once, grouped by
+            unit. Called once for the held-out side and twice for training.
     """
     index, places = _Index(), []
     for prompt in prompts(True):
@@ -220,7 +220,7 @@ def find_near_duplicates(prompts: Callable[[bool], Iterable[Prompt]]) -> NearDup
     index.close()
     pairs, compared = [], 0
     if index.has_grams:
-        # How common a gram is, is known only after all prompts; then those with enough in common are looked at again.
+        # How common a gram is, is known only after all prompts; then those with enough in common are checked again.
         looks = [index.count(prompt) for prompt in prompts(False)]
         compared = len(looks)
         for prompt, look in zip(prompts(False), looks, strict=True) if any(looks) else ():
@@ -234,9 +234,9 @@ class _Look(NamedTuple):
     """The grams of a training prompt."""
 
     numbers: Any
-    """Of each gram among the held-out ones, int32; -1 for one that they do not have."""
+    """The number of each gram among the held-out ones, int32; -1 if it is not among them."""
     starts: Any
-    """The word at which each begins, int32."""
+    """The word at which each gram begins, int32."""
 
 
 _AGAIN = _Look(None, None)
@@ -275,7 +275,7 @@ class _Index:
         return grams[chosen], starts[chosen]
 
     def close(self) -> None:
-        """Build the index when all held-out prompts are there."""
+        """Build the index after the last held-out prompt was added."""
         import numpy as np
 
         together = np.concatenate([np.empty(0, np.uint64), *(grams for _, grams, _ in self._held)])

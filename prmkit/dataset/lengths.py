@@ -1,7 +1,7 @@
-"""The length guard: no row reaches LLaMA Factory that it would cut.
+"""The length guard: no row that LLaMA Factory would cut reaches it.
 
-LLaMA Factory 0.9.5 cuts a prompt that is too long from the right without a word: the output schema and the assistant's
-header go, and a long label loses its closing brace and its end of turn.
+LLaMA Factory 0.9.5 silently cuts a prompt that is too long from the right: the output schema and the assistant's header
+are lost, and a long label loses its closing brace and its end of turn.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from prmkit.prompts.pieces import load_pieces
 from prmkit.prompts.truncation import trim_prompt
 
 _REMEMBERED = 100_000
-"""Prompts whose tokens are remembered, for judges whose rows are in another file."""
+"""The number of prompts whose tokens are cached, for judges whose rows are in another file."""
 
 
 class Measured(NamedTuple):
@@ -23,7 +23,7 @@ class Measured(NamedTuple):
 
     prompt: str
     tokens: int
-    """Of prompt and label before anything was left out; 0 without a guard."""
+    """The number of tokens of prompt and label before anything was left out; 0 without a guard."""
     tokens_left_out: int
     characters_left_out: int
 
@@ -40,11 +40,11 @@ class LengthGuard:
     """Measures rows with LLaMA Factory's own template and the model's tokenizer."""
 
     def __init__(self, settings: LengthSettings) -> None:
-        """Find out what the template encodes: in milliseconds if the cache has it, else in about 8 seconds.
+        """Find out what the template encodes: in milliseconds if it is cached, else in about 8 seconds.
 
         Raises:
-            DataError: the folder holds no tokenizer.
-            UsageError: LLaMA Factory knows no such template.
+            DataError: the folder has no tokenizer.
+            UsageError: LLaMA Factory has no such template.
         """
         self.settings = settings
         self._pieces = None if settings.trust_remote_code else load_pieces(settings.tokenizer, **self._template())
@@ -59,15 +59,15 @@ class LengthGuard:
 
     @cached_property
     def _encoding(self) -> ChatEncoding:
-        """LLaMA Factory's own code, for what the pieces do not hold for."""
+        """LLaMA Factory's own encoder, for rows to which the pieces do not apply."""
         settings = self.settings
         encoding = load_encoding(settings.tokenizer, trust_remote_code=settings.trust_remote_code, **self._template())
-        # Prompts beyond the model's context are what the guard is for; transformers would warn of each kind of them.
+        # The guard exists for prompts beyond the model's context; transformers would also warn about them.
         encoding.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         return encoding
 
     def fit(self, rows: Sequence[tuple[str | None, str, str]]) -> list[Measured | TooLong]:
-        """Measure rows, and make them fit as the settings say.
+        """Measure rows, and make them fit according to the settings.
 
         Args:
             rows: system text, prompt and label of each, as they will be in the training file.
@@ -86,12 +86,12 @@ class LengthGuard:
             return TooLong("too long", long, tokens)
         trimmed = trim_prompt(prompt, self._pieces or self._encoding, room, system)
         if trimmed is None:
-            reason = f"{long}, and what must stay of the prompt does not fit"
+            reason = f"{long}, and the part of the prompt that must stay does not fit"
             return TooLong("too long, and cannot be trimmed", reason, tokens)
         return Measured(trimmed.text, tokens, prompt_tokens - trimmed.tokens, trimmed.characters_left_out)
 
     def _prompt_tokens(self, prompts: Sequence[tuple[str | None, str]]) -> list[int]:
-        """How many token ids each prompt takes, its system text included."""
+        """The number of token ids of each prompt, including its system text."""
         keys = [hashlib.blake2b(f"{system}\0{text}".encode(), digest_size=12).digest() for system, text in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._prompts}
         measured = self._pair_lengths([(system, text, "") for system, text in new.values()])
@@ -120,7 +120,7 @@ class LengthGuard:
         return lengths
 
     def as_json(self) -> dict[str, Any]:
-        """What the lengths were measured with, for whoever wants to use them again."""
+        """What the lengths were measured with, so that others can reuse them."""
         settings = self.settings
         return {
             "tokenizer_sha256": (self._pieces or self._encoding).tokenizer_sha256,

@@ -1,6 +1,6 @@
-"""From the input files to rows in the form that is trained on, or the reason why a row is rejected.
+"""From the input files to rows in the form for training, or the reason why a row is rejected.
 
-What happens here depends on one row alone; what depends on other rows is decided in `stage`.
+Decisions made here depend on a single row; those that depend on other rows are made in `stage`.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_a
 
 _SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst"))
 _TEXT_SHOWN = 10_000
-"""Characters of a row that is not JSON, in rejected.jsonl."""
+"""The most characters of a row that is not JSON to keep in rejected.jsonl."""
 _LONGEST_REMEMBERED = 100_000
-"""Characters of a prompt that is remembered for the next judge's row."""
+"""The most characters of a prompt that is kept for the next judge's row."""
 _VALUES_SHOWN = 8
 
 
@@ -39,10 +39,10 @@ _VALUES_SHOWN = 8
 
 
 def find_inputs(settings: Settings) -> tuple[list[str], list[str]]:
-    """The input files, folders replaced by the files of rows in them; and what was passed over in folders.
+    """The input files, with folders replaced by the files of rows in them; and the files skipped in folders.
 
     Raises:
-        DataError: an input is missing or named twice, or a folder holds no file of rows.
+        DataError: an input is missing or named twice, or a folder has no file of rows.
     """
     found: list[str] = []
     passed_over: list[str] = []
@@ -59,7 +59,7 @@ def find_inputs(settings: Settings) -> tuple[list[str], list[str]]:
         else:
             raise DataError(f"{name}: no such file. Name your judged trajectories with --input.")
     if twice := sorted({name for name in found if found.count(name) > 1}):
-        raise DataError(f"{twice[0]}: named twice. Every row would be in the data twice.")
+        raise DataError(f"{twice[0]}: named twice, so every row would be in the data twice. Name it once.")
     return found, passed_over
 
 
@@ -76,7 +76,7 @@ def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
             (found if readable else others).append(str(here / name))
     if not found:
         raise DataError(
-            f"{folder}: holds no file that ends in .jsonl, .ndjson or .json, with or without .gz, .bz2, .zst."
+            f"{folder}: has no file that ends in .jsonl, .ndjson or .json, with or without .gz, .bz2, .zst."
         )
     return found, others
 
@@ -87,27 +87,27 @@ def _same(one: Path, other: Path) -> bool:
 
 @dataclass
 class Source:
-    """One input file, and what is recorded of it while it is read."""
+    """One input file, and what is recorded about it while it is read."""
 
     name: str
-    """What the user calls it."""
+    """Its name as the user gave it."""
     sha256: str = ""
     bytes: int = 0
-    """Of the uncompressed content, like the hash."""
+    """Bytes of the uncompressed content, of which the hash is, too."""
 
 
 @contextmanager
 def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[Source, Iterator[Line]]]:
-    """Read an input file row by row; afterwards the source has the hash of what was read.
+    """Read an input file row by row; after that, the source has the hash of what was read.
 
     A file of runs gives a row for each labelled step, numbered through the file.
 
     Args:
         name: of a file, or `-`.
-        rubric: what is asked about the steps of runs; None is the default one.
+        rubric: for the steps of runs; None is the default rubric.
 
     Raises:
-        DataError: the file cannot be read, or changed while it was read; it holds runs, and no step has a label.
+        DataError: the file cannot be read, or changed while it was read; or it has runs, but no step has a label.
         UsageError: the rubric cannot be used.
     """
     shown = "stdin" if name == STDIN else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -122,7 +122,7 @@ def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[Source,
             yield source, read_lines(io.BufferedReader(hashed, 1 << 18), shown)
             source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
     if before is not None and before != _state(Path(name)):
-        raise DataError(f"{shown}: changed while it was read. Convert again when nothing writes to it.")
+        raise DataError(f"{shown}: changed while it was read. Convert again when nothing is writing to it.")
 
 
 def _lines_of_runs(path: Path, rubric: Path | None) -> Iterator[Line]:
@@ -136,12 +136,12 @@ def _state(path: Path) -> tuple[int, ...]:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}.") from error
-    regular = path.is_file()  # the size and time of a pipe say nothing
+    regular = path.is_file()  # the size and time of a pipe are meaningless
     return (status.st_dev, status.st_ino, *((status.st_size, status.st_mtime_ns) if regular else ()))
 
 
 class _Hashing(io.RawIOBase):
-    """Another stream, of which the bytes that pass are hashed and counted."""
+    """A stream that hashes and counts the bytes read from another stream."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.digest, self.size = stream, hashlib.sha256(), 0
@@ -160,19 +160,19 @@ class _Hashing(io.RawIOBase):
 
 
 class CleanPrompt(NamedTuple):
-    """A prompt as it is trained on, before any trimming."""
+    """A prompt in its training form, before any trimming."""
 
     system: str | None
     text: str
-    """Without control tokens, and masked where that is wanted."""
+    """Without control tokens, and with leaked scores masked if requested."""
     sha256: str
-    """Of the prompt as the user wrote it, with its system text."""
+    """Hash of the prompt as the user wrote it, with its system text."""
     digest: str
-    """By which prompts are recognised: of the prompt as it is trained on."""
+    """Hash of the prompt in its training form, by which prompts are recognised."""
     markers: int
     leaked_scores: int
     asked: Shape | None
-    """What the judge was asked for."""
+    """What the prompt asks for."""
 
 
 class PreparedRow(NamedTuple):
@@ -197,10 +197,10 @@ class RejectedRow(NamedTuple):
     kind: str
     reason: str
     content: Any
-    """The row, or its text where it is not JSON."""
+    """The row, or its text if it is not JSON."""
     judge: str | None
     tokens: int = 0
-    """Of prompt and label, where they were measured."""
+    """Tokens of prompt and label, if they were measured."""
 
 
 @dataclass
@@ -208,21 +208,21 @@ class Values:
     """How a judge answers one key."""
 
     rows: int = 0
-    """Answers with a number."""
+    """The number of answers with a number."""
     outside: int = 0
-    """Numbers that are not on the judge's scale."""
+    """The number of answers with a number that is not on the judge's scale."""
     low: float = float("inf")
     high: float = float("-inf")
     numbers: list[str] = field(default_factory=list)
     """Some of the numbers that are not on the scale."""
     words: int = 0
-    """Answers with a word that the scale does not map."""
+    """The number of answers with a word that the scale does not map."""
     unknown: list[str] = field(default_factory=list)
     """Some of these words."""
 
 
 class Preparer:
-    """Prepares rows one by one, and counts what the whole input is judged by."""
+    """Prepares rows one by one, and counts what later decisions about the whole input need."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -231,12 +231,12 @@ class Preparer:
         self.accepted = 0
         """Rows whose form is known and that the filters accept."""
         self.values: dict[tuple[str | None, str], Values] = defaultdict(Values)
-        """By judge and key; of the rows that the filters accept."""
+        """By judge and key; only for rows that the filters accept."""
         self.rubrics: set[str] = set()
-        """Hashes of what is asked about the steps of raw runs; of the rows that the filters accept."""
+        """Hashes of the rubrics for steps of raw runs; only for rows that the filters accept."""
 
     def prepare(self, line: Line) -> PreparedRow | RejectedRow | None:
-        """The row of a line; None for one that is neither wanted nor usable."""
+        """The row of a line; None if it is neither wanted nor usable."""
         self.lines += 1
         content: Any = None
         row: InputRow | None = None
@@ -259,7 +259,7 @@ class Preparer:
         if row.answer is None:
             raise Rejected(f"no answer of a judge; expected {EXPECTED}", "no answer of a judge")
         if _BARE_DATE.fullmatch(row.prompt):
-            raise Rejected("the prompt is nothing but a date")
+            raise Rejected("the prompt is only a date")
         prompt = _cleaned(row.prompt, row.system, self._settings.mask_leaked_scores)
         answer = read_answer(row.answer, prompt.asked)
         if isinstance(answer, Unreadable):
@@ -294,7 +294,7 @@ class Preparer:
                 examples.append(shown)
 
 
-# Arrow reads a column in which every string is a bare date as timestamps, and LLaMA Factory then drops every row.
+# If every string of a column is a bare date, Arrow reads timestamps, and LLaMA Factory then drops every row.
 _BARE_DATE = re.compile(r"\s*\d{4}-\d{2}-\d{2}(?:[ T]\d{2}(?::?\d{2}){0,2}(?:\.\d+)?(?:Z|[+-]\d{2}:?\d{2})?)?\s*")
 
 
@@ -315,7 +315,7 @@ def _clean(prompt: str, system: str | None, mask: bool) -> CleanPrompt:
     return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked)
 
 
-# The rows of several judges on one prompt mostly follow one another.
+# The rows of several judges on one prompt usually follow each other.
 _clean_remembered = lru_cache(maxsize=8)(_clean)
 
 
@@ -333,15 +333,15 @@ class ScaleProblem(NamedTuple):
     judge: str | None
     key: str
     is_scale: bool
-    """Its numbers are on another scale, so none of them is a score. Else it uses words, and their rows are rejected."""
+    """Its numbers are on another scale, so none is a score. Otherwise it uses words, and their rows are rejected."""
     message: str
 
 
 def find_scale_problems(values: Mapping[tuple[str | None, str], Values], settings: Settings) -> Iterator[ScaleProblem]:
-    """Judges and keys whose values are not on the judge's scale in more than stray rows, each with what to do.
+    """Judges and keys with values off the judge's scale in more than a few rows, each with what to do.
 
-    A judge on 1 to 10 answers 2 to 10, which are out of range, and 1, which is not: its worst would be the best label.
-    So none of its rows is a label until its scale is named.
+    A judge on 1 to 10 gives 2 to 10, which are out of range, and 1, which is not: its worst score would become the best
+    label. So none of its rows is used until its scale is named.
     """
     for (judge, key), found in values.items():
         name, scale = judge or "a judge without a name", settings.scale_of(judge) or Scale()
@@ -389,5 +389,5 @@ def rejected_entry(source: str, line: int, reason: str, content: Any) -> bytes:
 
 
 def row_id(prompt_sha256: str, judge: str | None, label: str) -> str:
-    """What a row is called: the same in every conversion, format and split."""
+    """The name of a row: the same in every conversion, format and split."""
     return hashlib.blake2b(f"{prompt_sha256}\n{judge}\n{label}".encode(), digest_size=8).hexdigest()

@@ -1,13 +1,13 @@
 """The files of a conversion appear all at once, and replace those of the previous one all at once.
 
-Renaming file after file would leave, for a moment or permanently after a kill, some files of the new conversion among
-those of the old one: with another split that is a leak. So for the time of the change each name becomes a symbolic link
-that leads through `.current`, which leads to the folder of the old files; renaming `.current` over is one atomic step,
-and from then on every name leads to the new file. Afterwards the files themselves take the places of their links.
+Renaming file after file would, for a moment or permanently after a kill, leave some files of the new conversion among
+those of the old one: with another split that is a leak. So during the change each name becomes a symbolic link through
+`.current`, which points to the folder of the old files. Replacing `.current` is one atomic step, after which every name
+points to the new file. Then the files themselves replace their links.
 
-At rest, the folder holds plain files and no links of ours. A kill leaves links, at any moment all old or all new, that
-read like the files; `recover` makes plain files of them. (A relative link that the user put in the place of a file
-leads nowhere between a kill and `recover`.) Needs a file system with hard and symbolic links.
+At rest, the folder has plain files and no links of ours. A kill leaves links, always all old or all new, that read like
+the files; `recover` turns them into plain files. (A relative link that the user put in place of a file is broken from a
+kill until `recover`.) Needs a file system with hard and symbolic links.
 """
 
 import os
@@ -24,25 +24,25 @@ _CURRENT = ".current"
 _STAGE = ".conversion-"
 _OURS = re.compile(rf"{re.escape(_STAGE)}[^/]+/(?:old|new)")
 _SYNCED_ONE_BY_ONE = 200
-"""Files. An fsync takes 2 ms, and there may be thousands of files; beyond, one sync of everything is cheaper."""
+"""With more files than this, one sync of everything is cheaper: an fsync takes 2 ms, and there may be thousands."""
 
 
 def make_stage(folder: Path) -> Path:
-    """Make the folder in which a conversion works, inside the one that it writes to: renaming needs one file system."""
+    """Make a conversion's working folder, inside its output folder because renaming needs a single file system."""
     return Path(tempfile.mkdtemp(prefix=_STAGE, dir=folder))
 
 
 def recover(folder: Path) -> None:
-    """Finish what an interrupted conversion left, all old or all new: nobody else may be at work in the folder.
+    """Clean up after an interrupted conversion, to all old or all new files. Needs exclusive use of the folder.
 
     Raises:
-        DataError: there is a `.current` that no conversion made. Following it would move files of others.
+        DataError: there is a `.current` that no conversion made. Following it would move other people's files.
     """
     _check_tasks_folder(folder)
     current = folder / _CURRENT
     if os.path.lexists(current):
         if not _is_ours(current):
-            raise DataError(f"{current}: not made by a conversion. Remove it, after looking where it leads.")
+            raise DataError(f"{current}: not made by a conversion. Check where it points, then remove it.")
         _settle(folder)
     for left in folder.glob(_STAGE + "*"):
         if not left.is_symlink():
@@ -50,7 +50,7 @@ def recover(folder: Path) -> None:
 
 
 def _is_ours(current: Path) -> bool:
-    """Whether `.current` leads into the working folder of a conversion right here, which we own."""
+    """Whether `.current` points into a conversion's working folder right here, which we own."""
     if not current.is_symlink() or not _OURS.fullmatch(target := os.readlink(current)):  # noqa: PTH115
         return False
     stage, files = current.parent / Path(target).parent, current.parent / target
@@ -60,11 +60,11 @@ def _is_ours(current: Path) -> bool:
 
 def _check_tasks_folder(folder: Path) -> None:
     if (folder / TASKS).is_symlink():
-        raise DataError(f"{folder / TASKS}: a link, which may lead to files of others. Remove it, and convert again.")
+        raise DataError(f"{folder / TASKS}: a link, which may lead to others' files. Remove it, and convert again.")
 
 
 def names_in_folder(folder: Path) -> Iterator[str]:
-    """The files of a data folder by their names in it, those of single tasks included."""
+    """The files of a data folder by name, including those of single tasks."""
     for parent, prefix in ((folder, ""), (folder / TASKS, f"{TASKS}/")):
         if parent.is_dir():
             with os.scandir(parent) as entries:
@@ -94,8 +94,8 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
     Args:
         folder: what LLaMA Factory reads.
         stage: from `make_stage(folder)`.
-        new: a folder inside `stage`, complete, its files on the disk.
-        obsolete: names of files in `folder` that go.
+        new: a complete folder inside `stage`, with its files synced to the disk.
+        obsolete: names of the files in `folder` to remove.
 
     Raises:
         DataError: a folder is in the way of a file, or the disk failed after the new files were in place.
@@ -123,7 +123,7 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
         _sync(folder)
         _settle(folder)
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}, when the new data was in its place. Convert again.") from error
+        raise DataError(f"{folder}: {error.strerror}, after the new data was in place. Convert again.") from error
 
 
 def _through_current(name: str) -> str:
@@ -131,19 +131,19 @@ def _through_current(name: str) -> str:
 
 
 def _point(link: Path, target: Path | str, stage: Path) -> None:
-    """Make `link` lead to `target`, atomically, whatever was there."""
+    """Make `link` point to `target`, atomically, whatever was there before."""
     made = os.path.join(stage, "link")  # noqa: PTH118
     os.symlink(target, made)  # noqa: PTH211
     os.replace(made, link)  # noqa: PTH105
 
 
 def _settle(folder: Path) -> None:
-    """Put the files in the places of the links that lead to them; links that lead to none go."""
+    """Replace links by the files that they point to; broken links are removed."""
     for name in list(names_in_folder(folder)):
         link = os.path.join(folder, name)  # noqa: PTH118
         if os.path.islink(link) and os.readlink(link) == _through_current(name):  # noqa: PTH114, PTH115
             file = os.path.join(folder, _CURRENT, name)  # noqa: PTH118
-            if os.path.lexists(file):  # what was there may itself be a link, of the user's
+            if os.path.lexists(file):  # what was there may itself be a link made by the user
                 os.replace(file, link)  # noqa: PTH105
             else:
                 os.unlink(link)  # noqa: PTH108

@@ -1,4 +1,4 @@
-"""What a conversion did: conversion_report.json, and the summary that is printed."""
+"""The results of a conversion: conversion_report.json, and the printed summary."""
 # ruff: noqa: S608 - queries consist of strings of this module; values from the data are bound
 
 import math
@@ -15,9 +15,9 @@ from prmkit.paths import HELD_OUT_SUFFIX, TASKS
 _COVERED = (0.5, 0.9, 0.95, 0.99, 1.0)
 _BINS = 10
 _SHOWN = 10
-"""Rows of a table on the terminal."""
+"""The most rows of a table on the terminal."""
 _LOST = 0.2
-"""Share of a judge's rows whose loss is worth a word."""
+"""A judge that loses a larger share of its rows gets a warning."""
 _HELD_OUT_SIDES = {"train": 0, "held_out": 1}
 
 
@@ -25,7 +25,7 @@ _HELD_OUT_SIDES = {"train": 0, "held_out": 1}
 
 
 def count_rows(stage: Stage) -> dict[str, Any]:
-    """What the report says of the rows; a missing judge, task or type is an empty string."""
+    """The report's part about rows; a missing judge, task or type is an empty string."""
     one, many = _query_one(stage), stage.rows.execute
     sides = dict(many("SELECT held_out, count(*) FROM kept GROUP BY held_out").fetchall())
     return {
@@ -81,13 +81,13 @@ def _rejected(stage: Stage) -> dict[str, int]:
 
 
 def first_rejected(stage: Stage) -> dict[str, str]:
-    """`source:line: reason` of the first rejected row by kind."""
+    """Kind -> `source:line: reason` of the first rejected row."""
     found = stage.rows.execute(f"SELECT kind, min(number), reason FROM {_ALL_REJECTED} GROUP BY kind")
     return {kind: f"{stage.sources[number >> 40]}:{number & (1 << 40) - 1}: {reason}" for kind, number, reason in found}
 
 
 def judges_with_losses(stage: Stage) -> list[dict[str, Any]]:
-    """The judges more than a fifth of whose rows are rejected, with the commonest reason."""
+    """The judges that lose more than a fifth of their rows, with the commonest reason."""
     found = stage.rows.execute(
         f"SELECT judge, kind, count(*) FROM {_ALL_REJECTED} WHERE judge IS NOT NULL GROUP BY judge, kind "
         "ORDER BY judge, count(*) DESC, kind"
@@ -157,8 +157,8 @@ def _quantiles(stage: Stage, lengths: str) -> dict[str, int]:
 def agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
     """One entry per evaluation type and pair of judges, from `Stage.agreement`.
 
-    `n` counts pairs of scores, several per prompt where a verdict carries several; `pearson` is null where a judge
-    always gave the same score; `mean_absolute_difference` is 0 to 1.
+    `n` counts pairs of scores, several per prompt if a verdict has several; `pearson` is null if a judge always gave
+    the same score; `mean_absolute_difference` is 0 to 1.
     """
     return [
         {
@@ -174,7 +174,7 @@ def agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def self_agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """One entry per judge, evaluation type and key, over prompts that the judge answered again.
+    """One entry per judge, evaluation type and key, over prompts that the judge answered more than once.
 
     Half of `mean_squared_difference` is the variance of a judge's noise.
     """
@@ -198,7 +198,7 @@ def _pearson(n: int, x: float, y: float, xx: float, yy: float, xy: float) -> flo
 
 
 def leniency_of(leniency: Leniency) -> dict[str, Any]:
-    """What the report says of the judges' leniency."""
+    """The report's part about the judges' leniency."""
     return {
         "offsets": dict(leniency.offsets),
         "shared_scores": leniency.shared_scores,
@@ -207,7 +207,7 @@ def leniency_of(leniency: Leniency) -> dict[str, Any]:
 
 
 def describe_problems(problems: Iterable[ScaleProblem]) -> list[str]:
-    """Sentences about judges on other scales; many of one kind are counted."""
+    """Sentences about judges on other scales; if there are many of one kind, the rest are only counted."""
     messages = [problem.message for problem in problems]
     more = len(messages) - _SHOWN
     return messages[:_SHOWN] + ([f"and {more:,} more judges and keys"] if more > 0 else [])
@@ -217,7 +217,7 @@ def describe_problems(problems: Iterable[ScaleProblem]) -> list[str]:
 
 
 def show_summary(report: Mapping[str, Any], *, with_next_step: bool) -> None:
-    """Print the summary of a conversion to stdout, perhaps with what to do next as its last line."""
+    """Print the summary of a conversion to stdout, optionally with the next command as its last line."""
     files = set(report["files"])
     tasks = {name for name in report["variants"] for side in ("", HELD_OUT_SUFFIX)
              if f"{TASKS}/{name}{side}.jsonl" in files}  # fmt: skip
@@ -270,7 +270,7 @@ def _notes(report: Mapping[str, Any], tasks: int) -> Iterator[str]:
         yield f"rows with control tokens, which are now plain text: {report['markers']['rows']:,}"
     if report["leaked_scores"]["rows"]:
         done = "masked" if report["settings"]["mask_leaked_scores"] else "use --mask-leaked-scores to mask them"
-        yield f"rows whose prompt carries scores of earlier evaluations: {report['leaked_scores']['rows']:,} ({done})"
+        yield f"rows whose prompt has scores of earlier evaluations: {report['leaked_scores']['rows']:,} ({done})"
     yield from _judge_notes(report)
     yield from _held_out_notes(report)
     yield from _length_notes(report)
@@ -284,7 +284,7 @@ def _judge_notes(report: Mapping[str, Any]) -> Iterator[str]:
             f"most often because: {lost['commonest_reason']}"
         )
     if report["prompts_a_judge_answered_differently"]:
-        yield f"prompts with different verdicts of one judge: {report['prompts_a_judge_answered_differently']:,}"
+        yield f"prompts to which one judge gave different verdicts: {report['prompts_a_judge_answered_differently']:,}"
     if len(report["judges"]) > JUDGES_COMPARED:
         yield f"{len(report['judges']):,} judges; the {JUDGES_COMPARED} with the most rows are compared"
     leniency = report["leniency"]
@@ -303,18 +303,18 @@ def _held_out_notes(report: Mapping[str, Any]) -> Iterator[str]:
         yield "warning: no row is held out, so the judge cannot be measured. Add rows of a second task."
     near = audit["near_duplicates"]
     if near["prompts"]:
-        done = "taken out of training" if report["settings"]["near_duplicates"] == "drop" else (
-            "kept; --near-duplicates drop takes them out of training")  # fmt: skip
+        done = "removed from training" if report["settings"]["near_duplicates"] == "drop" else (
+            "kept; --near-duplicates drop removes them")  # fmt: skip
         yield f"warning: {near['prompts']:,} training prompts nearly repeat a held-out one ({done}):"
         for example in near["examples"]:
             yield f"  {example['training']} repeats {example['share']:.0%} of {example['held_out']}"
     if audit["passed"] is None and held_out["rows"]:
         yield (
             "warning: no row names its task (metadata.task_id), so steps of one task may be on both sides, "
-            "and the leak audit cannot say whether they are"
+            "and the leak audit cannot check that"
         )
     elif audit["rows_without_a_task"]:
-        yield f"held-out rows without a task, of which only the prompts were compared: {audit['rows_without_a_task']:,}"
+        yield f"held-out rows without a task (only their prompts were compared): {audit['rows_without_a_task']:,}"
 
 
 def _length_notes(report: Mapping[str, Any]) -> Iterator[str]:

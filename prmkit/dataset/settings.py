@@ -82,7 +82,7 @@ def read_tasks(path: Path) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class LengthSettings:
-    """What rows are measured with, and what happens to those that LLaMA Factory would cut."""
+    """How rows are measured, and what happens to those that LLaMA Factory would cut."""
 
     tokenizer: Path
     template: str | None
@@ -103,12 +103,12 @@ class Settings:
     output: Path
     filters: Filters = field(default_factory=Filters)
     name: str = CUSTOM
-    """Of the variant that filters write."""
+    """Of the filtered variant."""
     form: Format = "alpaca"
     labels: Labels = "canonical"
     split: Split = field(default_factory=Split)
     scales: Mapping[str | None, Scale] = field(default_factory=dict)
-    """By judge; None is every judge that is not named."""
+    """Judge -> scale; None applies to every other judge."""
     aggregate: Aggregate = "none"
     leniency_correction: bool = True
     max_disagreement: float | None = None
@@ -119,14 +119,14 @@ class Settings:
     task_variants: bool = True
     lengths: LengthSettings | None = None
     rubric: Path | None = None
-    """What is asked about the steps of runs that carry labels; None is the default rubric."""
+    """The rubric for the steps of labelled runs; None is the default rubric."""
 
     def scale_of(self, judge: str | None) -> Scale | None:
-        """The scale on which a judge answers; None for 0 to 1."""
+        """The scale that a judge uses; None for 0 to 1."""
         return self.scales.get(judge, self.scales.get(None))
 
     def file_name(self, name: str) -> str:
-        """What a report or list of rejected rows is called: filters leave those of the main conversion alone."""
+        """The name of a report or list of rejected rows: a filtered conversion does not replace the main one's."""
         return f"{self.name}.{name.removeprefix('conversion_')}" if self.filters else name
 
     def as_json(self) -> dict[str, Any]:

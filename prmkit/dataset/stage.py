@@ -1,8 +1,8 @@
-"""All rows of a conversion in one SQLite file, and what only the whole input can decide about a row.
+"""All rows of a conversion in one SQLite file, and the decisions about a row that need the whole input.
 
-Rows cannot be placed while they are read: whether a prompt is also held out, whether a judge repeats itself or answers
-on another scale is known only at the end. SQLite keeps them on the disk meanwhile, so memory does not grow with the
-input, and finds what belongs together.
+Rows cannot be placed while they are read: whether a prompt is also held out, or whether a judge repeats itself or
+answers on another scale, is known only at the end. Until then SQLite keeps the rows on disk, so memory does not grow
+with the input, and finds rows that belong together.
 """
 # ruff: noqa: S608 - queries consist of strings of this module; values from the data are bound
 
@@ -31,7 +31,8 @@ NEAR_DUPLICATE = "nearly repeats a held-out prompt"
 CONTESTED = "judges differ too much"
 OTHER_SCALE = "the judge uses another scale"
 JUDGES_COMPARED = 50
-"""Pairs of judges grow with the square of their number; beyond, those with the most rows are compared."""
+"""The number of pairs grows with the square of the judges; with more than this, those with the most rows are compared.
+"""
 
 _SCHEMA = """
 CREATE TABLE prompt (id INTEGER PRIMARY KEY, digest BLOB UNIQUE, system TEXT, text TEXT);
@@ -50,22 +51,22 @@ CREATE TABLE consensus (number INTEGER PRIMARY KEY, scores TEXT, judges INTEGER)
 CREATE VIEW kept AS SELECT * FROM row WHERE wanted AND status IS NULL;
 """
 # unit: what is held out as a whole: the task; the prompt of a row without one. slot: the clip of its trajectory.
-# question: the prompt without its system text. answer: of the judge's text and the metadata. Scores are in hundredths.
+# question: the prompt without its system text. answer: a hash of the judge's text and the metadata. Scores: hundredths.
 
 
 class Stage:
-    """The rows of one conversion. `rows` is the database, for questions that no method answers."""
+    """The rows of one conversion. `rows` is the database, for queries that no method covers."""
 
     def __init__(self, path: Path, sources: Sequence[str] = ()) -> None:
         self.rows = sqlite3.connect(path, isolation_level=None)
         self.sources = list(sources)
-        # The file goes with the conversion, so nothing in it needs to survive a crash.
-        # The size of a page comes before that of the cache, which is turned into a number of pages at once.
+        # The file is deleted with the conversion, so nothing in it needs to survive a crash.
+        # The page size comes before the cache size, which is converted to a number of pages at once.
         self.rows.executescript("PRAGMA page_size=16384; PRAGMA cache_size=-32000; PRAGMA journal_mode=OFF;")
         self.rows.executescript("PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; BEGIN;" + _SCHEMA)
 
     def add_row(self, source: int, prepared: PreparedRow, measured: Measured) -> None:
-        """Add a row that can be used, unless something is found in other rows."""
+        """Add a row that can be used, unless other rows turn out to rule it out."""
         row, prompt = prepared.row, prepared.prompt
         number = _number(source, prepared.line)
         scores = [(key, round(score * 100)) for key, score in prepared.scores.items()]
@@ -110,19 +111,19 @@ class Stage:
         return made.lastrowid or 0
 
     def add_rejected(self, source: int, row: RejectedRow) -> None:
-        """Add a row that is rejected for itself."""
+        """Add a row that is rejected, whatever the other rows."""
         entry = rejected_entry(self.sources[source], row.line, row.reason, row.content)
         values = (_number(source, row.line), row.kind, row.reason, row.judge, row.tokens, entry)
         self.rows.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def index(self) -> None:
-        """Make ready for the decisions, when all rows are there."""
+        """Prepare for the decisions, after the last row was added."""
         self.rows.execute("CREATE INDEX row_prompt ON row (prompt, judge)")
 
     # --- decisions, in this order ---
 
     def reject_other_scales(self, problems: Iterable[ScaleProblem]) -> None:
-        """Reject the rows of judges who answer a key on a scale that nobody named."""
+        """Reject the rows of judges that answer a key on an undeclared scale."""
         for problem in problems:
             if problem.is_scale:
                 self._reject(
@@ -134,9 +135,9 @@ class Stage:
         """Hold out whole tasks; with two or more, at least one is on each side.
 
         Returns:
-            The tasks of the user's list that no row has.
+            The tasks on the user's list that no row has.
         """
-        # A row without a task goes with the rows of its prompt that name one.
+        # A row without a task goes with rows of the same prompt that name one.
         self.rows.execute(
             "UPDATE row SET unit = named.unit FROM (SELECT prompt, min(unit) AS unit FROM row WHERE task IS NOT NULL "
             "GROUP BY prompt) AS named WHERE row.task IS NULL AND row.prompt = named.prompt"
@@ -157,10 +158,10 @@ class Stage:
         return set(split.tasks or ()) - {unit for unit, is_task in units if is_task}
 
     def check_trajectories(self) -> None:
-        """Check that a clip of a trajectory has one prompt: else several runs of a task would become one.
+        """Check that each clip of a trajectory has one prompt; otherwise several runs of a task would become one.
 
         Raises:
-            DataError: a clip has two.
+            DataError: a clip has several prompts.
         """
         found = self.rows.execute(
             "SELECT trajectory, slot, min(number), max(number) FROM kept WHERE slot IS NOT NULL "
@@ -202,7 +203,7 @@ class Stage:
         self._reject(DUPLICATE, DUPLICATE, f"number NOT IN ({first})")
 
     def reject_contested(self, limit: float) -> None:
-        """Reject prompts on whose scores the judges are further apart than `limit` (0 to 1)."""
+        """Reject prompts on which the judges' scores differ by more than `limit` (0 to 1)."""
         contested = self.rows.execute(
             "SELECT prompt, key, max(spread) FROM (SELECT prompt, key, max(value) - min(value) AS spread FROM voice "
             "GROUP BY prompt, key) GROUP BY prompt HAVING max(spread) > ?", (100 * limit + 1e-9,),
@@ -241,9 +242,9 @@ class Stage:
         )
 
     def self_agreement(self) -> Iterator[tuple[Any, ...]]:
-        """As `agreement`, for judges who answered a prompt again: judge, type, key, n, and the sums.
+        """Like `agreement`, for judges that answered a prompt more than once: judge, type, key, n, and the sums.
 
-        Call it before duplicates are rejected. A row that was copied whole is no second answer.
+        Call it before duplicates are rejected. An identical copy of a row is not a second answer.
         """
         return self.rows.execute(
             "WITH given AS (SELECT min(number) AS number, prompt, judge, evaluation_type FROM kept "
@@ -256,7 +257,7 @@ class Stage:
         )
 
     def leniency(self) -> Leniency:
-        """How leniently each judge scores, from the prompts that several of them answered."""
+        """How leniently each judge scores, from the prompts that several judges answered."""
         voices = self.rows.execute(
             "SELECT prompt, key, judge, value / 100.0 FROM voice WHERE judge IN compared ORDER BY prompt, key, judge"
         )
@@ -265,10 +266,10 @@ class Stage:
         )
 
     def make_consensus(self, aggregate: Aggregate, leniency: Leniency) -> None:
-        """Choose for each prompt the row that is repeated in the consensus, and its scores.
+        """Choose for each prompt the row that represents it in the consensus, and its scores.
 
-        Scores are aggregated key by key, each without its judge's offset. The row is the nearest of those with the
-        most keys, because its words go with the scores.
+        Scores are aggregated key by key, each minus its judge's offset. Of the rows with the most keys, the one nearest
+        to the result is chosen, so that its text fits the scores.
         """
         scores = self.rows.execute(
             "SELECT prompt, number, judge, key, value FROM kept JOIN score USING (number) "
@@ -311,7 +312,7 @@ def _number(source: int, line: int) -> int:
 
 
 def _slot(prepared: PreparedRow) -> str | None:
-    """The clip that a row is about, with the category for evaluations of one; None for rows about all clips."""
+    """The clip that a row is about, with the category for `category` evaluations; None for rows about all clips."""
     row = prepared.row
     if row.clip_number is None or row.trajectory is None:
         return None

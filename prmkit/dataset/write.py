@@ -1,4 +1,4 @@
-"""From the stage to the files of the variants: every row goes into each of its variants, in the input's order."""
+"""From the stage to the variants' files: every row goes into each of its variants, in the order of the input."""
 
 import hashlib
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
 _HELD = 8 << 20
-"""Bytes that are collected before they are written, for all files together."""
+"""Bytes that are buffered before they are written, for all files together."""
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -45,8 +45,8 @@ def held_out_name(variant: str) -> str:
 def name_values(types: Iterable[str], judges: Iterable[str], tasks: Iterable[str]) -> dict[tuple[str, str], str]:
     """Name the variants of all evaluation types, judges and tasks: safe as file names, unique, the same in every run.
 
-    Values that would get the same name all get a hash after it; so does what is too long, or has nothing left once it
-    is safe. The three evaluation types that every input has keep their plain names.
+    Values that would get the same name all get a hash after it; so do values that are too long, or of which nothing is
+    left after unsafe characters are removed. The three standard evaluation types keep their plain names.
 
     Returns:
         The names by kind (`type`, `judge` or `task`) and value.
@@ -82,7 +82,7 @@ class Written(NamedTuple):
     """What was written."""
 
     rows: Mapping[str, int]
-    """By dataset, in the order in which to list them."""
+    """Dataset -> rows, in the order in which to list them."""
     entries: Mapping[str, Mapping[str, Any]]
     """Of dataset_info.json, in the same order."""
 
@@ -147,9 +147,9 @@ class _StagedRow(NamedTuple):
     label: str
     sidecar: bytes
     consensus: bytes | None
-    """Scores in hundredths by key, where the row is repeated in the consensus."""
+    """Scores in hundredths by key, if the row represents its prompt in the consensus."""
     judges: int | None
-    """How many the consensus is of."""
+    """How many judges the consensus combines."""
 
 
 def _kept_rows(stage: Stage) -> Iterator[_StagedRow]:
@@ -195,7 +195,7 @@ def _appending(folder: Path) -> Iterator[Any]:
         for name, lines in held.items():
             with open(f"{folder}/{name}", "ab", buffering=0) as stream:  # noqa: PTH123 - thousands of names
                 written = memoryview(b"".join(lines))
-                while written:  # a disk that is filling up takes a part, and says why with the next call
+                while written:  # a disk that is filling up takes a part, and reports the error with the next call
                     written = written[stream.write(written) :]
         held.clear()
         size = 0
@@ -226,7 +226,7 @@ def _rejected_entries(stage: Stage, settings: Settings) -> Iterator[bytes]:
 def _consensus_row(
     row: _StagedRow, settings: Settings, guard: LengthGuard | None, with_system: bool
 ) -> tuple[bytes, bytes] | None:
-    """The row with the scores of all judges together: the lines of the file and of the sidecar."""
+    """The consensus row, with the combined scores of all judges: the lines of the file and of the sidecar."""
     sidecar = orjson.loads(row.sidecar)
     asked = asked_shape(restore(row.prompt)) or (asked_shape(restore(row.system)) if row.system else None)
     answer = read_answer(restore(row.label, answer=True), asked)
@@ -238,7 +238,7 @@ def _consensus_row(
     prompt = row.prompt
     if guard:
         (measured,) = guard.fit([(row.system, prompt, label)])
-        if isinstance(measured, TooLong):  # the judge's own row fitted, by a token or two
+        if isinstance(measured, TooLong):  # the judge's own row fitted, if only by a token or two
             _warn_of_left_out(sidecar, measured.reason)
             return None
         prompt = measured.prompt

@@ -60,7 +60,7 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
     tasks = tmp_path / "tasks.txt"
     tasks.write_text("task_3\n\n task_4 \ntask_x\n")
     done = script("convert_dataset.py", "--input", source, "--output-dir", data, "--eval-tasks", tasks)
-    assert "1 tasks that are to be held out are not in the input: task_x" in done.stderr
+    assert "1 tasks of --eval-tasks are not in the input: task_x" in done.stderr
     held_out = {row["metadata"]["task_id"] for row in read_lines(data / "reward_model_full_eval.meta.jsonl")}
     assert held_out == {"task_3", "task_4"}
 
@@ -70,17 +70,17 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
     [
         (["--input", "gone.jsonl"], 1, "gone.jsonl: no such file"),
         (["--input", "finetune.jsonl", "finetune.jsonl"], 1, "named twice"),
-        (["--input", "empty"], 1, "holds no file that ends in"),
+        (["--input", "empty"], 1, "has no file that ends in"),
         (["--task-ids", "nope"], 1, "in the input: task_"),
         (["--eval-tasks", "gone.txt"], 1, "gone.txt: No such file"),
         (["--max-rejected", "0"], 1, "1 rows are rejected"),
-        (["--tokenizer", "empty", "--cutoff-len", "100"], 1, "empty: holds no tokenizer"),
+        (["--tokenizer", "empty", "--cutoff-len", "100"], 1, "empty: has no tokenizer"),
         (["--eval-ratio", "1"], 2, "--eval-ratio"),
-        (["--eval-ratio", "0.1", "--eval-tasks", "x"], 2, "choose"),
+        (["--eval-ratio", "0.1", "--eval-tasks", "x"], 2, "leave these out"),
         (["--max-rejected", "many"], 2, "--max-rejected"),
         (["--max-disagreement", "30"], 2, "--max-disagreement"),
-        (["--name", "x"], 2, "--name: names the variant"),
-        (["--name", "../x", "--task-ids", "task_1"], 2, "--name: letters"),
+        (["--name", "x"], 2, "--name: only names a filtered variant"),
+        (["--name", "../x", "--task-ids", "task_1"], 2, "--name: may have letters"),
         (["--name", "reward_model_full", "--task-ids", "task_1"], 2, "is a variant of the main conversion"),
         (["--scale", "5", "1"], 2, "--scale 5 1"),
         (["--scale", "judge-a=10"], 2, "--scale judge-a=10"),
@@ -89,7 +89,7 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
         (["--tokenizer", "x"], 2, "--cutoff-len"),
         (["--template", "qwen"], 2, "--tokenizer"),
         (["--config", "gone.yaml"], 2, "gone.yaml"),
-        (["finetune.jsonl"], 2, "Inputs are named after --input"),
+        (["finetune.jsonl"], 2, "Give input files after --input"),
         (["cutoff_len=600"], 2, "give a --config"),
         (["--config", "finetune.jsonl"], 2, "finetune.jsonl"),
         (["--labels", "short"], 2, "invalid choice"),

@@ -367,7 +367,7 @@ def test_somebody_elses_file_of_the_same_name_is_not_replaced_silently(
     data.mkdir()
     (data / "reward_model_full.jsonl").write_text("mine\n")
     convert_rows(many_rows(tasks=3))
-    assert "replaced, though no earlier conversion lists them: reward_model_full.jsonl" in caplog.text
+    assert "replaced, although no earlier conversion lists them: reward_model_full.jsonl" in caplog.text
     caplog.clear()
     convert_rows(many_rows(tasks=3))
     assert not caplog.text
