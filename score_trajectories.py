@@ -14,8 +14,8 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit code 1 when a row has no scores, or unsure ones; its line says why. Run again, it continues where "
-        "it stopped. Rows of status failed, for which a server or the memory is to blame, are retried.",
+        epilog="Exit code 1 if a row has no scores, or unsure ones; its line says why. Run the same command again to "
+        "continue where it stopped; rows with the status failed (server or memory trouble) are retried.",
     )
     inputs = (
         "runs in any form that import_trajectories.py reads (file or folder), or prompts: rows as in finetune.jsonl"
@@ -26,20 +26,20 @@ def main() -> int:
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"
     )
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="has the keys by evaluation type"
+        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="has the keys of each evaluation type"
     )
-    parser.add_argument("--summaries", action="store_true", help="add the verdict that the model writes")
+    parser.add_argument("--summaries", action="store_true", help="also let the model write its verdict, and add it")
     parser.add_argument(
-        "--aggregate", choices=["trajectory"], help="also sum up the steps of every trajectory_id, or task_id"
+        "--aggregate", choices=["trajectory"], help="also aggregate the steps of every trajectory_id, or task_id"
     )
     parser.add_argument(
         "--bad-below", type=float, default=0.5, metavar="X", help="scores below this are bad (default 0.5)"
     )
     runs = parser.add_argument_group("raw runs")
     runs.add_argument(
-        "--rubric", type=Path, metavar="FILE", help="the one that the judge was trained with, if not ours"
+        "--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not ours"
     )
-    runs.add_argument("--format", metavar="NAME", help="do not recognise the form; a wrong name lists the right ones")
+    runs.add_argument("--format", metavar="NAME", help="form of the runs (a wrong name lists the valid ones)")
     runs.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every step's score")
     add_interval_arguments(parser)
     add_judge_arguments(parser)

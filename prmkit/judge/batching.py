@@ -1,4 +1,4 @@
-"""What both backends share: prompts prepared as in training, equal ones judged once, order kept, verdicts read."""
+"""What both backends share: preparing prompts as in training, judging equal ones once, order, reading verdicts."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ class Prepared:
     """A prompt that is ready for the model."""
 
     ids: list[int]
-    """Token ids up to where the answer begins, as training had them."""
+    """Token ids up to the beginning of the answer, as in training."""
     shape: Shape
     trimmed: bool
 
 
 def make_preparer(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callable[[Request], Prepared | Judgement]:
-    """A function that makes a prompt ready for the model: escaped, trimmed if needed, encoded; or says why it cannot.
+    """A function that prepares a prompt for the model (escaped, trimmed if needed, encoded), or says why it cannot.
 
     Both modes reserve the same space for the answer (the scores and what comes before them), so both see the same
     prompt.
@@ -57,7 +57,7 @@ def _fault(request: Request) -> str | None:
     if not request.prompt.strip():
         return "the prompt is empty"
     if not request.shape.keys:
-        return "no score key is asked for"
+        return "the prompt asks for no score key"
     try:
         f"{request.system}{request.prompt}".encode()
     except UnicodeEncodeError as error:
@@ -71,16 +71,16 @@ def judgements_in_order(
     judge_all: Callable[[Sequence[Prepared]], Sequence[Judgement]],
     window: int,
 ) -> Iterator[Judgement]:
-    """Judge a stream, one window at a time; equal requests are judged once, wherever they are in it.
+    """Judge a stream, one window at a time; equal requests in a window are judged once.
 
     Args:
         requests: any number.
-        prepare_one: makes a request ready, or judges at once that it cannot be.
-        judge_all: judges what is ready, in any order it likes, and returns the judgements in the order given.
+        prepare_one: prepares a request, or returns a judgement that says why it cannot.
+        judge_all: judges prepared requests in any order, and returns the judgements in the order given.
         window: how many requests are read ahead.
 
     Yields:
-        One judgement a request, in their order.
+        One judgement per request, in order.
     """
     known: dict[bytes, Judgement] = {}
     requests = iter(requests)
@@ -106,7 +106,7 @@ def digest(request: Request) -> bytes:
 
 
 def parse_generated(text: str, shape: Shape) -> Judgement:
-    """Read a verdict that the model wrote; one without all the scores that were asked for is unparsed."""
+    """Read a verdict that the model wrote; a verdict that lacks a requested score is unparsed."""
     text = restore(text, answer=True)  # labels were escaped for training, so the model writes escaped keys
     verdict = read_verdict(text, shape)
     if isinstance(verdict, Unreadable):

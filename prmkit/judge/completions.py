@@ -1,6 +1,6 @@
 """What a completions endpoint writes after token ids, and which probabilities it shows.
 
-What a server answers is another program's data. It is read here into numbers and strings, or rejected.
+A server's answer is untrusted data. It is converted here to numbers and strings, or rejected.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from prmkit.http_client import Connection, PassingTrouble, RowFailure
 T = TypeVar("T")
 
 MOST_EXACT = 128
-"""Tokens that vLLM takes in one `logprob_token_ids`."""
+"""The most tokens that vLLM accepts in one `logprob_token_ids`."""
 _ROUNDING = 0.01
-"""A log-probability that was computed in half precision may be this far above zero."""
+"""Computed in half precision, a log-probability may be this far above zero."""
 _NOT_COMPUTED = -9000.0
 """vLLM writes -9999.0 for tokens whose probability it did not compute. No float has a logarithm like that."""
 _SAME = 0.05
-"""Two log-probabilities of one token may differ so much, because of half precision and other batches."""
+"""Two log-probabilities of one token may differ by this much, because of half precision and batching."""
 _NEUTRAL = {
     "temperature": 0,
     "top_p": 1,
@@ -32,45 +32,45 @@ _NEUTRAL = {
     "repetition_penalty": 1,
     "repeat_penalty": 1,
 }
-"""Sent with every request: a server takes what a request leaves open from the model's generation_config.json, where
+"""Sent with every request: what a request leaves open, a server takes from the model's generation_config.json, where
 many base models have a repetition penalty that changes digits. The last one is llama-server's name for it."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What must be known of the model's tokenizer to read a server's answers."""
+    """What is needed of the model's tokenizer to read a server's answers."""
 
     size: int
     ids_by_text: Callable[[], Mapping[str, int | None]]
-    """Token id by text, None for a text that several tokens share; called only if the server does not say ids."""
+    """Text -> token id, or None if several tokens share the text; called only if the server gives no ids."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a server shows of the tokens that may be written at one place."""
+    """What a server shows about the tokens that may be written at one place."""
 
     known: Mapping[int, float]
-    """Log-probabilities of those that were of interest, by token id."""
+    """Token id -> log-probability, of the tokens of interest."""
     bounds: Mapping[int, float]
-    """The most that the log-probability can be of those that are not shown."""
+    """An upper bound on the log-probability of tokens that are not shown."""
     highest: float
-    """Of the likeliest token, which is the one that the model writes."""
+    """The id of the likeliest token, which is the one that the model writes."""
 
 
 Likeliest = Mapping[int | str, float]
-"""Log-probabilities of the likeliest tokens at one place: by token id, or by text if the server does not say ids."""
+"""Log-probabilities of the likeliest tokens at one place: by token id, or by text if the server gives no ids."""
 
 
 class Completions:
     """The completions of one server, over a connection."""
 
     def __init__(self, connection: Connection, vocabulary: Vocabulary) -> None:
-        """Ask over `connection`; `vocabulary` is that of its model."""
+        """Use `connection`; `vocabulary` is its model's."""
         self.connection = connection
         self.endpoint = connection.endpoint
         self._vocabulary = vocabulary
         self.probing = asyncio.Lock()
-        """Held while it is found out whether the server reads exactly: it must never get both kinds at once."""
+        """Held until it is known whether the server reads exactly: it must never get both kinds of request at once."""
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -79,14 +79,14 @@ class Completions:
         return await self._ask(ids, self._text, max_tokens=max_tokens, stop_token_ids=list(stop_ids))
 
     async def likeliest(self, ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Place]:
-        """What the server shows of some tokens after `ids`, and further on while the model writes greedily.
+        """What the server shows about some tokens after `ids`, and at later places while the model writes greedily.
 
         Args:
             ids: the prompt.
-            tokens: those of interest, at each of the next places.
+            tokens: the tokens of interest, at each of the next places.
 
         Returns:
-            At least one place, at most as many as were asked for.
+            At least one place, at most as many as requested.
         """
 
         def read(choice: Mapping[str, Any]) -> list[Place]:
@@ -105,7 +105,7 @@ class Completions:
             tokens: at most `MOST_EXACT`.
 
         Returns:
-            By token, one mapping for each prompt; None where the server does not know `logprob_token_ids`.
+            One mapping by token for each prompt; None if the server does not support `logprob_token_ids`.
         """
 
         def read(choices: Sequence[Mapping[str, Any]]) -> list[dict[int, float]] | None:
@@ -122,9 +122,9 @@ class Completions:
         )
 
     async def scored(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[dict[int, float]] | None:
-        """As `exact`, from SGLang's `/v1/score`; None where the server answers something else.
+        """Like `exact`, from SGLang's `/v1/score`; None if the server answers something else.
 
-        What all prompts begin with is sent once. An item must not be empty, so it is one token less.
+        The common beginning of all prompts is sent once, less one token, because an item must not be empty.
         """
         shared = min(map(len, prompts)) - 1
         while any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
@@ -133,7 +133,7 @@ class Completions:
             "query": list(prompts[0][:shared]),
             "items": [list(prompt[shared:]) for prompt in prompts],
             "label_token_ids": [list(tokens)] * len(prompts),
-            "apply_softmax": False,  # it would be over these tokens alone
+            "apply_softmax": False,  # it would be only over these tokens
             "return_token_logprobs": True,
         }
 
@@ -153,10 +153,10 @@ class Completions:
         return await self.connection.post("score", body, read)
 
     async def scores_agree(self, ids: Sequence[int]) -> bool:
-        """Whether the likeliest tokens after `ids` have the probabilities in `scored` that a completion gives them.
+        """Whether a completion gives the likeliest tokens after `ids` the same probabilities as `scored`.
 
-        A path named `/v1/score` may do anything. SGLang itself puts another token before what is scored, where it was
-        started with `--multi-item-scoring-delimiter`, and so answers for another prompt.
+        A path named `/v1/score` may do anything. SGLang itself, if started with `--multi-item-scoring-delimiter`, puts
+        another token before what is scored, and so answers for another prompt.
         """
         (place,) = await self.likeliest(ids, [range(self._vocabulary.size)])
         shown = dict(place.known)
@@ -173,7 +173,7 @@ class Completions:
             return self._number(values[len(ids) - 1])
 
         try:
-            # SGLang looks at the prompt only when logprobs is above zero.
+            # SGLang reports on the prompt only if logprobs is above zero.
             value = await self._ask(ids, last, max_tokens=1, logprobs=1, echo=True)
         except RowFailure as failure:
             raise self._needs_more_logprobs(f" ({failure})") from failure
@@ -188,17 +188,17 @@ class Completions:
         )
 
     async def _ask(self, ids: Sequence[int], read: Callable[[Mapping[str, Any]], T], **parameters: Any) -> T:
-        """What `read` finds in the one completion of one prompt; see `_ask_all`."""
+        """What `read` makes of the single completion of one prompt; see `_ask_all`."""
         return await self._ask_all([ids], lambda choices: read(choices[0]), **parameters)
 
     async def _ask_all(
         self, prompts: Sequence[Sequence[int]], read: Callable[[Sequence[Mapping[str, Any]]], T], **parameters: Any
     ) -> T:
-        """What `read` finds in the completions of some prompts, in their order.
+        """What `read` makes of the completions of some prompts, in order.
 
         Raises:
-            RowFailure: the server refuses a prompt, keeps failing on one, or does not answer as it should.
-            DataError: it cannot be reached, or would refuse every prompt.
+            RowFailure: the server refuses a prompt, keeps failing on it, or does not answer as it should.
+            DataError: the server cannot be reached, or would refuse every prompt.
         """
         asked = list(prompts[0]) if len(prompts) == 1 else list(map(list, prompts))
         body = {"prompt": asked, **_NEUTRAL, **parameters}
@@ -220,16 +220,16 @@ class Completions:
             raise self.connection.misfit(f"logprobs are {logprobs!r}")
         if not logprobs:
             raise RowFailure(
-                f"{self.endpoint.name}: the server gives no logprobs, which expected scores are read from. "
+                f"{self.endpoint.name}: the server gives no logprobs, from which expected scores are read. "
                 "Use a server that does (vLLM, SGLang, llama-server), or --mode generate",
                 is_usage=True,
             )
         return logprobs
 
     def _likeliest_of(self, choice: Mapping[str, Any]) -> list[Likeliest]:
-        """At every place that was written, in either of the two forms that servers use.
+        """The log-probabilities at every written place, in either of the two forms that servers use.
 
-        vLLM, SGLang: `{"top_logprobs": [{"token_id:5" or "text": -0.1, …}, …]}`, an object a place.
+        vLLM, SGLang: `{"top_logprobs": [{"token_id:5" or "text": -0.1, …}, …]}`, an object per place.
         llama-server: `{"content": [{"top_logprobs": [{"id": 5, "token": "text", "logprob": -0.1}, …]}, …]}`.
         """
         logprobs = self._logprobs(choice)
@@ -271,10 +271,10 @@ class Completions:
                 highest,
             )
         by_text = self._vocabulary.ids_by_text()
-        # Tokens with one text are one entry.
+        # Tokens with the same text share an entry.
         self._check_count(shown, may_be_fewer=any(by_text.get(str(text)) is None for text in shown))
         by_id = {by_text.get(str(text)): value for text, value in shown.items()}
-        # A token that shares its text with others may be one that is shown; so may any, where a text is unknown here.
+        # A token that shares its text with others may be the one shown; if a text is unknown, so may any token.
         hidden = set(wanted) & set(by_text.values()) if all(str(text) in by_text for text in shown) else set()
         return Place(
             {token: by_id[token] for token in wanted if token in by_id},
@@ -283,16 +283,16 @@ class Completions:
         )
 
     def _check_count(self, shown: Likeliest, *, may_be_fewer: bool) -> None:
-        """Reject an answer that does not hold all the tokens that were asked for.
+        """Reject an answer that does not have all the requested tokens.
 
         While another client uses `logprob_token_ids`, vLLM answers ordinary requests with one or two tokens, one of
-        them at -9999. The least of two would be taken for a bound of all other tokens, and scores would be wrong.
+        them at -9999. The lower of the two would be taken as the bound for all other tokens, and scores would be wrong.
         """
         asked = min(self.endpoint.top_logprobs, self._vocabulary.size)
         if min(shown.values()) < _NOT_COMPUTED or (len(shown) < asked and not may_be_fewer):
             raise PassingTrouble(
-                f"{len(shown)} of the {asked} likeliest tokens that were asked for, as vLLM answers while another "
-                "client uses logprob_token_ids. If it is the server's limit, lower --top-logprobs"
+                f"{len(shown)} of the {asked} requested likeliest tokens, as vLLM answers while another client uses "
+                "logprob_token_ids. If it is the server's limit, lower --top-logprobs"
             )
 
     def _number(self, value: object) -> float:

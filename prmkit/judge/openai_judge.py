@@ -1,15 +1,15 @@
 """The same scores from a model that runs elsewhere: any OpenAI-compatible completions endpoint with logprobs.
 
-vLLM and SGLang give the probability of any tokens that are named, over the whole vocabulary: one request with all nodes
-of the trie of the candidates as a list of prompts is enough for a key.
+vLLM and SGLang give the probability of any named token, over the whole vocabulary: one request per key is enough, with
+all nodes of the candidates' trie as a list of prompts.
 
-Other servers show only the likeliest tokens. So there the trie is walked: one request for each node that can matter
-gives the likeliest tokens after it. What is not among them is bounded by the least likely one that is; where the bound
-leaves room for a difference, the server is asked for that very token, by echoing it as a part of the prompt. The
-prompt is sent as token ids, the same as in training, and servers keep its computation between the requests.
+Other servers show only the likeliest tokens. For them the trie is walked: one request for each node that can matter
+gives the likeliest tokens after it. The probability of any other token is bounded by that of the least likely token
+shown; if the bound is too loose, the server is asked for that particular token, by echoing it as part of the prompt.
+The prompt is sent as token ids, the same as in training, and servers cache its computation between requests.
 
-The two kinds are never asked at the same time: on a vLLM of today, an exact request damages the likeliest tokens of the
-requests that are computed together with it.
+The two kinds of request are never sent at the same time: in current versions of vLLM, an exact request corrupts the
+likeliest tokens of requests that are computed in the same batch.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from prmkit.prompts.encoding import ChatEncoding
 T = TypeVar("T")
 
 _LOW_LOG_REACH = math.log(LOW_REACH)
-"""A forced beginning that is less likely is not measured any further: its scores are unsure in any case."""
+"""If a forced beginning is less likely than this, it is not measured further: its scores are unsure anyway."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class CompletionsJudge:
         max_new_tokens: int = 1024,
         min_label_mass: float = LOW_LABEL_MASS,
     ) -> Iterator[Judgement]:
-        """As `Judge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
+        """Like `Judge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
 
         Raises:
             DataError: the server cannot be reached, refuses the key, does not have the model, or none of its first
                 answers can be used.
-            UsageError: as the last one, and another option would help.
+            UsageError: none of its first answers can be used, but another option would help.
 
-        A server whose answers could be used, and a later one cannot, fails that row alone.
+        Once an answer could be used, a later unusable answer fails only its own row.
         """
 
         async def judge(completions: Completions, prepared: Prepared) -> Judgement | RowFailure:
@@ -86,7 +86,7 @@ class CompletionsJudge:
         )
 
     def _stop_if_useless(self, found: Sequence[Judgement | RowFailure]) -> None:
-        """Stop where no answer so far could be used: the other rows would fail one by one for the same reason."""
+        """Stop if no answer so far could be used: the other rows would fail one by one for the same reason."""
         failure = next((each for each in found if isinstance(each, RowFailure)), None)
         if failure is None or self._state.is_usable:
             return
@@ -129,7 +129,7 @@ async def _gathered(at_once: int, work: Sequence[Coroutine[Any, Any, T]]) -> lis
 async def _readings(
     completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
 ) -> list[Reading]:
-    """The answers to all questions about one prompt that are open at the same time."""
+    """The answers to all currently open questions about one prompt."""
     if completions.endpoint.logprobs == "exact" and (exact := await _exactly(completions, prompt_ids, questions)):
         return exact
     return list(await asyncio.gather(*(_walked(completions, prompt_ids, question) for question in questions)))
@@ -154,7 +154,7 @@ def _checked(reading: Reading) -> Reading:
 async def _exactly(
     completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
 ) -> list[Reading] | None:
-    """All questions in one request; None where the server cannot do that, which is found out once."""
+    """All questions in one request; None if the server does not support that, which is checked once."""
     contexts = [[*prompt_ids, *question.trie.context] for question in questions]
     wanted: set[int] = set()
     for question in questions:
@@ -173,13 +173,13 @@ async def _exactly(
     ask = completions.scored if state.exact_by == "score" else completions.exact
     found = await ask(prompts, tokens)
     if found is None:
-        raise RowFailure("the server did not answer with the tokens that were asked for, as it did before")
+        raise RowFailure("the server no longer answers with the requested tokens")
     places = iter(found)
     return [_checked(_exact_reading(question, places)) for question in questions]
 
 
 def _exact_reading(question: Question, places: Iterator[Mapping[int, float]]) -> Reading:
-    """Take the places of one question off the answer: its forced tokens, then the nodes of its trie."""
+    """Pop one question's places from the answer: its forced tokens, then the nodes of its trie."""
     trie = question.trie
     log_reach = math.fsum(next(places)[token] for token in trie.context[question.forced_from :])
     nodes = [next(places) for _ in range(len(trie.tokens) + 1)]
@@ -188,7 +188,7 @@ def _exact_reading(question: Question, places: Iterator[Mapping[int, float]]) ->
 
 
 async def _exact_way(completions: Completions, context: list[int], tokens: list[int]) -> ExactBy:
-    """Ask once, for one prompt: servers refuse a parameter that they do not know, or answer as if it were not there."""
+    """Try once, with one prompt: servers refuse a parameter that they do not know, or silently ignore it."""
     try:
         if await completions.exact([context], tokens) is not None:
             return "logprob_token_ids"
@@ -197,7 +197,7 @@ async def _exact_way(completions: Completions, context: list[int], tokens: list[
             raise
     try:
         is_there = await completions.scored([context], tokens) is not None
-    except (RowFailure, DataError):  # there is no such path, or it is for something else
+    except (RowFailure, DataError):  # the path does not exist, or does something else
         is_there = False
     return "score" if is_there and await completions.scores_agree(context) else "nothing"
 
@@ -211,9 +211,10 @@ def _contexts_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
 
 
 async def _log_reach(completions: Completions, ids: list[int], forced: list[int]) -> float:
-    """The log-probability of forced tokens after `ids`; where that is low, the most that it can be.
+    """The log-probability of forced tokens after `ids`; if that is low, an upper bound.
 
-    A judge that knows the form writes these tokens anyway. So it is let write, and watched: one request is enough then.
+    A judge that knows the form writes these tokens anyway. So the model is left to write freely, which takes only one
+    request if it does.
     """
     log_reach, done = 0.0, 0
     while done < len(forced) and log_reach > _LOW_LOG_REACH:
@@ -227,7 +228,7 @@ async def _log_reach(completions: Completions, ids: list[int], forced: list[int]
             else:
                 log_reach += await completions.echoed([*ids, *forced[:done]])
             if place.known.get(token) != place.highest:
-                break  # from here on the model wrote something else
+                break  # from here on, the model wrote something else
     return log_reach
 
 
@@ -235,10 +236,10 @@ _Request = Callable[[], Coroutine[Any, Any, None]]
 
 
 class _Walk:
-    """The candidates of one key after one beginning, known better with every request."""
+    """The probabilities of one key's candidates after one beginning, narrowed down with every request."""
 
     _MOST_REQUESTS = 300
-    """A judge that was trained needs some dozens. One that would rather write anything else needs thousands."""
+    """A trained judge needs a few dozen. A model that would rather write something else needs thousands."""
 
     def __init__(self, trie: ScoreTrie, context: list[int], completions: Completions) -> None:
         self._unknown_share = completions.endpoint.unknown_share
@@ -249,7 +250,7 @@ class _Walk:
         self._known: dict[int, float] = {}
         """Log-probability by edge."""
         self._bound: dict[int, float] = {}
-        """By edge that is not known: the most its log-probability can be."""
+        """Unknown edge -> upper bound of its log-probability."""
         self._edges_of: dict[int, list[int]] = {node: [] for node in range(len(trie.tokens) + 1)}
         for edge, (node, _) in enumerate(trie.edges):
             self._edges_of[node].append(edge)
@@ -262,13 +263,13 @@ class _Walk:
         return range(1, len(self._trie.tokens) + 1)
 
     async def log_probabilities(self) -> list[float]:
-        """Of `SCORES`; minus infinity for those that have no share worth a request."""
+        """Log-probabilities of `SCORES`; minus infinity for those whose share is not worth a request."""
         while questions := self._questions():
             self._requests += len(questions)
             if self._requests > self._MOST_REQUESTS:
                 raise RowFailure(
                     f"more than {self._MOST_REQUESTS} requests for one score: the model would rather write something "
-                    "else than a score. Check that it was trained, and the template; or serve it with vLLM, which can "
+                    "other than a score. Check that it was trained, and the template; or serve it with vLLM, which can "
                     "be read in one request"
                 )
             await asyncio.gather(*(question() for question in questions))
@@ -278,7 +279,7 @@ class _Walk:
         return [sum(self._known.get(edge, -math.inf) for edge in path) for path in self._trie.paths]
 
     def _questions(self) -> list["_Request"]:
-        """What to ask next: everything whose possible share is too great to stay unknown."""
+        """What to ask next: everything whose possible share is too large to stay unknown."""
         open_ends: list[tuple[float, _Request]] = []
         for node, reached in self._reached().items():
             if not self._is_asked(node):
@@ -286,7 +287,7 @@ class _Walk:
             for edge in self._edges_of[node]:
                 if edge in self._bound and edge not in self._known:
                     open_ends.append((reached + self._bound[edge], partial(self._ask_for, edge)))
-        # The least of them may stay open, as long as they do not add up to more than is allowed.
+        # The smallest may stay open, as long as together they do not exceed what is allowed.
         open_ends.sort(key=lambda end: end[0])
         known = math.fsum(map(math.exp, self._totals()))
         greatest = max((share for share, _ in open_ends), default=-math.inf)

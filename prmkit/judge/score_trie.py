@@ -1,8 +1,8 @@
 """The 101 scores as token sequences, what their probabilities say, and verdicts with several keys.
 
-A tokenizer may make one token of `95`, or of ` 0`, or of `0.`, so nothing is assumed about digits: every candidate is
-tokenised together with the answer before it, and the sequences are laid over each other as a trie. For a tokenizer that
-writes every digit apart it begins like this, the numbers being nodes and the leaves the last digits:
+A tokenizer may turn `95`, ` 0` or `0.` into one token, so nothing is assumed about digits: every candidate is tokenised
+together with the answer before it, and the sequences are merged into a trie. For a tokenizer that separates all digits,
+it begins like this (numbers are nodes, the leaves are the last digits):
 
     root(0) ─ "0"(1) ─ "."(2) ─ "0"(3) ─ "0" … "9"      0.00 … 0.09
             │                 └ "1"(4) ─ "0" … "9"      0.10 … 0.19   …
@@ -37,14 +37,14 @@ class ScoreTrie:
     """
 
     context: tuple[int, ...]
-    """Token ids of the answer up to the root. Empty if the candidates share nothing: then the prompt's last token is
-    the root."""
+    """Token ids of the answer up to the root. Empty if the candidates share nothing; the root is then the prompt's last
+    token."""
     tokens: tuple[int, ...]
     """Token id of each inner node below the root; node `i` has `tokens[i - 1]`."""
     parents: tuple[int, ...]
     """Parent of each inner node below the root."""
     edges: tuple[tuple[int, int], ...]
-    """(node, next token): the pairs whose probability is needed."""
+    """The (node, next token) pairs whose probability is needed."""
     paths: tuple[tuple[int, ...], ...]
     """For each of `SCORES` the edges from the root to its leaf."""
 
@@ -70,11 +70,11 @@ TrieOf = Callable[[Shape, tuple[float, ...]], ScoreTrie]
 
 
 def tries_of(encoding: ChatEncoding) -> TrieOf:
-    """Make tries, each of them once.
+    """Make each trie once.
 
-    What comes after a key hardly ever depends on the scores before it, so the trie of a key is made once and then
-    reused with another context. It is reused only where all 101 answers agree token by token, because some tokenizers
-    let tokens reach from one key into the next.
+    What comes after a key hardly ever depends on the scores before it, so a key's trie is made once and then reused
+    with other contexts. It is reused only if all 101 answers agree token by token, because in some tokenizers a token
+    can extend from one key into the next.
     """
 
     @lru_cache(maxsize=256)
@@ -101,11 +101,11 @@ def tries_of(encoding: ChatEncoding) -> TrieOf:
 def score_trie(encoding: ChatEncoding, shape: Shape, given: tuple[float, ...]) -> ScoreTrie:
     """The trie of a key of `shape`, the first one that is not among the `given` scores.
 
-    Where the tokenizer joins a score's last digits with what the label writes after them, all candidates are taken
-    with that, because that is what the model saw in training; else without it.
+    If the tokenizer joins a score's last digits with what follows them in the label, all candidates include that,
+    because the model saw it in training; otherwise they do not.
 
     Raises:
-        UsageError: the tokenizer writes two scores with the same tokens.
+        UsageError: the tokenizer encodes two scores as the same tokens.
     """
     beginning = label_beginning(shape, given)
     alone = [answer_ids(encoding, f"{beginning}{score:.2f}") for score in SCORES]
@@ -115,23 +115,23 @@ def score_trie(encoding: ChatEncoding, shape: Shape, given: tuple[float, ...]) -
 
 
 def _answers(shape: Shape, given: tuple[float, ...]) -> list[str]:
-    """The beginnings of a label, one for each of `SCORES`, with what the label writes after the score."""
+    """The beginnings of a label, one for each of `SCORES`, including what follows the score."""
     is_last = len(given) == len(shape.keys) - 1
     beginning, follower = label_beginning(shape, given), '}, "' if shape.nested and is_last else ', "'
     return [f"{beginning}{score:.2f}{follower}" for score in SCORES]
 
 
 def label_beginning(shape: Shape, given: tuple[float, ...]) -> str:
-    """`answer_prefix` as training had it: a key that a prompt's schema brings cannot be a special token."""
+    """`answer_prefix` as in training: a key that comes from a prompt's schema cannot be a special token."""
     chosen = dict(zip(shape.keys, given, strict=False))
     return neutralise(answer_prefix(shape, chosen), answer=True)[0]
 
 
 def _quick_ids(encoding: ChatEncoding, answers: list[str]) -> list[list[int]]:
-    """What `answer_ids` gives for most templates, five times faster; to be compared with it before it is relied on.
+    """What `answer_ids` gives for most templates, five times faster; check that they agree before relying on it.
 
-    Templates differ in what they write around an answer (mistral's has a space before it). Only that space is taken
-    over here.
+    Templates differ in what they write around an answer (mistral's has a space before it). Only that space is handled
+    here.
     """
     slot = "\N{OBJECT REPLACEMENT CHARACTER}"
     elements = encoding.template.format_assistant.apply(content=slot)
@@ -141,10 +141,10 @@ def _quick_ids(encoding: ChatEncoding, answers: list[str]) -> list[list[int]]:
 
 
 def _trie(sequences: Sequence[list[int]]) -> ScoreTrie:
-    """Lay token sequences over each other.
+    """Merge token sequences into a trie.
 
     Raises:
-        UsageError: one is the beginning of another, or equal to it.
+        UsageError: one sequence is a prefix of another, or equal to it.
     """
     shared = common_length(min(sequences), max(sequences))
     inner: dict[tuple[int, ...], int] = {(): 0}
@@ -162,12 +162,12 @@ def _trie(sequences: Sequence[list[int]]) -> ScoreTrie:
             path.append(edges.setdefault((inner[rest[:depth]], token), len(edges)))
         paths.append(tuple(path))
     if len({path[-1] for path in paths if path}) < len(sequences) or any(tuple(s[shared:]) in inner for s in sequences):
-        raise UsageError("This tokenizer writes two scores with the same tokens. Score with --mode generate.")
+        raise UsageError("This tokenizer encodes two scores as the same tokens. Score with --mode generate.")
     return ScoreTrie(tuple(sequences[0][:shared]), tuple(tokens), tuple(parents), tuple(edges), tuple(paths))
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many items two sequences share from their beginning."""
+    """The length of the common prefix of two sequences."""
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return position
@@ -188,7 +188,7 @@ def distribution_of(log_probabilities: Sequence[float], reach: float | None = No
 
 
 def _shares(log_probabilities: Sequence[float]) -> tuple[list[float], float]:
-    """The probability of each score given that the model writes one, and that it writes one.
+    """The probability of each score given that the model writes one, and the probability that it writes one.
 
     Raises:
         ValueError: one is not a number, or no score is possible at all.

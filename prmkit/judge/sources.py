@@ -158,7 +158,7 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
 
 
 def _rubrics_in(file: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Records from before there were rubrics have none: those judges were trained on ready prompts."""
+    """The rubrics in a record; records older than rubrics have none: those judges were trained on finished prompts."""
     rubrics = record.get("rubrics", [])
     if not isinstance(rubrics, list):
         raise DataError(f"{file}: damaged: rubrics is not a list.")

@@ -1,4 +1,4 @@
-"""The steps that a user wants scored: prompts, one row each, or raw runs, one row for each of their steps."""
+"""The steps to score: prompts, one row each, or raw runs, one row per step."""
 
 import argparse
 import logging
@@ -32,34 +32,34 @@ class Row:
     """One row of the input."""
 
     number: int
-    """Of its line, from 1."""
+    """The number of its line, from 1."""
     id: str | int | None = None
-    """The row's `id`; else the beginning of the prompt's hash. None for a line that cannot be read."""
+    """The row's `id`, or else the beginning of the prompt's hash. None for a line that cannot be read."""
     request: Request | None = None
     reason: str | None = None
-    """Why the row cannot be judged; there is no request then."""
+    """Why the row cannot be judged; it then has no request."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     trajectory: str | None = None
-    """`trajectory_id`; else the task."""
+    """`trajectory_id`, or else the task."""
     clip_number: int | None = None
     is_step: bool = False
-    """One step of a trajectory, not a whole one or a category of tools."""
+    """Whether it is one step of a trajectory, not a whole trajectory or a category of tools."""
 
     @property
     def request_hash(self) -> str | None:
-        """Of the prompt, the system text and the score keys."""
+        """Hash of the prompt, the system text and the score keys."""
         return digest(self.request).hex() if self.request else None
 
 
 def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:
-    """The score keys by evaluation type that the conversion met; empty without a conversion."""
+    """Evaluation type -> the score keys that the conversion found; empty without a conversion."""
     report = data_folder / REPORT
     return dict(read_json(report).get("score_keys", {})) if report.is_file() else {}
 
 
 def read_rows(lines: Iterable[Line], shape_of: ShapeOf) -> Iterator[Row]:
-    """Read rows as in `finetune.jsonl`, with or without the judge's turn, or `{"id", "prompt"}`."""
+    """Read rows as in `finetune.jsonl`, with or without the judge's turn, or as `{"id", "prompt"}`."""
     for line in lines:
         try:
             value = parse_line(line)
@@ -75,7 +75,7 @@ def read_rows(lines: Iterable[Line], shape_of: ShapeOf) -> Iterator[Row]:
 
 
 def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> Row:
-    """A prompt as a row to score; `reason` says so where it is not known which scores it asks for."""
+    """A prompt as a row to score; if it is unknown which scores it asks for, `reason` says so."""
     shape = shape_of(row.prompt, row.evaluation_type)
     return Row(
         number,
@@ -93,7 +93,7 @@ def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> Row:
 log = logging.getLogger("prmkit")
 
 _SAMPLE = 20
-"""Values of a file that are looked at to see what it holds."""
+"""How many values of a file are examined to see what it contains."""
 
 
 def holds_runs(name: str) -> bool:
@@ -111,7 +111,7 @@ def holds_runs(name: str) -> bool:
         first = [value for _, value in islice(Document(path), _SAMPLE) if not isinstance(value, Broken)]
         return not any(map(_is_prompt, first)) and reader_for(Document(path), name) is not None
     except DataError:
-        return False  # the reader of rows says what is wrong with it
+        return False  # the reader of rows will report what is wrong
 
 
 def _is_prompt(value: Any) -> bool:
@@ -124,28 +124,28 @@ def _is_prompt(value: Any) -> bool:
 
 
 def check_rubric(rubric: Rubric, learnt: Sequence[str] | None, judge: str) -> None:
-    """Check that a judge was trained to answer what is asked of it.
+    """Check that a judge was trained with the rubric that it is asked to use.
 
     Args:
-        rubric: what is asked.
-        learnt: hashes of the rubrics in its training data; None where nothing is known of its training.
+        rubric: the rubric to use.
+        learnt: hashes of the rubrics in its training data; None if nothing is known about its training.
         judge: its name.
 
     Raises:
         UsageError: it was trained on other prompts.
     """
     if learnt is None:
-        log.warning("%s: nothing says which rubric it was trained with, so whether it knows these prompts", judge)
+        log.warning("%s: it is unknown which rubric it was trained with, so whether it knows these prompts", judge)
     elif not learnt:
         raise UsageError(
-            f"{judge}: trained on ready prompts, and can score only those: raw runs have no summaries by strong "
+            f"{judge}: trained on finished prompts, and can score only those: raw runs have no summaries by strong "
             "judges. Score prompts as in finetune.jsonl, or train a judge on labelled runs "
             "(import_trajectories.py --labels)."
         )
     elif rubric.sha256 not in learnt:
         raise UsageError(
-            f"{judge}: trained with another rubric ({', '.join(each[:12] for each in learnt)}, and this one is "
-            f"{rubric.sha256[:12]}). Name the file of its rubric with --rubric."
+            f"{judge}: trained with another rubric ({', '.join(each[:12] for each in learnt)}; this one is "
+            f"{rubric.sha256[:12]}). Name the judge's rubric file with --rubric."
         )
 
 
@@ -168,17 +168,17 @@ def step_row(run: Trajectory, prompt: StepPrompt, rubric: Rubric, number: int) -
 
 @dataclass
 class RunsToScore:
-    """The steps of runs as rows, and the first runs with their results, for table and page."""
+    """The steps of runs as rows, and the results of the first runs, for the table and the page."""
 
     name: str
     """A file or folder."""
     rubric: Rubric
     bad_below: float
-    """The limit of a bad step."""
+    """A step with a lower score is bad."""
     judge: str
     """Its name, for the page."""
     page: Path | None = None
-    """Where to write the page; None for none."""
+    """Where to write the page; None for no page."""
     format: str | None = None
     """The form of the runs; None to recognise it."""
     _first: dict[str, Trajectory] = field(default_factory=dict)
@@ -220,19 +220,19 @@ class RunsToScore:
 
 
 def runs_to_score(arguments: argparse.Namespace, learnt: Sequence[str] | None) -> RunsToScore | None:
-    """The input as runs; None for one that holds prompts, as one with --keys always does.
+    """The input as runs; None if it contains prompts, which --keys always implies.
 
     Args:
         arguments: of score_trajectories.py.
         learnt: see `check_rubric`.
 
     Raises:
-        UsageError: the judge was trained on other prompts, or flags for runs were given and there are none.
+        UsageError: the judge was trained on other prompts, or flags for runs were given for an input of prompts.
     """
     if arguments.keys or not (arguments.format or holds_runs(arguments.input)):
         given = [flag for flag in ("rubric", "html", "format") if getattr(arguments, flag)]
         if given:
-            raise UsageError(f"--{given[0]} is for raw runs, and {arguments.input} holds prompts. Leave it out.")
+            raise UsageError(f"--{given[0]} is for raw runs, but {arguments.input} contains prompts. Leave it out.")
         return None
     judge = str(arguments.run or arguments.model or DEFAULT_RUN)
     rubric = load_rubric(arguments.rubric)

@@ -1,4 +1,4 @@
-"""Score steps in bulk: rows in, one line of JSON out for every row, whatever it is."""
+"""Score steps in bulk: rows in, one line of JSON out for every row, even for one that cannot be scored."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from prmkit.scoring.rows import Row, RunsToScore, read_rows
 log = logging.getLogger("prmkit")
 
 WINDOW = 64
-"""Rows that are read before they are scored together, so that prompts with a common beginning meet."""
+"""The number of rows that are read before they are scored together, so that prompts can share a common beginning."""
 
 Result = Mapping[str, Any]
 """One line of the output."""
@@ -32,7 +32,7 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What `score_trajectories.py` was asked to do."""
+    """The task given to `score_trajectories.py`."""
 
     input: str
     """A file, compressed or not, or `-`."""
@@ -43,18 +43,18 @@ class Job:
     summaries: bool
     """Also let the model write its verdict, and add the text."""
     bad_below: float | None
-    """Also sum up every trajectory, with this as the limit of a bad step; None to leave that out."""
+    """Also aggregate every trajectory, with scores below this as bad steps; None for no aggregation."""
     runs: RunsToScore | None = None
-    """The input as raw runs; None for one that holds prompts."""
+    """The input as raw runs; None if it contains prompts."""
     abstention: Abstention | None = None
     """Adds intervals, and marks scores with a wide one as unsure."""
 
 
 def abstention_of(scorer: Scorer, mode: Mode, level: float | None, max_width: float | None) -> Abstention | None:
-    """The intervals that were asked for; None where none were.
+    """The requested intervals, or None.
 
     Raises:
-        UsageError: the judge is on a server or writes its verdicts, so its spread is not that of the calibration.
+        UsageError: the judge is on a server or writes its verdicts, so the calibration does not apply to its spread.
         DataError: the judge has no calibration.
     """
     if level is None and max_width is None:
@@ -71,13 +71,13 @@ def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
     Args:
         job: what to do.
         scorer: the judge. It is loaded only if there is something to score.
-        fingerprint: what makes scores comparable, kept next to the output; those of another judge are moved away.
+        fingerprint: identifies comparable scores, kept next to the output; another judge's scores are moved away.
 
     Returns:
         Whether every row got scores that the judge is sure of.
 
     Raises:
-        UsageError: the output holds scores of another input, is the input itself, or is not a file to write.
+        UsageError: the output has scores of another input, is the input itself, or is not a writable file.
         DataError: the input cannot be read, another process is writing the same output, or a trajectory has two
             different prompts for one clip.
     """
@@ -100,8 +100,8 @@ def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
     log.info("%d rows: %s", counts.total(), ", ".join(f"{n} {status}" for status, n in counts.items()) or "none")
     if counts["unsure"]:
         log.warning(
-            "%d of them are unsure; their field reason says why. Where it names label mass or reach, the judge would "
-            "rather write something else than a score: an untrained model and a wrong template look like this.",
+            "%d of them are unsure; the field reason says why. If it names label mass or reach, the judge would rather "
+            "write something other than a score, as an untrained model does, or one with a wrong template.",
             counts["unsure"],
         )
     return counts.total() == counts["ok"]
@@ -140,10 +140,10 @@ def _results(
 
 
 def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: Job) -> Iterator[tuple[Row, Result]]:
-    """Score rows, a window at a time; equal ones once.
+    """Score rows, a window at a time; equal rows are scored once.
 
     Args:
-        rows: each with the result that an earlier run found for it, or None.
+        rows: each with its result from an earlier run, or None.
         scorer: the judge.
         job: how to score.
 
@@ -176,7 +176,7 @@ def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: J
 
 
 def result_line(row: Row, judgement: Judgement, text: str | None = None, *, with_text: bool = False) -> Result:
-    """The line of the output for one row."""
+    """One row's line of the output."""
     line = {
         "id": row.id,
         "scores": {key: rounded(distribution.mean) for key, distribution in judgement.scores.items()},
@@ -211,48 +211,48 @@ def _check_outputs(job: Job) -> None:
         check_output(summaries, source)
         if summaries.exists() and not fingerprint_file(job.output).is_file():
             raise UsageError(
-                f"{summaries}: exists and belongs to no scoring output. Choose another --output, or move it."
+                f"{summaries}: exists but does not belong to a scoring output. Choose another --output, or move it."
             )
 
 
 def _report_done(done: Sequence[Result], output: Path) -> None:
     failed = sum(result["status"] == "failed" for result in done)
     if done:
-        log.info("%s: %d rows are scored already", output, len(done) - failed)
+        log.info("%s: %d rows are already scored", output, len(done) - failed)
     if failed:
         log.info("%s: %d rows that failed are retried", output, failed)
 
 
 def _with_results(rows: Iterator[Row], done: Sequence[Result], output: Path) -> Iterator[tuple[Row, Result | None]]:
-    """The rows, the first ones with what an earlier run found for them.
+    """The rows, the first ones with their results from an earlier run.
 
     Raises:
-        UsageError: the output holds results of other rows.
+        UsageError: the output has results of other rows.
     """
     for number, result in enumerate(done, start=1):
         row = next(rows, None)
         if row is None:
-            raise _other_input(f"{output}:{number}", f"the scores of {result['id']}, and the input has no such row")
+            raise _other_input(f"{output}:{number}", f"the scores of {result['id']}, but the input has no such row")
         if result["request_hash"] is None:
-            yield row, None  # it could not be read, which costs nothing to try again: it may have been corrected
+            yield row, None  # it could not be read; it may have been corrected, and trying again costs nothing
             continue
         if row.id != result["id"]:
-            raise _other_input(f"{output}:{number}", f"the scores of {result['id']}, and the input has {row.id} there")
+            raise _other_input(f"{output}:{number}", f"the scores of {result['id']}, but the input has {row.id} there")
         if row.request_hash != result["request_hash"]:
-            what = f"the scores of {result['id']} for another prompt or other score keys than the input has there"
+            what = f"the scores of {result['id']}, but for another prompt or other score keys than in the input"
             raise _other_input(f"{output}:{number}", what)
         yield row, None if result["status"] == "failed" else result
     yield from ((row, None) for row in rows)
 
 
 def _other_input(place: str, what: str) -> UsageError:
-    return UsageError(f"{place}: holds {what}. Choose another --output for another input.")
+    return UsageError(f"{place}: has {what}. Choose another --output for another input.")
 
 
 def _update_lines(
     done: Sequence[Result], scored: Iterator[tuple[Row, Result]], output: Path
 ) -> Iterator[tuple[Row, Result]]:
-    """The results for the lines that the output has; what is new among them is written, even if the run is stopped."""
+    """The results for the output's lines; new ones are written even if the run is stopped."""
     lines, changed = list(done), False
     try:
         for position, (row, result) in enumerate(islice(scored, len(lines))):
@@ -278,9 +278,9 @@ class _Step:
     """One clip of a trajectory."""
 
     number: int | None
-    """`clip_number`; None where the row has none."""
+    """`clip_number`; None if the row has none."""
     request_hash: str | None
-    """Rows of several judges repeat one prompt, and are one step."""
+    """The prompt's hash: rows of several judges repeat one prompt, and are one step."""
     score: float | None = None
     is_unsure: bool = False
 
@@ -292,17 +292,17 @@ class _Trajectory:
 
 
 class Trajectories:
-    """The scores of the steps by trajectory, as they come in."""
+    """Collects the step scores of each trajectory as they arrive."""
 
     def __init__(self, bad_below: float) -> None:
-        """Begin without any; a step is bad if its score is below `bad_below`."""
+        """Start empty; a step is bad if its score is below `bad_below`."""
         self._bad_below = bad_below
         self._trajectories: dict[str, _Trajectory] = {}
         self.unattributed = 0
-        """Steps without a trajectory, and lines that could not be read: each may be a step that a trajectory misses."""
+        """Steps without a trajectory, and unreadable lines: each may be a step that a trajectory lacks."""
 
     def add(self, row: Row, score: float | None, status: str) -> None:
-        """Add the score of a row, if it is one of a step that belongs to a trajectory.
+        """Add the score of a row, if it is a step that belongs to a trajectory.
 
         Raises:
             DataError: the trajectory has another prompt with the same clip number.
@@ -324,13 +324,13 @@ class Trajectories:
             steps.append(_Step(row.clip_number, row.request_hash, None if is_unsure else score, is_unsure))
 
     def summaries(self) -> Iterator[dict[str, Any]]:
-        """One for each trajectory, its steps by number; those without one at the end, in the order of the input."""
+        """One aggregate per trajectory, with steps by number; steps without a number come last, in input order."""
         for name, trajectory in self._trajectories.items():
             steps = sorted(trajectory.steps, key=lambda step: math.inf if step.number is None else step.number)
             yield {"trajectory_id": name, "task_id": trajectory.task, "steps": len(steps)} | self._aggregates(steps)
 
     def _aggregates(self, steps: Sequence[_Step]) -> dict[str, Any]:
-        """All null where a step is missing, unsure or without a score: it could change every one of them."""
+        """The aggregates; all null if a step is missing, unsure or without a score, because it could change each."""
         scores = [step.score for step in steps if step.score is not None]
         unsure = sum(step.is_unsure for step in steps)
         faults = {"missing": _missing(steps), "unscored": len(steps) - len(scores) - unsure, "unsure": unsure}
@@ -346,7 +346,7 @@ class Trajectories:
 
 
 def _missing(steps: Sequence[_Step]) -> int:
-    """How many clip numbers between the smallest and the greatest one do not occur."""
+    """How many clip numbers are missing between the smallest and the greatest."""
     numbers = [step.number for step in steps if step.number is not None]
     return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
 
@@ -354,8 +354,8 @@ def _missing(steps: Sequence[_Step]) -> int:
 def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
     if trajectories.unattributed:
         log.warning(
-            "lines that belong to no trajectory: %d (unreadable, or without a task_id). Each may be a step that is "
-            "missing in one, and a missing last step cannot be noticed.",
+            "lines that belong to no trajectory: %d (unreadable, or without a task_id). Each may be a step that a "
+            "trajectory lacks; a missing last step cannot be detected.",
             trajectories.unattributed,
         )
     summaries = list(trajectories.summaries())

@@ -79,7 +79,7 @@ class Service:
         if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
             raise DataError("keys: a list of score keys.")
         if keys and any(_is_step(step) for step in steps):
-            raise DataError("keys: of ready prompts. A step of a run is asked for what the judge's rubric asks for.")
+            raise DataError("keys: only for finished prompts. For a step of a run, the judge's rubric sets the keys.")
         shape_of = ShapeOf(tuple(keys), self.shape_of.known) if keys else self.shape_of
         rows = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
         lines = [line for line, _ in await self._lines(rows)]

@@ -212,7 +212,7 @@ def test_a_vllm_that_another_client_disturbs_is_asked_again(server: str, judges:
     busy = remote(server, judge, flavour="busy", attempts=20)
     assert_same(list(busy.score([FLAT_ONE])), list(judge.score([FLAT_ONE])))
     (judged,) = fails(server, judge, flavour="busy", attempts=1)
-    assert "of the 20 likeliest tokens that were asked for, as vLLM answers" in judged.reason
+    assert "of the 20 requested likeliest tokens, as vLLM answers" in judged.reason
 
 
 def fails(server: str, judge: Judge, **changes: Any) -> list[Judgement]:
@@ -428,9 +428,7 @@ def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) ->
     with answering(answer) as url:
         (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True)
     assert (judged.status, judged.score) == ("failed", None)
-    expected = (
-        "likeliest tokens that were asked for" if value < -9000 else "the model's probabilities are not numbers; "
-    )
+    expected = "requested likeliest tokens" if value < -9000 else "the model's probabilities are not numbers; "
     assert expected in judged.reason
 
 

@@ -80,7 +80,7 @@ def test_digits_that_join_with_the_comma_take_it_along() -> None:
 
 @pytest.mark.parametrize("sequences", [[[1, 2], [1, 2]], [[1, 2], [1, 2, 3]], [[1], [1, 3]]])
 def test_scores_with_the_same_tokens_are_rejected(sequences: list[list[int]]) -> None:
-    with pytest.raises(UsageError, match="two scores with the same tokens"):
+    with pytest.raises(UsageError, match="two scores as the same tokens"):
         _trie(sequences)
 
 

@@ -314,7 +314,7 @@ def test_prompts_that_cannot_be_judged_say_why(judges: dict[str, Judge]) -> None
         "the prompt is empty",
         "the prompt is not valid Unicode (surrogates not allowed)",
         judgements[3].reason,
-        "no score key is asked for",
+        "the prompt asks for no score key",
     ]
 
 

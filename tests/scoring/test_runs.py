@@ -65,7 +65,7 @@ def test_every_step_of_every_run_gets_a_line(export: Path, tmp_path: Path) -> No
     assert runs[0].trajectory_id in done.stdout and "first bad" in done.stdout
     assert (tmp_path / "p.html").read_text().count("<h2>") == len(runs)
     again = typed(*command, cwd=tmp_path)
-    assert f"{len(lines)} rows are scored already" in again.stderr
+    assert f"{len(lines)} rows are already scored" in again.stderr
 
 
 def rows_of(path: Path, **changes: Any) -> RunsToScore:
@@ -100,7 +100,7 @@ def test_a_judge_of_ready_prompts_says_so(model_folders: dict[str, Path], tmp_pa
     shutil.copytree(model_folders["qwen"], folder)
     write_json(folder / EXPORT_FILE, {"template": "qwen", "cutoff_len": 4096})
     done = typed(RUNS, "--model", folder, cwd=tmp_path)
-    assert done.returncode == 2 and "trained on ready prompts" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and "trained on finished prompts" in done.stderr and done.stdout == ""
 
 
 def test_another_rubric_is_refused(export: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_rubrics_are_checked_against_what_was_learnt(caplog: pytest.LogCaptureFi
     rubric = load_rubric()
     check_rubric(rubric, ["other", rubric.sha256], "x")
     check_rubric(rubric, None, "a base model")
-    assert "nothing says which rubric" in caplog.text
+    assert "it is unknown which rubric" in caplog.text
     for learnt in ([], ["other"]):
         with pytest.raises(UsageError):
             check_rubric(rubric, learnt, "x")
@@ -122,7 +122,7 @@ def test_rubrics_are_checked_against_what_was_learnt(caplog: pytest.LogCaptureFi
 
 def test_flags_for_runs_need_runs(export: Path, tmp_path: Path) -> None:
     done = typed(ROOT / "examples" / "new_steps.jsonl", "--model", export, "--html", "p.html", cwd=tmp_path)
-    assert done.returncode == 2 and "holds prompts" in done.stderr
+    assert done.returncode == 2 and "contains prompts" in done.stderr
 
 
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]

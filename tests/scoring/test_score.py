@@ -177,7 +177,7 @@ def test_scores_of_other_prompts_under_the_same_ids_are_not_continued(tmp_path: 
     run(job(source, output), scripted({"Step A": 0.1, "Step B": 0.2}), {})
     whole = output.read_bytes()
     source.write_text("\n".join(asking_for("Step A.", "Step C.")))
-    with pytest.raises(UsageError, match=r"scores\.jsonl:2: holds the scores of 1 for another prompt"):
+    with pytest.raises(UsageError, match=r"scores\.jsonl:2: has the scores of 1, but for another prompt"):
         run(job(source, output), scripted({"Step": 0.9}), {})
     source.write_text("\n".join(asking_for("Step A.", "Step B.")))
     with pytest.raises(UsageError, match="or other score keys"):
@@ -221,7 +221,7 @@ def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path,
     assert run(job(source, output, bad_below=0.5), scripted(again), {}) is False
     results = lines_of(output)
     assert [result["score"] for result in results] == [0.5, 0.1, 0.5, 0.2, None]
-    assert "2 rows are scored already" in caplog.text and "2 rows that failed are retried" in caplog.text
+    assert "2 rows are already scored" in caplog.text and "2 rows that failed are retried" in caplog.text
     assert run(job(source, output), scripted({}), {}) is False, "a row that is too long was asked for again"
     assert lines_of(output) == results
 

@@ -47,7 +47,7 @@ def test_a_file_is_continued_and_bad_rows_end_in_exit_1(steps, model_folders, tm
     assert [json.loads(line)["status"] for line in whole.splitlines()] == ["unsure"] * 3 + ["error"]
     again = type_in(*command, cwd=tmp_path)
     assert again.returncode == 1
-    assert "4 rows are scored already" in again.stderr
+    assert "4 rows are already scored" in again.stderr
     assert (tmp_path / "scores.jsonl").read_text() == whole
 
 
@@ -116,7 +116,7 @@ def test_sums_are_not_written_over_a_file_of_the_users(folder: Path) -> None:
     (folder / "scores.trajectories.jsonl").write_text("mine\n")
     command = ("steps.jsonl", "--model", "x", "--output", "scores.jsonl", "--aggregate", "trajectory")
     done = type_in(*command, cwd=folder)
-    assert done.returncode == 2 and "scores.trajectories.jsonl: exists and belongs to no scoring output" in done.stderr
+    assert done.returncode == 2 and "exists but does not belong to a scoring output" in done.stderr
     assert (folder / "scores.trajectories.jsonl").read_text() == "mine\n"
 
 
@@ -138,7 +138,7 @@ def test_scores_of_other_known_keys_are_moved_away(folder: Path) -> None:
     (folder / "here" / "conversion_report.json").write_text('{"score_keys": {"clip": ["a_score"]}}')
     done = type_in(*command, cwd=folder)
     assert "kept as scores.old1.jsonl" in done.stderr
-    assert "are scored already" in type_in(*command, cwd=folder).stderr
+    assert "are already scored" in type_in(*command, cwd=folder).stderr
 
 
 @pytest.mark.parametrize(
