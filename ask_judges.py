@@ -12,27 +12,27 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Every answer is in OUTPUT.answers.jsonl before the next request is sent. After an interruption, run "
-        "the same command again: nothing that was answered is paid for twice. Exit code 1: more than 5 % are missing.",
+        epilog="Every answer is written to OUTPUT.answers.jsonl at once. After an interruption, run the same command "
+        "again: no answer is paid for twice. Exit code 1: more than 5 % of the verdicts are missing.",
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="RUNS", help="files or folders in any form that import_trajectories.py reads")
-    add("--judges", type=Path, required=True, metavar="FILE", help="who is asked; see examples/judges.yaml")
+    add("--judges", type=Path, required=True, metavar="FILE", help="the judges to ask; see examples/judges.yaml")
     add("--output", type=Path, required=True, metavar="FILE", help="the rows, for convert_dataset.py")
-    add("--answers", type=Path, metavar="FILE", help="everything that was answered (default: OUTPUT.answers.jsonl)")
+    add("--answers", type=Path, metavar="FILE", help="all answers (default: OUTPUT.answers.jsonl)")
     add("--dry-run", action="store_true", help="show prompts, tokens, price and hosts; ask nothing")
-    add("--yes", action="store_true", help="do not ask whether the price is right")
-    add("--max-cost", type=float, metavar="X", help="send no request that could make this run cost more")
+    add("--yes", action="store_true", help="do not ask for confirmation of the price")
+    add("--max-cost", type=float, metavar="X", help="send no request that could exceed this cost")
     add("--no-asking", action="store_true", help="only rebuild the rows from the answers, offline")
     add("--json", action="store_true", help="print the result as JSON")
     asking = parser.add_argument_group("what is asked").add_argument
     asking("--per", choices=["step", "run"], default="step", help="one call per step (default), or per run: cheaper")
-    asking("--teacher-sees", choices=["reference"], help="also send the solution, where a run has one; not in rows")
+    asking("--teacher-sees", choices=["reference"], help="also send a run's solution, if it has one; not in rows")
     asking("--repeat", type=_share, default=0.0, metavar="X", help="ask twice about this share of steps (default 0)")
-    asking("--rubric", type=Path, metavar="FILE", help="what is asked (default: ours)")
+    asking("--rubric", type=Path, metavar="FILE", help="the rubric (default: ours)")
     asking("--format", metavar="NAME", help="the form of the runs, if it is not recognised")
-    first = parser.add_argument_group("only where your own judge is unsure").add_argument
-    first("--first", type=Path, metavar="SCORES", help="scores of the same runs by score_trajectories.py")
+    first = parser.add_argument_group("ask only where your own judge is unsure").add_argument
+    first("--first", type=Path, metavar="SCORES", help="output of score_trajectories.py for the same runs")
     wide = "ask where its interval (else two standard deviations) is wider (default 0.4)"
     first("--unsure-above", type=_share, default=0.4, metavar="X", help=wide)
     first("--audit", type=_share, default=0.1, metavar="X", help="and about this share of the others (default 0.1)")

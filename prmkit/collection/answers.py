@@ -1,6 +1,6 @@
-"""What was answered: answers.jsonl, and the rows of finetune.jsonl that are made of it.
+"""The judges' answers (answers.jsonl), and the rows of finetune.jsonl that are made from them.
 
-One line an answer, on disk before anything is made of it, because it was paid for. Making the rows needs no network and
+One line per answer, written to disk before it is used, because it was paid for. Making the rows needs no network and
 gives the same bytes every time.
 """
 
@@ -28,7 +28,7 @@ _LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """The answers so far, by key; of two with one key the first. A last line that was cut off by a kill is dropped.
+    """Key -> answer, so far; the first of two with the same key. A last line that a kill cut off is dropped.
 
     Raises:
         DataError: a line is damaged.
@@ -45,7 +45,7 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a last line lacks nothing but its end, which an editor may have removed."""
+    """Whether a last line lacks only its line break, which an editor may have removed."""
     try:
         return isinstance(orjson.loads(line), dict)
     except orjson.JSONDecodeError:
@@ -59,7 +59,7 @@ def _answer(line: bytes, place: str) -> dict[str, Any]:
     except (orjson.JSONDecodeError, KeyError):
         is_whole = False
     if not is_whole or "finish_reason" not in answer or not 0 <= answer["time"] < _LATEST:
-        raise DataError(f"{place}: damaged. It holds answers that were paid for; repair or delete this line.")
+        raise DataError(f"{place}: damaged. Answers in this file were paid for: repair or delete only this line.")
     return dict(answer)
 
 
@@ -88,7 +88,7 @@ def recording(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def _end_the_last_line(stream: Any) -> None:
-    """What a kill left of a line would spoil the next one: it is removed, or ended where nothing else is missing."""
+    """Remove an incomplete last line, which would spoil the next one, or end it if only its line break is missing."""
     size = stream.seek(0, os.SEEK_END)
     end = size
     while end and not _ends_a_line(stream, end):
@@ -110,18 +110,18 @@ def _ends_a_line(stream: Any, end: int) -> bool:
 
 @dataclass
 class Tally:
-    """What became of the questions."""
+    """The outcome of all questions, counted."""
 
     asked: Counter[str] = field(default_factory=Counter)
-    """Steps, by judge; repetitions do not count."""
+    """Judge -> number of steps, without repetitions."""
     missing: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Steps without a verdict, by judge and reason."""
+    """(judge, reason) -> number of steps without a verdict."""
     repeated: dict[str, list[float]] = field(default_factory=dict)
-    """How far a judge's second scores are from its first ones, by judge."""
+    """Judge -> differences between its second and first scores."""
 
     @property
     def share_missing(self) -> float:
-        """Of all steps that were asked for."""
+        """The share of requested verdicts that are missing."""
         return self.missing.total() / self.asked.total() if self.asked else 0.0
 
 
@@ -132,8 +132,8 @@ def rows_of_answers(
 
     Args:
         questions: those of all judges.
-        answers: what was answered.
-        failures: why questions have no answer, where that is known.
+        answers: the answers so far.
+        failures: why questions have no answer, if known.
         tally: is filled in.
     """
     scores: dict[tuple[str, str, int], float] = {}

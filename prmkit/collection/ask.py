@@ -1,4 +1,4 @@
-"""Asking: as many requests at once as each judge allows, within the budget, every answer on the disk at once."""
+"""Asking: as many concurrent requests as each judge allows, within the budget; every answer is written at once."""
 
 import asyncio
 import logging
@@ -20,31 +20,31 @@ log = logging.getLogger("prmkit")
 
 _ROUNDING = 1e-9
 _ATTEMPTS = 10
-"""Of one request, while the server is busy or asks for a pause: about four minutes without a `Retry-After`."""
+"""Attempts for one request while the server is busy or asks for a pause: about four minutes without `Retry-After`."""
 
 
 @dataclass
 class Collection:
-    """What is being collected."""
+    """The state of a collection."""
 
     answers: dict[str, dict[str, Any]]
-    """By key; grows."""
+    """Key -> answer; grows."""
     max_cost: float | None = None
     spent: float = 0.0
-    """In this run, by the user's prices."""
+    """The cost of this run, by the user's prices."""
     reserved: float = 0.0
-    """The most that the requests under way can cost."""
+    """The most that the requests in flight can cost."""
     is_exhausted: bool = False
     """The budget has no room for another request."""
     failures: dict[tuple[str, str, bool], str] = field(default_factory=dict)
-    """Why a question got no answer in this run: by judge, question, and whether it is a repetition."""
+    """(judge, question, whether it is a repetition) -> why it got no answer in this run."""
     stopped: dict[str, str] = field(default_factory=dict)
     """Judges that refuse everything, and why."""
     under_way: dict[str, asyncio.Event] = field(default_factory=dict)
-    """By key, requests without an answer yet; the event is set when they end."""
+    """Key -> event of a request without an answer yet; it is set when the request ends."""
 
     def reserve(self, judge: StrongJudge, ask: Ask) -> float | None:
-        """Reserve the most that a request can cost; None where the budget has no room for it."""
+        """Reserve the most that a request can cost; None if the budget has no room for it."""
         most = judge.cost(ask.prompt_tokens, ask.most_tokens)
         if self.max_cost is not None and self.spent + self.reserved + most > self.max_cost + _ROUNDING:
             return None
@@ -58,10 +58,10 @@ def collect(
     """Ask everything that has no answer yet.
 
     Args:
-        questions: those of all judges, in an order that does not change.
-        judges: those that are asked.
+        questions: those of all judges, always in the same order.
+        judges: the judges to ask.
         into: answers.jsonl.
-        state: what is known so far; is filled in.
+        state: the state so far; is filled in.
 
     Raises:
         UsageError: a key's variable is empty.
@@ -123,7 +123,7 @@ async def _ask_judge(
 async def _follow(
     question: Question, connection: Connection, state: Collection, record: Callable[[Mapping[str, Any]], None]
 ) -> None:
-    """Ask until the question is settled, or cannot be."""
+    """Ask until the question is settled, or cannot be settled."""
     while isinstance(ask := next_of(question, state.answers), Ask):
         if same := state.under_way.get(ask.key):  # runs may begin alike, and one answer is enough
             await same.wait()
@@ -143,10 +143,10 @@ async def _follow(
 
 
 async def _send(question: Question, ask: Ask, connection: Connection, state: Collection) -> dict[str, Any] | None:
-    """One request within the budget; None, with the reason in `state`, where there is no answer."""
+    """Send one request within the budget; None, with the reason in `state`, if there is no answer."""
     judge = question.judge
     reserved = state.reserve(judge, ask)
-    while reserved is None and state.reserved > 0:  # what is under way usually costs less than it could
+    while reserved is None and state.reserved > 0:  # requests in flight usually cost less than they could
         await asyncio.sleep(0.02)
         reserved = state.reserve(judge, ask)
     if reserved is None:
@@ -160,7 +160,7 @@ async def _send(question: Question, ask: Ask, connection: Connection, state: Col
     except RowFailure as failure:
         reason = str(failure).removeprefix(judge.base_url).lstrip(": ")  # the table has the judge's name
         state.failures[judge.name, question.name, question.repeat] = reason
-    except DataError as error:  # it refuses the key, has no such model, or cannot be reached
+    except DataError as error:  # the server refuses the key, does not have the model, or cannot be reached
         # The client's advice names flags of other commands.
         reason = str(error).replace("--base-url", "base_url").replace("--api-key-env", "api_key_env")
         if judge.name not in state.stopped:

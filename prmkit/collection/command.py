@@ -1,4 +1,4 @@
-"""The work behind `ask_judges.py`: what would be asked and at what price, the asking, and the rows."""
+"""The work behind `ask_judges.py`: show what would be asked and its price, ask, and write the rows."""
 
 import argparse
 import logging
@@ -35,7 +35,7 @@ _COUNTED = ("questions", "open", "tokens in", "tokens out")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked, of whom."""
+    """What to ask, and which judges."""
 
     inputs: tuple[str, ...]
     form: str | None
@@ -44,15 +44,15 @@ class Plan:
     per_run: bool
     with_reference: bool
     repeat: float
-    """Share of the steps for which every judge is asked twice."""
+    """The share of steps about which every judge is asked twice."""
     selected: Mapping[tuple[str, int], tuple[str, float] | None] | None
-    """Why a step is asked for, and its weight, by trajectory and step, or None if it is not; None for all steps."""
+    """(trajectory, step) -> why it is selected, and its weight; None if it is not. None to ask about all steps."""
 
     def questions(self, reports: list[FileReport] | None = None) -> Iterator[Question]:
-        """Every question, run by run and judge by judge: the same order each time, and one run in memory.
+        """Every question, run by run and judge by judge: always in the same order, with one run in memory.
 
         Args:
-            reports: gets what became of each file.
+            reports: receives a report on each file.
         """
         for run in read_runs(list(self.inputs), Options(self.form), reports):
             for judge in self.judges:
@@ -102,18 +102,18 @@ def ask_judges(arguments: argparse.Namespace) -> ExitCode:
 
 
 def _check_files(arguments: argparse.Namespace, answers: Path) -> None:
-    """Stop where an output would replace something that is read, or answers that were paid for."""
+    """Stop if an output would replace an input, or answers that were paid for."""
     for folder in filter(Path.is_dir, map(Path, arguments.inputs)):
         if any(folder.resolve() in file.resolve().parents for file in (arguments.output, answers)):
             raise UsageError(
-                f"{folder}: the output is in this folder of runs, and would be read as runs the next time."
+                f"{folder}: the output is in this folder of runs, and would be read next time. Choose another --output."
             )
     read = [*map(Path, arguments.inputs), arguments.judges, *filter(None, (arguments.first, arguments.rubric))]
     for source in read:
         check_output(arguments.output, source)
         check_output(answers, source)
     if arguments.output.absolute() == answers.absolute() or (answers.exists() and _is_same(arguments.output, answers)):
-        raise UsageError(f"{answers}: is the --output as well. The answers need a file for themselves.")
+        raise UsageError(f"{answers}: is also the --output. The answers need a separate file.")
 
 
 def _is_same(file: Path, other: Path) -> bool:
@@ -144,7 +144,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str, int], tuple[str, float] | None]:
-    """Why each step is asked for, with one over the probability of that; None for steps that are not."""
+    """Why each step is selected, with one over the probability of that; None for steps that are not."""
     chosen: dict[tuple[str, int], tuple[str, float] | None] = {}
     try:
         lines = scores.read_bytes().splitlines()
@@ -160,14 +160,14 @@ def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str
                 f"{scores}:{number}: not a line that score_trajectories.py writes for runs ({error!r})."
             ) from error
         if place in chosen:
-            raise DataError(f"{scores}:{number}: a second line about step {place[1]} of {place[0]}. Keep one.")
+            raise DataError(f"{scores}:{number}: a second line about step {place[1]} of {place[0]}. Keep only one.")
         is_audited = draw(audit, "audit", *map(str, place))
         chosen[place] = ("unsure", 1.0) if is_unsure else (AUDIT, round(1 / audit, 6)) if is_audited else None
     return chosen
 
 
 def _width(line: Mapping[str, Any]) -> float:
-    """Of the interval, else two standard deviations; infinite where the judge gave neither."""
+    """The width of the interval, else two standard deviations; infinite if the judge gave neither."""
     if line.get("high") is not None:
         return float(line["high"] - line["low"])
     return math.inf if line["std"] is None else 2 * float(line["std"])
@@ -177,7 +177,7 @@ def _width(line: Mapping[str, Any]) -> float:
 
 
 def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool, as_json: bool) -> int:
-    """Say what is still to be asked; how many requests that are."""
+    """Report what is still to be asked; returns the number of requests."""
     counts: dict[str, Counter[str]] = {judge.name: Counter() for judge in plan.judges}
     first: Question | None = None
     reports: list[FileReport] = []
@@ -203,7 +203,7 @@ def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool, as_json:
 
 
 def _show_as_json(plan: Plan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
-    """To stdout where it is the result; stderr gets the price before asking, because the result comes later."""
+    """Print to stdout if the price is the result; before asking, print to stderr, because the result comes later."""
     judges = [
         {"judge": judge.name, "host": judge.host}
         | {name.replace(" ", "_"): counts[judge.name][name] for name in _COUNTED}
@@ -225,7 +225,7 @@ def _show_as_table(plan: Plan, counts: Mapping[str, Counter[str]], first: Questi
     hosts = sorted({judge.host for judge in plan.judges})
     cli.emit(
         f"The runs would be sent to: {', '.join(hosts)}. Tokens are estimates (3 bytes each, longest "
-        "answers), and unreadable answers are asked for again; --max-cost counts those, too."
+        "answers). Questions with unreadable answers are asked again; --max-cost counts those, too."
     )
     if first is not None:
         cli.emit(f"\nThe first prompt ({first.name}):\n\n{first.text}")
@@ -245,7 +245,7 @@ def _confirm(judges: Sequence[StrongJudge], *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("there is no terminal to confirm the price on. Check it with --dry-run, then add --yes.")
+        raise UsageError("there is no terminal on which to confirm the price. Check it with --dry-run, then add --yes.")
     if not cli.confirm(f"Ask {', '.join(judge.name for judge in judges)}? [y/N] "):
         raise UsageError("not confirmed; nothing was sent.")
 
@@ -273,11 +273,11 @@ def _write(plan: Plan, state: Collection, output: Path, *, as_json: bool) -> Exi
     else:
         _report(output, written, missing, tally, agreement, state.spent)
     if not written:
-        raise DataError(f"{output}: no verdicts, so no rows.")
+        raise DataError(f"{output}: there are no verdicts, so no rows were written.")
     if tally.share_missing > _MOST_MISSING:
         raise DataError(
             f"{tally.share_missing:.0%} of the verdicts are missing, more than {_MOST_MISSING:.0%}. Run the same "
-            "command again: it asks only for those, and pays for nothing twice."
+            "command again: it asks only for those and pays for nothing twice."
         )
     return ExitCode.DONE
 
@@ -302,15 +302,18 @@ def _report(
         _report_missing(missing)
     for judge, found in agreement.items():
         cli.emit(
-            f"{judge} asked again about {found['pairs']} steps: its scores differ by {found['mean_difference']:.2f} "
-            f"on average, {found['equal']:.0%} are equal."
+            f"{judge}, asked again about {found['pairs']} steps: scores differ by {found['mean_difference']:.2f} "
+            f"on average; {found['equal']:.0%} are equal."
         )
     cost = f", {spent:.2f} spent" if spent else ""
-    cli.emit(f"{output}: {written:,} rows of {tally.asked.total():,} verdicts asked for{cost}")
+    cli.emit(f"{output}: {written:,} rows from {tally.asked.total():,} requested verdicts{cost}")
 
 
 def _report_missing(missing: Sequence[tuple[str, str, int]]) -> None:
-    """A table judge x reason, the most frequent first. Reasons that begin alike are one; what is cut off follows."""
+    """A table of judges and reasons, the most frequent first. Reasons that begin alike count as one.
+
+    A reason that is cut off in the table follows it in full.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     whole: dict[tuple[str, str], str] = {}
     for judge, reason, count in missing:

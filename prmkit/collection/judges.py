@@ -1,4 +1,4 @@
-"""judges.yaml: who is asked, where, and at what price."""
+"""judges.yaml: which judges are asked, where, and at what price."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ from prmkit.http_client import check_url
 JsonMode = Literal["schema", "object", "prompt"]
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _DEFAULT_LIMIT = 1024
-"""Tokens of an answer."""
+"""The most tokens of an answer by default."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,24 @@ class StrongJudge:
     """One judge: a model behind an OpenAI-compatible chat endpoint."""
 
     name: str
-    """As rows have it in `model_name`."""
+    """The judge's name, in rows as `model_name`."""
     base_url: str
     model: str
     api_key_env: str | None = None
-    """The variable that holds the key; the key itself is in no file."""
+    """The variable with the key; the key itself is in no file."""
     concurrency: int = 4
     json: JsonMode = "object"
-    """`schema` sends a JSON schema, `object` asks for any JSON object, `prompt` leaves it to the prompt."""
+    """`schema` sends a JSON schema, `object` requests any JSON object, `prompt` relies on the prompt alone."""
     parameters: dict[str, Any] = field(default_factory=dict)
-    """Sent as they are: temperature, max_tokens, reasoning_effort, …"""
+    """Sent unchanged: temperature, max_tokens, reasoning_effort, …"""
     price_in: float | None = None
-    """Per million tokens of the prompt, in the user's currency; None where no price was given."""
+    """Per million tokens of the prompt, in the user's currency; None without a price."""
     price_out: float | None = None
     timeout: float = 300.0
 
     @property
     def host(self) -> str:
-        """Who gets the data."""
+        """The host that gets the data."""
         return urlsplit(self.base_url).hostname or self.base_url
 
     @property
@@ -63,11 +63,11 @@ class StrongJudge:
         if not key:
             raise UsageError(f"{self.name}: the variable {self.api_key_env} is empty. Set it to the API key.")
         if not (key.isascii() and key.isprintable()):
-            raise UsageError(f"{self.name}: {self.api_key_env} holds a character that no API key has. Set it again.")
+            raise UsageError(f"{self.name}: {self.api_key_env} has a character that no API key has. Set it again.")
         return key
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
-        """What so many tokens cost; 0 without a price."""
+        """The cost of so many tokens; 0 without a price."""
         return (tokens_in * (self.price_in or 0.0) + tokens_out * (self.price_out or 0.0)) / 1e6
 
 
@@ -105,7 +105,7 @@ def load_judges(path: Path) -> list[StrongJudge]:
 
 
 def _check_answers_differ(judges: Sequence[StrongJudge], path: Path) -> None:
-    """An answer is found by model and parameters, so that of one judge would count for another one with the same."""
+    """Check that judges differ in model or parameters, by which answers are found: else they would share answers."""
     sent: dict[str, str] = {}
     for judge in judges:
         same = json.dumps([judge.model, judge.json, judge.parameters | dict([judge.limit])], sort_keys=True)
@@ -126,7 +126,7 @@ def _judge(content: Any, place: str) -> StrongJudge:
             hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_KINDS)}."
             raise UsageError(f"{place}: there is no setting {name}. {hint}")
         if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
-            raise UsageError(f"{place}: {name} is {value!r:.40}, and should be {_KINDS[name][0].__name__}.")
+            raise UsageError(f"{place}: {name} is {value!r:.40}, but must be {_KINDS[name][0].__name__}.")
     if missing := [name for name in ("name", "base_url", "model") if not str(content.get(name, "")).strip()]:
         raise UsageError(f"{place}: {' and '.join(missing)} missing.")
     judge = StrongJudge(**content)
@@ -137,17 +137,17 @@ def _judge(content: Any, place: str) -> StrongJudge:
 def _check(judge: StrongJudge, place: str) -> None:
     _check_address(judge.base_url, place)
     if judge.json not in ("schema", "object", "prompt"):
-        raise UsageError(f"{place}: json is {judge.json}, and should be schema, object or prompt.")
+        raise UsageError(f"{place}: json is {judge.json}, but must be schema, object or prompt.")
     if judge.concurrency < 1 or not 0 < judge.timeout < math.inf:
-        raise UsageError(f"{place}: concurrency and timeout should be above zero.")
-    # No comparison with NaN is true, so a price that is one would open every budget.
+        raise UsageError(f"{place}: concurrency and timeout must be above zero.")
+    # Comparisons with NaN are always false, so a price of NaN would exceed no budget.
     if not all(0 <= (price or 0.0) < math.inf for price in (judge.price_in, judge.price_out)):
         raise UsageError(f"{place}: a price is not a number of at least zero.")
     if (judge.price_in is None) != (judge.price_out is None):
         raise UsageError(f"{place}: give both price_in and price_out, or neither.")
     _check_parameters(judge, place)
     if judge.api_key_env and not judge.api_key_env.isidentifier():
-        raise UsageError(f"{place}: api_key_env is the name of a variable, not the key itself.")
+        raise UsageError(f"{place}: api_key_env must be the name of a variable, not the key itself.")
 
 
 def _check_address(url: str, place: str) -> None:
@@ -156,18 +156,18 @@ def _check_address(url: str, place: str) -> None:
     except UsageError as error:
         raise UsageError(f"{place}: {str(error).replace('--base-url', 'base_url')}") from error
     if "@" in url:
-        raise UsageError(f"{place}: base_url holds a password. Name a variable with api_key_env instead.")
+        raise UsageError(f"{place}: base_url has a password in it. Name a variable with api_key_env instead.")
     if "?" in url or "#" in url:  # it may be a key, and requests go to a path below this address
         raise UsageError(f"{place}: base_url has a query or a fragment. End it before the ? or #.")
 
 
 def _check_parameters(judge: StrongJudge, place: str) -> None:
     if fixed := sorted(_OURS & judge.parameters.keys()):
-        raise UsageError(f"{place}: parameters: {fixed[0]} is set for each request. Leave it out.")
+        raise UsageError(f"{place}: parameters: {fixed[0]} is set by each request. Leave it out.")
     for name in _LIMITS:
         tokens = judge.parameters.get(name, 1)
         if type(tokens) is not int or tokens < 1:
-            raise UsageError(f"{place}: parameters: {name} should be a whole number above zero.")
+            raise UsageError(f"{place}: parameters: {name} must be a whole number above zero.")
     try:
         json.dumps(judge.parameters, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""What is asked, and what an answer means: a pure function of runs, judges and the answers so far.
+"""What to ask, and what an answer means: a pure function of runs, judges and the answers so far.
 
-Every question is a chain: it is asked; an answer that was cut off is asked for once more with twice the room; one that
-cannot be read is asked for again, twice, with the reason. Each link has a key, the hash of all that was sent. So the
-same function says what to ask next while collecting, and what the result is afterwards, also with a reader that has
-become better since.
+Every question is a chain of requests: if an answer was cut off, it is requested once more with twice the tokens; if it
+cannot be read, up to two more times with the reason. Each request has a key, the hash of everything sent. So the same
+function decides what to ask next while collecting, and what the result is afterwards, even if the reader of verdicts
+has improved since.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from prmkit.verdict import Shape, Unreadable, Verdict, asked_shape, read_verdict
 
 _ASKED_AGAIN = 2
 _TOKENS_A_STEP = 100
-"""Of an answer about a whole run: a score, the type of an error, and one or two sentences."""
+"""Tokens per step in an answer about a whole run: a score, the type of an error, and one or two sentences."""
 _QUOTED = 2000
-"""Characters of an unreadable answer that are sent back with the reason."""
+"""The most characters of an unreadable answer to send back with the reason."""
 
 Answers = Mapping[str, Mapping[str, Any]]
 """What judges answered, by key: lines of answers.jsonl."""
@@ -35,15 +35,15 @@ class Question:
     run: Trajectory
     rubric: Rubric
     text: str
-    """What the judge is sent."""
+    """The text sent to the judge."""
     prompts: Mapping[int, str]
-    """The prompt of each step that is asked for, by its number: what rows have, and what the student will see."""
+    """Step number -> its prompt, as rows have it and as the trained judge will see it."""
     per_run: bool
     repeat: bool = False
-    """The same judge is asked a second time, to see how far it agrees with itself."""
+    """Whether this asks the same judge a second time, to measure its agreement with itself."""
     reference_shown: bool = False
     selection: tuple[str, float] | None = None
-    """Why this step is asked for, and one over the probability of that; None where all steps are."""
+    """Why this step was selected, and one over the probability of that; None if all steps are asked about."""
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Ask:
 
     key: str
     body: Mapping[str, Any]
-    """Messages and parameters, as they are sent beside the model."""
+    """Messages and parameters, sent along with the model's name."""
     attempt: int
     most_tokens: int
     """Of the answer."""
@@ -70,10 +70,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of a question."""
+    """The outcome of a question."""
 
     verdicts: Mapping[int, Verdict]
-    """By step; empty where nothing could be read."""
+    """Step -> verdict; empty if nothing could be read."""
     reason: str | None = None
     """Why there are no verdicts."""
     answer: Mapping[str, Any] | None = None
@@ -81,7 +81,7 @@ class Settled:
 
 
 def next_of(question: Question, answers: Answers) -> Ask | Settled:
-    """Follow the chain of a question: what to ask next, or what came out."""
+    """Follow the chain of a question: returns the next request, or the outcome."""
     first = [{"role": "user", "content": question.text}]
     messages: list[dict[str, str]] = first
     limit_name, limit = _limit(question)
@@ -109,7 +109,7 @@ def next_of(question: Question, answers: Answers) -> Ask | Settled:
 
 
 def _limit(question: Question) -> tuple[str, int]:
-    """The parameter that limits an answer, and its tokens: more for a long run, unless judges.yaml says how many."""
+    """The parameter that limits an answer, and its tokens: more for a long run, unless judges.yaml sets them."""
     name, limit = question.judge.limit
     if question.per_run and name not in question.judge.parameters:
         limit = max(limit, _TOKENS_A_STEP * len(question.prompts))
@@ -135,7 +135,7 @@ def _response_format(question: Question) -> dict[str, Any]:
 
 
 def _step_schema(rubric: Rubric) -> dict[str, Any]:
-    """The reasons come first: what a grammar forces a judge to write before its score is its chain of thought."""
+    """The answer's schema. Reasons come first, so that the judge reasons before it writes its score."""
     number = {"type": "number", "minimum": 0, "maximum": 1}
     scores = dict.fromkeys(rubric.keys, number)
     given: dict[str, Any] = {"reasoning": {"type": "string"}}
@@ -181,7 +181,7 @@ def _reason(verdict: Verdict | Unreadable, shape: Shape | None) -> str | None:
 
 
 def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Mapping[int, Verdict] | str:
-    """Every step of a run in one answer. Anything that is not exactly that is unreadable: a shifted number is wrong."""
+    """Every step of a run from one answer. It must have exactly these steps: with a shifted number, all are wrong."""
     body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
         given = json.loads(body)
@@ -223,6 +223,6 @@ def _reference(run: Trajectory) -> str:
 
 
 def draw(share: float, *names: str) -> bool:
-    """Whether something is in a random share, the same every time: by a hash of its names."""
+    """Whether something is in a random share; always the same answer, by a hash of its names."""
     place = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
     return place < share * 2**64

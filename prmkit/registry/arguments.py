@@ -7,8 +7,8 @@ from typing import Any
 _EPILOG = """\
 VERSION is a tag (production), a number, NAME@TAG or NAME@NUMBER. The judges
 are in judges/, or in the folder that the variable PRMKIT_JUDGES names.
-Elsewhere: evaluate_judge.py, score_trajectories.py, serve_judge.py and
-train.py --export-only take --judge VERSION.
+evaluate_judge.py, score_trajectories.py, serve_judge.py and train.py
+--export-only also take --judge VERSION.
 """
 
 
@@ -40,18 +40,18 @@ def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
     ab.add_argument("--outcomes", type=Path, metavar="FILE", help="lines with trajectory_id and outcome, 0 to 1")
     for command in (ab, drift):
         command.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=logs)
-        command.add_argument("--days", type=float, metavar="N", help="only what was logged in the last N days")
+        command.add_argument("--days", type=float, metavar="N", help="only steps logged in the last N days")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (drift, page):
-        limit = "of the population stability index (default 0.25)"
+        limit = "highest population stability index (default 0.25)"
         command.add_argument("--limit", type=_share, default=0.25, metavar="X", help=limit)
 
 
 def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     retrain = commands.add_parser(
         "retrain",
-        help="a new version out of one and new rows, measured against it",
-        epilog="Exit code 0: the gate is met; 4: it is not, or it cannot decide. Run again, it continues.",
+        help="train a new version from an old one and new rows, and compare the two",
+        epilog="Exit code 0: the gate is met; 4: it is not, or is undecided. The same command continues.",
     )
     add = retrain.add_argument
     add("version", help="such as production")
@@ -65,12 +65,12 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     replay = "share of the old training tasks to train on again (default: 1 from base, 0.3 from adapter)"
     add("--replay", type=_share, metavar="X", help=replay)
-    add("--margin", type=_share, default=0.05, metavar="X", help="not worse by more than this, by type (default 0.05)")
-    add("--set", nargs="+", default=[], metavar="key=value", help="of LLaMA Factory, such as learning_rate=1e-5")
-    add("--promote-if-better", action="store_true", help="tag the new version where the gate is met")
+    add("--margin", type=_share, default=0.05, metavar="X", help="allowed loss on each evaluation type (default 0.05)")
+    add("--set", nargs="+", default=[], metavar="key=value", help="a key of LLaMA Factory, such as learning_rate=1e-5")
+    add("--promote-if-better", action="store_true", help="tag the new version if the gate is met")
     add("--accept-contradiction", action="store_true", help="also train on labels that contradict the judge")
     add("--why", metavar="TEXT", help="kept in the history")
-    add("--mlflow", action="store_true", help="log the new version to MLflow, too")
+    add("--mlflow", action="store_true", help="also log the new version to MLflow")
     add("--json", action="store_true", help="print the result as JSON")
 
 
@@ -90,17 +90,17 @@ def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add.add_argument("--name", default="judge", help="of the judge (default: judge)")
     add.add_argument("--parent", metavar="VERSION", help="the version that it follows")
     add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the rows that were converted")
-    add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: where the run says)")
+    add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: the run's)")
     listing = commands.add_parser("list", help="all versions, with their agreement with the judges")
-    show = commands.add_parser("show", help="one version, and whether its files are as they were")
+    show = commands.add_parser("show", help="one version, and whether its files are unchanged")
     show.add_argument("version")
-    diff = commands.add_parser("diff", help="what two versions differ in: settings, data, agreement")
+    diff = commands.add_parser("diff", help="differences between two versions: settings, data, agreement")
     diff.add_argument("version")
     diff.add_argument("other")
-    tag = commands.add_parser("tag", help="let a tag, such as production, point to a version")
+    tag = commands.add_parser("tag", help="point a tag, such as production, to a version")
     tag.add_argument("version")
     tag.add_argument("tag")
-    back = commands.add_parser("rollback", help="let a tag point to the version that had it before")
+    back = commands.add_parser("rollback", help="point a tag to the version that had it before")
     back.add_argument("version", metavar="TAG")
     remove = commands.add_parser("remove", help="delete a version that no tag points to")
     remove.add_argument("version")
@@ -112,6 +112,6 @@ def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     mlflow = commands.add_parser("mlflow", help="log a version to the MLflow server of MLFLOW_TRACKING_URI")
     mlflow.add_argument("version")
-    add.add_argument("--mlflow", action="store_true", help="log it to MLflow, too, where mlflow is installed")
+    add.add_argument("--mlflow", action="store_true", help="also log it to MLflow, if mlflow is installed")
     for command in (add, tag, back, remove):
         command.add_argument("--why", metavar="TEXT", help="kept in the history")

@@ -1,4 +1,4 @@
-"""The rows of a retraining: converted alone and together, every task on its side, and what is new about them."""
+"""The rows of a retraining: the new rows converted alone and with the old ones, and what is new about them."""
 
 import hashlib
 import logging
@@ -36,14 +36,14 @@ _EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Retraining:
-    """What was asked for."""
+    """The user's choices for a retraining."""
 
     reference: str
     new: tuple[Path, ...]
     start: str
-    """`adapter` or `base`: what the training starts from."""
+    """What the training starts from: `adapter` or `base`."""
     replay: float
-    """The share of the old training tasks that is trained on again, 0 to 1."""
+    """The share of old training tasks to train on again, 0 to 1."""
     margin: float
     settings: tuple[str, ...]
     """`key=value` of LLaMA Factory."""
@@ -54,7 +54,7 @@ class Retraining:
 
 @dataclass(frozen=True)
 class Job:
-    """One retraining at work."""
+    """A retraining in progress."""
 
     asked: Retraining
     registry: Path
@@ -69,13 +69,13 @@ class Job:
 
 
 def convert_all(job: Job) -> None:
-    """New rows by themselves, then old and new together, with every task on the side that it has always had."""
-    write_config(job)  # what is wrong with it is reported now, and not after the conversion
+    """Convert new rows alone, then old and new together; every task stays on its side of the split."""
+    write_config(job)  # report errors in it now, not after the conversion
     old = kept_rows(job)
     settings = read_json(job.parent_folder / DATA / REPORT)["settings"]
     if any(settings["filters"].values()):
         raise UsageError(
-            f"{job.parent}: its data was filtered, and whole files are converted here. Add a version with all rows."
+            f"{job.parent}: its data was filtered, but retraining converts whole files. Add a version with all rows."
         )
     flags = _conversion_flags(job, settings)
     details = registered.read_version(job.parent, job.registry)["details"]
@@ -102,7 +102,7 @@ def convert_all(job: Job) -> None:
         replayed = _replayed(job, old, held_now)
         _convert(job, "data", [*([replayed] if replayed else []), *job.asked.new], [*flags, *listed])
     compared = check_sides(training_data(job), job.parent.name, job.registry)
-    log.info("%d versions were checked: none was trained on what is held out.", compared)
+    log.info("%d versions were checked: none was trained on rows that are now held out.", compared)
 
 
 def training_data(job: Job) -> Path:
@@ -127,7 +127,7 @@ def _datasets(job: Job) -> tuple[str, str]:
 
 
 def _conversion_flags(job: Job, settings: Mapping[str, Any]) -> list[Any]:
-    """The flags of the conversion that the parent's data was made with."""
+    """The flags of the conversion that made the parent's data."""
     flags: list[Any] = ["--format", settings["form"], "--labels", settings["labels"], "--no-task-variants"]
     flags += ["--aggregate", settings["aggregate"], "--near-duplicates", settings["near_duplicates"]]
     flags += ["--mask-leaked-scores"] if settings["mask_leaked_scores"] else []
@@ -145,7 +145,7 @@ def _conversion_flags(job: Job, settings: Mapping[str, Any]) -> list[Any]:
         words |= scale["words"]
     flags += ["--map", *(f"{word}={score:g}" for word, score in words.items())] if words else []
     if lengths := settings["lengths"]:
-        # With what will be trained, so that what --set changes (cutoff_len, template) holds for the lengths, too.
+        # With the new training settings, so that --set (cutoff_len, template) also applies to the lengths.
         flags += ["--too-long", lengths["too_long"], "--config", write_config(job), *job.asked.settings]
     return flags
 
@@ -157,7 +157,7 @@ def _convert(job: Job, name: str, inputs: Sequence[Path], flags: Sequence[Any]) 
 
 
 def _replayed(job: Job, old: Sequence[Path], held_out: set[str]) -> Path | None:
-    """Old rows that are used again: all of the held-out tasks, and a share of the others, drawn by their names."""
+    """Old rows to use again: all of the held-out tasks, and a share of the others, selected by name."""
     names = {str(file.resolve()): file for file in old}
     lines: dict[Path, set[int]] = {file: set() for file in old}
     for row in rows_of(job.work / "all"):
@@ -181,12 +181,12 @@ def base_model(job: Job) -> str:
 
 
 def run_of(job: Job) -> Path:
-    """The folder of the run that is trained."""
+    """The folder of the training run."""
     return job.work / "saves" / f"{job.parent.name}_{job.key}"
 
 
 def write_config(job: Job) -> Path:
-    """Write what the run is trained with: the parent's configuration, in the folders of this retraining.
+    """Write the training configuration: the parent's, with the folders of this retraining.
 
     Raises:
         UsageError: there is no adapter to start from.
@@ -209,7 +209,7 @@ def write_config(job: Job) -> Path:
 
 
 def run_script(script: str, arguments: Sequence[Any], *, check: bool = True) -> int:
-    """Run one of the scripts; its results are its files. It ends when this process is killed."""
+    """Run one of the scripts; its results are files. It is stopped if this process is killed."""
     command = [sys.executable, str(_SCRIPTS / script), *map(str, arguments)]
     log.info("$ python %s %s", script, shlex.join(command[2:]))
     parent = os.getpid()
@@ -217,7 +217,7 @@ def run_script(script: str, arguments: Sequence[Any], *, check: bool = True) -> 
     done = subprocess.run(command, stdout=sys.__stderr__, preexec_fn=lambda: die_with_parent(parent), check=False)
     if check and done.returncode:
         code = done.returncode
-        raise DataError(f"{script} failed with exit code {code}; the reason is above. The same command continues.")
+        raise DataError(f"{script} failed with exit code {code}; see above. Run the same command again to continue.")
     return int(done.returncode)
 
 
@@ -225,7 +225,7 @@ def run_script(script: str, arguments: Sequence[Any], *, check: bool = True) -> 
 
 
 Rows = list[dict[str, Any]]
-"""Lines of sidecars: where each row comes from, its scores on the scale of 0 to 1, its metadata."""
+"""Lines of sidecars: the origin of each row, its scores from 0 to 1, its metadata."""
 
 
 def rows_of(data: Path) -> Rows:
@@ -248,8 +248,8 @@ def describe_batch(old: Rows, new: Rows, new_report: Mapping[str, Any]) -> dict[
 
     Returns:
         `rows`, `rejected`, `tasks`, `judges_new`, `judges_gone`, `changed_labels` (the same judge, prompt and key with
-        another score) with examples, `scores` (by evaluation type how the scores moved), and `findings`: sentences
-        about what a person should look at.
+        another score) with examples, `scores` (evaluation type -> how the scores moved), and `findings`: sentences
+        about what a person should check.
     """
     before, now = _labels(old), _labels(new)
     changed = [
@@ -302,10 +302,10 @@ def _findings(report: Mapping[str, Any], shifted: Mapping[str, bool]) -> Iterato
     if report["judges_gone"]:
         yield f"Judges without new rows: {', '.join(report['judges_gone'])}."
     if report["types_new"]:
-        yield f"Evaluation types that are new: {', '.join(report['types_new'])}."
+        yield f"New evaluation types: {', '.join(report['types_new'])}."
     if report["changed_labels"]:
         changed, repeated = report["changed_labels"], report["repeated_labels"]
-        yield f"{changed:,} of {repeated:,} scores that were given before are different now."
+        yield f"{changed:,} of {repeated:,} repeated scores differ from the earlier ones."
     for name, exceeds in shifted.items():
         values = report["scores"][name]
         if exceeds:
@@ -316,7 +316,7 @@ def _findings(report: Mapping[str, Any], shifted: Mapping[str, bool]) -> Iterato
 
 
 def check_sides(data: Path, name: str, folder: Path) -> int:
-    """Check that no version of a judge was trained on what is held out now, or held out what is trained on now.
+    """Check that no version was trained on rows that are now held out, or held out rows that are now trained on.
 
     Returns:
         How many versions were compared.
@@ -335,8 +335,8 @@ def check_sides(data: Path, name: str, folder: Path) -> int:
         for mine, other, what in ((1, 0, "trained on"), (0, 1, "held out")):
             if both := sides[mine] & theirs[other]:
                 raise DataError(
-                    f"{version} has {what} {len(both)} tasks and prompts that would be on the other side now, such as "
-                    f"{min(both)!r:.80}. Its agreement would be measured on what it knows."
+                    f"{version} has {what} {len(both)} tasks and prompts that would now be on the other side, such as "
+                    f"{min(both)!r:.80}. Its agreement would be measured on rows that it was trained on."
                 )
         compared += 1
     return compared

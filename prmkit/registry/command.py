@@ -1,4 +1,4 @@
-"""What the commands of manage_judges.py do."""
+"""The work behind `manage_judges.py`, one function per command."""
 
 import argparse
 import logging
@@ -39,12 +39,12 @@ def _add(folder: Path, arguments: argparse.Namespace) -> None:
 
 def _tag(folder: Path, arguments: argparse.Namespace) -> None:
     version = versions.tag_version(folder, arguments.version, arguments.tag, arguments.why)
-    cli.emit(f"{version}: is {arguments.tag}.")
+    cli.emit(f"{version}: is now {arguments.tag}.")
 
 
 def _roll_back(folder: Path, arguments: argparse.Namespace) -> None:
     was, now = versions.roll_back(folder, arguments.version, arguments.why)
-    cli.emit(f"{arguments.version}: was {was}, is {now} again.")
+    cli.emit(f"{arguments.version}: was {was}, is now {now} again.")
 
 
 def _remove(folder: Path, arguments: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def _mlflow(folder: Path, arguments: argparse.Namespace) -> None:
 def _log_to_mlflow(folder: Path, version: VersionId) -> None:
     from prmkit.registry.mlflow_log import log_version
 
-    log.info("MLflow: %s is run %s", version, log_version(version, folder))
+    log.info("MLflow: %s is logged as run %s", version, log_version(version, folder))
 
 
 def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:

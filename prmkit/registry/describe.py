@@ -1,4 +1,4 @@
-"""Versions as a person reads them: list, show, diff, history."""
+"""Versions described for people: list, show, diff, history."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ _COLUMNS = ("version", "tags", "Spearman", "exam AUROC", "rows", "MB", "changed"
 
 
 def list_versions(folder: Path, *, as_json: bool) -> None:
-    """All versions, oldest first, with what each changed against its parent."""
+    """All versions, oldest first, each with its changes from its parent."""
     state = registered.state_of(registered.read_history(folder))
     records = [(version, registered.read_version(version, folder)) for version in state.versions]
     if as_json:
@@ -46,7 +46,7 @@ def list_versions(folder: Path, *, as_json: bool) -> None:
 
 
 def exams_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
-    """The exams that a version took, before and since it was registered: `name`, `auroc`, `sentence`."""
+    """A version's exams, before and since it was registered: `name`, `auroc`, `sentence`."""
     run = registered.folder_of_version(version, folder) / RUN
     places = [*(run / "evaluation").glob("exam_*/exam.json"), *registered.results_folder(run).glob("exam_*/exam.json")]
     found: list[dict[str, Any]] = []
@@ -65,7 +65,7 @@ def exams_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
 
 
 def held_out_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
-    """What a version scored on its held-out rows, when it was registered or since.
+    """A version's predictions on its held-out rows, from when it was registered or later.
 
     Raises:
         DataError: it was never measured.
@@ -76,13 +76,13 @@ def held_out_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
         if place.is_file():
             return list(read_jsonl(place))
     raise DataError(
-        f"{version}: was not measured, so there is nothing to compare with. "
+        f"{version}: was never measured, so there is nothing to compare with. "
         f"Run: python evaluate_judge.py --judge {version}"
     )
 
 
 def shown_estimate(estimate: Mapping[str, Any] | None) -> str:
-    """`0.84 [0.72, 0.90]`; a question mark for what was not measured."""
+    """`0.84 [0.72, 0.90]`; a question mark if it was not measured."""
     if not estimate or estimate.get("value") is None:
         return "?"
     if estimate.get("low") is None:
@@ -129,11 +129,11 @@ def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
 
 
 def differences(record: Mapping[str, Any], other: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What two versions differ in.
+    """The differences between two versions.
 
     Returns:
-        `settings`: by key the two values; `data`: by metric of the conversion the two values; `agreement`: by
-        evaluation type the two estimates.
+        `settings`: key -> both values; `data`: metric of the conversion -> both values; `agreement`: evaluation type ->
+        both estimates.
     """
     mine, theirs = (_config(each, folder) for each in (record, other))
     own, others = (_data(each, folder) for each in (record, other))
@@ -179,7 +179,7 @@ def _id(record: Mapping[str, Any]) -> VersionId:
 
 
 def show_differences(folder: Path, reference: str, other: str, *, as_json: bool) -> None:
-    """Tables of what two versions differ in."""
+    """Tables of the differences between two versions."""
     versions = [registered.find_version(each, folder) for each in (reference, other)]
     one, another = (registered.read_version(version, folder) for version in versions)
     found = differences(one, another, folder)
@@ -218,7 +218,7 @@ def show_history(folder: Path, *, as_json: bool) -> None:
 
 
 def sentence_of(line: Mapping[str, Any]) -> str:
-    """What an action did, in a few words."""
+    """An action in a few words."""
     version = f"{line['judge']}@{line['version']}" if line.get("version") else str(line.get("judge"))
     if line["action"] == "tag":
         return f"{version} is {line['tag']}"
@@ -228,7 +228,7 @@ def sentence_of(line: Mapping[str, Any]) -> str:
 
 
 def show_retraining(result: Mapping[str, Any]) -> None:
-    """What a retraining found, trained and decided."""
+    """The findings, training and decision of a retraining."""
     for sentence in (result["report"] or {}).get("findings", []):
         cli.emit(f"new rows: {sentence}")
     if result["version"]:
@@ -239,21 +239,21 @@ def show_retraining(result: Mapping[str, Any]) -> None:
     for reason in result["gate"]["reasons"]:
         cli.emit(f"  {reason}")
     if result["promoted"]:
-        cli.emit(f"{result['version']}: has the tag now.")
+        cli.emit(f"{result['version']}: now has the tag.")
     elif result["gate"]["passed"]:
         cli.emit(f"next: python manage_judges.py tag {result['version']} production")
 
 
 def show_ab(found: Mapping[str, Any]) -> None:
-    """How two judges differ, and which one predicts success better."""
-    cli.emit(f"a is {found['a']}, b is {found['b']}: {found['steps']:,} steps that both are sure of")
+    """The sentences and tables of an A/B comparison."""
+    cli.emit(f"a is {found['a']}, b is {found['b']}: {found['steps']:,} steps on which both are sure")
     if found["steps"]:
         cli.emit(
             f"b minus a: {shown_estimate(found['mean_difference'])} over {found['tasks']:,} tasks; "
             f"{found['equal_within_0.1']:.0%} differ by at most 0.1"
         )
         widest = [[each["id"], f"{each['a']:.2f}", f"{each['b']:.2f}"] for each in found["widest"]]
-        cli.emit_table("Where they differ most", ("step", "a", "b"), widest, numeric=("a", "b"))
+        cli.emit_table("Largest differences", ("step", "a", "b"), widest, numeric=("a", "b"))
         for each in found["widest"]:
             if each["prompt"]:
                 cli.emit(f"{each['id']}:\n{each['prompt'][-_LOGGED:]}\n")
@@ -266,11 +266,11 @@ def show_ab(found: Mapping[str, Any]) -> None:
 
 
 _LOGGED = 600
-"""Characters of a logged prompt that are shown: its end is the step."""
+"""How many characters of a logged prompt to show, from its end, which is the step."""
 
 
 def show_drift(version: VersionId, found: Mapping[str, Any]) -> None:
-    """How scores of today are distributed, next to the held-out ones."""
+    """Tables of current scores next to those of the held-out rows."""
     rows = [
         [f"{keys}: {what}" if len(found["groups"]) > 1 else what, f"{each['n_reference']:,}", f"{each['n']:,}",
          *(_number(each[key]) for key in ("mean_reference", "mean", "psi", "ks")), each["verdict"]]

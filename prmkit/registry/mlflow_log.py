@@ -1,4 +1,4 @@
-"""A registered version as a run of MLflow, for teams that compare there."""
+"""A registered version as an MLflow run, for teams that compare models there."""
 
 import sys
 from pathlib import Path
@@ -14,9 +14,9 @@ EXPERIMENT = "prmkit"
 
 
 def log_version(version: VersionId, folder: Path) -> str:
-    """Log the settings and the measurements of a version to the server of MLFLOW_TRACKING_URI.
+    """Log a version's settings and measurements to the server of MLFLOW_TRACKING_URI.
 
-    The registry stays the authority: MLflow gets no weights and no rows.
+    The registry remains authoritative: MLflow gets no weights and no rows.
 
     Returns:
         The id of MLflow's run.
@@ -43,7 +43,7 @@ def log_version(version: VersionId, folder: Path) -> str:
             mlflow.log_metrics(_metrics(version, record, folder))
     except mlflow.exceptions.MlflowException as error:
         raise DataError(
-            f"MLflow: {str(error).splitlines()[0]:.300} {version} is registered; when that is solved: "
+            f"MLflow: {str(error).splitlines()[0]:.300} {version} is registered; once this is fixed, run: "
             f"python manage_judges.py mlflow {version}"
         ) from error
     return str(run.info.run_id)

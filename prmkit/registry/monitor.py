@@ -1,4 +1,4 @@
-"""A judge in production: which of two is better, and whether scores drift. Reads scoring outputs and request logs."""
+"""Judges in production: which of two is better, and whether scores drift. Reads scoring outputs and request logs."""
 
 import math
 from collections import Counter, defaultdict
@@ -26,7 +26,7 @@ class Scored:
 
     judge: str
     keys: tuple[str, ...]
-    """The score keys, sorted; empty where the line does not say."""
+    """The score keys, sorted; empty if the line does not name them."""
     prompt: str
     """Hash of the request."""
     trajectory: str
@@ -36,10 +36,10 @@ class Scored:
     status: str
     id: str
     text: str | None = None
-    """The prompt, where it was logged."""
+    """The prompt, if it was logged."""
     characters: int | None = None
     is_logged: bool = False
-    """From a request log, which names the judge."""
+    """The judge's name, from a request log."""
     role: str = ""
     """`production`, `challenger` or `shadow`, in a request log."""
     time: str = ""
@@ -47,15 +47,15 @@ class Scored:
 
 
 def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored]:
-    """The steps of outputs of score_trajectories.py (the judge is the file) and of request logs.
+    """The steps of outputs of score_trajectories.py (the file counts as the judge) and of request logs.
 
     Args:
         paths: the files.
-        days: only what was logged in the last so many days; None for everything.
+        days: only steps logged in the last so many days; None for all.
 
     Raises:
         DataError: a file is missing, a line is of neither kind, or nothing is left.
-        UsageError: days of a file that has no times.
+        UsageError: `days` is given for a file without times.
     """
     found = []
     since = None if days is None else datetime.now(UTC) - timedelta(days=days)
@@ -73,7 +73,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored
 
 def _time_of(line: Mapping[str, Any], place: str) -> datetime:
     if line.get("time") is None:
-        raise UsageError(f"--days: {place} has no time. Only request logs have (serve_judge.py --log-requests).")
+        raise UsageError(f"--days: {place} has no time. Only request logs have times (serve_judge.py --log-requests).")
     try:
         time = datetime.fromisoformat(str(line["time"]))
     except ValueError as error:
@@ -103,15 +103,15 @@ def _scored(line: Mapping[str, Any], path: Path) -> Scored:
 
 
 def steps_of(judge: str, steps: Sequence[Scored]) -> list[Scored]:
-    """The steps that a judge scored; outputs of score_trajectories.py do not name it, so all of theirs.
+    """The steps that a judge scored, and all steps of scoring outputs, which do not name their judge.
 
     Raises:
-        DataError: it scored nothing.
+        DataError: the judge scored nothing.
     """
     found = [step for step in steps if not step.is_logged or step.judge == judge]
     if not found:
         others = ", ".join(sorted({step.judge for step in steps}))
-        raise DataError(f"{judge}: no logged step was scored by it, only by {others}.")
+        raise DataError(f"{judge}: has scored no logged step; the log has only {others}.")
     return found
 
 
@@ -123,17 +123,17 @@ def compare_judges(steps: Iterable[Scored], outcomes: Mapping[str, float] | None
 
     Args:
         steps: of two judges.
-        outcomes: by trajectory, 0 to 1; None where they are not known.
+        outcomes: trajectory -> outcome, 0 to 1; None if unknown.
 
     Raises:
-        UsageError: there are not two judges, or they share no step.
+        UsageError: there are not exactly two judges, or they share no step.
     """
     by_judge: dict[str, dict[str, Scored]] = defaultdict(dict)
     for step in steps:
         by_judge[step.judge].setdefault(step.prompt, step)
     if len(by_judge) != 2:
-        raise UsageError(f"an A/B needs two judges, and there are {len(by_judge)} ({', '.join(by_judge)}).")
-    # The one in production is a, whichever was logged first.
+        raise UsageError(f"an A/B comparison needs two judges, but there are {len(by_judge)} ({', '.join(by_judge)}).")
+    # The production judge is a, whichever was logged first.
     (first, ones), (second, others) = sorted(
         by_judge.items(), key=lambda judge: next(iter(judge[1].values())).role != "production"
     )
@@ -144,7 +144,7 @@ def compare_judges(steps: Iterable[Scored], outcomes: Mapping[str, float] | None
     if outcomes is not None:
         found["outcomes"] = _on_outcomes(ones.values(), others.values(), outcomes)
     elif not both:
-        raise UsageError(f"{first} and {second} share no step that both are sure of. Score the same runs with both.")
+        raise UsageError(f"{first} and {second} share no step on which both are sure. Score the same runs with both.")
     return found
 
 
@@ -170,7 +170,7 @@ def _differences(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, Any]:
 def _on_outcomes(ones: Iterable[Scored], others: Iterable[Scored], outcomes: Mapping[str, float]) -> dict[str, Any]:
     """The difference of the squared errors of two judges' lowest step scores, one number for each task.
 
-    Runs of a task are not independent, so they count as one. Only runs that both scored whole are compared.
+    Runs of a task are not independent, so they count as one. Only runs that both scored completely are compared.
     """
     lowest = [_lowest(steps) for steps in (ones, others)]
     losses: dict[str, list[float]] = defaultdict(list)
@@ -211,14 +211,14 @@ def _decision(gain: Mapping[str, float], n: int) -> str:
         return "continue: no difference so far"
     # The width shrinks with the square root of the number of tasks, a little slower for a sequence.
     more = max(math.ceil(n * ((width / mean) ** 2 - 1)), 1)
-    return f"continue: about {more:,} more tasks, if the difference stays as it is"
+    return f"continue: about {more:,} more tasks are needed if the difference stays the same"
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float]:
-    """A confidence sequence of the mean: an interval that may be looked at after every value, and holds at all times.
+    """A confidence sequence of the mean: an interval that is valid even if it is checked after every value.
 
     Predictable plug-in empirical Bernstein: theorem 2 of Waudby-Smith and Ramdas, Estimating means of bounded random
-    variables by betting (2024), for values from -1 to 1 in the order in which they came.
+    variables by betting (2024), for values from -1 to 1 in the order in which they arrived.
 
     Returns:
         `value`, the plain mean, `low` and `high`.
@@ -245,18 +245,18 @@ def interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float]:
 
 
 def drift_of(steps: Sequence[Scored], held_out: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
-    """Whether scores, label masses and lengths are as on the held-out rows of the judge.
+    """Whether scores, label masses and lengths are distributed as on the judge's held-out rows.
 
-    Steps are compared with held-out rows of the same score keys: a verdict on a step and one on a whole run are
-    distributed differently, and a log may hold more of one kind than the held-out rows do.
+    Steps are compared with held-out rows of the same score keys: verdicts on a step and on a whole run are distributed
+    differently, and a log may have a larger share of one kind than the held-out rows.
 
     Args:
-        steps: what was scored in production.
+        steps: the steps scored in production.
         held_out: lines of the judge's `predictions.jsonl`.
-        limit: of the population stability index and of the rise of unsure steps, above which it is a drift.
+        limit: a higher population stability index, or rise of the share of unsure steps, counts as drift.
 
     Returns:
-        `groups` (by score keys; in each, by quantity: the `Shift` and a `verdict`), `unsure` (shares `then` and `now`),
+        `groups` (score keys -> quantity -> the `Shift` and a `verdict`), `unsure` (shares `then` and `now`),
         `statuses`, `findings` (sentences), `undecided` (groups of a tenth of the steps or more with too few values).
     """
     references: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
@@ -291,7 +291,7 @@ def drift_of(steps: Sequence[Scored], held_out: Sequence[Mapping[str, Any]], lim
 
 
 def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[Scored], limit: float) -> dict[str, dict[str, Any]]:
-    """What is compared of one group of score keys; only what both sides have."""
+    """The quantities to compare in one group of score keys; only those that both sides have."""
     masses = [[each["label_mass"] for each in line["scores"].values()] for line in then]
     pairs: dict[str, tuple[Sequence[float | None], Sequence[float | None]]] = {
         "score": ([line["score"] for line in then], [step.score for step in now]),
@@ -312,7 +312,7 @@ def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[Scored], limit: f
 
 
 def read_outcomes(path: Path) -> dict[str, float]:
-    """Outcomes by trajectory: lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
+    """Trajectory -> outcome, from lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
 
     Raises:
         DataError: a line has no outcome from 0 to 1.

@@ -1,4 +1,4 @@
-"""One page about all versions: agreement over time, what is tagged, what happened, an open A/B, drift."""
+"""One page about all versions: agreement over time, tags, history, the current A/B comparison, drift."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +19,8 @@ def write_page(folder: Path, output: Path, logs: Sequence[Path], limit: float) -
     Args:
         folder: the registry.
         output: the HTML file.
-        logs: request logs or scoring outputs, for the A/B and for drift; may be empty.
-        limit: of the population stability index, above which it is a drift.
+        logs: request logs or scoring outputs, for A/B and drift; may be empty.
+        limit: a higher population stability index counts as drift.
 
     Raises:
         DataError: a version or a log is damaged.
@@ -77,7 +77,7 @@ def _drifts(
 
 
 def _points(versions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Where each version is in the plot, in pixels; the axis goes from 1 down to 0, and lower only where it must."""
+    """Each version's place in the plot, in pixels; the axis goes from 1 down to 0, and lower only if it must."""
     known = [(place, each["spearman"]) for place, each in enumerate(versions)
              if each["spearman"] and each["spearman"].get("low") is not None]  # fmt: skip
     floor = min([0.0, *(estimate["low"] for _, estimate in known)])

@@ -1,7 +1,7 @@
-"""A new version out of the one in production and new rows: convert, look, train, measure both, decide, register.
+"""A new version from the production version and new rows: convert, compare, train, measure both, decide, register.
 
-Every step leaves a file that is complete or absent, in a folder that is named after what goes in. The same command
-skips the steps that are done, so a retraining that was killed continues; and one that is done answers as before.
+Every step leaves a file that is complete or absent, in a folder named after the inputs. The same command skips
+completed steps, so a killed retraining continues, and a completed one gives the same answer again.
 """
 
 import hashlib
@@ -36,19 +36,19 @@ RESULT = "result.json"
 
 
 def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
-    """Make a version out of another one and new rows, and tag it where that was asked for and the gate is met.
+    """Make a version from another one and new rows, and tag it if requested and if the gate is met.
 
     Returns:
-        `version` (None where nothing was trained), `parent`, `promoted`, `gate` (`passed`, `reasons`), `report`.
+        `version` (None if nothing was trained), `parent`, `promoted`, `gate` (`passed`, `reasons`), `report`.
 
     Raises:
-        DataError: another retraining is under way, the rows cannot be read, or what is held out would leak.
+        DataError: another retraining is running, the rows cannot be read, or held-out rows would leak.
         UsageError: the version was registered without its rows, or with a filtered conversion.
         LlamaFactoryError: the training failed.
     """
     parent = registered.find_version(asked.reference, registry)
     with exclusive_lock(registry / parent.name, "retraining", lock=".retrain.lock", patience=2.0):
-        parent = registered.find_version(asked.reference, registry)  # it may have moved while this waited
+        parent = registered.find_version(asked.reference, registry)  # the tag may have moved while this waited
         registered.check_files(parent, registry)
         hashes = sorted(sha256_of(file) for file in asked.new)
         known = registered.read_version(parent, registry)["files"]
@@ -64,9 +64,9 @@ def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
 
 
 def _already_in(version: VersionId, registry: Path, asked: Retraining) -> dict[str, Any]:
-    """The answer where nothing is new. A tag that names the version is on it already."""
+    """The answer if nothing is new: the tag already points to the version."""
     details = registered.read_version(version, registry)["details"]
-    log.info("%s was trained on these rows already; nothing to do.", version)
+    log.info("%s was already trained on these rows; nothing to do.", version)
     return {"version": str(version), "parent": details.get("parent"),
             "promoted": not asked.reference.rpartition("@")[2].isdigit(),
             "gate": details.get("gate", {"passed": True, "reasons": []}), "report": details.get("report")}  # fmt: skip
@@ -94,7 +94,7 @@ def _keep_result(
     result = {"version": str(version) if version else None, "parent": str(job.parent), "promoted": False,
               "gate": dict(gate), "report": dict(report)}  # fmt: skip
     write_json(job.work / RESULT, result)
-    for each in ("first", "new", "all", "data", "saves", "logs"):  # the version has copies of what is needed
+    for each in ("first", "new", "all", "data", "saves", "logs"):  # the version has copies of everything needed
         shutil.rmtree(job.work / each, ignore_errors=True)
     return result
 
@@ -140,7 +140,7 @@ def _is_new(row: Mapping[str, Any], job: Job) -> bool:
 
 
 def _drops(known: Mapping[str, Any], metrics: Mapping[str, Any], parent: VersionId) -> list[str]:
-    """Where the judge agrees clearly less with the new labels than with the old ones."""
+    """Evaluation types on which the judge agrees clearly less with the new labels than with the old ones."""
     found = []
     for name, summary in metrics["summary"]["types"].items():
         before = (known["summary"]["types"].get(name) or {}).get("spearman") or {}
@@ -155,7 +155,7 @@ def _drops(known: Mapping[str, Any], metrics: Mapping[str, Any], parent: Version
 
 
 def _contradiction(metrics: Mapping[str, Any], parent: VersionId) -> str | None:
-    """A judge that orders the new rows the wrong way round says that one of the two is wrong, and not which."""
+    """If the judge ranks the new rows in reverse, either it or the labels are wrong; a person must decide which."""
     for name, summary in metrics["summary"]["types"].items():
         estimate = summary["spearman"]
         if estimate.get("high") is not None and estimate["high"] < 0:
@@ -178,7 +178,7 @@ def _train(job: Job) -> Path:
     code = run_script("train.py", ["--config", write_config(job), *job.asked.settings], check=False)
     if code or read_json(record).get("status") != "finished":
         raise LlamaFactoryError(
-            f"{run}: training failed (exit code {code}), for the reason above. The same command continues."
+            f"{run}: training failed (exit code {code}), for the reason above. Run the same command again to continue."
         )
     return run
 
@@ -192,12 +192,12 @@ def _evaluate(job: Job, run: Path, data: Path, name: str) -> dict[str, Any]:
 
 
 def _decide(job: Job, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Non-inferior on the old held-out rows, better on the new ones. Whatever cannot be decided is not met."""
+    """Non-inferior on the old held-out rows, better on the new ones. A condition that cannot be decided is not met."""
     reasons = [report["contradicts"]] if report["contradicts"] else []
     comparisons = {}
     for side, data in (("old", job.parent_folder / DATA), ("new", job.work / "new")):
         if not (data / REPORT).is_file():
-            reasons.append(f"On the {side} rows: cannot decide, nothing of them is held out.")
+            reasons.append(f"On the {side} rows: cannot be decided, because none of them are held out.")
             continue
         metrics = _evaluate(job, run, data, f"new_on_{side}")
         found = compare.compare(job.work / f"new_on_{side}", job.work / f"old_on_{side}")
@@ -248,11 +248,11 @@ def _why(job: Job, gate: Mapping[str, Any]) -> str:
 
 
 def _own_evaluation(job: Job, run: Path) -> Path:
-    """The new judge on all that is held out now: the old tasks and the new ones."""
+    """Measure the new judge on all rows that are now held out, of old and new tasks."""
     _evaluate(job, run, training_data(job), "new_on_all")
     return job.work / "new_on_all"
 
 
 def exit_code_of(result: Mapping[str, Any]) -> ExitCode:
-    """0 where the gate is met, else 4."""
+    """0 if the gate is met, else 4."""
     return ExitCode.DONE if result["gate"]["passed"] else ExitCode.GATE

@@ -1,4 +1,4 @@
-"""Adding, tagging, rolling back and removing versions: under one lock, one synced line of history an action."""
+"""Adding, tagging, rolling back and removing versions: under one lock, with one synced history line per action."""
 
 import getpass
 import logging
@@ -20,20 +20,20 @@ from prmkit.registered import DATA, ROWS, RUN, SAFE_NAME, State, VersionId
 log = logging.getLogger("prmkit")
 
 _PATIENCE = 60.0
-"""Seconds that a command waits for another one."""
+"""Seconds that a command waits for another command."""
 _LEFT_OUT = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
-"""Of a run: what resumes it, and what is written while it runs."""
+"""Files of a run that are only needed to resume it, or written while it runs."""
 _PUBLIC = (
     "adapter_*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "README.md",
     "calibration.json",
 )  # fmt: skip
-"""Of a run: what whoever loads the judge needs. Nothing that says where or on which rows it was trained."""
+"""Files of a run that are needed to load the judge. None says where or on which rows it was trained."""
 
 
 @contextmanager
 def changing(folder: Path) -> Iterator[State]:
-    """Hold the registry; inside, nothing of what is read changes. What a killed command left is removed."""
+    """Lock the registry, so that nothing in it changes. Remnants of a killed command are removed."""
     with exclusive_lock(folder, "changing versions", lock=".registry.lock", patience=_PATIENCE):
         state = registered.state_of(registered.read_history(folder))
         _sweep(folder, state)
@@ -46,7 +46,7 @@ def _sweep(folder: Path, state: State) -> None:
         for place in (folder / name).iterdir() if (folder / name).is_dir() else ():
             if place.name.startswith(".adding-") or (place.name.isdigit() and place not in known):
                 _remove_folder(place)
-    # The folder of a first version whose line was never written.
+    # The folder of a judge's first version whose line was never written.
     for file in folder.glob(f"*/*/{registered.VERSION_FILE}"):
         if file.parent.name.isdigit() and file.parent not in known:
             _remove_folder(file.parent)
@@ -60,10 +60,10 @@ def _remove_folder(place: Path) -> None:
 
 
 def write_history(folder: Path, action: str, why: str | None, **values: Any) -> None:
-    """Append one action, synced. The line is the action: without it, nothing happened.
+    """Append and sync one action. Only the line counts: without it, nothing happened.
 
     Raises:
-        OSError: the disk is full; the history is then as before.
+        OSError: the disk is full; the history is unchanged.
     """
     import orjson
 
@@ -78,7 +78,7 @@ def write_history(folder: Path, action: str, why: str | None, **values: Any) -> 
     with file.open("ab") as stream:
         end = stream.tell()
         whole = file.read_bytes()
-        if whole and not whole.endswith(b"\n"):  # what a killed command began to write
+        if whole and not whole.endswith(b"\n"):  # remnants of a killed command
             end = whole.rfind(b"\n") + 1
             stream.truncate(end)
         try:
@@ -112,30 +112,30 @@ def _sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Addition:
-    """What is registered."""
+    """What to register."""
 
     run: Path
     name: str
     rows: Sequence[Path] = ()
-    """The input of the conversion; empty for what its report names, where these files are unchanged."""
+    """The conversion's input; if empty, the files named in its report, if they are unchanged."""
     keep_rows: Sequence[Path] = ()
-    """Rows to keep instead of these: after a replay the data is made of a part of them."""
+    """Rows to keep instead: after a retraining, the data was made from a part of the rows."""
     data: Path | None = None
-    """The converted data; None for where the run says."""
+    """The converted data; None for the folder in the run's record."""
     evaluation: Path | None = None
     """A folder with metrics; None for the run's own."""
     parent: str | None = None
     why: str | None = None
     details: Mapping[str, Any] | None = None
-    """Recorded as they are: of a retraining, its key, gate and report."""
+    """Recorded unchanged: a retraining's key, gate and report."""
 
 
 def add_version(folder: Path, addition: Addition) -> VersionId:
     """Copy a finished run into the registry, with its data and rows, and give it the next number.
 
     Raises:
-        DataError: it is not a finished run, or the data beside it is not what it was trained on.
-        UsageError: the name cannot be a folder's name.
+        DataError: it is not a finished run, or its data is not what it was trained on.
+        UsageError: the name cannot be a folder name.
     """
     if not SAFE_NAME.fullmatch(addition.name):
         raise UsageError(f"--name {addition.name!r}: use letters, digits, dots, dashes and underscores.")
@@ -145,7 +145,7 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
         version = VersionId(addition.name, state.last_number.get(addition.name, 0) + 1)
         for other in state.versions:
             if other.name == addition.name and registered.read_version(other, folder)["run_id"] == record["id"]:
-                raise UsageError(f"{addition.run}: is registered already, as {other}.")
+                raise UsageError(f"{addition.run}: is already registered, as {other}.")
         final = registered.folder_of_version(version, folder)
         building = final.with_name(f".adding-{final.name}")
         building.mkdir(parents=True)
@@ -178,7 +178,7 @@ def _copy_run(addition: Addition, target: Path) -> None:
     if addition.evaluation:
         shutil.rmtree(target / "evaluation", ignore_errors=True)
         shutil.copytree(addition.evaluation, target / "evaluation")
-    # The base model is found from the run's folder first; from here the way there is another one.
+    # The base model is found relative to the run's folder, and the relative path from here is different.
     record = read_json(target / "run.json")
     base = record.get("base_model") or {}
     beside = addition.run / str(base.get("relative"))
@@ -189,11 +189,11 @@ def _copy_run(addition: Addition, target: Path) -> None:
 
 
 def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> None:
-    """The training and held-out rows with their sidecars, and the input: what retraining needs."""
+    """The files that retraining needs: training and held-out rows with their sidecars, and the input."""
     data = addition.data or _data_of(addition.run, record)
     if data is None:
         log.warning(
-            "warning: the data of %s was not found: it cannot be retrained. Name it with --data-dir.", addition.run
+            "warning: the data of %s was not found, so it cannot be retrained. Name it with --data-dir.", addition.run
         )
         return
     info = read_json(data / "dataset_info.json")
@@ -233,16 +233,16 @@ def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target
         for number, place in enumerate(addition.keep_rows):
             shutil.copy2(place, target / f"{number:03d}_{place.name.lstrip('0123456789_') or 'rows.jsonl'}")
         return
-    # Where it was converted, and where the project is now.
+    # Where the data was converted, and where the project is now.
     folders = [Path(), *data.resolve().parents[:4]]
     named = [folder / source["source"] for source in report["inputs"] for folder in folders]
     places = [*addition.rows] or named
     found = {sha256_of(place): place for place in places if place.is_file()}
     if set(wanted) - set(found):
         if addition.rows:
-            raise DataError("--rows: these are not the rows that the data was converted from (their hashes differ).")
-        log.warning("warning: the rows that the data was converted from are not there any more, or were changed: this "
-                    "version cannot be retrained. Name them with --rows.")  # fmt: skip
+            raise DataError("--rows: the data was not converted from these rows (their hashes differ).")
+        log.warning("warning: the rows from which the data was converted are missing or were changed, so this version "
+                    "cannot be retrained. Name them with --rows.")  # fmt: skip
         return
     target.mkdir()
     for number, sha256 in enumerate(wanted):
@@ -299,17 +299,17 @@ def _make_read_only(folder: Path) -> None:
 def tag_version(
     folder: Path, reference: str, tag: str, why: str | None, *, expected: VersionId | None = None
 ) -> VersionId:
-    """Let a tag point to a version.
+    """Point a tag to a version.
 
     Args:
         folder: the registry.
         reference: the version.
         tag: the tag.
         why: for the history.
-        expected: the version that must have the tag now, if any has: somebody may have rolled back meanwhile.
+        expected: the version that must have the tag now, if any has it: somebody may have rolled back in the meantime.
 
     Raises:
-        UsageError: there is no such version, or the tag could be taken for a version.
+        UsageError: there is no such version, or the tag could be mistaken for a version.
         DataError: the version's files were changed.
     """
     if not SAFE_NAME.fullmatch(tag) or tag.isdigit():
@@ -320,17 +320,17 @@ def tag_version(
         now = state.tagged(version.name, tag)
         if expected and now not in (None, expected.number, version.number):
             raise DataError(
-                f"{tag}: is {version.name}@{now} now. {version} was compared with {expected}, and is not tagged."
+                f"{tag}: is now {version.name}@{now}. {version} was compared with {expected}, so it is not tagged."
             )
         if now != version.number:
             write_history(folder, "tag", why, judge=version.name, version=version.number, tag=tag)
         else:
-            log.info("%s is %s already.", version, tag)
+            log.info("%s is already %s.", version, tag)
     return version
 
 
 def roll_back(folder: Path, reference: str, why: str | None) -> tuple[VersionId, VersionId]:
-    """Let a tag point to the version that had it before.
+    """Point a tag to the version that had it before.
 
     Returns:
         The version that had the tag, and the one that has it now.
@@ -362,14 +362,14 @@ def remove_version(folder: Path, reference: str, why: str | None) -> VersionId:
     with changing(folder) as state:
         version = registered.find_version(reference, folder)
         if tags := state.tags_of(version):
-            raise UsageError(f"{version}: is {' and '.join(tags)}. Tag another version first, or roll back.")
+            raise UsageError(f"{version}: has the tag {' and '.join(tags)}. Tag another version first, or roll back.")
         write_history(folder, "remove", why, judge=version.name, version=version.number)
         _remove_folder(registered.folder_of_version(version, folder))
     return version
 
 
 def export_version(folder: Path, reference: str, target: Path) -> VersionId:
-    """Copy what a hub needs of a version: the weights, the tokenizer and the model card. Nothing is uploaded.
+    """Copy the files of a version that a hub needs: weights, tokenizer and model card. Nothing is uploaded.
 
     Raises:
         UsageError: the folder exists.
@@ -384,9 +384,9 @@ def export_version(folder: Path, reference: str, target: Path) -> VersionId:
     run = registered.folder_of_version(version, folder) / RUN
     building.mkdir(parents=True)
     for file in sorted({file for pattern in _PUBLIC for file in run.glob(pattern) if file.is_file()}):
-        shutil.copyfile(file, building / file.name)  # without the mode: the registry's files are read-only
+        shutil.copyfile(file, building / file.name)  # without the file mode: the registry's files are read-only
     adapter = building / "adapter_config.json"
-    if adapter.is_file():  # it names a folder of this machine, which nobody else has
+    if adapter.is_file():  # it names a folder that only this machine has
         base = registered.read_version(version, folder)["base_model"]
         write_json(adapter, {**read_json(adapter), "base_model_name_or_path": base})
     building.rename(target)

@@ -73,7 +73,7 @@ def test_every_step_of_every_judge_becomes_a_row_that_is_converted(tmp_path: Pat
         ("judge-a", 0.2),
         ("judge-a", 0.9),
     ]
-    assert len(found) == 8 and "8 rows of 8 verdicts" in done.stdout
+    assert len(found) == 8 and "8 rows from 8 requested verdicts" in done.stdout
     assert "0.00 spent" in done.stdout  # 8 answers of 100 and 10 tokens
     value = found[0]["conversations"][1]["value"]
     assert value.index("step_score") < value.index("reasoning")  # whatever the order in which it was asked
@@ -209,7 +209,7 @@ def test_a_key_that_cannot_be_sent_is_not_repeated(tmp_path: Path, endpoint: End
         command("--yes"), cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         env=os.environ | {"JUDGE_KEY": key},
     )  # fmt: skip
-    assert done.returncode == 2 and "JUDGE_KEY holds a character" in done.stderr and "cret" not in done.stderr
+    assert done.returncode == 2 and "JUDGE_KEY has a character" in done.stderr and "cret" not in done.stderr
 
 
 def test_runs_that_begin_alike_pay_once(tmp_path: Path, endpoint: Endpoint) -> None:
@@ -352,7 +352,7 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
         ("- &a {name: a, base_url: 'http://x/v1', model: m}\n- *a", "two judges are called a"),
         ("- {name: a, base_url: 'http://x/v1?key=abc', model: m}", "query"),
         ("- {name: a, base_url: 'http://x/v1', model: ' '}", "model missing"),
-        ("- {name: a, base_url: 'http://x/v1', model: m, timeout: .nan}", "timeout should be above zero"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, timeout: .nan}", "timeout must be above zero"),
         ("- {name: a, base_url: 'http://x/v1', model: m, price_in: .nan, price_out: 1}", "a price"),
         ("- {name: a, base_url: 'http://x/v1', model: m, price_in: 1, price_out: .inf}", "a price"),
         ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {max_tokens: many}}", "a whole number"),

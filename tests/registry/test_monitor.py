@@ -133,7 +133,7 @@ def test_a_request_log_is_read_by_judge_and_by_day(tmp_path: Path) -> None:
     assert len(recent) == 61 and len(steps_of("judge@1", recent)) == 60
     assert drift_of(steps_of("judge@1", recent), held_out([0.2] * 100), 0.25)["findings"] == []
     assert drift_of(steps_of("judge@1", read_scored([log])), held_out([0.2] * 100), 0.25)["findings"]
-    with pytest.raises(DataError, match=r"only by judge@1, judge@2"):
+    with pytest.raises(DataError, match=r"has only judge@1, judge@2"):
         steps_of("judge@3", recent)
     with pytest.raises(UsageError, match="Only request logs"):
         read_scored([scored(tmp_path, "scores", [0.5])], days=7)
@@ -180,7 +180,7 @@ def test_drift_a_b_and_the_page_from_the_command_line(
     script("manage_judges.py", "add", run)
     log = tmp_path / "log.jsonl"
     log.write_text("".join(log_line(n, "judge@1", 0.2 + n % 5 / 10, text="<b>step</b>") for n in range(100)))
-    assert "was not measured" in script("manage_judges.py", "drift", 1, log, code=1).stderr
+    assert "was never measured" in script("manage_judges.py", "drift", 1, log, code=1).stderr
     results = tmp_path / "judges" / "judge" / "results" / "1"
     results.mkdir(parents=True)
     lines = held_out([0.2 + n % 5 / 10 for n in range(200)])

@@ -88,7 +88,7 @@ def test_rows_that_the_version_has_are_nothing_to_do(registry: Path, tmp_path: P
     done = script("manage_judges.py", "retrain", 1, "--new", tmp_path / "rows.jsonl", "--json")
     assert json.loads(done.stdout)["version"] == "judge@1"
     assert json.loads(done.stdout)["promoted"] is False
-    assert "trained on these rows already" in done.stderr
+    assert "was already trained on these rows" in done.stderr
 
 
 @pytest.mark.llamafactory

@@ -89,7 +89,7 @@ def test_rollback_and_the_history(manage: Manage, judges: Path) -> None:
 def test_what_is_tagged_is_not_removed_and_numbers_are_not_used_twice(
     project: Path, judges: Path, manage: Manage
 ) -> None:
-    assert "is production" in manage("remove", 2, code=2)
+    assert "has the tag production" in manage("remove", 2, code=2)
     manage("rollback", "production")
     manage("remove", 2)
     assert not (judges / "judge" / "2").exists()
