@@ -1,4 +1,4 @@
-"""Agent runs in any usual form -> trajectories.jsonl: one run per line, for scoring, labelling and training."""
+"""Agent runs in any common form -> trajectories.jsonl: one run per line, for scoring, labelling and training."""
 
 import argparse
 import sys
@@ -8,10 +8,10 @@ from prmkit import cli
 from prmkit.errors import ExitCode
 
 _EPILOG = """\
-The form of each file is recognised by its structure. Read are messages of OpenAI, Anthropic, ShareGPT, LangChain,
+The form of each file is recognised by its structure. Known forms: messages of OpenAI, Anthropic, ShareGPT, LangChain,
 verifiers and ART, results of tau-bench and tau2, SWE-agent, mini-swe-agent, Inspect (as JSON), ATIF, sessions of
 Claude Code and Codex, tagged text, and spans of OpenTelemetry (GenAI, OpenInference), LangSmith and Langfuse.
-What could not be placed is counted in the field `lost` of each run, and in the summary.
+What has no place in the record is counted in the field `lost` of each run, and in the summary.
 """
 
 
@@ -22,16 +22,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="PATH", help="files (.json, .jsonl, .gz, .zst, .traj) or folders of them")
     add("--output", type=Path, required=True, metavar="FILE", help="JSONL to write")
-    add("--format", metavar="NAME", help="do not recognise the form; a wrong name lists the right ones")
+    add("--format", metavar="NAME", help="form of the runs (default: recognised; a wrong name lists the valid ones)")
     add("--keep-secrets", action="store_true", help="do not mask keys and passwords")
     add("--json", action="store_true", help="print the report on every file as JSON instead of the summary")
 
-    fields = parser.add_argument_group("files with field names of your own").add_argument
+    fields = parser.add_argument_group("field names, if yours are unusual").add_argument
     fields("--list-key", metavar="NAME", help="of the list of messages")
     fields(
         "--task-key", metavar="NAME", help="of the task's id (default: task_id and similar, else a hash of the task)"
     )
-    fields("--outcome-key", metavar="NAME", help="of the reward, or of whether the run succeeded")
+    fields("--outcome-key", metavar="NAME", help="of the reward or the success of a run")
 
     labels = parser.add_argument_group(
         "labels that people gave: write rows for convert_dataset.py instead"
@@ -43,7 +43,7 @@ who-and-when"
     scale = "unit: 0 to 1 (default); ternary: -1 wrong, 0 neutral, 1 right"
     labels("--label-scale", choices=["unit", "ternary"], default="unit", help=scale)
     labels(
-        "--rubric", type=Path, metavar="FILE", help="what judges are asked (default: prmkit/prompts/step_score.yaml)"
+        "--rubric", type=Path, metavar="FILE", help="the rubric for prompts (default: prmkit/prompts/step_score.yaml)"
     )
     return parser
 

@@ -17,19 +17,19 @@ _OUTCOMES = ("outcome", "reward", "score", "success", "succeeded", "resolved", "
 
 SCALES = ("unit", "ternary")
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
-"""Right, a reasonable try, wrong: the anchors of the default rubric that people's words for steps mean."""
+"""Right, a reasonable try, wrong: the anchors of the default rubric that correspond to people's words for steps."""
 
 
 def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection[str] = ()) -> None:
     """Fill in the fields next to the messages: ids, task, tools, outcome, solution, labels; count the other fields.
 
-    Solutions go to `reference` alone: a judge has none when it scores.
+    Solutions go only to `reference`: a judge has none when it scores.
 
     Args:
-        run: is filled in; what its reader has set stays.
-        value: the object around the messages, its `metadata` included.
-        keys: what the user named.
-        read: the fields that the reader has read itself.
+        run: is filled in; fields that its reader has set are kept.
+        value: the object around the messages, including its `metadata`.
+        keys: the field names given by the user.
+        read: the fields that the reader has already read.
     """
     metadata = value.get("metadata")
     flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
@@ -55,12 +55,12 @@ def _named(value: Mapping[str, Any], key: str) -> str:
 
 
 def first_of(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of some fields that holds something, as text."""
+    """The first of some fields that is not empty, as text."""
     return next((as_text(value[name]) for name in names if value.get(name) not in (None, "", [], {})), None)
 
 
 def outcome_of(value: Mapping[str, Any], key: str | None = None) -> dict[str, Any] | None:
-    """How the run ended: a truth value is `success`, a number is `score`."""
+    """How the run ended: a boolean is `success`, a number is `score`."""
     for name in (key,) if key else _OUTCOMES:
         given = value.get(name) if name else None
         if isinstance(given, bool):
@@ -71,7 +71,7 @@ def outcome_of(value: Mapping[str, Any], key: str | None = None) -> dict[str, An
 
 
 def tools_of(value: Any) -> tuple[dict[str, str], ...]:
-    """Names and descriptions of the tools that were offered: OpenAI's or Anthropic's list, or such a list as text."""
+    """Names and descriptions of the available tools, from OpenAI's or Anthropic's list, or from such a list as text."""
     if isinstance(value, str):
         try:
             value = orjson.loads(value)
@@ -86,13 +86,13 @@ def tools_of(value: Any) -> tuple[dict[str, str], ...]:
 
 
 def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
-    """The labels of a column: a list with one entry for each step, or an object from message position to label.
+    """The labels of a column: a list with one entry per step, or an object from message position to label.
 
     An entry of null leaves its step unlabelled.
 
     Raises:
-        Unreadable: the column is missing, has another length than the run has steps, or a label is out of range.
-        UsageError: a label is -1 on the unit scale. The 0 of other runs is then neutral, and would be read as wrong.
+        Unreadable: the column is missing, its length is not the number of steps, or a label is out of range.
+        UsageError: a label is -1 on the unit scale. A 0 in other runs then means neutral, and would be read as wrong.
     """
     if isinstance(given, dict):
         pairs = [(int(place) if str(place).isdigit() else -1, label) for place, label in given.items()]
@@ -104,15 +104,15 @@ def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
     else:
         raise Unreadable("no column of labels")
     if scale == "unit" and any(value == -1 for _, value in pairs):
-        raise UsageError("a label is -1, so 0 is not the worst one: labels of -1, 0 and 1 need --label-scale ternary.")
+        raise UsageError("a label is -1, so 0 is not the worst label. For -1, 0 and 1 use --label-scale ternary.")
     return {place: label_of(value, scale) for place, value in pairs if value is not None}
 
 
 def label_of(value: Any, scale: str) -> Label:
-    """One label of a person.
+    """One label from a person.
 
     Args:
-        value: a number or a truth value.
+        value: a number or a boolean.
         scale: `unit` for 0 to 1, `ternary` for -1, 0 and 1.
 
     Raises:
@@ -127,13 +127,13 @@ def label_of(value: Any, scale: str) -> Label:
 
 
 def first_error(turns: Sequence[Any], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:
-    """Labels from known errors: wrong where one is, right before the first one, and nothing after it.
+    """Labels from known errors: wrong at each error, right before the first, and none elsewhere.
 
-    Whoever marks errors says nothing of the other steps that follow: they build on an error, and stay unlabelled.
+    Marked errors say nothing about the other steps after them, which build on an error and stay unlabelled.
 
     Args:
         turns: of the run.
-        errors: the type of every error, by the position of its message; empty for a run without one.
+        errors: message position -> type of its error; empty for a run without errors.
         kind: of the labels.
     """
     first = min(errors, default=None)

@@ -26,7 +26,7 @@ def import_runs(arguments: argparse.Namespace) -> ExitCode:
     """Read runs and write them as records, or the labelled steps as rows.
 
     Raises:
-        DataError: nothing was read, or an input cannot be.
+        DataError: nothing was read, or an input cannot be read.
         UsageError: a form is ambiguous, or the arguments contradict each other.
     """
     options = _options(arguments)
@@ -55,11 +55,9 @@ def _options(arguments: argparse.Namespace) -> Options:
         if public is None:
             raise UsageError(f"--labels {name}: there are {', '.join((*_OTHER_LABELS, *SETS))}.")
     if (name == "column") != (arguments.label_key is not None):
-        raise UsageError(
-            "--labels column and --label-key NAME go together: the key says which column holds the labels."
-        )
+        raise UsageError("--labels column and --label-key NAME go together: the key names the column with the labels.")
     if arguments.rubric and not name:
-        raise UsageError("--rubric makes prompts, which only --labels writes. Leave it out, or add --labels.")
+        raise UsageError("--rubric is for prompts, which only --labels writes. Leave it out, or add --labels.")
     keys = Keys(
         arguments.task_key, arguments.outcome_key, arguments.list_key, arguments.label_key, arguments.label_scale
     )
@@ -74,7 +72,7 @@ def _check_output(output: Path, inputs: list[str]) -> None:
 
 
 def _lines(arguments: argparse.Namespace, runs: Iterator[Trajectory], whole: BinaryIO | None) -> Iterator[bytes]:
-    """Records; or rows of labelled steps, and then the whole runs go to a file of their own."""
+    """Write records; or rows of labelled steps, with the whole runs in a separate file."""
     if whole is None:
         yield from map(dump, runs)
         return
@@ -91,8 +89,8 @@ def _check_written(written: int, reports: list[FileReport], arguments: argparse.
         return
     warn_of_losses(reports)
     if any(report.runs for report in reports):
-        raise DataError("no step of these runs has a label. Leave out --labels to import the runs alone.")
-    raise DataError(f"{', '.join(arguments.inputs)}: no run was read. The lines above say what each file is.")
+        raise DataError("no step of these runs has a label. Leave out --labels to import only the runs.")
+    raise DataError(f"{', '.join(arguments.inputs)}: no run was read. The lines above say why, file by file.")
 
 
 # --- the account ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""One message to turns, in every dialect that agents' messages are written in.
+"""From one message to turns, in every dialect in which agents' messages are written.
 
 OpenAI chat (`tool_calls`, the older `function_call`), ShareGPT (`from`, `value`), Anthropic blocks, LangChain (`type`,
-or serialised with `lc`), tau2 (`requestor`), OTel GenAI (`parts`), Vercel AI SDK parts. The dialects mix freely: a
-message is read by the fields that it has.
+or serialised with `lc`), tau2 (`requestor`), OTel GenAI (`parts`), Vercel AI SDK parts. The dialects may be
+mixed: a message is read by the fields that it has.
 """
 
 import json
@@ -42,7 +42,7 @@ def parsed(value: Any) -> Any:
 
 
 def role_name(message: Any) -> str | None:
-    """The role of a message as its source writes it, lower-cased; None for a value that is no message."""
+    """The role of a message as its source writes it, in lower case; None for a value that is not a message."""
     if not isinstance(message, dict):
         return None
     message = unwrapped(message)
@@ -59,7 +59,7 @@ def is_message_list(value: Any) -> bool:
 
 
 def unwrapped(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message without what LangChain, or a list of choices (ART), wraps around it."""
+    """A message without the wrapping of LangChain or of a list of choices (ART)."""
     if message.get("lc") and isinstance(message.get("kwargs"), dict):
         path = message.get("id")
         name = str(path[-1]) if isinstance(path, list) and path else ""
@@ -83,10 +83,10 @@ def turns_of(messages: Sequence[Any], lost: Counter[str]) -> list[Turn]:
 
 
 def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
-    """The turns of one message: several where a user's message also brings the results of tools.
+    """The turns of one message: several if a user's message also has tool results.
 
     Args:
-        message: `role_name` finds a role in it.
+        message: one in which `role_name` finds a role.
         lost: counts what cannot be placed.
     """
     name, message = role_name(message) or "", unwrapped(message)
@@ -153,13 +153,13 @@ def _calls(message: Mapping[str, Any], lost: Counter[str]) -> list[Call]:
 
 
 def _distinct(calls: Sequence[Call]) -> tuple[Call, ...]:
-    """Calls without repetitions: LangChain lists those of Anthropic's models in `content` and in `tool_calls`."""
+    """Calls without repetitions: LangChain lists those of Anthropic's models both in `content` and in `tool_calls`."""
     known = {call.id: call for call in reversed(calls) if call.id is not None}
     return tuple(call for call in calls if call.id is None or known.get(call.id) is call)
 
 
 def read_call(value: Any, lost: Counter[str]) -> Call | None:
-    """A tool call in any dialect; None, and a count, where it has no name."""
+    """A tool call in any dialect; None, and counted as lost, if it has no name."""
     value = mapping(parsed(value))  # verifiers writes calls as JSON in strings
     function = value.get("function")
     body = function if isinstance(function, dict) else value
@@ -194,7 +194,7 @@ def _results(message: Mapping[str, Any], parts: "Parts") -> list[Result]:
 
 
 def _sharegpt_call(message: Mapping[str, Any], lost: Counter[str]) -> Turn:
-    """A turn that is a call, or a list of parallel calls, as JSON; a thought may stand before it."""
+    """A turn that is a call, or a list of parallel calls, as JSON; a thought may precede it."""
     text, thought = as_text(message.get("value", message.get("content"))), ""
     if match := _THINK.match(text):
         thought, text = match.group(1).strip(), text[match.end() :]
@@ -208,7 +208,7 @@ def _sharegpt_call(message: Mapping[str, Any], lost: Counter[str]) -> Turn:
 
 
 class Parts:
-    """What the content of one message holds."""
+    """The content of one message, sorted by kind."""
 
     def __init__(self, lost: Counter[str]) -> None:
         self._lost = lost
@@ -266,12 +266,12 @@ def _part_result(part: Mapping[str, Any], lost: Counter[str]) -> Result:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A value that should be an object; where it is something else, an empty one."""
+    """A value that should be an object; an empty object if it is something else."""
     return value if isinstance(value, dict) else {}
 
 
 def as_text(value: Any) -> str:
-    """A value as text: strings as they are, everything else as JSON."""
+    """A value as text: strings unchanged, everything else as JSON."""
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,7 +1,7 @@
-"""The JSON values of a file, one at a time: a line each, the elements of one array, or one document.
+"""The JSON values of a file, one at a time: one per line, the elements of one array, or one document.
 
 A run may be far larger than a row of judged steps, so a value may have any size that fits in memory; a file may have
-any number of them.
+any number of values.
 """
 
 import json
@@ -82,20 +82,20 @@ class Document:
 
 
 def check_kind(head: bytes, name: str) -> None:
-    """Reject a file that is something else than text.
+    """Reject a file that is not text.
 
     Raises:
-        DataError: it is; the message says what to do with it.
+        DataError: it is not; the message says what to do with it.
     """
     for mark, what in _KINDS.items():
         if head.startswith(mark):
             raise DataError(f"{name}: {what}.")
     if b"\0" in head:
-        raise DataError(f"{name}: binary, and not JSON.")
+        raise DataError(f"{name}: a binary file, not JSON.")
 
 
 def _parsed(line: bytes) -> Any:
-    """The value of a line. `NaN`, as Python and pandas write what is missing, is null."""
+    """The value of a line. `NaN`, which Python and pandas write for missing values, is null."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -109,12 +109,12 @@ def _parsed(line: bytes) -> Any:
 
 
 def _without_surrogates(value: Any) -> Any:
-    """Half a surrogate pair, left where output was cut in an emoji, becomes a question mark: no file can hold it."""
+    """A lone surrogate, left where output was cut inside an emoji, becomes a question mark: no file can hold it."""
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _is_first_of_lines(first: bytes, second: bytes) -> bool:
-    """Whether a broken first line is one of many, and not the beginning of a document that is spread over lines."""
+    """Whether a broken first line is one of many, rather than the beginning of a document that spans several lines."""
     return len(first.strip()) > 1 and second.lstrip()[:1] == b"{" and not isinstance(_parsed(second), Broken)
 
 
@@ -126,12 +126,12 @@ def _lines(stream: IO[bytes], number: int, line: bytes) -> Iterator[tuple[int, A
 
 
 def _elements(stream: IO[bytes], head: bytes, name: str) -> Iterator[tuple[int, Any]]:
-    """The elements of an array that is spread over lines; the file is never held whole."""
+    """The elements of an array that spans several lines; the whole file is never in memory."""
     yield from _scan(stream, head.lstrip()[1:], name, closing="]")
 
 
 def _objects(stream: IO[bytes], head: bytes, name: str) -> Iterator[tuple[int, Any]]:
-    """One object that is spread over lines, or several after one another."""
+    """One object that spans several lines, or several objects one after another."""
     yield from _scan(stream, head, name, closing="")
 
 

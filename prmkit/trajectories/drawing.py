@@ -1,4 +1,4 @@
-"""Scored runs to look at: a table on the terminal, and one HTML page without scripts."""
+"""Scored runs for people: a table on the terminal, and one HTML page without scripts."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,21 +15,21 @@ TEMPLATE = Path(__file__).with_name("run_page.html.j2")
 MOST_RUNS_ON_A_PAGE = 50
 _MOST_RUNS_IN_A_TABLE = 20
 _LONGEST_TEXT = 4_000
-"""Characters of one text on the page; a tool may have returned megabytes."""
+"""The most characters of one text on the page; a tool may have returned megabytes."""
 
 
 @dataclass(frozen=True)
 class ScoredStep:
-    """A step with the judge's opinion."""
+    """A step with the judge's score."""
 
     step: Step
     score: float | None
-    """None for a step that got no score."""
+    """None if the step got no score."""
     label_mass: float | None = None
     reason: str | None = None
     """Why there is no score."""
     is_unsure: bool = False
-    """The judge would rather have written something else than the score."""
+    """Whether the judge would rather have written something other than a score."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,24 @@ class ScoredRun:
 
     @property
     def known(self) -> list[float]:
-        """The scores that there are."""
+        """The scores of all steps that have one."""
         return [step.score for step in self.steps if step.score is not None]
 
     @property
     def worst(self) -> ScoredStep | None:
-        """The step with the lowest score, the first of several; None without scores."""
+        """The step with the lowest score, the first in a tie; None without scores."""
         scored = [step for step in self.steps if step.score is not None]
         return min(scored, key=lambda each: each.score if each.score is not None else 1.0, default=None)
 
     @property
     def first_bad(self) -> int | None:
-        """The number of the first step below the limit; None where all that are scored are above it."""
+        """The number of the first step below the limit; None if no scored step is below it."""
         return next(
             (each.step.n for each in self.steps if each.score is not None and each.score < self.bad_below), None
         )
 
     def mark(self, each: ScoredStep) -> str:
-        """What there is to say of a step: the first bad one, unless a step before it has no score that holds."""
+        """A note on a step: the first bad one, or the first known bad one if an earlier step has no reliable score."""
         marks = []
         if each.step.n == self.first_bad:
             before = self.steps[: each.step.n - 1]
@@ -69,7 +69,7 @@ class ScoredRun:
 
 
 def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below: float) -> ScoredRun:
-    """Put the lines of `score_trajectories.py` to the steps that they are about, by `metadata.clip_number`."""
+    """Match the lines of `score_trajectories.py` to their steps, by `metadata.clip_number`."""
     by_step = {result["metadata"]["clip_number"]: result for result in results}
     steps = []
     for step in run.steps:
@@ -86,7 +86,7 @@ def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below:
 
 
 def emit_scored(runs: Sequence[ScoredRun]) -> None:
-    """Write a table of steps for one run, a table of runs for several: those with the worst steps first."""
+    """Write a table of steps for one run, or a table of runs for several, those with the worst steps first."""
     if len(runs) == 1:
         _emit_steps(runs[0])
         return
@@ -123,7 +123,7 @@ def _emit_steps(scored: ScoredRun) -> None:
 
 
 def said(step: Step) -> str:
-    """A step in one line: what it calls, else what it says."""
+    """A step in one line: its calls, or else its text."""
     if step.calls:
         return ", ".join(f"{call.name} {as_text(call.arguments)}" for call in step.calls)
     return step.text or step.thought
@@ -146,17 +146,17 @@ def _bar(score: float | None) -> str:
 
 
 def write_page(path: Path, runs: Sequence[ScoredRun], judge: str, left_out: int = 0) -> None:
-    """Write one page: of every run its scores as bars, and its steps, the worst one open.
+    """Write one page with each run's scores as bars, and its steps, with the worst one open.
 
     Args:
         path: of the HTML file.
         runs: at most `MOST_RUNS_ON_A_PAGE` are shown; the page says how many are not.
         judge: its name, for the heading.
-        left_out: runs that were scored and are not among `runs`.
+        left_out: the number of scored runs that are not in `runs`.
     """
     from jinja2 import Environment
 
-    # Everything on the page was written by an agent or by the web pages that it read: autoescape is the guard.
+    # Everything on the page was written by an agent or comes from web pages that it read: autoescape protects us.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"said": said, "number": _number, "line": _line, "cut": _cut, "json": _json}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Runs out of files and folders of any known form, and an account of what was read, lost and passed over."""
+"""Runs from files and folders of any known form, and a report on what was read, lost and skipped."""
 
 import logging
 from collections import Counter
@@ -19,7 +19,7 @@ from prmkit.trajectory import Trajectory, dump, with_labels
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 3
-"""Places that are named for each reason why something was not read; the others are counted."""
+"""How many places are named for each reason why something was not read; the rest are counted."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Options:
     keys: Keys = field(default_factory=Keys)
     keep_secrets: bool = False
     labels: str | None = None
-    """The name of a public set whose labels stand in files beside the runs; None to read runs alone."""
+    """The name of a public set whose labels are in files beside the runs; None to read only runs."""
 
 
 @dataclass
 class FileReport:
-    """What became of one file."""
+    """The report on one file."""
 
     file: str
     format: str | None = None
@@ -45,12 +45,12 @@ class FileReport:
     labels: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     unreadable: Counter[str] = field(default_factory=Counter)
-    """Lines, or runs, that gave nothing, by reason."""
+    """Reason -> number of lines or runs that gave nothing."""
     examples: dict[str, list[int]] = field(default_factory=dict)
-    """Line numbers for the reasons in `unreadable`."""
+    """Reason in `unreadable` -> line numbers."""
     secrets: Counter[str] = field(default_factory=Counter)
     passed_over: str | None = None
-    """Why nothing of the file was read."""
+    """Why nothing was read from the file."""
 
     def reject(self, reason: str, line: int) -> None:
         """Count something that gave no run."""
@@ -61,7 +61,7 @@ class FileReport:
 
 
 def warn_of_losses(reports: Sequence[FileReport]) -> None:
-    """Name every file that was passed over, and where something was not read."""
+    """Name every skipped file, and the places where something was not read."""
     for report in reports:
         if report.passed_over:
             log.warning("skipped %s: %s", report.file, report.passed_over)
@@ -71,7 +71,7 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
 
 
 def totals(reports: Sequence[FileReport]) -> Iterator[str]:
-    """Sum up, in a line each, what of all files has no place in the record, and what was masked."""
+    """Report, in one line each, what has no place in the record, and what was masked, over all files."""
     for title, name in (("not placed", "lost"), ("masked", "secrets")):
         counts = sum((getattr(report, name) for report in reports), Counter[str]())
         if counts:
@@ -84,14 +84,14 @@ def read_runs(
     """Yield the runs of files and folders, one at a time, with ids that are unique among them.
 
     Args:
-        inputs: files and folders. Files of a folder that are not runs are passed over; a file that is named is read
-            or is an error.
+        inputs: files and folders. Files in a folder that are not runs are skipped; a file named by the user must be
+            readable.
         options: how to read.
-        reports: gets one report for each file, complete when its last run was yielded.
+        reports: gets one report for each file, complete once its last run was yielded.
 
     Raises:
-        DataError: an input is missing, or one that was named cannot be read.
-        UsageError: the form of a file is ambiguous, or --format names none.
+        DataError: an input is missing, or a named file cannot be read.
+        UsageError: the form of a file is ambiguous, or --format names no form.
     """
     options = options or Options()
     if options.format is not None and options.format not in READERS:
@@ -122,13 +122,13 @@ def read_runs(
 class _Input:
     path: Path
     is_named: bool
-    """By the user; otherwise it is in a folder."""
+    """Whether the user named it; otherwise it is in a folder."""
     reason: str | None = None
-    """Why it is passed over without a look into it."""
+    """Why it is skipped without looking into it."""
 
 
 def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
-    """Every file; those of folders in the order of their names."""
+    """Every file; those in folders in the order of their names."""
     seen: set[Path] = set()
     for given in inputs:
         path = Path(given)
@@ -136,7 +136,7 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
             raise DataError(f"{path}: no such file or folder.")
         found = list(_contents(path)) if path.is_dir() else [_Input(path, is_named=True)]
         if not found:
-            raise DataError(f"{path}: an empty folder. Name the one that holds your runs.")
+            raise DataError(f"{path}: an empty folder. Name the folder with your runs.")
         for each in found:
             if each.reason or each.path.resolve() not in seen:
                 seen.add(each.path.resolve())
@@ -144,7 +144,7 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
 
 
 def _contents(folder: Path) -> Iterator[_Input]:
-    """What is in a folder. Hidden files and links out of it are named, and not read; a hidden folder is named once."""
+    """The files in a folder. Hidden files and links out of it are reported, not read; a hidden folder counts once."""
     hidden: set[Path] = set()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -212,7 +212,7 @@ def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) ->
 
 
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-"""What readers run into: a form is recognised by its outline, and what is inside can still be anything."""
+"""Errors in readers: a form is recognised by its outline, and its content may still be anything."""
 
 
 def _read_whole(
@@ -241,7 +241,7 @@ class _Whole:
 
 
 def _why_not(values: Values) -> str:
-    """What a file without runs is."""
+    """Describe a file without runs."""
     first = next((value for _, value in values if not isinstance(value, Broken)), None)
     if first is None:
         return "no JSON in it."
@@ -256,7 +256,7 @@ def _why_not(values: Values) -> str:
 
 
 def _marks(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str | None]]:
-    """The errors that the files of a set name, by run. Small: the runs themselves are not kept."""
+    """Run -> errors named in the files of a set. This is small: the runs themselves are not kept."""
     reader = READERS.get(options.labels or "")
     found: dict[str, dict[int, str | None]] = {}
     if reader is None or reader.marks is None:
@@ -269,14 +269,12 @@ def _marks(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str
         except DataError:
             continue  # the file is named when it is read for runs
     if not found:
-        raise DataError(
-            f"no file with the labels of {options.labels} among the inputs. Name the folder that holds both."
-        )
+        raise DataError(f"no file with the labels of {options.labels} among the inputs. Name the folder that has both.")
     return found
 
 
 def _marked(run: Trajectory, marks: dict[str, dict[int, str | None]]) -> Trajectory:
-    """The run with the errors that are known of it. Ids may have the name of a part of the set before them."""
+    """The run with its known errors. Ids may be prefixed with the name of a part of the set."""
     names = {name for given in (run.trajectory_id, run.task_id) for name in (given, given.rsplit("_", 1)[-1])}
     for name in names & marks.keys():
         return with_labels(run, first_error([_Place(step.source_index) for step in run.steps], marks[name], "failure"))

@@ -1,4 +1,4 @@
-"""Runs whose steps carry labels, as rows of judged steps: what convert_dataset.py reads."""
+"""Runs with labelled steps, as rows of judged steps, which convert_dataset.py reads."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +17,14 @@ from prmkit.verdict import Verdict, render_verdict
 def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
     """The rows of a run's labelled steps; steps without a label give none.
 
-    The prompt is the one that `score_trajectories.py` makes for the same step.
+    The prompt is the one that `score_trajectories.py` builds for the same step.
 
     Raises:
-        UsageError: the rubric has several score keys, and a label is one number.
+        UsageError: the rubric has several score keys, but a label is one number.
     """
     if len(rubric.keys) > 1:
         raise UsageError(
-            f"a label of a step is one number, and the rubric asks for {', '.join(rubric.keys)}. Use another."
+            f"a step's label is one number, but the rubric asks for {', '.join(rubric.keys)}. Use another rubric."
         )
     for prompt in step_prompts(run, rubric):
         if (label := prompt.step.label) is not None:
@@ -48,13 +48,13 @@ def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
 def runs_beside(rows: Path) -> Path:
     """The file with the whole runs of labelled rows: `exam.runs.jsonl` for `exam.jsonl`.
 
-    Finding the first error of a run takes the steps after it as well, which have no label and so no row.
+    Finding a run's first error also needs the steps after it, which have no label and so no row.
     """
     return companion_file(rows, "runs.jsonl")
 
 
 def _exam_metadata(run: Trajectory, step: Step, label: Label) -> dict[str, Any]:
-    """What an exam needs beside prompt and label. None of it is in the prompt."""
+    """The metadata that an exam needs besides prompt and label. None of it is in the prompt."""
     return {
         "agent": step.agent,
         "steps": len(run.steps),
@@ -66,7 +66,7 @@ def _exam_metadata(run: Trajectory, step: Step, label: Label) -> dict[str, Any]:
 
 
 def succeeded(run: Trajectory) -> bool | None:
-    """Whether a run reached its goal; a score of 1 or more counts as reached, None where nothing is known."""
+    """Whether a run reached its goal (a score of 1 or more counts as reached); None if unknown."""
     outcome = run.outcome or {}
     if isinstance(outcome.get("success"), bool):
         return bool(outcome["success"])
@@ -75,11 +75,11 @@ def succeeded(run: Trajectory) -> bool | None:
 
 
 def holds_records(path: Path) -> bool:
-    """Whether a file holds runs in our own record, judged by its first value."""
+    """Whether a file has runs in our own record format, judging by its first value."""
     try:
         return is_record(next((value for _, value in Document(path)), None))
     except DataError:
-        return False  # whoever reads the file says what is wrong with it
+        return False  # the reader of the file will report what is wrong
 
 
 def labelled_rows(path: Path, rubric: Rubric) -> Iterator[dict[str, Any]]:
@@ -101,7 +101,7 @@ def labelled_rows(path: Path, rubric: Rubric) -> Iterator[dict[str, Any]]:
 
 
 def step_metadata(run: Trajectory, number: int, rubric: Rubric) -> dict[str, Any]:
-    """What identifies a step in rows and in scores. Clips are numbered from 1, whatever the source counts."""
+    """The metadata that identifies a step in rows and scores. Clips are numbered from 1, however the source counts."""
     step = run.steps[number - 1]
     return {
         "task_id": run.task_id,
@@ -115,11 +115,11 @@ def step_metadata(run: Trajectory, number: int, rubric: Rubric) -> dict[str, Any
 
 
 def _answer(label: Label, rubric: Rubric) -> str:
-    """The verdict of a label. An error whose type the rubric does not name has no `error_type`: none is invented."""
+    """A label's verdict. An error whose type is not in the rubric gets no `error_type`: none is invented."""
     named = label.type or ("none" if label.value >= _NO_ERROR else None)
     texts = {"error_type": named} if named in rubric.error_types else {}
     return render_verdict(Verdict({rubric.keys[0]: round(label.value, 2)}, nested=False, texts=texts))
 
 
 _NO_ERROR = 0.5
-"""From here on a label that names no type means that there is no error."""
+"""A label of at least this much without a type means that there is no error."""

@@ -1,7 +1,7 @@
-"""The one reader of verdicts: what a judge answered, and which of it are scores.
+"""The one reader of verdicts: it finds the scores in a judge's answer.
 
 Conversion, evaluation and scoring all read verdicts here, so they cannot drift apart. An answer is either read as a
-`Verdict` or rejected as `Unreadable` with the reason. A score is never guessed and never a default: where the answer is
+`Verdict` or rejected as `Unreadable` with the reason. A score is never guessed and never a default: if the answer is
 not JSON, each score must be written in it once, after its key and before a delimiter.
 """
 
@@ -25,14 +25,14 @@ def read_verdict(text: str, asked: Shape | None = None, scale: Scale | None = No
 def read_answer(text: str, asked: Shape | None = None) -> Answer | Unreadable:
     """Read a judge's answer without deciding what its numbers mean.
 
-    Takes JSON as it is; else the JSON in a Markdown fence, after a thought or between prose; else what can be repaired.
-    Every step away from the judge's own text is named in `Answer.repairs`. Takes at most a second.
+    Accepts plain JSON; otherwise JSON in a Markdown fence, after a thought or within prose; otherwise what can be
+    repaired. Every change to the judge's text is named in `Answer.repairs`. Takes at most a second.
 
     Args:
         text: the answer.
-        asked: what the judge was asked for, where that is known (`asked_shape`). All its keys must be there, and only
-            they are scores; without it, the keys are those in a `scores` object, those that end in `score`, or all that
-            have numbers.
+        asked: what the judge was asked for, if known (`asked_shape`). All its keys must be there, and only they are
+            scores; without it, the keys are those in a `scores` object, those that end in `score`, or all that have
+            numbers.
     """
     try:
         return _answer(text, asked or Shape((), nested=False))
@@ -45,7 +45,7 @@ def score_answer(answer: Answer, scale: Scale | None = None) -> Verdict | Unread
 
     Args:
         answer: what the judge answered.
-        scale: the judge's range and words; None for a judge who gives numbers from 0 to 1.
+        scale: the judge's range and words; None for a judge that gives numbers from 0 to 1.
     """
     try:
         scores = {key: _score(key, value, scale or Scale()) for key, value in answer.values.items()}
@@ -113,7 +113,7 @@ def _why_not(found: Found, asked: tuple[str, ...]) -> Refusal:
 
 
 class _Reading(NamedTuple):
-    """What an object gives, if it is the verdict."""
+    """The content of an object, if it is the verdict."""
 
     values: Mapping[str, Any]
     spelt: Mapping[str, str]  # by key, as the prompt spells it, how the judge spells it
@@ -123,7 +123,7 @@ class _Reading(NamedTuple):
 
 
 _DEEPEST = 3
-"""Judges put the object that they were asked for into another one, or into two, and the scores into `scores`."""
+"""Judges nest the requested object in one or two others, and the scores in `scores`."""
 _OTHER_NAME = "score under another name"
 # What judges call the score and the key in an object for each criterion: {"name": "quality", "rating": 0.9}.
 _SCORE_NAMES, _KEY_NAMES = ("score", "rating", "value"), ("name", "criterion", "metric", "dimension", "key")
@@ -132,10 +132,10 @@ _Path = tuple[tuple[dict[str, Any], str], ...]
 
 
 def _read_object(value: Any, asked: tuple[str, ...], *, alone: bool) -> _Reading | None:
-    """What an object gives in any of the shapes that judges use; None where it has no scores, or not all of them.
+    """The content of an object in any of the shapes that judges use; None if it lacks some or all of the scores.
 
     `{"a": 0.9}`, `{"scores": {"a": 0.9}}`, `{"a": {"score": 0.9, "reason": "…"}}`, `[{"name": "a", "score": 0.9}]`, and
-    each of them inside of other objects. The only object of an answer may have its scores under any names.
+    each of them inside other objects. If an answer has only one object, its scores may have any names.
     """
     readings = _readings(value, asked)
     reading = next(readings, None)
@@ -148,7 +148,7 @@ def _read_object(value: Any, asked: tuple[str, ...], *, alone: bool) -> _Reading
 
 
 def _readings(value: Any, asked: tuple[str, ...], path: _Path = (), *, nested: bool = False) -> Iterator[_Reading]:
-    """What the outermost objects that have all the scores give."""
+    """The contents of the outermost objects that have all the scores."""
     if isinstance(value, list) and len(value) == 1 and not _is_criterion(value[0]):
         value = value[0]
     members, nested = _members(value), nested or isinstance(value, list)
@@ -163,7 +163,7 @@ def _readings(value: Any, asked: tuple[str, ...], path: _Path = (), *, nested: b
 
 
 def _reading(members: dict[str, Any], spelt: dict[str, str], path: _Path, *, nested: bool) -> _Reading:
-    """The scores of an object, and as texts everything else: its other members, and those of the objects around it."""
+    """The scores of an object, and everything else as texts: its other members, and those of the enclosing objects."""
     given = {key: _without_reason(members[name]) for key, name in spelt.items()}
     texts = [(name, text) for name, text in members.items() if name not in spelt.values()]
     for around, inner in path:
@@ -193,7 +193,7 @@ def _is_criterion(value: Any) -> bool:
 
 
 def _without_reason(value: Any) -> tuple[Any, Any]:
-    """The score of a member, and what an object for a criterion says beside it."""
+    """The score of a member, and the other content of a criterion's object."""
     if not _is_criterion(value):
         return value, None
     others = dict(value)
@@ -206,10 +206,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _as_asked(members: Mapping[str, Any], asked: tuple[str, ...]) -> dict[str, str]:
-    """By key that the prompt asks for, what the judge calls it.
+    """The prompt's key -> the judge's name for it.
 
-    Judges change case, spaces and the ending `_score`, and call a lone score `score`; another difference is a key that
-    was not asked for.
+    Judges change case, spaces and the ending `_score`, and call a single score `score`; with any other difference, it
+    is a key that was not requested.
     """
     names: dict[str, list[str]] = {}
     for name, value in members.items():
@@ -226,7 +226,7 @@ def _as_asked(members: Mapping[str, Any], asked: tuple[str, ...]) -> dict[str, s
 
 @lru_cache(maxsize=1024)
 def bare(key: str) -> str:
-    """A key without what judges change in it: case, spaces, dashes, underscores."""
+    """A key without the parts that judges vary: case, spaces, dashes, underscores."""
     return re.sub(r"[\W_]+", "", key).casefold()
 
 
@@ -238,7 +238,7 @@ _NAME = re.compile(r"\w(?:[\w &-]*\w)?")  # tool-use quality; not `quality":` or
 
 
 def _as_named(members: Mapping[str, Any], *, nested: bool) -> dict[str, str]:
-    """The members that are scores by their names or places, where nobody knows what the prompt asks for."""
+    """The members that are scores by name or place, if it is unknown what the prompt asks for."""
     plain = {name: value for name, value in members.items() if _is_plain(value)}
     names = [name for name, value in plain.items() if nested or name.lower().endswith("score") or _is_criterion(value)]
     for name in names:
@@ -255,7 +255,7 @@ def _two_scores(key: str) -> Refusal:
 
 
 def _value(key: str, value: Any) -> float | bool | str:
-    """What a judge gave a key: a number, a truth value, or a word."""
+    """The value that a judge gave a key: a number, a boolean, or a word."""
     number = number_of(value)
     if number is not None and math.isinf(number):
         raise _unusable(key, value, "is out of range")
@@ -267,7 +267,7 @@ def _value(key: str, value: Any) -> float | bool | str:
 
 
 def _score(key: str, value: float | bool | str, scale: Scale) -> float:
-    """The score that a value is on a scale: 0 to 1, in hundredths."""
+    """A value's score on a scale: 0 to 1, in hundredths."""
     if isinstance(value, bool | str):
         if str(value).lower() not in scale.words:
             raise _unusable(key, value, "is not a number")
@@ -289,7 +289,7 @@ _DECIMAL_COMMA = re.compile(r"-?\d{1,3},\d{1,2}|-?0,\d+")
 
 
 def number_of(value: Any) -> float | None:
-    """The number that a value is, or that a string writes plainly or in percent; None for everything else."""
+    """The number in a value, or in a string that has it plainly or as a percentage; None for everything else."""
     if type(value) in (int, float):
         return value if abs(value) < 1e300 else math.inf
     if not isinstance(value, str):
@@ -298,7 +298,7 @@ def number_of(value: Any) -> float | None:
     percent, digits = digits.endswith("%"), digits.removesuffix("%").strip(" ")
     if _DECIMAL_COMMA.fullmatch(digits):
         digits = digits.replace(",", ".")
-    # Of `1%` and `0.95%` nobody knows whether 1 and 0.95 are meant, or hundredths; `8.5%` may be a faulty `85%`.
+    # `1%` and `0.95%` may mean 1 and 0.95, or hundredths; `8.5%` may be a faulty `85%`.
     if not _STRICT_NUMBER.fullmatch(digits) or (percent and (digits == "1" or not digits.isdecimal())):
         return None
     return float(digits) / 100 if percent else float(digits)
@@ -321,7 +321,7 @@ _DELIMITER = re.compile(
 
 @lru_cache(maxsize=1024)
 def _mention(key: str) -> re.Pattern[str]:
-    """Where a key is given a value: `"a": 0.9`, `'a': '90%'`, `"a": {"score": 0.9`, `"name": "a", "score": pass`."""
+    """The pattern of a key and value: `"a": 0.9`, `'a': '90%'`, `"a": {"score": 0.9`, `"name": "a", "score": pass`."""
     return re.compile(
         rf"(?<![^\W_]){_QUOTE}{re.escape(key)}{_QUOTE}\s*+(?::\s*+(?>(?:\{{{_CRITERION})?)|,{_CRITERION})"
         rf"(?>(?P<quote>[\"'“])?)\s*+(?P<given>{_NUMBER}|[^\W\d]++(?:[ _-][^\W\d]++){{0,2}})(?(quote)[\"'”]|)"
@@ -331,7 +331,7 @@ def _mention(key: str) -> re.Pattern[str]:
 def _check_evidence(found: Found, reading: _Reading, values: Mapping[str, Any], *, known: bool) -> None:
     """Check that each score of an answer that is not JSON is written in it, once, after its key, before a delimiter.
 
-    A repair may make `0.8` of `0.85`, or give one key the number of another: what the text says decides.
+    A repair may turn `0.85` into `0.8`, or give one key the number of another: the text decides.
     """
     for key, value in values.items():
         mentions = _mention(reading.spelt[key]).finditer(found.text)
@@ -342,16 +342,16 @@ def _check_evidence(found: Found, reading: _Reading, values: Mapping[str, Any], 
         if not numbers and str(value).lower() not in [one.lower() for one in given]:
             unclear = Refusal(f"score {shorten(value)} of {shorten(key)} is unclear", "a score is unclear")
             raise Refusal("cut off inside the scores") if found.cut_off else unclear
-    # Where the keys are not known, only a text after the scores shows that they were complete.
+    # If the keys are unknown, only a text after the scores shows that they were complete.
     if found.cut_off and not known and not (reading.texts and list(reading.texts.values())[-1]):
         raise Refusal("cut off inside the scores")
 
 
 def _check_scores_come_first(found: Found, reading: _Reading, *, known: bool) -> None:
-    """Check that no string precedes a score, where a repair has lost the end of a string: it may quote a score.
+    """If a repair has lost the end of a string, check that no string precedes a score: it may quote a score.
 
-    `{"a_score": 0.8, "summary": "It sent {"x": 1}."}` keeps its score and loses its summary. Where the keys are not
-    known, a score may have been lost with the string.
+    `{"a_score": 0.8, "summary": "It sent {"x": 1}."}` keeps its score and loses its summary. If the keys are unknown, a
+    score may have been lost with the string.
     """
     last = max(mention.start() for key in reading.spelt.values() for mention in _mention(key).finditer(found.text))
     if not known or re.search(r":\s*+[\"'“]", found.text[:last]):
@@ -362,7 +362,7 @@ def _check_scores_come_first(found: Found, reading: _Reading, *, known: bool) ->
 _NUMBER_AROUND = re.compile(
     r"(?<![\w.,])(?<!to )(?:0?\.\d++|1\.0++|\d{1,3} ?%)(?!\d|\s*+(?:to|-|–)\s*+1)|(?<=[:：=])[\"'“*` ]{0,4}\d[\d.]*+"
 )
-# Words of a judge who calls the answer a draft, or changes their mind without giving another number.
+# Words of a judge that calls its answer a draft, or changes its mind without giving another number.
 _DRAFT = re.compile(
     r"\b(?:wait|actually|correct(?:ion|ed)|reconsider|revis|mistake|instead|draft|guess|perhaps|maybe|tentative|initial"
     r"|let me|should (?:be|have)|too (?:low|high|harsh|lenient|generous|strict))|等等|更正|修正|改为|不对",
@@ -371,7 +371,7 @@ _DRAFT = re.compile(
 
 
 def _check_surroundings(found: Found, values: Mapping[str, Any]) -> None:
-    """Check that what the judge wrote around its answer does not change it."""
+    """Check that the judge's text around its answer does not change it."""
     around = f"{found.before}\n{found.after}"
     if has_thought(around) or _DRAFT.search(around):
         raise Refusal("the text around the answer may change it")
@@ -399,7 +399,7 @@ def _as_json(values: Mapping[str, Any], texts: dict[str, Any]) -> dict[str, Any]
     try:
         plain: dict[str, Any] = orjson.loads(orjson.dumps([texts, list(values)]))[0]
     except (orjson.JSONEncodeError, orjson.JSONDecodeError) as error:
-        raise Refusal(f"not to be written as JSON ({error})", "not to be written as JSON") from error
+        raise Refusal(f"cannot be written as JSON ({error})", "cannot be written as JSON") from error
     return plain
 
 
@@ -408,9 +408,9 @@ _SENTENCE = re.compile(r"""\w[)"'”’\]]*(?:[.!?]["')\]”’]*(?=\s|\Z)|[。�
 
 
 def _whole_sentences(value: Any) -> Any:
-    """A value whose last string was cut off, up to its last whole sentence; None where nothing is left of it.
+    """A value whose last string was cut off, up to its last complete sentence; None if nothing is left.
 
-    A judge that is trained on half sentences learns to stop in the middle.
+    A judge trained on half sentences learns to stop in the middle of one.
     """
     if isinstance(value, str):
         return value[: max((sentence.end() for sentence in _SENTENCE.finditer(value)), default=0)] or None

@@ -1,8 +1,8 @@
 """From a judge's text to the objects in it.
 
 About four in ten answers of judges are not valid JSON: fences, prose, thoughts, unescaped quotes, answers that were cut
-off. `find_objects` reads what is JSON, lets json-repair read the rest, and names what it did. It knows nothing about
-scores: `prmkit.verdict.read` decides which object is the verdict, and proves its scores.
+off. `find_objects` reads what is JSON, lets json-repair read the rest, and names the repairs. It knows nothing about
+scores: `prmkit.verdict.read` decides which object is the verdict, and verifies its scores.
 """
 
 import json
@@ -10,12 +10,12 @@ import re
 from typing import Any, NamedTuple, NoReturn
 
 _LONGEST_ANSWER = 200_000
-"""Characters. Longer answers are rejected unread: no judge writes them."""
+"""Characters. Longer answers are rejected unread: no judge writes that much."""
 _MOST_WORK = 400_000
-"""Characters times 50 and their brackets, of an answer that is not JSON: 8,000 characters, or 4,000 with 50 brackets.
+"""Most characters times (50 + brackets) of an answer that is not JSON: 8,000 characters, or 4,000 with 50 brackets.
 
-json-repair may read all of the text again at each bracket, and takes minutes for `]{` repeated. This much takes it less
-than a second; a product, unlike a clock, decides the same way on every machine.
+json-repair may reread the whole text at each bracket, and takes minutes for `]{` repeated. Within this limit it takes
+less than a second; a product, unlike a clock, decides the same way on every machine.
 """
 _STOPS = re.compile(r"[{}\[\](“]|/\*")  # where json-repair looks ahead
 _MOST_OBJECTS = 60
@@ -35,7 +35,7 @@ class Found(NamedTuple):
 
 
 class Refusal(Exception):
-    """An answer that cannot be read: why this one, and the kind of reason by which rejected answers are counted."""
+    """An answer that cannot be read: its own reason, and the kind of reason, by which rejected answers are counted."""
 
     def __init__(self, reason: str, kind: str = "") -> None:
         super().__init__(reason)
@@ -44,10 +44,10 @@ class Refusal(Exception):
 
 
 def find_objects(text: str) -> list[Found]:
-    """The objects of an answer, in their order. The first one that is not JSON is repaired, and is the last one.
+    """The objects of an answer, in order. The first that is not JSON is repaired, and reading stops after it.
 
     Raises:
-        Refusal: there is nothing to read, or nothing that can be read.
+        Refusal: there is nothing to read, or nothing readable.
     """
     text = text.strip().lstrip("\ufeff").lstrip()
     if not text:
@@ -64,7 +64,7 @@ def find_objects(text: str) -> list[Found]:
 
 
 def _decode(text: str, start: int) -> tuple[Any, int, tuple[str, ...]] | None:
-    """The JSON value that begins at a place, where it ends, and what was done to read it; None where it is not JSON."""
+    """The JSON value that begins at a place, its end, and the repairs made to read it; None if it is not JSON."""
     for decoder, repairs in _DECODERS:
         try:
             return (*decoder.raw_decode(text, start), repairs)
@@ -78,7 +78,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; parsers keep the last of two equal keys silently, so two different values are rejected here."""
+    """An object; parsers silently keep the last of two equal keys, so two different values are rejected here."""
     value = dict(members)
     for key, item in members if len(value) < len(members) else ():
         if item != value[key]:
@@ -86,7 +86,7 @@ def unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-# strict=False admits raw newlines and tabs inside strings, the commonest fault of judges, and changes nothing else.
+# strict=False allows raw newlines and tabs inside strings, the commonest fault of judges, and changes nothing else.
 _DECODERS = [
     (json.JSONDecoder(strict=strict, parse_constant=_reject_constant, object_pairs_hook=unique_members), repairs)
     for strict, repairs in ((True, ()), (False, ("control characters in a string",)))
@@ -125,7 +125,7 @@ _ANSWER_TAG = re.compile(rf"</?(?:{_HOLDS_AN_ANSWER.pattern})>|<\|\w{{1,30}}\|>"
 
 
 def _without_thoughts(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text after the last thought in it, and what was removed.
+    """The text after its last thought, and what was removed.
 
     Raises:
         Refusal: a thought is never closed before the first object, so the answer was cut off inside it.
@@ -141,7 +141,7 @@ def _without_thoughts(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def has_thought(prose: str) -> bool:
-    """Whether a marker in the prose opens a thought, or may open one."""
+    """Whether a marker in the prose opens, or may open, a thought."""
     return not all(_HOLDS_AN_ANSWER.fullmatch(marker["name"].strip()) for marker in _OPENING.finditer(prose))
 
 
@@ -182,7 +182,7 @@ def _found(value: Any, text: str, start: int, end: int, repairs: tuple[str, ...]
 
 
 def _end_of_object(text: str, start: int) -> int:
-    """Where an object that is not JSON ends: at its fence, or at the last brace where nothing but prose follows."""
+    """The end of an object that is not JSON: its fence, or the last brace if only prose follows."""
     if _FENCE.search(text[:start]) and (fence := text.rfind("```", start)) > 0:
         return len(text[:fence].rstrip())
     end = max(text.rfind("}"), text.rfind("｝")) + 1
@@ -194,7 +194,7 @@ def _end_of_object(text: str, start: int) -> int:
 
 
 def _repaired(found: Found) -> Found:
-    """What json-repair reads in an object that is not JSON."""
+    """json-repair's reading of an object that is not JSON."""
     import json_repair
 
     text = _with_plain_punctuation(found.text)
@@ -204,7 +204,7 @@ def _repaired(found: Found) -> Found:
     try:
         value = json_repair.loads(text, skip_json_loads=True)
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:  # for some random texts
-        raise Refusal("not to be repaired") from error
+        raise Refusal("cannot be repaired") from error
     # Dropped text, and a string that was split: {"s": "It sent {"x": 1, "y": 2}."} would lose the inner closing brace.
     lost = _weight(_COMMENT.sub("", text)) - _weight(json.dumps(value, ensure_ascii=False))
     if cut_off and lost > _LONGEST_KEY:
@@ -215,9 +215,9 @@ def _repaired(found: Found) -> Found:
 
 
 _LONGEST_KEY = 80
-"""Letters that json-repair may drop where an answer was cut off inside a key."""
-# `// note`, `# note`, `/* note */`. A URL in a string is taken for one, too: then less is checked, and nothing is
-# rejected that should be read.
+"""The most letters that json-repair may drop if an answer was cut off inside a key."""
+# `// note`, `# note`, `/* note */`. A URL in a string also counts as one: then less is checked, but nothing readable is
+# rejected.
 _COMMENT = re.compile(r"(?://|#)[^\n]*|/\*.{0,500}?\*/", re.DOTALL)
 _WEIGHED = re.compile(r"[^\W\d_]+|[{}\[\]]+")
 _ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""What a verdict is, which one a prompt asks for, and the one form in which it is trained."""
+"""Verdicts: what they are, which one a prompt asks for, and the canonical form used for training."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """Which scores a verdict carries, in order, and whether they are in a `scores` object or by themselves."""
+    """Which scores a verdict has, in order, and whether they are in a `scores` object or at the top level."""
 
     keys: tuple[str, ...]
     nested: bool
@@ -21,7 +21,7 @@ class Verdict:
     """A judge's answer with its scores."""
 
     scores: Mapping[str, float]
-    """Score by key; 0 to 1, in hundredths."""
+    """Key -> score; 0 to 1, in hundredths."""
     nested: bool
     """The scores are in a `scores` object."""
     texts: Mapping[str, Any]
@@ -37,10 +37,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Answer:
-    """A judge's answer that was read, before it is known what its values mean."""
+    """A judge's answer as read, before its values are turned into scores."""
 
     values: Mapping[str, float | bool | str]
-    """What the judge gave each key, as written: a number (`90%` is 0.9), a truth value, or a word such as `pass`."""
+    """Key -> the judge's value as written: a number (`90%` is 0.9), a boolean, or a word such as `pass`."""
     nested: bool
     """The values are in a `scores` object, or the prompt asks for one."""
     texts: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Scale:
     high: float = 1.0
     """The best number that the judge gives; it becomes 1."""
     words: Mapping[str, float] = field(default_factory=dict)
-    """Scores from 0 to 1 for words in lower case; `true` and `false` are the words of truth values."""
+    """Scores from 0 to 1 for words in lower case; `true` and `false` stand for booleans."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Unreadable:
 
     reason: str
     kind: str = ""
-    """The reason without what differs from answer to answer; rejected answers are counted by it."""
+    """The reason without the details of this answer; rejected answers are counted by it."""
 
 
 def render_verdict(verdict: Verdict) -> str:
@@ -80,7 +80,7 @@ def render_verdict(verdict: Verdict) -> str:
 
 
 def answer_prefix(shape: Shape, chosen: Mapping[str, float]) -> str:
-    """The canonical label up to the first score that is not in `chosen`; with all of them chosen, up to the last digit.
+    """The canonical label up to the first score that is not in `chosen`; if all are, up to the last digit.
 
     >>> answer_prefix(Shape(("relevance", "progress"), nested=True), {"relevance": 0.5})
     '{"scores": {"relevance": 0.50, "progress": '
@@ -99,10 +99,10 @@ def _dumps(value: Any) -> str:
 
 
 def asked_shape(prompt: str) -> Shape | None:
-    """The shape of the verdict that a prompt asks for; None when it shows none.
+    """The shape of the verdict that a prompt asks for; None if the prompt shows none.
 
     Reads the last object in the prompt that has scores: a trajectory may itself contain JSON with scores, and the
-    schema comes after it. Only its keys are read, never its example numbers, so it may hold comments, placeholders and
+    schema comes after it. Only its keys are read, never its example numbers, so it may have comments, placeholders and
     ellipses. Its scores are in a `scores` object, in an object for each criterion, under keys that end in `score`, or
     properties of a JSON schema.
     """
@@ -114,7 +114,7 @@ def asked_shape(prompt: str) -> Shape | None:
 
 
 def _is_introduced(prompt: str, start: int) -> bool:
-    """Whether an object with a lone `score` is a schema; an item of a list, such as a search result, has one, too."""
+    """Whether an object with a single `score` is a schema: list items, such as search results, also have a `score`."""
     before = prompt[max(start - 300, 0) : start]
     return before.rstrip()[-1:] not in ("[", ",") and bool(_INTRODUCED.search(before + prompt[start : start + 80]))
 
@@ -132,9 +132,9 @@ _BRACES = re.compile(rf"{_QUOTED}|[{{}}｛｝]")
 
 
 def _objects_from_the_end(prompt: str) -> Iterator[tuple[int, int]]:
-    """Where the outermost objects are, the last one first.
+    """The places of the outermost objects, last one first.
 
-    A brace of the trajectory that is never closed opens no object, so it cannot swallow the schema after it.
+    An unclosed brace in the trajectory does not open an object, so it cannot swallow the schema after it.
     """
     opened: list[int] = []
     pairs: list[tuple[int, int]] = []

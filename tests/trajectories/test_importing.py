@@ -79,7 +79,7 @@ def test_rows_of_judges_are_sent_to_the_conversion() -> None:
 
 def test_two_forms_in_one_file_are_ambiguous(read: Read) -> None:
     observation = {"id": "o", "traceId": "t", "type": "GENERATION", "input": "x", "output": "y"}
-    with pytest.raises(UsageError, match=r"reads as atif \(line 1\) and langfuse \(line 2\).*--format"):
+    with pytest.raises(UsageError, match=r"could be atif \(line 1\) and langfuse \(line 2\).*--format"):
         read(ATIF, observation)
     (run,) = read(ATIF, observation, format="atif")
     assert run.steps[0].text == "Done."

@@ -366,7 +366,7 @@ def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
         ('{"a_score": 0.1, "a_score": 0.2}', "two different values for a_score"),
         ('{"a_score": 0.1, "summary": "s", "summary": "t"}', "two different values for summary"),
         ('{"a_score": 0.1, "x": ' + "[" * 3_000 + "]" * 3_000 + "}", "nested too deeply"),
-        ('{"a_score": 0.1, "x": ' + "[" * 600 + "]" * 600 + "}", "not to be written as JSON (Recursion limit reached)"),
+        ('{"a_score": 0.1, "x": ' + "[" * 600 + "]" * 600 + "}", "cannot be written as JSON (Recursion limit reached)"),
         ("x" * 200_001, "longer than 200,000 characters"),
         ('{"reasonableness_score": "0.95%"}', "score 0.95% of reasonableness_score is not a number"),
         ("{'reasonableness_score': 01}", "score 1 of reasonableness_score is unclear"),

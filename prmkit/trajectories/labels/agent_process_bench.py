@@ -1,7 +1,7 @@
-"""AgentProcessBench: runs with tools, and a label of people for every step.
+"""AgentProcessBench: runs with tools, and a human label for every step.
 
 `step_labels` maps the position of the agent's message in `messages`, from 0, to 1, 0 or -1. `query_index` is the task:
-every one was run five times, which `sample_index` distinguishes.
+each task was run five times, distinguished by `sample_index`.
 """
 
 from collections import Counter

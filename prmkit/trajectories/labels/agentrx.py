@@ -1,7 +1,7 @@
 """AgentRx: failed runs, and files beside them that name every failure of a run. Failures count its messages from 1.
 
-The published data set keeps runs as `instruction` and steps of `substeps`; the repository has tau-bench's own files,
-which that reader reads. A failure on a message that is not the agent's, as some of tau's are, labels nothing.
+The published data set has runs as `instruction` and steps of `substeps`; the repository has tau-bench's own files,
+which the tau-bench reader reads. A failure on a message that is not the agent's, as in some of them, labels nothing.
 """
 
 from collections import Counter
@@ -45,7 +45,7 @@ def _is_marks(value: Any) -> bool:
 
 
 def marks(value: Any) -> tuple[str, dict[int, str | None]] | None:
-    """The failures of a run, by the position of the message from 0; None for a value that is not a list of them."""
+    """Message position, from 0 -> failure of a run; None for a value that is not a list of failures."""
     if not _is_marks(value):
         return None
     found = {int(each["step_number"]) - 1: _type(each.get("failure_category")) for each in value["failures"]}

@@ -29,17 +29,17 @@ _SPECIFIC = (
     langfuse, who_and_when, agentrx, trajectory_judge, agent_process_bench, prmbench,
 )  # fmt: skip
 _PLAIN = (messages, message_lines)
-"""Many specific forms hold plain messages too, so these are asked only about what no specific one recognises."""
+"""Many specific forms also contain plain messages, so these are tried only if no specific form fits."""
 READERS: dict[str, Reader] = {module.READER.name: module.READER for module in (*_SPECIFIC, *_PLAIN)}
 
 _SAMPLE = 20
-"""Values of a file that must be recognised before its form is settled."""
+"""How many values of a file must be recognised before its form is settled."""
 _PATIENCE = 1000
-"""Values after which a file in which none was recognised is given up."""
+"""A file is given up after this many values if none was recognised."""
 
 
 def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
-    """The reader of a file's form, recognised by the structure of its first values; None where no form fits.
+    """The reader for a file's form, recognised by the structure of its first values; None if no form fits.
 
     Raises:
         UsageError: several forms fit.
@@ -52,7 +52,7 @@ def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
             fitting = specific  # events of a session may look like plain messages
         if len(fitting) > 1:
             places = " and ".join(f"{form} (line {line})" for form, line in fitting.items())
-            raise UsageError(f"{name}: reads as {places}. Say which one it is with --format.")
+            raise UsageError(f"{name}: could be {places}. Name the form with --format.")
         if (fitting and count >= _SAMPLE) or count >= _PATIENCE:
             break
     return READERS[next(iter(fitting))] if fitting else None
@@ -63,6 +63,6 @@ def _is_plain(form: str) -> bool:
 
 
 def forms_of(value: Any) -> list[str]:
-    """The names of the forms that a value has."""
+    """The names of the forms that fit a value."""
     specific = [module.READER.name for module in _SPECIFIC if module.READER.recognises(value)]
     return specific or [module.READER.name for module in _PLAIN if module.READER.recognises(value)][:1]

@@ -1,6 +1,6 @@
-"""ATIF (Harbor, Terminal-Bench and others), versions 1.0 to 1.8, read leniently: fields that are not known stay out.
+"""ATIF (Harbor, Terminal-Bench and others), versions 1.0 to 1.8, read leniently: unknown fields are ignored.
 
-Steps that a continued run copied from the run before it (`is_copied_context`) are context, and not the agent's again.
+Steps that a continued run copied from the previous run (`is_copied_context`) are context, not steps of the agent again.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ def recognises(value: Any) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The run of one value, and those of the agents that it called, each as a run."""
+    """The run of one value, and a run for each agent that it called."""
     lost: Counter[str] = Counter()
     turns: list[Turn] = []
     for index, step in enumerate(value["steps"]):

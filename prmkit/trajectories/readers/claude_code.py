@@ -1,8 +1,8 @@
-"""Sessions of Claude Code: one event a line, `message` in Anthropic's form, linked by `parentUuid`.
+"""Sessions of Claude Code: one event per line, `message` in Anthropic's form, linked by `parentUuid`.
 
-The form is undocumented, and three of its habits break a reader that takes the lines as they come: one answer of the
-model is split over several lines with one `message.id`; a session that was rewound keeps every branch; and the results
-of parallel calls hang off the path that leads back from the last line.
+The form is undocumented, and three of its traits break a reader that takes the lines in order: one answer of the model
+is split over several lines with one `message.id`; a rewound session keeps every branch; and the results of parallel
+calls are not on the path that leads back from the last line.
 """
 
 import re
@@ -64,7 +64,7 @@ def _session(name: str, events: Sequence[tuple[int, Event]]) -> Run:
 
 
 def _active(events: Sequence[Event], lost: Counter[str]) -> set[str]:
-    """The events on the branch that the session ended on."""
+    """The events on the branch on which the session ended."""
     parents: dict[str, str | None] = {}
     before: dict[str, str | None] = {}
     previous: str | None = None
@@ -76,7 +76,7 @@ def _active(events: Sequence[Event], lost: Counter[str]) -> set[str]:
     while place is not None and place not in path:
         path.add(place)
         parent = parents[place]
-        if parent is not None and parent not in parents:  # its parent is in another file: go on with the line above
+        if parent is not None and parent not in parents:  # its parent is in another file: continue with the line above
             lost["messages whose parent is not in the file"] += 1
             parent = before[place]
         place = parent
@@ -95,7 +95,7 @@ def _ids(event: Event, kind: str, key: str) -> Iterator[str]:
 
 
 def _add(turns: list[Turn], event: Event, index: int, answers: dict[str, int], lost: Counter[str]) -> None:
-    """Append the turns of an event, or what it adds to an answer that has begun (`answers`: where, by message id)."""
+    """Append the turns of an event, or extend an answer that has begun (`answers`: message id -> its position)."""
     if not recognises(event):
         lost[f"entries of type {str(event.get('type'))[:40]}"] += event.get("type") not in _BOOKKEEPING
         return

@@ -1,8 +1,8 @@
-"""Rollouts of Codex: `{timestamp, type, payload}` a line, the older ones with the payload alone.
+"""Rollouts of Codex: `{timestamp, type, payload}` per line, or only the payload in older files.
 
-Thought, text and calls of one answer are lines of their own; an answer ends where a result or another message comes.
-Their payloads are the items of OpenAI's Responses API, which are read without the lines around them too.
-What the program injects in the user's name (`<environment_context>` and similar) is not the user's.
+Thought, text and calls of one answer are separate lines; an answer ends at a result or another message. The payloads
+are items of OpenAI's Responses API, which are also read without the lines around them. What the program injects in the
+user's name (`<environment_context>` and similar) does not count as the user's.
 """
 
 import re
@@ -21,7 +21,7 @@ _INJECTED = re.compile(
 )
 _CALLS = {"function_call", "custom_tool_call", "local_shell_call", "tool_search_call", "web_search_call"}
 _REPEATED = {"event_msg", "turn_context", "None"}
-"""They repeat for the display what the items say; lines without a kind open and close older files."""
+"""Lines that only repeat the items for display; lines without a kind open and close older files."""
 _OUTPUTS = {"function_call_output", "custom_tool_call_output", "tool_search_output", "mcp_tool_call_output"}
 
 

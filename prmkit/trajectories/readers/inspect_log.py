@@ -31,7 +31,7 @@ def _is_sample(value: Any) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The runs of one log: a sample of an epoch each."""
+    """The runs of one log: one per sample and epoch."""
     name = as_text((value.get("eval") or {}).get("task")) if "samples" in value else ""
     for sample in (value["samples"] or ()) if "samples" in value else (value,):
         yield _run(sample, name) if _is_sample(sample) else Run([], Counter())

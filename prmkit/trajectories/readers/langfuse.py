@@ -1,4 +1,4 @@
-"""Exports of Langfuse: one observation a line, or a trace with its `observations`; `GENERATION` calls a model."""
+"""Exports of Langfuse: one observation per line, or a trace with its `observations`; `GENERATION` is a model call."""
 
 from collections.abc import Iterator
 from typing import Any

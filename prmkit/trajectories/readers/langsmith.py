@@ -1,4 +1,4 @@
-"""Exports of LangSmith: one run (their word for a span) a line, `run_type: llm` for calls to a model."""
+"""Exports of LangSmith: one run (their word for a span) per line, with `run_type: llm` for model calls."""
 
 from collections.abc import Iterator
 from typing import Any

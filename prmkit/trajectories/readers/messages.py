@@ -16,7 +16,7 @@ _JUDGED = {"evaluation_type", "clip_number"}
 
 
 def recognises(value: Any) -> bool:
-    """A list of messages, or an object with exactly one under a usual name; rows of judges are not runs."""
+    """A list of messages, or an object with exactly one such list under a usual name; judged rows are not runs."""
     if is_message_list(value):
         return True
     if not isinstance(value, dict) or is_judged_row(value):
@@ -36,7 +36,7 @@ def read(value: Any, keys: Keys) -> Iterator[Run]:
     """The run of one value.
 
     Raises:
-        Unreadable: two lists of messages stand in it, or none under the name that was given.
+        Unreadable: it has two lists of messages, or none under the given name.
     """
     lost: Counter[str] = Counter()
     if isinstance(value, list):
@@ -61,7 +61,7 @@ def _turns(messages: list[Any], lost: Counter[str]) -> list[Turn]:
 
 
 def _group(value: Mapping[str, Any]) -> list[Any]:
-    """The runs of a group (ART), if all that are in it are runs."""
+    """The runs of a group (ART), if everything in it is a run."""
     group = value.get("trajectories")
     is_group = isinstance(group, list) and all(isinstance(each, dict) and _lists(each) for each in group)
     return group if is_group and group else []

@@ -1,7 +1,7 @@
 """mini-swe-agent's `.traj.json`: messages, `info`, and `trajectory_format`.
 
-With text models an observation is a message of the *user*: after the task there is no human in such a run, so every
-later one is what the agent's command returned. `role: exit` closes a run.
+With text models an observation is a *user* message: no human speaks after the task, so every later user message is what
+the agent's command returned. `role: exit` closes a run.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ def _role(message: Any) -> Any:
 
 
 def _with_actions(turn: Turn, messages: list[Any]) -> Turn:
-    """The commands that the harness ran, where the message has no tool calls of its own: they are in its text too."""
+    """The commands that the harness ran, for a message without tool calls; they are also in its text."""
     if turn.role != "agent" or turn.calls or turn.index is None:
         return turn
     actions = mapping(messages[turn.index].get("extra")).get("actions") or ()

@@ -1,8 +1,8 @@
-"""OpenTelemetry spans: the GenAI conventions in their generations, and OpenInference (Phoenix).
+"""OpenTelemetry spans: the GenAI conventions in all their versions, and OpenInference (Phoenix).
 
-Files are OTLP JSON (`resourceSpans`) or one span a line with `attributes` as an object. Messages stand in
-`gen_ai.input.messages` and `gen_ai.output.messages`; before those, in numbered `gen_ai.prompt.0.…` attributes or in
-events of the span; OpenInference numbers them too, as `llm.input_messages.0.message.…`.
+Files are OTLP JSON (`resourceSpans`) or one span per line with `attributes` as an object. Messages are in
+`gen_ai.input.messages` and `gen_ai.output.messages`, or in older versions in numbered `gen_ai.prompt.0.…` attributes or
+in events of the span; OpenInference also numbers them, as `llm.input_messages.0.message.…`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -87,7 +87,7 @@ def _genai(attributes: Mapping[str, Any], span: Span) -> list[Any]:
 
 
 def _events(span: Span) -> Iterator[dict[str, Any]]:
-    """The older generation: one event of the span for each message."""
+    """The older version: one event of the span for each message."""
     for event in span.get("events") or ():
         if isinstance(event, dict) and (role := _EVENT_ROLES.get(str(event.get("name")))):
             body = attributes_of(event) | mapping(event.get("body"))

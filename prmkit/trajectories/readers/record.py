@@ -1,4 +1,4 @@
-"""Runs that were imported before: the record itself."""
+"""Runs that have already been imported: the record itself."""
 
 from collections.abc import Iterator
 from typing import Any

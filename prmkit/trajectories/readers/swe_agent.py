@@ -1,6 +1,6 @@
 """SWE-agent's `.traj`: `trajectory` holds the steps, `history` the messages that the model saw.
 
-Demonstrations in `history` are not part of the run; the task is its first message of a user that is not one.
+Demonstrations in `history` are not part of the run; the task is its first user message that is not a demonstration.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
 
 
 def _opening(history: Any, lost: Counter[str]) -> Iterator[Turn]:
-    """The system message and the task, which stand before the first answer of the model that is no demonstration."""
+    """The system message and the task, which precede the model's first answer that is not a demonstration."""
     for message in history if isinstance(history, list) else ():
         if not isinstance(message, dict) or message.get("is_demo"):
             lost["demonstrations"] += 1

@@ -1,7 +1,7 @@
-"""Runs as one tagged text: `<think>`, `<tool_call>`, `<result>`, `<answer>`, as the guide's rollouts have them.
+"""Runs as one tagged text: `<think>`, `<tool_call>`, `<result>`, `<answer>`, as in the guide's rollouts.
 
-A step begins with a thought, or with a call or an answer that follows a result; text outside the tags is kept as the
-agent's own.
+A step begins with a thought, or with a call or an answer that follows a result; text outside the tags counts as the
+agent's text.
 """
 
 import re

@@ -1,8 +1,8 @@
 """tau-bench (`traj` beside `info.task`) and tau2 (`simulations` beside `tasks`): an agent talks to a simulated user.
 
-The task of a step's prompt is what the user said first: the simulated user's instructions are hidden from the agent,
-and `info.task.actions` and tau2's `evaluation_criteria` are the solution. tau2 keeps the policy, which the agent saw as
-its system text, once for all runs.
+The task in a step's prompt is the user's first message: the simulated user's instructions are hidden from the agent,
+and `info.task.actions` and tau2's `evaluation_criteria` are the solution. tau2 stores the policy, which the agent saw
+as its system text, once for all runs.
 """
 
 from collections import Counter
