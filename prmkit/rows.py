@@ -370,6 +370,11 @@ def weight_of(metadata: Mapping[str, Any]) -> float:
     return float(weight)
 
 
+def without_selection(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata without `SELECTED_BY` and `WEIGHT`."""
+    return {name: value for name, value in metadata.items() if name not in (SELECTED_BY, WEIGHT)}
+
+
 def whole_number(value: Any) -> int | None:
     """A whole number (of a clip), which pipelines write as 1, 1.0 or "1"; None for anything else."""
     try:

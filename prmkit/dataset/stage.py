@@ -9,7 +9,7 @@ with the input, and finds rows that belong together.
 import hashlib
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
@@ -24,6 +24,7 @@ from prmkit.dataset.prepare import PreparedRow, RejectedRow, ScaleProblem, rejec
 from prmkit.dataset.settings import Aggregate, Split
 from prmkit.errors import DataError
 from prmkit.leniency import Leniency, estimate_leniency
+from prmkit.rows import WEIGHT, without_selection
 
 DUPLICATE = "duplicate"
 BOTH_SIDES = "the prompt is also held out"
@@ -41,17 +42,19 @@ CREATE TABLE row (
     judge TEXT, evaluation_type TEXT, trajectory TEXT, slot TEXT, question BLOB, verdict BLOB, answer BLOB,
     prompt_characters INTEGER, label_characters INTEGER, tokens INTEGER, tokens_left_out INTEGER,
     characters_left_out INTEGER, markers INTEGER, leaked_scores INTEGER, repairs TEXT,
-    held_out INTEGER DEFAULT 0, status TEXT, reason TEXT
+    weight REAL, held_out INTEGER DEFAULT 0, status TEXT, reason TEXT
 );
 CREATE TABLE body (number INTEGER PRIMARY KEY, label TEXT, trimmed TEXT, sidecar BLOB);
 CREATE TABLE score (number INTEGER, place INTEGER, key TEXT, value INTEGER, PRIMARY KEY (number, place)) WITHOUT ROWID;
 CREATE TABLE rejected (number INTEGER PRIMARY KEY, kind TEXT, reason TEXT, judge TEXT, tokens INTEGER, entry BLOB);
 CREATE TABLE unit (name TEXT PRIMARY KEY, is_task INTEGER, held_out INTEGER) WITHOUT ROWID;
-CREATE TABLE consensus (number INTEGER PRIMARY KEY, scores TEXT, judges INTEGER);
+CREATE TABLE consensus (number INTEGER PRIMARY KEY, scores TEXT, judges INTEGER, lightest INTEGER);
 CREATE VIEW kept AS SELECT * FROM row WHERE wanted AND status IS NULL;
 """
 # unit: what is held out as a whole: the task; the prompt of a row without one. slot: the clip of its trajectory.
-# question: the prompt without its system text. answer: a hash of the judge's text and the metadata. Scores: hundredths.
+# question: the prompt without its system text. answer: a hash of the judge's text and the metadata without `SELECTED_BY`
+# and `WEIGHT`. weight: `prmkit.rows.WEIGHT`, 0 for a row without one. lightest: the prompt's row with the lowest weight.
+# Scores: hundredths.
 
 
 class Stage:
@@ -71,14 +74,15 @@ class Stage:
         number = _number(source, prepared.line)
         scores = [(key, round(score * 100)) for key, score in prepared.scores.items()]
         self.rows.execute(
-            f"INSERT INTO row VALUES ({', '.join('?' * 22)}, 0, NULL, NULL)",
+            f"INSERT INTO row VALUES ({', '.join('?' * 23)}, 0, NULL, NULL)",
             (
                 number, source, prepared.line, self._prompt_id(prompt.digest, prompt.system, prompt.text),
                 prepared.wanted, row.task or prompt.digest[:16], row.task, row.judge, row.evaluation_type,
                 row.trajectory, _slot(prepared), _digest(row.prompt), _digest(prepared.canonical),
-                _digest(f"{row.answer}\0{orjson.dumps(row.metadata)!r}"), len(row.prompt), len(prepared.label),
-                measured.tokens, measured.tokens_left_out, measured.characters_left_out,
+                _digest(f"{row.answer}\0{orjson.dumps(without_selection(row.metadata))!r}"), len(row.prompt),
+                len(prepared.label), measured.tokens, measured.tokens_left_out, measured.characters_left_out,
                 prompt.markers + prepared.markers, prompt.leaked_scores, ",".join(prepared.repairs),
+                _weight(row.metadata),
             ),
         )  # fmt: skip
         if not prepared.wanted:
@@ -198,9 +202,12 @@ class Stage:
         )
 
     def reject_duplicates(self) -> None:
-        """Keep the first of the rows in which a judge gives a prompt the same verdict."""
-        first = "SELECT min(number) FROM kept GROUP BY prompt, judge, verdict"
-        self._reject(DUPLICATE, DUPLICATE, f"number NOT IN ({first})")
+        """Keep one of the rows in which a judge gives a prompt the same verdict: the first with the lowest weight."""
+        again = (
+            "SELECT number FROM (SELECT number, row_number() OVER (PARTITION BY prompt, judge, verdict "
+            "ORDER BY weight, number) AS place FROM kept) WHERE place > 1"
+        )
+        self._reject(DUPLICATE, DUPLICATE, f"number IN ({again})")
 
     def reject_contested(self, limit: float) -> None:
         """Reject prompts on which the judges' scores differ by more than `limit` (0 to 1)."""
@@ -272,22 +279,22 @@ class Stage:
         to the result is chosen, so that its text fits the scores.
         """
         scores = self.rows.execute(
-            "SELECT prompt, number, judge, key, value FROM kept JOIN score USING (number) "
+            "SELECT prompt, number, judge, key, value, weight FROM kept JOIN score USING (number) "
             "ORDER BY prompt, number, place"
         )
         self.rows.executemany(
-            "INSERT INTO consensus VALUES (?, ?, ?)",
+            "INSERT INTO consensus VALUES (?, ?, ?, ?)",
             [_consensus(list(rows), aggregate, leniency) for _, rows in groupby(scores, key=itemgetter(0))],
         )
 
 
 def _consensus(
-    rows: Sequence[tuple[int, int, str | None, str, int]], aggregate: Aggregate, leniency: Leniency
-) -> tuple[int, bytes, int]:
-    """Number, scores in hundredths and how many judges, of the rows of one prompt."""
+    rows: Sequence[tuple[int, int, str | None, str, int, float]], aggregate: Aggregate, leniency: Leniency
+) -> tuple[int, bytes, int, int]:
+    """Number, scores in hundredths, how many judges and the lightest row, of the rows of one prompt."""
     given: dict[str, dict[str | None, list[float]]] = defaultdict(lambda: defaultdict(list))
     of_row: dict[int, dict[str, int]] = defaultdict(dict)
-    for _, number, judge, key, value in rows:
+    for _, number, judge, key, value, _ in rows:
         offset = 100 * leniency.offsets.get(judge, 0.0) if judge is not None else 0.0
         given[key][judge].append(value - offset)
         of_row[number][key] = value
@@ -303,7 +310,8 @@ def _consensus(
 
     nearest = min(of_row, key=distance)
     hundredths = {key: int(whole[key] + 0.5) for key in of_row[nearest]}
-    return nearest, orjson.dumps(hundredths), len({judge for _, _, judge, _, _ in rows})
+    _, lightest = min((weight, number) for _, number, *_, weight in rows)
+    return nearest, orjson.dumps(hundredths), len({judge for _, _, judge, *_ in rows}), lightest
 
 
 def _number(source: int, line: int) -> int:
@@ -318,6 +326,12 @@ def _slot(prepared: PreparedRow) -> str | None:
         return None
     category = row.metadata.get("category") if row.evaluation_type == "category" else ""
     return f"{row.evaluation_type or ''}\0{category}\0{row.clip_number}"
+
+
+def _weight(metadata: Mapping[str, Any]) -> float:
+    """0 also for one that is not a number: `prmkit.rows.weight_of` refuses it in the evaluation."""
+    weight = metadata.get(WEIGHT)
+    return float(weight) if isinstance(weight, int | float) else 0.0
 
 
 def _digest(text: str) -> bytes:

@@ -18,6 +18,7 @@ from prmkit.dataset.stage import DUPLICATE, Stage
 from prmkit.dataset_info import dataset_entry, training_row
 from prmkit.paths import HELD_OUT_SUFFIX, SIDECAR_SUFFIX, TASKS
 from prmkit.prompts.cleaning import neutralise, restore
+from prmkit.rows import SELECTED_BY, WEIGHT, without_selection
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_answer, render_verdict
 
 log = logging.getLogger(__name__)
@@ -150,13 +151,16 @@ class _StagedRow(NamedTuple):
     """Scores in hundredths by key, if the row represents its prompt in the consensus."""
     judges: int | None
     """How many judges the consensus combines."""
+    lightest: bytes | None
+    """The sidecar of the prompt's row with the lowest weight."""
 
 
 def _kept_rows(stage: Stage) -> Iterator[_StagedRow]:
     rows = stage.rows.execute(
-        "SELECT evaluation_type, judge, task, held_out, system, coalesce(trimmed, text), label, sidecar, "
-        "consensus.scores, consensus.judges FROM kept CROSS JOIN prompt ON prompt.id = kept.prompt "
+        "SELECT evaluation_type, judge, task, held_out, system, coalesce(body.trimmed, text), body.label, body.sidecar, "
+        "consensus.scores, consensus.judges, lightest.sidecar FROM kept CROSS JOIN prompt ON prompt.id = kept.prompt "
         "CROSS JOIN body ON body.number = kept.number LEFT JOIN consensus ON consensus.number = kept.number "
+        "LEFT JOIN body AS lightest ON lightest.number = consensus.lightest "
         "ORDER BY kept.number"
     )
     return map(_StagedRow._make, rows)
@@ -247,10 +251,17 @@ def _consensus_row(
     sidecar |= {
         "id": row_id(sidecar["prompt_sha256"], judge, label),
         "scores": scores,
-        "metadata": sidecar["metadata"] | {"model_name": judge},
+        "metadata": _selected_as(sidecar["metadata"], orjson.loads(row.lightest or b"{}")) | {"model_name": judge},
     }
     line = training_row(prompt, label, settings.form, _system(row, with_system))
     return line, orjson.dumps(sidecar, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _selected_as(metadata: Mapping[str, Any], lightest: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with the selection of another row: a prompt that one judge was asked in any case was not chosen."""
+    return without_selection(metadata) | {
+        name: lightest["metadata"][name] for name in (SELECTED_BY, WEIGHT) if name in lightest["metadata"]
+    }
 
 
 def _warn_of_left_out(sidecar: Mapping[str, Any], reason: str) -> None:

@@ -20,7 +20,7 @@ from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT, sidecar_of
 from prmkit.prompts.cleaning import restore
-from prmkit.rows import SELECTED_BY, WEIGHT, weight_of, whole_number
+from prmkit.rows import SELECTED_BY, WEIGHT, weight_of, whole_number, without_selection
 from prmkit.verdict import Shape, Unreadable, asked_shape, read_verdict
 
 References = Mapping[str, Mapping[str, float]]
@@ -178,7 +178,7 @@ def _with_weight(of_rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     Raises:
         DataError: a weight is not a positive number.
     """
-    metadata = {name: value for name, value in of_rows[0].items() if name not in (SELECTED_BY, WEIGHT)}
+    metadata = without_selection(of_rows[0])
     weights = [weight_of(of_row) for of_row in of_rows]
     if all(WEIGHT in of_row for of_row in of_rows):
         chosen = of_rows[weights.index(min(weights))]

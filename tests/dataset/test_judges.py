@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from prmkit.dataset.settings import Split
+from prmkit.rows import SELECTED_BY, WEIGHT
 from tests.dataset.conftest import Convert, Path, prompt_of, read_lines, row_of
 
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -57,6 +58,27 @@ def test_a_judge_who_answers_twice_has_one_voice(convert_rows: Convert, data: Pa
     convert_rows(rows, aggregate="mean")
     (line,) = read_lines(data / "reward_model_consensus.jsonl")
     assert json.loads(line["output"])["reasonableness_score"] == 0.6
+
+
+def test_a_prompt_that_was_asked_in_any_case_has_no_weight(convert_rows: Convert, data: Path) -> None:
+    def chosen(rows: list[dict[str, object]], by: str, weight: object) -> list[dict[str, object]]:
+        return [row | {"metadata": row["metadata"] | {SELECTED_BY: by, WEIGHT: weight}} for row in rows]
+
+    once, again = judged("a", one=0.2, two=0.5), judged("a", one=0.2)
+    kinds = {
+        "audited twice": (chosen(once, "audit", 10.0) + chosen(again, "audit", 2), ("audit", 2)),
+        "later all": (chosen(once, "audit", 10.0) + again, (None, None)),
+        "one judge of all": (again + chosen(judged("a", two=0.2, three=0.2), "audit", 10.0), (None, None)),
+        "damaged": (chosen(once, "audit", {}), ("audit", {})),
+    }
+    for kind, (rows, expected) in kinds.items():
+        report = convert_rows(rows, aggregate="mean", split=Split(0.0))
+        assert not report["self_agreement"], f"{kind}: the same answer twice is no second answer"
+        found = {}
+        for name in ("consensus", "one"):
+            (line,) = read_lines(data / f"reward_model_{name}.meta.jsonl")
+            found[name] = (line["metadata"].get(SELECTED_BY), line["metadata"].get(WEIGHT))
+        assert found == {"consensus": expected, "one": expected}, kind
 
 
 def test_contested_prompts_are_rejected(convert_rows: Convert, data: Path) -> None:
