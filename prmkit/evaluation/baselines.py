@@ -14,6 +14,7 @@ from prmkit.evaluation.estimates import Estimate, Floats, Sample, Statistic, mea
 from prmkit.evaluation.metrics import ALL, METRICS, MIN_SCORES, ORDER, Metrics, agreement, by_mean, by_median
 from prmkit.evaluation.predictions import Row, Scores
 from prmkit.evaluation.statistics import weighted_mean
+from prmkit.rows import SELECTED_BY, WEIGHT
 
 COPY_WITHIN = 0.005
 """A score this close to one in the prompt counts as equal to it: prompts show two decimals."""
@@ -279,7 +280,8 @@ def _bound_by_self(itself: float, r: float, judges: float) -> float:
 
 TASK_GROUP = "task_group"
 """A grouping that every dataset allows: the task's name without its number."""
-_NOT_GROUPS = {"task_id", "trajectory_id", "evaluation_type", "clip_number", "timestamp", "model_name", "provider"}
+_NOT_GROUPS = {"task_id", "trajectory_id", "evaluation_type", "clip_number", "timestamp", "model_name", "provider",
+               SELECTED_BY, WEIGHT}  # fmt: skip
 MAX_GROUPS = 30
 
 

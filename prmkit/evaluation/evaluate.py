@@ -323,10 +323,11 @@ def _selection(rows: Sequence[Row]) -> Metrics | None:
     chosen = [row for row in rows if SELECTED_BY in row["metadata"]]
     if not chosen:
         return None
-    weights = np.array([weight_of(row["metadata"]) for row in rows])
+    scored = [row for row in rows if row["status"] in SCORED]
+    weights = np.array([weight_of(row["metadata"]) for row in scored])
     return {
         "prompts": len(chosen),
-        "audited_tasks": len({row["task_id"] for row in chosen if row["metadata"][SELECTED_BY] == AUDIT}),
+        "audited_tasks": len({row["task_id"] for row in scored if row["metadata"].get(SELECTED_BY) == AUDIT}),
         "effective_prompts": float(weights.sum() ** 2 / (weights**2).sum()),
     }
 

@@ -5,6 +5,7 @@ distinguish also differs in shape or line.
 """
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from prmkit.evaluation.estimates import Floats
 from prmkit.evaluation.metrics import ORDER
 from prmkit.evaluation.predictions import Scores
+from prmkit.evaluation.statistics import weighted_mean
 from prmkit.evaluation.summary import Group, group_name, judges_agreement
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 
@@ -189,12 +191,12 @@ def _calibration(scores: Scores) -> str:
         axes = figure.subplots(1, 2 if with_probability else 1, squeeze=False)[0]
         for number, evaluation_type in enumerate(_types(scores)):
             some = scores.where(scores.evaluation_type == evaluation_type)
-            _binned_line(axes[0], some.predicted, some.reference, number, _in_legend(evaluation_type))
+            _binned_line(axes[0], some, some.predicted, some.reference, number, _in_legend(evaluation_type))
         axes[0].set(xlabel="this judge", ylabel="mean judge")
         if with_probability:
             for column, limit in enumerate(BAD_BELOW):
                 bad = (scores.reference < limit - SAME_SCORE).astype(np.float64)
-                _binned_line(axes[1], scores.below[:, column], bad, column, f"bad: below {limit}")
+                _binned_line(axes[1], scores, scores.below[:, column], bad, column, f"bad: below {limit}")
             axes[1].set(xlabel="probability of a bad step", ylabel="share of bad steps")
         for axis in axes:
             axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
@@ -204,11 +206,11 @@ def _calibration(scores: Scores) -> str:
     return _drawn(7.2 if with_probability else 3.8, 3.6, draw, "calibration")
 
 
-def _binned_line(axis: Any, said: Floats, true: Floats, number: int, label: str) -> None:
+def _binned_line(axis: Any, scores: Scores, said: Floats, true: Floats, number: int, label: str) -> None:
     bins = _equal_bins(said, 10)
     axis.plot(
-        [said[chosen].mean() for chosen in bins],
-        [true[chosen].mean() for chosen in bins],
+        [weighted_mean(said[chosen], scores.weight[chosen]) for chosen in bins],
+        [weighted_mean(true[chosen], scores.weight[chosen]) for chosen in bins],
         marker=_MARKERS[number % len(_MARKERS)],
         linestyle=_LINES[number % len(_LINES)],
         color=_COLOURS[number % len(_COLOURS)],
@@ -235,22 +237,33 @@ _DISTRIBUTION_CAPTION = (
 
 
 def _distributions(scores: Scores, judges: Sequence[str]) -> str:
-    rows = [("this judge", scores.predicted, BLUE), ("mean judge", scores.reference, ORANGE)]
+    rows = [
+        ("this judge", scores.predicted, scores.weight, BLUE),
+        ("mean judge", scores.reference, scores.weight, ORANGE),
+    ]
     for column, judge in enumerate(judges):
         alone = scores.references[:, column]
-        rows.append((judge, alone[np.isfinite(alone)], GREY))
+        rows.append((judge, alone[np.isfinite(alone)], scores.weight[np.isfinite(alone)], GREY))
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
-        for axis, (name, values, colour) in zip(axes, rows, strict=True):
-            weights = np.full(len(values), 1 / max(len(values), 1))
-            axis.hist(values, bins=np.arange(-0.025, 1.05, 0.05), weights=weights, color=colour, edgecolor="white")
-            axis.axvline(float(np.mean(values)), color="black", linewidth=1, linestyle=":")
-            axis.set_title(f"{_short(name)}: mean {np.mean(values):.2f}, standard deviation {np.std(values):.2f}")
+        for axis, (name, values, weight, colour) in zip(axes, rows, strict=True):
+            share = weight / max(weight.sum(), 1e-9)
+            axis.hist(values, bins=np.arange(-0.025, 1.05, 0.05), weights=share, color=colour, edgecolor="white")
+            mean, deviation = _mean_and_deviation(values, weight)
+            axis.axvline(mean, color="black", linewidth=1, linestyle=":")
+            axis.set_title(f"{_short(name)}: mean {mean:.2f}, standard deviation {deviation:.2f}")
             axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes[-1].set(xlabel="score", xlim=(-0.03, 1.03))
 
     return _drawn(6.4, 0.6 + 1.15 * len(rows), draw, "distribution")
+
+
+def _mean_and_deviation(values: Floats, weight: Floats) -> tuple[float, float]:
+    if not len(values):
+        return math.nan, math.nan
+    mean = weighted_mean(values, weight)
+    return mean, weighted_mean((values - mean) ** 2, weight) ** 0.5
 
 
 def _short(name: str, most: int = 50) -> str:
@@ -273,7 +286,10 @@ _LENGTH_CAPTION = (
 def _error_by_length(scores: Scores) -> str:
     errors = np.abs(scores.predicted - scores.reference)
     bins = _equal_bins(scores.prompt_characters, 8)
-    means = [(np.median(scores.prompt_characters[chosen]), errors[chosen].mean()) for chosen in bins]
+    means = [
+        (np.median(scores.prompt_characters[chosen]), weighted_mean(errors[chosen], scores.weight[chosen]))
+        for chosen in bins
+    ]
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
@@ -297,15 +313,17 @@ def _risk_coverage(scores: Scores) -> str:
         "by its own spread": np.argsort(scores.std, kind="stable"),
         "by the true error": np.argsort(errors),
     }
-    kept = np.arange(1, len(scores) + 1)
     shown = np.unique(np.linspace(min(9, len(scores) - 1), len(scores) - 1, 200).astype(int))
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         for (name, order), colour, line in zip(orders.items(), (BLUE, "black"), ("-", ":"), strict=True):
-            risk = np.cumsum(errors[order]) / kept
-            axis.plot(kept[shown] / len(scores), risk[shown], color=colour, linestyle=line, label=name)
-        axis.axhline(errors.mean(), color=GREY, linewidth=0.8, linestyle="--", label="all scores")
+            kept = np.cumsum(scores.weight[order])
+            risk = np.cumsum((errors * scores.weight)[order]) / kept
+            axis.plot(kept[shown] / kept[-1], risk[shown], color=colour, linestyle=line, label=name)
+        axis.axhline(
+            weighted_mean(errors, scores.weight), color=GREY, linewidth=0.8, linestyle="--", label="all scores"
+        )
         axis.set(xlabel="share of the scores that are kept", ylabel="mean |this judge - mean judge|", ylim=(0, None))
         axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.legend(loc="lower right")
@@ -326,8 +344,8 @@ def _score_by_clip(clips: Scores) -> str:
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         for name, colour, marker, line, means, errors in (
-            ("mean judge", ORANGE, "D", "--", *_means([each.reference for each in chosen])),
-            ("this judge", BLUE, "o", "-", *_means([each.predicted for each in chosen])),
+            ("mean judge", ORANGE, "D", "--", *_means([(each.reference, each.weight) for each in chosen])),
+            ("this judge", BLUE, "o", "-", *_means([(each.predicted, each.weight) for each in chosen])),
         ):
             axis.errorbar(numbers, means, errors, color=colour, marker=marker, linestyle=line, capsize=2, label=name)
         labels = [f"{number:.0f}\nn={len(each)}" for number, each in zip(numbers, chosen, strict=True)]
@@ -339,6 +357,11 @@ def _score_by_clip(clips: Scores) -> str:
     return _drawn(6.4, 3.0, draw, "clip")
 
 
-def _means(values: Sequence[Floats]) -> tuple[list[float], list[float]]:
-    errors = [1.96 * float(np.std(each, ddof=1)) / len(each) ** 0.5 if len(each) > 1 else 0.0 for each in values]
-    return [float(each.mean()) for each in values], errors
+def _means(values: Sequence[tuple[Floats, Floats]]) -> tuple[list[float], list[float]]:
+    means, errors = [], []
+    for each, weight in values:
+        mean, deviation = _mean_and_deviation(each, weight)
+        effective = weight.sum() ** 2 / (weight**2).sum()  # Kish (1965)
+        means.append(mean)
+        errors.append(1.96 * deviation / (effective - 1) ** 0.5 if effective > 1 + 1e-9 else 0.0)
+    return means, errors

@@ -17,6 +17,7 @@ from prmkit.evaluation.probes import PROBES, Probe, answers_in
 from prmkit.evaluation.statistics import mean_of
 from prmkit.evaluation.summary import MIN_BAD, NONE, shown
 from prmkit.judge.types import BAD_BELOW, SCORED
+from prmkit.rows import weight_of
 
 CHANGED_PREDICTIONS_FILE = "predictions_changed.jsonl"
 MOST_PROMPTS = 1000
@@ -102,11 +103,12 @@ def _measured(probe: Probe, pairs: Sequence[tuple[Row, Row]]) -> Metrics:
     change = np.array([after["score"] - before["score"] for before, after in pairs])
     references = [fmean(before["reference"].values()) if before["reference"] else np.nan for before, _ in pairs]
     task = np.array([before["task_id"] for before, _ in pairs])
+    weight = np.array([weight_of(before["metadata"]) for before, _ in pairs])
     is_bad = np.array(references) < min(BAD_BELOW)
     return {
-        "wrong_way": _mean(_moves_wrong(probe, change).astype(np.float64), task),
-        "change": _mean(change, task),
-        "change_of_bad": _mean(change[is_bad], task[is_bad]),
+        "wrong_way": _mean(_moves_wrong(probe, change).astype(np.float64), task, weight),
+        "change": _mean(change, task, weight),
+        "change_of_bad": _mean(change[is_bad], task[is_bad], weight[is_bad]),
     }
 
 
@@ -115,8 +117,8 @@ def _moves_wrong(probe: Probe, change: Floats) -> Any:
     return {"same": np.abs(change) > moved, "lower": change >= -moved, "attack": change > moved}[probe.kind]
 
 
-def _mean(values: Floats, task: Any) -> Any:
-    sample = make_sample(values, np.zeros(len(values)), task)
+def _mean(values: Floats, task: Any, weight: Floats) -> Any:
+    sample = make_sample(values, np.zeros(len(values)), task, weight=weight)
     return measure(sample, mean_of(sample, values))
 
 

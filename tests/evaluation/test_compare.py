@@ -158,11 +158,24 @@ def test_a_gate_opens_on_chosen_prompts_only_where_chance_chose_some_of_enough_t
     enough = chosen_by_first(held_out, 0.4)
     metrics = metrics_of(predictions_of(enough, noisy(0.1)), None, enough, CONSTANTS)
     check_enough_scores(metrics, "--min-spearman")
+    assert not {SELECTED_BY, WEIGHT} & set(metrics["breakdowns"])  # hard steps are no group to be graded
     assert metrics["trajectory"]["trajectories"] == 0
     assert "steps that ask_judges.py --first selected" in metrics["trajectory"]["left_out"]
     told = next(line for line in warnings(metrics) if "--first" in line)
     effective = float(re.findall(r"as much as ([\d,]+) unselected", told)[0].replace(",", ""))
     assert 0.2 * len(held_out.prompts) < effective < len(enough.prompts)
+
+
+def test_prompts_that_chance_chose_count_only_with_a_score(held_out: HeldOut) -> None:
+    chosen = chosen_by_first(held_out, 0.4)
+    rows = predictions_of(chosen, noisy(0.1))
+    for row in rows:
+        if row["metadata"][SELECTED_BY] == AUDIT:
+            row |= {"status": "too_long", "reason": "too long", "scores": {}}
+    metrics = metrics_of(rows, None, chosen, CONSTANTS)
+    assert metrics["held_out"]["selection"]["audited_tasks"] == 0
+    with pytest.raises(GateError, match="only 0 tasks have randomly selected prompts"):
+        check_enough_scores(metrics, "--min-spearman")
 
 
 def test_a_judge_that_makes_few_of_the_scores_fails_every_gate(held_out):

@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from synthetic import CONSTANTS, constant, copier, noisy, predictions_of, write_data_folder
 
@@ -12,6 +14,7 @@ from prmkit import cli
 from prmkit.evaluation import grade, summary
 from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.heldout import HeldOut, read_held_out
+from prmkit.evaluation.plots import _distributions, _means
 from prmkit.evaluation.predictions import table_of_scores
 from prmkit.evaluation.report import report_html, worst_errors, write_report
 
@@ -78,6 +81,22 @@ def test_every_plot_is_whole_and_their_ids_do_not_clash(reported):
     for number, needed in enumerate(referred):
         assert needed <= ids[number]
         assert not any(needed & others for other, others in enumerate(ids) if other != number)
+
+
+def test_plots_are_about_all_prompts_that_the_chosen_ones_represent(held_out):
+    scores = table_of_scores(predictions_of(held_out, noisy(0.12)), held_out.judges, CONSTANTS)
+    weight = np.random.default_rng(0).integers(1, 6, len(scores)).astype(float)
+    often = scores.where(np.repeat(np.arange(len(scores)), weight.astype(int)))
+    titles = [
+        re.findall(r"mean [\d.]+, standard deviation [\d.]+", _distributions(each, held_out.judges))
+        for each in (replace(scores, weight=weight / 3), often, scores)
+    ]
+    assert titles[0] == titles[1] != titles[2]
+    (mean,), (error,) = _means([(scores.predicted, weight)])
+    assert mean == pytest.approx(often.predicted.mean())
+    (_,), (of_equal,) = _means([(scores.predicted, scores.weight)])
+    assert of_equal == pytest.approx(1.96 * np.std(scores.predicted, ddof=1) / len(scores) ** 0.5)
+    assert error > of_equal  # fewer effective scores
 
 
 def test_the_verdict_comes_before_the_numbers_and_says_what_they_say(reported):

@@ -1,7 +1,9 @@
 """Changed prompts: each change is exactly what it says, and the table says how the scores moved."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from synthetic import CONSTANTS, noisy, predictions_of, write_data_folder
 
@@ -18,6 +20,7 @@ from prmkit.evaluation.robustness import (
 )
 from prmkit.judge.types import Distribution, Judgement
 from prmkit.prompts.step import load_rubric, step_prompts
+from prmkit.rows import WEIGHT
 from prmkit.trajectory import Call, Message, Result, Step, Trajectory
 from prmkit.verdict import asked_shape
 
@@ -284,10 +287,29 @@ def test_only_steps_that_were_good_must_fall(held_out):
             assert sum(reference.values()) / len(reference) >= 0.8
 
 
+def test_a_prompt_counts_as_many_as_it_represents(held_out):
+    prompts = [replace(prompt, metadata={WEIGHT: 4.0 if len(prompt.task) % 2 else 1.0}) for prompt in held_out.prompts]
+    chosen = replace(held_out, prompts=tuple(prompts))
+    probe = next(
+        each for each in probed(chosen, lambda _, p: p.metadata[WEIGHT] / 10)["probes"] if each["probe"] == "filler"
+    )
+    weights = np.array([c.original.metadata[WEIGHT] for c in change_prompts(prompts) if c.probe.name == "filler"
+                        and c.original.evaluation_type == probe["evaluation_type"]])  # fmt: skip
+    assert len(set(weights)) == 2
+    assert probe["change"]["value"] == pytest.approx(np.average(weights / 10, weights=weights))
+
+
 def test_what_was_shortened_or_has_no_score_is_counted_and_not_compared():
     prompts = [prompt_of(CLIP.replace("2998", str(number)), task=str(number)) for number in range(12)]
     changes = [change for change in change_prompts(prompts) if change.probe.name == "filler"]
-    ok = {"status": "ok", "trimmed": False, "score": 0.5, "evaluation_type": "clip", "reference": {"a": 0.2}}
+    ok = {
+        "status": "ok",
+        "trimmed": False,
+        "score": 0.5,
+        "evaluation_type": "clip",
+        "reference": {"a": 0.2},
+        "metadata": {},
+    }
     rows = [ok | {"prompt_sha256": each.prompt_sha256, "task_id": each.task} for each in prompts]
     after = [dict(row) for row in rows]
     after[0] |= {"trimmed": True}
