@@ -52,9 +52,9 @@ CREATE TABLE consensus (number INTEGER PRIMARY KEY, scores TEXT, judges INTEGER,
 CREATE VIEW kept AS SELECT * FROM row WHERE wanted AND status IS NULL;
 """
 # unit: what is held out as a whole: the task; the prompt of a row without one. slot: the clip of its trajectory.
-# question: the prompt without its system text. answer: a hash of the judge's text and the metadata without `SELECTED_BY`
-# and `WEIGHT`. weight: `prmkit.rows.WEIGHT`, 0 for a row without one. lightest: the prompt's row with the lowest weight.
-# Scores: hundredths.
+# question: the prompt without its system text. answer: a hash of the judge's text and the metadata, but for the reason
+# why the judge was asked. weight: `prmkit.rows.WEIGHT`, 0 for a row without one. lightest: the prompt's row with the
+# lowest weight. Scores: hundredths.
 
 
 class Stage:

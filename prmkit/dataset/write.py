@@ -158,7 +158,8 @@ class _StagedRow(NamedTuple):
 def _kept_rows(stage: Stage) -> Iterator[_StagedRow]:
     rows = stage.rows.execute(
         "SELECT evaluation_type, judge, task, held_out, system, coalesce(body.trimmed, text), body.label, "
-        "body.sidecar, consensus.scores, consensus.judges, lightest.sidecar FROM kept CROSS JOIN prompt ON prompt.id = kept.prompt "
+        "body.sidecar, consensus.scores, consensus.judges, lightest.sidecar "
+        "FROM kept CROSS JOIN prompt ON prompt.id = kept.prompt "
         "CROSS JOIN body ON body.number = kept.number LEFT JOIN consensus ON consensus.number = kept.number "
         "LEFT JOIN body AS lightest ON lightest.number = consensus.lightest "
         "ORDER BY kept.number"

@@ -19,7 +19,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.files import read_jsonl, sha256_of
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 from prmkit.paths import sidecar_of
-from prmkit.rows import Rejected, read_row, whole_number
+from prmkit.rows import WEIGHT, Rejected, read_row, whole_number
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
 from prmkit.trajectories.rows import holds_records, runs_beside, succeeded
@@ -190,7 +190,7 @@ def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, 
             f"{place}: not a labelled step. An exam has rows from import_trajectories.py --labels or label_steps.py, "
             "with trajectory_id, clip_number and a verdict."
         )
-    weight = metadata.get("weight", 1.0)
+    weight = metadata.get("weight", metadata.get(WEIGHT, 1.0))
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise DataError(f"{place}: weight {weight!r:.30} is not a number above 0.")
     index, agent = whole_number(metadata.get("source_index")), metadata.get("agent")

@@ -321,9 +321,8 @@ def _risk_coverage(scores: Scores) -> str:
             kept = np.cumsum(scores.weight[order])
             risk = np.cumsum((errors * scores.weight)[order]) / kept
             axis.plot(kept[shown] / kept[-1], risk[shown], color=colour, linestyle=line, label=name)
-        axis.axhline(
-            weighted_mean(errors, scores.weight), color=GREY, linewidth=0.8, linestyle="--", label="all scores"
-        )
+        mean = weighted_mean(errors, scores.weight)
+        axis.axhline(mean, color=GREY, linewidth=0.8, linestyle="--", label="all scores")
         axis.set(xlabel="share of the scores that are kept", ylabel="mean |this judge - mean judge|", ylim=(0, None))
         axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.legend(loc="lower right")

@@ -17,6 +17,7 @@ from prmkit.evaluation.exam_metrics import constants
 from prmkit.files import write_json
 from prmkit.judge.sources import EXPORT_FILE
 from prmkit.prompts.step import load_rubric
+from prmkit.rows import SELECTED_BY, WEIGHT
 from prmkit.trajectories.rows import runs_beside
 
 evaluate = importlib.import_module("evaluate_judge")._parser
@@ -180,6 +181,14 @@ def test_rows_alone_have_no_first_error_and_say_so(tmp_path: Path, capsys: pytes
     found = take(file, "--predictions", public.write_lines(tmp_path / "some.jsonl", lines))["some"]
     assert {"auroc", "average_precision"} <= found["metrics"].keys() and "located" not in found["metrics"]
     assert "12 runs are incomplete" in capsys.readouterr().out
+
+
+def test_steps_that_first_selected_weigh_what_they_represent(tmp_path: Path) -> None:
+    file = make_exam(tmp_path, "who-and-when", public.first_error_marked())
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["metadata"] |= {SELECTED_BY: "audit", WEIGHT: 5.0}
+    public.write_lines(file, rows)
+    assert sorted({step.weight for _, step in read_exam(file).labelled}) == [1.0, 5.0]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
