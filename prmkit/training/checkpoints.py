@@ -1,4 +1,4 @@
-"""Weights and checkpoints on disk: what is in them, and are they complete? Read without loading anything."""
+"""Weights and checkpoints on disk: what they contain, and whether they are complete. Nothing is loaded."""
 
 import bisect
 import json
@@ -31,7 +31,7 @@ class Weight:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of values in it."""
         size = 1
         for length in self.shape:
             size *= length
@@ -46,14 +46,14 @@ class Tensors:
     places: Mapping[str, tuple[int, int]]
     """Where the bytes of each tensor begin and end in the file."""
     size: int
-    """Bytes that a complete file of this header has."""
+    """The size in bytes of a complete file with this header."""
 
 
 _LARGEST_HEADER = 100_000_000  # the limit of the format itself
 
 
 def read_header(path: Path) -> Tensors:
-    """Read a safetensors header: 8 bytes length N (little endian), N bytes JSON, then the tensors' bytes.
+    """Read a safetensors header: 8 bytes with the length N (little endian), N bytes of JSON, then the tensors' bytes.
 
     Raises:
         DataError: the file has no such header.
@@ -80,7 +80,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files that transformers would load, in its order of preference.
 
     Raises:
-        DataError: their index is damaged.
+        DataError: the index of the files is damaged.
     """
     for name in (
         "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -145,7 +145,7 @@ def parse_log_line(line: bytes) -> dict[str, Any] | None:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `trainer_log.jsonl`; damaged ones are skipped."""
+    """The lines of a `trainer_log.jsonl`; damaged lines are skipped."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         if (entry := parse_log_line(line)) is not None:
             yield entry
@@ -155,7 +155,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def weights_fault(folder: Path) -> str | None:
-    """What is wrong with the weights in a folder, an adapter or a model in one or several files; by header and size."""
+    """What is wrong with a folder's weights (an adapter, or a model in one or more files), by header and size."""
     try:
         names = _weight_names(folder)
     except DataError as failure:
@@ -184,9 +184,9 @@ def _is_complete_file(path: Path) -> bool:
 
 
 def content_fault(folder: Path) -> str | None:
-    """What is wrong with the contents of a folder of weights: every byte is read, about a second a gigabyte.
+    """What is wrong with the contents of a folder of weights: every byte is read, about a second per gigabyte.
 
-    Besides `weights_fault`: JSON files that are empty or damaged, pages of zeros in the weights, which are what a power
+    In addition to `weights_fault`: JSON files that are empty or damaged, pages of zeros in the weights, which a power
     failure leaves, and numbers that are not finite.
     """
     if fault := weights_fault(folder):
@@ -203,7 +203,7 @@ def content_fault(folder: Path) -> str | None:
 
 _PAGE = 4096
 _EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
-"""NumPy type of the same size, and the bits that are all set in infinities and NaN alone (IEEE 754)."""
+"""NumPy type of the same size, and the bits that are all set only in infinities and NaN (IEEE 754)."""
 
 
 _CHUNK = 1 << 26
@@ -230,10 +230,10 @@ def _is_finite(content: mmap.mmap, begin: int, end: int, kind: str, exponent: in
 
 
 def _zeroed_tensor(content: mmap.mmap, header: Tensors) -> str | None:
-    """A tensor that a page of zeros has overwritten.
+    """A tensor that was overwritten with a page of zeros.
 
-    Embeddings have rows of zeros, biases may be zero, and a tensor of nothing but zeros is one that has not learned yet
-    (LoRA's B begins so); LoRA's A never is.
+    Embeddings have rows of zeros, biases may be zero, and a tensor of only zeros has not learned yet (LoRA's B starts
+    that way); LoRA's A is never zero.
     """
     spans = sorted((*place, name) for name, place in header.places.items() if not _may_be_zero(name, header))
     ends = [end for _, end, _ in spans]
@@ -252,7 +252,7 @@ def _may_be_zero(name: str, header: Tensors) -> bool:
 
 
 def _zero_pages(content: mmap.mmap) -> Iterator[int]:
-    """Where the pages of zeros begin."""
+    """The places where pages of zeros begin."""
     import numpy
 
     for start in range(0, len(content) // _PAGE * _PAGE, _CHUNK):

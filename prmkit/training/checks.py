@@ -1,8 +1,8 @@
 """One check, its outcome, and every check of a config that needs neither this machine nor any other file.
 
 Names, types, choices and defaults come from the installed LLaMA Factory (`prmkit.llamafactory_schema`). The rules below
-are for what its parser accepts and what then fails after the model has loaded, or silently does something else. What
-its parser reports by itself is left to it: it is asked before every run (`prmkit.training.llamafactory_checks`).
+are for settings that its parser accepts, but that fail after the model has loaded, or silently do something else.
+Errors that its parser reports are left to it: it runs before every training (`prmkit.training.llamafactory_checks`).
 """
 
 import difflib
@@ -40,14 +40,14 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what it looked at, what it found, and what to do about it."""
+    """One check: its subject, what it found, and what to do about it."""
 
     name: str
     """The subject of the check; for a check of one key, the key."""
     status: Status
     found: str
     advice: str = ""
-    """What to do; empty when there is nothing to do."""
+    """What to do; empty if there is nothing to do."""
 
 
 def ok(name: str, found: str, advice: str = "") -> Check:
@@ -56,12 +56,12 @@ def ok(name: str, found: str, advice: str = "") -> Check:
 
 
 def warning(name: str, found: str, advice: str) -> Check:
-    """The run would finish, and might not be what was meant."""
+    """A check's warning: the run would finish, but might not be what was meant."""
     return Check(name, Status.WARNING, found, advice)
 
 
 def error(name: str, found: str, advice: str = "") -> Check:
-    """The run would fail, or be worth nothing."""
+    """A check's error: the run would fail or be worthless."""
     return Check(name, Status.ERROR, found, advice)
 
 
@@ -113,8 +113,8 @@ REPLACEMENTS = {
     "lr": "Write learning_rate.",
     "learning-rate": "Write learning_rate.",
 }
-"""What to write instead of keys of older versions and of similar tools. Used only for keys that the installed LLaMA
-Factory does not know."""
+"""Replacements for keys of older versions and similar tools. Used only for keys that the installed LLaMA Factory does
+not know."""
 
 _ACCEPTED_ANYWAY: dict[str, tuple[Any, ...]] = {
     "swanlab_mode": ("offline", "disabled"),
@@ -155,7 +155,7 @@ def is_secret(key: str) -> bool:
 
 
 def check_keys(values: Values) -> list[Check]:
-    """Everything that is wrong with single keys, in their order; at most one error a key."""
+    """Everything that is wrong with single keys, in their order; at most one error per key."""
     keys = training_keys()
     missing = [
         error(name, "is not set" if values.get(name) is None else "is an empty list", hint)
@@ -197,7 +197,7 @@ def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
         hint = "Log in once (hf auth login, swanlab login), or set HF_TOKEN or SWANLAB_API_KEY in the environment."
         yield error(name, "a secret does not belong in a config or a command", hint)
     elif value == "" and name not in _EMPTY_IS_A_VALUE:
-        yield error(name, "is an empty string, which LLaMA Factory takes for a value", "Leave the key out.")
+        yield error(name, "is an empty string, which LLaMA Factory treats as a value", "Leave the key out.")
     elif value == [] and name in _EMPTY_LIST_FAILS:
         yield error(name, "is an empty list", "Leave the key out.")
     elif name == "adapter_name_or_path" and isinstance(value, list):
@@ -224,7 +224,7 @@ def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
 def _check_report_to(value: Any) -> Iterator[Check]:
     names = value if isinstance(value, list) else [value]
     if value is None:
-        yield error("report_to", "null is taken for the name of a logger", "Write report_to: none.")
+        yield error("report_to", "null is read as the name of a logger", "Write report_to: none.")
     elif isinstance(value, str) and "," in value:
         written = ", ".join(part.strip() for part in value.split(","))
         yield error("report_to", "LLaMA Factory does not split this string", f"Write a list: report_to: [{written}]")
@@ -267,7 +267,7 @@ def _fits(key: Key, value: Any) -> bool:
 
 
 def _unquoted(text: str) -> Any:
-    """The value of a string without its quotes, or None where it would be a string again."""
+    """The value of a string without its quotes, or None if that would be a string again."""
     lowered = text.strip().lower()
     if lowered in ("true", "false", "yes", "no", "on", "off"):
         return lowered in ("true", "yes", "on")
@@ -305,7 +305,7 @@ def _check_range(name: str, value: Any) -> Iterator[Check]:
 
 
 def check_conflicts(values: Values) -> list[Check]:
-    """Keys that do not go together.
+    """Keys that conflict with each other.
 
     Args:
         values: without keys that are wrong by themselves.
@@ -362,7 +362,7 @@ METRICS_OF = {
 
 
 def _check_metric(config: Values, given: Values) -> Iterator[Check]:
-    """Is the metric that chooses the best checkpoint among those that an evaluation gives?"""
+    """Check that an evaluation computes the metric that chooses the best checkpoint."""
     follows_loss = config["load_best_model_at_end"] or config["lr_scheduler_type"] in _LOOKS_AT_LOSS
     metric = given.get("metric_for_best_model", "loss" if follows_loss else None)
     if metric is None or config["eval_strategy"] == "no" or config["stage"] != "sft":
@@ -387,7 +387,7 @@ def _check_loggers(config: Values, _given: Values) -> Iterator[Check]:
 
 
 def _check_folders(config: Values, given: Values) -> Iterator[Check]:
-    """A run and an export use the whole of their folder: `--overwrite` renames it with all that is in it."""
+    """A run and an export own their whole folder: `--overwrite` renames it with everything in it."""
     kept = {"dataset_dir": Path(str(config["dataset_dir"]))}
     if "model_name_or_path" in given:
         kept["model_name_or_path"] = Path(str(given["model_name_or_path"]))
@@ -404,7 +404,7 @@ def _check_folders(config: Values, given: Values) -> Iterator[Check]:
 
 
 def _check_overlap(name: str, folder: Path, others: Mapping[str, Path]) -> Iterator[Check]:
-    """The first thing that would be overwritten or renamed together with a folder."""
+    """The first problem with renaming or overwriting a folder: what else would be affected."""
     hint, place = "Name another folder, such as saves/NAME.", folder.resolve()
     if Path.cwd().is_relative_to(place):
         yield error(name, f"{folder} is the current folder, or one above it", hint)
@@ -422,7 +422,7 @@ def _check_overlap(name: str, folder: Path, others: Mapping[str, Path]) -> Itera
 
 
 def check_settings(values: Values) -> Iterator[Check]:
-    """Warnings for settings that are accepted and rarely meant."""
+    """Warnings about settings that are accepted but rarely intended."""
     rate, full = setting(values, "learning_rate"), setting(values, "finetuning_type") in ("full", "freeze")
     if rate > (1e-4 if full else 5e-3):
         kind, usual = ("full fine-tuning", 1e-5) if full else ("LoRA", 1e-4)
@@ -458,15 +458,15 @@ _RARELY_MEANT = {
         "Leave it out; save_total_limit: 1 saves disk space as well.",
     ),
 }
-"""By key: what was found and what to do; `{}` is the value."""
+"""Key -> what was found and what to do; `{}` is the value."""
 
 
 def suggest_flag(message: str, flags: Sequence[str], typed: Sequence[str]) -> str:
-    """What to write instead of a flag that argparse does not know; empty when the message is about something else.
+    """What to write instead of a flag that argparse does not know; empty if the message is about something else.
 
     Args:
         message: argparse's, such as `unrecognized arguments: --lora-rank`.
-        flags: those that exist.
+        flags: the existing flags.
         typed: the words of the command line.
     """
     _, found, words = message.partition("unrecognized arguments: --")

@@ -1,8 +1,8 @@
-"""One flat YAML of LLaMA Factory's keys plus overrides, resolved to the values of a run and where each came from.
+"""One flat YAML of LLaMA Factory's keys plus overrides, resolved to a run's values and the origin of each.
 
-A value is read as LLaMA Factory would read it and overridden from the command line; everything is checked and all
-errors are reported at once; then what is left is fitted to the data and to the machine. Nothing here imports LLaMA
-Factory, and fitting never changes what is learned from a row: only what can run, and how fast.
+Values are read as LLaMA Factory would read them and overridden from the command line; everything is checked and all
+errors are reported at once; then keys that were left open are fitted to the data and the machine. Nothing here imports
+LLaMA Factory, and fitting never changes what is learned from a row, only what can run and how fast.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,19 +34,19 @@ class Override:
     key: str
     text: str
     source: str
-    """How the user typed it: `--epochs`, or `key=value`."""
+    """The form in which the user typed it: `--epochs`, or `key=value`."""
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """The config that a run is started with."""
+    """The config with which a run is started."""
 
     values: Mapping[str, Any]
     """LLaMA Factory's keys, ready for `render_yaml`."""
     sources: Mapping[str, str]
     """For every key in `values`: the file, the flag, or `derived: why`."""
     dropped: Mapping[str, str]
-    """Keys that the user set and that this run leaves out, and why."""
+    """Keys that the user set but this run leaves out -> reason."""
 
 
 def parse_assignment(text: str) -> Override:
@@ -69,9 +69,9 @@ def resolve_config(
     Args:
         path: the YAML.
         overrides: in the order of the command line.
-        machine: what training can use; this machine when it is None.
+        machine: what training can use; None for this machine.
         torchrun: whether torchrun starts the training; it may start a single process, for DeepSpeed.
-        files: where the config has errors, report those of the model folder and the datasets with them.
+        files: if the config has errors, also report those of the model folder and the datasets.
 
     Raises:
         UsageError: something is wrong with the file or the overrides; the message names all of it.
@@ -120,7 +120,7 @@ def _check_inputs(values: Mapping[str, Any], wrong: set[str]) -> list[Check]:
 
 
 def _report(path: Path, errors: Sequence[Check], sources: Mapping[str, str]) -> str:
-    """All errors of a config in one message; a key that is not from the file is named with where it is from."""
+    """All errors of a config in one message; a key that is not from the file is shown as it was typed."""
     count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
     typed = {key: f"{key} ({source})" for key, source in sources.items() if source != str(path)}
     lines = [f"  {_line(typed.get(each.name, each.name), each)}" for each in errors]
@@ -148,7 +148,7 @@ def render_yaml(values: Mapping[str, Any]) -> str:
 
 def _read_file(path: Path, keys: Mapping[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
     values = {key: _with_no_as_word(keys.get(key), value) for key, value in read_yaml(path).items()}
-    # A null where LLaMA Factory's default is null changes nothing; anywhere else it is checked.
+    # A null changes nothing if LLaMA Factory's default is null; otherwise it is checked.
     values = {key: value for key, value in values.items() if value is not None or not _defaults_to_null(keys.get(key))}
     return values, dict.fromkeys(values, str(path))
 
@@ -185,7 +185,7 @@ def _apply(
 
 
 def _typed_value(key: Key | None, text: str) -> Any:
-    """The value of a string on the command line, typed as LLaMA Factory types its own `key=value`.
+    """The value of a string on the command line, with the type that LLaMA Factory gives its own `key=value`.
 
     A key that holds a string gets it unchanged, unless it is a list: `run_name=123` is a name, and
     `default_system="Judge: be strict"` is not a mapping.
@@ -220,23 +220,23 @@ EVALUATION_KEYS = (
     "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "early_stopping_steps",
 )  # fmt: skip
-"""Keys that mean nothing without rows to evaluate on."""
+"""Keys that are meaningless without rows to evaluate on."""
 
 BATCH_BYTES = 3_000_000
-"""Text in one preprocessing batch. 2,000 rows of 30,000 characters took 2.75 GB at 1,000 rows a batch and 1.15 GB at
-100, at the same speed."""
+"""Bytes of text in one preprocessing batch. 2,000 rows of 30,000 characters took 2.75 GB with 1,000 rows per batch and
+1.15 GB with 100, at the same speed."""
 ROWS_PER_WORKER = 500
 """Fewer rows are tokenized faster than a worker process starts."""
 
 
 @dataclass
 class _Changes:
-    """What fitting changes, collected."""
+    """Collects what fitting changes."""
 
     derived: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """Key to new value and reason."""
+    """Key -> new value and reason."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """Key to reason."""
+    """Key -> reason."""
 
     def drop(self, values: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
         """Leave out those of `names` that are set to something."""
@@ -253,7 +253,7 @@ def _fit_held_out(values: Mapping[str, Any], overridden: Mapping[str, bool]) -> 
 
     Args:
         values: as the user set them, unchecked.
-        overridden: keys that the command line names; False for those that it removes.
+        overridden: keys on the command line; False for those that it removes.
     """
     changes = _Changes()
     if overridden.get("eval_dataset") is False:

@@ -23,7 +23,7 @@ FORMATS = ("alpaca", "sharegpt", "openai")
 RANKING_STAGES = ("rm", "dpo")
 FILE_TYPES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 SCANNED_BYTES = 256 << 20
-"""A second of reading; what is wrong in a file is nearly always wrong near its beginning."""
+"""Bytes to read, which takes a second; errors in a file are nearly always near its beginning."""
 CHUNK_BYTES = 10 << 20
 """Arrow fixes a column's type by the first 10 MB of a file."""
 
@@ -60,7 +60,7 @@ def _describe_rows(entry: Entry) -> str:
 
 
 def _rows_of(entry: Entry) -> int | None:
-    """How many rows a dataset has; None for kinds of files that are not read here."""
+    """The number of rows of a dataset; None for kinds of files that are not read here."""
     if entry.file is None or entry.file.suffix != ".jsonl" or not entry.file.is_file():
         return None
     with entry.file.open("rb") as stream:
@@ -68,7 +68,7 @@ def _rows_of(entry: Entry) -> int | None:
 
 
 def _report_problems(folder: Path) -> Iterator[str]:
-    """Is the conversion's report, which every run records, readable?"""
+    """Check that the conversion's report, which every run records, is readable."""
     path = folder / REPORT
     try:
         report = read_json(path) if path.exists() else {}
@@ -154,12 +154,12 @@ def _row_problem(line: bytes, wanted: Mapping[str, type], *, others_must_be_stri
 
 
 def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, evaluate: bool = False) -> Check:
-    """Are there held-out rows, and do their tasks and prompts not appear in the training rows?
+    """Check that there are held-out rows, and that the training rows have none of their tasks and prompts.
 
     Args:
         values: LLaMA Factory's keys.
         dropped: keys that this run leaves out, and why.
-        evaluate: the judge is to be measured on them, so that it is an error when there are none.
+        evaluate: whether the judge will be measured on them; then it is an error if there are none.
     """
     if values.get("val_size"):
         if problem := _nothing_left(values):
@@ -170,7 +170,7 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, eva
     if not held_out:
         found = f"none: {dropped['eval_dataset']}" if "eval_dataset" in dropped else "none"
         if evaluate:
-            return error("held-out", f"{found}, and --evaluate needs some", HOLD_OUT)
+            return error("held-out", f"{found}, but --evaluate needs some", HOLD_OUT)
         return warning("held-out", f"{found}, so the judge cannot be measured", HOLD_OUT)
     if both := set(names) & set(held_out):
         return error("held-out", f"{', '.join(sorted(both))} is trained on and held out", "Name its held-out side.")
@@ -188,7 +188,7 @@ HOLD_OUT = (
 
 
 def _nothing_left(values: Mapping[str, Any]) -> str | None:
-    """Why `val_size` would leave no row to train on; None when it leaves some or the rows cannot be counted."""
+    """Why `val_size` would leave no row to train on; None if it leaves some, or if the rows cannot be counted."""
     if values.get("streaming") or setting(values, "mix_strategy") != "concat":
         return None
     try:

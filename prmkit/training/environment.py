@@ -1,6 +1,6 @@
 """This machine: GPUs, cores and packages, and whether it is ready to train. No heavy imports.
 
-What is asked here takes milliseconds, but for SwanLab's server, which is asked for at most two seconds.
+Everything here takes milliseconds, except contacting SwanLab's server, which takes at most two seconds.
 """
 
 import netrc
@@ -34,7 +34,7 @@ class Gpu:
     total: int
     free: int
     capability: tuple[int, int]
-    """CUDA compute capability; from 8.0 (Ampere) on bf16, tf32 and FlashAttention-2 work."""
+    """CUDA compute capability; bf16, tf32 and FlashAttention-2 need 8.0 (Ampere) or higher."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Machine:
     gpus: tuple[Gpu, ...]
     cores: int
     packages: Mapping[str, str] = field(default_factory=dict)
-    """Versions of the installed ones out of `OPTIONAL_PACKAGES`, by distribution name."""
+    """Distribution name -> version, of the installed `OPTIONAL_PACKAGES`."""
     memory: int = 0
-    """Free bytes of main memory; 0 when unknown."""
+    """Free bytes of main memory; 0 if unknown."""
 
     @property
     def memory_budget(self) -> int:
-        """Free bytes for each training process: of the GPU with the least, or else of main memory."""
+        """Free bytes for each training process: of the GPU with the least free memory, or else of main memory."""
         return min((gpu.free for gpu in self.gpus), default=self.memory)
 
 
@@ -140,13 +140,13 @@ NEEDED_BY = {
     "predict_with_generate": "rouge_chinese",
 }
 LONGEST_NAME = 200
-"""Bytes. File systems allow 255, and logs and renamed folders get longer names than the run."""
+"""Bytes. File systems allow 255, but logs and renamed folders get longer names than the run."""
 TOO_LARGE_FOR_A_CPU = 500_000_000
 QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
 
 
 def check_python() -> Check:
-    """The Python that the pinned versions were tested with."""
+    """The Python version with which the pinned versions were tested."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] == TESTED_PYTHON:
         return ok("Python", version)
@@ -155,10 +155,10 @@ def check_python() -> Check:
 
 
 def check_versions() -> Check:
-    """Do the installed versions fit together, by the packages' own requirements?"""
+    """Check that the installed versions fit together, by the packages' own requirements."""
     problems = list(_unmet(GO_TOGETHER))
     torch, audio = installed_version("torch"), installed_version("torchaudio")
-    # torchaudio requires nothing of torch in its metadata and then fails to load.
+    # torchaudio's metadata does not require a torch version, but it fails to load with another one.
     if torch and audio and torch.split("+")[0].split(".")[:2] != audio.split("+")[0].split(".")[:2]:
         problems.append(f"torchaudio {audio} is for another torch than {torch}")
     if problems:
@@ -179,11 +179,11 @@ def _unmet(names: tuple[str, ...]) -> Iterator[str]:
                 continue
             installed = installed_version(requirement.name)
             if installed and not requirement.specifier.contains(installed, prereleases=True):
-                yield f"{name} needs {requirement.name}{requirement.specifier}, and {installed} is installed"
+                yield f"{name} needs {requirement.name}{requirement.specifier}, but {installed} is installed"
 
 
 def check_command() -> Check:
-    """Is `llamafactory-cli` installed for this Python?"""
+    """Check that `llamafactory-cli` is installed for this Python."""
     program = Path(sys.executable).parent / "llamafactory-cli"
     if program.exists():
         return ok("llamafactory-cli", str(program))
@@ -193,29 +193,27 @@ def check_command() -> Check:
 
 
 def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, parameters: int) -> Check:
-    """Are there GPUs, enough of them, free, and able to do what the config asks for?
+    """Check that there are enough GPUs, that they are free, and that they support the config.
 
     Args:
         values: LLaMA Factory's keys.
         machine: what training can use.
-        processes: how many train on this machine.
-        parameters: of the model; 0 when unknown.
+        processes: the number of training processes on this machine.
+        parameters: of the model; 0 if unknown.
     """
     if not machine.gpus:
         if parameters > TOO_LARGE_FOR_A_CPU:
             found = f"none, and {parameters / 1e9:.1f} B parameters would train for weeks on a CPU"
             return error("GPU", found, "Start where nvidia-smi shows a GPU.")
         if values.get("quantization_bit") or values.get("use_unsloth") or values.get("fp8"):
-            return error(
-                "GPU", "none, and the config asks for one (quantization, unsloth or fp8)", "Change these keys."
-            )
+            return error("GPU", "none, but the config needs one (quantization, unsloth or fp8)", "Change these keys.")
         advice = "Start where nvidia-smi shows a GPU; for other makers' GPUs set use_cpu=false."
         return warning("GPU", "none: training on the CPU, for tiny models only", advice)
     names = ", ".join(
         f"{gpu.name} ({gpu.free / GIBIBYTE:.0f} of {gpu.total / GIBIBYTE:.0f} GiB free)" for gpu in machine.gpus
     )
     if processes > len(machine.gpus):
-        return error("GPU", f"{names}; {processes} processes asked for", f"--nproc {len(machine.gpus)}")
+        return error("GPU", f"{names}; {processes} processes requested", f"--nproc {len(machine.gpus)}")
     busy = [gpu for gpu in machine.gpus[:processes] if gpu.free < 0.9 * gpu.total]
     if busy:
         return warning("GPU", f"{names}: in use by another process", "See nvidia-smi, and stop it if it is yours.")
@@ -223,7 +221,7 @@ def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, pa
 
 
 def check_precision(values: Mapping[str, Any], dropped: Mapping[str, str]) -> Check:
-    """The number format of the training, and what the machine does not support of what the config asks for."""
+    """The number format of the training, and the formats in the config that the machine does not support."""
     chosen = [name for name in ("pure_bf16", "bf16", "fp16", "fp8", "tf32") if values.get(name)]
     found = ", ".join(chosen) or "float32"
     missed = [name for name in ("pure_bf16", "bf16", "fp16", "tf32") if name in dropped]
@@ -236,7 +234,7 @@ def check_precision(values: Mapping[str, Any], dropped: Mapping[str, str]) -> Ch
 
 
 def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
-    """Packages that the config needs and that LLaMA Factory does not install.
+    """Packages that the config needs but LLaMA Factory does not install.
 
     Those of `optim` and `report_to` are found by the check of the trainer.
     """
@@ -252,11 +250,11 @@ def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
 
 
 def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Check:
-    """Is there disk space for the checkpoints kept at once, the one being written, and the final files?
+    """Check the disk space for the checkpoints kept at once, the one being written, and the final files.
 
     Args:
         values: LLaMA Factory's keys.
-        checkpoint_bytes: of one checkpoint; None when unknown.
+        checkpoint_bytes: the size of one checkpoint; None if unknown.
     """
     folder = Path(str(values["output_dir"])).absolute()
     places = {"output_dir": folder}
@@ -290,7 +288,7 @@ def _nearest_existing(folder: Path) -> Path:
 
 
 def _why_not_writable(folder: Path) -> str | None:
-    """Why no folder of this name can be created; None when it can."""
+    """Why no folder of this name can be created; None if it can."""
     try:
         existing = _nearest_existing(folder)
     except OSError as failure:  # a name that is too long, or a folder without permission
@@ -307,7 +305,7 @@ def _size(count: float) -> str:
 
 
 def _checkpoints(values: Mapping[str, Any]) -> int | None:
-    """How many checkpoints a run without a limit keeps; None where it depends on the number of rows."""
+    """How many checkpoints a run without a limit keeps; None if it depends on the number of rows."""
     strategy, steps = setting(values, "save_strategy"), float(setting(values, "save_steps"))
     max_steps = max(int(values.get("max_steps") or 0), 0)
     if strategy == "no":
@@ -356,7 +354,7 @@ def resolve_swanlab(
     Args:
         values: LLaMA Factory's keys; `use_swanlab` is true.
         packages: installed versions by name; `swanlab` and `swanboard` are used.
-        environment: the process's environment when it is None.
+        environment: None for the process's environment.
     """
     environment = os.environ if environment is None else environment
     asked: str | None = values.get("swanlab_mode")

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model by `llamafactory-cli export`, and check what came out."""
+"""Merge an adapter into its base model with `llamafactory-cli export`, and check the result."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ NOTE = "prmkit.json"
 
 _PART = ".part"
 _LONGEST_ANSWER = 512  # tokens; room for the verdict in the exported model's context, unless the config says more
-# The keys of training that decide, besides the paths, which model is merged.
+# The training keys that, besides the paths, decide which model is merged.
 _KEPT_KEYS = (
     "template", "default_system", "enable_thinking", "finetuning_type", "trust_remote_code", "resize_vocab",
     "add_tokens", "add_special_tokens", "rope_scaling", "use_fast_tokenizer", "split_special_tokens", "model_revision",
@@ -39,7 +39,7 @@ _KEPT_KEYS = (
 
 
 EXPORT_KEYS = ("export_dir", "export_size", "export_device", "infer_dtype")
-"""The keys that may be set for an export; everything else is as it was trained."""
+"""The keys that may be set for an export; everything else is as in training."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +66,23 @@ def find_source(folder: Path) -> Source:
         raise DataError(f"{folder}: {fault}. Train first, or name a run or checkpoint folder.")
     record = read_record(folder) or read_record(folder.parent)
     if record is None:
-        raise DataError(f"{folder}: no run.json, so its base model and template are not known.")
+        raise DataError(f"{folder}: no run.json, so its base model and template are unknown.")
     return Source(folder, record)
 
 
 def check_target(target: Path, source: Source | None = None, *, overwrite: bool) -> bool:
-    """Check that an export may be written to a folder; done before training, which would be in vain otherwise.
+    """Check that an export may be written to a folder; done before training, which would otherwise be wasted.
 
     Args:
-        target: the export folder. An earlier export in it will be moved aside.
-        source: what will be exported; None when it is not trained yet.
-        overwrite: whatever is in it will be moved aside.
+        target: the export folder. An earlier export in it will be renamed.
+        source: what will be exported; None if it is not trained yet.
+        overwrite: rename the folder, whatever is in it.
 
     Returns:
-        Whether this very export is already there.
+        Whether this same export is already there.
 
     Raises:
-        UsageError: the folder holds something else than an export of prmkit, or is not a folder.
+        UsageError: the folder has something other than an export of prmkit, or is not a folder.
     """
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file. Name a folder for the export with export_dir=FOLDER.")
@@ -92,8 +92,8 @@ def check_target(target: Path, source: Source | None = None, *, overwrite: bool)
         return False
     if not (target / NOTE).exists():
         raise UsageError(
-            f"{target}: holds files that are not an export. Choose another folder with export_dir=FOLDER, "
-            "or move them aside with --overwrite."
+            f"{target}: has files that are not an export. Choose another folder with export_dir=FOLDER, "
+            "or rename it with --overwrite."
         )
     note = read_json(target / NOTE)
     if source is None or not isinstance(note, dict) or weights_fault(target):
@@ -116,14 +116,14 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
     Args:
         source: from `find_source`.
         target: the export folder.
-        log_path: what LLaMA Factory prints is appended there.
-        overwrite: move aside whatever is in `target`; an earlier export is moved aside in any case.
+        log_path: LLaMA Factory's output is appended to this file.
+        overwrite: rename `target`, whatever is in it; an earlier export is always renamed.
 
     Returns:
         The export folder.
 
     Raises:
-        UsageError: the folder holds something else than an export of prmkit.
+        UsageError: the folder has something other than an export of prmkit.
         LlamaFactoryError: the export failed, or left no complete model.
         Interrupted: a signal stopped it.
     """
@@ -166,9 +166,9 @@ def export_values(source: Source, target: Path) -> dict[str, Any]:
 
 
 def export_dtype(config: Mapping[str, Any]) -> str:
-    """The number format of the exported weights: `infer_dtype` if it is set, else the one of the training.
+    """The number format of the exported weights: `infer_dtype` if it is set, else the format of the training.
 
-    By default, LLaMA Factory chooses bfloat16, float16 or float32 by the machine that it exports on.
+    By default, LLaMA Factory chooses bfloat16, float16 or float32 according to the machine it exports on.
     """
     if config.get("infer_dtype", "auto") != "auto":
         return str(config["infer_dtype"])
@@ -275,7 +275,7 @@ def _llamafactory_template(encoding: ChatEncoding) -> list[str]:
 
 
 def _one_turn_template(encoding: ChatEncoding) -> str:
-    """A chat template for one user turn, cut out of a rendered prompt."""
+    """A chat template for one user turn, derived from a rendered prompt."""
     sentinel = "Vq7mark"
     before, _, after = encoding.tokenizer.decode(encoding.prompt_ids(sentinel)).partition(sentinel)
     return f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(after)} }}}}"

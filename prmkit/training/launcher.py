@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 _ONE_REQUEST = 1.0
-"""Seconds within which several signals are one request to stop."""
+"""Several signals within this many seconds count as one request to stop."""
 _SUPERVISOR_SECONDS = 15.0
-"""How long the supervisor may take to kill what it started; longer only when somebody has stopped it."""
+"""Seconds that the supervisor may take to kill what it started; it takes longer only if it is stopped itself."""
 
 
 # --- how many processes, and where --------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ _SUPERVISOR_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes train, and where. Names and meanings are torchrun's."""
+    """How many processes train, and where. The names and meanings are torchrun's."""
 
     nproc: int | None = None
     """Processes on this node; None means one for each visible GPU."""
@@ -50,11 +50,11 @@ class Launch:
     """A number, or `MIN:MAX` for an elastic run."""
     node_rank: int = 0
     master_addr: str | None = None
-    """Where the first node is; None for this machine."""
+    """The address of the first node; None for this machine."""
     master_port: int | None = None
-    """None means a free one on a single node, 29500 on several."""
+    """None means a free port on a single node, 29500 on several."""
     rdzv_id: str | None = None
-    """Names an elastic run: nodes with the same one find each other at `master_addr`."""
+    """The id of an elastic run: nodes with the same id find each other at `master_addr`."""
     max_restarts: int = 0
 
     @property
@@ -64,15 +64,15 @@ class Launch:
 
     @property
     def most_nodes(self) -> int:
-        """How many nodes there are; for an elastic run, how many there may be."""
+        """The number of nodes; for an elastic run, the largest number."""
         return int(self.nnodes.rpartition(":")[2])
 
 
 def check_launch(launch: Launch) -> None:
-    """Report all flags of torchrun that cannot be meant; torchrun itself would wait, or fail with a traceback.
+    """Report all invalid flags for torchrun; torchrun itself would wait, or fail with a traceback.
 
     Raises:
-        UsageError: with one line an error.
+        UsageError: with one line per error.
     """
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", launch.nnodes):
         raise UsageError(f"--nnodes {launch.nnodes}: expected a number, or MIN:MAX for an elastic run.")
@@ -113,8 +113,8 @@ def cli_command(name: str, config: Path) -> list[str]:
 def train_command(config: Path, launch: Launch, processes: int, *, torchrun: bool) -> list[str]:
     """The command line that trains.
 
-    LLaMA Factory's own launcher is not used where several processes train: it looks for `torchrun` on PATH, splits
-    paths at spaces, and leaves the workers training when it is stopped.
+    LLaMA Factory's own launcher is not used for several processes: it looks for `torchrun` on PATH, splits paths at
+    spaces, and leaves the workers training when it is stopped.
 
     Args:
         config: the rendered YAML.
@@ -144,7 +144,7 @@ def _rendezvous(launch: Launch) -> list[str]:
     return [f"--node-rank={launch.node_rank}", f"--master-addr={address}", f"--master-port={port}"]
 
 
-# Variables that LLaMA Factory and torchrun would obey, left over from the user's shell.
+# Variables from the user's shell that LLaMA Factory and torchrun would obey.
 _STRAY_VARIABLES = (
     "FORCE_TORCHRUN", "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "MIN_NNODES",
     "MAX_NNODES", "MAX_RESTARTS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "USE_RAY", "USE_MCA",
@@ -153,7 +153,7 @@ _STRAY_VARIABLES = (
 
 
 def child_environment() -> dict[str, str]:
-    """The environment that LLaMA Factory runs in: ours, without stray variables, with what makes its log useful."""
+    """LLaMA Factory's environment: ours, without stray variables, and with settings that make its log useful."""
     environment = {name: value for name, value in os.environ.items() if name not in _STRAY_VARIABLES}
     here = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, here))  # torchrun's workers import prmkit from anywhere
@@ -182,12 +182,12 @@ class Child:
     process: subprocess.Popen[bytes]
 
     def terminate(self) -> None:
-        """Ask it to save and stop; the second time it is killed with everything that it started."""
+        """Ask it to save and stop; the second time, kill it with everything that it started."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it and everything that it started, now."""
+        """Kill it and everything that it started, now."""
         if self.process.stdin:
             self.process.stdin.close()
         try:
@@ -203,11 +203,11 @@ class Child:
 def started(
     command: Sequence[str], log_path: Path, *, held: int | None = None, through_torchrun: bool = False
 ) -> Iterator[Child]:
-    """Start a command; when the block ends, none of its processes is left, whatever happened.
+    """Start a command; when the block ends, none of its processes are left, whatever happened.
 
     Args:
         command: the program and its arguments.
-        log_path: everything that it prints is appended there.
+        log_path: its output is appended to this file.
         held: a file descriptor that the supervisor keeps open as long as the command lives (a lock, so that it
             outlasts a kill of this process).
         through_torchrun: a request to stop is sent to torchrun's workers.
@@ -244,7 +244,7 @@ def run_to_end(
         patience: how many seconds to wait for that.
 
     Returns:
-        The child's exit code; 128 plus the signal's number where a signal ended it.
+        The child's exit code; 128 plus the signal's number if a signal ended it.
 
     Raises:
         Interrupted: a signal stopped it.
@@ -285,9 +285,9 @@ def _stop(child: Child, on_poll: Callable[[], None], is_saved: Callable[[], bool
 def _stopping_signals() -> Iterator[None]:
     """Inside, SIGINT, SIGTERM and SIGHUP raise `Interrupted`.
 
-    SIGINT as well where the shell ignores it, which it does for what a script starts with `&`. SIGHUP stays ignored
-    where it was (nohup). Signals in quick succession are one request: Ctrl-C reaches train.py from the terminal, and
-    from run_training.sh as SIGTERM.
+    SIGINT does so even if the shell ignores it, as it does for commands that a script starts with `&`. SIGHUP stays
+    ignored if it was (nohup). Signals in quick succession are one request: Ctrl-C reaches train.py from the terminal,
+    and again from run_training.sh as SIGTERM.
     """
 
     asked: float | None = None
@@ -318,14 +318,14 @@ CHECK_SECONDS = 120.0
 
 
 def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) -> list[Check]:
-    """Run `prmkit.training.preflight` in a child process, which may die of LLaMA Factory or of a model's own code.
+    """Run `prmkit.training.preflight` in a child process, which LLaMA Factory or a model's own code may crash.
 
     Args:
         request: see `prmkit.training.preflight`.
         show: called with every check as it ends, and with a sentence before a check that takes seconds.
 
     Returns:
-        Every check. One in which the child died, or which took too long, is an error.
+        Every check. A check in which the child died, or which took too long, is an error.
     """
     checks: list[Check] = []
     # A child that dies between two checks must not look like one that found nothing.
@@ -364,7 +364,7 @@ def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) 
 
 
 def _messages(child: subprocess.Popen[bytes], request: bytes) -> Iterator[dict[str, Any]]:
-    """The JSON lines that the child writes, until it ends or is silent for too long."""
+    """The child's JSON lines, until it ends or is silent for too long."""
     if child.stdin is None or child.stdout is None:
         raise TypeError("the child needs two pipes")
     with contextlib.suppress(BrokenPipeError), child.stdin:  # it may die while starting: its standard error says why
@@ -403,7 +403,7 @@ _READ_BYTES = 400_000
 
 
 def log_tail(path: Path, begin: int) -> str:
-    """The end of what was written to a log from byte `begin` on; of a progress bar only the last state."""
+    """The end of a log after byte `begin`; of a progress bar only the last state."""
     with path.open("rb") as stream:
         stream.seek(max(begin, path.stat().st_size - _READ_BYTES))
         text = stream.read().decode(errors="replace")
@@ -411,16 +411,16 @@ def log_tail(path: Path, begin: int) -> str:
 
 
 def diagnose(log: Path, begin: int, exit_code: int, values: Mapping[str, Any]) -> str:
-    """Why a child failed, from its log after byte `begin`; and where the log is. See `explain`."""
+    """Why a child failed, according to its log after byte `begin`, and the log's path. See `explain`."""
     return f"{explain(log_tail(log, begin), exit_code, values)}\nThe complete log: {log}"
 
 
 def explain(tail: str, exit_code: int, values: Mapping[str, Any]) -> str:
-    """The cause in one line, the last lines, and advice where there is some.
+    """The cause in one line, the last lines, and advice if there is any.
 
     Args:
         tail: from `log_tail`.
-        exit_code: 128 plus the signal's number where a signal ended the child.
+        exit_code: 128 plus the signal's number if a signal ended the child.
         values: the run's resolved config.
     """
     causes = [cause for cause in _EXCEPTION.findall(tail) if not cause.startswith(_NOT_THE_CAUSE)]

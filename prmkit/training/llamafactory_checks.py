@@ -1,6 +1,7 @@
 """The checks that need LLaMA Factory itself: its template, its parser, its trainer.
 
-They run in `prmkit.training.preflight`, a separate process. Foreign errors are not caught: the parent reports them.
+They run in `prmkit.training.preflight`, a separate process. Errors of other libraries are not caught: the parent
+process reports them.
 """
 
 import copy
@@ -29,10 +30,10 @@ NEEDS_TORCHRUN = ("deepspeed", "fsdp", "fsdp_config", "ddp_backend")
 
 
 def hub_answers(name: str) -> bool:
-    """Whether a model that would come from the hub can be asked for; true where the hub is not needed.
+    """Whether the hub can be reached for a model that would come from there; true if the hub is not needed.
 
-    It is asked once here, for a few seconds: huggingface_hub itself asks for each file six times, for most of a minute,
-    before it looks at what was downloaded earlier.
+    It is contacted once, for a few seconds: huggingface_hub itself tries each file six times, for most of a minute,
+    before it uses what was downloaded earlier.
     """
     from urllib import error as failures
     from urllib import request
@@ -52,7 +53,7 @@ def hub_answers(name: str) -> bool:
 
 
 def check_start(gpus: int) -> Check:
-    """Import nearly everything that a training imports; the driver shows so many GPUs, and torch must see them."""
+    """Import nearly everything that a training imports, and check that torch sees the GPUs that the driver shows."""
     from importlib import metadata
 
     import llamafactory.data.template  # noqa: F401  with torch, torchvision, torchaudio, peft
@@ -96,7 +97,7 @@ def check_encoding(values: Mapping[str, Any]) -> tuple[list[Check], ChatEncoding
 
 @dataclass(frozen=True)
 class Rendering:
-    """The parts of one turn as strings, encoded and decoded; None where a template refuses one (Gemma, system)."""
+    """The parts of one turn as strings, encoded and decoded; None if a template refuses a part (Gemma, system)."""
 
     texts: Mapping[str, str | None]
 
@@ -107,7 +108,7 @@ class Rendering:
 
 
 def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
-    """Compare the configured template with the model's own, and name a better one where there is one.
+    """Compare the configured template with the model's own, and name a better template if there is one.
 
     Args:
         encoding: of the model and the configured template.
@@ -137,13 +138,13 @@ def _mismatch(encoding: ChatEncoding, values: Mapping[str, Any], own: Rendering,
     fitting = _fitting_templates(encoding.tokenizer, values, own)
     system = _default_system(own) if differences == [WITHOUT_SYSTEM] else None
     if system and not any(name.startswith(family) for name in fitting):
-        return error("template", f"{found}: it adds another system text. {shown}", f'default_system="{system}"')
+        return error("template", f"{found}: it adds a different system text. {shown}", f'default_system="{system}"')
     if fitting:
         nearest = sorted(
             fitting, key=lambda name: (name != _model_type(values), not name.startswith(family), len(name))
         )
         return error("template", f"{found}. {shown}", f"template={' or template='.join(nearest[:2])}")
-    advice = "Use the judge with this template; apply_chat_template of transformers gives other prompts."
+    advice = "Use the judge with this template; transformers' apply_chat_template gives different prompts."
     return warning("template", f"{found}; no template of LLaMA Factory matches. {shown}", advice)
 
 
@@ -201,7 +202,7 @@ def _rendering(template: Any, tokenizer: Any) -> Rendering:
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int | None]) -> str:
-    # A token that the vocabulary lacks has no id, where the tokenizer has no id for what it does not know.
+    # A token that is not in the vocabulary has no id if the tokenizer has no id for unknown tokens.
     known = [each for each in ids if each is not None]
     return str(tokenizer.decode(known)) + ("" if len(known) == len(ids) else " + tokens that the vocabulary lacks")
 
@@ -236,7 +237,7 @@ def _shortened(text: str | None) -> str:
 
 
 def check_parser(values: Mapping[str, Any]) -> tuple[Check, Any]:
-    """Let LLaMA Factory parse the config; also the training arguments that it makes."""
+    """Let LLaMA Factory parse the config; returns also the training arguments that it makes."""
     from llamafactory.hparams import get_train_args
 
     left_out = [key for key in NEEDS_TORCHRUN if key in values]

@@ -1,4 +1,4 @@
-"""What a model's files say of it without loading it, and how much memory training it takes on each GPU.
+"""What a model's files say about it without loading it, and how much memory its training takes on each GPU.
 
 The estimate's parts, all in bytes:
 
@@ -42,17 +42,17 @@ PURE_BF16_STATE = 8
 """The same with pure_bf16: weight, gradient and both moments in bf16."""
 
 LOGIT_BYTES = 12
-"""What the loss holds of one logit at its worst moment, in the backward pass of the cross entropy."""
+"""Bytes that the loss keeps per logit at its peak, in the backward pass of the cross entropy."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the estimate needs to know of a model. Sizes are counts of numbers."""
+    """What the estimate needs to know about a model. Sizes are counts of numbers."""
 
     layers: int
     hidden: int
     intermediate: int
-    """Of the MLP; for a mixture of experts of all experts that one token passes."""
+    """Width of the MLP; for a mixture of experts, of all experts that one token passes."""
     query: int
     """All query heads together."""
     key_value: int
@@ -63,7 +63,7 @@ class Model:
     """Outputs and inputs of every linear layer inside the blocks: what `lora_target: all` trains."""
     linear_names: tuple[str, ...]
     embedding: int
-    """Input embeddings and, where it is not the same tensor, the output layer."""
+    """Input embeddings and, if it is a separate tensor, the output layer."""
     parameters: int
 
 
@@ -149,13 +149,13 @@ def lora_parameters(model: Model, values: Mapping[str, Any]) -> int:
 
 
 def estimate(model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int = 1) -> Memory:
-    """Estimate what one GPU must hold at the worst moment of a training step.
+    """Estimate one GPU's memory at the peak of a training step.
 
     Args:
         model: its sizes.
         values: LLaMA Factory's keys.
         tokens: of the longest row, after cutting.
-        world_size: how many processes train, over all nodes.
+        world_size: the number of training processes, over all nodes.
     """
     in_batch = int(setting(values, "per_device_train_batch_size")) * tokens
     weights, states = _weights_and_states(model, values, world_size)
@@ -204,7 +204,7 @@ def _frozen_bytes(model: Model, values: Mapping[str, Any], half: int) -> float:
 
 
 def saved_per_token(model: Model, values: Mapping[str, Any]) -> float:
-    """Bytes that one block keeps of one token for its backward pass, without the attention matrix."""
+    """Bytes that one block keeps per token for its backward pass, without the attention matrix."""
     half, liger = _half(values), bool(values.get("enable_liger_kernel"))
     hidden, wide, query, key = model.hidden, model.intermediate, model.query, model.key_value
     inputs = 5 * hidden + query + wide  # of the linear layers: three at attention, its output, gate and up, down
@@ -250,7 +250,7 @@ def _logits(model: Model, values: Mapping[str, Any], in_batch: int) -> float:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Flags that make a run smaller, and the memory that it then takes."""
+    """Flags that reduce a run's memory, and the memory that it then takes."""
 
     flags: str
     memory: Memory
@@ -279,12 +279,12 @@ class Saving:
 
     @property
     def flags(self) -> str:
-        """The change as it is typed after train.py."""
+        """The change as typed after train.py."""
         return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items())
 
 
 def savings(values: Mapping[str, Any]) -> list[Saving]:
-    """The changes that save memory and that this config has not made yet, the mildest first."""
+    """The memory-saving changes that this config has not made yet, the mildest first."""
     found = []
     batch = int(setting(values, "per_device_train_batch_size"))
     if batch > 1:
@@ -316,7 +316,7 @@ def checkpoint_bytes(model: Model, values: Mapping[str, Any]) -> float:
 # --- does it fit? -------------------------------------------------------------------------------------------------
 
 SURE_TO_FAIL = 1.15
-"""The estimate is good to about 15 %: what is further over a GPU's memory will not fit, less may."""
+"""The estimate is accurate to about 15 %: beyond that, a run will not fit into a GPU's memory; within it, it may."""
 COMFORTABLE = 0.75
 """Below this share of the free memory, memory can be traded for speed."""
 

@@ -1,6 +1,6 @@
-"""The model that a config names, and the adapters and checkpoints: is what is in their files what the run needs?
+"""Whether the files of a config's model, adapters and checkpoints are what the run needs.
 
-Read from the files alone, without LLaMA Factory; what would make it fail is found here.
+Read from the files alone, without LLaMA Factory; everything that would make it fail is found here.
 """
 
 import difflib
@@ -25,7 +25,7 @@ DOWNLOAD = "Download one, for example: hf download Qwen/Qwen2.5-7B-Instruct --lo
 
 
 def check_model_folder(values: Mapping[str, Any]) -> Check:
-    """Are configuration, tokenizer and every weight file there and complete? About ten milliseconds."""
+    """Check that configuration, tokenizer and every weight file are there and complete. Takes about 10 ms."""
     name, named = "model folder", str(values["model_name_or_path"])
     folder = Path(named)
     if not folder.is_dir():
@@ -48,7 +48,7 @@ def check_model_folder(values: Mapping[str, Any]) -> Check:
 def is_hub_name(named: str) -> bool:
     """Whether a name that is not a folder here is a name on the hub.
 
-    `models/Qwen2.5-7B` looks like one as well; where there is a folder `models`, the model is missing from it.
+    `models/Qwen2.5-7B` also looks like one; if there is a folder `models`, the model is missing from it.
     """
     return bool(_HUB_NAME.fullmatch(named)) and not Path(named).parent.is_dir()
 
@@ -122,20 +122,20 @@ def _file_problem(path: Path) -> str | None:
 
 
 def _depth_problems(folder: Path, layers: Any) -> Iterator[str]:
-    """A config.json of a billion layers would be built for hours, and without its weights."""
+    """Reject a config.json with more layers than the weights: a billion layers would be built for hours."""
     try:
         blocks = {int(found[1]) for name in read_weights(folder) if (found := _BLOCK.search(name))}
     except DataError:
         return
     if isinstance(layers, int) and blocks and layers > max(blocks) + 1:
-        yield f"config.json says {layers:,} layers, and the weights hold {max(blocks) + 1:,}"
+        yield f"config.json says {layers:,} layers, but the weights have {max(blocks) + 1:,}"
 
 
 # --- checkpoints, adapters and layers that the config names -------------------------------------------------------
 
 
 def check_named_files(values: Mapping[str, Any]) -> list[Check]:
-    """One check for each checkpoint, adapter, layer or saved dataset that is not what the config needs."""
+    """One check for each checkpoint, adapter, layer or saved dataset that does not fit the config."""
     rules = (_check_checkpoint, _check_adapters, _check_layers, _check_tokenized)
     return [check for rule in rules for check in rule(values)]
 
@@ -149,7 +149,7 @@ def _check_checkpoint(values: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _was_used(checkpoint: Path) -> bool:
-    """Whether the run beside it resumed from this checkpoint, before LLaMA Factory deleted it as too old."""
+    """Whether the run beside this checkpoint resumed from it, before LLaMA Factory deleted it as too old."""
     record = read_record(checkpoint.parent)
     return record is not None and str(checkpoint) in record["resumed_from"]
 
@@ -173,7 +173,7 @@ _SHAPE = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dr
 
 
 def _check_shape(folder: Path, values: Mapping[str, Any]) -> Iterator[Check]:
-    """An adapter that is trained further keeps its shape, whatever the config says."""
+    """Check an adapter that is trained further: it keeps its shape, whatever the config says."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         return
@@ -209,7 +209,7 @@ def _wanted_layers(values: Mapping[str, Any]) -> set[str]:
 
 
 def _check_layers(values: Mapping[str, Any]) -> Iterator[Check]:
-    """Layers that the model does not have: if all are wrong the run fails, and single ones are silently skipped."""
+    """Layers that the model does not have: if all are missing the run fails; single ones are silently skipped."""
     if setting(values, "finetuning_type") not in ("lora", "oft") or values.get("use_llama_pro"):
         return
     try:
@@ -225,7 +225,7 @@ def _check_layers(values: Mapping[str, Any]) -> Iterator[Check]:
     for name in targets if targets != ["all"] else ():
         if not any(f".{layer}".endswith(f".{name}") for layer in layers):
             yield _unknown_layer("lora_target", name, layers)
-    # Here complete blocks count as well, and PEFT compares only the ends of the names.
+    # Here complete blocks also count, and PEFT compares only the ends of the names.
     blocks = {".".join(parts[:end]) for name in weights if (parts := name.split(".")) for end in range(1, len(parts))}
     blocks.add("lm_head")
     for name in split_names(values.get("additional_target")):
@@ -242,7 +242,7 @@ def _unknown_layer(key: str, name: str, layers: Iterable[str]) -> Check:
 
 
 def _check_tokenized(values: Mapping[str, Any]) -> Iterator[Check]:
-    """Rows that were tokenized before are used unchanged, whatever dataset and template say."""
+    """Check saved tokenized rows: they are used unchanged, whatever dataset and template say."""
     if "tokenized_path" not in values:
         return
     path = Path(str(values["tokenized_path"]))

@@ -1,4 +1,4 @@
-"""What is shown while a run trains: its trainer log as progress lines, its output, and the curves of its losses."""
+"""What is shown during a run: its trainer log as progress lines, its output, and the loss curves."""
 
 import fcntl
 import json
@@ -23,22 +23,22 @@ QUIET_SECONDS = 30
 
 
 SILENT_SECONDS = 60
-"""After so long without a line, one says that the run is alive, when stderr is not a terminal."""
+"""Seconds without a line after which a line says that the run is alive, when stderr is not a terminal."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a launch begins: at 0, or at the checkpoint that it resumes from."""
+    """The step at which a launch begins: 0, or that of the checkpoint it resumes from."""
 
     step: int = 0
     tokens: int = 0
 
 
 def corrected(entry: Mapping[str, Any], start: Start) -> dict[str, Any]:
-    """One entry of LLaMA Factory's trainer log, with the right time left and throughput after a resume.
+    """One entry of LLaMA Factory's trainer log, with time left and throughput corrected after a resume.
 
-    LLaMA Factory divides the time of this launch by the steps and tokens of all launches. Corrected are
-    `remaining_time` and `throughput` (tokens per second, of this launch).
+    LLaMA Factory divides the time of this launch by the steps and tokens of all launches. `remaining_time` and
+    `throughput` (tokens per second, of this launch) are corrected.
     """
     fixed = dict(entry)
     done = entry["current_steps"] - start.step
@@ -52,7 +52,7 @@ def corrected(entry: Mapping[str, Any], start: Start) -> dict[str, Any]:
 
 
 def _elapsed(entry: Mapping[str, Any]) -> float:
-    """Seconds since this launch began to train; to the hundredth where tokens are counted, else whole seconds."""
+    """Seconds since this launch began to train; to the hundredth if tokens are counted, else whole seconds."""
     if entry.get("throughput") and "total_tokens" in entry:
         return float(entry["total_tokens"] / entry["throughput"])
     days, _, clock = str(entry.get("elapsed_time", "0:00:00")).rpartition(" day")
@@ -80,7 +80,7 @@ class Follower:
     position: int = 0
     """How many bytes of `source` have been read."""
     rest: bytes = field(default=b"")
-    """The beginning of an incomplete line."""
+    """The text so far of an incomplete line."""
 
     def new_entries(self) -> list[dict[str, Any]]:
         """The entries since the last call, corrected, and copied to `target`; damaged lines are skipped."""
@@ -104,8 +104,8 @@ class Follower:
 def followed(source: Path, target: Path, start: Start) -> Iterator[Follower]:
     """Let `target` follow the trainer log of the run that starts now.
 
-    It begins with what earlier launches of the same run logged, up to where this one resumes. The file remains the same
-    file, so that a `tail -f` continues. While another run is followed there, `target` is not touched.
+    It begins with the entries of earlier launches of the same run, up to where this one resumes. The file stays the
+    same file, so that `tail -f` continues. While another run is followed there, `target` is not touched.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     position = source.stat().st_size if source.exists() else 0
@@ -157,7 +157,7 @@ def progress(name: str, start: Start) -> Iterator[Callable[[Mapping[str, Any] | 
 
 
 def summary(entry: Mapping[str, Any]) -> str:
-    """Loss, learning rate, tokens a second and GPU memory, as far as an entry has them."""
+    """Loss, learning rate, tokens per second and GPU memory, if an entry has them."""
     parts = [
         f"loss {entry['loss']:.4f}" if "loss" in entry else "",
         f"held-out loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else "",
@@ -170,7 +170,7 @@ def summary(entry: Mapping[str, Any]) -> str:
 
 @contextmanager
 def echoed(log_path: Path, begin: int) -> Iterator[Callable[[], None]]:
-    """Yield a function that shows on stderr what was added to a log since the last call, from byte `begin` on."""
+    """Yield a function that prints to stderr what was added to a log since its last call, starting at byte `begin`."""
     with log_path.open("rb") as stream:
         stream.seek(begin)
 

@@ -1,4 +1,4 @@
-"""The command line of train.py: what was typed, what came of it, and what to type next."""
+"""The command line of train.py: its options, its outcome, and the commands to run next."""
 
 import os
 import shlex
@@ -22,7 +22,7 @@ DEFAULT_CONFIG = Path("training_config.yaml")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The command line of train.py, by the names of its flags."""
+    """The options of train.py, named like its flags."""
 
     config: Path = DEFAULT_CONFIG
     assignments: Sequence[str] = ()
@@ -33,7 +33,7 @@ class TrainOptions:
     batch_size: str | None = None
     export: bool = False
     export_only: str | None = None
-    """A run or checkpoint folder; empty for the run of the config; None when it was not asked for."""
+    """A run or checkpoint folder; empty for the run of the config; None if not requested."""
     evaluate: bool = False
     validate_only: bool = False
     force: bool = False
@@ -46,21 +46,21 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a command."""
+    """The outcome of a command."""
 
     code: ExitCode = ExitCode.DONE
     run: Path | None = None
     """The folder of the run that is finished now."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """Of that run."""
+    """The record of that run."""
     exported: Path | None = None
     """The folder of the merged model."""
     was_finished: bool = False
-    """The run was finished before this command."""
+    """Whether the run was already finished before this command."""
 
 
 def overrides_of(options: TrainOptions) -> list[Override]:
-    """Everything that was typed about the config, flags first.
+    """All overrides on the command line, flags first.
 
     Raises:
         UsageError: a string is not key=value.
@@ -82,18 +82,18 @@ NEW_STEPS = "examples/new_steps.jsonl"
 
 
 def _beside_train(name: str) -> str:
-    """A file beside the train.py that was typed, so that commands work from this folder."""
+    """A file beside the train.py that was started, so that commands work from this folder."""
     script = Path(sys.argv[0])
     return shlex.quote(str(script.parent / name if script.name == "train.py" else Path(name)))
 
 
 def next_commands(options: TrainOptions, outcome: Outcome, *, evaluated: bool) -> list[str]:
-    """What to do next, as commands to type; nothing that was just done.
+    """Commands to run next, without anything that was just done.
 
     Args:
-        options: what was typed.
-        outcome: what came of it.
-        evaluated: the judge was measured by the same command.
+        options: the command line.
+        outcome: its outcome.
+        evaluated: whether the same command also measured the judge.
     """
     if outcome.run is None or options.json:
         return []
@@ -127,7 +127,7 @@ def base_command(options: TrainOptions) -> list[str]:
 
 
 def typed_command(options: TrainOptions, without: Collection[str] = ()) -> list[str]:
-    """The words that were typed, so that what is suggested is about this run; without those that set some keys."""
+    """The command line as typed, so that suggestions are about this run, without the words that set some keys."""
     words = base_command(options)
     for override in overrides_of(options):
         if override.key not in without:

@@ -1,14 +1,14 @@
-"""Files of an export that every version of transformers reads alike.
+"""Making the files of an export readable by every version of transformers.
 
-LLaMA Factory saves with transformers 5, and people serve with transformers 4 too (vLLM, TGI, other projects). What
-version 5 writes, version 4 either rejects or reads silently as something else:
+LLaMA Factory saves with transformers 5, but people also serve with transformers 4 (vLLM, TGI, other projects). Version
+4 either rejects what version 5 writes, or silently reads it as something else:
 
 - `extra_special_tokens` as a list, and the tokenizer class `TokenizersBackend`: it cannot load the tokenizer;
 - `rope_parameters`: it takes the default `rope_theta` of the architecture, 10,000 in place of Qwen2.5's 1,000,000, and
   every number is wrong;
 - `dtype`: it loads weights in float32.
 
-Each of these has an older spelling that both versions read; it is written beside the new one, or in its place.
+Each of these has an older spelling that both versions read; it is written next to the new spelling or instead of it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from prmkit.errors import LlamaFactoryError
 from prmkit.files import read_json, write_json
 
 TRIED_WITH = ("transformers 4.55.4 with tokenizers 0.21.4", "transformers 5.6.0 with tokenizers 0.22.2")
-"""Where exports gave the same token ids and the same numbers: `tools/check_export_transformers4.sh`."""
+"""Versions in which exports gave the same token ids and numbers: `tools/check_export_transformers4.sh`."""
 
 _OF_THIS_MACHINE = ("backend", "is_local", "local_files_only")
 _NOT_SAMPLING = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
@@ -43,7 +43,7 @@ def make_portable(folder: Path, stop_ids: list[int], *, trust_remote_code: bool 
         What was corrected and what was checked, for the export's note.
 
     Raises:
-        LlamaFactoryError: the tokenizer would make other tokens of the same text.
+        LlamaFactoryError: the tokenizer would encode the same text differently.
     """
     import tokenizers
     import transformers
@@ -124,10 +124,10 @@ def _portable_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts_of_weights(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the weights say of the vocabulary's size, and of whether input and output embeddings are the same.
+    """What the weights say about the size of the vocabulary, and whether input and output embeddings are the same.
 
-    The base model's config goes with its own weights: a training of the embeddings parts tied ones, and new tokens
-    make them longer. A loader that believes the config would throw away the trained output embedding.
+    The base model's config describes its own weights: training the embeddings separates tied ones, and new tokens make
+    them longer. A loader that believes the config would discard the trained output embedding.
     """
     tensors = _embeddings(folder)
     embedding, head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")

@@ -1,8 +1,8 @@
 """Every check before a run, in a separate process: `python -m prmkit.training.preflight`.
 
-This is the checklist of a careful person, done by the machine: each check says what it found and what to do. They run
-in a child of `train.py` (`prmkit.training.launcher.run_checks`), because the last of them import LLaMA Factory, which
-takes 8 seconds, and run a model's own code and chat template, which may raise anything, or hang.
+This is a careful person's checklist, automated: each check says what it found and what to do. The checks run in a child
+of `train.py` (`prmkit.training.launcher.run_checks`), because the last ones import LLaMA Factory, which takes 8
+seconds, and run a model's own code and chat template, which may raise anything, or hang.
 
 The request on standard input is a JSON object: `values`, `dropped`, `sources` (of the resolved config), `processes`,
 `world_size`, `evaluate`, `parent` (the process that asks). Standard output has one JSON object per line: `{"begin":
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def run_preflight(request: Mapping[str, Any], results: IO[str]) -> None:
-    """Run every check and write each result at once, the quick ones first."""
+    """Run every check, quick ones first, and write each result immediately."""
     values, machine = request["values"], this_machine()
 
     def done(checks: Iterable[Check]) -> list[Check]:

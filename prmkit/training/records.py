@@ -1,4 +1,4 @@
-"""The record of a run, `saves/<run>/run.json`: what it was started with, what it reached, and how to repeat it."""
+"""The record of a run, `saves/<run>/run.json`: its inputs, its results, and how to repeat it."""
 
 import fcntl
 import hashlib
@@ -64,7 +64,7 @@ _NOT_REACHED_YET = {
 
 
 def log_path_of(run_folder: Path) -> Path:
-    """Where the log of a run is: in `logs`, beside the `saves` that contains the run, or else in `logs` here."""
+    """The path of a run's log: in `logs` beside the `saves` that contains the run, or else in `logs` here."""
     saves = run_folder.parent
     return (saves.parent if saves.name == "saves" else Path()) / "logs" / f"{run_folder.name}.log"
 
@@ -82,8 +82,8 @@ def new_record(run_folder: Path, config: ResolvedConfig, processes: int) -> dict
 
     Args:
         run_folder: the folder of the run.
-        config: what it is started with.
-        processes: how many train, over all nodes.
+        config: the config with which it is started.
+        processes: the number of training processes, over all nodes.
 
     """
     values = config.values
@@ -124,7 +124,7 @@ def _held_out_hash(conversion: Path) -> Any:
 
 
 def _rubrics(conversion: Path) -> list[str]:
-    """Hashes of the questions that rows of raw runs ask; empty for other rows."""
+    """Hashes of the rubrics of rows from raw runs; empty for other rows."""
     try:
         return [str(rubric) for rubric in read_json(conversion)["rubrics"]]
     except (DataError, LookupError, TypeError):
@@ -150,8 +150,8 @@ def describe_dataset(names: Any, folder: Path) -> dict[str, str | None] | None:
     """Name, file and hashes of a dataset entry; for several, names and files separated by commas and one hash over all.
 
     Returns:
-        None when no name is given; file and hashes are None where a file is missing. `entry_sha256` covers how LLaMA
-        Factory reads the file: columns, tags, formatting, number of samples.
+        None if no name is given; file and hashes are None if a file is missing. `entry_sha256` covers how LLaMA Factory
+        reads the file: columns, tags, formatting, number of samples.
     """
     if not (wanted := list(filter(None, split_names(names)))):
         return None
@@ -184,7 +184,7 @@ def model_fingerprint(folder: Path) -> str | None:
     model that was trained further differs everywhere, but a change of a few bytes in a large file can be missed.
 
     Returns:
-        None where there is no such folder (a name on a hub).
+        None if there is no such folder (a name on a hub).
     """
     if not folder.is_dir():
         return None
@@ -207,11 +207,11 @@ def model_fingerprint(folder: Path) -> str | None:
 
 
 def differences(record: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:
-    """What a start would change about a run that has begun, each as `name: before -> now`; empty for the same run.
+    """How a start differs from a run that has begun, each as `name: before -> now`; empty for the same run.
 
     Args:
         record: of the run that has begun.
-        fresh: from `new_record`, for the start that is wanted.
+        fresh: from `new_record`, for the requested start.
     """
     before, after = record["config"], fresh["config"]
     keys = [key for key in {**before, **after} if key not in _NOT_ABOUT_LEARNING and key not in _BATCH]
@@ -239,7 +239,7 @@ _CONTENTS = (
 
 
 def contents_changed(difference: str) -> bool:
-    """Whether a line of `differences` is about files, not about keys of the config."""
+    """Whether a line of `differences` is about files rather than keys of the config."""
     return any(difference == f"{what}: {changed}" for what, _, changed in _CONTENTS)
 
 
@@ -255,7 +255,7 @@ def _comparable(key: str, value: Any) -> Any:
 
 
 def rows_a_step(record: Mapping[str, Any]) -> int:
-    """How many rows one optimizer step learns from, over all processes."""
+    """The number of rows per optimizer step, over all processes."""
     per_device, accumulated = (int(setting(record["config"], key)) for key in _BATCH)
     return per_device * accumulated * int(record["processes"])
 
@@ -264,7 +264,7 @@ def rows_a_step(record: Mapping[str, Any]) -> int:
 
 
 def read_record(run_folder: Path) -> dict[str, Any] | None:
-    """The record of a run; None when the folder contains none.
+    """The record of a run; None if the folder has none.
 
     Raises:
         DataError: it is damaged.
@@ -284,14 +284,14 @@ def read_record(run_folder: Path) -> dict[str, Any] | None:
 
 
 def write_record(run_folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the record, complete or not at all."""
+    """Write the record completely or not at all."""
     write_json(run_folder / RECORD, record)
 
 
 def all_records(saves: Path) -> Iterator[dict[str, Any]]:
     """The records below a folder, oldest start first; each with its actual status and its folder.
 
-    A killed run could not record that it ended; it is recognised by its lock, which no process holds.
+    A killed run could not record its end; it is recognised by its lock, which no process holds.
     """
     records: list[dict[str, Any]] = []
     for path in saves.glob(f"*/{RECORD}"):
@@ -318,7 +318,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _spearman(run_folder: Path) -> float | None:
-    """The agreement with the judges that was measured on held-out rows; None when it was not measured."""
+    """The agreement with the judges on held-out rows; None if it was not measured."""
     try:
         value = read_json(run_folder / METRICS)["summary"]["spearman"]["value"]
     except (DataError, LookupError, TypeError):
@@ -348,7 +348,7 @@ def table_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _differing_keys(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys about learning that do not have the same value in all records."""
+    """The keys about learning whose values differ between records."""
     configs = [record["config"] for record in records if record["config"]]
     keys = dict.fromkeys(key for config in configs for key in config if key not in _NOT_ABOUT_LEARNING)
     return [key for key in keys if len({str(_comparable(key, config.get(key))) for config in configs}) > 1]

@@ -1,8 +1,8 @@
-"""What a start means for a run folder: begin, resume from a checkpoint, finish what a kill interrupted, or nothing.
+"""What starting a run does in its folder: begin, resume from a checkpoint, finish what a kill interrupted, or nothing.
 
-LLaMA Factory itself resumes from the checkpoint with the highest number, even if a kill left it half written or an
-earlier run left it there. Some faults then end in a crash; a missing optimizer state goes unnoticed. So every file is
-checked here before a checkpoint is used, and its path is passed on explicitly.
+LLaMA Factory itself resumes from the checkpoint with the highest number, even if a kill left it half written or it is
+from an earlier run. Some faults then cause a crash; a missing optimizer state goes unnoticed. So every file is checked
+here before a checkpoint is used, and its path is passed on explicitly.
 """
 
 import logging
@@ -42,13 +42,13 @@ class Checkpoint:
     folder: Path
     step: int
     tokens: int
-    """Input tokens seen so far; 0 where they were not counted."""
+    """Input tokens seen so far; 0 if they were not counted."""
     max_steps: int
     """The last step of the run that wrote it."""
 
 
 def stale_reason(folder: Path, run_log: Path) -> str | None:
-    """Why a complete checkpoint is from another run than the one whose `trainer_log.jsonl` this is.
+    """Why a complete checkpoint is not from the run whose `trainer_log.jsonl` this is.
 
     The losses in the checkpoint's history must be those that this run logged. The last entry may be missing from the
     log, which is written a moment later.
@@ -100,7 +100,7 @@ def _load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def rename_with_prefix(path: Path, why: str) -> Path:
-    """Rename to `WHY.NAME`, or `WHY-2.NAME` and so on where that is taken; of `incomplete` folders one is kept.
+    """Rename to `WHY.NAME`, or `WHY-2.NAME` and so on if that is taken; only one `incomplete` folder is kept.
 
     The word is a prefix because LLaMA Factory deletes old folders whose names begin with `checkpoint-`.
     """
@@ -119,7 +119,7 @@ def rename_with_prefix(path: Path, why: str) -> Path:
 
 
 def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path:
-    """The folder of a run: `output_dir`, or beside it under `run_name`; what was typed wins over the file.
+    """The folder of a run: `output_dir`, or a folder beside it named `run_name`; the command line overrides the file.
 
     Raises:
         UsageError: `run_name` is not a plain folder name.
@@ -137,7 +137,7 @@ def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path
 def free_folder(folder: Path, fresh: Mapping[str, Any]) -> Path:
     """`folder`, or the first of `folder-2`, `folder-3` … that does not contain a finished run of another config.
 
-    A run never overwrites another one; and the same command finds its own run again, because its config is the same.
+    A run never overwrites another one, and the same command finds its run again, because its config is the same.
     """
     candidate, number = folder, 1
     while (record := read_record(candidate)) and record["status"] == "finished" and differences(record, fresh):
@@ -182,7 +182,7 @@ class Step(StrEnum):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a start is going to do."""
+    """What a start will do."""
 
     step: Step
     record: dict[str, Any]
@@ -193,12 +193,12 @@ def plan_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) -> P
     """Decide what a start does.
 
     Args:
-        folder: the run folder; locked by this process where something is renamed.
+        folder: the run folder; locked by this process if something is renamed.
         fresh: the record of a run that would begin now.
         rename: rename damaged and foreign checkpoints.
 
     Raises:
-        UsageError: the folder contains something other than this run, or there is nothing left to train.
+        UsageError: the folder has something other than this run, or there is nothing left to train.
         DataError: the checkpoint that the user chose is not complete.
     """
     record = read_record(folder)
@@ -213,8 +213,8 @@ def plan_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) -> P
         if changed:
             raise UsageError(_other_config(folder, "a finished", changed))
         return Plan(Step.DONE, record)
-    # A run that has resumed from the named checkpoint continues from its own newest one, not from there again; the
-    # named one may be gone by then, because LLaMA Factory keeps only the last few.
+    # A run that has resumed from the named checkpoint continues from its own newest one, not from the named one again;
+    # that may be gone by then, because LLaMA Factory keeps only the last few.
     explicit = None if str(named) in record["resumed_from"] else _check_chosen(named)
     complete = not changed and _has_final_files(folder)
     weights_only = bool(record["config"].get("save_only_model"))
@@ -267,14 +267,14 @@ def _check_unknown_content(folder: Path) -> None:
 
 
 def _check_weights_only(folder: Path) -> None:
-    """Nothing can be resumed from weights alone, but they are worth keeping."""
+    """Report checkpoints that have only weights: training cannot resume from them, but they are worth keeping."""
     faults = {path: checkpoint_fault(path, contents=False) for path in checkpoint_folders(folder)}
     if kept := [path for path, fault in faults.items() if fault == NO_OPTIMIZER]:
         raise UsageError(
             f"{folder}: was saved with save_only_model, so training cannot be resumed from {kept[0].name}: it contains "
             "the weights, not the optimizer state.\n"
             "  --overwrite renames the folder and starts from the beginning\n"
-            f"  python evaluate_judge.py --run {shlex.quote(str(kept[0]))} measures what is there"
+            f"  python evaluate_judge.py --run {shlex.quote(str(kept[0]))} measures this checkpoint"
         )
 
 
@@ -298,7 +298,7 @@ def _plan_from(checkpoint: Checkpoint | None, record: dict[str, Any], folder: Pa
 
 
 def _check_something_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
-    """Resuming from another run's checkpoint must train it for longer; otherwise it is a copy under another name."""
+    """Check that resuming from another run's checkpoint trains for longer; otherwise the run would only be a copy."""
     config, state = record["config"], read_state(checkpoint.folder) or {}
     steps, epochs = int(config.get("max_steps") or -1), float(setting(config, "num_train_epochs"))
     if 0 < steps <= checkpoint.step:
@@ -313,7 +313,7 @@ def _check_something_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> 
 
 
 def prepare_run_folder(folder: Path, plan: Plan) -> None:
-    """Rename what would make LLaMA Factory refuse to start, or would be mistaken for what this start writes."""
+    """Rename files that would make LLaMA Factory refuse to start, or would be mistaken for this start's files."""
     if plan.step is Step.BEGIN:
         for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"):
             if (folder / name).exists():
@@ -330,8 +330,8 @@ def prepare_run_folder(folder: Path, plan: Plan) -> None:
 def restore_final_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the final files of a run that had trained all its steps when it was killed.
 
-    LLaMA Factory itself would train one step too many. What it saves at the end is what the last checkpoint contains,
-    or, with `load_best_model_at_end`, the best one.
+    LLaMA Factory itself would train one step too many. Its final files equal those of the last checkpoint or, with
+    `load_best_model_at_end`, of the best one.
     """
     state = read_state(checkpoint.folder) or {}
     best = state.get("best_model_checkpoint")

@@ -1,4 +1,4 @@
-"""How long the rows are in tokens, and whether LLaMA Factory will cut some of them.
+"""The lengths of the rows in tokens, and whether LLaMA Factory will cut some of them.
 
 LLaMA Factory cuts a row that is too long at the end of its *prompt*, silently: the question and the beginning of the
 answer's turn are lost, the label stays. So the longest rows are measured first, and a random sample after them, until
@@ -52,7 +52,7 @@ class Lengths:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row that was measured."""
+        """Tokens of the longest measured row."""
         return max((*self.longest_first, *self.sample), default=0)
 
     @property
@@ -90,7 +90,7 @@ def measure(encoding: ChatEncoding, values: Mapping[str, Any], budget: float = B
 def _converted_lengths(
     encoding: ChatEncoding, report: Path, entries: Sequence[Entry], values: Mapping[str, Any]
 ) -> list[int]:
-    """The lengths that the conversion measured, where it measured all rows with this tokenizer and template."""
+    """The lengths that the conversion measured, if it measured all rows with this tokenizer and template."""
     try:
         measured = read_json(report)["measured_with"]
         same = (
@@ -100,7 +100,7 @@ def _converted_lengths(
             and measured["tokenizer_sha256"] == encoding.tokenizer_sha256
         )
         written = report.stat().st_mtime
-        # The report is written last; a newer dataset was changed by somebody else.
+        # The report is written last; a newer dataset was changed by something else.
         if not same or any(e.file is None or e.sidecar is None or e.file.stat().st_mtime > written for e in entries):
             return []
         return [int(row["tokens"]) for entry in entries if entry.sidecar for row in read_jsonl(entry.sidecar)]
@@ -171,7 +171,7 @@ def _cut(lengths: Lengths, cutoff: int) -> tuple[str, float]:
 
 
 def _padding(lengths: Lengths, values: Mapping[str, Any]) -> str:
-    """What batches of one row would save, if it is worth saying."""
+    """What batches of one row would save, if it is worth mentioning."""
     batch = int(setting(values, "per_device_train_batch_size"))
     accumulation = int(setting(values, "gradient_accumulation_steps"))
     sample = lengths.sample

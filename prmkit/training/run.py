@@ -1,4 +1,4 @@
-"""One start of a run: execute the plan, follow LLaMA Factory, check what it left, and write the record."""
+"""One start of a run: execute the plan, follow LLaMA Factory, check its results, and write the record."""
 
 import logging
 import math
@@ -43,7 +43,7 @@ from prmkit.training.resume import (
 log = logging.getLogger(__name__)
 
 _LARGEST_LOG = 16 << 20
-"""Bytes of a run's log, above which a new one is begun; the one before is kept as `NAME.log.1`."""
+"""Bytes of a run's log above which a new one is started; the previous one is kept as `NAME.log.1`."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class LaunchPlan:
     config: ResolvedConfig
     launch: Launch
     processes: int
-    """On this node."""
+    """The number of processes on this node."""
     world_size: int
-    """On all nodes."""
+    """The number of processes on all nodes."""
     torchrun: bool
     verbose: bool = False
     """Show everything that LLaMA Factory prints."""
@@ -88,7 +88,7 @@ def execute_plan(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int) -
 
 @contextmanager
 def _recorded(folder: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Write into the record how the block ended and what the run has reached; for a finished run, its card as well."""
+    """Record how the block ended and what the run has reached; for a finished run, also write its model card."""
     status = "failed"
     try:
         yield
@@ -112,7 +112,7 @@ def _recorded(folder: Path, record: dict[str, Any]) -> Iterator[None]:
 
 
 def write_card(target: Path, run_folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the model card of a run or of its export, with the run's measurements where there are any."""
+    """Write the model card of a run or its export, with the run's measurements if there are any."""
     try:
         metrics = read_json(run_folder / METRICS) if (run_folder / METRICS).exists() else None
     except DataError as failure:
@@ -132,7 +132,7 @@ def _numbers(folder: Path, *, finished: bool) -> dict[str, Any]:
     """Steps, tokens and losses.
 
     `train_loss` is the last one logged, a mean over `logging_steps` steps: LLaMA Factory's own `train_loss`, the mean
-    over the run, is wrong after every resume. `eval_loss` is that of the final weights, where they were evaluated.
+    over the run, is wrong after every resume. `eval_loss` is that of the final weights, if they were evaluated.
     """
     state = _latest_state(folder, finished=finished)
     train, held_out = curves(state.get("log_history", []))
@@ -172,7 +172,7 @@ def _draw(folder: Path, *, finished: bool) -> None:
 
 
 def _train(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int, record: dict[str, Any]) -> None:
-    """Run LLaMA Factory to its end; if it dies of the checkpoint that it resumes from, with the one before.
+    """Run LLaMA Factory to its end; if the checkpoint it resumes from makes it fail, use the previous one.
 
     Raises:
         LlamaFactoryError: it failed.
@@ -266,7 +266,7 @@ def _begin_log(log_path: Path, command: Sequence[str]) -> int:
 
 
 class _Stopping:
-    """Knows when a run that was asked to stop has saved, and how long that may take."""
+    """Detects when a run that was asked to stop has saved, and how long that may take."""
 
     def __init__(self, folder: Path, start: "Start") -> None:
         self.folder, self.start = folder, start
@@ -306,7 +306,7 @@ def _again(verb: str) -> str:
 
 
 def python() -> str:
-    """How this Python can be called from here: `python` where the shell finds the same one, else its path."""
+    """The command for this Python: `python` if the shell finds the same one, else its path."""
     if shutil.which("python") == sys.executable:
         return "python"
     here = Path.cwd()
@@ -314,7 +314,7 @@ def python() -> str:
 
 
 def verify_run(folder: Path, values: Mapping[str, Any]) -> None:
-    """Check what LLaMA Factory left; its exit code 0 is not trusted.
+    """Check LLaMA Factory's results; its exit code 0 is not trusted.
 
     Raises:
         LlamaFactoryError: a file is not complete, not all steps were trained, or the loss is not a number.

@@ -60,7 +60,7 @@ def descendants_of(ancestor: int) -> list[int]:
 
 
 def kill_descendants(ancestor: int) -> None:
-    """Kill until nothing is left: a process that is killed may just have started another."""
+    """Kill until nothing is left: a killed process may just have started another."""
     while pids := descendants_of(ancestor):
         for pid in pids:
             _send(pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ def _processes() -> dict[int, tuple[int, str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                # The name in brackets may contain spaces and brackets; state and parent follow the last one.
+                # The name in brackets may contain spaces and brackets; state and parent follow the last bracket.
                 state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
             except OSError:
                 continue
@@ -83,7 +83,7 @@ def _processes() -> dict[int, tuple[int, str]]:
 
 
 def _reap() -> dict[int, int]:
-    """Collect every child that has ended; exit code by process id."""
+    """Collect every child that has ended: process id -> exit code."""
     ended = {}
     with contextlib.suppress(ChildProcessError):
         while (waited := os.waitpid(-1, os.WNOHANG))[0]:

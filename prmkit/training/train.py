@@ -1,4 +1,4 @@
-"""What `train.py` does, one function a verb: check, train, export, list runs."""
+"""The work behind `train.py`, one function per verb: check, train, export, list runs."""
 
 import logging
 import shlex
@@ -38,14 +38,14 @@ _LOCK_PATIENCE = 5.0  # seconds; a killed run's children are gone long before
 
 
 def execute(options: TrainOptions) -> Outcome:
-    """Do what `train.py` was asked to do.
+    """Run the command.
 
     Raises:
-        PrmkitError: as each part says.
+        PrmkitError: see the individual functions.
     """
     folder = options.export_only
     if folder and "=" in folder and not Path(folder).exists():
-        # `--export-only export_dir=x`: the folder was left out, and the next word taken for it.
+        # `--export-only export_dir=x`: the folder was left out, and the next word was read as the folder.
         options = replace(options, export_only="", assignments=[*options.assignments, folder])
     if options.runs:
         return list_runs(options)
@@ -69,7 +69,7 @@ def execute(options: TrainOptions) -> Outcome:
 
 @dataclass(frozen=True)
 class _Start:
-    """A start that was asked for: how, where, and the record of a run that would begin now."""
+    """A requested start: how, where, and the record of a run that would begin now."""
 
     plan: LaunchPlan
     folder: Path
@@ -166,7 +166,7 @@ def _list_errors(checks: Sequence[Check]) -> str:
 
 
 def _check_run_folder(options: TrainOptions, start: _Start) -> Iterator[Check]:
-    """Whether the run may use its folder; without touching anything."""
+    """Check whether the run may use its folder, without touching anything."""
     if options.overwrite or not options.launch.is_first_node:
         return
     name = "run folder"
@@ -194,10 +194,10 @@ def _is_finished(options: TrainOptions, start: _Start) -> bool:
 
 
 def train(options: TrainOptions, start: _Start) -> Outcome:
-    """Begin, resume, or finish the run of a config; then export it if that was asked for.
+    """Begin, resume, or finish the run of a config; then export it if requested.
 
     Raises:
-        PrmkitError: as each part says.
+        PrmkitError: see the individual functions.
     """
     if not options.launch.is_first_node:
         run_worker_node(start.plan, start.folder)
@@ -221,7 +221,7 @@ def train(options: TrainOptions, start: _Start) -> Outcome:
 
 
 def _claim(options: TrainOptions, start: _Start) -> Path:
-    """The folder of this run, free for it: a finished run of another config is never overwritten."""
+    """The folder for this run: a finished run of another config is never overwritten."""
     if options.overwrite and start.folder.exists():
         with exclusive_lock(start.folder, "training", patience=_LOCK_PATIENCE):
             back_up(start.folder)
@@ -234,7 +234,7 @@ def _claim(options: TrainOptions, start: _Start) -> Path:
 
 
 def _place(options: TrainOptions, start: _Start) -> Path:
-    """A folder that the user typed is meant; one from the file may contain another run by now."""
+    """Whether the user typed the folder and so means it; one from the file may by now contain another run."""
     typed = {override.key for override in overrides_of(options)}
     return start.folder if typed & {"output_dir", "run_name"} else free_run_folder(start.folder, start.fresh)
 
@@ -243,7 +243,7 @@ def _check_training_is_meant(options: TrainOptions, start: _Start, claimed: Path
     """`--export` alone, after a run with other settings, most likely means that run, not hours of training.
 
     Raises:
-        UsageError: nothing was typed that asks for another training.
+        UsageError: nothing on the command line requests another training.
     """
     typed = {override.key for override in overrides_of(options)} - set(EXPORT_KEYS)
     earlier = read_record(start.folder)
@@ -277,11 +277,11 @@ def _count(number: int, noun: str) -> str:
 
 
 def export_existing(options: TrainOptions) -> Outcome:
-    """Merge a run or checkpoint that was trained before.
+    """Merge a run or checkpoint that has already been trained.
 
     Raises:
-        UsageError: something other than an export's keys was typed; a run is exported as it was trained.
-        PrmkitError: as the export says.
+        UsageError: other keys than an export's were given; a run is exported as it was trained.
+        PrmkitError: see the export.
     """
     finding: tuple[str, ...] = ()
     if options.export_only:
@@ -309,7 +309,7 @@ def _typed_for_export(options: TrainOptions, finding: Sequence[str]) -> dict[str
     overrides = [override for override in overrides_of(options) if override.key not in finding]
     if strange := [override.key for override in overrides if override.key not in allowed]:
         raise UsageError(
-            f"{', '.join(strange)}: a run is exported as it was trained. An export takes {', '.join(EXPORT_KEYS)}."
+            f"{', '.join(strange)}: a run is exported as it was trained. An export only takes {', '.join(EXPORT_KEYS)}."
         )
     return typed_values(overrides)
 
@@ -326,7 +326,7 @@ def _export(options: TrainOptions, source: Source, target: Path) -> Path:
 
 
 def list_runs(options: TrainOptions) -> Outcome:
-    """Show the runs below the folder of the config's `output_dir`; from any folder where the project has a config.
+    """Show the runs in the parent folder of the config's `output_dir`; works in any folder with a config.
 
     Raises:
         UsageError: the config is missing, or not YAML.

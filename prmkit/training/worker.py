@@ -1,9 +1,9 @@
-"""One of several processes that train together: LLaMA Factory, with a stop that all of them make at the same step.
+"""One of several processes that train together: LLaMA Factory, with a stop at the same step in all of them.
 
     torchrun … -m prmkit.training.worker CONFIG.yaml
 
-`enable_jit_checkpoint` saves on SIGTERM, but each process decides for itself at which step. Where two decide
-differently, one waits in the saving and the other in the next step, and neither ever ends.
+`enable_jit_checkpoint` saves on SIGTERM, but each process decides for itself at which step. If two decide differently,
+one waits while saving and the other in the next step, and neither ever ends.
 """
 
 import atexit
@@ -20,8 +20,8 @@ from prmkit.training.supervisor import die_with_parent
 def values_of(config: Path) -> dict[str, Any]:
     """The config; for a worker that torchrun has restarted, with the newest complete checkpoint to resume from.
 
-    LLaMA Factory would take the newest one, which the death of the worker may have left half-written, and fail until
-    no restart is left.
+    LLaMA Factory would use the newest one, which the dying worker may have left half-written, and fail until no restart
+    is left.
     """
     from prmkit.llamafactory_schema import read_yaml
     from prmkit.training.resume import newest_checkpoint
@@ -64,7 +64,7 @@ def let_numbered_cpus_load() -> None:
 
 
 def main() -> None:
-    """Train; SIGTERM to any of the processes, on any node, makes all of them save after the current step and stop."""
+    """Train; SIGTERM to any process, on any node, makes all of them save after the current step and stop."""
     die_with_parent(os.getppid())
     values = values_of(Path(sys.argv[1]))
     announce_fsdp(values)
@@ -100,8 +100,8 @@ def main() -> None:
 def leave() -> NoReturn:
     """End the process without the destructors of C++ libraries.
 
-    While one of their threads is still running they abort (`terminate called without an active exception`), which
-    happens on busy machines, and torchrun takes the finished run for a failed one.
+    If one of their threads is still running, they abort (`terminate called without an active exception`). This happens
+    on busy machines, and torchrun then mistakes the finished run for a failed one.
     """
     import torch.distributed as together
 

@@ -39,7 +39,7 @@ def test_a_torchvision_for_another_torch(distribution: Any) -> None:
     distribution("torchvision", "0.28.0", "torch==2.13.0")
     found = checks.check_versions()
     assert found.status is Status.ERROR
-    assert "torchvision needs torch==2.13.0, and 2.11.0" in found.found
+    assert "torchvision needs torch==2.13.0, but 2.11.0" in found.found
     assert "--install-deps" in found.advice
 
 
