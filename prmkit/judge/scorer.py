@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from prmkit.judge.openai_judge import CompletionsJudge
     from prmkit.judge.transformers_judge import Judge
 
-_NAME_THEM = "name the wanted ones: --keys, or keys in a request to a server"
+_NAME_THEM = "name them with --keys, or with keys in a request to a server"
 DEFAULT_RUN = Path("saves/reward_model_training")
 
 
 @dataclass(frozen=True)
 class ShapeOf:
-    """Decides which scores are asked for."""
+    """Decides which score keys to ask for."""
 
     keys: tuple[str, ...] = ()
-    """What the user named; empty to look at the prompt's schema, then at the evaluation type."""
+    """The keys that the user named; if empty, the prompt's schema decides, then the evaluation type."""
     known: Mapping[str, Sequence[str]] | None = None
-    """By evaluation type, the keys that the training data had."""
+    """Evaluation type -> keys in the training data."""
 
     def __call__(self, prompt: str, evaluation_type: object) -> Shape | str:
         """The shape, or why it is not known."""
@@ -59,16 +59,16 @@ class ShapeOf:
 
 
 def _is_nested(keys: Sequence[str]) -> bool:
-    """Judges write a single score by itself (`reasonableness_score`) and several in a `scores` object."""
+    """Judges write a single score at the top level (`reasonableness_score`), and several in a `scores` object."""
     return not all(key.endswith("score") for key in keys)
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A judge with the settings that it is asked with. It is loaded when it is first asked."""
+    """A judge with its settings. It is loaded on first use."""
 
     source: JudgeSource
-    """The model, or for one on a server its tokenizer and template."""
+    """The model; for a model on a server, its tokenizer and template."""
     endpoint: Endpoint | None = None
     batch_size: int = 8
     trim: bool = True
@@ -80,7 +80,7 @@ class Scorer:
         """The loaded judge; both kinds have the same `score`.
 
         Raises:
-            DataError: there is nothing that can be loaded.
+            DataError: nothing can be loaded.
             UsageError: an unknown template, device or dtype.
         """
         if self.endpoint:
@@ -92,9 +92,9 @@ class Scorer:
         return load_model(self.source)
 
     def judgements(self, requests: Iterable[Request], mode: Mode = "expected") -> Iterator[Judgement]:
-        """Judge a stream of requests in their order; see `transformers_judge.Judge.score`.
+        """Judge a stream of requests in order; see `transformers_judge.Judge.score`.
 
-        Without any request nothing is loaded.
+        Without a request, nothing is loaded.
         """
         requests = iter(requests)
         first = next(requests, None)
@@ -117,8 +117,8 @@ class Scorer:
             keys: which scores to give; None for those that each prompt asks for in its schema.
 
         Returns:
-            One judgement a prompt, in their order: `score` and `std` of the verdict, `scores` by key, `status` and
-            `reason`. A prompt that cannot be judged has status `error`.
+            One judgement per prompt, in order: `score` and `std` of the verdict, `scores` by key, `status` and
+            `reason`. A prompt that cannot be judged has the status `error`.
         """
         shape_of = ShapeOf(tuple(keys or ()))
         requests = [_request(prompt, shape_of) for prompt in prompts]
@@ -126,9 +126,9 @@ class Scorer:
         return [next(judgements) if isinstance(each, Request) else Judgement("error", reason=each) for each in requests]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What makes scores of one judge comparable: contents and settings, not places.
+        """What identifies comparable scores: contents and settings, not locations.
 
-        A server that is restarted on another port, or a folder that was copied, gives the same scores.
+        A server restarted on another port, or a copied folder, gives the same scores.
 
         Raises:
             DataError: there is no such judge.
@@ -145,7 +145,7 @@ class Scorer:
 
 
 def _request(prompt: str | Mapping[str, Any], shape_of: ShapeOf) -> Request | str:
-    """What to ask the judge, or why a prompt cannot be judged."""
+    """The request to the judge, or why a prompt cannot be judged."""
     from prmkit.rows import Rejected, read_row
 
     try:
@@ -172,7 +172,7 @@ def load_judge(
 
     Args:
         folder: a run of `train.py` or a checkpoint in it, an exported model, or a base model.
-        device: `cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, …; `auto` uses a GPU if there is one.
         dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, else as trained.
         trust_remote_code: run Python code that the model brings.
         batch_size: the most prompts to run at once.
@@ -204,7 +204,7 @@ def judge_source_in(folder: Path) -> JudgeSource:
 
 
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `judge_source` and `scorer_of` read, but for the server's flags."""
+    """Add the flags that `judge_source` and `scorer_of` read, except those for a server."""
     group = parser.add_argument_group("the judge")
     group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default {DEFAULT_RUN})")
     group.add_argument(
@@ -213,16 +213,16 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
         action=UseRegistered,
         default=argparse.SUPPRESS,
         metavar="VERSION",
-        help="a registered one: production, NAME@NUMBER (manage_judges.py); instead of --run",
+        help="a registered version: production, NAME@NUMBER (manage_judges.py); instead of --run",
     )
     group.add_argument("--model", metavar="FOLDER", help="an exported model, or a base model; instead of --run")
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA weights for --model")
-    group.add_argument("--template", help="LLaMA Factory's template (default: the one of the training)")
-    group.add_argument("--default-system", metavar="TEXT", help="system text (default: the one of the training)")
+    group.add_argument("--template", help="LLaMA Factory's template (default: as in training)")
+    group.add_argument("--default-system", metavar="TEXT", help="system text (default: as in training)")
     group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="for reasoning templates")
-    group.add_argument("--cutoff-len", type=positive, metavar="TOKENS", help="prompt and answer together")
+    group.add_argument("--cutoff-len", type=positive, metavar="TOKENS", help="length of prompt and answer together")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as trained on a GPU")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model brings")
     asking = parser.add_argument_group("asking it")
     asking.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts at once (default 8)")
@@ -238,7 +238,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=LOW_LABEL_MASS,
         metavar="P",
-        help="scores that hold less of the model's probability are unsure (default %(default)s)",
+        help="scores with less of the model's probability are unsure (default %(default)s)",
     )
     asking.add_argument(
         "--too-long",
@@ -249,7 +249,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what chooses between a model loaded here and one on a server; `add_judge_arguments` comes first."""
+    """Add the flags that choose between a local model and one on a server; call `add_judge_arguments` first."""
     group = parser.add_argument_group("a judge on a server")
     group.add_argument(
         "--backend",
@@ -261,23 +261,23 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-url",
         nargs="+",
         metavar="URL",
-        help="as http://localhost:8000/v1; --model is its name there. Several: each request goes to the one with the "
-        "fewest under way, and not to one that fails",
+        help="such as http://localhost:8000/v1; --model is the model's name there. With several, each request goes to "
+        "the server with the fewest in flight; servers that fail are skipped",
     )
     group.add_argument(
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="the model's folder here, for its tokenizer and template (default: --model if it is a folder, else --run)",
+        help="the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)",
     )
-    group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
+    group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
     group.add_argument("--concurrency", type=positive, default=16, metavar="N", help="requests at once (default 16)")
     group.add_argument(
         "--logprobs",
         choices=["exact", "top"],
         default="exact",
-        help="exact: name the tokens to read where the server can (vLLM, SGLang; default). It disturbs other clients "
-        "that ask the same vLLM for ordinary logprobs; top does not",
+        help="exact: request the needed tokens by name if the server supports it (vLLM, SGLang; default). It disturbs "
+        "other clients that ask the same vLLM for ordinary logprobs; top does not",
     )
     group.add_argument(
         "--top-logprobs", type=positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
@@ -287,7 +287,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=300.0,
         metavar="SECONDS",
-        help="longest wait for a complete answer, of which six are tried (default 300)",
+        help="longest wait for a complete answer, with six attempts (default 300)",
     )
 
 
@@ -316,10 +316,10 @@ def share(text: str) -> float:
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:
-    """The judge that was named, with its settings; nothing is loaded yet.
+    """The judge named on the command line, with its settings; nothing is loaded yet.
 
     Raises:
-        DataError: there is nothing that could be a judge.
+        DataError: nothing there is a judge.
         UsageError: the arguments contradict each other.
     """
     endpoint = _endpoint(arguments) if arguments.backend == "openai" else None
@@ -341,10 +341,10 @@ def _with_settings(source: JudgeSource, endpoint: Endpoint | None, arguments: ar
 
 
 def challenger_of(arguments: argparse.Namespace, name: str) -> Scorer:
-    """A second judge beside the one that was named, loaded here and asked in the same way.
+    """A second judge, loaded here and used with the same settings.
 
     Args:
-        arguments: of which those count that say how to run and to ask a judge, not which one.
+        arguments: only those about how to run and ask a judge are used, not those that name one.
         name: a folder (a run, an exported or a base model), or a registered version.
 
     Raises:
@@ -363,10 +363,10 @@ def challenger_of(arguments: argparse.Namespace, name: str) -> Scorer:
 
 
 def judge_source(arguments: argparse.Namespace) -> JudgeSource:
-    """Where the judge comes from: the run or the model that was named, changed by all other flags.
+    """The judge's source: the run or model named on the command line, modified by all other flags.
 
     Raises:
-        DataError: there is nothing that could be a judge.
+        DataError: nothing there is a judge.
         UsageError: the arguments contradict each other.
     """
     source = _named_source(arguments)
@@ -381,14 +381,14 @@ def judge_source(arguments: argparse.Namespace) -> JudgeSource:
 def _named_source(arguments: argparse.Namespace) -> JudgeSource:
     if arguments.model is None:
         if arguments.adapter is not None:
-            raise UsageError("--adapter needs --model, its base model. Name a whole run with --run alone.")
+            raise UsageError("--adapter needs --model, its base model. For a whole run, give only --run.")
         return judge_source_of_run(arguments.run or DEFAULT_RUN)
     if arguments.run is not None:
-        raise UsageError("--run and --model name two judges. Leave one of them out.")
+        raise UsageError("--run and --model name two judges. Give only one of them.")
     model = Path(arguments.model)
     if arguments.adapter is None:
         return judge_source_of_export(model) if (model / EXPORT_FILE).is_file() else JudgeSource(model)
-    # An adapter that is still in its run's folder is asked as in that run.
+    # An adapter that is still in its run's folder is used with that run's settings.
     if is_run(arguments.adapter):
         return replace(judge_source_of_run(arguments.adapter), model=model)
     return JudgeSource(model, arguments.adapter)
@@ -416,9 +416,9 @@ def _api_key(name: str) -> str | None:
     """The key in a variable, without the line break that `$(cat file)` or an .env file may have left in it.
 
     Raises:
-        UsageError: a header with it could not be sent. It is not repeated, for it may be most of a key.
+        UsageError: it could not be sent in a header. The message does not repeat it, because it may be most of a key.
     """
     key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"${name}: holds a character that no API key has, such as a line break. Set it again.")
+        raise UsageError(f"${name}: has a character that no API key has, such as a line break. Set it again.")
     return key or None

@@ -12,15 +12,15 @@ from prmkit.llamafactory_schema import default_of, setting
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 
 EXPORT_FILE = "prmkit.json"
-"""What an exported model must be asked with; written into its folder by `train.py --export`."""
+"""The file with the settings that an exported model needs; `train.py --export` writes it into the model's folder."""
 
 
 @dataclass(frozen=True)
 class JudgeSource:
-    """Everything that is needed to load a judge."""
+    """Everything needed to load a judge."""
 
     model: Path
-    """The base model, or a whole fine-tuned one; its tokenizer is the judge's."""
+    """The base model, or a complete fine-tuned model; its tokenizer is the judge's."""
     adapter: Path | None = None
     """LoRA weights on top of `model`."""
     template: str | None = None
@@ -30,25 +30,25 @@ class JudgeSource:
     cutoff_len: int = field(default_factory=lambda: int(default_of("cutoff_len")))
     """Tokens of prompt and answer together, as in training."""
     trained_dtype: str = "float32"
-    """`float32`, `bfloat16` or `float16`: what the weights were computed in while training."""
+    """`float32`, `bfloat16` or `float16`: the dtype of the training."""
     dtype: str = "auto"
-    """What to compute in: one of these, or `auto`: as trained on a GPU, float32 on a CPU."""
+    """The dtype to compute in: one of these, or `auto`: as trained on a GPU, float32 on a CPU."""
     device: str = "auto"
-    """A torch device, or `auto`: a GPU where there is one."""
+    """A torch device, or `auto`: a GPU if there is one."""
     trust_remote_code: bool = False
-    """Run Python code that the model brings. Only the user says so, never a file: a run's folder may be a stranger's.
+    """Whether to run Python code that the model brings. Only the user decides, never a file, which may be a stranger's.
     """
     rubrics: tuple[str, ...] | None = field(default=None, compare=False)
-    """Hashes of the rubrics that its training rows ask with; empty for one trained on other prompts, None for a model
-    of whose training nothing is known."""
+    """Hashes of the rubrics in its training rows; empty for a judge trained on other prompts, None if nothing is known
+    about its training."""
 
 
-# These change the base model while LLaMA Factory loads it; plain transformers would load another model.
+# These change the base model while LLaMA Factory loads it; plain transformers would load a different model.
 _CHANGING_KEYS = ("rope_scaling", "resize_vocab", "add_tokens", "add_special_tokens", "create_new_adapter")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run of `train.py`, or of one of its checkpoints."""
+    """Whether a folder is a run of `train.py`, or one of its checkpoints."""
     return any((place / "run.json").is_file() for place in (folder, folder.parent))
 
 
@@ -61,8 +61,8 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
         run_folder: `saves/<run>`, or a checkpoint folder in it.
 
     Raises:
-        DataError: it is not the folder of a run, or the run has left no weights yet.
-        UsageError: the run changed its base model in a way that only its export carries.
+        DataError: the folder is not a run, or the run has no weights yet.
+        UsageError: the run changed its base model in a way that only its export has.
     """
     record = _record_of(run_folder)
     config = _config_in(record)
@@ -87,10 +87,10 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
 
 
 def _base_model_of(record: Path, name: str) -> Path:
-    """Where the base model of a run is now: projects are moved and copied, and scored from any folder.
+    """Where a run's base model is now: projects are moved and copied, and used from any folder.
 
-    Its path from the run's folder comes first, then the absolute one. Older records have only what the configuration
-    said, relative to where training was started: usually a folder above the run's.
+    The path relative to the run's folder is tried first, then the absolute one. Older records have only the path in the
+    configuration, relative to where training was started: usually a folder above the run's.
     """
     recorded = read_object(record).get("base_model")
     places = recorded if isinstance(recorded, dict) else {}
@@ -144,7 +144,7 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
     """The judge that `train.py --export` has merged into one model.
 
     Raises:
-        DataError: the folder does not hold a model, or not what it must be asked with.
+        DataError: the folder has no model, or its settings are missing.
     """
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no model (no config.json). Export one with: python train.py --export-only")
@@ -169,7 +169,7 @@ def encoding_of(source: JudgeSource) -> ChatEncoding:
     """The judge's tokenizer and template, set up as in its training. Nothing is downloaded.
 
     Raises:
-        DataError: there is no such folder, or it holds no tokenizer that can be loaded.
+        DataError: there is no such folder, or it has no tokenizer that can be loaded.
         UsageError: LLaMA Factory has no such template, or the tokenizer brings code that was not allowed to run.
     """
     check_folders(source)
@@ -187,19 +187,19 @@ def encoding_of(source: JudgeSource) -> ChatEncoding:
 
 
 def needs_trust(source: JudgeSource, error: Exception) -> UsageError | None:
-    """What to say where `transformers` failed because a model's own code was not allowed to run."""
+    """The message if `transformers` failed because a model's own code was not allowed to run."""
     if "trust_remote_code" not in str(error):
         return None
     return UsageError(f"{source.model}: brings Python code. Read it, then add --trust-remote-code to run it.")
 
 
 def check_folders(source: JudgeSource) -> None:
-    """Reject a judge whose folders do not exist: the libraries would look for a mistyped one on the internet.
+    """Reject a judge whose folders do not exist: the libraries would look for a mistyped folder on the internet.
 
-    A run may have been trained on a model of the hub, which is then in the hub's cache.
+    A run may have been trained on a model from the hub, which is then in the hub's cache.
 
     Raises:
-        DataError: one is missing.
+        DataError: a folder is missing.
     """
     for folder in (source.model, source.adapter):
         if folder is not None and not folder.is_dir() and not (folder == source.model and _in_cache(str(folder))):
@@ -220,12 +220,12 @@ def _in_cache(name: str) -> bool:
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "chat_template*")
 _WHOLE = 64 << 20
-"""Bytes. Files up to this size are hashed whole; of larger ones, weights of billions of parameters, a sample."""
+"""Bytes. Files up to this size are hashed completely; larger ones (weights) are sampled."""
 _SAMPLES, _SAMPLE = 256, 64 << 10
 
 
 def fingerprint_of(source: JudgeSource) -> dict[str, Any]:
-    """What makes the scores of a judge: its weights, tokenizer and settings by content, so that a copy is the same.
+    """What determines a judge's scores: its weights, tokenizer and settings by content, so that a copy is the same.
 
     Raises:
         DataError: there is no such judge.
@@ -240,7 +240,7 @@ def fingerprint_of(source: JudgeSource) -> dict[str, Any]:
 
 
 def encoding_fingerprint(source: JudgeSource) -> dict[str, Any]:
-    """What makes the token ids of a judge's prompts.
+    """What determines the token ids of a judge's prompts.
 
     Raises:
         DataError: there is no such judge.
@@ -256,7 +256,7 @@ def encoding_fingerprint(source: JudgeSource) -> dict[str, Any]:
 
 
 def _contents(folder: Path, patterns: tuple[str, ...]) -> dict[str, str] | str:
-    """A hash a file, by name; the name itself for a model in the hub's cache."""
+    """File name -> hash; the name itself for a model in the hub's cache."""
     if not folder.is_dir():
         return str(folder)
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
@@ -264,7 +264,7 @@ def _contents(folder: Path, patterns: tuple[str, ...]) -> dict[str, str] | str:
 
 
 def _content_hash(file: Path) -> str:
-    """Of the whole file, or of many parts all over it: training changes weights everywhere."""
+    """The hash of the whole file, or of many parts spread over it: training changes weights everywhere."""
     size = file.stat().st_size
     if size <= _WHOLE:
         return sha256_of(file)
@@ -277,7 +277,7 @@ def _content_hash(file: Path) -> str:
 
 
 def described(source: JudgeSource) -> dict[str, Any]:
-    """A source as JSON has it."""
+    """A source as JSON."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(source).items()}
 
 
@@ -287,11 +287,11 @@ _KINDS = {dict: "an object", str: "a string", int: "a whole number", bool: "true
 
 
 def read_object(file: Path, **keys: type) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that must be an object.
 
     Args:
         file: written by this project or by one of the libraries that it uses.
-        keys: what the object must have, and of which type.
+        keys: the required keys and their types.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -304,7 +304,7 @@ def read_object(file: Path, **keys: type) -> dict[str, Any]:
 
 
 def check_keys(file: Path, found: Mapping[str, Any], **keys: type) -> None:
-    """Reject an object without the keys that it must have.
+    """Reject an object that lacks a required key.
 
     Raises:
         DataError: a key is missing, or of another type.

@@ -1,4 +1,4 @@
-"""A judge whose model is loaded here. The only module of prmkit that loads one."""
+"""A judge whose model is loaded locally. This is the only module of prmkit that loads a model."""
 
 import logging
 import warnings
@@ -20,12 +20,12 @@ from prmkit.prompts.encoding import ChatEncoding
 log = logging.getLogger("prmkit")
 
 _READ_AHEAD = 64
-"""At least so many requests are put into an order together: enough for batches with little padding, and for the steps
-of a few trajectories to meet."""
+"""At least this many requests are sorted together: enough for batches with little padding, and for the steps of a
+trajectory to be next to each other."""
 _BATCHES_READ_AHEAD = 8
 
 Chain = Sequence[Prepared]
-"""Prompts that are run one after the other in one row of a batch, because each shares a beginning with the last."""
+"""Prompts that are run one after another in one row of a batch, because each shares a beginning with the previous."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Judge:
         """Judge any number of requests; equal ones are judged once.
 
         Args:
-            requests: read as they are needed, some dozens ahead.
-            batch_size: the most prompts to run at once. When the GPU's memory is too small, fewer are.
+            requests: read as needed, some dozens ahead.
+            batch_size: the most prompts to run at once; fewer if the GPU's memory is too small.
             mode: read probabilities, or let the model write.
-            trim: shorten prompts that are too long, as the conversion does; else they are `too_long`.
+            trim: shorten prompts that are too long, as the conversion does; otherwise they are `too_long`.
             max_new_tokens: the longest verdict to write, in generate mode.
             min_label_mass: scores with less are `unsure`.
 
         Yields:
-            One judgement a request, in their order.
+            One judgement per request, in order.
 
         Raises:
             UsageError: expected scores cannot be read from this tokenizer, template or architecture.
@@ -78,7 +78,7 @@ class Judge:
         )
 
     def _expected(self, chains: Sequence[Chain], min_label_mass: float) -> list[list[Judgement]]:
-        """Read the scores of chains, the longest one first, whose prompts all have the same number of keys."""
+        """Read the scores of chains, longest first, whose prompts all have the same number of keys."""
         trees = TokenTrees(self.model, len(chains))
         judgements: list[list[Judgement]] = [[] for _ in chains]
         for turn in range(len(chains[0])):
@@ -135,16 +135,16 @@ Answer = Callable[[Sequence[Chain]], list[list[Judgement]]]
 
 
 def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]:
-    """Indices of prompts in the order of their tokens, cut where a prompt shares little with the one before.
+    """Indices of prompts sorted by their tokens, split where a prompt shares little with the previous one.
 
-    In this order no earlier prompt shares more with a prompt than the one just before it. The steps of a trajectory
-    share most of their tokens.
+    In this order no earlier prompt shares more with a prompt than its predecessor. The steps of a trajectory share most
+    of their tokens.
 
     Args:
         ready: the prompts.
-        side_by_side: what all prompts share, such as the rubric, does not count: a batch runs that once for all its
-            rows, and a GPU runs rows side by side in the time of one. A CPU takes as long either way, and longer for
-            rows of different lengths.
+        side_by_side: do not count what all prompts share, such as the rubric: a batch runs that once for all its rows,
+            and a GPU runs rows side by side in the time of one. A CPU takes as long either way, and longer for rows of
+            different lengths.
     """
     chains: list[list[int]] = []
     order = sorted(range(len(ready)), key=lambda index: (len(ready[index].shape.keys), ready[index].ids))
@@ -171,7 +171,7 @@ def _single_chains(ready: Sequence[Prepared]) -> list[list[int]]:
 def _in_batches(
     ready: Sequence[Prepared], chains: Sequence[list[int]], batch_size: int, answer: Answer
 ) -> list[Judgement]:
-    """Judge in batches of chains with equally many keys, the longest first: what does not fit shows at once."""
+    """Judge in batches of chains with equally many keys, longest first, so that what does not fit fails at once."""
 
     def order(chain: list[int]) -> tuple[int, int, int]:
         last = ready[chain[-1]]
@@ -189,14 +189,14 @@ def _in_batches(
 
 
 def _as_memory_allows(chains: Sequence[Chain], answer: Answer) -> list[list[Judgement]]:
-    """Judge all at once, or in halves where the GPU's memory is too small; a prompt that does not fit alone fails."""
+    """Judge all at once, or in halves if the GPU's memory is too small; a prompt that does not fit alone fails."""
     import torch
 
     try:
         return answer(chains)
     except torch.OutOfMemoryError as error:
         shortage = _first_line(error)
-    # Outside of the handler, whose traceback would keep the tensors alive.
+    # Outside the handler, whose traceback would keep the tensors alive.
     torch.cuda.empty_cache()
     if len(chains) > 1:
         log.warning("out of GPU memory with %d prompts at once: trying half as many", len(chains))
@@ -217,7 +217,7 @@ def load_model(source: JudgeSource) -> Judge:
     """Load the tokenizer, the model and its adapter. Takes about ten seconds besides reading the weights.
 
     Raises:
-        DataError: a folder is missing, or holds nothing that can be loaded.
+        DataError: a folder is missing, or has nothing that can be loaded.
         UsageError: an unknown template, device or dtype, or a model that brings code, which was not allowed to run.
     """
     _check_complete(source)
@@ -240,7 +240,7 @@ def _load_weights(source: JudgeSource) -> Any:
             config=config,
             dtype=getattr(torch, _dtype(source, device)),
             **local,
-            # Gemma 2 caps its attention scores, which the fused kernels cannot; LLaMA Factory trains it so as well.
+            # Gemma 2 caps its attention scores, which fused kernels cannot do; LLaMA Factory also trains it this way.
             attn_implementation="eager" if config.model_type == "gemma2" else None,
         )
         if source.adapter is not None:
@@ -249,7 +249,7 @@ def _load_weights(source: JudgeSource) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         failure = DataError(f"{source.adapter or source.model}: cannot be loaded ({_first_line(error)}).")
         raise needs_trust(source, error) or failure from error
-    # The model's own may hold a repetition penalty, which would change digits.
+    # The model's own config may have a repetition penalty, which would change digits.
     model.generation_config = GenerationConfig()
     return model.eval()
 
@@ -279,16 +279,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
-    """The model with its adapter, merged where that loses nothing."""
+    """The model with its adapter, merged if that loses nothing."""
     import torch
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        if not model.config.tie_word_embeddings:  # peft says so of every model whose embeddings were trained
+        if not model.config.tie_word_embeddings:  # peft says this about every model whose embeddings were trained
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         adapted = PeftModel.from_pretrained(model, str(adapter))
-    # Merged in float32 the scores differ by 1e-7, and the small matrices of every layer cost nothing any more: a
-    # quarter of the time on a CPU. In bfloat16 merging would round the adapter away.
+    # Merging in float32 changes scores by 1e-7 and saves the small matrices of every layer: a quarter of the time on
+    # a CPU. In bfloat16, merging would round the adapter away.
     return adapted.merge_and_unload(safe_merge=True) if model.dtype == torch.float32 else adapted
 
 

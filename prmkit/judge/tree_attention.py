@@ -1,18 +1,18 @@
 """Probabilities of many short answers to long prompts: each distinct token is run through the model once.
 
 A batch has rows, and each row is a *tree of tokens* in the KV cache: a trunk, which is the prompt, and on top of it
-everything that was tried as an answer. Each token in the cache has a *slot*, the same number for its key and value in
-every layer. Which earlier tokens a token sees is not a matter of their order in the cache but of a mask that we make:
-a token sees its ancestors in the tree, and nothing else.
+every answer that was tried. Each token in the cache has a *slot*, the same number for its key and value in every layer.
+Which earlier tokens a token sees does not depend on their order in the cache but on a mask that we make: a token sees
+its ancestors in the tree, and nothing else.
 
     slots      0   1   2   3   4   5   6   7
     tokens     the trunk   {   0   1   .   .           "4" and "5" are two candidates; 6 follows 4, 7 follows 5
     parents   -1   0   1   2   3   3   4   5
     7 sees     x   x   x   x       x       x
 
-Three things follow. Candidates are tried side by side in one pass, and those that are not chosen are simply not seen
-later. Rows may have prompts of different lengths and trees of different shapes. And the next prompt of a row that
-begins like the last one (the steps of a trajectory do) keeps that part of the trunk: only what differs is run.
+Three things follow. Candidates are tried side by side in one pass, and rejected candidates are simply not seen later.
+Rows may have prompts of different lengths and trees of different shapes. And if the next prompt of a row begins like
+the previous one (as the steps of a trajectory do), it keeps that part of the trunk: only what differs is run.
 """
 
 import inspect
@@ -24,11 +24,11 @@ from prmkit.errors import UsageError
 from prmkit.judge.score_trie import Question, Reading, common_length
 
 _TOKENS_A_PASS = 1024
-"""Of all rows together, where a mask is needed. It bounds the memory for masks and for logits, of which each token has
-as many as the vocabulary has entries."""
+"""The most tokens in one pass, over all rows, if a mask is needed. It bounds the memory for masks and for logits, of
+which each token has one per entry of the vocabulary."""
 
 _MUCH_SHARED = 0.3
-"""Share of the longest prompt of a batch from which on its common beginning is run once for all rows."""
+"""The common beginning of a batch is run once for all rows if it is at least this share of the longest prompt."""
 
 
 def check_architecture(model: Any) -> None:
@@ -53,16 +53,16 @@ def check_architecture(model: Any) -> None:
 
 @dataclass
 class _Row:
-    """What one row has in the cache."""
+    """One row's content of the cache."""
 
     prompt: list[int] = field(default_factory=list)
     trunk: list[int] = field(default_factory=list)
-    """The slot of each token of the prompt but the last, which is run with the first candidates: its logits are
-    needed. A token's index here is its position."""
+    """The slot of each token of the prompt except the last, which is run with the first candidates because its logits
+    are needed. A token's index here is its position."""
     branches: dict[tuple[int, int], int] = field(default_factory=dict)
-    """The slot of each token above the trunk, by its parent's slot and its id."""
+    """(parent's slot, token id) -> slot, for each token above the trunk."""
     parents: dict[int, int] = field(default_factory=dict)
-    """The slot of its parent, by the slot of each token above the trunk."""
+    """Slot -> parent's slot, for each token above the trunk."""
 
     @property
     def top(self) -> int:
@@ -72,11 +72,11 @@ class _Row:
 
 @dataclass
 class _Additions:
-    """Tokens that a row is about to get, parents before children."""
+    """Tokens to be added to a row, parents before children."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    """Slots, which may be those of other additions."""
+    """The parents' slots, which may be those of other additions."""
     positions: list[int] = field(default_factory=list)
     wanted: list[tuple[int, int]] = field(default_factory=list)
     """(index of an addition, token that may follow): the log-probabilities to read."""
@@ -90,10 +90,10 @@ class _Additions:
 
 
 class TokenTrees:
-    """The trees of a batch, and the model that runs them."""
+    """The trees of a batch, and the model that evaluates them."""
 
     def __init__(self, model: Any, rows: int) -> None:
-        """Begin with empty rows.
+        """Start with empty rows.
 
         Args:
             model: a causal language model of `transformers`, in evaluation mode.
@@ -110,9 +110,9 @@ class TokenTrees:
         """Of every slot, of shape (rows, slots)."""
 
     def set_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Give every row its next prompt, of at least one token; what it shares with the last one is not run again.
+        """Give every row its next prompt, of at least one token; what it shares with the previous one is not run again.
 
-        There may be fewer prompts than rows: the rows at the end are dropped for good.
+        There may be fewer prompts than rows: the rows at the end are dropped permanently.
         """
         if len(prompts) < len(self._rows):
             self._drop_rows(len(prompts))
@@ -121,14 +121,14 @@ class TokenTrees:
             row.prompt, row.trunk = list(prompt), row.trunk[:shared]
             row.branches.clear()
             row.parents.clear()
-        # Slots after the last one that a trunk still has are free again.
+        # Slots after the last one still used by a trunk are free again.
         self._crop(max((row.top for row in self._rows), default=-1) + 1)
         if self._slots == 0:
             self._run_first_prompts()
         self._run([self._rest_of_trunk(row) for row in self._rows])
 
     def read(self, questions: Sequence[Sequence[Question]]) -> list[list[Reading]]:
-        """Answer the questions about every row's prompt in one go, however many there are a row."""
+        """Answer all questions about every row's prompt together, however many a row has."""
         added = [_Additions() for _ in self._rows]
         for row, additions, asked in zip(self._rows, added, questions, strict=True):
             for question in asked:
@@ -152,11 +152,10 @@ class TokenTrees:
         return additions
 
     def _add_question(self, row: _Row, additions: _Additions, question: Question) -> None:
-        """Add the tokens that a question needs and the row does not have yet, and note what to read of them.
+        """Add the tokens that a question needs and the row does not have yet, and note which probabilities to read.
 
-        The probability of a token is read at the token before it, in the pass in which that one is run. So the tokens
-        from the one before the first forced one on are run, even where an earlier pass ran some of them already: its
-        logits are gone.
+        A token's probability is read at its predecessor, in the pass that runs the predecessor. So all tokens are run
+        from the one before the first forced token, even if an earlier pass ran some of them: their logits are gone.
         """
         trie, slot = question.trie, row.top
         # `sequence[i]` comes just before `trie.context[i]`.
@@ -181,7 +180,7 @@ class TokenTrees:
         return slot
 
     def _with_ancestors(self, index: int, slot: int) -> list[int]:
-        """A cached slot of one row and all that it sees; nothing for -1, the parent of the first token."""
+        """A cached slot of one row and everything that it sees; nothing for -1, the parent of the first token."""
         row, branch = self._rows[index], []
         while slot in row.parents:
             branch.append(slot)
@@ -192,14 +191,14 @@ class TokenTrees:
     # --- running the model --------------------------------------------------------------------------------------------
 
     def _run_first_prompts(self) -> None:
-        """Fill an empty cache with the prompts but for their last tokens; or where they share much, with that alone.
+        """Fill an empty cache with the prompts except their last tokens; or, if they share much, only with that.
 
-        What all prompts begin with (the rubric) is run in one row, and copied to the others: the rest then costs as
-        much as if the prompts were that much shorter. It needs a mask, though, which costs more than it saves where
-        the prompts share little.
+        The common beginning (the rubric) is run in one row and copied to the others: the rest then costs as if the
+        prompts were that much shorter. But this needs a mask, which costs more than it saves if the prompts share
+        little.
 
-        The padding is on the right, where causal attention keeps it from being seen: no mask is needed, so that the
-        fastest kernels can be used. No row's tree contains the padding's slots, so nothing sees them later either.
+        The padding is on the right, where causal attention keeps it from being seen: no mask is needed, so the fastest
+        kernels can be used. No row's tree contains the padding's slots, so nothing sees them later either.
         """
         import numpy as np
         import torch
@@ -256,7 +255,7 @@ class TokenTrees:
         ids = np.zeros((len(added), width), dtype=np.int64)
         positions = np.zeros((len(added), width), dtype=np.int64)
         seen = np.zeros((len(added), width, cached + width), dtype=bool)
-        # The attention of a token that sees nothing is NaN, so every one sees itself, the padding included.
+        # The attention of a token that sees nothing is NaN, so every token sees itself, including the padding.
         seen[:, np.arange(width), cached + np.arange(width)] = True
         for index, additions in enumerate(added):
             here = slice(first, first + width)
@@ -290,7 +289,7 @@ class TokenTrees:
         ).logits
 
     def _masks(self, seen: Any, positions: Any) -> Any:
-        """What the model takes as its mask: a tensor, or one for each kind of its layers.
+        """The mask in the form that the model takes: a tensor, or one for each kind of its layers.
 
         Args:
             seen: which slots each token sees, of shape (rows, tokens, slots).
@@ -309,7 +308,7 @@ class TokenTrees:
         return {"full_attention": self._additive(seen), "sliding_attention": near}
 
     def _additive(self, seen: Any) -> Any:
-        """The mask as numbers to add to attention scores, which every attention implementation but flash takes."""
+        """The mask as numbers to add to attention scores, which every attention implementation except flash accepts."""
         import torch
 
         hidden = torch.finfo(self._model.dtype).min
@@ -344,7 +343,7 @@ def _log_probabilities(logits: Any, wanted: Sequence[tuple[int, int, int]]) -> I
 
 
 def _reading(question: Question, values: Iterator[float]) -> Reading:
-    """Take the values of one question off the row's, in the order in which `_add_question` noted them."""
+    """Pop the values of one question from the row's, in the order in which `_add_question` noted them."""
     trie = question.trie
     log_reach = sum(next(values) for _ in trie.context[question.forced_from :])
     steps = [next(values) for _ in trie.edges]

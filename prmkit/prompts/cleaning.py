@@ -1,13 +1,12 @@
-r"""What is taken out of texts before they are trained on or scored: control tokens, and scores that say the answer.
+r"""What is removed from texts before training and scoring: control tokens, and scores that give the answer away.
 
-A trajectory is text from outside: a web page, a tool's output, an agent's thought. Where it contains `<|im_end|>` or
+A trajectory is text from outside: a web page, a tool's output, an agent's thought. If it contains `<|im_end|>` or
 `[/INST]`, LLaMA Factory's tokenizer turns that into the real control token, and the page could close the user's turn
-and write the verdict itself. Every prompt and label therefore passes through `neutralise`, at conversion and at
-scoring.
+and write the verdict itself. So every prompt and label passes through `neutralise`, at conversion and at scoring.
 
 The mark is one backslash after the first character: `<|im_end|>` becomes `<\|im_end|>`, `{{idx}}` becomes `{\{idx}}`.
 A string that already reads `<\|im_end|>` gets one more, so that `restore` gives every string back exactly.
-In prompts `<think>` and `<tool_call>` stay as they are: transcripts are full of them, and they end no turn.
+In prompts `<think>` and `<tool_call>` stay unchanged: transcripts are full of them, and they do not end a turn.
 """
 
 import re
@@ -51,14 +50,14 @@ _PROMPT_MARKED, _ANSWER_MARKED = _patterns(_MARKERS, r"\\"), _patterns(_ANSWER_M
 
 
 def neutralise(text: str, *, answer: bool = False) -> tuple[str, int]:
-    """Make every control marker in `text` plain text.
+    """Turn every control marker in `text` into plain text.
 
     Args:
         text: a prompt or a label.
-        answer: `text` is the assistant's; thought tags count as control there.
+        answer: whether `text` is the assistant's, in which thought tags also count as control markers.
 
     Returns:
-        The text, and how many markers were found in it.
+        The text, and the number of markers found in it.
     """
     found = 0
     for pattern in _ANSWER if answer else _PROMPT:
@@ -78,7 +77,7 @@ def restore(text: str, *, answer: bool = False) -> str:
 # --- scores of earlier evaluations ------------------------------------------------------------------------------------
 
 # The prompts of `category` and `final` evaluations often contain the mean of the judges' clip scores: `(Score: 0.93)`.
-# A judge that is trained on them learns to copy, and when it scores there is nothing to copy from.
+# A judge trained on them learns to copy, but at scoring time there is nothing to copy.
 _SCORE = re.compile(r"\(Score: (\d(?:\.\d+)?)\)")
 MASK = "(Score: not shown)"
 

@@ -1,7 +1,7 @@
 """Prompt and answer to token ids, exactly as LLaMA Factory encodes them for training.
 
-The length guard, the preflight and the judge all ask this module: a scored prompt has the token ids of a trained one.
-It knows nothing about special tokens in texts: they come in neutralised, as in the training files.
+The length guard, the preflight and the judge all use this module, so a prompt has the same token ids in scoring as in
+training. It knows nothing about special tokens in texts: texts arrive neutralised, as in the training files.
 """
 
 import copy
@@ -16,7 +16,7 @@ from prmkit.errors import DataError, UsageError
 
 
 class EncodesPrompts(Protocol):
-    """What gives a prompt's token ids."""
+    """Anything that encodes prompts."""
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
         """Token ids of the prompt, up to where the answer begins."""
@@ -31,7 +31,7 @@ class ChatEncoding:
     template: Any
     """A private copy of a `llamafactory.data.template.Template`: LLaMA Factory's registry stays unchanged."""
     own_chat_template: Any = None
-    """The model's own; some of LLaMA Factory's templates replace the tokenizer's."""
+    """The model's own chat template; some of LLaMA Factory's templates replace the tokenizer's."""
 
     def pair_ids(self, prompt: str, answer: str, system: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids of one training row, before any cutting: the prompt's, and the answer's with its end of turn.
@@ -54,10 +54,10 @@ class ChatEncoding:
         return self.pair_ids(prompt, "", system)[0]
 
     def opened_ids(self, prompt: str, answer_so_far: str, system: str | None = None) -> list[int]:
-        """Token ids of the prompt and of an answer that is not finished: training's, without the end of turn.
+        """Token ids of the prompt and an unfinished answer: those of training, without the end of turn.
 
         Raises:
-            UsageError: this template's end of turn merges with the answer's last token, so no answer can be left open.
+            UsageError: this template's end of turn merges with the answer's last token, so an answer cannot stay open.
         """
         prompt_ids, answer_ids = self.pair_ids(prompt, answer_so_far, system)
         end = self._end_of_turn_ids
@@ -79,7 +79,7 @@ class ChatEncoding:
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Of the tokenizer with the tokens that the template adds."""
+        """The number of tokens, including those that the template adds."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(content.encode()).hexdigest()
@@ -105,15 +105,15 @@ def load_encoding(
     Takes about 8 seconds, nearly all of it LLaMA Factory's imports.
 
     Args:
-        model_folder: holds the tokenizer's files.
+        model_folder: the folder with the tokenizer's files.
         template: a name that LLaMA Factory knows (`qwen`, `llama3`, …); None parses the tokenizer's chat template.
         default_system: LLaMA Factory's key of this name; None keeps the template's default, "" leaves it out.
         enable_thinking: LLaMA Factory's key of this name; only reasoning templates (`qwen3`, …) use it.
         trust_remote_code: run Python code that comes with the model.
-        local_files_only: do not ask the hub, where `model_folder` is the name of a model there.
+        local_files_only: do not contact the hub if `model_folder` is the name of a model there.
 
     Raises:
-        DataError: the folder holds no tokenizer that `transformers` can load.
+        DataError: the folder has no tokenizer that `transformers` can load.
         UsageError: LLaMA Factory has no such template.
     """
     # LLaMA Factory logs to stdout, which is for results.

@@ -1,8 +1,9 @@
-"""Token ids as LLaMA Factory gives them, without importing it: the strings that a template puts around each text.
+"""LLaMA Factory's token ids without importing it: the strings that a template puts around each text.
 
-Importing LLaMA Factory takes 5 CPU seconds and 0.8 GB, more than everything else in most conversions. So its own code
-is asked once, in a child process, what it encodes around a system text, a prompt and an answer; the answer is kept in
-the user's cache, under a name made of all that it depends on. The texts themselves are encoded by `tokenizers` here.
+Importing LLaMA Factory takes 5 CPU seconds and 0.8 GB, more than everything else in most conversions. So a child
+process asks its code once what it encodes around a system text, a prompt and an answer; the result is kept in the
+user's cache, under a name made from everything that it depends on. The texts themselves are encoded here by
+`tokenizers`.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ Piece = str | int
 _MARKS = SYSTEM, PROMPT, ANSWER = "\ue000system\ue001", "\ue000prompt\ue001", "\ue000answer\ue001"
 _MARK = re.compile("(" + "|".join(_MARKS) + ")")
 _PROBES = ("", "a", " \n b\n ", "{{content}} {0} %s", "ä\u2028\t")
-"""Texts for which a template must do what it does for the marks."""
+"""Texts that a template must treat in the same way as the marks."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                     "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json")  # fmt: skip
 _PATIENCE = 120.0
@@ -42,10 +43,10 @@ class Pieces:
 
     tokenizer_json: str
     with_system: tuple[list[Piece], list[Piece]]
-    """Of the prompt and of the answer, with marks where the texts go; for a row that has a system text."""
+    """The pieces of prompt and answer, with marks in place of the texts; for a row that has a system text."""
     without_system: tuple[list[Piece], list[Piece]]
     unless: list[str]
-    """Words in an answer with which the template does something else (it removes or keeps a chain of thought)."""
+    """Words in an answer that make the template behave differently (it removes or keeps a chain of thought)."""
 
     @cached_property
     def _backend(self) -> Any:
@@ -58,11 +59,11 @@ class Pieces:
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Of the tokenizer with the tokens that the template adds."""
+        """The number of tokens, including those that the template adds."""
         return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()
 
     def knows(self, answer: str) -> bool:
-        """Whether the pieces hold for a row with this answer."""
+        """Whether the pieces apply to a row with this answer."""
         return not any(word in answer for word in self.unless)
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
@@ -73,9 +74,9 @@ class Pieces:
         return ids
 
     def pair_lengths(self, rows: Sequence[tuple[str | None, str, str]]) -> list[tuple[int, int]]:
-        """How many token ids prompt and answer of each row take: system text, prompt and answer.
+        """The number of token ids of each row (system text, prompt and answer).
 
-        Every distinct string is encoded once, all of them together, on all cores.
+        Every distinct string is encoded once; all of them together, on all cores.
         """
         filled = [self._filled(prompt, answer, system) for system, prompt, answer in rows]
         texts = list(dict.fromkeys(piece for pair in filled for side in pair for piece in side if type(piece) is str))
@@ -109,8 +110,8 @@ def load_pieces(
         enable_thinking: LLaMA Factory's key of this name.
 
     Returns:
-        None where they cannot be had: the tokenizer is not a folder with a tokenizer.json, or cannot be loaded, or the
-        template does more than put strings around texts. `load_encoding` then does it, or says what is wrong.
+        None if there are none: the tokenizer is not a folder with a tokenizer.json or cannot be loaded, or the template
+        does more than put strings around texts. Then `load_encoding` does the work, or says what is wrong.
     """
     if not (folder / "tokenizer.json").is_file():
         return None
@@ -124,14 +125,14 @@ def load_pieces(
     if found is None:
         return None
     if file:
-        with contextlib.suppress(OSError):  # a home that cannot be written: the child is asked every time
+        with contextlib.suppress(OSError):  # the home folder is not writable: the child is asked every time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, found)
     return Pieces(**found)
 
 
 def _cache_file(folder: Path, asked: dict[str, Any]) -> Path | None:
-    """Where the answer is kept; None for a user without a home, as in some containers."""
+    """Where the result is kept; None for a user without a home folder, as in some containers."""
     known = {
         "asked": {key: value for key, value in asked.items() if key != "folder"},
         "versions": [installed_version(name) for name in ("llamafactory", "transformers", "tokenizers")],
@@ -174,7 +175,7 @@ class _Recorder:
 
 
 def pieces_of(encoding: ChatEncoding) -> Pieces | None:
-    """Ask a template what it encodes; None if that depends on more than where the texts go."""
+    """Ask a template what it encodes; None if that depends on more than the positions of the texts."""
     from llamafactory.data.template import Template
 
     recording = ChatEncoding(_Recorder(encoding.tokenizer), encoding.template)

@@ -1,16 +1,16 @@
 """The prompt that asks a judge for one step of a run: one builder for labelling, training and scoring.
 
-A rubric is a small YAML file with what a judge of single steps is asked: score keys, rules, anchors, and how much
-context it gets. Everything that shapes a prompt besides the run is in it, so one hash says whether two sets of rows, or
-a row and a judge, ask the same.
+A rubric is a small YAML file that says what to ask a judge of single steps: score keys, rules, anchors, and how much
+context it gets. It has everything that shapes a prompt besides the run, so one hash shows whether two sets of rows, or
+a row and a judge, use the same questions.
 
 A prompt has nothing that is missing when a raw run is scored: no summaries, no earlier scores, no outcome, no solution.
-The prompts of a run share their prefix, so that a prefix cache reads the run once and not once for each step:
+The prompts of a run share their prefix, so that a prefix cache reads the run once instead of once per step:
 
     rubric (constant) · system, tools, task · earlier steps · this step · question
 
-An earlier step appears in one form in all later prompts: shortened once, when it stops being the current one. The
-oldest steps leave in blocks of half the history: leaving one at a time would change every prompt from there on.
+An earlier step has the same form in all later prompts: it is shortened once, when it stops being the current one. The
+oldest steps are dropped in blocks of half the history: dropping one at a time would change every following prompt.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ from prmkit.trajectory import Step, Trajectory
 
 DEFAULT_RUBRIC = Path(__file__).with_name("step_score.yaml")
 BUILDER_VERSION = 1
-"""It grows when the form of the prompts changes, so that a judge never meets prompts of another form."""
+"""Incremented when the form of the prompts changes, so that a judge never gets prompts of another form."""
 _KEY = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _LARGEST_SHARE = 0.2
-"""Of the context, for the rubric itself: the rest is the run's."""
+"""The largest share of the context for the rubric itself: the rest is for the run."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Rubric:
     """One way to judge steps."""
 
     keys: tuple[str, ...]
-    """Score keys in their order. One key ends in `score`; several are in a `scores` object."""
+    """Score keys, in order. A single key must end in `score`; several are in a `scores` object."""
     instructions: str
-    """Who judges what, and by which rules. Begins every prompt."""
+    """What to judge, and by which rules. Every prompt begins with it."""
     anchors: tuple[str, ...]
-    """What scores mean, a line each."""
+    """What the scores mean, one line each."""
     error_types: tuple[str, ...]
     """The names that `error_type` may have; empty to leave it out of the verdict."""
     context_tokens: int
@@ -57,14 +57,14 @@ class Rubric:
 
     @property
     def text(self) -> str:
-        """What every prompt begins with."""
+        """The beginning of every prompt."""
         scale = "\n".join(f"- {anchor}" for anchor in self.anchors)
         kinds = f"\n\nError types: {', '.join(self.error_types)}." if self.error_types else ""
         return f"{self.instructions}\n\nScores, with any value in between:\n{scale}{kinds}\n\n"
 
     @property
     def schema(self) -> str:
-        """The verdict that is asked for: scores first, and no numbers that a judge could copy."""
+        """The form of the requested verdict: scores first, and no numbers that a judge could copy."""
         scores = ", ".join(f'"{key}": <score>' for key in self.keys)
         first = scores if len(self.keys) == 1 else f'"scores": {{{scores}}}'
         middle = ', "error_type": "<type>"' if self.error_types else ""
@@ -72,12 +72,12 @@ class Rubric:
 
 
 def tokens(text: str) -> int:
-    """The length of a text in the unit of `Rubric.context_tokens`: on the safe side for English, close for code."""
+    """The length of a text in the unit of `Rubric.context_tokens`: too high for English, about right for code."""
     return -(-len(text.encode("utf-8", "surrogatepass")) // 3)
 
 
 def load_rubric(path: Path | None = None) -> Rubric:
-    """Read a rubric; without a path the default one.
+    """Read a rubric; the default one without a path.
 
     Raises:
         UsageError: the file is missing, or something in it is missing, misspelt or of the wrong type.
@@ -92,23 +92,23 @@ def _checked(content: Any, path: Path) -> Rubric:
         raise UsageError(f"{path}: a rubric has {', '.join(kinds)} and nothing else (error_types may be missing).")
     for name, value in content.items():
         if type(value) is not kinds[name]:
-            raise UsageError(f"{path}: {name} is {value!r:.40}, and should be {_WORDS[kinds[name]]}.")
+            raise UsageError(f"{path}: {name} is {value!r:.40}, but must be {_WORDS[kinds[name]]}.")
     keys = content["keys"]
     if (
         not keys
         or len(set(map(str, keys))) < len(keys)
         or not all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys)
     ):
-        raise UsageError(f"{path}: keys should be different names in lower case, such as step_score.")
+        raise UsageError(f"{path}: keys must be different names in lower case, such as step_score.")
     if len(keys) == 1 and not keys[0].endswith("score"):
-        raise UsageError(f"{path}: a single key ends in score, such as {keys[0]}_score.")
+        raise UsageError(f"{path}: a single key must end in score, such as {keys[0]}_score.")
     anchors = tuple(f"{_anchor(score, path)}: {meaning}" for score, meaning in content["anchors"].items())
     types = tuple(map(str, content.get("error_types") or ()))
     rubric = Rubric(tuple(keys), content["instructions"].strip(), anchors, types, content["context_tokens"])
     needed = int(tokens(rubric.text) / _LARGEST_SHARE)
     if rubric.context_tokens < needed:
         raise UsageError(
-            f"{path}: context_tokens is {rubric.context_tokens}, and the text of the rubric leaves too little of them "
+            f"{path}: context_tokens is {rubric.context_tokens}, of which the rubric's text leaves too little "
             f"for the run. Set at least {needed}, or shorten the text."
         )
     return rubric
@@ -123,10 +123,10 @@ def _anchor(score: Any, path: Path) -> str:
     return f"{score:.2f}"
 
 
-# Shares of the context. A part that is smaller leaves its room to the current step, which always has at least the rest.
+# Shares of the context. A smaller part leaves its room to the current step, which always has at least the rest.
 _SYSTEM, _TASK, _TOOLS, _HISTORY, _EARLIER_STEP = 0.12, 0.12, 0.06, 0.3, 0.06
 _LONGEST_DESCRIPTION = 200
-"""Characters of a tool's description."""
+"""The most characters of a tool's description."""
 _OUR_TAGS = re.compile(r"<(?=/?(?:task|system|tools|step|message|omitted)\b)", re.IGNORECASE)
 
 
@@ -139,7 +139,7 @@ class StepPrompt:
 
 
 def step_prompts(run: Trajectory, rubric: Rubric) -> Iterator[StepPrompt]:
-    """The prompts of all steps of a run, in their order. Takes time linear in the length of the prompts."""
+    """The prompts of all steps of a run, in order. Takes time linear in the length of the prompts."""
     opening = _opening(run, rubric)
     room = rubric.context_tokens
     earlier: list[str] = []
@@ -160,14 +160,14 @@ def step_prompts(run: Trajectory, rubric: Rubric) -> Iterator[StepPrompt]:
 
 
 _RUN_TOKENS = 100_000
-"""Of a prompt with a whole run: what the contexts of strong judges have room for."""
+"""Context tokens for a prompt with a whole run: what fits into the contexts of strong judges."""
 
 
 def run_prompt(run: Trajectory, rubric: Rubric) -> str:
-    """One prompt for all steps of a run, for strong judges with a long context: labels become cheaper that way.
+    """One prompt for all steps of a run, for strong judges with a long context, which makes labels cheaper.
 
-    Every step has the same room, at least what an earlier step has in a step's prompt. What a judge answers to it is
-    still the label of the step's own prompt.
+    Every step has the same room, at least that of an earlier step in a step's prompt. The judge's answer still becomes
+    the label of each step's own prompt.
     """
     room = max(int(rubric.context_tokens * _EARLIER_STEP), _RUN_TOKENS // len(run.steps))
     steps = "".join(_block(step, room) for step in run.steps)
@@ -180,7 +180,7 @@ def run_prompt(run: Trajectory, rubric: Rubric) -> str:
 
 
 def _opening(run: Trajectory, rubric: Rubric) -> str:
-    """What all prompts of the run begin with."""
+    """The common beginning of all prompts of the run."""
     room = rubric.context_tokens
     parts = [rubric.text]
     if run.system:
@@ -214,7 +214,7 @@ def _block(step: Step, room: int) -> str:
 
 
 def step_text(step: Step) -> str:
-    """What the agent thought, wrote and called in a step, and what came back."""
+    """What the agent thought, wrote and called in a step, and the results."""
     parts = [f"Thought: {_data(step.thought)}"] if step.thought else []
     if step.text:
         parts.append(f"Text: {_data(step.text)}")
@@ -251,7 +251,7 @@ def _tagged(tag: str, text: str) -> str:
 
 
 def _data(text: str) -> str:
-    """Text of the run, in which our own tags are broken: it cannot end its part of the prompt and begin another."""
+    """Text of the run with our own tags broken up, so that it cannot end its part of the prompt and begin another."""
     return _OUR_TAGS.sub(r"<\\", text)
 
 
@@ -260,7 +260,7 @@ def _attribute(text: str) -> str:
 
 
 def shortened(text: str, room: int) -> str:
-    """The head and the tail of a text that is longer than `room` tokens, with a mark of what is left out between."""
+    """The head and tail of a text that is longer than `room` tokens, with a mark for what is left out between them."""
     if tokens(text) <= room:
         return text
     data = text.encode("utf-8", "surrogatepass")

@@ -1,9 +1,9 @@
-"""Prompts that are too long for the context are shortened in the middle, as a person would do it.
+"""Shortening prompts that are too long for the context in the middle, as a person would.
 
 LLaMA Factory silently cuts a long prompt from the right: the output schema and the assistant's header go first.
-`trim_prompt` takes the middle of the step's content instead. What the judge is asked about, and how, stays: the task,
-the schema and the guidelines, the beginning and the end of the content. Training and scoring shorten with this one
-function, so a judge sees shortened prompts in the form that it was trained on.
+`trim_prompt` removes the middle of the step's content instead. The essentials stay: the task, the schema and the
+guidelines, and the beginning and the end of the content. Training and scoring use this same function, so a judge sees
+shortened prompts in the form that it was trained on.
 """
 
 import re
@@ -14,9 +14,9 @@ from functools import partial
 from prmkit.prompts.encoding import EncodesPrompts
 
 _KEPT_AT_EACH_END = (200, 40)
-"""Characters of a part that stay at its beginning and at its end; fewer only where there is no room for more."""
+"""Characters that stay at the beginning and at the end of a part; fewer only if there is no room for more."""
 _LONGEST_QUESTION = 4_000
-"""Characters. How far before the schema the question may begin; anything earlier is content."""
+"""The most characters between the beginning of the question and the schema; anything earlier is content."""
 
 _CLIP = re.compile(r"^(?:Current|Final) Clip\b[^\n]*\n(?:[^\n]*\n){0,4}?Content:[ \t]*\n", re.MULTILINE)
 _TASK = re.compile(r"Task Description:.*?\n[ \t]*\n(?=[A-Z][^\n:]{2,80}:)", re.DOTALL)
@@ -36,22 +36,22 @@ class TrimmedPrompt:
 
     text: str
     tokens: int
-    """Token ids of the prompt, those of the template included."""
+    """The number of token ids of the prompt, including the template's."""
     characters_left_out: int
-    """0 for a prompt that fitted as it was."""
+    """0 if the prompt fitted unchanged."""
 
 
 def trim_prompt(prompt: str, encoding: EncodesPrompts, room: int, system: str | None = None) -> TrimmedPrompt | None:
-    """Leave out as little of the prompt's middle as makes it fit.
+    """Leave out as little of the prompt's middle as possible to make it fit.
 
     Args:
         prompt: as in a training file, that is, with its special tokens neutralised.
         encoding: counts the tokens.
-        room: how many token ids the prompt may take, its system text included.
+        room: how many token ids the prompt may take, including its system text.
         system: the row's system text, which is never shortened.
 
     Returns:
-        The prompt with a mark where characters were left out, or None when what must stay does not fit.
+        The prompt with a mark where characters were left out, or None if the part that must stay does not fit.
     """
     tokens = len(encoding.prompt_ids(prompt, system))
     if tokens <= room:
@@ -105,7 +105,7 @@ def _parts_that_may_go(prompt: str) -> list[range]:
 
 
 def judged_part(prompt: str) -> range | None:
-    """Where a prompt shows the step that it asks about; None where it shows none, or in a form that is not known."""
+    """The place of the step that a prompt asks about; None without one, or if its form is unknown."""
     end = start_of_question(prompt)
     if steps := list(_STEP.finditer(prompt, 0, end)):
         closing = prompt.rfind("\n</step>", steps[-1].end() - 1, end)
@@ -115,7 +115,7 @@ def judged_part(prompt: str) -> range | None:
 
 
 def start_of_question(prompt: str) -> int:
-    """Where the paragraphs begin that ask for the verdict: those before the last schema, or before the prompt's end."""
+    """The beginning of the paragraphs that ask for the verdict, before the last schema or at the end of the prompt."""
     schemas = list(_SCHEMA.finditer(prompt))
     end = schemas[-1].start() if schemas else len(prompt)
     breaks = [match.end() for match in _BLANK_LINE.finditer(prompt, 0, end)]

@@ -20,13 +20,13 @@ class Turn:
     calls: tuple[Call, ...] = ()
     results: tuple[Result, ...] = ()
     speaker: str | None = None
-    """The name of an agent, or of whoever else spoke."""
+    """The name of an agent or another speaker."""
     index: int | None = None
     """Its position in the source, from 0."""
 
 
 def joined(first: Turn, more: Turn) -> Turn:
-    """An answer that its source splits over several entries, as the one message that it is."""
+    """Join an answer that its source splits over several entries into one message."""
     return replace(
         first,
         text="\n\n".join(filter(None, (first.text, more.text))),
@@ -38,25 +38,25 @@ def joined(first: Turn, more: Turn) -> Turn:
 
 @dataclass
 class Run:
-    """What a reader found: the messages, and what stood beside them."""
+    """What a reader found: the messages, and the fields beside them."""
 
     turns: list[Turn]
     lost: Counter[str] = field(default_factory=Counter)
     task: str | None = None
-    """None: the first message of the user."""
+    """None for the first message of the user."""
     task_id: str | None = None
     trajectory_id: str | None = None
     outcome: Mapping[str, Any] | None = None
     reference: str | None = None
     tools: tuple[Mapping[str, str], ...] = ()
     labels: Mapping[int, Label] = field(default_factory=dict)
-    """By the position of the message in the source."""
+    """Message position in the source -> label."""
     line: int | None = None
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Where home-made files keep things; None for the usual names."""
+    """Field names of custom files; None for the usual names."""
 
     task: str | None = None
     """The id of the task."""
@@ -69,7 +69,7 @@ class Keys:
 
 
 class Unreadable(Exception):
-    """A value that a reader recognised and still cannot read; its text says why."""
+    """A value that a reader recognised but cannot read; the message says why."""
 
 
 Values = Iterable[tuple[int, Any]]
@@ -82,17 +82,17 @@ class Reader:
 
     name: str
     recognises: Callable[[Any], bool]
-    """Whether a value of a file has this form; looks at its structure alone."""
+    """Whether a value of a file has this form, judging only by its structure."""
     one: Callable[[Any, Keys], Iterator[Run | Trajectory]] | None = None
-    """Reads a value by itself: files of any size stream."""
+    """Reads one value at a time, so files of any size can be streamed."""
     every: Callable[[Values, Keys], Iterator[Run | Trajectory]] | None = None
-    """Reads all values of a file together, where one run takes several of them."""
+    """Reads all values of a file together, if one run consists of several."""
     marks: Callable[[Any], tuple[str, dict[int, str | None]] | None] | None = None
-    """For sets that keep labels apart from the runs: the id of a run and the types of its errors, by position."""
+    """For sets that keep labels apart from the runs: a run's id and position -> type of its errors."""
 
 
 def assemble(run: Run, source: Mapping[str, Any]) -> Trajectory | None:
-    """The record of a run, its ids provisional; None for a run in which the agent says and does nothing."""
+    """The record of a run, with provisional ids; None if the agent says and does nothing in it."""
     lost = run.lost
     system: list[str] = []
     steps: list[Step] = []
@@ -164,7 +164,7 @@ def _answered(step: Step) -> int:
 
 
 def _place(result: Result, steps: list[Step], lost: Counter[str]) -> None:
-    """Put a result to the call that it answers: by id; without one, to the first unanswered call of the last step."""
+    """Attach a result to its call: by id, or else to the first unanswered call of the last step."""
     for place in range(len(steps) - 1, -1, -1):
         if result.call_id is not None and any(call.id == result.call_id for call in steps[place].calls):
             steps[place] = replace(steps[place], results=(*steps[place].results, result))
@@ -178,19 +178,19 @@ def _place(result: Result, steps: list[Step], lost: Counter[str]) -> None:
     if result.call_id is None and waiting:
         result = replace(result, call_id=waiting[0])
     else:
-        lost["results without a call"] += 1  # kept with the step after which they came
+        lost["results without a call"] += 1  # kept with the step that precedes them
     steps[-1] = replace(last, results=(*last.results, result))
 
 
 class Ids:
-    """Gives every run of an import an id that no other one has. Takes about 100 bytes a run."""
+    """Gives every run of an import a unique id. Takes about 100 bytes per run."""
 
     def __init__(self) -> None:
         self._runs_of: Counter[int] = Counter()
         self._taken: set[int] = set()
 
     def named(self, run: Trajectory) -> Trajectory:
-        """The run with its id: its source's, else the task's with a number; a repeated one gets a number as well."""
+        """The run with its id: its source's, or else the task's with a number; a repeated id also gets a number."""
         name = run.trajectory_id
         if not name:
             self._runs_of[hash(run.task_id)] += 1

@@ -1,7 +1,7 @@
 """Keys and passwords in runs, masked before anything is written: sessions of coding agents are full of them.
 
-Patterns are those that issuers publish for their tokens, plus the usual ways to write a secret next to its name. A
-pattern finds what looks like a secret, not all that are one.
+The patterns are those that issuers publish for their tokens, plus the usual ways to write a secret next to its name. A
+pattern finds what looks like a secret, not every secret.
 """
 
 import re
@@ -39,14 +39,14 @@ _PATTERNS: dict[str, tuple[tuple[str, ...], str]] = {
         r"(?<=uthorization: )(?i:bearer|basic) +[\w.~+/=-]{12,}",
     ),
 }
-"""By kind: strings without which the pattern cannot match, and the pattern. A search for a string is a hundred times
-faster, and most strings hold no secret."""
+"""Kind -> strings without which the pattern cannot match, and the pattern. Searching for a string is a hundred times
+faster, and most strings have no secret."""
 _COMPILED = {kind: (needles, re.compile(pattern, re.DOTALL)) for kind, (needles, pattern) in _PATTERNS.items()}
 _HINTS = (
     "secret", "passw", "apikey", "api-key", "api_key", "accesstoken", "access-token", "access_token", "authtoken",
     "auth-token", "auth_token",
 )  # fmt: skip
-"""In lower case, without which there is no named secret."""
+"""Words, in lower case, without which there can be no named secret."""
 _NEEDLES = tuple(needle.encode() for needles, _ in _PATTERNS.values() for needle in needles)
 _NAMED = re.compile(
     # NAME=value, "name": "value". Without quotes the value has a digit: `password = ask()` is code and no secret, and
@@ -60,8 +60,8 @@ _NAMED = re.compile(
 
 
 def may_hold_secrets(text: bytes) -> bool:
-    """Whether a search is worth its time: a hundred times faster than the search."""
-    text = text.replace(b"task-", b"")  # every id of a task would be taken for a key that begins with sk-
+    """Whether the full search is worthwhile; this check is a hundred times faster."""
+    text = text.replace(b"task-", b"")  # every task id would be mistaken for a key that begins with sk-
     lowered = text.lower()
     return any(needle in text for needle in _NEEDLES) or any(hint.encode() in lowered for hint in _HINTS)
 
@@ -70,8 +70,8 @@ def mask(value: Any, found: Counter[str]) -> Any:
     """The value with every secret in its strings replaced by `[secret: …]`.
 
     Args:
-        value: a string, a JSON value or a dataclass; all of its strings are searched, the names of fields are not.
-        found: counts what was replaced, by kind.
+        value: a string, a JSON value or a dataclass; all strings in it are searched, except field names.
+        found: counts replacements by kind.
     """
     if isinstance(value, str):
         return _mask_text(value, found)
@@ -88,7 +88,7 @@ def mask(value: Any, found: Counter[str]) -> Any:
 
 
 def _mask_entry(key: Any, value: Any, found: Counter[str]) -> Any:
-    """`{"password": "…"}` is a secret for its name, which a search of the string alone does not see."""
+    """`{"password": "…"}` is a secret because of its name, which a search of the string alone does not see."""
     if isinstance(value, str) and isinstance(key, str) and _NAMED.fullmatch(f'{key}="{value}'):
         found["named secret"] += 1
         return "[secret: named secret]"

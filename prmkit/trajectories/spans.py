@@ -1,7 +1,7 @@
-"""Traces: of all spans of a trace, the model call that holds the whole conversation, as a list of messages.
+"""Traces: finds the model call in a trace that has the whole conversation, as a list of messages.
 
-A call to a model carries every message so far, so the longest one of a trace is the run; the others repeat its
-beginning. Calls that begin otherwise (a title, a guardrail, another agent) are counted.
+A model call has every message so far, so the longest call of a trace is the run; the others repeat its beginning. Calls
+that begin differently (a title, a guardrail, another agent) are counted.
 """
 
 from collections import Counter
@@ -17,13 +17,13 @@ Span = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ModelCall:
-    """What a reader finds in a span that is a call to a model."""
+    """What a reader finds in the span of a model call."""
 
     trace: str
     time: str
-    """Sorts as the calls were made."""
+    """Sorts in the order of the calls."""
     messages: list[Any]
-    """What went in, then what came out."""
+    """The input messages, then the output."""
     tools: Any = None
 
 
@@ -38,9 +38,9 @@ class _Trace:
 def longest_conversations(
     values: Values, calls_of: Callable[[Any], Iterator[ModelCall]]
 ) -> Iterator[tuple[ModelCall, Run]]:
-    """The longest conversation of every trace, and a run of it that its reader completes.
+    """The longest conversation of every trace, as a run that its reader completes.
 
-    Reads the file twice, so that no more than one conversation is held at a time.
+    Reads the file twice, so that only one conversation is in memory at a time.
     """
     traces: dict[str, _Trace] = {}
     for number, (_, value) in enumerate(values):
@@ -63,13 +63,13 @@ def longest_conversations(
 
 
 def _opening(messages: list[Any]) -> int:
-    """What the first message that is not a system's says: the same in all calls of a conversation."""
+    """The text of the first message that is not a system message: the same in all calls of a conversation."""
     first = next((each for each in messages if role_name(each) not in ("system", "developer")), None)
     return hash(as_text(first))
 
 
 def conversation(given: Any, answer: Any) -> list[Any]:
-    """The messages that went into a model and the one that came out, in any of the forms that tracers write.
+    """The input messages and the output of a model call, in any of the forms that tracers write.
 
     Args:
         given: messages, an object with `messages`, a list of lists (LangChain), any of these as JSON, or a prompt.
@@ -153,14 +153,14 @@ def _listed(value: Any) -> Any:
 
 
 def at(tree: Any, *path: str) -> Any:
-    """The value at a path of a tree; None where the path ends early."""
+    """The value at a path of a tree; None if the path ends early."""
     for name in path:
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
 
 
 def nested(span: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A span whose own fields are dotted names too (`attributes.llm.…`), as Phoenix's data frames have them."""
+    """A span whose own fields also have dotted names (`attributes.llm.…`), as in Phoenix's data frames."""
     return undotted(span) if any(str(key).startswith("attributes.") for key in span) else span
 
 

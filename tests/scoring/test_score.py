@@ -295,7 +295,7 @@ def test_scores_that_could_be_either_are_not_guessed() -> None:
     reason = ShapeOf(known={"clip": ["reasonableness_score", "correctness_score"]})("x", "clip")
     assert reason == (
         "the prompt shows no score keys, and reasonableness_score or correctness_score would fit; "
-        "name the wanted ones: --keys, or keys in a request to a server"
+        "name them with --keys, or with keys in a request to a server"
     )
 
 
