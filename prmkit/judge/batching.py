@@ -1,4 +1,4 @@
-"""What both backends share: preparing prompts as in training, judging equal ones once, order, reading verdicts."""
+"""Shared by both backends: prepare prompts as in training, judge equal ones once, keep the order, read verdicts."""
 
 import hashlib
 import json

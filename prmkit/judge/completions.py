@@ -1,4 +1,4 @@
-"""What a completions endpoint writes after token ids, and which probabilities it shows.
+"""Ask a completions endpoint what the model writes after given token ids, and with which probabilities.
 
 A server's answer is untrusted data. It is converted here to numbers and strings, or rejected.
 """
@@ -19,7 +19,7 @@ MOST_EXACT = 128
 _ROUNDING = 0.01
 """Computed in half precision, a log-probability may be this far above zero."""
 _NOT_COMPUTED = -9000.0
-"""vLLM writes -9999.0 for tokens whose probability it did not compute. No float has a logarithm like that."""
+"""vLLM writes -9999.0 for tokens whose probability it did not compute. The logarithm of a float is never that low."""
 _SAME = 0.05
 """Two log-probabilities of one token may differ by this much, because of half precision and batching."""
 _NEUTRAL = {
@@ -32,13 +32,13 @@ _NEUTRAL = {
     "repetition_penalty": 1,
     "repeat_penalty": 1,
 }
-"""Sent with every request: what a request leaves open, a server takes from the model's generation_config.json, where
-many base models have a repetition penalty that changes digits. The last one is llama-server's name for it."""
+"""Sent with every request. For a parameter that is not sent, a server uses the model's generation_config.json, which in
+many base models sets a repetition penalty that changes digits. The last one is llama-server's name for that penalty."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is needed of the model's tokenizer to read a server's answers."""
+    """The parts of the model's tokenizer that are needed to read a server's answers."""
 
     size: int
     ids_by_text: Callable[[], Mapping[str, int | None]]
@@ -65,12 +65,12 @@ class Completions:
     """The completions of one server, over a connection."""
 
     def __init__(self, connection: Connection, vocabulary: Vocabulary) -> None:
-        """Use `connection`; `vocabulary` is its model's."""
+        """Use `connection`; `vocabulary` is that of the server's model."""
         self.connection = connection
         self.endpoint = connection.endpoint
         self._vocabulary = vocabulary
         self.probing = asyncio.Lock()
-        """Held until it is known whether the server reads exactly: it must never get both kinds of request at once."""
+        """Held until it is known whether the server supports exact requests: it must never get both kinds at once."""
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ class Completions:
                 return None
             found = [{token: each[token] for token in tokens} for each in shown]
             if any(value < _NOT_COMPUTED for each in found for value in each.values()):
-                raise PassingTrouble("it did not compute the tokens that were asked for")
+                raise PassingTrouble("it did not compute the requested tokens")
             return found
 
         return await self._ask_all(
@@ -147,7 +147,7 @@ class Completions:
                 return None
             found = [dict(zip(tokens, map(self._number, row), strict=True)) for row in rows]
             if any(value < _NOT_COMPUTED for each in found for value in each.values()):
-                raise PassingTrouble("it did not compute the tokens that were asked for")
+                raise PassingTrouble("it did not compute the requested tokens")
             return found
 
         return await self.connection.post("score", body, read)
@@ -164,7 +164,7 @@ class Completions:
         return scored is not None and all(abs(scored[0][token] - value) < _SAME for token, value in shown.items())
 
     async def echoed(self, ids: Sequence[int]) -> float:
-        """The log-probability of the last one of `ids`."""
+        """The log-probability of the last token of `ids`."""
 
         def last(choice: Mapping[str, Any]) -> float | None:
             values = self._logprobs(choice).get("token_logprobs")
@@ -188,13 +188,13 @@ class Completions:
         )
 
     async def _ask(self, ids: Sequence[int], read: Callable[[Mapping[str, Any]], T], **parameters: Any) -> T:
-        """What `read` makes of the single completion of one prompt; see `_ask_all`."""
+        """The result of `read` for the only completion of one prompt; see `_ask_all`."""
         return await self._ask_all([ids], lambda choices: read(choices[0]), **parameters)
 
     async def _ask_all(
         self, prompts: Sequence[Sequence[int]], read: Callable[[Sequence[Mapping[str, Any]]], T], **parameters: Any
     ) -> T:
-        """What `read` makes of the completions of some prompts, in order.
+        """The result of `read` for the completions of some prompts, in order.
 
         Raises:
             RowFailure: the server refuses a prompt, keeps failing on it, or does not answer as it should.
@@ -220,7 +220,7 @@ class Completions:
             raise self.connection.misfit(f"logprobs are {logprobs!r}")
         if not logprobs:
             raise RowFailure(
-                f"{self.endpoint.name}: the server gives no logprobs, from which expected scores are read. "
+                f"{self.endpoint.name}: the server gives no logprobs, which expected scores need. "
                 "Use a server that does (vLLM, SGLang, llama-server), or --mode generate",
                 is_usage=True,
             )

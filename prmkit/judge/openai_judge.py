@@ -147,7 +147,7 @@ async def _walked(completions: Completions, prompt_ids: Sequence[int], question:
 
 def _checked(reading: Reading) -> Reading:
     if max(reading.log_probabilities) == -math.inf:
-        raise RowFailure("the model's probabilities are not numbers; the server gives every score none at all")
+        raise RowFailure("the model's probabilities are not numbers; the server gives no score any probability")
     return reading
 
 
@@ -213,8 +213,7 @@ def _contexts_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
 async def _log_reach(completions: Completions, ids: list[int], forced: list[int]) -> float:
     """The log-probability of forced tokens after `ids`; if that is low, an upper bound.
 
-    A judge that knows the form writes these tokens anyway. So the model is left to write freely, which takes only one
-    request if it does.
+    A trained judge writes these tokens anyway, so the model is left to write freely: then one request is enough.
     """
     log_reach, done = 0.0, 0
     while done < len(forced) and log_reach > _LOW_LOG_REACH:
@@ -239,7 +238,7 @@ class _Walk:
     """The probabilities of one key's candidates after one beginning, narrowed down with every request."""
 
     _MOST_REQUESTS = 300
-    """A trained judge needs a few dozen. A model that would rather write something else needs thousands."""
+    """A trained judge needs a few dozen requests. A model that would rather write something else needs thousands."""
 
     def __init__(self, trie: ScoreTrie, context: list[int], completions: Completions) -> None:
         self._unknown_share = completions.endpoint.unknown_share
@@ -269,8 +268,8 @@ class _Walk:
             if self._requests > self._MOST_REQUESTS:
                 raise RowFailure(
                     f"more than {self._MOST_REQUESTS} requests for one score: the model would rather write something "
-                    "other than a score. Check that it was trained, and the template; or serve it with vLLM, which can "
-                    "be read in one request"
+                    "other than a score. Check that it was trained and that the template is right, or serve it with "
+                    "vLLM, which needs one request"
                 )
             await asyncio.gather(*(question() for question in questions))
         return self._totals()
@@ -287,7 +286,7 @@ class _Walk:
             for edge in self._edges_of[node]:
                 if edge in self._bound and edge not in self._known:
                     open_ends.append((reached + self._bound[edge], partial(self._ask_for, edge)))
-        # The smallest may stay open, as long as together they do not exceed what is allowed.
+        # The smallest may stay unknown, as long as together they do not exceed what is allowed.
         open_ends.sort(key=lambda end: end[0])
         known = math.fsum(map(math.exp, self._totals()))
         greatest = max((share for share, _ in open_ends), default=-math.inf)

@@ -196,7 +196,7 @@ def _shares(log_probabilities: Sequence[float]) -> tuple[list[float], float]:
     highest = max(log_probabilities)
     if highest == -math.inf or not math.isfinite(math.fsum(map(math.exp, log_probabilities))):
         raise ValueError("not probabilities")
-    # Relative to the highest one, or probabilities of 1e-400 would all be zero as floats.
+    # Relative to the highest one; otherwise probabilities of 1e-400 would all be zero as floats.
     weights = [math.exp(value - highest) for value in log_probabilities]
     total = math.fsum(weights)
     return [weight / total for weight in weights], min(total * math.exp(highest), 1.0)
@@ -237,9 +237,9 @@ def _median(shares: Sequence[float]) -> float:
 # --- verdicts with several keys ---------------------------------------------------------------------------------------
 
 _SURE = 0.8
-"""If a value is this likely, the verdict is read on only after it."""
+"""If a value is this likely, it is the only one after which the verdict is followed."""
 _FOLLOWED = 0.9
-"""Otherwise it is read on after each of the likeliest values that together have this probability."""
+"""Otherwise the verdict is followed after each of the likeliest values that together have this probability."""
 _MOST_BEGINNINGS = 24
 """The most beginnings of a verdict to follow at once: each costs about twenty tokens per key. Judges' scores are mostly
 multiples of 0.05, so all of them fit."""

@@ -174,13 +174,13 @@ def load_judge(
         folder: a run of `train.py` or a checkpoint in it, an exported model, or a base model.
         device: `cpu`, `cuda`, `cuda:1`, …; `auto` uses a GPU if there is one.
         dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, else as trained.
-        trust_remote_code: run Python code that the model brings.
+        trust_remote_code: run Python code that comes with the model.
         batch_size: the most prompts to run at once.
         min_label_mass: scores with less are `unsure`.
 
     Raises:
         DataError: there is nothing that can be loaded.
-        UsageError: an unknown device or dtype, or a model that brings code, which was not allowed to run.
+        UsageError: an unknown device or dtype, or a model with its own code, which was not allowed to run.
     """
     source = judge_source_in(Path(folder))
     source = replace(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -223,7 +223,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cutoff-len", type=positive, metavar="TOKENS", help="length of prompt and answer together")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as trained on a GPU")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model brings")
+    group.add_argument("--trust-remote-code", action="store_true", default=None, help="run the model's own code")
     asking = parser.add_argument_group("asking it")
     asking.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts at once (default 8)")
     asking.add_argument(
@@ -232,13 +232,13 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
         default="expected",
         help="read the probability of every score (default), or let the model write its verdict",
     )
-    asking.add_argument("--max-new-tokens", type=positive, default=1024, metavar="N", help="longest written verdict")
+    asking.add_argument("--max-new-tokens", type=positive, default=1024, metavar="N", help="longest verdict to write")
     asking.add_argument(
         "--min-label-mass",
         type=share,
         default=LOW_LABEL_MASS,
         metavar="P",
-        help="scores with less of the model's probability are unsure (default %(default)s)",
+        help="a score is unsure if all scores together are less likely than this (default %(default)s)",
     )
     asking.add_argument(
         "--too-long",
@@ -287,7 +287,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=300.0,
         metavar="SECONDS",
-        help="longest wait for a complete answer, with six attempts (default 300)",
+        help="longest wait for a complete answer, per attempt; there are six (default 300)",
     )
 
 
@@ -319,7 +319,7 @@ def scorer_of(arguments: argparse.Namespace) -> Scorer:
     """The judge named on the command line, with its settings; nothing is loaded yet.
 
     Raises:
-        DataError: nothing there is a judge.
+        DataError: no judge is there.
         UsageError: the arguments contradict each other.
     """
     endpoint = _endpoint(arguments) if arguments.backend == "openai" else None
@@ -366,7 +366,7 @@ def judge_source(arguments: argparse.Namespace) -> JudgeSource:
     """The judge's source: the run or model named on the command line, modified by all other flags.
 
     Raises:
-        DataError: nothing there is a judge.
+        DataError: no judge is there.
         UsageError: the arguments contradict each other.
     """
     source = _named_source(arguments)

@@ -36,8 +36,7 @@ class JudgeSource:
     device: str = "auto"
     """A torch device, or `auto`: a GPU if there is one."""
     trust_remote_code: bool = False
-    """Whether to run Python code that the model brings. Only the user decides, never a file, which may be a stranger's.
-    """
+    """Whether to run Python code that comes with the model. Only the user decides: files may be a stranger's."""
     rubrics: tuple[str, ...] | None = field(default=None, compare=False)
     """Hashes of the rubrics in its training rows; empty for a judge trained on other prompts, None if nothing is known
     about its training."""
@@ -62,7 +61,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
 
     Raises:
         DataError: the folder is not a run, or the run has no weights yet.
-        UsageError: the run changed its base model in a way that only its export has.
+        UsageError: the run changed its base model in a way that only its export contains.
     """
     record = _record_of(run_folder)
     config = _config_in(record)
@@ -170,7 +169,7 @@ def encoding_of(source: JudgeSource) -> ChatEncoding:
 
     Raises:
         DataError: there is no such folder, or it has no tokenizer that can be loaded.
-        UsageError: LLaMA Factory has no such template, or the tokenizer brings code that was not allowed to run.
+        UsageError: LLaMA Factory has no such template, or the tokenizer has its own code, which was not allowed to run.
     """
     check_folders(source)
     try:
@@ -190,7 +189,7 @@ def needs_trust(source: JudgeSource, error: Exception) -> UsageError | None:
     """The message if `transformers` failed because a model's own code was not allowed to run."""
     if "trust_remote_code" not in str(error):
         return None
-    return UsageError(f"{source.model}: brings Python code. Read it, then add --trust-remote-code to run it.")
+    return UsageError(f"{source.model}: comes with Python code. Read it, then add --trust-remote-code to run it.")
 
 
 def check_folders(source: JudgeSource) -> None:
@@ -212,7 +211,7 @@ def _in_cache(name: str) -> bool:
 
     try:
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:  # a path cannot be a name
+    except HFValidationError:  # a path is not a valid name
         return False
 
 

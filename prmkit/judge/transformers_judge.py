@@ -214,11 +214,11 @@ def _as_memory_allows(chains: Sequence[Chain], answer: Answer) -> list[list[Judg
 
 
 def load_model(source: JudgeSource) -> Judge:
-    """Load the tokenizer, the model and its adapter. Takes about ten seconds besides reading the weights.
+    """Load the tokenizer, the model and its adapter. Takes about ten seconds plus the time to read the weights.
 
     Raises:
         DataError: a folder is missing, or has nothing that can be loaded.
-        UsageError: an unknown template, device or dtype, or a model that brings code, which was not allowed to run.
+        UsageError: an unknown template, device or dtype, or a model with its own code, which was not allowed to run.
     """
     _check_complete(source)
     return Judge(source, encoding_of(source), _load_weights(source))
@@ -303,7 +303,7 @@ def _device(name: str) -> Any:
         raise UsageError(f"device: torch does not know '{name}'. Use cpu, cuda or cuda:0.") from error
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by how torch was built
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on how torch was built
         raise UsageError(f"device: torch cannot use {name} on this machine. Use --device cpu.") from error
     return device
 

@@ -35,7 +35,7 @@ def check_architecture(model: Any) -> None:
     """Reject architectures whose layers keep a running state instead of keys that a mask can hide.
 
     Args:
-        model: a causal language model of `transformers`, or one that brings its code.
+        model: a causal language model of `transformers`, or one with its own code.
 
     Raises:
         UsageError: the model has other layers than full and sliding-window attention, or its code cannot compute a
@@ -107,7 +107,7 @@ class TokenTrees:
         self._cache = DynamicCache()
         self._rows = [_Row() for _ in range(rows)]
         self._positions = np.zeros((rows, 0), dtype=np.int64)
-        """Of every slot, of shape (rows, slots)."""
+        """The position of the token in every slot, of shape (rows, slots)."""
 
     def set_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Give every row its next prompt, of at least one token; what it shares with the previous one is not run again.
@@ -191,7 +191,7 @@ class TokenTrees:
     # --- running the model --------------------------------------------------------------------------------------------
 
     def _run_first_prompts(self) -> None:
-        """Fill an empty cache with the prompts except their last tokens; or, if they share much, only with that.
+        """Fill an empty cache with the prompts except their last tokens; or, if they share much, only with that part.
 
         The common beginning (the rubric) is run in one row and copied to the others: the rest then costs as if the
         prompts were that much shorter. But this needs a mask, which costs more than it saves if the prompts share

@@ -23,7 +23,7 @@ BAD_BELOW = (0.5, 0.8)
 """A step is bad if its score is below this: a stricter and a milder definition."""
 
 SAME_SCORE = 1e-9
-"""Scores this close are equal: references are means of hundredths, and 0.8 may come as 0.7999999999999999."""
+"""Scores this close count as equal: references are means of hundredths, and 0.8 may come as 0.7999999999999999."""
 
 LOW_LABEL_MASS = 0.5
 """Below this, most of what the model would write in place of a score is not a score."""
@@ -74,7 +74,7 @@ class Judgement:
 
     status: Status
     scores: Mapping[str, Distribution] = field(default_factory=dict)
-    """Key -> opinion, in the order of the request; empty unless `status` is one of `SCORED`."""
+    """Key -> distribution, in the order of the request; empty unless `status` is one of `SCORED`."""
     reason: str | None = None
     """Why there are no scores, or why they are unreliable; None for status ok."""
     text: str | None = None

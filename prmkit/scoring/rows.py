@@ -97,7 +97,7 @@ _SAMPLE = 20
 
 
 def holds_runs(name: str) -> bool:
-    """Whether an input is runs, in any form, and not prompts of single steps. A folder always is.
+    """Whether an input contains runs, in any form, not prompts of single steps. A folder always does.
 
     Raises:
         UsageError: several forms of runs fit.
@@ -135,7 +135,7 @@ def check_rubric(rubric: Rubric, learnt: Sequence[str] | None, judge: str) -> No
         UsageError: it was trained on other prompts.
     """
     if learnt is None:
-        log.warning("%s: it is unknown which rubric it was trained with, so whether it knows these prompts", judge)
+        log.warning("%s: its training rubric is unknown, so it may not have been trained on such prompts", judge)
     elif not learnt:
         raise UsageError(
             f"{judge}: trained on finished prompts, and can score only those: raw runs have no summaries by strong "

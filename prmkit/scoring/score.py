@@ -101,7 +101,7 @@ def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
     if counts["unsure"]:
         log.warning(
             "%d of them are unsure; the field reason says why. If it names label mass or reach, the judge would rather "
-            "write something other than a score, as an untrained model does, or one with a wrong template.",
+            "write something other than a score, as a model that is untrained or has the wrong template does.",
             counts["unsure"],
         )
     return counts.total() == counts["ok"]
@@ -330,7 +330,7 @@ class Trajectories:
             yield {"trajectory_id": name, "task_id": trajectory.task, "steps": len(steps)} | self._aggregates(steps)
 
     def _aggregates(self, steps: Sequence[_Step]) -> dict[str, Any]:
-        """The aggregates; all null if a step is missing, unsure or without a score, because it could change each."""
+        """The aggregates; all null if a step is missing, unsure or without a score: it could change any."""
         scores = [step.score for step in steps if step.score is not None]
         unsure = sum(step.is_unsure for step in steps)
         faults = {"missing": _missing(steps), "unscored": len(steps) - len(scores) - unsure, "unsure": unsure}

@@ -95,7 +95,7 @@ def test_code_of_a_model_is_not_run_unless_that_is_typed(model_folders: dict[str
     (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\n")
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"model_type": "mine", "auto_map": {"AutoConfig": "code.C"}})
-    with pytest.raises(UsageError, match=r"brings Python code\. Read it, then add --trust-remote-code"):
+    with pytest.raises(UsageError, match=r"comes with Python code\. Read it, then add --trust-remote-code"):
         load_model(JudgeSource(folder, template="qwen"))
     assert not mark.exists()
 

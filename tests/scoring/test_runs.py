@@ -114,7 +114,7 @@ def test_rubrics_are_checked_against_what_was_learnt(caplog: pytest.LogCaptureFi
     rubric = load_rubric()
     check_rubric(rubric, ["other", rubric.sha256], "x")
     check_rubric(rubric, None, "a base model")
-    assert "it is unknown which rubric" in caplog.text
+    assert "its training rubric is unknown" in caplog.text
     for learnt in ([], ["other"]):
         with pytest.raises(UsageError):
             check_rubric(rubric, learnt, "x")
