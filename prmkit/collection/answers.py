@@ -116,6 +116,8 @@ class Tally:
     """Judge -> number of steps, without repetitions."""
     missing: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(judge, reason) -> number of steps without a verdict."""
+    unreadable: int = 0
+    """How many of the missing ones have an answer, which cannot be read after every retry."""
     repeated: dict[str, list[float]] = field(default_factory=dict)
     """Judge -> differences between its second and first scores."""
 
@@ -147,6 +149,7 @@ def rows_of_answers(
             reason = known if isinstance(found, Ask) else f"unreadable: {found.reason}"
             if not question.repeat:
                 tally.missing[judge, reason] += len(question.prompts)
+                tally.unreadable += 0 if isinstance(found, Ask) else len(question.prompts)
             continue
         for step, prompt in question.prompts.items():
             score = sum(verdicts[step].scores.values()) / len(verdicts[step].scores)

@@ -275,11 +275,19 @@ def _write(plan: Plan, state: Collection, output: Path, *, as_json: bool) -> Exi
     if not written:
         raise DataError(f"{output}: there are no verdicts, so no rows were written.")
     if tally.share_missing > _MOST_MISSING:
-        raise DataError(
-            f"{tally.share_missing:.0%} of the verdicts are missing, more than {_MOST_MISSING:.0%}. Run the same "
-            "command again: it asks only for those and pays for nothing twice."
-        )
+        share = f"{tally.share_missing:.0%} of the verdicts are missing, more than {_MOST_MISSING:.0%}."
+        raise DataError(" ".join([share, *_what_helps(tally)]))
     return ExitCode.DONE
+
+
+def _what_helps(tally: Tally) -> Iterator[str]:
+    if tally.missing.total() > tally.unreadable:
+        yield "Run the same command again: it asks only for what has no answer and pays for nothing twice."
+    if tally.unreadable:
+        yield (
+            f"Unreadable answers (of {tally.unreadable:,} steps) are not asked for again. Leave that judge out, or "
+            "change its json or parameters, which asks it everything again."
+        )
 
 
 def _why(state: Collection, judge: str, reason: str) -> str:

@@ -158,7 +158,7 @@ def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
 def _reservation(judge: Entrant, entrants: Sequence[Entrant]) -> str:
     """Why a judge with a high AUROC is still not trusted; empty if there is no reason."""
     if judge.answered < MIN_SCORED * judge.asked:
-        return f"; it scored {judge.answered / judge.asked:.0%} of the labelled steps"
+        return f"; it scored {judge.answered / judge.asked:.1%} of the labelled steps"
     found, constant = judge.metrics.get("processbench_f1"), best_constant(entrants, "processbench_f1")
     if found and found.value is not None and constant and found.value <= constant[1]:
         return f"; at first errors (PB-F1 {found.value:.2f}) it is no better than {constant[0]} ({constant[1]:.2f})"

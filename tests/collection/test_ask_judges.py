@@ -143,6 +143,20 @@ def test_more_than_a_twentieth_missing_is_an_error_and_one_judge_does_not_stop_t
     assert endpoint.refused <= 8  # each stops at once
 
 
+def test_what_helps_depends_on_what_is_missing(tmp_path: Path, endpoint: Endpoint) -> None:
+    again, final = "Run the same command again", "Unreadable answers (of 1 steps) are not asked for again"
+    write_runs(tmp_path, ["good", "bad stubborn"])
+    write_judges(tmp_path, endpoint, "a")
+    said = typed(tmp_path, "--yes", code=1).stderr
+    assert final in said and again not in said
+    asked = len(endpoint.asked)
+    typed(tmp_path, "--yes", code=1)
+    assert len(endpoint.asked) == asked
+    write_judges(tmp_path, endpoint, "a", "locked")
+    said = typed(tmp_path, "--yes", code=1).stderr
+    assert final in said and again in said
+
+
 def test_what_only_some_providers_answer(tmp_path: Path, endpoint: Endpoint) -> None:
     write_runs(tmp_path, ["good"])
     write_judges(tmp_path, endpoint, "overloaded", "parts", "moved", "broke")
