@@ -55,7 +55,7 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class InputRow:
-    """One prompt, with the judge's answer where there is one."""
+    """One prompt, with the judge's answer if there is one."""
 
     system: str | None
     prompt: str

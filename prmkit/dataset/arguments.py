@@ -20,7 +20,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         description=description, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    inputs = "files of rows (.jsonl, .ndjson, .json; .gz, .bz2, .zst), of runs whose steps carry labels "
+    inputs = "files of rows (.jsonl, .ndjson, .json; .gz, .bz2, .zst), files of labelled runs "
     inputs += "(import_trajectories.py), folders of both, - for stdin (finetune.jsonl)"
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
     add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: ours)")
@@ -33,13 +33,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--no-task-variants", dest="task_variants", action="store_false", help="write no variant for each task")
     add("--json", action="store_true", help="print the report instead of the summary")
     add("--no-next", action="store_true", help=argparse.SUPPRESS)  # run_training.sh does the next step itself
-    add("--audit", type=Path, metavar="FOLDER", help="only look for leaks between the datasets of any folder")
+    add("--audit", type=Path, metavar="FOLDER", help="only check the datasets of a folder, any folder, for leaks")
 
     filters = parser.add_argument_group("filters (combined with AND)").add_argument
     filters("--evaluation-types", nargs="+", metavar="TYPE", help="such as clip, category, final")
     filters("--model-names", nargs="+", metavar="JUDGE", help="judges, such as deepseek-chat")
     filters("--task-ids", nargs="+", metavar="TASK")
-    filters("--name", metavar="NAME", help="of the variant (default: reward_model_custom)")
+    filters("--name", metavar="NAME", help="name of the variant (default: reward_model_custom)")
 
     split = parser.add_argument_group("held-out tasks").add_argument
     split("--eval-ratio", type=float, metavar="X", help="share of tasks to hold out; 0: none (default: 0.1)")
@@ -61,13 +61,13 @@ def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges("--aggregate", choices=["none", "mean", "median"], default="none", help=consensus)
     judges("--no-leniency-correction", dest="leniency_correction", action="store_false",
            help="aggregate scores without correcting for each judge's leniency")  # fmt: skip
-    judges("--max-disagreement", type=float, metavar="X", help="reject prompts on which judges differ more (0 to 1)")
+    judges("--max-disagreement", type=float, metavar="X", help="reject prompts on which judges differ by more (0 to 1)")
 
     lengths = parser.add_argument_group("length guard").add_argument
     lengths("--config", type=Path, metavar="FILE", help="training_config.yaml with the defaults for this group")
     lengths("assignments", nargs="*", metavar="key=value", help="overrides --config: cutoff_len=8192")
     lengths("--tokenizer", type=Path, metavar="FOLDER", help="the model's folder")
-    lengths("--template", metavar="NAME", help="LLaMA Factory's, such as qwen")
-    lengths("--cutoff-len", type=int, metavar="N", help="tokens of prompt and label")
+    lengths("--template", metavar="NAME", help="LLaMA Factory's template, such as qwen")
+    lengths("--cutoff-len", type=int, metavar="N", help="most tokens of prompt and label")
     cut = "rows that LLaMA Factory would cut: shorten the middle of the prompt, reject, fail, keep (default: trim)"
     lengths("--too-long", choices=["trim", "drop", "error", "keep"], default="trim", help=cut)

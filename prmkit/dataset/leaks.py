@@ -168,7 +168,7 @@ _FEWEST_WORDS = 12
 _SHARE = 0.8
 """The share of a prompt's own words that another must have in the same order to count as nearly the same."""
 _FEWEST_UNITS = 3
-"""Of one evaluation type: with two tasks, what both have may be the template or a repetition."""
+"""The fewest tasks of an evaluation type to compare: what only two tasks share may be template or repetition."""
 _HELD = 200_000
 """Sequences of held-out prompts, about 30 bytes each; with more, every second, fourth, … is compared."""
 _REMEMBERED = 5_000_000
@@ -240,7 +240,7 @@ class _Look(NamedTuple):
 
 
 _AGAIN = _Look(None, None)
-"""Of a prompt that has to be read again."""
+"""Marks a prompt that must be read again."""
 
 
 class _Index:

@@ -31,8 +31,8 @@ MIN_RECALL = 0.5
 MAX_PRAISED = 0.1
 SAME_AS_A_JUDGE = -0.05
 """A gap to another judge is negligible if its lower end is above this."""
-_COPIES_FROM = 0.5  # a share of scores equal to the prompt's, above which the judge copies rather than agrees
-_HUGS_WITHIN = 0.5  # the same for its distance to the prompt's score, as a part of the judges' distance, if below this
+_COPIES_FROM = 0.5  # a judge copies if a larger share of its scores equals the prompt's,
+_HUGS_WITHIN = 0.5  # or if its distance to the prompt's score is below this part of the judges' distance
 _MUCH_OF_ALL = 0.3  # the largest share of the scores that one task should have
 
 # --- the five conditions ----------------------------------------------------------------------------------------------

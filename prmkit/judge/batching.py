@@ -71,7 +71,7 @@ def judgements_in_order(
     judge_all: Callable[[Sequence[Prepared]], Sequence[Judgement]],
     window: int,
 ) -> Iterator[Judgement]:
-    """Judge a stream, one window at a time; equal requests in a window are judged once.
+    """Judge a stream, one window at a time; equal requests are judged once, wherever they are in the stream.
 
     Args:
         requests: any number.

@@ -104,7 +104,7 @@ def _base_model_of(record: Path, name: str) -> Path:
 
 
 def config_of_run(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of a run, read from its folder or, for a checkpoint, from the one above.
+    """The resolved configuration of a run, read from its folder or, for a checkpoint, from the folder above.
 
     Raises:
         DataError: it is not the folder of a run, or its record is damaged.

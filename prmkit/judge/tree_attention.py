@@ -221,7 +221,7 @@ class TokenTrees:
                     self._cache.batch_repeat_interleave(len(self._rows))
 
     def _run(self, added: Sequence[_Additions]) -> list[list[float]]:
-        """Run the additions of all rows side by side, in as many passes as they need, and read what is wanted.
+        """Run the additions of all rows side by side, in as many passes as they need, and read the probabilities.
 
         The slot of an addition is the number of slots before the first pass plus its index: every pass but the last
         one is full, so its padding comes after the last addition of a row.

@@ -14,7 +14,7 @@ evaluate_judge.py, score_trajectories.py, serve_judge.py and train.py
 
 class _Parser(argparse.ArgumentParser):
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """argparse cannot mix options and positional arguments where there are subcommands."""
+        """argparse cannot mix options and positional arguments if there are subcommands."""
         parsed: argparse.Namespace = self.parse_args(args, namespace)
         return parsed
 
@@ -69,7 +69,7 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add("--set", nargs="+", default=[], metavar="key=value", help="a key of LLaMA Factory, such as learning_rate=1e-5")
     add("--promote-if-better", action="store_true", help="tag the new version if the gate is met")
     add("--accept-contradiction", action="store_true", help="also train on labels that contradict the judge")
-    add("--why", metavar="TEXT", help="kept in the history")
+    add("--why", metavar="TEXT", help="the reason, for the history")
     add("--mlflow", action="store_true", help="also log the new version to MLflow")
     add("--json", action="store_true", help="print the result as JSON")
 
@@ -114,4 +114,4 @@ def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     mlflow.add_argument("version")
     add.add_argument("--mlflow", action="store_true", help="also log it to MLflow, if mlflow is installed")
     for command in (add, tag, back, remove):
-        command.add_argument("--why", metavar="TEXT", help="kept in the history")
+        command.add_argument("--why", metavar="TEXT", help="the reason, for the history")

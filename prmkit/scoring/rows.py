@@ -176,7 +176,7 @@ class RunsToScore:
     bad_below: float
     """A step with a lower score is bad."""
     judge: str
-    """Its name, for the page."""
+    """The judge's name, for the page."""
     page: Path | None = None
     """Where to write the page; None for no page."""
     format: str | None = None

@@ -253,7 +253,7 @@ async def _handle(request: Any, error: Exception) -> Any:
         case _ if hasattr(error, "errors"):  # of FastAPI: what is wrong with which part
             status = 422
             message = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
-            if "json" not in request.headers.get("content-type", ""):  # curl -d alone says that it sends a form
+            if "json" not in request.headers.get("content-type", ""):  # plain `curl -d` declares a form
                 message = f"send JSON with the header Content-Type: application/json ({message})"
         case _:
             message = str(getattr(error, "detail", message))

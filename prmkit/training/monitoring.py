@@ -128,7 +128,7 @@ def _as_lines(entries: list[dict[str, Any]]) -> bytes:
 
 @contextmanager
 def progress(name: str, start: Start) -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
-    """Show a run's entries as they come: as a bar on a terminal, otherwise as a line now and then.
+    """Show a run's entries as they come: as a bar on a terminal, otherwise as occasional lines.
 
     Yields:
         A function that is called with every entry, and regularly with None, so that a long silence is explained.

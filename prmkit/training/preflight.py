@@ -42,7 +42,7 @@ def main() -> None:
     """Answer the request on standard input; see the top of this file."""
     request = json.load(sys.stdin)
     die_with_parent(request["parent"])
-    # LLaMA Factory logs to stdout, which is for results alone.
+    # LLaMA Factory logs to stdout, which is only for results.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     run_preflight(request, results)

@@ -1,4 +1,4 @@
-"""What a judge answered: reading it, and writing it as the training label."""
+"""Reading a judge's answer, and writing it as a training label."""
 
 from prmkit.verdict.read import read_answer, read_verdict, score_answer
 from prmkit.verdict.types import Answer, Scale, Shape, Unreadable, Verdict, answer_prefix, asked_shape, render_verdict

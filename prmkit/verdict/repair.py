@@ -1,4 +1,4 @@
-"""From a judge's text to the objects in it.
+"""Finding the JSON objects in a judge's text.
 
 About four in ten answers of judges are not valid JSON: fences, prose, thoughts, unescaped quotes, answers that were cut
 off. `find_objects` reads what is JSON, lets json-repair read the rest, and names the repairs. It knows nothing about

@@ -50,7 +50,7 @@ def _opening(history: Any, lost: Counter[str]) -> Iterator[Turn]:
 
 def _turn(step: Mapping[str, Any], index: int) -> Turn:
     action, thought, response = (as_text(step.get(key)).strip() for key in ("action", "thought", "response"))
-    # The response is the thought and the action as the model wrote them; where it is neither, it is text of its own.
+    # The response is usually thought and action as the model wrote them; otherwise it is the text of the step.
     text = "" if not response or (thought in response and (action or thought)) else response
     calls = (Call("action", action),) if action else ()
     results = (Result(as_text(step["observation"])),) if calls or step["observation"] else ()
