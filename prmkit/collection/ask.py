@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,8 +31,8 @@ class Collection:
     answers: dict[str, dict[str, Any]]
     """Key -> answer; grows."""
     max_cost: float | None = None
-    spent: float = 0.0
-    """The cost of this run, by the user's prices."""
+    costs: Counter[str] = field(default_factory=Counter)
+    """Judge -> its cost in this run, by the user's prices."""
     reserved: float = 0.0
     """The most that the requests in flight can cost."""
     is_exhausted: bool = False
@@ -42,6 +43,11 @@ class Collection:
     """Judges that refuse everything, and why."""
     under_way: dict[str, asyncio.Event] = field(default_factory=dict)
     """Key -> event of a request without an answer yet; it is set when the request ends."""
+
+    @property
+    def spent(self) -> float:
+        """The cost of this run."""
+        return math.fsum(self.costs.values())
 
     def reserve(self, judge: StrongJudge, ask: Ask) -> float | None:
         """Reserve the most that a request can cost; None if the budget has no room for it."""
@@ -77,7 +83,7 @@ def collect(
         bars = {name: progress.add_task(name, total=count) for name, count in open_questions.items()}
 
         def advance(judge: StrongJudge) -> None:
-            paid = f" {state.spent:.2f}" if judge.price_in is not None else ""
+            paid = f" {state.costs[judge.name]:.2f}" if judge.price_in is not None else ""
             progress.update(bars[judge.name], advance=1, description=f"{judge.name}{paid}")
 
         async def everything() -> None:
@@ -135,7 +141,7 @@ async def _follow(
             line = await _send(question, ask, connection, state)
             if line is None:
                 return
-            state.spent += line["cost"]
+            state.costs[question.judge.name] += line["cost"]
             record(line)
             state.answers[ask.key] = line
         finally:

@@ -110,7 +110,7 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
     lines += [f"* {source}" for source in dict.fromkeys(each.source for each in entrants if each.source)]
     if any(step.kind in KINDS_OF_ERRORS for _, step in labelled) and any(run.first_error for run in exam.runs):
         lines.append(
-            "In this set nothing after an error is labelled, so bad steps come last: compare with position alone."
+            "In this set no step after an error is labelled good, so bad steps come last: compare with position alone."
         )
     return lines
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,26 @@ def test_a_dry_run_asks_nothing_and_says_what_it_would_cost_and_who_gets_the_dat
         assert words in shown
     refused = typed(tmp_path, code=2).stderr  # nobody at a terminal, and no --yes
     assert "--yes" in refused and not endpoint.asked
+
+
+def test_a_terminal_is_asked_first_and_shows_what_each_judge_has_cost(tmp_path: Path, endpoint: Endpoint) -> None:
+    write_runs(tmp_path, ["good", "bad"])
+    write_judges(tmp_path, endpoint, "a", "b", price_in=1000, price_out=1000)
+    ours, theirs = os.openpty()
+    environment = os.environ | {"JUDGE_KEY": KEY, "COLUMNS": "100", "TERM": "xterm"}
+    with subprocess.Popen(
+        command(), cwd=tmp_path, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as asking:
+        os.close(theirs)
+        shown = ""
+        with suppress(OSError):  # the end of a terminal
+            while text := os.read(ours, 1 << 16).decode(errors="replace"):
+                if "[y/N]" in text:
+                    os.write(ours, b"y\n")
+                shown += text
+    os.close(ours)
+    assert asking.returncode == 0 and "0.44 spent" in shown  # 4 answers of 110 tokens
+    assert {"0.22"} <= set(re.findall(r"judge-[ab] ([\d.]+)", shown)) <= {"0.11", "0.22"}
 
 
 def test_what_judges_do_wrong_is_asked_again_or_counted(tmp_path: Path, endpoint: Endpoint) -> None:
