@@ -1,1 +1,1 @@
-"""Importing agent runs: every usual form in, one record out, with the labels that people gave."""
+"""Importing agent runs: any common form in, one record out, with the labels that people gave."""

@@ -129,7 +129,7 @@ def label_of(value: Any, scale: str) -> Label:
 def first_error(turns: Sequence[Any], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:
     """Labels from known errors: wrong at each error, right before the first, and none elsewhere.
 
-    Marked errors say nothing about the other steps after them, which build on an error and stay unlabelled.
+    The other steps after the first error build on it, so they stay unlabelled.
 
     Args:
         turns: of the run.

@@ -1,4 +1,4 @@
-"""The work behind `import_trajectories.py`: runs in, records or labelled rows out, and an account of both."""
+"""The work behind `import_trajectories.py`: runs in, records or labelled rows out, and a report on both."""
 
 import argparse
 from collections import Counter
@@ -53,7 +53,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     if name is not None and name not in _OTHER_LABELS:
         public = set_named(name)
         if public is None:
-            raise UsageError(f"--labels {name}: there are {', '.join((*_OTHER_LABELS, *SETS))}.")
+            raise UsageError(f"--labels {name}: unknown. Known: {', '.join((*_OTHER_LABELS, *SETS))}.")
     if (name == "column") != (arguments.label_key is not None):
         raise UsageError("--labels column and --label-key NAME go together: the key names the column with the labels.")
     if arguments.rubric and not name:
@@ -93,7 +93,7 @@ def _check_written(written: int, reports: list[FileReport], arguments: argparse.
     raise DataError(f"{', '.join(arguments.inputs)}: no run was read. The lines above say why, file by file.")
 
 
-# --- the account ----------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------------------------
 
 
 def _summarise(reports: list[FileReport], output: Path, written: int, what: str) -> None:

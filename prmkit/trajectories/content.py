@@ -2,7 +2,7 @@
 
 OpenAI chat (`tool_calls`, the older `function_call`), ShareGPT (`from`, `value`), Anthropic blocks, LangChain (`type`,
 or serialised with `lc`), tau2 (`requestor`), OTel GenAI (`parts`), Vercel AI SDK parts. The dialects may be
-mixed: a message is read by the fields that it has.
+mixed: each message is read according to its own fields.
 """
 
 import json

@@ -60,7 +60,7 @@ class Document:
         if not first:
             return
         opening = first.lstrip()[:1]
-        if isinstance(value, list):  # an array in one line: of the file, or the first of many lines
+        if isinstance(value, list):  # an array on one line: the whole file, or the first of many lines
             rest = stream.readline()
             while rest and rest.isspace():
                 rest = stream.readline()
@@ -85,7 +85,7 @@ def check_kind(head: bytes, name: str) -> None:
     """Reject a file that is not text.
 
     Raises:
-        DataError: it is not; the message says what to do with it.
+        DataError: it is not text; the message says what to do with it.
     """
     for mark, what in _KINDS.items():
         if head.startswith(mark):
@@ -147,7 +147,7 @@ def _scan(stream: IO[bytes], head: bytes, name: str, *, closing: str) -> Iterato
             break
         try:
             if len(text) - at < wanted and not ended:
-                raise ValueError  # more is read first: a scan that fails at the end starts from the beginning again
+                raise ValueError  # read more first: a scan that fails at the end has to start again
             value, end = scan(text, at)
             if "\\ud" in text[at:end].lower():
                 value = _without_surrogates(value)
@@ -156,7 +156,7 @@ def _scan(stream: IO[bytes], head: bytes, name: str, *, closing: str) -> Iterato
         except ValueError:
             if ended:
                 break
-            more = stream.read(max(wanted, len(text) - at))  # doubles: a large value is scanned a few times only
+            more = stream.read(max(wanted, len(text) - at))  # doubles: a large value is scanned only a few times
             wanted = len(text) - at + len(more)
             text, at, ended = text[at:] + decode(more, not more), 0, not more
         except RecursionError:

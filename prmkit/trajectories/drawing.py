@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).with_name("run_page.html.j2")
 MOST_RUNS_ON_A_PAGE = 50
 _MOST_RUNS_IN_A_TABLE = 20
 _LONGEST_TEXT = 4_000
-"""The most characters of one text on the page; a tool may have returned megabytes."""
+"""The most characters of one string on the page; a tool may have returned megabytes."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def emit_scored(runs: Sequence[ScoredRun]) -> None:
     columns = ("run", "steps", "worst", "mean", "first bad", "task")
     cli.emit_table("", columns, rows, numeric=columns[1:5], optional=("task", "mean"))
     if len(ordered) > _MOST_RUNS_IN_A_TABLE:
-        cli.emit(f"and {len(ordered) - _MOST_RUNS_IN_A_TABLE} runs with better worst steps")
+        cli.emit(f"and {len(ordered) - _MOST_RUNS_IN_A_TABLE} runs whose worst step is better")
 
 
 def _emit_steps(scored: ScoredRun) -> None:

@@ -45,7 +45,7 @@ class FileReport:
     labels: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     unreadable: Counter[str] = field(default_factory=Counter)
-    """Reason -> number of lines or runs that gave nothing."""
+    """Reason -> number of lines or runs that were not read."""
     examples: dict[str, list[int]] = field(default_factory=dict)
     """Reason in `unreadable` -> line numbers."""
     secrets: Counter[str] = field(default_factory=Counter)
@@ -53,7 +53,7 @@ class FileReport:
     """Why nothing was read from the file."""
 
     def reject(self, reason: str, line: int) -> None:
-        """Count something that gave no run."""
+        """Count a line or run that was not read."""
         self.unreadable[reason] += 1
         places = self.examples.setdefault(reason, [])
         if len(places) < _EXAMPLES:
@@ -71,7 +71,7 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
 
 
 def totals(reports: Sequence[FileReport]) -> Iterator[str]:
-    """Report, in one line each, what has no place in the record, and what was masked, over all files."""
+    """Yield a line on what has no place in the record, and one on what was masked, over all files."""
     for title, name in (("not placed", "lost"), ("masked", "secrets")):
         counts = sum((getattr(report, name) for report in reports), Counter[str]())
         if counts:
@@ -91,11 +91,11 @@ def read_runs(
 
     Raises:
         DataError: an input is missing, or a named file cannot be read.
-        UsageError: the form of a file is ambiguous, or --format names no form.
+        UsageError: the form of a file is ambiguous, or --format is not a known form.
     """
     options = options or Options()
     if options.format is not None and options.format not in READERS:
-        raise UsageError(f"--format {options.format}: not a form of runs. There are {', '.join(READERS)}.")
+        raise UsageError(f"--format {options.format}: not a form of runs. Known: {', '.join(READERS)}.")
     files = list(_files(inputs))
     marks = _marks(files, options)
     ids = Ids()
@@ -212,7 +212,7 @@ def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) ->
 
 
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-"""Errors in readers: a form is recognised by its outline, and its content may still be anything."""
+"""Errors that readers raise: a form is recognised by its outline, but its content may be anything."""
 
 
 def _read_whole(
@@ -252,7 +252,7 @@ def _why_not(values: Values) -> str:
     return "not a known form of runs. --format NAME reads it as one; --list-key names its list of messages."
 
 
-# --- labels that stand beside the runs ------------------------------------------------------------------------------
+# --- labels in files beside the runs --------------------------------------------------------------------------------
 
 
 def _marks(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str | None]]:

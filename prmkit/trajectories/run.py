@@ -43,7 +43,7 @@ class Run:
     turns: list[Turn]
     lost: Counter[str] = field(default_factory=Counter)
     task: str | None = None
-    """None for the first message of the user."""
+    """None if the task is the user's first message."""
     task_id: str | None = None
     trajectory_id: str | None = None
     outcome: Mapping[str, Any] | None = None

@@ -136,7 +136,7 @@ def undotted(flat: Mapping[str, Any]) -> dict[str, Any]:
         for name in path:
             inner = place.setdefault(name, {})
             if not isinstance(inner, dict):
-                break  # a name that is a value and a prefix: the value stays
+                break  # a name that is both a value and a prefix: the value is kept
             place = inner
         else:
             place.setdefault(leaf, undotted(value) if isinstance(value, dict) else value)

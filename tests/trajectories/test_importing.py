@@ -83,7 +83,7 @@ def test_two_forms_in_one_file_are_ambiguous(read: Read) -> None:
         read(ATIF, observation)
     (run,) = read(ATIF, observation, format="atif")
     assert run.steps[0].text == "Done."
-    with pytest.raises(UsageError, match="There are trajectories"):
+    with pytest.raises(UsageError, match="Known: trajectories"):
         read(ATIF, format="nonsense")
 
 

@@ -1,7 +1,7 @@
 """Who&When: failed runs of several agents, with the first decisive mistake.
 
 `mistake_step` counts the messages of `history` from 0. Every message is a step of the agent in `name`, or in `role`
-where there is no name; a message of role `human` is the task.
+if there is no name; a message of role `human` is the task.
 """
 
 from collections import Counter

@@ -1,6 +1,6 @@
 """Inspect AI's logs as JSON (`inspect log convert --to json`): `samples` with messages, scores and a target.
 
-The target is the answer and goes to `reference`. Texts that Inspect moved to `attachments` are put back.
+The target is the answer and goes to `reference`. Text that Inspect moved to `attachments` is put back.
 """
 
 from collections import Counter

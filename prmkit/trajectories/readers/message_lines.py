@@ -1,4 +1,4 @@
-"""One message a line, or one array of messages: the file is the run."""
+"""One message per line, or one array of messages: the file is the run."""
 
 from collections import Counter
 from collections.abc import Iterator
