@@ -20,7 +20,7 @@ from typing import Any
 from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, Exam, ExamRun
 from prmkit.files import read_jsonl
-from prmkit.rows import Rejected, read_row, whole_number
+from prmkit.rows import SELECTED_BY, Rejected, read_row, weight_of, whole_number
 from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
 from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
@@ -51,6 +51,13 @@ class Answers:
     """A baseline that has not read the runs."""
     unplaced: Counter[str] = field(default_factory=Counter)
     """Reason -> number of lines that are not about a step of this exam."""
+    weights: dict[StepId, float] = field(default_factory=dict)
+    """`prmkit.rows.WEIGHT` of each step that `ask_judges.py --first` selected; 0 for one that was asked anyway."""
+
+    @property
+    def selected_runs(self) -> set[str]:
+        """Runs of which only selected steps were asked about."""
+        return {run for (run, _), weight in self.weights.items() if weight}
 
 
 def read_answers(file: Path, exam: Exam) -> list[Answers]:
@@ -86,6 +93,8 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
                     judge.unplaced["without a score" if step is not None else "about steps not in the exam"] += 1
                 elif given.setdefault(name, {}).setdefault((run.trajectory_id, step), score) != score:
                     raise DataError(f"{place}: {name} scores this step a second time, differently. Keep one line.")
+                else:
+                    _weigh(judge, (run.trajectory_id, step), value)
     _add_scores(judges, given, file)
     if not any(judge.scores or judge.firsts for judge in judges.values()):
         first = exam.runs[0].trajectory_id
@@ -93,6 +102,13 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
         why = "".join(f"; {count} lines {reason}" for reason, count in unplaced.items())
         raise DataError(f"{file}: has no score of a step of {exam.file}, whose first run has the id {first}{why}.")
     return list(judges.values())
+
+
+def _weigh(judge: Answers, step: StepId, value: Mapping[str, Any]) -> None:
+    """Keep the lowest weight of a step that several lines are about."""
+    metadata = value.get("metadata")
+    weight = weight_of(metadata) if isinstance(metadata, dict) and SELECTED_BY in metadata else 0.0
+    judge.weights[step] = min(weight, judge.weights.get(step, weight))
 
 
 def is_repeated(value: Mapping[str, Any]) -> bool:

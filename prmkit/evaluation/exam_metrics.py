@@ -72,6 +72,8 @@ class Entrant:
     asked: int = 0
     source: str | None = None
     """The source of published numbers."""
+    selected: int = 0
+    """How many of the answered steps were selected by `ask_judges.py --first`, and are weighted."""
 
 
 def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
@@ -85,9 +87,14 @@ def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
     folds = _folds(exam)
     metrics = _of_steps(exam, answers, folds) | _of_runs(exam, answers, folds)
     labelled = [(run.trajectory_id, step.n) for run, step in exam.labelled]
-    scored = sum(step in answers.scores for step in labelled)
+    scored = [step for step in labelled if step in answers.scores]
     return Entrant(
-        answers.name, kind, {name: metrics[name] for name in NAMES if name in metrics}, scored, len(labelled)
+        answers.name,
+        kind,
+        {name: metrics[name] for name in NAMES if name in metrics},
+        len(scored),
+        len(labelled),
+        selected=sum(answers.weights.get(step, 0) > 0 for step in scored),
     )
 
 
@@ -113,7 +120,7 @@ def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[st
     if not found:
         return {name: undefined("no labelled step has a score") for name in names}
     tasks = [run.task_id for run, _, _ in found]
-    weight = np.array([step.weight for _, step, _ in found])
+    weight = np.array([step.weight * (answers.weights.get((run.trajectory_id, step.n)) or 1) for run, step, _ in found])
     bad = np.array([step.is_bad for _, step, _ in found], np.float64)
     scores = np.array([score for _, _, score in found])
     sample = make_sample(-scores, bad, tasks, weight=weight)
@@ -207,7 +214,8 @@ def _of_runs(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str
     clean = len(known) - len(with_error)
     if not known:
         return {}
-    answered = [run for run in known if _is_answered(run, answers)]
+    selected = answers.selected_runs
+    answered = [run for run in known if run.trajectory_id not in selected and _is_answered(run, answers)]
     firsts = _first_errors(answered, answers, folds)
     metrics: dict[str, Estimate] = {}
     if with_error:

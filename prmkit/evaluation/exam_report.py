@@ -107,6 +107,12 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
         for each in entrants
         if each.kind in EXAMINED and each.answered < each.asked
     ]
+    lines += [
+        f"{each.name}: {each.selected:,} of these steps were selected by ask_judges.py --first. They are weighted by "
+        "one over the probability of that, and their runs have no first errors."
+        for each in entrants
+        if each.selected
+    ]
     lines += [f"* {source}" for source in dict.fromkeys(each.source for each in entrants if each.source)]
     if any(step.kind in KINDS_OF_ERRORS for _, step in labelled) and any(run.first_error for run in exam.runs):
         lines.append(

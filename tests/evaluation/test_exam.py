@@ -17,7 +17,7 @@ from prmkit.evaluation.exam_metrics import constants
 from prmkit.files import write_json
 from prmkit.judge.sources import EXPORT_FILE
 from prmkit.prompts.step import load_rubric
-from prmkit.rows import SELECTED_BY, WEIGHT
+from prmkit.rows import SELECTED_BY, WEIGHT, without_selection
 from prmkit.trajectories.rows import runs_beside
 
 evaluate = importlib.import_module("evaluate_judge")._parser
@@ -189,6 +189,32 @@ def test_steps_that_first_selected_weigh_what_they_represent(tmp_path: Path) -> 
     rows[0]["metadata"] |= {SELECTED_BY: "audit", WEIGHT: 5.0}
     public.write_lines(file, rows)
     assert sorted({step.weight for _, step in read_exam(file).labelled}) == [1.0, 5.0]
+
+
+def test_strong_judges_that_first_asked_are_weighed(ternary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    rows, chance = [json.loads(line) for line in ternary.read_text().splitlines()], random.Random(3)
+    kept, bad, suspicion, weights = [], [], [], []
+    for number, row in enumerate(rows[:-3]):
+        label = json.loads(row["conversations"][1]["value"])["step_score"]
+        score, weight = round(min(1.0, max(0.0, label + chance.uniform(-0.7, 0.7))), 2), (1.0, 4.0)[number % 2]
+        chosen = {"model_name": "strong", SELECTED_BY: "audit" if number % 2 else "unsure", WEIGHT: weight}
+        said = [row["conversations"][0], {"from": "gpt", "value": json.dumps({"step_score": score})}]
+        kept.append({"conversations": said, "metadata": row["metadata"] | chosen})
+        bad.append(label < 0.5)
+        suspicion.append(-score)
+        weights.append(weight)
+    found = take(ternary, "--predictions", public.write_lines(ternary.parent / "some.jsonl", kept))["strong"]
+    assert value(found, "auroc") == pytest.approx(roc_auc_score(bad, suspicion, sample_weight=weights))
+    assert value(found, "average_precision") == pytest.approx(
+        average_precision_score(bad, suspicion, sample_weight=weights)
+    )
+    assert found["metrics"].get("first_error", {"value": None})["value"] is None
+    assert f"{len(kept)} of these steps were selected by ask_judges.py --first" in capsys.readouterr().out
+    asked_anyway = [row | {"metadata": without_selection(row["metadata"])} for row in kept]
+    both = take(ternary, "--predictions", public.write_lines(ternary.parent / "both.jsonl", kept + asked_anyway))
+    assert value(both["strong"], "auroc") == pytest.approx(roc_auc_score(bad, suspicion))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
