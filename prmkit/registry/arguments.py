@@ -32,7 +32,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
     logs = "request logs of serve_judge.py, or outputs of score_trajectories.py"
     ab = commands.add_parser("ab", help="how two judges differ, and which one predicts success better")
-    drift = commands.add_parser("drift", help="whether scores are as on the held-out rows; exit code 4 if not")
+    drift = commands.add_parser("drift", help="whether scores have drifted from the held-out rows; exit code 4 if so")
     drift.add_argument("judge", metavar="VERSION")
     page = commands.add_parser("page", help="one HTML page about all versions")
     page.add_argument("--logs", type=Path, nargs="+", default=(), metavar="LOG", help=f"{logs}: for A/B and drift")
@@ -43,7 +43,7 @@ def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
         command.add_argument("--days", type=float, metavar="N", help="only steps logged in the last N days")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (drift, page):
-        limit = "highest population stability index (default 0.25)"
+        limit = "a population stability index above this is drift (default 0.25)"
         command.add_argument("--limit", type=_share, default=0.25, metavar="X", help=limit)
 
 
@@ -87,9 +87,9 @@ def _share(text: str) -> float:
 def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add = commands.add_parser("add", help="copy a finished run into the registry, with its data and its rows")
     add.add_argument("run", type=Path, help="folder of a finished run of train.py")
-    add.add_argument("--name", default="judge", help="of the judge (default: judge)")
-    add.add_argument("--parent", metavar="VERSION", help="the version that it follows")
-    add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the rows that were converted")
+    add.add_argument("--name", default="judge", help="the judge's name (default: judge)")
+    add.add_argument("--parent", metavar="VERSION", help="the version that it was made from")
+    add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the conversion's input")
     add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: the run's)")
     listing = commands.add_parser("list", help="all versions, with their agreement with the judges")
     show = commands.add_parser("show", help="one version, and whether its files are unchanged")

@@ -46,7 +46,7 @@ class Retraining:
     """The share of old training tasks to train on again, 0 to 1."""
     margin: float
     settings: tuple[str, ...]
-    """`key=value` of LLaMA Factory."""
+    """`key=value` arguments of LLaMA Factory."""
     promote: bool
     accept_contradiction: bool
     why: str | None = None
@@ -213,7 +213,7 @@ def run_script(script: str, arguments: Sequence[Any], *, check: bool = True) -> 
     command = [sys.executable, str(_SCRIPTS / script), *map(str, arguments)]
     log.info("$ python %s %s", script, shlex.join(command[2:]))
     parent = os.getpid()
-    # Its stdout is narration here: ours is the result.
+    # The script's stdout is narration here; this process's stdout is the result.
     done = subprocess.run(command, stdout=sys.__stderr__, preexec_fn=lambda: die_with_parent(parent), check=False)
     if check and done.returncode:
         code = done.returncode
@@ -229,7 +229,7 @@ Rows = list[dict[str, Any]]
 
 
 def rows_of(data: Path) -> Rows:
-    """The rows of a conversion, both sides."""
+    """The rows of a conversion, training and held-out."""
     files = [data / f"{FULL}{side}.meta.jsonl" for side in ("", HELD_OUT_SUFFIX)]
     return [row for file in files if file.is_file() for row in read_jsonl(file)]
 
@@ -316,7 +316,7 @@ def _findings(report: Mapping[str, Any], shifted: Mapping[str, bool]) -> Iterato
 
 
 def check_sides(data: Path, name: str, folder: Path) -> int:
-    """Check that no version was trained on rows that are now held out, or held out rows that are now trained on.
+    """Check that no version was trained on rows now held out, and that its held-out rows are still not trained on.
 
     Returns:
         How many versions were compared.

@@ -53,7 +53,7 @@ def _remove(folder: Path, arguments: argparse.Namespace) -> None:
 
 def _export(folder: Path, arguments: argparse.Namespace) -> None:
     version = versions.export_version(folder, arguments.version, arguments.push_ready)
-    cli.emit(f"{arguments.push_ready}: {version}, ready to be uploaded. Read its README.md first.")
+    cli.emit(f"{arguments.push_ready}: {version}, ready to upload. Read its README.md first.")
 
 
 def _mlflow(folder: Path, arguments: argparse.Namespace) -> None:

@@ -82,7 +82,7 @@ def held_out_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
 
 
 def shown_estimate(estimate: Mapping[str, Any] | None) -> str:
-    """`0.84 [0.72, 0.90]`; a question mark if it was not measured."""
+    """An estimate as `0.84 [0.72, 0.90]`; a question mark if it was not measured."""
     if not estimate or estimate.get("value") is None:
         return "?"
     if estimate.get("low") is None:
@@ -98,7 +98,7 @@ def _changed(record: Mapping[str, Any], parent: Mapping[str, Any] | None, folder
 
 
 def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
-    """One version, after its files were checked.
+    """One version, after a check of its files.
 
     Raises:
         DataError: a file was changed.
@@ -122,7 +122,7 @@ def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
         *((f"  {name}", shown_estimate(estimate)) for name, estimate in record["types"].items()),
         *((f"exam {exam['name']}", exam["sentence"]) for exam in exams_of(version, folder)),
         ("rubrics", ", ".join(each[:12] for each in record["rubrics"]) or "none"),
-        ("files", f"{len(record['files'])}, all as they were added"),
+        ("files", f"{len(record['files'])}, all unchanged"),
         ("folder", str(registered.folder_of_version(version, folder))),
     ]
     cli.emit_table(str(version), ("", " "), [list(row) for row in rows])
@@ -234,7 +234,7 @@ def show_retraining(result: Mapping[str, Any]) -> None:
     if result["version"]:
         cli.emit(f"{result['version']}: registered; its parent is {result['parent']}.")
     else:
-        cli.emit(f"Nothing was trained: {result['parent']} stays as it is.")
+        cli.emit(f"Nothing was trained; {result['parent']} is unchanged.")
     cli.emit("gate: met" if result["gate"]["passed"] else "gate: not met")
     for reason in result["gate"]["reasons"]:
         cli.emit(f"  {reason}")
@@ -266,7 +266,7 @@ def show_ab(found: Mapping[str, Any]) -> None:
 
 
 _LOGGED = 600
-"""How many characters of a logged prompt to show, from its end, which is the step."""
+"""How many characters to show from the end of a logged prompt, where the step is."""
 
 
 def show_drift(version: VersionId, found: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ def log_version(version: VersionId, folder: Path) -> str:
 
     Raises:
         UsageError: mlflow is not installed.
-        DataError: the server does not answer, or refuses.
+        DataError: the server does not answer, or refuses the request.
     """
     try:
         import mlflow

@@ -39,7 +39,7 @@ class Scored:
     """The prompt, if it was logged."""
     characters: int | None = None
     is_logged: bool = False
-    """The judge's name, from a request log."""
+    """Whether the line is from a request log, which names the judge; else `judge` is the file."""
     role: str = ""
     """`production`, `challenger` or `shadow`, in a request log."""
     time: str = ""
@@ -47,11 +47,11 @@ class Scored:
 
 
 def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored]:
-    """The steps of outputs of score_trajectories.py (the file counts as the judge) and of request logs.
+    """The steps in outputs of score_trajectories.py (the file counts as the judge) and in request logs.
 
     Args:
         paths: the files.
-        days: only steps logged in the last so many days; None for all.
+        days: only steps logged in the last `days` days; None for all.
 
     Raises:
         DataError: a file is missing, a line is of neither kind, or nothing is left.
@@ -68,7 +68,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored
     if not found:
         recent = "" if days is None else f" from the last {days:g} days"
         raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
-    return sorted(found, key=lambda step: step.time)  # the files of a rotated log come in any order
+    return sorted(found, key=lambda step: step.time)  # the files of a rotated log may be given in any order
 
 
 def _time_of(line: Mapping[str, Any], place: str) -> datetime:
@@ -209,7 +209,7 @@ def _decision(gain: Mapping[str, float], n: int) -> str:
     width, mean = (gain["high"] - gain["low"]) / 2, abs(gain["value"])
     if mean < 1e-6:
         return "continue: no difference so far"
-    # The width shrinks with the square root of the number of tasks, a little slower for a sequence.
+    # An interval shrinks with the square root of the number of tasks, a confidence sequence a little more slowly.
     more = max(math.ceil(n * ((width / mean) ** 2 - 1)), 1)
     return f"continue: about {more:,} more tasks are needed if the difference stays the same"
 
@@ -253,7 +253,7 @@ def drift_of(steps: Sequence[Scored], held_out: Sequence[Mapping[str, Any]], lim
     Args:
         steps: the steps scored in production.
         held_out: lines of the judge's `predictions.jsonl`.
-        limit: a higher population stability index, or rise of the share of unsure steps, counts as drift.
+        limit: a population stability index, or a rise in the share of unsure steps, above this counts as drift.
 
     Returns:
         `groups` (score keys -> quantity -> the `Shift` and a `verdict`), `unsure` (shares `then` and `now`),
@@ -325,5 +325,5 @@ def read_outcomes(path: Path) -> dict[str, float]:
         if not isinstance(outcome, int | float) or not 0 <= outcome <= 1 or not line.get("trajectory_id"):
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
         name = str(line["trajectory_id"])
-        found[name] = found[str(log_id(name))] = float(outcome)  # a log shows a hash of an id that may be text
+        found[name] = found[str(log_id(name))] = float(outcome)  # a log has only the hash of an id that may be text
     return found

@@ -192,7 +192,7 @@ def _evaluate(job: Job, run: Path, data: Path, name: str) -> dict[str, Any]:
 
 
 def _decide(job: Job, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Non-inferior on the old held-out rows, better on the new ones. A condition that cannot be decided is not met."""
+    """The gate: not worse on the old held-out rows, better on the new ones. What cannot be decided is not met."""
     reasons = [report["contradicts"]] if report["contradicts"] else []
     comparisons = {}
     for side, data in (("old", job.parent_folder / DATA), ("new", job.work / "new")):
@@ -215,7 +215,7 @@ def _decide(job: Job, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _register(job: Job, run: Path, gate: Mapping[str, Any], report: Mapping[str, Any]) -> VersionId:
     state = registered.state_of(registered.read_history(job.registry))
-    for version in state.versions:  # registered, then killed
+    for version in state.versions:  # a killed attempt had already registered it
         if registered.read_version(version, job.registry)["details"].get("key") == job.key:
             return version
     settings = read_json(job.parent_folder / DATA / REPORT)["settings"]

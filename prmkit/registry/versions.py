@@ -22,7 +22,7 @@ log = logging.getLogger("prmkit")
 _PATIENCE = 60.0
 """Seconds that a command waits for another command."""
 _LEFT_OUT = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
-"""Files of a run that are only needed to resume it, or written while it runs."""
+"""Files of a run that are not copied: needed only to resume it, or written while it runs."""
 _PUBLIC = (
     "adapter_*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "README.md",
@@ -33,7 +33,7 @@ _PUBLIC = (
 
 @contextmanager
 def changing(folder: Path) -> Iterator[State]:
-    """Lock the registry, so that nothing in it changes. Remnants of a killed command are removed."""
+    """Lock the registry against other commands, and remove what a killed command left."""
     with exclusive_lock(folder, "changing versions", lock=".registry.lock", patience=_PATIENCE):
         state = registered.state_of(registered.read_history(folder))
         _sweep(folder, state)
@@ -119,7 +119,7 @@ class Addition:
     rows: Sequence[Path] = ()
     """The conversion's input; if empty, the files named in its report, if they are unchanged."""
     keep_rows: Sequence[Path] = ()
-    """Rows to keep instead: after a retraining, the data was made from a part of the rows."""
+    """All rows, to keep instead of the input: a retraining may convert only part of the old rows."""
     data: Path | None = None
     """The converted data; None for the folder in the run's record."""
     evaluation: Path | None = None
