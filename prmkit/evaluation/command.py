@@ -179,7 +179,7 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
 
     Args:
         run: its folder.
-        trust_remote_code: run Python code that the model brings.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         DataError: nothing was held out, or no prompt could be scored.
@@ -227,7 +227,7 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) 
     Args:
         run: its folder.
         exported: the folder of the exported model.
-        trust_remote_code: run Python code that the models bring.
+        trust_remote_code: run Python code that comes with the models.
 
     Raises:
         GateError: it does not; the message names the likely causes.

@@ -266,7 +266,7 @@ def _has_numbers(content: mmap.mmap, begin: int, end: int) -> bool:
 
 
 def checkpoint_fault(folder: Path, *, contents: bool = True) -> str | None:
-    """Why nothing can be resumed from a checkpoint folder; None when it is complete.
+    """Why training cannot be resumed from a checkpoint folder; None if the checkpoint is complete.
 
     Args:
         folder: `checkpoint-N`.

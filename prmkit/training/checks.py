@@ -51,7 +51,7 @@ class Check:
 
 
 def ok(name: str, found: str, advice: str = "") -> Check:
-    """All is well."""
+    """A check that found nothing wrong."""
     return Check(name, Status.OK, found, advice)
 
 
@@ -88,7 +88,7 @@ REPLACEMENTS = {
     "target_modules": "Write lora_target.",
     "additional_special_tokens": "Write add_special_tokens: <a>,<b> (one string, separated by commas).",
     "no_cuda": "Write use_cpu: true.",
-    "use_mps_device": "Leave it out: the device is found.",
+    "use_mps_device": "Leave it out: the device is found automatically.",
     "per_gpu_train_batch_size": "Write per_device_train_batch_size.",
     "per_gpu_eval_batch_size": "Write per_device_eval_batch_size.",
     "push_to_hub_token": "Leave it out, and run hf auth login.",
@@ -374,7 +374,7 @@ def _check_metric(config: Values, given: Values) -> Iterator[Check]:
         measured = [f"{dataset}_{name}" for dataset in split_names(config["eval_dataset"]) for name in measured]
     if str(metric).removeprefix("eval_") not in measured:
         hint = f"Write metric_for_best_model: {' or '.join(measured)}."
-        yield error("metric_for_best_model", f"no evaluation gives '{metric}'", hint)
+        yield error("metric_for_best_model", f"no evaluation computes '{metric}'", hint)
 
 
 def _check_loggers(config: Values, _given: Values) -> Iterator[Check]:

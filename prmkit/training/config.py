@@ -337,7 +337,7 @@ def _fit_preprocessing(values: Mapping[str, Any], machine: Machine, changes: _Ch
 
 
 def _estimate_rows(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and bytes of the dataset, estimated from the first megabyte of each file; zeros where it is not here."""
+    """Rows and bytes of the dataset, estimated from the first megabyte of each file; zeros without local files."""
     try:
         entries = read_entries(Path(str(setting(values, "dataset_dir"))))
     except DataError:

@@ -83,7 +83,7 @@ def _entry_problems(name: str, entries: Mapping[str, Entry], stage: str) -> Iter
     entry = entries.get(name)
     if entry is None:
         nearest = difflib.get_close_matches(name, entries, n=1)
-        known = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(list(entries)[:8]) or 'none'}"
+        known = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(list(entries)[:8]) or 'none'}"
         yield f"dataset not found: {name} ({known})"
     elif entry.formatting not in FORMATS:
         yield f"{name}: formatting is {entry.formatting}, not {' or '.join(FORMATS)}"

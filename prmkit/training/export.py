@@ -142,7 +142,7 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
     encoding = _trained_encoding(part, config)
     renders_alike = _fit_chat_template(part, encoding, config)
     _fit_context(part / "Modelfile", config)
-    # Last of the files: the tokenizer is saved again where its chat template was replaced.
+    # After all other files, because the tokenizer is saved again if its chat template is replaced.
     portable = make_portable(part, encoding.stop_ids, trust_remote_code=bool(config.get("trust_remote_code")))
     write_json(part / NOTE, {**_note(source, renders_alike), "portable": portable})
     # The note is moved last: a folder that has it is complete.

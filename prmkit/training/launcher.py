@@ -79,7 +79,7 @@ def check_launch(launch: Launch) -> None:
     fewest, most = int(launch.nnodes.partition(":")[0]), launch.most_nodes
     problems = {
         f"--nproc {launch.nproc}: expected 1 or more": launch.nproc is not None and launch.nproc < 1,
-        f"--nnodes {launch.nnodes}: the first number is the smaller one": fewest > most,
+        f"--nnodes {launch.nnodes}: the first number must not be the larger one": fewest > most,
         f"--nnodes {launch.nnodes}: an elastic run needs --rdzv-id, the same on every node": ":" in launch.nnodes
         and launch.rdzv_id is None,
         "--nnodes: several nodes need --master-addr, the address of the first one": most > 1
@@ -160,8 +160,8 @@ def child_environment() -> dict[str, str]:
     environment |= {"PYTHONUNBUFFERED": "1", "RECORD_VRAM": "1"}
     # Otherwise FSDP2 saves only shards, and LLaMA Factory ends without having written an adapter.
     environment.setdefault("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-    # On a shared CPU, threads that spin while they wait for each other take the time that they wait for: the demo's
-    # steps took five times as long.
+    # On a shared CPU, threads that spin while they wait take time from the threads that they wait for: the demo's steps
+    # took five times as long.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # glibc returns every large tensor to the kernel and asks for it again: a fifth to a third of a step on a CPU.
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(8 << 30))
@@ -318,7 +318,7 @@ CHECK_SECONDS = 120.0
 
 
 def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) -> list[Check]:
-    """Run `prmkit.training.preflight` in a child process, which LLaMA Factory or a model's own code may crash.
+    """Run `prmkit.training.preflight` in a child process, because LLaMA Factory or a model's own code may crash it.
 
     Args:
         request: see `prmkit.training.preflight`.
@@ -355,7 +355,7 @@ def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) 
             child.wait()
         errors.seek(0)
         failure = failure or _raised(errors.read().decode(errors="replace")) or f"exit code {child.returncode}"
-    if len(begun) > 1:  # it is known in which check
+    if len(begun) > 1:  # the check that failed is known
         begun.pop("all checks", None)
     for name, advice in begun.items():
         checks.append(error(name, failure, advice))

@@ -226,7 +226,7 @@ def _first_difference(encoding: ChatEncoding, own: Rendering) -> str:
     """Both renderings of the first part that differs."""
     ours = _rendering(encoding.template, encoding.tokenizer)
     part = ours.differs_in(own)[0]
-    return f"It would be trained on {_shortened(ours.texts[part])}, and expects {_shortened(own.texts[part])}."
+    return f"It would be trained on {_shortened(ours.texts[part])}, but expects {_shortened(own.texts[part])}."
 
 
 def _shortened(text: str | None) -> str:

@@ -3,7 +3,7 @@
 The estimate's parts, all in bytes:
 
 weights      frozen numbers as stored in memory: 2 bytes in bf16; 0.5 in 4 bit plus quantization constants, which are
-             one float32 a block of 64, or 0.127 bit a number with double quantization (Dettmers et al. 2023, QLoRA,
+             one float32 per block of 64, or 0.127 bit per number with double quantization (Dettmers et al. 2023, QLoRA,
              section 3).
 states       trained numbers: float32 weight, gradient and Adam's two moments, 16 bytes (Rajbhandari et al. 2020, ZeRO,
              section 3.1, with the float32 weights that LLaMA Factory upcasts to), and the bf16 copy that autocast
@@ -214,7 +214,7 @@ def saved_per_token(model: Model, values: Mapping[str, Any]) -> float:
     if _trains_base(values):
         # Weights, and so the numbers between the blocks, are float32: a norm keeps its input and the normed numbers.
         return 2 * hidden * (4 if liger else 8) + attention + mlp + half * inputs
-    # A frozen norm keeps its input in float32, with Liger as it is. Every adapter keeps its own input, and a mask.
+    # A frozen norm keeps its input in float32, or with Liger in 16 bits. Every adapter keeps its own input, and a mask.
     norms = 2 * hidden * (half if liger else 4)
     return norms + attention + mlp + inputs * (half + (1 if values.get("lora_dropout") else 0))
 
@@ -331,7 +331,7 @@ def check_memory(
         yield warning("memory", "not estimated: the model's sizes are unknown", "Watch nvidia-smi at the start.")
         return
     memory = estimate(model, values, tokens=tokens, world_size=world_size)
-    found = f"about {_parts(memory)} at {tokens:,} tokens a row; {room / GIBIBYTE:.0f} GiB free"
+    found = f"about {_parts(memory)} at {tokens:,} tokens per row; {room / GIBIBYTE:.0f} GiB free"
     if memory.total <= room:
         yield ok("memory", found, _faster(model, values, room=room, tokens=tokens, world_size=world_size))
         return

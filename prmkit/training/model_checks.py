@@ -144,7 +144,7 @@ def _check_checkpoint(values: Mapping[str, Any]) -> Iterator[Check]:
     path = values.get("resume_from_checkpoint")
     if isinstance(path, str) and not (Path(path) / "trainer_state.json").is_file() and not _was_used(Path(path)):
         there = sorted(str(found.parent) for found in Path(path).parent.glob("checkpoint-*/trainer_state.json"))
-        advice = f"There are: {', '.join(there)}" if there else "Leave it out: the newest checkpoint is found."
+        advice = f"Available: {', '.join(there)}" if there else "Leave it out: the newest checkpoint is found."
         yield error("settings", f"resume_from_checkpoint: {path} is not a checkpoint", advice)
 
 
@@ -191,7 +191,7 @@ def _check_shape(folder: Path, values: Mapping[str, Any]) -> Iterator[Check]:
     if isinstance(targets, list) and wanted and wanted != set(targets):
         other.append(f"lora_target: {values['lora_target']} (it has {','.join(sorted(targets))})")
     if other:
-        found = f"adapter_name_or_path: {folder} is trained further as it is, without {', '.join(other)}"
+        found = f"adapter_name_or_path: {folder} keeps its own settings, not {', '.join(other)}"
         advice = "Write what it has, or create_new_adapter: true to merge it and train a new one."
         yield warning("settings", found, advice)
 
@@ -237,7 +237,7 @@ def _unknown_layer(key: str, name: str, layers: Iterable[str]) -> Check:
     known = sorted({layer.rpartition(".")[2] for layer in layers})
     nearest = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     there = ", ".join(layer for layer in known if not layer.isdecimal())
-    hint = f"Did you mean {nearest[0]}?" if nearest else f"There are: {there}."
+    hint = f"Did you mean {nearest[0]}?" if nearest else f"Its layers: {there}."
     return error("settings", f"{key}: the model has no layer {name}", hint)
 
 

@@ -196,7 +196,7 @@ def curves(history: list[dict[str, Any]]) -> tuple[list[tuple[int, float]], list
 
 
 def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
-    """Plot both losses on a logarithmic axis, where the later steps are not one flat line.
+    """Plot both losses on a logarithmic axis, on which the later steps are not one flat line.
 
     Returns:
         Whether there was anything to plot.

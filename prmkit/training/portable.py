@@ -87,8 +87,8 @@ def _portable_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_sampling(config: Mapping[str, Any], stop_ids: list[int]) -> dict[str, Any]:
-    """Without sampling settings: servers take the base model's for their default, and its repetition penalty changes
-    the digits of a verdict."""
+    """Remove sampling settings: servers use them as defaults, and the base model's repetition penalty changes the
+    digits of a verdict."""
     kept = {key: config[key] for key in _NOT_SAMPLING if config.get(key) is not None}
     ends = kept.get("eos_token_id", [])
     ends = [ends] if isinstance(ends, int) else list(ends)

@@ -96,10 +96,10 @@ def _sizes(values: Mapping[str, Any], model_check: Check) -> Model | None:
 def _check_llamafactory(
     values: Mapping[str, Any], gpus: int, begin: Callable[..., None], done: Callable[[Iterable[Check]], list[Check]]
 ) -> int | None:
-    """The checks that import LLaMA Factory; the longest row in tokens, if it could be measured."""
+    """Run the checks that import LLaMA Factory; return the longest row in tokens, if it could be measured."""
     note = "Loading LLaMA Factory and the tokenizer; this takes about 10 seconds."
     begin("LLaMA Factory starts", "Install the versions that fit together: ./run_training.sh --install-deps", note)
-    # Its parser refuses to work where it sees several GPUs and no torchrun.
+    # Its parser refuses several GPUs without torchrun.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if gpus else ""
     if not llamafactory_checks.hub_answers(str(values["model_name_or_path"])):
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -120,7 +120,7 @@ def _held_out_hash(conversion: Path) -> Any:
     try:
         return read_json(conversion)["held_out"]["sha256"]
     except (DataError, LookupError, TypeError):
-        return None  # a damaged report is an error of the checks
+        return None  # the checks report the damage
 
 
 def _rubrics(conversion: Path) -> list[str]:
@@ -221,7 +221,7 @@ def differences(record: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str
         if _comparable(key, before.get(key)) != _comparable(key, after.get(key))
     ]
     if rows_a_step(record) != rows_a_step(fresh):
-        found.append(f"rows an optimizer step: {rows_a_step(record)} -> {rows_a_step(fresh)}")
+        found.append(f"rows per optimizer step: {rows_a_step(record)} -> {rows_a_step(fresh)}")
     return found + [
         f"{what}: {changed}"
         for what, part, changed in _CONTENTS
@@ -244,7 +244,7 @@ def contents_changed(difference: str) -> bool:
 
 
 def _has_changed(before: Any, after: Any) -> bool:
-    """Whether two hashes of one method differ; what is missing on one side cannot be compared."""
+    """Whether two hashes differ; they cannot be compared if one is missing or was made by another method."""
     return bool(before and after) and before != after and str(before).partition(":")[1] == str(after).partition(":")[1]
 
 

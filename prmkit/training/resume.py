@@ -302,13 +302,13 @@ def _check_something_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> 
     config, state = record["config"], read_state(checkpoint.folder) or {}
     steps, epochs = int(config.get("max_steps") or -1), float(setting(config, "num_train_epochs"))
     if 0 < steps <= checkpoint.step:
-        raise UsageError(f"max_steps={steps}: {checkpoint.folder} has already trained {checkpoint.step}. Give more.")
+        raise UsageError(f"max_steps={steps}: {checkpoint.folder} has already trained {checkpoint.step}. Increase it.")
     trained_on = (read_record(checkpoint.folder.parent) or {}).get("dataset") or {}
     same_rows = trained_on.get("sha256") == (record["dataset"] or {}).get("sha256")
     if steps < 0 and same_rows and epochs <= float(state.get("epoch") or 0.0):
         raise UsageError(
             f"num_train_epochs={epochs:g}: {checkpoint.folder} has already trained {state['epoch']:g} on this dataset. "
-            "Give more with --epochs."
+            "Set more with --epochs."
         )
 
 

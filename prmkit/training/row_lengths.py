@@ -30,7 +30,7 @@ PADDING_WORTH_SAYING = 0.15
 
 
 def check_rows(encoding: ChatEncoding | None, values: Mapping[str, Any]) -> tuple[Check, int | None]:
-    """Are rows cut? Also the longest row in tokens, where it could be measured."""
+    """Check whether rows are cut; also return the longest row in tokens, if it could be measured."""
     if encoding is None:
         return warning("row lengths", "not measured (no tokenizer)", "Fix the model folder first."), None
     try:

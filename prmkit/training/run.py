@@ -165,7 +165,7 @@ def _final_loss(folder: Path) -> float | None:
 def _draw(folder: Path, *, finished: bool) -> None:
     history = _latest_state(folder, finished=finished).get("log_history", [])
     if not draw_curves(history, folder.name, folder / "loss.png") and finished:
-        log.info("No loss.png: no loss was logged. A run shorter than logging_steps logs none: logging_steps=1")
+        log.info("No loss.png: no loss was logged. A run shorter than logging_steps logs none. Set logging_steps=1")
 
 
 # --- LLaMA Factory ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ reason.
 - The command ends: what it left running is killed, and its exit code returned (128 plus the number of a signal).
 - The supervisor is killed: the kernel kills the command, so that there are never two trainers in one folder.
 
-A process group would not do: torchrun starts each worker in a new session. So the supervisor is a subreaper: the
+A process group is not enough: torchrun starts each worker in a new session. So the supervisor is a subreaper: the
 kernel makes it the parent of every orphan among its descendants, and it finds them all below itself.
 """
 

@@ -111,7 +111,7 @@ def resolve(options: TrainOptions) -> LaunchPlan:
 
 
 def validate(options: TrainOptions, start: _Start) -> Outcome:
-    """Run every check and report them, without touching anything."""
+    """Run every check and report the results, without changing anything."""
     checks = _check(options, start)
     errors = errors_in(checks)
     found = f"{_count(len(checks), 'check')}, {_count(len(errors), 'error')}"
@@ -166,7 +166,7 @@ def _list_errors(checks: Sequence[Check]) -> str:
 
 
 def _check_run_folder(options: TrainOptions, start: _Start) -> Iterator[Check]:
-    """Check whether the run may use its folder, without touching anything."""
+    """Check whether the run may use its folder, without changing anything."""
     if options.overwrite or not options.launch.is_first_node:
         return
     name = "run folder"
@@ -234,7 +234,7 @@ def _claim(options: TrainOptions, start: _Start) -> Path:
 
 
 def _place(options: TrainOptions, start: _Start) -> Path:
-    """Whether the user typed the folder and so means it; one from the file may by now contain another run."""
+    """The run's folder: as the user typed it, or a free one, because the folder in the file may contain another run."""
     typed = {override.key for override in overrides_of(options)}
     return start.folder if typed & {"output_dir", "run_name"} else free_run_folder(start.folder, start.fresh)
 
@@ -293,7 +293,7 @@ def export_existing(options: TrainOptions) -> Outcome:
     source = find_source(folder)
     if source.record["config"].get("trust_remote_code") and typed.get("trust_remote_code") is not True:
         raise UsageError(
-            f"{folder}: its base model brings code that would run. If you trust "
+            f"{folder}: its base model has its own code, which would run. If you trust "
             f"{source.record['base_model']['path']}, add trust_remote_code=true"
         )
     source = replace(source, record={**source.record, "config": {**source.record["config"], **typed}})

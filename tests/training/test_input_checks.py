@@ -225,7 +225,7 @@ def test_before_the_conversion(tmp_path: Path) -> None:
 
 def test_a_dataset_that_is_not_there(data: Path) -> None:
     assert "dataset not found: stepz (did you mean steps?)" in dataset_check(data, "stepz").found
-    assert "there are steps, steps_eval" in dataset_check(data, "zzz").found
+    assert "known: steps, steps_eval" in dataset_check(data, "zzz").found
 
 
 @pytest.mark.parametrize(
@@ -408,14 +408,14 @@ def named(micro_model: Path) -> Any:
 @pytest.mark.parametrize(
     ("values", "reported", "advice"),
     [
-        ({"lora_target": "foo"}, "lora_target: the model has no layer foo", "There are: "),
+        ({"lora_target": "foo"}, "lora_target: the model has no layer foo", "Its layers: "),
         ({"lora_target": "q_proj,vproj"}, "no layer vproj", "Did you mean v_proj?"),
         ({"lora_target": ["q_proj", "vproj"]}, "no layer vproj", "Did you mean v_proj?"),
-        ({"lora_target": "all,q_proj"}, "no layer all", "There are: "),
-        ({"lora_target": "input_layernorm"}, "no layer input_layernorm", "There are: "),
-        ({"lora_target": "self_attn"}, "no layer self_attn", "There are: "),
+        ({"lora_target": "all,q_proj"}, "no layer all", "Its layers: "),
+        ({"lora_target": "input_layernorm"}, "no layer input_layernorm", "Its layers: "),
+        ({"lora_target": "self_attn"}, "no layer self_attn", "Its layers: "),
         ({"lora_target": ".*q_proj"}, "no layer .*q_proj", "Did you mean q_proj?"),
-        ({"additional_target": "foo"}, "additional_target: the model has no layer foo", "There are: "),
+        ({"additional_target": "foo"}, "additional_target: the model has no layer foo", "Its layers: "),
         ({"additional_target": "embed_token"}, "no layer embed_token", "Did you mean embed_tokens?"),
     ],
 )

@@ -246,7 +246,7 @@ def test_what_is_suggested_is_about_the_run_and_works(finished_copy: Path, capsy
     ("assignments", "reported"),
     [
         (["max_steps=80"], "has already trained 80"),
-        (["max_steps=8"], "Give more"),
+        (["max_steps=8"], "Increase it"),
         ([], "has already trained 8 on this dataset"),
     ],
 )

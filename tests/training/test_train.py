@@ -74,7 +74,7 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
         (["--nproc", "1", "--node-rank", "1"], "--node-rank 1: expected 0 to 0"),
         (["--node-rank", "-1"], "--node-rank -1"),
         (["--nnodes", "2", "--node-rank", "5", "--master-addr", "10.9.9.9"], "--node-rank 5: expected 0 to 1"),
-        (["--nnodes", "4:2", "--rdzv-id", "a", "--master-addr", "here"], "the first number is the smaller one"),
+        (["--nnodes", "4:2", "--rdzv-id", "a", "--master-addr", "here"], "the first number must not be the larger one"),
         (["--nnodes", "1:2", "--master-addr", "here"], "needs --rdzv-id"),
         (["--nnodes", "2"], "need --master-addr"),
         (["--master-port", "999999"], "--master-port 999999"),
