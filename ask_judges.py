@@ -31,9 +31,9 @@ def main() -> int:
     asking("--repeat", type=_share, default=0.0, metavar="X", help="ask twice about this share of steps (default 0)")
     asking("--rubric", type=Path, metavar="FILE", help="the rubric (default: ours)")
     asking("--format", metavar="NAME", help="the form of the runs, if it is not recognised")
-    first = parser.add_argument_group("ask only where your own judge is unsure").add_argument
+    first = parser.add_argument_group("ask only about steps of which your own judge is unsure").add_argument
     first("--first", type=Path, metavar="SCORES", help="output of score_trajectories.py for the same runs")
-    wide = "ask where its interval (else two standard deviations) is wider (default 0.4)"
+    wide = "ask if its interval (or else two standard deviations) is wider (default 0.4)"
     first("--unsure-above", type=_share, default=0.4, metavar="X", help=wide)
     first("--audit", type=_share, default=0.1, metavar="X", help="and about this share of the others (default 0.1)")
     return cli.run(_command, parser)

@@ -12,7 +12,7 @@ from prmkit.judge.scorer import positive
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Every label is on disk before the next step is shown; the same command continues. Then: "
+        epilog="Every label is on disk before the next step is shown; run the same command again to continue. Then: "
         "evaluate_judge.py --run saves/RUN --exam labels.jsonl",
     )
     add = parser.add_argument
@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n", type=positive, default=50, metavar="N", help="steps to label (default 50)")
     add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="rows (default labels.jsonl)")
     add("--name", default="human", help="your name, written into every row (default human)")
-    add("--scores", type=Path, metavar="FILE", help="of score_trajectories.py: draws as many steps from each band")
+    add("--scores", type=Path, metavar="FILE", help="by score_trajectories.py: draw evenly from all score bands")
     add("--seed", type=int, default=0, metavar="N", help="another seed draws different steps (default 0)")
     add("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not ours")
     add("--format", metavar="NAME", help="form of the runs (default: recognised)")

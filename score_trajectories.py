@@ -26,7 +26,7 @@ def main() -> int:
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"
     )
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="has the keys of each evaluation type"
+        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="has each evaluation type's score keys"
     )
     parser.add_argument("--summaries", action="store_true", help="also let the model write its verdict, and add it")
     parser.add_argument(

@@ -24,10 +24,10 @@ def main() -> int:
     add("--max-body", type=positive, default=32, metavar="MB", help="largest request (default 32)")
     add("--window", type=seconds, default=5.0, metavar="MS", help="wait for more prompts if idle (default 5)")
     add("--queue", type=positive, default=1024, metavar="N", help="waiting prompts; more get 503 (default 1024)")
-    add("--queue-timeout", type=seconds, default=60.0, metavar="SECONDS", help="wait for a place there (default 60)")
+    add("--queue-timeout", type=seconds, default=60.0, metavar="SECONDS", help="wait for a place in it (default 60)")
     add("--drain", type=seconds, default=30.0, metavar="SECONDS", help="time to finish when stopped (default 30)")
     add("--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not ours")
-    add("--data", type=Path, default=Path("data"), metavar="FOLDER", help="has the keys of each evaluation type")
+    add("--data", type=Path, default=Path("data"), metavar="FOLDER", help="has each evaluation type's score keys")
     rewards = parser.add_argument_group("rewards").add_argument
     how = "how the scores of several steps become one reward (default min)"
     rewards("--aggregate", choices=["min", "mean", "product", "last"], default="min", help=how)
@@ -38,7 +38,7 @@ def main() -> int:
     trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (like --judge)")
     how_many = "share of tasks, by hash, that it answers (default 0.1) or, with --shadow, also scores (default 1)"
     trial("--share", type=share, metavar="X", help=how_many)
-    trial("--shadow", action="store_true", help="the production judge answers; what the challenger says is logged")
+    trial("--shadow", action="store_true", help="the production judge answers; the challenger's scores are only logged")
     logs = parser.add_argument_group("request log").add_argument
     logs("--log-requests", type=Path, metavar="FILE", help="append a JSON line for every scored step")
     logs("--log-prompts", action="store_true", help="log the prompts; otherwise only their hashes and lengths")

@@ -12,7 +12,7 @@ from prmkit.registered import UseRegistered
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Add what to write to argparse's message: `--lora-rank 8` is lora_rank=8 here."""
+        """Add to argparse's message what to write instead: lora_rank=8 for `--lora-rank 8`."""
         from prmkit.training.checks import suggest_flag
 
         super().error(message + suggest_flag(message, list(self._option_string_actions), sys.argv))
