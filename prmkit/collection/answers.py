@@ -28,7 +28,7 @@ _LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """Key -> answer, so far; the first of two with the same key. A last line that a kill cut off is dropped.
+    """Key -> answer, so far; of two with the same key, the first counts. A last line cut off by a kill is dropped.
 
     Raises:
         DataError: a line is damaged.
@@ -68,7 +68,7 @@ def recording(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A function that adds an answer to the file; when it returns, the answer is on the disk.
 
     Raises:
-        OSError: the file cannot be written; the error has its name.
+        OSError: the file cannot be written; the error names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as stream:
@@ -117,7 +117,7 @@ class Tally:
     missing: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(judge, reason) -> number of steps without a verdict."""
     unreadable: int = 0
-    """How many of the missing ones have an answer, which cannot be read after every retry."""
+    """How many of the missing verdicts have an answer that stayed unreadable after every retry."""
     repeated: dict[str, list[float]] = field(default_factory=dict)
     """Judge -> differences between its second and first scores."""
 

@@ -131,7 +131,7 @@ async def _follow(
 ) -> None:
     """Ask until the question is settled, or cannot be settled."""
     while isinstance(ask := next_of(question, state.answers), Ask):
-        if same := state.under_way.get(ask.key):  # runs may begin alike, and one answer is enough
+        if same := state.under_way.get(ask.key):  # another run begins with the same steps: one answer is enough
             await same.wait()
             if question.judge.name in state.stopped:
                 return
@@ -152,7 +152,7 @@ async def _send(question: Question, ask: Ask, connection: Connection, state: Col
     """Send one request within the budget; None, with the reason in `state`, if there is no answer."""
     judge = question.judge
     reserved = state.reserve(judge, ask)
-    while reserved is None and state.reserved > 0:  # requests in flight usually cost less than they could
+    while reserved is None and state.reserved > 0:  # requests in flight usually cost less than was reserved
         await asyncio.sleep(0.02)
         reserved = state.reserve(judge, ask)
     if reserved is None:
@@ -164,7 +164,7 @@ async def _send(question: Question, ask: Ask, connection: Connection, state: Col
     try:
         return _line(question, ask, await connection.chat(ask.body), started)
     except RowFailure as failure:
-        reason = str(failure).removeprefix(judge.base_url).lstrip(": ")  # the table has the judge's name
+        reason = str(failure).removeprefix(judge.base_url).lstrip(": ")  # the report names the judge anyway
         state.failures[judge.name, question.name, question.repeat] = reason
     except DataError as error:  # the server refuses the key, does not have the model, or cannot be reached
         # The client's advice names flags of other commands.

@@ -144,7 +144,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str, int], tuple[str, float] | None]:
-    """Why each step is selected, with one over the probability of that; None for steps that are not."""
+    """Why each step is selected, and its weight, one over the probability of that; None for steps that are not."""
     chosen: dict[tuple[str, int], tuple[str, float] | None] = {}
     try:
         lines = scores.read_bytes().splitlines()
@@ -177,7 +177,7 @@ def _width(line: Mapping[str, Any]) -> float:
 
 
 def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool, as_json: bool) -> int:
-    """Report what is still to be asked; returns the number of requests."""
+    """Report what is still to be asked, and return the number of requests."""
     counts: dict[str, Counter[str]] = {judge.name: Counter() for judge in plan.judges}
     first: Question | None = None
     reports: list[FileReport] = []

@@ -29,7 +29,7 @@ class StrongJudge:
     base_url: str
     model: str
     api_key_env: str | None = None
-    """The variable with the key; the key itself is in no file."""
+    """The environment variable with the key; the key itself is in no file."""
     concurrency: int = 4
     json: JsonMode = "object"
     """`schema` sends a JSON schema, `object` requests any JSON object, `prompt` relies on the prompt alone."""
@@ -99,13 +99,13 @@ def load_judges(path: Path) -> list[StrongJudge]:
     judges = [_judge(each, f"{path}: judge {number}") for number, each in enumerate(content, start=1)]
     names = [judge.name for judge in judges]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"{path}: two judges are called {twice}. Give each its own name.")
+        raise UsageError(f"{path}: two judges are called {twice}. Give each a different name.")
     _check_answers_differ(judges, path)
     return judges
 
 
 def _check_answers_differ(judges: Sequence[StrongJudge], path: Path) -> None:
-    """Check that judges differ in model or parameters, by which answers are found: else they would share answers."""
+    """Check that no two judges have the same model and parameters: these identify answers, so both would share them."""
     sent: dict[str, str] = {}
     for judge in judges:
         same = json.dumps([judge.model, judge.json, judge.parameters | dict([judge.limit])], sort_keys=True)
@@ -123,7 +123,7 @@ def _judge(content: Any, place: str) -> StrongJudge:
     for name, value in content.items():
         if name not in _KINDS:
             near = difflib.get_close_matches(str(name), _KINDS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_KINDS)}."
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_KINDS)}."
             raise UsageError(f"{place}: there is no setting {name}. {hint}")
         if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
             raise UsageError(f"{place}: {name} is {value!r:.40}, but must be {_KINDS[name][0].__name__}.")

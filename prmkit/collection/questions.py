@@ -47,7 +47,7 @@ class Question:
 
     @property
     def name(self) -> str:
-        """For messages and records."""
+        """The step or run, as messages name it."""
         return self.run.trajectory_id if self.per_run else f"{self.run.trajectory_id}#{next(iter(self.prompts))}"
 
 
@@ -181,7 +181,7 @@ def _reason(verdict: Verdict | Unreadable, shape: Shape | None) -> str | None:
 
 
 def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Mapping[int, Verdict] | str:
-    """Every step of a run from one answer. It must have exactly these steps: with a shifted number, all are wrong."""
+    """Every step of a run from one answer. It must have exactly these steps: shifted numbers make all wrong."""
     body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
         given = json.loads(body)
@@ -223,6 +223,6 @@ def _reference(run: Trajectory) -> str:
 
 
 def draw(share: float, *names: str) -> bool:
-    """Whether something is in a random share; always the same answer, by a hash of its names."""
+    """Whether something is in a random share, decided by a hash of its names, so always in the same way."""
     place = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
     return place < share * 2**64
