@@ -1,9 +1,9 @@
-"""What a model folder gives in the environment that this runs in, and how two environments differ.
+"""Compare environments: the token ids and log probabilities of a model folder in this one, and how two differ.
 
     python tools/export_numbers.py MODEL NUMBERS.json
     python tools/export_numbers.py --compare NUMBERS.json OTHER.json
 
-Imports nothing of prmkit, so that it runs in any environment that has torch and transformers.
+Imports nothing from prmkit, so that it runs in any environment that has torch and transformers.
 """
 
 import json
@@ -17,7 +17,7 @@ TEXTS = (
     "  leading\t\n",
 )
 LARGEST = 1e-4
-"""Largest difference between two log probabilities, for weights in float32."""
+"""The largest difference allowed between two log probabilities, for weights in float32."""
 
 
 def numbers_of(model: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ OBJECT_REASONING_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge scores `quality + bias + noise`, noise normal with standard deviation `noise`, in steps of 0.05."""
+    """A judge's score is the quality plus `bias` and normal noise (standard deviation `noise`), in steps of 0.05."""
 
     name: str
     bias: float
@@ -97,7 +97,7 @@ def overall_summary(judge: Judge, scores: Mapping[str, float]) -> str:
 
 
 def reasoning(rng: random.Random, scores: Mapping[str, float]) -> str | dict[str, str]:
-    """Why the scores were given: mostly one string, sometimes one string for each key, as real judges write."""
+    """Why the scores were given: mostly one string, sometimes one per key, as real judges write."""
     if rng.random() < OBJECT_REASONING_SHARE:
         return {key: f"It was {band(value)}." for key, value in scores.items()}
     first, *_, last = scores.values()
@@ -110,7 +110,7 @@ def band(value: float) -> str:
 
 
 def written(rng: random.Random, verdict: Mapping[str, object]) -> str:
-    """The judge's answer as it arrives: mostly JSON; broken in one of the ways of `MESSES`, as often as it says."""
+    """The judge's answer as it arrives: JSON, unless it is broken in one of the ways of `MESSES`."""
     text = json.dumps(verdict, indent=4, ensure_ascii=False)
     draw = rng.random()
     for share, mess in MESSES:
@@ -152,4 +152,4 @@ MESSES: tuple[tuple[float, Callable[[str], str]], ...] = (
     (0.010, _empty),
     (0.005, _prose),
 )
-"""Share of the answers -> how they are broken. The first four can be repaired, the last two cannot."""
+"""(share of the answers, how they are broken). The first four can be repaired, the last two cannot."""

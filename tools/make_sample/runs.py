@@ -69,7 +69,7 @@ def messages_of(run: Trajectory) -> list[Message]:
 
 
 def session_lines(run: Trajectory) -> Iterator[dict[str, Any]]:
-    """The run as a session of Claude Code: thought and call of one answer are lines of their own."""
+    """The run as a session of Claude Code: thought and call of one answer are on separate lines."""
     parent = None
     count = 0
 

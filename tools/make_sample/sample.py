@@ -4,7 +4,7 @@
 
     python -m tools.make_sample --new-steps examples/new_steps.jsonl     three steps without answers, to be scored
 
-No real agent or judge wrote any of it. It has the schema and the habits of real data: two judges of different
+No real agent or judge wrote any of it. It has the schema and the quirks of real data: two judges of different
 strictness and noise answer the same prompts; every trajectory has ordinary clips, a last clip with the answer, one
 evaluation for each tool category and one for the whole; category and final prompts show the mean clip scores; about one
 task in seven is not in English. 8 % of the answers are broken: 3 % are fenced, 1.5 % have a bare newline and 1 % bare
@@ -34,7 +34,7 @@ from tools.make_sample.trajectories import Answer, Clip, Trajectory, draw_trajec
 
 DEFAULT_TASKS = 240
 NEW_SEED = 29
-"""Its first task, which is not in the sample, has a fair step, a wasted one and a good one."""
+"""The seed of a task that is not in the sample and has a fair step, a wasted one and a good one."""
 FIRST_TIMESTAMP = datetime(2025, 1, 6, 9, 0, 0)
 
 Verdict = dict[str, Any]
@@ -64,7 +64,7 @@ def sample_rows(seed: int = 0, tasks: int = DEFAULT_TASKS) -> Iterator[dict[str,
 
 
 def _evaluations(rng: random.Random, trajectory: Trajectory) -> Iterator[Evaluation]:
-    """Judge a trajectory: its clips, its tool categories, its answer, the whole."""
+    """Judge a trajectory: its clips, its tool categories, its answer, and the whole of it."""
     question, clips, answer = trajectory.question, trajectory.clips, trajectory.answer
     verdicts = [_clip_verdicts(rng, clip) for clip in clips]
     judged = [_judged_clip(clip.number, clip.category, both) for clip, both in zip(clips, verdicts, strict=True)]

@@ -39,7 +39,7 @@ MANNER_BONUS = {"planned": 0.06, "plain": 0.0, "vague": -0.14}
 """How clear the thought before the call is -> what it adds to the quality."""
 
 STANDING_QUALITY = {"right": 0.97, "unchecked": 0.80, "rough": 0.50, "slip": 0.15, "guess": 0.10, "unknown": 0.03}
-"""Standing of the final answer, compared with the truth -> its correctness. A `slip` is wrong but looks right."""
+"""Standing of the final answer -> its correctness. A `slip` is wrong but looks right."""
 
 STANDING_SHARES = {
     "found": {"right": 0.72, "unchecked": 0.20, "slip": 0.08},
@@ -51,7 +51,7 @@ STANDING_SHARES = {
 
 @dataclass(frozen=True)
 class Clip:
-    """One thought, tool call and result. `category` is "none" and `call` empty where no tool was called."""
+    """One thought, tool call and result. If no tool was called, `category` is "none" and `call` is empty."""
 
     number: int
     category: str
@@ -65,7 +65,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Answer:
-    """The last clip: what the agent concluded. `model` and `truth` are the two answers side by side."""
+    """The last clip: what the agent concluded. `model` is the agent's answer, `truth` the correct one."""
 
     number: int
     standing: str
@@ -130,8 +130,8 @@ def draw_trajectory(rng: random.Random, attempt: random.Random | None = None) ->
     """Draw a task, the agent's clips on it and its answer.
 
     Args:
-        rng: draws the task, and the rest as well where `attempt` is None.
-        attempt: draws what the agent does; another one is another attempt at the same task.
+        rng: draws the task, and also what the agent does if `attempt` is None.
+        attempt: draws what the agent does; another generator gives another attempt at the same task.
     """
     english = rng.random() < ENGLISH_SHARE
     topic = rng.choice([topic for topic in TOPICS if (topic.language == "en") == english])
@@ -199,7 +199,7 @@ def _draw_answer(rng: random.Random, book: Phrasebook, clips: tuple[Clip, ...], 
     outcomes = [clip.outcome for clip in clips]
     best = next((outcome for outcome in ("found", "partial") if outcome in outcomes), "other")
     standing = _pick(rng, STANDING_SHARES[best])
-    # A slip looks like a right answer in everything but the number.
+    # Apart from its number, a slip looks like a right answer.
     thought_of, wording_of = ("right", "guess") if standing == "slip" else (standing, standing)
     return Answer(
         number=len(clips) + 1,
