@@ -49,7 +49,7 @@ def _scores(predicted: Any, reference: Any, task: Any) -> Scores:
         clip_number=missing, prompt_characters=missing, predicted=predicted, median=predicted, std=missing,
         below=np.full((n, 2), np.nan), reference=reference, references=reference[:, None],
         constant_mean=np.full(n, reference.mean()), constant_median=np.full(n, np.median(reference)),
-        leaked_mean=missing, leaked_last=missing, weight=np.ones(n),
+        leaked_mean=missing, leaked_last=missing, weight=np.ones(n), judge_weights=np.ones((n, 1)),
     )  # fmt: skip
 
 

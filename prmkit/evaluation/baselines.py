@@ -147,7 +147,8 @@ def against_each(scores: Scores, judges: Sequence[str]) -> Metrics:
     for column, judge in enumerate(judges):
         alone = scores.where(np.isfinite(scores.references[:, column]))
         if len(alone):
-            found[judge] = _brief(replace(by_mean(alone), reference=alone.references[:, column]))
+            weight = alone.judge_weights[:, column]
+            found[judge] = _brief(replace(by_mean(alone), reference=alone.references[:, column], weight=weight))
     return found
 
 
@@ -179,7 +180,12 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
     for one, other in combinations(range(len(judges)), 2):
         both = scores.where(np.flatnonzero(np.isfinite(scores.references[:, [one, other]]).all(axis=1)))
         if len(both):
-            sample = replace(by_mean(both), predicted=both.references[:, one], reference=both.references[:, other])
+            sample = replace(
+                by_mean(both),
+                predicted=both.references[:, one],
+                reference=both.references[:, other],
+                weight=both.judge_weights[:, [one, other]].max(axis=1),
+            )
             found.append({"judges": [judges[one], judges[other]]} | _brief(sample))
     count = np.isfinite(scores.references).sum(axis=1)
     against = _why_no_bound(scores, count)
@@ -216,8 +222,10 @@ def _gap(scores: Scores) -> Estimate:
     Computed for each pair of judges on the scores that both gave; the mean over pairs is weighted by their number. Both
     sides use single judges, because the mean of several is easier to agree with. Within keys, as `ORDER`.
     """
-    sample, parts, used = by_mean(scores), [], np.zeros(len(scores), bool)
-    for one, other in combinations(scores.references.T, 2):
+    every, parts, used = by_mean(scores), [], np.zeros(len(scores), bool)
+    for columns in combinations(range(scores.references.shape[1]), 2):
+        one, other = scores.references[:, columns].T
+        sample = replace(every, weight=scores.judge_weights[:, columns].max(axis=1))
         both = np.isfinite(one) & np.isfinite(other)
         if both.sum() >= MIN_SCORES:
             orders = [
@@ -236,8 +244,8 @@ def _gap(scores: Scores) -> Estimate:
         gap: Floats = total / sum(size for size, _ in parts)
         return gap
 
-    estimate = measure(sample, statistic, min_n=MIN_SCORES)
-    return replace(estimate, n=int(used.sum()), tasks=len(np.unique(sample.task[used])))
+    estimate = measure(every, statistic, min_n=MIN_SCORES)
+    return replace(estimate, n=int(used.sum()), tasks=len(np.unique(every.task[used])))
 
 
 def _bounds(correlations: Sequence[Estimate], judges: float, itself: Estimate, against: str | None) -> Metrics:

@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -64,6 +64,9 @@ class HeldOutPrompt:
     """Judge -> its (first) answer, as it is in the dataset."""
     system: str | None = None
     """The system text of the row; None for the judge's default."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Judge -> its weight here, where that is not the prompt's: it was asked only about selected prompts, others not.
+    """
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,16 @@ def _held_out_prompt(
         reference={key: corrected_mean(scores, leniency) for key, scores in _by_key(references).items()},
         answers=answers,
         system=restore(texts.system) if texts.system else None,
+        weights=_other_weights(rows, weight_of(metadata)),
     )
+
+
+def _other_weights(rows: Sequence[_LabelledRow], of_prompt: float) -> Mapping[str, float]:
+    weights: dict[str, float] = {}
+    for _, meta in rows:
+        judge, weight = _judge_of(meta), weight_of(meta["metadata"])
+        weights[judge] = min(weight, weights.get(judge, weight))
+    return {judge: weight for judge, weight in weights.items() if weight != of_prompt}
 
 
 def _with_weight(of_rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -222,6 +234,9 @@ def _reference_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
         (prompt.prompt_sha256, prompt.metadata[WEIGHT]) for prompt in prompts if WEIGHT in prompt.metadata
     ):
         references.append(weights)
+    of_judges = sorted((prompt.prompt_sha256, sorted(prompt.weights.items())) for prompt in prompts if prompt.weights)
+    if of_judges:
+        references.append(of_judges)
     return hashlib.sha256(orjson.dumps(references, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -243,7 +243,7 @@ def _distributions(scores: Scores, judges: Sequence[str]) -> str:
     ]
     for column, judge in enumerate(judges):
         alone = scores.references[:, column]
-        rows.append((judge, alone[np.isfinite(alone)], scores.weight[np.isfinite(alone)], GREY))
+        rows.append((judge, alone[np.isfinite(alone)], scores.judge_weights[np.isfinite(alone), column], GREY))
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True, sharey=True)[:, 0]

@@ -47,6 +47,7 @@ def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any
         "std": rounded(judgement.std),
         "reference": prompt.reference,
         "references": prompt.references,
+        **({"weights": prompt.weights} if prompt.weights else {}),
         "leaked_score": round(fmean(leaked), 6) if leaked else None,
         "leaked_last": leaked[-1] if leaked else None,
         "text": judgement.text,
@@ -114,6 +115,8 @@ class Scores:
     leaked_last: Floats
     weight: Floats
     """How many prompts its prompt represents: see `prmkit.rows.WEIGHT`."""
+    judge_weights: Floats
+    """Likewise among the prompts of each judge, shape (scores, judges)."""
 
     def __len__(self) -> int:
         return len(self.predicted)
@@ -182,6 +185,13 @@ def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Const
         leaked_mean=_numbers(of_rows["leaked_score"]),
         leaked_last=_numbers(of_rows["leaked_last"]),
         weight=weight,
+        judge_weights=matrix(
+            (
+                [row.get("weights", {}).get(judge, of_prompt) for judge in judges]
+                for (_, row, _, _), of_prompt in zip(entries, weight, strict=True)
+            ),
+            len(judges),
+        ),
     )
 
 

@@ -45,6 +45,29 @@ def test_a_judge_that_is_one_of_the_judges_agrees_with_itself(held_out):
     assert ceiling(twin, held_out.judges, UNKNOWN)["gap"].value == pytest.approx((1 + rho) / 2 - rho)
 
 
+def test_a_judge_that_was_asked_only_about_selected_prompts_is_weighed_where_it_is_compared(held_out):
+    chance = np.random.default_rng(0)
+    asked_later = held_out.judges[1]
+    prompts = tuple(replace(each, weights={asked_later: float(chance.integers(1, 6))}) for each in held_out.prompts)
+    scores = clips(held_out, predictions_of(replace(held_out, prompts=prompts), noisy(0.1)))
+    assert np.all(scores.weight == 1) and np.all(scores.judge_weights[:, 0] == 1)
+    weight = scores.judge_weights[:, 1]
+    both = np.isfinite(scores.references).all(axis=1)
+    often = scores.where(np.repeat(np.flatnonzero(both), weight[both].astype(int)))
+    often = replace(often, judge_weights=np.ones_like(often.judge_weights))
+    found, expected = (ceiling(each, held_out.judges, UNKNOWN) for each in (scores, often))
+    for name in ("pearson", "mae", "spearman_within_keys"):
+        assert found["pairs"][0][name].value == pytest.approx(expected["pairs"][0][name].value)
+    assert found["gap"].value == pytest.approx(expected["gap"].value)
+    against, plain = (
+        against_each(each, held_out.judges) for each in (scores, clips(held_out, predictions_of(held_out, noisy(0.1))))
+    )
+    given = np.isfinite(scores.references[:, 1])
+    errors = (scores.predicted - scores.references[:, 1])[given]
+    assert against[asked_later]["bias"].value == pytest.approx(np.average(errors, weights=weight[given]))
+    assert against[held_out.judges[0]]["bias"] == plain[held_out.judges[0]]["bias"]
+
+
 def test_one_judge_alone_has_no_ceiling_and_says_so(held_out):
     scores = clips(held_out, predictions_of(held_out, noisy(0.1)))
     alone = replace(scores, references=scores.references[:, :1])

@@ -234,7 +234,9 @@ def test_a_prompt_weighs_as_its_most_certain_row_and_a_bad_weight_is_an_error(tm
     every = rows_of[one]
     assert weighted(one, *[audit] * every).metadata.items() >= audit.items()
     assert weighted(one, audit, *[unsure] * (every - 1)).metadata.items() >= unsure.items()
-    assert WEIGHT not in weighted(other, audit).metadata  # its other rows were asked for whatever the judge said
+    mixed = weighted(other, audit)
+    assert WEIGHT not in mixed.metadata  # its other rows were asked for whatever the judge said
+    assert list(mixed.weights.values()) == [5.0] and mixed.weights.keys() < mixed.references.keys()
     for wrong in (0, -1.0, "2", None, True, float("inf")):
         with pytest.raises(DataError, match=r"metadata\.selection_weight of a row of task .* must be a number above 0"):
             weight_of({"task_id": "t", WEIGHT: wrong})

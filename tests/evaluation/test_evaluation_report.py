@@ -87,9 +87,10 @@ def test_plots_are_about_all_prompts_that_the_chosen_ones_represent(held_out):
     scores = table_of_scores(predictions_of(held_out, noisy(0.12)), held_out.judges, CONSTANTS)
     weight = np.random.default_rng(0).integers(1, 6, len(scores)).astype(float)
     often = scores.where(np.repeat(np.arange(len(scores)), weight.astype(int)))
+    chosen = replace(scores, weight=weight / 3, judge_weights=np.stack([weight, weight], axis=1))
     titles = [
         re.findall(r"mean [\d.]+, standard deviation [\d.]+", _distributions(each, held_out.judges))
-        for each in (replace(scores, weight=weight / 3), often, scores)
+        for each in (chosen, often, scores)
     ]
     assert titles[0] == titles[1] != titles[2]
     (mean,), (error,) = _means([(scores.predicted, weight)])
