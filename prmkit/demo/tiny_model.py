@@ -65,7 +65,7 @@ def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
     Args:
         sample: JSONL in the schema of `finetune.jsonl`; the tokenizer is trained on its turns.
         output: the model folder.
-        seed: of the weights.
+        seed: the seed of the random weights.
 
     Returns:
         Whether it was built now.
@@ -86,7 +86,7 @@ def build_once(folder: Path, recipe: Mapping[str, Any], build: Callable[[Path], 
     """Build a model folder, unless it already has the model of this recipe.
 
     Args:
-        folder: of the model.
+        folder: the model folder.
         recipe: everything that the model depends on.
         build: writes the model into a given folder.
 
@@ -187,7 +187,7 @@ def main() -> int:
     )
     parser.add_argument("--sample", type=Path, required=True, help="the JSONL that the tokenizer is trained on")
     parser.add_argument("--output", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
     return cli.run(_command, parser)
 
 

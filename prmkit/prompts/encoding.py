@@ -34,7 +34,7 @@ class ChatEncoding:
     """The model's own chat template; some of LLaMA Factory's templates replace the tokenizer's."""
 
     def pair_ids(self, prompt: str, answer: str, system: str | None = None) -> tuple[list[int], list[int]]:
-        """Token ids of one training row, before any cutting: the prompt's, and the answer's with its end of turn.
+        """Token ids of one training row, before truncation: the prompt's, and the answer's with its end of turn.
 
         Args:
             prompt: the user's turn.

@@ -82,7 +82,7 @@ class Pieces:
         texts = list(dict.fromkeys(piece for pair in filled for side in pair for piece in side if type(piece) is str))
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         lengths: dict[Piece, int] = dict(zip(texts, map(len, encoded), strict=True))
-        # An id is one token; no id is among the strings.
+        # A piece that is an id is not in `lengths`, and counts as one token.
         return [(sum(lengths.get(each, 1) for each in prompt), sum(lengths.get(each, 1) for each in answer))
                 for prompt, answer in filled]  # fmt: skip
 
@@ -104,14 +104,14 @@ def load_pieces(
     """The pieces of a template, from the cache or from a child process that asks LLaMA Factory.
 
     Args:
-        folder: of the tokenizer.
+        folder: the tokenizer's folder.
         template: LLaMA Factory's name of the template; None parses the tokenizer's chat template.
         default_system: LLaMA Factory's key of this name.
         enable_thinking: LLaMA Factory's key of this name.
 
     Returns:
         None if there are none: the tokenizer is not a folder with a tokenizer.json or cannot be loaded, or the template
-        does more than put strings around texts. Then `load_encoding` does the work, or says what is wrong.
+        does more than put strings around texts. Then `load_encoding` does the work, or reports the error.
     """
     if not (folder / "tokenizer.json").is_file():
         return None

@@ -1,4 +1,4 @@
-"""Shortening prompts that are too long for the context in the middle, as a person would.
+"""Shortening prompts that are too long for the context by leaving out their middle.
 
 LLaMA Factory silently cuts a long prompt from the right: the output schema and the assistant's header go first.
 `trim_prompt` removes the middle of the step's content instead. The essentials stay: the task, the schema and the
@@ -86,7 +86,7 @@ def _longest_that_fits(
 
 
 def _parts_that_may_go(prompt: str) -> list[range]:
-    """The parts to shorten, the first one first; they do not overlap."""
+    """The parts to shorten, in that order; they do not overlap."""
     end = start_of_question(prompt)
     # Prompts of `prmkit.prompts.step`: the step that is judged first, then the steps between the task and it.
     if steps := list(_STEP.finditer(prompt, 0, end)):
@@ -135,7 +135,7 @@ def _without(
         if here:
             start = part.start + (len(part) - here) // 2
             mark = f" [... {here:,} characters left out here ...] "
-            # Parts are shortened from the back to the front, so the offsets of those before stay right.
+            # Parts are shortened from last to first, so the offsets of earlier parts stay valid.
             text = text[:start] + mark + text[start + here :]
         still -= here
     return TrimmedPrompt(text, len(encoding.prompt_ids(text, system)), left_out)

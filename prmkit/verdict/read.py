@@ -55,7 +55,7 @@ def score_answer(answer: Answer, scale: Scale | None = None) -> Verdict | Unread
 
 
 _MOST_SCORES = 100
-"""Each one is looked for in the whole answer."""
+"""A limit, because the whole answer is searched for each score."""
 
 
 def _answer(text: str, asked: Shape) -> Answer:
@@ -116,7 +116,7 @@ class _Reading(NamedTuple):
     """The content of an object, if it is the verdict."""
 
     values: Mapping[str, Any]
-    spelt: Mapping[str, str]  # by key, as the prompt spells it, how the judge spells it
+    spelt: Mapping[str, str]  # the prompt's key -> the judge's name for it
     nested: bool  # the values are in a `scores` object, or in a list of criteria
     texts: dict[str, Any]
     repairs: tuple[str, ...]

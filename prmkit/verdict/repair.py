@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 _LONGEST_ANSWER = 200_000
 """Characters. Longer answers are rejected unread: no judge writes that much."""
 _MOST_WORK = 400_000
-"""Most characters times (50 + brackets) of an answer that is not JSON: 8,000 characters, or 4,000 with 50 brackets.
+"""The most characters times (50 + brackets) of an answer that is not JSON: 8,000 characters, or 4,000 with 50 brackets.
 
 json-repair may reread the whole text at each bracket, and takes minutes for `]{` repeated. Within this limit it takes
 less than a second; a product, unlike a clock, decides the same way on every machine.
@@ -35,7 +35,7 @@ class Found(NamedTuple):
 
 
 class Refusal(Exception):
-    """An answer that cannot be read: its own reason, and the kind of reason, by which rejected answers are counted."""
+    """An answer that cannot be read: the reason in detail, and its kind, by which rejected answers are counted."""
 
     def __init__(self, reason: str, kind: str = "") -> None:
         super().__init__(reason)
@@ -86,7 +86,7 @@ def unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-# strict=False allows raw newlines and tabs inside strings, the commonest fault of judges, and changes nothing else.
+# strict=False allows raw newlines and tabs inside strings, the most common fault of judges, and changes nothing else.
 _DECODERS = [
     (json.JSONDecoder(strict=strict, parse_constant=_reject_constant, object_pairs_hook=unique_members), repairs)
     for strict, repairs in ((True, ()), (False, ("control characters in a string",)))

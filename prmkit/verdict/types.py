@@ -189,7 +189,7 @@ def _is_name(name: Any) -> bool:
 
 
 def _keys_of(schema: str) -> dict[str, Any]:
-    """An object with its keys alone: by key an object, a list of objects, a string, or None for anything else."""
+    """An object reduced to its keys: key -> an object, a list of objects, a string, or None for anything else."""
     top: dict[str, Any] = {}
     stack: list[Any] = [top]
     key: str | None = None
