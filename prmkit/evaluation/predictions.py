@@ -185,13 +185,7 @@ def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Const
         leaked_mean=_numbers(of_rows["leaked_score"]),
         leaked_last=_numbers(of_rows["leaked_last"]),
         weight=weight,
-        judge_weights=matrix(
-            (
-                [row.get("weights", {}).get(judge, of_prompt) for judge in judges]
-                for (_, row, _, _), of_prompt in zip(entries, weight, strict=True)
-            ),
-            len(judges),
-        ),
+        judge_weights=matrix((_weights_of(row, judges) for _, row, _, _ in entries), len(judges)),
     )
 
 
@@ -199,6 +193,12 @@ _COPIED = (
     *("prompt_sha256", "task_id", "trajectory_id", "evaluation_type", "clip_number"),
     *("prompt_characters", "leaked_score", "leaked_last"),
 )
+
+
+def _weights_of(row: Row, judges: Sequence[str]) -> list[float]:
+    """The weight of each judge: the prompt's, unless the row has another."""
+    of_prompt = weight_of(row["metadata"])
+    return [row.get("weights", {}).get(judge, of_prompt) for judge in judges]
 
 
 def _numbers(values: Iterable[float | None]) -> Floats:
