@@ -161,7 +161,8 @@ def test_a_full_disk_costs_lines_and_no_answers(server: Server, request_log: Pat
 def test_a_random_model_gives_no_rewards(server: Server) -> None:
     """Its label mass is low, and an unsure score must not train a policy."""
     found = server.post("/reward", json={"prompt": "What is 2 + 2?", "response": "4"})
-    assert found.status_code == 503 and found.headers["retry-after"] == "1" and "no score" in found.json()["error"]
+    assert found.status_code == 503 and found.headers["retry-after"] == "1"
+    assert "no reliable score" in found.json()["error"]
 
 
 @pytest.mark.parametrize(
