@@ -6,6 +6,7 @@ python benchmarks/gpu.py training --way guide one way of benchmarks/train.py, wi
 python benchmarks/gpu.py scoring              reading scores against generating verdicts, at batch 1 and 8
 python benchmarks/gpu.py parity               adapter against merged model, batch 1 against 8, in bf16
 python benchmarks/gpu.py smollm2              the demo's real model: train, measure, export
+python benchmarks/gpu.py serving              the same model as a server: one client against 32
 python benchmarks/gpu.py table                everything that was measured so far
 """
 
@@ -31,13 +32,16 @@ from prmkit.judge.types import Mode, Request  # noqa: E402
 SIZES: dict[str, dict[str, int]] = {
     # The public rows of this kind have 900 to 1,500 tokens; prompts of 30,000 characters about 7,500.
     "7b": {
-        "steps": 4, "rows": 96, "words": 1400, "cutoff": 4096, "prompt": 1200, "verdict": 200, "read": 32, "written": 4
+        "steps": 4, "rows": 96, "words": 1400, "cutoff": 4096, "prompt": 1200, "verdict": 200, "read": 32, "written": 4,
+        "served": 600,
     },
     "tiny": {
-        "steps": 2, "rows": 32, "words": 40, "cutoff": 256, "prompt": 100, "verdict": 20, "read": 16, "written": 4
+        "steps": 2, "rows": 32, "words": 40, "cutoff": 256, "prompt": 100, "verdict": 20, "read": 16, "written": 4,
+        "served": 8,
     },
 }  # fmt: skip
-"""What is trained on and scored; `read` and `written` prompts at batch 1, four times as many written at batch 8."""
+"""What is trained on and scored: `read` and `written` prompts at batch 1, four times as many written at batch 8, and
+`served` steps."""
 
 IMPORTED = ("llamafactory", "transformers", "peft", "trl", "datasets", "accelerate", "torch", "orjson", "liger-kernel")
 """Distributions that the parts need. On a CPU liger-kernel may be missing: it is not used there."""
@@ -156,26 +160,53 @@ def scores(judge: Judge, rows: list[Request], batch_size: int) -> list[float]:
 def smollm2(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Run the chain of `--demo --model smollm2` with a model folder that is there already."""
     folder = train.WORK.parent / "smollm2"
-    python, config = sys.executable, ROOT / "configs" / "cpu_smollm2.yaml"
     run = folder / "saves" / "judge"
     convert = ["--input", str(ROOT / "finetune.jsonl"), "--output-dir", str(folder / "data"), "--no-task-variants"]
-    places = [f"model_name_or_path={given.smollm2}", f"dataset_dir={folder / 'data'}", f"output_dir={run}"]
-    quick = [f"max_steps={given.max_steps}"] if given.max_steps else []
-    device = ["use_cpu="] if given.device == "cuda" else []
-    where = [f"export_dir={folder / 'exported'}", "--export"]
-    seconds = {}
-    for name, command in (
-        ("convert", ["convert_dataset.py", *convert]),
-        ("train and export", ["train.py", "--config", str(config), *where, *places, *device, *quick]),
-        ("evaluate", ["evaluate_judge.py", "--run", str(run), *(["--limit", "8"] if given.max_steps else [])]),
-    ):
-        began = time.perf_counter()
-        program, *arguments = command
-        subprocess.run([python, str(ROOT / program), *arguments], check=True, cwd=ROOT, stdout=sys.stderr)
-        seconds[name] = round(time.perf_counter() - began, 1)
+    learn = [f"dataset_dir={folder / 'data'}", f"output_dir={run}", f"export_dir={folder / 'exported'}", "--export"]
+    seconds = {
+        "convert": seconds_of("convert_dataset.py", *convert),
+        "train and export": seconds_of("train.py", *smollm2_settings(given), *learn),
+        "evaluate": seconds_of(
+            "evaluate_judge.py", "--run", str(run), *(["--limit", "8"] if given.max_steps else ["--baseline"])
+        ),
+    }
     metrics = (run / "evaluation" / "metrics.json").read_text()
     (given.output / "metrics.json").write_text(metrics)
     yield {"seconds": seconds}
+
+
+def smollm2_settings(given: argparse.Namespace) -> list[str]:
+    """Arguments of train.py that fit the demo's configuration to the model's folder and to the device."""
+    settings = ["--config", str(ROOT / "configs" / "cpu_smollm2.yaml"), f"model_name_or_path={given.smollm2}"]
+    settings += ["use_cpu="] if given.device == "cuda" else []
+    return settings + ([f"max_steps={given.max_steps}"] if given.max_steps else [])
+
+
+def seconds_of(program: str, *arguments: str) -> float:
+    """Run one of the project's programs, and return how long it took."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / program), *arguments], check=True, cwd=ROOT, stdout=sys.stderr)
+    return round(time.perf_counter() - began, 1)
+
+
+def serving(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train the demo's real model on steps of runs, serve it, and load it with single steps."""
+    folder = train.WORK.parent / "serving"
+    folder.mkdir(parents=True, exist_ok=True)
+    steps, data, run = folder / "steps.jsonl", folder / "data", folder / "saves" / "judge"
+    labels = ["--labels", "column", "--label-key", "labels", "--output", str(steps)]
+    seconds_of("import_trajectories.py", str(ROOT / "examples" / "labelled_runs.jsonl"), *labels)
+    places = ["cutoff_len=2048", f"dataset_dir={data}", f"output_dir={run}"]
+    seconds_of("convert_dataset.py", "--input", str(steps), *smollm2_settings(given), *places)
+    learn = ["dataset=reward_model_full", "eval_dataset="]
+    seconds_of("train.py", *smollm2_settings(given), *places, *learn)
+    for batch_size in (8, 32):
+        load = ["--steps", str(SIZES[given.size]["served"]), "--serve", "--batch-size", str(batch_size)]
+        command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "--run", str(run), *load]
+        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        for line in map(json.loads, shown.splitlines()):
+            if "clients" in line:
+                yield {"batch": batch_size, **line}
 
 
 def table(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -191,13 +222,13 @@ def table(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for line in of["scoring"]:
         ratio = line["steps/s"] / written[line["batch"]] if line["batch"] in written else float("nan")
         print(f"| {line['batch']} | {line['mode']} | {line['steps/s']:.2f} | {ratio:.1f} | {line['GiB']:.1f} |")
-    for part in ("check", "prepare", "parity", "smollm2"):
+    for part in ("check", "prepare", "parity", "smollm2", "serving"):
         for line in of[part]:
             print(json.dumps(line)[:400])
     yield from ()
 
 
-PARTS = {part.__name__: part for part in (check, prepare, training, scoring, parity, smollm2, table)}
+PARTS = {part.__name__: part for part in (check, prepare, training, scoring, parity, smollm2, serving, table)}
 
 
 def main() -> None:

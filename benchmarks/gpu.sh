@@ -9,10 +9,11 @@ Usage: benchmarks/gpu.sh [options]
 
   --dry-run          small sizes on the CPU: is everything there, does every part run
   --wheels FOLDER    install these into a new environment over the packages of python3, without a network
-  --smollm2 FOLDER   a model folder made by python -m prmkit.demo.smollm2; without it that part is left out
+  --smollm2 FOLDER   a model folder made by python -m prmkit.demo.smollm2; without it the last two parts are left out
   --scratch FOLDER   for the 15 GB of the random model (default: benchmarks/scratch); memory is fastest: /dev/shm/prmkit
   --output FOLDER    where results.jsonl and the logs go (default: gpu in the scratch folder)
-  --parts "A B …"    only these (default: check prepare guide prmkit unchecked packed single scoring parity smollm2)
+  --parts "A B …"    only these (default: check prepare guide prmkit unchecked packed fastest scoring parity smollm2
+                     serving; there are also single and compiled)
   -h, --help         this text
 
 Each part runs alone and has a time limit; one that fails or overruns leaves the others' results as they are. Exit code:
@@ -28,7 +29,7 @@ fail() {
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3} size=7b device=cuda wheels="" smollm2="" output="" steps=0
 scratch=$here/benchmarks/scratch
-parts="check prepare guide prmkit unchecked packed single scoring parity smollm2"
+parts="check prepare guide prmkit unchecked packed fastest scoring parity smollm2 serving"
 while (($#)); do
     case $1 in
         --dry-run) size=tiny device=cpu steps=2 ;;
@@ -48,7 +49,7 @@ done
 output=${output:-$scratch/gpu}
 mkdir -p "$scratch" "$output"
 export PRMKIT_SCRATCH=$scratch PYTHONUNBUFFERED=1 LLAMAFACTORY_VERBOSITY=WARN
-rm -f "$output/results.jsonl"
+: >"$output/results.jsonl"
 
 if [[ -n $wheels ]]; then
     environment=$scratch/environment
@@ -74,12 +75,15 @@ part() {
 
 part check 60 check ${smollm2:+--smollm2 "$smollm2"}
 part prepare 90 prepare
-for way in guide prmkit unchecked packed single; do
-    part "$way" 90 training --way "$way"
+for way in guide prmkit single unchecked packed fastest compiled; do
+    part "$way" 150 training --way "$way"
 done
 part scoring 110 scoring
 part parity 60 parity
-[[ -z $smollm2 ]] || part smollm2 200 smollm2 --smollm2 "$smollm2" --max-steps "$steps"
+if [[ -n $smollm2 ]]; then
+    part smollm2 240 smollm2 --smollm2 "$smollm2" --max-steps "$steps"
+    part serving 240 serving --smollm2 "$smollm2" --max-steps "$steps"
+fi
 "$python" "$here/benchmarks/gpu.py" table --output "$output"
 [[ -z $failed ]] || {
     printf 'failed:%s (logs in %s)\n' "$failed" "$output" >&2

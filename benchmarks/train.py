@@ -3,8 +3,8 @@
     python benchmarks/train.py                                        a model of a million weights, on any machine
     python benchmarks/train.py --size 7b --words 1500 --cutoff 4096   Qwen2.5-7B with random weights; needs a GPU
 
-All ways learn from the same rows with the same LoRA, cutoff_len and, except for `packed`, the same rows in an optimizer
-step. They differ in speed and memory alone:
+All ways learn from the same rows with the same LoRA, cutoff_len and, except where rows are packed, the same rows in an
+optimizer step. They differ in speed and memory alone:
 
 - guide: the keys that the guide which this project began with writes (batch 2 x 8, bf16, tf32), and LLaMA Factory's
   defaults for everything else;
@@ -12,7 +12,9 @@ step. They differ in speed and memory alone:
   optimizer, preprocessing fitted to rows and cores);
 - single: prmkit with batches of one row (1 x 16), so that nothing is padded;
 - unchecked: single without gradient checkpointing, which computes nothing twice and takes more memory;
-- packed: unchecked with several rows in one sequence, kept apart (neat_packing).
+- packed: prmkit with several rows in one sequence, kept apart (neat_packing);
+- fastest: packed and unchecked;
+- compiled: fastest, with torch.compile.
 
 Every way is started by the same launcher, each from an empty cache. Tokens are those of rows, without padding; the
 first step is left out. Peak memory is what LLaMA Factory logs of the GPU, next to prmkit's estimate; without a GPU, the
@@ -44,12 +46,15 @@ from prmkit.training.model import estimate, read_model  # noqa: E402
 from prmkit.training.supervisor import descendants_of  # noqa: E402
 
 SINGLE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
-UNCHECKED = {**SINGLE, "disable_gradient_checkpointing": True}
+UNCHECKED = {"disable_gradient_checkpointing": True}
+PACKED = {"neat_packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "prmkit": {},
     "single": SINGLE,
-    "unchecked": UNCHECKED,
-    "packed": {**UNCHECKED, "neat_packing": True, "gradient_accumulation_steps": 8},
+    "unchecked": {**SINGLE, **UNCHECKED},
+    "packed": PACKED,
+    "fastest": {**PACKED, **UNCHECKED},
+    "compiled": {**PACKED, **UNCHECKED, "torch_compile": True},
 }
 """The ways besides the guide's, and what each changes in training_config.yaml."""
 
