@@ -17,9 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,6 +47,8 @@ SIZES: dict[str, dict[str, int]] = {
 
 IMPORTED = ("llamafactory", "transformers", "peft", "trl", "datasets", "accelerate", "torch", "orjson", "liger-kernel")
 """Distributions that the parts need. On a CPU liger-kernel may be missing: it is not used there."""
+SERVING = ("fastapi", "uvicorn", "httpx", "prometheus-client")
+"""What the part `serving` needs besides, with all that these need: some of it is imported by the first request only."""
 
 
 def check(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -55,16 +59,17 @@ def check(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         line.split("==") for line in (ROOT / "requirements.txt").read_text().split() if "==" in line and line[0] != "#"
     )
     for name in IMPORTED:
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            found = "missing"
+        found = version(name) if is_installed(name) else "missing"
         wanted = pinned.get(name)
         yield {"package": name, "found": found, "pinned": wanted}
         if found == "missing" and not (name == "liger-kernel" and not torch.cuda.is_available()):
             sys.exit(f"{name}: not installed. Give its wheel with --wheels.")
     from llamafactory.hparams import get_train_args  # noqa: F401
 
+    for name in SERVING if given.smollm2 else ():
+        for needed in (Requirement(line) for line in requires(name) or ()):
+            if (needed.marker is None or needed.marker.evaluate({"extra": ""})) and not is_installed(needed.name):
+                sys.exit(f"{needed.name}: not installed, and {name} needs it. Give its wheel with --wheels.")
     for file in ("configs/cpu_smollm2.yaml", "training_config.yaml", "finetune.jsonl"):
         if not (ROOT / file).is_file():
             sys.exit(f"{file}: missing.")
@@ -72,6 +77,14 @@ def check(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         sys.exit(f"{given.smollm2}: no model folder.")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield {"gpu": gpu, "python": sys.version.split()[0], "cores": os.cpu_count()}
+
+
+def is_installed(name: str) -> bool:
+    """Whether a distribution is installed."""
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def prepare(given: argparse.Namespace) -> Iterator[dict[str, Any]]:

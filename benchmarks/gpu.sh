@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure on a GPU, in at most 8 minutes: training against the guide's settings, memory against the estimate, scoring
+# Measure on a GPU, in about 8 minutes: training against the guide's settings, memory against the estimate, scoring
 # against generating, agreement in bf16, and the demo's real model. No network: what is missing comes as wheels.
 set -euo pipefail
 
@@ -12,8 +12,8 @@ Usage: benchmarks/gpu.sh [options]
   --smollm2 FOLDER   a model folder made by python -m prmkit.demo.smollm2; without it the last two parts are left out
   --scratch FOLDER   for the 15 GB of the random model (default: benchmarks/scratch); memory is fastest: /dev/shm/prmkit
   --output FOLDER    where results.jsonl and the logs go (default: gpu in the scratch folder)
-  --parts "A B …"    only these (default: check prepare guide prmkit unchecked packed fastest scoring parity smollm2
-                     serving; there are also single and compiled)
+  --parts "A B …"    only these (default: check prepare guide packed fastest scoring serving smollm2;
+                     there are also prmkit single unchecked compiled parity)
   -h, --help         this text
 
 Each part runs alone and has a time limit; one that fails or overruns leaves the others' results as they are. Exit code:
@@ -29,7 +29,7 @@ fail() {
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3} size=7b device=cuda wheels="" smollm2="" output="" steps=0
 scratch=$here/benchmarks/scratch
-parts="check prepare guide prmkit unchecked packed fastest scoring parity smollm2 serving"
+parts="check prepare guide packed fastest scoring serving smollm2"
 while (($#)); do
     case $1 in
         --dry-run) size=tiny device=cpu steps=2 ;;
@@ -81,8 +81,8 @@ done
 part scoring 110 scoring
 part parity 60 parity
 if [[ -n $smollm2 ]]; then
-    part smollm2 240 smollm2 --smollm2 "$smollm2" --max-steps "$steps"
     part serving 240 serving --smollm2 "$smollm2" --max-steps "$steps"
+    part smollm2 240 smollm2 --smollm2 "$smollm2" --max-steps "$steps"
 fi
 "$python" "$here/benchmarks/gpu.py" table --output "$output"
 [[ -z $failed ]] || {

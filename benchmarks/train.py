@@ -123,9 +123,6 @@ def config_of(way: str, size: str, steps: int, cutoff: int) -> dict[str, Any]:
         return guide_config(size, steps, cutoff)
     without = ("eval_dataset", "eval_strategy", "eval_steps", "use_swanlab", "plot_loss", "save_steps")
     changes = {**dict.fromkeys(without, ""), **shared_keys(size, steps, cutoff), **CHANGES[way]}
-    if changes.get("neat_packing"):
-        # The Trainer would sum a mask that holds the number of each row, or minus infinity.
-        changes["include_num_input_tokens_seen"] = "all"
     overrides = [Override(key, str(value), "benchmark") for key, value in changes.items()]
     return dict(resolve_config(ROOT / "training_config.yaml", overrides).values)
 

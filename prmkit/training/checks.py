@@ -331,6 +331,9 @@ def _check_rows(config: Values, given: Values) -> Iterator[Check]:
     if config["neat_packing"] and config["flash_attn"] == "fa2" and config["per_device_train_batch_size"] > 1:
         hint = "Write per_device_train_batch_size: 1 and multiply gradient_accumulation_steps."
         yield error("neat_packing", "with flash_attn: fa2 works for batches of one only", hint)
+    if config["torch_compile"] and config["enable_liger_kernel"]:
+        message = "miscompiles the kernels of enable_liger_kernel: the loss is then 1e30, or negative"
+        yield error("torch_compile", message, "Leave torch_compile out.")
     if config["dataloader_num_workers"] < 1 and given.get("dataloader_persistent_workers"):
         hint = "Set dataloader_num_workers: 2."
         yield error("dataloader_persistent_workers", "is for loader processes, and there are none", hint)

@@ -291,6 +291,9 @@ def _fit_machine(values: Mapping[str, Any], machine: Machine, *, torchrun: bool,
         rows = default_of("per_device_eval_batch_size")
         reason = f"LLaMA Factory's default of {rows} holds the logits of {rows} rows at once, tens of GB on long rows"
         changes.derived["per_device_eval_batch_size"] = (1, reason)
+    if values.get("neat_packing") and values.get("include_num_input_tokens_seen") == "non_padding":
+        reason = "the Trainer miscounts in packed rows, whose attention masks are not ones and zeros"
+        changes.derived["include_num_input_tokens_seen"] = ("all", reason)
     _fit_swanlab(values, machine, changes)
 
 
@@ -318,7 +321,7 @@ def _fit_gpus(values: Mapping[str, Any], machine: Machine, changes: _Changes) ->
         changes.derived["flash_attn"] = ("fa2", "flash-attn is installed: faster than SDPA on long rows")
     if values.get("flash_attn") == "fa2" and not has_flash_attention:
         changes.dropped["flash_attn"] = "flash-attn is not installed for this GPU; torch's SDPA gives the same results"
-    if "enable_liger_kernel" not in values and "liger-kernel" in machine.packages:
+    if "enable_liger_kernel" not in values and "liger-kernel" in machine.packages and not values.get("torch_compile"):
         changes.derived["enable_liger_kernel"] = (True, "liger-kernel is installed: faster, and smaller logits")
 
 

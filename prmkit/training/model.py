@@ -363,4 +363,5 @@ def _faster(model: Model, values: Any, *, room: float, tokens: int, world_size: 
     memory = estimate(model, whole, tokens=tokens, world_size=world_size)
     if memory.total > COMFORTABLE * room:
         return ""
-    return f"disable_gradient_checkpointing=true would be faster and take {memory.total / GIBIBYTE:.0f} GiB."
+    faster = f"disable_gradient_checkpointing=true would be faster and take {memory.total / GIBIBYTE:.0f} GiB"
+    return faster + ("." if values.get("neat_packing") else "; packed rows as well: see configs/80gb_lora.yaml.")

@@ -313,11 +313,15 @@ def python() -> str:
     return os.path.relpath(sys.executable, here) if Path(sys.executable).is_relative_to(here) else sys.executable
 
 
+_IMPOSSIBLE_LOSS = 1e6
+"""In nats per token. A model that knows nothing has a loss of 12 or so; kernels that are wrong gave 1e30."""
+
+
 def verify_run(folder: Path, values: Mapping[str, Any]) -> None:
     """Check LLaMA Factory's results; its exit code 0 is not trusted.
 
     Raises:
-        LlamaFactoryError: a file is not complete, not all steps were trained, or the loss is not a number.
+        LlamaFactoryError: a file is not complete, not all steps were trained, or the loss is impossible.
     """
     if fault := content_fault(folder):
         raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but {fault}.")
@@ -328,8 +332,11 @@ def verify_run(folder: Path, values: Mapping[str, Any]) -> None:
         steps = f"{state['global_step']} of {state['max_steps']} steps"
         raise LlamaFactoryError(f"{folder}: training stopped early, after {steps}. {_again('To resume, start')}")
     train, held_out = curves(state["log_history"])
-    if any(not math.isfinite(loss) for _, loss in train[-1:] + held_out[-1:]):
-        raise LlamaFactoryError(f"{folder}: the loss is no longer a number. Try a lower learning rate: -lr X")
+    if impossible := [loss for _, loss in train[-1:] + held_out[-1:] if not abs(loss) < _IMPOSSIBLE_LOSS]:
+        raise LlamaFactoryError(
+            f"{folder}: the last loss is {impossible[0]:g}, so the model learnt nothing of use. Try a lower learning "
+            "rate: -lr X"
+        )
 
 
 def _stopped_early(state: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

@@ -118,6 +118,14 @@ def test_fast_kernels_are_used_where_they_are_installed(project: Path) -> None:
     assert "installed" in found.sources["enable_liger_kernel"]
     chosen = resolved(project, "bf16=true", "flash_attn=sdpa", "enable_liger_kernel=false", machine=machine)
     assert (chosen.values["flash_attn"], chosen.values["enable_liger_kernel"]) == ("sdpa", False)
+    assert "enable_liger_kernel" not in resolved(project, "torch_compile=true", machine=machine).values
+
+
+def test_tokens_of_packed_rows_are_counted_with_their_padding(project: Path) -> None:
+    """The Trainer sums attention masks, which for packed rows logged -1e20 tokens a second."""
+    asked = "include_num_input_tokens_seen=non_padding"
+    assert resolved(project, asked, "neat_packing=true").values["include_num_input_tokens_seen"] == "all"
+    assert resolved(project, asked).values["include_num_input_tokens_seen"] == "non_padding"
 
 
 def test_flash_attention_in_float32_would_fail(project: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -337,10 +338,11 @@ def test_what_llamafactory_left_is_checked_even_when_it_ended_well(
     (run / "trainer_state.json").write_text(json.dumps({**state, "global_step": 30}))
     with pytest.raises(LlamaFactoryError, match=f"stopped early, after 30 of {STEPS} steps"):
         verify_run(run, {})
-    lost = [{"step": 2, "loss": float("nan")}]
-    (run / "trainer_state.json").write_text(json.dumps({**state, "log_history": lost}))
-    with pytest.raises(LlamaFactoryError, match="no longer a number"):
-        verify_run(run, {})
+    for loss in (float("nan"), 2.6e30, -3.5e32):
+        lost = [{"step": 2, "loss": loss}]
+        (run / "trainer_state.json").write_text(json.dumps({**state, "log_history": lost}))
+        with pytest.raises(LlamaFactoryError, match=re.escape(f"the last loss is {loss:g}")):
+            verify_run(run, {})
     cut(run / "adapter_model.safetensors")
     with pytest.raises(LlamaFactoryError, match=r"adapter_model\.safetensors is not complete"):
         verify_run(run, {})

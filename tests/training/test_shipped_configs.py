@@ -130,7 +130,8 @@ def test_the_default_is_the_guide_s() -> None:
 @pytest.mark.parametrize(
     ("name", "room", "world_size"),
     [("a100_40gb_lora.yaml", 39.4, 1), ("24gb_qlora.yaml", 23.6, 1), ("multi_gpu_zero2.yaml", 39.4, 4),
-     ("full_finetuning_zero3.yaml", 39.4, 8), ("two_nodes.yaml", 39.4, 16), ("h200_long_context.yaml", 139.8, 1)],
+     ("full_finetuning_zero3.yaml", 39.4, 8), ("two_nodes.yaml", 39.4, 16), ("h200_long_context.yaml", 139.8, 1),
+     ("80gb_lora.yaml", 79.1, 1)],
 )  # fmt: skip
 def test_seven_billion_parameters_fit_where_it_says(
     name: str, room: float, world_size: int, monkeypatch: pytest.MonkeyPatch
