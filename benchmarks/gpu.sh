@@ -12,7 +12,7 @@ Usage: benchmarks/gpu.sh [options]
   --smollm2 FOLDER   a model folder made by python -m prmkit.demo.smollm2; without it the last two parts are left out
   --scratch FOLDER   for the 15 GB of the random model (default: benchmarks/scratch); memory is fastest: /dev/shm/prmkit
   --output FOLDER    where results.jsonl and the logs go (default: gpu in the scratch folder)
-  --parts "A B …"    only these (default: check prepare guide packed fastest scoring serving smollm2;
+  --parts "A B …"    only these (default: check prepare guide packed batched fastest scoring serving smollm2;
                      there are also prmkit single unchecked compiled parity)
   -h, --help         this text
 
@@ -29,7 +29,7 @@ fail() {
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3} size=7b device=cuda wheels="" smollm2="" output="" steps=0
 scratch=$here/benchmarks/scratch
-parts="check prepare guide packed fastest scoring serving smollm2"
+parts="check prepare guide packed batched fastest scoring serving smollm2"
 while (($#)); do
     case $1 in
         --dry-run) size=tiny device=cpu steps=2 ;;
@@ -75,7 +75,7 @@ part() {
 
 part check 60 check ${smollm2:+--smollm2 "$smollm2"}
 part prepare 90 prepare
-for way in guide prmkit single unchecked packed fastest compiled; do
+for way in guide prmkit single unchecked packed batched fastest compiled; do
     part "$way" 150 training --way "$way"
 done
 part scoring 110 scoring

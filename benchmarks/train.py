@@ -13,6 +13,7 @@ optimizer step. They differ in speed and memory alone:
 - single: prmkit with batches of one row (1 x 16), so that nothing is padded;
 - unchecked: single without gradient checkpointing, which computes nothing twice and takes more memory;
 - packed: prmkit with several rows in one sequence, kept apart (neat_packing);
+- batched: packed, with four sequences at once;
 - fastest: packed and unchecked;
 - compiled: fastest, with torch.compile.
 
@@ -53,6 +54,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "single": SINGLE,
     "unchecked": {**SINGLE, **UNCHECKED},
     "packed": PACKED,
+    "batched": {**PACKED, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     "fastest": {**PACKED, **UNCHECKED},
     "compiled": {**PACKED, **UNCHECKED, "torch_compile": True},
 }
