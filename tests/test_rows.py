@@ -11,7 +11,8 @@ import orjson
 import pytest
 
 from prmkit.errors import DataError
-from prmkit.rows import InputRow, Line, Rejected, open_rows, parse_line, prompt_hash, read_row, whole_number
+from prmkit.row_lines import Line, open_rows
+from prmkit.rows import InputRow, Rejected, parse_line, prompt_hash, read_row, whole_number
 
 PROMPT = 'Judge one step.\n\n{"reasonableness_score": 0.7, "summary": "…"}'
 ANSWER = '{"reasonableness_score": 0.5, "summary": "It asked twice."}'
@@ -77,7 +78,7 @@ def test_layouts_are_read_across_the_parts_in_which_a_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = [{"n": number, "text": "ä€\N{GRINNING FACE}" * 50} for number in range(1, 40)]
-    monkeypatch.setattr("prmkit.rows.LONGEST_LINE", 1_000)
+    monkeypatch.setattr("prmkit.row_lines.LONGEST_LINE", 1_000)
     for text in (json.dumps(many, ensure_ascii=False), json.dumps(many, indent=1, ensure_ascii=False)):
         assert numbers(tmp_path / "rows.json", text) == [(number, number) for number in range(1, 40)]
 

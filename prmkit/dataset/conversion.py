@@ -43,7 +43,7 @@ from prmkit.errors import DataError
 from prmkit.files import exclusive_lock, read_json, sha256_of, write_json
 from prmkit.leniency import Leniency
 from prmkit.paths import INFO, REPORT
-from prmkit.rows import STDIN, Line
+from prmkit.row_lines import STDIN, Line
 
 log = logging.getLogger(__name__)
 

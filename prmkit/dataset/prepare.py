@@ -23,7 +23,8 @@ from prmkit.errors import DataError
 from prmkit.files import open_input, open_stdin, sha256_of
 from prmkit.prompts.cleaning import count_leaked_scores, mask_leaked_scores, neutralise
 from prmkit.prompts.step import load_rubric
-from prmkit.rows import EXPECTED, STDIN, InputRow, Line, Rejected, parse_line, prompt_hash, read_lines, read_row
+from prmkit.row_lines import STDIN, Line, read_lines
+from prmkit.rows import EXPECTED, InputRow, Rejected, parse_line, prompt_hash, read_row
 from prmkit.trajectories.rows import holds_records, labelled_rows
 from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_answer, render_verdict, score_answer
 

@@ -22,7 +22,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, write_text
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT, base_model_of
 from prmkit.registered import DATA, ROWS, RUN, VersionId
-from prmkit.rows import open_rows
+from prmkit.row_lines import open_rows
 from prmkit.training.supervisor import die_with_parent
 
 log = logging.getLogger("prmkit")

@@ -61,9 +61,7 @@ def _mlflow(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def _log_to_mlflow(folder: Path, version: VersionId) -> None:
-    from prmkit.registry.mlflow_log import log_version
-
-    log.info("MLflow: %s is logged as run %s", version, log_version(version, folder))
+    log.info("MLflow: %s is logged as run %s", version, describe.log_version(version, folder))
 
 
 def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:

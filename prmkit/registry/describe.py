@@ -1,11 +1,12 @@
-"""Versions described for people: list, show, diff, history."""
+"""Versions described for people (list, show, diff, history), and for teams that compare models in MLflow."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prmkit import cli, registered
-from prmkit.errors import DataError
+from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl
 from prmkit.registered import DATA, RUN, VersionId
 
@@ -285,3 +286,54 @@ def show_drift(version: VersionId, found: Mapping[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+def log_version(version: VersionId, folder: Path) -> str:
+    """Log a version's settings and measurements to the server of MLFLOW_TRACKING_URI.
+
+    The registry remains authoritative: MLflow gets no weights and no rows.
+
+    Returns:
+        The id of MLflow's run.
+
+    Raises:
+        UsageError: mlflow is not installed.
+        DataError: the server does not answer, or refuses the request.
+    """
+    try:
+        import mlflow
+    except ImportError as error:
+        raise UsageError(
+            f"mlflow is not installed for {sys.executable} ({error}). {version} is registered; install mlflow-skinny, "
+            f"then: python manage_judges.py mlflow {version}"
+        ) from error
+    record = registered.read_version(version, folder)
+    config = read_json(registered.folder_of_version(version, folder) / RUN / "run.json")["config"]
+    try:
+        mlflow.set_experiment("prmkit")
+        with mlflow.start_run(run_name=str(version)) as run:
+            mlflow.set_tags({"prmkit.version": str(version), "prmkit.parent": record["parent"] or "none",
+                             "prmkit.data": record["conversion_report_sha256"] or "not known"})  # fmt: skip
+            mlflow.log_params({key: value for key, value in config.items() if key not in PLACES})
+            mlflow.log_metrics(_mlflow_metrics(version, record, folder))
+    except mlflow.exceptions.MlflowException as error:
+        raise DataError(
+            f"MLflow: {str(error).splitlines()[0]:.300} {version} is registered; once this is fixed, run: "
+            f"python manage_judges.py mlflow {version}"
+        ) from error
+    return str(run.info.run_id)
+
+
+def _mlflow_metrics(version: VersionId, record: dict[str, Any], folder: Path) -> dict[str, float]:
+    estimates = {"spearman": record["spearman"]}
+    estimates |= {f"spearman.{name}": estimate for name, estimate in record["types"].items()}
+    estimates |= {f"exam.{exam['name']}.auroc": exam["auroc"] for exam in exams_of(version, folder)}
+    return {
+        name if part == "value" else f"{name}.{part}": float(estimate[part])
+        for name, estimate in estimates.items()
+        for part in ("value", "low", "high")
+        if estimate and estimate.get(part) is not None
+    }

@@ -16,7 +16,8 @@ from prmkit.judge.scorer import DEFAULT_RUN, ShapeOf
 from prmkit.judge.types import Request
 from prmkit.paths import REPORT
 from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
-from prmkit.rows import STDIN, InputRow, Line, Rejected, parse_line, read_row
+from prmkit.row_lines import STDIN, Line
+from prmkit.rows import InputRow, Rejected, parse_line, read_row
 from prmkit.trajectories.documents import Broken, Document
 from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_page
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses

@@ -18,7 +18,7 @@ from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
 from prmkit.judge.types import AGGREGATES, Judgement, Mode, first_below, rounded
 from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
-from prmkit.rows import STDIN, open_rows
+from prmkit.row_lines import STDIN, open_rows
 from prmkit.scoring.rows import Row, RunsToScore, read_rows
 
 log = logging.getLogger("prmkit")

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prmkit import rows as input_rows
+from prmkit import row_lines
 from prmkit.dataset import convert as convert_from_python
 from prmkit.dataset.conversion import convert
 from prmkit.dataset.settings import Settings, Split
 from prmkit.errors import DataError, UsageError
-from prmkit.rows import LONGEST_LINE, Line, prompt_hash
+from prmkit.row_lines import LONGEST_LINE, Line
+from prmkit.rows import prompt_hash
 from tests.dataset.conftest import Convert, many_rows, prompt_of, read_lines, row_of, snapshot, write_rows
 
 GOOD = json.dumps(row_of(prompt_of("a")))
@@ -239,7 +240,7 @@ def test_nothing_in_a_folder_is_passed_over_silently(
 def test_an_input_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, data: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, original = write_rows(tmp_path / "input.jsonl", many_rows(tasks=5)), input_rows.read_lines
+    source, original = write_rows(tmp_path / "input.jsonl", many_rows(tasks=5)), row_lines.read_lines
 
     def interfere(stream: IO[bytes], name: str) -> Iterator[Line]:
         lines = original(stream, name)

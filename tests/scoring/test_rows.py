@@ -8,7 +8,7 @@ import orjson
 from families import FLAT, prompt
 
 from prmkit.judge.scorer import ShapeOf
-from prmkit.rows import read_lines
+from prmkit.row_lines import read_lines
 from prmkit.scoring.rows import Row
 from prmkit.scoring.rows import read_rows as read
 

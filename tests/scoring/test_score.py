@@ -13,7 +13,7 @@ from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import Judge
 from prmkit.judge.types import Distribution, Judgement
-from prmkit.rows import read_lines
+from prmkit.row_lines import read_lines
 from prmkit.scoring.rows import read_rows
 from prmkit.scoring.score import Job, run, score_rows, trajectories_file
 from prmkit.verdict import Shape
