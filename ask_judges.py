@@ -22,28 +22,21 @@ def main() -> int:
     add("--answers", type=Path, metavar="FILE", help="all answers (default: OUTPUT.answers.jsonl)")
     add("--dry-run", action="store_true", help="show prompts, tokens, price and hosts; ask nothing")
     add("--yes", action="store_true", help="do not ask for confirmation of the price")
-    add("--max-cost", type=float, metavar="X", help="send no request that could exceed this cost")
+    add("--max-cost", type=cli.amount, metavar="X", help="send no request that could exceed this cost")
     add("--no-asking", action="store_true", help="only rebuild the rows from the answers, offline")
     add("--json", action="store_true", help="print the result as JSON")
     asking = parser.add_argument_group("what is asked").add_argument
     asking("--per", choices=["step", "run"], default="step", help="one call per step (default), or per run: cheaper")
     asking("--teacher-sees", choices=["reference"], help="also send a run's solution, if it has one; not in rows")
-    asking("--repeat", type=_share, default=0.0, metavar="X", help="ask twice about this share of steps (default 0)")
+    asking("--repeat", type=cli.share, default=0.0, metavar="X", help="ask twice about this share of steps (default 0)")
     asking("--rubric", type=Path, metavar="FILE", help="the rubric (default: ours)")
     asking("--format", metavar="NAME", help="the form of the runs, if it is not recognised")
     first = parser.add_argument_group("ask only about steps of which your own judge is unsure").add_argument
     first("--first", type=Path, metavar="SCORES", help="output of score_trajectories.py for the same runs")
     wide = "ask if its interval (or else two standard deviations) is wider (default 0.4)"
-    first("--unsure-above", type=_share, default=0.4, metavar="X", help=wide)
-    first("--audit", type=_share, default=0.1, metavar="X", help="and about this share of the others (default 0.1)")
+    first("--unsure-above", type=cli.share, default=0.4, metavar="X", help=wide)
+    first("--audit", type=cli.share, default=0.1, metavar="X", help="and about this share of the others (default 0.1)")
     return cli.run(_command, parser)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:

@@ -1,13 +1,12 @@
 """Measure a judge on held-out rows: predictions.jsonl, metrics.json and report.html; table and verdict on stdout."""
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
-from prmkit.judge.scorer import add_judge_arguments, positive
+from prmkit.judge.scorer import add_judge_arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -16,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--dataset", metavar="NAME", help="held-out dataset (default: the run's own)")
     what.add_argument("--data-dir", type=Path, metavar="FOLDER", help="its folder (default: the run's, or data)")
-    what.add_argument("--limit", type=positive, metavar="N", help="score at most N prompts, task by task")
+    what.add_argument("--limit", type=cli.positive, metavar="N", help="score at most N prompts, task by task")
     what.add_argument("--baseline", action="store_true", help="also ask the base model, without the adapter")
     what.add_argument("--by", metavar="KEY", action="append", help="also by a metadata key, such as agent (repeatable)")
     robust = "also score prompts whose form, substance or flattery changed"
@@ -26,9 +25,9 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--json", action="store_true", help="print metrics.json instead of the table")
     gates = parser.add_argument_group("gates (exit 4 unless met on every evaluation type)")
     gates.add_argument("--compare", type=Path, metavar="RUN", help="not shown to be worse than this evaluated run")
-    gates.add_argument("--margin", type=finite_number, metavar="X", help="--compare: shown to be worse by less than X")
-    gates.add_argument("--min-spearman", type=finite_number, metavar="X", help="lower end of the Spearman correlation")
-    gates.add_argument("--min-auroc", type=finite_number, metavar="X", help="lower end of AUROC, steps below 0.5")
+    gates.add_argument("--margin", type=cli.number, metavar="X", help="--compare: shown to be worse by less than X")
+    gates.add_argument("--min-spearman", type=cli.number, metavar="X", help="lower end of the Spearman correlation")
+    gates.add_argument("--min-auroc", type=cli.number, metavar="X", help="lower end of AUROC, steps below 0.5")
     exam = parser.add_argument_group("instead: runs that people labelled, or several runs of each task")
     exam.add_argument("--exam", type=Path, metavar="FILE", help="runs with people's labels, also for --min-auroc")
     exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how often its pick succeeds")
@@ -38,22 +37,16 @@ def _parser() -> argparse.ArgumentParser:
     exam.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
     exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not ours")
     parity = parser.add_argument_group("instead: compare a run with its export")
-    parity.add_argument("--parity", type=positive, nargs="?", const=8, metavar="N", help="score N prompts with both")
+    parity.add_argument(
+        "--parity", type=cli.positive, nargs="?", const=8, metavar="N", help="score N prompts with both"
+    )
     parity.add_argument(
         "--exported", type=Path, metavar="FOLDER", help="the exported model (default: the run's export_dir)"
     )
     parity.add_argument(
-        "--tolerance", type=finite_number, metavar="X", help="largest allowed difference of two scores (default 0.02)"
+        "--tolerance", type=cli.number, metavar="X", help="largest allowed difference of two scores (default 0.02)"
     )
     return parser
-
-
-def finite_number(text: str) -> float:
-    """An argument that is a finite number. Comparisons with NaN are always false, so no gate could ever fail."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:

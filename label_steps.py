@@ -6,7 +6,6 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
-from prmkit.judge.scorer import positive
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -17,7 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("input", help="runs in any form that import_trajectories.py reads (file or folder)")
-    add("--n", type=positive, default=50, metavar="N", help="steps to label (default 50)")
+    add("--n", type=cli.positive, default=50, metavar="N", help="steps to label (default 50)")
     add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="rows (default labels.jsonl)")
     add("--name", default="human", help="your name, written into every row (default human)")
     add("--scores", type=Path, metavar="FILE", help="by score_trajectories.py: draw evenly from all score bands")

@@ -7,7 +7,7 @@ from pathlib import Path
 from prmkit import cli
 from prmkit.errors import ExitCode
 from prmkit.intervals import add_interval_arguments
-from prmkit.judge.scorer import add_backend_arguments, add_judge_arguments, positive, seconds, share
+from prmkit.judge.scorer import add_backend_arguments, add_judge_arguments
 
 
 def main() -> int:
@@ -21,11 +21,13 @@ def main() -> int:
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: only this machine)")
     add("--port", type=int, default=8000, metavar="N", help="0 picks a free one (default 8000)")
     add("--key-env", metavar="NAME", help="variable with the bearer key that clients must send (default: no key)")
-    add("--max-body", type=positive, default=32, metavar="MB", help="largest request (default 32)")
-    add("--window", type=seconds, default=5.0, metavar="MS", help="wait for more prompts if idle (default 5)")
-    add("--queue", type=positive, default=1024, metavar="N", help="waiting prompts; more get 503 (default 1024)")
-    add("--queue-timeout", type=seconds, default=60.0, metavar="SECONDS", help="wait for a place in it (default 60)")
-    add("--drain", type=seconds, default=30.0, metavar="SECONDS", help="time to finish when stopped (default 30)")
+    add("--max-body", type=cli.positive, default=32, metavar="MB", help="largest request (default 32)")
+    add("--window", type=cli.seconds, default=5.0, metavar="MS", help="wait for more prompts if idle (default 5)")
+    add("--queue", type=cli.positive, default=1024, metavar="N", help="waiting prompts; more get 503 (default 1024)")
+    add(
+        "--queue-timeout", type=cli.seconds, default=60.0, metavar="SECONDS", help="wait for a place in it (default 60)"
+    )
+    add("--drain", type=cli.seconds, default=30.0, metavar="SECONDS", help="time to finish when stopped (default 30)")
     add("--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not ours")
     add("--data", type=Path, default=Path("data"), metavar="FOLDER", help="has each evaluation type's score keys")
     rewards = parser.add_argument_group("rewards").add_argument
@@ -33,17 +35,23 @@ def main() -> int:
     rewards("--aggregate", choices=["min", "mean", "product", "last"], default="min", help=how)
     unscored = "if a step has no score, or an unsure one: 503 (default), leave it out, the mean of past rewards, null"
     rewards("--unscored", choices=["error", "skip", "mean", "null"], default="error", help=unscored)
-    rewards("--bad-below", type=share, default=0.5, metavar="X", help="scores below this are bad (default 0.5)")
+    rewards("--bad-below", type=cli.share, default=0.5, metavar="X", help="scores below this are bad (default 0.5)")
     trial = parser.add_argument_group("a challenger").add_argument
     trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (like --judge)")
     how_many = "share of tasks, by hash, that it answers (default 0.1) or, with --shadow, also scores (default 1)"
-    trial("--share", type=share, metavar="X", help=how_many)
+    trial("--share", type=cli.share, metavar="X", help=how_many)
     trial("--shadow", action="store_true", help="the production judge answers; the challenger's scores are only logged")
     logs = parser.add_argument_group("request log").add_argument
     logs("--log-requests", type=Path, metavar="FILE", help="append a JSON line for every scored step")
     logs("--log-prompts", action="store_true", help="log the prompts; otherwise only their hashes and lengths")
-    logs("--log-size", type=positive, default=100, metavar="MB", help="size at which FILE becomes FILE.1 (default 100)")
-    logs("--log-files", type=positive, default=10, metavar="N", help="full files to keep (default 10)")
+    logs(
+        "--log-size",
+        type=cli.positive,
+        default=100,
+        metavar="MB",
+        help="size at which FILE becomes FILE.1 (default 100)",
+    )
+    logs("--log-files", type=cli.positive, default=10, metavar="N", help="full files to keep (default 10)")
     add_interval_arguments(parser)
     add_judge_arguments(parser)
     add_backend_arguments(parser)

@@ -9,6 +9,7 @@ import argparse
 import errno
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -48,6 +49,58 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
         return code_of_error
     finally:
         _leave_dead_stdout()
+
+
+# --- kinds of arguments -----------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above zero."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """An argument from 0 to 1."""
+    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def level(text: str) -> float:
+    """An argument between 0 and 1."""
+    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def amount(text: str) -> float:
+    """An argument of at least 0, such as a cost."""
+    return _number(text, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def seconds(text: str) -> float:
+    """An argument that is a time above zero."""
+    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def number(text: str) -> float:
+    """An argument that is a finite number. Comparisons with NaN are always false, so no gate could ever fail."""
+    return _number(text, math.isfinite, "a finite number")
+
+
+def _number(text: str, is_allowed: Callable[[float], bool], expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not is_allowed(value):  # NaN is never allowed
+        raise argparse.ArgumentTypeError(f"'{text}' is not {expected}")
+    return value
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def _report(error: BaseException) -> ExitCode | None:

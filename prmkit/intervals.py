@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from prmkit import cli
 from prmkit.errors import DataError
 from prmkit.files import read_json, write_json
 
@@ -121,15 +122,8 @@ def load_abstention(
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags --interval and --abstain-above, which `load_abstention` takes."""
     group = parser.add_argument_group("calibrated intervals (of a judge that was evaluated)")
-    group.add_argument("--interval", type=_share, metavar="LEVEL", help="add low and high; 0.9: right 9 times in 10")
-    group.add_argument("--abstain-above", type=_share, metavar="WIDTH", help="status unsure where that is wider")
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
-    return value
+    group.add_argument("--interval", type=cli.level, metavar="LEVEL", help="add low and high; 0.9: right 9 times in 10")
+    group.add_argument("--abstain-above", type=cli.level, metavar="WIDTH", help="status unsure where that is wider")
 
 
 def calibrated_judge(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

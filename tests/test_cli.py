@@ -3,10 +3,13 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import termios
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -243,3 +246,33 @@ def test_a_missing_module_of_ours_is_a_bug(tmp_path: Path) -> None:
 
 def test_visible_keeps_every_language() -> None:
     assert cli.visible("日本語 العربية é 😀\ttab\r\nline\rline") == "日本語 العربية é 😀\ttab\nline\nline"
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed", "refused", "expected"),
+    [
+        (cli.positive, ["1", "40"], ["0", "-1", "1.5", "x", ""], "a whole number above 0"),
+        (cli.share, ["0", "0.25", "1"], ["-0.1", "1.01", "nan", "x"], "a number from 0 to 1"),
+        (cli.level, ["0.9"], ["0", "1", "nan", "90%"], "a number between 0 and 1"),
+        (cli.amount, ["0", "2.5"], ["-1", "inf", "nan"], "a number of at least 0"),
+        (cli.number, ["-0.5", "1e3"], ["nan", "-inf", "x"], "a finite number"),
+        (cli.seconds, ["0.1", "60"], ["0", "inf", "nan", "1m"], "a number above 0"),
+    ],
+)
+def test_a_refused_argument_is_named_with_what_is_allowed(
+    kind: Callable[[str], float], allowed: list[str], refused: list[str], expected: str
+) -> None:
+    assert [kind(text) for text in allowed] == [float(text) for text in allowed]
+    for text in refused:
+        with pytest.raises(ArgumentTypeError, match=f"^'{re.escape(text)}' is not {expected}$"):
+            kind(text)
+
+
+def test_other_kinds_of_arguments_have_a_message_of_their_own() -> None:
+    """argparse answers a plain ValueError with the name of the function: invalid _share value."""
+    root = Path(__file__).resolve().parents[1]
+    kinds = set[str]()
+    for path in [*root.glob("*.py"), *root.glob("prmkit/**/*.py")]:
+        kinds |= set(re.findall(r"\btype=([\w.]+), ", path.read_text(encoding="utf-8")))
+    assert {kind for kind in kinds if not kind.startswith("cli.")} == {"Path", "int", "float", "_keys"}
+    assert len(kinds) > 8

@@ -1,7 +1,6 @@
 """A judge that is ready to score, for Python, the server and the scripts. `Scorer.backend` chooses the backend."""
 
 import argparse
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prmkit import cli
 from prmkit.errors import UsageError
 from prmkit.http_client import Endpoint, check_url
 from prmkit.judge.sources import (
@@ -220,22 +220,24 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--template", help="LLaMA Factory's template (default: as in training)")
     group.add_argument("--default-system", metavar="TEXT", help="system text (default: as in training)")
     group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="for reasoning templates")
-    group.add_argument("--cutoff-len", type=positive, metavar="TOKENS", help="length of prompt and answer together")
+    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help="length of prompt and answer together")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as trained on a GPU")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run the model's own code")
     asking = parser.add_argument_group("asking it")
-    asking.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts at once (default 8)")
+    asking.add_argument("--batch-size", type=cli.positive, default=8, metavar="N", help="prompts at once (default 8)")
     asking.add_argument(
         "--mode",
         choices=["expected", "generate"],
         default="expected",
         help="read the probability of every score (default), or let the model write its verdict",
     )
-    asking.add_argument("--max-new-tokens", type=positive, default=1024, metavar="N", help="longest verdict to write")
+    asking.add_argument(
+        "--max-new-tokens", type=cli.positive, default=1024, metavar="N", help="longest verdict to write"
+    )
     asking.add_argument(
         "--min-label-mass",
-        type=share,
+        type=cli.share,
         default=LOW_LABEL_MASS,
         metavar="P",
         help="a score is unsure if all scores together are less likely than this (default %(default)s)",
@@ -271,7 +273,9 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)",
     )
     group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
-    group.add_argument("--concurrency", type=positive, default=16, metavar="N", help="requests at once (default 16)")
+    group.add_argument(
+        "--concurrency", type=cli.positive, default=16, metavar="N", help="requests at once (default 16)"
+    )
     group.add_argument(
         "--logprobs",
         choices=["exact", "top"],
@@ -280,39 +284,15 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "other clients that ask the same vLLM for ordinary logprobs; top does not",
     )
     group.add_argument(
-        "--top-logprobs", type=positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
+        "--top-logprobs", type=cli.positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
     )
     group.add_argument(
         "--timeout",
-        type=seconds,
+        type=cli.seconds,
         default=300.0,
         metavar="SECONDS",
         help="longest wait for a complete answer, per attempt; there are six (default 300)",
     )
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number above zero."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def seconds(text: str) -> float:
-    """An argument that is a time above zero."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def share(text: str) -> float:
-    """An argument from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from prmkit import cli
+
 _EPILOG = """\
 VERSION is a tag (production), a number, NAME@TAG or NAME@NUMBER. The judges
 are in judges/, or in the folder that the variable PRMKIT_JUDGES names.
@@ -40,11 +42,11 @@ def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
     ab.add_argument("--outcomes", type=Path, metavar="FILE", help="lines with trajectory_id and outcome, 0 to 1")
     for command in (ab, drift):
         command.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=logs)
-        command.add_argument("--days", type=float, metavar="N", help="only steps logged in the last N days")
+        command.add_argument("--days", type=cli.seconds, metavar="N", help="only steps logged in the last N days")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (drift, page):
         limit = "a population stability index above this is drift (default 0.25)"
-        command.add_argument("--limit", type=_share, default=0.25, metavar="X", help=limit)
+        command.add_argument("--limit", type=cli.share, default=0.25, metavar="X", help=limit)
 
 
 def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -64,24 +66,20 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="what training starts from (default: base)",
     )
     replay = "share of the old training tasks to train on again (default: 1 from base, 0.3 from adapter)"
-    add("--replay", type=_share, metavar="X", help=replay)
-    add("--margin", type=_share, default=0.05, metavar="X", help="allowed loss on each evaluation type (default 0.05)")
+    add("--replay", type=cli.share, metavar="X", help=replay)
+    add(
+        "--margin",
+        type=cli.share,
+        default=0.05,
+        metavar="X",
+        help="allowed loss on each evaluation type (default 0.05)",
+    )
     add("--set", nargs="+", default=[], metavar="key=value", help="a key of LLaMA Factory, such as learning_rate=1e-5")
     add("--promote-if-better", action="store_true", help="tag the new version if the gate is met")
     add("--accept-contradiction", action="store_true", help="also train on labels that contradict the judge")
     add("--why", metavar="TEXT", help="the reason, for the history")
     add("--mlflow", action="store_true", help="also log the new version to MLflow")
     add("--json", action="store_true", help="print the result as JSON")
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to 1")
-    return value
 
 
 def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
