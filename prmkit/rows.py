@@ -6,7 +6,6 @@ read rows here, so a prompt has the same system text and the same hash in both. 
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -158,10 +157,15 @@ def weight_of(metadata: Mapping[str, Any]) -> float:
         DataError: the weight is not a positive number.
     """
     weight = metadata.get(WEIGHT, 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+    if not is_weight(weight):
         task = metadata.get("task_id")
         raise DataError(f"metadata.{WEIGHT} of a row of task {task} is {weight!r}; it must be a number above 0.")
     return float(weight)
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value of `WEIGHT` is a finite number above zero."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
 
 
 def without_selection(metadata: Mapping[str, Any]) -> dict[str, Any]:

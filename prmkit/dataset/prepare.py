@@ -24,7 +24,7 @@ from prmkit.files import open_input, open_stdin, sha256_of
 from prmkit.prompts.cleaning import count_leaked_scores, mask_leaked_scores, neutralise
 from prmkit.prompts.step import load_rubric
 from prmkit.row_lines import STDIN, Line, read_lines
-from prmkit.rows import EXPECTED, InputRow, Rejected, parse_line, prompt_hash, read_row
+from prmkit.rows import EXPECTED, WEIGHT, InputRow, Rejected, is_weight, parse_line, prompt_hash, read_row
 from prmkit.trajectories.rows import holds_records, labelled_rows
 from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_answer, render_verdict, score_answer
 
@@ -259,6 +259,8 @@ class Preparer:
             self.rubrics.add(rubric)
         if row.answer is None:
             raise Rejected(f"no answer of a judge; expected {EXPECTED}", "no answer of a judge")
+        if not is_weight(weight := row.metadata.get(WEIGHT, 1.0)):
+            raise Rejected(f"metadata.{WEIGHT} is {str(weight)[:20]!r}; it must be a number above 0", f"damaged {WEIGHT}")
         if _BARE_DATE.fullmatch(row.prompt):
             raise Rejected("the prompt is only a date")
         prompt = _cleaned(row.prompt, row.system, self._settings.mask_leaked_scores)

@@ -9,7 +9,7 @@ with the input, and finds rows that belong together.
 import hashlib
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
@@ -82,7 +82,7 @@ class Stage:
                 _digest(f"{row.answer}\0{orjson.dumps(without_selection(row.metadata))!r}"), len(row.prompt),
                 len(prepared.label), measured.tokens, measured.tokens_left_out, measured.characters_left_out,
                 prompt.markers + prepared.markers, prompt.leaked_scores, ",".join(prepared.repairs),
-                _weight(row.metadata),
+                float(row.metadata.get(WEIGHT, 0.0)),
             ),
         )  # fmt: skip
         if not prepared.wanted:
@@ -326,12 +326,6 @@ def _slot(prepared: PreparedRow) -> str | None:
         return None
     category = row.metadata.get("category") if row.evaluation_type == "category" else ""
     return f"{row.evaluation_type or ''}\0{category}\0{row.clip_number}"
-
-
-def _weight(metadata: Mapping[str, Any]) -> float:
-    """0 also for one that is not a number: `prmkit.rows.weight_of` refuses it in the evaluation."""
-    weight = metadata.get(WEIGHT)
-    return float(weight) if isinstance(weight, int | float) else 0.0
 
 
 def _digest(text: str) -> bytes:

@@ -69,7 +69,6 @@ def test_a_prompt_that_was_asked_in_any_case_has_no_weight(convert_rows: Convert
         "audited twice": (chosen(once, "audit", 10.0) + chosen(again, "audit", 2), ("audit", 2)),
         "later all": (chosen(once, "audit", 10.0) + again, (None, None)),
         "one judge of all": (again + chosen(judged("a", two=0.2, three=0.2), "audit", 10.0), (None, None)),
-        "damaged": (chosen(once, "audit", {}), ("audit", {})),
     }
     for kind, (rows, expected) in kinds.items():
         report = convert_rows(rows, aggregate="mean", split=Split(0.0))
@@ -79,6 +78,17 @@ def test_a_prompt_that_was_asked_in_any_case_has_no_weight(convert_rows: Convert
             (line,) = read_lines(data / f"reward_model_{name}.meta.jsonl")
             found[name] = (line["metadata"].get(SELECTED_BY), line["metadata"].get(WEIGHT))
         assert found == {"consensus": expected, "one": expected}, kind
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, None, "10", True, {}, [2], 1e301])
+def test_a_weight_that_is_no_weight_is_rejected(weight: object, convert_rows: Convert, data: Path) -> None:
+    rows = judged("a", one=0.2) + judged("b", one=0.4)
+    rows[0]["metadata"][WEIGHT] = weight
+    report = convert_rows(rows)
+    assert report["rejected"] == {"damaged selection_weight": 1}
+    (rejected,) = read_lines(data / "rejected.jsonl")
+    assert rejected["reason"].startswith("metadata.selection_weight is")
+    assert rejected["reason"].endswith("; it must be a number above 0")
 
 
 def test_contested_prompts_are_rejected(convert_rows: Convert, data: Path) -> None:
