@@ -50,10 +50,15 @@ def draw(
         scores: of a judge; None to draw evenly.
         n: how many; all if there are fewer.
         seed: of the draw.
+
+    Raises:
+        UsageError: fewer than there are bands, so that some would be represented by no step.
     """
     bands: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for step in steps:
         bands[_band(scores, step)].append(step)
+    if n < len(bands):
+        raise UsageError(f"--n {n}: the steps have scores in {len(bands)} bands, so draw at least {len(bands)}.")
     chance = random.Random(seed)  # noqa: S311 - a sample, not a secret
     drawn = []
     left, rest = min(n, len(steps)), len(bands)
@@ -61,7 +66,7 @@ def draw(
         # The smallest band first: the larger bands make up for what it lacks.
         size = min(len(members), -(-left // rest))
         left, rest = left - size, rest - 1
-        drawn += [Drawn(*step, len(members) / size, band) for step in (chance.sample(members, size) if size else ())]
+        drawn += [Drawn(*step, len(members) / size, band) for step in chance.sample(members, size)]
     chance.shuffle(drawn)
     return drawn
 

@@ -37,6 +37,8 @@ def test_bands_are_drawn_evenly_and_weighted_back() -> None:
     assert sum(each.weight for each in drawn) == 100
     assert draw(steps, scores, 30, 0) == drawn != draw(steps, scores, 30, 1)
     assert len({(each.trajectory_id, each.n) for each in drawn}) == 30
+    with pytest.raises(UsageError, match="draw at least"):
+        draw(steps, scores, len({step.band for step in drawn}) - 1, 0)
     assert len(draw(steps, None, 1000, 0)) == 100
 
 
