@@ -10,7 +10,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
@@ -34,6 +34,19 @@ _PASSING_STATUSES = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
 """Includes those that only some providers and proxies use, such as 529 (overloaded) and 524 (a timeout)."""
 _LARGEST_ANSWER = 16 << 20
 """Bytes, uncompressed. The logprobs of a prompt of 100,000 tokens fit."""
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Do all at once; the results in order. If one fails, the others have ended before its error is raised.
+
+    With `asyncio.gather` they would keep sending until the event loop is closed under them.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 @dataclass(frozen=True)

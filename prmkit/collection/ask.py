@@ -15,7 +15,7 @@ from prmkit.collection.answers import recording
 from prmkit.collection.judges import StrongJudge
 from prmkit.collection.questions import Ask, Question, next_of
 from prmkit.errors import DataError
-from prmkit.http_client import ChatAnswer, Connection, Endpoint, RowFailure, ServerState
+from prmkit.http_client import ChatAnswer, Connection, Endpoint, RowFailure, ServerState, together
 
 log = logging.getLogger("prmkit")
 
@@ -87,12 +87,10 @@ def collect(
             progress.update(bars[judge.name], advance=1, description=f"{judge.name}{paid}")
 
         async def everything() -> None:
-            await asyncio.gather(
-                *(
-                    _ask_judge(judge, endpoints[judge.name], questions, state, record, advance)
-                    for judge in judges
-                    if open_questions[judge.name]
-                )
+            await together(
+                _ask_judge(judge, endpoints[judge.name], questions, state, record, advance)
+                for judge in judges
+                if open_questions[judge.name]
             )
 
         asyncio.run(everything())
@@ -123,7 +121,7 @@ async def _ask_judge(
                     await _follow(question, connection, state, record)
                     advance(judge)
 
-        await asyncio.gather(*(worker() for _ in range(judge.concurrency)))
+        await together(worker() for _ in range(judge.concurrency))
 
 
 async def _follow(

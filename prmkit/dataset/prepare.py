@@ -260,7 +260,9 @@ class Preparer:
         if row.answer is None:
             raise Rejected(f"no answer of a judge; expected {EXPECTED}", "no answer of a judge")
         if not is_weight(weight := row.metadata.get(WEIGHT, 1.0)):
-            raise Rejected(f"metadata.{WEIGHT} is {str(weight)[:20]!r}; it must be a number above 0", f"damaged {WEIGHT}")
+            raise Rejected(
+                f"metadata.{WEIGHT} is {str(weight)[:20]!r}; it must be a number above 0", f"damaged {WEIGHT}"
+            )
         if _BARE_DATE.fullmatch(row.prompt):
             raise Rejected("the prompt is only a date")
         prompt = _cleaned(row.prompt, row.system, self._settings.mask_leaked_scores)

@@ -16,7 +16,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.evaluation.exam import Exam
 from prmkit.evaluation.exam_answers import StepId
 from prmkit.files import exclusive_lock
-from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url
+from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url, together
 from prmkit.judge.scorer import Scorer
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
@@ -219,7 +219,7 @@ async def _ask_window(endpoint: Endpoint, window: list[Asked], ask_one: Callable
                 return key, _server_line(None, "failed", str(failure))
             return key, _server_line(None, "unparsed", found) if isinstance(found, str) else _server_line(found)
 
-        return await asyncio.gather(*(line_of(*asked) for asked in window))
+        return await together(line_of(*asked) for asked in window)
 
 
 def _server_line(score: float | None, status: str = "ok", reason: str | None = None) -> Line:

@@ -20,7 +20,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from prmkit.errors import DataError, UsageError
-from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, ServerState
+from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, ServerState, together
 from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.completions import MOST_EXACT, Completions, Vocabulary
 from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
@@ -62,19 +62,22 @@ class CompletionsJudge:
         Once an answer could be used, a later unusable answer fails only its own row.
         """
 
-        async def judge(completions: Completions, prepared: Prepared) -> Judgement | RowFailure:
+        async def judge(
+            completions: Completions, gate: asyncio.Semaphore, prepared: Prepared
+        ) -> Judgement | RowFailure:
             try:
-                if mode == "expected":
-                    return await self._expected(completions, prepared, min_label_mass)
-                text = await completions.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
+                async with gate:
+                    if mode == "expected":
+                        return await self._expected(completions, prepared, min_label_mass)
+                    text = await completions.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
             except RowFailure as failure:
                 return failure
             return parse_generated(text, prepared.shape)
 
         async def judge_all(ready: Sequence[Prepared]) -> list[Judgement]:
             async with Connection(self.endpoint, self._state) as connection:
-                completions = Completions(connection, self._vocabulary)
-                found = await _gathered(batch_size, [judge(completions, prepared) for prepared in ready])
+                completions, gate = Completions(connection, self._vocabulary), asyncio.Semaphore(batch_size)
+                found = await together(judge(completions, gate, prepared) for prepared in ready)
             self._stop_if_useless(found)
             return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
 
@@ -116,23 +119,13 @@ class CompletionsJudge:
         return ids
 
 
-async def _gathered(at_once: int, work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    gate = asyncio.Semaphore(at_once)
-
-    async def gated(each: Coroutine[Any, Any, T]) -> T:
-        async with gate:
-            return await each
-
-    return list(await asyncio.gather(*map(gated, work)))
-
-
 async def _readings(
     completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
 ) -> list[Reading]:
     """The answers to all currently open questions about one prompt."""
     if completions.endpoint.logprobs == "exact" and (exact := await _exactly(completions, prompt_ids, questions)):
         return exact
-    return list(await asyncio.gather(*(_walked(completions, prompt_ids, question) for question in questions)))
+    return await together(_walked(completions, prompt_ids, question) for question in questions)
 
 
 async def _walked(completions: Completions, prompt_ids: Sequence[int], question: Question) -> Reading:
@@ -271,7 +264,7 @@ class _Walk:
                     "other than a score. Check that it was trained and that the template is right, or serve it with "
                     "vLLM, which needs one request"
                 )
-            await asyncio.gather(*(question() for question in questions))
+            await together(question() for question in questions)
         return self._totals()
 
     def _totals(self) -> list[float]:

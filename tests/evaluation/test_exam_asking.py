@@ -1,7 +1,10 @@
 """evaluate_judge.py --predict-with: servers of typed questions and of chat completions, right and wrong."""
 
+import asyncio
 import importlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation.command import execute
 from prmkit.evaluation.exam import read_exam
 from prmkit.evaluation.exam_answers import read_answers
+from prmkit.http_client import together
 from prmkit.trajectories.command import import_runs
 
 evaluate = importlib.import_module("evaluate_judge")._parser
@@ -160,3 +164,36 @@ def test_a_refused_key_and_a_server_that_is_not_there_stop_at_once(exam: Path) -
         take(exam, url)
     with pytest.raises(UsageError, match="address"):
         take(exam, "localhost 8000")
+
+
+def test_when_one_request_fails_the_others_end_first() -> None:
+    ended = list[str]()
+
+    async def fail() -> None:
+        await asyncio.sleep(0.01)
+        raise DataError("refused")
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)  # as a connection that is closed
+            ended.append("closed")
+
+    async def all_of_them() -> None:
+        with pytest.raises(DataError, match="refused"):
+            await together([fail(), wait(), fail(), wait()])
+        assert ended == ["closed", "closed"]
+
+    asyncio.run(all_of_them())
+
+
+def test_a_refused_key_is_one_line(exam: Path) -> None:
+    """Requests that were still going out were reported by Python as never awaited."""
+    program = Path(__file__).resolve().parents[2] / "evaluate_judge.py"
+    with serving(lambda _path, _body: (401, {})) as (url, _):
+        typed = [program, "--exam", exam, "--predict-with", url, "--server-model", "M", "--output", exam.parent / "out"]
+        done = subprocess.run([sys.executable, "-X", "dev", *typed], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "API key" in done.stderr.splitlines()[-1]
+    assert "Warning" not in done.stderr
