@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from preloaded import PRELOADED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,10 +71,11 @@ def script(root: Path) -> Script:
     def run(
         name: str, *arguments: object, code: int = 0, cwd: Path = root, stdin: str | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, str(root / name)] if name.endswith(".py") else [str(root / name)]
-        done = subprocess.run(
-            [*program, *map(str, arguments)], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=timeout
-        )
+        command = [str(root / name), *map(str, arguments)]
+        if name.endswith(".py"):
+            done = PRELOADED.run(*command, cwd=cwd, stdin=stdin, timeout=timeout)
+        else:
+            done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == code, f"{name} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
         return done

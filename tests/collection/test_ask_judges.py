@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from chat_server import Endpoint, chat_endpoint
+from preloaded import PRELOADED
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-very-secret"
@@ -48,10 +49,7 @@ def command(*more: str) -> list[str]:
 
 
 def typed(folder: Path, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(*more), cwd=folder, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-        env=os.environ | {"JUDGE_KEY": KEY},
-    )  # fmt: skip
+    done = PRELOADED.run(*command(*more)[1:], cwd=folder, env=os.environ | {"JUDGE_KEY": KEY})
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and KEY not in done.stdout + done.stderr
     return done

@@ -2,19 +2,18 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import PRELOADED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUN = {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Use ghp_" + "a1B2" * 9}]}
 
 
 def typed(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "import_trajectories.py", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    return PRELOADED.run(ROOT / "import_trajectories.py", *arguments, cwd=folder)
 
 
 @pytest.fixture
