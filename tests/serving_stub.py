@@ -67,7 +67,7 @@ def running_server(
         engine = Engine(scorer or StubScorer(), **queue)  # type: ignore[arg-type]
         service = Service(ServedJudge("stub", engine), Metrics(lambda: engine.depth, ()), ShapeOf(), load_rubric())
         limits = Limits(key=key, drain=1, body_patience=body_patience)
-        config = uvicorn.Config(make_app(service, limits), log_level="warning")
+        config = uvicorn.Config(make_app(service, limits), log_level="warning", timeout_graceful_shutdown=1)
         servers.append(uvicorn.Server(config))
         await servers[0].serve(sockets=[listening])
 
