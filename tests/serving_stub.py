@@ -75,4 +75,4 @@ def running_server(
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     servers[0].should_exit = True
-    thread.join(10)
+    thread.join(3)
