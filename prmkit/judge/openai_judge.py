@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, ServerState, together
@@ -26,8 +26,6 @@ from prmkit.judge.completions import MOST_EXACT, Completions, Vocabulary
 from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
 from prmkit.judge.types import LOW_LABEL_MASS, LOW_REACH, Judgement, Mode, Request
 from prmkit.prompts.encoding import ChatEncoding
-
-T = TypeVar("T")
 
 _LOW_LOG_REACH = math.log(LOW_REACH)
 """If a forced beginning is less likely than this, it is not measured further: its scores are unsure anyway."""
