@@ -55,7 +55,8 @@ class Preloaded:
             return subprocess.CompletedProcess(words, code, files[1].read_text(), files[2].read_text())
 
     def _ask(self, line: str, timeout: float) -> str:
-        if self._python is None:
+        # Tests of the launcher in this process end all processes below it.
+        if self._python is None or self._python.poll() is not None:
             program = [sys.executable, __file__, *self._modules]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._python = subprocess.Popen(program, **pipes, text=True, start_new_session=True)
