@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,20 @@ MODULES = sorted((ROOT / "prmkit").rglob("*.py"))
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 
 
+@cache
+def _nodes(path: Path) -> list[ast.AST]:
+    """All nodes of a module."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
 def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+    inside = {id(node) for function in _nodes(path) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
               for node in ast.walk(function)}  # fmt: skip
-    typing_only = {id(node) for block in ast.walk(tree) if isinstance(block, ast.If)
+    typing_only = {id(node) for block in _nodes(path) if isinstance(block, ast.If)
                    and "TYPE_CHECKING" in ast.unparse(block.test) for node in ast.walk(block)}  # fmt: skip
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in _nodes(path):
         if top_level_only and (id(node) in inside or id(node) in typing_only):
             continue
         if isinstance(node, ast.Import):
@@ -75,7 +82,7 @@ WRITING = {f"{stream}.{how}" for stream in STREAMS for how in ("write", "writeli
 def test_only_one_module_writes_to_the_standard_streams(path: Path) -> None:
     """ruff forbids print(); nothing else writes to the standard streams either."""
     if path.name != "cli.py":
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _nodes(path):
             assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in WRITING), path
             assert not (isinstance(node, ast.keyword) and ast.unparse(node.value) in STREAMS), path
 
@@ -89,14 +96,15 @@ def test_only_one_module_writes_to_the_standard_streams(path: Path) -> None:
 )
 def test_one_place_for_each_door(words: str, where: str) -> None:
     """Only training runs LLaMA Factory, only transformers_judge.py loads a model."""
-    users = [name for path in MODULES if re.search(words, _code(path))
-             if (name := str(path.relative_to(ROOT / "prmkit")))]  # fmt: skip
+    texts = {path: path.read_text(encoding="utf-8") for path in MODULES}
+    users = [str(path.relative_to(ROOT / "prmkit")) for path, text in texts.items()
+             if re.search(words, text) and re.search(words, _without_comments(text))]  # fmt: skip
     assert users and all(user.startswith(where) for user in users), users
 
 
-def _code(path: Path) -> str:
+def _without_comments(text: str) -> str:
     """A module without its comments and docstrings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -193,7 +201,7 @@ def test_functions_stay_short() -> None:
     long = [
         f"{path.relative_to(ROOT)}: {node.name}"
         for path in [*MODULES, *(ROOT / name for name in SCRIPTS)]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in _nodes(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 50  # type: ignore[operator]
     ]
     assert not long
