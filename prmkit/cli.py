@@ -342,12 +342,13 @@ def emit_table(
     table = [[visible(cell).replace("\n", "\\n") for cell in row] for row in (columns, *rows)]
     widths = [max(map(_cells, column)) for column in zip(*table, strict=True)]
     kept, width = list(range(len(columns))), _width(sys.stdout)
+    droppable = [columns.index(name) for name in optional]  # also where nothing is dropped, so that a wrong name shows
     left_out = []
-    for name in optional:
+    for index in droppable:
         if width is None or sum(widths[i] + 2 for i in kept) - 2 <= width:
             break
-        kept.remove(columns.index(name))
-        left_out.append(name)
+        kept.remove(index)
+        left_out.append(columns[index])
     right = {columns.index(name) for name in numeric}
     lines = ["  ".join(_aligned(row[i], widths[i], right=i in right) for i in kept).rstrip() for row in table]
     rule = "  ".join(_rule() * widths[i] for i in kept)

@@ -29,15 +29,16 @@ COLUMNS = (
     "n",
     "tasks",
     "Spearman",
-    "difference",
+    "Δ Spearman",
     "MAE",
-    "difference ",
+    "Δ MAE",
     "AUROC",
-    "difference  ",
+    "Δ AUROC",
     "verdict",
 )
+"""Δ is this judge's metric minus the other's."""
 NUMERIC = COLUMNS[1:-1]
-OPTIONAL = ("AUROC", "MAE", "difference of AUROC", "tasks", "n", "Spearman", "difference of MAE")
+OPTIONAL = ("AUROC", "MAE", "Δ AUROC", "tasks", "n", "Spearman", "Δ MAE")
 
 POWER = 0.8
 """The number of tasks recommended lets an equally good judge pass with this probability."""

@@ -12,8 +12,12 @@ import pytest
 from scipy import stats
 from synthetic import CONSTANTS, Judge, constant, made_up, noisy, predictions_of, write_data_folder, write_lines
 
+from prmkit import cli
 from prmkit.errors import DataError, GateError
 from prmkit.evaluation.compare import (
+    COLUMNS,
+    NUMERIC,
+    OPTIONAL,
     check_enough_scores,
     check_min_auroc,
     check_min_spearman,
@@ -82,6 +86,16 @@ def test_two_equally_good_judges_show_no_difference(evaluated):
     assert comparison["groups"][0]["verdict"] == "no difference shown"
     check_not_worse(comparison)
     assert all(len(row) == 10 for row in comparison_table(comparison))
+
+
+@pytest.mark.parametrize("width", [130, 100, 80, 60])
+def test_the_comparison_fits_a_terminal_by_leaving_columns_out(evaluated, monkeypatch, capsys, width):
+    table = comparison_table(compare(evaluated["fine"], evaluated["poor"]))
+    monkeypatch.setattr("prmkit.cli._width", lambda stream: width)
+    cli.emit_table("", COLUMNS, table, numeric=NUMERIC, optional=OPTIONAL)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width or "Δ Spearman" not in lines[0]
+    assert lines[0].startswith("scores of") and lines[0].endswith("verdict")
 
 
 def test_a_judge_compared_with_itself_does_not_differ_at_all(evaluated):
