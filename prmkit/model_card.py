@@ -111,7 +111,7 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _usage(merged: bool) -> Iterator[str]:
     where = "--model THIS_FOLDER" if merged else "--run THIS_FOLDER"
-    yield f"```bash\npython score_trajectories.py {where} --input steps.jsonl --output scores.jsonl\n```\n"
+    yield f"```bash\npython score_trajectories.py {where} steps.jsonl --output scores.jsonl\n```\n"
     yield (
         "The score is the mean of the probabilities that the model gives to 0.00 … 1.00 at the place of the number. "
         "Use the template and system text of its training; `prmkit.json` or `run.json` in this folder has them."

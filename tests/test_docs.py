@@ -83,6 +83,15 @@ def test_flags_that_are_typed_exist(page: Path) -> None:
                 assert re.search(rf"(?<![\w-]){flag}(?![\w-])", _help(script)), f"{command}: {flag}"
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_flags_in_messages_exist(name: str) -> None:
+    """A command that a message, a report or a model card suggests can be typed."""
+    for path in [*(ROOT / "prmkit").rglob("*.py"), *(ROOT / "prmkit").rglob("*.j2")]:
+        for command in re.findall(rf"{re.escape(name)} ([^\n\"`)]*)", path.read_text(encoding="utf-8")):
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", command):
+                assert re.search(rf"(?<![\w-]){flag}(?![\w-])", _help(name)), f"{path}: {name} {command}: {flag}"
+
+
 def test_commands_are_found_where_they_are_shown() -> None:
     """Otherwise the test of the flags would pass without having seen any."""
     shown = [command for page in PAGES for command in _commands(page)]

@@ -96,7 +96,7 @@ def next_steps(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
     where = f"--run {judge['adapter']}" if judge.get("adapter") else f"--model {judge.get('model')}"
     if "useful" in grades:
         names = [name for name, each in types.items() if each["grade"] == "useful"]
-        command = f"python score_trajectories.py {where} --input steps.jsonl --output scores.jsonl --interval 0.9"
+        command = f"python score_trajectories.py {where} steps.jsonl --output scores.jsonl --interval 0.9"
         yield f"Score new {' and '.join(names)} prompts; low and high are the ends of each score's interval.", command
     for group in summary.groups_of_types(metrics):
         if sentence := summary.bias_sentence(group):
