@@ -87,6 +87,7 @@ def _settings_of(arguments: argparse.Namespace) -> Settings:
         with_base=arguments.baseline,
         trim=arguments.too_long == "trim",
         max_new_tokens=arguments.max_new_tokens,
+        min_label_mass=arguments.min_label_mass,
         by=tuple(arguments.by or ()),
         robustness=arguments.robustness,
     )

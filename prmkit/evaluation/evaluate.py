@@ -48,7 +48,7 @@ from prmkit.evaluation.robustness import (
 from prmkit.files import exclusive_lock, write_json
 from prmkit.intervals import MIN_STD, calibrated_judge, fit_calibration, write_calibration
 from prmkit.judge.sources import JudgeSource, described, fingerprint_of
-from prmkit.judge.types import BAD_BELOW, SCORED, Mode, Request
+from prmkit.judge.types import BAD_BELOW, LOW_LABEL_MASS, SCORED, Mode, Request
 from prmkit.leniency import describe_leniency
 from prmkit.resumable import append_rows
 from prmkit.rows import AUDIT, SELECTED_BY, weight_of
@@ -73,6 +73,8 @@ class Settings:
     """Shorten prompts that do not fit; otherwise they get no score."""
     max_new_tokens: int = 1024
     """The longest verdict to write, in generate mode."""
+    min_label_mass: float = LOW_LABEL_MASS
+    """A score with less is `unsure`."""
     by: tuple[str, ...] = ()
     """Metadata keys to break the metrics down by, besides those that divide the rows into a few groups."""
     robustness: bool = False
@@ -177,10 +179,13 @@ def predict(
     Raises:
         DataError: no prompt could be scored.
     """
+    asked: dict[str, Any] = {"mode": settings.mode, "trim": settings.trim, "max_new_tokens": settings.max_new_tokens}
+    if settings.min_label_mass != LOW_LABEL_MASS:  # predictions of earlier versions name no limit
+        asked["min_label_mass"] = settings.min_label_mass
     fingerprint = {
         "format": ROW_FORMAT,
         "judge": fingerprint_of(source),
-        "asked": {"mode": settings.mode, "trim": settings.trim, "max_new_tokens": settings.max_new_tokens},
+        "asked": asked,
         "dataset": {"sha256": held_out.sha256, "file_sha256": held_out.file_sha256},
     }
     done: dict[str, Row] = {row["prompt_sha256"]: row for row in resume(file, fingerprint)}
@@ -210,6 +215,7 @@ def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], settings: Set
         mode=settings.mode,
         trim=settings.trim,
         max_new_tokens=settings.max_new_tokens,
+        min_label_mass=settings.min_label_mass,
     )
     for prompt, judgement in zip(prompts, judgements, strict=True):
         yield prediction_row(prompt, judgement)

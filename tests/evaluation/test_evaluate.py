@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,15 @@ def test_metrics_and_report_are_written_with_the_predictions(evaluation):
     assert metrics["groups"][0]["scores"] == sum(len(row["scores"]) for row in rows_of(evaluation))
     assert metrics["judge"]["template"] == "qwen" and metrics["mode"] == "expected"
     assert (evaluation / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_limit_for_the_label_mass_is_used_and_is_another_evaluation(evaluation, data, source, tmp_path):
+    assert "ok" in {row["status"] for row in rows_of(evaluation)}
+    shutil.copytree(evaluation, tmp_path / "strict")
+    settings = Settings(min_label_mass=1.0, limit=3)
+    evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, tmp_path / "strict", settings, None)
+    rows = rows_of(tmp_path / "strict")
+    assert len(rows) == 3 and all("label_mass" in row["reason"] for row in rows)
 
 
 def test_a_second_evaluation_scores_nothing_again(evaluation, data, source, monkeypatch):
