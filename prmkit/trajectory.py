@@ -108,6 +108,22 @@ def task_id_of(task: str) -> str:
     return "task-" + hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def is_share(value: Any) -> bool:
+    """Whether a value is a number from 0 to 1; booleans are not numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def outcome_number(outcome: Any) -> float | None:
+    """How a run ended, from 0 to 1: a number, true or false, or an object with `success` or `score`.
+
+    `success` counts if both are given; None if the outcome is unknown or on another scale.
+    """
+    if isinstance(outcome, Mapping):
+        success = outcome.get("success")
+        outcome = outcome.get("score") if success is None else success
+    return float(outcome) if isinstance(outcome, bool) or is_share(outcome) else None
+
+
 def with_labels(trajectory: Trajectory, labels: Mapping[int, Label]) -> Trajectory:
     """The run with labels on its steps; labels on messages that are not steps are counted as lost.
 

@@ -34,7 +34,7 @@ from prmkit.prompts.step import load_rubric
 from prmkit.rows import whole_number
 from prmkit.scoring.rows import check_rubric
 from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
-from prmkit.trajectory import Result, Trajectory
+from prmkit.trajectory import Result, Trajectory, is_share, outcome_number
 
 log = logging.getLogger("prmkit")
 
@@ -197,20 +197,20 @@ def _about(value: Mapping[str, Any]) -> dict[str, Any]:
 def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | None, float | None]:
     """The run of a line; for a line about one step, also its number and score."""
     about = _about(value)
-    outcome = _outcome_of(next((about[key] for key in _OUTCOMES if key in about), None))
+    outcome = outcome_number(next((about[key] for key in _OUTCOMES if key in about), None))
     if outcome is None or about.get("task_id") in (None, ""):
         raise DataError(f"{place}: no task_id, or no outcome from 0 to 1 ({', '.join(_OUTCOMES)}).")
     task = str(about["task_id"])
     attempt = Attempt(str(about.get("trajectory_id") or f"{task}.{about.get('trial', place)}"), task, outcome, 0)
     scores = value.get("scores")
     if isinstance(scores, list) or ("scores" in value and "score" not in value):
-        if not isinstance(scores, list) or not scores or not all(map(_is_share, scores)):
+        if not isinstance(scores, list) or not scores or not all(map(is_share, scores)):
             raise DataError(f"{place}: scores is not a list of numbers from 0 to 1, one per step.")
         return replace(attempt, steps=len(scores), scores=tuple(map(float, scores))), None, None
     if "score" not in value:
         return attempt, None, None
     step, score = whole_number(about.get("step", about.get("clip_number"))), value["score"]
-    if step is None or not (score is None or _is_share(score)):
+    if step is None or not (score is None or is_share(score)):
         raise DataError(f"{place}: a step has a number (step) and a score from 0 to 1.")
     return attempt, step, score
 
@@ -221,20 +221,6 @@ def _of_steps(run: Attempt, steps: Mapping[int, float | None]) -> Attempt:
     known = tuple(score for score in found if score is not None)
     is_whole = len(known) == len(found) and sorted(steps) == list(range(1, len(steps) + 1))
     return replace(run, steps=len(found), scores=known if is_whole else None)
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _outcome_of(given: Any) -> float | None:
-    """The outcome as a number from 0 to 1; None if it is missing or on another scale."""
-    if isinstance(given, Mapping):
-        success, score = given.get("success"), given.get("score")
-        given = score if success is None else success
-    if isinstance(given, bool):
-        return float(given)
-    return float(given) if _is_share(given) else None
 
 
 def runs_with_outcome(file: Path) -> list[Trajectory]:
@@ -248,11 +234,11 @@ def runs_with_outcome(file: Path) -> list[Trajectory]:
     warn_of_losses(reports)
     for run in runs:
         given = run.outcome and run.outcome.get("score")
-        if given is not None and _outcome_of(run.outcome) is None:
+        if given is not None and outcome_number(run.outcome) is None:
             raise DataError(
                 f"{file}: the outcome of {run.trajectory_id} is {given:g}, not from 0 to 1. Rescale them all."
             )
-    known = [run for run in runs if _outcome_of(run.outcome) is not None]
+    known = [run for run in runs if outcome_number(run.outcome) is not None]
     if not known:
         raise DataError(
             f"{file}: no run has an outcome from 0 to 1. Name its field when importing: import_trajectories.py "
@@ -268,7 +254,7 @@ def attempt_of(run: Trajectory) -> Attempt:
     return Attempt(
         run.trajectory_id,
         run.task_id,
-        _outcome_of(run.outcome) or 0.0,
+        outcome_number(run.outcome) or 0.0,
         len(run.steps),
         errors=sum(_is_error(result) for step in run.steps for result in step.results),
     )

@@ -13,7 +13,7 @@ from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_jsonl
 from prmkit.judge.types import AGGREGATES
-from prmkit.trajectory import log_id
+from prmkit.trajectory import log_id, outcome_number
 
 LEVEL = 0.95
 _CAP = 0.5
@@ -319,11 +319,9 @@ def read_outcomes(path: Path) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for number, line in enumerate(read_jsonl(path), start=1):
-        outcome = line.get("outcome") if isinstance(line, dict) else None
-        if isinstance(outcome, dict):
-            outcome = outcome.get("score") if outcome.get("score") is not None else outcome.get("success")
-        if not isinstance(outcome, int | float) or not 0 <= outcome <= 1 or not line.get("trajectory_id"):
+        outcome = outcome_number(line.get("outcome")) if isinstance(line, dict) else None
+        if outcome is None or not line.get("trajectory_id"):
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
         name = str(line["trajectory_id"])
-        found[name] = found[str(log_id(name))] = float(outcome)  # a log has only the hash of an id that may be text
+        found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that may be text
     return found

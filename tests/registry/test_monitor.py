@@ -77,6 +77,9 @@ def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     bad.write_text('{"trajectory_id": "r", "outcome": 7}\n')
     with pytest.raises(DataError, match="from 0 to 1"):
         read_outcomes(bad)
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"trajectory_id": "r", "outcome": {"success": true, "score": 0.4}}\n')
+    assert read_outcomes(good)["r"] == 1.0  # as evaluate_judge.py --best-of-n reads it
 
 
 def held_out(scores: list[float], key: str = "k") -> list[dict[str, Any]]:
