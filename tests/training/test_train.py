@@ -1,7 +1,9 @@
 """train.py as a user types it: the checks before the run, and every way it can end (flow.py, attempt.py)."""
 
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 from layout import STEPS, MakeProject, Script, write_config
 from processes import start
 
+from prmkit.evaluation import command
 from prmkit.training import train
 from prmkit.training.checks import Status
-from prmkit.training.options import TrainOptions
+from prmkit.training.options import Outcome, TrainOptions
 from prmkit.training.records import all_records
 
 
@@ -187,3 +190,20 @@ def test_the_shared_run_said_what_it_made_and_what_comes_next(finished: Path) ->
     shown = (finished / "shown.txt").read_text()
     assert f"Trained: saves/run ({STEPS} steps" in shown and "Exported: exported_model" in shown
     assert "python evaluate_judge.py --run saves/run" in shown
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_a_model_with_its_own_code_is_also_measured_and_compared_with_its_export(
+    trusts: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever typed `trust_remote_code=true` for the training has allowed it for the rest of the command, too."""
+    record = {"config": {"trust_remote_code": trusts}}
+    outcome = Outcome(run=tmp_path / "run", record=record, exported=tmp_path / "exported")
+    allowed: list[bool] = []
+    for name in ("evaluate_run", "prove_export"):
+        monkeypatch.setattr(command, name, lambda *_, trust_remote_code: allowed.append(trust_remote_code))
+    monkeypatch.setattr(train, "execute", lambda options: outcome)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--evaluate", "--export"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(root / "train.py"), run_name="__main__")
+    assert allowed == [trusts, trusts]
