@@ -5,10 +5,11 @@
     python benchmarks/serve.py --run demo/saves/step_judge --minutes 10       and ten minutes of 32 clients: memory
     python benchmarks/serve.py --run demo/saves/step_judge --bad 10000        bad requests beside good ones
 
-Every request is one step that the server has not seen, as trainers send them: the steps of labelled runs, each with
-its history, in a random order, so those of one run meet only by chance. Latency is what a client measures. Server and
-clients share the machine. Memory is the server's resident set; its CPU time a step hardly depends on what else the
-machine does. wrk (Debian has it) is a load tool in C; a Lua script gives each of its requests another body.
+Every request is one step that the server has not seen, with its history. `--order runs` sends them as trainers do: all
+steps of a run when it is over. With `--order random`, steps of one run meet only by chance: the worst case. Latency is
+what a client measures. Server and clients share the machine. Memory is the server's resident set; its CPU time a step
+hardly depends on what else the machine does. wrk (Debian has it) is a load tool in C; a Lua script gives each of its
+requests another body.
 
 Bad requests: half bodies and headers, bytes that are not UTF-8 or not HTTP, values of wrong types and sizes in bodies
 that are else right, wrong methods and paths, lengths that lie, and clients that hang up. Good clients ask all the time,
@@ -41,14 +42,17 @@ from prmkit.trajectories.importing import read_runs  # noqa: E402
 Step = dict[str, Any]
 
 
-def steps_of_runs(seed: int) -> list[Step]:
-    """All steps of the labelled runs that ship, in a random order; a seed makes them new to the server."""
+def steps_of_runs(seed: int, order: str = "random") -> list[Step]:
+    """All steps of the labelled runs that ship; runs or steps are shuffled, and a seed makes them new to the server."""
     found: list[Step] = []
-    for run in read_runs([ROOT / "examples" / "labelled_runs.jsonl"]):
+    runs = list(read_runs([ROOT / "examples" / "labelled_runs.jsonl"]))
+    random.Random(seed).shuffle(runs)
+    for run in runs:
         said = [{"role": "assistant", "content": step.text or step.thought or "…"} for step in run.steps]
         for place, message in enumerate(said):
             found.append({"task": f"{run.task} (no. {seed})", "history": said[:place], "step": message})
-    random.Random(seed).shuffle(found)
+    if order == "random":
+        random.Random(seed).shuffle(found)
     return found
 
 
@@ -269,6 +273,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, type=Path, help="a judge of raw runs")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--steps", type=int, default=400, help="in each part (default 400)")
+    parser.add_argument("--order", choices=("runs", "random"), default="runs", help="of the steps (default runs)")
     parser.add_argument("--minutes", type=float, default=0.0, help="also load it for so long, and watch the memory")
     parser.add_argument("--wrk", metavar="PROGRAM", help="also load it with wrk, twice 60 seconds")
     parser.add_argument("--bad", type=int, default=0, metavar="N", help="only: so many bad requests, and the memory")
@@ -295,15 +300,16 @@ def show_load(url: str, pid: int, arguments: argparse.Namespace) -> None:
     """One client, many clients, wrk, and minutes of many clients."""
     for seed, clients in ((1, 1), (2, arguments.clients)):
         before = cpu_seconds(pid)
-        found = asyncio.run(load(url, steps_of_runs(seed)[: arguments.steps], clients))
+        steps = steps_of_runs(seed, arguments.order)[: arguments.steps]
+        found = asyncio.run(load(url, steps, clients))
         show(found | {"server_cpu_ms_a_step": round(1000 * (cpu_seconds(pid) - before) / found["steps"], 1)})
     if arguments.wrk:
         for seed, clients in ((1000, 1), (2000, arguments.clients)):
-            many = [step for more in range(60) for step in steps_of_runs(seed + more)]
+            many = [step for more in range(60) for step in steps_of_runs(seed + more, arguments.order)]
             show(load_with_wrk(arguments.wrk, url, many, clients, 60))
     show({"server_mb": resident(pid)})
     if arguments.minutes:
-        many = [step for seed in range(3, 400) for step in steps_of_runs(seed)]
+        many = [step for seed in range(3, 400) for step in steps_of_runs(seed, arguments.order)]
         show(asyncio.run(load(url, many, arguments.clients, 60 * arguments.minutes)))
         show({"server_mb": resident(pid)})
 
