@@ -62,18 +62,16 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
     options = TrainOptions(**typed, launch=launch)
     outcome = execute(options)
     # The one place where training and evaluation meet in code; everywhere else they meet in files.
-    evaluated = options.evaluate and outcome.run is not None
-    # A model's own code ran in the training or the export only because this command allows it.
-    trust = bool(outcome.record and outcome.record["config"].get("trust_remote_code"))
-    if evaluated and outcome.run is not None:
-        from prmkit.evaluation.command import evaluate_run
+    if outcome.run is not None:
+        from prmkit.evaluation.command import evaluate_run, prove_export
 
-        evaluate_run(outcome.run, trust_remote_code=trust)
-    if outcome.exported is not None and outcome.run is not None:
-        from prmkit.evaluation.command import prove_export
-
-        prove_export(outcome.run, outcome.exported, trust_remote_code=trust)
-    for line in next_commands(options, outcome, evaluated=evaluated):
+        # A model's own code ran in the training or the export only because this command allows it.
+        trust = bool(outcome.record["config"].get("trust_remote_code"))
+        if options.evaluate:
+            evaluate_run(outcome.run, trust_remote_code=trust)
+        if outcome.exported is not None:
+            prove_export(outcome.run, outcome.exported, trust_remote_code=trust)
+    for line in next_commands(options, outcome, evaluated=options.evaluate and outcome.run is not None):
         cli.emit(line)
     return outcome.code
 
