@@ -27,7 +27,7 @@ from prmkit.judge.types import LOW_LABEL_MASS
 MIN_ORDER = 0.3
 """With a lower end of Spearman's correlation below this, a judge's order is too weak to act on."""
 MIN_RECALL = 0.5
-"""The share of bad steps that the judge must score below the border; with less, the border misses most of them."""
+"""The share of bad steps that the judge must score below the threshold; with less, most are missed."""
 MAX_PRAISED = 0.1
 SAME_AS_A_JUDGE = -0.05
 """A gap to another judge is negligible if its lower end is above this."""
@@ -63,7 +63,7 @@ def _order(group: Group) -> Condition:
     order = group["judge"][ORDER]
     if order["low"] is None:
         return Condition("order", "unknown", f"Order: not known ({order.get('reason')}).")
-    text = f"Spearman with the mean judge is {shown(order)}; the lower end must be above {MIN_ORDER}."
+    text = f"Spearman with the judges' mean is {shown(order)}; the lower end must be above {MIN_ORDER}."
     return Condition("order", "met" if order["low"] > MIN_ORDER else "failed", f"Order: {text}")
 
 
@@ -84,8 +84,8 @@ def _order_within(group: Group) -> Condition:
 
 
 def _bad_steps(group: Group) -> Condition:
-    of_border, praised = group["judge"]["bad_step"][STRICT], group["judge"]["praised_share"]
-    auroc, recall, share = of_border["auroc"], of_border["recall"], of_border["bad_share"]
+    of_threshold, praised = group["judge"]["bad_step"][STRICT], group["judge"]["praised_share"]
+    auroc, recall, share = of_threshold["auroc"], of_threshold["recall"], of_threshold["bad_share"]
     bad, good = recall["n"], share["n"] - recall["n"]
     if min(bad, good) < MIN_BAD:
         text = f"not known: {bad} bad and {good} good scores, but at least {MIN_BAD} of each are needed."
@@ -96,12 +96,12 @@ def _bad_steps(group: Group) -> Condition:
     if auroc["low"] <= 0.5:
         failed.append("AUROC's lower end is not above 0.5")
     if recall["value"] < MIN_RECALL:
-        failed.append(f"fewer than {MIN_RECALL:.0%} are scored below the border")
+        failed.append(f"at least {MIN_RECALL:.0%} of them must be below {STRICT}")
     if praised["value"] > MAX_PRAISED:
-        failed.append(f"more than {MAX_PRAISED:.0%} are praised")
+        failed.append(f"at most {MAX_PRAISED:.0%} may be praised")
     text = (
-        f"AUROC is {shown(auroc)}; of {bad} scores below {STRICT} it puts {percent(recall)} below {STRICT} and praises "
-        f"{percent(praised)} with {PRAISED_FROM} or more"
+        f"AUROC is {shown(auroc)}; of the {bad} scores that the judges put below {STRICT}, it puts {percent(recall)} "
+        f"below {STRICT} too and praises {percent(praised)} with {PRAISED_FROM} or more"
     )
     text += f" ({'; '.join(failed)})." if failed else "."
     return Condition("bad steps", "failed" if failed else "met", f"Bad steps: {text}")
@@ -329,7 +329,7 @@ def _selection_sentence(selection: Mapping[str, Any], prompts: int) -> str:
             "agreement on steps that a judge was unsure of, not on all steps."
         )
     return (
-        f"{chosen} and are weighted by one over the probability of that: they are worth as much as "
+        f"{chosen} and are weighted by the inverse of their selection probability: they are worth as much as "
         f"{selection['effective_prompts']:,.0f} unselected prompts."
     )
 

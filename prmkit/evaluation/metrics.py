@@ -41,7 +41,7 @@ MIN_PAIRS = 30
 PRAISED_FROM = BAD_BELOW[-1]
 """A bad step with at least this score is praised: an RL run will find and repeat it."""
 STRICT = str(BAD_BELOW[0])
-"""The border in `metrics["bad_step"]` that conclusions and gates use."""
+"""The threshold in `metrics["bad_step"]` that conclusions and gates use."""
 
 
 # --- samples: what a metric is computed from --------------------------------------------------------------------------
@@ -63,21 +63,21 @@ def pairs(scores: Scores) -> Sample:
     return statistics.make_pairs(replace(by_mean(scores), group=group))
 
 
-def suspicion(scores: Scores, border: float) -> Sample:
+def suspicion(scores: Scores, threshold: float) -> Sample:
     """The suspicion of each step (higher for a lower score), against 1.0 for a bad step and 0.0 for a good one."""
-    return _sample(scores, -scores.predicted, _bad(scores, border))
+    return _sample(scores, -scores.predicted, _bad(scores, threshold))
 
 
-def flagged_of_bad(scores: Scores, border: float) -> Sample:
-    """For the truly bad steps: 1.0 if the judge's score is also below the border."""
-    bad = scores.where(_bad(scores, border) > 0)
-    return _sample(bad, bad.predicted < border - SAME_SCORE, bad.reference)
+def flagged_of_bad(scores: Scores, threshold: float) -> Sample:
+    """For the truly bad steps: 1.0 if the judge's score is also below the threshold."""
+    bad = scores.where(_bad(scores, threshold) > 0)
+    return _sample(bad, bad.predicted < threshold - SAME_SCORE, bad.reference)
 
 
-def bad_of_flagged(scores: Scores, border: float) -> Sample:
-    """For the steps that the judge scores below the border: 1.0 if the step is truly bad."""
-    flagged = scores.where(scores.predicted < border - SAME_SCORE)
-    return _sample(flagged, _bad(flagged, border), flagged.reference)
+def bad_of_flagged(scores: Scores, threshold: float) -> Sample:
+    """For the steps that the judge scores below the threshold: 1.0 if the step is truly bad."""
+    flagged = scores.where(scores.predicted < threshold - SAME_SCORE)
+    return _sample(flagged, _bad(flagged, threshold), flagged.reference)
 
 
 def praised_of_bad(scores: Scores) -> Sample:
@@ -86,11 +86,11 @@ def praised_of_bad(scores: Scores) -> Sample:
     return _sample(bad, bad.predicted >= PRAISED_FROM - SAME_SCORE, bad.reference)
 
 
-def probability_of_bad(scores: Scores, border: float) -> Sample:
-    """The judge's probability that a score is below the border, against 1.0 for a bad step."""
-    probability = scores.below[:, BAD_BELOW.index(border)]
+def probability_of_bad(scores: Scores, threshold: float) -> Sample:
+    """The judge's probability that a score is below the threshold, against 1.0 for a bad step."""
+    probability = scores.below[:, BAD_BELOW.index(threshold)]
     known = scores.where(np.isfinite(probability))
-    return _sample(known, probability[np.isfinite(probability)], _bad(known, border))
+    return _sample(known, probability[np.isfinite(probability)], _bad(known, threshold))
 
 
 def confidence(scores: Scores) -> Sample:
@@ -106,8 +106,8 @@ def within_own_range(scores: Scores) -> Sample:
     return _sample(known, inside, known.reference)
 
 
-def _bad(scores: Scores, border: float) -> Floats:
-    return (scores.reference < border - SAME_SCORE).astype(np.float64)
+def _bad(scores: Scores, threshold: float) -> Floats:
+    return (scores.reference < threshold - SAME_SCORE).astype(np.float64)
 
 
 def _sample(scores: Scores, predicted: Any, reference: Floats, baseline: Floats | None = None) -> Sample:
@@ -127,20 +127,20 @@ class Metric:
     min_n: int
     """With fewer entries in the sample than this there is no value."""
     sample: Callable[..., Sample]
-    """Makes the sample from the scores; for a metric `at_borders` from the scores and a border."""
+    """Makes the sample from the scores; for a metric `at_thresholds` from the scores and a threshold."""
     header: str = ""
     """Of its column on the terminal and in the report; empty if it is only in `metrics.json`."""
     meaning: str = ""
     """For the legend of that column."""
     brief: bool = False
     """Also computed for baselines and single judges."""
-    at_borders: bool = False
-    """Computed once for each border of `BAD_BELOW`, under `bad_step`."""
+    at_thresholds: bool = False
+    """Computed once for each threshold of `BAD_BELOW`, under `bad_step`."""
 
 
 METRICS = (
-    Metric(ORDER, statistics.spearman_within, MIN_SCORES, by_mean, "Spearman", "rank correlation with the mean judge, "
-           "key by key", brief=True),
+    Metric(ORDER, statistics.spearman_within, MIN_SCORES, by_mean, "Spearman", "rank correlation with the judges' "
+           "mean, key by key", brief=True),
     Metric("spearman", statistics.spearman, MIN_SCORES, by_mean),
     Metric("pearson", statistics.pearson, MIN_SCORES, by_mean, brief=True),
     Metric("rmse", statistics.root_mean_square_error, 1, by_mean, "RMSE", "root mean square error of the score (the "
@@ -157,15 +157,15 @@ METRICS = (
     Metric("kappa", statistics.kappa, MIN_SCORES, by_mean, "kappa", "on the five bands, quadratic weights"),
     Metric("praised_share", statistics.share_predicted, 1, praised_of_bad),
     Metric("own_range_share", statistics.share_predicted, MIN_SCORES, within_own_range),
-    Metric("bad_share", statistics.share_of_reference, 1, suspicion, at_borders=True),
+    Metric("bad_share", statistics.share_of_reference, 1, suspicion, at_thresholds=True),
     Metric("auroc", statistics.roc_area, MIN_SCORES, suspicion, "AUROC", f"telling steps below {STRICT} from the "
-           "others; 0.5 is chance", brief=True, at_borders=True),
-    Metric("average_precision", statistics.average_precision, MIN_SCORES, suspicion, at_borders=True),
-    Metric("recall", statistics.share_predicted, 1, flagged_of_bad, at_borders=True),
-    Metric("precision", statistics.share_predicted, 1, bad_of_flagged, at_borders=True),
-    Metric("brier", statistics.brier, MIN_SCORES, probability_of_bad, at_borders=True),
-    Metric("ece", statistics.calibration_error, MIN_SCORES, probability_of_bad, at_borders=True),
-    Metric("ece_by_chance", statistics.calibration_error_by_chance, MIN_SCORES, probability_of_bad, at_borders=True),
+           "others; 0.5 is chance", brief=True, at_thresholds=True),
+    Metric("average_precision", statistics.average_precision, MIN_SCORES, suspicion, at_thresholds=True),
+    Metric("recall", statistics.share_predicted, 1, flagged_of_bad, at_thresholds=True),
+    Metric("precision", statistics.share_predicted, 1, bad_of_flagged, at_thresholds=True),
+    Metric("brier", statistics.brier, MIN_SCORES, probability_of_bad, at_thresholds=True),
+    Metric("ece", statistics.calibration_error, MIN_SCORES, probability_of_bad, at_thresholds=True),
+    Metric("ece_by_chance", statistics.calibration_error_by_chance, MIN_SCORES, probability_of_bad, at_thresholds=True),
     Metric("aurc", statistics.area_under_risk_coverage, MIN_SCORES, confidence),
     Metric("aurc_random", statistics.share_of_reference, MIN_SCORES, confidence),
     Metric("abstention_closed", statistics.share_of_abstention_closed, MIN_SCORES, confidence),
@@ -181,12 +181,12 @@ def agreement(scores: Scores, *, brief: bool = False) -> Metrics:
         scores: of one evaluation type and key, or of several together.
         brief: compute only the metrics on which baselines are compared.
     """
-    metrics: Metrics = {"bad_step": {str(border): {} for border in (BAD_BELOW[:1] if brief else BAD_BELOW)}}
+    metrics: Metrics = {"bad_step": {str(threshold): {} for threshold in (BAD_BELOW[:1] if brief else BAD_BELOW)}}
     for metric in METRICS:
         if metric.brief or not brief:
-            if metric.at_borders:
-                for border, of_border in metrics["bad_step"].items():
-                    of_border[metric.name] = _estimate(metric, metric.sample(scores, float(border)))
+            if metric.at_thresholds:
+                for threshold, of_threshold in metrics["bad_step"].items():
+                    of_threshold[metric.name] = _estimate(metric, metric.sample(scores, float(threshold)))
             else:
                 metrics[metric.name] = _estimate(metric, metric.sample(scores))
     order = metrics[ORDER]
@@ -230,7 +230,7 @@ def _error_of_surest(scores: Scores, share: float) -> Estimate:
 
 
 def recommended_threshold(scores: Scores, folds: int = 5) -> Metrics | None:
-    """The score below which a step is best called bad: the threshold with the greatest F1 against the strict border.
+    """The score below which a step is best called bad: the threshold with the greatest F1 for bad below `STRICT`.
 
     Precision and recall are measured on tasks on which the threshold was not chosen.
 
@@ -430,7 +430,7 @@ def trajectory_metrics(rows: Sequence[Row], incomplete: Collection[str] = ()) ->
             }
             for name, aggregate in AGGREGATES.items()
         },
-        "first_bad_step": {str(border): _first_errors(trajectories, border) for border in BAD_BELOW},
+        "first_bad_step": {str(threshold): _first_errors(trajectories, threshold) for threshold in BAD_BELOW},
     }
 
 
@@ -446,9 +446,9 @@ def _against_outcome(scores: Sequence[float], trajectories: Sequence[Trajectory]
     }
 
 
-def _first_errors(trajectories: Sequence[Trajectory], border: float) -> Metrics:
+def _first_errors(trajectories: Sequence[Trajectory], threshold: float) -> Metrics:
     def first(steps: list[float]) -> int:
-        found = first_below(steps, border)
+        found = first_below(steps, threshold)
         return NO_BAD_STEP if found is None else found
 
     predicted = np.array([first(each.predicted) for each in trajectories], np.int64)

@@ -45,7 +45,7 @@ def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, st
         Title, caption and SVG of each.
     """
     made = [
-        ("Judge against mean judge", _HEXBIN_CAPTION, _predicted_against_reference(scores)),
+        ("Judge against the judges' mean", _HEXBIN_CAPTION, _predicted_against_reference(scores)),
         ("Rank correlations", _FOREST_CAPTION, _forest(metrics["groups"])),
         ("Calibration", _CALIBRATION_CAPTION, _calibration(scores)),
         ("Distribution of scores", _DISTRIBUTION_CAPTION, _distributions(scores, metrics["held_out"]["judges"])),
@@ -84,7 +84,7 @@ def _types(scores: Scores) -> list[str]:
 # --- predicted against reference --------------------------------------------------------------------------------------
 
 _HEXBIN_CAPTION = (
-    "Each hexagon counts scores: darker means more. On the line, the judge agrees with the mean judge; above it, the "
+    "Each hexagon counts scores: darker means more. On the line, the judge agrees with the judges' mean; above it, the "
     "judge is too lenient."
 )
 
@@ -114,7 +114,7 @@ def _predicted_against_reference(scores: Scores) -> str:
                 xlim=(-0.04, 1.04),
                 ylim=(-0.04, 1.04),
                 aspect="equal",
-                xlabel="mean judge",
+                xlabel="judges' mean",
                 title=_short(evaluation_type, 30),
             )
             label = "scores" if place % columns == 0 or place == len(types) else ""
@@ -128,7 +128,7 @@ def _predicted_against_reference(scores: Scores) -> str:
 # --- forest -----------------------------------------------------------------------------------------------------------
 
 _FOREST_CAPTION = (
-    "Spearman correlation with the mean judge, with 95 % interval over tasks. Diamonds: two judges with each other. "
+    "Spearman correlation with the judges' mean, with 95 % interval over tasks. Diamonds: two judges with each other. "
     "Bars: the most that any prediction could reach if the judges differed only by noise. Crosses: copying a score "
     "that the prompt shows. Below the diamond, there is more to learn; at the cross, the judge may only be copying."
 )
@@ -178,7 +178,7 @@ def _legend_outside(axis: Any) -> None:
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 _CALIBRATION_CAPTION = (
-    "Left: scores in groups of equal size by the judge's score, and the mean judge's score of each group. On the "
+    "Left: scores in groups of equal size by the judge's score, and the judges' mean of each group. On the "
     "line, the judge's 0.7 means 0.7. Right, if the judge gives probabilities: the share of bad steps among those that "
     "it calls bad with this probability."
 )
@@ -192,7 +192,7 @@ def _calibration(scores: Scores) -> str:
         for number, evaluation_type in enumerate(_types(scores)):
             some = scores.where(scores.evaluation_type == evaluation_type)
             _binned_line(axes[0], some, some.predicted, some.reference, number, _in_legend(evaluation_type))
-        axes[0].set(xlabel="this judge", ylabel="mean judge")
+        axes[0].set(xlabel="this judge", ylabel="judges' mean")
         if with_probability:
             for column, limit in enumerate(BAD_BELOW):
                 bad = (scores.reference < limit - SAME_SCORE).astype(np.float64)
@@ -239,7 +239,7 @@ _DISTRIBUTION_CAPTION = (
 def _distributions(scores: Scores, judges: Sequence[str]) -> str:
     rows = [
         ("this judge", scores.predicted, scores.weight, BLUE),
-        ("mean judge", scores.reference, scores.weight, ORANGE),
+        ("judges' mean", scores.reference, scores.weight, ORANGE),
     ]
     for column, judge in enumerate(judges):
         alone = scores.references[:, column]
@@ -295,7 +295,7 @@ def _error_by_length(scores: Scores) -> str:
         axis = figure.subplots()
         axis.scatter(scores.prompt_characters, errors, s=6, color=BLUE, alpha=0.25, linewidths=0, rasterized=True)
         axis.plot(*zip(*means, strict=True), color="black", marker="o", label="mean")
-        axis.set(xlabel="prompt, in characters", ylabel="|this judge - mean judge|", ylim=(-0.02, None))
+        axis.set(xlabel="prompt, in characters", ylabel="|this judge - judges' mean|", ylim=(-0.02, None))
         axis.legend(loc="upper right")
 
     return _drawn(6.4, 3.0, draw, "length")
@@ -323,7 +323,7 @@ def _risk_coverage(scores: Scores) -> str:
             axis.plot(kept[shown] / kept[-1], risk[shown], color=colour, linestyle=line, label=name)
         mean = weighted_mean(errors, scores.weight)
         axis.axhline(mean, color=GREY, linewidth=0.8, linestyle="--", label="all scores")
-        axis.set(xlabel="share of the scores that are kept", ylabel="mean |this judge - mean judge|", ylim=(0, None))
+        axis.set(xlabel="share of the scores that are kept", ylabel="mean |this judge - judges' mean|", ylim=(0, None))
         axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.legend(loc="lower right")
 
@@ -343,7 +343,7 @@ def _score_by_clip(clips: Scores) -> str:
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         for name, colour, marker, line, means, errors in (
-            ("mean judge", ORANGE, "D", "--", *_means([(each.reference, each.weight) for each in chosen])),
+            ("judges' mean", ORANGE, "D", "--", *_means([(each.reference, each.weight) for each in chosen])),
             ("this judge", BLUE, "o", "-", *_means([(each.predicted, each.weight) for each in chosen])),
         ):
             axis.errorbar(numbers, means, errors, color=colour, marker=marker, linestyle=line, capsize=2, label=name)

@@ -190,19 +190,19 @@ def _bad_steps(metrics: Mapping[str, Any]) -> Table:
     )
     rows = []
     for group in _main_groups(metrics):
-        for border, of_border in group["judge"]["bad_step"].items():
-            share = of_border["bad_share"]["value"]
+        for threshold, of_threshold in group["judge"]["bad_step"].items():
+            share = of_threshold["bad_share"]["value"]
             rows.append(
                 [
                     summary.group_name(group),
-                    border,
-                    percent(of_border["bad_share"]),
-                    *(shown(of_border[name]) for name in ("auroc", "average_precision")),
-                    *(percent(of_border[name]) for name in ("recall", "precision")),
-                    shown(of_border["brier"]),
+                    threshold,
+                    percent(of_threshold["bad_share"]),
+                    *(shown(of_threshold[name]) for name in ("auroc", "average_precision")),
+                    *(percent(of_threshold[name]) for name in ("recall", "precision")),
+                    shown(of_threshold["brier"]),
                     NONE if share is None else f"{share * (1 - share):.2f}",
-                    shown(of_border["ece"]),
-                    shown(of_border["ece_by_chance"], interval=False),
+                    shown(of_threshold["ece"]),
+                    shown(of_threshold["ece_by_chance"], interval=False),
                 ]
             )
     return _table(columns, rows)
@@ -256,7 +256,7 @@ def _trajectories(trajectory: Mapping[str, Any]) -> Table | None:
     rows = [
         [name, who, *(shown(of[side][metric]) for metric in ("spearman", "pearson", "auroc"))]
         for name, of in trajectory["aggregates"].items()
-        for who, side in (("this judge", "judge"), ("mean judge", "reference"))
+        for who, side in (("this judge", "judge"), ("judges' mean", "reference"))
     ]
     columns = ("steps combined by", "whose steps", "Spearman", "Pearson", "AUROC, wrong answer")
     return _table(columns, rows, words=2) if trajectory["with_outcome"] else None
@@ -265,12 +265,12 @@ def _trajectories(trajectory: Mapping[str, Any]) -> Table | None:
 def _first_errors(trajectory: Mapping[str, Any]) -> Table | None:
     rows = [
         [
-            border,
+            threshold,
             shown(of["f1"]),
             f"{of['found']} of {of['with_bad_step']}",
             f"{of['cleared']} of {of['without_bad_step']}",
         ]
-        for border, of in trajectory["first_bad_step"].items()
+        for threshold, of in trajectory["first_bad_step"].items()
     ]
     columns = ("bad is below", "ProcessBench F1", "first one found", "flawless cleared")
     return _table(columns, rows) if trajectory["trajectories"] else None

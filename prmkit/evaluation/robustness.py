@@ -159,8 +159,8 @@ def _signed(estimate: Mapping[str, Any]) -> str:
 def robustness_notes(robustness: Mapping[str, Any]) -> list[str]:
     """Notes for the reader of the table."""
     notes = [
-        f"Wrong way: scores that should stay but move by more than {robustness['moved']}, that should fall but do not, "
-        "or that should not rise but do, each by more than that."
+        f"Wrong way: scores that should stay but move by more than {robustness['moved']}, that should fall but do not "
+        f"fall by more than {robustness['moved']}, or that should not rise but rise by more than {robustness['moved']}."
     ]
     if robustness["prompts"] < robustness["of_prompts"]:
         notes.append(f"{robustness['prompts']:,} of {robustness['of_prompts']:,} prompts were changed.")

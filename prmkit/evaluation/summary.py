@@ -75,7 +75,9 @@ def main_table(metrics: Mapping[str, Any], *, intervals: bool = False) -> list[l
 def _table_row(group: Group, intervals: bool) -> list[str]:
     cells = []
     for metric in _SHOWN:
-        estimate = group["judge"]["bad_step"][STRICT][metric.name] if metric.at_borders else group["judge"][metric.name]
+        estimate = (
+            group["judge"]["bad_step"][STRICT][metric.name] if metric.at_thresholds else group["judge"][metric.name]
+        )
         cell = shown(estimate, interval=intervals or metric.name == ORDER)
         counted = metric.name == "pairwise_accuracy" and estimate["value"] is not None and intervals
         cells.append(f"{cell} n={estimate['n']}" if counted else cell)
@@ -140,10 +142,10 @@ def bias_sentence(group: Group) -> str | None:
     without = max(0.0, rmse["value"] ** 2 - bias["value"] ** 2) ** 0.5
     if without > (1 - _BIAS_HELPS) * rmse["value"]:
         return None
-    kinder = "kinder" if bias["value"] > 0 else "stricter"
+    kinder = "more lenient" if bias["value"] > 0 else "stricter"
     return (
-        f"It is {kinder} than the mean judge: its bias is {shown(bias)}. Subtract {bias['value']:+.2f} from its "
-        f"scores, and the RMSE falls from {rmse['value']:.2f} to {without:.2f}."
+        f"It is {kinder} than the judges' mean: its bias is {shown(bias)}. If this bias is subtracted from its scores, "
+        f"the RMSE falls from {rmse['value']:.2f} to {without:.2f}."
     )
 
 
@@ -172,8 +174,8 @@ def ceiling_sentence(group: Group) -> str | None:
         return f"{text} What limit follows from that is unknown: {reason}." if reason else text
     if by_self is not None:
         text += (
-            f" Judging by the judges' agreement with themselves on repeated prompts, no prediction would "
-            f"correlate with their mean by more than about {by_self:.2f}."
+            f" Their agreement with themselves on repeated prompts limits the correlation of any prediction with their "
+            f"mean to about {by_self:.2f}."
         )
     return (
         f"{text} If the judges differed only by noise, no prediction would correlate with their mean by more than "
@@ -191,7 +193,7 @@ def copy_sentence(copying: Mapping[str, Any]) -> str:
         f"For {copying['judge']['mae']['n']} scores, the prompt shows earlier scores. Copying {what} has an MAE of "
         f"{errors['copy']} and a Spearman of {orders['copy']}, the judge {errors['judge']} and {orders['judge']}; "
         f"{percent(copying['judge_equals_copy'])} of the judge's scores equal the copied one, "
-        f"{percent(copying['reference_equals_copy'])} of the mean judge's do."
+        f"{percent(copying['reference_equals_copy'])} of the judges' means do."
     )
 
 
@@ -209,8 +211,8 @@ def floor_sentence(group: Group) -> str:
         parts.append(
             f"the smallest loss in Spearman that a comparison on these tasks shows reliably is about {least:.2f}"
         )
-    text = "; ".join(parts) or "too little data for the floor tests"
-    return f"Floor: {text}."
+    text = "; ".join(parts) or "too little data to measure the simplest rankings"
+    return f"For comparison: {text}."
 
 
 def smallest_visible_difference(order: Mapping[str, Any]) -> float | None:

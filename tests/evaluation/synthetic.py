@@ -97,7 +97,7 @@ def _felt(score: float, spread: float = 0.08) -> Distribution:
 
 
 def noisy(noise: float, seed: int = 0) -> Judge:
-    """The mean judge plus noise: a judge that has learnt something."""
+    """The judges' mean plus noise: a judge that has learnt something."""
     generator = np.random.default_rng(seed)
     return lambda prompt, key: float(np.clip(prompt.reference.get(key, 0.5) + generator.normal(0, noise), 0, 1))
 

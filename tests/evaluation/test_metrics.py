@@ -128,7 +128,7 @@ def test_skill_compares_the_mean_with_a_mean_and_the_median_with_a_median(metric
 def test_every_entry_of_the_table_is_in_metrics_json_and_every_header_on_the_terminal(metrics):
     judge = metrics["groups"][0]["judge"]
     for metric in METRICS:
-        assert metric.name in (judge["bad_step"][STRICT] if metric.at_borders else judge)
+        assert metric.name in (judge["bad_step"][STRICT] if metric.at_thresholds else judge)
         assert not metric.header or metric.header in summary.COLUMNS
 
 

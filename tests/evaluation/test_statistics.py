@@ -117,7 +117,7 @@ def test_a_weighted_pair_counts_as_that_many_also_when_tasks_are_drawn_again(nam
 @pytest.mark.parametrize("metric", [each for each in METRICS if each.sample is not pairs], ids=lambda each: each.name)
 def test_weighting_each_pair_of_a_task_is_weighting_the_task(metric):
     scores = noisy(200, 12, 0.2, seed=4)
-    reference = (scores.reference < 0.5).astype(float) if metric.at_borders else scores.reference
+    reference = (scores.reference < 0.5).astype(float) if metric.at_thresholds else scores.reference
     baseline = np.full(200, 0.6)
     of_task = np.random.default_rng(1).integers(1, 5, 12).astype(float)
     whole = make_sample(scores.predicted, reference, scores.task, baseline=baseline)
