@@ -17,25 +17,37 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--data-dir", type=Path, metavar="FOLDER", help="its folder (default: the run's, or data)")
     what.add_argument("--limit", type=cli.positive, metavar="N", help="score at most N prompts, task by task")
     what.add_argument("--baseline", action="store_true", help="also ask the base model, without the adapter")
-    what.add_argument("--by", metavar="KEY", action="append", help="also by a metadata key, such as agent (repeatable)")
-    robust = "also score prompts whose form, substance or flattery changed"
+    what.add_argument(
+        "--by", metavar="KEY", action="append", help="also break metrics down by a metadata key (repeatable)"
+    )
+    robust = "also score changed prompts: harmless changes, damaged steps, attacks"
     what.add_argument("--robustness", action="store_true", help=robust)
     result = parser.add_argument_group("the result")
     result.add_argument("--output", type=Path, metavar="FOLDER", help="results (default: evaluation/ in the run)")
     result.add_argument("--json", action="store_true", help="print metrics.json instead of the table")
     gates = parser.add_argument_group("gates (exit 4 unless met on every evaluation type)")
-    gates.add_argument("--compare", type=Path, metavar="RUN", help="not shown to be worse than this evaluated run")
-    gates.add_argument("--margin", type=cli.number, metavar="X", help="--compare: shown to be worse by less than X")
-    gates.add_argument("--min-spearman", type=cli.number, metavar="X", help="lower end of the Spearman correlation")
-    gates.add_argument("--min-auroc", type=cli.number, metavar="X", help="lower end of AUROC, steps below 0.5")
+    gates.add_argument("--compare", type=Path, metavar="RUN", help="fail if shown to be worse than this evaluated run")
+    gates.add_argument(
+        "--margin", type=cli.number, metavar="X", help="with --compare: fail unless shown to be worse by less than X"
+    )
+    gates.add_argument(
+        "--min-spearman", type=cli.number, metavar="X", help="fail if the lower end of Spearman is below X"
+    )
+    gates.add_argument(
+        "--min-auroc", type=cli.number, metavar="X", help="fail if the lower end of AUROC (steps below 0.5) is below X"
+    )
     exam = parser.add_argument_group("instead: runs that people labelled, or several runs of each task")
     exam.add_argument("--exam", type=Path, metavar="FILE", help="runs with people's labels, also for --min-auroc")
     exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how often its pick succeeds")
-    exam.add_argument("--predictions", type=Path, metavar="FILE", help="use these answers (id, step, score), no judge")
+    exam.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="read answers (id, step, score) from a file; ask no judge"
+    )
     exam.add_argument("--predict-with", metavar="URL", help="ask a server: chat completions, or /v1/systemone")
-    exam.add_argument("--server-model", metavar="NAME", help="the model's name there")
-    exam.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
-    exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not ours")
+    exam.add_argument("--server-model", metavar="NAME", help="the model's name on that server")
+    exam.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key"
+    )
+    exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     parity = parser.add_argument_group("instead: compare a run with its export")
     parity.add_argument(
         "--parity", type=cli.positive, nargs="?", const=8, metavar="N", help="score N prompts with both"

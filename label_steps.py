@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", default="human", help="your name, written into every row (default human)")
     add("--scores", type=Path, metavar="FILE", help="by score_trajectories.py: draw evenly from all score bands")
     add("--seed", type=int, default=0, metavar="N", help="another seed draws different steps (default 0)")
-    add("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not ours")
+    add("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     add("--format", metavar="NAME", help="form of the runs (default: recognised)")
     add("--port", type=int, default=0, metavar="N", help="on 127.0.0.1 (default: a free one)")
     return parser

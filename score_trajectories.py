@@ -25,9 +25,8 @@ def main() -> int:
     parser.add_argument(
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"
     )
-    parser.add_argument(
-        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="has each evaluation type's score keys"
-    )
+    data = "converted data, read for the score keys of each type"
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="FOLDER", help=data)
     parser.add_argument("--summaries", action="store_true", help="also let the model write its verdict, and add it")
     parser.add_argument(
         "--aggregate", choices=["trajectory"], help="also aggregate the steps of every trajectory_id, or task_id"
@@ -37,7 +36,7 @@ def main() -> int:
     )
     runs = parser.add_argument_group("raw runs")
     runs.add_argument(
-        "--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not ours"
+        "--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not prmkit's own"
     )
     runs.add_argument("--format", metavar="NAME", help="form of the runs (a wrong name lists the valid ones)")
     runs.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every step's score")

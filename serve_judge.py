@@ -22,14 +22,15 @@ def main() -> int:
     add("--port", type=int, default=8000, metavar="N", help="0 picks a free one (default 8000)")
     add("--key-env", metavar="NAME", help="variable with the bearer key that clients must send (default: no key)")
     add("--max-body", type=cli.positive, default=32, metavar="MB", help="largest request (default 32)")
-    add("--window", type=cli.seconds, default=5.0, metavar="MS", help="wait for more prompts if idle (default 5)")
+    window = "how long an idle judge waits for more prompts (default 5)"
+    add("--window", type=cli.seconds, default=5.0, metavar="MS", help=window)
     add("--queue", type=cli.positive, default=1024, metavar="N", help="waiting prompts; more get 503 (default 1024)")
-    add(
-        "--queue-timeout", type=cli.seconds, default=60.0, metavar="SECONDS", help="wait for a place in it (default 60)"
-    )
+    longest = "longest wait for a place in the queue (default 60)"
+    add("--queue-timeout", type=cli.seconds, default=60.0, metavar="SECONDS", help=longest)
     add("--drain", type=cli.seconds, default=30.0, metavar="SECONDS", help="time to finish when stopped (default 30)")
-    add("--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not ours")
-    add("--data", type=Path, default=Path("data"), metavar="FOLDER", help="has each evaluation type's score keys")
+    add("--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not prmkit's own")
+    data = "converted data, read for the score keys of each type"
+    add("--data", type=Path, default=Path("data"), metavar="FOLDER", help=data)
     rewards = parser.add_argument_group("rewards").add_argument
     how = "how the scores of several steps become one reward (default min)"
     rewards("--aggregate", choices=["min", "mean", "product", "last"], default="min", help=how)

@@ -21,9 +21,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     inputs = "files of rows (.jsonl, .ndjson, .json; .gz, .bz2, .zst), files of labelled runs "
-    inputs += "(import_trajectories.py), folders of both, - for stdin (finetune.jsonl)"
+    inputs += "(import_trajectories.py), folders of both, - for stdin (default: finetune.jsonl)"
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
-    add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: ours)")
+    add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: prmkit's own)")
     add("--output-dir", type=Path, metavar="FOLDER", help="(default: dataset_dir of --config, or data)")
     add("--format", choices=["alpaca", "sharegpt"], default="alpaca", help="of the training files (default: alpaca)")
     labels = "train on verdicts in one form, or as judges wrote them (default: canonical)"

@@ -53,7 +53,8 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     retrain = commands.add_parser(
         "retrain",
         help="train a new version from an old one and new rows, and compare the two",
-        epilog="Exit code 0: the gate is met; 4: it is not, or is undecided. The same command continues.",
+        epilog="Exit code 0: the gate is met; 4: it is not, or is undecided. To continue after a kill, run the same "
+        "command again.",
     )
     add = retrain.add_argument
     add("version", help="such as production")
