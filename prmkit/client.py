@@ -90,7 +90,7 @@ class Judge:
             raise UsageError("the key of a judge has characters that cannot be sent. Check where it was read from.")
 
     def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Score steps or finished prompts: one line each, in order, as `POST /v1/score` returns them.
+        """Score steps or ready-made prompts: one line each, in order, as `POST /v1/score` returns them.
 
         Raises:
             JudgeUnavailable, RequestRefused: see there.
@@ -100,7 +100,10 @@ class Judge:
         answers = self._each([("/v1/score", {"steps": part, **more}) for part in parts])
         lines = [line for answer in answers for line in _lines(answer, "results", self.url)]
         if len(lines) != len(steps):
-            raise JudgeUnavailable(f"{self.url}: {len(lines)} lines for {len(steps)} steps.")
+            raise JudgeUnavailable(
+                f"{self.url}: answered with {len(lines)} lines for {len(steps)} steps. Check that this is "
+                "serve_judge.py."
+            )
         return lines
 
     def score_run(self, run: Any, *, gamma: float = 1.0) -> list[dict[str, Any]]:
@@ -207,7 +210,7 @@ def _reward(answer: Any, url: str) -> Reward:
     try:
         value, steps, mass = answer["score"], tuple(answer["scores"]), answer["label_mass"]
     except (TypeError, KeyError):
-        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py.") from None
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py. Check the URL.") from None
     for number in (value, *steps, mass):
         _check_share(number, url)
     return Reward(value, steps, mass)
@@ -218,7 +221,7 @@ def _lines(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
     lines = answer.get(name) if isinstance(answer, dict) else None
     needed = _PARTS[name]
     if not isinstance(lines, list) or not all(isinstance(line, dict) and needed <= line.keys() for line in lines):
-        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py.")
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py. Check the URL.")
     for line in lines:
         _check_share(line.get("score"), url)
     return lines
@@ -226,7 +229,7 @@ def _lines(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
 
 def _part(answer: Any, name: str, url: str) -> Any:
     if not isinstance(answer, dict) or name not in answer:
-        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py.")
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py. Check the URL.")
     return answer[name]
 
 

@@ -78,7 +78,7 @@ class ExamRun:
     """Whether every step of the run is here; only then is there a first error to find."""
     succeeded: bool | None = None
     rubric: str | None = None
-    """The hash of the rubric, for finished prompts."""
+    """The hash of the rubric, for ready-made prompts."""
     record: Trajectory | None = None
 
     @cached_property

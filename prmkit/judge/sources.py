@@ -157,7 +157,7 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
 
 
 def _rubrics_in(file: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The rubrics in a record; records older than rubrics have none: those judges were trained on finished prompts."""
+    """The rubrics in a record; records older than rubrics have none: their judges learnt ready-made prompts."""
     rubrics = record.get("rubrics", [])
     if not isinstance(rubrics, list):
         raise DataError(f"{file}: damaged: rubrics is not a list.")

@@ -139,8 +139,8 @@ def check_rubric(rubric: Rubric, learnt: Sequence[str] | None, judge: str) -> No
         log.warning("%s: its training rubric is unknown, so it may not have been trained on such prompts", judge)
     elif not learnt:
         raise UsageError(
-            f"{judge}: trained on finished prompts, and can score only those: raw runs have no summaries by strong "
-            "judges. Score prompts as in finetune.jsonl, or train a judge on labelled runs "
+            f"{judge}: was trained on ready-made prompts and can score only those, because raw runs lack the summaries "
+            "by strong judges. Score prompts as in finetune.jsonl, or train a judge on labelled runs "
             "(import_trajectories.py --labels)."
         )
     elif rubric.sha256 not in learnt:

@@ -124,7 +124,7 @@ class _Routes:
         self._canary: dict[str, Any] | None = None
 
     async def score(self, body: dict[str, Any]) -> Any:
-        """Score finished prompts, or steps given as task, history and step. A line without a score says why."""
+        """Score ready-made prompts, or steps given as task, history and step. A line without a score says why."""
         return await self._service.score(body)
 
     async def score_trajectory(

@@ -109,7 +109,8 @@ def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
     rubric, _ = _rubric(arguments.rubric, scorer, challenger.name)
     if (rubric is not None) != has_rubric:
         raise UsageError(
-            f"{challenger.name}: one of the two judges scores steps of runs, the other only finished prompts."
+            f"{challenger.name}: scores {'only ready-made prompts' if rubric is None else 'steps of runs'}, unlike the "
+            "production judge. Choose a challenger of the same kind."
         )
     if arguments.shadow:
         challenger.engine.patience = _SHADOW_PATIENCE
@@ -138,14 +139,14 @@ def _request_log(arguments: argparse.Namespace, metrics: Metrics) -> RequestLog 
 
 
 def _rubric(path: Path | None, scorer: Scorer, judge: str) -> tuple[Rubric | None, str]:
-    """The rubric for steps; or None and the reason, if the judge can only score finished prompts."""
+    """The rubric for steps; or None and the reason, if the judge can only score ready-made prompts."""
     rubric = load_rubric(path)
     try:
         check_rubric(rubric, scorer.source.rubrics, judge)
     except UsageError as error:
         if path is not None or scorer.source.rubrics:
             raise  # not the rubric that the judge was trained with
-        log.warning("%s Until then, only finished prompts can be scored, at /v1/score.", error)
+        log.warning("%s Until then, only ready-made prompts can be scored, at /v1/score.", error)
         return None, str(error)
     return rubric, ""
 

@@ -43,7 +43,7 @@ class Service:
     metrics: Metrics
     shape_of: ShapeOf
     rubric: Rubric | None
-    """What the judge is asked about steps of runs; None if it can only score finished prompts."""
+    """What the judge is asked about steps of runs; None if it can only score ready-made prompts."""
     why_no_rubric: str = ""
     trial: Trial | None = None
     bad_below: float = 0.5
@@ -68,7 +68,7 @@ class Service:
     # --- /v1/score
 
     async def score(self, body: Body) -> dict[str, Any]:
-        """One line for each of `steps`: finished prompts, or steps that become prompts here.
+        """One line for each of `steps`: ready-made prompts, or steps that become prompts here.
 
         Raises:
             DataError: the body is malformed.
@@ -79,7 +79,7 @@ class Service:
         if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
             raise DataError("keys: a list of score keys.")
         if keys and any(_is_step(step) for step in steps):
-            raise DataError("keys: only for finished prompts. For a step of a run, the judge's rubric sets the keys.")
+            raise DataError("keys: only for ready-made prompts. For a step of a run, the judge's rubric sets the keys.")
         shape_of = ShapeOf(tuple(keys), self.shape_of.known) if keys else self.shape_of
         rows = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
         lines = [line for line, _ in await self._lines(rows)]
@@ -137,7 +137,7 @@ class Service:
         """What this judge is asked about steps.
 
         Raises:
-            UsageError: the judge was trained on finished prompts, and would answer with noise.
+            UsageError: the judge was trained on ready-made prompts, and would answer with noise.
         """
         if self.rubric is None:
             raise UsageError(self.why_no_rubric)
@@ -152,7 +152,7 @@ class Service:
 
         Raises:
             DataError: there is no run in the body, or a number is out of range.
-            UsageError: the form is ambiguous or unknown, or this judge needs finished prompts.
+            UsageError: the form is ambiguous or unknown, or this judge needs ready-made prompts.
         """
         self.step_rubric()
         for name, share in (("gamma", gamma), ("bad_below", bad_below)):

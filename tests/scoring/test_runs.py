@@ -100,7 +100,7 @@ def test_a_judge_of_ready_prompts_says_so(model_folders: dict[str, Path], tmp_pa
     shutil.copytree(model_folders["qwen"], folder)
     write_json(folder / EXPORT_FILE, {"template": "qwen", "cutoff_len": 4096})
     done = typed(RUNS, "--model", folder, cwd=tmp_path)
-    assert done.returncode == 2 and "trained on finished prompts" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and "trained on ready-made prompts" in done.stderr and done.stdout == ""
 
 
 def test_another_rubric_is_refused(export: Path, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_question_is_about_the_key_of_its_name_or_of_its_instructions() -> Non
 
 def test_keys_are_of_ready_prompts_and_refused_for_steps() -> None:
     step = {"task": "t", "step": {"role": "assistant", "content": "good"}}
-    with pytest.raises(DataError, match="keys: only for finished prompts"):
+    with pytest.raises(DataError, match="keys: only for ready-made prompts"):
         answer(lambda service: service.score({"steps": [step], "keys": ["other"]}))
 
 
