@@ -21,8 +21,8 @@ EXPECTED = (
 )
 SELECTED_BY = "selected_by"
 WEIGHT = "selection_weight"
-"""In the metadata of a row whose prompt `ask_judges.py --first` selected: why (`unsure` or `AUDIT`), and one over the
-probability of selection. Every metric of an evaluation uses it as the row's weight."""
+"""In the metadata of a row whose prompt `ask_judges.py --first` selected: why (`unsure` or `AUDIT`), and the inverse
+of the selection probability. Every metric of an evaluation uses it as the row's weight."""
 AUDIT = "audit"
 """`SELECTED_BY` of a prompt that was selected at random, and so represents others like it."""
 

@@ -144,7 +144,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str, int], tuple[str, float] | None]:
-    """Why each step is selected, and its weight, one over the probability of that; None for steps that are not."""
+    """Why each step is selected, and the inverse of the selection probability as its weight; None for the others."""
     chosen: dict[tuple[str, int], tuple[str, float] | None] = {}
     try:
         lines = scores.read_bytes().splitlines()
@@ -220,12 +220,12 @@ def _show_as_json(plan: Plan, counts: Mapping[str, Counter[str]], first: Questio
 
 def _show_as_table(plan: Plan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
     rows = [_price_row(judge, counts[judge.name]) for judge in plan.judges]
-    columns = ("judge", *_COUNTED, "asked once", "host")
+    columns = ("judge", *_COUNTED, "price, no retries", "host")
     cli.emit_table("", columns, rows, numeric=columns[1:6], optional=("questions", "host"))
     hosts = sorted({judge.host for judge in plan.judges})
     cli.emit(
-        f"The runs would be sent to: {', '.join(hosts)}. Tokens are estimates (3 bytes each, longest "
-        "answers). Questions with unreadable answers are asked again; --max-cost counts those, too."
+        f"The runs would be sent to: {', '.join(hosts)}. Token counts are estimates (3 bytes per token, "
+        "answers of the greatest length). Unreadable answers are retried; --max-cost counts the retries, too."
     )
     if first is not None:
         cli.emit(f"\nThe first prompt ({first.name}):\n\n{first.text}")

@@ -43,7 +43,7 @@ class Question:
     """Whether this asks the same judge a second time, to measure its agreement with itself."""
     reference_shown: bool = False
     selection: tuple[str, float] | None = None
-    """Why this step was selected, and one over the probability of that; None if all steps are asked about."""
+    """Why this step was selected, and the inverse of the selection probability; None if all steps are asked about."""
 
     @property
     def name(self) -> str:

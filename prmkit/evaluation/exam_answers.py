@@ -4,8 +4,8 @@ A line of a file of answers is one of these, with the judge's name in `judge`, `
 
 - `{"id": run, "step": 3, "score": 0.4}`; `step` counts from 1, `source_index` instead counts messages from 0;
 - a line of score_trajectories.py, or a judged row as in finetune.jsonl;
-- a verdict on a run: `{"trajectory_id": run, "faulty": true, "failure_step": 2}` (messages from 0), or `step_labels`
-  from message to -1, 0 or 1.
+- a verdict on a run: `{"trajectory_id": run, "faulty": true, "failure_step": 2}` (messages from 0), or `step_labels`,
+  an object from message position to -1, 0 or 1.
 """
 
 import logging

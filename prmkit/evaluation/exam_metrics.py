@@ -45,7 +45,7 @@ NAMES = {
 EXPLAINED = {
     "auroc": "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing",
     "average_precision": "average precision for bad steps; guessing gives their share",
-    "first_error": "runs whose first bad step is named exactly, or rightly called absent (FirstErrAcc)",
+    "first_error": "runs whose first bad step is named exactly, or which are rightly said to have none (FirstErrAcc)",
     "processbench_f1": "harmonic mean of that accuracy on runs with a bad step and on runs without",
     "step_accuracy": "steps called wrong, neutral or right as people call them (StepAcc)",
     "located": "runs with an error in which exactly that step is named",

@@ -109,7 +109,7 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
     ]
     lines += [
         f"{each.name}: {each.selected:,} of these steps were selected by ask_judges.py --first. They are weighted by "
-        "one over the probability of that, and their runs have no first errors."
+        "the inverse of their selection probability, and first errors are not evaluated in their runs."
         for each in entrants
         if each.selected
     ]

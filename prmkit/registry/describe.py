@@ -247,21 +247,21 @@ def show_retraining(result: Mapping[str, Any]) -> None:
 
 def show_ab(found: Mapping[str, Any]) -> None:
     """The sentences and tables of an A/B comparison."""
-    cli.emit(f"a is {found['a']}, b is {found['b']}: {found['steps']:,} steps on which both are sure")
+    cli.emit(f"A is {found['a']}, B is {found['b']}: {found['steps']:,} steps on which both are sure")
     if found["steps"]:
         cli.emit(
-            f"b minus a: {shown_estimate(found['mean_difference'])} over {found['tasks']:,} tasks; "
+            f"B minus A: {shown_estimate(found['mean_difference'])} over {found['tasks']:,} tasks; "
             f"{found['equal_within_0.1']:.0%} differ by at most 0.1"
         )
         widest = [[each["id"], f"{each['a']:.2f}", f"{each['b']:.2f}"] for each in found["widest"]]
-        cli.emit_table("Largest differences", ("step", "a", "b"), widest, numeric=("a", "b"))
+        cli.emit_table("Largest differences", ("step", "A", "B"), widest, numeric=("A", "B"))
         for each in found["widest"]:
             if each["prompt"]:
                 cli.emit(f"{each['id']}:\n{each['prompt'][-_LOGGED:]}\n")
     if "outcomes" in found:
         on = found["outcomes"]
         cli.emit(
-            f"squared error of success, a minus b: {shown_estimate(on['gain_of_b'])} over {on['tasks']:,} tasks: "
+            f"squared error of success, A minus B: {shown_estimate(on['gain_of_b'])} over {on['tasks']:,} tasks: "
             f"{on['decision']}"
         )
 

@@ -203,9 +203,9 @@ def _lowest(steps: Iterable[Scored]) -> dict[str, tuple[float, str]]:
 
 def _decision(gain: Mapping[str, float], n: int) -> str:
     if gain["low"] > 0:
-        return "stop: b predicts success better"
+        return "stop: B predicts success better"
     if gain["high"] < 0:
-        return "stop: a predicts success better"
+        return "stop: A predicts success better"
     width, mean = (gain["high"] - gain["low"]) / 2, abs(gain["value"])
     if mean < 1e-6:
         return "continue: no difference so far"

@@ -320,7 +320,8 @@ def tag_version(
         now = state.tagged(version.name, tag)
         if expected and now not in (None, expected.number, version.number):
             raise DataError(
-                f"{tag}: is now {version.name}@{now}. {version} was compared with {expected}, so it is not tagged."
+                f"{tag}: has moved to {version.name}@{now}, but {version} was compared with {expected}. "
+                f"{version} is not tagged; to tag it anyway, use manage_judges.py tag."
             )
         if now != version.number:
             write_history(folder, "tag", why, judge=version.name, version=version.number, tag=tag)

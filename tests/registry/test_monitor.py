@@ -55,7 +55,7 @@ def test_a_judge_that_predicts_success_better_is_found_and_an_equal_one_is_not(t
     outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = read_scored([scored(tmp_path, "a", blind), scored(tmp_path, "b", good)])
     found = compare_judges(steps, read_outcomes(outcomes))
-    assert found["outcomes"]["decision"] == "stop: b predicts success better" and found["outcomes"]["tasks"] == 300
+    assert found["outcomes"]["decision"] == "stop: B predicts success better" and found["outcomes"]["tasks"] == 300
     assert found["widest"][0]["a"] == 0.5
     same = read_scored([scored(tmp_path, "a", blind), scored(tmp_path, "c", blind)])
     assert compare_judges(same, read_outcomes(outcomes))["outcomes"]["decision"].startswith("continue")
