@@ -61,7 +61,7 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
     launch = Launch(**{field.name: typed.pop(field.name) for field in fields(Launch)})
     options = TrainOptions(**typed, launch=launch)
     outcome = execute(options)
-    # The one place where training and evaluation meet in code; everywhere else they meet in files.
+    # The only place where training calls evaluation in code; everywhere else they exchange files.
     if outcome.run is not None:
         from prmkit.evaluation.command import evaluate_run, prove_export
 

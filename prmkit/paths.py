@@ -1,4 +1,4 @@
-"""The names of the files in a data folder. The wings share these files, so each name is written once, here."""
+"""The names of the files in a data folder. The packages share these files, so each name is written once, here."""
 
 from collections.abc import Mapping
 from pathlib import Path

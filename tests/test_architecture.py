@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = {
+PACKAGES = {
     "dataset", "training", "judge", "scoring", "evaluation", "trajectories", "demo", "collection", "serving",
     "registry", "rewards",
 }  # fmt: skip
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "serving": {"judge", "scoring", "trajectories"},
     "registry": {"evaluation", "judge", "training"},
 }
-"""Which other wings a wing may import; everything else meets in files."""
+"""Which other packages a package may import; otherwise packages exchange only files."""
 HEAVY = {
     "torch", "transformers", "llamafactory", "peft", "datasets", "matplotlib", "fastapi", "scipy", "sklearn",
     "tokenizers", "pandas", "swanlab", "omegaconf", "httpx",
@@ -55,18 +55,18 @@ def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     return names
 
 
-def _wing(path: Path) -> str | None:
+def _package(path: Path) -> str | None:
     part = path.relative_to(ROOT / "prmkit").parts[0]
-    return part if part in WINGS else None
+    return part if part in PACKAGES else None
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
-    """Wings know the ground floor and themselves; the ground floor knows no wing, but for the package's front door."""
-    wing = _wing(path)
+    """Packages import shared modules and themselves; shared modules import no package, except `prmkit` itself."""
+    own = _package(path)
     ours = {name.split(".")[1] for name in _imports(path) if name.startswith("prmkit.")}
-    allowed = WINGS if path in (ROOT / "prmkit" / "__init__.py",) else {wing} | MAY_IMPORT.get(wing or "", set())
-    assert (ours & WINGS) <= allowed
+    allowed = PACKAGES if path in (ROOT / "prmkit" / "__init__.py",) else {own} | MAY_IMPORT.get(own or "", set())
+    assert (ours & PACKAGES) <= allowed
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

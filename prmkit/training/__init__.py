@@ -1,1 +1,1 @@
-"""The training wing: configuration, preflight, launch, records, export."""
+"""The training package: configuration, preflight, launch, records, export."""
