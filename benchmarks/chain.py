@@ -1,9 +1,9 @@
-"""Every stage of the chain next to what a user would do instead, in one run on one machine.
+"""Each stage compared with the usual tool, in one run on one machine.
 
     python benchmarks/chain.py --model demo/smollm2/model --template smollm2
     python benchmarks/chain.py --model MODEL --template qwen --vllm VENV/bin/python
 
-| stage | the plain way |
+| stage | the usual tool |
 |---|---|
 | convert: made-up rows, with the length guard | `tokenizers`' encode_batch on the distinct texts, and nothing else; |
 | | its encode_batch_fast, which leaves out where in the text a token is |
@@ -44,7 +44,7 @@ VERDICT_TOKENS = 120
 
 
 def main() -> None:
-    """Measure all stages; with --run, be the plain way of one of them."""
+    """Measure all stages; with --run, be the usual tool of one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder with a real vocabulary")
     parser.add_argument("--template", help="LLaMA Factory's template of it")
@@ -63,14 +63,14 @@ def main() -> None:
     arguments.model = arguments.model.resolve()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    print("| stage | s | CPU s | MB | plain way | s | CPU s | MB | ratio of s | of CPU s |")
+    print("| stage | s | CPU s | MB | usual tool | s | CPU s | MB | ratio of s | of CPU s |")
     print("|---|---:|---:|---:|---|---:|---:|---:|---:|---:|")
     for stage, ours, name, theirs in stages(arguments):
         print(f"| {stage} | {_shown(ours)} | {name} | {_shown(theirs)} | {_ratios(ours, theirs)} |", flush=True)
 
 
 def stages(arguments: argparse.Namespace) -> Iterator[tuple[str, Measured, str, Measured | None]]:
-    """Stage, what it takes here, the name of the plain way, and what that takes."""
+    """Stage, what it takes here, the name of the usual tool, and what that takes."""
     model, template = arguments.model, arguments.template
     source = WORK / "rows.jsonl"
     write_input(source, arguments.megabytes)
@@ -170,7 +170,7 @@ def _cpu() -> float:
     return times.children_user + times.children_system
 
 
-# --- the plain ways ---------------------------------------------------------------------------------------------------
+# --- the usual tools --------------------------------------------------------------------------------------------------
 
 
 def _plain(way: str, model: Path, file: Path, last: str = "", python: Path | str = PYTHON) -> Measured:

@@ -1,4 +1,4 @@
-"""A quarter in the life of a judge: twelve weekly batches, a shift in week 7, inverted labels in week 9.
+"""Twelve weeks in the life of a judge: a batch a week, a shift in week 7, inverted labels in week 9.
 
     python benchmarks/quarter.py --work FOLDER [--weeks 12] [--kills 20]
 
