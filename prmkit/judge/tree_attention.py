@@ -108,12 +108,15 @@ class TokenTrees:
         self._rows = [_Row() for _ in range(rows)]
         self._positions = np.zeros((rows, 0), dtype=np.int64)
         """The position of the token in every slot, of shape (rows, slots)."""
+        self._unread: list[_Additions] = []
+        """What of each prompt is not in the cache yet: it is run with the first questions, in one pass."""
 
     def set_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Give every row its next prompt, of at least one token; what it shares with the previous one is not run again.
 
         There may be fewer prompts than rows: the rows at the end are dropped permanently.
         """
+        self._run(self._unread)
         if len(prompts) < len(self._rows):
             self._drop_rows(len(prompts))
         for row, prompt in zip(self._rows, prompts, strict=True):
@@ -125,11 +128,11 @@ class TokenTrees:
         self._crop(max((row.top for row in self._rows), default=-1) + 1)
         if self._slots == 0:
             self._run_first_prompts()
-        self._run([self._rest_of_trunk(row) for row in self._rows])
+        self._unread = [self._rest_of_trunk(row) for row in self._rows]
 
     def read(self, questions: Sequence[Sequence[Question]]) -> list[list[Reading]]:
         """Answer all questions about every row's prompt together, however many a row has."""
-        added = [_Additions() for _ in self._rows]
+        added, self._unread = self._unread or [_Additions() for _ in self._rows], []
         for row, additions, asked in zip(self._rows, added, questions, strict=True):
             for question in asked:
                 self._add_question(row, additions, question)
@@ -229,29 +232,34 @@ class TokenTrees:
         import torch
 
         values = [[0.0] * len(additions.wanted) for additions in added]
-        if not any(additions.tokens for additions in added):
-            return values
-        most = max(1, _TOKENS_A_PASS // len(added))
+        count = max((len(additions.tokens) for additions in added), default=0)
+        most = max(1, _TOKENS_A_PASS // max(1, len(added)))
         with torch.inference_mode():
-            for first in range(0, max(len(additions.tokens) for additions in added), most):
-                logits = self._run_pass(added, first, most)
-                for row, additions in enumerate(added):
-                    here = [
+            for first in range(0, count, most):
+                width = min(most, count - first)
+                wanted = [
+                    [
                         (place, index - first, token)
                         for place, (index, token) in enumerate(additions.wanted)
-                        if first <= index < first + most
+                        if first <= index < first + width
                     ]
-                    for place, value in _log_probabilities(logits[row], here):
+                    for additions in added
+                ]
+                # Logits are computed for the last tokens only: the rest of a prompt comes first, and needs none.
+                without = min((index for here in wanted for _, index, _ in here), default=width - 1)
+                logits = self._run_pass(added, first, width, width - without)
+                for row, here in enumerate(wanted):
+                    shifted = [(place, index - without, token) for place, index, token in here]
+                    for place, value in _log_probabilities(logits[row], shifted):
                         values[row][place] = value
         return values
 
-    def _run_pass(self, added: Sequence[_Additions], first: int, most: int) -> Any:
-        """Run the additions `first` … `first + most - 1` of every row; logits of shape (rows, tokens, vocabulary)."""
+    def _run_pass(self, added: Sequence[_Additions], first: int, width: int, kept: int) -> Any:
+        """Run the additions `first` … `first + width - 1` of every row; logits of shape (rows, kept, vocabulary)."""
         import numpy as np
         import torch
 
         cached = self._slots
-        width = min(most, max(len(additions.tokens) for additions in added) - first)
         ids = np.zeros((len(added), width), dtype=np.int64)
         positions = np.zeros((len(added), width), dtype=np.int64)
         seen = np.zeros((len(added), width, cached + width), dtype=bool)
@@ -263,23 +271,20 @@ class TokenTrees:
             ids[index, :count] = additions.tokens[here]
             positions[index, :count] = additions.positions[here]
             parents = additions.parents[here]
-            if count and parents[1:] == list(range(cached, cached + count - 1)):  # a chain: the rest of a prompt
-                rows = seen[index, :count]
-                rows[:, self._with_ancestors(index, parents[0])] = True
-                rows[:, cached : cached + count] = np.tri(count, dtype=bool)
-                continue
-            for place, parent in enumerate(parents):
-                if parent >= cached:
+            chain = _chain_length(parents, cached)  # the rest of a prompt
+            seen[index, :chain, self._with_ancestors(index, parents[0]) if parents else []] = True
+            seen[index, :chain, cached : cached + chain] |= np.tri(chain, dtype=bool)
+            for place in range(chain, count):
+                if (parent := parents[place]) >= cached:
                     seen[index, place] |= seen[index, parent - cached]
                 else:
                     seen[index, place, self._with_ancestors(index, parent)] = True
         self._positions = np.concatenate([self._positions, positions], axis=1)
-        wants_logits = any(additions.wanted for additions in added)
         return self._forward(
             torch.from_numpy(ids),
             position_ids=torch.from_numpy(positions).to(self._model.device),
             attention_mask=self._masks(seen, positions),
-            logits_to_keep=width if wants_logits else 1,
+            logits_to_keep=kept,
         )
 
     def _forward(self, ids: Any, **arguments: Any) -> Any:
@@ -327,6 +332,14 @@ class TokenTrees:
 
         self._rows, self._positions = self._rows[:kept], self._positions[:kept]
         self._cache.batch_select_indices(torch.arange(kept, device=self._model.device))
+
+
+def _chain_length(parents: Sequence[int], cached: int) -> int:
+    """How many of the first tokens of a pass each follow the one before them."""
+    for index, parent in enumerate(parents[1:]):
+        if parent != cached + index:
+            return index + 1
+    return len(parents)
 
 
 def _log_probabilities(logits: Any, wanted: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, float]]:

@@ -225,6 +225,18 @@ def test_prompts_that_grow_are_run_once_and_score_as_if_alone(judge: Judge, monk
     assert sum(counts) < sum(judgement.prompt_tokens for judgement in alone) / 2
 
 
+def test_the_rest_of_a_prompt_is_run_with_its_first_question(judges: dict[str, Judge], monkeypatch) -> None:
+    """One pass a prompt, after the first of a chain; several if that would be more tokens than a pass may have."""
+    asked = [replace(each, shape=Shape(("score",), nested=False)) for each in growing_requests(9)]
+    alone = [next(judges["qwen"].score([request])).score for request in asked]
+    for most, passes in ((1024, 1 + 9), (20, 40)):
+        monkeypatch.setattr(tree_attention_module, "_TOKENS_A_PASS", most)
+        counts = counted_tokens(judges["qwen"], monkeypatch)
+        together = [judgement.score for judgement in judges["qwen"].score(asked)]
+        assert together == pytest.approx(alone, abs=EXACT)
+        assert len(counts) == passes if most == 1024 else len(counts) > passes
+
+
 def test_rows_of_unequal_trajectories_do_not_mix(judge: Judge) -> None:
     """Rows end at different turns, and have prompts of different lengths in each."""
     asked = [*growing_requests(9), *requests()]
