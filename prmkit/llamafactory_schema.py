@@ -75,6 +75,13 @@ def setting(values: Mapping[str, Any], name: str) -> Any:
     return values[name] if name in values else default_of(name)
 
 
+def trained_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a training's configuration asks for, `bfloat16` or `float16`; None if it asks for neither."""
+    if config.get("bf16") or config.get("pure_bf16"):
+        return "bfloat16"
+    return "float16" if config.get("fp16") else None
+
+
 @cache
 def template_names() -> tuple[str, ...]:
     """Every chat template that LLaMA Factory registers, in LLaMA Factory's order."""

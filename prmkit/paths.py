@@ -1,13 +1,20 @@
-"""The names of the files in a data folder. The packages share these files, so each name is written once, here."""
+"""The names of the files in a data folder and in the folder of a run, and where the files that a run names are now.
+
+The packages share these files, so each name is written once, here.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# --- a data folder ----------------------------------------------------------------------------------------------------
+
 INFO = "dataset_info.json"
 """LLaMA Factory's list of the datasets in the folder."""
 REPORT = "conversion_report.json"
 """The report of the last conversion; training and evaluation read it."""
+FULL = "reward_model_full"
+"""The dataset with every accepted row."""
 HELD_OUT_SUFFIX = "_eval"
 """The suffix of a held-out dataset: `reward_model_full_eval` is the held-out side of `reward_model_full`."""
 SIDECAR_SUFFIX = ".meta.jsonl"
@@ -20,12 +27,51 @@ def sidecar_of(file: Path) -> Path:
     return file.with_suffix(SIDECAR_SUFFIX)
 
 
-def base_model_of(run_folder: Path, record: Mapping[str, Any]) -> str:
+# --- the folder of a run ----------------------------------------------------------------------------------------------
+
+RUN_RECORD = "run.json"
+"""What a run was started with, and what it has reached; a folder that has it is a run."""
+EVALUATION = "evaluation"
+"""The subfolder for the results about the trained judge."""
+METRICS_FILE = "metrics.json"
+"""How well a judge agrees with the held-out labels."""
+PREDICTIONS_FILE = "predictions.jsonl"
+"""A judge's scores of the held-out prompts."""
+EXPORT_NOTE = "prmkit.json"
+"""The settings that an exported model needs, in its folder; written last: an export without it is incomplete."""
+
+
+def record_of(folder: Path) -> Path | None:
+    """The record of a run, given its folder or one of its checkpoints; None if it is neither."""
+    return next((file for place in (folder, folder.parent) if (file := place / RUN_RECORD).is_file()), None)
+
+
+def found_above(run: Path, named: Path) -> Path | None:
+    """A file or folder that the configuration of a run names relative to where the training was started; None if gone.
+
+    That is usually a folder above the run's: the project, or the one that contains the registry. The current folder is
+    tried last, because it may be another project.
+    """
+    folders = (*run.resolve().parents[:4], Path())
+    return next((place for folder in folders if (place := folder / named).exists()), None)
+
+
+def base_model_of(run: Path, record: Mapping[str, Any]) -> Path:
     """The base model of a run: its folder wherever the project is now, or its name on a hub.
 
-    Found from any working directory: `relative` is the path from the run, which survives moving or copying the project;
-    `path` is absolute. Records of older versions have only a `path`, relative to where the training was started.
+    Projects are moved and copied, and used from any folder, so the recorded path relative to the run is tried first,
+    then the absolute one. Older records have only the path in the configuration.
+
+    Args:
+        run: the folder of the run.
+        record: the content of its `run.json`, with `model_name_or_path` in its configuration.
     """
-    model = record["base_model"]
-    beside = run_folder / str(model.get("relative"))
-    return str(beside.resolve()) if model.get("relative") and beside.is_dir() else str(model["path"])
+    recorded = record.get("base_model")
+    places = recorded if isinstance(recorded, dict) else {}
+    relative, absolute = places.get("relative"), places.get("path")
+    if isinstance(relative, str) and (beside := run.resolve() / relative).is_dir():
+        return beside.resolve()
+    if isinstance(absolute, str) and Path(absolute).is_absolute():
+        return Path(absolute)
+    named = Path(record["config"]["model_name_or_path"])
+    return found_above(run, named) or named

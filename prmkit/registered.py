@@ -14,6 +14,7 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, sha256_of
+from prmkit.paths import EVALUATION
 
 REGISTRY_VARIABLE = "PRMKIT_JUDGES"
 HISTORY_FILE = "history.jsonl"
@@ -196,10 +197,18 @@ def is_registered(run: Path) -> bool:
     return run.name == RUN and (run.parent / VERSION_FILE).is_file()
 
 
-def results_folder(run: Path) -> Path:
-    """The folder for results about a registered run: beside the versions, which never change."""
+def results_of(run: Path) -> list[Path]:
+    """The folders that may have results about a run, oldest first; new results go to the last one.
+
+    A registered version never changes, so results about it since then are beside the versions.
+    """
     version = run.parent
-    return version.parent / "results" / version.name
+    return [run / EVALUATION, *([version.parent / "results" / version.name] if is_registered(run) else [])]
+
+
+def results_folder(run: Path) -> Path:
+    """The folder for new results about a run."""
+    return results_of(run)[-1]
 
 
 class UseRegistered(argparse.Action):

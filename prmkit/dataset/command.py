@@ -10,11 +10,11 @@ from typing import Any
 
 from prmkit import cli
 from prmkit.dataset.arguments import make_parser
-from prmkit.dataset.settings import CONSENSUS, FULL, Filters, LengthSettings, Settings, Split, read_tasks
+from prmkit.dataset.settings import CONSENSUS, Filters, LengthSettings, Settings, Split, read_tasks
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import read_json
 from prmkit.llamafactory_schema import read_yaml, setting, split_assignment, value_of
-from prmkit.paths import HELD_OUT_SUFFIX, REPORT
+from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT
 from prmkit.verdict import Scale
 
 log = logging.getLogger(__name__)

@@ -35,14 +35,14 @@ from prmkit.dataset.report import (
     leniency_of,
     self_agreement_of,
 )
-from prmkit.dataset.settings import FULL, PREFIX, Settings
+from prmkit.dataset.settings import PREFIX, Settings
 from prmkit.dataset.stage import BOTH_SIDES, NEAR_DUPLICATE, Stage, open_stage
 from prmkit.dataset.write import REJECTED, Written, both_sides, held_out_name, write_variants
 from prmkit.dataset_info import Entry, read_entries
 from prmkit.errors import DataError
 from prmkit.files import exclusive_lock, read_json, sha256_of, write_json
 from prmkit.leniency import Leniency
-from prmkit.paths import INFO, REPORT
+from prmkit.paths import FULL, INFO, REPORT
 from prmkit.row_lines import STDIN, Line
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from prmkit.rows import InputRow
 from prmkit.verdict import Scale
 
 PREFIX = "reward_model_"
-FULL = PREFIX + "full"
 CONSENSUS = PREFIX + "consensus"
 CUSTOM = PREFIX + "custom"
 

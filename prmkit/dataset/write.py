@@ -13,10 +13,10 @@ import orjson
 
 from prmkit.dataset.lengths import LengthGuard, TooLong
 from prmkit.dataset.prepare import rejected_entry, row_id
-from prmkit.dataset.settings import CONSENSUS, FULL, PREFIX, Settings
+from prmkit.dataset.settings import CONSENSUS, PREFIX, Settings
 from prmkit.dataset.stage import DUPLICATE, Stage
 from prmkit.dataset_info import dataset_entry, training_row
-from prmkit.paths import HELD_OUT_SUFFIX, SIDECAR_SUFFIX, TASKS
+from prmkit.paths import FULL, HELD_OUT_SUFFIX, SIDECAR_SUFFIX, TASKS
 from prmkit.prompts.cleaning import neutralise, restore
 from prmkit.rows import SELECTED_BY, WEIGHT, without_selection
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_answer, render_verdict

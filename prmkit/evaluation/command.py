@@ -18,7 +18,6 @@ from prmkit.files import read_json, write_json
 from prmkit.intervals import CALIBRATION_FILE, calibrated_judge, read_calibration, write_calibration
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import (
-    EXPORT_FILE,
     JudgeSource,
     check_folders,
     config_of_run,
@@ -28,6 +27,7 @@ from prmkit.judge.sources import (
 )
 from prmkit.judge.types import Request
 from prmkit.model_card import write_model_card
+from prmkit.paths import EVALUATION, EXPORT_NOTE, METRICS_FILE, RUN_RECORD
 from prmkit.registered import is_registered, results_folder
 
 log = logging.getLogger("prmkit")
@@ -195,17 +195,17 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
 
 def _weights_folder(source: JudgeSource) -> Path | None:
     """Where a calibration is kept: beside an adapter or an export of this project, never in a base model's folder."""
-    return source.adapter or (source.model if (source.model / EXPORT_FILE).is_file() else None)
+    return source.adapter or (source.model if (source.model / EXPORT_NOTE).is_file() else None)
 
 
 def _write_card(run: Path, metrics: Mapping[str, Any]) -> None:
-    if (run / "run.json").is_file():
-        write_model_card(run, read_json(run / "run.json"), metrics)
+    if (run / RUN_RECORD).is_file():
+        write_model_card(run, read_json(run / RUN_RECORD), metrics)
 
 
 def evaluation_of(run: Path) -> Path:
     """The folder for a run's evaluation results."""
-    return run / "evaluation"
+    return run / EVALUATION
 
 
 # --- run and export ---------------------------------------------------------------------------------------------------
@@ -247,9 +247,9 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) 
 
 def _copy_measurements(run: Path, trained: JudgeSource, exported: Path, other: JudgeSource) -> None:
     """Copy the run's calibration to an export that was shown to score as the run does."""
-    metrics_file = evaluation_of(run) / compare.METRICS_FILE
+    metrics_file = evaluation_of(run) / METRICS_FILE
     metrics = read_json(metrics_file) if metrics_file.is_file() else None
-    write_model_card(exported, read_json(run / "run.json"), metrics if metrics and "summary" in metrics else None)
+    write_model_card(exported, read_json(run / RUN_RECORD), metrics if metrics and "summary" in metrics else None)
     if (run / CALIBRATION_FILE).is_file():
         try:
             calibration = read_calibration(run, calibrated_judge(fingerprint_of(trained)))

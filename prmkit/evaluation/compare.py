@@ -19,10 +19,9 @@ from prmkit.evaluation.predictions import Scores, table_of_scores
 from prmkit.evaluation.summary import MIN_SCORED, groups_of_types, shown
 from prmkit.files import read_jsonl
 from prmkit.judge.sources import check_keys, read_object
+from prmkit.paths import EVALUATION, METRICS_FILE, PREDICTIONS_FILE
 
 COMPARISON_FILE = "comparison.json"
-METRICS_FILE = "metrics.json"
-PREDICTIONS_FILE = "predictions.jsonl"
 
 COLUMNS = (
     "scores of",
@@ -63,7 +62,7 @@ def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> 
     Raises:
         DataError: one has not been evaluated, or the two were measured on different held-out rows or share no score.
     """
-    other = other if (other / METRICS_FILE).is_file() or not (other / "evaluation").is_dir() else other / "evaluation"
+    other = other if (other / METRICS_FILE).is_file() or not (other / EVALUATION).is_dir() else other / EVALUATION
     one, another = _described(this), _described(other)
     if one["held_out"]["sha256"] != another["held_out"]["sha256"]:
         raise DataError(

@@ -21,7 +21,6 @@ from prmkit.evaluation.baselines import (
     halves,
     self_agreement,
 )
-from prmkit.evaluation.compare import METRICS_FILE, PREDICTIONS_FILE
 from prmkit.evaluation.estimates import Estimate
 from prmkit.evaluation.grade import summarize
 from prmkit.evaluation.heldout import Constants, HeldOut, HeldOutPrompt, sampled
@@ -50,6 +49,7 @@ from prmkit.intervals import MIN_STD, calibrated_judge, fit_calibration, write_c
 from prmkit.judge.sources import JudgeSource, described, fingerprint_of
 from prmkit.judge.types import BAD_BELOW, LOW_LABEL_MASS, SCORED, Mode, Request
 from prmkit.leniency import describe_leniency
+from prmkit.paths import METRICS_FILE, PREDICTIONS_FILE
 from prmkit.resumable import append_rows
 from prmkit.rows import AUDIT, SELECTED_BY, weight_of
 

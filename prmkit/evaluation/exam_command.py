@@ -17,8 +17,9 @@ from prmkit.evaluation.summary import MIN_SCORED
 from prmkit.files import read_json, write_json
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import JudgeSource, check_folders, config_of_run
+from prmkit.paths import INFO, found_above, record_of
 from prmkit.prompts.step import Rubric, load_rubric
-from prmkit.registered import is_registered, results_folder
+from prmkit.registered import results_folder
 from prmkit.scoring.rows import check_rubric
 
 log = logging.getLogger("prmkit")
@@ -77,9 +78,8 @@ def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
     run = None if arguments.model else arguments.run or DEFAULT_RUN
     config = config_of_run(run) if run else {}
     named = Path(config.get("dataset_dir") or "data")
-    # As the configuration has it, relative to where training was started: usually a folder above the run's.
-    above = [folder / named for folder in run.resolve().parents[:3]] if run else []
-    folder = arguments.data_dir or next((place for place in (named, *above) if place.is_dir()), named)
+    found = found_above(run, named / INFO) if run else None
+    folder = arguments.data_dir or (found.parent if found else named)
     try:
         check_not_trained_on(exam, config, folder, _trained_on(run) if run else None)
     except DataError as error:
@@ -89,7 +89,7 @@ def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
 
 def _trained_on(run: Path) -> dict[str, str]:
     """Dataset -> hash of its training file, from the run's record."""
-    record = next((place / "run.json" for place in (run, run.parent) if (place / "run.json").is_file()), None)
+    record = record_of(run)
     dataset = read_json(record).get("dataset") if record else None
     known = dataset if isinstance(dataset, dict) else {}
     return {str(known["name"]): str(known["sha256"])} if {"name", "sha256"} <= known.keys() else {}
@@ -106,7 +106,7 @@ def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
     if arguments.model:
         return Path("saves", f"evaluation_{Path(arguments.model).name}", name)
     run = Path(arguments.run or DEFAULT_RUN)
-    return (results_folder(run) if is_registered(run) else run / "evaluation") / name
+    return results_folder(run) / name
 
 
 # --- asking a judge ---------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Any
 
 from prmkit.errors import GateError
 from prmkit.files import read_json
-from prmkit.judge.sources import EXPORT_FILE, JudgeSource, read_object
+from prmkit.judge.sources import JudgeSource, read_object
 from prmkit.judge.types import Judgement, Request
+from prmkit.paths import EXPORT_NOTE
 from prmkit.prompts.cleaning import neutralise
 
 log = logging.getLogger("prmkit")
@@ -159,7 +160,7 @@ def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[
         yield f"wrong base: layers that no adapter changes differ from those of {trained.model}."
     if trained.adapter is None:
         return
-    note = read_object(exported.model / EXPORT_FILE) if (exported.model / EXPORT_FILE).is_file() else {}
+    note = read_object(exported.model / EXPORT_NOTE) if (exported.model / EXPORT_NOTE).is_file() else {}
     if note.get("adapter") and Path(note["adapter"]).resolve() != trained.adapter.resolve():
         yield f"wrong adapter: exported from {note['adapter']}, compared with {trained.adapter}."
     elif _newest(trained.adapter, "adapter_model") > _newest(exported.model, "") > 0:

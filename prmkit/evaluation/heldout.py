@@ -18,7 +18,7 @@ from prmkit.evaluation.estimates import Floats
 from prmkit.evaluation.statistics import weighted_mean, weighted_median
 from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
-from prmkit.paths import HELD_OUT_SUFFIX, REPORT, sidecar_of
+from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, sidecar_of
 from prmkit.prompts.cleaning import restore
 from prmkit.rows import SELECTED_BY, WEIGHT, weight_of, whole_number, without_selection
 from prmkit.verdict import Shape, Unreadable, asked_shape, read_verdict
@@ -31,7 +31,6 @@ Constants = Mapping[str, Mapping[str, tuple[float, float]]]
 _LabelledRow = tuple[RowTexts, Mapping[str, Any]]
 """A row of the dataset and its line of the sidecar."""
 
-DEFAULT_HELD_OUT = "reward_model_full_eval"
 HOW_TO_HOLD_OUT = (
     "Hold some tasks out and train again: python convert_dataset.py --eval-ratio 0.3 "
     "(other tasks: --split-seed N; tasks of your choice: --eval-tasks FILE)."
@@ -251,7 +250,7 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
     Raises:
         UsageError: the run has several held-out datasets, so one must be named; or it was trained on this one.
     """
-    names = split_names(config.get("eval_dataset") or DEFAULT_HELD_OUT)
+    names = split_names(config.get("eval_dataset") or FULL + HELD_OUT_SUFFIX)
     if name is None and len(names) > 1:
         raise UsageError(f"this run has {len(names)} held-out datasets. Name one: --dataset {names[0]}")
     chosen = name or names[0]

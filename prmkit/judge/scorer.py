@@ -13,7 +13,6 @@ from prmkit import cli
 from prmkit.errors import UsageError
 from prmkit.http_client import Endpoint, check_url
 from prmkit.judge.sources import (
-    EXPORT_FILE,
     JudgeSource,
     encoding_fingerprint,
     encoding_of,
@@ -23,6 +22,7 @@ from prmkit.judge.sources import (
     judge_source_of_run,
 )
 from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
+from prmkit.paths import EXPORT_NOTE
 from prmkit.registered import UseRegistered, registered_run
 from prmkit.verdict import Shape, asked_shape
 
@@ -197,7 +197,7 @@ def judge_source_in(folder: Path) -> JudgeSource:
     """
     if is_run(folder):
         return judge_source_of_run(folder)
-    return judge_source_of_export(folder) if (folder / EXPORT_FILE).is_file() else JudgeSource(folder)
+    return judge_source_of_export(folder) if (folder / EXPORT_NOTE).is_file() else JudgeSource(folder)
 
 
 # --- from the command line --------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def _named_source(arguments: argparse.Namespace) -> JudgeSource:
         raise UsageError("--run and --model name two judges. Give only one of them.")
     model = Path(arguments.model)
     if arguments.adapter is None:
-        return judge_source_of_export(model) if (model / EXPORT_FILE).is_file() else JudgeSource(model)
+        return judge_source_of_export(model) if (model / EXPORT_NOTE).is_file() else JudgeSource(model)
     # An adapter that is still in its run's folder is used with that run's settings.
     if is_run(arguments.adapter):
         return replace(judge_source_of_run(arguments.adapter), model=model)

@@ -8,11 +8,9 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, sha256_of
-from prmkit.llamafactory_schema import default_of, setting
+from prmkit.llamafactory_schema import default_of, setting, trained_dtype
+from prmkit.paths import EXPORT_NOTE, RUN_RECORD, base_model_of, record_of
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
-
-EXPORT_FILE = "prmkit.json"
-"""The file with the settings that an exported model needs; `train.py --export` writes it into the model's folder."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ _CHANGING_KEYS = ("rope_scaling", "resize_vocab", "add_tokens", "add_special_tok
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run of `train.py`, or one of its checkpoints."""
-    return any((place / "run.json").is_file() for place in (folder, folder.parent))
+    return record_of(folder) is not None
 
 
 def judge_source_of_run(run_folder: Path) -> JudgeSource:
@@ -64,7 +62,8 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
         UsageError: the run changed its base model in a way that only its export contains.
     """
     record = _record_of(run_folder)
-    config = _config_in(record)
+    content = read_object(record, config=dict)
+    config = content["config"]
     changing = [key for key in _CHANGING_KEYS if config.get(key)]
     if changing:
         raise UsageError(
@@ -77,30 +76,12 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
         raise DataError(f"{run_folder}: no trained weights (no {weights}). Let the run finish, or name a checkpoint.")
     check_keys(record, config, model_name_or_path=str)
     return JudgeSource(
-        model=_base_model_of(record, config["model_name_or_path"]) if is_adapter else run_folder,
+        model=base_model_of(record.parent, content) if is_adapter else run_folder,
         adapter=run_folder if is_adapter else None,
         **_asked_with(record, config),
-        trained_dtype=_dtype_of(config),
-        rubrics=_rubrics_in(record, read_object(record)),
+        trained_dtype=trained_dtype(config) or "float32",
+        rubrics=_rubrics_in(record, content),
     )
-
-
-def _base_model_of(record: Path, name: str) -> Path:
-    """Where a run's base model is now: projects are moved and copied, and used from any folder.
-
-    The path relative to the run's folder is tried first, then the absolute one. Older records have only the path in the
-    configuration, relative to where training was started: usually a folder above the run's.
-    """
-    recorded = read_object(record).get("base_model")
-    places = recorded if isinstance(recorded, dict) else {}
-    relative, absolute = places.get("relative"), places.get("path")
-    run = record.parent.resolve()
-    if isinstance(relative, str) and (run / relative).is_dir():
-        return Path(run / relative).resolve()
-    if isinstance(absolute, str) and Path(absolute).is_absolute():
-        return Path(absolute)
-    above = (folder / name for folder in run.parents[:3])
-    return next((place for place in above if place.is_dir()), Path(name))
 
 
 def config_of_run(folder: Path) -> dict[str, Any]:
@@ -109,18 +90,13 @@ def config_of_run(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: it is not the folder of a run, or its record is damaged.
     """
-    return _config_in(_record_of(folder))
+    return dict(read_object(_record_of(folder), config=dict)["config"])
 
 
 def _record_of(folder: Path) -> Path:
-    for place in (folder, folder.parent):
-        if (place / "run.json").is_file():
-            return place / "run.json"
-    raise DataError(f"{folder}: not a run of train.py (no run.json). Name a folder in saves/, or use --model.")
-
-
-def _config_in(record: Path) -> dict[str, Any]:
-    return dict(read_object(record, config=dict)["config"])
+    if record := record_of(folder):
+        return record
+    raise DataError(f"{folder}: not a run of train.py (no {RUN_RECORD}). Name a folder in saves/, or use --model.")
 
 
 def _asked_with(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +109,6 @@ def _asked_with(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: default_of(key) for key in kinds} | given | unset
 
 
-def _dtype_of(config: dict[str, Any]) -> str:
-    if config.get("bf16") or config.get("pure_bf16"):
-        return "bfloat16"
-    return "float16" if config.get("fp16") else "float32"
-
-
 def judge_source_of_export(folder: Path) -> JudgeSource:
     """The judge that `train.py --export` has merged into one model.
 
@@ -147,12 +117,12 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
     """
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no model (no config.json). Export one with: python train.py --export-only")
-    settings = read_object(folder / EXPORT_FILE)
+    settings = read_object(folder / EXPORT_NOTE)
     return JudgeSource(
         model=folder,
-        **_asked_with(folder / EXPORT_FILE, settings),
+        **_asked_with(folder / EXPORT_NOTE, settings),
         trained_dtype=settings.get("dtype") or "float32",
-        rubrics=_rubrics_in(folder / EXPORT_FILE, settings),
+        rubrics=_rubrics_in(folder / EXPORT_NOTE, settings),
     )
 
 

@@ -20,7 +20,7 @@ from prmkit import registered
 from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, write_text
-from prmkit.paths import HELD_OUT_SUFFIX, REPORT, base_model_of
+from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, RUN_RECORD, SIDECAR_SUFFIX, base_model_of
 from prmkit.registered import DATA, ROWS, RUN, VersionId
 from prmkit.row_lines import open_rows
 from prmkit.training.supervisor import die_with_parent
@@ -29,7 +29,8 @@ log = logging.getLogger("prmkit")
 
 _SCRIPTS = Path(prmkit.__file__).resolve().parent.parent
 
-FULL = "reward_model_full"
+TRAINING, HELD_OUT = FULL, FULL + HELD_OUT_SUFFIX
+"""The two sides of a retraining's data."""
 SHIFT_LIMIT = 0.25
 _EXAMPLES = 5
 
@@ -84,13 +85,14 @@ def convert_all(job: Job) -> None:
     _convert(job, "first", job.asked.new, [*flags, *by_hash])
     tasks = job.work / "held_out_tasks.txt"
     if not tasks.is_file():
-        held, trained = (tasks_in(job.parent_folder / DATA / f"{name}.meta.jsonl") for name in _datasets(job)[::-1])
+        _check_datasets(job)
+        held, trained = (tasks_in(job.parent_folder / DATA, name) for name in (HELD_OUT, TRAINING))
         report = report_of(job.parent_folder / DATA)
         if report["settings"]["split"]["tasks"]:
             held |= set(report["settings"]["split"]["tasks"])
         held |= set(details.get("held_out_tasks", []))
         trained |= set(details.get("training_tasks", []))
-        drawn = tasks_in(job.work / "first" / f"{FULL}{HELD_OUT_SUFFIX}.meta.jsonl")
+        drawn = tasks_in(job.work / "first", HELD_OUT)
         write_text(tasks, "".join(f"{task}\n" for task in sorted(held | (drawn - trained))))
     listed = ["--eval-tasks", tasks]
     _convert(job, "all", [*old, *job.asked.new], [*flags, *listed])
@@ -116,14 +118,18 @@ def kept_rows(job: Job) -> list[Path]:
     return rows
 
 
-def _datasets(job: Job) -> tuple[str, str]:
-    record = read_json(job.parent_folder / RUN / "run.json")
-    names = [(record.get(side) or {}).get("name") for side in ("dataset", "eval_dataset")]
-    if names != [FULL, FULL + HELD_OUT_SUFFIX]:
+def _check_datasets(job: Job) -> None:
+    names = _datasets_of(job.parent_folder)
+    if names != [TRAINING, HELD_OUT]:
         raise UsageError(
-            f"{job.parent}: was trained on {names[0]} and measured on {names[1]}; retraining needs {FULL}."
+            f"{job.parent}: was trained on {names[0]} and measured on {names[1]}; retraining needs {TRAINING}."
         )
-    return FULL, FULL + HELD_OUT_SUFFIX
+
+
+def _datasets_of(version: Path) -> list[str]:
+    """The datasets that a version was trained and measured on."""
+    record = read_json(version / RUN / RUN_RECORD)
+    return [str((record.get(side) or {}).get("name")) for side in ("dataset", "eval_dataset")]
 
 
 def _conversion_flags(job: Job, settings: Mapping[str, Any]) -> list[Any]:
@@ -176,8 +182,8 @@ def _replayed(job: Job, old: Sequence[Path], held_out: set[str]) -> Path | None:
 
 def base_model(job: Job) -> str:
     run = job.parent_folder / RUN
-    model = base_model_of(run, read_json(run / "run.json"))
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    model = base_model_of(run, read_json(run / RUN_RECORD))
+    return str(model.resolve() if model.is_dir() else model)
 
 
 def run_of(job: Job) -> Path:
@@ -191,7 +197,7 @@ def write_config(job: Job) -> Path:
     Raises:
         UsageError: there is no adapter to start from.
     """
-    config = dict(read_json(job.parent_folder / RUN / "run.json")["config"])
+    config = dict(read_json(job.parent_folder / RUN / RUN_RECORD)["config"])
     for key in ("adapter_name_or_path", "export_dir", "resume_from_checkpoint", "eval_on_start"):
         config.pop(key, None)
     config |= {
@@ -230,17 +236,18 @@ Rows = list[dict[str, Any]]
 
 def rows_of(data: Path) -> Rows:
     """The rows of a conversion, training and held-out."""
-    files = [data / f"{FULL}{side}.meta.jsonl" for side in ("", HELD_OUT_SUFFIX)]
-    return [row for file in files if file.is_file() for row in read_jsonl(file)]
+    return [row for name in (TRAINING, HELD_OUT) for row in _sidecar(data, name)]
 
 
-def tasks_in(file: Path) -> set[str]:
-    """The tasks of a sidecar."""
-    return (
-        {str(row["metadata"]["task_id"]) for row in read_jsonl(file) if row["metadata"].get("task_id") is not None}
-        if file.is_file()
-        else set()
-    )
+def tasks_in(data: Path, name: str) -> set[str]:
+    """The tasks of a dataset; none if it is not there."""
+    tasks = (row["metadata"].get("task_id") for row in _sidecar(data, name))
+    return {str(task) for task in tasks if task is not None}
+
+
+def _sidecar(data: Path, name: str) -> Iterator[dict[str, Any]]:
+    file = data / f"{name}{SIDECAR_SUFFIX}"
+    return read_jsonl(file) if file.is_file() else iter(())
 
 
 def describe_batch(old: Rows, new: Rows, new_report: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,14 +331,12 @@ def check_sides(data: Path, name: str, folder: Path) -> int:
     Raises:
         DataError: a task or a prompt changes its side.
     """
-    sides = [_identities(data / f"{FULL}{side}.meta.jsonl") for side in ("", HELD_OUT_SUFFIX)]
+    sides = [_identities(data, side) for side in (TRAINING, HELD_OUT)]
     state = registered.state_of(registered.read_history(folder))
     compared = 0
     for version in (each for each in state.versions if each.name == name):
-        place = registered.folder_of_version(version, folder) / DATA
-        record = read_json(place.parent / "run" / "run.json")
-        names = [(record.get(side) or {}).get("name") for side in ("dataset", "eval_dataset")]
-        theirs = [_identities(place / f"{each}.meta.jsonl") for each in names]
+        place = registered.folder_of_version(version, folder)
+        theirs = [_identities(place / DATA, each) for each in _datasets_of(place)]
         for mine, other, what in ((1, 0, "trained on"), (0, 1, "held out")):
             if both := sides[mine] & theirs[other]:
                 raise DataError(
@@ -342,9 +347,9 @@ def check_sides(data: Path, name: str, folder: Path) -> int:
     return compared
 
 
-def _identities(file: Path) -> set[str]:
+def _identities(data: Path, name: str) -> set[str]:
     found: set[str] = set()
-    for row in read_jsonl(file) if file.is_file() else ():
+    for row in _sidecar(data, name):
         found |= {row["prompt_sha256"], f"task {row['metadata'].get('task_id')}"}
     return found - {"task None"}
 

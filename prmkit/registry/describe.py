@@ -8,6 +8,7 @@ from typing import Any
 from prmkit import cli, registered
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl
+from prmkit.paths import PREDICTIONS_FILE, REPORT, RUN_RECORD
 from prmkit.registered import DATA, RUN, VersionId
 
 _COLUMNS = ("version", "tags", "Spearman", "exam AUROC", "rows", "MB", "changed", "added")
@@ -49,9 +50,8 @@ def list_versions(folder: Path, *, as_json: bool) -> None:
 def exams_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
     """A version's exams, before and since it was registered: `name`, `auroc`, `sentence`."""
     run = registered.folder_of_version(version, folder) / RUN
-    places = [*(run / "evaluation").glob("exam_*/exam.json"), *registered.results_folder(run).glob("exam_*/exam.json")]
     found: list[dict[str, Any]] = []
-    for place in sorted(places):
+    for place in sorted(file for folder in registered.results_of(run) for file in folder.glob("exam_*/exam.json")):
         content = read_json(place)
         found += [
             {
@@ -72,10 +72,9 @@ def held_out_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
         DataError: it was never measured.
     """
     run = registered.folder_of_version(version, folder) / RUN
-    places = [run / "evaluation" / "predictions.jsonl", registered.results_folder(run) / "predictions.jsonl"]
-    for place in places:
-        if place.is_file():
-            return list(read_jsonl(place))
+    for place in registered.results_of(run):
+        if (place / PREDICTIONS_FILE).is_file():
+            return list(read_jsonl(place / PREDICTIONS_FILE))
     raise DataError(
         f"{version}: was never measured, so there is nothing to compare with. "
         f"Run: python evaluate_judge.py --judge {version}"
@@ -155,13 +154,13 @@ PLACES = {"output_dir", "dataset_dir", "export_dir", "adapter_name_or_path", "sw
 
 def _config(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     run = registered.folder_of_version(_id(record), folder) / RUN
-    config = read_json(run / "run.json")["config"]
+    config = read_json(run / RUN_RECORD)["config"]
     found = {key: value for key, value in config.items() if key not in PLACES}
     return found | {"starts from": "an adapter" if config.get("adapter_name_or_path") else "the base model"}
 
 
 def _data(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    file = registered.folder_of_version(_id(record), folder) / DATA / "conversion_report.json"
+    file = registered.folder_of_version(_id(record), folder) / DATA / REPORT
     if not file.is_file():
         return {"conversion": "not known"}
     report = read_json(file)
@@ -311,7 +310,7 @@ def log_version(version: VersionId, folder: Path) -> str:
             f"then: python manage_judges.py mlflow {version}"
         ) from error
     record = registered.read_version(version, folder)
-    config = read_json(registered.folder_of_version(version, folder) / RUN / "run.json")["config"]
+    config = read_json(registered.folder_of_version(version, folder) / RUN / RUN_RECORD)["config"]
     try:
         mlflow.set_experiment("prmkit")
         with mlflow.start_run(run_name=str(version)) as run:

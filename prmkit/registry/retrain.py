@@ -16,7 +16,7 @@ from prmkit import registered
 from prmkit.errors import ExitCode, GateError, LlamaFactoryError
 from prmkit.evaluation import compare
 from prmkit.files import exclusive_lock, read_json, sha256_of, write_json
-from prmkit.paths import HELD_OUT_SUFFIX, REPORT
+from prmkit.paths import METRICS_FILE, REPORT, RUN_RECORD
 from prmkit.registered import DATA, ROWS, RUN, VersionId
 from prmkit.registry import batch, describe, versions
 from prmkit.registry.batch import (
@@ -172,7 +172,7 @@ def _contradiction(metrics: Mapping[str, Any], parent: VersionId) -> str | None:
 
 def _train(job: Job) -> Path:
     run = run_of(job)
-    record = run / "run.json"
+    record = run / RUN_RECORD
     if record.is_file() and read_json(record).get("status") == "finished":
         return run
     code = run_script("train.py", ["--config", write_config(job), *job.asked.settings], check=False)
@@ -185,10 +185,10 @@ def _train(job: Job) -> Path:
 
 def _evaluate(job: Job, run: Path, data: Path, name: str) -> dict[str, Any]:
     folder = job.work / name
-    if not (folder / compare.METRICS_FILE).is_file():
-        held_out = ["--data-dir", data, "--dataset", batch.FULL + HELD_OUT_SUFFIX]
+    if not (folder / METRICS_FILE).is_file():
+        held_out = ["--data-dir", data, "--dataset", batch.HELD_OUT]
         run_script("evaluate_judge.py", ["--run", run, *held_out, "--output", folder])
-    return dict(read_json(folder / compare.METRICS_FILE))
+    return dict(read_json(folder / METRICS_FILE))
 
 
 def _decide(job: Job, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,8 +233,8 @@ def _register(job: Job, run: Path, gate: Mapping[str, Any], report: Mapping[str,
             "key": job.key,
             "parent": str(job.parent),
             "split": details.get("split") or {key: settings["split"][key] for key in ("ratio", "seed")},
-            "held_out_tasks": sorted(batch.tasks_in(everything / f"{batch.FULL}{HELD_OUT_SUFFIX}.meta.jsonl")),
-            "training_tasks": sorted(batch.tasks_in(everything / f"{batch.FULL}.meta.jsonl")),
+            "held_out_tasks": sorted(batch.tasks_in(everything, batch.HELD_OUT)),
+            "training_tasks": sorted(batch.tasks_in(everything, batch.TRAINING)),
             "gate": dict(gate),
             "report": dict(report),
         },

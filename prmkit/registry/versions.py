@@ -14,7 +14,7 @@ from typing import Any
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
 from prmkit.files import exclusive_lock, read_json, read_jsonl, sha256_of, write_json
-from prmkit.paths import REPORT, sidecar_of
+from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD, found_above, sidecar_of
 from prmkit.registered import DATA, ROWS, RUN, SAFE_NAME, State, VersionId
 
 log = logging.getLogger("prmkit")
@@ -162,9 +162,9 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
 
 
 def _finished(run: Path) -> dict[str, Any]:
-    file = run / "run.json"
+    file = run / RUN_RECORD
     if not file.is_file():
-        raise DataError(f"{run}: not a run of train.py (no run.json). Name a folder in saves/.")
+        raise DataError(f"{run}: not a run of train.py (no {RUN_RECORD}). Name a folder in saves/.")
     record = read_json(file)
     if record.get("status") != "finished":
         raise DataError(
@@ -176,16 +176,16 @@ def _finished(run: Path) -> dict[str, Any]:
 def _copy_run(addition: Addition, target: Path) -> None:
     shutil.copytree(addition.run, target, ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=False)
     if addition.evaluation:
-        shutil.rmtree(target / "evaluation", ignore_errors=True)
-        shutil.copytree(addition.evaluation, target / "evaluation")
+        shutil.rmtree(target / EVALUATION, ignore_errors=True)
+        shutil.copytree(addition.evaluation, target / EVALUATION)
     # The base model is found relative to the run's folder, and the relative path from here is different.
-    record = read_json(target / "run.json")
+    record = read_json(target / RUN_RECORD)
     base = record.get("base_model") or {}
     beside = addition.run / str(base.get("relative"))
     if base.get("relative") and beside.is_dir():
         final = target.parent.with_name(target.parent.name.removeprefix(".adding-")) / RUN
         base["relative"] = os.path.relpath(beside.resolve(), final.resolve())
-        write_json(target / "run.json", {**record, "base_model": base})
+        write_json(target / RUN_RECORD, {**record, "base_model": base})
 
 
 def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> None:
@@ -196,7 +196,7 @@ def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> N
             "warning: the data of %s was not found, so it cannot be retrained. Name it with --data-dir.", addition.run
         )
         return
-    info = read_json(data / "dataset_info.json")
+    info = read_json(data / INFO)
     (target / DATA).mkdir()
     kept = {}
     for side in ("dataset", "eval_dataset"):
@@ -214,16 +214,15 @@ def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> N
             if each.is_file():
                 (target / DATA / each.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(each, target / DATA / each.relative_to(data))
-    write_json(target / DATA / "dataset_info.json", kept)
+    write_json(target / DATA / INFO, kept)
     if (data / REPORT).is_file():
         shutil.copy2(data / REPORT, target / DATA / REPORT)
         _copy_rows(addition, read_json(data / REPORT), data, target / ROWS)
 
 
 def _data_of(run: Path, record: Mapping[str, Any]) -> Path | None:
-    named = Path(record["config"].get("dataset_dir") or "data")
-    places = [named, *(above / named for above in run.resolve().parents[:4])]
-    return next((place for place in places if (place / "dataset_info.json").is_file()), None)
+    info = found_above(run, Path(record["config"].get("dataset_dir") or "data", INFO))
+    return info.parent if info else None
 
 
 def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target: Path) -> None:
@@ -253,7 +252,7 @@ def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target
 def _content(
     version: VersionId, addition: Addition, record: Mapping[str, Any], parent: str | None, building: Path
 ) -> dict[str, Any]:
-    metrics_file = building / RUN / "evaluation" / "metrics.json"
+    metrics_file = building / RUN / EVALUATION / METRICS_FILE
     metrics = read_json(metrics_file) if metrics_file.is_file() else {}
     files = {str(file.relative_to(building)): sha256_of(file) for file in sorted(building.rglob("*")) if file.is_file()}
     return {
@@ -271,7 +270,7 @@ def _content(
         "types": {
             name: each.get("spearman") for name, each in ((metrics.get("summary") or {}).get("types") or {}).items()
         },
-        "evaluation_sha256": files.get(f"{RUN}/evaluation/metrics.json"),
+        "evaluation_sha256": files.get(f"{RUN}/{EVALUATION}/{METRICS_FILE}"),
         "bytes": sum((building / name).stat().st_size for name in files if name.startswith(f"{RUN}/")),
         "details": dict(addition.details or {}),
         "files": files,
@@ -280,7 +279,7 @@ def _content(
 
 def _count_lines(data: Path, described: Any) -> int | None:
     name = (described or {}).get("name")
-    file = data / f"{name}.meta.jsonl"
+    file = sidecar_of(data / f"{name}.jsonl")
     return sum(1 for _ in read_jsonl(file)) if file.is_file() else None
 
 

@@ -10,7 +10,8 @@ import orjson
 
 from prmkit.drift import shift_of
 from prmkit.judge.types import Judgement
-from prmkit.registered import is_registered, results_folder
+from prmkit.paths import PREDICTIONS_FILE
+from prmkit.registered import results_of
 from prmkit.serving.request_log import Role
 
 _RECENT = 1000
@@ -105,8 +106,7 @@ def held_out_scores(run: Path | None) -> list[float]:
     """The judge's scores of the held-out steps in a run's evaluation; empty if it was not evaluated."""
     if run is None:
         return []
-    places = [run / "evaluation", *([results_folder(run)] if is_registered(run) else [])]
-    file = next((file for place in places if (file := place / "predictions.jsonl").is_file()), None)
+    file = next((file for place in results_of(run) if (file := place / PREDICTIONS_FILE).is_file()), None)
     if file is None:
         return []
     with file.open("rb") as stream:

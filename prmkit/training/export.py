@@ -13,20 +13,18 @@ from prmkit import __version__
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.files import read_json, write_json, write_text
 from prmkit.limits import limited
-from prmkit.llamafactory_schema import setting
+from prmkit.llamafactory_schema import setting, trained_dtype
+from prmkit.paths import EXPORT_NOTE, RUN_RECORD, record_of
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training import launcher
 from prmkit.training.checkpoints import weights_fault
 from prmkit.training.config import render_yaml
 from prmkit.training.launcher import diagnose
 from prmkit.training.portable import make_portable
-from prmkit.training.records import RECORD, read_record
+from prmkit.training.records import read_record
 from prmkit.training.resume import back_up
 
 log = logging.getLogger(__name__)
-
-NOTE = "prmkit.json"
-"""Written last: an export folder without it is incomplete."""
 
 _PART = ".part"
 _LONGEST_ANSWER = 512  # tokens; room for the verdict in the exported model's context, unless the config says more
@@ -53,7 +51,8 @@ class Source:
     @property
     def run(self) -> Path:
         """The run's folder."""
-        return self.folder if (self.folder / RECORD).exists() else self.folder.parent
+        record = record_of(self.folder)
+        return record.parent if record else self.folder
 
 
 def find_source(folder: Path) -> Source:
@@ -64,9 +63,10 @@ def find_source(folder: Path) -> Source:
     """
     if fault := weights_fault(folder):
         raise DataError(f"{folder}: {fault}. Train first, or name a run or checkpoint folder.")
-    record = read_record(folder) or read_record(folder.parent)
+    file = record_of(folder)
+    record = read_record(file.parent) if file else None
     if record is None:
-        raise DataError(f"{folder}: no run.json, so its base model and template are unknown.")
+        raise DataError(f"{folder}: no {RUN_RECORD}, so its base model and template are unknown.")
     return Source(folder, record)
 
 
@@ -90,12 +90,12 @@ def check_target(target: Path, source: Source | None = None, *, overwrite: bool)
         raise UsageError(f"{target}: is the current folder. Name another one with export_dir=FOLDER.")
     if overwrite or not _contents(target):
         return False
-    if not (target / NOTE).exists():
+    if not (target / EXPORT_NOTE).exists():
         raise UsageError(
             f"{target}: has files that are not an export. Choose another folder with export_dir=FOLDER, "
             "or rename it with --overwrite."
         )
-    note = read_json(target / NOTE)
+    note = read_json(target / EXPORT_NOTE)
     if source is None or not isinstance(note, dict) or weights_fault(target):
         return False
     same = {
@@ -144,9 +144,9 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
     _fit_context(part / "Modelfile", config)
     # After all other files, because the tokenizer is saved again if its chat template is replaced.
     portable = make_portable(part, encoding.stop_ids, trust_remote_code=bool(config.get("trust_remote_code")))
-    write_json(part / NOTE, {**_note(source, renders_alike), "portable": portable})
+    write_json(part / EXPORT_NOTE, {**_note(source, renders_alike), "portable": portable})
     # The note is moved last: a folder that has it is complete.
-    for path in sorted(part.iterdir(), key=lambda path: path.name == NOTE):
+    for path in sorted(part.iterdir(), key=lambda path: path.name == EXPORT_NOTE):
         path.rename(target / path.name)
     part.rmdir()
     return target
@@ -172,10 +172,8 @@ def export_dtype(config: Mapping[str, Any]) -> str:
     """
     if config.get("infer_dtype", "auto") != "auto":
         return str(config["infer_dtype"])
-    if config.get("bf16") or config.get("pure_bf16"):
-        return "bfloat16"
-    if config.get("fp16"):
-        return "float16"
+    if trained := trained_dtype(config):
+        return trained
     base = read_json(Path(str(config["model_name_or_path"])) / "config.json")
     return str(base.get("dtype") or base.get("torch_dtype") or "float32")
 

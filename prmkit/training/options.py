@@ -11,6 +11,7 @@ from typing import Any
 
 from prmkit.errors import ExitCode
 from prmkit.llamafactory_schema import setting
+from prmkit.paths import EVALUATION
 from prmkit.training.checkpoints import checkpoint_fault
 from prmkit.training.config import Override, parse_assignment
 from prmkit.training.launcher import Launch
@@ -100,7 +101,7 @@ def next_commands(options: TrainOptions, outcome: Outcome, *, evaluated: bool) -
     run = shlex.quote(str(outcome.run))
     commands: dict[str, str] = {}
     if evaluated:
-        commands["open the report"] = _open_command(outcome.run / "evaluation" / "report.html")
+        commands["open the report"] = _open_command(outcome.run / EVALUATION / "report.html")
     elif outcome.record.get("eval_dataset"):
         commands["measure it"] = f"{python()} {_beside_train('evaluate_judge.py')} --run {run}"
     scoring = f"{python()} {_beside_train('score_trajectories.py')} --run {run}"

@@ -16,13 +16,11 @@ from prmkit.dataset_info import read_entries, split_names
 from prmkit.errors import DataError
 from prmkit.files import read_json, sha256_of, write_json
 from prmkit.llamafactory_schema import installed_version, setting
-from prmkit.paths import INFO, REPORT
+from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD
 from prmkit.training.config import ResolvedConfig
 from prmkit.training.environment import this_machine
 
-RECORD = "run.json"
 RESOLVED_CONFIG = "resolved_config.yaml"
-METRICS = Path("evaluation") / "metrics.json"
 
 _RECORDED_VERSIONS = (
     "llamafactory", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "deepspeed", "flash-attn",
@@ -269,7 +267,7 @@ def read_record(run_folder: Path) -> dict[str, Any] | None:
     Raises:
         DataError: it is damaged.
     """
-    path = run_folder / RECORD
+    path = run_folder / RUN_RECORD
     if not path.exists():
         return None
     try:
@@ -285,7 +283,7 @@ def read_record(run_folder: Path) -> dict[str, Any] | None:
 
 def write_record(run_folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record completely or not at all."""
-    write_json(run_folder / RECORD, record)
+    write_json(run_folder / RUN_RECORD, record)
 
 
 def all_records(saves: Path) -> Iterator[dict[str, Any]]:
@@ -294,7 +292,7 @@ def all_records(saves: Path) -> Iterator[dict[str, Any]]:
     A killed run could not record its end; it is recognised by its lock, which no process holds.
     """
     records: list[dict[str, Any]] = []
-    for path in saves.glob(f"*/{RECORD}"):
+    for path in saves.glob(f"*/{RUN_RECORD}"):
         damaged: dict[str, Any] = {"run": path.parent.name, "status": "damaged", "config": {}}
         try:
             record = {**dict.fromkeys(_REQUIRED), **(read_record(path.parent) or damaged)}
@@ -320,7 +318,7 @@ def _is_locked(folder: Path) -> bool:
 def _spearman(run_folder: Path) -> float | None:
     """The agreement with the judges on held-out rows; None if it was not measured."""
     try:
-        value = read_json(run_folder / METRICS)["summary"]["spearman"]["value"]
+        value = read_json(run_folder / EVALUATION / METRICS_FILE)["summary"]["spearman"]["value"]
     except (DataError, LookupError, TypeError):
         return None
     return float(value) if isinstance(value, int | float) else None

@@ -15,6 +15,7 @@ from typing import Any
 from prmkit.errors import DataError, Interrupted, LlamaFactoryError
 from prmkit.files import read_json, write_text
 from prmkit.model_card import write_model_card
+from prmkit.paths import EVALUATION, METRICS_FILE
 from prmkit.training import launcher
 from prmkit.training.checkpoints import checkpoint_fault, content_fault, read_log, read_state
 from prmkit.training.config import ResolvedConfig, render_yaml
@@ -29,7 +30,7 @@ from prmkit.training.monitoring import (
     progress,
     seconds_a_step,
 )
-from prmkit.training.records import METRICS, RESOLVED_CONFIG, log_path_of, now, write_record
+from prmkit.training.records import RESOLVED_CONFIG, log_path_of, now, write_record
 from prmkit.training.resume import (
     Plan,
     Step,
@@ -113,8 +114,9 @@ def _recorded(folder: Path, record: dict[str, Any]) -> Iterator[None]:
 
 def write_card(target: Path, run_folder: Path, record: Mapping[str, Any]) -> None:
     """Write the model card of a run or its export, with the run's measurements if there are any."""
+    file = run_folder / EVALUATION / METRICS_FILE
     try:
-        metrics = read_json(run_folder / METRICS) if (run_folder / METRICS).exists() else None
+        metrics = read_json(file) if file.exists() else None
     except DataError as failure:
         log.warning("%s The model card says nothing about agreement.", failure)
         metrics = None

@@ -15,7 +15,7 @@ from prmkit.evaluation.command import execute
 from prmkit.evaluation.exam import read_exam
 from prmkit.evaluation.exam_metrics import constants
 from prmkit.files import write_json
-from prmkit.judge.sources import EXPORT_FILE
+from prmkit.paths import EXPORT_NOTE
 from prmkit.prompts.step import load_rubric
 from prmkit.rows import SELECTED_BY, WEIGHT, without_selection
 from prmkit.trajectories.rows import runs_beside
@@ -290,7 +290,7 @@ def export(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("judge") / "exported"
     shutil.copytree(model_folders["qwen"], folder)
     settings = {"template": "qwen", "cutoff_len": 4096, "dtype": "float32", "rubrics": [load_rubric().sha256]}
-    write_json(folder / EXPORT_FILE, settings)
+    write_json(folder / EXPORT_NOTE, settings)
     return folder
 
 

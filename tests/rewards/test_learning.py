@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from prmkit.files import write_json
-from prmkit.judge.sources import EXPORT_FILE
+from prmkit.paths import EXPORT_NOTE
 from prmkit.prompts.encoding import load_encoding
 from prmkit.prompts.step import Rubric, load_rubric, step_prompts
 from prmkit.serving.payloads import run_of_policy
@@ -146,7 +146,7 @@ def test_grpo_learns_what_only_the_judge_knows_and_nothing_from_a_constant_judge
     train(copies["policy"], answers, steps=60)  # every answer equally often, so the right ones at one time in six
     for name in ("knowing", "constant"):
         settings = {"template": "qwen", "cutoff_len": 2048, "dtype": "float32", "rubrics": [rubric.sha256]}
-        write_json(copies[name] / EXPORT_FILE, settings)
+        write_json(copies[name] / EXPORT_NOTE, settings)
     path = os.pathsep.join([str(installed("trl==1.16.0")), str(ROOT)])
     with serving(copies["knowing"], rubric_file) as knows, serving(copies["constant"], rubric_file) as constant:
         questions = json.dumps(list(ANSWERS))

@@ -12,7 +12,7 @@ import yaml
 
 from prmkit.errors import UsageError
 from prmkit.files import write_json
-from prmkit.judge.sources import EXPORT_FILE
+from prmkit.paths import EXPORT_NOTE
 from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric
 from prmkit.scoring.rows import RunsToScore, check_rubric, holds_runs
 from prmkit.trajectories.importing import read_runs
@@ -33,7 +33,7 @@ def export(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("judge") / "exported"
     shutil.copytree(model_folders["qwen"], folder)
     settings = {"template": "qwen", "cutoff_len": 4096, "dtype": "float32", "rubrics": [load_rubric().sha256]}
-    write_json(folder / EXPORT_FILE, settings)
+    write_json(folder / EXPORT_NOTE, settings)
     return folder
 
 
@@ -98,7 +98,7 @@ def test_runs_and_imported_runs_are_the_same_rows(tmp_path: Path) -> None:
 def test_a_judge_of_ready_prompts_says_so(model_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "old"
     shutil.copytree(model_folders["qwen"], folder)
-    write_json(folder / EXPORT_FILE, {"template": "qwen", "cutoff_len": 4096})
+    write_json(folder / EXPORT_NOTE, {"template": "qwen", "cutoff_len": 4096})
     done = typed(RUNS, "--model", folder, cwd=tmp_path)
     assert done.returncode == 2 and "trained on ready-made prompts" in done.stderr and done.stdout == ""
 

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from prmkit.files import write_json
-from prmkit.judge.sources import EXPORT_FILE
+from prmkit.paths import EXPORT_NOTE
 from prmkit.prompts.step import load_rubric
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def export(model_folders: dict[str, Path]) -> Path:
     """An exported judge that was, so its record says, trained with the default rubric."""
     folder = model_folders["qwen"]
     settings = {"template": "qwen", "cutoff_len": 4096, "dtype": "float32", "rubrics": [load_rubric().sha256]}
-    write_json(folder / EXPORT_FILE, settings)
+    write_json(folder / EXPORT_NOTE, settings)
     return folder
 
 
@@ -288,7 +288,7 @@ def test_a_challenger_answers_its_share_and_the_log_says_so(
     challenger, log = tmp_path / "candidate", tmp_path / "log.jsonl"
     shutil.copytree(model_folders["llama3"], challenger)
     settings = {"template": "llama3", "cutoff_len": 4096, "dtype": "float32", "rubrics": [load_rubric().sha256]}
-    write_json(challenger / EXPORT_FILE, settings)
+    write_json(challenger / EXPORT_NOTE, settings)
     server = started(export, "--challenger", challenger, "--share", "0.5", "--log-requests", log)
     steps = [{"task": f"Cancel order {number}.", "step": MESSAGES[3]} for number in range(24)]
     results = server.post("/v1/score", json={"steps": steps}).json()["results"]

@@ -408,7 +408,7 @@ def test_a_run_is_the_same_after_its_project_was_moved(
 ) -> None:
     moved = killed_copy.rename(tmp_path / "moved")
     record = record_of(moved)
-    assert base_model_of(moved / "saves" / "run", record) == str(moved / "model")
+    assert base_model_of(moved / "saves" / "run", record) == moved / "model"
     assert start_again(moved, monkeypatch) == Path("saves/run")
     assert record_of(moved)["base_model"]["path"] == str(moved / "model")
 
