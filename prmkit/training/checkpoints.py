@@ -133,6 +133,10 @@ def _is_logged(entry: Any) -> bool:
     )
 
 
+TRAINER_LOG = "trainer_log.jsonl"
+"""Losses, speed and time left, written by LLaMA Factory into the run folder as it trains."""
+
+
 def parse_log_line(line: bytes) -> dict[str, Any] | None:
     """One line of a `trainer_log.jsonl`; None for a line that a kill or a full disk damaged."""
     try:

@@ -17,37 +17,34 @@ from prmkit.training.checkpoints import parse_log_line, read_log
 
 log = logging.getLogger(__name__)
 
-TRAINER_LOG = "trainer_log.jsonl"
 QUIET_SECONDS = 30
 """Minimum seconds between progress lines when stderr is not a terminal."""
-
-
 SILENT_SECONDS = 60
 """Seconds without a line after which a line says that the run is alive, when stderr is not a terminal."""
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumedAt:
     """The step at which a launch begins: 0, or that of the checkpoint it resumes from."""
 
     step: int = 0
     tokens: int = 0
 
 
-def corrected(entry: Mapping[str, Any], start: Start) -> dict[str, Any]:
+def corrected(entry: Mapping[str, Any], resumed_at: ResumedAt) -> dict[str, Any]:
     """One entry of LLaMA Factory's trainer log, with time left and throughput corrected after a resume.
 
     LLaMA Factory divides the time of this launch by the steps and tokens of all launches. `remaining_time` and
     `throughput` (tokens per second, of this launch) are corrected.
     """
     fixed = dict(entry)
-    done = entry["current_steps"] - start.step
+    done = entry["current_steps"] - resumed_at.step
     seconds = _elapsed(entry)
     if done > 0 and "total_steps" in entry:
         left = max(entry["total_steps"] - entry["current_steps"], 0) * seconds / done
         fixed["remaining_time"] = str(timedelta(seconds=round(left)))
     if "total_tokens" in entry and seconds > 0:
-        fixed["throughput"] = round((entry["total_tokens"] - start.tokens) / seconds, 2)
+        fixed["throughput"] = round((entry["total_tokens"] - resumed_at.tokens) / seconds, 2)
     return fixed
 
 
@@ -63,9 +60,9 @@ def _elapsed(entry: Mapping[str, Any]) -> float:
         return 0.0
 
 
-def seconds_a_step(entry: Mapping[str, Any], start: Start) -> float:
+def seconds_a_step(entry: Mapping[str, Any], resumed_at: ResumedAt) -> float:
     """How long a step has taken on average since this launch began; 0 before the first one ended."""
-    done = entry["current_steps"] - start.step
+    done = entry["current_steps"] - resumed_at.step
     return _elapsed(entry) / done if done > 0 else 0.0
 
 
@@ -76,7 +73,7 @@ class Follower:
     source: Path
     """LLaMA Factory's `trainer_log.jsonl` in the run folder."""
     target: IO[bytes] | None
-    start: Start
+    resumed_at: ResumedAt
     position: int = 0
     """How many bytes of `source` have been read."""
     rest: bytes = field(default=b"")
@@ -93,7 +90,7 @@ class Follower:
             read = stream.read()
         self.position += len(read)
         *lines, self.rest = (self.rest + read).split(b"\n")
-        entries = [corrected(entry, self.start) for line in lines if (entry := parse_log_line(line)) is not None]
+        entries = [corrected(entry, self.resumed_at) for line in lines if (entry := parse_log_line(line)) is not None]
         if self.target and entries:
             self.target.write(_as_lines(entries))
             self.target.flush()
@@ -101,7 +98,7 @@ class Follower:
 
 
 @contextmanager
-def followed(source: Path, target: Path, start: Start) -> Iterator[Follower]:
+def followed(source: Path, target: Path, resumed_at: ResumedAt) -> Iterator[Follower]:
     """Let `target` follow the trainer log of the run that starts now.
 
     It begins with the entries of earlier launches of the same run, up to where this one resumes. The file stays the
@@ -114,12 +111,12 @@ def followed(source: Path, target: Path, start: Start) -> Iterator[Follower]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.warning("%s follows another run; this one is in %s", target, source)
-            yield Follower(source, None, start, position)
+            yield Follower(source, None, resumed_at, position)
             return
         stream.truncate(0)
-        stream.write(_as_lines([entry for entry in read_log(source) if entry["current_steps"] <= start.step]))
+        stream.write(_as_lines([entry for entry in read_log(source) if entry["current_steps"] <= resumed_at.step]))
         stream.flush()
-        yield Follower(source, stream, start, position)
+        yield Follower(source, stream, resumed_at, position)
 
 
 def _as_lines(entries: list[dict[str, Any]]) -> bytes:
@@ -127,14 +124,14 @@ def _as_lines(entries: list[dict[str, Any]]) -> bytes:
 
 
 @contextmanager
-def progress(name: str, start: Start) -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
+def progress(name: str, resumed_at: ResumedAt) -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
     """Show a run's entries as they come: as a bar on a terminal, otherwise as occasional lines.
 
     Yields:
         A function that is called with every entry, and regularly with None, so that a long silence is explained.
     """
     with cli.progress_bar() as bar:
-        task = bar.add_task(f"{name}: starting LLaMA Factory", total=None, completed=start.step)
+        task = bar.add_task(f"{name}: starting LLaMA Factory", total=None, completed=resumed_at.step)
         last_line, last_sign = -math.inf, time.monotonic()
 
         def show(entry: Mapping[str, Any] | None) -> None:

@@ -44,6 +44,11 @@ class TrainOptions:
     json: bool = False
     launch: Launch = field(default_factory=Launch)
 
+    @property
+    def lacks_config(self) -> bool:
+        """Whether no config was named, and the current folder has none."""
+        return self.config == DEFAULT_CONFIG and not self.config.exists()
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -19,6 +19,7 @@ from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.llamafactory_schema import setting
 from prmkit.training.checkpoints import (
     NO_OPTIMIZER,
+    TRAINER_LOG,
     checkpoint_fault,
     content_fault,
     read_log,
@@ -85,7 +86,7 @@ def newest_checkpoint(run_folder: Path, *, rename: bool = False, contents: bool 
     for folder in checkpoint_folders(run_folder):
         fault, kind = checkpoint_fault(folder, contents=contents), "incomplete"
         if fault is None:
-            fault, kind = stale_reason(folder, run_folder / "trainer_log.jsonl"), "stale"
+            fault, kind = stale_reason(folder, run_folder / TRAINER_LOG), "stale"
         if fault is None:
             return _load_checkpoint(folder)
         if rename:
@@ -170,7 +171,7 @@ def back_up(folder: Path) -> Path | None:
 # --- what does a start do? ----------------------------------------------------------------------------------------
 
 
-class Step(StrEnum):
+class Action(StrEnum):
     """What a start does."""
 
     BEGIN = "begin"
@@ -181,15 +182,15 @@ class Step(StrEnum):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a start will do."""
+class Decision:
+    """What a start does, and the record that the run then has."""
 
-    step: Step
+    action: Action
     record: dict[str, Any]
     checkpoint: Checkpoint | None = None
 
 
-def plan_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) -> Plan:
+def decide_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) -> Decision:
     """Decide what a start does.
 
     Args:
@@ -202,36 +203,66 @@ def plan_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) -> P
         DataError: the checkpoint that the user chose is not complete.
     """
     record = read_record(folder)
-    wanted = fresh["config"].get("resume_from_checkpoint")
-    named = Path(wanted) if isinstance(wanted, str) else None
     if record is None:
-        if named is None or named.resolve().parent != folder.resolve():
-            _check_unknown_content(folder)
-        return _plan_from(_check_chosen(named), fresh, folder)
+        return _decide_without_record(folder, fresh)
     changed = differences(record, fresh)
-    if record["status"] == "finished" and (changed or content_fault(folder) is None):
-        if changed:
-            raise UsageError(_other_config(folder, "a finished", changed))
-        return Plan(Step.DONE, record)
-    # A run that has resumed from the named checkpoint continues from its own newest one, not from the named one again;
-    # that may be gone by then, because LLaMA Factory keeps only the last few.
-    explicit = None if str(named) in record["resumed_from"] else _check_chosen(named)
-    complete = not changed and _has_final_files(folder)
-    weights_only = bool(record["config"].get("save_only_model"))
-    if weights_only and not complete:
-        _check_weights_only(folder)
-    newest = newest_checkpoint(folder, rename=rename and not (weights_only and complete))
-    if complete:
-        return Plan(Step.FINISH, record)
-    if changed and newest is not None:
-        raise UsageError(_other_config(folder, "an unfinished", changed))
-    if wanted is False and newest is not None:
-        raise UsageError(f"{newest.folder}: exists, but resume_from_checkpoint is false. Add --overwrite.")
+    if record["status"] == "finished" and changed:
+        raise UsageError(_other_config(folder, "a finished", changed))
+    if record["status"] == "finished" and content_fault(folder) is None:
+        return Decision(Action.DONE, record)
     if changed:
-        log.info("%s: the config has changed and nothing was saved yet; it starts from the beginning.", folder)
-        return _plan_from(explicit, fresh, folder)
+        return _decide_with_other_config(folder, record, fresh, changed, rename=rename)
+    return _decide_with_same_config(folder, record, fresh, rename=rename)
+
+
+def _decide_without_record(folder: Path, fresh: dict[str, Any]) -> Decision:
+    named = _named_checkpoint(fresh)
+    if named is None or named.resolve().parent != folder.resolve():
+        _check_unknown_content(folder)
+    return _begin_or_resume(_check_chosen(named), fresh, folder)
+
+
+def _decide_with_other_config(
+    folder: Path, record: dict[str, Any], fresh: dict[str, Any], changed: list[str], *, rename: bool
+) -> Decision:
+    """An unfinished run of another config may only be replaced if it has saved nothing."""
+    explicit = _not_resumed_from(_named_checkpoint(fresh), record)
+    if record["config"].get("save_only_model"):
+        _check_weights_only(folder)
+    if newest_checkpoint(folder, rename=rename) is not None:
+        raise UsageError(_other_config(folder, "an unfinished", changed))
+    log.info("%s: the config has changed and nothing was saved yet; it starts from the beginning.", folder)
+    return _begin_or_resume(explicit, fresh, folder)
+
+
+def _decide_with_same_config(folder: Path, record: dict[str, Any], fresh: dict[str, Any], *, rename: bool) -> Decision:
+    named = _named_checkpoint(fresh)
+    explicit = _not_resumed_from(named, record)
+    weights_only = bool(record["config"].get("save_only_model"))
+    if _has_final_files(folder):
+        if rename and not weights_only:
+            newest_checkpoint(folder, rename=True)  # only to rename those that cannot be used
+        return Decision(Action.FINISH, record)
+    if weights_only:
+        _check_weights_only(folder)
+    newest = newest_checkpoint(folder, rename=rename)
+    if newest is not None and fresh["config"].get("resume_from_checkpoint") is False:
+        raise UsageError(f"{newest.folder}: exists, but resume_from_checkpoint is false. Add --overwrite.")
     record = {**record, **{key: fresh[key] for key in ("config", "sources", "command", "processes", "base_model")}}
-    return _plan_from(explicit or newest or _check_chosen(named), record, folder)
+    return _begin_or_resume(explicit or newest or _check_chosen(named), record, folder)
+
+
+def _named_checkpoint(fresh: Mapping[str, Any]) -> Path | None:
+    named = fresh["config"].get("resume_from_checkpoint")
+    return Path(named) if isinstance(named, str) else None
+
+
+def _not_resumed_from(named: Path | None, record: Mapping[str, Any]) -> Checkpoint | None:
+    """The named checkpoint, unless the run has already resumed from it.
+
+    Then it continues from its own newest one; the named one may be gone, because LLaMA Factory keeps only the last few.
+    """
+    return None if str(named) in record["resumed_from"] else _check_chosen(named)
 
 
 def _has_final_files(folder: Path) -> bool:
@@ -286,15 +317,15 @@ def _other_config(folder: Path, state: str, changed: list[str]) -> str:
     )
 
 
-def _plan_from(checkpoint: Checkpoint | None, record: dict[str, Any], folder: Path) -> Plan:
+def _begin_or_resume(checkpoint: Checkpoint | None, record: dict[str, Any], folder: Path) -> Decision:
     if checkpoint is None:
-        return Plan(Step.BEGIN, record)
+        return Decision(Action.BEGIN, record)
     is_ours = checkpoint.folder.resolve().parent == folder.resolve()
     if not is_ours:
         _check_something_left(checkpoint, record)
     record = {**record, "resumed_from": [*record["resumed_from"], str(checkpoint.folder)]}
     is_last = is_ours and checkpoint.step >= checkpoint.max_steps
-    return Plan(Step.FINISH if is_last else Step.RESUME, record, checkpoint)
+    return Decision(Action.FINISH if is_last else Action.RESUME, record, checkpoint)
 
 
 def _check_something_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
@@ -312,19 +343,20 @@ def _check_something_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> 
         )
 
 
-def prepare_run_folder(folder: Path, plan: Plan) -> None:
+def prepare_run_folder(folder: Path, decision: Decision) -> None:
     """Rename files that would make LLaMA Factory refuse to start, or would be mistaken for this start's files."""
-    if plan.step is Step.BEGIN:
+    if decision.action is Action.BEGIN:
         for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"):
             if (folder / name).exists():
                 rename_with_prefix(folder / name, "incomplete")
-        if (folder / "trainer_log.jsonl").exists():
-            rename_with_prefix(folder / "trainer_log.jsonl", "before")
-    if plan.checkpoint is not None and plan.checkpoint.folder.resolve().parent == folder.resolve():
+        if (folder / TRAINER_LOG).exists():
+            rename_with_prefix(folder / TRAINER_LOG, "before")
+    used = decision.checkpoint
+    if used is not None and used.folder.resolve().parent == folder.resolve():
         for higher in checkpoint_folders(folder):
-            if int(higher.name[11:]) > plan.checkpoint.step:
+            if int(higher.name[11:]) > used.step:
                 moved = rename_with_prefix(higher, "superseded")
-                log.info("Renamed %s to %s: this run resumes from step %s.", higher, moved.name, plan.checkpoint.step)
+                log.info("Renamed %s to %s: this run resumes from step %s.", higher, moved.name, used.step)
 
 
 def restore_final_files(checkpoint: Checkpoint, folder: Path) -> None:

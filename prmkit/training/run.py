@@ -1,4 +1,4 @@
-"""One start of a run: execute the plan, follow LLaMA Factory, check its results, and write the record."""
+"""One start of a run: do what was decided, follow LLaMA Factory, check its results, and write the record."""
 
 import logging
 import math
@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from prmkit.files import read_json, write_text
 from prmkit.model_card import write_model_card
 from prmkit.paths import EVALUATION, METRICS_FILE
 from prmkit.training import launcher
-from prmkit.training.checkpoints import checkpoint_fault, content_fault, read_log, read_state
+from prmkit.training.checkpoints import TRAINER_LOG, checkpoint_fault, content_fault, read_log, read_state
 from prmkit.training.config import ResolvedConfig, render_yaml
 from prmkit.training.launcher import Launch
 from prmkit.training.monitoring import (
-    TRAINER_LOG,
-    Start,
+    ResumedAt,
     curves,
     draw_curves,
     echoed,
@@ -32,8 +31,9 @@ from prmkit.training.monitoring import (
 )
 from prmkit.training.records import RESOLVED_CONFIG, log_path_of, now, write_record
 from prmkit.training.resume import (
-    Plan,
-    Step,
+    Action,
+    Checkpoint,
+    Decision,
     checkpoint_folders,
     newest_checkpoint,
     prepare_run_folder,
@@ -48,7 +48,7 @@ _LARGEST_LOG = 16 << 20
 
 
 @dataclass(frozen=True)
-class LaunchPlan:
+class Setup:
     """A resolved config and how LLaMA Factory is started with it."""
 
     config: ResolvedConfig
@@ -62,25 +62,25 @@ class LaunchPlan:
     """Show everything that LLaMA Factory prints."""
 
 
-def execute_plan(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int) -> dict[str, Any]:
-    """Execute a plan; return the run's record afterwards.
+def carry_out(setup: Setup, folder: Path, decision: Decision, lock: int) -> dict[str, Any]:
+    """Do what was decided for a start; return the run's record afterwards.
 
     Raises:
         LlamaFactoryError: it failed, or did not leave a complete run.
         Interrupted: a signal stopped it.
     """
-    if plan.step is Step.DONE:
-        return plan.record
-    prepare_run_folder(folder, plan)
-    record = {**plan.record, "status": "running", "ended": None}
+    if decision.action is Action.DONE:
+        return decision.record
+    prepare_run_folder(folder, decision)
+    record = {**decision.record, "status": "running", "ended": None}
     write_record(folder, record)
     with _recorded(folder, record):
-        if plan.step is not Step.FINISH:
-            _train(launch_plan, folder, plan, lock, record)
-        elif plan.checkpoint is not None:
+        if decision.action is not Action.FINISH:
+            _train(setup, folder, decision.checkpoint, lock, record)
+        elif decision.checkpoint is not None:
             log.info("%s had trained all its steps; writing the final files.", folder)
-            restore_final_files(plan.checkpoint, folder)
-        verify_run(folder, launch_plan.config.values)
+            restore_final_files(decision.checkpoint, folder)
+        verify_run(folder, setup.config.values)
     return record
 
 
@@ -173,7 +173,7 @@ def _draw(folder: Path, *, finished: bool) -> None:
 # --- LLaMA Factory ------------------------------------------------------------------------------------------------
 
 
-def _train(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int, record: dict[str, Any]) -> None:
+def _train(setup: Setup, folder: Path, first: Checkpoint | None, lock: int, record: dict[str, Any]) -> None:
     """Run LLaMA Factory to its end; if the checkpoint it resumes from makes it fail, use the previous one.
 
     Raises:
@@ -181,10 +181,10 @@ def _train(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int, record:
         Interrupted: a signal stopped it.
     """
     try:
-        _launch(launch_plan, folder, plan, lock)
+        _launch(setup, folder, first, lock)
         return
     except _FailedBeforeFirstStep as failed:
-        failure, first = failed, plan.checkpoint
+        failure = failed
     ours = first is not None and first.folder.resolve().parent == folder.resolve()
     if first is None or not ours or len(checkpoint_folders(folder)) < 2:
         raise LlamaFactoryError(str(failure)) from None
@@ -195,7 +195,7 @@ def _train(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int, record:
         raise LlamaFactoryError(str(failure)) from None
     log.warning("%s\nResuming from %s failed before its first step; trying %s.", failure, first.folder, older.folder)
     try:
-        _launch(launch_plan, folder, replace(plan, checkpoint=older), lock)
+        _launch(setup, folder, older, lock)
     except _FailedBeforeFirstStep:
         unusable.rename(first.folder)  # it was not the checkpoint's fault
         raise LlamaFactoryError(str(failure)) from None
@@ -207,24 +207,24 @@ class _FailedBeforeFirstStep(LlamaFactoryError):
     """LLaMA Factory failed while it resumed; another checkpoint may help."""
 
 
-def _launch(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int) -> None:
-    values = _launch_values(launch_plan.config.values, folder, plan, launch_plan.launch)
+def _launch(setup: Setup, folder: Path, checkpoint: Checkpoint | None, lock: int) -> None:
+    values = _launch_values(setup.config.values, folder, checkpoint, setup.launch)
     write_text(folder / RESOLVED_CONFIG, render_yaml(values))
-    checkpoint, log_path = plan.checkpoint, log_path_of(folder)
-    start = Start(checkpoint.step, checkpoint.tokens) if checkpoint else Start()
-    launch, processes = launch_plan.launch, launch_plan.processes
-    command = launcher.train_command(folder / RESOLVED_CONFIG, launch, processes, torchrun=launch_plan.torchrun)
+    log_path = log_path_of(folder)
+    resumed_at = ResumedAt(checkpoint.step, checkpoint.tokens) if checkpoint else ResumedAt()
+    launch, processes = setup.launch, setup.processes
+    command = launcher.train_command(folder / RESOLVED_CONFIG, launch, processes, torchrun=setup.torchrun)
     begin = _begin_log(log_path, command)
-    log.info("Run %s %s; log: %s", folder, f"resumes from step {start.step}" if checkpoint else "begins", log_path)
+    log.info("Run %s %s; log: %s", folder, f"resumes from step {resumed_at.step}" if checkpoint else "begins", log_path)
     if launch.most_nodes > 1:
         log.info("Waiting for the other nodes: start the same command there, with --node-rank 1 and so on.")
     with (
-        followed(folder / TRAINER_LOG, log_path.parent / TRAINER_LOG, start) as follower,
-        progress(folder.name, start) as show,
-        echoed(log_path, begin) if launch_plan.verbose else nullcontext(lambda: None) as echo,
-        launcher.started(command, log_path, held=lock, through_torchrun=launch_plan.torchrun) as child,
+        followed(folder / TRAINER_LOG, log_path.parent / TRAINER_LOG, resumed_at) as follower,
+        progress(folder.name, resumed_at) as show,
+        echoed(log_path, begin) if setup.verbose else nullcontext(lambda: None) as echo,
+        launcher.started(command, log_path, held=lock, through_torchrun=setup.torchrun) as child,
     ):
-        stopping = _Stopping(folder, start)
+        stopping = _Stopping(folder, resumed_at)
 
         def on_poll() -> None:
             for entry in follower.new_entries():
@@ -234,7 +234,7 @@ def _launch(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int) -> Non
             echo()
 
         try:
-            code = launcher.run_to_end(child, on_poll, is_saved=stopping.is_saved, patience=stopping.patience)
+            code = launcher.run_to_end(child, on_poll, is_saved=stopping.is_saved, patience=stopping.begin_waiting)
         except Interrupted as stop:
             raise Interrupted(_how_to_resume(folder), stop.exit_code) from None
     if code != 0:
@@ -244,7 +244,9 @@ def _launch(launch_plan: LaunchPlan, folder: Path, plan: Plan, lock: int) -> Non
         raise (_FailedBeforeFirstStep if may_be_checkpoint else LlamaFactoryError)(message)
 
 
-def _launch_values(values: Mapping[str, Any], folder: Path, plan: Plan, launch: Launch) -> dict[str, Any]:
+def _launch_values(
+    values: Mapping[str, Any], folder: Path, checkpoint: Checkpoint | None, launch: Launch
+) -> dict[str, Any]:
     kept = {
         key: value for key, value in values.items() if key not in {"resume_from_checkpoint", "overwrite_output_dir"}
     }
@@ -252,8 +254,8 @@ def _launch_values(values: Mapping[str, Any], folder: Path, plan: Plan, launch: 
     if values.get("use_swanlab"):
         kept.setdefault("swanlab_run_name", folder.name)
     # An elastic run that torchrun restarts must find the newest checkpoint itself.
-    if plan.checkpoint and not launch.max_restarts:
-        kept["resume_from_checkpoint"] = str(plan.checkpoint.folder)
+    if checkpoint and not launch.max_restarts:
+        kept["resume_from_checkpoint"] = str(checkpoint.folder)
     return kept
 
 
@@ -270,18 +272,22 @@ def _begin_log(log_path: Path, command: Sequence[str]) -> int:
 class _Stopping:
     """Detects when a run that was asked to stop has saved, and how long that may take."""
 
-    def __init__(self, folder: Path, start: "Start") -> None:
-        self.folder, self.start = folder, start
+    def __init__(self, folder: Path, resumed_at: ResumedAt) -> None:
+        self.folder, self.resumed_at = folder, resumed_at
         self.before = {path.name for path in checkpoint_folders(folder)}
         self.seconds_a_step = 0.0
         self.has_stepped = False
 
     def see(self, entry: Mapping[str, Any]) -> None:
-        self.seconds_a_step = seconds_a_step(entry, self.start)
+        self.seconds_a_step = seconds_a_step(entry, self.resumed_at)
         self.has_stepped = True
 
-    def patience(self) -> float:
-        """Two steps and the saving: a checkpoint can only be written between steps."""
+    def begin_waiting(self) -> float:
+        """Only checkpoints from now on count as saved.
+
+        Returns:
+            How many seconds that may take: two steps and the saving, because it happens between steps.
+        """
         self.before = {path.name for path in self._complete()}
         return 40 + 2 * self.seconds_a_step
 
@@ -346,17 +352,15 @@ def _stopped_early(state: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     return bool(values.get("early_stopping_steps")) and "EarlyStoppingCallback" in (callbacks or {})
 
 
-def run_worker_node(launch_plan: LaunchPlan, folder: Path) -> None:
+def run_worker_node(setup: Setup, folder: Path) -> None:
     """Take part in a run that another node leads: no lock, no record, and a separate log."""
-    launch = launch_plan.launch
+    launch = setup.launch
     name = f"{folder.name}.node{launch.node_rank}"
-    newest = newest_checkpoint(folder)
-    plan = Plan(Step.RESUME if newest else Step.BEGIN, {}, newest)
     log_path = log_path_of(folder.with_name(name))
-    values = _launch_values(launch_plan.config.values, folder, plan, launch)
+    values = _launch_values(setup.config.values, folder, newest_checkpoint(folder), launch)
     rendered = log_path.with_suffix(".yaml")
     write_text(rendered, render_yaml(values))
-    command = launcher.train_command(rendered, launch, launch_plan.processes, torchrun=True)
+    command = launcher.train_command(rendered, launch, setup.processes, torchrun=True)
     begin = _begin_log(log_path, command)
     log.info("Node %s of %s; log: %s", launch.node_rank, launch.nnodes, log_path)
     with launcher.started(command, log_path, through_torchrun=True) as child:

@@ -28,9 +28,9 @@ from prmkit.training.records import (
     read_record,
     table_rows,
 )
-from prmkit.training.resume import Step, back_up, plan_start, run_folder_of
+from prmkit.training.resume import Action, back_up, decide_start, run_folder_of
 from prmkit.training.resume import free_folder as free_run_folder
-from prmkit.training.run import LaunchPlan, execute_plan, run_worker_node, write_card
+from prmkit.training.run import Setup, carry_out, run_worker_node, write_card
 
 log = logging.getLogger(__name__)
 
@@ -53,41 +53,41 @@ def execute(options: TrainOptions) -> Outcome:
         if options.validate_only:
             raise UsageError("--export-only exports and --validate-only only checks. Give one of them.")
         return export_existing(options)
-    start = _prepare(options)
+    request = _prepare(options)
     if options.validate_only:
-        return validate(options, start)
-    if not _is_finished(options, start):
-        checks = _check(options, start)
+        return validate(options, request)
+    if not _is_finished(options, request):
+        checks = _check(options, request)
         if errors_in(checks) and not options.force:
             count = _count(len(errors_in(checks)), "error")
             raise UsageError(f"the checks found {count}:\n{_list_errors(checks)}\nFix them, or add --force.")
-    return train(options, start)
+    return train(options, request)
 
 
 # --- resolving ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Start:
-    """A requested start: how, where, and the record of a run that would begin now."""
+class _Request:
+    """What the command line asks for: how to train, where, and the record of a run that would begin now."""
 
-    plan: LaunchPlan
+    setup: Setup
     folder: Path
     fresh: dict[str, Any]
 
 
-def _prepare(options: TrainOptions) -> _Start:
-    if options.config == DEFAULT_CONFIG and not options.config.exists():
+def _prepare(options: TrainOptions) -> _Request:
+    if options.lacks_config:
         raise UsageError(
             f"there is no {DEFAULT_CONFIG} in {Path.cwd()}. Start this in the project folder, or name a config: "
             "--config FILE"
         )
-    plan = resolve(options)
-    folder = run_folder_of(plan.config.values, plan.config.sources)
-    return _Start(plan, folder, new_record(folder, plan.config, plan.world_size))
+    setup = resolve(options)
+    folder = run_folder_of(setup.config.values, setup.config.sources)
+    return _Request(setup, folder, new_record(folder, setup.config, setup.world_size))
 
 
-def resolve(options: TrainOptions) -> LaunchPlan:
+def resolve(options: TrainOptions) -> Setup:
     """Apply the command line to the config, and find out how many processes train.
 
     Raises:
@@ -104,15 +104,15 @@ def resolve(options: TrainOptions) -> LaunchPlan:
         # They need torchrun even for one process, and that is known only now.
         torchrun = True
         config = resolve_config(options.config, overrides, machine=machine, torchrun=True)
-    return LaunchPlan(config, launch, processes, world_size, torchrun, options.verbose)
+    return Setup(config, launch, processes, world_size, torchrun, options.verbose)
 
 
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def validate(options: TrainOptions, start: _Start) -> Outcome:
+def validate(options: TrainOptions, request: _Request) -> Outcome:
     """Run every check and report the results, without changing anything."""
-    checks = _check(options, start)
+    checks = _check(options, request)
     errors = errors_in(checks)
     found = f"{_count(len(checks), 'check')}, {_count(len(errors), 'error')}"
     if options.json:
@@ -124,16 +124,16 @@ def validate(options: TrainOptions, start: _Start) -> Outcome:
     return Outcome(ExitCode.USAGE if errors else ExitCode.DONE)
 
 
-def _check(options: TrainOptions, start: _Start) -> list[Check]:
-    _show_config(start.plan.config, options)
+def _check(options: TrainOptions, request: _Request) -> list[Check]:
+    _show_config(request.setup.config, options)
     log.info("Checks:")
-    config = start.plan.config
-    request = {
+    setup, config = request.setup, request.setup.config
+    asked = {
         "values": dict(config.values), "dropped": dict(config.dropped), "sources": dict(config.sources),
-        "processes": start.plan.processes, "world_size": start.plan.world_size, "evaluate": options.evaluate,
+        "processes": setup.processes, "world_size": setup.world_size, "evaluate": options.evaluate,
     }  # fmt: skip
-    checks = run_checks(request, _show_check)
-    for check in _check_run_folder(options, start):
+    checks = run_checks(asked, _show_check)
+    for check in _check_run_folder(options, request):
         _show_check(check)
         checks.append(check)
     return checks
@@ -165,51 +165,51 @@ def _list_errors(checks: Sequence[Check]) -> str:
     return "\n".join(map(_check_lines, errors_in(checks)))
 
 
-def _check_run_folder(options: TrainOptions, start: _Start) -> Iterator[Check]:
+def _check_run_folder(options: TrainOptions, request: _Request) -> Iterator[Check]:
     """Check whether the run may use its folder, without changing anything."""
     if options.overwrite or not options.launch.is_first_node:
         return
     name = "run folder"
     try:
-        folder = _place(options, start)
-        plan = plan_start(folder, start.fresh, rename=False)
+        folder = _place(options, request)
+        decision = decide_start(folder, request.fresh, rename=False)
     except (DataError, UsageError) as failure:
         yield error(name, str(failure))
         return
-    step = plan.checkpoint.step if plan.checkpoint else 0
+    step = decision.checkpoint.step if decision.checkpoint else 0
     what = {
-        Step.BEGIN: "a new run", Step.RESUME: f"the run resumes from step {step}", Step.DONE: "the run is finished",
-        Step.FINISH: "the run has trained all its steps and gets its final files",
+        Action.BEGIN: "a new run", Action.RESUME: f"the run resumes from step {step}",
+        Action.FINISH: "the run has trained all its steps and gets its final files", Action.DONE: "the run is finished",
     }  # fmt: skip
-    yield ok(name, f"{folder}: {what[plan.step]}")
+    yield ok(name, f"{folder}: {what[decision.action]}")
 
 
-def _is_finished(options: TrainOptions, start: _Start) -> bool:
+def _is_finished(options: TrainOptions, request: _Request) -> bool:
     """Whether there is nothing to train, so that no check is needed to say so."""
-    record = None if options.overwrite else read_record(_place(options, start))
-    return record is not None and record["status"] == "finished" and not differences(record, start.fresh)
+    record = None if options.overwrite else read_record(_place(options, request))
+    return record is not None and record["status"] == "finished" and not differences(record, request.fresh)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def train(options: TrainOptions, start: _Start) -> Outcome:
+def train(options: TrainOptions, request: _Request) -> Outcome:
     """Begin, resume, or finish the run of a config; then export it if requested.
 
     Raises:
         PrmkitError: see the individual functions.
     """
     if not options.launch.is_first_node:
-        run_worker_node(start.plan, start.folder)
+        run_worker_node(request.setup, request.folder)
         return Outcome()
-    target = Path(str(start.plan.config.values.get("export_dir") or "exported_model"))
-    folder = _claim(options, start)
+    target = Path(str(request.setup.config.values.get("export_dir") or "exported_model"))
+    folder = _claim(options, request)
     with exclusive_lock(folder, "training", patience=_LOCK_PATIENCE) as lock:
-        plan = plan_start(folder, start.fresh)
-        if options.export and plan.step is not Step.DONE:
+        decision = decide_start(folder, request.fresh)
+        if options.export and decision.action is not Action.DONE:
             check_target(target, overwrite=options.overwrite)
-        record = execute_plan(start.plan, folder, plan, lock)
-    done = plan.step is Step.DONE
+        record = carry_out(request.setup, folder, decision, lock)
+    done = decision.action is Action.DONE
     if not options.json:
         cli.emit(f"{'Already finished' if done else 'Trained'}: {folder} ({_reached(record)})")
     exported = _export(options, Source(folder, record), target) if options.export else None
@@ -220,44 +220,44 @@ def train(options: TrainOptions, start: _Start) -> Outcome:
     return Outcome(ExitCode.DONE, folder, record, exported, was_finished=done)
 
 
-def _claim(options: TrainOptions, start: _Start) -> Path:
+def _claim(options: TrainOptions, request: _Request) -> Path:
     """The folder for this run: a finished run of another config is never overwritten."""
-    if options.overwrite and start.folder.exists():
-        with exclusive_lock(start.folder, "training", patience=_LOCK_PATIENCE):
-            back_up(start.folder)
-    claimed = _place(options, start)
-    if claimed != start.folder:
-        _check_training_is_meant(options, start, claimed)
-        log.info("%s contains a finished run with other settings; this one is %s.", start.folder, claimed)
-        start.fresh["run"], start.fresh["config"]["output_dir"] = claimed.name, str(claimed)
+    if options.overwrite and request.folder.exists():
+        with exclusive_lock(request.folder, "training", patience=_LOCK_PATIENCE):
+            back_up(request.folder)
+    claimed = _place(options, request)
+    if claimed != request.folder:
+        _check_training_is_meant(options, request, claimed)
+        log.info("%s contains a finished run with other settings; this one is %s.", request.folder, claimed)
+        request.fresh["run"], request.fresh["config"]["output_dir"] = claimed.name, str(claimed)
     return claimed
 
 
-def _place(options: TrainOptions, start: _Start) -> Path:
+def _place(options: TrainOptions, request: _Request) -> Path:
     """The run's folder: as the user typed it, or a free one, because the folder in the file may contain another run."""
     typed = {override.key for override in overrides_of(options)}
-    return start.folder if typed & {"output_dir", "run_name"} else free_run_folder(start.folder, start.fresh)
+    return request.folder if typed & {"output_dir", "run_name"} else free_run_folder(request.folder, request.fresh)
 
 
-def _check_training_is_meant(options: TrainOptions, start: _Start, claimed: Path) -> None:
+def _check_training_is_meant(options: TrainOptions, request: _Request, claimed: Path) -> None:
     """`--export` alone, after a run with other settings, most likely means that run, not hours of training.
 
     Raises:
         UsageError: nothing on the command line requests another training.
     """
     typed = {override.key for override in overrides_of(options)} - set(EXPORT_KEYS)
-    earlier = read_record(start.folder)
+    earlier = read_record(request.folder)
     if not options.export or options.evaluate or typed or earlier is None or read_record(claimed) is not None:
         return
-    found = differences(earlier, start.fresh)
+    found = differences(earlier, request.fresh)
     if any(contents_changed(line) for line in found):
         return  # new data is a reason to train again
     changed = "\n".join(f"  {line}" for line in found)
     base = base_command(options)
     raise UsageError(
-        f"{start.folder} was trained with other settings than {options.config} has:\n{changed}\n"
+        f"{request.folder} was trained with other settings than {options.config} has:\n{changed}\n"
         f"Nothing was trained. To export that run, or to train with the settings of {options.config}:\n"
-        f"  {shlex.join([*base, '--export-only', str(start.folder)])}\n"
+        f"  {shlex.join([*base, '--export-only', str(request.folder)])}\n"
         f"  {shlex.join([*base, '--export', f'run_name={claimed.name}'])}"
     )
 
@@ -331,11 +331,9 @@ def list_runs(options: TrainOptions) -> Outcome:
     Raises:
         UsageError: the config is missing, or not YAML.
     """
-    config, base = options.config, Path()
-    if config == DEFAULT_CONFIG and not config.exists():
-        base = Path(__file__).resolve().parents[2]
-        config = base / config
-    values = read_yaml(config) if config.exists() or options.config != DEFAULT_CONFIG else {}
+    base = Path(__file__).resolve().parents[2] if options.lacks_config else Path()
+    config = base / options.config
+    values = {} if options.lacks_config and not config.exists() else read_yaml(config)
     values |= {override.key: override.text for override in overrides_of(options)}
     typed = any(override.key == "output_dir" for override in overrides_of(options))
     saves = (Path() if typed else base) / Path(str(values.get("output_dir") or "saves/run")).parent

@@ -8,7 +8,7 @@ import pytest
 from layout import STEPS
 
 from prmkit.training.monitoring import (
-    Start,
+    ResumedAt,
     corrected,
     curves,
     draw_curves,
@@ -43,10 +43,10 @@ def test_without_a_resume_the_numbers_are_llamafactorys_own(finished: Path) -> N
 
 def test_after_a_resume_time_left_and_throughput_are_of_this_launch() -> None:
     """From step 80 with 8,000 tokens seen, 10 steps and 1,000 tokens in 20 seconds: 50 tokens a second, 20 s to go."""
-    fixed = corrected(entry(90, 20.0, 9_000), Start(step=80, tokens=8_000))
+    fixed = corrected(entry(90, 20.0, 9_000), ResumedAt(step=80, tokens=8_000))
     assert fixed["throughput"] == pytest.approx(50.0, rel=0.01)
     assert fixed["remaining_time"] == "0:00:20"
-    assert seconds_a_step(entry(90, 20.0, 9_000), Start(80, 8_000)) == pytest.approx(2.0, rel=0.01)
+    assert seconds_a_step(entry(90, 20.0, 9_000), ResumedAt(80, 8_000)) == pytest.approx(2.0, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_after_a_resume_time_left_and_throughput_are_of_this_launch() -> None:
 )
 def test_without_counted_tokens_the_clock_is_read(elapsed: str, left: str) -> None:
     halfway = {"current_steps": 50, "total_steps": 100, "elapsed_time": elapsed, "remaining_time": "?"}
-    assert corrected(halfway, Start())["remaining_time"] == left
+    assert corrected(halfway, ResumedAt())["remaining_time"] == left
 
 
 def test_a_line_is_shown_when_it_is_complete(tmp_path: Path) -> None:
     source, target = tmp_path / "run.jsonl", tmp_path / "logs" / "trainer_log.jsonl"
     line = json.dumps(entry(2, 1.0, 100)) + "\n"
-    with followed(source, target, Start()) as follower:
+    with followed(source, target, ResumedAt()) as follower:
         assert target.exists() and follower.new_entries() == []
         source.write_text(line[:20])
         assert follower.new_entries() == []
@@ -76,7 +76,7 @@ def test_a_line_is_shown_when_it_is_complete(tmp_path: Path) -> None:
 )
 def test_a_damaged_line_ends_nothing(tmp_path: Path, line: str) -> None:
     source = tmp_path / "run.jsonl"
-    with followed(source, tmp_path / "trainer_log.jsonl", Start()) as follower:
+    with followed(source, tmp_path / "trainer_log.jsonl", ResumedAt()) as follower:
         source.write_text(line + "\n" + json.dumps(entry(2, 1.0, 100)) + "\n")
         assert [found["current_steps"] for found in follower.new_entries()] == [2]
 
@@ -86,7 +86,7 @@ def test_a_tail_that_began_before_the_run_continues_and_shows_this_run_alone(tmp
     target.write_text('{"current_steps": 500, "of": "another run"}\n')
     with target.open() as tail:
         source.write_text("".join(json.dumps(entry(step, step, 10 * step)) + "\n" for step in (2, 4, 6)))
-        with followed(source, target, Start(step=4, tokens=40)) as follower:
+        with followed(source, target, ResumedAt(step=4, tokens=40)) as follower:
             assert [json.loads(line)["current_steps"] for line in tail] == [2, 4], "6 will be trained again"
             with source.open("a") as more:
                 more.write(json.dumps(entry(6, 6.0, 60)) + "\n")
@@ -100,7 +100,10 @@ def test_a_second_run_does_not_write_into_the_log_of_the_first(
     target = tmp_path / "trainer_log.jsonl"
     for name in ("a", "b"):
         (tmp_path / name).touch()
-    with followed(tmp_path / "a", target, Start()) as first, followed(tmp_path / "b", target, Start()) as second:
+    with (
+        followed(tmp_path / "a", target, ResumedAt()) as first,
+        followed(tmp_path / "b", target, ResumedAt()) as second,
+    ):
         assert "follows another run" in caplog.text
         (tmp_path / "b").write_text(json.dumps(entry(2, 1.0, 10)) + "\n")
         (tmp_path / "a").write_text(json.dumps(entry(8, 1.0, 10)) + "\n")
@@ -109,7 +112,7 @@ def test_a_second_run_does_not_write_into_the_log_of_the_first(
 
 
 def test_where_nobody_sits_progress_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), progress("run", Start()) as show:
+    with caplog.at_level(logging.INFO), progress("run", ResumedAt()) as show:
         for step in range(2, 11, 2):
             show(entry(step, step, 10 * step, total=10))
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 2 of 10", "step 10 of 10"]
@@ -118,7 +121,7 @@ def test_where_nobody_sits_progress_is_a_line_now_and_then(caplog: pytest.LogCap
 
 def test_a_long_silence_is_explained(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prmkit.training.monitoring.SILENT_SECONDS", 0.0)
-    with caplog.at_level(logging.INFO), progress("run", Start()) as show:
+    with caplog.at_level(logging.INFO), progress("run", ResumedAt()) as show:
         show(None)
     assert "run: still running" in caplog.text
 

@@ -29,12 +29,12 @@ from prmkit.training.records import (
     rows_a_step,
 )
 from prmkit.training.resume import (
-    Step,
+    Action,
     back_up,
     checkpoint_folders,
+    decide_start,
     free_folder,
     newest_checkpoint,
-    plan_start,
     rename_with_prefix,
     run_folder_of,
 )
@@ -437,7 +437,7 @@ def test_the_same_rows_a_step_are_the_same_run(killed_copy: Path, monkeypatch: p
     fresh = new_record(Path("saves/run"), smaller.config, 1)
     assert rows_a_step(fresh) == rows_a_step(record_of(killed_copy)) == 4
     assert differences(record_of(killed_copy), fresh) == []
-    assert plan_start(Path("saves/run"), fresh).step is Step.FINISH
+    assert decide_start(Path("saves/run"), fresh).action is Action.FINISH
 
 
 def test_a_finished_run_of_another_config_is_left_alone(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,11 +467,11 @@ def test_the_checkpoint_that_the_user_names_is_taken(killed_copy: Path, monkeypa
     write_config(Path("config.yaml"), resume_from_checkpoint=f"./{earlier}")
     setting = train.resolve(TrainOptions(Path("config.yaml")))
     fresh = new_record(Path("saves/run"), setting.config, 1)
-    plan = plan_start(Path("saves/run"), fresh)
-    assert plan.step is Step.RESUME and plan.checkpoint is not None and plan.checkpoint.folder == earlier
+    plan = decide_start(Path("saves/run"), fresh)
+    assert plan.action is Action.RESUME and plan.checkpoint is not None and plan.checkpoint.folder == earlier
     Path("saves/run/run.json").write_text(json.dumps({**plan.record, "status": "running"}))
     shutil.rmtree(earlier)  # LLaMA Factory keeps the last few alone
-    newer = plan_start(Path("saves/run"), fresh)
+    newer = decide_start(Path("saves/run"), fresh)
     assert newer.checkpoint is not None and newer.checkpoint.step == STEPS, "it would never get beyond the named one"
 
 
