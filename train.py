@@ -13,7 +13,7 @@ from prmkit.registered import UseRegistered
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Add to argparse's message what to write instead: lora_rank=8 for `--lora-rank 8`."""
-        from prmkit.training.checks import suggest_flag
+        from prmkit.training.options import suggest_flag
 
         super().error(message + suggest_flag(message, list(self._option_string_actions), sys.argv))
 

@@ -2,7 +2,7 @@
 
 The keys, their types, choices and defaults are read from the source of its dataclasses with `ast`: importing them takes
 7 seconds, reading them a tenth of a second. No other module writes down a default of LLaMA Factory, so none can go out
-of date. Keys that LLaMA Factory has renamed are in `prmkit.training.checks` (`REPLACEMENTS`).
+of date.
 """
 
 import ast
@@ -124,6 +124,51 @@ def installed_version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+REPLACEMENTS = {
+    "evaluation_strategy": "Write eval_strategy.",
+    "group_by_length": "Write train_sampling_strategy: group_by_length.",
+    "tokenizer_name_or_path": "Leave it out: the tokenizer always comes from model_name_or_path.",
+    "tokenizer_name": "Leave it out: the tokenizer always comes from model_name_or_path.",
+    "modules_to_save": "Write additional_target: embed_tokens,lm_head (names, separated by commas).",
+    "torch_dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
+    "dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
+    "compute_dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
+    "save_safetensors": "Leave it out: everything is saved as safetensors.",
+    "experiment_name": "Write run_name or swanlab_run_name.",
+    "lora_plus_scale": "Write loraplus_lr_ratio: 16.0.",
+    "lora_r": "Write lora_rank.",
+    "target_modules": "Write lora_target.",
+    "additional_special_tokens": "Write add_special_tokens: <a>,<b> (one string, separated by commas).",
+    "no_cuda": "Write use_cpu: true.",
+    "use_mps_device": "Leave it out: the device is found automatically.",
+    "per_gpu_train_batch_size": "Write per_device_train_batch_size.",
+    "per_gpu_eval_batch_size": "Write per_device_eval_batch_size.",
+    "push_to_hub_token": "Leave it out, and run hf auth login.",
+    "include_inputs_for_metrics": "Write include_for_metrics: [inputs].",
+    "use_legacy_prediction_loop": "Leave it out: it no longer exists.",
+    "half_precision_backend": "Leave it out: it no longer exists.",
+    "fp16_backend": "Leave it out: it no longer exists.",
+    "fp16_opt_level": "Leave it out: it no longer exists.",
+    "jit_mode_eval": "Leave it out: it no longer exists.",
+    "xpu_backend": "Write ddp_backend.",
+    "max_seq_length": "Write cutoff_len.",
+    "model_max_length": "Write cutoff_len: this one follows from it.",
+    "device_map": "Leave it out: the model is loaded onto the training device.",
+    "load_in_4bit": "Write quantization_bit: 4.",
+    "load_in_8bit": "Write quantization_bit: 8.",
+    "system": "Write default_system.",
+    "system_prompt": "Write default_system.",
+    "use_flash_attention_2": "Write flash_attn: fa2.",
+    "attn_implementation": "Write flash_attn: fa2 or sdpa.",
+    "epochs": "Write num_train_epochs.",
+    "batch_size": "Write per_device_train_batch_size.",
+    "lr": "Write learning_rate.",
+    "learning-rate": "Write learning_rate.",
+}
+"""Replacements for keys of older versions and similar tools. Used only for keys that the installed LLaMA Factory does
+not know."""
 
 
 def _package_folder(package: str) -> Path:

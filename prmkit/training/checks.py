@@ -18,6 +18,7 @@ from typing import Any
 from prmkit.dataset_info import split_names
 from prmkit.llamafactory_schema import (
     NO_DEFAULT,
+    REPLACEMENTS,
     Key,
     installed_version,
     llamafactory_version,
@@ -71,50 +72,6 @@ def errors_in(checks: Sequence[Check]) -> list[Check]:
 
 
 # --- single keys --------------------------------------------------------------------------------------------------
-
-REPLACEMENTS = {
-    "evaluation_strategy": "Write eval_strategy.",
-    "group_by_length": "Write train_sampling_strategy: group_by_length.",
-    "tokenizer_name_or_path": "Leave it out: the tokenizer always comes from model_name_or_path.",
-    "tokenizer_name": "Leave it out: the tokenizer always comes from model_name_or_path.",
-    "modules_to_save": "Write additional_target: embed_tokens,lm_head (names, separated by commas).",
-    "torch_dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
-    "dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
-    "compute_dtype": "For training write bf16: true or pure_bf16: true; for the export infer_dtype: bfloat16.",
-    "save_safetensors": "Leave it out: everything is saved as safetensors.",
-    "experiment_name": "Write run_name or swanlab_run_name.",
-    "lora_plus_scale": "Write loraplus_lr_ratio: 16.0.",
-    "lora_r": "Write lora_rank.",
-    "target_modules": "Write lora_target.",
-    "additional_special_tokens": "Write add_special_tokens: <a>,<b> (one string, separated by commas).",
-    "no_cuda": "Write use_cpu: true.",
-    "use_mps_device": "Leave it out: the device is found automatically.",
-    "per_gpu_train_batch_size": "Write per_device_train_batch_size.",
-    "per_gpu_eval_batch_size": "Write per_device_eval_batch_size.",
-    "push_to_hub_token": "Leave it out, and run hf auth login.",
-    "include_inputs_for_metrics": "Write include_for_metrics: [inputs].",
-    "use_legacy_prediction_loop": "Leave it out: it no longer exists.",
-    "half_precision_backend": "Leave it out: it no longer exists.",
-    "fp16_backend": "Leave it out: it no longer exists.",
-    "fp16_opt_level": "Leave it out: it no longer exists.",
-    "jit_mode_eval": "Leave it out: it no longer exists.",
-    "xpu_backend": "Write ddp_backend.",
-    "max_seq_length": "Write cutoff_len.",
-    "model_max_length": "Write cutoff_len: this one follows from it.",
-    "device_map": "Leave it out: the model is loaded onto the training device.",
-    "load_in_4bit": "Write quantization_bit: 4.",
-    "load_in_8bit": "Write quantization_bit: 8.",
-    "system": "Write default_system.",
-    "system_prompt": "Write default_system.",
-    "use_flash_attention_2": "Write flash_attn: fa2.",
-    "attn_implementation": "Write flash_attn: fa2 or sdpa.",
-    "epochs": "Write num_train_epochs.",
-    "batch_size": "Write per_device_train_batch_size.",
-    "lr": "Write learning_rate.",
-    "learning-rate": "Write learning_rate.",
-}
-"""Replacements for keys of older versions and similar tools. Used only for keys that the installed LLaMA Factory does
-not know."""
 
 _ACCEPTED_ANYWAY: dict[str, tuple[Any, ...]] = {
     "swanlab_mode": ("offline", "disabled"),
@@ -313,7 +270,7 @@ def check_conflicts(values: Values) -> list[Check]:
     defaults = {name: key.default for name, key in training_keys().items() if key.default is not NO_DEFAULT}
     effective = ChainMap(dict(values), defaults)
     rules: tuple[Callable[[Values, Values], Iterator[Check]], ...] = (
-        _check_rows, _check_schedule, _check_metric, _check_loggers, _check_folders,
+        _check_rows, _check_schedule, _check_metric, _check_loggers,
     )  # fmt: skip
     return [found for rule in rules for found in rule(effective, values)]
 
@@ -389,38 +346,6 @@ def _check_loggers(config: Values, _given: Values) -> Iterator[Check]:
         yield error("report_to", f"all uses every installed logger, and {message}", "List those you want.")
 
 
-def _check_folders(config: Values, given: Values) -> Iterator[Check]:
-    """A run and an export own their whole folder: `--overwrite` renames it with everything in it."""
-    kept = {"dataset_dir": Path(str(config["dataset_dir"]))}
-    if "model_name_or_path" in given:
-        kept["model_name_or_path"] = Path(str(given["model_name_or_path"]))
-    runs = {}
-    if "output_dir" in given:
-        runs["output_dir"] = Path(str(given["output_dir"]))
-        if "run_name" in given:
-            runs["run_name"] = runs["output_dir"].absolute().parent / str(given["run_name"])
-    for name, folder in runs.items():
-        yield from _check_overlap(name, folder, kept)
-    if "export_dir" in given:
-        # An export may be inside its run; it is then renamed with it.
-        yield from _check_overlap("export_dir", Path(str(given["export_dir"])), {**kept, **runs})
-
-
-def _check_overlap(name: str, folder: Path, others: Mapping[str, Path]) -> Iterator[Check]:
-    """The first problem with renaming or overwriting a folder: what else would be affected."""
-    hint, place = "Name another folder, such as saves/NAME.", folder.resolve()
-    if Path.cwd().is_relative_to(place):
-        yield error(name, f"{folder} is the current folder, or one above it", hint)
-        return
-    for key, other in others.items():
-        if other.resolve() == place:
-            yield error(name, f"is the folder of {key}; its files would be overwritten", hint)
-            return
-        if other.resolve().is_relative_to(place):
-            yield error(name, f"{folder} contains the folder of {key}, which would be renamed with it", hint)
-            return
-
-
 # --- settings that do not do what one expects ---------------------------------------------------------------------
 
 
@@ -462,23 +387,3 @@ _RARELY_MEANT = {
     ),
 }
 """Key -> what was found and what to do; `{}` is the value."""
-
-
-def suggest_flag(message: str, flags: Sequence[str], typed: Sequence[str]) -> str:
-    """What to write instead of a flag that argparse does not know; empty if the message is about something else.
-
-    Args:
-        message: argparse's, such as `unrecognized arguments: --lora-rank`.
-        flags: the existing flags.
-        typed: the words of the command line.
-    """
-    _, found, words = message.partition("unrecognized arguments: --")
-    flag, _, value = words.partition(" ")[0].partition("=")
-    if not found:
-        return ""
-    after = typed[typed.index(f"--{flag}") + 1 :] if f"--{flag}" in typed else ()
-    value = value or next(iter(after), "VALUE")
-    if (key := flag.replace("-", "_")) in training_keys():
-        return f". Write {key}={value}"
-    nearest = difflib.get_close_matches(f"--{flag}", flags, n=1)
-    return f". Did you mean {nearest[0]}?" if nearest else ""

@@ -24,7 +24,8 @@ from prmkit.llamafactory_schema import (
 )
 from prmkit.paths import HELD_OUT_SUFFIX
 from prmkit.training.checks import Check, check_conflicts, check_keys, error, is_secret, unknown_key
-from prmkit.training.environment import Machine, resolve_swanlab, this_machine
+from prmkit.training.environment import Machine, check_folders, this_machine
+from prmkit.training.monitoring import resolve_swanlab
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def resolve_config(
     fitted = changes.applied_to(values)
     errors += check_keys(fitted)
     wrong = {each.name for each in errors}
-    errors += check_conflicts({key: value for key, value in fitted.items() if key not in wrong})
+    right = {key: value for key, value in fitted.items() if key not in wrong}
+    errors += [*check_conflicts(right), *check_folders(right)]
     if errors:
         errors += _check_inputs(fitted, {each.name for each in errors}) if files else []
         raise UsageError(_report(path, errors, sources))
@@ -361,8 +363,8 @@ def _estimate_rows(values: Mapping[str, Any]) -> tuple[int, int]:
 def _fit_swanlab(values: Mapping[str, Any], machine: Machine, changes: _Changes) -> None:
     if not values.get("use_swanlab"):
         return
-    choice = resolve_swanlab(values, machine.packages)
-    if choice.mode is None:
-        changes.drop(values, [name for name in values if "swanlab" in name], choice.reason)
-    elif choice.mode != values.get("swanlab_mode"):
-        changes.derived["swanlab_mode"] = (choice.mode, choice.reason)
+    mode, reason = resolve_swanlab(values, machine.packages)
+    if mode is None:
+        changes.drop(values, [name for name in values if "swanlab" in name], reason)
+    elif mode != values.get("swanlab_mode"):
+        changes.derived["swanlab_mode"] = (mode, reason)

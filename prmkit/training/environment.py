@@ -1,12 +1,7 @@
-"""This machine: GPUs, cores and packages, and whether it is ready to train. No heavy imports.
+"""This machine: GPUs, cores and packages, and whether it is ready to train. All of this takes milliseconds."""
 
-Everything here takes milliseconds, except contacting SwanLab's server, which takes at most two seconds.
-"""
-
-import netrc
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +9,6 @@ from importlib import metadata
 from math import ceil
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from prmkit.llamafactory_schema import installed_version, setting
 from prmkit.training.checks import Check, error, ok, warning
@@ -249,6 +243,47 @@ def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
     return error("packages", found, f"pip install {' '.join(missing)}, or leave out: {', '.join(missing.values())}")
 
 
+def check_folders(values: Mapping[str, Any]) -> Iterator[Check]:
+    """A run and an export own their whole folder: `--overwrite` renames it with everything in it."""
+    kept = {"dataset_dir": Path(str(setting(values, "dataset_dir")))}
+    if "model_name_or_path" in values:
+        kept["model_name_or_path"] = Path(str(values["model_name_or_path"]))
+    runs = _owned_folders(values)
+    export = runs.pop("export_dir", None)
+    for name, folder in runs.items():
+        yield from _check_overlap(name, folder, kept)
+    if export is not None:
+        # An export may be inside its run; it is then renamed with it.
+        yield from _check_overlap("export_dir", export, {**kept, **runs})
+
+
+def _owned_folders(values: Mapping[str, Any]) -> dict[str, Path]:
+    """The folders of a run and its export, by the keys that name them."""
+    folders = {}
+    if "output_dir" in values:
+        folders["output_dir"] = Path(str(values["output_dir"]))
+        if "run_name" in values:
+            folders["run_name"] = folders["output_dir"].absolute().parent / str(values["run_name"])
+    if "export_dir" in values:
+        folders["export_dir"] = Path(str(values["export_dir"]))
+    return folders
+
+
+def _check_overlap(name: str, folder: Path, others: Mapping[str, Path]) -> Iterator[Check]:
+    """The first problem with renaming or overwriting a folder: what else would be affected."""
+    hint, place = "Name another folder, such as saves/NAME.", folder.resolve()
+    if Path.cwd().is_relative_to(place):
+        yield error(name, f"{folder} is the current folder, or one above it", hint)
+        return
+    for key, other in others.items():
+        if other.resolve() == place:
+            yield error(name, f"is the folder of {key}; its files would be overwritten", hint)
+            return
+        if other.resolve().is_relative_to(place):
+            yield error(name, f"{folder} contains the folder of {key}, which would be renamed with it", hint)
+            return
+
+
 def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Check:
     """Check the disk space for the checkpoints kept at once, the one being written, and the final files.
 
@@ -256,16 +291,11 @@ def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Che
         values: LLaMA Factory's keys.
         checkpoint_bytes: the size of one checkpoint; None if unknown.
     """
-    folder = Path(str(values["output_dir"])).absolute()
-    places = {"output_dir": folder}
-    if "run_name" in values:
-        places["run_name"] = folder.parent / str(values["run_name"])
-    if "export_dir" in values:
-        places["export_dir"] = Path(str(values["export_dir"])).absolute()
+    places = {key: folder.absolute() for key, folder in _owned_folders(values).items()}
     problems = [f"{key}: {problem}" for key, place in places.items() if (problem := _why_not_writable(place))]
     if problems:
         return error("disk", "; ".join(problems), "Choose another folder.")
-    existing = _nearest_existing(folder)
+    existing = _nearest_existing(places["output_dir"])
     free = shutil.disk_usage(existing).free
     found = f"{free / GIBIBYTE:,.1f} GiB free in {existing}"
     if checkpoint_bytes is None:
@@ -315,87 +345,3 @@ def _checkpoints(values: Mapping[str, Any]) -> int | None:
     if strategy == "steps" and max_steps:
         return int(max_steps // steps)
     return ceil(float(setting(values, "num_train_epochs"))) if strategy == "epoch" and not max_steps else None
-
-
-def check_swanlab(values: Mapping[str, Any], dropped: Mapping[str, str], sources: Mapping[str, str]) -> Check:
-    """Where SwanLab records the run; decided when the config was resolved."""
-    if "use_swanlab" in dropped:
-        reason, _, advice = dropped["use_swanlab"].partition("; ")
-        return warning("SwanLab", f"off: {reason}", advice.capitalize())
-    if not values.get("use_swanlab"):
-        return ok("SwanLab", "off")
-    mode = setting(values, "swanlab_mode")
-    reason = sources.get("swanlab_mode", "")
-    why = f" ({reason.removeprefix('derived: ')})" if reason.startswith("derived") else ""
-    return ok("SwanLab", f"{mode}, project {setting(values, 'swanlab_project')}{why}")
-
-
-# --- where SwanLab can record a run -------------------------------------------------------------------------------
-
-# LLaMA Factory finds out only after the model has loaded, and then the run fails.
-DEFAULT_HOST = "https://api.swanlab.cn"
-CONNECT_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class SwanLabChoice:
-    """Whether and how SwanLab is used, and why."""
-
-    mode: str | None
-    """A value of `swanlab_mode`; None turns SwanLab off."""
-    reason: str
-
-
-def resolve_swanlab(
-    values: Mapping[str, Any], packages: Mapping[str, str], environment: Mapping[str, str] | None = None
-) -> SwanLabChoice:
-    """Choose where SwanLab records the run.
-
-    Args:
-        values: LLaMA Factory's keys; `use_swanlab` is true.
-        packages: installed versions by name; `swanlab` and `swanboard` are used.
-        environment: None for the process's environment.
-    """
-    environment = os.environ if environment is None else environment
-    asked: str | None = values.get("swanlab_mode")
-    if "swanlab" not in packages:
-        return SwanLabChoice(None, "swanlab is not installed")
-    if asked in ("offline", "disabled", "local") and (asked != "local" or "swanboard" in packages):
-        return SwanLabChoice(asked, "as asked")
-    reason = "its dashboard is not installed" if asked == "local" else _why_not_cloud(environment)
-    if reason is None:
-        return SwanLabChoice("cloud", "logged in")
-    if asked != "local" and "swanboard" in packages:
-        return SwanLabChoice("local", f"{reason}; show the run with: swanlab watch")
-    # A local run recorded without swanboard can never be shown, not even after it is installed.
-    return SwanLabChoice(None, f"{reason}; for local runs: pip install 'swanlab[dashboard]'")
-
-
-def _why_not_cloud(environment: Mapping[str, str]) -> str | None:
-    host = _host_of_login(environment)
-    if host is None:
-        return "not logged in to SwanLab"
-    address = urlsplit(host if "//" in host else f"//{host}")
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
-    except OSError:
-        return f"{host} cannot be reached"
-    return None
-
-
-def _host_of_login(environment: Mapping[str, str]) -> str | None:
-    """The server of the current login: from the environment, this folder, or the home folder."""
-    host = environment.get("SWANLAB_API_HOST")
-    if environment.get("SWANLAB_API_KEY"):
-        return host or DEFAULT_HOST
-    home = environment.get("SWANLAB_ROOT") or environment.get("SWANLAB_SAVE_DIR") or str(Path.home() / ".swanlab")
-    for folder in (Path(".swanlab"), Path(home)):
-        try:
-            hosts = netrc.netrc(folder / ".netrc").hosts
-        except (OSError, netrc.NetrcParseError):
-            continue
-        for machine, (_login, _account, password) in hosts.items():
-            if password:
-                return host or machine
-    return None

@@ -4,16 +4,12 @@ An exit code of 0 is not trusted: what LLaMA Factory left is checked in `prmkit.
 `prmkit.training.export`.
 """
 
-import contextlib
-import json
 import logging
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +21,6 @@ from typing import Any
 from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
 from prmkit.llamafactory_schema import setting
 from prmkit.training import supervisor
-from prmkit.training.checks import Check, Status, error
 from prmkit.training.model import savings
 
 log = logging.getLogger(__name__)
@@ -76,23 +71,26 @@ def check_launch(launch: Launch) -> None:
     """
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", launch.nnodes):
         raise UsageError(f"--nnodes {launch.nnodes}: expected a number, or MIN:MAX for an elastic run.")
-    fewest, most = int(launch.nnodes.partition(":")[0]), launch.most_nodes
-    problems = {
-        f"--nproc {launch.nproc}: expected 1 or more": launch.nproc is not None and launch.nproc < 1,
-        f"--nnodes {launch.nnodes}: the first number must not be the larger one": fewest > most,
-        f"--nnodes {launch.nnodes}: an elastic run needs --rdzv-id, the same on every node": ":" in launch.nnodes
-        and launch.rdzv_id is None,
-        "--nnodes: several nodes need --master-addr, the address of the first one": most > 1
-        and launch.master_addr is None,
-        f"--node-rank {launch.node_rank}: expected 0 to {most - 1}, as there are {most} nodes (--nnodes)": not 0
-        <= launch.node_rank
-        < most,
-        f"--master-port {launch.master_port}: expected 1 to 65535": launch.master_port is not None
-        and not 0 < launch.master_port < 65536,
-        f"--max-restarts {launch.max_restarts}: expected 0 or more": launch.max_restarts < 0,
-    }
-    if found := [problem for problem, is_one in problems.items() if is_one]:
+    if found := list(_wrong_flags(launch)):
         raise UsageError("\n  ".join(found))
+
+
+def _wrong_flags(launch: Launch) -> Iterator[str]:
+    fewest, most = int(launch.nnodes.partition(":")[0]), launch.most_nodes
+    if launch.nproc is not None and launch.nproc < 1:
+        yield f"--nproc {launch.nproc}: expected 1 or more"
+    if fewest > most:
+        yield f"--nnodes {launch.nnodes}: the first number must not be the larger one"
+    if ":" in launch.nnodes and launch.rdzv_id is None:
+        yield f"--nnodes {launch.nnodes}: an elastic run needs --rdzv-id, the same on every node"
+    if most > 1 and launch.master_addr is None:
+        yield "--nnodes: several nodes need --master-addr, the address of the first one"
+    if not 0 <= launch.node_rank < most:
+        yield f"--node-rank {launch.node_rank}: expected 0 to {most - 1}, as there are {most} nodes (--nnodes)"
+    if launch.master_port is not None and not 0 < launch.master_port < 65536:
+        yield f"--master-port {launch.master_port}: expected 1 to 65535"
+    if launch.max_restarts < 0:
+        yield f"--max-restarts {launch.max_restarts}: expected 0 or more"
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
@@ -309,80 +307,6 @@ def _stopping_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# --- the checks before a run --------------------------------------------------------------------------------------
-
-CHECK_SECONDS = 120.0
-"""How long one check may take."""
-
-
-def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) -> list[Check]:
-    """Run `prmkit.training.preflight` in a child process, because LLaMA Factory or a model's own code may crash it.
-
-    Args:
-        request: see `prmkit.training.preflight`.
-        show: called with every check as it ends, and with a sentence before a check that takes seconds.
-
-    Returns:
-        Every check. A check in which the child died, or which took too long, is an error.
-    """
-    checks: list[Check] = []
-    # A child that dies between two checks must not look like one that found nothing.
-    begun = {"all checks": "Install the versions that fit together: ./run_training.sh --install-deps"}
-    with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "prmkit.training.preflight"],
-            env={**child_environment(), "LLAMAFACTORY_VERBOSITY": "ERROR"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-        )  # fmt: skip
-        try:
-            for message in _messages(child, json.dumps({**request, "parent": os.getpid()}).encode()):
-                if "ended" in message:
-                    del begun["all checks"]
-                    continue
-                if "begin" in message:
-                    begun[message["begin"]] = message["advice"]
-                    if message["note"]:
-                        show(message["note"])
-                    continue
-                begun.pop(message["name"], None)
-                checks.append(Check(**{**message, "status": Status(message["status"])}))
-                show(checks[-1])
-            failure = f"no result after {CHECK_SECONDS:.0f} seconds" if child.poll() is None else None
-        finally:
-            child.kill()
-            child.wait()
-        errors.seek(0)
-        failure = failure or _raised(errors.read().decode(errors="replace")) or f"exit code {child.returncode}"
-    if len(begun) > 1:  # the check that failed is known
-        begun.pop("all checks", None)
-    for name, advice in begun.items():
-        checks.append(error(name, failure, advice))
-        show(checks[-1])
-    return checks
-
-
-def _messages(child: subprocess.Popen[bytes], request: bytes) -> Iterator[dict[str, Any]]:
-    """The child's JSON lines, until it ends or is silent for too long."""
-    if child.stdin is None or child.stdout is None:
-        raise TypeError("the child needs two pipes")
-    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may die while starting: its standard error says why
-        child.stdin.write(request)
-    rest = b""
-    while select.select([child.stdout], [], [], CHECK_SECONDS)[0]:
-        read = os.read(child.stdout.fileno(), 1 << 16)
-        if not read:
-            child.wait()
-            return
-        *lines, rest = (rest + read).split(b"\n")
-        yield from map(json.loads, lines)
-
-
-def _raised(traceback: str) -> str:
-    """The first and the last error in it: transformers hides a broken torchvision with another error."""
-    raised = re.findall(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", traceback, re.MULTILINE)
-    return "; then ".join(dict.fromkeys([*raised[:1], *raised[-1:]]))
 
 
 # --- why it failed ------------------------------------------------------------------------------------------------

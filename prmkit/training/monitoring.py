@@ -1,9 +1,15 @@
-"""What is shown during a run: its trainer log as progress lines, its output, and the loss curves."""
+"""What is shown of a run: its trainer log as progress lines, its output, the loss curves; and where SwanLab records it.
+
+Nothing here takes longer than milliseconds, except contacting SwanLab's server, which takes at most two seconds.
+"""
 
 import fcntl
 import json
 import logging
 import math
+import netrc
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +17,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from prmkit import cli
+from prmkit.llamafactory_schema import setting
 from prmkit.training.checkpoints import parse_log_line, read_log
+from prmkit.training.checks import Check, ok, warning
 
 log = logging.getLogger(__name__)
 
@@ -225,3 +234,81 @@ def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
     axes.legend(frameon=False)
     figure.savefig(target)
     return True
+
+
+# --- where SwanLab can record a run -------------------------------------------------------------------------------
+
+# LLaMA Factory finds out only after the model has loaded, and then the run fails.
+_SWANLAB_HOST = "https://api.swanlab.cn"
+_CONNECT_SECONDS = 2.0
+
+
+def resolve_swanlab(
+    values: Mapping[str, Any], packages: Mapping[str, str], environment: Mapping[str, str] | None = None
+) -> tuple[str | None, str]:
+    """Choose where SwanLab records the run.
+
+    Args:
+        values: LLaMA Factory's keys; `use_swanlab` is true.
+        packages: installed versions by name; `swanlab` and `swanboard` are used.
+        environment: None for the process's environment.
+
+    Returns:
+        A value of `swanlab_mode`, or None to turn SwanLab off; and why.
+    """
+    environment = os.environ if environment is None else environment
+    asked: str | None = values.get("swanlab_mode")
+    if "swanlab" not in packages:
+        return None, "swanlab is not installed"
+    if asked in ("offline", "disabled", "local") and (asked != "local" or "swanboard" in packages):
+        return asked, "as asked"
+    reason = "its dashboard is not installed" if asked == "local" else _why_not_cloud(environment)
+    if reason is None:
+        return "cloud", "logged in"
+    if asked != "local" and "swanboard" in packages:
+        return "local", f"{reason}; show the run with: swanlab watch"
+    # A local run recorded without swanboard can never be shown, not even after it is installed.
+    return None, f"{reason}; for local runs: pip install 'swanlab[dashboard]'"
+
+
+def _why_not_cloud(environment: Mapping[str, str]) -> str | None:
+    host = _host_of_login(environment)
+    if host is None:
+        return "not logged in to SwanLab"
+    address = urlsplit(host if "//" in host else f"//{host}")
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return f"{host} cannot be reached"
+    return None
+
+
+def _host_of_login(environment: Mapping[str, str]) -> str | None:
+    """The server of the current login: from the environment, this folder, or the home folder."""
+    host = environment.get("SWANLAB_API_HOST")
+    if environment.get("SWANLAB_API_KEY"):
+        return host or _SWANLAB_HOST
+    home = environment.get("SWANLAB_ROOT") or environment.get("SWANLAB_SAVE_DIR") or str(Path.home() / ".swanlab")
+    for folder in (Path(".swanlab"), Path(home)):
+        try:
+            hosts = netrc.netrc(folder / ".netrc").hosts
+        except (OSError, netrc.NetrcParseError):
+            continue
+        for machine, (_login, _account, password) in hosts.items():
+            if password:
+                return host or machine
+    return None
+
+
+def check_swanlab(values: Mapping[str, Any], dropped: Mapping[str, str], sources: Mapping[str, str]) -> Check:
+    """Where SwanLab records the run; decided when the config was resolved."""
+    if "use_swanlab" in dropped:
+        reason, _, advice = dropped["use_swanlab"].partition("; ")
+        return warning("SwanLab", f"off: {reason}", advice.capitalize())
+    if not values.get("use_swanlab"):
+        return ok("SwanLab", "off")
+    mode = setting(values, "swanlab_mode")
+    reason = sources.get("swanlab_mode", "")
+    why = f" ({reason.removeprefix('derived: ')})" if reason.startswith("derived") else ""
+    return ok("SwanLab", f"{mode}, project {setting(values, 'swanlab_project')}{why}")

@@ -1,5 +1,6 @@
 """The command line of train.py: its options, its outcome, and the commands to run next."""
 
+import difflib
 import os
 import shlex
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import ExitCode
-from prmkit.llamafactory_schema import setting
+from prmkit.llamafactory_schema import setting, training_keys
 from prmkit.paths import EVALUATION
 from prmkit.training.checkpoints import checkpoint_fault
 from prmkit.training.config import Override, parse_assignment
@@ -79,6 +80,26 @@ def overrides_of(options: TrainOptions) -> list[Override]:
     }
     typed = [Override(key, text, flag) for key, (flag, text) in flags.items() if text is not None]
     return [*typed, *map(parse_assignment, options.assignments)]
+
+
+def suggest_flag(message: str, flags: Sequence[str], typed: Sequence[str]) -> str:
+    """What to write instead of a flag that argparse does not know; empty if the message is about something else.
+
+    Args:
+        message: argparse's, such as `unrecognized arguments: --lora-rank`.
+        flags: the existing flags.
+        typed: the words of the command line.
+    """
+    _, found, words = message.partition("unrecognized arguments: --")
+    flag, _, value = words.partition(" ")[0].partition("=")
+    if not found:
+        return ""
+    after = typed[typed.index(f"--{flag}") + 1 :] if f"--{flag}" in typed else ()
+    value = value or next(iter(after), "VALUE")
+    if (key := flag.replace("-", "_")) in training_keys():
+        return f". Write {key}={value}"
+    nearest = difflib.get_close_matches(f"--{flag}", flags, n=1)
+    return f". Did you mean {nearest[0]}?" if nearest else ""
 
 
 # --- what to type next ----------------------------------------------------------------------------------------------

@@ -1,18 +1,23 @@
 """Every check before a run, in a separate process: `python -m prmkit.training.preflight`.
 
 This is a careful person's checklist, automated: each check says what it found and what to do. The checks run in a child
-of `train.py` (`prmkit.training.launcher.run_checks`), because the last ones import LLaMA Factory, which takes 8
-seconds, and run a model's own code and chat template, which may raise anything, or hang.
+of `train.py` (`run_checks`), because the last ones import LLaMA Factory, which takes 8 seconds, and run a model's own
+code and chat template, which may raise anything, or hang.
 
 The request on standard input is a JSON object: `values`, `dropped`, `sources` (of the resolved config), `processes`,
 `world_size`, `evaluate`, `parent` (the process that asks). Standard output has one JSON object per line: `{"begin":
 NAME, "advice": what to do when the check dies, "note": what to show meanwhile}` or a check.
 """
 
+import contextlib
 import json
 import os
+import re
+import select
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +25,7 @@ from typing import IO, Any
 from prmkit.errors import DataError
 from prmkit.llamafactory_schema import setting
 from prmkit.training import llamafactory_checks, row_lengths
-from prmkit.training.checks import Check, Status, check_settings, errors_in
+from prmkit.training.checks import Check, Status, check_settings, error, errors_in
 from prmkit.training.data_checks import check_datasets, check_held_out
 from prmkit.training.environment import (
     check_command,
@@ -29,13 +34,90 @@ from prmkit.training.environment import (
     check_packages,
     check_precision,
     check_python,
-    check_swanlab,
     check_versions,
     this_machine,
 )
+from prmkit.training.launcher import child_environment
 from prmkit.training.model import Model, check_memory, checkpoint_bytes, read_model
 from prmkit.training.model_checks import check_model_folder, check_named_files
+from prmkit.training.monitoring import check_swanlab
 from prmkit.training.supervisor import die_with_parent
+
+# --- the process that asks ----------------------------------------------------------------------------------------
+
+CHECK_SECONDS = 120.0
+"""How long one check may take."""
+
+
+def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) -> list[Check]:
+    """Run this module in a child process, because LLaMA Factory or a model's own code may crash it.
+
+    Args:
+        request: see the top of this file; without `parent`.
+        show: called with every check as it ends, and with a sentence before a check that takes seconds.
+
+    Returns:
+        Every check. A check in which the child died, or which took too long, is an error.
+    """
+    checks: list[Check] = []
+    # A child that dies between two checks must not look like one that found nothing.
+    begun = {"all checks": "Install the versions that fit together: ./run_training.sh --install-deps"}
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "prmkit.training.preflight"],
+            env={**child_environment(), "LLAMAFACTORY_VERBOSITY": "ERROR"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+        try:
+            for message in _messages(child, json.dumps({**request, "parent": os.getpid()}).encode()):
+                if "ended" in message:
+                    del begun["all checks"]
+                    continue
+                if "begin" in message:
+                    begun[message["begin"]] = message["advice"]
+                    if message["note"]:
+                        show(message["note"])
+                    continue
+                begun.pop(message["name"], None)
+                checks.append(Check(**{**message, "status": Status(message["status"])}))
+                show(checks[-1])
+            failure = f"no result after {CHECK_SECONDS:.0f} seconds" if child.poll() is None else None
+        finally:
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        failure = failure or _raised(errors.read().decode(errors="replace")) or f"exit code {child.returncode}"
+    if len(begun) > 1:  # the check that failed is known
+        begun.pop("all checks", None)
+    for name, advice in begun.items():
+        checks.append(error(name, failure, advice))
+        show(checks[-1])
+    return checks
+
+
+def _messages(child: subprocess.Popen[bytes], request: bytes) -> Iterator[dict[str, Any]]:
+    """The child's JSON lines, until it ends or is silent for too long."""
+    if child.stdin is None or child.stdout is None:
+        raise TypeError("the child needs two pipes")
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may die while starting: its standard error says why
+        child.stdin.write(request)
+    rest = b""
+    while select.select([child.stdout], [], [], CHECK_SECONDS)[0]:
+        read = os.read(child.stdout.fileno(), 1 << 16)
+        if not read:
+            child.wait()
+            return
+        *lines, rest = (rest + read).split(b"\n")
+        yield from map(json.loads, lines)
+
+
+def _raised(traceback: str) -> str:
+    """The first and the last error in it: transformers hides a broken torchvision with another error."""
+    raised = re.findall(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", traceback, re.MULTILINE)
+    return "; then ".join(dict.fromkeys([*raised[:1], *raised[-1:]]))
+
+
+# --- the child ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from prmkit.training.checks import Check, error, errors_in, ok
 from prmkit.training.config import ResolvedConfig, resolve_config, typed_values
 from prmkit.training.environment import this_machine
 from prmkit.training.export import EXPORT_KEYS, Source, check_target, export_run, find_source
-from prmkit.training.launcher import check_launch, run_checks
+from prmkit.training.launcher import check_launch
 from prmkit.training.options import DEFAULT_CONFIG, Outcome, TrainOptions, base_command, overrides_of, typed_command
+from prmkit.training.preflight import run_checks
 from prmkit.training.records import (
     NUMERIC_COLUMNS,
     TABLE_COLUMNS,

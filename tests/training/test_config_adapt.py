@@ -10,7 +10,8 @@ from layout import write_config
 
 from prmkit.errors import UsageError
 from prmkit.training.config import ResolvedConfig, parse_assignment, resolve_config
-from prmkit.training.environment import GIBIBYTE, Gpu, Machine, resolve_swanlab, this_machine, visible_indices
+from prmkit.training.environment import GIBIBYTE, Gpu, Machine, this_machine, visible_indices
+from prmkit.training.monitoring import resolve_swanlab
 
 DASHBOARD = {"swanlab": "0.10.3", "swanboard": "0.1"}
 FAST = {"flash-attn": "2.8", "liger-kernel": "0.6"}
@@ -208,38 +209,38 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_swanlab_in_the_cloud_for_a_key_in_the_environment(nobody: dict[str, str], server: str) -> None:
     environment = nobody | {"SWANLAB_API_KEY": "k", "SWANLAB_API_HOST": server}
-    assert resolve_swanlab({"use_swanlab": True}, DASHBOARD, environment).mode == "cloud"
+    assert resolve_swanlab({"use_swanlab": True}, DASHBOARD, environment)[0] == "cloud"
 
 
 def test_swanlab_in_the_cloud_for_an_earlier_login(nobody: dict[str, str], server: str) -> None:
     home = Path(nobody["SWANLAB_SAVE_DIR"])
     home.mkdir()
     (home / ".netrc").write_text(f"machine {server}\nlogin {server}\npassword secret\n")
-    assert resolve_swanlab({"use_swanlab": True}, DASHBOARD, nobody).mode == "cloud"
+    assert resolve_swanlab({"use_swanlab": True}, DASHBOARD, nobody)[0] == "cloud"
 
 
 def test_swanlab_on_this_machine_when_nobody_is_logged_in(nobody: dict[str, str]) -> None:
-    choice = resolve_swanlab({"use_swanlab": True, "swanlab_mode": "cloud"}, DASHBOARD, nobody)
-    assert (choice.mode, choice.reason.split(";")[0]) == ("local", "not logged in to SwanLab")
+    mode, reason = resolve_swanlab({"use_swanlab": True, "swanlab_mode": "cloud"}, DASHBOARD, nobody)
+    assert (mode, reason.split(";")[0]) == ("local", "not logged in to SwanLab")
 
 
 def test_swanlab_on_this_machine_without_network(nobody: dict[str, str]) -> None:
     environment = nobody | {"SWANLAB_API_KEY": "k", "SWANLAB_API_HOST": "http://127.0.0.1:9"}
-    choice = resolve_swanlab({"use_swanlab": True}, DASHBOARD, environment)
-    assert choice.mode == "local"
-    assert "cannot be reached" in choice.reason
+    mode, reason = resolve_swanlab({"use_swanlab": True}, DASHBOARD, environment)
+    assert mode == "local"
+    assert "cannot be reached" in reason
 
 
 @pytest.mark.parametrize("mode", [None, "cloud", "local"])
 def test_swanlab_off_without_its_dashboard(nobody: dict[str, str], mode: str | None) -> None:
-    choice = resolve_swanlab({"swanlab_mode": mode}, {"swanlab": "0.10.3"}, nobody)
-    assert choice.mode is None
-    assert "pip install 'swanlab[dashboard]'" in choice.reason
+    used, reason = resolve_swanlab({"swanlab_mode": mode}, {"swanlab": "0.10.3"}, nobody)
+    assert used is None
+    assert "pip install 'swanlab[dashboard]'" in reason
 
 
 @pytest.mark.parametrize("mode", ["local", "offline", "disabled"])
 def test_swanlab_as_asked(nobody: dict[str, str], mode: str) -> None:
-    assert resolve_swanlab({"swanlab_mode": mode}, DASHBOARD, nobody).mode == mode
+    assert resolve_swanlab({"swanlab_mode": mode}, DASHBOARD, nobody)[0] == mode
 
 
 def test_swanlab_that_is_not_installed_leaves_no_key(project: Path) -> None:

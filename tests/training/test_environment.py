@@ -11,6 +11,7 @@ from prmkit.training import environment as checks
 from prmkit.training.checks import Status, check_settings
 from prmkit.training.environment import GIBIBYTE, Gpu, Machine
 from prmkit.training.model_checks import check_named_files
+from prmkit.training.monitoring import check_swanlab
 
 A100 = Gpu("NVIDIA A100", 40 * GIBIBYTE, 39 * GIBIBYTE, (8, 0))
 
@@ -157,16 +158,16 @@ def test_a_run_name_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_swanlab_is_reported() -> None:
-    off = checks.check_swanlab({}, {"use_swanlab": "not logged in; for local runs: pip install x"}, {})
+    off = check_swanlab({}, {"use_swanlab": "not logged in; for local runs: pip install x"}, {})
     assert (off.status, off.found, off.advice) == (
         Status.WARNING, "off: not logged in", "For local runs: pip install x")  # fmt: skip
-    on = checks.check_swanlab(
+    on = check_swanlab(
         {"use_swanlab": True, "swanlab_mode": "local", "swanlab_project": "p"},
         {},
         {"swanlab_mode": "derived: no login"},
     )
     assert (on.status, on.found) == (Status.OK, "local, project p (no login)")
-    assert checks.check_swanlab({}, {}, {}).found == "off"
+    assert check_swanlab({}, {}, {}).found == "off"
 
 
 @pytest.mark.parametrize(

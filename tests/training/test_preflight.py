@@ -13,7 +13,7 @@ import prmkit
 from prmkit.training.checks import Check, Status, errors_in
 from prmkit.training.config import parse_assignment, resolve_config
 from prmkit.training.environment import this_machine
-from prmkit.training.launcher import run_checks
+from prmkit.training.preflight import run_checks
 
 pytestmark = pytest.mark.llamafactory
 ROOT = Path(prmkit.__file__).parents[1]
