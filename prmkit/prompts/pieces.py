@@ -59,7 +59,7 @@ class Pieces:
 
     @property
     def tokenizer_sha256(self) -> str:
-        """The number of tokens, including those that the template adds."""
+        """Identifies the tokenizer: the SHA-256 of its JSON, in hexadecimal."""
         return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()
 
     def knows(self, answer: str) -> bool:
