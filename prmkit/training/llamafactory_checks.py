@@ -8,7 +8,6 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +94,8 @@ def check_encoding(values: Mapping[str, Any]) -> tuple[list[Check], ChatEncoding
     return [check_template(encoding, values)], encoding
 
 
-@dataclass(frozen=True)
-class Rendering:
-    """The parts of one turn as strings, encoded and decoded; None if a template refuses a part (Gemma, system)."""
-
-    texts: Mapping[str, str | None]
-
-    def differs_in(self, other: "Rendering") -> list[str]:
-        """The parts in which two renderings differ, among those that both have."""
-        both = [part for part, text in self.texts.items() if text is not None and other.texts[part] is not None]
-        return [part for part in both if self.texts[part] != other.texts[part]]
+Rendering = Mapping[str, str | None]
+"""The parts of one turn as strings, encoded and decoded; None if a template refuses a part (Gemma, system)."""
 
 
 def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
@@ -122,7 +113,7 @@ def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
             own = _own_rendering(encoding.tokenizer, encoding.own_chat_template, values)
     except DataError as failure:
         return error("template", str(failure), "Download the model again, from a source that you trust.")
-    differences = _rendering(encoding.template, encoding.tokenizer).differs_in(own)
+    differences = _differences(_rendering(encoding.template, encoding.tokenizer), own)
     if name is None:
         return _parsed_from_tokenizer(differences)
     if not differences:
@@ -154,7 +145,7 @@ def _model_type(values: Mapping[str, Any]) -> str:
 
 def _default_system(own: Rendering) -> str | None:
     """The system text that the model's own chat template adds to a prompt without one."""
-    alone, given = own.texts[WITHOUT_SYSTEM], own.texts[WITH_SYSTEM]
+    alone, given = own[WITHOUT_SYSTEM], own[WITH_SYSTEM]
     if alone is None or given is None or SYSTEM not in given:
         return None
     before, after = given.split(SYSTEM, maxsplit=1)
@@ -187,9 +178,7 @@ def _own_rendering(tokenizer: Any, chat_template: Any, values: Mapping[str, Any]
     chosen = values.get("default_system")
     before = [{"role": "system", "content": chosen}] if chosen else []
     alone = None if chosen == "" else applied(*before, user)
-    return Rendering(
-        {WITHOUT_SYSTEM: alone, WITH_SYSTEM: applied(system, user), WITH_ANSWER: applied(system, user, answer)}
-    )
+    return {WITHOUT_SYSTEM: alone, WITH_SYSTEM: applied(system, user), WITH_ANSWER: applied(system, user, answer)}
 
 
 def _rendering(template: Any, tokenizer: Any) -> Rendering:
@@ -198,7 +187,13 @@ def _rendering(template: Any, tokenizer: Any) -> Rendering:
     ((with_system, answer),) = template.encode_multiturn(tokenizer, messages, SYSTEM, None)
     end = [tokenizer.eos_token_id] if template.efficient_eos else []
     parts = {WITHOUT_SYSTEM: prompt, WITH_SYSTEM: with_system, WITH_ANSWER: [*with_system, *answer, *end]}
-    return Rendering({part: _decoded(tokenizer, ids) for part, ids in parts.items()})
+    return {part: _decoded(tokenizer, ids) for part, ids in parts.items()}
+
+
+def _differences(one: Rendering, other: Rendering) -> list[str]:
+    """The parts in which two renderings differ, among those that both have."""
+    both = [part for part in one if one[part] is not None and other[part] is not None]
+    return [part for part in both if one[part] != other[part]]
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int | None]) -> str:
@@ -217,7 +212,7 @@ def _fitting_templates(tokenizer: Any, values: Mapping[str, Any], own: Rendering
         template.enable_thinking = setting(values, "enable_thinking")
         # Templates for images and sound need a processor, which a text model does not have.
         is_text_only = type(template.mm_plugin).__name__ == "BasePlugin"
-        if is_text_only and not _rendering(template, tokenizer).differs_in(own):
+        if is_text_only and not _differences(_rendering(template, tokenizer), own):
             fitting.append(name)
     return fitting
 
@@ -225,8 +220,8 @@ def _fitting_templates(tokenizer: Any, values: Mapping[str, Any], own: Rendering
 def _first_difference(encoding: ChatEncoding, own: Rendering) -> str:
     """Both renderings of the first part that differs."""
     ours = _rendering(encoding.template, encoding.tokenizer)
-    part = ours.differs_in(own)[0]
-    return f"It would be trained on {_shortened(ours.texts[part])}, but expects {_shortened(own.texts[part])}."
+    part = _differences(ours, own)[0]
+    return f"It would be trained on {_shortened(ours[part])}, but expects {_shortened(own[part])}."
 
 
 def _shortened(text: str | None) -> str:

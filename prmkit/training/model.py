@@ -248,23 +248,20 @@ def _logits(model: Model, values: Mapping[str, Any], in_batch: int) -> float:
     return in_batch * model.vocabulary * (LOGIT_BYTES + (4.0 if values.get("upcast_lmhead_output") else 0.0))
 
 
-@dataclass(frozen=True)
-class Remedy:
-    """Flags that reduce a run's memory, and the memory that it then takes."""
+def remedies(
+    model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int, room: float
+) -> list[tuple[str, Memory]]:
+    """Flags to fit into `room` bytes, and the memory that a run then takes.
 
-    flags: str
-    memory: Memory
-
-
-def remedies(model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int, room: float) -> list[Remedy]:
-    """Ways to fit into `room` bytes, the mildest first; each includes those before it, until one fits."""
-    found: list[Remedy] = []
+    The mildest come first; each includes those before it, until one fits.
+    """
+    found: list[tuple[str, Memory]] = []
     now, typed = dict(values), ""
     for saving in savings(values):
         now |= saving.changes
         typed = f"{typed} {saving.flags}".strip()
         memory = estimate(model, now, tokens=tokens, world_size=world_size)
-        found.append(Remedy(typed, memory))
+        found.append((typed, memory))
         if memory.total <= room:
             break
     return found
@@ -336,8 +333,8 @@ def check_memory(
         yield ok("memory", found, _faster(model, values, room=room, tokens=tokens, world_size=world_size))
         return
     smaller = remedies(model, values, tokens=tokens, world_size=world_size, room=room)
-    steps = [f"{step.flags} ({step.memory.total / GIBIBYTE:.0f} GiB)" for step in smaller]
-    fits = bool(smaller) and smaller[-1].memory.total <= room
+    steps = [f"{flags} ({less.total / GIBIBYTE:.0f} GiB)" for flags, less in smaller]
+    fits = bool(smaller) and smaller[-1][1].total <= room
     last = "" if fits else "; then a shorter cutoff_len, or more GPUs with configs/multi_gpu_zero2.yaml"
     advice = "Try, in this order: " + "; ".join(steps) + last
     sure = memory.total > SURE_TO_FAIL * room
