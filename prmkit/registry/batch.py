@@ -87,9 +87,7 @@ def convert_all(job: Job) -> None:
     if not tasks.is_file():
         _check_datasets(job)
         held, trained = (tasks_in(job.parent_folder / DATA, name) for name in (HELD_OUT, TRAINING))
-        report = report_of(job.parent_folder / DATA)
-        if report["settings"]["split"]["tasks"]:
-            held |= set(report["settings"]["split"]["tasks"])
+        held |= set(settings["split"]["tasks"] or ())
         held |= set(details.get("held_out_tasks", []))
         trained |= set(details.get("training_tasks", []))
         drawn = tasks_in(job.work / "first", HELD_OUT)
@@ -352,8 +350,3 @@ def _identities(data: Path, name: str) -> set[str]:
     for row in _sidecar(data, name):
         found |= {row["prompt_sha256"], f"task {row['metadata'].get('task_id')}"}
     return found - {"task None"}
-
-
-def report_of(data: Path) -> dict[str, Any]:
-    """The report of a conversion."""
-    return dict(read_json(data / REPORT))

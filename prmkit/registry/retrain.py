@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import registered
-from prmkit.errors import ExitCode, GateError, LlamaFactoryError
+from prmkit.errors import GateError, LlamaFactoryError
 from prmkit.evaluation import compare
 from prmkit.files import exclusive_lock, read_json, sha256_of, write_json
 from prmkit.paths import METRICS_FILE, REPORT, RUN_RECORD
@@ -122,8 +122,9 @@ def _report(job: Job) -> dict[str, Any]:
     if file.is_file():
         return dict(read_json(file))
     first = job.work / "first"
-    old_rows = [row for row in batch.rows_of(job.work / "all") if not _is_new(row, job)]
-    report = batch.describe_batch(old_rows, batch.rows_of(first), batch.report_of(first))
+    new = {file.resolve() for file in job.asked.new}
+    old_rows = [row for row in batch.rows_of(job.work / "all") if Path(row["source"]).resolve() not in new]
+    report = batch.describe_batch(old_rows, batch.rows_of(first), read_json(first / REPORT))
     report["contradicts"] = None
     known = _evaluate(job, job.parent_folder / RUN, job.parent_folder / DATA, "old_on_old")
     if (job.work / "new" / REPORT).is_file():
@@ -133,10 +134,6 @@ def _report(job: Job) -> dict[str, Any]:
     report["findings"] += [report["contradicts"]] if report["contradicts"] else []
     write_json(file, report)
     return report
-
-
-def _is_new(row: Mapping[str, Any], job: Job) -> bool:
-    return Path(row["source"]).resolve() in {file.resolve() for file in job.asked.new}
 
 
 def _drops(known: Mapping[str, Any], metrics: Mapping[str, Any], parent: VersionId) -> list[str]:
@@ -220,15 +217,17 @@ def _register(job: Job, run: Path, gate: Mapping[str, Any], report: Mapping[str,
             return version
     settings = read_json(job.parent_folder / DATA / REPORT)["settings"]
     details = registered.read_version(job.parent, job.registry)["details"]
-    everything = job.work / "all"
+    everything, on_all = job.work / "all", "new_on_all"
+    _evaluate(job, run, training_data(job), on_all)  # all rows that are now held out, of old and new tasks
+    files = ", ".join(file.name for file in job.asked.new)
     addition = versions.Addition(
         run=run,
         name=job.parent.name,
         data=training_data(job),
         keep_rows=(*kept_rows(job), *job.asked.new),
-        evaluation=_own_evaluation(job, run),
+        evaluation=job.work / on_all,
         parent=str(job.parent),
-        why=job.asked.why or _why(job, gate),
+        why=job.asked.why or f"retrained with {files}; gate {'met' if gate['passed'] else 'not met'}",
         details={
             "key": job.key,
             "parent": str(job.parent),
@@ -240,19 +239,3 @@ def _register(job: Job, run: Path, gate: Mapping[str, Any], report: Mapping[str,
         },
     )
     return versions.add_version(job.registry, addition)
-
-
-def _why(job: Job, gate: Mapping[str, Any]) -> str:
-    files = ", ".join(file.name for file in job.asked.new)
-    return f"retrained with {files}; gate {'met' if gate['passed'] else 'not met'}"
-
-
-def _own_evaluation(job: Job, run: Path) -> Path:
-    """Measure the new judge on all rows that are now held out, of old and new tasks."""
-    _evaluate(job, run, training_data(job), "new_on_all")
-    return job.work / "new_on_all"
-
-
-def exit_code_of(result: Mapping[str, Any]) -> ExitCode:
-    """0 if the gate is met, else 4."""
-    return ExitCode.DONE if result["gate"]["passed"] else ExitCode.GATE

@@ -13,10 +13,11 @@ import pytest
 from registry_fixtures import ROOT, make_rows, make_run
 
 from prmkit import registered
+from prmkit.dataset.settings import Settings
 from prmkit.drift import shift_of
 from prmkit.errors import DataError
 from prmkit.files import exclusive_lock
-from prmkit.registry.batch import Job, Retraining, check_sides, convert_all, describe_batch
+from prmkit.registry.batch import Job, Retraining, _conversion_flags, check_sides, convert_all, describe_batch
 from prmkit.registry.retrain import _contradiction, _drops
 from prmkit.registry.versions import Addition, add_version
 
@@ -160,3 +161,19 @@ def test_a_week_with_a_real_training_and_a_poisoned_one(tmp_path: Path) -> None:
     weeks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert weeks[0]["after"] == "judge@2"
     assert weeks[1]["version"] is None and "contradict" in weeks[1]["reasons"][0]
+
+
+def test_every_setting_of_a_conversion_is_repeated() -> None:
+    """One that is new is added to the flags, or to those that a retraining decides itself."""
+    read: set[str] = set()
+
+    class Recorded(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            read.add(key)
+            return super().__getitem__(key)
+
+    asked = Retraining("steps@1", (), "base", 1.0, 0.0, (), promote=False, accept_contradiction=False)
+    job = Job(asked, Path("judges"), registered.VersionId("steps", 1), Path("work"), "key")
+    settings = Recorded(Settings(("rows.jsonl",), Path("data")).as_json())
+    _conversion_flags(job, settings)
+    assert read | {"inputs", "output", "filters", "name", "split", "task_variants"} == settings.keys()
