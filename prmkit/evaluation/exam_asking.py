@@ -21,7 +21,7 @@ from prmkit.judge.scorer import Scorer
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
 from prmkit.prompts.step import Rubric, step_prompts, step_text
-from prmkit.resumable import append_rows, reopen, replace_rows
+from prmkit.resumable import append_rows, reopen
 from prmkit.trajectory import Trajectory
 from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
@@ -105,10 +105,7 @@ def _ask(
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(file.parent, f"writing {file.name}", lock=f".{file.name}.lock"):
-        done = reopen(file, fingerprint)
-        kept = [line for line in done if line["status"] != "failed"]
-        if len(kept) < len(done):
-            replace_rows(file, kept)
+        kept = reopen(file, fingerprint, retry=("failed",))
         lines: dict[Key, Any] = {(line["request_hash"], line["id"], line["step"]): line for line in kept}
         if lines:
             log.info("%s: %d steps are already scored", file, len(lines))
