@@ -64,11 +64,10 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
         input=arguments.input,
         output=arguments.output,
         shape_of=ShapeOf(arguments.keys, known),
-        mode=arguments.mode,
         summaries=arguments.summaries,
         bad_below=arguments.bad_below if arguments.aggregate else None,
         runs=runs,
-        abstention=abstention_of(scorer, arguments.mode, arguments.interval, arguments.abstain_above),
+        abstention=abstention_of(scorer, arguments.interval, arguments.abstain_above),
     )
     fingerprint = {"judge": scorer.fingerprint(), "keys": list(arguments.keys), "known_keys": known}
     fingerprint |= {"rubric": runs.rubric.sha256} if runs else {}

@@ -17,7 +17,7 @@ from prmkit.evaluation.exam import Exam
 from prmkit.evaluation.exam_answers import StepId
 from prmkit.files import exclusive_lock
 from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url, together
-from prmkit.judge.scorer import Scorer
+from prmkit.judge.scorer import Scorer, asking_of
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
 from prmkit.prompts.step import Rubric, step_prompts, step_text
@@ -68,17 +68,11 @@ def score_steps(
     Raises:
         DataError: no step got a score.
     """
-    scorer = Scorer(
-        source,
-        batch_size=arguments.batch_size,
-        trim=arguments.too_long == "trim",
-        max_new_tokens=arguments.max_new_tokens,
-        min_label_mass=arguments.min_label_mass,
-    )
+    scorer = Scorer(source, asking=asking_of(arguments))
 
     def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, Line]]:
         keys, requests = tee(missing)
-        judgements = scorer.judgements((request for _, request in requests), arguments.mode)
+        judgements = scorer.judgements(request for _, request in requests)
         for (key, _), judgement in zip(keys, judgements, strict=True):
             yield key, _line(judgement)
 

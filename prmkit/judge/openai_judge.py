@@ -24,7 +24,7 @@ from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, Server
 from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.completions import MOST_EXACT, Completions, Vocabulary
 from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
-from prmkit.judge.types import LOW_LABEL_MASS, LOW_REACH, Judgement, Mode, Request
+from prmkit.judge.types import DEFAULT_ASKING, LOW_REACH, Asking, Judgement, Request
 from prmkit.prompts.encoding import ChatEncoding
 
 _LOW_LOG_REACH = math.log(LOW_REACH)
@@ -40,16 +40,7 @@ class CompletionsJudge:
     cutoff_len: int
     _state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
-    def score(
-        self,
-        requests: Iterable[Request],
-        *,
-        batch_size: int = 8,
-        mode: Mode = "expected",
-        trim: bool = True,
-        max_new_tokens: int = 1024,
-        min_label_mass: float = LOW_LABEL_MASS,
-    ) -> Iterator[Judgement]:
+    def score(self, requests: Iterable[Request], asking: Asking = DEFAULT_ASKING) -> Iterator[Judgement]:
         """Like `Judge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
 
         Raises:
@@ -59,32 +50,32 @@ class CompletionsJudge:
 
         Once an answer could be used, a later unusable answer fails only its own row.
         """
-
-        async def judge(
-            completions: Completions, gate: asyncio.Semaphore, prepared: Prepared
-        ) -> Judgement | RowFailure:
-            try:
-                async with gate:
-                    if mode == "expected":
-                        return await self._expected(completions, prepared, min_label_mass)
-                    text = await completions.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
-            except RowFailure as failure:
-                return failure
-            return parse_generated(text, prepared.shape)
-
-        async def judge_all(ready: Sequence[Prepared]) -> list[Judgement]:
-            async with Connection(self.endpoint, self._state) as connection:
-                completions, gate = Completions(connection, self._vocabulary), asyncio.Semaphore(batch_size)
-                found = await together(judge(completions, gate, prepared) for prepared in ready)
-            self._stop_if_useless(found)
-            return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
-
         return judgements_in_order(
             requests,
-            make_preparer(self.encoding, self.cutoff_len, trim=trim),
-            lambda ready: asyncio.run(judge_all(ready)),
-            window=4 * batch_size,
+            make_preparer(self.encoding, self.cutoff_len, trim=asking.trim),
+            lambda ready: asyncio.run(self._judge_all(ready, asking)),
+            window=4 * asking.batch_size,
         )
+
+    async def _judge_all(self, ready: Sequence[Prepared], asking: Asking) -> list[Judgement]:
+        gate = asyncio.Semaphore(asking.batch_size)
+        async with Connection(self.endpoint, self._state) as connection:
+            completions = Completions(connection, self._vocabulary)
+            found = await together(self._judge(completions, gate, prepared, asking) for prepared in ready)
+        self._stop_if_useless(found)
+        return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
+
+    async def _judge(
+        self, completions: Completions, gate: asyncio.Semaphore, prepared: Prepared, asking: Asking
+    ) -> Judgement | RowFailure:
+        try:
+            async with gate:
+                if asking.mode == "expected":
+                    return await self._expected(completions, prepared, asking.min_label_mass)
+                text = await completions.written(prepared.ids, asking.max_new_tokens, self.encoding.stop_ids)
+        except RowFailure as failure:
+            return failure
+        return parse_generated(text, prepared.shape)
 
     def _stop_if_useless(self, found: Sequence[Judgement | RowFailure]) -> None:
         """Stop if no answer so far could be used: the other rows would fail one by one for the same reason."""
@@ -160,7 +151,7 @@ async def _exactly(
     prompts: list[list[int]] = []
     for question, context in zip(questions, contexts, strict=True):
         prompts += [context[:place] for place in range(len(prompt_ids) + question.forced_from, len(context))]
-        prompts += _contexts_of_nodes(question.trie, context)
+        prompts += _ids_of_nodes(question.trie, context)
     ask = completions.scored if state.exact_by == "score" else completions.exact
     found = await ask(prompts, tokens)
     if found is None:
@@ -193,12 +184,12 @@ async def _exact_way(completions: Completions, context: list[int], tokens: list[
     return "score" if is_there and await completions.scores_agree(context) else "nothing"
 
 
-def _contexts_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
+def _ids_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
     """The token ids up to each node of a trie, the root first; a parent comes before its children."""
-    contexts = [context]
+    ids = [context]
     for token, parent in zip(trie.tokens, trie.parents, strict=True):
-        contexts.append([*contexts[parent], token])
-    return contexts
+        ids.append([*ids[parent], token])
+    return ids
 
 
 async def _log_reach(completions: Completions, ids: list[int], forced: list[int]) -> float:
@@ -235,6 +226,7 @@ class _Walk:
         self._unknown_share = completions.endpoint.unknown_share
         self._trie = trie
         self._context = context
+        self._below_root = _ids_of_nodes(trie, [])
         self._completions = completions
         self._requests = 0
         self._known: dict[int, float] = {}
@@ -302,11 +294,7 @@ class _Walk:
         return reached
 
     def _ids(self, node: int) -> list[int]:
-        path: list[int] = []
-        while node:
-            path.append(self._trie.tokens[node - 1])
-            node = self._trie.parents[node - 1]
-        return [*self._context, *reversed(path)]
+        return [*self._context, *self._below_root[node]]
 
     async def _ask_after(self, node: int) -> None:
         tokens = [self._trie.edges[edge][1] for edge in self._edges_of[node]]

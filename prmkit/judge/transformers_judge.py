@@ -14,7 +14,7 @@ from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, 
 from prmkit.judge.score_trie import TrieOf, VerdictReader, common_length, tries_of
 from prmkit.judge.sources import JudgeSource, check_folders, encoding_of, needs_trust, read_object
 from prmkit.judge.tree_attention import TokenTrees, check_architecture
-from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
+from prmkit.judge.types import DEFAULT_ASKING, Asking, Judgement, Request
 from prmkit.prompts.encoding import ChatEncoding
 
 log = logging.getLogger("prmkit")
@@ -37,25 +37,12 @@ class Judge:
     model: Any
     """A `transformers` or `peft` causal language model in evaluation mode."""
 
-    def score(
-        self,
-        requests: Iterable[Request],
-        *,
-        batch_size: int = 8,
-        mode: Mode = "expected",
-        trim: bool = True,
-        max_new_tokens: int = 1024,
-        min_label_mass: float = LOW_LABEL_MASS,
-    ) -> Iterator[Judgement]:
+    def score(self, requests: Iterable[Request], asking: Asking = DEFAULT_ASKING) -> Iterator[Judgement]:
         """Judge any number of requests; equal ones are judged once.
 
         Args:
             requests: read as needed, some dozens ahead.
-            batch_size: the most prompts to run at once; fewer if the GPU's memory is too small.
-            mode: read probabilities, or let the model write.
-            trim: shorten prompts that are too long, as the conversion does; otherwise they are `too_long`.
-            max_new_tokens: the longest verdict to write, in generate mode.
-            min_label_mass: scores with less are `unsure`.
+            asking: how; fewer prompts run at once if the GPU's memory is too small.
 
         Yields:
             One judgement per request, in order.
@@ -64,17 +51,18 @@ class Judge:
             UsageError: expected scores cannot be read from this tokenizer, template or architecture.
         """
         chains_of: Callable[[Sequence[Prepared]], list[list[int]]]
-        if mode == "expected":
+        if asking.mode == "expected":
             check_architecture(self.model)
             chains_of = partial(_chains, side_by_side=self.model.device.type != "cpu")
-            answer = partial(self._expected, min_label_mass=min_label_mass)
+            answer = partial(self._expected, min_label_mass=asking.min_label_mass)
         else:
-            chains_of, answer = _single_chains, partial(self._generated, max_new_tokens=max_new_tokens)
+            chains_of = _single_chains
+            answer = partial(self._generated, max_new_tokens=asking.max_new_tokens)
         return judgements_in_order(
             requests,
-            make_preparer(self.encoding, self.source.cutoff_len, trim=trim),
-            lambda ready: _in_batches(ready, chains_of(ready), batch_size, answer),
-            window=max(_READ_AHEAD, batch_size * _BATCHES_READ_AHEAD),
+            make_preparer(self.encoding, self.source.cutoff_len, trim=asking.trim),
+            lambda ready: _in_batches(ready, chains_of(ready), asking.batch_size, answer),
+            window=max(_READ_AHEAD, asking.batch_size * _BATCHES_READ_AHEAD),
         )
 
     def _expected(self, chains: Sequence[Chain], min_label_mass: float) -> list[list[Judgement]]:

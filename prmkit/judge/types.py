@@ -46,6 +46,24 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Asking:
+    """How a judge is asked."""
+
+    mode: Mode = "expected"
+    batch_size: int = 8
+    """The most prompts to judge at once."""
+    trim: bool = True
+    """Shorten prompts that are too long, as the conversion does; otherwise they are `too_long`."""
+    max_new_tokens: int = 1024
+    """The longest verdict to write, in generate mode."""
+    min_label_mass: float = LOW_LABEL_MASS
+    """Scores with less are `unsure`."""
+
+
+DEFAULT_ASKING = Asking()
+
+
+@dataclass(frozen=True)
 class Distribution:
     """A judge's distribution for one score. All but `label_mass` and `reach` assume that it answers with a score."""
 

@@ -16,7 +16,7 @@ from prmkit.files import exclusive_lock, write_text
 from prmkit.intervals import Abstention, load_abstention
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
-from prmkit.judge.types import AGGREGATES, Judgement, Mode, first_below, rounded
+from prmkit.judge.types import AGGREGATES, Judgement, first_below, rounded
 from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.row_lines import STDIN, open_rows
 from prmkit.scoring.rows import Row, RunsToScore, read_rows
@@ -39,7 +39,6 @@ class Job:
     output: Path | None
     """None for stdout."""
     shape_of: ShapeOf
-    mode: Mode
     summaries: bool
     """Also let the model write its verdict, and add the text."""
     bad_below: float | None
@@ -50,7 +49,7 @@ class Job:
     """Adds intervals, and marks scores with a wide one as unsure."""
 
 
-def abstention_of(scorer: Scorer, mode: Mode, level: float | None, max_width: float | None) -> Abstention | None:
+def abstention_of(scorer: Scorer, level: float | None, max_width: float | None) -> Abstention | None:
     """The requested intervals, or None.
 
     Raises:
@@ -59,7 +58,7 @@ def abstention_of(scorer: Scorer, mode: Mode, level: float | None, max_width: fl
     """
     if level is None and max_width is None:
         return None
-    if scorer.endpoint or mode != "expected":
+    if scorer.endpoint or scorer.asking.mode != "expected":
         raise UsageError("--interval and --abstain-above: only with a local judge in --mode expected.")
     weights = scorer.source.adapter or scorer.source.model
     return load_abstention(weights, fingerprint_of(scorer.source), level, max_width)
@@ -126,7 +125,7 @@ def _results(
             yield row, result
         return
     with exclusive_lock(job.output.parent, f"writing {job.output.name}", lock=f".{job.output.name}.lock"):
-        asked: dict[str, Any] = {"mode": job.mode, "summaries": job.summaries}
+        asked: dict[str, Any] = {"mode": scorer.asking.mode, "summaries": job.summaries}
         if job.abstention:
             asked["interval"] = [job.abstention.level, job.abstention.max_width]
         done = reopen(job.output, dict(fingerprint) | asked)
@@ -158,9 +157,9 @@ def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: J
             for row, earlier in window
             if row.request and row.request_hash and earlier is None and row.request_hash not in known
         }
-        judgements = list(scorer.judgements(new.values(), job.mode))
+        judgements = list(scorer.judgements(new.values()))
         texts = [each.text for each in judgements]
-        if job.summaries and job.mode == "expected":
+        if job.summaries and scorer.asking.mode == "expected":
             texts = [each.text for each in scorer.judgements(new.values(), "generate")]
         known |= dict(zip(new, zip(judgements, texts, strict=True), strict=True))
         for row, earlier in window:

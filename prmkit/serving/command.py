@@ -91,12 +91,11 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
 def _served(arguments: argparse.Namespace, scorer: Scorer, name: str) -> ServedJudge:
     engine = Engine(
         scorer,
-        arguments.mode,
         window=arguments.window / 1000,
         limit=arguments.queue,
         patience=arguments.queue_timeout,
     )
-    return ServedJudge(name, engine, abstention_of(scorer, arguments.mode, arguments.interval, arguments.abstain_above))
+    return ServedJudge(name, engine, abstention_of(scorer, arguments.interval, arguments.abstain_above))
 
 
 def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:

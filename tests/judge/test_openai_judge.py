@@ -20,7 +20,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.http_client import Endpoint, pause_asked_for
 from prmkit.judge.openai_judge import CompletionsJudge
 from prmkit.judge.transformers_judge import Judge
-from prmkit.judge.types import LOW_REACH, Judgement, Request
+from prmkit.judge.types import LOW_REACH, Asking, Judgement, Request
 from prmkit.verdict import asked_shape
 
 pytestmark = pytest.mark.slow
@@ -232,17 +232,17 @@ def test_tokens_named_by_their_texts_give_the_same_scores(server: str, judges: d
 
 def test_written_verdicts_are_those_of_the_loaded_model(server: str, judges: dict[str, Judge]) -> None:
     judge = judges["qwen"]
-    asked = {"mode": "generate", "max_new_tokens": 32}
-    assert list(remote(server, judge).score(REQUESTS[:2], **asked)) == list(judge.score(REQUESTS[:2], **asked))
+    asked = Asking("generate", max_new_tokens=32)
+    assert list(remote(server, judge).score(REQUESTS[:2], asked)) == list(judge.score(REQUESTS[:2], asked))
 
 
-QUICK = {"mode": "generate", "max_new_tokens": 2}
+QUICK = Asking("generate", max_new_tokens=2)
 
 
 def test_passing_trouble_is_waited_out(untroubled: str, judges: dict[str, Judge]) -> None:
     for status in (503, 429):
         httpx.post(f"{untroubled}/trouble", json={"status": status, "times": 2})
-        (judged,) = remote(untroubled, judges["qwen"]).score([FLAT_ONE], **QUICK)
+        (judged,) = remote(untroubled, judges["qwen"]).score([FLAT_ONE], QUICK)
         assert judged.status == "unparsed", "it was answered in the end, with two tokens"
 
 
@@ -250,7 +250,7 @@ def test_passing_trouble_is_waited_out(untroubled: str, judges: dict[str, Judge]
 def test_lasting_trouble_fails_the_row_and_not_the_others(untroubled: str, judges: dict[str, Judge], mode: str) -> None:
     httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3})
     judge = remote(untroubled, judges["qwen"], concurrency=1)
-    judged = list(judge.score([FLAT_ONE, REQUESTS[2]], batch_size=1, mode=mode, max_new_tokens=2))
+    judged = list(judge.score([FLAT_ONE, REQUESTS[2]], Asking(batch_size=1, mode=mode, max_new_tokens=2)))
     assert judged[0].status == "failed"
     assert judged[1].status == "unparsed" if mode == "generate" else judged[1].scores
     assert judged[0].reason.startswith("the server failed 3 times, the last time with: 500")
@@ -258,7 +258,7 @@ def test_lasting_trouble_fails_the_row_and_not_the_others(untroubled: str, judge
 
 def test_a_prompt_that_the_server_refuses_fails_alone(server: str, judges: dict[str, Judge]) -> None:
     long = prompt("again and " * 200, FLAT)
-    judged = list(remote(server, judges["qwen"]).score([Request(long, asked_shape(long)), FLAT_ONE], **QUICK))
+    judged = list(remote(server, judges["qwen"]).score([Request(long, asked_shape(long)), FLAT_ONE], QUICK))
     assert [judgement.status for judgement in judged] == ["failed", "unparsed"]
     assert "answers 400" in judged[0].reason
     assert "context" in judged[0].reason
@@ -310,7 +310,7 @@ def test_the_first_window_without_a_usable_answer_stops_the_job(server: str, jud
             yield replace(FLAT_ONE, prompt=f"{number} {FLAT_ONE.prompt}")
 
     with pytest.raises(DataError, match="no usable answer for the first 8 prompts"):
-        list(remote(server, judges["qwen"], flavour="textual").score(counted(), batch_size=2))
+        list(remote(server, judges["qwen"], flavour="textual").score(counted(), Asking(batch_size=2)))
     assert len(asked) == 8
 
 
@@ -319,7 +319,7 @@ def test_servers_without_logprobs_differ_from_those_that_only_do_not_echo(server
     wordless = remote(server, judge, flavour="wordless")
     with pytest.raises(UsageError, match="gives no logprobs"):
         list(wordless.score(REQUESTS))
-    assert next(wordless.score([FLAT_ONE], **QUICK)).status == "unparsed"
+    assert next(wordless.score([FLAT_ONE], QUICK)).status == "unparsed"
     (judged,) = remote(server, judge, flavour="echoless", top_logprobs=1).score([FLAT_ONE])
     assert judged.status == "failed"
     assert "raise --top-logprobs" in judged.reason
@@ -377,7 +377,7 @@ def asked_at(
     endpoint = replace(Endpoint(url, "tiny", attempts=2, concurrency=1), **changes)
     on_server = CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
     on_server._state.is_usable = usable
-    return list(on_server.score(requests, mode=mode, batch_size=1))
+    return list(on_server.score(requests, Asking(mode=mode, batch_size=1)))
 
 
 TOP = "top_logprobs"

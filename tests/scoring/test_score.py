@@ -12,7 +12,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import Judge
-from prmkit.judge.types import Distribution, Judgement
+from prmkit.judge.types import Asking, Distribution, Judgement, Mode
 from prmkit.row_lines import read_lines
 from prmkit.scoring.rows import read_rows
 from prmkit.scoring.score import Job, run, score_rows, trajectories_file
@@ -42,12 +42,12 @@ ROWS = [
 class Scripted(Scorer):
     """A scorer that judges with a function."""
 
-    def judgements(self, requests, mode="expected"):
-        return self.function(requests, mode)
+    def judgements(self, requests, mode=None):
+        return self.function(requests, mode or self.asking.mode)
 
 
-def scorer(function) -> Scorer:
-    made = Scripted(JudgeSource(Path("nowhere")))
+def scorer(function, mode: Mode = "expected") -> Scripted:
+    made = Scripted(JudgeSource(Path("nowhere")), asking=Asking(mode))
     object.__setattr__(made, "function", function)
     return made
 
@@ -58,12 +58,12 @@ def score(judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch):
     judge = judges["llama3"]
     monkeypatch.setattr("prmkit.judge.score_trie.LOW_REACH", 0.0)
     return scorer(
-        lambda requests, mode: judge.score(requests, mode=mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0)
+        lambda requests, mode: judge.score(requests, Asking(mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0))
     )
 
 
 def job(source: Path, output: Path | None, **changes) -> Job:
-    settings = {"shape_of": ShapeOf(), "mode": "expected", "summaries": False, "bad_below": None} | changes
+    settings = {"shape_of": ShapeOf(), "summaries": False, "bad_below": None} | changes
     return Job(input=str(source), output=output, **settings)
 
 
@@ -99,7 +99,7 @@ def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -
 
 def test_a_judge_that_does_not_want_to_score_is_reported(source: Path, tmp_path: Path, judges, caplog) -> None:
     caplog.set_level("INFO")
-    wild = scorer(lambda requests, mode: judges["llama3"].score(requests, mode=mode))
+    wild = scorer(lambda requests, mode: judges["llama3"].score(requests, Asking(mode=mode)))
     assert run(job(source, tmp_path / "wild.jsonl"), wild, {}) is False
     assert all(result["scores"] for result in lines_of(tmp_path / "wild.jsonl") if result["status"] == "unsure")
     assert "8 rows: 4 unsure, 4 error" in caplog.text
@@ -270,7 +270,7 @@ def test_written_verdicts_are_added_when_asked_for_and_kept_when_unreadable(sour
     assert [result | {"text": 0} for result in with_text if "text" in result] == [
         result | {"text": 0} for result in plain if result["status"] == "ok"
     ]
-    written = results(source.read_bytes(), score, mode="generate")
+    written = results(source.read_bytes(), scorer(score.function, "generate"))
     assert [result["status"] for result in written if "text" in result] == ["unparsed"] * 4
     assert written[0]["text"] == with_text[0]["text"] != ""
     assert written[0]["score"] is None, "what cannot be read is not a number"
