@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, tee
 from pathlib import Path
@@ -16,7 +15,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.evaluation.exam import Exam
 from prmkit.evaluation.exam_answers import StepId
 from prmkit.files import exclusive_lock
-from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url, together
+from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url, key_from, together
 from prmkit.judge.scorer import Scorer, asking_of
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
@@ -149,10 +148,7 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
     check_url(url)
     if not arguments.server_model:
         raise UsageError("--predict-with needs --server-model, the name of the model on the server.")
-    key = os.environ.get(arguments.api_key_env, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"${arguments.api_key_env}: has a character that cannot be in an API key. Set it again.")
-    return Endpoint(url.rstrip("/"), arguments.server_model, api_key=key or None)
+    return Endpoint(url.rstrip("/"), arguments.server_model, api_key=key_from(arguments.api_key_env))
 
 
 def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> dict[StepId, float]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prmkit import cli
 from prmkit.errors import UsageError
-from prmkit.http_client import Endpoint, check_url
+from prmkit.http_client import Endpoint, check_url, key_from
 from prmkit.judge.sources import (
     EXPORT_FILE,
     JudgeSource,
@@ -394,20 +394,8 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint:
         arguments.model,
         others=tuple(others),
         logprobs=arguments.logprobs,
-        api_key=_api_key(arguments.api_key_env),
+        api_key=key_from(arguments.api_key_env),
         concurrency=arguments.concurrency,
         top_logprobs=arguments.top_logprobs,
         timeout=arguments.timeout,
     )
-
-
-def _api_key(name: str) -> str | None:
-    """The key in a variable, without the line break that `$(cat file)` or an .env file may have left in it.
-
-    Raises:
-        UsageError: it could not be sent in a header. The message does not repeat it, because it may be most of a key.
-    """
-    key = os.environ.get(name, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"${name}: has a character that no API key has, such as a line break. Set it again.")
-    return key or None
