@@ -54,7 +54,7 @@ class Place:
     bounds: Mapping[int, float]
     """An upper bound on the log-probability of tokens that are not shown."""
     highest: float
-    """The id of the likeliest token, which is the one that the model writes."""
+    """The log-probability of the likeliest token, which is the one that the model writes."""
 
 
 Likeliest = Mapping[int | str, float]

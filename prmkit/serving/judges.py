@@ -121,7 +121,7 @@ class Trial:
             task.add_done_callback(self._shadows.discard)
 
     async def finish(self, seconds: float) -> None:
-        """Wait up to `patience` seconds for the challenger to finish what it has begun, and count that."""
+        """Wait up to `seconds` for the challenger to finish what it has begun, and count that."""
         deadline = time.monotonic() + seconds
         await self.challenger.engine.stop(seconds)
         if self._shadows:
