@@ -112,12 +112,9 @@ def _check_files(arguments: argparse.Namespace, answers: Path) -> None:
     for source in read:
         check_output(arguments.output, source)
         check_output(answers, source)
-    if arguments.output.absolute() == answers.absolute() or (answers.exists() and _is_same(arguments.output, answers)):
+    output = arguments.output
+    if output.absolute() == answers.absolute() or (answers.exists() and output.exists() and output.samefile(answers)):
         raise UsageError(f"{answers}: is also the --output. The answers need a separate file.")
-
-
-def _is_same(file: Path, other: Path) -> bool:
-    return file.exists() and file.samefile(other)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

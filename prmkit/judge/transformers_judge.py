@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,7 @@ class Judge:
             chains_of = partial(_chains, side_by_side=self.model.device.type != "cpu")
             answer = partial(self._expected, min_label_mass=asking.min_label_mass)
         else:
-            chains_of = _single_chains
-            answer = partial(self._generated, max_new_tokens=asking.max_new_tokens)
+            chains_of, answer = _single_chains, partial(self._generated, max_new_tokens=asking.max_new_tokens)
         return judgements_in_order(
             requests,
             make_preparer(self.encoding, self.source.cutoff_len, trim=asking.trim),
@@ -106,15 +105,9 @@ class Judge:
                 eos_token_id=stop_ids,
                 pad_token_id=stop_ids[0],
             )[:, width:].tolist()
-        return [
-            [parse_generated(self.encoding.tokenizer.decode(_until(answer, stop_ids)), prompt.shape)]
-            for answer, prompt in zip(written, batch, strict=True)
-        ]
-
-
-def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
+        answers = [list(takewhile(lambda token: token not in stop_ids, answer)) for answer in written]
+        texts = map(self.encoding.tokenizer.decode, answers)
+        return [[parse_generated(text, prompt.shape)] for text, prompt in zip(texts, batch, strict=True)]
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -136,7 +129,7 @@ def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]
     """
     chains: list[list[int]] = []
     order = sorted(range(len(ready)), key=lambda index: (len(ready[index].shape.keys), ready[index].ids))
-    shared = [_shared(ready[one], ready[other]) for one, other in pairwise(order)]
+    shared = [common_length(ready[one].ids, ready[other].ids) for one, other in pairwise(order)]
     by_all = min(shared, default=0) if side_by_side else 0
     for index, in_common in zip(order, [0, *shared], strict=False):
         this, last = ready[index], ready[chains[-1][-1]] if chains else None
@@ -146,10 +139,6 @@ def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]
         else:
             chains.append([index])
     return chains
-
-
-def _shared(one: Prepared, other: Prepared) -> int:
-    return common_length(one.ids, other.ids)
 
 
 def _single_chains(ready: Sequence[Prepared]) -> list[list[int]]:

@@ -29,11 +29,6 @@ log = logging.getLogger("prmkit")
 Role = Literal["production", "challenger", "shadow"]
 """`production` and `challenger` answered the client; a `shadow` answer was shown to nobody."""
 
-FIELDS = (
-    "time", "id", "judge", "role", "request_hash", "task", "trajectory", "score", "std", "label_mass", "status",
-    "characters", "keys", "prompt",
-)  # fmt: skip
-
 _MOST_WAITING = 64 << 20
 """The most bytes that wait for the disk. Beyond that, new lines are lost, so that memory does not fill up instead."""
 _AT_ONCE = 1 << 20

@@ -7,7 +7,7 @@ import orjson
 
 from prmkit.errors import UsageError
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Run, Unreadable
+from prmkit.trajectories.run import Keys, Run, Turn, Unreadable
 from prmkit.trajectory import Label
 
 _TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
@@ -15,7 +15,6 @@ _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "u
 _SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
 _OUTCOMES = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
 
-SCALES = ("unit", "ternary")
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
 """Right, a reasonable try, wrong: the anchors of the default rubric that correspond to people's words for steps."""
 
@@ -126,7 +125,7 @@ def label_of(value: Any, scale: str) -> Label:
     raise Unreadable(f"label {value!s:.40} is not on the scale {scale}")
 
 
-def first_error(turns: Sequence[Any], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:
+def first_error(turns: Sequence[Turn], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:
     """Labels from known errors: wrong at each error, right before the first, and none elsewhere.
 
     The other steps after the first error build on it, so they stay unlabelled.

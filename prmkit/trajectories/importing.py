@@ -12,7 +12,7 @@ from prmkit.trajectories.beside import first_error
 from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
 from prmkit.trajectories.readers import READERS, reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
-from prmkit.trajectories.run import Ids, Keys, Reader, Run, Unreadable, Values, assemble
+from prmkit.trajectories.run import Ids, Keys, Reader, Run, Turn, Unreadable, Values, assemble
 from prmkit.trajectories.secrets import mask, may_hold_secrets
 from prmkit.trajectory import Trajectory, dump, with_labels
 
@@ -277,11 +277,6 @@ def _marked(run: Trajectory, marks: dict[str, dict[int, str | None]]) -> Traject
     """The run with its known errors. Ids may be prefixed with the name of a part of the set."""
     names = {name for given in (run.trajectory_id, run.task_id) for name in (given, given.rsplit("_", 1)[-1])}
     for name in names & marks.keys():
-        return with_labels(run, first_error([_Place(step.source_index) for step in run.steps], marks[name], "failure"))
+        turns = [Turn("agent", index=step.source_index) for step in run.steps]
+        return with_labels(run, first_error(turns, marks[name], "failure"))
     return run
-
-
-@dataclass(frozen=True)
-class _Place:
-    index: int | None
-    role: str = "agent"
