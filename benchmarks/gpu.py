@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import train  # noqa: E402
 from benchmarks.score import made_up_rows, random_judge  # noqa: E402
-from prmkit.judge.transformers_judge import Judge  # noqa: E402
+from prmkit.judge.transformers_judge import LocalJudge  # noqa: E402
 from prmkit.judge.types import Asking, Mode, Request  # noqa: E402
 
 SIZES: dict[str, dict[str, int]] = {
@@ -151,9 +151,9 @@ def parity(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if "lora_B" in name:
             torch.nn.init.normal_(weights, std=0.01)
     rows = made_up_rows(judge.encoding, SIZES[given.size]["prompt"], 16)
-    adapter = Judge(judge.source, judge.encoding, model.eval())
+    adapter = LocalJudge(judge.source, judge.encoding, model.eval())
     one, eight = scores(adapter, rows, 1), scores(adapter, rows, 8)
-    merged = scores(Judge(judge.source, judge.encoding, model.merge_and_unload().eval()), rows, 8)
+    merged = scores(LocalJudge(judge.source, judge.encoding, model.merge_and_unload().eval()), rows, 8)
     spread = max(one) - min(one)
     for name, left, right in (("batch 1 and 8", one, eight), ("adapter and merged, batch 8", eight, merged)):
         differences = [abs(a - b) for a, b in zip(left, right, strict=True)]
@@ -161,7 +161,7 @@ def parity(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"between": name, "largest": max(differences), "mean": mean, "spread of scores": spread}
 
 
-def scores(judge: Judge, rows: list[Request], batch_size: int) -> list[float]:
+def scores(judge: LocalJudge, rows: list[Request], batch_size: int) -> list[float]:
     """The expected scores; every row must get one."""
     found = [judgement.score for judgement in judge.score(rows, Asking(batch_size=batch_size))]
     known = [score for score in found if score is not None]

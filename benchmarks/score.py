@@ -38,7 +38,7 @@ from prmkit.evaluation.summary import shown  # noqa: E402
 from prmkit.http_client import Connection, Endpoint  # noqa: E402
 from prmkit.judge.scorer import Scorer  # noqa: E402
 from prmkit.judge.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
-from prmkit.judge.transformers_judge import Judge, load_model  # noqa: E402
+from prmkit.judge.transformers_judge import LocalJudge, load_model  # noqa: E402
 from prmkit.judge.types import Asking, Judgement, Request  # noqa: E402
 from prmkit.prompts.encoding import ChatEncoding, load_encoding  # noqa: E402
 from prmkit.verdict import Shape, Verdict, asked_shape, read_verdict, render_verdict  # noqa: E402
@@ -95,14 +95,14 @@ def made_up_rows(encoding: ChatEncoding, tokens: int, count: int) -> list[Reques
     return [Request(text, Shape(("reasonableness_score",), nested=False)) for text in texts]
 
 
-def random_judge(size: str, device: str) -> Judge:
+def random_judge(size: str, device: str) -> LocalJudge:
     """A judge with random weights and the demo's tokenizer."""
     folder = WORK / "model"
     build_tiny_model(ROOT / "finetune.jsonl", folder)
     source = JudgeSource(folder, template="qwen", cutoff_len=32768, device=device)
     if size == "tiny":
         return load_model(source)
-    return Judge(source, load_encoding(folder, "qwen"), random_qwen_7b(device))
+    return LocalJudge(source, load_encoding(folder, "qwen"), random_qwen_7b(device))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.http_client import check_url, checked_key
+from prmkit.http_client import T, check_url, checked_key
 
 if TYPE_CHECKING:
     import httpx
 
-T = TypeVar("T")
 Messages = Sequence[Mapping[str, Any]]
 
 _PASSING = {408, 425, 429, 500, 502, 503, 504}

@@ -23,7 +23,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, ServerState, together
 from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.completions import MOST_EXACT, Completions, Vocabulary
-from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
+from prmkit.judge.score_trie import Reading, ScoreTrie, TrieOf, TrieQuery, VerdictReader, tries_of
 from prmkit.judge.types import DEFAULT_ASKING, LOW_REACH, Asking, Judgement, Request
 from prmkit.prompts.encoding import ChatEncoding
 
@@ -41,7 +41,7 @@ class CompletionsJudge:
     _state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
     def score(self, requests: Iterable[Request], asking: Asking = DEFAULT_ASKING) -> Iterator[Judgement]:
-        """Like `Judge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
+        """Like `LocalJudge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
 
         Raises:
             DataError: the server cannot be reached, refuses the key, does not have the model, or none of its first
@@ -109,7 +109,7 @@ class CompletionsJudge:
 
 
 async def _readings(
-    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
+    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[TrieQuery]
 ) -> list[Reading]:
     """The answers to all currently open questions about one prompt."""
     if completions.endpoint.logprobs == "exact" and (exact := await _exactly(completions, prompt_ids, questions)):
@@ -117,7 +117,7 @@ async def _readings(
     return await together(_walked(completions, prompt_ids, question) for question in questions)
 
 
-async def _walked(completions: Completions, prompt_ids: Sequence[int], question: Question) -> Reading:
+async def _walked(completions: Completions, prompt_ids: Sequence[int], question: TrieQuery) -> Reading:
     context = [*prompt_ids, *question.trie.context]
     forced_from = len(prompt_ids) + question.forced_from
     log_reach, log_probabilities = await asyncio.gather(
@@ -134,7 +134,7 @@ def _checked(reading: Reading) -> Reading:
 
 
 async def _exactly(
-    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
+    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[TrieQuery]
 ) -> list[Reading] | None:
     """All questions in one request; None if the server does not support that, which is checked once."""
     contexts = [[*prompt_ids, *question.trie.context] for question in questions]
@@ -160,7 +160,7 @@ async def _exactly(
     return [_checked(_exact_reading(question, places)) for question in questions]
 
 
-def _exact_reading(question: Question, places: Iterator[Mapping[int, float]]) -> Reading:
+def _exact_reading(question: TrieQuery, places: Iterator[Mapping[int, float]]) -> Reading:
     """Pop one question's places from the answer: its forced tokens, then the nodes of its trie."""
     trie = question.trie
     log_reach = math.fsum(next(places)[token] for token in trie.context[question.forced_from :])

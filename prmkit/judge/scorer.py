@@ -28,7 +28,7 @@ from prmkit.verdict import Shape, asked_shape
 
 if TYPE_CHECKING:
     from prmkit.judge.openai_judge import CompletionsJudge
-    from prmkit.judge.transformers_judge import Judge
+    from prmkit.judge.transformers_judge import LocalJudge
 
 _NAME_THEM = "name them with --keys, or with keys in a request to a server"
 DEFAULT_RUN = Path("saves/reward_model_training")
@@ -73,7 +73,7 @@ class Scorer:
     asking: Asking = DEFAULT_ASKING
 
     @cached_property
-    def backend(self) -> "Judge | CompletionsJudge":
+    def backend(self) -> "LocalJudge | CompletionsJudge":
         """The loaded judge; both kinds have the same `score`.
 
         Raises:
@@ -89,7 +89,7 @@ class Scorer:
         return load_model(self.source)
 
     def judgements(self, requests: Iterable[Request], mode: Mode | None = None) -> Iterator[Judgement]:
-        """Judge a stream of requests in order; see `transformers_judge.Judge.score`.
+        """Judge a stream of requests in order; see `transformers_judge.LocalJudge.score`.
 
         Without a request, nothing is loaded.
 

@@ -29,7 +29,7 @@ Chain = Sequence[Prepared]
 
 
 @dataclass(frozen=True)
-class Judge:
+class LocalJudge:
     """A loaded model and the encoding that it was trained with."""
 
     source: JudgeSource
@@ -112,7 +112,7 @@ class Judge:
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
-Answer = Callable[[Sequence[Chain]], list[list[Judgement]]]
+BatchFunction = Callable[[Sequence[Chain]], list[list[Judgement]]]
 
 
 def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]:
@@ -146,7 +146,7 @@ def _single_chains(ready: Sequence[Prepared]) -> list[list[int]]:
 
 
 def _in_batches(
-    ready: Sequence[Prepared], chains: Sequence[list[int]], batch_size: int, answer: Answer
+    ready: Sequence[Prepared], chains: Sequence[list[int]], batch_size: int, answer: BatchFunction
 ) -> list[Judgement]:
     """Judge in batches of chains with equally many keys, longest first, so that what does not fit fails at once."""
 
@@ -165,7 +165,7 @@ def _in_batches(
     return [judgements[index] for index in range(len(ready))]
 
 
-def _as_memory_allows(chains: Sequence[Chain], answer: Answer) -> list[list[Judgement]]:
+def _as_memory_allows(chains: Sequence[Chain], answer: BatchFunction) -> list[list[Judgement]]:
     """Judge all at once, or in halves if the GPU's memory is too small; a prompt that does not fit alone fails."""
     import torch
 
@@ -190,7 +190,7 @@ def _as_memory_allows(chains: Sequence[Chain], answer: Answer) -> list[list[Judg
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(source: JudgeSource) -> Judge:
+def load_model(source: JudgeSource) -> LocalJudge:
     """Load the tokenizer, the model and its adapter. Takes about ten seconds plus the time to read the weights.
 
     Raises:
@@ -198,7 +198,7 @@ def load_model(source: JudgeSource) -> Judge:
         UsageError: an unknown template, device or dtype, or a model with its own code, which was not allowed to run.
     """
     _check_complete(source)
-    return Judge(source, encoding_of(source), _load_weights(source))
+    return LocalJudge(source, encoding_of(source), _load_weights(source))
 
 
 def _load_weights(source: JudgeSource) -> Any:

@@ -11,7 +11,7 @@ from prmkit.verdict import Shape
 Mode = Literal["expected", "generate"]
 """`expected` reads the probability of every score; `generate` lets the model write its verdict and reads that."""
 
-Status = Literal["ok", "unsure", "unparsed", "too_long", "error", "failed"]
+JudgementStatus = Literal["ok", "unsure", "unparsed", "too_long", "error", "failed"]
 """`ok` and `unsure` come with scores. `unsure`: the model would rather write something other than a score here.
 `unparsed`: no verdict could be read from what it wrote. `error`: the row itself cannot be judged. `failed`: a server or
 a lack of memory is to blame, so the next run retries the row."""
@@ -90,7 +90,7 @@ class Distribution:
 class Judgement:
     """A judge's answer to one request."""
 
-    status: Status
+    status: JudgementStatus
     scores: Mapping[str, Distribution] = field(default_factory=dict)
     """Key -> distribution, in the order of the request; empty unless `status` is one of `SCORED`."""
     reason: str | None = None

@@ -11,7 +11,7 @@ from families import FLAT, NESTED, prompt
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import JudgeSource
-from prmkit.judge.transformers_judge import Judge
+from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.judge.types import Asking, Distribution, Judgement, Mode
 from prmkit.row_lines import read_lines
 from prmkit.scoring.rows import read_rows
@@ -53,7 +53,7 @@ def scorer(function, mode: Mode = "expected") -> Scripted:
 
 
 @pytest.fixture
-def score(judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch):
+def score(judges: dict[str, LocalJudge], monkeypatch: pytest.MonkeyPatch):
     """A random judge that is sure of itself: any share of its probability is enough."""
     judge = judges["llama3"]
     monkeypatch.setattr("prmkit.judge.score_trie.LOW_REACH", 0.0)
