@@ -19,19 +19,19 @@ from prmkit.judge.sources import fingerprint_of
 from prmkit.judge.types import AGGREGATES, Judgement, first_below, rounded
 from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.row_lines import STDIN, open_rows
-from prmkit.scoring.rows import Row, RunsToScore, read_rows
+from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
 
 log = logging.getLogger("prmkit")
 
 WINDOW = 64
 """The number of rows that are read before they are scored together, so that prompts can share a common beginning."""
 
-Result = Mapping[str, Any]
+ResultLine = Mapping[str, Any]
 """One line of the output."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoringJob:
     """The task given to `score_trajectories.py`."""
 
     input: str
@@ -64,7 +64,7 @@ def abstention_of(scorer: Scorer, level: float | None, max_width: float | None) 
     return load_abstention(weights, fingerprint_of(scorer.source), level, max_width)
 
 
-def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
+def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
     """Score the input and write the output; an output file of an interrupted run is continued.
 
     Args:
@@ -107,7 +107,7 @@ def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _open_input(job: Job) -> Iterator[Iterator[Row]]:
+def _open_input(job: ScoringJob) -> Iterator[Iterator[RowToScore]]:
     if job.runs:
         yield job.runs.rows()
         return
@@ -116,8 +116,8 @@ def _open_input(job: Job) -> Iterator[Iterator[Row]]:
 
 
 def _results(
-    job: Job, rows: Iterator[Row], scorer: Scorer, fingerprint: Mapping[str, Any]
-) -> Iterator[tuple[Row, Result]]:
+    job: ScoringJob, rows: Iterator[RowToScore], scorer: Scorer, fingerprint: Mapping[str, Any]
+) -> Iterator[tuple[RowToScore, ResultLine]]:
     """Every row with its line, after the line was written."""
     if job.output is None:
         for row, result in score_rows(((row, None) for row in rows), scorer, job):
@@ -138,7 +138,9 @@ def _results(
                 yield row, result
 
 
-def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: Job) -> Iterator[tuple[Row, Result]]:
+def score_rows(
+    rows: Iterable[tuple[RowToScore, ResultLine | None]], scorer: Scorer, job: ScoringJob
+) -> Iterator[tuple[RowToScore, ResultLine]]:
     """Score rows, a window at a time; equal rows are scored once.
 
     Args:
@@ -174,7 +176,9 @@ def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: J
                 yield row, job.abstention.add_interval(line, None) if job.abstention else line
 
 
-def result_line(row: Row, judgement: Judgement, text: str | None = None, *, with_text: bool = False) -> Result:
+def result_line(
+    row: RowToScore, judgement: Judgement, text: str | None = None, *, with_text: bool = False
+) -> ResultLine:
     """One row's line of the output."""
     line = {
         "id": row.id,
@@ -200,7 +204,7 @@ def trajectories_file(output: Path) -> Path:
     return companion_file(output, "trajectories.jsonl")
 
 
-def _check_outputs(job: Job) -> None:
+def _check_outputs(job: ScoringJob) -> None:
     if job.output is None:
         return
     source = None if job.input == STDIN else Path(job.input)
@@ -214,7 +218,7 @@ def _check_outputs(job: Job) -> None:
             )
 
 
-def _report_done(done: Sequence[Result], output: Path) -> None:
+def _report_done(done: Sequence[ResultLine], output: Path) -> None:
     failed = sum(result["status"] == "failed" for result in done)
     if done:
         log.info("%s: %d rows are already scored", output, len(done) - failed)
@@ -222,7 +226,9 @@ def _report_done(done: Sequence[Result], output: Path) -> None:
         log.info("%s: %d rows that failed are retried", output, failed)
 
 
-def _with_results(rows: Iterator[Row], done: Sequence[Result], output: Path) -> Iterator[tuple[Row, Result | None]]:
+def _with_results(
+    rows: Iterator[RowToScore], done: Sequence[ResultLine], output: Path
+) -> Iterator[tuple[RowToScore, ResultLine | None]]:
     """The rows, the first ones with their results from an earlier run.
 
     Raises:
@@ -249,8 +255,8 @@ def _other_input(place: str, what: str) -> UsageError:
 
 
 def _update_lines(
-    done: Sequence[Result], scored: Iterator[tuple[Row, Result]], output: Path
-) -> Iterator[tuple[Row, Result]]:
+    done: Sequence[ResultLine], scored: Iterator[tuple[RowToScore, ResultLine]], output: Path
+) -> Iterator[tuple[RowToScore, ResultLine]]:
     """The results for the output's lines; new ones are written even if the run is stopped."""
     lines, changed = list(done), False
     try:
@@ -263,7 +269,7 @@ def _update_lines(
             replace_rows(output, lines)
 
 
-def _json(line: Result) -> str:
+def _json(line: ResultLine) -> str:
     import orjson
 
     return orjson.dumps(line).decode()
@@ -300,7 +306,7 @@ class Trajectories:
         self.unattributed = 0
         """Steps without a trajectory, and unreadable lines: each may be a step that a trajectory lacks."""
 
-    def add(self, row: Row, score: float | None, status: str) -> None:
+    def add(self, row: RowToScore, score: float | None, status: str) -> None:
         """Add the score of a row, if it is a step that belongs to a trajectory.
 
         Raises:

@@ -20,13 +20,13 @@ import orjson
 
 from prmkit.errors import DataError, UsageError
 from prmkit.files import end_of_last_line, exclusive_lock, write_all
-from prmkit.scoring.rows import Row
-from prmkit.scoring.score import Result
+from prmkit.scoring.rows import RowToScore
+from prmkit.scoring.score import ResultLine
 from prmkit.trajectory import log_id
 
 log = logging.getLogger("prmkit")
 
-Role = Literal["production", "challenger", "shadow"]
+JudgeRole = Literal["production", "challenger", "shadow"]
 """`production` and `challenger` answered the client; a `shadow` answer was shown to nobody."""
 
 _MOST_WAITING = 64 << 20
@@ -59,7 +59,7 @@ class RequestLog:
     _descriptor: int | None = None
     """Of the open file; None before the first line. Only the writing thread uses it."""
 
-    def add(self, row: Row, line: Result, judge: str, role: Role) -> None:
+    def add(self, row: RowToScore, line: ResultLine, judge: str, role: JudgeRole) -> None:
         """Log one judged step. Returns at once, whatever the disk does.
 
         Args:
@@ -70,7 +70,7 @@ class RequestLog:
         """
         self._put(orjson.dumps(self._entry(row, line, judge, role), option=orjson.OPT_APPEND_NEWLINE))
 
-    def _entry(self, row: Row, line: Result, judge: str, role: Role) -> dict[str, Any]:
+    def _entry(self, row: RowToScore, line: ResultLine, judge: str, role: JudgeRole) -> dict[str, Any]:
         request = row.request
         prompt = request.prompt if request else None
         return {

@@ -14,7 +14,7 @@ import pytest
 
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.types import Request
-from prmkit.scoring.rows import Row
+from prmkit.scoring.rows import RowToScore
 from prmkit.serving.request_log import RequestLog
 from prmkit.trajectory import log_id
 from prmkit.verdict import Shape
@@ -22,9 +22,9 @@ from prmkit.verdict import Shape
 LINE = {"score": 0.5, "std": 0.1, "label_mass": 0.9, "status": "ok"}
 
 
-def row(number: int, prompt: str = "good") -> Row:
+def row(number: int, prompt: str = "good") -> RowToScore:
     request = Request(prompt, Shape(("step_score",), nested=False))
-    return Row(number, f"run-1#{number}", request, task="task-7", trajectory="run-1")
+    return RowToScore(number, f"run-1#{number}", request, task="task-7", trajectory="run-1")
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
