@@ -14,7 +14,7 @@ from prmkit.files import atomic_write, read_json, write_all, write_json
 
 log = logging.getLogger("prmkit")
 
-Line = Mapping[str, Any]
+JsonLine = Mapping[str, Any]
 
 
 def companion_file(file: Path, what: str) -> Path:
@@ -114,7 +114,7 @@ def _free_name(file: Path) -> Path:
     return name
 
 
-def append_rows(file: Path, rows: Iterable[Line]) -> Iterator[Line]:
+def append_rows(file: Path, rows: Iterable[JsonLine]) -> Iterator[JsonLine]:
     """Write each row to the end of `file` as it comes, and pass it on.
 
     Raises:
@@ -127,7 +127,7 @@ def append_rows(file: Path, rows: Iterable[Line]) -> Iterator[Line]:
 
 
 @contextmanager
-def appending(file: Path, *, synced: bool = False) -> Iterator[Callable[[Line], None]]:
+def appending(file: Path, *, synced: bool = False) -> Iterator[Callable[[JsonLine], None]]:
     """A function that writes a row to the end of `file`, at once.
 
     Args:
@@ -139,7 +139,7 @@ def appending(file: Path, *, synced: bool = False) -> Iterator[Callable[[Line], 
     """
     with file.open("ab", buffering=0) as stream:
 
-        def append(row: Line) -> None:
+        def append(row: JsonLine) -> None:
             try:
                 write_all(stream.write, _packed(row))
                 if synced:
@@ -152,12 +152,12 @@ def appending(file: Path, *, synced: bool = False) -> Iterator[Callable[[Line], 
         os.fsync(stream.fileno())
 
 
-def replace_rows(file: Path, rows: Iterable[Line]) -> None:
+def replace_rows(file: Path, rows: Iterable[JsonLine]) -> None:
     """Replace the whole file; at any moment it holds either the old lines or the new ones."""
     with atomic_write(file.resolve()) as stream:  # resolved, or a link would become a file
         for row in rows:
             stream.write(_packed(row))
 
 
-def _packed(row: Line) -> bytes:
+def _packed(row: JsonLine) -> bytes:
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)

@@ -215,7 +215,7 @@ def _reference(run: Trajectory) -> str:
     )
 
 
-def draw(share: float, *names: str) -> bool:
+def is_drawn(share: float, *names: str) -> bool:
     """Whether something is in a random share, decided by a hash of its names, so always in the same way."""
     place = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
     return place < share * 2**64

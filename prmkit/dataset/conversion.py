@@ -15,11 +15,11 @@ from prmkit import __version__, cli
 from prmkit.dataset.leaks import Prompt, audit, describe_leaks, find_near_duplicates
 from prmkit.dataset.lengths import LengthGuard, Measured, TooLong
 from prmkit.dataset.prepare import (
+    InputFile,
     PreparedRow,
     Preparer,
     RejectedRow,
     ScaleProblem,
-    Source,
     find_inputs,
     find_scale_problems,
     open_source,
@@ -110,7 +110,7 @@ def _convert(
 
 def _read(
     settings: Settings, names: Sequence[str], guard: LengthGuard | None, stage: Stage
-) -> tuple[list[Source], Preparer]:
+) -> tuple[list[InputFile], Preparer]:
     """Stage all rows of all inputs."""
     preparer, sources = Preparer(settings), []
     size = sum(Path(name).stat().st_size for name in names if name != STDIN)

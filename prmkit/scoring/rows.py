@@ -19,7 +19,7 @@ from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
 from prmkit.row_lines import STDIN, Line
 from prmkit.rows import InputRow, Rejected, parse_line, read_row
 from prmkit.trajectories.documents import Broken, Document
-from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_page
+from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_run_page
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.readers import reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
@@ -216,7 +216,7 @@ class RunsToScore:
             if self._runs > len(scored):
                 cli.emit(f"of the first {len(scored)} of {self._runs} runs")
         if self.page is not None:
-            write_page(self.page, scored, self.judge, self._runs - len(scored))
+            write_run_page(self.page, scored, self.judge, self._runs - len(scored))
             log.info("%s: %d runs", self.page, len(scored))
 
 
