@@ -55,24 +55,23 @@ def _keys(text: str) -> tuple[str, ...]:
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
     from prmkit.scoring.rows import known_keys, runs_to_score
-    from prmkit.scoring.score import Job, abstention_of, run
+    from prmkit.scoring.score import ScoringJob, abstention_of, run_job
 
     scorer = scorer_of(arguments)
     known = known_keys(arguments.data)
     runs = runs_to_score(arguments, scorer.source.rubrics)
-    job = Job(
+    job = ScoringJob(
         input=arguments.input,
         output=arguments.output,
         shape_of=ShapeOf(arguments.keys, known),
-        mode=arguments.mode,
         summaries=arguments.summaries,
         bad_below=arguments.bad_below if arguments.aggregate else None,
         runs=runs,
-        abstention=abstention_of(scorer, arguments.mode, arguments.interval, arguments.abstain_above),
+        abstention=abstention_of(scorer, arguments.interval, arguments.abstain_above),
     )
     fingerprint = {"judge": scorer.fingerprint(), "keys": list(arguments.keys), "known_keys": known}
     fingerprint |= {"rubric": runs.rubric.sha256} if runs else {}
-    return ExitCode.DONE if run(job, scorer, fingerprint) else ExitCode.DATA
+    return ExitCode.DONE if run_job(job, scorer, fingerprint) else ExitCode.DATA
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import train  # noqa: E402
 from benchmarks.score import made_up_rows, random_judge  # noqa: E402
-from prmkit.judge.transformers_judge import Judge  # noqa: E402
-from prmkit.judge.types import Mode, Request  # noqa: E402
+from prmkit.judge.transformers_judge import LocalJudge  # noqa: E402
+from prmkit.judge.types import Asking, Mode, Request  # noqa: E402
 
 SIZES: dict[str, dict[str, int]] = {
     # The public rows of this kind have 900 to 1,500 tokens; prompts of 30,000 characters about 7,500.
@@ -112,10 +112,10 @@ def scoring(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for mode, at_batch_1 in counts:
             count = at_batch_1 * (4 if batch_size > 1 and mode == "generate" else 1)
             rows = made_up_rows(judge.encoding, size["prompt"], count)
-            list(judge.score(rows[:batch_size], mode=mode, batch_size=batch_size, max_new_tokens=4))
+            list(judge.score(rows[:batch_size], Asking(mode=mode, batch_size=batch_size, max_new_tokens=4)))
             reset_peak()
             began = time.perf_counter()
-            list(judge.score(rows, mode=mode, batch_size=batch_size, max_new_tokens=size["verdict"]))
+            list(judge.score(rows, Asking(mode=mode, batch_size=batch_size, max_new_tokens=size["verdict"])))
             speed = count / (time.perf_counter() - began)
             yield {"mode": mode, "batch": batch_size, "steps/s": speed, "GiB": peak(), "rows": count}
 
@@ -151,9 +151,9 @@ def parity(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if "lora_B" in name:
             torch.nn.init.normal_(weights, std=0.01)
     rows = made_up_rows(judge.encoding, SIZES[given.size]["prompt"], 16)
-    adapter = Judge(judge.source, judge.encoding, model.eval())
+    adapter = LocalJudge(judge.source, judge.encoding, model.eval())
     one, eight = scores(adapter, rows, 1), scores(adapter, rows, 8)
-    merged = scores(Judge(judge.source, judge.encoding, model.merge_and_unload().eval()), rows, 8)
+    merged = scores(LocalJudge(judge.source, judge.encoding, model.merge_and_unload().eval()), rows, 8)
     spread = max(one) - min(one)
     for name, left, right in (("batch 1 and 8", one, eight), ("adapter and merged, batch 8", eight, merged)):
         differences = [abs(a - b) for a, b in zip(left, right, strict=True)]
@@ -161,9 +161,9 @@ def parity(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"between": name, "largest": max(differences), "mean": mean, "spread of scores": spread}
 
 
-def scores(judge: Judge, rows: list[Request], batch_size: int) -> list[float]:
+def scores(judge: LocalJudge, rows: list[Request], batch_size: int) -> list[float]:
     """The expected scores; every row must get one."""
-    found = [judgement.score for judgement in judge.score(rows, batch_size=batch_size)]
+    found = [judgement.score for judgement in judge.score(rows, Asking(batch_size=batch_size))]
     known = [score for score in found if score is not None]
     if len(known) < len(found):
         sys.exit("some prompts got no score")

@@ -38,8 +38,8 @@ from prmkit.evaluation.summary import shown  # noqa: E402
 from prmkit.http_client import Connection, Endpoint  # noqa: E402
 from prmkit.judge.scorer import Scorer  # noqa: E402
 from prmkit.judge.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
-from prmkit.judge.transformers_judge import Judge, load_model  # noqa: E402
-from prmkit.judge.types import Judgement, Mode, Request  # noqa: E402
+from prmkit.judge.transformers_judge import LocalJudge, load_model  # noqa: E402
+from prmkit.judge.types import Asking, Judgement, Request  # noqa: E402
 from prmkit.prompts.encoding import ChatEncoding, load_encoding  # noqa: E402
 from prmkit.verdict import Shape, Verdict, asked_shape, read_verdict, render_verdict  # noqa: E402
 
@@ -95,14 +95,14 @@ def made_up_rows(encoding: ChatEncoding, tokens: int, count: int) -> list[Reques
     return [Request(text, Shape(("reasonableness_score",), nested=False)) for text in texts]
 
 
-def random_judge(size: str, device: str) -> Judge:
+def random_judge(size: str, device: str) -> LocalJudge:
     """A judge with random weights and the demo's tokenizer."""
     folder = WORK / "model"
     build_tiny_model(ROOT / "finetune.jsonl", folder)
     source = JudgeSource(folder, template="qwen", cutoff_len=32768, device=device)
     if size == "tiny":
         return load_model(source)
-    return Judge(source, load_encoding(folder, "qwen"), random_qwen_7b(device))
+    return LocalJudge(source, load_encoding(folder, "qwen"), random_qwen_7b(device))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -119,12 +119,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = [Request(prompt.prompt, prompt.shape) for prompt in prompts]
     rows = rows or made_up_rows(judge.encoding, arguments.prompt_tokens, arguments.rows)
     longest = arguments.verdict_tokens * (2 if arguments.run else 1)
-    asked = {"mode": mode, "batch_size": int(batch_size), "max_new_tokens": longest}
-    list(judge.score(rows[:WARM_UP], **asked))
+    asking = Asking(mode, int(batch_size), max_new_tokens=longest)
+    list(judge.score(rows[:WARM_UP], asking))
     if judge.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    judgements = list(judge.score(rows, **asked))
+    judgements = list(judge.score(rows, asking))
     seconds = time.perf_counter() - started
     if judge.model.device.type == "cuda":
         peak, machine = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
@@ -184,25 +184,27 @@ def compare_through(arguments: argparse.Namespace) -> None:
     endpoint = Endpoint(arguments.through, arguments.served_name)
     sent = _count_requests()
     requests = list(_prompts_of_sample(arguments.rows))
-    ways: tuple[tuple[str, Scorer, Mode], ...] = (
-        ("transformers, expected", Scorer(source), "expected"),
-        ("vLLM exact, expected", Scorer(source, endpoint), "expected"),
-        ("transformers, generating", Scorer(source, max_new_tokens=arguments.verdict_tokens), "generate"),
-        ("vLLM, generating", Scorer(source, endpoint, max_new_tokens=arguments.verdict_tokens), "generate"),
-    )
+    writing = Asking("generate", max_new_tokens=arguments.verdict_tokens)
+    ways = {
+        "transformers, expected": Scorer(source),
+        "vLLM exact, expected": Scorer(source, endpoint),
+        "transformers, generating": Scorer(source, None, writing),
+        "vLLM, generating": Scorer(source, endpoint, writing),
+    }
     print(f"{len(requests)} prompts, at most {arguments.verdict_tokens} tokens of a verdict\n")
     print("| way | prompts/s | requests | scored | largest difference: score, label mass |")
     print("|---|---:|---:|---:|---|")
     reference: list[Judgement] = []
-    for name, scorer, mode in ways:
-        list(scorer.judgements(requests[-WARM_UP:], mode))
+    for name, scorer in ways.items():
+        list(scorer.judgements(requests[-WARM_UP:]))
         sent.clear()
         started = time.perf_counter()
-        found = list(scorer.judgements(requests[:-WARM_UP], mode))
+        found = list(scorer.judgements(requests[:-WARM_UP]))
         speed = len(found) / (time.perf_counter() - started)
         reference = reference or found
         scored = sum(judgement.score is not None for judgement in found)
-        differ = _differences(found, reference) if mode == "expected" and found is not reference else "–"
+        is_compared = scorer.asking.mode == "expected" and found is not reference
+        differ = _differences(found, reference) if is_compared else "–"
         print(f"| {name} | {speed:.2f} | {len(sent) or '–'} | {scored} | {differ} |", flush=True)
 
 

@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.http_client import check_url
+from prmkit.http_client import T, check_url, checked_key
 
 if TYPE_CHECKING:
     import httpx
 
-T = TypeVar("T")
 Messages = Sequence[Mapping[str, Any]]
 
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -85,9 +84,7 @@ class Judge:
             UsageError: the URL is not that of a server, or the key cannot be sent in a header.
         """
         check_url(self.url, "the URL of a judge,", "http://127.0.0.1:8000")
-        self.key = self.key and self.key.strip()  # a key that was read from a file ends with a line break
-        if self.key and not (self.key.isascii() and self.key.isprintable()):  # httpx's message would show the key
-            raise UsageError("the key of a judge has characters that cannot be sent. Check where it was read from.")
+        self.key = checked_key(self.key or "", "the key of a judge")  # httpx's message would show it
 
     def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Score steps or ready-made prompts: one line each, in order, as `POST /v1/score` returns them.

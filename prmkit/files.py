@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -223,6 +223,42 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# --- files that grow line by line -------------------------------------------------------------------------------------
+
+
+def write_all(write: Callable[[memoryview], int | None], data: bytes) -> None:
+    """Write all of `data` with `write`, which may take only a part of it and returns how many bytes it took.
+
+    A disk that is filling up takes a part, and reports the error with the next call.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[write(rest) or 0 :]
+
+
+def end_of_last_line(descriptor: int) -> int:
+    """The position after the last line break of an open file; 0 without one. What follows it was cut off by a kill."""
+    with open(descriptor, "rb", closefd=False) as stream:
+        end = stream.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - _READ_AHEAD)
+            stream.seek(begin)
+            place = stream.read(end - begin).rfind(b"\n")
+            if place >= 0:
+                return begin + place + 1
+            end = begin
+    return 0
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- locks ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import random
 import re
 import time
@@ -108,6 +109,31 @@ def check_url(url: str, called: str = "--base-url", example: str = "http://local
         fits = False
     if not fits or any(map(str.isspace, url)):
         raise UsageError(f"{called} {Endpoint(url, '').name}: not the address of a server. Write it as {example}.")
+
+
+def key_from(variable: str) -> str | None:
+    """The API key in an environment variable; None if it is empty.
+
+    Raises:
+        UsageError: as `checked_key`.
+    """
+    return checked_key(os.environ.get(variable, ""), f"${variable}")
+
+
+def checked_key(key: str, called: str) -> str | None:
+    """A key without the line break that `$(cat file)` or an .env file may have left after it; None if it is empty.
+
+    Args:
+        key: as it was read.
+        called: where it comes from.
+
+    Raises:
+        UsageError: it could not be sent in a header. The message does not repeat it, because it may be most of a key.
+    """
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{called}: has a character that no API key has, such as a line break. Set it again.")
+    return key or None
 
 
 class RowFailure(Exception):

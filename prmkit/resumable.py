@@ -2,19 +2,19 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
 from prmkit.errors import DataError, UsageError
-from prmkit.files import atomic_write, read_json, write_json
+from prmkit.files import atomic_write, read_json, write_all, write_json
 
 log = logging.getLogger("prmkit")
 
-Line = Mapping[str, Any]
+JsonLine = Mapping[str, Any]
 
 
 def companion_file(file: Path, what: str) -> Path:
@@ -60,7 +60,7 @@ def _is_stdin(file: Path) -> bool:
         return False
 
 
-def reopen(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
+def reopen(file: Path, fingerprint: Mapping[str, Any], *, retry: Collection[str] = ()) -> list[dict[str, Any]]:
     """The lines that an earlier, possibly killed, run left in `file`, if they are of the same kind.
 
     A last line that was cut off is removed. Lines of another judge, mode or dataset are moved away, not mixed in.
@@ -68,6 +68,7 @@ def reopen(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     Args:
         file: the output.
         fingerprint: lines with the same fingerprint may be in one file; kept next to the file.
+        retry: lines with one of these as their `status` are removed from the file, so that they are made again.
 
     Raises:
         UsageError: the file is not an output of such a run.
@@ -90,7 +91,11 @@ def reopen(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     with file.open("r+b") as stream:
         whole = stream.read()
         stream.truncate(whole.rfind(b"\n") + 1)
-    return [_line(line, f"{file}:{number}") for number, line in enumerate(whole.split(b"\n")[:-1], start=1)]
+    lines = [_line(line, f"{file}:{number}") for number, line in enumerate(whole.split(b"\n")[:-1], start=1)]
+    kept = [line for line in lines if line.get("status") not in retry]
+    if len(kept) < len(lines):
+        replace_rows(file, kept)
+    return kept
 
 
 def _line(text: bytes, place: str) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def _free_name(file: Path) -> Path:
     return name
 
 
-def append_rows(file: Path, rows: Iterable[Line]) -> Iterator[Line]:
+def append_rows(file: Path, rows: Iterable[JsonLine]) -> Iterator[JsonLine]:
     """Write each row to the end of `file` as it comes, and pass it on.
 
     Raises:
@@ -122,17 +127,23 @@ def append_rows(file: Path, rows: Iterable[Line]) -> Iterator[Line]:
 
 
 @contextmanager
-def appending(file: Path) -> Iterator[Callable[[Line], None]]:
+def appending(file: Path, *, synced: bool = False) -> Iterator[Callable[[JsonLine], None]]:
     """A function that writes a row to the end of `file`, at once.
+
+    Args:
+        file: complete lines, or nothing yet.
+        synced: every row is on the disk when the function returns; otherwise all are when the block ends.
 
     Raises:
         OSError: the file cannot be written; the error has its name, which a full disk does not say by itself.
     """
     with file.open("ab", buffering=0) as stream:
 
-        def append(row: Line) -> None:
+        def append(row: JsonLine) -> None:
             try:
-                _write(stream, _packed(row))
+                write_all(stream.write, _packed(row))
+                if synced:
+                    os.fsync(stream.fileno())
             except OSError as error:
                 error.filename = error.filename or str(file)
                 raise
@@ -141,22 +152,12 @@ def appending(file: Path) -> Iterator[Callable[[Line], None]]:
         os.fsync(stream.fileno())
 
 
-def _write(stream: Any, text: bytes) -> None:
-    rest = memoryview(text)
-    while rest:
-        rest = rest[stream.write(rest) :]
-
-
-def replace_rows(file: Path, rows: Iterable[Line]) -> None:
+def replace_rows(file: Path, rows: Iterable[JsonLine]) -> None:
     """Replace the whole file; at any moment it holds either the old lines or the new ones."""
     with atomic_write(file.resolve()) as stream:  # resolved, or a link would become a file
-        _write_all(stream, rows)
+        for row in rows:
+            stream.write(_packed(row))
 
 
-def _write_all(stream: BinaryIO, rows: Iterable[Line]) -> None:
-    for row in rows:
-        stream.write(_packed(row))
-
-
-def _packed(row: Line) -> bytes:
+def _packed(row: JsonLine) -> bytes:
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)

@@ -9,7 +9,7 @@ import families
 import pytest
 
 from prmkit.judge.sources import JudgeSource
-from prmkit.judge.transformers_judge import Judge, load_model
+from prmkit.judge.transformers_judge import LocalJudge, load_model
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def judges(model_folders: dict[str, Path], few_threads: None) -> dict[str, Judge]:
+def judges(model_folders: dict[str, Path], few_threads: None) -> dict[str, LocalJudge]:
     """A loaded judge for each family."""
     return {
         name: load_model(JudgeSource(model_folders[name], template=template, cutoff_len=2048))
@@ -39,7 +39,7 @@ def judges(model_folders: dict[str, Path], few_threads: None) -> dict[str, Judge
 
 
 @pytest.fixture(params=list(families.TEMPLATES))
-def judge(request: pytest.FixtureRequest, judges: dict[str, Judge]) -> Judge:
+def judge(request: pytest.FixtureRequest, judges: dict[str, LocalJudge]) -> LocalJudge:
     """Each family's judge in turn."""
     return judges[request.param]
 

@@ -19,7 +19,7 @@ from prmkit.prompts.step import load_rubric
 from prmkit.serving.app import Limits, make_app
 from prmkit.serving.engine import Engine
 from prmkit.serving.judges import ServedJudge
-from prmkit.serving.metrics import Metrics
+from prmkit.serving.metrics import ServerMetrics
 from prmkit.serving.service import Service
 
 
@@ -65,7 +65,9 @@ def running_server(
 
     async def serve() -> None:
         engine = Engine(scorer or StubScorer(), **queue)  # type: ignore[arg-type]
-        service = Service(ServedJudge("stub", engine), Metrics(lambda: engine.depth, ()), ShapeOf(), load_rubric())
+        service = Service(
+            ServedJudge("stub", engine), ServerMetrics(lambda: engine.depth, ()), ShapeOf(), load_rubric()
+        )
         limits = Limits(key=key, drain=1, body_patience=body_patience)
         config = uvicorn.Config(make_app(service, limits), log_level="warning", timeout_graceful_shutdown=1)
         servers.append(uvicorn.Server(config))

@@ -174,6 +174,45 @@ def test_every_module_is_used() -> None:
     assert not [name for name in left_over if not any(other.startswith(name + ".") for other in names.values())]
 
 
+# --- one name, one thing ----------------------------------------------------------------------------------------------
+
+IN_SEVERAL_MODULES = {
+    # What every module of a kind has: a reader of runs, a trainer's adapter, a script's work and parser, a table.
+    "READER", "read", "recognises", "make_reward_func", "execute", "main", "make_parser", "log",
+    "COLUMNS", "NUMERIC", "OPTIONAL", "EXPLAINED", "JSON_FILE", "PAGE",
+    # Each demo model has its tokens.
+    "START_OF_TURN", "END_OF_TURN",
+    # The front door and what it opens.
+    "convert",
+    # Left over: rename these, and add none.
+    "ANSWER", "Answers", "FULL", "Key", "Line", "METRICS", "SYSTEM", "Settings", "State", "Step", "Trajectory",
+    "as_json", "check_keys", "differences", "measure", "read_answers", "rows_of", "run_of", "shown", "state_of",
+    "write_page",
+}  # fmt: skip
+
+
+def test_a_public_name_means_one_thing() -> None:
+    """A reader who searches for a name finds one definition. Prefix a second one with its package's noun."""
+    modules: dict[str, list[str]] = {}
+    for path in MODULES:
+        for name in _public_names(path):
+            modules.setdefault(name, []).append(str(path.relative_to(ROOT / "prmkit")))
+    twice = {name: places for name, places in modules.items() if len(places) > 1}
+    assert not {name: places for name, places in twice.items() if name not in IN_SEVERAL_MODULES}
+
+
+def _public_names(path: Path) -> set[str]:
+    """The names that a module defines at top level."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
 # --- plain English and size -------------------------------------------------------------------------------------------
 
 PRIVATE_WORDS = re.compile(

@@ -14,11 +14,13 @@ import zstandard
 from prmkit.errors import DataError
 from prmkit.files import (
     atomic_write,
+    end_of_last_line,
     exclusive_lock,
     open_input,
     read_json,
     read_jsonl,
     sha256_of,
+    write_all,
     write_json,
     write_text,
 )
@@ -115,6 +117,28 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@pytest.mark.parametrize("whole", [b"", b"a\n", b"a\n" + b"b" * 700_000 + b"\n"])
+@pytest.mark.parametrize("cut_off", [b"", b"c", b"c" * 300_000, b"c" * (1 << 18)])
+def test_the_end_of_the_last_line_is_found_whatever_follows_it(tmp_path: Path, whole: bytes, cut_off: bytes) -> None:
+    file = tmp_path / "lines"
+    file.write_bytes(whole + cut_off)
+    with file.open("ab+", buffering=0) as stream:
+        assert end_of_last_line(stream.fileno()) == len(whole)
+        stream.truncate(len(whole))
+    assert file.read_bytes() == whole
+
+
+def test_a_part_that_was_not_taken_is_written_again() -> None:
+    taken = bytearray()
+
+    def write(rest: memoryview) -> int:
+        taken.extend(rest[:3])
+        return min(3, len(rest))
+
+    write_all(write, b"0123456789")
+    assert taken == b"0123456789"
 
 
 def test_the_hash_is_that_of_sha256sum(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ One line per answer, written to disk before it is used, because it was paid for.
 gives the same bytes every time.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ import orjson
 
 from prmkit.collection.questions import Answers, Ask, Question, next_of
 from prmkit.errors import DataError
+from prmkit.files import end_of_last_line
+from prmkit.resumable import appending
 from prmkit.rows import SELECTED_BY, WEIGHT
 from prmkit.trajectories.rows import step_metadata
 from prmkit.verdict import Verdict, render_verdict
@@ -71,38 +72,15 @@ def recording(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         OSError: the file cannot be written; the error names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+", buffering=0) as stream:
-        _end_the_last_line(stream)
-
-        def record(answer: Mapping[str, Any]) -> None:
-            try:
-                rest = memoryview(orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE))
-                while rest:
-                    rest = rest[stream.write(rest) or 0 :]
-                os.fsync(stream.fileno())
-            except OSError as error:
-                error.filename = error.filename or str(path)
-                raise
-
+    with path.open("ab+") as stream:
+        end = end_of_last_line(stream.fileno())
+        stream.seek(end)
+        if _is_whole(stream.read()):
+            stream.write(b"\n")
+        else:  # an incomplete line would spoil the next one
+            stream.truncate(end)
+    with appending(path, synced=True) as record:
         yield record
-
-
-def _end_the_last_line(stream: Any) -> None:
-    """Remove an incomplete last line, which would spoil the next one, or end it if only its line break is missing."""
-    size = stream.seek(0, os.SEEK_END)
-    end = size
-    while end and not _ends_a_line(stream, end):
-        end -= 1
-    stream.seek(end)
-    if end < size and _is_whole(stream.read()):
-        stream.write(b"\n")
-    elif end < size:
-        stream.truncate(end)
-
-
-def _ends_a_line(stream: Any, end: int) -> bool:
-    stream.seek(end - 1)
-    return bool(stream.read(1) == b"\n")
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

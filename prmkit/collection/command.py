@@ -17,7 +17,7 @@ from prmkit import cli
 from prmkit.collection.answers import Tally, read_answers, rows_of_answers
 from prmkit.collection.ask import Collection, collect
 from prmkit.collection.judges import StrongJudge, load_judges
-from prmkit.collection.questions import Ask, Question, draw, next_of, questions_of
+from prmkit.collection.questions import Ask, Question, is_drawn, next_of, questions_of
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write, exclusive_lock
 from prmkit.prompts.step import Rubric, load_rubric
@@ -34,7 +34,7 @@ _COUNTED = ("questions", "open", "tokens in", "tokens out")
 
 
 @dataclass(frozen=True)
-class Plan:
+class CollectionPlan:
     """What to ask, and which judges."""
 
     inputs: tuple[str, ...]
@@ -74,7 +74,7 @@ class Plan:
                 return
             question = replace(question, selection=chosen)
         yield question
-        if draw(self.repeat, "repeat", question.judge.name, question.name):
+        if is_drawn(self.repeat, "repeat", question.judge.name, question.name):
             yield replace(question, repeat=True)
 
 
@@ -112,15 +112,12 @@ def _check_files(arguments: argparse.Namespace, answers: Path) -> None:
     for source in read:
         check_output(arguments.output, source)
         check_output(answers, source)
-    if arguments.output.absolute() == answers.absolute() or (answers.exists() and _is_same(arguments.output, answers)):
+    output = arguments.output
+    if output.absolute() == answers.absolute() or (answers.exists() and output.exists() and output.samefile(answers)):
         raise UsageError(f"{answers}: is also the --output. The answers need a separate file.")
 
 
-def _is_same(file: Path, other: Path) -> bool:
-    return file.exists() and file.samefile(other)
-
-
-def _plan(arguments: argparse.Namespace) -> Plan:
+def _plan(arguments: argparse.Namespace) -> CollectionPlan:
     judges = load_judges(arguments.judges)
     if arguments.per == "run" and arguments.first is not None:
         raise UsageError("--first selects single steps, and --per run asks for whole runs. Leave one of them out.")
@@ -131,7 +128,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     selected = None
     if arguments.first is not None:
         selected = _selected(arguments.first, arguments.unsure_above, arguments.audit)
-    return Plan(
+    return CollectionPlan(
         tuple(arguments.inputs),
         arguments.format,
         tuple(judges),
@@ -161,7 +158,7 @@ def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str
             ) from error
         if place in chosen:
             raise DataError(f"{scores}:{number}: a second line about step {place[1]} of {place[0]}. Keep only one.")
-        is_audited = draw(audit, "audit", *map(str, place))
+        is_audited = is_drawn(audit, "audit", *map(str, place))
         chosen[place] = ("unsure", 1.0) if is_unsure else (AUDIT, round(1 / audit, 6)) if is_audited else None
     return chosen
 
@@ -176,7 +173,7 @@ def _width(line: Mapping[str, Any]) -> float:
 # --- before -----------------------------------------------------------------------------------------------------------
 
 
-def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool, as_json: bool) -> int:
+def _show(plan: CollectionPlan, answers: Mapping[str, Any], *, with_prompt: bool, as_json: bool) -> int:
     """Report what is still to be asked, and return the number of requests."""
     counts: dict[str, Counter[str]] = {judge.name: Counter() for judge in plan.judges}
     first: Question | None = None
@@ -202,7 +199,7 @@ def _show(plan: Plan, answers: Mapping[str, Any], *, with_prompt: bool, as_json:
     return sum(count["open"] for count in counts.values())
 
 
-def _show_as_json(plan: Plan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
+def _show_as_json(plan: CollectionPlan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
     """Print to stdout if the price is the result; before asking, print to stderr, because the result comes later."""
     judges = [
         {"judge": judge.name, "host": judge.host}
@@ -218,7 +215,7 @@ def _show_as_json(plan: Plan, counts: Mapping[str, Counter[str]], first: Questio
         log.info("%s (%s): %s requests%s", judge["judge"], judge["host"], f"{judge['open']:,}", cost)
 
 
-def _show_as_table(plan: Plan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
+def _show_as_table(plan: CollectionPlan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
     rows = [_price_row(judge, counts[judge.name]) for judge in plan.judges]
     columns = ("judge", *_COUNTED, "price, no retries", "host")
     cli.emit_table("", columns, rows, numeric=columns[1:6], optional=("questions", "host"))
@@ -253,7 +250,7 @@ def _confirm(judges: Sequence[StrongJudge], *, yes: bool) -> None:
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
-def _write(plan: Plan, state: Collection, output: Path, *, as_json: bool) -> ExitCode:
+def _write(plan: CollectionPlan, state: Collection, output: Path, *, as_json: bool) -> ExitCode:
     tally, written = Tally(), 0
     reasons = {key: state.stopped.get(key[0], reason) for key, reason in state.failures.items()}
     with atomic_write(output) as stream:

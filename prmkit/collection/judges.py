@@ -3,7 +3,6 @@
 import difflib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from urllib.parse import urlsplit
 
 from prmkit.errors import UsageError
 from prmkit.files import read_plain_yaml
-from prmkit.http_client import check_url
+from prmkit.http_client import check_url, key_from
 
 JsonMode = Literal["schema", "object", "prompt"]
 _LIMITS = ("max_tokens", "max_completion_tokens")
@@ -59,11 +58,9 @@ class StrongJudge:
         """
         if self.api_key_env is None:
             return None
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not key:
+        key = key_from(self.api_key_env)
+        if key is None:
             raise UsageError(f"{self.name}: the variable {self.api_key_env} is empty. Set it to the API key.")
-        if not (key.isascii() and key.isprintable()):
-            raise UsageError(f"{self.name}: {self.api_key_env} has a character that no API key has. Set it again.")
         return key
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:

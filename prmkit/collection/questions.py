@@ -170,14 +170,7 @@ def _read(question: Question, answer: Mapping[str, Any]) -> Mapping[int, Verdict
         return _read_run(text, question.prompts, shape)
     verdict = read_verdict(text, shape)
     ((step, _),) = question.prompts.items()
-    return _reason(verdict, shape) or {step: verdict}  # type: ignore[dict-item]
-
-
-def _reason(verdict: Verdict | Unreadable, shape: Shape | None) -> str | None:
-    if isinstance(verdict, Unreadable):
-        return verdict.reason
-    missing = [key for key in (shape.keys if shape else ()) if key not in verdict.scores]
-    return f"{', '.join(missing)} missing" if missing else None
+    return verdict.reason if isinstance(verdict, Unreadable) else {step: verdict}
 
 
 def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Mapping[int, Verdict] | str:
@@ -193,9 +186,9 @@ def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Map
     verdicts: dict[int, Verdict] = {}
     for step, entry in entries.items():
         verdict = read_verdict(json.dumps(entry), shape)
-        if reason := _reason(verdict, shape):
-            return f"step {step}: {reason}"
-        verdicts[step] = verdict  # type: ignore[assignment]
+        if isinstance(verdict, Unreadable):
+            return f"step {step}: {verdict.reason}"
+        verdicts[step] = verdict
     return verdicts
 
 
@@ -222,7 +215,7 @@ def _reference(run: Trajectory) -> str:
     )
 
 
-def draw(share: float, *names: str) -> bool:
+def is_drawn(share: float, *names: str) -> bool:
     """Whether something is in a random share, decided by a hash of its names, so always in the same way."""
     place = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
     return place < share * 2**64

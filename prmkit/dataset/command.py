@@ -4,7 +4,7 @@ import argparse
 import logging
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,17 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         UsageError: they contradict each other, or a value cannot be right.
         DataError: a file that they name cannot be read.
     """
-    if arguments.output_dir is None:
-        arguments.output_dir = Path(str(_config(arguments).get("dataset_dir") or "data"))
+    output = arguments.output_dir or Path(str(_config(arguments).get("dataset_dir") or "data"))
     filters = Filters(_values(arguments.evaluation_types), _values(arguments.model_names), _values(arguments.task_ids))
     _check(arguments, filters)
     return Settings(
         inputs=tuple(arguments.input),
-        output=arguments.output_dir,
+        output=output,
         filters=filters,
         name=arguments.name or Settings.name,
         form=arguments.format,
         labels=arguments.labels,
-        split=_split(arguments, filters),
+        split=_split(arguments, filters, output),
         scales=_scales(arguments),
         aggregate=arguments.aggregate,
         leniency_correction=arguments.leniency_correction,
@@ -162,37 +161,43 @@ def _check(arguments: argparse.Namespace, filters: Filters) -> None:
     Raises:
         UsageError: with one line per problem.
     """
-    name, limit = arguments.name, arguments.max_rejected
-    problems = {
-        "--eval-ratio: must be a share of tasks, 0 or more and below 1": arguments.eval_ratio is not None
-        and not 0 <= arguments.eval_ratio < 1,
-        "--eval-tasks replaces --eval-ratio and --split-seed: leave these out": arguments.eval_tasks is not None
-        and (arguments.eval_ratio is not None or arguments.split_seed is not None),
-        "--max-disagreement: must be a difference of scores, 0 to 1": arguments.max_disagreement is not None
-        and not 0 <= arguments.max_disagreement <= 1,
-        "--max-rejected: must be a share such as 5% or a number of rows": limit is not None
-        and not re.fullmatch(r"\d+|\d+(\.\d+)?%", limit),
-        "--name: only names a filtered variant; give --evaluation-types, --model-names or --task-ids": bool(name)
-        and not filters,
-        f"--name: may have letters, digits, '_', '-' and '.', and must not end in {HELD_OUT_SUFFIX}": name is not None
-        and (not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX)),
-        f"--name: {name} is a variant of the main conversion": name in (FULL, CONSENSUS),
-        "key=value overrides --config: give a --config": bool(arguments.assignments) and arguments.config is None,
-        "--tokenizer needs --cutoff-len, or a --config that has it": arguments.tokenizer is not None
-        and arguments.cutoff_len is None
-        and arguments.config is None,
-        "--cutoff-len and --template need --tokenizer, or a --config that has model_name_or_path": (
-            arguments.cutoff_len is not None or arguments.template is not None
-        )
-        and arguments.tokenizer is None
-        and arguments.config is None,
-        "--cutoff-len: must be a number above 0": arguments.cutoff_len is not None and arguments.cutoff_len < 1,
-    }
-    if found := [problem for problem, is_one in problems.items() if is_one]:
+    if found := list(_problems(arguments, filters)):
         raise UsageError("\n  ".join(found))
 
 
-def _split(arguments: argparse.Namespace, filters: Filters) -> Split:
+def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:
+    if given.eval_ratio is not None and not 0 <= given.eval_ratio < 1:
+        yield "--eval-ratio: must be a share of tasks, 0 or more and below 1"
+    if given.eval_tasks is not None and (given.eval_ratio is not None or given.split_seed is not None):
+        yield "--eval-tasks replaces --eval-ratio and --split-seed: leave these out"
+    if given.max_disagreement is not None and not 0 <= given.max_disagreement <= 1:
+        yield "--max-disagreement: must be a difference of scores, 0 to 1"
+    if given.max_rejected is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", given.max_rejected):
+        yield "--max-rejected: must be a share such as 5% or a number of rows"
+    yield from _problems_of_name(given.name, filters)
+    if given.assignments and given.config is None:
+        yield "key=value overrides --config: give a --config"
+    if given.tokenizer is not None and given.cutoff_len is None and given.config is None:
+        yield "--tokenizer needs --cutoff-len, or a --config that has it"
+    names_length = given.cutoff_len is not None or given.template is not None
+    if names_length and given.tokenizer is None and given.config is None:
+        yield "--cutoff-len and --template need --tokenizer, or a --config that has model_name_or_path"
+    if given.cutoff_len is not None and given.cutoff_len < 1:
+        yield "--cutoff-len: must be a number above 0"
+
+
+def _problems_of_name(name: str | None, filters: Filters) -> Iterator[str]:
+    if name is None:
+        return
+    if name and not filters:
+        yield "--name: only names a filtered variant; give --evaluation-types, --model-names or --task-ids"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX):
+        yield f"--name: may have letters, digits, '_', '-' and '.', and must not end in {HELD_OUT_SUFFIX}"
+    if name in (FULL, CONSENSUS):
+        yield f"--name: {name} is a variant of the main conversion"
+
+
+def _split(arguments: argparse.Namespace, filters: Filters, output: Path) -> Split:
     if arguments.eval_tasks is not None:
         return Split(tasks=read_tasks(arguments.eval_tasks))
     given = {
@@ -200,7 +205,7 @@ def _split(arguments: argparse.Namespace, filters: Filters) -> Split:
         for key, value in (("ratio", arguments.eval_ratio), ("seed", arguments.split_seed))
         if value is not None
     }
-    if filters and not given and (earlier := _earlier_split(arguments.output_dir / REPORT)):
+    if filters and not given and (earlier := _earlier_split(output / REPORT)):
         return earlier
     return Split(**given)
 

@@ -6,21 +6,20 @@ prepare each row (prepare) and keep it (stage) -> decide what depends on the who
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
 from prmkit import __version__, cli
-from prmkit.dataset.leaks import NearDuplicates, Prompt, audit, describe_leaks, find_near_duplicates
+from prmkit.dataset.leaks import Prompt, audit, describe_leaks, find_near_duplicates
 from prmkit.dataset.lengths import LengthGuard, Measured, TooLong
 from prmkit.dataset.prepare import (
+    InputFile,
     PreparedRow,
     Preparer,
     RejectedRow,
     ScaleProblem,
-    Source,
     find_inputs,
     find_scale_problems,
     open_source,
@@ -42,6 +41,7 @@ from prmkit.dataset_info import Entry, read_entries
 from prmkit.errors import DataError
 from prmkit.files import exclusive_lock, read_json, sha256_of, write_json
 from prmkit.leniency import Leniency
+from prmkit.llamafactory_schema import installed_version
 from prmkit.paths import FULL, INFO, REPORT
 from prmkit.row_lines import STDIN, Line
 
@@ -110,7 +110,7 @@ def _convert(
 
 def _read(
     settings: Settings, names: Sequence[str], guard: LengthGuard | None, stage: Stage
-) -> tuple[list[Source], Preparer]:
+) -> tuple[list[InputFile], Preparer]:
     """Stage all rows of all inputs."""
     preparer, sources = Preparer(settings), []
     size = sum(Path(name).stat().st_size for name in names if name != STDIN)
@@ -199,15 +199,9 @@ def _decide(settings: Settings, stage: Stage, preparer: Preparer, problems: Sequ
     if settings.near_duplicates == "drop":
         reasons = ((f"repeats {share:.0%} of the held-out {held[1]}", train[0]) for train, held, share in near.pairs)
         stage.reject_prompts(reasons, NEAR_DUPLICATE)
-    again = stage.rows.execute(
-        "SELECT total(n - 1) FROM (SELECT count(DISTINCT answer) AS n FROM kept GROUP BY prompt, judge)"
-    ).fetchone()[0]
-    self_agreement = self_agreement_of(stage.self_agreement())
+    again, self_agreement = stage.answered_again(), self_agreement_of(stage.self_agreement())
     stage.reject_duplicates()
-    prompts, differently = stage.rows.execute(
-        "SELECT count(DISTINCT prompt), count(DISTINCT CASE WHEN answers > 1 THEN prompt END) "
-        "FROM (SELECT prompt, count(*) AS answers FROM kept GROUP BY prompt, judge)"
-    ).fetchone()
+    prompts, differently = stage.count_prompts()
     leniency, agreement = _compare_judges(stage)
     if settings.max_disagreement is not None:
         stage.reject_contested(settings.max_disagreement)
@@ -217,12 +211,10 @@ def _decide(settings: Settings, stage: Stage, preparer: Preparer, problems: Sequ
         "prompts": prompts,
         "prompts_a_judge_answered_differently": differently,
         "judge_agreement": agreement,
-        "rows_answered_again": int(again),
+        "rows_answered_again": again,
         "self_agreement": self_agreement,
         "leniency": leniency_of(leniency),
-        "near_duplicates": NearDuplicates(
-            [(train[1], held[1], share) for train, held, share in near.pairs], near.compared
-        ).as_json(),
+        "near_duplicates": near.as_json(lambda place: place[1]),
     }
 
 
@@ -252,8 +244,7 @@ def _prompts(stage: Stage, *, held_out: bool) -> Iterator[Prompt]:
     )  # fmt: skip
     for prompt, unit, evaluation_type, number in rows:
         (text,) = stage.rows.execute("SELECT text FROM prompt WHERE id = ?", (prompt,)).fetchone()
-        place = f"{stage.sources[number >> 40]}:{number & (1 << 40) - 1}"
-        yield Prompt(text, unit, evaluation_type or "", (prompt, place))
+        yield Prompt(text, unit, evaluation_type or "", (prompt, stage.place(number)))
 
 
 def _nothing_matched(settings: Settings, stage: Stage) -> str:
@@ -318,15 +309,12 @@ def _limit(text: str, rows: int) -> int:
 
 def _held_out(settings: Settings, stage: Stage, new: Path) -> dict[str, Any]:
     whole = new / f"{held_out_name(settings.name if settings.filters else FULL)}.jsonl"
-    tasks, all_tasks, rows, all_rows = stage.rows.execute(
-        "SELECT count(DISTINCT CASE WHEN held_out THEN task END), count(DISTINCT task), total(held_out), count(*) "
-        "FROM kept"
-    ).fetchone()
+    tasks, all_tasks, rows, all_rows = stage.count_held_out()
     # If no row names its task, each prompt is held out by itself.
     ratio = tasks / all_tasks if all_tasks else rows / max(all_rows, 1)
     return {
         "tasks": tasks,
-        "rows": int(rows),
+        "rows": rows,
         "sha256": sha256_of(whole) if whole.exists() else None,
         "realised_ratio": round(ratio, 4),
     }
@@ -397,11 +385,5 @@ def _check_leaks(output: Path, new: Path, written: Written, kept: Mapping[str, A
 
 def _versions() -> dict[str, str | None]:
     packages = ("orjson", "json-repair", "llamafactory", "transformers")
-    return {"prmkit": __version__, "python": python_version(), **{package: _version(package) for package in packages}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    installed = {package: installed_version(package) for package in packages}
+    return {"prmkit": __version__, "python": python_version(), **installed}

@@ -195,9 +195,9 @@ class NearDuplicates:
     compared: int
     """Training prompts."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Counts and examples for the report."""
-        shown = [{"training": str(train), "held_out": str(held), "share": round(share, 3)}
+    def as_json(self, name_of: Callable[[Any], str] = str) -> dict[str, Any]:
+        """Counts and examples for the report, with places as `name_of` shows them."""
+        shown = [{"training": name_of(train), "held_out": name_of(held), "share": round(share, 3)}
                  for train, held, share in self.pairs[:_EXAMPLES]]  # fmt: skip
         return {"prompts": len(self.pairs), "compared": self.compared, "examples": shown}
 
@@ -252,6 +252,15 @@ class _Index:
         self._units_of_type: Counter[str] = Counter()
         self._last_unit_of_type: dict[str, str] = {}
         self._unit, self._unit_number = "", -1
+        # Arrays that `close` makes.
+        self._grams: Any  # the distinct grams, sorted
+        self._units: Any  # how many units have each gram
+        self._last_unit: Any  # the number of the last of these
+        self._owners: Any  # the prompts that have each gram, gram after gram
+        self._owners_from: Any  # where each gram's owners begin
+        self._owners_of: Any  # how many owners each gram has
+        self._numbers: Any  # the place in `_grams` of every prompt's grams, prompt after prompt
+        self._from: Any  # where each prompt's grams begin
 
     @property
     def has_grams(self) -> bool:
@@ -279,7 +288,6 @@ class _Index:
         import numpy as np
 
         together = np.concatenate([np.empty(0, np.uint64), *(grams for _, grams, _ in self._held)])
-        # Each distinct gram, and the number of each prompt's grams among these; then the reverse, prompts by gram.
         self._grams, self._numbers = np.unique(together, return_inverse=True)
         self._from = np.cumsum([0, *(len(grams) for _, grams, _ in self._held)])
         order = np.argsort(self._numbers, kind="stable")
@@ -345,9 +353,8 @@ class _Index:
 
         theirs = slice(self._from[nearest], self._from[nearest + 1])
         template_there = self._units[self._numbers[theirs]] > limit
-        own_there = _words_of(self._held[nearest][2], ~template_there) & ~_words_of(
-            self._held[nearest][2], template_there
-        )
+        starts_there = self._held[nearest][2]
+        own_there = _words_of(starts_there, ~template_there) & ~_words_of(starts_there, template_there)
         own_here = _words_of(starts, ~template) & ~_words_of(starts, template)
         common = _words_of(starts, np.isin(numbers, self._numbers[theirs]) & known & ~template) & own_here
         fewer, more = sorted((int(own_here.sum()), int(own_there.sum())))

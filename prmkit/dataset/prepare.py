@@ -87,7 +87,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 @dataclass
-class Source:
+class InputFile:
     """One input file, and what is recorded about it while it is read."""
 
     name: str
@@ -98,7 +98,7 @@ class Source:
 
 
 @contextmanager
-def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[Source, Iterator[Line]]]:
+def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[InputFile, Iterator[Line]]]:
     """Read an input file row by row; after that, the source has the hash of what was read.
 
     A file of runs gives a row for each labelled step, numbered through the file.
@@ -112,7 +112,7 @@ def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[Source,
         UsageError: the rubric cannot be used.
     """
     shown = "stdin" if name == STDIN else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    source = Source(shown)
+    source = InputFile(shown)
     before = None if name == STDIN else _state(Path(name))
     if name != STDIN and Path(name).is_file() and holds_records(Path(name)):
         source.sha256, source.bytes = sha256_of(Path(name)), Path(name).stat().st_size
@@ -205,7 +205,7 @@ class RejectedRow(NamedTuple):
 
 
 @dataclass
-class Values:
+class ValuesOfKey:
     """How a judge answers one key."""
 
     rows: int = 0
@@ -231,7 +231,7 @@ class Preparer:
         """Rows of the input, of any form."""
         self.accepted = 0
         """Rows whose form is known and that the filters accept."""
-        self.values: dict[tuple[str | None, str], Values] = defaultdict(Values)
+        self.values: dict[tuple[str | None, str], ValuesOfKey] = defaultdict(ValuesOfKey)
         """By judge and key; only for rows that the filters accept."""
         self.rubrics: set[str] = set()
         """Hashes of the rubrics for steps of raw runs; only for rows that the filters accept."""
@@ -342,7 +342,9 @@ class ScaleProblem(NamedTuple):
     message: str
 
 
-def find_scale_problems(values: Mapping[tuple[str | None, str], Values], settings: Settings) -> Iterator[ScaleProblem]:
+def find_scale_problems(
+    values: Mapping[tuple[str | None, str], ValuesOfKey], settings: Settings
+) -> Iterator[ScaleProblem]:
     """Judges and keys with values off the judge's scale in more than a few rows, each with what to do.
 
     A judge on 1 to 10 gives 2 to 10, which are out of range, and 1, which is not: its worst score would become the best
@@ -370,7 +372,7 @@ _FEWEST_OUTSIDE = 3
 _SHARE_OUTSIDE = 0.02
 
 
-def _guess(found: Values, *, between: str) -> str:
+def _guess(found: ValuesOfKey, *, between: str) -> str:
     low = 1 if found.low >= 1 else min(found.low, 0)
     high = next((str(end) for end in (1, 5, 10, 100) if found.high <= end), "HIGHEST")
     return f"{low:g}{between}{high}"

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prmkit.errors import DataError
+from prmkit.files import sync
 from prmkit.paths import TASKS
 
 _CURRENT = ".current"
@@ -85,7 +86,7 @@ def sync_files(folder: Path) -> None:
         os.sync()
     else:
         for path in paths:
-            _sync(path)
+            sync(path)
 
 
 def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> None:
@@ -104,7 +105,7 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
     names, files = set(names_in_folder(new)), set(names_in_folder(folder))
     if in_the_way := sorted(name for name in names - files if os.path.lexists(folder / name)):
         raise DataError(f"{folder / in_the_way[0]}: a folder is in the way of a file. Move it away.")
-    _sync(new)
+    sync(new)
     old = stage / "old"
     old.mkdir()
     if any("/" in name for name in names | files):
@@ -120,7 +121,7 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
     _sync_names(folder)
     _point(folder / _CURRENT, new.relative_to(folder), stage)
     try:
-        _sync(folder)
+        sync(folder)
         _settle(folder)
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}, after the new data was in place. Convert again.") from error
@@ -157,13 +158,4 @@ def _settle(folder: Path) -> None:
 def _sync_names(folder: Path) -> None:
     for parent in (folder, folder / TASKS):
         if parent.is_dir():
-            _sync(parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(parent)

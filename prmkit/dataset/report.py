@@ -83,7 +83,7 @@ def _rejected(stage: Stage) -> dict[str, int]:
 def first_rejected(stage: Stage) -> dict[str, str]:
     """Kind -> `source:line: reason` of the first rejected row."""
     found = stage.rows.execute(f"SELECT kind, min(number), reason FROM {_ALL_REJECTED} GROUP BY kind")
-    return {kind: f"{stage.sources[number >> 40]}:{number & (1 << 40) - 1}: {reason}" for kind, number, reason in found}
+    return {kind: f"{stage.place(number)}: {reason}" for kind, number, reason in found}
 
 
 def judges_with_losses(stage: Stage) -> list[dict[str, Any]]:

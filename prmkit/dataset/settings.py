@@ -15,9 +15,9 @@ PREFIX = "reward_model_"
 CONSENSUS = PREFIX + "consensus"
 CUSTOM = PREFIX + "custom"
 
-Labels = Literal["canonical", "verbatim"]
+LabelStyle = Literal["canonical", "verbatim"]
 Aggregate = Literal["none", "mean", "median"]
-TooLong = Literal["trim", "drop", "error", "keep"]
+LengthPolicy = Literal["trim", "drop", "error", "keep"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class LengthSettings:
     tokenizer: Path
     template: str | None
     cutoff_len: int
-    too_long: TooLong = "trim"
+    too_long: LengthPolicy = "trim"
     packing: bool = False
     """LLaMA Factory's `packing` or `neat_packing`: it then uses one token of `cutoff_len` itself."""
     default_system: str | None = None
@@ -104,7 +104,7 @@ class Settings:
     name: str = CUSTOM
     """Of the filtered variant."""
     form: Format = "alpaca"
-    labels: Labels = "canonical"
+    labels: LabelStyle = "canonical"
     split: Split = field(default_factory=Split)
     scales: Mapping[str | None, Scale] = field(default_factory=dict)
     """Judge -> scale; None applies to every other judge."""

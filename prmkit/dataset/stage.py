@@ -35,6 +35,9 @@ JUDGES_COMPARED = 50
 """The number of pairs grows with the square of the judges; with more than this, those with the most rows are compared.
 """
 
+_LINE_BITS = 40
+"""The part of a row's number that is its line; the rest is the source's number."""
+
 _SCHEMA = """
 CREATE TABLE prompt (id INTEGER PRIMARY KEY, digest BLOB UNIQUE, system TEXT, text TEXT);
 CREATE TABLE row (
@@ -123,6 +126,10 @@ class Stage:
     def index(self) -> None:
         """Prepare for the decisions, after the last row was added."""
         self.rows.execute("CREATE INDEX row_prompt ON row (prompt, judge)")
+
+    def place(self, number: int) -> str:
+        """Where a row is in the input, as messages show it: `source:line`."""
+        return f"{self.sources[number >> _LINE_BITS]}:{number & (1 << _LINE_BITS) - 1}"
 
     # --- decisions, in this order ---
 
@@ -223,6 +230,31 @@ class Stage:
         query = f"UPDATE row SET status = ?, reason = ? WHERE wanted AND status IS NULL AND {where}"
         self.rows.execute(query, (status, reason, *values))
 
+    # --- counts ---
+
+    def answered_again(self) -> int:
+        """How many answers to a prompt are not a judge's first one. Call it before duplicates are rejected."""
+        (again,) = self.rows.execute(
+            "SELECT total(n - 1) FROM (SELECT count(DISTINCT answer) AS n FROM kept GROUP BY prompt, judge)"
+        ).fetchone()
+        return int(again)
+
+    def count_prompts(self) -> tuple[int, int]:
+        """The kept prompts, and those that a judge answered with more than one verdict."""
+        prompts, differently = self.rows.execute(
+            "SELECT count(DISTINCT prompt), count(DISTINCT CASE WHEN answers > 1 THEN prompt END) "
+            "FROM (SELECT prompt, count(*) AS answers FROM kept GROUP BY prompt, judge)"
+        ).fetchone()
+        return prompts, differently
+
+    def count_held_out(self) -> tuple[int, int, int, int]:
+        """The held-out tasks, all tasks, the held-out rows and all rows, of those that are kept."""
+        tasks, all_tasks, rows, all_rows = self.rows.execute(
+            "SELECT count(DISTINCT CASE WHEN held_out THEN task END), count(DISTINCT task), total(held_out), count(*) "
+            "FROM kept"
+        ).fetchone()
+        return tasks, all_tasks, int(rows), all_rows
+
     # --- judges ---
 
     def gather_voices(self) -> None:
@@ -315,8 +347,8 @@ def _consensus(
 
 
 def _number(source: int, line: int) -> int:
-    """The order of the input."""
-    return source << 40 | line
+    """The order of the input; `Stage.place` reads it."""
+    return source << _LINE_BITS | line
 
 
 def _slot(prepared: PreparedRow) -> str | None:

@@ -16,6 +16,7 @@ from prmkit.dataset.prepare import rejected_entry, row_id
 from prmkit.dataset.settings import CONSENSUS, PREFIX, Settings
 from prmkit.dataset.stage import DUPLICATE, Stage
 from prmkit.dataset_info import dataset_entry, training_row
+from prmkit.files import write_all
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, SIDECAR_SUFFIX, TASKS
 from prmkit.prompts.cleaning import neutralise, restore
 from prmkit.rows import SELECTED_BY, WEIGHT, without_selection
@@ -199,9 +200,7 @@ def _appending(folder: Path) -> Iterator[Any]:
         nonlocal size
         for name, lines in held.items():
             with open(f"{folder}/{name}", "ab", buffering=0) as stream:  # noqa: PTH123 - thousands of names
-                written = memoryview(b"".join(lines))
-                while written:  # a disk that is filling up takes a part, and reports the error with the next call
-                    written = written[stream.write(written) :]
+                write_all(stream.write, b"".join(lines))
         held.clear()
         size = 0
 

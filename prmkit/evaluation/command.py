@@ -16,7 +16,7 @@ from prmkit.evaluation.exam_command import take_exam
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, check_parity
 from prmkit.files import read_json, write_json
 from prmkit.intervals import CALIBRATION_FILE, calibrated_judge, read_calibration, write_calibration
-from prmkit.judge.scorer import DEFAULT_RUN, judge_source
+from prmkit.judge.scorer import DEFAULT_RUN, asking_of, judge_source
 from prmkit.judge.sources import (
     JudgeSource,
     check_folders,
@@ -81,13 +81,9 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
 def _settings_of(arguments: argparse.Namespace) -> Settings:
     return Settings(
-        mode=arguments.mode,
-        batch_size=arguments.batch_size,
+        asking_of(arguments),
         limit=arguments.limit,
         with_base=arguments.baseline,
-        trim=arguments.too_long == "trim",
-        max_new_tokens=arguments.max_new_tokens,
-        min_label_mass=arguments.min_label_mass,
         by=tuple(arguments.by or ()),
         robustness=arguments.robustness,
     )

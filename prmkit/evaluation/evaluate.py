@@ -47,7 +47,7 @@ from prmkit.evaluation.robustness import (
 from prmkit.files import exclusive_lock, write_json
 from prmkit.intervals import MIN_STD, calibrated_judge, fit_calibration, write_calibration
 from prmkit.judge.sources import JudgeSource, described, fingerprint_of
-from prmkit.judge.types import BAD_BELOW, LOW_LABEL_MASS, SCORED, Mode, Request
+from prmkit.judge.types import BAD_BELOW, DEFAULT_ASKING, SCORED, Asking, Request
 from prmkit.leniency import describe_leniency
 from prmkit.paths import METRICS_FILE, PREDICTIONS_FILE
 from prmkit.resumable import append_rows
@@ -63,18 +63,11 @@ REPORT_FILE = "report.html"
 class Settings:
     """How to score."""
 
-    mode: Mode = "expected"
-    batch_size: int = 8
+    asking: Asking = DEFAULT_ASKING
     limit: int | None = None
     """The most prompts to score; None for all."""
     with_base: bool = False
     """Also ask the base model, without its adapter."""
-    trim: bool = True
-    """Shorten prompts that do not fit; otherwise they get no score."""
-    max_new_tokens: int = 1024
-    """The longest verdict to write, in generate mode."""
-    min_label_mass: float = LOW_LABEL_MASS
-    """A score with less is `unsure`."""
     by: tuple[str, ...] = ()
     """Metadata keys to break the metrics down by, besides those that divide the rows into a few groups."""
     robustness: bool = False
@@ -113,13 +106,13 @@ def evaluate(
         if settings.with_base:
             base = replace(source, adapter=None)
             base_rows = predict(base, held_out, prompts, folder / BASE_PREDICTIONS_FILE, settings)
-        about: dict[str, Any] = {"judge": described(source), "mode": settings.mode}
+        about: dict[str, Any] = {"judge": described(source), "mode": settings.asking.mode}
         metrics = about | metrics_of(rows, base_rows, held_out, constants, settings.by)
         if settings.robustness:
             _add_robustness(metrics, source, held_out, prompts, rows, folder, settings)
         write_json(folder / METRICS_FILE, metrics)
         write_report(folder / REPORT_FILE, metrics, rows, held_out, constants)
-        if weights and settings.mode == "expected" and settings.limit is None:
+        if weights and settings.asking.mode == "expected" and settings.limit is None:
             calibrate(rows, weights, calibrated_judge(fingerprint_of(source)))
     return metrics
 
@@ -179,9 +172,10 @@ def predict(
     Raises:
         DataError: no prompt could be scored.
     """
-    asked: dict[str, Any] = {"mode": settings.mode, "trim": settings.trim, "max_new_tokens": settings.max_new_tokens}
-    if settings.min_label_mass != LOW_LABEL_MASS:  # predictions of earlier versions name no limit
-        asked["min_label_mass"] = settings.min_label_mass
+    asking = settings.asking
+    asked: dict[str, Any] = {"mode": asking.mode, "trim": asking.trim, "max_new_tokens": asking.max_new_tokens}
+    if asking.min_label_mass != DEFAULT_ASKING.min_label_mass:  # predictions of earlier versions name no limit
+        asked["min_label_mass"] = asking.min_label_mass
     fingerprint = {
         "format": ROW_FORMAT,
         "judge": fingerprint_of(source),
@@ -195,7 +189,7 @@ def predict(
     if missing:
         with cli.progress_bar() as progress:
             bar = progress.add_task(f"scoring with {(source.adapter or source.model).name}", total=len(missing))
-            for row in append_rows(file, _judged(source, missing, settings)):
+            for row in append_rows(file, _judged(source, missing, asking)):
                 done[row["prompt_sha256"]] = row
                 progress.advance(bar)
     rows = [done[prompt.prompt_sha256] for prompt in prompts]
@@ -205,19 +199,11 @@ def predict(
     return rows
 
 
-def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], settings: Settings) -> Iterator[Row]:
+def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], asking: Asking) -> Iterator[Row]:
     from prmkit.judge.transformers_judge import load_model
 
     requests = (Request(prompt.prompt, prompt.shape, prompt.system) for prompt in prompts)
-    judgements = load_model(source).score(
-        requests,
-        batch_size=settings.batch_size,
-        mode=settings.mode,
-        trim=settings.trim,
-        max_new_tokens=settings.max_new_tokens,
-        min_label_mass=settings.min_label_mass,
-    )
-    for prompt, judgement in zip(prompts, judgements, strict=True):
+    for prompt, judgement in zip(prompts, load_model(source).score(requests, asking), strict=True):
         yield prediction_row(prompt, judgement)
 
 

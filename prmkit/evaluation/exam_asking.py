@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, tee
 from pathlib import Path
@@ -16,12 +15,12 @@ from prmkit.errors import DataError, UsageError
 from prmkit.evaluation.exam import Exam
 from prmkit.evaluation.exam_answers import StepId
 from prmkit.files import exclusive_lock
-from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url, together
-from prmkit.judge.scorer import Scorer
+from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url, key_from, together
+from prmkit.judge.scorer import Scorer, asking_of
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
 from prmkit.prompts.step import Rubric, step_prompts, step_text
-from prmkit.resumable import append_rows, reopen, replace_rows
+from prmkit.resumable import append_rows, reopen
 from prmkit.trajectory import Trajectory
 from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
@@ -68,17 +67,11 @@ def score_steps(
     Raises:
         DataError: no step got a score.
     """
-    scorer = Scorer(
-        source,
-        batch_size=arguments.batch_size,
-        trim=arguments.too_long == "trim",
-        max_new_tokens=arguments.max_new_tokens,
-        min_label_mass=arguments.min_label_mass,
-    )
+    scorer = Scorer(source, asking=asking_of(arguments))
 
     def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, Line]]:
         keys, requests = tee(missing)
-        judgements = scorer.judgements((request for _, request in requests), arguments.mode)
+        judgements = scorer.judgements(request for _, request in requests)
         for (key, _), judgement in zip(keys, judgements, strict=True):
             yield key, _line(judgement)
 
@@ -105,10 +98,7 @@ def _ask(
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(file.parent, f"writing {file.name}", lock=f".{file.name}.lock"):
-        done = reopen(file, fingerprint)
-        kept = [line for line in done if line["status"] != "failed"]
-        if len(kept) < len(done):
-            replace_rows(file, kept)
+        kept = reopen(file, fingerprint, retry=("failed",))
         lines: dict[Key, Any] = {(line["request_hash"], line["id"], line["step"]): line for line in kept}
         if lines:
             log.info("%s: %d steps are already scored", file, len(lines))
@@ -158,10 +148,7 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
     check_url(url)
     if not arguments.server_model:
         raise UsageError("--predict-with needs --server-model, the name of the model on the server.")
-    key = os.environ.get(arguments.api_key_env, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"${arguments.api_key_env}: has a character that cannot be in an API key. Set it again.")
-    return Endpoint(url.rstrip("/"), arguments.server_model, api_key=key or None)
+    return Endpoint(url.rstrip("/"), arguments.server_model, api_key=key_from(arguments.api_key_env))
 
 
 def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> dict[StepId, float]:

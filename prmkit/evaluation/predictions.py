@@ -15,7 +15,7 @@ from prmkit.evaluation.heldout import Constants, HeldOutPrompt
 from prmkit.evaluation.statistics import weighted_mean, weighted_median
 from prmkit.judge.types import BAD_BELOW, Distribution, Judgement, rounded
 from prmkit.prompts.cleaning import leaked_scores
-from prmkit.resumable import reopen, replace_rows
+from prmkit.resumable import reopen
 from prmkit.rows import weight_of
 
 Row = Mapping[str, Any]
@@ -68,11 +68,7 @@ def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     Prompts that the judge could not answer then (memory, a server) are removed from the file, so that they are retried.
     For everything else see `prmkit.resumable.reopen`.
     """
-    found = reopen(file, fingerprint)
-    lasting = [row for row in found if row.get("status") != "failed"]
-    if len(lasting) < len(found):
-        replace_rows(file, lasting)
-    return lasting
+    return reopen(file, fingerprint, retry=("failed",))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

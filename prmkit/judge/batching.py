@@ -111,9 +111,6 @@ def parse_generated(text: str, shape: Shape) -> Judgement:
     verdict = read_verdict(text, shape)
     if isinstance(verdict, Unreadable):
         return Judgement("unparsed", reason=verdict.reason, text=text)
-    missing = [key for key in shape.keys if key not in verdict.scores]
-    if missing:
-        return Judgement("unparsed", reason=f"no {', '.join(missing)}", text=text)
     scores = {key: _point(verdict.scores[key]) for key in shape.keys}
     return Judgement("ok", scores, text=text, repaired=bool(verdict.repairs))
 

@@ -8,11 +8,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from prmkit.http_client import Connection, PassingTrouble, RowFailure
-
-T = TypeVar("T")
+from prmkit.http_client import Connection, PassingTrouble, RowFailure, T
 
 MOST_EXACT = 128
 """The most tokens that vLLM accepts in one `logprob_token_ids`."""
@@ -54,7 +52,7 @@ class Place:
     bounds: Mapping[int, float]
     """An upper bound on the log-probability of tokens that are not shown."""
     highest: float
-    """The id of the likeliest token, which is the one that the model writes."""
+    """The log-probability of the likeliest token, which is the one that the model writes."""
 
 
 Likeliest = Mapping[int | str, float]

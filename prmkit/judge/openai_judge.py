@@ -23,8 +23,8 @@ from prmkit.errors import DataError, UsageError
 from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, ServerState, together
 from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.completions import MOST_EXACT, Completions, Vocabulary
-from prmkit.judge.score_trie import Question, Reading, ScoreTrie, TrieOf, VerdictReader, tries_of
-from prmkit.judge.types import LOW_LABEL_MASS, LOW_REACH, Judgement, Mode, Request
+from prmkit.judge.score_trie import Reading, ScoreTrie, TrieOf, TrieQuery, VerdictReader, tries_of
+from prmkit.judge.types import DEFAULT_ASKING, LOW_REACH, Asking, Judgement, Request
 from prmkit.prompts.encoding import ChatEncoding
 
 _LOW_LOG_REACH = math.log(LOW_REACH)
@@ -40,17 +40,8 @@ class CompletionsJudge:
     cutoff_len: int
     _state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
-    def score(
-        self,
-        requests: Iterable[Request],
-        *,
-        batch_size: int = 8,
-        mode: Mode = "expected",
-        trim: bool = True,
-        max_new_tokens: int = 1024,
-        min_label_mass: float = LOW_LABEL_MASS,
-    ) -> Iterator[Judgement]:
-        """Like `Judge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
+    def score(self, requests: Iterable[Request], asking: Asking = DEFAULT_ASKING) -> Iterator[Judgement]:
+        """Like `LocalJudge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
 
         Raises:
             DataError: the server cannot be reached, refuses the key, does not have the model, or none of its first
@@ -59,32 +50,32 @@ class CompletionsJudge:
 
         Once an answer could be used, a later unusable answer fails only its own row.
         """
-
-        async def judge(
-            completions: Completions, gate: asyncio.Semaphore, prepared: Prepared
-        ) -> Judgement | RowFailure:
-            try:
-                async with gate:
-                    if mode == "expected":
-                        return await self._expected(completions, prepared, min_label_mass)
-                    text = await completions.written(prepared.ids, max_new_tokens, self.encoding.stop_ids)
-            except RowFailure as failure:
-                return failure
-            return parse_generated(text, prepared.shape)
-
-        async def judge_all(ready: Sequence[Prepared]) -> list[Judgement]:
-            async with Connection(self.endpoint, self._state) as connection:
-                completions, gate = Completions(connection, self._vocabulary), asyncio.Semaphore(batch_size)
-                found = await together(judge(completions, gate, prepared) for prepared in ready)
-            self._stop_if_useless(found)
-            return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
-
         return judgements_in_order(
             requests,
-            make_preparer(self.encoding, self.cutoff_len, trim=trim),
-            lambda ready: asyncio.run(judge_all(ready)),
-            window=4 * batch_size,
+            make_preparer(self.encoding, self.cutoff_len, trim=asking.trim),
+            lambda ready: asyncio.run(self._judge_all(ready, asking)),
+            window=4 * asking.batch_size,
         )
+
+    async def _judge_all(self, ready: Sequence[Prepared], asking: Asking) -> list[Judgement]:
+        gate = asyncio.Semaphore(asking.batch_size)
+        async with Connection(self.endpoint, self._state) as connection:
+            completions = Completions(connection, self._vocabulary)
+            found = await together(self._judge(completions, gate, prepared, asking) for prepared in ready)
+        self._stop_if_useless(found)
+        return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
+
+    async def _judge(
+        self, completions: Completions, gate: asyncio.Semaphore, prepared: Prepared, asking: Asking
+    ) -> Judgement | RowFailure:
+        try:
+            async with gate:
+                if asking.mode == "expected":
+                    return await self._expected(completions, prepared, asking.min_label_mass)
+                text = await completions.written(prepared.ids, asking.max_new_tokens, self.encoding.stop_ids)
+        except RowFailure as failure:
+            return failure
+        return parse_generated(text, prepared.shape)
 
     def _stop_if_useless(self, found: Sequence[Judgement | RowFailure]) -> None:
         """Stop if no answer so far could be used: the other rows would fail one by one for the same reason."""
@@ -118,7 +109,7 @@ class CompletionsJudge:
 
 
 async def _readings(
-    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
+    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[TrieQuery]
 ) -> list[Reading]:
     """The answers to all currently open questions about one prompt."""
     if completions.endpoint.logprobs == "exact" and (exact := await _exactly(completions, prompt_ids, questions)):
@@ -126,7 +117,7 @@ async def _readings(
     return await together(_walked(completions, prompt_ids, question) for question in questions)
 
 
-async def _walked(completions: Completions, prompt_ids: Sequence[int], question: Question) -> Reading:
+async def _walked(completions: Completions, prompt_ids: Sequence[int], question: TrieQuery) -> Reading:
     context = [*prompt_ids, *question.trie.context]
     forced_from = len(prompt_ids) + question.forced_from
     log_reach, log_probabilities = await asyncio.gather(
@@ -143,7 +134,7 @@ def _checked(reading: Reading) -> Reading:
 
 
 async def _exactly(
-    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[Question]
+    completions: Completions, prompt_ids: Sequence[int], questions: Sequence[TrieQuery]
 ) -> list[Reading] | None:
     """All questions in one request; None if the server does not support that, which is checked once."""
     contexts = [[*prompt_ids, *question.trie.context] for question in questions]
@@ -160,7 +151,7 @@ async def _exactly(
     prompts: list[list[int]] = []
     for question, context in zip(questions, contexts, strict=True):
         prompts += [context[:place] for place in range(len(prompt_ids) + question.forced_from, len(context))]
-        prompts += _contexts_of_nodes(question.trie, context)
+        prompts += _ids_of_nodes(question.trie, context)
     ask = completions.scored if state.exact_by == "score" else completions.exact
     found = await ask(prompts, tokens)
     if found is None:
@@ -169,7 +160,7 @@ async def _exactly(
     return [_checked(_exact_reading(question, places)) for question in questions]
 
 
-def _exact_reading(question: Question, places: Iterator[Mapping[int, float]]) -> Reading:
+def _exact_reading(question: TrieQuery, places: Iterator[Mapping[int, float]]) -> Reading:
     """Pop one question's places from the answer: its forced tokens, then the nodes of its trie."""
     trie = question.trie
     log_reach = math.fsum(next(places)[token] for token in trie.context[question.forced_from :])
@@ -193,12 +184,12 @@ async def _exact_way(completions: Completions, context: list[int], tokens: list[
     return "score" if is_there and await completions.scores_agree(context) else "nothing"
 
 
-def _contexts_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
+def _ids_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
     """The token ids up to each node of a trie, the root first; a parent comes before its children."""
-    contexts = [context]
+    ids = [context]
     for token, parent in zip(trie.tokens, trie.parents, strict=True):
-        contexts.append([*contexts[parent], token])
-    return contexts
+        ids.append([*ids[parent], token])
+    return ids
 
 
 async def _log_reach(completions: Completions, ids: list[int], forced: list[int]) -> float:
@@ -235,6 +226,7 @@ class _Walk:
         self._unknown_share = completions.endpoint.unknown_share
         self._trie = trie
         self._context = context
+        self._below_root = _ids_of_nodes(trie, [])
         self._completions = completions
         self._requests = 0
         self._known: dict[int, float] = {}
@@ -302,11 +294,7 @@ class _Walk:
         return reached
 
     def _ids(self, node: int) -> list[int]:
-        path: list[int] = []
-        while node:
-            path.append(self._trie.tokens[node - 1])
-            node = self._trie.parents[node - 1]
-        return [*self._context, *reversed(path)]
+        return [*self._context, *self._below_root[node]]
 
     async def _ask_after(self, node: int) -> None:
         tokens = [self._trie.edges[edge][1] for edge in self._edges_of[node]]

@@ -246,7 +246,7 @@ multiples of 0.05, so all of them fit."""
 
 
 @dataclass(frozen=True)
-class Question:
+class TrieQuery:
     """A question to the model: the candidates of one key after one beginning."""
 
     trie: ScoreTrie
@@ -257,7 +257,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reading:
-    """The model's answer to a `Question`."""
+    """The model's answer to a `TrieQuery`."""
 
     log_reach: float
     """The log-probability of the forced tokens."""
@@ -276,7 +276,7 @@ class _Beginning:
     """The probability of all tokens that were forced up to the next score."""
     spelled: tuple[int, ...]
     """Token ids up to the end of the last given score."""
-    question: Question
+    question: TrieQuery
     shares: list[float] = field(default_factory=list)
     """Probabilities of `SCORES` as the next score; they add up to 1."""
     label_mass: float = 0.0
@@ -311,10 +311,10 @@ class VerdictReader:
 
     def _beginning(self, given: tuple[float, ...], weight: float, reach: float, spelled: tuple[int, ...]) -> _Beginning:
         trie = self._trie_of(self._shape, given)
-        question = Question(trie, common_length(spelled, trie.context))
+        question = TrieQuery(trie, common_length(spelled, trie.context))
         return _Beginning(given, weight, reach, spelled, question)
 
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[TrieQuery]:
         """The next questions, independent of each other; empty when the verdict has been read."""
         if self._is_broken or self._levels[-1][0].shares:
             return []

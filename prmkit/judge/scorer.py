@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prmkit import cli
 from prmkit.errors import UsageError
-from prmkit.http_client import Endpoint, check_url
+from prmkit.http_client import Endpoint, check_url, key_from
 from prmkit.judge.sources import (
     JudgeSource,
     encoding_fingerprint,
@@ -21,14 +21,14 @@ from prmkit.judge.sources import (
     judge_source_of_export,
     judge_source_of_run,
 )
-from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
+from prmkit.judge.types import DEFAULT_ASKING, Asking, Judgement, Mode, Request
 from prmkit.paths import EXPORT_NOTE
 from prmkit.registered import UseRegistered, registered_run
 from prmkit.verdict import Shape, asked_shape
 
 if TYPE_CHECKING:
     from prmkit.judge.openai_judge import CompletionsJudge
-    from prmkit.judge.transformers_judge import Judge
+    from prmkit.judge.transformers_judge import LocalJudge
 
 _NAME_THEM = "name them with --keys, or with keys in a request to a server"
 DEFAULT_RUN = Path("saves/reward_model_training")
@@ -70,13 +70,10 @@ class Scorer:
     source: JudgeSource
     """The model; for a model on a server, its tokenizer and template."""
     endpoint: Endpoint | None = None
-    batch_size: int = 8
-    trim: bool = True
-    max_new_tokens: int = 1024
-    min_label_mass: float = LOW_LABEL_MASS
+    asking: Asking = DEFAULT_ASKING
 
     @cached_property
-    def backend(self) -> "Judge | CompletionsJudge":
+    def backend(self) -> "LocalJudge | CompletionsJudge":
         """The loaded judge; both kinds have the same `score`.
 
         Raises:
@@ -91,22 +88,20 @@ class Scorer:
 
         return load_model(self.source)
 
-    def judgements(self, requests: Iterable[Request], mode: Mode = "expected") -> Iterator[Judgement]:
-        """Judge a stream of requests in order; see `transformers_judge.Judge.score`.
+    def judgements(self, requests: Iterable[Request], mode: Mode | None = None) -> Iterator[Judgement]:
+        """Judge a stream of requests in order; see `transformers_judge.LocalJudge.score`.
 
         Without a request, nothing is loaded.
+
+        Args:
+            requests: read as needed.
+            mode: another one than that of `asking`.
         """
         requests = iter(requests)
         first = next(requests, None)
         if first is not None:
-            yield from self.backend.score(
-                chain([first], requests),
-                mode=mode,
-                batch_size=self.batch_size,
-                trim=self.trim,
-                max_new_tokens=self.max_new_tokens,
-                min_label_mass=self.min_label_mass,
-            )
+            asking = replace(self.asking, mode=mode) if mode else self.asking
+            yield from self.backend.score(chain([first], requests), asking)
 
     def score(self, prompts: Iterable[str | Mapping[str, Any]], keys: Sequence[str] | None = None) -> list[Judgement]:
         """Score prompts.
@@ -134,9 +129,9 @@ class Scorer:
             DataError: there is no such judge.
         """
         settings = {
-            "trim": self.trim,
-            "max_new_tokens": self.max_new_tokens,
-            "min_label_mass": self.min_label_mass,
+            "trim": self.asking.trim,
+            "max_new_tokens": self.asking.max_new_tokens,
+            "min_label_mass": self.asking.min_label_mass,
         }
         if not self.endpoint:
             return fingerprint_of(self.source) | settings
@@ -165,8 +160,8 @@ def load_judge(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    batch_size: int = 8,
-    min_label_mass: float = LOW_LABEL_MASS,
+    batch_size: int = DEFAULT_ASKING.batch_size,
+    min_label_mass: float = DEFAULT_ASKING.min_label_mass,
 ) -> Scorer:
     """Load a judge, ready to score.
 
@@ -184,7 +179,7 @@ def load_judge(
     """
     source = judge_source_in(Path(folder))
     source = replace(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    scorer = Scorer(source, batch_size=batch_size, min_label_mass=min_label_mass)
+    scorer = Scorer(source, asking=Asking(batch_size=batch_size, min_label_mass=min_label_mass))
     _ = scorer.backend
     return scorer
 
@@ -224,21 +219,35 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as trained on a GPU")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run the model's own code")
+    _add_asking_arguments(parser)
+
+
+def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
     asking = parser.add_argument_group("asking it")
-    asking.add_argument("--batch-size", type=cli.positive, default=8, metavar="N", help="prompts at once (default 8)")
+    asking.add_argument(
+        "--batch-size",
+        type=cli.positive,
+        default=DEFAULT_ASKING.batch_size,
+        metavar="N",
+        help="prompts at once (default %(default)s)",
+    )
     asking.add_argument(
         "--mode",
         choices=["expected", "generate"],
-        default="expected",
+        default=DEFAULT_ASKING.mode,
         help="read the probability of every score (default), or let the model write its verdict",
     )
     asking.add_argument(
-        "--max-new-tokens", type=cli.positive, default=1024, metavar="N", help="longest verdict to write"
+        "--max-new-tokens",
+        type=cli.positive,
+        default=DEFAULT_ASKING.max_new_tokens,
+        metavar="N",
+        help="longest verdict to write",
     )
     asking.add_argument(
         "--min-label-mass",
         type=cli.share,
-        default=LOW_LABEL_MASS,
+        default=DEFAULT_ASKING.min_label_mass,
         metavar="P",
         help="a score is unsure if all scores together are less likely than this (default %(default)s)",
     )
@@ -306,13 +315,13 @@ def scorer_of(arguments: argparse.Namespace) -> Scorer:
     if endpoint:
         folder = arguments.tokenizer or (Path(arguments.model) if Path(arguments.model).is_dir() else None)
         arguments = argparse.Namespace(**vars(arguments) | {"model": folder and str(folder)})
-    return _with_settings(judge_source(arguments), endpoint, arguments)
+    return Scorer(judge_source(arguments), endpoint, asking_of(arguments))
 
 
-def _with_settings(source: JudgeSource, endpoint: Endpoint | None, arguments: argparse.Namespace) -> Scorer:
-    return Scorer(
-        source,
-        endpoint,
+def asking_of(arguments: argparse.Namespace) -> Asking:
+    """How the judge is asked, from the flags of `add_judge_arguments`."""
+    return Asking(
+        mode=arguments.mode,
         batch_size=arguments.batch_size,
         trim=arguments.too_long == "trim",
         max_new_tokens=arguments.max_new_tokens,
@@ -339,7 +348,7 @@ def challenger_of(arguments: argparse.Namespace, name: str) -> Scorer:
     source = judge_source_in(folder)
     given = {each: getattr(arguments, each) for each in ("device", "dtype", "trust_remote_code")}
     source = replace(source, **{each: value for each, value in given.items() if value is not None})
-    return _with_settings(source, None, arguments)
+    return Scorer(source, None, asking_of(arguments))
 
 
 def judge_source(arguments: argparse.Namespace) -> JudgeSource:
@@ -385,20 +394,8 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint:
         arguments.model,
         others=tuple(others),
         logprobs=arguments.logprobs,
-        api_key=_api_key(arguments.api_key_env),
+        api_key=key_from(arguments.api_key_env),
         concurrency=arguments.concurrency,
         top_logprobs=arguments.top_logprobs,
         timeout=arguments.timeout,
     )
-
-
-def _api_key(name: str) -> str | None:
-    """The key in a variable, without the line break that `$(cat file)` or an .env file may have left in it.
-
-    Raises:
-        UsageError: it could not be sent in a header. The message does not repeat it, because it may be most of a key.
-    """
-    key = os.environ.get(name, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"${name}: has a character that no API key has, such as a line break. Set it again.")
-    return key or None

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, 
 from prmkit.judge.score_trie import TrieOf, VerdictReader, common_length, tries_of
 from prmkit.judge.sources import JudgeSource, check_folders, encoding_of, needs_trust, read_object
 from prmkit.judge.tree_attention import TokenTrees, check_architecture
-from prmkit.judge.types import LOW_LABEL_MASS, Judgement, Mode, Request
+from prmkit.judge.types import DEFAULT_ASKING, Asking, Judgement, Request
 from prmkit.prompts.encoding import ChatEncoding
 
 log = logging.getLogger("prmkit")
@@ -29,7 +29,7 @@ Chain = Sequence[Prepared]
 
 
 @dataclass(frozen=True)
-class Judge:
+class LocalJudge:
     """A loaded model and the encoding that it was trained with."""
 
     source: JudgeSource
@@ -37,25 +37,12 @@ class Judge:
     model: Any
     """A `transformers` or `peft` causal language model in evaluation mode."""
 
-    def score(
-        self,
-        requests: Iterable[Request],
-        *,
-        batch_size: int = 8,
-        mode: Mode = "expected",
-        trim: bool = True,
-        max_new_tokens: int = 1024,
-        min_label_mass: float = LOW_LABEL_MASS,
-    ) -> Iterator[Judgement]:
+    def score(self, requests: Iterable[Request], asking: Asking = DEFAULT_ASKING) -> Iterator[Judgement]:
         """Judge any number of requests; equal ones are judged once.
 
         Args:
             requests: read as needed, some dozens ahead.
-            batch_size: the most prompts to run at once; fewer if the GPU's memory is too small.
-            mode: read probabilities, or let the model write.
-            trim: shorten prompts that are too long, as the conversion does; otherwise they are `too_long`.
-            max_new_tokens: the longest verdict to write, in generate mode.
-            min_label_mass: scores with less are `unsure`.
+            asking: how; fewer prompts run at once if the GPU's memory is too small.
 
         Yields:
             One judgement per request, in order.
@@ -64,17 +51,17 @@ class Judge:
             UsageError: expected scores cannot be read from this tokenizer, template or architecture.
         """
         chains_of: Callable[[Sequence[Prepared]], list[list[int]]]
-        if mode == "expected":
+        if asking.mode == "expected":
             check_architecture(self.model)
             chains_of = partial(_chains, side_by_side=self.model.device.type != "cpu")
-            answer = partial(self._expected, min_label_mass=min_label_mass)
+            answer = partial(self._expected, min_label_mass=asking.min_label_mass)
         else:
-            chains_of, answer = _single_chains, partial(self._generated, max_new_tokens=max_new_tokens)
+            chains_of, answer = _single_chains, partial(self._generated, max_new_tokens=asking.max_new_tokens)
         return judgements_in_order(
             requests,
-            make_preparer(self.encoding, self.source.cutoff_len, trim=trim),
-            lambda ready: _in_batches(ready, chains_of(ready), batch_size, answer),
-            window=max(_READ_AHEAD, batch_size * _BATCHES_READ_AHEAD),
+            make_preparer(self.encoding, self.source.cutoff_len, trim=asking.trim),
+            lambda ready: _in_batches(ready, chains_of(ready), asking.batch_size, answer),
+            window=max(_READ_AHEAD, asking.batch_size * _BATCHES_READ_AHEAD),
         )
 
     def _expected(self, chains: Sequence[Chain], min_label_mass: float) -> list[list[Judgement]]:
@@ -118,20 +105,14 @@ class Judge:
                 eos_token_id=stop_ids,
                 pad_token_id=stop_ids[0],
             )[:, width:].tolist()
-        return [
-            [parse_generated(self.encoding.tokenizer.decode(_until(answer, stop_ids)), prompt.shape)]
-            for answer, prompt in zip(written, batch, strict=True)
-        ]
-
-
-def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
+        answers = [list(takewhile(lambda token: token not in stop_ids, answer)) for answer in written]
+        texts = map(self.encoding.tokenizer.decode, answers)
+        return [[parse_generated(text, prompt.shape)] for text, prompt in zip(texts, batch, strict=True)]
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
-Answer = Callable[[Sequence[Chain]], list[list[Judgement]]]
+BatchFunction = Callable[[Sequence[Chain]], list[list[Judgement]]]
 
 
 def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]:
@@ -148,7 +129,7 @@ def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]
     """
     chains: list[list[int]] = []
     order = sorted(range(len(ready)), key=lambda index: (len(ready[index].shape.keys), ready[index].ids))
-    shared = [_shared(ready[one], ready[other]) for one, other in pairwise(order)]
+    shared = [common_length(ready[one].ids, ready[other].ids) for one, other in pairwise(order)]
     by_all = min(shared, default=0) if side_by_side else 0
     for index, in_common in zip(order, [0, *shared], strict=False):
         this, last = ready[index], ready[chains[-1][-1]] if chains else None
@@ -160,16 +141,12 @@ def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]
     return chains
 
 
-def _shared(one: Prepared, other: Prepared) -> int:
-    return common_length(one.ids, other.ids)
-
-
 def _single_chains(ready: Sequence[Prepared]) -> list[list[int]]:
     return [[index] for index in range(len(ready))]
 
 
 def _in_batches(
-    ready: Sequence[Prepared], chains: Sequence[list[int]], batch_size: int, answer: Answer
+    ready: Sequence[Prepared], chains: Sequence[list[int]], batch_size: int, answer: BatchFunction
 ) -> list[Judgement]:
     """Judge in batches of chains with equally many keys, longest first, so that what does not fit fails at once."""
 
@@ -188,7 +165,7 @@ def _in_batches(
     return [judgements[index] for index in range(len(ready))]
 
 
-def _as_memory_allows(chains: Sequence[Chain], answer: Answer) -> list[list[Judgement]]:
+def _as_memory_allows(chains: Sequence[Chain], answer: BatchFunction) -> list[list[Judgement]]:
     """Judge all at once, or in halves if the GPU's memory is too small; a prompt that does not fit alone fails."""
     import torch
 
@@ -213,7 +190,7 @@ def _as_memory_allows(chains: Sequence[Chain], answer: Answer) -> list[list[Judg
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(source: JudgeSource) -> Judge:
+def load_model(source: JudgeSource) -> LocalJudge:
     """Load the tokenizer, the model and its adapter. Takes about ten seconds plus the time to read the weights.
 
     Raises:
@@ -221,7 +198,7 @@ def load_model(source: JudgeSource) -> Judge:
         UsageError: an unknown template, device or dtype, or a model with its own code, which was not allowed to run.
     """
     _check_complete(source)
-    return Judge(source, encoding_of(source), _load_weights(source))
+    return LocalJudge(source, encoding_of(source), _load_weights(source))
 
 
 def _load_weights(source: JudgeSource) -> Any:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prmkit.errors import UsageError
-from prmkit.judge.score_trie import Question, Reading, common_length
+from prmkit.judge.score_trie import Reading, TrieQuery, common_length
 
 _TOKENS_A_PASS = 1024
 """The most tokens in one pass, over all rows, if a mask is needed. It bounds the memory for masks and for logits, of
@@ -130,7 +130,7 @@ class TokenTrees:
             self._run_first_prompts()
         self._unread = [self._rest_of_trunk(row) for row in self._rows]
 
-    def read(self, questions: Sequence[Sequence[Question]]) -> list[list[Reading]]:
+    def read(self, questions: Sequence[Sequence[TrieQuery]]) -> list[list[Reading]]:
         """Answer all questions about every row's prompt together, however many a row has."""
         added, self._unread = self._unread or [_Additions() for _ in self._rows], []
         for row, additions, asked in zip(self._rows, added, questions, strict=True):
@@ -154,7 +154,7 @@ class TokenTrees:
             row.trunk.append(self._slots + index)
         return additions
 
-    def _add_question(self, row: _Row, additions: _Additions, question: Question) -> None:
+    def _add_question(self, row: _Row, additions: _Additions, question: TrieQuery) -> None:
         """Add the tokens that a question needs and the row does not have yet, and note which probabilities to read.
 
         A token's probability is read at its predecessor, in the pass that runs the predecessor. So all tokens are run
@@ -355,7 +355,7 @@ def _log_probabilities(logits: Any, wanted: Sequence[tuple[int, int, int]]) -> I
         yield from zip(places, (logits[indices, tokens] - logits.logsumexp(dim=-1)[indices]).tolist(), strict=True)
 
 
-def _reading(question: Question, values: Iterator[float]) -> Reading:
+def _reading(question: TrieQuery, values: Iterator[float]) -> Reading:
     """Pop the values of one question from the row's, in the order in which `_add_question` noted them."""
     trie = question.trie
     log_reach = sum(next(values) for _ in trie.context[question.forced_from :])

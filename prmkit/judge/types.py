@@ -11,7 +11,7 @@ from prmkit.verdict import Shape
 Mode = Literal["expected", "generate"]
 """`expected` reads the probability of every score; `generate` lets the model write its verdict and reads that."""
 
-Status = Literal["ok", "unsure", "unparsed", "too_long", "error", "failed"]
+JudgementStatus = Literal["ok", "unsure", "unparsed", "too_long", "error", "failed"]
 """`ok` and `unsure` come with scores. `unsure`: the model would rather write something other than a score here.
 `unparsed`: no verdict could be read from what it wrote. `error`: the row itself cannot be judged. `failed`: a server or
 a lack of memory is to blame, so the next run retries the row."""
@@ -46,6 +46,24 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Asking:
+    """How a judge is asked."""
+
+    mode: Mode = "expected"
+    batch_size: int = 8
+    """The most prompts to judge at once."""
+    trim: bool = True
+    """Shorten prompts that are too long, as the conversion does; otherwise they are `too_long`."""
+    max_new_tokens: int = 1024
+    """The longest verdict to write, in generate mode."""
+    min_label_mass: float = LOW_LABEL_MASS
+    """Scores with less are `unsure`."""
+
+
+DEFAULT_ASKING = Asking()
+
+
+@dataclass(frozen=True)
 class Distribution:
     """A judge's distribution for one score. All but `label_mass` and `reach` assume that it answers with a score."""
 
@@ -72,7 +90,7 @@ class Distribution:
 class Judgement:
     """A judge's answer to one request."""
 
-    status: Status
+    status: JudgementStatus
     scores: Mapping[str, Distribution] = field(default_factory=dict)
     """Key -> distribution, in the order of the request; empty unless `status` is one of `SCORED`."""
     reason: str | None = None

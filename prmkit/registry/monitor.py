@@ -15,13 +15,13 @@ from prmkit.files import read_jsonl
 from prmkit.judge.types import AGGREGATES
 from prmkit.trajectory import log_id, outcome_number
 
-LEVEL = 0.95
+_LEVEL = 0.95
 _CAP = 0.5
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Scored:
+class LoggedStep:
     """One scored step, from either kind of file."""
 
     judge: str
@@ -46,7 +46,7 @@ class Scored:
     """When it was logged, in UTC; empty for outputs of score_trajectories.py."""
 
 
-def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored]:
+def read_scored(paths: Sequence[Path], days: float | None = None) -> list[LoggedStep]:
     """The steps in outputs of score_trajectories.py (the file counts as the judge) and in request logs.
 
     Args:
@@ -64,7 +64,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Scored
             if not isinstance(line, dict) or not {"score", "status", "request_hash"} <= line.keys():
                 raise DataError(f"{path}:{number}: neither a scored step nor a line of a request log.")
             if since is None or _time_of(line, f"{path}:{number}") >= since:
-                found.append(_scored(line, path))
+                found.append(_logged_step(line, path))
     if not found:
         recent = "" if days is None else f" from the last {days:g} days"
         raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
@@ -81,10 +81,10 @@ def _time_of(line: Mapping[str, Any], place: str) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _scored(line: Mapping[str, Any], path: Path) -> Scored:
+def _logged_step(line: Mapping[str, Any], path: Path) -> LoggedStep:
     metadata = line.get("metadata") or {}
     task = str(line.get("task") or metadata.get("task_id") or "")
-    return Scored(
+    return LoggedStep(
         judge=str(line.get("judge") or path),
         keys=tuple(sorted(line.get("keys") or line.get("scores") or ())),
         prompt=str(line["request_hash"]),
@@ -102,7 +102,7 @@ def _scored(line: Mapping[str, Any], path: Path) -> Scored:
     )
 
 
-def steps_of(judge: str, steps: Sequence[Scored]) -> list[Scored]:
+def steps_of(judge: str, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
     """The steps that a judge scored, and all steps of scoring outputs, which do not name their judge.
 
     Raises:
@@ -118,7 +118,7 @@ def steps_of(judge: str, steps: Sequence[Scored]) -> list[Scored]:
 # --- two judges -------------------------------------------------------------------------------------------------------
 
 
-def compare_judges(steps: Iterable[Scored], outcomes: Mapping[str, float] | None) -> dict[str, Any]:
+def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | None) -> dict[str, Any]:
     """How two judges differ on the steps that both scored, and which one predicts success better.
 
     Args:
@@ -128,7 +128,7 @@ def compare_judges(steps: Iterable[Scored], outcomes: Mapping[str, float] | None
     Raises:
         UsageError: there are not exactly two judges, or they share no step.
     """
-    by_judge: dict[str, dict[str, Scored]] = defaultdict(dict)
+    by_judge: dict[str, dict[str, LoggedStep]] = defaultdict(dict)
     for step in steps:
         by_judge[step.judge].setdefault(step.prompt, step)
     if len(by_judge) != 2:
@@ -148,11 +148,11 @@ def compare_judges(steps: Iterable[Scored], outcomes: Mapping[str, float] | None
     return found
 
 
-def _is_sure(step: Scored) -> bool:
+def _is_sure(step: LoggedStep) -> bool:
     return step.status == "ok" and step.score is not None
 
 
-def _differences(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, Any]:
+def _differences(pairs: Sequence[tuple[LoggedStep, LoggedStep]]) -> dict[str, Any]:
     apart = [(b.score or 0.0) - (a.score or 0.0) for a, b in pairs]
     by_task: dict[str, list[float]] = defaultdict(list)
     for (a, _), difference in zip(pairs, apart, strict=True):
@@ -160,14 +160,16 @@ def _differences(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, Any]:
     widest = sorted(zip(apart, pairs, strict=True), key=lambda each: -abs(each[0]))[:_SHOWN]
     return {
         "tasks": len(by_task),
-        "mean_difference": interval([fmean(values) for values in by_task.values()]),
+        "mean_difference": confidence_sequence([fmean(values) for values in by_task.values()]),
         "mean_absolute_difference": fmean(map(abs, apart)),
         "equal_within_0.1": sum(abs(each) <= 0.1 for each in apart) / len(apart),
         "widest": [{"id": a.id, "a": a.score, "b": b.score, "prompt": a.text} for _, (a, b) in widest],
     }
 
 
-def _on_outcomes(ones: Iterable[Scored], others: Iterable[Scored], outcomes: Mapping[str, float]) -> dict[str, Any]:
+def _on_outcomes(
+    ones: Iterable[LoggedStep], others: Iterable[LoggedStep], outcomes: Mapping[str, float]
+) -> dict[str, Any]:
     """The difference of the squared errors of two judges' lowest step scores, one number for each task.
 
     Runs of a task are not independent, so they count as one. Only runs that both scored completely are compared.
@@ -185,12 +187,12 @@ def _on_outcomes(ones: Iterable[Scored], others: Iterable[Scored], outcomes: Map
             "gain_of_b": None,
             "decision": "no run with an outcome was scored by both (--shadow lets both score)",
         }
-    gain = interval(gains)
+    gain = confidence_sequence(gains)
     return {**found, "gain_of_b": gain, "decision": _decision(gain, len(gains))}
 
 
-def _lowest(steps: Iterable[Scored]) -> dict[str, tuple[float, str]]:
-    runs: dict[str, list[Scored]] = defaultdict(list)
+def _lowest(steps: Iterable[LoggedStep]) -> dict[str, tuple[float, str]]:
+    runs: dict[str, list[LoggedStep]] = defaultdict(list)
     for step in steps:
         if step.trajectory:
             runs[step.trajectory].append(step)
@@ -214,7 +216,7 @@ def _decision(gain: Mapping[str, float], n: int) -> str:
     return f"continue: about {more:,} more tasks are needed if the difference stays the same"
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float]:
+def confidence_sequence(values: Sequence[float], level: float = _LEVEL) -> dict[str, float]:
     """A confidence sequence of the mean: an interval that is valid even if it is checked after every value.
 
     Predictable plug-in empirical Bernstein: theorem 2 of Waudby-Smith and Ramdas, Estimating means of bounded random
@@ -244,7 +246,7 @@ def interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float]:
 # --- drift ------------------------------------------------------------------------------------------------------------
 
 
-def drift_of(steps: Sequence[Scored], held_out: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
+def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
     """Whether scores, label masses and lengths are distributed as on the judge's held-out rows.
 
     Steps are compared with held-out rows of the same score keys: verdicts on a step and on a whole run are distributed
@@ -263,7 +265,7 @@ def drift_of(steps: Sequence[Scored], held_out: Sequence[Mapping[str, Any]], lim
     for line in held_out:
         if line.get("scores"):
             references[tuple(sorted(line["scores"]))].append(line)
-    by_keys: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
+    by_keys: dict[tuple[str, ...], list[LoggedStep]] = defaultdict(list)
     for step in steps:
         if step.keys:
             by_keys[step.keys].append(step)
@@ -290,7 +292,7 @@ def drift_of(steps: Sequence[Scored], held_out: Sequence[Mapping[str, Any]], lim
             "findings": findings, "undecided": undecided}  # fmt: skip
 
 
-def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[Scored], limit: float) -> dict[str, dict[str, Any]]:
+def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limit: float) -> dict[str, dict[str, Any]]:
     """The quantities to compare in one group of score keys; only those that both sides have."""
     masses = [[each["label_mass"] for each in line["scores"].values()] for line in then]
     pairs: dict[str, tuple[Sequence[float | None], Sequence[float | None]]] = {

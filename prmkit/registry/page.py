@@ -51,7 +51,7 @@ def _version(folder: Path, version: registered.VersionId, tags: list[str]) -> di
     }  # fmt: skip
 
 
-def _ab(steps: Sequence[monitor.Scored]) -> Mapping[str, Any] | None:
+def _ab(steps: Sequence[monitor.LoggedStep]) -> Mapping[str, Any] | None:
     if not steps:
         return None
     try:
@@ -61,7 +61,7 @@ def _ab(steps: Sequence[monitor.Scored]) -> Mapping[str, Any] | None:
 
 
 def _drifts(
-    folder: Path, state: registered.State, steps: Sequence[monitor.Scored], limit: float
+    folder: Path, state: registered.State, steps: Sequence[monitor.LoggedStep], limit: float
 ) -> list[dict[str, Any]]:
     """The drift of every registered version that the logs name."""
     found = []

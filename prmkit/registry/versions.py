@@ -13,7 +13,7 @@ from typing import Any
 
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
-from prmkit.files import exclusive_lock, read_json, read_jsonl, sha256_of, write_json
+from prmkit.files import end_of_last_line, exclusive_lock, read_json, read_jsonl, sha256_of, sync, write_all, write_json
 from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD, found_above, sidecar_of
 from prmkit.registered import DATA, ROWS, RUN, SAFE_NAME, State, VersionId
 
@@ -75,21 +75,17 @@ def write_history(folder: Path, action: str, why: str | None, **values: Any) -> 
         **values,
         "why": why,
     }
-    with file.open("ab") as stream:
-        end = stream.tell()
-        whole = file.read_bytes()
-        if whole and not whole.endswith(b"\n"):  # remnants of a killed command
-            end = whole.rfind(b"\n") + 1
-            stream.truncate(end)
+    with file.open("ab+", buffering=0) as stream:
+        end = end_of_last_line(stream.fileno())
+        stream.truncate(end)  # remnants of a killed command
         try:
-            stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-            stream.flush()
+            write_all(stream.write, orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             os.fsync(stream.fileno())
         except OSError as error:
-            os.truncate(file, end)
+            stream.truncate(end)
             error.filename = error.filename or str(file)
             raise
-    _sync_folder(folder)
+    sync(folder)
 
 
 def _who() -> str:
@@ -97,14 +93,6 @@ def _who() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return f"user {os.getuid()}"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- add --------------------------------------------------------------------------------------------------------------
@@ -155,7 +143,7 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
         write_json(building / registered.VERSION_FILE, content)
         _make_read_only(building)
         building.rename(final)
-        _sync_folder(final.parent)
+        sync(final.parent)
         write_history(folder, "add", addition.why, judge=version.name, version=version.number, run=str(addition.run),
                       run_id=record["id"], parent=parent)  # fmt: skip
     return version
@@ -287,9 +275,7 @@ def _make_read_only(folder: Path) -> None:
     for each in folder.rglob("*"):
         if each.is_file():
             each.chmod(0o444)
-            descriptor = os.open(each, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(each)
 
 
 # --- tags -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ orms["judge"] = make_orm("http://127.0.0.1:8000")
 from typing import Any
 
 from prmkit.client import Judge, client_of
-from prmkit.rewards.trl import values_of
+from prmkit.rewards.trl import reward_values
 
 
 def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
@@ -38,7 +38,7 @@ def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
                 (before_answer(messages), text) for messages, text in zip(conversations, completions, strict=True)
             ]
             rewards = client.rewards(samples, aggregate=aggregate)
-            return values_of(given.get("prompt_id") or [prompt for prompt, _ in samples], rewards, fill=True)
+            return reward_values(given.get("prompt_id") or [prompt for prompt, _ in samples], rewards, fill=True)
 
     return JudgeORM
 

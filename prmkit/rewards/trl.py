@@ -32,12 +32,12 @@ def make_reward_func(
 
     def judge_reward(prompts: Sequence[Any], completions: Sequence[Any], **_columns: Any) -> list[float | None]:
         rewards = client.rewards(list(zip(prompts, completions, strict=True)), aggregate=aggregate)
-        return values_of(prompts, rewards, fill=answer == "group_mean")
+        return reward_values(prompts, rewards, fill=answer == "group_mean")
 
     return judge_reward
 
 
-def values_of(groups: Sequence[Any], rewards: Sequence[Reward], *, fill: bool) -> list[float | None]:
+def reward_values(groups: Sequence[Any], rewards: Sequence[Reward], *, fill: bool) -> list[float | None]:
     """Rewards as plain numbers.
 
     Args:

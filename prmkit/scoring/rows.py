@@ -19,7 +19,7 @@ from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
 from prmkit.row_lines import STDIN, Line
 from prmkit.rows import InputRow, Rejected, parse_line, read_row
 from prmkit.trajectories.documents import Broken, Document
-from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_page
+from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_run_page
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.readers import reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
@@ -29,7 +29,7 @@ from prmkit.verdict import asked_shape
 
 
 @dataclass(frozen=True)
-class Row:
+class RowToScore:
     """One row of the input."""
 
     number: int
@@ -59,26 +59,26 @@ def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:
     return dict(read_json(report).get("score_keys", {})) if report.is_file() else {}
 
 
-def read_rows(lines: Iterable[Line], shape_of: ShapeOf) -> Iterator[Row]:
+def read_rows(lines: Iterable[Line], shape_of: ShapeOf) -> Iterator[RowToScore]:
     """Read rows as in `finetune.jsonl`, with or without the judge's turn, or as `{"id", "prompt"}`."""
     for line in lines:
         try:
             value = parse_line(line)
         except Rejected as rejected:
-            yield Row(line.number, reason=f"line {line.number}: {rejected.reason}")
+            yield RowToScore(line.number, reason=f"line {line.number}: {rejected.reason}")
             continue
         try:
             yield prompt_row(read_row(value, line), line.number, shape_of)
         except Rejected as rejected:
             identity = value.get("id") if isinstance(value, dict) else None
             known = identity if isinstance(identity, str | int) else None
-            yield Row(line.number, known, reason=f"line {line.number}: {rejected.reason}")
+            yield RowToScore(line.number, known, reason=f"line {line.number}: {rejected.reason}")
 
 
-def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> Row:
+def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> RowToScore:
     """A prompt as a row to score; if it is unknown which scores it asks for, `reason` says so."""
     shape = shape_of(row.prompt, row.evaluation_type)
-    return Row(
+    return RowToScore(
         number,
         row.sha256[:16] if row.id is None else row.id,
         None if isinstance(shape, str) else Request(row.prompt, shape, row.system),
@@ -150,11 +150,11 @@ def check_rubric(rubric: Rubric, learnt: Sequence[str] | None, judge: str) -> No
         )
 
 
-def step_row(run: Trajectory, prompt: StepPrompt, rubric: Rubric, number: int) -> Row:
+def step_row(run: Trajectory, prompt: StepPrompt, rubric: Rubric, number: int) -> RowToScore:
     """One step of a run as a row to score."""
     shape = asked_shape(prompt.text)
     step = prompt.step.n
-    return Row(
+    return RowToScore(
         number,
         f"{run.trajectory_id}#{step}",
         Request(prompt.text, shape) if shape else None,
@@ -186,7 +186,7 @@ class RunsToScore:
     _results: dict[str, list[Any]] = field(default_factory=dict)
     _runs: int = 0
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[RowToScore]:
         """Every step of every run."""
         reports: list[FileReport] = []
         number = 0
@@ -203,7 +203,7 @@ class RunsToScore:
         if not number:
             raise DataError(f"{self.name}: no run was read.")
 
-    def add(self, row: Row, result: Any) -> None:
+    def add(self, row: RowToScore, result: Any) -> None:
         """Keep the result of a row, if its run is one of the first."""
         if row.trajectory in self._first:
             self._results.setdefault(row.trajectory, []).append(result)
@@ -216,7 +216,7 @@ class RunsToScore:
             if self._runs > len(scored):
                 cli.emit(f"of the first {len(scored)} of {self._runs} runs")
         if self.page is not None:
-            write_page(self.page, scored, self.judge, self._runs - len(scored))
+            write_run_page(self.page, scored, self.judge, self._runs - len(scored))
             log.info("%s: %d runs", self.page, len(scored))
 
 

@@ -16,22 +16,22 @@ from prmkit.files import exclusive_lock, write_text
 from prmkit.intervals import Abstention, load_abstention
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
-from prmkit.judge.types import AGGREGATES, Judgement, Mode, first_below, rounded
+from prmkit.judge.types import AGGREGATES, Judgement, first_below, rounded
 from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.row_lines import STDIN, open_rows
-from prmkit.scoring.rows import Row, RunsToScore, read_rows
+from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
 
 log = logging.getLogger("prmkit")
 
 WINDOW = 64
 """The number of rows that are read before they are scored together, so that prompts can share a common beginning."""
 
-Result = Mapping[str, Any]
+ResultLine = Mapping[str, Any]
 """One line of the output."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoringJob:
     """The task given to `score_trajectories.py`."""
 
     input: str
@@ -39,7 +39,6 @@ class Job:
     output: Path | None
     """None for stdout."""
     shape_of: ShapeOf
-    mode: Mode
     summaries: bool
     """Also let the model write its verdict, and add the text."""
     bad_below: float | None
@@ -50,7 +49,7 @@ class Job:
     """Adds intervals, and marks scores with a wide one as unsure."""
 
 
-def abstention_of(scorer: Scorer, mode: Mode, level: float | None, max_width: float | None) -> Abstention | None:
+def abstention_of(scorer: Scorer, level: float | None, max_width: float | None) -> Abstention | None:
     """The requested intervals, or None.
 
     Raises:
@@ -59,13 +58,13 @@ def abstention_of(scorer: Scorer, mode: Mode, level: float | None, max_width: fl
     """
     if level is None and max_width is None:
         return None
-    if scorer.endpoint or mode != "expected":
+    if scorer.endpoint or scorer.asking.mode != "expected":
         raise UsageError("--interval and --abstain-above: only with a local judge in --mode expected.")
     weights = scorer.source.adapter or scorer.source.model
     return load_abstention(weights, fingerprint_of(scorer.source), level, max_width)
 
 
-def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
+def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
     """Score the input and write the output; an output file of an interrupted run is continued.
 
     Args:
@@ -108,7 +107,7 @@ def run(job: Job, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _open_input(job: Job) -> Iterator[Iterator[Row]]:
+def _open_input(job: ScoringJob) -> Iterator[Iterator[RowToScore]]:
     if job.runs:
         yield job.runs.rows()
         return
@@ -117,8 +116,8 @@ def _open_input(job: Job) -> Iterator[Iterator[Row]]:
 
 
 def _results(
-    job: Job, rows: Iterator[Row], scorer: Scorer, fingerprint: Mapping[str, Any]
-) -> Iterator[tuple[Row, Result]]:
+    job: ScoringJob, rows: Iterator[RowToScore], scorer: Scorer, fingerprint: Mapping[str, Any]
+) -> Iterator[tuple[RowToScore, ResultLine]]:
     """Every row with its line, after the line was written."""
     if job.output is None:
         for row, result in score_rows(((row, None) for row in rows), scorer, job):
@@ -126,7 +125,7 @@ def _results(
             yield row, result
         return
     with exclusive_lock(job.output.parent, f"writing {job.output.name}", lock=f".{job.output.name}.lock"):
-        asked: dict[str, Any] = {"mode": job.mode, "summaries": job.summaries}
+        asked: dict[str, Any] = {"mode": scorer.asking.mode, "summaries": job.summaries}
         if job.abstention:
             asked["interval"] = [job.abstention.level, job.abstention.max_width]
         done = reopen(job.output, dict(fingerprint) | asked)
@@ -139,7 +138,9 @@ def _results(
                 yield row, result
 
 
-def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: Job) -> Iterator[tuple[Row, Result]]:
+def score_rows(
+    rows: Iterable[tuple[RowToScore, ResultLine | None]], scorer: Scorer, job: ScoringJob
+) -> Iterator[tuple[RowToScore, ResultLine]]:
     """Score rows, a window at a time; equal rows are scored once.
 
     Args:
@@ -158,9 +159,9 @@ def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: J
             for row, earlier in window
             if row.request and row.request_hash and earlier is None and row.request_hash not in known
         }
-        judgements = list(scorer.judgements(new.values(), job.mode))
+        judgements = list(scorer.judgements(new.values()))
         texts = [each.text for each in judgements]
-        if job.summaries and job.mode == "expected":
+        if job.summaries and scorer.asking.mode == "expected":
             texts = [each.text for each in scorer.judgements(new.values(), "generate")]
         known |= dict(zip(new, zip(judgements, texts, strict=True), strict=True))
         for row, earlier in window:
@@ -175,7 +176,9 @@ def score_rows(rows: Iterable[tuple[Row, Result | None]], scorer: Scorer, job: J
                 yield row, job.abstention.add_interval(line, None) if job.abstention else line
 
 
-def result_line(row: Row, judgement: Judgement, text: str | None = None, *, with_text: bool = False) -> Result:
+def result_line(
+    row: RowToScore, judgement: Judgement, text: str | None = None, *, with_text: bool = False
+) -> ResultLine:
     """One row's line of the output."""
     line = {
         "id": row.id,
@@ -201,7 +204,7 @@ def trajectories_file(output: Path) -> Path:
     return companion_file(output, "trajectories.jsonl")
 
 
-def _check_outputs(job: Job) -> None:
+def _check_outputs(job: ScoringJob) -> None:
     if job.output is None:
         return
     source = None if job.input == STDIN else Path(job.input)
@@ -215,7 +218,7 @@ def _check_outputs(job: Job) -> None:
             )
 
 
-def _report_done(done: Sequence[Result], output: Path) -> None:
+def _report_done(done: Sequence[ResultLine], output: Path) -> None:
     failed = sum(result["status"] == "failed" for result in done)
     if done:
         log.info("%s: %d rows are already scored", output, len(done) - failed)
@@ -223,7 +226,9 @@ def _report_done(done: Sequence[Result], output: Path) -> None:
         log.info("%s: %d rows that failed are retried", output, failed)
 
 
-def _with_results(rows: Iterator[Row], done: Sequence[Result], output: Path) -> Iterator[tuple[Row, Result | None]]:
+def _with_results(
+    rows: Iterator[RowToScore], done: Sequence[ResultLine], output: Path
+) -> Iterator[tuple[RowToScore, ResultLine | None]]:
     """The rows, the first ones with their results from an earlier run.
 
     Raises:
@@ -250,8 +255,8 @@ def _other_input(place: str, what: str) -> UsageError:
 
 
 def _update_lines(
-    done: Sequence[Result], scored: Iterator[tuple[Row, Result]], output: Path
-) -> Iterator[tuple[Row, Result]]:
+    done: Sequence[ResultLine], scored: Iterator[tuple[RowToScore, ResultLine]], output: Path
+) -> Iterator[tuple[RowToScore, ResultLine]]:
     """The results for the output's lines; new ones are written even if the run is stopped."""
     lines, changed = list(done), False
     try:
@@ -264,7 +269,7 @@ def _update_lines(
             replace_rows(output, lines)
 
 
-def _json(line: Result) -> str:
+def _json(line: ResultLine) -> str:
     import orjson
 
     return orjson.dumps(line).decode()
@@ -301,7 +306,7 @@ class Trajectories:
         self.unattributed = 0
         """Steps without a trajectory, and unreadable lines: each may be a step that a trajectory lacks."""
 
-    def add(self, row: Row, score: float | None, status: str) -> None:
+    def add(self, row: RowToScore, score: float | None, status: str) -> None:
         """Add the score of a row, if it is a step that belongs to a trajectory.
 
         Raises:

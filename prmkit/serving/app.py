@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("prmkit")
 
-PAGE = Path(__file__).with_name("page.html")
+_PAGE = Path(__file__).with_name("page.html")
 _SHUTTING_DOWN = "the server is shutting down"
 _CANARY_PAUSE = 5.0
 """Seconds until a failed first prompt is retried."""
@@ -37,9 +37,9 @@ _OPEN = {"/", "/health", "/ready", "/openapi.json", "/docs"}
 """Paths that need no key: they reveal nothing about the judge or its requests."""
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+AsgiMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[AsgiMessage]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class _Routes:
         """A page to paste a run into."""
         from fastapi.responses import HTMLResponse
 
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
 
 _MESSAGES = [
@@ -287,7 +287,7 @@ class Guard:
         started, status = time.perf_counter(), 500
         request_id.set(identity)
 
-        async def answer(message: Message) -> None:
+        async def answer(message: AsgiMessage) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -320,7 +320,7 @@ class Guard:
 
         began, received, is_complete = time.monotonic(), 0, False
 
-        async def limited() -> Message:
+        async def limited() -> AsgiMessage:
             nonlocal received, is_complete
             while not is_complete:
                 message = None

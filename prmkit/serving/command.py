@@ -18,7 +18,7 @@ from prmkit.scoring.score import abstention_of
 from prmkit.serving.app import Limits, make_app
 from prmkit.serving.engine import Engine
 from prmkit.serving.judges import ServedJudge, Trial
-from prmkit.serving.metrics import Metrics, held_out_scores
+from prmkit.serving.metrics import ServerMetrics, held_out_scores
 from prmkit.serving.request_log import RequestLog
 from prmkit.serving.service import Service
 
@@ -71,7 +71,7 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
     rubric, why_not = _rubric(arguments.rubric, scorer, name)
     judge = _served(arguments, scorer, _name_of(name))
     run = None if scorer.endpoint or arguments.model else arguments.run or DEFAULT_RUN
-    metrics = Metrics(lambda: judge.engine.depth, held_out_scores(run))
+    metrics = ServerMetrics(lambda: judge.engine.depth, held_out_scores(run))
     judge.engine.on_batch = metrics.count_batch
     judge.engine.on_cache_hit = metrics.cache_hits.inc
     return Service(
@@ -91,12 +91,11 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
 def _served(arguments: argparse.Namespace, scorer: Scorer, name: str) -> ServedJudge:
     engine = Engine(
         scorer,
-        arguments.mode,
         window=arguments.window / 1000,
         limit=arguments.queue,
         patience=arguments.queue_timeout,
     )
-    return ServedJudge(name, engine, abstention_of(scorer, arguments.mode, arguments.interval, arguments.abstain_above))
+    return ServedJudge(name, engine, abstention_of(scorer, arguments.interval, arguments.abstain_above))
 
 
 def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
@@ -124,7 +123,7 @@ def _name_of(judge: str) -> str:
     return f"{run.parent.parent.name}@{run.parent.name}" if is_registered(run) else run.name or judge
 
 
-def _request_log(arguments: argparse.Namespace, metrics: Metrics) -> RequestLog | None:
+def _request_log(arguments: argparse.Namespace, metrics: ServerMetrics) -> RequestLog | None:
     if arguments.log_requests is None:
         if arguments.log_prompts:
             raise UsageError("--log-prompts needs --log-requests FILE.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from prmkit.errors import PrmkitError
 from prmkit.judge.batching import digest
 from prmkit.judge.scorer import Scorer
-from prmkit.judge.types import Judgement, Mode, Request
+from prmkit.judge.types import Judgement, Request
 
 log = logging.getLogger("prmkit")
 
@@ -44,7 +44,6 @@ class Engine:
     """Judges requests as they arrive."""
 
     scorer: Scorer
-    mode: Mode = "expected"
     window: float = 0.005
     """Seconds that an idle judge waits for more prompts after the first one."""
     limit: int = 1024
@@ -155,7 +154,7 @@ class Engine:
     def _score(self, batch: Sequence[Request]) -> list[Judgement]:
         """Runs in the judge's thread. Every failure becomes an answer: the server must survive it."""
         try:
-            return list(self.scorer.judgements(batch, self.mode))
+            return list(self.scorer.judgements(batch))
         except PrmkitError as error:
             fault: Exception = error
         except _FAULTS as error:

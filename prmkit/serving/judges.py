@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from prmkit.intervals import Abstention
 from prmkit.judge.types import Judgement
-from prmkit.scoring.rows import Row
+from prmkit.scoring.rows import RowToScore
 from prmkit.scoring.score import result_line
 from prmkit.serving.engine import Busy, Engine, Stopping
-from prmkit.serving.request_log import Role
+from prmkit.serving.request_log import JudgeRole
 
 
 class Scored(NamedTuple):
@@ -32,7 +32,7 @@ class ServedJudge:
     engine: Engine
     abstention: Abstention | None = None
 
-    async def score(self, rows: Sequence[Row]) -> list[Scored]:
+    async def score(self, rows: Sequence[RowToScore]) -> list[Scored]:
         """Score rows, together with those of all other clients.
 
         Raises:
@@ -41,14 +41,14 @@ class ServedJudge:
         judged = iter(await self.engine.judge([row.request for row in rows if row.request]))
         return [self._scored(row, next(judged) if row.request else None) for row in rows]
 
-    async def try_to_score(self, rows: Sequence[Row]) -> list[Scored]:
+    async def try_to_score(self, rows: Sequence[RowToScore]) -> list[Scored]:
         """Like `score`, but a full queue gives answers with the status `failed`."""
         try:
             return await self.score(rows)
         except Busy:
             return [self._scored(row, Judgement("failed", reason="the queue is full")) for row in rows]
 
-    def _scored(self, row: Row, judgement: Judgement | None) -> Scored:
+    def _scored(self, row: RowToScore, judgement: Judgement | None) -> Scored:
         judgement = judgement or Judgement("error", reason=row.reason)
         line = dict(result_line(row, judgement))
         evaluation_type = row.metadata.get("evaluation_type", "clip" if row.is_step else None)
@@ -57,7 +57,7 @@ class ServedJudge:
         return Scored(line | {"judge": self.name}, judgement)
 
 
-Count = Callable[[Row, Scored, Role], None]
+Count = Callable[[RowToScore, Scored, JudgeRole], None]
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Trial:
     """If true, both judges score these tasks and the production judge answers; else only the challenger scores them."""
     _shadows: set["asyncio.Task[None]"] = field(default_factory=set)
 
-    def takes(self, row: Row) -> bool:
+    def takes(self, row: RowToScore) -> bool:
         """Whether the challenger scores this row: the same for all rows of a task, in every process, at any time.
 
         A task that is selected with a small share is also selected with every larger share.
@@ -80,7 +80,7 @@ class Trial:
         number = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return row.request is not None and int.from_bytes(number) < self.share * 2**64
 
-    async def answer(self, production: ServedJudge, rows: Sequence[Row], count: Count) -> list[Scored]:
+    async def answer(self, production: ServedJudge, rows: Sequence[RowToScore], count: Count) -> list[Scored]:
         """Score each row with the judge that is responsible for it.
 
         Args:
@@ -113,7 +113,7 @@ class Trial:
             answers.append(scored)
         return answers
 
-    def _start_shadow(self, rows: Sequence[Row], count: Count) -> None:
+    def _start_shadow(self, rows: Sequence[RowToScore], count: Count) -> None:
         """Let the challenger score rows in the background; no client waits for it."""
         if rows:
             task = asyncio.create_task(self._shadow(rows, count))
@@ -121,7 +121,7 @@ class Trial:
             task.add_done_callback(self._shadows.discard)
 
     async def finish(self, seconds: float) -> None:
-        """Wait up to `patience` seconds for the challenger to finish what it has begun, and count that."""
+        """Wait up to `seconds` for the challenger to finish what it has begun, and count that."""
         deadline = time.monotonic() + seconds
         await self.challenger.engine.stop(seconds)
         if self._shadows:
@@ -129,7 +129,7 @@ class Trial:
         for task in list(self._shadows):
             task.cancel()
 
-    async def _shadow(self, rows: Sequence[Row], count: Count) -> None:
+    async def _shadow(self, rows: Sequence[RowToScore], count: Count) -> None:
         try:
             for row, scored in zip(rows, await self.challenger.try_to_score(rows), strict=True):
                 count(row, scored, "shadow")

@@ -12,7 +12,7 @@ from prmkit.drift import shift_of
 from prmkit.judge.types import Judgement
 from prmkit.paths import PREDICTIONS_FILE
 from prmkit.registered import results_of
-from prmkit.serving.request_log import Role
+from prmkit.serving.request_log import JudgeRole
 
 _RECENT = 1000
 """The number of latest scores from which drift is computed."""
@@ -20,7 +20,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHARES = tuple(step / 10 for step in range(1, 11))
 
 
-class Metrics:
+class ServerMetrics:
     """Counters and histograms of one server."""
 
     def __init__(self, depth: Callable[[], int], reference: Sequence[float]) -> None:
@@ -76,7 +76,7 @@ class Metrics:
         psi = shift_of(self._reference, list(self._recent)).psi
         return math.nan if psi is None else psi
 
-    def count(self, judgement: Judgement, role: Role) -> None:
+    def count(self, judgement: Judgement, role: JudgeRole) -> None:
         """Count one judged prompt. Only the production judge's scores count for drift."""
         self.steps.labels(judgement.status, role).inc()
         if judgement.score is not None:

@@ -12,26 +12,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import orjson
 
 from prmkit.errors import DataError, UsageError
-from prmkit.files import exclusive_lock
-from prmkit.scoring.rows import Row
-from prmkit.scoring.score import Result
+from prmkit.files import end_of_last_line, exclusive_lock, write_all
+from prmkit.scoring.rows import RowToScore
+from prmkit.scoring.score import ResultLine
 from prmkit.trajectory import log_id
 
 log = logging.getLogger("prmkit")
 
-Role = Literal["production", "challenger", "shadow"]
+JudgeRole = Literal["production", "challenger", "shadow"]
 """`production` and `challenger` answered the client; a `shadow` answer was shown to nobody."""
-
-FIELDS = (
-    "time", "id", "judge", "role", "request_hash", "task", "trajectory", "score", "std", "label_mass", "status",
-    "characters", "keys", "prompt",
-)  # fmt: skip
 
 _MOST_WAITING = 64 << 20
 """The most bytes that wait for the disk. Beyond that, new lines are lost, so that memory does not fill up instead."""
@@ -61,9 +57,9 @@ class RequestLog:
     _is_closing: bool = False
     _has_warned: bool = False
     _descriptor: int | None = None
-    """Bytes in the open file; only the writing thread uses it."""
+    """Of the open file; None before the first line. Only the writing thread uses it."""
 
-    def add(self, row: Row, line: Result, judge: str, role: Role) -> None:
+    def add(self, row: RowToScore, line: ResultLine, judge: str, role: JudgeRole) -> None:
         """Log one judged step. Returns at once, whatever the disk does.
 
         Args:
@@ -74,7 +70,7 @@ class RequestLog:
         """
         self._put(orjson.dumps(self._entry(row, line, judge, role), option=orjson.OPT_APPEND_NEWLINE))
 
-    def _entry(self, row: Row, line: Result, judge: str, role: Role) -> dict[str, Any]:
+    def _entry(self, row: RowToScore, line: ResultLine, judge: str, role: JudgeRole) -> dict[str, Any]:
         request = row.request
         prompt = request.prompt if request else None
         return {
@@ -160,10 +156,8 @@ class RequestLog:
         if size and size + len(text) > self.largest:
             self._rotate()
             descriptor, size = self._open(), 0
-        done = 0
         try:
-            while done < len(text):
-                done += os.write(descriptor, text[done:])
+            write_all(partial(os.write, descriptor), text)
         except OSError:
             os.ftruncate(descriptor, size)
             raise
@@ -220,12 +214,10 @@ def _check_file(file: Path) -> None:
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}. Choose another --log-requests.") from error
     with open(descriptor, "r+b") as stream:  # noqa: PTH123 - a descriptor is opened
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(0)
         if not _may_be_ours(stream.readline()):
             raise UsageError(f"{file}: exists and is not a request log. Choose another --log-requests.")
-        end = _end_of_last_line(stream, size)
-        if end < size:
+        end = end_of_last_line(descriptor)
+        if end < os.fstat(descriptor).st_size:
             log.warning("%s: removed an incomplete last line", file)
             stream.truncate(end)
 
@@ -239,16 +231,3 @@ def _may_be_ours(first: bytes) -> bool:
     except orjson.JSONDecodeError:
         return False
     return isinstance(line, dict) and {"time", "judge", "role", "request_hash"} <= line.keys()
-
-
-def _end_of_last_line(stream: BinaryIO, size: int) -> int:
-    """The position after the last line break; 0 without one."""
-    end = size
-    while end:
-        begin = max(0, end - _AT_ONCE)
-        stream.seek(begin)
-        place = stream.read(end - begin).rfind(b"\n")
-        if place >= 0:
-            return begin + place + 1
-        end = begin
-    return 0

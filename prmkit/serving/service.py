@@ -14,12 +14,12 @@ from prmkit.judge.scorer import ShapeOf
 from prmkit.judge.types import AGGREGATES, SAME_SCORE, rounded
 from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.rows import Rejected, read_row
-from prmkit.scoring.rows import Row, prompt_row, step_row
+from prmkit.scoring.rows import RowToScore, prompt_row, step_row
 from prmkit.scoring.score import Trajectories
 from prmkit.serving.judges import Scored, ServedJudge, Trial
-from prmkit.serving.metrics import Metrics
+from prmkit.serving.metrics import ServerMetrics
 from prmkit.serving.payloads import NothingWritten, request_id, run_of_policy, run_of_step, runs_in
-from prmkit.serving.request_log import RequestLog, Role
+from prmkit.serving.request_log import JudgeRole, RequestLog
 from prmkit.serving.systemone import answer_to, check_question, key_of, run_of_state
 from prmkit.trajectory import Trajectory
 
@@ -40,7 +40,7 @@ class Service:
 
     judge: ServedJudge
     """The production judge."""
-    metrics: Metrics
+    metrics: ServerMetrics
     shape_of: ShapeOf
     rubric: Rubric | None
     """What the judge is asked about steps of runs; None if it can only score ready-made prompts."""
@@ -85,7 +85,7 @@ class Service:
         lines = [line for line, _ in await self._lines(rows)]
         return {"judge": judge_of(lines) if lines else self.judge.name, "results": lines}
 
-    def _row(self, item: Any, number: int, shape_of: ShapeOf) -> Row:
+    def _row(self, item: Any, number: int, shape_of: ShapeOf) -> RowToScore:
         item = {"prompt": item} if isinstance(item, str) else item
         identity = item.get("id")
         known = identity if isinstance(identity, str | int) else None
@@ -103,13 +103,13 @@ class Service:
                 )
             return prompt_row(read_row(item), number, shape_of)
         except Rejected as rejected:
-            return Row(number, known, reason=rejected.reason)
+            return RowToScore(number, known, reason=rejected.reason)
         except RecursionError:
-            return Row(number, known, reason="nested too deeply")
+            return RowToScore(number, known, reason="nested too deeply")
         except PrmkitError as error:
-            return Row(number, known, reason=str(error))
+            return RowToScore(number, known, reason=str(error))
 
-    async def _lines(self, rows: Sequence[Row]) -> list[Scored]:
+    async def _lines(self, rows: Sequence[RowToScore]) -> list[Scored]:
         if self.trial:
             return await self.trial.answer(self.judge, rows, self._count)
         answers = await self.judge.score(rows)
@@ -117,7 +117,7 @@ class Service:
             self._count(row, scored, "production")
         return answers
 
-    def _count(self, row: Row, scored: Scored, role: Role) -> None:
+    def _count(self, row: RowToScore, scored: Scored, role: JudgeRole) -> None:
         self.metrics.count(scored.judgement, role)
         if self.request_log:
             self.request_log.add(row, scored.line, scored.line["judge"], role)
@@ -129,7 +129,7 @@ class Service:
         (scored,) = await judge.score([self._row(step if self.rubric else prompt, 1, self.shape_of)])
         return scored.line
 
-    def _step_rows(self, run: Trajectory) -> list[Row]:
+    def _step_rows(self, run: Trajectory) -> list[RowToScore]:
         rubric = self.step_rubric()
         return [step_row(run, prompt, rubric, prompt.step.n) for prompt in step_prompts(run, rubric)]
 
@@ -305,7 +305,7 @@ def judge_of(answers: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _run_answer(
-    run: Trajectory, rows: Sequence[Row], lines: Sequence[Mapping[str, Any]], limit: float, gamma: float
+    run: Trajectory, rows: Sequence[RowToScore], lines: Sequence[Mapping[str, Any]], limit: float, gamma: float
 ) -> dict[str, Any]:
     summed = Trajectories(limit)
     for row, line in zip(rows, lines, strict=True):

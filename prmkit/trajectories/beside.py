@@ -7,7 +7,7 @@ import orjson
 
 from prmkit.errors import UsageError
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Run, Unreadable
+from prmkit.trajectories.run import Keys, Run, Turn, UnreadableValue
 from prmkit.trajectory import Label
 
 _TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
@@ -15,7 +15,6 @@ _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "u
 _SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
 _OUTCOMES = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
 
-SCALES = ("unit", "ternary")
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
 """Right, a reasonable try, wrong: the anchors of the default rubric that correspond to people's words for steps."""
 
@@ -50,7 +49,7 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
 
 def _named(value: Mapping[str, Any], key: str) -> str:
     if value.get(key) in (None, ""):
-        raise Unreadable(f"no field {key}")
+        raise UnreadableValue(f"no field {key}")
     return as_text(value[key])
 
 
@@ -91,7 +90,7 @@ def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
     An entry of null leaves its step unlabelled.
 
     Raises:
-        Unreadable: the column is missing, its length is not the number of steps, or a label is out of range.
+        UnreadableValue: the column is missing, its length is not the number of steps, or a label is out of range.
         UsageError: a label is -1 on the unit scale. A 0 in other runs then means neutral, and would be read as wrong.
     """
     if isinstance(given, dict):
@@ -99,10 +98,10 @@ def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
     elif isinstance(given, list):
         steps = [turn.index for turn in run.turns if turn.role == "agent" and (turn.text or turn.thought or turn.calls)]
         if len(steps) != len(given):
-            raise Unreadable(f"{len(given)} labels for {len(steps)} steps")
+            raise UnreadableValue(f"{len(given)} labels for {len(steps)} steps")
         pairs = [(index, label) for index, label in zip(steps, given, strict=True) if index is not None]
     else:
-        raise Unreadable("no column of labels")
+        raise UnreadableValue("no column of labels")
     if scale == "unit" and any(value == -1 for _, value in pairs):
         raise UsageError("a label is -1, so 0 is not the worst label. For -1, 0 and 1 use --label-scale ternary.")
     return {place: label_of(value, scale) for place, value in pairs if value is not None}
@@ -116,17 +115,17 @@ def label_of(value: Any, scale: str) -> Label:
         scale: `unit` for 0 to 1, `ternary` for -1, 0 and 1.
 
     Raises:
-        Unreadable: the value is not on the scale.
+        UnreadableValue: the value is not on the scale.
     """
     if isinstance(value, int | float):
         if scale == "ternary" and not isinstance(value, bool) and value in (-1, 0, 1):
             return Label({1: GOOD, 0: NEUTRAL, -1: BAD}[int(value)], "human", "ternary")
         if scale == "unit" and 0 <= value <= 1:
             return Label(float(value), "human")
-    raise Unreadable(f"label {value!s:.40} is not on the scale {scale}")
+    raise UnreadableValue(f"label {value!s:.40} is not on the scale {scale}")
 
 
-def first_error(turns: Sequence[Any], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:
+def first_error(turns: Sequence[Turn], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:
     """Labels from known errors: wrong at each error, right before the first, and none elsewhere.
 
     The other steps after the first error build on it, so they stay unlabelled.

@@ -11,7 +11,7 @@ from prmkit.files import write_text
 from prmkit.trajectories.content import as_text
 from prmkit.trajectory import Step, Trajectory
 
-TEMPLATE = Path(__file__).with_name("run_page.html.j2")
+_TEMPLATE = Path(__file__).with_name("run_page.html.j2")
 MOST_RUNS_ON_A_PAGE = 50
 _MOST_RUNS_IN_A_TABLE = 20
 _LONGEST_TEXT = 4_000
@@ -145,7 +145,7 @@ def _bar(score: float | None) -> str:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def write_page(path: Path, runs: Sequence[ScoredRun], judge: str, left_out: int = 0) -> None:
+def write_run_page(path: Path, runs: Sequence[ScoredRun], judge: str, left_out: int = 0) -> None:
     """Write one page with each run's scores as bars, and its steps, with the worst one open.
 
     Args:
@@ -159,7 +159,7 @@ def write_page(path: Path, runs: Sequence[ScoredRun], judge: str, left_out: int 
     # Everything on the page was written by an agent or comes from web pages that it read: autoescape protects us.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"said": said, "number": _number, "line": _line, "cut": _cut, "json": _json}
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     shown = runs[:MOST_RUNS_ON_A_PAGE]
     write_text(path, template.render(runs=shown, left_out=left_out + len(runs) - len(shown), judge=judge))
 

@@ -12,7 +12,7 @@ from prmkit.trajectories.beside import first_error
 from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
 from prmkit.trajectories.readers import READERS, reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
-from prmkit.trajectories.run import Ids, Keys, Reader, Run, Unreadable, Values, assemble
+from prmkit.trajectories.run import Ids, Keys, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
 from prmkit.trajectories.secrets import mask, may_hold_secrets
 from prmkit.trajectory import Trajectory, dump, with_labels
 
@@ -205,7 +205,7 @@ def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) ->
         else:
             try:
                 yield from ((line, run) for run in read(value, keys))
-            except (Unreadable, DataError) as error:
+            except (UnreadableValue, DataError) as error:
                 report.reject(str(error).removeprefix(": "), line)
             except _DAMAGE as error:
                 report.reject(f"damaged inside ({type(error).__name__}: {error!s:.60})", line)
@@ -240,7 +240,7 @@ class _Whole:
         self._counted = True
 
 
-def _why_not(values: Values) -> str:
+def _why_not(values: NumberedValues) -> str:
     """Describe a file without runs."""
     first = next((value for _, value in values if not isinstance(value, Broken)), None)
     if first is None:
@@ -277,11 +277,6 @@ def _marked(run: Trajectory, marks: dict[str, dict[int, str | None]]) -> Traject
     """The run with its known errors. Ids may be prefixed with the name of a part of the set."""
     names = {name for given in (run.trajectory_id, run.task_id) for name in (given, given.rsplit("_", 1)[-1])}
     for name in names & marks.keys():
-        return with_labels(run, first_error([_Place(step.source_index) for step in run.steps], marks[name], "failure"))
+        turns = [Turn("agent", index=step.source_index) for step in run.steps]
+        return with_labels(run, first_error(turns, marks[name], "failure"))
     return run
-
-
-@dataclass(frozen=True)
-class _Place:
-    index: int | None
-    role: str = "agent"

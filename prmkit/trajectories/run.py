@@ -68,11 +68,11 @@ class Keys:
     label_scale: str = "unit"
 
 
-class Unreadable(Exception):
+class UnreadableValue(Exception):
     """A value that a reader recognised but cannot read; the message says why."""
 
 
-Values = Iterable[tuple[int, Any]]
+NumberedValues = Iterable[tuple[int, Any]]
 """The values of a file with their line numbers. It can be read more than once."""
 
 
@@ -85,7 +85,7 @@ class Reader:
     """Whether a value of a file has this form, judging only by its structure."""
     one: Callable[[Any, Keys], Iterator[Run | Trajectory]] | None = None
     """Reads one value at a time, so files of any size can be streamed."""
-    every: Callable[[Values, Keys], Iterator[Run | Trajectory]] | None = None
+    every: Callable[[NumberedValues, Keys], Iterator[Run | Trajectory]] | None = None
     """Reads all values of a file together, if one run consists of several."""
     marks: Callable[[Any], tuple[str, dict[int, str | None]] | None] | None = None
     """For sets that keep labels apart from the runs: a run's id and position -> type of its errors."""

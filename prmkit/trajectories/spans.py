@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prmkit.trajectories.content import as_text, is_message_list, parsed, role_name, turns_of
-from prmkit.trajectories.run import Run, Values
+from prmkit.trajectories.run import NumberedValues, Run
 
 Span = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ class _Trace:
 
 
 def longest_conversations(
-    values: Values, calls_of: Callable[[Any], Iterator[ModelCall]]
+    values: NumberedValues, calls_of: Callable[[Any], Iterator[ModelCall]]
 ) -> Iterator[tuple[ModelCall, Run]]:
     """The longest conversation of every trace, as a run that its reader completes.
 

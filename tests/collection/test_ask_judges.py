@@ -243,7 +243,7 @@ def test_a_key_that_cannot_be_sent_is_not_repeated(tmp_path: Path, endpoint: End
         command("--yes"), cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         env=os.environ | {"JUDGE_KEY": key},
     )  # fmt: skip
-    assert done.returncode == 2 and "JUDGE_KEY has a character" in done.stderr and "cret" not in done.stderr
+    assert done.returncode == 2 and "JUDGE_KEY: has a character" in done.stderr and "cret" not in done.stderr
 
 
 def test_runs_that_begin_alike_pay_once(tmp_path: Path, endpoint: Endpoint) -> None:

@@ -135,7 +135,7 @@ def test_a_link_of_the_users_outlives_a_kill(tmp_path: Path, target: str, monkey
     stage = make_stage(data)
     put(stage / "new", files(a="new a", b="new b"))
     with monkeypatch.context() as patched:
-        patched.setattr("prmkit.dataset.publish._sync", _dies_at(data))
+        patched.setattr("prmkit.dataset.publish.sync", _dies_at(data))
         with pytest.raises(KeyboardInterrupt):
             publish(data, stage, stage / "new", [])
     assert (data / ".current").is_symlink(), "it did not die in the middle"

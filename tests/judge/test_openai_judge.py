@@ -19,8 +19,8 @@ from prmkit import http_client
 from prmkit.errors import DataError, UsageError
 from prmkit.http_client import Endpoint, pause_asked_for
 from prmkit.judge.openai_judge import CompletionsJudge
-from prmkit.judge.transformers_judge import Judge
-from prmkit.judge.types import LOW_REACH, Judgement, Request
+from prmkit.judge.transformers_judge import LocalJudge
+from prmkit.judge.types import LOW_REACH, Asking, Judgement, Request
 from prmkit.verdict import asked_shape
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,9 @@ REQUESTS = [Request(text, asked_shape(text)) for text in prompts()[:4]]
 FLAT_ONE, NESTED_ONE = REQUESTS[:2]
 
 
-def remote(server: str, judge: Judge, *, family: str = "qwen", flavour: str = "vllm", **changes) -> CompletionsJudge:
+def remote(
+    server: str, judge: LocalJudge, *, family: str = "qwen", flavour: str = "vllm", **changes
+) -> CompletionsJudge:
     endpoint = replace(Endpoint(f"{server}/{family}/{flavour}/v1", "tiny", attempts=3), **changes)
     return CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
 
@@ -61,7 +63,7 @@ def untroubled(server: str) -> Iterator[str]:
     httpx.post(f"{server}/trouble", json={"times": 0})
 
 
-def test_scores_are_those_of_the_loaded_model(server: str, judges: dict[str, Judge]) -> None:
+def test_scores_are_those_of_the_loaded_model(server: str, judges: dict[str, LocalJudge]) -> None:
     judge = judges["qwen"]
     assert_same(list(remote(server, judge).score(REQUESTS[:2])), list(judge.score(REQUESTS[:2])))
 
@@ -72,7 +74,7 @@ def answers_given(server: str) -> int:
 
 @pytest.mark.parametrize("family", ["qwen", "llama3", "mistral"])
 def test_a_server_that_takes_token_ids_is_read_exactly_in_one_request_a_key(
-    server: str, judges: dict[str, Judge], family: str
+    server: str, judges: dict[str, LocalJudge], family: str
 ) -> None:
     judge = judges[family]
     before = answers_given(server)
@@ -83,7 +85,7 @@ def test_a_server_that_takes_token_ids_is_read_exactly_in_one_request_a_key(
 
 @pytest.mark.parametrize("family", ["qwen", "mistral"])
 def test_sglangs_scoring_is_read_exactly_in_one_request_a_key(
-    server: str, judges: dict[str, Judge], family: str
+    server: str, judges: dict[str, LocalJudge], family: str
 ) -> None:
     judge = judges[family]
     before = answers_given(server)
@@ -95,7 +97,9 @@ def test_sglangs_scoring_is_read_exactly_in_one_request_a_key(
     assert_same(list(remote_judge.score(REQUESTS)), list(judge.score(REQUESTS)), within=1e-5)
 
 
-def test_a_scoring_endpoint_that_answers_for_another_prompt_is_not_used(server: str, judges: dict[str, Judge]) -> None:
+def test_a_scoring_endpoint_that_answers_for_another_prompt_is_not_used(
+    server: str, judges: dict[str, LocalJudge]
+) -> None:
     """As SGLang's with --multi-item-scoring-delimiter: its answer has the right form and wrong numbers."""
     judge = remote(server, judges["qwen"], flavour="delimited")
     assert_same(list(judge.score([FLAT_ONE])), list(judges["qwen"].score([FLAT_ONE])))
@@ -116,7 +120,7 @@ def test_a_scoring_endpoint_that_answers_for_another_prompt_is_not_used(server: 
     ],
 )
 def test_another_kind_of_score_endpoint_is_no_reason_to_fail(
-    server: str, judges: dict[str, Judge], monkeypatch: Any, answer: Any
+    server: str, judges: dict[str, LocalJudge], monkeypatch: Any, answer: Any
 ) -> None:
     post = http_client.Connection._post_once
 
@@ -129,7 +133,9 @@ def test_another_kind_of_score_endpoint_is_no_reason_to_fail(
     assert judged.scores and judge._state.exact_by == "nothing"
 
 
-def test_two_kinds_of_logprobs_are_never_asked_for(server: str, judges: dict[str, Judge], monkeypatch: Any) -> None:
+def test_two_kinds_of_logprobs_are_never_asked_for(
+    server: str, judges: dict[str, LocalJudge], monkeypatch: Any
+) -> None:
     """An exact request damages the likeliest tokens of those beside it, also our own."""
     sent: list[bool] = []
     post = http_client.Connection._post_once
@@ -148,7 +154,7 @@ def test_two_kinds_of_logprobs_are_never_asked_for(server: str, judges: dict[str
     assert sent[0] and not any(sent[1:])  # asked once whether it can
 
 
-def test_a_server_that_dies_is_left_out_and_the_other_one_answers(server: str, judges: dict[str, Judge]) -> None:
+def test_a_server_that_dies_is_left_out_and_the_other_one_answers(server: str, judges: dict[str, LocalJudge]) -> None:
     dead = "http://127.0.0.1:9/v1"
     alive = f"{server}/qwen/exact/v1"
     judge = CompletionsJudge(
@@ -162,7 +168,7 @@ def test_a_server_that_dies_is_left_out_and_the_other_one_answers(server: str, j
 
 
 def test_requests_go_to_the_server_with_the_fewest_under_way(
-    server: str, judges: dict[str, Judge], monkeypatch: Any
+    server: str, judges: dict[str, LocalJudge], monkeypatch: Any
 ) -> None:
     asked: list[str] = []
     post = http_client.Connection._post_to
@@ -180,7 +186,7 @@ def test_requests_go_to_the_server_with_the_fewest_under_way(
 
 
 def test_a_model_that_would_write_anything_else_does_not_cost_thousands_of_requests(
-    server: str, judges: dict[str, Judge]
+    server: str, judges: dict[str, LocalJudge]
 ) -> None:
     before = answers_given(server)
     careful = remote(server, judges["qwen"], top_logprobs=1, unknown_share=1e-12)
@@ -191,14 +197,14 @@ def test_a_model_that_would_write_anything_else_does_not_cost_thousands_of_reque
     assert answers_given(server) - before < 60
 
 
-def test_few_logprobs_give_the_same_scores(server: str, judges: dict[str, Judge]) -> None:
+def test_few_logprobs_give_the_same_scores(server: str, judges: dict[str, LocalJudge]) -> None:
     """What the server does not show is asked for by echoing it, down to any share."""
     judge = judges["qwen"]
     exact = remote(server, judge, top_logprobs=3, unknown_share=1e-7)
     assert_same(list(exact.score([FLAT_ONE])), list(judge.score([FLAT_ONE])), within=1e-6)
 
 
-def test_answers_in_the_form_of_llama_server_give_the_same_scores(server: str, judges: dict[str, Judge]) -> None:
+def test_answers_in_the_form_of_llama_server_give_the_same_scores(server: str, judges: dict[str, LocalJudge]) -> None:
     judge = judges["qwen"]
     llama = remote(server, judge, flavour="llama", top_logprobs=300)
     assert_same(list(llama.score([FLAT_ONE])), list(judge.score([FLAT_ONE])))
@@ -207,7 +213,7 @@ def test_answers_in_the_form_of_llama_server_give_the_same_scores(server: str, j
     assert "(" in judged.reason and "Only no echo is supported" in judged.reason and "raise --top-" in judged.reason
 
 
-def test_a_vllm_that_another_client_disturbs_is_asked_again(server: str, judges: dict[str, Judge]) -> None:
+def test_a_vllm_that_another_client_disturbs_is_asked_again(server: str, judges: dict[str, LocalJudge]) -> None:
     judge = judges["qwen"]
     busy = remote(server, judge, flavour="busy", attempts=20)
     assert_same(list(busy.score([FLAT_ONE])), list(judge.score([FLAT_ONE])))
@@ -215,7 +221,7 @@ def test_a_vllm_that_another_client_disturbs_is_asked_again(server: str, judges:
     assert "of the 20 requested likeliest tokens, as vLLM answers" in judged.reason
 
 
-def fails(server: str, judge: Judge, **changes: Any) -> list[Judgement]:
+def fails(server: str, judge: LocalJudge, **changes: Any) -> list[Judgement]:
     """One row at a server that has given a good answer before."""
     used = remote(server, judge, **changes)
     used._state.is_usable = True
@@ -223,48 +229,52 @@ def fails(server: str, judge: Judge, **changes: Any) -> list[Judgement]:
 
 
 @pytest.mark.parametrize("family", ["qwen", "llama3", "mistral"])
-def test_tokens_named_by_their_texts_give_the_same_scores(server: str, judges: dict[str, Judge], family: str) -> None:
+def test_tokens_named_by_their_texts_give_the_same_scores(
+    server: str, judges: dict[str, LocalJudge], family: str
+) -> None:
     """Also where several tokens share one text, as `0` and ` 0` do in SentencePiece."""
     judge = judges[family]
     named = remote(server, judge, family=family, flavour="sglang")
     assert_same(list(named.score([FLAT_ONE])), list(judge.score([FLAT_ONE])))
 
 
-def test_written_verdicts_are_those_of_the_loaded_model(server: str, judges: dict[str, Judge]) -> None:
+def test_written_verdicts_are_those_of_the_loaded_model(server: str, judges: dict[str, LocalJudge]) -> None:
     judge = judges["qwen"]
-    asked = {"mode": "generate", "max_new_tokens": 32}
-    assert list(remote(server, judge).score(REQUESTS[:2], **asked)) == list(judge.score(REQUESTS[:2], **asked))
+    asked = Asking("generate", max_new_tokens=32)
+    assert list(remote(server, judge).score(REQUESTS[:2], asked)) == list(judge.score(REQUESTS[:2], asked))
 
 
-QUICK = {"mode": "generate", "max_new_tokens": 2}
+QUICK = Asking("generate", max_new_tokens=2)
 
 
-def test_passing_trouble_is_waited_out(untroubled: str, judges: dict[str, Judge]) -> None:
+def test_passing_trouble_is_waited_out(untroubled: str, judges: dict[str, LocalJudge]) -> None:
     for status in (503, 429):
         httpx.post(f"{untroubled}/trouble", json={"status": status, "times": 2})
-        (judged,) = remote(untroubled, judges["qwen"]).score([FLAT_ONE], **QUICK)
+        (judged,) = remote(untroubled, judges["qwen"]).score([FLAT_ONE], QUICK)
         assert judged.status == "unparsed", "it was answered in the end, with two tokens"
 
 
 @pytest.mark.parametrize("mode", ["generate", "expected"])
-def test_lasting_trouble_fails_the_row_and_not_the_others(untroubled: str, judges: dict[str, Judge], mode: str) -> None:
+def test_lasting_trouble_fails_the_row_and_not_the_others(
+    untroubled: str, judges: dict[str, LocalJudge], mode: str
+) -> None:
     httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3})
     judge = remote(untroubled, judges["qwen"], concurrency=1)
-    judged = list(judge.score([FLAT_ONE, REQUESTS[2]], batch_size=1, mode=mode, max_new_tokens=2))
+    judged = list(judge.score([FLAT_ONE, REQUESTS[2]], Asking(batch_size=1, mode=mode, max_new_tokens=2)))
     assert judged[0].status == "failed"
     assert judged[1].status == "unparsed" if mode == "generate" else judged[1].scores
     assert judged[0].reason.startswith("the server failed 3 times, the last time with: 500")
 
 
-def test_a_prompt_that_the_server_refuses_fails_alone(server: str, judges: dict[str, Judge]) -> None:
+def test_a_prompt_that_the_server_refuses_fails_alone(server: str, judges: dict[str, LocalJudge]) -> None:
     long = prompt("again and " * 200, FLAT)
-    judged = list(remote(server, judges["qwen"]).score([Request(long, asked_shape(long)), FLAT_ONE], **QUICK))
+    judged = list(remote(server, judges["qwen"]).score([Request(long, asked_shape(long)), FLAT_ONE], QUICK))
     assert [judgement.status for judgement in judged] == ["failed", "unparsed"]
     assert "answers 400" in judged[0].reason
     assert "context" in judged[0].reason
 
 
-def test_no_more_requests_at_once_than_allowed(server: str, judges: dict[str, Judge]) -> None:
+def test_no_more_requests_at_once_than_allowed(server: str, judges: dict[str, LocalJudge]) -> None:
     httpx.post(f"{server}/trouble", json={"most_at_once": 0})
     list(remote(server, judges["qwen"], concurrency=3).score([FLAT_ONE]))
     assert httpx.post(f"{server}/trouble", json={}).json()["most_at_once"] == 3
@@ -310,7 +320,7 @@ def test_the_first_window_without_a_usable_answer_stops_the_job(server: str, jud
             yield replace(FLAT_ONE, prompt=f"{number} {FLAT_ONE.prompt}")
 
     with pytest.raises(DataError, match="no usable answer for the first 8 prompts"):
-        list(remote(server, judges["qwen"], flavour="textual").score(counted(), batch_size=2))
+        list(remote(server, judges["qwen"], flavour="textual").score(counted(), Asking(batch_size=2)))
     assert len(asked) == 8
 
 
@@ -319,7 +329,7 @@ def test_servers_without_logprobs_differ_from_those_that_only_do_not_echo(server
     wordless = remote(server, judge, flavour="wordless")
     with pytest.raises(UsageError, match="gives no logprobs"):
         list(wordless.score(REQUESTS))
-    assert next(wordless.score([FLAT_ONE], **QUICK)).status == "unparsed"
+    assert next(wordless.score([FLAT_ONE], QUICK)).status == "unparsed"
     (judged,) = remote(server, judge, flavour="echoless", top_logprobs=1).score([FLAT_ONE])
     assert judged.status == "failed"
     assert "raise --top-logprobs" in judged.reason
@@ -371,13 +381,13 @@ def answered(choice: object, *, status: int = 200, **headers: str) -> Answer:
 
 
 def asked_at(
-    url: str, judge: Judge, requests: list[Request], mode: str = "expected", *, usable: bool = False, **changes
+    url: str, judge: LocalJudge, requests: list[Request], mode: str = "expected", *, usable: bool = False, **changes
 ) -> list[Judgement]:
     """The judgements of a server; `usable`: it has given a good answer before."""
     endpoint = replace(Endpoint(url, "tiny", attempts=2, concurrency=1), **changes)
     on_server = CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
     on_server._state.is_usable = usable
-    return list(on_server.score(requests, mode=mode, batch_size=1))
+    return list(on_server.score(requests, Asking(mode=mode, batch_size=1)))
 
 
 TOP = "top_logprobs"

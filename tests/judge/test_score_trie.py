@@ -18,7 +18,7 @@ from prmkit.judge.score_trie import (
     score_trie,
     tries_of,
 )
-from prmkit.judge.transformers_judge import Judge
+from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.prompts.cleaning import neutralise
 from prmkit.prompts.encoding import load_encoding
 from prmkit.verdict import Shape, Verdict, asked_shape, render_verdict
@@ -27,7 +27,7 @@ FLAT = Shape(("reasonableness_score",), nested=False)
 
 
 @pytest.mark.parametrize("shape", [FLAT, asked_shape(NESTED)])
-def test_paths_spell_what_training_tokenises(judge: Judge, shape: Shape) -> None:
+def test_paths_spell_what_training_tokenises(judge: LocalJudge, shape: Shape) -> None:
     trie = score_trie(judge.encoding, shape, (0.95,) * (len(shape.keys) - 1))
     opened = (
         '{"reasonableness_score": '
@@ -41,7 +41,7 @@ def test_paths_spell_what_training_tokenises(judge: Judge, shape: Shape) -> None
         assert ids[: len(spelling)] == spelling
 
 
-def test_numbers_are_written_in_several_ways(judges: dict[str, Judge]) -> None:
+def test_numbers_are_written_in_several_ways(judges: dict[str, LocalJudge]) -> None:
     """Else the families would test one thing four times."""
     lengths = {}
     for name, judge in judges.items():
@@ -53,7 +53,7 @@ def test_numbers_are_written_in_several_ways(judges: dict[str, Judge]) -> None:
     assert min(lengths["melting"]) < 3
 
 
-def test_a_trie_that_is_reused_is_the_right_one(judge: Judge) -> None:
+def test_a_trie_that_is_reused_is_the_right_one(judge: LocalJudge) -> None:
     """The short way gives what tokenising all candidates gives."""
     shape, choose = asked_shape(NESTED), random.Random(0)
     assert shape is not None
@@ -63,7 +63,7 @@ def test_a_trie_that_is_reused_is_the_right_one(judge: Judge) -> None:
         assert trie(shape, given) == score_trie(judge.encoding, shape, given)
 
 
-def test_nodes_come_after_their_parents(judge: Judge) -> None:
+def test_nodes_come_after_their_parents(judge: LocalJudge) -> None:
     trie = score_trie(judge.encoding, FLAT, ())
     assert all(parent < node for node, parent in enumerate(trie.parents, start=1))
     assert {node for node, _ in trie.edges} == set(range(len(trie.tokens) + 1))
@@ -199,7 +199,7 @@ def test_a_verdict_that_the_judge_would_hardly_begin_is_unsure() -> None:
     assert judgement.reason == "reach 5.9e-29 is below 0.1: the model rarely begins a verdict with these keys"
 
 
-def test_a_key_of_a_schema_cannot_be_a_special_token(judges: dict[str, Judge]) -> None:
+def test_a_key_of_a_schema_cannot_be_a_special_token(judges: dict[str, LocalJudge]) -> None:
     """A page in the prompt may bring the schema; training wrote such a key escaped."""
     encoding, shape = judges["qwen"].encoding, asked_shape('{"scores": {"<|im_end|>": 0.5, "<think>": 0.5}}')
     assert shape is not None

@@ -10,7 +10,7 @@ from prmkit.errors import UsageError
 from prmkit.files import write_json
 from prmkit.judge.scorer import Scorer, add_backend_arguments, add_judge_arguments, judge_source, load_judge, scorer_of
 from prmkit.judge.sources import JudgeSource
-from prmkit.judge.transformers_judge import Judge
+from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.judge.types import Request
 from prmkit.verdict import asked_shape
 
@@ -178,7 +178,7 @@ def test_shares_are_from_0_to_1() -> None:
 # --- from Python ------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_and_rows_are_scored_from_python(model_folders: dict[str, Path], judges: dict[str, Judge]) -> None:
+def test_prompts_and_rows_are_scored_from_python(model_folders: dict[str, Path], judges: dict[str, LocalJudge]) -> None:
     """As `score_trajectories.py` scores them."""
     loaded = load_judge(model_folders["qwen"])
     text = families.prompts()[1]

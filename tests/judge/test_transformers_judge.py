@@ -22,9 +22,9 @@ from prmkit.files import write_json
 from prmkit.judge.batching import make_preparer
 from prmkit.judge.score_trie import SCORES, common_length, score_trie
 from prmkit.judge.sources import JudgeSource, judge_source_of_export, judge_source_of_run
-from prmkit.judge.transformers_judge import Judge, _as_memory_allows, load_model
+from prmkit.judge.transformers_judge import LocalJudge, _as_memory_allows, load_model
 from prmkit.judge.tree_attention import TokenTrees, check_architecture
-from prmkit.judge.types import Judgement, Request
+from prmkit.judge.types import Asking, Judgement, Request
 from prmkit.prompts.cleaning import neutralise
 from prmkit.verdict import Shape, Verdict, answer_prefix, asked_shape, render_verdict
 
@@ -44,7 +44,7 @@ def requests() -> list[Request]:
     return [Request(text, asked_shape(text)) for text in prompts()]
 
 
-def log_probabilities(judge: Judge, sequences: list[list[int]], start: int) -> list[float]:
+def log_probabilities(judge: LocalJudge, sequences: list[list[int]], start: int) -> list[float]:
     """Of the tokens from `start` on, by one forward pass over everything: no cache and no mask."""
     ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
     for row, sequence in enumerate(sequences):
@@ -70,7 +70,7 @@ class Brute:
     longer: dict[int, "Brute"] = field(default_factory=dict)
 
 
-def read_by_brute_force(judge: Judge, request: Request, one: Brute, before: list[int]) -> None:
+def read_by_brute_force(judge: LocalJudge, request: Request, one: Brute, before: list[int]) -> None:
     """Run all candidates of the next key after one beginning; `before` are the ids that end with its last score."""
     chosen = dict(zip(request.shape.keys, one.given, strict=False))
     opened = answer_prefix(request.shape, chosen)
@@ -87,7 +87,7 @@ def read_by_brute_force(judge: Judge, request: Request, one: Brute, before: list
     one.shares = shares / one.label_mass
 
 
-def verdict_by_brute_force(judge: Judge, request: Request) -> list[list[Brute]]:
+def verdict_by_brute_force(judge: LocalJudge, request: Request) -> list[list[Brute]]:
     """The tree of the verdict, key by key, as the rule has it: on after what holds 90 %, or after 80 % alone."""
     prompt_ids = judge.encoding.prompt_ids(request.prompt)
     levels = [[Brute((), 1.0, 1.0)]]
@@ -123,7 +123,7 @@ def sums_after(one: Brute, keys: int) -> np.ndarray:
     return sums
 
 
-def assert_equals_brute_force(judge: Judge, request: Request, judgement: Judgement) -> None:
+def assert_equals_brute_force(judge: LocalJudge, request: Request, judgement: Judgement) -> None:
     levels = verdict_by_brute_force(judge, request)
     for key, level in zip(request.shape.keys, levels, strict=True):
         shares = sum(one.weight * one.shares for one in level)
@@ -145,25 +145,25 @@ TWO_KEYS = Shape(("relevance", "progress"), nested=True)
 
 
 @pytest.mark.usefixtures("few_at_once")
-def test_every_probability_equals_brute_force(judge: Judge) -> None:
+def test_every_probability_equals_brute_force(judge: LocalJudge) -> None:
     """Of one key and of two that depend on each other, in a batch with longer and shorter neighbours."""
     asked = [replace(each, shape=TWO_KEYS) if len(each.shape.keys) > 1 else each for each in requests()]
-    judgements = list(judge.score(asked, batch_size=4, min_label_mass=0.0))
+    judgements = list(judge.score(asked, Asking(batch_size=4, min_label_mass=0.0)))
     for index in (1, 3):
         assert_equals_brute_force(judge, asked[index], judgements[index])
 
 
 @pytest.mark.usefixtures("few_at_once")
-def test_three_keys_equal_brute_force(judges: dict[str, Judge]) -> None:
-    (judgement,) = judges["qwen"].score([requests()[1]], min_label_mass=0.0)
+def test_three_keys_equal_brute_force(judges: dict[str, LocalJudge]) -> None:
+    (judgement,) = judges["qwen"].score([requests()[1]], Asking(min_label_mass=0.0))
     assert_equals_brute_force(judges["qwen"], requests()[1], judgement)
 
 
-def test_batches_change_nothing(judge: Judge) -> None:
+def test_batches_change_nothing(judge: LocalJudge) -> None:
     asked = requests()
-    alone = list(judge.score(asked, batch_size=1))
+    alone = list(judge.score(asked, Asking(batch_size=1)))
     for batch_size in (2, 8):
-        together = list(judge.score(asked, batch_size=batch_size))
+        together = list(judge.score(asked, Asking(batch_size=batch_size)))
         for one, other in zip(alone, together, strict=True):
             assert list(one.scores) == list(other.scores)
             for key in one.scores:
@@ -171,12 +171,12 @@ def test_batches_change_nothing(judge: Judge) -> None:
                 assert other.scores[key].label_mass == pytest.approx(one.scores[key].label_mass, rel=1e-3)
 
 
-def test_scores_depend_on_the_prompt(judge: Judge) -> None:
+def test_scores_depend_on_the_prompt(judge: LocalJudge) -> None:
     means = {round(judgement.score, 4) for judgement in judge.score(requests())}
     assert len(means) > 4
 
 
-def counted_tokens(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def counted_tokens(judge: LocalJudge, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each pass through the model runs, filled in as they are run."""
     counts: list[int] = []
     forward = TokenTrees._forward
@@ -186,12 +186,12 @@ def counted_tokens(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_order_is_kept_and_equal_requests_are_run_once(judges: dict[str, Judge], monkeypatch) -> None:
+def test_order_is_kept_and_equal_requests_are_run_once(judges: dict[str, LocalJudge], monkeypatch) -> None:
     judge, asked = judges["qwen"], requests()
     counts = counted_tokens(judge, monkeypatch)
-    once = list(judge.score(asked, batch_size=3))
+    once = list(judge.score(asked, Asking(batch_size=3)))
     run_once = sum(counts)
-    twice = list(judge.score([*asked, *reversed(asked)], batch_size=3))
+    twice = list(judge.score([*asked, *reversed(asked)], Asking(batch_size=3)))
     assert sum(counts) == 2 * run_once
     assert twice == [*once, *reversed(once)]
     assert [judgement.prompt_tokens for judgement in once] == [
@@ -213,19 +213,19 @@ def growing_requests(steps: int) -> list[Request]:
     return [Request(each, asked_shape(each)) for each in prompts]
 
 
-def test_prompts_that_grow_are_run_once_and_score_as_if_alone(judge: Judge, monkeypatch) -> None:
+def test_prompts_that_grow_are_run_once_and_score_as_if_alone(judge: LocalJudge, monkeypatch) -> None:
     asked = growing_requests(20)
     shuffled = [asked[place * 7 % 20] for place in range(20)]
     alone = [next(judge.score([request])) for request in shuffled]
     counts = counted_tokens(judge, monkeypatch)
-    together = list(judge.score(shuffled, min_label_mass=0.0))
+    together = list(judge.score(shuffled, Asking(min_label_mass=0.0)))
     for one, other in zip(alone, together, strict=True):
         assert other.score == pytest.approx(one.score, abs=EXACT)
         assert other.reach == pytest.approx(one.reach, rel=1e-3)
     assert sum(counts) < sum(judgement.prompt_tokens for judgement in alone) / 2
 
 
-def test_the_rest_of_a_prompt_is_run_with_its_first_question(judges: dict[str, Judge], monkeypatch) -> None:
+def test_the_rest_of_a_prompt_is_run_with_its_first_question(judges: dict[str, LocalJudge], monkeypatch) -> None:
     """One pass a prompt, after the first of a chain; several if that would be more tokens than a pass may have."""
     asked = [replace(each, shape=Shape(("score",), nested=False)) for each in growing_requests(9)]
     alone = [next(judges["qwen"].score([request])).score for request in asked]
@@ -237,17 +237,17 @@ def test_the_rest_of_a_prompt_is_run_with_its_first_question(judges: dict[str, J
         assert len(counts) == passes if most == 1024 else len(counts) > passes
 
 
-def test_rows_of_unequal_trajectories_do_not_mix(judge: Judge) -> None:
+def test_rows_of_unequal_trajectories_do_not_mix(judge: LocalJudge) -> None:
     """Rows end at different turns, and have prompts of different lengths in each."""
     asked = [*growing_requests(9), *requests()]
     asked += [replace(each, prompt=each.prompt.replace("Task: ", "The other task, longer: ")) for each in asked[:5]]
     alone = [next(judge.score([request])).score for request in asked]
     for batch_size in (2, 8):
-        together = [judgement.score for judgement in judge.score(asked, batch_size=batch_size)]
+        together = [judgement.score for judgement in judge.score(asked, Asking(batch_size=batch_size))]
         assert together == pytest.approx(alone, abs=EXACT)
 
 
-def test_what_all_prompts_begin_with_is_run_once_for_rows_side_by_side(judge: Judge, monkeypatch) -> None:
+def test_what_all_prompts_begin_with_is_run_once_for_rows_side_by_side(judge: LocalJudge, monkeypatch) -> None:
     """As on a GPU: the rubric in one row, then copied; the steps of a run still follow each other."""
     chains = transformers_judge_module._chains
     monkeypatch.setattr(transformers_judge_module, "_chains", lambda ready, **_: chains(ready, side_by_side=True))
@@ -262,18 +262,18 @@ def test_what_all_prompts_begin_with_is_run_once_for_rows_side_by_side(judge: Ju
     assert counts[0] == min(common_length(ids[0], each) for each in ids)  # once, in one row
 
 
-def test_requests_are_read_as_they_are_needed(judges: dict[str, Judge]) -> None:
+def test_requests_are_read_as_they_are_needed(judges: dict[str, LocalJudge]) -> None:
     """A stream without end must not be read to its end."""
 
     def endless() -> Iterator[Request]:
         while True:
             yield from requests()
 
-    judgements = judges["llama3"].score(endless(), batch_size=2)
+    judgements = judges["llama3"].score(endless(), Asking(batch_size=2))
     assert all(next(judgements).scores for _ in range(3))
 
 
-def test_token_ids_are_those_of_training(judges: dict[str, Judge], model_folders: dict[str, Path]) -> None:
+def test_token_ids_are_those_of_training(judges: dict[str, LocalJudge], model_folders: dict[str, Path]) -> None:
     """LLaMA Factory's own preprocessing of the training row, and what the judge runs."""
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.data.template import get_template_and_fix_tokenizer
@@ -311,12 +311,12 @@ def test_token_ids_are_those_of_training(judges: dict[str, Judge], model_folders
             assert ids[prompt_length : prompt_length + len(spelling)] == spelling, name
 
 
-def _ids_that_are_run(judge: Judge, asked: list[Request]) -> list[list[int]]:
+def _ids_that_are_run(judge: LocalJudge, asked: list[Request]) -> list[list[int]]:
     prepare = make_preparer(judge.encoding, 4096, trim=False)
     return [prepare(request).ids for request in asked]
 
 
-def test_prompts_that_cannot_be_judged_say_why(judges: dict[str, Judge]) -> None:
+def test_prompts_that_cannot_be_judged_say_why(judges: dict[str, LocalJudge]) -> None:
     shape = Shape(("progress",), nested=True)
     some = ["", "   ", "a lone \ud800 surrogate", prompts()[0]]
     judgements = list(judges["qwen"].score([*(Request(text, shape) for text in some), Request("x", Shape((), False))]))
@@ -330,7 +330,7 @@ def test_prompts_that_cannot_be_judged_say_why(judges: dict[str, Judge]) -> None
     ]
 
 
-def test_long_prompts_are_trimmed_or_reported(judges: dict[str, Judge]) -> None:
+def test_long_prompts_are_trimmed_or_reported(judges: dict[str, LocalJudge]) -> None:
     long = prompt(" ".join(f"step {number} went on" for number in range(900)), FLAT)
     request = Request(long, asked_shape(long))
     judge = judges["llama3"]
@@ -338,7 +338,7 @@ def test_long_prompts_are_trimmed_or_reported(judges: dict[str, Judge]) -> None:
     (trimmed,) = narrow.score([request])
     assert (trimmed.status, trimmed.trimmed) == ("unsure", True)
     assert 1100 < trimmed.prompt_tokens < 1200
-    (reported,) = narrow.score([request], trim=False)
+    (reported,) = narrow.score([request], Asking(trim=False))
     assert reported.status == "too_long"
     assert "room for 1,1" in reported.reason
     tiny = replace(judge, source=replace(judge.source, cutoff_len=60))
@@ -349,7 +349,7 @@ def test_long_prompts_are_trimmed_or_reported(judges: dict[str, Judge]) -> None:
 class Parrot(torch.nn.Module):
     """A model that writes given tokens, whatever it is asked."""
 
-    def __init__(self, judge: Judge, answer: str) -> None:
+    def __init__(self, judge: LocalJudge, answer: str) -> None:
         super().__init__()
         self.ids = [*judge.encoding.tokenizer.encode(answer, add_special_tokens=False), judge.encoding.stop_ids[0]]
         self.device = torch.device("cpu")
@@ -381,16 +381,16 @@ class Parrot(torch.nn.Module):
 def test_written_verdicts_are_read_and_never_made_up(judges, answer: str, status: str, scores: dict, reason) -> None:
     judge = judges["qwen"]
     request = Request(prompts()[1], Shape(("relevance", "progress"), nested=True))
-    (judgement,) = replace(judge, model=Parrot(judge, answer)).score([request], mode="generate")
+    (judgement,) = replace(judge, model=Parrot(judge, answer)).score([request], Asking(mode="generate"))
     assert (judgement.status, judgement.reason, judgement.text) == (status, reason, answer)
     assert {key: distribution.mean for key, distribution in judgement.scores.items()} == scores
     assert judgement.repaired == answer.startswith("```")
     assert all(each.std is None and each.label_mass is None for each in judgement.scores.values())
 
 
-def test_generation_is_greedy_and_the_same_in_every_batch(judge: Judge) -> None:
+def test_generation_is_greedy_and_the_same_in_every_batch(judge: LocalJudge) -> None:
     asked = requests()[:4]
-    together = list(judge.score(asked, mode="generate", batch_size=4, max_new_tokens=12))
+    together = list(judge.score(asked, Asking(mode="generate", batch_size=4, max_new_tokens=12)))
     for request, judgement in zip(asked, together, strict=True):
         ids = list(judge.encoding.prompt_ids(request.prompt))
         start = len(ids)
@@ -419,7 +419,7 @@ def test_running_out_of_memory_halves_the_batch() -> None:
     assert seen[0] == [3, 1, 1]
 
 
-def test_logits_are_never_made_for_a_whole_prompt(judges: dict[str, Judge]) -> None:
+def test_logits_are_never_made_for_a_whole_prompt(judges: dict[str, LocalJudge]) -> None:
     """A vocabulary of 150,000 for each of 10,000 tokens would be 6 GB a row."""
     judge, made = judges["qwen"], []
     hook = judge.model.lm_head.register_forward_hook(lambda _m, _i, logits: made.append(logits.shape[:2].numel()))

@@ -14,7 +14,7 @@ from registry_fixtures import make_rows, make_run
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
 from prmkit.registry.describe import show_ab
-from prmkit.registry.monitor import compare_judges, drift_of, interval, read_outcomes, read_scored, steps_of
+from prmkit.registry.monitor import compare_judges, confidence_sequence, drift_of, read_outcomes, read_scored, steps_of
 from prmkit.trajectory import log_id
 
 
@@ -38,11 +38,11 @@ def test_a_confidence_sequence_holds_at_all_times_and_shrinks() -> None:
     for _ in range(200):
         mean = rng.uniform(-0.5, 0.5)
         values = [max(-1.0, min(1.0, rng.choice([mean + 0.3, mean - 0.3]))) for _ in range(300)]
-        looks = [interval(values[:n]) for n in (3, 10, 30, 100, 300)]
+        looks = [confidence_sequence(values[:n]) for n in (3, 10, 30, 100, 300)]
         missed += any(not look["low"] <= mean <= look["high"] for look in looks)
         assert looks[-1]["high"] - looks[-1]["low"] < looks[0]["high"] - looks[0]["low"]
     assert missed <= 10
-    assert interval([1.0])["low"] >= -1 and interval([1.0])["high"] <= 1
+    assert confidence_sequence([1.0])["low"] >= -1 and confidence_sequence([1.0])["high"] <= 1
 
 
 def test_a_judge_that_predicts_success_better_is_found_and_an_equal_one_is_not(tmp_path: Path) -> None:

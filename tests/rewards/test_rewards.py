@@ -9,7 +9,7 @@ import pytest
 from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward
 from prmkit.rewards.slime import make_custom_rm
 from prmkit.rewards.steps import discounted_returns, evaluation_events, send_to_langfuse, step_rewards
-from prmkit.rewards.trl import make_reward_func, values_of
+from prmkit.rewards.trl import make_reward_func, reward_values
 from prmkit.rewards.verl import make_compute_score
 
 GOOD, POOR, CLOSE = 0.9, 0.2, 0.03
@@ -60,7 +60,7 @@ def test_an_empty_step_never_gets_the_score_of_another(judge_url: str) -> None:
 
 def test_the_mean_of_a_group_stays_in_its_group() -> None:
     rewards = [Reward(value, (), None) for value in (0.2, None, None, 0.8, 0.6)]
-    assert values_of(["a", "a", "b", "b", "b"], rewards, fill=True) == pytest.approx([0.2, 0.2, 0.7, 0.8, 0.6])
+    assert reward_values(["a", "a", "b", "b", "b"], rewards, fill=True) == pytest.approx([0.2, 0.2, 0.7, 0.8, 0.6])
 
 
 def test_verl_gets_the_same_keys_from_every_sample(judge_url: str) -> None:

@@ -9,13 +9,13 @@ from families import FLAT, prompt
 
 from prmkit.judge.scorer import ShapeOf
 from prmkit.row_lines import read_lines
-from prmkit.scoring.rows import Row
+from prmkit.scoring.rows import RowToScore
 from prmkit.scoring.rows import read_rows as read
 
 STEP = {"id": "one", "prompt": prompt("A step.", FLAT)}
 
 
-def rows(*values: object, shape_of: ShapeOf | None = None) -> list[Row]:
+def rows(*values: object, shape_of: ShapeOf | None = None) -> list[RowToScore]:
     text = b"\n".join(value if isinstance(value, bytes) else json.dumps(value).encode() for value in values)
     return list(read(read_lines(io.BytesIO(text), "steps.jsonl"), shape_of or ShapeOf()))
 

@@ -11,11 +11,11 @@ from families import FLAT, NESTED, prompt
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import JudgeSource
-from prmkit.judge.transformers_judge import Judge
-from prmkit.judge.types import Distribution, Judgement
+from prmkit.judge.transformers_judge import LocalJudge
+from prmkit.judge.types import Asking, Distribution, Judgement, Mode
 from prmkit.row_lines import read_lines
 from prmkit.scoring.rows import read_rows
-from prmkit.scoring.score import Job, run, score_rows, trajectories_file
+from prmkit.scoring.score import ScoringJob, run_job, score_rows, trajectories_file
 from prmkit.verdict import Shape
 
 
@@ -42,29 +42,29 @@ ROWS = [
 class Scripted(Scorer):
     """A scorer that judges with a function."""
 
-    def judgements(self, requests, mode="expected"):
-        return self.function(requests, mode)
+    def judgements(self, requests, mode=None):
+        return self.function(requests, mode or self.asking.mode)
 
 
-def scorer(function) -> Scorer:
-    made = Scripted(JudgeSource(Path("nowhere")))
+def scorer(function, mode: Mode = "expected") -> Scripted:
+    made = Scripted(JudgeSource(Path("nowhere")), asking=Asking(mode))
     object.__setattr__(made, "function", function)
     return made
 
 
 @pytest.fixture
-def score(judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch):
+def score(judges: dict[str, LocalJudge], monkeypatch: pytest.MonkeyPatch):
     """A random judge that is sure of itself: any share of its probability is enough."""
     judge = judges["llama3"]
     monkeypatch.setattr("prmkit.judge.score_trie.LOW_REACH", 0.0)
     return scorer(
-        lambda requests, mode: judge.score(requests, mode=mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0)
+        lambda requests, mode: judge.score(requests, Asking(mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0))
     )
 
 
-def job(source: Path, output: Path | None, **changes) -> Job:
-    settings = {"shape_of": ShapeOf(), "mode": "expected", "summaries": False, "bad_below": None} | changes
-    return Job(input=str(source), output=output, **settings)
+def job(source: Path, output: Path | None, **changes) -> ScoringJob:
+    settings = {"shape_of": ShapeOf(), "summaries": False, "bad_below": None} | changes
+    return ScoringJob(input=str(source), output=output, **settings)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def lines_of(path: Path) -> list[dict]:
 
 def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -> None:
     output = tmp_path / "scores.jsonl"
-    assert run(job(source, output), score, {}) is False
+    assert run_job(job(source, output), score, {}) is False
     results = lines_of(output)
     assert [result["status"] for result in results] == ["ok", "error", "ok", "ok", "error", "error", "error", "ok"]
     assert [result["id"] for result in results][3:6] == ["mine", 7, None]
@@ -99,14 +99,14 @@ def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -
 
 def test_a_judge_that_does_not_want_to_score_is_reported(source: Path, tmp_path: Path, judges, caplog) -> None:
     caplog.set_level("INFO")
-    wild = scorer(lambda requests, mode: judges["llama3"].score(requests, mode=mode))
-    assert run(job(source, tmp_path / "wild.jsonl"), wild, {}) is False
+    wild = scorer(lambda requests, mode: judges["llama3"].score(requests, Asking(mode=mode)))
+    assert run_job(job(source, tmp_path / "wild.jsonl"), wild, {}) is False
     assert all(result["scores"] for result in lines_of(tmp_path / "wild.jsonl") if result["status"] == "unsure")
     assert "8 rows: 4 unsure, 4 error" in caplog.text
     assert "4 of them are unsure" in caplog.text
     caplog.clear()
     sure = scripted({"Step": 0.9, "A step": 0.9})
-    run(job(source, tmp_path / "sure.jsonl"), sure, {})
+    run_job(job(source, tmp_path / "sure.jsonl"), sure, {})
     assert "unsure" not in caplog.text
 
 
@@ -116,7 +116,7 @@ def test_the_judges_turn_is_never_seen(tmp_path: Path, score) -> None:
     source.write_text(
         "".join(json.dumps(row(1, label=label)) + "\n" for label in (None, '{"reasonableness_score": 0.0}'))
     )
-    assert run(job(source, output), score, {}) is True
+    assert run_job(job(source, output), score, {}) is True
     bare, labelled = lines_of(output)
     assert bare == labelled
 
@@ -124,7 +124,7 @@ def test_the_judges_turn_is_never_seen(tmp_path: Path, score) -> None:
 @pytest.mark.parametrize("kept_bytes", [0.0, 0.3, 0.62, 0.999, 1.0])
 def test_a_run_that_was_cut_off_is_continued(source: Path, tmp_path: Path, score, kept_bytes: float) -> None:
     output = tmp_path / "scores.jsonl"
-    run(job(source, output), score, {"judge": 1})
+    run_job(job(source, output), score, {"judge": 1})
     whole = output.read_bytes()
     output.write_bytes(whole[: int(len(whole) * kept_bytes)])
     asked = []
@@ -134,7 +134,7 @@ def test_a_run_that_was_cut_off_is_continued(source: Path, tmp_path: Path, score
             asked.append(judgement)
             yield judgement
 
-    assert run(job(source, output), scorer(counting), {"judge": 1}) is False
+    assert run_job(job(source, output), scorer(counting), {"judge": 1}) is False
     assert lines_of(output) == [json.loads(line) for line in whole.splitlines()]
     lines = [json.loads(line) for line in whole.splitlines()]
     kept = whole[: int(len(whole) * kept_bytes)].count(b"\n")
@@ -149,22 +149,22 @@ def test_two_jobs_do_not_write_one_output(source: Path, tmp_path: Path, score) -
     def meanwhile(requests, mode):
         for judgement in score.judgements(requests, mode):
             with pytest.raises(DataError, match="is writing scores"):
-                run(job(source, output), score, {})
-            run(job(source, tmp_path / "others.jsonl"), score, {})
+                run_job(job(source, output), score, {})
+            run_job(job(source, tmp_path / "others.jsonl"), score, {})
             refused.append(judgement)
             yield judgement
 
-    run(job(source, output), scorer(meanwhile), {})
+    run_job(job(source, output), scorer(meanwhile), {})
     assert refused
     assert lines_of(output) == lines_of(tmp_path / "others.jsonl")
 
 
 def test_scores_of_another_input_are_not_continued(source: Path, tmp_path: Path, score) -> None:
     output = tmp_path / "scores.jsonl"
-    run(job(source, output), score, {})
+    run_job(job(source, output), score, {})
     source.write_text("\n".join(reversed(ROWS)))
     with pytest.raises(UsageError, match="another --output"):
-        run(job(source, output), score, {})
+        run_job(job(source, output), score, {})
 
 
 def asking_for(*steps: str) -> list[str]:
@@ -174,14 +174,14 @@ def asking_for(*steps: str) -> list[str]:
 def test_scores_of_other_prompts_under_the_same_ids_are_not_continued(tmp_path: Path) -> None:
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     source.write_text("\n".join(asking_for("Step A.", "Step B.")))
-    run(job(source, output), scripted({"Step A": 0.1, "Step B": 0.2}), {})
+    run_job(job(source, output), scripted({"Step A": 0.1, "Step B": 0.2}), {})
     whole = output.read_bytes()
     source.write_text("\n".join(asking_for("Step A.", "Step C.")))
     with pytest.raises(UsageError, match=r"scores\.jsonl:2: has the scores of 1, but for another prompt"):
-        run(job(source, output), scripted({"Step": 0.9}), {})
+        run_job(job(source, output), scripted({"Step": 0.9}), {})
     source.write_text("\n".join(asking_for("Step A.", "Step B.")))
     with pytest.raises(UsageError, match="or other score keys"):
-        run(job(source, output, shape_of=ShapeOf(("correctness_score",))), scripted({"Step": 0.9}), {})
+        run_job(job(source, output, shape_of=ShapeOf(("correctness_score",))), scripted({"Step": 0.9}), {})
     assert output.read_bytes() == whole
     assert lines_of(output)[0]["request_hash"] != lines_of(output)[1]["request_hash"]
 
@@ -190,9 +190,9 @@ def test_a_line_that_was_corrected_gets_its_score(tmp_path: Path) -> None:
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     whole = asking_for("Step A.", "Step B.", "Step C.")
     source.write_text("\n".join([whole[0], whole[1][:-1], whole[2]]))
-    assert run(job(source, output), scripted({"Step": 0.1}), {}) is False
+    assert run_job(job(source, output), scripted({"Step": 0.1}), {}) is False
     source.write_text("\n".join(whole))
-    assert run(job(source, output), scripted({"Step A": 0.9, "Step B": 0.2, "Step C": 0.9}), {}) is True
+    assert run_job(job(source, output), scripted({"Step A": 0.9, "Step B": 0.2, "Step C": 0.9}), {}) is True
     assert [result["score"] for result in lines_of(output)] == [0.1, 0.2, 0.1]
 
 
@@ -214,15 +214,15 @@ def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path,
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     rows = asking_for(*(f"Step {letter}." for letter in "ABCDE"))
     source.write_text("\n".join(rows[:4]))
-    assert run(job(source, output), failing("Step B", "Step D"), {}) is False
+    assert run_job(job(source, output), failing("Step B", "Step D"), {}) is False
     assert [result["status"] for result in lines_of(output)] == ["ok", "failed", "ok", "failed"]
     source.write_text("\n".join(rows))
     again = {"Step B": 0.1, "Step D": 0.2, "Step E": None}
-    assert run(job(source, output, bad_below=0.5), scripted(again), {}) is False
+    assert run_job(job(source, output, bad_below=0.5), scripted(again), {}) is False
     results = lines_of(output)
     assert [result["score"] for result in results] == [0.5, 0.1, 0.5, 0.2, None]
     assert "2 rows are already scored" in caplog.text and "2 rows that failed are retried" in caplog.text
-    assert run(job(source, output), scripted({}), {}) is False, "a row that is too long was asked for again"
+    assert run_job(job(source, output), scripted({}), {}) is False, "a row that is too long was asked for again"
     assert lines_of(output) == results
 
 
@@ -230,7 +230,7 @@ def test_what_was_retried_is_kept_when_the_run_is_stopped(tmp_path: Path, monkey
     monkeypatch.setattr("prmkit.scoring.score.WINDOW", 2)
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     source.write_text("\n".join(asking_for("Step A.", "Step B.", "Step C.")))
-    run(job(source, output), failing("Step A", "Step C"), {})
+    run_job(job(source, output), failing("Step A", "Step C"), {})
 
     def stopped(requests, mode):
         if any("Step C" in request.prompt for request in requests):
@@ -238,7 +238,7 @@ def test_what_was_retried_is_kept_when_the_run_is_stopped(tmp_path: Path, monkey
         yield from scripted({"Step A": 0.1}).judgements(requests, mode)
 
     with pytest.raises(KeyboardInterrupt):
-        run(job(source, output), scorer(stopped), {})
+        run_job(job(source, output), scorer(stopped), {})
     assert [(result["status"], result["score"]) for result in lines_of(output)] == [
         ("ok", 0.1), ("ok", 0.5), ("failed", None),
     ]  # fmt: skip
@@ -246,9 +246,9 @@ def test_what_was_retried_is_kept_when_the_run_is_stopped(tmp_path: Path, monkey
 
 def test_scores_of_another_judge_are_moved_away(source: Path, tmp_path: Path, score) -> None:
     output = tmp_path / "scores.jsonl"
-    run(job(source, output), score, {"judge": 1})
+    run_job(job(source, output), score, {"judge": 1})
     first = output.read_text()
-    run(job(source, output), score, {"judge": 2})
+    run_job(job(source, output), score, {"judge": 2})
     assert (tmp_path / "scores.old1.jsonl").read_text() == first
     assert len(lines_of(output)) == 8
 
@@ -270,7 +270,7 @@ def test_written_verdicts_are_added_when_asked_for_and_kept_when_unreadable(sour
     assert [result | {"text": 0} for result in with_text if "text" in result] == [
         result | {"text": 0} for result in plain if result["status"] == "ok"
     ]
-    written = results(source.read_bytes(), score, mode="generate")
+    written = results(source.read_bytes(), scorer(score.function, "generate"))
     assert [result["status"] for result in written if "text" in result] == ["unparsed"] * 4
     assert written[0]["text"] == with_text[0]["text"] != ""
     assert written[0]["score"] is None, "what cannot be read is not a number"
@@ -320,7 +320,7 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
     scores["Step 9 of one"] = 0.0
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     source.write_text("".join(json.dumps(each) + "\n" for each in [*rows, final]))
-    run(job(source, output, bad_below=0.5), scripted(scores), {})
+    run_job(job(source, output, bad_below=0.5), scripted(scores), {})
     one, two, three = lines_of(trajectories_file(output))
     assert one == {
         "trajectory_id": "one",
@@ -343,7 +343,7 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
 
 def summed_up(tmp_path: Path, rows: list[str]) -> list[dict]:
     (tmp_path / "steps.jsonl").write_text("\n".join(rows))
-    run(job(tmp_path / "steps.jsonl", tmp_path / "sums.jsonl", bad_below=0.5), scripted({"Step": 0.7}), {})
+    run_job(job(tmp_path / "steps.jsonl", tmp_path / "sums.jsonl", bad_below=0.5), scripted({"Step": 0.7}), {})
     return lines_of(trajectories_file(tmp_path / "sums.jsonl"))
 
 
@@ -395,7 +395,7 @@ def test_a_trajectory_with_an_unsure_step_is_not_summed_up(tmp_path: Path) -> No
 
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     source.write_text(json.dumps(row(1)))
-    assert run(job(source, output, bad_below=0.5), scorer(unsure), {}) is False
+    assert run_job(job(source, output, bad_below=0.5), scorer(unsure), {}) is False
     (result,), (total,) = lines_of(output), lines_of(trajectories_file(output))
     assert (result["score"], result["reason"]) == (0.5, "thin")
     assert (total["unsure"], total["unscored"], total["mean"]) == (1, 0, None)

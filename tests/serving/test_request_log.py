@@ -14,17 +14,17 @@ import pytest
 
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.types import Request
-from prmkit.scoring.rows import Row
-from prmkit.serving.request_log import FIELDS, RequestLog
+from prmkit.scoring.rows import RowToScore
+from prmkit.serving.request_log import RequestLog
 from prmkit.trajectory import log_id
 from prmkit.verdict import Shape
 
 LINE = {"score": 0.5, "std": 0.1, "label_mass": 0.9, "status": "ok"}
 
 
-def row(number: int, prompt: str = "good") -> Row:
+def row(number: int, prompt: str = "good") -> RowToScore:
     request = Request(prompt, Shape(("step_score",), nested=False))
-    return Row(number, f"run-1#{number}", request, task="task-7", trajectory="run-1")
+    return RowToScore(number, f"run-1#{number}", request, task="task-7", trajectory="run-1")
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,10 @@ def test_a_line_has_exactly_its_fields_and_the_prompt_only_when_asked_for(tmp_pa
     written(file)
     written(file, with_prompts=True)
     without, with_prompt = lines_of(file)
-    assert tuple(without) == tuple(with_prompt) == FIELDS
+    assert list(without) == list(with_prompt) == [
+        "time", "id", "judge", "role", "request_hash", "task", "trajectory", "score", "std", "label_mass", "status",
+        "characters", "keys", "prompt",
+    ]  # fmt: skip
     assert without["prompt"] is None and with_prompt["prompt"] == "good"
     assert without["request_hash"] == row(0).request_hash and without["keys"] == ["step_score"]
     assert (without["id"], without["task"], without["trajectory"]) == ("run-1#0", "task-7", "run-1")

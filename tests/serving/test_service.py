@@ -16,7 +16,7 @@ from prmkit.judge.types import Distribution, Judgement
 from prmkit.prompts.step import load_rubric
 from prmkit.serving.engine import Engine
 from prmkit.serving.judges import ServedJudge
-from prmkit.serving.metrics import Metrics
+from prmkit.serving.metrics import ServerMetrics
 from prmkit.serving.service import NoReward, Service
 from prmkit.serving.systemone import key_of, run_of_state
 
@@ -30,7 +30,7 @@ def answer(ask: Callable[[Service], Any], **settings: Any) -> Any:
     async def both() -> Any:
         engine = Engine(StubScorer())  # type: ignore[arg-type]
         worker = asyncio.create_task(engine.run())
-        metrics = Metrics(lambda: engine.depth, ())
+        metrics = ServerMetrics(lambda: engine.depth, ())
         given = {"rubric": load_rubric(), **settings}
         try:
             return await ask(Service(ServedJudge("stub", engine), metrics, ShapeOf(), **given))
@@ -253,7 +253,7 @@ def test_questions_that_do_not_fit_a_judge_of_steps_are_refused(state: Any, ques
 
 def test_drift_is_near_zero_for_the_same_scores_and_large_for_others() -> None:
     def drift(scores: list[float], recent: list[float]) -> float:
-        metrics = Metrics(lambda: 0, scores)
+        metrics = ServerMetrics(lambda: 0, scores)
         for score in recent:
             known = Distribution(score, score, score, None, None)
             metrics.count(Judgement("ok", {"step_score": known}), "production")

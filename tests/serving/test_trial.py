@@ -13,10 +13,10 @@ from serving_stub import StubScorer, judgement_of
 from prmkit.judge.scorer import ShapeOf
 from prmkit.judge.types import Judgement, Request
 from prmkit.prompts.step import load_rubric
-from prmkit.scoring.rows import Row
+from prmkit.scoring.rows import RowToScore
 from prmkit.serving.engine import Engine
 from prmkit.serving.judges import ServedJudge, Trial
-from prmkit.serving.metrics import Metrics
+from prmkit.serving.metrics import ServerMetrics
 from prmkit.serving.request_log import RequestLog
 from prmkit.serving.service import Service
 from prmkit.verdict import Shape
@@ -51,7 +51,7 @@ def answer(ask: Callable[[Service], Any], log: Path, challenger: StubScorer, **s
         ]
         workers = [asyncio.create_task(judge.engine.run()) for judge in judges]
         trial = Trial(judges[1], **{"share": 1.0, "is_shadow": False, **settings})
-        metrics = Metrics(lambda: 0, ())
+        metrics = ServerMetrics(lambda: 0, ())
         service = Service(judges[0], metrics, ShapeOf(), load_rubric(), trial=trial, request_log=request_log)
         try:
             found = await ask(service)
@@ -145,8 +145,8 @@ def test_every_endpoint_says_who_answered(tmp_path: Path, share: float, judge: s
     assert found == [judge] * 6
 
 
-def row(task: str | None, prompt: str = "p") -> Row:
-    return Row(1, request=Request(prompt, Shape(("step_score",), nested=False)), task=task)
+def row(task: str | None, prompt: str = "p") -> RowToScore:
+    return RowToScore(1, request=Request(prompt, Shape(("step_score",), nested=False)), task=task)
 
 
 def test_the_share_is_stable_and_grows_by_whole_tasks() -> None:
@@ -157,7 +157,7 @@ def test_the_share_is_stable_and_grows_by_whole_tasks() -> None:
     ]
     assert all(large.takes(row(task)) for task in TASKS if small.takes(row(task)))
     assert {large.takes(row(None, prompt)) for prompt in TASKS} == {True, False}  # without a task, its prompt decides
-    assert not Trial(judge, 1.0, is_shadow=False).takes(Row(1, reason="not asked"))
+    assert not Trial(judge, 1.0, is_shadow=False).takes(RowToScore(1, reason="not asked"))
 
 
 def test_the_hash_of_a_task_is_the_same_in_every_version_of_this_program() -> None:
@@ -166,7 +166,7 @@ def test_the_hash_of_a_task_is_the_same_in_every_version_of_this_program() -> No
 
 
 def test_drift_is_that_of_the_production_judge() -> None:
-    metrics = Metrics(lambda: 0, [place / 300 for place in range(300)])
+    metrics = ServerMetrics(lambda: 0, [place / 300 for place in range(300)])
     good = judgement_of(Request("good", Shape(("step_score",), nested=False)))
     for _ in range(300):
         metrics.count(good, "shadow")

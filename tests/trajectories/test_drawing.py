@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, ScoredRun, emit_scored, scored_run, write_page
+from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, ScoredRun, emit_scored, scored_run, write_run_page
 from prmkit.trajectory import Call, Message, Result, Step, Trajectory
 
 EVIL = '<script>alert("x")</script>'
@@ -57,7 +57,7 @@ def test_a_table_of_runs_begins_with_the_worst(capsys: pytest.CaptureFixture[str
 
 
 def test_the_page_shows_every_step_and_opens_the_worst(tmp_path: Path) -> None:
-    write_page(tmp_path / "page.html", [scored(0.9, None, 0.4, 0.1)], "saves/x")
+    write_run_page(tmp_path / "page.html", [scored(0.9, None, 0.4, 0.1)], "saves/x")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert re.findall(r'<details id="run-1-step-(\d)"( open)?>', page) == [
         ("1", ""),
@@ -73,19 +73,19 @@ def test_the_page_shows_every_step_and_opens_the_worst(tmp_path: Path) -> None:
 
 
 def test_nothing_from_a_run_becomes_markup(tmp_path: Path) -> None:
-    write_page(tmp_path / "page.html", [scored(0.9, 0.2)], EVIL)
+    write_run_page(tmp_path / "page.html", [scored(0.9, 0.2)], EVIL)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
 
 
 def test_a_page_is_bounded_and_says_so(tmp_path: Path) -> None:
-    write_page(tmp_path / "page.html", [scored(0.9, name=str(n)) for n in range(MOST_RUNS_ON_A_PAGE + 3)], "x")
+    write_run_page(tmp_path / "page.html", [scored(0.9, name=str(n)) for n in range(MOST_RUNS_ON_A_PAGE + 3)], "x")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<h2>") == MOST_RUNS_ON_A_PAGE and "3 more runs" in page
 
 
 def test_long_texts_are_cut_on_the_page(tmp_path: Path) -> None:
     run = Trajectory("r", "t", "x" * 500_000, (Step(1, "y" * 500_000),))
-    write_page(tmp_path / "page.html", [scored_run(run, [], 0.5)], "x")
+    write_run_page(tmp_path / "page.html", [scored_run(run, [], 0.5)], "x")
     assert (tmp_path / "page.html").stat().st_size < 40_000

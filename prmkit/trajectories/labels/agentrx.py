@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import ROLES, as_text
-from prmkit.trajectories.run import Keys, Reader, Role, Run, Turn, Unreadable
+from prmkit.trajectories.run import Keys, Reader, Role, Run, Turn, UnreadableValue
 from prmkit.trajectory import Result
 
 _TYPES = {
@@ -62,7 +62,7 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
     if _is_marks(value):
         return
     if not _is_run(value):
-        raise Unreadable("neither a run nor failures of one")
+        raise UnreadableValue("neither a run nor failures of one")
     lost: Counter[str] = Counter()
     turns = [turn for step in value["steps"] for turn in _turns(step, lost)]
     identity = as_text(value["trajectory_id"])

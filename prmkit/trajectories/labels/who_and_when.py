@@ -10,7 +10,7 @@ from typing import Any
 
 from prmkit.trajectories.beside import first_error, outcome_of
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Reader, Run, Turn, Unreadable
+from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
 
 
 def recognises(value: Any) -> bool:
@@ -23,7 +23,7 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
     turns = [_turn(message, index) for index, message in enumerate(value["history"]) if isinstance(message, dict)]
     mistake = as_text(value["mistake_step"]).strip()
     if not mistake.isdigit() or int(mistake) >= len(value["history"]):
-        raise Unreadable(f"mistake_step {mistake!r} is not a message of the run")
+        raise UnreadableValue(f"mistake_step {mistake!r} is not a message of the run")
     yield Run(
         turns,
         Counter({"entries that are not messages": len(value["history"]) - len(turns)}),

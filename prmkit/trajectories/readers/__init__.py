@@ -1,4 +1,4 @@
-"""The forms of runs that can be read, one module each. A new form is a module here and a line in `READERS`."""
+"""The forms of runs that can be read, one module each. A new form is a module here and its name in `_SPECIFIC`."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, mapping, read_call
-from prmkit.trajectories.run import Keys, Reader, Run, Turn, Values, joined
+from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run, Turn, joined
 from prmkit.trajectory import Call, Result
 
 _INJECTED = re.compile(
@@ -34,7 +34,7 @@ def recognises(value: Any) -> bool:
     return str(value.get("type")) in _CALLS | _OUTPUTS and "call_id" in value
 
 
-def read(values: Values, _keys: Keys) -> Iterator[Run]:
+def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     """The one run of a file."""
     lost: Counter[str] = Counter()
     run = Run([], lost)

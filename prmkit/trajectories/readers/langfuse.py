@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Reader, Run, Values
+from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
 from prmkit.trajectories.spans import ModelCall, conversation, longest_conversations
 
 
@@ -17,7 +17,7 @@ def recognises(value: Any) -> bool:
     return {"traceId", "type"} <= value.keys() and isinstance(value["type"], str)
 
 
-def read(values: Values, _keys: Keys) -> Iterator[Run]:
+def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     """A run for each trace."""
     for _, run in longest_conversations(values, _calls):
         yield run

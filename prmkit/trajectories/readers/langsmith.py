@@ -5,7 +5,7 @@ from typing import Any
 
 from prmkit.trajectories.beside import tools_of
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Reader, Run, Values
+from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
 from prmkit.trajectories.spans import ModelCall, conversation, longest_conversations
 
 
@@ -14,7 +14,7 @@ def recognises(value: Any) -> bool:
     return isinstance(value, dict) and {"run_type", "inputs"} <= value.keys() and ("trace_id" in value or "id" in value)
 
 
-def read(values: Values, _keys: Keys) -> Iterator[Run]:
+def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     """A run for each trace."""
     for call, run in longest_conversations(values, _calls):
         run.tools = tools_of(call.tools)

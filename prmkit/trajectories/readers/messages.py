@@ -9,7 +9,7 @@ from typing import Any
 from prmkit.trajectories.beside import describe
 from prmkit.trajectories.content import is_message_list, turns_of
 from prmkit.trajectories.readers import codex
-from prmkit.trajectories.run import Keys, Reader, Run, Turn, Unreadable
+from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
 
 LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog")
 _JUDGED = {"evaluation_type", "clip_number"}
@@ -36,7 +36,7 @@ def read(value: Any, keys: Keys) -> Iterator[Run]:
     """The run of one value.
 
     Raises:
-        Unreadable: it has two lists of messages, or none under the given name.
+        UnreadableValue: it has two lists of messages, or none under the given name.
     """
     lost: Counter[str] = Counter()
     if isinstance(value, list):
@@ -70,15 +70,15 @@ def _group(value: Mapping[str, Any]) -> list[Any]:
 def _messages(value: Mapping[str, Any], keys: Keys) -> tuple[str, list[Any]]:
     if keys.messages:
         if not is_message_list(value.get(keys.messages)):
-            raise Unreadable(f"no list of messages under {keys.messages}")
+            raise UnreadableValue(f"no list of messages under {keys.messages}")
         return keys.messages, value[keys.messages]
     names = _lists(value)
     if len(names) > 1:
-        raise Unreadable(f"lists of messages under {' and '.join(names)}; say which with --list-key")
+        raise UnreadableValue(f"lists of messages under {' and '.join(names)}; say which with --list-key")
     if names:
         return names[0], value[names[0]]
     if not _is_completion(value):
-        raise Unreadable("no list of messages; name its key with --list-key")
+        raise UnreadableValue("no list of messages; name its key with --list-key")
     prompt = value["prompt"] if isinstance(value["prompt"], list) else [{"role": "user", "content": value["prompt"]}]
     return "completion", [*prompt, *value["completion"]]
 

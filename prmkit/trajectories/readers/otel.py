@@ -10,7 +10,7 @@ from typing import Any
 
 from prmkit.trajectories.beside import tools_of
 from prmkit.trajectories.content import as_text, mapping, parsed
-from prmkit.trajectories.run import Keys, Reader, Run, Values
+from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
 from prmkit.trajectories.spans import (
     ModelCall,
     Span,
@@ -42,7 +42,7 @@ def recognises(value: Any) -> bool:
     return "gen_ai" in attributes or "openinference" in attributes
 
 
-def read(values: Values, _keys: Keys) -> Iterator[Run]:
+def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     """A run for each trace."""
     for call, run in longest_conversations(values, _calls):
         run.tools = tools_of(call.tools)

@@ -13,7 +13,7 @@ import orjson
 
 from prmkit.trajectories.beside import describe, first_of
 from prmkit.trajectories.content import mapping, read_call
-from prmkit.trajectories.run import Keys, Reader, Run, Turn, Unreadable
+from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
 from prmkit.trajectory import Call, Result
 
 _TAG = re.compile(r"<(think|sub_task_think|tool_call|result|answer)>(.*?)</\1>", re.DOTALL)
@@ -38,7 +38,7 @@ def _texts(value: Any) -> tuple[str, str] | None:
 def read(value: Any, keys: Keys) -> Iterator[Run]:
     """The run of one value."""
     if not (texts := _texts(value)):
-        raise Unreadable("no tagged text")
+        raise UnreadableValue("no tagged text")
     task, text = texts
     lost: Counter[str] = Counter()
     run = Run(turns_of_tags(text, lost), lost, task=task, reference=first_of(value, ("answer",)))
