@@ -16,12 +16,9 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode
-from prmkit.evaluation import statistics
-from prmkit.evaluation.estimates import Estimate, make_sample, measure
+from prmkit.evaluation.estimates import Estimate, mean
 from prmkit.evaluation.exam import Exam, ExamRun, ExamStep
 from prmkit.evaluation.exam_answers import Answers, is_repeated, read_answers, run_of
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
@@ -117,8 +114,7 @@ def _success(by_task: Mapping[str, Sequence[Attempt]], pick: Pick, n: int) -> Es
         for task, runs in by_task.items()
         if len(runs) >= n
     }
-    sample = make_sample(list(values.values()), np.zeros(len(values)), list(values))
-    return measure(sample, statistics.share_predicted(sample))
+    return mean(list(values.values()), list(values))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmkit.evaluation import statistics
-from prmkit.evaluation.estimates import Estimate, Floats, make_sample, measure, undefined
+from prmkit.evaluation.estimates import Estimate, Floats, make_sample, mean, measure, measure_binary, ratio, undefined
 from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam, ExamRun, ExamStep
 from prmkit.evaluation.exam_answers import NOWHERE, Answers, StepId
 from prmkit.judge.types import SAME_SCORE
@@ -125,9 +125,8 @@ def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[st
     scores = np.array([score for _, _, score in found])
     sample = make_sample(-scores, bad, tasks, weight=weight)
     metrics: dict[str, Estimate] = {}
-    one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}.get(float(bad.mean()))
     for name, statistic in (("auroc", statistics.roc_area), ("average_precision", statistics.average_precision)):
-        metrics[name] = undefined(one_kind, len(bad), sample.tasks) if one_kind else measure(sample, statistic(sample))
+        metrics[name] = measure_binary(sample, statistic(sample))
     fold = np.array([folds[task] for task in tasks])
     flagged = _flagged(answers, scores, bad, weight, fold)
     for name, is_bad in (("f1_bad", True), ("f1_good", False)):
@@ -146,7 +145,7 @@ def _flagged(answers: Answers, scores: Floats, bad: Floats, weight: Floats, fold
 
     def f1(inside: Array) -> Floats:
         hits = (below & (bad[:, None] > 0) & inside[:, None]).T @ weight
-        return statistics.ratio(2 * hits, (below & inside[:, None]).T @ weight + (bad * inside) @ weight)
+        return ratio(2 * hits, (below & inside[:, None]).T @ weight + (bad * inside) @ weight)
 
     return _by_fold(fold, f1, lambda place, outside: below[outside, place])
 
@@ -178,7 +177,7 @@ def _f1(tasks: Sequence[str], flagged: Array | None, bad: Floats, weight: Floats
     hits, all_said, all_true = (sample.sums(part) for part in (said & true, said, true))
 
     def statistic(weights: Floats) -> Floats:
-        return statistics.ratio(2 * weights @ hits, weights @ all_said + weights @ all_true)
+        return ratio(2 * weights @ hits, weights @ all_said + weights @ all_true)
 
     return measure(sample, statistic)
 
@@ -201,8 +200,7 @@ def _step_accuracy(
         )
     if called is None:
         return undefined(_ONE_TASK, len(scores), 1)
-    sample = make_sample(called, labels, tasks, weight=weight)
-    return measure(sample, statistics.share_predicted(sample))
+    return mean(called, tasks, weight)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -247,7 +245,7 @@ def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str,
 
     def worth(inside: Array) -> Floats:
         sides = [hit[inside & side].mean(axis=0) for side in (wrong, ~wrong) if (inside & side).any()]
-        return sides[0] if len(sides) == 1 else statistics.ratio(2 * sides[0] * sides[1], sides[0] + sides[1])
+        return sides[0] if len(sides) == 1 else ratio(2 * sides[0] * sides[1], sides[0] + sides[1])
 
     chosen = _by_fold(fold, worth, lambda place, outside: firsts[outside, place])
     return None if chosen is None else chosen.astype(int).tolist()
@@ -270,8 +268,7 @@ def _hit_rate(
 
 
 def _share(values: Sequence[float], runs: Sequence[ExamRun]) -> Estimate:
-    sample = make_sample(values, np.ones(len(values)), [run.task_id for run in runs])
-    return measure(sample, statistics.share_predicted(sample))
+    return mean(values, [run.task_id for run in runs])
 
 
 def _processbench(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> Estimate:

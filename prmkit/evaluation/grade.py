@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from prmkit.evaluation.estimates import MIN_TASKS, SAME_PREDICTION, SAME_REFERENCE
-from prmkit.evaluation.metrics import ALL, MIN_PAIRS, ORDER, PRAISED_FROM, STRICT
+from prmkit.evaluation.metrics import ALL, MIN_PAIRS, ORDER, STRICT
+from prmkit.evaluation.predictions import PRAISED_FROM
 from prmkit.evaluation.summary import (
     MIN_BAD,
     MIN_SCORED,
