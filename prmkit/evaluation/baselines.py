@@ -252,7 +252,8 @@ def _bounds(correlations: Sequence[Estimate], judges: float, itself: Estimate, a
     known = [estimate for estimate in correlations if estimate.value is not None]
     if not known or against:
         reason = against or (correlations[0].reason if correlations else None) or "no prompt has two judges"
-        return dict.fromkeys(("reliability", "one_judge", "mean_judge", "mean_judge_by_self"), undefined(reason))
+        unknown = dict.fromkeys(("reliability", "one_judge", "mean_judge", "mean_judge_by_self"), undefined(reason))
+        return unknown | {"self_agreement": itself}
     n, tasks = max(estimate.n for estimate in known), max(estimate.tasks for estimate in known)
     # Both bounds grow with r, so a single pair's interval can be mapped through them; that of a mean of pairs cannot.
     ends = (known[0].low, known[0].high) if len(known) == 1 else (None, None)
