@@ -23,6 +23,7 @@ from prmkit.evaluation.exam import Exam, ExamRun, ExamStep
 from prmkit.evaluation.exam_answers import Answers, is_repeated, read_answers, run_of
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
 from prmkit.evaluation.exam_command import folder_of
+from prmkit.evaluation.exam_report import interval_cell, value_cell
 from prmkit.files import read_jsonl, sha256_of, write_json
 from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
@@ -337,7 +338,8 @@ def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Map
     names = [f"N={n + 1}" for n in shown]
     last = f"95 % at N={most}"
     rows = [
-        (name, *(_value(estimates[n]) for n in shown), _range(estimates[-1])) for name, estimates in results.items()
+        (name, *(value_cell(estimates[n]) for n in shown), interval_cell(estimates[-1]))
+        for name, estimates in results.items()
     ]
     cli.emit_table("", ("pick", *names, last), rows, numeric=(*names, last))
     tasks = len({each.task_id for each in attempts})
@@ -348,11 +350,3 @@ def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Map
     for what, count in left_out.items():
         if count:
             cli.emit(f"left out: {count:,} {what}")
-
-
-def _value(estimate: Estimate) -> str:
-    return "–" if estimate.value is None else f"{estimate.value:.3f}"
-
-
-def _range(estimate: Estimate) -> str:
-    return "–" if estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"

@@ -9,13 +9,13 @@ from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam
 from prmkit.evaluation.exam_metrics import EXPLAINED, NAMES, Entrant
 from prmkit.evaluation.summary import MIN_SCORED
 from prmkit.files import write_text
+from prmkit.intervals import NONE, shown
 
 PUBLISHED = Path(__file__).with_name("published_judges.yaml")
 TRUSTED_FROM = 0.7
 """A judge is trusted if the lower end of its AUROC is at least this, and above every constant's AUROC."""
 EXAMINED = ("judge", "base", "other")
 """Kinds of entrants, other than constants, that answered this exam."""
-_NONE = "–"
 
 
 def published(exam: Exam) -> list[Entrant]:
@@ -70,22 +70,22 @@ def table(entrants: Sequence[Entrant]) -> list[tuple[str, ...]]:
     rows = []
     for each in entrants:
         auroc = each.metrics.get("auroc")
-        first = (each.name + _MARKS.get(each.kind, ""), shown(auroc), shown_interval(auroc))
-        rows.append((*first, *(shown(each.metrics.get(name)) for name in names)))
+        first = (each.name + _MARKS.get(each.kind, ""), value_cell(auroc), interval_cell(auroc))
+        rows.append((*first, *(value_cell(each.metrics.get(name)) for name in names)))
     return rows
 
 
 _MARKS = {"published": " *", "people": " *"}
 
 
-def shown(estimate: Estimate | None) -> str:
+def value_cell(estimate: Estimate | None) -> str:
     """A value with three decimals: enough to recognise a published value."""
-    return _NONE if estimate is None or estimate.value is None else f"{estimate.value:.3f}"
+    return shown(estimate.as_json() if estimate else None, ".3f", interval=False)
 
 
-def shown_interval(estimate: Estimate | None) -> str:
+def interval_cell(estimate: Estimate | None) -> str:
     """The interval, if there is one."""
-    return _NONE if estimate is None or estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"
+    return NONE if estimate is None or estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"
 
 
 def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
@@ -266,8 +266,8 @@ def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
                 "name": each.name,
                 "kind": each.kind,
                 "kind_name": _KINDS[each.kind],
-                "value": shown(estimate),
-                "interval": shown_interval(estimate),
+                "value": value_cell(estimate),
+                "interval": interval_cell(estimate),
                 "at": percent(value),
                 "low": None if estimate.low is None else percent(estimate.low),
                 "width": None

@@ -14,8 +14,8 @@ from prmkit.evaluation.plots import plots
 from prmkit.evaluation.predictions import Row, Scores, table_of_scores
 from prmkit.evaluation.robustness import COLUMNS as ROBUSTNESS_COLUMNS
 from prmkit.evaluation.robustness import robustness_notes, robustness_table
-from prmkit.evaluation.summary import NONE, percent, shown
 from prmkit.files import write_text
+from prmkit.intervals import NONE, percent, shown
 
 WORST_ERRORS = 10
 _EXCERPT = 700
@@ -51,7 +51,6 @@ def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Map
     environment = Environment(
         loader=PackageLoader("prmkit.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"shown": shown, "percent": percent}
     return environment.get_template("report.html.j2").render(
         name=judge_name(metrics),
         m=metrics,
@@ -162,9 +161,9 @@ def _abstention(metrics: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             summary.group_name(group),
-            shown(judge["aurc_random"], 3, interval=False),
-            *(shown(judge["surest"][share], 3, interval=False) for share in ("0.9", "0.75", "0.5")),
-            shown(judge["aurc"], 3),
+            shown(judge["aurc_random"], ".3f", interval=False),
+            *(shown(judge["surest"][share], ".3f", interval=False) for share in ("0.9", "0.75", "0.5")),
+            shown(judge["aurc"], ".3f"),
             percent(judge["abstention_closed"]),
         ]
         for group in _main_groups(metrics)

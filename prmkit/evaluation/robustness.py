@@ -14,7 +14,8 @@ from prmkit.evaluation.heldout import HeldOutPrompt
 from prmkit.evaluation.metrics import Metrics, evaluation_types
 from prmkit.evaluation.predictions import Row
 from prmkit.evaluation.probes import PROBES, Probe, answers_in
-from prmkit.evaluation.summary import MIN_BAD, NONE, shown
+from prmkit.evaluation.summary import MIN_BAD
+from prmkit.intervals import NONE, shown
 from prmkit.judge.types import BAD_BELOW, SCORED
 from prmkit.rows import weight_of
 
@@ -133,21 +134,12 @@ def robustness_table(robustness: Mapping[str, Any]) -> list[list[str]]:
             each["evaluation_type"],
             str(each["change"]["n"]),
             str(each["change"]["tasks"]),
-            _share(each["wrong_way"]),
-            _signed(each["change"]),
-            _signed(each["change_of_bad"]) if each["kind"] == "attack" else NONE,
+            shown(each["wrong_way"], ".0%"),
+            shown(each["change"], "+.2f"),
+            shown(each["change_of_bad"], "+.2f") if each["kind"] == "attack" else NONE,
         ]
         for each in robustness["probes"]
     ]
-
-
-def _share(estimate: Mapping[str, Any]) -> str:
-    interval = "" if estimate["low"] is None else f" [{estimate['low']:.0%}, {estimate['high']:.0%}]"
-    return NONE if estimate["value"] is None else f"{estimate['value']:.0%}{interval}"
-
-
-def _signed(estimate: Mapping[str, Any]) -> str:
-    return NONE if estimate["value"] is None else f"{'+' * (estimate['value'] >= 0)}{shown(estimate)}"
 
 
 def robustness_notes(robustness: Mapping[str, Any]) -> list[str]:
