@@ -27,36 +27,25 @@ FOLDS = 5
 _GRID = np.arange(1, 102) / 100
 """Thresholds: from the lowest that calls 0.00 bad to one that calls everything bad."""
 
-NAMES = {
-    "auroc": "AUROC",
-    "average_precision": "AP",
-    "first_error": "first error",
-    "processbench_f1": "PB-F1",
-    "step_accuracy": "StepAcc",
-    "located": "step ±0",
-    "located_1": "step ±1",
-    "agent": "agent",
-    "silent_recall": "silent",
-    "loud_recall": "loud",
-    "false_alarms": "alarms",
-    "f1_bad": "F1 bad",
-    "f1_good": "F1 good",
+METRICS_OF_EXAMS: Mapping[str, tuple[str, str]] = {
+    "auroc": ("AUROC", "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing"),
+    "average_precision": ("AP", "average precision for bad steps; guessing gives their share"),
+    "first_error": (
+        "first error",
+        "runs whose first bad step is named exactly, or which are rightly said to have none (FirstErrAcc)",
+    ),
+    "processbench_f1": ("PB-F1", "harmonic mean of that accuracy on runs with a bad step and on runs without"),
+    "step_accuracy": ("StepAcc", "steps called wrong, neutral or right as people call them (StepAcc)"),
+    "located": ("step ±0", "runs with an error in which exactly that step is named"),
+    "located_1": ("step ±1", "the same, but the message before or after it also counts as right"),
+    "agent": ("agent", "runs with an error in which the agent of that step is named"),
+    "silent_recall": ("silent", "flagged share of the runs that went wrong but ended well"),
+    "loud_recall": ("loud", "flagged share of the runs that went wrong and ended badly"),
+    "false_alarms": ("alarms", "flagged share of the runs without an error; lower is better"),
+    "f1_bad": ("F1 bad", "F1 of bad steps"),
+    "f1_good": ("F1 good", "F1 of the others"),
 }
-EXPLAINED = {
-    "auroc": "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing",
-    "average_precision": "average precision for bad steps; guessing gives their share",
-    "first_error": "runs whose first bad step is named exactly, or which are rightly said to have none (FirstErrAcc)",
-    "processbench_f1": "harmonic mean of that accuracy on runs with a bad step and on runs without",
-    "step_accuracy": "steps called wrong, neutral or right as people call them (StepAcc)",
-    "located": "runs with an error in which exactly that step is named",
-    "located_1": "the same, but the message before or after it also counts as right",
-    "agent": "runs with an error in which the agent of that step is named",
-    "silent_recall": "flagged share of the runs that went wrong but ended well",
-    "loud_recall": "flagged share of the runs that went wrong and ended badly",
-    "false_alarms": "flagged share of the runs without an error; lower is better",
-    "f1_bad": "F1 of bad steps",
-    "f1_good": "F1 of the others",
-}
+"""In the order of the table: name -> header of its column, and what it means."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
     return Entrant(
         answers.name,
         kind,
-        {name: metrics[name] for name in NAMES if name in metrics},
+        {name: metrics[name] for name in METRICS_OF_EXAMS if name in metrics},
         len(scored),
         len(labelled),
         selected=sum(answers.weights.get(step, 0) > 0 for step in scored),

@@ -6,11 +6,12 @@ from typing import Any
 
 from prmkit.evaluation.estimates import Estimate
 from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam
-from prmkit.evaluation.exam_metrics import EXPLAINED, NAMES, Entrant
+from prmkit.evaluation.exam_metrics import METRICS_OF_EXAMS, Entrant
 from prmkit.evaluation.summary import MIN_SCORED
-from prmkit.files import write_text
+from prmkit.files import render_page, write_text
 from prmkit.intervals import NONE, shown
 
+TEMPLATE = Path(__file__).with_name("exam.html.j2")
 PUBLISHED = Path(__file__).with_name("published_judges.yaml")
 TRUSTED_FROM = 0.7
 """A judge is trusted if the lower end of its AUROC is at least this, and above every constant's AUROC."""
@@ -49,12 +50,13 @@ def _listed(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, fl
 
 def shown_metrics(entrants: Sequence[Entrant]) -> list[str]:
     """The metrics that the exam allows, in order."""
-    return [name for name in NAMES if any(name in each.metrics for each in entrants if each.kind != "published")]
+    own = [each for each in entrants if each.kind != "published"]
+    return [name for name in METRICS_OF_EXAMS if any(name in each.metrics for each in own)]
 
 
 def columns(entrants: Sequence[Entrant]) -> tuple[str, ...]:
     """The header of the table."""
-    names = [NAMES[name] for name in shown_metrics(entrants)]
+    names = [METRICS_OF_EXAMS[name][0] for name in shown_metrics(entrants)]
     return ("who", "AUROC", "95 %", *(name for name in names if name != "AUROC"))
 
 
@@ -212,13 +214,9 @@ def as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
 
 def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
     """Write the page; it loads nothing from outside, and everything that comes from data is escaped."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("prmkit.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     names = shown_metrics(entrants)
-    page = environment.get_template("exam.html.j2").render(
+    page = render_page(
+        TEMPLATE,
         title=exam.file.name,
         sets=exam.sources,
         verdicts=[verdict(each, entrants) for each in entrants if each.kind in EXAMINED],
@@ -226,7 +224,7 @@ def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
         columns=columns(entrants),
         rows=list(zip(entrants, table(entrants), strict=True)),
         notes=notes(exam, entrants),
-        explained=[(NAMES[name], EXPLAINED[name]) for name in names],
+        explained=[METRICS_OF_EXAMS[name] for name in names],
         trusted_from=TRUSTED_FROM,
     )
     write_text(file, page)
@@ -252,14 +250,15 @@ def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
     rungs = [(each, estimate, estimate.value) for each, estimate in known if estimate.value is not None]
     if len(rungs) < 2:
         return None
+    header, meaning = METRICS_OF_EXAMS[name]
     least = min(_LADDERS[name], *(value for *_, value in rungs))
 
     def percent(value: float) -> float:
         return round(100 * (max(value, least) - least) / (1 - least or 1), 2)
 
     return {
-        "name": NAMES[name],
-        "explained": EXPLAINED[name],
+        "name": header,
+        "explained": meaning,
         "least": f"{least:.2f}",
         "rungs": [
             {

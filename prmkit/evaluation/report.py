@@ -14,9 +14,10 @@ from prmkit.evaluation.plots import plots
 from prmkit.evaluation.predictions import Row, Scores, table_of_scores
 from prmkit.evaluation.robustness import COLUMNS as ROBUSTNESS_COLUMNS
 from prmkit.evaluation.robustness import robustness_notes, robustness_table
-from prmkit.files import write_text
+from prmkit.files import render_page, write_text
 from prmkit.intervals import NONE, percent, shown
 
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 WORST_ERRORS = 10
 _EXCERPT = 700
 _WHOLE_PROMPT = 20_000
@@ -45,13 +46,9 @@ def write_report(
 
 
 def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Mapping[str, Any]]) -> str:
-    """The report as HTML. Autoescape is on: prompts, names and reasons may hold anything."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("prmkit.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(
+    """The report as HTML. Prompts, names and reasons may hold anything, so they are escaped."""
+    return render_page(
+        TEMPLATE,
         name=judge_name(metrics),
         m=metrics,
         all=metrics["validity"][ALL],
