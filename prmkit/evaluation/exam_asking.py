@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, tee
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeGuard
 
 from prmkit import cli
@@ -196,7 +195,7 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
         messages = [*system, {"role": "user", "content": request.prompt}]
         chat = await connection.chat({"messages": messages, "temperature": 0, "max_tokens": _LONGEST_VERDICT})
         verdict = read_verdict(chat.text, request.shape)
-        return verdict.reason if isinstance(verdict, Unreadable) else fmean(verdict.scores.values())
+        return verdict.reason if isinstance(verdict, Unreadable) else verdict.mean
 
     base = Endpoint(endpoint.base_url.removesuffix(_SYSTEMONE), endpoint.model, api_key=endpoint.api_key)
 

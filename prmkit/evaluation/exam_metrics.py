@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prmkit.evaluation import statistics
 from prmkit.evaluation.estimates import Estimate, Floats, make_sample, mean, measure, measure_binary, ratio, undefined
 from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam, ExamRun, ExamStep
-from prmkit.evaluation.exam_answers import NOWHERE, Answers, StepId
+from prmkit.evaluation.exam_answers import NOWHERE, JudgeScores, StepId
 from prmkit.judge.types import SAME_SCORE
 from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
 
@@ -65,7 +65,7 @@ class Entrant:
     """How many of the answered steps were selected by `ask_judges.py --first`, and are weighted."""
 
 
-def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
+def examine(exam: Exam, answers: JudgeScores, kind: str = "judge") -> Entrant:
     """Every metric that the exam's labels allow.
 
     Args:
@@ -98,7 +98,7 @@ def _folds(exam: Exam) -> dict[str, int]:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str, Estimate]:
+def _of_steps(exam: Exam, answers: JudgeScores, folds: Mapping[str, int]) -> dict[str, Estimate]:
     found = [
         (run, step, answers.scores[run.trajectory_id, step.n])
         for run, step in exam.labelled
@@ -126,7 +126,7 @@ def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[st
     return metrics
 
 
-def _flagged(answers: Answers, scores: Floats, bad: Floats, weight: Floats, fold: Array) -> Array | None:
+def _flagged(answers: JudgeScores, scores: Floats, bad: Floats, weight: Floats, fold: Array) -> Array | None:
     """Which steps are called bad; None if there is no other task on which to choose a threshold."""
     if answers.firsts is not None:
         return scores < NEUTRAL - SAME_SCORE
@@ -172,7 +172,7 @@ def _f1(tasks: Sequence[str], flagged: Array | None, bad: Floats, weight: Floats
 
 
 def _step_accuracy(
-    answers: Answers, scores: Floats, labels: Floats, weight: Floats, tasks: Sequence[str], fold: Array
+    answers: JudgeScores, scores: Floats, labels: Floats, weight: Floats, tasks: Sequence[str], fold: Array
 ) -> Estimate:
     """StepAcc: two thresholds, chosen together, turn scores into wrong, neutral or right."""
     called: Array | None
@@ -195,7 +195,7 @@ def _step_accuracy(
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def _of_runs(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str, Estimate]:
+def _of_runs(exam: Exam, answers: JudgeScores, folds: Mapping[str, int]) -> dict[str, Estimate]:
     known = [run for run in exam.runs if run.first_error is not None]
     with_error = [run for run in known if run.first_error != NO_ERROR]
     clean = len(known) - len(with_error)
@@ -214,14 +214,14 @@ def _of_runs(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str
     return metrics | _recalls(answered, firsts)
 
 
-def _is_answered(run: ExamRun, answers: Answers) -> bool:
+def _is_answered(run: ExamRun, answers: JudgeScores) -> bool:
     first = NO_ERROR if answers.firsts is None else answers.firsts.get(run.trajectory_id)
     return first == NOWHERE or (
         first is not None and all((run.trajectory_id, step.n) in answers.scores for step in run.steps)
     )
 
 
-def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str, int]) -> list[int] | None:
+def _first_errors(runs: Sequence[ExamRun], answers: JudgeScores, folds: Mapping[str, int]) -> list[int] | None:
     """The first error that the judge names in each run; None if there is no other task for a threshold."""
     if answers.firsts is not None:
         return [answers.firsts[run.trajectory_id] for run in runs]
@@ -240,7 +240,7 @@ def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str,
     return None if chosen is None else chosen.astype(int).tolist()
 
 
-def _first_below(run: ExamRun, answers: Answers) -> Array:
+def _first_below(run: ExamRun, answers: JudgeScores) -> Array:
     """The first step below each threshold of the grid; `NO_ERROR` if no step is below it."""
     scores = np.array([answers.scores[run.trajectory_id, step.n] for step in run.steps])
     place = (np.minimum.accumulate(scores)[:, None] >= _GRID - SAME_SCORE).sum(axis=0)
@@ -273,7 +273,7 @@ def _processbench(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> Esti
     return measure(sample, statistics.first_error_f1(sample))
 
 
-def _located(exam: Exam, runs: Sequence[ExamRun], answers: Answers) -> dict[str, Estimate]:
+def _located(exam: Exam, runs: Sequence[ExamRun], answers: JudgeScores) -> dict[str, Estimate]:
     """If every run has an error, the judge's answer is the step with the lowest score, the first in a tie."""
     said = [_lowest(run, answers) for run in runs]
     true = [run.steps[(run.first_error or 1) - 1] for run in runs]
@@ -289,7 +289,7 @@ def _located(exam: Exam, runs: Sequence[ExamRun], answers: Answers) -> dict[str,
     return metrics
 
 
-def _lowest(run: ExamRun, answers: Answers) -> ExamStep | None:
+def _lowest(run: ExamRun, answers: JudgeScores) -> ExamStep | None:
     if answers.firsts is not None:
         first = answers.firsts[run.trajectory_id]
         return run.steps[first - 1] if first > 0 else None
@@ -317,12 +317,12 @@ def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str,
 
 
 def constants(exam: Exam) -> list[Entrant]:
-    """Answers that need no reading of a run; those that use labels use only labels of other tasks."""
+    """JudgeScores that need no reading of a run; those that use labels use only labels of other tasks."""
     steps = [(run.trajectory_id, step.n) for run in exam.runs for step in run.steps]
     every_run = [run.trajectory_id for run in exam.runs]
-    all_good = Answers("every step good", dict.fromkeys(steps, GOOD), dict.fromkeys(every_run, NO_ERROR), True)
+    all_good = JudgeScores("every step good", dict.fromkeys(steps, GOOD), dict.fromkeys(every_run, NO_ERROR))
     firsts = {run.trajectory_id: run.steps[0].n for run in exam.runs}
-    all_bad = Answers("every step bad (first)", dict.fromkeys(steps, BAD), firsts, True)
+    all_bad = JudgeScores("every step bad (first)", dict.fromkeys(steps, BAD), firsts)
     entrants = [examine(exam, answers, "constant") for answers in (all_good, all_bad, _by_position(exam))]
     if any(run.first_error for run in exam.runs):
         entrants.append(examine(exam, _commonest_place(exam), "constant"))
@@ -331,7 +331,7 @@ def constants(exam: Exam) -> list[Entrant]:
     return entrants
 
 
-def _by_position(exam: Exam) -> Answers:
+def _by_position(exam: Exam) -> JudgeScores:
     """The share of good steps in other tasks at the same position, separately for the last step of a run."""
     counts: dict[tuple[int, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     for run, step in exam.labelled:
@@ -348,14 +348,14 @@ def _by_position(exam: Exam) -> Answers:
             own = counts[place].get(run.task_id, (0.0, 0.0)) if place in counts else (0.0, 0.0)
             good, size = totals.get(place, np.zeros(2)) - np.array(own)
             scores[run.trajectory_id, step.n] = (good + prior) / (size + 1)  # one step's worth of the overall share
-    return Answers("position alone", scores, is_constant=True)
+    return JudgeScores("position alone", scores)
 
 
 def _position(run: ExamRun, step: ExamStep) -> tuple[int, bool]:
     return min(step.n, 30), run.is_whole and step.n == len(run.steps)
 
 
-def _commonest_place(exam: Exam) -> Answers:
+def _commonest_place(exam: Exam) -> JudgeScores:
     """The message at which runs of other tasks go wrong most often."""
     places = Counter[int]()
     of_task: dict[str, Counter[int]] = defaultdict(Counter)
@@ -372,7 +372,7 @@ def _commonest_place(exam: Exam) -> Answers:
         first = next((step.n for step in run.steps if step.place == best), NO_ERROR)
         firsts[run.trajectory_id] = first
         scores |= {(run.trajectory_id, step.n): BAD if step.n == first else GOOD for step in run.steps}
-    return Answers("commonest step elsewhere", scores, firsts, is_constant=True)
+    return JudgeScores("commonest step elsewhere", scores, firsts)
 
 
 def _commonest_agent(exam: Exam) -> Entrant:
