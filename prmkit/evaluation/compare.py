@@ -13,8 +13,8 @@ import numpy as np
 from prmkit.errors import DataError, GateError
 from prmkit.evaluation import statistics
 from prmkit.evaluation.baselines import shared
-from prmkit.evaluation.estimates import LEVEL, MIN_TASKS, Floats, Sample, Statistic, measure, resampled
-from prmkit.evaluation.metrics import ALL, MIN_SCORES, ORDER, STRICT, Metrics, as_json
+from prmkit.evaluation.estimates import LEVEL, MIN_TASKS, Floats, Sample, Statistic, as_json, measure, resampled
+from prmkit.evaluation.metrics import ALL, MIN_SCORES, ORDER, STRICT, Metrics
 from prmkit.evaluation.predictions import Scores, by_mean, by_median, suspicion, table_of_scores
 from prmkit.evaluation.summary import MIN_SCORED, groups_of_types
 from prmkit.files import read_jsonl

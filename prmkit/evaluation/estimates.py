@@ -10,7 +10,7 @@ A resample is just a whole-number weight for each task, so a statistic is writte
 block of resamples at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -171,6 +171,17 @@ class Estimate:
 def undefined(reason: str, n: int = 0, tasks: int = 0) -> Estimate:
     """An estimate without a value."""
     return Estimate(None, None, None, n, tasks, reason)
+
+
+def as_json(value: Any) -> Any:
+    """Estimates, and whatever contains them, as JSON has them."""
+    if isinstance(value, Estimate):
+        return value.as_json()
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return value
 
 
 @lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ from prmkit.evaluation.baselines import (
     self_agreement,
 )
 from prmkit.evaluation.compare import METRICS_FILE, PREDICTIONS_FILE
-from prmkit.evaluation.estimates import Estimate
+from prmkit.evaluation.estimates import Estimate, as_json
 from prmkit.evaluation.grade import summarize
 from prmkit.evaluation.heldout import Constants, HeldOut, HeldOutPrompt, sampled
 from prmkit.evaluation.metrics import (
@@ -30,7 +30,6 @@ from prmkit.evaluation.metrics import (
     MIN_SCORES,
     Metrics,
     agreement,
-    as_json,
     evaluation_types,
     groups,
     recommended_threshold,

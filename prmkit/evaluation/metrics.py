@@ -5,7 +5,7 @@ a header, shown on the terminal and in the report.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ from prmkit.evaluation.predictions import (
     within_own_range,
 )
 from prmkit.judge.types import AGGREGATES, BAD_BELOW, LOW_LABEL_MASS, SAME_SCORE, SCORED, first_below
-from prmkit.rows import SELECTED_BY, weight_of, whole_number
+from prmkit.rows import EVALUATION_TYPES, SELECTED_BY, STEP_TYPES, weight_of, whole_number
 
 Metrics = dict[str, Any]
 """Name -> `Estimate`, another such dictionary, or a plain number or string."""
@@ -215,20 +215,7 @@ def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
     return up_to[np.searchsorted(values[rising], thresholds)]
 
 
-def as_json(value: Any) -> Any:
-    """Metrics as JSON has them."""
-    if isinstance(value, Estimate):
-        return value.as_json()
-    if isinstance(value, Mapping):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    return value
-
-
 # --- groups of scores -------------------------------------------------------------------------------------------------
-
-_FIRST_TYPES = ("clip", "category", "final")
 
 
 def evaluation_types(rows: Sequence[Row]) -> list[str]:
@@ -237,8 +224,8 @@ def evaluation_types(rows: Sequence[Row]) -> list[str]:
 
 
 def _type_order(evaluation_type: str) -> tuple[int, str]:
-    known = evaluation_type in _FIRST_TYPES
-    return (_FIRST_TYPES.index(evaluation_type) if known else len(_FIRST_TYPES)), evaluation_type
+    known = list(EVALUATION_TYPES)
+    return (known.index(evaluation_type) if evaluation_type in known else len(known)), evaluation_type
 
 
 def groups(scores: Scores) -> Iterator[tuple[str, str, bool, NDArray[Any]]]:
@@ -329,7 +316,7 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
     chosen = {(row["task_id"], row["trajectory_id"]) for row in rows if SELECTED_BY in row["metadata"]}
     for row in rows:
         number, name = whole_number(row["clip_number"]), (row["task_id"], row["trajectory_id"])
-        if row["evaluation_type"] == "clip" and number is not None:
+        if row["evaluation_type"] in STEP_TYPES and number is not None:
             clips[name][number].append(row)
         if row["evaluation_type"] == "final" and OUTCOME in row["reference"]:
             outcomes[name] = row["reference"][OUTCOME]

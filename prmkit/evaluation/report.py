@@ -16,6 +16,7 @@ from prmkit.evaluation.robustness import COLUMNS as ROBUSTNESS_COLUMNS
 from prmkit.evaluation.robustness import robustness_notes, robustness_table
 from prmkit.files import render_page, write_text
 from prmkit.intervals import NONE, percent, shown
+from prmkit.rows import EVALUATION_TYPES
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 WORST_ERRORS = 10
@@ -53,7 +54,7 @@ def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Map
         m=metrics,
         all=metrics["validity"][ALL],
         conclusions=grade.conclusions(metrics),
-        explained=summary.EXPLAINED,
+        explained={name: each.meaning for name, each in EVALUATION_TYPES.items()},
         next_steps=list(next_steps(metrics)),
         thresholds=_thresholds(metrics),
         main=_table(summary.COLUMNS, summary.main_table(metrics, intervals=True)),

@@ -17,13 +17,6 @@ MIN_BAD = 10
 _BIAS_HELPS = 0.05  # the bias is worth reporting if subtracting it lowers the RMSE by at least this share
 _SMALLEST_BIAS = 0.01
 
-EXPLAINED = {
-    "clip": "one step of a run",
-    "category": "all steps of one tool category in a run",
-    "final": "a whole run",
-}
-"""What each evaluation type judges."""
-
 
 def groups_of_types(metrics: Mapping[str, Any]) -> list[Group]:
     """For each evaluation type the group with all of its scores, in the order of `metrics.json`."""
