@@ -20,7 +20,7 @@ from prmkit.judge.scorer import Scorer
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
 from prmkit.prompts.step import Rubric, step_prompts, step_text
-from prmkit.resumable import append_rows, reopen, replace_rows
+from prmkit.resumable import Line, append_rows, reopen, replace_rows
 from prmkit.trajectory import Trajectory
 from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
@@ -29,7 +29,6 @@ log = logging.getLogger("prmkit")
 Key = tuple[str, str, int]
 """The request's hash, the run's id, the step's number."""
 Asked = tuple[Key, Request]
-Line = dict[str, Any]
 
 
 def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:

@@ -290,7 +290,7 @@ NO_BAD_STEP = -1
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class JudgedRun:
     """The clips of one trajectory in order, and the judges' score of its answer."""
 
     task: str
@@ -300,7 +300,7 @@ class Trajectory:
     """The reference for `OUTCOME`; None if no judge gave one."""
 
 
-def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tuple[list[Trajectory], dict[str, int]]:
+def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tuple[list[JudgedRun], dict[str, int]]:
     """Group clips by trajectory.
 
     Args:
@@ -334,7 +334,7 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
         else:
             predicted = [_mean(row["scores"][key]["mean"] for key in row["reference"]) for (row,) in steps]
             reference = [_mean(row["reference"].values()) for (row,) in steps]
-            whole.append(Trajectory(name[0], predicted, reference, outcomes.get(name)))
+            whole.append(JudgedRun(name[0], predicted, reference, outcomes.get(name)))
     return whole, dict(left_out)
 
 
@@ -366,7 +366,7 @@ def trajectory_metrics(rows: Sequence[Row], incomplete: Collection[str] = ()) ->
     }
 
 
-def _against_outcome(scores: Sequence[float], trajectories: Sequence[Trajectory]) -> Metrics:
+def _against_outcome(scores: Sequence[float], trajectories: Sequence[JudgedRun]) -> Metrics:
     tasks = [each.task for each in trajectories]
     outcomes = np.array([each.outcome for each in trajectories], np.float64)
     sample = make_sample(scores, outcomes, tasks)
@@ -378,7 +378,7 @@ def _against_outcome(scores: Sequence[float], trajectories: Sequence[Trajectory]
     }
 
 
-def _first_errors(trajectories: Sequence[Trajectory], threshold: float) -> Metrics:
+def _first_errors(trajectories: Sequence[JudgedRun], threshold: float) -> Metrics:
     def first(steps: list[float]) -> int:
         found = first_below(steps, threshold)
         return NO_BAD_STEP if found is None else found
