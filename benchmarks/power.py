@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prmkit.errors import GateError
 from prmkit.evaluation import compare, estimates, statistics
-from prmkit.evaluation.metrics import ALL, as_json, by_mean
-from prmkit.evaluation.predictions import Scores
+from prmkit.evaluation.estimates import as_json
+from prmkit.evaluation.metrics import ALL
+from prmkit.evaluation.predictions import Scores, by_mean
 
 SIZES = (10, 20, 60, 200)
 STEPS = 4

@@ -34,8 +34,8 @@ from benchmarks.sizes import WORDS, random_qwen_7b  # noqa: E402
 from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.evaluation import estimates, heldout, statistics  # noqa: E402
 from prmkit.evaluation.metrics import MIN_SCORES  # noqa: E402
-from prmkit.evaluation.summary import shown  # noqa: E402
 from prmkit.http_client import Connection, Endpoint  # noqa: E402
+from prmkit.intervals import shown  # noqa: E402
 from prmkit.judge.scorer import Scorer  # noqa: E402
 from prmkit.judge.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
 from prmkit.judge.transformers_judge import LocalJudge, load_model  # noqa: E402
@@ -151,7 +151,7 @@ def spearman(scores: list[float | None], prompts: list[heldout.HeldOutPrompt]) -
         [prompt.task for _, prompt in pairs],
     )
     estimate = estimates.measure(sample, statistics.spearman(sample), min_n=MIN_SCORES)
-    return f"{shown(estimate.as_json(), 3)} ({estimate.n})"
+    return f"{shown(estimate.as_json(), '.3f')} ({estimate.n})"
 
 
 def compare(arguments: argparse.Namespace) -> None:

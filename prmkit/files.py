@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -61,6 +61,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file completely, or leave the old one."""
     with atomic_write(path) as stream:
         stream.write(text.encode())
+
+
+def render_page(template: Path, filters: Mapping[str, Any] | None = None, **values: Any) -> str:
+    """Fill in a Jinja template of a page; everything that comes from data is escaped."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= filters or {}
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Calibrated intervals around a judge's scores, and abstention where the intervals are wide.
+"""Calibrated intervals around a judge's scores, abstention where they are wide, and the text of measured intervals.
 
 Split-conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018, section 5.2): on held-out rows, the error of a
 score is divided by the judge's own standard deviation. A new score is then within `std * (quantile of those ratios)` of
@@ -192,3 +192,31 @@ def read_calibration(folder: Path, judge: Mapping[str, Any]) -> Calibration:
     if dict(judge) != found.judge:
         raise DataError(f"{file}: made with other weights or settings. Measure the judge again.")
     return found
+
+
+# --- measured numbers -------------------------------------------------------------------------------------------------
+
+NONE = "–"
+"""Shown where there is no number."""
+
+
+def shown(estimate: Mapping[str, Any] | None, form: str = ".2f", *, interval: bool = True, none: str = NONE) -> str:
+    """A measured number and its interval as people read them: `0.78 [0.70, 0.84]`.
+
+    Args:
+        estimate: `value`, `low` and `high`, as in `metrics.json`; None if nothing was measured.
+        form: of the numbers, as in a format string: `.2f`, `+.2f` or `.0%`.
+        interval: show the interval, if there is one.
+        none: what to show where there is no value.
+    """
+    if not estimate or estimate.get("value") is None:
+        return none
+    text = f"{estimate['value']:{form}}"
+    if interval and estimate.get("low") is not None:
+        text += f" [{estimate['low']:{form}}, {estimate['high']:{form}}]"
+    return text
+
+
+def percent(estimate: Mapping[str, Any] | None, form: str = ".0%") -> str:
+    """A share as people read it, without its interval."""
+    return shown(estimate, form, interval=False)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from prmkit.files import write_text
+from prmkit.intervals import shown
 
 CARD = "README.md"
 _GRADES = {"useful": "yes", "weak": "with care", "not_useful": "no", "unknown": "not known"}
@@ -80,7 +81,7 @@ def _agreement(metrics: Mapping[str, Any] | None) -> Iterator[str]:
     yield "| scores of | use it? | Spearman | AUROC, step below 0.5 | RMSE | MAE |"
     yield "|---|---|---|---|---|---|"
     for evaluation_type, of_type in summary["types"].items():
-        cells = [_estimate(of_type[name]) for name in ("spearman", "auroc", "rmse", "mae")]
+        cells = [shown(of_type[name]) for name in ("spearman", "auroc", "rmse", "mae")]
         grade = _GRADES.get(of_type["grade"], of_type["grade"])
         yield f"| {_inline(evaluation_type)} | {grade} | {' | '.join(cells)} |"
     yield ""
@@ -126,13 +127,6 @@ def _limits(metrics: Mapping[str, Any] | None) -> Iterator[str]:
     for line in (metrics or {}).get("summary", {}).get("warnings", []):
         yield f"- {_inline(line)}"
     yield ""
-
-
-def _estimate(estimate: Mapping[str, Any]) -> str:
-    if estimate["value"] is None:
-        return "–"
-    ends = "" if estimate["low"] is None else f" [{estimate['low']:.2f}, {estimate['high']:.2f}]"
-    return f"{estimate['value']:.2f}{ends}"
 
 
 def _inline(text: object) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import orjson
 
@@ -25,6 +25,23 @@ WEIGHT = "selection_weight"
 of the selection probability. Every metric of an evaluation uses it as the row's weight."""
 AUDIT = "audit"
 """`SELECTED_BY` of a prompt that was selected at random, and so represents others like it."""
+
+
+class EvaluationType(NamedTuple):
+    """What a verdict is about."""
+
+    meaning: str
+    is_step: bool = False
+    """One step: the scores of a run then have an order, and can be combined and watched."""
+
+
+EVALUATION_TYPES = {
+    "clip": EvaluationType("one step of a run", is_step=True),
+    "category": EvaluationType("all steps of one tool category in a run"),
+    "final": EvaluationType("a whole run"),
+}
+"""In the order of tables. Rows may have other types, which are not steps."""
+STEP_TYPES = tuple(name for name, each in EVALUATION_TYPES.items() if each.is_step)
 
 
 class Rejected(Exception):

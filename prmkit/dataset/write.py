@@ -19,7 +19,7 @@ from prmkit.dataset_info import dataset_entry, training_row
 from prmkit.files import write_all
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, SIDECAR_SUFFIX, TASKS
 from prmkit.prompts.cleaning import neutralise, restore
-from prmkit.rows import SELECTED_BY, WEIGHT, without_selection
+from prmkit.rows import EVALUATION_TYPES, SELECTED_BY, WEIGHT, without_selection
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_answer, render_verdict
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ _HELD = 8 << 20
 
 # --- names --------------------------------------------------------------------------------------------------------
 
-_EVALUATION_TYPES = ("clip", "category", "final")
 # A judge with one of these names gets a hash after its name, whether or not the input has a variant that it would
 # clash with: names must not change when data arrives.
 _RESERVED = {"full", "custom", "consensus", "eval"}
@@ -68,9 +67,9 @@ def _safe(value: str) -> str:
 
 def _unique(key: tuple[str, str], safe: str, taken: Mapping[str, int]) -> str:
     kind, value = key
-    if kind == "type" and value in _EVALUATION_TYPES:
+    if kind == "type" and value in EVALUATION_TYPES:
         return value
-    clashes = taken[safe] > 1 or safe in _RESERVED or safe in _EVALUATION_TYPES or safe.endswith(HELD_OUT_SUFFIX)
+    clashes = taken[safe] > 1 or safe in _RESERVED or safe in EVALUATION_TYPES or safe.endswith(HELD_OUT_SUFFIX)
     if safe and not clashes and len(safe) <= _LONGEST and len(value) <= 4 * _LONGEST:
         return safe
     digest = hashlib.blake2b(f"{kind}:{value}".encode(errors="surrogatepass"), digest_size=4).hexdigest()

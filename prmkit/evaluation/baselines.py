@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmkit.evaluation import statistics
-from prmkit.evaluation.estimates import Estimate, Floats, Sample, Statistic, measure, on_part, undefined
-from prmkit.evaluation.metrics import ALL, METRICS, MIN_SCORES, ORDER, Metrics, agreement, by_mean, by_median
-from prmkit.evaluation.predictions import Row, Scores
+from prmkit.evaluation.estimates import Estimate, Floats, Sample, Statistic, mean, measure, on_part, undefined
+from prmkit.evaluation.metrics import ALL, METRICS, MIN_SCORES, ORDER, Metrics, agreement
+from prmkit.evaluation.predictions import Row, Scores, by_mean, by_median
 from prmkit.evaluation.statistics import weighted_mean
 from prmkit.rows import SELECTED_BY, WEIGHT
 
@@ -98,8 +98,7 @@ def _skill_over(scores: Scores, baseline: Floats) -> Estimate:
 
 
 def _equal_share(scores: Scores, copied: Floats, scored: Floats) -> Estimate:
-    sample = replace(by_mean(scores), predicted=(np.abs(scored - copied) <= COPY_WITHIN).astype(np.float64))
-    return measure(sample, statistics.share_predicted(sample))
+    return mean(np.abs(scored - copied) <= COPY_WITHIN, scores.task, scores.weight)
 
 
 def _distance(scores: Scores, copied: Floats, scored: Floats) -> Estimate:
@@ -153,8 +152,8 @@ def against_each(scores: Scores, judges: Sequence[str]) -> Metrics:
 
 
 def _brief(sample: Sample) -> Metrics:
-    wanted = [metric for metric in METRICS if metric.name in (ORDER, "pearson", "rmse", "mae", "bias")]
-    return {metric.name: measure(sample, metric.statistic(sample), min_n=metric.min_n) for metric in wanted}
+    wanted = (ORDER, "pearson", "rmse", "mae", "bias")
+    return {metric.name: metric.estimate(sample) for metric in METRICS if metric.name in wanted}
 
 
 def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
@@ -253,7 +252,8 @@ def _bounds(correlations: Sequence[Estimate], judges: float, itself: Estimate, a
     known = [estimate for estimate in correlations if estimate.value is not None]
     if not known or against:
         reason = against or (correlations[0].reason if correlations else None) or "no prompt has two judges"
-        return dict.fromkeys(("reliability", "one_judge", "mean_judge", "mean_judge_by_self"), undefined(reason))
+        unknown = dict.fromkeys(("reliability", "one_judge", "mean_judge", "mean_judge_by_self"), undefined(reason))
+        return unknown | {"self_agreement": itself}
     n, tasks = max(estimate.n for estimate in known), max(estimate.tasks for estimate in known)
     # Both bounds grow with r, so a single pair's interval can be mapped through them; that of a mean of pairs cannot.
     ends = (known[0].low, known[0].high) if len(known) == 1 else (None, None)

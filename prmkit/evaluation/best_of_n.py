@@ -16,17 +16,15 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode
-from prmkit.evaluation import statistics
-from prmkit.evaluation.estimates import Estimate, make_sample, measure
-from prmkit.evaluation.exam import Exam, ExamRun, ExamStep
-from prmkit.evaluation.exam_answers import Answers, is_repeated, read_answers, run_of
+from prmkit.evaluation.estimates import Estimate, mean
+from prmkit.evaluation.exam import ExamRun, ExamStep
+from prmkit.evaluation.exam_answers import is_repeated, read_answers, run_of
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
 from prmkit.evaluation.exam_command import folder_of
-from prmkit.files import read_jsonl, sha256_of, write_json
+from prmkit.evaluation.exam_report import interval_cell, value_cell
+from prmkit.files import read_jsonl, write_json
 from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
 from prmkit.judge.types import AGGREGATES
@@ -117,8 +115,7 @@ def _success(by_task: Mapping[str, Sequence[Attempt]], pick: Pick, n: int) -> Es
         for task, runs in by_task.items()
         if len(runs) >= n
     }
-    sample = make_sample(list(values.values()), np.zeros(len(values)), list(values))
-    return measure(sample, statistics.share_predicted(sample))
+    return mean(list(values.values()), list(values))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -286,7 +283,7 @@ def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -
         ExamRun(each.trajectory_id, each.task_id, None, "", tuple(map(ExamStep, range(1, each.steps + 1))), True)
         for each in attempts
     )
-    judges: list[Answers] = read_answers(file, Exam(outcomes, sha256_of(outcomes), runs))
+    judges = read_answers(file, runs, outcomes)
     if len(judges) > 1:
         raise DataError(
             f"{file}: {len(judges)} judges ({', '.join(each.name for each in judges)}). Keep the answers of one."
@@ -341,7 +338,8 @@ def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Map
     names = [f"N={n + 1}" for n in shown]
     last = f"95 % at N={most}"
     rows = [
-        (name, *(_value(estimates[n]) for n in shown), _range(estimates[-1])) for name, estimates in results.items()
+        (name, *(value_cell(estimates[n]) for n in shown), interval_cell(estimates[-1]))
+        for name, estimates in results.items()
     ]
     cli.emit_table("", ("pick", *names, last), rows, numeric=(*names, last))
     tasks = len({each.task_id for each in attempts})
@@ -352,11 +350,3 @@ def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Map
     for what, count in left_out.items():
         if count:
             cli.emit(f"left out: {count:,} {what}")
-
-
-def _value(estimate: Estimate) -> str:
-    return "–" if estimate.value is None else f"{estimate.value:.3f}"
-
-
-def _range(estimate: Estimate) -> str:
-    return "–" if estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"

@@ -49,8 +49,6 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         return take_exam(arguments)
     if arguments.best_of_n:
         return pick_best_of_n(arguments)
-    if arguments.run and is_registered(arguments.run) and not (arguments.parity or arguments.output):
-        arguments.output = results_folder(arguments.run)  # a registered version never changes
     source = judge_source(arguments)
     check_folders(source)
     run = None if arguments.model else arguments.run or DEFAULT_RUN
@@ -60,11 +58,14 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     data_folder, name = heldout.place_of_held_out(config, arguments.data_dir, arguments.dataset)
     held_out = heldout.read_held_out(data_folder, name)
     _check_breakdown_keys(arguments.by or (), held_out)
-    folder = arguments.output or (evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}"))
     constants = heldout.training_constants(data_folder, name)
-    weights = None if arguments.output else _weights_folder(source)
+    output = arguments.output
+    if output is None and arguments.run and is_registered(arguments.run):
+        output = results_folder(arguments.run)  # a registered version never changes
+    folder = output or (evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}"))
+    weights = None if output else _weights_folder(source)
     metrics = evaluate(source, held_out, constants, folder, _settings_of(arguments), weights)
-    if run and not arguments.output:
+    if run and not output:
         _write_card(run, metrics)
     comparison = None
     if arguments.compare:
@@ -89,53 +90,63 @@ def _settings_of(arguments: argparse.Namespace) -> Settings:
     )
 
 
+_KINDS = ("exam", "best_of_n", "parity")
+"""Flags that ask for something other than measuring a judge on held-out rows; the first one given counts."""
+_HELD_OUT = "held-out rows"
+_USED_BY: Mapping[str, tuple[str, ...]] = {
+    "exam": ("exam",),
+    "best_of_n": ("best_of_n",),
+    "parity": ("parity",),
+    "min_spearman": (_HELD_OUT,),
+    "min_auroc": (_HELD_OUT, "exam"),
+    "compare": (_HELD_OUT,),
+    "margin": (_HELD_OUT,),
+    "by": (_HELD_OUT,),
+    "limit": (_HELD_OUT,),
+    "output": (_HELD_OUT, "exam", "best_of_n"),
+    "baseline": (_HELD_OUT, "exam"),
+    "robustness": (_HELD_OUT,),
+    "json": (_HELD_OUT, "exam", "best_of_n"),
+    "mode": (_HELD_OUT, "exam", "best_of_n"),
+    "dataset": (_HELD_OUT, "parity"),
+    "exported": ("parity",),
+    "tolerance": ("parity",),
+    "predictions": ("exam", "best_of_n"),
+    "predict_with": ("exam",),
+    "rubric": ("exam", "best_of_n"),
+}
+"""Flag -> the kinds of evaluation that use it; flags that are not here are used by all."""
+
+
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Reject arguments that only another kind of evaluation uses."""
-    _check_exam_arguments(arguments)
-    measuring = {
-        "--min-spearman": arguments.min_spearman is not None,
-        "--min-auroc": arguments.min_auroc is not None,
-        "--compare": arguments.compare is not None,
-        "--margin": arguments.margin is not None,
-        "--by": bool(arguments.by),
-        "--limit": arguments.limit is not None,
-        "--output": arguments.output is not None,
-        "--baseline": arguments.baseline,
-        "--robustness": arguments.robustness,
-        "--json": arguments.json,
-        "--mode generate": arguments.mode == "generate",
-    }
-    parity = {"--exported": arguments.exported is not None, "--tolerance": arguments.tolerance is not None}
-    given = [flag for flag, typed in (measuring if arguments.parity else parity).items() if typed]
-    if given and arguments.parity:
-        raise UsageError(
-            f"--parity compares the export with the run and measures nothing: leave out {', '.join(given)}."
-        )
+    kind = next((kind for kind in _KINDS if getattr(arguments, kind)), _HELD_OUT)
+    unused = [name for name, kinds in _USED_BY.items() if kind not in kinds]
+    reads_answers = bool(arguments.predictions) and kind in _USED_BY["predictions"]
+    if reads_answers and not (arguments.run or arguments.model or arguments.predict_with):
+        unused += ["baseline", "rubric", "adapter"]  # they only apply to a judge that is asked
+    elif reads_answers and kind == "best_of_n":
+        unused += ["run", "model"]
+    given = [name for name in dict.fromkeys(unused) if _is_given(getattr(arguments, name))]
+    if given and kind == _HELD_OUT:
+        users = _USED_BY[given[0]]
+        same = ", ".join(_flag(name) for name in given if _USED_BY.get(name) == users)
+        raise UsageError(f"{same}: only used with {' or '.join(map(_flag, users))}. Add that, or leave it out.")
     if given:
-        raise UsageError(f"{', '.join(given)}: only used with --parity. Add --parity, or leave it out.")
+        what = _flag(kind) + " with --predictions" * reads_answers
+        raise UsageError(f"{what}: leave out {', '.join(map(_flag, given))}, which it does not use.")
     if arguments.margin is not None and arguments.compare is None:
         raise UsageError("--margin limits how much worse than --compare RUN the judge may be. Add --compare RUN.")
     if arguments.margin is not None and arguments.margin <= 0:
         raise UsageError(f"--margin {arguments.margin:g}: must be above 0, for example 0.05.")
 
 
-def _check_exam_arguments(arguments: argparse.Namespace) -> None:
-    chosen = [flag for flag in ("exam", "best_of_n") if getattr(arguments, flag)]
-    others = ("dataset", "limit", "by", "compare", "margin", "min_spearman", "parity", "exported", "tolerance")
-    asking = ("min_auroc", "baseline", "predict_with") if arguments.best_of_n else ()
-    unused = [*others, "robustness", *asking, *chosen[1:]]
-    if not chosen:
-        unused, chosen = ["predictions", "predict_with", "rubric"], ["exam or --best-of-n"]
-        if given := [flag for flag in unused if getattr(arguments, flag) is not None]:
-            raise UsageError(f"--{given[0].replace('_', '-')} needs --{chosen[0]}. Add it, or leave the other out.")
-        return
-    if arguments.predictions and not (arguments.run or arguments.model or arguments.predict_with):
-        unused += ["baseline", "rubric", "adapter"]  # they only apply to a judge that is asked
-    elif arguments.predictions and arguments.best_of_n:
-        unused += ["run", "model"]
-    if given := [flag for flag in unused if getattr(arguments, flag) not in (None, False)]:
-        flags = [f"--{flag.replace('_', '-')}" for flag in (chosen[0], given[0])]
-        raise UsageError(f"{flags[0]} does not use {flags[1]}. Leave one of them out.")
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False and value != "expected"  # the default of --mode
+
+
+def _flag(name: str) -> str:
+    return "--mode generate" if name == "mode" else f"--{name.replace('_', '-')}"
 
 
 def _check_breakdown_keys(keys: Sequence[str], held_out: heldout.HeldOut) -> None:

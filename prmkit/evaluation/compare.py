@@ -13,11 +13,12 @@ import numpy as np
 from prmkit.errors import DataError, GateError
 from prmkit.evaluation import statistics
 from prmkit.evaluation.baselines import shared
-from prmkit.evaluation.estimates import LEVEL, MIN_TASKS, Floats, Sample, Statistic, measure, resampled
-from prmkit.evaluation.metrics import ALL, MIN_SCORES, ORDER, STRICT, Metrics, as_json, by_mean, by_median, suspicion
-from prmkit.evaluation.predictions import Scores, table_of_scores
-from prmkit.evaluation.summary import MIN_SCORED, groups_of_types, shown
+from prmkit.evaluation.estimates import LEVEL, MIN_TASKS, Floats, Sample, Statistic, as_json, measure, resampled
+from prmkit.evaluation.metrics import ALL, MIN_SCORES, ORDER, STRICT, Metrics
+from prmkit.evaluation.predictions import Scores, by_mean, by_median, suspicion, table_of_scores
+from prmkit.evaluation.summary import MIN_SCORED, groups_of_types
 from prmkit.files import read_jsonl
+from prmkit.intervals import shown
 from prmkit.judge.sources import check_keys, read_object
 from prmkit.paths import EVALUATION, METRICS_FILE, PREDICTIONS_FILE
 
@@ -226,7 +227,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
             "everything" if group["evaluation_type"] == ALL else group["evaluation_type"],
             str(group["scores"]),
             str(group["tasks"]),
-            *(cell for name in _BETTER for cell in (_both(group[name]), shown(group[name]["difference"], 3))),
+            *(cell for name in _BETTER for cell in (_both(group[name]), shown(group[name]["difference"], ".3f"))),
             group["verdict"],
         ]
         for group in comparison["groups"]
@@ -234,7 +235,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _both(estimates: Mapping[str, Any]) -> str:
-    one, other = (shown(estimates[name], 3, interval=False) for name in ("this", "other"))
+    one, other = (shown(estimates[name], ".3f", interval=False) for name in ("this", "other"))
     return f"{one} : {other}"
 
 
@@ -273,7 +274,7 @@ def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) 
     for group in of_types:
         if group["verdict"] in ("worse", "mixed"):
             differences = ", ".join(
-                f"{_NAMES[name]} differs by {shown(group[name]['difference'], 3)}" for name in _BETTER
+                f"{_NAMES[name]} differs by {shown(group[name]['difference'], '.3f')}" for name in _BETTER
             )
             raise GateError(
                 f"{comparison['this']} is worse than {comparison['other']} on {group['evaluation_type']}: "
@@ -389,7 +390,7 @@ def _check_lower_end(
             if estimate["low"] is None:
                 yield f"{name}: cannot be decided ({estimate['reason']})"
             elif estimate["low"] < least:
-                yield f"{name}: {shown(estimate, 3)}, so the lower end is below {least:g}"
+                yield f"{name}: {shown(estimate, '.3f')}, so the lower end is below {least:g}"
 
     if found := list(failures()):
         raise GateError(f"{gate}: {'; '.join(found)}.")

@@ -10,7 +10,7 @@ A resample is just a whole-number weight for each task, so a statistic is writte
 block of resamples at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,9 @@ RESAMPLES = 1000
 MANY = 10_000
 """Above this many pairs fewer resamples are drawn, down to a tenth at ten times as many: the time stays the same, and
 the intervals are then so narrow that the error of their ends does not show in two decimals."""
+MAX_PAIRED = 40
+"""In a group with more scores than this, only as many random pairs are used as this many scores have; all pairs would
+grow with the square."""
 MIN_TASKS = 10
 """With fewer tasks than this there is no interval: resampling few clusters gives intervals that are too narrow."""
 SAME_PREDICTION = "the prediction is always the same"
@@ -106,6 +109,47 @@ def on_part(sample: Sample, chosen: NDArray[Any], make: Callable[[Sample], Stati
     return lambda weights: statistic(weights[:, tasks])
 
 
+def make_pairs(sample: Sample) -> Sample:
+    """All pairs of scores within each group, as a sample of differences.
+
+    Args:
+        sample: scores; a group lies within one task.
+
+    Returns:
+        `predicted` and `reference` are differences. The weight of a pair is the product of those of its scores, and
+        the weights of a group add up to one.
+    """
+    first, second, group = _pairs_within(sample.group)
+    weight = sample.weight[first] * sample.weight[second]
+    of_group = np.bincount(group, weights=weight) if len(group) else np.zeros(0)
+    return make_sample(
+        sample.predicted[first] - sample.predicted[second],
+        sample.reference[first] - sample.reference[second],
+        sample.task[first],
+        weight=weight / of_group[group],
+    )
+
+
+def _pairs_within(group: Integers) -> tuple[Integers, Integers, Integers]:
+    """The two scores of each pair, and a number for its group."""
+    generator = np.random.default_rng(SEED)
+    by_group = np.argsort(group, kind="stable")
+    firsts, seconds, numbers = [by_group[:0]], [by_group[:0]], [by_group[:0]]
+    for number, members in enumerate(np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1)):
+        if len(members) <= MAX_PAIRED:
+            one, other = np.triu_indices(len(members), 1)
+        else:
+            one = generator.integers(len(members), size=MAX_PAIRED * (MAX_PAIRED - 1) // 2)
+            other = (one + generator.integers(1, len(members), size=len(one))) % len(members)
+        firsts.append(members[one])
+        seconds.append(members[other])
+        numbers.append(np.full(len(one), number))
+    return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(numbers)
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number, its 95 % interval, and what it is based on; `value` is None if undefined, never NaN."""
@@ -127,6 +171,17 @@ class Estimate:
 def undefined(reason: str, n: int = 0, tasks: int = 0) -> Estimate:
     """An estimate without a value."""
     return Estimate(None, None, None, n, tasks, reason)
+
+
+def as_json(value: Any) -> Any:
+    """Estimates, and whatever contains them, as JSON has them."""
+    if isinstance(value, Estimate):
+        return value.as_json()
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return value
 
 
 @lru_cache(maxsize=8)
@@ -156,9 +211,44 @@ def measure(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> Estimate
         return undefined(_why_undefined(sample), count, tasks)
     if tasks < MIN_TASKS:
         return Estimate(value, None, None, count, tasks, f"no interval: {tasks} of at least {MIN_TASKS} tasks")
-    low, high = interval(resampled(sample, statistic), tasks)
+    low, high = expanded_percentiles(resampled(sample, statistic), tasks)
     reason = None if low is not None else "no interval: it is not defined in too many resamples"
     return Estimate(value, low, high, count, tasks, reason)
+
+
+def measure_binary(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> Estimate:
+    """As `measure`, for a statistic that needs both kinds: `reference` is 1.0 for bad steps and 0.0 for the others."""
+    count = len(sample.reference)
+    one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}
+    if count >= max(min_n, 1) and (reason := one_kind.get(float(sample.reference.mean()))):
+        return undefined(reason, count, sample.tasks)
+    return measure(sample, statistic, min_n=min_n)
+
+
+def mean(values: Any, task: Any, weight: Any = None) -> Estimate:
+    """The mean of values and its interval.
+
+    Args:
+        values: numbers; for a share 1.0 for what is counted, 0.0 for the rest.
+        task: the task of each value.
+        weight: how many values each one represents; None if all were equally likely to be in the sample.
+    """
+    sample = make_sample(values, np.zeros(len(values)), task, weight=weight)
+    return measure(sample, mean_of(sample, sample.predicted))
+
+
+def mean_of(sample: Sample, values: Floats) -> Statistic:
+    """The mean of one value per pair."""
+    sums, sizes = sample.sums(values), sample.sums(np.ones(len(values)))
+    return lambda weights: ratio(weights @ sums, weights @ sizes)
+
+
+def ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """numerator / denominator; NaN if the denominator is zero."""
+    shape = np.broadcast(numerator, denominator).shape
+    nowhere = np.full(shape, np.nan)
+    quotient: Floats = np.divide(numerator, denominator, out=nowhere, where=np.asarray(denominator) != 0)
+    return quotient
 
 
 def resampled(sample: Sample, statistic: Statistic) -> Floats:
@@ -169,7 +259,7 @@ def resampled(sample: Sample, statistic: Statistic) -> Floats:
     return np.concatenate([statistic(block) for block in blocks])
 
 
-def interval(values: Floats, tasks: int) -> tuple[float, float] | tuple[None, None]:
+def expanded_percentiles(values: Floats, tasks: int) -> tuple[float, float] | tuple[None, None]:
     """The expanded percentile interval of resampled values; none if more than a tenth of them are undefined."""
     defined = np.sort(values[np.isfinite(values)])
     if len(defined) < _MIN_DEFINED_SHARE * len(values):

@@ -21,7 +21,7 @@ from prmkit.evaluation.baselines import (
     halves,
     self_agreement,
 )
-from prmkit.evaluation.estimates import Estimate
+from prmkit.evaluation.estimates import Estimate, as_json
 from prmkit.evaluation.grade import summarize
 from prmkit.evaluation.heldout import Constants, HeldOut, HeldOutPrompt, sampled
 from prmkit.evaluation.metrics import (
@@ -29,7 +29,6 @@ from prmkit.evaluation.metrics import (
     MIN_SCORES,
     Metrics,
     agreement,
-    as_json,
     evaluation_types,
     groups,
     recommended_threshold,

@@ -5,7 +5,6 @@ from the labels of `label_steps.py`. A step without a label is unknown, never go
 nothing about what follows it.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +18,12 @@ from prmkit.errors import DataError, UsageError
 from prmkit.files import read_jsonl, sha256_of
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 from prmkit.paths import sidecar_of
-from prmkit.rows import WEIGHT, Rejected, read_row, whole_number
+from prmkit.rows import WEIGHT, InputRow, Rejected, is_weight, read_row, whole_number
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
 from prmkit.trajectories.rows import holds_records, runs_beside, succeeded
 from prmkit.trajectory import Trajectory, task_id_of
-from prmkit.verdict import Unreadable, asked_shape, read_verdict
-
-log = logging.getLogger("prmkit")
+from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict
 
 NO_ERROR = 0
 """Used instead of a step number: the run has no bad step."""
@@ -82,6 +79,11 @@ class ExamRun:
     record: Trajectory | None = None
 
     @cached_property
+    def numbers(self) -> Mapping[int, int]:
+        """The number of the step at each place."""
+        return {step.place: step.n for step in self.steps}
+
+    @cached_property
     def first_error(self) -> int | None:
         """The number of the first bad step, `NO_ERROR` without one, None if the labels do not say."""
         if not self.is_whole:
@@ -111,17 +113,6 @@ class Exam:
     def sources(self) -> list[str]:
         """The sets that the runs come from."""
         return sorted({run.source for run in self.runs})
-
-    @cached_property
-    def by_id(self) -> Mapping[str, ExamRun]:
-        """The runs by id; also by task id or file name if that names a single run."""
-        named: dict[str, list[ExamRun]] = defaultdict(list)
-        for run in self.runs:
-            file = str(run.record.source.get("file")) if run.record else ""
-            for name in {run.task_id, file, file.removesuffix(".json")}:
-                named[name].append(run)
-        single = {name: runs[0] for name, runs in named.items() if len(runs) == 1 and name}
-        return single | {run.trajectory_id: run for run in self.runs}
 
 
 def read_exam(file: Path) -> Exam:
@@ -177,24 +168,34 @@ def _runs_of_rows(file: Path) -> list[ExamRun]:
     return [_run_of_steps(name, [of_step[n] for n in sorted(of_step)]) for name, of_step in grouped.items()]
 
 
-def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, Any]]:
+def judged_row(value: Any, place: str) -> tuple[InputRow, Verdict | None]:
+    """A row and its verdict; None if it has none that can be read.
+
+    Raises:
+        DataError: not a row; the message begins with `place`.
+    """
     try:
         row = read_row(value)
     except Rejected as rejected:
         raise DataError(f"{place}: not a labelled step ({rejected.reason}).") from rejected
+    verdict = None if row.answer is None else read_verdict(row.answer, asked_shape(row.prompt))
+    return row, None if isinstance(verdict, Unreadable) else verdict
+
+
+def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, Any]]:
+    row, verdict = judged_row(value, place)
     metadata = row.metadata
     n, run = whole_number(metadata.get("clip_number")), metadata.get("trajectory_id") or metadata.get("task_id")
-    verdict = None if row.answer is None else read_verdict(row.answer, asked_shape(row.prompt))
-    if n is None or not run or verdict is None or isinstance(verdict, Unreadable):
+    if n is None or not run or verdict is None:
         raise DataError(
             f"{place}: not a labelled step. An exam has rows from import_trajectories.py --labels or label_steps.py, "
             "with trajectory_id, clip_number and a verdict."
         )
     weight = metadata.get("weight", metadata.get(WEIGHT, 1.0))
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+    if not is_weight(weight):
         raise DataError(f"{place}: weight {weight!r:.30} is not a number above 0.")
     index, agent = whole_number(metadata.get("source_index")), metadata.get("agent")
-    label, kind = fmean(verdict.scores.values()), str(metadata.get("label_kind") or "score")
+    label, kind = verdict.mean, str(metadata.get("label_kind") or "score")
     step = ExamStep(n, index, agent and str(agent), label, kind, float(weight), row.prompt, row.system)
     return str(run), step, metadata
 

@@ -9,20 +9,17 @@ A line of a file of answers is one of these, with the judge's name in `judge`, `
 """
 
 import logging
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from prmkit.errors import DataError
-from prmkit.evaluation.exam import NO_ERROR, Exam, ExamRun
+from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
 from prmkit.files import read_jsonl
-from prmkit.rows import SELECTED_BY, Rejected, read_row, weight_of, whole_number
+from prmkit.rows import SELECTED_BY, weight_of, whole_number
 from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
-from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
 log = logging.getLogger("prmkit")
 
@@ -38,8 +35,12 @@ _TERNARY = {-1: BAD, 0: NEUTRAL, 1: GOOD}
 _JUDGES = ("judge", "judge_id", "model", "model_name")
 
 
+_Given = tuple[float, bool]
+"""A number in a file, and whether it is certainly a verdict of -1, 0 or 1 rather than a score."""
+
+
 @dataclass
-class Answers:
+class JudgeScores:
     """One judge's answers."""
 
     name: str
@@ -47,8 +48,6 @@ class Answers:
     """0 (bad) to 1."""
     firsts: dict[str, int] | None = None
     """For a judge that gave verdicts instead of scores: run -> first error, `NO_ERROR` or `NOWHERE`."""
-    is_constant: bool = False
-    """A baseline that has not read the runs."""
     unplaced: Counter[str] = field(default_factory=Counter)
     """Reason -> number of lines that are not about a step of this exam."""
     weights: dict[StepId, float] = field(default_factory=dict)
@@ -60,22 +59,27 @@ class Answers:
         return {run for (run, _), weight in self.weights.items() if weight}
 
 
-def read_answers(file: Path, exam: Exam) -> list[Answers]:
+def read_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list[JudgeScores]:
     """Read the answers of all judges in a file.
 
+    Args:
+        file: one answer a line.
+        runs: what the answers are about.
+        source: where the runs were read from, for messages.
+
     Raises:
-        DataError: a line cannot be read, has an unknown scale or contradicts another, or no line is of this exam.
+        DataError: a line cannot be read, has an unknown scale or contradicts another, or no line is about these runs.
     """
-    indexes = {run.trajectory_id: {step.place: step.n for step in run.steps} for run in exam.runs}
-    judges: dict[str, Answers] = {}
-    given: dict[str, dict[StepId, float]] = {}
+    known = _by_name(runs)
+    judges: dict[str, JudgeScores] = {}
+    given: dict[str, dict[StepId, _Given]] = {}
     for number, value in enumerate(read_jsonl(file), start=1):
         place = f"{file}:{number}"
         if not isinstance(value, dict):
             raise DataError(f"{place}: not an object with id, step and score.")
         name = _judge_of(value) or file.name.removesuffix(".gz").removesuffix(".jsonl")
-        judge = judges.setdefault(name, Answers(name))
-        run = exam.by_id.get(run_of(value))
+        judge = judges.setdefault(name, JudgeScores(name))
+        run = known.get(run_of(value))
         if run is None:
             judge.unplaced["about runs not in the exam"] += 1
         elif is_repeated(value):
@@ -83,28 +87,46 @@ def read_answers(file: Path, exam: Exam) -> list[Answers]:
         elif "faulty" in value or "failure_step" in value:
             _add_verdict(judge, run, value, place)
         else:
-            for step, score in _scores_in(value, indexes[run.trajectory_id], place):
-                if step is None and run.is_whole and not _counts_messages(value):
-                    raise DataError(
-                        f"{place}: the run {run.trajectory_id} has no such step; it has steps 1 to {len(run.steps)}. "
-                        "If you count messages (from 0), call the field source_index."
-                    )
-                if score is None or step is None:
-                    judge.unplaced["without a score" if step is not None else "about steps not in the exam"] += 1
-                elif given.setdefault(name, {}).setdefault((run.trajectory_id, step), score) != score:
-                    raise DataError(f"{place}: {name} scores this step a second time, differently. Keep one line.")
-                else:
-                    _weigh(judge, (run.trajectory_id, step), value)
+            _add_steps(judge, given, run, value, place)
     _add_scores(judges, given, file)
     if not any(judge.scores or judge.firsts for judge in judges.values()):
-        first = exam.runs[0].trajectory_id
         unplaced = sum((judge.unplaced for judge in judges.values()), Counter[str]())
         why = "".join(f"; {count} lines {reason}" for reason, count in unplaced.items())
-        raise DataError(f"{file}: has no score of a step of {exam.file}, whose first run has the id {first}{why}.")
+        raise DataError(
+            f"{file}: has no score of a step of {source}, whose first run has the id {runs[0].trajectory_id}{why}."
+        )
     return list(judges.values())
 
 
-def _weigh(judge: Answers, step: StepId, value: Mapping[str, Any]) -> None:
+def _by_name(runs: Sequence[ExamRun]) -> dict[str, ExamRun]:
+    """The runs by id; also by task id or file name if that names a single run."""
+    named: dict[str, list[ExamRun]] = defaultdict(list)
+    for run in runs:
+        file = str(run.record.source.get("file")) if run.record else ""
+        for name in {run.task_id, file, file.removesuffix(".json")}:
+            named[name].append(run)
+    single = {name: found[0] for name, found in named.items() if len(found) == 1 and name}
+    return single | {run.trajectory_id: run for run in runs}
+
+
+def _add_steps(
+    judge: JudgeScores, given: dict[str, dict[StepId, _Given]], run: ExamRun, value: Mapping[str, Any], place: str
+) -> None:
+    for step, score in _scores_in(value, run.numbers, place):
+        if step is None and run.is_whole and not _counts_messages(value):
+            raise DataError(
+                f"{place}: the run {run.trajectory_id} has no such step; it has steps 1 to {len(run.steps)}. "
+                "If you count messages (from 0), call the field source_index."
+            )
+        if score is None or step is None:
+            judge.unplaced["without a score" if step is not None else "about steps not in the exam"] += 1
+        elif given.setdefault(judge.name, {}).setdefault((run.trajectory_id, step), score) != score:
+            raise DataError(f"{place}: {judge.name} scores this step a second time, differently. Keep one line.")
+        else:
+            _weigh(judge, (run.trajectory_id, step), value)
+
+
+def _weigh(judge: JudgeScores, step: StepId, value: Mapping[str, Any]) -> None:
     """Keep the lowest weight of a step that several lines are about."""
     metadata = value.get("metadata")
     weight = weight_of(metadata) if isinstance(metadata, dict) and SELECTED_BY in metadata else 0.0
@@ -150,17 +172,19 @@ def _has_step_in_id(value: Mapping[str, Any]) -> bool:
 
 def _scores_in(
     value: Mapping[str, Any], numbers: Mapping[int, int], place: str
-) -> Iterator[tuple[int | None, float | None]]:
+) -> Iterator[tuple[int | None, _Given | None]]:
     """The step's number (None if the run has no such step) and its score; None for a step without a score."""
     labels = next((value[key] for key in value if key.endswith("step_labels") and isinstance(value[key], dict)), None)
     if labels is not None:
         for index, label in labels.items():
-            if isinstance(label, bool) or not isinstance(label, int | float) or label not in _TERNARY:
+            if type(label) not in (int, float) or label not in _TERNARY:
                 raise DataError(f"{place}: label {label!r:.30} is not -1, 0 or 1.")
-            yield numbers.get(int(index)) if str(index).isdigit() else None, _RAW + label
+            yield numbers.get(int(index)) if str(index).isdigit() else None, (float(label), True)
         return
     if "conversations" in value:
-        yield _judged_step(value, numbers, place)
+        row, verdict = judged_row(value, place)
+        step = row.clip_number if row.clip_number in numbers.values() else None
+        yield step, (verdict.mean, False) if verdict else None
         return
     given_metadata = value.get("metadata")
     metadata = given_metadata if isinstance(given_metadata, dict) else {}
@@ -175,25 +199,10 @@ def _scores_in(
     score = value["score"]
     if score is None:
         yield step, None
-    elif isinstance(score, bool) or not isinstance(score, int | float) or not -1 <= score <= 1 or math.isnan(score):
+    elif type(score) not in (int, float) or not -1 <= score <= 1:
         raise DataError(f"{place}: score {score!r:.30} is not from 0 to 1, and not -1, 0 or 1.")
     else:
-        yield step, float(score)
-
-
-_RAW = 10
-"""Added to raw verdicts of -1, 0 and 1 until all lines are read, so that they are not mistaken for scores."""
-
-
-def _judged_step(value: Mapping[str, Any], numbers: Mapping[int, int], place: str) -> tuple[int | None, float | None]:
-    try:
-        row = read_row(value)
-    except Rejected as rejected:
-        raise DataError(f"{place}: {rejected.reason}.") from rejected
-    verdict = None if row.answer is None else read_verdict(row.answer, asked_shape(row.prompt))
-    known = verdict is not None and not isinstance(verdict, Unreadable)
-    step = row.clip_number if row.clip_number in numbers.values() else None
-    return step, fmean(verdict.scores.values()) if known else None  # type: ignore[union-attr]
+        yield step, (float(score), False)
 
 
 def _whole(value: Any, place: str) -> int:
@@ -203,7 +212,7 @@ def _whole(value: Any, place: str) -> int:
     return number
 
 
-def _add_verdict(judge: Answers, run: ExamRun, value: Mapping[str, Any], place: str) -> None:
+def _add_verdict(judge: JudgeScores, run: ExamRun, value: Mapping[str, Any], place: str) -> None:
     """A verdict that names the first error of a run, by the position of its message."""
     faulty, index = value.get("faulty"), value.get("failure_step")
     if value.get("error") or (faulty is None and index is None):
@@ -220,21 +229,22 @@ def _add_verdict(judge: Answers, run: ExamRun, value: Mapping[str, Any], place: 
         judge.scores |= {(run.trajectory_id, step.n): BAD if step.n == first else GOOD for step in run.steps}
 
 
-def _add_scores(judges: Mapping[str, Answers], given: Mapping[str, Mapping[StepId, float]], file: Path) -> None:
-    """Scores unchanged; raw verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
-    is_ternary = any(score < 0 for scores in given.values() for score in scores.values())
-    if not is_ternary and all(set(scores.values()) == {0.0, 1.0} for scores in given.values()) and given:
+def _add_scores(judges: Mapping[str, JudgeScores], given: Mapping[str, Mapping[StepId, _Given]], file: Path) -> None:
+    """Scores unchanged; verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
+    is_ternary = any(number < 0 for found in given.values() for number, is_verdict in found.values() if not is_verdict)
+    only_0_and_1 = {(0.0, False), (1.0, False)}
+    if given and not is_ternary and all(set(found.values()) == only_0_and_1 for found in given.values()):
         log.warning("%s: all scores are 0 or 1 and none is -1; 0 is read as bad, 1 as good", file)
-    for name, scores in given.items():
-        raw = {step: score - _RAW if score > 1 else score for step, score in scores.items()}
-        if not is_ternary and raw == scores:
-            judges[name].scores |= scores
+    for name, found in given.items():
+        numbers = {step: number for step, (number, _) in found.items()}
+        if not is_ternary and not any(is_verdict for _, is_verdict in found.values()):
+            judges[name].scores |= numbers
             continue
-        if not set(raw.values()) <= _TERNARY.keys():
+        if not set(numbers.values()) <= _TERNARY.keys():
             raise DataError(f"{file}: {name} has scores below 0, and not only -1, 0 and 1. Rescale to 0 to 1.")
-        judges[name].scores |= {step: _TERNARY[int(score)] for step, score in raw.items()}
-        firsts = {run: NO_ERROR for run, _ in raw}
-        for (run, step), score in sorted(raw.items()):
-            if score < 0 and firsts[run] == NO_ERROR:
+        judges[name].scores |= {step: _TERNARY[int(number)] for step, number in numbers.items()}
+        firsts = {run: NO_ERROR for run, _ in numbers}
+        for (run, step), number in sorted(numbers.items()):
+            if number < 0 and firsts[run] == NO_ERROR:
                 firsts[run] = step
         judges[name].firsts = (judges[name].firsts or {}) | firsts

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, tee
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeGuard
 
 from prmkit import cli
@@ -20,7 +19,7 @@ from prmkit.judge.scorer import Scorer, asking_of
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
 from prmkit.prompts.step import Rubric, step_prompts, step_text
-from prmkit.resumable import append_rows, reopen
+from prmkit.resumable import JsonLine, append_rows, reopen
 from prmkit.trajectory import Trajectory
 from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
@@ -29,7 +28,6 @@ log = logging.getLogger("prmkit")
 Key = tuple[str, str, int]
 """The request's hash, the run's id, the step's number."""
 Asked = tuple[Key, Request]
-Line = dict[str, Any]
 
 
 def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
@@ -69,7 +67,7 @@ def score_steps(
     """
     scorer = Scorer(source, asking=asking_of(arguments))
 
-    def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, Line]]:
+    def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, JsonLine]]:
         keys, requests = tee(missing)
         judgements = scorer.judgements(request for _, request in requests)
         for (key, _), judgement in zip(keys, judgements, strict=True):
@@ -78,7 +76,7 @@ def score_steps(
     return _ask(asked, file, scorer.fingerprint() | {"mode": arguments.mode, "format": 1}, answer)
 
 
-def _line(judgement: Judgement) -> Line:
+def _line(judgement: Judgement) -> JsonLine:
     return {
         "score": rounded(judgement.score),
         "std": rounded(judgement.std),
@@ -92,7 +90,7 @@ def _ask(
     asked: Iterable[tuple[StepId, Request | None]],
     file: Path,
     fingerprint: Mapping[str, Any],
-    answer: Callable[[Iterator[Asked]], Iterator[tuple[Key, Line]]],
+    answer: Callable[[Iterator[Asked]], Iterator[tuple[Key, JsonLine]]],
 ) -> dict[StepId, float]:
     from prmkit.judge.batching import digest
 
@@ -183,11 +181,11 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
         messages = [*system, {"role": "user", "content": request.prompt}]
         chat = await connection.chat({"messages": messages, "temperature": 0, "max_tokens": _LONGEST_VERDICT})
         verdict = read_verdict(chat.text, request.shape)
-        return verdict.reason if isinstance(verdict, Unreadable) else fmean(verdict.scores.values())
+        return verdict.reason if isinstance(verdict, Unreadable) else verdict.mean
 
     base = Endpoint(endpoint.base_url.removesuffix(_SYSTEMONE), endpoint.model, api_key=endpoint.api_key)
 
-    def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, Line]]:
+    def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, JsonLine]]:
         while window := list(islice(missing, _WINDOW)):
             yield from asyncio.run(_ask_window(base, window, ask_one))
 
@@ -196,10 +194,12 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
     return _ask(prompts_of(exam, rubric), file, fingerprint, answer)
 
 
-async def _ask_window(endpoint: Endpoint, window: list[Asked], ask_one: Callable[..., Any]) -> list[tuple[Key, Line]]:
+async def _ask_window(
+    endpoint: Endpoint, window: list[Asked], ask_one: Callable[..., Any]
+) -> list[tuple[Key, JsonLine]]:
     async with Connection(endpoint, ServerState()) as connection:
 
-        async def line_of(key: Key, request: Request) -> tuple[Key, Line]:
+        async def line_of(key: Key, request: Request) -> tuple[Key, JsonLine]:
             try:
                 found = await ask_one(connection, key, request)
             except RowFailure as failure:
@@ -209,7 +209,7 @@ async def _ask_window(endpoint: Endpoint, window: list[Asked], ask_one: Callable
         return await together(line_of(*asked) for asked in window)
 
 
-def _server_line(score: float | None, status: str = "ok", reason: str | None = None) -> Line:
+def _server_line(score: float | None, status: str = "ok", reason: str | None = None) -> JsonLine:
     return {"score": rounded(score), "std": None, "label_mass": None, "status": status, "reason": reason}
 
 

@@ -10,7 +10,7 @@ from prmkit import cli
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import exam_report
 from prmkit.evaluation.exam import Exam, check_not_trained_on, read_exam
-from prmkit.evaluation.exam_answers import Answers, read_answers
+from prmkit.evaluation.exam_answers import JudgeScores, read_answers
 from prmkit.evaluation.exam_asking import ask_server, endpoint_of, prompts_of, score_steps
 from prmkit.evaluation.exam_metrics import Entrant, constants, examine
 from prmkit.evaluation.summary import MIN_SCORED
@@ -38,20 +38,22 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     exam = read_exam(arguments.exam)
     unchecked = None
     folder = arguments.output or folder_of(arguments, "exam", arguments.exam)
-    judges: list[tuple[str, Answers]] = []
+    judges: list[tuple[str, JudgeScores]] = []
     if arguments.run or arguments.model or not (arguments.predictions or arguments.predict_with):
         source = judge_source(arguments)
         check_folders(source)
         unchecked = _check_training(exam, arguments)
         judges += _asked_judges(exam, source, folder, arguments)
     if arguments.predictions:
-        others = read_answers(arguments.predictions, exam)
-        _warn_of_unplaced(others)
+        others = read_answers(arguments.predictions, exam.runs, exam.file)
+        for each in others:
+            for reason, count in each.unplaced.items():
+                log.warning("%s: %d lines %s", each.name, count, reason)
         judges += [("other" if judges else "judge", each) for each in others]
     if arguments.predict_with:
         endpoint = endpoint_of(arguments)
         scores = ask_server(exam, endpoint, load_rubric(arguments.rubric), folder / "exam_answers_server.jsonl")
-        judges.append(("other" if judges else "judge", Answers(endpoint.model, scores)))
+        judges.append(("other" if judges else "judge", JudgeScores(endpoint.model, scores)))
     entrants = [examine(exam, answers, kind) for kind, answers in judges]
     entrants += [*constants(exam), *exam_report.published(exam)]
     write_json(folder / JSON_FILE, exam_report.as_json(exam, entrants))
@@ -65,12 +67,6 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     if arguments.min_auroc is not None:
         _check_gate(entrants, arguments.min_auroc, unchecked)
     return ExitCode.DONE
-
-
-def _warn_of_unplaced(judges: Sequence[Answers]) -> None:
-    for judge in judges:
-        for reason, count in judge.unplaced.items():
-            log.warning("%s: %d lines %s", judge.name, count, reason)
 
 
 def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
@@ -114,7 +110,7 @@ def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
 
 def _asked_judges(
     exam: Exam, source: JudgeSource, folder: Path, arguments: argparse.Namespace
-) -> Iterator[tuple[str, Answers]]:
+) -> Iterator[tuple[str, JudgeScores]]:
     name = (source.adapter or source.model).resolve().name
     rubric = load_rubric(arguments.rubric)
     _check_asks_as_trained(exam, rubric, source, name)
@@ -126,7 +122,7 @@ def _asked_judges(
     for kind, judge, of_judge in asked:
         file = folder / ("exam_answers.jsonl" if kind == "judge" else "exam_answers_base.jsonl")
         scores = score_steps(of_judge, prompts_of(exam, rubric), file, arguments)
-        yield kind, Answers(judge, scores)
+        yield kind, JudgeScores(judge, scores)
 
 
 def _check_asks_as_trained(exam: Exam, rubric: Rubric, source: JudgeSource, name: str) -> None:

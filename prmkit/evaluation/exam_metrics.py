@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmkit.evaluation import statistics
-from prmkit.evaluation.estimates import Estimate, Floats, make_sample, measure, undefined
+from prmkit.evaluation.estimates import Estimate, Floats, make_sample, mean, measure, measure_binary, ratio, undefined
 from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam, ExamRun, ExamStep
-from prmkit.evaluation.exam_answers import NOWHERE, Answers, StepId
+from prmkit.evaluation.exam_answers import NOWHERE, JudgeScores, StepId
 from prmkit.judge.types import SAME_SCORE
 from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
 
@@ -27,36 +27,25 @@ FOLDS = 5
 _GRID = np.arange(1, 102) / 100
 """Thresholds: from the lowest that calls 0.00 bad to one that calls everything bad."""
 
-NAMES = {
-    "auroc": "AUROC",
-    "average_precision": "AP",
-    "first_error": "first error",
-    "processbench_f1": "PB-F1",
-    "step_accuracy": "StepAcc",
-    "located": "step ±0",
-    "located_1": "step ±1",
-    "agent": "agent",
-    "silent_recall": "silent",
-    "loud_recall": "loud",
-    "false_alarms": "alarms",
-    "f1_bad": "F1 bad",
-    "f1_good": "F1 good",
+METRICS_OF_EXAMS: Mapping[str, tuple[str, str]] = {
+    "auroc": ("AUROC", "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing"),
+    "average_precision": ("AP", "average precision for bad steps; guessing gives their share"),
+    "first_error": (
+        "first error",
+        "runs whose first bad step is named exactly, or which are rightly said to have none (FirstErrAcc)",
+    ),
+    "processbench_f1": ("PB-F1", "harmonic mean of that accuracy on runs with a bad step and on runs without"),
+    "step_accuracy": ("StepAcc", "steps called wrong, neutral or right as people call them (StepAcc)"),
+    "located": ("step ±0", "runs with an error in which exactly that step is named"),
+    "located_1": ("step ±1", "the same, but the message before or after it also counts as right"),
+    "agent": ("agent", "runs with an error in which the agent of that step is named"),
+    "silent_recall": ("silent", "flagged share of the runs that went wrong but ended well"),
+    "loud_recall": ("loud", "flagged share of the runs that went wrong and ended badly"),
+    "false_alarms": ("alarms", "flagged share of the runs without an error; lower is better"),
+    "f1_bad": ("F1 bad", "F1 of bad steps"),
+    "f1_good": ("F1 good", "F1 of the others"),
 }
-EXPLAINED = {
-    "auroc": "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing",
-    "average_precision": "average precision for bad steps; guessing gives their share",
-    "first_error": "runs whose first bad step is named exactly, or which are rightly said to have none (FirstErrAcc)",
-    "processbench_f1": "harmonic mean of that accuracy on runs with a bad step and on runs without",
-    "step_accuracy": "steps called wrong, neutral or right as people call them (StepAcc)",
-    "located": "runs with an error in which exactly that step is named",
-    "located_1": "the same, but the message before or after it also counts as right",
-    "agent": "runs with an error in which the agent of that step is named",
-    "silent_recall": "flagged share of the runs that went wrong but ended well",
-    "loud_recall": "flagged share of the runs that went wrong and ended badly",
-    "false_alarms": "flagged share of the runs without an error; lower is better",
-    "f1_bad": "F1 of bad steps",
-    "f1_good": "F1 of the others",
-}
+"""In the order of the table: name -> header of its column, and what it means."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class Entrant:
     """How many of the answered steps were selected by `ask_judges.py --first`, and are weighted."""
 
 
-def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
+def examine(exam: Exam, answers: JudgeScores, kind: str = "judge") -> Entrant:
     """Every metric that the exam's labels allow.
 
     Args:
@@ -91,7 +80,7 @@ def examine(exam: Exam, answers: Answers, kind: str = "judge") -> Entrant:
     return Entrant(
         answers.name,
         kind,
-        {name: metrics[name] for name in NAMES if name in metrics},
+        {name: metrics[name] for name in METRICS_OF_EXAMS if name in metrics},
         len(scored),
         len(labelled),
         selected=sum(answers.weights.get(step, 0) > 0 for step in scored),
@@ -109,7 +98,7 @@ def _folds(exam: Exam) -> dict[str, int]:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str, Estimate]:
+def _of_steps(exam: Exam, answers: JudgeScores, folds: Mapping[str, int]) -> dict[str, Estimate]:
     found = [
         (run, step, answers.scores[run.trajectory_id, step.n])
         for run, step in exam.labelled
@@ -125,9 +114,8 @@ def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[st
     scores = np.array([score for _, _, score in found])
     sample = make_sample(-scores, bad, tasks, weight=weight)
     metrics: dict[str, Estimate] = {}
-    one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}.get(float(bad.mean()))
     for name, statistic in (("auroc", statistics.roc_area), ("average_precision", statistics.average_precision)):
-        metrics[name] = undefined(one_kind, len(bad), sample.tasks) if one_kind else measure(sample, statistic(sample))
+        metrics[name] = measure_binary(sample, statistic(sample))
     fold = np.array([folds[task] for task in tasks])
     flagged = _flagged(answers, scores, bad, weight, fold)
     for name, is_bad in (("f1_bad", True), ("f1_good", False)):
@@ -138,7 +126,7 @@ def _of_steps(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[st
     return metrics
 
 
-def _flagged(answers: Answers, scores: Floats, bad: Floats, weight: Floats, fold: Array) -> Array | None:
+def _flagged(answers: JudgeScores, scores: Floats, bad: Floats, weight: Floats, fold: Array) -> Array | None:
     """Which steps are called bad; None if there is no other task on which to choose a threshold."""
     if answers.firsts is not None:
         return scores < NEUTRAL - SAME_SCORE
@@ -146,7 +134,7 @@ def _flagged(answers: Answers, scores: Floats, bad: Floats, weight: Floats, fold
 
     def f1(inside: Array) -> Floats:
         hits = (below & (bad[:, None] > 0) & inside[:, None]).T @ weight
-        return statistics.ratio(2 * hits, (below & inside[:, None]).T @ weight + (bad * inside) @ weight)
+        return ratio(2 * hits, (below & inside[:, None]).T @ weight + (bad * inside) @ weight)
 
     return _by_fold(fold, f1, lambda place, outside: below[outside, place])
 
@@ -178,13 +166,13 @@ def _f1(tasks: Sequence[str], flagged: Array | None, bad: Floats, weight: Floats
     hits, all_said, all_true = (sample.sums(part) for part in (said & true, said, true))
 
     def statistic(weights: Floats) -> Floats:
-        return statistics.ratio(2 * weights @ hits, weights @ all_said + weights @ all_true)
+        return ratio(2 * weights @ hits, weights @ all_said + weights @ all_true)
 
     return measure(sample, statistic)
 
 
 def _step_accuracy(
-    answers: Answers, scores: Floats, labels: Floats, weight: Floats, tasks: Sequence[str], fold: Array
+    answers: JudgeScores, scores: Floats, labels: Floats, weight: Floats, tasks: Sequence[str], fold: Array
 ) -> Estimate:
     """StepAcc: two thresholds, chosen together, turn scores into wrong, neutral or right."""
     called: Array | None
@@ -201,14 +189,13 @@ def _step_accuracy(
         )
     if called is None:
         return undefined(_ONE_TASK, len(scores), 1)
-    sample = make_sample(called, labels, tasks, weight=weight)
-    return measure(sample, statistics.share_predicted(sample))
+    return mean(called, tasks, weight)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def _of_runs(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str, Estimate]:
+def _of_runs(exam: Exam, answers: JudgeScores, folds: Mapping[str, int]) -> dict[str, Estimate]:
     known = [run for run in exam.runs if run.first_error is not None]
     with_error = [run for run in known if run.first_error != NO_ERROR]
     clean = len(known) - len(with_error)
@@ -227,14 +214,14 @@ def _of_runs(exam: Exam, answers: Answers, folds: Mapping[str, int]) -> dict[str
     return metrics | _recalls(answered, firsts)
 
 
-def _is_answered(run: ExamRun, answers: Answers) -> bool:
+def _is_answered(run: ExamRun, answers: JudgeScores) -> bool:
     first = NO_ERROR if answers.firsts is None else answers.firsts.get(run.trajectory_id)
     return first == NOWHERE or (
         first is not None and all((run.trajectory_id, step.n) in answers.scores for step in run.steps)
     )
 
 
-def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str, int]) -> list[int] | None:
+def _first_errors(runs: Sequence[ExamRun], answers: JudgeScores, folds: Mapping[str, int]) -> list[int] | None:
     """The first error that the judge names in each run; None if there is no other task for a threshold."""
     if answers.firsts is not None:
         return [answers.firsts[run.trajectory_id] for run in runs]
@@ -247,13 +234,13 @@ def _first_errors(runs: Sequence[ExamRun], answers: Answers, folds: Mapping[str,
 
     def worth(inside: Array) -> Floats:
         sides = [hit[inside & side].mean(axis=0) for side in (wrong, ~wrong) if (inside & side).any()]
-        return sides[0] if len(sides) == 1 else statistics.ratio(2 * sides[0] * sides[1], sides[0] + sides[1])
+        return sides[0] if len(sides) == 1 else ratio(2 * sides[0] * sides[1], sides[0] + sides[1])
 
     chosen = _by_fold(fold, worth, lambda place, outside: firsts[outside, place])
     return None if chosen is None else chosen.astype(int).tolist()
 
 
-def _first_below(run: ExamRun, answers: Answers) -> Array:
+def _first_below(run: ExamRun, answers: JudgeScores) -> Array:
     """The first step below each threshold of the grid; `NO_ERROR` if no step is below it."""
     scores = np.array([answers.scores[run.trajectory_id, step.n] for step in run.steps])
     place = (np.minimum.accumulate(scores)[:, None] >= _GRID - SAME_SCORE).sum(axis=0)
@@ -270,8 +257,7 @@ def _hit_rate(
 
 
 def _share(values: Sequence[float], runs: Sequence[ExamRun]) -> Estimate:
-    sample = make_sample(values, np.ones(len(values)), [run.task_id for run in runs])
-    return measure(sample, statistics.share_predicted(sample))
+    return mean(values, [run.task_id for run in runs])
 
 
 def _processbench(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> Estimate:
@@ -287,7 +273,7 @@ def _processbench(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> Esti
     return measure(sample, statistics.first_error_f1(sample))
 
 
-def _located(exam: Exam, runs: Sequence[ExamRun], answers: Answers) -> dict[str, Estimate]:
+def _located(exam: Exam, runs: Sequence[ExamRun], answers: JudgeScores) -> dict[str, Estimate]:
     """If every run has an error, the judge's answer is the step with the lowest score, the first in a tie."""
     said = [_lowest(run, answers) for run in runs]
     true = [run.steps[(run.first_error or 1) - 1] for run in runs]
@@ -303,7 +289,7 @@ def _located(exam: Exam, runs: Sequence[ExamRun], answers: Answers) -> dict[str,
     return metrics
 
 
-def _lowest(run: ExamRun, answers: Answers) -> ExamStep | None:
+def _lowest(run: ExamRun, answers: JudgeScores) -> ExamStep | None:
     if answers.firsts is not None:
         first = answers.firsts[run.trajectory_id]
         return run.steps[first - 1] if first > 0 else None
@@ -331,12 +317,12 @@ def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str,
 
 
 def constants(exam: Exam) -> list[Entrant]:
-    """Answers that need no reading of a run; those that use labels use only labels of other tasks."""
+    """JudgeScores that need no reading of a run; those that use labels use only labels of other tasks."""
     steps = [(run.trajectory_id, step.n) for run in exam.runs for step in run.steps]
     every_run = [run.trajectory_id for run in exam.runs]
-    all_good = Answers("every step good", dict.fromkeys(steps, GOOD), dict.fromkeys(every_run, NO_ERROR), True)
+    all_good = JudgeScores("every step good", dict.fromkeys(steps, GOOD), dict.fromkeys(every_run, NO_ERROR))
     firsts = {run.trajectory_id: run.steps[0].n for run in exam.runs}
-    all_bad = Answers("every step bad (first)", dict.fromkeys(steps, BAD), firsts, True)
+    all_bad = JudgeScores("every step bad (first)", dict.fromkeys(steps, BAD), firsts)
     entrants = [examine(exam, answers, "constant") for answers in (all_good, all_bad, _by_position(exam))]
     if any(run.first_error for run in exam.runs):
         entrants.append(examine(exam, _commonest_place(exam), "constant"))
@@ -345,7 +331,7 @@ def constants(exam: Exam) -> list[Entrant]:
     return entrants
 
 
-def _by_position(exam: Exam) -> Answers:
+def _by_position(exam: Exam) -> JudgeScores:
     """The share of good steps in other tasks at the same position, separately for the last step of a run."""
     counts: dict[tuple[int, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     for run, step in exam.labelled:
@@ -362,14 +348,14 @@ def _by_position(exam: Exam) -> Answers:
             own = counts[place].get(run.task_id, (0.0, 0.0)) if place in counts else (0.0, 0.0)
             good, size = totals.get(place, np.zeros(2)) - np.array(own)
             scores[run.trajectory_id, step.n] = (good + prior) / (size + 1)  # one step's worth of the overall share
-    return Answers("position alone", scores, is_constant=True)
+    return JudgeScores("position alone", scores)
 
 
 def _position(run: ExamRun, step: ExamStep) -> tuple[int, bool]:
     return min(step.n, 30), run.is_whole and step.n == len(run.steps)
 
 
-def _commonest_place(exam: Exam) -> Answers:
+def _commonest_place(exam: Exam) -> JudgeScores:
     """The message at which runs of other tasks go wrong most often."""
     places = Counter[int]()
     of_task: dict[str, Counter[int]] = defaultdict(Counter)
@@ -386,7 +372,7 @@ def _commonest_place(exam: Exam) -> Answers:
         first = next((step.n for step in run.steps if step.place == best), NO_ERROR)
         firsts[run.trajectory_id] = first
         scores |= {(run.trajectory_id, step.n): BAD if step.n == first else GOOD for step in run.steps}
-    return Answers("commonest step elsewhere", scores, firsts, is_constant=True)
+    return JudgeScores("commonest step elsewhere", scores, firsts)
 
 
 def _commonest_agent(exam: Exam) -> Entrant:

@@ -6,16 +6,17 @@ from typing import Any
 
 from prmkit.evaluation.estimates import Estimate
 from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam
-from prmkit.evaluation.exam_metrics import EXPLAINED, NAMES, Entrant
+from prmkit.evaluation.exam_metrics import METRICS_OF_EXAMS, Entrant
 from prmkit.evaluation.summary import MIN_SCORED
-from prmkit.files import write_text
+from prmkit.files import render_page, write_text
+from prmkit.intervals import NONE, shown
 
+TEMPLATE = Path(__file__).with_name("exam.html.j2")
 PUBLISHED = Path(__file__).with_name("published_judges.yaml")
 TRUSTED_FROM = 0.7
 """A judge is trusted if the lower end of its AUROC is at least this, and above every constant's AUROC."""
 EXAMINED = ("judge", "base", "other")
 """Kinds of entrants, other than constants, that answered this exam."""
-_NONE = "–"
 
 
 def published(exam: Exam) -> list[Entrant]:
@@ -49,12 +50,13 @@ def _listed(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, fl
 
 def shown_metrics(entrants: Sequence[Entrant]) -> list[str]:
     """The metrics that the exam allows, in order."""
-    return [name for name in NAMES if any(name in each.metrics for each in entrants if each.kind != "published")]
+    own = [each for each in entrants if each.kind != "published"]
+    return [name for name in METRICS_OF_EXAMS if any(name in each.metrics for each in own)]
 
 
 def columns(entrants: Sequence[Entrant]) -> tuple[str, ...]:
     """The header of the table."""
-    names = [NAMES[name] for name in shown_metrics(entrants)]
+    names = [METRICS_OF_EXAMS[name][0] for name in shown_metrics(entrants)]
     return ("who", "AUROC", "95 %", *(name for name in names if name != "AUROC"))
 
 
@@ -70,22 +72,22 @@ def table(entrants: Sequence[Entrant]) -> list[tuple[str, ...]]:
     rows = []
     for each in entrants:
         auroc = each.metrics.get("auroc")
-        first = (each.name + _MARKS.get(each.kind, ""), shown(auroc), shown_interval(auroc))
-        rows.append((*first, *(shown(each.metrics.get(name)) for name in names)))
+        first = (each.name + _MARKS.get(each.kind, ""), value_cell(auroc), interval_cell(auroc))
+        rows.append((*first, *(value_cell(each.metrics.get(name)) for name in names)))
     return rows
 
 
 _MARKS = {"published": " *", "people": " *"}
 
 
-def shown(estimate: Estimate | None) -> str:
+def value_cell(estimate: Estimate | None) -> str:
     """A value with three decimals: enough to recognise a published value."""
-    return _NONE if estimate is None or estimate.value is None else f"{estimate.value:.3f}"
+    return shown(estimate.as_json() if estimate else None, ".3f", interval=False)
 
 
-def shown_interval(estimate: Estimate | None) -> str:
+def interval_cell(estimate: Estimate | None) -> str:
     """The interval, if there is one."""
-    return _NONE if estimate is None or estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"
+    return NONE if estimate is None or estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"
 
 
 def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
@@ -212,13 +214,9 @@ def as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
 
 def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
     """Write the page; it loads nothing from outside, and everything that comes from data is escaped."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("prmkit.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     names = shown_metrics(entrants)
-    page = environment.get_template("exam.html.j2").render(
+    page = render_page(
+        TEMPLATE,
         title=exam.file.name,
         sets=exam.sources,
         verdicts=[verdict(each, entrants) for each in entrants if each.kind in EXAMINED],
@@ -226,7 +224,7 @@ def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
         columns=columns(entrants),
         rows=list(zip(entrants, table(entrants), strict=True)),
         notes=notes(exam, entrants),
-        explained=[(NAMES[name], EXPLAINED[name]) for name in names],
+        explained=[METRICS_OF_EXAMS[name] for name in names],
         trusted_from=TRUSTED_FROM,
     )
     write_text(file, page)
@@ -252,22 +250,23 @@ def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
     rungs = [(each, estimate, estimate.value) for each, estimate in known if estimate.value is not None]
     if len(rungs) < 2:
         return None
+    header, meaning = METRICS_OF_EXAMS[name]
     least = min(_LADDERS[name], *(value for *_, value in rungs))
 
     def percent(value: float) -> float:
         return round(100 * (max(value, least) - least) / (1 - least or 1), 2)
 
     return {
-        "name": NAMES[name],
-        "explained": EXPLAINED[name],
+        "name": header,
+        "explained": meaning,
         "least": f"{least:.2f}",
         "rungs": [
             {
                 "name": each.name,
                 "kind": each.kind,
                 "kind_name": _KINDS[each.kind],
-                "value": shown(estimate),
-                "interval": shown_interval(estimate),
+                "value": value_cell(estimate),
+                "interval": interval_cell(estimate),
                 "at": percent(value),
                 "low": None if estimate.low is None else percent(estimate.low),
                 "width": None

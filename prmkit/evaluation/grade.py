@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from prmkit.evaluation.estimates import MIN_TASKS, SAME_PREDICTION, SAME_REFERENCE
-from prmkit.evaluation.metrics import ALL, MIN_PAIRS, ORDER, PRAISED_FROM, STRICT
+from prmkit.evaluation.metrics import ALL, MIN_PAIRS, ORDER, STRICT
+from prmkit.evaluation.predictions import PRAISED_FROM
 from prmkit.evaluation.summary import (
     MIN_BAD,
     MIN_SCORED,
@@ -19,9 +20,8 @@ from prmkit.evaluation.summary import (
     floor_sentence,
     groups_of_types,
     overconfidence_sentence,
-    percent,
-    shown,
 )
+from prmkit.intervals import percent, shown
 from prmkit.judge.types import LOW_LABEL_MASS
 
 MIN_ORDER = 0.3
@@ -285,7 +285,7 @@ def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
 def _against_judges(gap: Mapping[str, Any]) -> str:
     if gap["low"] is None:
         return "How well judges agree with each other is unknown."
-    difference = f"difference in Spearman {gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
+    difference = f"difference in Spearman {shown(gap, '+.2f')}"
     if gap["high"] < 0:
         return f"It agrees with a judge less than another judge does ({difference})."
     if gap["low"] > SAME_AS_A_JUDGE:

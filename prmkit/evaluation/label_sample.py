@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.evaluation.exam import Exam, bare_run
+from prmkit.evaluation.exam import bare_run
 from prmkit.evaluation.exam_answers import read_answers
 from prmkit.evaluation.statistics import BANDS
 from prmkit.files import read_json, read_jsonl, sha256_of, write_json
@@ -167,7 +167,7 @@ def open_labels(
     steps = [(run.trajectory_id, step.n) for run in runs.values() for step in run.steps]
     if not steps:
         raise DataError(f"{source}: no run was read.")
-    known = None if scores is None else _scores(scores, runs)
+    known = None if scores is None else _scores(scores, runs, Path(source))
     wanted = {
         "seed": seed,
         "n": n,
@@ -182,10 +182,9 @@ def open_labels(
     return labels
 
 
-def _scores(file: Path, runs: Mapping[str, Trajectory]) -> Mapping[tuple[str, int], float]:
+def _scores(file: Path, runs: Mapping[str, Trajectory], source: Path) -> Mapping[tuple[str, int], float]:
     """The scores of the only judge in a file; scores of unknown runs are skipped."""
-    parts = tuple(bare_run(run) for run in runs.values())
-    judges = read_answers(file, Exam(file, "", parts))
+    judges = read_answers(file, [bare_run(run) for run in runs.values()], source)
     if len(judges) > 1:
         raise UsageError(f"{file}: has scores of {len(judges)} judges. Keep those of one.")
     return judges[0].scores

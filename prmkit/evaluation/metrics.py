@@ -5,7 +5,7 @@ a header, shown on the terminal and in the report.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +20,30 @@ from prmkit.evaluation.estimates import (
     Sample,
     Statistic,
     make_sample,
+    mean,
     measure,
+    measure_binary,
+    ratio,
     undefined,
 )
-from prmkit.evaluation.predictions import Row, Scores, has_score
+from prmkit.evaluation.predictions import (
+    Row,
+    Scores,
+    bad_of_flagged,
+    bad_steps,
+    by_mean,
+    by_median,
+    confidence,
+    flagged_of_bad,
+    has_score,
+    pairs,
+    praised_of_bad,
+    probability_of_bad,
+    suspicion,
+    within_own_range,
+)
 from prmkit.judge.types import AGGREGATES, BAD_BELOW, LOW_LABEL_MASS, SAME_SCORE, SCORED, first_below
-from prmkit.rows import SELECTED_BY, weight_of, whole_number
+from prmkit.rows import EVALUATION_TYPES, SELECTED_BY, STEP_TYPES, weight_of, whole_number
 
 Metrics = dict[str, Any]
 """Name -> `Estimate`, another such dictionary, or a plain number or string."""
@@ -38,80 +56,8 @@ correlation; this one does not reward that."""
 MIN_SCORES = 10
 """No correlation, kappa or ranking is reported for fewer scores than this: three points are soon in order."""
 MIN_PAIRS = 30
-PRAISED_FROM = BAD_BELOW[-1]
-"""A bad step with at least this score is praised: an RL run will find and repeat it."""
 STRICT = str(BAD_BELOW[0])
 """The threshold in `metrics["bad_step"]` that conclusions and gates use."""
-
-
-# --- samples: what a metric is computed from --------------------------------------------------------------------------
-
-
-def by_mean(scores: Scores) -> Sample:
-    """The means of the judge's distributions against the reference, with the constant mean as baseline."""
-    return _sample(scores, scores.predicted, scores.reference, baseline=scores.constant_mean)
-
-
-def by_median(scores: Scores) -> Sample:
-    """The medians of the judge's distributions against the reference, with the constant median as baseline."""
-    return _sample(scores, scores.median, scores.reference, baseline=scores.constant_median)
-
-
-def pairs(scores: Scores) -> Sample:
-    """Differences between two scores of the same trajectory, evaluation type and key."""
-    group = scores.trajectory * (int(scores.kind.max(initial=0)) + 1) + scores.kind
-    return statistics.make_pairs(replace(by_mean(scores), group=group))
-
-
-def suspicion(scores: Scores, threshold: float) -> Sample:
-    """The suspicion of each step (higher for a lower score), against 1.0 for a bad step and 0.0 for a good one."""
-    return _sample(scores, -scores.predicted, _bad(scores, threshold))
-
-
-def flagged_of_bad(scores: Scores, threshold: float) -> Sample:
-    """For the truly bad steps: 1.0 if the judge's score is also below the threshold."""
-    bad = scores.where(_bad(scores, threshold) > 0)
-    return _sample(bad, bad.predicted < threshold - SAME_SCORE, bad.reference)
-
-
-def bad_of_flagged(scores: Scores, threshold: float) -> Sample:
-    """For the steps that the judge scores below the threshold: 1.0 if the step is truly bad."""
-    flagged = scores.where(scores.predicted < threshold - SAME_SCORE)
-    return _sample(flagged, _bad(flagged, threshold), flagged.reference)
-
-
-def praised_of_bad(scores: Scores) -> Sample:
-    """For the truly bad steps: 1.0 if the judge praises the step."""
-    bad = scores.where(_bad(scores, BAD_BELOW[0]) > 0)
-    return _sample(bad, bad.predicted >= PRAISED_FROM - SAME_SCORE, bad.reference)
-
-
-def probability_of_bad(scores: Scores, threshold: float) -> Sample:
-    """The judge's probability that a score is below the threshold, against 1.0 for a bad step."""
-    probability = scores.below[:, BAD_BELOW.index(threshold)]
-    known = scores.where(np.isfinite(probability))
-    return _sample(known, probability[np.isfinite(probability)], _bad(known, threshold))
-
-
-def confidence(scores: Scores) -> Sample:
-    """Minus the standard deviation of each score, against its error."""
-    known = scores.where(np.isfinite(scores.std))
-    return _sample(known, -known.std, np.abs(known.predicted - known.reference))
-
-
-def within_own_range(scores: Scores) -> Sample:
-    """1.0 if the reference is in the 90 % range that the judge's mean and std imply for normal errors."""
-    known = scores.where(np.isfinite(scores.std))
-    inside = np.abs(known.predicted - known.reference) <= 1.645 * np.maximum(known.std, 0.01)
-    return _sample(known, inside, known.reference)
-
-
-def _bad(scores: Scores, threshold: float) -> Floats:
-    return (scores.reference < threshold - SAME_SCORE).astype(np.float64)
-
-
-def _sample(scores: Scores, predicted: Any, reference: Floats, baseline: Floats | None = None) -> Sample:
-    return make_sample(predicted, reference, scores.task, group=scores.kind, baseline=baseline, weight=scores.weight)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -136,6 +82,13 @@ class Metric:
     """Also computed for baselines and single judges."""
     at_thresholds: bool = False
     """Computed once for each threshold of `BAD_BELOW`, under `bad_step`."""
+    binary: bool = False
+    """Not defined unless some steps are bad and some are not."""
+
+    def estimate(self, sample: Sample) -> Estimate:
+        """The metric of a sample, with its interval."""
+        measured = measure_binary if self.binary else measure
+        return measured(sample, self.statistic(sample), min_n=self.min_n)
 
 
 METRICS = (
@@ -159,8 +112,9 @@ METRICS = (
     Metric("own_range_share", statistics.share_predicted, MIN_SCORES, within_own_range),
     Metric("bad_share", statistics.share_of_reference, 1, suspicion, at_thresholds=True),
     Metric("auroc", statistics.roc_area, MIN_SCORES, suspicion, "AUROC", f"telling steps below {STRICT} from the "
-           "others; 0.5 is chance", brief=True, at_thresholds=True),
-    Metric("average_precision", statistics.average_precision, MIN_SCORES, suspicion, at_thresholds=True),
+           "others; 0.5 is chance", brief=True, at_thresholds=True, binary=True),
+    Metric("average_precision", statistics.average_precision, MIN_SCORES, suspicion, at_thresholds=True,
+           binary=True),
     Metric("recall", statistics.share_predicted, 1, flagged_of_bad, at_thresholds=True),
     Metric("precision", statistics.share_predicted, 1, bad_of_flagged, at_thresholds=True),
     Metric("brier", statistics.brier, MIN_SCORES, probability_of_bad, at_thresholds=True),
@@ -186,9 +140,9 @@ def agreement(scores: Scores, *, brief: bool = False) -> Metrics:
         if metric.brief or not brief:
             if metric.at_thresholds:
                 for threshold, of_threshold in metrics["bad_step"].items():
-                    of_threshold[metric.name] = _estimate(metric, metric.sample(scores, float(threshold)))
+                    of_threshold[metric.name] = metric.estimate(metric.sample(scores, float(threshold)))
             else:
-                metrics[metric.name] = _estimate(metric, metric.sample(scores))
+                metrics[metric.name] = metric.estimate(metric.sample(scores))
     order = metrics[ORDER]
     if order.value is None and order.n >= MIN_SCORES and _is_constant_by_key(scores):
         metrics[ORDER] = replace(order, reason=SAME_PREDICTION)
@@ -196,14 +150,6 @@ def agreement(scores: Scores, *, brief: bool = False) -> Metrics:
         metrics["kendall"] = _kendall(scores)
         metrics["surest"] = {str(share): _error_of_surest(scores, share) for share in (0.9, 0.75, 0.5)}
     return metrics
-
-
-def _estimate(metric: Metric, sample: Sample) -> Estimate:
-    if metric.name in ("auroc", "average_precision") and len(sample.reference) >= metric.min_n:
-        one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}.get(float(sample.reference.mean()))
-        if one_kind:
-            return undefined(one_kind, len(sample.reference), sample.tasks)
-    return measure(sample, metric.statistic(sample), min_n=metric.min_n)
 
 
 def _is_constant_by_key(scores: Scores) -> bool:
@@ -237,7 +183,7 @@ def recommended_threshold(scores: Scores, folds: int = 5) -> Metrics | None:
     Returns:
         None with fewer than `MIN_SCORES` bad or good steps, or too few tasks to hold some out.
     """
-    bad, weight = _bad(scores, BAD_BELOW[0]) > 0, scores.weight
+    bad, weight = bad_steps(scores, BAD_BELOW[0]) > 0, scores.weight
     fold = np.random.default_rng(0).permutation(int(scores.task.max(initial=-1)) + 1)[scores.task] % folds
     if min(bad.sum(), (~bad).sum()) < MIN_SCORES or len(np.unique(fold)) < folds:
         return None
@@ -258,7 +204,7 @@ def _best_threshold(scores: Scores, bad: NDArray[np.bool_]) -> float:
     thresholds = np.arange(1, 101) / 100
     flagged = _weight_below(thresholds, scores.predicted, scores.weight)
     hits = _weight_below(thresholds, scores.predicted[bad], scores.weight[bad])
-    f1 = statistics.ratio(2 * hits, flagged + scores.weight @ bad)
+    f1 = ratio(2 * hits, flagged + scores.weight @ bad)
     return float(thresholds[np.nanargmax(np.round(f1, 12))])
 
 
@@ -269,20 +215,7 @@ def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
     return up_to[np.searchsorted(values[rising], thresholds)]
 
 
-def as_json(value: Any) -> Any:
-    """Metrics as JSON has them."""
-    if isinstance(value, Estimate):
-        return value.as_json()
-    if isinstance(value, Mapping):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    return value
-
-
 # --- groups of scores -------------------------------------------------------------------------------------------------
-
-_FIRST_TYPES = ("clip", "category", "final")
 
 
 def evaluation_types(rows: Sequence[Row]) -> list[str]:
@@ -291,8 +224,8 @@ def evaluation_types(rows: Sequence[Row]) -> list[str]:
 
 
 def _type_order(evaluation_type: str) -> tuple[int, str]:
-    known = evaluation_type in _FIRST_TYPES
-    return (_FIRST_TYPES.index(evaluation_type) if known else len(_FIRST_TYPES)), evaluation_type
+    known = list(EVALUATION_TYPES)
+    return (known.index(evaluation_type) if evaluation_type in known else len(known)), evaluation_type
 
 
 def groups(scores: Scores) -> Iterator[tuple[str, str, bool, NDArray[Any]]]:
@@ -346,8 +279,7 @@ def validity(rows: Sequence[Row]) -> Metrics:
 
 def _share(rows: Sequence[Row], values: Any) -> Estimate:
     weight = [weight_of(row["metadata"]) for row in rows]
-    sample = make_sample(values, np.zeros(len(rows)), [row["task_id"] for row in rows], weight=weight)
-    return measure(sample, statistics.share_predicted(sample))
+    return mean(values, [row["task_id"] for row in rows], weight)
 
 
 # --- whole trajectories -----------------------------------------------------------------------------------------------
@@ -358,7 +290,7 @@ NO_BAD_STEP = -1
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class JudgedRun:
     """The clips of one trajectory in order, and the judges' score of its answer."""
 
     task: str
@@ -368,7 +300,7 @@ class Trajectory:
     """The reference for `OUTCOME`; None if no judge gave one."""
 
 
-def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tuple[list[Trajectory], dict[str, int]]:
+def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tuple[list[JudgedRun], dict[str, int]]:
     """Group clips by trajectory.
 
     Args:
@@ -384,7 +316,7 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
     chosen = {(row["task_id"], row["trajectory_id"]) for row in rows if SELECTED_BY in row["metadata"]}
     for row in rows:
         number, name = whole_number(row["clip_number"]), (row["task_id"], row["trajectory_id"])
-        if row["evaluation_type"] == "clip" and number is not None:
+        if row["evaluation_type"] in STEP_TYPES and number is not None:
             clips[name][number].append(row)
         if row["evaluation_type"] == "final" and OUTCOME in row["reference"]:
             outcomes[name] = row["reference"][OUTCOME]
@@ -402,7 +334,7 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
         else:
             predicted = [_mean(row["scores"][key]["mean"] for key in row["reference"]) for (row,) in steps]
             reference = [_mean(row["reference"].values()) for (row,) in steps]
-            whole.append(Trajectory(name[0], predicted, reference, outcomes.get(name)))
+            whole.append(JudgedRun(name[0], predicted, reference, outcomes.get(name)))
     return whole, dict(left_out)
 
 
@@ -434,7 +366,7 @@ def trajectory_metrics(rows: Sequence[Row], incomplete: Collection[str] = ()) ->
     }
 
 
-def _against_outcome(scores: Sequence[float], trajectories: Sequence[Trajectory]) -> Metrics:
+def _against_outcome(scores: Sequence[float], trajectories: Sequence[JudgedRun]) -> Metrics:
     tasks = [each.task for each in trajectories]
     outcomes = np.array([each.outcome for each in trajectories], np.float64)
     sample = make_sample(scores, outcomes, tasks)
@@ -446,7 +378,7 @@ def _against_outcome(scores: Sequence[float], trajectories: Sequence[Trajectory]
     }
 
 
-def _first_errors(trajectories: Sequence[Trajectory], threshold: float) -> Metrics:
+def _first_errors(trajectories: Sequence[JudgedRun], threshold: float) -> Metrics:
     def first(steps: list[float]) -> int:
         found = first_below(steps, threshold)
         return NO_BAD_STEP if found is None else found

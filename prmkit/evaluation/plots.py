@@ -18,6 +18,7 @@ from prmkit.evaluation.predictions import Scores
 from prmkit.evaluation.statistics import weighted_mean
 from prmkit.evaluation.summary import Group, group_name, judges_agreement
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
+from prmkit.rows import STEP_TYPES
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
@@ -54,7 +55,7 @@ def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, st
     with_spread = scores.where(np.isfinite(scores.std))
     if len(with_spread):
         made.append(("Error of its surest scores", _COVERAGE_CAPTION, _risk_coverage(with_spread)))
-    clips = scores.where((scores.evaluation_type == "clip") & np.isfinite(scores.clip_number))
+    clips = scores.where(np.isin(scores.evaluation_type, STEP_TYPES) & np.isfinite(scores.clip_number))
     if len(clips):
         made.append(("Score by clip number", _CLIP_CAPTION, _score_by_clip(clips)))
     return made

@@ -1,4 +1,4 @@
-"""The predictions of an evaluation: one line per prompt, written as they come, and read back as a table of scores."""
+"""The predictions of an evaluation: one line per prompt, written as they come, and read back as scores and samples."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmkit.evaluation.estimates import Floats, Integers
+from prmkit.evaluation.estimates import Floats, Integers, Sample, make_pairs, make_sample
 from prmkit.evaluation.heldout import Constants, HeldOutPrompt
 from prmkit.evaluation.statistics import weighted_mean, weighted_median
-from prmkit.judge.types import BAD_BELOW, Distribution, Judgement, rounded
+from prmkit.judge.types import BAD_BELOW, SAME_SCORE, Distribution, Judgement, rounded
 from prmkit.prompts.cleaning import leaked_scores
 from prmkit.resumable import reopen
 from prmkit.rows import weight_of
@@ -21,6 +21,8 @@ from prmkit.rows import weight_of
 Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
 
+PRAISED_FROM = BAD_BELOW[-1]
+"""A bad step with at least this score is praised: an RL run will find and repeat it."""
 ROW_FORMAT = 2
 """Part of the fingerprint of `predictions.jsonl`: lines of another format are moved away, not mixed in."""
 
@@ -219,3 +221,74 @@ def _filled(
         chosen = (kind == number) & np.isnan(constants)
         constants[chosen] = middle(reference[kind == number], weight[kind == number])
     return constants
+
+
+# --- samples: what a metric is computed from --------------------------------------------------------------------------
+
+
+def by_mean(scores: Scores) -> Sample:
+    """The means of the judge's distributions against the reference, with the constant mean as baseline."""
+    return _sample(scores, scores.predicted, scores.reference, baseline=scores.constant_mean)
+
+
+def by_median(scores: Scores) -> Sample:
+    """The medians of the judge's distributions against the reference, with the constant median as baseline."""
+    return _sample(scores, scores.median, scores.reference, baseline=scores.constant_median)
+
+
+def pairs(scores: Scores) -> Sample:
+    """Differences between two scores of the same trajectory, evaluation type and key."""
+    group = scores.trajectory * (int(scores.kind.max(initial=0)) + 1) + scores.kind
+    return make_pairs(replace(by_mean(scores), group=group))
+
+
+def suspicion(scores: Scores, threshold: float) -> Sample:
+    """The suspicion of each step (higher for a lower score), against 1.0 for a bad step and 0.0 for a good one."""
+    return _sample(scores, -scores.predicted, bad_steps(scores, threshold))
+
+
+def flagged_of_bad(scores: Scores, threshold: float) -> Sample:
+    """For the truly bad steps: 1.0 if the judge's score is also below the threshold."""
+    bad = scores.where(bad_steps(scores, threshold) > 0)
+    return _sample(bad, bad.predicted < threshold - SAME_SCORE, bad.reference)
+
+
+def bad_of_flagged(scores: Scores, threshold: float) -> Sample:
+    """For the steps that the judge scores below the threshold: 1.0 if the step is truly bad."""
+    flagged = scores.where(scores.predicted < threshold - SAME_SCORE)
+    return _sample(flagged, bad_steps(flagged, threshold), flagged.reference)
+
+
+def praised_of_bad(scores: Scores) -> Sample:
+    """For the truly bad steps: 1.0 if the judge praises the step."""
+    bad = scores.where(bad_steps(scores, BAD_BELOW[0]) > 0)
+    return _sample(bad, bad.predicted >= PRAISED_FROM - SAME_SCORE, bad.reference)
+
+
+def probability_of_bad(scores: Scores, threshold: float) -> Sample:
+    """The judge's probability that a score is below the threshold, against 1.0 for a bad step."""
+    probability = scores.below[:, BAD_BELOW.index(threshold)]
+    known = scores.where(np.isfinite(probability))
+    return _sample(known, probability[np.isfinite(probability)], bad_steps(known, threshold))
+
+
+def confidence(scores: Scores) -> Sample:
+    """Minus the standard deviation of each score, against its error."""
+    known = scores.where(np.isfinite(scores.std))
+    return _sample(known, -known.std, np.abs(known.predicted - known.reference))
+
+
+def within_own_range(scores: Scores) -> Sample:
+    """1.0 if the reference is in the 90 % range that the judge's mean and std imply for normal errors."""
+    known = scores.where(np.isfinite(scores.std))
+    inside = np.abs(known.predicted - known.reference) <= 1.645 * np.maximum(known.std, 0.01)
+    return _sample(known, inside, known.reference)
+
+
+def bad_steps(scores: Scores, threshold: float) -> Floats:
+    """1.0 for each truly bad step: the reference is below the threshold; 0.0 for the others."""
+    return (scores.reference < threshold - SAME_SCORE).astype(np.float64)
+
+
+def _sample(scores: Scores, predicted: Any, reference: Floats, baseline: Floats | None = None) -> Sample:
+    return make_sample(predicted, reference, scores.task, group=scores.kind, baseline=baseline, weight=scores.weight)

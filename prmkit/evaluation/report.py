@@ -14,9 +14,11 @@ from prmkit.evaluation.plots import plots
 from prmkit.evaluation.predictions import Row, Scores, table_of_scores
 from prmkit.evaluation.robustness import COLUMNS as ROBUSTNESS_COLUMNS
 from prmkit.evaluation.robustness import robustness_notes, robustness_table
-from prmkit.evaluation.summary import NONE, percent, shown
-from prmkit.files import write_text
+from prmkit.files import render_page, write_text
+from prmkit.intervals import NONE, percent, shown
+from prmkit.rows import EVALUATION_TYPES
 
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 WORST_ERRORS = 10
 _EXCERPT = 700
 _WHOLE_PROMPT = 20_000
@@ -45,19 +47,14 @@ def write_report(
 
 
 def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Mapping[str, Any]]) -> str:
-    """The report as HTML. Autoescape is on: prompts, names and reasons may hold anything."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("prmkit.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"shown": shown, "percent": percent}
-    return environment.get_template("report.html.j2").render(
+    """The report as HTML. Prompts, names and reasons may hold anything, so they are escaped."""
+    return render_page(
+        TEMPLATE,
         name=judge_name(metrics),
         m=metrics,
         all=metrics["validity"][ALL],
         conclusions=grade.conclusions(metrics),
-        explained=summary.EXPLAINED,
+        explained={name: each.meaning for name, each in EVALUATION_TYPES.items()},
         next_steps=list(next_steps(metrics)),
         thresholds=_thresholds(metrics),
         main=_table(summary.COLUMNS, summary.main_table(metrics, intervals=True)),
@@ -162,9 +159,9 @@ def _abstention(metrics: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             summary.group_name(group),
-            shown(judge["aurc_random"], 3, interval=False),
-            *(shown(judge["surest"][share], 3, interval=False) for share in ("0.9", "0.75", "0.5")),
-            shown(judge["aurc"], 3),
+            shown(judge["aurc_random"], ".3f", interval=False),
+            *(shown(judge["surest"][share], ".3f", interval=False) for share in ("0.9", "0.75", "0.5")),
+            shown(judge["aurc"], ".3f"),
             percent(judge["abstention_closed"]),
         ]
         for group in _main_groups(metrics)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from prmkit.evaluation.estimates import Floats, make_sample, measure
+from prmkit.evaluation.estimates import Floats, mean
 from prmkit.evaluation.heldout import HeldOutPrompt
 from prmkit.evaluation.metrics import Metrics, evaluation_types
 from prmkit.evaluation.predictions import Row
 from prmkit.evaluation.probes import PROBES, Probe, answers_in
-from prmkit.evaluation.statistics import mean_of
-from prmkit.evaluation.summary import MIN_BAD, NONE, shown
+from prmkit.evaluation.summary import MIN_BAD
+from prmkit.intervals import NONE, shown
 from prmkit.judge.types import BAD_BELOW, SCORED
 from prmkit.rows import weight_of
 
@@ -106,20 +106,15 @@ def _measured(probe: Probe, pairs: Sequence[tuple[Row, Row]]) -> Metrics:
     weight = np.array([weight_of(before["metadata"]) for before, _ in pairs])
     is_bad = np.array(references) < min(BAD_BELOW)
     return {
-        "wrong_way": _mean(_moves_wrong(probe, change).astype(np.float64), task, weight),
-        "change": _mean(change, task, weight),
-        "change_of_bad": _mean(change[is_bad], task[is_bad], weight[is_bad]),
+        "wrong_way": mean(_moves_wrong(probe, change).astype(np.float64), task, weight),
+        "change": mean(change, task, weight),
+        "change_of_bad": mean(change[is_bad], task[is_bad], weight[is_bad]),
     }
 
 
 def _moves_wrong(probe: Probe, change: Floats) -> Any:
     moved = MOVED + 1e-9
     return {"same": np.abs(change) > moved, "lower": change >= -moved, "attack": change > moved}[probe.kind]
-
-
-def _mean(values: Floats, task: Any, weight: Floats) -> Any:
-    sample = make_sample(values, np.zeros(len(values)), task, weight=weight)
-    return measure(sample, mean_of(sample, values))
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
@@ -139,21 +134,12 @@ def robustness_table(robustness: Mapping[str, Any]) -> list[list[str]]:
             each["evaluation_type"],
             str(each["change"]["n"]),
             str(each["change"]["tasks"]),
-            _share(each["wrong_way"]),
-            _signed(each["change"]),
-            _signed(each["change_of_bad"]) if each["kind"] == "attack" else NONE,
+            shown(each["wrong_way"], ".0%"),
+            shown(each["change"], "+.2f"),
+            shown(each["change_of_bad"], "+.2f") if each["kind"] == "attack" else NONE,
         ]
         for each in robustness["probes"]
     ]
-
-
-def _share(estimate: Mapping[str, Any]) -> str:
-    interval = "" if estimate["low"] is None else f" [{estimate['low']:.0%}, {estimate['high']:.0%}]"
-    return NONE if estimate["value"] is None else f"{estimate['value']:.0%}{interval}"
-
-
-def _signed(estimate: Mapping[str, Any]) -> str:
-    return NONE if estimate["value"] is None else f"{'+' * (estimate['value'] >= 0)}{shown(estimate)}"
 
 
 def robustness_notes(robustness: Mapping[str, Any]) -> list[str]:

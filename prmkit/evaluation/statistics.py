@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from prmkit.evaluation.estimates import SEED, Floats, Integers, Sample, Statistic, make_sample, on_part
+from prmkit.evaluation.estimates import Floats, Integers, Sample, Statistic, mean_of, on_part, ratio
 from prmkit.judge.types import SAME_SCORE
 
 BANDS = (0.2, 0.4, 0.6, 0.8)
@@ -19,19 +19,10 @@ BANDS = (0.2, 0.4, 0.6, 0.8)
 CALIBRATION_BINS = 10
 MIN_GROUP = 5
 """A key with fewer scores than this has no rank correlation."""
-MAX_PAIRED = 40
-"""In a group with more scores than this, only as many random pairs are used as this many scores have; all pairs would
-grow with the square."""
 _NO_VARIANCE = 1e-15
 
 
 # --- error ----------------------------------------------------------------------------------------------------------
-
-
-def mean_of(sample: Sample, values: Floats) -> Statistic:
-    """The mean of one value per pair."""
-    sums, sizes = sample.sums(values), sample.sums(np.ones(len(values)))
-    return lambda weights: ratio(weights @ sums, weights @ sizes)
 
 
 def mean_absolute_error(sample: Sample) -> Statistic:
@@ -288,44 +279,6 @@ def first_error_f1(sample: Sample) -> Statistic:
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def make_pairs(sample: Sample) -> Sample:
-    """All pairs of scores within each group, as a sample of differences.
-
-    Args:
-        sample: scores; a group lies within one task.
-
-    Returns:
-        `predicted` and `reference` are differences. The weight of a pair is the product of those of its scores, and
-        the weights of a group add up to one.
-    """
-    first, second, group = _pairs_within(sample.group)
-    weight = sample.weight[first] * sample.weight[second]
-    of_group = np.bincount(group, weights=weight) if len(group) else np.zeros(0)
-    return make_sample(
-        sample.predicted[first] - sample.predicted[second],
-        sample.reference[first] - sample.reference[second],
-        sample.task[first],
-        weight=weight / of_group[group],
-    )
-
-
-def _pairs_within(group: Integers) -> tuple[Integers, Integers, Integers]:
-    """The two scores of each pair, and a number for its group."""
-    generator = np.random.default_rng(SEED)
-    by_group = np.argsort(group, kind="stable")
-    firsts, seconds, numbers = [by_group[:0]], [by_group[:0]], [by_group[:0]]
-    for number, members in enumerate(np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1)):
-        if len(members) <= MAX_PAIRED:
-            one, other = np.triu_indices(len(members), 1)
-        else:
-            one = generator.integers(len(members), size=MAX_PAIRED * (MAX_PAIRED - 1) // 2)
-            other = (one + generator.integers(1, len(members), size=len(one))) % len(members)
-        firsts.append(members[one])
-        seconds.append(members[other])
-        numbers.append(np.full(len(one), number))
-    return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(numbers)
-
-
 def pairwise_accuracy(pairs: Sample) -> Statistic:
     """acc_eq with tie calibration (Deutsch, Foster and Freitag 2023, "Ties Matter", arXiv 2305.14324).
 
@@ -336,7 +289,7 @@ def pairwise_accuracy(pairs: Sample) -> Statistic:
     judge reaches.
 
     Args:
-        pairs: see `make_pairs`.
+        pairs: see `prmkit.evaluation.estimates.make_pairs`.
     """
     distance, tied = np.abs(pairs.predicted), _tied(pairs)
     if tied.all():
@@ -393,14 +346,6 @@ def share_of_abstention_closed(sample: Sample) -> Statistic:
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------
-
-
-def ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """numerator / denominator; NaN if the denominator is zero."""
-    shape = np.broadcast(numerator, denominator).shape
-    nowhere = np.full(shape, np.nan)
-    quotient: Floats = np.divide(numerator, denominator, out=nowhere, where=np.asarray(denominator) != 0)
-    return quotient
 
 
 def _correlation(squares: Floats, other_squares: Floats, products: Floats, total: Floats) -> Floats:

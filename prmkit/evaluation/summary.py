@@ -5,10 +5,10 @@ from statistics import fmean
 from typing import Any
 
 from prmkit.evaluation.metrics import ALL, METRICS, ORDER, STRICT
+from prmkit.intervals import percent, shown
 
 Group = Mapping[str, Any]
 """One entry of `groups` in `metrics.json`."""
-NONE = "–"
 
 MIN_SCORED = 0.95
 """The share of requested scores that a judge must give: one that gives fewer may leave out just those that matter."""
@@ -16,13 +16,6 @@ MIN_BAD = 10
 """With fewer bad (or good) scores than this, finding them is not graded."""
 _BIAS_HELPS = 0.05  # the bias is worth reporting if subtracting it lowers the RMSE by at least this share
 _SMALLEST_BIAS = 0.01
-
-EXPLAINED = {
-    "clip": "one step of a run",
-    "category": "all steps of one tool category in a run",
-    "final": "a whole run",
-}
-"""What each evaluation type judges."""
 
 
 def groups_of_types(metrics: Mapping[str, Any]) -> list[Group]:
@@ -32,21 +25,6 @@ def groups_of_types(metrics: Mapping[str, Any]) -> list[Group]:
         if group["evaluation_type"] != ALL:
             types.setdefault(group["evaluation_type"], group)
     return list(types.values())
-
-
-def shown(estimate: Mapping[str, Any] | None, decimals: int = 2, *, interval: bool = True) -> str:
-    """An estimate as people read it: `0.78 [0.70, 0.84]`; a dash where it is undefined."""
-    if estimate is None or estimate["value"] is None:
-        return NONE
-    text = f"{estimate['value']:.{decimals}f}"
-    if interval and estimate["low"] is not None:
-        text += f" [{estimate['low']:.{decimals}f}, {estimate['high']:.{decimals}f}]"
-    return text
-
-
-def percent(estimate: Mapping[str, Any] | None, decimals: int = 0) -> str:
-    """A share as people read it."""
-    return NONE if estimate is None or estimate["value"] is None else f"{estimate['value']:.{decimals}%}"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -247,7 +225,9 @@ def validity_sentence(metrics: Mapping[str, Any]) -> str:
     if every["repaired"]:
         text += f"; {every['repaired']} answers were not valid JSON and were repaired"
     if "label_mass" in every:
-        text += f"; label mass is {percent(every['label_mass'], 1)} on average (the probability of any score at all)"
+        text += (
+            f"; label mass is {percent(every['label_mass'], '.1%')} on average (the probability of any score at all)"
+        )
         low = every["label_mass_low_share"]["value"]
         text += f", below one half for {low:.1%} of the scores" if low else ""
     return text + "."

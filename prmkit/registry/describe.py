@@ -8,6 +8,7 @@ from typing import Any
 from prmkit import cli, registered
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl
+from prmkit.intervals import shown
 from prmkit.paths import PREDICTIONS_FILE, REPORT, RUN_RECORD
 from prmkit.registered import DATA, RUN, VersionId
 
@@ -83,11 +84,7 @@ def held_out_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
 
 def shown_estimate(estimate: Mapping[str, Any] | None) -> str:
     """An estimate as `0.84 [0.72, 0.90]`; a question mark if it was not measured."""
-    if not estimate or estimate.get("value") is None:
-        return "?"
-    if estimate.get("low") is None:
-        return f"{estimate['value']:.2f}"
-    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    return shown(estimate, none="?")
 
 
 def _changed(record: Mapping[str, Any], parent: Mapping[str, Any] | None, folder: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
-from prmkit.files import write_text
+from prmkit.files import render_page, write_text
 from prmkit.registry import describe, monitor
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -25,15 +25,13 @@ def write_page(folder: Path, output: Path, logs: Sequence[Path], limit: float) -
     Raises:
         DataError: a version or a log is damaged.
     """
-    from jinja2 import Environment
-
     history = registered.read_history(folder)
     state = registered.state_of(history)
     versions = [_version(folder, version, state.tags_of(version)) for version in state.versions]
     steps = monitor.read_scored(logs) if logs else []
-    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     actions = [{**line, "what": describe.sentence_of(line)} for line in history[::-1]]
-    page = template.render(
+    page = render_page(
+        TEMPLATE,
         versions=versions, history=actions, ab=_ab(steps), drifts=_drifts(folder, state, steps, limit), limit=limit,
         points=_points(versions), width=_WIDTH, height=_HEIGHT, edge=_EDGE,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from prmkit.judge.types import Request
 from prmkit.paths import REPORT
 from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
 from prmkit.row_lines import STDIN, Line
-from prmkit.rows import InputRow, Rejected, parse_line, read_row
+from prmkit.rows import STEP_TYPES, InputRow, Rejected, parse_line, read_row
 from prmkit.trajectories.documents import Broken, Document
 from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_run_page
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
@@ -87,7 +87,7 @@ def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> RowToScore:
         row.task,
         row.trajectory,
         row.clip_number,
-        is_step=row.evaluation_type in (None, "clip"),
+        is_step=row.evaluation_type in (None, *STEP_TYPES),
     )
 
 

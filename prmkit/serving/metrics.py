@@ -12,6 +12,7 @@ from prmkit.drift import shift_of
 from prmkit.judge.types import Judgement
 from prmkit.paths import PREDICTIONS_FILE
 from prmkit.registered import results_of
+from prmkit.rows import STEP_TYPES
 from prmkit.serving.request_log import JudgeRole
 
 _RECENT = 1000
@@ -111,4 +112,5 @@ def held_out_scores(run: Path | None) -> list[float]:
         return []
     with file.open("rb") as stream:
         lines: list[Any] = [orjson.loads(line) for line in stream if line.endswith(b"\n")]
-    return [line["score"] for line in lines if line.get("evaluation_type") == "clip" and line.get("score") is not None]
+    steps = [line for line in lines if line.get("evaluation_type") in STEP_TYPES]
+    return [line["score"] for line in steps if line.get("score") is not None]

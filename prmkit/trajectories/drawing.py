@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import cli
-from prmkit.files import write_text
+from prmkit.files import render_page, write_text
 from prmkit.trajectories.content import as_text
 from prmkit.trajectory import Step, Trajectory
 
@@ -154,14 +154,11 @@ def write_run_page(path: Path, runs: Sequence[ScoredRun], judge: str, left_out: 
         judge: its name, for the heading.
         left_out: the number of scored runs that are not in `runs`.
     """
-    from jinja2 import Environment
-
-    # Everything on the page was written by an agent or comes from web pages that it read: autoescape protects us.
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"said": said, "number": _number, "line": _line, "cut": _cut, "json": _json}
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    # Everything on the page was written by an agent or comes from web pages that it read: escaping protects us.
+    filters = {"said": said, "number": _number, "line": _line, "cut": _cut, "json": _json}
     shown = runs[:MOST_RUNS_ON_A_PAGE]
-    write_text(path, template.render(runs=shown, left_out=left_out + len(runs) - len(shown), judge=judge))
+    unseen = left_out + len(runs) - len(shown)
+    write_text(path, render_page(_TEMPLATE, filters, runs=shown, left_out=unseen, judge=judge))
 
 
 def _cut(text: str) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from statistics import fmean
 from typing import Any
 
 
@@ -33,6 +34,11 @@ class Verdict:
     def shape(self) -> Shape:
         """The keys and the place of the scores."""
         return Shape(tuple(self.scores), self.nested)
+
+    @property
+    def mean(self) -> float:
+        """The mean of its scores."""
+        return fmean(self.scores.values())
 
 
 @dataclass(frozen=True)

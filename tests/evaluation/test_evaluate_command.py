@@ -108,11 +108,18 @@ def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(r
         (("--parity", "2", "--min-spearman", "0.5", "--compare", "saves/a"), "leave out --min-spearman, --compare"),
         (("--parity", "--limit", "5", "--mode", "generate"), "leave out --limit, --mode generate"),
         (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: only used with --parity"),
+        (("--predictions", "answers.jsonl"), "--predictions: only used with --exam or --best-of-n"),
+        (("--exam", "e", "--min-spearman", "0", "--best-of-n", "b"), "--exam: leave out --best-of-n, --min-spearman,"),
+        (("--best-of-n", "b", "--predictions", "p"), "--best-of-n with --predictions: leave out --run,"),
     ],
 )
-def test_what_parity_and_measuring_do_not_share_is_not_ignored(run, arguments, message):
+def test_what_another_kind_of_evaluation_uses_is_not_ignored(run, arguments, message):
     with pytest.raises(UsageError, match=message):
         evaluate_judge("--run", run, *arguments)
+
+
+def test_every_flag_in_the_table_can_be_typed():
+    assert command._USED_BY.keys() <= vars(parser().parse_args([])).keys()
 
 
 def test_a_comparison_under_a_limit_is_of_the_prompts_under_it(run, tmp_path, capsys):

@@ -17,6 +17,7 @@ from prmkit.evaluation.heldout import HeldOut, read_held_out
 from prmkit.evaluation.plots import _distributions, _means
 from prmkit.evaluation.predictions import table_of_scores
 from prmkit.evaluation.report import report_html, worst_errors, write_report
+from prmkit.intervals import shown
 
 JUDGE = {"model": "model", "adapter": "saves/a_run", "template": "qwen"}
 HOSTILE = "<script>alert('x')</script> $\\frac{1}{2}$ & \"判官\" </svg>"
@@ -104,7 +105,7 @@ def test_the_verdict_comes_before_the_numbers_and_says_what_they_say(reported):
     html, metrics = reported
     text = " ".join(read(html).texts)
     spearman = next(g for g in metrics["groups"] if g["evaluation_type"] == "clip")["judge"][summary.ORDER]
-    assert summary.shown(spearman) in text[: text.index("The numbers")]
+    assert shown(spearman) in text[: text.index("The numbers")]
     assert metrics["summary"]["headline"] in text
     for conclusion in grade.conclusions(metrics):
         assert conclusion.headline in text

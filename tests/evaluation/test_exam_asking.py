@@ -127,7 +127,7 @@ def test_other_numbers_in_a_verdict_are_no_scores(exam: Path) -> None:
         row["conversations"][1]["value"] = said[0]
         row["metadata"]["model_name"] = "M"
     judged = public.write_lines(exam.parent / "judged.jsonl", rows)
-    found = read_answers(judged, read_exam(exam))
+    found = read_answers(judged, read_exam(exam).runs, exam)
     assert set(found[0].scores.values()) == {0.25}
     (exam.parent / "exam.runs.jsonl").unlink()
     assert {step.label for _, step in read_exam(judged).labelled} == {0.25}
@@ -138,7 +138,8 @@ def test_second_answers_of_strong_judges_are_counted_and_not_read(exam: Path) ->
     again = json.loads(json.dumps(rows[0]))
     again["metadata"]["repeat"] = True
     again["conversations"][1]["value"] = '{"step_score": 0.07}'
-    (found,) = read_answers(public.write_lines(exam.parent / "judged.jsonl", [*rows, again]), read_exam(exam))
+    judged = public.write_lines(exam.parent / "judged.jsonl", [*rows, again])
+    (found,) = read_answers(judged, read_exam(exam).runs, exam)
     assert len(found.scores) == len(rows) and 0.07 not in found.scores.values()
     assert found.unplaced.total() == 1
 

@@ -242,6 +242,18 @@ def test_judges_who_agree_with_themselves_raise_the_bound() -> None:
     assert bounds[0] < bounds[1] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("judges", [("judge_a", "judge_b"), ("judge_a",)])
+def test_the_agreement_with_themselves_is_always_there_and_says_why_it_is_unknown(judges) -> None:
+    """Also where no bound follows, because no prompt has two judges."""
+    known = made_up(tasks=12, final=False, judges=judges)
+    entry = {"judge": "judge_a", "evaluation_type": "clip", "key": "quality", "pairs": 40, "pearson": 0.8}
+    given = ceiling_of(type(known)(**{**vars(known), "self_agreement": [entry]}))["bounds"]
+    unknown = ceiling_of(known)["bounds"]
+    assert given["pearson"].keys() == unknown["pearson"].keys()
+    assert given["pearson"]["self_agreement"]["value"] == 0.8
+    assert unknown["pearson"]["self_agreement"]["value"] is None and unknown["pearson"]["self_agreement"]["reason"]
+
+
 def test_leniency_is_taken_off_the_reference_or_said_to_be_unknown() -> None:
     held_out = made_up(kinder=0.25, asked=lambda item, judge: judge == "judge_a" or item % 2 == 0, final=False)
     metrics = measured(predictions_of(held_out, lambda prompt, key: prompt.reference[key]), held_out)

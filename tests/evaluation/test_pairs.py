@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from prmkit.evaluation.estimates import Sample, make_sample
-from prmkit.evaluation.statistics import MAX_PAIRED, always_tied, make_pairs, pairwise_accuracy
+from prmkit.evaluation.estimates import MAX_PAIRED, Sample, make_pairs, make_sample
+from prmkit.evaluation.statistics import always_tied, pairwise_accuracy
 
 
 def of_tasks(predicted, reference, task) -> Sample:

@@ -14,12 +14,13 @@ from prmkit.evaluation.estimates import (
     Estimate,
     Sample,
     draw_weights,
-    interval,
+    expanded_percentiles,
     make_sample,
     measure,
     resampled,
 )
-from prmkit.evaluation.metrics import METRICS, pairs
+from prmkit.evaluation.metrics import METRICS
+from prmkit.evaluation.predictions import pairs
 
 NOISES = (0.05, 0.3)
 SIZES = ((12, 4), (60, 9), (400, 40))
@@ -202,8 +203,8 @@ def test_resampling_is_the_same_every_time_and_leaves_out_what_is_undefined():
     sample = noisy(60, 9, 0.3, seed=6)
     once, again = (resampled(sample, statistics.spearman(sample)) for _ in range(2))
     assert len(once) == RESAMPLES and np.array_equal(once, again)
-    assert interval(np.array([np.nan] * 2 + [0.5] * 8), tasks=10) == (None, None)
-    assert interval(np.array([np.nan] * 1 + [0.5] * 99), tasks=10) == (0.5, 0.5)
+    assert expanded_percentiles(np.array([np.nan] * 2 + [0.5] * 8), tasks=10) == (None, None)
+    assert expanded_percentiles(np.array([np.nan] * 1 + [0.5] * 99), tasks=10) == (0.5, 0.5)
 
 
 def test_the_ends_of_an_interval_are_further_out_for_few_tasks():
@@ -211,8 +212,8 @@ def test_the_ends_of_an_interval_are_further_out_for_few_tasks():
     values = np.random.default_rng(0).normal(size=100_000)
     for tasks in (10, 60):
         outside = stats.norm.cdf(-stats.t.ppf(0.975, tasks - 1) * np.sqrt(tasks / (tasks - 1)))
-        assert interval(values, tasks) == pytest.approx(np.quantile(values, [outside, 1 - outside]))
-    assert interval(values, 10)[0] < interval(values, 60)[0] < np.quantile(values, 0.025)
+        assert expanded_percentiles(values, tasks) == pytest.approx(np.quantile(values, [outside, 1 - outside]))
+    assert expanded_percentiles(values, 10)[0] < expanded_percentiles(values, 60)[0] < np.quantile(values, 0.025)
 
 
 def test_kendall_is_scipys():
