@@ -27,7 +27,7 @@ _TRANSFORMERS_FILES = ("training_args.py", "training_args_seq2seq.py", "trainer_
 
 
 @dataclass(frozen=True)
-class Key:
+class ConfigKey:
     """One key of LLaMA Factory's training YAML."""
 
     name: str
@@ -40,7 +40,7 @@ class Key:
 
 
 @cache
-def training_keys() -> Mapping[str, Key]:
+def training_keys() -> Mapping[str, ConfigKey]:
     """Every key that `llamafactory-cli train` takes, by name.
 
     Raises:
@@ -183,12 +183,12 @@ def _classes(paths: Iterable[Path]) -> dict[str, ast.ClassDef]:
     return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _keys_of(class_name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, Key]:
+def _keys_of(class_name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, ConfigKey]:
     """The fields of a dataclass and of its base classes; a base class of another package adds none."""
     if class_name not in classes:
         return {}
     node = classes[class_name]
-    keys: dict[str, Key] = {}
+    keys: dict[str, ConfigKey] = {}
     for base in reversed(node.bases):
         keys |= _keys_of(ast.unparse(base), classes)
     for statement in node.body:
@@ -212,7 +212,9 @@ def _settings(value: ast.expr | None) -> dict[str, ast.expr]:
     return {} if value is None else {"default": value}
 
 
-def _key(name: str, annotation: ast.expr, settings: Mapping[str, ast.expr], classes: Mapping[str, ast.ClassDef]) -> Key:
+def _key(
+    name: str, annotation: ast.expr, settings: Mapping[str, ast.expr], classes: Mapping[str, ast.ClassDef]
+) -> ConfigKey:
     types: set[str] = set()
     choices: list[str] = list(_listed_choices(settings.get("metadata")))
     for part in _parts(annotation):
@@ -229,7 +231,7 @@ def _key(name: str, annotation: ast.expr, settings: Mapping[str, ast.expr], clas
             types.add(text.split("[")[0])
     # A list of options may also be written as one string that names several of them.
     listed = () if "list" in types else tuple(choices)
-    return Key(name, frozenset(types), listed, _default(settings.get("default"), classes))
+    return ConfigKey(name, frozenset(types), listed, _default(settings.get("default"), classes))
 
 
 def _parts(annotation: ast.expr) -> Iterator[ast.expr]:

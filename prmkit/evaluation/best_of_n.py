@@ -20,7 +20,7 @@ from prmkit import cli
 from prmkit.errors import DataError, ExitCode
 from prmkit.evaluation.estimates import Estimate, mean
 from prmkit.evaluation.exam import ExamRun, ExamStep
-from prmkit.evaluation.exam_answers import is_repeated, read_answers, run_of
+from prmkit.evaluation.exam_answers import is_repeated, read_exam_answers, run_of
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
 from prmkit.evaluation.exam_command import folder_of
 from prmkit.evaluation.exam_report import interval_cell, value_cell
@@ -283,7 +283,7 @@ def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -
         ExamRun(each.trajectory_id, each.task_id, None, "", tuple(map(ExamStep, range(1, each.steps + 1))), True)
         for each in attempts
     )
-    judges = read_answers(file, runs, outcomes)
+    judges = read_exam_answers(file, runs, outcomes)
     if len(judges) > 1:
         raise DataError(
             f"{file}: {len(judges)} judges ({', '.join(each.name for each in judges)}). Keep the answers of one."

@@ -11,7 +11,7 @@ from prmkit import cli
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import compare, heldout
 from prmkit.evaluation.best_of_n import pick_best_of_n
-from prmkit.evaluation.evaluate import REPORT_FILE, Settings, evaluate
+from prmkit.evaluation.evaluate import REPORT_FILE, EvaluationSettings, evaluate
 from prmkit.evaluation.exam_command import take_exam
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, check_parity
 from prmkit.files import read_json, write_json
@@ -80,8 +80,8 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE
 
 
-def _settings_of(arguments: argparse.Namespace) -> Settings:
-    return Settings(
+def _settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
+    return EvaluationSettings(
         asking_of(arguments),
         limit=arguments.limit,
         with_base=arguments.baseline,
@@ -195,7 +195,7 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
     data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
     held_out, constants = heldout.read_held_out(data_folder, name), heldout.training_constants(data_folder, name)
     source = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
-    metrics = evaluate(source, held_out, constants, evaluation_of(run), Settings(), run)
+    metrics = evaluate(source, held_out, constants, evaluation_of(run), EvaluationSettings(), run)
     _write_card(run, metrics)
     _show(metrics, None, evaluation_of(run) / REPORT_FILE)
 

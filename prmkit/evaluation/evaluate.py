@@ -59,7 +59,7 @@ REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How to score."""
 
     asking: Asking = DEFAULT_ASKING
@@ -74,7 +74,12 @@ class Settings:
 
 
 def evaluate(
-    source: JudgeSource, held_out: HeldOut, constants: Constants, folder: Path, settings: Settings, weights: Path | None
+    source: JudgeSource,
+    held_out: HeldOut,
+    constants: Constants,
+    folder: Path,
+    settings: EvaluationSettings,
+    weights: Path | None,
 ) -> dict[str, Any]:
     """Score what has not been scored yet; write `predictions.jsonl`, `metrics.json` and `report.html` into `folder`.
 
@@ -123,7 +128,7 @@ def _add_robustness(
     prompts: Sequence[HeldOutPrompt],
     rows: Sequence[Row],
     folder: Path,
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> None:
     chosen = {prompt.prompt_sha256 for prompt in sampled(prompts, MOST_PROMPTS)}
     changes = change_prompts([prompt for prompt in prompts if prompt.prompt_sha256 in chosen])
@@ -161,7 +166,7 @@ def calibrate(rows: Sequence[Row], folder: Path, judge: Mapping[str, Any]) -> No
 
 
 def predict(
-    source: JudgeSource, held_out: HeldOut, prompts: Sequence[HeldOutPrompt], file: Path, settings: Settings
+    source: JudgeSource, held_out: HeldOut, prompts: Sequence[HeldOutPrompt], file: Path, settings: EvaluationSettings
 ) -> list[Row]:
     """The predictions for `prompts`, in order; prompts that are already in `file` are not scored again.
 

@@ -59,7 +59,7 @@ class JudgeScores:
         return {run for (run, _), weight in self.weights.items() if weight}
 
 
-def read_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list[JudgeScores]:
+def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list[JudgeScores]:
     """Read the answers of all judges in a file.
 
     Args:

@@ -25,9 +25,9 @@ from prmkit.verdict import Unreadable, asked_shape, read_verdict
 
 log = logging.getLogger("prmkit")
 
-Key = tuple[str, str, int]
+StepKey = tuple[str, str, int]
 """The request's hash, the run's id, the step's number."""
-Asked = tuple[Key, Request]
+Asked = tuple[StepKey, Request]
 
 
 def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
@@ -67,7 +67,7 @@ def score_steps(
     """
     scorer = Scorer(source, asking=asking_of(arguments))
 
-    def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, JsonLine]]:
+    def answer(missing: Iterator[Asked]) -> Iterator[tuple[StepKey, JsonLine]]:
         keys, requests = tee(missing)
         judgements = scorer.judgements(request for _, request in requests)
         for (key, _), judgement in zip(keys, judgements, strict=True):
@@ -90,17 +90,17 @@ def _ask(
     asked: Iterable[tuple[StepId, Request | None]],
     file: Path,
     fingerprint: Mapping[str, Any],
-    answer: Callable[[Iterator[Asked]], Iterator[tuple[Key, JsonLine]]],
+    answer: Callable[[Iterator[Asked]], Iterator[tuple[StepKey, JsonLine]]],
 ) -> dict[StepId, float]:
     from prmkit.judge.batching import digest
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(file.parent, f"writing {file.name}", lock=f".{file.name}.lock"):
         kept = reopen(file, fingerprint, retry=("failed",))
-        lines: dict[Key, Any] = {(line["request_hash"], line["id"], line["step"]): line for line in kept}
+        lines: dict[StepKey, Any] = {(line["request_hash"], line["id"], line["step"]): line for line in kept}
         if lines:
             log.info("%s: %d steps are already scored", file, len(lines))
-        wanted: list[Key] = []
+        wanted: list[StepKey] = []
 
         def missing() -> Iterator[Asked]:
             for (run, step), request in asked:
@@ -173,7 +173,7 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
 
     records = {run.trajectory_id: run.record for run in exam.runs if run.record is not None}
 
-    async def ask_one(connection: Connection, key: Key, request: Request) -> float | str:
+    async def ask_one(connection: Connection, key: StepKey, request: Request) -> float | str:
         if is_typed:
             answer = await connection.ask_json("systemone", _typed_question(records[key[1]], key[2], rubric))
             return _read_typed(answer, rubric)
@@ -185,7 +185,7 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
 
     base = Endpoint(endpoint.base_url.removesuffix(_SYSTEMONE), endpoint.model, api_key=endpoint.api_key)
 
-    def answer(missing: Iterator[Asked]) -> Iterator[tuple[Key, JsonLine]]:
+    def answer(missing: Iterator[Asked]) -> Iterator[tuple[StepKey, JsonLine]]:
         while window := list(islice(missing, _WINDOW)):
             yield from asyncio.run(_ask_window(base, window, ask_one))
 
@@ -196,10 +196,10 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
 
 async def _ask_window(
     endpoint: Endpoint, window: list[Asked], ask_one: Callable[..., Any]
-) -> list[tuple[Key, JsonLine]]:
+) -> list[tuple[StepKey, JsonLine]]:
     async with Connection(endpoint, ServerState()) as connection:
 
-        async def line_of(key: Key, request: Request) -> tuple[Key, JsonLine]:
+        async def line_of(key: StepKey, request: Request) -> tuple[StepKey, JsonLine]:
             try:
                 found = await ask_one(connection, key, request)
             except RowFailure as failure:

@@ -10,7 +10,7 @@ from prmkit import cli
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import exam_report
 from prmkit.evaluation.exam import Exam, check_not_trained_on, read_exam
-from prmkit.evaluation.exam_answers import JudgeScores, read_answers
+from prmkit.evaluation.exam_answers import JudgeScores, read_exam_answers
 from prmkit.evaluation.exam_asking import ask_server, endpoint_of, prompts_of, score_steps
 from prmkit.evaluation.exam_metrics import Entrant, constants, examine
 from prmkit.evaluation.summary import MIN_SCORED
@@ -45,7 +45,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
         unchecked = _check_training(exam, arguments)
         judges += _asked_judges(exam, source, folder, arguments)
     if arguments.predictions:
-        others = read_answers(arguments.predictions, exam.runs, exam.file)
+        others = read_exam_answers(arguments.predictions, exam.runs, exam.file)
         for each in others:
             for reason, count in each.unplaced.items():
                 log.warning("%s: %d lines %s", each.name, count, reason)
@@ -56,10 +56,10 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
         judges.append(("other" if judges else "judge", JudgeScores(endpoint.model, scores)))
     entrants = [examine(exam, answers, kind) for kind, answers in judges]
     entrants += [*constants(exam), *exam_report.published(exam)]
-    write_json(folder / JSON_FILE, exam_report.as_json(exam, entrants))
-    exam_report.write_page(folder / PAGE, exam, entrants)
+    write_json(folder / JSON_FILE, exam_report.exam_as_json(exam, entrants))
+    exam_report.write_exam_page(folder / PAGE, exam, entrants)
     if arguments.json:
-        cli.emit_json(exam_report.as_json(exam, entrants))
+        cli.emit_json(exam_report.exam_as_json(exam, entrants))
     else:
         _show(exam, entrants, folder / PAGE)
     if unchecked:

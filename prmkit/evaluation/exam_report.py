@@ -176,7 +176,7 @@ def _reservation(judge: Entrant, entrants: Sequence[Entrant]) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
+def exam_as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
     """The content of `exam.json`."""
     tasks = {run.task_id for run in exam.runs}
     return {
@@ -212,7 +212,7 @@ def as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
     }
 
 
-def write_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
+def write_exam_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
     """Write the page; it loads nothing from outside, and everything that comes from data is escaped."""
     names = shown_metrics(entrants)
     page = render_page(

@@ -37,7 +37,7 @@ _MUCH_OF_ALL = 0.3  # the largest share of the scores that one task should have
 
 # --- the five conditions ----------------------------------------------------------------------------------------------
 
-State = Literal["met", "failed", "unknown", "not applicable"]
+ConditionState = Literal["met", "failed", "unknown", "not applicable"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Condition:
     """One of the conditions that a useful judge must meet."""
 
     name: str
-    state: State
+    state: ConditionState
     sentence: str
 
 

@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8")
             case "step":
                 with self.server.lock:
-                    self._send_json(state_of(self.server.labels))
+                    self._send_json(page_state(self.server.labels))
             case None:
                 self._refuse(HTTPStatus.FORBIDDEN, "Open the address that the command printed, including its token.")
             case _:
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             if refused:
                 self._refuse(HTTPStatus.CONFLICT, refused)
             else:
-                self._send_json(state_of(self.server.labels))
+                self._send_json(page_state(self.server.labels))
         if path == "finish" and not refused:
             threading.Thread(target=self.server.shutdown).start()  # it waits for this request to end
 
@@ -206,7 +206,7 @@ def _act(labels: Labels, path: str, value: Mapping[str, Any]) -> str | None:
     return None
 
 
-def state_of(labels: Labels) -> dict[str, Any]:
+def page_state(labels: Labels) -> dict[str, Any]:
     """What the page shows: the step with its history, and how many are left; nothing from a judge."""
     drawn = labels.next
     counts = {"labelled": len(labels.done), "skipped": len(labels.skipped), "all": len(labels.sample)}

@@ -15,7 +15,7 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.evaluation.exam import bare_run
-from prmkit.evaluation.exam_answers import read_answers
+from prmkit.evaluation.exam_answers import read_exam_answers
 from prmkit.evaluation.statistics import BANDS
 from prmkit.files import read_json, read_jsonl, sha256_of, write_json
 from prmkit.judge.types import SAME_SCORE
@@ -184,7 +184,7 @@ def open_labels(
 
 def _scores(file: Path, runs: Mapping[str, Trajectory], source: Path) -> Mapping[tuple[str, int], float]:
     """The scores of the only judge in a file; scores of unknown runs are skipped."""
-    judges = read_answers(file, [bare_run(run) for run in runs.values()], source)
+    judges = read_exam_answers(file, [bare_run(run) for run in runs.values()], source)
     if len(judges) > 1:
         raise UsageError(f"{file}: has scores of {len(judges)} judges. Keep those of one.")
     return judges[0].scores

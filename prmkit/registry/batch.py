@@ -95,7 +95,7 @@ def convert_all(job: Job) -> None:
     listed = ["--eval-tasks", tasks]
     _convert(job, "all", [*old, *job.asked.new], [*flags, *listed])
     held_now = set(tasks.read_text(encoding="utf-8").splitlines())
-    in_new = {str(row["metadata"].get("task_id")) for row in rows_of(job.work / "first")}
+    in_new = {str(row["metadata"].get("task_id")) for row in accepted_rows_of(job.work / "first")}
     if held_now & in_new:
         _convert(job, "new", job.asked.new, [*flags, *listed])
     if job.asked.replay < 1:
@@ -164,7 +164,7 @@ def _replayed(job: Job, old: Sequence[Path], held_out: set[str]) -> Path | None:
     """Old rows to use again: all of the held-out tasks, and a share of the others, selected by name."""
     names = {str(file.resolve()): file for file in old}
     lines: dict[Path, set[int]] = {file: set() for file in old}
-    for row in rows_of(job.work / "all"):
+    for row in accepted_rows_of(job.work / "all"):
         task, file = str(row["metadata"].get("task_id")), names.get(str(Path(row["source"]).resolve()))
         place = int.from_bytes(hashlib.blake2b(f"replay:{task}".encode(), digest_size=8).digest())
         if file is not None and (task in held_out or place < job.asked.replay * 2**64):
@@ -184,7 +184,7 @@ def base_model(job: Job) -> str:
     return str(model.resolve() if model.is_dir() else model)
 
 
-def run_of(job: Job) -> Path:
+def trained_run_of(job: Job) -> Path:
     """The folder of the training run."""
     return job.work / "saves" / f"{job.parent.name}_{job.key}"
 
@@ -201,7 +201,7 @@ def write_config(job: Job) -> Path:
     config |= {
         "model_name_or_path": base_model(job),
         "dataset_dir": str(training_data(job).resolve()),
-        "output_dir": str(run_of(job).resolve()),
+        "output_dir": str(trained_run_of(job).resolve()),
     }
     if job.asked.start == "adapter":
         if not (job.parent_folder / RUN / "adapter_config.json").is_file():
@@ -232,7 +232,7 @@ Rows = list[dict[str, Any]]
 """Lines of sidecars: the origin of each row, its scores from 0 to 1, its metadata."""
 
 
-def rows_of(data: Path) -> Rows:
+def accepted_rows_of(data: Path) -> Rows:
     """The rows of a conversion, training and held-out."""
     return [row for name in (TRAINING, HELD_OUT) for row in _sidecar(data, name)]
 

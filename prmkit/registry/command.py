@@ -120,7 +120,7 @@ def _drift(folder: Path, arguments: argparse.Namespace) -> None:
 def _page(folder: Path, arguments: argparse.Namespace) -> None:
     from prmkit.registry import page
 
-    page.write_page(folder, arguments.output, arguments.logs, arguments.limit)
+    page.write_versions_page(folder, arguments.output, arguments.logs, arguments.limit)
     cli.emit(f"{arguments.output}: open it in a browser.")
 
 

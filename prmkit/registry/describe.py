@@ -90,7 +90,7 @@ def shown_estimate(estimate: Mapping[str, Any] | None) -> str:
 def _changed(record: Mapping[str, Any], parent: Mapping[str, Any] | None, folder: Path) -> str:
     if parent is None:
         return ""
-    found = differences(record, parent, folder)
+    found = version_differences(record, parent, folder)
     return ", ".join([*found["settings"], *(["data"] if found["data"] else [])]) or "nothing"
 
 
@@ -125,7 +125,7 @@ def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
     cli.emit_table(str(version), ("", " "), [list(row) for row in rows])
 
 
-def differences(record: Mapping[str, Any], other: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def version_differences(record: Mapping[str, Any], other: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The differences between two versions.
 
     Returns:
@@ -179,7 +179,7 @@ def show_differences(folder: Path, reference: str, other: str, *, as_json: bool)
     """Tables of the differences between two versions."""
     versions = [registered.find_version(each, folder) for each in (reference, other)]
     one, another = (registered.read_version(version, folder) for version in versions)
-    found = differences(one, another, folder)
+    found = version_differences(one, another, folder)
     if as_json:
         cli.emit_json(found)
         return

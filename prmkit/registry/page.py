@@ -13,7 +13,7 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 _WIDTH, _HEIGHT, _EDGE = 640, 220, 34
 
 
-def write_page(folder: Path, output: Path, logs: Sequence[Path], limit: float) -> None:
+def write_versions_page(folder: Path, output: Path, logs: Sequence[Path], limit: float) -> None:
     """Write the page.
 
     Args:

@@ -24,8 +24,8 @@ from prmkit.registry.batch import (
     Retraining,
     convert_all,
     kept_rows,
-    run_of,
     run_script,
+    trained_run_of,
     training_data,
     write_config,
 )
@@ -123,8 +123,8 @@ def _report(job: Job) -> dict[str, Any]:
         return dict(read_json(file))
     first = job.work / "first"
     new = {file.resolve() for file in job.asked.new}
-    old_rows = [row for row in batch.rows_of(job.work / "all") if Path(row["source"]).resolve() not in new]
-    report = batch.describe_batch(old_rows, batch.rows_of(first), read_json(first / REPORT))
+    old_rows = [row for row in batch.accepted_rows_of(job.work / "all") if Path(row["source"]).resolve() not in new]
+    report = batch.describe_batch(old_rows, batch.accepted_rows_of(first), read_json(first / REPORT))
     report["contradicts"] = None
     known = _evaluate(job, job.parent_folder / RUN, job.parent_folder / DATA, "old_on_old")
     if (job.work / "new" / REPORT).is_file():
@@ -168,7 +168,7 @@ def _contradiction(metrics: Mapping[str, Any], parent: VersionId) -> str | None:
 
 
 def _train(job: Job) -> Path:
-    run = run_of(job)
+    run = trained_run_of(job)
     record = run / RUN_RECORD
     if record.is_file() and read_json(record).get("status") == "finished":
         return run

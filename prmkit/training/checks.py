@@ -19,7 +19,7 @@ from prmkit.dataset_info import split_names
 from prmkit.llamafactory_schema import (
     NO_DEFAULT,
     REPLACEMENTS,
-    Key,
+    ConfigKey,
     installed_version,
     llamafactory_version,
     logger_names,
@@ -111,7 +111,7 @@ def is_secret(key: str) -> bool:
     return bool(_SECRET.search(key))
 
 
-def check_keys(values: Values) -> list[Check]:
+def check_known_keys(values: Values) -> list[Check]:
     """Everything that is wrong with single keys, in their order; at most one error per key."""
     keys = training_keys()
     missing = [
@@ -123,7 +123,7 @@ def check_keys(values: Values) -> list[Check]:
     return [*missing, *(each for each in found if each is not None)]
 
 
-def _errors_of(name: str, value: Any, values: Values, keys: Mapping[str, Key]) -> Iterator[Check]:
+def _errors_of(name: str, value: Any, values: Values, keys: Mapping[str, ConfigKey]) -> Iterator[Check]:
     key = keys.get(name)
     if key is None:
         yield unknown_key(name, keys)
@@ -190,7 +190,7 @@ def _check_report_to(value: Any) -> Iterator[Check]:
         yield error("report_to", f"there is no logger '{', '.join(unknown)}'", f"Known: {known}.")
 
 
-def _check_type(key: Key, value: Any) -> Iterator[Check]:
+def _check_type(key: ConfigKey, value: Any) -> Iterator[Check]:
     if _fits(key, value) or value in _ACCEPTED_ANYWAY.get(key.name, ()):
         return
     wanted = " or ".join(sorted(_TYPE_WORDS[name] for name in key.types & _TYPE_WORDS.keys())) or "another type"
@@ -213,7 +213,7 @@ _TYPE_WORDS = {
 }  # fmt: skip
 
 
-def _fits(key: Key, value: Any) -> bool:
+def _fits(key: ConfigKey, value: Any) -> bool:
     if not key.types <= {*_TYPE_WORDS, "None"}:
         return True  # a class of transformers: its own parser checks it
     if isinstance(value, bool):
@@ -236,7 +236,7 @@ def _unquoted(text: str) -> Any:
     return None
 
 
-def _check_choice(key: Key, value: Any) -> Iterator[Check]:
+def _check_choice(key: ConfigKey, value: Any) -> Iterator[Check]:
     choices = (*key.choices, *_ACCEPTED_ANYWAY.get(key.name, ()))
     if key.choices and isinstance(value, str) and value not in choices:
         nearest = difflib.get_close_matches(value, choices, n=1)
@@ -386,4 +386,4 @@ _RARELY_MEANT = {
         "Leave it out; save_total_limit: 1 saves disk space as well.",
     ),
 }
-"""Key -> what was found and what to do; `{}` is the value."""
+"""ConfigKey -> what was found and what to do; `{}` is the value."""

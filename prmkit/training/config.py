@@ -13,7 +13,7 @@ from typing import Any
 from prmkit.dataset_info import held_out_names, read_entries, split_names
 from prmkit.errors import DataError, UsageError
 from prmkit.llamafactory_schema import (
-    Key,
+    ConfigKey,
     default_of,
     llamafactory_version,
     read_yaml,
@@ -23,8 +23,8 @@ from prmkit.llamafactory_schema import (
     value_of,
 )
 from prmkit.paths import HELD_OUT_SUFFIX
-from prmkit.training.checks import Check, check_conflicts, check_keys, error, is_secret, unknown_key
-from prmkit.training.environment import Machine, check_folders, this_machine
+from prmkit.training.checks import Check, check_conflicts, check_known_keys, error, is_secret, unknown_key
+from prmkit.training.environment import Machine, check_owned_folders, this_machine
 from prmkit.training.monitoring import resolve_swanlab
 
 
@@ -84,10 +84,10 @@ def resolve_config(
     overridden = {override.key: override.key in values for override in overrides}
     changes = _fit_held_out(values, overridden)
     fitted = changes.applied_to(values)
-    errors += check_keys(fitted)
+    errors += check_known_keys(fitted)
     wrong = {each.name for each in errors}
     right = {key: value for key, value in fitted.items() if key not in wrong}
-    errors += [*check_conflicts(right), *check_folders(right)]
+    errors += [*check_conflicts(right), *check_owned_folders(right)]
     if errors:
         errors += _check_inputs(fitted, {each.name for each in errors}) if files else []
         raise UsageError(_report(path, errors, sources))
@@ -105,7 +105,7 @@ def typed_values(overrides: Sequence[Override]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     errors = _apply(values, {}, overrides, training_keys())
-    errors += [each for each in check_keys(values) if each.name in values]
+    errors += [each for each in check_known_keys(values) if each.name in values]
     if errors:
         raise UsageError("\n".join(_line(each.name, each) for each in errors))
     return values
@@ -148,19 +148,19 @@ def render_yaml(values: Mapping[str, Any]) -> str:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, keys: Mapping[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_file(path: Path, keys: Mapping[str, ConfigKey]) -> tuple[dict[str, Any], dict[str, str]]:
     values = {key: _with_no_as_word(keys.get(key), value) for key, value in read_yaml(path).items()}
     # A null changes nothing if LLaMA Factory's default is null; otherwise it is checked.
     values = {key: value for key, value in values.items() if value is not None or not _defaults_to_null(keys.get(key))}
     return values, dict.fromkeys(values, str(path))
 
 
-def _defaults_to_null(key: Key | None) -> bool:
+def _defaults_to_null(key: ConfigKey | None) -> bool:
     return key is not None and key.default is None
 
 
 def _apply(
-    values: dict[str, Any], sources: dict[str, str], overrides: Iterable[Override], keys: Mapping[str, Key]
+    values: dict[str, Any], sources: dict[str, str], overrides: Iterable[Override], keys: Mapping[str, ConfigKey]
 ) -> list[Check]:
     """Apply overrides to `values` and `sources`; return what is wrong with them."""
     errors = []
@@ -186,7 +186,7 @@ def _apply(
     return errors
 
 
-def _typed_value(key: Key | None, text: str) -> Any:
+def _typed_value(key: ConfigKey | None, text: str) -> Any:
     """The value of a string on the command line, with the type that LLaMA Factory gives its own `key=value`.
 
     A key that holds a string gets it unchanged, unless it is a list: `run_name=123` is a name, and
@@ -207,7 +207,7 @@ def _typed_value(key: Key | None, text: str) -> Any:
     return value
 
 
-def _with_no_as_word(key: Key | None, value: Any) -> Any:
+def _with_no_as_word(key: ConfigKey | None, value: Any) -> Any:
     # YAML reads an unquoted `no` as false, and LLaMA Factory then finds no strategy of that name.
     return "no" if value is False and key is not None and "no" in key.choices else value
 
@@ -236,9 +236,9 @@ class _Changes:
     """Collects what fitting changes."""
 
     derived: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """Key -> new value and reason."""
+    """ConfigKey -> new value and reason."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """Key -> reason."""
+    """ConfigKey -> reason."""
 
     def drop(self, values: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
         """Leave out those of `names` that are set to something."""

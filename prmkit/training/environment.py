@@ -243,7 +243,7 @@ def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
     return error("packages", found, f"pip install {' '.join(missing)}, or leave out: {', '.join(missing.values())}")
 
 
-def check_folders(values: Mapping[str, Any]) -> Iterator[Check]:
+def check_owned_folders(values: Mapping[str, Any]) -> Iterator[Check]:
     """A run and an export own their whole folder: `--overwrite` renames it with everything in it."""
     kept = {"dataset_dir": Path(str(setting(values, "dataset_dir")))}
     if "model_name_or_path" in values:

@@ -67,7 +67,7 @@ def check_start(gpus: int) -> Check:
 
 # --- the template -------------------------------------------------------------------------------------------------
 
-USER, SYSTEM, ANSWER = "How good is this step?", "You are a strict judge.", '{"score": 0.50}'
+_USER, _SYSTEM, _ANSWER = "How good is this step?", "You are a strict judge.", '{"score": 0.50}'
 WITHOUT_SYSTEM, WITH_SYSTEM, WITH_ANSWER = "a prompt", "a prompt with a system text", "an answer"
 
 
@@ -146,9 +146,9 @@ def _model_type(values: Mapping[str, Any]) -> str:
 def _default_system(own: Rendering) -> str | None:
     """The system text that the model's own chat template adds to a prompt without one."""
     alone, given = own[WITHOUT_SYSTEM], own[WITH_SYSTEM]
-    if alone is None or given is None or SYSTEM not in given:
+    if alone is None or given is None or _SYSTEM not in given:
         return None
-    before, after = given.split(SYSTEM, maxsplit=1)
+    before, after = given.split(_SYSTEM, maxsplit=1)
     fits = alone.startswith(before) and alone.endswith(after) and len(alone) > len(before) + len(after)
     return alone[len(before) : len(alone) - len(after)] if fits else None
 
@@ -172,8 +172,8 @@ def _own_rendering(tokenizer: Any, chat_template: Any, values: Mapping[str, Any]
             return None
         return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
 
-    user, system = {"role": "user", "content": USER}, {"role": "system", "content": SYSTEM}
-    answer = {"role": "assistant", "content": ANSWER}
+    user, system = {"role": "user", "content": _USER}, {"role": "system", "content": _SYSTEM}
+    answer = {"role": "assistant", "content": _ANSWER}
     # A system text from the config precedes every prompt; an empty one removes the template's own, on purpose.
     chosen = values.get("default_system")
     before = [{"role": "system", "content": chosen}] if chosen else []
@@ -182,9 +182,9 @@ def _own_rendering(tokenizer: Any, chat_template: Any, values: Mapping[str, Any]
 
 
 def _rendering(template: Any, tokenizer: Any) -> Rendering:
-    messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
+    messages = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
     ((prompt, _),) = template.encode_multiturn(tokenizer, messages, None, None)
-    ((with_system, answer),) = template.encode_multiturn(tokenizer, messages, SYSTEM, None)
+    ((with_system, answer),) = template.encode_multiturn(tokenizer, messages, _SYSTEM, None)
     end = [tokenizer.eos_token_id] if template.efficient_eos else []
     parts = {WITHOUT_SYSTEM: prompt, WITH_SYSTEM: with_system, WITH_ANSWER: [*with_system, *answer, *end]}
     return {part: _decoded(tokenizer, ids) for part, ids in parts.items()}

@@ -34,7 +34,7 @@ def check_rows(encoding: ChatEncoding | None, values: Mapping[str, Any]) -> tupl
     if encoding is None:
         return warning("row lengths", "not measured (no tokenizer)", "Fix the model folder first."), None
     try:
-        lengths = measure(encoding, values)
+        lengths = measure_lengths(encoding, values)
     except DataError as failure:
         return warning("row lengths", f"not measured: {failure}", "Fix the dataset first."), None
     return check_lengths(lengths, values), lengths.longest if lengths else None
@@ -61,7 +61,9 @@ class Lengths:
         return len(self.longest_first) >= self.rows
 
 
-def measure(encoding: ChatEncoding, values: Mapping[str, Any], budget: float = BUDGET_SECONDS) -> Lengths | None:
+def measure_lengths(
+    encoding: ChatEncoding, values: Mapping[str, Any], budget: float = BUDGET_SECONDS
+) -> Lengths | None:
     """Measure the rows of `dataset` and `eval_dataset`; None for kinds of files that are not read here.
 
     Args:

@@ -18,7 +18,7 @@ from synthetic import CONSTANTS, noisy, predictions_of, write_data_folder, write
 
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation import evaluate
-from prmkit.evaluation.evaluate import Settings
+from prmkit.evaluation.evaluate import EvaluationSettings
 from prmkit.evaluation.heldout import HeldOutPrompt, place_of_held_out, read_held_out, sampled, training_constants
 from prmkit.evaluation.predictions import resume
 from prmkit.judge.sources import JudgeSource
@@ -43,7 +43,7 @@ def source(model_folders: dict[str, Path]) -> JudgeSource:
 def evaluation(data: Path, source: JudgeSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished evaluation."""
     folder = tmp_path_factory.mktemp("evaluation")
-    evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, folder, Settings(), None)
+    evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, folder, EvaluationSettings(), None)
     return folder
 
 
@@ -76,7 +76,7 @@ def test_metrics_and_report_are_written_with_the_predictions(evaluation):
 def test_a_limit_for_the_label_mass_is_used_and_is_another_evaluation(evaluation, data, source, tmp_path):
     assert "ok" in {row["status"] for row in rows_of(evaluation)}
     shutil.copytree(evaluation, tmp_path / "strict")
-    settings = Settings(Asking(min_label_mass=1.0), limit=3)
+    settings = EvaluationSettings(Asking(min_label_mass=1.0), limit=3)
     evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, tmp_path / "strict", settings, None)
     rows = rows_of(tmp_path / "strict")
     assert len(rows) == 3 and all("label_mass" in row["reason"] for row in rows)
@@ -86,7 +86,7 @@ def test_a_second_evaluation_scores_nothing_again(evaluation, data, source, monk
     # Without its weights the judge could not be asked even once.
     before = (evaluation / "predictions.jsonl").read_bytes()
     monkeypatch.setattr(evaluate, "_judged", None)
-    evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, evaluation, Settings(), None)
+    evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, evaluation, EvaluationSettings(), None)
     assert (evaluation / "predictions.jsonl").read_bytes() == before
 
 
@@ -128,14 +128,16 @@ def test_predictions_of_another_kind_are_kept_aside_not_mixed(tmp_path):
 
 def test_the_base_model_is_asked_beside_an_adapter_only(data, source, tmp_path):
     with pytest.raises(UsageError, match="has no adapter"):
-        evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, tmp_path, Settings(with_base=True), None)
+        evaluate.evaluate(
+            source, read_held_out(data, NAME), CONSTANTS, tmp_path, EvaluationSettings(with_base=True), None
+        )
 
 
 def test_results_do_not_go_where_a_file_is(data, source, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match="is a file, but the results need a folder"):
-            evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, folder, Settings(), None)
+            evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, folder, EvaluationSettings(), None)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -144,7 +146,9 @@ def test_a_judge_that_can_score_nothing_is_an_error_with_the_reason(data, source
 
     tight = replace(source, cutoff_len=40)
     with pytest.raises(DataError, match=r"none of \d+ prompts got a score. .* tokens"):
-        evaluate.evaluate(tight, read_held_out(data, NAME), CONSTANTS, tmp_path, Settings(Asking(trim=False)), None)
+        evaluate.evaluate(
+            tight, read_held_out(data, NAME), CONSTANTS, tmp_path, EvaluationSettings(Asking(trim=False)), None
+        )
 
 
 def tasks_of(prompts: Iterable[HeldOutPrompt]) -> Counter[str]:

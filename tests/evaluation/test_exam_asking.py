@@ -16,7 +16,7 @@ import pytest
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation.command import execute
 from prmkit.evaluation.exam import read_exam
-from prmkit.evaluation.exam_answers import read_answers
+from prmkit.evaluation.exam_answers import read_exam_answers
 from prmkit.http_client import together
 from prmkit.trajectories.command import import_runs
 
@@ -127,7 +127,7 @@ def test_other_numbers_in_a_verdict_are_no_scores(exam: Path) -> None:
         row["conversations"][1]["value"] = said[0]
         row["metadata"]["model_name"] = "M"
     judged = public.write_lines(exam.parent / "judged.jsonl", rows)
-    found = read_answers(judged, read_exam(exam).runs, exam)
+    found = read_exam_answers(judged, read_exam(exam).runs, exam)
     assert set(found[0].scores.values()) == {0.25}
     (exam.parent / "exam.runs.jsonl").unlink()
     assert {step.label for _, step in read_exam(judged).labelled} == {0.25}
@@ -139,7 +139,7 @@ def test_second_answers_of_strong_judges_are_counted_and_not_read(exam: Path) ->
     again["metadata"]["repeat"] = True
     again["conversations"][1]["value"] = '{"step_score": 0.07}'
     judged = public.write_lines(exam.parent / "judged.jsonl", [*rows, again])
-    (found,) = read_answers(judged, read_exam(exam).runs, exam)
+    (found,) = read_exam_answers(judged, read_exam(exam).runs, exam)
     assert len(found.scores) == len(rows) and 0.07 not in found.scores.values()
     assert found.unplaced.total() == 1
 

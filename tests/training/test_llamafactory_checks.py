@@ -14,7 +14,7 @@ import pytest
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.training.checks import Check, Status
 from prmkit.training.llamafactory_checks import check_start, check_template
-from prmkit.training.row_lengths import Lengths, check_lengths, measure
+from prmkit.training.row_lengths import Lengths, check_lengths, measure_lengths
 
 TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
 OPENED = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
@@ -178,7 +178,7 @@ def write(folder: Path, entry: dict[str, Any], rows: list[Any]) -> dict[str, Any
 def test_lengths_are_those_of_training(encoding: ChatEncoding, tmp_path: Path) -> None:
     prompts = ["Judge this.", "Judge that, please.\n" * 9, "短い"]
     rows = [{"instruction": prompt, "input": "", "output": '{"a": 0.50}'} for prompt in prompts]
-    found = measure(encoding, write(tmp_path, ALPACA, rows))
+    found = measure_lengths(encoding, write(tmp_path, ALPACA, rows))
     expected = [sum(map(len, encoding.pair_ids(prompt, '{"a": 0.50}'))) for prompt in prompts]
     assert found is not None
     assert sorted(found.longest_first) == sorted(expected) == sorted(found.sample)
@@ -190,8 +190,8 @@ def test_both_formats_have_the_same_lengths(encoding: ChatEncoding, tmp_path: Pa
     (tmp_path / "b").mkdir()
     flat = [{"instruction": "Judge", "input": "this.", "output": "x"}]
     turns = [{"conversations": [{"from": "human", "value": "Judge\nthis."}, {"from": "gpt", "value": "x"}]}]
-    first = measure(encoding, write(tmp_path / "a", ALPACA, flat))
-    second = measure(encoding, write(tmp_path / "b", SHAREGPT, turns))
+    first = measure_lengths(encoding, write(tmp_path / "a", ALPACA, flat))
+    second = measure_lengths(encoding, write(tmp_path / "b", SHAREGPT, turns))
     assert first == second
 
 
@@ -202,7 +202,7 @@ def test_the_longest_rows_come_first_when_time_is_short(
     rows[1234]["instruction"] = "word " * 500
     ticks = itertools.count()
     monkeypatch.setattr("prmkit.training.row_lengths.time.monotonic", lambda: float(next(ticks)))
-    found = measure(encoding, write(tmp_path, ALPACA, rows), budget=100.0)
+    found = measure_lengths(encoding, write(tmp_path, ALPACA, rows), budget=100.0)
     assert found is not None
     assert not found.measured_all
     assert found.longest == found.longest_first[0] > 500
@@ -220,17 +220,17 @@ def test_lengths_that_the_conversion_measured_are_used(
             "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()}  # fmt: skip
     for lengths, used in (({}, True), ({"template": "qwen3"}, False), ({"tokenizer_sha256": "other"}, False)):
         (tmp_path / "conversion_report.json").write_text(json.dumps({"measured_with": {**same, **lengths}}))
-        found = measure(encoding, values)
+        found = measure_lengths(encoding, values)
         assert found is not None and (list(found.longest_first) == [13, 12, 11]) is used
     (tmp_path / "conversion_report.json").write_text(json.dumps({"measured_with": same}))
     os.utime(tmp_path / "rows.jsonl", (2**32, 2**32))
-    found = measure(encoding, values)
+    found = measure_lengths(encoding, values)
     assert found is not None and found.longest != 13
 
 
 def test_other_files_are_not_measured(encoding: ChatEncoding, tmp_path: Path) -> None:
     values = write(tmp_path, {"file_name": "rows.csv"}, [])
-    assert measure(encoding, values) is None
+    assert measure_lengths(encoding, values) is None
     assert check_lengths(None, values).status is Status.WARNING
 
 
@@ -275,4 +275,4 @@ def test_padding_is_worth_a_word() -> None:
 
 def test_no_rows_at_all(encoding: ChatEncoding, tmp_path: Path) -> None:
     values = write(tmp_path, ALPACA, [])
-    assert check_lengths(measure(encoding, values), values).status is Status.ERROR
+    assert check_lengths(measure_lengths(encoding, values), values).status is Status.ERROR
