@@ -1,11 +1,27 @@
 """A config is read as LLaMA Factory reads it; an error names the place."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
 from prmkit.errors import UsageError
-from prmkit.llamafactory_schema import read_yaml, split_assignment, value_of
+from prmkit.llamafactory_schema import read_yaml, split_assignment, training_keys, value_of
+
+KEYS = set(Path(__file__).with_name("llamafactory_keys.txt").read_text(encoding="utf-8").split())
+"""The keys of the LLaMA Factory that this project was last adapted to."""
+
+
+def test_a_key_that_the_code_names_is_still_one_of_llama_factorys(root: Path) -> None:
+    """A key that the next version renames would else be looked up and never found."""
+    gone = KEYS - training_keys().keys()
+    named: dict[str, set[str]] = {}
+    for path in (root / "prmkit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in gone:
+                named.setdefault(str(node.value), set()).add(str(path.relative_to(root)))
+    assert not named
+    assert training_keys().keys() == KEYS, "look at the new keys, then bring llamafactory_keys.txt up to date"
 
 
 @pytest.mark.parametrize(
