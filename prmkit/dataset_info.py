@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from prmkit.errors import DataError
-from prmkit.files import read_json
+from prmkit.files import read_json, sha256_of
 from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
 
 Format = Literal["alpaca", "sharegpt"]
@@ -126,6 +126,31 @@ def _entry(name: str, raw: Mapping[str, Any], folder: Path) -> Entry:
 
 def _named(given: Mapping[str, Any] | None, defaults: Mapping[str, str]) -> Mapping[str, str]:
     return defaults if given is None else {key: value for key, value in given.items() if isinstance(value, str)}
+
+
+def data_folder_of(run: Path, record: Mapping[str, Any]) -> Path | None:
+    """Where the data of a run is now: the first folder with the rows that it was trained on.
+
+    It is looked for from the current folder and from the folders above the run's, where another project may have data
+    under the same name. If no folder has those rows, the first one with data is returned, or None.
+
+    Args:
+        run: the folder of the run.
+        record: the content of its `run.json`.
+    """
+    named = Path(record["config"].get("dataset_dir") or "data")
+    places = [above / named for above in (Path(), *run.resolve().parents[:4])]
+    folders = [place for place in places if (place / INFO).is_file()]
+    return next((folder for folder in folders if _has_rows_of(record, folder)), folders[0] if folders else None)
+
+
+def _has_rows_of(record: Mapping[str, Any], folder: Path) -> bool:
+    described = record.get("dataset") or {}
+    try:
+        entry = read_entries(folder).get(described["name"])
+        return entry is not None and entry.file is not None and sha256_of(entry.file) == described["sha256"]
+    except (DataError, OSError, KeyError):
+        return False
 
 
 def split_names(value: Any) -> list[str]:

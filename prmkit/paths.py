@@ -46,16 +46,6 @@ def record_of(folder: Path) -> Path | None:
     return next((file for place in (folder, folder.parent) if (file := place / RUN_RECORD).is_file()), None)
 
 
-def found_above(run: Path, named: Path) -> Path | None:
-    """A file or folder that the configuration of a run names relative to where the training was started; None if gone.
-
-    That is usually a folder above the run's: the project, or the one that contains the registry. The current folder is
-    tried last, because it may be another project.
-    """
-    folders = (*run.resolve().parents[:4], Path())
-    return next((place for folder in folders if (place := folder / named).exists()), None)
-
-
 def base_model_of(run: Path, record: Mapping[str, Any]) -> Path:
     """The base model of a run: its folder wherever the project is now, or its name on a hub.
 
@@ -73,5 +63,7 @@ def base_model_of(run: Path, record: Mapping[str, Any]) -> Path:
         return beside.resolve()
     if isinstance(absolute, str) and Path(absolute).is_absolute():
         return Path(absolute)
+    # Usually relative to a folder above the run's: the project, or the one that contains the registry.
     named = Path(record["config"]["model_name_or_path"])
-    return found_above(run, named) or named
+    candidates = (above / named for above in run.resolve().parents[:4])
+    return next((place for place in candidates if place.is_dir()), named)

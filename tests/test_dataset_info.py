@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 
-from prmkit.dataset_info import Format, RowTexts, dataset_entry, held_out_names, read_entries, split_names, training_row
+from prmkit.dataset_info import (
+    Format,
+    RowTexts,
+    data_folder_of,
+    dataset_entry,
+    held_out_names,
+    read_entries,
+    split_names,
+    training_row,
+)
 from prmkit.errors import DataError
+from prmkit.files import sha256_of
 
 
 def entries_of(folder: Path, info: Any) -> Any:
@@ -68,3 +78,22 @@ def test_names() -> None:
     assert split_names("a, b") == split_names(["a", " b"]) == ["a", "b"]
     assert split_names(None) == []
     assert held_out_names(["a", "b"], ["a", "b", "b_eval"]) == ["b_eval"]
+
+
+def test_the_data_of_a_run_is_that_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither another project's, in which one stands, nor that of a folder above the run's, which may be a link."""
+    run = tmp_path / "scratch" / "saves" / "run"
+    folders = [tmp_path / name / "data" for name in ("project", "scratch", "other")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "rows.jsonl").write_text(f"rows of {folder.parent.name}\n")
+        (folder / "dataset_info.json").write_text(json.dumps({"full": {"file_name": "rows.jsonl"}}))
+    project, scratch, other = folders
+    for rows, here in ((project, project), (scratch, project), (scratch, other)):
+        monkeypatch.chdir(here.parent)
+        described = {"name": "full", "sha256": sha256_of(rows / "rows.jsonl")}
+        assert data_folder_of(run, {"config": {"dataset_dir": "data"}, "dataset": described}).resolve() == rows
+    unknown = {"config": {}, "dataset": {"name": "full", "sha256": "0" * 64}}
+    assert data_folder_of(run, unknown).resolve() == other  # the caller's check of the hash then fails
+    monkeypatch.chdir(tmp_path)
+    assert data_folder_of(tmp_path / "saves" / "run", unknown) is None

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from prmkit.files import write_json
-from prmkit.paths import base_model_of, found_above, record_of
+from prmkit.paths import base_model_of, record_of
 from prmkit.registered import results_folder, results_of
 
 
@@ -15,23 +13,14 @@ def test_a_checkpoint_has_the_record_of_its_run(tmp_path: Path) -> None:
     assert record_of(tmp_path / "saves") is record_of(tmp_path / "nothing" / "here") is None
 
 
-def test_what_a_run_names_is_searched_in_its_own_project_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project, other = tmp_path / "project", tmp_path / "other"
-    for folder in (project / "data", other / "data", other / "model"):
-        folder.mkdir(parents=True)
-    monkeypatch.chdir(other)
-    for run in (project / "saves" / "run", project / "judges" / "steps" / "1" / "run"):
-        assert found_above(run, Path("data")) == project / "data"
-        assert found_above(run, Path("model")) == Path("model")
-        assert found_above(run, Path("nothing")) is None
-
-
 def test_an_older_record_has_the_base_model_only_in_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     run, config = tmp_path / "saves" / "run", {"model_name_or_path": "./model"}
     for base in (None, {"path": "./model"}, {"relative": "../gone", "path": "model"}):
         assert base_model_of(run, {"config": config, "base_model": base}) == tmp_path / "model"
     named = {"config": {"model_name_or_path": "someone/model"}, "base_model": {"path": "someone/model"}}
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone" / "model").write_text("a file of the same name")
     assert base_model_of(run, named) == Path("someone/model")
 
 

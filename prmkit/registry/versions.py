@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import registered
+from prmkit.dataset_info import data_folder_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import end_of_last_line, exclusive_lock, read_json, read_jsonl, sha256_of, sync, write_all, write_json
-from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD, found_above, sidecar_of
+from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD, sidecar_of
 from prmkit.registered import DATA, ROWS, RUN, SAFE_NAME, State, VersionId
 
 log = logging.getLogger("prmkit")
@@ -178,13 +179,13 @@ def _copy_run(addition: Addition, target: Path) -> None:
 
 def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> None:
     """The files that retraining needs: training and held-out rows with their sidecars, and the input."""
-    data = addition.data or _data_of(addition.run, record)
-    if data is None:
+    data = addition.data or data_folder_of(addition.run, record)
+    info = read_json(data / INFO) if data else {}
+    if data is None or not any((record.get(side) or {}).get("name") in info for side in ("dataset", "eval_dataset")):
         log.warning(
             "warning: the data of %s was not found, so it cannot be retrained. Name it with --data-dir.", addition.run
         )
         return
-    info = read_json(data / INFO)
     (target / DATA).mkdir()
     kept = {}
     for side in ("dataset", "eval_dataset"):
@@ -206,11 +207,6 @@ def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> N
     if (data / REPORT).is_file():
         shutil.copy2(data / REPORT, target / DATA / REPORT)
         _copy_rows(addition, read_json(data / REPORT), data, target / ROWS)
-
-
-def _data_of(run: Path, record: Mapping[str, Any]) -> Path | None:
-    info = found_above(run, Path(record["config"].get("dataset_dir") or "data", INFO))
-    return info.parent if info else None
 
 
 def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target: Path) -> None:

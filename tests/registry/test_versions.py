@@ -161,6 +161,22 @@ def test_a_run_that_did_not_finish_or_has_other_data_is_refused(project: Path, t
     assert read_history(registered.registry_folder()) == []
 
 
+def test_the_data_of_another_project_is_not_taken(
+    project: Path, judges: Path, tmp_path: Path, manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path, project / "rows.jsonl")
+    saves = (tmp_path / "saves").rename(tmp_path / "elsewhere")
+    record = json.loads((saves / "run1" / "run.json").read_text())
+    record["config"]["dataset_dir"] = "data"
+    (saves / "run1" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "data").rename(tmp_path / "mine")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"another": {"file_name": "rows.jsonl"}}')
+    monkeypatch.chdir(tmp_path)
+    manage("add", saves / "run1", "--name", "without")
+    assert not (judges / "without" / "1" / "data").exists()
+
+
 def test_commands_at_once_are_done_one_by_one(project: Path, judges: Path) -> None:
     run = project / "saves" / "run1"
     commands = [[sys.executable, str(ROOT / "manage_judges.py"), "add", str(run), "--name", f"j{n}"] for n in range(6)]
