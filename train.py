@@ -62,10 +62,10 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
     options = TrainOptions(**typed, launch=launch)
     outcome = execute(options)
     # The only place where training calls evaluation in code; everywhere else they exchange files.
-    if outcome.run is not None:
+    if outcome.run is not None and (options.evaluate or outcome.exported):
         from prmkit.evaluation.command import evaluate_run, prove_export
 
-        # A model's own code ran in the training or the export only because this command allows it.
+        # A model's own code ran in the training or the export only because this command line allows it.
         trust = bool(outcome.record["config"].get("trust_remote_code"))
         if options.evaluate:
             evaluate_run(outcome.run, trust_remote_code=trust)

@@ -82,6 +82,8 @@ def resolve_config(
     values, sources = _read_file(path, keys)
     errors = _apply(values, sources, overrides, keys)
     overridden = {override.key: override.key in values for override in overrides}
+    if values.get("trust_remote_code") and "trust_remote_code" not in overridden:
+        errors.append(error("trust_remote_code", "true in a file", "type it: trust_remote_code=true"))
     changes = _fit_held_out(values, overridden)
     fitted = changes.applied_to(values)
     errors += check_known_keys(fitted)
@@ -236,9 +238,9 @@ class _Changes:
     """Collects what fitting changes."""
 
     derived: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """ConfigKey -> new value and reason."""
+    """Key -> new value and reason."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """ConfigKey -> reason."""
+    """Key -> reason."""
 
     def drop(self, values: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
         """Leave out those of `names` that are set to something."""

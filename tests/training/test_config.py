@@ -66,6 +66,14 @@ def test_a_mistyped_key_cannot_be_taken_out(config: Path) -> None:
     assert "Did you mean lora_rank?" in complaint(config, "lora_rnak=")
 
 
+def test_code_of_a_model_runs_only_if_that_is_typed(config: Path) -> None:
+    """A config may come from somebody else, with the model."""
+    config.write_text(config.read_text() + "trust_remote_code: true\n")
+    assert "trust_remote_code=true" in complaint(config)
+    assert resolved(config, "trust_remote_code=true").values["trust_remote_code"] is True
+    assert "trust_remote_code" not in resolved(config, "trust_remote_code=").values
+
+
 def test_a_wrong_key_of_the_file_can_be_taken_out(config: Path) -> None:
     config.write_text(config.read_text() + "evaluation_strategy: steps\n")
     resolved(config, "evaluation_strategy=")
