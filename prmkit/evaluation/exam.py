@@ -168,8 +168,13 @@ def _runs_of_rows(file: Path) -> list[ExamRun]:
     return [_run_of_steps(name, [of_step[n] for n in sorted(of_step)]) for name, of_step in grouped.items()]
 
 
-def judged_row(value: Any, place: str) -> tuple[InputRow, Verdict | None]:
+def judged_row(value: Any, place: str, kind: str) -> tuple[InputRow, Verdict | None]:
     """A row and its verdict; None if it has none that can be read.
+
+    Args:
+        value: the row.
+        place: for messages.
+        kind: what the row should be, for messages.
 
     Raises:
         DataError: not a row; the message begins with `place`.
@@ -177,13 +182,13 @@ def judged_row(value: Any, place: str) -> tuple[InputRow, Verdict | None]:
     try:
         row = read_row(value)
     except Rejected as rejected:
-        raise DataError(f"{place}: not a labelled step ({rejected.reason}).") from rejected
+        raise DataError(f"{place}: not {kind} ({rejected.reason}).") from rejected
     verdict = None if row.answer is None else read_verdict(row.answer, asked_shape(row.prompt))
     return row, None if isinstance(verdict, Unreadable) else verdict
 
 
 def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, Any]]:
-    row, verdict = judged_row(value, place)
+    row, verdict = judged_row(value, place, "a labelled step")
     metadata = row.metadata
     n, run = whole_number(metadata.get("clip_number")), metadata.get("trajectory_id") or metadata.get("task_id")
     if n is None or not run or verdict is None:

@@ -182,7 +182,7 @@ def _scores_in(
             yield numbers.get(int(index)) if str(index).isdigit() else None, (float(label), True)
         return
     if "conversations" in value:
-        row, verdict = judged_row(value, place)
+        row, verdict = judged_row(value, place, "a judged step")
         step = row.clip_number if row.clip_number in numbers.values() else None
         yield step, (verdict.mean, False) if verdict else None
         return

@@ -317,7 +317,7 @@ def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str,
 
 
 def constants(exam: Exam) -> list[Entrant]:
-    """JudgeScores that need no reading of a run; those that use labels use only labels of other tasks."""
+    """Answers that need no reading of a run; those that use labels use only labels of other tasks."""
     steps = [(run.trajectory_id, step.n) for run in exam.runs for step in run.steps]
     every_run = [run.trajectory_id for run in exam.runs]
     all_good = JudgeScores("every step good", dict.fromkeys(steps, GOOD), dict.fromkeys(every_run, NO_ERROR))

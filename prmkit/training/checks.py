@@ -386,4 +386,4 @@ _RARELY_MEANT = {
         "Leave it out; save_total_limit: 1 saves disk space as well.",
     ),
 }
-"""ConfigKey -> what was found and what to do; `{}` is the value."""
+"""Key -> what was found and what to do; `{}` is the value."""

@@ -1,6 +1,6 @@
 """What is shown of a run: its trainer log as progress lines, its output, the loss curves; and where SwanLab records it.
 
-Nothing here takes longer than milliseconds, except contacting SwanLab's server, which takes at most two seconds.
+Contacting SwanLab's server takes at most two seconds.
 """
 
 import fcntl
