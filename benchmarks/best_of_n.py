@@ -1,4 +1,4 @@
-"""Best of N on tau-bench's own results, for any judge, beside picks that read nothing.
+"""Best of N on tau-bench's own results, for any judge, next to picks that read nothing.
 
     python benchmarks/best_of_n.py FOLDER/gpt-4o-airline.json                               what a judge has to beat
     python benchmarks/best_of_n.py FOLDER/gpt-4o-airline.json --run saves/reward_model_training

@@ -3,7 +3,7 @@
     python benchmarks/serve.py --run demo/saves/step_judge                    one client, then 32
     python benchmarks/serve.py --run demo/saves/step_judge --wrk wrk          and wrk with one connection, and with 32
     python benchmarks/serve.py --run demo/saves/step_judge --minutes 10       and ten minutes of 32 clients: memory
-    python benchmarks/serve.py --run demo/saves/step_judge --bad 10000        bad requests beside good ones
+    python benchmarks/serve.py --run demo/saves/step_judge --bad 10000        bad requests next to good ones
 
 Every request is one step that the server has not seen, with its history. `--order runs` sends them as trainers do: all
 steps of a run when it is over. With `--order random`, steps of one run meet only by chance: the worst case. Latency is
@@ -243,7 +243,7 @@ async def send_bad(host: str, port: int, luck: random.Random) -> str:
 
 
 async def load_badly(url: str, numbers: range, clients: int) -> dict[str, Any]:
-    """Bad requests from some clients beside good ones; how each was answered, and whether good answers changed."""
+    """Bad requests from some clients next to good ones; how each was answered, and whether good answers changed."""
     host, port = url.removeprefix("http://").split(":")
     answers: Counter[str] = Counter()
     good: Counter[str] = Counter()

@@ -20,7 +20,7 @@ from prmkit.errors import DataError
 from prmkit.files import read_json, write_json
 
 CALIBRATION_FILE = "calibration.json"
-"""Written beside a run's weights, and beside an export that was shown to score as the run does."""
+"""Written next to a run's weights, and next to an export that was shown to score as the run does."""
 DEFAULT_LEVEL = 0.9
 MIN_STD = 0.01
 """A floor: even a certain judge's score is rounded to hundredths, and dividing by a std of 0 would be infinite."""
@@ -159,7 +159,7 @@ def _quantiles(pairs: Sequence[tuple[float, float]], size: int) -> list[float]:
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
-    """Store a calibration beside the judge's weights."""
+    """Store a calibration next to the judge's weights."""
     content = {"judge": dict(calibration.judge), "counts": dict(calibration.counts), "ratios": dict(calibration.ratios)}
     write_json(folder / CALIBRATION_FILE, content)
 

@@ -1,4 +1,4 @@
-"""The model card: `README.md` beside the weights, for people who find the judge without knowing this project."""
+"""The model card: `README.md` next to the weights, for people who find the judge without knowing this project."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

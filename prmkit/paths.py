@@ -59,8 +59,8 @@ def base_model_of(run: Path, record: Mapping[str, Any]) -> Path:
     recorded = record.get("base_model")
     places = recorded if isinstance(recorded, dict) else {}
     relative, absolute = places.get("relative"), places.get("path")
-    if isinstance(relative, str) and (beside := run.resolve() / relative).is_dir():
-        return beside.resolve()
+    if isinstance(relative, str) and (near := run.resolve() / relative).is_dir():
+        return near.resolve()
     if isinstance(absolute, str) and Path(absolute).is_absolute():
         return Path(absolute)
     # Usually relative to a folder above the run's: the project, or the one that contains the registry.

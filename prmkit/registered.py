@@ -200,7 +200,7 @@ def is_registered(run: Path) -> bool:
 def results_of(run: Path) -> list[Path]:
     """The folders that may have results about a run, oldest first; new results go to the last one.
 
-    A registered version never changes, so results about it since then are beside the versions.
+    A registered version never changes, so results about it since then are next to the versions.
     """
     version = run.parent
     return [run / EVALUATION, *([version.parent / "results" / version.name] if is_registered(run) else [])]

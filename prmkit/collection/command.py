@@ -1,4 +1,4 @@
-"""The work behind `ask_judges.py`: show what would be asked and its price, ask, and write the rows."""
+"""What `ask_judges.py` does: show what would be asked and its price, ask, and write the rows."""
 
 import argparse
 import logging

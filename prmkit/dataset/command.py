@@ -1,4 +1,4 @@
-"""The work behind `convert_dataset.py`: its arguments become settings, then it converts or audits."""
+"""What `convert_dataset.py` does: its arguments become settings, then it converts or audits."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""The work behind `evaluate_judge.py`, and the evaluation of a run that has just been trained."""
+"""What `evaluate_judge.py` does, and the evaluation of a run that has just been trained."""
 
 import argparse
 import logging
@@ -201,7 +201,7 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def _weights_folder(source: JudgeSource) -> Path | None:
-    """Where a calibration is kept: beside an adapter or an export of this project, never in a base model's folder."""
+    """Where a calibration is kept: next to an adapter or an export of this project, never in a base model's folder."""
     return source.adapter or (source.model if (source.model / EXPORT_NOTE).is_file() else None)
 
 

@@ -149,7 +149,7 @@ def _make(folder: Path) -> None:
 
 
 def calibrate(rows: Sequence[Row], folder: Path, judge: Mapping[str, Any]) -> None:
-    """Fit the intervals of `prmkit.intervals` on all predictions with a spread, and store them beside the weights."""
+    """Fit the intervals of `prmkit.intervals` on all predictions with a spread, and store them next to the weights."""
     ratios: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["status"] in SCORED and row["std"] is not None and row["reference"]:

@@ -19,7 +19,7 @@ from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
 from prmkit.files import read_jsonl
 from prmkit.rows import SELECTED_BY, weight_of, whole_number
-from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
+from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
 
 log = logging.getLogger("prmkit")
 

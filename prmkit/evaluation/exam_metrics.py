@@ -19,7 +19,7 @@ from prmkit.evaluation.estimates import Estimate, Floats, make_sample, mean, mea
 from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam, ExamRun, ExamStep
 from prmkit.evaluation.exam_answers import NOWHERE, JudgeScores, StepId
 from prmkit.judge.types import SAME_SCORE
-from prmkit.trajectories.beside import BAD, GOOD, NEUTRAL
+from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
 
 Array = NDArray[Any]
 

@@ -21,9 +21,9 @@ from prmkit.files import read_json, read_jsonl, sha256_of, write_json
 from prmkit.judge.types import SAME_SCORE
 from prmkit.prompts.step import Rubric
 from prmkit.resumable import appending, check_output, companion_file, replace_rows
-from prmkit.trajectories.beside import label_of
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.rows import rows_of
+from prmkit.trajectories.run_fields import label_of
 from prmkit.trajectory import Trajectory
 
 _NO_SCORE = "no score"

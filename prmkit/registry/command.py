@@ -1,4 +1,4 @@
-"""The work behind `manage_judges.py`, one function per command."""
+"""What `manage_judges.py` does, one function per command."""
 
 import argparse
 import logging

@@ -170,10 +170,10 @@ def _copy_run(addition: Addition, target: Path) -> None:
     # The base model is found relative to the run's folder, and the relative path from here is different.
     record = read_json(target / RUN_RECORD)
     base = record.get("base_model") or {}
-    beside = addition.run / str(base.get("relative"))
-    if base.get("relative") and beside.is_dir():
+    near = addition.run / str(base.get("relative"))
+    if base.get("relative") and near.is_dir():
         final = target.parent.with_name(target.parent.name.removeprefix(".adding-")) / RUN
-        base["relative"] = os.path.relpath(beside.resolve(), final.resolve())
+        base["relative"] = os.path.relpath(near.resolve(), final.resolve())
         write_json(target / RUN_RECORD, {**record, "base_model": base})
 
 

@@ -1,4 +1,4 @@
-"""The work behind `serve_judge.py`: load a judge and serve it on a port."""
+"""What `serve_judge.py` does: load a judge and serve it on a port."""
 
 import argparse
 import asyncio

@@ -62,7 +62,7 @@ Count = Callable[[RowToScore, Scored, JudgeRole], None]
 
 @dataclass
 class Trial:
-    """A challenger beside the production judge."""
+    """A challenger next to the production judge."""
 
     challenger: ServedJudge
     share: float

@@ -299,7 +299,7 @@ def _check_rows(config: Values, given: Values) -> Iterator[Check]:
 def _check_schedule(config: Values, given: Values) -> Iterator[Check]:
     if "warmup_ratio" in given and "warmup_steps" in given:
         hint = "Keep warmup_steps: 0.1 (below 1 it is a share of the run)."
-        yield error("warmup_ratio", "is set beside warmup_steps, and LLaMA Factory uses only the ratio", hint)
+        yield error("warmup_ratio", "is set together with warmup_steps, and LLaMA Factory uses only the ratio", hint)
     deepspeed = given.get("deepspeed")
     # A launch checks this only under torchrun, after every process has started.
     if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():

@@ -59,7 +59,7 @@ def find_source(folder: Path) -> Source:
     """Find the adapter of a run folder or checkpoint folder.
 
     Raises:
-        DataError: it has no complete weights, or no `run.json` beside them.
+        DataError: it has no complete weights, or no `run.json` next to them.
     """
     if fault := weights_fault(folder):
         raise DataError(f"{folder}: {fault}. Train first, or name a run or checkpoint folder.")

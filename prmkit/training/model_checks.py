@@ -149,7 +149,7 @@ def _check_checkpoint(values: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _was_used(checkpoint: Path) -> bool:
-    """Whether the run beside this checkpoint resumed from it, before LLaMA Factory deleted it as too old."""
+    """Whether the run next to this checkpoint resumed from it, before LLaMA Factory deleted it as too old."""
     record = read_record(checkpoint.parent)
     return record is not None and str(checkpoint) in record["resumed_from"]
 

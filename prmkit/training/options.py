@@ -108,8 +108,8 @@ NEW_STEPS = "examples/new_steps.jsonl"
 """Steps that ship with the project, to be scored."""
 
 
-def _beside_train(name: str) -> str:
-    """A file beside the train.py that was started, so that commands work from this folder."""
+def _next_to_train(name: str) -> str:
+    """A file next to the train.py that was started, so that commands work from this folder."""
     script = Path(sys.argv[0])
     return shlex.quote(str(script.parent / name if script.name == "train.py" else Path(name)))
 
@@ -129,9 +129,9 @@ def next_commands(options: TrainOptions, outcome: Outcome, *, evaluated: bool) -
     if evaluated:
         commands["open the report"] = _open_command(outcome.run / EVALUATION / "report.html")
     elif outcome.record.get("eval_dataset"):
-        commands["measure it"] = f"{python()} {_beside_train('evaluate_judge.py')} --run {run}"
-    scoring = f"{python()} {_beside_train('score_trajectories.py')} --run {run}"
-    commands["score new steps"] = f"{scoring} {_beside_train(NEW_STEPS)}"
+        commands["measure it"] = f"{python()} {_next_to_train('evaluate_judge.py')} --run {run}"
+    scoring = f"{python()} {_next_to_train('score_trajectories.py')} --run {run}"
+    commands["score new steps"] = f"{scoring} {_next_to_train(NEW_STEPS)}"
     if not outcome.exported:
         commands["merge it"] = f"{shlex.join(base_command(options))} --export-only {run}"
     if outcome.was_finished and options.export_only is None:
@@ -150,7 +150,7 @@ def _open_command(report: Path) -> str:
 
 
 def base_command(options: TrainOptions) -> list[str]:
-    return [python(), *shlex.split(_beside_train("train.py")), "--config", str(options.config)]
+    return [python(), *shlex.split(_next_to_train("train.py")), "--config", str(options.config)]
 
 
 def typed_command(options: TrainOptions, without: Collection[str] = ()) -> list[str]:

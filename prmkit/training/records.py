@@ -62,7 +62,7 @@ _NOT_REACHED_YET = {
 
 
 def log_path_of(run_folder: Path) -> Path:
-    """The path of a run's log: in `logs` beside the `saves` that contains the run, or else in `logs` here."""
+    """The path of a run's log: in `logs` next to the `saves` that contains the run, or else in `logs` here."""
     saves = run_folder.parent
     return (saves.parent if saves.name == "saves" else Path()) / "logs" / f"{run_folder.name}.log"
 

@@ -120,7 +120,7 @@ def rename_with_prefix(path: Path, why: str) -> Path:
 
 
 def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path:
-    """The folder of a run: `output_dir`, or a folder beside it named `run_name`; the command line overrides the file.
+    """The folder of a run: `output_dir`, or a folder next to it named `run_name`; the command line overrides the file.
 
     Raises:
         UsageError: `run_name` is not a plain folder name.

@@ -1,4 +1,4 @@
-"""The work behind `train.py`, one function per verb: check, train, export, list runs."""
+"""What `train.py` does, one function per verb: check, train, export, list runs."""
 
 import logging
 import shlex

@@ -1,4 +1,4 @@
-"""The work behind `import_trajectories.py`: runs in, records or labelled rows out, and a report on both."""
+"""What `import_trajectories.py` does: runs in, records or labelled rows out, and a report on both."""
 
 import argparse
 from collections import Counter

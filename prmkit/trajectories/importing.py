@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.trajectories.beside import first_error
 from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
 from prmkit.trajectories.readers import READERS, reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import Ids, Keys, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
+from prmkit.trajectories.run_fields import first_error
 from prmkit.trajectories.secrets import mask, may_hold_secrets
 from prmkit.trajectory import Trajectory, dump, with_labels
 
@@ -31,7 +31,7 @@ class Options:
     keys: Keys = field(default_factory=Keys)
     keep_secrets: bool = False
     labels: str | None = None
-    """The name of a public set whose labels are in files beside the runs; None to read only runs."""
+    """The name of a public set whose labels are in files next to the runs; None to read only runs."""
 
 
 @dataclass
@@ -252,7 +252,7 @@ def _why_not(values: NumberedValues) -> str:
     return "not a known form of runs. --format NAME reads it as one; --list-key names its list of messages."
 
 
-# --- labels in files beside the runs --------------------------------------------------------------------------------
+# --- labels in files next to the runs --------------------------------------------------------------------------------
 
 
 def _marks(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str | None]]:

@@ -38,7 +38,7 @@ def joined(first: Turn, more: Turn) -> Turn:
 
 @dataclass
 class Run:
-    """What a reader found: the messages, and the fields beside them."""
+    """What a reader found: the messages, and the fields next to them."""
 
     turns: list[Turn]
     lost: Counter[str] = field(default_factory=Counter)

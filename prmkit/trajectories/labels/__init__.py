@@ -1,6 +1,6 @@
 """Public sets of runs with labels that people gave to steps. Each module reads its set's files as they are published.
 
-A marked error says nothing about the steps after it (`beside.first_error`), so they stay unlabelled.
+A marked error says nothing about the steps after it (`run_fields.first_error`), so they stay unlabelled.
 """
 
 SETS = ("agentprocessbench", "agentrx", "prmbench", "trajectory-judge", "who-and-when")

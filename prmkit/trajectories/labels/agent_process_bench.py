@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from prmkit.trajectories.beside import label_of, outcome_of, tools_of
 from prmkit.trajectories.content import as_text, is_message_list, turns_of
 from prmkit.trajectories.run import Keys, Reader, Run
+from prmkit.trajectories.run_fields import label_of, outcome_of, tools_of
 
 
 def recognises(value: Any) -> bool:

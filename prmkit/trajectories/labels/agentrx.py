@@ -1,4 +1,4 @@
-"""AgentRx: failed runs, and files beside them that name every failure of a run. Failures count its messages from 1.
+"""AgentRx: failed runs, and files next to them that name every failure of a run. Failures count its messages from 1.
 
 The published data set has runs as `instruction` and steps of `substeps`; the repository has tau-bench's own files,
 which the tau-bench reader reads. A failure on a message that is not the agent's, as in some of them, labels nothing.

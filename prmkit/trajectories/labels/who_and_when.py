@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from prmkit.trajectories.beside import first_error, outcome_of
 from prmkit.trajectories.content import as_text
 from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
+from prmkit.trajectories.run_fields import first_error, outcome_of
 
 
 def recognises(value: Any) -> bool:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.beside import tools_of
 from prmkit.trajectories.content import Parts, as_text, mapping, read_call
 from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectories.run_fields import tools_of
 from prmkit.trajectory import Call, Result
 
 

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.beside import outcome_of
 from prmkit.trajectories.content import Parts, as_text, is_message_list, turns_of
 from prmkit.trajectories.run import Keys, Reader, Run
+from prmkit.trajectories.run_fields import outcome_of
 
 _REFERENCE = "attachment://"
 _GRADES: Mapping[Any, float] = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}

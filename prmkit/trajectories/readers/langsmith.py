@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prmkit.trajectories.beside import tools_of
 from prmkit.trajectories.content import as_text
 from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
+from prmkit.trajectories.run_fields import tools_of
 from prmkit.trajectories.spans import ModelCall, conversation, longest_conversations
 
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.beside import describe
 from prmkit.trajectories.content import is_message_list, turns_of
 from prmkit.trajectories.readers import codex
 from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
+from prmkit.trajectories.run_fields import describe
 
 LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog")
 _JUDGED = {"evaluation_type", "clip_number"}
@@ -48,10 +48,10 @@ def read(value: Any, keys: Keys) -> Iterator[Run]:
         return
     name, messages = _messages(value, keys)
     run = Run(_turns(messages, lost), lost)
-    if value.get("system"):  # Anthropic and ShareGPT keep it beside the messages
+    if value.get("system"):  # Anthropic and ShareGPT keep it next to the messages
         run.turns[:0] = turns_of([{"role": "system", "content": value["system"]}], Counter())
-    beside = {"prompt", "completion"} if name == "completion" else {name}
-    describe(run, value, keys, read={*beside, "system"})
+    known = {"prompt", "completion"} if name == "completion" else {name}
+    describe(run, value, keys, read={*known, "system"})
     yield run
 
 

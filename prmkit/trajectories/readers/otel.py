@@ -8,9 +8,9 @@ in events of the span; OpenInference also numbers them, as `llm.input_messages.0
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.beside import tools_of
 from prmkit.trajectories.content import as_text, mapping, parsed
 from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
+from prmkit.trajectories.run_fields import tools_of
 from prmkit.trajectories.spans import (
     ModelCall,
     Span,

@@ -11,9 +11,9 @@ from typing import Any
 
 import orjson
 
-from prmkit.trajectories.beside import describe, first_of
 from prmkit.trajectories.content import mapping, read_call
 from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
+from prmkit.trajectories.run_fields import describe, first_of
 from prmkit.trajectory import Call, Result
 
 _TAG = re.compile(r"<(think|sub_task_think|tool_call|result|answer)>(.*?)</\1>", re.DOTALL)

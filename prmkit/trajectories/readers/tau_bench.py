@@ -1,4 +1,4 @@
-"""tau-bench (`traj` beside `info.task`) and tau2 (`simulations` beside `tasks`): an agent talks to a simulated user.
+"""tau-bench (`traj` next to `info.task`) and tau2 (`simulations` next to `tasks`): an agent talks to a simulated user.
 
 The task in a step's prompt is the user's first message: the simulated user's instructions are hidden from the agent,
 and `info.task.actions` and tau2's `evaluation_criteria` are the solution. tau2 stores the policy, which the agent saw
@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.beside import outcome_of
 from prmkit.trajectories.content import as_text, is_message_list, mapping, turns_of
 from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectories.run_fields import outcome_of
 
 
 def recognises(value: Any) -> bool:
