@@ -213,7 +213,7 @@ def _public_names(path: Path) -> set[str]:
 # --- plain English and size -------------------------------------------------------------------------------------------
 
 PRIVATE_WORDS = re.compile(
-    r"(?i:\b(mend(s|ed|ing)?|anew|in silence|for ever|set aside|stands|told|tells|all the same|kin|goes on)\b)"
+    r"(?i:\b(mend(s|ed|ing)?|anew|beside|in silence|for ever|set aside|stands|told|tells|all the same|kin|goes on)\b)"
     r"|\bis none\b"  # `is None` is code
 )
 WRITTEN = [*MODULES, *(ROOT / name for name in SCRIPTS), *ROOT.glob("*.sh"), *ROOT.glob("*.md")]
