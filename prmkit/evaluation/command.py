@@ -21,6 +21,7 @@ from prmkit.judge.sources import (
     JudgeSource,
     check_folders,
     config_of_run,
+    data_of_run,
     fingerprint_of,
     judge_source_of_export,
     judge_source_of_run,
@@ -53,9 +54,10 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     check_folders(source)
     run = None if arguments.model else arguments.run or DEFAULT_RUN
     config = config_of_run(run) if run else {}
+    data = arguments.data_dir or (data_of_run(run) if run else None)
     if arguments.parity:
-        return _parity(source, config, arguments)
-    data_folder, name = heldout.place_of_held_out(config, arguments.data_dir, arguments.dataset)
+        return _parity(source, config, data, arguments)
+    data_folder, name = heldout.place_of_held_out(config, data, arguments.dataset)
     held_out = heldout.read_held_out(data_folder, name)
     _check_breakdown_keys(arguments.by or (), held_out)
     constants = heldout.training_constants(data_folder, name)
@@ -218,9 +220,11 @@ def evaluation_of(run: Path) -> Path:
 # --- run and export ---------------------------------------------------------------------------------------------------
 
 
-def _parity(source: JudgeSource, config: Mapping[str, Any], arguments: argparse.Namespace) -> ExitCode:
+def _parity(
+    source: JudgeSource, config: Mapping[str, Any], data: Path | None, arguments: argparse.Namespace
+) -> ExitCode:
     exported = arguments.exported or Path(config.get("export_dir") or "exported_model")
-    held_out = heldout.read_held_out(*heldout.place_of_held_out(config, arguments.data_dir, arguments.dataset))
+    held_out = heldout.read_held_out(*heldout.place_of_held_out(config, data, arguments.dataset))
     requests = _requests(held_out, arguments.parity)
     other = replace(judge_source_of_export(exported), trust_remote_code=source.trust_remote_code)
     tolerance = DEFAULT_TOLERANCE if arguments.tolerance is None else arguments.tolerance

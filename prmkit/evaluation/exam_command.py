@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from prmkit import cli
-from prmkit.dataset_info import data_folder_of
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import exam_report
 from prmkit.evaluation.exam import Exam, check_not_trained_on, read_exam
@@ -17,7 +16,7 @@ from prmkit.evaluation.exam_metrics import Entrant, constants, examine
 from prmkit.evaluation.summary import MIN_SCORED
 from prmkit.files import read_json, write_json
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
-from prmkit.judge.sources import JudgeSource, check_folders, config_of_run
+from prmkit.judge.sources import JudgeSource, check_folders, config_of_run, data_of_run
 from prmkit.paths import record_of
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.registered import results_folder
@@ -74,9 +73,8 @@ def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
     """Reject a judge that was trained on tasks of the exam. Returns a sentence if that cannot be checked."""
     run = None if arguments.model else arguments.run or DEFAULT_RUN
     config = config_of_run(run) if run else {}
-    file = record_of(run) if run else None
-    found = data_folder_of(file.parent, read_json(file) | {"config": config}) if file else None
-    folder = arguments.data_dir or found or Path(config.get("dataset_dir") or "data")
+    found = arguments.data_dir or (data_of_run(run) if run else None)
+    folder = found or Path(config.get("dataset_dir") or "data")
     try:
         check_not_trained_on(exam, config, folder, _trained_on(run) if run else None)
     except DataError as error:

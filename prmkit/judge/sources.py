@@ -93,6 +93,18 @@ def config_of_run(folder: Path) -> dict[str, Any]:
     return dict(read_object(_record_of(folder), config=dict)["config"])
 
 
+def data_of_run(folder: Path) -> Path | None:
+    """Where the data of a run, or of the run of a checkpoint, is now; None if it was not found.
+
+    Raises:
+        DataError: it is not the folder of a run, or its record is damaged.
+    """
+    from prmkit.dataset_info import data_folder_of  # needs orjson, and --help works without packages
+
+    record = _record_of(folder)
+    return data_folder_of(record.parent, read_object(record, config=dict))
+
+
 def _record_of(folder: Path) -> Path:
     if record := record_of(folder):
         return record

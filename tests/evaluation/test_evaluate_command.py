@@ -12,7 +12,7 @@ from synthetic import write_data_folder
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import command
 from prmkit.evaluation.command import evaluate_run, execute, prove_export
-from prmkit.files import write_json
+from prmkit.files import sha256_of, write_json
 from prmkit.intervals import calibrated_judge, read_calibration
 from prmkit.judge.sources import fingerprint_of, judge_source_of_run
 
@@ -60,6 +60,25 @@ def test_a_run_is_measured_on_its_own_rows_beside_its_base_model(run, capsys):
     assert base["base"]["rmse"]["value"] != metrics["groups"][0]["judge"]["rmse"]["value"]
     one, other = ((folder / name).read_text() for name in ("predictions.jsonl", "predictions_base.jsonl"))
     assert one.count("\n") == other.count("\n") == metrics["held_out"]["prompts"]
+
+
+def test_a_run_is_measured_on_its_own_rows_from_any_folder(run, tmp_path, monkeypatch):
+    """Its project is where its data is; data of the same names in the current folder belong to another one."""
+    project, other = tmp_path / "project", tmp_path / "other"
+    moved = shutil.copytree(run, project / "saves" / "a_run")
+    config = json.loads((run / "run.json").read_text())["config"]
+    write_data_folder(project / "data", tasks=3, name="reward_model_clip")
+    write_data_folder(project / "data", tasks=2, name="reward_model_clip_eval")
+    write_data_folder(other / "data", tasks=3, name="reward_model_clip_eval")
+    entries = {name: {"file_name": f"{name}.jsonl"} for name in ("reward_model_clip", "reward_model_clip_eval")}
+    write_json(project / "data" / "dataset_info.json", entries)
+    trained = {"name": "reward_model_clip", "sha256": sha256_of(project / "data" / "reward_model_clip.jsonl")}
+    write_json(moved / "run.json", {"config": config | {"dataset_dir": "data"}, "dataset": trained})
+    monkeypatch.chdir(other)
+    assert evaluate_judge("--run", moved, "--limit", 2) == ExitCode.DONE
+    lines = (project / "data" / "reward_model_clip_eval.jsonl").read_text().splitlines()
+    metrics = json.loads((moved / "evaluation" / "metrics.json").read_text())
+    assert metrics["held_out"]["prompts"] == len({json.loads(line)["instruction"] for line in lines})
 
 
 def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys, caplog):
