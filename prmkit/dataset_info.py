@@ -145,11 +145,13 @@ def data_folder_of(run: Path, record: Mapping[str, Any]) -> Path | None:
 
 
 def _has_rows_of(record: Mapping[str, Any], folder: Path) -> bool:
-    described = record.get("dataset") or {}
+    described = record.get("dataset")
+    if not isinstance(described, dict):  # an older record
+        return False
     try:
-        entry = read_entries(folder).get(described["name"])
-        return entry is not None and entry.file is not None and sha256_of(entry.file) == described["sha256"]
-    except (DataError, OSError, KeyError):
+        entry = read_entries(folder).get(str(described.get("name")))
+        return entry is not None and entry.file is not None and sha256_of(entry.file) == described.get("sha256")
+    except (DataError, OSError):
         return False
 
 

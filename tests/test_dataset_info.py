@@ -95,5 +95,7 @@ def test_the_data_of_a_run_is_that_with_its_rows(tmp_path: Path, monkeypatch: py
         assert data_folder_of(run, {"config": {"dataset_dir": "data"}, "dataset": described}).resolve() == rows
     unknown = {"config": {}, "dataset": {"name": "full", "sha256": "0" * 64}}
     assert data_folder_of(run, unknown).resolve() == other  # the caller's check of the hash then fails
+    older = {"config": {}, "dataset": "full"}
+    assert data_folder_of(run, older).resolve() == other
     monkeypatch.chdir(tmp_path)
     assert data_folder_of(tmp_path / "saves" / "run", unknown) is None

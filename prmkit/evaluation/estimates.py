@@ -113,7 +113,7 @@ def make_pairs(sample: Sample) -> Sample:
     """All pairs of scores within each group, as a sample of differences.
 
     Args:
-        sample: scores; a group lies within one task.
+        sample: scores; a group is within one task.
 
     Returns:
         `predicted` and `reference` are differences. The weight of a pair is the product of those of its scores, and

@@ -49,7 +49,7 @@ class HeldOutPrompt:
     shape: Shape
     """The score keys that it asks for."""
     task: str
-    """`task_id`; a prompt without one is a task of its own, named after its hash."""
+    """`task_id`; a prompt without one counts as a separate task, named after its hash."""
     trajectory: str
     """`trajectory_id` in the row's metadata, else the task."""
     evaluation_type: str

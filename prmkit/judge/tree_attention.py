@@ -351,8 +351,9 @@ def _log_probabilities(logits: Any, wanted: Sequence[tuple[int, int, int]]) -> I
     """
     if wanted:
         places, indices, tokens = map(list, zip(*wanted, strict=True))
-        used = sorted(set(indices))  # the logits of other tokens, such as the padding, are not copied
-        logits, rows = logits[used].float(), [used.index(index) for index in indices]
+        row_of = {index: row for row, index in enumerate(dict.fromkeys(indices))}
+        logits = logits[list(row_of)].float()  # those of other tokens, such as the padding, are not copied
+        rows = [row_of[index] for index in indices]
         yield from zip(places, (logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]).tolist(), strict=True)
 
 

@@ -91,7 +91,7 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
     """
     name, message = role_name(message) or "", unwrapped(message)
     role = ROLES.get(name)
-    if name == "function_call":  # ShareGPT: the call is a turn of its own
+    if name == "function_call":  # ShareGPT: the call is a separate turn
         return [_sharegpt_call(message, lost)]
     if name in ("tool", "tool_response") and isinstance(message.get("tool_messages"), list):  # tau2
         return [turn for each in message["tool_messages"] for turn in read_message({"role": "tool"} | each, lost)]
