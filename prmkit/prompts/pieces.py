@@ -198,6 +198,7 @@ def _without_empty(sides: Iterable[Iterable[Piece]]) -> list[list[Piece]]:
 
 
 def _main() -> None:
+    cli.relax_collector()
     asked = json.loads(sys.argv[1])
     encoding = load_encoding(Path(asked.pop("folder")), local_files_only=True, **asked)
     found = pieces_of(encoding)

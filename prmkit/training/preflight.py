@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from prmkit.cli import relax_collector
 from prmkit.errors import DataError
 from prmkit.llamafactory_schema import setting
 from prmkit.training import llamafactory_checks, row_lengths
@@ -122,6 +123,7 @@ def _raised(traceback: str) -> str:
 
 def main() -> None:
     """Answer the request on standard input; see the top of this file."""
+    relax_collector()
     request = json.load(sys.stdin)
     die_with_parent(request["parent"])
     # LLaMA Factory logs to stdout, which is only for results.

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prmkit.cli import relax_collector
 from prmkit.training.supervisor import die_with_parent
 
 
@@ -66,6 +67,7 @@ def let_numbered_cpus_load() -> None:
 def main() -> None:
     """Train; SIGTERM to any process, on any node, makes all of them save after the current step and stop."""
     die_with_parent(os.getppid())
+    relax_collector()
     values = values_of(Path(sys.argv[1]))
     announce_fsdp(values)
     let_numbered_cpus_load()
