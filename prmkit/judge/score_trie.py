@@ -62,7 +62,7 @@ def answer_ids(encoding: ChatEncoding, answer: str) -> list[int]:
     LLaMA Factory tokenises turns one by one, so these do not depend on the prompt: `opened_ids(prompt, answer)` is
     `prompt_ids(prompt) + answer_ids(answer)` for every prompt, and one trie fits all of them.
     """
-    return encoding.opened_ids("", answer)[len(encoding.prompt_ids("")) :]
+    return encoding.opened_ids("", answer)[encoding.empty_prompt_length :]
 
 
 TrieOf = Callable[[Shape, tuple[float, ...]], ScoreTrie]
@@ -80,8 +80,10 @@ def tries_of(encoding: ChatEncoding) -> TrieOf:
     @lru_cache(maxsize=256)
     def first_of_its_kind(shape: Shape, position: int) -> tuple[ScoreTrie, list[list[int]], bool]:
         """A trie, how each of its 101 answers ends after the context, and whether quick tokenising is right here."""
-        answers = _answers(shape, (0.0,) * position)
-        trie, ids = score_trie(encoding, shape, (0.0,) * position), [answer_ids(encoding, each) for each in answers]
+        given = (0.0,) * position
+        answers = _answers(shape, given)
+        ids = [answer_ids(encoding, each) for each in answers]
+        trie = _trie(_candidates(encoding, shape, given, ids))
         return trie, [each[len(trie.context) :] for each in ids], _quick_ids(encoding, answers) == ids
 
     @lru_cache(maxsize=16384)
@@ -101,17 +103,25 @@ def tries_of(encoding: ChatEncoding) -> TrieOf:
 def score_trie(encoding: ChatEncoding, shape: Shape, given: tuple[float, ...]) -> ScoreTrie:
     """The trie of a key of `shape`, the first one that is not among the `given` scores.
 
-    If the tokenizer joins a score's last digits with what follows them in the label, all candidates include that,
-    because the model saw it in training; otherwise they do not.
-
     Raises:
         UsageError: the tokenizer encodes two scores as the same tokens.
     """
+    followed = [answer_ids(encoding, answer) for answer in _answers(shape, given)]
+    return _trie(_candidates(encoding, shape, given, followed))
+
+
+def _candidates(
+    encoding: ChatEncoding, shape: Shape, given: tuple[float, ...], followed: list[list[int]]
+) -> list[list[int]]:
+    """Token ids of the beginnings of a label, up to the end of each of `SCORES`.
+
+    If the tokenizer joins a score's last digits with what follows them in the label (`followed`), all candidates
+    include that, because the model saw it in training; otherwise they do not.
+    """
     beginning = label_beginning(shape, given)
     alone = [answer_ids(encoding, f"{beginning}{score:.2f}") for score in SCORES]
-    followed = [answer_ids(encoding, answer) for answer in _answers(shape, given)]
     joins = any(longer[: len(ids)] != ids for ids, longer in zip(alone, followed, strict=True))
-    return _trie(followed if joins else alone)
+    return followed if joins else alone
 
 
 def _answers(shape: Shape, given: tuple[float, ...]) -> list[str]:

@@ -68,6 +68,11 @@ class ChatEncoding:
         return prompt_ids + answer_ids[: len(answer_ids) - len(end)]
 
     @cached_property
+    def empty_prompt_length(self) -> int:
+        """The number of token ids of a prompt that says nothing."""
+        return len(self.prompt_ids(""))
+
+    @cached_property
     def _end_of_turn_ids(self) -> list[int]:
         # Some templates (mistral) also write something before the answer, so a placeholder shows where the answer is.
         content = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -79,7 +84,7 @@ class ChatEncoding:
 
     @property
     def tokenizer_sha256(self) -> str:
-        """The number of tokens, including those that the template adds."""
+        """Identifies the tokenizer: the SHA-256 of its JSON, in hexadecimal; without one, of its vocabulary."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(content.encode()).hexdigest()
