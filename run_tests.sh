@@ -10,7 +10,8 @@ Usage: ./run_tests.sh [--fast | --all] [arguments of pytest]
 Installs what the tests need (requirements-dev.txt, once), then runs ruff, mypy, shellcheck and pytest.
 
   --fast       leave out what starts LLaMA Factory, downloads, or is slow (markers llamafactory, network, slow)
-  --all        also what installs gigabytes: a real vLLM, verl, Inspect AI (marker huge)
+  --all        also what installs gigabytes: a real vLLM, verl, Inspect AI (marker huge); and every process imports
+               its packages itself (as in tests with the marker new_processes)
   -h, --help   show this text
 
 Everything else goes to pytest: ./run_tests.sh -k verdict, ./run_tests.sh tests/dataset
@@ -29,6 +30,7 @@ case ${1:-} in
         ;;
     --all)
         selection=()
+        export PRMKIT_TESTS_PRELOADED="" # see tests/preloaded.py
         shift
         ;;
 esac

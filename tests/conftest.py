@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from preloaded import PRELOADED
+from preloaded import ADDRESS, HEAVY, PRELOADED, forks_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,10 +35,33 @@ if sys.modules.get("sklearn", sys) is None:  # a worker of pytest-xdist is a chi
     del sys.modules["sklearn"]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
+    """While all workers run their tests, one Python waits with LLaMA Factory imported; `--all` does without."""
+    if ADDRESS in os.environ or hasattr(config, "workerinput"):
+        return (yield)
+    with forks_of(HEAVY) as os.environ[ADDRESS]:
+        return (yield)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start LLaMA Factory come first, so that no worker has a long one left when the others are done."""
     first = {item.path for item in items if item.get_closest_marker("llamafactory")}
     items.sort(key=lambda item: (item.path not in first, "integration" not in item.path.parts))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Do without it if no test starts LLaMA Factory, as with `--fast`."""
+    if not any(item.get_closest_marker("llamafactory") for item in session.items):
+        os.environ.pop(ADDRESS, None)
+
+
+@pytest.fixture(autouse=True)
+def _importing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test starts imports its packages itself, unless the test is one of LLaMA Factory's or a slow one."""
+    marked = request.node.get_closest_marker
+    if marked("new_processes") or not (marked("llamafactory") or marked("slow")):
+        monkeypatch.delenv(ADDRESS, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +86,7 @@ def tiny_model(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+WITH_MODELS = ("train.py", "score_trajectories.py", "evaluate_judge.py")
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -74,9 +98,10 @@ def script(root: Path) -> Script:
         name: str, *arguments: object, code: int = 0, cwd: Path = root, stdin: str | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         command = [str(root / name), *map(str, arguments)]
-        if name.endswith(".py"):
+        if name.endswith(".py") and not (name in WITH_MODELS and os.environ.get(ADDRESS)):
             done = PRELOADED.run(*command, cwd=cwd, stdin=stdin, timeout=timeout)
         else:
+            command = [sys.executable, *command] if name.endswith(".py") else command
             done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == code, f"{name} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from terminal import copy_project, type_in
 
-pytestmark = pytest.mark.llamafactory
+pytestmark = [pytest.mark.llamafactory, pytest.mark.new_processes]
 
 
 def files_of(folder: Path) -> set[str]:

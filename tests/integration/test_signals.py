@@ -11,7 +11,7 @@ import pytest
 from processes import Started, start_command, wait_for
 from terminal import ENVIRONMENT, copy_project, few_tasks
 
-pytestmark = pytest.mark.llamafactory
+pytestmark = [pytest.mark.llamafactory, pytest.mark.new_processes]
 COMMAND = ("./run_training.sh", "-d", "reward_model_clip", "logging_steps=1", "eval_strategy=no")
 
 

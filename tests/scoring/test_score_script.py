@@ -104,6 +104,7 @@ def test_an_output_costs_the_user_no_file(folder: Path, output: str, code: int, 
     assert not list(Path("/dev").glob("*.fingerprint.json")) and not list(Path("/dev").glob("*.lock"))
 
 
+@pytest.mark.new_processes
 def test_the_input_is_not_written_over_when_it_is_piped_in(folder: Path) -> None:
     command = [sys.executable, str(ROOT / "score_trajectories.py"), "-", "--model", "x", "--output", "steps.jsonl"]
     with (folder / "steps.jsonl").open() as stdin:
@@ -141,6 +142,7 @@ def test_scores_of_other_known_keys_are_moved_away(folder: Path) -> None:
     assert "are already scored" in type_in(*command, cwd=folder).stderr
 
 
+@pytest.mark.new_processes
 @pytest.mark.parametrize(
     ("shell", "code", "words"),
     [
@@ -158,6 +160,7 @@ def test_the_file_that_is_to_blame_is_named(folder: Path, shell: str, code: int,
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+@pytest.mark.new_processes
 def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
     (folder / "steps.jsonl").write_text(UNREADABLE * 200)
     program = f"{sys.executable} {ROOT / 'score_trajectories.py'} steps.jsonl --model x"

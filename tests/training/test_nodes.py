@@ -13,7 +13,7 @@ from processes import start, wait_for
 from prmkit.training.checkpoints import weights_fault
 from prmkit.training.resume import newest_checkpoint
 
-pytestmark = pytest.mark.llamafactory
+pytestmark = [pytest.mark.llamafactory, pytest.mark.new_processes]
 
 
 def free_port() -> str:

@@ -84,6 +84,7 @@ def test_a_chat_template_without_an_end_is_stopped(project: Path) -> None:
     assert found["trainer"].status is Status.OK
 
 
+@pytest.mark.new_processes
 def test_a_hub_name_without_a_network_does_not_take_a_minute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("TRANSFORMERS_OFFLINE")
@@ -95,6 +96,7 @@ def test_a_hub_name_without_a_network_does_not_take_a_minute(project: Path, monk
     assert hub["template"].advice == "Download the model first: hf download some/model --local-dir model"
 
 
+@pytest.mark.new_processes
 def test_a_kill_during_the_checks_leaves_nothing(project: Path, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()

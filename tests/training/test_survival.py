@@ -24,7 +24,7 @@ KILLS = int(os.environ.get("PRMKIT_KILLS", "2"))
 """How many times the run of one process is killed; half as often the one of two."""
 SEED = int(os.environ.get("PRMKIT_KILL_SEED", time.time_ns() % 1_000_000))
 
-pytestmark = pytest.mark.llamafactory
+pytestmark = [pytest.mark.llamafactory, pytest.mark.new_processes]
 
 
 def begun(project: Path, name: str = "run") -> bool:

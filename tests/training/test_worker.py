@@ -25,6 +25,7 @@ def losses(project: Path, **changes: object) -> list[float]:
 
 
 @pytest.mark.llamafactory
+@pytest.mark.new_processes
 def test_divided_weights_learn_what_undivided_ones_learn(make_project: MakeProject, tmp_path: Path) -> None:
     from prmkit.training.model import read_weights
 
