@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -39,20 +40,25 @@ def _nodes(path: Path) -> list[ast.AST]:
 
 @cache
 def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    inside = {id(node) for function in _nodes(path) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-              for node in ast.walk(function)}  # fmt: skip
-    typing_only = {id(node) for block in _nodes(path) if isinstance(block, ast.If)
-                   and "TYPE_CHECKING" in ast.unparse(block.test) for node in ast.walk(block)}  # fmt: skip
     names: set[str] = set()
-    for node in _nodes(path):
-        if top_level_only and (id(node) in inside or id(node) in typing_only):
-            continue
+    for node in _top_level(path) if top_level_only else _nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import hides where a name comes from"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def _top_level(path: Path) -> Iterator[ast.AST]:
+    """What is executed when a module is imported."""
+    waiting = [_nodes(path)[0]]
+    while waiting:
+        node = waiting.pop()
+        only_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not only_for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            waiting += ast.iter_child_nodes(node)
 
 
 def _package(path: Path) -> str | None:
@@ -201,7 +207,7 @@ def test_a_public_name_means_one_thing() -> None:
 def _public_names(path: Path) -> set[str]:
     """The names that a module defines at top level."""
     names: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _nodes(path)[0].body:  # type: ignore[attr-defined]
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
