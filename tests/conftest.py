@@ -1,5 +1,6 @@
 """What all tests share: the scripts as a user runs them, the sample, and one tiny model."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from narrated import Narrated
 from preloaded import ADDRESS, HEAVY, PRELOADED, forks_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +64,18 @@ def _importing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     marked = request.node.get_closest_marker
     if marked("new_processes") or not (marked("llamafactory") or marked("slow")):
         monkeypatch.delenv(ADDRESS, raising=False)
+
+
+@pytest.fixture
+def narrated() -> Iterator[Narrated]:
+    """What the package logs."""
+    logger, handler = logging.getLogger("prmkit"), Narrated()
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

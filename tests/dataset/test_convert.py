@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from narrated import Narrated
 
 from prmkit.dataset.conversion import convert
 from prmkit.dataset.settings import Filters, Settings, Split
@@ -362,15 +363,15 @@ def test_stale_files_go_only_if_they_are_ours(convert_rows: Convert, data: Path)
 
 
 def test_somebody_elses_file_of_the_same_name_is_not_replaced_silently(
-    convert_rows: Convert, data: Path, caplog: pytest.LogCaptureFixture
+    convert_rows: Convert, data: Path, narrated: Narrated
 ) -> None:
     data.mkdir()
     (data / "reward_model_full.jsonl").write_text("mine\n")
     convert_rows(many_rows(tasks=3))
-    assert "replaced, although no earlier conversion lists them: reward_model_full.jsonl" in caplog.text
-    caplog.clear()
+    assert "replaced, although no earlier conversion lists them: reward_model_full.jsonl" in narrated.text
+    narrated.clear()
     convert_rows(many_rows(tasks=3))
-    assert not caplog.text
+    assert not narrated.text
 
 
 def test_a_report_that_lists_files_elsewhere_removes_none(convert_rows: Convert, data: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import IO, Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from narrated import Narrated
 
 from prmkit import row_lines
 from prmkit.dataset import convert as convert_from_python
@@ -215,9 +216,7 @@ def test_rows_that_would_leak_are_not_counted_as_unreadable(convert_rows: Conver
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_in_a_folder_is_passed_over_silently(
-    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_in_a_folder_is_passed_over_silently(tmp_path: Path, data: Path, narrated: Narrated) -> None:
     folder = tmp_path / "rows"
     (folder / ".hidden").mkdir(parents=True)
     elsewhere = tmp_path / "elsewhere"
@@ -231,9 +230,9 @@ def test_nothing_in_a_folder_is_passed_over_silently(
     (folder / "linked").symlink_to(elsewhere)
     report = convert(Settings(inputs=(str(folder),), output=data))
     assert sum(report["rows"].values()) == 6
-    assert "5 files or folders are not read" in caplog.text
+    assert "5 files or folders are not read" in narrated.text
     for name in ("e.txt", ".f.jsonl", "loop.jsonl", "linked/", ".hidden/"):
-        assert name in caplog.text
+        assert name in narrated.text
 
 
 @pytest.mark.parametrize("change", ["cut", "grow", "replace"])

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,7 @@ def _said(score: float) -> Distribution:
     return Distribution(mean=score, median=score, mode=score, std=None, label_mass=None)
 
 
+@cache
 def _felt(score: float, spread: float = 0.08) -> Distribution:
     """A discrete bell around `score` that holds 97 % of the probability."""
     log = -0.5 * ((np.array(SCORES) - score) / spread) ** 2

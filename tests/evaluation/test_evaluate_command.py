@@ -81,13 +81,13 @@ def test_a_run_is_measured_on_its_own_rows_from_any_folder(run, tmp_path, monkey
     assert metrics["held_out"]["prompts"] == len({json.loads(line)["instruction"] for line in lines})
 
 
-def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys, caplog):
+def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys, narrated):
     evaluate_judge("--run", run)
     before = (run / "evaluation" / "predictions.jsonl").read_bytes()
     capsys.readouterr()
-    with caplog.at_level("INFO"):
-        evaluate_run(run)
-    assert "prompts are already scored" in caplog.text
+    narrated.set_level("INFO")
+    evaluate_run(run)
+    assert "prompts are already scored" in narrated.text
     assert (run / "evaluation" / "predictions.jsonl").read_bytes() == before
     assert "everything" in capsys.readouterr().out
 

@@ -125,7 +125,7 @@ def test_thinking_mode_and_dtype_are_named(trained: JudgeSource, exported: Judge
     assert causes[1].startswith("dtype: trained in bfloat16, exported in float32")
 
 
-def test_a_chat_template_that_renders_otherwise_is_a_warning(trained, exported, caplog) -> None:
+def test_a_chat_template_that_renders_otherwise_is_a_warning(trained, exported, narrated) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(exported.model)
@@ -133,4 +133,4 @@ def test_a_chat_template_that_renders_otherwise_is_a_warning(trained, exported, 
     tokenizer.save_pretrained(exported.model)
     (cause,) = check_parity(trained, exported, REQUESTS).causes
     assert cause.startswith("chat template: the export's own template renders prompts differently")
-    assert "scores agree, but: chat template" in caplog.text
+    assert "scores agree, but: chat template" in narrated.text

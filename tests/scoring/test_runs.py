@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from narrated import Narrated
 
 from prmkit.errors import UsageError
 from prmkit.files import write_json
@@ -81,11 +82,11 @@ def test_one_run_is_drawn_step_by_step(tmp_path: Path, capsys: pytest.CaptureFix
     assert "a judge" in (tmp_path / "page.html").read_text()
 
 
-def test_what_a_run_loses_is_reported_and_a_form_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_run_loses_is_reported_and_a_form_can_be_named(tmp_path: Path, narrated: Narrated) -> None:
     (tmp_path / "runs.jsonl").write_text(json.dumps({"messages": MESSAGES, "colour": "red"}) + "\n")
-    with caplog.at_level("INFO"):
-        assert len(list(rows_of(tmp_path / "runs.jsonl", format="messages").rows())) == 1
-    assert "not placed: 1 field colour" in caplog.text
+    narrated.set_level("INFO")
+    assert len(list(rows_of(tmp_path / "runs.jsonl", format="messages").rows())) == 1
+    assert "not placed: 1 field colour" in narrated.text
     with pytest.raises(UsageError, match="not a form of runs"):
         list(rows_of(tmp_path / "runs.jsonl", format="nonsense").rows())
 
@@ -110,11 +111,11 @@ def test_another_rubric_is_refused(export: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "another rubric" in done.stderr and "--rubric" in done.stderr
 
 
-def test_rubrics_are_checked_against_what_was_learnt(caplog: pytest.LogCaptureFixture) -> None:
+def test_rubrics_are_checked_against_what_was_learnt(narrated: Narrated) -> None:
     rubric = load_rubric()
     check_rubric(rubric, ["other", rubric.sha256], "x")
     check_rubric(rubric, None, "a base model")
-    assert "its training rubric is unknown" in caplog.text
+    assert "its training rubric is unknown" in narrated.text
     for learnt in ([], ["other"]):
         with pytest.raises(UsageError):
             check_rubric(rubric, learnt, "x")

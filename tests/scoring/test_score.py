@@ -97,17 +97,17 @@ def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -
     assert reasons[6].startswith("line 8: ")
 
 
-def test_a_judge_that_does_not_want_to_score_is_reported(source: Path, tmp_path: Path, judges, caplog) -> None:
-    caplog.set_level("INFO")
+def test_a_judge_that_does_not_want_to_score_is_reported(source: Path, tmp_path: Path, judges, narrated) -> None:
+    narrated.set_level("INFO")
     wild = scorer(lambda requests, mode: judges["llama3"].score(requests, Asking(mode=mode)))
     assert run_job(job(source, tmp_path / "wild.jsonl"), wild, {}) is False
     assert all(result["scores"] for result in lines_of(tmp_path / "wild.jsonl") if result["status"] == "unsure")
-    assert "8 rows: 4 unsure, 4 error" in caplog.text
-    assert "4 of them are unsure" in caplog.text
-    caplog.clear()
+    assert "8 rows: 4 unsure, 4 error" in narrated.text
+    assert "4 of them are unsure" in narrated.text
+    narrated.clear()
     sure = scripted({"Step": 0.9, "A step": 0.9})
     run_job(job(source, tmp_path / "sure.jsonl"), sure, {})
-    assert "unsure" not in caplog.text
+    assert "unsure" not in narrated.text
 
 
 def test_the_judges_turn_is_never_seen(tmp_path: Path, score) -> None:
@@ -209,8 +209,8 @@ def failing(*steps: str):
     return scorer(score)
 
 
-def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path, caplog) -> None:
-    caplog.set_level("INFO")
+def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path, narrated) -> None:
+    narrated.set_level("INFO")
     source, output = tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
     rows = asking_for(*(f"Step {letter}." for letter in "ABCDE"))
     source.write_text("\n".join(rows[:4]))
@@ -221,7 +221,7 @@ def test_what_a_server_failed_at_is_asked_again_and_nothing_else(tmp_path: Path,
     assert run_job(job(source, output, bad_below=0.5), scripted(again), {}) is False
     results = lines_of(output)
     assert [result["score"] for result in results] == [0.5, 0.1, 0.5, 0.2, None]
-    assert "2 rows are already scored" in caplog.text and "2 rows that failed are retried" in caplog.text
+    assert "2 rows are already scored" in narrated.text and "2 rows that failed are retried" in narrated.text
     assert run_job(job(source, output), scripted({}), {}) is False, "a row that is too long was asked for again"
     assert lines_of(output) == results
 
@@ -347,19 +347,19 @@ def summed_up(tmp_path: Path, rows: list[str]) -> list[dict]:
     return lines_of(trajectories_file(tmp_path / "sums.jsonl"))
 
 
-def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path, caplog) -> None:
+def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path, narrated) -> None:
     rows = [json.dumps(row(number)) for number in (3, 4, 5)] + [
         json.dumps(row(number, task="two")) for number in (0, 1)
     ]
     whole, two = summed_up(tmp_path, rows)
     assert (whole["steps"], whole["missing"], whole["mean"], two["mean"]) == (3, 0, 0.7, 0.7)
-    assert "no trajectory" not in caplog.text
+    assert "no trajectory" not in narrated.text
     (tmp_path / "sums.jsonl").unlink()
     gap, two = summed_up(tmp_path, [rows[0], rows[1][:-1], *rows[2:]])
     assert (gap["steps"], gap["missing"], gap["unscored"]) == (2, 1, 0)
     assert {gap[name] for name in ("min", "product", "mean", "last", "first_bad_step", "first_bad_clip")} == {None}
     assert two["mean"] == 0.7
-    assert "belong to no trajectory: 1 (" in caplog.text
+    assert "belong to no trajectory: 1 (" in narrated.text
 
 
 @pytest.mark.parametrize("spelt", [float, str, lambda number: f" {number} "])

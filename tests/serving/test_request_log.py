@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from narrated import Narrated
 
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.types import Request
@@ -114,9 +115,7 @@ def test_many_threads_write_whole_lines(tmp_path: Path) -> None:
     assert sorted(found) == sorted(f"run-1#{number}" for number in range(2000))
 
 
-def test_a_full_disk_loses_whole_lines_counts_them_and_warns_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_loses_whole_lines_counts_them_and_warns_once(tmp_path: Path, narrated: Narrated) -> None:
     """A limit on the size of files is a disk that is full after a part of a line."""
     file = tmp_path / "log.jsonl"
     outcomes: Counter[str] = Counter()
@@ -138,7 +137,7 @@ def test_a_full_disk_loses_whole_lines_counts_them_and_warns_once(
         log_each(range(5, 6))
     assert outcomes == {"written": 3, "lost": 3}
     assert [line["id"] for line in lines_of(file)] == ["run-1#0", "run-1#1", "run-1#5"]
-    assert caplog.text.count("Lines of the request log are lost") == 1
+    assert narrated.text.count("Lines of the request log are lost") == 1
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:

@@ -1,11 +1,11 @@
 """Following a run: the log that can be tailed, its numbers after a resume, progress and curves."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 from layout import STEPS
+from narrated import Narrated
 
 from prmkit.training.monitoring import (
     ResumedAt,
@@ -94,9 +94,7 @@ def test_a_tail_that_began_before_the_run_continues_and_shows_this_run_alone(tmp
             assert [json.loads(line)["current_steps"] for line in tail] == [6]
 
 
-def test_a_second_run_does_not_write_into_the_log_of_the_first(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_second_run_does_not_write_into_the_log_of_the_first(tmp_path: Path, narrated: Narrated) -> None:
     target = tmp_path / "trainer_log.jsonl"
     for name in ("a", "b"):
         (tmp_path / name).touch()
@@ -104,26 +102,28 @@ def test_a_second_run_does_not_write_into_the_log_of_the_first(
         followed(tmp_path / "a", target, ResumedAt()) as first,
         followed(tmp_path / "b", target, ResumedAt()) as second,
     ):
-        assert "follows another run" in caplog.text
+        assert "follows another run" in narrated.text
         (tmp_path / "b").write_text(json.dumps(entry(2, 1.0, 10)) + "\n")
         (tmp_path / "a").write_text(json.dumps(entry(8, 1.0, 10)) + "\n")
         assert len(second.new_entries()) == len(first.new_entries()) == 1
     assert [json.loads(line)["current_steps"] for line in target.read_text().splitlines()] == [8]
 
 
-def test_where_nobody_sits_progress_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), progress("run", ResumedAt()) as show:
+def test_where_nobody_sits_progress_is_a_line_now_and_then(narrated: Narrated) -> None:
+    narrated.set_level("INFO")
+    with progress("run", ResumedAt()) as show:
         for step in range(2, 11, 2):
             show(entry(step, step, 10 * step, total=10))
-    assert [record.message.split(":")[0] for record in caplog.records] == ["step 2 of 10", "step 10 of 10"]
-    assert "10 tokens/s" in caplog.text and "left" in caplog.text
+    assert [message.split(":")[0] for message in narrated.messages] == ["step 2 of 10", "step 10 of 10"]
+    assert "10 tokens/s" in narrated.text and "left" in narrated.text
 
 
-def test_a_long_silence_is_explained(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_silence_is_explained(narrated: Narrated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prmkit.training.monitoring.SILENT_SECONDS", 0.0)
-    with caplog.at_level(logging.INFO), progress("run", ResumedAt()) as show:
+    narrated.set_level("INFO")
+    with progress("run", ResumedAt()) as show:
         show(None)
-    assert "run: still running" in caplog.text
+    assert "run: still running" in narrated.text
 
 
 def test_the_summary_has_what_there_is() -> None:
@@ -132,15 +132,16 @@ def test_the_summary_has_what_there_is() -> None:
     assert summary({"eval_loss": 0.7, "vram_reserved": -0.0}) == "held-out loss 0.7000"
 
 
-def test_everything_llamafactory_prints_can_be_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_everything_llamafactory_prints_can_be_shown(tmp_path: Path, narrated: Narrated) -> None:
     path = tmp_path / "run.log"
     path.write_text("of an earlier start\n")
-    with caplog.at_level(logging.INFO), echoed(path, path.stat().st_size) as show, path.open("a") as stream:
+    narrated.set_level("INFO")
+    with echoed(path, path.stat().st_size) as show, path.open("a") as stream:
         stream.write("Loading\n")
         stream.flush()
         show()
         stream.write("the last line")
-    assert [record.message for record in caplog.records] == ["Loading", "the last line"]
+    assert narrated.messages == ["Loading", "the last line"]
 
 
 def test_both_curves_are_in_one_picture(finished: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from layout import STEPS, write_config
+from narrated import Narrated
 from processes import start
 
 from prmkit.errors import DataError, LlamaFactoryError, PrmkitError, UsageError
@@ -349,7 +350,7 @@ def test_what_llamafactory_left_is_checked_even_when_it_ended_well(
 
 
 def test_a_full_disk_does_not_hide_what_the_run_failed_of(
-    finished_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch, narrated: Narrated
 ) -> None:
     from prmkit.training import run as one_start
 
@@ -360,7 +361,7 @@ def test_a_full_disk_does_not_hide_what_the_run_failed_of(
     run = finished_copy / "saves" / "run"
     with pytest.raises(LlamaFactoryError, match="the cause"), one_start._recorded(run, record_of(finished_copy)):
         raise LlamaFactoryError("the cause")
-    assert "saves/run/run.json: the end of the run could not be recorded: No space left on device" in caplog.text
+    assert "saves/run/run.json: the end of the run could not be recorded: No space left on device" in narrated.text
     with pytest.raises(OSError, match="No space"), one_start._recorded(run, record_of(finished_copy)):
         pass
 
