@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn import metrics as sk
 from synthetic import CONSTANTS, MEDIANS, constant, copier, noisy, predictions_of, pure_noise, usual, write_data_folder
 
 from prmkit.evaluation import grade, summary
@@ -69,6 +68,8 @@ def pairs(rows: list[dict], kind: str | None = None, key: str | None = None) -> 
     ],
 )
 def test_every_metric_is_what_scipy_and_scikit_learn_say(metrics, rows, kind, key):
+    from sklearn import metrics as sk
+
     found = group(metrics, kind or "all", key or "all")["judge"]
     predicted, reference, below, medians = pairs(rows, kind, key).T
     bad = reference < 0.5
@@ -113,6 +114,8 @@ def test_the_shown_correlation_is_the_mean_over_keys(metrics, rows):
 
 
 def test_skill_compares_the_mean_with_a_mean_and_the_median_with_a_median(metrics, rows):
+    from sklearn import metrics as sk
+
     predicted, reference, _, medians = pairs(rows, "clip", "reasonableness_score").T
     mean, median = CONSTANTS["clip"]["reasonableness_score"]
     by_rmse = 1 - sk.root_mean_squared_error(reference, predicted) / np.sqrt(np.mean((mean - reference) ** 2))

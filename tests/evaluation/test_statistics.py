@@ -1,11 +1,12 @@
 """The statistics against scipy, scikit-learn and brute force, whole and with tasks drawn more than once."""
 
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn import metrics as sk
 
 from prmkit.evaluation import statistics
 from prmkit.evaluation.estimates import (
@@ -46,17 +47,25 @@ def draws(tasks: int) -> np.ndarray:
     return np.vstack([np.ones((1, tasks)), draw_weights(tasks, 4)])
 
 
+@cache
+def sk() -> Any:
+    """scikit-learn's metrics, whose import takes a second in each worker."""
+    from sklearn import metrics
+
+    return metrics
+
+
 def kendall_of(predicted: np.ndarray, reference: np.ndarray) -> float:
     return float(stats.kendalltau(predicted, reference).statistic)
 
 
 OF_SCORES = {
-    "mean_absolute_error": sk.mean_absolute_error,
-    "root_mean_square_error": sk.root_mean_squared_error,
+    "mean_absolute_error": lambda predicted, reference: sk().mean_absolute_error(reference, predicted),
+    "root_mean_square_error": lambda predicted, reference: sk().root_mean_squared_error(reference, predicted),
     "bias": lambda predicted, reference: np.mean(predicted - reference),
     "pearson": lambda predicted, reference: stats.pearsonr(predicted, reference).statistic,
     "spearman": lambda predicted, reference: stats.spearmanr(predicted, reference).statistic,
-    "kappa": lambda predicted, reference: sk.cohen_kappa_score(
+    "kappa": lambda predicted, reference: sk().cohen_kappa_score(
         np.searchsorted(statistics.BANDS, predicted, side="right"),
         np.searchsorted(statistics.BANDS, reference, side="right"),
         labels=range(5),
@@ -77,9 +86,9 @@ def test_a_statistic_is_the_libraries_value_also_when_tasks_are_drawn_again(name
 
 
 OF_DECISIONS = {
-    "roc_area": lambda suspicion, bad: sk.roc_auc_score(bad, suspicion),
-    "average_precision": lambda suspicion, bad: sk.average_precision_score(bad, suspicion),
-    "brier": lambda suspicion, bad: sk.brier_score_loss(bad, suspicion),
+    "roc_area": lambda suspicion, bad: sk().roc_auc_score(bad, suspicion),
+    "average_precision": lambda suspicion, bad: sk().average_precision_score(bad, suspicion),
+    "brier": lambda suspicion, bad: sk().brier_score_loss(bad, suspicion),
 }
 
 
