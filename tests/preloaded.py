@@ -81,7 +81,7 @@ class Preloaded:
 @contextmanager
 def forks_of(modules: Sequence[str]) -> Iterator[str]:
     """A Python that waits with its imports done; the address at which it takes over programs, for `ADDRESS`."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # the path of a socket has at most 107 characters
         address = str(Path(folder, "socket"))
         command = [sys.executable, __file__, "--at", address, *modules]
         # It ends with its standard input.
