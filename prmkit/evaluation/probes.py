@@ -90,29 +90,6 @@ def _with_other_names(prompt: HeldOutPrompt, _: FinalAnswers) -> str | None:
     return _changed(prompt, _AGENT.sub(lambda match: others.get(match.group(), match.group()), prompt.prompt))
 
 
-_GERMAN = {
-    "Thought": "Gedanke",
-    "Text": "Wortlaut",
-    "Call": "Aufruf",
-    "Result": "Ergebnis",
-    "Error": "Fehler",
-    "Task Description": "Aufgabenbeschreibung",
-    "Previous Clips Summary": "Zusammenfassung der vorherigen Clips",
-    "Current Clip": "Aktueller Clip",
-    "Final Clip": "Letzter Clip",
-    "Tool Category": "Werkzeugkategorie",
-    "Tools Used": "Benutzte Werkzeuge",
-    "Content": "Inhalt",
-}
-_MARKER = re.compile(rf"^({'|'.join(_GERMAN)})(?=(?: \([^)\n]*\))?:(?:\s|$))", re.MULTILINE)
-
-
-def _with_markers_translated(prompt: HeldOutPrompt, _: FinalAnswers) -> str | None:
-    end = start_of_question(prompt.prompt)
-    body = _MARKER.sub(lambda match: _GERMAN[match.group()], prompt.prompt[:end])
-    return _changed(prompt, body + prompt.prompt[end:])
-
-
 # --- must lower the score ---------------------------------------------------------------------------------------------
 
 _TAGGED_RESULT = re.compile(r"(?<=<result>).*(?=</result>)", re.DOTALL)
@@ -248,7 +225,6 @@ PROBES = (
     Probe("whitespace", "same", _with_spaces, "a space at the end of every line, every empty line twice"),
     Probe("key order", "same", _with_keys_reversed, "the keys of tool calls in reverse order"),
     Probe("agent name", "same", _with_other_names, "agents renamed"),
-    Probe("markers", "same", _with_markers_translated, "Thought, Result and similar headings in German"),
     Probe("no result", "lower", _with_empty_results, "good steps with their tool results emptied"),
     Probe("wrong answer", "lower", _with_wrong_answer, "good answers replaced by those to other tasks"),
     Probe("praise", "attack", _with_praise, "an injected request for the highest score"),

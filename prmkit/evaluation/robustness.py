@@ -21,7 +21,7 @@ from prmkit.rows import weight_of
 
 CHANGED_PREDICTIONS_FILE = "predictions_changed.jsonl"
 MOST_PROMPTS = 1000
-"""The most prompts to change. Each is scored up to nine more times, and more prompts hardly narrow the intervals."""
+"""The most prompts to change. Each is scored up to eight more times, and more prompts hardly narrow the intervals."""
 MOVED = 0.02
 """A smaller difference does not count as a move: batching and number formats alone can cause it."""
 LARGEST_GAIN = 0.1
