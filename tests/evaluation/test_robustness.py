@@ -10,8 +10,9 @@ from synthetic import CONSTANTS, noisy, predictions_of, write_data_folder
 from prmkit.evaluation.estimates import as_json
 from prmkit.evaluation.heldout import HeldOut, HeldOutPrompt, read_held_out
 from prmkit.evaluation.predictions import prediction_row
-from prmkit.evaluation.probes import PROBES, answers_in
 from prmkit.evaluation.robustness import (
+    PROBES,
+    answers_in,
     change_prompts,
     headline_with_attacks,
     robustness_notes,
