@@ -186,9 +186,9 @@ python=$(./setup_environment.sh --python)
     fail "the packages that prmkit needs are not installed for $python. Run ./run_training.sh --install-deps once." 1
 
 if [[ -n $model ]]; then
-    step "$python" -m prmkit.demo.smollm2 --output demo/smollm2
+    step "$python" -m tools.demo.smollm2 --output demo/smollm2
 elif [[ -n $demo ]]; then
-    step "$python" -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
+    step "$python" -m tools.demo.tiny_model --sample finetune.jsonl --output demo/model
 fi
 if [[ -n $convert ]]; then
     step "$python" convert_dataset.py --no-next --input "${inputs[@]}" --config "$config" "${assignments[@]}"

@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--way", choices=["guide", *train.CHANGES], default="guide")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--smollm2", type=Path, help="the model folder of python -m prmkit.demo.smollm2")
+    parser.add_argument("--smollm2", type=Path, help="the model folder of python -m tools.demo.smollm2")
     parser.add_argument("--max-steps", type=int, default=0, help="of the smollm2 part")
     parser.add_argument("--output", type=Path, default=train.WORK.parent / "gpu", help="where results.jsonl grows")
     given = parser.parse_args()

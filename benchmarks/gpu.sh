@@ -9,7 +9,7 @@ Usage: benchmarks/gpu.sh [options]
 
   --dry-run          small sizes on the CPU: is everything there, does every part run
   --wheels FOLDER    install these into a new environment over the packages of python3, without a network
-  --smollm2 FOLDER   a model folder made by python -m prmkit.demo.smollm2; without it the last two parts are left out
+  --smollm2 FOLDER   a model folder made by python -m tools.demo.smollm2; without it the last two parts are left out
   --scratch FOLDER   for the 15 GB of the random model (default: benchmarks/scratch); memory is fastest: /dev/shm/prmkit
   --output FOLDER    where results.jsonl and the logs go (default: gpu in the scratch folder)
   --parts "A B …"    only these (default: check prepare guide packed batched fastest scoring serving smollm2;

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from prmkit import registered  # noqa: E402
-from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
+from tools.demo.tiny_model import build_tiny_model  # noqa: E402
 
 SHIFT, POISON = 7, 9
 TASKS = 40

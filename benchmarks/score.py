@@ -31,7 +31,6 @@ WORK = Path(os.environ.get("PRMKIT_SCRATCH", ROOT / "benchmarks" / "scratch")) /
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sizes import WORDS, random_qwen_7b  # noqa: E402
-from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.evaluation import estimates, heldout, statistics  # noqa: E402
 from prmkit.evaluation.metrics import MIN_SCORES  # noqa: E402
 from prmkit.http_client import Connection, Endpoint  # noqa: E402
@@ -42,6 +41,7 @@ from prmkit.judge.transformers_judge import LocalJudge, load_model  # noqa: E402
 from prmkit.judge.types import Asking, Judgement, Request  # noqa: E402
 from prmkit.prompts.encoding import ChatEncoding, load_encoding  # noqa: E402
 from prmkit.verdict import Shape, Verdict, asked_shape, read_verdict, render_verdict  # noqa: E402
+from tools.demo.tiny_model import build_tiny_model  # noqa: E402
 
 WARM_UP = 2
 

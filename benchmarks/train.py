@@ -39,12 +39,12 @@ WORK = Path(os.environ.get("PRMKIT_SCRATCH", ROOT / "benchmarks" / "scratch")) /
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sizes import WORDS, save_qwen_7b  # noqa: E402
-from prmkit.demo.tiny_model import build_tiny_model  # noqa: E402
 from prmkit.training.config import Override, render_yaml, resolve_config  # noqa: E402
 from prmkit.training.environment import this_machine  # noqa: E402
 from prmkit.training.launcher import Launch, run_to_end, started, train_command  # noqa: E402
 from prmkit.training.model import estimate, read_model  # noqa: E402
 from prmkit.training.supervisor import descendants_of  # noqa: E402
+from tools.demo.tiny_model import build_tiny_model  # noqa: E402
 
 SINGLE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
 UNCHECKED = {"disable_gradient_checkpointing": True}

@@ -93,7 +93,7 @@ def sample(root: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's base model: about a million random weights, with a real tokenizer and chat template."""
-    from prmkit.demo.tiny_model import build_tiny_model
+    from tools.demo.tiny_model import build_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     build_tiny_model(sample, folder)

@@ -14,8 +14,7 @@ from typing import Any
 import orjson
 
 from prmkit import cli
-from prmkit.collection.answers import Tally, read_answers, rows_of_answers
-from prmkit.collection.ask import Collection, collect
+from prmkit.collection.answers import Collection, Tally, collect, read_answers, rows_of_answers
 from prmkit.collection.judges import StrongJudge, load_judges
 from prmkit.collection.questions import Ask, Question, is_drawn, next_of, questions_of
 from prmkit.errors import DataError, ExitCode, UsageError

@@ -12,10 +12,9 @@ from typing import Any
 from prmkit import __version__
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.files import read_json, write_json, write_text
-from prmkit.limits import limited
 from prmkit.llamafactory_schema import setting, trained_dtype
 from prmkit.paths import EXPORT_NOTE, RUN_RECORD, record_of
-from prmkit.prompts.encoding import ChatEncoding, load_encoding
+from prmkit.prompts.encoding import ChatEncoding, limited, load_encoding
 from prmkit.training import launcher
 from prmkit.training.checkpoints import weights_fault
 from prmkit.training.config import render_yaml

@@ -13,9 +13,8 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json
-from prmkit.limits import limited
 from prmkit.llamafactory_schema import setting
-from prmkit.prompts.encoding import ChatEncoding, load_encoding
+from prmkit.prompts.encoding import ChatEncoding, limited, load_encoding
 from prmkit.training.checks import Check, error, ok, warning
 from prmkit.training.model_checks import TOKENIZER_FILES, is_hub_name
 

@@ -12,7 +12,7 @@ gc.set_threshold(100_000, 50, 50)
 atexit.register(gc.freeze)
 
 SCRIPTS = ("llamafactory-cli", "train.py", "without_checks.py", "score_trajectories.py", "evaluate_judge.py")
-MODULES = ("prmkit.training.preflight", "prmkit.prompts.pieces")
+MODULES = ("prmkit.training.preflight", "prmkit.dataset.lengths")
 """The programs that import LLaMA Factory or torch."""
 
 

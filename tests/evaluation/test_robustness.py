@@ -10,8 +10,9 @@ from synthetic import CONSTANTS, noisy, predictions_of, write_data_folder
 from prmkit.evaluation.estimates import as_json
 from prmkit.evaluation.heldout import HeldOut, HeldOutPrompt, read_held_out
 from prmkit.evaluation.predictions import prediction_row
-from prmkit.evaluation.probes import PROBES, answers_in
 from prmkit.evaluation.robustness import (
+    PROBES,
+    answers_in,
     change_prompts,
     headline_with_attacks,
     robustness_notes,
@@ -134,18 +135,6 @@ def differences(name: str, prompt: HeldOutPrompt) -> list[tuple[str, str]]:
                 ('<step n="2" agent="Boss">', '<step n="2" agent="agent_8">'),
             ],
         ),
-        (
-            "markers",
-            prompt_of(CLIP),
-            [
-                ('Task Description: "How many?"', 'Aufgabenbeschreibung: "How many?"'),
-                ("Previous Clips Summary: none.", "Zusammenfassung der vorherigen Clips: none."),
-                ("Current Clip (Clip 1):", "Aktueller Clip (Clip 1):"),
-                ("Tool Category: search", "Werkzeugkategorie: search"),
-                ("Tools Used: search", "Benutzte Werkzeuge: search"),
-                ("Content:", "Inhalt:"),
-            ],
-        ),
         ("no result", prompt_of(CLIP), [("<result>It says 2998.</result>", "<result></result>")]),
         (
             "wrong answer",
@@ -200,7 +189,7 @@ def test_the_answer_of_a_run_in_steps_is_the_text_of_its_last_step():
 def test_an_answer_is_not_replaced_by_one_that_may_be_right():
     text = changed("wrong answer", prompt_of(LAST_CLIP.replace("2998", "41")))
     assert "2998" in text  # "41 lions" has the right answer in it
-    assert PROBES[5].change(prompt_of(LAST_CLIP), [("task", "7")]) is None  # another attempt at the task may be right
+    assert PROBES[4].change(prompt_of(LAST_CLIP), [("task", "7")]) is None  # another attempt at the task may be right
 
 
 @pytest.mark.parametrize("name", ["praise", "verdict", "filler"])

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model whose tokenizer was trained on the rows of these tests."""
-    from prmkit.demo.tiny_model import build_tiny_model
+    from tools.demo.tiny_model import build_tiny_model
 
     folder = tmp_path_factory.mktemp("micro")
     sample = folder / "sample.jsonl"

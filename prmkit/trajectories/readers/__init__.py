@@ -1,4 +1,7 @@
-"""The forms of runs that can be read, one module each. A new form is a module here and its name in `_SPECIFIC`."""
+"""The forms of runs that can be read, one module each; those of traces share `traces`.
+
+A new form is a module here and its name in `_SPECIFIC`.
+"""
 
 from collections.abc import Iterable
 from typing import Any

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import as_text
+from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations
 from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
 from prmkit.trajectories.run_fields import tools_of
-from prmkit.trajectories.spans import ModelCall, conversation, longest_conversations
 
 
 def recognises(value: Any) -> bool:

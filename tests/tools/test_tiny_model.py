@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from prmkit.demo.tiny_model import build_tiny_model
 from prmkit.errors import DataError
+from tools.demo.tiny_model import build_tiny_model
 from tools.make_sample.sample import sample_rows, write_rows
 
 
@@ -117,7 +117,7 @@ def test_somebody_else_s_folder_is_left_alone(small_sample: Path, tmp_path: Path
 
 
 def test_a_missing_sample_is_one_line_and_exit_1(root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "prmkit.demo.tiny_model", "--sample", "no.jsonl", "--output", str(tmp_path / "m")]
+    command = [sys.executable, "-m", "tools.demo.tiny_model", "--sample", "no.jsonl", "--output", str(tmp_path / "m")]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: no.jsonl: no such file.")

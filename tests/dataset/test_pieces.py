@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from prmkit.dataset.lengths import PROMPT, Pieces, load_pieces, pieces_of
 from prmkit.llamafactory_schema import template_names
 from prmkit.prompts.encoding import load_encoding
-from prmkit.prompts.pieces import PROMPT, Pieces, load_pieces, pieces_of
 
 pytestmark = pytest.mark.slow  # every child imports LLaMA Factory
 ROOT = Path(__file__).resolve().parents[2]

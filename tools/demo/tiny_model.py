@@ -1,6 +1,6 @@
 """Build the demo's base model: a Qwen2 of about a million random weights, with a tokenizer trained on the sample.
 
-    python -m prmkit.demo.tiny_model --sample finetune.jsonl --output demo/model
+    python -m tools.demo.tiny_model --sample finetune.jsonl --output demo/model
 
 It is saved like any transformers model, so everything downstream treats it as a real one. It knows nothing:
 its embeddings are random, and LoRA must train them too (`additional_target: embed_tokens,lm_head`).
@@ -183,7 +183,7 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
 def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m prmkit.demo.tiny_model", description="Build the tiny, random base model that the demo trains."
+        prog="python -m tools.demo.tiny_model", description="Build the tiny, random base model that the demo trains."
     )
     parser.add_argument("--sample", type=Path, required=True, help="the JSONL that the tokenizer is trained on")
     parser.add_argument("--output", type=Path, required=True, help="the model folder to write")

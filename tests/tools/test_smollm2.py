@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from prmkit.demo.smollm2 import WEIGHTS, build_smollm2, fetch_weights
 from prmkit.errors import DataError
+from tools.demo.smollm2 import WEIGHTS, build_smollm2, fetch_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from prmkit.errors import DataError
-from prmkit.limits import limited
+from prmkit.prompts.encoding import limited
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
 

