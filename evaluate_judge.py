@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
+from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS
 from prmkit.judge.scorer import add_judge_arguments
 
 
@@ -49,15 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     parity = parser.add_argument_group("instead: compare a run with its export")
-    parity.add_argument(
-        "--parity", type=cli.positive, nargs="?", const=8, metavar="N", help="score N prompts with both"
-    )
+    prompts = f"score N prompts with both (without a number: {PARITY_PROMPTS})"
+    parity.add_argument("--parity", type=cli.positive, nargs="?", const=PARITY_PROMPTS, metavar="N", help=prompts)
     parity.add_argument(
         "--exported", type=Path, metavar="FOLDER", help="the exported model (default: the run's export_dir)"
     )
-    parity.add_argument(
-        "--tolerance", type=cli.number, metavar="X", help="largest allowed difference of two scores (default 0.02)"
-    )
+    largest = f"largest allowed difference of two scores (default {DEFAULT_TOLERANCE})"
+    parity.add_argument("--tolerance", type=cli.number, metavar="X", help=largest)
     return parser
 
 

@@ -32,7 +32,7 @@ def main() -> int:
         "--aggregate", choices=["trajectory"], help="also aggregate the steps of every trajectory_id, or task_id"
     )
     parser.add_argument(
-        "--bad-below", type=cli.share, default=0.5, metavar="X", help="scores below this are bad (default 0.5)"
+        "--bad-below", type=cli.share, default=0.5, metavar="X", help="scores below this are bad (default %(default)s)"
     )
     runs = parser.add_argument_group("raw runs")
     runs.add_argument(

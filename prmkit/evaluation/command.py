@@ -13,7 +13,7 @@ from prmkit.evaluation import compare, heldout
 from prmkit.evaluation.best_of_n import pick_best_of_n
 from prmkit.evaluation.evaluate import REPORT_FILE, EvaluationSettings, evaluate
 from prmkit.evaluation.exam_command import take_exam
-from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, check_parity
+from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS, check_parity
 from prmkit.files import read_json, write_json
 from prmkit.intervals import CALIBRATION_FILE, calibrated_judge, read_calibration, write_calibration
 from prmkit.judge.scorer import DEFAULT_RUN, asking_of, judge_source
@@ -32,9 +32,6 @@ from prmkit.paths import EVALUATION, EXPORT_NOTE, METRICS_FILE, RUN_RECORD
 from prmkit.registered import is_registered, results_folder
 
 log = logging.getLogger("prmkit")
-
-PARITY_PROMPTS = 8
-"""How many prompts --parity compares: a wrong template or dtype shows on every prompt, so a few are enough."""
 
 
 def execute(arguments: argparse.Namespace) -> ExitCode:

@@ -282,26 +282,19 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)",
     )
     group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
-    group.add_argument(
-        "--concurrency", type=cli.positive, default=16, metavar="N", help="requests at once (default 16)"
-    )
+    at_once = "requests at once (default %(default)s)"
+    group.add_argument("--concurrency", type=cli.positive, default=Endpoint.concurrency, metavar="N", help=at_once)
     group.add_argument(
         "--logprobs",
         choices=["exact", "top"],
-        default="exact",
+        default=Endpoint.logprobs,
         help="exact: request the needed tokens by name if the server supports it (vLLM, SGLang; default). It disturbs "
         "other clients that ask the same vLLM for ordinary logprobs; top does not",
     )
-    group.add_argument(
-        "--top-logprobs", type=cli.positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
-    )
-    group.add_argument(
-        "--timeout",
-        type=cli.seconds,
-        default=300.0,
-        metavar="SECONDS",
-        help="longest wait for a complete answer, per attempt; there are six (default 300)",
-    )
+    likeliest = "likeliest tokens to ask for (default %(default)s)"
+    group.add_argument("--top-logprobs", type=cli.positive, default=Endpoint.top_logprobs, metavar="N", help=likeliest)
+    longest = f"longest wait for a complete answer, per attempt; there are {Endpoint.attempts} (default %(default)g)"
+    group.add_argument("--timeout", type=cli.seconds, default=Endpoint.timeout, metavar="SECONDS", help=longest)
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:

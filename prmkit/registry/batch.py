@@ -22,6 +22,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, write_text
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, RUN_RECORD, SIDECAR_SUFFIX, base_model_of
 from prmkit.registered import DATA, ROWS, RUN, VersionId
+from prmkit.registry.arguments import SHIFT_LIMIT
 from prmkit.row_lines import open_rows
 from prmkit.training.supervisor import die_with_parent
 
@@ -31,7 +32,6 @@ _SCRIPTS = Path(prmkit.__file__).resolve().parent.parent
 
 TRAINING, HELD_OUT = FULL, FULL + HELD_OUT_SUFFIX
 """The two sides of a retraining's data."""
-SHIFT_LIMIT = 0.25
 _EXAMPLES = 5
 
 
