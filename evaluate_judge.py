@@ -8,6 +8,7 @@ from prmkit import cli
 from prmkit.errors import ExitCode
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS
 from prmkit.judge.scorer import add_judge_arguments
+from prmkit.judge.types import BAD_BELOW
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,9 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     gates.add_argument(
         "--min-spearman", type=cli.number, metavar="X", help="fail if the lower end of Spearman is below X"
     )
-    gates.add_argument(
-        "--min-auroc", type=cli.number, metavar="X", help="fail if the lower end of AUROC (steps below 0.5) is below X"
-    )
+    auroc = f"fail if the lower end of AUROC (steps below {BAD_BELOW[0]}) is below X"
+    gates.add_argument("--min-auroc", type=cli.number, metavar="X", help=auroc)
     exam = parser.add_argument_group("instead: runs that people labelled, or several runs of each task")
     exam.add_argument("--exam", type=Path, metavar="FILE", help="runs with people's labels, also for --min-auroc")
     exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how often its pick succeeds")

@@ -8,6 +8,7 @@ from prmkit import cli
 from prmkit.errors import ExitCode
 from prmkit.intervals import add_interval_arguments
 from prmkit.judge.scorer import add_backend_arguments, add_judge_arguments
+from prmkit.judge.types import AGGREGATES, BAD_BELOW, UNSCORED
 from prmkit.serving.engine import Engine
 
 
@@ -36,11 +37,12 @@ def main() -> int:
     add("--data", type=Path, default=Path("data"), metavar="FOLDER", help=data)
     rewards = parser.add_argument_group("rewards").add_argument
     how = "how the scores of several steps become one reward (default %(default)s)"
-    rewards("--aggregate", choices=["min", "mean", "product", "last"], default="min", help=how)
-    unscored = "if a step has no score, or an unsure one: 503 (default), leave it out, the mean of past rewards, null"
-    rewards("--unscored", choices=["error", "skip", "mean", "null"], default="error", help=unscored)
+    rewards("--aggregate", choices=list(AGGREGATES), default="min", help=how)
+    unscored = "if a step has no score, or an unsure one: 503, leave it out, the mean of past rewards, null "
+    unscored += "(default %(default)s)"
+    rewards("--unscored", choices=UNSCORED, default="error", help=unscored)
     bad = "scores below this are bad (default %(default)s)"
-    rewards("--bad-below", type=cli.share, default=0.5, metavar="X", help=bad)
+    rewards("--bad-below", type=cli.share, default=BAD_BELOW[0], metavar="X", help=bad)
     trial = parser.add_argument_group("a challenger").add_argument
     trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (like --judge)")
     how_many = "share of tasks, by hash, that it answers (default 0.1) or, with --shadow, also scores (default 1)"

@@ -21,6 +21,7 @@ from prmkit.registry.arguments import REPLAY
 from prmkit.serving.app import Limits
 from prmkit.serving.command import _SHADOW_SHARE, _TRIAL_SHARE
 from prmkit.serving.request_log import RequestLog
+from prmkit.serving.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -157,6 +158,9 @@ IN_THE_CODE = {
     "manage_judges.py retrain --replay": (REPLAY["base"],),
     "serve_judge.py --max-body": (Limits.body >> 20,),
     "serve_judge.py --drain": (Limits.drain,),
+    "serve_judge.py --aggregate": (Service.aggregate,),
+    "serve_judge.py --unscored": (Service.unscored,),
+    "serve_judge.py --bad-below": (Service.bad_below,),
     "serve_judge.py --share": (_TRIAL_SHARE, _SHADOW_SHARE),
     "serve_judge.py --log-size": (RequestLog.largest >> 20,),
     "serve_judge.py --log-files": (RequestLog.kept,),
