@@ -7,6 +7,7 @@ from pathlib import Path
 from prmkit import cli
 from prmkit.errors import ExitCode
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS
+from prmkit.http_client import KEY_VARIABLE
 from prmkit.judge.scorer import add_judge_arguments
 from prmkit.judge.types import BAD_BELOW
 
@@ -45,9 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     exam.add_argument("--predict-with", metavar="URL", help="ask a server: chat completions, or /v1/systemone")
     exam.add_argument("--server-model", metavar="NAME", help="the model's name on that server")
-    exam.add_argument(
-        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key"
-    )
+    key = "environment variable with the server's key (default %(default)s)"
+    exam.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME", help=key)
     exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     parity = parser.add_argument_group("instead: compare a run with its export")
     prompts = f"score N prompts with both (without a number: {PARITY_PROMPTS})"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prmkit import cli
 from prmkit.errors import UsageError
-from prmkit.http_client import Endpoint, check_url, key_from
+from prmkit.http_client import KEY_VARIABLE, Endpoint, check_url, key_from
 from prmkit.judge.sources import (
     JudgeSource,
     encoding_fingerprint,
@@ -281,7 +281,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)",
     )
-    group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
+    group.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME", help="variable with the key")
     at_once = "requests at once (default %(default)s)"
     group.add_argument("--concurrency", type=cli.positive, default=Endpoint.concurrency, metavar="N", help=at_once)
     group.add_argument(
