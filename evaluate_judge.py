@@ -6,7 +6,10 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
+from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS
+from prmkit.http_client import KEY_VARIABLE
 from prmkit.judge.scorer import add_judge_arguments
+from prmkit.judge.types import BAD_BELOW
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,9 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     gates.add_argument(
         "--min-spearman", type=cli.number, metavar="X", help="fail if the lower end of Spearman is below X"
     )
-    gates.add_argument(
-        "--min-auroc", type=cli.number, metavar="X", help="fail if the lower end of AUROC (steps below 0.5) is below X"
-    )
+    auroc = f"fail if the lower end of AUROC (steps below {BAD_BELOW[0]}) is below X"
+    gates.add_argument("--min-auroc", type=cli.number, metavar="X", help=auroc)
     exam = parser.add_argument_group("instead: runs that people labelled, or several runs of each task")
     exam.add_argument("--exam", type=Path, metavar="FILE", help="runs with people's labels, also for --min-auroc")
     exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how often its pick succeeds")
@@ -44,20 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     exam.add_argument("--predict-with", metavar="URL", help="ask a server: chat completions, or /v1/systemone")
     exam.add_argument("--server-model", metavar="NAME", help="the model's name on that server")
-    exam.add_argument(
-        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key"
-    )
+    key = "environment variable with the server's key (default %(default)s)"
+    exam.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME", help=key)
     exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     parity = parser.add_argument_group("instead: compare a run with its export")
-    parity.add_argument(
-        "--parity", type=cli.positive, nargs="?", const=8, metavar="N", help="score N prompts with both"
-    )
+    prompts = f"score N prompts with both (without a number: {PARITY_PROMPTS})"
+    parity.add_argument("--parity", type=cli.positive, nargs="?", const=PARITY_PROMPTS, metavar="N", help=prompts)
     parity.add_argument(
         "--exported", type=Path, metavar="FOLDER", help="the exported model (default: the run's export_dir)"
     )
-    parity.add_argument(
-        "--tolerance", type=cli.number, metavar="X", help="largest allowed difference of two scores (default 0.02)"
-    )
+    largest = f"largest allowed difference of two scores (default {DEFAULT_TOLERANCE})"
+    parity.add_argument("--tolerance", type=cli.number, metavar="X", help=largest)
     return parser
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
+from prmkit.trajectories.labels import SETS
 
 _EPILOG = """\
 The form of each file is recognised by its structure. Known forms: messages of OpenAI, Anthropic, ShareGPT, LangChain,
@@ -36,8 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     labels = parser.add_argument_group(
         "labels that people gave: write rows for convert_dataset.py instead"
     ).add_argument
-    sets = "steps (of imported runs), column, or a public set: agentprocessbench, agentrx, prmbench, trajectory-judge, \
-who-and-when"
+    sets = f"steps (of imported runs), column, or a public set: {', '.join(SETS)}"
     labels("--labels", metavar="NAME", help=sets)
     labels("--label-key", metavar="NAME", help="the column: one label per step, or {position of the message: label}")
     scale = "unit: 0 to 1 (default); ternary: -1 wrong, 0 neutral, 1 right"

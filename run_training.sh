@@ -37,8 +37,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 switches=(--evaluate --export --validate-only --overwrite --force --verbose) # passed on to train.py
 valued=(--dataset --epochs --learning-rate --batch-size
     --nproc --nnodes --node-rank --master-addr --master-port --rdzv-id --max-restarts) # the same, with a value
-converting=(--scale --map --eval-ratio --split-seed --eval-tasks --near-duplicates --aggregate --max-disagreement
-    --evaluation-types --model-names --task-ids --name --labels --format --max-rejected --mask-leaked-scores --rubric)
+converting=(--rubric --format --labels --mask-leaked-scores --max-rejected --no-task-variants
+    --evaluation-types --model-names --task-ids --name --eval-ratio --split-seed --eval-tasks --near-duplicates
+    --scale --map --aggregate --no-leniency-correction --max-disagreement --too-long) # refused, with what to do
 options=(--input --config --model --no-convert --install-deps --demo --help "${switches[@]}" "${valued[@]}")
 
 fail() {
@@ -69,9 +70,15 @@ full_name() {
     if is_one_of "$1" "${converting[@]}"; then
         fail "$1 is an option of convert_dataset.py. Convert with it, then run ./run_training.sh --no-convert"
     fi
-    if is_one_of "$1" --runs --export-only --json; then
-        fail "$1 is an option of train.py alone: python train.py $1"
-    fi
+    case $1 in
+        --output-dir) fail "$1 is written dataset_dir=FOLDER here, because the training reads the same folder." ;;
+        --tokenizer) fail "$1 is written model_name_or_path=FOLDER here, because it is the model that is trained." ;;
+        --template) fail "$1 is written template=NAME here, because the training needs it as well." ;;
+        --cutoff-len) fail "$1 is written cutoff_len=N here, because the training needs it as well." ;;
+        --audit) fail "$1 is an option of convert_dataset.py alone: python convert_dataset.py $1 FOLDER" ;;
+        --json) fail "$1 is an option of convert_dataset.py and of train.py. Run the two one by one, each with $1." ;;
+        --runs | --export-only | --judge) fail "$1 is an option of train.py alone: python train.py $1" ;;
+    esac
     fail "'$1' is not an option.$(suggest "$1") See ./run_training.sh --help"
 }
 

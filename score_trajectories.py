@@ -8,6 +8,7 @@ from prmkit import cli
 from prmkit.errors import ExitCode
 from prmkit.intervals import add_interval_arguments
 from prmkit.judge.scorer import ShapeOf, add_backend_arguments, add_judge_arguments, scorer_of
+from prmkit.judge.types import BAD_BELOW
 
 
 def main() -> int:
@@ -31,9 +32,8 @@ def main() -> int:
     parser.add_argument(
         "--aggregate", choices=["trajectory"], help="also aggregate the steps of every trajectory_id, or task_id"
     )
-    parser.add_argument(
-        "--bad-below", type=cli.share, default=0.5, metavar="X", help="scores below this are bad (default 0.5)"
-    )
+    bad = "scores below this are bad (default %(default)s)"
+    parser.add_argument("--bad-below", type=cli.share, default=BAD_BELOW[0], metavar="X", help=bad)
     runs = parser.add_argument_group("raw runs")
     runs.add_argument(
         "--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not prmkit's own"

@@ -8,6 +8,8 @@ from prmkit import cli
 from prmkit.errors import ExitCode
 from prmkit.intervals import add_interval_arguments
 from prmkit.judge.scorer import add_backend_arguments, add_judge_arguments
+from prmkit.judge.types import AGGREGATES, BAD_BELOW, UNSCORED
+from prmkit.serving.engine import Engine
 
 
 def main() -> int:
@@ -18,25 +20,29 @@ def main() -> int:
         "GET /, /health, /ready, /metrics, /v1/models, /docs. SIGTERM: accepted requests are answered, exit code 143.",
     )
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: only this machine)")
-    add("--port", type=int, default=8000, metavar="N", help="0 picks a free one (default 8000)")
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: only this machine)")
+    add("--port", type=int, default=8000, metavar="N", help="0 picks a free one (default %(default)s)")
     add("--key-env", metavar="NAME", help="variable with the bearer key that clients must send (default: no key)")
-    add("--max-body", type=cli.positive, default=32, metavar="MB", help="largest request (default 32)")
-    window = "how long an idle judge waits for more prompts (default 5)"
-    add("--window", type=cli.seconds, default=5.0, metavar="MS", help=window)
-    add("--queue", type=cli.positive, default=1024, metavar="N", help="waiting prompts; more get 503 (default 1024)")
-    longest = "longest wait for a place in the queue (default 60)"
-    add("--queue-timeout", type=cli.seconds, default=60.0, metavar="SECONDS", help=longest)
-    add("--drain", type=cli.seconds, default=30.0, metavar="SECONDS", help="time to finish when stopped (default 30)")
+    add("--max-body", type=cli.positive, default=32, metavar="MB", help="largest request (default %(default)s)")
+    window = "how long an idle judge waits for more prompts (default %(default)g)"
+    add("--window", type=cli.seconds, default=1000 * Engine.window, metavar="MS", help=window)
+    waiting = "waiting prompts; more get 503 (default %(default)s)"
+    add("--queue", type=cli.positive, default=Engine.limit, metavar="N", help=waiting)
+    longest = "longest wait for a place in the queue (default %(default)g)"
+    add("--queue-timeout", type=cli.seconds, default=Engine.patience, metavar="SECONDS", help=longest)
+    finish = "time to finish when stopped (default %(default)g)"
+    add("--drain", type=cli.seconds, default=30.0, metavar="SECONDS", help=finish)
     add("--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not prmkit's own")
     data = "converted data, read for the score keys of each type"
     add("--data", type=Path, default=Path("data"), metavar="FOLDER", help=data)
     rewards = parser.add_argument_group("rewards").add_argument
-    how = "how the scores of several steps become one reward (default min)"
-    rewards("--aggregate", choices=["min", "mean", "product", "last"], default="min", help=how)
-    unscored = "if a step has no score, or an unsure one: 503 (default), leave it out, the mean of past rewards, null"
-    rewards("--unscored", choices=["error", "skip", "mean", "null"], default="error", help=unscored)
-    rewards("--bad-below", type=cli.share, default=0.5, metavar="X", help="scores below this are bad (default 0.5)")
+    how = "how the scores of several steps become one reward (default %(default)s)"
+    rewards("--aggregate", choices=list(AGGREGATES), default="min", help=how)
+    unscored = "if a step has no score, or an unsure one: 503, leave it out, the mean of past rewards, null "
+    unscored += "(default %(default)s)"
+    rewards("--unscored", choices=UNSCORED, default="error", help=unscored)
+    bad = "scores below this are bad (default %(default)s)"
+    rewards("--bad-below", type=cli.share, default=BAD_BELOW[0], metavar="X", help=bad)
     trial = parser.add_argument_group("a challenger").add_argument
     trial("--challenger", metavar="JUDGE", help="a second judge: a folder, or a registered version (like --judge)")
     how_many = "share of tasks, by hash, that it answers (default 0.1) or, with --shadow, also scores (default 1)"
@@ -45,14 +51,9 @@ def main() -> int:
     logs = parser.add_argument_group("request log").add_argument
     logs("--log-requests", type=Path, metavar="FILE", help="append a JSON line for every scored step")
     logs("--log-prompts", action="store_true", help="log the prompts; otherwise only their hashes and lengths")
-    logs(
-        "--log-size",
-        type=cli.positive,
-        default=100,
-        metavar="MB",
-        help="size at which FILE becomes FILE.1 (default 100)",
-    )
-    logs("--log-files", type=cli.positive, default=10, metavar="N", help="full files to keep (default 10)")
+    full = "size at which FILE becomes FILE.1 (default %(default)s)"
+    logs("--log-size", type=cli.positive, default=100, metavar="MB", help=full)
+    logs("--log-files", type=cli.positive, default=10, metavar="N", help="full files to keep (default %(default)s)")
     add_interval_arguments(parser)
     add_judge_arguments(parser)
     add_backend_arguments(parser)

@@ -25,6 +25,8 @@ Logprobs = Literal["exact", "top"]
 ExactBy = Literal["logprob_token_ids", "score", "nothing"]
 """vLLM's parameter of completions, SGLang's `/v1/score`, or neither."""
 
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""The environment variable with the API key, unless --api-key-env names another one."""
 _LEFT_OUT = 5.0
 """Seconds for which a server that failed gets no requests while another server answers."""
 _LONGEST_PAUSE = 30.0

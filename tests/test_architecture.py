@@ -98,10 +98,11 @@ def test_only_one_module_writes_to_the_standard_streams(path: Path) -> None:
     [
         (r"llamafactory-cli|torch\.distributed\.run\b|llamafactory\.train\.", "training/"),
         (r"\bAutoModel\w*\.from_pretrained|\bPeftModel\b", "judge/transformers_judge.py"),
+        (r"\(['\"]ok['\"], ['\"]unsure['\"]\)", "judge/types.py"),
     ],
 )
 def test_one_place_for_each_door(words: str, where: str) -> None:
-    """Only training runs LLaMA Factory, only transformers_judge.py loads a model."""
+    """Only training runs LLaMA Factory, one module loads a model, and one says which statuses come with scores."""
     texts = {path: path.read_text(encoding="utf-8") for path in MODULES}
     users = [str(path.relative_to(ROOT / "prmkit")) for path, text in texts.items()
              if re.search(words, text) and re.search(words, _without_comments(text))]  # fmt: skip

@@ -1,13 +1,27 @@
-"""What the documentation names exists: files, flags, links, images, configuration keys."""
+"""What the documentation names exists: files, flags, links, images, configuration keys; and defaults are true."""
 
+import argparse
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+
+from prmkit import cli
+from prmkit.collection.command import _MOST_MISSING
+from prmkit.dataset.conversion import _MOST_REJECTED
+from prmkit.dataset.settings import Split
+from prmkit.evaluation.export_check import DEFAULT_TOLERANCE
+from prmkit.registry.arguments import REPLAY
+from prmkit.serving.app import Limits
+from prmkit.serving.command import _SHADOW_SHARE, _TRIAL_SHARE
+from prmkit.serving.request_log import RequestLog
+from prmkit.serving.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -132,3 +146,75 @@ def test_prose_keeps_to_120_characters(page: Path) -> None:
     prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))]
     assert not long
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+IN_THE_CODE = {
+    "convert_dataset.py --max-rejected": (_MOST_REJECTED,),
+    "convert_dataset.py --eval-ratio": (Split.ratio,),
+    "convert_dataset.py --split-seed": (Split.seed,),
+    "evaluate_judge.py --tolerance": (DEFAULT_TOLERANCE,),
+    "manage_judges.py retrain --replay": (REPLAY["base"],),
+    "serve_judge.py --max-body": (Limits.body >> 20,),
+    "serve_judge.py --drain": (Limits.drain,),
+    "serve_judge.py --aggregate": (Service.aggregate,),
+    "serve_judge.py --unscored": (Service.unscored,),
+    "serve_judge.py --bad-below": (Service.bad_below,),
+    "serve_judge.py --share": (_TRIAL_SHARE, _SHADOW_SHARE),
+    "serve_judge.py --log-size": (RequestLog.largest >> 20,),
+    "serve_judge.py --log-files": (RequestLog.kept,),
+}
+"""Option -> the values that the code uses, where the parser cannot have them: it works without packages, or must know
+whether the option was given."""
+
+
+def _parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    parsers: list[argparse.ArgumentParser] = []
+    monkeypatch.setattr(cli, "run", lambda _command, parser: parsers.append(parser))
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    return parsers[0]
+
+
+def _defaults(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, object, list[str]]]:
+    """Yield each option of a script and its commands, its default in the parser, and the defaults that help shows."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command, below in action.choices.items():
+                yield from _defaults(below, f"{name} {command}")
+        elif action.help and action.help != argparse.SUPPRESS:
+            shown = _named_defaults(action.help % vars(action))
+            yield f"{name} {(action.option_strings or [action.dest])[-1]}", action.default, shown
+
+
+def _named_defaults(text: str) -> list[str]:
+    """The first word of every `(default X)`; often a number or a choice, sometimes the beginning of a sentence."""
+    return re.findall(r"\(default:? `?([^\s:;,`)]+)", text)
+
+
+def _as_shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else " ".join(value) if isinstance(value, list) else str(value)
+
+
+def test_a_default_that_help_or_a_page_names_is_the_one_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: dict[str, list[str]] = {}
+    for name in (name for name in PROGRAMS if re.fullmatch(r"\w+\.py", name)):
+        for option, default, shown in _defaults(_parser_of(name, monkeypatch), name):
+            named[option] = shown
+            for text, value in zip(shown, IN_THE_CODE.get(option, (default,)), strict=False):
+                if text[0].isdigit() or isinstance(value, str | Path | list):
+                    assert text == _as_shown(value), option
+    assert {option: len(named[option]) for option in IN_THE_CODE} == {key: len(of) for key, of in IN_THE_CODE.items()}
+    assert sum(map(len, named.values())) > 40
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    repeated = re.findall(r"`(--[a-z-]+)`[^.;|`]*?(\(default[^)]*\))", pages)
+    assert len(repeated) > 3
+    for flag, text in repeated:
+        assert _named_defaults(text) in [named[option][:1] for option in named if option.endswith(f" {flag}")], flag
+
+
+def test_the_share_of_verdicts_that_may_be_missing() -> None:
+    page = (ROOT / "docs" / "asking_judges.md").read_text(encoding="utf-8")
+    for text in (_help("ask_judges.py"), page):
+        assert re.findall(r"more than ([\d.]+) %", " ".join(text.split())) == [f"{100 * _MOST_MISSING:g}"]

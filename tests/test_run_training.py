@@ -1,5 +1,6 @@
 """The bash front end: what it refuses, and that words reach Python as they were typed."""
 
+import argparse
 import json
 import os
 import re
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from prmkit.dataset.arguments import make_parser
+from prmkit.llamafactory_schema import training_keys
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -33,7 +37,10 @@ def test_help_names_every_option(script: Script, root: Path) -> None:
         (["--lora-rank", "8"], "'--lora-rank' is not an option. A key of LLaMA Factory is written lora_rank=VALUE."),
         (["--lora-rank=8"], "'--lora-rank' is not an option. A key of LLaMA Factory is written lora_rank=VALUE."),
         (["--scale", "1", "5"], "--scale is an option of convert_dataset.py. Convert with it, then run"),
+        (["--too-long", "drop"], "--too-long is an option of convert_dataset.py. Convert with it, then run"),
+        (["--cutoff-len=8192"], "--cutoff-len is written cutoff_len=N here, because the training needs it as well."),
         (["--runs"], "--runs is an option of train.py alone: python train.py --runs"),
+        (["--judge", "production"], "--judge is an option of train.py alone: python train.py --judge"),
         (["-x"], "'-x' is not an option."),
         (["--ma", "3"], "--ma could be --master-addr --master-port --max-restarts."),
         (["reward_model_full"], "'reward_model_full' is neither an option nor key=value."),
@@ -52,6 +59,26 @@ def test_what_is_not_understood_is_refused_in_one_line(script: Script, arguments
     refused = script("run_training.sh", *arguments, code=2)
     assert refused.stderr.startswith(f"error: {message}")
     assert refused.stderr.count("\n") == 1 and not refused.stdout
+
+
+def test_every_option_of_the_conversion_is_taken_or_refused_with_what_to_type_instead(script: Script) -> None:
+    options = [
+        option
+        for action in make_parser(None)._actions
+        for option in action.option_strings
+        if option not in ("-h", "--help") and action.help != argparse.SUPPRESS
+    ]
+    assert len(options) > 20
+    taken = []
+    for option in options:
+        said = script("run_training.sh", option, code=2).stderr
+        if said == f"error: {option} needs a value.\n":
+            taken.append(option)
+        elif written := re.match(rf"error: {option} is written (\w+)=[A-Z]+ here, because ", said):
+            assert written[1] in training_keys()
+        else:
+            assert said.startswith(f"error: {option} is an option of convert_dataset.py"), said
+    assert taken == ["--input", "--config"]
 
 
 def test_rows_that_are_not_there_are_named(script: Script, tmp_path: Path) -> None:

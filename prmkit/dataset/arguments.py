@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
-_EPILOG = """\
+from prmkit.dataset.settings import CUSTOM, LengthSettings, Settings, Split
+
+_EPILOG = f"""\
 Without filters: reward_model_full and one variant for each evaluation type,
 judge and task, each with its held-out side NAME_eval, listed in
 dataset_info.json; conversion_report.json, rejected.jsonl.
-With filters: one variant (reward_model_custom, or --name), added to those in
+With filters: one variant ({CUSTOM}, or --name), added to those in
 the folder; its report is NAME.report.json, its rejected rows are in
 NAME.rejected.jsonl, and it holds out the same tasks as the conversion already
 in the folder.
@@ -25,9 +27,10 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
     add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: prmkit's own)")
     add("--output-dir", type=Path, metavar="FOLDER", help="(default: dataset_dir of --config, or data)")
-    add("--format", choices=["alpaca", "sharegpt"], default="alpaca", help="of the training files (default: alpaca)")
-    labels = "train on verdicts in one form, or as judges wrote them (default: canonical)"
-    add("--labels", choices=["canonical", "verbatim"], default="canonical", help=labels)
+    form = "of the training files (default: %(default)s)"
+    add("--format", choices=["alpaca", "sharegpt"], default=Settings.form, help=form)
+    labels = "train on verdicts in one form, or as judges wrote them (default: %(default)s)"
+    add("--labels", choices=["canonical", "verbatim"], default=Settings.labels, help=labels)
     add("--mask-leaked-scores", action="store_true", help="hide earlier scores in prompts: (Score: 0.93)")
     add("--max-rejected", metavar="N", help="fail if more rows are rejected: a share or a number (default: 50%%)")
     add("--no-task-variants", dest="task_variants", action="store_false", help="write no variant for each task")
@@ -39,14 +42,16 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     filters("--evaluation-types", nargs="+", metavar="TYPE", help="such as clip, category, final")
     filters("--model-names", nargs="+", metavar="JUDGE", help="judges, such as deepseek-chat")
     filters("--task-ids", nargs="+", metavar="TASK")
-    filters("--name", metavar="NAME", help="name of the variant (default: reward_model_custom)")
+    filters("--name", metavar="NAME", help=f"name of the variant (default: {CUSTOM})")
 
     split = parser.add_argument_group("held-out tasks").add_argument
-    split("--eval-ratio", type=float, metavar="X", help="share of tasks to hold out; 0: none (default: 0.1)")
-    split("--split-seed", type=int, metavar="N", help="another seed holds out different tasks (default: 0)")
+    share = f"share of tasks to hold out; 0: none (default: {Split.ratio})"
+    split("--eval-ratio", type=float, metavar="X", help=share)
+    seed = f"another seed holds out different tasks (default: {Split.seed})"
+    split("--split-seed", type=int, metavar="N", help=seed)
     split("--eval-tasks", type=Path, metavar="FILE", help="your list of held-out tasks, one per line")
-    near = "training prompts that repeat a held-out one, a few words changed (default: keep, and count)"
-    split("--near-duplicates", choices=["keep", "drop"], default="keep", help=near)
+    near = "training prompts that repeat a held-out one, a few words changed; they are counted (default: %(default)s)"
+    split("--near-duplicates", choices=["keep", "drop"], default=Settings.near_duplicates, help=near)
 
     _add_judges_and_lengths(parser)
     return parser
@@ -57,8 +62,8 @@ def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     scale = "the range of all judges (1 5), or of single judges (JUDGE=1:10 …); repeatable"
     judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
     judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help="scores of words: pass=1 fail=0")
-    consensus = "also write reward_model_consensus, with one row per prompt (default: none)"
-    judges("--aggregate", choices=["none", "mean", "median"], default="none", help=consensus)
+    consensus = "also write reward_model_consensus, with one row per prompt (default: %(default)s)"
+    judges("--aggregate", choices=["none", "mean", "median"], default=Settings.aggregate, help=consensus)
     judges("--no-leniency-correction", dest="leniency_correction", action="store_false",
            help="aggregate scores without correcting for each judge's leniency")  # fmt: skip
     judges("--max-disagreement", type=float, metavar="X", help="reject prompts on which judges differ by more (0 to 1)")
@@ -69,5 +74,6 @@ def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     lengths("--tokenizer", type=Path, metavar="FOLDER", help="the model's folder")
     lengths("--template", metavar="NAME", help="LLaMA Factory's template, such as qwen")
     lengths("--cutoff-len", type=int, metavar="N", help="most tokens of prompt and label")
-    cut = "rows that LLaMA Factory would cut: shorten the middle of the prompt, reject, fail, keep (default: trim)"
-    lengths("--too-long", choices=["trim", "drop", "error", "keep"], default="trim", help=cut)
+    cut = "rows that LLaMA Factory would cut: shorten the middle of the prompt, reject, fail, keep "
+    cut += "(default: %(default)s)"
+    lengths("--too-long", choices=["trim", "drop", "error", "keep"], default=LengthSettings.too_long, help=cut)

@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from prmkit.dataset_info import Format
 from prmkit.errors import DataError
-from prmkit.rows import InputRow
 from prmkit.verdict import Scale
+
+if TYPE_CHECKING:  # they need packages, and --help shows defaults from here without any
+    from prmkit.dataset_info import Format
+    from prmkit.rows import InputRow
 
 PREFIX = "reward_model_"
 CONSENSUS = PREFIX + "consensus"
@@ -31,7 +33,7 @@ class Filters:
     def __bool__(self) -> bool:
         return self != Filters()
 
-    def accept(self, row: InputRow) -> bool:
+    def accept(self, row: "InputRow") -> bool:
         """Whether a row is wanted."""
         return (
             (self.evaluation_types is None or row.evaluation_type in self.evaluation_types)
@@ -103,7 +105,7 @@ class Settings:
     filters: Filters = field(default_factory=Filters)
     name: str = CUSTOM
     """Of the filtered variant."""
-    form: Format = "alpaca"
+    form: "Format" = "alpaca"
     labels: LabelStyle = "canonical"
     split: Split = field(default_factory=Split)
     scales: Mapping[str | None, Scale] = field(default_factory=dict)

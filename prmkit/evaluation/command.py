@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import compare, heldout
 from prmkit.evaluation.best_of_n import pick_best_of_n
 from prmkit.evaluation.evaluate import REPORT_FILE, EvaluationSettings, evaluate
-from prmkit.evaluation.exam_command import take_exam
-from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, check_parity
+from prmkit.evaluation.exam_command import asks_judge, take_exam
+from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS, check_parity
 from prmkit.files import read_json, write_json
+from prmkit.http_client import KEY_VARIABLE
 from prmkit.intervals import CALIBRATION_FILE, calibrated_judge, read_calibration, write_calibration
-from prmkit.judge.scorer import DEFAULT_RUN, asking_of, judge_source
+from prmkit.judge.scorer import DEFAULT_RUN, add_judge_arguments, asking_of, judge_source
 from prmkit.judge.sources import (
     JudgeSource,
     check_folders,
@@ -32,9 +33,6 @@ from prmkit.paths import EVALUATION, EXPORT_NOTE, METRICS_FILE, RUN_RECORD
 from prmkit.registered import is_registered, results_folder
 
 log = logging.getLogger("prmkit")
-
-PARITY_PROMPTS = 8
-"""How many prompts --parity compares: a wrong template or dtype shows on every prompt, so a few are enough."""
 
 
 def execute(arguments: argparse.Namespace) -> ExitCode:
@@ -110,41 +108,74 @@ _USED_BY: Mapping[str, tuple[str, ...]] = {
     "robustness": (_HELD_OUT,),
     "json": (_HELD_OUT, "exam", "best_of_n"),
     "mode": (_HELD_OUT, "exam", "best_of_n"),
+    "max_new_tokens": (_HELD_OUT, "exam", "best_of_n"),
+    "min_label_mass": (_HELD_OUT, "exam", "best_of_n"),
+    "too_long": (_HELD_OUT, "exam", "best_of_n"),
     "dataset": (_HELD_OUT, "parity"),
+    "data_dir": (_HELD_OUT, "exam", "parity"),
     "exported": ("parity",),
     "tolerance": ("parity",),
     "predictions": ("exam", "best_of_n"),
     "predict_with": ("exam",),
+    "server_model": ("exam",),
+    "api_key_env": ("exam",),
     "rubric": ("exam", "best_of_n"),
 }
-"""Flag -> the kinds of evaluation that use it; flags that are not here are used by all."""
+"""Flag -> the kinds of evaluation that use it; flags that are not here are used by all that ask a judge."""
+_PARTNERS = {
+    "server_model": "--predict-with",
+    "api_key_env": "--predict-with",
+    "max_new_tokens": "--mode generate",
+    "min_label_mass": "--mode expected",
+}
+"""Flag -> what it is used with."""
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Reject arguments that only another kind of evaluation uses."""
     kind = next((kind for kind in _KINDS if getattr(arguments, kind)), _HELD_OUT)
-    unused = [name for name, kinds in _USED_BY.items() if kind not in kinds]
-    reads_answers = bool(arguments.predictions) and kind in _USED_BY["predictions"]
-    if reads_answers and not (arguments.run or arguments.model or arguments.predict_with):
-        unused += ["baseline", "rubric", "adapter"]  # they only apply to a judge that is asked
-    elif reads_answers and kind == "best_of_n":
-        unused += ["run", "model"]
-    given = [name for name in dict.fromkeys(unused) if _is_given(getattr(arguments, name))]
+    given = [name for name in dict.fromkeys(_unused_by(kind, arguments)) if _is_given(name, arguments)]
     if given and kind == _HELD_OUT:
         users = _USED_BY[given[0]]
         same = ", ".join(_flag(name) for name in given if _USED_BY.get(name) == users)
         raise UsageError(f"{same}: only used with {' or '.join(map(_flag, users))}. Add that, or leave it out.")
     if given:
-        what = _flag(kind) + " with --predictions" * reads_answers
+        sources = [name for name in ("predictions", "predict_with") if getattr(arguments, name) and name not in given]
+        what = " with ".join(map(_flag, [kind, *sources]))
         raise UsageError(f"{what}: leave out {', '.join(map(_flag, given))}, which it does not use.")
+    present = {f"--mode {arguments.mode}", *(["--predict-with"] if arguments.predict_with else [])}
+    for name, partner in _PARTNERS.items():
+        if _is_given(name, arguments) and partner not in present:
+            raise UsageError(f"{_flag(name)}: only used with {partner}. Add that, or leave it out.")
     if arguments.margin is not None and arguments.compare is None:
         raise UsageError("--margin limits how much worse than --compare RUN the judge may be. Add --compare RUN.")
     if arguments.margin is not None and arguments.margin <= 0:
         raise UsageError(f"--margin {arguments.margin:g}: must be above 0, for example 0.05.")
 
 
-def _is_given(value: Any) -> bool:
-    return value is not None and value is not False and value != "expected"  # the default of --mode
+def _unused_by(kind: str, arguments: argparse.Namespace) -> Iterator[str]:
+    yield from (name for name, kinds in _USED_BY.items() if kind not in kinds)
+    reads_picks = kind == "best_of_n" and arguments.predictions
+    if reads_picks or (kind == "exam" and not asks_judge(arguments)):  # no judge is loaded
+        yield from (*_OF_JUDGES, "baseline", "data_dir")
+        yield from () if arguments.predict_with else ("rubric",)
+
+
+def _defaults_of_judges() -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_judge_arguments(parser)
+    return vars(parser.parse_args([]))
+
+
+_OF_JUDGES = _defaults_of_judges()
+"""Flag about a judge that is asked -> its default."""
+_DEFAULTS = {**_OF_JUDGES, "api_key_env": KEY_VARIABLE}
+"""Those of all other flags are None or False."""
+
+
+def _is_given(name: str, arguments: argparse.Namespace) -> bool:
+    value, default = getattr(arguments, name), _DEFAULTS.get(name, False)
+    return value is not None and (type(value), value) != (type(default), default)  # 0 equals False
 
 
 def _flag(name: str) -> str:

@@ -39,7 +39,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     unchecked = None
     folder = arguments.output or folder_of(arguments, "exam", arguments.exam)
     judges: list[tuple[str, JudgeScores]] = []
-    if arguments.run or arguments.model or not (arguments.predictions or arguments.predict_with):
+    if asks_judge(arguments):
         source = judge_source(arguments)
         check_folders(source)
         unchecked = _check_training(exam, arguments)
@@ -67,6 +67,11 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     if arguments.min_auroc is not None:
         _check_gate(entrants, arguments.min_auroc, unchecked)
     return ExitCode.DONE
+
+
+def asks_judge(arguments: argparse.Namespace) -> bool:
+    """Whether a judge is loaded and asked, and not only answers of others are read."""
+    return bool(arguments.run or arguments.model or not (arguments.predictions or arguments.predict_with))
 
 
 def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:

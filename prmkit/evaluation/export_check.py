@@ -15,6 +15,8 @@ from prmkit.prompts.cleaning import neutralise
 
 log = logging.getLogger("prmkit")
 
+PARITY_PROMPTS = 8
+"""How many prompts are compared: a wrong template or dtype shows on every prompt, so a few are enough."""
 DEFAULT_TOLERANCE = 0.02
 """More than rounding to bfloat16 changes a score, far less than a wrong template does."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from prmkit.evaluation.metrics import ALL, METRICS, ORDER, STRICT
 from prmkit.intervals import percent, shown
+from prmkit.judge.types import SCORED
 
 Group = Mapping[str, Any]
 """One entry of `groups` in `metrics.json`."""
@@ -214,7 +215,7 @@ def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
 def validity_sentence(metrics: Mapping[str, Any]) -> str:
     """How many prompts have scores, why the others have none, and how willing the model was to answer with a score."""
     every = metrics["validity"][ALL]
-    scored, prompts = sum(every["statuses"].get(status, 0) for status in ("ok", "unsure")), every["prompts"]
+    scored, prompts = sum(every["statuses"].get(status, 0) for status in SCORED), every["prompts"]
     text = f"All {prompts} prompts got scores" if scored == prompts else f"{scored} of {prompts} prompts got scores"
     if every["reasons"]:
         text += "; the others got none: " + ", ".join(f"{n} {reason}" for reason, n in every["reasons"].items())

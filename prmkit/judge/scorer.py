@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prmkit import cli
 from prmkit.errors import UsageError
-from prmkit.http_client import Endpoint, check_url, key_from
+from prmkit.http_client import KEY_VARIABLE, Endpoint, check_url, key_from
 from prmkit.judge.sources import (
     JudgeSource,
     encoding_fingerprint,
@@ -281,27 +281,20 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)",
     )
-    group.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key")
-    group.add_argument(
-        "--concurrency", type=cli.positive, default=16, metavar="N", help="requests at once (default 16)"
-    )
+    group.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME", help="variable with the key")
+    at_once = "requests at once (default %(default)s)"
+    group.add_argument("--concurrency", type=cli.positive, default=Endpoint.concurrency, metavar="N", help=at_once)
     group.add_argument(
         "--logprobs",
         choices=["exact", "top"],
-        default="exact",
+        default=Endpoint.logprobs,
         help="exact: request the needed tokens by name if the server supports it (vLLM, SGLang; default). It disturbs "
         "other clients that ask the same vLLM for ordinary logprobs; top does not",
     )
-    group.add_argument(
-        "--top-logprobs", type=cli.positive, default=20, metavar="N", help="likeliest tokens to ask for (default 20)"
-    )
-    group.add_argument(
-        "--timeout",
-        type=cli.seconds,
-        default=300.0,
-        metavar="SECONDS",
-        help="longest wait for a complete answer, per attempt; there are six (default 300)",
-    )
+    likeliest = "likeliest tokens to ask for (default %(default)s)"
+    group.add_argument("--top-logprobs", type=cli.positive, default=Endpoint.top_logprobs, metavar="N", help=likeliest)
+    longest = f"longest wait for a complete answer, per attempt; there are {Endpoint.attempts} (default %(default)g)"
+    group.add_argument("--timeout", type=cli.seconds, default=Endpoint.timeout, metavar="SECONDS", help=longest)
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:

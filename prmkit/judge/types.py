@@ -130,6 +130,9 @@ AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
 }
 """How the scores of the steps become one score of the trajectory."""
 
+UNSCORED = ("error", "skip", "mean", "null")
+"""What a reward endpoint answers for a step without a reliable score."""
+
 
 def first_below(scores: Sequence[float], limit: float) -> int | None:
     """The position of the first score below `limit`, from 0; None if there is no such score."""

@@ -6,6 +6,11 @@ from typing import Any
 
 from prmkit import cli
 
+SHIFT_LIMIT = 0.25
+"""A population stability index above this is a shift: of the scores of new rows, or in production."""
+REPLAY = {"base": 1.0, "adapter": 0.3}
+"""What a retraining starts from -> the share of the old training tasks that it trains on again."""
+
 _EPILOG = """\
 VERSION is a tag (production), a number, NAME@TAG or NAME@NUMBER. The judges
 are in judges/, or in the folder that the variable PRMKIT_JUDGES names.
@@ -45,8 +50,8 @@ def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
         command.add_argument("--days", type=cli.seconds, metavar="N", help="only steps logged in the last N days")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (drift, page):
-        limit = "a population stability index above this is drift (default 0.25)"
-        command.add_argument("--limit", type=cli.share, default=0.25, metavar="X", help=limit)
+        limit = "a population stability index above this is drift (default %(default)s)"
+        command.add_argument("--limit", type=cli.share, default=SHIFT_LIMIT, metavar="X", help=limit)
 
 
 def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -62,18 +67,19 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add(
         "--from",
         dest="start",
-        choices=["adapter", "base"],
+        choices=list(REPLAY),
         default="base",
-        help="what training starts from (default: base)",
+        help="what training starts from (default: %(default)s)",
     )
-    replay = "share of the old training tasks to train on again (default: 1 from base, 0.3 from adapter)"
+    shares = ", ".join(f"{share:g} from {start}" for start, share in REPLAY.items())
+    replay = f"share of the old training tasks to train on again (default: {shares})"
     add("--replay", type=cli.share, metavar="X", help=replay)
     add(
         "--margin",
         type=cli.share,
         default=0.05,
         metavar="X",
-        help="allowed loss on each evaluation type (default 0.05)",
+        help="allowed loss on each evaluation type (default %(default)s)",
     )
     add("--set", nargs="+", default=[], metavar="key=value", help="a key of LLaMA Factory, such as learning_rate=1e-5")
     add("--promote-if-better", action="store_true", help="tag the new version if the gate is met")
@@ -86,7 +92,7 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add = commands.add_parser("add", help="copy a finished run into the registry, with its data and its rows")
     add.add_argument("run", type=Path, help="folder of a finished run of train.py")
-    add.add_argument("--name", default="judge", help="the judge's name (default: judge)")
+    add.add_argument("--name", default="judge", help="the judge's name (default: %(default)s)")
     add.add_argument("--parent", metavar="VERSION", help="the version that it was made from")
     add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the conversion's input")
     add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: the run's)")

@@ -22,6 +22,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl, write_text
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, RUN_RECORD, SIDECAR_SUFFIX, base_model_of
 from prmkit.registered import DATA, ROWS, RUN, VersionId
+from prmkit.registry.arguments import SHIFT_LIMIT
 from prmkit.row_lines import open_rows
 from prmkit.training.supervisor import die_with_parent
 
@@ -31,7 +32,6 @@ _SCRIPTS = Path(prmkit.__file__).resolve().parent.parent
 
 TRAINING, HELD_OUT = FULL, FULL + HELD_OUT_SUFFIX
 """The two sides of a retraining's data."""
-SHIFT_LIMIT = 0.25
 _EXAMPLES = 5
 
 
@@ -144,10 +144,10 @@ def _conversion_flags(job: Job, settings: Mapping[str, Any]) -> list[Any]:
         flags += [flag, settings[key]] if settings[key] is not None else []
     words: dict[str, float] = {}
     for judge, scale in settings["scales"].items():
-        low, high = f"{scale['low']:g}", f"{scale['high']:g}"
+        low, high = str(scale["low"]), str(scale["high"])
         flags += ["--scale", *([f"{judge}={low}:{high}"] if judge else [low, high])]
         words |= scale["words"]
-    flags += ["--map", *(f"{word}={score:g}" for word, score in words.items())] if words else []
+    flags += ["--map", *(f"{word}={score}" for word, score in words.items())] if words else []
     if lengths := settings["lengths"]:
         # With the new training settings, so that --set (cutoff_len, template) also applies to the lengths.
         flags += ["--too-long", lengths["too_long"], "--config", write_config(job), *job.asked.settings]

@@ -9,6 +9,7 @@ from prmkit import cli
 from prmkit.errors import ExitCode, GateError
 from prmkit.registered import VersionId, find_version, registry_folder
 from prmkit.registry import describe, versions
+from prmkit.registry.arguments import REPLAY
 
 log = logging.getLogger("prmkit")
 
@@ -68,12 +69,11 @@ def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
     from prmkit.registry.batch import Retraining
     from prmkit.registry.retrain import retrain
 
-    default = 1.0 if arguments.start == "base" else 0.3
     asked = Retraining(
         reference=arguments.version,
         new=tuple(arguments.new),
         start=arguments.start,
-        replay=default if arguments.replay is None else arguments.replay,
+        replay=REPLAY[arguments.start] if arguments.replay is None else arguments.replay,
         margin=arguments.margin,
         settings=tuple(arguments.set),
         promote=arguments.promote_if_better,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from prmkit.errors import PrmkitError
+from prmkit.judge.types import SCORED
 from prmkit.serving.engine import Busy, Stopping
 from prmkit.serving.judges import ServedJudge
 from prmkit.serving.payloads import request_id
@@ -160,7 +161,7 @@ class _Routes:
         return JSONResponse(self._canary or {"status": "loading"}, 200 if self._is_ready() else 503)
 
     def _is_ready(self) -> bool:
-        return self._canary is not None and self._canary["status"] in ("ok", "unsure")
+        return self._canary is not None and self._canary["status"] in SCORED
 
     async def score_canary(self) -> None:
         """Score one small prompt: this loads the judge and shows that it works before a client needs it."""
@@ -178,7 +179,7 @@ class _Routes:
             with suppress(Busy):  # clients were faster: the prompt waits for its turn, as long as it takes
                 line = await self._service.first_line(judge)
                 break
-        level = logging.INFO if line["status"] in ("ok", "unsure") else logging.WARNING
+        level = logging.INFO if line["status"] in SCORED else logging.WARNING
         log.log(level, "%s: first prompt: %s", judge.name, line["reason"] or line["status"])
         return {key: line[key] for key in ("judge", "status", "score", "reason")}
 

@@ -28,6 +28,8 @@ _KEEP_ALIVE = 75
 """Seconds that a connection may be idle, or may take to send a request's headers."""
 _SHADOW_PATIENCE = 0.01
 """Seconds that the challenger's prompts wait for a place: no client needs them, and their number must not grow."""
+_TRIAL_SHARE, _SHADOW_SHARE = 0.1, 1.0
+"""The share of tasks that a challenger scores: with clients that wait for the answers, and unseen by them."""
 
 
 def serve(arguments: argparse.Namespace) -> ExitCode:
@@ -113,8 +115,8 @@ def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
         )
     if arguments.shadow:
         challenger.engine.patience = _SHADOW_PATIENCE
-    share = arguments.share if arguments.share is not None else 1.0 if arguments.shadow else 0.1
-    return Trial(challenger, share, arguments.shadow)
+    default = _SHADOW_SHARE if arguments.shadow else _TRIAL_SHARE
+    return Trial(challenger, default if arguments.share is None else arguments.share, arguments.shadow)
 
 
 def _name_of(judge: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from prmkit.errors import DataError, PrmkitError, UsageError
 from prmkit.judge.scorer import ShapeOf
-from prmkit.judge.types import AGGREGATES, SAME_SCORE, rounded
+from prmkit.judge.types import AGGREGATES, BAD_BELOW, SAME_SCORE, UNSCORED, rounded
 from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.rows import Rejected, read_row
 from prmkit.scoring.rows import RowToScore, prompt_row, step_row
@@ -23,8 +23,6 @@ from prmkit.serving.request_log import JudgeRole, RequestLog
 from prmkit.serving.systemone import answer_to, check_question, key_of, run_of_state
 from prmkit.trajectory import Trajectory
 
-UNSCORED = ("error", "skip", "mean", "null")
-"""What a reward endpoint answers for a step without a reliable score."""
 _RECENT_REWARDS = 1000
 
 Body = Mapping[str, Any]
@@ -46,7 +44,7 @@ class Service:
     """What the judge is asked about steps of runs; None if it can only score ready-made prompts."""
     why_no_rubric: str = ""
     trial: Trial | None = None
-    bad_below: float = 0.5
+    bad_below: float = BAD_BELOW[0]
     aggregate: str = "min"
     """How the scores of several steps become one reward."""
     unscored: str = "error"

@@ -3,7 +3,10 @@
 import importlib
 import json
 import random
+import re
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import exam_fixtures as public
 import pytest
 
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
+from prmkit.evaluation import command
 from prmkit.evaluation.command import execute
 from prmkit.evaluation.exam import read_exam
 from prmkit.evaluation.exam_metrics import constants
@@ -22,6 +26,7 @@ from prmkit.trajectories.rows import runs_beside
 
 evaluate = importlib.import_module("evaluate_judge")._parser
 imports = importlib.import_module("import_trajectories")
+Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def make_exam(folder: Path, name: str, values: list[Any]) -> Path:
@@ -267,6 +272,51 @@ def test_arguments_that_an_exam_does_not_use_are_refused(ternary: Path, more: li
     answers = public.write_lines(ternary.parent / "a.jsonl", [{"id": "quiz_0.0", "step": 1, "score": 1}])
     with pytest.raises(UsageError):
         take(ternary, "--predictions", answers, *more)
+
+
+ANSWERS = ("--exam", "e", "--predictions", "p")
+SERVER = ("--exam", "e", "--predict-with", "u", "--server-model", "m")
+PICKS = ("--best-of-n", "b", "--predictions", "p")
+UNUSED = "leave out {}, which it does not use."
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ((*ANSWERS, "--min-label-mass", "0"), "--exam with --predictions: " + UNUSED.format("--min-label-mass")),
+        ((*ANSWERS, "--mode", "generate", "--max-new-tokens", "9"), UNUSED.format("--mode generate, --max-new-tokens")),
+        ((*ANSWERS, "--no-enable-thinking", "--batch-size", "1"), UNUSED.format("--enable-thinking, --batch-size")),
+        ((*ANSWERS, "--data-dir", "d"), UNUSED.format("--data-dir")),
+        ((*SERVER, "--max-new-tokens", "9"), "--exam with --predict-with: " + UNUSED.format("--max-new-tokens")),
+        ((*SERVER, "--baseline"), UNUSED.format("--baseline")),
+        ((*PICKS, "--too-long", "report"), "--best-of-n with --predictions: " + UNUSED.format("--too-long")),
+        ((*PICKS, "--min-label-mass", "0.1"), UNUSED.format("--min-label-mass")),
+        ((*PICKS, "--server-model", "m"), UNUSED.format("--server-model")),
+        (("--best-of-n", "b", "--data-dir", "d"), "--best-of-n: " + UNUSED.format("--data-dir")),
+        (("--parity", "--max-new-tokens", "9"), "--parity: " + UNUSED.format("--max-new-tokens")),
+        (("--parity", "--min-label-mass", "0", "--too-long", "report"), UNUSED.format("--min-label-mass, --too-long")),
+        (("--predict-with", "u", "--server-model", "m"), "--predict-with, --server-model: only used with --exam."),
+        (("--api-key-env", "KEY"), "--api-key-env: only used with --exam."),
+        ((*ANSWERS, "--server-model", "m"), "--server-model: only used with --predict-with. Add that, or leave it"),
+        (("--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate. Add that, or leave it out."),
+        (("--mode", "generate", "--min-label-mass", "0"), "--min-label-mass: only used with --mode expected."),
+        (("--exam", "e", "--run", "r", "--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate."),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(typed: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        execute(evaluate().parse_args(typed))
+
+
+def test_a_flag_that_would_be_ignored_is_one_line_and_exit_code_2(script: Script) -> None:
+    refused = script("evaluate_judge.py", *ANSWERS, "--min-label-mass", "0", code=2).stderr
+    assert refused == f"error: --exam with --predictions: {UNUSED.format('--min-label-mass')}\n"
+
+
+def test_every_flag_is_used_by_some_kind_or_by_all_judges() -> None:
+    nothing = evaluate().parse_args([])
+    assert vars(nothing).keys() == command._USED_BY.keys() | command._OF_JUDGES.keys()
+    assert not [name for name in vars(nothing) if command._is_given(name, nothing)]
 
 
 def test_the_gate_closes_on_a_low_interval_and_on_missing_answers(ternary: Path) -> None:

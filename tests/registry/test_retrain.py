@@ -1,10 +1,12 @@
 """Retraining: what is reported about new rows, what is refused before training, and one real retraining."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 from registry_fixtures import ROOT, make_rows, make_run
 
 from prmkit import registered
+from prmkit.dataset.arguments import make_parser
+from prmkit.dataset.command import settings_of
 from prmkit.dataset.settings import Settings
 from prmkit.drift import shift_of
 from prmkit.errors import DataError
@@ -172,8 +176,65 @@ def test_every_setting_of_a_conversion_is_repeated() -> None:
             read.add(key)
             return super().__getitem__(key)
 
-    asked = Retraining("steps@1", (), "base", 1.0, 0.0, (), promote=False, accept_contradiction=False)
-    job = Job(asked, Path("judges"), registered.VersionId("steps", 1), Path("work"), "key")
     settings = Recorded(Settings(("rows.jsonl",), Path("data")).as_json())
-    _conversion_flags(job, settings)
+    _conversion_flags(_job(Path()), settings)
     assert read | {"inputs", "output", "filters", "name", "split", "task_variants"} == settings.keys()
+
+
+def _job(work: Path) -> Job:
+    asked = Retraining("steps@1", (), "base", 1.0, 0.0, (), promote=False, accept_contradiction=False)
+    return Job(asked, work / "judges", registered.VersionId("steps", 1), work, "key")
+
+
+REPEATED = {
+    "--rubric": ["mine.yaml"], "--format": ["sharegpt"], "--labels": ["verbatim"], "--mask-leaked-scores": [],
+    "--max-rejected": ["7%"], "--near-duplicates": ["drop"], "--scale": ["judge-a=1:10", "=1:5"],
+    "--map": ["pass=1", "fail=0.2"], "--aggregate": ["median"], "--no-leniency-correction": [],
+    "--max-disagreement": ["0.3"], "--too-long": ["drop"],
+}  # fmt: skip
+NOT_REPEATED = {
+    "--input": "old and new rows",
+    "--output-dir": "the folders of the retraining",
+    "--no-task-variants": "always given: nobody trains on these variants",
+    "--json": "changes no data",
+    "--audit": "changes no data",
+    "--evaluation-types": "filtered data is refused",
+    "--model-names": "filtered data is refused",
+    "--task-ids": "filtered data is refused",
+    "--name": "filtered data is refused",
+    "--eval-ratio": "the split is kept task by task",
+    "--split-seed": "the split is kept task by task",
+    "--eval-tasks": "the split is kept task by task",
+    "--config": "the configuration of the new training",
+    "assignments": "those of --set",
+    "--tokenizer": "the model of the new training",
+    "--template": "from the configuration of the new training",
+    "--cutoff-len": "from the configuration of the new training",
+}
+"""Option of the conversion -> what a retraining has in its place."""
+
+
+def test_every_option_of_the_conversion_is_repeated_or_the_reason_is_known() -> None:
+    shown = [action for action in make_parser(None)._actions if action.help != argparse.SUPPRESS]
+    options = {action.option_strings[-1] if action.option_strings else action.dest for action in shown}
+    assert options - {"--help"} == REPEATED.keys() | NOT_REPEATED.keys()
+    assert not REPEATED.keys() & NOT_REPEATED.keys()
+
+
+@pytest.mark.parametrize("option", REPEATED)
+def test_an_option_of_the_conversion_is_repeated(option: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    job = _job(tmp_path)
+    config = {"model_name_or_path": str(model), "cutoff_len": 400}
+    (job.parent_folder / "run").mkdir(parents=True)
+    (job.parent_folder / "run" / "run.json").write_text(
+        json.dumps({"config": config, "base_model": {"path": str(model)}})
+    )
+    parse = make_parser(None).parse_intermixed_args
+    typed = ["--tokenizer", str(model), "--cutoff-len", "400"]
+    before = settings_of(parse([*typed, option, *REPEATED[option]]))
+    assert before != settings_of(parse(typed))
+    now = settings_of(parse([str(flag) for flag in _conversion_flags(job, before.as_json())]))
+    assert replace(now, output=before.output, task_variants=True) == before

@@ -3,7 +3,10 @@
 import asyncio
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -285,3 +288,17 @@ def test_a_server_is_ready_when_what_it_asks_is(monkeypatch: pytest.MonkeyPatch)
             statuses.append(httpx.get(f"{url}/ready").status_code)
             assert len(statuses) < 2000
     assert statuses[0] == 503
+
+
+def test_every_endpoint_is_in_help_and_in_the_documentation(root: Path) -> None:
+    with running_server() as url:
+        described = httpx.get(f"{url}/openapi.json").json()["paths"]
+        pages = {path for path in ("/", "/docs") if httpx.get(url + path).status_code == 200}
+    routes = {method: {path for path, known in described.items() if method in known} for method in ("post", "get")}
+    shown = subprocess.run([sys.executable, root / "serve_judge.py", "--help"], capture_output=True, text=True).stdout
+    listed = re.search(r"POST (/.*?); GET (/.*?)\. ", " ".join(shown.split()))
+    assert listed
+    post, get = (set(re.findall(r"(?<!\S)/[\w/]*", text)) for text in listed.groups())
+    assert (post, get) == (routes["post"], routes["get"] | pages)
+    page = (root / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert not [path for path in post | get if not re.search(rf"`(POST )?{path}`", page)]

@@ -1,6 +1,8 @@
 """The raw runs that ship: the generator's bytes, and readable by the importer."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from prmkit.trajectories.importing import Options, read_runs
@@ -15,6 +17,13 @@ def test_the_runs_that_ship_are_what_the_generator_makes(root: Path, tmp_path: P
     write_examples(tmp_path)
     for name in (*EXAMPLES, "labelled_runs.jsonl"):
         assert (tmp_path / name).read_bytes() == (root / "examples" / name).read_bytes()
+
+
+def test_labelled_runs_are_as_many_as_ship(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.make_sample.runs", "--labelled", tmp_path / "labelled_runs.jsonl"]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    shipped = root / "examples" / "labelled_runs.jsonl"
+    assert (tmp_path / "labelled_runs.jsonl").read_bytes() == shipped.read_bytes()
 
 
 def test_the_runs_that_ship_are_read_without_loss(root: Path) -> None:

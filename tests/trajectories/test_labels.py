@@ -1,20 +1,27 @@
 """Labels that people gave: public sets, columns, steps of records; and the rows that are made of them."""
 
 import json
+import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from prmkit.errors import DataError, UsageError
+from prmkit.evaluation.exam_report import PUBLISHED
 from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport, Options, read_runs
+from prmkit.trajectories.labels import SETS
+from prmkit.trajectories.readers import READERS
 from prmkit.trajectories.rows import holds_records, labelled_rows, rows_of
 from prmkit.trajectories.run import Keys
 from prmkit.trajectory import Trajectory, dump
 from prmkit.verdict import Verdict, asked_shape, read_verdict
 from tests.trajectories.conftest import Read
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
 
 EXAMPLES: dict[str, list[Any]] = {
@@ -72,6 +79,17 @@ EXAMPLES: dict[str, list[Any]] = {
 
 def labels(run: Trajectory) -> list[float | None]:
     return [step.label.value if step.label else None for step in run.steps]
+
+
+def test_every_set_is_named_everywhere() -> None:
+    """In `SETS`, which help and messages show; by its reader; in the README. Published judges are of these sets."""
+    modules = [path.stem for path in (ROOT / "prmkit" / "trajectories" / "labels").glob("[!_]*.py")]
+    readers = [import_module(f"prmkit.trajectories.labels.{name}").READER for name in modules]
+    assert sorted(reader.name for reader in readers) == sorted(SETS)
+    assert all(READERS.get(reader.name) is reader for reader in readers)
+    (listed,) = re.findall(r"`--labels` takes\s([^.]*), or `column`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert re.findall(r"`([\w-]+)`", listed) == list(SETS)
+    assert yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).keys() <= {*SETS}
 
 
 def test_who_and_when(read: Read) -> None:

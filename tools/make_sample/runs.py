@@ -1,7 +1,7 @@
 """Make raw agent runs of the sample's kind, in three forms, the same bytes for the same seed.
 
     python -m tools.make_sample.runs --examples examples
-    python -m tools.make_sample.runs --labelled labelled_runs.jsonl --tasks 240
+    python -m tools.make_sample.runs --labelled labelled_runs.jsonl
 
 `runs.jsonl` has OpenAI messages, two attempts at each task; `session.jsonl` is a session of Claude Code, `trace.json`
 an OTLP trace with GenAI attributes. Labelled runs have the quality of every step, which the generator knows, in the
@@ -151,8 +151,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the examples here")
     parser.add_argument("--labelled", type=Path, metavar="FILE", help="write labelled runs as messages")
-    parser.add_argument("--seed", type=int, default=LABELLED_SEED, help="other tasks (default: 0)")
-    parser.add_argument("--tasks", type=int, default=240, help="tasks of the labelled runs (default: 240)")
+    parser.add_argument("--seed", type=int, default=LABELLED_SEED, help="other tasks (default: %(default)s)")
+    tasks = "tasks of the labelled runs (default: %(default)s)"
+    parser.add_argument("--tasks", type=int, default=LABELLED_TASKS, help=tasks)
     return cli.run(_command, parser)
 
 

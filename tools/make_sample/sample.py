@@ -203,7 +203,8 @@ def main() -> int:
         prog="python -m tools.make_sample", description="Make a synthetic finetune.jsonl of judged trajectories."
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the sample there")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other trajectories (default 0)")
-    parser.add_argument("--tasks", type=int, default=DEFAULT_TASKS, help=f"how many (default {DEFAULT_TASKS})")
+    seed = "another seed gives other trajectories (default %(default)s)"
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--tasks", type=int, default=DEFAULT_TASKS, help="how many (default %(default)s)")
     parser.add_argument("--new-steps", type=Path, metavar="FILE", help="write three steps without answers there")
     return cli.run(_command, parser)
