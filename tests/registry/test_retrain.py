@@ -189,7 +189,7 @@ def _job(work: Path) -> Job:
 REPEATED = {
     "--rubric": ["mine.yaml"], "--format": ["sharegpt"], "--labels": ["verbatim"], "--mask-leaked-scores": [],
     "--max-rejected": ["7%"], "--near-duplicates": ["drop"], "--scale": ["judge-a=1:10", "=1:5"],
-    "--map": ["pass=1", "fail=0.2"], "--aggregate": ["median"], "--no-leniency-correction": [],
+    "--map": ["pass=1", "fail=0.2345678"], "--aggregate": ["median"], "--no-leniency-correction": [],
     "--max-disagreement": ["0.3"], "--too-long": ["drop"],
 }  # fmt: skip
 NOT_REPEATED = {
