@@ -41,6 +41,8 @@ EVALUATION_TYPES = {
     "final": EvaluationType("a whole run"),
 }
 """In the order of tables. Rows may have other types, which are not steps."""
+OUTCOME = "answer_correctness"
+"""The score key of `final` rows that says how a run ended: evaluations compare the scores of its steps with it."""
 STEP_TYPES = tuple(name for name, each in EVALUATION_TYPES.items() if each.is_step)
 
 
