@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.run import Keys
 from tools.make_sample.runs import ATTEMPTS, EXAMPLE_TASKS, LABELLED_TASKS, message_runs, write_examples
+from tools.make_sample.runs import main as runs_command
 from tools.make_sample.sample import write_rows
 
 EXAMPLES = ("runs.jsonl", "session.jsonl", "trace.json")
@@ -15,6 +18,14 @@ def test_the_runs_that_ship_are_what_the_generator_makes(root: Path, tmp_path: P
     write_examples(tmp_path)
     for name in (*EXAMPLES, "labelled_runs.jsonl"):
         assert (tmp_path / name).read_bytes() == (root / "examples" / name).read_bytes()
+
+
+def test_without_a_number_of_tasks_the_labelled_runs_are_those_that_ship(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["runs", "--labelled", str(tmp_path / "runs.jsonl")])
+    assert runs_command() == 0
+    assert (tmp_path / "runs.jsonl").read_bytes() == (root / "examples" / "labelled_runs.jsonl").read_bytes()
 
 
 def test_the_runs_that_ship_are_read_without_loss(root: Path) -> None:
