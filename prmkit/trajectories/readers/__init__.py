@@ -1,4 +1,8 @@
-"""The forms of runs that can be read, one module each. A new form is a module here and its name in `_SPECIFIC`."""
+"""The forms of runs that can be read, one module each. A new form is a module here and its name in `_SPECIFIC`.
+
+If its files have a suffix of their own, add that to `SUFFIXES` in `prmkit/trajectories/documents.py`; how packed files
+are opened (`.gz`) is in `prmkit/files.py`.
+"""
 
 from collections.abc import Iterable
 from typing import Any
