@@ -41,6 +41,8 @@ EVALUATION_TYPES = {
     "final": EvaluationType("a whole run"),
 }
 """In the order of tables. Rows may have other types, which are not steps."""
+OUTCOME = "answer_correctness"
+"""The score key of `final` rows that says how a run ended: evaluations compare the scores of its steps with it."""
 STEP_TYPES = tuple(name for name, each in EVALUATION_TYPES.items() if each.is_step)
 
 
@@ -203,6 +205,7 @@ _CONTENT = {
     "id", "metadata", "conversations", "messages", "prompt", "completion", "response", "instruction", "input",
     "output", "system", "tools",
 }  # fmt: skip
+"""The columns that are not metadata. Also list a new column here that `_texts` reads."""
 _IDENTITY = ("task_id", "trajectory_id", "model_name", "evaluation_type", "clip_number")
 
 
@@ -234,7 +237,7 @@ _ROLES = {
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
-    """System text, prompt and answer."""
+    """System text, prompt and answer. A new column that is read here also belongs in `_CONTENT`."""
     for column in ("tools", "images", "videos", "audios", "history"):
         if row.get(column) not in (None, "", "[]", []):
             raise Rejected(f"carries {column}, which a judge's prompt cannot hold; write them into the prompt")

@@ -1,6 +1,8 @@
 """A config is read as LLaMA Factory reads it; an error names the place."""
 
 import ast
+import re
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,51 @@ KEYS = set(Path(__file__).with_name("llamafactory_keys.txt").read_text(encoding=
 
 def test_a_key_that_the_code_names_is_still_one_of_llama_factorys(root: Path) -> None:
     """A key that the next version renames would else be looked up and never found."""
-    gone = KEYS - training_keys().keys()
-    named: dict[str, set[str]] = {}
-    for path in (root / "prmkit").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and node.value in gone:
-                named.setdefault(str(node.value), set()).add(str(path.relative_to(root)))
-    assert not named
+    assert not _named(KEYS - training_keys().keys(), root)
     assert training_keys().keys() == KEYS, "look at the new keys, then bring llamafactory_keys.txt up to date"
+
+
+def _named(keys: Set[str], root: Path) -> dict[str, set[str]]:
+    """Those of `keys` that the package or a shell script names, each with the files."""
+    named: dict[str, set[str]] = {}
+    for path in (*(root / "prmkit").rglob("*.py"), *root.glob("*.sh")):
+        text = path.read_text(encoding="utf-8")
+        nodes = ast.walk(ast.parse(text)) if path.suffix == ".py" else [ast.Constant(text)]
+        strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for key in keys & {name for string in strings for name in (string, *_keys_in_a_sentence(string))}:
+            named.setdefault(key, set()).add(str(path.relative_to(root)))
+    return named
+
+
+def _keys_in_a_sentence(text: str) -> set[str]:
+    """Words with an underscore, and others if a value follows: `template=qwen`, but not "the template: qwen"."""
+    words = re.finditer(r"(?<![\w-])(\w+)\b(?!-|\.\w)(=|: true\b)?", text)
+    return {word[1] for word in words if "_" in word[1] or word[2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("Set logging_steps=1", {"logging_steps"}),
+        ("Write lora_rank.", {"lora_rank"}),
+        ("set template=qwen, or write bf16: true.", {"template", "bf16"}),
+        ("max_steps=", {"max_steps"}),
+        ("the template: qwen", set()),
+        ("its stage and seed. --template=x", set()),
+        ("generation_config.json, --lora_rank", set()),
+    ],
+)
+def test_keys_are_seen_inside_sentences(text: str, keys: set[str]) -> None:
+    assert _keys_in_a_sentence(text) == keys
+
+
+def test_the_places_that_name_a_key_are_found(root: Path) -> None:
+    named = _named({"logging_steps", "model_name_or_path", "infer_dtype", "save_total_limit", "stage"}, root)
+    assert "prmkit/training/run.py" in named["logging_steps"]  # "Set logging_steps=1"
+    assert "run_training.sh" in named["model_name_or_path"]  # "write model_name_or_path=FOLDER"
+    assert "prmkit/llamafactory_schema.py" in named["infer_dtype"]  # in REPLACEMENTS
+    assert "prmkit/training/launcher.py" in named["save_total_limit"]
+    assert "prmkit/dataset/stage.py" not in named["stage"]  # the word alone
 
 
 @pytest.mark.parametrize(

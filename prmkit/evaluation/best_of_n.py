@@ -32,6 +32,7 @@ from prmkit.prompts.step import load_rubric
 from prmkit.rows import whole_number
 from prmkit.scoring.rows import check_rubric
 from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
+from prmkit.trajectories.run_fields import OUTCOME_FIELDS
 from prmkit.trajectory import Result, Trajectory, is_share, outcome_number
 
 log = logging.getLogger("prmkit")
@@ -148,7 +149,8 @@ def pick_best_of_n(arguments: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE
 
 
-_OUTCOMES = ("outcome", "reward", "success", "succeeded")
+_OUTCOMES = tuple(name for name in OUTCOME_FIELDS if name != "score")
+"""Without `score`, which is the judge's score of a step here."""
 
 
 def _outcome_lines(file: Path) -> list[Attempt]:

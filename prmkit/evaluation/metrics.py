@@ -1,7 +1,7 @@
 """Every metric, in one table, and the content of `metrics.json` that is made with it.
 
 To add a metric, add an entry to `METRICS`: it is then computed for the judge, written to `metrics.json`, and, if it has
-a header, shown on the terminal and in the report.
+a header, shown on the terminal and in the report. No other module has to know it.
 """
 
 from collections import Counter, defaultdict
@@ -43,7 +43,7 @@ from prmkit.evaluation.predictions import (
     within_own_range,
 )
 from prmkit.judge.types import AGGREGATES, BAD_BELOW, LOW_LABEL_MASS, SAME_SCORE, SCORED, first_below
-from prmkit.rows import EVALUATION_TYPES, SELECTED_BY, STEP_TYPES, weight_of, whole_number
+from prmkit.rows import EVALUATION_TYPES, OUTCOME, SELECTED_BY, STEP_TYPES, weight_of, whole_number
 
 Metrics = dict[str, Any]
 """Name -> `Estimate`, another such dictionary, or a plain number or string."""
@@ -78,6 +78,8 @@ class Metric:
     """Of its column on the terminal and in the report; empty if it is only in `metrics.json`."""
     meaning: str = ""
     """For the legend of that column."""
+    importance: int = 0
+    """Of that column: where there is no room for all, those of least importance are left out first."""
     brief: bool = False
     """Also computed for baselines and single judges."""
     at_thresholds: bool = False
@@ -93,26 +95,27 @@ class Metric:
 
 METRICS = (
     Metric(ORDER, statistics.spearman_within, MIN_SCORES, by_mean, "Spearman", "rank correlation with the judges' "
-           "mean, key by key", brief=True),
+           "mean, key by key", importance=11, brief=True),
     Metric("spearman", statistics.spearman, MIN_SCORES, by_mean),
     Metric("pearson", statistics.pearson, MIN_SCORES, by_mean, brief=True),
     Metric("rmse", statistics.root_mean_square_error, 1, by_mean, "RMSE", "root mean square error of the score (the "
-           "mean of the judge's distribution)", brief=True),
+           "mean of the judge's distribution)", importance=6, brief=True),
     Metric("skill", statistics.skill_by_rmse, 1, by_mean, "skill", "the part of the RMSE of a constant (the training "
-           "mean) that the judge avoids; 0 is no better"),
+           "mean) that the judge avoids; 0 is no better", importance=8),
     Metric("mae", statistics.mean_absolute_error, 1, by_median, "MAE", "mean absolute error of the median of the "
-           "judge's distribution", brief=True),
+           "judge's distribution", importance=3, brief=True),
     Metric("skill_mae", statistics.skill_by_mae, 1, by_median),
     Metric("bias", statistics.bias, 1, by_mean, brief=True),
     Metric("pairwise_accuracy", statistics.pairwise_accuracy, MIN_PAIRS, pairs, "pairs", "pairs of scores of one run "
-           "in the right order or rightly tied"),
+           "in the right order or rightly tied", importance=7),
     Metric("pairwise_always_tied", statistics.always_tied, MIN_PAIRS, pairs),
-    Metric("kappa", statistics.kappa, MIN_SCORES, by_mean, "kappa", "on the five bands, quadratic weights"),
+    Metric("kappa", statistics.kappa, MIN_SCORES, by_mean, "kappa", "on the five bands, quadratic "
+           "weights", importance=1),
     Metric("praised_share", statistics.share_predicted, 1, praised_of_bad),
     Metric("own_range_share", statistics.share_predicted, MIN_SCORES, within_own_range),
     Metric("bad_share", statistics.share_of_reference, 1, suspicion, at_thresholds=True),
     Metric("auroc", statistics.roc_area, MIN_SCORES, suspicion, "AUROC", f"telling steps below {STRICT} from the "
-           "others; 0.5 is chance", brief=True, at_thresholds=True, binary=True),
+           "others; 0.5 is chance", importance=10, brief=True, at_thresholds=True, binary=True),
     Metric("average_precision", statistics.average_precision, MIN_SCORES, suspicion, at_thresholds=True,
            binary=True),
     Metric("recall", statistics.share_predicted, 1, flagged_of_bad, at_thresholds=True),
@@ -284,8 +287,6 @@ def _share(rows: Sequence[Row], values: Any) -> Estimate:
 
 # --- whole trajectories -----------------------------------------------------------------------------------------------
 
-OUTCOME = "answer_correctness"
-"""The key of a `final` verdict that says whether the trajectory reached its answer."""
 NO_BAD_STEP = -1
 
 

@@ -26,9 +26,6 @@ _STEP = re.compile(r"^.{0,20}\b(?:current|this) (?:clip|step)\b", re.IGNORECASE 
 _SCHEMA = re.compile(r"\bJSON\b")
 _TABLES_OF_GROUPS = 4
 
-_NARROW = {"RMSE", "skill", "MAE", "pairs", "kappa", "constant", "judges", "tasks", "bias", "n"}
-"""Columns that a narrow screen leaves out, so that Spearman and AUROC fit."""
-
 
 def write_report(
     file: Path, metrics: Mapping[str, Any], rows: Sequence[Row], held_out: HeldOut, constants: Constants
@@ -125,8 +122,9 @@ Table = dict[str, Any]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
+    wide = {*summary.OPTIONAL[:-1], "bias"}  # the two most important columns fit on any screen
     return {
-        "columns": [(column, column in _NARROW) for column in columns],
+        "columns": [(column, column in wide) for column in columns],
         "rows": [[_cell(cell) for cell in row] for row in rows],
         "words": words,
     }

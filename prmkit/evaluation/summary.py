@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from prmkit.evaluation.metrics import ALL, METRICS, ORDER, STRICT
+from prmkit.evaluation.metrics import ALL, METRICS, ORDER, STRICT, Metric
 from prmkit.intervals import percent, shown
 from prmkit.judge.types import SCORED
 
@@ -33,8 +33,11 @@ def groups_of_types(metrics: Mapping[str, Any]) -> list[Group]:
 _SHOWN = tuple(metric for metric in METRICS if metric.header)
 COLUMNS = ("scores of", "n", "tasks", *(metric.header for metric in _SHOWN), "constant", "judges")
 NUMERIC = COLUMNS[1:]
-OPTIONAL = ("kappa", "constant", "MAE", "judges", "tasks", "RMSE", "pairs", "AUROC", "skill", "n")
-"""Columns that may be left out if there is no room, in the order in which they are dropped."""
+_IMPORTANCE = {metric.header: metric.importance for metric in _SHOWN} | {
+    "constant": 2, "judges": 4, "tasks": 5, "n": 9,
+}  # fmt: skip
+OPTIONAL = tuple(sorted(_IMPORTANCE, key=lambda header: _IMPORTANCE[header]))[:-1]
+"""Columns that a narrow terminal leaves out, in the order in which they are dropped: all but the most important one."""
 LEGEND = (
     "; ".join(f"{metric.header}: {metric.meaning}" for metric in _SHOWN)
     + "; constant: the RMSE of always answering the training mean; judges: Spearman of two judges, on average."
@@ -54,9 +57,7 @@ def main_table(metrics: Mapping[str, Any], *, intervals: bool = False) -> list[l
 def _table_row(group: Group, intervals: bool) -> list[str]:
     cells = []
     for metric in _SHOWN:
-        estimate = (
-            group["judge"]["bad_step"][STRICT][metric.name] if metric.at_thresholds else group["judge"][metric.name]
-        )
+        estimate = _estimate(group, metric)
         cell = shown(estimate, interval=intervals or metric.name == ORDER)
         counted = metric.name == "pairwise_accuracy" and estimate["value"] is not None and intervals
         cells.append(f"{cell} n={estimate['n']}" if counted else cell)
@@ -64,6 +65,12 @@ def _table_row(group: Group, intervals: bool) -> list[str]:
     others = judges_agreement(group)
     numbers = [str(group["scores"]), str(group["tasks"])]
     return [_table_name(group), *numbers, *cells, shown(constant, interval=False), shown(others, interval=False)]
+
+
+def _estimate(group: Group, metric: Metric) -> Mapping[str, Any]:
+    judge: Mapping[str, Any] = group["judge"]
+    estimate: Mapping[str, Any] = (judge["bad_step"][STRICT] if metric.at_thresholds else judge)[metric.name]
+    return estimate
 
 
 BREAKDOWN_COLUMNS = ("value", "n", "tasks", "Spearman", "RMSE", "bias", "AUROC")
@@ -238,8 +245,7 @@ def missing_reasons(metrics: Mapping[str, Any]) -> list[str]:
     """Why cells of the table are empty, each reason once."""
     found: dict[str, None] = {}
     for group in metrics["groups"]:
-        judge = group["judge"]
-        for estimate in (judge[ORDER], judge["kappa"], judge["skill"], judge["bad_step"][STRICT]["auroc"]):
+        for estimate in (_estimate(group, metric) for metric in _SHOWN):
             if estimate["value"] is None:
                 found[f"{group_name(group)}: {estimate['reason']}"] = None
     return list(found)

@@ -1,7 +1,6 @@
 """A judge that is ready to score, for Python, the server and the scripts. `Scorer.backend` chooses the backend."""
 
 import argparse
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from prmkit.judge.sources import (
 )
 from prmkit.judge.types import DEFAULT_ASKING, Asking, Judgement, Mode, Request
 from prmkit.paths import EXPORT_NOTE
-from prmkit.registered import UseRegistered, registered_run
+from prmkit.registered import UseRegistered
 from prmkit.verdict import Shape, asked_shape
 
 if TYPE_CHECKING:
@@ -70,7 +69,13 @@ class Scorer:
     source: JudgeSource
     """The model; for a model on a server, its tokenizer and template."""
     endpoint: Endpoint | None = None
+    """The server that runs the model; None if it runs here."""
     asking: Asking = DEFAULT_ASKING
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is loaded here: only then are its run, held-out scores and calibration known."""
+        return self.endpoint is None
 
     @cached_property
     def backend(self) -> "LocalJudge | CompletionsJudge":
@@ -133,10 +138,10 @@ class Scorer:
             "max_new_tokens": self.asking.max_new_tokens,
             "min_label_mass": self.asking.min_label_mass,
         }
-        if not self.endpoint:
-            return fingerprint_of(self.source) | settings
-        served = {"model": self.endpoint.model, "top_logprobs": self.endpoint.top_logprobs}
-        return encoding_fingerprint(self.source) | served | settings
+        if self.endpoint:
+            served = {"model": self.endpoint.model, "top_logprobs": self.endpoint.top_logprobs}
+            return encoding_fingerprint(self.source) | served | settings
+        return fingerprint_of(self.source) | settings
 
 
 def _request(prompt: str | Mapping[str, Any], shape_of: ShapeOf) -> Request | str:
@@ -266,7 +271,8 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=["transformers", "openai"],
         default="transformers",
-        help="load the model here (default), or ask an OpenAI-compatible completions endpoint (vLLM, SGLang)",
+        help="load the model here (default), or ask an OpenAI-compatible completions endpoint with logprobs "
+        "(vLLM, SGLang, llama-server)",
     )
     group.add_argument(
         "--base-url",
@@ -320,28 +326,6 @@ def asking_of(arguments: argparse.Namespace) -> Asking:
         max_new_tokens=arguments.max_new_tokens,
         min_label_mass=arguments.min_label_mass,
     )
-
-
-def challenger_of(arguments: argparse.Namespace, name: str) -> Scorer:
-    """A second judge, loaded here and used with the same settings.
-
-    Args:
-        arguments: only those about how to run and ask a judge are used, not those that name one.
-        name: a folder (a run, an exported or a base model), or a registered version.
-
-    Raises:
-        DataError, UsageError: there is no such judge.
-    """
-    folder = Path(name)
-    if not folder.is_dir() and os.sep not in name:
-        try:
-            folder = registered_run(name)
-        except UsageError as error:
-            raise UsageError(f"{name}: no such folder, and no registered version ({error})") from error
-    source = judge_source_in(folder)
-    given = {each: getattr(arguments, each) for each in ("device", "dtype", "trust_remote_code")}
-    source = replace(source, **{each: value for each, value in given.items() if value is not None})
-    return Scorer(source, None, asking_of(arguments))
 
 
 def judge_source(arguments: argparse.Namespace) -> JudgeSource:

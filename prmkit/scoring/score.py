@@ -58,7 +58,7 @@ def abstention_of(scorer: Scorer, level: float | None, max_width: float | None) 
     """
     if level is None and max_width is None:
         return None
-    if scorer.endpoint or scorer.asking.mode != "expected":
+    if not scorer.is_local or scorer.asking.mode != "expected":
         raise UsageError("--interval and --abstain-above: only with a local judge in --mode expected.")
     weights = scorer.source.adapter or scorer.source.model
     return load_abstention(weights, fingerprint_of(scorer.source), level, max_width)

@@ -6,13 +6,14 @@ import logging
 import os
 import socket
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
-from prmkit.judge.scorer import DEFAULT_RUN, Scorer, ShapeOf, challenger_of, scorer_of
+from prmkit.judge.scorer import DEFAULT_RUN, Scorer, ShapeOf, asking_of, judge_source_in, scorer_of
 from prmkit.prompts.step import Rubric, load_rubric
-from prmkit.registered import is_registered
+from prmkit.registered import is_registered, registered_run
 from prmkit.scoring.rows import check_rubric, known_keys
 from prmkit.scoring.score import abstention_of
 from prmkit.serving.app import Limits, make_app
@@ -72,7 +73,7 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
     name = str(arguments.run or arguments.model or DEFAULT_RUN)
     rubric, why_not = _rubric(arguments.rubric, scorer, name)
     judge = _served(arguments, scorer, _name_of(name))
-    run = None if scorer.endpoint or arguments.model else arguments.run or DEFAULT_RUN
+    run = (arguments.run or DEFAULT_RUN) if scorer.is_local and not arguments.model else None
     metrics = ServerMetrics(lambda: judge.engine.depth, held_out_scores(run))
     judge.engine.on_batch = metrics.count_batch
     judge.engine.on_cache_hit = metrics.cache_hits.inc
@@ -105,7 +106,7 @@ def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
         if arguments.share is not None or arguments.shadow:
             raise UsageError("--share and --shadow need --challenger (a second judge).")
         return None
-    scorer = challenger_of(arguments, arguments.challenger)
+    scorer = _challenger(arguments, arguments.challenger)
     challenger = _served(arguments, scorer, _name_of(str(scorer.source.adapter or scorer.source.model)))
     rubric, _ = _rubric(arguments.rubric, scorer, challenger.name)
     if (rubric is not None) != has_rubric:
@@ -117,6 +118,28 @@ def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
         challenger.engine.patience = _SHADOW_PATIENCE
     default = _SHADOW_SHARE if arguments.shadow else _TRIAL_SHARE
     return Trial(challenger, default if arguments.share is None else arguments.share, arguments.shadow)
+
+
+def _challenger(arguments: argparse.Namespace, name: str) -> Scorer:
+    """A second judge, loaded here and used with the same settings.
+
+    Args:
+        arguments: only those about how to run and ask a judge are used, not those that name one.
+        name: a folder (a run, an exported or a base model), or a registered version.
+
+    Raises:
+        DataError, UsageError: there is no such judge.
+    """
+    folder = Path(name)
+    if not folder.is_dir() and os.sep not in name:
+        try:
+            folder = registered_run(name)
+        except UsageError as error:
+            raise UsageError(f"{name}: no such folder, and no registered version ({error})") from error
+    source = judge_source_in(folder)
+    given = {each: getattr(arguments, each) for each in ("device", "dtype", "trust_remote_code")}
+    source = replace(source, **{each: value for each, value in given.items() if value is not None})
+    return Scorer(source, None, asking_of(arguments))
 
 
 def _name_of(judge: str) -> str:

@@ -1,4 +1,4 @@
-"""What is shown of a run: its trainer log as progress lines, its output, the loss curves; and where SwanLab records it.
+"""What a run has reached, and what is shown of it: progress, output, loss curves; and where SwanLab records it.
 
 Contacting SwanLab's server takes at most two seconds.
 """
@@ -11,7 +11,7 @@ import netrc
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -186,6 +186,39 @@ def echoed(log_path: Path, begin: int) -> Iterator[Callable[[], None]]:
 
         yield show
         show()
+
+
+# --- what a run has reached ---------------------------------------------------------------------------------------
+
+
+def reached(
+    state: Mapping[str, Any], logged: Sequence[Mapping[str, Any]], final_loss: float | None
+) -> dict[str, float | None]:
+    """The fields of run.json that are known at the end of a run: steps, tokens, losses, memory.
+
+    `train_loss` is the last one logged, a mean over `logging_steps` steps: LLaMA Factory's own `train_loss`, the mean
+    over the run, is wrong after every resume. `eval_loss` is that of the final weights, if they were evaluated.
+
+    Args:
+        state: the newest `trainer_state.json`; empty for a run that has saved nothing.
+        logged: the lines of `trainer_log.jsonl`.
+        final_loss: the held-out loss of the final weights.
+    """
+    train, held_out = curves(state.get("log_history", []))
+    memory = max((line.get("vram_reserved", 0.0) for line in logged), default=0.0)
+    totals = [line["total_steps"] for line in logged if "total_steps" in line]
+    return {
+        "steps": state.get("global_step", 0),
+        "max_steps": state.get("max_steps") or (totals[-1] if totals else None),
+        "tokens": state.get("num_input_tokens_seen") or None,
+        "train_loss": _finite(train[-1][1] if train else None),
+        "eval_loss": _finite(final_loss if final_loss is not None else held_out[-1][1] if held_out else None),
+        "peak_gpu_memory_gib": memory if memory > 0 else None,
+    }
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 # --- curves -------------------------------------------------------------------------------------------------------

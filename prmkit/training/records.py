@@ -19,6 +19,7 @@ from prmkit.llamafactory_schema import installed_version, setting
 from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD
 from prmkit.training.config import ResolvedConfig
 from prmkit.training.environment import this_machine
+from prmkit.training.monitoring import reached
 
 RESOLVED_CONFIG = "resolved_config.yaml"
 
@@ -55,11 +56,6 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 """Keys that other code reads, and their types."""
 
-_NOT_REACHED_YET = {
-    "ended": None, "steps": 0, "max_steps": None, "tokens": None, "train_loss": None, "eval_loss": None,
-    "peak_gpu_memory_gib": None,
-}  # fmt: skip
-
 
 def log_path_of(run_folder: Path) -> Path:
     """The path of a run's log: in `logs` next to the `saves` that contains the run, or else in `logs` here."""
@@ -78,11 +74,12 @@ def now() -> str:
 def new_record(run_folder: Path, config: ResolvedConfig, processes: int) -> dict[str, Any]:
     """The record of a run that is about to start for the first time. Hashes the dataset: seconds for gigabytes.
 
+    What a run has reached when it ends is in `reached`; here are the values before the first step.
+
     Args:
         run_folder: the folder of the run.
         config: the config with which it is started.
         processes: the number of training processes, over all nodes.
-
     """
     values = config.values
     data = Path(str(setting(values, "dataset_dir")))
@@ -110,7 +107,8 @@ def new_record(run_folder: Path, config: ResolvedConfig, processes: int) -> dict
         "hardware": _hardware(),
         "started": now(),
         "resumed_from": [],
-        **_NOT_REACHED_YET,
+        "ended": None,
+        **reached({}, [], None),
     }
 
 

@@ -1,7 +1,6 @@
 """One start of a run: do what was decided, follow LLaMA Factory, check its results, and write the record."""
 
 import logging
-import math
 import os
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from prmkit.training.monitoring import (
     echoed,
     followed,
     progress,
+    reached,
     seconds_a_step,
 )
 from prmkit.training.records import RESOLVED_CONFIG, log_path_of, now, write_record
@@ -99,7 +99,7 @@ def _recorded(folder: Path, record: dict[str, Any]) -> Iterator[None]:
         raise
     finally:
         finished = status == "finished"
-        record |= {"status": status, "ended": now(), **_numbers(folder, finished=finished)}
+        record |= {"status": status, "ended": now(), **_reached_in(folder, finished=finished)}
         try:
             write_record(folder, record)
             _draw(folder, finished=finished)
@@ -130,30 +130,9 @@ def _latest_state(folder: Path, *, finished: bool) -> dict[str, Any]:
     return (read_state(newest.folder) if newest else None) or {}
 
 
-def _numbers(folder: Path, *, finished: bool) -> dict[str, Any]:
-    """Steps, tokens and losses.
-
-    `train_loss` is the last one logged, a mean over `logging_steps` steps: LLaMA Factory's own `train_loss`, the mean
-    over the run, is wrong after every resume. `eval_loss` is that of the final weights, if they were evaluated.
-    """
-    state = _latest_state(folder, finished=finished)
-    train, held_out = curves(state.get("log_history", []))
+def _reached_in(folder: Path, *, finished: bool) -> dict[str, Any]:
     logged = list(read_log(folder / TRAINER_LOG))
-    memory = max((line.get("vram_reserved", 0.0) for line in logged), default=0.0)
-    final = _final_loss(folder) if finished else None
-    totals = [line["total_steps"] for line in logged if "total_steps" in line]
-    return {
-        "steps": state.get("global_step", 0),
-        "max_steps": state.get("max_steps") or (totals[-1] if totals else None),
-        "tokens": state.get("num_input_tokens_seen") or None,
-        "train_loss": _finite(train[-1][1] if train else None),
-        "eval_loss": _finite(final if final is not None else held_out[-1][1] if held_out else None),
-        "peak_gpu_memory_gib": memory if memory > 0 else None,
-    }
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
+    return reached(_latest_state(folder, finished=finished), logged, _final_loss(folder) if finished else None)
 
 
 def _final_loss(folder: Path) -> float | None:

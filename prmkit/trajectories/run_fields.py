@@ -13,7 +13,8 @@ from prmkit.trajectory import Label
 _TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
 _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "uid", "uuid")
 _SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
-_OUTCOMES = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
+OUTCOME_FIELDS = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
+"""Names of the field that says how a run ended; the first that a run has counts."""
 
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
 """Right, a reasonable try, wrong: the anchors of the default rubric that correspond to people's words for steps."""
@@ -41,7 +42,7 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
     run.tools = run.tools or tools_of(value.get("tools") or value.get("functions"))
     if keys.labels:
         run.labels = labels_by_index(flat.get(keys.labels), run, keys.label_scale)
-    outcomes = {name for name in _OUTCOMES if isinstance(flat.get(name), int | float | None)}
+    outcomes = {name for name in OUTCOME_FIELDS if isinstance(flat.get(name), int | float | None)}
     known = {*read, *_TASK_IDS, *_RUN_IDS, *_SOLUTIONS, *outcomes, "tools", "functions", "metadata", "name"}
     for name in value.keys() - known - {keys.task, keys.outcome, keys.labels}:
         run.lost[f"field {name[:40]}"] += 1
@@ -60,7 +61,7 @@ def first_of(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def outcome_of(value: Mapping[str, Any], key: str | None = None) -> dict[str, Any] | None:
     """How the run ended: a boolean is `success`, a number is `score`."""
-    for name in (key,) if key else _OUTCOMES:
+    for name in (key,) if key else OUTCOME_FIELDS:
         given = value.get(name) if name else None
         if isinstance(given, bool):
             return {"success": given, "score": None}

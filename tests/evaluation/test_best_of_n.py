@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prmkit.errors import DataError, ExitCode
 from prmkit.evaluation.best_of_n import expected_pick
 from prmkit.evaluation.command import execute
+from prmkit.trajectories.run_fields import OUTCOME_FIELDS
 
 evaluate = importlib.import_module("evaluate_judge")._parser
 
@@ -47,6 +48,14 @@ def test_equal_scores_in_another_order_are_a_tie(tmp_path: Path) -> None:
              for task in range(3) for trial, scores in enumerate(([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]))]  # fmt: skip
     found = pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))["picks"]
     assert {found[f"judge: {name}"]["2"]["value"] for name in ("min", "product", "mean")} == {0.5}
+
+
+def test_an_outcome_may_have_each_name_that_importing_knows(tmp_path: Path) -> None:
+    for name in OUTCOME_FIELDS:
+        if name != "score":  # the judge's score of a step
+            lines = [{"task_id": task, "trajectory_id": f"{task}.{trial}", name: bool(trial), "scores": [trial / 2]}
+                     for task in range(3) for trial in range(2)]  # fmt: skip
+            assert pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))["picks"]["random"]["1"]["value"] == 0.5
 
 
 def tau_runs(tasks: int = 10) -> list[dict[str, Any]]:

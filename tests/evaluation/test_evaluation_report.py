@@ -1,5 +1,6 @@
 """The report: self-contained, safe with hostile strings, and saying what the metrics say."""
 
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -11,13 +12,15 @@ import pytest
 from synthetic import CONSTANTS, constant, copier, noisy, predictions_of, write_data_folder
 
 from prmkit import cli
-from prmkit.evaluation import grade, summary
+from prmkit.evaluation import grade, statistics, summary
 from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.heldout import HeldOut, read_held_out
+from prmkit.evaluation.metrics import METRICS, Metric
 from prmkit.evaluation.plots import _distributions, _means
-from prmkit.evaluation.predictions import table_of_scores
+from prmkit.evaluation.predictions import by_mean, table_of_scores
 from prmkit.evaluation.report import report_html, worst_errors, write_report
 from prmkit.intervals import shown
+from prmkit.rows import OUTCOME
 
 JUDGE = {"model": "model", "adapter": "saves/a_run", "template": "qwen"}
 HOSTILE = "<script>alert('x')</script> $\\frac{1}{2}$ & \"判官\" </svg>"
@@ -146,11 +149,52 @@ def test_the_columns_of_a_narrow_screen_hold_spearman_and_auroc(reported):
 @pytest.mark.parametrize(("width", "kept"), [(80, ("Spearman", "AUROC", "skill")), (60, ("Spearman",))])
 def test_the_table_on_a_terminal_fits_by_leaving_columns_out(reported, monkeypatch, capsys, width, kept):
     _, metrics = reported
-    monkeypatch.setattr("prmkit.cli._width", lambda stream: width)
-    cli.emit_table("", summary.COLUMNS, summary.main_table(metrics), optional=summary.OPTIONAL)
-    lines = capsys.readouterr().out.splitlines()
+    lines = _shown(metrics, monkeypatch, capsys, width)
     assert max(map(len, lines)) <= width
     assert all(name in lines[0] for name in kept)
+
+
+def test_one_entry_in_the_table_of_metrics_is_enough(held_out, monkeypatch, capsys):
+    made_up = Metric("largest_error", statistics.mean_absolute_error, 1, by_mean, "made up", "what a stranger adds")
+    nowhere = Metric("hidden_error", statistics.mean_absolute_error, 1, by_mean)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("prmkit.evaluation.metrics.METRICS", (*METRICS, made_up, nowhere))
+            importlib.reload(summary)
+            html, metrics = report_of(held_out, predictions_of(held_out, noisy(0.1)))
+            assert {"largest_error", "hidden_error"} <= json.loads(json.dumps(metrics))["groups"][0]["judge"].keys()
+            main = html[html.index("The numbers") :]
+            assert '<th class="roomy">made up</th>' in main and "what a stranger adds" in main
+            assert "hidden_error" not in html
+            shown_at = {width: _shown(metrics, patch, capsys, width)[0] for width in (None, 100)}
+    finally:
+        importlib.reload(summary)
+    assert "made up" in shown_at[None] and "hidden_error" not in shown_at[None]
+    assert "made up" not in shown_at[100] and "AUROC" in shown_at[100]
+
+
+def _shown(metrics, patch, capsys, width: int | None) -> list[str]:
+    """The lines of the table on a terminal of some width."""
+    patch.setattr("prmkit.cli._width", lambda stream: width)
+    cli.emit_table("", summary.COLUMNS, summary.main_table(metrics), optional=summary.OPTIONAL)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_without_a_judged_outcome_the_report_says_which_score_is_missing(held_out):
+    rows = predictions_of(held_out, noisy(0.1))
+    for row in rows:
+        row["reference"] = {key.replace(OUTCOME, "another_key"): value for key, value in row["reference"].items()}
+    text = " ".join(" ".join(read(report_of(held_out, rows)[0]).texts).split())
+    assert f"0 with a judged {OUTCOME}" in text
+    assert "So how well step scores predict the outcome is unknown" in text
+
+
+def test_every_empty_cell_of_the_table_has_a_reason(held_out):
+    rows = [row for row in predictions_of(held_out, noisy(0.1)) if row["evaluation_type"] == "category"][:12]
+    _, metrics = report_of(held_out, rows)
+    of_pairs = metrics["groups"][0]["judge"]["pairwise_accuracy"]
+    assert of_pairs["value"] is None
+    assert f"everything: {of_pairs['reason']}" in summary.missing_reasons(metrics)
 
 
 def test_hostile_names_stay_strings(held_out):

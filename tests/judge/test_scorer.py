@@ -12,6 +12,7 @@ from prmkit.judge.scorer import Scorer, add_backend_arguments, add_judge_argumen
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.judge.types import Request
+from prmkit.scoring.score import abstention_of
 from prmkit.verdict import asked_shape
 
 
@@ -106,7 +107,10 @@ def test_a_judge_on_a_server_differs_from_one_that_is_loaded() -> None:
     loaded = fingerprint(parsed("--model", "exported_model"))
     remote = fingerprint(parsed(*REMOTE))
     assert remote["model"] == "exported_model"
+    assert scorer_of(parsed("--model", "exported_model")).is_local and not scorer_of(parsed(*REMOTE)).is_local
     assert loaded != remote
+    with pytest.raises(UsageError, match="only with a local judge"):
+        abstention_of(scorer_of(parsed(*REMOTE)), 0.9, None)
     with pytest.raises(UsageError, match="--base-url and --model"):
         scorer_of(parsed("--backend", "openai", "--model", "exported_model"))
 

@@ -1,13 +1,14 @@
 """The raw runs that ship: the generator's bytes, and readable by the importer."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.run import Keys
 from tools.make_sample.runs import ATTEMPTS, EXAMPLE_TASKS, LABELLED_TASKS, message_runs, write_examples
+from tools.make_sample.runs import main as runs_command
 from tools.make_sample.sample import write_rows
 
 EXAMPLES = ("runs.jsonl", "session.jsonl", "trace.json")
@@ -19,11 +20,12 @@ def test_the_runs_that_ship_are_what_the_generator_makes(root: Path, tmp_path: P
         assert (tmp_path / name).read_bytes() == (root / "examples" / name).read_bytes()
 
 
-def test_labelled_runs_are_as_many_as_ship(root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.make_sample.runs", "--labelled", tmp_path / "labelled_runs.jsonl"]
-    subprocess.run(command, cwd=root, check=True, capture_output=True)
-    shipped = root / "examples" / "labelled_runs.jsonl"
-    assert (tmp_path / "labelled_runs.jsonl").read_bytes() == shipped.read_bytes()
+def test_without_a_number_of_tasks_the_labelled_runs_are_those_that_ship(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["runs", "--labelled", str(tmp_path / "runs.jsonl")])
+    assert runs_command() == 0
+    assert (tmp_path / "runs.jsonl").read_bytes() == (root / "examples" / "labelled_runs.jsonl").read_bytes()
 
 
 def test_the_runs_that_ship_are_read_without_loss(root: Path) -> None:

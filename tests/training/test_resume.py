@@ -19,6 +19,7 @@ from prmkit.files import sha256_of
 from prmkit.paths import base_model_of
 from prmkit.training import train
 from prmkit.training.checkpoints import checkpoint_fault, weights_fault
+from prmkit.training.monitoring import reached
 from prmkit.training.options import TrainOptions, next_commands
 from prmkit.training.records import (
     all_records,
@@ -79,6 +80,17 @@ def test_the_record_says_what_was_trained_on_what_and_how_it_ended(finished: Pat
     final = json.loads((finished / "saves" / "run" / "eval_results.json").read_text())
     assert record["eval_loss"] == final["eval_loss"]
     assert record["train_loss"] < 4, "it learnt nothing"
+
+
+def test_a_new_record_has_every_field_that_is_known_only_at_the_end(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    fresh = new_record(Path("saves/run"), train.resolve(TrainOptions(Path("config.yaml"))).config, 1)
+    assert fresh.keys() == record_of(finished).keys()
+    assert (fresh["steps"], fresh["train_loss"], fresh["ended"]) == (0, None, None)
+    monkeypatch.setattr("prmkit.training.records.reached", lambda *nothing: reached(*nothing) | {"made_up": 1})
+    assert new_record(Path("saves/run"), train.resolve(TrainOptions(Path("config.yaml"))).config, 1)["made_up"] == 1
 
 
 def test_the_rendered_config_runs_without_us(finished: Path) -> None:

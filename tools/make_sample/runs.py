@@ -1,7 +1,7 @@
 """Make raw agent runs of the sample's kind, in three forms, the same bytes for the same seed.
 
-    python -m tools.make_sample.runs --examples examples
-    python -m tools.make_sample.runs --labelled labelled_runs.jsonl
+    python -m tools.make_sample.runs --examples examples                        every file that ships
+    python -m tools.make_sample.runs --labelled more_runs.jsonl --tasks 240     only labelled runs, another number
 
 `runs.jsonl` has OpenAI messages, two attempts at each task; `session.jsonl` is a session of Claude Code, `trace.json`
 an OTLP trace with GenAI attributes. Labelled runs have the quality of every step, which the generator knows, in the
@@ -27,6 +27,7 @@ EXAMPLE_TASKS = 3
 ATTEMPTS = 2
 LABELLED_SEED = 0
 LABELLED_TASKS = 120
+"""Of `labelled_runs.jsonl`, from which the demo's second judge learns: with more of them, the demo takes longer."""
 SYSTEM = "You answer questions with the tools that you have. Say so when you do not know."
 
 Message = dict[str, Any]
@@ -152,8 +153,7 @@ def main() -> int:
     parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the examples here")
     parser.add_argument("--labelled", type=Path, metavar="FILE", help="write labelled runs as messages")
     parser.add_argument("--seed", type=int, default=LABELLED_SEED, help="other tasks (default: %(default)s)")
-    tasks = "tasks of the labelled runs (default: %(default)s)"
-    parser.add_argument("--tasks", type=int, default=LABELLED_TASKS, help=tasks)
+    parser.add_argument("--tasks", type=int, default=LABELLED_TASKS, help="of --labelled (default: %(default)s)")
     return cli.run(_command, parser)
 
 

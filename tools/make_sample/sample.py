@@ -33,6 +33,7 @@ from tools.make_sample.scenes import TOOLS
 from tools.make_sample.trajectories import Answer, Clip, Trajectory, draw_trajectory
 
 DEFAULT_TASKS = 240
+"""Of `finetune.jsonl`. The demo's judge of raw runs learns from other tasks: `LABELLED_TASKS` in `runs.py`."""
 NEW_SEED = 29
 """The seed of a task that is not in the sample and has a fair step, a wasted one and a good one."""
 FIRST_TIMESTAMP = datetime(2025, 1, 6, 9, 0, 0)

@@ -1,6 +1,7 @@
 """The forms of runs that can be read, one module each; those of traces share `traces`.
 
-A new form is a module here and its name in `_SPECIFIC`.
+A new form is a module here, and its name in `_SPECIFIC`. If its files have a suffix of their own, add that to
+`SUFFIXES` in `prmkit/trajectories/documents.py`; how packed files are opened (`.gz`) is in `prmkit/files.py`.
 """
 
 from collections.abc import Iterable
