@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prmkit.dataset.arguments import make_parser
+from prmkit.dataset.command import make_parser
 from prmkit.llamafactory_schema import training_keys
 
 Script = Callable[..., subprocess.CompletedProcess[str]]

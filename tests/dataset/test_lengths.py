@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from prmkit.dataset.arguments import make_parser
-from prmkit.dataset.command import execute
+from prmkit.dataset.command import execute, make_parser
 from prmkit.dataset.settings import LengthSettings, Split
 from prmkit.errors import DataError, UsageError
 from prmkit.prompts.truncation import trim_prompt

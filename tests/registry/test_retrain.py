@@ -15,8 +15,7 @@ import pytest
 from registry_fixtures import ROOT, make_rows, make_run
 
 from prmkit import registered
-from prmkit.dataset.arguments import make_parser
-from prmkit.dataset.command import settings_of
+from prmkit.dataset.command import make_parser, settings_of
 from prmkit.dataset.settings import Settings
 from prmkit.drift import shift_of
 from prmkit.errors import DataError
