@@ -20,7 +20,7 @@ from prmkit.paths import HELD_OUT_SUFFIX, INFO
 from prmkit.rows import Rejected, name_in, prompt_hash
 
 _PROMPTS_A_PASS = 200_000
-"""Held-out prompts compared at once, at about 100 bytes each; if there are more, the files are read once more."""
+"""The most held-out prompts to compare in one pass over the files (100 bytes each)."""
 _EXAMPLES = 5
 _HELD_OUT_ELSEWHERE = re.compile(r"[_-](?:eval|val|valid|validation|test|dev|held_?out)$", re.IGNORECASE)
 
@@ -87,7 +87,7 @@ def audit(entries: Sequence[Entry]) -> dict[str, Any]:
 def _shared(
     training: Iterable[Entry], held_out: Sequence[Entry], tasks: set[str], *, passes: int
 ) -> tuple[dict[tuple[str, str], str], int, int]:
-    """What is on both sides, with the training dataset; the number of training rows without a task, and of all."""
+    """What is on both sides, and in which training dataset; how many training rows have no task; how many there are."""
     shared: dict[tuple[str, str], str] = {}
     nameless = trained = 0
     for number in range(passes):
@@ -168,11 +168,11 @@ _FEWEST_WORDS = 12
 _SHARE = 0.8
 """The share of a prompt's own words that another must have in the same order to count as nearly the same."""
 _FEWEST_UNITS = 3
-"""The fewest tasks of an evaluation type to compare: what only two tasks share may be template or repetition."""
+"""Evaluation types with fewer tasks are not compared: what only two tasks share may be template or repetition."""
 _HELD = 200_000
-"""Sequences of held-out prompts, about 30 bytes each; with more, every second, fourth, … is compared."""
+"""The most word sequences of held-out prompts (30 bytes each); of more, only each second, fourth, … is compared."""
 _REMEMBERED = 5_000_000
-"""Sequences of training prompts, 8 bytes each, that are kept for the second pass instead of computed again."""
+"""The most word sequences of training prompts to keep for the second pass (8 bytes each); others are computed again."""
 
 
 class Prompt(NamedTuple):
@@ -193,7 +193,7 @@ class NearDuplicates:
     pairs: Sequence[tuple[Any, Any, float]]
     """The training prompt's place, the held-out prompt's place, and the share of words that they have in common."""
     compared: int
-    """Training prompts."""
+    """How many training prompts were compared."""
 
     def as_json(self, name_of: Callable[[Any], str] = str) -> dict[str, Any]:
         """Counts and examples for the report, with places as `name_of` shows them."""
@@ -220,7 +220,7 @@ def find_near_duplicates(prompts: Callable[[bool], Iterable[Prompt]]) -> NearDup
     index.close()
     pairs, compared = [], 0
     if index.has_grams:
-        # How common a gram is, is known only after all prompts; then those with enough in common are checked again.
+        # Only the whole input shows how common a gram is. Prompts with enough in common are then checked again.
         looks = [index.count(prompt) for prompt in prompts(False)]
         compared = len(looks)
         for prompt, look in zip(prompts(False), looks, strict=True) if any(looks) else ():
@@ -331,7 +331,7 @@ class _Index:
         return _Look(np.where(self._grams[numbers] == grams, numbers, -1).astype(np.int32), starts)
 
     def nearest(self, prompt: Prompt, look: _Look) -> tuple[int, float] | None:
-        """The held-out prompt that a training prompt nearly repeats, by its number, and the share that is common."""
+        """The number of the held-out prompt that a training prompt nearly repeats, and the share of words in common."""
         import numpy as np
 
         units = self._units_of_type[prompt.evaluation_type]
@@ -363,7 +363,7 @@ class _Index:
 
 
 def _covered(starts: Any) -> int:
-    """How many words are part of the grams that begin at these, which are sorted."""
+    """How many words are part of the grams that begin at these words, which are in rising order."""
     import numpy as np
 
     return int(np.minimum(np.diff(starts), _WORDS).sum()) + _WORDS if len(starts) else 0
@@ -379,7 +379,7 @@ def _words_of(starts: Any, chosen: Any) -> Any:
     return words
 
 
-# Everything in ASCII that is not a letter separates words, and letters become small: numbers do not count.
+# Everything in ASCII that is not a letter separates words, and letters become lower case: numbers do not count.
 _LETTERS = bytes(code if code >= 0x80 or chr(code).isalpha() else ord(" ") for code in range(256)).lower()
 _WITHOUT_SPACES = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
 _FACTOR = 0x9E3779B97F4A7C15

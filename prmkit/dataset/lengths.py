@@ -31,7 +31,7 @@ from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.prompts.truncation import trim_prompt
 
 _REMEMBERED = 100_000
-"""The number of prompts whose tokens are cached, for judges whose rows are in another file."""
+"""The most prompts whose length is remembered: another judge's rows on them may be in another file."""
 
 
 class Measured(NamedTuple):
@@ -122,7 +122,7 @@ class LengthGuard:
         return [tokens for _, tokens in self._pair_lengths([(None, "", label) for label in labels])]
 
     def _pair_lengths(self, rows: Sequence[tuple[str | None, str, str]]) -> list[tuple[int, int]]:
-        """Token ids of prompt and answer, for rows of system text, prompt and answer."""
+        """The numbers of token ids of prompt and answer, for rows of system text, prompt and answer."""
         pieces = self._pieces
         known = [row for row in rows if pieces and pieces.knows(row[2])]
         measured = iter(pieces.pair_lengths(known) if pieces else ())

@@ -33,7 +33,7 @@ _TEXT_SHOWN = 10_000
 """The most characters of a row that is not JSON to keep in rejected.jsonl."""
 _LONGEST_REMEMBERED = 100_000
 """The most characters of a prompt that is kept for the next judge's row."""
-_VALUES_SHOWN = 8
+_VALUES_SHOWN = 8  # in a message about a scale
 
 
 # --- input files --------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class InputFile:
     """Its name as the user gave it."""
     sha256: str = ""
     bytes: int = 0
-    """Bytes of the uncompressed content, of which the hash is, too."""
+    """How many bytes were hashed: of the uncompressed content; of a file of runs, as it is on the disk."""
 
 
 @contextmanager
@@ -228,7 +228,7 @@ class Preparer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.lines = 0
-        """Rows of the input, of any form."""
+        """All rows of the input, whether or not their form is known."""
         self.accepted = 0
         """Rows whose form is known and that the filters accept."""
         self.values: dict[tuple[str | None, str], ValuesOfKey] = defaultdict(ValuesOfKey)
@@ -338,7 +338,7 @@ class ScaleProblem(NamedTuple):
     judge: str | None
     key: str
     is_scale: bool
-    """Its numbers are on another scale, so none is a score. Otherwise it uses words, and their rows are rejected."""
+    """True: its numbers are on another scale, so none is a score. False: it uses words, and their rows are rejected."""
     message: str
 
 
@@ -368,8 +368,8 @@ def find_scale_problems(
             ))  # fmt: skip
 
 
-_FEWEST_OUTSIDE = 3
-_SHARE_OUTSIDE = 0.02
+_FEWEST_OUTSIDE = 3  # rows; if fewer are off the scale, or a smaller share,
+_SHARE_OUTSIDE = 0.02  # each of them is rejected by itself
 
 
 def _guess(found: ValuesOfKey, *, between: str) -> str:

@@ -140,7 +140,7 @@ def _histograms(stage: Stage) -> dict[str, dict[str, list[int]]]:
 
 
 def _quantiles(stage: Stage, lengths: str) -> dict[str, int]:
-    """The smallest lengths that cover these shares of the rows, by share in percent; empty without rows."""
+    """For each share in `_COVERED`, the smallest length that covers that share of the rows. Keys are percentages."""
     rows = stage.rows.execute(f"SELECT count(*) FROM (SELECT {lengths})").fetchone()[0]
     if not rows:
         return {}

@@ -104,7 +104,7 @@ class Settings:
     output: Path
     filters: Filters = field(default_factory=Filters)
     name: str = CUSTOM
-    """Of the filtered variant."""
+    """The name of the filtered variant."""
     form: "Format" = "alpaca"
     labels: LabelStyle = "canonical"
     split: Split = field(default_factory=Split)

@@ -32,11 +32,10 @@ NEAR_DUPLICATE = "nearly repeats a held-out prompt"
 CONTESTED = "judges differ too much"
 OTHER_SCALE = "the judge uses another scale"
 JUDGES_COMPARED = 50
-"""The number of pairs grows with the square of the judges; with more than this, those with the most rows are compared.
-"""
+"""The most judges to compare, those with the most rows: the number of pairs grows with the square of this number."""
 
 _LINE_BITS = 40
-"""The part of a row's number that is its line; the rest is the source's number."""
+"""The lowest bits of a row's number are its line; those above are the number of its source."""
 
 _SCHEMA = """
 CREATE TABLE prompt (id INTEGER PRIMARY KEY, digest BLOB UNIQUE, system TEXT, text TEXT);
@@ -55,9 +54,9 @@ CREATE TABLE consensus (number INTEGER PRIMARY KEY, scores TEXT, judges INTEGER,
 CREATE VIEW kept AS SELECT * FROM row WHERE wanted AND status IS NULL;
 """
 # unit: what is held out as a whole: the task; the prompt of a row without one. slot: the clip of its trajectory.
-# question: the prompt without its system text. answer: a hash of the judge's text and the metadata, but for the reason
-# why the judge was asked. weight: `prmkit.rows.WEIGHT`, 0 for a row without one. lightest: the prompt's row with the
-# lowest weight. Scores: hundredths.
+# question: the prompt without its system text. answer: a hash of the judge's text and of the metadata without the
+# reason why the judge was asked. weight: `prmkit.rows.WEIGHT`, 0 for a row without one. lightest: the prompt's row with
+# the lowest weight. Scores: hundredths.
 
 
 class Stage:
@@ -118,7 +117,7 @@ class Stage:
         return made.lastrowid or 0
 
     def add_rejected(self, source: int, row: RejectedRow) -> None:
-        """Add a row that is rejected, whatever the other rows."""
+        """Add a row that is rejected whatever the other rows are."""
         entry = rejected_entry(self.sources[source], row.line, row.reason, row.content)
         values = (_number(source, row.line), row.kind, row.reason, row.judge, row.tokens, entry)
         self.rows.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?, ?)", values)
@@ -200,8 +199,8 @@ class Stage:
         """Reject the training rows of some prompts.
 
         Args:
-            prompts: reason and id.
-            kind: of the reasons.
+            prompts: the reason for each prompt, and the prompt's id.
+            kind: the name under which the report counts these rows.
         """
         self.rows.executemany(
             "UPDATE row SET status = ?, reason = ? WHERE prompt = ? AND wanted AND status IS NULL",
@@ -233,7 +232,7 @@ class Stage:
     # --- counts ---
 
     def answered_again(self) -> int:
-        """How many answers to a prompt are not a judge's first one. Call it before duplicates are rejected."""
+        """How many answers are not the judge's first one to their prompt. Call it before duplicates are rejected."""
         (again,) = self.rows.execute(
             "SELECT total(n - 1) FROM (SELECT count(DISTINCT answer) AS n FROM kept GROUP BY prompt, judge)"
         ).fetchone()
@@ -347,7 +346,7 @@ def _consensus(
 
 
 def _number(source: int, line: int) -> int:
-    """The order of the input; `Stage.place` reads it."""
+    """A row's number: numbers sort as the input does, and `Stage.place` splits them again."""
     return source << _LINE_BITS | line
 
 

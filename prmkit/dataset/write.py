@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
 _HELD = 8 << 20
-"""Bytes that are buffered before they are written, for all files together."""
+"""The most bytes to buffer before they are written, for all files together."""
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ _HELD = 8 << 20
 # clash with: names must not change when data arrives.
 _RESERVED = {"full", "custom", "consensus", "eval"}
 _LONGEST = 60
-"""Characters of a value in a name. File systems stop at 255 bytes."""
+"""The most characters of a value that go into a dataset's name. File systems allow 255 bytes."""
 
 
 def held_out_name(variant: str) -> str:
@@ -83,9 +83,9 @@ class Written(NamedTuple):
     """What was written."""
 
     rows: Mapping[str, int]
-    """Dataset -> rows, in the order in which to list them."""
+    """Dataset -> how many rows, in the order in which to list them."""
     entries: Mapping[str, Mapping[str, Any]]
-    """Of dataset_info.json, in the same order."""
+    """The entries of dataset_info.json, in the same order."""
 
 
 def write_variants(settings: Settings, stage: Stage, guard: LengthGuard | None, output: Path) -> Written:
@@ -229,7 +229,10 @@ def _rejected_entries(stage: Stage, settings: Settings) -> Iterator[bytes]:
 def _consensus_row(
     row: _StagedRow, settings: Settings, guard: LengthGuard | None, with_system: bool
 ) -> tuple[bytes, bytes] | None:
-    """The consensus row, with the combined scores of all judges: the lines of the file and of the sidecar."""
+    """The consensus row, with the combined scores of all judges, as two lines: for the file and for the sidecar.
+
+    None if it must be left out.
+    """
     sidecar = orjson.loads(row.sidecar)
     asked = asked_shape(restore(row.prompt)) or (asked_shape(restore(row.system)) if row.system else None)
     answer = read_answer(restore(row.label, answer=True), asked)
@@ -257,7 +260,7 @@ def _consensus_row(
 
 
 def _selected_as(metadata: Mapping[str, Any], lightest: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with the selection of another row: a prompt that one judge was asked in any case was not chosen."""
+    """The metadata with the selection of the lightest row: what one judge was asked in any case was not selected."""
     return without_selection(metadata) | {
         name: lightest["metadata"][name] for name in (SELECTED_BY, WEIGHT) if name in lightest["metadata"]
     }

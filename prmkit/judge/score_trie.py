@@ -70,7 +70,7 @@ TrieOf = Callable[[Shape, tuple[float, ...]], ScoreTrie]
 
 
 def tries_of(encoding: ChatEncoding) -> TrieOf:
-    """Make each trie once.
+    """A function that makes each trie once.
 
     What comes after a key hardly ever depends on the scores before it, so a key's trie is made once and then reused
     with other contexts. It is reused only if all 101 answers agree token by token, because in some tokenizers a token
@@ -281,7 +281,7 @@ class _Beginning:
 
     given: tuple[float, ...]
     weight: float
-    """The share of this beginning among all followed ones; those of one length add up to 1."""
+    """Its share of the probability of all followed beginnings. The shares of beginnings of one length add up to 1."""
     reach: float
     """The probability of all tokens that were forced up to the next score."""
     spelled: tuple[int, ...]

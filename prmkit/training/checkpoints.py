@@ -207,7 +207,7 @@ def content_fault(folder: Path) -> str | None:
 
 _PAGE = 4096
 _EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
-"""NumPy type of the same size, and the bits that are all set only in infinities and NaN (IEEE 754)."""
+"""Type -> NumPy's type of the same size, and the bits that are all set only in infinities and NaN (IEEE 754)."""
 
 
 _CHUNK = 1 << 26

@@ -80,7 +80,7 @@ _ACCEPTED_ANYWAY: dict[str, tuple[Any, ...]] = {
 """Values outside a key's own types and choices that nevertheless work."""
 
 _EMPTY_IS_A_VALUE = {"default_system", "debug"}
-"""`default_system: ""` removes the system text that the template would add."""
+"""Keys that may be an empty string: `default_system: ""` removes the system text that the template would add."""
 
 _EMPTY_LIST_FAILS = {"eval_dataset", "lora_target", "additional_target"}
 """LLaMA Factory expects at least one name in these lists."""
@@ -281,7 +281,8 @@ def _check_rows(config: Values, given: Values) -> Iterator[Check]:
         hint = f"For a number of rows write {val_size:.0f}."
         yield error("val_size", f"is {val_size}; a share must be below 1", hint)
     if config["streaming"] and config["dataloader_num_workers"] < 1:
-        yield error("streaming", "a local file ends in StopIteration", "Set dataloader_num_workers: 1.")
+        message = "needs a loader process; else a local file ends in StopIteration"
+        yield error("streaming", message, "Set dataloader_num_workers: 1.")
     if config["packing"] and not config["neat_packing"]:
         message = "lets every row see the rows packed before it"
         yield error("packing", message, "Write neat_packing: true, which keeps them apart, or leave it out.")
@@ -293,7 +294,7 @@ def _check_rows(config: Values, given: Values) -> Iterator[Check]:
         yield error("torch_compile", message, "Leave torch_compile out.")
     if config["dataloader_num_workers"] < 1 and given.get("dataloader_persistent_workers"):
         hint = "Set dataloader_num_workers: 2."
-        yield error("dataloader_persistent_workers", "is for loader processes, and there are none", hint)
+        yield error("dataloader_persistent_workers", "keeps loader processes running, and there are none", hint)
 
 
 def _check_schedule(config: Values, given: Values) -> Iterator[Check]:
@@ -318,7 +319,7 @@ METRICS_OF = {
     "compute_accuracy": ("accuracy",),
     "predict_with_generate": ("rouge-1", "rouge-2", "rouge-l", "bleu-4"),
 }
-"""What LLaMA Factory measures besides the loss when a key asks for it."""
+"""Key -> the metrics that LLaMA Factory computes besides the loss when the key is set."""
 
 
 def _check_metric(config: Values, given: Values) -> Iterator[Check]:

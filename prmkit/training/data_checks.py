@@ -23,9 +23,9 @@ FORMATS = ("alpaca", "sharegpt", "openai")
 RANKING_STAGES = ("rm", "dpo")
 FILE_TYPES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 SCANNED_BYTES = 256 << 20
-"""Bytes to read, which takes a second; errors in a file are nearly always near its beginning."""
+"""The most bytes of a file to read, which takes a second; errors are nearly always near the beginning."""
 CHUNK_BYTES = 10 << 20
-"""Arrow fixes a column's type by the first 10 MB of a file."""
+"""Arrow takes a column's type from the first 10 MB of a file."""
 
 
 def check_datasets(values: Mapping[str, Any]) -> Check:

@@ -134,13 +134,13 @@ NEEDED_BY = {
     "predict_with_generate": "rouge_chinese",
 }
 LONGEST_NAME = 200
-"""Bytes. File systems allow 255, but logs and renamed folders get longer names than the run."""
+"""The most bytes of a run's name. File systems allow 255, but logs and renamed folders get longer names."""
 TOO_LARGE_FOR_A_CPU = 500_000_000
 QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
 
 
 def check_python() -> Check:
-    """The Python version with which the pinned versions were tested."""
+    """Check that this is the Python version with which the pinned packages were tested."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] == TESTED_PYTHON:
         return ok("Python", version)

@@ -208,7 +208,7 @@ def _note(source: Source, renders_alike: bool) -> dict[str, Any]:
 
 
 def _fit_context(modelfile: Path, config: Mapping[str, Any]) -> None:
-    """Ollama cuts prompts at `num_ctx`, which LLaMA Factory always writes as 4096."""
+    """Set `num_ctx`, at which Ollama cuts prompts, to the length of the training: LLaMA Factory always writes 4096."""
     context = int(setting(config, "cutoff_len")) + int(config.get("max_new_tokens", _LONGEST_ANSWER))
     text = modelfile.read_text(encoding="utf-8")
     write_text(modelfile, re.sub(r"PARAMETER num_ctx \d+", f"PARAMETER num_ctx {context}", text))

@@ -231,7 +231,7 @@ def _shortened(text: str | None) -> str:
 
 
 def check_parser(values: Mapping[str, Any]) -> tuple[Check, Any]:
-    """Let LLaMA Factory parse the config; returns also the training arguments that it makes."""
+    """Let LLaMA Factory parse the config; also return the training arguments that it makes."""
     from llamafactory.hparams import get_train_args
 
     left_out = [key for key in NEEDS_TORCHRUN if key in values]
@@ -255,7 +255,8 @@ def check_trainer(arguments: Any) -> Check:
     if problems:
         return error("trainer", "; ".join(problems), TRAINER_ADVICE)
     names = (arguments.optim, arguments.lr_scheduler_type, *arguments.report_to)
-    return ok("trainer", f"creates {', '.join(str(getattr(name, 'value', name)) for name in names)}")
+    shown = ", ".join(str(getattr(name, "value", name)) for name in names)
+    return ok("trainer", f"can create the optimizer, the schedule and the loggers ({shown})")
 
 
 def _make_optimizer(arguments: Any) -> None:

@@ -54,16 +54,16 @@ class Model:
     intermediate: int
     """Width of the MLP; for a mixture of experts, of all experts that one token passes."""
     query: int
-    """All query heads together."""
+    """Width of all query heads together."""
     key_value: int
-    """All key heads together."""
+    """Width of all key heads together."""
     heads: int
     vocabulary: int
     linear: tuple[tuple[int, int], ...]
     """Outputs and inputs of every linear layer inside the blocks: what `lora_target: all` trains."""
     linear_names: tuple[str, ...]
     embedding: int
-    """Input embeddings and, if it is a separate tensor, the output layer."""
+    """The input embeddings and, if it is a separate tensor, the output layer."""
     parameters: int
 
 
@@ -313,7 +313,7 @@ def checkpoint_bytes(model: Model, values: Mapping[str, Any]) -> float:
 # --- does it fit? -------------------------------------------------------------------------------------------------
 
 SURE_TO_FAIL = 1.15
-"""The estimate is accurate to about 15 %: beyond that, a run will not fit into a GPU's memory; within it, it may."""
+"""The estimate is accurate to about 15 %: a run that needs more than this times the free memory will not fit."""
 COMFORTABLE = 0.75
 """Below this share of the free memory, memory can be traded for speed."""
 

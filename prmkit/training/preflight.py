@@ -113,7 +113,7 @@ def _messages(child: subprocess.Popen[bytes], request: bytes) -> Iterator[dict[s
 
 
 def _raised(traceback: str) -> str:
-    """The first and the last error in it: transformers hides a broken torchvision with another error."""
+    """The first and the last error of a traceback: transformers hides a broken torchvision with another error."""
     raised = re.findall(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", traceback, re.MULTILINE)
     return "; then ".join(dict.fromkeys([*raised[:1], *raised[-1:]]))
 

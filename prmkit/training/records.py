@@ -245,7 +245,7 @@ def _has_changed(before: Any, after: Any) -> bool:
 
 
 def _comparable(key: str, value: Any) -> Any:
-    """`./model`, `model` and `/project/model` are one folder."""
+    """A value as it is compared: `./model`, `model` and `/project/model` are one folder."""
     is_folder = isinstance(value, str) and (key != "model_name_or_path" or Path(value).exists())
     return Path(value).resolve() if key in _FOLDERS and is_folder else value
 

@@ -375,4 +375,4 @@ def restore_final_files(checkpoint: Checkpoint, folder: Path) -> None:
     # Last: a folder with it counts as finished.
     shutil.copy2(checkpoint.folder / "trainer_state.json", folder / "trainer_state.json")
     if fault := content_fault(folder):
-        raise LlamaFactoryError(f"{folder}: {fault}, and {source.name} does not have it. Start with --overwrite.")
+        raise LlamaFactoryError(f"{folder}: {fault}, and {source.name} has no intact copy. Start with --overwrite.")

@@ -46,9 +46,9 @@ class Lengths:
 
     rows: int
     longest_first: Sequence[int]
-    """Of the rows with the most bytes."""
+    """Lengths of the rows with the most bytes, which come first."""
     sample: Sequence[int]
-    """Of rows drawn at random, in random order."""
+    """Lengths of rows drawn at random, in random order."""
 
     @property
     def longest(self) -> int:

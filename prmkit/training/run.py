@@ -280,9 +280,7 @@ class _Stopping:
 def _how_to_resume(folder: Path) -> str:
     newest = newest_checkpoint(folder, contents=False)
     if newest is None and checkpoint_folders(folder):
-        return (
-            f"interrupted. {folder}: its checkpoints have no optimizer state (save_only_model): it cannot be resumed."
-        )
+        return f"interrupted. {folder} cannot be resumed: its checkpoints have no optimizer state (save_only_model)."
     kept = f"{newest.folder} is kept." if newest else "No checkpoint was written yet."
     return f"interrupted. {kept} {_again('To resume, start')}"
 

@@ -81,7 +81,9 @@ def test_a_chat_template_without_an_end_is_stopped(project: Path) -> None:
     (project / "model" / "chat_template.jinja").write_text(endless)
     found = checked(project)
     assert "the model's chat template: still running after 10 seconds" in found["template"].found
-    assert found["trainer"].status is Status.OK
+    trainer = found["trainer"]
+    assert trainer.status is Status.OK
+    assert trainer.found == "can create the optimizer, the schedule and the loggers (adamw_torch_fused, cosine)"
 
 
 @pytest.mark.new_processes

@@ -436,6 +436,17 @@ def test_a_damaged_finished_run_is_restored_from_its_checkpoint(
     assert config.read_bytes() == before
 
 
+def test_a_damaged_file_without_a_copy_asks_for_a_new_start(
+    finished_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, name = finished_copy / "saves" / "run", "tokenizer_config.json"
+    (run / name).write_text("")
+    for checkpoint in checkpoint_folders(run):
+        (checkpoint / name).unlink()
+    with pytest.raises(LlamaFactoryError, match=f"{name} is .*, and checkpoint-{STEPS} has no intact copy"):
+        start_again(finished_copy, monkeypatch)
+
+
 def test_changed_data_is_another_run(killed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = killed_copy / "data" / "steps.jsonl"
     rows.write_text(rows.read_text().replace("answered", "failed", 1))
