@@ -29,6 +29,7 @@ from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
 from prmkit.judge.types import AGGREGATES
 from prmkit.prompts.step import load_rubric
+from prmkit.row_lines import LINE_SUFFIXES, is_named
 from prmkit.rows import whole_number
 from prmkit.scoring.rows import check_rubric
 from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
@@ -157,7 +158,7 @@ def _outcome_lines(file: Path) -> list[Attempt]:
     A line is a run with its `scores`, a step with its `score` (from score_trajectories.py, with the outcome added), or
     a run whose scores are in the file of `--predictions`.
     """
-    if not file.is_file() or not file.name.removesuffix(".gz").endswith(".jsonl"):
+    if not file.is_file() or not is_named(file, LINE_SUFFIXES):
         return []
     if not _is_outcome_line(next(iter(read_jsonl(file)), None)):
         return []

@@ -15,7 +15,7 @@ from typing import Any
 
 from prmkit.dataset_info import read_entries, split_names
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_jsonl, sha256_of
+from prmkit.files import read_jsonl, sha256_of, stored_form
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 from prmkit.paths import sidecar_of
 from prmkit.rows import WEIGHT, InputRow, Rejected, is_weight, read_row, whole_number
@@ -127,8 +127,8 @@ def read_exam(file: Path) -> Exam:
         runs = [_run_of_record(run) for run in read_runs([file], Options(format=record.READER.name))]
     else:
         runs = _runs_of_rows(file)
-        if runs_beside(file).is_file():
-            runs = _completed(runs, runs_beside(file))
+        if whole := stored_form(runs_beside(file)):
+            runs = _completed(runs, whole)
     runs = [run for run in runs if any(step.label is not None for step in run.steps)]
     if not runs:
         raise DataError(f"{file}: no step has a label. Make an exam with import_trajectories.py --labels.")

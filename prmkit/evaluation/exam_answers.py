@@ -18,6 +18,7 @@ from typing import Any
 from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
 from prmkit.files import read_jsonl
+from prmkit.row_lines import bare_name
 from prmkit.rows import SELECTED_BY, weight_of, whole_number
 from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
 
@@ -77,7 +78,7 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
         place = f"{file}:{number}"
         if not isinstance(value, dict):
             raise DataError(f"{place}: not an object with id, step and score.")
-        name = _judge_of(value) or file.name.removesuffix(".gz").removesuffix(".jsonl")
+        name = _judge_of(value) or bare_name(file)
         judge = judges.setdefault(name, JudgeScores(name))
         run = known.get(run_of(value))
         if run is None:
