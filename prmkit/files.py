@@ -264,6 +264,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def content_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content once it is unpacked.
+
+    Raises:
+        DataError: the file cannot be read or unpacked.
+    """
+    with open_input(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
 # --- files that grow line by line -------------------------------------------------------------------------------------
 
 

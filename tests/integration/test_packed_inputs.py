@@ -126,8 +126,11 @@ def test_labelled_runs_are_converted(tmp_path: Path, packing: str) -> None:
     raw = written(tmp_path / "raw", f"set.jsonl{packing}", *public.every_step_labelled())
     assert imported(raw, tmp_path / "rows.jsonl", "--labels", "agentprocessbench")
     runs = read_lines(tmp_path / "rows.runs.jsonl")
-    for name in ("plain.jsonl", f"packed.jsonl{packing}"):
-        convert(Settings((str(written(tmp_path / "runs", name, *runs)),), tmp_path / name))
+    plain, packed = (
+        convert(Settings((str(written(tmp_path / "runs", name, *runs)),), tmp_path / name))["inputs"][0]
+        for name in ("plain.jsonl", f"packed.jsonl{packing}")
+    )
+    assert (plain["sha256"], plain["bytes"]) == (packed["sha256"], packed["bytes"])
     plain, packed = ((tmp_path / name / "reward_model_full.jsonl").read_bytes()
                      for name in ("plain.jsonl", f"packed.jsonl{packing}"))  # fmt: skip
     assert plain == packed
