@@ -19,7 +19,7 @@ from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
 from prmkit.files import read_jsonl
 from prmkit.row_lines import bare_name
-from prmkit.rows import SELECTED_BY, weight_of, whole_number
+from prmkit.rows import SELECTED_BY, name_at, weight_of, whole_number
 from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
 
 log = logging.getLogger("prmkit")
@@ -80,7 +80,7 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
             raise DataError(f"{place}: not an object with id, step and score.")
         name = _judge_of(value) or bare_name(file)
         judge = judges.setdefault(name, JudgeScores(name))
-        run = known.get(run_of(value))
+        run = known.get(run_of(value, place))
         if run is None:
             judge.unplaced["about runs not in the exam"] += 1
         elif is_repeated(value):
@@ -151,13 +151,15 @@ def _judge_of(value: Mapping[str, Any]) -> str | None:
     return next((str(place[key]) for place in places for key in _JUDGES if place.get(key)), None)
 
 
-def run_of(value: Mapping[str, Any]) -> str:
-    """The id of the run that a line is about."""
-    metadata = value.get("metadata")
-    if isinstance(metadata, dict) and metadata.get("trajectory_id"):
-        return str(metadata["trajectory_id"])
-    if value.get("trajectory_id") is not None:
-        return str(value["trajectory_id"])
+def run_of(value: Mapping[str, Any], place: str) -> str:
+    """The id of the run that a line is about.
+
+    Raises:
+        DataError: it is not a name; the message begins with `place`.
+    """
+    for about in (value.get("metadata"), value):
+        if isinstance(about, dict) and (name := name_at(place, about, "trajectory_id")):
+            return name
     if "query_index" in value:
         # The form in which the reader of AgentProcessBench names its runs.
         parts = (value.get("data_source") or value.get("dataset"), value["query_index"])
