@@ -59,8 +59,8 @@ def test_other_contents_or_settings_are_another_judge(file: str) -> None:
 
 
 def test_large_weights_are_hashed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_WHOLE", 1 << 20)
-    monkeypatch.setattr(sources, "_SAMPLE", 4096)
+    monkeypatch.setattr(sources, "LARGE_FILE", 1 << 20)
+    monkeypatch.setattr("prmkit.files._BLOCK", 4096)
     model, weights = JudgeSource(tmp_path), bytearray(4 << 20)
     prints = []
     for change in (None, 0, len(weights) - 1, len(weights) // 2):
