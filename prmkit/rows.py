@@ -35,8 +35,10 @@ class EvaluationType(NamedTuple):
     """One step: the scores of a run then have an order, and can be combined and watched."""
 
 
+STEP_TYPE = "clip"
+"""The evaluation type of rows that are made from the steps of runs."""
 EVALUATION_TYPES = {
-    "clip": EvaluationType("one step of a run", is_step=True),
+    STEP_TYPE: EvaluationType("one step of a run", is_step=True),
     "category": EvaluationType("all steps of one tool category in a run"),
     "final": EvaluationType("a whole run"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 from prmkit.errors import DataError, UsageError
 from prmkit.files import LARGE_FILE, read_json, sha256_of, spread_blocks
 from prmkit.llamafactory_schema import default_of, setting, trained_dtype
-from prmkit.paths import EXPORT_NOTE, RUN_RECORD, base_model_of, record_of
+from prmkit.paths import EXPORT_NOTE, RUN_RECORD, base_model_of, export_folder, record_of
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 
 
@@ -68,7 +68,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
     if changing:
         raise UsageError(
             f"{run_folder}: trained with {', '.join(changing)}, which changes the base model as it loads. "
-            "Export the run (train.py --export-only) and judge with --model exported_model."
+            f"Export the run (train.py --export-only) and judge with --model {export_folder(config)}."
         )
     is_adapter = setting(config, "finetuning_type") == "lora"
     weights = "adapter_config.json" if is_adapter else "config.json"

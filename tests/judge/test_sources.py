@@ -71,6 +71,13 @@ def test_large_weights_are_hashed_in_parts(tmp_path: Path, monkeypatch: pytest.M
     assert len(set(prints)) == 4
 
 
+@pytest.mark.usefixtures("project")
+def test_a_run_that_changed_its_base_model_names_its_own_export() -> None:
+    write_json(Path("run/run.json"), {"config": CONFIG | {"rope_scaling": "linear", "export_dir": "elsewhere/mine"}})
+    with pytest.raises(UsageError, match=r"rope_scaling.*--model elsewhere/mine"):
+        judge_source_of_run(Path("run"))
+
+
 def test_a_run_finds_its_base_model_from_any_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the path from the run's folder, by the absolute one, or, in an older record, in a folder above."""
     monkeypatch.chdir("/")
