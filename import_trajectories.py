@@ -21,7 +21,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="PATH", help="files (.json, .jsonl, .gz, .zst, .traj) or folders of them")
+    inputs = "files (.json, .jsonl, .ndjson, .traj; packed: .gz, .bz2, .zst) or folders of them"
+    add("inputs", nargs="+", metavar="PATH", help=inputs)
     add("--output", type=Path, required=True, metavar="FILE", help="JSONL to write")
     add("--format", metavar="NAME", help="form of the runs (default: recognised; a wrong name lists the valid ones)")
     add("--keep-secrets", action="store_true", help="do not mask keys and passwords")

@@ -21,7 +21,7 @@ def main() -> int:
     inputs = (
         "runs in any form that import_trajectories.py reads (file or folder), or prompts: rows as in finetune.jsonl"
     )
-    parser.add_argument("input", help=f'{inputs}, {{"id", "prompt"}}; .gz, .zst, or - for stdin')
+    parser.add_argument("input", help=f'{inputs}, {{"id", "prompt"}}; .gz, .bz2, .zst, or - for stdin')
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to continue (default: stdout)")
     parser.add_argument(
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"

@@ -4,7 +4,7 @@ The conversion writes it; training, evaluation and the leak audit read it here, 
 (`llamafactory/data/parser.py`): an entry with `columns` or `tags` gets no defaults for those that it leaves out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from prmkit.errors import DataError
-from prmkit.files import read_json, sha256_of
+from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
+from prmkit.rows import Rejected, task_of, trajectory_of
 
 Format = Literal["alpaca", "sharegpt"]
 
@@ -126,6 +127,25 @@ def _entry(name: str, raw: Mapping[str, Any], folder: Path) -> Entry:
 
 def _named(given: Mapping[str, Any] | None, defaults: Mapping[str, str]) -> Mapping[str, str]:
     return defaults if given is None else {key: value for key, value in given.items() if isinstance(value, str)}
+
+
+def read_sidecar(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a sidecar: the origin of each row of a dataset, its scores from 0 to 1, and its metadata.
+
+    Raises:
+        DataError: the file is missing or damaged, or a row has no prompt, or no task that can be read.
+    """
+    for row in read_jsonl(file):
+        try:
+            row["prompt_sha256"], trajectory_of(row["metadata"])
+        except (TypeError, KeyError, AttributeError, Rejected) as error:
+            raise DataError(f"{file}: not written by a conversion. Convert again.") from error
+        yield row
+
+
+def identities(file: Path) -> Iterator[tuple[str, str | None]]:
+    """The SHA-256 of the prompt (as the user wrote it) and the task of each row of a sidecar."""
+    return ((row["prompt_sha256"], task_of(row["metadata"])) for row in read_sidecar(file))
 
 
 def data_folder_of(run: Path, record: Mapping[str, Any]) -> Path | None:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from prmkit.errors import DataError, UsageError
 
@@ -131,27 +131,21 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def open_input(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file of lines for reading bytes; `.gz`, `.bz2` and `.zst` are decompressed while reading.
+    """Open a file of lines for reading bytes; a packed file (see `PACKINGS`) is unpacked while reading.
 
     Only errors of reading become a `DataError`; other errors raised while the file is open, such as those of writing,
     are passed on unchanged.
 
     Raises:
-        DataError: the file is missing, a folder, or not readable; or a compressed file is damaged or truncated.
+        DataError: the file is missing, a folder, or not readable; or a packed file is damaged or truncated.
     """
     try:
         raw = path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}.") from error
     with raw:
-        unpacked: Any = raw
-        suffix = path.suffix.lower()
-        if suffix == ".gz":
-            unpacked = gzip.GzipFile(fileobj=raw)
-        elif suffix == ".bz2":
-            unpacked = bz2.BZ2File(raw)
-        elif suffix == ".zst":
-            unpacked = _ZstandardReader(raw)
+        packing = packing_of(path)
+        unpacked = packing.unpack(raw) if packing else raw
         with io.BufferedReader(_Reading(unpacked, str(path)), _READ_AHEAD) as lines:
             yield lines
 
@@ -186,10 +180,12 @@ class _Reading(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             return int(self._read(buffer))
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{self._name}: damaged or truncated ({error}). Compress it again.") from error
-        except OSError as error:
-            raise DataError(f"{self._name}: {error.strerror or error}.") from error
+        except (EOFError, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.strerror:
+                raise DataError(f"{self._name}: {error.strerror}.") from error
+            raise DataError(
+                f"{self._name}: not packed as its name says, damaged or truncated ({error}). Pack it again."
+            ) from error
 
 
 class _ZstandardReader(io.RawIOBase):
@@ -228,10 +224,71 @@ class _ZstandardReader(io.RawIOBase):
         self._inside, self._packed = not self._frame.eof, self._frame.unused_data
 
 
+class Packing(NamedTuple):
+    """A way to pack a file."""
+
+    name: str
+    magic: bytes
+    """With which a packed file begins."""
+    unpack: Callable[[BinaryIO], Any]
+    """Opens a packed stream for reading."""
+
+
+PACKINGS: Mapping[str, Packing] = {
+    ".gz": Packing("gzip", b"\x1f\x8b", lambda raw: gzip.GzipFile(fileobj=raw)),
+    ".bz2": Packing("bzip2", b"BZh", bz2.BZ2File),
+    ".zst": Packing("Zstandard", b"\x28\xb5\x2f\xfd", _ZstandardReader),
+}
+"""By the end of the file's name."""
+
+
+def packing_of(path: Path) -> Packing | None:
+    """How a file is packed, by its name."""
+    return PACKINGS.get(path.suffix.lower())
+
+
+def unpacked_name(path: Path) -> str:
+    """The name that a file has once it is unpacked: `rows.jsonl` for `rows.jsonl.gz` and for `rows.jsonl`."""
+    return path.stem if packing_of(path) else path.name
+
+
+def stored_form(path: Path) -> Path | None:
+    """The file, or else a packed form of it; None if neither exists."""
+    forms = (path.with_name(path.name + suffix) for suffix in ("", *PACKINGS))
+    return next((form for form in forms if form.is_file()), None)
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content once it is unpacked.
+
+    Raises:
+        DataError: the file cannot be read or unpacked.
+    """
+    with open_input(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+LARGE_FILE = 64 << 20
+"""Bytes. The hash of a larger file of weights is that of `spread_blocks`."""
+_BLOCK = 64 << 10
+
+
+def spread_blocks(path: Path, count: int) -> Iterator[bytes]:
+    """Blocks of 64 KiB, evenly spread from the first to the last of a large file.
+
+    They tell weights apart that take minutes to read: training changes weights everywhere.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        for number in range(count):
+            stream.seek((size - _BLOCK) * number // (count - 1))
+            yield stream.read(_BLOCK)
 
 
 # --- files that grow line by line -------------------------------------------------------------------------------------

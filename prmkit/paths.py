@@ -41,6 +41,14 @@ EXPORT_NOTE = "prmkit.json"
 """The settings that an exported model needs, in its folder; written last: an export without it is incomplete."""
 
 
+DEFAULT_EXPORT = "exported_model"
+
+
+def export_folder(config: Mapping[str, Any]) -> Path:
+    """Where the exported model of a run with this configuration is."""
+    return Path(str(config.get("export_dir") or DEFAULT_EXPORT))
+
+
 def record_of(folder: Path) -> Path | None:
     """The record of a run, given its folder or one of its checkpoints; None if it is neither."""
     return next((file for place in (folder, folder.parent) if (file := place / RUN_RECORD).is_file()), None)

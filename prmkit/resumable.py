@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from prmkit.errors import DataError, UsageError
-from prmkit.files import atomic_write, read_json, write_all, write_json
+from prmkit.files import atomic_write, read_json, unpacked_name, write_all, write_json
 
 log = logging.getLogger("prmkit")
 
@@ -18,8 +18,11 @@ JsonLine = Mapping[str, Any]
 
 
 def companion_file(file: Path, what: str) -> Path:
-    """The name of a file that goes with an output: `scores.what` for `scores.jsonl`, `scores.a.what` for `scores.a`."""
-    return file.with_name(f"{file.stem if file.suffix == '.jsonl' else file.name}.{what}")
+    """The name of a file that goes with an output: `scores.what` for `scores.jsonl`, `scores.a.what` for `scores.a`.
+
+    A packed output keeps the companion that it had before.
+    """
+    return file.with_name(f"{unpacked_name(file).removesuffix('.jsonl')}.{what}")
 
 
 def fingerprint_file(file: Path) -> Path:
@@ -38,10 +41,7 @@ def check_output(file: Path, source: Path | None) -> None:
         UsageError: the output is the input, has a name that ends in .gz or the like, or is a device or a pipe.
         DataError: it is a folder, or its folder is a file.
     """
-    if file.suffix in (".gz", ".zst", ".bz2"):
-        raise UsageError(
-            f"{file}: lines are written as plain text. Name it {file.with_suffix('').name}, and compress it later."
-        )
+    check_plain_name(file)
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise DataError(f"{file}: {folder} is not a folder. Choose another --output.")
@@ -51,6 +51,16 @@ def check_output(file: Path, source: Path | None) -> None:
         raise UsageError(f"{file}: is not a regular file. Choose another --output, or none for stdout.")
     if file.exists() and (file.samefile(source) if source and source.exists() else source is None and _is_stdin(file)):
         raise UsageError(f"{file}: is also the input. Choose another --output.")
+
+
+def check_plain_name(file: Path) -> None:
+    """Reject the name of a packed file for an output.
+
+    Raises:
+        UsageError: it ends in .gz or the like.
+    """
+    if (name := unpacked_name(file)) != file.name:
+        raise UsageError(f"{file}: lines are written as plain text. Name it {name}, and compress it later.")
 
 
 def _is_stdin(file: Path) -> bool:

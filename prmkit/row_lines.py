@@ -1,6 +1,6 @@
 """The lines of an input file, whatever its layout: what conversion and scoring read, one row at a time.
 
-A file holds one row per line, or one JSON array, or objects that are spread over several lines; it may be compressed.
+A file holds one row per line, or one JSON array, or objects that are spread over several lines; it may be packed.
 """
 
 import codecs
@@ -15,11 +15,28 @@ from typing import IO, NamedTuple
 import orjson
 
 from prmkit.errors import DataError
-from prmkit.files import open_input, open_stdin
+from prmkit.files import PACKINGS, open_input, open_stdin, packing_of, unpacked_name
 
 STDIN = "-"
 LONGEST_LINE = 4 << 20
 """Bytes. A longer row is rejected unread: no model reads a prompt of a million tokens, and memory stays bounded."""
+
+
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+"""How the names of files with one value a line end, packed or not."""
+ROW_SUFFIXES = (*LINE_SUFFIXES, ".json")
+"""How the names of files of rows end, packed or not."""
+
+
+def is_named(path: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file's name ends in one of the suffixes, packed or not."""
+    return unpacked_name(path).lower().endswith(suffixes)
+
+
+def bare_name(path: Path) -> str:
+    """The name of a file of rows without its suffixes: `rows` for `rows.jsonl.gz`."""
+    name = unpacked_name(path)
+    return Path(name).stem if is_named(path, ROW_SUFFIXES) else name
 
 
 class Line(NamedTuple):
@@ -78,9 +95,6 @@ _OTHER_FILES = {
     b"\xff\xfe": "written in UTF-16. Convert it first: iconv -f UTF-16 -t UTF-8 {name} > rows.jsonl",
     b"\xfe\xff": "written in UTF-16. Convert it first: iconv -f UTF-16 -t UTF-8 {name} > rows.jsonl",
     b"\x00\x00\xfe\xff": "written in UTF-32. Convert it first: iconv -f UTF-32 -t UTF-8 {name} > rows.jsonl",
-    b"\x1f\x8b": "compressed with gzip. Give it a name that ends in .gz.",
-    b"BZh": "compressed with bzip2. Give it a name that ends in .bz2.",
-    b"\x28\xb5\x2f\xfd": "compressed with Zstandard. Give it a name that ends in .zst.",
     b"PAR1": "a Parquet file. Write its rows as lines: "
     "python -c \"import pandas; pandas.read_parquet('{name}').to_json('rows.jsonl', orient='records', lines=True)\"",
     b"ARROW1": "an Arrow file. Write its rows as lines of JSON, such as with datasets.Dataset.to_json.",
@@ -89,7 +103,26 @@ _OTHER_FILES = {
 }
 
 
+def check_unpacked(start: bytes, name: str) -> None:
+    """Reject content that is still packed after its file was opened.
+
+    Args:
+        start: of the content.
+        name: of the file, or `stdin`.
+
+    Raises:
+        DataError: it is packed; the message says what to do with it.
+    """
+    for suffix, packing in PACKINGS.items():
+        if start.startswith(packing.magic):
+            if packing_of(Path(name)):
+                raise DataError(f"{name}: packed twice. Unpack it once.")
+            advice = "Unpack it first" if name == "stdin" else f"Give it a name that ends in {suffix}"
+            raise DataError(f"{name}: packed with {packing.name}. {advice}.")
+
+
 def _check_kind_of_file(start: bytes, name: str) -> None:
+    check_unpacked(start, name)
     for mark, advice in _OTHER_FILES.items():
         if start.startswith(mark):
             raise DataError(f"{name}: {advice.format(name=name)}")

@@ -35,8 +35,10 @@ class EvaluationType(NamedTuple):
     """One step: the scores of a run then have an order, and can be combined and watched."""
 
 
+STEP_TYPE = "clip"
+"""The evaluation type of rows that are made from the steps of runs."""
 EVALUATION_TYPES = {
-    "clip": EvaluationType("one step of a run", is_step=True),
+    STEP_TYPE: EvaluationType("one step of a run", is_step=True),
     "category": EvaluationType("all steps of one tool category in a run"),
     "final": EvaluationType("a whole run"),
 }
@@ -131,15 +133,14 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
     system, prompt, answer = _texts(value)
     if not prompt.strip():
         raise Rejected("empty prompt")
-    task = name_in(metadata, "task_id")
     identity = value.get("id")
     return InputRow(
         system or None,
         prompt,
         answer,
         name_in(metadata, "model_name"),
-        task,
-        name_in(metadata, "trajectory_id") or task,
+        task_of(metadata),
+        trajectory_of(metadata),
         name_in(metadata, "evaluation_type"),
         whole_number(metadata.get("clip_number")),
         metadata,
@@ -167,6 +168,36 @@ def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
     if type(value) is int or (type(value) is float and value.is_integer()):
         return str(int(value))
     raise Rejected(f"metadata.{key} is not a string")
+
+
+def task_of(metadata: Mapping[str, Any]) -> str | None:
+    """The task of a row with this metadata; None if it names none.
+
+    Raises:
+        Rejected: as `name_in`.
+    """
+    return name_in(metadata, "task_id")
+
+
+def trajectory_of(metadata: Mapping[str, Any]) -> str | None:
+    """The attempt at the task; the task if the row names no attempt.
+
+    Raises:
+        Rejected: as `name_in`.
+    """
+    return name_in(metadata, "trajectory_id") or task_of(metadata)
+
+
+def name_at(place: str, metadata: Mapping[str, Any], key: str) -> str | None:
+    """`name_in` for what is not an input row.
+
+    Raises:
+        DataError: it is not a name; the message begins with `place`.
+    """
+    try:
+        return name_in(metadata, key)
+    except Rejected as rejected:
+        raise DataError(f"{place}: {rejected.reason}.") from rejected
 
 
 def weight_of(metadata: Mapping[str, Any]) -> float:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 
@@ -24,6 +25,8 @@ from prmkit.files import (
     write_json,
     write_text,
 )
+from prmkit.judge.sources import JudgeSource, fingerprint_of
+from prmkit.training.records import model_fingerprint
 
 LINES = b"".join(b'{"line": %d}\n' % number for number in range(50_000))
 
@@ -144,6 +147,24 @@ def test_a_part_that_was_not_taken_is_written_again() -> None:
 def test_the_hash_is_that_of_sha256sum(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_large_weights_have_the_hashes_that_runs_and_judges_recorded(tmp_path: Path) -> None:
+    """Those that the first version computed; with others, no run could be resumed and no scores continued."""
+    (tmp_path / "model.safetensors").write_bytes(np.arange(8_500_000, dtype="<u8").tobytes())
+    (tmp_path / "small.bin").write_bytes(np.arange(1_000, dtype="<u8").tobytes())
+    (tmp_path / "config.json").write_text("{}")
+    fingerprint = model_fingerprint(tmp_path)
+    assert fingerprint == "2:8649042ab73de9ab8b133905d9e4bf558cea5016021aa6b328284be041c88d5d"
+    weights = fingerprint_of(JudgeSource(tmp_path))["weights"]["model"]
+    sampled = "sampled f2a9f7959bd5d446dd5540bd35591405ad2c147e93c74ab1ca17413491153fd8"
+    whole = "702746827e553786bb026ac120cb58745fef3d3f554c33891809001cc37639f0"
+    assert (weights["model.safetensors"], weights["small.bin"]) == (sampled, whole)
+    with (tmp_path / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"x")
+    assert model_fingerprint(tmp_path) != fingerprint
+    assert fingerprint_of(JudgeSource(tmp_path))["weights"]["model"]["model.safetensors"] != sampled
 
 
 HOLDER = """

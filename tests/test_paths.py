@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prmkit.files import write_json
-from prmkit.paths import base_model_of, record_of
+from prmkit.paths import base_model_of, export_folder, record_of
 from prmkit.registered import results_folder, results_of
 
 
@@ -22,6 +22,13 @@ def test_an_older_record_has_the_base_model_only_in_its_configuration(tmp_path: 
     (tmp_path / "someone").mkdir()
     (tmp_path / "someone" / "model").write_text("a file of the same name")
     assert base_model_of(run, named) == Path("someone/model")
+
+
+def test_an_export_is_where_the_configuration_says() -> None:
+    assert export_folder({"export_dir": "judges/mine"}) == Path("judges/mine")
+    assert {export_folder(config) for config in ({}, {"export_dir": None}, {"export_dir": ""})} == {
+        Path("exported_model")
+    }
 
 
 def test_results_about_a_registered_run_are_beside_it(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from prmkit.files import end_of_last_line
 from prmkit.http_client import ChatAnswer, Connection, Endpoint, RowFailure, ServerState, together
 from prmkit.resumable import appending
 from prmkit.rows import SELECTED_BY, WEIGHT
-from prmkit.trajectories.rows import step_metadata
+from prmkit.trajectories.rows import judged_metadata
 from prmkit.verdict import Verdict, render_verdict
 
 log = logging.getLogger("prmkit")
@@ -330,16 +330,9 @@ def rows_of_answers(
 
 
 def _row(question: Question, step: int, prompt: str, verdict: Verdict, answer: Any) -> dict[str, Any]:
-    metadata = {
-        "model_name": question.judge.name,
-        "provider": question.judge.host,
-        "evaluation_type": "clip",
-        "category": None,
-        "timestamp": datetime.fromtimestamp(answer["time"], UTC).strftime("%Y-%m-%d %H:%M:%S"),
-        **step_metadata(question.run, step, question.rubric),
-        "per": "run" if question.per_run else "step",
-        "reference_shown": question.reference_shown,
-    }
+    judge, time = question.judge, datetime.fromtimestamp(answer["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
+    metadata = judged_metadata(question.run, step, question.rubric, judge.name, judge.host, time)
+    metadata |= {"per": "run" if question.per_run else "step", "reference_shown": question.reference_shown}
     if question.repeat:
         metadata["repeat"] = True
     if question.selection:

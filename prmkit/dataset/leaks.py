@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from prmkit.dataset_info import Entry, read_entries
+from prmkit.dataset_info import Entry, identities, read_entries, read_sidecar
 from prmkit.errors import DataError
 from prmkit.files import read_json, read_jsonl
 from prmkit.paths import HELD_OUT_SUFFIX, INFO
-from prmkit.rows import Rejected, name_in, prompt_hash
+from prmkit.rows import prompt_hash, task_of
 
 _PROMPTS_A_PASS = 200_000
 """The most held-out prompts to compare in one pass over the files (100 bytes each)."""
@@ -66,9 +66,9 @@ def audit(entries: Sequence[Entry]) -> dict[str, Any]:
     for entry in held_out:
         for _, task in _identities(entry):
             rows += 1
-            nameless += not task
+            nameless += task is None
             tasks.add(task)
-    tasks.discard("")
+    tasks.discard(None)
     shared, nameless_trained, trained = _shared(training, held_out, tasks, passes=max(1, -(-rows // _PROMPTS_A_PASS)))
     sees_tasks = not held_out or nameless < rows or nameless_trained < trained
     return {
@@ -85,7 +85,7 @@ def audit(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _shared(
-    training: Iterable[Entry], held_out: Sequence[Entry], tasks: set[str], *, passes: int
+    training: Iterable[Entry], held_out: Sequence[Entry], tasks: set[str | None], *, passes: int
 ) -> tuple[dict[tuple[str, str], str], int, int]:
     """What is on both sides, and in which training dataset; how many training rows have no task; how many there are."""
     shared: dict[tuple[str, str], str] = {}
@@ -97,25 +97,19 @@ def _shared(
         for entry in training:
             for prompt, task in _identities(entry):
                 trained += 1
-                nameless += not task
-                if task in tasks:
+                nameless += task is None
+                if task is not None and task in tasks:
                     shared.setdefault(("task", task), entry.name)
                 if prompt in prompts:
                     shared.setdefault(("prompt_sha256", prompt), entry.name)
     return shared, nameless, trained
 
 
-def _identities(entry: Entry) -> Iterator[tuple[str, str]]:
-    """The SHA-256 of each row's prompt (as the user wrote it, if known) and its task, empty for none."""
+def _identities(entry: Entry) -> Iterator[tuple[str, str | None]]:
+    """The SHA-256 of each row's prompt (as the user wrote it, if known) and its task, if known."""
     if entry.sidecar:
-        for traced in read_jsonl(entry.sidecar):
-            try:
-                yield traced["prompt_sha256"], name_in(traced["metadata"], "task_id") or ""
-            except (TypeError, KeyError, AttributeError, Rejected) as error:
-                raise DataError(f"{entry.sidecar}: not written by a conversion. Convert again.") from error
-        return
-    for system, prompt in _asked(entry):
-        yield prompt_hash(prompt, system), ""
+        return identities(entry.sidecar)
+    return ((prompt_hash(prompt, system), None) for system, prompt in _asked(entry))
 
 
 def _asked(entry: Entry) -> Iterator[tuple[str | None, str]]:
@@ -150,12 +144,12 @@ def _prompts_of(entries: Iterable[Entry], *, held_out: bool) -> Iterator["Prompt
     for entry in entries:
         if is_held_out(entry) != held_out:
             continue
-        metadata = (row["metadata"] for row in read_jsonl(entry.sidecar)) if entry.sidecar else repeat({})
+        metadata = (row["metadata"] for row in read_sidecar(entry.sidecar)) if entry.sidecar else repeat({})
         for number, ((system, prompt), traced) in enumerate(zip(_asked(entry), metadata, strict=False), start=1):
             digest = bytes.fromhex(prompt_hash(prompt, system)[:24])
             if digest not in seen:
                 seen.add(digest)
-                unit = str(traced.get("task_id") or digest.hex())
+                unit = task_of(traced) or digest.hex()
                 yield Prompt(prompt, unit, str(traced.get("evaluation_type")), f"{entry.file}:{number}")
 
 

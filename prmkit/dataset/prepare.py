@@ -20,15 +20,14 @@ import orjson
 
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError
-from prmkit.files import open_input, open_stdin, sha256_of
+from prmkit.files import PACKINGS, open_input, open_stdin
 from prmkit.prompts.cleaning import count_leaked_scores, mask_leaked_scores, neutralise
 from prmkit.prompts.step import load_rubric
-from prmkit.row_lines import STDIN, Line, read_lines
+from prmkit.row_lines import ROW_SUFFIXES, STDIN, Line, is_named, read_lines
 from prmkit.rows import EXPECTED, WEIGHT, InputRow, Rejected, is_weight, parse_line, prompt_hash, read_row
 from prmkit.trajectories.rows import holds_records, labelled_rows
 from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_answer, render_verdict, score_answer
 
-_SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".bz2", ".zst"))
 _TEXT_SHOWN = 10_000
 """The most characters of a row that is not JSON to keep in rejected.jsonl."""
 _LONGEST_REMEMBERED = 100_000
@@ -73,11 +72,12 @@ def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
         others += [f"{here / name}/" for name in left_out]
         folders[:] = sorted(name for name in folders if name not in left_out and not _same(here / name, output))
         for name in sorted(files):
-            readable = name.lower().endswith(_SUFFIXES) and not name.startswith(".") and (here / name).is_file()
-            (found if readable else others).append(str(here / name))
+            path = here / name
+            readable = is_named(path, ROW_SUFFIXES) and not name.startswith(".") and path.is_file()
+            (found if readable else others).append(str(path))
     if not found:
         raise DataError(
-            f"{folder}: has no file that ends in .jsonl, .ndjson or .json, with or without .gz, .bz2, .zst."
+            f"{folder}: has no file that ends in {', '.join(ROW_SUFFIXES)}, with or without {', '.join(PACKINGS)}."
         )
     return found, others
 
@@ -114,14 +114,14 @@ def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[InputFi
     shown = "stdin" if name == STDIN else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     source = InputFile(shown)
     before = None if name == STDIN else _state(Path(name))
-    if name != STDIN and Path(name).is_file() and holds_records(Path(name)):
-        source.sha256, source.bytes = sha256_of(Path(name)), Path(name).stat().st_size
-        yield source, _lines_of_runs(Path(name), rubric)
-    else:
-        with open_stdin() if name == STDIN else open_input(Path(name)) as stream:
-            hashed = _Hashing(stream)
-            yield source, read_lines(io.BufferedReader(hashed, 1 << 18), shown)
-            source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
+    of_runs = name != STDIN and Path(name).is_file() and holds_records(Path(name))
+    with open_stdin() if name == STDIN else open_input(Path(name)) as stream:
+        hashed = _Hashing(stream)
+        rows = read_lines(io.BufferedReader(hashed, 1 << 18), shown)
+        yield source, _lines_of_runs(Path(name), rubric) if of_runs else rows
+        while of_runs and hashed.read(1 << 18):
+            pass  # runs are read from the file itself
+        source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
     if before is not None and before != _state(Path(name)):
         raise DataError(f"{shown}: changed while it was read. Convert again when nothing is writing to it.")
 

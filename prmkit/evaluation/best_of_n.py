@@ -29,7 +29,8 @@ from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
 from prmkit.judge.types import AGGREGATES
 from prmkit.prompts.step import load_rubric
-from prmkit.rows import whole_number
+from prmkit.row_lines import LINE_SUFFIXES, is_named
+from prmkit.rows import name_at, whole_number
 from prmkit.scoring.rows import check_rubric
 from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
 from prmkit.trajectories.run_fields import OUTCOME_FIELDS
@@ -159,7 +160,7 @@ def _outcome_lines(file: Path) -> list[Attempt]:
     A line is a run with its `scores`, a step with its `score` (from score_trajectories.py, with the outcome added), or
     a run whose scores are in the file of `--predictions`.
     """
-    if not file.is_file() or not file.name.removesuffix(".gz").endswith(".jsonl"):
+    if not file.is_file() or not is_named(file, LINE_SUFFIXES):
         return []
     if not _is_outcome_line(next(iter(read_jsonl(file)), None)):
         return []
@@ -197,10 +198,10 @@ def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | 
     """The run of a line; for a line about one step, also its number and score."""
     about = _about(value)
     outcome = outcome_number(next((about[key] for key in _OUTCOMES if key in about), None))
-    if outcome is None or about.get("task_id") in (None, ""):
+    task, name = (name_at(place, about, key) for key in ("task_id", "trajectory_id"))
+    if outcome is None or task is None:
         raise DataError(f"{place}: no task_id, or no outcome from 0 to 1 ({', '.join(_OUTCOMES)}).")
-    task = str(about["task_id"])
-    attempt = Attempt(str(about.get("trajectory_id") or f"{task}.{about.get('trial', place)}"), task, outcome, 0)
+    attempt = Attempt(name or f"{task}.{about.get('trial', place)}", task, outcome, 0)
     scores = value.get("scores")
     if isinstance(scores, list) or ("scores" in value and "score" not in value):
         if not isinstance(scores, list) or not scores or not all(map(is_share, scores)):
@@ -279,7 +280,8 @@ def _with_judge(
 def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -> list[Attempt]:
     if not all(each.steps for each in attempts):  # lines with only outcomes: the number of scores is the run's length
         lines = (value for value in read_jsonl(file) if isinstance(value, dict) and not is_repeated(value))
-        counts = Counter(run for run, _ in {(run_of(value), json.dumps(value, sort_keys=True)) for value in lines})
+        distinct = {(run_of(value, str(file)), json.dumps(value, sort_keys=True)) for value in lines}
+        counts = Counter(run for run, _ in distinct)
         attempts = [replace(each, steps=each.steps or counts[each.trajectory_id] or 1) for each in attempts]
     runs = tuple(
         ExamRun(each.trajectory_id, each.task_id, None, "", tuple(map(ExamStep, range(1, each.steps + 1))), True)

@@ -29,7 +29,7 @@ from prmkit.judge.sources import (
 )
 from prmkit.judge.types import Request
 from prmkit.model_card import write_model_card
-from prmkit.paths import EVALUATION, EXPORT_NOTE, METRICS_FILE, RUN_RECORD
+from prmkit.paths import EVALUATION, EXPORT_NOTE, METRICS_FILE, RUN_RECORD, export_folder
 from prmkit.registered import is_registered, results_folder
 
 log = logging.getLogger("prmkit")
@@ -254,7 +254,7 @@ def evaluation_of(run: Path) -> Path:
 def _parity(
     source: JudgeSource, config: Mapping[str, Any], data: Path | None, arguments: argparse.Namespace
 ) -> ExitCode:
-    exported = arguments.exported or Path(config.get("export_dir") or "exported_model")
+    exported = arguments.exported or export_folder(config)
     held_out = heldout.read_held_out(*heldout.place_of_held_out(config, data, arguments.dataset))
     requests = _requests(held_out, arguments.parity)
     other = replace(judge_source_of_export(exported), trust_remote_code=source.trust_remote_code)

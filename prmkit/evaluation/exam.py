@@ -13,12 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from prmkit.dataset_info import read_entries, split_names
+from prmkit.dataset_info import read_entries, read_sidecar, split_names
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_jsonl, sha256_of
+from prmkit.files import read_jsonl, sha256_of, stored_form
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
-from prmkit.paths import sidecar_of
-from prmkit.rows import WEIGHT, InputRow, Rejected, is_weight, read_row, whole_number
+from prmkit.rows import WEIGHT, InputRow, Rejected, is_weight, read_row, task_of, whole_number
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
 from prmkit.trajectories.rows import holds_records, runs_beside, succeeded
@@ -127,8 +126,8 @@ def read_exam(file: Path) -> Exam:
         runs = [_run_of_record(run) for run in read_runs([file], Options(format=record.READER.name))]
     else:
         runs = _runs_of_rows(file)
-        if runs_beside(file).is_file():
-            runs = _completed(runs, runs_beside(file))
+        if whole := stored_form(runs_beside(file)):
+            runs = _completed(runs, whole)
     runs = [run for run in runs if any(step.label is not None for step in run.steps)]
     if not runs:
         raise DataError(f"{file}: no step has a label. Make an exam with import_trajectories.py --labels.")
@@ -190,8 +189,8 @@ def judged_row(value: Any, place: str, kind: str) -> tuple[InputRow, Verdict | N
 def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, Any]]:
     row, verdict = judged_row(value, place, "a labelled step")
     metadata = row.metadata
-    n, run = whole_number(metadata.get("clip_number")), metadata.get("trajectory_id") or metadata.get("task_id")
-    if n is None or not run or verdict is None:
+    n, run = row.clip_number, row.trajectory
+    if n is None or run is None or verdict is None:
         raise DataError(
             f"{place}: not a labelled step. An exam has rows from import_trajectories.py --labels or label_steps.py, "
             "with trajectory_id, clip_number and a verdict."
@@ -202,7 +201,7 @@ def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, 
     index, agent = whole_number(metadata.get("source_index")), metadata.get("agent")
     label, kind = verdict.mean, str(metadata.get("label_kind") or "score")
     step = ExamStep(n, index, agent and str(agent), label, kind, float(weight), row.prompt, row.system)
-    return str(run), step, metadata
+    return run, step, metadata
 
 
 def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[str, Any]]]]) -> ExamRun:
@@ -216,7 +215,7 @@ def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[st
     given = first.get("succeeded")
     return ExamRun(
         name,
-        str(first.get("task_id") or name),
+        task_of(first) or name,
         first.get("task_hash"),
         str(first.get("provider")),
         tuple(merged),
@@ -269,10 +268,10 @@ def check_not_trained_on(
         DataError: the training data is missing or has changed, so it cannot be checked.
     """
     hashes: set[str] = set()
-    ids: set[tuple[str, str]] = set()
-    unhashed: set[str] = set()
+    ids: set[tuple[str, str | None]] = set()
+    unhashed: set[str | None] = set()
     for metadata in _training_metadata(config, data_folder, trained_on or {}):
-        identity = str(metadata.get("task_id"))
+        identity = task_of(metadata)
         ids.add((str(metadata.get("provider")), identity))
         if metadata.get("task_hash"):
             hashes.add(str(metadata["task_hash"]))
@@ -301,8 +300,8 @@ def _training_metadata(
     entries = read_entries(data_folder) if data_folder.is_dir() else {}
     for name in names:
         entry = entries.get(name)
-        sidecar = sidecar_of(entry.file) if entry and entry.file else None
-        if sidecar is None or not sidecar.is_file():
+        sidecar = entry.sidecar if entry else None
+        if sidecar is None:
             raise DataError(
                 f"{data_folder}: the training data {name} or its sidecar is missing, so it cannot be checked whether "
                 "the judge was trained on the exam's tasks. Name its folder with --data-dir."
@@ -312,7 +311,6 @@ def _training_metadata(
                 f"{data_folder}: {name} is not what the judge was trained on; it was converted again. Name the folder "
                 "with the original training data with --data-dir."
             )
-        for row in read_jsonl(sidecar):
-            yield row.get("metadata") or {}
+        yield from (row["metadata"] for row in read_sidecar(sidecar))
     if not names:
         raise DataError("the training data of this judge is unknown. Name a run (--run) that has its resolved config.")

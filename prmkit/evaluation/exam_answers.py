@@ -18,7 +18,8 @@ from typing import Any
 from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
 from prmkit.files import read_jsonl
-from prmkit.rows import SELECTED_BY, weight_of, whole_number
+from prmkit.row_lines import bare_name
+from prmkit.rows import SELECTED_BY, name_at, weight_of, whole_number
 from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
 
 log = logging.getLogger("prmkit")
@@ -77,9 +78,9 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
         place = f"{file}:{number}"
         if not isinstance(value, dict):
             raise DataError(f"{place}: not an object with id, step and score.")
-        name = _judge_of(value) or file.name.removesuffix(".gz").removesuffix(".jsonl")
+        name = _judge_of(value) or bare_name(file)
         judge = judges.setdefault(name, JudgeScores(name))
-        run = known.get(run_of(value))
+        run = known.get(run_of(value, place))
         if run is None:
             judge.unplaced["about runs not in the exam"] += 1
         elif is_repeated(value):
@@ -150,13 +151,15 @@ def _judge_of(value: Mapping[str, Any]) -> str | None:
     return next((str(place[key]) for place in places for key in _JUDGES if place.get(key)), None)
 
 
-def run_of(value: Mapping[str, Any]) -> str:
-    """The id of the run that a line is about."""
-    metadata = value.get("metadata")
-    if isinstance(metadata, dict) and metadata.get("trajectory_id"):
-        return str(metadata["trajectory_id"])
-    if value.get("trajectory_id") is not None:
-        return str(value["trajectory_id"])
+def run_of(value: Mapping[str, Any], place: str) -> str:
+    """The id of the run that a line is about.
+
+    Raises:
+        DataError: it is not a name; the message begins with `place`.
+    """
+    for about in (value.get("metadata"), value):
+        if isinstance(about, dict) and (name := name_at(place, about, "trajectory_id")):
+            return name
     if "query_index" in value:
         # The form in which the reader of AgentProcessBench names its runs.
         parts = (value.get("data_source") or value.get("dataset"), value["query_index"])

@@ -20,6 +20,7 @@ from prmkit.judge.sources import JudgeSource, check_folders, config_of_run, data
 from prmkit.paths import record_of
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.registered import results_folder
+from prmkit.row_lines import bare_name
 from prmkit.scoring.rows import check_rubric
 
 log = logging.getLogger("prmkit")
@@ -97,7 +98,7 @@ def _trained_on(run: Path) -> dict[str, str]:
 
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
     """The results folder: one for each input, so that answers to one exam never replace those to another."""
-    name = f"{what}_{file.name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.json')}"
+    name = f"{what}_{bare_name(file)}"
     if not (arguments.run or arguments.model):
         if arguments.predictions:
             return Path(arguments.predictions.parent, name)

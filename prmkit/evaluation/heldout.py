@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from prmkit.dataset_info import Entry, RowTexts, read_entries, split_names
+from prmkit.dataset_info import Entry, RowTexts, read_entries, read_sidecar, split_names
 from prmkit.errors import DataError, UsageError
 from prmkit.evaluation.estimates import Floats
 from prmkit.evaluation.statistics import weighted_mean, weighted_median
@@ -20,7 +20,7 @@ from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, sidecar_of
 from prmkit.prompts.cleaning import restore
-from prmkit.rows import SELECTED_BY, WEIGHT, weight_of, whole_number, without_selection
+from prmkit.rows import SELECTED_BY, WEIGHT, task_of, trajectory_of, weight_of, whole_number, without_selection
 from prmkit.verdict import Shape, Unreadable, asked_shape, read_verdict
 
 References = Mapping[str, Mapping[str, float]]
@@ -108,7 +108,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
     groups: dict[str, list[_LabelledRow]] = defaultdict(list)
     rows = 0
     try:
-        for row, meta in zip(read_jsonl(file), read_jsonl(sidecar), strict=True):
+        for row, meta in zip(read_jsonl(file), read_sidecar(sidecar), strict=True):
             groups[meta["prompt_sha256"]].append((entry.read(row), meta))
             rows += 1
     except (ValueError, KeyError, TypeError) as error:
@@ -150,7 +150,7 @@ def _held_out_prompt(
 ) -> HeldOutPrompt:
     texts, first = rows[0]
     prompt, metadata = restore(texts.prompt), _with_weight([meta["metadata"] for _, meta in rows])
-    task = f"prompt {sha256[:12]}" if metadata.get("task_id") in (None, "") else str(metadata["task_id"])
+    task = task_of(metadata) or f"prompt {sha256[:12]}"
     answers: dict[str, str] = {}
     for row, meta in rows:
         answers.setdefault(_judge_of(meta), restore(row.answer, answer=True))
@@ -160,7 +160,7 @@ def _held_out_prompt(
         prompt_sha256=sha256,
         shape=asked_shape(prompt) or _shape_of(texts.answer, first["scores"]),
         task=task,
-        trajectory=task if metadata.get("trajectory_id") in (None, "") else str(metadata["trajectory_id"]),
+        trajectory=trajectory_of(metadata) or task,
         evaluation_type=str(metadata.get("evaluation_type")),
         clip_number=whole_number(metadata.get("clip_number")),
         metadata=metadata,
@@ -275,7 +275,7 @@ def training_constants(data_folder: Path, held_out_name: str) -> Constants:
     if name == held_out_name or not sidecar.is_file():
         return {}
     scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_jsonl(sidecar):
+    for row in read_sidecar(sidecar):
         for key, score in row["scores"].items():
             scores[str(row["metadata"].get("evaluation_type"))][key].append((score, weight_of(row["metadata"])))
     return {

@@ -23,7 +23,7 @@ from prmkit.judge.sources import (
 from prmkit.judge.types import DEFAULT_ASKING, Asking, Judgement, Mode, Request
 from prmkit.paths import EXPORT_NOTE
 from prmkit.registered import UseRegistered
-from prmkit.verdict import Shape, asked_shape
+from prmkit.verdict import Shape, asked_shape, is_score_key
 
 if TYPE_CHECKING:
     from prmkit.judge.openai_judge import CompletionsJudge
@@ -59,7 +59,7 @@ class ShapeOf:
 
 def _is_nested(keys: Sequence[str]) -> bool:
     """Judges write a single score at the top level (`reasonableness_score`), and several in a `scores` object."""
-    return not all(key.endswith("score") for key in keys)
+    return not all(map(is_score_key, keys))
 
 
 @dataclass(frozen=True)

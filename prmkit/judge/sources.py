@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_json, sha256_of
+from prmkit.files import LARGE_FILE, read_json, sha256_of, spread_blocks
 from prmkit.llamafactory_schema import default_of, setting, trained_dtype
-from prmkit.paths import EXPORT_NOTE, RUN_RECORD, base_model_of, record_of
+from prmkit.paths import EXPORT_NOTE, RUN_RECORD, base_model_of, export_folder, record_of
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
 
 
@@ -68,7 +68,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
     if changing:
         raise UsageError(
             f"{run_folder}: trained with {', '.join(changing)}, which changes the base model as it loads. "
-            "Export the run (train.py --export-only) and judge with --model exported_model."
+            f"Export the run (train.py --export-only) and judge with --model {export_folder(config)}."
         )
     is_adapter = setting(config, "finetuning_type") == "lora"
     weights = "adapter_config.json" if is_adapter else "config.json"
@@ -200,9 +200,7 @@ def _in_cache(name: str) -> bool:
 # --- what makes two judges the same -----------------------------------------------------------------------------------
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "chat_template*")
-_WHOLE = 64 << 20
-"""Bytes. Files up to this size are hashed completely; larger ones (weights) are sampled."""
-_SAMPLES, _SAMPLE = 256, 64 << 10
+_SAMPLES = 256
 
 
 def fingerprint_of(source: JudgeSource) -> dict[str, Any]:
@@ -245,15 +243,13 @@ def _contents(folder: Path, patterns: tuple[str, ...]) -> dict[str, str] | str:
 
 
 def _content_hash(file: Path) -> str:
-    """The hash of the whole file, or of many parts spread over it: training changes weights everywhere."""
+    """The hash of the whole file, or of many parts of a large one."""
     size = file.stat().st_size
-    if size <= _WHOLE:
+    if size <= LARGE_FILE:
         return sha256_of(file)
     parts = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        for number in range(_SAMPLES):
-            stream.seek((size - _SAMPLE) * number // (_SAMPLES - 1))
-            parts.update(stream.read(_SAMPLE))
+    for block in spread_blocks(file, _SAMPLES):
+        parts.update(block)
     return f"sampled {parts.hexdigest()}"
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from prmkit.errors import UsageError
 from prmkit.files import read_plain_yaml
 from prmkit.trajectory import Step, Trajectory
+from prmkit.verdict.types import SCORE_ENDING, is_score_key
 
 DEFAULT_RUBRIC = Path(__file__).with_name("step_score.yaml")
 BUILDER_VERSION = 1
@@ -100,8 +101,8 @@ def _checked(content: Any, path: Path) -> Rubric:
         or not all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys)
     ):
         raise UsageError(f"{path}: keys must be different names in lower case, such as step_score.")
-    if len(keys) == 1 and not keys[0].endswith("score"):
-        raise UsageError(f"{path}: a single key must end in score, such as {keys[0]}_score.")
+    if len(keys) == 1 and not is_score_key(keys[0]):
+        raise UsageError(f"{path}: a single key must end in {SCORE_ENDING}, such as {keys[0]}_{SCORE_ENDING}.")
     anchors = tuple(f"{_anchor(score, path)}: {meaning}" for score, meaning in content["anchors"].items())
     types = tuple(map(str, content.get("error_types") or ()))
     rubric = Rubric(tuple(keys), content["instructions"].strip(), anchors, types, content["context_tokens"])

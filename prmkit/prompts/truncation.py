@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from prmkit.prompts.encoding import EncodesPrompts
+from prmkit.verdict.types import SCORE_ENDING
 
 _KEPT_AT_EACH_END = (200, 40)
 """Characters that stay at the beginning and at the end of a part; fewer only if there is no room for more."""
@@ -21,7 +22,7 @@ _LONGEST_QUESTION = 4_000
 _CLIP = re.compile(r"^(?:Current|Final) Clip\b[^\n]*\n(?:[^\n]*\n){0,4}?Content:[ \t]*\n", re.MULTILINE)
 _TASK = re.compile(r"Task Description:.*?\n[ \t]*\n(?=[A-Z][^\n:]{2,80}:)", re.DOTALL)
 _STEP = re.compile(r'^<step n="\d+"[^>\n]*>\n', re.MULTILINE)
-_SCHEMA = re.compile(r'\{\s*"(?:scores"\s*:\s*\{|\w*score"\s*:)')
+_SCHEMA = re.compile(rf'\{{\s*"(?:scores"\s*:\s*\{{|\w*(?i:{SCORE_ENDING})"\s*:)')
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 # How paragraphs begin that belong to the question and not to the trajectory.
 _ASKING = re.compile(

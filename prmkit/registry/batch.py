@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,13 +17,15 @@ import yaml
 
 import prmkit
 from prmkit import registered
+from prmkit.dataset_info import read_sidecar
 from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_json, read_jsonl, write_text
+from prmkit.files import read_json, write_text
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, RUN_RECORD, SIDECAR_SUFFIX, base_model_of
 from prmkit.registered import DATA, ROWS, RUN, VersionId
 from prmkit.registry.arguments import SHIFT_LIMIT
 from prmkit.row_lines import open_rows
+from prmkit.rows import task_of
 from prmkit.training.supervisor import die_with_parent
 
 log = logging.getLogger("prmkit")
@@ -95,8 +97,7 @@ def convert_all(job: Job) -> None:
     listed = ["--eval-tasks", tasks]
     _convert(job, "all", [*old, *job.asked.new], [*flags, *listed])
     held_now = set(tasks.read_text(encoding="utf-8").splitlines())
-    in_new = {str(row["metadata"].get("task_id")) for row in accepted_rows_of(job.work / "first")}
-    if held_now & in_new:
+    if held_now & _tasks(accepted_rows_of(job.work / "first")):
         _convert(job, "new", job.asked.new, [*flags, *listed])
     if job.asked.replay < 1:
         replayed = _replayed(job, old, held_now)
@@ -165,7 +166,7 @@ def _replayed(job: Job, old: Sequence[Path], held_out: set[str]) -> Path | None:
     names = {str(file.resolve()): file for file in old}
     lines: dict[Path, set[int]] = {file: set() for file in old}
     for row in accepted_rows_of(job.work / "all"):
-        task, file = str(row["metadata"].get("task_id")), names.get(str(Path(row["source"]).resolve()))
+        task, file = task_of(row["metadata"]), names.get(str(Path(row["source"]).resolve()))
         place = int.from_bytes(hashlib.blake2b(f"replay:{task}".encode(), digest_size=8).digest())
         if file is not None and (task in held_out or place < job.asked.replay * 2**64):
             lines[file].add(row["line"])
@@ -239,13 +240,16 @@ def accepted_rows_of(data: Path) -> Rows:
 
 def tasks_in(data: Path, name: str) -> set[str]:
     """The tasks of a dataset; none if it is not there."""
-    tasks = (row["metadata"].get("task_id") for row in _sidecar(data, name))
-    return {str(task) for task in tasks if task is not None}
+    return _tasks(_sidecar(data, name))
+
+
+def _tasks(rows: Iterable[dict[str, Any]]) -> set[str]:
+    return {task for row in rows if (task := task_of(row["metadata"])) is not None}
 
 
 def _sidecar(data: Path, name: str) -> Iterator[dict[str, Any]]:
     file = data / f"{name}{SIDECAR_SUFFIX}"
-    return read_jsonl(file) if file.is_file() else iter(())
+    return read_sidecar(file) if file.is_file() else iter(())
 
 
 def describe_batch(old: Rows, new: Rows, new_report: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +271,7 @@ def describe_batch(old: Rows, new: Rows, new_report: Mapping[str, Any]) -> dict[
     report: dict[str, Any] = {
         "rows": len(new),
         "rejected": sum(new_report["rejected"].values()),
-        "tasks": len({row["metadata"].get("task_id") for row in new}),
+        "tasks": len(_tasks(new)),
         "judges_new": sorted(judges_now - judges_before),
         "judges_gone": sorted(judges_before - judges_now),
         "repeated_labels": sum(place in before for place in now),
@@ -346,7 +350,5 @@ def check_sides(data: Path, name: str, folder: Path) -> int:
 
 
 def _identities(data: Path, name: str) -> set[str]:
-    found: set[str] = set()
-    for row in _sidecar(data, name):
-        found |= {row["prompt_sha256"], f"task {row['metadata'].get('task_id')}"}
-    return found - {"task None"}
+    rows = list(_sidecar(data, name))
+    return {row["prompt_sha256"] for row in rows} | {f"task {task}" for task in _tasks(rows)}

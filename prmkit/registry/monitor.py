@@ -13,6 +13,7 @@ from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_jsonl
 from prmkit.judge.types import AGGREGATES
+from prmkit.rows import name_at
 from prmkit.trajectory import log_id, outcome_number
 
 _LEVEL = 0.95
@@ -64,7 +65,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
             if not isinstance(line, dict) or not {"score", "status", "request_hash"} <= line.keys():
                 raise DataError(f"{path}:{number}: neither a scored step nor a line of a request log.")
             if since is None or _time_of(line, f"{path}:{number}") >= since:
-                found.append(_logged_step(line, path))
+                found.append(_logged_step(line, path, number))
     if not found:
         recent = "" if days is None else f" from the last {days:g} days"
         raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
@@ -81,14 +82,14 @@ def _time_of(line: Mapping[str, Any], place: str) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _logged_step(line: Mapping[str, Any], path: Path) -> LoggedStep:
-    metadata = line.get("metadata") or {}
-    task = str(line.get("task") or metadata.get("task_id") or "")
+def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep:
+    metadata, place = line.get("metadata") or {}, f"{path}:{number}"
+    task = name_at(place, line, "task") or name_at(place, metadata, "task_id") or ""
     return LoggedStep(
         judge=str(line.get("judge") or path),
         keys=tuple(sorted(line.get("keys") or line.get("scores") or ())),
         prompt=str(line["request_hash"]),
-        trajectory=str(line.get("trajectory") or metadata.get("trajectory_id") or task),
+        trajectory=name_at(place, line, "trajectory") or name_at(place, metadata, "trajectory_id") or task,
         task=task,
         score=line["score"],
         label_mass=line.get("label_mass"),
@@ -321,9 +322,9 @@ def read_outcomes(path: Path) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for number, line in enumerate(read_jsonl(path), start=1):
-        outcome = outcome_number(line.get("outcome")) if isinstance(line, dict) else None
-        if outcome is None or not line.get("trajectory_id"):
+        about = line if isinstance(line, dict) else {}
+        outcome, name = outcome_number(about.get("outcome")), name_at(f"{path}:{number}", about, "trajectory_id")
+        if outcome is None or name is None:
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
-        name = str(line["trajectory_id"])
         found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that may be text
     return found

@@ -159,7 +159,7 @@ def step_row(run: Trajectory, prompt: StepPrompt, rubric: Rubric, number: int) -
         f"{run.trajectory_id}#{step}",
         Request(prompt.text, shape) if shape else None,
         None if shape else "the rubric asks for no score",
-        {"step": step, "evaluation_type": "clip"} | step_metadata(run, step, rubric),
+        {"step": step} | step_metadata(run, step, rubric),
         run.task_id,
         run.trajectory_id,
         step,

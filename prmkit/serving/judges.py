@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from prmkit.intervals import Abstention
 from prmkit.judge.types import Judgement
+from prmkit.rows import STEP_TYPE
 from prmkit.scoring.rows import RowToScore
 from prmkit.scoring.score import result_line
 from prmkit.serving.engine import Busy, Engine, Stopping
@@ -51,7 +52,7 @@ class ServedJudge:
     def _scored(self, row: RowToScore, judgement: Judgement | None) -> Scored:
         judgement = judgement or Judgement("error", reason=row.reason)
         line = dict(result_line(row, judgement))
-        evaluation_type = row.metadata.get("evaluation_type", "clip" if row.is_step else None)
+        evaluation_type = row.metadata.get("evaluation_type", STEP_TYPE if row.is_step else None)
         if self.abstention:
             line = dict(self.abstention.add_interval(line, evaluation_type))
         return Scored(line | {"judge": self.name}, judgement)

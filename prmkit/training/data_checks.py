@@ -11,9 +11,9 @@ from typing import Any
 
 import orjson
 
-from prmkit.dataset_info import Entry, read_entries, split_names
+from prmkit.dataset_info import Entry, identities, read_entries, split_names
 from prmkit.errors import DataError
-from prmkit.files import read_json, read_jsonl
+from prmkit.files import read_json
 from prmkit.llamafactory_schema import setting
 from prmkit.paths import REPORT
 from prmkit.training.checks import Check, error, ok, warning
@@ -213,7 +213,7 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
     sides = [[entries[name].sidecar for name in side if name in entries] for side in (names, held_out)]
     if None in (*sides[0], *sides[1]):
         return ok("held-out", f"{', '.join(held_out)}; not compared, because these rows do not name their tasks")
-    trained, kept = (_identities(filter(None, side)) for side in sides)
+    trained, kept = (_tasks_and_prompts(filter(None, side)) for side in sides)
     shared_tasks, shared_prompts = trained[0] & kept[0], trained[1] & kept[1]
     if shared_tasks or shared_prompts:
         shared = f"{_count(len(shared_tasks), 'task')} and {_count(len(shared_prompts), 'prompt')}"
@@ -239,12 +239,6 @@ def _audit(folder: Path) -> Mapping[str, Any] | None:
     return audit if isinstance(audit, dict) else None
 
 
-def _identities(sidecars: Iterable[Path]) -> tuple[set[str], set[str]]:
-    """The tasks and the prompts of some sidecars."""
-    tasks: set[str] = set()
-    prompts: set[str] = set()
-    for row in (row for path in sidecars for row in read_jsonl(path)):
-        prompts.add(row["prompt_sha256"])
-        if task := row["metadata"].get("task_id"):
-            tasks.add(str(task))
-    return tasks, prompts
+def _tasks_and_prompts(sidecars: Iterable[Path]) -> tuple[set[str], set[str]]:
+    found = {each for path in sidecars for each in identities(path)}
+    return {task for _, task in found if task is not None}, {prompt for prompt, _ in found}

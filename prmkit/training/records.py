@@ -14,7 +14,7 @@ from typing import Any
 
 from prmkit.dataset_info import read_entries, split_names
 from prmkit.errors import DataError
-from prmkit.files import read_json, sha256_of, write_json
+from prmkit.files import LARGE_FILE, read_json, sha256_of, spread_blocks, write_json
 from prmkit.llamafactory_schema import installed_version, setting
 from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD
 from prmkit.training.config import ResolvedConfig
@@ -168,7 +168,7 @@ def describe_dataset(names: Any, folder: Path) -> dict[str, str | None] | None:
 
 
 _FINGERPRINT = "2:"  # the version of the method, so that fingerprints of another one are not compared
-_BLOCK, _BLOCKS = 1 << 16, 1024
+_SAMPLED_BLOCKS = 1024
 _MODEL_FILES = {".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
@@ -188,14 +188,13 @@ def model_fingerprint(folder: Path) -> str | None:
     for path in sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES and path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
+        if size > LARGE_FILE and path.suffix in {".safetensors", ".bin"}:
+            for block in spread_blocks(path, _SAMPLED_BLOCKS):
+                digest.update(block)
+            continue
         with path.open("rb") as stream:
-            if size <= _BLOCK * _BLOCKS or path.suffix not in {".safetensors", ".bin"}:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-                continue
-            for number in range(_BLOCKS):
-                stream.seek((size - _BLOCK) * number // (_BLOCKS - 1))
-                digest.update(stream.read(_BLOCK))
+            while part := stream.read(1 << 20):
+                digest.update(part)
     return _FINGERPRINT + digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from prmkit import cli
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import exclusive_lock
 from prmkit.llamafactory_schema import read_yaml
+from prmkit.paths import export_folder
 from prmkit.training.checks import Check, error, errors_in, ok
 from prmkit.training.config import ResolvedConfig, resolve_config, typed_values
 from prmkit.training.environment import this_machine
@@ -203,7 +204,7 @@ def train(options: TrainOptions, request: _Request) -> Outcome:
     if not options.launch.is_first_node:
         run_worker_node(request.setup, request.folder)
         return Outcome()
-    target = Path(str(request.setup.config.values.get("export_dir") or "exported_model"))
+    target = export_folder(request.setup.config.values)
     folder = _claim(options, request)
     with exclusive_lock(folder, "training", patience=_LOCK_PATIENCE) as lock:
         decision = decide_start(folder, request.fresh)
@@ -298,7 +299,7 @@ def export_existing(options: TrainOptions) -> Outcome:
             f"{source.record['base_model']['path']}, add trust_remote_code=true"
         )
     source = replace(source, record={**source.record, "config": {**source.record["config"], **typed}})
-    target = Path(str(source.record["config"].get("export_dir") or "exported_model"))
+    target = export_folder(source.record["config"])
     exported = _export(options, source, target)
     if options.json:
         cli.emit_json({"folder": str(folder), "exported": str(exported)})

@@ -13,6 +13,7 @@ from prmkit import cli
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write
 from prmkit.prompts.step import load_rubric
+from prmkit.resumable import check_plain_name
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.labels import SETS, set_named
 from prmkit.trajectories.rows import rows_of, runs_beside
@@ -65,6 +66,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _check_output(output: Path, inputs: list[str]) -> None:
+    check_plain_name(output)
     for given in map(Path, inputs):
         inside = given.is_dir() and output.resolve().is_relative_to(given.resolve())
         if inside or given.resolve() in (output.resolve(), runs_beside(output).resolve()):

@@ -13,13 +13,13 @@ import orjson
 
 from prmkit.errors import DataError
 from prmkit.files import open_input
+from prmkit.row_lines import ROW_SUFFIXES, check_unpacked
 
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".traj", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+SUFFIXES = (*ROW_SUFFIXES, ".traj")
+"""How the names of files of JSON end, packed or not."""
 _CHUNK = 1 << 20
 _KINDS = {
     b"PK\x03\x04": "a zip archive. Unpack it; an Inspect log: inspect log convert --to json",
-    b"\x1f\x8b": "packed with gzip. Give it a name that ends in .gz",
-    b"\x28\xb5\x2f\xfd": "packed with Zstandard. Give it a name that ends in .zst",
     b"\xff\xfe": "written in UTF-16. Convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "written in UTF-16. Convert it: iconv -f UTF-16 -t UTF-8",
     b"PAR1": "a Parquet file. Write its rows as lines of JSON",
@@ -87,6 +87,7 @@ def check_kind(head: bytes, name: str) -> None:
     Raises:
         DataError: it is not text; the message says what to do with it.
     """
+    check_unpacked(head, name)
     for mark, what in _KINDS.items():
         if head.startswith(mark):
             raise DataError(f"{name}: {what}.")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
+from prmkit.files import open_input
+from prmkit.row_lines import is_named
 from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
 from prmkit.trajectories.readers import READERS, reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
@@ -161,7 +163,7 @@ def _contents(folder: Path) -> Iterator[_Input]:
 
 
 def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Trajectory]:
-    if not path.name.lower().endswith(SUFFIXES):
+    if not is_named(path, SUFFIXES):
         _check_is_json(path)
     document = Document(path)
     reader = READERS[options.format] if options.format else reader_for(document, str(path))
@@ -181,7 +183,7 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
 
 
 def _check_is_json(path: Path) -> None:
-    with path.open("rb") as stream:
+    with open_input(path) as stream:
         head = stream.read(256)
     check_kind(head, str(path))
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):

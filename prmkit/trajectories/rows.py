@@ -7,6 +7,7 @@ from typing import Any
 from prmkit.errors import DataError, UsageError
 from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.resumable import companion_file
+from prmkit.rows import STEP_TYPE
 from prmkit.trajectories.documents import Document
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
@@ -33,14 +34,7 @@ def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
                     {"from": "human", "value": prompt.text},
                     {"from": "gpt", "value": _answer(label, rubric)},
                 ],
-                "metadata": {
-                    "model_name": label.by,
-                    "provider": run.source.get("format"),
-                    "evaluation_type": "clip",
-                    "category": None,
-                    "timestamp": None,
-                }
-                | step_metadata(run, prompt.step.n, rubric)
+                "metadata": judged_metadata(run, prompt.step.n, rubric, label.by, run.source.get("format"))
                 | _exam_metadata(run, prompt.step, label),
             }
 
@@ -104,6 +98,7 @@ def step_metadata(run: Trajectory, number: int, rubric: Rubric) -> dict[str, Any
     """The metadata that identifies a step in rows and scores. Clips are numbered from 1, however the source counts."""
     step = run.steps[number - 1]
     return {
+        "evaluation_type": STEP_TYPE,
         "task_id": run.task_id,
         "trajectory_id": run.trajectory_id,
         "clip_number": step.n,
@@ -112,6 +107,14 @@ def step_metadata(run: Trajectory, number: int, rubric: Rubric) -> dict[str, Any
         "per": "step",
         "reference_shown": False,
     }
+
+
+def judged_metadata(
+    run: Trajectory, number: int, rubric: Rubric, judge: str, provider: str | None, timestamp: str | None = None
+) -> dict[str, Any]:
+    """The metadata of a row of a judged step, with the keys of all rows of judges."""
+    who = {"model_name": judge, "provider": provider, "category": None, "timestamp": timestamp}
+    return who | step_metadata(run, number, rubric)
 
 
 def _answer(label: Label, rubric: Rubric) -> str:

@@ -1,12 +1,12 @@
 """The fields next to the messages of a run: ids, task, tools, outcome, solution, people's labels."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from prmkit.errors import UsageError
-from prmkit.trajectories.content import as_text
+from prmkit.trajectories.content import as_name, as_text
 from prmkit.trajectories.run import Keys, Run, Turn, UnreadableValue
 from prmkit.trajectory import Label
 
@@ -33,8 +33,8 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
     """
     metadata = value.get("metadata")
     flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
-    run.task_id = _named(flat, keys.task) if keys.task else run.task_id or first_of(flat, _TASK_IDS)
-    run.trajectory_id = run.trajectory_id or first_of(flat, _RUN_IDS)
+    run.task_id = _named(flat, keys.task) if keys.task else run.task_id or first_of(flat, _TASK_IDS, as_name)
+    run.trajectory_id = run.trajectory_id or first_of(flat, _RUN_IDS, as_name)
     run.reference = run.reference or first_of(flat, _SOLUTIONS)
     if keys.outcome:
         _named(flat, keys.outcome)
@@ -51,12 +51,12 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
 def _named(value: Mapping[str, Any], key: str) -> str:
     if value.get(key) in (None, ""):
         raise UnreadableValue(f"no field {key}")
-    return as_text(value[key])
+    return as_name(value[key])
 
 
-def first_of(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def first_of(value: Mapping[str, Any], names: Sequence[str], text: Callable[[Any], str] = as_text) -> str | None:
     """The first of some fields that is not empty, as text."""
-    return next((as_text(value[name]) for name in names if value.get(name) not in (None, "", [], {})), None)
+    return next((text(value[name]) for name in names if value.get(name) not in (None, "", [], {})), None)
 
 
 def outcome_of(value: Mapping[str, Any], key: str | None = None) -> dict[str, Any] | None:

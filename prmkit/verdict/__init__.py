@@ -1,7 +1,17 @@
 """Reading a judge's answer, and writing it as a training label."""
 
 from prmkit.verdict.read import read_answer, read_verdict, score_answer
-from prmkit.verdict.types import Answer, Scale, Shape, Unreadable, Verdict, answer_prefix, asked_shape, render_verdict
+from prmkit.verdict.types import (
+    Answer,
+    Scale,
+    Shape,
+    Unreadable,
+    Verdict,
+    answer_prefix,
+    asked_shape,
+    is_score_key,
+    render_verdict,
+)
 
 __all__ = [
     "Answer",
@@ -11,6 +21,7 @@ __all__ = [
     "Verdict",
     "answer_prefix",
     "asked_shape",
+    "is_score_key",
     "read_answer",
     "read_verdict",
     "render_verdict",

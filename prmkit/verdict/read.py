@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from prmkit.verdict.repair import Found, Refusal, find_objects, has_thought, shorten, unique_members
-from prmkit.verdict.types import Answer, Scale, Shape, Unreadable, Verdict
+from prmkit.verdict.types import SCORE_ENDING, Answer, Scale, Shape, Unreadable, Verdict, is_score_key
 
 
 def read_verdict(text: str, asked: Shape | None = None, scale: Scale | None = None) -> Verdict | Unreadable:
@@ -231,7 +231,7 @@ def bare(key: str) -> str:
 
 
 def _short(key: str) -> str:
-    return bare(key).removesuffix("score")
+    return bare(key).removesuffix(SCORE_ENDING)
 
 
 _NAME = re.compile(r"\w(?:[\w &-]*\w)?")  # tool-use quality; not `quality":` or `qua/lity`, which a fault has made
@@ -240,7 +240,7 @@ _NAME = re.compile(r"\w(?:[\w &-]*\w)?")  # tool-use quality; not `quality":` or
 def _as_named(members: Mapping[str, Any], *, nested: bool) -> dict[str, str]:
     """The members that are scores by name or place, if it is unknown what the prompt asks for."""
     plain = {name: value for name, value in members.items() if _is_plain(value)}
-    names = [name for name, value in plain.items() if nested or name.lower().endswith("score") or _is_criterion(value)]
+    names = [name for name, value in plain.items() if nested or is_score_key(name) or _is_criterion(value)]
     for name in names:
         if not _NAME.fullmatch(name):
             raise Refusal(f"a score is named {shorten(name)}", "the name of a score is unclear")

@@ -8,6 +8,13 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
+SCORE_ENDING = "score"
+
+
+def is_score_key(key: str) -> bool:
+    """Whether a key is that of a score by its name: `step_score`, `Score`, `overallScore`."""
+    return key.lower().endswith(SCORE_ENDING)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -113,8 +120,9 @@ def asked_shape(prompt: str) -> Shape | None:
     properties of a JSON schema.
     """
     for start, end in _objects_from_the_end(prompt):
-        shape = _shape_of(prompt[start:end]) if "score" in prompt[start:end] else None
-        if shape and (shape.keys != ("score",) or _is_introduced(prompt, start)):
+        schema = prompt[start:end]
+        shape = _shape_of(schema) if SCORE_ENDING in schema.lower() else None
+        if shape and ([key.lower() for key in shape.keys] != [SCORE_ENDING] or _is_introduced(prompt, start)):
             return shape
     return None
 
@@ -173,7 +181,7 @@ def _shape_of_keys(keys: Mapping[str, Any]) -> Shape | None:
     keys = _properties(keys)
     if scores := _properties(keys.get("scores")):
         return Shape(tuple(scores), nested=True)
-    named = tuple(key for key, inner in keys.items() if key.endswith("score") or "score" in _properties(inner))
+    named = tuple(key for key, inner in keys.items() if is_score_key(key) or "score" in _properties(inner))
     if named:
         return Shape(named, nested=False)
     inside = [shape for inner in keys.values() if (shape := isinstance(inner, dict) and _shape_of_keys(inner))]

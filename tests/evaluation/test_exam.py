@@ -373,21 +373,23 @@ def test_a_judge_that_was_trained_on_a_task_is_refused(tmp_path: Path, model_fol
     data.mkdir()
     write_json(data / "dataset_info.json", {"mine": {"file_name": "mine.jsonl", "columns": {"prompt": "instruction"}}})
     metadata = row["metadata"] | {"task_id": "by another name", "provider": "another set"}
-    public.write_lines(data / "mine.meta.jsonl", [{"metadata": metadata}])
+    public.write_lines(data / "mine.meta.jsonl", [{"prompt_sha256": "p", "metadata": metadata}])
     public.write_lines(data / "mine.jsonl", [{"instruction": "x"}])
     with pytest.raises(UsageError, match="trained on 1 of these 4 tasks, for example q0"):
         take(exam, "--run", run)
     other = metadata | {"task_hash": "task-0"}
-    public.write_lines(data / "mine.meta.jsonl", [{"metadata": other}])
+    public.write_lines(data / "mine.meta.jsonl", [{"prompt_sha256": "p", "metadata": other}])
     take(exam, "--run", run)
     # The same id in another set is another task; without a hash, nobody knows.
-    public.write_lines(data / "mine.meta.jsonl", [{"metadata": other | {"task_id": "q1"}}])
+    public.write_lines(data / "mine.meta.jsonl", [{"prompt_sha256": "p", "metadata": other | {"task_id": "q1"}}])
     take(exam, "--run", run)
-    public.write_lines(data / "mine.meta.jsonl", [{"metadata": other | {"task_id": "q1", "task_hash": None}}])
+    public.write_lines(
+        data / "mine.meta.jsonl", [{"prompt_sha256": "p", "metadata": other | {"task_id": "q1", "task_hash": None}}]
+    )
     with pytest.raises(UsageError, match="q1"):
         take(exam, "--run", run)
     # Rows that were converted again since then say nothing of the training.
-    public.write_lines(data / "mine.meta.jsonl", [{"metadata": other}])
+    public.write_lines(data / "mine.meta.jsonl", [{"prompt_sha256": "p", "metadata": other}])
     record = {"config": config, "rubrics": [load_rubric().sha256], "dataset": {"name": "mine", "sha256": "0" * 64}}
     write_json(run / "run.json", record)
     with pytest.raises(GateError, match="converted again"):

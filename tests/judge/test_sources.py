@@ -59,8 +59,8 @@ def test_other_contents_or_settings_are_another_judge(file: str) -> None:
 
 
 def test_large_weights_are_hashed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_WHOLE", 1 << 20)
-    monkeypatch.setattr(sources, "_SAMPLE", 4096)
+    monkeypatch.setattr(sources, "LARGE_FILE", 1 << 20)
+    monkeypatch.setattr("prmkit.files._BLOCK", 4096)
     model, weights = JudgeSource(tmp_path), bytearray(4 << 20)
     prints = []
     for change in (None, 0, len(weights) - 1, len(weights) // 2):
@@ -69,6 +69,13 @@ def test_large_weights_are_hashed_in_parts(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / "model.safetensors").write_bytes(weights)
         prints.append(str(fingerprint_of(model)))
     assert len(set(prints)) == 4
+
+
+@pytest.mark.usefixtures("project")
+def test_a_run_that_changed_its_base_model_names_its_own_export() -> None:
+    write_json(Path("run/run.json"), {"config": CONFIG | {"rope_scaling": "linear", "export_dir": "elsewhere/mine"}})
+    with pytest.raises(UsageError, match=r"rope_scaling.*--model elsewhere/mine"):
+        judge_source_of_run(Path("run"))
 
 
 def test_a_run_finds_its_base_model_from_any_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

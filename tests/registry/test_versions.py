@@ -1,5 +1,6 @@
 """Versions through the command line: added, tagged, rolled back, removed; killed and at once."""
 
+import gzip
 import json
 import os
 import random
@@ -16,6 +17,11 @@ from registry_fixtures import ROOT, make_rows, make_run
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
 from prmkit.registered import VersionId, read_history, state_of
+from prmkit.trajectories.importing import Options, read_runs
+from prmkit.trajectories.run import Keys
+from prmkit.trajectory import dump
+from tools.make_sample.runs import message_runs
+from tools.make_sample.sample import write_rows
 
 Manage = Callable[..., str]
 
@@ -136,6 +142,24 @@ def test_judge_is_understood_wherever_a_run_is(
     assert "staging: no such version or tag" in done.stderr and "judge@production" in done.stderr
     found = script(name, *arguments, "--judge", "production", code=1)
     assert "staging" not in found.stderr
+
+
+@pytest.mark.parametrize("what", ["rows", "runs"])
+def test_packed_rows_are_kept_for_a_retraining(tmp_path: Path, judges: Path, manage: Manage, what: str) -> None:
+    """The report has the hash of what is in them."""
+    make_rows(tmp_path / "rows.jsonl", range(30))
+    if what == "runs":
+        raw = tmp_path / "raw.jsonl"
+        write_rows(raw, message_runs(0, 20, labelled=True))
+        runs = read_runs([raw], Options(keys=Keys(labels="labels")))
+        (tmp_path / "rows.jsonl").write_bytes(b"".join(map(dump, runs)))
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    run = make_run(tmp_path, packed)
+    manage("add", run)
+    manage("add", run, "--name", "named", "--rows", packed)
+    for name in ("judge", "named"):
+        assert (judges / name / "1" / "rows" / "rows.jsonl.gz").read_bytes() == packed.read_bytes()
 
 
 def test_names_that_mean_nothing_or_several(project: Path, manage: Manage) -> None:

@@ -15,8 +15,10 @@ from prmkit.errors import UsageError
 from prmkit.files import write_json
 from prmkit.paths import EXPORT_NOTE
 from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric
+from prmkit.rows import STEP_TYPES
 from prmkit.scoring.rows import RunsToScore, check_rubric, holds_runs
 from prmkit.trajectories.importing import read_runs
+from prmkit.trajectories.rows import judged_metadata, step_metadata
 from prmkit.trajectory import dump
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +38,15 @@ def export(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     settings = {"template": "qwen", "cutoff_len": 4096, "dtype": "float32", "rubrics": [load_rubric().sha256]}
     write_json(folder / EXPORT_NOTE, settings)
     return folder
+
+
+def test_judged_and_scored_steps_are_identified_alike() -> None:
+    rubric = load_rubric()
+    (run, *_), (row, *_) = read_runs([RUNS]), RunsToScore(str(RUNS), rubric, 0.5, "judge").rows()
+    identity = step_metadata(run, 1, rubric)
+    assert row.metadata == identity | {"step": 1} and identity["evaluation_type"] in STEP_TYPES
+    judge = {"model_name": "anna", "provider": None, "category": None, "timestamp": None}
+    assert judged_metadata(run, 1, rubric, "anna", None) == judge | identity
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 import pytest
 
-from prmkit.verdict import Shape, asked_shape
+from prmkit.judge.scorer import ShapeOf
+from prmkit.prompts.truncation import start_of_question
+from prmkit.verdict import Shape, Verdict, asked_shape, is_score_key, read_verdict
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,10 @@ from prmkit.verdict import Shape, asked_shape
         ('{\n  // 0 to 1\n  "a_score": <float>, /* "b_score": */\n  "why": ...}', Shape(("a_score",), False)),
         ('{{"a_score": 0.7, "why": "..."}}', Shape(("a_score",), False)),
         ('Used {"x": {. Answer: {"evaluation": {"a_score": 0.7}, "why": "..."}', Shape(("a_score",), False)),
+        ('Reply as JSON: {"Reason": "...", "Score": 0.7}', Shape(("Score",), False)),
+        ('Found: [{"Title": "t", "Score": 0.93}]\nHow good was it?', None),
+        ('{"overallScore": 0.7, "why": "..."}', Shape(("overallScore",), False)),
+        ('{"scored": 0.7, "why": "..."}', None),
         ('Reply as JSON: {"reason": "...", "score": 0.7}', Shape(("score",), False)),
         ('Answer in JSON: [{"name": "a", "score": 0.7}, {"name": "b", "score": 0.8}]', None),
         ('Found: [{"title": "t", "url": "u", "score": 0.93}]\nHow good was it?', None),
@@ -36,6 +42,19 @@ from prmkit.verdict import Shape, asked_shape
 )  # fmt: skip
 def test_the_shape_that_a_prompt_asks_for_is_the_last_one_in_it(prompt: str, shape: Shape | None) -> None:
     assert asked_shape(prompt) == shape
+
+
+@pytest.mark.parametrize("key", ["Score", "step_score", "overallScore", "STEP_SCORE"])
+def test_the_case_of_a_score_key_changes_nothing(key: str) -> None:
+    """Neither which key a prompt asks for, nor how its answer is read, nor which part of the prompt is the question."""
+    prompt = f'Judge.\n\n{"A step. " * 20}\n\nRate it:\n{{"{key}": 0.0}}\n\n{"Be fair. " * 1_000}'
+    shape = Shape((key,), nested=False)
+    assert is_score_key(key) and asked_shape(prompt) == shape
+    assert ShapeOf((key,))("x", "clip") == ShapeOf(known={"clip": [key]})("x", "clip") == shape
+    for asked in (shape, None):
+        verdict = read_verdict(f'{{"{key}": 0.5, "retries": 1}}', asked)
+        assert isinstance(verdict, Verdict) and verdict.shape == shape
+    assert prompt[start_of_question(prompt) :].startswith("Rate it:")
 
 
 def test_a_long_prompt_is_read_from_its_end() -> None:

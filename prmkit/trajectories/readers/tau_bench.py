@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.content import as_text, is_message_list, mapping, turns_of
+from prmkit.trajectories.content import as_name, as_text, is_message_list, mapping, turns_of
 from prmkit.trajectories.run import Keys, Reader, Run, Turn
 from prmkit.trajectories.run_fields import outcome_of
 
@@ -54,8 +54,8 @@ def _run(value: Mapping[str, Any], messages: list[Any], reward: Any, solution: A
     return Run(
         turns_of(messages, lost),
         lost,
-        task_id=as_text(value.get("task_id")) or None,
-        trajectory_id=as_text(value.get("id")) or None,
+        task_id=as_name(value.get("task_id")) or None,
+        trajectory_id=as_name(value.get("id")) or None,
         outcome=outcome_of({"reward": reward}),
         reference=as_text(solution) or None,
     )
