@@ -234,6 +234,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def hash_content(path: Path) -> tuple[str, int]:
+    """The SHA-256, in hexadecimal, and the bytes of what a file holds: unpacked, if it is compressed.
+
+    Raises:
+        DataError: see `open_input`.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open_input(path) as stream:
+        while part := stream.read(_READ_AHEAD):
+            digest.update(part)
+            size += len(part)
+    return digest.hexdigest(), size
+
+
 # --- files that grow line by line -------------------------------------------------------------------------------------
 
 

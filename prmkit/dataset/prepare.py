@@ -20,7 +20,7 @@ import orjson
 
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError
-from prmkit.files import open_input, open_stdin, sha256_of
+from prmkit.files import hash_content, open_input, open_stdin
 from prmkit.prompts.cleaning import count_leaked_scores, mask_leaked_scores, neutralise
 from prmkit.prompts.step import load_rubric
 from prmkit.row_lines import STDIN, Line, read_lines
@@ -115,7 +115,7 @@ def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[InputFi
     source = InputFile(shown)
     before = None if name == STDIN else _state(Path(name))
     if name != STDIN and Path(name).is_file() and holds_records(Path(name)):
-        source.sha256, source.bytes = sha256_of(Path(name)), Path(name).stat().st_size
+        source.sha256, source.bytes = hash_content(Path(name))
         yield source, _lines_of_runs(Path(name), rubric)
     else:
         with open_stdin() if name == STDIN else open_input(Path(name)) as stream:

@@ -14,7 +14,17 @@ from typing import Any
 from prmkit import registered
 from prmkit.dataset_info import data_folder_of
 from prmkit.errors import DataError, UsageError
-from prmkit.files import end_of_last_line, exclusive_lock, read_json, read_jsonl, sha256_of, sync, write_all, write_json
+from prmkit.files import (
+    end_of_last_line,
+    exclusive_lock,
+    hash_content,
+    read_json,
+    read_jsonl,
+    sha256_of,
+    sync,
+    write_all,
+    write_json,
+)
 from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD, sidecar_of
 from prmkit.registered import DATA, ROWS, RUN, SAFE_NAME, State, VersionId
 
@@ -220,7 +230,7 @@ def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target
     folders = [Path(), *data.resolve().parents[:4]]
     named = [folder / source["source"] for source in report["inputs"] for folder in folders]
     places = [*addition.rows] or named
-    found = {sha256_of(place): place for place in places if place.is_file()}
+    found = {hash_content(place)[0]: place for place in places if place.is_file()}
     if set(wanted) - set(found):
         if addition.rows:
             raise DataError("--rows: the data was not converted from these rows (their hashes differ).")

@@ -1,5 +1,6 @@
 """Versions through the command line: added, tagged, rolled back, removed; killed and at once."""
 
+import gzip
 import json
 import os
 import random
@@ -65,6 +66,19 @@ def test_a_version_has_its_run_data_and_rows(project: Path, judges: Path, manage
     shown = json.loads(manage("show", "production", "--json"))
     assert shown["tags"] == ["production"] and shown["training_rows"] > 0
     assert "seed" in json.loads(manage("diff", 1, 2, "--json"))["settings"]
+
+
+@pytest.mark.parametrize("found", ["by itself", "with --rows"])
+def test_compressed_rows_are_kept(tmp_path: Path, judges: Path, manage: Manage, found: str) -> None:
+    make_rows(tmp_path / "rows.jsonl", range(30))
+    rows = tmp_path / "rows.jsonl.gz"
+    rows.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    (tmp_path / "rows.jsonl").unlink()
+    run = make_run(tmp_path, rows)
+    if found == "with --rows":
+        rows = rows.rename(tmp_path / "moved.jsonl.gz")
+    manage("add", run, *(["--rows", rows] if found == "with --rows" else []))
+    assert (judges / "judge" / "1" / "rows" / rows.name).read_bytes() == rows.read_bytes()
 
 
 @pytest.mark.usefixtures("two")
