@@ -130,7 +130,6 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
     if not prompt.strip():
         raise Rejected("empty prompt")
     task = name_in(metadata, "task_id")
-    identity = value.get("id")
     return InputRow(
         system or None,
         prompt,
@@ -141,8 +140,14 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
         name_in(metadata, "evaluation_type"),
         whole_number(metadata.get("clip_number")),
         metadata,
-        identity if isinstance(identity, str | int) and not isinstance(identity, bool) else None,
+        given_id(value),
     )
+
+
+def given_id(value: Any) -> str | int | None:
+    """A row's `id`, which may be 0 or empty; None if it has none, or something else than text or a whole number."""
+    identity = value.get("id") if isinstance(value, Mapping) else None
+    return identity if isinstance(identity, str | int) and not isinstance(identity, bool) else None
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:

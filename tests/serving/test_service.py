@@ -64,6 +64,17 @@ def test_steps_and_prompts_get_lines_and_bad_ones_a_reason() -> None:
             answer(lambda service, body=body: service.score(body))
 
 
+@pytest.mark.parametrize(("given", "kept"), [(0, 0), (1, 1), ("", ""), ("0", "0"), (True, None), (None, None)])
+def test_an_id_is_kept_even_if_it_is_nought(given: Any, kept: Any) -> None:
+    step = {"task": "t", "step": {"role": "assistant", "content": "good"}}
+    asked = [step, {"prompt": 'good. Answer: {"step_score": 0.5}'}, {"prompt": "no schema"}, {"task": "t"}]
+    body = {"steps": [{**each, "id": given} for each in asked]}
+    found = [line["id"] for line in answer(lambda service: service.score(body))["results"]]
+    unnamed = [line["id"] for line in answer(lambda service: service.score({"steps": asked}))["results"]]
+    assert found == (unnamed if kept is None else [kept] * 4)
+    assert unnamed[0] == "request#1"
+
+
 def test_a_run_has_scores_aggregates_returns_and_its_first_bad_step() -> None:
     said = ("good", "bad one", "good again")
     messages = [{"role": "user", "content": "Do it."}, *({"role": "assistant", "content": text} for text in said)]
