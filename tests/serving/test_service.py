@@ -1,6 +1,7 @@
 """What the endpoints answer, beside a judge whose scores are known."""
 
 import asyncio
+import json
 import math
 import re
 from collections.abc import Callable
@@ -210,6 +211,12 @@ CHAT = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "conte
 def test_a_state_is_what_applications_call_input_and_output(state: Any, unused: list[str]) -> None:
     run, found = run_of_state(state)
     assert (run.task, [step.text for step in run.steps], found) == ("What is it?", ["good"], unused)
+
+
+@pytest.mark.parametrize("said", [0, False, 0.0, "0"])
+def test_an_answer_may_be_nought(said: Any) -> None:
+    run, _ = run_of_state({"question": "How many?", "step": "", "output": said})
+    assert [step.text for step in run.steps] == [json.dumps(said).strip('"')]
 
 
 @pytest.mark.parametrize(
