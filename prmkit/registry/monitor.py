@@ -13,6 +13,7 @@ from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_jsonl
 from prmkit.judge.types import AGGREGATES
+from prmkit.rows import Rejected, name_in
 from prmkit.trajectory import log_id, outcome_number
 
 _LEVEL = 0.95
@@ -64,7 +65,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
             if not isinstance(line, dict) or not {"score", "status", "request_hash"} <= line.keys():
                 raise DataError(f"{path}:{number}: neither a scored step nor a line of a request log.")
             if since is None or _time_of(line, f"{path}:{number}") >= since:
-                found.append(_logged_step(line, path))
+                found.append(_logged_step(line, path, f"{path}:{number}"))
     if not found:
         recent = "" if days is None else f" from the last {days:g} days"
         raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
@@ -81,14 +82,14 @@ def _time_of(line: Mapping[str, Any], place: str) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _logged_step(line: Mapping[str, Any], path: Path) -> LoggedStep:
+def _logged_step(line: Mapping[str, Any], path: Path, place: str) -> LoggedStep:
     metadata = line.get("metadata") or {}
-    task = str(line.get("task") or metadata.get("task_id") or "")
+    task = _id_in(line, "task", place) or _id_in(metadata, "task_id", place)
     return LoggedStep(
         judge=str(line.get("judge") or path),
         keys=tuple(sorted(line.get("keys") or line.get("scores") or ())),
         prompt=str(line["request_hash"]),
-        trajectory=str(line.get("trajectory") or metadata.get("trajectory_id") or task),
+        trajectory=_id_in(line, "trajectory", place) or _id_in(metadata, "trajectory_id", place) or task,
         task=task,
         score=line["score"],
         label_mass=line.get("label_mass"),
@@ -100,6 +101,18 @@ def _logged_step(line: Mapping[str, Any], path: Path) -> LoggedStep:
         role=str(line.get("role") or ""),
         time=str(line.get("time") or ""),
     )
+
+
+def _id_in(about: Mapping[str, Any], key: str, place: str) -> str:
+    """An id, which may be a number (0, 7.0), as text; empty without one.
+
+    Raises:
+        DataError: it is neither text nor a number.
+    """
+    try:
+        return name_in(about, key) or ""
+    except Rejected as rejected:
+        raise DataError(f"{place}: {key} is neither text nor a whole number.") from rejected
 
 
 def steps_of(judge: str, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
@@ -322,8 +335,8 @@ def read_outcomes(path: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for number, line in enumerate(read_jsonl(path), start=1):
         outcome = outcome_number(line.get("outcome")) if isinstance(line, dict) else None
-        if outcome is None or not line.get("trajectory_id"):
+        name = _id_in(line, "trajectory_id", f"{path}:{number}") if isinstance(line, dict) else ""
+        if outcome is None or not name:
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
-        name = str(line["trajectory_id"])
         found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that may be text
     return found
