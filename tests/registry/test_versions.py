@@ -68,6 +68,15 @@ def test_a_version_has_its_run_data_and_rows(project: Path, judges: Path, manage
     assert "seed" in json.loads(manage("diff", 1, 2, "--json"))["settings"]
 
 
+def test_data_that_was_moved_is_named(tmp_path: Path, judges: Path, manage: Manage) -> None:
+    make_rows(tmp_path / "rows.jsonl", range(30))
+    run = make_run(tmp_path, tmp_path / "rows.jsonl")
+    data = (tmp_path / "data").rename(tmp_path / "elsewhere")
+    manage("add", run, "--data-dir", data)
+    assert (judges / "judge" / "1" / "data" / "reward_model_full.jsonl").is_file()
+    assert (judges / "judge" / "1" / "rows" / "rows.jsonl").is_file()
+
+
 @pytest.mark.parametrize("found", ["by itself", "with --rows"])
 def test_compressed_rows_are_kept(tmp_path: Path, judges: Path, manage: Manage, found: str) -> None:
     make_rows(tmp_path / "rows.jsonl", range(30))
