@@ -322,7 +322,7 @@ class Trajectories:
         Raises:
             DataError: the trajectory has another prompt with the same clip number.
         """
-        if row.id is not None and not row.is_step:
+        if not row.is_step:
             return
         if row.trajectory is None:
             self.unattributed += 1

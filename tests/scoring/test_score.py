@@ -362,6 +362,12 @@ def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path,
     assert "belong to no trajectory: 1 (" in caplog.text
 
 
+@pytest.mark.parametrize("line", ["{", '{"prompt": ""}', '{"id": "named", "prompt": ""}', '{"id": 0, "prompt": ""}'])
+def test_a_line_that_cannot_be_read_may_be_a_step_that_is_missing(tmp_path: Path, caplog, line: str) -> None:
+    summed_up(tmp_path, [json.dumps(row(1)), line])
+    assert "belong to no trajectory: 1 (" in caplog.text
+
+
 @pytest.mark.parametrize("spelt", [float, str, lambda number: f" {number} "])
 def test_clip_numbers_as_spreadsheets_write_them_are_numbers(tmp_path: Path, spelt) -> None:
     rows = [row(number) for number in (10, 9)]
