@@ -113,7 +113,12 @@ def read_plain_yaml(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
-    """Yield the value of every line of a JSONL file, one at a time; empty lines are skipped.
+    """Yield the value of every line of a JSONL file; see `numbered_jsonl`."""
+    return (value for _, value in numbered_jsonl(path))
+
+
+def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of every line of a JSONL file, one at a time; empty lines are skipped.
 
     Raises:
         DataError: the file is missing or unreadable, or a line is not JSON (its number is named).
@@ -124,7 +129,7 @@ def read_jsonl(path: Path) -> Iterator[Any]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield orjson.loads(line)
+                    yield number, orjson.loads(line)
                 except orjson.JSONDecodeError as error:
                     raise DataError(f"{path}:{number}: not JSON ({error}).") from error
 

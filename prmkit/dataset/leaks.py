@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from prmkit.dataset_info import Entry, read_entries
+from prmkit.dataset_info import Entry, RowTexts, read_entries
 from prmkit.errors import DataError
-from prmkit.files import read_json, read_jsonl
+from prmkit.files import numbered_jsonl, read_json, read_jsonl
 from prmkit.paths import HELD_OUT_SUFFIX, INFO
 from prmkit.rows import Rejected, name_in, prompt_hash
 
@@ -114,22 +114,23 @@ def _identities(entry: Entry) -> Iterator[tuple[str, str]]:
             except (TypeError, KeyError, AttributeError, Rejected) as error:
                 raise DataError(f"{entry.sidecar}: not written by a conversion. Convert again.") from error
         return
-    for system, prompt in _asked(entry):
-        yield prompt_hash(prompt, system), ""
+    for _, asked in _asked(entry):
+        if asked:
+            yield prompt_hash(asked.prompt, asked.system), ""
 
 
-def _asked(entry: Entry) -> Iterator[tuple[str | None, str]]:
-    """System text and prompt of each row of a dataset; rows of another form are skipped."""
+def _asked(entry: Entry) -> Iterator[tuple[int, RowTexts | None]]:
+    """The line and the texts of each row of a dataset; no texts if the row has another form or an empty prompt."""
     if entry.file is None:
         return
-    rows = read_json(entry.file) if entry.file.suffix == ".json" else read_jsonl(entry.file)
-    for row in rows:
+    rows = enumerate(read_json(entry.file), 1) if entry.file.suffix == ".json" else numbered_jsonl(entry.file)
+    for number, row in rows:
         try:
             asked = entry.read(row)
         except ValueError:
-            continue
-        if asked.prompt:
-            yield asked.system, asked.prompt
+            yield number, None
+        else:
+            yield number, asked if asked.prompt else None
 
 
 def describe_leaks(found: dict[str, Any]) -> str:
@@ -151,12 +152,11 @@ def _prompts_of(entries: Iterable[Entry], *, held_out: bool) -> Iterator["Prompt
         if is_held_out(entry) != held_out:
             continue
         metadata = (row["metadata"] for row in read_jsonl(entry.sidecar)) if entry.sidecar else repeat({})
-        for number, ((system, prompt), traced) in enumerate(zip(_asked(entry), metadata, strict=False), start=1):
-            digest = bytes.fromhex(prompt_hash(prompt, system)[:24])
-            if digest not in seen:
+        for (number, asked), traced in zip(_asked(entry), metadata, strict=False):
+            if asked and (digest := bytes.fromhex(prompt_hash(asked.prompt, asked.system)[:24])) not in seen:
                 seen.add(digest)
                 unit = str(traced.get("task_id") or digest.hex())
-                yield Prompt(prompt, unit, str(traced.get("evaluation_type")), f"{entry.file}:{number}")
+                yield Prompt(asked.prompt, unit, str(traced.get("evaluation_type")), f"{entry.file}:{number}")
 
 
 # --- nearly the same prompt ---------------------------------------------------------------------------------------
