@@ -113,7 +113,12 @@ def read_plain_yaml(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
-    """Yield the value of every line of a JSONL file, one at a time; empty lines are skipped.
+    """Yield the value of every line of a JSONL file; see `numbered_jsonl`."""
+    return (value for _, value in numbered_jsonl(path))
+
+
+def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of every line of a JSONL file, one at a time; empty lines are skipped.
 
     Raises:
         DataError: the file is missing or unreadable, or a line is not JSON (its number is named).
@@ -124,7 +129,7 @@ def read_jsonl(path: Path) -> Iterator[Any]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield orjson.loads(line)
+                    yield number, orjson.loads(line)
                 except orjson.JSONDecodeError as error:
                     raise DataError(f"{path}:{number}: not JSON ({error}).") from error
 
@@ -264,14 +269,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def content_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content once it is unpacked.
+def hash_content(path: Path) -> tuple[str, int]:
+    """The SHA-256, in hexadecimal, and the bytes of what a file holds: unpacked, if it is compressed.
 
     Raises:
-        DataError: the file cannot be read or unpacked.
+        DataError: see `open_input`.
     """
+    digest, size = hashlib.sha256(), 0
     with open_input(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        while part := stream.read(_READ_AHEAD):
+            digest.update(part)
+            size += len(part)
+    return digest.hexdigest(), size
 
 
 LARGE_FILE = 64 << 20

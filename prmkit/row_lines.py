@@ -208,8 +208,9 @@ def _items(stream: IO[bytes], head: bytes, name: str) -> Iterator[Line]:
     """The items of an array, or objects one after another, with or without commas; the file may have any length."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     scan = json.JSONDecoder(strict=False).raw_decode
+    number = 0
     try:
-        text, ended, number = decode(head).lstrip(), False, 0
+        text, ended = decode(head).lstrip(), False
         in_array = text.startswith("[")
         at = int(in_array)
         while True:

@@ -133,7 +133,6 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
     system, prompt, answer = _texts(value)
     if not prompt.strip():
         raise Rejected("empty prompt")
-    identity = value.get("id")
     return InputRow(
         system or None,
         prompt,
@@ -144,8 +143,14 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
         name_in(metadata, "evaluation_type"),
         whole_number(metadata.get("clip_number")),
         metadata,
-        identity if isinstance(identity, str | int) and not isinstance(identity, bool) else None,
+        given_id(value),
     )
+
+
+def given_id(value: Any) -> str | int | None:
+    """A row's `id`, which may be 0 or empty; None if it has none, or something else than text or a whole number."""
+    identity = value.get("id") if isinstance(value, Mapping) else None
+    return identity if isinstance(identity, str | int) and not isinstance(identity, bool) else None
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:
@@ -197,7 +202,7 @@ def name_at(place: str, metadata: Mapping[str, Any], key: str) -> str | None:
     try:
         return name_in(metadata, key)
     except Rejected as rejected:
-        raise DataError(f"{place}: {rejected.reason}.") from rejected
+        raise DataError(f"{place}: {key} is neither text nor a whole number.") from rejected
 
 
 def weight_of(metadata: Mapping[str, Any]) -> float:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "dataset": {"trajectories"},
     "collection": {"trajectories"},
     "serving": {"judge", "scoring", "trajectories"},
-    "registry": {"evaluation", "judge", "training"},
+    "registry": {"dataset", "evaluation", "judge", "training"},
 }
 """Which other packages a package may import; otherwise packages exchange only files."""
 HEAVY = {

@@ -4,11 +4,14 @@ import bz2
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from prmkit.errors import DataError
 from prmkit.row_lines import Line, open_rows
@@ -105,6 +108,8 @@ def test_a_bad_first_line_spoils_no_other(tmp_path: Path, first: str) -> None:
     [
         (json.dumps(OBJECTS)[:-30], "after item 4"),
         (json.dumps(OBJECTS).replace('"n": 3', '"n" 3'), "after item 2"),
+        (b'{\n"prompt": "caf\xe9"}\n', "not UTF-8, after item 0"),
+        (b'[\n{"prompt": "caf\xe9"}\n]\n', "not UTF-8, after item 0"),
         (json.dumps(OBJECTS).encode("utf-16"), "UTF-16.*iconv"),
         (gzip.compress(b"{}", mtime=0), r"gzip.*ends in \.gz"),
         (b"PAR1....", "Parquet"),
@@ -116,6 +121,31 @@ def test_a_file_that_is_not_rows_is_named_with_the_way_out(tmp_path: Path, conte
         numbers(tmp_path / "rows.json", content)
     with pytest.raises(DataError, match=r"rows\.csv: a table.*read_csv"):
         numbers(tmp_path / "rows.csv", "prompt,answer\na,b\n")
+
+
+LAYOUTS = ["\n".join(map(json.dumps, OBJECTS)), json.dumps(OBJECTS), json.dumps(OBJECTS, indent=1)]
+HARM = [
+    b"\xe9", b"\xff", b"\xf0\x9f", b"\0", b"\xef\xbb\xbf", b"[", b"}", b",", b'"', b"\\ud800", b"\n",
+    b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b"1e999", b"NaN", b"\x1e",
+]  # fmt: skip
+
+
+@given(
+    st.sampled_from(LAYOUTS),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 30), st.sampled_from(HARM)), min_size=1, max_size=3),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_file_is_refused_or_its_lines_are(
+    tmp_path: Path, layout: str, harm: list[tuple[int, int, bytes]]
+) -> None:
+    content = layout.encode()
+    for place, lost, put in harm:
+        content = content[:place] + put + content[place + lost :]
+    (tmp_path / "rows.json").write_bytes(content)
+    with suppress(DataError), open_rows(str(tmp_path / "rows.json")) as lines:
+        for line in lines:
+            with suppress(Rejected):
+                read_row(parse_line(line), line)
 
 
 # --- forms --------------------------------------------------------------------------------------------------------

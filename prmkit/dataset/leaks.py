@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from prmkit.dataset_info import Entry, identities, read_entries, read_sidecar
+from prmkit.dataset_info import Entry, RowTexts, identities, read_entries, read_sidecar
 from prmkit.errors import DataError
-from prmkit.files import read_json, read_jsonl
+from prmkit.files import numbered_jsonl, read_json
 from prmkit.paths import HELD_OUT_SUFFIX, INFO
 from prmkit.rows import prompt_hash, task_of
 
@@ -109,21 +109,21 @@ def _identities(entry: Entry) -> Iterator[tuple[str, str | None]]:
     """The SHA-256 of each row's prompt (as the user wrote it, if known) and its task, if known."""
     if entry.sidecar:
         return identities(entry.sidecar)
-    return ((prompt_hash(prompt, system), None) for system, prompt in _asked(entry))
+    return ((prompt_hash(asked.prompt, asked.system), None) for _, asked in _asked(entry) if asked)
 
 
-def _asked(entry: Entry) -> Iterator[tuple[str | None, str]]:
-    """System text and prompt of each row of a dataset; rows of another form are skipped."""
+def _asked(entry: Entry) -> Iterator[tuple[int, RowTexts | None]]:
+    """The line and the texts of each row of a dataset; no texts if the row has another form or an empty prompt."""
     if entry.file is None:
         return
-    rows = read_json(entry.file) if entry.file.suffix == ".json" else read_jsonl(entry.file)
-    for row in rows:
+    rows = enumerate(read_json(entry.file), 1) if entry.file.suffix == ".json" else numbered_jsonl(entry.file)
+    for number, row in rows:
         try:
             asked = entry.read(row)
         except ValueError:
-            continue
-        if asked.prompt:
-            yield asked.system, asked.prompt
+            yield number, None
+        else:
+            yield number, asked if asked.prompt else None
 
 
 def describe_leaks(found: dict[str, Any]) -> str:
@@ -145,12 +145,11 @@ def _prompts_of(entries: Iterable[Entry], *, held_out: bool) -> Iterator["Prompt
         if is_held_out(entry) != held_out:
             continue
         metadata = (row["metadata"] for row in read_sidecar(entry.sidecar)) if entry.sidecar else repeat({})
-        for number, ((system, prompt), traced) in enumerate(zip(_asked(entry), metadata, strict=False), start=1):
-            digest = bytes.fromhex(prompt_hash(prompt, system)[:24])
-            if digest not in seen:
+        for (number, asked), traced in zip(_asked(entry), metadata, strict=False):
+            if asked and (digest := bytes.fromhex(prompt_hash(asked.prompt, asked.system)[:24])) not in seen:
                 seen.add(digest)
                 unit = task_of(traced) or digest.hex()
-                yield Prompt(prompt, unit, str(traced.get("evaluation_type")), f"{entry.file}:{number}")
+                yield Prompt(asked.prompt, unit, str(traced.get("evaluation_type")), f"{entry.file}:{number}")
 
 
 # --- nearly the same prompt ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import orjson
 
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError
-from prmkit.files import PACKINGS, open_input, open_stdin
+from prmkit.files import PACKINGS, hash_content, open_input, open_stdin
 from prmkit.prompts.cleaning import count_leaked_scores, mask_leaked_scores, neutralise
 from prmkit.prompts.step import load_rubric
 from prmkit.row_lines import ROW_SUFFIXES, STDIN, Line, is_named, read_lines
@@ -114,14 +114,14 @@ def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[InputFi
     shown = "stdin" if name == STDIN else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     source = InputFile(shown)
     before = None if name == STDIN else _state(Path(name))
-    of_runs = name != STDIN and Path(name).is_file() and holds_records(Path(name))
-    with open_stdin() if name == STDIN else open_input(Path(name)) as stream:
-        hashed = _Hashing(stream)
-        rows = read_lines(io.BufferedReader(hashed, 1 << 18), shown)
-        yield source, _lines_of_runs(Path(name), rubric) if of_runs else rows
-        while of_runs and hashed.read(1 << 18):
-            pass  # runs are read from the file itself
-        source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
+    if name != STDIN and Path(name).is_file() and holds_records(Path(name)):
+        source.sha256, source.bytes = hash_content(Path(name))
+        yield source, _lines_of_runs(Path(name), rubric)
+    else:
+        with open_stdin() if name == STDIN else open_input(Path(name)) as stream:
+            hashed = _Hashing(stream)
+            yield source, read_lines(io.BufferedReader(hashed, 1 << 18), shown)
+            source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
     if before is not None and before != _state(Path(name)):
         raise DataError(f"{shown}: changed while it was read. Convert again when nothing is writing to it.")
 

@@ -17,14 +17,14 @@ import yaml
 
 import prmkit
 from prmkit import registered
+from prmkit.dataset.prepare import open_source
 from prmkit.dataset_info import read_sidecar
 from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_json, write_text
+from prmkit.files import atomic_write, read_json, write_text
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, RUN_RECORD, SIDECAR_SUFFIX, base_model_of
 from prmkit.registered import DATA, ROWS, RUN, VersionId
 from prmkit.registry.arguments import SHIFT_LIMIT
-from prmkit.row_lines import open_rows
 from prmkit.rows import task_of
 from prmkit.training.supervisor import die_with_parent
 
@@ -100,7 +100,7 @@ def convert_all(job: Job) -> None:
     if held_now & _tasks(accepted_rows_of(job.work / "first")):
         _convert(job, "new", job.asked.new, [*flags, *listed])
     if job.asked.replay < 1:
-        replayed = _replayed(job, old, held_now)
+        replayed = _replayed(job, old, held_now, settings["rubric"])
         _convert(job, "data", [*([replayed] if replayed else []), *job.asked.new], [*flags, *listed])
     compared = check_sides(training_data(job), job.parent.name, job.registry)
     log.info("%d versions were checked: none was trained on rows that are now held out.", compared)
@@ -161,8 +161,11 @@ def _convert(job: Job, name: str, inputs: Sequence[Path], flags: Sequence[Any]) 
         run_script("convert_dataset.py", ["--input", *absolute, "--output-dir", job.work / name, *flags, "--no-next"])
 
 
-def _replayed(job: Job, old: Sequence[Path], held_out: set[str]) -> Path | None:
-    """Old rows to use again: all of the held-out tasks, and a share of the others, selected by name."""
+def _replayed(job: Job, old: Sequence[Path], held_out: set[str], rubric: str | None) -> Path | None:
+    """Old rows to use again: all of the held-out tasks, and a share of the others, selected by name.
+
+    Lines are those of the conversion: in a file of labelled runs, each labelled step is one.
+    """
     names = {str(file.resolve()): file for file in old}
     lines: dict[Path, set[int]] = {file: set() for file in old}
     for row in accepted_rows_of(job.work / "all"):
@@ -171,12 +174,12 @@ def _replayed(job: Job, old: Sequence[Path], held_out: set[str]) -> Path | None:
         if file is not None and (task in held_out or place < job.asked.replay * 2**64):
             lines[file].add(row["line"])
     target = job.work / "replayed.jsonl"
-    parts = []
-    for file, numbers in lines.items():
-        with open_rows(str(file)) as found:
-            parts += [line.text.rstrip(b"\n") + b"\n" for line in found if line.number in numbers]
-    write_text(target, b"".join(parts).decode("utf-8", errors="surrogateescape")) if parts else None
-    return target if parts else None
+    with atomic_write(target) as stream:
+        for file, numbers in lines.items():
+            with open_source(str(file), Path(rubric) if rubric else None) as (_, found):
+                # A row may be spread over several lines.
+                stream.writelines(b" ".join(line.text.splitlines()) + b"\n" for line in found if line.number in numbers)
+    return target if target.stat().st_size else None
 
 
 def base_model(job: Job) -> str:

@@ -25,10 +25,10 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
 def _add(folder: Path, arguments: argparse.Namespace) -> None:
     addition = versions.Addition(
-        arguments.run,
-        arguments.name,
-        tuple(arguments.rows),
-        arguments.data_dir,
+        run=arguments.run,
+        name=arguments.name,
+        rows=tuple(arguments.rows),
+        data=arguments.data_dir,
         parent=arguments.parent,
         why=arguments.why,
     )

@@ -15,9 +15,9 @@ from prmkit import registered
 from prmkit.dataset_info import data_folder_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import (
-    content_sha256,
     end_of_last_line,
     exclusive_lock,
+    hash_content,
     read_json,
     read_jsonl,
     sha256_of,
@@ -230,7 +230,7 @@ def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target
     folders = [Path(), *data.resolve().parents[:4]]
     named = [folder / source["source"] for source in report["inputs"] for folder in folders]
     places = [*addition.rows] or named
-    found = {content_sha256(place): place for place in places if place.is_file()}
+    found = {hash_content(place)[0]: place for place in places if place.is_file()}
     if set(wanted) - set(found):
         if addition.rows:
             raise DataError("--rows: the data was not converted from these rows (their hashes differ).")

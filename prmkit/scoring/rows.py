@@ -17,7 +17,7 @@ from prmkit.judge.types import Request
 from prmkit.paths import REPORT
 from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
 from prmkit.row_lines import STDIN, Line
-from prmkit.rows import STEP_TYPES, InputRow, Rejected, parse_line, read_row
+from prmkit.rows import STEP_TYPES, InputRow, Rejected, given_id, parse_line, read_row
 from prmkit.trajectories.documents import Broken, Document
 from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_run_page
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
@@ -45,7 +45,8 @@ class RowToScore:
     """`trajectory_id`, or else the task."""
     clip_number: int | None = None
     is_step: bool = False
-    """Whether it is one step of a trajectory, not a whole trajectory or a category of tools."""
+    """Whether it is one step of a trajectory, not a whole trajectory or a category of tools; a line that cannot be read
+    may be one."""
 
     @property
     def request_hash(self) -> str | None:
@@ -65,14 +66,16 @@ def read_rows(lines: Iterable[Line], shape_of: ShapeOf) -> Iterator[RowToScore]:
         try:
             value = parse_line(line)
         except Rejected as rejected:
-            yield RowToScore(line.number, reason=f"line {line.number}: {rejected.reason}")
+            yield _unreadable(line.number, None, rejected)
             continue
         try:
             yield prompt_row(read_row(value, line), line.number, shape_of)
         except Rejected as rejected:
-            identity = value.get("id") if isinstance(value, dict) else None
-            known = identity if isinstance(identity, str | int) else None
-            yield RowToScore(line.number, known, reason=f"line {line.number}: {rejected.reason}")
+            yield _unreadable(line.number, given_id(value), rejected)
+
+
+def _unreadable(number: int, identity: str | int | None, rejected: Rejected) -> RowToScore:
+    return RowToScore(number, identity, reason=f"line {number}: {rejected.reason}", is_step=True)
 
 
 def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> RowToScore:

@@ -295,6 +295,16 @@ class _Trajectory:
     task: str | None
     steps: list[_Step] = field(default_factory=list)
 
+    def step_of(self, number: int | None, request_hash: str | None) -> _Step | None:
+        """The step that a row repeats: the one with its clip number or, where one has no number, with its prompt."""
+        for step in self.steps:
+            if step.number == number is not None:
+                return step
+        for step in self.steps:
+            if step.request_hash == request_hash is not None and None in (step.number, number):
+                return step
+        return None
+
 
 class Trajectories:
     """Collects the step scores of each trajectory as they arrive."""
@@ -312,21 +322,24 @@ class Trajectories:
         Raises:
             DataError: the trajectory has another prompt with the same clip number.
         """
-        if row.id is not None and not row.is_step:
+        if not row.is_step:
             return
         if row.trajectory is None:
             self.unattributed += 1
             return
-        steps = self._trajectories.setdefault(row.trajectory, _Trajectory(row.task)).steps
-        same = next((step for step in steps if step.number == row.clip_number is not None), None)
-        if same and same.request_hash != row.request_hash:
+        trajectory = self._trajectories.setdefault(row.trajectory, _Trajectory(row.task))
+        request_hash = row.request_hash
+        same = trajectory.step_of(row.clip_number, request_hash)
+        if same and same.request_hash != request_hash:
             raise DataError(
                 f"line {row.number}: clip {row.clip_number} of {row.trajectory} had another prompt before. If these "
                 "are several runs of one task, give each run its own trajectory_id in the metadata."
             )
-        if not same:
+        if same:
+            same.number = row.clip_number if same.number is None else same.number
+        else:
             is_unsure = status == "unsure"
-            steps.append(_Step(row.clip_number, row.request_hash, None if is_unsure else score, is_unsure))
+            trajectory.steps.append(_Step(row.clip_number, request_hash, None if is_unsure else score, is_unsure))
 
     def summaries(self) -> Iterator[dict[str, Any]]:
         """One aggregate per trajectory, with steps by number; steps without a number come last, in input order."""

@@ -13,7 +13,7 @@ from prmkit.errors import DataError, PrmkitError, UsageError
 from prmkit.judge.scorer import ShapeOf
 from prmkit.judge.types import AGGREGATES, BAD_BELOW, SAME_SCORE, UNSCORED, rounded
 from prmkit.prompts.step import Rubric, step_prompts
-from prmkit.rows import Rejected, read_row
+from prmkit.rows import Rejected, given_id, read_row
 from prmkit.scoring.rows import RowToScore, prompt_row, step_row
 from prmkit.scoring.score import Trajectories
 from prmkit.serving.judges import Scored, ServedJudge, Trial
@@ -85,8 +85,7 @@ class Service:
 
     def _row(self, item: Any, number: int, shape_of: ShapeOf) -> RowToScore:
         item = {"prompt": item} if isinstance(item, str) else item
-        identity = item.get("id")
-        known = identity if isinstance(identity, str | int) else None
+        known = given_id(item)
         try:
             if _is_step(item):
                 run = run_of_step(item)
@@ -95,7 +94,7 @@ class Service:
                 return replace(
                     row,
                     number=number,
-                    id=known or row.id,
+                    id=row.id if known is None else known,
                     metadata=item.get("metadata") or {},
                     trajectory=trajectory,  # the steps of a request may belong to different runs
                 )

@@ -35,8 +35,7 @@ def run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
         DataError: there is no run in it.
     """
     if isinstance(state, dict):
-        task = next((name for name in _TASK if state.get(name)), None)
-        step = next((name for name in _STEP if state.get(name)), None)
+        task, step = _first_given(state, _TASK), _first_given(state, _STEP)
         if task and step:
             history = state.get("history") or []
             unused = sorted(state.keys() - {task, step, "thinking", "history"})
@@ -49,6 +48,11 @@ def run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
         "state: this judge reads a run in any form of import_trajectories.py, or an object with a task "
         f"({', '.join(_TASK)}) and what the agent said ({', '.join(_STEP)})."
     )
+
+
+def _first_given(state: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of these parts that is not empty; 0 and false are answers."""
+    return next((name for name in names if state.get(name) not in (None, "", [], {})), None)
 
 
 def _run_of_parts(task: Any, history: Any, said: Any, thinking: Any) -> Trajectory:

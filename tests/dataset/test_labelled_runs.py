@@ -1,5 +1,6 @@
 """Runs whose steps carry labels, converted directly: split by task, rows by run, and the rubric in the report."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 from prmkit.dataset.conversion import convert
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError, UsageError
+from prmkit.files import sha256_of
 from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.rows import labelled_rows
@@ -43,6 +45,14 @@ def test_runs_give_the_data_that_their_rows_give(records: Path, tmp_path: Path) 
     for name in ("reward_model_full.jsonl", "reward_model_full_eval.jsonl"):
         assert (tmp_path / "of runs" / name).read_bytes() == (tmp_path / "of rows" / name).read_bytes()
     assert report["rubrics"] == [load_rubric().sha256]
+
+
+def test_runs_have_one_hash_compressed_or_not(records: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(records.read_bytes()))
+    first, second = (convert(Settings((str(file),), tmp_path / "data"))["inputs"][0] for file in (records, packed))
+    assert first["sha256"] == second["sha256"] == sha256_of(records)
+    assert first["bytes"] == second["bytes"] == records.stat().st_size
 
 
 def test_all_runs_of_a_task_are_on_one_side(records: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from prmkit.dataset.leaks import audit_folder
+from prmkit.dataset.leaks import _prompts_of, audit_folder
 from prmkit.dataset.settings import Split
+from prmkit.dataset_info import read_entries
 from tests.dataset.conftest import Convert, many_rows, prompt_of, read_lines, row_of
 
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -176,6 +177,25 @@ def test_many_sequences_are_sampled_and_not_all_remembered(
     rows.append(row_of(rows[0]["conversations"][0]["value"].replace(story(0, 600)[:20], "Fenchurch"), task="task_99"))
     report = convert_rows(rows, split=split_of(3))
     assert report["leak_audit"]["near_duplicates"]["prompts"] == 1
+
+
+def test_a_skipped_row_or_line_shifts_neither_places_nor_metadata(tmp_path: Path) -> None:
+    texts = [
+        " ".join("".join(random.Random(n * 99 + word).choices("abcdef", k=9)) for word in range(30)) for n in range(6)
+    ]
+    several = json.dumps({"conversations": [{"from": "human", "value": "not in the columns of the entry"}]})
+    rows = [json.dumps(row) for row in alpaca(*texts)]
+    put(tmp_path, INFO, mine="\n".join([several, "", *rows[:5]]), mine_test="\n\n".join([several, rows[5], rows[3]]))
+    traced = [{"prompt_sha256": "0", "metadata": {"task_id": f"of row {n}"}} for n in range(6)]
+    (tmp_path / "mine.meta.jsonl").write_text("".join(json.dumps(each) + "\n" for each in traced))
+    (example,) = audit_folder(tmp_path)["near_duplicates"]["examples"]
+    assert example == {
+        "training": f"{tmp_path}/mine.jsonl:6",
+        "held_out": f"{tmp_path}/mine_test.jsonl:5",
+        "share": 1.0,
+    }
+    found = [(prompt.unit, prompt.text) for prompt in _prompts_of(read_entries(tmp_path).values(), held_out=False)]
+    assert found == [(f"of row {n + 1}", text) for n, text in enumerate(texts[:5])]
 
 
 def test_the_audit_of_a_folder_finds_them_too(convert_rows: Convert, data: Path, script: Script) -> None:

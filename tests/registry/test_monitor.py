@@ -82,6 +82,25 @@ def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     assert read_outcomes(good)["r"] == 1.0  # as evaluate_judge.py --best-of-n reads it
 
 
+def test_a_run_and_a_task_may_be_called_nought(tmp_path: Path) -> None:
+    """In scoring outputs, ids are as the user wrote them."""
+    files = []
+    for name, score in (("a", 0.5), ("b", 0.9)):
+        lines = [{"id": n, "scores": {"k": score}, "score": score, "status": "ok", "request_hash": f"h{n}",
+                  "metadata": {"trajectory_id": n, "task_id": float(n // 2)}} for n in range(4)]  # fmt: skip
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcomes = tmp_path / "outcomes.jsonl"
+    outcomes.write_text("".join(json.dumps({"trajectory_id": n, "outcome": 1}) + "\n" for n in range(4)))
+    steps = read_scored(files)
+    assert {(step.trajectory, step.task) for step in steps} == {("0", "0"), ("1", "0"), ("2", "1"), ("3", "1")}
+    found = compare_judges(steps, read_outcomes(outcomes))
+    assert (found["tasks"], found["outcomes"]["tasks"], found["outcomes"]["runs"]) == (2, 2, 4)
+    outcomes.write_text('{"trajectory_id": [0], "outcome": 1}\n')
+    with pytest.raises(DataError, match=r"outcomes\.jsonl:1: trajectory_id is neither"):
+        read_outcomes(outcomes)
+
+
 def held_out(scores: list[float], key: str = "k") -> list[dict[str, Any]]:
     return [{"score": score, "status": "ok", "prompt_characters": 1000, "scores": {key: {"label_mass": 0.95}}}
             for score in scores]  # fmt: skip

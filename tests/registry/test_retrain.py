@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,25 @@ from prmkit.dataset.settings import Settings
 from prmkit.drift import shift_of
 from prmkit.errors import DataError
 from prmkit.files import exclusive_lock
-from prmkit.registry.batch import Job, Retraining, _conversion_flags, check_sides, convert_all, describe_batch
+from prmkit.registry.batch import (
+    HELD_OUT,
+    TRAINING,
+    Job,
+    Retraining,
+    _conversion_flags,
+    accepted_rows_of,
+    check_sides,
+    convert_all,
+    describe_batch,
+    tasks_in,
+)
 from prmkit.registry.retrain import _contradiction, _drops
 from prmkit.registry.versions import Addition, add_version
+from prmkit.trajectories.importing import Options, read_runs
+from prmkit.trajectories.run import Keys
+from prmkit.trajectory import dump
+from tools.make_sample.runs import message_runs
+from tools.make_sample.sample import write_rows
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -121,6 +138,41 @@ def test_lengths_are_measured_with_what_will_be_trained(
     for name in ("first", "all", "new"):
         lengths = json.loads((work / name / "conversion_report.json").read_text())["settings"]["lengths"]
         assert (lengths["default_system"], lengths["cutoff_len"], lengths["packing"]) == ("You are strict.", 300, True)
+
+
+def labelled_runs(file: Path) -> None:
+    raw = file.with_name("raw.jsonl")
+    write_rows(raw, message_runs(0, 30, labelled=True))
+    file.write_bytes(b"".join(map(dump, read_runs([raw], Options(keys=Keys(labels="labels"))))))
+    raw.unlink()
+
+
+def lines_and_an_array(file: Path) -> None:
+    make_rows(file, range(15))
+    make_rows(file.with_name("more"), range(15, 30))
+    rows = [json.loads(line) for line in file.with_name("more").read_text().splitlines()]
+    file.with_name("spread.json").write_text(json.dumps(rows, indent=1))
+
+
+@pytest.mark.parametrize("write", [labelled_runs, lines_and_an_array])
+def test_all_rows_of_a_share_of_the_old_tasks_are_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    monkeypatch.setenv(registered.REGISTRY_VARIABLE, str(tmp_path / "judges"))
+    (tmp_path / "old").mkdir()
+    write(tmp_path / "old" / "rows.jsonl")
+    make_rows(tmp_path / "new.jsonl", range(40, 50), word="refund")
+    parent = add_version(tmp_path / "judges", Addition(make_run(tmp_path, tmp_path / "old"), "judge"))
+    asked = Retraining("judge@1", (tmp_path / "new.jsonl",), "base", 0.4, 0.05, (), False, False)
+    job = Job(asked, tmp_path / "judges", parent, tmp_path / "work", "key")
+    job.work.mkdir()
+    convert_all(job)
+    used, known = (Counter(row["metadata"]["task_id"] for row in accepted_rows_of(job.work / name))
+                   for name in ("data", "all"))  # fmt: skip
+    assert all(used[task] == known[task] for task in used)
+    assert tasks_in(job.work / "data", HELD_OUT) == tasks_in(job.work / "all", HELD_OUT)
+    old = tasks_in(job.parent_folder / "data", TRAINING)
+    assert 0.2 < len(old & set(used)) / len(old) < 0.8
 
 
 def test_full_fine_tuning_has_no_adapter_to_start_from(registry: Path, tmp_path: Path, script: Script) -> None:

@@ -73,6 +73,28 @@ def test_a_version_has_its_run_data_and_rows(project: Path, judges: Path, manage
     assert "seed" in json.loads(manage("diff", 1, 2, "--json"))["settings"]
 
 
+def test_data_that_was_moved_is_named(tmp_path: Path, judges: Path, manage: Manage) -> None:
+    make_rows(tmp_path / "rows.jsonl", range(30))
+    run = make_run(tmp_path, tmp_path / "rows.jsonl")
+    data = (tmp_path / "data").rename(tmp_path / "elsewhere")
+    manage("add", run, "--data-dir", data)
+    assert (judges / "judge" / "1" / "data" / "reward_model_full.jsonl").is_file()
+    assert (judges / "judge" / "1" / "rows" / "rows.jsonl").is_file()
+
+
+@pytest.mark.parametrize("found", ["by itself", "with --rows"])
+def test_compressed_rows_are_kept(tmp_path: Path, judges: Path, manage: Manage, found: str) -> None:
+    make_rows(tmp_path / "rows.jsonl", range(30))
+    rows = tmp_path / "rows.jsonl.gz"
+    rows.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    (tmp_path / "rows.jsonl").unlink()
+    run = make_run(tmp_path, rows)
+    if found == "with --rows":
+        rows = rows.rename(tmp_path / "moved.jsonl.gz")
+    manage("add", run, *(["--rows", rows] if found == "with --rows" else []))
+    assert (judges / "judge" / "1" / "rows" / rows.name).read_bytes() == rows.read_bytes()
+
+
 @pytest.mark.usefixtures("two")
 def test_a_copied_run_finds_its_base_model(project: Path, judges: Path) -> None:
     from prmkit.judge.sources import judge_source_of_run

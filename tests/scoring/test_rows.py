@@ -5,6 +5,7 @@ import io
 import json
 
 import orjson
+import pytest
 from families import FLAT, prompt
 
 from prmkit.judge.scorer import ShapeOf
@@ -61,6 +62,12 @@ def test_arrays_and_missing_values_of_pandas_are_read() -> None:
 def test_a_form_that_is_not_known_is_answered_with_the_expected_one() -> None:
     (row,) = rows({"text": "What a step."})
     assert row.request is None and "conversations" in row.reason
+
+
+@pytest.mark.parametrize(("given", "kept"), [("0", 0), ('""', ""), ("true", None), ("[]", None)])
+def test_the_id_of_a_row_that_cannot_be_read_is_kept(given: str, kept: object) -> None:
+    (row,) = rows(f'{{"id": {given}, "prompt": ""}}'.encode())
+    assert (row.id, type(row.id), row.reason) == (kept, type(kept), "line 1: empty prompt")
 
 
 def test_a_trajectory_is_a_task_unless_it_says_otherwise() -> None:

@@ -362,6 +362,12 @@ def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path,
     assert "belong to no trajectory: 1 (" in narrated.text
 
 
+@pytest.mark.parametrize("line", ["{", '{"prompt": ""}', '{"id": "named", "prompt": ""}', '{"id": 0, "prompt": ""}'])
+def test_a_line_that_cannot_be_read_may_be_a_step_that_is_missing(tmp_path: Path, narrated, line: str) -> None:
+    summed_up(tmp_path, [json.dumps(row(1)), line])
+    assert "belong to no trajectory: 1 (" in narrated.text
+
+
 @pytest.mark.parametrize("spelt", [float, str, lambda number: f" {number} "])
 def test_clip_numbers_as_spreadsheets_write_them_are_numbers(tmp_path: Path, spelt) -> None:
     rows = [row(number) for number in (10, 9)]
@@ -386,6 +392,27 @@ def test_two_prompts_for_one_clip_ask_for_a_trajectory_id(tmp_path: Path) -> Non
     rows = [json.dumps(row(1)), json.dumps(row(1)), of("one", "", 1)]
     with pytest.raises(DataError, match=r"line 3: clip 1 of one had another prompt before.*its own trajectory_id"):
         summed_up(tmp_path, rows)
+
+
+@pytest.mark.parametrize("numbers", [(None, None), (1, None), (None, 1), (1, 1)])
+def test_two_judges_rows_of_one_prompt_are_one_step(tmp_path: Path, numbers: tuple[int | None, int | None]) -> None:
+    rows = [row(1), row(1), row(2), row(2)]
+    for place, each in enumerate(rows):
+        each["metadata"] |= {"model_name": f"judge {place % 2}", "clip_number": numbers[place % 2] and place // 2 + 1}
+    (one,) = summed_up(tmp_path, list(map(json.dumps, rows)))
+    assert (one["steps"], one["missing"], one["product"]) == (2, 0, 0.49)
+
+
+def test_steps_with_one_prompt_and_other_numbers_are_several(tmp_path: Path) -> None:
+    rows = [{**row(1), "metadata": {**row(1)["metadata"], "clip_number": number}} for number in (1, 2)]
+    (one,) = summed_up(tmp_path, list(map(json.dumps, rows)))
+    assert (one["steps"], one["product"]) == (2, 0.49)
+
+
+def test_lines_that_cannot_be_judged_are_not_one_step(tmp_path: Path) -> None:
+    rows = [{"prompt": f"no keys {number}", "metadata": {"task_id": "one"}} for number in (1, 2)]
+    (one,) = summed_up(tmp_path, list(map(json.dumps, rows)))
+    assert (one["steps"], one["unscored"]) == (2, 2)
 
 
 def test_a_trajectory_with_an_unsure_step_is_not_summed_up(tmp_path: Path) -> None:

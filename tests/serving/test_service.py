@@ -1,6 +1,7 @@
 """What the endpoints answer, beside a judge whose scores are known."""
 
 import asyncio
+import json
 import math
 import re
 import subprocess
@@ -65,6 +66,17 @@ def test_steps_and_prompts_get_lines_and_bad_ones_a_reason() -> None:
     for body in ({}, {"steps": 7}, {"steps": [7]}, {"steps": [], "keys": "x"}):
         with pytest.raises(DataError):
             answer(lambda service, body=body: service.score(body))
+
+
+@pytest.mark.parametrize(("given", "kept"), [(0, 0), (1, 1), ("", ""), ("0", "0"), (True, None), (None, None)])
+def test_an_id_is_kept_even_if_it_is_nought(given: Any, kept: Any) -> None:
+    step = {"task": "t", "step": {"role": "assistant", "content": "good"}}
+    asked = [step, {"prompt": 'good. Answer: {"step_score": 0.5}'}, {"prompt": "no schema"}, {"task": "t"}]
+    body = {"steps": [{**each, "id": given} for each in asked]}
+    found = [line["id"] for line in answer(lambda service: service.score(body))["results"]]
+    unnamed = [line["id"] for line in answer(lambda service: service.score({"steps": asked}))["results"]]
+    assert found == (unnamed if kept is None else [kept] * 4)
+    assert unnamed[0] == "request#1"
 
 
 def test_a_run_has_scores_aggregates_returns_and_its_first_bad_step() -> None:
@@ -202,6 +214,12 @@ CHAT = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "conte
 def test_a_state_is_what_applications_call_input_and_output(state: Any, unused: list[str]) -> None:
     run, found = run_of_state(state)
     assert (run.task, [step.text for step in run.steps], found) == ("What is it?", ["good"], unused)
+
+
+@pytest.mark.parametrize("said", [0, False, 0.0, "0"])
+def test_an_answer_may_be_nought(said: Any) -> None:
+    run, _ = run_of_state({"question": "How many?", "step": "", "output": said})
+    assert [step.text for step in run.steps] == [json.dumps(said).strip('"')]
 
 
 @pytest.mark.parametrize(
