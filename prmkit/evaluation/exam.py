@@ -15,7 +15,7 @@ from typing import Any
 
 from prmkit.dataset_info import read_entries, split_names
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_jsonl, sha256_of
+from prmkit.files import numbered_jsonl, read_jsonl, sha256_of
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 from prmkit.paths import sidecar_of
 from prmkit.rows import WEIGHT, InputRow, Rejected, is_weight, read_row, whole_number
@@ -162,8 +162,8 @@ def _run_of_record(run: Trajectory) -> ExamRun:
 
 def _runs_of_rows(file: Path) -> list[ExamRun]:
     grouped: dict[str, dict[int, list[tuple[ExamStep, Mapping[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
-    for number, value in enumerate(read_jsonl(file), start=1):
-        name, step, metadata = _labelled_step(value, f"{file}: row {number}")
+    for number, value in numbered_jsonl(file):
+        name, step, metadata = _labelled_step(value, f"{file}:{number}")
         grouped[name][step.n].append((step, metadata))
     return [_run_of_steps(name, [of_step[n] for n in sorted(of_step)]) for name, of_step in grouped.items()]
 
