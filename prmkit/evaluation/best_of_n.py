@@ -24,7 +24,7 @@ from prmkit.evaluation.exam_answers import is_repeated, read_exam_answers, run_o
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
 from prmkit.evaluation.exam_command import folder_of
 from prmkit.evaluation.exam_report import interval_cell, value_cell
-from prmkit.files import read_jsonl, write_json
+from prmkit.files import numbered_jsonl, read_jsonl, write_json
 from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
 from prmkit.judge.types import AGGREGATES
@@ -166,7 +166,7 @@ def _outcome_lines(file: Path) -> list[Attempt]:
         return []
     runs: dict[str, Attempt] = {}
     steps: dict[str, dict[int, float | None]] = defaultdict(dict)
-    for number, value in enumerate(read_jsonl(file), start=1):
+    for number, value in numbered_jsonl(file):
         place = f"{file}:{number}"
         if not _is_outcome_line(value):
             raise DataError(f"{place}: not a line with task_id and outcome, unlike the first line.")

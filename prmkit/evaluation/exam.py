@@ -15,7 +15,7 @@ from typing import Any
 
 from prmkit.dataset_info import read_entries, read_sidecar, split_names
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_jsonl, sha256_of, stored_form
+from prmkit.files import numbered_jsonl, sha256_of, stored_form
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 from prmkit.rows import WEIGHT, InputRow, Rejected, is_weight, read_row, task_of, whole_number
 from prmkit.trajectories.importing import Options, read_runs
@@ -161,8 +161,8 @@ def _run_of_record(run: Trajectory) -> ExamRun:
 
 def _runs_of_rows(file: Path) -> list[ExamRun]:
     grouped: dict[str, dict[int, list[tuple[ExamStep, Mapping[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
-    for number, value in enumerate(read_jsonl(file), start=1):
-        name, step, metadata = _labelled_step(value, f"{file}: row {number}")
+    for number, value in numbered_jsonl(file):
+        name, step, metadata = _labelled_step(value, f"{file}:{number}")
         grouped[name][step.n].append((step, metadata))
     return [_run_of_steps(name, [of_step[n] for n in sorted(of_step)]) for name, of_step in grouped.items()]
 

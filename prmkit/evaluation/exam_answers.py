@@ -17,7 +17,7 @@ from typing import Any
 
 from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
-from prmkit.files import read_jsonl
+from prmkit.files import numbered_jsonl
 from prmkit.row_lines import bare_name
 from prmkit.rows import SELECTED_BY, name_at, weight_of, whole_number
 from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
@@ -74,7 +74,7 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
     known = _by_name(runs)
     judges: dict[str, JudgeScores] = {}
     given: dict[str, dict[StepId, _Given]] = {}
-    for number, value in enumerate(read_jsonl(file), start=1):
+    for number, value in numbered_jsonl(file):
         place = f"{file}:{number}"
         if not isinstance(value, dict):
             raise DataError(f"{place}: not an object with id, step and score.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
-from prmkit.files import read_jsonl
+from prmkit.files import numbered_jsonl
 from prmkit.judge.types import AGGREGATES
 from prmkit.rows import name_at
 from prmkit.trajectory import log_id, outcome_number
@@ -61,7 +61,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
     found = []
     since = None if days is None else datetime.now(UTC) - timedelta(days=days)
     for path in paths:
-        for number, line in enumerate(read_jsonl(path), start=1):
+        for number, line in numbered_jsonl(path):
             if not isinstance(line, dict) or not {"score", "status", "request_hash"} <= line.keys():
                 raise DataError(f"{path}:{number}: neither a scored step nor a line of a request log.")
             if since is None or _time_of(line, f"{path}:{number}") >= since:
@@ -321,7 +321,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
         DataError: a line has no outcome from 0 to 1.
     """
     found: dict[str, float] = {}
-    for number, line in enumerate(read_jsonl(path), start=1):
+    for number, line in numbered_jsonl(path):
         about = line if isinstance(line, dict) else {}
         outcome, name = outcome_number(about.get("outcome")), name_at(f"{path}:{number}", about, "trajectory_id")
         if outcome is None or name is None:

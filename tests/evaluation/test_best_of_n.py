@@ -119,6 +119,12 @@ def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(tmp_path: Path)
     assert found["tasks"] == 2
 
 
+def test_a_line_after_an_empty_one_has_its_own_number(tmp_path: Path) -> None:
+    (tmp_path / "outcomes.jsonl").write_text('{"task_id": 1, "outcome": 1}\n\n{"x": 1}\n')
+    with pytest.raises(DataError, match=r"outcomes\.jsonl:3: not a line"):
+        pick(tmp_path / "outcomes.jsonl")
+
+
 MESSAGES = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]
 
 

@@ -245,6 +245,16 @@ def test_answers_that_cannot_be_right_are_refused(ternary: Path, line: Any, mess
         take(ternary, "--predictions", public.write_lines(ternary.parent / "bad.jsonl", [line]))
 
 
+def test_a_line_after_an_empty_one_has_its_own_number(ternary: Path) -> None:
+    for name, message in (
+        ("bad.jsonl", r"bad\.jsonl:2: not an object"),
+        ("exam.jsonl", r"exam\.jsonl:2: not a labelled"),
+    ):
+        (ternary.parent / name).write_text("\n[1, 2]\n")
+        with pytest.raises(DataError, match=message):
+            take(ternary, "--predictions", ternary.parent / "bad.jsonl")
+
+
 def test_two_scores_for_one_step_are_refused_unless_equal(ternary: Path) -> None:
     line = {"id": "quiz_0.0", "step": 1, "score": 0.5}
     take(ternary, "--predictions", public.write_lines(ternary.parent / "twice.jsonl", [line, line]))

@@ -71,11 +71,11 @@ def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="share no step"):
         compare_judges(read_scored([one, unsure]), None)
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"x": 1}\n')
-    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+    bad.write_text('\n{"x": 1}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:2"):
         read_scored([bad])
-    bad.write_text('{"trajectory_id": "r", "outcome": 7}\n')
-    with pytest.raises(DataError, match="from 0 to 1"):
+    bad.write_text('\n\n{"trajectory_id": "r", "outcome": 7}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:3: .*from 0 to 1"):
         read_outcomes(bad)
     good = tmp_path / "good.jsonl"
     good.write_text('{"trajectory_id": "r", "outcome": {"success": true, "score": 0.4}}\n')
