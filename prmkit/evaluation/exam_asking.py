@@ -92,8 +92,6 @@ def _ask(
     fingerprint: Mapping[str, Any],
     answer: Callable[[Iterator[Asked]], Iterator[tuple[StepKey, JsonLine]]],
 ) -> dict[StepId, float]:
-    from prmkit.judge.batching import digest
-
     file.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(file.parent, f"writing {file.name}", lock=f".{file.name}.lock"):
         kept = reopen(file, fingerprint, retry=("failed",))
@@ -105,7 +103,7 @@ def _ask(
         def missing() -> Iterator[Asked]:
             for (run, step), request in asked:
                 if request is not None:
-                    key = (digest(request).hex(), run, step)
+                    key = (request.digest.hex(), run, step)
                     wanted.append(key)
                     if key not in lines:
                         yield key, request

@@ -1,7 +1,5 @@
 """Shared by both backends: prepare prompts as in training, judge equal ones once, keep the order, read verdicts."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -85,7 +83,7 @@ def judgements_in_order(
     known: dict[bytes, Judgement] = {}
     requests = iter(requests)
     while group := list(islice(requests, window)):
-        keys = list(map(digest, group))
+        keys = [request.digest for request in group]
         new = {key: request for key, request in zip(keys, group, strict=True) if key not in known}
         ready: dict[bytes, Prepared] = {}
         for key, request in new.items():
@@ -97,12 +95,6 @@ def judgements_in_order(
         for (key, prepared), judgement in zip(ready.items(), judge_all(list(ready.values())), strict=True):
             known[key] = replace(judgement, prompt_tokens=len(prepared.ids), trimmed=prepared.trimmed)
         yield from (known[key] for key in keys)
-
-
-def digest(request: Request) -> bytes:
-    """A hash of everything in a request: its prompt, its system text, and the scores that it asks for."""
-    text = json.dumps([request.shape.nested, request.shape.keys, request.system, request.prompt])
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def parse_generated(text: str, shape: Shape) -> Judgement:

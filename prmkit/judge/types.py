@@ -1,5 +1,7 @@
 """A judge's requests and answers."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +45,12 @@ class Request:
     """The scores to give, in this order."""
     system: str | None = None
     """The row's system text; None for the judge's default."""
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of everything in the request: its prompt, its system text, and the scores that it asks for."""
+        text = json.dumps([self.shape.nested, self.shape.keys, self.system, self.prompt])
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)

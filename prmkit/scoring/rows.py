@@ -11,7 +11,6 @@ from typing import Any
 from prmkit import cli
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json
-from prmkit.judge.batching import digest
 from prmkit.judge.scorer import DEFAULT_RUN, ShapeOf
 from prmkit.judge.types import Request
 from prmkit.paths import REPORT
@@ -51,7 +50,7 @@ class RowToScore:
     @property
     def request_hash(self) -> str | None:
         """Hash of the prompt, the system text and the score keys."""
-        return digest(self.request).hex() if self.request else None
+        return self.request.digest.hex() if self.request else None
 
 
 def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:

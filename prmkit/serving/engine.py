@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from prmkit.errors import PrmkitError
-from prmkit.judge.batching import digest
 from prmkit.judge.scorer import Scorer
 from prmkit.judge.types import Judgement, Request
 
@@ -86,7 +85,7 @@ class Engine:
             Busy: there was no place in the queue for `patience` seconds.
             Stopping: the server is shutting down.
         """
-        keys = [digest(request) for request in requests]
+        keys = [request.digest for request in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if not self._is_known(key)}
         found = {key: self._known[key] for key in keys if key in self._known}
         await self._wait_for_places(len(new))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from prmkit.judge.batching import digest, make_preparer, parse_generated
+from prmkit.judge.batching import make_preparer, parse_generated
 from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.judge.types import Request
 from prmkit.prompts.cleaning import neutralise
@@ -19,7 +19,7 @@ PLAIN = Request("A step.", Shape(("a_score",), nested=False))
 
 def test_the_system_text_is_part_of_a_request() -> None:
     strict, mild = replace(PLAIN, system="Be strict."), replace(PLAIN, system="Be mild.")
-    assert len({digest(request) for request in (PLAIN, strict, mild)}) == 3
+    assert len({request.digest for request in (PLAIN, strict, mild)}) == 3
 
 
 def test_the_system_text_is_encoded_as_in_training(judges: dict[str, LocalJudge]) -> None:
