@@ -67,7 +67,7 @@ def _log_to_mlflow(folder: Path, version: VersionId) -> None:
 
 def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
     from prmkit.registry.batch import Retraining
-    from prmkit.registry.retrain import retrain
+    from prmkit.registry.retrain import retrain, show_retraining
 
     asked = Retraining(
         reference=arguments.version,
@@ -86,7 +86,7 @@ def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
     if arguments.json:
         cli.emit_json(result)
     else:
-        describe.show_retraining(result)
+        show_retraining(result)
     return ExitCode.DONE if result["gate"]["passed"] else ExitCode.GATE
 
 
@@ -98,7 +98,7 @@ def _ab(_folder: Path, arguments: argparse.Namespace) -> None:
     if arguments.json:
         cli.emit_json(found)
     else:
-        describe.show_ab(found)
+        monitor.show_ab(found)
 
 
 def _drift(folder: Path, arguments: argparse.Namespace) -> None:
@@ -110,7 +110,7 @@ def _drift(folder: Path, arguments: argparse.Namespace) -> None:
     if arguments.json:
         cli.emit_json(found)
     else:
-        describe.show_drift(version, found)
+        monitor.show_drift(version, found)
     if found["findings"]:
         raise GateError(f"{version} has drifted: {'; '.join(found['findings'])}.")
     if found["undecided"]:

@@ -224,66 +224,6 @@ def sentence_of(line: Mapping[str, Any]) -> str:
     return version + (f" {line['what']}" if line.get("what") else "")
 
 
-def show_retraining(result: Mapping[str, Any]) -> None:
-    """The findings, training and decision of a retraining."""
-    for sentence in (result["report"] or {}).get("findings", []):
-        cli.emit(f"new rows: {sentence}")
-    if result["version"]:
-        cli.emit(f"{result['version']}: registered; its parent is {result['parent']}.")
-    else:
-        cli.emit(f"Nothing was trained; {result['parent']} is unchanged.")
-    cli.emit("gate: met" if result["gate"]["passed"] else "gate: not met")
-    for reason in result["gate"]["reasons"]:
-        cli.emit(f"  {reason}")
-    if result["promoted"]:
-        cli.emit(f"{result['version']}: now has the tag.")
-    elif result["gate"]["passed"]:
-        cli.emit(f"next: python manage_judges.py tag {result['version']} production")
-
-
-def show_ab(found: Mapping[str, Any]) -> None:
-    """The sentences and tables of an A/B comparison."""
-    cli.emit(f"A is {found['a']}, B is {found['b']}: {found['steps']:,} steps on which both are sure")
-    if found["steps"]:
-        cli.emit(
-            f"B minus A: {shown_estimate(found['mean_difference'])} over {found['tasks']:,} tasks; "
-            f"{found['equal_within_0.1']:.0%} differ by at most 0.1"
-        )
-        widest = [[each["id"], f"{each['a']:.2f}", f"{each['b']:.2f}"] for each in found["widest"]]
-        cli.emit_table("Largest differences", ("step", "A", "B"), widest, numeric=("A", "B"))
-        for each in found["widest"]:
-            if each["prompt"]:
-                cli.emit(f"{each['id']}:\n{each['prompt'][-_LOGGED:]}\n")
-    if "outcomes" in found:
-        on = found["outcomes"]
-        cli.emit(
-            f"squared error of success, A minus B: {shown_estimate(on['gain_of_b'])} over {on['tasks']:,} tasks: "
-            f"{on['decision']}"
-        )
-
-
-_LOGGED = 600
-"""How many characters to show from the end of a logged prompt, where the step is."""
-
-
-def show_drift(version: VersionId, found: Mapping[str, Any]) -> None:
-    """Tables of current scores next to those of the held-out rows."""
-    rows = [
-        [f"{keys}: {what}" if len(found["groups"]) > 1 else what, f"{each['n_reference']:,}", f"{each['n']:,}",
-         *(_number(each[key]) for key in ("mean_reference", "mean", "psi", "ks")), each["verdict"]]
-        for keys, group in found["groups"].items()
-        for what, each in group.items()
-    ]  # fmt: skip
-    columns = ("", "n then", "n now", "mean then", "mean now", "PSI", "KS", "verdict")
-    cli.emit_table(str(version), columns, rows, numeric=columns[1:7], optional=("n then", "KS"))
-    unsure = found["unsure"]
-    cli.emit(f"unsure or unscored: {unsure['then']:.1%} then, {unsure['now']:.1%} now")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
-
-
 # --- MLflow -----------------------------------------------------------------------------------------------------------
 
 

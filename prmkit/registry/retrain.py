@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prmkit import registered
+from prmkit import cli, registered
 from prmkit.errors import GateError, LlamaFactoryError
 from prmkit.evaluation import compare
 from prmkit.files import exclusive_lock, read_json, sha256_of, write_json
@@ -239,3 +239,20 @@ def _register(job: Job, run: Path, gate: Mapping[str, Any], report: Mapping[str,
         },
     )
     return versions.add_version(job.registry, addition)
+
+
+def show_retraining(result: Mapping[str, Any]) -> None:
+    """The findings, training and decision of a retraining."""
+    for sentence in (result["report"] or {}).get("findings", []):
+        cli.emit(f"new rows: {sentence}")
+    if result["version"]:
+        cli.emit(f"{result['version']}: registered; its parent is {result['parent']}.")
+    else:
+        cli.emit(f"Nothing was trained; {result['parent']} is unchanged.")
+    cli.emit("gate: met" if result["gate"]["passed"] else "gate: not met")
+    for reason in result["gate"]["reasons"]:
+        cli.emit(f"  {reason}")
+    if result["promoted"]:
+        cli.emit(f"{result['version']}: now has the tag.")
+    elif result["gate"]["passed"]:
+        cli.emit(f"next: python manage_judges.py tag {result['version']} production")

@@ -13,8 +13,15 @@ from registry_fixtures import make_rows, make_run
 
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
-from prmkit.registry.describe import show_ab
-from prmkit.registry.monitor import compare_judges, confidence_sequence, drift_of, read_outcomes, read_scored, steps_of
+from prmkit.registry.monitor import (
+    compare_judges,
+    confidence_sequence,
+    drift_of,
+    read_outcomes,
+    read_scored,
+    show_ab,
+    steps_of,
+)
 from prmkit.trajectory import log_id
 
 
