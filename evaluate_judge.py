@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prmkit import cli
 from prmkit.errors import ExitCode
+from prmkit.http_client import KEY_VARIABLE
 from prmkit.judge.scorer import add_judge_arguments
 
 
@@ -44,9 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     exam.add_argument("--predict-with", metavar="URL", help="ask a server: chat completions, or /v1/systemone")
     exam.add_argument("--server-model", metavar="NAME", help="the model's name on that server")
-    exam.add_argument(
-        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key"
-    )
+    key = f"environment variable with the server's key (default {KEY_VARIABLE})"
+    exam.add_argument("--api-key-env", metavar="NAME", help=key)
     exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     parity = parser.add_argument_group("instead: compare a run with its export")
     parity.add_argument(

@@ -122,6 +122,11 @@ _USED_BY: Mapping[str, tuple[str, ...]] = {
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Reject arguments that only another kind of evaluation uses."""
+    of_server = [name for name in ("server_model", "api_key_env") if getattr(arguments, name) is not None]
+    if of_server and arguments.predict_with is None:
+        raise UsageError(
+            f"{', '.join(map(_flag, of_server))}: only used with --predict-with. Add that, or leave it out."
+        )
     kind = next((kind for kind in _KINDS if getattr(arguments, kind)), _HELD_OUT)
     unused = [name for name, kinds in _USED_BY.items() if kind not in kinds]
     reads_answers = bool(arguments.predictions) and kind in _USED_BY["predictions"]
