@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     exam.add_argument("--predict-with", metavar="URL", help="ask a server: chat completions, or /v1/systemone")
     exam.add_argument("--server-model", metavar="NAME", help="the model's name on that server")
-    key = "environment variable with the server's key (default %(default)s)"
-    exam.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME", help=key)
+    key = f"environment variable with the server's key (default {KEY_VARIABLE})"
+    exam.add_argument("--api-key-env", metavar="NAME", help=key)
     exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
     parity = parser.add_argument_group("instead: compare a run with its export")
     prompts = f"score N prompts with both (without a number: {PARITY_PROMPTS})"

@@ -113,13 +113,18 @@ def check_url(url: str, called: str = "--base-url", example: str = "http://local
         raise UsageError(f"{called} {Endpoint(url, '').name}: not the address of a server. Write it as {example}.")
 
 
-def key_from(variable: str) -> str | None:
-    """The API key in an environment variable; None if it is empty.
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""The environment variable with the API key of a server, if the user names no other."""
+
+
+def key_from(variable: str | None) -> str | None:
+    """The API key in an environment variable, by default `KEY_VARIABLE`; None if it is empty.
 
     Raises:
         UsageError: as `checked_key`.
     """
-    return checked_key(os.environ.get(variable, ""), f"${variable}")
+    name = KEY_VARIABLE if variable is None else variable
+    return checked_key(os.environ.get(name, ""), f"${name}")
 
 
 def checked_key(key: str, called: str) -> str | None:

@@ -17,6 +17,7 @@ from prmkit.collection.command import _MOST_MISSING
 from prmkit.dataset.conversion import _MOST_REJECTED
 from prmkit.dataset.settings import Split
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE
+from prmkit.http_client import KEY_VARIABLE, Endpoint
 from prmkit.registry.arguments import REPLAY
 from prmkit.serving.app import Limits
 from prmkit.serving.command import _SHADOW_SHARE, _TRIAL_SHARE
@@ -164,6 +165,16 @@ IN_THE_CODE = {
     "serve_judge.py --share": (_TRIAL_SHARE, _SHADOW_SHARE),
     "serve_judge.py --log-size": (RequestLog.largest >> 20,),
     "serve_judge.py --log-files": (RequestLog.kept,),
+    "evaluate_judge.py --api-key-env": (KEY_VARIABLE,),
+} | {
+    f"{script} {option}": (value,)
+    for script in ("score_trajectories.py", "serve_judge.py")
+    for option, value in {
+        "--api-key-env": KEY_VARIABLE,
+        "--concurrency": Endpoint.concurrency,
+        "--top-logprobs": Endpoint.top_logprobs,
+        "--timeout": Endpoint.timeout,
+    }.items()
 }
 """Option -> the values that the code uses, where the parser cannot have them: it works without packages, or must know
 whether the option was given."""

@@ -15,7 +15,6 @@ from prmkit.evaluation.evaluate import REPORT_FILE, EvaluationSettings, evaluate
 from prmkit.evaluation.exam_command import asks_judge, take_exam
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS, check_parity
 from prmkit.files import read_json, write_json
-from prmkit.http_client import KEY_VARIABLE
 from prmkit.intervals import CALIBRATION_FILE, calibrated_judge, read_calibration, write_calibration
 from prmkit.judge.scorer import DEFAULT_RUN, add_judge_arguments, asking_of, judge_source
 from prmkit.judge.sources import (
@@ -168,13 +167,11 @@ def _defaults_of_judges() -> dict[str, Any]:
 
 
 _OF_JUDGES = _defaults_of_judges()
-"""Flag about a judge that is asked -> its default."""
-_DEFAULTS = {**_OF_JUDGES, "api_key_env": KEY_VARIABLE}
-"""Those of all other flags are None or False."""
+"""Flag about a judge that is asked -> its default; those of all other flags are None or False."""
 
 
 def _is_given(name: str, arguments: argparse.Namespace) -> bool:
-    value, default = getattr(arguments, name), _DEFAULTS.get(name, False)
+    value, default = getattr(arguments, name), _OF_JUDGES.get(name, False)
     return value is not None and (type(value), value) != (type(default), default)  # 0 equals False
 
 

@@ -266,41 +266,33 @@ def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose between a local model and one on a server; call `add_judge_arguments` first."""
-    group = parser.add_argument_group("a judge on a server")
-    group.add_argument(
-        "--backend",
-        choices=["transformers", "openai"],
-        default="transformers",
-        help="load the model here (default), or ask an OpenAI-compatible completions endpoint with logprobs "
-        "(vLLM, SGLang, llama-server)",
-    )
-    group.add_argument(
+    add = parser.add_argument_group("a judge on a server").add_argument
+    add(
         "--base-url",
         nargs="+",
         metavar="URL",
-        help="such as http://localhost:8000/v1; --model is the model's name there. With several, each request goes to "
-        "the server with the fewest in flight; servers that fail are skipped",
+        help="an OpenAI-compatible completions endpoint (vLLM, SGLang, llama-server), such as "
+        "http://localhost:8000/v1; --model is the model's name there. With several, each request goes to the server "
+        "with the fewest in flight; servers that fail are skipped",
     )
-    group.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FOLDER",
-        help="the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)",
-    )
-    group.add_argument("--api-key-env", default=KEY_VARIABLE, metavar="NAME", help="variable with the key")
-    at_once = "requests at once (default %(default)s)"
-    group.add_argument("--concurrency", type=cli.positive, default=Endpoint.concurrency, metavar="N", help=at_once)
-    group.add_argument(
+    where = "openai: ask a server (default with --base-url); transformers: load the model here (default without)"
+    add("--backend", choices=["transformers", "openai"], help=where)
+    folder = "the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)"
+    add("--tokenizer", type=Path, metavar="FOLDER", help=folder)
+    # Without defaults here, because one of these flags without a server is a mistake.
+    add("--api-key-env", metavar="NAME", help=f"variable with the key (default {KEY_VARIABLE})")
+    at_once = f"requests at once (default {Endpoint.concurrency})"
+    add("--concurrency", type=cli.positive, metavar="N", help=at_once)
+    add(
         "--logprobs",
         choices=["exact", "top"],
-        default=Endpoint.logprobs,
         help="exact: request the needed tokens by name if the server supports it (vLLM, SGLang; default). It disturbs "
         "other clients that ask the same vLLM for ordinary logprobs; top does not",
     )
-    likeliest = "likeliest tokens to ask for (default %(default)s)"
-    group.add_argument("--top-logprobs", type=cli.positive, default=Endpoint.top_logprobs, metavar="N", help=likeliest)
-    longest = f"longest wait for a complete answer, per attempt; there are {Endpoint.attempts} (default %(default)g)"
-    group.add_argument("--timeout", type=cli.seconds, default=Endpoint.timeout, metavar="SECONDS", help=longest)
+    likeliest = f"likeliest tokens to ask for (default {Endpoint.top_logprobs})"
+    add("--top-logprobs", type=cli.positive, metavar="N", help=likeliest)
+    longest = f"for a complete answer, per attempt; there are {Endpoint.attempts} (default {Endpoint.timeout:g})"
+    add("--timeout", type=cli.seconds, metavar="SECONDS", help=f"longest wait {longest}")
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:
@@ -310,7 +302,7 @@ def scorer_of(arguments: argparse.Namespace) -> Scorer:
         DataError: no judge is there.
         UsageError: the arguments contradict each other.
     """
-    endpoint = _endpoint(arguments) if arguments.backend == "openai" else None
+    endpoint = _endpoint(arguments)
     if endpoint:
         folder = arguments.tokenizer or (Path(arguments.model) if Path(arguments.model).is_dir() else None)
         arguments = argparse.Namespace(**vars(arguments) | {"model": folder and str(folder)})
@@ -360,19 +352,28 @@ def _named_source(arguments: argparse.Namespace) -> JudgeSource:
     return JudgeSource(model, arguments.adapter)
 
 
-def _endpoint(arguments: argparse.Namespace) -> Endpoint:
-    if not arguments.base_url or not arguments.model:
-        raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
+_SERVER_SETTINGS = ("concurrency", "logprobs", "top_logprobs", "timeout")
+
+
+def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
+    """The server that --base-url names; None without it."""
+    if arguments.base_url is None:
+        _check_no_server(arguments)
+        return None
+    if arguments.backend == "transformers":
+        raise UsageError("--backend transformers loads the model here, but --base-url names a server. Leave one out.")
+    if not arguments.model:
+        raise UsageError("--base-url needs --model, the model's name on the server.")
     for url in arguments.base_url:
         check_url(url)
     first, *others = arguments.base_url
-    return Endpoint(
-        first,
-        arguments.model,
-        others=tuple(others),
-        logprobs=arguments.logprobs,
-        api_key=key_from(arguments.api_key_env),
-        concurrency=arguments.concurrency,
-        top_logprobs=arguments.top_logprobs,
-        timeout=arguments.timeout,
-    )
+    given = {name: value for name in _SERVER_SETTINGS if (value := getattr(arguments, name)) is not None}
+    return Endpoint(first, arguments.model, key_from(arguments.api_key_env), others=tuple(others), **given)
+
+
+def _check_no_server(arguments: argparse.Namespace) -> None:
+    if arguments.backend == "openai":
+        raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
+    flags = ("tokenizer", "api_key_env", *_SERVER_SETTINGS)
+    if given := [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]:
+        raise UsageError(f"{', '.join(given)}: only for a judge on a server. Name the server with --base-url.")

@@ -128,6 +128,11 @@ def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(r
         (("--parity", "--limit", "5", "--mode", "generate"), "leave out --limit, --mode generate"),
         (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: only used with --parity"),
         (("--predictions", "answers.jsonl"), "--predictions: only used with --exam or --best-of-n"),
+        (("--server-model", "m"), "--server-model: only used with --predict-with"),
+        (
+            ("--exam", "e", "--server-model", "m", "--api-key-env", "OPENAI_API_KEY"),
+            "--server-model, --api-key-env: only",
+        ),
         (("--exam", "e", "--min-spearman", "0", "--best-of-n", "b"), "--exam: leave out --best-of-n, --min-spearman,"),
         (("--best-of-n", "b", "--predictions", "p"), "--best-of-n with --predictions: leave out --run,"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from prmkit.errors import UsageError
 from prmkit.files import write_json
+from prmkit.http_client import Endpoint
 from prmkit.judge.scorer import Scorer, add_backend_arguments, add_judge_arguments, judge_source, load_judge, scorer_of
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import LocalJudge
@@ -113,6 +114,33 @@ def test_a_judge_on_a_server_differs_from_one_that_is_loaded() -> None:
         abstention_of(scorer_of(parsed(*REMOTE)), 0.9, None)
     with pytest.raises(UsageError, match="--base-url and --model"):
         scorer_of(parsed("--backend", "openai", "--model", "exported_model"))
+
+
+@pytest.mark.usefixtures("project")
+def test_the_address_of_a_server_is_enough() -> None:
+    assert scorer_of(parsed(*REMOTE[2:])) == scorer_of(parsed(*REMOTE))
+    assert scorer_of(parsed(*REMOTE[2:])).endpoint == Endpoint("http://x/v1", "exported_model")
+    assert scorer_of(parsed("--backend", "transformers")).endpoint is None
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--run saves/reward_model_training --base-url http://x/v1", "--base-url needs --model"),
+        ("--backend transformers --base-url http://x/v1 --model x", "--backend transformers loads the model here"),
+        ("--backend openai", "--backend openai needs --base-url"),
+        *((flag, f"{flag.split()[0]}: only for a judge on a server") for flag in (
+            "--tokenizer exported_model", "--api-key-env OPENAI_API_KEY", "--concurrency 16", "--logprobs exact",
+            "--top-logprobs 20", "--timeout 300",
+        )),
+        ("--backend transformers --timeout 9 --logprobs top", "--logprobs, --timeout: only for"),
+    ],
+)  # fmt: skip
+def test_no_flag_of_a_server_is_ignored(arguments: str, message: str) -> None:
+    """Not even with the value that is the default with a server."""
+    with pytest.raises(UsageError, match=message):
+        scorer_of(parsed(*arguments.split()))
 
 
 @pytest.mark.usefixtures("project")

@@ -176,6 +176,8 @@ def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
         (["-", "--adapter", "x"], 2, "--adapter needs --model"),
         (["-", "--run", "x", "--model", "y"], 2, "two judges"),
         (["-", "--backend", "openai"], 2, "--base-url"),
+        (["-", "--run", "x", "--base-url", "http://localhost:80/v1"], 2, "needs --model"),
+        (["-", "--run", "x", "--timeout", "9"], 2, "only for a judge on a server"),
         (
             ["-", "--backend", "openai", "--model", ".", "--base-url", "localhost:80/v1"],
             2,
