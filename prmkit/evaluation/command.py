@@ -122,8 +122,6 @@ _USED_BY: Mapping[str, tuple[str, ...]] = {
 }
 """Flag -> the kinds of evaluation that use it; flags that are not here are used by all that ask a judge."""
 _PARTNERS = {
-    "server_model": "--predict-with",
-    "api_key_env": "--predict-with",
     "max_new_tokens": "--mode generate",
     "min_label_mass": "--mode expected",
 }
@@ -132,6 +130,10 @@ _PARTNERS = {
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Reject arguments that only another kind of evaluation uses."""
+    of_server = [name for name in ("server_model", "api_key_env") if _is_given(name, arguments)]
+    if of_server and arguments.predict_with is None:
+        names = ", ".join(map(_flag, of_server))
+        raise UsageError(f"{names}: only used with --predict-with. Add that, or leave it out.")
     kind = next((kind for kind in _KINDS if getattr(arguments, kind)), _HELD_OUT)
     given = [name for name in dict.fromkeys(_unused_by(kind, arguments)) if _is_given(name, arguments)]
     if given and kind == _HELD_OUT:
@@ -142,9 +144,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         sources = [name for name in ("predictions", "predict_with") if getattr(arguments, name) and name not in given]
         what = " with ".join(map(_flag, [kind, *sources]))
         raise UsageError(f"{what}: leave out {', '.join(map(_flag, given))}, which it does not use.")
-    present = {f"--mode {arguments.mode}", *(["--predict-with"] if arguments.predict_with else [])}
     for name, partner in _PARTNERS.items():
-        if _is_given(name, arguments) and partner not in present:
+        if _is_given(name, arguments) and partner != f"--mode {arguments.mode}":
             raise UsageError(f"{_flag(name)}: only used with {partner}. Add that, or leave it out.")
     if arguments.margin is not None and arguments.compare is None:
         raise UsageError("--margin limits how much worse than --compare RUN the judge may be. Add --compare RUN.")
