@@ -125,8 +125,20 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     if arguments.json:
         cli.emit_json(report)
     else:
-        show_summary(report, with_next_step=not arguments.no_next)
+        show_summary(report)
+        if not arguments.no_next:
+            cli.emit(_next_step(arguments, next(iter(report["variants"])), Path(report["settings"]["output"])))
     return ExitCode.DONE
+
+
+def _next_step(arguments: argparse.Namespace, name: str, folder: Path) -> str:
+    """The command that trains on what was written, with the settings with which its lengths were measured."""
+    overrides: dict[str, Any] = dict(map(split_assignment, arguments.assignments))
+    overrides |= {key: given for key in ("template", "cutoff_len") if (given := getattr(arguments, key)) is not None}
+    if folder != Path(str(_config(arguments).get("dataset_dir") or "data")):
+        overrides["dataset_dir"] = folder
+    words = ["--config", str(arguments.config or "training_config.yaml"), "--dataset", name]
+    return f"next: python train.py {shlex.join([*words, *(f'{key}={value}' for key, value in overrides.items())])}"
 
 
 def _audit(folder: Path, *, as_json: bool) -> ExitCode:

@@ -2,7 +2,6 @@
 # ruff: noqa: S608 - queries consist of strings of this module; values from the data are bound
 
 import math
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -216,8 +215,8 @@ def describe_problems(problems: Iterable[ScaleProblem]) -> list[str]:
 # --- the summary --------------------------------------------------------------------------------------------------
 
 
-def show_summary(report: Mapping[str, Any], *, with_next_step: bool) -> None:
-    """Print the summary of a conversion to stdout, optionally with the next command as its last line."""
+def show_summary(report: Mapping[str, Any]) -> None:
+    """Print the summary of a conversion to stdout."""
     files = set(report["files"])
     tasks = {name for name in report["variants"] for side in ("", HELD_OUT_SUFFIX)
              if f"{TASKS}/{name}{side}.jsonl" in files}  # fmt: skip
@@ -233,8 +232,6 @@ def show_summary(report: Mapping[str, Any], *, with_next_step: bool) -> None:
         _table(columns, map(_agreement_row, pairs), numeric=columns[2:], optional=("prompts", "scores", "type"))
     for line in _notes(report, len(tasks)):
         cli.emit(line)
-    if with_next_step:
-        cli.emit(_next_step(report))
 
 
 def _table(
@@ -326,9 +323,3 @@ def _length_notes(report: Mapping[str, Any]) -> Iterator[str]:
     if report["trimmed"]["rows"]:
         rows, left_out = report["trimmed"]["rows"], report["trimmed"]["tokens_left_out"]
         yield f"prompts shortened in the middle: {rows:,}, by {left_out:,} tokens in total"
-
-
-def _next_step(report: Mapping[str, Any]) -> str:
-    name, folder = next(iter(report["variants"])), report["settings"]["output"]
-    elsewhere = "" if folder == "data" else f" dataset_dir={shlex.quote(folder)}"
-    return f"next: python train.py --config training_config.yaml --dataset {name}{elsewhere}"

@@ -27,6 +27,27 @@ def test_without_arguments_it_reads_finetune_jsonl_and_writes_data(source: Path,
     assert done.stderr.strip() == ""
 
 
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("", "--config training_config.yaml --dataset reward_model_full"),
+        ("--output-dir elsewhere", "--config training_config.yaml --dataset reward_model_full dataset_dir=elsewhere"),
+        ("--config next.yaml", "--config next.yaml --dataset reward_model_full"),
+        ("--config next.yaml cutoff_len=99", "--config next.yaml --dataset reward_model_full cutoff_len=99"),
+        (
+            "--config next.yaml cutoff_len=99 --cutoff-len 88 --output-dir data",
+            "--config next.yaml --dataset reward_model_full cutoff_len=88 dataset_dir=data",
+        ),
+        ("--config next.yaml dataset_dir=mine", "--config next.yaml --dataset reward_model_full dataset_dir=mine"),
+        ("--config next.yaml --model-names judge-a", "--config next.yaml --dataset reward_model_custom"),
+    ],
+)
+def test_the_next_command_trains_with_the_same_settings(source: Path, script: Script, typed: str, advice: str) -> None:
+    (source.parent / "next.yaml").write_text("model_name_or_path: not_here\ndataset_dir: ./of_config\n")
+    done = script("convert_dataset.py", *typed.split(), cwd=source.parent)
+    assert done.stdout.splitlines()[-1] == f"next: python train.py {advice}"
+
+
 def test_the_report_on_stdout(source: Path, data: Path, script: Script) -> None:
     done = script("convert_dataset.py", "--input", source, "--output-dir", data, "--json")
     assert json.loads(done.stdout) == json.loads((data / "conversion_report.json").read_text())
