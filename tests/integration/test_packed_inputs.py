@@ -69,7 +69,7 @@ def test_runs_are_imported_and_scored(tmp_path: Path, suffix: str, packing: str)
 @pytest.mark.parametrize(("inside", "why"), [
     (b"# Notes", "not JSON"), (b"PK\x03\x04...", "a zip archive"), (b"\x7fELF\0", "a binary file"),
     (gzip.compress(b"{}"), "packed twice"), (bz2.compress(b"{}"), "packed twice"),
-])  # fmt: skip
+], ids=["text", "zip", "binary", "gzip", "bzip2"])  # fmt: skip
 def test_what_is_in_a_packed_file_is_why_it_is_refused(tmp_path: Path, inside: bytes, why: str, packing: str) -> None:
     file = tmp_path / f"r.eval{packing}"
     file.write_bytes(PACK[packing](inside))
