@@ -8,6 +8,7 @@ import yaml
 
 from prmkit.files import write_text
 from prmkit.intervals import shown
+from prmkit.rows import EVALUATION_TYPES
 
 CARD = "README.md"
 _GRADES = {"useful": "yes", "weak": "with care", "not_useful": "no", "unknown": "not known"}
@@ -39,8 +40,8 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, 
     sections = [
         _header(record, merged),
         f"# {_inline(record.get('run') or 'Process reward model')}\n",
-        "A judge of AI agents' work, trained to score as strong LLM judges do: single steps (`clip`), all steps of one "
-        "tool category (`category`) and whole runs (`final`), from 0 (bad) to 1 (good).\n",
+        "A judge of AI agents' work, trained to score as strong LLM judges do, from 0 (bad) to 1 (good)"
+        f"{_types(metrics)}.\n",
         "## Agreement with the judges\n",
         *_agreement(metrics),
         "## Training\n",
@@ -51,6 +52,13 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, 
         *_limits(metrics),
     ]
     return "\n".join(sections)
+
+
+def _types(metrics: Mapping[str, Any] | None) -> str:
+    """The evaluation types that were measured, with their meanings."""
+    measured = metrics["summary"]["types"] if metrics else {}
+    known = [f"{each.meaning} (`{name}`)" for name, each in EVALUATION_TYPES.items() if name in measured]
+    return f": {', '.join(known)}" if known else ""
 
 
 def _header(record: Mapping[str, Any], merged: bool) -> str:

@@ -32,7 +32,8 @@ class EvaluationType(NamedTuple):
 
     meaning: str
     is_step: bool = False
-    """One step: the scores of a run then have an order, and can be combined and watched."""
+    """One step: the scores of a run then have an order, and can be combined and watched. At most one type is, because
+    scoring and metrics match the steps of a run by their clip number alone."""
 
 
 STEP_TYPE = "clip"

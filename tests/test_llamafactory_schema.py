@@ -21,9 +21,9 @@ def test_a_key_that_the_code_names_is_still_one_of_llama_factorys(root: Path) ->
 
 
 def _named(keys: Set[str], root: Path) -> dict[str, set[str]]:
-    """Those of `keys` that the package or a shell script names, each with the files."""
+    """Those of `keys` that the package, a script or a benchmark names, each with the files."""
     named: dict[str, set[str]] = {}
-    for path in (*(root / "prmkit").rglob("*.py"), *root.glob("*.sh")):
+    for path in (*root.glob("prmkit/**/*.py"), *root.glob("benchmarks/*.py"), *root.glob("*.py"), *root.glob("*.sh")):
         text = path.read_text(encoding="utf-8")
         nodes = ast.walk(ast.parse(text)) if path.suffix == ".py" else [ast.Constant(text)]
         strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]

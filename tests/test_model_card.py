@@ -40,6 +40,7 @@ def test_it_says_what_was_trained_and_how_well_it_agrees(tmp_path: Path) -> None
     assert "| clip | yes | 0.70 [0.60, 0.80] | – |" in text
     assert "Useful on clip." in text and "more lenient by 0.1" in text
     assert "`reward\\_model" not in text and "dataset: `reward_model_full`" in text
+    assert "from 0 (bad) to 1 (good): one step of a run (`clip`).\n" in text
     assert "More information needed" not in text
 
 

@@ -130,11 +130,10 @@ _PARTNERS = {
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Reject arguments that only another kind of evaluation uses."""
-    of_server = [name for name in ("server_model", "api_key_env") if _is_given(name, arguments)]
-    if of_server and arguments.predict_with is None:
-        names = ", ".join(map(_flag, of_server))
-        raise UsageError(f"{names}: only used with --predict-with. Add that, or leave it out.")
     kind = next((kind for kind in _KINDS if getattr(arguments, kind)), _HELD_OUT)
+    of_server = [_flag(name) for name in ("server_model", "api_key_env") if _is_given(name, arguments)]
+    if of_server and kind in (_HELD_OUT, "exam") and not arguments.predict_with:
+        raise UsageError(f"{', '.join(of_server)}: only used with --predict-with. Add that, or leave it out.")
     given = [name for name in dict.fromkeys(_unused_by(kind, arguments)) if _is_given(name, arguments)]
     if given and kind == _HELD_OUT:
         users = _USED_BY[given[0]]

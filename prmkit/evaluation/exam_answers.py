@@ -145,8 +145,13 @@ def _counts_messages(value: Mapping[str, Any]) -> bool:
     return "source_index" in value or any(key.endswith("step_labels") for key in value)
 
 
+def _is_row(value: Mapping[str, Any]) -> bool:
+    """Whether a line is a row of a strong judge, as those that are converted, and not a score."""
+    return bool({"conversations", "messages"} & value.keys())
+
+
 def _judge_of(value: Mapping[str, Any]) -> str | None:
-    metadata = value.get("metadata") if "conversations" in value else None
+    metadata = value.get("metadata") if _is_row(value) else None
     places = (value, metadata if isinstance(metadata, dict) else {})
     return next((str(place[key]) for place in places for key in _JUDGES if place.get(key)), None)
 
@@ -184,7 +189,7 @@ def _scores_in(
                 raise DataError(f"{place}: label {label!r:.30} is not -1, 0 or 1.")
             yield numbers.get(int(index)) if str(index).isdigit() else None, (float(label), True)
         return
-    if "conversations" in value:
+    if _is_row(value):
         row, verdict = judged_row(value, place, "a judged step")
         step = row.clip_number if row.clip_number in numbers.values() else None
         yield step, (verdict.mean, False) if verdict else None

@@ -31,6 +31,8 @@ from prmkit.training.records import differences, read_record
 log = logging.getLogger(__name__)
 
 _KEPT_BY_GIT = ".gitkeep"
+_RENEWED = ("config", "sources", "command", "processes", "base_model")
+"""What the record of a resumed run takes from the new start; everything else is of its first start."""
 
 
 # --- which checkpoint? --------------------------------------------------------------------------------------------
@@ -248,7 +250,7 @@ def _decide_with_same_config(folder: Path, record: dict[str, Any], fresh: dict[s
     newest = newest_checkpoint(folder, rename=rename)
     if newest is not None and fresh["config"].get("resume_from_checkpoint") is False:
         raise UsageError(f"{newest.folder}: exists, but resume_from_checkpoint is false. Add --overwrite.")
-    record = {**record, **{key: fresh[key] for key in ("config", "sources", "command", "processes", "base_model")}}
+    record = {**record, **{key: fresh[key] for key in _RENEWED}}
     return _begin_or_resume(explicit or newest or _check_chosen(named), record, folder)
 
 

@@ -218,6 +218,10 @@ def test_strong_judges_that_first_asked_are_weighed(ternary: Path, capsys: pytes
     assert found["metrics"].get("first_error", {"value": None})["value"] is None
     assert f"{len(kept)} of these steps were selected by ask_judges.py --first" in capsys.readouterr().out
     asked_anyway = [row | {"metadata": without_selection(row["metadata"])} for row in kept]
+    as_chat = [{"messages": [{"role": "user", "content": row["conversations"][0]["value"]},
+                             {"role": "assistant", "content": row["conversations"][1]["value"]}],
+                "metadata": row["metadata"]} for row in kept]  # fmt: skip
+    assert take(ternary, "--predictions", public.write_lines(ternary.parent / "chat.jsonl", as_chat))["strong"] == found
     both = take(ternary, "--predictions", public.write_lines(ternary.parent / "both.jsonl", kept + asked_anyway))
     assert value(both["strong"], "auroc") == pytest.approx(roc_auc_score(bad, suspicion))
 
@@ -306,7 +310,7 @@ UNUSED = "leave out {}, which it does not use."
         (("--parity", "--max-new-tokens", "9"), "--parity: " + UNUSED.format("--max-new-tokens")),
         (("--parity", "--min-label-mass", "0", "--too-long", "report"), UNUSED.format("--min-label-mass, --too-long")),
         (("--predict-with", "u", "--server-model", "m"), "--predict-with, --server-model: only used with --exam."),
-        (("--api-key-env", "KEY"), "--api-key-env: only used with --exam."),
+        (("--api-key-env", "KEY"), "--api-key-env: only used with --predict-with."),
         ((*ANSWERS, "--server-model", "m"), "--server-model: only used with --predict-with. Add that, or leave it"),
         (("--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate. Add that, or leave it out."),
         (("--mode", "generate", "--min-label-mass", "0"), "--min-label-mass: only used with --mode expected."),

@@ -13,6 +13,7 @@ import pytest
 from prmkit.errors import DataError, UsageError
 from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport, Options, read_runs
+from prmkit.trajectories.readers import READERS, forms_of, record
 from prmkit.trajectory import Trajectory, dump, load
 from tests.trajectories import (
     test_atif_and_tagged,
@@ -38,6 +39,12 @@ EXAMPLES: dict[str, list[Any]] = {
     **test_labels.EXAMPLES,
 }
 """Files of every form, by a name of the form."""
+
+
+def test_every_form_has_an_example() -> None:
+    found = {form for values in EXAMPLES.values() for value in values for form in forms_of(value)}
+    assert found == READERS.keys() - {record.READER.name}  # the project's own form
+
 
 ATIF = {"schema_version": "ATIF-v1.7", "agent": {}, "session_id": "s",
         "steps": [{"source": "user", "message": "Go."}, {"source": "agent", "message": "Done."}]}  # fmt: skip
