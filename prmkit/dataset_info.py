@@ -137,7 +137,7 @@ def read_sidecar(file: Path) -> Iterator[dict[str, Any]]:
     """
     for row in read_jsonl(file):
         try:
-            row["prompt_sha256"], trajectory_of(row["metadata"])
+            row["prompt_sha256"], task_of(row["metadata"]), trajectory_of(row["metadata"])
         except (TypeError, KeyError, AttributeError, Rejected) as error:
             raise DataError(f"{file}: not written by a conversion. Convert again.") from error
         yield row

@@ -113,10 +113,6 @@ def check_url(url: str, called: str = "--base-url", example: str = "http://local
         raise UsageError(f"{called} {Endpoint(url, '').name}: not the address of a server. Write it as {example}.")
 
 
-KEY_VARIABLE = "OPENAI_API_KEY"
-"""The environment variable with the API key of a server, if the user names no other."""
-
-
 def key_from(variable: str | None) -> str | None:
     """The API key in an environment variable, by default `KEY_VARIABLE`; None if it is empty.
 

@@ -32,6 +32,9 @@ HEAVY = (*LIGHT, "llamafactory.cli", "llamafactory.train.tuner", "scipy.stats")
 ADDRESS = "PRMKIT_TESTS_PRELOADED"
 """The environment variable with the socket to which children/sitecustomize.py hands such programs over."""
 
+ALL_NEW = os.environ.get(ADDRESS) == ""
+"""Whether every process is to import its packages itself, as with `./run_tests.sh --all`."""
+
 
 class Preloaded:
     """A Python that waits with its imports done; started by the first command."""
@@ -52,6 +55,9 @@ class Preloaded:
     ) -> subprocess.CompletedProcess[str]:
         """Run a script with arguments, as `subprocess.run` does with captured output."""
         words = list(map(str, command))
+        if ALL_NEW:
+            typed = [sys.executable, *words]
+            return subprocess.run(typed, cwd=cwd, input=stdin, env=env, timeout=timeout, capture_output=True, text=True)
         with tempfile.TemporaryDirectory() as folder, self._lock:
             files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
             for file, text in zip(files, (stdin or "", "", ""), strict=True):

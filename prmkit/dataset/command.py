@@ -134,7 +134,8 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 def _next_step(arguments: argparse.Namespace, name: str, folder: Path) -> str:
     """The command that trains on what was written, with the settings with which its lengths were measured."""
     overrides: dict[str, Any] = dict(map(split_assignment, arguments.assignments))
-    overrides |= {key: given for key in ("template", "cutoff_len") if (given := getattr(arguments, key)) is not None}
+    flags = {"model_name_or_path": "tokenizer", "template": "template", "cutoff_len": "cutoff_len"}
+    overrides |= {key: given for key, flag in flags.items() if (given := getattr(arguments, flag)) is not None}
     if folder != Path(str(_config(arguments).get("dataset_dir") or "data")):
         overrides["dataset_dir"] = folder
     words = ["--config", str(arguments.config or "training_config.yaml"), "--dataset", name]

@@ -94,7 +94,7 @@ class InputFile:
     """Its name as the user gave it."""
     sha256: str = ""
     bytes: int = 0
-    """How many bytes were hashed: of the uncompressed content; of a file of runs, as it is on the disk."""
+    """How many bytes of unpacked content were hashed."""
 
 
 @contextmanager

@@ -75,13 +75,14 @@ class Stage:
         row, prompt = prepared.row, prepared.prompt
         number = _number(source, prepared.line)
         scores = [(key, round(score * 100)) for key, score in prepared.scores.items()]
+        metadata = orjson.dumps(without_selection(row.metadata), option=orjson.OPT_SORT_KEYS)
         self.rows.execute(
             f"INSERT INTO row VALUES ({', '.join('?' * 23)}, 0, NULL, NULL)",
             (
                 number, source, prepared.line, self._prompt_id(prompt.digest, prompt.system, prompt.text),
                 prepared.wanted, row.task or prompt.digest[:16], row.task, row.judge, row.evaluation_type,
                 row.trajectory, _slot(prepared), _digest(row.prompt), _digest(prepared.canonical),
-                _digest(f"{row.answer}\0{orjson.dumps(without_selection(row.metadata))!r}"), len(row.prompt),
+                _digest(f"{row.answer}\0{metadata!r}"), len(row.prompt),
                 len(prepared.label), measured.tokens, measured.tokens_left_out, measured.characters_left_out,
                 prompt.markers + prepared.markers, prompt.leaked_scores, ",".join(prepared.repairs),
                 float(row.metadata.get(WEIGHT, 0.0)),

@@ -219,6 +219,14 @@ def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> N
         _copy_rows(addition, read_json(data / REPORT), data, target / ROWS)
 
 
+def _unpacked(place: Path) -> str:
+    """The SHA-256 of what a file holds; empty if it is damaged, so that it is no file of the conversion's."""
+    try:
+        return hash_content(place)[0]
+    except DataError:
+        return ""
+
+
 def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target: Path) -> None:
     wanted = [source["sha256"] for source in report["inputs"]]
     if addition.keep_rows:
@@ -230,7 +238,8 @@ def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target
     folders = [Path(), *data.resolve().parents[:4]]
     named = [folder / source["source"] for source in report["inputs"] for folder in folders]
     places = [*addition.rows] or named
-    found = {hash_content(place)[0]: place for place in places if place.is_file()}
+    # Of packed runs, reports once had the hash of the file.
+    found = {digest: place for place in places if place.is_file() for digest in (sha256_of(place), _unpacked(place))}
     if set(wanted) - set(found):
         if addition.rows:
             raise DataError("--rows: the data was not converted from these rows (their hashes differ).")

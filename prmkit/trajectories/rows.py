@@ -113,7 +113,9 @@ def judged_metadata(
     run: Trajectory, number: int, rubric: Rubric, judge: str, provider: str | None, timestamp: str | None = None
 ) -> dict[str, Any]:
     """The metadata of a row of a judged step, with the keys of all rows of judges."""
-    who = {"model_name": judge, "provider": provider, "category": None, "timestamp": timestamp}
+    # The order of the keys is that of rows which exist: the same answers give the same bytes.
+    who = {"model_name": judge, "provider": provider, "evaluation_type": STEP_TYPE, "category": None,
+           "timestamp": timestamp}  # fmt: skip
     return who | step_metadata(run, number, rubric)
 
 

@@ -131,6 +131,13 @@ def test_what_the_prompt_asks_for_separates_scores_from_other_numbers(convert_ro
     assert line["output"] == '{"reasonableness_score": 0.50, "summary": "s"}'
 
 
+def test_a_copy_whose_metadata_has_another_order_is_no_second_answer(convert_rows: Convert) -> None:
+    row = row_of(prompt_of("a"), score=0.9)
+    copy = row | {"metadata": dict(reversed(row["metadata"].items()))}
+    assert list(copy["metadata"]) != list(row["metadata"])
+    assert convert_rows([row, copy])["rows_answered_again"] == 0
+
+
 def test_the_same_verdict_twice_is_kept_once_and_counted(convert_rows: Convert) -> None:
     rows = [
         row_of(prompt_of("a"), score=0.9),

@@ -92,6 +92,14 @@ def test_every_set_is_named_everywhere() -> None:
     assert yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).keys() <= {*SETS}
 
 
+def test_rows_of_labels_keep_the_order_of_their_metadata(read: Read) -> None:
+    """The same labels give the same bytes, whatever version of prmkit wrote them."""
+    row = next(rows_of(read(*EXAMPLES["who-and-when"])[0], load_rubric()))
+    assert list(row["metadata"])[:8] == [
+        "model_name", "provider", "evaluation_type", "category", "timestamp", "task_id", "trajectory_id", "clip_number",
+    ]  # fmt: skip
+
+
 def test_who_and_when(read: Read) -> None:
     """Before the mistake is right, the mistake is wrong, and nothing is known of what follows."""
     (run,) = read(*EXAMPLES["who-and-when"])
