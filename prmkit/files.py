@@ -291,7 +291,7 @@ _BLOCK = 64 << 10
 def spread_blocks(path: Path, count: int) -> Iterator[bytes]:
     """Blocks of 64 KiB, evenly spread from the first to the last of a large file.
 
-    They tell weights apart that take minutes to read: training changes weights everywhere.
+    Their hash distinguishes weights that take minutes to read: training changes weights everywhere.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:

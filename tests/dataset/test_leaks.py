@@ -11,7 +11,8 @@ import pytest
 
 from prmkit.dataset.leaks import _prompts_of, audit_folder
 from prmkit.dataset.settings import Split
-from prmkit.dataset_info import read_entries
+from prmkit.dataset_info import identities, read_entries
+from prmkit.errors import DataError
 from tests.dataset.conftest import Convert, many_rows, prompt_of, read_lines, row_of
 
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -100,6 +101,15 @@ def test_more_prompts_than_are_compared_at_once(tmp_path: Path, monkeypatch: pyt
 def test_a_damaged_folder_is_named(tmp_path: Path, script: Script, info: str, message: str) -> None:
     (tmp_path / "dataset_info.json").write_text(info)
     assert message in script("convert_dataset.py", "--audit", tmp_path, code=1).stderr
+
+
+@pytest.mark.parametrize("metadata", [{"task_id": 1.5}, {"task_id": ["a"], "trajectory_id": "r"}, None])
+def test_a_sidecar_that_names_no_task_that_can_be_read_is_a_sentence(tmp_path: Path, metadata: Any) -> None:
+    line = {"prompt_sha256": "0" * 64, "metadata": metadata}
+    file = tmp_path / "a.meta.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match="not written by a conversion"):
+        list(identities(file))
 
 
 def test_a_folder_without_datasets(tmp_path: Path, script: Script) -> None:

@@ -16,6 +16,8 @@ from registry_fixtures import ROOT, make_rows, make_run
 
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
+from prmkit.files import sha256_of, write_json
+from prmkit.paths import REPORT
 from prmkit.registered import VersionId, read_history, state_of
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.run import Keys
@@ -80,19 +82,6 @@ def test_data_that_was_moved_is_named(tmp_path: Path, judges: Path, manage: Mana
     manage("add", run, "--data-dir", data)
     assert (judges / "judge" / "1" / "data" / "reward_model_full.jsonl").is_file()
     assert (judges / "judge" / "1" / "rows" / "rows.jsonl").is_file()
-
-
-@pytest.mark.parametrize("found", ["by itself", "with --rows"])
-def test_compressed_rows_are_kept(tmp_path: Path, judges: Path, manage: Manage, found: str) -> None:
-    make_rows(tmp_path / "rows.jsonl", range(30))
-    rows = tmp_path / "rows.jsonl.gz"
-    rows.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
-    (tmp_path / "rows.jsonl").unlink()
-    run = make_run(tmp_path, rows)
-    if found == "with --rows":
-        rows = rows.rename(tmp_path / "moved.jsonl.gz")
-    manage("add", run, *(["--rows", rows] if found == "with --rows" else []))
-    assert (judges / "judge" / "1" / "rows" / rows.name).read_bytes() == rows.read_bytes()
 
 
 @pytest.mark.usefixtures("two")
@@ -168,7 +157,7 @@ def test_judge_is_understood_wherever_a_run_is(
 
 @pytest.mark.parametrize("what", ["rows", "runs"])
 def test_packed_rows_are_kept_for_a_retraining(tmp_path: Path, judges: Path, manage: Manage, what: str) -> None:
-    """The report has the hash of what is in them."""
+    """By themselves and by another name; the report has the hash of what is in them, or, from earlier, of the file."""
     make_rows(tmp_path / "rows.jsonl", range(30))
     if what == "runs":
         raw = tmp_path / "raw.jsonl"
@@ -179,9 +168,14 @@ def test_packed_rows_are_kept_for_a_retraining(tmp_path: Path, judges: Path, man
     packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
     run = make_run(tmp_path, packed)
     manage("add", run)
-    manage("add", run, "--name", "named", "--rows", packed)
-    for name in ("judge", "named"):
-        assert (judges / name / "1" / "rows" / "rows.jsonl.gz").read_bytes() == packed.read_bytes()
+    moved = packed.rename(tmp_path / "moved.jsonl.gz")
+    manage("add", run, "--name", "named", "--rows", moved)
+    report = json.loads((tmp_path / "data" / REPORT).read_text())
+    report["inputs"][0]["sha256"] = sha256_of(moved)  # as earlier reports have it
+    write_json(tmp_path / "data" / REPORT, report)
+    manage("add", run, "--name", "older", "--rows", moved)
+    for place in ("judge/1/rows/rows.jsonl.gz", "named/1/rows/moved.jsonl.gz", "older/1/rows/moved.jsonl.gz"):
+        assert (judges / place).read_bytes() == moved.read_bytes()
 
 
 def test_names_that_mean_nothing_or_several(project: Path, manage: Manage) -> None:
