@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from prmkit.errors import DataError
-from prmkit.files import read_json, read_jsonl, sha256_of
+from prmkit.files import numbered_jsonl, read_json, read_jsonl, sha256_of
 from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
-from prmkit.rows import Rejected, task_of, trajectory_of
+from prmkit.rows import Rejected, prompt_hash, task_of, trajectory_of
 
 Format = Literal["alpaca", "sharegpt"]
 
@@ -143,9 +143,45 @@ def read_sidecar(file: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def identities(file: Path) -> Iterator[tuple[str, str | None]]:
-    """The SHA-256 of the prompt (as the user wrote it) and the task of each row of a sidecar."""
-    return ((row["prompt_sha256"], task_of(row["metadata"])) for row in read_sidecar(file))
+def identities(entry: Entry) -> Iterator[tuple[str, str | None]]:
+    """The SHA-256 of each row's prompt (as the user wrote it, if there is a sidecar) and its task, if it is known.
+
+    Raises:
+        DataError: a file is damaged, or rows were added or removed after the conversion.
+    """
+    if entry.sidecar is None:
+        yield from ((prompt_hash(texts.prompt, texts.system), None) for _, texts in texts_of(entry) if texts)
+        return
+    traced = 0
+    for row in read_sidecar(entry.sidecar):
+        traced += 1
+        yield row["prompt_sha256"], task_of(row["metadata"])
+    if traced != (rows := number_of_rows(entry)):
+        raise DataError(
+            f"{entry.file} has {rows:,} rows, but its conversion wrote {traced:,} ({entry.sidecar}). Convert again."
+        )
+
+
+def texts_of(entry: Entry) -> Iterator[tuple[int, RowTexts | None]]:
+    """The line and the texts of each row of a dataset; no texts if the row has other columns or an empty prompt."""
+    if entry.file is None:
+        return
+    rows = enumerate(read_json(entry.file), 1) if entry.file.suffix == ".json" else numbered_jsonl(entry.file)
+    for number, row in rows:
+        try:
+            texts = entry.read(row)
+        except ValueError:
+            yield number, None
+        else:
+            yield number, texts if texts.prompt else None
+
+
+def number_of_rows(entry: Entry) -> int | None:
+    """The number of rows of a dataset; None if it is not one JSONL file."""
+    if entry.file is None or entry.file.suffix != ".jsonl" or not entry.file.is_file():
+        return None
+    with entry.file.open("rb") as stream:
+        return sum(1 for line in stream if line.strip())
 
 
 def data_folder_of(run: Path, record: Mapping[str, Any]) -> Path | None:

@@ -203,7 +203,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 def _scales(arguments: argparse.Namespace) -> dict[str | None, Scale]:
     """Judge -> scale; None applies to every other judge."""
-    words = dict(_word(text) for text in arguments.map)
+    words: dict[str, float] = {}
+    for word, score in map(_word, arguments.map):
+        if words.setdefault(word, score) != score:
+            raise UsageError(f"--map: two scores for {word}. Give one; upper and lower case are the same.")
     ranges: dict[str | None, tuple[float, float]] = {}
     for given in arguments.scale:
         if len(given) == 2 and not any("=" in text for text in given):
