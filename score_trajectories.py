@@ -7,7 +7,7 @@ from pathlib import Path
 from prmkit import cli
 from prmkit.errors import ExitCode
 from prmkit.intervals import add_interval_arguments
-from prmkit.judge.scorer import ShapeOf, add_backend_arguments, add_judge_arguments, scorer_of
+from prmkit.judge.scorer import add_backend_arguments, add_judge_arguments, scorer_of
 from prmkit.judge.types import BAD_BELOW
 
 
@@ -26,8 +26,8 @@ def main() -> int:
     parser.add_argument(
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"
     )
-    data = "converted data, read for the score keys of each type"
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="FOLDER", help=data)
+    data = "converted data with the score keys of each type (default: as in training; of older runs: data)"
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help=data)
     parser.add_argument("--summaries", action="store_true", help="also let the model write its verdict, and add it")
     parser.add_argument(
         "--aggregate", choices=["trajectory"], help="also aggregate the steps of every trajectory_id, or task_id"
@@ -54,22 +54,22 @@ def _keys(text: str) -> tuple[str, ...]:
 
 
 def _command(arguments: argparse.Namespace) -> ExitCode:
-    from prmkit.scoring.rows import known_keys, runs_to_score
+    from prmkit.scoring.rows import runs_to_score, shapes_for
     from prmkit.scoring.score import ScoringJob, abstention_of, run_job
 
     scorer = scorer_of(arguments)
-    known = known_keys(arguments.data)
+    shape_of = shapes_for(scorer.source, arguments.data, arguments.keys)
     runs = runs_to_score(arguments, scorer.source.rubrics)
     job = ScoringJob(
         input=arguments.input,
         output=arguments.output,
-        shape_of=ShapeOf(arguments.keys, known),
+        shape_of=shape_of,
         summaries=arguments.summaries,
         bad_below=arguments.bad_below if arguments.aggregate else None,
         runs=runs,
         abstention=abstention_of(scorer, arguments.interval, arguments.abstain_above),
     )
-    fingerprint = {"judge": scorer.fingerprint(), "keys": list(arguments.keys), "known_keys": known}
+    fingerprint = {"judge": scorer.fingerprint(), "keys": list(arguments.keys), "known_keys": dict(shape_of.known)}
     fingerprint |= {"rubric": runs.rubric.sha256} if runs else {}
     return ExitCode.DONE if run_job(job, scorer, fingerprint) else ExitCode.DATA
 

@@ -33,8 +33,8 @@ def main() -> int:
     finish = "time to finish when stopped (default %(default)g)"
     add("--drain", type=cli.seconds, default=30.0, metavar="SECONDS", help=finish)
     add("--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not prmkit's own")
-    data = "converted data, read for the score keys of each type"
-    add("--data", type=Path, default=Path("data"), metavar="FOLDER", help=data)
+    data = "converted data with the score keys of each type (default: as in training; of older runs: data)"
+    add("--data", type=Path, metavar="FOLDER", help=data)
     rewards = parser.add_argument_group("rewards").add_argument
     how = "how the scores of several steps become one reward (default %(default)s)"
     rewards("--aggregate", choices=list(AGGREGATES), default="min", help=how)

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -39,27 +39,41 @@ class ShapeOf:
 
     keys: tuple[str, ...] = ()
     """The keys that the user named; if empty, the prompt's schema decides, then the evaluation type."""
-    known: Mapping[str, Sequence[str]] | None = None
-    """Evaluation type -> keys in the training data."""
+    known: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Evaluation type -> keys in converted data. They come before those of `trained`."""
+    trained: Mapping[str, Sequence[Shape]] | None = None
+    """Evaluation type -> shapes of the labels that the judge learnt, most frequent first."""
 
-    def __call__(self, prompt: str, evaluation_type: object) -> Shape | str:
+    def __call__(self, prompt: str, evaluation_type: str | None, system: str | None = None) -> Shape | str:
         """The shape, or why it is not known."""
-        asked = asked_shape(prompt)
+        asked = asked_shape(prompt, system)
+        learnt = (self.trained or {}).get(evaluation_type or "", ())
         if self.keys:
-            return Shape(self.keys, asked.nested if asked and asked.keys == self.keys else _is_nested(self.keys))
+            return asked if asked and asked.keys == self.keys else self._as_learnt(self.keys, learnt)
         if asked:
             return asked
-        known = tuple((self.known or {}).get(str(evaluation_type), ()))
-        if not known:
+        if known := tuple(self.known.get(evaluation_type or "", ())):
+            shape = self._as_learnt(known, learnt)
+            return shape if shape.nested or len(known) == 1 or shape in learnt else _ambiguous(known)
+        if not learnt:
             return f"the prompt shows no score keys, and none are known for its evaluation type; {_NAME_THEM}"
-        if len(known) > 1 and not _is_nested(known):
-            return f"the prompt shows no score keys, and {' or '.join(known)} would fit; {_NAME_THEM}"
-        return Shape(known, _is_nested(known))
+        if any(set(shape.keys) - set(learnt[0].keys) for shape in learnt):
+            return _ambiguous(dict.fromkeys(", ".join(shape.keys) for shape in learnt))
+        return learnt[0]
+
+    def _as_learnt(self, keys: tuple[str, ...], learnt: Sequence[Shape]) -> Shape:
+        """Keys in the place of the labels with the same keys, first of the same evaluation type.
+
+        Without such labels: judges write a single score at the top level (`reasonableness_score`), and several in a
+        `scores` object.
+        """
+        shapes = [*learnt, *chain.from_iterable((self.trained or {}).values())]
+        places = (shape.nested for shape in shapes if set(shape.keys) == set(keys))
+        return Shape(keys, next(places, not all(map(is_score_key, keys))))
 
 
-def _is_nested(keys: Sequence[str]) -> bool:
-    """Judges write a single score at the top level (`reasonableness_score`), and several in a `scores` object."""
-    return not all(map(is_score_key, keys))
+def _ambiguous(keys: Iterable[str]) -> str:
+    return f"the prompt shows no score keys, and {' or '.join(keys)} would fit; {_NAME_THEM}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class Scorer:
             One judgement per prompt, in order: `score` and `std` of the verdict, `scores` by key, `status` and
             `reason`. A prompt that cannot be judged has the status `error`.
         """
-        shape_of = ShapeOf(tuple(keys or ()))
+        shape_of = ShapeOf(tuple(keys or ()), trained=self.source.shapes)
         requests = [_request(prompt, shape_of) for prompt in prompts]
         judgements = self.judgements(each for each in requests if isinstance(each, Request))
         return [next(judgements) if isinstance(each, Request) else Judgement("error", reason=each) for each in requests]
@@ -152,7 +166,7 @@ def _request(prompt: str | Mapping[str, Any], shape_of: ShapeOf) -> Request | st
         row = read_row({"prompt": prompt} if isinstance(prompt, str) else dict(prompt))
     except Rejected as rejected:
         return rejected.reason
-    shape = shape_of(row.prompt, row.evaluation_type)
+    shape = shape_of(row.prompt, row.evaluation_type, row.system)
     return shape if isinstance(shape, str) else Request(row.prompt, shape, row.system)
 
 

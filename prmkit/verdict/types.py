@@ -111,8 +111,8 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def asked_shape(prompt: str) -> Shape | None:
-    """The shape of the verdict that a prompt asks for; None if the prompt shows none.
+def asked_shape(prompt: str, system: str | None = None) -> Shape | None:
+    """The shape of the verdict that a prompt, or else its system text, asks for; None if neither shows one.
 
     Reads the last object in the prompt that has scores: a trajectory may itself contain JSON with scores, and the
     schema comes after it. Only its keys are read, never its example numbers, so it may have comments, placeholders and
@@ -124,7 +124,7 @@ def asked_shape(prompt: str) -> Shape | None:
         shape = _shape_of(schema) if SCORE_ENDING in schema.lower() else None
         if shape and ([key.lower() for key in shape.keys] != [SCORE_ENDING] or _is_introduced(prompt, start)):
             return shape
-    return None
+    return asked_shape(system) if system else None
 
 
 def _is_introduced(prompt: str, start: int) -> bool:
