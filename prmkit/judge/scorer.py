@@ -378,16 +378,23 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
         raise UsageError("--backend transformers loads the model here, but --base-url names a server. Leave one out.")
     if not arguments.model:
         raise UsageError("--base-url needs --model, the model's name on the server.")
+    # A challenger is always loaded here, on the same device.
+    loading = ("adapter", *(() if getattr(arguments, "challenger", None) else ("device", "dtype")))
+    if given := _given(arguments, loading):
+        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url names a server. Leave it out.")
     for url in arguments.base_url:
         check_url(url)
     first, *others = arguments.base_url
-    given = {name: value for name in _SERVER_SETTINGS if (value := getattr(arguments, name)) is not None}
-    return Endpoint(first, arguments.model, key_from(arguments.api_key_env), others=tuple(others), **given)
+    settings = {name: value for name in _SERVER_SETTINGS if (value := getattr(arguments, name)) is not None}
+    return Endpoint(first, arguments.model, key_from(arguments.api_key_env), others=tuple(others), **settings)
 
 
 def _check_no_server(arguments: argparse.Namespace) -> None:
     if arguments.backend == "openai":
         raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
-    flags = ("tokenizer", "api_key_env", *_SERVER_SETTINGS)
-    if given := [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]:
-        raise UsageError(f"{', '.join(given)}: only for a judge on a server. Name the server with --base-url.")
+    if given := _given(arguments, ("tokenizer", "api_key_env", *_SERVER_SETTINGS)):
+        raise UsageError(f"{given}: only for a judge on a server. Name the server with --base-url.")
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None)
