@@ -81,7 +81,7 @@ class Metric:
     importance: int = 0
     """Of that column: where there is no room for all, those of least importance are left out first."""
     brief: bool = False
-    """Also computed for baselines and single judges."""
+    """Also computed for baselines, against single judges, and in breakdowns."""
     at_thresholds: bool = False
     """Computed once for each threshold of `BAD_BELOW`, under `bad_step`."""
     binary: bool = False
