@@ -28,15 +28,15 @@ def main() -> int:
     asking = parser.add_argument_group("what is asked").add_argument
     asking("--per", choices=["step", "run"], default="step", help="one call per step (default), or per run: cheaper")
     asking("--teacher-sees", choices=["reference"], help="also send a run's solution, if it has one; not in rows")
-    twice = "ask twice about this share of steps (default %(default)g)"
+    twice = "ask twice about this share of steps (default: %(default)g)"
     asking("--repeat", type=cli.share, default=0.0, metavar="X", help=twice)
     asking("--rubric", type=Path, metavar="FILE", help="the rubric (default: prmkit's own)")
     asking("--format", metavar="NAME", help="the form of the runs, if it is not recognised")
     first = parser.add_argument_group("ask only about steps that your own judge is unsure of").add_argument
     first("--first", type=Path, metavar="SCORES", help="output of score_trajectories.py for the same runs")
-    wide = "unsure: the interval (or else two standard deviations) is wider than this (default %(default)s)"
+    wide = "unsure: the interval (or else two standard deviations) is wider than this (default: %(default)s)"
     first("--unsure-above", type=cli.share, default=0.4, metavar="X", help=wide)
-    audit = "also ask about this share of the other steps (default %(default)s)"
+    audit = "also ask about this share of the other steps (default: %(default)s)"
     first("--audit", type=cli.share, default=0.1, metavar="X", help=audit)
     return cli.run(_command, parser)
 

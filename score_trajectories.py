@@ -21,24 +21,25 @@ def main() -> int:
     inputs = (
         "runs in any form that import_trajectories.py reads (file or folder), or prompts: rows as in finetune.jsonl"
     )
-    parser.add_argument("input", help=f'{inputs}, {{"id", "prompt"}}; .gz, .bz2, .zst, or - for stdin')
+    parser.add_argument("input", metavar="INPUT", help=f'{inputs}, {{"id", "prompt"}}; .gz, .bz2, .zst, or - for stdin')
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to continue (default: stdout)")
     parser.add_argument(
-        "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: the prompt's schema)"
+        "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: as in the prompt's schema)"
     )
-    data = "converted data with the score keys of each type (default: as in training; of older runs: data)"
+    data = "converted data that has the score keys for prompts without a schema (default: as in training, else data)"
     parser.add_argument("--data", type=Path, metavar="FOLDER", help=data)
-    parser.add_argument("--summaries", action="store_true", help="also let the model write its verdict, and add it")
+    parser.add_argument("--summaries", action="store_true", help="also add the verdict that the model writes")
     parser.add_argument(
-        "--aggregate", choices=["trajectory"], help="also aggregate the steps of every trajectory_id, or task_id"
+        "--aggregate", choices=["trajectory"], help="also combine the step scores of each run (min, product, …)"
     )
-    bad = "scores below this are bad (default %(default)s)"
+    bad = "scores below this are bad (default: %(default)s)"
     parser.add_argument("--bad-below", type=cli.share, default=BAD_BELOW[0], metavar="X", help=bad)
     runs = parser.add_argument_group("raw runs")
     runs.add_argument(
-        "--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with, if not prmkit's own"
+        "--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with (default: prmkit's own)"
     )
-    runs.add_argument("--format", metavar="NAME", help="form of the runs (a wrong name lists the valid ones)")
+    form = "form of the runs (default: recognised; a wrong name lists the valid ones)"
+    runs.add_argument("--format", metavar="NAME", help=form)
     runs.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every step's score")
     add_interval_arguments(parser)
     add_judge_arguments(parser)

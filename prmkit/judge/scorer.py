@@ -220,7 +220,7 @@ def judge_source_in(folder: Path) -> JudgeSource:
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `judge_source` and `scorer_of` read, except those for a server."""
     group = parser.add_argument_group("the judge")
-    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default {DEFAULT_RUN})")
+    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default: {DEFAULT_RUN})")
     group.add_argument(
         "--judge",
         dest="run",
@@ -231,51 +231,31 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model", metavar="FOLDER", help="an exported model, or a base model; instead of --run")
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA weights for --model")
-    group.add_argument("--template", help="LLaMA Factory's template (default: as in training)")
+    group.add_argument("--template", metavar="NAME", help="LLaMA Factory's template (default: as in training)")
     group.add_argument("--default-system", metavar="TEXT", help="system text (default: as in training)")
-    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="for reasoning templates")
-    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help="length of prompt and answer together")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as trained on a GPU")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    thinking = "thinking mode of a reasoning template (default: as in training)"
+    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
+    longest = "longest prompt and answer together (default: as in training)"
+    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help=longest)
+    precision = "auto (default): as in training on a GPU, float32 on a CPU"
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help=precision)
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run the model's own code")
     _add_asking_arguments(parser)
 
 
 def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    asking = parser.add_argument_group("asking it")
-    asking.add_argument(
-        "--batch-size",
-        type=cli.positive,
-        default=DEFAULT_ASKING.batch_size,
-        metavar="N",
-        help="prompts at once (default %(default)s)",
-    )
-    asking.add_argument(
-        "--mode",
-        choices=["expected", "generate"],
-        default=DEFAULT_ASKING.mode,
-        help="read the probability of every score (default), or let the model write its verdict",
-    )
-    asking.add_argument(
-        "--max-new-tokens",
-        type=cli.positive,
-        default=DEFAULT_ASKING.max_new_tokens,
-        metavar="N",
-        help="longest verdict to write",
-    )
-    asking.add_argument(
-        "--min-label-mass",
-        type=cli.share,
-        default=DEFAULT_ASKING.min_label_mass,
-        metavar="P",
-        help="a score is unsure if all scores together are less likely than this (default %(default)s)",
-    )
-    asking.add_argument(
-        "--too-long",
-        choices=["trim", "report"],
-        default="trim",
-        help="shorten the middle of prompts that do not fit, as in training (default), or give them no score",
-    )
+    add, default = parser.add_argument_group("asking it").add_argument, DEFAULT_ASKING
+    at_once = "prompts at once (default: %(default)s)"
+    add("--batch-size", type=cli.positive, default=default.batch_size, metavar="N", help=at_once)
+    how = "read the probability of every score (default), or let the model write its verdict"
+    add("--mode", choices=["expected", "generate"], default=default.mode, help=how)
+    longest = "longest verdict that the model may write, in tokens (default: %(default)s)"
+    add("--max-new-tokens", type=cli.positive, default=default.max_new_tokens, metavar="N", help=longest)
+    mass = "a score is unsure if all scores together are less likely than this (default: %(default)s)"
+    add("--min-label-mass", type=cli.share, default=default.min_label_mass, metavar="P", help=mass)
+    cut = "shorten the middle of prompts that do not fit, as in training (default), or give them no score"
+    add("--too-long", choices=["trim", "report"], default="trim", help=cut)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -291,22 +271,22 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = "openai: ask a server (default with --base-url); transformers: load the model here (default without)"
     add("--backend", choices=["transformers", "openai"], help=where)
-    folder = "the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)"
+    folder = "the model's local folder, for its tokenizer and template (default: --model if it is a folder, else --run)"
     add("--tokenizer", type=Path, metavar="FOLDER", help=folder)
     # Without defaults here, because one of these flags without a server is a mistake.
-    add("--api-key-env", metavar="NAME", help=f"variable with the key (default {KEY_VARIABLE})")
-    at_once = f"requests at once (default {Endpoint.concurrency})"
+    add("--api-key-env", metavar="NAME", help=f"environment variable with the server's key (default: {KEY_VARIABLE})")
+    at_once = f"requests at once (default: {Endpoint.concurrency})"
     add("--concurrency", type=cli.positive, metavar="N", help=at_once)
     add(
         "--logprobs",
         choices=["exact", "top"],
-        help="exact: request the needed tokens by name if the server supports it (vLLM, SGLang; default). It disturbs "
-        "other clients that ask the same vLLM for ordinary logprobs; top does not",
+        help="exact (default): request each needed token by name, if the server can do so (vLLM, SGLang); this "
+        "disturbs other clients that request logprobs from the same vLLM. top: request only the likeliest tokens",
     )
-    likeliest = f"likeliest tokens to ask for (default {Endpoint.top_logprobs})"
+    likeliest = f"how many of the likeliest tokens to request (default: {Endpoint.top_logprobs})"
     add("--top-logprobs", type=cli.positive, metavar="N", help=likeliest)
-    longest = f"for a complete answer, per attempt; there are {Endpoint.attempts} (default {Endpoint.timeout:g})"
-    add("--timeout", type=cli.seconds, metavar="SECONDS", help=f"longest wait {longest}")
+    longest = f"longest wait for an answer, in each of {Endpoint.attempts} attempts (default: {Endpoint.timeout:g})"
+    add("--timeout", type=cli.seconds, metavar="SECONDS", help=longest)
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:

@@ -50,7 +50,7 @@ def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
         command.add_argument("--days", type=cli.seconds, metavar="N", help="only steps logged in the last N days")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (drift, page):
-        limit = "a population stability index above this is drift (default %(default)s)"
+        limit = "a population stability index above this is drift (default: %(default)s)"
         command.add_argument("--limit", type=cli.share, default=SHIFT_LIMIT, metavar="X", help=limit)
 
 
@@ -79,7 +79,7 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
         type=cli.share,
         default=0.05,
         metavar="X",
-        help="allowed loss on each evaluation type (default %(default)s)",
+        help="allowed loss on each evaluation type (default: %(default)s)",
     )
     add("--set", nargs="+", default=[], metavar="key=value", help="a key of LLaMA Factory, such as learning_rate=1e-5")
     add("--promote-if-better", action="store_true", help="tag the new version if the gate is met")
