@@ -28,34 +28,36 @@ def _parser() -> argparse.ArgumentParser:
     result = parser.add_argument_group("the result")
     result.add_argument("--output", type=Path, metavar="FOLDER", help="results (default: evaluation/ in the run)")
     result.add_argument("--json", action="store_true", help="print metrics.json instead of the table")
-    gates = parser.add_argument_group("gates (exit 4 unless met on every evaluation type)")
+    gates = parser.add_argument_group("gates (exit code 4 unless met on every evaluation type)")
     gates.add_argument("--compare", type=Path, metavar="RUN", help="fail if shown to be worse than this evaluated run")
     gates.add_argument(
-        "--margin", type=cli.number, metavar="X", help="with --compare: fail unless shown to be worse by less than X"
+        "--margin", type=cli.number, metavar="X", help="with --compare: fail unless shown to be less than X worse"
     )
     gates.add_argument(
-        "--min-spearman", type=cli.number, metavar="X", help="fail if the lower end of Spearman is below X"
+        "--min-spearman", type=cli.number, metavar="X", help="fail if the lower end of Spearman's interval is below X"
     )
-    auroc = f"fail if the lower end of AUROC (steps below {BAD_BELOW[0]}) is below X"
+    auroc = f"fail if the lower end of AUROC's interval (steps below {BAD_BELOW[0]}) is below X"
     gates.add_argument("--min-auroc", type=cli.number, metavar="X", help=auroc)
     exam = parser.add_argument_group("instead: runs that people labelled, or several runs of each task")
     exam.add_argument("--exam", type=Path, metavar="FILE", help="runs with people's labels, also for --min-auroc")
-    exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how often its pick succeeds")
+    picks = "several runs of each task with outcomes: how often the judge's pick succeeds"
+    exam.add_argument("--best-of-n", type=Path, metavar="FILE", help=picks)
     exam.add_argument(
         "--predictions", type=Path, metavar="FILE", help="read answers (id, step, score) from a file; ask no judge"
     )
     exam.add_argument("--predict-with", metavar="URL", help="ask a server: chat completions, or /v1/systemone")
     exam.add_argument("--server-model", metavar="NAME", help="the model's name on that server")
-    key = f"environment variable with the server's key (default {KEY_VARIABLE})"
+    key = f"environment variable with the server's key (default: {KEY_VARIABLE})"
     exam.add_argument("--api-key-env", metavar="NAME", help=key)
-    exam.add_argument("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
+    rubric = "the rubric that the judge was trained with (default: prmkit's own)"
+    exam.add_argument("--rubric", type=Path, metavar="FILE", help=rubric)
     parity = parser.add_argument_group("instead: compare a run with its export")
     prompts = f"score N prompts with both (without a number: {PARITY_PROMPTS})"
     parity.add_argument("--parity", type=cli.positive, nargs="?", const=PARITY_PROMPTS, metavar="N", help=prompts)
     parity.add_argument(
         "--exported", type=Path, metavar="FOLDER", help="the exported model (default: the run's export_dir)"
     )
-    largest = f"largest allowed difference of two scores (default {DEFAULT_TOLERANCE})"
+    largest = f"largest allowed difference of two scores (default: {DEFAULT_TOLERANCE})"
     parity.add_argument("--tolerance", type=cli.number, metavar="X", help=largest)
     return parser
 

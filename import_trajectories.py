@@ -1,4 +1,4 @@
-"""Agent runs in any common form -> trajectories.jsonl: one run per line, for scoring, labelling and training."""
+"""Read agent runs in any common form into trajectories.jsonl, one run per line."""
 
 import argparse
 import sys
@@ -9,10 +9,13 @@ from prmkit.errors import ExitCode
 from prmkit.trajectories.labels import SETS
 
 _EPILOG = """\
-The form of each file is recognised by its structure. Known forms: messages of OpenAI, Anthropic, ShareGPT, LangChain,
-verifiers and ART, results of tau-bench and tau2, SWE-agent, mini-swe-agent, Inspect (as JSON), ATIF, sessions of
-Claude Code and Codex, tagged text, and spans of OpenTelemetry (GenAI, OpenInference), LangSmith and Langfuse.
-What has no place in the record is counted in the field `lost` of each run, and in the summary.
+The form of each file is recognised by its structure. Known forms: messages of
+OpenAI, Anthropic, ShareGPT, LangChain, verifiers and ART, results of tau-bench
+and tau2, SWE-agent, mini-swe-agent, Inspect (as JSON), ATIF, sessions of
+Claude Code and Codex, tagged text, and spans of OpenTelemetry (GenAI,
+OpenInference), LangSmith and Langfuse.
+What the record has no field for is counted in the field `lost` of each run,
+and in the summary.
 """
 
 
@@ -29,23 +32,31 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the report on every file as JSON instead of the summary")
 
     fields = parser.add_argument_group("field names, if yours are unusual").add_argument
-    fields("--list-key", metavar="NAME", help="of the list of messages")
+    fields("--list-key", metavar="NAME", help="field with the list of messages")
     fields(
-        "--task-key", metavar="NAME", help="of the task's id (default: task_id and similar, else a hash of the task)"
+        "--task-key",
+        metavar="NAME",
+        help="field with the task's id (default: task_id and similar, else a hash of the task)",
     )
-    fields("--outcome-key", metavar="NAME", help="of the reward or the success of a run")
+    fields(
+        "--outcome-key",
+        metavar="NAME",
+        help="field with the reward or the success of a run (default: outcome, reward and similar)",
+    )
 
     labels = parser.add_argument_group(
         "labels that people gave: write rows for convert_dataset.py instead"
     ).add_argument
     sets = f"steps (of imported runs), column, or a public set: {', '.join(SETS)}"
     labels("--labels", metavar="NAME", help=sets)
-    labels("--label-key", metavar="NAME", help="the column: one label per step, or {position of the message: label}")
+    labels(
+        "--label-key",
+        metavar="NAME",
+        help="the column: a list with a label for each step, or {position of the message: label}",
+    )
     scale = "unit: 0 to 1 (default); ternary: -1 wrong, 0 neutral, 1 right"
     labels("--label-scale", choices=["unit", "ternary"], default="unit", help=scale)
-    labels(
-        "--rubric", type=Path, metavar="FILE", help="the rubric for prompts (default: prmkit/prompts/step_score.yaml)"
-    )
+    labels("--rubric", type=Path, metavar="FILE", help="the rubric for prompts (default: prmkit's own)")
     return parser
 
 

@@ -10,8 +10,8 @@ Usage: ./run_training.sh [options] [key=value ...]
   -c,  --config FILE          the configuration (default: training_config.yaml)
   -d,  --dataset NAME         the variant to train on, such as reward_model_full
   -e,  --epochs N             passes over the data
-  -lr, --learning-rate X
-  -bs, --batch-size N         rows per device and step
+  -lr, --learning-rate X      highest learning rate, such as 1e-4
+  -bs, --batch-size N         rows per device and forward pass
        key=value              any key of LLaMA Factory, such as lora_rank=32
        --evaluate             after training, measure the judge on held-out rows
        --export               after training, merge the adapter into the base model

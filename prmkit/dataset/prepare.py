@@ -319,8 +319,7 @@ def _clean(prompt: str, system: str | None, mask: bool) -> CleanPrompt:
     if system:
         system, more = neutralise(system)
         markers += more
-    asked = asked_shape(prompt) or (asked_shape(system) if system else None)
-    return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked)
+    return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked_shape(prompt, system))
 
 
 # The rows of several judges on one prompt usually follow each other.

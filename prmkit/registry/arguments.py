@@ -43,14 +43,16 @@ def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
     drift.add_argument("judge", metavar="VERSION")
     page = commands.add_parser("page", help="one HTML page about all versions")
     page.add_argument("--logs", type=Path, nargs="+", default=(), metavar="LOG", help=f"{logs}: for A/B and drift")
-    page.add_argument("--output", type=Path, default=Path("judges.html"), metavar="FILE")
+    page.add_argument(
+        "--output", type=Path, default=Path("judges.html"), metavar="FILE", help="page to write (default: %(default)s)"
+    )
     ab.add_argument("--outcomes", type=Path, metavar="FILE", help="lines with trajectory_id and outcome, 0 to 1")
     for command in (ab, drift):
         command.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=logs)
         command.add_argument("--days", type=cli.seconds, metavar="N", help="only steps logged in the last N days")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (drift, page):
-        limit = "a population stability index above this is drift (default %(default)s)"
+        limit = "a population stability index above this is drift (default: %(default)s)"
         command.add_argument("--limit", type=cli.share, default=SHIFT_LIMIT, metavar="X", help=limit)
 
 
@@ -62,7 +64,7 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "command again.",
     )
     add = retrain.add_argument
-    add("version", help="such as production")
+    add("version", metavar="VERSION", help="the old one, such as production")
     add("--new", type=Path, nargs="+", required=True, metavar="FILE", help="new rows")
     add(
         "--from",
@@ -79,7 +81,7 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
         type=cli.share,
         default=0.05,
         metavar="X",
-        help="allowed loss on each evaluation type (default %(default)s)",
+        help="how much worse it may be on any evaluation type (default: %(default)s)",
     )
     add("--set", nargs="+", default=[], metavar="key=value", help="a key of LLaMA Factory, such as learning_rate=1e-5")
     add("--promote-if-better", action="store_true", help="tag the new version if the gate is met")
@@ -91,32 +93,33 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add = commands.add_parser("add", help="copy a finished run into the registry, with its data and its rows")
-    add.add_argument("run", type=Path, help="folder of a finished run of train.py")
-    add.add_argument("--name", default="judge", help="the judge's name (default: %(default)s)")
+    add.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of train.py")
+    add.add_argument("--name", default="judge", metavar="NAME", help="the judge's name (default: %(default)s)")
     add.add_argument("--parent", metavar="VERSION", help="the version that it was made from")
-    add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the conversion's input")
+    rows = "the input of the conversion (default: the files that its report names)"
+    add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help=rows)
     add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: the run's)")
     listing = commands.add_parser("list", help="all versions, with their agreement with the judges")
     show = commands.add_parser("show", help="one version, and whether its files are unchanged")
-    show.add_argument("version")
+    show.add_argument("version", metavar="VERSION")
     diff = commands.add_parser("diff", help="differences between two versions: settings, data, agreement")
-    diff.add_argument("version")
-    diff.add_argument("other")
+    diff.add_argument("version", metavar="VERSION")
+    diff.add_argument("other", metavar="VERSION")
     tag = commands.add_parser("tag", help="point a tag, such as production, to a version")
-    tag.add_argument("version")
-    tag.add_argument("tag")
+    tag.add_argument("version", metavar="VERSION")
+    tag.add_argument("tag", metavar="TAG", help="such as production")
     back = commands.add_parser("rollback", help="point a tag to the version that had it before")
     back.add_argument("version", metavar="TAG")
     remove = commands.add_parser("remove", help="delete a version that no tag points to")
-    remove.add_argument("version")
+    remove.add_argument("version", metavar="VERSION")
     export = commands.add_parser("export", help="a folder with weights and model card, ready for a hub")
-    export.add_argument("version")
-    export.add_argument("--push-ready", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument("version", metavar="VERSION")
+    export.add_argument("--push-ready", type=Path, required=True, metavar="FOLDER", help="the folder to create")
     history = commands.add_parser("history", help="who did what, when and why")
     for command in (listing, show, diff, history):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     mlflow = commands.add_parser("mlflow", help="log a version to the MLflow server of MLFLOW_TRACKING_URI")
-    mlflow.add_argument("version")
+    mlflow.add_argument("version", metavar="VERSION")
     add.add_argument("--mlflow", action="store_true", help="also log it to MLflow, if mlflow is installed")
     for command in (add, tag, back, remove):
         command.add_argument("--why", metavar="TEXT", help="the reason, for the history")

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from prmkit.dataset_info import Entry, number_of_rows, identities, read_entries, split_names
+from prmkit.dataset_info import Entry, identities, number_of_rows, read_entries, split_names
 from prmkit.errors import DataError
 from prmkit.files import read_json
 from prmkit.llamafactory_schema import setting

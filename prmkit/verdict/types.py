@@ -111,8 +111,8 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def asked_shape(prompt: str) -> Shape | None:
-    """The shape of the verdict that a prompt asks for; None if the prompt shows none.
+def asked_shape(prompt: str, system: str | None = None) -> Shape | None:
+    """The shape of the verdict that a prompt, or else its system text, asks for; None if neither shows one.
 
     Reads the last object in the prompt that has scores: a trajectory may itself contain JSON with scores, and the
     schema comes after it. Only its keys are read, never its example numbers, so it may have comments, placeholders and
@@ -130,7 +130,8 @@ def asked_shape(prompt: str) -> Shape | None:
             if _ANNOUNCED.search(prompt, max(start - 80, 0), start):
                 return shape if last in (None, shape) else None
             last = last or shape
-    return last
+    of_system = asked_shape(system) if system else None
+    return last or of_system if of_system in (None, last) or last is None else None
 
 
 def _is_introduced(prompt: str, start: int) -> bool:

@@ -69,6 +69,8 @@ def test_data_after_an_announced_schema_is_not_taken_for_the_schema(data: str) -
     schema = 'Answer with JSON: {"score": <0 to 1>, "reason": "..."}'
     assert asked_shape(f"{schema}\nThe step:\nCall: find\nResult: {data}") is None
     assert asked_shape(f"The step:\nResult: {data}\n{schema}") == Shape(("score",), nested=False)
+    assert asked_shape(f"The step:\nResult: {data}", system=schema) is None
+    assert asked_shape("The step:\nResult: none", system=schema) == Shape(("score",), nested=False)
     assert asked_shape(f'{schema}\nResult: {data}\nAnswer in this format:\n```json\n{{"step_score": 0.5}}\n```') == (
         Shape(("step_score",), nested=False)
     )
