@@ -251,7 +251,9 @@ def _word(text: str) -> tuple[str, float]:
 
 
 def _values(values: list[str] | None) -> frozenset[str] | None:
-    return None if values is None else frozenset(values)
+    from prmkit.rows import as_name
+
+    return None if values is None else frozenset(map(as_name, values))
 
 
 def _check(arguments: argparse.Namespace, filters: Filters) -> None:
