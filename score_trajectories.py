@@ -1,4 +1,4 @@
-"""Score agent steps with a trained judge: runs or prompts in, one line of JSON with scores out for every step."""
+"""Score agent steps with a trained judge: agent runs or prompts in, one JSON line per step out."""
 
 import argparse
 import sys
@@ -16,19 +16,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Exit code 1 if a row has no scores, or unsure ones; its line says why. Run the same command again to "
-        "continue where it stopped; rows with the status failed (server or memory trouble) are retried.",
+        "continue where it stopped; rows with the status failed (server or memory errors) are retried.",
     )
     inputs = (
-        "runs in any form that import_trajectories.py reads (file or folder), or prompts: rows as in finetune.jsonl"
+        "runs in any format that import_trajectories.py reads (file or folder), or prompts: rows as in finetune.jsonl"
     )
     parser.add_argument("input", metavar="INPUT", help=f'{inputs}, {{"id", "prompt"}}; .gz, .bz2, .zst, or - for stdin')
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write or to continue (default: stdout)")
     parser.add_argument(
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: as in the prompt's schema)"
     )
-    data = "converted data that has the score keys for prompts without a schema (default: as in training, else data)"
+    data = "converted data with the score keys for prompts without a schema (default: as in training, or data)"
     parser.add_argument("--data", type=Path, metavar="FOLDER", help=data)
-    parser.add_argument("--summaries", action="store_true", help="also add the verdict that the model writes")
+    parser.add_argument("--summaries", action="store_true", help="also generate the verdict, and add it as text")
     parser.add_argument(
         "--aggregate", choices=["trajectory"], help="also combine the step scores of each run (min, product, …)"
     )
@@ -38,7 +38,7 @@ def main() -> int:
     runs.add_argument(
         "--rubric", type=Path, metavar="FILE", help="the rubric that the judge was trained with (default: prmkit's own)"
     )
-    form = "form of the runs (default: recognised; a wrong name lists the valid ones)"
+    form = "input format (default: detected; a wrong name lists all formats)"
     runs.add_argument("--format", metavar="NAME", help=form)
     runs.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every step's score")
     add_interval_arguments(parser)
@@ -50,7 +50,7 @@ def main() -> int:
 def _keys(text: str) -> tuple[str, ...]:
     keys = tuple(filter(None, map(str.strip, text.split(","))))
     if len(set(keys)) < len(keys):
-        raise argparse.ArgumentTypeError(f"{text}: names a key twice")
+        raise argparse.ArgumentTypeError(f"{text} lists a key twice")
     return keys
 
 
