@@ -20,7 +20,9 @@ pytest_plugins = ["judge_fixtures"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # glibc gives freed memory back at once; to get it again takes half of the time of statistics on a few hundred scores.
-os.environ.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
+# With a larger pad alone, arrays are mapped one by one again as soon as something small lies at the end of the heap.
+for setting, size in {"MMAP_THRESHOLD": 1 << 30, "TRIM_THRESHOLD": 1 << 30, "TOP_PAD": 16 << 20}.items():
+    os.environ.setdefault(f"MALLOC_{setting}_", str(size))
 # Nothing in the tests may reach for a hub or a cloud.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
 # The environment of the tests is the active one: run_training.sh uses it, and commands are suggested with `python`.
