@@ -45,15 +45,19 @@ def requests() -> list[Request]:
 
 
 def log_probabilities(judge: LocalJudge, sequences: list[list[int]], start: int) -> list[float]:
-    """Of the tokens from `start` on, by one forward pass over everything: no cache and no mask."""
-    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
+    """Of the tokens from `start` on, by one forward pass over everything: no cache and no mask.
+
+    Sequences that differ in their last token alone share a row, because that one is predicted and not read.
+    """
+    rows = {context: row for row, context in enumerate(dict.fromkeys(tuple(ids[:-1]) for ids in sequences))}
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    for context, row in rows.items():
+        ids[row, : len(context)] = torch.tensor(context)
     with torch.inference_mode():
         logits = judge.model(input_ids=ids, use_cache=False).logits[:, start - 1 :].double().log_softmax(-1)
     return [
-        sum(logits[row, place, token].item() for place, token in enumerate(sequence[start:]))
-        for row, sequence in enumerate(sequences)
+        sum(logits[rows[tuple(ids[:-1])], place, token].item() for place, token in enumerate(ids[start:]))
+        for ids in sequences
     ]
 
 
