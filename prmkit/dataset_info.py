@@ -13,8 +13,9 @@ import orjson
 
 from prmkit.errors import DataError
 from prmkit.files import read_json, read_jsonl, sha256_of
+from prmkit.layouts import Rejected
 from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
-from prmkit.rows import Rejected, task_of, trajectory_of
+from prmkit.rows import task_of, trajectory_of
 
 Format = Literal["alpaca", "sharegpt"]
 
