@@ -5,9 +5,11 @@ import codecs
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import pytest
@@ -328,6 +330,26 @@ def test_agents_may_leave_characters_that_rows_may_not(tmp_path: Path) -> None:
             path.write_text(layout([a_row("t1"), a_row("t2")]).replace("t2 ", f"t2{harm}"))
             for read in (converted, to_be_scored):
                 assert read(path) == found((1,), [2])
+
+
+@pytest.mark.parametrize("read", [converted, to_be_scored])
+def test_rows_from_a_pipe_are_read_whole(tmp_path: Path, read: Callable[[Path], Found]) -> None:
+    """What was looked at in a pipe is gone, so nothing looks into it first."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    results: list[Found] = []
+    reader = Thread(target=lambda: results.append(read(pipe)), daemon=True)
+    reader.start()
+    pipe.write_text(lines([a_row("t1"), a_row("t2")]))
+    reader.join(20)
+    assert results == [found((1, 2))]
+
+
+def test_runs_from_a_pipe_are_refused(tmp_path: Path) -> None:
+    """Their form is recognised first and then they are read: the first runs would be lost."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe: a pipe or device.*Use a file"):
+        list(read_runs([tmp_path / "pipe"]))
 
 
 # --- what is found in a file -----------------------------------------------------------------------------------------

@@ -107,8 +107,8 @@ def holds_runs(name: str) -> bool:
     path = Path(name)
     if name == STDIN or not path.exists():
         return False
-    if path.is_dir():
-        return True
+    if not path.is_file():
+        return path.is_dir()  # a look into a pipe would lose what it saw
     try:
         first = [value for _, value in islice(read_values(path), _SAMPLE) if not isinstance(value, Rejected)]
         return not any(map(_is_prompt, first)) and reader_for(read_values(path), name) is not None

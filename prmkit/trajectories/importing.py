@@ -136,6 +136,8 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
         path = Path(given)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder.")
+        if not (path.is_dir() or path.is_file()):
+            raise DataError(f"{path}: a pipe or device, but runs are read twice, to recognise their form. Use a file.")
         found = list(_contents(path)) if path.is_dir() else [_Input(path, is_named=True)]
         if not found:
             raise DataError(f"{path}: an empty folder. Name the folder with your runs.")
