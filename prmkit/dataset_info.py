@@ -14,9 +14,10 @@ import orjson
 
 from prmkit.errors import DataError
 from prmkit.files import numbered_jsonl, read_json, read_jsonl, sha256_of
+from prmkit.layouts import Rejected
 from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
 from prmkit.prompts.cleaning import restore
-from prmkit.rows import Rejected, prompt_hash, task_of, trajectory_of
+from prmkit.rows import prompt_hash, task_of, trajectory_of
 from prmkit.verdict import Shape, Unreadable, answer_prefix, read_answer
 
 Format = Literal["alpaca", "sharegpt"]

@@ -1,7 +1,7 @@
 """What one row says, for conversion and scoring: its prompt, the judge's answer, its metadata.
 
 A row has the form of `finetune.jsonl`, chat messages, Alpaca's columns or a bare prompt. Conversion and scoring both
-read rows here, so a prompt has the same system text and the same hash in both. `row_lines` finds the rows in a file.
+read rows here, so a prompt has the same system text and the same hash in both. `layouts` finds the rows in a file.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import orjson
 
 from prmkit.errors import DataError
-from prmkit.row_lines import LONGEST_LINE, Line
+from prmkit.layouts import Line, Rejected
 
 EXPECTED = (
     '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], '
@@ -50,20 +50,6 @@ OUTCOME = "answer_correctness"
 STEP_TYPES = tuple(name for name, each in EVALUATION_TYPES.items() if each.is_step)
 
 
-class Rejected(Exception):
-    """A row that cannot be used.
-
-    Args:
-        reason: what is wrong with this row.
-        kind: the name under which such rows are counted; by default the reason.
-    """
-
-    def __init__(self, reason: str, kind: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.kind = kind or reason
-
-
 @dataclass(frozen=True)
 class InputRow:
     """One prompt, with the judge's answer if there is one."""
@@ -85,35 +71,6 @@ class InputRow:
     def sha256(self) -> str:
         """The hash of what the judge is asked."""
         return prompt_hash(self.prompt, self.system)
-
-
-def parse_line(line: Line) -> Any:
-    """The JSON value of a row. `NaN`, which pandas writes for a missing value, is read as null.
-
-    Raises:
-        Rejected: the row is too long, not JSON, not UTF-8, or nested too deeply for any parser.
-    """
-    if line.size > len(line.text):
-        raise Rejected(f"row of {line.size:,} bytes; the limit is {LONGEST_LINE:,}", "row too long")
-    try:
-        return orjson.loads(line.text)
-    except orjson.JSONDecodeError as error:
-        try:
-            line.text.decode()
-        except UnicodeDecodeError as wrong:
-            raise Rejected(f"not UTF-8 (byte {wrong.start + 1} of the line)", "not UTF-8") from error
-        if b"NaN" in line.text or b"Infinity" in line.text:
-            return _parse_with_nan(line.text, error)
-        raise Rejected(f"not JSON ({error})", "not JSON") from error
-
-
-def _parse_with_nan(text: bytes, error: Exception) -> Any:
-    try:
-        value = json.loads(text, parse_constant=lambda _: None)
-        orjson.dumps(value)  # Python's parser accepts characters that cannot be written
-    except (ValueError, RecursionError, orjson.JSONEncodeError):
-        raise Rejected(f"not JSON ({error})", "not JSON") from error
-    return value
 
 
 def read_row(value: Any, line: Line | None = None) -> InputRow:

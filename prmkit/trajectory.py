@@ -10,11 +10,13 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 
 from prmkit.errors import DataError
+from prmkit.layouts import read_values
 
 LabelKind = Literal["score", "ternary", "first_error", "failure"]
 
@@ -158,6 +160,14 @@ def is_record(value: Any) -> bool:
         and isinstance(value["steps"], list)
         and all(isinstance(step, dict) and "n" in step and "calls" in step for step in value["steps"])
     )
+
+
+def holds_records(path: Path) -> bool:
+    """Whether a file has runs in this form, judging by its first value."""
+    try:
+        return is_record(next((value for _, value in read_values(path)), None))
+    except DataError:
+        return False  # the reader of the file will report what is wrong
 
 
 def load(value: Mapping[str, Any], place: str) -> Trajectory:

@@ -258,7 +258,7 @@ def test_the_package_stays_small() -> None:
     """A reader holds the rooms of the house in the head; forms and trainers are one file each, and do not count."""
     modules = [path for path in MODULES if path.name != "__init__.py"]
     one_each = [path for path in modules if path.parent.name in ("readers", "labels", "rewards")]
-    assert len(modules) - len(one_each) <= 120
+    assert len(modules) - len(one_each) <= 119
 
 
 def test_functions_stay_short() -> None:

@@ -1,22 +1,15 @@
 """Rows in every form that people keep them in: read whole, or rejected with the reason."""
 
-import bz2
-import gzip
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from prmkit.errors import DataError
-from prmkit.row_lines import Line, open_rows
-from prmkit.rows import InputRow, Rejected, parse_line, prompt_hash, read_row, whole_number
+from prmkit.layouts import Line, Rejected, parse_line
+from prmkit.rows import InputRow, prompt_hash, read_row, whole_number
 
 PROMPT = 'Judge one step.\n\n{"reasonableness_score": 0.7, "summary": "…"}'
 ANSWER = '{"reasonableness_score": 0.5, "summary": "It asked twice."}'
@@ -43,110 +36,6 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     row = json.loads(json.dumps(ROW))
     change(row)
     return row
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def numbers(path: Path, content: bytes | str) -> list[tuple[int, Any]]:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with open_rows(str(path)) as lines:
-        return [(line.number, parse_line(line)["n"]) for line in lines]
-
-
-OBJECTS = [{"n": number, "text": 'a ] } " { [ ,\n'} for number in range(1, 6)]
-ALL = [(number, number) for number in range(1, 6)]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "\n".join(map(json.dumps, OBJECTS)),
-        json.dumps(OBJECTS),
-        json.dumps(OBJECTS) + "\n\n",
-        "\n " + json.dumps(OBJECTS, indent=2),
-        "[\n" + ",\n".join(map(json.dumps, OBJECTS)) + "\n]\n",
-        "[" + ",\n".join(map(json.dumps, OBJECTS)) + ",\n]",
-        ",\n".join(map(json.dumps, OBJECTS)),
-        "\n".join(json.dumps(value, indent=4) for value in OBJECTS),
-        "\ufeff" + "\r\n".join(json.dumps(value, indent=1) for value in OBJECTS),
-    ],
-    ids=["lines", "array", "array and space", "pretty", "by line", "extra comma", "commas", "objects", "Windows"],
-)
-def test_rows_are_found_in_any_layout(tmp_path: Path, content: str) -> None:
-    for name in ("rows.jsonl", "rows.json", "rows.ndjson"):
-        assert numbers(tmp_path / name, content) == ALL
-
-
-def test_layouts_are_read_across_the_parts_in_which_a_file_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    many = [{"n": number, "text": "ä€\N{GRINNING FACE}" * 50} for number in range(1, 40)]
-    monkeypatch.setattr("prmkit.row_lines.LONGEST_LINE", 1_000)
-    for text in (json.dumps(many, ensure_ascii=False), json.dumps(many, indent=1, ensure_ascii=False)):
-        assert numbers(tmp_path / "rows.json", text) == [(number, number) for number in range(1, 40)]
-
-
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
-def test_compressed_files_are_recognised_by_their_name(
-    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
-) -> None:
-    assert numbers(tmp_path / f"rows.JSONL{suffix}", pack(json.dumps(OBJECTS).encode())) == ALL
-
-
-@pytest.mark.parametrize("first", ["[1, 2]", "[]", "[{}]", "{oops", '{"n": ', "[", '{"a": "cut'])
-def test_a_bad_first_line_spoils_no_other(tmp_path: Path, first: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join([first, *map(json.dumps, OBJECTS)]))
-    with open_rows(str(path)) as lines:
-        found = list(lines)
-    assert [line.number for line in found] == [1, 2, 3, 4, 5, 6]
-    assert found[0].text.decode() == first
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (json.dumps(OBJECTS)[:-30], "after item 4"),
-        (json.dumps(OBJECTS).replace('"n": 3', '"n" 3'), "after item 2"),
-        (b'{\n"prompt": "caf\xe9"}\n', "not UTF-8, after item 0"),
-        (b'[\n{"prompt": "caf\xe9"}\n]\n', "not UTF-8, after item 0"),
-        (json.dumps(OBJECTS).encode("utf-16"), "UTF-16.*iconv"),
-        (gzip.compress(b"{}", mtime=0), r"gzip.*ends in \.gz"),
-        (b"PAR1....", "Parquet"),
-        (b"PK\x03\x04....", "zip"),
-    ],
-)
-def test_a_file_that_is_not_rows_is_named_with_the_way_out(tmp_path: Path, content: bytes | str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        numbers(tmp_path / "rows.json", content)
-    with pytest.raises(DataError, match=r"rows\.csv: a table.*read_csv"):
-        numbers(tmp_path / "rows.csv", "prompt,answer\na,b\n")
-
-
-LAYOUTS = ["\n".join(map(json.dumps, OBJECTS)), json.dumps(OBJECTS), json.dumps(OBJECTS, indent=1)]
-HARM = [
-    b"\xe9", b"\xff", b"\xf0\x9f", b"\0", b"\xef\xbb\xbf", b"[", b"}", b",", b'"', b"\\ud800", b"\n",
-    b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b"1e999", b"NaN", b"\x1e",
-]  # fmt: skip
-
-
-@given(
-    st.sampled_from(LAYOUTS),
-    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 30), st.sampled_from(HARM)), min_size=1, max_size=3),
-)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_file_is_refused_or_its_lines_are(
-    tmp_path: Path, layout: str, harm: list[tuple[int, int, bytes]]
-) -> None:
-    content = layout.encode()
-    for place, lost, put in harm:
-        content = content[:place] + put + content[place + lost :]
-    (tmp_path / "rows.json").write_bytes(content)
-    with suppress(DataError), open_rows(str(tmp_path / "rows.json")) as lines:
-        for line in lines:
-            with suppress(Rejected):
-                read_row(parse_line(line), line)
 
 
 # --- forms --------------------------------------------------------------------------------------------------------

@@ -40,10 +40,10 @@ from prmkit.dataset.write import REJECTED, Written, both_sides, held_out_name, w
 from prmkit.dataset_info import Entry, read_entries
 from prmkit.errors import DataError
 from prmkit.files import exclusive_lock, read_json, sha256_of, write_json
+from prmkit.layouts import STDIN, Line
 from prmkit.leniency import Leniency
 from prmkit.llamafactory_schema import installed_version
 from prmkit.paths import FULL, INFO, REPORT
-from prmkit.row_lines import STDIN, Line
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,12 @@ import orjson
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError
 from prmkit.files import PACKINGS, hash_content, open_input, open_stdin
+from prmkit.layouts import ROW_SUFFIXES, STDIN, Line, Rejected, is_named, parse_line, read_lines
 from prmkit.prompts.cleaning import count_leaked_scores, mask_leaked_scores, neutralise
 from prmkit.prompts.step import load_rubric
-from prmkit.row_lines import ROW_SUFFIXES, STDIN, Line, is_named, read_lines
-from prmkit.rows import EXPECTED, WEIGHT, InputRow, Rejected, is_weight, parse_line, prompt_hash, read_row
-from prmkit.trajectories.rows import holds_records, labelled_rows
+from prmkit.rows import EXPECTED, WEIGHT, InputRow, is_weight, prompt_hash, read_row
+from prmkit.trajectories.rows import labelled_rows
+from prmkit.trajectory import holds_records
 from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_answer, render_verdict, score_answer
 
 _TEXT_SHOWN = 10_000

@@ -28,8 +28,8 @@ from prmkit.files import numbered_jsonl, read_jsonl, write_json
 from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
 from prmkit.judge.types import AGGREGATES
+from prmkit.layouts import LINE_SUFFIXES, is_named
 from prmkit.prompts.step import load_rubric
-from prmkit.row_lines import LINE_SUFFIXES, is_named
 from prmkit.rows import name_at, whole_number
 from prmkit.scoring.rows import check_rubric
 from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses

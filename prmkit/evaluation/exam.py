@@ -17,11 +17,12 @@ from prmkit.dataset_info import read_entries, read_sidecar, split_names
 from prmkit.errors import DataError, UsageError
 from prmkit.files import numbered_jsonl, sha256_of, stored_form
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
-from prmkit.rows import WEIGHT, InputRow, Rejected, is_weight, read_row, task_of, whole_number
+from prmkit.layouts import Rejected
+from prmkit.rows import WEIGHT, InputRow, is_weight, read_row, task_of, whole_number
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
-from prmkit.trajectories.rows import holds_records, runs_beside, succeeded
-from prmkit.trajectory import Trajectory, task_id_of
+from prmkit.trajectories.rows import runs_beside, succeeded
+from prmkit.trajectory import Trajectory, holds_records, task_id_of
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict
 
 NO_ERROR = 0

@@ -18,7 +18,7 @@ from typing import Any
 from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
 from prmkit.files import numbered_jsonl, unpacked_name
-from prmkit.row_lines import bare_name
+from prmkit.layouts import bare_name
 from prmkit.rows import SELECTED_BY, name_at, weight_of, whole_number
 from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
 

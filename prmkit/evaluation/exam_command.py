@@ -17,10 +17,10 @@ from prmkit.evaluation.summary import MIN_SCORED
 from prmkit.files import read_json, write_json
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
 from prmkit.judge.sources import JudgeSource, check_folders, config_of_run, data_of_run
+from prmkit.layouts import bare_name
 from prmkit.paths import record_of
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.registered import results_folder
-from prmkit.row_lines import bare_name
 from prmkit.scoring.rows import check_rubric
 
 log = logging.getLogger("prmkit")

@@ -160,7 +160,8 @@ class Scorer:
 
 def _request(prompt: str | Mapping[str, Any], shape_of: ShapeOf) -> Request | str:
     """The request to the judge, or why a prompt cannot be judged."""
-    from prmkit.rows import Rejected, read_row
+    from prmkit.layouts import Rejected
+    from prmkit.rows import read_row
 
     try:
         row = read_row({"prompt": prompt} if isinstance(prompt, str) else dict(prompt))

@@ -14,11 +14,10 @@ from prmkit.files import read_json
 from prmkit.judge.scorer import DEFAULT_RUN, ShapeOf
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import Request
+from prmkit.layouts import STDIN, Line, Rejected, parse_line, read_values
 from prmkit.paths import REPORT
 from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
-from prmkit.row_lines import STDIN, Line
-from prmkit.rows import STEP_TYPES, InputRow, Rejected, given_id, parse_line, read_row
-from prmkit.trajectories.documents import Broken, Document
+from prmkit.rows import STEP_TYPES, InputRow, given_id, read_row
 from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_run_page
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.readers import reader_for
@@ -78,16 +77,16 @@ def read_rows(lines: Iterable[Line], shape_of: ShapeOf) -> Iterator[RowToScore]:
         try:
             value = parse_line(line)
         except Rejected as rejected:
-            yield _unreadable(line.number, None, rejected)
+            yield _unreadable(line, None, rejected)
             continue
         try:
             yield prompt_row(read_row(value, line), line.number, shape_of)
         except Rejected as rejected:
-            yield _unreadable(line.number, given_id(value), rejected)
+            yield _unreadable(line, given_id(value), rejected)
 
 
-def _unreadable(number: int, identity: str | int | None, rejected: Rejected) -> RowToScore:
-    return RowToScore(number, identity, reason=f"line {number}: {rejected.reason}", is_step=True)
+def _unreadable(line: Line, identity: str | int | None, rejected: Rejected) -> RowToScore:
+    return RowToScore(line.number, identity, reason=f"{line.unit} {line.number}: {rejected.reason}", is_step=True)
 
 
 def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> RowToScore:
@@ -121,11 +120,11 @@ def holds_runs(name: str) -> bool:
     path = Path(name)
     if name == STDIN or not path.exists():
         return False
-    if path.is_dir():
-        return True
+    if not path.is_file():
+        return path.is_dir()  # a look into a pipe would lose what it saw
     try:
-        first = [value for _, value in islice(Document(path), _SAMPLE) if not isinstance(value, Broken)]
-        return not any(map(_is_prompt, first)) and reader_for(Document(path), name) is not None
+        first = [value for _, value in islice(read_values(path), _SAMPLE) if not isinstance(value, Rejected)]
+        return not any(map(_is_prompt, first)) and reader_for(read_values(path), name) is not None
     except DataError:
         return False  # the reader of rows will report what is wrong
 

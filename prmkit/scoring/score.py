@@ -17,8 +17,8 @@ from prmkit.intervals import Abstention, load_abstention
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
 from prmkit.judge.types import AGGREGATES, Judgement, first_below, rounded
+from prmkit.layouts import STDIN, open_lines
 from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
-from prmkit.row_lines import STDIN, open_rows
 from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
 
 log = logging.getLogger("prmkit")
@@ -111,7 +111,7 @@ def _open_input(job: ScoringJob) -> Iterator[Iterator[RowToScore]]:
     if job.runs:
         yield job.runs.rows()
         return
-    with open_rows(job.input) as lines:
+    with open_lines(job.input) as lines:
         yield read_rows(lines, job.shape_of)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from prmkit.errors import DataError, PrmkitError, UsageError
 from prmkit.judge.scorer import ShapeOf
 from prmkit.judge.types import AGGREGATES, BAD_BELOW, SAME_SCORE, UNSCORED, rounded
+from prmkit.layouts import Rejected
 from prmkit.prompts.step import Rubric, step_prompts
-from prmkit.rows import Rejected, given_id, read_row
+from prmkit.rows import given_id, read_row
 from prmkit.scoring.rows import RowToScore, prompt_row, step_row
 from prmkit.scoring.score import Trajectories
 from prmkit.serving.judges import Scored, ServedJudge, Trial

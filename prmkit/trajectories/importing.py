@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.files import open_input
-from prmkit.row_lines import is_named
-from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
+from prmkit.layouts import ANY_LENGTH, Rejected, open_lines, read_values, value_or_rejected
 from prmkit.trajectories.readers import READERS, reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import Ids, Keys, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
@@ -49,7 +47,9 @@ class FileReport:
     unreadable: Counter[str] = field(default_factory=Counter)
     """Reason -> number of lines or runs that were not read."""
     examples: dict[str, list[int]] = field(default_factory=dict)
-    """Reason in `unreadable` -> line numbers."""
+    """Reason in `unreadable` -> numbers of lines, or of items."""
+    unit: str = "line"
+    """What the numbers count: `line`, or in an array and the like `item`."""
     secrets: Counter[str] = field(default_factory=Counter)
     passed_over: str | None = None
     """Why nothing was read from the file."""
@@ -69,7 +69,7 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
             log.warning("skipped %s: %s", report.file, report.passed_over)
         for reason, count in report.unreadable.items():
             lines = ", ".join(map(str, report.examples[reason]))
-            log.warning("%s: not read: %d x %s (line %s)", report.file, count, reason, lines)
+            log.warning("%s: not read: %d x %s (%s %s)", report.file, count, reason, report.unit, lines)
 
 
 def totals(reports: Sequence[FileReport]) -> Iterator[str]:
@@ -136,6 +136,8 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
         path = Path(given)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder.")
+        if not (path.is_dir() or path.is_file()):
+            raise DataError(f"{path}: a pipe or device, but runs are read twice, to recognise their form. Use a file.")
         found = list(_contents(path)) if path.is_dir() else [_Input(path, is_named=True)]
         if not found:
             raise DataError(f"{path}: an empty folder. Name the folder with your runs.")
@@ -163,14 +165,11 @@ def _contents(folder: Path) -> Iterator[_Input]:
 
 
 def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Trajectory]:
-    if not is_named(path, SUFFIXES):
-        _check_is_json(path)
-    document = Document(path)
-    reader = READERS[options.format] if options.format else reader_for(document, str(path))
+    reader = READERS[options.format] if options.format else reader_for(read_values(path), str(path))
     if reader is None:
-        raise DataError(f"{path}: {_why_not(document)}")
+        raise DataError(f"{path}: {_why_not(_values(path, report), report)}")
     report.format = reader.name
-    for line, found in _read(reader, document, options.keys, report):
+    for line, found in _read(reader, path, options.keys, report):
         run = found if isinstance(found, Trajectory) else _assembled(found, reader, path, line)
         if run is None:
             report.reject("run without a step of the agent", line)
@@ -182,25 +181,17 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         yield run
 
 
-def _check_is_json(path: Path) -> None:
-    with open_input(path) as stream:
-        head = stream.read(256)
-    check_kind(head, str(path))
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
-        raise DataError(f"{path}: not JSON.")
-
-
 def _assembled(found: Run, reader: Reader, path: Path, line: int) -> Trajectory | None:
     return assemble(found, {"format": reader.name, "file": path.name, "line": found.line or line})
 
 
-def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
+def _read(reader: Reader, path: Path, keys: Keys, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
     read = reader.one
     if read is None:
-        yield from _read_whole(reader, document, keys, report)
+        yield from _read_whole(reader, path, keys, report)
         return
-    for line, value in document:
-        if isinstance(value, Broken):
+    for line, value in _values(path, report):
+        if isinstance(value, Rejected):
             report.reject(value.reason, line)
         elif not reader.recognises(value) and not (keys.messages and isinstance(value, dict)):
             report.reject(f"not of the form {reader.name}", line)
@@ -213,40 +204,52 @@ def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) ->
                 report.reject(f"damaged inside ({type(error).__name__}: {error!s:.60})", line)
 
 
+def _values(path: Path, report: FileReport) -> Iterator[tuple[int, Any]]:
+    """`read_values`, and what the numbers count."""
+    with open_lines(str(path), ANY_LENGTH) as lines:
+        for line in lines:
+            report.unit = line.unit
+            yield line.number, value_or_rejected(line)
+
+
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 """Errors that readers raise: a form is recognised by its outline, but its content may be anything."""
 
 
-def _read_whole(
-    reader: Reader, document: Document, keys: Keys, report: FileReport
-) -> Iterator[tuple[int, Run | Trajectory]]:
+def _read_whole(reader: Reader, path: Path, keys: Keys, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
     try:
-        for run in reader.every(_Whole(document, report), keys) if reader.every else ():
+        for run in reader.every(_Whole(path, report), keys) if reader.every else ():
             yield run.line or 1 if isinstance(run, Run) else 1, run
     except _DAMAGE as error:
-        raise DataError(f"{document.path}: damaged inside ({type(error).__name__}: {error!s:.60}).") from error
+        raise DataError(f"{path}: damaged inside ({type(error).__name__}: {error!s:.60}).") from error
 
 
 class _Whole:
     """The values of a file for a reader that needs all of them; broken lines are counted the first time."""
 
-    def __init__(self, document: Document, report: FileReport) -> None:
-        self._document, self._report, self._counted = document, report, False
+    def __init__(self, path: Path, report: FileReport) -> None:
+        self._path, self._report, self._counted = path, report, False
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        for line, value in self._document:
-            if not isinstance(value, Broken):
+        for line, value in _values(self._path, self._report):
+            if not isinstance(value, Rejected):
                 yield line, value
             elif not self._counted:
                 self._report.reject(value.reason, line)
         self._counted = True
 
 
-def _why_not(values: NumberedValues) -> str:
+def _why_not(values: NumberedValues, report: FileReport) -> str:
     """Describe a file without runs."""
-    first = next((value for _, value in values if not isinstance(value, Broken)), None)
-    if first is None:
+    rest = iter(values)
+    number, first = next(rest, (0, None))
+    if not number:
         return "no JSON in it."
+    if isinstance(first, Rejected):
+        reason = first.reason
+        first = next((value for _, value in rest if not isinstance(value, Rejected)), first)
+    if isinstance(first, Rejected):
+        return f"no JSON in it; {report.unit} {number}: {reason}."
     if is_judged_row(first):
         return (
             "prompts of single steps, not runs: for convert_dataset.py, or without answers for score_trajectories.py."
@@ -265,7 +268,7 @@ def _marks(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str
         return found
     for path in (given.path for given in files if not given.reason):
         try:
-            for _, value in Document(path):
+            for _, value in read_values(path):
                 if mark := reader.marks(value):
                     found[mark[0]] = mark[1]
         except DataError:

@@ -8,10 +8,9 @@ from prmkit.errors import DataError, UsageError
 from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.resumable import companion_file
 from prmkit.rows import STEP_TYPE
-from prmkit.trajectories.documents import Document
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
-from prmkit.trajectory import Label, Step, Trajectory, is_record, task_id_of
+from prmkit.trajectory import Label, Step, Trajectory, task_id_of
 from prmkit.verdict import Verdict, render_verdict
 
 
@@ -66,14 +65,6 @@ def succeeded(run: Trajectory) -> bool | None:
         return bool(outcome["success"])
     score = outcome.get("score")
     return None if isinstance(score, bool) or not isinstance(score, int | float) else score >= 1
-
-
-def holds_records(path: Path) -> bool:
-    """Whether a file has runs in our own record format, judging by its first value."""
-    try:
-        return is_record(next((value for _, value in Document(path)), None))
-    except DataError:
-        return False  # the reader of the file will report what is wrong
 
 
 def labelled_rows(path: Path, rubric: Rubric) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,8 @@ from typing import Any
 import orjson
 
 from prmkit.errors import UsageError
-from prmkit.rows import Rejected, name_in
+from prmkit.layouts import Rejected
+from prmkit.rows import name_in
 from prmkit.trajectories.content import as_text
 from prmkit.trajectories.run import Keys, Run, Turn, UnreadableValue
 from prmkit.trajectory import Label

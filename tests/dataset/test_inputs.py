@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from narrated import Narrated
 
-from prmkit import row_lines
+from prmkit import layouts
 from prmkit.dataset import convert as convert_from_python
 from prmkit.dataset.conversion import convert
 from prmkit.dataset.settings import Settings, Split
 from prmkit.errors import DataError, UsageError
-from prmkit.row_lines import LONGEST_LINE, Line
+from prmkit.layouts import LONGEST_LINE, Line
 from prmkit.rows import prompt_hash
 from tests.dataset.conftest import Convert, many_rows, prompt_of, read_lines, row_of, snapshot, write_rows
 
@@ -239,7 +239,7 @@ def test_nothing_in_a_folder_is_passed_over_silently(tmp_path: Path, data: Path,
 def test_an_input_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, data: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, original = write_rows(tmp_path / "input.jsonl", many_rows(tasks=5)), row_lines.read_lines
+    source, original = write_rows(tmp_path / "input.jsonl", many_rows(tasks=5)), layouts.read_lines
 
     def interfere(stream: IO[bytes], name: str) -> Iterator[Line]:
         lines = original(stream, name)

@@ -19,10 +19,10 @@ from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation.command import execute
 from prmkit.evaluation.exam import read_exam
 from prmkit.evaluation.exam_command import folder_of
+from prmkit.layouts import open_lines, parse_line
+from prmkit.layouts import read_lines as read_rows
 from prmkit.prompts.step import load_rubric
-from prmkit.row_lines import open_rows
-from prmkit.row_lines import read_lines as read_rows
-from prmkit.rows import parse_line, read_row
+from prmkit.rows import read_row
 from prmkit.scoring.rows import RunsToScore, holds_runs
 from prmkit.trajectories.command import import_runs
 from tests.dataset.conftest import prompt_of, read_lines, row_of
@@ -117,7 +117,7 @@ def test_rows_are_converted_and_scored(tmp_path: Path, suffix: str, packing: str
     for source in (file, file.parent):
         assert sum(convert(Settings((str(source),), tmp_path / "data"))["rows"].values()) == 2
     assert not holds_runs(str(file))
-    with open_rows(str(file)) as lines:
+    with open_lines(str(file)) as lines:
         assert [read_row(parse_line(line)).prompt for line in lines] == prompts
 
 

@@ -9,7 +9,7 @@ import pytest
 from families import FLAT, prompt
 
 from prmkit.judge.scorer import ShapeOf
-from prmkit.row_lines import read_lines
+from prmkit.layouts import read_lines
 from prmkit.scoring.rows import RowToScore
 from prmkit.scoring.rows import read_rows as read
 

@@ -14,7 +14,7 @@ from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.judge.types import Asking, Distribution, Judgement, Mode
-from prmkit.row_lines import read_lines
+from prmkit.layouts import read_lines
 from prmkit.scoring.rows import read_rows
 from prmkit.scoring.score import ScoringJob, run_job, score_rows, trajectories_file
 from prmkit.verdict import Shape

@@ -124,23 +124,6 @@ def test_a_run_without_steps_is_counted(read: Read, reports: list[FileReport]) -
     assert reports[0].unreadable == {"run without a step of the agent": 1}
 
 
-def test_layouts_of_a_file(tmp_path: Path) -> None:
-    values = [messages(f"Task {number}.") for number in range(3)]
-    layouts = {
-        "lines": "\n".join(map(json.dumps, values)),
-        "array": json.dumps(values),
-        "pretty array": json.dumps(values, indent=2),
-        "array, one item a line": "[\n" + ",\n".join(map(json.dumps, values)) + "\n]\n",
-        "pretty objects": "\n".join(json.dumps(value, indent=2) for value in values),
-        "byte order mark": "\ufeff" + "\n".join(map(json.dumps, values)),
-        "empty lines": "\n\n" + "\n\n".join(map(json.dumps, values)) + "\n\n",
-    }
-    for name, text in layouts.items():
-        path = tmp_path / f"{name}.json"
-        path.write_text(text, encoding="utf-8")
-        assert [run.task for run in read_runs([path])] == ["Task 0.", "Task 1.", "Task 2."], name
-
-
 def test_ids_follow_the_source_and_are_unique(read: Read) -> None:
     runs = read(
         messages("Find   X."), messages("find x."), messages() | {"task_id": "t"}, messages() | {"task_id": "t"},

@@ -15,9 +15,9 @@ from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport, Options, read_runs
 from prmkit.trajectories.labels import SETS
 from prmkit.trajectories.readers import READERS
-from prmkit.trajectories.rows import holds_records, labelled_rows, rows_of
+from prmkit.trajectories.rows import labelled_rows, rows_of
 from prmkit.trajectories.run import Keys
-from prmkit.trajectory import Trajectory, dump
+from prmkit.trajectory import Trajectory, dump, holds_records
 from prmkit.verdict import Verdict, asked_shape, read_verdict
 from tests.trajectories.conftest import Read
 

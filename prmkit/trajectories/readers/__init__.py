@@ -1,14 +1,14 @@
 """The forms of runs that can be read, one module each; those of traces share `traces`.
 
 A new form is a module here, and its name in `_SPECIFIC`. If its files have a suffix of their own, add that to
-`SUFFIXES` in `prmkit/trajectories/documents.py`; how packed files are opened (`.gz`) is in `prmkit/files.py`.
+`SUFFIXES` in `prmkit/layouts.py`; how packed files are opened (`.gz`) is in `prmkit/files.py`.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 from prmkit.errors import UsageError
-from prmkit.trajectories.documents import Broken
+from prmkit.layouts import Rejected
 from prmkit.trajectories.labels import agent_process_bench, agentrx, prmbench, trajectory_judge, who_and_when
 from prmkit.trajectories.readers import (
     atif,
@@ -50,7 +50,7 @@ def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
     """
     fitting: dict[str, int] = {}
     for count, (line, value) in enumerate(values, start=1):
-        found = [] if isinstance(value, Broken) else forms_of(value)
+        found = [] if isinstance(value, Rejected) else forms_of(value)
         fitting |= {form: line for form in found if form not in fitting}
         if specific := {form: line for form, line in fitting.items() if not _is_plain(form)}:
             fitting = specific  # events of a session may look like plain messages
