@@ -1,7 +1,7 @@
-"""What one row says, for conversion and scoring: its prompt, the judge's answer, its metadata.
+"""Parse one row, for conversion and scoring: its prompt, the judge's answer, its metadata.
 
-A row has the form of `finetune.jsonl`, chat messages, Alpaca's columns or a bare prompt. Conversion and scoring both
-read rows here, so a prompt has the same system text and the same hash in both. `row_lines` finds the rows in a file.
+A row has the format of `finetune.jsonl`, chat messages, Alpaca's columns or a bare prompt. Conversion and scoring both
+read rows here, so a prompt has the same system prompt and the same hash in both. `row_lines` finds the rows in a file.
 """
 
 import hashlib
@@ -24,26 +24,26 @@ WEIGHT = "selection_weight"
 """In the metadata of a row whose prompt `ask_judges.py --first` selected: why (`unsure` or `AUDIT`), and the inverse
 of the selection probability. Every metric of an evaluation uses it as the row's weight."""
 AUDIT = "audit"
-"""`SELECTED_BY` of a prompt that was selected at random, and so represents others like it."""
+"""The value of `SELECTED_BY` for a prompt that was selected at random, and so represents others like it."""
 
 
 class EvaluationType(NamedTuple):
-    """What a verdict is about."""
+    """The subject of a verdict."""
 
     meaning: str
     is_step: bool = False
-    """One step: the scores of a run then have an order, and can be combined and watched. At most one type is, because
+    """Whether it is one step: only step scores are ordered, aggregated and monitored. At most one type is, because
     scoring and metrics match the steps of a run by their clip number alone."""
 
 
 STEP_TYPE = "clip"
-"""The evaluation type of rows that are made from the steps of runs."""
+"""The evaluation type of rows made from the steps of runs."""
 EVALUATION_TYPES = {
     STEP_TYPE: EvaluationType("one step of a run", is_step=True),
     "category": EvaluationType("all steps of one tool category in a run"),
     "final": EvaluationType("a whole run"),
 }
-"""In the order of tables. Rows may have other types, which are not steps."""
+"""The known types, in the order of tables. Rows may have other types, which are not steps."""
 OUTCOME = "answer_correctness"
 """The score key of `final` rows that says how a run ended: evaluations compare the scores of its steps with it."""
 STEP_TYPES = tuple(name for name, each in EVALUATION_TYPES.items() if each.is_step)
@@ -54,7 +54,7 @@ class Rejected(Exception):
 
     Args:
         reason: what is wrong with this row.
-        kind: the name under which such rows are counted; by default the reason.
+        kind: the reason without details, by which such rows are counted; by default the reason.
     """
 
     def __init__(self, reason: str, kind: str | None = None) -> None:
@@ -73,21 +73,21 @@ class InputRow:
     judge: str | None
     task: str | None
     trajectory: str | None
-    """`trajectory_id`; the task if a row names none."""
+    """`trajectory_id`; the task if the row does not have one."""
     evaluation_type: str | None
     clip_number: int | None
     metadata: Mapping[str, Any]
-    """As in the input, plus those of the fields above that the row has at its top level."""
+    """The input's metadata, plus those of the fields above that the row has at its top level."""
     id: str | int | None = None
 
     @property
     def sha256(self) -> str:
-        """The hash of what the judge is asked."""
+        """The hash of the prompt with its system prompt."""
         return prompt_hash(self.prompt, self.system)
 
 
 def parse_line(line: Line) -> Any:
-    """The JSON value of a row. `NaN`, which pandas writes for a missing value, is read as null.
+    """Parse the JSON of a row. `NaN`, which pandas writes for a missing value, is read as null.
 
     Raises:
         Rejected: the row is too long, not JSON, not UTF-8, or nested too deeply for any parser.
@@ -116,14 +116,14 @@ def _parse_with_nan(text: bytes, error: Exception) -> Any:
 
 
 def read_row(value: Any, line: Line | None = None) -> InputRow:
-    """What a row says.
+    """Turn the JSON value of a row into its fields.
 
     Args:
         value: `parse_line(line)`.
-        line: where the row was read from, to look for keys that occur twice: parsers silently keep the last one.
+        line: the text of the row, to look for keys that occur twice: parsers silently keep the last one.
 
     Raises:
-        Rejected: the row has an unknown form, or has something that a judge's prompt cannot hold.
+        Rejected: the row has an unknown format, or content that a judge's prompt cannot have.
     """
     if not isinstance(value, dict):
         raise Rejected("not a JSON object")
@@ -149,22 +149,22 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
 
 
 def given_id(value: Any) -> str | int | None:
-    """A row's `id`, which may be 0 or empty; None if it has none, or something else than text or a whole number."""
+    """Return a row's `id`, which may be 0 or empty; None if it is missing or neither a string nor an integer."""
     identity = value.get("id") if isinstance(value, Mapping) else None
     return identity if isinstance(identity, str | int) and not isinstance(identity, bool) else None
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:
-    """The SHA-256 that identifies a prompt; the same prompt with another system text is another prompt."""
-    whole = f"{system}\0{prompt}" if system else prompt
-    return hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()
+    """Return the SHA-256 that identifies a prompt; with another system prompt, it is another prompt."""
+    content = f"{system}\0{prompt}" if system else prompt
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
 
 
 def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
-    """A name in the metadata, which pipelines write as "7", 7 or 7.0; None if it is missing.
+    """Return an id or a name in the metadata, which pipelines write as "7", 7 or 7.0; None if it is missing.
 
     Raises:
-        Rejected: it is a list, an object, a boolean or a fraction.
+        Rejected: it is a list, an object, a boolean or a number with a fraction.
     """
     value = metadata.get(key)
     if value is None or value == "":
@@ -177,7 +177,7 @@ def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def task_of(metadata: Mapping[str, Any]) -> str | None:
-    """The task of a row with this metadata; None if it names none.
+    """Return the task of a row with this metadata; None if it has no task_id.
 
     Raises:
         Rejected: as `name_in`.
@@ -186,7 +186,7 @@ def task_of(metadata: Mapping[str, Any]) -> str | None:
 
 
 def trajectory_of(metadata: Mapping[str, Any]) -> str | None:
-    """The attempt at the task; the task if the row names no attempt.
+    """Return the trajectory of a row; the task if the row has no trajectory_id.
 
     Raises:
         Rejected: as `name_in`.
@@ -194,20 +194,20 @@ def trajectory_of(metadata: Mapping[str, Any]) -> str | None:
     return name_in(metadata, "trajectory_id") or task_of(metadata)
 
 
-def name_at(place: str, metadata: Mapping[str, Any], key: str) -> str | None:
-    """`name_in` for what is not an input row.
+def name_at(location: str, metadata: Mapping[str, Any], key: str) -> str | None:
+    """Return `name_in` for metadata that is not from an input row.
 
     Raises:
-        DataError: it is not a name; the message begins with `place`.
+        DataError: it is not a name; the message begins with `location`.
     """
     try:
         return name_in(metadata, key)
     except Rejected as rejected:
-        raise DataError(f"{place}: {key} is neither text nor a whole number.") from rejected
+        raise DataError(f"{location}: {key} is neither a string nor an integer.") from rejected
 
 
 def weight_of(metadata: Mapping[str, Any]) -> float:
-    """How many prompts a row represents: `WEIGHT`, or one if it has none.
+    """Return how many prompts a row represents: its `WEIGHT`; without a weight, one.
 
     Raises:
         DataError: the weight is not a positive number.
@@ -225,12 +225,12 @@ def is_weight(value: Any) -> bool:
 
 
 def without_selection(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata without `SELECTED_BY` and `WEIGHT`."""
+    """Return the metadata without `SELECTED_BY` and `WEIGHT`."""
     return {name: value for name, value in metadata.items() if name not in (SELECTED_BY, WEIGHT)}
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number (of a clip), which pipelines write as 1, 1.0 or "1"; None for anything else."""
+    """Return an integer (a clip number), which pipelines write as 1, 1.0 or "1"; None for anything else."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -242,12 +242,12 @@ _CONTENT = {
     "id", "metadata", "conversations", "messages", "prompt", "completion", "response", "instruction", "input",
     "output", "system", "tools",
 }  # fmt: skip
-"""The columns that are not metadata. Also list a new column here that `_texts` reads."""
+"""The columns that are not metadata. Also list every column here that `_texts` reads."""
 _IDENTITY = ("task_id", "trajectory_id", "model_name", "evaluation_type", "clip_number")
 
 
 def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metadata, or the row's other top-level keys if it has none; what identifies a row may be in either place."""
+    """Return the metadata or, without it, the row's other top-level keys; the fields of `_IDENTITY` may be in both."""
     metadata = row.get("metadata")
     if isinstance(metadata, str):  # tables keep objects as strings
         try:
@@ -274,10 +274,10 @@ _ROLES = {
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
-    """System text, prompt and answer. A new column that is read here also belongs in `_CONTENT`."""
+    """Return system prompt, prompt and answer. A new column that is read here also belongs in `_CONTENT`."""
     for column in ("tools", "images", "videos", "audios", "history"):
         if row.get(column) not in (None, "", "[]", []):
-            raise Rejected(f"carries {column}, which a judge's prompt cannot hold; write them into the prompt")
+            raise Rejected(f"has `{column}`, which is not supported; put its content into the prompt text")
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise Rejected("system is not a string")
@@ -292,7 +292,7 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
     elif isinstance(row.get("prompt"), str):
         prompt = row["prompt"]
     else:
-        raise Rejected(_unknown_form(row), "neither conversations nor a prompt")
+        raise Rejected(_unknown_format(row), "neither conversations nor a prompt")
     answers = [row[key] for key in ("output", "response", "completion") if row.get(key) is not None]
     if len(answers) > 1:
         raise Rejected("several answers: output, response or completion")
@@ -303,10 +303,10 @@ def _turn(role: str, text: Any) -> dict[str, Any]:
     return {"from": role, "value": text}
 
 
-def _unknown_form(row: Mapping[str, Any]) -> str:
+def _unknown_format(row: Mapping[str, Any]) -> str:
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return f"an object around rows; write them as lines: jq -c '.[{json.dumps(key[:40])}][]' FILE > rows.jsonl"
+            return f"rows are nested in an object; extract them: jq -c '.[{json.dumps(key[:40])}][]' FILE > rows.jsonl"
     return f"neither conversations nor a prompt; expected {EXPECTED}"
 
 
@@ -319,30 +319,30 @@ def _string(value: Any, what: str) -> str:
 def _from_turns(turns: Any, system: str | None) -> tuple[str | None, str, str | None]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise Rejected("conversations is not a list of turns")
-    said = [(_role(turn), _said(turn)) for turn in turns]
-    if said[0][0] == "system":
-        own = said.pop(0)[1]
+    texts = [(_role(turn), _text(turn)) for turn in turns]
+    if texts[0][0] == "system":
+        own = texts.pop(0)[1]
         if system and own and system != own:
             raise Rejected("two system prompts: a column and a turn")
         system = own or system
-    roles = [role for role, _ in said]
+    roles = [role for role, _ in texts]
     if roles not in (["human"], ["human", "gpt"]):
         found = ", ".join(roles[:6]) or "nothing"
-        raise Rejected(f"the turns are not one question and one answer ({found}); expected human, gpt",
+        raise Rejected(f"expected one human and at most one gpt turn; found {found}",
                        "the turns are not one question and one answer")  # fmt: skip
-    return system, said[0][1], said[1][1] if len(said) > 1 else None
+    return system, texts[0][1], texts[1][1] if len(texts) > 1 else None
 
 
 def _role(turn: Mapping[str, Any]) -> str:
     role = turn.get("from", turn.get("role"))
     if turn.get("tool_calls") or turn.get("function_call"):
-        raise Rejected("a turn carries tool calls, which a judge's prompt cannot hold; write them into the prompt")
+        raise Rejected("a turn has tool calls, which are not supported; put them into the prompt text")
     if not isinstance(role, str) or role not in _ROLES:
         raise Rejected(f"a turn is from {str(role)[:40]!r}; expected human, gpt or system", "a turn of unknown role")
     return _ROLES[role]
 
 
-def _said(turn: Mapping[str, Any]) -> str:
+def _text(turn: Mapping[str, Any]) -> str:
     text = turn.get("value", turn.get("content"))
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
         text = "".join(_string(part.get("text"), "a part of a turn") for part in text)
@@ -355,22 +355,22 @@ def _said(turn: Mapping[str, Any]) -> str:
 
 
 def _check_unique_keys(text: bytes, quotes: int) -> None:
-    # If there are as many quotes as the value needs, no key was lost. Otherwise the slow check decides.
+    # If the text has as many quotes as the value needs, no key was lost. Otherwise the slow check decides.
     if quotes == text.count(b'"') and b"\\u0022" not in text:
         return
     try:
         json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:
-        # orjson has read it, so this is where parsers differ (an integer of 5,000 digits).
+        # orjson accepted it, so this is a case in which parsers differ (an integer of 5,000 digits).
         raise Rejected(f"not JSON ({error})", "not JSON") from error
 
 
 _DEEPEST = 250
-"""Levels. orjson reads 1,024 and writes 254; the file of rejected rows has each row one level deeper."""
+"""Nesting levels. orjson reads 1,024 and writes 254; rejected.jsonl has each row one level deeper."""
 
 
 def _quotes_of(value: Any, depth: int) -> int:
-    """How many quotation marks a list or object takes as JSON: two for each key and string, and those inside them."""
+    """Count the quotation marks of a list or object as JSON: two for each key and string, and those inside them."""
     if depth > _DEEPEST:
         raise Rejected("nested too deeply")
     items, quotes = value, 0

@@ -56,7 +56,7 @@ def test_stray_values_cost_their_own_rows(convert_rows: Convert, stray: int, kep
     rows = judged([1.7] * stray + [0.5] * (300 - stray if stray == 3 else 250 - stray), judge="judge-a")
     if not kept:
         rows = rows[:200]
-        with pytest.raises(DataError, match="none of its rows"):
+        with pytest.raises(DataError, match="all its rows with reasonableness_score are rejected"):
             convert_rows(rows)
         return
     report = convert_rows(rows)
