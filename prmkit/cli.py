@@ -206,7 +206,7 @@ class _ClosableStream:
 
 
 class _Narration(logging.StreamHandler[Any]):
-    """Write log records to stderr, wrapped at the terminal's width and above any progress bar."""
+    """A log handler that writes to stderr, wrapped at the terminal's width and above any progress bar."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(_ClosableStream(stream))

@@ -52,7 +52,7 @@ class GateError(PrmkitError):
 
 
 class Interrupted(BaseException):
-    """A signal stopped the work; what was finished before it is kept.
+    """A signal stopped the work; everything done so far is kept.
 
     Not an `Exception`, for the same reason as KeyboardInterrupt: it is raised wherever the signal arrives, where a
     library (logging, for one) would otherwise catch it as one of its own errors and continue.

@@ -194,7 +194,7 @@ class _NamedStream(io.RawIOBase):
 
 
 class _ZstandardReader(io.RawIOBase):
-    """Decompress one or several Zstandard frames; zstandard's own reader silently stops at a truncated frame."""
+    """A reader of one or several Zstandard frames; zstandard's own reader silently stops at a truncated frame."""
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
@@ -244,7 +244,7 @@ PACKINGS: Mapping[str, Packing] = {
     ".bz2": Packing("bzip2", b"BZh", bz2.BZ2File),
     ".zst": Packing("Zstandard", b"\x28\xb5\x2f\xfd", _ZstandardReader),
 }
-"""Compression formats by file suffix."""
+"""File suffix -> compression format."""
 
 
 def packing_of(path: Path) -> Packing | None:

@@ -21,8 +21,8 @@ EXPECTED = (
 )
 SELECTED_BY = "selected_by"
 WEIGHT = "selection_weight"
-"""In the metadata of a row whose prompt `ask_judges.py --first` selected: why (`unsure` or `AUDIT`), and the inverse
-of the selection probability. Every metric of an evaluation uses it as the row's weight."""
+"""Metadata of a row whose prompt `ask_judges.py --first` selected: why (`unsure` or `AUDIT`), and the inverse of the
+selection probability, which every metric of an evaluation uses as the row's weight."""
 AUDIT = "audit"
 """The value of `SELECTED_BY` for a prompt that was selected at random, and so represents others like it."""
 
@@ -45,7 +45,7 @@ EVALUATION_TYPES = {
 }
 """The known types, in the order of tables. Rows may have other types, which are not steps."""
 OUTCOME = "answer_correctness"
-"""The score key of `final` rows that says how a run ended: evaluations compare the scores of its steps with it."""
+"""The score key of `final` rows with the outcome of a run; evaluations compare the scores of its steps with it."""
 STEP_TYPES = tuple(name for name, each in EVALUATION_TYPES.items() if each.is_step)
 
 

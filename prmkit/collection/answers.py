@@ -226,7 +226,8 @@ async def _follow(
 ) -> None:
     """Send follow-up requests until the question has a result or fails."""
     while isinstance(ask := next_of(question, state.answers), Ask):
-        if same := state.under_way.get(ask.key):  # another run has the same first steps
+        # Another run may have the same first steps, and so an identical request in flight.
+        if same := state.under_way.get(ask.key):
             await same.wait()
             if question.judge.name in state.stopped:
                 return

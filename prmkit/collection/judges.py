@@ -31,7 +31,7 @@ class StrongJudge:
     """The name of the environment variable with the API key; the key itself is never written to a file."""
     concurrency: int = 4
     json: JsonMode = "object"
-    """How JSON is requested: `schema` sends a JSON schema, `object` asks for any object, `prompt` adds nothing."""
+    """How JSON is requested: `schema` sends a JSON schema, `object` asks for any object, `prompt` sends neither."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """Parameters that are sent unchanged: temperature, max_tokens, reasoning_effort, …"""
     price_in: float | None = None

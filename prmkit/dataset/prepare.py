@@ -223,7 +223,7 @@ class ValuesOfKey:
 
 
 class Preparer:
-    """Prepare rows one by one, and collect the statistics for later decisions about the complete input."""
+    """Prepares rows one by one, and collects the statistics for later decisions about the complete input."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -44,7 +44,7 @@ def held_out_name(variant: str) -> str:
 
 
 def name_values(types: Iterable[str], judges: Iterable[str], tasks: Iterable[str]) -> dict[tuple[str, str], str]:
-    """Name the variants of all evaluation types, judges and tasks: safe as file names, unique, the same in every run.
+    """Name the variants of all evaluation types, judges and tasks: safe as file names, unique, and stable.
 
     Values that would get the same name all get a hash after it; so do values that are too long, or that are empty after
     unsafe characters are removed. The three standard evaluation types keep their plain names.

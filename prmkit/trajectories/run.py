@@ -183,7 +183,7 @@ def _attach(result: Result, steps: list[Step], lost: Counter[str]) -> None:
 
 
 class Ids:
-    """Assign a unique id to every run of an import. Takes about 100 bytes per run."""
+    """Assigns a unique id to every run of an import. Takes about 100 bytes per run."""
 
     def __init__(self) -> None:
         self._runs_of: Counter[int] = Counter()
