@@ -122,9 +122,9 @@ def load_abstention(
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags --interval and --abstain-above, which `load_abstention` takes."""
     group = parser.add_argument_group("calibrated intervals (of a judge that was evaluated)")
-    level = "add low and high; with 0.9 they contain the judges' mean in 9 of 10 cases"
-    group.add_argument("--interval", type=cli.level, metavar="LEVEL", help=level)
-    width = "mark scores with a wider interval as unsure"
+    ends = "add low and high, which contain the strong judges' mean with this probability, for example 0.9"
+    group.add_argument("--interval", type=cli.level, metavar="LEVEL", help=ends)
+    width = f"mark scores with a wider interval as unsure (without --interval: at level {DEFAULT_LEVEL})"
     group.add_argument("--abstain-above", type=cli.level, metavar="WIDTH", help=width)
 
 

@@ -6,7 +6,8 @@ read rows here, so a prompt has the same system prompt and the same hash in both
 
 import hashlib
 import json
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -155,25 +156,38 @@ def given_id(value: Any) -> str | int | None:
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:
-    """Return the SHA-256 that identifies a prompt; with another system prompt, it is another prompt."""
+    """Return the SHA-256 that identifies a prompt; with another system prompt, it is another prompt.
+
+    Copies that differ only in line breaks (CRLF) or in Unicode normalisation (NFD) are one prompt.
+    """
     content = f"{system}\0{prompt}" if system else prompt
+    if "\r" in content:
+        content = content.replace("\r\n", "\n")
+    if not content.isascii():
+        content = unicodedata.normalize("NFC", content)
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
 
 
 def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
-    """Return an id or a name in the metadata, which pipelines write as "7", 7 or 7.0; None if it is missing.
+    """Return an id or a name in the metadata, which pipelines write as "7", 7, 7.0 or " 7"; None if missing or empty.
 
     Raises:
         Rejected: it is a list, an object, a boolean or a number with a fraction.
     """
     value = metadata.get(key)
-    if value is None or value == "":
+    if value is None:
         return None
     if isinstance(value, str):
-        return value
+        return as_name(value) or None
     if type(value) is int or (type(value) is float and value.is_integer()):
         return str(int(value))
     raise Rejected(f"metadata.{key} is not a string")
+
+
+def as_name(text: str) -> str:
+    """Strip and normalise (NFC) a name, because "Café" has two spellings in Unicode."""
+    text = text.strip().strip("\u200b\ufeff")
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def task_of(metadata: Mapping[str, Any]) -> str | None:
@@ -268,6 +282,7 @@ def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return metadata
 
 
+_ANSWERS = ("output", "response", "completion")
 _ROLES = {
     "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system", "developer": "system",
 }  # fmt: skip
@@ -281,22 +296,32 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise Rejected("system is not a string")
-    turns = row.get("conversations", row.get("messages"))
+    turns = _one_of(row, ("conversations", "messages"), "turns")
     if turns is None and isinstance(row.get("prompt"), list):
         completion = row.get("completion") or []
         turns = [*row["prompt"], *(completion if isinstance(completion, list) else [_turn("gpt", completion)])]
     if turns is not None:
-        return _from_turns(turns, system)
+        texts = _from_turns(turns, system)
+        for column, text in (("prompt", texts[1]), ("instruction", texts[1]), *((name, texts[2]) for name in _ANSWERS)):
+            if isinstance(row.get(column), str) and row[column].strip() and row[column] != text:
+                raise Rejected(f"{column} differs from the turns; leave one of them out", "two texts that differ")
+        return texts
     if isinstance(row.get("instruction"), str):
         prompt = "\n".join(filter(None, (row["instruction"], _string(row.get("input"), "input"))))
     elif isinstance(row.get("prompt"), str):
         prompt = row["prompt"]
     else:
         raise Rejected(_unknown_format(row), "neither conversations nor a prompt")
-    answers = [row[key] for key in ("output", "response", "completion") if row.get(key) is not None]
-    if len(answers) > 1:
-        raise Rejected("several answers: output, response or completion")
-    return system, prompt, _string(answers[0], "the answer") if answers else None
+    answer = _one_of(row, _ANSWERS, "answers")
+    return system, prompt, None if answer is None else _string(answer, "the answer")
+
+
+def _one_of(row: Mapping[str, Any], columns: Sequence[str], what: str) -> Any:
+    """Return the only one of some columns that is not null; None if all are."""
+    values = [row[column] for column in columns if row.get(column) is not None]
+    if len(values) > 1:
+        raise Rejected(f"several {what}: {' or '.join(column for column in columns if row.get(column) is not None)}")
+    return values[0] if values else None
 
 
 def _turn(role: str, text: Any) -> dict[str, Any]:

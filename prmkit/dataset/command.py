@@ -41,23 +41,26 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     inputs += "(import_trajectories.py), folders of both, - for stdin (default: finetune.jsonl)"
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
     add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: prmkit's own)")
-    add("--output-dir", type=Path, metavar="FOLDER", help="output folder (default: dataset_dir of --config, or data)")
+    folder = "output folder (default: dataset_dir of --config, or data)"
+    add("--output-dir", type=Path, metavar="FOLDER", help=folder)
     form = "format of the training files (default: %(default)s)"
     add("--format", choices=["alpaca", "sharegpt"], default=Settings.form, help=form)
     labels = "canonical: verdicts as uniform JSON; verbatim: the judges' own text (default: %(default)s)"
     add("--labels", choices=["canonical", "verbatim"], default=Settings.labels, help=labels)
-    add("--mask-leaked-scores", action="store_true", help="mask earlier scores in prompts, such as (Score: 0.93)")
-    add("--max-rejected", metavar="N", help="fail if more rows are rejected: 5%% or a number of rows (default: 50%%)")
+    masked = "mask the scores of earlier evaluations in prompts, such as (Score: 0.93)"
+    add("--mask-leaked-scores", action="store_true", help=masked)
+    most = "fail if more rows are rejected: a number, or a percentage such as 5%% (default: 50%%)"
+    add("--max-rejected", metavar="N", help=most)
     add("--no-task-variants", dest="task_variants", action="store_false", help="write no per-task variants")
     add("--json", action="store_true", help="print the report instead of the summary")
     add("--no-next", action="store_true", help=argparse.SUPPRESS)  # run_training.sh does the next step itself
-    audit = "only check the datasets in FOLDER for leaks (not only prmkit's own)"
+    audit = "convert nothing; check the datasets in FOLDER for leaks (not only prmkit's own)"
     add("--audit", type=Path, metavar="FOLDER", help=audit)
 
     filters = parser.add_argument_group("filters (combined with AND)").add_argument
-    filters("--evaluation-types", nargs="+", metavar="TYPE", help="such as clip, category, final")
+    filters("--evaluation-types", nargs="+", metavar="TYPE", help="types, such as clip, category, final")
     filters("--model-names", nargs="+", metavar="JUDGE", help="judges, such as deepseek-chat")
-    filters("--task-ids", nargs="+", metavar="TASK")
+    filters("--task-ids", nargs="+", metavar="TASK", help="tasks, by task_id")
     filters("--name", metavar="NAME", help=f"name of the variant (default: {CUSTOM})")
 
     split = parser.add_argument_group("held-out tasks").add_argument
@@ -66,7 +69,8 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     seed = f"another seed holds out different tasks (default: {Split.seed})"
     split("--split-seed", type=int, metavar="N", help=seed)
     split("--eval-tasks", type=Path, metavar="FILE", help="your list of held-out tasks, one per line")
-    near = "training prompts that nearly repeat a held-out one; always counted (default: %(default)s)"
+    near = "what to do with training prompts that nearly repeat a held-out one; they are always counted "
+    near += "(default: %(default)s)"
     split("--near-duplicates", choices=["keep", "drop"], default=Settings.near_duplicates, help=near)
 
     _add_judges_and_lengths(parser)
@@ -75,21 +79,24 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges = parser.add_argument_group("judges").add_argument
-    scale = "score range, for all judges (1 5) or per judge (JUDGE=1:10 …); repeatable"
+    scale = "score range, for all judges (1 5) or per judge (JUDGE=1:10 …); repeatable (default: 0 1)"
     judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
-    judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help="scores for verbal answers: pass=1 fail=0")
-    consensus = "also write reward_model_consensus, with one row per prompt (default: %(default)s)"
+    words = "scores from 0 to 1 for verbal answers: pass=1 fail=0"
+    judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help=words)
+    consensus = "also write reward_model_consensus: one row per prompt, with the mean or median of its judges "
+    consensus += "(default: %(default)s)"
     judges("--aggregate", choices=["none", "mean", "median"], default=Settings.aggregate, help=consensus)
     judges("--no-leniency-correction", dest="leniency_correction", action="store_false",
-           help="aggregate scores without correcting for each judge's leniency")  # fmt: skip
-    judges("--max-disagreement", type=float, metavar="X", help="reject prompts on which judges differ by more than X")
+           help="with --aggregate: do not correct for the leniency of each judge")  # fmt: skip
+    limit = "reject prompts on which the scores of judges differ by more than X (0 to 1)"
+    judges("--max-disagreement", type=float, metavar="X", help=limit)
 
     lengths = parser.add_argument_group("length check").add_argument
     lengths("--config", type=Path, metavar="FILE", help="training_config.yaml with the defaults for this group")
     lengths("assignments", nargs="*", metavar="key=value", help="overrides --config: cutoff_len=8192")
-    lengths("--tokenizer", type=Path, metavar="FOLDER", help="the model's folder")
+    lengths("--tokenizer", type=Path, metavar="FOLDER", help="folder of the model whose tokenizer measures the rows")
     lengths("--template", metavar="NAME", help="LLaMA Factory's template, such as qwen")
-    lengths("--cutoff-len", type=int, metavar="N", help="maximum tokens of prompt plus label")
+    lengths("--cutoff-len", type=int, metavar="TOKENS", help="maximum tokens of prompt plus label")
     cut = "rows over the limit: trim the middle of the prompt, drop the row, stop with an error, or keep it "
     cut += "(default: %(default)s)"
     lengths("--too-long", choices=["trim", "drop", "error", "keep"], default=LengthSettings.too_long, help=cut)
@@ -204,7 +211,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 def _scales(arguments: argparse.Namespace) -> dict[str | None, Scale]:
     """Return judge -> scale; the judge None means every other judge."""
-    words = dict(_word(text) for text in arguments.map)
+    words: dict[str, float] = {}
+    for word, score in map(_word, arguments.map):
+        if words.setdefault(word, score) != score:
+            raise UsageError(f"--map: two scores for {word}. Give one; upper and lower case are the same.")
     ranges: dict[str | None, tuple[float, float]] = {}
     for given in arguments.scale:
         if len(given) == 2 and not any("=" in text for text in given):
@@ -243,7 +253,9 @@ def _word(text: str) -> tuple[str, float]:
 
 
 def _values(values: list[str] | None) -> frozenset[str] | None:
-    return None if values is None else frozenset(values)
+    from prmkit.rows import as_name
+
+    return None if values is None else frozenset(map(as_name, values))
 
 
 def _check(arguments: argparse.Namespace, filters: Filters) -> None:

@@ -212,6 +212,8 @@ class ValuesOfKey:
     """The number of answers with a number."""
     outside: int = 0
     """The number of answers with a number outside of the judge's scale."""
+    fractions: int = 0
+    """The number of answers strictly between 0 and 1: a judge on another scale gives no such answers."""
     low: float = float("inf")
     high: float = float("-inf")
     numbers: list[str] = field(default_factory=list)
@@ -294,6 +296,7 @@ class Preparer:
                 known, examples = scale.low <= value <= scale.high, counted.numbers
                 counted.rows += 1
                 counted.outside += not known
+                counted.fractions += 0 < value < 1
                 counted.low, counted.high = min(counted.low, value), max(counted.high, value)
             if not known and len(examples) < _VALUES_SHOWN and (shown := str(value)[:20]) not in examples:
                 examples.append(shown)
@@ -316,8 +319,7 @@ def _clean(prompt: str, system: str | None, mask: bool) -> CleanPrompt:
     if system:
         system, more = neutralise(system)
         markers += more
-    asked = asked_shape(prompt) or (asked_shape(system) if system else None)
-    return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked)
+    return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked_shape(prompt, system))
 
 
 # The rows of several judges on one prompt usually follow each other.
@@ -348,17 +350,28 @@ def find_scale_problems(
     """Find judges and keys with values outside of the judge's scale in more than a few rows, each with what to do.
 
     A judge on a scale of 1 to 10 gives 2 to 10, which are out of range, and 1, which is not: its worst score would
-    become the best label. So none of its rows is used until its scale is set.
+    become the best label. So none of its rows is used until its scale is set. A judge is on another scale if many of
+    its values are out of range, or a single one if it never gives a fraction, for this key or another one.
     """
+    beyond = {
+        judge for (judge, _), stats in values.items() if _are_many(stats) or (stats.outside and not stats.fractions)
+    }
     for (judge, key), stats in values.items():
-        name, scale = judge or "a judge without a name", settings.scale_of(judge) or Scale()
-        if stats.outside >= _FEWEST_OUTSIDE and stats.outside >= _SHARE_OUTSIDE * stats.rows:
+        name, scale = judge or "a judge without a name", settings.scale_of(judge)
+        only_integers = stats.rows and not stats.fractions
+        if _are_many(stats) or (scale is None and judge in beyond and only_integers):
+            scale = scale or Scale()
+            of_judge = [each for (name_of, _), each in values.items() if name_of == judge and each.rows]
             flag = f"--scale {shlex.quote(f'{judge}=')}" if judge else "--scale "
-            guess = _guess(stats, between=":" if judge else " ")
+            why = (
+                f"(for example {', '.join(stats.numbers)}); {stats.outside:,} of {stats.rows:,} rows are outside of "
+                f"{scale.low:g} to {scale.high:g}"
+                if stats.outside
+                else "in integers, and another of its keys has numbers out of range"
+            )
             yield ScaleProblem(judge, key, True, (
-                f"{key} of {name} ranges from {stats.low:g} to {stats.high:g} (for example {', '.join(stats.numbers)})"
-                f"; {stats.outside:,} of {stats.rows:,} rows are outside of {scale.low:g} to {scale.high:g}, so all "
-                f"its rows with {key} are rejected. Set its scale, for example {flag}{guess}"
+                f"{key} of {name} ranges from {stats.low:g} to {stats.high:g} {why}, so all its rows with {key} are "
+                f"rejected. Set its scale, for example {flag}{_guess(of_judge, between=':' if judge else ' ')}"
             ))  # fmt: skip
         elif stats.words >= _FEWEST_OUTSIDE:
             words = ", ".join(stats.unknown)
@@ -368,13 +381,18 @@ def find_scale_problems(
             ))  # fmt: skip
 
 
+def _are_many(stats: ValuesOfKey) -> bool:
+    return stats.outside >= _FEWEST_OUTSIDE and stats.outside >= _SHARE_OUTSIDE * stats.rows
+
+
 # With fewer rows outside of the scale, or a smaller fraction, only these rows are rejected.
 _FEWEST_OUTSIDE, _SHARE_OUTSIDE = 3, 0.02
 
 
-def _guess(stats: ValuesOfKey, *, between: str) -> str:
-    low = 1 if stats.low >= 1 else min(stats.low, 0)
-    high = next((str(end) for end in (1, 5, 10, 100) if stats.high <= end), "HIGHEST")
+def _guess(of_judge: Sequence[ValuesOfKey], *, between: str) -> str:
+    low, highest = min(stats.low for stats in of_judge), max(stats.high for stats in of_judge)
+    low = 1 if low >= 1 else min(low, 0)
+    high = next((str(end) for end in (1, 5, 10, 100) if highest <= end), "HIGHEST")
     return f"{low:g}{between}{high}"
 
 

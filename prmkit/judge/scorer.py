@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -39,27 +39,41 @@ class ShapeOf:
 
     keys: tuple[str, ...] = ()
     """The keys that the user named; if empty, the prompt's schema decides, then the evaluation type."""
-    known: Mapping[str, Sequence[str]] | None = None
-    """Evaluation type -> keys in the training data."""
+    known: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Evaluation type -> keys in converted data. They come before those of `trained`."""
+    trained: Mapping[str, Sequence[Shape]] | None = None
+    """Evaluation type -> shapes of the labels that the judge learnt, most frequent first."""
 
-    def __call__(self, prompt: str, evaluation_type: object) -> Shape | str:
+    def __call__(self, prompt: str, evaluation_type: str | None, system: str | None = None) -> Shape | str:
         """The shape, or why it is not known."""
-        asked = asked_shape(prompt)
+        asked = asked_shape(prompt, system)
+        learnt = (self.trained or {}).get(evaluation_type or "", ())
         if self.keys:
-            return Shape(self.keys, asked.nested if asked and asked.keys == self.keys else _is_nested(self.keys))
+            return asked if asked and asked.keys == self.keys else self._as_learnt(self.keys, learnt)
         if asked:
             return asked
-        known = tuple((self.known or {}).get(str(evaluation_type), ()))
-        if not known:
+        if known := tuple(self.known.get(evaluation_type or "", ())):
+            shape = self._as_learnt(known, learnt)
+            return shape if shape.nested or len(known) == 1 or shape in learnt else _ambiguous(known)
+        if not learnt:
             return f"the prompt shows no score keys, and none are known for its evaluation type; {_NAME_THEM}"
-        if len(known) > 1 and not _is_nested(known):
-            return f"the prompt shows no score keys, and {' or '.join(known)} would fit; {_NAME_THEM}"
-        return Shape(known, _is_nested(known))
+        if any(set(shape.keys) - set(learnt[0].keys) for shape in learnt):
+            return _ambiguous(dict.fromkeys(", ".join(shape.keys) for shape in learnt))
+        return learnt[0]
+
+    def _as_learnt(self, keys: tuple[str, ...], learnt: Sequence[Shape]) -> Shape:
+        """Keys in the place of the labels with the same keys, first of the same evaluation type.
+
+        Without such labels: judges write a single score at the top level (`reasonableness_score`), and several in a
+        `scores` object.
+        """
+        shapes = [*learnt, *chain.from_iterable((self.trained or {}).values())]
+        places = (shape.nested for shape in shapes if set(shape.keys) == set(keys))
+        return Shape(keys, next(places, not all(map(is_score_key, keys))))
 
 
-def _is_nested(keys: Sequence[str]) -> bool:
-    """Judges write a single score at the top level (`reasonableness_score`), and several in a `scores` object."""
-    return not all(map(is_score_key, keys))
+def _ambiguous(keys: Iterable[str]) -> str:
+    return f"the prompt shows no score keys, and {' or '.join(keys)} would fit; {_NAME_THEM}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class Scorer:
             One judgement per prompt, in order: `score` and `std` of the verdict, `scores` by key, `status` and
             `reason`. A prompt that cannot be judged has the status `error`.
         """
-        shape_of = ShapeOf(tuple(keys or ()))
+        shape_of = ShapeOf(tuple(keys or ()), trained=self.source.shapes)
         requests = [_request(prompt, shape_of) for prompt in prompts]
         judgements = self.judgements(each for each in requests if isinstance(each, Request))
         return [next(judgements) if isinstance(each, Request) else Judgement("error", reason=each) for each in requests]
@@ -152,7 +166,7 @@ def _request(prompt: str | Mapping[str, Any], shape_of: ShapeOf) -> Request | st
         row = read_row({"prompt": prompt} if isinstance(prompt, str) else dict(prompt))
     except Rejected as rejected:
         return rejected.reason
-    shape = shape_of(row.prompt, row.evaluation_type)
+    shape = shape_of(row.prompt, row.evaluation_type, row.system)
     return shape if isinstance(shape, str) else Request(row.prompt, shape, row.system)
 
 
@@ -206,7 +220,7 @@ def judge_source_in(folder: Path) -> JudgeSource:
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `judge_source` and `scorer_of` read, except those for a server."""
     group = parser.add_argument_group("the judge")
-    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default {DEFAULT_RUN})")
+    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default: {DEFAULT_RUN})")
     group.add_argument(
         "--judge",
         dest="run",
@@ -217,51 +231,31 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model", metavar="FOLDER", help="an exported model, or a base model; instead of --run")
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA weights for --model")
-    group.add_argument("--template", help="LLaMA Factory's template (default: as in training)")
+    group.add_argument("--template", metavar="NAME", help="LLaMA Factory's template (default: as in training)")
     group.add_argument("--default-system", metavar="TEXT", help="system text (default: as in training)")
-    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="for reasoning templates")
-    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help="length of prompt and answer together")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as trained on a GPU")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    thinking = "thinking mode of a reasoning template (default: as in training)"
+    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
+    longest = "longest prompt and answer together (default: as in training)"
+    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help=longest)
+    precision = "auto (default): as in training on a GPU, float32 on a CPU"
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help=precision)
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run the model's own code")
     _add_asking_arguments(parser)
 
 
 def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    asking = parser.add_argument_group("asking it")
-    asking.add_argument(
-        "--batch-size",
-        type=cli.positive,
-        default=DEFAULT_ASKING.batch_size,
-        metavar="N",
-        help="prompts at once (default %(default)s)",
-    )
-    asking.add_argument(
-        "--mode",
-        choices=["expected", "generate"],
-        default=DEFAULT_ASKING.mode,
-        help="read the probability of every score (default), or let the model write its verdict",
-    )
-    asking.add_argument(
-        "--max-new-tokens",
-        type=cli.positive,
-        default=DEFAULT_ASKING.max_new_tokens,
-        metavar="N",
-        help="longest verdict to write",
-    )
-    asking.add_argument(
-        "--min-label-mass",
-        type=cli.share,
-        default=DEFAULT_ASKING.min_label_mass,
-        metavar="P",
-        help="a score is unsure if all scores together are less likely than this (default %(default)s)",
-    )
-    asking.add_argument(
-        "--too-long",
-        choices=["trim", "report"],
-        default="trim",
-        help="shorten the middle of prompts that do not fit, as in training (default), or give them no score",
-    )
+    add, default = parser.add_argument_group("asking it").add_argument, DEFAULT_ASKING
+    at_once = "prompts at once (default: %(default)s)"
+    add("--batch-size", type=cli.positive, default=default.batch_size, metavar="N", help=at_once)
+    how = "read the probability of every score (default), or let the model write its verdict"
+    add("--mode", choices=["expected", "generate"], default=default.mode, help=how)
+    longest = "longest verdict that the model may write, in tokens (default: %(default)s)"
+    add("--max-new-tokens", type=cli.positive, default=default.max_new_tokens, metavar="N", help=longest)
+    mass = "a score is unsure if all scores together are less likely than this (default: %(default)s)"
+    add("--min-label-mass", type=cli.share, default=default.min_label_mass, metavar="P", help=mass)
+    cut = "shorten the middle of prompts that do not fit, as in training (default), or give them no score"
+    add("--too-long", choices=["trim", "report"], default="trim", help=cut)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -277,22 +271,22 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = "openai: ask a server (default with --base-url); transformers: load the model here (default without)"
     add("--backend", choices=["transformers", "openai"], help=where)
-    folder = "the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)"
+    folder = "the model's local folder, for its tokenizer and template (default: --model if it is a folder, else --run)"
     add("--tokenizer", type=Path, metavar="FOLDER", help=folder)
     # Without defaults here, because one of these flags without a server is a mistake.
-    add("--api-key-env", metavar="NAME", help=f"variable with the key (default {KEY_VARIABLE})")
-    at_once = f"requests at once (default {Endpoint.concurrency})"
+    add("--api-key-env", metavar="NAME", help=f"environment variable with the server's key (default: {KEY_VARIABLE})")
+    at_once = f"requests at once (default: {Endpoint.concurrency})"
     add("--concurrency", type=cli.positive, metavar="N", help=at_once)
     add(
         "--logprobs",
         choices=["exact", "top"],
-        help="exact: request the needed tokens by name if the server supports it (vLLM, SGLang; default). It disturbs "
-        "other clients that ask the same vLLM for ordinary logprobs; top does not",
+        help="exact (default): request each needed token by name, if the server can do so (vLLM, SGLang); this "
+        "disturbs other clients that request logprobs from the same vLLM. top: request only the likeliest tokens",
     )
-    likeliest = f"likeliest tokens to ask for (default {Endpoint.top_logprobs})"
+    likeliest = f"how many of the likeliest tokens to request (default: {Endpoint.top_logprobs})"
     add("--top-logprobs", type=cli.positive, metavar="N", help=likeliest)
-    longest = f"for a complete answer, per attempt; there are {Endpoint.attempts} (default {Endpoint.timeout:g})"
-    add("--timeout", type=cli.seconds, metavar="SECONDS", help=f"longest wait {longest}")
+    longest = f"longest wait for an answer, in each of {Endpoint.attempts} attempts (default: {Endpoint.timeout:g})"
+    add("--timeout", type=cli.seconds, metavar="SECONDS", help=longest)
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:
@@ -364,16 +358,23 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
         raise UsageError("--backend transformers loads the model here, but --base-url names a server. Leave one out.")
     if not arguments.model:
         raise UsageError("--base-url needs --model, the model's name on the server.")
+    # A challenger is always loaded here, on the same device.
+    loading = ("adapter", *(() if getattr(arguments, "challenger", None) else ("device", "dtype")))
+    if given := _given(arguments, loading):
+        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url names a server. Leave it out.")
     for url in arguments.base_url:
         check_url(url)
     first, *others = arguments.base_url
-    given = {name: value for name in _SERVER_SETTINGS if (value := getattr(arguments, name)) is not None}
-    return Endpoint(first, arguments.model, key_from(arguments.api_key_env), others=tuple(others), **given)
+    settings = {name: value for name in _SERVER_SETTINGS if (value := getattr(arguments, name)) is not None}
+    return Endpoint(first, arguments.model, key_from(arguments.api_key_env), others=tuple(others), **settings)
 
 
 def _check_no_server(arguments: argparse.Namespace) -> None:
     if arguments.backend == "openai":
         raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
-    flags = ("tokenizer", "api_key_env", *_SERVER_SETTINGS)
-    if given := [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]:
-        raise UsageError(f"{', '.join(given)}: only for a judge on a server. Name the server with --base-url.")
+    if given := _given(arguments, ("tokenizer", "api_key_env", *_SERVER_SETTINGS)):
+        raise UsageError(f"{given}: only for a judge on a server. Name the server with --base-url.")
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from prmkit.dataset_info import Entry, identities, read_entries, split_names
+from prmkit.dataset_info import Entry, identities, number_of_rows, read_entries, split_names
 from prmkit.errors import DataError
 from prmkit.files import read_json
 from prmkit.llamafactory_schema import setting
@@ -55,16 +55,8 @@ def _is_one_file(entry: Entry) -> bool:
 def _describe_rows(entry: Entry) -> str:
     if not _is_one_file(entry):
         return "a folder: its rows are not checked" if entry.file else "from a hub or a script: not checked"
-    rows = _rows_of(entry)
+    rows = number_of_rows(entry)
     return "loadable" if rows is None else f"{rows:,} row{'s' * (rows != 1)}"
-
-
-def _rows_of(entry: Entry) -> int | None:
-    """The number of rows of a dataset; None for kinds of files that are not read here."""
-    if entry.file is None or entry.file.suffix != ".jsonl" or not entry.file.is_file():
-        return None
-    with entry.file.open("rb") as stream:
-        return sum(1 for line in stream if line.strip())
 
 
 def _report_problems(folder: Path) -> Iterator[str]:
@@ -121,7 +113,7 @@ def _row_problems(entry: Entry, file: Path) -> Iterator[str]:
             read += len(line)
             if read > SCANNED_BYTES:
                 return
-            if problem := _row_problem(line, wanted, others_must_be_strings=large):
+            if problem := _row_problem(line, wanted, others_must_be_strings=large) or _answer_problem(entry, line):
                 yield f"{file}:{number}: {problem}"
                 return
 
@@ -153,6 +145,17 @@ def _row_problem(line: bytes, wanted: Mapping[str, type], *, others_must_be_stri
     return None
 
 
+def _answer_problem(entry: Entry, line: bytes) -> str | None:
+    """Whether a row with one question and one answer has an empty answer, from which a judge learns to say nothing."""
+    if entry.ranking or not {"response", "messages"} & entry.columns.keys() or not line.strip():
+        return None
+    try:
+        answer = entry.read(orjson.loads(line)).answer
+    except ValueError:
+        return None  # several turns, which LLaMA Factory reads as well
+    return None if answer.strip() else "the answer is empty, so there is nothing to learn"
+
+
 def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, evaluate: bool = False) -> Check:
     """Check that there are held-out rows, and that the training rows have none of their tasks and prompts.
 
@@ -178,7 +181,7 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, eva
     try:
         return _compare(folder, names, held_out)
     except (DataError, AttributeError, KeyError, TypeError) as failure:
-        return warning("held-out", f"could not be compared: {failure}", f"Convert the data again: {CONVERT}")
+        return error("held-out", f"could not be compared: {failure}", f"Convert the data again: {CONVERT}")
 
 
 HOLD_OUT = (
@@ -196,12 +199,15 @@ def _nothing_left(values: Mapping[str, Any]) -> str | None:
     except DataError:
         return None  # reported by the check of the datasets
     chosen = [entries[name] for name in split_names(values.get("dataset")) if name in entries]
-    counts = [entry.num_samples or _rows_of(entry) for entry in chosen]
+    counts = [entry.num_samples or number_of_rows(entry) for entry in chosen]
     rows = sum(min(count, values.get("max_samples") or count) for count in counts if count)
     taken = values["val_size"] if values["val_size"] >= 1 else math.ceil(values["val_size"] * rows)
     if None in counts or not rows or taken < rows:
         return None
     return f"val_size: {values['val_size']} takes all {rows:,} rows, and none are left to train on"
+
+
+_COMPARED = (".json", ".jsonl")
 
 
 def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
@@ -210,10 +216,10 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
         found = f"the conversion found {audit.get('tasks_on_both_sides', '?')} tasks on both sides"
         return error("held-out", found, f"Convert the data again: {CONVERT}")
     entries = read_entries(folder)
-    sides = [[entries[name].sidecar for name in side if name in entries] for side in (names, held_out)]
-    if None in (*sides[0], *sides[1]):
-        return ok("held-out", f"{', '.join(held_out)}; not compared, because these rows do not name their tasks")
-    trained, kept = (_tasks_and_prompts(filter(None, side)) for side in sides)
+    sides = [[entries[name] for name in side if name in entries] for side in (names, held_out)]
+    if any(entry.file is None or entry.file.suffix not in _COMPARED for side in sides for entry in side):
+        return ok("held-out", f"{', '.join(held_out)}; not compared, because only JSON files are read here")
+    trained, kept = map(_tasks_and_prompts, sides)
     shared_tasks, shared_prompts = trained[0] & kept[0], trained[1] & kept[1]
     if shared_tasks or shared_prompts:
         shared = f"{_count(len(shared_tasks), 'task')} and {_count(len(shared_prompts), 'prompt')}"
@@ -221,6 +227,11 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
         return error(
             "held-out", f"{shared} are also trained on, such as {example}", f"Convert both together: {CONVERT}"
         )
+    if any(entry.sidecar is None for side in sides for entry in side):
+        found = (
+            f"{_count(len(kept[1]), 'prompt')}, none trained on; tasks are not compared, because no sidecar has them"
+        )
+        return ok("held-out", found)
     found = f"{_count(len(kept[1]), 'prompt')} of {_count(len(kept[0]), 'task')}, none trained on"
     if not kept[0]:
         advice = "Rows without task_id cannot be held out by task: steps of one task may be on both sides."
@@ -239,6 +250,6 @@ def _audit(folder: Path) -> Mapping[str, Any] | None:
     return audit if isinstance(audit, dict) else None
 
 
-def _tasks_and_prompts(sidecars: Iterable[Path]) -> tuple[set[str], set[str]]:
-    found = {each for path in sidecars for each in identities(path)}
+def _tasks_and_prompts(entries: Iterable[Entry]) -> tuple[set[str], set[str]]:
+    found = {each for entry in entries for each in identities(entry)}
     return {task for _, task in found if task is not None}, {prompt for prompt, _ in found}
