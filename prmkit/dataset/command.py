@@ -49,7 +49,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--labels", choices=["canonical", "verbatim"], default=Settings.labels, help=labels)
     masked = "mask the scores of earlier evaluations in prompts, such as (Score: 0.93)"
     add("--mask-leaked-scores", action="store_true", help=masked)
-    most = "fail if more rows are rejected: a number, or a percentage such as 5%% (default: 50%%)"
+    most = "fail if more than N rows are rejected; N may be a percentage such as 5%% (default: 50%%)"
     add("--max-rejected", metavar="N", help=most)
     add("--no-task-variants", dest="task_variants", action="store_false", help="write no per-task variants")
     add("--json", action="store_true", help="print the report instead of the summary")
@@ -264,8 +264,8 @@ def _check(arguments: argparse.Namespace, filters: Filters) -> None:
     Raises:
         UsageError: with one line per problem.
     """
-    if found := list(_problems(arguments, filters)):
-        raise UsageError("\n  ".join(found))
+    if problems := list(_problems(arguments, filters)):
+        raise UsageError("\n  ".join(problems))
 
 
 def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:

@@ -258,13 +258,13 @@ def _nothing_matched(settings: Settings, stage: Stage) -> str:
         ("--task-ids", "task", filters.tasks),
     ):
         if wanted is not None:
-            found = stage.rows.execute(
+            values = stage.rows.execute(
                 f"SELECT {column}, count(*) FROM row WHERE {column} IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, min(number)"  # noqa: S608
             ).fetchall()
-            absent = sorted(wanted - {value for value, _ in found})
+            absent = sorted(wanted - {value for value, _ in values})
             why = f"not in the input: {', '.join(absent)}" if absent else "each occurs, but no row has all of them"
-            shown = ", ".join(f"{value:.80} ({count:,})" for value, count in found[:20]) or "none"
-            more = f", and {len(found) - 20:,} more" if len(found) > 20 else ""
+            shown = ", ".join(f"{value:.80} ({count:,})" for value, count in values[:20]) or "none"
+            more = f", and {len(values) - 20:,} more" if len(values) > 20 else ""
             lines += [f"  {flag} {' '.join(sorted(wanted))}  ({why})", f"    in the input: {shown}{more}"]
     return "\n".join(lines)
 

@@ -104,15 +104,15 @@ def _shared(
     return shared, nameless, trained
 
 
-def describe_leaks(found: dict[str, Any]) -> str:
+def describe_leaks(result: dict[str, Any]) -> str:
     """Describe an audit's findings."""
     examples = "".join(
         f"\n  {what} {value} is in {example['dataset']} and in a held-out dataset"
-        for example in found["examples"]
+        for example in result["examples"]
         for what, value in example.items()
         if what != "dataset"
     )
-    tasks, prompts = found["tasks_on_both_sides"], found["prompts_on_both_sides"]
+    tasks, prompts = result["tasks_on_both_sides"], result["prompts_on_both_sides"]
     return f"{tasks:,} tasks and {prompts:,} prompts are in both splits.{examples}"
 
 

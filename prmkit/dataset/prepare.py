@@ -44,27 +44,27 @@ def find_inputs(settings: Settings) -> tuple[list[str], list[str]]:
     Raises:
         DataError: an input is missing or given twice, or a folder has no row files.
     """
-    found: list[str] = []
+    files: list[str] = []
     skipped: list[str] = []
     for name in settings.inputs:
         path = Path(name)
         if name == STDIN:
-            found.append(name)
+            files.append(name)
         elif path.is_dir():
             inside, others = _in_folder(path, settings.output)
-            found += inside
+            files += inside
             skipped += others
         elif path.exists():
-            found.append(name)
+            files.append(name)
         else:
             raise DataError(f"{name}: no such file. Pass your judged trajectories with --input.")
-    if twice := sorted({name for name in found if found.count(name) > 1}):
+    if twice := sorted({name for name in files if files.count(name) > 1}):
         raise DataError(f"{twice[0]} is given twice, so every row would be in the data twice. Pass it once.")
-    return found, skipped
+    return files, skipped
 
 
 def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
-    found: list[str] = []
+    row_files: list[str] = []
     others: list[str] = []
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
@@ -74,12 +74,12 @@ def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
         for name in sorted(files):
             path = here / name
             readable = is_named(path, ROW_SUFFIXES) and not name.startswith(".") and path.is_file()
-            (found if readable else others).append(str(path))
-    if not found:
+            (row_files if readable else others).append(str(path))
+    if not row_files:
         raise DataError(
             f"{folder} has no row files ({', '.join(ROW_SUFFIXES)}, optionally {', '.join(PACKINGS)}). Check the path."
         )
-    return found, others
+    return row_files, others
 
 
 def _same(one: Path, other: Path) -> bool:

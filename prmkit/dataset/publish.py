@@ -54,8 +54,8 @@ def _is_ours(current: Path) -> bool:
     """Whether `.current` points into a conversion's working folder right here, which we own."""
     if not current.is_symlink() or not _OURS.fullmatch(target := os.readlink(current)):  # noqa: PTH115
         return False
-    stage, files = current.parent / Path(target).parent, current.parent / target
-    folders = [path for path in (stage, files) if path.is_dir() and not path.is_symlink()]
+    work, files = current.parent / Path(target).parent, current.parent / target
+    folders = [path for path in (work, files) if path.is_dir() and not path.is_symlink()]
     return len(folders) == 2 and all(path.stat().st_uid == os.geteuid() for path in folders)
 
 
@@ -89,13 +89,13 @@ def sync_files(folder: Path) -> None:
             sync(path)
 
 
-def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> None:
+def publish(folder: Path, work: Path, new: Path, obsolete: Iterable[str]) -> None:
     """Move the files of `new` to `folder`, and remove the `obsolete` ones, in one step.
 
     Args:
         folder: the folder that LLaMA Factory reads.
-        stage: the working folder from `make_stage(folder)`.
-        new: a complete folder inside `stage`, with its files synced to the disk.
+        work: the working folder from `make_stage(folder)`.
+        new: a complete folder inside `work`, with its files synced to the disk.
         obsolete: names of the files in `folder` to remove.
 
     Raises:
@@ -106,7 +106,7 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
     if blocked := sorted(name for name in names - files if os.path.lexists(folder / name)):
         raise DataError(f"{folder / blocked[0]} is a folder, but a file must be written there. Move it elsewhere.")
     sync(new)
-    old = stage / "old"
+    old = work / "old"
     old.mkdir()
     if any("/" in name for name in names | files):
         (old / TASKS).mkdir()
@@ -115,11 +115,11 @@ def publish(folder: Path, stage: Path, new: Path, obsolete: Iterable[str]) -> No
     names |= files & set(obsolete)
     for name in names & files:
         os.link(folder / name, old / name)
-    _point(folder / _CURRENT, old.relative_to(folder), stage)
+    _point(folder / _CURRENT, old.relative_to(folder), work)
     for name in names:
-        _point(folder / name, _through_current(name), stage)
+        _point(folder / name, _through_current(name), work)
     _sync_names(folder)
-    _point(folder / _CURRENT, new.relative_to(folder), stage)
+    _point(folder / _CURRENT, new.relative_to(folder), work)
     try:
         sync(folder)
         _settle(folder)
@@ -132,9 +132,9 @@ def _through_current(name: str) -> str:
     return "../" * name.count("/") + f"{_CURRENT}/{name}"
 
 
-def _point(link: Path, target: Path | str, stage: Path) -> None:
+def _point(link: Path, target: Path | str, work: Path) -> None:
     """Make `link` point to `target`, atomically, whatever was there before."""
-    new = os.path.join(stage, "link")  # noqa: PTH118
+    new = os.path.join(work, "link")  # noqa: PTH118
     os.symlink(target, new)  # noqa: PTH211
     os.replace(new, link)  # noqa: PTH105
 

@@ -60,10 +60,10 @@ def _query_one(stage: Stage) -> Any:
 
 
 def _counts(stage: Stage, column: str) -> dict[str, int]:
-    found = stage.rows.execute(
+    rows = stage.rows.execute(
         f"SELECT coalesce({column}, ''), count(*) FROM kept GROUP BY {column} ORDER BY count(*) DESC, min(number)"
     )
-    return dict(found.fetchall())
+    return dict(rows.fetchall())
 
 
 _ALL_REJECTED = (
@@ -73,26 +73,26 @@ _ALL_REJECTED = (
 
 
 def _rejected(stage: Stage) -> dict[str, int]:
-    found = stage.rows.execute(
+    rows = stage.rows.execute(
         f"SELECT kind, count(*) FROM {_ALL_REJECTED} GROUP BY kind ORDER BY count(*) DESC, min(number)"
     )
-    return dict(found.fetchall())
+    return dict(rows.fetchall())
 
 
 def first_rejected(stage: Stage) -> dict[str, str]:
     """Return kind -> `source:line: reason` of the first rejected row."""
-    found = stage.rows.execute(f"SELECT kind, min(number), reason FROM {_ALL_REJECTED} GROUP BY kind")
-    return {kind: f"{stage.place(number)}: {reason}" for kind, number, reason in found}
+    rows = stage.rows.execute(f"SELECT kind, min(number), reason FROM {_ALL_REJECTED} GROUP BY kind")
+    return {kind: f"{stage.place(number)}: {reason}" for kind, number, reason in rows}
 
 
 def judges_with_losses(stage: Stage) -> list[dict[str, Any]]:
     """Return the judges that lose more than a fifth of their rows, with the most common reason."""
-    found = stage.rows.execute(
+    rejections = stage.rows.execute(
         f"SELECT judge, kind, count(*) FROM {_ALL_REJECTED} WHERE judge IS NOT NULL GROUP BY judge, kind "
         "ORDER BY judge, count(*) DESC, kind"
     )
     lost: dict[str, dict[str, int]] = {}
-    for judge, kind, count in found:
+    for judge, kind, count in rejections:
         lost.setdefault(judge, {})[kind] = count
     kept = dict(stage.rows.execute(
         f"SELECT judge, count(*) FROM row WHERE wanted AND (status IS NULL OR status = '{DUPLICATE}') GROUP BY judge"

@@ -111,9 +111,9 @@ class Stage:
 
     def _prompt_id(self, digest: str, system: str | None, text: str) -> int:
         key = bytes.fromhex(digest)
-        found = self.rows.execute("SELECT id FROM prompt WHERE digest = ?", (key,)).fetchone()
-        if found:
-            return int(found[0])
+        row = self.rows.execute("SELECT id FROM prompt WHERE digest = ?", (key,)).fetchone()
+        if row:
+            return int(row[0])
         made = self.rows.execute("INSERT INTO prompt (digest, system, text) VALUES (?, ?, ?)", (key, system, text))
         return made.lastrowid or 0
 
@@ -174,19 +174,19 @@ class Stage:
         Raises:
             DataError: a clip has several prompts.
         """
-        found = self.rows.execute(
+        clips = self.rows.execute(
             "SELECT trajectory, slot, min(number), max(number) FROM kept WHERE slot IS NOT NULL "
             "GROUP BY trajectory, slot HAVING count(DISTINCT question) > 1 ORDER BY min(number)"
         ).fetchall()
-        if found:
-            name, slot, *_ = found[0]
+        if clips:
+            name, slot, *_ = clips[0]
             lines = self.rows.execute(
                 "SELECT source, min(line) FROM kept WHERE trajectory = ? AND slot = ? GROUP BY question "
                 "ORDER BY min(number) LIMIT 2", (name, slot),
             )  # fmt: skip
             locations = " and ".join(f"{self.sources[source]}:{line}" for source, line in lines)
             raise DataError(
-                f"{len(found):,} clips have more than one prompt, for example {slot.split(chr(0))[0] or 'clip'} number "
+                f"{len(clips):,} clips have more than one prompt, for example {slot.split(chr(0))[0] or 'clip'} number "
                 f"{slot.split(chr(0))[-1]} of {name} ({locations}). If these are several attempts at a task, set "
                 "metadata.trajectory_id for each."
             )

@@ -130,8 +130,8 @@ def write_variants(settings: Settings, stage: Stage, guard: LengthGuard | None, 
 
 def _names(settings: Settings, stage: Stage) -> dict[tuple[str, str], str]:
     def values(column: str) -> list[str]:
-        found = stage.rows.execute(f"SELECT DISTINCT {column} FROM kept WHERE {column} IS NOT NULL ORDER BY {column}")  # noqa: S608
-        return [value for (value,) in found]
+        rows = stage.rows.execute(f"SELECT DISTINCT {column} FROM kept WHERE {column} IS NOT NULL ORDER BY {column}")  # noqa: S608
+        return [value for (value,) in rows]
 
     return name_values(values("evaluation_type"), values("judge"), values("task") if settings.task_variants else ())
 

@@ -66,42 +66,42 @@ def may_hold_secrets(text: bytes) -> bool:
     return any(needle in text for needle in _NEEDLES) or any(hint.encode() in lowered for hint in _HINTS)
 
 
-def mask(value: Any, found: Counter[str]) -> Any:
+def mask(value: Any, counts: Counter[str]) -> Any:
     """Replace every secret in the strings of a value by `[secret: …]`.
 
     Args:
         value: a string, a JSON value or a dataclass; all strings in it are searched, except field names.
-        found: counts replacements by kind.
+        counts: the number of replacements by kind; it is updated.
     """
     if isinstance(value, str):
-        return _mask_text(value, found)
+        return _mask_text(value, counts)
     if isinstance(value, list):
-        return [mask(each, found) for each in value]
+        return [mask(each, counts) for each in value]
     if isinstance(value, tuple):
-        return tuple(mask(each, found) for each in value)
+        return tuple(mask(each, counts) for each in value)
     if isinstance(value, dict):
-        return {key: _mask_entry(key, each, found) for key, each in value.items()}
+        return {key: _mask_entry(key, each, counts) for key, each in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        changes = {field.name: mask(getattr(value, field.name), found) for field in fields(value)}
+        changes = {field.name: mask(getattr(value, field.name), counts) for field in fields(value)}
         return replace(value, **changes)
     return value
 
 
-def _mask_entry(key: Any, value: Any, found: Counter[str]) -> Any:
+def _mask_entry(key: Any, value: Any, counts: Counter[str]) -> Any:
     """Mask a value; `{"password": "…"}` is a secret because of its name, which a search of the string would miss."""
     if isinstance(value, str) and isinstance(key, str) and _NAMED.fullmatch(f'{key}="{value}'):
-        found["named secret"] += 1
+        counts["named secret"] += 1
         return "[secret: named secret]"
-    return mask(value, found)
+    return mask(value, counts)
 
 
-def _mask_text(text: str, found: Counter[str]) -> str:
+def _mask_text(text: str, counts: Counter[str]) -> str:
     for kind, (needles, pattern) in _COMPILED.items():
         if any(needle in text for needle in needles):
             text, count = pattern.subn(f"[secret: {kind}]", text)
-            found.update({kind: count} if count else {})
+            counts.update({kind: count} if count else {})
     lowered = text.lower()
     if any(hint in lowered for hint in _HINTS):
         text, count = _NAMED.subn(r"\1\2[secret: named secret]", text)
-        found.update({"named secret": count} if count else {})
+        counts.update({"named secret": count} if count else {})
     return text
