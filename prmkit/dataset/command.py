@@ -79,7 +79,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges = parser.add_argument_group("judges").add_argument
-    scale = "score range, for all judges (1 5) or per judge (JUDGE=1:10 …); repeatable (default: 0 1)"
+    scale = "score range, for all judges (1 5) or per judge (JUDGE=1:10 …); repeatable; 0 1 if not given"
     judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
     words = "scores from 0 to 1 for verbal answers: pass=1 fail=0"
     judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help=words)
