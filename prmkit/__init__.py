@@ -1,10 +1,10 @@
 """prmkit: judged agent trajectories in, a process reward model out.
 
-The Python API is what the scripts use. Each function is imported on first use:
+The public Python API; each function is imported on first use:
 
     prmkit.convert("my_rows.jsonl", "data")            finetune.jsonl -> datasets for LLaMA Factory; the report
     prmkit.load_judge("saves/my_run").score(prompts)   scores of steps; needs torch and transformers
-    prmkit.read_verdict('{"score": 0.8}')              the scores in one judge's answer, or why there are none
+    prmkit.read_verdict('{"score": 0.8}')              the scores in a judge's answer, or why it was rejected
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""The border between the scripts and the library: arguments in, an exit code out, and everything a person sees.
+"""Terminal I/O of the scripts: argument types, exit codes, error messages, tables and progress.
 
-stdout carries the result, stderr the narration. No other module writes to either, so output is made safe to read here,
-once: control characters in the data are escaped, lines fit the terminal, and a closed stream or terminal does not stop
-the program.
+stdout carries the result, stderr the narration. No other module writes to either, so this one makes all output safe to
+read: it escapes control characters in the data and fits lines to the terminal, and a closed stream or terminal does not
+stop the program.
 """
 
 import argparse
@@ -55,20 +55,20 @@ def run(command: Callable[[argparse.Namespace], ExitCode], parser: argparse.Argu
 
 
 def relax_collector() -> None:
-    """Let Python look for reference cycles less often: for a process that imports torch, transformers or LLaMA Factory.
+    """Raise the garbage collector's thresholds, in a process that imports torch, transformers or LLaMA Factory.
 
-    Their imports make half a million objects that last. Python would search them again and again while it imports (a
-    sixth of the time), and when it ends (a quarter).
+    Their imports create half a million long-lived objects, which the collector would otherwise scan repeatedly: that is
+    a sixth of the time of the imports, and a quarter of the time that the process takes to exit.
     """
     gc.set_threshold(100_000, 50, 50)
     atexit.register(gc.freeze)
 
 
-# --- kinds of arguments -----------------------------------------------------------------------------------------------
+# --- argument types ---------------------------------------------------------------------------------------------------
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number above zero."""
+    """Parse an integer above 0."""
     try:
         value = int(text)
     except ValueError:
@@ -79,27 +79,27 @@ def positive(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """An argument from 0 to 1."""
+    """Parse a fraction in [0, 1]."""
     return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def level(text: str) -> float:
-    """An argument between 0 and 1."""
+    """Parse a fraction in (0, 1)."""
     return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
 
 
 def amount(text: str) -> float:
-    """An argument of at least 0, such as a cost."""
+    """Parse a number of at least 0, for example a cost."""
     return _number(text, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 
 def seconds(text: str) -> float:
-    """An argument that is a time above zero."""
+    """Parse a duration above 0."""
     return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def number(text: str) -> float:
-    """An argument that is a finite number. Comparisons with NaN are always false, so no gate could ever fail."""
+    """Parse a finite number. NaN is rejected, because no gate could ever fail against it."""
     return _number(text, math.isfinite, "a finite number")
 
 
@@ -113,7 +113,7 @@ def _number(text: str, is_allowed: Callable[[float], bool], expected: str) -> fl
     return value
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def _report(error: BaseException) -> ExitCode | None:
@@ -152,7 +152,7 @@ def _advice_for_missing_package(name: str, error: ImportError) -> str:
 
 def _check_names_are_utf8() -> None:
     # Linux allows any bytes in file names; JSON, where names are recorded, does not.
-    for name in (*sys.argv[1:], os.getcwd()):  # noqa: PTH109 - a string is wanted
+    for name in (*sys.argv[1:], os.getcwd()):  # noqa: PTH109 - a string is needed
         try:
             name.encode()
         except UnicodeEncodeError:
@@ -186,8 +186,8 @@ def _prepare_streams() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-class _Forgiving:
-    """A text stream whose terminal may be closed at any time: what can no longer be written is dropped."""
+class _ClosableStream:
+    """A text stream that silently drops output once its terminal is closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -206,10 +206,10 @@ class _Forgiving:
 
 
 class _Narration(logging.StreamHandler[Any]):
-    """Writes log records to stderr, wrapped at the terminal's width and above any progress bar."""
+    """A log handler that writes to stderr, wrapped at the terminal's width and above any progress bar."""
 
     def __init__(self, stream: TextIO) -> None:
-        super().__init__(_Forgiving(stream))
+        super().__init__(_ClosableStream(stream))
 
     def format(self, record: logging.LogRecord) -> str:
         return _fit(visible(super().format(record)), _width(self.stream))
@@ -231,7 +231,7 @@ def _naming_stdout() -> Iterator[None]:
 
 
 def _leave_dead_stdout() -> None:
-    # Python flushes stdout as it exits, and complains if the reader or the terminal has gone.
+    # Python flushes stdout as it exits, and reports an error if the reader or the terminal is gone.
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -241,13 +241,13 @@ def _leave_dead_stdout() -> None:
 
 # --- text that a person sees ------------------------------------------------------------------------------------------
 
-# C0 and C1 controls (but tab and newline), marks that reverse the reading direction, line separators, and the
-# surrogates that stand for bytes of names that are not UTF-8.
+# C0 and C1 controls (except tab and newline), marks that change the reading direction, line separators, and the
+# surrogates that represent bytes of file names that are not UTF-8.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    r"""Escape characters that a terminal would act on: an escape character becomes the four characters `\x1b`."""
+    r"""Escape control characters: ESC becomes the four characters `\x1b`."""
     return _UNSAFE.sub(_escaped, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -258,21 +258,21 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-# Breaking one of these lines would spoil it for copying; the terminal may break it on the screen.
+# Lines with a command are never wrapped, so that they can be copied; the terminal may still break them on the screen.
 _COMMAND = re.compile(r"(?:^|\s)(?:python3?|pip|hf|swanlab|llamafactory\S*|source|xdg-open|open|\./\w+\.sh) [^ ]")
 
 
 def _fit(text: str, width: int | None) -> str:
-    """Break lines longer than `width` at spaces, except commands; None means no limit."""
+    """Wrap lines longer than `width` at spaces, except lines with a command; None means no limit."""
     if width is None:
         return text
-    return "\n".join(line if len(line) <= width else _broken(line, width) for line in text.split("\n"))
+    return "\n".join(line if len(line) <= width else _wrapped(line, width) for line in text.split("\n"))
 
 
-def _broken(line: str, width: int) -> str:
+def _wrapped(line: str, width: int) -> str:
     if _COMMAND.search(line):
         return line
-    # The second column of "  name   value" keeps its place.
+    # In "  name   value", wrapped lines stay aligned under the value.
     indent = len(re.match(r" *(?:\S+ {2,})?", line)[0])  # type: ignore[index]
     indent = indent if indent <= width // 2 else 0
     parts = textwrap.wrap(
@@ -287,7 +287,7 @@ def _broken(line: str, width: int) -> str:
 
 
 def _width(stream: Any) -> int | None:
-    """The width of the terminal in columns; None if the stream is not a terminal."""
+    """Return the width of the terminal in columns; None if the stream is not a terminal."""
     if not stream.isatty():
         return None
     with suppress(OSError, ValueError):
@@ -318,7 +318,7 @@ def emit_json(value: Any) -> None:
 
 
 def emit_json_line(text: str) -> None:
-    """Write JSON to stdout without line breaks; what a terminal would act on, or cannot show, becomes a JSON escape."""
+    """Write JSON to stdout without wrapping; control characters and unencodable ones become JSON escapes."""
     text = _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1], text.replace("\x7f", "\\u007f"))
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -343,19 +343,19 @@ def emit_table(
     numeric: Sequence[str] = (),
     optional: Sequence[str] = (),
 ) -> None:
-    """Write a table and an empty line to stdout. On a narrow terminal, columns are left out; no cell is cut or wrapped.
+    """Write a table and an empty line to stdout. On a narrow terminal, columns are dropped; no cell is cut or wrapped.
 
     Args:
-        title: a line above the table; none if empty.
-        columns: the header of each column.
+        title: a line above the table; no line if empty.
+        columns: the headers.
         rows: one sequence of strings per row, as long as `columns`.
-        numeric: the columns that are aligned to the right.
-        optional: the columns that may be left out on a narrow terminal, in the order in which they are dropped.
+        numeric: the columns to align to the right.
+        optional: the columns that may be dropped on a narrow terminal, in the order in which to drop them.
     """
     table = [[visible(cell).replace("\n", "\\n") for cell in row] for row in (columns, *rows)]
     widths = [max(map(_cells, column)) for column in zip(*table, strict=True)]
     kept, width = list(range(len(columns))), _width(sys.stdout)
-    droppable = [columns.index(name) for name in optional]  # also where nothing is dropped, so that a wrong name shows
+    droppable = [columns.index(name) for name in optional]  # computed always, so that a wrong name fails early
     left_out = []
     for index in droppable:
         if width is None or sum(widths[i] + 2 for i in kept) - 2 <= width:
@@ -379,7 +379,7 @@ def _rule() -> str:
 
 
 def _cells(text: str) -> int:
-    """How many terminal columns a string takes: a Chinese character takes two."""
+    """Return how many terminal columns a string takes: a Chinese character takes two."""
     from rich.cells import cell_len
 
     return cell_len(text)
@@ -401,7 +401,7 @@ def narrate_mapping(title: str, values: Mapping[str, object]) -> None:
 
 
 _shown_bars: list[Any] = []
-"""The progress bar that is on the screen now; lines are printed above it."""
+"""The progress bar on the screen now; lines are printed above it."""
 
 
 def _print_above_bar(text: str) -> None:
@@ -428,7 +428,7 @@ def progress_bar(*, unit_is_bytes: bool = False) -> Iterator[Any]:
         BarColumn(),
         *amount,
         TimeRemainingColumn(),
-        console=Console(file=_Forgiving(sys.stderr)),  # type: ignore[arg-type]
+        console=Console(file=_ClosableStream(sys.stderr)),  # type: ignore[arg-type]
         disable=not sys.stderr.isatty(),
         # Otherwise Rich would send everything written to stdout in the meantime to stderr.
         redirect_stdout=False,

@@ -1,4 +1,4 @@
-"""dataset_info.json: the datasets of a folder, and which columns of their rows hold what.
+"""dataset_info.json: the datasets of a folder, and their column mappings.
 
 The conversion writes it; training, evaluation and the leak audit read it here, as LLaMA Factory 0.9.5 does
 (`llamafactory/data/parser.py`): an entry with `columns` or `tags` gets no defaults for those that it leaves out.
@@ -30,7 +30,7 @@ _TAGS = {
 
 
 class RowTexts(NamedTuple):
-    """What a row of a dataset says."""
+    """The texts of a dataset row."""
 
     system: str | None
     prompt: str
@@ -39,19 +39,19 @@ class RowTexts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One dataset. Two entries are never equal, so that each can be a key."""
+    """One dataset. With `eq=False`, entries are hashable by identity, so each can be a key."""
 
     name: str
     file: Path | None
     """The local file or folder; None for a dataset from a hub or a script."""
     formatting: str = "alpaca"
     columns: Mapping[str, str] = field(default_factory=lambda: _COLUMNS)
-    """What a column holds (prompt, query, response, system, messages, …) -> its name, for the columns that exist."""
+    """Role of a column (prompt, query, response, system, messages, …) -> its name, for the columns that exist."""
     tags: Mapping[str, str] = field(default_factory=lambda: _TAGS)
     ranking: bool = False
-    """Whether its rows are pairs of a better and a worse answer."""
+    """Whether it is a preference dataset, with a better and a worse answer in each row."""
     num_samples: int | None = None
-    """How many rows LLaMA Factory draws; None takes each row once."""
+    """How many rows LLaMA Factory samples; None takes each row once."""
 
     @property
     def sidecar(self) -> Path | None:
@@ -59,21 +59,21 @@ class Entry:
         return sidecar_of(self.file) if self.file and sidecar_of(self.file).is_file() else None
 
     def read(self, row: Any) -> RowTexts:
-        """System text, prompt and answer of a row with one question and one answer.
+        """Return the system prompt, the prompt and the answer of a row with one question and one answer.
 
         Raises:
-            ValueError: the row does not have the columns of its entry, or has several questions.
+            ValueError: the row lacks the columns of its entry, or has several questions.
         """
         try:
             return self._turns(row) if self.formatting != "alpaca" else self._alpaca(row)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"a row without the columns that {INFO} names") from error
+            raise ValueError(f"a row lacks columns that {INFO} lists") from error
 
     def _alpaca(self, row: Mapping[str, Any]) -> RowTexts:
         names = self.columns
-        asked = [row[names["prompt"]] if "prompt" in names else "", row.get(names.get("query", ""))]
+        parts = [row[names["prompt"]] if "prompt" in names else "", row.get(names.get("query", ""))]
         system, answer = (row.get(names.get(key, "")) for key in ("system", "response"))
-        return _checked(system, "\n".join(filter(None, asked)), answer or "")
+        return _checked(system, "\n".join(filter(None, parts)), answer or "")
 
     def _turns(self, row: Mapping[str, Any]) -> RowTexts:
         turns, tags = list(row[self.columns["messages"]]), self.tags
@@ -82,7 +82,7 @@ class Entry:
         if turns and "system_tag" in tags and turns[0][role] == tags["system_tag"]:
             system = turns.pop(0)[content]
         if [turn[role] for turn in turns] not in ([tags["user_tag"]], [tags["user_tag"], tags["assistant_tag"]]):
-            raise ValueError("a row that is not one question and one answer")
+            raise ValueError("a row is not one question and one answer")
         return _checked(system, turns[0][content], turns[1][content] if len(turns) > 1 else "")
 
 
@@ -93,10 +93,10 @@ def _checked(system: Any, prompt: Any, answer: Any) -> RowTexts:
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every dataset of a folder by name.
+    """Read the datasets of a folder, by name.
 
     Raises:
-        DataError: there is no `dataset_info.json` in the folder, or LLaMA Factory cannot read it.
+        DataError: the folder has no `dataset_info.json`, or LLaMA Factory could not read it.
     """
     path = folder / INFO
     again = "Convert the data again: python convert_dataset.py"
@@ -134,10 +134,10 @@ def _named(given: Mapping[str, Any] | None, defaults: Mapping[str, str]) -> Mapp
 
 
 def read_sidecar(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a sidecar: the origin of each row of a dataset, its scores from 0 to 1, and its metadata.
+    """Yield the rows of a sidecar: the origin of each row of a dataset, its scores from 0 to 1, and its metadata.
 
     Raises:
-        DataError: the file is missing or damaged, or a row has no prompt, or no task that can be read.
+        DataError: the file is missing or damaged, or a row has no hash of its prompt or an invalid task.
     """
     for row in read_jsonl(file):
         try:
@@ -148,7 +148,7 @@ def read_sidecar(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def identities(entry: Entry) -> Iterator[tuple[str, str | None]]:
-    """The SHA-256 of each row's prompt (as the user wrote it, if there is a sidecar) and its task, if it is known.
+    """Yield the SHA-256 of each row's prompt (as the user wrote it, if there is a sidecar) and its task, if known.
 
     Raises:
         DataError: a file is damaged, or rows were added or removed after the conversion.
@@ -167,7 +167,7 @@ def identities(entry: Entry) -> Iterator[tuple[str, str | None]]:
 
 
 def texts_of(entry: Entry) -> Iterator[tuple[int, RowTexts | None]]:
-    """The line and the texts of each row of a dataset; no texts if the row has other columns or an empty prompt."""
+    """Yield the line and the texts of each row of a dataset; no texts if it has other columns or an empty prompt."""
     if entry.file is None:
         return
     rows = enumerate(read_json(entry.file), 1) if entry.file.suffix == ".json" else numbered_jsonl(entry.file)
@@ -181,7 +181,7 @@ def texts_of(entry: Entry) -> Iterator[tuple[int, RowTexts | None]]:
 
 
 def number_of_rows(entry: Entry) -> int | None:
-    """The number of rows of a dataset; None if it is not one JSONL file."""
+    """Count the rows of a dataset; None if it is not one JSONL file."""
     if entry.file is None or entry.file.suffix != ".jsonl" or not entry.file.is_file():
         return None
     with entry.file.open("rb") as stream:
@@ -189,24 +189,24 @@ def number_of_rows(entry: Entry) -> int | None:
 
 
 def data_folder_of(run: Path, record: Mapping[str, Any]) -> Path | None:
-    """Where the data of a run is now: the first folder with the rows that it was trained on.
+    """Find the data folder of a training run: the first folder with the rows that it was trained on.
 
-    It is looked for from the current folder and from the folders above the run's, where another project may have data
-    under the same name. If no folder has those rows, the first one with data is returned, or None.
+    Searches from the working directory and from the folders above the run's; another project may have data there under
+    the same name. If no folder has those rows, returns the first one with data, or None.
 
     Args:
-        run: the folder of the run.
+        run: the folder of the training run.
         record: the content of its `run.json`.
     """
     named = Path(record["config"].get("dataset_dir") or "data")
-    places = [above / named for above in (Path(), *run.resolve().parents[:4])]
-    folders = [place for place in places if (place / INFO).is_file()]
+    candidates = [above / named for above in (Path(), *run.resolve().parents[:4])]
+    folders = [folder for folder in candidates if (folder / INFO).is_file()]
     return next((folder for folder in folders if _has_rows_of(record, folder)), folders[0] if folders else None)
 
 
 def _has_rows_of(record: Mapping[str, Any], folder: Path) -> bool:
     described = record.get("dataset")
-    if not isinstance(described, dict):  # an older record
+    if not isinstance(described, dict):  # an older run.json
         return False
     try:
         entry = read_entries(folder).get(str(described.get("name")))
@@ -216,26 +216,26 @@ def _has_rows_of(record: Mapping[str, Any], folder: Path) -> bool:
 
 
 def split_names(value: Any) -> list[str]:
-    """The names in a value of `dataset`, `eval_dataset` and similar keys: a comma-separated string, or a list."""
+    """Split a value of `dataset`, `eval_dataset` or a similar key: a comma-separated string, or a list."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [str(part).strip() for part in parts]
 
 
 def held_out_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The held-out sides of some datasets, where they exist."""
+    """Return the held-out splits of some datasets, where they exist."""
     known = set(known)
-    return [side for name in names if (side := name + HELD_OUT_SUFFIX) in known]
+    return [held_out for name in names if (held_out := name + HELD_OUT_SUFFIX) in known]
 
 
 def label_shape(label: str, scores: Mapping[str, float]) -> Shape:
-    """The shape of a label.
+    """Return the shape of a label.
 
     Args:
-        label: as it is in the dataset.
-        scores: from its line of the sidecar.
+        label: the label in the dataset.
+        scores: its scores in the sidecar.
     """
     keys = tuple(scores)
-    for nested in (False, True):  # a canonical label begins so; others are read
+    for nested in (False, True):  # a canonical label has this prefix; others must be parsed
         if label.startswith(answer_prefix(shape := Shape(keys, nested), {})):
             return shape
     answer = read_answer(restore(label, answer=True))
@@ -243,7 +243,7 @@ def label_shape(label: str, scores: Mapping[str, float]) -> Shape:
 
 
 def label_shapes(folder: Path, names: Iterable[str]) -> dict[str, list[dict[str, Any]]] | None:
-    """Evaluation type (empty for rows without one) -> the shapes of the labels of some datasets, most frequent first.
+    """Return evaluation type (empty for rows without one) -> shapes of the labels in some datasets, by frequency.
 
     Takes seconds for gigabytes. None if a dataset has no sidecar, or its rows do not match it.
     """
@@ -268,13 +268,13 @@ def label_shapes(folder: Path, names: Iterable[str]) -> dict[str, list[dict[str,
 
 
 def training_row(prompt: str, label: str, form: Format, system: str | None = None) -> bytes:
-    """One line of a training file. All columns are strings, because Arrow infers a column's type from the first 10 MB.
+    """Return a line of a training file. All columns are strings, because Arrow infers their types from the first 10 MB.
 
     Args:
-        prompt: what the judge is asked.
-        label: the answer that it should give.
-        form: of the file.
-        system: the system text, empty for none; None in a file without the column.
+        prompt: the prompt for the judge.
+        label: the answer to train on.
+        form: the format of the file.
+        system: the system prompt, empty if the row has no system prompt; None in a file without the column.
     """
     row: dict[str, Any] = (
         {"instruction": prompt, "input": "", "output": label}
@@ -287,12 +287,12 @@ def training_row(prompt: str, label: str, form: Format, system: str | None = Non
 
 
 def dataset_entry(file_name: str, form: Format, *, with_system: bool = False) -> dict[str, Any]:
-    """The entry of a training file in dataset_info.json.
+    """Return the entry of a training file in dataset_info.json.
 
     Args:
-        file_name: of the training file, in the folder of dataset_info.json.
-        form: of the file.
-        with_system: its rows have a column for the system text.
+        file_name: the name of the training file, in the folder of dataset_info.json.
+        form: the format of the file.
+        with_system: whether its rows have a column for the system prompt.
     """
     system = {"system": "system"} if with_system else {}
     if form == "alpaca":

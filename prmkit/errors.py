@@ -1,4 +1,4 @@
-"""The exit codes, and the one family of errors that a user can cause.
+"""The exit codes, and the base class of the errors that a user can cause.
 
 Every error says what is wrong, where, and what to do next. `prmkit.cli.run` is the only place that catches them.
 """
@@ -52,7 +52,7 @@ class GateError(PrmkitError):
 
 
 class Interrupted(BaseException):
-    """A signal stopped the work; what was done so far is kept.
+    """A signal stopped the work; everything done so far is kept.
 
     Not an `Exception`, for the same reason as KeyboardInterrupt: it is raised wherever the signal arrives, where a
     library (logging, for one) would otherwise catch it as one of its own errors and continue.
@@ -70,23 +70,23 @@ class Interrupted(BaseException):
 # --- errors of the operating system -----------------------------------------------------------------------------------
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""A file cannot grow: the disk, the quota, or the limit of a file's size."""
+"""errno values for "no space": the disk, the quota, or the maximum size of a file."""
 _NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_NOT_A_PLACE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
+_WRONG_PATH = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
 _OTHERS = frozenset({errno.EIO, errno.ESTALE, errno.ENOLCK, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 def is_environment_error(error: OSError) -> bool:
-    """Whether the machine is to blame (a full disk, a missing permission) rather than the program."""
-    return error.errno in DISK_FULL | _NOT_ALLOWED | _NOT_A_PLACE | _OTHERS
+    """Whether the environment caused the error (a full disk, a missing permission) rather than a bug."""
+    return error.errno in DISK_FULL | _NOT_ALLOWED | _WRONG_PATH | _OTHERS
 
 
 def describe_os_error(error: OSError) -> str:
-    """One line: the file, what is wrong with it, and what to do about it if anything helps."""
+    """Return one line: the file, what is wrong with it, and, where something helps, what to do."""
     where = "" if error.filename is None else f"{error.filename}: "
     advice = ""
     if error.errno in DISK_FULL:
         advice = " Free some space or choose another folder, then run the same command again."
-    elif error.errno in _NOT_ALLOWED | _NOT_A_PLACE:
+    elif error.errno in _NOT_ALLOWED | _WRONG_PATH:
         advice = " Choose another path, then run the same command again."
     return f"{where}{error.strerror or error}.{advice}"

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, locks, and reading lines from compressed files."""
+"""Atomic writes, locks, and reading lines from compressed files."""
 
 import bz2
 import errno
@@ -26,14 +26,14 @@ from prmkit.errors import DataError, UsageError
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing; it appears under its name only when it is complete.
 
-    The bytes go to a temporary file in the same folder, which is synced and renamed over `path` when the block ends;
-    an error inside the block leaves `path` as it was.
+    The bytes go to a temporary file in the same folder, which is synced and renamed to `path` when the block ends.
+    After an error inside the block, `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
-        error.filename = str(path)  # not the temporary name, which means nothing to the user
+        error.filename = str(path)  # the user does not know the temporary name
         raise
     temporary = Path(name)
     try:
@@ -46,7 +46,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk does not say where
+            error.filename = str(path)  # the error of a full disk has no file name
         raise
 
 
@@ -58,13 +58,13 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file completely, or leave the old one."""
+    """Write a text file atomically."""
     with atomic_write(path) as stream:
         stream.write(text.encode())
 
 
 def render_page(template: Path, filters: Mapping[str, Any] | None = None, **values: Any) -> str:
-    """Fill in a Jinja template of a page; everything that comes from data is escaped."""
+    """Render a Jinja template of a page; all values from the data are escaped."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -73,7 +73,7 @@ def render_page(template: Path, filters: Mapping[str, Any] | None = None, **valu
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write an indented JSON file completely, or leave the old one."""
+    """Write an indented JSON file atomically."""
     import orjson
 
     with atomic_write(path) as stream:
@@ -91,13 +91,13 @@ def read_json(path: Path) -> Any:
     try:
         return orjson.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}.") from error
+        raise DataError(f"{path}: {error.strerror}. Check the path.") from error
     except orjson.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON ({error}).") from error
 
 
 def read_plain_yaml(path: Path) -> Any:
-    """Read one of our own YAML files (a rubric, a list of judges), not one of LLaMA Factory's.
+    """Read one of prmkit's own YAML files (a rubric, a list of judges), not one of LLaMA Factory's.
 
     Raises:
         UsageError: the file is missing, unreadable or not YAML.
@@ -107,7 +107,7 @@ def read_plain_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}.") from error
+        raise UsageError(f"{path}: {error.strerror}. Check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from error
 
@@ -121,7 +121,7 @@ def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of every line of a JSONL file, one at a time; empty lines are skipped.
 
     Raises:
-        DataError: the file is missing or unreadable, or a line is not JSON (its number is named).
+        DataError: the file is missing or unreadable, or a line is not JSON (the message has its number).
     """
     import orjson
 
@@ -136,22 +136,22 @@ def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 @contextmanager
 def open_input(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file of lines for reading bytes; a packed file (see `PACKINGS`) is unpacked while reading.
+    """Open a file of lines for reading bytes; a compressed file (see `PACKINGS`) is decompressed while reading.
 
-    Only errors of reading become a `DataError`; other errors raised while the file is open, such as those of writing,
-    are passed on unchanged.
+    Only read errors become a `DataError`; other errors raised while the file is open, for example write errors, are
+    passed on unchanged.
 
     Raises:
-        DataError: the file is missing, a folder, or not readable; or a packed file is damaged or truncated.
+        DataError: the file is missing, a folder, or not readable; or a compressed file is damaged or truncated.
     """
     try:
         raw = path.open("rb")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}.") from error
+        raise DataError(f"{path}: {error.strerror or error}. Check the path.") from error
     with raw:
         packing = packing_of(path)
-        unpacked = packing.unpack(raw) if packing else raw
-        with io.BufferedReader(_Reading(unpacked, str(path)), _READ_AHEAD) as lines:
+        content = packing.unpack(raw) if packing else raw
+        with io.BufferedReader(_NamedStream(content, str(path)), _READ_AHEAD) as lines:
             yield lines
 
 
@@ -163,19 +163,19 @@ def open_stdin() -> Iterator[IO[bytes]]:
         DataError: there is no stdin, or it cannot be read.
     """
     if sys.stdin is None:
-        raise DataError("stdin: closed. Pipe the lines in, or name a file.")
-    yield io.BufferedReader(_Reading(sys.stdin.buffer, "stdin"), _READ_AHEAD)
+        raise DataError("stdin is closed. Pipe the lines in, or pass a file.")
+    yield io.BufferedReader(_NamedStream(sys.stdin.buffer, "stdin"), _READ_AHEAD)
 
 
 _READ_AHEAD = 1 << 18
 
 
-class _Reading(io.RawIOBase):
-    """A stream whose read errors name the file."""
+class _NamedStream(io.RawIOBase):
+    """A stream whose read errors contain the name of the file."""
 
     def __init__(self, stream: Any, name: str) -> None:
-        # readinto1 returns what has arrived; readinto would wait for a full buffer, and so for lines that have not been
-        # written to the pipe yet.
+        # readinto1 returns the bytes that have arrived; readinto would wait for a full buffer, and so for lines that
+        # have not been written to the pipe yet.
         self._read = getattr(stream, "readinto1", stream.readinto)
         self._name = name
 
@@ -189,54 +189,54 @@ class _Reading(io.RawIOBase):
             if isinstance(error, OSError) and error.strerror:
                 raise DataError(f"{self._name}: {error.strerror}.") from error
             raise DataError(
-                f"{self._name}: not packed as its name says, damaged or truncated ({error}). Pack it again."
+                f"{self._name}: not a valid {Path(self._name).suffix} file, or damaged ({error}). Compress it again."
             ) from error
 
 
 class _ZstandardReader(io.RawIOBase):
-    """Decompresses one or several Zstandard frames; zstandard's own reader ends silently where a frame is truncated."""
+    """A reader of one or several Zstandard frames; zstandard's own reader silently stops at a truncated frame."""
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
 
         self._raw, self._zstandard = raw, zstandard
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._packed = self._unpacked = b""
+        self._compressed = self._content = b""
         self._inside = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._raw.read(1 << 18)
-            if not self._packed:
+        while not self._content:
+            self._compressed = self._compressed or self._raw.read(1 << 18)
+            if not self._compressed:
                 if self._inside:
                     raise EOFError("the last frame is not complete")
                 return 0
-            self._unpack()
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+            self._decompress()
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
         return size
 
-    def _unpack(self) -> None:
+    def _decompress(self) -> None:
         if not self._inside:
             self._frame = self._zstandard.ZstdDecompressor().decompressobj()
         try:
-            self._unpacked = self._frame.decompress(self._packed)
+            self._content = self._frame.decompress(self._compressed)
         except self._zstandard.ZstdError as error:
             raise EOFError(error) from error
-        self._inside, self._packed = not self._frame.eof, self._frame.unused_data
+        self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
 
 
 class Packing(NamedTuple):
-    """A way to pack a file."""
+    """A compression format."""
 
     name: str
     magic: bytes
-    """With which a packed file begins."""
+    """Magic bytes: the first bytes of a compressed file."""
     unpack: Callable[[BinaryIO], Any]
-    """Opens a packed stream for reading."""
+    """Function that opens a compressed stream for reading."""
 
 
 PACKINGS: Mapping[str, Packing] = {
@@ -244,33 +244,33 @@ PACKINGS: Mapping[str, Packing] = {
     ".bz2": Packing("bzip2", b"BZh", bz2.BZ2File),
     ".zst": Packing("Zstandard", b"\x28\xb5\x2f\xfd", _ZstandardReader),
 }
-"""By the end of the file's name."""
+"""File suffix -> compression format."""
 
 
 def packing_of(path: Path) -> Packing | None:
-    """How a file is packed, by its name."""
+    """Return the compression format of a file, by its suffix; None if it is not compressed."""
     return PACKINGS.get(path.suffix.lower())
 
 
 def unpacked_name(path: Path) -> str:
-    """The name that a file has once it is unpacked: `rows.jsonl` for `rows.jsonl.gz` and for `rows.jsonl`."""
+    """Return the name of a file without its compression suffix: `rows.jsonl` for `rows.jsonl.gz` and `rows.jsonl`."""
     return path.stem if packing_of(path) else path.name
 
 
 def stored_form(path: Path) -> Path | None:
-    """The file, or else a packed form of it; None if neither exists."""
-    forms = (path.with_name(path.name + suffix) for suffix in ("", *PACKINGS))
-    return next((form for form in forms if form.is_file()), None)
+    """Return the file or, if it does not exist, a compressed version of it; None if neither exists."""
+    versions = (path.with_name(path.name + suffix) for suffix in ("", *PACKINGS))
+    return next((version for version in versions if version.is_file()), None)
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_content(path: Path) -> tuple[str, int]:
-    """The SHA-256, in hexadecimal, and the bytes of what a file holds: unpacked, if it is compressed.
+    """Return the SHA-256, in hexadecimal, and the size in bytes of a file's content, decompressed.
 
     Raises:
         DataError: see `open_input`.
@@ -284,14 +284,14 @@ def hash_content(path: Path) -> tuple[str, int]:
 
 
 LARGE_FILE = 64 << 20
-"""Bytes. The hash of a larger file of weights is that of `spread_blocks`."""
+"""Bytes. The hash of a larger weight file is that of `spread_blocks`."""
 _BLOCK = 64 << 10
 
 
 def spread_blocks(path: Path, count: int) -> Iterator[bytes]:
-    """Blocks of 64 KiB, evenly spread from the first to the last of a large file.
+    """Yield blocks of 64 KiB, evenly spread from the first to the last of a large file.
 
-    Their hash distinguishes weights that take minutes to read: training changes weights everywhere.
+    Weights may take minutes to read. Hashing a sample is enough, because training changes weights everywhere.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -304,9 +304,9 @@ def spread_blocks(path: Path, count: int) -> Iterator[bytes]:
 
 
 def write_all(write: Callable[[memoryview], int | None], data: bytes) -> None:
-    """Write all of `data` with `write`, which may take only a part of it and returns how many bytes it took.
+    """Write all of `data` with `write`, which may write only a part of it and returns how many bytes it wrote.
 
-    A disk that is filling up takes a part, and reports the error with the next call.
+    A disk that is nearly full accepts a part, and reports the error at the next call.
     """
     rest = memoryview(data)
     while rest:
@@ -314,21 +314,21 @@ def write_all(write: Callable[[memoryview], int | None], data: bytes) -> None:
 
 
 def end_of_last_line(descriptor: int) -> int:
-    """The position after the last line break of an open file; 0 without one. What follows it was cut off by a kill."""
+    """Return the position after the last line break of an open file, or 0; a line after it was cut off by a kill."""
     with open(descriptor, "rb", closefd=False) as stream:
         end = stream.seek(0, os.SEEK_END)
         while end:
             begin = max(0, end - _READ_AHEAD)
             stream.seek(begin)
-            place = stream.read(end - begin).rfind(b"\n")
-            if place >= 0:
-                return begin + place + 1
+            position = stream.read(end - begin).rfind(b"\n")
+            if position >= 0:
+                return begin + position + 1
             end = begin
     return 0
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -341,13 +341,13 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def exclusive_lock(folder: Path, activity: str, *, lock: str = ".lock", patience: float = 0.0) -> Iterator[int]:
-    """Lock a folder for this process. The system releases the lock when the process ends, however it ends.
+    """Lock a folder for this process. The system releases the lock when the process ends, even if it is killed.
 
     Args:
-        folder: the folder to lock; it is made if it is missing.
+        folder: the folder to lock; it is created if it is missing.
         activity: what this process does ("converting"), for the message that a second process gets.
-        lock: the name of the lock file; another name locks only a part of the folder.
-        patience: seconds to wait for a holder that is about to end.
+        lock: the name of the lock file; with another name, only a part of the folder is locked.
+        patience: seconds to wait for a process that is about to release the lock.
 
     Yields:
         The lock's file descriptor. A child that inherits it holds the lock too, as long as the child lives.
@@ -365,7 +365,7 @@ def exclusive_lock(folder: Path, activity: str, *, lock: str = ".lock", patience
                 holder = stream.read(200).strip() or f"another process is {activity}"
                 raise DataError(f"{folder}: {holder} here. Wait for it, or choose another folder.")
             time.sleep(0.05)
-        if os.fstat(stream.fileno()).st_nlink == 1:  # a hard link may be somebody's file: lock it, but do not write
+        if os.fstat(stream.fileno()).st_nlink == 1:  # a hard link may be someone's file: lock it, but do not write
             stream.truncate(0)
             stream.write(f"process {os.getpid()} is {activity}")
             stream.flush()
@@ -373,8 +373,8 @@ def exclusive_lock(folder: Path, activity: str, *, lock: str = ".lock", patience
 
 
 def _open_lock(path: Path) -> IO[str]:
-    # In a folder that others can write to, a link planted here would make us truncate the file it points to, and a pipe
-    # would make us wait forever.
+    # In a folder that others can write to, a link planted here would make us truncate its target, and a pipe would make
+    # us wait forever.
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:

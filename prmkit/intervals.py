@@ -1,9 +1,9 @@
-"""Calibrated intervals around a judge's scores, abstention where they are wide, and the text of measured intervals.
+"""Calibrated intervals around a judge's scores, abstention where they are wide, and the formatting of estimates.
 
 Split-conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018, section 5.2): on held-out rows, the error of a
 score is divided by the judge's own standard deviation. A new score is then within `std * (quantile of those ratios)` of
-what the judges would have said, as often as the level promises, whatever the distribution of the errors, as long as the
-new rows are like the held-out ones.
+the judges' mean with the probability `level`, for any distribution of the errors, as long as the new rows are like the
+held-out ones.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from prmkit.errors import DataError
 from prmkit.files import read_json, write_json
 
 CALIBRATION_FILE = "calibration.json"
-"""Written next to a run's weights, and next to an export that was shown to score as the run does."""
+"""The file with the calibration, next to a training run's weights and next to a verified export."""
 DEFAULT_LEVEL = 0.9
 MIN_STD = 0.01
-"""A floor: even a certain judge's score is rounded to hundredths, and dividing by a std of 0 would be infinite."""
+"""Floor for std: even a certain judge's score is rounded to hundredths, and a std of 0 would give an infinite ratio."""
 MIN_RATIOS = 30
 """An evaluation type with fewer held-out scores than this uses the errors of all types together."""
 ALL_TYPES = "all"
-_MOST_RATIOS = 2000  # kept a type: their quantiles are those of all of them to a two-thousandth
+_MOST_RATIOS = 2000  # per evaluation type: their quantiles are within 1/2000 of those of all ratios
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,23 @@ class Calibration:
     ratios: Mapping[str, Sequence[float]]
     """Evaluation type (and `ALL_TYPES`) -> |score - reference| / std, in rising order."""
     counts: Mapping[str, int]
-    """How many held-out scores each was made from; for weighted scores, the effective sample size."""
+    """Evaluation type -> number of held-out scores; for weighted scores, the effective sample size."""
     judge: Mapping[str, Any]
     """The fingerprint of the judge that made the errors."""
 
     def interval(
         self, score: float, std: float | None, evaluation_type: str | None, level: float
     ) -> tuple[float, float] | None:
-        """The ends between which the reference is with probability `level`, within 0 and 1.
+        """Return the interval, within 0 and 1, that contains the reference with probability `level`.
 
         Args:
-            score: the judge's.
-            std: of the same score; None for a score that was read from text.
-            evaluation_type: of the row; a type that was not measured uses the errors of all types.
+            score: the judge's score.
+            std: its standard deviation; None for a score that was read from text.
+            evaluation_type: the type of the row; a type with too few held-out scores uses the errors of all types.
             level: between 0 and 1.
 
         Returns:
-            None if there is no std to scale by.
+            The lower and the upper bound; None if there is no std to scale by.
         """
         if std is None:
             return None
@@ -65,13 +65,13 @@ class Calibration:
         ratios, count = self.ratios[str(known)], self.counts[str(known)]
         rank = math.ceil((count + 1) * level)  # the finite-sample rank, counted from 1
         if rank > count:
-            return math.inf  # with so few errors, no finite width is certain enough
+            return math.inf  # there are too few errors for this level
         return ratios[-(-rank * len(ratios) // count) - 1]
 
 
 @dataclass(frozen=True)
 class Abstention:
-    """How lines of scores get their intervals, and above which width a score is unsure."""
+    """The settings for intervals of scores, and the width above which a score is unsure."""
 
     calibration: Calibration
     level: float
@@ -79,11 +79,11 @@ class Abstention:
     """Scores with a wider interval get the status `unsure`; None for no limit."""
 
     def add_interval(self, line: Mapping[str, Any], evaluation_type: str | None) -> dict[str, Any]:
-        """The line of a scored row with `low` and `high`.
+        """Add `low` and `high` to the line of a scored row.
 
         Args:
-            line: with `score`, `std`, `status` and `reason`; a row without a score gets null.
-            evaluation_type: of the row.
+            line: has `score`, `std`, `status` and `reason`; without a score, `low` and `high` are null.
+            evaluation_type: the type of the row.
         """
         ends = None
         if line["score"] is not None:
@@ -102,12 +102,12 @@ class Abstention:
 def load_abstention(
     folder: Path, fingerprint: Mapping[str, Any], level: float | None, max_width: float | None
 ) -> Abstention | None:
-    """What the flags --interval and --abstain-above ask for; None without either.
+    """Turn the flags --interval and --abstain-above into settings; None without either flag.
 
     Args:
-        folder: of the judge's weights.
-        fingerprint: of the judge.
-        level: of the intervals; with `max_width` alone it is `DEFAULT_LEVEL`.
+        folder: the folder of the judge's weights.
+        fingerprint: the judge's fingerprint.
+        level: the level of the intervals; with `max_width` alone it is `DEFAULT_LEVEL`.
         max_width: see `Abstention`.
 
     Raises:
@@ -122,23 +122,23 @@ def load_abstention(
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags --interval and --abstain-above, which `load_abstention` takes."""
     group = parser.add_argument_group("calibrated intervals (of a judge that was evaluated)")
-    ends = "add low and high, which include the strong judges' score with this probability, such as 0.9"
+    ends = "add low and high, which contain the strong judges' mean with this probability, for example 0.9"
     group.add_argument("--interval", type=cli.level, metavar="LEVEL", help=ends)
-    wide = f"mark scores whose interval is wider as unsure (without --interval: at level {DEFAULT_LEVEL})"
-    group.add_argument("--abstain-above", type=cli.level, metavar="WIDTH", help=wide)
+    width = f"mark scores with a wider interval as unsure (without --interval: at level {DEFAULT_LEVEL})"
+    group.add_argument("--abstain-above", type=cli.level, metavar="WIDTH", help=width)
 
 
 def calibrated_judge(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a judge for its intervals: device and dtype change a score by rounding alone."""
+    """Return the part of a fingerprint that identifies a calibrated judge: device and dtype only change rounding."""
     return {key: value for key, value in fingerprint.items() if key not in ("device", "dtype")}
 
 
 def fit_calibration(ratios: Mapping[str, Sequence[tuple[float, float]]], judge: Mapping[str, Any]) -> Calibration:
-    """Make a calibration from the errors of held-out scores.
+    """Create a calibration from the errors of held-out scores.
 
     Args:
         ratios: evaluation type -> |score - reference| / max(std, `MIN_STD`) and its weight, in any order.
-        judge: what identifies the judge; scores of another judge must not be given these intervals.
+        judge: identifies the judge; scores of another judge must not get these intervals.
     """
     by_type = {name: sorted(values) for name, values in ratios.items() if values}
     by_type[ALL_TYPES] = sorted(pair for pairs in by_type.values() for pair in pairs)
@@ -147,17 +147,17 @@ def fit_calibration(ratios: Mapping[str, Sequence[tuple[float, float]]], judge: 
 
 
 def _effective_size(pairs: Sequence[tuple[float, float]]) -> int:
-    """The effective sample size (Kish 1965): the number of values if all weights are equal."""
+    """Return the effective sample size (Kish 1965): the number of values if all weights are equal."""
     total, squares = math.fsum(weight for _, weight in pairs), math.fsum(weight**2 for _, weight in pairs)
     return max(1, math.floor(total**2 / squares + 1e-9))
 
 
 def _quantiles(pairs: Sequence[tuple[float, float]], size: int) -> list[float]:
-    """The upper ends of equal shares of the weight: a quantile is at most one share too high, never too low."""
-    shares = min(size, _MOST_RATIOS)
+    """Return the upper bounds of bins of equal weight: a quantile is at most one bin too high, never too low."""
+    bins = min(size, _MOST_RATIOS)
     up_to = list(accumulate(weight for _, weight in pairs))
-    places = (bisect_left(up_to, up_to[-1] * ((place + 1) / shares - 1e-12)) for place in range(shares))
-    return [round(pairs[place][0], 6) for place in places]
+    indices = (bisect_left(up_to, up_to[-1] * ((number + 1) / bins - 1e-12)) for number in range(bins))
+    return [round(pairs[index][0], 6) for index in indices]
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
@@ -167,10 +167,10 @@ def write_calibration(folder: Path, calibration: Calibration) -> None:
 
 
 def read_calibration(folder: Path, judge: Mapping[str, Any]) -> Calibration:
-    """The calibration that belongs to a judge.
+    """Read the calibration of a judge.
 
     Args:
-        folder: the run or the export.
+        folder: the training run or the export.
         judge: its fingerprint, as in `Calibration.judge`.
 
     Raises:
@@ -178,38 +178,38 @@ def read_calibration(folder: Path, judge: Mapping[str, Any]) -> Calibration:
     """
     file = folder / CALIBRATION_FILE
     if not file.is_file():
-        raise DataError(f"{file}: not found; no intervals yet. Measure the run first: python evaluate_judge.py")
+        raise DataError(f"{file}: not found; no intervals yet. Evaluate the run first: python evaluate_judge.py")
     content = read_json(file)
     try:
         ratios = {str(name): [float(value) for value in values] for name, values in content["ratios"].items()}
         counts = {str(name): int(count) for name, count in content["counts"].items()}
-        found = Calibration(ratios, counts, dict(content["judge"]))
+        calibration = Calibration(ratios, counts, dict(content["judge"]))
         sound = ALL_TYPES in ratios and all(
             len(values) and values == sorted(values) and counts[name] >= len(values) for name, values in ratios.items()
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{file}: damaged ({error!r}). Measure the judge again.") from error
+        raise DataError(f"{file}: damaged ({error!r}). Evaluate the judge again.") from error
     if not sound:
-        raise DataError(f"{file}: damaged. Measure the judge again.")
-    if dict(judge) != found.judge:
-        raise DataError(f"{file}: made with other weights or settings. Measure the judge again.")
-    return found
+        raise DataError(f"{file}: damaged. Evaluate the judge again.")
+    if dict(judge) != calibration.judge:
+        raise DataError(f"{file}: made with other weights or settings. Evaluate the judge again.")
+    return calibration
 
 
-# --- measured numbers -------------------------------------------------------------------------------------------------
+# --- estimates --------------------------------------------------------------------------------------------------------
 
 NONE = "–"
-"""Shown where there is no number."""
+"""The placeholder for a missing number."""
 
 
 def shown(estimate: Mapping[str, Any] | None, form: str = ".2f", *, interval: bool = True, none: str = NONE) -> str:
-    """A measured number and its interval as people read them: `0.78 [0.70, 0.84]`.
+    """Format an estimate with its interval: `0.78 [0.70, 0.84]`.
 
     Args:
         estimate: `value`, `low` and `high`, as in `metrics.json`; None if nothing was measured.
-        form: of the numbers, as in a format string: `.2f`, `+.2f` or `.0%`.
-        interval: show the interval, if there is one.
-        none: what to show where there is no value.
+        form: the format of the numbers, as in a format string: `.2f`, `+.2f` or `.0%`.
+        interval: whether to show the interval, if there is one.
+        none: the placeholder for a missing value.
     """
     if not estimate or estimate.get("value") is None:
         return none
@@ -220,5 +220,5 @@ def shown(estimate: Mapping[str, Any] | None, form: str = ".2f", *, interval: bo
 
 
 def percent(estimate: Mapping[str, Any] | None, form: str = ".0%") -> str:
-    """A share as people read it, without its interval."""
+    """Format a fraction as a percentage, without its interval."""
     return shown(estimate, form, interval=False)

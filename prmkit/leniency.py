@@ -1,7 +1,7 @@
 """How much more leniently one judge scores than another, and the mean of several judges corrected for it.
 
-If every judge scored every prompt, a lenient judge shifts all means alike and the order is unharmed. If the judges
-scored different prompts, the mean says as much about who was asked as about the step.
+If every judge scored every prompt, a lenient judge shifts all means equally, and the ranking does not change. If the
+judges scored different prompts, the mean depends as much on which judges scored the step as on the step.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from statistics import fmean
 import numpy as np
 
 MIN_SHARED_SCORES = 10
-"""Two judges are compared only with this many scores of the same prompts and keys; fewer would correct by noise."""
+"""Minimum number of shared scores (same prompt and key) to compare two judges; with fewer, the correction is noise."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Leniency:
 
     offsets: Mapping[str, float] = field(default_factory=dict)
     """Judge -> how much higher it scores than comparable judges would. Averaged over all scores of a group of
-    comparable judges this is 0, so a correction moves no overall mean. It is 0 for a judge that cannot be compared.
+    comparable judges this is 0, so a correction does not move their mean. It is 0 for a judge that cannot be compared.
     """
     shared_scores: int = 0
-    """How many items (a prompt and a key) were scored by two or more judges."""
+    """Number of items (a prompt and a key) that two or more judges scored."""
     groups: tuple[tuple[str, ...], ...] = ()
     """Judges that are linked by shared scores, directly or through others. With more than one group, the groups
     cannot be compared: a difference in leniency between them looks like a difference in quality."""
 
     @property
     def is_known(self) -> bool:
-        """Whether every judge can be compared with every other."""
+        """Whether all judges can be compared with each other."""
         return len(self.groups) <= 1
 
 
@@ -42,7 +42,7 @@ def estimate_leniency(items: Iterable[Mapping[str, float]]) -> Leniency:
     The quality of an item is eliminated by centring it, which leaves one small linear system in the offsets.
 
     Args:
-        items: one mapping for each prompt and key: judge -> score. Read once, so a generator will do; memory grows with
+        items: one mapping per prompt and key: judge -> score. Read once, so a generator is enough; memory grows with
             the number of judges, not of items.
     """
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # judge -> number of scores, sum of deviations
@@ -80,10 +80,10 @@ def _solve(
     weights: Mapping[tuple[str, str], float],
     totals: Mapping[str, list[float]],
 ) -> dict[str, float]:
-    place = {judge: number for number, judge in enumerate(judges)}
+    index = {judge: number for number, judge in enumerate(judges)}
     normal = np.zeros((len(judges), len(judges)))  # a graph Laplacian: judges are nodes, shared items are edges
     for (one, other), weight in weights.items():
-        i, j = place[one], place[other]
+        i, j = index[one], index[other]
         normal[[i, j], [i, j]] += weight
         normal[[i, j], [j, i]] -= weight
     deviations = np.array([totals[judge][1] for judge in judges])
@@ -91,32 +91,32 @@ def _solve(
     offsets = np.zeros(len(judges))
     for group in groups:
         if len(group) > 1:
-            chosen = [place[judge] for judge in group]
-            # Offsets are known up to a constant, so the smallest solution is taken, then centred over the scores.
-            found, *_ = np.linalg.lstsq(normal[np.ix_(chosen, chosen)], deviations[chosen], rcond=None)
-            offsets[chosen] = found - np.average(found, weights=counts[chosen])
+            chosen = [index[judge] for judge in group]
+            # Offsets are known only up to a constant, so take the smallest solution and centre it over the scores.
+            solution, *_ = np.linalg.lstsq(normal[np.ix_(chosen, chosen)], deviations[chosen], rcond=None)
+            offsets[chosen] = solution - np.average(solution, weights=counts[chosen])
     return {judge: round(float(offset), 6) for judge, offset in zip(judges, offsets, strict=True)}
 
 
 def corrected_mean(scores: Mapping[str, float], leniency: Leniency) -> float:
-    """The mean of the judges' scores of one prompt and key, each minus its judge's offset, within 0 and 1.
+    """Return the mean of the judges' scores of one prompt and key, each minus its judge's offset, within 0 and 1.
 
     Args:
         scores: judge -> score; at least one.
         leniency: `Leniency()` gives the plain mean.
     """
     mean = fmean(score - leniency.offsets.get(judge, 0.0) for judge, score in scores.items())
-    # Rounded, so that the mean of 0.75 and 0.85 is 0.8 and not a hair less, which would be another band.
+    # Rounded, so that the mean of 0.75 and 0.85 is 0.8 and not slightly less, which would be in another band.
     return round(min(1.0, max(0.0, mean)), 6)
 
 
 def describe_leniency(leniency: Leniency) -> list[str]:
-    """Sentences for a person: each judge's offset, and a warning where judges cannot be compared."""
+    """Return sentences for a person: each judge's offset, and a warning where judges cannot be compared."""
     compared = [judge for group in leniency.groups if len(group) > 1 for judge in group]
     lines = []
     if compared:
         offsets = ", ".join(f"{judge} {leniency.offsets[judge]:+.2f}" for judge in compared)
-        lines.append(f"leniency of the judges, from {leniency.shared_scores} scores that they share: {offsets}")
+        lines.append(f"leniency of the judges, from {leniency.shared_scores} shared scores: {offsets}")
     if not leniency.is_known:
         names = " | ".join(", ".join(group) for group in leniency.groups[:6]) + " | …" * (len(leniency.groups) > 6)
         lines.append(

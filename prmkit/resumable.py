@@ -1,4 +1,4 @@
-"""Outputs of one line per row, written as the rows come, and continued by the next run."""
+"""Resumable JSONL outputs: one line per row, written as the rows arrive; the next run continues the file."""
 
 import logging
 import os
@@ -18,49 +18,49 @@ JsonLine = Mapping[str, Any]
 
 
 def companion_file(file: Path, what: str) -> Path:
-    """The name of a file that goes with an output: `scores.what` for `scores.jsonl`, `scores.a.what` for `scores.a`.
+    """Name a file that belongs to an output: `scores.what` for `scores.jsonl`, `scores.a.what` for `scores.a`.
 
-    A packed output keeps the companion that it had before.
+    An output that was compressed later keeps its companion: that of `scores.jsonl.gz` is `scores.what`, too.
     """
     return file.with_name(f"{unpacked_name(file).removesuffix('.jsonl')}.{what}")
 
 
 def fingerprint_file(file: Path) -> Path:
-    """Path of the fingerprint file of an output, which says what made its lines."""
+    """Return the path of an output's fingerprint file, which records what made its lines."""
     return companion_file(file, "fingerprint.json")
 
 
 def check_output(file: Path, source: Path | None) -> None:
-    """Check an output path before anything is read or loaded: it must be writable and must not cost the user a file.
+    """Check an output path before anything is read or loaded: it must be usable and must not replace an input.
 
     Args:
         file: the output.
         source: the input; None for stdin.
 
     Raises:
-        UsageError: the output is the input, has a name that ends in .gz or the like, or is a device or a pipe.
-        DataError: it is a folder, or its folder is a file.
+        UsageError: the output is the input, has a compression suffix such as .gz, or is a device or a pipe.
+        DataError: it is a folder, or its parent is a file.
     """
     check_plain_name(file)
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise DataError(f"{file}: {folder} is not a folder. Choose another --output.")
+        raise DataError(f"{file}: its parent {folder} is not a folder. Choose another --output.")
     if file.is_dir():
-        raise DataError(f"{file}: is a folder. Name a file in it.")
+        raise DataError(f"{file} is a folder. Pass the name of a file.")
     if file.exists() and not file.is_file():
-        raise UsageError(f"{file}: is not a regular file. Choose another --output, or none for stdout.")
+        raise UsageError(f"{file} is not a regular file. Choose another --output, or leave it out for stdout.")
     if file.exists() and (file.samefile(source) if source and source.exists() else source is None and _is_stdin(file)):
-        raise UsageError(f"{file}: is also the input. Choose another --output.")
+        raise UsageError(f"{file} is also the input. Choose another --output.")
 
 
 def check_plain_name(file: Path) -> None:
-    """Reject the name of a packed file for an output.
+    """Reject an output name with a compression suffix.
 
     Raises:
-        UsageError: it ends in .gz or the like.
+        UsageError: the name ends in .gz or another such suffix.
     """
     if (name := unpacked_name(file)) != file.name:
-        raise UsageError(f"{file}: lines are written as plain text. Name it {name}, and compress it later.")
+        raise UsageError(f"{file}: the output is never compressed. Write to {name}, and compress it afterwards.")
 
 
 def _is_stdin(file: Path) -> bool:
@@ -71,49 +71,49 @@ def _is_stdin(file: Path) -> bool:
 
 
 def reopen(file: Path, fingerprint: Mapping[str, Any], *, retry: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The lines that an earlier, possibly killed, run left in `file`, if they are of the same kind.
+    """Read the lines that an earlier, possibly killed, run left in `file`, if they have the same fingerprint.
 
-    A last line that was cut off is removed. Lines of another judge, mode or dataset are moved away, not mixed in.
+    Removes a last line that was cut off. Moves lines of another judge, mode or dataset to another file.
 
     Args:
         file: the output.
-        fingerprint: lines with the same fingerprint may be in one file; kept next to the file.
-        retry: lines with one of these as their `status` are removed from the file, so that they are made again.
+        fingerprint: only lines with the same fingerprint may share a file; it is stored next to the file.
+        retry: lines with one of these values as `status` are removed from the file, so that they are made again.
 
     Raises:
-        UsageError: the file is not an output of such a run.
-        DataError: a line in it is damaged.
+        UsageError: the file was not written by such a run.
+        DataError: a line is damaged.
     """
     marker = fingerprint_file(file)
     if file.is_file() and file.stat().st_size:
         if not marker.is_file():
             raise UsageError(
-                f"{file}: exists and is not a scoring output (no {marker.name} next to it). "
+                f"{file} exists and is not a scoring output (no {marker.name} next to it). "
                 "Choose another --output, or move it away."
             )
         if read_json(marker) != fingerprint:
             backup = _free_name(file)
             file.replace(backup)
-            log.info("%s: made with another judge, mode or dataset; kept as %s", file, backup.name)
+            log.info("%s was made with another judge, mode or dataset; moved to %s", file, backup.name)
     write_json(marker, fingerprint)
     if not file.is_file():
         return []
     with file.open("r+b") as stream:
-        whole = stream.read()
-        stream.truncate(whole.rfind(b"\n") + 1)
-    lines = [_line(line, f"{file}:{number}") for number, line in enumerate(whole.split(b"\n")[:-1], start=1)]
+        content = stream.read()
+        stream.truncate(content.rfind(b"\n") + 1)
+    lines = [_line(line, f"{file}:{number}") for number, line in enumerate(content.split(b"\n")[:-1], start=1)]
     kept = [line for line in lines if line.get("status") not in retry]
     if len(kept) < len(lines):
         replace_rows(file, kept)
     return kept
 
 
-def _line(text: bytes, place: str) -> dict[str, Any]:
+def _line(text: bytes, location: str) -> dict[str, Any]:
     try:
         return dict(orjson.loads(text))
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{place}: damaged ({error}). Delete this line and all after it, or start again with another --output."
+            f"{location}: damaged ({error}). Delete this line and all after it, or start again with another --output."
         ) from error
 
 
@@ -125,7 +125,7 @@ def _free_name(file: Path) -> Path:
 
 
 def append_rows(file: Path, rows: Iterable[JsonLine]) -> Iterator[JsonLine]:
-    """Write each row to the end of `file` as it comes, and pass it on.
+    """Append each row to `file` as it arrives, and yield it.
 
     Raises:
         OSError: the file cannot be written; the error has its name.
@@ -138,20 +138,20 @@ def append_rows(file: Path, rows: Iterable[JsonLine]) -> Iterator[JsonLine]:
 
 @contextmanager
 def appending(file: Path, *, synced: bool = False) -> Iterator[Callable[[JsonLine], None]]:
-    """A function that writes a row to the end of `file`, at once.
+    """Yield a function that appends a row to `file` immediately.
 
     Args:
-        file: complete lines, or nothing yet.
-        synced: every row is on the disk when the function returns; otherwise all are when the block ends.
+        file: a file of complete lines; it may be empty or missing.
+        synced: sync every row to the disk before the function returns; otherwise sync once, when the block ends.
 
     Raises:
-        OSError: the file cannot be written; the error has its name, which a full disk does not say by itself.
+        OSError: the file cannot be written; the error has its name, which the system leaves out if the disk is full.
     """
     with file.open("ab", buffering=0) as stream:
 
         def append(row: JsonLine) -> None:
             try:
-                write_all(stream.write, _packed(row))
+                write_all(stream.write, _json_line(row))
                 if synced:
                     os.fsync(stream.fileno())
             except OSError as error:
@@ -163,11 +163,11 @@ def appending(file: Path, *, synced: bool = False) -> Iterator[Callable[[JsonLin
 
 
 def replace_rows(file: Path, rows: Iterable[JsonLine]) -> None:
-    """Replace the whole file; at any moment it holds either the old lines or the new ones."""
+    """Replace the content of a file atomically: it always has either all old lines or all new ones."""
     with atomic_write(file.resolve()) as stream:  # resolved, or a link would become a file
         for row in rows:
-            stream.write(_packed(row))
+            stream.write(_json_line(row))
 
 
-def _packed(row: JsonLine) -> bytes:
+def _json_line(row: JsonLine) -> bytes:
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)

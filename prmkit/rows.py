@@ -1,7 +1,7 @@
-"""What one row says, for conversion and scoring: its prompt, the judge's answer, its metadata.
+"""Parse one row, for conversion and scoring: its prompt, the judge's answer, its metadata.
 
 A row has the form of `finetune.jsonl`, chat messages, Alpaca's columns or a bare prompt. Conversion and scoring both
-read rows here, so a prompt has the same system text and the same hash in both. `layouts` finds the rows in a file.
+read rows here, so a prompt has the same system prompt and the same hash in both. `layouts` finds the rows in a file.
 """
 
 import hashlib
@@ -22,31 +22,31 @@ EXPECTED = (
 )
 SELECTED_BY = "selected_by"
 WEIGHT = "selection_weight"
-"""In the metadata of a row whose prompt `ask_judges.py --first` selected: why (`unsure` or `AUDIT`), and the inverse
-of the selection probability. Every metric of an evaluation uses it as the row's weight."""
+"""Metadata of a row whose prompt `ask_judges.py --first` selected: why (`unsure` or `AUDIT`), and the inverse of the
+selection probability, which every metric of an evaluation uses as the row's weight."""
 AUDIT = "audit"
-"""`SELECTED_BY` of a prompt that was selected at random, and so represents others like it."""
+"""The value of `SELECTED_BY` for a prompt that was selected at random, and so represents others like it."""
 
 
 class EvaluationType(NamedTuple):
-    """What a verdict is about."""
+    """The subject of a verdict."""
 
     meaning: str
     is_step: bool = False
-    """One step: the scores of a run then have an order, and can be combined and watched. At most one type is, because
+    """Whether it is one step: only step scores are ordered, aggregated and monitored. At most one type is, because
     scoring and metrics match the steps of a run by their clip number alone."""
 
 
 STEP_TYPE = "clip"
-"""The evaluation type of rows that are made from the steps of runs."""
+"""The evaluation type of rows made from the steps of runs."""
 EVALUATION_TYPES = {
     STEP_TYPE: EvaluationType("one step of a run", is_step=True),
     "category": EvaluationType("all steps of one tool category in a run"),
     "final": EvaluationType("a whole run"),
 }
-"""In the order of tables. Rows may have other types, which are not steps."""
+"""The known types, in the order of tables. Rows may have other types, which are not steps."""
 OUTCOME = "answer_correctness"
-"""The score key of `final` rows that says how a run ended: evaluations compare the scores of its steps with it."""
+"""The score key of `final` rows with the outcome of a run; evaluations compare the scores of its steps with it."""
 STEP_TYPES = tuple(name for name, each in EVALUATION_TYPES.items() if each.is_step)
 
 
@@ -60,28 +60,28 @@ class InputRow:
     judge: str | None
     task: str | None
     trajectory: str | None
-    """`trajectory_id`; the task if a row names none."""
+    """`trajectory_id`; the task if the row does not have one."""
     evaluation_type: str | None
     clip_number: int | None
     metadata: Mapping[str, Any]
-    """As in the input, plus those of the fields above that the row has at its top level."""
+    """The input's metadata, plus those of the fields above that the row has at its top level."""
     id: str | int | None = None
 
     @property
     def sha256(self) -> str:
-        """The hash of what the judge is asked."""
+        """The hash of the prompt with its system prompt."""
         return prompt_hash(self.prompt, self.system)
 
 
 def read_row(value: Any, line: Line | None = None) -> InputRow:
-    """What a row says.
+    """Turn the JSON value of a row into its fields.
 
     Args:
         value: `parse_line(line)`.
-        line: where the row was read from, to look for keys that occur twice: parsers silently keep the last one.
+        line: the text of the row, to look for keys that occur twice: parsers silently keep the last one.
 
     Raises:
-        Rejected: the row has an unknown form, or has something that a judge's prompt cannot hold.
+        Rejected: the row has an unknown format, or content that a judge's prompt cannot have.
     """
     if not isinstance(value, dict):
         raise Rejected("not a JSON object")
@@ -107,29 +107,29 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
 
 
 def given_id(value: Any) -> str | int | None:
-    """A row's `id`, which may be 0 or empty; None if it has none, or something else than text or a whole number."""
+    """Return a row's `id`, which may be 0 or empty; None if it is missing or neither a string nor an integer."""
     identity = value.get("id") if isinstance(value, Mapping) else None
     return identity if isinstance(identity, str | int) and not isinstance(identity, bool) else None
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:
-    """The SHA-256 that identifies a prompt; the same prompt with another system text is another prompt.
+    """Return the SHA-256 that identifies a prompt; with another system prompt, it is another prompt.
 
-    Copies that differ only in line breaks (CRLF) or in how Unicode composes a character (NFD) are one prompt.
+    Copies that differ only in line breaks (CRLF) or in Unicode normalisation (NFD) are one prompt.
     """
-    whole = f"{system}\0{prompt}" if system else prompt
-    if "\r" in whole:
-        whole = whole.replace("\r\n", "\n")
-    if not whole.isascii():
-        whole = unicodedata.normalize("NFC", whole)
-    return hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()
+    content = f"{system}\0{prompt}" if system else prompt
+    if "\r" in content:
+        content = content.replace("\r\n", "\n")
+    if not content.isascii():
+        content = unicodedata.normalize("NFC", content)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
 
 
 def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
-    """A name in the metadata, which pipelines write as "7", 7, 7.0 or " 7"; None if it is missing or empty.
+    """Return an id or a name in the metadata, which pipelines write as "7", 7, 7.0 or " 7"; None if missing or empty.
 
     Raises:
-        Rejected: it is a list, an object, a boolean or a fraction.
+        Rejected: it is a list, an object, a boolean or a number with a fraction.
     """
     value = metadata.get(key)
     if value is None:
@@ -142,13 +142,13 @@ def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def as_name(text: str) -> str:
-    """A name without spaces around it, and with its characters composed in one way: "Café" has two spellings."""
+    """Strip and normalise (NFC) a name, because "Café" has two spellings in Unicode."""
     text = text.strip().strip("\u200b\ufeff")
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def task_of(metadata: Mapping[str, Any]) -> str | None:
-    """The task of a row with this metadata; None if it names none.
+    """Return the task of a row with this metadata; None if it has no task_id.
 
     Raises:
         Rejected: as `name_in`.
@@ -157,7 +157,7 @@ def task_of(metadata: Mapping[str, Any]) -> str | None:
 
 
 def trajectory_of(metadata: Mapping[str, Any]) -> str | None:
-    """The attempt at the task; the task if the row names no attempt.
+    """Return the trajectory of a row; the task if the row has no trajectory_id.
 
     Raises:
         Rejected: as `name_in`.
@@ -165,20 +165,20 @@ def trajectory_of(metadata: Mapping[str, Any]) -> str | None:
     return name_in(metadata, "trajectory_id") or task_of(metadata)
 
 
-def name_at(place: str, metadata: Mapping[str, Any], key: str) -> str | None:
-    """`name_in` for what is not an input row.
+def name_at(location: str, metadata: Mapping[str, Any], key: str) -> str | None:
+    """Return `name_in` for metadata that is not from an input row.
 
     Raises:
-        DataError: it is not a name; the message begins with `place`.
+        DataError: it is not a name; the message begins with `location`.
     """
     try:
         return name_in(metadata, key)
     except Rejected as rejected:
-        raise DataError(f"{place}: {key} is neither text nor a whole number.") from rejected
+        raise DataError(f"{location}: {key} is neither a string nor an integer.") from rejected
 
 
 def weight_of(metadata: Mapping[str, Any]) -> float:
-    """How many prompts a row represents: `WEIGHT`, or one if it has none.
+    """Return how many prompts a row represents: its `WEIGHT`; without a weight, one.
 
     Raises:
         DataError: the weight is not a positive number.
@@ -196,12 +196,12 @@ def is_weight(value: Any) -> bool:
 
 
 def without_selection(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata without `SELECTED_BY` and `WEIGHT`."""
+    """Return the metadata without `SELECTED_BY` and `WEIGHT`."""
     return {name: value for name, value in metadata.items() if name not in (SELECTED_BY, WEIGHT)}
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number (of a clip), which pipelines write as 1, 1.0 or "1"; None for anything else."""
+    """Return an integer (a clip number), which pipelines write as 1, 1.0 or "1"; None for anything else."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -213,12 +213,12 @@ _CONTENT = {
     "id", "metadata", "conversations", "messages", "prompt", "completion", "response", "instruction", "input",
     "output", "system", "tools",
 }  # fmt: skip
-"""The columns that are not metadata. Also list a new column here that `_texts` reads."""
+"""The columns that are not metadata. Also list every column here that `_texts` reads."""
 _IDENTITY = ("task_id", "trajectory_id", "model_name", "evaluation_type", "clip_number")
 
 
 def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metadata, or the row's other top-level keys if it has none; what identifies a row may be in either place."""
+    """Return the metadata or, without it, the row's other top-level keys; the fields of `_IDENTITY` may be in both."""
     metadata = row.get("metadata")
     if isinstance(metadata, str):  # tables keep objects as strings
         try:
@@ -246,10 +246,10 @@ _ROLES = {
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
-    """System text, prompt and answer. A new column that is read here also belongs in `_CONTENT`."""
+    """Return system prompt, prompt and answer. A new column that is read here also belongs in `_CONTENT`."""
     for column in ("tools", "images", "videos", "audios", "history"):
         if row.get(column) not in (None, "", "[]", []):
-            raise Rejected(f"carries {column}, which a judge's prompt cannot hold; write them into the prompt")
+            raise Rejected(f"has `{column}`, which is not supported; put its content into the prompt text")
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise Rejected("system is not a string")
@@ -258,37 +258,37 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
         completion = row.get("completion") or []
         turns = [*row["prompt"], *(completion if isinstance(completion, list) else [_turn("gpt", completion)])]
     if turns is not None:
-        said = _from_turns(turns, system)
-        for column, text in (("prompt", said[1]), ("instruction", said[1]), *((name, said[2]) for name in _ANSWERS)):
+        texts = _from_turns(turns, system)
+        for column, text in (("prompt", texts[1]), ("instruction", texts[1]), *((name, texts[2]) for name in _ANSWERS)):
             if isinstance(row.get(column), str) and row[column].strip() and row[column] != text:
-                raise Rejected(f"{column} is not what the turns say; leave one of them out", "two texts that differ")
-        return said
+                raise Rejected(f"{column} differs from the turns; leave one of them out", "two texts that differ")
+        return texts
     if isinstance(row.get("instruction"), str):
         prompt = "\n".join(filter(None, (row["instruction"], _string(row.get("input"), "input"))))
     elif isinstance(row.get("prompt"), str):
         prompt = row["prompt"]
     else:
-        raise Rejected(_unknown_form(row), "neither conversations nor a prompt")
+        raise Rejected(_unknown_format(row), "neither conversations nor a prompt")
     answer = _one_of(row, _ANSWERS, "answers")
     return system, prompt, None if answer is None else _string(answer, "the answer")
 
 
 def _one_of(row: Mapping[str, Any], columns: Sequence[str], what: str) -> Any:
-    """The only one of some columns that is not null; None if all are."""
-    given = [row[column] for column in columns if row.get(column) is not None]
-    if len(given) > 1:
+    """Return the only one of some columns that is not null; None if all are."""
+    values = [row[column] for column in columns if row.get(column) is not None]
+    if len(values) > 1:
         raise Rejected(f"several {what}: {' or '.join(column for column in columns if row.get(column) is not None)}")
-    return given[0] if given else None
+    return values[0] if values else None
 
 
 def _turn(role: str, text: Any) -> dict[str, Any]:
     return {"from": role, "value": text}
 
 
-def _unknown_form(row: Mapping[str, Any]) -> str:
+def _unknown_format(row: Mapping[str, Any]) -> str:
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return f"an object around rows; write them as lines: jq -c '.[{json.dumps(key[:40])}][]' FILE > rows.jsonl"
+            return f"rows are nested in an object; extract them: jq -c '.[{json.dumps(key[:40])}][]' FILE > rows.jsonl"
     return f"neither conversations nor a prompt; expected {EXPECTED}"
 
 
@@ -301,30 +301,30 @@ def _string(value: Any, what: str) -> str:
 def _from_turns(turns: Any, system: str | None) -> tuple[str | None, str, str | None]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise Rejected("conversations is not a list of turns")
-    said = [(_role(turn), _said(turn)) for turn in turns]
-    if said[0][0] == "system":
-        own = said.pop(0)[1]
+    texts = [(_role(turn), _text(turn)) for turn in turns]
+    if texts[0][0] == "system":
+        own = texts.pop(0)[1]
         if system and own and system != own:
             raise Rejected("two system prompts: a column and a turn")
         system = own or system
-    roles = [role for role, _ in said]
+    roles = [role for role, _ in texts]
     if roles not in (["human"], ["human", "gpt"]):
         found = ", ".join(roles[:6]) or "nothing"
-        raise Rejected(f"the turns are not one question and one answer ({found}); expected human, gpt",
+        raise Rejected(f"expected one human and at most one gpt turn; found {found}",
                        "the turns are not one question and one answer")  # fmt: skip
-    return system, said[0][1], said[1][1] if len(said) > 1 else None
+    return system, texts[0][1], texts[1][1] if len(texts) > 1 else None
 
 
 def _role(turn: Mapping[str, Any]) -> str:
     role = turn.get("from", turn.get("role"))
     if turn.get("tool_calls") or turn.get("function_call"):
-        raise Rejected("a turn carries tool calls, which a judge's prompt cannot hold; write them into the prompt")
+        raise Rejected("a turn has tool calls, which are not supported; put them into the prompt text")
     if not isinstance(role, str) or role not in _ROLES:
         raise Rejected(f"a turn is from {str(role)[:40]!r}; expected human, gpt or system", "a turn of unknown role")
     return _ROLES[role]
 
 
-def _said(turn: Mapping[str, Any]) -> str:
+def _text(turn: Mapping[str, Any]) -> str:
     text = turn.get("value", turn.get("content"))
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
         text = "".join(_string(part.get("text"), "a part of a turn") for part in text)
@@ -337,22 +337,22 @@ def _said(turn: Mapping[str, Any]) -> str:
 
 
 def _check_unique_keys(text: bytes, quotes: int) -> None:
-    # If there are as many quotes as the value needs, no key was lost. Otherwise the slow check decides.
+    # If the text has as many quotes as the value needs, no key was lost. Otherwise the slow check decides.
     if quotes == text.count(b'"') and b"\\u0022" not in text:
         return
     try:
         json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:
-        # orjson has read it, so this is where parsers differ (an integer of 5,000 digits).
+        # orjson accepted it, so this is a case in which parsers differ (an integer of 5,000 digits).
         raise Rejected(f"not JSON ({error})", "not JSON") from error
 
 
 _DEEPEST = 250
-"""Levels. orjson reads 1,024 and writes 254; the file of rejected rows has each row one level deeper."""
+"""Nesting levels. orjson reads 1,024 and writes 254; rejected.jsonl has each row one level deeper."""
 
 
 def _quotes_of(value: Any, depth: int) -> int:
-    """How many quotation marks a list or object takes as JSON: two for each key and string, and those inside them."""
+    """Count the quotation marks of a list or object as JSON: two for each key and string, and those inside them."""
     if depth > _DEEPEST:
         raise Rejected("nested too deeply")
     items, quotes = value, 0

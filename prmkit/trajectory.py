@@ -1,7 +1,7 @@
-"""The record of one agent run: what every importer writes, and what labelling, training and scoring read.
+"""The trajectory record of an agent run: every importer writes it; labelling, training and scoring read it.
 
-A step is one message of the agent with its tool calls and what they returned: the unit that people label and a judge
-scores. One JSON line holds one run; field names follow ATIF where ATIF has them.
+A step is one message of the agent with its tool calls and their results: the unit that people label and a judge
+scores. One line of JSON holds one run; field names follow ATIF where ATIF has them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ LabelKind = Literal["score", "ternary", "first_error", "failure"]
 
 @dataclass(frozen=True)
 class Message:
-    """What anybody else said to the agent between two of its steps."""
+    """A message to the agent between two of its steps."""
 
     role: str
     """`user`, `system`, or the name of another speaker."""
@@ -36,13 +36,13 @@ class Call:
 
     name: str
     arguments: Any = None
-    """The JSON value; a string where the agent wrote something that is not JSON."""
+    """The JSON value; a string if the agent wrote something that is not JSON."""
     id: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a tool call returned."""
+    """The result of a tool call."""
 
     text: str
     call_id: str | None = None
@@ -51,15 +51,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Label:
-    """A person's or a judge's assessment of a step."""
+    """A person's or a judge's label of a step."""
 
     value: float
-    """0 to 1."""
+    """A score from 0 to 1."""
     by: str
-    """A person or a judge; `human` if the source names nobody."""
+    """The person or the judge; `human` if the source does not say."""
     kind: LabelKind = "score"
     type: str | None = None
-    """The type of the error, in the words of the source."""
+    """The type of the error, as the source calls it."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,16 @@ class Step:
     """One message of the agent with its tool calls and their results."""
 
     n: int
-    """From 1."""
+    """The number of the step, from 1."""
     text: str = ""
     thought: str = ""
     calls: tuple[Call, ...] = ()
     results: tuple[Result, ...] = ()
     incoming: tuple[Message, ...] = ()
-    """What arrived since the previous step, except the task."""
+    """The messages since the previous step, except the task."""
     agent: str | None = None
     source_index: int | None = None
-    """The position of the message in the source, from 0: public labels refer to it."""
+    """The index of the message in the source, from 0; public labels refer to it."""
     last: bool = False
     label: Label | None = None
 
@@ -95,17 +95,17 @@ class Trajectory:
     tools: tuple[Mapping[str, str], ...] = ()
     """`name` and `description` of the tools the agent could call, if the source lists them."""
     outcome: Mapping[str, Any] | None = None
-    """`success` and `score`; never part of a step's prompt."""
+    """The `success` and the `score` of the run; never part of a step's prompt."""
     reference: str | None = None
-    """The solution; never part of a step's prompt."""
+    """The reference solution; never part of a step's prompt."""
     source: Mapping[str, Any] = field(default_factory=dict)
-    """`format`, `file` and `line`."""
+    """The `format`, `file` and `line` of the run."""
     lost: Mapping[str, int] = field(default_factory=dict)
-    """What the importer could not place, counted by kind."""
+    """Dropped or irregular content: kind -> count."""
 
 
 def task_id_of(task: str) -> str:
-    """An id for a task that has none: a hash of its text that ignores spacing, case and Unicode form."""
+    """Return an id for a task without one: a hash of its text that ignores spacing, case and Unicode normalisation."""
     plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", task)).strip().casefold()
     return "task-" + hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -116,9 +116,10 @@ def is_share(value: Any) -> bool:
 
 
 def outcome_number(outcome: Any) -> float | None:
-    """How a run ended, from 0 to 1: a number, true or false, or an object with `success` or `score`.
+    """Return an outcome as a number from 0 to 1.
 
-    `success` counts if both are given; None if the outcome is unknown or on another scale.
+    An outcome is a number, a boolean, or an object with `success` or `score`; if both are given, `success` counts. None
+    if the outcome is unknown or on another scale.
     """
     if isinstance(outcome, Mapping):
         success = outcome.get("success")
@@ -127,10 +128,11 @@ def outcome_number(outcome: Any) -> float | None:
 
 
 def with_labels(trajectory: Trajectory, labels: Mapping[int, Label]) -> Trajectory:
-    """The run with labels on its steps; labels on messages that are not steps are counted as lost.
+    """Add labels to the steps of a run; labels on messages that are not steps are dropped and counted.
 
     Args:
-        labels: the message's position in the source -> its label.
+        trajectory: the run.
+        labels: index of the message in the source -> label.
     """
     if not labels:
         return trajectory
@@ -138,13 +140,13 @@ def with_labels(trajectory: Trajectory, labels: Mapping[int, Label]) -> Trajecto
         replace(step, label=labels.get(step.source_index, step.label)) if step.source_index is not None else step
         for step in trajectory.steps
     )
-    unplaced = len(labels.keys() - {step.source_index for step in steps})
-    lost = dict(trajectory.lost) | ({"labels on messages that are not steps": unplaced} if unplaced else {})
+    dropped = len(labels.keys() - {step.source_index for step in steps})
+    lost = dict(trajectory.lost) | ({"labels on messages that are not steps": dropped} if dropped else {})
     return replace(trajectory, steps=steps, lost=lost)
 
 
 def dump(trajectory: Trajectory) -> bytes:
-    """The run as one line of JSON. Lone surrogates, which no UTF-8 file can hold, become question marks."""
+    """Write a run as one line of JSON. Lone surrogates, which are not valid in UTF-8, become question marks."""
     try:
         return orjson.dumps(trajectory, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:
@@ -153,7 +155,7 @@ def dump(trajectory: Trajectory) -> bytes:
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value is a run in this form, as `dump` writes it."""
+    """Whether a value is a trajectory record, as `dump` writes it."""
     return (
         isinstance(value, dict)
         and {"trajectory_id", "task_id", "task", "steps", "source"} <= value.keys()
@@ -170,11 +172,12 @@ def holds_records(path: Path) -> bool:
         return False  # the reader of the file will report what is wrong
 
 
-def load(value: Mapping[str, Any], place: str) -> Trajectory:
+def load(value: Mapping[str, Any], location: str) -> Trajectory:
     """Read a run back: the inverse of `dump`. Unknown fields are left out.
 
     Args:
-        place: file and line, for the error.
+        value: the record.
+        location: its file and line, for the error.
 
     Raises:
         DataError: a field is missing or of another type.
@@ -184,27 +187,27 @@ def load(value: Mapping[str, Any], place: str) -> Trajectory:
         run = _known(Trajectory, value) | {"steps": steps, "tools": tuple(value.get("tools") or ())}
         loaded = Trajectory(**run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{place}: a damaged trajectory record ({error!r:.80}). Import the run again.") from error
+        raise DataError(f"{location}: a damaged trajectory record ({error!r:.80}). Import the run again.") from error
     if wrong := next(_wrong_types(loaded), None):
-        raise DataError(f"{place}: a damaged trajectory record ({wrong}). Import the run again.")
+        raise DataError(f"{location}: a damaged trajectory record ({wrong}). Import the run again.")
     return loaded
 
 
 def _wrong_types(run: Trajectory) -> Iterator[str]:
-    """The fields of a record that have another type than every reader of a run expects."""
+    """Describe the fields of a record that have the wrong type."""
     texts: list[tuple[str, Any]] = [
         (name, getattr(run, name)) for name in ("trajectory_id", "task_id", "task", "system")
     ]
-    for place, step in enumerate(run.steps, start=1):
-        if step.n != place:
-            yield f"step {place} has the number {step.n!r:.20}"
+    for number, step in enumerate(run.steps, start=1):
+        if step.n != number:
+            yield f"step {number} has the number {step.n!r:.20}"
         texts += [("text", step.text), ("thought", step.thought), ("agent", "" if step.agent is None else step.agent)]
         texts += [("the name of a call", call.name) for call in step.calls]
         texts += [("the text of a result", result.text) for result in step.results]
         texts += [("a message", part) for message in step.incoming for part in (message.role, message.text)]
         ids = [call.id for call in step.calls] + [result.call_id for result in step.results]
         texts += [("the id of a call", "" if identity is None else identity) for identity in ids]
-    yield from (f"{name} is not text" for name, value in texts if not isinstance(value, str))
+    yield from (f"{name} is not a string" for name, value in texts if not isinstance(value, str))
     if not isinstance(run.lost, dict) or not all(type(count) is int for count in run.lost.values()):
         yield "lost is not a mapping of counts"
     if not isinstance(run.source, dict):
@@ -238,7 +241,7 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9_.:/#@+=~-]{1,128}")
 
 
 def log_id(value: str | int | None) -> str | None:
-    """An id as the log shows it. One that may be text (spaces, length) becomes a hash: the log must quote nobody.
+    """Return an id for the log. One that may be text (spaces, length) becomes a hash, to keep user text out of the log.
 
     Returns:
         The id itself, or `sha256-` and 16 hexadecimal digits; None for None.

@@ -311,8 +311,8 @@ def test_a_file_without_runs_says_what_is_wrong_with_its_first_line(tmp_path: Pa
     for content, message in (
         ("", r"no JSON in it\."), ("[]\n", r"no JSON in it\."), ("[\n\n]\n", r"no JSON in it\."),
         ("{'a': 1}\n{'a': 2}\n", r"no JSON in it; line 1: not JSON \(unexpected"),
-        (text(a_run("t"))[:-9], "no JSON in it; line 1: not JSON"), ("null\n", "not a known form of runs"),
-        ("oops\nnull\n", "not a known form of runs"),
+        (text(a_run("t"))[:-9], "no JSON in it; line 1: not JSON"), ("null\n", "unknown format of runs"),
+        ("oops\nnull\n", "unknown format of runs"),
     ):  # fmt: skip
         path.write_text(content)
         with pytest.raises(DataError, match=rf"input\.jsonl: {message}"):

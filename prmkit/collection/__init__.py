@@ -1,1 +1,1 @@
-"""Asking strong judges about the steps of runs: requests, answers, rows."""
+"""Ask strong judges about the steps of runs: requests, answers, rows."""

@@ -1,7 +1,7 @@
-"""The judges' answers: asked for, kept in answers.jsonl, and made into rows of finetune.jsonl.
+"""Request the judges' answers, store them in answers.jsonl, and turn them into rows of finetune.jsonl.
 
-One line per answer, written to disk before it is used, because it was paid for. Each judge gets as many concurrent
-requests as it allows, within the budget. Making the rows needs no network and gives the same bytes every time.
+Every answer is one line, written to disk before it is used, because it was paid for. Each judge gets as many concurrent
+requests as it allows, within the budget. Creating the rows needs no network and always gives the same bytes.
 """
 
 import asyncio
@@ -31,14 +31,14 @@ from prmkit.verdict import Verdict, render_verdict
 
 log = logging.getLogger("prmkit")
 
-_KINDS: Mapping[str, Any] = {
+_FIELD_TYPES: Mapping[str, Any] = {
     "key": str, "judge": str, "model": str, "text": str, "cost": (int, float), "time": (int, float),
 }  # fmt: skip
 _LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """Key -> answer, so far; of two with the same key, the first counts. A last line cut off by a kill is dropped.
+    """Return the answers by key; of duplicates, the first counts. A last line that was cut off by a kill is ignored.
 
     Raises:
         DataError: a line is damaged.
@@ -48,28 +48,28 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     answers: dict[str, dict[str, Any]] = {}
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if line.endswith(b"\n") or _is_whole(line):
+            if line.endswith(b"\n") or _is_complete(line):
                 answer = _answer(line, f"{path}:{number}")
                 answers.setdefault(answer["key"], answer)
     return answers
 
 
-def _is_whole(line: bytes) -> bool:
-    """Whether a last line lacks only its line break, which an editor may have removed."""
+def _is_complete(line: bytes) -> bool:
+    """Whether the last line is complete except for its line break, which an editor may have removed."""
     try:
         return isinstance(orjson.loads(line), dict)
     except orjson.JSONDecodeError:
         return False
 
 
-def _answer(line: bytes, place: str) -> dict[str, Any]:
+def _answer(line: bytes, location: str) -> dict[str, Any]:
     try:
         answer = orjson.loads(line)
-        is_whole = isinstance(answer, dict) and all(isinstance(answer[key], kind) for key, kind in _KINDS.items())
+        is_valid = isinstance(answer, dict) and all(isinstance(answer[key], kind) for key, kind in _FIELD_TYPES.items())
     except (orjson.JSONDecodeError, KeyError):
-        is_whole = False
-    if not is_whole or "finish_reason" not in answer or not 0 <= answer["time"] < _LATEST:
-        raise DataError(f"{place}: damaged. Answers in this file were paid for: repair or delete only this line.")
+        is_valid = False
+    if not is_valid or "finish_reason" not in answer or not 0 <= answer["time"] < _LATEST:
+        raise DataError(f"{location}: damaged. The other answers were paid for: repair or delete only this line.")
     return dict(answer)
 
 
@@ -97,28 +97,28 @@ def _line(question: Question, ask: Ask, answer: ChatAnswer, started: float) -> d
 
 @contextmanager
 def recording(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that adds an answer to the file; when it returns, the answer is on the disk.
+    """Yield a function that appends an answer to the file; when it returns, the answer is on the disk.
 
     Raises:
-        OSError: the file cannot be written; the error names it.
+        OSError: the file cannot be written; the error has its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as stream:
         end = end_of_last_line(stream.fileno())
         stream.seek(end)
-        if _is_whole(stream.read()):
+        if _is_complete(stream.read()):
             stream.write(b"\n")
-        else:  # an incomplete line would spoil the next one
+        else:  # an incomplete line would corrupt the next one
             stream.truncate(end)
     with appending(path, synced=True) as record:
         yield record
 
 
-# --- asking -----------------------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 _ROUNDING = 1e-9
 _ATTEMPTS = 10
-"""Attempts for one request while the server is busy or asks for a pause: about four minutes without `Retry-After`."""
+"""The maximum number of attempts for a request while the server is busy: about four minutes without `Retry-After`."""
 
 
 @dataclass
@@ -126,20 +126,20 @@ class Collection:
     """The state of a collection."""
 
     answers: dict[str, dict[str, Any]]
-    """Key -> answer; grows."""
+    """Key -> answer; grows during the run."""
     max_cost: float | None = None
     costs: Counter[str] = field(default_factory=Counter)
-    """Judge -> its cost in this run, by the user's prices."""
+    """Judge -> its cost in this run, at the user's prices."""
     reserved: float = 0.0
-    """The most that the requests in flight can cost."""
+    """The upper bound of the cost of the requests in flight."""
     is_exhausted: bool = False
-    """The budget has no room for another request."""
+    """Whether the budget is exhausted."""
     failures: dict[tuple[str, str, bool], str] = field(default_factory=dict)
-    """(judge, question, whether it is a repetition) -> why it got no answer in this run."""
+    """(judge, question, whether it is a repetition) -> reason why it got no answer in this run."""
     stopped: dict[str, str] = field(default_factory=dict)
-    """Judges that refuse everything, and why."""
+    """Judge -> reason why it gets no more requests."""
     under_way: dict[str, asyncio.Event] = field(default_factory=dict)
-    """Key -> event of a request without an answer yet; it is set when the request ends."""
+    """Key of a request in flight -> event that is set when the request ends."""
 
     @property
     def spent(self) -> float:
@@ -147,7 +147,7 @@ class Collection:
         return math.fsum(self.costs.values())
 
     def reserve(self, judge: StrongJudge, ask: Ask) -> float | None:
-        """Reserve the most that a request can cost; None if the budget has no room for it."""
+        """Reserve the maximum cost of a request and return it; None if it would exceed the budget."""
         most = judge.cost(ask.prompt_tokens, ask.most_tokens)
         if self.max_cost is not None and self.spent + self.reserved + most > self.max_cost + _ROUNDING:
             return None
@@ -156,18 +156,18 @@ class Collection:
 
 
 def collect(
-    questions: Callable[[], Iterator[Question]], judges: Sequence[StrongJudge], into: Path, state: Collection
+    questions: Callable[[], Iterator[Question]], judges: Sequence[StrongJudge], answers_file: Path, state: Collection
 ) -> None:
-    """Ask everything that has no answer yet.
+    """Send all requests without an answer.
 
     Args:
-        questions: those of all judges, always in the same order.
+        questions: the questions to all judges, always in the same order.
         judges: the judges to ask.
-        into: answers.jsonl.
-        state: the state so far; is filled in.
+        answers_file: answers.jsonl.
+        state: the state so far; it is updated.
 
     Raises:
-        UsageError: a key's variable is empty.
+        UsageError: the variable of an API key is empty.
         OSError: the answers cannot be written.
     """
     endpoints = {judge.name: _endpoint(judge) for judge in judges}
@@ -176,7 +176,7 @@ def collect(
     )
     if not open_questions:
         return
-    with recording(into) as record, cli.progress_bar() as progress:
+    with recording(answers_file) as record, cli.progress_bar() as progress:
         bars = {name: progress.add_task(name, total=count) for name, count in open_questions.items()}
 
         def advance(judge: StrongJudge) -> None:
@@ -224,9 +224,10 @@ async def _ask_judge(
 async def _follow(
     question: Question, connection: Connection, state: Collection, record: Callable[[Mapping[str, Any]], None]
 ) -> None:
-    """Ask until the question is settled, or cannot be settled."""
+    """Send follow-up requests until the question has a result or fails."""
     while isinstance(ask := next_of(question, state.answers), Ask):
-        if same := state.under_way.get(ask.key):  # another run begins with the same steps: one answer is enough
+        # Another run may have the same first steps, and so an identical request in flight.
+        if same := state.under_way.get(ask.key):
             await same.wait()
             if question.judge.name in state.stopped:
                 return
@@ -244,7 +245,7 @@ async def _follow(
 
 
 async def _send(question: Question, ask: Ask, connection: Connection, state: Collection) -> dict[str, Any] | None:
-    """Send one request within the budget; None, with the reason in `state`, if there is no answer."""
+    """Send one request within the budget; returns None, with the reason in `state`, without an answer."""
     judge = question.judge
     reserved = state.reserve(judge, ask)
     while reserved is None and state.reserved > 0:  # requests in flight usually cost less than was reserved
@@ -252,17 +253,17 @@ async def _send(question: Question, ask: Ask, connection: Connection, state: Col
         reserved = state.reserve(judge, ask)
     if reserved is None:
         if not state.is_exhausted:
-            log.warning("--max-cost %g is reached; no more requests are sent", state.max_cost)
+            log.warning("--max-cost %g reached; sending no more requests", state.max_cost)
         state.is_exhausted = True
         return None
     started = time.time()
     try:
         return _line(question, ask, await connection.chat(ask.body), started)
     except RowFailure as failure:
-        reason = str(failure).removeprefix(judge.base_url).lstrip(": ")  # the report names the judge anyway
+        reason = str(failure).removeprefix(judge.base_url).lstrip(": ")  # the report has the judge's name anyway
         state.failures[judge.name, question.name, question.repeat] = reason
     except DataError as error:  # the server refuses the key, does not have the model, or cannot be reached
-        # The client's advice names flags of other commands.
+        # The client's advice mentions flags of other commands.
         reason = str(error).replace("--base-url", "base_url").replace("--api-key-env", "api_key_env")
         if judge.name not in state.stopped:
             log.error("%s gets no more requests: %s", judge.name, reason)
@@ -279,54 +280,54 @@ async def _send(question: Question, ask: Ask, connection: Connection, state: Col
 
 @dataclass
 class Tally:
-    """The outcome of all questions, counted."""
+    """Counts of the results of all questions."""
 
     asked: Counter[str] = field(default_factory=Counter)
     """Judge -> number of steps, without repetitions."""
     missing: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(judge, reason) -> number of steps without a verdict."""
     unreadable: int = 0
-    """How many of the missing verdicts have an answer that stayed unreadable after every retry."""
+    """The number of missing verdicts whose answers were still unreadable after all retries."""
     repeated: dict[str, list[float]] = field(default_factory=dict)
-    """Judge -> differences between its second and first scores."""
+    """Judge -> absolute differences between its second and its first scores."""
 
     @property
     def share_missing(self) -> float:
-        """The share of requested verdicts that are missing."""
+        """The fraction of requested verdicts that are missing."""
         return self.missing.total() / self.asked.total() if self.asked else 0.0
 
 
 def rows_of_answers(
     questions: Iterable[Question], answers: Answers, failures: dict[tuple[str, str, bool], str], tally: Tally
 ) -> Iterator[dict[str, Any]]:
-    """One row for each step with a verdict, in the order of the questions.
+    """Yield one row per step with a verdict, in the order of the questions.
 
     Args:
-        questions: those of all judges.
+        questions: the questions to all judges.
         answers: the answers so far.
-        failures: why questions have no answer, if known.
-        tally: is filled in.
+        failures: the reasons why questions have no answer, if known.
+        tally: it is updated.
     """
     scores: dict[tuple[str, str, int], float] = {}
     for question in questions:
-        judge, found = question.judge.name, next_of(question, answers)
-        verdicts = {} if isinstance(found, Ask) else found.verdicts
+        judge, result = question.judge.name, next_of(question, answers)
+        verdicts = {} if isinstance(result, Ask) else result.verdicts
         if not question.repeat:
             tally.asked[judge] += len(question.prompts)
-        if isinstance(found, Ask) or found.answer is None or not verdicts:
+        if isinstance(result, Ask) or result.answer is None or not verdicts:
             known = failures.get((judge, question.name, question.repeat), "not asked yet")
-            reason = known if isinstance(found, Ask) else f"unreadable: {found.reason}"
+            reason = known if isinstance(result, Ask) else f"unreadable: {result.reason}"
             if not question.repeat:
                 tally.missing[judge, reason] += len(question.prompts)
-                tally.unreadable += 0 if isinstance(found, Ask) else len(question.prompts)
+                tally.unreadable += 0 if isinstance(result, Ask) else len(question.prompts)
             continue
         for step, prompt in question.prompts.items():
             score = sum(verdicts[step].scores.values()) / len(verdicts[step].scores)
-            place = (judge, question.run.trajectory_id, step)
-            if question.repeat and place in scores:
-                tally.repeated.setdefault(judge, []).append(abs(score - scores[place]))
-            scores.setdefault(place, score)
-            yield _row(question, step, prompt, verdicts[step], found.answer)
+            scored = (judge, question.run.trajectory_id, step)
+            if question.repeat and scored in scores:
+                tally.repeated.setdefault(judge, []).append(abs(score - scores[scored]))
+            scores.setdefault(scored, score)
+            yield _row(question, step, prompt, verdicts[step], result.answer)
 
 
 def _row(question: Question, step: int, prompt: str, verdict: Verdict, answer: Any) -> dict[str, Any]:
@@ -337,5 +338,5 @@ def _row(question: Question, step: int, prompt: str, verdict: Verdict, answer: A
         metadata["repeat"] = True
     if question.selection:
         metadata |= {SELECTED_BY: question.selection[0], WEIGHT: question.selection[1]}
-    said = [{"from": "human", "value": prompt}, {"from": "gpt", "value": render_verdict(verdict)}]
-    return {"conversations": said, "metadata": metadata}
+    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": render_verdict(verdict)}]
+    return {"conversations": turns, "metadata": metadata}

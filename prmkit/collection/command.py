@@ -1,4 +1,4 @@
-"""What `ask_judges.py` does: show what would be asked and its price, ask, and write the rows."""
+"""The command `ask_judges.py`: show the requests and their price, send them, and write the rows."""
 
 import argparse
 import logging
@@ -34,7 +34,7 @@ _COUNTED = ("questions", "open", "tokens in", "tokens out")
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """What to ask, and which judges."""
+    """The runs, the judges and the options of a collection."""
 
     inputs: tuple[str, ...]
     form: str | None
@@ -43,12 +43,13 @@ class CollectionPlan:
     per_run: bool
     with_reference: bool
     repeat: float
-    """The share of steps about which every judge is asked twice."""
+    """The fraction of steps about which every judge is asked twice."""
     selected: Mapping[tuple[str, int], tuple[str, float] | None] | None
-    """(trajectory, step) -> why it is selected, and its weight; None if it is not. None to ask about all steps."""
+    """None to ask about all steps. Otherwise (trajectory, step) -> why it was selected, and its weight; None if it was
+    not selected."""
 
     def questions(self, reports: list[FileReport] | None = None) -> Iterator[Question]:
-        """Every question, run by run and judge by judge: always in the same order, with one run in memory.
+        """Yield every question, run by run and judge by judge: always in the same order, with one run in memory.
 
         Args:
             reports: receives a report on each file.
@@ -62,26 +63,26 @@ class CollectionPlan:
 
     def _wanted(self, question: Question) -> Iterator[Question]:
         if self.selected is not None:
-            place = (question.run.trajectory_id, next(iter(question.prompts)))
-            if place not in self.selected:
+            step = (question.run.trajectory_id, next(iter(question.prompts)))
+            if step not in self.selected:
                 raise DataError(
-                    f"--first has no score of {question.name}. Score all of these runs first: score_trajectories.py "
+                    f"--first has no score of step {question.name}. Score all these runs first: score_trajectories.py "
                     f"{' '.join(self.inputs)} --run saves/RUN --output FILE"
                 )
-            chosen = self.selected[place]
-            if chosen is None:
+            selection = self.selected[step]
+            if selection is None:
                 return
-            question = replace(question, selection=chosen)
+            question = replace(question, selection=selection)
         yield question
         if is_drawn(self.repeat, "repeat", question.judge.name, question.name):
             yield replace(question, repeat=True)
 
 
 def ask_judges(arguments: argparse.Namespace) -> ExitCode:
-    """Ask, or show what would be asked; then write the rows.
+    """Send the requests, or only show them; then write the rows.
 
     Raises:
-        UsageError: the arguments or judges.yaml are wrong, or a paid run was not confirmed.
+        UsageError: the arguments or judges.yaml are invalid, or the price was not confirmed.
         DataError: the runs cannot be read, or more than 5 % of the verdicts are missing.
     """
     plan = _plan(arguments)
@@ -101,11 +102,12 @@ def ask_judges(arguments: argparse.Namespace) -> ExitCode:
 
 
 def _check_files(arguments: argparse.Namespace, answers: Path) -> None:
-    """Stop if an output would replace an input, or answers that were paid for."""
+    """Check that no output replaces an input, or answers that were paid for."""
     for folder in filter(Path.is_dir, map(Path, arguments.inputs)):
         if any(folder.resolve() in file.resolve().parents for file in (arguments.output, answers)):
             raise UsageError(
-                f"{folder}: the output is in this folder of runs, and would be read next time. Choose another --output."
+                f"{folder}: the output is inside this input folder, so the next call would read it. "
+                "Choose another --output."
             )
     read = [*map(Path, arguments.inputs), arguments.judges, *filter(None, (arguments.first, arguments.rubric))]
     for source in read:
@@ -113,15 +115,15 @@ def _check_files(arguments: argparse.Namespace, answers: Path) -> None:
         check_output(answers, source)
     output = arguments.output
     if output.absolute() == answers.absolute() or (answers.exists() and output.exists() and output.samefile(answers)):
-        raise UsageError(f"{answers}: is also the --output. The answers need a separate file.")
+        raise UsageError(f"{answers} is also the --output. The answers need a separate file.")
 
 
 def _plan(arguments: argparse.Namespace) -> CollectionPlan:
     judges = load_judges(arguments.judges)
     if arguments.per == "run" and arguments.first is not None:
-        raise UsageError("--first selects single steps, and --per run asks for whole runs. Leave one of them out.")
+        raise UsageError("--first selects single steps, and --per run asks about complete runs. Leave one of them out.")
     if arguments.max_cost is not None and not 0 <= arguments.max_cost < math.inf:
-        raise UsageError(f"--max-cost {arguments.max_cost}: not an amount of at least zero.")
+        raise UsageError(f"--max-cost {arguments.max_cost}: the amount must be at least zero.")
     if arguments.max_cost is not None and any(judge.price_in is None for judge in judges):
         raise UsageError("--max-cost needs price_in and price_out of every judge in judges.yaml.")
     selected = None
@@ -140,30 +142,30 @@ def _plan(arguments: argparse.Namespace) -> CollectionPlan:
 
 
 def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str, int], tuple[str, float] | None]:
-    """Why each step is selected, and the inverse of the selection probability as its weight; None for the others."""
-    chosen: dict[tuple[str, int], tuple[str, float] | None] = {}
+    """Return why each step was selected, and its weight, the inverse selection probability; None for the others."""
+    selected: dict[tuple[str, int], tuple[str, float] | None] = {}
     try:
         lines = scores.read_bytes().splitlines()
     except OSError as error:
-        raise DataError(f"{scores}: {error.strerror}.") from error
+        raise DataError(f"{scores}: {error.strerror}. Check the path.") from error
     for number, text in enumerate(lines, start=1):
         try:
             line = orjson.loads(text)
-            place = (str(line["metadata"]["trajectory_id"]), int(line["metadata"]["step"]))
+            step = (str(line["metadata"]["trajectory_id"]), int(line["metadata"]["step"]))
             is_unsure = line["status"] != "ok" or _width(line) > unsure_above
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{scores}:{number}: not a line that score_trajectories.py writes for runs ({error!r})."
             ) from error
-        if place in chosen:
-            raise DataError(f"{scores}:{number}: a second line about step {place[1]} of {place[0]}. Keep only one.")
-        is_audited = is_drawn(audit, "audit", *map(str, place))
-        chosen[place] = ("unsure", 1.0) if is_unsure else (AUDIT, round(1 / audit, 6)) if is_audited else None
-    return chosen
+        if step in selected:
+            raise DataError(f"{scores}:{number}: a second line about step {step[1]} of {step[0]}. Keep only one.")
+        is_audited = is_drawn(audit, "audit", *map(str, step))
+        selected[step] = ("unsure", 1.0) if is_unsure else (AUDIT, round(1 / audit, 6)) if is_audited else None
+    return selected
 
 
 def _width(line: Mapping[str, Any]) -> float:
-    """The width of the interval, else two standard deviations; infinite if the judge gave neither."""
+    """Return the width of the interval, otherwise two standard deviations; infinite if the judge gave neither."""
     if line.get("high") is not None:
         return float(line["high"] - line["low"])
     return math.inf if line["std"] is None else 2 * float(line["std"])
@@ -173,7 +175,7 @@ def _width(line: Mapping[str, Any]) -> float:
 
 
 def _show(plan: CollectionPlan, answers: Mapping[str, Any], *, with_prompt: bool, as_json: bool) -> int:
-    """Report what is still to be asked, and return the number of requests."""
+    """Report the requests without an answer, and return their number."""
     counts: dict[str, Counter[str]] = {judge.name: Counter() for judge in plan.judges}
     first: Question | None = None
     reports: list[FileReport] = []
@@ -181,16 +183,16 @@ def _show(plan: CollectionPlan, answers: Mapping[str, Any], *, with_prompt: bool
         count = counts[question.judge.name]
         count["questions"] += 1
         first = first or question
-        found = next_of(question, answers)
-        if isinstance(found, Ask):
+        request = next_of(question, answers)
+        if isinstance(request, Ask):
             count["open"] += 1
-            count["tokens in"] += found.prompt_tokens
-            count["tokens out"] += found.most_tokens
+            count["tokens in"] += request.prompt_tokens
+            count["tokens out"] += request.most_tokens
     warn_of_losses(reports)
     for line in totals(reports):
         log.info(line)
     if first is None:
-        raise DataError(f"{', '.join(plan.inputs)}: no step to ask about.")
+        raise DataError(f"{', '.join(plan.inputs)}: there is no step to ask about. Check the runs, and --first.")
     if as_json:
         _show_as_json(plan, counts, first if with_prompt else None)
     else:
@@ -199,7 +201,7 @@ def _show(plan: CollectionPlan, answers: Mapping[str, Any], *, with_prompt: bool
 
 
 def _show_as_json(plan: CollectionPlan, counts: Mapping[str, Counter[str]], first: Question | None) -> None:
-    """Print to stdout if the price is the result; before asking, print to stderr, because the result comes later."""
+    """Print to stdout if the price is the result; otherwise to stderr, because the result comes later."""
     judges = [
         {"judge": judge.name, "host": judge.host}
         | {name.replace(" ", "_"): counts[judge.name][name] for name in _COUNTED}
@@ -221,7 +223,7 @@ def _show_as_table(plan: CollectionPlan, counts: Mapping[str, Counter[str]], fir
     hosts = sorted({judge.host for judge in plan.judges})
     cli.emit(
         f"The runs would be sent to: {', '.join(hosts)}. Token counts are estimates (3 bytes per token, "
-        "answers of the greatest length). Unreadable answers are retried; --max-cost counts the retries, too."
+        "answers of the maximum length). Unreadable answers are retried; --max-cost counts the retries, too."
     )
     if first is not None:
         cli.emit(f"\nThe first prompt ({first.name}):\n\n{first.text}")
@@ -241,7 +243,7 @@ def _confirm(judges: Sequence[StrongJudge], *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("there is no terminal on which to confirm the price. Check it with --dry-run, then add --yes.")
+        raise UsageError("there is no terminal to confirm the price. Check the price with --dry-run, then add --yes.")
     if not cli.confirm(f"Ask {', '.join(judge.name for judge in judges)}? [y/N] "):
         raise UsageError("not confirmed; nothing was sent.")
 
@@ -257,9 +259,9 @@ def _write(plan: CollectionPlan, state: Collection, output: Path, *, as_json: bo
             stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             written += 1
     missing = [(judge, _why(state, judge, reason), count) for (judge, reason), count in tally.missing.items()]
-    agreement = {judge: {"pairs": len(apart), "mean_difference": round(fmean(apart), 4),
-                         "equal": round(sum(each < 0.005 for each in apart) / len(apart), 4)}
-                 for judge, apart in tally.repeated.items()}  # fmt: skip
+    agreement = {judge: {"pairs": len(gaps), "mean_difference": round(fmean(gaps), 4),
+                         "equal": round(sum(gap < 0.005 for gap in gaps) / len(gaps), 4)}
+                 for judge, gaps in tally.repeated.items()}  # fmt: skip
     if as_json:
         listed = [{"judge": judge, "reason": reason, "steps": count} for judge, reason, count in missing]
         cli.emit_json(
@@ -272,17 +274,17 @@ def _write(plan: CollectionPlan, state: Collection, output: Path, *, as_json: bo
         raise DataError(f"{output}: there are no verdicts, so no rows were written.")
     if tally.share_missing > _MOST_MISSING:
         share = f"{tally.share_missing:.0%} of the verdicts are missing, more than {_MOST_MISSING:.0%}."
-        raise DataError(" ".join([share, *_what_helps(tally)]))
+        raise DataError(" ".join([share, *_advice(tally)]))
     return ExitCode.DONE
 
 
-def _what_helps(tally: Tally) -> Iterator[str]:
+def _advice(tally: Tally) -> Iterator[str]:
     if tally.missing.total() > tally.unreadable:
-        yield "Run the same command again: it asks only for what has no answer and pays for nothing twice."
+        yield "Run the same command again: it only sends requests without an answer, so nothing is paid for twice."
     if tally.unreadable:
         yield (
-            f"Unreadable answers (of {tally.unreadable:,} steps) are not asked for again. Leave that judge out, or "
-            "change its json or parameters, which asks it everything again."
+            f"Unreadable answers (of {tally.unreadable:,} steps) are not requested again. Remove that judge, or change "
+            "its json or parameters, which repeats all of its requests."
         )
 
 
@@ -304,26 +306,26 @@ def _report(
 ) -> None:
     if missing:
         _report_missing(missing)
-    for judge, found in agreement.items():
+    for judge, repeated in agreement.items():
         cli.emit(
-            f"{judge}, asked again about {found['pairs']} steps: scores differ by {found['mean_difference']:.2f} "
-            f"on average; {found['equal']:.0%} are equal."
+            f"{judge}, asked again about {repeated['pairs']} steps: mean difference "
+            f"{repeated['mean_difference']:.2f}, {repeated['equal']:.0%} identical"
         )
     cost = f", {spent:.2f} spent" if spent else ""
     cli.emit(f"{output}: {written:,} rows from {tally.asked.total():,} requested verdicts{cost}")
 
 
 def _report_missing(missing: Sequence[tuple[str, str, int]]) -> None:
-    """A table of judges and reasons, the most frequent first. Reasons that begin alike count as one.
+    """Print a table of judges and reasons, the most frequent first. Reasons with the same beginning count as one.
 
-    A reason that is cut off in the table follows it in full.
+    Reasons that are cut off in the table follow it in full.
     """
     counts: Counter[tuple[str, str]] = Counter()
-    whole: dict[tuple[str, str], str] = {}
+    in_full: dict[tuple[str, str], str] = {}
     for judge, reason, count in missing:
         cell = (judge, reason if len(reason) <= _LONGEST_REASON else f"{reason[: _LONGEST_REASON - 1]}…")
         counts[cell] += count
-        whole.setdefault(cell, reason)
+        in_full.setdefault(cell, reason)
     shown = counts.most_common(_MOST_REASONS)
     if rest := counts.total() - sum(count for _, count in shown):
         shown.append((("…", "other reasons (--json has all of them)"), rest))
@@ -331,4 +333,4 @@ def _report_missing(missing: Sequence[tuple[str, str, int]]) -> None:
     cli.emit_table("Steps without a verdict", ("judge", "reason", "steps"), rows, numeric=("steps",))
     for cell, _ in shown:
         if cell[1].endswith("…"):
-            log.info("%s: %s", cell[0], whole[cell])
+            log.info("%s: %s", cell[0], in_full[cell])

@@ -1,4 +1,4 @@
-"""judges.yaml: which judges are asked, where, and at what price."""
+"""judges.yaml: the strong judges, their endpoints and their prices."""
 
 import difflib
 import json
@@ -16,45 +16,46 @@ from prmkit.http_client import check_url, key_from
 JsonMode = Literal["schema", "object", "prompt"]
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _DEFAULT_LIMIT = 1024
-"""The most tokens of an answer by default."""
+"""The default maximum number of tokens of an answer."""
 
 
 @dataclass(frozen=True)
 class StrongJudge:
-    """One judge: a model behind an OpenAI-compatible chat endpoint."""
+    """One strong judge: a model at an OpenAI-compatible chat endpoint."""
 
     name: str
-    """The judge's name, in rows as `model_name`."""
+    """The judge's name; rows have it as `model_name`."""
     base_url: str
     model: str
     api_key_env: str | None = None
-    """The environment variable with the key; the key itself is in no file."""
+    """The name of the environment variable with the API key; the key itself is never written to a file."""
     concurrency: int = 4
     json: JsonMode = "object"
-    """`schema` sends a JSON schema, `object` requests any JSON object, `prompt` relies on the prompt alone."""
+    """How JSON is requested: `schema` sends a JSON schema, `object` asks for any object, `prompt` sends neither."""
     parameters: dict[str, Any] = field(default_factory=dict)
-    """Sent unchanged: temperature, max_tokens, reasoning_effort, …"""
+    """Parameters that are sent unchanged: temperature, max_tokens, reasoning_effort, …"""
     price_in: float | None = None
-    """Per million tokens of the prompt, in the user's currency; None without a price."""
+    """Price per million tokens of the prompt, in the user's currency; None without a price."""
     price_out: float | None = None
+    """Price per million tokens of the answer."""
     timeout: float = 300.0
 
     @property
     def host(self) -> str:
-        """The host that gets the data."""
+        """The host that receives the data."""
         return urlsplit(self.base_url).hostname or self.base_url
 
     @property
     def limit(self) -> tuple[str, int]:
-        """The parameter that limits an answer, and its tokens."""
+        """The parameter that limits the length of an answer, and its number of tokens."""
         name = next((name for name in _LIMITS if name in self.parameters), _LIMITS[0])
         return name, int(self.parameters.get(name, _DEFAULT_LIMIT))
 
     def key(self) -> str | None:
-        """The API key.
+        """Return the API key.
 
         Raises:
-            UsageError: its variable is empty, or cannot be sent.
+            UsageError: its variable is empty, or the key cannot be sent.
         """
         if self.api_key_env is None:
             return None
@@ -64,11 +65,11 @@ class StrongJudge:
         return key
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
-        """The cost of so many tokens; 0 without a price."""
+        """Return the cost of a request and its answer; 0 without a price."""
         return (tokens_in * (self.price_in or 0.0) + tokens_out * (self.price_out or 0.0)) / 1e6
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "base_url": (str,),
     "model": (str,),
@@ -88,7 +89,7 @@ def load_judges(path: Path) -> list[StrongJudge]:
     """Read judges.yaml: a list of judges.
 
     Raises:
-        UsageError: the file is missing or not YAML, or something in it is missing, misspelt or of the wrong type.
+        UsageError: the file is missing or not YAML, or a setting is missing, misspelt or of the wrong type.
     """
     content = read_plain_yaml(path)
     if not isinstance(content, list) or not content:
@@ -96,7 +97,7 @@ def load_judges(path: Path) -> list[StrongJudge]:
     judges = [_judge(each, f"{path}: judge {number}") for number, each in enumerate(content, start=1)]
     names = [judge.name for judge in judges]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"{path}: two judges are called {twice}. Give each a different name.")
+        raise UsageError(f"{path}: two judges have the name {twice}. Give each a different name.")
     _check_answers_differ(judges, path)
     return judges
 
@@ -109,63 +110,63 @@ def _check_answers_differ(judges: Sequence[StrongJudge], path: Path) -> None:
         other = sent.setdefault(same, judge.name)
         if other != judge.name:
             raise UsageError(
-                f"{path}: {other} and {judge.name} have the same model and parameters, so the answers of one would "
-                "count for both. Remove one, or give the models different names on their servers."
+                f"{path}: {other} and {judge.name} have the same model and parameters, so their answers cannot be "
+                "distinguished. Remove one, or give the models different names on their servers."
             )
 
 
-def _judge(content: Any, place: str) -> StrongJudge:
+def _judge(content: Any, location: str) -> StrongJudge:
     if not isinstance(content, dict):
-        raise UsageError(f"{place}: not a mapping with name, base_url and model.")
+        raise UsageError(f"{location}: not a mapping with name, base_url and model.")
     for name, value in content.items():
-        if name not in _KINDS:
-            near = difflib.get_close_matches(str(name), _KINDS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_KINDS)}."
-            raise UsageError(f"{place}: there is no setting {name}. {hint}")
-        if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
-            raise UsageError(f"{place}: {name} is {value!r:.40}, but must be {_KINDS[name][0].__name__}.")
+        if name not in _SETTING_TYPES:
+            near = difflib.get_close_matches(str(name), _SETTING_TYPES, n=1)
+            advice = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_SETTING_TYPES)}."
+            raise UsageError(f"{location}: there is no setting {name}. {advice}")
+        if not isinstance(value, _SETTING_TYPES[name]) or isinstance(value, bool):
+            raise UsageError(f"{location}: {name} is {value!r:.40}, but must be {_SETTING_TYPES[name][0].__name__}.")
     if missing := [name for name in ("name", "base_url", "model") if not str(content.get(name, "")).strip()]:
-        raise UsageError(f"{place}: {' and '.join(missing)} missing.")
+        raise UsageError(f"{location}: {' and '.join(missing)} missing.")
     judge = StrongJudge(**content)
-    _check(judge, place)
+    _check(judge, location)
     return judge
 
 
-def _check(judge: StrongJudge, place: str) -> None:
-    _check_address(judge.base_url, place)
+def _check(judge: StrongJudge, location: str) -> None:
+    _check_address(judge.base_url, location)
     if judge.json not in ("schema", "object", "prompt"):
-        raise UsageError(f"{place}: json is {judge.json}, but must be schema, object or prompt.")
+        raise UsageError(f"{location}: json is {judge.json}, but must be schema, object or prompt.")
     if judge.concurrency < 1 or not 0 < judge.timeout < math.inf:
-        raise UsageError(f"{place}: concurrency and timeout must be above zero.")
-    # Comparisons with NaN are always false, so a price of NaN would exceed no budget.
+        raise UsageError(f"{location}: concurrency and timeout must be above zero.")
+    # Comparisons with NaN are always false, so a price of NaN would never exceed a budget.
     if not all(0 <= (price or 0.0) < math.inf for price in (judge.price_in, judge.price_out)):
-        raise UsageError(f"{place}: a price is not a number of at least zero.")
+        raise UsageError(f"{location}: price_in and price_out must be numbers of at least zero.")
     if (judge.price_in is None) != (judge.price_out is None):
-        raise UsageError(f"{place}: give both price_in and price_out, or neither.")
-    _check_parameters(judge, place)
+        raise UsageError(f"{location}: give both price_in and price_out, or neither.")
+    _check_parameters(judge, location)
     if judge.api_key_env and not judge.api_key_env.isidentifier():
-        raise UsageError(f"{place}: api_key_env must be the name of a variable, not the key itself.")
+        raise UsageError(f"{location}: api_key_env must be the name of a variable, not the key itself.")
 
 
-def _check_address(url: str, place: str) -> None:
+def _check_address(url: str, location: str) -> None:
     try:
         check_url(url)
     except UsageError as error:
-        raise UsageError(f"{place}: {str(error).replace('--base-url', 'base_url')}") from error
+        raise UsageError(f"{location}: {str(error).replace('--base-url', 'base_url')}") from error
     if "@" in url:
-        raise UsageError(f"{place}: base_url has a password in it. Name a variable with api_key_env instead.")
-    if "?" in url or "#" in url:  # it may be a key, and requests go to a path below this address
-        raise UsageError(f"{place}: base_url has a query or a fragment. End it before the ? or #.")
+        raise UsageError(f"{location}: base_url contains a password. Use api_key_env instead.")
+    if "?" in url or "#" in url:  # it may contain a key, and requests go to a path below this address
+        raise UsageError(f"{location}: base_url must not contain ? or #. End it before that character.")
 
 
-def _check_parameters(judge: StrongJudge, place: str) -> None:
+def _check_parameters(judge: StrongJudge, location: str) -> None:
     if fixed := sorted(_OURS & judge.parameters.keys()):
-        raise UsageError(f"{place}: parameters: {fixed[0]} is set by each request. Leave it out.")
+        raise UsageError(f"{location}: parameters: {fixed[0]} is set by each request. Leave it out.")
     for name in _LIMITS:
         tokens = judge.parameters.get(name, 1)
         if type(tokens) is not int or tokens < 1:
-            raise UsageError(f"{place}: parameters: {name} must be a whole number above zero.")
+            raise UsageError(f"{location}: parameters: {name} must be an integer above zero.")
     try:
         json.dumps(judge.parameters, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{place}: parameters cannot be sent as JSON ({error}). Quote dates and keys.") from error
+        raise UsageError(f"{location}: parameters cannot be sent as JSON ({error}). Quote dates and keys.") from error

@@ -1,9 +1,8 @@
-"""What to ask, and what an answer means: a pure function of runs, judges and the answers so far.
+"""Pure functions from runs, judges and stored answers to the next requests and the results.
 
 Every question is a chain of requests: if an answer was cut off, it is requested once more with twice the tokens; if it
 cannot be read, up to two more times with the reason. Each request has a key, the hash of everything sent. So the same
-function decides what to ask next while collecting, and what the result is afterwards, even if the reader of verdicts
-has improved since.
+function picks the next request during the collection and derives the result later, even with a newer verdict parser.
 """
 
 import hashlib
@@ -19,18 +18,18 @@ from prmkit.verdict import Shape, Unreadable, Verdict, asked_shape, read_verdict
 from prmkit.verdict.repair import Refusal, unique_members
 
 _ASKED_AGAIN = 2
-_TOKENS_A_STEP = 100
-"""Tokens per step in an answer about a whole run: a score, the type of an error, and one or two sentences."""
+_TOKENS_PER_STEP = 100
+"""Tokens per step in an answer about a complete run: a score, the type of an error, and one or two sentences."""
 _QUOTED = 2000
-"""The most characters of an unreadable answer to send back with the reason."""
+"""The maximum number of characters of an unreadable answer to send back with the reason."""
 
 Answers = Mapping[str, Mapping[str, Any]]
-"""What judges answered, by key: lines of answers.jsonl."""
+"""Key -> answer (a line of answers.jsonl)."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One step, or all steps of a run in one call, for one judge."""
+    """A question to one judge about one step, or about all steps of a run in one request."""
 
     judge: StrongJudge
     run: Trajectory
@@ -38,51 +37,51 @@ class Question:
     text: str
     """The text sent to the judge."""
     prompts: Mapping[int, str]
-    """Step number -> its prompt, as rows have it and as the trained judge will see it."""
+    """Step number -> prompt, as in the rows and as the trained judge will get it."""
     per_run: bool
     repeat: bool = False
-    """Whether this asks the same judge a second time, to measure its agreement with itself."""
+    """Whether the judge is asked a second time, to measure its self-agreement."""
     reference_shown: bool = False
     selection: tuple[str, float] | None = None
-    """Why this step was selected, and the inverse of the selection probability; None if all steps are asked about."""
+    """Why the step was selected, and the inverse of the selection probability; None if every step is asked about."""
 
     @property
     def name(self) -> str:
-        """The step or run, as messages name it."""
+        """The name of the step or the run in messages."""
         return self.run.trajectory_id if self.per_run else f"{self.run.trajectory_id}#{next(iter(self.prompts))}"
 
 
 @dataclass(frozen=True)
 class Ask:
-    """The next request of a question."""
+    """The next request to send."""
 
     key: str
     body: Mapping[str, Any]
-    """Messages and parameters, sent along with the model's name."""
+    """The messages and parameters; the model's name is sent as well."""
     attempt: int
     most_tokens: int
-    """Of the answer."""
+    """The maximum number of tokens of the answer."""
 
     @property
     def prompt_tokens(self) -> int:
-        """An estimate."""
+        """The estimated number of tokens of the messages."""
         return sum(tokens(str(message["content"])) + 4 for message in self.body["messages"])
 
 
 @dataclass(frozen=True)
 class Settled:
-    """The outcome of a question."""
+    """The final result of a question."""
 
     verdicts: Mapping[int, Verdict]
     """Step -> verdict; empty if nothing could be read."""
     reason: str | None = None
-    """Why there are no verdicts."""
+    """The reason why there are no verdicts."""
     answer: Mapping[str, Any] | None = None
     """The last line of answers.jsonl that was used."""
 
 
 def next_of(question: Question, answers: Answers) -> Ask | Settled:
-    """Follow the chain of a question: returns the next request, or the outcome."""
+    """Replay the chain of a question; return the next request or the result."""
     first = [{"role": "user", "content": question.text}]
     messages: list[dict[str, str]] = first
     limit_name, limit = _limit(question)
@@ -110,18 +109,18 @@ def next_of(question: Question, answers: Answers) -> Ask | Settled:
 
 
 def _limit(question: Question) -> tuple[str, int]:
-    """The parameter that limits an answer, and its tokens: more for a long run, unless judges.yaml sets them."""
+    """Return the parameter that limits an answer, and its tokens: more for a long run, unless judges.yaml sets it."""
     name, limit = question.judge.limit
     if question.per_run and name not in question.judge.parameters:
-        limit = max(limit, _TOKENS_A_STEP * len(question.prompts))
+        limit = max(limit, _TOKENS_PER_STEP * len(question.prompts))
     return name, limit
 
 
 def _ask(question: Question, messages: Sequence[Mapping[str, str]], limit: Mapping[str, int], attempt: int) -> Ask:
     judge = question.judge
     body = {"messages": list(messages), **judge.parameters, **limit, **_response_format(question)}
-    asked = [judge.model, body, question.rubric.sha256, attempt, question.repeat]
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    request = [judge.model, body, question.rubric.sha256, attempt, question.repeat]
+    key = hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return Ask(key.hexdigest(), body, attempt, next(iter(limit.values())))
 
 
@@ -136,14 +135,14 @@ def _response_format(question: Question) -> dict[str, Any]:
 
 
 def _step_schema(rubric: Rubric) -> dict[str, Any]:
-    """The answer's schema. Reasons come first, so that the judge reasons before it writes its score."""
+    """Return the answer's schema. Reasons come first, so that the judge reasons before it writes its score."""
     number = {"type": "number", "minimum": 0, "maximum": 1}
     scores = dict.fromkeys(rubric.keys, number)
-    given: dict[str, Any] = {"reasoning": {"type": "string"}}
+    properties: dict[str, Any] = {"reasoning": {"type": "string"}}
     if rubric.error_types:
-        given["error_type"] = {"type": "string", "enum": list(rubric.error_types)}
-    given |= scores if len(rubric.keys) == 1 else {"scores": _object(scores)}
-    return _object(given)
+        properties["error_type"] = {"type": "string", "enum": list(rubric.error_types)}
+    properties |= scores if len(rubric.keys) == 1 else {"scores": _object(scores)}
+    return _object(properties)
 
 
 def _run_schema(question: Question) -> dict[str, Any]:
@@ -162,7 +161,7 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(question: Question, answer: Mapping[str, Any]) -> Mapping[int, Verdict] | str:
-    """The verdicts in an answer, or why there are none."""
+    """Return the verdicts in an answer, or the reason why there are none."""
     text = answer["text"]
     if not text.strip():
         return "the answer is empty"
@@ -175,7 +174,7 @@ def _read(question: Question, answer: Mapping[str, Any]) -> Mapping[int, Verdict
 
 
 def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Mapping[int, Verdict] | str:
-    """Every step of a run from one answer. It must have exactly these steps: shifted numbers make all wrong."""
+    """Read the verdicts of all steps. The answer must have exactly these steps: shifted numbers make all wrong."""
     body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
         given = json.loads(body, object_pairs_hook=unique_members)
@@ -202,7 +201,7 @@ def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Map
 def questions_of(
     run: Trajectory, judge: StrongJudge, rubric: Rubric, *, per_run: bool, with_reference: bool
 ) -> Iterator[Question]:
-    """The questions about one run to one judge: one for each step, or one for all."""
+    """Yield the questions about one run to one judge: one per step, or one about all steps."""
     prompts = {prompt.step.n: prompt.text for prompt in step_prompts(run, rubric)}
     shown = with_reference and run.reference is not None
     extra = f"\n{_reference(run)}" if shown else ""
@@ -220,6 +219,6 @@ def _reference(run: Trajectory) -> str:
 
 
 def is_drawn(share: float, *names: str) -> bool:
-    """Whether something is in a random share, decided by a hash of its names, so always in the same way."""
-    place = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
-    return place < share * 2**64
+    """Whether something is in a random sample with this fraction; deterministic, by a hash of its names."""
+    position = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
+    return position < share * 2**64

@@ -19,8 +19,8 @@ def convert(
     Args:
         input: files or folders of rows.
         output_dir: the folder that LLaMA Factory reads.
-        config: takes the length guard's settings from a training configuration.
-        options: the script's other flags by name, with `_` for `-`.
+        config: a training configuration with the settings of the length check.
+        options: the script's other flags, with `_` for `-`.
 
     Returns:
         The report, as in conversion_report.json.

@@ -1,4 +1,4 @@
-"""What `convert_dataset.py` does: its flags, the settings that they become, and then a conversion or an audit."""
+"""The command `convert_dataset.py`: its flags, the settings made from them, and then a conversion or a leak audit."""
 
 import argparse
 import logging
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 # --- flags ---------------------------------------------------------------------------------------------------------
 
 _EPILOG = f"""\
-Without filters: reward_model_full and one variant for each evaluation type,
-judge and task, each with its held-out side NAME_eval, listed in
-dataset_info.json; conversion_report.json, rejected.jsonl.
+Without filters: reward_model_full and one variant per evaluation type, judge
+and task, each with its held-out split NAME_eval, listed in dataset_info.json;
+conversion_report.json, rejected.jsonl.
 With filters: one variant ({CUSTOM}, or --name), added to those in
 the folder; its report is NAME.report.json, its rejected rows are in
 NAME.rejected.jsonl, and it holds out the same tasks as the conversion already
@@ -32,29 +32,30 @@ in the folder.
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of convert_dataset.py."""
+    """Return the parser of convert_dataset.py."""
     parser = argparse.ArgumentParser(
         description=description, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    inputs = "files of rows (.jsonl, .ndjson, .json; .gz, .bz2, .zst), files of labelled runs "
+    inputs = "row files (.jsonl, .ndjson, .json; also compressed: .gz, .bz2, .zst), files of labelled runs "
     inputs += "(import_trajectories.py), folders of both, - for stdin (default: finetune.jsonl)"
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
     add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: prmkit's own)")
-    folder = "folder to write to (default: dataset_dir of --config, or data)"
+    folder = "output folder (default: dataset_dir of --config, or data)"
     add("--output-dir", type=Path, metavar="FOLDER", help=folder)
-    form = "form of the training files (default: %(default)s)"
+    form = "format of the training files (default: %(default)s)"
     add("--format", choices=["alpaca", "sharegpt"], default=Settings.form, help=form)
-    labels = "train on verdicts in one form, or as judges wrote them (default: %(default)s)"
+    labels = "canonical: verdicts as uniform JSON; verbatim: the judges' own text (default: %(default)s)"
     add("--labels", choices=["canonical", "verbatim"], default=Settings.labels, help=labels)
-    masked = "hide the scores of earlier evaluations in prompts, such as (Score: 0.93)"
+    masked = "mask the scores of earlier evaluations in prompts, such as (Score: 0.93)"
     add("--mask-leaked-scores", action="store_true", help=masked)
-    most = "fail if more rows than this are rejected: a number, or a share such as 5%% (default: 50%%)"
+    most = "fail if more than N rows are rejected; N may be a percentage such as 5%% (default: 50%%)"
     add("--max-rejected", metavar="N", help=most)
-    add("--no-task-variants", dest="task_variants", action="store_false", help="write no variant for each task")
+    add("--no-task-variants", dest="task_variants", action="store_false", help="write no per-task variants")
     add("--json", action="store_true", help="print the report instead of the summary")
     add("--no-next", action="store_true", help=argparse.SUPPRESS)  # run_training.sh does the next step itself
-    add("--audit", type=Path, metavar="FOLDER", help="convert nothing; check the datasets of any folder for leaks")
+    audit = "convert nothing; check the datasets in FOLDER for leaks (not only prmkit's own)"
+    add("--audit", type=Path, metavar="FOLDER", help=audit)
 
     filters = parser.add_argument_group("filters (combined with AND)").add_argument
     filters("--evaluation-types", nargs="+", metavar="TYPE", help="types, such as clip, category, final")
@@ -63,13 +64,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     filters("--name", metavar="NAME", help=f"name of the variant (default: {CUSTOM})")
 
     split = parser.add_argument_group("held-out tasks").add_argument
-    share = f"share of tasks to hold out; 0: none (default: {Split.ratio})"
-    split("--eval-ratio", type=float, metavar="X", help=share)
+    ratio = f"fraction of tasks to hold out; 0: no tasks (default: {Split.ratio})"
+    split("--eval-ratio", type=float, metavar="X", help=ratio)
     seed = f"another seed holds out different tasks (default: {Split.seed})"
     split("--split-seed", type=int, metavar="N", help=seed)
     split("--eval-tasks", type=Path, metavar="FILE", help="your list of held-out tasks, one per line")
-    near = "whether to train on prompts that differ from a held-out one in a few words only; they are counted in any "
-    near += "case (default: %(default)s)"
+    near = "what to do with training prompts that nearly repeat a held-out one; they are always counted "
+    near += "(default: %(default)s)"
     split("--near-duplicates", choices=["keep", "drop"], default=Settings.near_duplicates, help=near)
 
     _add_judges_and_lengths(parser)
@@ -78,24 +79,25 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges = parser.add_argument_group("judges").add_argument
-    scale = "the range of scores: of all judges (1 5), or of single judges (JUDGE=1:10 …); repeatable; 0 1 if not given"
+    scale = "score range, for all judges (1 5) or per judge (JUDGE=1:10 …); repeatable; 0 1 if not given"
     judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
-    judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help="scores from 0 to 1 for words: pass=1 fail=0")
+    words = "scores from 0 to 1 for verbal answers: pass=1 fail=0"
+    judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help=words)
     consensus = "also write reward_model_consensus: one row per prompt, with the mean or median of its judges "
     consensus += "(default: %(default)s)"
     judges("--aggregate", choices=["none", "mean", "median"], default=Settings.aggregate, help=consensus)
     judges("--no-leniency-correction", dest="leniency_correction", action="store_false",
            help="with --aggregate: do not correct for the leniency of each judge")  # fmt: skip
-    apart = "reject prompts on which the scores of judges differ by more than this (0 to 1)"
-    judges("--max-disagreement", type=float, metavar="X", help=apart)
+    limit = "reject prompts on which the scores of judges differ by more than X (0 to 1)"
+    judges("--max-disagreement", type=float, metavar="X", help=limit)
 
-    lengths = parser.add_argument_group("length guard").add_argument
+    lengths = parser.add_argument_group("length check").add_argument
     lengths("--config", type=Path, metavar="FILE", help="training_config.yaml with the defaults for this group")
     lengths("assignments", nargs="*", metavar="key=value", help="overrides --config: cutoff_len=8192")
     lengths("--tokenizer", type=Path, metavar="FOLDER", help="folder of the model whose tokenizer measures the rows")
     lengths("--template", metavar="NAME", help="LLaMA Factory's template, such as qwen")
-    lengths("--cutoff-len", type=int, metavar="TOKENS", help="longest prompt and label together")
-    cut = "rows that LLaMA Factory would cut off: shorten the middle of their prompt, reject them, fail, or keep them "
+    lengths("--cutoff-len", type=int, metavar="TOKENS", help="maximum tokens of prompt plus label")
+    cut = "rows over the limit: trim the middle of the prompt, drop the row, stop with an error, or keep it "
     cut += "(default: %(default)s)"
     lengths("--too-long", choices=["trim", "drop", "error", "keep"], default=LengthSettings.too_long, help=cut)
 
@@ -104,7 +106,7 @@ def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
 
 
 def arguments_of(options: Mapping[str, Any]) -> argparse.Namespace:
-    """The arguments of a command line with some flags set, for callers from Python.
+    """Return the arguments of a command line with some flags set, for callers from Python.
 
     Raises:
         UsageError: there is no such flag.
@@ -138,10 +140,10 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
 
 def _next_step(arguments: argparse.Namespace, name: str, folder: Path) -> str:
-    """The command that trains on what was written, with the settings with which its lengths were measured."""
+    """Return the train.py command for this data, with the settings with which the lengths were measured."""
     overrides: dict[str, Any] = dict(map(split_assignment, arguments.assignments))
     flags = {"model_name_or_path": "tokenizer", "template": "template", "cutoff_len": "cutoff_len"}
-    overrides |= {key: given for key, flag in flags.items() if (given := getattr(arguments, flag)) is not None}
+    overrides |= {key: value for key, flag in flags.items() if (value := getattr(arguments, flag)) is not None}
     if folder != Path(str(_config(arguments).get("dataset_dir") or "data")):
         overrides["dataset_dir"] = folder
     words = ["--config", str(arguments.config or "training_config.yaml"), "--dataset", name]
@@ -151,25 +153,25 @@ def _next_step(arguments: argparse.Namespace, name: str, folder: Path) -> str:
 def _audit(folder: Path, *, as_json: bool) -> ExitCode:
     from prmkit.dataset.leaks import audit_folder, describe_leaks
 
-    found = audit_folder(folder)
-    near = found["near_duplicates"]
+    result = audit_folder(folder)
+    near = result["near_duplicates"]
     if as_json:
-        cli.emit_json(found)
-    if found["passed"] is False:
-        raise DataError(f"{folder}: {describe_leaks(found)}")
+        cli.emit_json(result)
+    if result["passed"] is False:
+        raise DataError(f"{folder}: {describe_leaks(result)}")
     if not as_json:
         repeated = (
             f"{near['prompts']:,} training prompts nearly repeat a held-out one" if near["prompts"] else "no leak"
         )
         cli.emit(
-            f"{folder}: {repeated}. {found['held_out_rows']:,} rows and {found['held_out_tasks']:,} tasks in "
-            f"{found['held_out_datasets']:,} held-out datasets, {found['training_datasets']:,} training datasets."
+            f"{folder}: {repeated}. {result['held_out_rows']:,} rows and {result['held_out_tasks']:,} tasks in "
+            f"{result['held_out_datasets']:,} held-out datasets, {result['training_datasets']:,} training datasets."
         )
         for example in near["examples"]:
-            cli.emit(f"  {example['training']} repeats {example['share']:.0%} of {example['held_out']}")
-    if found["passed"] is None:
+            cli.emit(f"  {example['training']} shares {example['share']:.0%} of its words with {example['held_out']}")
+    if result["passed"] is None:
         log.error(
-            "error: %s: no row names its task, so steps of one task may be on both sides; only prompts were compared. "
+            "error: %s: no row has a task_id, so one task may be in both splits; only prompts were compared. "
             "Convert rows with metadata.task_id.", folder,
         )  # fmt: skip
         return ExitCode.GATE
@@ -177,11 +179,11 @@ def _audit(folder: Path, *, as_json: bool) -> ExitCode:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The settings that a command line's arguments amount to.
+    """Turn parsed arguments into settings.
 
     Raises:
-        UsageError: they contradict each other, or a value cannot be right.
-        DataError: a file that they name cannot be read.
+        UsageError: the arguments contradict each other, or a value is invalid.
+        DataError: a file among them cannot be read.
     """
     output = arguments.output_dir or Path(str(_config(arguments).get("dataset_dir") or "data"))
     filters = Filters(_values(arguments.evaluation_types), _values(arguments.model_names), _values(arguments.task_ids))
@@ -208,7 +210,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def _scales(arguments: argparse.Namespace) -> dict[str | None, Scale]:
-    """Judge -> scale; None applies to every other judge."""
+    """Return judge -> scale; the judge None means every other judge."""
     words: dict[str, float] = {}
     for word, score in map(_word, arguments.map):
         if words.setdefault(word, score) != score:
@@ -262,40 +264,40 @@ def _check(arguments: argparse.Namespace, filters: Filters) -> None:
     Raises:
         UsageError: with one line per problem.
     """
-    if found := list(_problems(arguments, filters)):
-        raise UsageError("\n  ".join(found))
+    if problems := list(_problems(arguments, filters)):
+        raise UsageError("\n  ".join(problems))
 
 
 def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:
     if given.eval_ratio is not None and not 0 <= given.eval_ratio < 1:
-        yield "--eval-ratio: must be a share of tasks, 0 or more and below 1"
+        yield "--eval-ratio must be a fraction of the tasks, at least 0 and below 1"
     if given.eval_tasks is not None and (given.eval_ratio is not None or given.split_seed is not None):
-        yield "--eval-tasks replaces --eval-ratio and --split-seed: leave these out"
+        yield "--eval-tasks replaces --eval-ratio and --split-seed; leave these out"
     if given.max_disagreement is not None and not 0 <= given.max_disagreement <= 1:
-        yield "--max-disagreement: must be a difference of scores, 0 to 1"
+        yield "--max-disagreement must be a difference of scores, 0 to 1"
     if given.max_rejected is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", given.max_rejected):
-        yield "--max-rejected: must be a share such as 5% or a number of rows"
+        yield "--max-rejected must be a percentage such as 5%, or a number of rows"
     yield from _problems_of_name(given.name, filters)
     if given.assignments and given.config is None:
-        yield "key=value overrides --config: give a --config"
+        yield "key=value overrides --config; pass a --config, too"
     if given.tokenizer is not None and given.cutoff_len is None and given.config is None:
-        yield "--tokenizer needs --cutoff-len, or a --config that has it"
-    names_length = given.cutoff_len is not None or given.template is not None
-    if names_length and given.tokenizer is None and given.config is None:
-        yield "--cutoff-len and --template need --tokenizer, or a --config that has model_name_or_path"
+        yield "--tokenizer needs --cutoff-len, or a --config with cutoff_len"
+    sets_length = given.cutoff_len is not None or given.template is not None
+    if sets_length and given.tokenizer is None and given.config is None:
+        yield "--cutoff-len and --template need --tokenizer, or a --config with model_name_or_path"
     if given.cutoff_len is not None and given.cutoff_len < 1:
-        yield "--cutoff-len: must be a number above 0"
+        yield "--cutoff-len must be a number above 0"
 
 
 def _problems_of_name(name: str | None, filters: Filters) -> Iterator[str]:
     if name is None:
         return
     if name and not filters:
-        yield "--name: only names a filtered variant; give --evaluation-types, --model-names or --task-ids"
+        yield "--name requires a filter: --evaluation-types, --model-names or --task-ids"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX):
-        yield f"--name: may have letters, digits, '_', '-' and '.', and must not end in {HELD_OUT_SUFFIX}"
+        yield f"--name may have letters, digits, '_', '-' and '.', and must not end in {HELD_OUT_SUFFIX}"
     if name in (FULL, CONSENSUS):
-        yield f"--name: {name} is a variant of the main conversion"
+        yield f"--name {name} is a variant of the main conversion; choose another name"
 
 
 def _split(arguments: argparse.Namespace, filters: Filters, output: Path) -> Split:
@@ -312,7 +314,7 @@ def _split(arguments: argparse.Namespace, filters: Filters, output: Path) -> Spl
 
 
 def _earlier_split(report: Path) -> Split | None:
-    """The split of the main conversion in the folder: a filtered variant holds out the same tasks."""
+    """Read the split of the folder's main conversion: a filtered variant holds out the same tasks."""
     if not report.exists():
         return None
     try:
@@ -325,7 +327,7 @@ def _earlier_split(report: Path) -> Split | None:
 
 
 def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
-    """What to measure lengths with: from the flags, else from the configuration."""
+    """Return the settings of the length check: from the flags, otherwise from the configuration."""
     config = _config(arguments)
     folder = arguments.tokenizer or config.get("model_name_or_path")
     if not folder:
@@ -333,10 +335,10 @@ def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
     folder = Path(folder)
     if not _holds_a_model(folder):
         if arguments.tokenizer is not None:
-            raise DataError(f"{folder}: has no tokenizer. --tokenizer must be the folder of a downloaded model.")
+            raise DataError(f"{folder} has no tokenizer. --tokenizer must be the folder of a downloaded model.")
         log.warning(
-            "warning: no model in %s, so lengths are not checked, and LLaMA Factory silently cuts prompts that are too "
-            "long. Convert again when the model is there.",
+            "warning: no model in %s, so lengths are not checked, and LLaMA Factory will silently cut long prompts. "
+            "Convert again once the model is in place.",
             folder,
         )
         return None
@@ -356,11 +358,11 @@ def _lengths(arguments: argparse.Namespace) -> LengthSettings | None:
 
 
 _STRINGS = ("model_name_or_path", "template", "default_system", "dataset_dir")
-"""Keys whose values are strings, whatever YAML would make of them."""
+"""Keys that are always strings, because YAML would parse some of their values as numbers."""
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The content of --config, overridden by key=value; keys that only train.py needs are ignored.
+    """Read --config, overridden by key=value; keys that only train.py needs are ignored.
 
     Raises:
         UsageError: the file cannot be read, or an argument is not key=value.
@@ -368,7 +370,7 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_yaml(arguments.config) if arguments.config is not None else {}
     for text in arguments.assignments:
         if "=" not in text:
-            raise UsageError(f"'{text}' is not key=value. Give input files after --input.")
+            raise UsageError(f"'{text}' is not key=value. Pass input files after --input.")
         key, value = split_assignment(text)
         if value:
             config[key] = value if key in _STRINGS else _value_or_string(value)

@@ -1,6 +1,6 @@
-"""finetune.jsonl to data/, from the first row to the last rename.
+"""Convert finetune.jsonl to data/, from the first row to the last rename.
 
-prepare each row (prepare) and keep it (stage) -> decide what depends on the whole input (stage, leaks)
+prepare each row (prepare) and store it (stage) -> decide what depends on the complete input (stage, leaks)
     -> append each row to its variants (write) -> audit and publish (leaks, publish)
 """
 
@@ -48,23 +48,23 @@ from prmkit.paths import FULL, INFO, REPORT
 log = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 256
-"""Rows that are measured together; more would take memory and save no time."""
+"""Batch size for tokenization; a larger one only costs memory."""
 _MOST_REJECTED = "50%"
 _SHOWN = 10
 
 
 def convert(settings: Settings) -> dict[str, Any]:
-    """Convert the inputs; nothing is changed in the output folder unless everything went well.
+    """Convert the inputs; the output folder changes only on success.
 
     Returns:
         The report, as in conversion_report.json.
 
     Raises:
-        DataError: the inputs give no training row, too many rows are rejected, the data would leak, another
+        DataError: the inputs have no usable training row, too many rows are rejected, the data would leak, another
             conversion is running in the folder, or the disk is full.
     """
-    names, passed_over = find_inputs(settings)
-    _warn_of_files(passed_over, "not read: they are hidden, linked, or do not look like files of rows")
+    names, skipped = find_inputs(settings)
+    _warn_of_files(skipped, "skipped, because they are hidden, symlinks, or have no suffix of a row file")
     try:
         with exclusive_lock(settings.output, "converting", patience=1.0):
             recover(settings.output)
@@ -111,7 +111,7 @@ def _convert(
 def _read(
     settings: Settings, names: Sequence[str], guard: LengthGuard | None, stage: Stage
 ) -> tuple[list[InputFile], Preparer]:
-    """Stage all rows of all inputs."""
+    """Store all rows of all inputs in the stage."""
     preparer, sources = Preparer(settings), []
     size = sum(Path(name).stat().st_size for name in names if name != STDIN)
     stage.sources.clear()
@@ -125,7 +125,7 @@ def _read(
                     _stage_rows(preparer, batch, guard, stage, number)
                     progress.advance(bar, sum(line.size for line in batch))
     if not sum(source.bytes for source in sources):
-        raise DataError(f"{', '.join(source.name for source in sources)}: empty. Nothing to convert.")
+        raise DataError(f"{', '.join(source.name for source in sources)}: no rows. Pass your rows with --input.")
     stage.index()
     return sources, preparer
 
@@ -161,10 +161,10 @@ def _measure(rows: Sequence[PreparedRow], guard: LengthGuard | None) -> Iterator
 
 
 def _check_inputs_survive(names: Sequence[str], settings: Settings) -> None:
-    """Check that the conversion would not replace or remove an input file.
+    """Check that the conversion does not replace or remove an input file.
 
     Raises:
-        DataError: it would.
+        DataError: it would replace or remove one.
     """
     earlier = _earlier_report(settings).get("files", [])
     for name in names:
@@ -175,7 +175,7 @@ def _check_inputs_survive(names: Sequence[str], settings: Settings) -> None:
         own = (settings.file_name(REJECTED), settings.file_name(REPORT), INFO, *earlier)
         starts = (settings.name,) if settings.filters else (PREFIX,)
         if inside in own or Path(inside).name.startswith(starts):
-            raise DataError(f"{name}: has the name of a file that this conversion writes. Move it out of the folder.")
+            raise DataError(f"{name} would be overwritten by this conversion. Move it out of the folder.")
 
 
 def _warn_of_files(names: Sequence[str], what: str) -> None:
@@ -188,7 +188,7 @@ def _warn_of_files(names: Sequence[str], what: str) -> None:
 
 
 def _decide(settings: Settings, stage: Stage, preparer: Preparer, problems: Sequence[ScaleProblem]) -> dict[str, Any]:
-    """Reject rows for reasons that need the whole input, compare the judges, and return the report on both."""
+    """Reject rows for reasons that need the complete input, compare the judges, and return the report on these."""
     if settings.filters and not preparer.accepted:
         raise DataError(_nothing_matched(settings, stage))
     stage.reject_other_scales(problems)
@@ -197,7 +197,8 @@ def _decide(settings: Settings, stage: Stage, preparer: Preparer, problems: Sequ
     stage.reject_prompts_on_both_sides()
     near = find_near_duplicates(lambda held_out: _prompts(stage, held_out=held_out))
     if settings.near_duplicates == "drop":
-        reasons = ((f"repeats {share:.0%} of the held-out {held[1]}", train[0]) for train, held, share in near.pairs)
+        reason = "shares {:.0%} of its words with the held-out {}"
+        reasons = ((reason.format(share, held[1]), train[0]) for train, held, share in near.pairs)
         stage.reject_prompts(reasons, NEAR_DUPLICATE)
     again, self_agreement = stage.answered_again(), self_agreement_of(stage.self_agreement())
     stage.reject_duplicates()
@@ -237,7 +238,7 @@ def _check_tasks(settings: Settings, unknown: set[str]) -> None:
 
 
 def _prompts(stage: Stage, *, held_out: bool) -> Iterator[Prompt]:
-    """The distinct prompts of one side, grouped by task."""
+    """Yield the distinct prompts of one split, grouped by task."""
     rows = stage.rows.execute(
         "SELECT prompt, min(unit), min(evaluation_type), min(number) FROM kept WHERE held_out = ? GROUP BY prompt "
         "ORDER BY 2, 4", (held_out,),
@@ -248,7 +249,7 @@ def _prompts(stage: Stage, *, held_out: bool) -> Iterator[Prompt]:
 
 
 def _nothing_matched(settings: Settings, stage: Stage) -> str:
-    """The message if the filters accept no row: which values exist, the most frequent first."""
+    """Return the message if the filters accept no row: which values exist, the most frequent first."""
     lines = ["No row matches the filters."]
     filters = settings.filters
     for flag, column, wanted in (
@@ -257,22 +258,22 @@ def _nothing_matched(settings: Settings, stage: Stage) -> str:
         ("--task-ids", "task", filters.tasks),
     ):
         if wanted is not None:
-            found = stage.rows.execute(
+            values = stage.rows.execute(
                 f"SELECT {column}, count(*) FROM row WHERE {column} IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, min(number)"  # noqa: S608
             ).fetchall()
-            absent = sorted(wanted - {value for value, _ in found})
-            why = f"not in the input: {', '.join(absent)}" if absent else "each is in the input, but never together"
-            shown = ", ".join(f"{value:.80} ({count:,})" for value, count in found[:20]) or "none"
-            more = f", and {len(found) - 20:,} more" if len(found) > 20 else ""
+            absent = sorted(wanted - {value for value, _ in values})
+            why = f"not in the input: {', '.join(absent)}" if absent else "each occurs, but no row has all of them"
+            shown = ", ".join(f"{value:.80} ({count:,})" for value, count in values[:20]) or "none"
+            more = f", and {len(values) - 20:,} more" if len(values) > 20 else ""
             lines += [f"  {flag} {' '.join(sorted(wanted))}  ({why})", f"    in the input: {shown}{more}"]
     return "\n".join(lines)
 
 
 def _check_enough_rows(settings: Settings, stage: Stage, problems: Sequence[ScaleProblem]) -> None:
-    """Check that there is something to train on, and that not too many rows are rejected.
+    """Check that there are rows to train on, and that not too many are rejected.
 
     Raises:
-        DataError: with the reasons, and where each occurs first.
+        DataError: the message has the reasons, each with its first row.
     """
     counts = count_rows(stage)
     rejected, kept = sum(counts["rejected"].values()), sum(counts["rows"].values())
@@ -283,20 +284,19 @@ def _check_enough_rows(settings: Settings, stage: Stage, problems: Sequence[Scal
     limit_text = settings.max_rejected or _MOST_REJECTED
     limit = _limit(limit_text, rejected + kept + counts["duplicates"])
     if not kept:
-        raise DataError(f"No row can be used.{reasons}")
-    # Rows that would leak say nothing about how well the input could be read.
+        raise DataError(f"No row can be used. Fix these problems, or pass other rows with --input:{reasons}")
+    # Rows that would leak were readable, so they do not count here.
     unread = rejected - sum(counts["rejected"].get(kind, 0) for kind in (BOTH_SIDES, NEAR_DUPLICATE))
     if unread > limit:
         allowed = f"--max-rejected {limit_text} allows {limit:,}"
         if settings.max_rejected is None:
-            allowed = "more than half. If that is right, allow it with --max-rejected 100%"
+            allowed = "more than half. If that is correct, allow it with --max-rejected 100%"
         raise DataError(f"{unread:,} rows are rejected, {allowed}.{reasons}")
     if not counts["rows"]["train"]:
         tasks = stage.rows.execute("SELECT DISTINCT coalesce(task, 'rows without a task') FROM kept LIMIT 5")
         raise DataError(
-            f"Every usable row is held out ({', '.join(f'{task:.80}' for (task,) in tasks)}): the judge is "
-            "measured on these, so it must not train on them. Choose other tasks, or use --eval-ratio 0 with another "
-            "--output-dir."
+            f"All usable rows belong to held-out tasks ({', '.join(f'{task:.80}' for (task,) in tasks)}), so no row is "
+            "left to train on. Choose other tasks, or use --eval-ratio 0 with another --output-dir."
         )
 
 
@@ -308,14 +308,14 @@ def _limit(text: str, rows: int) -> int:
 
 
 def _held_out(settings: Settings, stage: Stage, new: Path) -> dict[str, Any]:
-    whole = new / f"{held_out_name(settings.name if settings.filters else FULL)}.jsonl"
+    full = new / f"{held_out_name(settings.name if settings.filters else FULL)}.jsonl"
     tasks, all_tasks, rows, all_rows = stage.count_held_out()
-    # If no row names its task, each prompt is held out by itself.
+    # Without task ids, prompts are the unit of the split.
     ratio = tasks / all_tasks if all_tasks else rows / max(all_rows, 1)
     return {
         "tasks": tasks,
         "rows": rows,
-        "sha256": sha256_of(whole) if whole.exists() else None,
+        "sha256": sha256_of(full) if full.exists() else None,
         "realised_ratio": round(ratio, 4),
     }
 
@@ -344,26 +344,26 @@ def _finish(settings: Settings, report: dict[str, Any], written: Written, new: P
     write_json(new / report_file, report)
     write_json(new / INFO, {**kept, **written.entries})
     foreign = sorted(name for name in set(files) - set(earlier.get("files", [])) if (output / name).exists())
-    _warn_of_files(foreign, "replaced, although no earlier conversion lists them")
+    _warn_of_files(foreign, "overwritten, although no earlier conversion created them")
     sync_files(new)
     publish(output, new.parent, new, [name for name in earlier.get("files", []) if name not in files])
     return report
 
 
 def _earlier_report(settings: Settings) -> dict[str, Any]:
-    """The report of the conversion that this one replaces; anybody may have edited the file, so it is checked."""
+    """Read and check the report of the conversion that this one replaces; someone may have edited the file."""
     path = settings.output / settings.file_name(REPORT)
     report = _read_object(path)
     for key in ("entries", "files"):
         if not isinstance(names := report.get(key, []), list) or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{path}: damaged ({key}). Move it away, and convert again.")
+            raise DataError(f"{path}: damaged ({key}). Move it elsewhere, then convert again.")
     return report
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     value = read_json(path) if path.exists() else {}
     if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object. Repair it, or move it away.")
+        raise DataError(f"{path}: not a JSON object. Repair it, or move it elsewhere.")
     return value
 
 
@@ -374,13 +374,13 @@ def _check_leaks(output: Path, new: Path, written: Written, kept: Mapping[str, A
     if kept:
         earlier = read_entries(output)
         entries += [earlier[name] for name in kept if earlier[name].sidecar]
-    found = audit(entries)
-    if found["passed"] is False:
+    result = audit(entries)
+    if result["passed"] is False:
         raise DataError(
-            f"the data would leak: {describe_leaks(found)}\nIf one of these datasets comes from an earlier "
+            f"the data would leak: {describe_leaks(result)}\nIf one of these datasets comes from an earlier "
             "conversion with another split, convert it again, or remove it from dataset_info.json."
         )
-    return found
+    return result
 
 
 def _versions() -> dict[str, str | None]:

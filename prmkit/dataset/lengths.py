@@ -1,12 +1,12 @@
-"""The length guard: no row that LLaMA Factory would cut reaches it.
+"""The length check: no row that LLaMA Factory would cut reaches it.
 
 LLaMA Factory 0.9.5 silently cuts a prompt that is too long from the right: the output schema and the assistant's header
 are lost, and a long label loses its closing brace and its end of turn.
 
-The guard needs LLaMA Factory's token ids, but importing it takes 5 CPU seconds and 0.8 GB, more than everything else in
-most conversions. So a child process asks its code once what strings a template puts around a system text, a prompt and
-an answer; the result is kept in the user's cache, under a name made from everything that it depends on. The texts
-themselves are encoded here by `tokenizers`.
+The check needs LLaMA Factory's token ids, but importing it takes 5 CPU seconds and 0.8 GB, more than everything else in
+most conversions. So a child process renders the template once with placeholders, to find the strings around a system
+prompt, a prompt and an answer; the result is cached for the user, under a hash of everything that it depends on. The
+texts themselves are encoded here by `tokenizers`.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from prmkit.prompts.encoding import ChatEncoding, load_encoding
 from prmkit.prompts.truncation import trim_prompt
 
 _REMEMBERED = 100_000
-"""The most prompts whose length is remembered: another judge's rows on them may be in another file."""
+"""The maximum number of cached prompt lengths: another judge's rows on these prompts may be in another file."""
 
 
 class Measured(NamedTuple):
-    """A row after the guard."""
+    """The length of a row that fits, after any trimming."""
 
     prompt: str
     tokens: int
-    """The number of tokens of prompt and label before anything was left out; 0 without a guard."""
+    """The number of tokens of prompt and label before trimming; 0 without a length check."""
     tokens_left_out: int
     characters_left_out: int
 
@@ -56,7 +56,7 @@ class LengthGuard:
     """Measures rows with LLaMA Factory's own template and the model's tokenizer."""
 
     def __init__(self, settings: LengthSettings) -> None:
-        """Find out what the template encodes: in milliseconds if it is cached, else in about 8 seconds.
+        """Find out what the template encodes: in milliseconds if it is cached, otherwise in about 8 seconds.
 
         Raises:
             DataError: the folder has no tokenizer.
@@ -66,7 +66,7 @@ class LengthGuard:
         self._pieces = None if settings.trust_remote_code else load_pieces(settings.tokenizer, **self._template())
         self._prompts: dict[bytes, int] = {}
         if self._pieces is None:
-            self._encoding.tokenizer  # noqa: B018 - what is wrong is raised now, and not at the first row
+            self._encoding.tokenizer  # noqa: B018 - fail early, not at the first row
 
     def _template(self) -> dict[str, Any]:
         settings = self.settings
@@ -78,15 +78,15 @@ class LengthGuard:
         """LLaMA Factory's own encoder, for rows to which the pieces do not apply."""
         settings = self.settings
         encoding = load_encoding(settings.tokenizer, trust_remote_code=settings.trust_remote_code, **self._template())
-        # The guard exists for prompts beyond the model's context; transformers would also warn about them.
+        # The check exists for prompts beyond the model's context; transformers would also warn about them.
         encoding.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         return encoding
 
     def fit(self, rows: Sequence[tuple[str | None, str, str]]) -> list[Measured | TooLong]:
-        """Measure rows, and make them fit according to the settings.
+        """Measure rows, and trim or reject them according to the settings.
 
         Args:
-            rows: system text, prompt and label of each, as they will be in the training file.
+            rows: system prompt, prompt and label of each row, as they will be in the training file.
         """
         prompts = self._prompt_tokens([(system, prompt) for system, prompt, _ in rows])
         labels = self._label_tokens([label for _, _, label in rows])
@@ -102,27 +102,27 @@ class LengthGuard:
             return TooLong("too long", long, tokens)
         trimmed = trim_prompt(prompt, self._pieces or self._encoding, room, system)
         if trimmed is None:
-            reason = f"{long}, and the part of the prompt that must stay does not fit"
+            reason = f"{long}, and even the untrimmable part of the prompt does not fit"
             return TooLong("too long, and cannot be trimmed", reason, tokens)
         return Measured(trimmed.text, tokens, prompt_tokens - trimmed.tokens, trimmed.characters_left_out)
 
     def _prompt_tokens(self, prompts: Sequence[tuple[str | None, str]]) -> list[int]:
-        """The number of token ids of each prompt, including its system text."""
+        """Return the number of token ids of each prompt, including its system prompt."""
         keys = [hashlib.blake2b(f"{system}\0{text}".encode(), digest_size=12).digest() for system, text in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._prompts}
         measured = self._pair_lengths([(system, text, "") for system, text in new.values()])
         counted = dict(zip(new, (tokens for tokens, _ in measured), strict=True))
-        found = [counted[key] if key in counted else self._prompts[key] for key in keys]
+        lengths = [counted[key] if key in counted else self._prompts[key] for key in keys]
         if len(self._prompts) > _REMEMBERED:
             self._prompts.clear()
         self._prompts |= counted
-        return found
+        return lengths
 
     def _label_tokens(self, labels: Iterable[str]) -> list[int]:
         return [tokens for _, tokens in self._pair_lengths([(None, "", label) for label in labels])]
 
     def _pair_lengths(self, rows: Sequence[tuple[str | None, str, str]]) -> list[tuple[int, int]]:
-        """The numbers of token ids of prompt and answer, for rows of system text, prompt and answer."""
+        """Return the numbers of token ids of prompt and answer, for rows of system prompt, prompt and answer."""
         pieces = self._pieces
         known = [row for row in rows if pieces and pieces.knows(row[2])]
         measured = iter(pieces.pair_lengths(known) if pieces else ())
@@ -136,7 +136,7 @@ class LengthGuard:
         return lengths
 
     def as_json(self) -> dict[str, Any]:
-        """What the lengths were measured with, so that others can reuse them."""
+        """Return the settings with which lengths were measured, so that they can be reused."""
         settings = self.settings
         return {
             "tokenizer_sha256": (self._pieces or self._encoding).tokenizer_sha256,
@@ -151,26 +151,26 @@ class LengthGuard:
 
 Piece = str | int
 """A string to encode, or the id of a token."""
-_MARKS = SYSTEM, PROMPT, ANSWER = "\ue000system\ue001", "\ue000prompt\ue001", "\ue000answer\ue001"
-_MARK = re.compile("(" + "|".join(_MARKS) + ")")
+_PLACEHOLDERS = SYSTEM, PROMPT, ANSWER = "\ue000system\ue001", "\ue000prompt\ue001", "\ue000answer\ue001"
+_PLACEHOLDER = re.compile("(" + "|".join(_PLACEHOLDERS) + ")")
 _PROBES = ("", "a", " \n b\n ", "{{content}} {0} %s", "ä\u2028\t")
-"""Texts that a template must treat in the same way as the marks."""
+"""Probe strings, which the template must treat like the placeholders."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                     "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json")  # fmt: skip
-_PATIENCE = 120.0
+_CHILD_TIMEOUT = 120.0
 """Seconds for the child process."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a template encodes for one turn."""
+    """The pieces that a template encodes for one turn."""
 
     tokenizer_json: str
     with_system: tuple[list[Piece], list[Piece]]
-    """The pieces of prompt and answer, with marks in place of the texts; for a row that has a system text."""
+    """The pieces of prompt and answer, with placeholders for the texts; for a row with a system prompt."""
     without_system: tuple[list[Piece], list[Piece]]
     unless: list[str]
-    """Words in an answer that make the template behave differently (it removes or keeps a chain of thought)."""
+    """Words in an answer to which the pieces do not apply, because the template removes or keeps a chain of thought."""
 
     @cached_property
     def _backend(self) -> Any:
@@ -183,7 +183,7 @@ class Pieces:
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Identifies the tokenizer: the SHA-256 of its JSON, in hexadecimal."""
+        """The SHA-256 of the tokenizer's JSON, in hexadecimal."""
         return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()
 
     def knows(self, answer: str) -> bool:
@@ -191,19 +191,19 @@ class Pieces:
         return not any(word in answer for word in self.unless)
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
-        """Token ids of the prompt, as `ChatEncoding.prompt_ids`."""
+        """Return the token ids of the prompt, as `ChatEncoding.prompt_ids` does."""
         ids: list[int] = []
         for piece in self._filled(prompt, "", system)[0]:
             ids += [piece] if isinstance(piece, int) else self._backend.encode(piece, add_special_tokens=False).ids
         return ids
 
     def pair_lengths(self, rows: Sequence[tuple[str | None, str, str]]) -> list[tuple[int, int]]:
-        """The number of token ids of each row (system text, prompt and answer).
+        """Return the numbers of token ids of prompt and answer, for rows of system prompt, prompt and answer.
 
-        Every distinct string is encoded once; all of them together, on all cores.
+        Every distinct string is encoded once, all of them in one batch on all cores.
         """
         filled = [self._filled(prompt, answer, system) for system, prompt, answer in rows]
-        texts = list(dict.fromkeys(piece for pair in filled for side in pair for piece in side if type(piece) is str))
+        texts = list(dict.fromkeys(piece for pair in filled for part in pair for piece in part if type(piece) is str))
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         lengths: dict[Piece, int] = dict(zip(texts, map(len, encoded), strict=True))
         # A piece that is an id is not in `lengths`, and counts as one token.
@@ -212,20 +212,20 @@ class Pieces:
 
     def _filled(self, prompt: str, answer: str, system: str | None) -> tuple[list[Piece], list[Piece]]:
         texts = {PROMPT: prompt, ANSWER: answer, SYSTEM: system or ""}
-        sides = self.with_system if system else self.without_system
-        made = [[_fill(piece, texts) for piece in side] for side in sides]
-        return made[0], made[1]
+        pair = self.with_system if system else self.without_system
+        filled = [[_fill(piece, texts) for piece in part] for part in pair]
+        return filled[0], filled[1]
 
 
 def _fill(piece: Piece, texts: dict[str, str]) -> Piece:
-    # Split first, so that a mark in a text stays what it is.
-    return piece if isinstance(piece, int) else "".join(texts.get(part, part) for part in _MARK.split(piece))
+    # Split first, so that a placeholder within a text stays unchanged.
+    return piece if isinstance(piece, int) else "".join(texts.get(part, part) for part in _PLACEHOLDER.split(piece))
 
 
 def load_pieces(
     folder: Path, template: str | None, *, default_system: str | None = None, enable_thinking: bool | None = True
 ) -> Pieces | None:
-    """The pieces of a template, from the cache or from a child process that asks LLaMA Factory.
+    """Load the pieces of a template, from the cache or from a child process that runs LLaMA Factory.
 
     Args:
         folder: the tokenizer's folder.
@@ -234,31 +234,31 @@ def load_pieces(
         enable_thinking: LLaMA Factory's key of this name.
 
     Returns:
-        None if there are none: the tokenizer is not a folder with a tokenizer.json or cannot be loaded, or the template
-        does more than put strings around texts. Then `load_encoding` does the work, or reports the error.
+        None if `folder` has no tokenizer.json, the tokenizer cannot be loaded, or the template does more than put
+        strings around texts. Then `load_encoding` does the work, or reports the error.
     """
     if not (folder / "tokenizer.json").is_file():
         return None
-    asked = {"folder": str(folder.resolve()), "template": template, "default_system": default_system,
-             "enable_thinking": enable_thinking}  # fmt: skip
-    file = _cache_file(folder, asked)
+    request = {"folder": str(folder.resolve()), "template": template, "default_system": default_system,
+               "enable_thinking": enable_thinking}  # fmt: skip
+    file = _cache_file(folder, request)
     if file:
         with contextlib.suppress(DataError, TypeError):  # not there yet, or damaged
             return Pieces(**read_json(file))
-    found = _ask_child(asked)
-    if found is None:
+    pieces = _run_child(request)
+    if pieces is None:
         return None
     if file:
-        with contextlib.suppress(OSError):  # the home folder is not writable: the child is asked every time
+        with contextlib.suppress(OSError):  # the home folder is not writable: the child runs every time
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, found)
-    return Pieces(**found)
+            write_json(file, pieces)
+    return Pieces(**pieces)
 
 
-def _cache_file(folder: Path, asked: dict[str, Any]) -> Path | None:
-    """Where the result is kept; None for a user without a home folder, as in some containers."""
+def _cache_file(folder: Path, request: dict[str, Any]) -> Path | None:
+    """Return the path of the cached result; None for a user without a home folder, as in some containers."""
     known = {
-        "asked": {key: value for key, value in asked.items() if key != "folder"},
+        "request": {key: value for key, value in request.items() if key != "folder"},
         "versions": [installed_version(name) for name in ("llamafactory", "transformers", "tokenizers")],
         "sources": [sha256_of(path) for path in (Path(__file__), *template_sources())],
         "tokenizer": {name: sha256_of(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()},
@@ -268,13 +268,13 @@ def _cache_file(folder: Path, asked: dict[str, Any]) -> Path | None:
     return Path(cache, "prmkit", "templates", f"{name}.json") if os.path.isabs(cache) else None  # noqa: PTH117
 
 
-def _ask_child(asked: dict[str, Any]) -> Any:
+def _run_child(request: dict[str, Any]) -> Any:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "prmkit.dataset.lengths", json.dumps(asked)]
+    command = [sys.executable, "-m", "prmkit.dataset.lengths", json.dumps(request)]
     environment = {**os.environ, "PYTHONPATH": path, "LLAMAFACTORY_VERBOSITY": "ERROR"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=_PATIENCE, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=_CHILD_TIMEOUT, check=False)
         return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
         return None
@@ -284,7 +284,7 @@ def _ask_child(asked: dict[str, Any]) -> Any:
 
 
 class _Recorder:
-    """A tokenizer whose ids of a string are the string."""
+    """A fake tokenizer that "encodes" a string to itself, to record what a template encodes."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -294,39 +294,39 @@ class _Recorder:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[Piece]:
         if add_special_tokens:
-            raise ValueError("a template that adds special tokens by the tokenizer")
+            raise ValueError("the template lets the tokenizer add special tokens")
         return [text]
 
 
 def pieces_of(encoding: ChatEncoding) -> Pieces | None:
-    """Ask a template what it encodes; None if that depends on more than the positions of the texts."""
+    """Record what a template encodes; None if that depends on the content of the texts."""
     from llamafactory.data.template import Template
 
     recording = ChatEncoding(_Recorder(encoding.tokenizer), encoding.template)
     template = encoding.template
-    # A template with its own encoding of turns looks for thoughts in the answer.
+    # Templates that override the encoding of turns look for thoughts in the answer.
     is_plain = type(template).encode_multiturn is Template.encode_multiturn
-    found = Pieces(
+    pieces = Pieces(
         encoding.tokenizer.backend_tokenizer.to_str(),
         recording.pair_ids(PROMPT, ANSWER, SYSTEM),  # type: ignore[arg-type]
         recording.pair_ids(PROMPT, ANSWER),  # type: ignore[arg-type]
         [] if is_plain else [word.strip() for word in template.thought_words],
     )
     probes = [(prompt, answer, system) for prompt in _PROBES for answer in _PROBES for system in (None, *_PROBES)]
-    same = all(_without_empty(recording.pair_ids(*probe)) == _without_empty(found._filled(*probe)) for probe in probes)
-    return found if same else None
+    same = all(_without_empty(recording.pair_ids(*probe)) == _without_empty(pieces._filled(*probe)) for probe in probes)
+    return pieces if same else None
 
 
-def _without_empty(sides: Iterable[Iterable[Piece]]) -> list[list[Piece]]:
-    return [[piece for piece in side if piece != ""] for side in sides]
+def _without_empty(pair: Iterable[Iterable[Piece]]) -> list[list[Piece]]:
+    return [[piece for piece in part if piece != ""] for part in pair]
 
 
 def _main() -> None:
     cli.relax_collector()
-    asked = json.loads(sys.argv[1])
-    encoding = load_encoding(Path(asked.pop("folder")), local_files_only=True, **asked)
-    found = pieces_of(encoding)
-    cli.emit_json_line(json.dumps(asdict(found) if found else None))
+    request = json.loads(sys.argv[1])
+    encoding = load_encoding(Path(request.pop("folder")), local_files_only=True, **request)
+    pieces = pieces_of(encoding)
+    cli.emit_json_line(json.dumps(asdict(pieces) if pieces else None))
 
 
 if __name__ == "__main__":

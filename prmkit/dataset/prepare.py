@@ -1,4 +1,4 @@
-"""From the input files to rows in the form for training, or the reason why a row is rejected.
+"""Read the input files and prepare each row for training, or reject it with a reason.
 
 Decisions made here depend on a single row; those that depend on other rows are made in `stage`.
 """
@@ -30,9 +30,9 @@ from prmkit.trajectory import holds_records
 from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_answer, render_verdict, score_answer
 
 _TEXT_SHOWN = 10_000
-"""The most characters of a row that is not JSON to keep in rejected.jsonl."""
+"""The maximum number of characters of a row that is not JSON to keep in rejected.jsonl."""
 _LONGEST_REMEMBERED = 100_000
-"""The most characters of a prompt that is kept for the next judge's row."""
+"""The maximum length of a cached prompt, in characters: rows of several judges on one prompt are usually adjacent."""
 _VALUES_SHOWN = 8  # in a message about a scale
 
 
@@ -40,47 +40,47 @@ _VALUES_SHOWN = 8  # in a message about a scale
 
 
 def find_inputs(settings: Settings) -> tuple[list[str], list[str]]:
-    """The input files, with folders replaced by the files of rows in them; and the files skipped in folders.
+    """Return the input files, with folders replaced by the row files in them; and the files skipped in folders.
 
     Raises:
-        DataError: an input is missing or named twice, or a folder has no file of rows.
+        DataError: an input is missing or given twice, or a folder has no row files.
     """
-    found: list[str] = []
-    passed_over: list[str] = []
+    files: list[str] = []
+    skipped: list[str] = []
     for name in settings.inputs:
         path = Path(name)
         if name == STDIN:
-            found.append(name)
+            files.append(name)
         elif path.is_dir():
             inside, others = _in_folder(path, settings.output)
-            found += inside
-            passed_over += others
+            files += inside
+            skipped += others
         elif path.exists():
-            found.append(name)
+            files.append(name)
         else:
-            raise DataError(f"{name}: no such file. Name your judged trajectories with --input.")
-    if twice := sorted({name for name in found if found.count(name) > 1}):
-        raise DataError(f"{twice[0]}: named twice, so every row would be in the data twice. Name it once.")
-    return found, passed_over
+            raise DataError(f"{name}: no such file. Pass your judged trajectories with --input.")
+    if twice := sorted({name for name in files if files.count(name) > 1}):
+        raise DataError(f"{twice[0]} is given twice, so every row would be in the data twice. Pass it once.")
+    return files, skipped
 
 
 def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
-    found: list[str] = []
+    row_files: list[str] = []
     others: list[str] = []
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
-        left_out = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
-        others += [f"{here / name}/" for name in left_out]
-        folders[:] = sorted(name for name in folders if name not in left_out and not _same(here / name, output))
+        ignored = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
+        others += [f"{here / name}/" for name in ignored]
+        folders[:] = sorted(name for name in folders if name not in ignored and not _same(here / name, output))
         for name in sorted(files):
             path = here / name
             readable = is_named(path, ROW_SUFFIXES) and not name.startswith(".") and path.is_file()
-            (found if readable else others).append(str(path))
-    if not found:
+            (row_files if readable else others).append(str(path))
+    if not row_files:
         raise DataError(
-            f"{folder}: has no file that ends in {', '.join(ROW_SUFFIXES)}, with or without {', '.join(PACKINGS)}."
+            f"{folder} has no row files ({', '.join(ROW_SUFFIXES)}, optionally {', '.join(PACKINGS)}). Check the path."
         )
-    return found, others
+    return row_files, others
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -89,27 +89,27 @@ def _same(one: Path, other: Path) -> bool:
 
 @dataclass
 class InputFile:
-    """One input file, and what is recorded about it while it is read."""
+    """An input file, and the hash and the size that are recorded while it is read."""
 
     name: str
-    """Its name as the user gave it."""
+    """The name as the user gave it."""
     sha256: str = ""
     bytes: int = 0
-    """How many bytes of unpacked content were hashed."""
+    """The number of hashed bytes, decompressed."""
 
 
 @contextmanager
 def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[InputFile, Iterator[Line]]]:
-    """Read an input file row by row; after that, the source has the hash of what was read.
+    """Read an input file row by row; afterwards, the source has the hash of the content.
 
-    A file of runs gives a row for each labelled step, numbered through the file.
+    A file of runs yields one row per labelled step, numbered through the file.
 
     Args:
-        name: of a file, or `-`.
-        rubric: for the steps of runs; None is the default rubric.
+        name: the name of a file, or `-`.
+        rubric: the rubric for the steps of runs; None is the default rubric.
 
     Raises:
-        DataError: the file cannot be read, or changed while it was read; or it has runs, but no step has a label.
+        DataError: the file cannot be read, or changed while it was read; or it has runs without labelled steps.
         UsageError: the rubric cannot be used.
     """
     shown = "stdin" if name == STDIN else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -124,7 +124,7 @@ def open_source(name: str, rubric: Path | None = None) -> Iterator[tuple[InputFi
             yield source, read_lines(io.BufferedReader(hashed, 1 << 18), shown)
             source.sha256, source.bytes = hashed.digest.hexdigest(), hashed.size
     if before is not None and before != _state(Path(name)):
-        raise DataError(f"{shown}: changed while it was read. Convert again when nothing is writing to it.")
+        raise DataError(f"{shown} changed while it was read. Stop what writes to it, then convert again.")
 
 
 def _lines_of_runs(path: Path, rubric: Path | None) -> Iterator[Line]:
@@ -137,7 +137,7 @@ def _state(path: Path) -> tuple[int, ...]:
     try:
         status = path.stat()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}.") from error
+        raise DataError(f"{path}: {error.strerror}. Check the path.") from error
     regular = path.is_file()  # the size and time of a pipe are meaningless
     return (status.st_dev, status.st_ino, *((status.st_size, status.st_mtime_ns) if regular else ()))
 
@@ -162,28 +162,28 @@ class _Hashing(io.RawIOBase):
 
 
 class CleanPrompt(NamedTuple):
-    """A prompt in its training form, before any trimming."""
+    """A prompt as it is trained on, before any trimming."""
 
     system: str | None
     text: str
-    """Without control tokens, and with leaked scores masked if requested."""
+    """The prompt with special tokens escaped, and with leaked scores masked if requested."""
     sha256: str
-    """Hash of the prompt as the user wrote it, with its system text."""
+    """The hash of the prompt as the user wrote it, with its system prompt."""
     digest: str
-    """Hash of the prompt in its training form, by which prompts are recognised."""
+    """The hash of the prompt with leaked scores masked if requested; it identifies the prompt."""
     markers: int
     leaked_scores: int
     asked: Shape | None
-    """What the prompt asks for."""
+    """The shape of the verdict that the prompt asks for."""
 
 
 class PreparedRow(NamedTuple):
-    """A row whose verdict is known."""
+    """A parsed row."""
 
     line: int
     row: InputRow
     wanted: bool
-    """Whether the filters accept it."""
+    """Whether the filters accept the row."""
     prompt: CleanPrompt
     label: str
     canonical: str
@@ -202,45 +202,45 @@ class RejectedRow(NamedTuple):
     """The row, or its text if it is not JSON."""
     judge: str | None
     tokens: int = 0
-    """Tokens of prompt and label, if they were measured."""
+    """The number of tokens of prompt and label, if measured."""
 
 
 @dataclass
 class ValuesOfKey:
-    """How a judge answers one key."""
+    """Statistics of a judge's values of one key."""
 
     rows: int = 0
     """The number of answers with a number."""
     outside: int = 0
-    """The number of answers with a number that is not on the judge's scale."""
+    """The number of answers with a number outside of the judge's scale."""
     fractions: int = 0
-    """The number of answers strictly between 0 and 1: a judge on another scale has none."""
+    """The number of answers strictly between 0 and 1: a judge on another scale gives no such answers."""
     low: float = float("inf")
     high: float = float("-inf")
     numbers: list[str] = field(default_factory=list)
-    """Some of the numbers that are not on the scale."""
+    """Examples of the numbers outside of the scale."""
     words: int = 0
     """The number of answers with a word that the scale does not map."""
     unknown: list[str] = field(default_factory=list)
-    """Some of these words."""
+    """Examples of these words."""
 
 
 class Preparer:
-    """Prepares rows one by one, and counts what later decisions about the whole input need."""
+    """Prepares rows one by one, and collects the statistics for later decisions about the complete input."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.lines = 0
-        """All rows of the input, whether or not their form is known."""
+        """The number of rows in the input, also in unknown formats."""
         self.accepted = 0
-        """Rows whose form is known and that the filters accept."""
+        """The number of rows in a known format that the filters accept."""
         self.values: dict[tuple[str | None, str], ValuesOfKey] = defaultdict(ValuesOfKey)
-        """By judge and key; only for rows that the filters accept."""
+        """(judge, key) -> statistics of the values; only for rows that the filters accept."""
         self.rubrics: set[str] = set()
         """Hashes of the rubrics for steps of raw runs; only for rows that the filters accept."""
 
     def prepare(self, line: Line) -> PreparedRow | RejectedRow | None:
-        """The row of a line; None if it is neither wanted nor usable."""
+        """Prepare the row of a line; None for an unusable row that the filters exclude."""
         self.lines += 1
         content: Any = None
         row: InputRow | None = None
@@ -261,13 +261,13 @@ class Preparer:
         if wanted and isinstance(rubric := row.metadata.get("rubric"), str):
             self.rubrics.add(rubric)
         if row.answer is None:
-            raise Rejected(f"no answer of a judge; expected {EXPECTED}", "no answer of a judge")
+            raise Rejected(f"no judge answer; expected {EXPECTED}", "no judge answer")
         if not is_weight(weight := row.metadata.get(WEIGHT, 1.0)):
             raise Rejected(
                 f"metadata.{WEIGHT} is {str(weight)[:20]!r}; it must be a number above 0", f"damaged {WEIGHT}"
             )
         if _BARE_DATE.fullmatch(row.prompt):
-            raise Rejected("the prompt is only a date")
+            raise Rejected("the prompt is a bare date, which would be read as a timestamp", "the prompt is a bare date")
         prompt = _cleaned(row.prompt, row.system, self._settings.mask_leaked_scores)
         answer = read_answer(row.answer, prompt.asked)
         if isinstance(answer, Unreadable):
@@ -279,7 +279,7 @@ class Preparer:
         if isinstance(verdict, Unreadable):
             raise Rejected(verdict.reason, verdict.kind)
         if _repeats_example(verdict.texts.get("summary"), row.prompt):
-            raise Rejected("repeats the prompt's example")
+            raise Rejected("copies the example in the prompt's schema")
         canonical = render_verdict(verdict)
         label, markers = neutralise(canonical if self._settings.labels == "canonical" else row.answer, answer=True)
         return PreparedRow(
@@ -336,62 +336,62 @@ def _repeats_example(summary: Any, prompt: str) -> bool:
 
 
 class ScaleProblem(NamedTuple):
-    """A judge who answers a key with values that are not on its scale."""
+    """A judge whose values of a key are outside of its scale, or are words without a score."""
 
     judge: str | None
     key: str
     is_scale: bool
-    """True: its numbers are on another scale, so none is a score. False: it uses words, and their rows are rejected."""
+    """True: numbers on another scale, so none of them is a score. False: words, so only their rows are rejected."""
     message: str
 
 
 def find_scale_problems(
     values: Mapping[tuple[str | None, str], ValuesOfKey], settings: Settings
 ) -> Iterator[ScaleProblem]:
-    """Judges and keys with values off the judge's scale in more than a few rows, each with what to do.
+    """Find judges and keys with values outside of the judge's scale in more than a few rows, each with what to do.
 
-    A judge on 1 to 10 gives 2 to 10, which are out of range, and 1, which is not: its worst score would become the best
-    label. So none of its rows is used until its scale is named. That it is on another scale is known from many values
-    that are out of range, or from a single one if it never gives a fraction, for this key or another one.
+    A judge on a scale of 1 to 10 gives 2 to 10, which are out of range, and 1, which is not: its worst score would
+    become the best label. So none of its rows is used until its scale is set. A judge is on another scale if many of
+    its values are out of range, or a single one if it never gives a fraction, for this key or another one.
     """
     beyond = {
-        judge for (judge, _), found in values.items() if _are_many(found) or (found.outside and not found.fractions)
+        judge for (judge, _), stats in values.items() if _are_many(stats) or (stats.outside and not stats.fractions)
     }
-    for (judge, key), found in values.items():
+    for (judge, key), stats in values.items():
         name, scale = judge or "a judge without a name", settings.scale_of(judge)
-        only_whole = found.rows and not found.fractions
-        if _are_many(found) or (scale is None and judge in beyond and only_whole):
+        only_integers = stats.rows and not stats.fractions
+        if _are_many(stats) or (scale is None and judge in beyond and only_integers):
             scale = scale or Scale()
             of_judge = [each for (name_of, _), each in values.items() if name_of == judge and each.rows]
             flag = f"--scale {shlex.quote(f'{judge}=')}" if judge else "--scale "
-            where = (
-                f"values from {found.low:g} to {found.high:g} (such as {', '.join(found.numbers)}), outside of "
-                f"{scale.low:g} to {scale.high:g} in {found.outside:,} of {found.rows:,} rows"
-                if found.outside
-                else f"whole numbers ({found.low:g} to {found.high:g}), and another key with numbers out of range"
+            why = (
+                f"(for example {', '.join(stats.numbers)}); {stats.outside:,} of {stats.rows:,} rows are outside of "
+                f"{scale.low:g} to {scale.high:g}"
+                if stats.outside
+                else "in integers, and another of its keys has numbers out of range"
             )
             yield ScaleProblem(judge, key, True, (
-                f"{name} answers {key} with {where}, so none of its rows "
-                f"with {key} is used. Name its scale, such as {flag}{_guess(of_judge, between=':' if judge else ' ')}"
+                f"{key} of {name} ranges from {stats.low:g} to {stats.high:g} {why}, so all its rows with {key} are "
+                f"rejected. Set its scale, for example {flag}{_guess(of_judge, between=':' if judge else ' ')}"
             ))  # fmt: skip
-        elif found.words >= _FEWEST_OUTSIDE:
-            words = ", ".join(found.unknown)
+        elif stats.words >= _FEWEST_OUTSIDE:
+            words = ", ".join(stats.unknown)
             yield ScaleProblem(judge, key, False, (
-                f"{name} answers {key} with words ({words}) in {found.words:,} rows, which are rejected. "
-                f"Say what they mean, such as --map {_words(found.unknown)}"
+                f"{key} of {name} is a word ({words}) in {stats.words:,} rows, which are rejected. "
+                f"Map the words to scores, for example --map {_words(stats.unknown)}"
             ))  # fmt: skip
 
 
-def _are_many(found: ValuesOfKey) -> bool:
-    return found.outside >= _FEWEST_OUTSIDE and found.outside >= _SHARE_OUTSIDE * found.rows
+def _are_many(stats: ValuesOfKey) -> bool:
+    return stats.outside >= _FEWEST_OUTSIDE and stats.outside >= _SHARE_OUTSIDE * stats.rows
 
 
-_FEWEST_OUTSIDE = 3  # rows; if fewer are off the scale, or a smaller share,
-_SHARE_OUTSIDE = 0.02  # each of them is rejected by itself
+# With fewer rows outside of the scale, or a smaller fraction, only these rows are rejected.
+_FEWEST_OUTSIDE, _SHARE_OUTSIDE = 3, 0.02
 
 
 def _guess(of_judge: Sequence[ValuesOfKey], *, between: str) -> str:
-    low, highest = min(found.low for found in of_judge), max(found.high for found in of_judge)
+    low, highest = min(stats.low for stats in of_judge), max(stats.high for stats in of_judge)
     low = 1 if low >= 1 else min(low, 0)
     high = next((str(end) for end in (1, 5, 10, 100) if highest <= end), "HIGHEST")
     return f"{low:g}{between}{high}"
@@ -406,14 +406,14 @@ def _words(examples: Sequence[str]) -> str:
 
 
 def rejected_entry(source: str, line: int, reason: str, content: Any) -> bytes:
-    """One line of rejected.jsonl."""
+    """Return one line of rejected.jsonl."""
     entry = {"source": source, "line": line, "reason": reason, "row": content}
     try:
         return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
-    except orjson.JSONEncodeError:  # nested more deeply than can be written
+    except orjson.JSONEncodeError:  # nested too deeply for orjson
         return orjson.dumps({**entry, "row": repr(content)[:_TEXT_SHOWN]}, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def row_id(prompt_sha256: str, judge: str | None, label: str) -> str:
-    """The name of a row: the same in every conversion, format and split."""
+    """Return the id of a row, which is the same in every conversion, format and split."""
     return hashlib.blake2b(f"{prompt_sha256}\n{judge}\n{label}".encode(), digest_size=8).hexdigest()

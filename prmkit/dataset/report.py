@@ -14,21 +14,21 @@ from prmkit.paths import HELD_OUT_SUFFIX, TASKS
 _COVERED = (0.5, 0.9, 0.95, 0.99, 1.0)
 _BINS = 10
 _SHOWN = 10
-"""The most rows of a table on the terminal."""
+"""The maximum number of rows of a table on the terminal."""
 _LOST = 0.2
-"""A judge that loses a larger share of its rows gets a warning."""
-_HELD_OUT_SIDES = {"train": 0, "held_out": 1}
+"""A judge that loses a larger fraction of its rows gets a warning."""
+_HELD_OUT_OF_SPLIT = {"train": 0, "held_out": 1}
 
 
 # --- counts -------------------------------------------------------------------------------------------------------
 
 
 def count_rows(stage: Stage) -> dict[str, Any]:
-    """The report's part about rows; a missing judge, task or type is an empty string."""
+    """Return the report's part about rows; a missing judge, task or type is an empty string."""
     one, many = _query_one(stage), stage.rows.execute
-    sides = dict(many("SELECT held_out, count(*) FROM kept GROUP BY held_out").fetchall())
+    splits = dict(many("SELECT held_out, count(*) FROM kept GROUP BY held_out").fetchall())
     return {
-        "rows": {side: sides.get(number, 0) for side, number in _HELD_OUT_SIDES.items()},
+        "rows": {split: splits.get(number, 0) for split, number in _HELD_OUT_OF_SPLIT.items()},
         "evaluation_types": _counts(stage, "evaluation_type"),
         "judges": _counts(stage, "judge"),
         "tasks": one("count(DISTINCT task) FROM kept"),
@@ -60,10 +60,10 @@ def _query_one(stage: Stage) -> Any:
 
 
 def _counts(stage: Stage, column: str) -> dict[str, int]:
-    found = stage.rows.execute(
+    rows = stage.rows.execute(
         f"SELECT coalesce({column}, ''), count(*) FROM kept GROUP BY {column} ORDER BY count(*) DESC, min(number)"
     )
-    return dict(found.fetchall())
+    return dict(rows.fetchall())
 
 
 _ALL_REJECTED = (
@@ -73,26 +73,26 @@ _ALL_REJECTED = (
 
 
 def _rejected(stage: Stage) -> dict[str, int]:
-    found = stage.rows.execute(
+    rows = stage.rows.execute(
         f"SELECT kind, count(*) FROM {_ALL_REJECTED} GROUP BY kind ORDER BY count(*) DESC, min(number)"
     )
-    return dict(found.fetchall())
+    return dict(rows.fetchall())
 
 
 def first_rejected(stage: Stage) -> dict[str, str]:
-    """Kind -> `source:line: reason` of the first rejected row."""
-    found = stage.rows.execute(f"SELECT kind, min(number), reason FROM {_ALL_REJECTED} GROUP BY kind")
-    return {kind: f"{stage.place(number)}: {reason}" for kind, number, reason in found}
+    """Return kind -> `source:line: reason` of the first rejected row."""
+    rows = stage.rows.execute(f"SELECT kind, min(number), reason FROM {_ALL_REJECTED} GROUP BY kind")
+    return {kind: f"{stage.place(number)}: {reason}" for kind, number, reason in rows}
 
 
 def judges_with_losses(stage: Stage) -> list[dict[str, Any]]:
-    """The judges that lose more than a fifth of their rows, with the commonest reason."""
-    found = stage.rows.execute(
+    """Return the judges that lose more than a fifth of their rows, with the most common reason."""
+    rejections = stage.rows.execute(
         f"SELECT judge, kind, count(*) FROM {_ALL_REJECTED} WHERE judge IS NOT NULL GROUP BY judge, kind "
         "ORDER BY judge, count(*) DESC, kind"
     )
     lost: dict[str, dict[str, int]] = {}
-    for judge, kind, count in found:
+    for judge, kind, count in rejections:
         lost.setdefault(judge, {})[kind] = count
     kept = dict(stage.rows.execute(
         f"SELECT judge, count(*) FROM row WHERE wanted AND (status IS NULL OR status = '{DUPLICATE}') GROUP BY judge"
@@ -126,27 +126,27 @@ def _score_keys(stage: Stage) -> dict[str, list[str]]:
 
 
 def _histograms(stage: Stage) -> dict[str, dict[str, list[int]]]:
-    """Rows of both sides in ten bins of equal width; the last one includes 1.0."""
+    """Count rows of both splits in ten bins of equal width; the last one includes 1.0."""
     bins: dict[str, dict[str, list[int]]] = {
         evaluation_type: {key: [0] * _BINS for key in keys} for evaluation_type, keys in _score_keys(stage).items()
     }
-    for evaluation_type, key, place, rows in stage.rows.execute(
+    for evaluation_type, key, index, rows in stage.rows.execute(
         "SELECT coalesce(evaluation_type, ''), key, min(value / 10, 9), count(*) FROM kept JOIN score USING (number) "
         "GROUP BY 1, 2, 3"
     ):
-        bins[evaluation_type][key][place] = rows
+        bins[evaluation_type][key][index] = rows
     return bins
 
 
 def _quantiles(stage: Stage, lengths: str) -> dict[str, int]:
-    """For each share in `_COVERED`, the smallest length that covers that share of the rows. Keys are percentages."""
+    """Return the quantiles of a length: fraction of `_COVERED`, as a percentage -> smallest length that covers it."""
     rows = stage.rows.execute(f"SELECT count(*) FROM (SELECT {lengths})").fetchone()[0]
     if not rows:
         return {}
     query = f"SELECT {lengths} ORDER BY 1 LIMIT 1 OFFSET ?"
     return {
-        f"{share:.0%}": stage.rows.execute(query, (math.ceil(share * rows - 1e-9) - 1,)).fetchone()[0]
-        for share in _COVERED
+        f"{fraction:.0%}": stage.rows.execute(query, (math.ceil(fraction * rows - 1e-9) - 1,)).fetchone()[0]
+        for fraction in _COVERED
     }
 
 
@@ -154,7 +154,7 @@ def _quantiles(stage: Stage, lengths: str) -> dict[str, int]:
 
 
 def agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """One entry per evaluation type and pair of judges, from `Stage.agreement`.
+    """Return one entry per evaluation type and pair of judges, from `Stage.agreement`.
 
     `n` counts pairs of scores, several per prompt if a verdict has several; `pearson` is null if a judge always gave
     the same score; `mean_absolute_difference` is 0 to 1.
@@ -173,7 +173,7 @@ def agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def self_agreement_of(sums: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """One entry per judge, evaluation type and key, over prompts that the judge answered more than once.
+    """Return one entry per judge, evaluation type and key, over prompts that the judge answered more than once.
 
     Half of `mean_squared_difference` is the variance of a judge's noise.
     """
@@ -197,7 +197,7 @@ def _pearson(n: int, x: float, y: float, xx: float, yy: float, xy: float) -> flo
 
 
 def leniency_of(leniency: Leniency) -> dict[str, Any]:
-    """The report's part about the judges' leniency."""
+    """Return the report's part about the judges' leniency."""
     return {
         "offsets": dict(leniency.offsets),
         "shared_scores": leniency.shared_scores,
@@ -206,7 +206,7 @@ def leniency_of(leniency: Leniency) -> dict[str, Any]:
 
 
 def describe_problems(problems: Iterable[ScaleProblem]) -> list[str]:
-    """Sentences about judges on other scales; if there are many of one kind, the rest are only counted."""
+    """Return sentences about judges on other scales; of more than ten, the rest are only counted."""
     messages = [problem.message for problem in problems]
     more = len(messages) - _SHOWN
     return messages[:_SHOWN] + ([f"and {more:,} more judges and keys"] if more > 0 else [])
@@ -218,8 +218,8 @@ def describe_problems(problems: Iterable[ScaleProblem]) -> list[str]:
 def show_summary(report: Mapping[str, Any]) -> None:
     """Print the summary of a conversion to stdout."""
     files = set(report["files"])
-    tasks = {name for name in report["variants"] for side in ("", HELD_OUT_SUFFIX)
-             if f"{TASKS}/{name}{side}.jsonl" in files}  # fmt: skip
+    tasks = {name for name in report["variants"] for suffix in ("", HELD_OUT_SUFFIX)
+             if f"{TASKS}/{name}{suffix}.jsonl" in files}  # fmt: skip
     shown = {name: counts for name, counts in report["variants"].items() if name not in tasks}
     rows = [[name, f"{counts['train']:,}", f"{counts['held_out']:,}"] for name, counts in shown.items()]
     _table(("variant", "train", "held out"), rows, numeric=("train", "held out"))
@@ -258,13 +258,13 @@ def _agreement_row(pair: Mapping[str, Any]) -> list[str]:
 def _notes(report: Mapping[str, Any], tasks: int) -> Iterator[str]:
     rows, rejected = sum(report["rows"].values()), sum(report["rejected"].values())
     if tasks:
-        yield f"variants of single tasks, in {TASKS}/: {tasks:,}"
+        yield f"per-task variants, in {TASKS}/: {tasks:,}"
     yield f"{report['lines']:,} rows read: {rows:,} kept, {rejected:,} rejected, {report['duplicates']:,} duplicates"
     if report["repaired"]["rows"]:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in report["repaired"]["repairs"].items())
         yield f"answers that were not valid JSON and were repaired: {report['repaired']['rows']:,} ({kinds})"
     if report["markers"]["rows"]:
-        yield f"rows with control tokens, which are now plain text: {report['markers']['rows']:,}"
+        yield f"rows with special tokens, which are now escaped: {report['markers']['rows']:,}"
     if report["leaked_scores"]["rows"]:
         done = "masked" if report["settings"]["mask_leaked_scores"] else "use --mask-leaked-scores to mask them"
         yield f"rows whose prompt has scores of earlier evaluations: {report['leaked_scores']['rows']:,} ({done})"
@@ -277,11 +277,11 @@ def _judge_notes(report: Mapping[str, Any]) -> Iterator[str]:
     yield from report["scale_problems"]
     for lost in report["judges_with_losses"][:_SHOWN]:
         yield (
-            f"warning: {lost['rejected']:,} of {lost['rows']:,} rows of {lost['judge']} are rejected, "
-            f"most often because: {lost['commonest_reason']}"
+            f"warning: {lost['rejected']:,} of {lost['rows']:,} rows of {lost['judge']} are rejected; "
+            f"most common reason: {lost['commonest_reason']}"
         )
     if report["prompts_a_judge_answered_differently"]:
-        yield f"prompts to which one judge gave different verdicts: {report['prompts_a_judge_answered_differently']:,}"
+        yield f"prompts with different verdicts from one judge: {report['prompts_a_judge_answered_differently']:,}"
     if len(report["judges"]) > JUDGES_COMPARED:
         yield f"{len(report['judges']):,} judges; the {JUDGES_COMPARED} with the most rows are compared"
     leniency = report["leniency"]
@@ -292,23 +292,25 @@ def _judge_notes(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _held_out_notes(report: Mapping[str, Any]) -> Iterator[str]:
     held_out, split, audit = report["held_out"], report["settings"]["split"], report["leak_audit"]
-    what = ("tasks", held_out["tasks"], report["tasks"])
-    if not report["tasks"]:
-        what = ("rows, which name no task,", held_out["rows"], sum(report["rows"].values()))
-    yield f"{what[1]:,} of {what[2]:,} {what[0]} are held out ({held_out['realised_ratio']:.0%})"
+    ratio = f"({held_out['realised_ratio']:.0%})"
+    if report["tasks"]:
+        yield f"{held_out['tasks']:,} of {report['tasks']:,} tasks are held out {ratio}"
+    else:
+        rows = sum(report["rows"].values())
+        yield f"{held_out['rows']:,} of {rows:,} rows are held out {ratio}; no row has a task_id"
     if not held_out["rows"] and split["ratio"] > 0:
-        yield "warning: no row is held out, so the judge cannot be measured. Add rows of a second task."
+        yield "warning: no row is held out, so the judge cannot be evaluated. Add rows of a second task."
     near = audit["near_duplicates"]
     if near["prompts"]:
         done = "removed from training" if report["settings"]["near_duplicates"] == "drop" else (
             "kept; --near-duplicates drop removes them")  # fmt: skip
         yield f"warning: {near['prompts']:,} training prompts nearly repeat a held-out one ({done}):"
         for example in near["examples"]:
-            yield f"  {example['training']} repeats {example['share']:.0%} of {example['held_out']}"
+            yield f"  {example['training']} shares {example['share']:.0%} of its words with {example['held_out']}"
     if audit["passed"] is None and held_out["rows"]:
         yield (
-            "warning: no row names its task (metadata.task_id), so steps of one task may be on both sides, "
-            "and the leak audit cannot check that"
+            "warning: no row has a task_id (in its metadata), so one task may be in both splits, and the leak audit "
+            "cannot check that"
         )
     elif audit["rows_without_a_task"]:
         yield f"held-out rows without a task (only their prompts were compared): {audit['rows_without_a_task']:,}"
@@ -318,8 +320,8 @@ def _length_notes(report: Mapping[str, Any]) -> Iterator[str]:
     tokens, lengths = report["lengths"]["tokens"], report["settings"]["lengths"]
     if not tokens or not lengths:
         return
-    covering = ", ".join(f"{tokens[share]:,} covers {share}" for share in ("95%", "99%", "100%"))
-    yield f"cutoff_len is {lengths['cutoff_len']:,}; {covering} of the rows"
+    longer = f"99% in {tokens['99%']:,}, 100% in {tokens['100%']:,}"
+    yield f"cutoff_len is {lengths['cutoff_len']:,}; 95% of the rows fit in {tokens['95%']:,} tokens, {longer}"
     if report["trimmed"]["rows"]:
         rows, left_out = report["trimmed"]["rows"], report["trimmed"]["tokens_left_out"]
         yield f"prompts shortened in the middle: {rows:,}, by {left_out:,} tokens in total"

@@ -1,4 +1,4 @@
-"""Everything that the user decides about a conversion, with the defaults."""
+"""The settings of a conversion, with their defaults."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prmkit.errors import DataError
 from prmkit.verdict import Scale
 
-if TYPE_CHECKING:  # they need packages, and --help shows defaults from here without any
+if TYPE_CHECKING:  # they need third-party packages, and --help shows defaults from here without any
     from prmkit.dataset_info import Format
     from prmkit.rows import InputRow
 
@@ -24,7 +24,7 @@ LengthPolicy = Literal["trim", "drop", "error", "keep"]
 
 @dataclass(frozen=True)
 class Filters:
-    """The values that a row must have; None accepts every value. A row must pass all three filters."""
+    """The accepted values; None accepts every value. A row must pass all three filters."""
 
     evaluation_types: frozenset[str] | None = None
     judges: frozenset[str] | None = None
@@ -34,7 +34,7 @@ class Filters:
         return self != Filters()
 
     def accept(self, row: "InputRow") -> bool:
-        """Whether a row is wanted."""
+        """Whether a row passes the filters."""
         return (
             (self.evaluation_types is None or row.evaluation_type in self.evaluation_types)
             and (self.judges is None or row.judge in self.judges)
@@ -44,55 +44,55 @@ class Filters:
 
 @dataclass(frozen=True)
 class Split:
-    """How tasks are held out. A task's side depends on its name and the seed, so new data does not move it."""
+    """The choice of held-out tasks. It depends only on a task's name and the seed, so new data does not move a task."""
 
     ratio: float = 0.1
-    """The expected share of tasks that are held out, 0 to 1."""
+    """The expected fraction of held-out tasks, 0 to 1."""
     seed: int = 0
     tasks: frozenset[str] | None = None
     """The user's list of held-out tasks; it replaces ratio and seed."""
     from_report: bool = False
-    """The split was read from the folder's previous conversion report, not given on the command line."""
+    """Whether the split was read from the folder's previous conversion report instead of the command line."""
 
     def place(self, task: str) -> int:
-        """The task's hash, 0 to 2**64; tasks whose hash is below `ratio` * 2**64 are held out."""
+        """Return the task's hash, 0 to 2**64; tasks with a hash below `ratio` * 2**64 are held out."""
         digest = hashlib.blake2b(f"{self.seed}:{task}".encode(errors="surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest)
 
     def holds_out(self, task: str) -> bool:
-        """Whether a task is held out, whatever other tasks exist."""
+        """Whether a task is held out; this does not depend on the other tasks."""
         return task in self.tasks if self.tasks is not None else self.place(task) < self.ratio * 2**64
 
 
 def read_tasks(path: Path) -> frozenset[str]:
-    """The tasks of a file with one task per line; empty lines are skipped.
+    """Read a file with one task per line; empty lines are skipped.
 
     Raises:
-        DataError: the file cannot be read, or lists no task.
+        DataError: the file cannot be read, or has no tasks.
     """
     from prmkit.rows import as_name  # it imports orjson, and --help does without
 
     try:
         tasks = frozenset(filter(None, map(as_name, path.read_text(encoding="utf-8-sig").splitlines())))
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}.") from error
+        raise DataError(f"{path}: {error.strerror}. Check the path.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8.") from error
+        raise DataError(f"{path}: not UTF-8. Save it as UTF-8.") from error
     if not tasks:
-        raise DataError(f"{path}: lists no task. Write one task per line, or hold out none with --eval-ratio 0.")
+        raise DataError(f"{path} has no tasks. Write one task per line, or hold out no tasks with --eval-ratio 0.")
     return tasks
 
 
 @dataclass(frozen=True)
 class LengthSettings:
-    """How rows are measured, and what happens to those that LLaMA Factory would cut."""
+    """The settings for measuring rows, and what to do with rows that LLaMA Factory would cut."""
 
     tokenizer: Path
     template: str | None
     cutoff_len: int
     too_long: LengthPolicy = "trim"
     packing: bool = False
-    """LLaMA Factory's `packing` or `neat_packing`: it then uses one token of `cutoff_len` itself."""
+    """Whether LLaMA Factory's `packing` or `neat_packing` is on: it then uses one token of `cutoff_len` itself."""
     default_system: str | None = None
     enable_thinking: bool | None = True
     trust_remote_code: bool = False
@@ -100,7 +100,7 @@ class LengthSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """One conversion."""
+    """The settings of one conversion."""
 
     inputs: tuple[str, ...]
     output: Path
@@ -118,22 +118,22 @@ class Settings:
     near_duplicates: Literal["keep", "drop"] = "keep"
     mask_leaked_scores: bool = False
     max_rejected: str | None = None
-    """A share (`5%`) or a number of rows; None is half of the rows."""
+    """A percentage (`5%`) or a number of rows; None is half of the rows."""
     task_variants: bool = True
     lengths: LengthSettings | None = None
     rubric: Path | None = None
     """The rubric for the steps of labelled runs; None is the default rubric."""
 
     def scale_of(self, judge: str | None) -> Scale | None:
-        """The scale that a judge uses; None for 0 to 1."""
+        """Return the scale of a judge; None for 0 to 1."""
         return self.scales.get(judge, self.scales.get(None))
 
     def file_name(self, name: str) -> str:
-        """The name of a report or list of rejected rows: a filtered conversion does not replace the main one's."""
+        """Name a report or a list of rejected rows: a filtered conversion does not replace the main one's."""
         return f"{self.name}.{name.removeprefix('conversion_')}" if self.filters else name
 
     def as_json(self) -> dict[str, Any]:
-        """The settings for the report."""
+        """Return the settings for the report."""
         values = {**asdict(self), "scales": {judge or "": asdict(scale) for judge, scale in self.scales.items()}}
         del values["split"]["from_report"]
         return {key: _plain(value) for key, value in values.items()}

@@ -1,8 +1,8 @@
-"""All rows of a conversion in one SQLite file, and the decisions about a row that need the whole input.
+"""All rows of a conversion in one SQLite file, and the decisions about a row that need the complete input.
 
-Rows cannot be placed while they are read: whether a prompt is also held out, or whether a judge repeats itself or
-answers on another scale, is known only at the end. Until then SQLite keeps the rows on disk, so memory does not grow
-with the input, and finds rows that belong together.
+Rows cannot be assigned to variants while they are read, because it depends on all rows whether a prompt is also held
+out, and whether a judge repeats itself or answers on another scale. Until the end, SQLite keeps the rows on disk, so
+memory does not grow with the input, and finds rows that belong together.
 """
 # ruff: noqa: S608 - queries consist of strings of this module; values from the data are bound
 
@@ -32,10 +32,10 @@ NEAR_DUPLICATE = "nearly repeats a held-out prompt"
 CONTESTED = "judges differ too much"
 OTHER_SCALE = "the judge uses another scale"
 JUDGES_COMPARED = 50
-"""The most judges to compare, those with the most rows: the number of pairs grows with the square of this number."""
+"""Compare at most this many judges, those with the most rows, because the number of pairs grows quadratically."""
 
 _LINE_BITS = 40
-"""The lowest bits of a row's number are its line; those above are the number of its source."""
+"""A row's number is `source << _LINE_BITS | line`."""
 
 _SCHEMA = """
 CREATE TABLE prompt (id INTEGER PRIMARY KEY, digest BLOB UNIQUE, system TEXT, text TEXT);
@@ -53,10 +53,10 @@ CREATE TABLE unit (name TEXT PRIMARY KEY, is_task INTEGER, held_out INTEGER) WIT
 CREATE TABLE consensus (number INTEGER PRIMARY KEY, scores TEXT, judges INTEGER, lightest INTEGER);
 CREATE VIEW kept AS SELECT * FROM row WHERE wanted AND status IS NULL;
 """
-# unit: what is held out as a whole: the task; the prompt of a row without one. slot: the clip of its trajectory.
-# question: the prompt without its system text. answer: a hash of the judge's text and of the metadata without the
-# reason why the judge was asked. weight: `prmkit.rows.WEIGHT`, 0 for a row without one. lightest: the prompt's row with
-# the lowest weight. Scores: hundredths.
+# unit: the unit of the split: the task; for a row without a task, the prompt. slot: the clip of its trajectory.
+# question: a hash of the prompt without its system prompt. answer: a hash of the judge's text and of the metadata
+# without the selection. weight: `prmkit.rows.WEIGHT`, 0 for a row without a weight. lightest: the prompt's row with the
+# lowest weight. Scores are in hundredths.
 
 
 class Stage:
@@ -66,12 +66,12 @@ class Stage:
         self.rows = sqlite3.connect(path, isolation_level=None)
         self.sources = list(sources)
         # The file is deleted with the conversion, so nothing in it needs to survive a crash.
-        # The page size comes before the cache size, which is converted to a number of pages at once.
+        # The page size must come before the cache size, which is immediately converted to a number of pages.
         self.rows.executescript("PRAGMA page_size=16384; PRAGMA cache_size=-32000; PRAGMA journal_mode=OFF;")
         self.rows.executescript("PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; BEGIN;" + _SCHEMA)
 
     def add_row(self, source: int, prepared: PreparedRow, measured: Measured) -> None:
-        """Add a row that can be used, unless other rows turn out to rule it out."""
+        """Add a usable row; later decisions may still reject it because of other rows."""
         row, prompt = prepared.row, prepared.prompt
         number = _number(source, prepared.line)
         scores = [(key, round(score * 100)) for key, score in prepared.scores.items()]
@@ -106,29 +106,29 @@ class Stage:
             "INSERT INTO body VALUES (?, ?, ?, ?)", (number, prepared.label, trimmed, orjson.dumps(sidecar))
         )
         self.rows.executemany(
-            "INSERT INTO score VALUES (?, ?, ?, ?)", [(number, place, *pair) for place, pair in enumerate(scores)]
+            "INSERT INTO score VALUES (?, ?, ?, ?)", [(number, position, *pair) for position, pair in enumerate(scores)]
         )
 
     def _prompt_id(self, digest: str, system: str | None, text: str) -> int:
         key = bytes.fromhex(digest)
-        found = self.rows.execute("SELECT id FROM prompt WHERE digest = ?", (key,)).fetchone()
-        if found:
-            return int(found[0])
+        row = self.rows.execute("SELECT id FROM prompt WHERE digest = ?", (key,)).fetchone()
+        if row:
+            return int(row[0])
         made = self.rows.execute("INSERT INTO prompt (digest, system, text) VALUES (?, ?, ?)", (key, system, text))
         return made.lastrowid or 0
 
     def add_rejected(self, source: int, row: RejectedRow) -> None:
-        """Add a row that is rejected whatever the other rows are."""
+        """Add a row that is rejected regardless of the other rows."""
         entry = rejected_entry(self.sources[source], row.line, row.reason, row.content)
         values = (_number(source, row.line), row.kind, row.reason, row.judge, row.tokens, entry)
         self.rows.execute("INSERT INTO rejected VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def index(self) -> None:
-        """Prepare for the decisions, after the last row was added."""
+        """Create the index that the decisions need, after the last row was added."""
         self.rows.execute("CREATE INDEX row_prompt ON row (prompt, judge)")
 
     def place(self, number: int) -> str:
-        """Where a row is in the input, as messages show it: `source:line`."""
+        """Return the location of a row in the input, `source:line`."""
         return f"{self.sources[number >> _LINE_BITS]}:{number & (1 << _LINE_BITS) - 1}"
 
     # --- decisions, in this order ---
@@ -143,12 +143,12 @@ class Stage:
                 )  # fmt: skip
 
     def assign_sides(self, split: Split) -> set[str]:
-        """Hold out whole tasks; with two or more, at least one is on each side.
+        """Hold out complete tasks; with two or more tasks, each split gets at least one.
 
         Returns:
             The tasks on the user's list that no row has.
         """
-        # A row without a task goes with rows of the same prompt that name one.
+        # Rows without a task inherit it from rows with the same prompt.
         self.rows.execute(
             "UPDATE row SET unit = named.unit FROM (SELECT prompt, min(unit) AS unit FROM row WHERE task IS NOT NULL "
             "GROUP BY prompt) AS named WHERE row.task IS NULL AND row.prompt = named.prompt"
@@ -160,35 +160,35 @@ class Stage:
         if split.tasks is None and split.ratio > 0 and units:
             tasks = [unit for unit, is_task in units if is_task]
             choice = tasks if len(tasks) > 1 else [unit for unit, _ in units]
-            by_place = sorted((split.place(unit), unit) for unit in choice)
-            held_out = held_out or {by_place[0][1]}
+            by_hash = sorted((split.place(unit), unit) for unit in choice)
+            held_out = held_out or {by_hash[0][1]}
             if held_out.issuperset(choice):
-                held_out.discard(by_place[-1][1])
+                held_out.discard(by_hash[-1][1])
         self.rows.executemany("INSERT INTO unit VALUES (?, ?, ?)", ((*unit, unit[0] in held_out) for unit in units))
         self.rows.execute("UPDATE row SET held_out = 1 WHERE unit IN (SELECT name FROM unit WHERE held_out)")
         return set(split.tasks or ()) - {unit for unit, is_task in units if is_task}
 
     def check_trajectories(self) -> None:
-        """Check that each clip of a trajectory has one prompt; otherwise several runs of a task would become one.
+        """Check that each clip of a trajectory has only one prompt; otherwise several attempts would be mixed up.
 
         Raises:
             DataError: a clip has several prompts.
         """
-        found = self.rows.execute(
+        clips = self.rows.execute(
             "SELECT trajectory, slot, min(number), max(number) FROM kept WHERE slot IS NOT NULL "
             "GROUP BY trajectory, slot HAVING count(DISTINCT question) > 1 ORDER BY min(number)"
         ).fetchall()
-        if found:
-            name, slot, *_ = found[0]
+        if clips:
+            name, slot, *_ = clips[0]
             lines = self.rows.execute(
                 "SELECT source, min(line) FROM kept WHERE trajectory = ? AND slot = ? GROUP BY question "
                 "ORDER BY min(number) LIMIT 2", (name, slot),
             )  # fmt: skip
-            places = " and ".join(f"{self.sources[source]}:{line}" for source, line in lines)
+            locations = " and ".join(f"{self.sources[source]}:{line}" for source, line in lines)
             raise DataError(
-                f"{len(found):,} clips have several prompts, such as {slot.split(chr(0))[0] or 'clip'} number "
-                f"{slot.split(chr(0))[-1]} of {name} ({places}). If {name} was run several times, give each run a "
-                'name: "trajectory_id" in the metadata.'
+                f"{len(clips):,} clips have more than one prompt, for example {slot.split(chr(0))[0] or 'clip'} number "
+                f"{slot.split(chr(0))[-1]} of {name} ({locations}). If these are several attempts at a task, set "
+                "metadata.trajectory_id for each."
             )
 
     def reject_prompts_on_both_sides(self) -> None:
@@ -233,14 +233,14 @@ class Stage:
     # --- counts ---
 
     def answered_again(self) -> int:
-        """How many answers are not the judge's first one to their prompt. Call it before duplicates are rejected."""
+        """Count the answers after a judge's first one to a prompt. Call it before duplicates are rejected."""
         (again,) = self.rows.execute(
             "SELECT total(n - 1) FROM (SELECT count(DISTINCT answer) AS n FROM kept GROUP BY prompt, judge)"
         ).fetchone()
         return int(again)
 
     def count_prompts(self) -> tuple[int, int]:
-        """The kept prompts, and those that a judge answered with more than one verdict."""
+        """Count the kept prompts, and those to which a judge gave different verdicts."""
         prompts, differently = self.rows.execute(
             "SELECT count(DISTINCT prompt), count(DISTINCT CASE WHEN answers > 1 THEN prompt END) "
             "FROM (SELECT prompt, count(*) AS answers FROM kept GROUP BY prompt, judge)"
@@ -248,7 +248,7 @@ class Stage:
         return prompts, differently
 
     def count_held_out(self) -> tuple[int, int, int, int]:
-        """The held-out tasks, all tasks, the held-out rows and all rows, of those that are kept."""
+        """Count the held-out tasks, all tasks, the held-out rows and all rows, of the kept rows."""
         tasks, all_tasks, rows, all_rows = self.rows.execute(
             "SELECT count(DISTINCT CASE WHEN held_out THEN task END), count(DISTINCT task), total(held_out), count(*) "
             "FROM kept"
@@ -258,7 +258,7 @@ class Stage:
     # --- judges ---
 
     def gather_voices(self) -> None:
-        """Give each judge one voice per prompt and key: the mean of its verdicts there."""
+        """Average each judge's scores per prompt and key, so that repeated answers do not count more."""
         self.rows.execute(
             "CREATE TABLE voice AS SELECT prompt, key, judge, min(evaluation_type) AS evaluation_type, "
             "avg(value) AS value FROM kept JOIN score USING (number) GROUP BY prompt, key, judge"
@@ -271,7 +271,7 @@ class Stage:
         )  # fmt: skip
 
     def agreement(self) -> Iterator[tuple[Any, ...]]:
-        """By evaluation type and pair of judges: prompts, scores, and the sums of x, y, x², y², xy and |x - y|."""
+        """Yield per evaluation type and pair of judges: prompts, scores, sums of x, y, x², y², xy and |x - y|."""
         return self.rows.execute(
             "SELECT a.evaluation_type, a.judge, b.judge, count(DISTINCT a.prompt), count(*), sum(a.value), "
             "sum(b.value), sum(a.value * a.value), sum(b.value * b.value), sum(a.value * b.value), "
@@ -281,7 +281,7 @@ class Stage:
         )
 
     def self_agreement(self) -> Iterator[tuple[Any, ...]]:
-        """Like `agreement`, for judges that answered a prompt more than once: judge, type, key, n, and the sums.
+        """Yield the same as `agreement` for judges that answered a prompt repeatedly: judge, type, key, n, and sums.
 
         Call it before duplicates are rejected. An identical copy of a row is not a second answer.
         """
@@ -296,7 +296,7 @@ class Stage:
         )
 
     def leniency(self) -> Leniency:
-        """How leniently each judge scores, from the prompts that several judges answered."""
+        """Estimate the leniency of each judge, from the prompts that several judges answered."""
         voices = self.rows.execute(
             "SELECT prompt, key, judge, value / 100.0 FROM voice WHERE judge IN compared ORDER BY prompt, key, judge"
         )
@@ -323,36 +323,36 @@ class Stage:
 def _consensus(
     rows: Sequence[tuple[int, int, str | None, str, int, float]], aggregate: Aggregate, leniency: Leniency
 ) -> tuple[int, bytes, int, int]:
-    """Number, scores in hundredths, how many judges and the lightest row, of the rows of one prompt."""
-    given: dict[str, dict[str | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Return row number, scores in hundredths, number of judges and lightest row, for the rows of one prompt."""
+    values_of: dict[str, dict[str | None, list[float]]] = defaultdict(lambda: defaultdict(list))
     of_row: dict[int, dict[str, int]] = defaultdict(dict)
     for _, number, judge, key, value, _ in rows:
         offset = 100 * leniency.offsets.get(judge, 0.0) if judge is not None else 0.0
-        given[key][judge].append(value - offset)
+        values_of[key][judge].append(value - offset)
         of_row[number][key] = value
     combine = fmean if aggregate == "mean" else median
-    whole = {
+    combined = {
         key: min(100.0, max(0.0, round(combine([fmean(values) for values in by_judge.values()]), 4)))
-        for key, by_judge in given.items()
+        for key, by_judge in values_of.items()
     }
 
     def distance(number: int) -> tuple[int, float, int]:
         scores = of_row[number]
-        return -len(scores), fmean(abs(score - whole[key]) for key, score in scores.items()), number
+        return -len(scores), fmean(abs(score - combined[key]) for key, score in scores.items()), number
 
     nearest = min(of_row, key=distance)
-    hundredths = {key: int(whole[key] + 0.5) for key in of_row[nearest]}
+    hundredths = {key: int(combined[key] + 0.5) for key in of_row[nearest]}
     _, lightest = min((weight, number) for _, number, *_, weight in rows)
     return nearest, orjson.dumps(hundredths), len({judge for _, _, judge, *_ in rows}), lightest
 
 
 def _number(source: int, line: int) -> int:
-    """A row's number: numbers sort as the input does, and `Stage.place` splits them again."""
+    """Return a row's number. Numbers sort in the order of the input, and `Stage.place` splits them again."""
     return source << _LINE_BITS | line
 
 
 def _slot(prepared: PreparedRow) -> str | None:
-    """The clip that a row is about, with the category for `category` evaluations; None for rows about all clips."""
+    """Return the key of a row's clip, with the category for `category` evaluations; None for rows about all clips."""
     row = prepared.row
     if row.clip_number is None or row.trajectory is None:
         return None
@@ -366,7 +366,7 @@ def _digest(text: str) -> bytes:
 
 @contextmanager
 def open_stage(path: Path, sources: Sequence[str]) -> Iterator[Stage]:
-    """A stage in a new file.
+    """Create a stage in a new file.
 
     Raises:
         OSError: the disk is full.

@@ -1,4 +1,4 @@
-"""From the stage to the variants' files: every row goes into each of its variants, in the order of the input."""
+"""Write each staged row into all of its variants, in the order of the input."""
 
 import hashlib
 import logging
@@ -26,28 +26,28 @@ log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
 _HELD = 8 << 20
-"""The most bytes to buffer before they are written, for all files together."""
+"""The maximum number of buffered bytes, for all files together."""
 
 
 # --- names --------------------------------------------------------------------------------------------------------
 
-# A judge with one of these names gets a hash after its name, whether or not the input has a variant that it would
-# clash with: names must not change when data arrives.
+# A judge with one of these names always gets a hash after its name, even without a clash, so that names do not change
+# when data is added.
 _RESERVED = {"full", "custom", "consensus", "eval"}
 _LONGEST = 60
-"""The most characters of a value that go into a dataset's name. File systems allow 255 bytes."""
+"""The maximum number of characters of a value in a dataset's name. File systems allow 255 bytes."""
 
 
 def held_out_name(variant: str) -> str:
-    """The name of a variant's held-out side."""
+    """Return the name of a variant's held-out split."""
     return variant + HELD_OUT_SUFFIX
 
 
 def name_values(types: Iterable[str], judges: Iterable[str], tasks: Iterable[str]) -> dict[tuple[str, str], str]:
-    """Name the variants of all evaluation types, judges and tasks: safe as file names, unique, the same in every run.
+    """Name the variants of all evaluation types, judges and tasks: safe as file names, unique, and stable.
 
-    Values that would get the same name all get a hash after it; so do values that are too long, or of which nothing is
-    left after unsafe characters are removed. The three standard evaluation types keep their plain names.
+    Values that would get the same name all get a hash after it; so do values that are too long, or that are empty after
+    unsafe characters are removed. The three standard evaluation types keep their plain names.
 
     Returns:
         The names by kind (`type`, `judge` or `task`) and value.
@@ -80,10 +80,10 @@ def _unique(key: tuple[str, str], safe: str, taken: Mapping[str, int]) -> str:
 
 
 class Written(NamedTuple):
-    """What was written."""
+    """The datasets that were written."""
 
     rows: Mapping[str, int]
-    """Dataset -> how many rows, in the order in which to list them."""
+    """Dataset -> number of rows, in the order in which to list the datasets."""
     entries: Mapping[str, Mapping[str, Any]]
     """The entries of dataset_info.json, in the same order."""
 
@@ -92,8 +92,8 @@ def write_variants(settings: Settings, stage: Stage, guard: LengthGuard | None, 
     """Write every kept row into its variants, with sidecars, and every rejected one into rejected.jsonl.
 
     Args:
-        settings: of the conversion.
-        stage: with all decisions taken.
+        settings: the settings of the conversion.
+        stage: the rows, after all decisions.
         guard: measures the labels of the consensus.
         output: an empty folder.
     """
@@ -108,9 +108,9 @@ def write_variants(settings: Settings, stage: Stage, guard: LengthGuard | None, 
             line = training_row(staged.prompt, staged.label, settings.form, _system(staged, with_system))
             for variant in _variants_of(staged, settings, names):
                 name = held_out_name(variant) if staged.held_out else variant
-                place = folders.get(variant, "") + name
-                append(f"{place}.jsonl", line)
-                append(f"{place}{SIDECAR_SUFFIX}", staged.sidecar + b"\n")
+                path = folders.get(variant, "") + name
+                append(f"{path}.jsonl", line)
+                append(f"{path}{SIDECAR_SUFFIX}", staged.sidecar + b"\n")
                 rows[name] += 1
             if staged.consensus and (made := _consensus_row(staged, settings, guard, with_system)):
                 name = held_out_name(consensus) if staged.held_out else consensus
@@ -130,8 +130,8 @@ def write_variants(settings: Settings, stage: Stage, guard: LengthGuard | None, 
 
 def _names(settings: Settings, stage: Stage) -> dict[tuple[str, str], str]:
     def values(column: str) -> list[str]:
-        found = stage.rows.execute(f"SELECT DISTINCT {column} FROM kept WHERE {column} IS NOT NULL ORDER BY {column}")  # noqa: S608
-        return [value for (value,) in found]
+        rows = stage.rows.execute(f"SELECT DISTINCT {column} FROM kept WHERE {column} IS NOT NULL ORDER BY {column}")  # noqa: S608
+        return [value for (value,) in rows]
 
     return name_values(values("evaluation_type"), values("judge"), values("task") if settings.task_variants else ())
 
@@ -148,9 +148,9 @@ class _StagedRow(NamedTuple):
     label: str
     sidecar: bytes
     consensus: bytes | None
-    """Scores in hundredths by key, if the row represents its prompt in the consensus."""
+    """Key -> score in hundredths, as JSON, if the row represents its prompt in the consensus."""
     judges: int | None
-    """How many judges the consensus combines."""
+    """The number of judges that the consensus combines."""
     lightest: bytes | None
     """The sidecar of the prompt's row with the lowest weight."""
 
@@ -183,7 +183,7 @@ def _system(row: _StagedRow, with_system: bool) -> str | None:
 
 @contextmanager
 def _appending(folder: Path) -> Iterator[Any]:
-    """A function that appends a line to a file, for thousands of files: each is open only while it is written to."""
+    """Yield a buffered append function for thousands of files: each file is open only while its buffer is written."""
     held: dict[str, list[bytes]] = {}
     size = 0
     (folder / TASKS).mkdir()
@@ -210,7 +210,7 @@ def _appending(folder: Path) -> Iterator[Any]:
 
 
 def _rejected_entries(stage: Stage, settings: Settings) -> Iterator[bytes]:
-    """The lines of rejected.jsonl in the order of the input."""
+    """Yield the lines of rejected.jsonl in the order of the input."""
     numbers = stage.rows.execute(
         "SELECT number, entry, NULL FROM rejected UNION ALL SELECT number, NULL, reason FROM row "
         "WHERE wanted AND status IS NOT NULL AND status != ? ORDER BY number", (DUPLICATE,),
@@ -229,9 +229,9 @@ def _rejected_entries(stage: Stage, settings: Settings) -> Iterator[bytes]:
 def _consensus_row(
     row: _StagedRow, settings: Settings, guard: LengthGuard | None, with_system: bool
 ) -> tuple[bytes, bytes] | None:
-    """The consensus row, with the combined scores of all judges, as two lines: for the file and for the sidecar.
+    """Return the consensus row, with the combined scores of all judges, as its line and its sidecar's line.
 
-    None if it must be left out.
+    Returns None for a row that must be left out.
     """
     sidecar = orjson.loads(row.sidecar)
     asked = asked_shape(restore(row.prompt), restore(row.system) if row.system else None)
@@ -244,7 +244,7 @@ def _consensus_row(
     prompt = row.prompt
     if guard:
         (measured,) = guard.fit([(row.system, prompt, label)])
-        if isinstance(measured, TooLong):  # the judge's own row fitted, if only by a token or two
+        if isinstance(measured, TooLong):  # the single judge's label may have been a few tokens shorter
             _warn_of_left_out(sidecar, measured.reason)
             return None
         prompt = measured.prompt
@@ -260,7 +260,7 @@ def _consensus_row(
 
 
 def _selected_as(metadata: Mapping[str, Any], lightest: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with the selection of the lightest row: what one judge was asked in any case was not selected."""
+    """Return the metadata with the selection of the lightest row: without one, if a judge got the prompt anyway."""
     return without_selection(metadata) | {
         name: lightest["metadata"][name] for name in (SELECTED_BY, WEIGHT) if name in lightest["metadata"]
     }
@@ -271,7 +271,7 @@ def _warn_of_left_out(sidecar: Mapping[str, Any], reason: str) -> None:
 
 
 def both_sides(rows: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Rows by variant and side."""
+    """Return variant -> number of rows in each split."""
     variants: Sequence[str] = list(dict.fromkeys(name.removesuffix(HELD_OUT_SUFFIX) for name in rows))
     return {
         variant: {"train": rows.get(variant, 0), "held_out": rows.get(held_out_name(variant), 0)}

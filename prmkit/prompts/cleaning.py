@@ -1,19 +1,19 @@
-r"""What is removed from texts before training and scoring: control tokens, and scores that give the answer away.
+r"""Escape special tokens and mask leaked scores, for training and for scoring.
 
-A trajectory is text from outside: a web page, a tool's output, an agent's thought. If it contains `<|im_end|>` or
-`[/INST]`, LLaMA Factory's tokenizer turns that into the real control token, and the page could close the user's turn
+A trajectory is untrusted text: a web page, a tool's output, an agent's thought. If it contains `<|im_end|>` or
+`[/INST]`, LLaMA Factory's tokenizer turns that into the real special token, and the page could close the user's turn
 and write the verdict itself. So every prompt and label passes through `neutralise`, at conversion and at scoring.
 
-The mark is one backslash after the first character: `<|im_end|>` becomes `<\|im_end|>`, `{{idx}}` becomes `{\{idx}}`.
-A string that already reads `<\|im_end|>` gets one more, so that `restore` gives every string back exactly.
+A special token is escaped by one backslash after its first character: `<|im_end|>` becomes `<\|im_end|>`, `{{idx}}`
+becomes `{\{idx}}`. A string that already reads `<\|im_end|>` gets one more, so every string round-trips through
+`restore`.
 In prompts `<think>` and `<tool_call>` stay unchanged: transcripts are full of them, and they do not end a turn.
 """
 
 import re
 
-# Everything that some model family's tokenizer, or LLaMA Factory itself, treats as control: the first character, then
-# what may follow it.
-_MARKERS = {
+# Special tokens of any model family, and of LLaMA Factory itself: the first character -> patterns of the rest.
+_SPECIAL = {
     "<": (
         r"\|[^\s|<>]{1,64}\|?>",  # ChatML, Llama 3, Phi, GLM, InternLM; Gemma 4 without the second bar
         r"[a-z_]{1,32}\|>",  # Gemma 4
@@ -35,41 +35,41 @@ _MARKERS = {
     r"\{": (r"\{(?:idx|content)\}\}",),  # slots of LLaMA Factory's formatter
 }
 # LLaMA Factory's reasoning templates (qwen3 …) cut thoughts out of answers and add an empty thought to answers without
-# one, so a summary that quotes `<think>` would be trained in another form than the other rows.
-_ANSWER_MARKERS = {**_MARKERS, "<": (*_MARKERS["<"], r"/?think>")}
+# one, so a row whose summary quotes `<think>` would be encoded differently from the other rows.
+_ANSWER_SPECIAL = {**_SPECIAL, "<": (*_SPECIAL["<"], r"/?think>")}
 
 
-def _patterns(markers: dict[str, tuple[str, ...]], between: str) -> list[re.Pattern[str]]:
-    # One search for each first character: a pattern that begins with one literal character is found with memchr, five
-    # times faster than an alternation of all.
-    return [re.compile(rf"{first}{between}(?=\\*(?:{'|'.join(rest)}))") for first, rest in markers.items()]
+def _patterns(tokens: dict[str, tuple[str, ...]], between: str) -> list[re.Pattern[str]]:
+    # One search per first character: a pattern that begins with a literal character is found with memchr, five times
+    # faster than one alternation of all.
+    return [re.compile(rf"{first}{between}(?=\\*(?:{'|'.join(rest)}))") for first, rest in tokens.items()]
 
 
-_PROMPT, _ANSWER = _patterns(_MARKERS, ""), _patterns(_ANSWER_MARKERS, "")
-_PROMPT_MARKED, _ANSWER_MARKED = _patterns(_MARKERS, r"\\"), _patterns(_ANSWER_MARKERS, r"\\")
+_PROMPT, _ANSWER = _patterns(_SPECIAL, ""), _patterns(_ANSWER_SPECIAL, "")
+_PROMPT_ESCAPED, _ANSWER_ESCAPED = _patterns(_SPECIAL, r"\\"), _patterns(_ANSWER_SPECIAL, r"\\")
 
 
 def neutralise(text: str, *, answer: bool = False) -> tuple[str, int]:
-    """Turn every control marker in `text` into plain text.
+    """Escape every special token in `text`, so that it becomes plain text.
 
     Args:
         text: a prompt or a label.
-        answer: whether `text` is the assistant's, in which thought tags also count as control markers.
+        answer: whether `text` is the assistant's, in which thought tags also count as special tokens.
 
     Returns:
-        The text, and the number of markers found in it.
+        The text, and the number of special tokens found in it.
     """
-    found = 0
+    count = 0
     for pattern in _ANSWER if answer else _PROMPT:
-        if pattern.search(text):  # a search is cheaper than preparing a replacement, and most texts have no marker
+        if pattern.search(text):  # a search is cheaper than preparing a replacement, and most texts have no match
             text, more = pattern.subn(r"\g<0>\\", text)
-            found += more
-    return text, found
+            count += more
+    return text, count
 
 
 def restore(text: str, *, answer: bool = False) -> str:
     """Undo `neutralise`: `restore(neutralise(text)[0]) == text` for every text, with the same `answer` in both."""
-    for pattern in reversed(_ANSWER_MARKED if answer else _PROMPT_MARKED):
+    for pattern in reversed(_ANSWER_ESCAPED if answer else _PROMPT_ESCAPED):
         text = pattern.sub(lambda match: match.group()[0], text)
     return text
 
@@ -83,7 +83,7 @@ MASK = "(Score: not shown)"
 
 
 def mask_leaked_scores(prompt: str) -> tuple[str, int]:
-    """Replace the scores of earlier evaluations in a prompt.
+    """Mask the scores of earlier evaluations in a prompt.
 
     Returns:
         The prompt, and how many scores were replaced.
@@ -92,10 +92,10 @@ def mask_leaked_scores(prompt: str) -> tuple[str, int]:
 
 
 def count_leaked_scores(prompt: str) -> int:
-    """How many scores of earlier evaluations a prompt contains."""
+    """Count the scores of earlier evaluations in a prompt."""
     return len(_SCORE.findall(prompt))
 
 
 def leaked_scores(prompt: str) -> list[float]:
-    """The scores of earlier evaluations in a prompt, in order."""
+    """Return the scores of earlier evaluations in a prompt, in order."""
     return [float(score) for score in _SCORE.findall(prompt)]

@@ -1,9 +1,9 @@
-"""Prompt and answer to token ids, exactly as LLaMA Factory encodes them for training.
+"""Encode prompts and answers exactly as LLaMA Factory encodes them for training.
 
-The length guard, the preflight and the judge all use this module, so a prompt has the same token ids in scoring as in
-training. It knows nothing about special tokens in texts: texts arrive neutralised, as in the training files.
+The length check, the preflight and the judge all use this module, so a prompt has the same token ids in scoring as in
+training. Special tokens in the texts must already be escaped, as in the training files.
 
-`limited` is for whoever runs the chat template that comes with a model.
+Use `limited` around any call that renders a model's own chat template.
 """
 
 import copy
@@ -23,15 +23,15 @@ from prmkit.errors import DataError, UsageError
 
 
 class EncodesPrompts(Protocol):
-    """Anything that encodes prompts."""
+    """An object that encodes prompts."""
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
-        """Token ids of the prompt, up to where the answer begins."""
+        """Return the token ids of the prompt, up to the beginning of the answer."""
 
 
 @dataclass(frozen=True)
 class ChatEncoding:
-    """A tokenizer together with one of LLaMA Factory's chat templates."""
+    """A tokenizer with one of LLaMA Factory's chat templates."""
 
     tokenizer: Any
     """A `transformers` tokenizer, with the special tokens that the template needs."""
@@ -41,13 +41,13 @@ class ChatEncoding:
     """The model's own chat template; some of LLaMA Factory's templates replace the tokenizer's."""
 
     def pair_ids(self, prompt: str, answer: str, system: str | None = None) -> tuple[list[int], list[int]]:
-        """Token ids of one training row, before truncation: the prompt's, and the answer's with its end of turn.
+        """Return a training row's token ids, before truncation: the prompt's, and the answer's with its end of turn.
 
         Args:
             prompt: the user's turn.
             answer: the assistant's turn.
-            system: the row's `system` column, which replaces the default system; None and "" leave the default, as
-                LLaMA Factory does for a row whose column is empty.
+            system: the row's `system` column, which replaces the default system prompt; None and "" keep the default,
+                as in LLaMA Factory for a row whose column is empty.
         """
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         ((prompt_ids, answer_ids),) = self.template.encode_multiturn(self.tokenizer, messages, system, None)
@@ -57,14 +57,14 @@ class ChatEncoding:
         return prompt_ids, answer_ids
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
-        """Token ids of the prompt, up to where the answer begins."""
+        """Return the token ids of the prompt, up to the beginning of the answer."""
         return self.pair_ids(prompt, "", system)[0]
 
     def opened_ids(self, prompt: str, answer_so_far: str, system: str | None = None) -> list[int]:
-        """Token ids of the prompt and an unfinished answer: those of training, without the end of turn.
+        """Return the token ids of the prompt and an unfinished answer, as in training but without the end of turn.
 
         Raises:
-            UsageError: this template's end of turn merges with the answer's last token, so an answer cannot stay open.
+            UsageError: this template's end of turn merges with the answer's last token, so it cannot be removed.
         """
         prompt_ids, answer_ids = self.pair_ids(prompt, answer_so_far, system)
         end = self._end_of_turn_ids
@@ -76,22 +76,22 @@ class ChatEncoding:
 
     @cached_property
     def empty_prompt_length(self) -> int:
-        """The number of token ids of a prompt that says nothing."""
+        """The number of token ids of an empty prompt."""
         return len(self.prompt_ids(""))
 
     @cached_property
     def _end_of_turn_ids(self) -> list[int]:
-        # Some templates (mistral) also write something before the answer, so a placeholder shows where the answer is.
+        # Some templates (mistral) also write something before the answer, so a placeholder marks the answer's position.
         content = "\N{OBJECT REPLACEMENT CHARACTER}"
         elements = self.template.format_assistant.apply(content=content)
-        place = next(index for index, element in enumerate(elements) if isinstance(element, str) and content in element)
-        after = [elements[place].partition(content)[2], *elements[place + 1 :]]
+        answer = next(i for i, element in enumerate(elements) if isinstance(element, str) and content in element)
+        after = [elements[answer].partition(content)[2], *elements[answer + 1 :]]
         end: list[int] = self.template._convert_elements_to_ids(self.tokenizer, after)
         return [*end, self.tokenizer.eos_token_id] if self.template.efficient_eos else end
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Identifies the tokenizer: the SHA-256 of its JSON, in hexadecimal; without one, of its vocabulary."""
+        """The SHA-256 of the tokenizer's JSON or, without it, of its vocabulary; in hexadecimal."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(content.encode()).hexdigest()
@@ -112,17 +112,17 @@ def load_encoding(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
 ) -> ChatEncoding:
-    """Load the tokenizer of `model_folder` and fit one of LLaMA Factory's templates to it.
+    """Load the tokenizer of `model_folder` with one of LLaMA Factory's templates.
 
-    Takes about 8 seconds, nearly all of it LLaMA Factory's imports.
+    Takes about 8 seconds, mostly for LLaMA Factory's imports.
 
     Args:
         model_folder: the folder with the tokenizer's files.
         template: a name that LLaMA Factory knows (`qwen`, `llama3`, …); None parses the tokenizer's chat template.
-        default_system: LLaMA Factory's key of this name; None keeps the template's default, "" leaves it out.
+        default_system: LLaMA Factory's key of this name; None keeps the template's default, "" removes it.
         enable_thinking: LLaMA Factory's key of this name; only reasoning templates (`qwen3`, …) use it.
         trust_remote_code: run Python code that comes with the model.
-        local_files_only: do not contact the hub if `model_folder` is the name of a model there.
+        local_files_only: do not contact the hub, even if `model_folder` is the name of a model there.
 
     Raises:
         DataError: the folder has no tokenizer that `transformers` can load.
@@ -149,7 +149,7 @@ def load_encoding(
     try:
         return ChatEncoding(tokenizer, get_template_and_fix_tokenizer(tokenizer, arguments), own)
     finally:
-        # get_template_and_fix_tokenizer writes the system text and the thinking mode into the shared registry.
+        # get_template_and_fix_tokenizer writes the system prompt and the thinking mode into the shared registry.
         TEMPLATES.update(registry)
 
 
@@ -163,19 +163,19 @@ def _nearest(name: str, known: Any) -> str:
 # --- limits for the model's chat template -----------------------------------------------------------------------------
 
 # A chat template is a program: `{% for %}` loops of any length, `'x' * 10**10`. The sandbox in which transformers
-# renders it keeps it away from files, but lets it run for days.
+# renders it blocks access to files, but limits neither time nor memory.
 
 
 @contextmanager
 def limited(what: str, *, seconds: float = 10.0, memory: int = 1 << 30) -> Iterator[None]:
-    """Limit how long a block runs, and how much memory it takes on top of what the process has now.
+    """Limit how long a block runs, and how much memory it takes in addition to what the process has now.
 
     Works only in the main thread, because it uses SIGALRM, and cannot be nested.
 
     Args:
-        what: the subject of the error message, such as `chat_template.jinja`.
-        seconds: of wall-clock time.
-        memory: bytes of address space.
+        what: the subject of the error message, for example `chat_template.jinja`.
+        seconds: the limit of wall-clock time.
+        memory: the limit of additional address space, in bytes.
 
     Raises:
         DataError: a limit was reached.

@@ -1,16 +1,16 @@
-"""The prompt that asks a judge for one step of a run: one builder for labelling, training and scoring.
+"""Build the prompt about one step of a run: the only builder, for labelling, training and scoring.
 
-A rubric is a small YAML file that says what to ask a judge of single steps: score keys, rules, anchors, and how much
-context it gets. It has everything that shapes a prompt besides the run, so one hash shows whether two sets of rows, or
-a row and a judge, use the same questions.
+A rubric is a small YAML file with what to ask a judge of single steps: score keys, rules, anchors, and the size of the
+context. It has everything that shapes a prompt besides the run, so one hash shows whether two sets of rows, or a row
+and a judge, use the same rubric.
 
-A prompt has nothing that is missing when a raw run is scored: no summaries, no earlier scores, no outcome, no solution.
-The prompts of a run share their prefix, so that a prefix cache reads the run once instead of once per step:
+A prompt contains nothing that is missing when a raw run is scored: no summaries, no earlier scores, no outcome, no
+solution. The prompts of a run share their prefix, so that a prefix cache reads the run once instead of once per step:
 
     rubric (constant) · system, tools, task · earlier steps · this step · question
 
-An earlier step has the same form in all later prompts: it is shortened once, when it stops being the current one. The
-oldest steps are dropped in blocks of half the history: dropping one at a time would change every following prompt.
+An earlier step is the same text in all later prompts: it is shortened once, when it stops being the current one. The
+oldest steps are dropped in blocks of half the history, because dropping one at a time would change every later prompt.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ from prmkit.verdict.types import is_score_key
 
 DEFAULT_RUBRIC = Path(__file__).with_name("step_score.yaml")
 BUILDER_VERSION = 1
-"""Incremented when the form of the prompts changes, so that a judge never gets prompts of another form."""
+"""The version of the prompts' format, incremented with every change, so that a judge gets only prompts in its own."""
 _KEY = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _LARGEST_SHARE = 0.2
-"""The largest share of the context for the rubric itself: the rest is for the run."""
+"""The maximum fraction of the context for the rubric; the rest is for the run."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Rubric:
     keys: tuple[str, ...]
     """Score keys, in order."""
     instructions: str
-    """What to judge, and by which rules. Every prompt begins with it."""
+    """The beginning of every prompt: what to judge, and by which rules."""
     anchors: tuple[str, ...]
-    """What the scores mean, one line each."""
+    """The meanings of some scores, one line each."""
     error_types: tuple[str, ...]
-    """The names that `error_type` may have; empty to leave it out of the verdict."""
+    """The values that `error_type` may have; empty for verdicts without it."""
     context_tokens: int
-    """The longest prompt, in tokens of three bytes of UTF-8: no tokenizer is known when labels are made."""
+    """The maximum length of a prompt, in pseudo-tokens (3 UTF-8 bytes each): labelling does not know the tokenizer."""
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies the rubric together with the form of the prompts."""
+        """The hash of the rubric and of the version of the prompts' format."""
         content = json.dumps([BUILDER_VERSION, asdict(self)], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -65,7 +65,7 @@ class Rubric:
 
     @property
     def schema(self) -> str:
-        """The form of the requested verdict: scores first, and no numbers that a judge could copy."""
+        """The schema of the requested verdict: scores first, and no numbers that a judge could copy."""
         scores = ", ".join(f'"{key}": <score>' for key in self.keys)
         is_alone = len(self.keys) == 1 and is_score_key(self.keys[0])  # its name says that it is a score
         first = scores if is_alone else f'"scores": {{{scores}}}'
@@ -74,7 +74,7 @@ class Rubric:
 
 
 def tokens(text: str) -> int:
-    """The length of a text in the unit of `Rubric.context_tokens`: too high for English, about right for code."""
+    """Return the length of a text in pseudo-tokens of 3 bytes: too high for English, about right for code."""
     return -(-len(text.encode("utf-8", "surrogatepass")) // 3)
 
 
@@ -82,7 +82,7 @@ def load_rubric(path: Path | None = None) -> Rubric:
     """Read a rubric; the default one without a path.
 
     Raises:
-        UsageError: the file is missing, or something in it is missing, misspelt or of the wrong type.
+        UsageError: the file or one of its keys is missing, or a key is misspelt or has a value of the wrong type.
     """
     path = path or DEFAULT_RUBRIC
     return _checked(read_plain_yaml(path), path)
@@ -91,7 +91,7 @@ def load_rubric(path: Path | None = None) -> Rubric:
 def _checked(content: Any, path: Path) -> Rubric:
     kinds = {"keys": list, "instructions": str, "anchors": dict, "error_types": list, "context_tokens": int}
     if not isinstance(content, dict) or content.keys() - kinds or kinds.keys() - {"error_types"} - content.keys():
-        raise UsageError(f"{path}: a rubric has {', '.join(kinds)} and nothing else (error_types may be missing).")
+        raise UsageError(f"{path}: a rubric has the keys {', '.join(kinds)} and no others (error_types is optional).")
     for name, value in content.items():
         if type(value) is not kinds[name]:
             raise UsageError(f"{path}: {name} is {value!r:.40}, but must be {_WORDS[kinds[name]]}.")
@@ -101,20 +101,20 @@ def _checked(content: Any, path: Path) -> Rubric:
         or len(set(map(str, keys))) < len(keys)
         or not all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys)
     ):
-        raise UsageError(f"{path}: keys must be different names in lower case, such as step_score.")
+        raise UsageError(f"{path}: keys must be different names in lower case, for example step_score.")
     anchors = tuple(f"{_anchor(score, path)}: {meaning}" for score, meaning in content["anchors"].items())
     types = tuple(map(str, content.get("error_types") or ()))
     rubric = Rubric(tuple(keys), content["instructions"].strip(), anchors, types, content["context_tokens"])
     needed = int(tokens(rubric.text) / _LARGEST_SHARE)
     if rubric.context_tokens < needed:
         raise UsageError(
-            f"{path}: context_tokens is {rubric.context_tokens}, of which the rubric's text leaves too little "
+            f"{path}: context_tokens is {rubric.context_tokens}, and the rubric's text leaves too little of it "
             f"for the run. Set at least {needed}, or shorten the text."
         )
     return rubric
 
 
-_WORDS = {list: "a list", str: "text", dict: "a mapping from score to meaning", int: "a whole number"}
+_WORDS = {list: "a list", str: "a string", dict: "a mapping from score to meaning", int: "an integer"}
 
 
 def _anchor(score: Any, path: Path) -> str:
@@ -123,23 +123,23 @@ def _anchor(score: Any, path: Path) -> str:
     return f"{score:.2f}"
 
 
-# Shares of the context. A smaller part leaves its room to the current step, which always has at least the rest.
+# Maximum fractions of the context. Unused budget goes to the current step, which always has at least the rest.
 _SYSTEM, _TASK, _TOOLS, _HISTORY, _EARLIER_STEP = 0.12, 0.12, 0.06, 0.3, 0.06
 _LONGEST_DESCRIPTION = 200
-"""The most characters of a tool's description."""
+"""The maximum number of characters of a tool's description."""
 _OUR_TAGS = re.compile(r"<(?=/?(?:task|system|tools|step|message|omitted)\b)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class StepPrompt:
-    """One prompt."""
+    """The prompt about one step."""
 
     step: Step
     text: str
 
 
 def step_prompts(run: Trajectory, rubric: Rubric) -> Iterator[StepPrompt]:
-    """The prompts of all steps of a run, in order. Takes time linear in the length of the prompts."""
+    """Yield the prompts of all steps of a run, in order. Takes time linear in the length of the prompts."""
     opening = _opening(run, rubric)
     room = rubric.context_tokens
     earlier: list[str] = []
@@ -160,13 +160,13 @@ def step_prompts(run: Trajectory, rubric: Rubric) -> Iterator[StepPrompt]:
 
 
 _RUN_TOKENS = 100_000
-"""Context tokens for a prompt with a whole run: what fits into the contexts of strong judges."""
+"""Context tokens for a prompt with a complete run, which fit into the contexts of strong judges."""
 
 
 def run_prompt(run: Trajectory, rubric: Rubric) -> str:
-    """One prompt for all steps of a run, for strong judges with a long context, which makes labels cheaper.
+    """Build one prompt about all steps of a run, for strong judges with a long context; this makes labels cheaper.
 
-    Every step has the same room, at least that of an earlier step in a step's prompt. The judge's answer still becomes
+    All steps get the same budget, at least that of an earlier step in a step's prompt. The judge's answer still becomes
     the label of each step's own prompt.
     """
     room = max(int(rubric.context_tokens * _EARLIER_STEP), _RUN_TOKENS // len(run.steps))
@@ -180,7 +180,7 @@ def run_prompt(run: Trajectory, rubric: Rubric) -> str:
 
 
 def _opening(run: Trajectory, rubric: Rubric) -> str:
-    """The common beginning of all prompts of the run."""
+    """Return the common beginning of all prompts of the run."""
     room = rubric.context_tokens
     parts = [rubric.text]
     if run.system:
@@ -201,33 +201,33 @@ def _tools(run: Trajectory) -> str:
     return "\n".join(lines)
 
 
-def _block(step: Step, room: int) -> str:
-    """A step with what arrived before it, in at most `room` tokens."""
-    arrived = "".join(
+def _block(step: Step, budget: int) -> str:
+    """Return a step with the messages before it, in at most `budget` tokens."""
+    incoming = "".join(
         f'<message from="{_attribute(message.role)}">\n{_data(message.text)}\n</message>\n' for message in step.incoming
     )
     agent = f' agent="{_attribute(step.agent)}"' if step.agent else ""
     begin, end = f'<step n="{step.n}"{agent}>\n', "\n</step>\n"
-    inside = room - tokens(begin + end)
-    arrived = shortened(arrived, max(inside // 3, inside - tokens(step_text(step))))
-    return f"{arrived}{begin}{shortened(step_text(step), inside - tokens(arrived))}{end}"
+    inside = budget - tokens(begin + end)
+    incoming = shortened(incoming, max(inside // 3, inside - tokens(step_text(step))))
+    return f"{incoming}{begin}{shortened(step_text(step), inside - tokens(incoming))}{end}"
 
 
 def step_text(step: Step) -> str:
-    """What the agent thought, wrote and called in a step, and the results."""
+    """Return what the agent thought, wrote and called in a step, and the results."""
     parts = [f"Thought: {_data(step.thought)}"] if step.thought else []
     if step.text:
         parts.append(f"Text: {_data(step.text)}")
     results = {result.call_id: result for result in step.results}
-    placed = set()
+    used = set()
     for call in step.calls:
         parts.append(f"Call: {_data(call.name)} {_data(_json(call.arguments))}")
-        if call.id in results and call.id not in placed:
+        if call.id in results and call.id not in used:
             parts.append(_result(results[call.id]))
-            placed.add(call.id)
+            used.add(call.id)
         else:
             parts.append("Result: (not recorded)")
-    parts += [_result(result) for result in step.results if result.call_id not in placed]
+    parts += [_result(result) for result in step.results if result.call_id not in used]
     return "\n".join(parts)
 
 
@@ -236,10 +236,9 @@ def _result(result: Any) -> str:
 
 
 def _question(step: Step, rubric: Rubric) -> str:
-    place = "the last step of the run" if step.last else "more steps follow"
-    return (
-        f"\nJudge step {step.n} ({place}). Answer with one line of JSON, scores from 0.00 to 1.00:\n{rubric.schema}\n"
-    )
+    position = "the last step of the run" if step.last else "more steps follow"
+    end = f"Answer with one line of JSON, scores from 0.00 to 1.00:\n{rubric.schema}\n"
+    return f"\nJudge step {step.n} ({position}). {end}"
 
 
 def _json(value: Any) -> str:
@@ -251,7 +250,7 @@ def _tagged(tag: str, text: str) -> str:
 
 
 def _data(text: str) -> str:
-    """Text of the run with our own tags broken up, so that it cannot end its part of the prompt and begin another."""
+    """Escape prmkit's own tags in text of the run, so that it cannot end its part of the prompt and begin another."""
     return _OUR_TAGS.sub(r"<\\", text)
 
 
@@ -259,12 +258,12 @@ def _attribute(text: str) -> str:
     return re.sub(r'["<>\s]+', " ", text)[:60]
 
 
-def shortened(text: str, room: int) -> str:
-    """The head and tail of a text that is longer than `room` tokens, with a mark for what is left out between them."""
-    if tokens(text) <= room:
+def shortened(text: str, budget: int) -> str:
+    """Shorten a text to `budget` tokens: its head and its tail, with a mark in place of the middle."""
+    if tokens(text) <= budget:
         return text
     data = text.encode("utf-8", "surrogatepass")
-    kept = max(room * 3 - len(" [... 000,000,000 characters left out ...] "), 0)
+    kept = max(budget * 3 - len(" [... 000,000,000 characters left out ...] "), 0)
     head = data[: kept * 2 // 3].decode("utf-8", "ignore")
     tail = data[len(data) - kept // 3 :].decode("utf-8", "ignore")
     return f"{head} [... {len(text) - len(head) - len(tail):,} characters left out ...] {tail}"

@@ -1,1 +1,1 @@
-"""Importing agent runs: any common form in, one record out, with the labels that people gave."""
+"""Import agent runs: any common format in, one trajectory record out, with human labels."""

@@ -1,4 +1,4 @@
-"""What `import_trajectories.py` does: runs in, records or labelled rows out, and a report on both."""
+"""The command `import_trajectories.py`: runs in, trajectory records or labelled rows out, and a report."""
 
 import argparse
 from collections import Counter
@@ -24,11 +24,11 @@ _OTHER_LABELS = ("steps", "column")
 
 
 def import_runs(arguments: argparse.Namespace) -> ExitCode:
-    """Read runs and write them as records, or the labelled steps as rows.
+    """Read runs and write them as trajectory records, or their labelled steps as rows.
 
     Raises:
-        DataError: nothing was read, or an input cannot be read.
-        UsageError: a form is ambiguous, or the arguments contradict each other.
+        DataError: an input cannot be read, or no run or labelled step was found.
+        UsageError: a format is ambiguous, or the arguments contradict each other.
     """
     options = _options(arguments)
     reports: list[FileReport] = []
@@ -49,20 +49,19 @@ def import_runs(arguments: argparse.Namespace) -> ExitCode:
 
 
 def _options(arguments: argparse.Namespace) -> Options:
-    name, form = arguments.labels, arguments.format
-    public = None
+    name, public = arguments.labels, None
     if name is not None and name not in _OTHER_LABELS:
         public = set_named(name)
         if public is None:
             raise UsageError(f"--labels {name}: unknown. Known: {', '.join((*_OTHER_LABELS, *SETS))}.")
     if (name == "column") != (arguments.label_key is not None):
-        raise UsageError("--labels column and --label-key NAME go together: the key names the column with the labels.")
+        raise UsageError("--labels column requires --label-key NAME, and --label-key requires --labels column.")
     if arguments.rubric and not name:
-        raise UsageError("--rubric is for prompts, which only --labels writes. Leave it out, or add --labels.")
+        raise UsageError("--rubric is for the prompts, which only --labels writes. Leave it out, or add --labels.")
     keys = Keys(
         arguments.task_key, arguments.outcome_key, arguments.list_key, arguments.label_key, arguments.label_scale
     )
-    return Options(form, keys, arguments.keep_secrets, public)
+    return Options(arguments.format, keys, arguments.keep_secrets, public)
 
 
 def _check_output(output: Path, inputs: list[str]) -> None:
@@ -70,18 +69,18 @@ def _check_output(output: Path, inputs: list[str]) -> None:
     for given in map(Path, inputs):
         inside = given.is_dir() and output.resolve().is_relative_to(given.resolve())
         if inside or given.resolve() in (output.resolve(), runs_beside(output).resolve()):
-            raise UsageError(f"--output {output} is among the inputs, and would be read next time. Write it elsewhere.")
+            raise UsageError(f"--output {output} is one of the inputs or inside one. Choose a path outside of them.")
 
 
-def _lines(arguments: argparse.Namespace, runs: Iterator[Trajectory], whole: BinaryIO | None) -> Iterator[bytes]:
-    """Write records; or rows of labelled steps, with the whole runs in a separate file."""
-    if whole is None:
+def _lines(arguments: argparse.Namespace, runs: Iterator[Trajectory], runs_file: BinaryIO | None) -> Iterator[bytes]:
+    """Yield trajectory records; or rows of labelled steps, with the complete runs in a separate file."""
+    if runs_file is None:
         yield from map(dump, runs)
         return
     rubric = load_rubric(arguments.rubric)
     for run in runs:
         if any(step.label is not None for step in run.steps):
-            whole.write(dump(run))
+            runs_file.write(dump(run))
         for row in rows_of(run, rubric):
             yield orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
@@ -92,7 +91,7 @@ def _check_written(written: int, reports: list[FileReport], arguments: argparse.
     warn_of_losses(reports)
     if any(report.runs for report in reports):
         raise DataError("no step of these runs has a label. Leave out --labels to import only the runs.")
-    raise DataError(f"{', '.join(arguments.inputs)}: no run was read. The lines above say why, file by file.")
+    raise DataError(f"{', '.join(arguments.inputs)}: no run could be read; see the warnings above.")
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -100,22 +99,22 @@ def _check_written(written: int, reports: list[FileReport], arguments: argparse.
 
 def _summarise(reports: list[FileReport], output: Path, written: int, what: str) -> None:
     warn_of_losses(reports)
-    forms: dict[str, Counter[str]] = {}
+    formats: dict[str, Counter[str]] = {}
     for report in reports:
         if report.format and not report.passed_over:
             counts = {"files": 1, "runs": report.runs, "steps": report.steps, "labels": report.labels}
-            forms.setdefault(report.format, Counter()).update(counts)
-    columns = ("form", "files", "runs", "steps", "labels")
-    table = [(form, *(f"{counts[name]:,}" for name in columns[1:])) for form, counts in forms.items()]
+            formats.setdefault(report.format, Counter()).update(counts)
+    columns = ("format", "files", "runs", "steps", "labels")
+    table = [(name, *(f"{counts[column]:,}" for column in columns[1:])) for name, counts in formats.items()]
     cli.emit_table("", columns, table, numeric=columns[1:])
     for line in totals(reports):
         cli.emit(line)
-    passed_over = sum(report.passed_over is not None for report in reports)
-    if passed_over:
-        cli.emit(f"skipped files: {passed_over}")
+    skipped = sum(report.passed_over is not None for report in reports)
+    if skipped:
+        cli.emit(f"skipped files: {skipped}")
     cli.emit(f"{output}: {written:,} {what}")
     if what == "rows":
-        cli.emit(f"{runs_beside(output)}: the whole runs, which evaluate_judge.py --exam {output} reads")
+        cli.emit(f"{runs_beside(output)}: the complete runs, which evaluate_judge.py --exam {output} reads")
 
 
 def _as_json(reports: list[FileReport], output: Path, written: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""From one message to turns, in every dialect in which agents' messages are written.
+"""Normalise a message of any framework into turns.
 
 OpenAI chat (`tool_calls`, the older `function_call`), ShareGPT (`from`, `value`), Anthropic blocks, LangChain (`type`,
-or serialised with `lc`), tau2 (`requestor`), OTel GenAI (`parts`), Vercel AI SDK parts. The dialects may be
-mixed: each message is read according to its own fields.
+or serialised with `lc`), tau2 (`requestor`), OTel GenAI (`parts`), Vercel AI SDK parts. These may be mixed:
+each message is read according to its own fields.
 """
 
 import json
@@ -32,7 +32,7 @@ _THINK = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
 
 
 def parsed(value: Any) -> Any:
-    """A value that may be JSON in a string."""
+    """Decode a value that may be a JSON string."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return orjson.loads(value)
@@ -42,7 +42,7 @@ def parsed(value: Any) -> Any:
 
 
 def role_name(message: Any) -> str | None:
-    """The role of a message as its source writes it, in lower case; None for a value that is not a message."""
+    """Return the role of a message as the source writes it, in lower case; None for a value that is not a message."""
     if not isinstance(message, dict):
         return None
     message = unwrapped(message)
@@ -54,12 +54,12 @@ def role_name(message: Any) -> str | None:
 
 
 def is_message_list(value: Any) -> bool:
-    """Whether a value is a list of messages, judged by its first and its last element."""
+    """Whether a value is a list of messages, by its first and its last element."""
     return isinstance(value, list) and bool(value) and bool(role_name(value[0])) and bool(role_name(value[-1]))
 
 
 def unwrapped(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message without the wrapping of LangChain or of a list of choices (ART)."""
+    """Unwrap a message of LangChain or of a list of choices (ART)."""
     if message.get("lc") and isinstance(message.get("kwargs"), dict):
         path = message.get("id")
         name = str(path[-1]) if isinstance(path, list) and path else ""
@@ -72,22 +72,22 @@ def unwrapped(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def turns_of(messages: Sequence[Any], lost: Counter[str]) -> list[Turn]:
-    """The turns of a list of messages, each with the position of its message."""
+    """Return the turns of a list of messages, each with the index of its message."""
     turns: list[Turn] = []
     for index, message in enumerate(messages):
         if role_name(message) is None:
-            lost["entries that are not messages"] += 1
+            lost["non-message entries"] += 1
         else:
             turns += [replace(turn, index=index) for turn in read_message(message, lost)]
     return turns
 
 
 def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
-    """The turns of one message: several if a user's message also has tool results.
+    """Return the turns of one message: several if a user's message also has tool results.
 
     Args:
-        message: one in which `role_name` finds a role.
-        lost: counts what cannot be placed.
+        message: a message in which `role_name` finds a role.
+        lost: counts dropped or irregular content.
     """
     name, message = role_name(message) or "", unwrapped(message)
     role = ROLES.get(name)
@@ -96,7 +96,7 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
     if name in ("tool", "tool_response") and isinstance(message.get("tool_messages"), list):  # tau2
         return [turn for each in message["tool_messages"] for turn in read_message({"role": "tool"} | each, lost)]
     if message.get("requestor") == "user":  # tau2: the user's device, not the agent's tool
-        lost["calls and results of the user"] += 1
+        lost["user tool calls and results"] += 1
         return []
     parts = Parts(lost)
     parts.add(_content(message))
@@ -104,12 +104,12 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
         return [Turn("tool", results=(*parts.results, *_results(message, parts)))]
     if role in ("system", "user"):
         if message.get("tool_calls"):
-            lost["calls and results of the user"] += len(message["tool_calls"])
+            lost["user tool calls and results"] += len(message["tool_calls"])
         speaker = message.get("name") if role == "user" and isinstance(message.get("name"), str) else None
-        said = [Turn(role, parts.text(), speaker=speaker)] if parts.text() or not parts.results else []
-        return ([Turn("tool", results=tuple(parts.results))] if parts.results else []) + said
+        spoken = [Turn(role, parts.text(), speaker=speaker)] if parts.text() or not parts.results else []
+        return ([Turn("tool", results=tuple(parts.results))] if parts.results else []) + spoken
     if role is None:
-        lost[f"roles read as an agent's name: {name[:40]}"] += 1
+        lost[f"unknown roles treated as agents: {name[:40]}"] += 1
     return [_agent_turn(message, parts, str(message.get("role") or name) if role is None else None, lost)]
 
 
@@ -125,7 +125,7 @@ def _agent_turn(message: Mapping[str, Any], parts: "Parts", named: str | None, l
         thoughts.append(match.group(1).strip())
         text = text[match.end() :]
     speaker = named or message.get("name") or message.get("agent")
-    # Results inside an agent's message: tools that ran on the model's side.
+    # Results inside an agent's message: server-side tools.
     return Turn(
         "agent",
         text,
@@ -153,14 +153,14 @@ def _calls(message: Mapping[str, Any], lost: Counter[str]) -> list[Call]:
 
 
 def _distinct(calls: Sequence[Call]) -> tuple[Call, ...]:
-    """Calls without repetitions: LangChain lists those of Anthropic's models both in `content` and in `tool_calls`."""
+    """Remove repeated calls: LangChain lists those of Anthropic's models both in `content` and in `tool_calls`."""
     known = {call.id: call for call in reversed(calls) if call.id is not None}
     return tuple(call for call in calls if call.id is None or known.get(call.id) is call)
 
 
 def read_call(value: Any, lost: Counter[str]) -> Call | None:
-    """A tool call in any dialect; None, and counted as lost, if it has no name."""
-    value = mapping(parsed(value))  # verifiers writes calls as JSON in strings
+    """Return a tool call of any framework; None, and counted in `lost`, if it has no name."""
+    value = mapping(parsed(value))  # verifiers writes calls as JSON strings
     function = value.get("function")
     body = function if isinstance(function, dict) else value
     name = body.get("name") or body.get("toolName") or function  # Inspect: the function is the name
@@ -194,7 +194,7 @@ def _results(message: Mapping[str, Any], parts: "Parts") -> list[Result]:
 
 
 def _sharegpt_call(message: Mapping[str, Any], lost: Counter[str]) -> Turn:
-    """A turn that is a call, or a list of parallel calls, as JSON; a thought may precede it."""
+    """Return a turn that is a call, or a list of parallel calls, as JSON; a thought may precede it."""
     text, thought = as_text(message.get("value", message.get("content"))), ""
     if match := _THINK.match(text):
         thought, text = match.group(1).strip(), text[match.end() :]
@@ -218,11 +218,11 @@ class Parts:
         self.results: list[Result] = []
 
     def text(self) -> str:
-        """The texts, joined."""
+        """Return the joined texts."""
         return "\n".join(self._texts)
 
     def add(self, content: Any) -> None:
-        """Sort in a string, a part, or a list of parts."""
+        """Add a string, a part, or a list of parts to the lists by kind."""
         if isinstance(content, list):
             for part in content:
                 self.add(part)
@@ -266,12 +266,12 @@ def _part_result(part: Mapping[str, Any], lost: Counter[str]) -> Result:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A value that should be an object; an empty object if it is something else."""
+    """Return a value if it is an object, otherwise an empty object."""
     return value if isinstance(value, dict) else {}
 
 
 def as_text(value: Any) -> str:
-    """A value as text: strings unchanged, everything else as JSON."""
+    """Convert a value to text: strings unchanged, everything else as JSON."""
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""Scored runs for people: a table on the terminal, and one HTML page without scripts."""
+"""Render scored runs: a table on the terminal, and an HTML page without scripts."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ _TEMPLATE = Path(__file__).with_name("run_page.html.j2")
 MOST_RUNS_ON_A_PAGE = 50
 _MOST_RUNS_IN_A_TABLE = 20
 _LONGEST_TEXT = 4_000
-"""The most characters of one string on the page; a tool may have returned megabytes."""
+"""The maximum number of characters of a string on the page; a tool may have returned megabytes."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class ScoredStep:
 
     step: Step
     score: float | None
-    """None if the step got no score."""
+    """The judge's score; None if there is no score."""
     label_mass: float | None = None
     reason: str | None = None
-    """Why there is no score."""
+    """The reason why there is no score."""
     is_unsure: bool = False
-    """Whether the judge would rather have written something other than a score."""
+    """Whether the score is unreliable (`status` unsure)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ScoredRun:
 
     @property
     def known(self) -> list[float]:
-        """The scores of all steps that have one."""
+        """The scores of all scored steps."""
         return [step.score for step in self.steps if step.score is not None]
 
     @property
@@ -53,13 +53,13 @@ class ScoredRun:
 
     @property
     def first_bad(self) -> int | None:
-        """The number of the first step below the limit; None if no scored step is below it."""
+        """The number of the first step with a score below `bad_below`; None if there is no such step."""
         return next(
             (each.step.n for each in self.steps if each.score is not None and each.score < self.bad_below), None
         )
 
     def mark(self, each: ScoredStep) -> str:
-        """A note on a step: the first bad one, or the first known bad one if an earlier step has no reliable score."""
+        """Return a note on a step: "first bad step" ("known" if an earlier one has no reliable score), "unsure"."""
         marks = []
         if each.step.n == self.first_bad:
             before = self.steps[: each.step.n - 1]
@@ -73,10 +73,10 @@ def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below:
     by_step = {result["metadata"]["clip_number"]: result for result in results}
     steps = []
     for step in run.steps:
-        found = by_step.get(step.n, {})
+        line = by_step.get(step.n, {})
         steps.append(
             ScoredStep(
-                step, found.get("score"), found.get("label_mass"), found.get("reason"), found.get("status") == "unsure"
+                step, line.get("score"), line.get("label_mass"), line.get("reason"), line.get("status") == "unsure"
             )
         )
     return ScoredRun(run, steps, bad_below)
@@ -86,7 +86,7 @@ def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below:
 
 
 def emit_scored(runs: Sequence[ScoredRun]) -> None:
-    """Write a table of steps for one run, or a table of runs for several, those with the worst steps first."""
+    """Write a table of the steps of one run, or a table of several runs, those with the worst steps first."""
     if len(runs) == 1:
         _emit_steps(runs[0])
         return
@@ -105,7 +105,7 @@ def emit_scored(runs: Sequence[ScoredRun]) -> None:
     columns = ("run", "steps", "worst", "mean", "first bad", "task")
     cli.emit_table("", columns, rows, numeric=columns[1:5], optional=("task", "mean"))
     if len(ordered) > _MOST_RUNS_IN_A_TABLE:
-        cli.emit(f"and {len(ordered) - _MOST_RUNS_IN_A_TABLE} runs whose worst step is better")
+        cli.emit(f"and {len(ordered) - _MOST_RUNS_IN_A_TABLE} more runs, with better worst steps")
 
 
 def _emit_steps(scored: ScoredRun) -> None:
@@ -123,7 +123,7 @@ def _emit_steps(scored: ScoredRun) -> None:
 
 
 def said(step: Step) -> str:
-    """A step in one line: its calls, or else its text."""
+    """Summarise a step in one line: its calls or, without calls, its text."""
     if step.calls:
         return ", ".join(f"{call.name} {as_text(call.arguments)}" for call in step.calls)
     return step.text or step.thought
@@ -149,12 +149,12 @@ def write_run_page(path: Path, runs: Sequence[ScoredRun], judge: str, left_out: 
     """Write one page with each run's scores as bars, and its steps, with the worst one open.
 
     Args:
-        path: of the HTML file.
-        runs: at most `MOST_RUNS_ON_A_PAGE` are shown; the page says how many are not.
-        judge: its name, for the heading.
+        path: the path of the HTML file.
+        runs: the runs; at most `MOST_RUNS_ON_A_PAGE` are shown, and the page says how many are not.
+        judge: the name of the judge, for the heading.
         left_out: the number of scored runs that are not in `runs`.
     """
-    # Everything on the page was written by an agent or comes from web pages that it read: escaping protects us.
+    # All text on the page is from an agent or from web pages that it read, so it must be escaped.
     filters = {"said": said, "number": _number, "line": _line, "cut": _cut, "json": _json}
     shown = runs[:MOST_RUNS_ON_A_PAGE]
     unseen = left_out + len(runs) - len(shown)

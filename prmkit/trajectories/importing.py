@@ -1,4 +1,4 @@
-"""Runs from files and folders of any known form, and a report on what was read, lost and skipped."""
+"""Read runs from files and folders in any known format, and report what was read, dropped and skipped."""
 
 import logging
 from collections import Counter
@@ -19,19 +19,19 @@ from prmkit.trajectory import Trajectory, dump, with_labels
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 3
-"""How many places are named for each reason why something was not read; the rest are counted."""
+"""The maximum number of line numbers per reason why something was not read; the rest are counted."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How runs are read."""
+    """The options for reading runs."""
 
     format: str | None = None
-    """The name of a reader; None recognises the form by its structure."""
+    """The name of a reader; None detects the format by its structure."""
     keys: Keys = field(default_factory=Keys)
     keep_secrets: bool = False
     labels: str | None = None
-    """The name of a public set whose labels are in files next to the runs; None to read only runs."""
+    """The name of a public set with its labels in files next to the runs; None to read only runs."""
 
 
 @dataclass
@@ -52,18 +52,18 @@ class FileReport:
     """What the numbers count: `line`, or in an array and the like `item`."""
     secrets: Counter[str] = field(default_factory=Counter)
     passed_over: str | None = None
-    """Why nothing was read from the file."""
+    """The reason why the file was skipped."""
 
     def reject(self, reason: str, line: int) -> None:
         """Count a line or run that was not read."""
         self.unreadable[reason] += 1
-        places = self.examples.setdefault(reason, [])
-        if len(places) < _EXAMPLES:
-            places.append(line)
+        lines = self.examples.setdefault(reason, [])
+        if len(lines) < _EXAMPLES:
+            lines.append(line)
 
 
 def warn_of_losses(reports: Sequence[FileReport]) -> None:
-    """Name every skipped file, and the places where something was not read."""
+    """Log every skipped file, and the lines that were not read."""
     for report in reports:
         if report.passed_over:
             log.warning("skipped %s: %s", report.file, report.passed_over)
@@ -73,8 +73,8 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
 
 
 def totals(reports: Sequence[FileReport]) -> Iterator[str]:
-    """Yield a line on what has no place in the record, and one on what was masked, over all files."""
-    for title, name in (("not placed", "lost"), ("masked", "secrets")):
+    """Yield a line on dropped and irregular content, and a line on masked secrets, over all files."""
+    for title, name in (("dropped or irregular", "lost"), ("masked", "secrets")):
         counts = sum((getattr(report, name) for report in reports), Counter[str]())
         if counts:
             yield f"{title}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
@@ -86,20 +86,20 @@ def read_runs(
     """Yield the runs of files and folders, one at a time, with ids that are unique among them.
 
     Args:
-        inputs: files and folders. Files in a folder that are not runs are skipped; a file named by the user must be
+        inputs: files and folders. Files in a folder that are not runs are skipped; a file that the user passes must be
             readable.
-        options: how to read.
-        reports: gets one report for each file, complete once its last run was yielded.
+        options: the options for reading.
+        reports: receives one report per file, complete once its last run was yielded.
 
     Raises:
-        DataError: an input is missing, or a named file cannot be read.
-        UsageError: the form of a file is ambiguous, or --format is not a known form.
+        DataError: an input is missing, or a file that the user passed cannot be read.
+        UsageError: the format of a file is ambiguous, or --format is not a known format.
     """
     options = options or Options()
     if options.format is not None and options.format not in READERS:
-        raise UsageError(f"--format {options.format}: not a form of runs. Known: {', '.join(READERS)}.")
+        raise UsageError(f"--format {options.format}: unknown format. Known: {', '.join(READERS)}.")
     files = list(_files(inputs))
-    marks = _marks(files, options)
+    error_labels = _error_labels(files, options)
     ids = Ids()
     for given in files:
         report = FileReport(str(given.path), passed_over=given.reason)
@@ -109,7 +109,7 @@ def read_runs(
             continue
         try:
             for run in _runs_of(given.path, options, report):
-                run = _marked(run, marks) if marks else run
+                run = _with_error_labels(run, error_labels) if error_labels else run
                 run = ids.named(run)
                 report.labels += sum(step.label is not None for step in run.steps)
                 report.lost.update(run.lost)
@@ -124,20 +124,20 @@ def read_runs(
 class _Input:
     path: Path
     is_named: bool
-    """Whether the user named it; otherwise it is in a folder."""
+    """Whether the user passed it; otherwise it is in a folder."""
     reason: str | None = None
-    """Why it is skipped without looking into it."""
+    """The reason why it is skipped without opening it."""
 
 
 def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
-    """Every file; those in folders in the order of their names."""
+    """Yield every file; those in folders in the order of their names."""
     seen: set[Path] = set()
     for given in inputs:
         path = Path(given)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder.")
         if not (path.is_dir() or path.is_file()):
-            raise DataError(f"{path}: a pipe or device, but runs are read twice, to recognise their form. Use a file.")
+            raise DataError(f"{path}: a pipe or device, but runs are read twice, to detect their format. Use a file.")
         found = list(_contents(path)) if path.is_dir() else [_Input(path, is_named=True)]
         if not found:
             raise DataError(f"{path}: an empty folder. Name the folder with your runs.")
@@ -148,7 +148,7 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
 
 
 def _contents(folder: Path) -> Iterator[_Input]:
-    """The files in a folder. Hidden files and links out of it are reported, not read; a hidden folder counts once."""
+    """Yield the files in a folder. Hidden files and links out of it are only reported; a hidden folder counts once."""
     hidden: set[Path] = set()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -156,10 +156,10 @@ def _contents(folder: Path) -> Iterator[_Input]:
         if depth is not None:
             top = folder.joinpath(*parts[:depth])
             if top not in hidden:
-                yield _Input(top, is_named=False, reason="hidden. Name it to read it.")
+                yield _Input(top, is_named=False, reason="hidden. Pass it explicitly to read it.")
             hidden.add(top)
         elif path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(folder.resolve())):
-            yield _Input(path, is_named=False, reason="a link. Name what it points to.")
+            yield _Input(path, is_named=False, reason="a symlink. Pass its target to read it.")
         elif not path.is_dir():
             yield _Input(path, is_named=False, reason=None if path.is_file() else "not a file.")
 
@@ -188,20 +188,20 @@ def _assembled(found: Run, reader: Reader, path: Path, line: int) -> Trajectory 
 def _read(reader: Reader, path: Path, keys: Keys, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
     read = reader.one
     if read is None:
-        yield from _read_whole(reader, path, keys, report)
+        yield from _read_together(reader, path, keys, report)
         return
     for line, value in _values(path, report):
         if isinstance(value, Rejected):
             report.reject(value.reason, line)
         elif not reader.recognises(value) and not (keys.messages and isinstance(value, dict)):
-            report.reject(f"not of the form {reader.name}", line)
+            report.reject(f"does not match the format {reader.name}", line)
         else:
             try:
                 yield from ((line, run) for run in read(value, keys))
             except (UnreadableValue, DataError) as error:
                 report.reject(str(error).removeprefix(": "), line)
-            except _DAMAGE as error:
-                report.reject(f"damaged inside ({type(error).__name__}: {error!s:.60})", line)
+            except _MALFORMED as error:
+                report.reject(f"malformed ({type(error).__name__}: {error!s:.60})", line)
 
 
 def _values(path: Path, report: FileReport) -> Iterator[tuple[int, Any]]:
@@ -212,20 +212,22 @@ def _values(path: Path, report: FileReport) -> Iterator[tuple[int, Any]]:
             yield line.number, value_or_rejected(line)
 
 
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-"""Errors that readers raise: a form is recognised by its outline, but its content may be anything."""
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""Errors that readers raise: a format is detected by its structure, but the content may still be malformed."""
 
 
-def _read_whole(reader: Reader, path: Path, keys: Keys, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
+def _read_together(
+    reader: Reader, path: Path, keys: Keys, report: FileReport
+) -> Iterator[tuple[int, Run | Trajectory]]:
     try:
-        for run in reader.every(_Whole(path, report), keys) if reader.every else ():
+        for run in reader.every(_ValidValues(path, report), keys) if reader.every else ():
             yield run.line or 1 if isinstance(run, Run) else 1, run
-    except _DAMAGE as error:
-        raise DataError(f"{path}: damaged inside ({type(error).__name__}: {error!s:.60}).") from error
+    except _MALFORMED as error:
+        raise DataError(f"{path}: malformed ({type(error).__name__}: {error!s:.60}).") from error
 
 
-class _Whole:
-    """The values of a file for a reader that needs all of them; broken lines are counted the first time."""
+class _ValidValues:
+    """The values of a file, for a reader that needs all of them; broken lines are counted in the first iteration."""
 
     def __init__(self, path: Path, report: FileReport) -> None:
         self._path, self._report, self._counted = path, report, False
@@ -251,37 +253,35 @@ def _why_not(values: NumberedValues, report: FileReport) -> str:
     if isinstance(first, Rejected):
         return f"no JSON in it; {report.unit} {number}: {reason}."
     if is_judged_row(first):
-        return (
-            "prompts of single steps, not runs: for convert_dataset.py, or without answers for score_trajectories.py."
-        )
-    return "not a known form of runs. --format NAME reads it as one; --list-key names its list of messages."
+        return "has prompts about steps, not runs. Use convert_dataset.py or, without answers, score_trajectories.py."
+    return "unknown format of runs. Choose one with --format NAME, or pass the key of the messages with --list-key."
 
 
 # --- labels in files next to the runs --------------------------------------------------------------------------------
 
 
-def _marks(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str | None]]:
-    """Run -> errors named in the files of a set. This is small: the runs themselves are not kept."""
+def _error_labels(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str | None]]:
+    """Read the labelled errors in the files of a set, by run. They are small; the runs themselves are not kept."""
     reader = READERS.get(options.labels or "")
-    found: dict[str, dict[int, str | None]] = {}
+    errors: dict[str, dict[int, str | None]] = {}
     if reader is None or reader.marks is None:
-        return found
+        return errors
     for path in (given.path for given in files if not given.reason):
         try:
             for _, value in read_values(path):
                 if mark := reader.marks(value):
-                    found[mark[0]] = mark[1]
+                    errors[mark[0]] = mark[1]
         except DataError:
-            continue  # the file is named when it is read for runs
-    if not found:
-        raise DataError(f"no file with the labels of {options.labels} among the inputs. Name the folder that has both.")
-    return found
+            continue  # the file is reported when it is read for runs
+    if not errors:
+        raise DataError(f"no input file has the labels of {options.labels}. Pass the folder with runs and labels.")
+    return errors
 
 
-def _marked(run: Trajectory, marks: dict[str, dict[int, str | None]]) -> Trajectory:
-    """The run with its known errors. Ids may be prefixed with the name of a part of the set."""
+def _with_error_labels(run: Trajectory, errors: dict[str, dict[int, str | None]]) -> Trajectory:
+    """Label the known errors of a run. Ids may be prefixed with the name of a part of the set."""
     names = {name for given in (run.trajectory_id, run.task_id) for name in (given, given.rsplit("_", 1)[-1])}
-    for name in names & marks.keys():
+    for name in names & errors.keys():
         turns = [Turn("agent", index=step.source_index) for step in run.steps]
-        return with_labels(run, first_error(turns, marks[name], "failure"))
+        return with_labels(run, first_error(turns, errors[name], "failure"))
     return run

@@ -1,4 +1,4 @@
-"""From the messages of a run to its steps: the one place where every reader's output becomes a record."""
+"""Turn the messages of a run into steps: every reader's output becomes a trajectory record here."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ Role = Literal["system", "user", "agent", "tool"]
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a run, whatever form it was written in."""
+    """One message of a run, independent of its source's format."""
 
     role: Role
     text: str = ""
@@ -22,7 +22,7 @@ class Turn:
     speaker: str | None = None
     """The name of an agent or another speaker."""
     index: int | None = None
-    """Its position in the source, from 0."""
+    """The index of the message in the source, from 0."""
 
 
 def joined(first: Turn, more: Turn) -> Turn:
@@ -38,19 +38,19 @@ def joined(first: Turn, more: Turn) -> Turn:
 
 @dataclass
 class Run:
-    """What a reader found: the messages, and the fields next to them."""
+    """The output of a reader: the messages of a run, and the fields next to them."""
 
     turns: list[Turn]
     lost: Counter[str] = field(default_factory=Counter)
     task: str | None = None
-    """None if the task is the user's first message."""
+    """The task; None if it is the user's first message."""
     task_id: str | None = None
     trajectory_id: str | None = None
     outcome: Mapping[str, Any] | None = None
     reference: str | None = None
     tools: tuple[Mapping[str, str], ...] = ()
     labels: Mapping[int, Label] = field(default_factory=dict)
-    """Message position in the source -> label."""
+    """Index of the message in the source -> label."""
     line: int | None = None
 
 
@@ -59,45 +59,45 @@ class Keys:
     """Field names of custom files; None for the usual names."""
 
     task: str | None = None
-    """The id of the task."""
+    """The key of the task id."""
     outcome: str | None = None
     messages: str | None = None
-    """The list of messages."""
+    """The key of the message list."""
     labels: str | None = None
-    """Labels of the steps, by position or as an object from message position to label."""
+    """The key of the steps' labels: a list with one label per step, or an object from message index to label."""
     label_scale: str = "unit"
 
 
 class UnreadableValue(Exception):
-    """A value that a reader recognised but cannot read; the message says why."""
+    """A value in a reader's format that it cannot read; the message says why."""
 
 
 NumberedValues = Iterable[tuple[int, Any]]
-"""The values of a file with their line numbers. It can be read more than once."""
+"""The values of a file with their line numbers. They can be iterated repeatedly."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One form of runs. Exactly one of `one` and `every` is given."""
+    """The reader of one format of runs. Exactly one of `one` and `every` is set."""
 
     name: str
     recognises: Callable[[Any], bool]
-    """Whether a value of a file has this form, judging only by its structure."""
+    """Whether a value of a file has this format, by its structure alone."""
     one: Callable[[Any, Keys], Iterator[Run | Trajectory]] | None = None
-    """Reads one value at a time, so files of any size can be streamed."""
+    """Function that reads one value at a time, so files of any size can be streamed."""
     every: Callable[[NumberedValues, Keys], Iterator[Run | Trajectory]] | None = None
-    """Reads all values of a file together, if one run consists of several."""
+    """Function that reads all values of a file together, for formats in which a run consists of several."""
     marks: Callable[[Any], tuple[str, dict[int, str | None]] | None] | None = None
-    """For sets that keep labels apart from the runs: a run's id and position -> type of its errors."""
+    """Function for sets with labels in separate files: returns a run's id, and message index -> type of the error."""
 
 
 def assemble(run: Run, source: Mapping[str, Any]) -> Trajectory | None:
-    """The record of a run, with provisional ids; None if the agent says and does nothing in it."""
+    """Return the trajectory record of a run, with provisional ids; None if the run has no step of the agent."""
     lost = run.lost
     system: list[str] = []
     steps: list[Step] = []
     incoming: list[Message] = []
-    said: str | None = None
+    first_message: str | None = None
     for turn in run.turns:
         if turn.role == "system":
             lost["further system messages"] += bool(system)
@@ -106,8 +106,8 @@ def assemble(run: Run, source: Mapping[str, Any]) -> Trajectory | None:
             else:
                 system.append(turn.text)
         elif turn.role == "user":
-            if said is None and run.task is None and turn.text:
-                said = turn.text
+            if first_message is None and run.task is None and turn.text:
+                first_message = turn.text
                 if not steps:
                     continue  # it is the task, which every prompt shows
             if turn.text and not (not steps and turn.text == run.task):
@@ -119,13 +119,13 @@ def assemble(run: Run, source: Mapping[str, Any]) -> Trajectory | None:
             steps.append(_step(turn, len(steps) + 1, incoming))
             incoming = []
         for result in turn.results:
-            _place(result, steps, lost)
+            _attach(result, steps, lost)
     lost["messages after the last step"] += len(incoming)
     if not steps:
         return None
     lost["calls without a result"] += sum(len(step.calls) - _answered(step) for step in steps)
     steps[-1] = replace(steps[-1], last=True)
-    task = run.task if run.task is not None else said or ""
+    task = run.task if run.task is not None else first_message or ""
     lost["runs without a task"] += not task
     return with_labels(_record(run, source, task, "\n\n".join(system), steps), run.labels)
 
@@ -151,7 +151,7 @@ def _step(turn: Turn, number: int, incoming: Sequence[Message]) -> Step:
         text=turn.text,
         thought=turn.thought,
         calls=tuple(
-            call if call.id else replace(call, id=f"{number}-{place}") for place, call in enumerate(turn.calls, start=1)
+            call if call.id else replace(call, id=f"{number}-{index}") for index, call in enumerate(turn.calls, start=1)
         ),
         incoming=tuple(incoming),
         agent=turn.speaker,
@@ -163,18 +163,18 @@ def _answered(step: Step) -> int:
     return len({call.id for call in step.calls} & {result.call_id for result in step.results}) if step.calls else 0
 
 
-def _place(result: Result, steps: list[Step], lost: Counter[str]) -> None:
-    """Attach a result to its call: by id, or else to the first unanswered call of the last step."""
-    for place in range(len(steps) - 1, -1, -1):
-        if result.call_id is not None and any(call.id == result.call_id for call in steps[place].calls):
-            steps[place] = replace(steps[place], results=(*steps[place].results, result))
+def _attach(result: Result, steps: list[Step], lost: Counter[str]) -> None:
+    """Attach a result to its call: by id; without an id, to the first call of the last step without a result."""
+    for index in range(len(steps) - 1, -1, -1):
+        if result.call_id is not None and any(call.id == result.call_id for call in steps[index].calls):
+            steps[index] = replace(steps[index], results=(*steps[index].results, result))
             return
     if not steps:
         lost["results before the first step"] += 1
         return
     last = steps[-1]
-    given = {each.call_id for each in last.results}
-    waiting = [call.id for call in last.calls if call.id not in given]
+    answered = {each.call_id for each in last.results}
+    waiting = [call.id for call in last.calls if call.id not in answered]
     if result.call_id is None and waiting:
         result = replace(result, call_id=waiting[0])
     else:
@@ -183,14 +183,14 @@ def _place(result: Result, steps: list[Step], lost: Counter[str]) -> None:
 
 
 class Ids:
-    """Gives every run of an import a unique id. Takes about 100 bytes per run."""
+    """Assigns a unique id to every run of an import. Takes about 100 bytes per run."""
 
     def __init__(self) -> None:
         self._runs_of: Counter[int] = Counter()
         self._taken: set[int] = set()
 
     def named(self, run: Trajectory) -> Trajectory:
-        """The run with its id: its source's, or else the task's with a number; a repeated id also gets a number."""
+        """Return the run with the source's id, otherwise the task's id with a number; a repeated id gets a number."""
         name = run.trajectory_id
         if not name:
             self._runs_of[hash(run.task_id)] += 1

@@ -1,4 +1,4 @@
-"""The fields next to the messages of a run: ids, task, tools, outcome, solution, people's labels."""
+"""The fields next to the messages of a run: ids, task, tools, outcome, solution, human labels."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,21 +16,21 @@ _TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id"
 _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "uid", "uuid")
 _SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
 OUTCOME_FIELDS = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
-"""Names of the field that says how a run ended; the first that a run has counts."""
+"""Names of the field with the outcome of a run; the first one that a run has counts."""
 
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
-"""Right, a reasonable try, wrong: the anchors of the default rubric that correspond to people's words for steps."""
+"""Scores for steps that are labelled right, neutral and wrong: the corresponding anchors of the default rubric."""
 
 
 def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection[str] = ()) -> None:
     """Fill in the fields next to the messages: ids, task, tools, outcome, solution, labels; count the other fields.
 
-    Solutions go only to `reference`: a judge has none when it scores.
+    Solutions go only to `reference`, because a judge does not get a solution when it scores.
 
     Args:
-        run: is filled in; fields that its reader has set are kept.
+        run: the run to fill in; fields that its reader has set are kept.
         value: the object around the messages, including its `metadata`.
-        keys: the field names given by the user.
+        keys: the field names that the user passed.
         read: the fields that the reader has already read.
     """
     metadata = value.get("metadata")
@@ -58,20 +58,20 @@ def _check_has(value: Mapping[str, Any], key: str) -> None:
 
 
 def id_of(value: Mapping[str, Any], *names: str) -> str | None:
-    """The first of some fields that is not empty, as an id: 7, 7.0 and "7" are one id, as in rows.
+    """Return the first of some fields that is not empty, as an id: 7, 7.0 and "7" are one id, as in rows.
 
     Raises:
-        UnreadableValue: it is something else than text or a whole number.
+        UnreadableValue: it is neither a string nor an integer.
     """
     name = _first(value, names)
     try:
         return name and name_in(value, name)
     except Rejected as rejected:
-        raise UnreadableValue(f"{name} is neither text nor a whole number") from rejected
+        raise UnreadableValue(f"{name} is neither a string nor an integer") from rejected
 
 
 def first_of(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of some fields that is not empty, as text."""
+    """Return the first of some fields that is not empty, as text."""
     name = _first(value, names)
     return name and as_text(value[name])
 
@@ -81,56 +81,58 @@ def _first(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def outcome_of(value: Mapping[str, Any], key: str | None = None) -> dict[str, Any] | None:
-    """How the run ended: a boolean is `success`, a number is `score`."""
+    """Return the outcome of a run: a boolean is `success`, a number is `score`."""
     for name in (key,) if key else OUTCOME_FIELDS:
-        given = value.get(name) if name else None
-        if isinstance(given, bool):
-            return {"success": given, "score": None}
-        if isinstance(given, int | float):
-            return {"success": None, "score": float(given)}
+        outcome = value.get(name) if name else None
+        if isinstance(outcome, bool):
+            return {"success": outcome, "score": None}
+        if isinstance(outcome, int | float):
+            return {"success": None, "score": float(outcome)}
     return None
 
 
 def tools_of(value: Any) -> tuple[dict[str, str], ...]:
-    """Names and descriptions of the available tools, from OpenAI's or Anthropic's list, or from such a list as text."""
+    """Return names and descriptions of the tools, from OpenAI's or Anthropic's list, or from such a list as text."""
     if isinstance(value, str):
         try:
             value = orjson.loads(value)
         except orjson.JSONDecodeError:
             return ()
-    found = []
+    tools = []
     for each in value if isinstance(value, list) else ():
         body = each.get("function", each) if isinstance(each, dict) else {"name": each}
         if isinstance(body, dict) and isinstance(body.get("name"), str):
-            found.append({"name": body["name"], "description": as_text(body.get("description"))})
-    return tuple(found)
+            tools.append({"name": body["name"], "description": as_text(body.get("description"))})
+    return tuple(tools)
 
 
-def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
-    """The labels of a column: a list with one entry per step, or an object from message position to label.
+def labels_by_index(labels: Any, run: Run, scale: str) -> dict[int, Label]:
+    """Read the labels of a column: a list with one entry per step, or an object from message index to label.
 
     An entry of null leaves its step unlabelled.
 
     Raises:
         UnreadableValue: the column is missing, its length is not the number of steps, or a label is out of range.
-        UsageError: a label is -1 on the unit scale. A 0 in other runs then means neutral, and would be read as wrong.
+        UsageError: a label is -1 on the unit scale. In other runs, 0 then means neutral but would be read as wrong.
     """
-    if isinstance(given, dict):
-        pairs = [(int(place) if str(place).isdigit() else -1, label) for place, label in given.items()]
-    elif isinstance(given, list):
+    if isinstance(labels, dict):
+        pairs = [(int(index) if str(index).isdigit() else -1, label) for index, label in labels.items()]
+    elif isinstance(labels, list):
         steps = [turn.index for turn in run.turns if turn.role == "agent" and (turn.text or turn.thought or turn.calls)]
-        if len(steps) != len(given):
-            raise UnreadableValue(f"{len(given)} labels for {len(steps)} steps")
-        pairs = [(index, label) for index, label in zip(steps, given, strict=True) if index is not None]
+        if len(steps) != len(labels):
+            raise UnreadableValue(f"{len(labels)} labels for {len(steps)} steps")
+        pairs = [(index, label) for index, label in zip(steps, labels, strict=True) if index is not None]
     else:
         raise UnreadableValue("no column of labels")
     if scale == "unit" and any(value == -1 for _, value in pairs):
-        raise UsageError("a label is -1, so 0 is not the worst label. For -1, 0 and 1 use --label-scale ternary.")
-    return {place: label_of(value, scale) for place, value in pairs if value is not None}
+        raise UsageError(
+            "found label -1, but the label scale is unit (0 to 1). For -1, 0 and 1 use --label-scale ternary."
+        )
+    return {index: label_of(value, scale) for index, value in pairs if value is not None}
 
 
 def label_of(value: Any, scale: str) -> Label:
-    """One label from a person.
+    """Read one human label.
 
     Args:
         value: a number or a boolean.
@@ -148,14 +150,14 @@ def label_of(value: Any, scale: str) -> Label:
 
 
 def first_error(turns: Sequence[Turn], errors: Mapping[int, str | None], kind: Any) -> dict[int, Label]:
-    """Labels from known errors: wrong at each error, right before the first, and none elsewhere.
+    """Create labels from known errors: wrong at each error, and right before the first one.
 
     The other steps after the first error build on it, so they stay unlabelled.
 
     Args:
-        turns: of the run.
-        errors: message position -> type of its error; empty for a run without errors.
-        kind: of the labels.
+        turns: the turns of the run.
+        errors: message index -> type of the error; empty for a run without errors.
+        kind: the kind of the labels.
     """
     first = min(errors, default=None)
     labels = {
@@ -163,4 +165,4 @@ def first_error(turns: Sequence[Turn], errors: Mapping[int, str | None], kind: A
         for turn in turns
         if turn.role == "agent" and turn.index is not None and (first is None or turn.index < first)
     }
-    return labels | {place: Label(BAD, "human", kind, type) for place, type in errors.items()}
+    return labels | {index: Label(BAD, "human", kind, type) for index, type in errors.items()}

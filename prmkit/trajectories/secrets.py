@@ -1,7 +1,7 @@
-"""Keys and passwords in runs, masked before anything is written: sessions of coding agents are full of them.
+"""Mask keys and passwords in runs before anything is written: sessions of coding agents contain many of them.
 
 The patterns are those that issuers publish for their tokens, plus the usual ways to write a secret next to its name. A
-pattern finds what looks like a secret, not every secret.
+pattern finds strings that look like secrets, not every secret.
 """
 
 import re
@@ -39,18 +39,18 @@ _PATTERNS: dict[str, tuple[tuple[str, ...], str]] = {
         r"(?<=uthorization: )(?i:bearer|basic) +[\w.~+/=-]{12,}",
     ),
 }
-"""Kind -> strings without which the pattern cannot match, and the pattern. Searching for a string is a hundred times
-faster, and most strings have no secret."""
+"""Kind -> substrings of which a match must contain one, and the pattern. Searching for a substring is a hundred times
+faster, and most strings do not contain a secret."""
 _COMPILED = {kind: (needles, re.compile(pattern, re.DOTALL)) for kind, (needles, pattern) in _PATTERNS.items()}
 _HINTS = (
     "secret", "passw", "apikey", "api-key", "api_key", "accesstoken", "access-token", "access_token", "authtoken",
     "auth-token", "auth_token",
 )  # fmt: skip
-"""Words, in lower case, without which there can be no named secret."""
+"""Words, in lower case, of which every named secret contains one."""
 _NEEDLES = tuple(needle.encode() for needles, _ in _PATTERNS.values() for needle in needles)
 _NAMED = re.compile(
-    # NAME=value, "name": "value". Without quotes the value has a digit: `password = ask()` is code and no secret, and
-    # a placeholder is no secret either (that an agent left it in may be its error, which a judge should see).
+    # NAME=value, "name": "value". Without quotes the value has a digit: `password = ask()` is code, not a secret, and
+    # neither is a placeholder (leaving it in may be an error of the agent, which a judge should see).
     r"""(?ix)
     ((?:api[_-]?key|secret(?:[_-]?(?:access)?[_-]?key)?|access[_-]?token|auth[_-]?token|passw(?:or)?d|client[_-]?secret)
     \\?["']?\s*[=:]\s*)
@@ -61,47 +61,47 @@ _NAMED = re.compile(
 
 def may_hold_secrets(text: bytes) -> bool:
     """Whether the full search is worthwhile; this check is a hundred times faster."""
-    text = text.replace(b"task-", b"")  # every task id would be mistaken for a key that begins with sk-
+    text = text.replace(b"task-", b"")  # otherwise every task id would look like a key that begins with sk-
     lowered = text.lower()
     return any(needle in text for needle in _NEEDLES) or any(hint.encode() in lowered for hint in _HINTS)
 
 
-def mask(value: Any, found: Counter[str]) -> Any:
-    """The value with every secret in its strings replaced by `[secret: …]`.
+def mask(value: Any, counts: Counter[str]) -> Any:
+    """Replace every secret in the strings of a value by `[secret: …]`.
 
     Args:
         value: a string, a JSON value or a dataclass; all strings in it are searched, except field names.
-        found: counts replacements by kind.
+        counts: the number of replacements by kind; it is updated.
     """
     if isinstance(value, str):
-        return _mask_text(value, found)
+        return _mask_text(value, counts)
     if isinstance(value, list):
-        return [mask(each, found) for each in value]
+        return [mask(each, counts) for each in value]
     if isinstance(value, tuple):
-        return tuple(mask(each, found) for each in value)
+        return tuple(mask(each, counts) for each in value)
     if isinstance(value, dict):
-        return {key: _mask_entry(key, each, found) for key, each in value.items()}
+        return {key: _mask_entry(key, each, counts) for key, each in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        changes = {field.name: mask(getattr(value, field.name), found) for field in fields(value)}
+        changes = {field.name: mask(getattr(value, field.name), counts) for field in fields(value)}
         return replace(value, **changes)
     return value
 
 
-def _mask_entry(key: Any, value: Any, found: Counter[str]) -> Any:
-    """`{"password": "…"}` is a secret because of its name, which a search of the string alone does not see."""
+def _mask_entry(key: Any, value: Any, counts: Counter[str]) -> Any:
+    """Mask a value; `{"password": "…"}` is a secret because of its name, which a search of the string would miss."""
     if isinstance(value, str) and isinstance(key, str) and _NAMED.fullmatch(f'{key}="{value}'):
-        found["named secret"] += 1
+        counts["named secret"] += 1
         return "[secret: named secret]"
-    return mask(value, found)
+    return mask(value, counts)
 
 
-def _mask_text(text: str, found: Counter[str]) -> str:
+def _mask_text(text: str, counts: Counter[str]) -> str:
     for kind, (needles, pattern) in _COMPILED.items():
         if any(needle in text for needle in needles):
             text, count = pattern.subn(f"[secret: {kind}]", text)
-            found.update({kind: count} if count else {})
+            counts.update({kind: count} if count else {})
     lowered = text.lower()
     if any(hint in lowered for hint in _HINTS):
         text, count = _NAMED.subn(r"\1\2[secret: named secret]", text)
-        found.update({"named secret": count} if count else {})
+        counts.update({"named secret": count} if count else {})
     return text

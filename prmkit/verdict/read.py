@@ -1,8 +1,8 @@
-"""The one reader of verdicts: it finds the scores in a judge's answer.
+"""The only parser of verdicts: it finds the scores in a judge's answer.
 
-Conversion, evaluation and scoring all read verdicts here, so they cannot drift apart. An answer is either read as a
-`Verdict` or rejected as `Unreadable` with the reason. A score is never guessed and never a default: if the answer is
-not JSON, each score must be written in it once, after its key and before a delimiter.
+Conversion, evaluation and scoring all read verdicts here, so they always agree. An answer is either read as a `Verdict`
+or rejected as `Unreadable` with the reason. A score is never guessed and never a default: if the answer is not JSON,
+each score must occur in it once, after its key and before a delimiter.
 """
 
 import math
@@ -23,16 +23,16 @@ def read_verdict(text: str, asked: Shape | None = None, scale: Scale | None = No
 
 
 def read_answer(text: str, asked: Shape | None = None) -> Answer | Unreadable:
-    """Read a judge's answer without deciding what its numbers mean.
+    """Read a judge's answer without interpreting its numbers.
 
-    Accepts plain JSON; otherwise JSON in a Markdown fence, after a thought or within prose; otherwise what can be
-    repaired. Every change to the judge's text is named in `Answer.repairs`. Takes at most a second.
+    Accepts plain JSON; otherwise JSON in a Markdown fence, after a thought or within prose; otherwise JSON that can be
+    repaired. Every change to the judge's text is listed in `Answer.repairs`. Takes at most a second.
 
     Args:
         text: the answer.
-        asked: what the judge was asked for, if known (`asked_shape`). All its keys must be there, and only they are
-            scores; without it, the keys are those in a `scores` object, those that end in `score`, or all that have
-            numbers.
+        asked: the shape that the prompt requests, if known (`asked_shape`). All its keys must be there, and only they
+            are scores; without it, the keys are those in a `scores` object, those that end in `score`, or all that
+            have numbers.
     """
     try:
         return _answer(text, asked or Shape((), nested=False))
@@ -44,7 +44,7 @@ def score_answer(answer: Answer, scale: Scale | None = None) -> Verdict | Unread
     """Map an answer's values to scores from 0 to 1, in hundredths.
 
     Args:
-        answer: what the judge answered.
+        answer: the judge's answer.
         scale: the judge's range and words; None for a judge that gives numbers from 0 to 1.
     """
     try:
@@ -55,7 +55,7 @@ def score_answer(answer: Answer, scale: Scale | None = None) -> Verdict | Unread
 
 
 _MOST_SCORES = 100
-"""A limit, because the whole answer is searched for each score."""
+"""A limit, because the complete answer is searched for each score."""
 
 
 def _answer(text: str, asked: Shape) -> Answer:
@@ -66,7 +66,7 @@ def _answer(text: str, asked: Shape) -> Answer:
     _check_surroundings(found, values)
     if not found.exact:
         _check_evidence(found, reading, values, known=bool(asked.keys))
-    texts = _whole_sentences(reading.texts) or {} if found.cut_off else reading.texts
+    texts = _complete_sentences(reading.texts) or {} if found.cut_off else reading.texts
     repairs = (*found.repairs, *reading.repairs)
     if found.texts_lost:
         _check_scores_come_first(found, reading, known=bool(asked.keys))
@@ -77,11 +77,11 @@ def _answer(text: str, asked: Shape) -> Answer:
     return Answer(values, nested, _as_json(values, texts), repairs)
 
 
-def _choose(objects: list[Found], asked: tuple[str, ...]) -> tuple[Found, "_Reading"]:
-    """The verdict among the objects of an answer."""
-    chosen, reason = list[tuple[Found, _Reading]](), Refusal("no JSON object")
+def _choose(objects: list[Found], asked: tuple[str, ...]) -> tuple[Found, "_ObjectContent"]:
+    """Find the verdict among the objects of an answer."""
+    chosen, reason = list[tuple[Found, _ObjectContent]](), Refusal("no JSON object")
     for found in objects:
-        reading = _read_object(found.value, asked, alone=len(objects) == 1)
+        reading = _read_object(found.value, asked, is_only=len(objects) == 1)
         if reading is None:
             reason = _why_not(found, asked) if isinstance(found.value, dict | list) else reason
         elif _is_inside_a_line(found):
@@ -98,7 +98,7 @@ def _choose(objects: list[Found], asked: tuple[str, ...]) -> tuple[Found, "_Read
 
 
 def _why_not(found: Found, asked: tuple[str, ...]) -> Refusal:
-    """Why an object is not the verdict."""
+    """Return the reason why an object is not the verdict."""
     if isinstance(found.value, list):
         return Refusal("a list that is not one verdict")
     names = {bare(name) for name in re.findall(r"""["'“]([^"'“”\n:]{1,80})["'”]\s*:""", found.text)}
@@ -114,12 +114,12 @@ def _why_not(found: Found, asked: tuple[str, ...]) -> Refusal:
 # --- which members of an object are scores ------------------------------------------------------------------------
 
 
-class _Reading(NamedTuple):
-    """The content of an object, if it is the verdict."""
+class _ObjectContent(NamedTuple):
+    """The content of an object that may be the verdict."""
 
     values: Mapping[str, Any]
-    spelt: Mapping[str, str]  # the prompt's key -> the judge's name for it
-    nested: bool  # the values are in a `scores` object, or in a list of criteria
+    name_of_key: Mapping[str, str]  # the prompt's key -> the judge's name for it
+    nested: bool  # whether the values are in a `scores` object, or in a list of criteria
     texts: dict[str, Any]
     repairs: tuple[str, ...]
 
@@ -127,9 +127,9 @@ class _Reading(NamedTuple):
 _DEEPEST = 3
 """Judges nest the requested object in one or two others, and the scores in `scores`."""
 _OTHER_NAME = "score under another name"
-# What judges call the score and the key in an object for each criterion: {"name": "quality", "rating": 0.9}.
+# Names that judges use for the score and for the key in one object per criterion: {"name": "quality", "rating": 0.9}.
 _SCORE_NAMES, _KEY_NAMES = ("score", "rating", "value"), ("name", "criterion", "metric", "dimension", "key")
-# Members, without case and dashes, that hold the answer itself: {"evaluation": {"score": 0.9}}.
+# Members, without case and dashes, that contain the answer itself: {"evaluation": {"score": 0.9}}.
 _AROUND_ANSWERS = {
     "answer", "assessment", "clip", "evaluation", "feedback", "final", "grade", "judgement", "judgment", "output",
     "rating", "response", "result", "results", "review", "score", "scores", "step", "stepevaluation", "verdict",
@@ -140,60 +140,63 @@ _NO_SCORES = {
     "outof", "round", "seed", "step", "stepnumber", "threshold", "timestamp", "tokens", "tokensused", "total", "turn",
     "version", "weight",
 }  # fmt: skip
-# The objects around a place, each with the name of the member that leads to it.
+# The path of enclosing objects, each with the name of the member that leads inwards.
 _Path = tuple[tuple[dict[str, Any], str], ...]
 
 
-def _read_object(value: Any, asked: tuple[str, ...], *, alone: bool) -> _Reading | None:
-    """The content of an object in any of the shapes that judges use; None if it lacks some or all of the scores.
+def _read_object(value: Any, asked: tuple[str, ...], *, is_only: bool) -> _ObjectContent | None:
+    """Read an object in any of the layouts that judges use; None if it lacks some or all of the scores.
 
     `{"a": 0.9}`, `{"scores": {"a": 0.9}}`, `{"a": {"score": 0.9, "reason": "…"}}`, `[{"name": "a", "score": 0.9}]`, and
     each of them inside other objects. If an answer has only one object, its scores may have any names.
     """
-    readings = _readings(value, asked)
-    reading = next(readings, None)
-    if reading and next(readings, None):
+    contents = _contents(value, asked)
+    reading = next(contents, None)
+    if reading and next(contents, None):
         raise Refusal("several objects with scores")
-    if reading or asked or not alone or not isinstance(value, dict) or {"error", "scores"} & {*value}:
+    if reading or asked or not is_only or not isinstance(value, dict) or {"error", "scores"} & {*value}:
         return reading
     numbers = {name: name for name, number in value.items() if type(number) in (int, float, bool)}
     numbers = {name: name for name in numbers if bare(name) not in _NO_SCORES}
-    return _reading(value, numbers, (), nested=False) if numbers else None
+    return _content(value, numbers, (), nested=False) if numbers else None
 
 
-def _readings(value: Any, asked: tuple[str, ...], path: _Path = (), *, nested: bool = False) -> Iterator[_Reading]:
-    """The contents of the outermost objects that have all the scores."""
+def _contents(
+    value: Any, asked: tuple[str, ...], path: _Path = (), *, nested: bool = False
+) -> Iterator[_ObjectContent]:
+    """Yield the contents of the outermost objects that have all the scores."""
     if isinstance(value, list) and len(value) == 1 and not _is_criterion(value[0]):
         value = value[0]
     members, nested = _members(value), nested or isinstance(value, list)
     in_scores = bool(_members(members.get("scores")))
     is_answer = all(bare(name) in _AROUND_ANSWERS for _, name in path)
     if in_scores:
-        spelt = {}
+        name_of_key = {}
     else:
-        spelt = _as_asked(members, asked, is_answer=is_answer) if asked else _as_named(members, nested=nested)
-    if spelt and len(spelt) >= len(asked):
-        other_name = [*spelt.values()] == ["score"] and asked not in ((), ("score",))
-        yield _reading(members, spelt, path, nested=nested)._replace(repairs=(_OTHER_NAME,) if other_name else ())
+        name_of_key = _as_asked(members, asked, is_answer=is_answer) if asked else _as_named(members, nested=nested)
+    if name_of_key and len(name_of_key) >= len(asked):
+        other_name = [*name_of_key.values()] == ["score"] and asked not in ((), ("score",))
+        yield _content(members, name_of_key, path, nested=nested)._replace(repairs=(_OTHER_NAME,) if other_name else ())
     elif len(path) < _DEEPEST:
         for name in ["scores"] if in_scores else members:
-            yield from _readings(members[name], asked, (*path, (members, name)), nested=name == "scores")
+            yield from _contents(members[name], asked, (*path, (members, name)), nested=name == "scores")
 
 
-def _reading(members: dict[str, Any], spelt: dict[str, str], path: _Path, *, nested: bool) -> _Reading:
-    """The scores of an object, and everything else as texts: its other members, and those of the enclosing objects."""
-    given = {key: _without_reason(members[name]) for key, name in spelt.items()}
-    texts = [(name, text) for name, text in members.items() if name not in spelt.values()]
+def _content(members: dict[str, Any], name_of_key: dict[str, str], path: _Path, *, nested: bool) -> _ObjectContent:
+    """Take the scores of an object; its other members, and those of the enclosing objects, become texts."""
+    split = {key: _split_criterion(members[name]) for key, name in name_of_key.items()}
+    texts = [(name, text) for name, text in members.items() if name not in name_of_key.values()]
     for around, inner in path:
         texts += [(name, text) for name, text in around.items() if name != inner]
-    texts = [(name, text) for name, text in texts if not _repeats_score(name, text, given)]
-    if reasons := {key: reason for key, (_, reason) in given.items() if reason}:
+    texts = [(name, text) for name, text in texts if not _repeats_score(name, text, split)]
+    if reasons := {key: reason for key, (_, reason) in split.items() if reason}:
         texts.append(("reasons" if "reasoning" in dict(texts) else "reasoning", reasons))
-    return _Reading({key: score for key, (score, _) in given.items()}, spelt, nested, unique_members(texts), ())
+    scores = {key: score for key, (score, _) in split.items()}
+    return _ObjectContent(scores, name_of_key, nested, unique_members(texts), ())
 
 
 def _members(value: Any) -> dict[str, Any]:
-    """The members of an object, or of a list of objects that each have a name and a score; none for anything else."""
+    """Return the members of an object, or of a list of objects with a name and a score each; otherwise nothing."""
     if not isinstance(value, list):
         return value if isinstance(value, dict) else {}
     members: dict[str, Any] = {}
@@ -211,8 +214,8 @@ def _is_criterion(value: Any) -> bool:
     return isinstance(value, dict) and any(name in value for name in _SCORE_NAMES)
 
 
-def _without_reason(value: Any) -> tuple[Any, Any]:
-    """The score of a member, and the other content of a criterion's object."""
+def _split_criterion(value: Any) -> tuple[Any, Any]:
+    """Split a criterion's object into its score and its other content; any other value is the score itself."""
     if not _is_criterion(value):
         return value, None
     others = dict(value)
@@ -233,7 +236,7 @@ def _repeats_score(name: str, text: Any, given: Mapping[str, tuple[Any, Any]]) -
     key = next((key for key in given if bare(name) in (bare(key), bare(key) + SCORE_ENDING)), None)
     if key is None or not _is_plain(text):
         return False
-    number, score = number_of(_without_reason(text)[0]), number_of(given[key][0])
+    number, score = number_of(_split_criterion(text)[0]), number_of(given[key][0])
     if number is None and isinstance(text, str):
         return False
     if number is None or number != score:
@@ -242,32 +245,32 @@ def _repeats_score(name: str, text: Any, given: Mapping[str, tuple[Any, Any]]) -
 
 
 def _is_plain(value: Any) -> bool:
-    return not isinstance(_without_reason(value)[0], dict | list)
+    return not isinstance(_split_criterion(value)[0], dict | list)
 
 
 def _as_asked(members: Mapping[str, Any], asked: tuple[str, ...], *, is_answer: bool) -> dict[str, str]:
-    """The prompt's key -> the judge's name for it.
+    """Map each key of the prompt to the judge's name for it.
 
-    Judges change case, spaces and the ending `_score`, and call a single score `score`; with any other difference, it
-    is a key that was not requested. The `score` of an object that is not the answer itself belongs to something else,
-    such as a quoted search result.
+    Judges change case, spaces and the ending `_score`, and call a single score `score`. A key that differs in any other
+    way was not requested. The `score` of an object that is not the answer itself belongs to something else, for example
+    a quoted search result.
     """
     names: dict[str, list[str]] = {}
     for name, value in members.items():
         if _is_plain(value):
             names.setdefault(bare(name), []).append(name)
-    spelt = {key: found for key in asked if (found := names.get(bare(key)) or names.get(_short(key)))}
-    if len(asked) == 1 and not spelt and is_answer and "score" in names:
-        spelt = {asked[0]: names["score"]}
-    for key, found in spelt.items():
-        if len(found) > 1 or [*spelt.values()].count(found) > 1:
+    matching = {key: found for key in asked if (found := names.get(bare(key)) or names.get(_short(key)))}
+    if len(asked) == 1 and not matching and is_answer and "score" in names:
+        matching = {asked[0]: names["score"]}
+    for key, found in matching.items():
+        if len(found) > 1 or [*matching.values()].count(found) > 1:
             raise _two_scores(key)
-    return {key: found[0] for key, found in spelt.items()}
+    return {key: found[0] for key, found in matching.items()}
 
 
 @lru_cache(maxsize=1024)
 def bare(key: str) -> str:
-    """A key without the parts that judges vary: case, spaces, dashes, underscores."""
+    """Return a key without the parts that judges vary: case, spaces, dashes, underscores."""
     return re.sub(r"[\W_]+", "", key).casefold()
 
 
@@ -275,11 +278,11 @@ def _short(key: str) -> str:
     return bare(key).removesuffix(SCORE_ENDING)
 
 
-_NAME = re.compile(r"\w(?:[\w &-]*\w)?")  # tool-use quality; not `quality":` or `qua/lity`, which a fault has made
+_NAME = re.compile(r"\w(?:[\w &-]*\w)?")  # tool-use quality; not `quality":` or `qua/lity`, results of broken quotes
 
 
 def _as_named(members: Mapping[str, Any], *, nested: bool) -> dict[str, str]:
-    """The members that are scores by name or place, if it is unknown what the prompt asks for."""
+    """Find the members that are scores by their names or positions, if the requested keys are unknown."""
     plain = {name: value for name, value in members.items() if _is_plain(value)}
     names = [name for name, value in plain.items() if nested or is_score_key(name) or _is_criterion(value)]
     for name in names:
@@ -292,11 +295,11 @@ def _two_scores(key: str) -> Refusal:
     return Refusal(f"two different scores for {shorten(key)}", "two different scores for one key")
 
 
-# --- which number a value is --------------------------------------------------------------------------------------
+# --- from values to scores ----------------------------------------------------------------------------------------
 
 
 def _value(key: str, value: Any) -> float | bool | str:
-    """The value that a judge gave a key: a number, a boolean, or a word."""
+    """Return the judge's value of a key: a number, a boolean, or a word."""
     number = number_of(value)
     if number is not None and math.isinf(number):
         raise _unusable(key, value, "is out of range")
@@ -308,7 +311,7 @@ def _value(key: str, value: Any) -> float | bool | str:
 
 
 def _score(key: str, value: float | bool | str, scale: Scale) -> float:
-    """A value's score on a scale: 0 to 1, in hundredths."""
+    """Map a value to a score from 0 to 1, in hundredths."""
     if isinstance(value, bool | str):
         if str(value).lower() not in scale.words:
             raise _unusable(key, value, "is not a number")
@@ -330,7 +333,7 @@ _DECIMAL_COMMA = re.compile(r"-?\d{1,3},\d{1,2}|-?0,\d+")
 
 
 def number_of(value: Any) -> float | None:
-    """The number in a value, or in a string that has it plainly or as a percentage; None for everything else."""
+    """Return a number, also from a string with only a number or a percentage; None for everything else."""
     if type(value) in (int, float):
         return value if abs(value) < 1e300 else math.inf
     if not isinstance(value, str):
@@ -345,7 +348,7 @@ def number_of(value: Any) -> float | None:
     return float(digits) / 100 if percent else float(digits)
 
 
-# --- the guard: nothing ambiguous is a score ----------------------------------------------------------------------
+# --- guard: reject ambiguous scores -------------------------------------------------------------------------------
 
 # Whole groups are atomic, (?>(…)?), and not possessive, (…)?+: before Python 3.11.5 these lose matches (gh-106052), and
 # Debian 12 has 3.11.2.
@@ -362,20 +365,20 @@ _DELIMITER = re.compile(
 
 @lru_cache(maxsize=1024)
 def _mention(key: str) -> re.Pattern[str]:
-    """The pattern of a key and value: `"a": 0.9`, `'a': '90%'`, `"a": {"score": 0.9`, `"name": "a", "score": pass`."""
+    """Match a key and its value: `"a": 0.9`, `'a': '90%'`, `"a": {"score": 0.9`, `"name": "a", "score": pass`."""
     return re.compile(
         rf"(?<![^\W_]){_QUOTE}{re.escape(key)}{_QUOTE}\s*+(?::\s*+(?>(?:\{{{_CRITERION})?)|,{_CRITERION})"
         rf"(?>(?P<quote>[\"'“])?)\s*+(?P<given>{_NUMBER}|[^\W\d]++(?:[ _-][^\W\d]++){{0,2}})(?(quote)[\"'”]|)"
     )
 
 
-def _check_evidence(found: Found, reading: _Reading, values: Mapping[str, Any], *, known: bool) -> None:
-    """Check that each score of an answer that is not JSON is written in it, once, after its key, before a delimiter.
+def _check_evidence(found: Found, reading: _ObjectContent, values: Mapping[str, Any], *, known: bool) -> None:
+    """Check that each score of an answer that is not JSON occurs in it once, after its key and before a delimiter.
 
-    A repair may turn `0.85` into `0.8`, or give one key the number of another: the text decides.
+    A repair may turn `0.85` into `0.8`, or assign one key the number of another, so the text decides.
     """
     for key, value in values.items():
-        mentions = _mention(reading.spelt[key]).finditer(found.text)
+        mentions = _mention(reading.name_of_key[key]).finditer(found.text)
         given = [mention["given"] for mention in mentions if _DELIMITER.match(found.text, mention.end())]
         numbers = {number for one in given if (number := number_of(one)) is not None}
         if numbers - {value}:
@@ -383,18 +386,19 @@ def _check_evidence(found: Found, reading: _Reading, values: Mapping[str, Any], 
         if not numbers and str(value).lower() not in [one.lower() for one in given]:
             unclear = Refusal(f"score {shorten(value)} of {shorten(key)} is unclear", "a score is unclear")
             raise Refusal("cut off inside the scores") if found.cut_off else unclear
-    # If the keys are unknown, only a text after the scores shows that they were complete.
+    # If the keys are unknown, only text after the scores shows that they were complete.
     if found.cut_off and not known and not (reading.texts and list(reading.texts.values())[-1]):
         raise Refusal("cut off inside the scores")
 
 
-def _check_scores_come_first(found: Found, reading: _Reading, *, known: bool) -> None:
-    """If a repair has lost the end of a string, check that no string precedes a score: it may quote a score.
+def _check_scores_come_first(found: Found, reading: _ObjectContent, *, known: bool) -> None:
+    """Check, after a repair lost the end of a string, that no string precedes a score: it may quote a score.
 
     `{"a_score": 0.8, "summary": "It sent {"x": 1}."}` keeps its score and loses its summary. If the keys are unknown, a
     score may have been lost with the string.
     """
-    last = max(mention.start() for key in reading.spelt.values() for mention in _mention(key).finditer(found.text))
+    names = reading.name_of_key.values()
+    last = max(mention.start() for name in names for mention in _mention(name).finditer(found.text))
     if not known or re.search(r":\s*+[\"'“]", found.text[:last]):
         raise Refusal("repairing it would lose text")
 
@@ -403,7 +407,7 @@ def _check_scores_come_first(found: Found, reading: _Reading, *, known: bool) ->
 _NUMBER_AROUND = re.compile(
     r"(?<![\w.,])(?<!to )(?:0?\.\d++|1\.0++|\d{1,3} ?%)(?!\d|\s*+(?:to|-|–)\s*+1)|(?<=[:：=])[\"'“*` ]{0,4}\d[\d.]*+"
 )
-# Words of a judge that calls its answer a draft or an example, refuses to judge, or changes its mind without giving
+# Words with which a judge calls its answer a draft or an example, refuses to judge, or changes its mind without giving
 # another number.
 _DRAFT = re.compile(
     r"\b(?:wait|actually|correct(?:ion|ed)|reconsider|revis|mistake|instead|draft|guess|perhaps|maybe|tentative|initial"
@@ -417,7 +421,7 @@ _DRAFT = re.compile(
 
 
 def _check_surroundings(found: Found, values: Mapping[str, Any]) -> None:
-    """Check that the judge's text around its answer does not change it."""
+    """Check that the judge's text around its answer does not contradict it."""
     around = f"{found.before}\n{found.after}"
     if has_thought(around) or _DRAFT.search(around):
         raise Refusal("the text around the answer may change it")
@@ -439,7 +443,7 @@ def _is_inside_a_line(found: Found) -> bool:
 
 
 def _as_json(values: Mapping[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
-    """The texts as they are read back from JSON: Python's parser admits numbers and characters that JSON does not."""
+    """Return the texts after a round trip through JSON: Python's parser accepts more numbers and characters."""
     import orjson
 
     try:
@@ -453,16 +457,16 @@ def _as_json(values: Mapping[str, Any], texts: dict[str, Any]) -> dict[str, Any]
 _SENTENCE = re.compile(r"""\w[)"'”’\]]*(?:[.!?]["')\]”’]*(?=\s|\Z)|[。！？]["')\]”’]*)""")
 
 
-def _whole_sentences(value: Any) -> Any:
-    """A value whose last string was cut off, up to its last complete sentence; None if nothing is left.
+def _complete_sentences(value: Any) -> Any:
+    """Shorten a value whose last string was cut off to its last complete sentence; None if nothing is left.
 
-    A judge trained on half sentences learns to stop in the middle of one.
+    A judge trained on incomplete sentences would learn to stop in the middle of one.
     """
     if isinstance(value, str):
         return value[: max((sentence.end() for sentence in _SENTENCE.finditer(value)), default=0)] or None
     if not isinstance(value, dict | list) or not value:
         return value
     *members, (key, last) = value.items() if isinstance(value, dict) else enumerate(value)
-    kept = _whole_sentences(last)
+    kept = _complete_sentences(last)
     members += [] if kept is None else [(key, kept)]
     return (dict(members) if isinstance(value, dict) else [item for _, item in members]) or None

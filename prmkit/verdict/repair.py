@@ -1,7 +1,7 @@
-"""Finding the JSON objects in a judge's text.
+"""Find the JSON objects in a judge's text.
 
-About four in ten answers of judges are not valid JSON: fences, prose, thoughts, unescaped quotes, answers that were cut
-off. `find_objects` reads what is JSON, lets json-repair read the rest, and names the repairs. It knows nothing about
+About four in ten answers of judges are not valid JSON: they have fences, prose, thoughts or unescaped quotes, or were
+cut off. `find_objects` parses what is JSON, passes the rest to json-repair, and lists the repairs. It does not handle
 scores: `prmkit.verdict.read` decides which object is the verdict, and verifies its scores.
 """
 
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, NoReturn
 _LONGEST_ANSWER = 200_000
 """Characters. Longer answers are rejected unread: no judge writes that much."""
 _MOST_WORK = 400_000
-"""The most characters times (50 + brackets) of an answer that is not JSON: 8,000 characters, or 4,000 with 50 brackets.
+"""Limit on characters * (50 + brackets) for json-repair: 8,000 characters, or 4,000 with 50 brackets.
 
-json-repair may reread the whole text at each bracket, and takes minutes for `]{` repeated. Within this limit it takes
-less than a second; a product, unlike a clock, decides the same way on every machine.
+json-repair may reread the complete text at each bracket, and takes minutes for `]{` repeated. Within this limit it
+takes less than a second. Unlike a time limit, this limit has the same result on every machine.
 """
 _STOPS = re.compile(r"[{}\[\](“]|/\*")  # where json-repair looks ahead
 _MOST_OBJECTS = 60
@@ -25,17 +25,17 @@ class Found(NamedTuple):
     """One object in an answer."""
 
     value: Any
-    text: str  # what the value was read from
-    before: str  # what the judge wrote around it, without thoughts, fences and tags
-    after: str
-    repairs: tuple[str, ...]  # what was done to make JSON of it; empty for an answer that already was
-    exact: bool = True  # it is JSON, so it is certain which number belongs to which key
+    text: str  # the text from which the value was read
+    before: str  # the text before it, without thoughts, fences and tags
+    after: str  # the text after it
+    repairs: tuple[str, ...]  # the repairs applied; empty for an answer that was JSON already
+    exact: bool = True  # whether it is JSON, so that it is certain which number belongs to which key
     cut_off: bool = False
-    texts_lost: bool = False  # the repair dropped or split a string: nothing but a proven score may be used
+    texts_lost: bool = False  # whether the repair dropped or split a string: then only a verified score may be used
 
 
 class Refusal(Exception):
-    """An answer that cannot be read: the reason in detail, and its kind, by which rejected answers are counted."""
+    """An answer that cannot be read: the reason with its details, and the kind, by which rejections are counted."""
 
     def __init__(self, reason: str, kind: str = "") -> None:
         super().__init__(reason)
@@ -44,10 +44,10 @@ class Refusal(Exception):
 
 
 def find_objects(text: str) -> list[Found]:
-    """The objects of an answer, in order. The first that is not JSON is repaired, and reading stops after it.
+    """Return the objects of an answer, in order. The first that is not JSON is repaired, and reading stops after it.
 
     Raises:
-        Refusal: there is nothing to read, or nothing readable.
+        Refusal: the answer is empty, too long or unreadable.
     """
     text = text.strip().lstrip("\ufeff").lstrip()
     if not text:
@@ -55,16 +55,16 @@ def find_objects(text: str) -> list[Found]:
     if len(text) > _LONGEST_ANSWER:
         raise Refusal(f"longer than {_LONGEST_ANSWER:,} characters")
     try:
-        whole = _decode(text, 0)
-        if whole and whole[1] == len(text):
-            return [Found(whole[0], text, "", "", whole[2])]
+        decoded = _decode(text, 0)
+        if decoded and decoded[1] == len(text):
+            return [Found(decoded[0], text, "", "", decoded[2])]
         return _objects_in(*_without_thoughts(text))
     except RecursionError as error:
         raise Refusal("nested too deeply") from error
 
 
 def _decode(text: str, start: int) -> tuple[Any, int, tuple[str, ...]] | None:
-    """The JSON value that begins at a place, its end, and the repairs made to read it; None if it is not JSON."""
+    """Return the JSON value at a position, its end, and the repairs made to read it; None if it is not JSON."""
     for decoder, repairs in _DECODERS:
         try:
             return (*decoder.raw_decode(text, start), repairs)
@@ -78,7 +78,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; parsers silently keep the last of two equal keys, so two different values are rejected here."""
+    """Return an object. Parsers silently keep the last of two equal keys, so different values are rejected here."""
     value = dict(members)
     for key, item in members if len(value) < len(members) else ():
         if item != value[key]:
@@ -86,7 +86,7 @@ def unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-# strict=False allows raw newlines and tabs inside strings, the most common fault of judges, and changes nothing else.
+# strict=False allows raw newlines and tabs in strings, the most common error of judges, and changes nothing else.
 _DECODERS = [
     (json.JSONDecoder(strict=strict, parse_constant=_reject_constant, object_pairs_hook=unique_members), repairs)
     for strict, repairs in ((True, ()), (False, ("control characters in a string",)))
@@ -94,21 +94,21 @@ _DECODERS = [
 
 
 def shorten(value: Any) -> str:
-    """A value as it is shown in a reason."""
+    """Shorten a value for a reason."""
     shown = str(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
 # --- thoughts -----------------------------------------------------------------------------------------------------
 
-# Model families keep adding markers, so every name opens a thought unless it is known to hold an answer:
+# Model families keep adding tags, so every tag opens a thought unless it is known to contain an answer:
 # <think>, <seed:think>, <think budget="low">, <|channel|>, <|channel>, [THINK], ◁think▷, 【思考】.
 _OPENING = re.compile(
     r"(?:<\|?|[◁【＜]|\[(?=[A-Z_ ]{3,30}\]|(?i:think|reason|thought)))(?P<name>[^\W\d][\w:▁ -]{0,40}?)"
     r"(?:\s[^<>{}]{0,80})?\|?[>\]▷】＞]"
 )
-# </think>, <|end_of_thought|>, <|END_THINKING|>, [/THINK], ◁/think▷, and those of gpt-oss, Gemma and MedGemma; before a
-# newline or the answer: in a sentence, a marker is quoted.
+# </think>, <|end_of_thought|>, <|END_THINKING|>, [/THINK], ◁/think▷, and those of gpt-oss, Gemma and MedGemma; only
+# before a newline or the answer, because a tag within a sentence is quoted.
 _CLOSING = re.compile(
     r"(?:[<\[◁【＜]\|?(?:/|end_(?:of_)?)(?P<name>[^\W\d][\w:]{0,40})\|?[>\]▷】＞]"
     r"|<\|channel\|>final\b[^{}]{0,60}?<\|message\|>|<channel\|>|<unused95>)"
@@ -125,7 +125,7 @@ _ANSWER_TAG = re.compile(rf"</?(?:{_HOLDS_AN_ANSWER.pattern})>|<\|\w{{1,30}}\|>"
 
 
 def _without_thoughts(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text after its last thought, and what was removed.
+    """Return the text after its last thought, and the repairs.
 
     Raises:
         Refusal: a thought is never closed before the first object, so the answer was cut off inside it.
@@ -141,11 +141,11 @@ def _without_thoughts(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def has_thought(prose: str) -> bool:
-    """Whether a marker in the prose opens, or may open, a thought."""
+    """Whether a tag in the prose opens, or may open, a thought."""
     return not all(_HOLDS_AN_ANSWER.fullmatch(marker["name"].strip()) for marker in _OPENING.finditer(prose))
 
 
-# --- objects between prose ----------------------------------------------------------------------------------------
+# --- objects within prose -----------------------------------------------------------------------------------------
 
 # A brace before a key, or a list before a brace: {"a": 1}, {“a”: 1}, {'a': 1}, {a: 1}, {// note, [{"a": 1}]; or a brace
 # after which the answer was cut off. Not the braces of \frac{1}{2}.
@@ -182,19 +182,19 @@ def _found(value: Any, text: str, start: int, end: int, repairs: tuple[str, ...]
 
 
 def _end_of_object(text: str, start: int) -> int:
-    """The end of an object that is not JSON: its fence, or the last brace if only prose follows."""
+    """Find the end of an object that is not JSON: its fence, or the last brace if only prose follows."""
     if _FENCE.search(text[:start]) and (fence := text.rfind("```", start)) > 0:
         return len(text[:fence].rstrip())
     end = max(text.rfind("}"), text.rfind("｝")) + 1
-    whole = end > start and text.count("{", start) <= text.count("}", start) and '"' not in text[end:]
-    return end if whole else len(text)
+    is_complete = end > start and text.count("{", start) <= text.count("}", start) and '"' not in text[end:]
+    return end if is_complete else len(text)
 
 
 # --- objects that are not JSON ------------------------------------------------------------------------------------
 
 
 def _repaired(found: Found) -> Found:
-    """json-repair's reading of an object that is not JSON."""
+    """Let json-repair parse an object that is not JSON."""
     import json_repair
 
     text = _with_plain_punctuation(found.text)
@@ -205,8 +205,8 @@ def _repaired(found: Found) -> Found:
         value = json_repair.loads(text, skip_json_loads=True)
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:  # for some random texts
         raise Refusal("cannot be repaired") from error
-    # Dropped text, and a string that was split: {"s": "It sent {"x": 1, "y": 2}."} would lose the inner closing brace.
-    lost = _weight(_COMMENT.sub("", text)) - _weight(json.dumps(value, ensure_ascii=False))
+    # Dropped text, or a string that was split: {"s": "It sent {"x": 1, "y": 2}."} would lose the inner closing brace.
+    lost = _content_size(_COMMENT.sub("", text)) - _content_size(json.dumps(value, ensure_ascii=False))
     if cut_off and lost > _LONGEST_KEY:
         raise Refusal("repairing it would lose text")
     repairs = (*found.repairs, "cut off" if cut_off else "syntax")
@@ -215,17 +215,17 @@ def _repaired(found: Found) -> Found:
 
 
 _LONGEST_KEY = 80
-"""The most letters that json-repair may drop if an answer was cut off inside a key."""
-# `// note`, `# note`, `/* note */`. A URL in a string also counts as one: then less is checked, but nothing readable is
-# rejected.
+"""The maximum number of letters that json-repair may drop if an answer was cut off inside a key."""
+# `// note`, `# note`, `/* note */`. A URL in a string also counts as a comment: then less is checked, but no valid
+# answer is rejected.
 _COMMENT = re.compile(r"(?://|#)[^\n]*|/\*.{0,500}?\*/", re.DOTALL)
-_WEIGHED = re.compile(r"[^\W\d_]+|[{}\[\]]+")
+_COUNTED = re.compile(r"[^\W\d_]+|[{}\[\]]+")
 _ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)", re.DOTALL)
 
 
-def _weight(text: str) -> int:
-    """How many letters and brackets a text has."""
-    return sum(map(len, _WEIGHED.findall(_ESCAPE.sub("", text))))
+def _content_size(text: str) -> int:
+    """Count the letters and brackets of a text."""
+    return sum(map(len, _COUNTED.findall(_ESCAPE.sub("", text))))
 
 
 _QUOTES = str.maketrans(dict.fromkeys("“”„‟«»「」『』＂", '"'))
@@ -235,7 +235,7 @@ _COMMA = re.compile(r'(?<=["\d}\]])\s*+，(?=\s*+["“])')
 
 
 def _with_plain_punctuation(text: str) -> str:
-    """The text with its structure in ASCII: `｛“a_score”：0.85，“summary”：“好”｝`."""
+    """Return the text with its punctuation in ASCII: `｛“a_score”：0.85，“summary”：“好”｝`."""
     plain = text.translate(_BRACKETS)
     plain = plain if '"' in plain else plain.translate(_QUOTES)
     return _COMMA.sub(",", _COLON.sub(":", plain))

@@ -1,4 +1,4 @@
-"""Verdicts: what they are, which one a prompt asks for, and the canonical form used for training."""
+"""Verdicts: their types, the schema that a prompt requests, and the canonical JSON for training."""
 
 import json
 import re
@@ -12,13 +12,13 @@ SCORE_ENDING = "score"
 
 
 def is_score_key(key: str) -> bool:
-    """Whether a key is that of a score by its name: `step_score`, `Score`, `overallScore`."""
+    """Whether a key names a score: `step_score`, `Score`, `overallScore`."""
     return key.lower().endswith(SCORE_ENDING)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Which scores a verdict has, in order, and whether they are in a `scores` object or at the top level."""
+    """The score keys of a verdict, in order, and whether they are in a `scores` object or at the top level."""
 
     keys: tuple[str, ...]
     nested: bool
@@ -29,22 +29,22 @@ class Verdict:
     """A judge's answer with its scores."""
 
     scores: Mapping[str, float]
-    """Key -> score; 0 to 1, in hundredths."""
+    """Key -> score from 0 to 1, in hundredths."""
     nested: bool
-    """The scores are in a `scores` object."""
+    """Whether the scores are in a `scores` object."""
     texts: Mapping[str, Any]
-    """Everything else the judge wrote (`summary`, `reasoning`, …), in the judge's order."""
+    """Everything else that the judge wrote (`summary`, `reasoning`, …), in the judge's order."""
     repairs: tuple[str, ...] = field(default=(), compare=False)
-    """What had to be repaired before the answer was JSON; empty for an answer that already was."""
+    """The repairs that made the answer valid JSON; empty for an answer that already was."""
 
     @property
     def shape(self) -> Shape:
-        """The keys and the place of the scores."""
+        """The score keys, and whether they are nested."""
         return Shape(tuple(self.scores), self.nested)
 
     @property
     def mean(self) -> float:
-        """The mean of its scores."""
+        """The mean of the scores."""
         return fmean(self.scores.values())
 
 
@@ -55,45 +55,45 @@ class Answer:
     values: Mapping[str, float | bool | str]
     """Key -> the judge's value as written: a number (`90%` is 0.9), a boolean, or a word such as `pass`."""
     nested: bool
-    """The values are in a `scores` object, or the prompt asks for one."""
+    """Whether the values are in a `scores` object, or the prompt asks for one."""
     texts: Mapping[str, Any]
-    """Everything else the judge wrote, in the judge's order."""
+    """Everything else that the judge wrote, in the judge's order."""
     repairs: tuple[str, ...] = field(default=(), compare=False)
-    """What had to be repaired before the answer was JSON; empty for an answer that already was."""
+    """The repairs that made the answer valid JSON; empty for an answer that already was."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How a judge's values become scores."""
+    """The mapping from a judge's values to scores."""
 
     low: float = 0.0
     """The worst number that the judge gives; it becomes 0."""
     high: float = 1.0
     """The best number that the judge gives; it becomes 1."""
     words: Mapping[str, float] = field(default_factory=dict)
-    """Scores from 0 to 1 for words in lower case; `true` and `false` stand for booleans."""
+    """Word in lower case -> score from 0 to 1; `true` and `false` are also used for booleans."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A judge's answer that gives no verdict."""
+    """A judge's answer without a usable verdict."""
 
     reason: str
     kind: str = ""
-    """The reason without the details of this answer; rejected answers are counted by it."""
+    """The reason without details, by which rejected answers are counted."""
 
 
 def render_verdict(verdict: Verdict) -> str:
-    """The canonical training label: one line of JSON, scores first, as two decimals.
+    """Return the canonical training label: one line of JSON, scores first, with two decimals.
 
-    Scores come first because the judge is asked for them first: `answer_prefix` must be a prefix of every label.
+    Scores come first because `answer_prefix` must be a prefix of every label.
     """
     opened, close = answer_prefix(verdict.shape, verdict.scores), "}" if verdict.nested else ""
     return opened + close + "".join([f", {_dumps(key)}: {_dumps(value)}" for key, value in verdict.texts.items()]) + "}"
 
 
 def answer_prefix(shape: Shape, chosen: Mapping[str, float]) -> str:
-    """The canonical label up to the first score that is not in `chosen`; if all are, up to the last digit.
+    """Return the canonical label up to the first score that is not in `chosen`; if all are, up to the last digit.
 
     >>> answer_prefix(Shape(("relevance", "progress"), nested=True), {"relevance": 0.5})
     '{"scores": {"relevance": 0.50, "progress": '
@@ -112,11 +112,11 @@ def _dumps(value: Any) -> str:
 
 
 def asked_shape(prompt: str, system: str | None = None) -> Shape | None:
-    """The shape of the verdict that a prompt, or else its system text, asks for; None if neither shows one.
+    """Return the shape of the verdict that a prompt or its system prompt asks for; None if neither has a schema.
 
-    Reads the last object in the prompt that has scores: a trajectory may itself contain JSON with scores, and the
+    Reads the last object with scores in the prompt, because a trajectory may itself contain JSON with scores, and the
     schema comes after it. Only its keys are read, never its example numbers, so it may have comments, placeholders and
-    ellipses. Its scores are in a `scores` object, in an object for each criterion, under keys that end in `score`, or
+    ellipses. Its scores are in a `scores` object, in one object per criterion, under keys that end in `score`, or
     properties of a JSON schema.
 
     If the last such object is not announced as JSON or a format, and an earlier one with other scores is, either may be
@@ -126,7 +126,7 @@ def asked_shape(prompt: str, system: str | None = None) -> Shape | None:
     for start, end in _objects_from_the_end(prompt):
         schema = prompt[start:end]
         shape = _shape_of(schema) if SCORE_ENDING in schema.lower() else None
-        if shape and ([key.lower() for key in shape.keys] != [SCORE_ENDING] or _is_introduced(prompt, start)):
+        if shape and ([key.lower() for key in shape.keys] != [SCORE_ENDING] or _is_schema(prompt, start)):
             if _ANNOUNCED.search(prompt, max(start - 80, 0), start):
                 return shape if last in (None, shape) else None
             last = last or shape
@@ -134,8 +134,8 @@ def asked_shape(prompt: str, system: str | None = None) -> Shape | None:
     return last or of_system if of_system in (None, last) or last is None else None
 
 
-def _is_introduced(prompt: str, start: int) -> bool:
-    """Whether an object with a single `score` is a schema: list items, such as search results, also have a `score`."""
+def _is_schema(prompt: str, start: int) -> bool:
+    """Whether an object with a single `score` is a schema; list items, for example search results, also have scores."""
     before = prompt[max(start - 300, 0) : start]
     return before.rstrip()[-1:] not in ("[", ",") and bool(_INTRODUCED.search(before + prompt[start : start + 80]))
 
@@ -157,9 +157,9 @@ _BRACES = re.compile(rf"{_QUOTED}|[{{}}｛｝]")
 
 
 def _objects_from_the_end(prompt: str) -> Iterator[tuple[int, int]]:
-    """The places of the outermost objects, last one first.
+    """Yield the start and the end of each outermost object, the last one first.
 
-    An unclosed brace in the trajectory does not open an object, so it cannot swallow the schema after it.
+    An unclosed brace in the trajectory does not open an object, so it cannot include the schema after it.
     """
     opened: list[int] = []
     pairs: list[tuple[int, int]] = []
@@ -200,7 +200,7 @@ def _shape_of_keys(keys: Mapping[str, Any]) -> Shape | None:
 
 
 def _properties(keys: Any) -> Mapping[str, Any]:
-    """The keys of an object, those that a JSON schema describes, or the names in a list of criteria."""
+    """Return the keys of an object, those that a JSON schema describes, or the names in a list of criteria."""
     if isinstance(keys, list):
         names = [item.get("name") for item in keys if "score" in item]
         return dict.fromkeys(names) if len(names) > 1 and all(map(_is_name, names)) else {}
@@ -214,7 +214,7 @@ def _is_name(name: Any) -> bool:
 
 
 def _keys_of(schema: str) -> dict[str, Any]:
-    """An object reduced to its keys: key -> an object, a list of objects, a string, or None for anything else."""
+    """Reduce an object to its keys: key -> an object, a list of objects, a string, or None for anything else."""
     top: dict[str, Any] = {}
     stack: list[Any] = [top]
     key: str | None = None

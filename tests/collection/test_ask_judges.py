@@ -164,7 +164,7 @@ def test_more_than_a_twentieth_missing_is_an_error_and_one_judge_does_not_stop_t
 
 
 def test_what_helps_depends_on_what_is_missing(tmp_path: Path, endpoint: Endpoint) -> None:
-    again, final = "Run the same command again", "Unreadable answers (of 1 steps) are not asked for again"
+    again, final = "Run the same command again", "Unreadable answers (of 1 steps) are not requested again"
     write_runs(tmp_path, ["good", "bad stubborn"])
     write_judges(tmp_path, endpoint, "a")
     said = typed(tmp_path, "--yes", code=1).stderr
@@ -312,7 +312,7 @@ def test_the_budget_is_never_overrun(tmp_path: Path, endpoint: Endpoint) -> None
     write_judges(tmp_path, endpoint, price_in=0, price_out=1000, parameters={"max_tokens": 100}, concurrency=8)
     done = typed(tmp_path, "--yes", "--max-cost", "0.25", code=1)  # an answer costs 0.01, and up to 0.1
     spent = sum(json.loads(line)["cost"] for line in (tmp_path / "rows.answers.jsonl").read_text().splitlines())
-    assert 0.1 < spent <= 0.25 and "--max-cost 0.25 is reached" in done.stderr
+    assert 0.1 < spent <= 0.25 and "--max-cost 0.25 reached; sending no more requests" in done.stderr
     assert "not asked: --max-cost was reached" in done.stdout
     for amount in ("nan", "-1", "inf"):
         assert "--max-cost" in typed(tmp_path, "--yes", "--max-cost", amount, code=2).stderr
@@ -363,7 +363,7 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
     weights = {row["metadata"]["selected_by"]: row["metadata"]["selection_weight"] for row in rows(tmp_path)}
     assert weights == {"unsure": 1.0, "audit": 5.0}
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
-    assert "no score of t0.1#60" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
+    assert "no score of step t0.1#60" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
     assert "scores.jsonl:61: a second line" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
     (tmp_path / "scores.jsonl").write_text("{}\n")
@@ -383,18 +383,27 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
         ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {stream: true}}", "stream is set"),
         ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: 'sk-abc-def'}", "name of a variable"),
         ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
-        ("- &a {name: a, base_url: 'http://x/v1', model: m}\n- *a", "two judges are called a"),
-        ("- {name: a, base_url: 'http://x/v1?key=abc', model: m}", "query"),
+        ("- &a {name: a, base_url: 'http://x/v1', model: m}\n- *a", "two judges have the name a"),
+        ("- {name: a, base_url: 'http://x/v1?key=abc', model: m}", "base_url must not contain ? or #"),
         ("- {name: a, base_url: 'http://x/v1', model: ' '}", "model missing"),
         ("- {name: a, base_url: 'http://x/v1', model: m, timeout: .nan}", "timeout must be above zero"),
-        ("- {name: a, base_url: 'http://x/v1', model: m, price_in: .nan, price_out: 1}", "a price"),
-        ("- {name: a, base_url: 'http://x/v1', model: m, price_in: 1, price_out: .inf}", "a price"),
-        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {max_tokens: many}}", "a whole number"),
-        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {max_tokens: null}}", "a whole number"),
+        (
+            "- {name: a, base_url: 'http://x/v1', model: m, price_in: .nan, price_out: 1}",
+            "price_in and price_out must be numbers",
+        ),
+        (
+            "- {name: a, base_url: 'http://x/v1', model: m, price_in: 1, price_out: .inf}",
+            "price_in and price_out must be numbers",
+        ),
+        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {max_tokens: many}}", "an integer"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {max_tokens: null}}", "an integer"),
         ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {temperature: .nan}}", "as JSON"),
         ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {since: 2024-01-01}}", "as JSON"),
         ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {1: 2, a: 3}}", "as JSON"),
-        ("- {name: a, base_url: 'http://x/v1', model: m}\n- {name: b, base_url: 'http://y/v1', model: m}", "for both"),
+        (
+            "- {name: a, base_url: 'http://x/v1', model: m}\n- {name: b, base_url: 'http://y/v1', model: m}",
+            "cannot be distinguished",
+        ),
         ("a: [", "not YAML"),
     ],
 )

@@ -116,7 +116,7 @@ def test_too_many_rejected_rows_fail_the_conversion(convert_rows: Convert, data:
 def test_a_summary_that_is_the_schemas_example_is_rejected(convert_rows: Convert) -> None:
     copied = json.dumps({"reasonableness_score": 0.85, "summary": "What was done in this clip."})
     report = convert_rows([row_of(prompt_of("a")), row_of(prompt_of("b"), copied)])
-    assert report["rejected"] == {"repeats the prompt's example": 1}
+    assert report["rejected"] == {"copies the example in the prompt's schema": 1}
 
 
 # --- duplicates ---------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_stdin(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty"),
+        (b"", "no rows"),
         (b"\n \n", "No row can be used"),
         ('{"a": 1}'.encode("utf-16"), "UTF-16"),
         (b"oops\n" * 3, "3 x not JSON"),
@@ -344,7 +344,7 @@ def test_a_filtered_variant_cannot_train_on_held_out_tasks(convert_rows: Convert
     convert_rows(rows)
     held_out = {row["metadata"]["task_id"] for row in read_lines(data / "reward_model_full_eval.meta.jsonl")}
     before = snapshot(data)
-    with pytest.raises(DataError, match="held out"):
+    with pytest.raises(DataError, match="belong to held-out tasks"):
         convert_rows(rows, filters=Filters(tasks=frozenset(held_out)))
     with pytest.raises(DataError, match="would leak"):
         convert_rows(rows, filters=Filters(tasks=frozenset(held_out)), split=Split(0.0))
@@ -375,7 +375,7 @@ def test_somebody_elses_file_of_the_same_name_is_not_replaced_silently(
     data.mkdir()
     (data / "reward_model_full.jsonl").write_text("mine\n")
     convert_rows(many_rows(tasks=3))
-    assert "replaced, although no earlier conversion lists them: reward_model_full.jsonl" in narrated.text
+    assert "overwritten, although no earlier conversion created them: reward_model_full.jsonl" in narrated.text
     narrated.clear()
     convert_rows(many_rows(tasks=3))
     assert not narrated.text

@@ -158,7 +158,7 @@ def test_several_runs_of_a_task_need_names(convert_rows: Convert, data: Path) ->
         ]
 
     with pytest.raises(
-        DataError, match=r"2 clips have several prompts.*clip number 1 of task_1.*:1 and .*:3.*trajectory_id"
+        DataError, match=r"2 clips have more than one prompt.*clip number 1 of task_1.*:1 and .*:3.*trajectory_id"
     ):
         convert_rows(runs())
     assert not snapshot(data)
@@ -180,7 +180,8 @@ def test_with_two_tasks_or_more_one_is_on_each_side(convert_rows: Convert, tasks
 
 
 @pytest.mark.parametrize(
-    ("tasks", "message"), [({"nope"}, "no row has one of these tasks"), ({"task_0"}, "Every usable row")]
+    ("tasks", "message"),
+    [({"nope"}, "no row has one of these tasks"), ({"task_0"}, "All usable rows belong to held-out tasks")],
 )
 def test_a_list_of_tasks_that_leaves_a_side_empty_is_an_error(
     convert_rows: Convert, tasks: set[str], message: str
@@ -203,7 +204,7 @@ def test_more_than_half_rejected_fails_and_a_judge_who_loses_rows_is_named(
     ]
     source = report["inputs"][0]["source"]
     done = script("convert_dataset.py", "--input", source, "--output-dir", data)
-    assert "3 of 4 rows of judge-b are rejected, most often because: empty answer" in done.stdout
+    assert "3 of 4 rows of judge-b are rejected; most common reason: empty answer" in done.stdout
 
 
 def test_rows_that_would_leak_are_not_counted_as_unreadable(convert_rows: Convert) -> None:
@@ -230,7 +231,7 @@ def test_nothing_in_a_folder_is_passed_over_silently(tmp_path: Path, data: Path,
     (folder / "linked").symlink_to(elsewhere)
     report = convert(Settings(inputs=(str(folder),), output=data))
     assert sum(report["rows"].values()) == 6
-    assert "5 files or folders are not read" in narrated.text
+    assert "5 files or folders are skipped" in narrated.text
     for name in ("e.txt", ".f.jsonl", "loop.jsonl", "linked/", ".hidden/"):
         assert name in narrated.text
 
@@ -251,7 +252,7 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
         yield from lines
 
     monkeypatch.setattr("prmkit.dataset.prepare.read_lines", interfere)
-    with pytest.raises(DataError, match=r"input\.jsonl: changed while"):
+    with pytest.raises(DataError, match=r"input\.jsonl changed while"):
         convert(Settings(inputs=(str(source),), output=data))
     assert not snapshot(data)
 
@@ -264,7 +265,7 @@ def test_an_input_with_the_name_of_an_output_is_refused(data: Path, name: str) -
     (data / "conversion_report.json").write_text('{"files": ["old.jsonl"], "entries": []}')
     source = write_rows(data / name, many_rows(tasks=5))
     before = source.read_bytes()
-    with pytest.raises(DataError, match="has the name of a file that this conversion writes"):
+    with pytest.raises(DataError, match="would be overwritten by this conversion"):
         convert(Settings(inputs=(str(source),), output=data))
     assert source.read_bytes() == before
     convert(Settings(inputs=(str(source.rename(data / "mine.jsonl")),), output=data))

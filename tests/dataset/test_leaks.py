@@ -1,4 +1,4 @@
-"""The leak audit finds what is on both sides, in the datasets of others too; and what is nearly the same."""
+"""The leak audit finds what is in both splits, also in datasets of others; and what is nearly the same."""
 
 import json
 import random
@@ -55,7 +55,7 @@ def test_a_clean_conversion_passes_and_a_doctored_one_does_not(
 def test_datasets_of_others_are_compared_by_prompt(tmp_path: Path, script: Script) -> None:
     put(tmp_path, INFO, mine=alpaca("a", "b"), mine_test=alpaca("c"))
     assert audit_folder(tmp_path)["passed"] is None
-    assert "no row names its task" in script("convert_dataset.py", "--audit", tmp_path, code=4).stderr
+    assert "no row has a task_id" in script("convert_dataset.py", "--audit", tmp_path, code=4).stderr
     put(tmp_path, INFO, mine=alpaca("a", "b"), mine_test=alpaca("c", "b"))
     script("convert_dataset.py", "--audit", tmp_path, code=1)
 
@@ -85,7 +85,7 @@ def test_other_columns_and_other_formats(tmp_path: Path) -> None:
 
 
 def test_more_prompts_than_are_compared_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmkit.dataset.leaks._PROMPTS_A_PASS", 7)
+    monkeypatch.setattr("prmkit.dataset.leaks._PROMPTS_PER_PASS", 7)
     held_out = [str(number) for number in range(100)]
     put(tmp_path, INFO, mine=alpaca("a", "13", "57", "99"), mine_test=alpaca(*held_out))
     found = audit_folder(tmp_path)

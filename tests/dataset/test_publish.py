@@ -164,7 +164,7 @@ def test_a_planted_link_moves_no_file_of_others(tmp_path: Path, data: Path, conv
     else:
         (data / ".current").symlink_to(target)
     (data / "mine.txt").symlink_to(".current/precious")
-    with pytest.raises(DataError, match=r"\.current: not made by a conversion|tasks: a link"):
+    with pytest.raises(DataError, match=r"\.current: not created by prmkit|tasks is a symlink"):
         convert_rows(many_rows(tasks=2))
     assert (tmp_path / "theirs" / "precious").read_text() == "x"
     assert (tmp_path / "theirs" / "new" / "precious").read_text() == "x"
@@ -183,7 +183,7 @@ def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     stage = make_stage(tmp_path)
     put(stage / "new", files(a="new", b="new"))
-    with pytest.raises(DataError, match="a folder is in the way of a file"):
+    with pytest.raises(DataError, match="is a folder, but a file must be written there"):
         publish(tmp_path, stage, stage / "new", [])
     assert (tmp_path / "a").read_text() == "old"
 

@@ -47,7 +47,7 @@ def test_a_judge_that_never_gives_a_fraction_is_on_another_scale_after_one_numbe
     convert_rows: Convert, scores: list[int]
 ) -> None:
     """Else its worst score, 1, would be the best label."""
-    with pytest.raises(DataError, match="none of its rows with reasonableness_score is used"):
+    with pytest.raises(DataError, match="all its rows with reasonableness_score are rejected"):
         convert_rows(judged(scores))
     kept = convert_rows([*judged(scores), *judged([0, 0.5, 1] * 3, judge="judge-a")], max_rejected="100%")
     assert kept["judges"] == {"judge-a": 9}
@@ -81,7 +81,7 @@ def test_stray_values_cost_their_own_rows(convert_rows: Convert, stray: int, kep
     rows = judged([1.7] * stray + [0.5] * (300 - stray if stray == 3 else 250 - stray), judge="judge-a")
     if not kept:
         rows = rows[:200]
-        with pytest.raises(DataError, match="none of its rows"):
+        with pytest.raises(DataError, match="all its rows with reasonableness_score are rejected"):
             convert_rows(rows)
         return
     report = convert_rows(rows)

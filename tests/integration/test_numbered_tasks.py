@@ -157,7 +157,7 @@ def test_a_run_is_not_named_by_what_is_neither_text_nor_a_whole_number(name: Any
     reports: list[FileReport] = []
     runs = list(read_runs([public.write_lines(tmp_path / "runs.jsonl", values)], None, reports))
     assert [run.task_id for run in runs] == ["good"]
-    assert dict(reports[0].unreadable) == {"task_id is neither text nor a whole number": 1}
+    assert dict(reports[0].unreadable) == {"task_id is neither a string nor an integer": 1}
 
 
 def test_answers_about_runs_by_number(tmp_path: Path) -> None:
@@ -219,5 +219,5 @@ def test_scored_steps_and_outcomes_of_numbered_tasks(tmp_path: Path) -> None:
     assert [step.trajectory for step in steps] == ["0", "1", "2", "3", "4", "5", "0"]
     outcomes = [{"trajectory_id": run, "outcome": 1} for run in (0, 1.0, "2")]
     assert read_outcomes(public.write_lines(tmp_path / "o.jsonl", outcomes)) == {"0": 1.0, "1": 1.0, "2": 1.0}
-    with pytest.raises(DataError, match=r"bad\.jsonl:1: task_id is neither text nor a whole number"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: task_id is neither a string nor an integer"):
         read_scored([public.write_lines(tmp_path / "bad.jsonl", [lines[0] | {"metadata": {"task_id": [7]}}])])

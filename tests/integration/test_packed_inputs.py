@@ -87,7 +87,8 @@ NAMES = {".gz": "gzip", ".bz2": "bzip2", ".zst": "Zstandard"}
 def test_a_packed_file_with_a_wrong_name_is_refused(tmp_path: Path, packing: str, suffix: str) -> None:
     file = tmp_path / f"r{suffix}"
     file.write_bytes(PACK[packing](json.dumps(RUN).encode()))
-    why = "not packed as its name says" if suffix in PACK else f"packed with {NAMES[packing]}.*ends in {packing}"
+    wrong = f"not a valid {suffix} file, or damaged"
+    why = wrong if suffix in PACK else f"packed with {NAMES[packing]}.*ends in {packing}"
     with pytest.raises(DataError, match=f"{file.name}: {why}"):
         imported(file, tmp_path / "trajectories.jsonl")
     with pytest.raises(DataError, match=f"{file.name}: {why}"):
@@ -102,7 +103,7 @@ def test_packed_rows_from_a_pipe_have_no_name_to_change(packing: str) -> None:
 
 @pytest.mark.parametrize("packing", PACKED)
 def test_an_import_is_not_written_under_the_name_of_a_packed_file(tmp_path: Path, packing: str) -> None:
-    with pytest.raises(UsageError, match=r"written as plain text. Name it out\.jsonl"):
+    with pytest.raises(UsageError, match=r"never compressed. Write to out\.jsonl"):
         imported(written(tmp_path, "r.jsonl", RUN), tmp_path / f"out.jsonl{packing}")
 
 

@@ -56,7 +56,7 @@ def test_own_keys_are_asked_for(tmp_path: Path, keys: list[str], shape: Shape) -
         ({"anchors": {5: "x"}}, "anchor"),
         ({"context_tokens": "many"}, "context_tokens"),
         ({"context_tokens": 100}, "Set at least"),
-        ({"colour": "red"}, "nothing else"),
+        ({"colour": "red"}, "and no others"),
         ({"instructions": ["a"]}, "instructions"),
     ],
 )

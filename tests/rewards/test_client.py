@@ -50,7 +50,7 @@ def test_many_requests_at_once_keep_their_order(judge_url: str) -> None:
 
 def test_what_can_never_be_answered_is_said_at_once(judge_url: str) -> None:
     judge = Judge(judge_url)
-    with pytest.raises(RequestRefused, match="not a known form of runs"):
+    with pytest.raises(RequestRefused, match="unknown format of runs"):
         judge.score_run({"messages": []})
     with pytest.raises(RequestRefused, match="aggregate"):
         judge.reward("What?", "good", aggregate="median")

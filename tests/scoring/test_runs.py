@@ -97,8 +97,8 @@ def test_what_a_run_loses_is_reported_and_a_form_can_be_named(tmp_path: Path, na
     (tmp_path / "runs.jsonl").write_text(json.dumps({"messages": MESSAGES, "colour": "red"}) + "\n")
     narrated.set_level("INFO")
     assert len(list(rows_of(tmp_path / "runs.jsonl", format="messages").rows())) == 1
-    assert "not placed: 1 field colour" in narrated.text
-    with pytest.raises(UsageError, match="not a form of runs"):
+    assert "dropped or irregular: 1 field colour" in narrated.text
+    with pytest.raises(UsageError, match="unknown format"):
         list(rows_of(tmp_path / "runs.jsonl", format="nonsense").rows())
 
 

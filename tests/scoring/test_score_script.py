@@ -82,15 +82,15 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("output", "code", "words"),
     [
-        ("steps.jsonl", 2, "error: steps.jsonl: is also the input."),
-        ("link.jsonl", 2, "error: link.jsonl: is also the input."),
-        ("mine.jsonl", 2, "error: mine.jsonl: exists and is not a scoring output"),
-        ("here", 1, "error: here: is a folder."),
+        ("steps.jsonl", 2, "error: steps.jsonl is also the input."),
+        ("link.jsonl", 2, "error: link.jsonl is also the input."),
+        ("mine.jsonl", 2, "error: mine.jsonl exists and is not a scoring output"),
+        ("here", 1, "error: here is a folder."),
         ("steps.jsonl/scores.jsonl", 1, "steps.jsonl is not a folder"),
         ("steps.jsonl/a/scores.jsonl", 1, "steps.jsonl is not a folder"),
-        ("scores.jsonl.gz", 2, "error: scores.jsonl.gz: lines are written as plain text. Name it scores.jsonl"),
-        ("/dev/null", 2, "error: /dev/null: is not a regular file."),
-        ("/dev/stdout", 2, "error: /dev/stdout: is not a regular file."),
+        ("scores.jsonl.gz", 2, "error: scores.jsonl.gz: the output is never compressed. Write to scores.jsonl"),
+        ("/dev/null", 2, "error: /dev/null is not a regular file."),
+        ("/dev/stdout", 2, "error: /dev/stdout is not a regular file."),
     ],
 )
 def test_an_output_costs_the_user_no_file(folder: Path, output: str, code: int, words: str) -> None:
@@ -138,7 +138,7 @@ def test_scores_of_other_known_keys_are_moved_away(folder: Path) -> None:
     type_in(*command, cwd=folder)
     (folder / "here" / "conversion_report.json").write_text('{"score_keys": {"clip": ["a_score"]}}')
     done = type_in(*command, cwd=folder)
-    assert "kept as scores.old1.jsonl" in done.stderr
+    assert "moved to scores.old1.jsonl" in done.stderr
     assert "are already scored" in type_in(*command, cwd=folder).stderr
 
 
@@ -148,7 +148,7 @@ def test_scores_of_other_known_keys_are_moved_away(folder: Path) -> None:
     [
         ("ulimit -f 1; {} steps.jsonl --model x --output scores.jsonl", 1, "error: scores.jsonl: File too large."),
         ("{} steps.jsonl --model x > /dev/full", 1, "error: stdout: No space left on device."),
-        ("{} - --model x <&-", 1, "error: stdin: closed."),
+        ("{} - --model x <&-", 1, "error: stdin is closed."),
     ],
 )
 def test_the_file_that_is_to_blame_is_named(folder: Path, shell: str, code: int, words: str) -> None:

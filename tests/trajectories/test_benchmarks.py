@@ -123,7 +123,7 @@ def test_tau2(read: Read) -> None:
     ]
     assert run.steps[1].results[0].error
     assert (run.task, run.trajectory_id, run.reference) == ("My phone is broken.", "s-1", '{"actions": []}')
-    assert run.lost["calls and results of the user"] == 2
+    assert run.lost["user tool calls and results"] == 2
     assert "hidden" not in repr(run)
 
 
@@ -175,7 +175,7 @@ def test_mini_swe_agent_with_tool_calls(read: Read) -> None:
         )
     )  # fmt: skip
     assert outline(run) == [("", "", [("bash", {"command": "ls"})], ["a.py"])]
-    assert run.lost == {"closing messages of the harness": 1}
+    assert run.lost == {"harness messages": 1}
 
 
 def test_inspect(read: Read) -> None:

@@ -45,8 +45,8 @@ def test_the_account_as_json(folder: Path) -> None:
     [
         (["none", "--output", "t.jsonl"], 1, "no such file"),
         (["runs/notes.txt", "--output", "t.jsonl"], 1, "not JSON"),
-        (["runs", "--output", "runs/t.jsonl"], 2, "among the inputs"),
-        (["runs", "--output", "t.jsonl", "--format", "x"], 2, "not a form of runs. Known: "),
+        (["runs", "--output", "runs/t.jsonl"], 2, "is one of the inputs or inside one"),
+        (["runs", "--output", "t.jsonl", "--format", "x"], 2, "unknown format. Known: "),
         (["runs", "--output", "t.jsonl", "--labels", "x"], 2, "who-and-when"),
         (["runs", "--output", "t.jsonl", "--labels", "column"], 2, "--label-key"),
         (["runs", "--output", "t.jsonl", "--labels", "steps"], 1, "no step of these runs has a label"),

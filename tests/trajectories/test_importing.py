@@ -73,7 +73,7 @@ def test_a_folder_of_several_forms_with_every_other_file_named(tmp_path: Path) -
 def test_a_named_file_is_read_or_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text('{"model": "x"}')
-    with pytest.raises(DataError, match="not a known form"):
+    with pytest.raises(DataError, match="unknown format of runs"):
         list(read_runs([path]))
     with pytest.raises(DataError, match="no such file"):
         list(read_runs([tmp_path / "none.json"]))
@@ -86,7 +86,7 @@ def test_rows_of_judges_are_sent_to_the_conversion() -> None:
 
 def test_two_forms_in_one_file_are_ambiguous(read: Read) -> None:
     observation = {"id": "o", "traceId": "t", "type": "GENERATION", "input": "x", "output": "y"}
-    with pytest.raises(UsageError, match=r"could be atif \(line 1\) and langfuse \(line 2\).*--format"):
+    with pytest.raises(UsageError, match=r"matches atif \(line 1\) and langfuse \(line 2\).*--format"):
         read(ATIF, observation)
     (run,) = read(ATIF, observation, format="atif")
     assert run.steps[0].text == "Done."
@@ -97,8 +97,8 @@ def test_two_forms_in_one_file_are_ambiguous(read: Read) -> None:
 def test_a_line_of_another_form_after_the_first_ones_is_counted(read: Read, reports: list[FileReport]) -> None:
     runs = read(*[messages()] * 30, {"no": "run"}, [1], messages())
     assert len(runs) == 31
-    assert reports[0].unreadable == {"not of the form messages": 2}
-    assert reports[0].examples["not of the form messages"] == [31, 32]
+    assert reports[0].unreadable == {"does not match the format messages": 2}
+    assert reports[0].examples["does not match the format messages"] == [31, 32]
 
 
 @pytest.mark.parametrize("damage", ['{"messages": [{"role"', "\x01", "nonsense", '{"messages": 3}', "[]", "null", "7"])

@@ -224,8 +224,8 @@ def test_what_a_user_says_later_stands_before_the_next_step(read: Read) -> None:
         ([{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
          "content of type image_url"),
         ([{"role": "assistant", "content": "hm", "tool_calls": [{"id": "c"}]}], "calls without a name"),
-        (["not a message"], "entries that are not messages"),
-        ([{"role": "Narrator", "content": "Meanwhile."}], "roles read as an agent's name: narrator"),
+        (["not a message"], "non-message entries"),
+        ([{"role": "Narrator", "content": "Meanwhile."}], "unknown roles treated as agents: narrator"),
     ],
 )  # fmt: skip
 def test_what_has_no_place_is_counted(read: Read, messages: list[Any], lost: str) -> None:

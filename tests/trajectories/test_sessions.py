@@ -69,7 +69,7 @@ def test_a_session_continues_over_its_compaction(read: Read) -> None:
         event("assistant", "a2", "u2", [{"type": "text", "text": "Two."}]),
     )
     assert [step.text for step in run.steps] == ["One.", "Two."]
-    assert run.lost == {"summaries of steps that are here": 1}
+    assert run.lost == {"redundant summaries": 1}
 
 
 def test_what_the_program_wrote_is_not_the_users(read: Read) -> None:
@@ -82,7 +82,7 @@ def test_what_the_program_wrote_is_not_the_users(read: Read) -> None:
         event("assistant", "a2", "a1", [{"type": "text", "text": "API Error"}], isApiErrorMessage=True),
     )
     assert run.task == "Fix it." and [step.text for step in run.steps] == ["Done."]
-    assert run.lost == {"messages of the program": 3, "messages of called agents": 1}
+    assert run.lost == {"harness messages": 3, "messages of called agents": 1}
 
 
 def test_a_file_of_a_called_agent_is_a_run(read: Read) -> None:
@@ -163,7 +163,7 @@ def test_codex(read: Read) -> None:
         ("", "Anything else?", [], []),
     ]
     assert (run.task, run.system, run.trajectory_id) == ("Run the tests.", "Rules.", "s-9")
-    assert run.lost == {"messages of the program": 1, "thoughts that are hidden or encrypted": 1}
+    assert run.lost == {"harness messages": 1, "thoughts that are hidden or encrypted": 1}
 
 
 def test_codex_before_it_had_envelopes(read: Read) -> None:

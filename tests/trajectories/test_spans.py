@@ -145,7 +145,7 @@ def test_the_longest_call_of_a_trace_is_the_run(read: Read) -> None:
     }
     (run,) = read(span(beginning, 1), span(GENAI, 2), span(TITLE, 3))
     assert outline(run) == STEPS
-    assert run.lost == {"model calls of other conversations": 1}
+    assert run.lost == {"unrelated model calls": 1}
 
 
 def test_every_trace_is_a_run(read: Read) -> None:

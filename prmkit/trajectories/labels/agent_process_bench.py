@@ -1,6 +1,6 @@
 """AgentProcessBench: runs with tools, and a human label for every step.
 
-`step_labels` maps the position of the agent's message in `messages`, from 0, to 1, 0 or -1. `query_index` is the task:
+`step_labels` maps the index of the agent's message in `messages`, from 0, to 1, 0 or -1. `query_index` is the task:
 each task was run five times, distinguished by `sample_index`.
 """
 
@@ -14,7 +14,7 @@ from prmkit.trajectories.run_fields import id_of, label_of, outcome_of, tools_of
 
 
 def recognises(value: Any) -> bool:
-    """Messages with `step_labels` and `query_index`."""
+    """Whether a value has messages, `step_labels` and `query_index`."""
     return (
         isinstance(value, dict)
         and {"step_labels", "query_index"} <= value.keys()
@@ -24,7 +24,7 @@ def recognises(value: Any) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The run of one line."""
+    """Yield the run of one line."""
     lost: Counter[str] = Counter()
     source = as_text(value.get("data_source") or value.get("dataset"))
     task = "_".join(filter(None, (source, id_of(value, "query_index"))))
@@ -39,7 +39,7 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
         outcome=outcome_of({"success": value["final_label"] == 1 if "final_label" in value else None}),
         reference=as_text(truth.get("target") if isinstance(truth, dict) else truth) or None,
         tools=tools_of(value.get("tools")),
-        labels={int(place): label_of(label, "ternary") for place, label in value["step_labels"].items()},
+        labels={int(index): label_of(label, "ternary") for index, label in value["step_labels"].items()},
     )
 
 

@@ -1,7 +1,7 @@
-"""AgentRx: failed runs, and files next to them that name every failure of a run. Failures count its messages from 1.
+"""AgentRx: failed runs, and files next to them with every failure of a run. Failures count its messages from 1.
 
 The published data set has runs as `instruction` and steps of `substeps`; the repository has tau-bench's own files,
-which the tau-bench reader reads. A failure on a message that is not the agent's, as in some of them, labels nothing.
+which the tau-bench reader reads. Some failures are on messages that are not the agent's; these label no step.
 """
 
 from collections import Counter
@@ -23,12 +23,12 @@ _TYPES = {
     "guardrails triggered": "guardrail",
     "system failure": "system failure",
 }
-"""Their names -> those of the default rubric."""
+"""AgentRx's error types -> those of the default rubric."""
 
 
 def recognises(value: Any) -> bool:
-    """A run with `substeps`, or the failures of a run."""
-    return _is_run(value) or _is_marks(value)
+    """Whether a value is a run with `substeps`, or the failures of a run."""
+    return _is_run(value) or _is_failures(value)
 
 
 def _is_run(value: Any) -> bool:
@@ -36,7 +36,7 @@ def _is_run(value: Any) -> bool:
     return isinstance(steps, list) and bool(steps) and isinstance(steps[0], dict) and "substeps" in steps[0]
 
 
-def _is_marks(value: Any) -> bool:
+def _is_failures(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("failures"), list):
         return False
     return "trajectory_id" in value and all(
@@ -45,11 +45,11 @@ def _is_marks(value: Any) -> bool:
 
 
 def marks(value: Any) -> tuple[str, dict[int, str | None]] | None:
-    """Message position, from 0 -> failure of a run; None for a value that is not a list of failures."""
-    if not _is_marks(value):
+    """Return a run's id, and message index, from 0 -> type of the failure; None for a value without failures."""
+    if not _is_failures(value):
         return None
-    found = {int(each["step_number"]) - 1: _type(each.get("failure_category")) for each in value["failures"]}
-    return as_text(value["trajectory_id"]), found
+    failures = {int(each["step_number"]) - 1: _type(each.get("failure_category")) for each in value["failures"]}
+    return as_text(value["trajectory_id"]), failures
 
 
 def _type(name: Any) -> str | None:
@@ -58,11 +58,11 @@ def _type(name: Any) -> str | None:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The run of one value; nothing for a list of failures."""
-    if _is_marks(value):
+    """Yield the run of one value; nothing for the failures of a run."""
+    if _is_failures(value):
         return
     if not _is_run(value):
-        raise UnreadableValue("neither a run nor failures of one")
+        raise UnreadableValue("neither a run nor the failures of a run")
     lost: Counter[str] = Counter()
     turns = [turn for step in value["steps"] for turn in _turns(step, lost)]
     identity = as_text(value["trajectory_id"])
@@ -70,22 +70,22 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
 
 
 def _turns(step: Any, lost: Counter[str]) -> list[Turn]:
-    """A step is one message of an agent, in parts, with what its tools returned; or a message of a user."""
+    """Return the turns of a step: a message of an agent, in parts, with tool results; or a message of a user."""
     index = int(step["index"]) - 1 if str(step.get("index", "")).isdigit() else None
-    said: dict[Role, list[str]] = {"system": [], "user": [], "agent": [], "tool": []}
+    texts: dict[Role, list[str]] = {"system": [], "user": [], "agent": [], "tool": []}
     speaker = None
     for part in step.get("substeps") or ():
         name = as_text(part.get("role"))
         role = ROLES.get(name.lower(), "agent")
-        said[role].append(as_text(part.get("content")))
+        texts[role].append(as_text(part.get("content")))
         if role == "agent" and name.lower() not in ROLES:
             speaker = speaker or name
-    results = tuple(map(Result, said["tool"]))
+    results = tuple(map(Result, texts["tool"]))
     turns = [
-        Turn(role, "\n".join(said[role]), index=index) for role in said if role in ("system", "user") and said[role]
+        Turn(role, "\n".join(texts[role]), index=index) for role in texts if role in ("system", "user") and texts[role]
     ]
-    if said["agent"]:
-        return [*turns, Turn("agent", "\n".join(said["agent"]), results=results, speaker=speaker, index=index)]
+    if texts["agent"]:
+        return [*turns, Turn("agent", "\n".join(texts["agent"]), results=results, speaker=speaker, index=index)]
     lost["entries that are not steps"] += not (turns or results)
     return [*turns, Turn("tool", results=results, index=index)] if results else turns
 

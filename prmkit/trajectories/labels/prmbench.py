@@ -10,12 +10,12 @@ from prmkit.trajectories.run_fields import first_error
 
 
 def recognises(value: Any) -> bool:
-    """`modified_process` with `error_steps`."""
+    """Whether a value has `modified_process` and `error_steps`."""
     return isinstance(value, dict) and {"modified_process", "error_steps", "idx"} <= value.keys()
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The chain of one line."""
+    """Yield the chain of one line."""
     turns = [Turn("agent", as_text(step), index=index) for index, step in enumerate(value["modified_process"])]
     kind = as_text(value.get("classification")) or None
     errors = {int(step) - 1: kind for step in value["error_steps"]}

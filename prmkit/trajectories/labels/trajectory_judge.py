@@ -1,4 +1,4 @@
-"""trajectory-judge: runs with one injected fault, or none. `failure_step` counts the steps from 0."""
+"""trajectory-judge: runs with at most one injected fault. `failure_step` counts the steps from 0."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from prmkit.trajectory import Call, Result
 
 
 def recognises(value: Any) -> bool:
-    """`goal`, steps with `thought`, `call` and `observation`, and a label with `faulty`."""
+    """Whether a value has `goal`, steps with `thought`, `call` and `observation`, and a label with `faulty`."""
     return (
         isinstance(value, dict)
         and {"goal", "instance_id", "steps", "label"} <= value.keys()
@@ -21,7 +21,7 @@ def recognises(value: Any) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The run of one line."""
+    """Yield the run of one line."""
     label = value["label"]
     turns = [_turn(step) for step in value["steps"]]
     errors = {int(label["failure_step"]): as_text(label.get("failure_type")) or None} if label["faulty"] else {}

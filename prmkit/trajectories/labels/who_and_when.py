@@ -14,19 +14,19 @@ from prmkit.trajectories.run_fields import first_error, outcome_of
 
 
 def recognises(value: Any) -> bool:
-    """`history` with `mistake_step` and `mistake_agent`."""
+    """Whether a value has `history`, `mistake_step` and `mistake_agent`."""
     return isinstance(value, dict) and {"history", "mistake_step", "mistake_agent", "question"} <= value.keys()
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The run of one file."""
+    """Yield the run of one file."""
     turns = [_turn(message, index) for index, message in enumerate(value["history"]) if isinstance(message, dict)]
     mistake = as_text(value["mistake_step"]).strip()
     if not mistake.isdigit() or int(mistake) >= len(value["history"]):
         raise UnreadableValue(f"mistake_step {mistake!r} is not a message of the run")
     yield Run(
         turns,
-        Counter({"entries that are not messages": len(value["history"]) - len(turns)}),
+        Counter({"non-message entries": len(value["history"]) - len(turns)}),
         task=as_text(value["question"]),
         task_id=as_text(value.get("question_ID") or value.get("question_id")) or None,
         outcome=outcome_of({"success": value.get("is_correct", value.get("is_corrected"))}),

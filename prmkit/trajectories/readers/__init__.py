@@ -1,4 +1,4 @@
-"""The forms of runs that can be read, one module each; those of traces share `traces`.
+"""The readers of all formats of runs, one module per format; the readers of traces share `traces`.
 
 A new form is a module here, and its name in `_SPECIFIC`. If its files have a suffix of their own, add that to
 `SUFFIXES` in `prmkit/layouts.py`; how packed files are opened (`.gz`) is in `prmkit/files.py`.
@@ -33,40 +33,40 @@ _SPECIFIC = (
     langfuse, who_and_when, agentrx, trajectory_judge, agent_process_bench, prmbench,
 )  # fmt: skip
 _PLAIN = (messages, message_lines)
-"""Many specific forms also contain plain messages, so these are tried only if no specific form fits."""
+"""Many specific formats also contain plain messages, so these are tried only if no specific format matches."""
 READERS: dict[str, Reader] = {module.READER.name: module.READER for module in (*_SPECIFIC, *_PLAIN)}
 
-_SAMPLE = 20
-"""How many values of a file must be recognised before its form is settled."""
-_PATIENCE = 1000
-"""A file is given up after this many values if none was recognised."""
+_ENOUGH_VALUES = 20
+"""The number of values after which a matching format is accepted."""
+_MOST_VALUES = 1000
+"""The number of values after which detection stops if no format matches."""
 
 
 def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
-    """The reader for a file's form, recognised by the structure of its first values; None if no form fits.
+    """Detect the format of a file by the structure of its first values; None if no format matches.
 
     Raises:
-        UsageError: several forms fit.
+        UsageError: several formats match.
     """
-    fitting: dict[str, int] = {}
+    matching: dict[str, int] = {}
     for count, (line, value) in enumerate(values, start=1):
-        found = [] if isinstance(value, Rejected) else forms_of(value)
-        fitting |= {form: line for form in found if form not in fitting}
-        if specific := {form: line for form, line in fitting.items() if not _is_plain(form)}:
-            fitting = specific  # events of a session may look like plain messages
-        if len(fitting) > 1:
-            places = " and ".join(f"{form} (line {line})" for form, line in fitting.items())
-            raise UsageError(f"{name}: could be {places}. Name the form with --format.")
-        if (fitting and count >= _SAMPLE) or count >= _PATIENCE:
+        formats = [] if isinstance(value, Rejected) else forms_of(value)
+        matching |= {format: line for format in formats if format not in matching}
+        if specific := {format: line for format, line in matching.items() if not _is_plain(format)}:
+            matching = specific  # events of a session may look like plain messages
+        if len(matching) > 1:
+            candidates = " and ".join(f"{format} (line {line})" for format, line in matching.items())
+            raise UsageError(f"{name} matches {candidates}. Choose one with --format.")
+        if (matching and count >= _ENOUGH_VALUES) or count >= _MOST_VALUES:
             break
-    return READERS[next(iter(fitting))] if fitting else None
+    return READERS[next(iter(matching))] if matching else None
 
 
-def _is_plain(form: str) -> bool:
-    return any(module.READER.name == form for module in _PLAIN)
+def _is_plain(format: str) -> bool:
+    return any(module.READER.name == format for module in _PLAIN)
 
 
 def forms_of(value: Any) -> list[str]:
-    """The names of the forms that fit a value."""
+    """Return the names of the formats that match a value."""
     specific = [module.READER.name for module in _SPECIFIC if module.READER.recognises(value)]
     return specific or [module.READER.name for module in _PLAIN if module.READER.recognises(value)][:1]

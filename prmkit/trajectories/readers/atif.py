@@ -1,6 +1,6 @@
 """ATIF (Harbor, Terminal-Bench and others), versions 1.0 to 1.8, read leniently: unknown fields are ignored.
 
-Steps that a continued run copied from the previous run (`is_copied_context`) are context, not steps of the agent again.
+Steps that a continued run copied from the previous run (`is_copied_context`) are context, not new steps of the agent.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from prmkit.trajectory import Call, Result
 
 
 def recognises(value: Any) -> bool:
-    """`schema_version: ATIF-v…` and steps."""
+    """Whether a value has `schema_version: ATIF-v…` and steps."""
     return (
         isinstance(value, dict)
         and str(value.get("schema_version", "")).upper().startswith("ATIF")
@@ -23,7 +23,7 @@ def recognises(value: Any) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The run of one value, and a run for each agent that it called."""
+    """Yield the run of one value, and a run per agent that it called."""
     lost: Counter[str] = Counter()
     turns: list[Turn] = []
     for index, step in enumerate(value["steps"]):

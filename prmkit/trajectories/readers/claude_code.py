@@ -1,8 +1,8 @@
-"""Sessions of Claude Code: one event per line, `message` in Anthropic's form, linked by `parentUuid`.
+"""Sessions of Claude Code: one event per line, `message` in Anthropic's format, linked by `parentUuid`.
 
-The form is undocumented, and three of its traits break a reader that takes the lines in order: one answer of the model
-is split over several lines with one `message.id`; a rewound session keeps every branch; and the results of parallel
-calls are not on the path that leads back from the last line.
+The format is undocumented, and three of its properties break a reader that takes the lines in order: one answer of the
+model is split over several lines with one `message.id`; a rewound session keeps every branch; and the results of
+parallel calls are not on the path that leads back from the last line.
 """
 
 import re
@@ -18,13 +18,13 @@ _INJECTED = re.compile(
     r"\s*<(?:command-(?:name|message|args)|local-command-\w+|bash-std\w+|task-notification)>|\s*Caveat: "
 )
 _BOOKKEEPING = {"progress", "system", "summary"}
-"""Types of lines that the model never saw."""
+"""Types of lines that the model never got."""
 
 Event = Mapping[str, Any]
 
 
 def recognises(value: Any) -> bool:
-    """An event with `sessionId` and a message of `type` user or assistant."""
+    """Whether a value is an event with `sessionId` and a message of `type` user or assistant."""
     return (
         isinstance(value, dict)
         and value.get("type") in ("user", "assistant")
@@ -35,7 +35,7 @@ def recognises(value: Any) -> bool:
 
 
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """A run for each session of a file, in the order of their first lines."""
+    """Yield one run per session of a file, in the order of their first lines."""
     sessions: dict[str, list[tuple[int, Event]]] = {}
     for line, value in values:
         if isinstance(value, dict) and isinstance(value.get("uuid"), str):
@@ -47,11 +47,11 @@ def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
 
 def _session(name: str, events: Sequence[tuple[int, Event]]) -> Run:
     lost: Counter[str] = Counter()
-    aside = {event["uuid"] for _, event in events if event.get("isSidechain")}
-    if len(aside) == len(events):  # a file of a called agent: its side chain is the run
-        name, aside = f"{name}/{events[0][1].get('agentId') or 'agent'}", set()
-    main = [event for _, event in events if event["uuid"] not in aside]
-    lost["messages of called agents"] += sum(recognises(event) for _, event in events if event["uuid"] in aside)
+    side_chain = {event["uuid"] for _, event in events if event.get("isSidechain")}
+    if len(side_chain) == len(events):  # a file of a called agent: its side chain is the run
+        name, side_chain = f"{name}/{events[0][1].get('agentId') or 'agent'}", set()
+    main = [event for _, event in events if event["uuid"] not in side_chain]
+    lost["messages of called agents"] += sum(recognises(event) for _, event in events if event["uuid"] in side_chain)
     kept = _active(main, lost)
     run = Run([], lost, trajectory_id=name, line=events[0][0])
     answers: dict[str, int] = {}
@@ -64,7 +64,7 @@ def _session(name: str, events: Sequence[tuple[int, Event]]) -> Run:
 
 
 def _active(events: Sequence[Event], lost: Counter[str]) -> set[str]:
-    """The events on the branch on which the session ended."""
+    """Return the events on the branch on which the session ended."""
     parents: dict[str, str | None] = {}
     before: dict[str, str | None] = {}
     previous: str | None = None
@@ -72,14 +72,14 @@ def _active(events: Sequence[Event], lost: Counter[str]) -> set[str]:
         parents[event["uuid"]] = event.get("parentUuid") or event.get("logicalParentUuid")
         before[event["uuid"]], previous = previous, event["uuid"]
     path: set[str] = set()
-    place = next((event["uuid"] for event in reversed(events) if recognises(event)), None)
-    while place is not None and place not in path:
-        path.add(place)
-        parent = parents[place]
+    event_id = next((event["uuid"] for event in reversed(events) if recognises(event)), None)
+    while event_id is not None and event_id not in path:
+        path.add(event_id)
+        parent = parents[event_id]
         if parent is not None and parent not in parents:  # its parent is in another file: continue with the line above
             lost["messages whose parent is not in the file"] += 1
-            parent = before[place]
-        place = parent
+            parent = before[event_id]
+        event_id = parent
     answers = {event["message"].get("id") for event in events if event["uuid"] in path and event["type"] == "assistant"}
     answers.discard(None)
     path |= {event["uuid"] for event in events if recognises(event) and event["message"].get("id") in answers}
@@ -95,26 +95,26 @@ def _ids(event: Event, kind: str, key: str) -> Iterator[str]:
 
 
 def _add(turns: list[Turn], event: Event, index: int, answers: dict[str, int], lost: Counter[str]) -> None:
-    """Append the turns of an event, or extend an answer that has begun (`answers`: message id -> its position)."""
+    """Append the turns of an event, or extend an answer that has begun (`answers`: message id -> its index)."""
     if not recognises(event):
         lost[f"entries of type {str(event.get('type'))[:40]}"] += event.get("type") not in _BOOKKEEPING
         return
     message = event["message"]
     injected = isinstance(message.get("content"), str) and _INJECTED.match(message["content"])
     if event.get("isMeta") or event.get("isApiErrorMessage") or injected:
-        lost["messages of the program"] += 1
+        lost["harness messages"] += 1
         return
     if event.get("isCompactSummary") and any(turn.role == "agent" for turn in turns):
-        lost["summaries of steps that are here"] += 1
+        lost["redundant summaries"] += 1
         return
-    found = [replace(turn, index=index) for turn in read_message({"role": event["type"]} | message, lost)]
+    added = [replace(turn, index=index) for turn in read_message({"role": event["type"]} | message, lost)]
     if event["type"] == "assistant" and (begun := answers.get(message.get("id"))) is not None:
-        for part in found:
+        for part in added:
             turns[begun] = joined(turns[begun], part)
         return
     if event["type"] == "assistant" and message.get("id"):
         answers[message["id"]] = len(turns)
-    turns += found
+    turns += added
 
 
 READER = Reader("claude-code", recognises, every=read)

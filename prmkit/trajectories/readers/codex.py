@@ -1,8 +1,8 @@
 """Rollouts of Codex: `{timestamp, type, payload}` per line, or only the payload in older files.
 
 Thought, text and calls of one answer are separate lines; an answer ends at a result or another message. The payloads
-are items of OpenAI's Responses API, which are also read without the lines around them. What the program injects in the
-user's name (`<environment_context>` and similar) does not count as the user's.
+are items of OpenAI's Responses API, which are also read without the lines around them. Text that Codex injects as
+user messages (`<environment_context>` and similar) is not treated as user input.
 """
 
 import re
@@ -21,12 +21,12 @@ _INJECTED = re.compile(
 )
 _CALLS = {"function_call", "custom_tool_call", "local_shell_call", "tool_search_call", "web_search_call"}
 _REPEATED = {"event_msg", "turn_context", "None"}
-"""Lines that only repeat the items for display; lines without a kind open and close older files."""
+"""Types of lines that only repeat the items for display; in older files, the first and the last line have no type."""
 _OUTPUTS = {"function_call_output", "custom_tool_call_output", "tool_search_output", "mcp_tool_call_output"}
 
 
 def recognises(value: Any) -> bool:
-    """`session_meta` or `response_item` with a payload; in older files an item of `function_call` and the like."""
+    """Whether a value is a `session_meta` or `response_item` with a payload; in older files an item such as a call."""
     if not isinstance(value, dict):
         return False
     if value.get("type") in ("session_meta", "response_item") and isinstance(value.get("payload"), dict):
@@ -35,7 +35,7 @@ def recognises(value: Any) -> bool:
 
 
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """The one run of a file."""
+    """Yield the only run of a file."""
     lost: Counter[str] = Counter()
     run = Run([], lost)
     for index, (line, value) in enumerate(values):
@@ -51,14 +51,14 @@ def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
         elif payload is None and kind in {"message", "reasoning"} | _CALLS | _OUTPUTS:
             _add(run, value, index)
         elif kind == "compacted":
-            lost["summaries of steps that are here"] += 1
+            lost["redundant summaries"] += 1
         elif kind not in _REPEATED:
             lost[f"entries of type {kind[:40]}"] += 1
     yield run
 
 
 def turns_of_items(items: Sequence[Any], lost: Counter[str]) -> list[Turn]:
-    """The turns of a list of items of the Responses API."""
+    """Return the turns of a list of items of the Responses API."""
     run = Run([], lost)
     for index, item in enumerate(items):
         _add(run, mapping(item), index)
@@ -66,7 +66,7 @@ def turns_of_items(items: Sequence[Any], lost: Counter[str]) -> list[Turn]:
 
 
 def _kind(item: Mapping[str, Any]) -> str:
-    """The type of an item; a message may have only its role."""
+    """Return the type of an item; a message may have only a role."""
     return str(item.get("type") or ("message" if item.get("role") else None))
 
 
@@ -82,7 +82,7 @@ def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
         elif item.get("role") in ("developer", "system") and not any(turn.role == "system" for turn in run.turns):
             run.turns.append(Turn("system", parts.text(), index=index))
         else:
-            lost["messages of the program"] += 1
+            lost["harness messages"] += 1
     elif kind == "reasoning":
         parts = Parts(lost)
         parts.add(item.get("summary") or item.get("content"))

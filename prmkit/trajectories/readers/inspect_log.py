@@ -1,6 +1,6 @@
 """Inspect AI's logs as JSON (`inspect log convert --to json`): `samples` with messages, scores and a target.
 
-The target is the answer and goes to `reference`. Text that Inspect moved to `attachments` is put back.
+The target is the answer and goes to `reference`. Text that Inspect moved to `attachments` is restored.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ _GRADES: Mapping[Any, float] = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 
 
 def recognises(value: Any) -> bool:
-    """A log with `eval` and `samples`, or one sample with `input`, `target` and messages."""
+    """Whether a value is a log with `eval` and `samples`, or one sample with `input`, `target` and messages."""
     if not isinstance(value, dict):
         return False
     return (isinstance(value.get("eval"), dict) and "samples" in value) or _is_sample(value)
@@ -31,7 +31,7 @@ def _is_sample(value: Any) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The runs of one log: one per sample and epoch."""
+    """Yield the runs of one log: one per sample and epoch."""
     name = as_text((value.get("eval") or {}).get("task")) if "samples" in value else ""
     for sample in (value["samples"] or ()) if "samples" in value else (value,):
         yield _run(sample, name) if _is_sample(sample) else Run([], Counter())
@@ -56,17 +56,17 @@ def _run(sample: Mapping[str, Any], name: str) -> Run:
 def _input(value: Any, attachments: Mapping[str, Any]) -> str | None:
     if isinstance(value, str):
         return as_text(_resolved(value, attachments, Counter()))
-    said = [message for message in value or () if isinstance(message, dict) and message.get("role") == "user"]
+    from_user = [message for message in value or () if isinstance(message, dict) and message.get("role") == "user"]
     parts = Parts(Counter())
-    parts.add(_resolved(said[0].get("content"), attachments, Counter()) if said else None)
+    parts.add(_resolved(from_user[0].get("content"), attachments, Counter()) if from_user else None)
     return parts.text() or None
 
 
 def _resolved(value: Any, attachments: Mapping[str, Any], lost: Counter[str]) -> Any:
     if isinstance(value, str) and value.startswith(_REFERENCE):
-        found = attachments.get(value.removeprefix(_REFERENCE))
-        lost["attachments that are missing"] += found is None
-        return value if found is None else found
+        text = attachments.get(value.removeprefix(_REFERENCE))
+        lost["attachments that are missing"] += text is None
+        return value if text is None else text
     if isinstance(value, list):
         return [_resolved(each, attachments, lost) for each in value]
     if isinstance(value, dict):

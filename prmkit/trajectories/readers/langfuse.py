@@ -9,7 +9,7 @@ from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
 
 
 def recognises(value: Any) -> bool:
-    """An observation with `traceId` and `type`, or a trace with `observations`."""
+    """Whether a value is an observation with `traceId` and `type`, or a trace with `observations`."""
     if not isinstance(value, dict):
         return False
     if isinstance(value.get("observations"), list):
@@ -18,7 +18,7 @@ def recognises(value: Any) -> bool:
 
 
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """A run for each trace."""
+    """Yield one run per trace."""
     for _, run in longest_conversations(values, _calls):
         yield run
 

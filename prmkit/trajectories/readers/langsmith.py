@@ -10,12 +10,12 @@ from prmkit.trajectories.run_fields import tools_of
 
 
 def recognises(value: Any) -> bool:
-    """A span with `run_type`, `trace_id` and `inputs`."""
+    """Whether a value is a span with `run_type`, `inputs`, and `trace_id` or `id`."""
     return isinstance(value, dict) and {"run_type", "inputs"} <= value.keys() and ("trace_id" in value or "id" in value)
 
 
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """A run for each trace."""
+    """Yield one run per trace."""
     for call, run in longest_conversations(values, _calls):
         run.tools = tools_of(call.tools)
         yield run

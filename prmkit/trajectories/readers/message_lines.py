@@ -11,12 +11,12 @@ _CONTENT = {"content", "value", "tool_calls", "parts"}
 
 
 def recognises(value: Any) -> bool:
-    """A message by itself."""
+    """Whether a value is a single message."""
     return isinstance(value, dict) and bool(role_name(value)) and bool(_CONTENT & value.keys() or "kwargs" in value)
 
 
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """The one run of a file."""
+    """Yield the only run of a file."""
     lost: Counter[str] = Counter()
     yield Run(turns_of([value for _, value in values], lost), lost)
 

@@ -16,7 +16,7 @@ _JUDGED = {"evaluation_type", "clip_number"}
 
 
 def recognises(value: Any) -> bool:
-    """A list of messages, or an object with exactly one such list under a usual name; judged rows are not runs."""
+    """Whether a value is a list of messages, or an object with one under a usual name; judged rows are not runs."""
     if is_message_list(value):
         return True
     if not isinstance(value, dict) or is_judged_row(value):
@@ -25,7 +25,7 @@ def recognises(value: Any) -> bool:
 
 
 def is_judged_row(value: Any) -> bool:
-    """Whether a value is a row of judged steps (`finetune.jsonl`): material for convert_dataset.py."""
+    """Whether a value is a judged row (as in `finetune.jsonl`), which convert_dataset.py reads."""
     metadata = value.get("metadata") if isinstance(value, dict) else None
     return isinstance(value, dict) and bool(
         _JUDGED & value.keys() or (isinstance(metadata, dict) and _JUDGED & metadata.keys())
@@ -33,10 +33,10 @@ def is_judged_row(value: Any) -> bool:
 
 
 def read(value: Any, keys: Keys) -> Iterator[Run]:
-    """The run of one value.
+    """Yield the run of one value, or the runs of a group.
 
     Raises:
-        UnreadableValue: it has two lists of messages, or none under the given name.
+        UnreadableValue: it has two lists of messages, or no list under the name that the user passed.
     """
     lost: Counter[str] = Counter()
     if isinstance(value, list):
@@ -61,7 +61,7 @@ def _turns(messages: list[Any], lost: Counter[str]) -> list[Turn]:
 
 
 def _group(value: Mapping[str, Any]) -> list[Any]:
-    """The runs of a group (ART), if everything in it is a run."""
+    """Return the runs of a group (ART), if everything in it is a run."""
     group = value.get("trajectories")
     is_group = isinstance(group, list) and all(isinstance(each, dict) and _lists(each) for each in group)
     return group if is_group and group else []
@@ -74,11 +74,11 @@ def _messages(value: Mapping[str, Any], keys: Keys) -> tuple[str, list[Any]]:
         return keys.messages, value[keys.messages]
     names = _lists(value)
     if len(names) > 1:
-        raise UnreadableValue(f"lists of messages under {' and '.join(names)}; say which with --list-key")
+        raise UnreadableValue(f"lists of messages under {' and '.join(names)}; choose one with --list-key")
     if names:
         return names[0], value[names[0]]
     if not _is_completion(value):
-        raise UnreadableValue("no list of messages; name its key with --list-key")
+        raise UnreadableValue("no list of messages; pass its key with --list-key")
     prompt = value["prompt"] if isinstance(value["prompt"], list) else [{"role": "user", "content": value["prompt"]}]
     return "completion", [*prompt, *value["completion"]]
 

@@ -1,7 +1,7 @@
 """mini-swe-agent's `.traj.json`: messages, `info`, and `trajectory_format`.
 
-With text models an observation is a *user* message: no human speaks after the task, so every later user message is what
-the agent's command returned. `role: exit` closes a run.
+With text models an observation is a *user* message: there is no human after the task, so every later user message is
+the result of the agent's command. `role: exit` closes a run.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from prmkit.trajectory import Call, Result
 
 
 def recognises(value: Any) -> bool:
-    """Messages with `trajectory_format: mini-swe-agent-…`, or, before it existed, with `info.mini_version`."""
+    """Whether a value has messages and `trajectory_format: mini-swe-agent-…`; in older files, `info.mini_version`."""
     if not isinstance(value, dict) or not is_message_list(value.get("messages")):
         return False
     info = value.get("info")
@@ -25,10 +25,10 @@ def recognises(value: Any) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The run of one file."""
+    """Yield the run of one file."""
     lost: Counter[str] = Counter()
     messages = [message for message in value["messages"] if _role(message) != "exit"]
-    lost["closing messages of the harness"] += len(value["messages"]) - len(messages)
+    lost["harness messages"] += len(value["messages"]) - len(messages)
     turns: list[Turn] = []
     begun = False
     for turn in turns_of(messages, lost):
@@ -46,7 +46,7 @@ def _role(message: Any) -> Any:
 
 
 def _with_actions(turn: Turn, messages: list[Any]) -> Turn:
-    """The commands that the harness ran, for a message without tool calls; they are also in its text."""
+    """Add the commands that the harness ran to a message without tool calls; they are also in its text."""
     if turn.role != "agent" or turn.calls or turn.index is None:
         return turn
     actions = mapping(messages[turn.index].get("extra")).get("actions") or ()

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans: the GenAI conventions in all their versions, and OpenInference (Phoenix).
+"""OpenTelemetry spans: the GenAI conventions in all versions, and OpenInference (Phoenix).
 
 Files are OTLP JSON (`resourceSpans`) or one span per line with `attributes` as an object. Messages are in
 `gen_ai.input.messages` and `gen_ai.output.messages`, or in older versions in numbered `gen_ai.prompt.0.…` attributes or
@@ -20,7 +20,7 @@ _EVENT_ROLES = {"gen_ai.system.message": "system", "gen_ai.user.message": "user"
 
 
 def recognises(value: Any) -> bool:
-    """OTLP JSON, or a span with attributes of GenAI or OpenInference."""
+    """Whether a value is OTLP JSON, or a span with attributes of GenAI or OpenInference."""
     if not isinstance(value, dict):
         return False
     if isinstance(value.get("resourceSpans") or value.get("resource_spans"), list):
@@ -35,7 +35,7 @@ def recognises(value: Any) -> bool:
 
 
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """A run for each trace."""
+    """Yield one run per trace."""
     for call, run in longest_conversations(values, _calls):
         run.tools = tools_of(call.tools)
         yield run
@@ -65,21 +65,21 @@ def _spans(value: Any) -> Iterator[Span]:
 
 
 def _genai(attributes: Mapping[str, Any], span: Span) -> list[Any]:
-    """The messages of a `chat` span; agents' and tools' spans repeat parts of them."""
+    """Return the messages of a `chat` span; agents' and tools' spans repeat parts of them."""
     if at(attributes, "gen_ai", "operation", "name") in ("invoke_agent", "execute_tool", "create_agent", "embeddings"):
         return []
-    given, answer = at(attributes, "gen_ai", "input", "messages"), at(attributes, "gen_ai", "output", "messages")
-    if given is None:
-        given, answer = at(attributes, "gen_ai", "prompt"), at(attributes, "gen_ai", "completion")
+    messages, answer = at(attributes, "gen_ai", "input", "messages"), at(attributes, "gen_ai", "output", "messages")
+    if messages is None:
+        messages, answer = at(attributes, "gen_ai", "prompt"), at(attributes, "gen_ai", "completion")
     system = at(attributes, "gen_ai", "system_instructions")
     opening = [{"role": "system", "content": parsed(system)}] if system else []
-    if given is not None:
-        return opening + conversation(given, answer)
+    if messages is not None:
+        return opening + conversation(messages, answer)
     return opening + list(_events(span))
 
 
 def _events(span: Span) -> Iterator[dict[str, Any]]:
-    """The older version: one event of the span for each message."""
+    """Yield the messages of the older version: one event of the span per message."""
     for event in span.get("events") or ():
         if isinstance(event, dict) and (role := _EVENT_ROLES.get(str(event.get("name")))):
             body = attributes_of(event) | mapping(event.get("body"))
@@ -94,13 +94,13 @@ def _events(span: Span) -> Iterator[dict[str, Any]]:
 def _openinference(attributes: Mapping[str, Any]) -> list[Any]:
     if at(attributes, "openinference", "span", "kind") != "LLM":
         return []
-    found = []
+    messages = []
     for name in ("input_messages", "output_messages"):
         for entry in parsed(at(attributes, "llm", name)) or ():
             message = undotted(entry).get("message") if isinstance(entry, dict) else None
             if isinstance(message, dict):
-                found.append(_openinference_message(message))
-    return found
+                messages.append(_openinference_message(message))
+    return messages
 
 
 def _openinference_message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,11 +119,11 @@ READER = Reader("otel", recognises, every=read)
 
 
 def attributes_of(span: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes as one tree, whether the file has pairs, dotted names or a tree."""
-    given = span.get("attributes")
-    if isinstance(given, list):  # OTLP: [{"key": …, "value": {"stringValue": …}}]
-        given = {pair["key"]: _plain(pair.get("value")) for pair in given if isinstance(pair, dict) and "key" in pair}
-    return undotted(given) if isinstance(given, dict) else {}
+    """Return the attributes as one tree, whether the file has pairs, dotted names or a tree."""
+    flat = span.get("attributes")
+    if isinstance(flat, list):  # OTLP: [{"key": …, "value": {"stringValue": …}}]
+        flat = {pair["key"]: _plain(pair.get("value")) for pair in flat if isinstance(pair, dict) and "key" in pair}
+    return undotted(flat) if isinstance(flat, dict) else {}
 
 
 def _plain(value: Any) -> Any:
@@ -138,18 +138,18 @@ def _plain(value: Any) -> Any:
 
 
 def undotted(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.0.b": 1}` as `{"a": [{"b": 1}]}`."""
+    """Unflatten dotted names: `{"a.0.b": 1}` becomes `{"a": [{"b": 1}]}`."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         *path, leaf = str(key).split(".")
-        place = tree
+        branch = tree
         for name in path:
-            inner = place.setdefault(name, {})
+            inner = branch.setdefault(name, {})
             if not isinstance(inner, dict):
                 break  # a name that is both a value and a prefix: the value is kept
-            place = inner
+            branch = inner
         else:
-            place.setdefault(leaf, undotted(value) if isinstance(value, dict) else value)
+            branch.setdefault(leaf, undotted(value) if isinstance(value, dict) else value)
     return {key: _listed(value) for key, value in tree.items()}
 
 
@@ -163,19 +163,19 @@ def _listed(value: Any) -> Any:
 
 
 def at(tree: Any, *path: str) -> Any:
-    """The value at a path of a tree; None if the path ends early."""
+    """Return the value at a path of a tree; None if the path ends early."""
     for name in path:
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
 
 
 def nested(span: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A span whose own fields also have dotted names (`attributes.llm.…`), as in Phoenix's data frames."""
+    """Unflatten a span whose fields have dotted names (`attributes.llm.…`), as in Phoenix's data frames."""
     return undotted(span) if any(str(key).startswith("attributes.") for key in span) else span
 
 
 def offered(attributes: Mapping[str, Any]) -> list[Any]:
-    """The tools that OpenInference lists, each as the JSON schema that the model got."""
+    """Return the tools that OpenInference lists, each as the JSON schema that the model got."""
     listed = at(attributes, "llm", "tools")
-    found = [undotted(each) for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    return [parsed(at(each, "tool", "json_schema")) for each in found]
+    tools = [undotted(each) for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    return [parsed(at(each, "tool", "json_schema")) for each in tools]

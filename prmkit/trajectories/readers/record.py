@@ -1,4 +1,4 @@
-"""Runs that have already been imported: the record itself."""
+"""Imported runs: trajectory records."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from prmkit.trajectory import Trajectory, is_record, load
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Trajectory]:
-    """The run of one line."""
+    """Yield the run of one line."""
     yield load(value, "")
 
 

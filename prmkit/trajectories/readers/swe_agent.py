@@ -1,4 +1,4 @@
-"""SWE-agent's `.traj`: `trajectory` holds the steps, `history` the messages that the model saw.
+"""SWE-agent's `.traj`: `trajectory` holds the steps, `history` the messages that the model got.
 
 Demonstrations in `history` are not part of the run; the task is its first user message that is not a demonstration.
 """
@@ -13,7 +13,7 @@ from prmkit.trajectory import Call, Result
 
 
 def recognises(value: Any) -> bool:
-    """A list of steps with `action` and `observation` under `trajectory`."""
+    """Whether a value has a list of steps with `action` and `observation` as `trajectory`."""
     steps = value.get("trajectory") if isinstance(value, dict) else None
     return isinstance(steps, list) and bool(steps) and _is_step(steps[0]) and _is_step(steps[-1])
 
@@ -23,7 +23,7 @@ def _is_step(value: Any) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The run of one file."""
+    """Yield the run of one file."""
     lost: Counter[str] = Counter()
     turns = [*_opening(value.get("history"), lost)]
     for index, step in enumerate(value["trajectory"]):
@@ -31,12 +31,12 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
             turns.append(_turn(step, index))
         else:
             lost["entries that are not steps"] += 1
-    lost["submissions"] += bool(mapping(value.get("info")).get("submission"))  # the patch: what it does is in the steps
+    lost["submissions"] += bool(mapping(value.get("info")).get("submission"))  # the patch; the steps contain it
     yield Run(turns, lost, task_id=as_text(value.get("instance_id")) or None)
 
 
 def _opening(history: Any, lost: Counter[str]) -> Iterator[Turn]:
-    """The system message and the task, which precede the model's first answer that is not a demonstration."""
+    """Yield the system message and the task: the messages before the first answer that is not a demonstration."""
     for message in history if isinstance(history, list) else ():
         if not isinstance(message, dict) or message.get("is_demo"):
             lost["demonstrations"] += 1

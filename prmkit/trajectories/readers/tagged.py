@@ -1,4 +1,4 @@
-"""Runs as one tagged text: `<think>`, `<tool_call>`, `<result>`, `<answer>`, as in the guide's rollouts.
+"""Runs as one tagged string: `<think>`, `<tool_call>`, `<result>`, `<answer>`, in `sft_data.output` or `raw_response`.
 
 A step begins with a thought, or with a call or an answer that follows a result; text outside the tags counts as the
 agent's text.
@@ -21,13 +21,13 @@ _BROKEN = re.compile(r"</?(?:think|sub_task_think|tool_call|result|answer)>")
 
 
 def recognises(value: Any) -> bool:
-    """`sft_data.instruction` and `sft_data.output`, or `task_description` and `raw_response`."""
+    """Whether a value has `sft_data.instruction` and `.output`, or `task_description` and `raw_response`, with tags."""
     texts = _texts(value)
     return texts is not None and _TAG.search(texts[1]) is not None
 
 
 def _texts(value: Any) -> tuple[str, str] | None:
-    """The task and the tagged text."""
+    """Return the task and the tagged text; None without them."""
     data, names = mapping(mapping(value).get("sft_data")), ("instruction", "output")
     if not data:
         data, names = mapping(value), ("task_description", "raw_response")
@@ -36,7 +36,7 @@ def _texts(value: Any) -> tuple[str, str] | None:
 
 
 def read(value: Any, keys: Keys) -> Iterator[Run]:
-    """The run of one value."""
+    """Yield the run of one value."""
     if not (texts := _texts(value)):
         raise UnreadableValue("no tagged text")
     task, text = texts
@@ -48,7 +48,7 @@ def read(value: Any, keys: Keys) -> Iterator[Run]:
 
 
 def turns_of_tags(text: str, lost: Counter[str]) -> list[Turn]:
-    """The steps of a tagged text."""
+    """Return the steps of a tagged text."""
     turns: list[Turn] = []
     step: dict[str, Any] = {}
     end = 0

@@ -1,8 +1,8 @@
-"""tau-bench (`traj` next to `info.task`) and tau2 (`simulations` next to `tasks`): an agent talks to a simulated user.
+"""tau-bench (`traj` and `info.task`) and tau2 (`simulations` and `tasks`): an agent talks to a simulated user.
 
 The task in a step's prompt is the user's first message: the simulated user's instructions are hidden from the agent,
-and `info.task.actions` and tau2's `evaluation_criteria` are the solution. tau2 stores the policy, which the agent saw
-as its system text, once for all runs.
+and `info.task.actions` and tau2's `evaluation_criteria` are the solution. tau2 stores the policy, the agent's
+system prompt, once for all runs.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from prmkit.trajectories.run_fields import id_of, outcome_of
 
 
 def recognises(value: Any) -> bool:
-    """A run of tau-bench, or a results file of tau2, or one simulation of it."""
+    """Whether a value is a run of tau-bench, a results file of tau2, or one of its simulations."""
     if not isinstance(value, dict):
         return False
     return _is_tau_bench(value) or isinstance(value.get("simulations"), list) or _is_simulation(value)
@@ -30,7 +30,7 @@ def _is_simulation(value: Mapping[str, Any]) -> bool:
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
-    """The runs of one value."""
+    """Yield the runs of one value."""
     if _is_tau_bench(value):
         solution = mapping(value["info"].get("task")).get("actions")
         yield _run(value, value["traj"], value.get("reward"), solution)

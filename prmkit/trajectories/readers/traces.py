@@ -1,7 +1,7 @@
-"""What the readers of traces share: finding the model call of a trace that has the whole conversation.
+"""Shared code of the trace readers: find the model call of a trace that has the complete conversation.
 
 A model call has every message so far, so the longest call of a trace is the run; the others repeat its beginning. Calls
-that begin differently (a title, a guardrail, another agent) are counted.
+with another beginning (a title, a guardrail, another agent) are counted.
 """
 
 from collections import Counter
@@ -15,11 +15,11 @@ from prmkit.trajectories.run import NumberedValues, Run
 
 @dataclass(frozen=True)
 class ModelCall:
-    """What a reader finds in the span of a model call."""
+    """A model call in a trace."""
 
     trace: str
     time: str
-    """Sorts in the order of the calls."""
+    """The time as text, which sorts in the order of the calls."""
     messages: list[Any]
     """The input messages, then the output."""
     tools: Any = None
@@ -27,7 +27,7 @@ class ModelCall:
 
 @dataclass
 class _Trace:
-    place: tuple[int, int]
+    location: tuple[int, int]
     longest: tuple[int, str] = (-1, "")
     openings: Counter[int] = field(default_factory=Counter)
     opening: int = 0
@@ -36,7 +36,7 @@ class _Trace:
 def longest_conversations(
     values: NumberedValues, calls_of: Callable[[Any], Iterator[ModelCall]]
 ) -> Iterator[tuple[ModelCall, Run]]:
-    """The longest conversation of every trace, as a run that its reader completes.
+    """Yield the longest conversation of every trace, as a run that its reader completes.
 
     Reads the file twice, so that only one conversation is in memory at a time.
     """
@@ -47,33 +47,33 @@ def longest_conversations(
             opening = _opening(call.messages)
             trace.openings[opening] += 1
             if (size := (len(call.messages), call.time)) > trace.longest:
-                trace.longest, trace.place, trace.opening = size, (number, inner), opening
-    wanted = {trace.place[0]: set[int]() for trace in traces.values()}
+                trace.longest, trace.location, trace.opening = size, (number, inner), opening
+    wanted = {trace.location[0]: set[int]() for trace in traces.values()}
     for trace in traces.values():
-        wanted[trace.place[0]].add(trace.place[1])
+        wanted[trace.location[0]].add(trace.location[1])
     for number, (line, value) in enumerate(values):
         for inner, call in enumerate(calls_of(value)) if number in wanted else ():
             if inner in wanted[number]:
                 trace = traces[call.trace]
                 lost: Counter[str] = Counter()
-                lost["model calls of other conversations"] = trace.openings.total() - trace.openings[trace.opening]
+                lost["unrelated model calls"] = trace.openings.total() - trace.openings[trace.opening]
                 yield call, Run(turns_of(call.messages, lost), lost, trajectory_id=call.trace, line=line)
 
 
 def _opening(messages: list[Any]) -> int:
-    """The text of the first message that is not a system message: the same in all calls of a conversation."""
+    """Return a hash of the first message that is not a system message: the same in all calls of a conversation."""
     first = next((each for each in messages if role_name(each) not in ("system", "developer")), None)
     return hash(as_text(first))
 
 
-def conversation(given: Any, answer: Any) -> list[Any]:
-    """The input messages and the output of a model call, in any of the forms that tracers write.
+def conversation(prompt: Any, answer: Any) -> list[Any]:
+    """Return the input messages and the output of a model call, from any of the formats that tracers write.
 
     Args:
-        given: messages, an object with `messages`, a list of lists (LangChain), any of these as JSON, or a prompt.
+        prompt: messages, an object with `messages`, a list of lists (LangChain), any of these as JSON, or a prompt.
         answer: a message, an object with `choices`, `generations` or `messages`, any of these as JSON, or text.
     """
-    return [*_messages(given, "user"), *_messages(_answer(parsed(answer)), "assistant")]
+    return [*_messages(prompt, "user"), *_messages(_answer(parsed(answer)), "assistant")]
 
 
 def _messages(value: Any, role: str) -> list[Any]:
