@@ -103,8 +103,8 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
     if role == "tool":
         return [Turn("tool", results=(*parts.results, *_results(message, parts)))]
     if role in ("system", "user"):
-        if message.get("tool_calls"):
-            lost["calls and results of the user"] += len(message["tool_calls"])
+        if calls := parsed(message.get("tool_calls")):
+            lost["calls and results of the user"] += len(calls) if isinstance(calls, list) else 1
         speaker = message.get("name") if role == "user" and isinstance(message.get("name"), str) else None
         said = [Turn(role, parts.text(), speaker=speaker)] if parts.text() or not parts.results else []
         return ([Turn("tool", results=tuple(parts.results))] if parts.results else []) + said
@@ -130,7 +130,7 @@ def _agent_turn(message: Mapping[str, Any], parts: "Parts", named: str | None, l
         "agent",
         text,
         "\n\n".join(filter(None, thoughts)),
-        _distinct([*parts.calls, *_calls(message, lost)]),
+        tuple(_calls(message, parts.calls, lost)),
         tuple(parts.results),
         speaker if isinstance(speaker, str) else None,
     )
@@ -143,19 +143,32 @@ def _content(message: Mapping[str, Any]) -> Any:
     return None
 
 
-def _calls(message: Mapping[str, Any], lost: Counter[str]) -> list[Call]:
-    listed = message.get("tool_calls")
+def _calls(message: Mapping[str, Any], in_content: Sequence[Call], lost: Counter[str]) -> list[Call]:
+    """The calls in the content of a message and next to it; LangChain lists some of them in several places."""
+    listed = parsed(message.get("tool_calls"))  # some tables store it as JSON
     listed = listed or mapping(message.get("additional_kwargs")).get("tool_calls")
-    calls = [*(listed if isinstance(listed, list) else []), *(message.get("invalid_tool_calls") or [])]
-    if isinstance(message.get("function_call"), dict):
-        calls.append(message["function_call"])
-    return [call for each in calls if (call := read_call(each, lost))]
+    found = list(in_content)
+    for each in (listed, message.get("invalid_tool_calls"), message.get("function_call")):
+        values = each if isinstance(each, list) else [each] if each else []
+        found = _united(found, [call for value in values if (call := read_call(value, lost))])
+    return found
 
 
-def _distinct(calls: Sequence[Call]) -> tuple[Call, ...]:
-    """Calls without repetitions: LangChain lists those of Anthropic's models both in `content` and in `tool_calls`."""
-    known = {call.id: call for call in reversed(calls) if call.id is not None}
-    return tuple(call for call in calls if call.id is None or known.get(call.id) is call)
+def _united(calls: Sequence[Call], more: Sequence[Call]) -> list[Call]:
+    """Two lists of calls, one after the other, with every call that is in both only once.
+
+    Calls in one list stay apart even if they have one id: DeepSeek, GLM and others give it to all parallel calls. A
+    repeated call may have arguments that its first mention lacks: those of streamed blocks are not in the content.
+    """
+    found, waiting = list(calls), list(range(len(calls)))
+    for call in more:
+        place = next((place for place in waiting if call.id is not None and found[place].id == call.id), None)
+        if place is None:
+            found.append(call)
+        else:
+            waiting.remove(place)
+            found[place] = found[place] if found[place].arguments else replace(call, name=found[place].name)
+    return found
 
 
 def read_call(value: Any, lost: Counter[str]) -> Call | None:
@@ -168,6 +181,7 @@ def read_call(value: Any, lost: Counter[str]) -> Call | None:
         lost["calls without a name"] += 1
         return None
     given = next((body[key] for key in ("arguments", "args", "input", "parameters", "kwargs") if key in body), None)
+    given = given or body.get("partial_json", given)  # LangChain's streamed blocks have their input only there
     identity = value.get("id") or value.get("call_id") or value.get("tool_call_id") or value.get("toolCallId")
     return Call(name, _arguments(given, lost), str(identity) if identity else None)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from prmkit.trajectory import Call, Label, Message, Result, Step, Trajectory, task_id_of, with_labels
+from prmkit.trajectory import Call, Label, Message, Result, Step, Trajectory, results_by_call, task_id_of, with_labels
 
 Role = Literal["system", "user", "agent", "tool"]
 
@@ -160,7 +160,7 @@ def _step(turn: Turn, number: int, incoming: Sequence[Message]) -> Step:
 
 
 def _answered(step: Step) -> int:
-    return len({call.id for call in step.calls} & {result.call_id for result in step.results}) if step.calls else 0
+    return sum(map(bool, results_by_call(step)[0]))
 
 
 def _place(result: Result, steps: list[Step], lost: Counter[str]) -> None:
@@ -173,8 +173,7 @@ def _place(result: Result, steps: list[Step], lost: Counter[str]) -> None:
         lost["results before the first step"] += 1
         return
     last = steps[-1]
-    given = {each.call_id for each in last.results}
-    waiting = [call.id for call in last.calls if call.id not in given]
+    waiting = [call.id for call, given in zip(last.calls, results_by_call(last)[0], strict=True) if not given]
     if result.call_id is None and waiting:
         result = replace(result, call_id=waiting[0])
     else:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport
 from prmkit.trajectories.run import Keys
 from tests.trajectories.conftest import Read, outline
@@ -200,6 +201,54 @@ def test_parallel_calls_get_the_results_that_name_them(read: Read) -> None:
         {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": calls}, *results]}
     )
     assert [(result.call_id, result.text) for result in run.steps[0].results] == [("b", "of b"), ("a", "of a")]
+
+
+def _parallel(count: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Calls of `f`, `g`, … that all have the id `call_0`, as DeepSeek, GLM and Xinference write them."""
+    calls = [{"id": "call_0", "function": {"name": name, "arguments": f'"{name}"'}} for name in "fgh"[:count]]
+    return {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": calls}, *results]}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_parallel_calls_with_one_id_keep_their_results(read: Read, named: bool) -> None:
+    said = [{"role": "tool", "content": f"of {name}"} | ({"tool_call_id": "call_0"} if named else {}) for name in "fg"]
+    (run,) = read(_parallel(2, said))
+    assert outline(run) == [("", "", [("f", "f"), ("g", "g")], ["of f", "of g"])]
+    (prompt,) = step_prompts(run, load_rubric())
+    assert "Call: f f\nResult: of f\nCall: g g\nResult: of g\n" in prompt.text
+    assert run.lost == {}
+    (short,) = read(_parallel(3, said))
+    assert short.lost == {"calls without a result": 1}
+
+
+def test_a_call_that_returned_twice_shows_both_results(read: Read) -> None:
+    said = [{"role": "tool", "tool_call_id": "call_0", "content": text} for text in ("timeout", "ok")]
+    (run,) = read(_parallel(1, said))
+    (prompt,) = step_prompts(run, load_rubric())
+    assert "Call: f f\nResult: timeout\nResult: ok\n" in prompt.text
+
+
+def test_calls_listed_in_content_and_beside_it_are_one(read: Read) -> None:
+    """LangChain does so with Anthropic's models; of streamed blocks only one place has the arguments."""
+    blocks = [{"type": "tool_use", "id": "c", "name": name, "input": {}} for name in "fg"]
+    beside = [{"type": "tool_call", "id": "c", "name": name, "args": {"of": name}} for name in "fg"]
+    (run,) = read({"messages": [{"type": "human", "content": "Go."}, {"type": "ai", "content": blocks,
+                                                                     "tool_calls": beside}]})  # fmt: skip
+    assert outline(run)[0][2] == [("f", {"of": "f"}), ("g", {"of": "g"})]
+    streamed = blocks[0] | {"partial_json": '{"of": "f"}'}
+    (run,) = read({"messages": [{"type": "human", "content": "Go."}, {"type": "ai", "content": [streamed]}]})
+    assert outline(run)[0][2] == [("f", {"of": "f"})]
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_calls_as_one_string_or_as_one_object(read: Read, several: bool, as_json: bool) -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
+    calls: Any = [call] if several else call
+    said = {"role": "assistant", "content": "x", "tool_calls": json.dumps(calls) if as_json else calls}
+    (run,) = read({"messages": [{"role": "user", "content": "Go."}, said,
+                                {"role": "tool", "tool_call_id": "c", "content": "r"}]})  # fmt: skip
+    assert (outline(run), run.lost) == ([("", "x", [("f", {})], ["r"])], {})
 
 
 def test_what_a_user_says_later_stands_before_the_next_step(read: Read) -> None:
