@@ -9,9 +9,10 @@ from prmkit.errors import ExitCode
 from prmkit.trajectories.labels import SETS
 
 _EPILOG = """\
-The form of each file is recognised by its structure. Known forms: messages of OpenAI, Anthropic, ShareGPT, LangChain,
-verifiers and ART, results of tau-bench and tau2, SWE-agent, mini-swe-agent, Inspect (as JSON), ATIF, sessions of
-Claude Code and Codex, tagged text, and spans of OpenTelemetry (GenAI, OpenInference), LangSmith and Langfuse.
+The form of each file is recognised by its structure. Known forms: messages of OpenAI, Anthropic, Bedrock, Gemini and
+Google's ADK, ShareGPT, LangChain, Vercel's AI SDK, verifiers and ART, results of tau-bench and tau2, SWE-agent,
+mini-swe-agent, Inspect (as JSON), ATIF, sessions of Claude Code and Codex, tagged text, and spans of OpenTelemetry
+(GenAI, OpenInference), LangSmith and Langfuse.
 What has no place in the record is counted in the field `lost` of each run, and in the summary.
 """
 

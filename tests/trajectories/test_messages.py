@@ -118,6 +118,48 @@ DIALECTS: dict[str, dict[str, Any]] = {
              "message": {"role": "assistant", "content": "It is 4 degrees in Oslo."}},
         ],
     },
+    "bedrock": {
+        "system": [{"text": "Be brief."}],
+        "messages": [
+            {"role": "user", "content": [{"text": "How warm is it in Oslo?"}]},
+            {"role": "assistant", "content": [{"toolUse": {"toolUseId": "b1", "name": "get_weather", "input": CALL}}]},
+            {"role": "user", "content": [
+                {"toolResult": {"toolUseId": "b1", "content": [{"text": "4 degrees"}], "status": "success"}}]},
+            {"role": "assistant", "content": [
+                {"text": "It is 4 degrees in Oslo."}, {"cachePoint": {"type": "default"}}]},
+        ],
+    },
+    "gemini": {
+        "system": "Be brief.",
+        "contents": [
+            {"role": "user", "parts": [{"text": "How warm is it in Oslo?"}]},
+            {"role": "model", "parts": [{"functionCall": {"name": "get_weather", "args": CALL}}]},
+            {"role": "user", "parts": [{"functionResponse": {"name": "get_weather", "response": "4 degrees"}}]},
+            {"role": "model", "parts": [{"text": "It is 4 degrees in Oslo.", "thoughtSignature": "x"}]},
+        ],
+    },
+    "google's adk": {
+        "system": "Be brief.",
+        "events": [
+            {"author": "user", "content": {"role": "user", "parts": [{"text": "How warm is it in Oslo?"}]}},
+            {"content": {"role": "model", "parts": [
+                {"text": None, "function_call": {"id": "g1", "name": "get_weather", "args": CALL}}]}},
+            {"content": {"role": "user", "parts": [
+                {"function_response": {"id": "g1", "name": "get_weather", "response": "4 degrees"}}]}},
+            {"content": {"role": "model", "parts": [{"text": "It is 4 degrees in Oslo."}]}},
+        ],
+    },
+    "the ai sdk's messages for the model": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "How warm is it in Oslo?"},
+            {"role": "assistant", "content": [
+                {"type": "tool-call", "toolCallId": "v1", "toolName": "get_weather", "input": CALL}]},
+            {"role": "tool", "content": [{"type": "tool-result", "toolCallId": "v1", "toolName": "get_weather",
+                                          "output": {"type": "text", "value": "4 degrees"}}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "It is 4 degrees in Oslo."}]},
+        ],
+    },
 }  # fmt: skip
 
 
@@ -249,6 +291,94 @@ def test_calls_as_one_string_or_as_one_object(read: Read, several: bool, as_json
     (run,) = read({"messages": [{"role": "user", "content": "Go."}, said,
                                 {"role": "tool", "tool_call_id": "c", "content": "r"}]})  # fmt: skip
     assert (outline(run), run.lost) == ([("", "x", [("f", {})], ["r"])], {})
+
+
+_INVOCATION = {"state": "result", "toolCallId": "v1", "toolName": "get_weather", "args": CALL, "result": "4 degrees"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "Cold.", "parts": [{"type": "step-start"}, {"type": "text", "text": "Cold."},
+                                       {"type": "tool-invocation", "toolInvocation": _INVOCATION}]},
+        {"content": "Cold.", "toolInvocations": [_INVOCATION]},
+        {"parts": [{"type": "tool-get_weather", "toolCallId": "v1", "state": "output-available", "input": CALL,
+                    "output": "4 degrees"}, {"type": "text", "text": "Cold.", "state": "done"}]},
+        {"parts": [{"type": "dynamic-tool", "toolName": "get_weather", "toolCallId": "v1", "state": "output-available",
+                    "input": CALL, "output": "4 degrees"}, {"type": "text", "text": "Cold."}]},
+        {"content": [{"type": "tool_use", "tool_type": "web_search", "id": "w", "name": "get_weather",
+                      "arguments": json.dumps(CALL), "result": "4 degrees"}, {"type": "text", "text": "Cold."}]},
+    ],
+    ids=["parts of AI SDK 4", "AI SDK 3", "AI SDK 5", "AI SDK 5, dynamic", "Inspect"],
+)  # fmt: skip
+def test_a_part_that_is_both_a_call_and_its_result(read: Read, answer: dict[str, Any]) -> None:
+    (run,) = read({"messages": [{"role": "user", "content": "Warm?"}, {"role": "assistant"} | answer]})
+    assert outline(run) == [("", "Cold.", [("get_weather", CALL)], ["4 degrees"])]
+    assert run.lost == {}
+
+
+_HOTELS = [{"type": "hotel", "name": "Ritz"}, {"type": "profile", "url": "x", "name": "Ibis"}]
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        ({"text": "title", "price": 12}, '{"text": "title", "price": 12}'),
+        ({"type": "text", "text": "title", "price": 12}, '{"type": "text", "text": "title", "price": 12}'),
+        ({"type": "text", "value": "title", "score": 3}, '{"type": "text", "value": "title", "score": 3}'),
+        ({"type": "reasoning", "text": "x"}, '{"type": "reasoning", "text": "x"}'),
+        ({"type": "tool_call", "name": "f"}, '{"type": "tool_call", "name": "f"}'),
+        ({"type": "document", "title": "x"}, '{"type": "document", "title": "x"}'),
+        (_HOTELS, "\n".join(map(json.dumps, _HOTELS))),
+        ([{"type": "text", "text": "a"}, {"text": "b"}, {"json": {"c": 1}}], 'a\nb\n{"c": 1}'),
+    ],
+)  # fmt: skip
+def test_objects_that_a_tool_returned_are_kept_whole(read: Read, returned: Any, text: str) -> None:
+    """Only parts of text, and media, are more than data: no other object disappears because of its `type`."""
+    call = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]}
+    for result in (
+        {"role": "tool", "tool_call_id": "c", "content": returned},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": returned}]},
+    ):
+        (run,) = read({"messages": [{"role": "user", "content": "Go."}, call, result]})
+        assert outline(run) == [("", "", [("f", {})], [text])]
+        assert run.lost == {}
+
+
+@pytest.mark.parametrize(
+    ("output", "text", "failed"),
+    [
+        ({"type": "json", "value": {"text": "a", "n": 1}}, '{"text": "a", "n": 1}', False),
+        ({"type": "content", "value": [{"type": "text", "text": "a"}]}, "a", False),
+        ({"type": "error-text", "value": "too slow"}, "too slow", True),
+        ({"type": "error-json", "value": {"code": 500}}, '{"code": 500}', True),
+        ({"type": "execution-denied", "reason": "no"}, "no", True),
+        ({"type": "hotel", "value": "Ritz"}, '{"type": "hotel", "value": "Ritz"}', False),
+    ],
+)
+def test_outputs_of_the_ai_sdk(read: Read, output: dict[str, Any], text: str, failed: bool) -> None:
+    messages = [
+        {"role": "user", "content": "Go."},
+        {"role": "assistant", "content": [{"type": "tool-call", "toolCallId": "v", "toolName": "f", "input": {}}]},
+        {"role": "tool", "content": [{"type": "tool-result", "toolCallId": "v", "toolName": "f", "output": output}]},
+    ]
+    (run,) = read({"messages": messages})
+    assert [(result.text, result.error) for result in run.steps[0].results] == [(text, failed)]
+    assert run.lost == {}
+
+
+def test_failed_results_of_bedrock_and_thoughts_of_bedrock_and_gemini(read: Read) -> None:
+    failed = {"toolResult": {"toolUseId": "b", "content": [{"json": {"t": 1}}], "status": "error"}}
+    thought = {"reasoningContent": {"reasoningText": {"text": "I wonder.", "signature": "x"}}}
+    messages = [
+        {"role": "user", "content": [{"text": "Go."}]},
+        {"role": "assistant", "content": [thought, {"toolUse": {"toolUseId": "b", "name": "f", "input": {}}}]},
+        {"role": "user", "content": [failed]},
+        {"role": "model", "parts": [{"text": "I wonder.", "thought": True}, {"text": "Done."}]},
+    ]
+    (run,) = read({"messages": messages})
+    assert outline(run) == [("I wonder.", "", [("f", {})], ['{"t": 1}']), ("I wonder.", "Done.", [], [])]
+    assert run.steps[0].results[0].error and run.lost == {}
 
 
 def test_what_a_user_says_later_stands_before_the_next_step(read: Read) -> None:

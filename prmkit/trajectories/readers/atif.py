@@ -69,7 +69,7 @@ def _results(observation: Any, lost: Counter[str]) -> Iterator[Result]:
         if not isinstance(each, dict):
             lost["entries that are not results"] += 1
             continue
-        parts = Parts(lost)
+        parts = Parts(lost, "result")
         parts.add(each.get("content"))
         lost["references to runs of called agents"] += bool(each.get("subagent_trajectory_ref"))
         yield Result(parts.text(), as_text(each.get("source_call_id")) or None)

@@ -95,7 +95,7 @@ def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
             _continue(run, Turn("agent", calls=(call,), index=index), new=False)
     elif kind in _OUTPUTS:
         output = item.get("output")
-        parts = Parts(lost)
+        parts = Parts(lost, "result")
         parts.add(output.get("content", output) if isinstance(output, dict) else output)
         failed = isinstance(output, dict) and output.get("success") is False
         result = Result(parts.text(), as_text(item.get("call_id")) or None, failed)

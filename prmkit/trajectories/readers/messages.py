@@ -11,7 +11,8 @@ from prmkit.trajectories.readers import codex
 from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
 from prmkit.trajectories.run_fields import describe
 
-LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog")
+LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog",
+             "contents", "events")  # fmt: skip
 _JUDGED = {"evaluation_type", "clip_number"}
 
 
