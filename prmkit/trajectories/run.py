@@ -52,6 +52,8 @@ class Run:
     labels: Mapping[int, Label] = field(default_factory=dict)
     """Message position in the source -> label."""
     line: int | None = None
+    continues: bool = False
+    """Whether further steps followed that are not here."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def assemble(run: Run, source: Mapping[str, Any]) -> Trajectory | None:
     if not steps:
         return None
     lost["calls without a result"] += sum(len(step.calls) - _answered(step) for step in steps)
-    steps[-1] = replace(steps[-1], last=True)
+    steps[-1] = replace(steps[-1], last=not run.continues)
     task = run.task if run.task is not None else said or ""
     lost["runs without a task"] += not task
     return with_labels(_record(run, source, task, "\n\n".join(system), steps), run.labels)

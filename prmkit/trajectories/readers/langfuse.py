@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prmkit.trajectories.content import as_text
+from prmkit.trajectories.content import as_text, mapping, parsed
 from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations
 from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
+from prmkit.trajectories.run_fields import tools_of
 
 
 def recognises(value: Any) -> bool:
@@ -19,7 +20,8 @@ def recognises(value: Any) -> bool:
 
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     """A run for each trace."""
-    for _, run in longest_conversations(values, _calls):
+    for call, run in longest_conversations(values, _calls):
+        run.tools = tools_of(call.tools)
         yield run
 
 
@@ -29,7 +31,9 @@ def _calls(value: Any) -> Iterator[ModelCall]:
     for each in value.get("observations", [value]):
         if str(each["type"]).upper() == "GENERATION":
             trace = as_text(each.get("traceId") or value.get("id"))
-            yield ModelCall(trace, as_text(each.get("startTime")), conversation(each.get("input"), each.get("output")))
+            tools = mapping(parsed(each.get("input"))).get("tools")
+            messages = conversation(each.get("input"), each.get("output"))
+            yield ModelCall(trace, as_text(each.get("startTime")), *messages, tools)
 
 
 READER = Reader("langfuse", recognises, every=read)

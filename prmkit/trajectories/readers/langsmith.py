@@ -30,7 +30,7 @@ def _calls(value: Any) -> Iterator[ModelCall]:
         tools = parameters.get("tools") if isinstance(parameters, dict) else None
         time = as_text(value.get("dotted_order") or value.get("start_time"))
         trace = as_text(value.get("trace_id") or value.get("id"))
-        yield ModelCall(trace, time, conversation(value["inputs"], value.get("outputs")), tools)
+        yield ModelCall(trace, time, *conversation(value["inputs"], value.get("outputs")), tools)
     for child in value.get("child_runs") or ():
         if isinstance(child, dict):
             yield from _calls({"trace_id": value.get("trace_id") or value.get("id")} | child)

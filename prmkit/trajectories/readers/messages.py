@@ -8,7 +8,7 @@ from typing import Any
 
 from prmkit.trajectories.content import is_message_list, turns_of
 from prmkit.trajectories.readers import codex
-from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
+from prmkit.trajectories.run import Keys, Reader, Run, UnreadableValue
 from prmkit.trajectories.run_fields import describe
 
 LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog",
@@ -41,24 +41,19 @@ def read(value: Any, keys: Keys) -> Iterator[Run]:
     """
     lost: Counter[str] = Counter()
     if isinstance(value, list):
-        yield Run(_turns(value, lost), lost)
+        yield Run(codex.turns_of_list(value, lost), lost)
         return
     if group := _group(value):
         for member in group:
             yield from read(member, keys)
         return
     name, messages = _messages(value, keys)
-    run = Run(_turns(messages, lost), lost)
+    run = Run(codex.turns_of_list(messages, lost), lost)
     if value.get("system"):  # Anthropic and ShareGPT keep it next to the messages
         run.turns[:0] = turns_of([{"role": "system", "content": value["system"]}], Counter())
     known = {"prompt", "completion"} if name == "completion" else {name}
     describe(run, value, keys, read={*known, "system"})
     yield run
-
-
-def _turns(messages: list[Any], lost: Counter[str]) -> list[Turn]:
-    has_items = any(codex.recognises(message) for message in messages)
-    return codex.turns_of_items(messages, lost) if has_items else turns_of(messages, lost)
 
 
 def _group(value: Mapping[str, Any]) -> list[Any]:

@@ -44,13 +44,13 @@ def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
 def _calls(value: Any) -> Iterator[ModelCall]:
     for span in _spans(value):
         attributes = attributes_of(span)
-        messages = _genai(attributes, span) or _openinference(attributes)
-        if messages:
+        given, answer = _genai(attributes, span) or _openinference(attributes)
+        if given or answer:
             context = mapping(span.get("context"))
             trace = span.get("traceId") or span.get("trace_id") or context.get("trace_id")
             time = span.get("startTimeUnixNano") or span.get("start_time") or span.get("startTime")
             tools = at(attributes, "gen_ai", "tool", "definitions") or offered(attributes)
-            yield ModelCall(as_text(trace), as_text(time), messages, tools)
+            yield ModelCall(as_text(trace), as_text(time), given, answer, tools)
 
 
 def _spans(value: Any) -> Iterator[Span]:
@@ -64,22 +64,25 @@ def _spans(value: Any) -> Iterator[Span]:
             yield from (span for span in scope.get("spans") or () if isinstance(span, dict))
 
 
-def _genai(attributes: Mapping[str, Any], span: Span) -> list[Any]:
+def _genai(attributes: Mapping[str, Any], span: Span) -> tuple[list[Any], list[Any]] | None:
     """The messages of a `chat` span; agents' and tools' spans repeat parts of them."""
     if at(attributes, "gen_ai", "operation", "name") in ("invoke_agent", "execute_tool", "create_agent", "embeddings"):
-        return []
+        return None
     given, answer = at(attributes, "gen_ai", "input", "messages"), at(attributes, "gen_ai", "output", "messages")
     if given is None:
         given, answer = at(attributes, "gen_ai", "prompt"), at(attributes, "gen_ai", "completion")
     system = at(attributes, "gen_ai", "system_instructions")
     opening = [{"role": "system", "content": parsed(system)}] if system else []
     if given is not None:
-        return opening + conversation(given, answer)
-    return opening + list(_events(span))
+        messages, output = conversation(given, answer)
+        return opening + messages, output
+    events = list(_events(span))
+    messages, output = ([message for message, is_answer in events if is_answer is wanted] for wanted in (False, True))
+    return (opening + messages, output) if events else None
 
 
-def _events(span: Span) -> Iterator[dict[str, Any]]:
-    """The older version: one event of the span for each message."""
+def _events(span: Span) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The older version: one event of the span for each message, and whether it is the output."""
     for event in span.get("events") or ():
         if isinstance(event, dict) and (role := _EVENT_ROLES.get(str(event.get("name")))):
             body = attributes_of(event) | mapping(event.get("body"))
@@ -88,18 +91,19 @@ def _events(span: Span) -> Iterator[dict[str, Any]]:
             calls = parsed(message.get("tool_calls"))
             if role == "tool" and "id" in body:
                 message = {"tool_call_id": body["id"]} | message
-            yield {"role": role} | message | ({"role": role, "tool_calls": calls} if calls else {"role": role})
+            message = {"role": role} | message | ({"role": role, "tool_calls": calls} if calls else {"role": role})
+            yield message, event["name"] == "gen_ai.choice"
 
 
-def _openinference(attributes: Mapping[str, Any]) -> list[Any]:
+def _openinference(attributes: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    found: tuple[list[Any], list[Any]] = ([], [])
     if at(attributes, "openinference", "span", "kind") != "LLM":
-        return []
-    found = []
-    for name in ("input_messages", "output_messages"):
+        return found
+    for name, messages in zip(("input_messages", "output_messages"), found, strict=True):
         for entry in parsed(at(attributes, "llm", name)) or ():
             message = undotted(entry).get("message") if isinstance(entry, dict) else None
             if isinstance(message, dict):
-                found.append(_openinference_message(message))
+                messages.append(_openinference_message(message))
     return found
 
 

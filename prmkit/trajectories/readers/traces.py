@@ -1,7 +1,8 @@
 """What the readers of traces share: finding the model call of a trace that has the whole conversation.
 
-A model call has every message so far, so the longest call of a trace is the run; the others repeat its beginning. Calls
-that begin differently (a title, a guardrail, another agent) are counted.
+A model call has every message so far, so the longest call of a trace is the run; most others repeat its beginning. The
+rest are counted: calls that begin differently (a title, a guardrail, another agent), and calls of the same conversation
+that the longest one does not contain (another sample of an answer, or what follows after the history was shortened).
 """
 
 from collections import Counter
@@ -9,8 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from prmkit.trajectories.content import as_text, is_message_list, parsed, role_name, turns_of
-from prmkit.trajectories.run import NumberedValues, Run
+from prmkit.trajectories.content import as_text, is_message_list, parsed, role_name
+from prmkit.trajectories.readers import codex
+from prmkit.trajectories.run import NumberedValues, Run, Turn
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,44 @@ class ModelCall:
     trace: str
     time: str
     """Sorts in the order of the calls."""
-    messages: list[Any]
-    """The input messages, then the output."""
+    given: list[Any]
+    """The input messages."""
+    answer: list[Any]
+    """The output messages."""
     tools: Any = None
 
 
 @dataclass
 class _Trace:
-    place: tuple[int, int]
+    place: tuple[int, int] = (0, 0)
     longest: tuple[int, str] = (-1, "")
-    openings: Counter[int] = field(default_factory=Counter)
     opening: int = 0
+    prefixes: frozenset[int] = frozenset()
+    """Hashes of all beginnings of the longest call."""
+    calls: Counter[tuple[int, str, int, int]] = field(default_factory=Counter)
+    """Opening, time, hash of the input, hash of the whole call."""
+
+    def add(self, call: ModelCall, opening: int, place: tuple[int, int]) -> None:
+        given, whole = _hashes(call.given), _hashes([*call.given, *call.answer])
+        self.calls[opening, call.time, given[-1], whole[-1]] += 1
+        if (size := (len(call.given) + len(call.answer), call.time)) > self.longest:
+            self.longest, self.place, self.opening, self.prefixes = size, place, opening, frozenset(whole)
+
+    def others(self) -> Counter[str]:
+        """The calls that the longest one does not contain."""
+        lost: Counter[str] = Counter()
+        for (opening, _, _, whole), count in self.calls.items():
+            if whole not in self.prefixes:
+                same = "model calls that the longest one does not contain"
+                lost[same if opening == self.opening else "model calls of other conversations"] += count
+        return lost
+
+    def continues(self) -> bool:
+        """Whether later calls continue from a shortened history, so that the longest call lacks the last steps."""
+        return any(
+            opening == self.opening and time > self.longest[1] and given not in self.prefixes
+            for opening, time, given, _ in self.calls
+        )
 
 
 def longest_conversations(
@@ -40,49 +69,64 @@ def longest_conversations(
 
     Reads the file twice, so that only one conversation is in memory at a time.
     """
-    traces: dict[str, _Trace] = {}
+    traces: dict[str | int, _Trace] = {}
     for number, (_, value) in enumerate(values):
         for inner, call in enumerate(calls_of(value)):
-            trace = traces.setdefault(call.trace, _Trace((number, inner)))
-            opening = _opening(call.messages)
-            trace.openings[opening] += 1
-            if (size := (len(call.messages), call.time)) > trace.longest:
-                trace.longest, trace.place, trace.opening = size, (number, inner), opening
+            opening = _opening(call)
+            traces.setdefault(call.trace or opening, _Trace()).add(call, opening, (number, inner))
     wanted = {trace.place[0]: set[int]() for trace in traces.values()}
     for trace in traces.values():
         wanted[trace.place[0]].add(trace.place[1])
     for number, (line, value) in enumerate(values):
         for inner, call in enumerate(calls_of(value)) if number in wanted else ():
             if inner in wanted[number]:
-                trace = traces[call.trace]
-                lost: Counter[str] = Counter()
-                lost["model calls of other conversations"] = trace.openings.total() - trace.openings[trace.opening]
-                yield call, Run(turns_of(call.messages, lost), lost, trajectory_id=call.trace, line=line)
+                trace = traces[call.trace or _opening(call)]
+                lost = trace.others()
+                turns = codex.turns_of_list([*call.given, *call.answer], lost)
+                run = Run(turns, lost, trajectory_id=call.trace or None, line=line, continues=trace.continues())
+                yield call, run
 
 
-def _opening(messages: list[Any]) -> int:
-    """The text of the first message that is not a system message: the same in all calls of a conversation."""
-    first = next((each for each in messages if role_name(each) not in ("system", "developer")), None)
-    return hash(as_text(first))
+def _opening(call: ModelCall) -> int:
+    """The system text and the first other message: the same in all calls of a conversation."""
+    turns = codex.turns_of_list(call.given, Counter())
+    first = next((turn for turn in turns if turn.role != "system"), None)
+    return hash((*(turn.text for turn in turns if turn.role == "system"), _said(first) if first else None))
 
 
-def conversation(given: Any, answer: Any) -> list[Any]:
+def _hashes(messages: list[Any]) -> list[int]:
+    """The hashes of all beginnings of a conversation, without what calls of one conversation may write differently."""
+    found = [hash(())]
+    for turn in codex.turns_of_list(messages, Counter()):
+        if turn.role != "system" and (turn.text or turn.calls or turn.results):
+            found.append(hash((found[-1], _said(turn))))
+    return found
+
+
+def _said(turn: Turn) -> tuple[Any, ...]:
+    calls = tuple((call.name, as_text(call.arguments)) for call in turn.calls)
+    return (turn.role, turn.text.strip(), calls, tuple(result.text for result in turn.results))
+
+
+def conversation(given: Any, answer: Any) -> tuple[list[Any], list[Any]]:
     """The input messages and the output of a model call, in any of the forms that tracers write.
 
     Args:
         given: messages, an object with `messages`, a list of lists (LangChain), any of these as JSON, or a prompt.
         answer: a message, an object with `choices`, `generations` or `messages`, any of these as JSON, or text.
     """
-    return [*_messages(given, "user"), *_messages(_answer(parsed(answer)), "assistant")]
+    return _messages(given, "user"), _messages(_answer(parsed(answer)), "assistant")
 
 
 def _messages(value: Any, role: str) -> list[Any]:
     value = parsed(value)
     if isinstance(value, dict) and "messages" in value:
         value = parsed(value["messages"])
+    if isinstance(value, dict) and (is_message_list(value.get("input")) or codex.is_item_list(value.get("input"))):
+        value = value["input"]
     if isinstance(value, list) and value and isinstance(value[0], list):
         value = value[0]
-    if is_message_list(value):
+    if is_message_list(value) or codex.is_item_list(value):
         return list(value)
     if role_name(value):
         return [value]
@@ -98,6 +142,8 @@ def _answer(value: Any) -> Any:
         first = value["generations"][0]
         first = first[0] if isinstance(first, list) and first else first
         return first.get("message", first.get("text")) if isinstance(first, dict) else first
-    if set(value) <= {"output", "content"} and len(value) == 1:
+    if codex.is_item_list(value.get("output")) or is_message_list(value.get("output")):  # the Responses API
+        return value["output"]
+    if set(value) <= {"output", "content", "message"} and len(value) == 1:
         return _answer(parsed(next(iter(value.values()))))
     return value
