@@ -207,6 +207,8 @@ def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) ->
         else:
             try:
                 yield from ((line, run) for run in read(value, keys))
+            except UsageError as error:
+                raise UsageError(f"{document.path}, line {line}: {error}") from None
             except (UnreadableValue, DataError) as error:
                 report.reject(str(error).removeprefix(": "), line)
             except _DAMAGE as error:

@@ -92,8 +92,9 @@ def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
 
     Raises:
         UnreadableValue: the column is missing, its length is not the number of steps, or a label is out of range.
-        UsageError: a label is -1 on the unit scale. A 0 in other runs then means neutral, and would be read as wrong.
+        UsageError: a number is not on the scale, so the labels of other runs, such as 0 or 1, mean something else.
     """
+    _check_scale(given, scale)
     if isinstance(given, dict):
         pairs = [(int(place) if str(place).isdigit() else -1, label) for place, label in given.items()]
     elif isinstance(given, list):
@@ -103,9 +104,24 @@ def labels_by_index(given: Any, run: Run, scale: str) -> dict[int, Label]:
         pairs = [(index, label) for index, label in zip(steps, given, strict=True) if index is not None]
     else:
         raise UnreadableValue("no column of labels")
-    if scale == "unit" and any(value == -1 for _, value in pairs):
-        raise UsageError("a label is -1, so 0 is not the worst label. For -1, 0 and 1 use --label-scale ternary.")
     return {place: label_of(value, scale) for place, value in pairs if value is not None}
+
+
+def _check_scale(given: Any, scale: str) -> None:
+    """Stop if a number is not on the scale: then the other labels of the column, such as 1, mean something else too."""
+    values = given.values() if isinstance(given, dict) else given if isinstance(given, list) else ()
+    for value in values:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if scale == "unit" and value == -1:
+            raise UsageError("a label is -1, so 0 is not the worst label. For -1, 0 and 1 use --label-scale ternary.")
+        if scale == "unit" and not 0 <= value <= 1:
+            raise UsageError(
+                f"a label is {value:g}, but they must be from 0 to 1: in this column a 1 may mean something else. "
+                "Convert all labels first; 1 to 5, for example, with (label - 1) / 4."
+            )
+        if scale == "ternary" and value not in (-1, 0, 1):
+            raise UsageError(f"a label is {value:g}, but --label-scale ternary is for -1, 0 and 1. Convert them first.")
 
 
 def label_of(value: Any, scale: str) -> Label:
