@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from prmkit.errors import DataError, UsageError
 from prmkit.files import open_input
 from prmkit.row_lines import is_named
+from prmkit.trajectories.content import mapping
 from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
-from prmkit.trajectories.readers import READERS, reader_for
+from prmkit.trajectories.readers import READERS, messages, reader_for
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import Ids, Keys, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
 from prmkit.trajectories.run_fields import first_error
@@ -167,6 +168,8 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         _check_is_json(path)
     document = Document(path)
     reader = READERS[options.format] if options.format else reader_for(document, str(path))
+    if reader is None and options.keys.messages and options.keys.messages in _first_object(document):
+        reader = READERS[messages.READER.name]
     if reader is None:
         raise DataError(f"{path}: {_why_not(document)}")
     report.format = reader.name
@@ -253,7 +256,17 @@ def _why_not(values: NumberedValues) -> str:
         return (
             "prompts of single steps, not runs: for convert_dataset.py, or without answers for score_trajectories.py."
         )
-    return "not a known form of runs. --format NAME reads it as one; --list-key names its list of messages."
+    fields = ", ".join(map(str, list(_first_object(values))[:6]))
+    has = f" Its first object has {fields:.100}." if fields else ""
+    return (
+        f"not a known form of runs.{has} --list-key NAME reads the list of messages under NAME, if each of them has a "
+        "role (or from) and content; --help lists all forms."
+    )
+
+
+def _first_object(values: NumberedValues) -> Mapping[str, Any]:
+    """The first value of a file if it is an object, and else an empty one."""
+    return mapping(next((value for _, value in values if not isinstance(value, Broken)), None))
 
 
 # --- labels in files next to the runs --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from prmkit.errors import DataError
 from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport
 from prmkit.trajectories.run import Keys
@@ -200,6 +201,26 @@ def test_keys_of_home_made_files(read: Read) -> None:
     value = {"dialogue": DIALECTS["openai"]["messages"], "case": "c-9", "won": True}
     (run,) = read(value, format="messages", keys=Keys(task="case", outcome="won", messages="dialogue"))
     assert (run.task_id, run.outcome, run.lost) == ("c-9", {"success": True, "score": None}, {})
+
+
+def test_a_list_of_messages_as_json_in_a_string(read: Read) -> None:
+    messages = json.dumps(DIALECTS["openai"]["messages"])
+    for name in ("messages", "dialogue"):
+        (run,) = read({"instance_id": "i", name: messages}, keys=Keys(messages=None if name == "messages" else name))
+        assert (outline(run), run.task_id, run.lost) == (STEPS, "i", {})
+
+
+def test_a_list_of_items_that_ends_with_a_result(read: Read) -> None:
+    (run,) = read({"messages": DIALECTS["openai's responses"]["messages"][:-1]})
+    assert (outline(run), run.lost) == (STEPS[:1], {})
+
+
+def test_a_list_without_roles_says_what_is_missing(read: Read, reports: list[FileReport]) -> None:
+    value = {"dialogue": [{"speaker": "a", "words": "b"}]}
+    with pytest.raises(DataError, match=r"has dialogue.*role \(or from\) and content"):
+        read(value)
+    assert read(value, keys=Keys(messages="dialogue")) == []
+    assert "each entry needs a role" in next(iter(reports[-1].unreadable))
 
 
 def test_two_lists_of_messages_are_not_chosen_between(read: Read, reports: list[FileReport]) -> None:
