@@ -12,10 +12,10 @@ from prmkit.files import open_input
 from prmkit.row_lines import is_named
 from prmkit.trajectories.content import mapping
 from prmkit.trajectories.documents import SUFFIXES, Broken, Document, check_kind
-from prmkit.trajectories.readers import READERS, messages, reader_for
+from prmkit.trajectories.readers import READERS, messages, reader_for, record
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import Ids, Keys, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
-from prmkit.trajectories.run_fields import first_error
+from prmkit.trajectories.run_fields import first_error, read_named
 from prmkit.trajectories.secrets import mask, may_hold_secrets
 from prmkit.trajectory import Trajectory, dump, with_labels
 
@@ -172,6 +172,7 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         reader = READERS[messages.READER.name]
     if reader is None:
         raise DataError(f"{path}: {_why_not(document)}")
+    _check_keys(reader, options.keys, path)
     report.format = reader.name
     for line, found in _read(reader, document, options.keys, report):
         run = found if isinstance(found, Trajectory) else _assembled(found, reader, path, line)
@@ -182,6 +183,35 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
             run = mask(run, report.secrets)
         report.runs += 1
         report.steps += len(run.steps)
+        yield run
+
+
+def _check_keys(reader: Reader, keys: Keys, path: Path) -> None:
+    """Refuse field names that runs of a form cannot use: ignoring one would give runs other ids, outcomes or labels."""
+    given = {"--list-key": keys.messages, "--task-key": keys.task, "--outcome-key": keys.outcome,
+             "--label-key": keys.labels}  # fmt: skip
+    if reader.one is None or reader.name == record.READER.name:
+        unused = [flag for flag, name in given.items() if name]
+    else:
+        unused = ["--list-key"] if keys.messages and reader.name != messages.READER.name else []
+    if unused:
+        raise DataError(
+            f"{path}: {' and '.join(unused)} cannot be used with runs of the form {reader.name}. Import such files "
+            "separately without it, or name another form with --format."
+        )
+
+
+def _with_keys(found: Iterator[Run | Trajectory], value: Any, reader: Reader, keys: Keys) -> Iterator[Run | Trajectory]:
+    """The runs of a value, with the fields whose names the user gave."""
+    if reader.own_keys or not (keys.task or keys.outcome or keys.labels):
+        yield from found
+        return
+    runs = list(found)
+    if len(runs) > 1:
+        raise UnreadableValue("several runs, so that field names such as --task-key name none of them; leave them out")
+    for run in runs:
+        if isinstance(run, Run):
+            read_named(run, mapping(value), keys)
         yield run
 
 
@@ -209,7 +239,7 @@ def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) ->
             report.reject(f"not of the form {reader.name}", line)
         else:
             try:
-                yield from ((line, run) for run in read(value, keys))
+                yield from ((line, run) for run in _with_keys(read(value, keys), value, reader, keys))
             except UsageError as error:
                 raise UsageError(f"{document.path}, line {line}: {error}") from None
             except (UnreadableValue, DataError) as error:

@@ -89,6 +89,8 @@ class Reader:
     """Reads one value at a time, so files of any size can be streamed."""
     every: Callable[[NumberedValues, Keys], Iterator[Run | Trajectory]] | None = None
     """Reads all values of a file together, if one run consists of several."""
+    own_keys: bool = False
+    """Whether it reads `Keys` itself; otherwise they are read from the value around the one run in it."""
     marks: Callable[[Any], tuple[str, dict[int, str | None]] | None] | None = None
     """For sets that keep labels apart from the runs: a run's id and position -> type of its errors."""
 

@@ -10,9 +10,9 @@ from prmkit.trajectories.content import as_name, as_text
 from prmkit.trajectories.run import Keys, Run, Turn, UnreadableValue
 from prmkit.trajectory import Label
 
-_TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
+TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
 _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "uid", "uuid")
-_SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
+SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
 OUTCOME_FIELDS = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
 """Names of the field that says how a run ended; the first that a run has counts."""
 
@@ -33,19 +33,34 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
     """
     metadata = value.get("metadata")
     flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
-    run.task_id = _named(flat, keys.task) if keys.task else run.task_id or first_of(flat, _TASK_IDS, as_name)
+    run.task_id = run.task_id or first_of(flat, TASK_IDS, as_name)
     run.trajectory_id = run.trajectory_id or first_of(flat, _RUN_IDS, as_name)
-    run.reference = run.reference or first_of(flat, _SOLUTIONS)
-    if keys.outcome:
-        _named(flat, keys.outcome)
-    run.outcome = run.outcome or outcome_of(flat, keys.outcome)
+    run.reference = run.reference or first_of(flat, SOLUTIONS)
+    run.outcome = run.outcome or outcome_of(flat)
     run.tools = run.tools or tools_of(value.get("tools") or value.get("functions"))
-    if keys.labels:
-        run.labels = labels_by_index(flat.get(keys.labels), run, keys.label_scale)
+    read_named(run, value, keys)
     outcomes = {name for name in OUTCOME_FIELDS if isinstance(flat.get(name), int | float | None)}
-    known = {*read, *_TASK_IDS, *_RUN_IDS, *_SOLUTIONS, *outcomes, "tools", "functions", "metadata", "name"}
+    known = {*read, *TASK_IDS, *_RUN_IDS, *SOLUTIONS, *outcomes, "tools", "functions", "metadata", "name"}
     for name in value.keys() - known - {keys.task, keys.outcome, keys.labels}:
         run.lost[f"field {name[:40]}"] += 1
+
+
+def read_named(run: Run, value: Mapping[str, Any], keys: Keys) -> None:
+    """Fill in the fields whose names the user gave, from the object around a run or its `metadata`.
+
+    Raises:
+        UnreadableValue: a field is missing.
+        UsageError: a label is not on the scale.
+    """
+    metadata = value.get("metadata")
+    flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
+    if keys.task:
+        run.task_id = _named(flat, keys.task)
+    if keys.outcome:
+        _named(flat, keys.outcome)
+        run.outcome = outcome_of(flat, keys.outcome)
+    if keys.labels:
+        run.labels = labels_by_index(flat.get(keys.labels), run, keys.label_scale)
 
 
 def _named(value: Mapping[str, Any], key: str) -> str:

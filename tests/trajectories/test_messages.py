@@ -455,3 +455,12 @@ def test_a_group_of_runs(read: Read) -> None:
     runs = read({"trajectories": attempts, "exceptions": []})
     assert [run.outcome for run in runs] == [{"success": None, "score": 1.0}, {"success": None, "score": 0.0}]
     assert len({run.trajectory_id for run in runs}) == 2 and len({run.task_id for run in runs}) == 1
+
+
+def test_what_a_group_says_of_its_runs(read: Read) -> None:
+    attempts = [DIALECTS["openai"], DIALECTS["openai"] | {"task_id": "own"}]
+    runs = read(
+        {"trajectories": attempts, "task_id": "g", "answer": "4", "reward": 1, "marks": [1, 1], "exceptions": []}
+    )
+    assert [(run.task_id, run.reference, run.outcome) for run in runs] == [("g", "4", None), ("own", "4", None)]
+    assert [run.lost for run in runs] == [{"field reward of a group": 1, "field marks of a group": 1}, {}]

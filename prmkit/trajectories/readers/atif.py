@@ -9,7 +9,7 @@ from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, mapping, read_call
 from prmkit.trajectories.run import Keys, Reader, Run, Turn
-from prmkit.trajectories.run_fields import tools_of
+from prmkit.trajectories.run_fields import describe, tools_of
 from prmkit.trajectory import Call, Result
 
 
@@ -20,6 +20,10 @@ def recognises(value: Any) -> bool:
         and str(value.get("schema_version", "")).upper().startswith("ATIF")
         and isinstance(value.get("steps"), list)
     )
+
+
+_READ = ("schema_version", "session_id", "agent", "steps", "final_metrics", "subagent_trajectories",
+         "continued_trajectory_ref")  # fmt: skip
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
@@ -35,7 +39,10 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
             turns += _turns(step, index, lost)
     identity = value.get("trajectory_id") or value.get("session_id")
     tools = tools_of(mapping(value.get("agent")).get("tool_definitions"))
-    yield Run(turns, lost, trajectory_id=as_text(identity) or None, tools=tools)
+    continues = bool(value.get("continued_trajectory_ref"))
+    run = Run(turns, lost, trajectory_id=as_text(identity) or None, tools=tools, continues=continues)
+    describe(run, value, Keys(), read=_READ)
+    yield run
     for called in value.get("subagent_trajectories") or ():
         if isinstance(called, dict) and isinstance(called.get("steps"), list):
             yield from read(called, _keys)

@@ -9,7 +9,7 @@ from typing import Any
 from prmkit.trajectories.content import is_message_list, parsed, turns_of
 from prmkit.trajectories.readers import codex
 from prmkit.trajectories.run import Keys, Reader, Run, UnreadableValue
-from prmkit.trajectories.run_fields import describe
+from prmkit.trajectories.run_fields import SOLUTIONS, TASK_IDS, describe
 
 LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog",
              "contents", "events")  # fmt: skip
@@ -44,8 +44,12 @@ def read(value: Any, keys: Keys) -> Iterator[Run]:
         yield Run(codex.turns_of_list(value, lost), lost)
         return
     if group := _group(value):
-        for member in group:
-            yield from read(member, keys)
+        shared = {name: value[name] for name in (*TASK_IDS, *SOLUTIONS, keys.task) if name in value}
+        for place, member in enumerate(group):
+            for run in read(shared | member, keys):
+                others = value.keys() - shared.keys() - {"trajectories"} if place == 0 else ()
+                run.lost.update(f"field {name[:40]} of a group" for name in others if value[name] not in (None, [], {}))
+                yield run
         return
     name, messages = _messages(value, keys)
     run = Run(codex.turns_of_list(messages, lost), lost)
@@ -94,4 +98,4 @@ def _is_completion(value: Mapping[str, Any]) -> bool:
     return has_prompt and _list(value.get("completion")) is not None
 
 
-READER = Reader("messages", recognises, one=read)
+READER = Reader("messages", recognises, one=read, own_keys=True)
