@@ -179,11 +179,17 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         if run is None:
             report.reject("run without a step of the agent", line)
             continue
-        if not options.keep_secrets and may_hold_secrets(dump(run)):
-            run = mask(run, report.secrets)
+        try:
+            if may_hold_secrets(dump(run)) and not options.keep_secrets:
+                run = mask(run, report.secrets)
+        except RecursionError:
+            report.reject("arguments that are nested too deeply to be written", line)
+            continue
         report.runs += 1
         report.steps += len(run.steps)
         yield run
+    if not (report.runs or report.unreadable or reader.marks):
+        raise DataError(f"{path}: no run in it, although it has the form {reader.name}.")
 
 
 def _check_keys(reader: Reader, keys: Keys, path: Path) -> None:
@@ -248,8 +254,8 @@ def _read(reader: Reader, document: Document, keys: Keys, report: FileReport) ->
                 report.reject(f"damaged inside ({type(error).__name__}: {error!s:.60})", line)
 
 
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-"""Errors that readers raise: a form is recognised by its outline, but its content may be anything."""
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
+"""Errors that readers raise: a form is recognised by its outline, but its content may be anything, at any depth."""
 
 
 def _read_whole(
@@ -258,6 +264,8 @@ def _read_whole(
     try:
         for run in reader.every(_Whole(document, report), keys) if reader.every else ():
             yield run.line or 1 if isinstance(run, Run) else 1, run
+    except UnreadableValue as error:
+        raise DataError(f"{document.path}: {error}.") from None
     except _DAMAGE as error:
         raise DataError(f"{document.path}: damaged inside ({type(error).__name__}: {error!s:.60}).") from error
 

@@ -175,6 +175,33 @@ def test_fields_of_atif_have_their_place_or_are_counted(read: Read) -> None:
     assert not run.steps[-1].last  # the next file has it
 
 
+def test_files_of_a_folder_without_a_run_are_named(tmp_path: Path) -> None:
+    span = {"name": "chat", "trace_id": "t", "attributes": {"gen_ai.operation.name": "chat"}}
+    (tmp_path / "a.json").write_text(json.dumps(span))
+    (tmp_path / "b.json").write_text(json.dumps({"simulations": []}))
+    (tmp_path / "c.json").write_text(json.dumps(messages()))
+    reports: list[FileReport] = []
+    assert len(list(read_runs([tmp_path], reports=reports))) == 1
+    found = {Path(report.file).name: report.passed_over for report in reports}
+    assert "message content" in str(found["a.json"]) and "no run in it" in str(found["b.json"])
+    assert found["c.json"] is None
+
+
+@pytest.mark.parametrize("keep_secrets", [True, False])
+def test_arguments_that_are_nested_too_deeply_cost_their_run(
+    read: Read, reports: list[FileReport], keep_secrets: bool
+) -> None:
+    def calling(depth: int) -> str:
+        call = f'{{"id": "a", "function": {{"name": "f", "arguments": {"[" * depth}{"]" * depth}}}}}'
+        return (
+            f'{{"messages": [{{"role": "user", "content": "Go."}}, {{"role": "assistant", "tool_calls": [{call}]}}]}}'
+        )
+
+    assert len(read(calling(40), calling(700), calling(40), keep_secrets=keep_secrets)) == 2
+    assert reports[0].unreadable == {"arguments that are nested too deeply to be written": 1}
+    assert list(reports[0].examples.values()) == [[2]]
+
+
 def test_a_run_without_steps_is_counted(read: Read, reports: list[FileReport]) -> None:
     read(messages(), {"messages": [{"role": "user", "content": "Hello?"}, {"role": "user", "content": "Anybody?"}]})
     assert reports[0].unreadable == {"run without a step of the agent": 1}

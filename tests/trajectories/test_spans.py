@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from prmkit.errors import DataError
 from tests.trajectories.conftest import Read, outline
 
 CALL = {"city": "Oslo"}
@@ -87,11 +88,27 @@ def _otlp(*spans: dict[str, Any]) -> dict[str, Any]:
     return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"scope": {}, "spans": written}]}]}
 
 
+DETAILS = {"name": "gen_ai.client.inference.operation.details", "attributes": {
+    key: value for key, value in GENAI.items() if key != "gen_ai.operation.name"}}  # fmt: skip
+AI_SDK = {
+    "gen_ai.system": "openai",
+    "ai.prompt.format": "messages",
+    "ai.prompt.messages": json.dumps([
+        *MESSAGES[:2],
+        {"role": "assistant", "content": [
+            {"type": "tool-call", "toolCallId": "c", "toolName": "get_weather", "input": CALL}]},
+        {"role": "tool", "content": [{"type": "tool-result", "toolCallId": "c", "toolName": "get_weather",
+                                      "output": {"type": "text", "value": "4 degrees"}}]}]),
+    "ai.response.text": "It is 4 degrees.",
+}  # fmt: skip
+
 FILES: dict[str, list[dict[str, Any]]] = {
     "otel": [span(AGENT, 0), span(GENAI)],
     "otlp": [_otlp(span(AGENT, 0), span(GENAI))],
     "otel, numbered": [span(OLDER)],
     "otel, events": [span({"gen_ai.system": "openai"}, events=EVENTS)],
+    "otel, one event for all messages": [span({"gen_ai.operation.name": "chat"}, events=[DETAILS])],
+    "vercel's ai sdk": [span({"gen_ai.system": "openai"}, 0), span(AI_SDK)],
     "openinference": [span({"openinference.span.kind": "AGENT"}, 0), span(OPENINFERENCE)],
     "openinference as phoenix's data frames have it": [
         {"name": "x", "context.trace_id": "t", "context.span_id": "1", "start_time": 1,
@@ -214,6 +231,29 @@ def test_tools_next_to_the_messages_of_langfuse(read: Read) -> None:
     given = {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
     (run,) = read({"traceId": "t", "type": "GENERATION", "startTime": "1", "input": given, "output": ANSWER})
     assert run.tools == ({"name": "get_weather", "description": ""},)
+
+
+def test_calls_and_tools_of_the_ai_sdk(read: Read) -> None:
+    calls = json.dumps([{"toolCallType": "function", "toolCallId": "c", "toolName": "get_weather", "args": CALL}])
+    tools = [json.dumps({"type": "function", "name": "get_weather", "description": "of a city"})]
+    first = AI_SDK | {"ai.prompt.messages": json.dumps(MESSAGES[:2]), "ai.response.toolCalls": calls,
+                      "ai.response.text": "", "ai.prompt.tools": tools}  # fmt: skip
+    (run,) = read(span(first))
+    assert outline(run) == [("", "", [("get_weather", CALL)], [])]
+    assert run.tools == ({"name": "get_weather", "description": "of a city"},)
+
+
+WITHOUT_MESSAGES = {
+    "CAPTURE_MESSAGE_CONTENT": span({"gen_ai.operation.name": "chat", "gen_ai.request.model": "x"}),
+    "run_type llm": {"id": "r", "trace_id": "t", "run_type": "chain", "inputs": {"messages": MESSAGES}},
+    "GENERATION": {"id": "o", "traceId": "t", "type": "SPAN", "input": "x", "output": "y", "startTime": "1"},
+}
+
+
+@pytest.mark.parametrize("words", WITHOUT_MESSAGES)
+def test_traces_without_messages_say_what_to_switch_on(read: Read, words: str) -> None:
+    with pytest.raises(DataError, match=rf"runs\.json: no .*{words}"):
+        read(WITHOUT_MESSAGES[words])
 
 
 def test_every_trace_is_a_run(read: Read) -> None:

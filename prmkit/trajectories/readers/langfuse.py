@@ -18,9 +18,14 @@ def recognises(value: Any) -> bool:
     return {"traceId", "type"} <= value.keys() and isinstance(value["type"], str)
 
 
+_NOTHING = (
+    "no observation of type GENERATION with input or output. Export the observations of the traces, not only traces"
+)
+
+
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     """A run for each trace."""
-    for call, run in longest_conversations(values, _calls):
+    for call, run in longest_conversations(values, _calls, _NOTHING):
         run.tools = tools_of(call.tools)
         yield run
 

@@ -14,9 +14,12 @@ def recognises(value: Any) -> bool:
     return isinstance(value, dict) and {"run_type", "inputs"} <= value.keys() and ("trace_id" in value or "id" in value)
 
 
+_NOTHING = "no span of run_type llm, only what encloses model calls. Export the child runs too (list_runs by trace_id)"
+
+
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     """A run for each trace."""
-    for call, run in longest_conversations(values, _calls):
+    for call, run in longest_conversations(values, _calls, _NOTHING):
         run.tools = tools_of(call.tools)
         yield run
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from prmkit.trajectories.content import as_text, is_message_list, parsed, role_name
 from prmkit.trajectories.readers import codex
-from prmkit.trajectories.run import NumberedValues, Run, Turn
+from prmkit.trajectories.run import NumberedValues, Run, Turn, UnreadableValue
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,27 @@ class _Trace:
 
 
 def longest_conversations(
-    values: NumberedValues, calls_of: Callable[[Any], Iterator[ModelCall]]
+    values: NumberedValues, calls_of: Callable[[Any], Iterator[ModelCall]], nothing: str
 ) -> Iterator[tuple[ModelCall, Run]]:
     """The longest conversation of every trace, as a run that its reader completes.
 
     Reads the file twice, so that only one conversation is in memory at a time.
+
+    Args:
+        values: of the file.
+        calls_of: the model calls in a value.
+        nothing: why a file of this form may have no model call with messages, and what to do.
+
+    Raises:
+        UnreadableValue: it has none.
     """
     traces: dict[str | int, _Trace] = {}
     for number, (_, value) in enumerate(values):
         for inner, call in enumerate(calls_of(value)):
             opening = _opening(call)
             traces.setdefault(call.trace or opening, _Trace()).add(call, opening, (number, inner))
+    if not traces:
+        raise UnreadableValue(nothing)
     wanted = {trace.place[0]: set[int]() for trace in traces.values()}
     for trace in traces.values():
         wanted[trace.place[0]].add(trace.place[1])
