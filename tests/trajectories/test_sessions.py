@@ -166,6 +166,18 @@ def test_codex(read: Read) -> None:
     assert run.lost == {"messages of the program": 1, "thoughts that are hidden or encrypted": 1}
 
 
+def test_turns_of_codex_that_were_undone_are_left_out(read: Read) -> None:
+    undone = {"timestamp": "…", "type": "event_msg", "payload": {"type": "thread_rolled_back", "num_turns": 2}}
+    said = [("user", "One."), ("assistant", "1"), ("user", "Two."), ("assistant", "2"), ("user", "Three."),
+            ("assistant", "3")]  # fmt: skip
+    lines = [item(**message(role, text)) for role, text in said]
+    (run,) = read(*lines, undone, item(**message("user", "Four.")), item(**message("assistant", "4")))
+    assert [(step.text, [each.text for each in step.incoming]) for step in run.steps] == [("1", []), ("4", ["Four."])]
+    assert run.lost == {"messages of turns that were undone": 4}
+    (run,) = read(*lines, undone, undone, item(**message("user", "Four.")), item(**message("assistant", "4")))
+    assert (run.task, [step.text for step in run.steps]) == ("Four.", ["4"])
+
+
 def test_codex_before_it_had_envelopes(read: Read) -> None:
     (run,) = read({"id": "s-1", "timestamp": "…", "instructions": None}, *PAYLOADS)
     assert [step.text for step in run.steps] == ["", "All pass.", "Anything else?"]

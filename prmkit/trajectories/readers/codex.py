@@ -52,6 +52,8 @@ def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
             _add(run, payload, index)
         elif payload is None and kind in {"message", "reasoning"} | _CALLS | _OUTPUTS:
             _add(run, value, index)
+        elif kind == "event_msg" and mapping(payload).get("type") == "thread_rolled_back":
+            _undo(run, mapping(payload).get("num_turns"))
         elif kind == "compacted":
             lost["summaries of steps that are here"] += 1
         elif kind not in _REPEATED:
@@ -119,6 +121,15 @@ def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
         run.turns.append(Turn("tool", results=(result,), index=index))
     else:
         lost[f"items of type {kind[:40]}"] += 1
+
+
+def _undo(run: Run, turns: Any) -> None:
+    """Leave out the last messages of the user, and everything after them: the session continued before them."""
+    places = [place for place, turn in enumerate(run.turns) if turn.role == "user"]
+    if isinstance(turns, int) and turns > 0 and places:
+        begin = places[max(len(places) - turns, 0)]
+        run.lost["messages of turns that were undone"] += sum(turn.role != "tool" for turn in run.turns[begin:])
+        del run.turns[begin:]
 
 
 def _open(run: Run) -> bool:
