@@ -46,6 +46,8 @@ _MEDIA = re.compile(
 _MEDIA_KEYS = {"source", "data", "url", "uri", "file", "file_id", "file_data", "file_uri", "file_url", "fileUri",
                "image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url", "document", "base64",
                "mime_type", "mimeType", "media_type", "mediaType"}  # fmt: skip
+_MEDIA_LISTS = ("images", "image", "videos", "audios", "audio", "attachments", "experimental_attachments")
+"""Fields of a message with media next to its text."""
 _MARKS = {"step_start", "cache_point"}
 """Types of parts without content."""
 _THINK = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
@@ -139,13 +141,15 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
 
 
 def _agent_turn(message: Mapping[str, Any], parts: "Parts", named: str | None, lost: Counter[str]) -> Turn:
+    if not parts.thoughts and not isinstance(message.get("reasoning"), str):  # OpenRouter repeats them there
+        parts.add(message.get("reasoning_details"))
     thoughts = [*parts.thoughts]
     for key in ("reasoning_content", "reasoning", "thinking", "thought"):
         value = message.get(key)
         if isinstance(value, str) and value.strip() and value not in thoughts:
             thoughts.append(value)
             break
-    text = parts.text()
+    text = parts.text() or as_text(message.get("refusal"))
     if match := _THINK.match(text):
         thoughts.append(match.group(1).strip())
         text = text[match.end() :]
@@ -169,6 +173,9 @@ def _add_content(message: Mapping[str, Any], parts: "Parts") -> None:
         parts.add(message["parts"])
     elif isinstance(message.get("toolInvocations"), list):
         parts.add([{"type": "tool-invocation", "toolInvocation": each} for each in message["toolInvocations"]])
+    for key in _MEDIA_LISTS:
+        if message.get(key):
+            parts.lost[f"content of type {key}"] += len(message[key]) if isinstance(message[key], list) else 1
     if not parts.text():
         parts.add(
             next((message[key] for key in ("content", "value", "text", "output") if message.get(key) is not None), None)
@@ -263,7 +270,7 @@ class Parts:
             of: `tool` for a tool's message, which has no thoughts or calls; `result` for what a tool returned: other
                 objects than texts and media are data there, whatever their `type`.
         """
-        self._lost = lost
+        self.lost = lost
         self._of = of
         self._texts: list[str] = []
         self.thoughts: list[str] = []
@@ -292,20 +299,20 @@ class Parts:
         if kind in _TEXT_PARTS and is_plain and (text is not None or not part.keys() - {"type", "text", "content"}):
             self.add(text)
         elif self._of != "result" and kind.endswith(("tool_result", "tool_call_response", "function_call_output")):
-            self.results.append(_part_result(part, self._lost))
+            self.results.append(_part_result(part, self.lost))
         elif self._of == "message" and kind in _THOUGHT_PARTS:
             self._add_thought(part)
         elif self._of == "message" and kind.endswith(("tool_use", "tool_call", "function_call")):
-            if call := read_call(part, self._lost):
+            if call := read_call(part, self.lost):
                 self.calls.append(call)
             if any(part.get(key) is not None for key in (*_RETURNED, "errorText")):  # a tool of the provider
-                self.results.append(replace(_part_result(part, self._lost), call_id=call.id if call else None))
+                self.results.append(replace(_part_result(part, self.lost), call_id=call.id if call else None))
         elif _MEDIA.fullmatch(kind) and part.keys() & _MEDIA_KEYS:
             self._texts.append(f"[{kind}]")
-            self._lost[f"content of type {kind}"] += 1
+            self.lost[f"content of type {kind}"] += 1
         elif kind not in _MARKS:
             self._texts.append(as_text(part["json"] if part.keys() == {"json"} else given))
-            self._lost[f"content of type {kind[:40]}"] += bool(kind) and self._of == "message"
+            self.lost[f"content of type {kind[:40]}"] += bool(kind) and self._of == "message"
 
     def _add_thought(self, part: Mapping[str, Any]) -> None:
         names = ("thinking", "content", "text", "reasoning", "summary")
@@ -314,7 +321,7 @@ class Parts:
         if inner.text().strip():
             self.thoughts.append(inner.text())
         else:
-            self._lost["thoughts that are hidden or encrypted"] += 1
+            self.lost["thoughts that are hidden or encrypted"] += 1
 
 
 def _typed(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -257,6 +257,20 @@ def test_thoughts_are_separated_from_text(read: Read) -> None:
     assert outline(run) == [("I wonder.", "Done.", [], [])] * 3
 
 
+def test_refusals_and_thoughts_of_openrouter_and_media_next_to_the_text(read: Read) -> None:
+    details = [{"type": "reasoning.text", "text": "I wonder.", "signature": None},
+               {"type": "reasoning.encrypted", "data": "x"}]  # fmt: skip
+    messages = [
+        {"role": "user", "content": "Go.", "images": ["AAAA", "BBBB"]},
+        {"role": "assistant", "content": None, "refusal": "I cannot."},
+        {"role": "assistant", "content": "Done.", "reasoning_details": details},
+        {"role": "assistant", "content": "Done.", "reasoning": "I wonder.", "reasoning_details": details},
+    ]
+    (run,) = read({"messages": messages})
+    assert outline(run) == [("", "I cannot.", [], []), ("I wonder.", "Done.", [], []), ("I wonder.", "Done.", [], [])]
+    assert run.lost == {"content of type images": 2, "thoughts that are hidden or encrypted": 1}
+
+
 def test_parallel_calls_get_the_results_that_name_them(read: Read) -> None:
     calls = [{"id": name, "function": {"name": name, "arguments": "{}"}} for name in ("a", "b")]
     results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in ("b", "a")]
