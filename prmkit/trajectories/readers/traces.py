@@ -8,7 +8,10 @@ that the longest one does not contain (another sample of an answer, or what foll
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
+
+import orjson
 
 from prmkit.trajectories.content import as_text, is_message_list, parsed, role_name
 from prmkit.trajectories.readers import codex
@@ -39,8 +42,12 @@ class _Trace:
     calls: Counter[tuple[int, str, int, int]] = field(default_factory=Counter)
     """Opening, time, hash of the input, hash of the whole call."""
 
-    def add(self, call: ModelCall, opening: int, place: tuple[int, int]) -> None:
-        given, whole = _hashes(call.given), _hashes([*call.given, *call.answer])
+    def add(self, call: ModelCall, said: "_Said", place: tuple[int, int]) -> None:
+        opening, given, whole = (
+            said.opening(call),
+            said.beginnings(call.given),
+            said.beginnings(call.given, call.answer),
+        )
         self.calls[opening, call.time, given[-1], whole[-1]] += 1
         if (size := (len(call.given) + len(call.answer), call.time)) > self.longest:
             self.longest, self.place, self.opening, self.prefixes = size, place, opening, frozenset(whole)
@@ -78,10 +85,10 @@ def longest_conversations(
         UnreadableValue: it has none.
     """
     traces: dict[str | int, _Trace] = {}
+    said = _Said()
     for number, (_, value) in enumerate(values):
         for inner, call in enumerate(calls_of(value)):
-            opening = _opening(call)
-            traces.setdefault(call.trace or opening, _Trace()).add(call, opening, (number, inner))
+            traces.setdefault(call.trace or said.opening(call), _Trace()).add(call, said, (number, inner))
     if not traces:
         raise UnreadableValue(nothing)
     wanted = {trace.place[0]: set[int]() for trace in traces.values()}
@@ -90,30 +97,60 @@ def longest_conversations(
     for number, (line, value) in enumerate(values):
         for inner, call in enumerate(calls_of(value)) if number in wanted else ():
             if inner in wanted[number]:
-                trace = traces[call.trace or _opening(call)]
+                trace = traces[call.trace or said.opening(call)]
                 lost = trace.others()
                 turns = codex.turns_of_list([*call.given, *call.answer], lost)
                 run = Run(turns, lost, trajectory_id=call.trace or None, line=line, continues=trace.continues())
                 yield call, run
 
 
-def _opening(call: ModelCall) -> int:
-    """The system text and the first other message: the same in all calls of a conversation."""
-    turns = codex.turns_of_list(call.given, Counter())
-    first = next((turn for turn in turns if turn.role != "system"), None)
-    return hash((*(turn.text for turn in turns if turn.role == "system"), _said(first) if first else None))
+class _Said:
+    """Hashes of what messages say, without what calls of one conversation may write differently.
+
+    Calls repeat their messages, so each is read once; a hash is all that is kept of it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[bool, int | None]] = {}
+
+    def opening(self, call: ModelCall) -> int:
+        """The system text and the first other message: the same in all calls of a conversation."""
+        found = []
+        for message in call.given:
+            is_system, said = self._of(message)
+            found.append(said)
+            if said is not None and not is_system:
+                break
+        return hash(tuple(found))
+
+    def beginnings(self, *lists: list[Any]) -> list[int]:
+        """The hashes of all beginnings of a conversation; a changed system text does not make it another one."""
+        found = [hash(())]
+        for message in chain(*lists):
+            is_system, said = self._of(message)
+            if said is not None and not is_system:
+                found.append(hash((found[-1], said)))
+        return found
+
+    def _of(self, message: Any) -> tuple[bool, int | None]:
+        """Whether it is a system text, and the hash of what it says; None if that is nothing."""
+        try:
+            key = hash(orjson.dumps(message))
+        except TypeError:  # nested deeply, or with a number of more than 64 bits
+            key = hash(as_text(message))
+        if key not in self._known:
+            if len(self._known) >= _MOST_MESSAGES:
+                self._known.clear()
+            turns = codex.turns_of_list([message], Counter())
+            texts = tuple(_words(turn) for turn in turns if turn.text or turn.calls or turn.results)
+            self._known[key] = all(turn.role == "system" for turn in turns), hash(texts) if texts else None
+        return self._known[key]
 
 
-def _hashes(messages: list[Any]) -> list[int]:
-    """The hashes of all beginnings of a conversation, without what calls of one conversation may write differently."""
-    found = [hash(())]
-    for turn in codex.turns_of_list(messages, Counter()):
-        if turn.role != "system" and (turn.text or turn.calls or turn.results):
-            found.append(hash((found[-1], _said(turn))))
-    return found
+_MOST_MESSAGES = 100_000
 
 
-def _said(turn: Turn) -> tuple[Any, ...]:
+def _words(turn: Turn) -> tuple[Any, ...]:
     calls = tuple((call.name, as_text(call.arguments)) for call in turn.calls)
     return (turn.role, turn.text.strip(), calls, tuple(result.text for result in turn.results))
 
