@@ -311,6 +311,9 @@ class Parts:
             self._texts.append(f"[{kind}]")
             self.lost[f"content of type {kind}"] += 1
         elif kind not in _MARKS:
+            if isinstance(given.get("encrypted_content"), str):  # of a search; only the provider can read it
+                given = {key: value for key, value in given.items() if key != "encrypted_content"}
+                self.lost["encrypted contents"] += 1
             self._texts.append(as_text(part["json"] if part.keys() == {"json"} else given))
             self.lost[f"content of type {kind[:40]}"] += bool(kind) and self._of == "message"
 

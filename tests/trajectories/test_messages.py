@@ -402,6 +402,16 @@ def test_outputs_of_the_ai_sdk(read: Read, output: dict[str, Any], text: str, fa
     assert run.lost == {}
 
 
+def test_results_of_anthropics_search_are_kept_without_what_is_encrypted(read: Read) -> None:
+    found = [{"type": "web_search_result", "title": "Oslo", "url": "u", "encrypted_content": "x" * 5000}]
+    content = [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+               {"type": "web_search_tool_result", "tool_use_id": "s", "content": found}]  # fmt: skip
+    (run,) = read({"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": content}]})
+    shown = json.dumps({"type": "web_search_result", "title": "Oslo", "url": "u"})
+    assert outline(run) == [("", "", [("web_search", {})], [shown])]
+    assert run.lost == {"encrypted contents": 1}
+
+
 def test_failed_results_of_bedrock_and_thoughts_of_bedrock_and_gemini(read: Read) -> None:
     failed = {"toolResult": {"toolUseId": "b", "content": [{"json": {"t": 1}}], "status": "error"}}
     thought = {"reasoningContent": {"reasoningText": {"text": "I wonder.", "signature": "x"}}}
