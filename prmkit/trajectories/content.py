@@ -132,6 +132,7 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
     if role in ("system", "user"):
         if calls := parsed(message.get("tool_calls")):
             lost["calls and results of the user"] += len(calls) if isinstance(calls, list) else 1
+        lost["calls and results of the user"] += len(parts.calls)
         speaker = message.get("name") if role == "user" and isinstance(message.get("name"), str) else None
         said = [Turn(role, parts.text(), speaker=speaker)] if parts.text() or not parts.results else []
         return ([Turn("tool", results=tuple(parts.results))] if parts.results else []) + said
@@ -292,7 +293,7 @@ class Parts:
             self._texts.append(as_text(content))
 
     def _add_part(self, given: Mapping[str, Any]) -> None:
-        part = _typed(given)
+        part = _typed(given, is_data=self._of != "message")
         kind = as_text(part.get("type")).lower().replace("-", "_")
         text = next((part[key] for key in ("text", "content", "refusal") if part.get(key) is not None), None)
         is_plain = self._of == "message" or part.keys() <= _TEXT_KEYS
@@ -327,8 +328,13 @@ class Parts:
             self.lost["thoughts that are hidden or encrypted"] += 1
 
 
-def _typed(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A part with its `type`: Bedrock's and Gemini's have a key instead, and the AI SDK's may contain a tool's name."""
+def _typed(part: Mapping[str, Any], *, is_data: bool) -> dict[str, Any]:
+    """A part with its `type`: Bedrock's and Gemini's have a key instead, and the AI SDK's may contain a tool's name.
+
+    Args:
+        part: as it is in the source.
+        is_data: whether it may also be an object that a tool returned.
+    """
     found = {key: value for key, value in part.items() if value is not None}
     kind = found.get("type")
     if kind == "tool-invocation":
@@ -337,9 +343,15 @@ def _typed(part: Mapping[str, Any]) -> dict[str, Any]:
         return {"toolName": kind.removeprefix("tool-")} | found | {"type": "tool_call"}
     if "type" not in found:
         for key, name in _KEYED_PARTS.items():
-            if isinstance(inner := found.get(key), dict):
+            if isinstance(inner := found.get(key), dict) and found.keys() <= {
+                key,
+                "thoughtSignature",
+                "thought_signature",
+            }:
+                if name in ("image", "document", "video") and "source" not in inner:
+                    break
                 return {**inner, **mapping(inner.get("reasoningText")), "type": name}
-        if isinstance(found.get("text"), str) and found.keys() <= _TEXT_KEYS:
+        if isinstance(found.get("text"), str) and found.keys() <= ({"text", "annotations"} if is_data else _TEXT_KEYS):
             return found | {"type": "thought" if found.get("thought") is True else "text"}
     return found
 
