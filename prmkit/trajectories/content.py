@@ -311,6 +311,8 @@ class Parts:
         elif _MEDIA.fullmatch(kind) and part.keys() & _MEDIA_KEYS:
             self._texts.append(f"[{kind}]")
             self.lost[f"content of type {kind}"] += 1
+        elif kind == "step_start" and self._of == "message":  # the AI SDK joins all answers of its loop in one message
+            self.lost["answers of the agent joined in one step"] += bool(self._texts or self.calls)
         elif kind not in _MARKS:
             if isinstance(given.get("encrypted_content"), str):  # of a search; only the provider can read it
                 given = {key: value for key, value in given.items() if key != "encrypted_content"}

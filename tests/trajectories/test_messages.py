@@ -352,6 +352,19 @@ def test_a_part_that_is_both_a_call_and_its_result(read: Read, answer: dict[str,
     assert run.lost == {}
 
 
+def test_answers_that_the_ai_sdk_joins_are_counted(read: Read) -> None:
+    start = {"type": "step-start"}
+    parts = [
+        start,
+        {"type": "tool-invocation", "toolInvocation": _INVOCATION},
+        start,
+        {"type": "text", "text": "Cold."},
+    ]
+    (run,) = read({"messages": [{"role": "user", "content": "Warm?"}, {"role": "assistant", "parts": parts}]})
+    assert outline(run) == [("", "Cold.", [("get_weather", CALL)], ["4 degrees"])]
+    assert run.lost == {"answers of the agent joined in one step": 1}
+
+
 _HOTELS = [{"type": "hotel", "name": "Ritz"}, {"type": "profile", "url": "x", "name": "Ibis"}]
 
 
