@@ -10,11 +10,12 @@ from prmkit.trajectories.labels import SETS
 
 _EPILOG = """\
 The format of each file is detected from its structure. Known formats: OpenAI,
-Anthropic, ShareGPT, LangChain, verifiers and ART messages; tau-bench and tau2
-results; SWE-agent; mini-swe-agent; Inspect (as JSON); ATIF; Claude Code and
-Codex sessions; tagged text; OpenTelemetry (GenAI, OpenInference), LangSmith and
-Langfuse spans. Content for which the record has no field is dropped, and
-counted in each run's field `lost` and in the summary.
+Anthropic, Bedrock, Gemini and Google's ADK, ShareGPT, LangChain, Vercel's AI
+SDK, verifiers and ART messages; tau-bench and tau2 results; SWE-agent;
+mini-swe-agent; Inspect (as JSON); ATIF; Claude Code and Codex sessions; tagged
+text; OpenTelemetry (GenAI, OpenInference), LangSmith and Langfuse spans.
+Content for which the record has no field is dropped, and counted in each run's
+field `lost` and in the summary.
 """
 
 

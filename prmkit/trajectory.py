@@ -104,6 +104,23 @@ class Trajectory:
     """Dropped or irregular content: kind -> count."""
 
 
+def results_by_call(step: Step) -> tuple[list[list[Result]], list[Result]]:
+    """The results of each call of a step, in the order of the calls, and the results that belong to none.
+
+    Some servers give parallel calls one id: then their results are paired in order. A call that returned several
+    times has all its results.
+    """
+    found: list[list[Result]] = [[] for _ in step.calls]
+    others: list[Result] = []
+    for result in step.results:
+        places = [place for place, call in enumerate(step.calls) if call.id == result.call_id]
+        if places:
+            found[next((place for place in places if not found[place]), places[-1])].append(result)
+        else:
+            others.append(result)
+    return found, others
+
+
 def task_id_of(task: str) -> str:
     """Return an id for a task without one: a hash of its text that ignores spacing, case and Unicode normalisation."""
     plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", task)).strip().casefold()

@@ -24,7 +24,7 @@ from typing import Any
 
 from prmkit.errors import UsageError
 from prmkit.files import read_plain_yaml
-from prmkit.trajectory import Step, Trajectory
+from prmkit.trajectory import Step, Trajectory, results_by_call
 from prmkit.verdict.types import is_score_key
 
 DEFAULT_RUBRIC = Path(__file__).with_name("step_score.yaml")
@@ -218,16 +218,11 @@ def step_text(step: Step) -> str:
     parts = [f"Thought: {_data(step.thought)}"] if step.thought else []
     if step.text:
         parts.append(f"Text: {_data(step.text)}")
-    results = {result.call_id: result for result in step.results}
-    used = set()
-    for call in step.calls:
+    by_call, others = results_by_call(step)
+    for call, results in zip(step.calls, by_call, strict=True):
         parts.append(f"Call: {_data(call.name)} {_data(_json(call.arguments))}")
-        if call.id in results and call.id not in used:
-            parts.append(_result(results[call.id]))
-            used.add(call.id)
-        else:
-            parts.append("Result: (not recorded)")
-    parts += [_result(result) for result in step.results if result.call_id not in used]
+        parts += map(_result, results) if results else ["Result: (not recorded)"]
+    parts += map(_result, others)
     return "\n".join(parts)
 
 

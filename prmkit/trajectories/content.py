@@ -1,8 +1,8 @@
 """Normalise a message of any framework into turns.
 
 OpenAI chat (`tool_calls`, the older `function_call`), ShareGPT (`from`, `value`), Anthropic blocks, LangChain (`type`,
-or serialised with `lc`), tau2 (`requestor`), OTel GenAI (`parts`), Vercel AI SDK parts. These may be mixed:
-each message is read according to its own fields.
+or serialised with `lc`), tau2 (`requestor`), OTel GenAI (`parts`), parts of Vercel's AI SDK, of Bedrock's Converse
+(`toolUse`) and of Gemini (`functionCall`). The dialects may be mixed: each message is read according to its own fields.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -26,8 +26,30 @@ ROLES: Mapping[str, Role] = {
 }  # fmt: skip
 _LANGCHAIN_TYPES = {"human", "ai", "system", "tool", "function"}
 _TEXT_PARTS = {"text", "input_text", "output_text", "summary_text", "refusal"}
-_THOUGHT_PARTS = {"thinking", "reasoning", "thought", "reasoning_text"}
-_MEDIA = re.compile(r"image|audio|video|file|document|blob|uri|media")
+_TEXT_KEYS = {"type", "text", "content", "refusal", "id", "index", "annotations", "citations", "logprobs", "extras",
+              "cache_control", "thought", "thoughtSignature", "thought_signature", "signature", "state",
+              "providerOptions", "providerMetadata", "experimental_providerMetadata", "_meta"}  # fmt: skip
+"""An object with other keys next to its text is data that a tool returned."""
+_THOUGHT_PARTS = {"thinking", "reasoning", "thought", "reasoning_text", "redacted_thinking",
+                  "reasoning.text", "reasoning.summary", "reasoning.encrypted"}  # fmt: skip
+_KEYED_PARTS = {"toolUse": "tool_use", "toolResult": "tool_result", "functionCall": "function_call",
+                "function_call": "function_call", "functionResponse": "tool_result",
+                "function_response": "tool_result", "reasoningContent": "thinking", "cachePoint": "cache_point",
+                "inlineData": "inline_data", "inline_data": "inline_data", "fileData": "file_data",
+                "file_data": "file_data", "image": "image", "document": "document", "video": "video"}  # fmt: skip
+"""Key of a part of Bedrock or Gemini -> its type in the words of the others."""
+_RETURNED = ("response", "result", "output")
+_AI_SDK_OUTPUTS = {"text", "json", "content", "error-text", "error-json", "execution-denied"}
+_MEDIA = re.compile(
+    r"(?:input_|output_)?(?:image|audio|video|file|document|blob|uri|media)(?:_ur[li]|_data)?|inline_data"
+)
+_MEDIA_KEYS = {"source", "data", "url", "uri", "file", "file_id", "file_data", "file_uri", "file_url", "fileUri",
+               "image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url", "document", "base64",
+               "mime_type", "mimeType", "media_type", "mediaType"}  # fmt: skip
+_MEDIA_LISTS = ("images", "image", "videos", "audios", "audio", "attachments", "experimental_attachments")
+"""Fields of a message with media next to its text."""
+_MARKS = {"step_start", "cache_point"}
+"""Types of parts without content."""
 _THINK = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
 
 
@@ -46,11 +68,16 @@ def role_name(message: Any) -> str | None:
     if not isinstance(message, dict):
         return None
     message = unwrapped(message)
-    role = message.get("role") or message.get("from")
+    role = message.get("role") or message.get("from") or _adk_role(message)
     if isinstance(role, str):
         return role.strip().lower() or None
     kind = str(message.get("type", "")).removesuffix("Chunk").removesuffix("Message").lower()
     return kind if kind in _LANGCHAIN_TYPES and ("content" in message or "tool_calls" in message) else None
+
+
+def _adk_role(event: Mapping[str, Any]) -> Any:
+    content = event.get("content")
+    return content.get("role") if isinstance(content, dict) and isinstance(content.get("parts"), list) else None
 
 
 def is_message_list(value: Any) -> bool:
@@ -98,13 +125,14 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
     if message.get("requestor") == "user":  # tau2: the user's device, not the agent's tool
         lost["user tool calls and results"] += 1
         return []
-    parts = Parts(lost)
-    parts.add(_content(message))
+    parts = Parts(lost, "tool" if role == "tool" else "message")
+    _add_content(message, parts)
     if role == "tool":
         return [Turn("tool", results=(*parts.results, *_results(message, parts)))]
     if role in ("system", "user"):
-        if message.get("tool_calls"):
-            lost["user tool calls and results"] += len(message["tool_calls"])
+        if calls := parsed(message.get("tool_calls")):
+            lost["user tool calls and results"] += len(calls) if isinstance(calls, list) else 1
+        lost["user tool calls and results"] += len(parts.calls)
         speaker = message.get("name") if role == "user" and isinstance(message.get("name"), str) else None
         spoken = [Turn(role, parts.text(), speaker=speaker)] if parts.text() or not parts.results else []
         return ([Turn("tool", results=tuple(parts.results))] if parts.results else []) + spoken
@@ -114,48 +142,73 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
 
 
 def _agent_turn(message: Mapping[str, Any], parts: "Parts", named: str | None, lost: Counter[str]) -> Turn:
+    if not parts.thoughts and not isinstance(message.get("reasoning"), str):  # OpenRouter repeats them there
+        parts.add(message.get("reasoning_details"))
     thoughts = [*parts.thoughts]
     for key in ("reasoning_content", "reasoning", "thinking", "thought"):
         value = message.get(key)
         if isinstance(value, str) and value.strip() and value not in thoughts:
             thoughts.append(value)
             break
-    text = parts.text()
+    text = parts.text() or as_text(message.get("refusal"))
     if match := _THINK.match(text):
         thoughts.append(match.group(1).strip())
         text = text[match.end() :]
-    speaker = named or message.get("name") or message.get("agent")
-    # Results inside an agent's message: server-side tools.
+    speaker = named or message.get("name") or message.get("agent") or message.get("author")
+    # Results inside an agent's message: tools that ran on the model's side.
     return Turn(
         "agent",
         text,
         "\n\n".join(filter(None, thoughts)),
-        _distinct([*parts.calls, *_calls(message, lost)]),
+        tuple(_calls(message, parts.calls, lost)),
         tuple(parts.results),
         speaker if isinstance(speaker, str) else None,
     )
 
 
-def _content(message: Mapping[str, Any]) -> Any:
-    for key in ("content", "value", "parts", "text", "output"):
-        if message.get(key) is not None:
-            return message[key]
-    return None
+def _add_content(message: Mapping[str, Any], parts: "Parts") -> None:
+    content = message.get("content")
+    if isinstance(content, dict) and isinstance(content.get("parts"), list):  # an event of Google's ADK
+        message = {**message, "parts": content["parts"], "content": None}
+    if isinstance(message.get("parts"), list):  # the AI SDK repeats their text in `content`
+        parts.add(message["parts"])
+    elif isinstance(message.get("toolInvocations"), list):
+        parts.add([{"type": "tool-invocation", "toolInvocation": each} for each in message["toolInvocations"]])
+    for key in _MEDIA_LISTS:
+        if message.get(key):
+            parts.lost[f"content of type {key}"] += len(message[key]) if isinstance(message[key], list) else 1
+    if not parts.text():
+        parts.add(
+            next((message[key] for key in ("content", "value", "text", "output") if message.get(key) is not None), None)
+        )
 
 
-def _calls(message: Mapping[str, Any], lost: Counter[str]) -> list[Call]:
-    listed = message.get("tool_calls")
+def _calls(message: Mapping[str, Any], in_content: Sequence[Call], lost: Counter[str]) -> list[Call]:
+    """The calls in the content of a message and next to it; LangChain lists some of them in several places."""
+    listed = parsed(message.get("tool_calls"))  # some tables store it as JSON
     listed = listed or mapping(message.get("additional_kwargs")).get("tool_calls")
-    calls = [*(listed if isinstance(listed, list) else []), *(message.get("invalid_tool_calls") or [])]
-    if isinstance(message.get("function_call"), dict):
-        calls.append(message["function_call"])
-    return [call for each in calls if (call := read_call(each, lost))]
+    found = list(in_content)
+    for each in (listed, message.get("invalid_tool_calls"), message.get("function_call")):
+        values = each if isinstance(each, list) else [each] if each else []
+        found = _united(found, [call for value in values if (call := read_call(value, lost))])
+    return found
 
 
-def _distinct(calls: Sequence[Call]) -> tuple[Call, ...]:
-    """Remove repeated calls: LangChain lists those of Anthropic's models both in `content` and in `tool_calls`."""
-    known = {call.id: call for call in reversed(calls) if call.id is not None}
-    return tuple(call for call in calls if call.id is None or known.get(call.id) is call)
+def _united(calls: Sequence[Call], more: Sequence[Call]) -> list[Call]:
+    """Two lists of calls, one after the other, with every call that is in both only once.
+
+    Calls in one list stay apart even if they have one id: DeepSeek, GLM and others give it to all parallel calls. A
+    repeated call may have arguments that its first mention lacks: those of streamed blocks are not in the content.
+    """
+    found, waiting = list(calls), list(range(len(calls)))
+    for call in more:
+        place = next((place for place in waiting if call.id is not None and found[place].id == call.id), None)
+        if place is None:
+            found.append(call)
+        else:
+            waiting.remove(place)
+            found[place] = found[place] if found[place].arguments else replace(call, name=found[place].name)
+    return found
 
 
 def read_call(value: Any, lost: Counter[str]) -> Call | None:
@@ -168,7 +221,9 @@ def read_call(value: Any, lost: Counter[str]) -> Call | None:
         lost["calls without a name"] += 1
         return None
     given = next((body[key] for key in ("arguments", "args", "input", "parameters", "kwargs") if key in body), None)
-    identity = value.get("id") or value.get("call_id") or value.get("tool_call_id") or value.get("toolCallId")
+    given = given or body.get("partial_json", given)  # LangChain's streamed blocks have their input only there
+    identity = value.get("id") or value.get("call_id") or value.get("tool_call_id")
+    identity = identity or value.get("toolCallId") or value.get("toolUseId")
     return Call(name, _arguments(given, lost), str(identity) if identity else None)
 
 
@@ -210,8 +265,14 @@ def _sharegpt_call(message: Mapping[str, Any], lost: Counter[str]) -> Turn:
 class Parts:
     """The content of one message, sorted by kind."""
 
-    def __init__(self, lost: Counter[str]) -> None:
-        self._lost = lost
+    def __init__(self, lost: Counter[str], of: Literal["message", "tool", "result"] = "message") -> None:
+        """
+        Args:
+            of: `tool` for a tool's message, which has no thoughts or calls; `result` for what a tool returned: other
+                objects than texts and media are data there, whatever their `type`.
+        """
+        self.lost = lost
+        self._of = of
         self._texts: list[str] = []
         self.thoughts: list[str] = []
         self.calls: list[Call] = []
@@ -231,38 +292,87 @@ class Parts:
         elif content is not None and content != "":
             self._texts.append(as_text(content))
 
-    def _add_part(self, part: Mapping[str, Any]) -> None:
-        kind = str(part.get("type", "text" if "text" in part else "")).lower().replace("-", "_")
-        if kind in _TEXT_PARTS:
-            self.add(next((part[key] for key in ("text", "content", "refusal") if part.get(key) is not None), None))
-        elif kind in _THOUGHT_PARTS:
-            thought = next((part[key] for key in ("thinking", "content", "text", "reasoning") if part.get(key)), None)
-            self._add_thought(thought)
-        elif kind.endswith(("tool_use", "tool_call", "function_call")):
-            if call := read_call(part, self._lost):
+    def _add_part(self, given: Mapping[str, Any]) -> None:
+        part = _typed(given, is_data=self._of != "message")
+        kind = as_text(part.get("type")).lower().replace("-", "_")
+        text = next((part[key] for key in ("text", "content", "refusal") if part.get(key) is not None), None)
+        is_plain = self._of == "message" or part.keys() <= _TEXT_KEYS
+        if kind in _TEXT_PARTS and is_plain and (text is not None or not part.keys() - {"type", "text", "content"}):
+            self.add(text)
+        elif self._of != "result" and kind.endswith(("tool_result", "tool_call_response", "function_call_output")):
+            self.results.append(_part_result(part, self.lost))
+        elif self._of == "message" and kind in _THOUGHT_PARTS:
+            self._add_thought(part)
+        elif self._of == "message" and kind.endswith(("tool_use", "tool_call", "function_call")):
+            if call := read_call(part, self.lost):
                 self.calls.append(call)
-        elif kind.endswith(("tool_result", "tool_call_response", "function_call_output")):
-            self.results.append(_part_result(part, self._lost))
-        elif _MEDIA.search(kind):
+            if any(part.get(key) is not None for key in (*_RETURNED, "errorText")):  # a tool of the provider
+                self.results.append(replace(_part_result(part, self.lost), call_id=call.id if call else None))
+        elif _MEDIA.fullmatch(kind) and part.keys() & _MEDIA_KEYS:
             self._texts.append(f"[{kind}]")
-            self._lost[f"content of type {kind}"] += 1
-        elif not kind:  # an object where text is expected: a structured result
-            self._texts.append(as_text(part))
-        else:
-            self._lost[f"content of type {kind[:40]}"] += 1
+            self.lost[f"content of type {kind}"] += 1
+        elif kind == "step_start" and self._of == "message":  # the AI SDK joins all answers of its loop in one message
+            self.lost["answers of the agent joined in one step"] += bool(self._texts or self.calls)
+        elif kind not in _MARKS:
+            if isinstance(given.get("encrypted_content"), str):  # of a search; only the provider can read it
+                given = {key: value for key, value in given.items() if key != "encrypted_content"}
+                self.lost["encrypted contents"] += 1
+            self._texts.append(as_text(part["json"] if part.keys() == {"json"} else given))
+            self.lost[f"content of type {kind[:40]}"] += bool(kind) and self._of == "message"
 
-    def _add_thought(self, thought: Any) -> None:
-        if isinstance(thought, str) and thought.strip():
-            self.thoughts.append(thought)
+    def _add_thought(self, part: Mapping[str, Any]) -> None:
+        names = ("thinking", "content", "text", "reasoning", "summary")
+        inner = Parts(Counter(), "result")
+        inner.add(next((part[name] for name in names if part.get(name)), None))
+        if inner.text().strip():
+            self.thoughts.append(inner.text())
         else:
-            self._lost["thoughts that are hidden or encrypted"] += 1
+            self.lost["thoughts that are hidden or encrypted"] += 1
+
+
+def _typed(part: Mapping[str, Any], *, is_data: bool) -> dict[str, Any]:
+    """A part with its `type`: Bedrock's and Gemini's have a key instead, and the AI SDK's may contain a tool's name.
+
+    Args:
+        part: as it is in the source.
+        is_data: whether it may also be an object that a tool returned.
+    """
+    found = {key: value for key, value in part.items() if value is not None}
+    kind = found.get("type")
+    if kind == "tool-invocation":
+        return mapping(found.get("toolInvocation")) | {"type": "tool_call"}
+    if isinstance(kind, str) and {"toolCallId", "state"} <= found.keys() and kind.startswith(("tool-", "dynamic-tool")):
+        return {"toolName": kind.removeprefix("tool-")} | found | {"type": "tool_call"}
+    if "type" not in found:
+        for key, name in _KEYED_PARTS.items():
+            if isinstance(inner := found.get(key), dict) and found.keys() <= {
+                key,
+                "thoughtSignature",
+                "thought_signature",
+            }:
+                if name in ("image", "document", "video") and "source" not in inner:
+                    break
+                return {**inner, **mapping(inner.get("reasoningText")), "type": name}
+        if isinstance(found.get("text"), str) and found.keys() <= ({"text", "annotations"} if is_data else _TEXT_KEYS):
+            return found | {"type": "thought" if found.get("thought") is True else "text"}
+    return found
 
 
 def _part_result(part: Mapping[str, Any], lost: Counter[str]) -> Result:
-    inner = Parts(lost)
-    inner.add(next((part[key] for key in ("content", "response", "result", "output") if key in part), None))
-    identity = part.get("tool_use_id") or part.get("call_id") or part.get("toolCallId") or part.get("id")
-    return Result(inner.text(), str(identity) if identity else None, part.get("is_error") is True)
+    given = next((part[key] for key in ("content", *_RETURNED) if key in part), None)
+    failed = any(part.get(key) is True for key in ("is_error", "isError")) or part.get("status") == "error"
+    if error := part.get("errorText") or part.get("error"):
+        failed, given = True, given or mapping(error).get("message") or error
+    kind = as_text(mapping(given).get("type"))
+    if kind in _AI_SDK_OUTPUTS and mapping(given).keys() <= {"type", "value", "reason", "providerOptions"}:
+        failed = failed or kind not in ("text", "json", "content")
+        given = mapping(given).get("value", mapping(given).get("reason", kind))
+        given = as_text(given) if kind.endswith("json") else given
+    inner = Parts(lost, "result")
+    inner.add(given)
+    identity = next((part[key] for key in ("tool_use_id", "call_id", "toolCallId", "toolUseId", "id") if part.get(key)),
+                    None)  # fmt: skip
+    return Result(inner.text(), str(identity) if identity else None, failed)
 
 
 def mapping(value: Any) -> dict[str, Any]:

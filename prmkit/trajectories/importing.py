@@ -2,17 +2,18 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.layouts import ANY_LENGTH, Rejected, open_lines, read_values, value_or_rejected
-from prmkit.trajectories.readers import READERS, reader_for
+from prmkit.trajectories.content import mapping
+from prmkit.trajectories.readers import READERS, messages, reader_for, record
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import Ids, Keys, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
-from prmkit.trajectories.run_fields import first_error
+from prmkit.trajectories.run_fields import first_error, read_named
 from prmkit.trajectories.secrets import mask, may_hold_secrets
 from prmkit.trajectory import Trajectory, dump, with_labels
 
@@ -166,18 +167,56 @@ def _contents(folder: Path) -> Iterator[_Input]:
 
 def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Trajectory]:
     reader = READERS[options.format] if options.format else reader_for(read_values(path), str(path))
+    if reader is None and options.keys.messages and options.keys.messages in _first_object(read_values(path)):
+        reader = READERS[messages.READER.name]
     if reader is None:
-        raise DataError(f"{path}: {_why_not(_values(path, report), report)}")
+        raise DataError(f"{path}: {_why_not(path, report)}")
+    _check_keys(reader, options.keys, path)
     report.format = reader.name
     for line, found in _read(reader, path, options.keys, report):
         run = found if isinstance(found, Trajectory) else _assembled(found, reader, path, line)
         if run is None:
             report.reject("run without a step of the agent", line)
             continue
-        if not options.keep_secrets and may_hold_secrets(dump(run)):
-            run = mask(run, report.secrets)
+        try:
+            if may_hold_secrets(dump(run)) and not options.keep_secrets:
+                run = mask(run, report.secrets)
+        except RecursionError:
+            report.reject("arguments that are nested too deeply to be written", line)
+            continue
         report.runs += 1
         report.steps += len(run.steps)
+        yield run
+    if not (report.runs or report.unreadable or reader.marks):
+        raise DataError(f"{path}: no run in it, although it has the format {reader.name}.")
+
+
+def _check_keys(reader: Reader, keys: Keys, path: Path) -> None:
+    """Refuse field names that a format cannot use: ignoring one would give runs other ids, outcomes or labels."""
+    given = {"--list-key": keys.messages, "--task-key": keys.task, "--outcome-key": keys.outcome,
+             "--label-key": keys.labels}  # fmt: skip
+    if reader.one is None or reader.name == record.READER.name:
+        unused = [flag for flag, name in given.items() if name]
+    else:
+        unused = ["--list-key"] if keys.messages and reader.name != messages.READER.name else []
+    if unused:
+        raise DataError(
+            f"{path}: {' and '.join(unused)} cannot be used with runs of the format {reader.name}. Import such files "
+            "separately without it, or choose another format with --format."
+        )
+
+
+def _with_keys(found: Iterator[Run | Trajectory], value: Any, reader: Reader, keys: Keys) -> Iterator[Run | Trajectory]:
+    """The runs of a value, with the fields whose names the user gave."""
+    if reader.own_keys or not (keys.task or keys.outcome or keys.labels):
+        yield from found
+        return
+    runs = list(found)
+    if len(runs) > 1:
+        raise UnreadableValue("several runs, so that field names such as --task-key name none of them; leave them out")
+    for run in runs:
+        if isinstance(run, Run):
+            read_named(run, mapping(value), keys)
         yield run
 
 
@@ -197,7 +236,9 @@ def _read(reader: Reader, path: Path, keys: Keys, report: FileReport) -> Iterato
             report.reject(f"does not match the format {reader.name}", line)
         else:
             try:
-                yield from ((line, run) for run in read(value, keys))
+                yield from ((line, run) for run in _with_keys(read(value, keys), value, reader, keys))
+            except UsageError as error:
+                raise UsageError(f"{path}, {report.unit} {line}: {error}") from None
             except (UnreadableValue, DataError) as error:
                 report.reject(str(error).removeprefix(": "), line)
             except _MALFORMED as error:
@@ -212,7 +253,7 @@ def _values(path: Path, report: FileReport) -> Iterator[tuple[int, Any]]:
             yield line.number, value_or_rejected(line)
 
 
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
 """Errors that readers raise: a format is detected by its structure, but the content may still be malformed."""
 
 
@@ -222,6 +263,8 @@ def _read_together(
     try:
         for run in reader.every(_ValidValues(path, report), keys) if reader.every else ():
             yield run.line or 1 if isinstance(run, Run) else 1, run
+    except UnreadableValue as error:
+        raise DataError(f"{path}: {error}.") from None
     except _MALFORMED as error:
         raise DataError(f"{path}: malformed ({type(error).__name__}: {error!s:.60}).") from error
 
@@ -241,9 +284,9 @@ class _ValidValues:
         self._counted = True
 
 
-def _why_not(values: NumberedValues, report: FileReport) -> str:
+def _why_not(path: Path, report: FileReport) -> str:
     """Describe a file without runs."""
-    rest = iter(values)
+    rest = iter(_values(path, report))
     number, first = next(rest, (0, None))
     if not number:
         return "no JSON in it."
@@ -254,7 +297,17 @@ def _why_not(values: NumberedValues, report: FileReport) -> str:
         return f"no JSON in it; {report.unit} {number}: {reason}."
     if is_judged_row(first):
         return "has prompts about steps, not runs. Use convert_dataset.py or, without answers, score_trajectories.py."
-    return "unknown format of runs. Choose one with --format NAME, or pass the key of the messages with --list-key."
+    fields = ", ".join(map(str, list(_first_object(read_values(path)))[:6]))
+    has = f" Its first object has {fields:.100}." if fields else ""
+    return (
+        f"unknown format of runs.{has} --list-key NAME reads the list of messages under NAME, if each of them has a "
+        "role (or from) and content; --help lists all formats."
+    )
+
+
+def _first_object(values: NumberedValues) -> Mapping[str, Any]:
+    """Return the first value of a file if it is an object, otherwise an empty one."""
+    return mapping(next((value for _, value in values if not isinstance(value, Rejected)), None))
 
 
 # --- labels in files next to the runs --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from prmkit.resumable import companion_file
 from prmkit.rows import STEP_TYPE
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
-from prmkit.trajectory import Label, Step, Trajectory, task_id_of
+from prmkit.trajectory import Label, Step, Trajectory, outcome_number, task_id_of
 from prmkit.verdict import Verdict, render_verdict
 
 
@@ -59,12 +59,9 @@ def _exam_metadata(run: Trajectory, step: Step, label: Label) -> dict[str, Any]:
 
 
 def succeeded(run: Trajectory) -> bool | None:
-    """Whether a run reached its goal (a score of 1 or more counts as reached); None if unknown."""
-    outcome = run.outcome or {}
-    if isinstance(outcome.get("success"), bool):
-        return bool(outcome["success"])
-    score = outcome.get("score")
-    return None if isinstance(score, bool) or not isinstance(score, int | float) else score >= 1
+    """Whether a run reached its goal (a score of 1 counts as reached); None if unknown, or on another scale."""
+    reached = outcome_number(run.outcome)
+    return None if reached is None else reached == 1
 
 
 def labelled_rows(path: Path, rubric: Rubric) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from prmkit.trajectory import Call, Label, Message, Result, Step, Trajectory, task_id_of, with_labels
+from prmkit.trajectory import Call, Label, Message, Result, Step, Trajectory, results_by_call, task_id_of, with_labels
 
 Role = Literal["system", "user", "agent", "tool"]
 
@@ -52,6 +52,8 @@ class Run:
     labels: Mapping[int, Label] = field(default_factory=dict)
     """Index of the message in the source -> label."""
     line: int | None = None
+    continues: bool = False
+    """Whether further steps followed that are not here."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Reader:
     one: Callable[[Any, Keys], Iterator[Run | Trajectory]] | None = None
     """Function that reads one value at a time, so files of any size can be streamed."""
     every: Callable[[NumberedValues, Keys], Iterator[Run | Trajectory]] | None = None
-    """Function that reads all values of a file together, for formats in which a run consists of several."""
+    """Reads all values of a file together, if one run consists of several."""
+    own_keys: bool = False
+    """Whether it reads `Keys` itself; otherwise they are read from the value around the one run in it."""
     marks: Callable[[Any], tuple[str, dict[int, str | None]] | None] | None = None
     """Function for sets with labels in separate files: returns a run's id, and message index -> type of the error."""
 
@@ -124,7 +128,7 @@ def assemble(run: Run, source: Mapping[str, Any]) -> Trajectory | None:
     if not steps:
         return None
     lost["calls without a result"] += sum(len(step.calls) - _answered(step) for step in steps)
-    steps[-1] = replace(steps[-1], last=True)
+    steps[-1] = replace(steps[-1], last=not run.continues)
     task = run.task if run.task is not None else first_message or ""
     lost["runs without a task"] += not task
     return with_labels(_record(run, source, task, "\n\n".join(system), steps), run.labels)
@@ -160,7 +164,7 @@ def _step(turn: Turn, number: int, incoming: Sequence[Message]) -> Step:
 
 
 def _answered(step: Step) -> int:
-    return len({call.id for call in step.calls} & {result.call_id for result in step.results}) if step.calls else 0
+    return sum(map(bool, results_by_call(step)[0]))
 
 
 def _attach(result: Result, steps: list[Step], lost: Counter[str]) -> None:
@@ -173,8 +177,7 @@ def _attach(result: Result, steps: list[Step], lost: Counter[str]) -> None:
         lost["results before the first step"] += 1
         return
     last = steps[-1]
-    answered = {each.call_id for each in last.results}
-    waiting = [call.id for call in last.calls if call.id not in answered]
+    waiting = [call.id for call, given in zip(last.calls, results_by_call(last)[0], strict=True) if not given]
     if result.call_id is None and waiting:
         result = replace(result, call_id=waiting[0])
     else:

@@ -12,9 +12,9 @@ from prmkit.trajectories.content import as_text
 from prmkit.trajectories.run import Keys, Run, Turn, UnreadableValue
 from prmkit.trajectory import Label
 
-_TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
+TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
 _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "uid", "uuid")
-_SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
+SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
 OUTCOME_FIELDS = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
 """Names of the field with the outcome of a run; the first one that a run has counts."""
 
@@ -35,21 +35,35 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
     """
     metadata = value.get("metadata")
     flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
-    if keys.task:
-        _check_has(flat, keys.task)
-    run.task_id = id_of(flat, keys.task) if keys.task else run.task_id or id_of(flat, *_TASK_IDS)
+    run.task_id = run.task_id or id_of(flat, *TASK_IDS)
     run.trajectory_id = run.trajectory_id or id_of(flat, *_RUN_IDS)
-    run.reference = run.reference or first_of(flat, _SOLUTIONS)
-    if keys.outcome:
-        _check_has(flat, keys.outcome)
-    run.outcome = run.outcome or outcome_of(flat, keys.outcome)
+    run.reference = run.reference or first_of(flat, SOLUTIONS)
+    run.outcome = run.outcome or outcome_of(flat)
     run.tools = run.tools or tools_of(value.get("tools") or value.get("functions"))
-    if keys.labels:
-        run.labels = labels_by_index(flat.get(keys.labels), run, keys.label_scale)
+    read_named(run, value, keys)
     outcomes = {name for name in OUTCOME_FIELDS if isinstance(flat.get(name), int | float | None)}
-    known = {*read, *_TASK_IDS, *_RUN_IDS, *_SOLUTIONS, *outcomes, "tools", "functions", "metadata", "name"}
+    known = {*read, *TASK_IDS, *_RUN_IDS, *SOLUTIONS, *outcomes, "tools", "functions", "metadata", "name"}
     for name in value.keys() - known - {keys.task, keys.outcome, keys.labels}:
         run.lost[f"field {name[:40]}"] += 1
+
+
+def read_named(run: Run, value: Mapping[str, Any], keys: Keys) -> None:
+    """Fill in the fields whose names the user gave, from the object around a run or its `metadata`.
+
+    Raises:
+        UnreadableValue: a field is missing.
+        UsageError: a label is not on the scale.
+    """
+    metadata = value.get("metadata")
+    flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
+    if keys.task:
+        _check_has(flat, keys.task)
+        run.task_id = id_of(flat, keys.task)
+    if keys.outcome:
+        _check_has(flat, keys.outcome)
+        run.outcome = outcome_of(flat, keys.outcome)
+    if keys.labels:
+        run.labels = labels_by_index(flat.get(keys.labels), run, keys.label_scale)
 
 
 def _check_has(value: Mapping[str, Any], key: str) -> None:
@@ -113,8 +127,9 @@ def labels_by_index(labels: Any, run: Run, scale: str) -> dict[int, Label]:
 
     Raises:
         UnreadableValue: the column is missing, its length is not the number of steps, or a label is out of range.
-        UsageError: a label is -1 on the unit scale. In other runs, 0 then means neutral but would be read as wrong.
+        UsageError: a number is not on the scale, so the labels of other runs, such as 0 or 1, mean something else.
     """
+    _check_scale(labels, scale)
     if isinstance(labels, dict):
         pairs = [(int(index) if str(index).isdigit() else -1, label) for index, label in labels.items()]
     elif isinstance(labels, list):
@@ -124,11 +139,24 @@ def labels_by_index(labels: Any, run: Run, scale: str) -> dict[int, Label]:
         pairs = [(index, label) for index, label in zip(steps, labels, strict=True) if index is not None]
     else:
         raise UnreadableValue("no column of labels")
-    if scale == "unit" and any(value == -1 for _, value in pairs):
-        raise UsageError(
-            "found label -1, but the label scale is unit (0 to 1). For -1, 0 and 1 use --label-scale ternary."
-        )
-    return {index: label_of(value, scale) for index, value in pairs if value is not None}
+    return {place: label_of(value, scale) for place, value in pairs if value is not None}
+
+
+def _check_scale(labels: Any, scale: str) -> None:
+    """Stop if a number is not on the scale: then the other labels of the column, such as 1, mean something else too."""
+    values = labels.values() if isinstance(labels, dict) else labels if isinstance(labels, list) else ()
+    for value in values:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if scale == "unit" and value == -1:
+            raise UsageError("a label is -1, so 0 is not the worst label. For -1, 0 and 1 use --label-scale ternary.")
+        if scale == "unit" and not 0 <= value <= 1:
+            raise UsageError(
+                f"a label is {value:g}, but they must be from 0 to 1: in this column a 1 may mean something else. "
+                "Convert all labels first; 1 to 5, for example, with (label - 1) / 4."
+            )
+        if scale == "ternary" and value not in (-1, 0, 1):
+            raise UsageError(f"a label is {value:g}, but --label-scale ternary is for -1, 0 and 1. Convert them first.")
 
 
 def label_of(value: Any, scale: str) -> Label:

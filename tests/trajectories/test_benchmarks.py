@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from tests.trajectories.conftest import Read, outline
 
 SYSTEM = {"role": "system", "content": "Policy."}
@@ -176,6 +178,23 @@ def test_mini_swe_agent_with_tool_calls(read: Read) -> None:
     )  # fmt: skip
     assert outline(run) == [("", "", [("bash", {"command": "ls"})], ["a.py"])]
     assert run.lost == {"harness messages": 1}
+
+
+@pytest.mark.parametrize(
+    ("scores", "outcome"),
+    [
+        ({"a": {"value": "C"}, "b": {"value": 1}}, {"success": None, "score": 1.0}),
+        ({"format": {"value": "C"}, "solved": {"value": "I"}}, None),
+        ({"solved": {"value": {"x": 1, "y": 0}}}, None),
+        ({}, None),
+    ],
+)
+def test_scorers_of_inspect_that_disagree_give_no_outcome(
+    read: Read, scores: dict[str, Any], outcome: dict[str, Any] | None
+) -> None:
+    (run,) = read(_SAMPLE | {"scores": scores})
+    assert run.outcome == outcome
+    assert run.lost.get("scores without one meaning", 0) == (0 if outcome else len(scores))
 
 
 def test_inspect(read: Read) -> None:

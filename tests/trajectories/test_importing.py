@@ -14,6 +14,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport, Options, read_runs
 from prmkit.trajectories.readers import READERS, forms_of, record
+from prmkit.trajectories.run import Keys
 from prmkit.trajectory import Trajectory, dump, load
 from tests.trajectories import (
     test_atif_and_tagged,
@@ -117,6 +118,88 @@ def test_one_document_that_breaks_off_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="ends early"):
         list(read_runs([tmp_path / "cut.json"]))
+
+
+ONE_RUN = {
+    "tau-bench": {"task_id": 3, "reward": 1.0, "info": {"task": {}}, "traj": messages()["messages"]},
+    "swe-agent": {"trajectory": [{"action": "ls", "observation": "x"}]},
+    "atif": ATIF,
+    "messages": messages(),
+}
+
+
+@pytest.mark.parametrize("form", ONE_RUN)
+def test_named_fields_are_read_next_to_a_run_of_any_form(read: Read, form: str) -> None:
+    beside = {"case": "c-9", "won": False, "marks": [0.5]}
+    (run,) = read(
+        ONE_RUN[form] | beside, keys=Keys(task="case", outcome="won", labels=None if "swe" in form else "marks")
+    )
+    assert run.source["format"] == form
+    assert (run.task_id, run.outcome) == ("c-9", {"success": False, "score": None})
+    if "swe" not in form:  # its steps have places of their own
+        assert run.steps[0].label and run.steps[0].label.value == 0.5
+
+
+@pytest.mark.parametrize("form", ONE_RUN)
+def test_a_named_field_that_is_missing_costs_the_run(read: Read, reports: list[FileReport], form: str) -> None:
+    for keys in (Keys(task="nosuch"), Keys(outcome="nosuch"), Keys(labels="nosuch")):
+        assert read(ONE_RUN[form], keys=keys) == []
+        assert reports[-1].unreadable.total() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "keys"),
+    [
+        *((form, "--task-key", Keys(task="x")) for form in ("otel", "langsmith", "langfuse", "claude-code", "codex")),
+        ("swe-agent", "--list-key", Keys(messages="history")),
+        ("tau-bench", "--list-key", Keys(messages="messages")),
+        ("otel", "--list-key and --outcome-key", Keys(messages="x", outcome="y")),
+    ],
+)
+def test_field_names_that_a_form_cannot_use_are_refused(read: Read, name: str, flag: str, keys: Keys) -> None:
+    values = next(values for values in EXAMPLES.values() if forms_of(values[0]) == [name])
+    with pytest.raises(DataError, match=rf"{flag} cannot be used with runs of the format {name}"):
+        read(*values, keys=keys)
+
+
+def test_field_names_for_several_runs_in_one_value_are_refused(read: Read, reports: list[FileReport]) -> None:
+    simulations = [{"task_id": number, "messages": messages()["messages"]} for number in (1, 2)]
+    assert read({"simulations": simulations, "case": "c"}, keys=Keys(task="case")) == []
+    assert "several runs" in next(iter(reports[0].unreadable))
+
+
+def test_fields_of_atif_have_their_place_or_are_counted(read: Read) -> None:
+    (run,) = read(ATIF | {"reward": 0.0, "notes": "cold", "extra": {"x": 1}, "continued_trajectory_ref": "next.json"})
+    assert run.outcome == {"success": None, "score": 0.0}
+    assert run.lost == {"field notes": 1, "field extra": 1}
+    assert not run.steps[-1].last  # the next file has it
+
+
+def test_files_of_a_folder_without_a_run_are_named(tmp_path: Path) -> None:
+    span = {"name": "chat", "trace_id": "t", "attributes": {"gen_ai.operation.name": "chat"}}
+    (tmp_path / "a.json").write_text(json.dumps(span))
+    (tmp_path / "b.json").write_text(json.dumps({"simulations": []}))
+    (tmp_path / "c.json").write_text(json.dumps(messages()))
+    reports: list[FileReport] = []
+    assert len(list(read_runs([tmp_path], reports=reports))) == 1
+    found = {Path(report.file).name: report.passed_over for report in reports}
+    assert "message content" in str(found["a.json"]) and "no run in it" in str(found["b.json"])
+    assert found["c.json"] is None
+
+
+@pytest.mark.parametrize("keep_secrets", [True, False])
+def test_arguments_that_are_nested_too_deeply_cost_their_run(
+    read: Read, reports: list[FileReport], keep_secrets: bool
+) -> None:
+    def calling(depth: int) -> str:
+        call = f'{{"id": "a", "function": {{"name": "f", "arguments": {"[" * depth}{"]" * depth}}}}}'
+        return (
+            f'{{"messages": [{{"role": "user", "content": "Go."}}, {{"role": "assistant", "tool_calls": [{call}]}}]}}'
+        )
+
+    assert len(read(calling(40), calling(700), calling(40), keep_secrets=keep_secrets)) == 2
+    assert reports[0].unreadable == {"arguments that are nested too deeply to be written": 1}
+    assert list(reports[0].examples.values()) == [[2]]
 
 
 def test_a_run_without_steps_is_counted(read: Read, reports: list[FileReport]) -> None:

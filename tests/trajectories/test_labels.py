@@ -193,13 +193,51 @@ def test_a_zero_beside_minus_one_is_not_read_as_wrong(tmp_path: Path) -> None:
         list(read_runs([tmp_path / "runs.jsonl"], Options(keys=Keys(labels="marks"))))
 
 
+@pytest.mark.parametrize(
+    ("marks", "scale", "message"),
+    [
+        ([3, 5], "unit", r"a label is 3, .*\(label - 1\) / 4"),
+        ({"3": 85}, "unit", "a label is 85, "),
+        ([-0.5, 1], "unit", "a label is -0.5, "),
+        ([1, 0.5], "ternary", "a label is 0.5, .*ternary"),
+        ([1, 2, 3], "unit", "a label is 2, "),
+    ],
+)
+def test_a_label_off_the_scale_stops_the_import(tmp_path: Path, marks: Any, scale: str, message: str) -> None:
+    """Reading only the other runs would make the best label of the worst one: a 1 on a scale from 1 to 5."""
+    runs = [COLUMN | {"marks": given} for given in ([1, 1], marks)]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    with pytest.raises(UsageError, match=message):
+        list(read_runs([tmp_path / "runs.jsonl"], Options(keys=Keys(labels="marks", label_scale=scale))))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        ({"score": 2}, None),
+        ({"score": 100}, None),
+        ({"score": -1}, None),
+        ({"score": 1}, True),
+        ({"score": 0.5}, False),
+        ({"success": True}, True),
+        ({}, None),
+    ],
+)
+def test_an_outcome_on_another_scale_is_unknown_in_rows_too(
+    read: Read, outcome: dict[str, Any], expected: bool | None
+) -> None:
+    (run,) = read(COLUMN | {"marks": [1, 1]} | outcome, keys=Keys(labels="marks"))
+    rows = list(rows_of(run, load_rubric()))
+    assert [row["metadata"]["succeeded"] for row in rows] == [expected] * 2
+
+
 def test_an_outcome_is_read_under_its_own_name_or_counted(read: Read) -> None:
     assert read(COLUMN | {"outcome": 1})[0].outcome == {"success": None, "score": 1.0}
     (run,) = read(COLUMN | {"outcome": "it went well"})
     assert run.outcome is None and run.lost["field outcome"] == 1
 
 
-@pytest.mark.parametrize("given", [[1], [1, 1, 1], None, [1, 5], ["good", "bad"], 3])
+@pytest.mark.parametrize("given", [[1], [1, 1, 1], None, ["1", "5"], ["good", "bad"], 3])
 def test_a_column_that_does_not_fit_is_counted(read: Read, reports: list[FileReport], given: Any) -> None:
     assert read(COLUMN | {"marks": given}, keys=Keys(labels="marks")) == []
     assert reports[0].unreadable.total() == 1

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from prmkit.errors import DataError
+from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport
 from prmkit.trajectories.run import Keys
 from tests.trajectories.conftest import Read, outline
@@ -117,6 +119,48 @@ DIALECTS: dict[str, dict[str, Any]] = {
              "message": {"role": "assistant", "content": "It is 4 degrees in Oslo."}},
         ],
     },
+    "bedrock": {
+        "system": [{"text": "Be brief."}],
+        "messages": [
+            {"role": "user", "content": [{"text": "How warm is it in Oslo?"}]},
+            {"role": "assistant", "content": [{"toolUse": {"toolUseId": "b1", "name": "get_weather", "input": CALL}}]},
+            {"role": "user", "content": [
+                {"toolResult": {"toolUseId": "b1", "content": [{"text": "4 degrees"}], "status": "success"}}]},
+            {"role": "assistant", "content": [
+                {"text": "It is 4 degrees in Oslo."}, {"cachePoint": {"type": "default"}}]},
+        ],
+    },
+    "gemini": {
+        "system": "Be brief.",
+        "contents": [
+            {"role": "user", "parts": [{"text": "How warm is it in Oslo?"}]},
+            {"role": "model", "parts": [{"functionCall": {"name": "get_weather", "args": CALL}}]},
+            {"role": "user", "parts": [{"functionResponse": {"name": "get_weather", "response": "4 degrees"}}]},
+            {"role": "model", "parts": [{"text": "It is 4 degrees in Oslo.", "thoughtSignature": "x"}]},
+        ],
+    },
+    "google's adk": {
+        "system": "Be brief.",
+        "events": [
+            {"author": "user", "content": {"role": "user", "parts": [{"text": "How warm is it in Oslo?"}]}},
+            {"content": {"role": "model", "parts": [
+                {"text": None, "function_call": {"id": "g1", "name": "get_weather", "args": CALL}}]}},
+            {"content": {"role": "user", "parts": [
+                {"function_response": {"id": "g1", "name": "get_weather", "response": "4 degrees"}}]}},
+            {"content": {"role": "model", "parts": [{"text": "It is 4 degrees in Oslo."}]}},
+        ],
+    },
+    "the ai sdk's messages for the model": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "How warm is it in Oslo?"},
+            {"role": "assistant", "content": [
+                {"type": "tool-call", "toolCallId": "v1", "toolName": "get_weather", "input": CALL}]},
+            {"role": "tool", "content": [{"type": "tool-result", "toolCallId": "v1", "toolName": "get_weather",
+                                          "output": {"type": "text", "value": "4 degrees"}}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "It is 4 degrees in Oslo."}]},
+        ],
+    },
 }  # fmt: skip
 
 
@@ -159,6 +203,26 @@ def test_keys_of_home_made_files(read: Read) -> None:
     assert (run.task_id, run.outcome, run.lost) == ("c-9", {"success": True, "score": None}, {})
 
 
+def test_a_list_of_messages_as_json_in_a_string(read: Read) -> None:
+    messages = json.dumps(DIALECTS["openai"]["messages"])
+    for name in ("messages", "dialogue"):
+        (run,) = read({"instance_id": "i", name: messages}, keys=Keys(messages=None if name == "messages" else name))
+        assert (outline(run), run.task_id, run.lost) == (STEPS, "i", {})
+
+
+def test_a_list_of_items_that_ends_with_a_result(read: Read) -> None:
+    (run,) = read({"messages": DIALECTS["openai's responses"]["messages"][:-1]})
+    assert (outline(run), run.lost) == (STEPS[:1], {})
+
+
+def test_a_list_without_roles_says_what_is_missing(read: Read, reports: list[FileReport]) -> None:
+    value = {"dialogue": [{"speaker": "a", "words": "b"}]}
+    with pytest.raises(DataError, match=r"has dialogue.*role \(or from\) and content"):
+        read(value)
+    assert read(value, keys=Keys(messages="dialogue")) == []
+    assert "each entry needs a role" in next(iter(reports[-1].unreadable))
+
+
 def test_two_lists_of_messages_are_not_chosen_between(read: Read, reports: list[FileReport]) -> None:
     both = DIALECTS["openai"] | {"conversations": DIALECTS["sharegpt"]["conversations"]}
     assert read(both) == []
@@ -193,6 +257,20 @@ def test_thoughts_are_separated_from_text(read: Read) -> None:
     assert outline(run) == [("I wonder.", "Done.", [], [])] * 3
 
 
+def test_refusals_and_thoughts_of_openrouter_and_media_next_to_the_text(read: Read) -> None:
+    details = [{"type": "reasoning.text", "text": "I wonder.", "signature": None},
+               {"type": "reasoning.encrypted", "data": "x"}]  # fmt: skip
+    messages = [
+        {"role": "user", "content": "Go.", "images": ["AAAA", "BBBB"]},
+        {"role": "assistant", "content": None, "refusal": "I cannot."},
+        {"role": "assistant", "content": "Done.", "reasoning_details": details},
+        {"role": "assistant", "content": "Done.", "reasoning": "I wonder.", "reasoning_details": details},
+    ]
+    (run,) = read({"messages": messages})
+    assert outline(run) == [("", "I cannot.", [], []), ("I wonder.", "Done.", [], []), ("I wonder.", "Done.", [], [])]
+    assert run.lost == {"content of type images": 2, "thoughts that are hidden or encrypted": 1}
+
+
 def test_parallel_calls_get_the_results_that_name_them(read: Read) -> None:
     calls = [{"id": name, "function": {"name": name, "arguments": "{}"}} for name in ("a", "b")]
     results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in ("b", "a")]
@@ -200,6 +278,169 @@ def test_parallel_calls_get_the_results_that_name_them(read: Read) -> None:
         {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": calls}, *results]}
     )
     assert [(result.call_id, result.text) for result in run.steps[0].results] == [("b", "of b"), ("a", "of a")]
+
+
+def _parallel(count: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Calls of `f`, `g`, … that all have the id `call_0`, as DeepSeek, GLM and Xinference write them."""
+    calls = [{"id": "call_0", "function": {"name": name, "arguments": f'"{name}"'}} for name in "fgh"[:count]]
+    return {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": calls}, *results]}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_parallel_calls_with_one_id_keep_their_results(read: Read, named: bool) -> None:
+    said = [{"role": "tool", "content": f"of {name}"} | ({"tool_call_id": "call_0"} if named else {}) for name in "fg"]
+    (run,) = read(_parallel(2, said))
+    assert outline(run) == [("", "", [("f", "f"), ("g", "g")], ["of f", "of g"])]
+    (prompt,) = step_prompts(run, load_rubric())
+    assert "Call: f f\nResult: of f\nCall: g g\nResult: of g\n" in prompt.text
+    assert run.lost == {}
+    (short,) = read(_parallel(3, said))
+    assert short.lost == {"calls without a result": 1}
+
+
+def test_a_call_that_returned_twice_shows_both_results(read: Read) -> None:
+    said = [{"role": "tool", "tool_call_id": "call_0", "content": text} for text in ("timeout", "ok")]
+    (run,) = read(_parallel(1, said))
+    (prompt,) = step_prompts(run, load_rubric())
+    assert "Call: f f\nResult: timeout\nResult: ok\n" in prompt.text
+
+
+def test_calls_listed_in_content_and_beside_it_are_one(read: Read) -> None:
+    """LangChain does so with Anthropic's models; of streamed blocks only one place has the arguments."""
+    blocks = [{"type": "tool_use", "id": "c", "name": name, "input": {}} for name in "fg"]
+    beside = [{"type": "tool_call", "id": "c", "name": name, "args": {"of": name}} for name in "fg"]
+    (run,) = read({"messages": [{"type": "human", "content": "Go."}, {"type": "ai", "content": blocks,
+                                                                     "tool_calls": beside}]})  # fmt: skip
+    assert outline(run)[0][2] == [("f", {"of": "f"}), ("g", {"of": "g"})]
+    streamed = blocks[0] | {"partial_json": '{"of": "f"}'}
+    (run,) = read({"messages": [{"type": "human", "content": "Go."}, {"type": "ai", "content": [streamed]}]})
+    assert outline(run)[0][2] == [("f", {"of": "f"})]
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_calls_as_one_string_or_as_one_object(read: Read, several: bool, as_json: bool) -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
+    calls: Any = [call] if several else call
+    said = {"role": "assistant", "content": "x", "tool_calls": json.dumps(calls) if as_json else calls}
+    (run,) = read({"messages": [{"role": "user", "content": "Go."}, said,
+                                {"role": "tool", "tool_call_id": "c", "content": "r"}]})  # fmt: skip
+    assert (outline(run), run.lost) == ([("", "x", [("f", {})], ["r"])], {})
+
+
+_INVOCATION = {"state": "result", "toolCallId": "v1", "toolName": "get_weather", "args": CALL, "result": "4 degrees"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "Cold.", "parts": [{"type": "step-start"}, {"type": "text", "text": "Cold."},
+                                       {"type": "tool-invocation", "toolInvocation": _INVOCATION}]},
+        {"content": "Cold.", "toolInvocations": [_INVOCATION]},
+        {"parts": [{"type": "tool-get_weather", "toolCallId": "v1", "state": "output-available", "input": CALL,
+                    "output": "4 degrees"}, {"type": "text", "text": "Cold.", "state": "done"}]},
+        {"parts": [{"type": "dynamic-tool", "toolName": "get_weather", "toolCallId": "v1", "state": "output-available",
+                    "input": CALL, "output": "4 degrees"}, {"type": "text", "text": "Cold."}]},
+        {"content": [{"type": "tool_use", "tool_type": "web_search", "id": "w", "name": "get_weather",
+                      "arguments": json.dumps(CALL), "result": "4 degrees"}, {"type": "text", "text": "Cold."}]},
+    ],
+    ids=["parts of AI SDK 4", "AI SDK 3", "AI SDK 5", "AI SDK 5, dynamic", "Inspect"],
+)  # fmt: skip
+def test_a_part_that_is_both_a_call_and_its_result(read: Read, answer: dict[str, Any]) -> None:
+    (run,) = read({"messages": [{"role": "user", "content": "Warm?"}, {"role": "assistant"} | answer]})
+    assert outline(run) == [("", "Cold.", [("get_weather", CALL)], ["4 degrees"])]
+    assert run.lost == {}
+
+
+def test_answers_that_the_ai_sdk_joins_are_counted(read: Read) -> None:
+    start = {"type": "step-start"}
+    parts = [
+        start,
+        {"type": "tool-invocation", "toolInvocation": _INVOCATION},
+        start,
+        {"type": "text", "text": "Cold."},
+    ]
+    (run,) = read({"messages": [{"role": "user", "content": "Warm?"}, {"role": "assistant", "parts": parts}]})
+    assert outline(run) == [("", "Cold.", [("get_weather", CALL)], ["4 degrees"])]
+    assert run.lost == {"answers of the agent joined in one step": 1}
+
+
+_HOTELS = [{"type": "hotel", "name": "Ritz"}, {"type": "profile", "url": "x", "name": "Ibis"}]
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        ({"text": "title", "price": 12}, '{"text": "title", "price": 12}'),
+        ({"text": "title", "id": 7}, '{"text": "title", "id": 7}'),
+        ({"document": {"source": "a.pdf"}, "rank": 1}, '{"document": {"source": "a.pdf"}, "rank": 1}'),
+        ({"image": {"url": "a.png"}}, '{"image": {"url": "a.png"}}'),
+        ({"functionCall": {"name": "f"}}, '{"functionCall": {"name": "f"}}'),
+        ({"type": "text", "text": "title", "price": 12}, '{"type": "text", "text": "title", "price": 12}'),
+        ({"type": "text", "value": "title", "score": 3}, '{"type": "text", "value": "title", "score": 3}'),
+        ({"type": "reasoning", "text": "x"}, '{"type": "reasoning", "text": "x"}'),
+        ({"type": "tool_call", "name": "f"}, '{"type": "tool_call", "name": "f"}'),
+        ({"type": "document", "title": "x"}, '{"type": "document", "title": "x"}'),
+        (_HOTELS, "\n".join(map(json.dumps, _HOTELS))),
+        ([{"type": "text", "text": "a"}, {"text": "b"}, {"json": {"c": 1}}], 'a\nb\n{"c": 1}'),
+    ],
+)  # fmt: skip
+def test_objects_that_a_tool_returned_are_kept_whole(read: Read, returned: Any, text: str) -> None:
+    """Only parts of text, and media, are more than data: no other object disappears because of its `type`."""
+    call = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]}
+    for result in (
+        {"role": "tool", "tool_call_id": "c", "content": returned},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": returned}]},
+    ):
+        (run,) = read({"messages": [{"role": "user", "content": "Go."}, call, result]})
+        assert outline(run) == [("", "", [("f", {})], [text])]
+        assert run.lost == {}
+
+
+@pytest.mark.parametrize(
+    ("output", "text", "failed"),
+    [
+        ({"type": "json", "value": {"text": "a", "n": 1}}, '{"text": "a", "n": 1}', False),
+        ({"type": "content", "value": [{"type": "text", "text": "a"}]}, "a", False),
+        ({"type": "error-text", "value": "too slow"}, "too slow", True),
+        ({"type": "error-json", "value": {"code": 500}}, '{"code": 500}', True),
+        ({"type": "execution-denied", "reason": "no"}, "no", True),
+        ({"type": "hotel", "value": "Ritz"}, '{"type": "hotel", "value": "Ritz"}', False),
+    ],
+)
+def test_outputs_of_the_ai_sdk(read: Read, output: dict[str, Any], text: str, failed: bool) -> None:
+    messages = [
+        {"role": "user", "content": "Go."},
+        {"role": "assistant", "content": [{"type": "tool-call", "toolCallId": "v", "toolName": "f", "input": {}}]},
+        {"role": "tool", "content": [{"type": "tool-result", "toolCallId": "v", "toolName": "f", "output": output}]},
+    ]
+    (run,) = read({"messages": messages})
+    assert [(result.text, result.error) for result in run.steps[0].results] == [(text, failed)]
+    assert run.lost == {}
+
+
+def test_results_of_anthropics_search_are_kept_without_what_is_encrypted(read: Read) -> None:
+    found = [{"type": "web_search_result", "title": "Oslo", "url": "u", "encrypted_content": "x" * 5000}]
+    content = [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+               {"type": "web_search_tool_result", "tool_use_id": "s", "content": found}]  # fmt: skip
+    (run,) = read({"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": content}]})
+    shown = json.dumps({"type": "web_search_result", "title": "Oslo", "url": "u"})
+    assert outline(run) == [("", "", [("web_search", {})], [shown])]
+    assert run.lost == {"encrypted contents": 1}
+
+
+def test_failed_results_of_bedrock_and_thoughts_of_bedrock_and_gemini(read: Read) -> None:
+    failed = {"toolResult": {"toolUseId": "b", "content": [{"json": {"t": 1}}], "status": "error"}}
+    thought = {"reasoningContent": {"reasoningText": {"text": "I wonder.", "signature": "x"}}}
+    messages = [
+        {"role": "user", "content": [{"text": "Go."}]},
+        {"role": "assistant", "content": [thought, {"toolUse": {"toolUseId": "b", "name": "f", "input": {}}}]},
+        {"role": "user", "content": [failed]},
+        {"role": "model", "parts": [{"text": "I wonder.", "thought": True}, {"text": "Done."}]},
+    ]
+    (run,) = read({"messages": messages})
+    assert outline(run) == [("I wonder.", "", [("f", {})], ['{"t": 1}']), ("I wonder.", "Done.", [], [])]
+    assert run.steps[0].results[0].error and run.lost == {}
 
 
 def test_what_a_user_says_later_stands_before_the_next_step(read: Read) -> None:
@@ -224,6 +465,12 @@ def test_what_a_user_says_later_stands_before_the_next_step(read: Read) -> None:
         ([{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
          "content of type image_url"),
         ([{"role": "assistant", "content": "hm", "tool_calls": [{"id": "c"}]}], "calls without a name"),
+        ([{"role": "user", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]}],
+         "user tool calls and results"),
+        ([{"role": "user", "content": [{"image": {"format": "png", "source": {"bytes": "AA"}}}]}],
+         "content of type image"),
+        ([{"role": "user", "parts": [{"inlineData": {"mimeType": "image/png", "data": "AA"}}]}],
+         "content of type inline_data"),
         (["not a message"], "non-message entries"),
         ([{"role": "Narrator", "content": "Meanwhile."}], "unknown roles treated as agents: narrator"),
     ],
@@ -255,3 +502,12 @@ def test_a_group_of_runs(read: Read) -> None:
     runs = read({"trajectories": attempts, "exceptions": []})
     assert [run.outcome for run in runs] == [{"success": None, "score": 1.0}, {"success": None, "score": 0.0}]
     assert len({run.trajectory_id for run in runs}) == 2 and len({run.task_id for run in runs}) == 1
+
+
+def test_what_a_group_says_of_its_runs(read: Read) -> None:
+    attempts = [DIALECTS["openai"], DIALECTS["openai"] | {"task_id": "own"}]
+    runs = read(
+        {"trajectories": attempts, "task_id": "g", "answer": "4", "reward": 1, "marks": [1, 1], "exceptions": []}
+    )
+    assert [(run.task_id, run.reference, run.outcome) for run in runs] == [("g", "4", None), ("own", "4", None)]
+    assert [run.lost for run in runs] == [{"field reward of a group": 1, "field marks of a group": 1}, {}]

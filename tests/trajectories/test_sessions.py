@@ -58,6 +58,26 @@ def test_a_rewound_session_keeps_the_branch_that_it_ended_on(read: Read) -> None
     assert run.lost == {"messages on abandoned branches": 2, "entries of type attachment": 1}
 
 
+def test_what_the_user_typed_while_the_agent_worked(read: Read) -> None:
+    """It is queued; then it becomes an attachment or a message of the user, or is nowhere else."""
+    texts = ("In Perl.", "And test it.", "Never sent.", "<task-notification>done</task-notification>")
+    queued = [{"type": "queue-operation", "operation": "enqueue", "content": text, "sessionId": "s"} for text in texts]
+    attached = {"type": "attachment", "uuid": "x", "parentUuid": "a1", "sessionId": "s",
+                "attachment": {"type": "queued_command", "prompt": "In Perl.", "commandMode": "prompt"}}  # fmt: skip
+    (run,) = read(
+        event("user", "u1", None, "Write it."),
+        event("assistant", "a1", "u1", [{"type": "text", "text": "One."}]),
+        *queued,
+        {"type": "queue-operation", "operation": "dequeue", "sessionId": "s"},
+        attached,
+        event("assistant", "a2", "x", [{"type": "text", "text": "Two."}]),
+        event("user", "u2", "a2", "And test it."),
+        event("assistant", "a3", "u2", [{"type": "text", "text": "Three."}]),
+    )
+    assert [[each.text for each in step.incoming] for step in run.steps] == [[], ["In Perl."], ["And test it."]]
+    assert run.lost == {"messages that the user typed while the agent worked": 1}
+
+
 def test_a_session_continues_over_its_compaction(read: Read) -> None:
     boundary = {"type": "system", "subtype": "compact_boundary", "uuid": "b", "parentUuid": None, "sessionId": "s",
                 "logicalParentUuid": "a1"}  # fmt: skip
@@ -164,6 +184,18 @@ def test_codex(read: Read) -> None:
     ]
     assert (run.task, run.system, run.trajectory_id) == ("Run the tests.", "Rules.", "s-9")
     assert run.lost == {"harness messages": 1, "thoughts that are hidden or encrypted": 1}
+
+
+def test_turns_of_codex_that_were_undone_are_left_out(read: Read) -> None:
+    undone = {"timestamp": "…", "type": "event_msg", "payload": {"type": "thread_rolled_back", "num_turns": 2}}
+    said = [("user", "One."), ("assistant", "1"), ("user", "Two."), ("assistant", "2"), ("user", "Three."),
+            ("assistant", "3")]  # fmt: skip
+    lines = [item(**message(role, text)) for role, text in said]
+    (run,) = read(*lines, undone, item(**message("user", "Four.")), item(**message("assistant", "4")))
+    assert [(step.text, [each.text for each in step.incoming]) for step in run.steps] == [("1", []), ("4", ["Four."])]
+    assert run.lost == {"messages of turns that were undone": 4}
+    (run,) = read(*lines, undone, undone, item(**message("user", "Four.")), item(**message("assistant", "4")))
+    assert (run.task, [step.text for step in run.steps]) == ("Four.", ["4"])
 
 
 def test_codex_before_it_had_envelopes(read: Read) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from prmkit.errors import DataError
 from tests.trajectories.conftest import Read, outline
 
 CALL = {"city": "Oslo"}
@@ -87,11 +88,27 @@ def _otlp(*spans: dict[str, Any]) -> dict[str, Any]:
     return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"scope": {}, "spans": written}]}]}
 
 
+DETAILS = {"name": "gen_ai.client.inference.operation.details", "attributes": {
+    key: value for key, value in GENAI.items() if key != "gen_ai.operation.name"}}  # fmt: skip
+AI_SDK = {
+    "gen_ai.system": "openai",
+    "ai.prompt.format": "messages",
+    "ai.prompt.messages": json.dumps([
+        *MESSAGES[:2],
+        {"role": "assistant", "content": [
+            {"type": "tool-call", "toolCallId": "c", "toolName": "get_weather", "input": CALL}]},
+        {"role": "tool", "content": [{"type": "tool-result", "toolCallId": "c", "toolName": "get_weather",
+                                      "output": {"type": "text", "value": "4 degrees"}}]}]),
+    "ai.response.text": "It is 4 degrees.",
+}  # fmt: skip
+
 FILES: dict[str, list[dict[str, Any]]] = {
     "otel": [span(AGENT, 0), span(GENAI)],
     "otlp": [_otlp(span(AGENT, 0), span(GENAI))],
     "otel, numbered": [span(OLDER)],
     "otel, events": [span({"gen_ai.system": "openai"}, events=EVENTS)],
+    "otel, one event for all messages": [span({"gen_ai.operation.name": "chat"}, events=[DETAILS])],
+    "vercel's ai sdk": [span({"gen_ai.system": "openai"}, 0), span(AI_SDK)],
     "openinference": [span({"openinference.span.kind": "AGENT"}, 0), span(OPENINFERENCE)],
     "openinference as phoenix's data frames have it": [
         {"name": "x", "context.trace_id": "t", "context.span_id": "1", "start_time": 1,
@@ -145,7 +162,98 @@ def test_the_longest_call_of_a_trace_is_the_run(read: Read) -> None:
     }
     (run,) = read(span(beginning, 1), span(GENAI, 2), span(TITLE, 3))
     assert outline(run) == STEPS
-    assert run.lost == {"unrelated model calls": 1}
+    assert run.lost == {"model calls of other conversations": 1}
+
+
+def _call(time: int, given: list[dict[str, Any]], answer: str) -> dict[str, Any]:
+    output = {"role": "assistant", "content": answer, "finish_reason": "stop"}
+    return {"traceId": "t", "type": "GENERATION", "startTime": str(time), "input": given, "output": output}
+
+
+NOT_CONTAINED = "model calls that the longest one does not contain"
+
+
+def test_agents_with_the_same_question_are_other_conversations(read: Read) -> None:
+    agents = [[{"role": "system", "content": name}, MESSAGES[1]] for name in ("planner", "critic", "writer")]
+    (run,) = read(*(_call(time, given, f"answer {time}") for time, given in enumerate(agents)))
+    assert (run.system, run.lost) == ("writer", {"model calls of other conversations": 2})
+
+
+def test_another_sample_of_an_answer_is_counted(read: Read) -> None:
+    (run,) = read(_call(1, MESSAGES, "It is 4."), _call(2, MESSAGES, "It is 5."))
+    assert [step.text for step in run.steps] == ["", "It is 5."]
+    assert run.lost == {NOT_CONTAINED: 1} and run.steps[-1].last
+
+
+def test_a_run_that_continued_from_a_shortened_history_has_no_last_step(read: Read) -> None:
+    summary = [*MESSAGES[:2], {"role": "user", "content": "It was 4 degrees."}]
+    (run,) = read(_call(1, MESSAGES, "Third."), _call(2, summary, "Last."))
+    assert [step.last for step in run.steps] == [False, False]
+    assert run.lost == {NOT_CONTAINED: 1}
+
+
+def test_a_changing_system_text_does_not_make_another_conversation(read: Read) -> None:
+    dated = [{"role": "system", "content": "Be brief. It is Monday."}, *MESSAGES[1:2]]
+    first = _call(1, dated, "") | {"output": MESSAGES[2]}
+    (run,) = read(first, _call(2, MESSAGES, "It is 4."))
+    assert (outline(run)[0], run.lost) == (STEPS[0], {})
+
+
+def test_spans_without_a_trace_are_joined_by_their_opening(read: Read) -> None:
+    other = GENAI | {
+        "gen_ai.input.messages": json.dumps([{"role": "user", "parts": [{"type": "text", "content": "?"}]}])
+    }
+    lines = [span(each, trace_id=None) for each in (GENAI, TITLE, other)]
+    runs = read(*lines)
+    assert len({run.trajectory_id for run in runs}) == 3 and [run.lost for run in runs] == [{}] * 3
+
+
+RESPONSES = [
+    *MESSAGES[:2],
+    {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": json.dumps(CALL)},
+    {"type": "function_call_output", "call_id": "c", "output": "4 degrees"},
+]
+RESPONSE = [
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Cold."}]},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "It is 4 degrees."}]},
+]
+
+
+@pytest.mark.parametrize("given", [RESPONSES, {"input": RESPONSES, "model": "x"}], ids=["list", "object"])
+@pytest.mark.parametrize("answer", [RESPONSE, {"object": "response", "output": RESPONSE}], ids=["list", "object"])
+def test_items_of_the_responses_api_in_a_trace(read: Read, given: Any, answer: Any) -> None:
+    (run,) = read({"traceId": "t", "type": "GENERATION", "startTime": "1", "input": given, "output": answer})
+    assert outline(run) == [STEPS[0], ("Cold.", *STEPS[1][1:])]
+    assert (run.task, run.lost) == ("How warm?", {})
+
+
+def test_tools_next_to_the_messages_of_langfuse(read: Read) -> None:
+    given = {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
+    (run,) = read({"traceId": "t", "type": "GENERATION", "startTime": "1", "input": given, "output": ANSWER})
+    assert run.tools == ({"name": "get_weather", "description": ""},)
+
+
+def test_calls_and_tools_of_the_ai_sdk(read: Read) -> None:
+    calls = json.dumps([{"toolCallType": "function", "toolCallId": "c", "toolName": "get_weather", "args": CALL}])
+    tools = [json.dumps({"type": "function", "name": "get_weather", "description": "of a city"})]
+    first = AI_SDK | {"ai.prompt.messages": json.dumps(MESSAGES[:2]), "ai.response.toolCalls": calls,
+                      "ai.response.text": "", "ai.prompt.tools": tools}  # fmt: skip
+    (run,) = read(span(first))
+    assert outline(run) == [("", "", [("get_weather", CALL)], [])]
+    assert run.tools == ({"name": "get_weather", "description": "of a city"},)
+
+
+WITHOUT_MESSAGES = {
+    "CAPTURE_MESSAGE_CONTENT": span({"gen_ai.operation.name": "chat", "gen_ai.request.model": "x"}),
+    "run_type llm": {"id": "r", "trace_id": "t", "run_type": "chain", "inputs": {"messages": MESSAGES}},
+    "GENERATION": {"id": "o", "traceId": "t", "type": "SPAN", "input": "x", "output": "y", "startTime": "1"},
+}
+
+
+@pytest.mark.parametrize("words", WITHOUT_MESSAGES)
+def test_traces_without_messages_say_what_to_switch_on(read: Read, words: str) -> None:
+    with pytest.raises(DataError, match=rf"runs\.json: no .*{words}"):
+        read(WITHOUT_MESSAGES[words])
 
 
 def test_every_trace_is_a_run(read: Read) -> None:

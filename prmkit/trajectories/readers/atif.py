@@ -9,7 +9,7 @@ from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, mapping, read_call
 from prmkit.trajectories.run import Keys, Reader, Run, Turn
-from prmkit.trajectories.run_fields import id_of, tools_of
+from prmkit.trajectories.run_fields import describe, id_of, tools_of
 from prmkit.trajectory import Call, Result
 
 
@@ -20,6 +20,10 @@ def recognises(value: Any) -> bool:
         and str(value.get("schema_version", "")).upper().startswith("ATIF")
         and isinstance(value.get("steps"), list)
     )
+
+
+_READ = ("schema_version", "session_id", "agent", "steps", "final_metrics", "subagent_trajectories",
+         "continued_trajectory_ref")  # fmt: skip
 
 
 def read(value: Any, _keys: Keys) -> Iterator[Run]:
@@ -34,7 +38,11 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
         else:
             turns += _turns(step, index, lost)
     tools = tools_of(mapping(value.get("agent")).get("tool_definitions"))
-    yield Run(turns, lost, trajectory_id=id_of(value, "trajectory_id", "session_id"), tools=tools)
+    continues = bool(value.get("continued_trajectory_ref"))
+    identity = id_of(value, "trajectory_id", "session_id")
+    run = Run(turns, lost, trajectory_id=identity, tools=tools, continues=continues)
+    describe(run, value, Keys(), read=_READ)
+    yield run
     for called in value.get("subagent_trajectories") or ():
         if isinstance(called, dict) and isinstance(called.get("steps"), list):
             yield from read(called, _keys)
@@ -68,7 +76,7 @@ def _results(observation: Any, lost: Counter[str]) -> Iterator[Result]:
         if not isinstance(each, dict):
             lost["entries that are not results"] += 1
             continue
-        parts = Parts(lost)
+        parts = Parts(lost, "result")
         parts.add(each.get("content"))
         lost["references to runs of called agents"] += bool(each.get("subagent_trajectory_ref"))
         yield Result(parts.text(), as_text(each.get("source_call_id")) or None)

@@ -37,12 +37,27 @@ def recognises(value: Any) -> bool:
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     """Yield one run per session of a file, in the order of their first lines."""
     sessions: dict[str, list[tuple[int, Event]]] = {}
+    queued: dict[str, list[str]] = {}
     for line, value in values:
+        if text := _queued(value):
+            queued.setdefault(str(value.get("sessionId")), []).append(text)
         if isinstance(value, dict) and isinstance(value.get("uuid"), str):
             sessions.setdefault(str(value.get("sessionId")), []).append((line, value))
     for name, events in sessions.items():
         if any(recognises(event) for _, event in events):
-            yield _session(name, events)
+            run = _session(name, events)
+            said = [turn.text for turn in run.turns if turn.role == "user"]
+            lost = sum(not any(text in each for each in said) for text in queued.get(name, ()))
+            run.lost["messages that the user typed while the agent worked"] += lost
+            yield run
+
+
+def _queued(event: Any) -> str | None:
+    """What the user typed while the agent worked; most of it is also a message of the user further down."""
+    if not isinstance(event, dict) or event.get("operation") != "enqueue":
+        return None
+    text = event.get("content")
+    return text.strip() or None if isinstance(text, str) and not _INJECTED.match(text) else None
 
 
 def _session(name: str, events: Sequence[tuple[int, Event]]) -> Run:
@@ -95,7 +110,13 @@ def _ids(event: Event, kind: str, key: str) -> Iterator[str]:
 
 
 def _add(turns: list[Turn], event: Event, index: int, answers: dict[str, int], lost: Counter[str]) -> None:
-    """Append the turns of an event, or extend an answer that has begun (`answers`: message id -> its index)."""
+    """Append the turns of an event, or extend an answer that has begun (`answers`: message id -> its position)."""
+    attachment = event.get("attachment")
+    if isinstance(attachment, dict) and attachment.get("type") == "queued_command":
+        if attachment.get("commandMode", "prompt") == "prompt":  # what the user typed while the agent worked
+            message = {"role": "user", "content": attachment.get("prompt")}
+            turns += [replace(turn, index=index) for turn in read_message(message, lost)]
+        return
     if not recognises(event):
         lost[f"entries of type {str(event.get('type'))[:40]}"] += event.get("type") not in _BOOKKEEPING
         return

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prmkit.trajectories.content import Parts, as_text, mapping, read_call
+from prmkit.trajectories.content import Parts, as_text, mapping, read_call, read_message, turns_of
 from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run, Turn, joined
 from prmkit.trajectory import Call, Result
 
@@ -19,10 +19,12 @@ _INJECTED = re.compile(
     r"\s*(?:<(?:environment_context|user_instructions|permissions instructions|turn_aborted|skills_instructions)"
     r"|# AGENTS\.md instructions)"
 )
-_CALLS = {"function_call", "custom_tool_call", "local_shell_call", "tool_search_call", "web_search_call"}
+_CALLS = {"function_call", "custom_tool_call", "local_shell_call", "tool_search_call", "web_search_call",
+          "shell_call", "apply_patch_call"}  # fmt: skip
 _REPEATED = {"event_msg", "turn_context", "None"}
-"""Types of lines that only repeat the items for display; in older files, the first and the last line have no type."""
-_OUTPUTS = {"function_call_output", "custom_tool_call_output", "tool_search_output", "mcp_tool_call_output"}
+"""Lines that only repeat the items for display; lines without a kind open and close older files."""
+_OUTPUTS = {"function_call_output", "custom_tool_call_output", "tool_search_output", "mcp_tool_call_output",
+            "local_shell_call_output", "shell_call_output", "apply_patch_call_output"}  # fmt: skip
 
 
 def recognises(value: Any) -> bool:
@@ -50,6 +52,8 @@ def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
             _add(run, payload, index)
         elif payload is None and kind in {"message", "reasoning"} | _CALLS | _OUTPUTS:
             _add(run, value, index)
+        elif kind == "event_msg" and mapping(payload).get("type") == "thread_rolled_back":
+            _undo(run, mapping(payload).get("num_turns"))
         elif kind == "compacted":
             lost["redundant summaries"] += 1
         elif kind not in _REPEATED:
@@ -57,8 +61,21 @@ def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
     yield run
 
 
-def turns_of_items(items: Sequence[Any], lost: Counter[str]) -> list[Turn]:
-    """Return the turns of a list of items of the Responses API."""
+def is_item_list(value: Any) -> bool:
+    """Whether a value is a list of items of the Responses API: messages, and at least one call, result or thought."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        return False
+    return any(map(_is_item, value)) and all(item.get("role") or _is_item(item) for item in value)
+
+
+def _is_item(item: Mapping[str, Any]) -> bool:
+    return recognises(item) or (item.get("type") == "reasoning" and "summary" in item)
+
+
+def turns_of_list(items: Sequence[Any], lost: Counter[str]) -> list[Turn]:
+    """The turns of a list of messages, or of items of the Responses API."""
+    if not any(isinstance(item, dict) and _is_item(item) for item in items):
+        return turns_of(items, lost)
     run = Run([], lost)
     for index, item in enumerate(items):
         _add(run, mapping(item), index)
@@ -72,7 +89,9 @@ def _kind(item: Mapping[str, Any]) -> str:
 
 def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
     kind, lost = _kind(item), run.lost
-    if kind == "message":
+    if kind == "message" and (item.get("tool_calls") or item.get("role") == "tool"):  # a message of the older API
+        run.turns += [replace(turn, index=index) for turn in read_message(item, lost)]
+    elif kind == "message":
         parts = Parts(lost)
         parts.add(item.get("content"))
         if item.get("role") == "assistant":
@@ -95,13 +114,22 @@ def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
             _continue(run, Turn("agent", calls=(call,), index=index), new=False)
     elif kind in _OUTPUTS:
         output = item.get("output")
-        parts = Parts(lost)
+        parts = Parts(lost, "result")
         parts.add(output.get("content", output) if isinstance(output, dict) else output)
         failed = isinstance(output, dict) and output.get("success") is False
         result = Result(parts.text(), as_text(item.get("call_id")) or None, failed)
         run.turns.append(Turn("tool", results=(result,), index=index))
     else:
         lost[f"items of type {kind[:40]}"] += 1
+
+
+def _undo(run: Run, turns: Any) -> None:
+    """Leave out the last messages of the user, and everything after them: the session continued before them."""
+    places = [place for place, turn in enumerate(run.turns) if turn.role == "user"]
+    if isinstance(turns, int) and turns > 0 and places:
+        begin = places[max(len(places) - turns, 0)]
+        run.lost["messages of turns that were undone"] += sum(turn.role != "tool" for turn in run.turns[begin:])
+        del run.turns[begin:]
 
 
 def _open(run: Run) -> bool:

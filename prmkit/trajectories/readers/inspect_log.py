@@ -10,6 +10,7 @@ from typing import Any
 from prmkit.trajectories.content import Parts, as_text, is_message_list, turns_of
 from prmkit.trajectories.run import Keys, Reader, Run
 from prmkit.trajectories.run_fields import outcome_of
+from prmkit.trajectory import outcome_number
 
 _REFERENCE = "attachment://"
 _GRADES: Mapping[Any, float] = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
@@ -48,7 +49,7 @@ def _run(sample: Mapping[str, Any], name: str) -> Run:
         task=_input(sample["input"], attachments or {}),
         task_id=f"{name}/{identity}" if name and identity else identity or None,
         trajectory_id=as_text(sample.get("uuid")) or None,
-        outcome=_outcome(sample.get("scores")),
+        outcome=_outcome(sample.get("scores"), lost),
         reference=as_text(sample["target"]) or None,
     )
 
@@ -74,10 +75,15 @@ def _resolved(value: Any, attachments: Mapping[str, Any], lost: Counter[str]) ->
     return value
 
 
-def _outcome(scores: Any) -> dict[str, Any] | None:
+def _outcome(scores: Any, lost: Counter[str]) -> dict[str, Any] | None:
+    """The outcome on which all scorers agree: a log does not say which of them measures success."""
+    found = []
     for score in scores.values() if isinstance(scores, dict) else ():
         value = score.get("value") if isinstance(score, dict) else None
-        return outcome_of({"score": _GRADES.get(value, value) if isinstance(value, str) else value})
+        found.append(outcome_of({"score": _GRADES.get(value, value) if isinstance(value, str) else value}))
+    if found and found[0] is not None and all(outcome_number(each) == outcome_number(found[0]) for each in found):
+        return found[0]
+    lost["scores without one meaning"] += len(found)
     return None
 
 

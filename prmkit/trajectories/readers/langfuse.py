@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prmkit.trajectories.content import as_text
+from prmkit.trajectories.content import as_text, mapping, parsed
 from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations
 from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
+from prmkit.trajectories.run_fields import tools_of
 
 
 def recognises(value: Any) -> bool:
@@ -17,9 +18,15 @@ def recognises(value: Any) -> bool:
     return {"traceId", "type"} <= value.keys() and isinstance(value["type"], str)
 
 
+_NOTHING = (
+    "no observation of type GENERATION with input or output. Export the observations of the traces, not only traces"
+)
+
+
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """Yield one run per trace."""
-    for _, run in longest_conversations(values, _calls):
+    """A run for each trace."""
+    for call, run in longest_conversations(values, _calls, _NOTHING):
+        run.tools = tools_of(call.tools)
         yield run
 
 
@@ -29,7 +36,9 @@ def _calls(value: Any) -> Iterator[ModelCall]:
     for each in value.get("observations", [value]):
         if str(each["type"]).upper() == "GENERATION":
             trace = as_text(each.get("traceId") or value.get("id"))
-            yield ModelCall(trace, as_text(each.get("startTime")), conversation(each.get("input"), each.get("output")))
+            tools = mapping(parsed(each.get("input"))).get("tools")
+            messages = conversation(each.get("input"), each.get("output"))
+            yield ModelCall(trace, as_text(each.get("startTime")), *messages, tools)
 
 
 READER = Reader("langfuse", recognises, every=read)

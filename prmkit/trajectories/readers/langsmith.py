@@ -14,9 +14,12 @@ def recognises(value: Any) -> bool:
     return isinstance(value, dict) and {"run_type", "inputs"} <= value.keys() and ("trace_id" in value or "id" in value)
 
 
+_NOTHING = "no span of run_type llm, only what encloses model calls. Export the child runs too (list_runs by trace_id)"
+
+
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """Yield one run per trace."""
-    for call, run in longest_conversations(values, _calls):
+    """A run for each trace."""
+    for call, run in longest_conversations(values, _calls, _NOTHING):
         run.tools = tools_of(call.tools)
         yield run
 
@@ -30,7 +33,7 @@ def _calls(value: Any) -> Iterator[ModelCall]:
         tools = parameters.get("tools") if isinstance(parameters, dict) else None
         time = as_text(value.get("dotted_order") or value.get("start_time"))
         trace = as_text(value.get("trace_id") or value.get("id"))
-        yield ModelCall(trace, time, conversation(value["inputs"], value.get("outputs")), tools)
+        yield ModelCall(trace, time, *conversation(value["inputs"], value.get("outputs")), tools)
     for child in value.get("child_runs") or ():
         if isinstance(child, dict):
             yield from _calls({"trace_id": value.get("trace_id") or value.get("id")} | child)

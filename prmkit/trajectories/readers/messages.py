@@ -6,19 +6,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.content import is_message_list, turns_of
+from prmkit.trajectories.content import is_message_list, parsed, turns_of
 from prmkit.trajectories.readers import codex
-from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
-from prmkit.trajectories.run_fields import describe
+from prmkit.trajectories.run import Keys, Reader, Run, UnreadableValue
+from prmkit.trajectories.run_fields import SOLUTIONS, TASK_IDS, describe
 
-LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog")
+LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog",
+             "contents", "events")  # fmt: skip
 _JUDGED = {"evaluation_type", "clip_number"}
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is a list of messages, or an object with one under a usual name; judged rows are not runs."""
-    if is_message_list(value):
-        return True
+    """A list of messages, or an object with exactly one such list under a usual name; judged rows are not runs."""
+    if isinstance(value, list):
+        return _list(value) is not None
     if not isinstance(value, dict) or is_judged_row(value):
         return False
     return bool(_lists(value) or _is_completion(value) or _group(value))
@@ -40,24 +41,23 @@ def read(value: Any, keys: Keys) -> Iterator[Run]:
     """
     lost: Counter[str] = Counter()
     if isinstance(value, list):
-        yield Run(_turns(value, lost), lost)
+        yield Run(codex.turns_of_list(value, lost), lost)
         return
     if group := _group(value):
-        for member in group:
-            yield from read(member, keys)
+        shared = {name: value[name] for name in (*TASK_IDS, *SOLUTIONS, keys.task) if name in value}
+        for place, member in enumerate(group):
+            for run in read(shared | member, keys):
+                others = value.keys() - shared.keys() - {"trajectories"} if place == 0 else ()
+                run.lost.update(f"field {name[:40]} of a group" for name in others if value[name] not in (None, [], {}))
+                yield run
         return
     name, messages = _messages(value, keys)
-    run = Run(_turns(messages, lost), lost)
+    run = Run(codex.turns_of_list(messages, lost), lost)
     if value.get("system"):  # Anthropic and ShareGPT keep it next to the messages
         run.turns[:0] = turns_of([{"role": "system", "content": value["system"]}], Counter())
     known = {"prompt", "completion"} if name == "completion" else {name}
     describe(run, value, keys, read={*known, "system"})
     yield run
-
-
-def _turns(messages: list[Any], lost: Counter[str]) -> list[Turn]:
-    has_items = any(codex.recognises(message) for message in messages)
-    return codex.turns_of_items(messages, lost) if has_items else turns_of(messages, lost)
 
 
 def _group(value: Mapping[str, Any]) -> list[Any]:
@@ -69,28 +69,33 @@ def _group(value: Mapping[str, Any]) -> list[Any]:
 
 def _messages(value: Mapping[str, Any], keys: Keys) -> tuple[str, list[Any]]:
     if keys.messages:
-        if not is_message_list(value.get(keys.messages)):
-            raise UnreadableValue(f"no list of messages under {keys.messages}")
-        return keys.messages, value[keys.messages]
+        if (named := _list(value.get(keys.messages))) is None:
+            raise UnreadableValue(f"no list of messages under {keys.messages}: each entry needs a role and content")
+        return keys.messages, named
     names = _lists(value)
     if len(names) > 1:
         raise UnreadableValue(f"lists of messages under {' and '.join(names)}; choose one with --list-key")
     if names:
-        return names[0], value[names[0]]
+        return names[0], _list(value[names[0]]) or []
     if not _is_completion(value):
-        raise UnreadableValue("no list of messages; pass its key with --list-key")
-    prompt = value["prompt"] if isinstance(value["prompt"], list) else [{"role": "user", "content": value["prompt"]}]
-    return "completion", [*prompt, *value["completion"]]
+        raise UnreadableValue("no list of messages; name its key with --list-key")
+    prompt = _list(value["prompt"]) or [{"role": "user", "content": value["prompt"]}]
+    return "completion", [*prompt, *(_list(value["completion"]) or [])]
 
 
 def _lists(value: Mapping[str, Any]) -> list[str]:
-    return [name for name in LIST_KEYS if is_message_list(value.get(name))]
+    return [name for name in LIST_KEYS if _list(value.get(name))]
+
+
+def _list(value: Any) -> list[Any] | None:
+    """A list of messages or of items of the Responses API; many tables on Hugging Face have it as JSON in a string."""
+    value = parsed(value)
+    return value if is_message_list(value) or codex.is_item_list(value) else None
 
 
 def _is_completion(value: Mapping[str, Any]) -> bool:
-    return is_message_list(value.get("completion")) and (
-        is_message_list(value.get("prompt")) or isinstance(value.get("prompt"), str)
-    )
+    has_prompt = isinstance(value.get("prompt"), str) or _list(value.get("prompt")) is not None
+    return has_prompt and _list(value.get("completion")) is not None
 
 
-READER = Reader("messages", recognises, one=read)
+READER = Reader("messages", recognises, one=read, own_keys=True)

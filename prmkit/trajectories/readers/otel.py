@@ -3,6 +3,7 @@
 Files are OTLP JSON (`resourceSpans`) or one span per line with `attributes` as an object. Messages are in
 `gen_ai.input.messages` and `gen_ai.output.messages`, or in older versions in numbered `gen_ai.prompt.0.…` attributes or
 in events of the span; OpenInference also numbers them, as `llm.input_messages.0.message.…`.
+Vercel's AI SDK has its own attributes, `ai.prompt.messages` and `ai.response.…`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,9 +35,16 @@ def recognises(value: Any) -> bool:
     return "gen_ai" in attributes or "openinference" in attributes
 
 
+_NOTHING = (
+    "no span has the messages of a model call. Switch on the capture of message content and record the runs again: "
+    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=SPAN_ONLY (true in older versions), "
+    "recordInputs and recordOutputs in the AI SDK. Messages in log records are not read"
+)
+
+
 def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
-    """Yield one run per trace."""
-    for call, run in longest_conversations(values, _calls):
+    """A run for each trace."""
+    for call, run in longest_conversations(values, _calls, _NOTHING):
         run.tools = tools_of(call.tools)
         yield run
 
@@ -44,13 +52,14 @@ def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
 def _calls(value: Any) -> Iterator[ModelCall]:
     for span in _spans(value):
         attributes = attributes_of(span)
-        messages = _genai(attributes, span) or _openinference(attributes)
-        if messages:
+        given, answer = _genai(attributes, span) or _ai_sdk(attributes) or _openinference(attributes)
+        if given or answer:
             context = mapping(span.get("context"))
             trace = span.get("traceId") or span.get("trace_id") or context.get("trace_id")
             time = span.get("startTimeUnixNano") or span.get("start_time") or span.get("startTime")
             tools = at(attributes, "gen_ai", "tool", "definitions") or offered(attributes)
-            yield ModelCall(as_text(trace), as_text(time), messages, tools)
+            tools = tools or list(map(parsed, at(attributes, "ai", "prompt", "tools") or ()))
+            yield ModelCall(as_text(trace), as_text(time), given, answer, tools)
 
 
 def _spans(value: Any) -> Iterator[Span]:
@@ -64,22 +73,27 @@ def _spans(value: Any) -> Iterator[Span]:
             yield from (span for span in scope.get("spans") or () if isinstance(span, dict))
 
 
-def _genai(attributes: Mapping[str, Any], span: Span) -> list[Any]:
-    """Return the messages of a `chat` span; agents' and tools' spans repeat parts of them."""
+def _genai(attributes: Mapping[str, Any], span: Span) -> tuple[list[Any], list[Any]] | None:
+    """The messages of a `chat` span; agents' and tools' spans repeat parts of them."""
     if at(attributes, "gen_ai", "operation", "name") in ("invoke_agent", "execute_tool", "create_agent", "embeddings"):
-        return []
-    messages, answer = at(attributes, "gen_ai", "input", "messages"), at(attributes, "gen_ai", "output", "messages")
-    if messages is None:
-        messages, answer = at(attributes, "gen_ai", "prompt"), at(attributes, "gen_ai", "completion")
+        return None
+    attributes = next((found for found in (attributes, *_details(span)) if at(found, "gen_ai", "input", "messages")),
+                      attributes)  # fmt: skip
+    given, answer = at(attributes, "gen_ai", "input", "messages"), at(attributes, "gen_ai", "output", "messages")
+    if given is None:
+        given, answer = at(attributes, "gen_ai", "prompt"), at(attributes, "gen_ai", "completion")
     system = at(attributes, "gen_ai", "system_instructions")
     opening = [{"role": "system", "content": parsed(system)}] if system else []
-    if messages is not None:
-        return opening + conversation(messages, answer)
-    return opening + list(_events(span))
+    if given is not None:
+        messages, output = conversation(given, answer)
+        return opening + messages, output
+    events = list(_events(span))
+    messages, output = ([message for message, is_answer in events if is_answer is wanted] for wanted in (False, True))
+    return (opening + messages, output) if events else None
 
 
-def _events(span: Span) -> Iterator[dict[str, Any]]:
-    """Yield the messages of the older version: one event of the span per message."""
+def _events(span: Span) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The older version: one event of the span for each message, and whether it is the output."""
     for event in span.get("events") or ():
         if isinstance(event, dict) and (role := _EVENT_ROLES.get(str(event.get("name")))):
             body = attributes_of(event) | mapping(event.get("body"))
@@ -88,19 +102,38 @@ def _events(span: Span) -> Iterator[dict[str, Any]]:
             calls = parsed(message.get("tool_calls"))
             if role == "tool" and "id" in body:
                 message = {"tool_call_id": body["id"]} | message
-            yield {"role": role} | message | ({"role": role, "tool_calls": calls} if calls else {"role": role})
+            message = {"role": role} | message | ({"role": role, "tool_calls": calls} if calls else {"role": role})
+            yield message, event["name"] == "gen_ai.choice"
 
 
-def _openinference(attributes: Mapping[str, Any]) -> list[Any]:
+def _details(span: Span) -> Iterator[dict[str, Any]]:
+    """The attributes of the event that holds the messages if they are not attributes of the span."""
+    for event in span.get("events") or ():
+        if isinstance(event, dict) and event.get("name") == "gen_ai.client.inference.operation.details":
+            yield attributes_of(event)
+
+
+def _ai_sdk(attributes: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    """The messages of a model call of Vercel's AI SDK (`ai.generateText.doGenerate` and similar)."""
+    given = at(attributes, "ai", "prompt", "messages")
+    if given is None:
+        return None
+    answer = at(attributes, "ai", "response")
+    calls = parsed(at(answer, "toolCalls"))
+    text, thought = at(answer, "text"), at(answer, "reasoning")
+    return conversation(given, {"role": "assistant", "content": text, "reasoning": thought, "tool_calls": calls})
+
+
+def _openinference(attributes: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    found: tuple[list[Any], list[Any]] = ([], [])
     if at(attributes, "openinference", "span", "kind") != "LLM":
-        return []
-    messages = []
-    for name in ("input_messages", "output_messages"):
+        return found
+    for name, messages in zip(("input_messages", "output_messages"), found, strict=True):
         for entry in parsed(at(attributes, "llm", name)) or ():
             message = undotted(entry).get("message") if isinstance(entry, dict) else None
             if isinstance(message, dict):
                 messages.append(_openinference_message(message))
-    return messages
+    return found
 
 
 def _openinference_message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,4 +106,4 @@ def _turn(step: Mapping[str, Any], index: int) -> Turn:
     return Turn("agent", texts, thoughts, tuple(step.get("calls", ())), tuple(step.get("results", ())), index=index)
 
 
-READER = Reader("tagged", recognises, one=read)
+READER = Reader("tagged", recognises, one=read, own_keys=True)

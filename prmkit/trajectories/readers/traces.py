@@ -1,16 +1,21 @@
 """Shared code of the trace readers: find the model call of a trace that has the complete conversation.
 
-A model call has every message so far, so the longest call of a trace is the run; the others repeat its beginning. Calls
-with another beginning (a title, a guardrail, another agent) are counted.
+A model call has every message so far, so the longest call of a trace is the run; most others repeat its beginning. The
+rest are counted: calls that begin differently (a title, a guardrail, another agent), and calls of the same conversation
+that the longest one does not contain (another sample of an answer, or what follows after the history was shortened).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-from prmkit.trajectories.content import as_text, is_message_list, parsed, role_name, turns_of
-from prmkit.trajectories.run import NumberedValues, Run
+import orjson
+
+from prmkit.trajectories.content import as_text, is_message_list, parsed, role_name
+from prmkit.trajectories.readers import codex
+from prmkit.trajectories.run import NumberedValues, Run, Turn, UnreadableValue
 
 
 @dataclass(frozen=True)
@@ -19,70 +24,156 @@ class ModelCall:
 
     trace: str
     time: str
-    """The time as text, which sorts in the order of the calls."""
-    messages: list[Any]
-    """The input messages, then the output."""
+    """Sorts in the order of the calls."""
+    given: list[Any]
+    """The input messages."""
+    answer: list[Any]
+    """The output messages."""
     tools: Any = None
 
 
 @dataclass
 class _Trace:
-    location: tuple[int, int]
+    place: tuple[int, int] = (0, 0)
     longest: tuple[int, str] = (-1, "")
-    openings: Counter[int] = field(default_factory=Counter)
     opening: int = 0
+    prefixes: frozenset[int] = frozenset()
+    """Hashes of all beginnings of the longest call."""
+    calls: Counter[tuple[int, str, int, int]] = field(default_factory=Counter)
+    """Opening, time, hash of the input, hash of the whole call."""
+
+    def add(self, call: ModelCall, said: "_Said", place: tuple[int, int]) -> None:
+        opening, given, whole = (
+            said.opening(call),
+            said.beginnings(call.given),
+            said.beginnings(call.given, call.answer),
+        )
+        self.calls[opening, call.time, given[-1], whole[-1]] += 1
+        if (size := (len(call.given) + len(call.answer), call.time)) > self.longest:
+            self.longest, self.place, self.opening, self.prefixes = size, place, opening, frozenset(whole)
+
+    def others(self) -> Counter[str]:
+        """The calls that the longest one does not contain."""
+        lost: Counter[str] = Counter()
+        for (opening, _, _, whole), count in self.calls.items():
+            if whole not in self.prefixes:
+                same = "model calls that the longest one does not contain"
+                lost[same if opening == self.opening else "model calls of other conversations"] += count
+        return lost
+
+    def continues(self) -> bool:
+        """Whether later calls continue from a shortened history, so that the longest call lacks the last steps."""
+        return any(
+            opening == self.opening and time > self.longest[1] and given not in self.prefixes
+            for opening, time, given, _ in self.calls
+        )
 
 
 def longest_conversations(
-    values: NumberedValues, calls_of: Callable[[Any], Iterator[ModelCall]]
+    values: NumberedValues, calls_of: Callable[[Any], Iterator[ModelCall]], nothing: str
 ) -> Iterator[tuple[ModelCall, Run]]:
     """Yield the longest conversation of every trace, as a run that its reader completes.
 
     Reads the file twice, so that only one conversation is in memory at a time.
+
+    Args:
+        values: of the file.
+        calls_of: the model calls in a value.
+        nothing: why a file of this form may have no model call with messages, and what to do.
+
+    Raises:
+        UnreadableValue: it has none.
     """
-    traces: dict[str, _Trace] = {}
+    traces: dict[str | int, _Trace] = {}
+    said = _Said()
     for number, (_, value) in enumerate(values):
         for inner, call in enumerate(calls_of(value)):
-            trace = traces.setdefault(call.trace, _Trace((number, inner)))
-            opening = _opening(call.messages)
-            trace.openings[opening] += 1
-            if (size := (len(call.messages), call.time)) > trace.longest:
-                trace.longest, trace.location, trace.opening = size, (number, inner), opening
-    wanted = {trace.location[0]: set[int]() for trace in traces.values()}
+            traces.setdefault(call.trace or said.opening(call), _Trace()).add(call, said, (number, inner))
+    if not traces:
+        raise UnreadableValue(nothing)
+    wanted = {trace.place[0]: set[int]() for trace in traces.values()}
     for trace in traces.values():
-        wanted[trace.location[0]].add(trace.location[1])
+        wanted[trace.place[0]].add(trace.place[1])
     for number, (line, value) in enumerate(values):
         for inner, call in enumerate(calls_of(value)) if number in wanted else ():
             if inner in wanted[number]:
-                trace = traces[call.trace]
-                lost: Counter[str] = Counter()
-                lost["unrelated model calls"] = trace.openings.total() - trace.openings[trace.opening]
-                yield call, Run(turns_of(call.messages, lost), lost, trajectory_id=call.trace, line=line)
+                trace = traces[call.trace or said.opening(call)]
+                lost = trace.others()
+                turns = codex.turns_of_list([*call.given, *call.answer], lost)
+                run = Run(turns, lost, trajectory_id=call.trace or None, line=line, continues=trace.continues())
+                yield call, run
 
 
-def _opening(messages: list[Any]) -> int:
-    """Return a hash of the first message that is not a system message: the same in all calls of a conversation."""
-    first = next((each for each in messages if role_name(each) not in ("system", "developer")), None)
-    return hash(as_text(first))
+class _Said:
+    """Hashes of what messages say, without what calls of one conversation may write differently.
+
+    Calls repeat their messages, so each is read once; a hash is all that is kept of it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[bool, int | None]] = {}
+
+    def opening(self, call: ModelCall) -> int:
+        """The system text and the first other message: the same in all calls of a conversation."""
+        found = []
+        for message in call.given:
+            is_system, said = self._of(message)
+            found.append(said)
+            if said is not None and not is_system:
+                break
+        return hash(tuple(found))
+
+    def beginnings(self, *lists: list[Any]) -> list[int]:
+        """The hashes of all beginnings of a conversation; a changed system text does not make it another one."""
+        found = [hash(())]
+        for message in chain(*lists):
+            is_system, said = self._of(message)
+            if said is not None and not is_system:
+                found.append(hash((found[-1], said)))
+        return found
+
+    def _of(self, message: Any) -> tuple[bool, int | None]:
+        """Whether it is a system text, and the hash of what it says; None if that is nothing."""
+        try:
+            key = hash(orjson.dumps(message))
+        except TypeError:  # nested deeply, or with a number of more than 64 bits
+            key = hash(as_text(message))
+        if key not in self._known:
+            if len(self._known) >= _MOST_MESSAGES:
+                self._known.clear()
+            turns = codex.turns_of_list([message], Counter())
+            texts = tuple(_words(turn) for turn in turns if turn.text or turn.calls or turn.results)
+            self._known[key] = all(turn.role == "system" for turn in turns), hash(texts) if texts else None
+        return self._known[key]
 
 
-def conversation(prompt: Any, answer: Any) -> list[Any]:
-    """Return the input messages and the output of a model call, from any of the formats that tracers write.
+_MOST_MESSAGES = 100_000
+
+
+def _words(turn: Turn) -> tuple[Any, ...]:
+    calls = tuple((call.name, as_text(call.arguments)) for call in turn.calls)
+    return (turn.role, turn.text.strip(), calls, tuple(result.text for result in turn.results))
+
+
+def conversation(given: Any, answer: Any) -> tuple[list[Any], list[Any]]:
+    """The input messages and the output of a model call, in any of the forms that tracers write.
 
     Args:
         prompt: messages, an object with `messages`, a list of lists (LangChain), any of these as JSON, or a prompt.
         answer: a message, an object with `choices`, `generations` or `messages`, any of these as JSON, or text.
     """
-    return [*_messages(prompt, "user"), *_messages(_answer(parsed(answer)), "assistant")]
+    return _messages(given, "user"), _messages(_answer(parsed(answer)), "assistant")
 
 
 def _messages(value: Any, role: str) -> list[Any]:
     value = parsed(value)
     if isinstance(value, dict) and "messages" in value:
         value = parsed(value["messages"])
+    if isinstance(value, dict) and (is_message_list(value.get("input")) or codex.is_item_list(value.get("input"))):
+        value = value["input"]
     if isinstance(value, list) and value and isinstance(value[0], list):
         value = value[0]
-    if is_message_list(value):
+    if is_message_list(value) or codex.is_item_list(value):
         return list(value)
     if role_name(value):
         return [value]
@@ -98,6 +189,8 @@ def _answer(value: Any) -> Any:
         first = value["generations"][0]
         first = first[0] if isinstance(first, list) and first else first
         return first.get("message", first.get("text")) if isinstance(first, dict) else first
-    if set(value) <= {"output", "content"} and len(value) == 1:
+    if codex.is_item_list(value.get("output")) or is_message_list(value.get("output")):  # the Responses API
+        return value["output"]
+    if set(value) <= {"output", "content", "message"} and len(value) == 1:
         return _answer(parsed(next(iter(value.values()))))
     return value
