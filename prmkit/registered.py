@@ -46,6 +46,8 @@ class State:
 
     versions: list[VersionId] = field(default_factory=list)
     """Those that exist, oldest first."""
+    removed: list[VersionId] = field(default_factory=list)
+    """Those that were removed."""
     last_number: dict[str, int] = field(default_factory=dict)
     """Judge -> the highest number ever given: numbers are never reused, not even after `remove`."""
     tags: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -98,6 +100,7 @@ def state_of(history: Sequence[Mapping[str, Any]]) -> State:
             state.last_number[name] = max(number, state.last_number.get(name, 0))
         elif action == "remove":
             state.versions.remove(VersionId(name, number))
+            state.removed.append(VersionId(name, number))
             for (judge, _), held in state.tags.items():
                 held[:] = [each for each in held if (judge, each) != (name, number)]
         elif action == "tag":

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,44 @@ def test_a_line_that_was_cut_off_never_happened(judges: Path, manage: Manage) ->
     assert len(read_history(judges)) == 5
     (judges / "history.jsonl").write_text('{"action"\n')
     assert "damaged" in manage("list", code=1)
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("lines_left", [0, 2, None])
+def test_versions_whose_lines_were_lost_are_named_and_not_deleted(
+    project: Path, judges: Path, manage: Manage, lines_left: int | None
+) -> None:
+    """The history was truncated, is an old backup, or is gone; the versions are still worth hours of training."""
+    history = judges / "history.jsonl"
+    whole = history.read_bytes()
+    if lines_left is None:
+        history.unlink()
+    else:
+        history.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines_left]))
+    before = {file: file.read_bytes() for file in judges.rglob("*") if file.is_file() and not file.name.startswith(".")}
+    for command in (["add", project / "saves" / "run1", "--name", "other"], ["tag", "judge@1", "preview"]):
+        said = manage(*command, code=1)
+        assert f"judge/{2 if lines_left else 1}: " in said and "Restore the file from a backup" in said
+    assert all(file.read_bytes() == content for file, content in before.items())
+    history.write_bytes(whole)
+    manage("tag", "judge@1", "preview")
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("command", ["add", "remove"])
+def test_what_a_command_that_was_killed_at_its_end_left_is_removed(judges: Path, manage: Manage, command: str) -> None:
+    """An add that renamed its folder but wrote no line, and a removal that wrote its line but deleted nothing."""
+    number = 3 if command == "add" else 1
+    copy = judges / "judge" / str(number)
+    if command == "add":
+        (judges / "judge" / ".adding-3").mkdir()
+    shutil.copytree(judges / "judge" / "1", judges / "copy")
+    if command == "remove":
+        manage("remove", 1)
+    (judges / "copy").rename(copy)
+    manage("tag", 2, "preview")
+    assert not copy.exists() and not list(judges.glob("*/.adding-*"))
+    assert (judges / "judge" / "2" / "version.json").is_file()
 
 
 def test_judge_and_run_are_two_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
