@@ -180,8 +180,10 @@ def _on_outcomes(
     """
     lowest = [_lowest(steps) for steps in (ones, others)]
     losses: dict[str, list[float]] = defaultdict(list)
-    for trajectory in lowest[0].keys() & lowest[1].keys() & outcomes.keys():
-        (a, task), (b, _) = lowest[0][trajectory], lowest[1][trajectory]
+    for trajectory, (a, task) in lowest[0].items():  # in the order of the logs, on which a confidence sequence depends
+        if trajectory not in lowest[1] or trajectory not in outcomes:
+            continue
+        b, _ = lowest[1][trajectory]
         losses[task].append((a - outcomes[trajectory]) ** 2 - (b - outcomes[trajectory]) ** 2)
     gains = [fmean(values) for values in losses.values()]
     found = {"tasks": len(gains), "runs": sum(map(len, losses.values()))}

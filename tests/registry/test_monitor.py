@@ -3,7 +3,7 @@
 import json
 import random
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,25 @@ def test_a_judge_that_predicts_success_better_is_found_and_an_equal_one_is_not(t
     assert compare_judges(same, read_outcomes(outcomes))["outcomes"]["decision"].startswith("continue")
     few = [step for step in steps if int(step.id[1:].split("#")[0]) < 6]
     assert "more tasks" in compare_judges(few, read_outcomes(outcomes))["outcomes"]["decision"]
+
+
+def outcomes_of(folder: Path, truth: Sequence[float]) -> Path:
+    """The outcomes of the runs of `scored`."""
+    path = folder / "outcomes.jsonl"
+    lines = [{"trajectory_id": f"r{n}", "outcome": value} for n, value in enumerate(truth)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_tasks_are_compared_in_the_order_of_the_logs(tmp_path: Path) -> None:
+    """A confidence sequence depends on the order of its values; a set has another one in every process."""
+    rng = random.Random(3)
+    truth, ones, others = ([rng.random() for _ in range(60)] for _ in range(3))
+    files = [scored(tmp_path, name, [score for score in scores for _ in range(2)])
+             for name, scores in (("a", ones), ("b", others))]  # fmt: skip
+    found = compare_judges(read_scored(files), read_outcomes(outcomes_of(tmp_path, truth)))
+    gains = [(a - o) ** 2 - (b - o) ** 2 for a, b, o in zip(ones, others, truth, strict=True)]
+    assert found["outcomes"]["gain_of_b"] == confidence_sequence(gains) != confidence_sequence(gains[::-1])
 
 
 def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
