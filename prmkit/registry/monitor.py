@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -91,7 +92,7 @@ def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep
     return LoggedStep(
         judge=str(line.get("judge") or path),
         keys=tuple(sorted(line.get("keys") or line.get("scores") or ())),
-        prompt=str(line["request_hash"]),
+        prompt=str(line["request_hash"] or place),  # a row that could not be read has no hash
         trajectory=name_at(place, line, "trajectory") or name_at(place, metadata, "trajectory_id") or task,
         task=task,
         score=line["score"],
@@ -132,23 +133,29 @@ def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | 
     Raises:
         UsageError: there are not exactly two judges, or they share no step.
     """
-    by_judge: dict[str, dict[str, LoggedStep]] = defaultdict(dict)
+    by_judge: dict[str, list[LoggedStep]] = defaultdict(list)
     for step in steps:
-        by_judge[step.judge].setdefault(step.prompt, step)
+        by_judge[step.judge].append(step)
     if len(by_judge) != 2:
         raise UsageError(f"an A/B comparison needs two judges, but there are {len(by_judge)} ({', '.join(by_judge)}).")
     # The production judge is a, whichever was logged first.
-    (first, ones), (second, others) = sorted(
-        by_judge.items(), key=lambda judge: next(iter(judge[1].values())).role != "production"
-    )
+    (first, all_ones), (second, all_others) = sorted(by_judge.items(), key=lambda each: each[1][0].role != "production")
+    ones, others = _by_prompt(all_ones), _by_prompt(all_others)
     both = [prompt for prompt in ones if prompt in others and _is_sure(ones[prompt]) and _is_sure(others[prompt])]
     found: dict[str, Any] = {"a": first, "b": second, "steps": len(both)}
     if both:
         found |= _differences([(ones[prompt], others[prompt]) for prompt in both])
     if outcomes is not None:
-        found["outcomes"] = _on_outcomes(ones.values(), others.values(), outcomes)
+        found["outcomes"] = _on_outcomes(all_ones, all_others, outcomes)
     elif not both:
         raise UsageError(f"{first} and {second} share no step on which both are sure. Score the same runs with both.")
+    return found
+
+
+def _by_prompt(steps: Iterable[LoggedStep]) -> dict[str, LoggedStep]:
+    found: dict[str, LoggedStep] = {}
+    for step in steps:
+        found.setdefault(step.prompt, step)
     return found
 
 
@@ -178,35 +185,37 @@ def _on_outcomes(
 
     Runs of a task are not independent, so they count as one. Only runs that both scored completely are compared.
     """
-    lowest = [_lowest(steps) for steps in (ones, others)]
+    runs, others_runs = _runs(ones), _runs(others)
     losses: dict[str, list[float]] = defaultdict(list)
-    for trajectory, (a, task) in lowest[0].items():  # in the order of the logs, on which a confidence sequence depends
-        if trajectory not in lowest[1] or trajectory not in outcomes:
-            continue
-        b, _ = lowest[1][trajectory]
-        losses[task].append((a - outcomes[trajectory]) ** 2 - (b - outcomes[trajectory]) ** 2)
+    for name, run in runs.items():  # in the order of the logs, on which a confidence sequence depends
+        if name in outcomes and _are_complete(run, others_runs.get(name, [])):
+            a, b = (AGGREGATES["min"]([step.score or 0.0 for step in each]) for each in (run, others_runs[name]))
+            losses[run[0].task or name].append((a - outcomes[name]) ** 2 - (b - outcomes[name]) ** 2)
     gains = [fmean(values) for values in losses.values()]
     found = {"tasks": len(gains), "runs": sum(map(len, losses.values()))}
     if not gains:
         return {
             **found,
             "gain_of_b": None,
-            "decision": "no run with an outcome was scored by both (--shadow lets both score)",
+            "decision": "no run with an outcome was completely scored by both (--shadow lets both score)",
         }
     gain = confidence_sequence(gains)
     return {**found, "gain_of_b": gain, "decision": _decision(gain, len(gains))}
 
 
-def _lowest(steps: Iterable[LoggedStep]) -> dict[str, tuple[float, str]]:
-    runs: dict[str, list[LoggedStep]] = defaultdict(list)
+def _runs(steps: Iterable[LoggedStep]) -> dict[str, list[LoggedStep]]:
+    """Trajectory -> its steps. A prompt that is repeated in a run is one step; runs may share prompts."""
+    found: dict[str, list[LoggedStep]] = defaultdict(list)
     for step in steps:
         if step.trajectory:
-            runs[step.trajectory].append(step)
-    whole = {name: run for name, run in runs.items() if all(map(_is_sure, run))}
-    return {
-        name: (AGGREGATES["min"]([step.score or 0.0 for step in run]), run[0].task or name)
-        for name, run in whole.items()
-    }
+            found[step.trajectory].append(step)
+    return {name: list(_by_prompt(run).values()) for name, run in found.items()}
+
+
+def _are_complete(run: Sequence[LoggedStep], other: Sequence[LoggedStep]) -> bool:
+    """Whether two judges scored the same steps of a run. If they are asked in different words, ids identify steps."""
+    same = any(Counter(map(what, run)) == Counter(map(what, other)) for what in map(attrgetter, ("prompt", "id")))
+    return same and all(map(_is_sure, [*run, *other]))
 
 
 def _decision(gain: Mapping[str, float], n: int) -> str:

@@ -89,6 +89,30 @@ def test_tasks_are_compared_in_the_order_of_the_logs(tmp_path: Path) -> None:
     assert found["outcomes"]["gain_of_b"] == confidence_sequence(gains) != confidence_sequence(gains[::-1])
 
 
+def test_only_runs_that_both_judges_scored_completely_are_compared(tmp_path: Path) -> None:
+    """Two equal judges: one that lacks the step that went wrong must not look worse."""
+    a = scored(tmp_path, "a", [0.9, 0.1] * 40)
+    outcomes = read_outcomes(outcomes_of(tmp_path, [0.0] * 40))
+    lines = [json.loads(line) for line in a.read_text().splitlines()]
+
+    def against(others: list[dict[str, Any]]) -> Any:
+        path = tmp_path / "b.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in others))
+        return compare_judges(read_scored([a, path]), outcomes)["outcomes"]
+
+    cut = against(lines[::2])
+    assert (cut["runs"], cut["gain_of_b"]) == (0, None) and "completely" in cut["decision"]
+    assert against(lines[:20])["runs"] == 10
+    assert against([*lines[:2], lines[2] | {"status": "unsure"}, *lines[3:]])["runs"] == 39
+    unreadable = {"request_hash": None, "status": "error", "score": None, "scores": {}}
+    assert against([line | (unreadable if n in (1, 3) else {}) for n, line in enumerate(lines)])["runs"] == 38
+    other_words = [line | {"request_hash": f"x{line['request_hash']}"} for line in lines]
+    assert against(other_words)["runs"] == 40 and against(other_words[1:])["runs"] == 39
+    same_first_step = [line | {"request_hash": "h0"} if n % 2 == 0 else line for n, line in enumerate(lines)]
+    a.write_text("".join(json.dumps(line) + "\n" for line in same_first_step))
+    assert against(same_first_step[:-2] + same_first_step[-1:])["runs"] == 39
+
+
 def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     one = scored(tmp_path, "a", [0.5] * 4)
     with pytest.raises(UsageError, match="two judges"):
