@@ -17,7 +17,7 @@ from prmkit.files import numbered_jsonl
 from prmkit.judge.types import AGGREGATES
 from prmkit.registered import VersionId
 from prmkit.registry.describe import shown_estimate
-from prmkit.rows import name_at
+from prmkit.rows import STEP_TYPES, name_at
 from prmkit.trajectory import log_id, outcome_number
 
 _LEVEL = 0.95
@@ -43,6 +43,8 @@ class LoggedStep:
     text: str | None = None
     """The prompt, if it was logged."""
     characters: int | None = None
+    is_step: bool = True
+    """Whether the verdict is on one step, not on a category of tools or on the whole run."""
     is_logged: bool = False
     """Whether the line is from a request log, which names the judge; else `judge` is the file."""
     role: str = ""
@@ -101,6 +103,7 @@ def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep
         id=str(line.get("id")),
         text=line.get("prompt"),
         characters=line.get("characters"),
+        is_step=line["is_step"] if "is_step" in line else metadata.get("evaluation_type") in (None, *STEP_TYPES),
         is_logged="judge" in line,
         role=str(line.get("role") or ""),
         time=str(line.get("time") or ""),
@@ -207,7 +210,7 @@ def _runs(steps: Iterable[LoggedStep]) -> dict[str, list[LoggedStep]]:
     """Trajectory -> its steps. A prompt that is repeated in a run is one step; runs may share prompts."""
     found: dict[str, list[LoggedStep]] = defaultdict(list)
     for step in steps:
-        if step.trajectory:
+        if step.trajectory and step.is_step:
             found[step.trajectory].append(step)
     return {name: list(_by_prompt(run).values()) for name, run in found.items()}
 

@@ -13,6 +13,7 @@ from registry_fixtures import make_rows, make_run
 
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
+from prmkit.judge.scorer import ShapeOf
 from prmkit.registry.monitor import (
     compare_judges,
     confidence_sequence,
@@ -22,6 +23,9 @@ from prmkit.registry.monitor import (
     show_ab,
     steps_of,
 )
+from prmkit.row_lines import Line
+from prmkit.scoring.rows import read_rows
+from prmkit.serving.request_log import RequestLog
 from prmkit.trajectory import log_id
 
 
@@ -111,6 +115,44 @@ def test_only_runs_that_both_judges_scored_completely_are_compared(tmp_path: Pat
     same_first_step = [line | {"request_hash": "h0"} if n % 2 == 0 else line for n, line in enumerate(lines)]
     a.write_text("".join(json.dumps(line) + "\n" for line in same_first_step))
     assert against(same_first_step[:-2] + same_first_step[-1:])["runs"] == 39
+
+
+KINDS = ((None, 0.9, 0.9), ("clip", 0.8, 0.8), ("category", 0.1, 0.9), ("final", 0.1, 0.9))
+"""Evaluation type, score of judge a, score of judge b."""
+
+
+def outputs_with_types(folder: Path) -> list[Path]:
+    for number, name in enumerate("ab"):
+        lines = [
+            {"id": kind, "scores": {"k": scores[number]}, "score": scores[number], "status": "ok",
+             "request_hash": f"{kind}", "metadata": {"trajectory_id": "r0", "evaluation_type": kind}}
+            for kind, *scores in KINDS
+        ]  # fmt: skip
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [folder / "a", folder / "b"]
+
+
+def log_with_types(folder: Path) -> list[Path]:
+    """A log as serve_judge.py writes it."""
+    request_log = RequestLog(folder / "log.jsonl")
+    with request_log.writing():
+        for kind, *scores in KINDS:
+            value = {"prompt": f"Judge {kind}.", "metadata": {"trajectory_id": "r0", "evaluation_type": kind}}
+            text = json.dumps(value).encode()
+            (row,) = read_rows([Line(1, text, len(text))], ShapeOf(("k",)))
+            for judge, score in zip("ab", scores, strict=True):
+                line = {"score": score, "std": 0.1, "label_mass": 0.9, "status": "ok"}
+                request_log.add(row, line, judge, "production")
+    return [request_log.file]
+
+
+@pytest.mark.parametrize("write", [outputs_with_types, log_with_types])
+def test_verdicts_on_categories_and_whole_runs_are_no_steps(
+    tmp_path: Path, write: Callable[[Path], list[Path]]
+) -> None:
+    found = compare_judges(read_scored(write(tmp_path)), {"r0": 1.0})
+    assert found["steps"] == 4
+    assert (found["outcomes"]["runs"], found["outcomes"]["gain_of_b"]["value"]) == (1, 0.0)
 
 
 def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
