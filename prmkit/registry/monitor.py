@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from operator import attrgetter
@@ -14,14 +14,13 @@ from prmkit import cli
 from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import numbered_jsonl
+from prmkit.intervals import confidence_sequence
 from prmkit.judge.types import AGGREGATES
 from prmkit.registered import VersionId
 from prmkit.registry.describe import shown_estimate
 from prmkit.rows import STEP_TYPES, name_at
-from prmkit.trajectory import log_id, outcome_number
+from prmkit.trajectory import is_share, log_id, outcome_number
 
-_LEVEL = 0.95
-_CAP = 0.5
 _SHOWN = 5
 
 
@@ -61,7 +60,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
         days: only steps logged in the last `days` days; None for all.
 
     Raises:
-        DataError: a file is missing, a line is of neither kind, or nothing is left.
+        DataError: a file is missing, a line is of neither kind or has a wrong value, or nothing is left.
         UsageError: `days` is given for a file without times.
     """
     found = []
@@ -88,8 +87,18 @@ def _time_of(line: Mapping[str, Any], place: str) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "score": (is_share, "a number from 0 to 1"),
+    "label_mass": (is_share, "a number from 0 to 1"),
+}
+"""Field of a line -> what it must be, if it is there and not null."""
+
+
 def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep:
     metadata, place = line.get("metadata") or {}, f"{path}:{number}"
+    for name, (is_right, what) in _FIELDS.items():
+        if line.get(name) is not None and not is_right(line[name]):
+            raise DataError(f"{place}: {name} is {line[name]!r:.40}, not {what}. Remove or correct the line.")
     task = name_at(place, line, "task") or name_at(place, metadata, "task_id") or ""
     return LoggedStep(
         judge=str(line.get("judge") or path),
@@ -234,33 +243,6 @@ def _decision(gain: Mapping[str, float], n: int) -> str:
     return f"continue: about {more:,} more tasks are needed if the difference stays the same"
 
 
-def confidence_sequence(values: Sequence[float], level: float = _LEVEL) -> dict[str, float]:
-    """A confidence sequence of the mean: an interval that is valid even if it is checked after every value.
-
-    Predictable plug-in empirical Bernstein: theorem 2 of Waudby-Smith and Ramdas, Estimating means of bounded random
-    variables by betting (2024), for values from -1 to 1 in the order in which they arrived.
-
-    Returns:
-        `value`, the plain mean, `low` and `high`.
-    """
-    log = math.log(2 / (1 - level))
-    weights = weighted = spread = 0.0
-    total, squares, mean = 0.5, 0.25, 0.5
-    low, high = 0.0, 1.0
-    for count, value in enumerate(values, start=1):
-        x = (value + 1) / 2
-        rate = min(math.sqrt(2 * log / (squares * math.log(1 + count))), _CAP)
-        weights += rate
-        weighted += rate * x
-        spread += 4 * (x - mean) ** 2 * (-math.log(1 - rate) - rate) / 4
-        total += x
-        mean = total / (count + 1)
-        squares += (x - mean) ** 2
-        margin = (log + spread) / weights
-        low, high = max(low, weighted / weights - margin), min(high, weighted / weights + margin)
-    return {"value": fmean(values), "low": 2 * low - 1, "high": 2 * high - 1}
-
-
 # --- drift ------------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +317,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
     """Trajectory -> outcome, from lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
 
     Raises:
-        DataError: a line has no outcome from 0 to 1.
+        DataError: a line has no outcome from 0 to 1, or two lines have different ones for one run.
     """
     found: dict[str, float] = {}
     for number, line in numbered_jsonl(path):
@@ -343,6 +325,8 @@ def read_outcomes(path: Path) -> dict[str, float]:
         outcome, name = outcome_number(about.get("outcome")), name_at(f"{path}:{number}", about, "trajectory_id")
         if outcome is None or name is None:
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
+        if found.get(name, outcome) != outcome:
+            raise DataError(f"{path}:{number}: {name} has another outcome in an earlier line. Keep the right one.")
         found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that may be text
     return found
 

@@ -13,10 +13,10 @@ from registry_fixtures import make_rows, make_run
 
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
+from prmkit.intervals import confidence_sequence
 from prmkit.judge.scorer import ShapeOf
 from prmkit.registry.monitor import (
     compare_judges,
-    confidence_sequence,
     drift_of,
     read_outcomes,
     read_scored,
@@ -172,6 +172,27 @@ def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     good = tmp_path / "good.jsonl"
     good.write_text('{"trajectory_id": "r", "outcome": {"success": true, "score": 0.4}}\n')
     assert read_outcomes(good)["r"] == 1.0  # as evaluate_judge.py --best-of-n reads it
+
+
+@pytest.mark.parametrize("value", [5, 1.01, True, -1, "0.5", 1e308, [0.5]])
+@pytest.mark.parametrize("name", ["score", "label_mass"])
+def test_a_score_that_is_none_is_rejected_with_its_line(tmp_path: Path, name: str, value: Any) -> None:
+    good = scored(tmp_path, "good", [0.0, 1.0])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(good.read_text() + json.dumps(json.loads(log_line(3, "a", 0.5)) | {name: value}) + "\n")
+    with pytest.raises(DataError, match=rf"bad\.jsonl:3: {name} is .*, not a number from 0 to 1"):
+        read_scored([good, bad])
+    assert len(read_scored([good])) == 2
+
+
+def test_two_outcomes_of_one_run_are_rejected(tmp_path: Path) -> None:
+    file = tmp_path / "outcomes.jsonl"
+    same = '{"trajectory_id": "my run", "outcome": true}\n{"trajectory_id": "my run", "outcome": 1}\n'
+    file.write_text(same)
+    assert read_outcomes(file)["my run"] == 1.0
+    file.write_text(same + '{"trajectory_id": "my run", "outcome": 0}\n')
+    with pytest.raises(DataError, match=r"outcomes\.jsonl:3: my run has another outcome"):
+        read_outcomes(file)
 
 
 def test_a_run_and_a_task_may_be_called_nought(tmp_path: Path) -> None:
