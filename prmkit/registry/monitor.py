@@ -90,6 +90,12 @@ def _time_of(line: Mapping[str, Any], place: str) -> datetime:
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "score": (is_share, "a number from 0 to 1"),
     "label_mass": (is_share, "a number from 0 to 1"),
+    "characters": (lambda value: type(value) is int and value >= 0, "a count"),
+    "keys": (lambda value: isinstance(value, list) and all(isinstance(key, str) for key in value), "a list of names"),
+    "scores": (lambda value: isinstance(value, dict), "an object"),
+    "metadata": (lambda value: isinstance(value, dict), "an object"),
+    "is_step": (lambda value: isinstance(value, bool), "true or false"),
+    **{name: (lambda value: isinstance(value, str), "text") for name in ("status", "judge", "role", "prompt", "time")},
 }
 """Field of a line -> what it must be, if it is there and not null."""
 
@@ -108,11 +114,11 @@ def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep
         task=task,
         score=line["score"],
         label_mass=line.get("label_mass"),
-        status=line["status"],
+        status=str(line["status"]),
         id=str(line.get("id")),
         text=line.get("prompt"),
         characters=line.get("characters"),
-        is_step=line["is_step"] if "is_step" in line else metadata.get("evaluation_type") in (None, *STEP_TYPES),
+        is_step=line.get("is_step", metadata.get("evaluation_type") in (None, *STEP_TYPES)),
         is_logged="judge" in line,
         role=str(line.get("role") or ""),
         time=str(line.get("time") or ""),

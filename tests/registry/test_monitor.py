@@ -185,6 +185,19 @@ def test_a_score_that_is_none_is_rejected_with_its_line(tmp_path: Path, name: st
     assert len(read_scored([good])) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [("metadata", "x", "an object"), ("keys", 3, "a list of names"), ("keys", "ab", "a list of names"),
+     ("keys", [1], "a list of names"), ("scores", 3, "an object"), ("characters", "9", "a count"),
+     ("status", {}, "text"), ("prompt", 1, "text"), ("time", 1, "text"), ("is_step", "no", "true or false")],
+)  # fmt: skip
+def test_a_field_of_another_type_is_rejected_with_its_line(tmp_path: Path, name: str, value: Any, what: str) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(log_line(2, "a", 0.5) + json.dumps(json.loads(log_line(3, "a", 0.5)) | {name: value}) + "\n")
+    with pytest.raises(DataError, match=rf"bad\.jsonl:2: {name} is .*, not {what}"):
+        read_scored([bad])
+
+
 def test_two_outcomes_of_one_run_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "outcomes.jsonl"
     same = '{"trajectory_id": "my run", "outcome": true}\n{"trajectory_id": "my run", "outcome": 1}\n'

@@ -257,6 +257,46 @@ def test_a_line_that_was_cut_off_never_happened(judges: Path, manage: Manage) ->
 
 
 @pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"action": "remove", "version": 3}, "judge@3 does not exist at this point"),
+        ({"action": "add", "version": 2}, "judge@2 cannot be added after judge@2"),
+        ({"action": "add", "version": 1, "judge": ".."}, r"..@1 cannot be added"),
+        ({"action": "tag", "version": 7, "tag": "preview"}, "judge@7 does not exist"),
+        (
+            {"action": "rollback", "version": 1, "was": 3, "tag": "production"},
+            "production cannot go from judge@3 to judge@1",
+        ),
+        ({"action": "rollback", "version": 1, "was": 2, "tag": "preview"}, "preview cannot go from judge@2 to judge@1"),
+        ({"action": "rename", "version": 1}, "unknown action 'rename'"),
+        ({"action": "tag", "version": "1", "tag": "preview"}, "not an action"),
+        ({"action": "tag", "version": 1}, "not an action"),
+        ({"action": "tag", "version": 1, "tag": "preview", "time": None}, "not an action"),
+    ],
+)
+def test_a_line_that_cannot_have_happened_is_named(
+    judges: Path, manage: Manage, changes: dict[str, object], reason: str
+) -> None:
+    history = judges / "history.jsonl"
+    whole = history.read_text()
+    line = json.loads(whole.splitlines()[0]) | changes
+    history.write_text(f"{whole}{json.dumps(line)}\n")
+    for command in (["list"], ["history"], ["tag", "judge@1", "preview"]):
+        said = manage(*command, code=1)
+        assert f"history.jsonl:5: damaged ({reason}" in said and "Restore the file from a backup" in said
+    assert (judges / "judge" / "2" / "version.json").is_file()
+
+
+@pytest.mark.usefixtures("two")
+def test_a_version_is_removed_once(judges: Path, manage: Manage) -> None:
+    manage("remove", 1)
+    with (judges / "history.jsonl").open("a") as stream:
+        stream.write((judges / "history.jsonl").read_text().splitlines()[-1] + "\n")
+    assert "history.jsonl:6: damaged (judge@1 does not exist" in manage("list", code=1)
+
+
+@pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("lines_left", [0, 2, None])
 def test_versions_whose_lines_were_lost_are_named_and_not_deleted(
     project: Path, judges: Path, manage: Manage, lines_left: int | None
