@@ -13,6 +13,8 @@ from prmkit.registry.arguments import REPLAY
 
 log = logging.getLogger("prmkit")
 
+_SHOWN = 3
+
 
 def execute(arguments: argparse.Namespace) -> ExitCode:
     """Run one command.
@@ -114,7 +116,9 @@ def _drift(folder: Path, arguments: argparse.Namespace) -> None:
     if found["findings"]:
         raise GateError(f"{version} has drifted: {'; '.join(found['findings'])}.")
     if found["undecided"]:
-        raise GateError(f"{version}: too few scores of {' and '.join(found['undecided'])} to decide.")
+        others = len(found["undecided"]) - _SHOWN
+        shown = [*found["undecided"][:_SHOWN], *([f"{others} other groups"] if others > 0 else [])]
+        raise GateError(f"{version}: too few scores of {' and '.join(shown)} to decide.")
 
 
 def _page(folder: Path, arguments: argparse.Namespace) -> None:

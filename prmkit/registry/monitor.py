@@ -265,7 +265,8 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
 
     Returns:
         `groups` (score keys -> quantity -> the `Shift` and a `verdict`), `unsure` (shares `then` and `now`),
-        `statuses`, `findings` (sentences), `undecided` (groups of a tenth of the steps or more with too few values).
+        `statuses`, `findings` (sentences), `undecided` (the groups with too few values, if together
+        they have a tenth of the steps or more, or if no group has enough).
     """
     references: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for line in held_out:
@@ -273,29 +274,33 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
             references[tuple(sorted(line["scores"]))].append(line)
     by_keys: dict[tuple[str, ...], list[LoggedStep]] = defaultdict(list)
     for step in steps:
-        if step.keys:
+        if step.keys or _is_sure(step):
             by_keys[step.keys].append(step)
-    groups, findings, undecided = {}, [], []
+    groups, findings, undecided = {}, [], {}
     for keys, now in by_keys.items():
-        name = ", ".join(keys)
+        name = ", ".join(keys) or "steps without score keys"
+        if not keys:
+            undecided[name] = len(now)
+            continue
         if keys not in references:
             findings.append(f"{name}: {len(now):,} steps with score keys on which the judge was never measured")
             continue
         groups[name] = group = _compared(references[keys], now, limit)
         findings += [f"{name}: {what} (PSI {each['psi']:.2f}, KS {each['ks']:.2f})"
                      for what, each in group.items() if each["verdict"] == "drift"]  # fmt: skip
-        if group["score"]["verdict"] == "too few" and len(now) >= len(steps) / 10:
-            undecided.append(name)
+        if group["score"]["verdict"] == "too few":
+            undecided[name] = len(now)
     unsure = {
         "then": sum(line["status"] != "ok" for line in held_out) / max(len(held_out), 1),
         "now": sum(step.status != "ok" for step in steps) / len(steps),
     }
     if unsure["now"] - unsure["then"] > limit:
         findings.append(f"unsure or unscored: {unsure['now']:.0%}, {unsure['then']:.0%} on the held-out rows")
-    if not groups and not findings:
-        undecided.append("all steps")
+    # A few rare score keys may stay undecided; not most of them, and not everything.
+    is_decided = len(undecided.keys() & groups.keys()) < len(groups) and sum(undecided.values()) < len(steps) / 10
+    undecided_names = [] if is_decided else list(undecided) or ([] if findings else ["all steps"])
     return {"groups": groups, "unsure": unsure, "statuses": dict(Counter(step.status for step in steps)),
-            "findings": findings, "undecided": undecided}  # fmt: skip
+            "findings": findings, "undecided": undecided_names}  # fmt: skip
 
 
 def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limit: float) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 import json
 import random
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.intervals import confidence_sequence
 from prmkit.judge.scorer import ShapeOf
 from prmkit.registry.monitor import (
+    LoggedStep,
     compare_judges,
     drift_of,
     read_outcomes,
@@ -250,6 +251,32 @@ def test_drift_is_found_and_sameness_is_not_called_drift(tmp_path: Path) -> None
     assert few["undecided"] == ["k"] and not few["findings"]
 
 
+def _keyed(folder: Path, counts: Mapping[str, int]) -> list[LoggedStep]:
+    """Logged steps, as many per score key as named; the key `none` for lines without keys."""
+    lines = [json.loads(log_line(n, "a", 0.99)) | {"keys": None if key == "none" else [key]}
+             for key, count in counts.items() for n in range(count)]  # fmt: skip
+    steps: list[LoggedStep] = _scored_lines(folder, lines)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("counts", "undecided"),
+    [
+        ({f"k{n}": 40 for n in range(30)}, [f"k{n}" for n in range(30)]),
+        ({"k": 500, **{f"k{n}": 40 for n in range(8)}}, [f"k{n}" for n in range(8)]),
+        ({"k": 500, "k1": 40}, []),
+        ({"k": 500, "none": 100}, ["steps without score keys"]),
+        ({"k": 500, "none": 10}, []),
+        ({"none": 100}, ["steps without score keys"]),
+    ],
+)
+def test_small_groups_are_undecided_together(tmp_path: Path, counts: dict[str, int], undecided: list[str]) -> None:
+    """A tenth of the steps may have rare score keys, and not all of the steps."""
+    then = [line for key in counts for line in held_out([0.99] * (100 if key == "k" else 20), key)]
+    found = drift_of(_keyed(tmp_path, counts), then, 0.25)
+    assert (found["undecided"], found["findings"]) == (undecided, [])
+
+
 def test_steps_are_compared_with_held_out_rows_of_the_same_score_keys(tmp_path: Path) -> None:
     """A log of steps alone must not look shifted because the held-out rows also have verdicts on whole runs."""
     steps = read_scored([scored(tmp_path, "steps", [0.2, 0.4] * 100)])
@@ -343,6 +370,13 @@ def test_drift_a_b_and_the_page_from_the_command_line(
     few = tmp_path / "few.jsonl"
     few.write_text("".join(log_line(n, "judge@1", 0.9) for n in range(10)))
     assert "too few scores" in script("manage_judges.py", "drift", 1, few, code=4).stderr
+    rare = [json.loads(log_line(n, "judge@1", 0.9)) | {"keys": [f"k{n % 12}"]} for n in range(120)]
+    few.write_text("".join(json.dumps(line) + "\n" for line in rare))
+    measured = [line for n in range(12) for line in held_out([0.9] * 9, f"k{n}")]
+    (results / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
+    said = script("manage_judges.py", "drift", 1, few, code=4).stderr
+    assert "too few scores of k0 and k1 and k2 and 9 other groups to decide" in said
+    (results / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = json.loads(script("manage_judges.py", "ab", log, "--json").stdout)
     assert (found["a"], found["b"], found["steps"], found["tasks"]) == ("judge@1", "judge@2", 100, 100)
     page = tmp_path / "judges.html"
