@@ -83,13 +83,14 @@ def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
         why=arguments.why,
     )
     result = retrain(folder, asked)
-    if arguments.mlflow and result["version"]:
+    is_new = result["gate"]["passed"] is not None
+    if arguments.mlflow and result["version"] and is_new:
         _log_to_mlflow(folder, find_version(result["version"], folder))
     if arguments.json:
         cli.emit_json(result)
     else:
         show_retraining(result)
-    return ExitCode.DONE if result["gate"]["passed"] else ExitCode.GATE
+    return ExitCode.GATE if is_new and not result["gate"]["passed"] else ExitCode.DONE
 
 
 def _ab(_folder: Path, arguments: argparse.Namespace) -> None:
