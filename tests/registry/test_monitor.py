@@ -379,6 +379,16 @@ def test_drift_a_b_and_the_page_from_the_command_line(
     (results / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = json.loads(script("manage_judges.py", "ab", log, "--json").stdout)
     assert (found["a"], found["b"], found["steps"], found["tasks"]) == ("judge@1", "judge@2", 100, 100)
+    link, hard = tmp_path / "link.html", tmp_path / "hard.html"
+    link.symlink_to(log)
+    hard.hardlink_to(log)
+    history, version = (tmp_path / "judges" / name for name in ("history.jsonl", "judge/1/version.json"))
+    before = [each.read_bytes() for each in (log, history, version)]
+    for output in (log, link, hard, history):
+        said = script("manage_judges.py", "page", "--logs", few, log, "--output", output, code=2).stderr
+        assert "is also the input. Choose another --output" in said
+    assert "never changes" in script("manage_judges.py", "page", "--output", version, code=2).stderr
+    assert [each.read_bytes() for each in (log, history, version)] == before and link.is_symlink()
     page = tmp_path / "judges.html"
     script("manage_judges.py", "page", "--logs", log, "--output", page)
     html = page.read_text()
