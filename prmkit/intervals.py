@@ -1,4 +1,4 @@
-"""Calibrated intervals around a judge's scores, abstention where they are wide, and the formatting of estimates.
+"""Calibrated intervals around a judge's scores, abstention where they are wide, intervals of means, and their format.
 
 Split-conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018, section 5.2): on held-out rows, the error of a
 score is divided by the judge's own standard deviation. A new score is then within `std * (quantile of those ratios)` of
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prmkit import cli
@@ -222,3 +223,35 @@ def shown(estimate: Mapping[str, Any] | None, form: str = ".2f", *, interval: bo
 def percent(estimate: Mapping[str, Any] | None, form: str = ".0%") -> str:
     """Format a fraction as a percentage, without its interval."""
     return shown(estimate, form, interval=False)
+
+
+# --- means that are checked again and again ---------------------------------------------------------------------------
+
+_HIGHEST_RATE = 0.5
+
+
+def confidence_sequence(values: Sequence[float], level: float = 0.95) -> dict[str, float]:
+    """A confidence sequence of the mean: an interval that is valid even if it is checked after every value.
+
+    Predictable plug-in empirical Bernstein: theorem 2 of Waudby-Smith and Ramdas, Estimating means of bounded random
+    variables by betting (2024), for values from -1 to 1 in the order in which they arrived.
+
+    Returns:
+        `value`, the plain mean, `low` and `high`.
+    """
+    log = math.log(2 / (1 - level))
+    weights = weighted = spread = 0.0
+    total, squares, mean = 0.5, 0.25, 0.5
+    low, high = 0.0, 1.0
+    for count, value in enumerate(values, start=1):
+        x = (value + 1) / 2
+        rate = min(math.sqrt(2 * log / (squares * math.log(1 + count))), _HIGHEST_RATE)
+        weights += rate
+        weighted += rate * x
+        spread += 4 * (x - mean) ** 2 * (-math.log(1 - rate) - rate) / 4
+        total += x
+        mean = total / (count + 1)
+        squares += (x - mean) ** 2
+        margin = (log + spread) / weights
+        low, high = max(low, weighted / weights - margin), min(high, weighted / weights + margin)
+    return {"value": fmean(values), "low": 2 * low - 1, "high": 2 * high - 1}

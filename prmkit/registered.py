@@ -46,6 +46,8 @@ class State:
 
     versions: list[VersionId] = field(default_factory=list)
     """Those that exist, oldest first."""
+    removed: list[VersionId] = field(default_factory=list)
+    """Those that were removed."""
     last_number: dict[str, int] = field(default_factory=dict)
     """Judge -> the highest number ever given: numbers are never reused, not even after `remove`."""
     tags: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -67,7 +69,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """The actions so far. An incomplete last line was being written when the machine stopped, and does not count.
 
     Raises:
-        DataError: a line is damaged, so the registry's state is unknown.
+        DataError: a line is damaged, or cannot have happened after the lines above it; the registry's state is unknown.
     """
     import orjson
 
@@ -77,14 +79,17 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise DataError(f"{folder / HISTORY_FILE}: {error.strerror}.") from error
-    lines = []
+    lines: list[dict[str, Any]] = []
+    state = State()
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
-            value = orjson.loads(line)
-            str(value["action"])
+            lines.append(orjson.loads(line))
+            _replay(state, lines[-1])
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{folder / HISTORY_FILE}:{number}: damaged. Restore the file from a backup.") from error
-        lines.append(value)
+            reason = error.args[0] if type(error) is ValueError else "not an action"
+            raise DataError(
+                f"{folder / HISTORY_FILE}:{number}: damaged ({reason}). Restore the file from a backup."
+            ) from error
     return lines
 
 
@@ -92,19 +97,43 @@ def state_of(history: Sequence[Mapping[str, Any]]) -> State:
     """Replay the actions."""
     state = State()
     for line in history:
-        action, name, number = line["action"], str(line.get("judge")), int(line.get("version") or 0)
-        if action == "add":
-            state.versions.append(VersionId(name, number))
-            state.last_number[name] = max(number, state.last_number.get(name, 0))
-        elif action == "remove":
-            state.versions.remove(VersionId(name, number))
-            for (judge, _), held in state.tags.items():
-                held[:] = [each for each in held if (judge, each) != (name, number)]
-        elif action == "tag":
-            state.tags.setdefault((name, line["tag"]), []).append(number)
-        elif action == "rollback":
-            state.tags[name, line["tag"]].pop()
+        _replay(state, line)
     return state
+
+
+def _replay(state: State, line: Mapping[str, Any]) -> None:
+    """Change the state as an action did.
+
+    Raises:
+        ValueError: the action is unknown, or impossible in this state.
+        KeyError, TypeError: it is no action.
+    """
+    action, version = line["action"], VersionId(line["judge"], line["version"])
+    texts = (version.name, line["time"], line.get("tag", ""))
+    if type(version.number) is not int or not all(isinstance(each, str) for each in texts) or "who" not in line:
+        raise TypeError
+    last = state.last_number.get(version.name, 0)
+    if action == "add":
+        if not SAFE_NAME.fullmatch(version.name) or version.number <= last:
+            raise ValueError(f"{version} cannot be added after {version.name}@{last}")
+        state.versions.append(version)
+        state.last_number[version.name] = version.number
+    elif action not in ("remove", "tag", "rollback", "refuse"):
+        raise ValueError(f"unknown action {action!r:.40}")
+    elif action != "refuse" and version not in state.versions:
+        raise ValueError(f"{version} does not exist at this point")
+    elif action == "remove":
+        state.versions.remove(version)
+        state.removed.append(version)
+        for (judge, _), held in state.tags.items():
+            held[:] = [each for each in held if (judge, each) != (version.name, version.number)]
+    elif action == "tag":
+        state.tags.setdefault((version.name, line["tag"]), []).append(version.number)
+    elif action == "rollback":
+        held = state.tags.get((version.name, line["tag"]), [])
+        if held[-2:] != [version.number, line["was"]]:
+            raise ValueError(f"{line['tag']} cannot go from {version.name}@{line['was']} to {version}")
+        held.pop()
 
 
 def find_version(reference: str, folder: Path | None = None) -> VersionId:

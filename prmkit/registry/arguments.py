@@ -60,8 +60,8 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     retrain = commands.add_parser(
         "retrain",
         help="train a new version from an old one and new rows, and compare the two",
-        epilog="Exit code 0: the gate is met; 4: it is not, or is undecided. To continue after a kill, run the same "
-        "command again.",
+        epilog="Exit code 0: the gate is met, or no row is new; 4: it is not met, or is undecided. To continue after a "
+        "kill, run the same command again.",
     )
     add = retrain.add_argument
     add("version", metavar="VERSION", help="the version to start from, such as production")

@@ -13,6 +13,8 @@ from prmkit.registry.arguments import REPLAY
 
 log = logging.getLogger("prmkit")
 
+_SHOWN = 3
+
 
 def execute(arguments: argparse.Namespace) -> ExitCode:
     """Run one command.
@@ -81,13 +83,14 @@ def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
         why=arguments.why,
     )
     result = retrain(folder, asked)
-    if arguments.mlflow and result["version"]:
+    is_new = result["gate"]["passed"] is not None
+    if arguments.mlflow and result["version"] and is_new:
         _log_to_mlflow(folder, find_version(result["version"], folder))
     if arguments.json:
         cli.emit_json(result)
     else:
         show_retraining(result)
-    return ExitCode.DONE if result["gate"]["passed"] else ExitCode.GATE
+    return ExitCode.GATE if is_new and not result["gate"]["passed"] else ExitCode.DONE
 
 
 def _ab(_folder: Path, arguments: argparse.Namespace) -> None:
@@ -114,7 +117,9 @@ def _drift(folder: Path, arguments: argparse.Namespace) -> None:
     if found["findings"]:
         raise GateError(f"{version} has drifted: {'; '.join(found['findings'])}.")
     if found["undecided"]:
-        raise GateError(f"{version}: too few scores of {' and '.join(found['undecided'])} to decide.")
+        others = len(found["undecided"]) - _SHOWN
+        shown = [*found["undecided"][:_SHOWN], *([f"{others} other groups"] if others > 0 else [])]
+        raise GateError(f"{version}: too few scores of {' and '.join(shown)} to decide.")
 
 
 def _page(folder: Path, arguments: argparse.Namespace) -> None:

@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,14 +14,13 @@ from prmkit import cli
 from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import numbered_jsonl
+from prmkit.intervals import confidence_sequence
 from prmkit.judge.types import AGGREGATES
 from prmkit.registered import VersionId
 from prmkit.registry.describe import shown_estimate
-from prmkit.rows import name_at
-from prmkit.trajectory import log_id, outcome_number
+from prmkit.rows import STEP_TYPES, name_at
+from prmkit.trajectory import is_share, log_id, outcome_number
 
-_LEVEL = 0.95
-_CAP = 0.5
 _SHOWN = 5
 
 
@@ -42,6 +42,8 @@ class LoggedStep:
     text: str | None = None
     """The prompt, if it was logged."""
     characters: int | None = None
+    is_step: bool = True
+    """Whether the verdict is on one step, not on a category of tools or on the whole run."""
     is_logged: bool = False
     """Whether the line is from a request log, which names the judge; else `judge` is the file."""
     role: str = ""
@@ -58,7 +60,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
         days: only steps logged in the last `days` days; None for all.
 
     Raises:
-        DataError: a file is missing, a line is of neither kind, or nothing is left.
+        DataError: a file is missing, a line is of neither kind or has a wrong value, or nothing is left.
         UsageError: `days` is given for a file without times.
     """
     found = []
@@ -85,21 +87,38 @@ def _time_of(line: Mapping[str, Any], place: str) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "score": (is_share, "a number from 0 to 1"),
+    "label_mass": (is_share, "a number from 0 to 1"),
+    "characters": (lambda value: type(value) is int and value >= 0, "a count"),
+    "keys": (lambda value: isinstance(value, list) and all(isinstance(key, str) for key in value), "a list of names"),
+    "scores": (lambda value: isinstance(value, dict), "an object"),
+    "metadata": (lambda value: isinstance(value, dict), "an object"),
+    "is_step": (lambda value: isinstance(value, bool), "true or false"),
+    **{name: (lambda value: isinstance(value, str), "text") for name in ("status", "judge", "role", "prompt", "time")},
+}
+"""Field of a line -> what it must be, if it is there and not null."""
+
+
 def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep:
     metadata, place = line.get("metadata") or {}, f"{path}:{number}"
+    for name, (is_right, what) in _FIELDS.items():
+        if line.get(name) is not None and not is_right(line[name]):
+            raise DataError(f"{place}: {name} is {line[name]!r:.40}, not {what}. Remove or correct the line.")
     task = name_at(place, line, "task") or name_at(place, metadata, "task_id") or ""
     return LoggedStep(
         judge=str(line.get("judge") or path),
         keys=tuple(sorted(line.get("keys") or line.get("scores") or ())),
-        prompt=str(line["request_hash"]),
+        prompt=str(line["request_hash"] or place),  # a row that could not be read has no hash
         trajectory=name_at(place, line, "trajectory") or name_at(place, metadata, "trajectory_id") or task,
         task=task,
         score=line["score"],
         label_mass=line.get("label_mass"),
-        status=line["status"],
+        status=str(line["status"]),
         id=str(line.get("id")),
         text=line.get("prompt"),
         characters=line.get("characters"),
+        is_step=line.get("is_step", metadata.get("evaluation_type") in (None, *STEP_TYPES)),
         is_logged="judge" in line,
         role=str(line.get("role") or ""),
         time=str(line.get("time") or ""),
@@ -132,23 +151,29 @@ def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | 
     Raises:
         UsageError: there are not exactly two judges, or they share no step.
     """
-    by_judge: dict[str, dict[str, LoggedStep]] = defaultdict(dict)
+    by_judge: dict[str, list[LoggedStep]] = defaultdict(list)
     for step in steps:
-        by_judge[step.judge].setdefault(step.prompt, step)
+        by_judge[step.judge].append(step)
     if len(by_judge) != 2:
         raise UsageError(f"an A/B comparison needs two judges, but there are {len(by_judge)} ({', '.join(by_judge)}).")
     # The production judge is a, whichever was logged first.
-    (first, ones), (second, others) = sorted(
-        by_judge.items(), key=lambda judge: next(iter(judge[1].values())).role != "production"
-    )
+    (first, all_ones), (second, all_others) = sorted(by_judge.items(), key=lambda each: each[1][0].role != "production")
+    ones, others = _by_prompt(all_ones), _by_prompt(all_others)
     both = [prompt for prompt in ones if prompt in others and _is_sure(ones[prompt]) and _is_sure(others[prompt])]
     found: dict[str, Any] = {"a": first, "b": second, "steps": len(both)}
     if both:
         found |= _differences([(ones[prompt], others[prompt]) for prompt in both])
     if outcomes is not None:
-        found["outcomes"] = _on_outcomes(ones.values(), others.values(), outcomes)
+        found["outcomes"] = _on_outcomes(all_ones, all_others, outcomes)
     elif not both:
         raise UsageError(f"{first} and {second} share no step on which both are sure. Score the same runs with both.")
+    return found
+
+
+def _by_prompt(steps: Iterable[LoggedStep]) -> dict[str, LoggedStep]:
+    found: dict[str, LoggedStep] = {}
+    for step in steps:
+        found.setdefault(step.prompt, step)
     return found
 
 
@@ -178,33 +203,37 @@ def _on_outcomes(
 
     Runs of a task are not independent, so they count as one. Only runs that both scored completely are compared.
     """
-    lowest = [_lowest(steps) for steps in (ones, others)]
+    runs, others_runs = _runs(ones), _runs(others)
     losses: dict[str, list[float]] = defaultdict(list)
-    for trajectory in lowest[0].keys() & lowest[1].keys() & outcomes.keys():
-        (a, task), (b, _) = lowest[0][trajectory], lowest[1][trajectory]
-        losses[task].append((a - outcomes[trajectory]) ** 2 - (b - outcomes[trajectory]) ** 2)
+    for name, run in runs.items():  # in the order of the logs, on which a confidence sequence depends
+        if name in outcomes and _are_complete(run, others_runs.get(name, [])):
+            a, b = (AGGREGATES["min"]([step.score or 0.0 for step in each]) for each in (run, others_runs[name]))
+            losses[run[0].task or name].append((a - outcomes[name]) ** 2 - (b - outcomes[name]) ** 2)
     gains = [fmean(values) for values in losses.values()]
     found = {"tasks": len(gains), "runs": sum(map(len, losses.values()))}
     if not gains:
         return {
             **found,
             "gain_of_b": None,
-            "decision": "no run with an outcome was scored by both (--shadow lets both score)",
+            "decision": "no run with an outcome was completely scored by both (--shadow lets both score)",
         }
     gain = confidence_sequence(gains)
     return {**found, "gain_of_b": gain, "decision": _decision(gain, len(gains))}
 
 
-def _lowest(steps: Iterable[LoggedStep]) -> dict[str, tuple[float, str]]:
-    runs: dict[str, list[LoggedStep]] = defaultdict(list)
+def _runs(steps: Iterable[LoggedStep]) -> dict[str, list[LoggedStep]]:
+    """Trajectory -> its steps. A prompt that is repeated in a run is one step; runs may share prompts."""
+    found: dict[str, list[LoggedStep]] = defaultdict(list)
     for step in steps:
-        if step.trajectory:
-            runs[step.trajectory].append(step)
-    whole = {name: run for name, run in runs.items() if all(map(_is_sure, run))}
-    return {
-        name: (AGGREGATES["min"]([step.score or 0.0 for step in run]), run[0].task or name)
-        for name, run in whole.items()
-    }
+        if step.trajectory and step.is_step:
+            found[step.trajectory].append(step)
+    return {name: list(_by_prompt(run).values()) for name, run in found.items()}
+
+
+def _are_complete(run: Sequence[LoggedStep], other: Sequence[LoggedStep]) -> bool:
+    """Whether two judges scored the same steps of a run. If they are asked in different words, ids identify steps."""
+    same = any(Counter(map(what, run)) == Counter(map(what, other)) for what in map(attrgetter, ("prompt", "id")))
+    return same and all(map(_is_sure, [*run, *other]))
 
 
 def _decision(gain: Mapping[str, float], n: int) -> str:
@@ -218,33 +247,6 @@ def _decision(gain: Mapping[str, float], n: int) -> str:
     # An interval shrinks with the square root of the number of tasks, a confidence sequence a little more slowly.
     more = max(math.ceil(n * ((width / mean) ** 2 - 1)), 1)
     return f"continue: about {more:,} more tasks are needed if the difference stays the same"
-
-
-def confidence_sequence(values: Sequence[float], level: float = _LEVEL) -> dict[str, float]:
-    """A confidence sequence of the mean: an interval that is valid even if it is checked after every value.
-
-    Predictable plug-in empirical Bernstein: theorem 2 of Waudby-Smith and Ramdas, Estimating means of bounded random
-    variables by betting (2024), for values from -1 to 1 in the order in which they arrived.
-
-    Returns:
-        `value`, the plain mean, `low` and `high`.
-    """
-    log = math.log(2 / (1 - level))
-    weights = weighted = spread = 0.0
-    total, squares, mean = 0.5, 0.25, 0.5
-    low, high = 0.0, 1.0
-    for count, value in enumerate(values, start=1):
-        x = (value + 1) / 2
-        rate = min(math.sqrt(2 * log / (squares * math.log(1 + count))), _CAP)
-        weights += rate
-        weighted += rate * x
-        spread += 4 * (x - mean) ** 2 * (-math.log(1 - rate) - rate) / 4
-        total += x
-        mean = total / (count + 1)
-        squares += (x - mean) ** 2
-        margin = (log + spread) / weights
-        low, high = max(low, weighted / weights - margin), min(high, weighted / weights + margin)
-    return {"value": fmean(values), "low": 2 * low - 1, "high": 2 * high - 1}
 
 
 # --- drift ------------------------------------------------------------------------------------------------------------
@@ -263,7 +265,8 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
 
     Returns:
         `groups` (score keys -> quantity -> the `Shift` and a `verdict`), `unsure` (shares `then` and `now`),
-        `statuses`, `findings` (sentences), `undecided` (groups of a tenth of the steps or more with too few values).
+        `statuses`, `findings` (sentences), `undecided` (the groups with too few values, if together
+        they have a tenth of the steps or more, or if no group has enough).
     """
     references: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for line in held_out:
@@ -271,29 +274,33 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
             references[tuple(sorted(line["scores"]))].append(line)
     by_keys: dict[tuple[str, ...], list[LoggedStep]] = defaultdict(list)
     for step in steps:
-        if step.keys:
+        if step.keys or _is_sure(step):
             by_keys[step.keys].append(step)
-    groups, findings, undecided = {}, [], []
+    groups, findings, undecided = {}, [], {}
     for keys, now in by_keys.items():
-        name = ", ".join(keys)
+        name = ", ".join(keys) or "steps without score keys"
+        if not keys:
+            undecided[name] = len(now)
+            continue
         if keys not in references:
             findings.append(f"{name}: {len(now):,} steps with score keys on which the judge was never measured")
             continue
         groups[name] = group = _compared(references[keys], now, limit)
         findings += [f"{name}: {what} (PSI {each['psi']:.2f}, KS {each['ks']:.2f})"
                      for what, each in group.items() if each["verdict"] == "drift"]  # fmt: skip
-        if group["score"]["verdict"] == "too few" and len(now) >= len(steps) / 10:
-            undecided.append(name)
+        if group["score"]["verdict"] == "too few":
+            undecided[name] = len(now)
     unsure = {
         "then": sum(line["status"] != "ok" for line in held_out) / max(len(held_out), 1),
         "now": sum(step.status != "ok" for step in steps) / len(steps),
     }
     if unsure["now"] - unsure["then"] > limit:
         findings.append(f"unsure or unscored: {unsure['now']:.0%}, {unsure['then']:.0%} on the held-out rows")
-    if not groups and not findings:
-        undecided.append("all steps")
+    # A few rare score keys may stay undecided; not most of them, and not everything.
+    is_decided = len(undecided.keys() & groups.keys()) < len(groups) and sum(undecided.values()) < len(steps) / 10
+    undecided_names = [] if is_decided else list(undecided) or ([] if findings else ["all steps"])
     return {"groups": groups, "unsure": unsure, "statuses": dict(Counter(step.status for step in steps)),
-            "findings": findings, "undecided": undecided}  # fmt: skip
+            "findings": findings, "undecided": undecided_names}  # fmt: skip
 
 
 def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limit: float) -> dict[str, dict[str, Any]]:
@@ -321,7 +328,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
     """Trajectory -> outcome, from lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
 
     Raises:
-        DataError: a line has no outcome from 0 to 1.
+        DataError: a line has no outcome from 0 to 1, or two lines have different ones for one run.
     """
     found: dict[str, float] = {}
     for number, line in numbered_jsonl(path):
@@ -329,6 +336,8 @@ def read_outcomes(path: Path) -> dict[str, float]:
         outcome, name = outcome_number(about.get("outcome")), name_at(f"{path}:{number}", about, "trajectory_id")
         if outcome is None or name is None:
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
+        if found.get(name, outcome) != outcome:
+            raise DataError(f"{path}:{number}: {name} has another outcome in an earlier line. Keep the right one.")
         found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that may be text
     return found
 

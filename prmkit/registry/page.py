@@ -8,6 +8,7 @@ from prmkit import registered
 from prmkit.errors import DataError, UsageError
 from prmkit.files import render_page, write_text
 from prmkit.registry import describe, monitor
+from prmkit.resumable import check_output
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 _WIDTH, _HEIGHT, _EDGE = 640, 220, 34
@@ -24,7 +25,9 @@ def write_versions_page(folder: Path, output: Path, logs: Sequence[Path], limit:
 
     Raises:
         DataError: a version or a log is damaged.
+        UsageError: the page would replace a log or a file of the registry.
     """
+    _check_output(output, folder, logs)
     history = registered.read_history(folder)
     state = registered.state_of(history)
     versions = [_version(folder, version, state.tags_of(version)) for version in state.versions]
@@ -36,6 +39,13 @@ def write_versions_page(folder: Path, output: Path, logs: Sequence[Path], limit:
         points=_points(versions), width=_WIDTH, height=_HEIGHT, edge=_EDGE,
     )  # fmt: skip
     write_text(output, page)
+
+
+def _check_output(output: Path, folder: Path, logs: Sequence[Path]) -> None:
+    for source in (*logs, folder / registered.HISTORY_FILE):
+        check_output(output, source)
+    if any((parent / registered.VERSION_FILE).is_file() for parent in output.resolve().parents):
+        raise UsageError(f"{output}: is in a registered version, which never changes. Choose another --output.")
 
 
 def _version(folder: Path, version: registered.VersionId, tags: list[str]) -> dict[str, Any]:

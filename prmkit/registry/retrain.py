@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
     """Make a version from another one and new rows, and tag it if requested and if the gate is met.
 
     Returns:
-        `version` (None if nothing was trained), `parent`, `promoted`, `gate` (`passed`, `reasons`), `report`.
+        `version` (None if nothing was trained), `parent`, `promoted`, `gate` (`reasons`, and `passed`, which is None if
+        nothing is new: then no gate was measured), `report`.
 
     Raises:
         DataError: another retraining is running, the rows cannot be read, or held-out rows would leak.
@@ -53,23 +54,30 @@ def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
         hashes = sorted(sha256_of(file) for file in asked.new)
         known = registered.read_version(parent, registry)["files"]
         if set(hashes) <= {sha for name, sha in known.items() if name.startswith(f"{ROWS}/")}:
-            return _already_in(parent, registry, asked)
-        what = [str(parent), hashes, asked.start, asked.replay, asked.margin, asked.settings,
-                asked.accept_contradiction]  # fmt: skip
-        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+            return _already_in(parent, registry, asked, hashes)
+        key = _key_of(asked, parent, hashes)
         job = Job(asked, registry, parent, registry / parent.name / f".retrain-{key}", key)
         job.work.mkdir(parents=True, exist_ok=True)
         done = job.work / RESULT
         return _promote(job, dict(read_json(done)) if done.is_file() else _work(job))
 
 
-def _already_in(version: VersionId, registry: Path, asked: Retraining) -> dict[str, Any]:
-    """The answer if nothing is new: the tag already points to the version."""
+def _key_of(asked: Retraining, parent: VersionId | str, hashes: Sequence[str]) -> str:
+    """What makes two retrainings the same one."""
+    what = [str(parent), hashes, asked.start, asked.replay, asked.margin, asked.settings, asked.accept_contradiction]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _already_in(version: VersionId, registry: Path, asked: Retraining, hashes: Sequence[str]) -> dict[str, Any]:
+    """The answer if the version was trained on the rows: its own result to the command that made it, else none."""
     details = registered.read_version(version, registry)["details"]
     log.info("%s was already trained on these rows; nothing to do.", version)
-    return {"version": str(version), "parent": details.get("parent"),
-            "promoted": not asked.reference.rpartition("@")[2].isdigit(),
-            "gate": details.get("gate", {"passed": True, "reasons": []}), "report": details.get("report")}  # fmt: skip
+    result = {"version": str(version), "parent": details.get("parent"), "promoted": False, "report": None,
+              "gate": {"passed": None, "reasons": ["nothing is new, so no gate was measured"]}}  # fmt: skip
+    if details.get("key") == _key_of(asked, details.get("parent"), hashes):
+        is_tagged = not asked.reference.rpartition("@")[2].isdigit()  # by the tag it was found
+        result |= {"promoted": is_tagged, "gate": details["gate"], "report": details["report"]}
+    return result
 
 
 def _work(job: Job) -> dict[str, Any]:
@@ -245,6 +253,9 @@ def show_retraining(result: Mapping[str, Any]) -> None:
     """The findings, training and decision of a retraining."""
     for sentence in (result["report"] or {}).get("findings", []):
         cli.emit(f"new rows: {sentence}")
+    if result["gate"]["passed"] is None:
+        cli.emit(f"{result['version']}: was already trained on these rows. No gate was measured.")
+        return
     if result["version"]:
         cli.emit(f"{result['version']}: registered; its parent is {result['parent']}.")
     else:

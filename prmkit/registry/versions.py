@@ -34,6 +34,8 @@ _PATIENCE = 60.0
 """Seconds that a command waits for another command."""
 _LEFT_OUT = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
 """Files of a run that are not copied: needed only to resume it, or written while it runs."""
+_ADDING = ".adding-"
+"""With the number, the folder of a version that is being added."""
 _PUBLIC = (
     "adapter_*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "README.md",
@@ -52,15 +54,30 @@ def changing(folder: Path) -> Iterator[State]:
 
 
 def _sweep(folder: Path, state: State) -> None:
+    """Remove what a killed command left; never a version that the history merely does not mention.
+
+    Raises:
+        DataError: there is such a version: the history has lost lines.
+    """
+    removed = [registered.folder_of_version(version, folder) for version in state.removed]
     known = {registered.folder_of_version(version, folder) for version in state.versions}
-    for name in {*state.last_number, *(place.parent.name for place in folder.glob("*/.adding-*"))}:
-        for place in (folder / name).iterdir() if (folder / name).is_dir() else ():
-            if place.name.startswith(".adding-") or (place.name.isdigit() and place not in known):
-                _remove_folder(place)
-    # The folder of a judge's first version whose line was never written.
-    for file in folder.glob(f"*/*/{registered.VERSION_FILE}"):
-        if file.parent.name.isdigit() and file.parent not in known:
-            _remove_folder(file.parent)
+    unfinished = [place for place in folder.glob(f"*/{_ADDING}[0-9]*") if _final_place(place).name.isdecimal()]
+    # One that was renamed, but whose line was not written. Its .adding folder goes last: a sweep can be killed, too.
+    removed += [final for final in map(_final_place, unfinished) if final not in known]
+    for place in [*removed, *unfinished]:
+        if place.is_dir():
+            _remove_folder(place)
+    for file in sorted(folder.glob(f"*/*/{registered.VERSION_FILE}")):
+        if file.parent.name.isdecimal() and file.parent not in known:
+            raise DataError(
+                f"{file.parent}: {folder / registered.HISTORY_FILE} has no line that adds this version, so lines of it "
+                "are lost. Restore the file from a backup, or remove the folder by hand."
+            )
+
+
+def _final_place(adding: Path) -> Path:
+    """Where the version goes that is first copied to `.adding-NUMBER/NUMBER`."""
+    return adding.with_name(adding.name.removeprefix(_ADDING))
 
 
 def _remove_folder(place: Path) -> None:
@@ -146,7 +163,10 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
             if other.name == addition.name and registered.read_version(other, folder)["run_id"] == record["id"]:
                 raise UsageError(f"{addition.run}: is already registered, as {other}.")
         final = registered.folder_of_version(version, folder)
-        building = final.with_name(f".adding-{final.name}")
+        # The outer folder remains until the line is written: a version that has neither a line nor this folder is not
+        # a remnant of a killed command, so the history has lost its line.
+        adding = final.with_name(f"{_ADDING}{final.name}")
+        building = adding / final.name
         building.mkdir(parents=True)
         _copy_run(addition, building / RUN)
         _copy_data(addition, record, building)
@@ -157,6 +177,7 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
         sync(final.parent)
         write_history(folder, "add", addition.why, judge=version.name, version=version.number, run=str(addition.run),
                       run_id=record["id"], parent=parent)  # fmt: skip
+        adding.rmdir()
     return version
 
 
@@ -182,7 +203,7 @@ def _copy_run(addition: Addition, target: Path) -> None:
     base = record.get("base_model") or {}
     near = addition.run / str(base.get("relative"))
     if base.get("relative") and near.is_dir():
-        final = target.parent.with_name(target.parent.name.removeprefix(".adding-")) / RUN
+        final = _final_place(target.parent.parent) / RUN
         base["relative"] = os.path.relpath(near.resolve(), final.resolve())
         write_json(target / RUN_RECORD, {**record, "base_model": base})
 

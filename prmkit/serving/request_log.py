@@ -81,6 +81,7 @@ class RequestLog:
             "request_hash": row.request_hash,
             "task": log_id(row.task),
             "trajectory": log_id(row.trajectory),
+            "is_step": row.is_step,
             "score": line["score"],
             "std": line["std"],
             "label_mass": line["label_mass"],

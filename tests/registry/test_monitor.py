@@ -3,7 +3,7 @@
 import json
 import random
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,20 @@ from registry_fixtures import make_rows, make_run
 
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
+from prmkit.intervals import confidence_sequence
+from prmkit.judge.scorer import ShapeOf
 from prmkit.registry.monitor import (
+    LoggedStep,
     compare_judges,
-    confidence_sequence,
     drift_of,
     read_outcomes,
     read_scored,
     show_ab,
     steps_of,
 )
+from prmkit.row_lines import Line
+from prmkit.scoring.rows import read_rows
+from prmkit.serving.request_log import RequestLog
 from prmkit.trajectory import log_id
 
 
@@ -70,6 +75,87 @@ def test_a_judge_that_predicts_success_better_is_found_and_an_equal_one_is_not(t
     assert "more tasks" in compare_judges(few, read_outcomes(outcomes))["outcomes"]["decision"]
 
 
+def outcomes_of(folder: Path, truth: Sequence[float]) -> Path:
+    """The outcomes of the runs of `scored`."""
+    path = folder / "outcomes.jsonl"
+    lines = [{"trajectory_id": f"r{n}", "outcome": value} for n, value in enumerate(truth)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_tasks_are_compared_in_the_order_of_the_logs(tmp_path: Path) -> None:
+    """A confidence sequence depends on the order of its values; a set has another one in every process."""
+    rng = random.Random(3)
+    truth, ones, others = ([rng.random() for _ in range(60)] for _ in range(3))
+    files = [scored(tmp_path, name, [score for score in scores for _ in range(2)])
+             for name, scores in (("a", ones), ("b", others))]  # fmt: skip
+    found = compare_judges(read_scored(files), read_outcomes(outcomes_of(tmp_path, truth)))
+    gains = [(a - o) ** 2 - (b - o) ** 2 for a, b, o in zip(ones, others, truth, strict=True)]
+    assert found["outcomes"]["gain_of_b"] == confidence_sequence(gains) != confidence_sequence(gains[::-1])
+
+
+def test_only_runs_that_both_judges_scored_completely_are_compared(tmp_path: Path) -> None:
+    """Two equal judges: one that lacks the step that went wrong must not look worse."""
+    a = scored(tmp_path, "a", [0.9, 0.1] * 40)
+    outcomes = read_outcomes(outcomes_of(tmp_path, [0.0] * 40))
+    lines = [json.loads(line) for line in a.read_text().splitlines()]
+
+    def against(others: list[dict[str, Any]]) -> Any:
+        path = tmp_path / "b.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in others))
+        return compare_judges(read_scored([a, path]), outcomes)["outcomes"]
+
+    cut = against(lines[::2])
+    assert (cut["runs"], cut["gain_of_b"]) == (0, None) and "completely" in cut["decision"]
+    assert against(lines[:20])["runs"] == 10
+    assert against([*lines[:2], lines[2] | {"status": "unsure"}, *lines[3:]])["runs"] == 39
+    unreadable = {"request_hash": None, "status": "error", "score": None, "scores": {}}
+    assert against([line | (unreadable if n in (1, 3) else {}) for n, line in enumerate(lines)])["runs"] == 38
+    other_words = [line | {"request_hash": f"x{line['request_hash']}"} for line in lines]
+    assert against(other_words)["runs"] == 40 and against(other_words[1:])["runs"] == 39
+    same_first_step = [line | {"request_hash": "h0"} if n % 2 == 0 else line for n, line in enumerate(lines)]
+    a.write_text("".join(json.dumps(line) + "\n" for line in same_first_step))
+    assert against(same_first_step[:-2] + same_first_step[-1:])["runs"] == 39
+
+
+KINDS = ((None, 0.9, 0.9), ("clip", 0.8, 0.8), ("category", 0.1, 0.9), ("final", 0.1, 0.9))
+"""Evaluation type, score of judge a, score of judge b."""
+
+
+def outputs_with_types(folder: Path) -> list[Path]:
+    for number, name in enumerate("ab"):
+        lines = [
+            {"id": kind, "scores": {"k": scores[number]}, "score": scores[number], "status": "ok",
+             "request_hash": f"{kind}", "metadata": {"trajectory_id": "r0", "evaluation_type": kind}}
+            for kind, *scores in KINDS
+        ]  # fmt: skip
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [folder / "a", folder / "b"]
+
+
+def log_with_types(folder: Path) -> list[Path]:
+    """A log as serve_judge.py writes it."""
+    request_log = RequestLog(folder / "log.jsonl")
+    with request_log.writing():
+        for kind, *scores in KINDS:
+            value = {"prompt": f"Judge {kind}.", "metadata": {"trajectory_id": "r0", "evaluation_type": kind}}
+            text = json.dumps(value).encode()
+            (row,) = read_rows([Line(1, text, len(text))], ShapeOf(("k",)))
+            for judge, score in zip("ab", scores, strict=True):
+                line = {"score": score, "std": 0.1, "label_mass": 0.9, "status": "ok"}
+                request_log.add(row, line, judge, "production")
+    return [request_log.file]
+
+
+@pytest.mark.parametrize("write", [outputs_with_types, log_with_types])
+def test_verdicts_on_categories_and_whole_runs_are_no_steps(
+    tmp_path: Path, write: Callable[[Path], list[Path]]
+) -> None:
+    found = compare_judges(read_scored(write(tmp_path)), {"r0": 1.0})
+    assert found["steps"] == 4
+    assert (found["outcomes"]["runs"], found["outcomes"]["gain_of_b"]["value"]) == (1, 0.0)
+
+
 def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     one = scored(tmp_path, "a", [0.5] * 4)
     with pytest.raises(UsageError, match="two judges"):
@@ -87,6 +173,40 @@ def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     good = tmp_path / "good.jsonl"
     good.write_text('{"trajectory_id": "r", "outcome": {"success": true, "score": 0.4}}\n')
     assert read_outcomes(good)["r"] == 1.0  # as evaluate_judge.py --best-of-n reads it
+
+
+@pytest.mark.parametrize("value", [5, 1.01, True, -1, "0.5", 1e308, [0.5]])
+@pytest.mark.parametrize("name", ["score", "label_mass"])
+def test_a_score_that_is_none_is_rejected_with_its_line(tmp_path: Path, name: str, value: Any) -> None:
+    good = scored(tmp_path, "good", [0.0, 1.0])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(good.read_text() + json.dumps(json.loads(log_line(3, "a", 0.5)) | {name: value}) + "\n")
+    with pytest.raises(DataError, match=rf"bad\.jsonl:3: {name} is .*, not a number from 0 to 1"):
+        read_scored([good, bad])
+    assert len(read_scored([good])) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [("metadata", "x", "an object"), ("keys", 3, "a list of names"), ("keys", "ab", "a list of names"),
+     ("keys", [1], "a list of names"), ("scores", 3, "an object"), ("characters", "9", "a count"),
+     ("status", {}, "text"), ("prompt", 1, "text"), ("time", 1, "text"), ("is_step", "no", "true or false")],
+)  # fmt: skip
+def test_a_field_of_another_type_is_rejected_with_its_line(tmp_path: Path, name: str, value: Any, what: str) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(log_line(2, "a", 0.5) + json.dumps(json.loads(log_line(3, "a", 0.5)) | {name: value}) + "\n")
+    with pytest.raises(DataError, match=rf"bad\.jsonl:2: {name} is .*, not {what}"):
+        read_scored([bad])
+
+
+def test_two_outcomes_of_one_run_are_rejected(tmp_path: Path) -> None:
+    file = tmp_path / "outcomes.jsonl"
+    same = '{"trajectory_id": "my run", "outcome": true}\n{"trajectory_id": "my run", "outcome": 1}\n'
+    file.write_text(same)
+    assert read_outcomes(file)["my run"] == 1.0
+    file.write_text(same + '{"trajectory_id": "my run", "outcome": 0}\n')
+    with pytest.raises(DataError, match=r"outcomes\.jsonl:3: my run has another outcome"):
+        read_outcomes(file)
 
 
 def test_a_run_and_a_task_may_be_called_nought(tmp_path: Path) -> None:
@@ -129,6 +249,32 @@ def test_drift_is_found_and_sameness_is_not_called_drift(tmp_path: Path) -> None
     assert any("unsure" in each for each in drift_of(unsure, held_out([0.5] * 600), 0.25)["findings"])
     few = drift_of(same[:40], held_out(then), 0.25)
     assert few["undecided"] == ["k"] and not few["findings"]
+
+
+def _keyed(folder: Path, counts: Mapping[str, int]) -> list[LoggedStep]:
+    """Logged steps, as many per score key as named; the key `none` for lines without keys."""
+    lines = [json.loads(log_line(n, "a", 0.99)) | {"keys": None if key == "none" else [key]}
+             for key, count in counts.items() for n in range(count)]  # fmt: skip
+    steps: list[LoggedStep] = _scored_lines(folder, lines)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("counts", "undecided"),
+    [
+        ({f"k{n}": 40 for n in range(30)}, [f"k{n}" for n in range(30)]),
+        ({"k": 500, **{f"k{n}": 40 for n in range(8)}}, [f"k{n}" for n in range(8)]),
+        ({"k": 500, "k1": 40}, []),
+        ({"k": 500, "none": 100}, ["steps without score keys"]),
+        ({"k": 500, "none": 10}, []),
+        ({"none": 100}, ["steps without score keys"]),
+    ],
+)
+def test_small_groups_are_undecided_together(tmp_path: Path, counts: dict[str, int], undecided: list[str]) -> None:
+    """A tenth of the steps may have rare score keys, and not all of the steps."""
+    then = [line for key in counts for line in held_out([0.99] * (100 if key == "k" else 20), key)]
+    found = drift_of(_keyed(tmp_path, counts), then, 0.25)
+    assert (found["undecided"], found["findings"]) == (undecided, [])
 
 
 def test_steps_are_compared_with_held_out_rows_of_the_same_score_keys(tmp_path: Path) -> None:
@@ -224,8 +370,25 @@ def test_drift_a_b_and_the_page_from_the_command_line(
     few = tmp_path / "few.jsonl"
     few.write_text("".join(log_line(n, "judge@1", 0.9) for n in range(10)))
     assert "too few scores" in script("manage_judges.py", "drift", 1, few, code=4).stderr
+    rare = [json.loads(log_line(n, "judge@1", 0.9)) | {"keys": [f"k{n % 12}"]} for n in range(120)]
+    few.write_text("".join(json.dumps(line) + "\n" for line in rare))
+    measured = [line for n in range(12) for line in held_out([0.9] * 9, f"k{n}")]
+    (results / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
+    said = script("manage_judges.py", "drift", 1, few, code=4).stderr
+    assert "too few scores of k0 and k1 and k2 and 9 other groups to decide" in said
+    (results / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = json.loads(script("manage_judges.py", "ab", log, "--json").stdout)
     assert (found["a"], found["b"], found["steps"], found["tasks"]) == ("judge@1", "judge@2", 100, 100)
+    link, hard = tmp_path / "link.html", tmp_path / "hard.html"
+    link.symlink_to(log)
+    hard.hardlink_to(log)
+    history, version = (tmp_path / "judges" / name for name in ("history.jsonl", "judge/1/version.json"))
+    before = [each.read_bytes() for each in (log, history, version)]
+    for output in (log, link, hard, history):
+        said = script("manage_judges.py", "page", "--logs", few, log, "--output", output, code=2).stderr
+        assert "is also the input. Choose another --output" in said
+    assert "never changes" in script("manage_judges.py", "page", "--output", version, code=2).stderr
+    assert [each.read_bytes() for each in (log, history, version)] == before and link.is_symlink()
     page = tmp_path / "judges.html"
     script("manage_judges.py", "page", "--logs", log, "--output", page)
     html = page.read_text()

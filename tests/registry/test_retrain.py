@@ -20,7 +20,8 @@ from prmkit.dataset.command import make_parser, settings_of
 from prmkit.dataset.settings import Settings
 from prmkit.drift import shift_of
 from prmkit.errors import DataError
-from prmkit.files import exclusive_lock
+from prmkit.files import exclusive_lock, sha256_of
+from prmkit.registry import versions
 from prmkit.registry.batch import (
     HELD_OUT,
     TRAINING,
@@ -33,7 +34,7 @@ from prmkit.registry.batch import (
     describe_batch,
     tasks_in,
 )
-from prmkit.registry.retrain import _contradiction, _drops
+from prmkit.registry.retrain import _contradiction, _drops, _key_of
 from prmkit.registry.versions import Addition, add_version
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.run import Keys
@@ -109,7 +110,34 @@ def test_rows_that_the_version_has_are_nothing_to_do(registry: Path, tmp_path: P
     done = script("manage_judges.py", "retrain", 1, "--new", tmp_path / "rows.jsonl", "--json")
     assert json.loads(done.stdout)["version"] == "judge@1"
     assert json.loads(done.stdout)["promoted"] is False
+    assert json.loads(done.stdout)["gate"]["passed"] is None
     assert "was already trained on these rows" in done.stderr
+    versions.tag_version(registry, "judge@1", "production", None)
+    typed = ["retrain", "production", "--new", tmp_path / "rows.jsonl", "--promote-if-better"]
+    said = script("manage_judges.py", *typed).stdout
+    assert said == "judge@1: was already trained on these rows. No gate was measured.\n"
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_only_the_command_that_made_a_version_gets_its_gate_again(
+    registry: Path, tmp_path: Path, script: Script, passed: bool
+) -> None:
+    """The version has other rows, too: those of its parent, about which its gate says nothing."""
+    make_rows(tmp_path / "week.jsonl", range(40, 50))
+    week, old = tmp_path / "week.jsonl", tmp_path / "rows.jsonl"
+    asked = Retraining("judge@1", (week,), "base", 1.0, 0.05, (), False, False)
+    gate = {"passed": passed, "reasons": [] if passed else ["worse"]}
+    details = {"key": _key_of(asked, "judge@1", [sha256_of(week)]), "parent": "judge@1", "gate": gate,
+               "report": {"findings": ["as before"]}}  # fmt: skip
+    run = make_run(tmp_path, old, 2)
+    add_version(registry, Addition(run, "judge", keep_rows=(old, week), parent="judge@1", details=details))
+    versions.tag_version(registry, "judge@2", "production", None)
+    typed = ["manage_judges.py", "retrain", "production", "--json", "--new"]
+    again = json.loads(script(*typed, week, code=0 if passed else 4).stdout)
+    assert (again["gate"], again["report"], again["promoted"]) == (gate, details["report"], True)
+    for others in ([old], [old, week], [week, "--margin", "0.2"]):
+        result = json.loads(script(*typed, *others).stdout)
+        assert (result["gate"]["passed"], result["report"], result["promoted"]) == (None, None, False)
 
 
 @pytest.mark.llamafactory

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,84 @@ def test_a_line_that_was_cut_off_never_happened(judges: Path, manage: Manage) ->
     assert len(read_history(judges)) == 5
     (judges / "history.jsonl").write_text('{"action"\n')
     assert "damaged" in manage("list", code=1)
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"action": "remove", "version": 3}, "judge@3 does not exist at this point"),
+        ({"action": "add", "version": 2}, "judge@2 cannot be added after judge@2"),
+        ({"action": "add", "version": 1, "judge": ".."}, r"..@1 cannot be added"),
+        ({"action": "tag", "version": 7, "tag": "preview"}, "judge@7 does not exist"),
+        (
+            {"action": "rollback", "version": 1, "was": 3, "tag": "production"},
+            "production cannot go from judge@3 to judge@1",
+        ),
+        ({"action": "rollback", "version": 1, "was": 2, "tag": "preview"}, "preview cannot go from judge@2 to judge@1"),
+        ({"action": "rename", "version": 1}, "unknown action 'rename'"),
+        ({"action": "tag", "version": "1", "tag": "preview"}, "not an action"),
+        ({"action": "tag", "version": 1}, "not an action"),
+        ({"action": "tag", "version": 1, "tag": "preview", "time": None}, "not an action"),
+    ],
+)
+def test_a_line_that_cannot_have_happened_is_named(
+    judges: Path, manage: Manage, changes: dict[str, object], reason: str
+) -> None:
+    history = judges / "history.jsonl"
+    whole = history.read_text()
+    line = json.loads(whole.splitlines()[0]) | changes
+    history.write_text(f"{whole}{json.dumps(line)}\n")
+    for command in (["list"], ["history"], ["tag", "judge@1", "preview"]):
+        said = manage(*command, code=1)
+        assert f"history.jsonl:5: damaged ({reason}" in said and "Restore the file from a backup" in said
+    assert (judges / "judge" / "2" / "version.json").is_file()
+
+
+@pytest.mark.usefixtures("two")
+def test_a_version_is_removed_once(judges: Path, manage: Manage) -> None:
+    manage("remove", 1)
+    with (judges / "history.jsonl").open("a") as stream:
+        stream.write((judges / "history.jsonl").read_text().splitlines()[-1] + "\n")
+    assert "history.jsonl:6: damaged (judge@1 does not exist" in manage("list", code=1)
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("lines_left", [0, 2, None])
+def test_versions_whose_lines_were_lost_are_named_and_not_deleted(
+    project: Path, judges: Path, manage: Manage, lines_left: int | None
+) -> None:
+    """The history was truncated, is an old backup, or is gone; the versions are still worth hours of training."""
+    history = judges / "history.jsonl"
+    whole = history.read_bytes()
+    if lines_left is None:
+        history.unlink()
+    else:
+        history.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines_left]))
+    before = {file: file.read_bytes() for file in judges.rglob("*") if file.is_file() and not file.name.startswith(".")}
+    for command in (["add", project / "saves" / "run1", "--name", "other"], ["tag", "judge@1", "preview"]):
+        said = manage(*command, code=1)
+        assert f"judge/{2 if lines_left else 1}: " in said and "Restore the file from a backup" in said
+    assert all(file.read_bytes() == content for file, content in before.items())
+    history.write_bytes(whole)
+    manage("tag", "judge@1", "preview")
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("command", ["add", "remove"])
+def test_what_a_command_that_was_killed_at_its_end_left_is_removed(judges: Path, manage: Manage, command: str) -> None:
+    """An add that renamed its folder but wrote no line, and a removal that wrote its line but deleted nothing."""
+    number = 3 if command == "add" else 1
+    copy = judges / "judge" / str(number)
+    if command == "add":
+        (judges / "judge" / ".adding-3").mkdir()
+    shutil.copytree(judges / "judge" / "1", judges / "copy")
+    if command == "remove":
+        manage("remove", 1)
+    (judges / "copy").rename(copy)
+    manage("tag", 2, "preview")
+    assert not copy.exists() and not list(judges.glob("*/.adding-*"))
+    assert (judges / "judge" / "2" / "version.json").is_file()
 
 
 def test_judge_and_run_are_two_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

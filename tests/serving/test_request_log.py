@@ -25,7 +25,7 @@ LINE = {"score": 0.5, "std": 0.1, "label_mass": 0.9, "status": "ok"}
 
 def row(number: int, prompt: str = "good") -> RowToScore:
     request = Request(prompt, Shape(("step_score",), nested=False))
-    return RowToScore(number, f"run-1#{number}", request, task="task-7", trajectory="run-1")
+    return RowToScore(number, f"run-1#{number}", request, task="task-7", trajectory="run-1", is_step=True)
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -48,13 +48,14 @@ def test_a_line_has_exactly_its_fields_and_the_prompt_only_when_asked_for(tmp_pa
     written(file, with_prompts=True)
     without, with_prompt = lines_of(file)
     assert list(without) == list(with_prompt) == [
-        "time", "id", "judge", "role", "request_hash", "task", "trajectory", "score", "std", "label_mass", "status",
-        "characters", "keys", "prompt",
+        "time", "id", "judge", "role", "request_hash", "task", "trajectory", "is_step", "score", "std", "label_mass",
+        "status", "characters", "keys", "prompt",
     ]  # fmt: skip
     assert without["prompt"] is None and with_prompt["prompt"] == "good"
     assert without["request_hash"] == row(0).request_hash and without["keys"] == ["step_score"]
     assert (without["id"], without["task"], without["trajectory"]) == ("run-1#0", "task-7", "run-1")
     assert (without["judge"], without["role"], without["characters"]) == ("judge@3", "production", 4)
+    assert without["is_step"] is True
     assert file.stat().st_mode & 0o077 == 0
 
 
