@@ -8,7 +8,7 @@ return {"reward": rewards[-1], …}                           # Env.step of SkyR
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prmkit.client import Judge, RequestRefused, Reward, client_of
+from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward, client_of
 
 
 def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None = None) -> list[float]:
@@ -32,9 +32,18 @@ def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None 
 
 
 def reward_of(line: Mapping[str, Any]) -> Reward:
-    """The reward of one scored step from `Judge.score` or `Judge.score_run`; an unsure score counts as none."""
+    """The reward of one scored step from `Judge.score` or `Judge.score_run`; an unsure score counts as none.
+
+    Raises:
+        JudgeUnavailable: a server or a lack of memory is to blame.
+        RequestRefused: the step can never be scored.
+    """
+    if line["status"] == "failed":
+        raise JudgeUnavailable(f"the judge could not score a step: {line.get('reason')}")
+    if line["status"] == "error":
+        raise RequestRefused(f"this step can never be scored: {line.get('reason')}")
     value = line["score"] if line["status"] == "ok" else None
-    return Reward(value, (value,), line["label_mass"])
+    return Reward(value, (value,), line["label_mass"], line.get("reason"))
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:

@@ -172,7 +172,7 @@ class Service:
 
         Raises:
             DataError: the lists do not match, or a query cannot be split into messages.
-            NoReward: a step has no reliable score.
+            NoReward: a step has no reliable score, or the judge could not answer.
         """
         queries, prompts = body.get("query"), body.get("prompts")
         if not isinstance(queries, list) or not isinstance(prompts, list) or len(queries) != len(prompts):
@@ -194,7 +194,7 @@ class Service:
 
         Raises:
             DataError: a part is missing, or the response cannot be split into messages.
-            NoReward: a step has no reliable score.
+            NoReward: a step has no reliable score, or the judge could not answer.
         """
         prompt, response = body.get("prompt"), body.get("response")
         if not isinstance(prompt, str | list) or not isinstance(response, str | list):
@@ -232,6 +232,7 @@ class Service:
                 "reason": "the policy wrote nothing that can be judged",
             }
         lines = [line for line, _ in await self._lines(rows)]
+        self._check_answered(lines)
         scores = [line["score"] for line in lines if line["status"] == "ok"]
         masses = [line["label_mass"] for line in lines if line["label_mass"] is not None]
         unscored = len(lines) - len(scores)
@@ -245,6 +246,14 @@ class Service:
             "judge": judge_of(lines),
             "reason": next((line["reason"] for line in lines if line["status"] != "ok"), None),
         }
+
+    def _check_answered(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Neither null nor another number may stand for a judge that cannot work: it would be a constant reward."""
+        for status, kind in (("failed", NoReward), ("error", DataError)):  # a retry helps only after `failed`
+            for line in lines:
+                if line["status"] == status:
+                    self.metrics.unscored_rewards.labels("error").inc()
+                    raise kind(f"the judge could not score a step: {line['reason']}")
 
     def _number(self, score: float | None, reason: str | None, *, can_be_null: bool) -> float | None:
         """The reward to return. Never a silent zero: the policy would learn from it."""

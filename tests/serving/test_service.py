@@ -16,7 +16,7 @@ from serving_stub import StubScorer, running_server
 
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.scorer import ShapeOf
-from prmkit.judge.types import Distribution, Judgement
+from prmkit.judge.types import UNSCORED, Distribution, Judgement
 from prmkit.prompts.step import load_rubric
 from prmkit.serving.engine import Engine
 from prmkit.serving.judges import ServedJudge
@@ -123,6 +123,21 @@ def test_a_step_without_a_score_is_never_silently_a_number(unsure: str) -> None:
         return await service.rewards(sample(unsure))
 
     assert answer(after_a_good_one, unscored="mean")["rewards"] == [pytest.approx(GOOD, abs=CLOSE)]
+
+
+@pytest.mark.parametrize("policy", UNSCORED)
+def test_a_judge_that_cannot_work_is_an_error_whatever_is_set_for_steps_without_a_score(policy: str) -> None:
+    async def after_a_good_one(service: Service, response: str) -> None:
+        await service.rewards(sample("good"))
+        with pytest.raises(NoReward, match="the server is gone"):
+            await service.rewards(sample("good", response))
+        await service.reward({"prompt": "What?", "response": response})
+
+    with pytest.raises(NoReward, match="the server is gone"):
+        answer(lambda service: after_a_good_one(service, "BREAK"), unscored=policy)
+    body = {"prompt": "What?", "response": "NAN"}
+    with pytest.raises(DataError, match="not numbers"):
+        answer(lambda service: service.reward(body), unscored=policy)
 
 
 def test_a_query_in_which_nothing_is_written_gets_the_mean() -> None:
