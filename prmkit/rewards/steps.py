@@ -46,6 +46,26 @@ def reward_of(line: Mapping[str, Any]) -> Reward:
     return Reward(value, (value,), line["label_mass"], line.get("reason"))
 
 
+def reward_of_step(judge: Judge, step: Mapping[str, Any] | Sequence[Mapping[str, Any]], **asked: Any) -> Reward:
+    """The reward of one step: a message of the agent, with its results. Without a value if the agent wrote nothing.
+
+    Args:
+        judge: the client.
+        step: the message, or a list with it and its results.
+        asked: `task`, `history` and `last`, as for `Judge.score`.
+
+    Raises:
+        JudgeUnavailable, RequestRefused: see `reward_of`.
+    """
+    messages = list(step) if isinstance(step, list | tuple) else [step]
+    said = [each for each in messages if isinstance(each, Mapping) and each.get("role") == "assistant"]
+    parts = [message[name] for message in said for name in message if name not in ("role", "name")]
+    if said and not any(part.strip() if isinstance(part, str) else part for part in parts):
+        return Reward(None, (), None, "the policy wrote nothing")
+    (line,) = judge.score([{**asked, "step": messages}])
+    return reward_of(line)
+
+
 def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
     """The sum of the rewards from each step on, discounted by `gamma` per step."""
     returns: list[float] = []

@@ -90,9 +90,9 @@ def run_of_step(item: Mapping[str, Any]) -> Trajectory:
     Raises:
         DataError: a part is missing or malformed, or the agent says nothing in `step`.
     """
-    task, history, step = item.get("task"), item.get("history") or [], item.get("step")
+    task, history, step = _joined(item.get("task")), item.get("history") or [], item.get("step")
     if not isinstance(task, str) or not task.strip():
-        raise DataError("task: what the agent was asked, as a string.")
+        raise DataError("task: what the agent was asked, as a string or a list of text parts.")
     step = [step] if isinstance(step, Mapping) else step
     for name, messages in (("history", history), ("step", step)):
         if messages != [] and not is_message_list(messages):
@@ -111,6 +111,14 @@ def run_of_step(item: Mapping[str, Any]) -> Trajectory:
     if not isinstance(last, bool):  # "false" would be true
         raise DataError("last: true or false.")
     return replace(run, steps=(*run.steps[:-1], replace(run.steps[-1], last=last)))
+
+
+def _joined(content: Any) -> Any:
+    """The text of a list of text parts, as chat models take them; anything else unchanged."""
+    if not isinstance(content, list):
+        return content
+    texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return "\n".join(texts) if texts and len(texts) == len(content) else content
 
 
 def _run(

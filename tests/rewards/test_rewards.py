@@ -193,3 +193,39 @@ def test_a_failed_step_is_asked_again_and_its_line_is_returned() -> None:
         (line,) = Judge(url, attempts=2).score([{"task": "What?", "step": STEP}])
         assert (line["score"], line["status"]) == (None, "failed") and len(scorer.batches) >= 2
         assert [step["score"] for run in Judge(url, attempts=1).score_run(RUN) for step in run["steps"]] == [None, None]
+
+
+PARTS = [{"type": "text", "text": "Do"}, {"type": "text", "text": "it."}]
+
+
+def test_what_can_never_be_scored_is_an_exception_with_the_reason_and_never_a_number(judge_url: str) -> None:
+    judge = Judge(judge_url)
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    for task in (image, [*PARTS, *image], ["Do it."], 7, ""):
+        for unscored in (0.5, None):
+            with pytest.raises(RequestRefused, match="as a string or a list of text parts"):
+                score_step(judge, task, [], STEP, unscored)  # type: ignore[arg-type]
+            with pytest.raises(RequestRefused, match="as a string or a list of text parts"):
+                played(judge, [{"role": "user", "content": task}], "good", unscored_reward=unscored)
+    with pytest.raises(RequestRefused, match="step: a list of messages"):
+        score_step(judge, "Do it.", [], "good", 0.5)
+    with pytest.raises(RequestRefused, match="the probabilities are not numbers"):
+        step_rewards(judge, {"messages": [RUN["messages"][0], {**STEP, "content": "NAN"}]}, unscored_reward=0.5)
+    with pytest.raises(JudgeUnavailable, match="mumbled"):
+        score_step(judge, "Do it.", [], {**STEP, "content": "mumble"})
+
+
+def test_a_task_of_text_parts_is_their_text(judge_url: str) -> None:
+    asked = [{"task": task, "step": STEP} for task in (PARTS, "Do\nit.", "Do it.")]
+    parts, joined, other = [line["request_hash"] for line in Judge(judge_url).score(asked)]
+    assert parts == joined != other
+    assert score_step(judge_url, PARTS, [], STEP) == pytest.approx(GOOD, abs=CLOSE)
+    assert played(Judge(judge_url), [{"role": "user", "content": PARTS}], "good") == pytest.approx(GOOD, abs=CLOSE)
+
+
+def test_a_turn_in_which_the_policy_wrote_nothing_has_no_score(judge_url: str) -> None:
+    judge = Judge(judge_url)
+    assert played(judge, RUN["messages"][:1], " \n", unscored_reward=0.5) == 0.5
+    assert score_step(judge, "Do it.", [], {"role": "assistant", "content": None}, 0.5) == 0.5
+    with pytest.raises(JudgeUnavailable, match="wrote nothing"):
+        played(judge, RUN["messages"][:1], "")
