@@ -91,14 +91,18 @@ def _named(run: Trajectory) -> Trajectory:
     return replace(run, trajectory_id=f"{request_id.get()}.{run.trajectory_id.removeprefix(f'{given}.')}")
 
 
-def run_of_step(item: Mapping[str, Any]) -> Trajectory:
+def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
     """The run up to one step, from `task`, `history` and `step`; the last two are lists of messages.
 
     The step is taken to be the last of its run if it calls no tool; `last` says otherwise. `task_id` and
     `trajectory_id`, here or in `metadata`, are kept.
 
+    Args:
+        item: these parts.
+        is_end: `step` may be the end of a run, with several steps of the agent.
+
     Raises:
-        DataError: a part is missing or malformed, or the agent says nothing in `step`.
+        DataError: a part is missing or malformed, or `step` is not one step of the agent.
     """
     task, history, step = _joined(item.get("task")), item.get("history") or [], item.get("step")
     if not isinstance(task, str) or not task.strip():
@@ -113,8 +117,14 @@ def run_of_step(item: Mapping[str, Any]) -> Trajectory:
         raise DataError("metadata: an object.")
     names = {name: name_in(item, name) or name_in(metadata, name) for name in ("task_id", "trajectory_id")}
     before, now = turns_of(history, lost), turns_of(step or [], lost)
-    if not any(map(_is_step, now)):  # otherwise the previous step would be judged
+    count = sum(map(_is_step, now))
+    if not count:  # otherwise the previous step would be judged
         raise DataError("step: has no message in which the agent says or does something.")
+    if count > 1 and not is_end:
+        raise DataError(
+            f"step: has {count} messages in which the agent says or does something, and only one can be scored. Send "
+            "each of them as a step, with those before it in history."
+        )
     run = _run([*before, *now], task, lost, **names)
     calls = run.steps[-1].calls
     last = not calls if item.get("last") is None else item["last"]

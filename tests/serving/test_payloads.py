@@ -266,3 +266,20 @@ def test_a_prompt_that_does_not_open_the_agents_message_is_followed_by_it() -> N
     for nothing in ("", " \n", "<|im_end|>"):
         with pytest.raises(NothingWritten):
             run_of_policy(f"{prompt}<|im_start|>assistant\n<think>\n", nothing, whole=False)
+
+
+def test_text_next_to_a_result_in_a_users_message_is_the_users() -> None:
+    prompt = "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n"
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>\n'
+    answered = "<|im_start|>user\nNote.<tool_response>7</tool_response>Hurry.<|im_end|>\n<|im_start|>assistant\nRain."
+    run, _ = run_of_policy(prompt, call + answered, whole=False)
+    assert [result.text for result in run.steps[0].results] == ["7"] and run.lost == {}
+    assert [message.text for message in run.steps[1].incoming] == ["Note.\nHurry."]
+
+
+def test_the_tools_of_mistral_are_part_of_its_system_text() -> None:
+    prompt = (
+        '<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][AVAILABLE_TOOLS][{"name": "f"}][/AVAILABLE_TOOLS][INST]Hi[/INST]'
+    )
+    run, _ = run_of_policy(prompt, "Hello.</s>", whole=False)
+    assert (run.system, run.task) == ('Be brief.\n\n[{"name": "f"}]', "Hi")
