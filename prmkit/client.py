@@ -50,6 +50,8 @@ class Reward:
     """The score of every step that the policy wrote."""
     label_mass: float | None
     """The lowest of the steps."""
+    reason: str | None = field(default=None, compare=False)
+    """Why there is no value."""
 
     def number(self, unscored_reward: float | None) -> float:
         """The value, or the reward that the caller chose for samples without a value.
@@ -59,7 +61,10 @@ class Reward:
         """
         value = unscored_reward if self.value is None else self.value
         if value is None:
-            raise JudgeUnavailable("a step has no reliable score. Set unscored_reward to give such samples a reward.")
+            why = f" ({self.reason})" if self.reason else ""
+            raise JudgeUnavailable(
+                f"a step has no reliable score{why}. Set unscored_reward to give such samples a reward."
+            )
         return value
 
 
@@ -88,6 +93,8 @@ class Judge:
 
     def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Score steps or ready-made prompts: one line each, in order, as `POST /v1/score` returns them.
+
+        A line with the status `failed` is requested again, and is returned if it fails in every attempt.
 
         Raises:
             JudgeUnavailable, RequestRefused: see there.
@@ -210,7 +217,7 @@ def _reward(answer: Any, url: str) -> Reward:
         raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py. Check the URL.") from None
     for number in (value, *steps, mass):
         _check_share(number, url)
-    return Reward(value, steps, mass)
+    return Reward(value, steps, mass, answer.get("reason"))
 
 
 def _lines(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
@@ -273,11 +280,24 @@ def _post(client: "httpx.Client", path: str, body: Any, timeout: float) -> "http
 
 def _pause(outcome: Any, attempt: int, attempts: int) -> float | None:
     """Seconds until the next attempt; None if there is an answer, or no attempt is left."""
-    if attempt + 1 >= attempts or getattr(outcome, "status_code", 503) not in _PASSING:
+    is_passing = getattr(outcome, "status_code", 503) in _PASSING or _has_failed_line(outcome)
+    if attempt + 1 >= attempts or not is_passing:
         return None
     asked = getattr(outcome, "headers", {}).get("retry-after", "")
     own = min(2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
     return min(float(asked), _LONGEST_PAUSE) if asked.isdecimal() else own
+
+
+def _has_failed_line(response: "httpx.Response") -> bool:
+    """Whether the judge could not score a step because a server or a lack of memory is to blame."""
+    if b'"failed"' not in response.content:
+        return False
+    try:
+        answer = response.json()
+        lines = [*answer.get("results", ()), *(line for run in answer.get("runs", ()) for line in run["steps"])]
+        return any(line["status"] == "failed" for line in lines)
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not an answer of serve_judge.py
+        return False
 
 
 def _content(outcome: Any, url: str) -> Any:

@@ -44,6 +44,8 @@ class StubScorer:
 def judgement_of(request: Request) -> Judgement:
     """0.9 for steps that say "good", 0.2 for others; unsure of those that say "mumble"."""
     this = request.prompt.rpartition("<step n=")[2] or request.prompt
+    if "NAN" in this:
+        return Judgement("error", reason="the probabilities are not numbers")
     if "toolong" in this:
         return Judgement("too_long", reason="too long")
     peak = 90 if "good" in this else 20

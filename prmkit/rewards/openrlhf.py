@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prmkit.client import Judge, client_of
-from prmkit.rewards.steps import reward_of
+from prmkit.rewards.steps import reward_of_step
 
 
 def make_reward_func(
@@ -43,7 +43,11 @@ def make_reward_func(
 
 
 def score_step(
-    judge: str | Judge, task: str, history: Sequence[Any], step: Any, unscored_reward: float | None = None
+    judge: str | Judge,
+    task: str | Sequence[Any],
+    history: Sequence[Any],
+    step: Any,
+    unscored_reward: float | None = None,
 ) -> float:
     """The score of one turn, for `AgentInstanceBase.step`; OpenRLHF sums the turns' rewards.
 
@@ -51,9 +55,7 @@ def score_step(
         JudgeUnavailable: the step has no reliable score, and there is no `unscored_reward`.
         RequestRefused: the arguments are not a step.
     """
-    client = client_of(judge)
-    (line,) = client.score([{"task": task, "history": list(history), "step": step}])
-    return reward_of(line).number(unscored_reward)
+    return reward_of_step(client_of(judge), step, task=task, history=list(history)).number(unscored_reward)
 
 
 def _response(query: str, prompt: str) -> str:

@@ -8,7 +8,7 @@ register(id="judged-search", entry_point="my_module:JudgedSearch")
 from typing import Any
 
 from prmkit.client import Judge, client_of
-from prmkit.rewards.steps import reward_of
+from prmkit.rewards.steps import reward_of_step
 
 
 def make_env(
@@ -51,13 +51,13 @@ def make_env(
         def _score(self, turn: dict[str, Any], answers: list[dict[str, Any]], *, is_last: bool) -> float:
             task = next(place for place, message in enumerate(self._judged) if message["role"] == "user")
             results = [message for message in answers if message["role"] == "tool"]
-            asked = {
-                "task": self._judged[task]["content"],
-                "history": self._judged[:task] + self._judged[task + 1 :],
-                "step": [turn, *results],
-                "last": bool(is_last),
-            }
-            (line,) = client.score([asked])
-            return reward_of(line).number(unscored_reward)
+            reward = reward_of_step(
+                client,
+                [turn, *results],
+                task=self._judged[task]["content"],
+                history=self._judged[:task] + self._judged[task + 1 :],
+                last=bool(is_last),
+            )
+            return reward.number(unscored_reward)
 
     return JudgedEnv

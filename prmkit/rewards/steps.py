@@ -8,7 +8,7 @@ return {"reward": rewards[-1], …}                           # Env.step of SkyR
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prmkit.client import Judge, RequestRefused, Reward, client_of
+from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward, client_of
 
 
 def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None = None) -> list[float]:
@@ -32,9 +32,38 @@ def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None 
 
 
 def reward_of(line: Mapping[str, Any]) -> Reward:
-    """The reward of one scored step from `Judge.score` or `Judge.score_run`; an unsure score counts as none."""
+    """The reward of one scored step from `Judge.score` or `Judge.score_run`; an unsure score counts as none.
+
+    Raises:
+        JudgeUnavailable: a server or a lack of memory is to blame.
+        RequestRefused: the step can never be scored.
+    """
+    if line["status"] == "failed":
+        raise JudgeUnavailable(f"the judge could not score a step: {line.get('reason')}")
+    if line["status"] == "error":
+        raise RequestRefused(f"this step can never be scored: {line.get('reason')}")
     value = line["score"] if line["status"] == "ok" else None
-    return Reward(value, (value,), line["label_mass"])
+    return Reward(value, (value,), line["label_mass"], line.get("reason"))
+
+
+def reward_of_step(judge: Judge, step: Mapping[str, Any] | Sequence[Mapping[str, Any]], **asked: Any) -> Reward:
+    """The reward of one step: a message of the agent, with its results. Without a value if the agent wrote nothing.
+
+    Args:
+        judge: the client.
+        step: the message, or a list with it and its results.
+        asked: `task`, `history` and `last`, as for `Judge.score`.
+
+    Raises:
+        JudgeUnavailable, RequestRefused: see `reward_of`.
+    """
+    messages = list(step) if isinstance(step, list | tuple) else [step]
+    said = [each for each in messages if isinstance(each, Mapping) and each.get("role") == "assistant"]
+    parts = [message[name] for message in said for name in message if name not in ("role", "name")]
+    if said and not any(part.strip() if isinstance(part, str) else part for part in parts):
+        return Reward(None, (), None, "the policy wrote nothing")
+    (line,) = judge.score([{**asked, "step": messages}])
+    return reward_of(line)
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:

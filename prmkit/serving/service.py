@@ -80,11 +80,13 @@ class Service:
         if keys and any(_is_step(step) for step in steps):
             raise DataError("keys: only for ready-made prompts. For a step of a run, the judge's rubric sets the keys.")
         shape_of = replace(self.shape_of, keys=tuple(keys)) if keys else self.shape_of
-        rows = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
-        lines = [line for line, _ in await self._lines(rows)]
+        read = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
+        found = await self._lines([row for row, _ in read])
+        lines = [line | {"lost": lost} for (line, _), (_, lost) in zip(found, read, strict=True)]
         return {"judge": judge_of(lines) if lines else self.judge.name, "results": lines}
 
-    def _row(self, item: Any, number: int, shape_of: ShapeOf) -> RowToScore:
+    def _row(self, item: Any, number: int, shape_of: ShapeOf) -> tuple[RowToScore, dict[str, int]]:
+        """The row to score, and what was dropped from its step, counted by kind."""
         item = {"prompt": item} if isinstance(item, str) else item
         known = given_id(item)
         try:
@@ -92,20 +94,22 @@ class Service:
                 run = run_of_step(item)
                 row = self._step_rows(run)[-1]
                 trajectory = row.trajectory if run.trajectory_id != request_id.get() else None
-                return replace(
+                row = replace(
                     row,
                     number=number,
                     id=row.id if known is None else known,
                     metadata=item.get("metadata") or {},
                     trajectory=trajectory,  # the steps of a request may belong to different runs
                 )
-            return prompt_row(read_row(item), number, shape_of)
+                return row, dict(run.lost)
+            return prompt_row(read_row(item), number, shape_of), {}
         except Rejected as rejected:
-            return RowToScore(number, known, reason=rejected.reason)
+            reason = rejected.reason
         except RecursionError:
-            return RowToScore(number, known, reason="nested too deeply")
+            reason = "nested too deeply"
         except PrmkitError as error:
-            return RowToScore(number, known, reason=str(error))
+            reason = str(error)
+        return RowToScore(number, known, reason=reason), {}
 
     async def _lines(self, rows: Sequence[RowToScore]) -> list[Scored]:
         if self.trial:
@@ -124,7 +128,8 @@ class Service:
         """Score one small prompt to show that a judge works; neither the metrics nor the log count it."""
         step = {"task": "What is 2 + 2?", "step": {"role": "assistant", "content": "4"}}
         prompt = {"prompt": 'Judge this step: 2 + 2 is 4. Answer with {"step_score": <score>}'}
-        (scored,) = await judge.score([self._row(step if self.rubric else prompt, 1, self.shape_of)])
+        row, _ = self._row(step if self.rubric else prompt, 1, self.shape_of)
+        (scored,) = await judge.score([row])
         return scored.line
 
     def _step_rows(self, run: Trajectory) -> list[RowToScore]:
@@ -173,7 +178,7 @@ class Service:
 
         Raises:
             DataError: the lists do not match, or a query cannot be split into messages.
-            NoReward: a step has no reliable score.
+            NoReward: a step has no reliable score, or the judge could not answer.
         """
         queries, prompts = body.get("query"), body.get("prompts")
         if not isinstance(queries, list) or not isinstance(prompts, list) or len(queries) != len(prompts):
@@ -185,6 +190,7 @@ class Service:
         found = await asyncio.gather(*asked)
         values = [self._number(each.pop("score"), each["reason"], can_be_null=False) for each in found]
         logs = {key: [_finite(each[key]) for each in found] for key in ("label_mass", "unscored", "steps")}
+        logs["lost"] = [float(sum(each["lost"].values())) for each in found]
         judges = [each["judge"] for each in found]
         return {"rewards": values, "scores": values, "extra_logs": logs, "judge": judges}
 
@@ -195,7 +201,7 @@ class Service:
 
         Raises:
             DataError: a part is missing, or the response cannot be split into messages.
-            NoReward: a step has no reliable score.
+            NoReward: a step has no reliable score, or the judge could not answer.
         """
         prompt, response = body.get("prompt"), body.get("response")
         if not isinstance(prompt, str | list) or not isinstance(response, str | list):
@@ -230,9 +236,11 @@ class Service:
                 "scores": [],
                 "unscored": 1,
                 "judge": None,
+                "lost": {},
                 "reason": "the policy wrote nothing that can be judged",
             }
         lines = [line for line, _ in await self._lines(rows)]
+        self._check_answered(lines)
         scores = [line["score"] for line in lines if line["status"] == "ok"]
         masses = [line["label_mass"] for line in lines if line["label_mass"] is not None]
         unscored = len(lines) - len(scores)
@@ -244,8 +252,17 @@ class Service:
             "scores": [line["score"] if line["status"] == "ok" else None for line in lines],
             "unscored": unscored,
             "judge": judge_of(lines),
+            "lost": dict(run.lost),
             "reason": next((line["reason"] for line in lines if line["status"] != "ok"), None),
         }
+
+    def _check_answered(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Neither null nor another number may stand for a judge that cannot work: it would be a constant reward."""
+        for status, kind in (("failed", NoReward), ("error", DataError)):  # a retry helps only after `failed`
+            for line in lines:
+                if line["status"] == status:
+                    self.metrics.unscored_rewards.labels("error").inc()
+                    raise kind(f"the judge could not score a step: {line['reason']}")
 
     def _number(self, score: float | None, reason: str | None, *, can_be_null: bool) -> float | None:
         """The reward to return. Never a silent zero: the policy would learn from it."""
@@ -288,7 +305,8 @@ class Service:
             for name, question in questions.items()
         }
         usage = {"input_tokens": judgement.prompt_tokens, "output_tokens": 0}
-        return {"model": line["judge"], "answers": answers, "usage": usage, "unused_state": unused}
+        about = {"unused_state": unused, "lost": dict(run.lost)}
+        return {"model": line["judge"], "answers": answers, "usage": usage} | about
 
 
 def _is_step(item: Any) -> bool:

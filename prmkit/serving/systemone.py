@@ -65,7 +65,7 @@ def _run_of_parts(task: Any, history: Any, said: Any, thinking: Any) -> Trajecto
     if thinking:
         answer = [*answer[:-1], {"reasoning_content": _text(thinking), **answer[-1]}]
     if asked is None:
-        return run_of_step({"task": _text(task), "history": history, "step": answer})
+        return run_of_step({"task": _text(task), "history": history, "step": answer}, is_end=True)
     return run_of_policy([*asked, *history], answer, whole=False)[0]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prmkit.row_lines import Line
 from registry_fixtures import make_rows, make_run
 
 from prmkit import registered
@@ -24,7 +25,6 @@ from prmkit.registry.monitor import (
     show_ab,
     steps_of,
 )
-from prmkit.row_lines import Line
 from prmkit.scoring.rows import read_rows
 from prmkit.serving.request_log import RequestLog
 from prmkit.trajectory import log_id

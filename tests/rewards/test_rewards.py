@@ -1,12 +1,19 @@
 """Each adapter with what its framework passes, and with a step that has no score."""
 
 import asyncio
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+from serving_stub import StubScorer, running_server
 
 from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward
+from prmkit.errors import DataError
+from prmkit.rewards.openrlhf import score_step
+from prmkit.rewards.skyrl import make_env
 from prmkit.rewards.slime import make_custom_rm
 from prmkit.rewards.steps import discounted_returns, evaluation_events, send_to_langfuse, step_rewards
 from prmkit.rewards.trl import make_reward_func, reward_values
@@ -113,3 +120,112 @@ def test_scores_for_traces(judge_url: str) -> None:
     assert [each["observation_id"] for each in written] == ["o1", "o2"]
     with pytest.raises(ValueError, match="2 observations for 3 steps"):
         send_to_langfuse(langfuse, run, "trace", ["o1", "o2"])
+
+
+class Dead(StubScorer):
+    """A judge whose backend was killed."""
+
+    def judgements(self, requests: Any, mode: Any = "expected") -> Any:
+        self.batches.append(0)
+        raise DataError("connection refused")
+
+
+class Restarting(Dead):
+    """A judge whose backend is killed after the first prompt and comes back."""
+
+    def judgements(self, requests: Any, mode: Any = "expected") -> Any:
+        if len(self.batches) == 1:
+            yield from super().judgements(requests)
+        yield from StubScorer.judgements(self, requests)
+
+
+STEP: dict[str, Any] = {"role": "assistant", "content": "good"}
+
+
+def scores_of_every_adapter(judge: Judge) -> list[Callable[[], Any]]:
+    """Each of them gives 0.5 to what has no score."""
+    verl = make_compute_score(judge, unscored_reward=0.5)
+    slime = make_custom_rm(judge, unscored_reward=0.5)
+    return [
+        lambda: judge.reward("What?", "good").value,
+        lambda: make_reward_func(judge, when_unscored="none")(prompts=["What?"], completions=["good"])[0],
+        lambda: asyncio.run(verl(solution_str="good", extra_info={"prompt": "What?"}))["score"],
+        lambda: asyncio.run(slime(None, SimpleNamespace(prompt="What?", response="good")))["score"],
+        lambda: score_step(judge, "What?", [], STEP, 0.5),
+        lambda: step_rewards(judge, RUN, unscored_reward=0.5)[0],
+        lambda: played(judge, RUN["messages"][:1], "good", unscored_reward=0.5),
+    ]
+
+
+def played(judge: Judge, prompt: list[dict[str, Any]], action: str, **settings: Any) -> float:
+    """The reward of one turn in an environment that gives none itself."""
+
+    class Env:
+        def init(self, prompt: Any) -> Any:
+            return prompt, {}
+
+        def step(self, action: str) -> Any:
+            return {"observations": [], "reward": 0.0, "done": True, "metadata": {}}
+
+    env = make_env(Env, judge, **settings)()
+    env.init(prompt)
+    return float(env.step(action)["reward"])
+
+
+def test_a_judge_without_its_backend_is_an_exception_in_every_adapter_and_never_a_number() -> None:
+    with running_server(scorer=Dead()) as url:
+        for score in scores_of_every_adapter(Judge(url, attempts=1)):
+            with pytest.raises(JudgeUnavailable, match="connection refused"):
+                score()
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_a_backend_that_comes_back_loses_no_reward(place: int) -> None:
+    with running_server(scorer=Restarting()) as url:
+        while httpx.get(f"{url}/ready").status_code != 200:
+            time.sleep(0.02)
+        assert scores_of_every_adapter(Judge(url, attempts=3))[place]() == pytest.approx(GOOD, abs=CLOSE)
+
+
+def test_a_failed_step_is_asked_again_and_its_line_is_returned() -> None:
+    scorer = Dead()
+    with running_server(scorer=scorer) as url:
+        (line,) = Judge(url, attempts=2).score([{"task": "What?", "step": STEP}])
+        assert (line["score"], line["status"]) == (None, "failed") and len(scorer.batches) >= 2
+        assert [step["score"] for run in Judge(url, attempts=1).score_run(RUN) for step in run["steps"]] == [None, None]
+
+
+PARTS = [{"type": "text", "text": "Do"}, {"type": "text", "text": "it."}]
+
+
+def test_what_can_never_be_scored_is_an_exception_with_the_reason_and_never_a_number(judge_url: str) -> None:
+    judge = Judge(judge_url)
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    for task in (image, [*PARTS, *image], ["Do it."], 7, ""):
+        for unscored in (0.5, None):
+            with pytest.raises(RequestRefused, match="as a string or a list of text parts"):
+                score_step(judge, task, [], STEP, unscored)  # type: ignore[arg-type]
+            with pytest.raises(RequestRefused, match="as a string or a list of text parts"):
+                played(judge, [{"role": "user", "content": task}], "good", unscored_reward=unscored)
+    with pytest.raises(RequestRefused, match="step: a list of messages"):
+        score_step(judge, "Do it.", [], "good", 0.5)
+    with pytest.raises(RequestRefused, match="the probabilities are not numbers"):
+        step_rewards(judge, {"messages": [RUN["messages"][0], {**STEP, "content": "NAN"}]}, unscored_reward=0.5)
+    with pytest.raises(JudgeUnavailable, match="mumbled"):
+        score_step(judge, "Do it.", [], {**STEP, "content": "mumble"})
+
+
+def test_a_task_of_text_parts_is_their_text(judge_url: str) -> None:
+    asked = [{"task": task, "step": STEP} for task in (PARTS, "Do\nit.", "Do it.")]
+    parts, joined, other = [line["request_hash"] for line in Judge(judge_url).score(asked)]
+    assert parts == joined != other
+    assert score_step(judge_url, PARTS, [], STEP) == pytest.approx(GOOD, abs=CLOSE)
+    assert played(Judge(judge_url), [{"role": "user", "content": PARTS}], "good") == pytest.approx(GOOD, abs=CLOSE)
+
+
+def test_a_turn_in_which_the_policy_wrote_nothing_has_no_score(judge_url: str) -> None:
+    judge = Judge(judge_url)
+    assert played(judge, RUN["messages"][:1], " \n", unscored_reward=0.5) == 0.5
+    assert score_step(judge, "Do it.", [], {"role": "assistant", "content": None}, 0.5) == 0.5
+    with pytest.raises(JudgeUnavailable, match="wrote nothing"):
+        played(judge, RUN["messages"][:1], "")

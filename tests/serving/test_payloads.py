@@ -8,7 +8,7 @@ from families import TEMPLATES
 
 from prmkit.errors import DataError
 from prmkit.prompts.encoding import load_encoding
-from prmkit.serving.payloads import run_of_policy, run_of_step, runs_in
+from prmkit.serving.payloads import NothingWritten, run_of_policy, run_of_step, runs_in
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": {"city": "Bern"}}}
 CHAT = [
@@ -120,3 +120,166 @@ def test_whether_a_step_is_the_last_is_true_or_false() -> None:
     assert not run_of_step(step | {"last": False}).steps[-1].last
     with pytest.raises(DataError, match="last: true or false"):
         run_of_step(step | {"last": "false"})
+
+
+FAMILIES = {
+    "ChatML": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n",
+        '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call><|im_end|>\n<|im_start|>user\n'
+        "<tool_response>7</tool_response><|im_end|>\n<|im_start|>assistant\nIt rains.<|im_end|>",
+    ),
+    "Phi-4": (
+        "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Weather?<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>",
+        '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call><|im_end|><|im_start|>tool<|im_sep|>7<|im_end|>'
+        "<|im_start|>assistant<|im_sep|>It rains.<|im_end|>",
+    ),
+    "Llama 3": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\nWeather?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        '<|python_tag|>{"name": "f", "parameters": {"x": 1}}<|eom_id|><|start_header_id|>ipython<|end_header_id|>\n\n7'
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt rains.<|eot_id|>",
+    ),
+    "Llama 3 without a tag": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\nWeather?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        '{"name": "f", "parameters": {"x": 1}}<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n7'
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt rains.<|eot_id|>",
+    ),
+    "Mistral v3": (
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST] Weather?[/INST]",
+        '[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}, "id": "abc"}]</s>[TOOL_RESULTS] 7[/TOOL_RESULTS]'
+        " It rains.</s>",
+    ),
+    "Mistral v11": (
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Weather?[/INST]",
+        '[TOOL_CALLS]f[CALL_ID]abc[ARGS]{"x": 1}</s>[TOOL_RESULTS]abc[TOOL_CONTENT]7[/TOOL_RESULTS]It rains.</s>',
+    ),
+    "Llama 2": (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWeather? [/INST]",
+        '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call></s>[TOOL_RESULTS]7[/TOOL_RESULTS]It rains.</s>',
+    ),
+    "DeepSeek V3": (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Weather?<｜Assistant｜>",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+        '{"x": 1}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜><｜tool▁outputs▁begin｜>'
+        "<｜tool▁output▁begin｜>7<｜tool▁output▁end｜><｜tool▁outputs▁end｜>It rains.<｜end▁of▁sentence｜>",
+    ),
+    "DeepSeek V3.1": (
+        "Be brief.<｜User｜>Weather?<｜Assistant｜></think>",
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"x": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+        "<｜end▁of▁sentence｜><｜tool▁output▁begin｜>7<｜tool▁output▁end｜>It rains.<｜end▁of▁sentence｜>",
+    ),
+    "GLM-4": (
+        "[gMASK]<sop><|system|>\nBe brief.<|user|>\nWeather?<|assistant|>",
+        'f\n{"x": 1}<|observation|>\n7<|assistant|>\nIt rains.<|user|>',
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_results_and_system_texts_of_every_family_are_read(family: str) -> None:
+    prompt, response = FAMILIES[family]
+    run, earlier = run_of_policy(prompt, response, whole=False)
+    assert (run.system, run.task, earlier, run.lost) == ("Be brief.", "Weather?", 0, {})
+    first, second = run.steps
+    assert [(call.name, call.arguments) for call in first.calls] == [("f", {"x": 1})]
+    assert (first.text, [result.text for result in first.results], second.text) == ("", ["7"], "It rains.")
+    assert run_of_policy(prompt, prompt + response, whole=True) == (run, 0)
+    assert run_of_policy(prompt.removeprefix("<s>"), prompt + response, whole=True) == (run, 0)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"Llama 3 without a tag", "GLM-4"}))
+def test_a_response_of_any_family_is_read_without_the_tokens_of_its_prompt(family: str) -> None:
+    run, _ = run_of_policy([{"role": "user", "content": "Weather?"}], FAMILIES[family][1], whole=False)
+    assert [[call.name for call in step.calls] for step in run.steps] == [["f"], []]
+    assert run.steps[0].results[0].text == "7" and run.steps[1].text == "It rains."
+
+
+HARMONY = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>42<|return|>"
+COHERE = "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "says"),
+    [
+        ("<|start|>user<|message|>hi<|end|><|start|>assistant", HARMONY, r"prompt: has <\|start\|>"),
+        (CHAT[:1], HARMONY, r"response: has <\|channel\|>"),
+        ("hi", HARMONY, r"response: has <\|channel\|>"),
+        (
+            "<|im_user|>user<|im_middle|>hi<|im_end|><|im_assistant|>assistant<|im_middle|>",
+            "42",
+            "prompt: has <.im_user",
+        ),
+        (COHERE, "42<|END_OF_TURN_TOKEN|>", "prompt: has <.START_OF_TURN"),
+        (CHAT[:1], "42<|END_OF_TURN_TOKEN|>", "response: has <.END_OF_TURN"),
+        ("<bos><|turn>user\nhi<turn|>\n<|turn>model\n", "42<turn|>", "prompt: has <.turn>"),
+        ("<｜hy_User｜>hi<｜hy_Assistant｜>", "42<｜hy_eos｜>", "prompt: has <｜hy_User｜>"),
+        ("[|system|]x[|endofturn|]\n[|user|]hi\n[|assistant|]", "42", "prompt: has .{2}system"),
+        ("his question<|im_end|>\n<|im_start|>assistant\n", "42<|im_end|>", "does not begin with one of its messages"),
+        ("his question<|end|>\n<|assistant|>\n", "42", "does not begin with one of its messages"),
+        ("his question<|end|><|assistant|>", "42", "does not begin with one of its messages"),
+        ("his question [/INST]", "42</s>", "does not begin with one of its messages"),
+        ("<|im_start|>critic\nhi<|im_end|>\n", "42", "does not begin with one of its messages"),
+        ("<s>[SYSTEM_PROMPT]x", "42", "no complete message"),
+        ("<|user|>\nhi", "42", "ends inside a message of user"),
+        ("[INST] hi", "42", "ends inside a message of user"),
+    ],
+)
+def test_text_of_a_template_that_is_not_split_is_refused(prompt: Any, response: str, says: str) -> None:
+    with pytest.raises(DataError, match=says) as caught:
+        run_of_policy(prompt, response, whole=False)
+    assert not isinstance(caught.value, NothingWritten)
+    if isinstance(prompt, str):
+        with pytest.raises(DataError, match=says):
+            run_of_policy(prompt, prompt + response, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("How does <|user|> work?", "It marks the user."),
+        ("What do <|im_start|> and <|im_sep|> mean?", "<|im_start|> begins a message."),
+        ("Where is [INST] written, and where [/INST] and [TOOL_CALLS]?", "Before and after the user's text: [/INST]."),
+        ("What is <|endoftext|> for?", "It is </s> of others."),
+        ("Is <｜User｜> a token?", "Yes, as <｜Assistant｜> is."),
+        ("Explain `a <| f |> b`.", "It is F#."),
+    ],
+)
+def test_text_that_mentions_a_token_is_plain(question: str, answer: str) -> None:
+    run, earlier = run_of_policy(question, answer, whole=False)
+    assert (run.task, [step.text for step in run.steps], earlier) == (question, [answer], 0)
+    assert run_of_policy(question, question + answer, whole=True)[0] == run
+    chat = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    after, _ = run_of_policy(chat, answer + "<|im_end|>", whole=False)
+    assert (after.task, [step.text for step in after.steps]) == (question, [answer])
+
+
+def test_a_prompt_that_does_not_open_the_agents_message_is_followed_by_it() -> None:
+    prompt = "<|im_start|>user\nWeather?<|im_end|>\n"
+    for response in ("Rain.", "Rain.<|im_end|>", "<|im_start|>assistant\nRain.<|im_end|>"):
+        run, earlier = run_of_policy(prompt, response, whole=False)
+        assert (run.task, [step.text for step in run.steps], earlier) == ("Weather?", ["Rain."], 0)
+    answered = f"{prompt}<|im_start|>assistant\n<|endoftext|><|im_end|>\n{prompt}<|im_start|>assistant\n"
+    run, earlier = run_of_policy(answered, "Rain.", whole=False)
+    assert ([step.text for step in run.steps], earlier) == (["Rain."], 0)
+    for nothing in ("", " \n", "<|im_end|>"):
+        with pytest.raises(NothingWritten):
+            run_of_policy(f"{prompt}<|im_start|>assistant\n<think>\n", nothing, whole=False)
+
+
+def test_text_next_to_a_result_in_a_users_message_is_the_users() -> None:
+    prompt = "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n"
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>\n'
+    answered = "<|im_start|>user\nNote.<tool_response>7</tool_response>Hurry.<|im_end|>\n<|im_start|>assistant\nRain."
+    run, _ = run_of_policy(prompt, call + answered, whole=False)
+    assert [result.text for result in run.steps[0].results] == ["7"] and run.lost == {}
+    assert [message.text for message in run.steps[1].incoming] == ["Note.\nHurry."]
+
+
+def test_the_tools_of_mistral_are_part_of_its_system_text() -> None:
+    prompt = (
+        '<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][AVAILABLE_TOOLS][{"name": "f"}][/AVAILABLE_TOOLS][INST]Hi[/INST]'
+    )
+    run, _ = run_of_policy(prompt, "Hello.</s>", whole=False)
+    assert (run.system, run.task) == ('Be brief.\n\n[{"name": "f"}]', "Hi")

@@ -16,7 +16,7 @@ from serving_stub import StubScorer, running_server
 
 from prmkit.errors import DataError, UsageError
 from prmkit.judge.scorer import ShapeOf
-from prmkit.judge.types import Distribution, Judgement
+from prmkit.judge.types import UNSCORED, Distribution, Judgement
 from prmkit.prompts.step import load_rubric
 from prmkit.serving.engine import Engine
 from prmkit.serving.judges import ServedJudge
@@ -79,6 +79,42 @@ def test_an_id_is_kept_even_if_it_is_nought(given: Any, kept: Any) -> None:
     assert unnamed[0] == "request#1"
 
 
+def test_what_is_dropped_from_a_step_is_counted_in_its_line() -> None:
+    agent, tool = {"role": "assistant", "content": "good"}, {"role": "tool", "content": "x"}
+    user = {"role": "user", "content": "And?"}
+    steps = [
+        {"task": "t", "step": agent},
+        {"task": "t", "history": [tool], "step": agent},
+        {"task": "t", "step": [tool, agent]},
+        {"task": "t", "step": [agent, user]},
+        {"task": "t", "step": agent, "history": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
+        {"prompt": 'good. Answer: {"step_score": 0.5}'},
+    ]
+    found = answer(lambda service: service.score({"steps": steps}))["results"]
+    assert [line["lost"] for line in found] == [
+        {}, {"results before the first step": 1}, {"results before the first step": 1},
+        {"messages after the last step": 1}, {"content of type image": 1}, {},
+    ]  # fmt: skip
+
+
+def test_a_step_is_one_message_of_the_agent() -> None:
+    said = [{"role": "assistant", "content": text} for text in ("poor", "good")]
+    (line,) = answer(lambda service: service.score({"steps": [{"task": "t", "step": said}]}))["results"]
+    assert line["status"] == "error" and "step: has 2 messages" in line["reason"]
+    asked = {"state": {"task": "t", "output": said}, "questions": {"q": {"type": "noul"}}}
+    assert answer(lambda service: service.systemone(asked))["answers"]["q"]["noul"] > 0.99  # about the end of a run
+
+
+def test_what_is_dropped_from_a_policys_text_is_counted() -> None:
+    whole, cut = sample("good"), sample("good")
+    cut["query"][0] += "and more"
+    kind = "text outside of messages"
+    assert answer(lambda service: service.rewards(whole))["extra_logs"]["lost"] == [0.0]
+    assert answer(lambda service: service.rewards(cut))["extra_logs"]["lost"] == [1.0]
+    body = {"prompt": cut["prompts"][0], "response": "good<|im_end|>\nand more"}
+    assert answer(lambda service: service.reward(body))["lost"] == {kind: 1}
+
+
 def test_a_run_has_scores_aggregates_returns_and_its_first_bad_step() -> None:
     said = ("good", "bad one", "good again")
     messages = [{"role": "user", "content": "Do it."}, *({"role": "assistant", "content": text} for text in said)]
@@ -123,6 +159,21 @@ def test_a_step_without_a_score_is_never_silently_a_number(unsure: str) -> None:
         return await service.rewards(sample(unsure))
 
     assert answer(after_a_good_one, unscored="mean")["rewards"] == [pytest.approx(GOOD, abs=CLOSE)]
+
+
+@pytest.mark.parametrize("policy", UNSCORED)
+def test_a_judge_that_cannot_work_is_an_error_whatever_is_set_for_steps_without_a_score(policy: str) -> None:
+    async def after_a_good_one(service: Service, response: str) -> None:
+        await service.rewards(sample("good"))
+        with pytest.raises(NoReward, match="the server is gone"):
+            await service.rewards(sample("good", response))
+        await service.reward({"prompt": "What?", "response": response})
+
+    with pytest.raises(NoReward, match="the server is gone"):
+        answer(lambda service: after_a_good_one(service, "BREAK"), unscored=policy)
+    body = {"prompt": "What?", "response": "NAN"}
+    with pytest.raises(DataError, match="not numbers"):
+        answer(lambda service: service.reward(body), unscored=policy)
 
 
 def test_a_query_in_which_nothing_is_written_gets_the_mean() -> None:

@@ -1,17 +1,19 @@
 """Runs as one tagged string: `<think>`, `<tool_call>`, `<result>`, `<answer>`, in `sft_data.output` or `raw_response`.
 
 A step begins with a thought, or with a call or an answer that follows a result; text outside the tags counts as the
-agent's text.
+agent's text. The second half reads text that a chat template wrote, with its special tokens.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from prmkit.trajectories.content import mapping, read_call
+from prmkit.trajectories.content import ROLES, mapping, read_call, turns_of
 from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
 from prmkit.trajectories.run_fields import describe, first_of
 from prmkit.trajectory import Call, Result
@@ -107,3 +109,265 @@ def _turn(step: Mapping[str, Any], index: int) -> Turn:
 
 
 READER = Reader("tagged", recognises, one=read, own_keys=True)
+
+
+# --- the text of a chat template --------------------------------------------------------------------------------------
+
+_NOT_TEXT = (
+    r"<\|(?:begin_of_text|endoftext|end_of_text|im_end|eot_id|eom_id|end|pad|finetune_right_pad_id)\|>|<s>|</s>|<bos>|"
+    r"<eos>|<pad>|<end_of_turn>|<｜(?:begin▁of▁sentence|end▁of▁sentence|▁pad▁)｜>|\[gMASK\]|<sop>"
+)
+LEADING = re.compile(rf"\A(?:{_NOT_TEXT})+")
+"""A decoded query may begin with a token that its prompt does not have."""
+_BEFORE = re.compile(rf"\A(?:\s|{_NOT_TEXT})+")
+_AFTER = re.compile(rf"(?:{_NOT_TEXT})\Z")
+_LONGEST_TOKEN = 40
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The format in which a family of chat templates writes messages."""
+
+    message: re.Pattern[str]
+    """One message: `role`, `text`, and `end`, which is empty if the message is still open."""
+    begins: re.Pattern[str]
+    """What a prompt begins with."""
+    occurs: re.Pattern[str]
+    """What text has in it only if it is written in this format: a mention of a token is not enough."""
+    answer: str
+    """What an answer of the agent begins with."""
+    rewritten: Callable[[str], str]
+    """Rewrites tool calls, and what else is not in messages."""
+
+
+def _chat(
+    begin: str,
+    roles: str,
+    after: str,
+    ends: Sequence[str],
+    answer: str,
+    begins: str = "",
+    occurs: str = "",
+    rewritten: Callable[[str], str] = str,
+) -> Chat:
+    end = "|".join(map(re.escape, ends))
+    role = begin.replace("ROLE", f"(?P<role>{roles})")
+    following = begin.replace("ROLE", f"(?:{roles})")
+    return Chat(
+        re.compile(f"{role}{after}(?P<text>.*?)(?P<end>{end}|(?={following})|\\Z)", re.DOTALL),
+        re.compile(begins or following + after, re.DOTALL),
+        re.compile(occurs or following + after, re.DOTALL),
+        answer,
+        rewritten,
+    )
+
+
+def _tagged_call(name: str, arguments: str) -> str:
+    """A call as Qwen and Hermes write it, which `_agent_message` reads."""
+    body = json.dumps({"name": name.strip(), "arguments": arguments}, ensure_ascii=False).replace("<", "\\u003c")
+    return f"<tool_call>{body}</tool_call>"
+
+
+def _tagged_calls(body: str) -> str:
+    """Calls that are JSON, one or a list, in the tags of Qwen and Hermes; anything else in one such tag."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    calls = value if isinstance(value, list) else [value]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return f"<tool_call>{body.strip()}</tool_call>"
+    bodies = [json.dumps(call, ensure_ascii=False).replace("<", "\\u003c") for call in calls]
+    return "".join(f"<tool_call>{each}</tool_call>" for each in bodies)
+
+
+_LLAMA_CALL = re.compile(r"<\|python_tag\|>(.*?)(?=<\|eo[tm]_id\|>|<\|start_header_id\|>|\Z)", re.DOTALL)
+_LLAMA_JSON = re.compile(
+    r"(<\|start_header_id\|>assistant<\|end_header_id\|>\s*)"
+    r'([\[{]\s*\{?\s*"(?:name|parameters)"\s*:(?:(?!<\|eo[tm]_id\|>|<\|start_header_id\|>).)*[\]}])(?=\s*(?:<\|eo[tm]_id\|>|\Z))',
+    re.DOTALL,
+)
+
+
+def _llama(text: str) -> str:
+    text = _LLAMA_CALL.sub(lambda found: _tagged_calls(found[1]), text)
+    return _LLAMA_JSON.sub(lambda found: found[1] + _tagged_calls(found[2]), text)
+
+
+_GLM_CALL = re.compile(r"(?<=<\|assistant\|>)\s*([\w.-]+)\n(\{[^<]*\})\s*(?=<\|observation\|>)")
+
+
+def _glm(text: str) -> str:
+    return _GLM_CALL.sub(lambda found: _tagged_call(found[1], found[2]), text)
+
+
+_DEEPSEEK_ROLE = re.compile(r"<｜(?:System|User|Assistant|Tool)｜>")
+_DEEPSEEK_CALL = re.compile(
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>([^\n<]+)\n```json\n(.*?)\n```|([^\n<]+)<｜tool▁sep｜>(.*?))\s*"
+    r"(?:<｜tool▁call▁end｜>|\Z)",
+    re.DOTALL,
+)
+_DEEPSEEK_RESULT = re.compile(r"<｜tool▁output▁begin｜>(.*?)(?:<｜tool▁output▁end｜>|\Z)", re.DOTALL)
+_DEEPSEEK_LISTS = re.compile(r"\s*<｜tool▁(?:calls|outputs)▁(?:begin|end)｜>\s*")
+
+
+def _deepseek(text: str) -> str:
+    text = _DEEPSEEK_CALL.sub(lambda found: _tagged_call(found[1] or found[3], found[2] or found[4] or ""), text)
+    end = "<｜end▁of▁sentence｜>"
+    text = _DEEPSEEK_RESULT.sub(lambda found: f"{end}<｜Tool｜>{found[1]}{end}<｜Assistant｜>", text)
+    text = _DEEPSEEK_LISTS.sub("", text).replace("<｜Assistant｜></think>", "<｜Assistant｜>")
+    first = _DEEPSEEK_ROLE.search(text)
+    system = without_tokens(text[: first.start()]) if first else ""  # its template marks every role but this one
+    return f"<｜System｜>{system}{end}{text[first.start() :]}" if first and system else text
+
+
+_MISTRAL = (
+    (re.compile(r"\[(SYSTEM_PROMPT|AVAILABLE_TOOLS)\](.*?)\[/\1\]", re.DOTALL), r"<|im_start|>system\n\2<|im_end|>\n"),
+    (
+        re.compile(r"\[INST\]\s*<<SYS>>(.*?)<</SYS>>\s*", re.DOTALL),
+        r"<|im_start|>system\n\1<|im_end|>\n<|im_start|>user\n",
+    ),
+    (re.compile(r"\[INST\]\s*"), "<|im_start|>user\n"),
+    (re.compile(r"\s*\[/INST\]\s*"), "<|im_end|>\n<|im_start|>assistant\n"),
+    (re.compile(r"\[TOOL_RESULTS\]\s*(?:[\w-]*\[TOOL_CONTENT\])?\s*"), "<|im_end|>\n<|im_start|>tool\n"),
+    (re.compile(r"\s*\[/TOOL_RESULTS\]\s*"), "<|im_end|>\n<|im_start|>assistant\n"),
+    (re.compile(r"\[THINK\]"), "<think>"),
+    (re.compile(r"\[/THINK\]"), "</think>"),
+    (re.compile(r"</s>"), "<|im_end|>\n"),
+)
+"""Mistral marks only the user's turns; rewritten as ChatML, answers have an end, too."""
+_MISTRAL_CALL = re.compile(r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|\[TOOL_RESULTS\]|</s>|\[INST\]|\Z)", re.DOTALL)
+_MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?\s*(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
+
+
+def _mistral(text: str) -> str:
+    def calls(found: re.Match[str]) -> str:
+        named = _MISTRAL_NAMED.fullmatch(found[1])
+        return _tagged_call(named[1], named[2]) if named else _tagged_calls(found[1])
+
+    text = _MISTRAL_CALL.sub(calls, text)
+    for pattern, chatml in _MISTRAL:
+        text = pattern.sub(chatml, text)
+    return text
+
+
+_ANY = "system|developer|user|assistant|tool|observation|ipython|model"
+_CHATML = (r"<\|im_start\|>ROLE", _ANY, r"(?:\n|<\|im_sep\|>)", ("<|im_end|>",), "<|im_start|>assistant\n")
+CHATS = (
+    _chat(*_CHATML),
+    _chat(
+        r"<\|start_header_id\|>ROLE<\|end_header_id\|>", _ANY, r"\n*", ("<|eot_id|>", "<|eom_id|>"),
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        occurs=rf"<\|start_header_id\|>(?:{_ANY})<\|end_header_id\|>|<\|python_tag\|>",
+        rewritten=_llama,
+    ),
+    _chat(r"<start_of_turn>ROLE", _ANY, r"\n", ("<end_of_turn>",), "<start_of_turn>model\n"),
+    _chat(
+        r"<｜ROLE｜>", "System|User|Assistant|Tool", "", ("<｜end▁of▁sentence｜>",), "<｜Assistant｜>",
+        begins=r"<｜(?:System|User)｜>|(?<=<｜begin▁of▁sentence｜>).*<｜User｜>|"
+        r"(?=.*<｜User｜>)(?>.*<｜Assistant｜>)\s*(?:</?think>\s*)*\Z",
+        occurs=r"<｜(?:User|Assistant|Tool)｜>\s*\Z|<｜end▁of▁sentence｜>\s*<｜(?:User|Assistant|Tool)｜>|<｜tool▁\w+｜>",
+        rewritten=_deepseek,
+    ),
+    _chat(
+        *_CHATML,
+        begins=r"\[(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS)\]",
+        occurs=r"\[/INST\]\s*\Z|\[TOOL_CALLS\]\s*(?:\[\s*[{\]]|[\w.-]+\s*(?:\[ARGS\]|\[CALL_ID\]|\{))|"
+        r"\[/TOOL_RESULTS\]",
+        rewritten=_mistral,
+    ),
+    _chat(
+        r"<\|ROLE\|>", _ANY, r"\n?", ("<|end|>", "<|endoftext|>", "</s>"), "<|assistant|>\n",
+        occurs=rf"(?:<\|end\|>|<\|endoftext\|>|</s>)\s*<\|(?:{_ANY})\|>|<\|(?:{_ANY})\|>\s*(?:\n|\Z)",
+        rewritten=_glm,
+    ),
+)  # fmt: skip
+"""ChatML (Qwen, many others), Llama 3, Gemma, DeepSeek, Mistral and Llama 2, and Phi, Zephyr and GLM."""
+_SPECIAL = re.compile(
+    r"<\|[\w.-]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|\[\|\w{1,40}\|\]|<\|turn>|<turn\|>|<extra_id_\d+>|<seed:\w+>|\]~b\]"
+)
+"""What looks like a special token, of any family."""
+_KNOWN = re.compile(
+    rf"{_NOT_TEXT}|<\|(?:im_start|im_sep|start_header_id|end_header_id|python_tag|{_ANY}|fim_\w+|repo_name|file_sep|"
+    r"(?:vision|image|video|box|quad|object_ref)_\w+|reserved_special_token_\d+)\|>|<｜(?:System|User|Assistant|Tool)｜>|"
+    r"<｜(?:tool|fim)▁\w+｜>"
+)
+"""Special tokens of the families in `CHATS`."""
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_ANSWER = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
+
+
+def chat_at_beginning(prompt: str) -> Chat | None:
+    """The format in which a prompt is written; None if it does not begin as one."""
+    leading = _BEFORE.match(prompt)
+    return next((chat for chat in CHATS if chat.begins.match(prompt, leading.end() if leading else 0)), None)
+
+
+def chat_in(text: str) -> Chat | None:
+    """The format of which there are messages in a text, wherever they begin; None if there are none."""
+    return next((chat for chat in CHATS if chat.occurs.search(text)), None)
+
+
+def is_special(text: str) -> bool:
+    """Whether a text begins with a special token, of any family."""
+    return _SPECIAL.match(text) is not None
+
+
+def unread_token(text: str) -> str | None:
+    """The first special token of a family that is not in `CHATS`."""
+    return next((found[0] for found in _SPECIAL.finditer(text) if not _KNOWN.fullmatch(found[0])), None)
+
+
+def without_tokens(text: str) -> str:
+    """Text without the special tokens and the space around it."""
+    text = _BEFORE.sub("", text).rstrip()
+    while found := _AFTER.search(text, max(0, len(text) - _LONGEST_TOKEN)):
+        text = text[: found.start()].rstrip()
+    return text
+
+
+def is_agent(role: str) -> bool:
+    """Whether a message of this role is the agent's."""
+    return ROLES.get(role.lower()) == "agent"
+
+
+def turns_of_chat(chat: Chat, text: str, lost: Counter[str], *, is_open: bool = False) -> list[Turn]:
+    """The turns of a text in the format of a chat template.
+
+    Args:
+        chat: the format.
+        text: the messages.
+        lost: counts text that is in no message.
+        is_open: leave out a last message without an end.
+    """
+    text, end = chat.rewritten(text), 0
+    messages: list[dict[str, Any]] = []
+    for found in chat.message.finditer(text):
+        lost["text outside of messages"] += bool(without_tokens(text[end : found.start()]))
+        end = found.end()
+        if is_open and end == len(text) and not found["end"]:
+            break
+        messages += _messages(found["role"].lower(), without_tokens(found["text"]))
+    lost["text outside of messages"] += bool(without_tokens(text[end:]))
+    return turns_of(messages, lost)
+
+
+def _messages(role: str, content: str) -> list[dict[str, Any]]:
+    if is_agent(role):
+        return [_agent_message(content)] if content else []
+    answers = _ANSWER.findall(content)  # Qwen and Hermes write tool results in user messages
+    rest = _ANSWER.sub("\n", content).strip()
+    results = [{"role": "tool", "content": answer.strip()} for answer in answers]
+    return [*results, *([{"role": role, "content": rest}] if rest else [])]
+
+
+def _agent_message(content: str) -> dict[str, Any]:
+    calls = []
+    for body in _CALL.findall(content):
+        try:
+            call = json.loads(body)
+        except (ValueError, RecursionError):
+            call = None
+        known = isinstance(call, dict) and isinstance(call.get("name"), str)
+        calls.append(call if known else {"name": "tool_call", "arguments": body.strip()})
+    return {"role": "assistant", "content": _CALL.sub("", content).strip(), "tool_calls": calls}
