@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prmkit.judge.openai_judge import CompletionsJudge
     from prmkit.judge.transformers_judge import LocalJudge
 
-_NAME_THEM = "name them with --keys, or with keys in a request to a server"
+_NAME_THEM = "pass --keys, or keys in a request to a server"
 DEFAULT_RUN = Path("saves/reward_model_training")
 
 
@@ -38,12 +38,12 @@ class ShapeOf:
     """Decides which score keys to ask for."""
 
     keys: tuple[str, ...] = ()
-    """The keys that the user named; if empty, the prompt's schema decides, then the evaluation type."""
+    """The keys that the user chose; if empty, the prompt's schema decides, then the evaluation type."""
     known: Mapping[str, Sequence[str]] | None = None
     """Evaluation type -> keys in the training data."""
 
     def __call__(self, prompt: str, evaluation_type: object) -> Shape | str:
-        """The shape, or why it is not known."""
+        """Return the shape, or the reason why it is not known, as a string."""
         asked = asked_shape(prompt)
         if self.keys:
             return Shape(self.keys, asked.nested if asked and asked.keys == self.keys else _is_nested(self.keys))
@@ -53,7 +53,7 @@ class ShapeOf:
         if not known:
             return f"the prompt shows no score keys, and none are known for its evaluation type; {_NAME_THEM}"
         if len(known) > 1 and not _is_nested(known):
-            return f"the prompt shows no score keys, and {' or '.join(known)} would fit; {_NAME_THEM}"
+            return f"the prompt shows no score keys, and several keys are possible ({', '.join(known)}); {_NAME_THEM}"
         return Shape(known, _is_nested(known))
 
 
@@ -64,7 +64,7 @@ def _is_nested(keys: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A judge with its settings. It is loaded on first use."""
+    """A judge with its settings, loaded on first use."""
 
     source: JudgeSource
     """The model; for a model on a server, its tokenizer and template."""
@@ -74,7 +74,7 @@ class Scorer:
 
     @property
     def is_local(self) -> bool:
-        """Whether the model is loaded here: only then are its run, held-out scores and calibration known."""
+        """Whether the model is loaded here; only then are its training run, held-out scores and calibration known."""
         return self.endpoint is None
 
     @cached_property
@@ -96,11 +96,11 @@ class Scorer:
     def judgements(self, requests: Iterable[Request], mode: Mode | None = None) -> Iterator[Judgement]:
         """Judge a stream of requests in order; see `transformers_judge.LocalJudge.score`.
 
-        Without a request, nothing is loaded.
+        The judge is not loaded if there is no request.
 
         Args:
             requests: read as needed.
-            mode: another one than that of `asking`.
+            mode: overrides the mode of `asking`.
         """
         requests = iter(requests)
         first = next(requests, None)
@@ -113,8 +113,8 @@ class Scorer:
 
         Args:
             prompts: strings, or rows as `score_trajectories.py` reads them: with a prompt or a conversation, and
-                perhaps a system text and metadata.
-            keys: which scores to give; None for those that each prompt asks for in its schema.
+                optionally a system prompt and metadata.
+            keys: the scores to give; None for those in each prompt's schema.
 
         Returns:
             One judgement per prompt, in order: `score` and `std` of the verdict, `scores` by key, `status` and
@@ -126,7 +126,7 @@ class Scorer:
         return [next(judgements) if isinstance(each, Request) else Judgement("error", reason=each) for each in requests]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies comparable scores: contents and settings, not locations.
+        """Return what makes scores comparable: contents and settings, not locations.
 
         A server restarted on another port, or a copied folder, gives the same scores.
 
@@ -145,7 +145,7 @@ class Scorer:
 
 
 def _request(prompt: str | Mapping[str, Any], shape_of: ShapeOf) -> Request | str:
-    """The request to the judge, or why a prompt cannot be judged."""
+    """Make the request to the judge, or return the reason why the prompt cannot be judged."""
     from prmkit.rows import Rejected, read_row
 
     try:
@@ -171,15 +171,15 @@ def load_judge(
     """Load a judge, ready to score.
 
     Args:
-        folder: a run of `train.py` or a checkpoint in it, an exported model, or a base model.
+        folder: a training run, a checkpoint in it, an exported model, or a base model.
         device: `cpu`, `cuda`, `cuda:1`, …; `auto` uses a GPU if there is one.
-        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, else as trained.
+        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, otherwise the dtype of the training.
         trust_remote_code: run Python code that comes with the model.
-        batch_size: the most prompts to run at once.
-        min_label_mass: scores with less are `unsure`.
+        batch_size: the maximum number of prompts to run at once.
+        min_label_mass: scores with less label mass are `unsure`.
 
     Raises:
-        DataError: there is nothing that can be loaded.
+        DataError: the folder has nothing that can be loaded.
         UsageError: an unknown device or dtype, or a model with its own code, which was not allowed to run.
     """
     source = judge_source_in(Path(folder))
@@ -190,7 +190,7 @@ def load_judge(
 
 
 def judge_source_in(folder: Path) -> JudgeSource:
-    """The judge in a folder, whatever kind of folder it is.
+    """Return the source of the judge in a training run's folder, an export or a model folder.
 
     Raises:
         DataError, UsageError: as `judge_source_of_run` and `judge_source_of_export`.
@@ -206,7 +206,7 @@ def judge_source_in(folder: Path) -> JudgeSource:
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `judge_source` and `scorer_of` read, except those for a server."""
     group = parser.add_argument_group("the judge")
-    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default {DEFAULT_RUN})")
+    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a training run (default {DEFAULT_RUN})")
     group.add_argument(
         "--judge",
         dest="run",
@@ -218,85 +218,99 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="FOLDER", help="an exported model, or a base model; instead of --run")
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA weights for --model")
     group.add_argument("--template", help="LLaMA Factory's template (default: as in training)")
-    group.add_argument("--default-system", metavar="TEXT", help="system text (default: as in training)")
+    group.add_argument("--default-system", metavar="TEXT", help="system prompt (default: as in training)")
     group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="for reasoning templates")
-    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help="length of prompt and answer together")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as trained on a GPU")
+    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help="maximum tokens of prompt plus answer")
+    group.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: the training's dtype on a GPU, float32 on a CPU",
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run the model's own code")
     _add_asking_arguments(parser)
 
 
 def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    asking = parser.add_argument_group("asking it")
+    asking = parser.add_argument_group("inference")
     asking.add_argument(
         "--batch-size",
         type=cli.positive,
         default=DEFAULT_ASKING.batch_size,
         metavar="N",
-        help="prompts at once (default %(default)s)",
+        help="batch size (default %(default)s)",
     )
     asking.add_argument(
         "--mode",
         choices=["expected", "generate"],
         default=DEFAULT_ASKING.mode,
-        help="read the probability of every score (default), or let the model write its verdict",
+        help="read the probability of every score (default), or generate the verdict",
     )
     asking.add_argument(
         "--max-new-tokens",
         type=cli.positive,
         default=DEFAULT_ASKING.max_new_tokens,
         metavar="N",
-        help="longest verdict to write",
+        help="maximum tokens of a generated verdict (default %(default)s)",
     )
     asking.add_argument(
         "--min-label-mass",
         type=cli.share,
         default=DEFAULT_ASKING.min_label_mass,
         metavar="P",
-        help="a score is unsure if all scores together are less likely than this (default %(default)s)",
+        help="mark a score unsure if the total probability of all 101 scores is below this (default %(default)s)",
     )
     asking.add_argument(
         "--too-long",
         choices=["trim", "report"],
         default="trim",
-        help="shorten the middle of prompts that do not fit, as in training (default), or give them no score",
+        help="cut the middle of prompts that do not fit, as in training (default), or give them no score",
     )
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose between a local model and one on a server; call `add_judge_arguments` first."""
-    add = parser.add_argument_group("a judge on a server").add_argument
+    add = parser.add_argument_group("remote judge").add_argument
     add(
         "--base-url",
         nargs="+",
         metavar="URL",
-        help="an OpenAI-compatible completions endpoint (vLLM, SGLang, llama-server), such as "
+        help="an OpenAI-compatible completions endpoint (vLLM, SGLang, llama-server), for example "
         "http://localhost:8000/v1; --model is the model's name there. With several, each request goes to the server "
-        "with the fewest in flight; servers that fail are skipped",
+        "with the fewest requests in flight; servers that fail are skipped",
     )
-    where = "openai: ask a server (default with --base-url); transformers: load the model here (default without)"
-    add("--backend", choices=["transformers", "openai"], help=where)
-    folder = "the model's local folder, for tokenizer and template (default: --model if it is a folder, else --run)"
-    add("--tokenizer", type=Path, metavar="FOLDER", help=folder)
+    add(
+        "--backend",
+        choices=["transformers", "openai"],
+        help="openai: use a server (default with --base-url); transformers: load the model here (default without)",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="local folder with tokenizer and template (default: --model if it is a folder, otherwise --run)",
+    )
     # Without defaults here, because one of these flags without a server is a mistake.
-    add("--api-key-env", metavar="NAME", help=f"variable with the key (default {KEY_VARIABLE})")
-    at_once = f"requests at once (default {Endpoint.concurrency})"
-    add("--concurrency", type=cli.positive, metavar="N", help=at_once)
+    add("--api-key-env", metavar="NAME", help=f"environment variable with the key (default {KEY_VARIABLE})")
+    add("--concurrency", type=cli.positive, metavar="N", help=f"requests at once (default {Endpoint.concurrency})")
     add(
         "--logprobs",
         choices=["exact", "top"],
-        help="exact: request the needed tokens by name if the server supports it (vLLM, SGLang; default). It disturbs "
-        "other clients that ask the same vLLM for ordinary logprobs; top does not",
+        help="exact (default): request the logprobs of specific tokens if the server supports it (vLLM, SGLang). It "
+        "corrupts ordinary logprobs of other clients of the same vLLM; top does not",
     )
-    likeliest = f"likeliest tokens to ask for (default {Endpoint.top_logprobs})"
-    add("--top-logprobs", type=cli.positive, metavar="N", help=likeliest)
-    longest = f"for a complete answer, per attempt; there are {Endpoint.attempts} (default {Endpoint.timeout:g})"
-    add("--timeout", type=cli.seconds, metavar="SECONDS", help=f"longest wait {longest}")
+    top_logprobs = f"number of top logprobs to request (default {Endpoint.top_logprobs})"
+    add("--top-logprobs", type=cli.positive, metavar="N", help=top_logprobs)
+    add(
+        "--timeout",
+        type=cli.seconds,
+        metavar="SECONDS",
+        help=f"timeout per attempt ({Endpoint.attempts} attempts; default {Endpoint.timeout:g})",
+    )
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:
-    """The judge named on the command line, with its settings; nothing is loaded yet.
+    """Return the judge on the command line, with its settings; nothing is loaded yet.
 
     Raises:
         DataError: no judge is there.
@@ -310,7 +324,7 @@ def scorer_of(arguments: argparse.Namespace) -> Scorer:
 
 
 def asking_of(arguments: argparse.Namespace) -> Asking:
-    """How the judge is asked, from the flags of `add_judge_arguments`."""
+    """Return the inference settings from the flags of `add_judge_arguments`."""
     return Asking(
         mode=arguments.mode,
         batch_size=arguments.batch_size,
@@ -321,7 +335,7 @@ def asking_of(arguments: argparse.Namespace) -> Asking:
 
 
 def judge_source(arguments: argparse.Namespace) -> JudgeSource:
-    """The judge's source: the run or model named on the command line, modified by all other flags.
+    """Return the judge's source: the training run or model on the command line, modified by all other flags.
 
     Raises:
         DataError: no judge is there.
@@ -339,14 +353,14 @@ def judge_source(arguments: argparse.Namespace) -> JudgeSource:
 def _named_source(arguments: argparse.Namespace) -> JudgeSource:
     if arguments.model is None:
         if arguments.adapter is not None:
-            raise UsageError("--adapter needs --model, its base model. For a whole run, give only --run.")
+            raise UsageError("--adapter needs --model, its base model. For a complete training run, pass only --run.")
         return judge_source_of_run(arguments.run or DEFAULT_RUN)
     if arguments.run is not None:
-        raise UsageError("--run and --model name two judges. Give only one of them.")
+        raise UsageError("--run and --model are mutually exclusive. Leave one out.")
     model = Path(arguments.model)
     if arguments.adapter is None:
         return judge_source_of_export(model) if (model / EXPORT_NOTE).is_file() else JudgeSource(model)
-    # An adapter that is still in its run's folder is used with that run's settings.
+    # An adapter in a training run's folder is used with that run's settings.
     if is_run(arguments.adapter):
         return replace(judge_source_of_run(arguments.adapter), model=model)
     return JudgeSource(model, arguments.adapter)
@@ -356,12 +370,12 @@ _SERVER_SETTINGS = ("concurrency", "logprobs", "top_logprobs", "timeout")
 
 
 def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
-    """The server that --base-url names; None without it."""
+    """Return the server of --base-url; None without it."""
     if arguments.base_url is None:
         _check_no_server(arguments)
         return None
     if arguments.backend == "transformers":
-        raise UsageError("--backend transformers loads the model here, but --base-url names a server. Leave one out.")
+        raise UsageError("--backend transformers loads the model here, but --base-url is a server. Leave one out.")
     if not arguments.model:
         raise UsageError("--base-url needs --model, the model's name on the server.")
     for url in arguments.base_url:
@@ -376,4 +390,4 @@ def _check_no_server(arguments: argparse.Namespace) -> None:
         raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
     flags = ("tokenizer", "api_key_env", *_SERVER_SETTINGS)
     if given := [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]:
-        raise UsageError(f"{', '.join(given)}: only for a judge on a server. Name the server with --base-url.")
+        raise UsageError(f"{', '.join(given)}: only for a judge on a server. Pass its address with --base-url.")

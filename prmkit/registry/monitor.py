@@ -1,4 +1,4 @@
-"""Judges in production: which of two is better, and whether scores drift. Reads scoring outputs and request logs."""
+"""Monitor judges in production: compare two judges, and detect drift, from scoring outputs and request logs."""
 
 import math
 from collections import Counter, defaultdict
@@ -26,13 +26,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One scored step, from either kind of file."""
+    """One scored step, from a scoring output or a request log."""
 
     judge: str
     keys: tuple[str, ...]
-    """The score keys, sorted; empty if the line does not name them."""
+    """The score keys, sorted; empty if the line does not have them."""
     prompt: str
-    """Hash of the request."""
+    """The hash of the request."""
     trajectory: str
     task: str
     score: float | None
@@ -43,23 +43,23 @@ class LoggedStep:
     """The prompt, if it was logged."""
     characters: int | None = None
     is_logged: bool = False
-    """Whether the line is from a request log, which names the judge; else `judge` is the file."""
+    """Whether the line is from a request log, which contains the judge's name; otherwise `judge` is the file name."""
     role: str = ""
-    """`production`, `challenger` or `shadow`, in a request log."""
+    """`production`, `challenger` or `shadow` in a request log; otherwise empty."""
     time: str = ""
-    """When it was logged, in UTC; empty for outputs of score_trajectories.py."""
+    """The UTC time of the log line; empty for outputs of score_trajectories.py."""
 
 
 def read_scored(paths: Sequence[Path], days: float | None = None) -> list[LoggedStep]:
-    """The steps in outputs of score_trajectories.py (the file counts as the judge) and in request logs.
+    """Read the steps in outputs of score_trajectories.py (each file counts as a judge) and in request logs.
 
     Args:
         paths: the files.
         days: only steps logged in the last `days` days; None for all.
 
     Raises:
-        DataError: a file is missing, a line is of neither kind, or nothing is left.
-        UsageError: `days` is given for a file without times.
+        DataError: a file is missing, a line has neither format, or no step is left.
+        UsageError: `days` is set, but a file has no times.
     """
     found = []
     since = None if days is None else datetime.now(UTC) - timedelta(days=days)
@@ -72,27 +72,29 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
     if not found:
         recent = "" if days is None else f" from the last {days:g} days"
         raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
-    return sorted(found, key=lambda step: step.time)  # the files of a rotated log may be given in any order
+    return sorted(found, key=lambda step: step.time)  # the files of a rotated log may be passed in any order
 
 
-def _time_of(line: Mapping[str, Any], place: str) -> datetime:
+def _time_of(line: Mapping[str, Any], location: str) -> datetime:
     if line.get("time") is None:
-        raise UsageError(f"--days: {place} has no time. Only request logs have times (serve_judge.py --log-requests).")
+        raise UsageError(
+            f"--days: {location} has no time. Only request logs have times (serve_judge.py --log-requests)."
+        )
     try:
         time = datetime.fromisoformat(str(line["time"]))
     except ValueError as error:
-        raise DataError(f"{place}: {line['time']!r:.40} is not a time.") from error
+        raise DataError(f"{location}: {line['time']!r:.40} is not a time.") from error
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep:
-    metadata, place = line.get("metadata") or {}, f"{path}:{number}"
-    task = name_at(place, line, "task") or name_at(place, metadata, "task_id") or ""
+    metadata, location = line.get("metadata") or {}, f"{path}:{number}"
+    task = name_at(location, line, "task") or name_at(location, metadata, "task_id") or ""
     return LoggedStep(
         judge=str(line.get("judge") or path),
         keys=tuple(sorted(line.get("keys") or line.get("scores") or ())),
         prompt=str(line["request_hash"]),
-        trajectory=name_at(place, line, "trajectory") or name_at(place, metadata, "trajectory_id") or task,
+        trajectory=name_at(location, line, "trajectory") or name_at(location, metadata, "trajectory_id") or task,
         task=task,
         score=line["score"],
         label_mass=line.get("label_mass"),
@@ -107,7 +109,7 @@ def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep
 
 
 def steps_of(judge: str, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
-    """The steps that a judge scored, and all steps of scoring outputs, which do not name their judge.
+    """Return the steps that a judge scored, and all steps of scoring outputs, which do not contain the judge's name.
 
     Raises:
         DataError: the judge scored nothing.
@@ -115,7 +117,7 @@ def steps_of(judge: str, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
     found = [step for step in steps if not step.is_logged or step.judge == judge]
     if not found:
         others = ", ".join(sorted({step.judge for step in steps}))
-        raise DataError(f"{judge}: has scored no logged step; the log has only {others}.")
+        raise DataError(f"no logged step is from {judge}; the log has only steps from {others}.")
     return found
 
 
@@ -123,21 +125,21 @@ def steps_of(judge: str, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
 
 
 def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | None) -> dict[str, Any]:
-    """How two judges differ on the steps that both scored, and which one predicts success better.
+    """Compare two judges on the steps that both scored, and determine which one predicts success better.
 
     Args:
-        steps: of two judges.
+        steps: the steps of two judges.
         outcomes: trajectory -> outcome, 0 to 1; None if unknown.
 
     Raises:
-        UsageError: there are not exactly two judges, or they share no step.
+        UsageError: there are not exactly two judges, or they have no step in common.
     """
     by_judge: dict[str, dict[str, LoggedStep]] = defaultdict(dict)
     for step in steps:
         by_judge[step.judge].setdefault(step.prompt, step)
     if len(by_judge) != 2:
         raise UsageError(f"an A/B comparison needs two judges, but there are {len(by_judge)} ({', '.join(by_judge)}).")
-    # The production judge is a, whichever was logged first.
+    # The production judge is A, no matter which judge was logged first.
     (first, ones), (second, others) = sorted(
         by_judge.items(), key=lambda judge: next(iter(judge[1].values())).role != "production"
     )
@@ -148,7 +150,7 @@ def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | 
     if outcomes is not None:
         found["outcomes"] = _on_outcomes(ones.values(), others.values(), outcomes)
     elif not both:
-        raise UsageError(f"{first} and {second} share no step on which both are sure. Score the same runs with both.")
+        raise UsageError(f"no step was scored reliably by both {first} and {second}. Score the same runs with both.")
     return found
 
 
@@ -157,16 +159,16 @@ def _is_sure(step: LoggedStep) -> bool:
 
 
 def _differences(pairs: Sequence[tuple[LoggedStep, LoggedStep]]) -> dict[str, Any]:
-    apart = [(b.score or 0.0) - (a.score or 0.0) for a, b in pairs]
+    differences = [(b.score or 0.0) - (a.score or 0.0) for a, b in pairs]
     by_task: dict[str, list[float]] = defaultdict(list)
-    for (a, _), difference in zip(pairs, apart, strict=True):
+    for (a, _), difference in zip(pairs, differences, strict=True):
         by_task[a.task or a.trajectory or a.prompt].append(difference)
-    widest = sorted(zip(apart, pairs, strict=True), key=lambda each: -abs(each[0]))[:_SHOWN]
+    widest = sorted(zip(differences, pairs, strict=True), key=lambda each: -abs(each[0]))[:_SHOWN]
     return {
         "tasks": len(by_task),
         "mean_difference": confidence_sequence([fmean(values) for values in by_task.values()]),
-        "mean_absolute_difference": fmean(map(abs, apart)),
-        "equal_within_0.1": sum(abs(each) <= 0.1 for each in apart) / len(apart),
+        "mean_absolute_difference": fmean(map(abs, differences)),
+        "equal_within_0.1": sum(abs(each) <= 0.1 for each in differences) / len(differences),
         "widest": [{"id": a.id, "a": a.score, "b": b.score, "prompt": a.text} for _, (a, b) in widest],
     }
 
@@ -174,9 +176,9 @@ def _differences(pairs: Sequence[tuple[LoggedStep, LoggedStep]]) -> dict[str, An
 def _on_outcomes(
     ones: Iterable[LoggedStep], others: Iterable[LoggedStep], outcomes: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The difference of the squared errors of two judges' lowest step scores, one number for each task.
+    """Compare the squared errors of two judges' lowest step scores, with one number per task.
 
-    Runs of a task are not independent, so they count as one. Only runs that both scored completely are compared.
+    Runs of a task are not independent, so they count as one. Only runs that both judges scored completely are compared.
     """
     lowest = [_lowest(steps) for steps in (ones, others)]
     losses: dict[str, list[float]] = defaultdict(list)
@@ -189,7 +191,7 @@ def _on_outcomes(
         return {
             **found,
             "gain_of_b": None,
-            "decision": "no run with an outcome was scored by both (--shadow lets both score)",
+            "decision": "no run with an outcome was scored by both judges (serve with --shadow)",
         }
     gain = confidence_sequence(gains)
     return {**found, "gain_of_b": gain, "decision": _decision(gain, len(gains))}
@@ -200,10 +202,10 @@ def _lowest(steps: Iterable[LoggedStep]) -> dict[str, tuple[float, str]]:
     for step in steps:
         if step.trajectory:
             runs[step.trajectory].append(step)
-    whole = {name: run for name, run in runs.items() if all(map(_is_sure, run))}
+    complete = {name: run for name, run in runs.items() if all(map(_is_sure, run))}
     return {
         name: (AGGREGATES["min"]([step.score or 0.0 for step in run]), run[0].task or name)
-        for name, run in whole.items()
+        for name, run in complete.items()
     }
 
 
@@ -221,7 +223,7 @@ def _decision(gain: Mapping[str, float], n: int) -> str:
 
 
 def confidence_sequence(values: Sequence[float], level: float = _LEVEL) -> dict[str, float]:
-    """A confidence sequence of the mean: an interval that is valid even if it is checked after every value.
+    """Compute a confidence sequence of the mean: an interval that is valid even if it is checked after every value.
 
     Predictable plug-in empirical Bernstein: theorem 2 of Waudby-Smith and Ramdas, Estimating means of bounded random
     variables by betting (2024), for values from -1 to 1 in the order in which they arrived.
@@ -251,19 +253,19 @@ def confidence_sequence(values: Sequence[float], level: float = _LEVEL) -> dict[
 
 
 def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
-    """Whether scores, label masses and lengths are distributed as on the judge's held-out rows.
+    """Compare the distributions of scores, label masses and lengths with those of the judge's held-out rows.
 
-    Steps are compared with held-out rows of the same score keys: verdicts on a step and on a whole run are distributed
-    differently, and a log may have a larger share of one kind than the held-out rows.
+    Steps are compared with held-out rows of the same score keys, because verdicts on a step and on a complete run are
+    distributed differently, and a log may have a larger fraction of one kind than the held-out rows.
 
     Args:
         steps: the steps scored in production.
         held_out: lines of the judge's `predictions.jsonl`.
-        limit: a population stability index, or a rise in the share of unsure steps, above this counts as drift.
+        limit: a population stability index, or a rise in the fraction of unsure steps, above this counts as drift.
 
     Returns:
-        `groups` (score keys -> quantity -> the `Shift` and a `verdict`), `unsure` (shares `then` and `now`),
-        `statuses`, `findings` (sentences), `undecided` (groups of a tenth of the steps or more with too few values).
+        `groups` (score keys -> quantity -> the `Shift` and a `verdict`), `unsure` (fractions `then` and `now`),
+        `statuses`, `findings` (sentences), `undecided` (groups with at least a tenth of the steps and too few values).
     """
     references: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for line in held_out:
@@ -277,7 +279,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
     for keys, now in by_keys.items():
         name = ", ".join(keys)
         if keys not in references:
-            findings.append(f"{name}: {len(now):,} steps with score keys on which the judge was never measured")
+            findings.append(f"{name}: {len(now):,} steps with score keys that the judge was never evaluated on")
             continue
         groups[name] = group = _compared(references[keys], now, limit)
         findings += [f"{name}: {what} (PSI {each['psi']:.2f}, KS {each['ks']:.2f})"
@@ -297,7 +299,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
 
 
 def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limit: float) -> dict[str, dict[str, Any]]:
-    """The quantities to compare in one group of score keys; only those that both sides have."""
+    """Compare the quantities in one group of score keys, if both the held-out rows and the log have them."""
     masses = [[each["label_mass"] for each in line["scores"].values()] for line in then]
     pairs: dict[str, tuple[Sequence[float | None], Sequence[float | None]]] = {
         "score": ([line["score"] for line in then], [step.score for step in now]),
@@ -312,13 +314,13 @@ def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limi
         reference, values = ([float(value) for value in each if value is not None] for each in (old, new))
         if what == "score" or (reference and values):
             shift = shift_of(reference, values)
-            verdict = "too few" if shift.psi is None else "drift" if shift.exceeds(limit) else "stable"
-            found[what] = shift.as_json() | {"verdict": verdict}
+            conclusion = "too few" if shift.psi is None else "drift" if shift.exceeds(limit) else "stable"
+            found[what] = shift.as_json() | {"verdict": conclusion}
     return found
 
 
 def read_outcomes(path: Path) -> dict[str, float]:
-    """Trajectory -> outcome, from lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
+    """Read trajectory -> outcome from lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
 
     Raises:
         DataError: a line has no outcome from 0 to 1.
@@ -328,8 +330,8 @@ def read_outcomes(path: Path) -> dict[str, float]:
         about = line if isinstance(line, dict) else {}
         outcome, name = outcome_number(about.get("outcome")), name_at(f"{path}:{number}", about, "trajectory_id")
         if outcome is None or name is None:
-            raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
-        found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that may be text
+            raise DataError(f"{path}:{number}: trajectory_id or an outcome from 0 to 1 is missing.")
+        found[name] = found[str(log_id(name))] = outcome  # a log has only hashes of ids that may contain user text
     return found
 
 
@@ -337,7 +339,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
 
 
 def show_ab(found: Mapping[str, Any]) -> None:
-    """The sentences and tables of an A/B comparison."""
+    """Show the sentences and tables of an A/B comparison."""
     cli.emit(f"A is {found['a']}, B is {found['b']}: {found['steps']:,} steps on which both are sure")
     if found["steps"]:
         cli.emit(
@@ -358,21 +360,21 @@ def show_ab(found: Mapping[str, Any]) -> None:
 
 
 _LOGGED = 600
-"""How many characters to show from the end of a logged prompt, where the step is."""
+"""The number of characters to show from the end of a logged prompt, where the step is."""
 
 
 def show_drift(version: VersionId, found: Mapping[str, Any]) -> None:
-    """Tables of current scores next to those of the held-out rows."""
+    """Show a table that compares logged scores with those of the held-out rows."""
     rows = [
         [f"{keys}: {what}" if len(found["groups"]) > 1 else what, f"{each['n_reference']:,}", f"{each['n']:,}",
          *(_number(each[key]) for key in ("mean_reference", "mean", "psi", "ks")), each["verdict"]]
         for keys, group in found["groups"].items()
         for what, each in group.items()
     ]  # fmt: skip
-    columns = ("", "n then", "n now", "mean then", "mean now", "PSI", "KS", "verdict")
-    cli.emit_table(str(version), columns, rows, numeric=columns[1:7], optional=("n then", "KS"))
+    columns = ("", "n ref.", "n now", "mean ref.", "mean now", "PSI", "KS", "result")
+    cli.emit_table(str(version), columns, rows, numeric=columns[1:7], optional=("n ref.", "KS"))
     unsure = found["unsure"]
-    cli.emit(f"unsure or unscored: {unsure['then']:.1%} then, {unsure['now']:.1%} now")
+    cli.emit(f"ref.: the held-out rows\nunsure or unscored: {unsure['then']:.1%} of these, {unsure['now']:.1%} now")
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,8 @@
-"""What clients send, as runs and steps: messages, whole runs in any form, and the plain text of RL trainers.
+"""Convert request bodies to runs and steps: messages, complete runs in any format, and the plain text of RL trainers.
 
-A trainer sends what its policy read and wrote: one string with the special tokens of the policy's chat template. A
-judge would answer such a prompt with noise, so the string is split into messages here, and they are judged with the
-same step prompts as in training. A string that cannot be split is refused.
+A trainer sends its policy's prompt and response as strings with the special tokens of the policy's chat template. A
+judge's scores of such strings would be noise, so they are split into messages here, which are judged with the same step
+prompts as in training. A string that cannot be split is refused.
 """
 
 import json
@@ -28,37 +28,37 @@ from prmkit.trajectory import Trajectory, task_id_of
 _SOURCE = {"format": "http"}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="request")
-"""The id of the HTTP request being answered: it names a run that has no other name."""
+"""The id of the current HTTP request, which is the name of a run without another name."""
 
 
 class NothingWritten(DataError):
-    """There is no step in what a policy wrote: it ended its answer at once, as policies sometimes do."""
+    """A policy's response has no step, because the policy ended it at once, as policies sometimes do."""
 
 
-def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileReport]]:
-    """The runs in the body of a request, in any form that `import_trajectories.py` reads.
+def runs_in(body: Any, format: str | None) -> tuple[list[Trajectory], list[FileReport]]:
+    """Read the runs in the body of a request, in any format that `import_trajectories.py` reads.
 
     Args:
-        body: the content of a file in that form; an array of lines for JSONL.
-        form: the name of the form; None to recognise it.
+        body: the content of a file in that format; an array of lines for JSONL.
+        format: the name of the format; None to detect it.
 
     Raises:
-        DataError: there is no run in it.
-        UsageError: several forms fit, or no form has that name.
+        DataError: there is no run in the body.
+        UsageError: several formats match, or there is no format of that name.
     """
     reports: list[FileReport] = []
     with tempfile.TemporaryDirectory(prefix="prmkit-") as folder:
         file = Path(folder) / "request.json"
         file.write_bytes(_written(body))
         try:
-            runs = list(read_runs([file], Options(form), reports))
+            runs = list(read_runs([file], Options(format), reports))
         except DataError as error:
-            message = str(error).replace(str(file), "the request").partition(" --format")[0]
-            raise DataError(message) from None
-    runs = [_named(run) for run in runs]
+            message = str(error).replace(str(file), "the request")
+            raise DataError(re.sub(r" [^.]*--(?:format|list-key)\b.*", "", message)) from None
+    runs = [_with_request_id(run) for run in runs]
     if not runs:
         reasons = [reason for report in reports for reason in report.unreadable]
-        raise DataError(f"the request has no run in it{': ' if reasons else '.'}{'; '.join(reasons)}")
+        raise DataError(f"the request contains no run{': ' if reasons else '.'}{'; '.join(reasons)}")
     return runs, reports
 
 
@@ -69,72 +69,74 @@ def _written(body: Any) -> bytes:
         raise DataError("the request is nested too deeply.") from None
 
 
-def _named(run: Trajectory) -> Trajectory:
-    """The run with the request's id in its name, if the client named neither run nor task.
+def _with_request_id(run: Trajectory) -> Trajectory:
+    """Put the request's id into the run's name, if the client sent no name for the run or the task.
 
-    The importer numbers the runs of a task within a file. Here every request would start with the same number, and runs
-    of different requests would share a name.
+    The importer numbers the runs of a task within a file. Here, every request would start with the same number, and
+    runs of different requests would share a name.
     """
-    given = task_id_of(run.task)
-    if run.task_id != given or not run.trajectory_id.startswith(f"{given}."):
+    default = task_id_of(run.task)
+    if run.task_id != default or not run.trajectory_id.startswith(f"{default}."):
         return run
-    return replace(run, trajectory_id=f"{request_id.get()}.{run.trajectory_id.removeprefix(f'{given}.')}")
+    return replace(run, trajectory_id=f"{request_id.get()}.{run.trajectory_id.removeprefix(f'{default}.')}")
 
 
 def run_of_step(item: Mapping[str, Any]) -> Trajectory:
-    """The run up to one step, from `task`, `history` and `step`; the last two are lists of messages.
+    """Build the run up to one step from `task`, `history` and `step`; the last two are lists of messages.
 
-    The step is taken to be the last of its run if it calls no tool; `last` says otherwise. `task_id` and
+    By default, the step counts as the last of its run if it calls no tool; `last` overrides this. `task_id` and
     `trajectory_id`, here or in `metadata`, are kept.
 
     Raises:
-        DataError: a part is missing or malformed, or the agent says nothing in `step`.
+        DataError: a part is missing or malformed, or `step` has no text or tool call of the agent.
     """
     task, history, step = item.get("task"), item.get("history") or [], item.get("step")
     if not isinstance(task, str) or not task.strip():
-        raise DataError("task: what the agent was asked, as a string.")
+        raise DataError("task must be a string (what the agent was asked).")
     step = [step] if isinstance(step, Mapping) else step
     for name, messages in (("history", history), ("step", step)):
         if messages != [] and not is_message_list(messages):
-            raise DataError(f'{name}: a list of messages, such as [{{"role": "assistant", "content": "…"}}].')
+            raise DataError(
+                f'{name} must be a list of messages, for example [{{"role": "assistant", "content": "…"}}].'
+            )
     lost: Counter[str] = Counter()
     metadata = item.get("metadata") or {}
     if not isinstance(metadata, Mapping):
-        raise DataError("metadata: an object.")
+        raise DataError("metadata must be an object.")
     names = {name: name_in(item, name) or name_in(metadata, name) for name in ("task_id", "trajectory_id")}
     before, now = turns_of(history, lost), turns_of(step or [], lost)
     if not any(map(_is_step, now)):  # otherwise the previous step would be judged
-        raise DataError("step: has no message in which the agent says or does something.")
+        raise DataError("step must contain an assistant message with text or a tool call.")
     run = _run([*before, *now], task, **names)
     calls = run.steps[-1].calls
     last = not calls if item.get("last") is None else item["last"]
     if not isinstance(last, bool):  # "false" would be true
-        raise DataError("last: true or false.")
+        raise DataError("last must be true or false.")
     return replace(run, steps=(*run.steps[:-1], replace(run.steps[-1], last=last)))
 
 
 def _run(
     turns: Sequence[Turn], task: str | None, task_id: str | None = None, trajectory_id: str | None = None
 ) -> Trajectory:
-    numbered = [replace(turn, index=place) for place, turn in enumerate(turns)]
-    named = trajectory_id or request_id.get()
-    run = assemble(Run(numbered, task=task, task_id=task_id, trajectory_id=named), _SOURCE)
+    numbered = [replace(turn, index=index) for index, turn in enumerate(turns)]
+    name = trajectory_id or request_id.get()
+    run = assemble(Run(numbered, task=task, task_id=task_id, trajectory_id=name), _SOURCE)
     if run is None:
-        raise NothingWritten("the agent says and does nothing in it.")
+        raise NothingWritten("the run contains no agent step.")
     return run
 
 
-# --- the text of a policy ---------------------------------------------------------------------------------------------
+# --- the strings of a policy ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """The format in which a family of chat templates writes messages."""
+    """How a family of chat templates writes messages."""
 
     message: re.Pattern[str]
-    """One message: `role`, `text`, and `end`, which is empty if the message is still open."""
+    """Matches one message: `role`, `text`, and `end`, which is empty if the message is still open."""
     answer: str
-    """What an answer of the agent begins with."""
+    """The beginning of an agent's answer."""
 
 
 def _chat(begin: str, roles: str, after: str, ends: Sequence[str], answer: str) -> _Chat:
@@ -163,53 +165,55 @@ _MISTRAL = (
     (re.compile(r"\s*\[/TOOL_RESULTS\]\s*"), "<|im_end|>\n<|im_start|>assistant\n"),
     (re.compile(r"</s>"), "<|im_end|>\n"),
 )
-"""Mistral marks only the user's turns; rewritten as ChatML, answers have an end, too."""
+"""Mistral marks only the user's turns; they are rewritten as ChatML, so that answers have an end, too."""
 _NOT_TEXT = re.compile(
     r"<\|(?:begin_of_text|endoftext|end_of_text|im_end|eot_id|eom_id|end)\|>|<s>|</s>|<bos>|<eos>|<pad>|<end_of_turn>|"
     r"<｜(?:begin|end)▁of▁sentence｜>"
 )
 _LEADING = re.compile(rf"\A(?:{_NOT_TEXT.pattern})+")
-"""A decoded query may begin with a token that its prompt does not have."""
+"""A decoded query may begin with a BOS token that its prompt does not have."""
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _ANSWER = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
 _TAGS = re.compile(r"<(?:think|tool_call|result|answer)>")
 
 
-def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, whole: bool) -> tuple[Trajectory, int]:
-    """What a policy wrote, as a run, and how many of the run's steps were already in its prompt.
+def run_of_policy(
+    prompt: str | Sequence[Any], text: str | Sequence[Any], *, includes_prompt: bool
+) -> tuple[Trajectory, int]:
+    """Convert a policy's prompt and response to a run; also return how many of its steps were already in the prompt.
 
     Args:
-        prompt: what the policy was given: a string with or without the tokens of a chat template, or messages.
-        written: what it wrote, as a string or as messages. Tool results in it become the steps' results.
-        whole: `written` is a string that begins with the prompt.
+        prompt: the policy's prompt: a string with or without the tokens of a chat template, or messages.
+        text: the policy's response, as a string or as messages. Tool results in it become the steps' results.
+        includes_prompt: whether `text` is a string that begins with the prompt.
 
     Raises:
-        NothingWritten: no message of the agent in it has any content.
-        DataError: it cannot be split into messages, so a score of it would be noise.
+        NothingWritten: no message of the agent in the response has any content.
+        DataError: a string cannot be split into messages, so a score of it would be noise.
     """
-    if not isinstance(prompt, str) or not isinstance(written, str):
+    if not isinstance(prompt, str) or not isinstance(text, str):
         before = _turns_of_prompt(prompt)
-        now = _turns_of_response(written)
+        now = _turns_of_response(text)
         return _run([*before, *now], None), sum(map(_is_step, before))
-    response = written
-    if whole:
-        prompt, written = (_LEADING.sub("", text) for text in (prompt, written))
-        if not written.startswith(prompt):
-            raise DataError("the query does not begin with its prompt, so what the policy wrote is unknown.")
-        response = written[len(prompt) :]
+    response = text
+    if includes_prompt:
+        prompt, text = (_LEADING.sub("", each) for each in (prompt, text))
+        if not text.startswith(prompt):
+            raise DataError("the query does not begin with its prompt, so the policy's response is unknown.")
+        response = text[len(prompt) :]
     if "[/INST]" in prompt:
         prompt, response = _without_inst(prompt), _without_inst(response)
     chat = _chat_of(prompt)
     if chat is None:
-        text = _NOT_TEXT.sub("", prompt).strip()
-        return _run(_turns_of_response(response), text), 0
+        task = _NOT_TEXT.sub("", prompt).strip()
+        return _run(_turns_of_response(response), task), 0
     complete = sum(
         _is_agent(found["role"]) and bool(found["end"] and found["text"].strip())
         for found in chat.message.finditer(prompt)
     )
     turns = _turns(chat, prompt + response)
     if sum(map(_is_step, turns)) <= complete:
-        raise NothingWritten("the policy wrote nothing in it.")
+        raise NothingWritten("the response is empty.")
     return _run(turns, None), complete
 
 
@@ -227,17 +231,17 @@ def _turns_of_prompt(prompt: str | Sequence[Any]) -> list[Turn]:
     return _turns(chat, prompt) if chat else turns_of(plain, Counter())
 
 
-def _turns_of_response(written: str | Sequence[Any]) -> list[Turn]:
-    if not isinstance(written, str):
-        if not written:
-            raise NothingWritten("the policy wrote nothing in it.")
-        return _turns_of_messages("response", written)
-    return _turns_of_chat(written) or _turns_of_plain(_NOT_TEXT.sub("", written))
+def _turns_of_response(response: str | Sequence[Any]) -> list[Turn]:
+    if not isinstance(response, str):
+        if not response:
+            raise NothingWritten("the response is empty.")
+        return _turns_of_messages("response", response)
+    return _turns_of_chat(response) or _turns_of_plain(_NOT_TEXT.sub("", response))
 
 
 def _turns_of_messages(name: str, messages: Sequence[Any]) -> list[Turn]:
     if not is_message_list(list(messages)):
-        raise DataError(f"{name}: neither a string nor a list of messages.")
+        raise DataError(f"{name} must be a string or a list of messages.")
     return turns_of(list(messages), Counter())
 
 
@@ -255,7 +259,7 @@ def _is_agent(role: str) -> bool:
 
 
 def _turns_of_chat(response: str) -> list[Turn]:
-    """The turns of an answer that has the tokens of a chat template; empty if it has none."""
+    """Return the turns of a response with the tokens of a chat template; empty without such tokens."""
     chat = _chat_of(response)
     return _turns(chat, chat.answer + response) if chat else []
 
@@ -286,7 +290,7 @@ def _agent_message(content: str) -> dict[str, Any]:
 
 
 def _turns_of_plain(response: str) -> list[Turn]:
-    """The turns of text without a chat template: the tags of agents, or one answer."""
+    """Return the turns of text without a chat template: agent tags, or one answer."""
     if _TAGS.search(response):
         return turns_of_tags(response, Counter())
     return turns_of([{"role": "assistant", "content": response.strip()}], Counter())

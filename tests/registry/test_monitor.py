@@ -75,7 +75,7 @@ def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two judges"):
         compare_judges(read_scored([one]), None)
     unsure = scored(tmp_path, "b", [0.5] * 4, status="unsure")
-    with pytest.raises(UsageError, match="share no step"):
+    with pytest.raises(UsageError, match="no step was scored reliably by both"):
         compare_judges(read_scored([one, unsure]), None)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('\n{"x": 1}\n')

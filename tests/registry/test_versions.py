@@ -95,7 +95,7 @@ def test_a_copied_run_finds_its_base_model(project: Path, judges: Path) -> None:
 def test_rollback_and_the_history(manage: Manage, judges: Path) -> None:
     assert "judge@1" in manage("rollback", "production", "--why", "worse in production")
     assert registered.find_version("production") == VersionId("judge", 1)
-    assert "nothing to go back to" in manage("rollback", "production", code=2)
+    assert "no earlier version to roll back to" in manage("rollback", "production", code=2)
     actions = [line["action"] for line in read_history(judges)]
     assert actions == ["add", "tag", "add", "tag", "rollback"]
     last = json.loads(manage("history", "--json"))[-1]
@@ -187,7 +187,7 @@ def test_names_that_mean_nothing_or_several(project: Path, manage: Manage) -> No
     assert registered.find_version("b@production") == VersionId("b", 1)
     assert "--name" in manage("add", project / "saves" / "run1", "--name", "../out", code=2)
     for tag in ("7", "a b", ".."):
-        assert "cannot be a tag" in manage("tag", "a@1", tag, code=2)
+        assert "is not a valid tag" in manage("tag", "a@1", tag, code=2)
 
 
 def test_a_run_that_did_not_finish_or_has_other_data_is_refused(project: Path, tmp_path: Path, manage: Manage) -> None:
@@ -197,7 +197,7 @@ def test_a_run_that_did_not_finish_or_has_other_data_is_refused(project: Path, t
     assert "not finished" in manage("add", run, code=1)
     record["eval_dataset"]["sha256"] = "0" * 64
     (run / "run.json").write_text(json.dumps(record))
-    assert "is not what" in manage("add", run, code=1)
+    assert "differs from the file" in manage("add", run, code=1)
     assert read_history(registered.registry_folder()) == []
 
 

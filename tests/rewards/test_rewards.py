@@ -73,7 +73,7 @@ def test_verl_gets_the_same_keys_from_every_sample(judge_url: str) -> None:
     good, unsure = score("good", prompt=RUN["messages"][:1]), score("mumble", question="What?")
     assert good.keys() == unsure.keys() and all(type(value) is float for value in [*good.values(), *unsure.values()])
     assert good["score"] == pytest.approx(GOOD, abs=CLOSE) and (unsure["score"], unsure["unscored"]) == (0.5, 1.0)
-    with pytest.raises(ValueError, match="extra_info has none of"):
+    with pytest.raises(ValueError, match="extra_info does not have the policy's prompt"):
         score("good", num_turns=2)
     with pytest.raises(JudgeUnavailable):
         asyncio.run(make_compute_score(judge_url)(solution_str="mumble", extra_info={"prompt": "What?"}))

@@ -202,7 +202,7 @@ def failing(*steps: str):
     def score(requests, _mode) -> Iterator[Judgement]:
         for request in requests:
             if any(step in request.prompt for step in steps):
-                yield Judgement("failed", reason="the server failed 6 times")
+                yield Judgement("failed", reason="the request failed after 6 attempts")
             else:
                 yield Judgement("ok", {"reasonableness_score": Distribution(0.5, 0.5, 0.5, 0.0, 1.0)})
 
@@ -294,8 +294,8 @@ def test_scores_to_ask_for(shape_of: ShapeOf, text: str, evaluation_type: str, e
 def test_scores_that_could_be_either_are_not_guessed() -> None:
     reason = ShapeOf(known={"clip": ["reasonableness_score", "correctness_score"]})("x", "clip")
     assert reason == (
-        "the prompt shows no score keys, and reasonableness_score or correctness_score would fit; "
-        "name them with --keys, or with keys in a request to a server"
+        "the prompt shows no score keys, and several keys are possible (reasonableness_score, correctness_score); "
+        "pass --keys, or keys in a request to a server"
     )
 
 

@@ -181,7 +181,7 @@ def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
         (
             ["-", "--backend", "openai", "--model", ".", "--base-url", "localhost:80/v1"],
             2,
-            "not the address of a server",
+            "not the URL of a server",
         ),
         (["-", "--keys", "a_score,b_score, a_score"], 2, "names a key twice"),
         (["-", "--batch-size", "0"], 2, "'0' is not a whole number above 0"),
