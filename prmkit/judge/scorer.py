@@ -305,7 +305,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=cli.seconds,
         metavar="SECONDS",
-        help=f"timeout per attempt ({Endpoint.attempts} attempts; default {Endpoint.timeout:g})",
+        help=f"timeout per attempt, of {Endpoint.attempts} attempts (default {Endpoint.timeout:g})",
     )
 
 

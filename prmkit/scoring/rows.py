@@ -44,8 +44,8 @@ class RowToScore:
     """`trajectory_id` or, without one, the task."""
     clip_number: int | None = None
     is_step: bool = False
-    """Whether it is one step of a trajectory, not a whole trajectory or a category of tools; a line that cannot be read
-    may be one."""
+    """Whether it is one step of a trajectory, not a complete trajectory or a category of tools; a line that cannot be
+    read may be one."""
 
     @property
     def request_hash(self) -> str | None:

@@ -284,7 +284,7 @@ class _Step:
     """One clip of a trajectory."""
 
     number: int | None
-    """`clip_number`; None if the row has none."""
+    """`clip_number`; None if the row has no number."""
     request_hash: str | None
     """The prompt's hash, because rows of several judges with the same prompt are one step."""
     score: float | None = None
@@ -373,7 +373,7 @@ def _missing(steps: Sequence[_Step]) -> int:
 def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
     if trajectories.unattributed:
         log.warning(
-            "%d lines belong to no trajectory (unreadable, or without a task_id), so trajectories may lack steps; a "
+            "lines without a trajectory: %d (unreadable, or without a task_id). Trajectories may lack these steps; a "
             "missing last step cannot be detected.",
             trajectories.unattributed,
         )

@@ -54,7 +54,7 @@ def runs_in(body: Any, format: str | None) -> tuple[list[Trajectory], list[FileR
             runs = list(read_runs([file], Options(format), reports))
         except DataError as error:
             message = str(error).replace(str(file), "the request")
-            raise DataError(re.sub(r" [^.]*--(?:format|list-key)\b.*", "", message)) from None
+            raise DataError(re.sub(r" [^.]*--format\b.*", "", message)) from None
     runs = [_with_request_id(run) for run in runs]
     if not runs:
         reasons = [reason for report in reports for reason in report.unreadable]

@@ -237,7 +237,7 @@ def run_to_end(
 
     Args:
         child: from `started`.
-        on_poll: called five times a second.
+        on_poll: called five times per second.
         is_saved: returns whether the child has saved after a request to stop, so that there is nothing to wait for.
         patience: returns how many seconds to wait for that.
 

@@ -142,7 +142,7 @@ def test_what_judges_do_wrong_is_asked_again_or_counted(tmp_path: Path, endpoint
     done = typed(tmp_path, "--yes")
     found = Counter((row["metadata"]["model_name"], score(row)) for row in rows(tmp_path))
     assert found == {("judge-a", 0.9): 43, ("judge-busy", 0.9): 43}  # and never a number for the other two
-    assert "unreadable" in done.stdout and "not the answer" in done.stdout
+    assert "unreadable" in done.stdout and "not the response" in done.stdout
     assert endpoint.most_at_once <= 4
     attempts = Counter(
         json.loads(line)["question"] for line in (tmp_path / "rows.answers.jsonl").read_text().splitlines()

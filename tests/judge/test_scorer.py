@@ -110,7 +110,7 @@ def test_a_judge_on_a_server_differs_from_one_that_is_loaded() -> None:
     assert remote["model"] == "exported_model"
     assert scorer_of(parsed("--model", "exported_model")).is_local and not scorer_of(parsed(*REMOTE)).is_local
     assert loaded != remote
-    with pytest.raises(UsageError, match="only with a local judge"):
+    with pytest.raises(UsageError, match="require a local judge in --mode expected"):
         abstention_of(scorer_of(parsed(*REMOTE)), 0.9, None)
     with pytest.raises(UsageError, match="--base-url and --model"):
         scorer_of(parsed("--backend", "openai", "--model", "exported_model"))

@@ -136,7 +136,7 @@ def test_steps_are_compared_with_held_out_rows_of_the_same_score_keys(tmp_path: 
     steps = read_scored([scored(tmp_path, "steps", [0.2, 0.4] * 100)])
     mixed = [*held_out([0.2, 0.4] * 100), *held_out([0.9] * 200, "whole_run")]
     assert not drift_of(steps, mixed, 0.25)["findings"]
-    assert "never measured" in drift_of(steps, held_out([0.9] * 200, "whole_run"), 0.25)["findings"][0]
+    assert "never evaluated on" in drift_of(steps, held_out([0.9] * 200, "whole_run"), 0.25)["findings"][0]
 
 
 def _scored_lines(folder: Path, lines: list[dict[str, Any]]) -> Any:
@@ -162,7 +162,7 @@ def test_a_request_log_is_read_by_judge_and_by_day(tmp_path: Path) -> None:
     assert len(recent) == 61 and len(steps_of("judge@1", recent)) == 60
     assert drift_of(steps_of("judge@1", recent), held_out([0.2] * 100), 0.25)["findings"] == []
     assert drift_of(steps_of("judge@1", read_scored([log])), held_out([0.2] * 100), 0.25)["findings"]
-    with pytest.raises(DataError, match=r"has only judge@1, judge@2"):
+    with pytest.raises(DataError, match=r"has only steps from judge@1, judge@2"):
         steps_of("judge@3", recent)
     with pytest.raises(UsageError, match="Only request logs"):
         read_scored([scored(tmp_path, "scores", [0.5])], days=7)

@@ -33,7 +33,7 @@ from prmkit.registry.batch import (
     describe_batch,
     tasks_in,
 )
-from prmkit.registry.retrain import _contradiction, _drops
+from prmkit.registry.retrain import _contradiction, _drops, show_retraining
 from prmkit.registry.versions import Addition, add_version
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.run import Keys
@@ -78,7 +78,7 @@ def test_a_judge_that_agrees_less_with_new_labels_is_reported() -> None:
 
     parent = registered.VersionId("judge", 1)
     (said,) = _drops(metrics(0.8, 0.9, 0.95), metrics(0.1, 0.4, 0.7), parent)
-    assert "Spearman 0.40 [0.10, 0.70], 0.90 [0.80, 0.95] with the old ones" in said
+    assert "(Spearman 0.40 [0.10, 0.70]) than with the old ones (0.90 [0.80, 0.95])" in said
     assert not _drops(metrics(0.8, 0.9, 0.95), metrics(0.7, 0.85, 0.9), parent)
     assert not _drops(metrics(0.8, 0.9, 0.95), metrics(None, 0.4, None), parent)
     assert _contradiction(metrics(-0.9, -0.5, -0.1), parent) and not _contradiction(metrics(-0.9, -0.5, 0.1), parent)
@@ -101,7 +101,7 @@ def test_a_task_that_changes_its_side_is_a_leak(registry: Path, tmp_path: Path) 
     swapped.mkdir()
     full = "reward_model_full"
     (swapped / f"{full}_eval.meta.jsonl").write_bytes((data / f"{full}.meta.jsonl").read_bytes())
-    with pytest.raises(DataError, match="judge@1 has trained on"):
+    with pytest.raises(DataError, match="judge@1 was trained on"):
         check_sides(swapped, "judge", registry)
 
 
@@ -110,6 +110,14 @@ def test_rows_that_the_version_has_are_nothing_to_do(registry: Path, tmp_path: P
     assert json.loads(done.stdout)["version"] == "judge@1"
     assert json.loads(done.stdout)["promoted"] is False
     assert "was already trained on these rows" in done.stderr
+
+
+@pytest.mark.parametrize(("reference", "tag"), [("1", "production"), ("judge@1", "production"), ("preview", "preview")])
+def test_the_tag_of_a_promoted_version_is_shown(reference: str, tag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    gate = {"passed": True, "reasons": []}
+    result = {"version": "judge@2", "parent": "judge@1", "promoted": True, "gate": gate, "report": None}
+    show_retraining(result, Retraining(reference, (), "base", 1.0, 0.0, (), promote=True, accept_contradiction=False))
+    assert f"judge@2 now has the tag {tag}.\n" in capsys.readouterr().out
 
 
 @pytest.mark.llamafactory

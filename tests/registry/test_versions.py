@@ -114,17 +114,17 @@ def test_what_is_tagged_is_not_removed_and_numbers_are_not_used_twice(
 
 
 @pytest.mark.usefixtures("two")
-@pytest.mark.parametrize("harm", ["changed", "missing", "added"])
+@pytest.mark.parametrize("harm", ["changed", "deleted", "added"])
 def test_a_version_whose_files_changed_is_not_used(judges: Path, manage: Manage, harm: str) -> None:
     weights = judges / "judge" / "2" / "run" / "adapter_model.safetensors"
     if harm == "changed":
         weights.chmod(0o644)
         weights.write_bytes(b"other")
-    elif harm == "missing":
+    elif harm == "deleted":
         weights.unlink()
     else:
         (weights.parent / "config.json").write_text("{}")
-    with pytest.raises(DataError, match=f"was {harm}|is {harm}"):
+    with pytest.raises(DataError, match=f"was {harm} after judge@2 was registered"):
         registered.registered_run("production")
     assert harm in manage("show", "production", code=1)
     assert harm in manage("tag", 2, "preview", code=1)
@@ -264,7 +264,7 @@ def test_judge_and_run_are_two_judges(monkeypatch: pytest.MonkeyPatch, tmp_path:
     os.environ.pop(registered.REGISTRY_VARIABLE, None)
     parser = argparse.ArgumentParser()
     add_judge_arguments(parser)
-    with pytest.raises(UsageError, match="two judges"):
+    with pytest.raises(UsageError, match="--judge and a folder are mutually exclusive"):
         parser.parse_args(["--run", "saves/run", "--judge", "production"])
 
 

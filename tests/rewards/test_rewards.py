@@ -50,7 +50,7 @@ def test_a_policy_that_writes_nothing_gets_no_score_and_does_not_end_the_trainin
 def test_an_empty_step_never_gets_the_score_of_another(judge_url: str) -> None:
     judge, empty = Judge(judge_url), {"role": "assistant", "content": ""}
     (line,) = judge.score([{"task": "Do it.", "history": RUN["messages"][1:2], "step": empty}])
-    assert line["score"] is None and "says or does something" in line["reason"]
+    assert line["score"] is None and "must contain an assistant message with text or a tool call" in line["reason"]
     # And one in the prompt does not count as a step, so that the policy's first step would be taken for the prompt's.
     earlier = [*RUN["messages"][:1], empty, *RUN["messages"][:1]]
     assert judge.reward(earlier, "bad").steps == tuple(near(POOR))

@@ -174,7 +174,7 @@ def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
     [
         (["-"], 1, "no run.json"),
         (["-", "--adapter", "x"], 2, "--adapter needs --model"),
-        (["-", "--run", "x", "--model", "y"], 2, "two judges"),
+        (["-", "--run", "x", "--model", "y"], 2, "--run and --model are mutually exclusive"),
         (["-", "--backend", "openai"], 2, "--base-url"),
         (["-", "--run", "x", "--base-url", "http://localhost:80/v1"], 2, "needs --model"),
         (["-", "--run", "x", "--timeout", "9"], 2, "only for a judge on a server"),

@@ -73,15 +73,15 @@ def test_plain_text_is_a_task_and_one_answer_or_tagged_steps() -> None:
     ("prompt", "written", "says"),
     [
         ("What is 2 + 2?", "4", "does not begin with its prompt"),
-        ("What?", "What?   ", "says and does nothing"),
-        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "", "wrote nothing"),
+        ("What?", "What?   ", "the run contains no agent step"),
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "", "the response is empty"),
     ],
 )
 def test_what_cannot_be_taken_apart_is_refused(prompt: str, written: str, says: str) -> None:
     whole = written if "assistant" not in prompt else prompt + written
     with pytest.raises(DataError, match=says):
         run_of_policy(prompt, whole, includes_prompt=True)
-    with pytest.raises(DataError, match="neither a string"):
+    with pytest.raises(DataError, match="prompt must be a string or a list of messages"):
         run_of_policy([1, 2], "x", includes_prompt=False)
 
 
@@ -111,12 +111,12 @@ def test_runs_come_in_every_form() -> None:
         runs, _ = runs_in(body, None)
         assert [[step.text for step in run.steps] for run in runs] == [["I look it up.", "It rains."]]
     for body in ({}, [], {"messages": CHAT[:1]}, "text", {"conversations": 7}):
-        with pytest.raises(DataError, match=r"^(?!.*/tmp)"):
+        with pytest.raises(DataError, match=r"^the request(?!.*(/tmp|--format))"):
             runs_in(body, None)
 
 
 def test_whether_a_step_is_the_last_is_true_or_false() -> None:
     step = {"task": "t", "step": {"role": "assistant", "content": "a"}}
     assert not run_of_step(step | {"last": False}).steps[-1].last
-    with pytest.raises(DataError, match="last: true or false"):
+    with pytest.raises(DataError, match="last must be true or false"):
         run_of_step(step | {"last": "false"})

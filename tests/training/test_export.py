@@ -71,7 +71,7 @@ def test_the_same_export_again_is_there_already_and_foreign_files_are_refused(
     assert not check_target(target, checkpoint, overwrite=False)  # it will be moved aside
     assert not check_target(target, overwrite=False)
     (target / "prmkit.json").unlink()
-    with pytest.raises(UsageError, match="exported_model: has files that are not an export"):
+    with pytest.raises(UsageError, match="exported_model has files that are not an export"):
         check_target(target, checkpoint, overwrite=False)
     shutil.rmtree(target)
     assert not check_target(target, overwrite=False)

@@ -357,7 +357,9 @@ def test_what_llamafactory_left_is_checked_even_when_it_ended_well(
         with pytest.raises(LlamaFactoryError, match=re.escape(f"the last loss is {loss:g}")):
             verify_run(run, {})
     cut(run / "adapter_model.safetensors")
-    with pytest.raises(LlamaFactoryError, match=r"adapter_model\.safetensors is not complete"):
+    with pytest.raises(
+        LlamaFactoryError, match=r"adapter_model\.safetensors is not complete\. See its log: \S+run\.log$"
+    ):
         verify_run(run, {})
 
 
