@@ -29,20 +29,20 @@ _LONGEST_PAUSE = 30.0
 """Seconds between two attempts."""
 _LINE = {"score", "status", "label_mass"}
 _PARTS = {"results": _LINE, "steps": _LINE, "runs": {"steps", "aggregates", "first_bad"}}
-"""The keys that every line of a list in an answer has."""
+"""List in a response -> the keys that each of its lines has."""
 
 
 class JudgeUnavailable(DataError):
-    """No attempt got an answer from the server, or the answer had no score."""
+    """The server did not respond to any attempt, or its response had no score."""
 
 
 class RequestRefused(UsageError):
-    """The server can never answer this request; the message says why."""
+    """The server refuses this request, so that a retry cannot help; the message says why."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """The judge's scores of what a policy wrote."""
+    """The judge's scores of a policy's response."""
 
     value: float | None
     """The aggregate of the steps, 0 to 1; None if a step has no reliable score."""
@@ -54,7 +54,7 @@ class Reward:
     """Why there is no value."""
 
     def number(self, unscored_reward: float | None) -> float:
-        """The value, or the reward that the caller chose for samples without a value.
+        """Return the value, or the reward that the caller chose for samples without a value.
 
         Raises:
             JudgeUnavailable: there is no value and the caller chose no such reward.
@@ -74,12 +74,12 @@ class Judge:
 
     url: str
     key: str | None = field(default=None, repr=False)
-    """The bearer key that the server wants."""
+    """The server's bearer token."""
     timeout: float = 120.0
-    """Seconds until an answer must be complete."""
+    """Seconds until a response must be complete."""
     attempts: int = 6
     concurrency: int = 32
-    """The most requests at once; the server judges them together."""
+    """The maximum number of requests at once; the server judges them together."""
     _local: threading.local = field(default_factory=threading.local, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,12 +92,12 @@ class Judge:
         self.key = checked_key(self.key or "", "the key of a judge")  # httpx's message would show it
 
     def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Score steps or ready-made prompts: one line each, in order, as `POST /v1/score` returns them.
+        """Score steps or ready-made prompts; return one line each, in order, as `POST /v1/score` does.
 
         A line with the status `failed` is requested again, and is returned if it fails in every attempt.
 
         Raises:
-            JudgeUnavailable, RequestRefused: see there.
+            JudgeUnavailable, RequestRefused: the server does not respond, or refuses the request.
         """
         more = {"keys": list(keys)} if keys else {}
         parts = [list(steps[first : first + 64]) for first in range(0, len(steps), 64)]
@@ -105,16 +105,15 @@ class Judge:
         lines = [line for answer in answers for line in _lines(answer, "results", self.url)]
         if len(lines) != len(steps):
             raise JudgeUnavailable(
-                f"{self.url}: answered with {len(lines)} lines for {len(steps)} steps. Check that this is "
-                "serve_judge.py."
+                f"{self.url} returned {len(lines)} lines for {len(steps)} steps. Check that this is serve_judge.py."
             )
         return lines
 
     def score_run(self, run: Any, *, gamma: float = 1.0) -> list[dict[str, Any]]:
-        """Score every step of a run in any form that `import_trajectories.py` reads; returns one object per run.
+        """Score every step of a run in any format that `import_trajectories.py` reads; return one object per run.
 
         Raises:
-            JudgeUnavailable, RequestRefused: see there.
+            JudgeUnavailable, RequestRefused: the server does not respond, or refuses the request.
         """
         (answer,) = self._each([(f"/v1/score_trajectory?gamma={float(gamma)}", run)])
         runs = _lines(answer, "runs", self.url)
@@ -125,25 +124,25 @@ class Judge:
         return runs
 
     def reward(self, prompt: str | Messages, response: str | Messages, *, aggregate: str = "min") -> Reward:
-        """The reward of one sample.
+        """Return the reward of one sample.
 
         Raises:
-            JudgeUnavailable, RequestRefused: see there.
+            JudgeUnavailable, RequestRefused: the server does not respond, or refuses the request.
         """
         return self.rewards([(prompt, response)], aggregate=aggregate)[0]
 
     def rewards(
         self, samples: Sequence[tuple[str | Messages, str | Messages]], *, aggregate: str = "min"
     ) -> list[Reward]:
-        """The rewards of many samples, in order, requested concurrently.
+        """Return the rewards of many samples, in order, requested concurrently.
 
         Args:
             samples: prompt and response, each as a string (with or without the tokens of a chat template) or as
                 messages.
-            aggregate: min, mean, product or last: how the steps' scores become one number.
+            aggregate: how the steps' scores become one number: min, mean, product or last.
 
         Raises:
-            JudgeUnavailable, RequestRefused: see there.
+            JudgeUnavailable, RequestRefused: the server does not respond, or refuses the request.
         """
         asked = [_sample(*sample, aggregate) for sample in samples]
         return [_reward(answer, self.url) for answer in self._each(asked)]
@@ -151,7 +150,7 @@ class Judge:
     async def arewards(
         self, samples: Sequence[tuple[str | Messages, str | Messages]], *, aggregate: str = "min"
     ) -> list[Reward]:
-        """As `rewards`, for callers that run an event loop."""
+        """Do the same as `rewards`, for callers that run an event loop."""
         import httpx
 
         limit = asyncio.Semaphore(self.concurrency)
@@ -196,12 +195,12 @@ class Judge:
 
     def _settings(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        # No proxies from the environment: the judge is ours, and its address would leak to them.
+        # Ignore proxies from the environment, to which the address of an internal judge would leak.
         return {"base_url": self.url.rstrip("/"), "headers": headers, "timeout": self.timeout, "trust_env": False}
 
 
 def client_of(judge: str | Judge) -> Judge:
-    """A `Judge` for a URL; a `Judge` is returned as it is."""
+    """Make a `Judge` for a URL; a `Judge` is returned unchanged."""
     return Judge(judge) if isinstance(judge, str) else judge
 
 
@@ -214,18 +213,18 @@ def _reward(answer: Any, url: str) -> Reward:
     try:
         value, steps, mass = answer["score"], tuple(answer["scores"]), answer["label_mass"]
     except (TypeError, KeyError):
-        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py. Check the URL.") from None
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not a response of serve_judge.py. Check the URL.") from None
     for number in (value, *steps, mass):
         _check_share(number, url)
     return Reward(value, steps, mass, answer.get("reason"))
 
 
 def _lines(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
-    """The lines of an answer, once every score is known to be a number from 0 to 1 or null."""
+    """Return the lines of a response, after checking that every score is a number from 0 to 1 or null."""
     lines = answer.get(name) if isinstance(answer, dict) else None
     needed = _PARTS[name]
     if not isinstance(lines, list) or not all(isinstance(line, dict) and needed <= line.keys() for line in lines):
-        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py. Check the URL.")
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not a response of serve_judge.py. Check the URL.")
     for line in lines:
         _check_share(line.get("score"), url)
     return lines
@@ -233,17 +232,17 @@ def _lines(answer: Any, name: str, url: str) -> list[dict[str, Any]]:
 
 def _part(answer: Any, name: str, url: str) -> Any:
     if not isinstance(answer, dict) or name not in answer:
-        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not an answer of serve_judge.py. Check the URL.")
+        raise JudgeUnavailable(f"{url}: {answer!r:.200} is not a response of serve_judge.py. Check the URL.")
     return answer[name]
 
 
 def _check_share(number: Any, url: str) -> None:
-    """Reject a reward that is NaN or out of range: it would silently train the policy on nonsense."""
+    """Reject a reward that is NaN or out of range, because it would silently train the policy on nonsense."""
     if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1):
         raise JudgeUnavailable(f"{url}: {number!r:.40} is not a score from 0 to 1.")
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------------------------------
 
 
 def _caught(ask: Callable[[], T]) -> T | Exception:
@@ -265,7 +264,7 @@ async def _acaught(ask: Any, timeout: float) -> Any:
 
 
 def _post(client: "httpx.Client", path: str, body: Any, timeout: float) -> "httpx.Response":
-    """The answer, complete within `timeout` seconds: httpx's own limit is for the time between two bytes."""
+    """Return a response, complete within `timeout` seconds; httpx's own limit is for the time between two bytes."""
     import httpx
 
     deadline, content = time.monotonic() + timeout, bytearray()
@@ -273,7 +272,7 @@ def _post(client: "httpx.Client", path: str, body: Any, timeout: float) -> "http
         for part in response.iter_bytes():
             content += part
             if time.monotonic() > deadline:
-                raise httpx.ReadTimeout(f"no complete answer within {timeout:g} s")
+                raise httpx.ReadTimeout(f"no complete response within {timeout:g} s")
     headers = {"retry-after": response.headers.get("retry-after", "")}
     return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=response.request)
 
@@ -311,7 +310,7 @@ def _content(outcome: Any, url: str) -> Any:
 
 def _message(outcome: Any) -> str:
     if isinstance(outcome, Exception):
-        return f"no answer ({type(outcome).__name__}: {outcome})"
+        return f"no response ({type(outcome).__name__}: {outcome})"
     try:
         return str(outcome.json()["error"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -322,4 +321,4 @@ def _json(response: Any) -> Any:
     try:
         return response.json()
     except (ValueError, RecursionError) as error:
-        raise JudgeUnavailable(f"{response.url}: the answer is not JSON, so this is not serve_judge.py.") from error
+        raise JudgeUnavailable(f"{response.url}: the response is not JSON, so this is not serve_judge.py.") from error

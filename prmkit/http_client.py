@@ -1,6 +1,6 @@
-"""Requests to servers with OpenAI's endpoints: as many at once as allowed, retried after failures that may pass.
+"""Send concurrent requests to servers with OpenAI's endpoints, and retry them after transient failures.
 
-A server's answer is untrusted data: its duration, size and headers are checked, and no message repeats the API key.
+A server's response is untrusted data: its duration, size and headers are checked, and no message repeats the API key.
 """
 
 import asyncio
@@ -26,23 +26,23 @@ ExactBy = Literal["logprob_token_ids", "score", "nothing"]
 """vLLM's parameter of completions, SGLang's `/v1/score`, or neither."""
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-"""The environment variable with the API key, unless --api-key-env names another one."""
-_LEFT_OUT = 5.0
-"""Seconds for which a server that failed gets no requests while another server answers."""
+"""The environment variable with the API key, unless --api-key-env sets another one."""
+_COOL_DOWN = 5.0
+"""Seconds for which a server that failed gets no requests while another server responds."""
 _LONGEST_PAUSE = 30.0
-"""The most seconds between two attempts when the server asks for no pause."""
+"""The maximum number of seconds between two attempts if the server does not ask for a pause."""
 _LONGEST_PAUSE_ASKED = 120.0
-"""The most seconds between two attempts when the server asks for a pause."""
+"""The maximum number of seconds between two attempts if the server asks for a pause."""
 _PASSING_STATUSES = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
-"""Includes those that only some providers and proxies use, such as 529 (overloaded) and 524 (a timeout)."""
-_LARGEST_ANSWER = 16 << 20
+"""Retryable statuses, including those of some providers and proxies, for example 529 (overloaded) and 524 (timeout)."""
+_LARGEST_RESPONSE = 16 << 20
 """Bytes, uncompressed. The logprobs of a prompt of 100,000 tokens fit."""
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Do all at once; the results in order. If one fails, the others have ended before its error is raised.
+    """Run all at once and return the results in order; if one fails, wait for the others before raising its error.
 
-    With `asyncio.gather` they would keep sending until the event loop is closed under them.
+    With `asyncio.gather`, the others would keep sending until the event loop closes.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -57,33 +57,33 @@ class Endpoint:
     """A server, and how to treat it."""
 
     base_url: str
-    """As OpenAI's clients take it: `http://localhost:8000/v1`."""
+    """The address as OpenAI's clients take it: `http://localhost:8000/v1`."""
     model: str
     """The name that the server gives the model."""
     api_key: str | None = None
     concurrency: int = 16
-    """The most requests at once."""
+    """The maximum number of requests at once."""
     top_logprobs: int = 20
-    """How many of the likeliest tokens to ask for. vLLM returns up to 20 unless it is started with --max-logprobs."""
+    """The number of top logprobs to request. vLLM returns up to 20 unless it is started with --max-logprobs."""
     attempts: int = 6
     timeout: float = 300.0
-    """Seconds until an answer must be complete."""
+    """Seconds until a response must be complete."""
     others: tuple[str, ...] = ()
     """Further servers with the same model: each request goes to the server with the fewest requests in flight."""
     logprobs: Logprobs = "exact"
-    """`exact` asks for the probabilities of named tokens if the server supports it (vLLM's `logprob_token_ids`); `top`
-    always reads the likeliest tokens."""
+    """`exact` requests the probabilities of specific tokens if the server supports it (vLLM's `logprob_token_ids`);
+    `top` always reads top logprobs."""
     unknown_share: float = 1e-4
-    """The most of the candidates' probability that may stay unknown, and so the largest error of a score from it. A
-    smaller value takes more requests; a server's own rounding in half precision is a hundred times this."""
+    """The fraction of the candidates' probability that may stay unknown; it bounds the score's error. A smaller value
+    takes more requests; a server's own rounding in half precision is a hundred times this."""
 
     @property
     def name(self) -> str:
-        """The address as messages show it: without user name and password."""
+        """The address for messages, without user name and password."""
         return re.sub(r"//[^/@]*@", "//", self.base_url)
 
     def without_secrets(self, text: str) -> str:
-        """A message of a server or a library, with the key and the password masked."""
+        """Mask the key and the password in a message of a server or a library."""
         userinfo = re.search(r"//([^/@]*)@", self.base_url)
         secrets = {self.api_key, *(re.split(":", userinfo[1], maxsplit=1) if userinfo else ())}
         for secret in filter(None, secrets):
@@ -96,8 +96,8 @@ def check_url(url: str, called: str = "--base-url", example: str = "http://local
 
     Args:
         url: the address.
-        called: the option or argument that it was given as.
-        example: an address of the right form.
+        called: the option or argument with the address.
+        example: a valid address.
 
     Raises:
         UsageError: it is not a URL, or is one of another protocol.
@@ -110,11 +110,11 @@ def check_url(url: str, called: str = "--base-url", example: str = "http://local
     except httpx.InvalidURL:
         fits = False
     if not fits or any(map(str.isspace, url)):
-        raise UsageError(f"{called} {Endpoint(url, '').name}: not the address of a server. Write it as {example}.")
+        raise UsageError(f"{called} {Endpoint(url, '').name}: not the URL of a server. Example: {example}")
 
 
 def key_from(variable: str | None) -> str | None:
-    """The API key in an environment variable, by default `KEY_VARIABLE`; None if it is empty.
+    """Read the API key from an environment variable, by default `KEY_VARIABLE`; None if it is empty.
 
     Raises:
         UsageError: as `checked_key`.
@@ -124,33 +124,33 @@ def key_from(variable: str | None) -> str | None:
 
 
 def checked_key(key: str, called: str) -> str | None:
-    """A key without the line break that `$(cat file)` or an .env file may have left after it; None if it is empty.
+    """Remove the line break that `$(cat file)` or an .env file may leave after a key; return None for an empty key.
 
     Args:
         key: as it was read.
         called: where it comes from.
 
     Raises:
-        UsageError: it could not be sent in a header. The message does not repeat it, because it may be most of a key.
+        UsageError: the key cannot be sent in a header. The message does not repeat it, because most of it may be right.
     """
     key = key.strip()
     if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{called}: has a character that no API key has, such as a line break. Set it again.")
+        raise UsageError(f"{called} contains an invalid character, for example a line break. Set it again.")
     return key or None
 
 
 class RowFailure(Exception):
-    """The server cannot answer for this row; the other rows continue."""
+    """The server cannot respond for this row; the other rows continue."""
 
     def __init__(self, reason: str, *, is_usage: bool = False, is_refusal: bool = False) -> None:
-        """Keep the reason, whether another option would help if all rows fail so, and whether the status was 4xx."""
+        """Store the reason, whether another option would help if all rows fail this way, and whether it was a 4xx."""
         super().__init__(reason)
         self.is_usage = is_usage
         self.is_refusal = is_refusal
 
 
 class PassingTrouble(Exception):
-    """A failure that may not happen again: the request is retried."""
+    """A transient failure, after which the request is retried."""
 
     def __init__(self, reason: str, *, pause: float = 0.0, is_unreachable: bool = False) -> None:
         super().__init__(reason)
@@ -160,19 +160,19 @@ class PassingTrouble(Exception):
 
 @dataclass
 class ServerState:
-    """What is known of a server over all connections to it."""
+    """State that all connections to one server share."""
 
     is_usable: bool = False
-    """It has given a readable answer. Until then, a failure probably concerns every row."""
+    """Whether the server has returned a readable response; until then, a failure probably concerns every row."""
     exact_by: ExactBy | None = None
-    """How it returns the probabilities of named tokens; None until it has been tried."""
+    """How the server returns the probabilities of specific tokens; None until it has been tried."""
     left_out_until: dict[str, float] = field(default_factory=dict)
-    """Address of a server that failed -> when it is tried again, on the clock of `time.monotonic`."""
+    """Address of a server that failed -> time of its next attempt, on the clock of `time.monotonic`."""
 
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What a chat endpoint answered."""
+    """An answer from a chat endpoint."""
 
     text: str
     finish_reason: str | None
@@ -185,14 +185,14 @@ class Connection:
     """An open connection to one endpoint."""
 
     def __init__(self, endpoint: Endpoint, state: ServerState) -> None:
-        """Open the connection; `state` is filled in as answers arrive."""
+        """Open the connection; `state` is updated as responses arrive."""
         import httpx
 
         self.endpoint = endpoint
         self.state = state
         self._gate = asyncio.Semaphore(endpoint.concurrency)
-        self._under_way = dict.fromkeys((endpoint.base_url, *endpoint.others), 0)
-        # A compressed answer could unpack to any size.
+        self._in_flight = dict.fromkeys((endpoint.base_url, *endpoint.others), 0)
+        # A compressed response could decompress to any size.
         headers = {"Accept-Encoding": "identity"}
         if endpoint.api_key:
             headers["Authorization"] = f"Bearer {endpoint.api_key}"
@@ -204,49 +204,49 @@ class Connection:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    # --- asking -------------------------------------------------------------------------------------------------------
+    # --- sending ------------------------------------------------------------------------------------------------------
 
     async def chat(self, body: Mapping[str, Any]) -> ChatAnswer:
-        """One answer of a chat endpoint.
+        """Request one answer from a chat endpoint.
 
         Args:
-            body: `messages` and parameters, sent as they are.
+            body: `messages` and parameters, sent unchanged.
 
         Raises:
-            RowFailure: the server refuses the request, keeps failing, or does not answer as it should.
+            RowFailure: the server refuses the request, keeps failing, or returns something unexpected.
             DataError: the server cannot be reached, or would refuse everything.
         """
         return await self.post("chat/completions", body, self._chat_answer)
 
     async def ask_json(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The JSON object that another endpoint of the server answers.
+        """Return the JSON object with which another endpoint of the server responds.
 
         Raises:
-            RowFailure: the server refuses the request, keeps failing, or answers something else.
+            RowFailure: the server refuses the request, keeps failing, or returns something else.
             DataError: the server cannot be reached, or would refuse everything.
         """
         return await self.post(path, body, self._object)
 
     async def post(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
-        """What `read` makes of the answer to a request; the request is retried while that may help.
+        """Send a request, retry it while that may help, and return the result of `read` for the response.
 
         Args:
-            path: below the base URL.
+            path: the path below the base URL.
             body: JSON; the model's name is added.
-            read: may raise `PassingTrouble` for an answer that may be good after a retry, and `RowFailure`.
+            read: may raise `PassingTrouble` for a response that may be usable after a retry, and `RowFailure`.
 
         Raises:
-            RowFailure: the server refuses the request, keeps failing, or does not answer as it should.
+            RowFailure: the server refuses the request, keeps failing, or returns something unexpected.
             DataError: the server cannot be reached, or would refuse everything.
         """
         body = {"model": self.endpoint.model, **body}
-        trouble = PassingTrouble("it was not asked")
+        trouble = PassingTrouble("no request was sent")
         for attempt in range(self.endpoint.attempts):
             if attempt:
                 log.info("%s: trying again (%s)", self.endpoint.name, trouble)
-                # Half of the pause is random, so that many clients do not come back at the same moment.
+                # Half of the pause is random, so that many clients do not retry at the same time.
                 own = min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311
-                await asyncio.sleep(max(own, trouble.pause) if self._all_left_out() else 0)
+                await asyncio.sleep(max(own, trouble.pause) if self._all_cooling_down() else 0)
             try:
                 value = read(await self._post_once(path, body))
             except PassingTrouble as error:
@@ -255,41 +255,41 @@ class Connection:
                 self.state.is_usable = self.state.is_usable or value is not None
                 return value
         if trouble.is_unreachable:
-            raise DataError(f"{self.endpoint.name}: no server answers ({trouble}). Start it, or correct --base-url.")
-        raise RowFailure(f"the server failed {self.endpoint.attempts} times, the last time with: {trouble}")
+            raise DataError(f"{self.endpoint.name}: no server responds ({trouble}). Start it, or correct --base-url.")
+        raise RowFailure(f"the request failed after {self.endpoint.attempts} attempts; last error: {trouble}")
 
     async def _post_once(self, path: str, body: Mapping[str, Any]) -> bytes:
-        """The content of a good answer, from the working server with the fewest requests in flight.
+        """Return the content of a successful response, from the working server with the fewest requests in flight.
 
         Raises:
-            PassingTrouble: no answer came, or not all of it.
+            PassingTrouble: there was no response, or an incomplete one.
             RowFailure: the server refuses the request.
             DataError: the server would refuse every request.
         """
-        left_out = self.state.left_out_until
-        server = min(self._under_way, key=lambda url: (self._is_left_out(url), self._under_way[url]))
-        self._under_way[server] += 1
+        cooling_down = self.state.left_out_until
+        server = min(self._in_flight, key=lambda url: (self._is_cooling_down(url), self._in_flight[url]))
+        self._in_flight[server] += 1
         try:
             content = await self._post_to(f"{server.rstrip('/')}/{path}", body)
         except PassingTrouble:
-            left_out[server] = time.monotonic() + _LEFT_OUT
+            cooling_down[server] = time.monotonic() + _COOL_DOWN
             raise
         finally:
-            self._under_way[server] -= 1
-        left_out.pop(server, None)
+            self._in_flight[server] -= 1
+        cooling_down.pop(server, None)
         return content
 
-    def _is_left_out(self, url: str) -> bool:
+    def _is_cooling_down(self, url: str) -> bool:
         return self.state.left_out_until.get(url, 0.0) > time.monotonic()
 
-    def _all_left_out(self) -> bool:
-        return all(map(self._is_left_out, self._under_way))
+    def _all_cooling_down(self) -> bool:
+        return all(map(self._is_cooling_down, self._in_flight))
 
     async def _post_to(self, url: str, body: Mapping[str, Any]) -> bytes:
         import httpx
 
         try:
-            # httpx's own timeout is for the time between two bytes: a server that sends one now and then would never
+            # httpx's own timeout limits the time between two bytes, so a server that sends one now and then would never
             # time out.
             async with (
                 self._gate,
@@ -299,16 +299,16 @@ class Connection:
                 content = bytearray()
                 async for part in response.aiter_bytes():
                     content += part
-                    if len(content) > _LARGEST_ANSWER:
-                        raise PassingTrouble(f"an answer of more than {_LARGEST_ANSWER >> 20} MiB")
+                    if len(content) > _LARGEST_RESPONSE:
+                        raise PassingTrouble(f"a response of more than {_LARGEST_RESPONSE >> 20} MiB")
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
             # The error's text may hold the headers, and so the key.
             what = type(error).__name__
-            raise DataError(f"{self.endpoint.name}: a request cannot even be sent ({what}).") from None
+            raise DataError(f"{self.endpoint.name}: the request could not be sent ({what}).") from None
         except httpx.ConnectError as error:
             raise PassingTrouble(self.endpoint.without_secrets(str(error)), is_unreachable=True) from None
         except TimeoutError:
-            raise PassingTrouble(f"no complete answer within {self.endpoint.timeout:g} s") from None
+            raise PassingTrouble(f"no complete response within {self.endpoint.timeout:g} s") from None
         except (httpx.RequestError, httpx.InvalidURL) as error:  # the latter: of a redirection
             what = self.endpoint.without_secrets(f"{type(error).__name__} {error}".strip())
             raise PassingTrouble(what) from None
@@ -320,25 +320,25 @@ class Connection:
         if status in _PASSING_STATUSES:
             raise PassingTrouble(f"{status} {text}", pause=pause_asked_for(retry_after))
         if status in (401, 403):
-            raise DataError(f"{url}: the server refuses the API key ({status}). Name another --api-key-env.")
+            raise DataError(f"{url}: the server refuses the API key ({status}). Check --api-key-env.")
         if status == 404:
             raise DataError(
                 f"{url}: the server has no model '{self.endpoint.model}' there ({text}). "
                 "The URL usually ends in /v1, and /v1/models lists the names."
             )
         if 300 <= status < 400:
-            raise RowFailure(f"{url} answers {status}, a redirection, which is not followed. Name the final address.")
+            raise RowFailure(f"{url} redirects ({status}), and redirects are not followed. Use the final URL.")
         if status >= 400:
             advice = self._advice_on_logprobs(text)
-            raise RowFailure(f"{url} answers {status}: {text}{advice}", is_usage=bool(advice), is_refusal=True)
+            raise RowFailure(f"{url} returns {status}: {text}{advice}", is_usage=bool(advice), is_refusal=True)
 
     def _advice_on_logprobs(self, refusal: str) -> str:
-        """Advice, if the server names a limit that was exceeded; otherwise empty."""
+        """Return advice if the server's message has a limit that was exceeded; otherwise an empty string."""
         limits = [int(number) for number in re.findall(r"\b\d{1,4}\b", refusal)]
-        asked = self.endpoint.top_logprobs
-        if "logprobs" not in refusal or not any(limit < asked for limit in limits):
+        requested = self.endpoint.top_logprobs
+        if "logprobs" not in refusal or not any(limit < requested for limit in limits):
             return ""
-        return f". {asked} were asked for: lower --top-logprobs, or start vLLM with a higher --max-logprobs"
+        return f". {requested} were requested; lower --top-logprobs, or start vLLM with a higher --max-logprobs"
 
     def _excerpt(self, content: bytes) -> str:
         return self.endpoint.without_secrets(content[:300].decode(errors="replace"))
@@ -346,10 +346,10 @@ class Connection:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def choices(self, content: bytes, count: int) -> list[Mapping[str, Any]]:
-        """The choices of an answer, one for each of `count` prompts, in order.
+        """Return the choices of a response, one for each of `count` prompts, in order.
 
         Raises:
-            RowFailure: the answer is of another form.
+            RowFailure: the response has another structure.
         """
         try:
             answer = json.loads(content)
@@ -359,11 +359,11 @@ class Connection:
         is_list = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
         if not is_list or len(choices) < count:
             raise self.misfit(self._excerpt(content))
-        if count > 1:  # vLLM says in `index` which prompt a choice is for
+        if count > 1:  # in vLLM, `index` is the prompt's index
             choices = {choice.get("index"): choice for choice in choices}
-            if not all(place in choices for place in range(count)):
+            if not all(index in choices for index in range(count)):
                 raise self.misfit(self._excerpt(content))
-        return [choices[place] for place in range(count)]
+        return [choices[index] for index in range(count)]
 
     def _object(self, content: bytes) -> dict[str, Any]:
         try:
@@ -371,14 +371,14 @@ class Connection:
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise RowFailure(f"{self.endpoint.name}: the answer is not a JSON object ({self._excerpt(content)})")
+            raise RowFailure(f"{self.endpoint.name}: the response is not a JSON object ({self._excerpt(content)})")
         return answer
 
     def _chat_answer(self, content: bytes) -> ChatAnswer:
         (choice,) = self.choices(content, 1)
         message, usage = choice.get("message"), json.loads(content).get("usage")
         text = message.get("content") if isinstance(message, dict) else None
-        if isinstance(text, list):  # of parts, of which some may be thoughts
+        if isinstance(text, list):  # a list of parts, some of which may be thoughts
             parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
             text = "".join(str(part.get("text") or "") for part in parts)
         if text is not None and not isinstance(text, str):
@@ -390,14 +390,14 @@ class Connection:
         reason = choice.get("finish_reason")
         return ChatAnswer(text or "", reason if isinstance(reason, str) else None, *known)
 
-    def misfit(self, what: object) -> RowFailure:
-        """The failure for an answer that does not have the expected form."""
-        shown = self.endpoint.without_secrets(str(what)[:300])
-        return RowFailure(f"{self.endpoint.name}: not the answer of a completions endpoint ({shown})")
+    def misfit(self, problem: object) -> RowFailure:
+        """Return the failure for a response with an unexpected structure."""
+        shown = self.endpoint.without_secrets(str(problem)[:300])
+        return RowFailure(f"{self.endpoint.name}: not the response of a completions endpoint ({shown})")
 
 
 def pause_asked_for(header: str | None) -> float:
-    """The seconds of a `Retry-After` header, a number or a date; zero without one, or if it cannot be read."""
+    """Return the seconds of a `Retry-After` header, a number or a date; zero without one, or if it cannot be read."""
     try:
         seconds = float(header or 0)
     except ValueError:

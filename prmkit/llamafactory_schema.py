@@ -1,8 +1,8 @@
-"""LLaMA Factory's configuration: which keys the installed version takes, and how a file of them is read.
+"""Read the configuration keys of the installed LLaMA Factory, and YAML files of them.
 
-The keys, their types, choices and defaults are read from the source of its dataclasses with `ast`: importing them takes
-7 seconds, reading them a tenth of a second. No other module writes down a default of LLaMA Factory, so none can go out
-of date.
+The keys, their types, choices and defaults are read from the source of its dataclasses with `ast`, because importing
+them takes 7 seconds, and reading them a tenth of a second. No other module repeats a default of LLaMA Factory, so no
+copy can become outdated.
 """
 
 import ast
@@ -18,7 +18,7 @@ from typing import Any
 from prmkit.errors import DataError, UsageError
 
 NO_DEFAULT = object()
-"""The default of a key whose default LLaMA Factory computes when it starts."""
+"""Sentinel for a default that LLaMA Factory computes when it starts."""
 
 _ROOTS = ("ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments")
 # The class of transformers that LLaMA Factory's TrainingArguments extends.
@@ -41,7 +41,7 @@ class ConfigKey:
 
 @cache
 def training_keys() -> Mapping[str, ConfigKey]:
-    """Every key that `llamafactory-cli train` takes, by name.
+    """Return every key that `llamafactory-cli train` takes, by name.
 
     Raises:
         DataError: LLaMA Factory or transformers is not installed.
@@ -58,7 +58,7 @@ def training_keys() -> Mapping[str, ConfigKey]:
 
 
 def default_of(name: str) -> Any:
-    """LLaMA Factory's default of one key.
+    """Return LLaMA Factory's default of one key.
 
     Raises:
         KeyError: the installed LLaMA Factory has no such key, or computes its default when it starts.
@@ -71,12 +71,12 @@ def default_of(name: str) -> Any:
 
 
 def setting(values: Mapping[str, Any], name: str) -> Any:
-    """The value of a key in a config, or LLaMA Factory's default if the config does not set it."""
+    """Return the value of a key in a config, or LLaMA Factory's default if the config does not set it."""
     return values[name] if name in values else default_of(name)
 
 
 def trained_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype that a training's configuration asks for, `bfloat16` or `float16`; None if it asks for neither."""
+    """Return the dtype of a training config, `bfloat16` or `float16`; None if it sets neither."""
     if config.get("bf16") or config.get("pure_bf16"):
         return "bfloat16"
     return "float16" if config.get("fp16") else None
@@ -84,7 +84,7 @@ def trained_dtype(config: Mapping[str, Any]) -> str | None:
 
 @cache
 def template_names() -> tuple[str, ...]:
-    """Every chat template that LLaMA Factory registers, in LLaMA Factory's order."""
+    """Return every chat template that LLaMA Factory registers, in LLaMA Factory's order."""
     tree = ast.parse((_package_folder("llamafactory") / "data" / "template.py").read_text())
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     registrations = (call for call in calls if getattr(call.func, "id", None) == "register_template")
@@ -93,14 +93,14 @@ def template_names() -> tuple[str, ...]:
 
 
 def template_sources() -> tuple[Path, ...]:
-    """The installed files that decide what a chat template encodes."""
+    """Return the installed files that determine what a chat template encodes."""
     folder = _package_folder("llamafactory") / "data"
     return folder / "template.py", folder / "formatter.py"
 
 
 @cache
 def logger_names() -> tuple[str, ...]:
-    """Every name that `report_to` accepts, besides `none` and `all`."""
+    """Return every name that `report_to` accepts, except `none` and `all`."""
     tree = ast.parse((_package_folder("transformers") / "integrations" / "integration_utils.py").read_text())
     assigned = (node for node in tree.body if isinstance(node, ast.Assign))
     tables = (node.value for node in assigned if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
@@ -109,7 +109,7 @@ def logger_names() -> tuple[str, ...]:
 
 
 def llamafactory_version() -> str:
-    """The installed version, without importing the package.
+    """Return LLaMA Factory's installed version, without importing the package.
 
     Raises:
         DataError: LLaMA Factory is not installed.
@@ -119,7 +119,7 @@ def llamafactory_version() -> str:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution; None when it is not installed."""
+    """Return the version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -154,7 +154,7 @@ REPLACEMENTS = {
     "jit_mode_eval": "Leave it out: it no longer exists.",
     "xpu_backend": "Write ddp_backend.",
     "max_seq_length": "Write cutoff_len.",
-    "model_max_length": "Write cutoff_len: this one follows from it.",
+    "model_max_length": "Write cutoff_len, from which this one is derived.",
     "device_map": "Leave it out: the model is loaded onto the training device.",
     "load_in_4bit": "Write quantization_bit: 4.",
     "load_in_8bit": "Write quantization_bit: 8.",
@@ -184,7 +184,7 @@ def _classes(paths: Iterable[Path]) -> dict[str, ast.ClassDef]:
 
 
 def _keys_of(class_name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, ConfigKey]:
-    """The fields of a dataclass and of its base classes; a base class of another package adds none."""
+    """Return the fields of a dataclass and its base classes, except base classes of other packages."""
     if class_name not in classes:
         return {}
     node = classes[class_name]
@@ -200,7 +200,7 @@ def _keys_of(class_name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, 
 
 
 def _split_at_commas(classes: Mapping[str, ast.ClassDef]) -> set[str]:
-    """The keys that LLaMA Factory splits at commas with `split_arg`, which also accepts a list."""
+    """Return the keys that LLaMA Factory splits at commas with `split_arg`, which also accepts a list."""
     calls = (node for tree in classes.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
     splits = (call.args[0] for call in calls if getattr(call.func, "id", None) == "split_arg")
     return {split.attr for split in splits if isinstance(split, ast.Attribute)}
@@ -229,13 +229,13 @@ def _key(
             choices += _members(classes[text])
         else:
             types.add(text.split("[")[0])
-    # A list of options may also be written as one string that names several of them.
+    # A list of options may also be written as one string with several of them.
     listed = () if "list" in types else tuple(choices)
     return ConfigKey(name, frozenset(types), listed, _default(settings.get("default"), classes))
 
 
 def _parts(annotation: ast.expr) -> Iterator[ast.expr]:
-    """The members of a union, however it is written."""
+    """Yield the members of a union, in any notation."""
     if isinstance(annotation, ast.BinOp):
         yield from _parts(annotation.left)
         yield from _parts(annotation.right)
@@ -270,7 +270,7 @@ def _default(value: ast.expr | None, classes: Mapping[str, ast.ClassDef]) -> Any
 
 
 LARGEST_FILE = 1 << 20
-"""Bytes. The longest configuration we have seen is 10 KB; a file this large is something else."""
+"""Bytes. The largest known config has 10 KB; a file this large is something else."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -287,21 +287,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             content = stream.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
-            raise UsageError(f"{path}: larger than 1 MiB, so it is not a configuration. Check the path.")
+            raise UsageError(f"{path}: larger than 1 MiB, so it is not a config. Check the path.")
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(content.decode())))
     except RecursionError as error:
-        raise UsageError(f"{path}: nested too deeply. A configuration is a flat list of key: value lines.") from error
+        raise UsageError(f"{path}: nested too deeply. A config is a flat list of key: value lines.") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UsageError(f"{path}: not YAML that LLaMA Factory can read. {_one_line(error)}") from error
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or 'not a mapping of keys to values'}.") from error
+        raise UsageError(f"{path}: {error.strerror or 'not a mapping of keys to values'}. Check the path.") from error
     if not isinstance(loaded, dict):
         raise UsageError(f"{path}: not a mapping of keys to values.")
     return {str(key): value for key, value in loaded.items()}
 
 
 def split_assignment(text: str) -> tuple[str, str]:
-    """The key and the value of `key=value`, split at the first `=`; a leading `--` is accepted.
+    """Split `key=value` at the first `=`; a leading `--` is accepted.
 
     Raises:
         UsageError: there is no `=`, or nothing before it.
@@ -313,10 +313,10 @@ def split_assignment(text: str) -> tuple[str, str]:
 
 
 def value_of(text: str) -> Any:
-    """The value that LLaMA Factory reads from the part after `key=`; None for an empty one.
+    """Return the value that LLaMA Factory reads from the part after `key=`; None for an empty one.
 
     Raises:
-        ValueError: it is not YAML.
+        ValueError: the text is not YAML.
     """
     import yaml
     from omegaconf import OmegaConf

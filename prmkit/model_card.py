@@ -1,4 +1,4 @@
-"""The model card: `README.md` next to the weights, for people who find the judge without knowing this project."""
+"""Write the model card: `README.md` next to the weights, for people who do not know this project."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ _SETTINGS = (
 
 
 def write_model_card(folder: Path, record: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
-    """Write the model card of a run or of an export; a card that the trainer left there is replaced.
+    """Write the model card of a training run or an export, replacing a card from the trainer.
 
     Args:
         folder: `saves/<run>` or the export; it must exist.
@@ -30,12 +30,12 @@ def write_model_card(folder: Path, record: Mapping[str, Any], metrics: Mapping[s
 
 
 def model_card(record: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, merged: bool) -> str:
-    """The card as Markdown with the YAML header that model hubs read.
+    """Return the card as Markdown, with the YAML header that model hubs read.
 
     Args:
         record: see `write_model_card`.
         metrics: see `write_model_card`.
-        merged: the folder holds a whole model, not an adapter.
+        merged: whether the folder holds a complete model, not an adapter.
     """
     sections = [
         _header(record, merged),
@@ -55,7 +55,7 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, 
 
 
 def _types(metrics: Mapping[str, Any] | None) -> str:
-    """The evaluation types that were measured, with their meanings."""
+    """Describe the evaluation types that were measured."""
     measured = metrics["summary"]["types"] if metrics else {}
     known = [f"{each.meaning} (`{name}`)" for name, each in EVALUATION_TYPES.items() if name in measured]
     return f": {', '.join(known)}" if known else ""
@@ -78,12 +78,12 @@ def _base_model(record: Mapping[str, Any]) -> str:
 
 def _agreement(metrics: Mapping[str, Any] | None) -> Iterator[str]:
     if metrics is None:
-        yield "Not measured yet. Run `python evaluate_judge.py --run RUN`; it writes the numbers here.\n"
+        yield "Not measured yet. Run `python evaluate_judge.py --run RUN`, which writes the numbers here.\n"
         return
     held_out, summary = metrics["held_out"], metrics["summary"]
     yield (
         f"{_inline(summary['headline'])} Measured on {held_out['prompts_evaluated']} held-out prompts of "
-        f"{held_out['tasks_evaluated']} tasks that were not trained on, against the mean of "
+        f"{held_out['tasks_evaluated']} tasks that were not used in training, against the mean of "
         f"{_inline(', '.join(held_out['judges']))}. In brackets: 95 % intervals.\n"
     )
     yield "| scores of | use it? | Spearman | AUROC, step below 0.5 | RMSE | MAE |"
@@ -122,15 +122,15 @@ def _usage(merged: bool) -> Iterator[str]:
     where = "--model THIS_FOLDER" if merged else "--run THIS_FOLDER"
     yield f"```bash\npython score_trajectories.py {where} steps.jsonl --output scores.jsonl\n```\n"
     yield (
-        "The score is the mean of the probabilities that the model gives to 0.00 … 1.00 at the place of the number. "
-        "Use the template and system text of its training; `prmkit.json` or `run.json` in this folder has them."
+        "The score is the expected value of 0.00 … 1.00 under the model's probabilities at the score's position. "
+        "Use the template and system prompt of its training, which are in this folder's `prmkit.json` or `run.json`."
         "\n"
     )
 
 
 def _limits(metrics: Mapping[str, Any] | None) -> Iterator[str]:
     yield "- It imitates the judges it was trained on, including the mistakes they share. It does not know the truth."
-    yield "- It was measured on tasks like those it was trained on. On other agents, tools or languages, measure again."
+    yield "- It was measured on tasks like its training tasks. On other agents, tools or languages, measure again."
     yield "- As a reward it will be optimised against: watch runs whose score rises while the outcome does not."
     for line in (metrics or {}).get("summary", {}).get("warnings", []):
         yield f"- {_inline(line)}"
@@ -138,7 +138,7 @@ def _limits(metrics: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _inline(text: object) -> str:
-    """Escape a string from outside for use within a line: it opens no HTML, table cell, link or heading."""
+    """Escape an untrusted string for use within a line, so that it opens no HTML, table cell, link or heading."""
     escaped = "".join(f"\\{letter}" if letter in "\\`*_[]|" else letter for letter in " ".join(str(text).split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -1,7 +1,7 @@
-"""Registered judges: which versions exist, which one a name means, and whether its files are unchanged.
+"""Read the registry of judges: its versions and tags, and whether a version's files are unchanged.
 
 `history.jsonl` is the registry: a version exists, or a tag points to it, because a line says so. Each action writes and
-syncs one line, so a crash leaves no half-done action.
+syncs one line, so a crash cannot leave a partial action.
 """
 
 import argparse
@@ -20,12 +20,12 @@ REGISTRY_VARIABLE = "PRMKIT_JUDGES"
 HISTORY_FILE = "history.jsonl"
 VERSION_FILE = "version.json"
 RUN, DATA, ROWS = "run", "data", "rows"
-"""Folders of a version: the run, the datasets it was trained and measured on, and the rows they were made of."""
+"""Folders of a version: the training run, its training and held-out datasets, and the rows they were converted from."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def registry_folder() -> Path:
-    """Where the judges are: `judges/`, or the folder in PRMKIT_JUDGES (for cron, which starts in another directory)."""
+    """Return the registry's folder: `judges/`, or PRMKIT_JUDGES (for cron, which starts in another directory)."""
     return Path(os.environ.get(REGISTRY_VARIABLE) or "judges")
 
 
@@ -49,24 +49,24 @@ class State:
     removed: list[VersionId] = field(default_factory=list)
     """Those that were removed."""
     last_number: dict[str, int] = field(default_factory=dict)
-    """Judge -> the highest number ever given: numbers are never reused, not even after `remove`."""
+    """Judge -> its highest number ever; numbers are never reused, not even after `remove`."""
     tags: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     """(judge, tag) -> the versions that have had it, the current one last."""
 
     def tagged(self, name: str, tag: str) -> int | None:
-        """The version that has a tag now."""
+        """Return the number of the version to which a tag points now; None without one."""
         versions = self.tags.get((name, tag))
         return versions[-1] if versions else None
 
     def tags_of(self, version: VersionId) -> list[str]:
-        """The tags that point to a version now."""
+        """Return the tags that point to a version now."""
         return sorted(
             tag for (name, tag), held in self.tags.items() if name == version.name and held[-1:] == [version.number]
         )
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The actions so far. An incomplete last line was being written when the machine stopped, and does not count.
+    """Read the actions so far, without an incomplete last line, which was being written when the machine stopped.
 
     Raises:
         DataError: a line is damaged, or cannot have happened after the lines above it; the registry's state is unknown.
@@ -74,14 +74,14 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     import orjson
 
     try:
-        whole = (folder / HISTORY_FILE).read_bytes()
+        content = (folder / HISTORY_FILE).read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         raise DataError(f"{folder / HISTORY_FILE}: {error.strerror}.") from error
     lines: list[dict[str, Any]] = []
     state = State()
-    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             lines.append(orjson.loads(line))
             _replay(state, lines[-1])
@@ -94,7 +94,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 
 def state_of(history: Sequence[Mapping[str, Any]]) -> State:
-    """Replay the actions."""
+    """Replay the actions; return the resulting state."""
     state = State()
     for line in history:
         _replay(state, line)
@@ -137,7 +137,7 @@ def _replay(state: State, line: Mapping[str, Any]) -> None:
 
 
 def find_version(reference: str, folder: Path | None = None) -> VersionId:
-    """The version that a person means.
+    """Resolve a reference to a version.
 
     Args:
         reference: a tag (`production`), a number, or either with the judge's name: `NAME@TAG`, `NAME@NUMBER`.
@@ -148,35 +148,35 @@ def find_version(reference: str, folder: Path | None = None) -> VersionId:
     """
     folder = folder or registry_folder()
     state = state_of(read_history(folder))
-    named, _, rest = reference.rpartition("@")
+    name, _, rest = reference.rpartition("@")
     known = list(dict.fromkeys(version.name for version in state.versions))
     if not known:
         raise UsageError(f"{folder}: no judge is registered. Add one: python manage_judges.py add saves/RUN")
     matches = [
         version
         for version in state.versions
-        if named in ("", version.name)
+        if name in ("", version.name)
         and (rest == str(version.number) or state.tagged(version.name, rest) == version.number)
     ]
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UsageError(f"{reference}: could be {' or '.join(map(str, matches))}. Write the judge's name: NAME@{rest}")
+        raise UsageError(f"{reference} could be {' or '.join(map(str, matches))}. Add the judge's name: NAME@{rest}")
     tags = sorted({f"{name}@{tag}" for (name, tag), held in state.tags.items() if held})
     shown = ", ".join([*tags, *map(str, state.versions[-5:])])
-    raise UsageError(f"{reference}: no such version or tag in {folder}. There are {shown}.")
+    raise UsageError(f"{reference}: no such version or tag in {folder}. Available: {shown}.")
 
 
 def folder_of_version(version: VersionId, folder: Path | None = None) -> Path:
-    """The folder of a version."""
+    """Return the folder of a version."""
     return (folder or registry_folder()) / version.name / str(version.number)
 
 
 def read_version(version: VersionId, folder: Path | None = None) -> dict[str, Any]:
-    """The record of a version.
+    """Read the version.json of a version.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: the file is missing or damaged.
     """
     file = folder_of_version(version, folder) / VERSION_FILE
     record = read_json(file)
@@ -186,35 +186,35 @@ def read_version(version: VersionId, folder: Path | None = None) -> dict[str, An
 
 
 def check_files(version: VersionId, folder: Path | None = None, *, below: str = "") -> None:
-    """Check that the files of a version are those that were added.
+    """Check that the files of a version have not changed since it was added.
 
     Args:
         version: the version to check.
         folder: the registry.
-        below: check only files in this folder of the version, such as `run`.
+        below: check only files in this folder of the version, for example `run`.
 
     Raises:
         DataError: a file was changed, added or deleted.
     """
-    place = folder_of_version(version, folder)
+    root = folder_of_version(version, folder)
     expected = {name: sha for name, sha in read_version(version, folder)["files"].items() if name.startswith(below)}
-    found = {str(file.relative_to(place)) for file in (place / below).rglob("*") if file.is_file() or file.is_symlink()}
-    for name in sorted(expected.keys() | found - {VERSION_FILE}):
-        what = "was added" if name not in expected else "is missing" if name not in found else None
-        if what is None and ((place / name).is_symlink() or sha256_of(place / name) != expected[name]):
-            what = "was changed"
-        if what:
+    actual = {str(file.relative_to(root)) for file in (root / below).rglob("*") if file.is_file() or file.is_symlink()}
+    for name in sorted(expected.keys() | actual - {VERSION_FILE}):
+        change = "was added" if name not in expected else "was deleted" if name not in actual else None
+        if change is None and ((root / name).is_symlink() or sha256_of(root / name) != expected[name]):
+            change = "was changed"
+        if change:
             raise DataError(
-                f"{place / name}: {what} since {version} was registered. Restore it, or use another version."
+                f"{root / name} {change} after {version} was registered. Restore it, or use another version."
             )
 
 
 def registered_run(reference: str) -> Path:
-    """The run folder of a registered version, after checking its files.
+    """Return the run folder of a registered version, after checking its files.
 
     Raises:
         UsageError: there is no such version.
-        DataError: its files are not those that were added.
+        DataError: its files have changed since it was added.
     """
     version = find_version(reference)
     check_files(version, below=f"{RUN}/")
@@ -227,21 +227,21 @@ def is_registered(run: Path) -> bool:
 
 
 def results_of(run: Path) -> list[Path]:
-    """The folders that may have results about a run, oldest first; new results go to the last one.
+    """Return the folders that may have results about a training run, oldest first; new results go to the last one.
 
-    A registered version never changes, so results about it since then are next to the versions.
+    A registered version never changes, so its later results are in a folder next to the versions.
     """
     version = run.parent
     return [run / EVALUATION, *([version.parent / "results" / version.name] if is_registered(run) else [])]
 
 
 def results_folder(run: Path) -> Path:
-    """The folder for new results about a run."""
+    """Return the folder for new results about a training run."""
     return results_of(run)[-1]
 
 
 class UseRegistered(argparse.Action):
-    """`--judge REFERENCE` means the same as naming the run's folder."""
+    """Makes `--judge REFERENCE` mean the same as the flag that takes the run's folder."""
 
     def __call__(
         self,
@@ -250,12 +250,12 @@ class UseRegistered(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Store the folder as the other flag would.
+        """Store the folder as the other flag does.
 
         Raises:
-            UsageError: both flags were given, or there is no such version.
+            UsageError: both flags were passed, or there is no such version.
         """
         if getattr(namespace, self.dest, None):
-            raise UsageError(f"{option_string} and a folder name two judges. Give only one of them.")
+            raise UsageError(f"{option_string} and a folder are mutually exclusive. Leave one out.")
         run = registered_run(str(values))
         setattr(namespace, self.dest, str(run) if self.dest == "export_only" else run)

@@ -1,1 +1,1 @@
-"""The judge: a model that scores prompts. It knows nothing about files of rows."""
+"""The judge: a model that scores prompts. This package does not read row files."""

@@ -1,4 +1,4 @@
-"""Shared by both backends: prepare prompts as in training, judge equal ones once, keep the order, read verdicts."""
+"""Shared by both backends: prepare prompts as in training, judge equal prompts once, keep the order, read verdicts."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +24,9 @@ class Prepared:
 
 
 def make_preparer(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callable[[Request], Prepared | Judgement]:
-    """A function that prepares a prompt for the model (escaped, trimmed if needed, encoded), or says why it cannot.
+    """Return a function that escapes, trims if needed and encodes a prompt, or returns a judgement with the reason.
 
-    Both modes reserve the same space for the answer (the scores and what comes before them), so both see the same
-    prompt.
+    Both modes reserve the same number of tokens for the answer (up to its last score), so both get the same prompt.
     """
 
     @lru_cache(maxsize=1024)
@@ -35,8 +34,8 @@ def make_preparer(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Cal
         return cutoff_len - len(answer_ids(encoding, label_beginning(shape, (0.0,) * len(shape.keys))))
 
     def prepare(request: Request) -> Prepared | Judgement:
-        if fault := _fault(request):
-            return Judgement("error", reason=fault)
+        if problem := _problem(request):
+            return Judgement("error", reason=problem)
         prompt, _ = neutralise(request.prompt)
         system = neutralise(request.system)[0] if request.system else None
         ids, budget = encoding.prompt_ids(prompt, system), prompt_budget(request.shape)
@@ -44,14 +43,15 @@ def make_preparer(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Cal
             return Prepared(ids, request.shape, trimmed=False)
         trimmed = trim_prompt(prompt, encoding, budget, system) if trim else None
         if trimmed is None:
-            reason = f"{len(ids):,} tokens, but cutoff_len {cutoff_len:,} leaves room for {max(budget, 0):,}"
+            fits = f"cutoff_len {cutoff_len:,} leaves {max(budget, 0):,} for the prompt"
+            reason = f"{len(ids):,} prompt tokens; {fits}"
             return Judgement("too_long", reason=reason, prompt_tokens=len(ids))
         return Prepared(encoding.prompt_ids(trimmed.text, system), request.shape, trimmed=True)
 
     return prepare
 
 
-def _fault(request: Request) -> str | None:
+def _problem(request: Request) -> str | None:
     if not request.prompt.strip():
         return "the prompt is empty"
     if not request.shape.keys:
@@ -73,9 +73,9 @@ def judgements_in_order(
 
     Args:
         requests: any number.
-        prepare_one: prepares a request, or returns a judgement that says why it cannot.
-        judge_all: judges prepared requests in any order, and returns the judgements in the order given.
-        window: how many requests are read ahead.
+        prepare_one: prepares a request, or returns a judgement with the reason why it cannot.
+        judge_all: judges prepared requests in any order, and returns the judgements in the order of its argument.
+        window: the number of requests to read ahead.
 
     Yields:
         One judgement per request, in order.
@@ -98,7 +98,7 @@ def judgements_in_order(
 
 
 def parse_generated(text: str, shape: Shape) -> Judgement:
-    """Read a verdict that the model wrote; a verdict that lacks a requested score is unparsed."""
+    """Read a verdict that the model wrote; without one of the requested scores it is `unparsed`."""
     text = restore(text, answer=True)  # labels were escaped for training, so the model writes escaped keys
     verdict = read_verdict(text, shape)
     if isinstance(verdict, Unreadable):

@@ -1,6 +1,6 @@
-"""Ask a completions endpoint what the model writes after given token ids, and with which probabilities.
+"""Query a completions endpoint for continuations of token ids and their logprobs.
 
-A server's answer is untrusted data. It is converted here to numbers and strings, or rejected.
+A server's response is untrusted data: it is converted here to numbers and strings, or rejected.
 """
 
 import asyncio
@@ -13,13 +13,13 @@ from typing import Any
 from prmkit.http_client import Connection, PassingTrouble, RowFailure, T
 
 MOST_EXACT = 128
-"""The most tokens that vLLM accepts in one `logprob_token_ids`."""
+"""The maximum number of tokens that vLLM accepts in one `logprob_token_ids`."""
 _ROUNDING = 0.01
-"""Computed in half precision, a log-probability may be this far above zero."""
+"""A log-probability may be this far above zero, because of half precision."""
 _NOT_COMPUTED = -9000.0
 """vLLM writes -9999.0 for tokens whose probability it did not compute. The logarithm of a float is never that low."""
 _SAME = 0.05
-"""Two log-probabilities of one token may differ by this much, because of half precision and batching."""
+"""Two log-probabilities of the same token may differ by this much, because of half precision and batching."""
 _NEUTRAL = {
     "temperature": 0,
     "top_p": 1,
@@ -36,55 +36,55 @@ many base models sets a repetition penalty that changes digits. The last one is 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The parts of the model's tokenizer that are needed to read a server's answers."""
+    """The parts of the model's tokenizer that are needed to read a server's responses."""
 
     size: int
     ids_by_text: Callable[[], Mapping[str, int | None]]
-    """Text -> token id, or None if several tokens share the text; called only if the server gives no ids."""
+    """Text -> token id, or None if several tokens share the text; called only if the server returns no ids."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a server shows about the tokens that may be written at one place."""
+    """The log-probabilities that a server returned for the tokens at one position."""
 
     known: Mapping[int, float]
-    """Token id -> log-probability, of the tokens of interest."""
+    """Token of interest -> log-probability."""
     bounds: Mapping[int, float]
-    """An upper bound on the log-probability of tokens that are not shown."""
+    """Token of interest that was not returned -> upper bound of its log-probability."""
     highest: float
-    """The log-probability of the likeliest token, which is the one that the model writes."""
+    """The log-probability of the most likely token, which is the one that the model writes."""
 
 
 Likeliest = Mapping[int | str, float]
-"""Log-probabilities of the likeliest tokens at one place: by token id, or by text if the server gives no ids."""
+"""Top logprobs at one position: by token id, or by text if the server returns no ids."""
 
 
 class Completions:
     """The completions of one server, over a connection."""
 
     def __init__(self, connection: Connection, vocabulary: Vocabulary) -> None:
-        """Use `connection`; `vocabulary` is that of the server's model."""
+        """Use `connection`, with the `vocabulary` of the server's model."""
         self.connection = connection
         self.endpoint = connection.endpoint
         self._vocabulary = vocabulary
         self.probing = asyncio.Lock()
-        """Held until it is known whether the server supports exact requests: it must never get both kinds at once."""
+        """Lock while probing for exact logprobs, because the server must never get both kinds of request at once."""
 
-    # --- questions ----------------------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------------
 
     async def written(self, ids: Sequence[int], max_tokens: int, stop_ids: Sequence[int]) -> str:
-        """What the model writes after `ids`, greedily."""
+        """Return what the model writes after `ids`, greedily."""
         return await self._ask(ids, self._text, max_tokens=max_tokens, stop_token_ids=list(stop_ids))
 
     async def likeliest(self, ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Place]:
-        """What the server shows about some tokens after `ids`, and at later places while the model writes greedily.
+        """Return top logprobs of some tokens after `ids`, and at later positions while the model writes greedily.
 
         Args:
             ids: the prompt.
-            tokens: the tokens of interest, at each of the next places.
+            tokens: the tokens of interest at each of the next positions.
 
         Returns:
-            At least one place, at most as many as requested.
+            At least one position, at most as many as requested.
         """
 
         def read(choice: Mapping[str, Any]) -> list[Place]:
@@ -96,14 +96,14 @@ class Completions:
         )
 
     async def exact(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[dict[int, float]] | None:
-        """The log-probabilities of tokens after each of several prompts, over the whole vocabulary, in one request.
+        """Return log-probabilities of tokens after several prompts, over the complete vocabulary, in one request.
 
         Args:
             prompts: token ids.
             tokens: at most `MOST_EXACT`.
 
         Returns:
-            One mapping by token for each prompt; None if the server does not support `logprob_token_ids`.
+            One mapping by token per prompt; None if the server does not support `logprob_token_ids`.
         """
 
         def read(choices: Sequence[Mapping[str, Any]]) -> list[dict[int, float]] | None:
@@ -112,7 +112,7 @@ class Completions:
                 return None
             found = [{token: each[token] for token in tokens} for each in shown]
             if any(value < _NOT_COMPUTED for each in found for value in each.values()):
-                raise PassingTrouble("it did not compute the requested tokens")
+                raise PassingTrouble("the server returned no logprob for a requested token")
             return found
 
         return await self._ask_all(
@@ -120,9 +120,9 @@ class Completions:
         )
 
     async def scored(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[dict[int, float]] | None:
-        """Like `exact`, from SGLang's `/v1/score`; None if the server answers something else.
+        """Do the same as `exact` with SGLang's `/v1/score`; None if the server returns something else.
 
-        The common beginning of all prompts is sent once, less one token, because an item must not be empty.
+        The common prefix of all prompts is sent once, minus one token, because an item must not be empty.
         """
         shared = min(map(len, prompts)) - 1
         while any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
@@ -145,16 +145,16 @@ class Completions:
                 return None
             found = [dict(zip(tokens, map(self._number, row), strict=True)) for row in rows]
             if any(value < _NOT_COMPUTED for each in found for value in each.values()):
-                raise PassingTrouble("it did not compute the requested tokens")
+                raise PassingTrouble("the server returned no logprob for a requested token")
             return found
 
         return await self.connection.post("score", body, read)
 
     async def scores_agree(self, ids: Sequence[int]) -> bool:
-        """Whether a completion gives the likeliest tokens after `ids` the same probabilities as `scored`.
+        """Whether a completion gives the most likely tokens after `ids` the same probabilities as `scored`.
 
-        A path named `/v1/score` may do anything. SGLang itself, if started with `--multi-item-scoring-delimiter`, puts
-        another token before what is scored, and so answers for another prompt.
+        Another server's `/v1/score` may mean something else. SGLang itself, if started with
+        `--multi-item-scoring-delimiter`, puts another token before the scored ones, and so scores another prompt.
         """
         (place,) = await self.likeliest(ids, [range(self._vocabulary.size)])
         shown = dict(place.known)
@@ -162,7 +162,7 @@ class Completions:
         return scored is not None and all(abs(scored[0][token] - value) < _SAME for token, value in shown.items())
 
     async def echoed(self, ids: Sequence[int]) -> float:
-        """The log-probability of the last token of `ids`."""
+        """Return the log-probability of the last token of `ids`, which the server echoes."""
 
         def last(choice: Mapping[str, Any]) -> float | None:
             values = self._logprobs(choice).get("token_logprobs")
@@ -171,7 +171,7 @@ class Completions:
             return self._number(values[len(ids) - 1])
 
         try:
-            # SGLang reports on the prompt only if logprobs is above zero.
+            # SGLang returns logprobs of the prompt only if logprobs is above zero.
             value = await self._ask(ids, last, max_tokens=1, logprobs=1, echo=True)
         except RowFailure as failure:
             raise self._needs_more_logprobs(f" ({failure})") from failure
@@ -181,27 +181,27 @@ class Completions:
 
     def _needs_more_logprobs(self, why: str) -> RowFailure:
         return RowFailure(
-            f"a score is not among the {self.endpoint.top_logprobs} likeliest tokens, and the server gives no logprobs "
-            f"of echoed prompts{why}; raise --top-logprobs (vLLM: --max-logprobs)"
+            f"a score token is not among the top {self.endpoint.top_logprobs} logprobs, and the server does not "
+            f"support echo with logprobs{why}; raise --top-logprobs (vLLM: --max-logprobs)"
         )
 
     async def _ask(self, ids: Sequence[int], read: Callable[[Mapping[str, Any]], T], **parameters: Any) -> T:
-        """The result of `read` for the only completion of one prompt; see `_ask_all`."""
+        """Return the result of `read` for the only completion of one prompt; see `_ask_all`."""
         return await self._ask_all([ids], lambda choices: read(choices[0]), **parameters)
 
     async def _ask_all(
         self, prompts: Sequence[Sequence[int]], read: Callable[[Sequence[Mapping[str, Any]]], T], **parameters: Any
     ) -> T:
-        """The result of `read` for the completions of some prompts, in order.
+        """Return the result of `read` for the completions of some prompts, in order.
 
         Raises:
-            RowFailure: the server refuses a prompt, keeps failing on it, or does not answer as it should.
+            RowFailure: the server refuses a prompt, keeps failing on it, or returns something unexpected.
             DataError: the server cannot be reached, or would refuse every prompt.
         """
-        asked = list(prompts[0]) if len(prompts) == 1 else list(map(list, prompts))
-        body = {"prompt": asked, **_NEUTRAL, **parameters}
+        prompt = list(prompts[0]) if len(prompts) == 1 else list(map(list, prompts))
+        body = {"prompt": prompt, **_NEUTRAL, **parameters}
         return await self.connection.post(
-            "completions", body, lambda answer: read(self.connection.choices(answer, len(prompts)))
+            "completions", body, lambda content: read(self.connection.choices(content, len(prompts)))
         )
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -218,23 +218,23 @@ class Completions:
             raise self.connection.misfit(f"logprobs are {logprobs!r}")
         if not logprobs:
             raise RowFailure(
-                f"{self.endpoint.name}: the server gives no logprobs, which expected scores need. "
-                "Use a server that does (vLLM, SGLang, llama-server), or --mode generate",
+                f"{self.endpoint.name}: the server returns no logprobs, which expected scores need. "
+                "Use one that does (vLLM, SGLang, llama-server), or --mode generate",
                 is_usage=True,
             )
         return logprobs
 
     def _likeliest_of(self, choice: Mapping[str, Any]) -> list[Likeliest]:
-        """The log-probabilities at every written place, in either of the two forms that servers use.
+        """Read the log-probabilities at every generated position, in either of the two formats that servers use.
 
-        vLLM, SGLang: `{"top_logprobs": [{"token_id:5" or "text": -0.1, …}, …]}`, an object per place.
+        vLLM, SGLang: `{"top_logprobs": [{"token_id:5" or "text": -0.1, …}, …]}`, an object per position.
         llama-server: `{"content": [{"top_logprobs": [{"id": 5, "token": "text", "logprob": -0.1}, …]}, …]}`.
         """
         logprobs = self._logprobs(choice)
         shown: Any = logprobs.get("top_logprobs")
         read = self._from_object
-        if isinstance(places := logprobs.get("content"), list):
-            shown = [place.get("top_logprobs") if isinstance(place, dict) else None for place in places]
+        if isinstance(positions := logprobs.get("content"), list):
+            shown = [each.get("top_logprobs") if isinstance(each, dict) else None for each in positions]
             read = self._from_list
         if not isinstance(shown, list) or not shown or not all(shown):
             raise self.connection.misfit(f"top_logprobs are {shown!r}")
@@ -272,7 +272,7 @@ class Completions:
         # Tokens with the same text share an entry.
         self._check_count(shown, may_be_fewer=any(by_text.get(str(text)) is None for text in shown))
         by_id = {by_text.get(str(text)): value for text, value in shown.items()}
-        # A token that shares its text with others may be the one shown; if a text is unknown, so may any token.
+        # A token that shares its text with others may be the returned one; if a text is unknown, any token may be.
         hidden = set(wanted) & set(by_text.values()) if all(str(text) in by_text for text in shown) else set()
         return Place(
             {token: by_id[token] for token in wanted if token in by_id},
@@ -281,16 +281,16 @@ class Completions:
         )
 
     def _check_count(self, shown: Likeliest, *, may_be_fewer: bool) -> None:
-        """Reject an answer that does not have all the requested tokens.
+        """Reject a response with fewer tokens than requested.
 
-        While another client uses `logprob_token_ids`, vLLM answers ordinary requests with one or two tokens, one of
+        While another client uses `logprob_token_ids`, vLLM returns only one or two tokens for ordinary requests, one of
         them at -9999. The lower of the two would be taken as the bound for all other tokens, and scores would be wrong.
         """
-        asked = min(self.endpoint.top_logprobs, self._vocabulary.size)
-        if min(shown.values()) < _NOT_COMPUTED or (len(shown) < asked and not may_be_fewer):
+        requested = min(self.endpoint.top_logprobs, self._vocabulary.size)
+        if min(shown.values()) < _NOT_COMPUTED or (len(shown) < requested and not may_be_fewer):
             raise PassingTrouble(
-                f"{len(shown)} of the {asked} requested likeliest tokens, as vLLM answers while another client uses "
-                "logprob_token_ids. If it is the server's limit, lower --top-logprobs"
+                f"only {len(shown)} of {requested} requested top logprobs were returned. vLLM does this while another "
+                "client uses logprob_token_ids; otherwise lower --top-logprobs"
             )
 
     def _number(self, value: object) -> float:
@@ -301,5 +301,5 @@ class Completions:
         except OverflowError:
             number = math.inf
         if math.isnan(number) or number > _ROUNDING:
-            raise RowFailure(f"the model's probabilities are not numbers; the server gives the logprob {number}")
+            raise RowFailure(f"the server returned the logprob {number}, which is not the logarithm of a probability")
         return number

@@ -1,15 +1,15 @@
-"""The same scores from a model that runs elsewhere: any OpenAI-compatible completions endpoint with logprobs.
+"""Score with a remote model: any OpenAI-compatible completions endpoint with logprobs gives the same scores.
 
-vLLM and SGLang give the probability of any named token, over the whole vocabulary: one request per key is enough, with
-all nodes of the candidates' trie as a list of prompts.
+vLLM and SGLang return the probability of any given token, over the complete vocabulary. So one request per key is
+enough, with all nodes of the candidates' trie as a list of prompts.
 
-Other servers show only the likeliest tokens. For them the trie is walked: one request for each node that can matter
-gives the likeliest tokens after it. The probability of any other token is bounded by that of the least likely token
-shown; if the bound is too loose, the server is asked for that particular token, by echoing it as part of the prompt.
-The prompt is sent as token ids, the same as in training, and servers cache its computation between requests.
+Other servers return only top logprobs. For those, the trie is searched: one request per relevant node returns the top
+logprobs after it. The probability of any other token is at most that of the least likely token returned. If this bound
+is too loose, the exact probability of a token is requested by echoing the token as part of the prompt. The prompt is
+sent as token ids, the same as in training, and servers cache its computation between requests.
 
-The two kinds of request are never sent at the same time: in current versions of vLLM, an exact request corrupts the
-likeliest tokens of requests that are computed in the same batch.
+The two kinds of request are never sent at the same time, because in current versions of vLLM an exact request corrupts
+the top logprobs of requests that are computed in the same batch.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ from prmkit.judge.types import DEFAULT_ASKING, LOW_REACH, Asking, Judgement, Req
 from prmkit.prompts.encoding import ChatEncoding
 
 _LOW_LOG_REACH = math.log(LOW_REACH)
-"""If a forced beginning is less likely than this, it is not measured further: its scores are unsure anyway."""
+"""Stop measuring a forced prefix below this probability, because its scores are unsure anyway."""
 
 
 @dataclass(frozen=True)
 class CompletionsJudge:
-    """A judge that a server runs."""
+    """A judge whose model runs on a server."""
 
     endpoint: Endpoint
     encoding: ChatEncoding
@@ -41,14 +41,14 @@ class CompletionsJudge:
     _state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
     def score(self, requests: Iterable[Request], asking: Asking = DEFAULT_ASKING) -> Iterator[Judgement]:
-        """Like `LocalJudge.score`; `batch_size` prompts are judged at once, within the endpoint's concurrency.
+        """Judge like `LocalJudge.score`, with `batch_size` prompts at once, within the endpoint's concurrency.
 
         Raises:
             DataError: the server cannot be reached, refuses the key, does not have the model, or none of its first
-                answers can be used.
-            UsageError: none of its first answers can be used, but another option would help.
+                responses can be used.
+            UsageError: none of its first responses can be used, but another option would help.
 
-        Once an answer could be used, a later unusable answer fails only its own row.
+        Once a response could be used, a later unusable response fails only its own row.
         """
         return judgements_in_order(
             requests,
@@ -78,12 +78,12 @@ class CompletionsJudge:
         return parse_generated(text, prepared.shape)
 
     def _stop_if_useless(self, found: Sequence[Judgement | RowFailure]) -> None:
-        """Stop if no answer so far could be used: the other rows would fail one by one for the same reason."""
+        """Stop if no response could be used so far: the other rows would fail one by one for the same reason."""
         failure = next((each for each in found if isinstance(each, RowFailure)), None)
         if failure is None or self._state.is_usable:
             return
         error = UsageError if failure.is_usage else DataError
-        raise error(f"{self.endpoint.name}: no usable answer for the first {len(found)} prompts: {failure}.")
+        raise error(f"{self.endpoint.name}: no usable response for the first {len(found)} prompts: {failure}.")
 
     async def _expected(self, completions: Completions, prepared: Prepared, min_label_mass: float) -> Judgement:
         reader = VerdictReader(prepared.shape, self._trie_of, min_label_mass)
@@ -111,32 +111,32 @@ class CompletionsJudge:
 async def _readings(
     completions: Completions, prompt_ids: Sequence[int], questions: Sequence[TrieQuery]
 ) -> list[Reading]:
-    """The answers to all currently open questions about one prompt."""
-    if completions.endpoint.logprobs == "exact" and (exact := await _exactly(completions, prompt_ids, questions)):
+    """Answer all currently open questions about one prompt."""
+    if completions.endpoint.logprobs == "exact" and (exact := await _read_exact(completions, prompt_ids, questions)):
         return exact
-    return await together(_walked(completions, prompt_ids, question) for question in questions)
+    return await together(_read_top(completions, prompt_ids, question) for question in questions)
 
 
-async def _walked(completions: Completions, prompt_ids: Sequence[int], question: TrieQuery) -> Reading:
+async def _read_top(completions: Completions, prompt_ids: Sequence[int], question: TrieQuery) -> Reading:
     context = [*prompt_ids, *question.trie.context]
     forced_from = len(prompt_ids) + question.forced_from
     log_reach, log_probabilities = await asyncio.gather(
         _log_reach(completions, context[:forced_from], context[forced_from:]),
-        _Walk(question.trie, context, completions).log_probabilities(),
+        _TrieSearch(question.trie, context, completions).log_probabilities(),
     )
     return _checked(Reading(log_reach, log_probabilities))
 
 
 def _checked(reading: Reading) -> Reading:
     if max(reading.log_probabilities) == -math.inf:
-        raise RowFailure("the model's probabilities are not numbers; the server gives no score any probability")
+        raise RowFailure("the model returned NaN, or zero probability for every score")
     return reading
 
 
-async def _exactly(
+async def _read_exact(
     completions: Completions, prompt_ids: Sequence[int], questions: Sequence[TrieQuery]
 ) -> list[Reading] | None:
-    """All questions in one request; None if the server does not support that, which is checked once."""
+    """Answer all questions with one request; None if the server does not support that, which is checked once."""
     contexts = [[*prompt_ids, *question.trie.context] for question in questions]
     wanted: set[int] = set()
     for question in questions:
@@ -150,27 +150,27 @@ async def _exactly(
         return None
     prompts: list[list[int]] = []
     for question, context in zip(questions, contexts, strict=True):
-        prompts += [context[:place] for place in range(len(prompt_ids) + question.forced_from, len(context))]
+        prompts += [context[:end] for end in range(len(prompt_ids) + question.forced_from, len(context))]
         prompts += _ids_of_nodes(question.trie, context)
     ask = completions.scored if state.exact_by == "score" else completions.exact
-    found = await ask(prompts, tokens)
-    if found is None:
-        raise RowFailure("the server no longer answers with the requested tokens")
-    places = iter(found)
-    return [_checked(_exact_reading(question, places)) for question in questions]
+    logprobs = await ask(prompts, tokens)
+    if logprobs is None:
+        raise RowFailure("the server stopped returning the requested tokens")
+    remaining = iter(logprobs)
+    return [_checked(_exact_reading(question, remaining)) for question in questions]
 
 
-def _exact_reading(question: TrieQuery, places: Iterator[Mapping[int, float]]) -> Reading:
-    """Pop one question's places from the answer: its forced tokens, then the nodes of its trie."""
+def _exact_reading(question: TrieQuery, logprobs: Iterator[Mapping[int, float]]) -> Reading:
+    """Pop one question's positions from the logprobs: its forced tokens, then the nodes of its trie."""
     trie = question.trie
-    log_reach = math.fsum(next(places)[token] for token in trie.context[question.forced_from :])
-    nodes = [next(places) for _ in range(len(trie.tokens) + 1)]
+    log_reach = math.fsum(next(logprobs)[token] for token in trie.context[question.forced_from :])
+    nodes = [next(logprobs) for _ in range(len(trie.tokens) + 1)]
     steps = [nodes[node][token] for node, token in trie.edges]
     return Reading(log_reach, [sum(steps[edge] for edge in path) for path in trie.paths])
 
 
 async def _exact_way(completions: Completions, context: list[int], tokens: list[int]) -> ExactBy:
-    """Try once, with one prompt: servers refuse a parameter that they do not know, or silently ignore it."""
+    """Find out with one prompt, because servers refuse a parameter that they do not know, or silently ignore it."""
     try:
         if await completions.exact([context], tokens) is not None:
             return "logprob_token_ids"
@@ -185,7 +185,7 @@ async def _exact_way(completions: Completions, context: list[int], tokens: list[
 
 
 def _ids_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
-    """The token ids up to each node of a trie, the root first; a parent comes before its children."""
+    """Return the token ids up to each node of a trie, the root first; a parent comes before its children."""
     ids = [context]
     for token, parent in zip(trie.tokens, trie.parents, strict=True):
         ids.append([*ids[parent], token])
@@ -193,9 +193,9 @@ def _ids_of_nodes(trie: ScoreTrie, context: list[int]) -> list[list[int]]:
 
 
 async def _log_reach(completions: Completions, ids: list[int], forced: list[int]) -> float:
-    """The log-probability of forced tokens after `ids`; if that is low, an upper bound.
+    """Return the log-probability of forced tokens after `ids`; if that is low, an upper bound.
 
-    A trained judge writes these tokens anyway, so the model is left to write freely: then one request is enough.
+    A trained judge generates these tokens greedily, so one free generation usually suffices.
     """
     log_reach, done = 0.0, 0
     while done < len(forced) and log_reach > _LOW_LOG_REACH:
@@ -213,14 +213,14 @@ async def _log_reach(completions: Completions, ids: list[int], forced: list[int]
     return log_reach
 
 
-_Request = Callable[[], Coroutine[Any, Any, None]]
+_EdgeRequest = Callable[[], Coroutine[Any, Any, None]]
 
 
-class _Walk:
-    """The probabilities of one key's candidates after one beginning, narrowed down with every request."""
+class _TrieSearch:
+    """Searches for the probabilities of one key's candidates after one prefix; every request narrows them down."""
 
     _MOST_REQUESTS = 300
-    """A trained judge needs a few dozen requests. A model that would rather write something else needs thousands."""
+    """A trained judge needs a few dozen requests. A model that puts little probability on scores needs thousands."""
 
     def __init__(self, trie: ScoreTrie, context: list[int], completions: Completions) -> None:
         self._unknown_share = completions.endpoint.unknown_share
@@ -245,14 +245,14 @@ class _Walk:
         return range(1, len(self._trie.tokens) + 1)
 
     async def log_probabilities(self) -> list[float]:
-        """Log-probabilities of `SCORES`; minus infinity for those whose share is not worth a request."""
+        """Return log-probabilities of `SCORES`; minus infinity for scores too unlikely to be worth a request."""
         while questions := self._questions():
             self._requests += len(questions)
             if self._requests > self._MOST_REQUESTS:
                 raise RowFailure(
-                    f"more than {self._MOST_REQUESTS} requests for one score: the model would rather write something "
-                    "other than a score. Check that it was trained and that the template is right, or serve it with "
-                    "vLLM, which needs one request"
+                    f"needed more than {self._MOST_REQUESTS} requests for one score, because the model puts little "
+                    "probability on scores. Check that it was trained and that the template is right, or serve it "
+                    "with vLLM, which needs one request"
                 )
             await together(question() for question in questions)
         return self._totals()
@@ -260,16 +260,16 @@ class _Walk:
     def _totals(self) -> list[float]:
         return [sum(self._known.get(edge, -math.inf) for edge in path) for path in self._trie.paths]
 
-    def _questions(self) -> list["_Request"]:
-        """What to ask next: everything whose possible share is too large to stay unknown."""
-        open_ends: list[tuple[float, _Request]] = []
+    def _questions(self) -> list["_EdgeRequest"]:
+        """Return the next requests: for all nodes and edges whose possible probability is too large to stay unknown."""
+        open_ends: list[tuple[float, _EdgeRequest]] = []
         for node, reached in self._reached().items():
             if not self._is_asked(node):
                 open_ends.append((reached, partial(self._ask_after, node)))
             for edge in self._edges_of[node]:
                 if edge in self._bound and edge not in self._known:
                     open_ends.append((reached + self._bound[edge], partial(self._ask_for, edge)))
-        # The smallest may stay unknown, as long as together they do not exceed what is allowed.
+        # The smallest may stay unknown, as long as their sum does not exceed what is allowed.
         open_ends.sort(key=lambda end: end[0])
         known = math.fsum(map(math.exp, self._totals()))
         greatest = max((share for share, _ in open_ends), default=-math.inf)
@@ -285,7 +285,7 @@ class _Walk:
         return any(edge in self._known or edge in self._bound for edge in self._edges_of[node])
 
     def _reached(self) -> dict[int, float]:
-        """Log-probability of reaching each node that is known to be reached."""
+        """Return the log-probability of each node whose path from the root is known."""
         reached = {0: 0.0}
         for node in self._inner:
             parent, edge = self._trie.parents[node - 1], self._edge_to[node]

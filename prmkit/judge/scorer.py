@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prmkit.judge.openai_judge import CompletionsJudge
     from prmkit.judge.transformers_judge import LocalJudge
 
-_NAME_THEM = "name them with --keys, or with keys in a request to a server"
+_NAME_THEM = "pass --keys, or keys in a request to a server"
 DEFAULT_RUN = Path("saves/reward_model_training")
 
 
@@ -78,7 +78,7 @@ def _ambiguous(keys: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A judge with its settings. It is loaded on first use."""
+    """A judge with its settings, loaded on first use."""
 
     source: JudgeSource
     """The model; for a model on a server, its tokenizer and template."""
@@ -88,7 +88,7 @@ class Scorer:
 
     @property
     def is_local(self) -> bool:
-        """Whether the model is loaded here: only then are its run, held-out scores and calibration known."""
+        """Whether the model is loaded here; only then are its training run, held-out scores and calibration known."""
         return self.endpoint is None
 
     @cached_property
@@ -110,11 +110,11 @@ class Scorer:
     def judgements(self, requests: Iterable[Request], mode: Mode | None = None) -> Iterator[Judgement]:
         """Judge a stream of requests in order; see `transformers_judge.LocalJudge.score`.
 
-        Without a request, nothing is loaded.
+        The judge is not loaded if there is no request.
 
         Args:
             requests: read as needed.
-            mode: another one than that of `asking`.
+            mode: overrides the mode of `asking`.
         """
         requests = iter(requests)
         first = next(requests, None)
@@ -127,8 +127,8 @@ class Scorer:
 
         Args:
             prompts: strings, or rows as `score_trajectories.py` reads them: with a prompt or a conversation, and
-                perhaps a system text and metadata.
-            keys: which scores to give; None for those that each prompt asks for in its schema.
+                optionally a system prompt and metadata.
+            keys: the scores to give; None for those in each prompt's schema.
 
         Returns:
             One judgement per prompt, in order: `score` and `std` of the verdict, `scores` by key, `status` and
@@ -140,7 +140,7 @@ class Scorer:
         return [next(judgements) if isinstance(each, Request) else Judgement("error", reason=each) for each in requests]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies comparable scores: contents and settings, not locations.
+        """Return what makes scores comparable: contents and settings, not locations.
 
         A server restarted on another port, or a copied folder, gives the same scores.
 
@@ -186,15 +186,15 @@ def load_judge(
     """Load a judge, ready to score.
 
     Args:
-        folder: a run of `train.py` or a checkpoint in it, an exported model, or a base model.
+        folder: a training run, a checkpoint in it, an exported model, or a base model.
         device: `cpu`, `cuda`, `cuda:1`, …; `auto` uses a GPU if there is one.
-        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, else as trained.
+        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, otherwise the dtype of the training.
         trust_remote_code: run Python code that comes with the model.
-        batch_size: the most prompts to run at once.
-        min_label_mass: scores with less are `unsure`.
+        batch_size: the maximum number of prompts to run at once.
+        min_label_mass: scores with less label mass are `unsure`.
 
     Raises:
-        DataError: there is nothing that can be loaded.
+        DataError: the folder has nothing that can be loaded.
         UsageError: an unknown device or dtype, or a model with its own code, which was not allowed to run.
     """
     source = judge_source_in(Path(folder))
@@ -205,7 +205,7 @@ def load_judge(
 
 
 def judge_source_in(folder: Path) -> JudgeSource:
-    """The judge in a folder, whatever kind of folder it is.
+    """Return the source of the judge in a training run's folder, an export or a model folder.
 
     Raises:
         DataError, UsageError: as `judge_source_of_run` and `judge_source_of_export`.
@@ -221,7 +221,7 @@ def judge_source_in(folder: Path) -> JudgeSource:
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `judge_source` and `scorer_of` read, except those for a server."""
     group = parser.add_argument_group("the judge")
-    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a trained run (default: {DEFAULT_RUN})")
+    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a training run (default: {DEFAULT_RUN})")
     group.add_argument(
         "--judge",
         dest="run",
@@ -233,10 +233,10 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="FOLDER", help="an exported model, or a base model; instead of --run")
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA weights for --model")
     group.add_argument("--template", metavar="NAME", help="LLaMA Factory's template (default: as in training)")
-    group.add_argument("--default-system", metavar="TEXT", help="system text (default: as in training)")
+    group.add_argument("--default-system", metavar="TEXT", help="system prompt (default: as in training)")
     thinking = "thinking mode of a reasoning template (default: as in training)"
     group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
-    longest = "longest prompt and answer together (default: as in training)"
+    longest = "maximum number of tokens of prompt plus answer (default: as in training)"
     group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help=longest)
     precision = "auto (default): as in training on a GPU, float32 on a CPU"
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help=precision)
@@ -246,29 +246,40 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    add, default = parser.add_argument_group("asking it").add_argument, DEFAULT_ASKING
-    at_once = "prompts at once (default: %(default)s)"
+    add, default = parser.add_argument_group("inference").add_argument, DEFAULT_ASKING
+    at_once = "batch size (default: %(default)s)"
     add("--batch-size", type=cli.positive, default=default.batch_size, metavar="N", help=at_once)
-    how = "read the probability of every score (default), or let the model write its verdict"
+    how = "read the probability of every score (default), or generate the verdict"
     add("--mode", choices=["expected", "generate"], default=default.mode, help=how)
-    longest = "longest verdict that the model may write, in tokens (default: %(default)s)"
+    longest = "maximum number of tokens of a generated verdict (default: %(default)s)"
     add("--max-new-tokens", type=cli.positive, default=default.max_new_tokens, metavar="N", help=longest)
-    mass = "a score is unsure if all scores together are less likely than this (default: %(default)s)"
+    mass = "mark a score unsure if the total probability of all 101 scores is below this (default: %(default)s)"
     add("--min-label-mass", type=cli.share, default=default.min_label_mass, metavar="P", help=mass)
-    cut = "shorten the middle of prompts that do not fit, as in training (default), or give them no score"
+    cut = "cut the middle of prompts that do not fit, as in training (default), or give them no score"
     add("--too-long", choices=["trim", "report"], default="trim", help=cut)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose between a local model and one on a server; call `add_judge_arguments` first."""
-    add = parser.add_argument_group("a judge on a server").add_argument
+    add = parser.add_argument_group("remote judge").add_argument
     add(
         "--base-url",
         nargs="+",
         metavar="URL",
-        help="an OpenAI-compatible completions endpoint (vLLM, SGLang, llama-server), such as "
+        help="an OpenAI-compatible completions endpoint (vLLM, SGLang, llama-server), for example "
         "http://localhost:8000/v1; --model is the model's name there. With several, each request goes to the server "
-        "with the fewest in flight; servers that fail are skipped",
+        "with the fewest requests in flight; servers that fail are skipped",
+    )
+    add(
+        "--backend",
+        choices=["transformers", "openai"],
+        help="openai: use a server (default with --base-url); transformers: load the model here (default without)",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="local folder with tokenizer and template (default: --model if it is a folder, otherwise --run)",
     )
     where = "openai: ask a server (default with --base-url); transformers: load the model here (default without)"
     add("--backend", choices=["transformers", "openai"], help=where)
@@ -291,7 +302,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:
-    """The judge named on the command line, with its settings; nothing is loaded yet.
+    """Return the judge on the command line, with its settings; nothing is loaded yet.
 
     Raises:
         DataError: no judge is there.
@@ -305,7 +316,7 @@ def scorer_of(arguments: argparse.Namespace) -> Scorer:
 
 
 def asking_of(arguments: argparse.Namespace) -> Asking:
-    """How the judge is asked, from the flags of `add_judge_arguments`."""
+    """Return the inference settings from the flags of `add_judge_arguments`."""
     return Asking(
         mode=arguments.mode,
         batch_size=arguments.batch_size,
@@ -316,7 +327,7 @@ def asking_of(arguments: argparse.Namespace) -> Asking:
 
 
 def judge_source(arguments: argparse.Namespace) -> JudgeSource:
-    """The judge's source: the run or model named on the command line, modified by all other flags.
+    """Return the judge's source: the training run or model on the command line, modified by all other flags.
 
     Raises:
         DataError: no judge is there.
@@ -334,14 +345,14 @@ def judge_source(arguments: argparse.Namespace) -> JudgeSource:
 def _named_source(arguments: argparse.Namespace) -> JudgeSource:
     if arguments.model is None:
         if arguments.adapter is not None:
-            raise UsageError("--adapter needs --model, its base model. For a whole run, give only --run.")
+            raise UsageError("--adapter needs --model, its base model. For a complete training run, pass only --run.")
         return judge_source_of_run(arguments.run or DEFAULT_RUN)
     if arguments.run is not None:
-        raise UsageError("--run and --model name two judges. Give only one of them.")
+        raise UsageError("--run and --model are mutually exclusive. Leave one out.")
     model = Path(arguments.model)
     if arguments.adapter is None:
         return judge_source_of_export(model) if (model / EXPORT_NOTE).is_file() else JudgeSource(model)
-    # An adapter that is still in its run's folder is used with that run's settings.
+    # An adapter in a training run's folder is used with that run's settings.
     if is_run(arguments.adapter):
         return replace(judge_source_of_run(arguments.adapter), model=model)
     return JudgeSource(model, arguments.adapter)
@@ -351,12 +362,12 @@ _SERVER_SETTINGS = ("concurrency", "logprobs", "top_logprobs", "timeout")
 
 
 def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
-    """The server that --base-url names; None without it."""
+    """Return the server of --base-url; None without it."""
     if arguments.base_url is None:
         _check_no_server(arguments)
         return None
     if arguments.backend == "transformers":
-        raise UsageError("--backend transformers loads the model here, but --base-url names a server. Leave one out.")
+        raise UsageError("--backend transformers loads the model here, but --base-url is a server. Leave one out.")
     if not arguments.model:
         raise UsageError("--base-url needs --model, the model's name on the server.")
     # A challenger is always loaded here, on the same device.

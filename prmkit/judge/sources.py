@@ -1,4 +1,4 @@
-"""Where a judge comes from: a training run, an exported model, or folders that the user names."""
+"""Where a judge comes from: a training run, an exported model, or folders on the command line."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ class JudgeSource:
     default_system: str | None = None
     enable_thinking: bool | None = True
     cutoff_len: int = field(default_factory=lambda: int(default_of("cutoff_len")))
-    """Tokens of prompt and answer together, as in training."""
+    """Maximum tokens of prompt plus answer, as in training."""
     trained_dtype: str = "float32"
     """`float32`, `bfloat16` or `float16`: the dtype of the training."""
     dtype: str = "auto"
-    """The dtype to compute in: one of these, or `auto`: as trained on a GPU, float32 on a CPU."""
+    """The dtype to compute in: one of these, or `auto` for `trained_dtype` on a GPU and float32 on a CPU."""
     device: str = "auto"
-    """A torch device, or `auto`: a GPU if there is one."""
+    """A torch device, or `auto` for a GPU if there is one."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the model. Only the user decides: files may be a stranger's."""
     rubrics: tuple[str, ...] | None = field(default=None, compare=False)
@@ -43,17 +43,17 @@ class JudgeSource:
     """Evaluation type -> the shapes of the labels in its training rows, most frequent first; None if not recorded."""
 
 
-# These change the base model while LLaMA Factory loads it; plain transformers would load a different model.
+# These keys change the base model while LLaMA Factory loads it; plain transformers would load a different model.
 _CHANGING_KEYS = ("rope_scaling", "resize_vocab", "add_tokens", "add_special_tokens", "create_new_adapter")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run of `train.py`, or one of its checkpoints."""
+    """Whether a folder is a training run, or one of its checkpoints."""
     return record_of(folder) is not None
 
 
 def judge_source_of_run(run_folder: Path) -> JudgeSource:
-    """The judge that a run of `train.py` has trained, with the template, system text and lengths of its training.
+    """Return the judge of a training run, with the template, system prompt and lengths of its training.
 
     A QLoRA adapter is put on the unquantised base, as it is when it is exported.
 
@@ -71,12 +71,14 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
     if changing:
         raise UsageError(
             f"{run_folder}: trained with {', '.join(changing)}, which changes the base model as it loads. "
-            f"Export the run (train.py --export-only) and judge with --model {export_folder(config)}."
+            f"Export it (train.py --export-only) and pass --model {export_folder(config)}."
         )
     is_adapter = setting(config, "finetuning_type") == "lora"
     weights = "adapter_config.json" if is_adapter else "config.json"
     if not (run_folder / weights).is_file():
-        raise DataError(f"{run_folder}: no trained weights (no {weights}). Let the run finish, or name a checkpoint.")
+        raise DataError(
+            f"{run_folder}: no trained weights (no {weights}). Let the run finish, or pass a checkpoint folder."
+        )
     check_keys(record, config, model_name_or_path=str)
     return JudgeSource(
         model=base_model_of(record.parent, content) if is_adapter else run_folder,
@@ -89,19 +91,19 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
 
 
 def config_of_run(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of a run, read from its folder or, for a checkpoint, from the folder above.
+    """Read the resolved config of a training run from its folder or, for a checkpoint, from the folder above.
 
     Raises:
-        DataError: it is not the folder of a run, or its record is damaged.
+        DataError: the folder is not a training run, or its run.json is damaged.
     """
     return dict(read_object(_record_of(folder), config=dict)["config"])
 
 
 def data_of_run(folder: Path) -> Path | None:
-    """Where the data of a run, or of the run of a checkpoint, is now; None if it was not found.
+    """Find the data of a training run, or of a checkpoint's run, where it is now; None if it is not found.
 
     Raises:
-        DataError: it is not the folder of a run, or its record is damaged.
+        DataError: the folder is not a training run, or its run.json is damaged.
     """
     from prmkit.dataset_info import data_folder_of  # needs orjson, and --help works without packages
 
@@ -112,21 +114,21 @@ def data_of_run(folder: Path) -> Path | None:
 def _record_of(folder: Path) -> Path:
     if record := record_of(folder):
         return record
-    raise DataError(f"{folder}: not a run of train.py (no {RUN_RECORD}). Name a folder in saves/, or use --model.")
+    raise DataError(f"{folder}: not a training run (no {RUN_RECORD}). Pass a folder in saves/, or use --model.")
 
 
 def _asked_with(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Template, system text, thinking mode and length: the same keys in a run's configuration and in an export."""
+    """Return template, system prompt, thinking mode and length, which have the same keys in a run and in an export."""
     kinds = {"template": str, "default_system": str, "enable_thinking": bool, "cutoff_len": int}
     given = {key: settings[key] for key in kinds if settings.get(key) is not None}
     check_keys(file, given, **{key: kinds[key] for key in given})
-    # For LLaMA Factory a thinking mode of null is not the same as none.
+    # For LLaMA Factory, enable_thinking: null differs from an absent key.
     unset = {"enable_thinking": None} if settings.get("enable_thinking", True) is None else {}
     return {key: default_of(key) for key in kinds} | given | unset
 
 
 def judge_source_of_export(folder: Path) -> JudgeSource:
-    """The judge that `train.py --export` has merged into one model.
+    """Return the judge that `train.py --export` has merged into one model.
 
     Raises:
         DataError: the folder has no model, or its settings are missing.
@@ -144,7 +146,7 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
 
 
 def _rubrics_in(file: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The rubrics in a record; records older than rubrics have none: their judges learnt ready-made prompts."""
+    """Return the rubrics in a record; a record without the key is from before rubrics: its judge knows no rubric."""
     rubrics = record.get("rubrics", [])
     if not isinstance(rubrics, list):
         raise DataError(f"{file}: damaged: rubrics is not a list.")
@@ -165,7 +167,7 @@ def _shapes_in(file: Path, record: Mapping[str, Any]) -> Mapping[str, Sequence[S
 
 
 def encoding_of(source: JudgeSource) -> ChatEncoding:
-    """The judge's tokenizer and template, set up as in its training. Nothing is downloaded.
+    """Load the judge's tokenizer and template, set up as in its training. Nothing is downloaded.
 
     Raises:
         DataError: there is no such folder, or it has no tokenizer that can be loaded.
@@ -186,23 +188,23 @@ def encoding_of(source: JudgeSource) -> ChatEncoding:
 
 
 def needs_trust(source: JudgeSource, error: Exception) -> UsageError | None:
-    """The message if `transformers` failed because a model's own code was not allowed to run."""
+    """Return the error to raise if `transformers` failed because a model's own code was not allowed to run."""
     if "trust_remote_code" not in str(error):
         return None
-    return UsageError(f"{source.model}: comes with Python code. Read it, then add --trust-remote-code to run it.")
+    return UsageError(f"{source.model} comes with Python code. Read it, then add --trust-remote-code to run it.")
 
 
 def check_folders(source: JudgeSource) -> None:
     """Reject a judge whose folders do not exist: the libraries would look for a mistyped folder on the internet.
 
-    A run may have been trained on a model from the hub, which is then in the hub's cache.
+    A model from the hub is accepted if it is in the hub's cache, as it is after a training run with it.
 
     Raises:
         DataError: a folder is missing.
     """
     for folder in (source.model, source.adapter):
         if folder is not None and not folder.is_dir() and not (folder == source.model and _in_cache(str(folder))):
-            raise DataError(f"{folder}: no such folder.")
+            raise DataError(f"{folder}: no such folder. Check --run or --model.")
 
 
 def _in_cache(name: str) -> bool:
@@ -222,7 +224,7 @@ _SAMPLES = 256
 
 
 def fingerprint_of(source: JudgeSource) -> dict[str, Any]:
-    """What determines a judge's scores: its weights, tokenizer and settings by content, so that a copy is the same.
+    """Return what determines a judge's scores: weights, tokenizer and settings by content, so that a copy is the same.
 
     Raises:
         DataError: there is no such judge.
@@ -237,7 +239,7 @@ def fingerprint_of(source: JudgeSource) -> dict[str, Any]:
 
 
 def encoding_fingerprint(source: JudgeSource) -> dict[str, Any]:
-    """What determines the token ids of a judge's prompts.
+    """Return what determines the token ids of a judge's prompts.
 
     Raises:
         DataError: there is no such judge.
@@ -253,7 +255,7 @@ def encoding_fingerprint(source: JudgeSource) -> dict[str, Any]:
 
 
 def _contents(folder: Path, patterns: tuple[str, ...]) -> dict[str, str] | str:
-    """File name -> hash; the name itself for a model in the hub's cache."""
+    """Return file name -> hash; for a model in the hub's cache, its name."""
     if not folder.is_dir():
         return str(folder)
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
@@ -261,7 +263,7 @@ def _contents(folder: Path, patterns: tuple[str, ...]) -> dict[str, str] | str:
 
 
 def _content_hash(file: Path) -> str:
-    """The hash of the whole file, or of many parts of a large one."""
+    """Hash the complete file, or many parts of a large one."""
     size = file.stat().st_size
     if size <= LARGE_FILE:
         return sha256_of(file)
@@ -272,7 +274,7 @@ def _content_hash(file: Path) -> str:
 
 
 def described(source: JudgeSource) -> dict[str, Any]:
-    """A source as JSON."""
+    """Return a source as JSON values."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(source).items()}
 
 
@@ -293,7 +295,7 @@ def read_object(file: Path, **keys: type) -> dict[str, Any]:
     """
     found = read_json(file)
     if not isinstance(found, dict):
-        raise DataError(f"{file}: damaged: not an object. Create it again, or restore it.")
+        raise DataError(f"{file}: damaged: not a JSON object. Create it again, or restore a backup.")
     check_keys(file, found, **keys)
     return found
 
@@ -307,4 +309,4 @@ def check_keys(file: Path, found: Mapping[str, Any], **keys: type) -> None:
     for key, kind in keys.items():
         if not isinstance(found.get(key), kind) or (kind is int and isinstance(found[key], bool)):
             fault = f"{key} is {found[key]!r:.60}" if key in found else f"{key} is missing"
-            raise DataError(f"{file}: damaged: {fault}, expected {_KINDS[kind]}. Create it again, or restore it.")
+            raise DataError(f"{file}: damaged: {fault}, expected {_KINDS[kind]}. Create it again, or restore a backup.")

@@ -1,4 +1,4 @@
-"""A judge whose model is loaded locally. This is the only module of prmkit that loads a model."""
+"""Score with a local model. No other module of prmkit loads a model."""
 
 import logging
 import warnings
@@ -20,12 +20,12 @@ from prmkit.prompts.encoding import ChatEncoding
 log = logging.getLogger("prmkit")
 
 _READ_AHEAD = 64
-"""At least this many requests are sorted together: enough for batches with little padding, and for the steps of a
-trajectory to be next to each other."""
+"""Sort at least this many requests together, which gives batches with little padding and puts the steps of a trajectory
+next to each other."""
 _BATCHES_READ_AHEAD = 8
 
 Chain = Sequence[Prepared]
-"""Prompts that are run one after another in one row of a batch, because each shares a beginning with the previous."""
+"""Prompts that are run one after another in one row of a batch, because each shares a prefix with the previous one."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LocalJudge:
 
         Args:
             requests: read as needed, some dozens ahead.
-            asking: how; fewer prompts run at once if the GPU's memory is too small.
+            asking: inference settings; the batch size is reduced if the GPU's memory is too small.
 
         Yields:
             One judgement per request, in order.
@@ -85,7 +85,7 @@ class LocalJudge:
         return tries_of(self.encoding)
 
     def _generated(self, chains: Sequence[Chain], max_new_tokens: int) -> list[list[Judgement]]:
-        """Let the model write its verdicts, greedily; chains of one prompt each."""
+        """Generate verdicts greedily; every chain has one prompt."""
         import torch
 
         batch = [prompt for (prompt,) in chains]
@@ -116,16 +116,16 @@ BatchFunction = Callable[[Sequence[Chain]], list[list[Judgement]]]
 
 
 def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]:
-    """Indices of prompts sorted by their tokens, split where a prompt shares little with the previous one.
+    """Sort prompts by their tokens, split them where one shares little with the previous one, and return indices.
 
-    In this order no earlier prompt shares more with a prompt than its predecessor. The steps of a trajectory share most
-    of their tokens.
+    In this order, no earlier prompt shares more with a prompt than its predecessor. The steps of a trajectory share
+    most of their tokens.
 
     Args:
         ready: the prompts.
-        side_by_side: do not count what all prompts share, such as the rubric: a batch runs that once for all its rows,
-            and a GPU runs rows side by side in the time of one. A CPU takes as long either way, and longer for rows of
-            different lengths.
+        side_by_side: ignore the prefix that all prompts share, for example the rubric, because a batch runs it once
+            for all rows, and a GPU runs several rows in the time of one. A CPU takes as long either way, and longer
+            for rows of different lengths.
     """
     chains: list[list[int]] = []
     order = sorted(range(len(ready)), key=lambda index: (len(ready[index].shape.keys), ready[index].ids))
@@ -148,7 +148,7 @@ def _single_chains(ready: Sequence[Prepared]) -> list[list[int]]:
 def _in_batches(
     ready: Sequence[Prepared], chains: Sequence[list[int]], batch_size: int, answer: BatchFunction
 ) -> list[Judgement]:
-    """Judge in batches of chains with equally many keys, longest first, so that what does not fit fails at once."""
+    """Judge in batches of chains with equally many keys, longest first, so that running out of memory occurs first."""
 
     def order(chain: list[int]) -> tuple[int, int, int]:
         last = ready[chain[-1]]
@@ -166,7 +166,7 @@ def _in_batches(
 
 
 def _as_memory_allows(chains: Sequence[Chain], answer: BatchFunction) -> list[list[Judgement]]:
-    """Judge all at once, or in halves if the GPU's memory is too small; a prompt that does not fit alone fails."""
+    """Judge all chains at once, or in halves if the GPU's memory is too small; a prompt too large by itself fails."""
     import torch
 
     try:
@@ -176,7 +176,7 @@ def _as_memory_allows(chains: Sequence[Chain], answer: BatchFunction) -> list[li
     # Outside the handler, whose traceback would keep the tensors alive.
     torch.cuda.empty_cache()
     if len(chains) > 1:
-        log.warning("out of GPU memory with %d prompts at once: trying half as many", len(chains))
+        log.warning("out of GPU memory with batch size %d; retrying with half", len(chains))
         middle = len(chains) // 2
         return [*_as_memory_allows(chains[:middle], answer), *_as_memory_allows(chains[middle:], answer)]
     (chain,) = chains
@@ -194,7 +194,7 @@ def load_model(source: JudgeSource) -> LocalJudge:
     """Load the tokenizer, the model and its adapter. Takes about ten seconds plus the time to read the weights.
 
     Raises:
-        DataError: a folder is missing, or has nothing that can be loaded.
+        DataError: a folder is missing, or nothing in it can be loaded.
         UsageError: an unknown template, device or dtype, or a model with its own code, which was not allowed to run.
     """
     _check_complete(source)
@@ -224,7 +224,9 @@ def _load_weights(source: JudgeSource) -> Any:
             model = _with_adapter(model, source.adapter)
         model = model.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        failure = DataError(f"{source.adapter or source.model}: cannot be loaded ({_first_line(error)}).")
+        failure = DataError(
+            f"{source.adapter or source.model}: cannot be loaded ({_first_line(error)}). Export or download it again."
+        )
         raise needs_trust(source, error) or failure from error
     # The model's own config may have a repetition penalty, which would change digits.
     model.generation_config = GenerationConfig()
@@ -232,7 +234,7 @@ def _load_weights(source: JudgeSource) -> Any:
 
 
 def _check_complete(source: JudgeSource) -> None:
-    """Check for weights and settings: without them the libraries look for a name on a hub, or fail with a traceback.
+    """Check for weights and settings, without which the libraries look for a name on a hub, or raise a traceback.
 
     Raises:
         DataError: something is missing or damaged.
@@ -256,16 +258,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
-    """The model with its adapter, merged if that loses nothing."""
+    """Add the adapter to the model; merge it if that loses nothing."""
     import torch
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        if not model.config.tie_word_embeddings:  # peft says this about every model whose embeddings were trained
+        if not model.config.tie_word_embeddings:  # peft warns about every model whose embeddings were trained
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         adapted = PeftModel.from_pretrained(model, str(adapter))
-    # Merging in float32 changes scores by 1e-7 and saves the small matrices of every layer: a quarter of the time on
-    # a CPU. In bfloat16, merging would round the adapter away.
+    # Merging in float32 changes scores by 1e-7 and avoids the small matrices of every layer, which take a quarter of
+    # the time on a CPU. In bfloat16, merging would round the adapter away.
     return adapted.merge_and_unload(safe_merge=True) if model.dtype == torch.float32 else adapted
 
 
@@ -277,11 +279,11 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"device: torch does not know '{name}'. Use cpu, cuda or cuda:0.") from error
+        raise UsageError(f"--device {name} is not a torch device. Use cpu, cuda or cuda:0.") from error
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on how torch was built
-        raise UsageError(f"device: torch cannot use {name} on this machine. Use --device cpu.") from error
+        raise UsageError(f"torch cannot use --device {name} on this machine. Use --device cpu.") from error
     return device
 
 

@@ -1,4 +1,4 @@
-"""The rows of a retraining: the new rows converted alone and with the old ones, and what is new about them."""
+"""Convert a retraining's rows (new rows alone, and with the old ones), and describe what has changed."""
 
 import hashlib
 import logging
@@ -33,7 +33,7 @@ log = logging.getLogger("prmkit")
 _SCRIPTS = Path(prmkit.__file__).resolve().parent.parent
 
 TRAINING, HELD_OUT = FULL, FULL + HELD_OUT_SUFFIX
-"""The two sides of a retraining's data."""
+"""The training split and the held-out split of a retraining's data."""
 _EXAMPLES = 5
 
 
@@ -44,9 +44,9 @@ class Retraining:
     reference: str
     new: tuple[Path, ...]
     start: str
-    """What the training starts from: `adapter` or `base`."""
+    """The start of the training: `adapter` or `base`."""
     replay: float
-    """The share of old training tasks to train on again, 0 to 1."""
+    """The fraction of old training tasks to train on again, 0 to 1."""
     margin: float
     settings: tuple[str, ...]
     """`key=value` arguments of LLaMA Factory."""
@@ -72,13 +72,14 @@ class Job:
 
 
 def convert_all(job: Job) -> None:
-    """Convert new rows alone, then old and new together; every task stays on its side of the split."""
-    write_config(job)  # report errors in it now, not after the conversion
+    """Convert new rows alone, then old and new rows together, with every task in its previous split."""
+    write_config(job)  # report its errors now, not after the conversion
     old = kept_rows(job)
     settings = read_json(job.parent_folder / DATA / REPORT)["settings"]
     if any(settings["filters"].values()):
         raise UsageError(
-            f"{job.parent}: its data was filtered, but retraining converts whole files. Add a version with all rows."
+            f"{job.parent} was trained on filtered data, which retraining does not support. Add a version trained on "
+            "all rows."
         )
     flags = _conversion_flags(job, settings)
     details = registered.read_version(job.parent, job.registry)["details"]
@@ -113,7 +114,9 @@ def training_data(job: Job) -> Path:
 def kept_rows(job: Job) -> list[Path]:
     rows = sorted((job.parent_folder / ROWS).glob("*"))
     if not rows:
-        raise UsageError(f"{job.parent}: registered without its rows, so it cannot be retrained. Add one with --rows.")
+        raise UsageError(
+            f"{job.parent} was registered without its rows, so it cannot be retrained. Add one with --rows."
+        )
     return rows
 
 
@@ -121,18 +124,18 @@ def _check_datasets(job: Job) -> None:
     names = _datasets_of(job.parent_folder)
     if names != [TRAINING, HELD_OUT]:
         raise UsageError(
-            f"{job.parent}: was trained on {names[0]} and measured on {names[1]}; retraining needs {TRAINING}."
+            f"{job.parent} was trained on {names[0]} and measured on {names[1]}; retraining needs {TRAINING}."
         )
 
 
 def _datasets_of(version: Path) -> list[str]:
-    """The datasets that a version was trained and measured on."""
+    """Return the names of a version's training and held-out datasets."""
     record = read_json(version / RUN / RUN_RECORD)
-    return [str((record.get(side) or {}).get("name")) for side in ("dataset", "eval_dataset")]
+    return [str((record.get(key) or {}).get("name")) for key in ("dataset", "eval_dataset")]
 
 
 def _conversion_flags(job: Job, settings: Mapping[str, Any]) -> list[Any]:
-    """The flags of the conversion that made the parent's data."""
+    """Return the flags of the conversion that wrote the parent's data."""
     flags: list[Any] = ["--format", settings["form"], "--labels", settings["labels"], "--no-task-variants"]
     flags += ["--aggregate", settings["aggregate"], "--near-duplicates", settings["near_duplicates"]]
     flags += ["--mask-leaked-scores"] if settings["mask_leaked_scores"] else []
@@ -162,22 +165,22 @@ def _convert(job: Job, name: str, inputs: Sequence[Path], flags: Sequence[Any]) 
 
 
 def _replayed(job: Job, old: Sequence[Path], held_out: set[str], rubric: str | None) -> Path | None:
-    """Old rows to use again: all of the held-out tasks, and a share of the others, selected by name.
+    """Write the old rows to use again: those of all held-out tasks and of a fraction of the others, by hash.
 
-    Lines are those of the conversion: in a file of labelled runs, each labelled step is one.
+    Lines are numbered as in the conversion: in a file of labelled runs, each labelled step is one line.
     """
     names = {str(file.resolve()): file for file in old}
     lines: dict[Path, set[int]] = {file: set() for file in old}
     for row in accepted_rows_of(job.work / "all"):
         task, file = task_of(row["metadata"]), names.get(str(Path(row["source"]).resolve()))
-        place = int.from_bytes(hashlib.blake2b(f"replay:{task}".encode(), digest_size=8).digest())
-        if file is not None and (task in held_out or place < job.asked.replay * 2**64):
+        number = int.from_bytes(hashlib.blake2b(f"replay:{task}".encode(), digest_size=8).digest())
+        if file is not None and (task in held_out or number < job.asked.replay * 2**64):
             lines[file].add(row["line"])
     target = job.work / "replayed.jsonl"
     with atomic_write(target) as stream:
         for file, numbers in lines.items():
             with open_source(str(file), Path(rubric) if rubric else None) as (_, found):
-                # A row may be spread over several lines.
+                # A row may span several lines.
                 stream.writelines(b" ".join(line.text.splitlines()) + b"\n" for line in found if line.number in numbers)
     return target if target.stat().st_size else None
 
@@ -189,12 +192,12 @@ def base_model(job: Job) -> str:
 
 
 def trained_run_of(job: Job) -> Path:
-    """The folder of the training run."""
+    """Return the folder of the training run."""
     return job.work / "saves" / f"{job.parent.name}_{job.key}"
 
 
 def write_config(job: Job) -> Path:
-    """Write the training configuration: the parent's, with the folders of this retraining.
+    """Write the training config: the parent's, with the folders of this retraining.
 
     Raises:
         UsageError: there is no adapter to start from.
@@ -209,7 +212,7 @@ def write_config(job: Job) -> Path:
     }
     if job.asked.start == "adapter":
         if not (job.parent_folder / RUN / "adapter_config.json").is_file():
-            raise UsageError(f"{job.parent}: has no adapter to start from (full fine-tuning). Use --from base.")
+            raise UsageError(f"{job.parent} has no adapter to start from (full fine-tuning). Use --from base.")
         config["adapter_name_or_path"] = str((job.parent_folder / RUN).resolve())
     file = job.work / "config.yaml"
     write_text(file, yaml.safe_dump(config, sort_keys=False))
@@ -217,11 +220,11 @@ def write_config(job: Job) -> Path:
 
 
 def run_script(script: str, arguments: Sequence[Any], *, check: bool = True) -> int:
-    """Run one of the scripts; its results are files. It is stopped if this process is killed."""
+    """Run one of the scripts, whose results are files; it is killed if this process is killed."""
     command = [sys.executable, str(_SCRIPTS / script), *map(str, arguments)]
     log.info("$ python %s %s", script, shlex.join(command[2:]))
     parent = os.getpid()
-    # The script's stdout is narration here; this process's stdout is the result.
+    # The script's stdout goes to stderr, because this process's stdout is the result.
     done = subprocess.run(command, stdout=sys.__stderr__, preexec_fn=lambda: die_with_parent(parent), check=False)
     if check and done.returncode:
         code = done.returncode
@@ -229,20 +232,20 @@ def run_script(script: str, arguments: Sequence[Any], *, check: bool = True) -> 
     return int(done.returncode)
 
 
-# --- what is new ------------------------------------------------------------------------------------------------------
+# --- what has changed -------------------------------------------------------------------------------------------------
 
 
 Rows = list[dict[str, Any]]
-"""Lines of sidecars: the origin of each row, its scores from 0 to 1, its metadata."""
+"""Lines of sidecars: each row's origin, its scores from 0 to 1, its metadata."""
 
 
 def accepted_rows_of(data: Path) -> Rows:
-    """The rows of a conversion, training and held-out."""
+    """Return the rows of a conversion, training and held-out."""
     return [row for name in (TRAINING, HELD_OUT) for row in _sidecar(data, name)]
 
 
 def tasks_in(data: Path, name: str) -> set[str]:
-    """The tasks of a dataset; none if it is not there."""
+    """Return the tasks of a dataset; empty if it does not exist."""
     return _tasks(_sidecar(data, name))
 
 
@@ -260,14 +263,14 @@ def describe_batch(old: Rows, new: Rows, new_report: Mapping[str, Any]) -> dict[
 
     Returns:
         `rows`, `rejected`, `tasks`, `judges_new`, `judges_gone`, `changed_labels` (the same judge, prompt and key with
-        another score) with examples, `scores` (evaluation type -> how the scores moved), and `findings`: sentences
+        another score) with examples, `scores` (evaluation type -> shift of the scores), and `findings`: sentences
         about what a person should check.
     """
     before, now = _labels(old), _labels(new)
     changed = [
-        (place, before[place], score)
-        for place, score in now.items()
-        if place in before and abs(before[place] - score) > 1e-9
+        (label, before[label], score)
+        for label, score in now.items()
+        if label in before and abs(before[label] - score) > 1e-9
     ]
     judges_before, judges_now = ({str(row["metadata"].get("model_name")) for row in rows} for rows in (old, new))
     shifts = {name: shift_of(_scores(old, name), _scores(new, name)) for name in _types(new)}
@@ -277,7 +280,7 @@ def describe_batch(old: Rows, new: Rows, new_report: Mapping[str, Any]) -> dict[
         "tasks": len(_tasks(new)),
         "judges_new": sorted(judges_now - judges_before),
         "judges_gone": sorted(judges_before - judges_now),
-        "repeated_labels": sum(place in before for place in now),
+        "repeated_labels": sum(label in before for label in now),
         "changed_labels": len(changed),
         "changed_examples": [
             {"prompt_sha256": prompt, "judge": judge, "key": key, "was": was, "is": score}
@@ -290,11 +293,11 @@ def describe_batch(old: Rows, new: Rows, new_report: Mapping[str, Any]) -> dict[
 
 
 def _labels(rows: Rows) -> dict[tuple[str, str, str], float]:
-    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    labels: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in rows:
         for key, score in row["scores"].items():
-            found[row["prompt_sha256"], str(row["metadata"].get("model_name")), key].append(score)
-    return {place: fmean(scores) for place, scores in found.items()}
+            labels[row["prompt_sha256"], str(row["metadata"].get("model_name")), key].append(score)
+    return {label: fmean(scores) for label, scores in labels.items()}
 
 
 def _types(rows: Rows) -> list[str]:
@@ -310,14 +313,14 @@ def _findings(report: Mapping[str, Any], shifted: Mapping[str, bool]) -> Iterato
     if report["rejected"]:
         yield f"{report['rejected']:,} of the new rows were rejected; rejected.jsonl has the reasons."
     if report["judges_new"]:
-        yield f"Judges that had no rows before: {', '.join(report['judges_new'])}."
+        yield f"New judges: {', '.join(report['judges_new'])}."
     if report["judges_gone"]:
         yield f"Judges without new rows: {', '.join(report['judges_gone'])}."
     if report["types_new"]:
         yield f"New evaluation types: {', '.join(report['types_new'])}."
     if report["changed_labels"]:
         changed, repeated = report["changed_labels"], report["repeated_labels"]
-        yield f"{changed:,} of {repeated:,} repeated scores differ from the earlier ones."
+        yield f"{changed:,} of {repeated:,} repeated scores differ from the earlier scores."
     for name, exceeds in shifted.items():
         values = report["scores"][name]
         if exceeds:
@@ -328,25 +331,25 @@ def _findings(report: Mapping[str, Any], shifted: Mapping[str, bool]) -> Iterato
 
 
 def check_sides(data: Path, name: str, folder: Path) -> int:
-    """Check that no version was trained on rows now held out, and that its held-out rows are still not trained on.
+    """Check that no version was trained on rows that are now held out, or held out rows that are now trained on.
 
     Returns:
-        How many versions were compared.
+        The number of versions that were compared.
 
     Raises:
-        DataError: a task or a prompt changes its side.
+        DataError: a task or a prompt changes its split.
     """
-    sides = [_identities(data, side) for side in (TRAINING, HELD_OUT)]
+    splits = [_identities(data, split) for split in (TRAINING, HELD_OUT)]
     state = registered.state_of(registered.read_history(folder))
     compared = 0
     for version in (each for each in state.versions if each.name == name):
-        place = registered.folder_of_version(version, folder)
-        theirs = [_identities(place / DATA, each) for each in _datasets_of(place)]
-        for mine, other, what in ((1, 0, "trained on"), (0, 1, "held out")):
-            if both := sides[mine] & theirs[other]:
+        version_folder = registered.folder_of_version(version, folder)
+        theirs = [_identities(version_folder / DATA, each) for each in _datasets_of(version_folder)]
+        for mine, other, before, now in ((1, 0, "was trained on", "held out"), (0, 1, "held out", "trained on")):
+            if both := splits[mine] & theirs[other]:
                 raise DataError(
-                    f"{version} has {what} {len(both)} tasks and prompts that would now be on the other side, such as "
-                    f"{min(both)!r:.80}. Its agreement would be measured on rows that it was trained on."
+                    f"{version} {before} {len(both)} tasks or prompts that are now {now}, for example "
+                    f"{min(both)!r:.80}, so evaluations would be contaminated."
                 )
         compared += 1
     return compared

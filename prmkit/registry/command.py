@@ -1,4 +1,4 @@
-"""What `manage_judges.py` does, one function per command."""
+"""The commands of `manage_judges.py`, one function per command."""
 
 import argparse
 import logging
@@ -37,26 +37,26 @@ def _add(folder: Path, arguments: argparse.Namespace) -> None:
     version = versions.add_version(folder, addition)
     if arguments.mlflow:
         _log_to_mlflow(folder, version)
-    cli.emit(f"{version}: registered.\nnext: python manage_judges.py tag {version} production")
+    cli.emit(f"{version} is registered.\nnext: python manage_judges.py tag {version} production")
 
 
 def _tag(folder: Path, arguments: argparse.Namespace) -> None:
     version = versions.tag_version(folder, arguments.version, arguments.tag, arguments.why)
-    cli.emit(f"{version}: is now {arguments.tag}.")
+    cli.emit(f"Tagged {version} as {arguments.tag}.")
 
 
 def _roll_back(folder: Path, arguments: argparse.Namespace) -> None:
     was, now = versions.roll_back(folder, arguments.version, arguments.why)
-    cli.emit(f"{arguments.version}: was {was}, is now {now} again.")
+    cli.emit(f"Rolled {arguments.version} back from {was} to {now}.")
 
 
 def _remove(folder: Path, arguments: argparse.Namespace) -> None:
-    cli.emit(f"{versions.remove_version(folder, arguments.version, arguments.why)}: removed.")
+    cli.emit(f"Removed {versions.remove_version(folder, arguments.version, arguments.why)}.")
 
 
 def _export(folder: Path, arguments: argparse.Namespace) -> None:
     version = versions.export_version(folder, arguments.version, arguments.push_ready)
-    cli.emit(f"{arguments.push_ready}: {version}, ready to upload. Read its README.md first.")
+    cli.emit(f"{arguments.push_ready} contains {version}, ready to upload. Read its README.md first.")
 
 
 def _mlflow(folder: Path, arguments: argparse.Namespace) -> None:
@@ -89,7 +89,7 @@ def _retrain(folder: Path, arguments: argparse.Namespace) -> ExitCode:
     if arguments.json:
         cli.emit_json(result)
     else:
-        show_retraining(result)
+        show_retraining(result, asked)
     return ExitCode.GATE if is_new and not result["gate"]["passed"] else ExitCode.DONE
 
 
@@ -126,7 +126,7 @@ def _page(folder: Path, arguments: argparse.Namespace) -> None:
     from prmkit.registry import page
 
     page.write_versions_page(folder, arguments.output, arguments.logs, arguments.limit)
-    cli.emit(f"{arguments.output}: open it in a browser.")
+    cli.emit(f"Open {arguments.output} in a browser.")
 
 
 _COMMANDS: Mapping[str, Callable[[Path, argparse.Namespace], ExitCode | None]] = {

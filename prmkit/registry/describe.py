@@ -1,4 +1,4 @@
-"""Versions described for people (list, show, diff, history), and for teams that compare models in MLflow."""
+"""Show versions on the terminal (list, show, diff, history), and log them to MLflow."""
 
 import sys
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _COLUMNS = ("version", "tags", "Spearman", "exam AUROC", "rows", "MB", "changed"
 
 
 def list_versions(folder: Path, *, as_json: bool) -> None:
-    """All versions, oldest first, each with its changes from its parent."""
+    """List all versions, oldest first, each with its changes from its parent."""
     state = registered.state_of(registered.read_history(folder))
     records = [(version, registered.read_version(version, folder)) for version in state.versions]
     if as_json:
@@ -49,53 +49,53 @@ def list_versions(folder: Path, *, as_json: bool) -> None:
 
 
 def exams_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
-    """A version's exams, before and since it was registered: `name`, `auroc`, `sentence`."""
+    """Return a version's exams, from before and after its registration: `name`, `auroc`, `sentence`."""
     run = registered.folder_of_version(version, folder) / RUN
-    found: list[dict[str, Any]] = []
-    for place in sorted(file for folder in registered.results_of(run) for file in folder.glob("exam_*/exam.json")):
-        content = read_json(place)
-        found += [
+    exams: list[dict[str, Any]] = []
+    for file in sorted(file for folder in registered.results_of(run) for file in folder.glob("exam_*/exam.json")):
+        content = read_json(file)
+        exams += [
             {
-                "name": place.parent.name.removeprefix("exam_"),
+                "name": file.parent.name.removeprefix("exam_"),
                 "auroc": judge["metrics"].get("auroc"),
                 "sentence": (content["verdicts"].get(judge["name"]) or {}).get("sentence", ""),
             }
             for judge in content["entrants"]
             if judge["kind"] == "judge"
         ]
-    return found
+    return exams
 
 
 def held_out_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
-    """A version's predictions on its held-out rows, from when it was registered or later.
+    """Return a version's predictions on its held-out rows, from its registration or later.
 
     Raises:
-        DataError: it was never measured.
+        DataError: the version was never measured.
     """
     run = registered.folder_of_version(version, folder) / RUN
-    for place in registered.results_of(run):
-        if (place / PREDICTIONS_FILE).is_file():
-            return list(read_jsonl(place / PREDICTIONS_FILE))
+    for results in registered.results_of(run):
+        if (results / PREDICTIONS_FILE).is_file():
+            return list(read_jsonl(results / PREDICTIONS_FILE))
     raise DataError(
-        f"{version}: was never measured, so there is nothing to compare with. "
+        f"{version} was never measured, so there is nothing to compare with. "
         f"Run: python evaluate_judge.py --judge {version}"
     )
 
 
 def shown_estimate(estimate: Mapping[str, Any] | None) -> str:
-    """An estimate as `0.84 [0.72, 0.90]`; a question mark if it was not measured."""
+    """Format an estimate as `0.84 [0.72, 0.90]`; a question mark if it was not measured."""
     return shown(estimate, none="?")
 
 
 def _changed(record: Mapping[str, Any], parent: Mapping[str, Any] | None, folder: Path) -> str:
     if parent is None:
         return ""
-    found = version_differences(record, parent, folder)
-    return ", ".join([*found["settings"], *(["data"] if found["data"] else [])]) or "nothing"
+    differences = version_differences(record, parent, folder)
+    return ", ".join([*differences["settings"], *(["data"] if differences["data"] else [])]) or "nothing"
 
 
 def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
-    """One version, after a check of its files.
+    """Show one version, after checking its files.
 
     Raises:
         DataError: a file was changed.
@@ -126,11 +126,11 @@ def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
 
 
 def version_differences(record: Mapping[str, Any], other: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The differences between two versions.
+    """Return the differences between two versions.
 
     Returns:
-        `settings`: key -> both values; `data`: metric of the conversion -> both values; `agreement`: evaluation type ->
-        both estimates.
+        `settings`: key -> both values; `data`: number in the conversion report -> both values; `agreement`: evaluation
+        type -> both estimates.
     """
     mine, theirs = (_config(each, folder) for each in (record, other))
     own, others = (_data(each, folder) for each in (record, other))
@@ -146,7 +146,7 @@ def version_differences(record: Mapping[str, Any], other: Mapping[str, Any], fol
 
 
 PLACES = {"output_dir", "dataset_dir", "export_dir", "adapter_name_or_path", "swanlab_run_name", "run_name"}
-"""Settings that say where something is, not what is trained."""
+"""Settings that are locations and names, and do not affect what is trained."""
 
 
 def _config(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _id(record: Mapping[str, Any]) -> VersionId:
 
 
 def show_differences(folder: Path, reference: str, other: str, *, as_json: bool) -> None:
-    """Tables of the differences between two versions."""
+    """Show tables of the differences between two versions."""
     versions = [registered.find_version(each, folder) for each in (reference, other)]
     one, another = (registered.read_version(version, folder) for version in versions)
     found = version_differences(one, another, folder)
@@ -196,7 +196,7 @@ def _cell(value: Any) -> str:
 
 
 def show_history(folder: Path, *, as_json: bool) -> None:
-    """Every action, oldest first."""
+    """Show every action, oldest first."""
     lines = registered.read_history(folder)
     if as_json:
         cli.emit_json(lines)
@@ -215,7 +215,7 @@ def show_history(folder: Path, *, as_json: bool) -> None:
 
 
 def sentence_of(line: Mapping[str, Any]) -> str:
-    """An action in a few words."""
+    """Describe an action in a few words."""
     version = f"{line['judge']}@{line['version']}" if line.get("version") else str(line.get("judge"))
     if line["action"] == "tag":
         return f"{version} is {line['tag']}"
@@ -233,11 +233,11 @@ def log_version(version: VersionId, folder: Path) -> str:
     The registry remains authoritative: MLflow gets no weights and no rows.
 
     Returns:
-        The id of MLflow's run.
+        The id of the MLflow run.
 
     Raises:
         UsageError: mlflow is not installed.
-        DataError: the server does not answer, or refuses the request.
+        DataError: the server does not respond, or refuses the request.
     """
     try:
         import mlflow

@@ -1,4 +1,4 @@
-"""Judges in production: which of two is better, and whether scores drift. Reads scoring outputs and request logs."""
+"""Monitor judges in production: compare two judges, and detect drift, from scoring outputs and request logs."""
 
 import math
 from collections import Counter, defaultdict
@@ -26,13 +26,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One scored step, from either kind of file."""
+    """One scored step, from a scoring output or a request log."""
 
     judge: str
     keys: tuple[str, ...]
-    """The score keys, sorted; empty if the line does not name them."""
+    """The score keys, sorted; empty if the line does not have them."""
     prompt: str
-    """Hash of the request."""
+    """The hash of the request."""
     trajectory: str
     task: str
     score: float | None
@@ -45,15 +45,15 @@ class LoggedStep:
     is_step: bool = True
     """Whether the verdict is on one step, not on a category of tools or on the whole run."""
     is_logged: bool = False
-    """Whether the line is from a request log, which names the judge; else `judge` is the file."""
+    """Whether the line is from a request log, which contains the judge's name; otherwise `judge` is the file name."""
     role: str = ""
-    """`production`, `challenger` or `shadow`, in a request log."""
+    """`production`, `challenger` or `shadow` in a request log; otherwise empty."""
     time: str = ""
-    """When it was logged, in UTC; empty for outputs of score_trajectories.py."""
+    """The UTC time of the log line; empty for outputs of score_trajectories.py."""
 
 
 def read_scored(paths: Sequence[Path], days: float | None = None) -> list[LoggedStep]:
-    """The steps in outputs of score_trajectories.py (the file counts as the judge) and in request logs.
+    """Read the steps in outputs of score_trajectories.py (each file counts as a judge) and in request logs.
 
     Args:
         paths: the files.
@@ -74,16 +74,18 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
     if not found:
         recent = "" if days is None else f" from the last {days:g} days"
         raise DataError(f"{', '.join(map(str, paths))}: no scored step{recent}.")
-    return sorted(found, key=lambda step: step.time)  # the files of a rotated log may be given in any order
+    return sorted(found, key=lambda step: step.time)  # the files of a rotated log may be passed in any order
 
 
-def _time_of(line: Mapping[str, Any], place: str) -> datetime:
+def _time_of(line: Mapping[str, Any], location: str) -> datetime:
     if line.get("time") is None:
-        raise UsageError(f"--days: {place} has no time. Only request logs have times (serve_judge.py --log-requests).")
+        raise UsageError(
+            f"--days: {location} has no time. Only request logs have times (serve_judge.py --log-requests)."
+        )
     try:
         time = datetime.fromisoformat(str(line["time"]))
     except ValueError as error:
-        raise DataError(f"{place}: {line['time']!r:.40} is not a time.") from error
+        raise DataError(f"{location}: {line['time']!r:.40} is not a time.") from error
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
@@ -126,7 +128,7 @@ def _logged_step(line: Mapping[str, Any], path: Path, number: int) -> LoggedStep
 
 
 def steps_of(judge: str, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
-    """The steps that a judge scored, and all steps of scoring outputs, which do not name their judge.
+    """Return the steps that a judge scored, and all steps of scoring outputs, which do not contain the judge's name.
 
     Raises:
         DataError: the judge scored nothing.
@@ -134,7 +136,7 @@ def steps_of(judge: str, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
     found = [step for step in steps if not step.is_logged or step.judge == judge]
     if not found:
         others = ", ".join(sorted({step.judge for step in steps}))
-        raise DataError(f"{judge}: has scored no logged step; the log has only {others}.")
+        raise DataError(f"no logged step is from {judge}; the log has only steps from {others}.")
     return found
 
 
@@ -142,14 +144,14 @@ def steps_of(judge: str, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
 
 
 def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | None) -> dict[str, Any]:
-    """How two judges differ on the steps that both scored, and which one predicts success better.
+    """Compare two judges on the steps that both scored, and determine which one predicts success better.
 
     Args:
-        steps: of two judges.
+        steps: the steps of two judges.
         outcomes: trajectory -> outcome, 0 to 1; None if unknown.
 
     Raises:
-        UsageError: there are not exactly two judges, or they share no step.
+        UsageError: there are not exactly two judges, or they have no step in common.
     """
     by_judge: dict[str, list[LoggedStep]] = defaultdict(list)
     for step in steps:
@@ -166,7 +168,7 @@ def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | 
     if outcomes is not None:
         found["outcomes"] = _on_outcomes(all_ones, all_others, outcomes)
     elif not both:
-        raise UsageError(f"{first} and {second} share no step on which both are sure. Score the same runs with both.")
+        raise UsageError(f"no step was scored reliably by both {first} and {second}. Score the same runs with both.")
     return found
 
 
@@ -182,16 +184,16 @@ def _is_sure(step: LoggedStep) -> bool:
 
 
 def _differences(pairs: Sequence[tuple[LoggedStep, LoggedStep]]) -> dict[str, Any]:
-    apart = [(b.score or 0.0) - (a.score or 0.0) for a, b in pairs]
+    differences = [(b.score or 0.0) - (a.score or 0.0) for a, b in pairs]
     by_task: dict[str, list[float]] = defaultdict(list)
-    for (a, _), difference in zip(pairs, apart, strict=True):
+    for (a, _), difference in zip(pairs, differences, strict=True):
         by_task[a.task or a.trajectory or a.prompt].append(difference)
-    widest = sorted(zip(apart, pairs, strict=True), key=lambda each: -abs(each[0]))[:_SHOWN]
+    widest = sorted(zip(differences, pairs, strict=True), key=lambda each: -abs(each[0]))[:_SHOWN]
     return {
         "tasks": len(by_task),
         "mean_difference": confidence_sequence([fmean(values) for values in by_task.values()]),
-        "mean_absolute_difference": fmean(map(abs, apart)),
-        "equal_within_0.1": sum(abs(each) <= 0.1 for each in apart) / len(apart),
+        "mean_absolute_difference": fmean(map(abs, differences)),
+        "equal_within_0.1": sum(abs(each) <= 0.1 for each in differences) / len(differences),
         "widest": [{"id": a.id, "a": a.score, "b": b.score, "prompt": a.text} for _, (a, b) in widest],
     }
 
@@ -199,9 +201,9 @@ def _differences(pairs: Sequence[tuple[LoggedStep, LoggedStep]]) -> dict[str, An
 def _on_outcomes(
     ones: Iterable[LoggedStep], others: Iterable[LoggedStep], outcomes: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The difference of the squared errors of two judges' lowest step scores, one number for each task.
+    """Compare the squared errors of two judges' lowest step scores, with one number per task.
 
-    Runs of a task are not independent, so they count as one. Only runs that both scored completely are compared.
+    Runs of a task are not independent, so they count as one. Only runs that both judges scored completely are compared.
     """
     runs, others_runs = _runs(ones), _runs(others)
     losses: dict[str, list[float]] = defaultdict(list)
@@ -253,15 +255,15 @@ def _decision(gain: Mapping[str, float], n: int) -> str:
 
 
 def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
-    """Whether scores, label masses and lengths are distributed as on the judge's held-out rows.
+    """Compare the distributions of scores, label masses and lengths with those of the judge's held-out rows.
 
-    Steps are compared with held-out rows of the same score keys: verdicts on a step and on a whole run are distributed
-    differently, and a log may have a larger share of one kind than the held-out rows.
+    Steps are compared with held-out rows of the same score keys, because verdicts on a step and on a complete run are
+    distributed differently, and a log may have a larger fraction of one kind than the held-out rows.
 
     Args:
         steps: the steps scored in production.
         held_out: lines of the judge's `predictions.jsonl`.
-        limit: a population stability index, or a rise in the share of unsure steps, above this counts as drift.
+        limit: a population stability index, or a rise in the fraction of unsure steps, above this counts as drift.
 
     Returns:
         `groups` (score keys -> quantity -> the `Shift` and a `verdict`), `unsure` (shares `then` and `now`),
@@ -283,7 +285,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
             undecided[name] = len(now)
             continue
         if keys not in references:
-            findings.append(f"{name}: {len(now):,} steps with score keys on which the judge was never measured")
+            findings.append(f"{name}: {len(now):,} steps with score keys that the judge was never evaluated on")
             continue
         groups[name] = group = _compared(references[keys], now, limit)
         findings += [f"{name}: {what} (PSI {each['psi']:.2f}, KS {each['ks']:.2f})"
@@ -304,7 +306,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
 
 
 def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limit: float) -> dict[str, dict[str, Any]]:
-    """The quantities to compare in one group of score keys; only those that both sides have."""
+    """Compare the quantities in one group of score keys, if both the held-out rows and the log have them."""
     masses = [[each["label_mass"] for each in line["scores"].values()] for line in then]
     pairs: dict[str, tuple[Sequence[float | None], Sequence[float | None]]] = {
         "score": ([line["score"] for line in then], [step.score for step in now]),
@@ -319,13 +321,13 @@ def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limi
         reference, values = ([float(value) for value in each if value is not None] for each in (old, new))
         if what == "score" or (reference and values):
             shift = shift_of(reference, values)
-            verdict = "too few" if shift.psi is None else "drift" if shift.exceeds(limit) else "stable"
-            found[what] = shift.as_json() | {"verdict": verdict}
+            conclusion = "too few" if shift.psi is None else "drift" if shift.exceeds(limit) else "stable"
+            found[what] = shift.as_json() | {"verdict": conclusion}
     return found
 
 
 def read_outcomes(path: Path) -> dict[str, float]:
-    """Trajectory -> outcome, from lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
+    """Read trajectory -> outcome from lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
 
     Raises:
         DataError: a line has no outcome from 0 to 1, or two lines have different ones for one run.
@@ -346,7 +348,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
 
 
 def show_ab(found: Mapping[str, Any]) -> None:
-    """The sentences and tables of an A/B comparison."""
+    """Show the sentences and tables of an A/B comparison."""
     cli.emit(f"A is {found['a']}, B is {found['b']}: {found['steps']:,} steps on which both are sure")
     if found["steps"]:
         cli.emit(
@@ -367,21 +369,21 @@ def show_ab(found: Mapping[str, Any]) -> None:
 
 
 _LOGGED = 600
-"""How many characters to show from the end of a logged prompt, where the step is."""
+"""The number of characters to show from the end of a logged prompt, where the step is."""
 
 
 def show_drift(version: VersionId, found: Mapping[str, Any]) -> None:
-    """Tables of current scores next to those of the held-out rows."""
+    """Show a table that compares logged scores with those of the held-out rows."""
     rows = [
         [f"{keys}: {what}" if len(found["groups"]) > 1 else what, f"{each['n_reference']:,}", f"{each['n']:,}",
          *(_number(each[key]) for key in ("mean_reference", "mean", "psi", "ks")), each["verdict"]]
         for keys, group in found["groups"].items()
         for what, each in group.items()
     ]  # fmt: skip
-    columns = ("", "n then", "n now", "mean then", "mean now", "PSI", "KS", "verdict")
-    cli.emit_table(str(version), columns, rows, numeric=columns[1:7], optional=("n then", "KS"))
+    columns = ("", "n ref.", "n now", "mean ref.", "mean now", "PSI", "KS", "result")
+    cli.emit_table(str(version), columns, rows, numeric=columns[1:7], optional=("n ref.", "KS"))
     unsure = found["unsure"]
-    cli.emit(f"unsure or unscored: {unsure['then']:.1%} then, {unsure['now']:.1%} now")
+    cli.emit(f"ref.: the held-out rows\nunsure or unscored: {unsure['then']:.1%} of these, {unsure['now']:.1%} now")
 
 
 def _number(value: float | None) -> str:

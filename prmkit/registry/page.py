@@ -1,4 +1,4 @@
-"""One page about all versions: agreement over time, tags, history, the current A/B comparison, drift."""
+"""Write one page about all versions: agreement over time, tags, history, the current A/B comparison, drift."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def write_versions_page(folder: Path, output: Path, logs: Sequence[Path], limit:
         folder: the registry.
         output: the HTML file.
         logs: request logs or scoring outputs, for A/B and drift; may be empty.
-        limit: a higher population stability index counts as drift.
+        limit: a population stability index above this counts as drift.
 
     Raises:
         DataError: a version or a log is damaged.
@@ -71,7 +71,7 @@ def _ab(steps: Sequence[monitor.LoggedStep]) -> Mapping[str, Any] | None:
 def _drifts(
     folder: Path, state: registered.State, steps: Sequence[monitor.LoggedStep], limit: float
 ) -> list[dict[str, Any]]:
-    """The drift of every registered version that the logs name."""
+    """Return the drift of every registered version in the logs."""
     found = []
     for version in state.versions:
         scored = [step for step in steps if step.is_logged and step.judge == str(version)]
@@ -85,8 +85,8 @@ def _drifts(
 
 
 def _points(versions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each version's place in the plot, in pixels; the axis goes from 1 down to 0, and lower only if it must."""
-    known = [(place, each["spearman"]) for place, each in enumerate(versions)
+    """Return each version's position in the plot, in pixels; the axis goes from 1 to 0, and lower only if needed."""
+    known = [(index, each["spearman"]) for index, each in enumerate(versions)
              if each["spearman"] and each["spearman"].get("low") is not None]  # fmt: skip
     floor = min([0.0, *(estimate["low"] for _, estimate in known)])
     step = (_WIDTH - 2 * _EDGE) / max(len(versions) - 1, 1)
@@ -95,8 +95,8 @@ def _points(versions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return round(float(_HEIGHT - _EDGE - (value - floor) / (1 - floor) * (_HEIGHT - 2 * _EDGE)), 1)
 
     return [
-        {"x": round(_EDGE + place * step, 1), "y": y(estimate["value"]), "low": y(estimate["low"]),
-         "high": y(estimate["high"]), "name": versions[place]["name"], "is_tagged": bool(versions[place]["tags"]),
+        {"x": round(_EDGE + index * step, 1), "y": y(estimate["value"]), "low": y(estimate["low"]),
+         "high": y(estimate["high"]), "name": versions[index]["name"], "is_tagged": bool(versions[index]["tags"]),
          "zero": y(0.0), "one": y(1.0), "label": f"{estimate['value']:.2f}"}
-        for place, estimate in known
+        for index, estimate in known
     ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""A new version from the production version and new rows: convert, compare, train, measure both, decide, register.
+"""Retrain a version with new rows: convert, compare, train, measure both versions, decide, register.
 
-Every step leaves a file that is complete or absent, in a folder named after the inputs. The same command skips
-completed steps, so a killed retraining continues, and a completed one gives the same answer again.
+Every stage leaves a file that is complete or absent, in a folder named after a hash of the inputs. The same command
+skips completed stages, so a killed retraining resumes, and a completed one returns the same result again.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ RESULT = "result.json"
 
 
 def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
-    """Make a version from another one and new rows, and tag it if requested and if the gate is met.
+    """Train a version from another one and new rows, and tag it if requested and if the gate is met.
 
     Returns:
         `version` (None if nothing was trained), `parent`, `promoted`, `gate` (`reasons`, and `passed`, which is None if
@@ -44,7 +44,7 @@ def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
 
     Raises:
         DataError: another retraining is running, the rows cannot be read, or held-out rows would leak.
-        UsageError: the version was registered without its rows, or with a filtered conversion.
+        UsageError: the version was registered without its rows, or trained on filtered data.
         LlamaFactoryError: the training failed.
     """
     parent = registered.find_version(asked.reference, registry)
@@ -110,16 +110,20 @@ def _keep_result(
 def _promote(job: Job, result: dict[str, Any]) -> dict[str, Any]:
     if not (result["version"] and result["gate"]["passed"] and job.asked.promote):
         return result
-    tag = job.asked.reference.rpartition("@")[2]
-    tag = "production" if tag.isdigit() else tag
-    number = registered.find_version(result["version"], job.registry).number
-    rolled_back = {"action": "rollback", "judge": job.parent.name, "tag": tag, "was": number}
+    tag = _tag_of(job.asked)
+    version = registered.find_version(result["version"], job.registry)
+    rolled_back = {"action": "rollback", "judge": job.parent.name, "tag": tag, "was": version.number}
     if any(rolled_back.items() <= line.items() for line in registered.read_history(job.registry)):
-        log.warning("warning: %s was rolled back before, so it is not tagged again. Tag it by hand.", result["version"])
+        log.warning("warning: %s was rolled back earlier; not promoting it automatically. Tag it manually.", version)
         return result
     why = job.asked.why or f"better than {job.parent} by the gate of its retraining"
     versions.tag_version(job.registry, result["version"], tag, why, expected=job.parent)
     return result | {"promoted": True}
+
+
+def _tag_of(asked: Retraining) -> str:
+    tag = asked.reference.rpartition("@")[2]
+    return "production" if tag.isdigit() else tag
 
 
 # --- before training --------------------------------------------------------------------------------------------------
@@ -145,22 +149,22 @@ def _report(job: Job) -> dict[str, Any]:
 
 
 def _drops(known: Mapping[str, Any], metrics: Mapping[str, Any], parent: VersionId) -> list[str]:
-    """Evaluation types on which the judge agrees clearly less with the new labels than with the old ones."""
+    """Describe evaluation types on which the judge agrees significantly less with the new labels than with the old."""
     found = []
     for name, summary in metrics["summary"]["types"].items():
         before = (known["summary"]["types"].get(name) or {}).get("spearman") or {}
         now = summary["spearman"]
         if None not in (before.get("low"), now.get("high")) and now["high"] < before["low"]:
             found.append(
-                f"{parent} agrees less with the new labels of {name}: Spearman {describe.shown_estimate(now)}, "
-                f"{describe.shown_estimate(before)} with the old ones. Either the runs are of a new kind, or the "
-                "labels are worse."
+                f"{parent} agrees less with the new {name} labels (Spearman {describe.shown_estimate(now)}) than with "
+                f"the old ones ({describe.shown_estimate(before)}): either the runs are different or the labels are "
+                "worse."
             )
     return found
 
 
 def _contradiction(metrics: Mapping[str, Any], parent: VersionId) -> str | None:
-    """If the judge ranks the new rows in reverse, either it or the labels are wrong; a person must decide which."""
+    """Report that the judge ranks the new rows in reverse: it or the labels are wrong, and a person must decide."""
     for name, summary in metrics["summary"]["types"].items():
         estimate = summary["spearman"]
         if estimate.get("high") is not None and estimate["high"] < 0:
@@ -197,30 +201,30 @@ def _evaluate(job: Job, run: Path, data: Path, name: str) -> dict[str, Any]:
 
 
 def _decide(job: Job, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The gate: not worse on the old held-out rows, better on the new ones. What cannot be decided is not met."""
+    """Check the gate: not worse on the old held-out rows, and better on the new ones. If undecided, it is not met."""
     reasons = [report["contradicts"]] if report["contradicts"] else []
     comparisons = {}
     for side, data in (("old", job.parent_folder / DATA), ("new", job.work / "new")):
         if not (data / REPORT).is_file():
-            reasons.append(f"On the {side} rows: cannot be decided, because none of them are held out.")
+            reasons.append(f"{side} rows: undecided, because there are no held-out rows.")
             continue
         metrics = _evaluate(job, run, data, f"new_on_{side}")
         found = compare.compare(job.work / f"new_on_{side}", job.work / f"old_on_{side}")
         comparisons[side] = found["groups"]
         try:
-            compare.check_enough_scores(metrics, f"On the {side} rows")
+            compare.check_enough_scores(metrics, f"{side} rows")
             compare.check_not_worse(found, job.asked.margin)
         except GateError as error:
-            reasons.append(f"On the {side} rows: {str(error).replace(str(job.work), 'retraining')}")
-        verdict = found["groups"][0]["verdict"]
-        if side == "new" and verdict != "better":
-            reasons.append(f"On the new rows: not shown to be better ({verdict}).")
+            reasons.append(f"{side} rows: {str(error).replace(str(job.work), 'retraining')}")
+        conclusion = found["groups"][0]["verdict"]
+        if side == "new" and conclusion != "better":
+            reasons.append(f"new rows: not significantly better ({conclusion}).")
     return {"passed": not reasons, "reasons": reasons, "margin": job.asked.margin, "comparisons": comparisons}
 
 
 def _register(job: Job, run: Path, gate: Mapping[str, Any], report: Mapping[str, Any]) -> VersionId:
     state = registered.state_of(registered.read_history(job.registry))
-    for version in state.versions:  # a killed attempt had already registered it
+    for version in state.versions:  # a killed attempt may have already registered it
         if registered.read_version(version, job.registry)["details"].get("key") == job.key:
             return version
     settings = read_json(job.parent_folder / DATA / REPORT)["settings"]
@@ -249,21 +253,21 @@ def _register(job: Job, run: Path, gate: Mapping[str, Any], report: Mapping[str,
     return versions.add_version(job.registry, addition)
 
 
-def show_retraining(result: Mapping[str, Any]) -> None:
-    """The findings, training and decision of a retraining."""
+def show_retraining(result: Mapping[str, Any], asked: Retraining) -> None:
+    """Show the findings, training and decision of a retraining."""
     for sentence in (result["report"] or {}).get("findings", []):
         cli.emit(f"new rows: {sentence}")
     if result["gate"]["passed"] is None:
         cli.emit(f"{result['version']}: was already trained on these rows. No gate was measured.")
         return
     if result["version"]:
-        cli.emit(f"{result['version']}: registered; its parent is {result['parent']}.")
+        cli.emit(f"{result['version']} is registered; its parent is {result['parent']}.")
     else:
         cli.emit(f"Nothing was trained; {result['parent']} is unchanged.")
     cli.emit("gate: met" if result["gate"]["passed"] else "gate: not met")
     for reason in result["gate"]["reasons"]:
         cli.emit(f"  {reason}")
     if result["promoted"]:
-        cli.emit(f"{result['version']}: now has the tag.")
+        cli.emit(f"{result['version']} now has the tag {_tag_of(asked)}.")
     elif result["gate"]["passed"]:
         cli.emit(f"next: python manage_judges.py tag {result['version']} production")

@@ -1,4 +1,4 @@
-"""Adding, tagging, rolling back and removing versions: under one lock, with one synced history line per action."""
+"""Add, tag, roll back and remove versions, under one lock, with one synced history line per action."""
 
 import getpass
 import logging
@@ -32,7 +32,7 @@ log = logging.getLogger("prmkit")
 
 _PATIENCE = 60.0
 """Seconds that a command waits for another command."""
-_LEFT_OUT = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
+_NOT_COPIED = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
 """Files of a run that are not copied: needed only to resume it, or written while it runs."""
 _ADDING = ".adding-"
 """With the number, the folder of a version that is being added."""
@@ -41,19 +41,19 @@ _PUBLIC = (
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "README.md",
     "calibration.json",
 )  # fmt: skip
-"""Files of a run that are needed to load the judge. None says where or on which rows it was trained."""
+"""Files that are needed to load the judge; they contain neither local paths nor training data."""
 
 
 @contextmanager
 def changing(folder: Path) -> Iterator[State]:
-    """Lock the registry against other commands, and remove what a killed command left."""
+    """Lock the registry against other commands, and remove leftovers of a killed command."""
     with exclusive_lock(folder, "changing versions", lock=".registry.lock", patience=_PATIENCE):
         state = registered.state_of(registered.read_history(folder))
-        _sweep(folder, state)
+        _remove_leftovers(folder, state)
         yield state
 
 
-def _sweep(folder: Path, state: State) -> None:
+def _remove_leftovers(folder: Path, state: State) -> None:
     """Remove what a killed command left; never a version that the history merely does not mention.
 
     Raises:
@@ -88,7 +88,7 @@ def _remove_folder(place: Path) -> None:
 
 
 def write_history(folder: Path, action: str, why: str | None, **values: Any) -> None:
-    """Append and sync one action. Only the line counts: without it, nothing happened.
+    """Append and sync one action, which takes effect with this line.
 
     Raises:
         OSError: the disk is full; the history is unchanged.
@@ -105,7 +105,7 @@ def write_history(folder: Path, action: str, why: str | None, **values: Any) -> 
     }
     with file.open("ab+", buffering=0) as stream:
         end = end_of_last_line(stream.fileno())
-        stream.truncate(end)  # remnants of a killed command
+        stream.truncate(end)  # leftovers of a killed command
         try:
             write_all(stream.write, orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             os.fsync(stream.fileno())
@@ -133,24 +133,24 @@ class Addition:
     run: Path
     name: str
     rows: Sequence[Path] = ()
-    """The conversion's input; if empty, the files named in its report, if they are unchanged."""
+    """The conversion's input; if empty, the files in its report, if they are unchanged."""
     keep_rows: Sequence[Path] = ()
-    """All rows, to keep instead of the input: a retraining may convert only part of the old rows."""
+    """Rows to store instead of the conversion's input, because a retraining may convert only part of the old rows."""
     data: Path | None = None
-    """The converted data; None for the folder in the run's record."""
+    """The converted data; None for the folder in run.json."""
     evaluation: Path | None = None
     """A folder with metrics; None for the run's own."""
     parent: str | None = None
     why: str | None = None
     details: Mapping[str, Any] | None = None
-    """Recorded unchanged: a retraining's key, gate and report."""
+    """Extra fields for version.json: a retraining's key, gate and report."""
 
 
 def add_version(folder: Path, addition: Addition) -> VersionId:
-    """Copy a finished run into the registry, with its data and rows, and give it the next number.
+    """Copy a finished training run into the registry, with its data and rows, and give it the next number.
 
     Raises:
-        DataError: it is not a finished run, or its data is not what it was trained on.
+        DataError: the run is not finished, or its data differs from what it was trained on.
         UsageError: the name cannot be a folder name.
     """
     if not SAFE_NAME.fullmatch(addition.name):
@@ -161,7 +161,7 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
         version = VersionId(addition.name, state.last_number.get(addition.name, 0) + 1)
         for other in state.versions:
             if other.name == addition.name and registered.read_version(other, folder)["run_id"] == record["id"]:
-                raise UsageError(f"{addition.run}: is already registered, as {other}.")
+                raise UsageError(f"{addition.run} is already registered, as {other}.")
         final = registered.folder_of_version(version, folder)
         # The outer folder remains until the line is written: a version that has neither a line nor this folder is not
         # a remnant of a killed command, so the history has lost its line.
@@ -184,7 +184,7 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
 def _finished(run: Path) -> dict[str, Any]:
     file = run / RUN_RECORD
     if not file.is_file():
-        raise DataError(f"{run}: not a run of train.py (no {RUN_RECORD}). Name a folder in saves/.")
+        raise DataError(f"{run}: not a training run (no {RUN_RECORD}). Pass a folder in saves/.")
     record = read_json(file)
     if record.get("status") != "finished":
         raise DataError(
@@ -194,11 +194,11 @@ def _finished(run: Path) -> dict[str, Any]:
 
 
 def _copy_run(addition: Addition, target: Path) -> None:
-    shutil.copytree(addition.run, target, ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=False)
+    shutil.copytree(addition.run, target, ignore=shutil.ignore_patterns(*_NOT_COPIED), symlinks=False)
     if addition.evaluation:
         shutil.rmtree(target / EVALUATION, ignore_errors=True)
         shutil.copytree(addition.evaluation, target / EVALUATION)
-    # The base model is found relative to the run's folder, and the relative path from here is different.
+    # The base model is found relative to the run's folder, so its relative path changes.
     record = read_json(target / RUN_RECORD)
     base = record.get("base_model") or {}
     near = addition.run / str(base.get("relative"))
@@ -209,12 +209,12 @@ def _copy_run(addition: Addition, target: Path) -> None:
 
 
 def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> None:
-    """The files that retraining needs: training and held-out rows with their sidecars, and the input."""
+    """Copy the files that retraining needs: training and held-out rows with their sidecars, and the input."""
     data = addition.data or data_folder_of(addition.run, record)
     info = read_json(data / INFO) if data else {}
     if data is None or not any((record.get(side) or {}).get("name") in info for side in ("dataset", "eval_dataset")):
         log.warning(
-            "warning: the data of %s was not found, so it cannot be retrained. Name it with --data-dir.", addition.run
+            "warning: the data of %s was not found, so it cannot be retrained. Pass it with --data-dir.", addition.run
         )
         return
     (target / DATA).mkdir()
@@ -227,7 +227,8 @@ def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> N
         file = data / info[name]["file_name"]
         if sha256_of(file) != described["sha256"]:
             raise DataError(
-                f"{file}: is not what {addition.run} was trained with. Convert the same rows again, or use --data-dir."
+                f"{file} differs from the file that {addition.run} was trained on. Convert the same rows again, or use "
+                "--data-dir."
             )
         kept[name] = info[name]
         for each in (file, sidecar_of(file)):
@@ -240,10 +241,10 @@ def _copy_data(addition: Addition, record: Mapping[str, Any], target: Path) -> N
         _copy_rows(addition, read_json(data / REPORT), data, target / ROWS)
 
 
-def _unpacked(place: Path) -> str:
-    """The SHA-256 of what a file holds; empty if it is damaged, so that it is no file of the conversion's."""
+def _content_hash(file: Path) -> str:
+    """Return the SHA-256 of a file's decompressed content; empty if it is damaged, so that it matches no input."""
     try:
-        return hash_content(place)[0]
+        return hash_content(file)[0]
     except DataError:
         return ""
 
@@ -252,25 +253,25 @@ def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target
     wanted = [source["sha256"] for source in report["inputs"]]
     if addition.keep_rows:
         target.mkdir()
-        for number, place in enumerate(addition.keep_rows):
-            shutil.copy2(place, target / f"{number:03d}_{place.name.lstrip('0123456789_') or 'rows.jsonl'}")
+        for number, file in enumerate(addition.keep_rows):
+            shutil.copy2(file, target / f"{number:03d}_{file.name.lstrip('0123456789_') or 'rows.jsonl'}")
         return
-    # Where the data was converted, and where the project is now.
+    # Inputs are relative to the working directory of the conversion, or to where the project is now.
     folders = [Path(), *data.resolve().parents[:4]]
-    named = [folder / source["source"] for source in report["inputs"] for folder in folders]
-    places = [*addition.rows] or named
-    # Of packed runs, reports once had the hash of the file.
-    found = {digest: place for place in places if place.is_file() for digest in (sha256_of(place), _unpacked(place))}
-    if set(wanted) - set(found):
+    reported = [folder / source["source"] for source in report["inputs"] for folder in folders]
+    files = [*addition.rows] or reported
+    # Older reports have the hash of the compressed file.
+    by_hash = {digest: file for file in files if file.is_file() for digest in (sha256_of(file), _content_hash(file))}
+    if set(wanted) - set(by_hash):
         if addition.rows:
             raise DataError("--rows: the data was not converted from these rows (their hashes differ).")
         log.warning("warning: the rows from which the data was converted are missing or were changed, so this version "
-                    "cannot be retrained. Name them with --rows.")  # fmt: skip
+                    "cannot be retrained. Pass them with --rows.")  # fmt: skip
         return
     target.mkdir()
     for number, sha256 in enumerate(wanted):
-        place = found[sha256]
-        shutil.copy2(place, target / (place.name if len(wanted) == 1 else f"{number:02d}_{place.name}"))
+        file = by_hash[sha256]
+        shutil.copy2(file, target / (file.name if len(wanted) == 1 else f"{number:02d}_{file.name}"))
 
 
 def _content(
@@ -326,23 +327,23 @@ def tag_version(
         folder: the registry.
         reference: the version.
         tag: the tag.
-        why: for the history.
-        expected: the version that must have the tag now, if any has it: somebody may have rolled back in the meantime.
+        why: the reason, for the history.
+        expected: the version that must have the tag now, if any version has it, because of rollbacks in the meantime.
 
     Raises:
         UsageError: there is no such version, or the tag could be mistaken for a version.
         DataError: the version's files were changed.
     """
     if not SAFE_NAME.fullmatch(tag) or tag.isdigit():
-        raise UsageError(f"{tag!r}: cannot be a tag. Use a word, such as production or preview.")
+        raise UsageError(f"{tag!r} is not a valid tag. Use a word, for example production or preview.")
     with changing(folder) as state:
         version = registered.find_version(reference, folder)
         registered.check_files(version, folder)
         now = state.tagged(version.name, tag)
         if expected and now not in (None, expected.number, version.number):
             raise DataError(
-                f"{tag}: has moved to {version.name}@{now}, but {version} was compared with {expected}. "
-                f"{version} is not tagged; to tag it anyway, use manage_judges.py tag."
+                f"{tag} now points to {version.name}@{now}, but {version} was compared with {expected}, so it was not "
+                "promoted. To tag it anyway, use manage_judges.py tag."
             )
         if now != version.number:
             write_history(folder, "tag", why, judge=version.name, version=version.number, tag=tag)
@@ -355,10 +356,10 @@ def roll_back(folder: Path, reference: str, why: str | None) -> tuple[VersionId,
     """Point a tag to the version that had it before.
 
     Returns:
-        The version that had the tag, and the one that has it now.
+        The version to which the tag pointed, and the one to which it points now.
 
     Raises:
-        UsageError: no version has this tag, or none had it before.
+        UsageError: no version has this tag, or no version had it before.
         DataError: the earlier version's files were changed.
     """
     with changing(folder) as state:
@@ -366,9 +367,7 @@ def roll_back(folder: Path, reference: str, why: str | None) -> tuple[VersionId,
         tag = reference.rpartition("@")[2]
         held = state.tags.get((version.name, tag), [])
         if len(held) < 2:
-            raise UsageError(
-                f"{reference}: no version had this tag before {version}, so there is nothing to go back to."
-            )
+            raise UsageError(f"{reference} has no earlier version to roll back to; {version} is its first.")
         earlier = VersionId(version.name, held[-2])
         registered.check_files(earlier, folder)
         write_history(folder, "rollback", why, judge=version.name, version=earlier.number, tag=tag, was=version.number)
@@ -384,7 +383,7 @@ def remove_version(folder: Path, reference: str, why: str | None) -> VersionId:
     with changing(folder) as state:
         version = registered.find_version(reference, folder)
         if tags := state.tags_of(version):
-            raise UsageError(f"{version}: has the tag {' and '.join(tags)}. Tag another version first, or roll back.")
+            raise UsageError(f"{version} has the tag {' and '.join(tags)}. Tag another version first, or roll back.")
         write_history(folder, "remove", why, judge=version.name, version=version.number)
         _remove_folder(registered.folder_of_version(version, folder))
     return version
@@ -400,7 +399,7 @@ def export_version(folder: Path, reference: str, target: Path) -> VersionId:
     version = registered.find_version(reference, folder)
     registered.check_files(version, folder, below=f"{RUN}/")
     if target.exists():
-        raise UsageError(f"{target}: exists. Name a new folder.")
+        raise UsageError(f"{target} already exists. Choose a new folder.")
     building = target.with_name(f".{target.name}.part")
     shutil.rmtree(building, ignore_errors=True)
     run = registered.folder_of_version(version, folder) / RUN
@@ -408,7 +407,7 @@ def export_version(folder: Path, reference: str, target: Path) -> VersionId:
     for file in sorted({file for pattern in _PUBLIC for file in run.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, building / file.name)  # without the file mode: the registry's files are read-only
     adapter = building / "adapter_config.json"
-    if adapter.is_file():  # it names a folder that only this machine has
+    if adapter.is_file():  # it contains the path of a folder that only this machine has
         base = registered.read_version(version, folder)["base_model"]
         write_json(adapter, {**read_json(adapter), "base_model_name_or_path": base})
     building.rename(target)

@@ -1,5 +1,5 @@
-"""A served judge as the reward of RL frameworks and evaluations: one module each, none of which needs torch.
+"""Use a served judge as a reward in RL frameworks and evaluations: one module per framework, without torch.
 
-Frameworks differ in what they do with a step that has no score; most silently make it 0. So each module here answers in
-a way that its framework handles safely, and its docstring says how.
+Frameworks treat a step without a score differently, and most silently make it 0. So each module here returns something
+that its framework handles safely, which its docstring describes.
 """

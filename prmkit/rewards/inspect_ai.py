@@ -6,17 +6,17 @@ from prmkit.client import Judge, client_of
 
 
 def judge_scorer(judge: str | Judge, *, aggregate: str = "min") -> Any:
-    """A scorer that judges the messages of a sample; the score's metadata has the score of each step.
+    """Make a scorer that judges the messages of a sample; the score's metadata has the score of each step.
 
-    A sample in which the model wrote nothing, or with a step that has no score, is `Score.unscored`: Inspect leaves it
-    out of its metrics and counts it.
+    A sample in which the model wrote nothing, or with a step that has no score, is `Score.unscored`: Inspect excludes
+    it from its metrics, and counts it.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
         aggregate: min, mean, product or last.
 
     Raises:
-        JudgeUnavailable, RequestRefused: when a sample is scored.
+        JudgeUnavailable, RequestRefused: raised when a sample is scored.
     """
     import asyncio
 
@@ -28,8 +28,8 @@ def judge_scorer(judge: str | Judge, *, aggregate: str = "min") -> Any:
     def scores_of_judge() -> Any:
         async def score(state: Any, _target: Any) -> Any:
             messages = [message.model_dump(exclude_none=True) for message in state.messages]
-            said = (message for message in messages if message["role"] == "assistant")
-            if not any(message.get("content") or message.get("tool_calls") for message in said):
+            answers = (message for message in messages if message["role"] == "assistant")
+            if not any(message.get("content") or message.get("tool_calls") for message in answers):
                 return Score.unscored(explanation="the model wrote nothing")
             (run,) = await asyncio.to_thread(client.score_run, {"messages": messages})
             steps = [step["score"] if step["status"] == "ok" else None for step in run["steps"]]

@@ -1,7 +1,7 @@
-"""MLflow: an alignment optimizer that trains a judge on people's feedback on traces, and serves it.
+"""MLflow: an alignment optimizer that trains a judge on human feedback on traces, and serves it.
 
 optimizer = make_optimizer(toolkit="…/prmkit", config="training_config.yaml", folder="aligned")
-aligned = judge.align(traces, optimizer)      # any judge of MLflow; its name is that of the feedback
+aligned = judge.align(traces, optimizer)      # any MLflow judge with the name of the feedback
 aligned(inputs={"question": "…"}, outputs="…")
 """
 
@@ -30,15 +30,15 @@ def make_optimizer(
     python: str = sys.executable,
     settings: Sequence[str] = (),
 ) -> Any:
-    """An `AlignmentOptimizer` whose `align` trains weights, where MLflow's optimizers rewrite the prompt.
+    """Make an `AlignmentOptimizer` whose `align` trains weights, where MLflow's optimizers rewrite the prompt.
 
-    The inputs and outputs of each trace's root span are one step. People's feedback under the judge's name is its
-    label: a number from 0 to 1, a boolean, or yes or no. The server ends with the process.
+    The inputs and outputs of each trace's root span are one step. Human feedback under the judge's name is its label: a
+    number from 0 to 1, a boolean, or yes or no. The server ends with the process.
 
     Args:
         toolkit: the folder with train.py.
         config: the training configuration.
-        folder: for rows, data and the run; use another folder for other feedback.
+        folder: a folder for rows, data and the training run; use another folder for other feedback.
         python: the interpreter of the toolkit's environment, which need not be MLflow's.
         settings: key=value for train.py.
 
@@ -52,27 +52,27 @@ def make_optimizer(
         """Trains a judge with prmkit."""
 
         def align(self, judge: Any, traces: list[Any]) -> Any:
-            place, scripts = Path(folder).resolve(), Path(toolkit).resolve()
+            work, scripts = Path(folder).resolve(), Path(toolkit).resolve()
             rows = [json.dumps(row) for row in _labelled(judge.name, traces)]
             if not rows:
                 raise UsageError(f"no trace has feedback from a person under the judge's name, {judge.name}.")
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "runs.jsonl").write_text("\n".join(rows), encoding="utf-8")
+            work.mkdir(parents=True, exist_ok=True)
+            (work / "runs.jsonl").write_text("\n".join(rows), encoding="utf-8")
             training = ["--config", str(Path(config).resolve()), "--dataset", "reward_model_clip", *settings]
             for script, *arguments in (
                 ("import_trajectories.py", "runs.jsonl", "--output", "rows.jsonl", *_LABELS),
                 ("convert_dataset.py", "--input", "rows.jsonl", "--output-dir", "data"),
-                ("train.py", *training, f"dataset_dir={place / 'data'}", f"output_dir={place / 'run'}"),
+                ("train.py", *training, f"dataset_dir={work / 'data'}", f"output_dir={work / 'run'}"),
             ):
-                _run([python, str(scripts / script), *arguments], place)
-            url = _serve([python, str(scripts / "serve_judge.py"), "--run", "run", "--port", "0"], place)
+                _run([python, str(scripts / script), *arguments], work)
+            url = _serve([python, str(scripts / "serve_judge.py"), "--run", "run", "--port", "0"], work)
             return make_judge(url, judge.name, judge.instructions)
 
     return TrainingOptimizer()
 
 
 def make_judge(judge: str | Judge, name: str, instructions: str = "") -> Any:
-    """A served judge as a `Judge` of MLflow: the feedback is a score from 0 to 1, or an error if it is unsure."""
+    """Make an MLflow `Judge` from a served judge; its feedback is a score from 0 to 1, or an error if it is unsure."""
     from mlflow.entities import AssessmentSource, Feedback
     from mlflow.genai.judges.base import Judge as MlflowJudge
     from mlflow.genai.judges.base import JudgeField
@@ -106,7 +106,7 @@ def make_judge(judge: str | Judge, name: str, instructions: str = "") -> Any:
 
 
 def _labelled(name: str, traces: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """One labelled run of one step for each trace that a person scored."""
+    """Yield one labelled run of one step for each trace with human feedback."""
     for trace in traces:
         given = [each for each in trace.search_assessments(name, type="feedback") if each.source.source_type == "HUMAN"]
         root = next((span for span in trace.data.spans if span.parent_id is None), None)
@@ -120,12 +120,14 @@ def _labelled(name: str, traces: Sequence[Any]) -> Iterator[dict[str, Any]]:
 def _score(value: Any, trace: str) -> float:
     score = _WORDS.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise UsageError(f"{trace}: the feedback {value!r} is not a score: a number from 0 to 1, a boolean, yes or no.")
+        raise UsageError(
+            f"{trace}: the feedback {value!r} is not a score (a number from 0 to 1, a boolean, yes or no)."
+        )
     return float(score)
 
 
 def _messages(inputs: Any, outputs: Any) -> tuple[list[Any], list[Any]]:
-    """Question and answer of a trace, in the same form for training and for scoring."""
+    """Return question and answer of a trace as messages, in the same format for training and scoring."""
     asked = inputs.get("messages") if isinstance(inputs, Mapping) else None
     prompt = list(asked) if isinstance(asked, list) and asked else [{"role": "user", "content": _text(inputs)}]
     choices = outputs.get("choices") if isinstance(outputs, Mapping) else None
@@ -134,7 +136,7 @@ def _messages(inputs: Any, outputs: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _text(value: Any) -> str:
-    """A value as text: a string, an object's only string, or JSON."""
+    """Return a value as text: a string, an object's only string, or JSON."""
     parts = list(value.values()) if isinstance(value, Mapping) else [value]
     return parts[0] if len(parts) == 1 and isinstance(parts[0], str) else json.dumps(value, default=str)
 

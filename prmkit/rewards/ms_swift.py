@@ -13,7 +13,7 @@ from prmkit.rewards.trl import reward_values
 
 
 def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
-    """A subclass of `swift.rewards.ORM`.
+    """Make a subclass of `swift.rewards.ORM`.
 
     ms-swift turns None into 0, so a completion without a score gets the mean of its group (the completions with the
     same `prompt_id`). In a group without any score, all stay None.
@@ -23,7 +23,7 @@ def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
         aggregate: min, mean, product or last.
 
     Raises:
-        JudgeUnavailable, RequestRefused: when it is called.
+        JudgeUnavailable, RequestRefused: raised by the returned class when it is called.
     """
     from swift.rewards import ORM
 
@@ -44,6 +44,6 @@ def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
 
 
 def before_answer(messages: Any) -> list[Any]:
-    """The conversation without the answer that ms-swift has appended."""
+    """Return the conversation without the answer that ms-swift has appended."""
     is_answered = bool(messages) and messages[-1].get("role") == "assistant"
     return list(messages[:-1] if is_answered else messages)

@@ -15,9 +15,9 @@ from prmkit.rewards.steps import reward_of_step
 def make_reward_func(
     judge: str | Judge, *, aggregate: str = "min", unscored_reward: float | None = None
 ) -> Callable[..., dict[str, Any]]:
-    """A `reward_func` for a reward file.
+    """Make a `reward_func` for a reward file.
 
-    OpenRLHF puts the returned values into tensors, where None and NaN stop or poison the training. A sample without a
+    OpenRLHF puts the returned values into tensors, where None and NaN stop or corrupt the training. A sample without a
     score gets `unscored_reward`, and `unscored` 1.0 in the logs; without `unscored_reward` it is an error.
 
     Args:
@@ -49,7 +49,7 @@ def score_step(
     step: Any,
     unscored_reward: float | None = None,
 ) -> float:
-    """The score of one turn, for `AgentInstanceBase.step`; OpenRLHF sums the turns' rewards.
+    """Return the score of one turn, for `AgentInstanceBase.step`; OpenRLHF sums the turns' rewards.
 
     Raises:
         JudgeUnavailable: the step has no reliable score, and there is no `unscored_reward`.

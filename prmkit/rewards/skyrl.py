@@ -14,20 +14,20 @@ from prmkit.rewards.steps import reward_of_step
 def make_env(
     environment: type, judge: str | Judge, *, weight: float = 1.0, unscored_reward: float | None = None
 ) -> type:
-    """A subclass of a `BaseTextEnv`: the reward of a turn is the environment's plus `weight` times the judge's score.
+    """Make a subclass of a `BaseTextEnv` that adds `weight` times the judge's score to the reward of each turn.
 
-    SkyRL puts the reward of a turn on its last token, so the step scores reach the policy unchanged. The judge sees the
-    turn, the messages before it, and the observations of role `tool` that it caused; an observation of role `user` is
-    seen with the next turn.
+    SkyRL puts the reward of a turn on its last token, so the step scores reach the policy unchanged. The judge gets the
+    turn, the messages before it, and the observations with role `tool` that it caused. It gets an observation with role
+    `user` with the next turn.
 
     Args:
         environment: the class to extend.
         judge: the URL of `serve_judge.py`, or a client.
-        weight: of the judge's score.
-        unscored_reward: used as the score of a turn that has none; with None, such a turn is an error.
+        weight: the weight of the judge's score.
+        unscored_reward: the score to use for a turn without a score; with None, such a turn is an error.
 
     Raises:
-        JudgeUnavailable, RequestRefused: in `step`.
+        JudgeUnavailable, RequestRefused: raised by `step`.
     """
     client = client_of(judge)
 
@@ -42,9 +42,9 @@ def make_env(
         def step(self, action: str) -> Any:
             output = super().step(action)
             turn = {"role": "assistant", "content": output.get("postprocessed_action") or action}
-            answers = list(output["observations"] or ())
-            score = self._score(turn, answers, is_last=output["done"])
-            self._judged += [turn, *answers]
+            observations = list(output["observations"] or ())
+            score = self._score(turn, observations, is_last=output["done"])
+            self._judged += [turn, *observations]
             output["reward"] = float(output["reward"]) + weight * score
             return output
 

@@ -14,7 +14,7 @@ from prmkit.client import Judge, client_of
 def make_custom_rm(
     judge: str | Judge, *, aggregate: str = "min", unscored_reward: float | None = None
 ) -> Callable[..., Awaitable[dict[str, Any]]]:
-    """An async `custom_rm(args, sample)`. The reward is an object; `--reward-key score` selects the number.
+    """Make an async `custom_rm(args, sample)`. It returns an object; `--reward-key score` selects the number.
 
     slime accepts any JSON as a reward. A sample without a score gets `unscored_reward` and `unscored` true; without
     `unscored_reward` it is an error, which stops the rollout.

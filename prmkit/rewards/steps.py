@@ -1,6 +1,6 @@
-"""Rewards of single steps, for frameworks that keep them: SkyRL, ROLL and NeMo-RL environments, AReaL, verifiers.
+"""Per-step rewards, for frameworks that support them: SkyRL, ROLL and NeMo-RL environments, AReaL, verifiers.
 
-rewards = step_rewards(judge, {"messages": messages})       # one for each message of the agent
+rewards = step_rewards(judge, {"messages": messages})       # one per message of the agent
 client.set_reward(completion_id, rewards[-1])               # AReaL
 return {"reward": rewards[-1], …}                           # Env.step of SkyRL
 """
@@ -12,11 +12,11 @@ from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward, clien
 
 
 def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None = None) -> list[float]:
-    """The score of every step of a run.
+    """Return the score of every step of a run.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
-        run: one run, in any form that `import_trajectories.py` reads.
+        run: one run, in any format that `import_trajectories.py` reads.
         unscored_reward: for steps without a score; with None, such a step is an error.
 
     Raises:
@@ -26,7 +26,7 @@ def step_rewards(judge: str | Judge, run: Any, *, unscored_reward: float | None 
     client = client_of(judge)
     runs = client.score_run(run)
     if len(runs) != 1:
-        raise RequestRefused(f"{len(runs)} runs instead of one. Call step_rewards for each.")
+        raise RequestRefused(f"{len(runs)} runs instead of one. Call step_rewards once per run.")
     (found,) = runs
     return [reward_of(step).number(unscored_reward) for step in found["steps"]]
 
@@ -67,7 +67,7 @@ def reward_of_step(judge: Judge, step: Mapping[str, Any] | Sequence[Mapping[str,
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
-    """The sum of the rewards from each step on, discounted by `gamma` per step."""
+    """Return the sum of the rewards from each step on, discounted by `gamma` per step."""
     returns: list[float] = []
     for reward in reversed(rewards):
         returns.append(reward + gamma * (returns[-1] if returns else 0.0))
@@ -75,11 +75,11 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
 
 
 def evaluation_events(run: Mapping[str, Any], name: str = "step_score") -> Iterator[dict[str, Any]]:
-    """The attributes of an OpenTelemetry `gen_ai.evaluation.result` event for each scored step of a run.
+    """Yield the attributes of an OpenTelemetry `gen_ai.evaluation.result` event for each scored step of a run.
 
     Args:
         run: an object from `Judge.score_run`.
-        name: of the metric.
+        name: the metric's name.
     """
     for step in run["steps"]:
         if step["status"] == "ok":
@@ -93,19 +93,19 @@ def evaluation_events(run: Mapping[str, Any], name: str = "step_score") -> Itera
 def send_to_langfuse(
     langfuse: Any, run: Mapping[str, Any], trace_id: str, observation_ids: Sequence[str], name: str = "step_score"
 ) -> int:
-    """Write the score of every step to its observation in Langfuse; steps without a score get none.
+    """Write the score of every scored step to its observation in Langfuse.
 
     A score that is sent again replaces the previous one. The client sends in the background: flush it before exiting.
 
     Args:
         langfuse: a `langfuse.Langfuse` client.
         run: an object from `Judge.score_run`.
-        trace_id: of the run.
-        observation_ids: of its steps, in order.
-        name: of the score.
+        trace_id: the run's trace id.
+        observation_ids: the steps' observation ids, in order.
+        name: the score's name.
 
     Returns:
-        How many scores were handed to the client.
+        The number of scores that were passed to the client.
 
     Raises:
         ValueError: the numbers of observations and steps differ.

@@ -13,37 +13,37 @@ WhenUnscored = Literal["none", "group_mean"]
 def make_reward_func(
     judge: str | Judge, *, aggregate: str = "min", when_unscored: WhenUnscored | None = None
 ) -> Callable[..., list[float | None]]:
-    """A reward function for `GRPOTrainer`, for plain-text and conversational prompts.
+    """Make a reward function for `GRPOTrainer`, for plain-text and conversational prompts.
 
-    TRL 1.x leaves a completion whose reward is None out of its group. TRL 0.24 turns None into 0, which would teach the
-    policy to avoid what the judge could not score; with it, the completion gets the mean of its group, and so hardly
-    any advantage. In a group without any score, all stay None.
+    TRL 1.x excludes a completion whose reward is None from its group. TRL 0.24 turns None into 0, which would teach the
+    policy to avoid what the judge could not score; so with TRL 0.x, the completion gets the mean of its group, and with
+    it hardly any advantage. In a group without any score, all stay None.
 
     Args:
         judge: the URL of `serve_judge.py`, or a client.
-        aggregate: min, mean, product or last: how the scores of several steps become one number.
-        when_unscored: `none` or `group_mean`; None decides by the installed TRL.
+        aggregate: how the scores of several steps become one number: min, mean, product or last.
+        when_unscored: `none` or `group_mean`; with None, the installed TRL decides.
 
     Raises:
         JudgeUnavailable, RequestRefused: raised by the returned function, which stops the training.
     """
     client = client_of(judge)
-    answer = when_unscored or _fitting_trl()
+    choice = when_unscored or _fitting_trl()
 
     def judge_reward(prompts: Sequence[Any], completions: Sequence[Any], **_columns: Any) -> list[float | None]:
         rewards = client.rewards(list(zip(prompts, completions, strict=True)), aggregate=aggregate)
-        return reward_values(prompts, rewards, fill=answer == "group_mean")
+        return reward_values(prompts, rewards, fill=choice == "group_mean")
 
     return judge_reward
 
 
 def reward_values(groups: Sequence[Any], rewards: Sequence[Reward], *, fill: bool) -> list[float | None]:
-    """Rewards as plain numbers.
+    """Return rewards as plain numbers.
 
     Args:
         groups: a key for each sample, equal within a group; groups are contiguous.
-        rewards: of the samples.
-        fill: give a sample without a score the mean of its group.
+        rewards: the samples' rewards.
+        fill: whether to give a sample without a score the mean of its group.
     """
     values = [reward.value for reward in rewards]
     first = 0

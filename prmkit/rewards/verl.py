@@ -11,13 +11,13 @@ from typing import Any
 from prmkit.client import Judge, client_of
 
 _PROMPTS = ("messages", "prompt", "raw_prompt", "question")
-"""Names under which a dataset or an agent loop may keep the policy's prompt: verl does not pass it on."""
+"""Names under which a dataset or an agent loop may keep the policy's prompt, which verl itself does not pass on."""
 
 
 def make_compute_score(
     judge: str | Judge, *, aggregate: str = "min", unscored_reward: float | None = None
 ) -> Callable[..., Awaitable[dict[str, float]]]:
-    """An async `compute_score` for verl's naive, dapo and similar reward managers.
+    """Make an async `compute_score` for verl's naive, dapo and similar reward managers.
 
     verl needs the same keys from every sample and a number in each, so a sample without a score has `unscored: 1.0` and
     `unscored_reward`. Without `unscored_reward` it is an error: verl does not retry, and the training stops.
@@ -28,8 +28,8 @@ def make_compute_score(
         unscored_reward: for samples without a score.
 
     Raises:
-        ValueError: from the returned function, if `extra_info` has the prompt under none of the usual names.
-        JudgeUnavailable, RequestRefused: from the returned function.
+        ValueError: raised by the returned function if `extra_info` does not have the prompt under one of these names.
+        JudgeUnavailable, RequestRefused: raised by the returned function.
     """
     client = client_of(judge)
 
@@ -40,12 +40,10 @@ def make_compute_score(
         extra_info: Mapping[str, Any] | None = None,
         **_more: Any,
     ) -> dict[str, float]:
-        held = [extra_info.get(name) for name in _PROMPTS] if extra_info else []
-        prompt = next((each for each in held if each is not None and len(each)), None)  # may be an array of messages
+        prompts = [extra_info.get(name) for name in _PROMPTS] if extra_info else []
+        prompt = next((each for each in prompts if each is not None and len(each)), None)  # may be an array of messages
         if prompt is None:
-            raise ValueError(
-                f"extra_info has none of {', '.join(_PROMPTS)}. Add the policy's prompt under one of these names."
-            )
+            raise ValueError(f"extra_info does not have the policy's prompt. Add it as one of {', '.join(_PROMPTS)}.")
         prompt = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
         (reward,) = await client.arewards([(prompt, solution_str)], aggregate=aggregate)
         return {

@@ -1,4 +1,4 @@
-"""The steps to score: prompts, one row each, or raw runs, one row per step."""
+"""Read the rows to score: one row per prompt, or one row per step of raw runs."""
 
 import argparse
 import logging
@@ -34,27 +34,27 @@ class RowToScore:
     number: int
     """The number of its line, from 1."""
     id: str | int | None = None
-    """The row's `id`, or else the beginning of the prompt's hash. None for a line that cannot be read."""
+    """The row's `id` or, without one, the beginning of the prompt's hash; None for a line that cannot be read."""
     request: Request | None = None
     reason: str | None = None
-    """Why the row cannot be judged; it then has no request."""
+    """Why the row cannot be judged, in which case it has no request."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     trajectory: str | None = None
-    """`trajectory_id`, or else the task."""
+    """`trajectory_id` or, without one, the task."""
     clip_number: int | None = None
     is_step: bool = False
-    """Whether it is one step of a trajectory, not a whole trajectory or a category of tools; a line that cannot be read
-    may be one."""
+    """Whether it is one step of a trajectory, not a complete trajectory or a category of tools; a line that cannot be
+    read may be one."""
 
     @property
     def request_hash(self) -> str | None:
-        """Hash of the prompt, the system text and the score keys."""
+        """The hash of the prompt, the system prompt and the score keys."""
         return self.request.digest.hex() if self.request else None
 
 
 def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:
-    """Evaluation type -> the score keys that the conversion found; empty without a conversion."""
+    """Return evaluation type -> the score keys that the conversion found; empty without a conversion."""
     report = data_folder / REPORT
     return dict(read_json(report).get("score_keys", {})) if report.is_file() else {}
 
@@ -108,14 +108,14 @@ def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> RowToScore:
 log = logging.getLogger("prmkit")
 
 _SAMPLE = 20
-"""How many values of a file are examined to see what it contains."""
+"""The number of values of a file that are read to determine what it contains."""
 
 
 def holds_runs(name: str) -> bool:
-    """Whether an input contains runs, in any form, not prompts of single steps. A folder always does.
+    """Whether an input contains runs in any format, not per-step prompts. A folder always does.
 
     Raises:
-        UsageError: several forms of runs fit.
+        UsageError: several formats of runs match.
     """
     path = Path(name)
     if name == STDIN or not path.exists():
@@ -126,11 +126,11 @@ def holds_runs(name: str) -> bool:
         first = [value for _, value in islice(read_values(path), _SAMPLE) if not isinstance(value, Rejected)]
         return not any(map(_is_prompt, first)) and reader_for(read_values(path), name) is not None
     except DataError:
-        return False  # the reader of rows will report what is wrong
+        return False  # the row reader will report what is wrong
 
 
 def _is_prompt(value: Any) -> bool:
-    """Whether a value is a prompt: it asks for a verdict, or there is nothing in it but the prompt."""
+    """Whether a value is a prompt: it asks for a verdict, or contains only a prompt."""
     try:
         row = read_row(value)
     except Rejected:
@@ -138,34 +138,34 @@ def _is_prompt(value: Any) -> bool:
     return row.answer is None or is_judged_row(value) or asked_shape(row.prompt) is not None
 
 
-def check_rubric(rubric: Rubric, learnt: Sequence[str] | None, judge: str) -> None:
-    """Check that a judge was trained with the rubric that it is asked to use.
+def check_rubric(rubric: Rubric, trained: Sequence[str] | None, judge: str) -> None:
+    """Check that a judge was trained with the rubric that is about to be used.
 
     Args:
         rubric: the rubric to use.
-        learnt: hashes of the rubrics in its training data; None if nothing is known about its training.
-        judge: its name.
+        trained: hashes of the rubrics in the judge's training data; None if its training is unknown.
+        judge: the judge's name.
 
     Raises:
-        UsageError: it was trained on other prompts.
+        UsageError: the judge was trained on other prompts.
     """
-    if learnt is None:
+    if trained is None:
         log.warning("%s: its training rubric is unknown, so it may not have been trained on such prompts", judge)
-    elif not learnt:
+    elif not trained:
         raise UsageError(
-            f"{judge}: was trained on ready-made prompts and can score only those, because raw runs lack the summaries "
-            "by strong judges. Score prompts as in finetune.jsonl, or train a judge on labelled runs "
+            f"{judge} was trained on ready-made prompts, which contain summaries by strong judges, so it cannot score "
+            "raw runs. Score prompts as in finetune.jsonl, or train a judge on labelled runs "
             "(import_trajectories.py --labels)."
         )
-    elif rubric.sha256 not in learnt:
+    elif rubric.sha256 not in trained:
         raise UsageError(
-            f"{judge}: trained with another rubric ({', '.join(each[:12] for each in learnt)}; this one is "
-            f"{rubric.sha256[:12]}). Name the judge's rubric file with --rubric."
+            f"{judge} was trained with another rubric ({', '.join(each[:12] for each in trained)}; this one is "
+            f"{rubric.sha256[:12]}). Pass the judge's rubric file with --rubric."
         )
 
 
 def step_row(run: Trajectory, prompt: StepPrompt, rubric: Rubric, number: int) -> RowToScore:
-    """One step of a run as a row to score."""
+    """Turn one step of a run into a row to score."""
     shape = asked_shape(prompt.text)
     step = prompt.step.n
     return RowToScore(
@@ -183,25 +183,25 @@ def step_row(run: Trajectory, prompt: StepPrompt, rubric: Rubric, number: int) -
 
 @dataclass
 class RunsToScore:
-    """The steps of runs as rows, and the results of the first runs, for the table and the page."""
+    """The steps of runs as rows, with the results of the first runs for the table and the page."""
 
     name: str
-    """A file or folder."""
+    """The file or folder with the runs."""
     rubric: Rubric
     bad_below: float
-    """A step with a lower score is bad."""
+    """The score below which a step is bad."""
     judge: str
     """The judge's name, for the page."""
     page: Path | None = None
-    """Where to write the page; None for no page."""
+    """The file to write the page to; None for no page."""
     format: str | None = None
-    """The form of the runs; None to recognise it."""
+    """The format of the runs; None to detect it."""
     _first: dict[str, Trajectory] = field(default_factory=dict)
     _results: dict[str, list[Any]] = field(default_factory=dict)
     _runs: int = 0
 
     def rows(self) -> Iterator[RowToScore]:
-        """Every step of every run."""
+        """Yield every step of every run."""
         reports: list[FileReport] = []
         number = 0
         for run in read_runs([self.name], Options(self.format), reports):
@@ -215,7 +215,7 @@ class RunsToScore:
         for line in totals(reports):
             log.info(line)
         if not number:
-            raise DataError(f"{self.name}: no run was read.")
+            raise DataError(f"{self.name}: no runs found. See the warnings above, or choose the format with --format.")
 
     def add(self, row: RowToScore, result: Any) -> None:
         """Keep the result of a row, if its run is one of the first."""
@@ -234,15 +234,15 @@ class RunsToScore:
             log.info("%s: %d runs", self.page, len(scored))
 
 
-def runs_to_score(arguments: argparse.Namespace, learnt: Sequence[str] | None) -> RunsToScore | None:
-    """The input as runs; None if it contains prompts, which --keys always implies.
+def runs_to_score(arguments: argparse.Namespace, trained: Sequence[str] | None) -> RunsToScore | None:
+    """Return the input as runs; None if it contains prompts, which --keys always implies.
 
     Args:
-        arguments: of score_trajectories.py.
-        learnt: see `check_rubric`.
+        arguments: the arguments of score_trajectories.py.
+        trained: see `check_rubric`.
 
     Raises:
-        UsageError: the judge was trained on other prompts, or flags for runs were given for an input of prompts.
+        UsageError: the judge was trained on other prompts, or flags for runs were passed with an input of prompts.
     """
     if arguments.keys or not (arguments.format or holds_runs(arguments.input)):
         given = [flag for flag in ("rubric", "html", "format") if getattr(arguments, flag)]
@@ -251,5 +251,5 @@ def runs_to_score(arguments: argparse.Namespace, learnt: Sequence[str] | None) -
         return None
     judge = str(arguments.run or arguments.model or DEFAULT_RUN)
     rubric = load_rubric(arguments.rubric)
-    check_rubric(rubric, learnt, judge)
+    check_rubric(rubric, trained, judge)
     return RunsToScore(arguments.input, rubric, arguments.bad_below, judge, arguments.html, arguments.format)

@@ -1,4 +1,4 @@
-"""Score steps in bulk: rows in, one line of JSON out for every row, even for one that cannot be scored."""
+"""Score steps in bulk: rows in, one JSON line out per row, even for rows that cannot be scored."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
 log = logging.getLogger("prmkit")
 
 WINDOW = 64
-"""The number of rows that are read before they are scored together, so that prompts can share a common beginning."""
+"""The number of rows that are read before they are scored together, so that prompts can share a common prefix."""
 
 ResultLine = Mapping[str, Any]
 """One line of the output."""
@@ -32,7 +32,7 @@ ResultLine = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """The task given to `score_trajectories.py`."""
+    """The settings of one call of `score_trajectories.py`."""
 
     input: str
     """A file, compressed or not, or `-`."""
@@ -40,40 +40,41 @@ class ScoringJob:
     """None for stdout."""
     shape_of: ShapeOf
     summaries: bool
-    """Also let the model write its verdict, and add the text."""
+    """Whether to generate the verdict, too, and add its text."""
     bad_below: float | None
-    """Also aggregate every trajectory, with scores below this as bad steps; None for no aggregation."""
+    """The score below which a step is bad in aggregates of trajectories; None for no aggregates."""
     runs: RunsToScore | None = None
     """The input as raw runs; None if it contains prompts."""
     abstention: Abstention | None = None
-    """Adds intervals, and marks scores with a wide one as unsure."""
+    """Adds intervals, and marks scores with a wide interval as unsure."""
 
 
 def abstention_of(scorer: Scorer, level: float | None, max_width: float | None) -> Abstention | None:
-    """The requested intervals, or None.
+    """Return the requested intervals, or None.
 
     Raises:
-        UsageError: the judge is on a server or writes its verdicts, so the calibration does not apply to its spread.
+        UsageError: the judge is on a server or generates its verdicts, so the calibration does not apply to it.
         DataError: the judge has no calibration.
     """
     if level is None and max_width is None:
         return None
     if not scorer.is_local or scorer.asking.mode != "expected":
-        raise UsageError("--interval and --abstain-above: only with a local judge in --mode expected.")
+        raise UsageError("--interval and --abstain-above require a local judge in --mode expected.")
     weights = scorer.source.adapter or scorer.source.model
     return load_abstention(weights, fingerprint_of(scorer.source), level, max_width)
 
 
 def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> bool:
-    """Score the input and write the output; an output file of an interrupted run is continued.
+    """Score the input and write the output, resuming an output file of an interrupted command.
 
     Args:
         job: what to do.
-        scorer: the judge. It is loaded only if there is something to score.
-        fingerprint: identifies comparable scores, kept next to the output; another judge's scores are moved away.
+        scorer: the judge, loaded only if there is something to score.
+        fingerprint: identifies comparable scores and is written next to the output; another judge's scores are moved
+            elsewhere.
 
     Returns:
-        Whether every row got scores that the judge is sure of.
+        Whether every row has scores that the judge is sure of.
 
     Raises:
         UsageError: the output has scores of another input, is the input itself, or is not a writable file.
@@ -99,8 +100,8 @@ def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> 
     log.info("%d rows: %s", counts.total(), ", ".join(f"{n} {status}" for status, n in counts.items()) or "none")
     if counts["unsure"]:
         log.warning(
-            "%d of them are unsure; the field reason says why. If it names label mass or reach, the judge would rather "
-            "write something other than a score, as a model that is untrained or has the wrong template does.",
+            "%d of them are unsure; see the field reason. Low label mass or reach usually means an untrained model or "
+            "the wrong template.",
             counts["unsure"],
         )
     return counts.total() == counts["ok"]
@@ -118,17 +119,17 @@ def _open_input(job: ScoringJob) -> Iterator[Iterator[RowToScore]]:
 def _results(
     job: ScoringJob, rows: Iterator[RowToScore], scorer: Scorer, fingerprint: Mapping[str, Any]
 ) -> Iterator[tuple[RowToScore, ResultLine]]:
-    """Every row with its line, after the line was written."""
+    """Yield every row with its line, after the line was written."""
     if job.output is None:
         for row, result in score_rows(((row, None) for row in rows), scorer, job):
             cli.emit_json_line(_json(result))
             yield row, result
         return
     with exclusive_lock(job.output.parent, f"writing {job.output.name}", lock=f".{job.output.name}.lock"):
-        asked: dict[str, Any] = {"mode": scorer.asking.mode, "summaries": job.summaries}
+        settings: dict[str, Any] = {"mode": scorer.asking.mode, "summaries": job.summaries}
         if job.abstention:
-            asked["interval"] = [job.abstention.level, job.abstention.max_width]
-        done = reopen(job.output, dict(fingerprint) | asked)
+            settings["interval"] = [job.abstention.level, job.abstention.max_width]
+        done = reopen(job.output, dict(fingerprint) | settings)
         _report_done(done, job.output)
         scored = score_rows(_with_results(rows, done, job.output), scorer, job)
         yield from _update_lines(done, scored, job.output)
@@ -144,7 +145,7 @@ def score_rows(
     """Score rows, a window at a time; equal rows are scored once.
 
     Args:
-        rows: each with its result from an earlier run, or None.
+        rows: each with its result from an earlier command, or None.
         scorer: the judge.
         job: how to score.
 
@@ -179,7 +180,7 @@ def score_rows(
 def result_line(
     row: RowToScore, judgement: Judgement, text: str | None = None, *, with_text: bool = False
 ) -> ResultLine:
-    """One row's line of the output."""
+    """Build one row's line of the output."""
     line = {
         "id": row.id,
         "scores": {key: rounded(distribution.mean) for key, distribution in judgement.scores.items()},
@@ -200,7 +201,7 @@ def result_line(
 
 
 def trajectories_file(output: Path) -> Path:
-    """Where the summaries of an output's trajectories are written."""
+    """Return the file for the summaries of an output's trajectories."""
     return companion_file(output, "trajectories.jsonl")
 
 
@@ -214,7 +215,7 @@ def _check_outputs(job: ScoringJob) -> None:
         check_output(summaries, source)
         if summaries.exists() and not fingerprint_file(job.output).is_file():
             raise UsageError(
-                f"{summaries}: exists but does not belong to a scoring output. Choose another --output, or move it."
+                f"{summaries} exists but does not belong to a scoring output. Choose another --output, or move it."
             )
 
 
@@ -229,35 +230,35 @@ def _report_done(done: Sequence[ResultLine], output: Path) -> None:
 def _with_results(
     rows: Iterator[RowToScore], done: Sequence[ResultLine], output: Path
 ) -> Iterator[tuple[RowToScore, ResultLine | None]]:
-    """The rows, the first ones with their results from an earlier run.
+    """Yield the rows, the first ones with their results from an earlier command.
 
     Raises:
         UsageError: the output has results of other rows.
     """
     for number, result in enumerate(done, start=1):
         row = next(rows, None)
+        about = f"{output}: line {number} is about {result['id']}, but"
         if row is None:
-            raise _other_input(f"{output}:{number}", f"the scores of {result['id']}, but the input has no such row")
+            raise _other_input(f"{about} the input has no row {number}")
         if result["request_hash"] is None:
-            yield row, None  # it could not be read; it may have been corrected, and trying again costs nothing
+            yield row, None  # it could not be read; it may have been corrected, and a retry costs nothing
             continue
         if row.id != result["id"]:
-            raise _other_input(f"{output}:{number}", f"the scores of {result['id']}, but the input has {row.id} there")
+            raise _other_input(f"{about} row {number} of the input is {row.id}")
         if row.request_hash != result["request_hash"]:
-            what = f"the scores of {result['id']}, but for another prompt or other score keys than in the input"
-            raise _other_input(f"{output}:{number}", what)
+            raise _other_input(f"{about} row {number} of the input has another prompt or other score keys")
         yield row, None if result["status"] == "failed" else result
     yield from ((row, None) for row in rows)
 
 
-def _other_input(place: str, what: str) -> UsageError:
-    return UsageError(f"{place}: has {what}. Choose another --output for another input.")
+def _other_input(difference: str) -> UsageError:
+    return UsageError(f"{difference}. Choose another --output for another input.")
 
 
 def _update_lines(
     done: Sequence[ResultLine], scored: Iterator[tuple[RowToScore, ResultLine]], output: Path
 ) -> Iterator[tuple[RowToScore, ResultLine]]:
-    """The results for the output's lines; new ones are written even if the run is stopped."""
+    """Yield the results for the output's lines; new ones are written even if the command is stopped."""
     lines, changed = list(done), False
     try:
         for position, (row, result) in enumerate(islice(scored, len(lines))):
@@ -283,9 +284,9 @@ class _Step:
     """One clip of a trajectory."""
 
     number: int | None
-    """`clip_number`; None if the row has none."""
+    """`clip_number`; None if the row has no number."""
     request_hash: str | None
-    """The prompt's hash: rows of several judges repeat one prompt, and are one step."""
+    """The prompt's hash, because rows of several judges with the same prompt are one step."""
     score: float | None = None
     is_unsure: bool = False
 
@@ -296,7 +297,7 @@ class _Trajectory:
     steps: list[_Step] = field(default_factory=list)
 
     def step_of(self, number: int | None, request_hash: str | None) -> _Step | None:
-        """The step that a row repeats: the one with its clip number or, where one has no number, with its prompt."""
+        """Find the step with the row's clip number or, if either lacks a number, with the row's prompt."""
         for step in self.steps:
             if step.number == number is not None:
                 return step
@@ -314,7 +315,7 @@ class Trajectories:
         self._bad_below = bad_below
         self._trajectories: dict[str, _Trajectory] = {}
         self.unattributed = 0
-        """Steps without a trajectory, and unreadable lines: each may be a step that a trajectory lacks."""
+        """The number of steps without a trajectory and of unreadable lines, which trajectories may lack."""
 
     def add(self, row: RowToScore, score: float | None, status: str) -> None:
         """Add the score of a row, if it is a step that belongs to a trajectory.
@@ -332,8 +333,8 @@ class Trajectories:
         same = trajectory.step_of(row.clip_number, request_hash)
         if same and same.request_hash != request_hash:
             raise DataError(
-                f"line {row.number}: clip {row.clip_number} of {row.trajectory} had another prompt before. If these "
-                "are several runs of one task, give each run its own trajectory_id in the metadata."
+                f"line {row.number}: clip {row.clip_number} of {row.trajectory} already occurred with a different "
+                "prompt. If these are several runs of one task, give each run its own trajectory_id in the metadata."
             )
         if same:
             same.number = row.clip_number if same.number is None else same.number
@@ -342,13 +343,13 @@ class Trajectories:
             trajectory.steps.append(_Step(row.clip_number, request_hash, None if is_unsure else score, is_unsure))
 
     def summaries(self) -> Iterator[dict[str, Any]]:
-        """One aggregate per trajectory, with steps by number; steps without a number come last, in input order."""
+        """Yield one aggregate per trajectory, with steps by number; steps without a number are last, in input order."""
         for name, trajectory in self._trajectories.items():
             steps = sorted(trajectory.steps, key=lambda step: math.inf if step.number is None else step.number)
             yield {"trajectory_id": name, "task_id": trajectory.task, "steps": len(steps)} | self._aggregates(steps)
 
     def _aggregates(self, steps: Sequence[_Step]) -> dict[str, Any]:
-        """The aggregates; all null if a step is missing, unsure or without a score: it could change any."""
+        """Return the aggregates; all null if a step is missing, unsure or unscored, because it could change any."""
         scores = [step.score for step in steps if step.score is not None]
         unsure = sum(step.is_unsure for step in steps)
         faults = {"missing": _missing(steps), "unscored": len(steps) - len(scores) - unsure, "unsure": unsure}
@@ -364,7 +365,7 @@ class Trajectories:
 
 
 def _missing(steps: Sequence[_Step]) -> int:
-    """How many clip numbers are missing between the smallest and the greatest."""
+    """Count the clip numbers that are missing between the smallest and the largest."""
     numbers = [step.number for step in steps if step.number is not None]
     return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
 
@@ -372,8 +373,8 @@ def _missing(steps: Sequence[_Step]) -> int:
 def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
     if trajectories.unattributed:
         log.warning(
-            "lines that belong to no trajectory: %d (unreadable, or without a task_id). Each may be a step that a "
-            "trajectory lacks; a missing last step cannot be detected.",
+            "lines without a trajectory: %d (unreadable, or without a task_id). Trajectories may lack these steps; a "
+            "missing last step cannot be detected.",
             trajectories.unattributed,
         )
     summaries = list(trajectories.summaries())

@@ -1,4 +1,4 @@
-"""The server's HTTP side: routes, limits, keys, and the status of every error."""
+"""The HTTP layer of the server: routes, limits, keys, and the status of every error."""
 
 import asyncio
 import hmac
@@ -28,14 +28,14 @@ log = logging.getLogger("prmkit")
 
 _PAGE = Path(__file__).with_name("page.html")
 _SHUTTING_DOWN = "the server is shutting down"
-_CANARY_PAUSE = 5.0
-"""Seconds until a failed first prompt is retried."""
-_LOOK_UP = 0.5
+_WARMUP_PAUSE = 5.0
+"""Seconds until a failed warm-up prompt is retried."""
+_BODY_POLL = 0.5
 """Seconds between two checks of a request whose body has not arrived."""
 _SLOWEST = 10_000
-"""Bytes per second. A client that sends its body more slowly is only holding the connection open."""
+"""Bytes per second. A client that sends its body more slowly is only keeping the connection open."""
 _OPEN = {"/", "/health", "/ready", "/openapi.json", "/docs"}
-"""Paths that need no key: they reveal nothing about the judge or its requests."""
+"""Paths that need no key, because they reveal nothing about the judge or its requests."""
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 AsgiMessage = MutableMapping[str, Any]
@@ -48,17 +48,17 @@ class Limits:
     """Limits for one request."""
 
     body: int = 32 << 20
-    """Bytes."""
+    """The maximum number of bytes in a body."""
     key: str | None = None
-    """The bearer key that clients must send; None if no key is needed."""
+    """The bearer token that clients must send; None if no token is needed."""
     drain: float = 30.0
-    """Seconds to answer accepted requests when the server is stopped."""
+    """Seconds to respond to accepted requests when the server is stopped."""
     body_patience: float = 30.0
-    """Seconds for a body to arrive; a large body gets more."""
+    """Seconds for a body to arrive; more for a large body."""
 
 
 def make_app(service: Service, limits: Limits) -> Any:
-    """The application, as uvicorn runs it."""
+    """Build the application for uvicorn."""
     from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
@@ -82,7 +82,7 @@ def _lifespan(service: Service, routes: "_Routes", limits: Limits) -> Callable[[
     @asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(judge.engine.run()) for judge in service.judges]
-        tasks.append(asyncio.create_task(routes.score_canary()))
+        tasks.append(asyncio.create_task(routes.score_warmup()))
         yield
         await service.stop(limits.drain)
         for task in tasks:
@@ -94,9 +94,9 @@ def _lifespan(service: Service, routes: "_Routes", limits: Limits) -> Callable[[
 
 
 def _strict_route() -> Any:
-    """Routes that read JSON strictly: no NaN, no lone surrogate, no endless nesting.
+    """Return a route class that reads JSON strictly: no NaN, no lone surrogate, no endless nesting.
 
-    Python's own parser accepts these, but whatever writes them later (an answer, a file, a log) fails.
+    Python's own parser accepts these, but writing them later (to a response, a file, a log) fails.
     """
     from fastapi import Request
     from fastapi.routing import APIRoute
@@ -122,10 +122,10 @@ class _Routes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._canary: dict[str, Any] | None = None
+        self._warmup: dict[str, Any] | None = None
 
     async def score(self, body: dict[str, Any]) -> Any:
-        """Score ready-made prompts, or steps given as task, history and step. A line without a score says why."""
+        """Score ready-made prompts, or steps with task, history and step. A line without a score has the reason."""
         return await self._service.score(body)
 
     async def score_trajectory(
@@ -135,66 +135,66 @@ class _Routes:
         gamma: float = 1.0,
         bad_below: float | None = None,
     ) -> Any:
-        """Score every step of a run in any form that `import_trajectories.py` reads, such as OpenAI messages."""
+        """Score every step of a run in any format that `import_trajectories.py` reads, for example OpenAI messages."""
         return await self._service.score_trajectory(body, format, gamma, bad_below)
 
     async def get_reward(self, body: dict[str, Any]) -> Any:
-        """Rewards in OpenRLHF's format: finite numbers, or 503."""
+        """Return rewards in OpenRLHF's format: finite numbers, or 503."""
         return await self._service.rewards(body)
 
     async def reward(self, body: dict[str, Any]) -> Any:
-        """The reward of one sample in slime's format (`--reward-key score`)."""
+        """Return the reward of one sample in slime's format (`--reward-key score`)."""
         return await self._service.reward(body)
 
     async def systemone(self, body: dict[str, Any]) -> Any:
-        """Typed questions about a state, answered with probabilities."""
+        """Answer typed questions about a state with probabilities."""
         return await self._service.systemone(body)
 
     async def health(self) -> dict[str, str]:
-        """Whether the process is alive."""
+        """Report that the process is alive."""
         return {"status": "ok"}
 
     async def ready(self) -> Any:
-        """Whether the judge is loaded and has scored a first prompt."""
+        """Report whether the judge is loaded and has scored a warm-up prompt."""
         from fastapi.responses import JSONResponse
 
-        return JSONResponse(self._canary or {"status": "loading"}, 200 if self._is_ready() else 503)
+        return JSONResponse(self._warmup or {"status": "loading"}, 200 if self._is_ready() else 503)
 
     def _is_ready(self) -> bool:
-        return self._canary is not None and self._canary["status"] in SCORED
+        return self._warmup is not None and self._warmup["status"] in SCORED
 
-    async def score_canary(self) -> None:
-        """Score one small prompt: this loads the judge and shows that it works before a client needs it."""
+    async def score_warmup(self) -> None:
+        """Score one small prompt, which loads the judge and shows that it works before a client needs it."""
         service = self._service
         while True:
-            self._canary = await self._first_line(service.judge)
-            if self._canary["status"] != "failed":
+            self._warmup = await self._first_line(service.judge)
+            if self._warmup["status"] != "failed":
                 break
-            await asyncio.sleep(_CANARY_PAUSE)  # the server behind the judge may still be starting
-        if service.trial:  # its failure does not matter: the production judge answers instead
-            self._canary["challenger"] = await self._first_line(service.trial.challenger)
+            await asyncio.sleep(_WARMUP_PAUSE)  # the server behind the judge may still be starting
+        if service.trial:  # if the challenger fails, the production judge answers instead
+            self._warmup["challenger"] = await self._first_line(service.trial.challenger)
 
     async def _first_line(self, judge: ServedJudge) -> dict[str, Any]:
         while True:
-            with suppress(Busy):  # clients were faster: the prompt waits for its turn, as long as it takes
+            with suppress(Busy):  # clients were faster, so the prompt waits for its turn, as long as it takes
                 line = await self._service.first_line(judge)
                 break
         level = logging.INFO if line["status"] in SCORED else logging.WARNING
-        log.log(level, "%s: first prompt: %s", judge.name, line["reason"] or line["status"])
+        log.log(level, "%s: warm-up prompt: %s", judge.name, line["reason"] or line["status"])
         return {key: line[key] for key in ("judge", "status", "score", "reason")}
 
     async def models(self) -> dict[str, Any]:
-        """The only model, in the format of OpenAI's list of models."""
+        """List the only model, in the format of OpenAI's list of models."""
         return {"object": "list", "data": [{"id": self._service.judge.name, "object": "model", "owned_by": "prmkit"}]}
 
     async def metrics(self) -> Any:
-        """Prometheus metrics."""
+        """Return Prometheus metrics."""
         from fastapi.responses import Response
 
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def page(self) -> Any:
-        """A page to paste a run into."""
+        """Return a page to paste a run into."""
         from fastapi.responses import HTMLResponse
 
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
@@ -238,7 +238,7 @@ def _add_routes(app: "FastAPI", routes: _Routes) -> None:
 
 
 async def _handle(request: Any, error: Exception) -> Any:
-    """Give all errors one form. 503, never 429: some trainers do not retry 4xx."""
+    """Give all errors the same format, with 503 instead of 429, because some trainers do not retry 4xx."""
     from fastapi.responses import JSONResponse
 
     status, message = getattr(error, "status_code", 503), str(error)
@@ -251,7 +251,7 @@ async def _handle(request: Any, error: Exception) -> Any:
             message = "the queue is full"
         case Stopping():
             message = _SHUTTING_DOWN
-        case _ if hasattr(error, "errors"):  # of FastAPI: what is wrong with which part
+        case _ if hasattr(error, "errors"):  # FastAPI's list of what is wrong with which part
             status = 422
             message = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
             if "json" not in request.headers.get("content-type", ""):  # plain `curl -d` declares a form
@@ -263,14 +263,14 @@ async def _handle(request: Any, error: Exception) -> Any:
 
 
 async def _handle_bug(_request: Any, _error: Exception) -> Any:
-    """The traceback goes to the server's stderr, never to a client."""
+    """Hide the traceback from clients; it goes to the server's stderr."""
     from fastapi.responses import JSONResponse
 
     return JSONResponse({"error": "internal server error; the server's log has the details"}, 500)
 
 
 class Guard:
-    """A wrapper around the application: checks the key and the body's size, adds request ids, counts requests."""
+    """Middleware that checks the key and the body's size, adds request ids, and counts requests."""
 
     def __init__(self, app: Any, service: Service, limits: Limits) -> None:
         """Wrap an ASGI application."""
@@ -283,12 +283,12 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        identity = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        identity = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex
         started, status = time.perf_counter(), 500
         request_id.set(identity)
 
-        async def answer(message: AsgiMessage) -> None:
+        async def respond(message: AsgiMessage) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -296,27 +296,27 @@ class Guard:
             await send(message)
 
         try:
-            if fault := self._fault(scope, headers):
-                await _refuse(answer, *fault)
+            if refusal := self._refusal(scope, headers):
+                await _refuse(respond, *refusal)
             else:
-                await self._app(scope, self._limited(receive), answer)
+                await self._app(scope, self._limited(receive), respond)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._service.metrics.requests.labels(path, str(status)).inc()
             self._service.metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
-    def _fault(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
+    def _refusal(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
         if self._limits.key and scope["path"] not in _OPEN:
             sent = headers.get(b"authorization", b"")
             if not hmac.compare_digest(sent, b"Bearer " + self._limits.key.encode()):
-                return 401, "send the server's key: Authorization: Bearer …"
+                return 401, "missing or wrong key; send Authorization: Bearer KEY"
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limits.body:
             return 413, f"the body is larger than {self._limits.body:,} bytes"
         return None
 
     def _limited(self, receive: Receive) -> Receive:
-        """Limits the size of a body, whether announced or not, and the time it may take to arrive."""
+        """Limit the size of a body, whether announced or not, and the time it may take to arrive."""
         from starlette.exceptions import HTTPException
 
         began, received, is_complete = time.monotonic(), 0, False
@@ -326,7 +326,7 @@ class Guard:
             while not is_complete:
                 message = None
                 with suppress(TimeoutError):
-                    message = await asyncio.wait_for(receive(), _LOOK_UP)
+                    message = await asyncio.wait_for(receive(), _BODY_POLL)
                 if message:
                     received += len(message.get("body", b""))
                     is_complete = not message.get("more_body", False)

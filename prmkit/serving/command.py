@@ -1,4 +1,4 @@
-"""What `serve_judge.py` does: load a judge and serve it on a port."""
+"""The command of `serve_judge.py`: load a judge and serve it on a port."""
 
 import argparse
 import asyncio
@@ -28,18 +28,18 @@ log = logging.getLogger("prmkit")
 _KEEP_ALIVE = 75
 """Seconds that a connection may be idle, or may take to send a request's headers."""
 _SHADOW_PATIENCE = 0.01
-"""Seconds that the challenger's prompts wait for a place: no client needs them, and their number must not grow."""
+"""Seconds that the challenger's prompts wait for the queue, because no client needs them and they must not pile up."""
 _TRIAL_SHARE, _SHADOW_SHARE = 0.1, 1.0
-"""The share of tasks that a challenger scores: with clients that wait for the answers, and unseen by them."""
+"""The default fraction of tasks that a challenger scores, without and with --shadow."""
 
 
 def serve(arguments: argparse.Namespace) -> ExitCode:
-    """Serve until a signal arrives; requests accepted by then are answered.
+    """Serve until a signal arrives; requests accepted by then still get a response.
 
     Raises:
-        DataError: there is no such judge, or the port is taken.
+        DataError: there is no such judge, or the port is in use.
         UsageError: the arguments contradict each other, or the key's variable is empty.
-        Interrupted: SIGTERM or SIGINT arrived; this is how serving normally ends.
+        Interrupted: SIGTERM or SIGINT arrived, which is how serving normally ends.
     """
     scorer = scorer_of(arguments)
     service = _service(arguments, scorer)
@@ -49,8 +49,8 @@ def serve(arguments: argparse.Namespace) -> ExitCode:
             return _serve(service, limits, arguments)
     except Interrupted as stopped:
         if refused := sum(judge.engine.refused for judge in service.judges):
-            # The thread that should have judged them may hang for minutes, and Python would wait for it to end.
-            log.error("Stopped; %d prompts were not judged in time and were refused with 503.", refused)
+            # The judge's thread may hang on them for minutes, and Python would wait for it to end.
+            log.error("Stopped; %d prompts did not finish in time and got 503.", refused)
             os._exit(stopped.exit_code)
         raise
 
@@ -58,14 +58,14 @@ def serve(arguments: argparse.Namespace) -> ExitCode:
 def _serve(service: Service, limits: Limits, arguments: argparse.Namespace) -> ExitCode:
     with _bind(arguments.host, arguments.port) as listening:
         for judge in service.judges:
-            judge.engine.load()  # a judge that cannot be loaded is an error now, not when the first client connects
+            judge.engine.load()  # fail now if the judge cannot be loaded, not when the first client connects
         _listen(listening, arguments.host)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         log.info("%s on http://%s:%d (stop with Ctrl-C)", service.judge.name, shown, port)
         if trial := service.trial:
-            how = "also scores, unseen by clients," if trial.is_shadow else "answers"
-            log.info("%s %s %g %% of the tasks", trial.challenger.name, how, 100 * trial.share)
+            verb = "shadows" if trial.is_shadow else "serves"
+            log.info("%s %s %g %% of the tasks", trial.challenger.name, verb, 100 * trial.share)
         return _run(service, limits, listening)
 
 
@@ -104,15 +104,15 @@ def _served(arguments: argparse.Namespace, scorer: Scorer, name: str) -> ServedJ
 def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
     if arguments.challenger is None:
         if arguments.share is not None or arguments.shadow:
-            raise UsageError("--share and --shadow need --challenger (a second judge).")
+            raise UsageError("--share and --shadow require --challenger (a second judge).")
         return None
     scorer = _challenger(arguments, arguments.challenger)
     challenger = _served(arguments, scorer, _name_of(str(scorer.source.adapter or scorer.source.model)))
     rubric, _ = _rubric(arguments.rubric, scorer, challenger.name)
     if (rubric is not None) != has_rubric:
         raise UsageError(
-            f"{challenger.name}: scores {'only ready-made prompts' if rubric is None else 'steps of runs'}, unlike the "
-            "production judge. Choose a challenger of the same kind."
+            f"{challenger.name} scores {'only ready-made prompts' if rubric is None else 'steps of runs'}, unlike the "
+            "production judge. Choose a challenger trained on the same kind of prompts."
         )
     if arguments.shadow:
         challenger.engine.patience = _SHADOW_PATIENCE
@@ -121,11 +121,11 @@ def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
 
 
 def _challenger(arguments: argparse.Namespace, name: str) -> Scorer:
-    """A second judge, loaded here and used with the same settings.
+    """Return a second judge, loaded here and used with the same settings.
 
     Args:
-        arguments: only those about how to run and ask a judge are used, not those that name one.
-        name: a folder (a run, an exported or a base model), or a registered version.
+        arguments: the inference settings; arguments that choose a judge are ignored.
+        name: a folder (a training run, an exported or a base model), or a registered version.
 
     Raises:
         DataError, UsageError: there is no such judge.
@@ -135,7 +135,7 @@ def _challenger(arguments: argparse.Namespace, name: str) -> Scorer:
         try:
             folder = registered_run(name)
         except UsageError as error:
-            raise UsageError(f"{name}: no such folder, and no registered version ({error})") from error
+            raise UsageError(f"{name}: neither a folder nor a registered version ({error})") from error
     source = judge_source_in(folder)
     given = {each: getattr(arguments, each) for each in ("device", "dtype", "trust_remote_code")}
     source = replace(source, **{each: value for each, value in given.items() if value is not None})
@@ -143,7 +143,7 @@ def _challenger(arguments: argparse.Namespace, name: str) -> Scorer:
 
 
 def _name_of(judge: str) -> str:
-    """A judge's name for clients and the log: NAME@NUMBER if it is registered, else the last part of its path."""
+    """Return a judge's name for clients and logs: NAME@NUMBER if it is registered, otherwise the end of its path."""
     run = Path(judge)
     return f"{run.parent.parent.name}@{run.parent.name}" if is_registered(run) else run.name or judge
 
@@ -151,7 +151,7 @@ def _name_of(judge: str) -> str:
 def _request_log(arguments: argparse.Namespace, metrics: ServerMetrics) -> RequestLog | None:
     if arguments.log_requests is None:
         if arguments.log_prompts:
-            raise UsageError("--log-prompts needs --log-requests FILE.")
+            raise UsageError("--log-prompts requires --log-requests FILE.")
         return None
     return RequestLog(
         arguments.log_requests,
@@ -163,13 +163,13 @@ def _request_log(arguments: argparse.Namespace, metrics: ServerMetrics) -> Reque
 
 
 def _rubric(path: Path | None, scorer: Scorer, judge: str) -> tuple[Rubric | None, str]:
-    """The rubric for steps; or None and the reason, if the judge can only score ready-made prompts."""
+    """Return the rubric for steps; or None and the reason if the judge can only score ready-made prompts."""
     rubric = load_rubric(path)
     try:
         check_rubric(rubric, scorer.source.rubrics, judge)
     except UsageError as error:
         if path is not None or scorer.source.rubrics:
-            raise  # not the rubric that the judge was trained with
+            raise  # the rubric differs from the training rubric
         log.warning("%s Until then, only ready-made prompts can be scored, at /v1/score.", error)
         return None, str(error)
     return rubric, ""
@@ -180,13 +180,15 @@ def _key(name: str | None) -> str | None:
         return None
     key = os.environ.get(name, "").strip()
     if not key:
-        raise UsageError(f"--key-env {name}: the variable is empty. Set it to the key that clients must send.")
+        raise UsageError(
+            f"--key-env {name}: this environment variable is empty. Set it to the key that clients must send."
+        )
     return key
 
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol left at 0, asyncio does not recognise TCP and keeps Nagle's algorithm: 40 ms more an answer.
+    # With protocol 0, asyncio does not recognise TCP and keeps Nagle's algorithm, which costs 40 ms per response.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -199,7 +201,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _listen(listening: socket.socket, host: str) -> None:
     try:
-        listening.listen(2048)  # only now: until the judge is loaded, clients and load balancers are refused
+        listening.listen(2048)  # only now, so that clients and load balancers are refused until the judge is loaded
     except OSError as error:  # another process bound the same port at the same time
         raise _cannot_listen(host, listening.getsockname()[1], error) from error
 
@@ -214,7 +216,7 @@ def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # uvicorn stops the application only after its requests, which wait for the judge, so it would never stop.
+            # uvicorn stops the application after its requests, which wait for the judge, so it would never stop.
             stopping = asyncio.create_task(service.stop(limits.drain))
             await super().shutdown(sockets)
             await stopping
@@ -230,13 +232,13 @@ def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode
     )
     try:
         Server(config).run(sockets=[listening])
-    except Interrupted as error:  # uvicorn raises the signal again when everything is answered
-        raise Interrupted("Stopped; every accepted request was answered.", error.exit_code) from None
+    except Interrupted as error:  # uvicorn raises the signal again after the last response
+        raise Interrupted("Stopped; every accepted request got a response.", error.exit_code) from None
     return ExitCode.DONE
 
 
 def _patient_protocol() -> Any:
-    """uvicorn's protocol with a time limit for a request's headers: uvicorn's own timer ends with the first byte."""
+    """Return uvicorn's protocol with a time limit for headers, because uvicorn's own timer ends with the first byte."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):

@@ -1,7 +1,7 @@
-"""One judge for many clients: their single prompts are judged in batches, and equal prompts once.
+"""Judge the prompts of many clients in batches, and equal prompts only once.
 
-Everything here runs in one event loop, so nothing needs a lock; the judge runs in a separate thread, the only one that
-touches the model.
+Everything here runs in one event loop, so nothing needs a lock; the judge runs in a separate thread, and only this
+thread uses the model.
 """
 
 import asyncio
@@ -19,19 +19,19 @@ from prmkit.judge.types import Judgement, Request
 log = logging.getLogger("prmkit")
 
 BATCH = 64
-"""The most prompts that are judged together. The backend sorts them by length and shares their prefixes."""
+"""The maximum number of prompts that are judged together. The backend sorts them and shares their prefixes."""
 _REMEMBERED = 4096
-"""The number of judgements kept, so that a repeated prompt costs nothing. About 5 MB."""
+"""The number of judgements in the cache, about 5 MB; a repeated prompt then costs nothing."""
 
-_FAULTS = (
+_MODEL_ERRORS = (
     RuntimeError, MemoryError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
     OSError,
 )  # fmt: skip
-"""What libraries raise inside a model: out of memory, or a bug that one odd prompt triggers."""
+"""Errors that libraries raise inside a model: out of memory, or a bug that one unusual prompt triggers."""
 
 
 class Busy(Exception):
-    """The queue stayed full for as long as a client should wait."""
+    """The queue was full for as long as a client should wait."""
 
 
 class Stopping(Exception):
@@ -46,27 +46,27 @@ class Engine:
     window: float = 0.005
     """Seconds that an idle judge waits for more prompts after the first one."""
     limit: int = 1024
-    """The most prompts that may wait at once."""
+    """The maximum number of prompts in the queue."""
     patience: float = 60.0
-    """Seconds that a client waits for a place in the queue."""
+    """Seconds that a client waits for the queue to have room."""
     on_batch: Callable[[int, float], None] = lambda size, seconds: None
     """Called after every batch."""
     on_cache_hit: Callable[[], None] = lambda: None
     _waiting: "OrderedDict[bytes, Request]" = field(default_factory=OrderedDict)
     _answers: dict[bytes, "asyncio.Future[Judgement]"] = field(default_factory=dict)
-    """The hashes of prompts that wait or are being judged."""
+    """Hash of a prompt that waits or is being judged -> its future judgement."""
     _known: "OrderedDict[bytes, Judgement]" = field(default_factory=OrderedDict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _left: asyncio.Condition = field(default_factory=asyncio.Condition)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "judge"))
     is_stopping: bool = False
     _is_over: bool = False
-    """Nothing more is judged, including prompts that wait for a place."""
+    """Whether judging has ended, even for prompts that wait for the queue."""
     refused: int = 0
-    """Prompts that were not judged before the server had to stop: the judge's thread may hang on them."""
+    """The number of prompts that were not judged before the server stopped; the judge's thread may hang on them."""
 
     def load(self) -> None:
-        """Load the judge now, in the thread that will use it: a second pool of compute threads would slow it down.
+        """Load the judge now, in the thread that will use it, because a second pool of compute threads would be slower.
 
         Raises:
             DataError, UsageError: the judge cannot be loaded.
@@ -75,30 +75,30 @@ class Engine:
 
     @property
     def depth(self) -> int:
-        """How many prompts wait or are being judged."""
+        """The number of prompts that wait or are being judged."""
         return len(self._answers)
 
     async def judge(self, requests: Sequence[Request]) -> list[Judgement]:
         """Judge some prompts, together with those of all other clients.
 
         Raises:
-            Busy: there was no place in the queue for `patience` seconds.
+            Busy: the queue was full for `patience` seconds.
             Stopping: the server is shutting down.
         """
         keys = [request.digest for request in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if not self._is_known(key)}
-        found = {key: self._known[key] for key in keys if key in self._known}
-        await self._wait_for_places(len(new))
+        judgements = {key: self._known[key] for key in keys if key in self._known}
+        await self._wait_for_room(len(new))
         loop = asyncio.get_running_loop()
         for key, request in new.items():
             if key not in self._answers:  # another client may have sent the same prompt while this one waited
                 self._answers[key] = loop.create_future()
                 self._waiting[key] = request
         self._arrived.set()
-        # Shielded: a client that hangs up must not cancel what another client also waits for.
+        # Shielded, because a client that disconnects must not cancel a judgement for which another client waits.
         answers = {key: asyncio.shield(self._answers[key]) for key in new}
-        found |= dict(zip(answers, await asyncio.gather(*answers.values()), strict=True))
-        return [found[key] for key in keys]
+        judgements |= dict(zip(answers, await asyncio.gather(*answers.values()), strict=True))
+        return [judgements[key] for key in keys]
 
     def _is_known(self, key: bytes) -> bool:
         if key not in self._known:
@@ -107,21 +107,21 @@ class Engine:
         self.on_cache_hit()
         return True
 
-    async def _wait_for_places(self, count: int) -> None:
-        """Wait for room; a request with more prompts than the queue has places gets in when it is empty."""
+    async def _wait_for_room(self, count: int) -> None:
+        """Wait for room in the queue; a request with more prompts than fit is accepted when the queue is empty."""
         if self.is_stopping:
             raise Stopping
         async with self._left:
             try:
                 await asyncio.wait_for(
-                    self._left.wait_for(lambda: self._is_over or self._has_places(count)), self.patience
+                    self._left.wait_for(lambda: self._is_over or self._has_room(count)), self.patience
                 )
             except TimeoutError:
                 raise Busy from None
         if self._is_over:
             raise Stopping
 
-    def _has_places(self, count: int) -> bool:
+    def _has_room(self, count: int) -> bool:
         return not self._waiting or len(self._waiting) + count <= self.limit
 
     async def run(self) -> None:
@@ -141,7 +141,7 @@ class Engine:
         judgements = await asyncio.get_running_loop().run_in_executor(self._thread, self._score, batch)
         self.on_batch(len(batch), time.perf_counter() - started)
         for key, judgement in zip(keys, judgements, strict=True):
-            if answer := self._answers.pop(key, None):  # none if the judgement came too late
+            if answer := self._answers.pop(key, None):  # None if the judgement came too late
                 answer.set_result(judgement)
             if judgement.status != "failed":
                 self._known[key] = judgement
@@ -151,24 +151,24 @@ class Engine:
             self._left.notify_all()
 
     def _score(self, batch: Sequence[Request]) -> list[Judgement]:
-        """Runs in the judge's thread. Every failure becomes an answer: the server must survive it."""
+        """Judge a batch in the judge's thread; every failure becomes a judgement, so that the server survives it."""
         try:
             return list(self.scorer.judgements(batch))
         except PrmkitError as error:
-            fault: Exception = error
-        except _FAULTS as error:
-            if len(batch) > 1:  # a single prompt may be to blame, and must not cost the others their answers
+            problem: Exception = error
+        except _MODEL_ERRORS as error:
+            if len(batch) > 1:  # the failure of a single prompt must not affect the others
                 middle = len(batch) // 2
                 return self._score(batch[:middle]) + self._score(batch[middle:])
-            fault = error
-        log.warning("%d prompts could not be judged: %s: %s", len(batch), type(fault).__name__, fault)
-        return [Judgement("failed", reason=str(fault) or type(fault).__name__)] * len(batch)
+            problem = error
+        log.warning("%d prompts could not be judged: %s: %s", len(batch), type(problem).__name__, problem)
+        return [Judgement("failed", reason=str(problem) or type(problem).__name__)] * len(batch)
 
     async def stop(self, seconds: float) -> int:
-        """Accept nothing more, finish what was accepted, and refuse what is not finished in time.
+        """Stop accepting prompts, finish the accepted ones, and refuse those that do not finish in time.
 
         Returns:
-            How many prompts were refused.
+            The number of refused prompts.
         """
         self.is_stopping = True
         deadline = time.monotonic() + seconds
@@ -179,7 +179,7 @@ class Engine:
         self._answers.clear()
         for answer in left:
             answer.set_exception(Stopping())
-            answer.exception()  # if the client hung up, nobody else would retrieve the exception
+            answer.exception()  # if the client disconnected, nothing else would retrieve the exception
         self._is_over = True
         async with self._left:
             self._left.notify_all()

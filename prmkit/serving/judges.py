@@ -1,4 +1,4 @@
-"""Which judge answers what: the production judge, or a challenger that may one day replace it."""
+"""Route rows to the production judge, or to a challenger that may replace it."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,7 @@ from prmkit.serving.request_log import JudgeRole
 
 
 class Scored(NamedTuple):
-    """What a judge said about one row."""
+    """A judge's result for one row."""
 
     line: dict[str, Any]
     """The line that clients get."""
@@ -43,7 +43,7 @@ class ServedJudge:
         return [self._scored(row, next(judged) if row.request else None) for row in rows]
 
     async def try_to_score(self, rows: Sequence[RowToScore]) -> list[Scored]:
-        """Like `score`, but a full queue gives answers with the status `failed`."""
+        """Score like `score`, but return the status `failed` if the queue is full."""
         try:
             return await self.score(rows)
         except Busy:
@@ -67,15 +67,15 @@ class Trial:
 
     challenger: ServedJudge
     share: float
-    """The share of tasks that the challenger scores, 0 to 1."""
+    """The fraction of tasks that the challenger scores, 0 to 1."""
     is_shadow: bool
-    """If true, both judges score these tasks and the production judge answers; else only the challenger scores them."""
+    """Whether both judges score these tasks and the production judge answers; otherwise the challenger does both."""
     _shadows: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def takes(self, row: RowToScore) -> bool:
-        """Whether the challenger scores this row: the same for all rows of a task, in every process, at any time.
+        """Whether the challenger scores this row; the same for all rows of a task, in every process, at any time.
 
-        A task that is selected with a small share is also selected with every larger share.
+        A task that is selected with a small fraction is also selected with every larger fraction.
         """
         key = row.task or (row.request.prompt if row.request else "")
         number = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -85,9 +85,9 @@ class Trial:
         """Score each row with the judge that is responsible for it.
 
         Args:
-            production: the judge that answers everything the challenger does not.
+            production: the judge that answers for all rows without an answer from the challenger.
             rows: the rows to score.
-            count: called with every judge's answers, whether the client sees them or not.
+            count: called with every judge's answers, even those that clients do not get.
 
         Returns:
             One answer per row, in order.
@@ -122,7 +122,7 @@ class Trial:
             task.add_done_callback(self._shadows.discard)
 
     async def finish(self, seconds: float) -> None:
-        """Wait up to `seconds` for the challenger to finish what it has begun, and count that."""
+        """Wait up to `seconds` for the challenger to finish what it has begun, and count its answers."""
         deadline = time.monotonic() + seconds
         await self.challenger.engine.stop(seconds)
         if self._shadows:

@@ -1,4 +1,4 @@
-"""What `/metrics` shows, in Prometheus' text format."""
+"""The counters and histograms of `/metrics`, in Prometheus' text format."""
 
 import math
 from collections import deque
@@ -16,7 +16,7 @@ from prmkit.rows import STEP_TYPES
 from prmkit.serving.request_log import JudgeRole
 
 _RECENT = 1000
-"""The number of latest scores from which drift is computed."""
+"""The number of most recent scores from which drift is computed."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHARES = tuple(step / 10 for step in range(1, 11))
 
@@ -28,8 +28,8 @@ class ServerMetrics:
         """Start all counts at zero.
 
         Args:
-            depth: how many prompts wait or are being judged.
-            reference: scores of the judge on its held-out rows; empty if they are not known.
+            depth: returns the number of prompts that wait or are being judged.
+            reference: the judge's scores of its held-out rows; empty if they are unknown.
         """
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -40,10 +40,10 @@ class ServerMetrics:
             "prmkit_requests", "Requests by path and HTTP status.", ["path", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "prmkit_request_seconds", "Time until an answer.", ["path"], buckets=_SECONDS, registry=registry
+            "prmkit_request_seconds", "Time until the response.", ["path"], buckets=_SECONDS, registry=registry
         )
         self.steps = Counter(
-            "prmkit_steps", "Prompts that were judged, by status and role.", ["status", "role"], registry=registry
+            "prmkit_steps", "Judged prompts, by status and role.", ["status", "role"], registry=registry
         )
         self.cache_hits = Counter("prmkit_cache_hits", "Prompts answered from the cache.", registry=registry)
         self.batch_size = Histogram(
@@ -54,7 +54,7 @@ class ServerMetrics:
         )
         self.score = Histogram("prmkit_score", "Scores of steps.", ["role"], buckets=_SHARES, registry=registry)
         self.label_mass = Histogram(
-            "prmkit_label_mass", "Probability of any score at all.", ["role"], buckets=_SHARES, registry=registry
+            "prmkit_label_mass", "Total probability of all scores.", ["role"], buckets=_SHARES, registry=registry
         )
         self.unscored_rewards = Counter(
             "prmkit_unscored_rewards", "Rewards that were requested but not computed.", ["answer"], registry=registry
@@ -63,12 +63,12 @@ class ServerMetrics:
             "prmkit_request_log_lines", "Lines of the request log, written or lost.", ["outcome"], registry=registry
         )
         for outcome in ("written", "lost"):
-            self.request_log_lines.labels(outcome)  # so that an alert on lost lines starts from a zero
+            self.request_log_lines.labels(outcome)  # start at zero, for alerts on lost lines
         self.score.labels("production"), self.label_mass.labels("production")
         Gauge("prmkit_queue_depth", "Prompts that wait or are being judged.", registry=registry).set_function(depth)
         drift = Gauge(
             "prmkit_drift_psi",
-            f"Population stability index of the last {_RECENT} scores against the held-out ones; NaN for too few.",
+            f"Population stability index of the last {_RECENT} scores against the held-out scores; NaN if too few.",
             registry=registry,
         )
         drift.set_function(self._drift)
@@ -88,7 +88,7 @@ class ServerMetrics:
             self.label_mass.labels(role).observe(judgement.label_mass)
 
     def count_batch(self, size: int, seconds: float) -> None:
-        """Count one batch that went through the model."""
+        """Count one batch that the model judged."""
         self.batch_size.observe(size)
         self.batch_seconds.observe(seconds)
 
@@ -97,17 +97,17 @@ class ServerMetrics:
         self.request_log_lines.labels(outcome).inc(lines)
 
     def text(self) -> bytes:
-        """All metrics, in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         from prometheus_client import generate_latest
 
         return generate_latest(self._registry)
 
 
 def held_out_scores(run: Path | None) -> list[float]:
-    """The judge's scores of the held-out steps in a run's evaluation; empty if it was not evaluated."""
+    """Return the judge's scores of the held-out steps in a training run's evaluation; empty if it was not evaluated."""
     if run is None:
         return []
-    file = next((file for place in results_of(run) if (file := place / PREDICTIONS_FILE).is_file()), None)
+    file = next((file for folder in results_of(run) if (file := folder / PREDICTIONS_FILE).is_file()), None)
     if file is None:
         return []
     with file.open("rb") as stream:

@@ -1,8 +1,8 @@
-"""What clients send, as runs and steps: messages, whole runs in any form, and the plain text of RL trainers.
+"""Convert request bodies to runs and steps: messages, complete runs in any format, and the plain text of RL trainers.
 
-A trainer sends what its policy read and wrote: one string with the special tokens of the policy's chat template. A
-judge would answer such a prompt with noise, so the string is split into messages here, and they are judged with the
-same step prompts as in training. A string that cannot be split is refused.
+A trainer sends its policy's prompt and response as strings with the special tokens of the policy's chat template. A
+judge's scores of such strings would be noise, so they are split into messages here, which are judged with the same step
+prompts as in training. A string that cannot be split is refused.
 """
 
 import re
@@ -38,37 +38,37 @@ from prmkit.trajectory import Trajectory, task_id_of
 _SOURCE = {"format": "http"}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="request")
-"""The id of the HTTP request being answered: it names a run that has no other name."""
+"""The id of the current HTTP request, which is the name of a run without another name."""
 
 
 class NothingWritten(DataError):
-    """There is no step in what a policy wrote: it ended its answer at once, as policies sometimes do."""
+    """A policy's response has no step, because the policy ended it at once, as policies sometimes do."""
 
 
-def runs_in(body: Any, form: str | None) -> tuple[list[Trajectory], list[FileReport]]:
-    """The runs in the body of a request, in any form that `import_trajectories.py` reads.
+def runs_in(body: Any, format: str | None) -> tuple[list[Trajectory], list[FileReport]]:
+    """Read the runs in the body of a request, in any format that `import_trajectories.py` reads.
 
     Args:
-        body: the content of a file in that form; an array of lines for JSONL.
-        form: the name of the form; None to recognise it.
+        body: the content of a file in that format; an array of lines for JSONL.
+        format: the name of the format; None to detect it.
 
     Raises:
-        DataError: there is no run in it.
-        UsageError: several forms fit, or no form has that name.
+        DataError: there is no run in the body.
+        UsageError: several formats match, or there is no format of that name.
     """
     reports: list[FileReport] = []
     with tempfile.TemporaryDirectory(prefix="prmkit-") as folder:
         file = Path(folder) / "request.json"
         file.write_bytes(_written(body))
         try:
-            runs = list(read_runs([file], Options(form), reports))
+            runs = list(read_runs([file], Options(format), reports))
         except DataError as error:
-            message = str(error).replace(str(file), "the request").partition(" --format")[0]
-            raise DataError(message) from None
-    runs = [_named(run) for run in runs]
+            message = str(error).replace(str(file), "the request")
+            raise DataError(re.sub(r" [^.]*--format\b.*", "", message)) from None
+    runs = [_with_request_id(run) for run in runs]
     if not runs:
         reasons = [reason for report in reports for reason in report.unreadable]
-        raise DataError(f"the request has no run in it{': ' if reasons else '.'}{'; '.join(reasons)}")
+        raise DataError(f"the request contains no run{': ' if reasons else '.'}{'; '.join(reasons)}")
     return runs, reports
 
 
@@ -79,22 +79,22 @@ def _written(body: Any) -> bytes:
         raise DataError("the request is nested too deeply.") from None
 
 
-def _named(run: Trajectory) -> Trajectory:
-    """The run with the request's id in its name, if the client named neither run nor task.
+def _with_request_id(run: Trajectory) -> Trajectory:
+    """Put the request's id into the run's name, if the client sent no name for the run or the task.
 
-    The importer numbers the runs of a task within a file. Here every request would start with the same number, and runs
-    of different requests would share a name.
+    The importer numbers the runs of a task within a file. Here, every request would start with the same number, and
+    runs of different requests would share a name.
     """
-    given = task_id_of(run.task)
-    if run.task_id != given or not run.trajectory_id.startswith(f"{given}."):
+    default = task_id_of(run.task)
+    if run.task_id != default or not run.trajectory_id.startswith(f"{default}."):
         return run
-    return replace(run, trajectory_id=f"{request_id.get()}.{run.trajectory_id.removeprefix(f'{given}.')}")
+    return replace(run, trajectory_id=f"{request_id.get()}.{run.trajectory_id.removeprefix(f'{default}.')}")
 
 
 def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
     """The run up to one step, from `task`, `history` and `step`; the last two are lists of messages.
 
-    The step is taken to be the last of its run if it calls no tool; `last` says otherwise. `task_id` and
+    By default, the step counts as the last of its run if it calls no tool; `last` overrides this. `task_id` and
     `trajectory_id`, here or in `metadata`, are kept.
 
     Args:
@@ -110,11 +110,13 @@ def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
     step = [step] if isinstance(step, Mapping) else step
     for name, messages in (("history", history), ("step", step)):
         if messages != [] and not is_message_list(messages):
-            raise DataError(f'{name}: a list of messages, such as [{{"role": "assistant", "content": "…"}}].')
+            raise DataError(
+                f'{name} must be a list of messages, for example [{{"role": "assistant", "content": "…"}}].'
+            )
     lost: Counter[str] = Counter()
     metadata = item.get("metadata") or {}
     if not isinstance(metadata, Mapping):
-        raise DataError("metadata: an object.")
+        raise DataError("metadata must be an object.")
     names = {name: name_in(item, name) or name_in(metadata, name) for name in ("task_id", "trajectory_id")}
     before, now = turns_of(history, lost), turns_of(step or [], lost)
     count = sum(map(_is_step, now))
@@ -129,7 +131,7 @@ def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
     calls = run.steps[-1].calls
     last = not calls if item.get("last") is None else item["last"]
     if not isinstance(last, bool):  # "false" would be true
-        raise DataError("last: true or false.")
+        raise DataError("last must be true or false.")
     return replace(run, steps=(*run.steps[:-1], replace(run.steps[-1], last=last)))
 
 
@@ -152,38 +154,40 @@ def _run(
     named = trajectory_id or request_id.get()
     run = assemble(Run(numbered, lost, task=task, task_id=task_id, trajectory_id=named), _SOURCE)
     if run is None:
-        raise NothingWritten("the agent says and does nothing in it.")
+        raise NothingWritten("the run contains no agent step.")
     return run
 
 
-# --- the text of a policy ---------------------------------------------------------------------------------------------
+# --- the strings of a policy ------------------------------------------------------------------------------------------
 
 _TAGS = re.compile(r"<(?:think|tool_call|result|answer)>")
 
 
-def run_of_policy(prompt: str | Sequence[Any], written: str | Sequence[Any], *, whole: bool) -> tuple[Trajectory, int]:
-    """What a policy wrote, as a run, and how many of the run's steps were already in its prompt.
+def run_of_policy(
+    prompt: str | Sequence[Any], text: str | Sequence[Any], *, includes_prompt: bool
+) -> tuple[Trajectory, int]:
+    """Convert a policy's prompt and response to a run; also return how many of its steps were already in the prompt.
 
     Args:
-        prompt: what the policy was given: a string with or without the tokens of a chat template, or messages.
-        written: what it wrote, as a string or as messages. Tool results in it become the steps' results.
-        whole: `written` is a string that begins with the prompt.
+        prompt: the policy's prompt: a string with or without the tokens of a chat template, or messages.
+        text: the policy's response, as a string or as messages. Tool results in it become the steps' results.
+        includes_prompt: whether `text` is a string that begins with the prompt.
 
     Raises:
-        NothingWritten: no message of the agent in it has any content.
-        DataError: it cannot be split into messages, so a score of it would be noise.
+        NothingWritten: no message of the agent in the response has any content.
+        DataError: a string cannot be split into messages, so a score of it would be noise.
     """
     lost: Counter[str] = Counter()
-    if not isinstance(prompt, str) or not isinstance(written, str):
+    if not isinstance(prompt, str) or not isinstance(text, str):
         before = _turns_of_prompt(prompt, lost)
-        now = _turns_of_response(written, lost)
+        now = _turns_of_response(text, lost)
         return _run([*before, *now], None, lost), sum(map(_is_step, before))
-    chat, response = _chat_of_prompt(prompt), written
-    if whole:
-        prompt, written = (LEADING.sub("", text) for text in (prompt, written))
-        if not written.startswith(prompt):
+    chat, response = _chat_of_prompt(prompt), text
+    if includes_prompt:
+        prompt, text = (LEADING.sub("", each) for each in (prompt, text))
+        if not text.startswith(prompt):
             raise DataError("the query does not begin with its prompt, so what the policy wrote is unknown.")
-        response = written[len(prompt) :]
+        response = text[len(prompt) :]
     if chat is None:
         return _run(_turns_of_response(response, lost), without_tokens(prompt), lost), 0
     earlier = sum(map(_is_step, turns_of_chat(chat, prompt, Counter(), is_open=True)))

@@ -1,7 +1,7 @@
-"""The request log: one JSON line for every judged step, for A/B tests, drift and audits.
+"""Write the request log: one JSON line per judged step, for A/B tests, drift and audits.
 
-A separate thread writes the lines, so that a slow disk delays no answer. Lines that cannot be written, because the disk
-is full or too slow, are counted, and the failure is reported once; answers are not affected.
+A separate thread writes the lines, so that a slow disk delays no response. Lines that cannot be written, because the
+disk is full or too slow, are dropped and counted, and the failure is reported once; responses are not affected.
 """
 
 import logging
@@ -27,12 +27,12 @@ from prmkit.trajectory import log_id
 log = logging.getLogger("prmkit")
 
 JudgeRole = Literal["production", "challenger", "shadow"]
-"""`production` and `challenger` answered the client; a `shadow` answer was shown to nobody."""
+"""`production` and `challenger` answers went to the client; a `shadow` answer was never returned."""
 
 _MOST_WAITING = 64 << 20
-"""The most bytes that wait for the disk. Beyond that, new lines are lost, so that memory does not fill up instead."""
+"""The maximum number of bytes that wait for the disk; beyond it, lines are dropped, so that memory does not fill up."""
 _AT_ONCE = 1 << 20
-"""Bytes of lines that are written together."""
+"""The maximum number of bytes that are written together."""
 _PATIENCE = 5.0
 """Seconds to write the last lines when the server stops."""
 _BEGINNING = b'{"time":"'
@@ -47,24 +47,24 @@ class RequestLog:
     largest: int = 100 << 20
     """Bytes after which a file is full; it then becomes FILE.1, FILE.1 becomes FILE.2, and so on."""
     kept: int = 10
-    """How many full files are kept."""
+    """The number of full files that are kept."""
     on_outcome: Callable[[str, int], None] = lambda outcome, lines: None
     """Called with `written` or `lost` and a number of lines."""
     _waiting: deque[bytes] = field(default_factory=deque)
     _bytes: int = 0
-    """Bytes of the lines that wait."""
+    """The number of bytes in the waiting lines."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _is_closing: bool = False
     _has_warned: bool = False
     _descriptor: int | None = None
-    """Of the open file; None before the first line. Only the writing thread uses it."""
+    """The descriptor of the open file; None before the first line. Only the writing thread uses it."""
 
     def add(self, row: RowToScore, line: ResultLine, judge: str, role: JudgeRole) -> None:
         """Log one judged step. Returns at once, whatever the disk does.
 
         Args:
             row: the row that was scored.
-            line: the answer.
+            line: the judge's answer.
             judge: the name of the judge that gave this answer.
             role: the judge's role for this answer.
         """
@@ -93,14 +93,14 @@ class RequestLog:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Write lines while the block runs. Another server cannot write to the same file.
+        """Write lines while the block runs, so that no other server can write to the same file.
 
         Raises:
             DataError: the file cannot be written, or another server is writing to it.
-            UsageError: the file is not a request log, so nothing may be appended to it.
+            UsageError: the file is not a request log, so nothing is appended to it.
         """
         if self.file.exists() and not self.file.is_file():
-            raise UsageError(f"{self.file}: is not a regular file. Choose another --log-requests.")
+            raise UsageError(f"{self.file} is not a regular file. Choose another --log-requests.")
         with exclusive_lock(self.file.parent, f"writing {self.file.name}", lock=f".{self.file.name}.lock"):
             _check_file(self.file)
             writer = threading.Thread(target=self._write_lines, name="request log", daemon=True)
@@ -138,7 +138,7 @@ class RequestLog:
                 self.on_outcome("written", len(lines))
 
     def _next_lines(self) -> list[bytes]:
-        """Lines to write together; none when the log is closed and everything is written."""
+        """Return lines to write together; empty when the log is closed and everything is written."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
             lines: list[bytes] = []
@@ -151,7 +151,7 @@ class RequestLog:
             return lines
 
     def _append(self, text: bytes) -> None:
-        """Write complete lines or nothing: half a line would damage the next line, too."""
+        """Write complete lines or nothing, because half a line would damage the next line, too."""
         descriptor = self._open()
         size = os.fstat(descriptor).st_size
         if size and size + len(text) > self.largest:
@@ -164,7 +164,7 @@ class RequestLog:
             raise
 
     def _open(self) -> int:
-        """The file's descriptor, reopened if the file was moved or deleted (logrotate)."""
+        """Return the file's descriptor, reopened if the file was moved or deleted (logrotate)."""
         if self._descriptor is not None and not _is_at(self._descriptor, self.file):
             os.close(self._descriptor)
             self._descriptor = None
@@ -183,7 +183,7 @@ class RequestLog:
         if not self._has_warned:
             self._has_warned = True
             log.warning(
-                "%s: %s. Lines of the request log are lost; answers are not affected. This is reported once, and "
+                "%s: %s. Request-log lines are being dropped; responses are not affected. This is reported once, and "
                 "counted in /metrics (prmkit_request_log_lines).",
                 self.file,
                 reason,
@@ -198,13 +198,13 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _open_file(file: Path) -> int:
-    # Private, because it may hold prompts. A planted link would make us write into another file.
+    # Private, because it may contain prompts; and without following a planted link into another file.
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return os.open(file, flags, 0o600)
 
 
 def _valid(text: str) -> str:
-    """Text that can be written: a lone surrogate, which JSON can hold, becomes a question mark."""
+    """Make text writable: a lone surrogate, which JSON allows, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -216,7 +216,7 @@ def _check_file(file: Path) -> None:
         raise DataError(f"{file}: {error.strerror}. Choose another --log-requests.") from error
     with open(descriptor, "r+b") as stream:  # noqa: PTH123 - a descriptor is opened
         if not _may_be_ours(stream.readline()):
-            raise UsageError(f"{file}: exists and is not a request log. Choose another --log-requests.")
+            raise UsageError(f"{file} exists and is not a request log. Choose another --log-requests.")
         end = end_of_last_line(descriptor)
         if end < os.fstat(descriptor).st_size:
             log.warning("%s: removed an incomplete last line", file)

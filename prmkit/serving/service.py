@@ -1,4 +1,4 @@
-"""What each endpoint answers, without HTTP: dictionaries in, dictionaries out, errors raised."""
+"""The endpoints without HTTP: dictionaries in, dictionaries out, errors raised."""
 
 import asyncio
 import math
@@ -35,14 +35,14 @@ class NoReward(Exception):
 
 @dataclass
 class Service:
-    """One judge, with everything that its endpoints need."""
+    """One judge, and everything that its endpoints need."""
 
     judge: ServedJudge
     """The production judge."""
     metrics: ServerMetrics
     shape_of: ShapeOf
     rubric: Rubric | None
-    """What the judge is asked about steps of runs; None if it can only score ready-made prompts."""
+    """The rubric for steps of runs; None if the judge can only score ready-made prompts."""
     why_no_rubric: str = ""
     trial: Trial | None = None
     bad_below: float = BAD_BELOW[0]
@@ -58,7 +58,7 @@ class Service:
         return [self.judge, self.trial.challenger] if self.trial else [self.judge]
 
     async def stop(self, seconds: float) -> None:
-        """Accept nothing more, answer what was accepted, and refuse what is left after so many seconds."""
+        """Stop accepting requests, finish the accepted ones, and refuse those left after `seconds`."""
         deadline = time.monotonic() + seconds
         await self.judge.engine.stop(seconds)
         if self.trial:
@@ -67,16 +67,16 @@ class Service:
     # --- /v1/score
 
     async def score(self, body: Body) -> dict[str, Any]:
-        """One line for each of `steps`: ready-made prompts, or steps that become prompts here.
+        """Return one line for each of `steps`: ready-made prompts, or steps that become prompts here.
 
         Raises:
             DataError: the body is malformed.
         """
         steps, keys = body.get("steps"), body.get("keys") or ()
         if not isinstance(steps, list) or not all(isinstance(step, dict | str) for step in steps):
-            raise DataError('steps: a list of {"prompt"}, or of {"task", "history", "step"}.')
+            raise DataError('steps must be a list of {"prompt"}, or of {"task", "history", "step"}.')
         if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
-            raise DataError("keys: a list of score keys.")
+            raise DataError("keys must be a list of score keys.")
         if keys and any(_is_step(step) for step in steps):
             raise DataError("keys: only for ready-made prompts. For a step of a run, the judge's rubric sets the keys.")
         shape_of = replace(self.shape_of, keys=tuple(keys)) if keys else self.shape_of
@@ -137,10 +137,10 @@ class Service:
         return [step_row(run, prompt, rubric, prompt.step.n) for prompt in step_prompts(run, rubric)]
 
     def step_rubric(self) -> Rubric:
-        """What this judge is asked about steps.
+        """Return the rubric for steps.
 
         Raises:
-            UsageError: the judge was trained on ready-made prompts, and would answer with noise.
+            UsageError: the judge was trained on ready-made prompts, so its scores of steps would be noise.
         """
         if self.rubric is None:
             raise UsageError(self.why_no_rubric)
@@ -149,19 +149,19 @@ class Service:
     # --- /v1/score_trajectory
 
     async def score_trajectory(
-        self, body: Any, form: str | None, gamma: float, bad_below: float | None
+        self, body: Any, format: str | None, gamma: float, bad_below: float | None
     ) -> dict[str, Any]:
-        """Every step of every run in the body, with aggregates and discounted returns.
+        """Score every step of every run in the body, with aggregates and discounted returns.
 
         Raises:
             DataError: there is no run in the body, or a number is out of range.
-            UsageError: the form is ambiguous or unknown, or this judge needs ready-made prompts.
+            UsageError: the format is ambiguous or unknown, or this judge needs ready-made prompts.
         """
         self.step_rubric()
-        for name, share in (("gamma", gamma), ("bad_below", bad_below)):
-            if share is not None and not 0 <= share <= 1:  # with NaN, no step would be bad
-                raise DataError(f"{name}: a number from 0 to 1.")
-        runs, reports = await asyncio.to_thread(runs_in, body, form)
+        for name, value in (("gamma", gamma), ("bad_below", bad_below)):
+            if value is not None and not 0 <= value <= 1:  # with NaN, no step would be bad
+                raise DataError(f"{name} must be a number from 0 to 1.")
+        runs, reports = await asyncio.to_thread(runs_in, body, format)
         limit = self.bad_below if bad_below is None else bad_below
         rows = [self._step_rows(run) for run in runs]
         lines = iter(await self._lines([row for part in rows for row in part]))
@@ -174,7 +174,7 @@ class Service:
     # --- rewards
 
     async def rewards(self, body: Body) -> dict[str, Any]:
-        """OpenRLHF's contract: lists of `query` and `prompts` in, equally long lists of finite numbers out.
+        """Follow OpenRLHF's contract: lists of `query` and `prompts` in, equally long lists of finite numbers out.
 
         Raises:
             DataError: the lists do not match, or a query cannot be split into messages.
@@ -182,11 +182,11 @@ class Service:
         """
         queries, prompts = body.get("query"), body.get("prompts")
         if not isinstance(queries, list) or not isinstance(prompts, list) or len(queries) != len(prompts):
-            raise DataError("query and prompts: two lists of strings of the same length.")
+            raise DataError("query and prompts must be two lists of strings of the same length.")
         if not all(isinstance(text, str) for text in [*queries, *prompts]):
-            raise DataError("query and prompts: two lists of strings of the same length.")
+            raise DataError("query and prompts must be two lists of strings of the same length.")
         pairs = enumerate(zip(prompts, queries, strict=True), start=1)
-        asked = (self._reward(prompt, query, whole=True, number=number) for number, (prompt, query) in pairs)
+        asked = (self._reward(prompt, query, includes_prompt=True, number=number) for number, (prompt, query) in pairs)
         found = await asyncio.gather(*asked)
         values = [self._number(each.pop("score"), each["reason"], can_be_null=False) for each in found]
         logs = {key: [_finite(each[key]) for each in found] for key in ("label_mass", "unscored", "steps")}
@@ -195,7 +195,7 @@ class Service:
         return {"rewards": values, "scores": values, "extra_logs": logs, "judge": judges}
 
     async def reward(self, body: Body) -> dict[str, Any]:
-        """The contract of slime and of prmkit.rewards: one sample's `prompt` and `response` in, an object out.
+        """Follow slime's and prmkit.rewards' contract: one sample's `prompt` and `response` in, an object out.
 
         `aggregate` and `unscored` in the body override the server's.
 
@@ -205,25 +205,25 @@ class Service:
         """
         prompt, response = body.get("prompt"), body.get("response")
         if not isinstance(prompt, str | list) or not isinstance(response, str | list):
-            raise DataError("prompt and response: strings, or lists of messages.")
-        asked = self._asked_for(body)
-        found = await asked._reward(prompt, response, whole=False)
-        return found | {"score": asked._number(found["score"], found["reason"], can_be_null=True)}
+            raise DataError("prompt and response must be strings, or lists of messages.")
+        configured = self._with_settings_of(body)
+        reward = await configured._reward(prompt, response, includes_prompt=False)
+        return reward | {"score": configured._number(reward["score"], reward["reason"], can_be_null=True)}
 
-    def _asked_for(self, body: Body) -> "Service":
-        """This service with the reward settings of a request's body."""
-        given = {name: body[name] for name in ("aggregate", "unscored") if name in body}
-        for name, known in (("aggregate", tuple(AGGREGATES)), ("unscored", UNSCORED)):
-            if name in given and given[name] not in known:
-                raise DataError(f"{name}: one of {', '.join(known)}.")
-        return replace(self, **given) if given else self
+    def _with_settings_of(self, body: Body) -> "Service":
+        """Return this service with the reward settings of a request's body."""
+        settings = {name: body[name] for name in ("aggregate", "unscored") if name in body}
+        for name, allowed in (("aggregate", tuple(AGGREGATES)), ("unscored", UNSCORED)):
+            if name in settings and settings[name] not in allowed:
+                raise DataError(f"{name} must be one of {', '.join(allowed)}.")
+        return replace(self, **settings) if settings else self
 
     async def _reward(
-        self, prompt: str | list[Any], text: str | list[Any], *, whole: bool, number: int = 1
+        self, prompt: str | list[Any], text: str | list[Any], *, includes_prompt: bool, number: int = 1
     ) -> dict[str, Any]:
-        """The aggregate of the steps that the policy wrote; null if a step has no reliable score."""
+        """Aggregate the steps that the policy wrote; null if a step has no reliable score."""
         try:
-            run, earlier = run_of_policy(prompt, text, whole=whole)
+            run, earlier = run_of_policy(prompt, text, includes_prompt=includes_prompt)
             run = replace(run, trajectory_id=f"{run.trajectory_id}.{number}")
             rows = self._step_rows(run)[earlier:]
         except (NothingWritten, RecursionError):  # no answer, or endless brackets: neither may stop a training run
@@ -265,7 +265,7 @@ class Service:
                     raise kind(f"the judge could not score a step: {line['reason']}")
 
     def _number(self, score: float | None, reason: str | None, *, can_be_null: bool) -> float | None:
-        """The reward to return. Never a silent zero: the policy would learn from it."""
+        """Return the reward; never a silent zero, from which the policy would learn."""
         if score is not None:
             self._rewards.append(score)
             return score
@@ -276,12 +276,12 @@ class Service:
             self.metrics.unscored_rewards.labels("null").inc()
             return None
         self.metrics.unscored_rewards.labels("error").inc()
-        raise NoReward(f"no reliable score: {reason}. --unscored sets what to answer instead.")
+        raise NoReward(f"no reliable score: {reason} (serve_judge.py --unscored changes this response).")
 
     # --- /v1/systemone
 
     async def systemone(self, body: Body) -> dict[str, Any]:
-        """Typed questions about a state, which is the end of a run.
+        """Answer typed questions about a state, which is the end of a run.
 
         Raises:
             DataError: a question does not fit the judge's rubric, the state is not a run, or the judge is not sure.
@@ -290,15 +290,15 @@ class Service:
         rubric = self.step_rubric()
         questions = body.get("questions")
         if not isinstance(questions, dict) or not questions:
-            raise DataError("questions: an object of questions by name.")
+            raise DataError("questions must be an object (name -> question).")
         for name, question in questions.items():
             check_question(name, question)
         keys = {name: key_of(name, question, rubric.keys) for name, question in questions.items()}
         run, unused = run_of_state(body.get("state"))
         ((line, judgement),) = await self._lines(self._step_rows(run)[-1:])
-        if line["status"] != "ok":  # a retry helps only if the machine is to blame
+        if line["status"] != "ok":  # a retry only helps after a failure of the machine
             kind = NoReward if line["status"] == "failed" else DataError
-            raise kind(f"the judge gives no reliable score: {line['reason']}")
+            raise kind(f"no reliable score: {line['reason']}")
         threshold = self.bad_below
         answers = {
             name: answer_to(question, judgement.scores[keys[name]], threshold) | {"key": keys[name]}
@@ -310,12 +310,12 @@ class Service:
 
 
 def _is_step(item: Any) -> bool:
-    """Whether an item of `steps` is a step of a run, and not a ready prompt."""
+    """Whether an item of `steps` is a step of a run, and not a ready-made prompt."""
     return isinstance(item, Mapping) and "step" in item and "prompt" not in item
 
 
 def judge_of(answers: Sequence[Mapping[str, Any]]) -> str | None:
-    """The judge that gave all of these answers; None if there were several."""
+    """Return the judge that gave all of these answers; None if there were several."""
     names = {answer["judge"] for answer in answers}
     return names.pop() if len(names) == 1 else None
 
@@ -345,7 +345,7 @@ def _run_answer(
 
 
 def _discounted(scores: Sequence[float | None], gamma: float) -> list[float | None]:
-    """The discounted sum of the scores from each step on; null up to and including the last step without a score."""
+    """Return the discounted sum of the scores from each step on; null up to and including the last unscored step."""
     returns: list[float | None] = []
     following: float | None = 0.0
     for score in reversed(scores):
@@ -355,5 +355,5 @@ def _discounted(scores: Sequence[float | None], gamma: float) -> list[float | No
 
 
 def _finite(value: float | None) -> float:
-    """A number for a log: trainers put these into tensors, where null and NaN stop the training."""
+    """Return a number for a log, because trainers put these into tensors, where null and NaN stop the training."""
     return -1.0 if value is None or not math.isfinite(value) else float(value)

@@ -1,9 +1,9 @@
-"""Typed questions about a state, answered with probabilities: the wire format of the open decision-model servers.
+"""Answer typed questions about a state with probabilities: the wire format `/v1/systemone` of decision-model servers.
 
-The state is the end of a run: what the agent was asked, and what it said.
+The state is the end of a run: the agent's task, and its output.
 
-A question is about one score key of the judge's rubric. Its type sets the form of the answer: `score` over ordered
-levels, `choice` among levels, or `noul`, yes or no. The levels are ranges of the judge's 101 scores.
+A question is about one score key of the judge's rubric. Its type sets the type of the answer: `score` over ordered
+levels, `choice` among levels, or `noul` (yes or no). The levels are ranges of the judge's 101 scores.
 """
 
 import json
@@ -18,7 +18,7 @@ from prmkit.trajectories.content import is_message_list
 from prmkit.trajectory import Trajectory
 
 MOST_LEVELS = 101
-"""The judge has this many scores."""
+"""The number of the judge's scores."""
 
 
 # --- the state --------------------------------------------------------------------------------------------------------
@@ -29,13 +29,13 @@ _NEVER_SHOWN = {"expectations", "guidelines", "reference", "reference_submission
 
 
 def run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
-    """The run in a state, and the names of the parts that are not shown to the judge: a solution, or guidelines.
+    """Return the run in a state, and the names of parts that the judge does not get, for example a solution.
 
     Raises:
-        DataError: there is no run in it.
+        DataError: there is no run in the state.
     """
     if isinstance(state, dict):
-        task, step = _first_given(state, _TASK), _first_given(state, _STEP)
+        task, step = _first_present(state, _TASK), _first_present(state, _STEP)
         if task and step:
             history = state.get("history") or []
             unused = sorted(state.keys() - {task, step, "thinking", "history"})
@@ -45,32 +45,32 @@ def run_of_state(state: Any) -> tuple[Trajectory, list[str]]:
         if len(runs) == 1:
             return runs[0], sorted(_NEVER_SHOWN & set(state)) if isinstance(state, dict) else []
     raise DataError(
-        "state: this judge reads a run in any form of import_trajectories.py, or an object with a task "
-        f"({', '.join(_TASK)}) and what the agent said ({', '.join(_STEP)})."
+        "state must be a run in any format of import_trajectories.py, or an object with a task "
+        f"({', '.join(_TASK)}) and an output ({', '.join(_STEP)})."
     )
 
 
-def _first_given(state: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of these parts that is not empty; 0 and false are answers."""
+def _first_present(state: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return the name of the first part that is not empty; 0 and false are not empty."""
     return next((name for name in names if state.get(name) not in (None, "", [], {})), None)
 
 
-def _run_of_parts(task: Any, history: Any, said: Any, thinking: Any) -> Trajectory:
-    asked = _messages_in(task)
-    answer = _messages_in(said) or [{"role": "assistant", "content": _text(said)}]
-    if asked and answer[: len(asked)] == asked:  # an agent's output may begin with its input
-        answer = answer[len(asked) :]
+def _run_of_parts(task: Any, history: Any, output: Any, thinking: Any) -> Trajectory:
+    inputs = _messages_in(task)
+    answer = _messages_in(output) or [{"role": "assistant", "content": _text(output)}]
+    if inputs and answer[: len(inputs)] == inputs:  # an agent's output may begin with its input
+        answer = answer[len(inputs) :]
     if not answer or not isinstance(history, list):
-        raise DataError("state: history must be a list of messages, and what the agent said must not be empty.")
+        raise DataError("state: history must be a list of messages, and the agent's output must not be empty.")
     if thinking:
         answer = [*answer[:-1], {"reasoning_content": _text(thinking), **answer[-1]}]
-    if asked is None:
+    if inputs is None:
         return run_of_step({"task": _text(task), "history": history, "step": answer}, is_end=True)
-    return run_of_policy([*asked, *history], answer, whole=False)[0]
+    return run_of_policy([*inputs, *history], answer, includes_prompt=False)[0]
 
 
 def _messages_in(value: Any) -> list[Any] | None:
-    """The messages in what an application calls its input or output; None if it is something else."""
+    """Return the messages in an application's input or output; None if it is something else."""
     match value:
         case {"messages": list(messages)} if is_message_list(messages):
             return messages
@@ -82,7 +82,7 @@ def _messages_in(value: Any) -> list[Any] | None:
 
 
 def _text(value: Any) -> str:
-    """A value as text; an object with a single string in it, such as {"question": "…"}, is that string."""
+    """Return a value as text; an object with a single string, for example {"question": "…"}, as that string."""
     if isinstance(value, dict) and len(value) == 1:
         value = next(iter(value.values()))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -92,22 +92,22 @@ def _text(value: Any) -> str:
 
 
 def key_of(name: str, question: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The score key that a question is about.
+    """Return the score key of a question.
 
-    It is the key with the question's name, or the only key, or the only key named in the instructions: some clients
-    give every question the same name.
+    It is the key with the question's name, or the only key, or the only key mentioned in the instructions, because some
+    clients give every question the same name.
 
     Raises:
         DataError: the rubric has several keys, and the question does not identify one of them.
     """
     if name in keys:
         return name
-    named = [key for key in keys if key in str(question.get("instructions"))] if len(keys) > 1 else keys
-    if len(named) == 1:
-        return named[0]
+    mentioned = [key for key in keys if key in str(question.get("instructions"))] if len(keys) > 1 else keys
+    if len(mentioned) == 1:
+        return mentioned[0]
     raise DataError(
-        f"questions.{name}: this judge scores {', '.join(keys)}. Name the question after one of them, or name one in "
-        "its instructions."
+        f"questions.{name}: this judge scores {', '.join(keys)}. Use one of them as the question's name, or mention "
+        "one in its instructions."
     )
 
 
@@ -118,26 +118,28 @@ def check_question(name: str, question: Any) -> None:
         DataError: the question has another type, or its levels cannot be ranges of scores.
     """
     if not isinstance(question, Mapping) or question.get("type") not in list(_ANSWERS):
-        raise DataError(f"questions.{name}.type: this judge answers {', '.join(_ANSWERS)}.")
+        raise DataError(f"questions.{name}.type must be one of {', '.join(_ANSWERS)}.")
     criteria, kind = question.get("criteria"), question["type"]
     if kind == "score" and not (isinstance(criteria, list) and 2 <= len(criteria) <= MOST_LEVELS):
-        raise DataError(f"questions.{name}.criteria: 2 to {MOST_LEVELS} descriptions of levels, the lowest first.")
+        raise DataError(
+            f"questions.{name}.criteria must be a list of 2 to {MOST_LEVELS} level descriptions, lowest first."
+        )
     if kind == "choice":
         _check_labels(name, criteria)
 
 
 def _check_labels(name: str, criteria: Any) -> None:
     if not isinstance(criteria, Mapping) or not 2 <= len(criteria) <= MOST_LEVELS:
-        raise DataError(f"questions.{name}.criteria: 2 to {MOST_LEVELS} choices by name.")
+        raise DataError(f"questions.{name}.criteria must be an object with 2 to {MOST_LEVELS} choices.")
     if _numbers(criteria) is None:
         raise DataError(
-            f"questions.{name}.criteria: this judge gives scores, so the names of choices must be numbers, such as "
+            f"questions.{name}.criteria: this judge gives scores, so the names of choices must be numbers, for example "
             '"1" to "5" (the lowest is 0.00, the highest is 1.00). For other questions, use a judge trained for them.'
         )
 
 
 def _numbers(labels: Mapping[str, Any]) -> list[float] | None:
-    """The numbers that the names of choices stand for; None unless they are different numbers."""
+    """Convert the names of choices to numbers; None unless they are different numbers."""
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
@@ -147,7 +149,7 @@ def _numbers(labels: Mapping[str, Any]) -> list[float] | None:
 
 
 def answer_to(question: Mapping[str, Any], distribution: Distribution, threshold: float) -> dict[str, Any]:
-    """The answer to a question that passed `check_question`.
+    """Answer a question that passed `check_question`.
 
     Args:
         question: as the client sent it.
@@ -161,7 +163,7 @@ def answer_to(question: Mapping[str, Any], distribution: Distribution, threshold
 
 
 def _noul(_question: Mapping[str, Any], shares: Sequence[float], threshold: float) -> dict[str, Any]:
-    good = math.fsum(share for place, share in enumerate(shares) if place / 100 >= threshold - 1e-9)
+    good = math.fsum(share for hundredth, share in enumerate(shares) if hundredth / 100 >= threshold - 1e-9)
     return {"noul": min(good, 1.0)}
 
 
@@ -194,12 +196,12 @@ def _choice(question: Mapping[str, Any], shares: Sequence[float], _threshold: fl
 _ANSWERS = {"score": _score, "choice": _choice, "noul": _noul}
 
 
-def _by_level(shares: Sequence[float], places: Sequence[float]) -> list[float]:
-    """The probability of each level: every score counts for its nearest level, the lower one in a tie."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    chances = [0.0] * len(places)
+def _by_level(shares: Sequence[float], scores: Sequence[float]) -> list[float]:
+    """Return the probability of each level; every score counts for its nearest level, the lower one in a tie."""
+    order = sorted(range(len(scores)), key=scores.__getitem__)
+    chances = [0.0] * len(scores)
     for hundredth, share in enumerate(shares):
-        nearest = min(order, key=lambda level: (round(abs(places[level] - hundredth / 100), 9), places[level]))
+        nearest = min(order, key=lambda level: (round(abs(scores[level] - hundredth / 100), 9), scores[level]))
         chances[nearest] += share
     total = math.fsum(chances)
     return [chance / total for chance in chances]

@@ -1,4 +1,4 @@
-"""Weights and checkpoints on disk: what they contain, and whether they are complete. Nothing is loaded."""
+"""Read weights and checkpoints on disk, and check that they are complete, without loading them."""
 
 import bisect
 import json
@@ -16,7 +16,7 @@ from prmkit.errors import DataError
 from prmkit.files import read_json
 
 NO_OPTIMIZER = "the optimizer state is missing or damaged"
-"""The fault of a checkpoint that `save_only_model` wrote, or that a kill interrupted."""
+"""What is wrong with a checkpoint that `save_only_model` wrote, or that was interrupted by a kill."""
 
 
 # --- safetensors --------------------------------------------------------------------------------------------------
@@ -43,8 +43,8 @@ class Tensors:
     """The header of a safetensors file: https://github.com/huggingface/safetensors#format."""
 
     weights: Mapping[str, Weight]
-    places: Mapping[str, tuple[int, int]]
-    """Where the bytes of each tensor begin and end in the file."""
+    spans: Mapping[str, tuple[int, int]]
+    """Tensor -> offsets in the file at which its bytes begin and end."""
     size: int
     """The size in bytes of a complete file with this header."""
 
@@ -67,17 +67,17 @@ def read_header(path: Path) -> Tensors:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         weights = {name: Weight(entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
         begin = 8 + length
-        places = {name: (begin + int(entry["data_offsets"][0]), begin + int(entry["data_offsets"][1]))
-                  for name, entry in entries.items()}  # fmt: skip
+        spans = {name: (begin + int(entry["data_offsets"][0]), begin + int(entry["data_offsets"][1]))
+                 for name, entry in entries.items()}  # fmt: skip
     except OSError as failure:
         raise DataError(f"{path}: {failure.strerror}. Download it again.") from failure
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as failure:
         raise DataError(f"{path}: not a complete safetensors file. Download it again.") from failure
-    return Tensors(weights, places, max((end for _, end in places.values()), default=begin))
+    return Tensors(weights, spans, max((end for _, end in spans.values()), default=begin))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files that transformers would load, in its order of preference.
+    """List the weight files that transformers would load, in its order of preference.
 
     Raises:
         DataError: the index of the files is damaged.
@@ -99,7 +99,7 @@ def _files_in_index(index: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, Weight]:
-    """Every tensor of a model in safetensors, by name; empty for other formats. Reads only the headers.
+    """Return every tensor of a safetensors model by name; empty for other formats. Reads only the headers.
 
     Raises:
         DataError: an index or a header is damaged.
@@ -112,9 +112,9 @@ def read_weights(folder: Path) -> dict[str, Weight]:
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The content of `trainer_state.json`; None when it is missing or damaged."""
+    """Read `trainer_state.json`; None if it is missing or damaged."""
     try:
-        # Python's own reader, because a loss that is not a number is written as NaN.
+        # Python's own parser, because a loss that is not a number is written as NaN.
         state = json.loads((folder / "trainer_state.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
@@ -138,7 +138,7 @@ TRAINER_LOG = "trainer_log.jsonl"
 
 
 def parse_log_line(line: bytes) -> dict[str, Any] | None:
-    """One line of a `trainer_log.jsonl`; None for a line that a kill or a full disk damaged."""
+    """Parse one line of `trainer_log.jsonl`; None for a line that was damaged by a kill or a full disk."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -149,7 +149,7 @@ def parse_log_line(line: bytes) -> dict[str, Any] | None:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `trainer_log.jsonl`; damaged lines are skipped."""
+    """Yield the lines of `trainer_log.jsonl`, without damaged ones."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         if (entry := parse_log_line(line)) is not None:
             yield entry
@@ -159,7 +159,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def weights_fault(folder: Path) -> str | None:
-    """What is wrong with a folder's weights (an adapter, or a model in one or more files), by header and size."""
+    """Say what is wrong with a folder's weights (an adapter, or a model in one or more files), by header and size."""
     try:
         names = _weight_names(folder)
     except DataError as failure:
@@ -188,10 +188,10 @@ def _is_complete_file(path: Path) -> bool:
 
 
 def content_fault(folder: Path) -> str | None:
-    """What is wrong with the contents of a folder of weights: every byte is read, about a second per gigabyte.
+    """Say what is wrong with a folder of weights after reading every byte, about a second per gigabyte.
 
-    In addition to `weights_fault`: JSON files that are empty or damaged, pages of zeros in the weights, which a power
-    failure leaves, and numbers that are not finite.
+    In addition to `weights_fault`, it finds JSON files that are empty or damaged, pages of zeros in the weights (which
+    a power failure leaves), and numbers that are not finite.
     """
     if fault := weights_fault(folder):
         return fault
@@ -208,8 +208,6 @@ def content_fault(folder: Path) -> str | None:
 _PAGE = 4096
 _EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 """Type -> NumPy's type of the same size, and the bits that are all set only in infinities and NaN (IEEE 754)."""
-
-
 _CHUNK = 1 << 26
 
 
@@ -217,7 +215,7 @@ def _numbers_fault(path: Path) -> str | None:
     header = read_header(path)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for name, weight in header.weights.items():
-            begin, end = header.places[name]
+            begin, end = header.spans[name]
             if weight.dtype in _EXPONENTS and not _is_finite(content, begin, end, *_EXPONENTS[weight.dtype]):
                 return f"{path.name}: {name} contains numbers that are not finite"
         zeroed = _zeroed_tensor(content, header)
@@ -234,12 +232,12 @@ def _is_finite(content: mmap.mmap, begin: int, end: int, kind: str, exponent: in
 
 
 def _zeroed_tensor(content: mmap.mmap, header: Tensors) -> str | None:
-    """A tensor that was overwritten with a page of zeros.
+    """Name a tensor that was overwritten with a page of zeros.
 
-    Embeddings have rows of zeros, biases may be zero, and a tensor of only zeros has not learned yet (LoRA's B starts
-    that way); LoRA's A is never zero.
+    Zeros are normal in embeddings (rows), in biases, and in a tensor that has not been trained yet (LoRA's B starts
+    as zeros). LoRA's A is never all zeros.
     """
-    spans = sorted((*place, name) for name, place in header.places.items() if not _may_be_zero(name, header))
+    spans = sorted((*span, name) for name, span in header.spans.items() if not _may_be_zero(name, header))
     ends = [end for _, end, _ in spans]
     for page in _zero_pages(content):
         for begin, end, name in spans[bisect.bisect_right(ends, page) :]:
@@ -256,7 +254,7 @@ def _may_be_zero(name: str, header: Tensors) -> bool:
 
 
 def _zero_pages(content: mmap.mmap) -> Iterator[int]:
-    """The places where pages of zeros begin."""
+    """Yield the offsets at which pages of zeros begin."""
     import numpy
 
     for start in range(0, len(content) // _PAGE * _PAGE, _CHUNK):
@@ -270,11 +268,11 @@ def _has_numbers(content: mmap.mmap, begin: int, end: int) -> bool:
 
 
 def checkpoint_fault(folder: Path, *, contents: bool = True) -> str | None:
-    """Why training cannot be resumed from a checkpoint folder; None if the checkpoint is complete.
+    """Say why training cannot be resumed from a checkpoint folder; None if the checkpoint is complete.
 
     Args:
         folder: `checkpoint-N`.
-        contents: read every byte, not only names and sizes.
+        contents: whether to read every byte, not only names and sizes.
     """
     if (folder / "checkpoint-is-incomplete.txt").exists():
         return "it was being written when the run ended"
@@ -282,14 +280,14 @@ def checkpoint_fault(folder: Path, *, contents: bool = True) -> str | None:
     if state is None:
         return "trainer_state.json is missing or damaged"
     if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{state['global_step']}":
-        return f"it is from step {state['global_step']}, not from the one in its name"
+        return f"it is from step {state['global_step']}, not from the step in its name"
     if fault := content_fault(folder) if contents else weights_fault(folder):
         return fault
     return _optimizer_fault(folder, contents=contents)
 
 
 def _optimizer_fault(folder: Path, *, contents: bool) -> str | None:
-    # One process or DDP; FSDP; DeepSpeed, one file for each process. torch.save writes zip files with checksums.
+    # One process or DDP; FSDP; DeepSpeed, one file per process. torch.save writes zip files with checksums.
     optimizers = [path for name in ("optimizer.pt", "optimizer.bin", "global_step*/*optim_states.pt")
                   for path in folder.glob(name)]  # fmt: skip
     if not optimizers or not all(map(zipfile.is_zipfile, optimizers)):
@@ -303,10 +301,10 @@ def _optimizer_fault(folder: Path, *, contents: bool) -> str | None:
         if not list(folder.glob("rng_state*.pth")):
             return "rng_state.pth is missing"
     saved = [*optimizers, *folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("training_args.bin")]
-    return next((f"{path.name} is damaged" for path in dict.fromkeys(saved) if not _is_whole_zip(path)), None)
+    return next((f"{path.name} is damaged" for path in dict.fromkeys(saved) if not _is_intact_zip(path)), None)
 
 
-def _is_whole_zip(path: Path) -> bool:
+def _is_intact_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

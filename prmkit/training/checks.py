@@ -1,8 +1,9 @@
-"""One check, its outcome, and every check of a config that needs neither this machine nor any other file.
+"""The class of a check's result, and all checks of a config that need neither this machine nor other files.
 
 Names, types, choices and defaults come from the installed LLaMA Factory (`prmkit.llamafactory_schema`). The rules below
 are for settings that its parser accepts, but that fail after the model has loaded, or silently do something else.
-Errors that its parser reports are left to it: it runs before every training (`prmkit.training.llamafactory_checks`).
+The parser's own errors are not repeated here, because it runs before every training run
+(`prmkit.training.llamafactory_checks`).
 """
 
 import difflib
@@ -41,7 +42,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One check: its subject, what it found, and what to do about it."""
+    """The result of one check: its subject, what it found, and what to do about it."""
 
     name: str
     """The subject of the check; for a check of one key, the key."""
@@ -52,22 +53,22 @@ class Check:
 
 
 def ok(name: str, found: str, advice: str = "") -> Check:
-    """A check that found nothing wrong."""
+    """Return the result of a check that found nothing wrong."""
     return Check(name, Status.OK, found, advice)
 
 
 def warning(name: str, found: str, advice: str) -> Check:
-    """A check's warning: the run would finish, but might not be what was meant."""
+    """Return a warning: the run would finish, but might not be what the user meant."""
     return Check(name, Status.WARNING, found, advice)
 
 
 def error(name: str, found: str, advice: str = "") -> Check:
-    """A check's error: the run would fail or be worthless."""
+    """Return an error: the run would fail or be worthless."""
     return Check(name, Status.ERROR, found, advice)
 
 
 def errors_in(checks: Sequence[Check]) -> list[Check]:
-    """The checks that stop a run."""
+    """Return the checks that stop a run."""
     return [check for check in checks if check.status is Status.ERROR]
 
 
@@ -80,7 +81,7 @@ _ACCEPTED_ANYWAY: dict[str, tuple[Any, ...]] = {
 """Values outside a key's own types and choices that nevertheless work."""
 
 _EMPTY_IS_A_VALUE = {"default_system", "debug"}
-"""Keys that may be an empty string: `default_system: ""` removes the system text that the template would add."""
+"""Keys that may be an empty string: `default_system: ""` removes the system prompt that the template would add."""
 
 _EMPTY_LIST_FAILS = {"eval_dataset", "lora_target", "additional_target"}
 """LLaMA Factory expects at least one name in these lists."""
@@ -112,7 +113,7 @@ def is_secret(key: str) -> bool:
 
 
 def check_known_keys(values: Values) -> list[Check]:
-    """Everything that is wrong with single keys, in their order; at most one error per key."""
+    """Return what is wrong with single keys, in their order; at most one error per key."""
     keys = training_keys()
     missing = [
         error(name, "is not set" if values.get(name) is None else "is an empty list", hint)
@@ -132,7 +133,7 @@ def _errors_of(name: str, value: Any, values: Values, keys: Mapping[str, ConfigK
     if value is None:
         if "None" not in key.types:
             default = f" for LLaMA Factory's default, {key.default}" if isinstance(key.default, str | int) else ""
-            yield error(name, "null is not a value of this key", f"Leave the key out{default}.")
+            yield error(name, "null is not allowed", f"Leave the key out{default}.")
         return
     yield from _check_type(key, value)
     yield from _check_choice(key, value)
@@ -140,7 +141,7 @@ def _errors_of(name: str, value: Any, values: Values, keys: Mapping[str, ConfigK
 
 
 def unknown_key(name: str, keys: Iterable[str]) -> Check:
-    """The error for a key that the installed LLaMA Factory does not accept."""
+    """Return the error for a key that the installed LLaMA Factory does not accept."""
     message = f"LLaMA Factory {llamafactory_version()} does not know this key"
     if name in REPLACEMENTS:
         return error(name, message, REPLACEMENTS[name])
@@ -149,10 +150,10 @@ def unknown_key(name: str, keys: Iterable[str]) -> Check:
 
 
 def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
-    """Values that the parser accepts and that fail later."""
+    """Find values that the parser accepts and that fail later."""
     if is_secret(name) or (isinstance(value, str) and _PASSWORD_IN_URL.search(value)):
         hint = "Log in once (hf auth login, swanlab login), or set HF_TOKEN or SWANLAB_API_KEY in the environment."
-        yield error(name, "a secret does not belong in a config or a command", hint)
+        yield error(name, "secrets are not allowed in a config or on the command line", hint)
     elif value == "" and name not in _EMPTY_IS_A_VALUE:
         yield error(name, "is an empty string, which LLaMA Factory treats as a value", "Leave the key out.")
     elif value == [] and name in _EMPTY_LIST_FAILS:
@@ -161,7 +162,7 @@ def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
         joined = ",".join(map(str, value))
         yield error(name, "LLaMA Factory cannot read a list here", f"Write one string: {joined}")
     elif name == "flash_attn" and value == "fa3":
-        yield error(name, "fa3 ends in NotImplementedError when the model loads", "Write fa2, sdpa or auto.")
+        yield error(name, "fa3 raises NotImplementedError when the model loads", "Write fa2, sdpa or auto.")
     elif name == "do_train" and value is False:
         yield error(name, "is false, so nothing would be trained", "Write do_train: true.")
     elif name == "report_to":
@@ -224,7 +225,7 @@ def _fits(key: ConfigKey, value: Any) -> bool:
 
 
 def _unquoted(text: str) -> Any:
-    """The value of a string without its quotes, or None if that would be a string again."""
+    """Return the value that a string would have without its quotes; None if that would be a string, too."""
     lowered = text.strip().lower()
     if lowered in ("true", "false", "yes", "no", "on", "off"):
         return lowered in ("true", "yes", "on")
@@ -258,14 +259,14 @@ def _check_range(name: str, value: Any) -> Iterator[Check]:
         yield error(name, f"is {value}; it must be less than {_LESS_THAN[name]}", hint)
 
 
-# --- keys that contradict each other, unnoticed by LLaMA Factory's parser -----------------------------------------
+# --- conflicts between keys that LLaMA Factory's parser does not notice -------------------------------------------
 
 
 def check_conflicts(values: Values) -> list[Check]:
-    """Keys that conflict with each other.
+    """Return the conflicts between keys.
 
     Args:
-        values: without keys that are wrong by themselves.
+        values: LLaMA Factory's keys, without those that are wrong by themselves.
     """
     defaults = {name: key.default for name, key in training_keys().items() if key.default is not NO_DEFAULT}
     effective = ChainMap(dict(values), defaults)
@@ -279,37 +280,37 @@ def _check_rows(config: Values, given: Values) -> Iterator[Check]:
     val_size = config["val_size"]
     if isinstance(val_size, float) and val_size >= 1:
         hint = f"For a number of rows write {val_size:.0f}."
-        yield error("val_size", f"is {val_size}; a share must be below 1", hint)
+        yield error("val_size", f"is {val_size}; a fraction must be below 1", hint)
     if config["streaming"] and config["dataloader_num_workers"] < 1:
-        message = "needs a loader process; else a local file ends in StopIteration"
+        message = "needs a data-loader worker; without one, a local file ends in StopIteration"
         yield error("streaming", message, "Set dataloader_num_workers: 1.")
     if config["packing"] and not config["neat_packing"]:
-        message = "lets every row see the rows packed before it"
-        yield error("packing", message, "Write neat_packing: true, which keeps them apart, or leave it out.")
+        message = "without neat_packing, packed rows attend to the rows before them"
+        yield error("packing", message, "Write neat_packing: true, or leave packing out.")
     if config["neat_packing"] and config["flash_attn"] == "fa2" and config["per_device_train_batch_size"] > 1:
         hint = "Write per_device_train_batch_size: 1 and multiply gradient_accumulation_steps."
-        yield error("neat_packing", "with flash_attn: fa2 works for batches of one only", hint)
+        yield error("neat_packing", "supports only batch size 1 with flash_attn: fa2", hint)
     if config["torch_compile"] and config["enable_liger_kernel"]:
         message = "miscompiles the kernels of enable_liger_kernel: the loss is then 1e30, or negative"
         yield error("torch_compile", message, "Leave torch_compile out.")
     if config["dataloader_num_workers"] < 1 and given.get("dataloader_persistent_workers"):
         hint = "Set dataloader_num_workers: 2."
-        yield error("dataloader_persistent_workers", "keeps loader processes running, and there are none", hint)
+        yield error("dataloader_persistent_workers", "has no effect without data-loader workers", hint)
 
 
 def _check_schedule(config: Values, given: Values) -> Iterator[Check]:
     if "warmup_ratio" in given and "warmup_steps" in given:
-        hint = "Keep warmup_steps: 0.1 (below 1 it is a share of the run)."
+        hint = "Keep warmup_steps: 0.1 (below 1 it is a fraction of the run)."
         yield error("warmup_ratio", "is set together with warmup_steps, and LLaMA Factory uses only the ratio", hint)
     deepspeed = given.get("deepspeed")
     # A launch checks this only under torchrun, after every process has started.
     if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
         yield error("deepspeed", f"there is no file {deepspeed} below {Path.cwd()}", "See configs/deepspeed/.")
-    for name, asked in (
+    for name, is_requested in (
         ("save_strategy", config["save_strategy"] == "best"),
         ("early_stopping_steps", "early_stopping_steps" in given),
     ):
-        if asked and "metric_for_best_model" not in given and not config["load_best_model_at_end"]:
+        if is_requested and "metric_for_best_model" not in given and not config["load_best_model_at_end"]:
             yield error(name, "needs metric_for_best_model", "Write metric_for_best_model: loss.")
 
 
@@ -335,7 +336,7 @@ def _check_metric(config: Values, given: Values) -> Iterator[Check]:
         measured = [f"{dataset}_{name}" for dataset in split_names(config["eval_dataset"]) for name in measured]
     if str(metric).removeprefix("eval_") not in measured:
         hint = f"Write metric_for_best_model: {' or '.join(measured)}."
-        yield error("metric_for_best_model", f"no evaluation computes '{metric}'", hint)
+        yield error("metric_for_best_model", f"'{metric}' is not computed in evaluation", hint)
 
 
 def _check_loggers(config: Values, _given: Values) -> Iterator[Check]:
@@ -347,11 +348,11 @@ def _check_loggers(config: Values, _given: Values) -> Iterator[Check]:
         yield error("report_to", f"all uses every installed logger, and {message}", "List those you want.")
 
 
-# --- settings that do not do what one expects ---------------------------------------------------------------------
+# --- unexpected effects of settings -------------------------------------------------------------------------------
 
 
 def check_settings(values: Values) -> Iterator[Check]:
-    """Warnings about settings that are accepted but rarely intended."""
+    """Warn about settings that are accepted but rarely intended."""
     rate, full = setting(values, "learning_rate"), setting(values, "finetuning_type") in ("full", "freeze")
     if rate > (1e-4 if full else 5e-3):
         kind, usual = ("full fine-tuning", 1e-5) if full else ("LoRA", 1e-4)
@@ -365,10 +366,10 @@ def check_settings(values: Values) -> Iterator[Check]:
 
 
 _RARELY_MEANT = {
-    "warmup_ratio": ("warmup_ratio is deprecated", "Write warmup_steps: {} (below 1 it is a share of the run)."),
+    "warmup_ratio": ("warmup_ratio is deprecated", "Write warmup_steps: {} (below 1 it is a fraction of the run)."),
     "logging_dir": ("logging_dir has no effect", "TensorBoard's folder is set by TENSORBOARD_LOGGING_DIR."),
     "overwrite_cache": (
-        "overwrite_cache tokenizes everything again at every start; changed files are noticed without it",
+        "overwrite_cache tokenizes everything again at every start, although changed files are noticed without it",
         "Leave it out.",
     ),
     "overwrite_output_dir": (
@@ -380,7 +381,7 @@ _RARELY_MEANT = {
         "max_samples: only the first {} rows of each dataset are used, held-out rows too",
         "Leave it out for a real run.",
     ),
-    "neftune_noise_alpha": ("neftune_noise_alpha adds noise that helps chatting, not scoring", "Leave it out."),
+    "neftune_noise_alpha": ("neftune_noise_alpha adds noise that helps chat models, not scoring", "Leave it out."),
     "train_on_prompt": ("train_on_prompt trains on the prompts as well as the verdicts", "Leave it out."),
     "save_only_model": (
         "save_only_model saves no optimizer state, so an interrupted run cannot be resumed",

@@ -1,8 +1,8 @@
-"""One flat YAML of LLaMA Factory's keys plus overrides, resolved to a run's values and the origin of each.
+"""Resolve a YAML config plus overrides, and remember where each value came from.
 
-Values are read as LLaMA Factory would read them and overridden from the command line; everything is checked and all
-errors are reported at once; then keys that were left open are fitted to the data and the machine. Nothing here imports
-LLaMA Factory, and fitting never changes what is learned from a row, only what can run and how fast.
+Values are read as LLaMA Factory would read them and overridden from the command line. Everything is checked, and all
+errors are reported at once. Then unset keys are derived from the data and the machine. Nothing here imports LLaMA
+Factory, and derived values never change what is learned from a row, only what can run and how fast.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,19 +35,19 @@ class Override:
     key: str
     text: str
     source: str
-    """The form in which the user typed it: `--epochs`, or `key=value`."""
+    """How the user typed it: `--epochs`, or `key=value`."""
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """The config with which a run is started."""
+    """The config with which a training run is started."""
 
     values: Mapping[str, Any]
     """LLaMA Factory's keys, ready for `render_yaml`."""
     sources: Mapping[str, str]
-    """For every key in `values`: the file, the flag, or `derived: why`."""
+    """Key -> where its value came from: the file, the flag, or `derived: why`."""
     dropped: Mapping[str, str]
-    """Keys that the user set but this run leaves out -> reason."""
+    """Key that the user set but this run leaves out -> reason."""
 
 
 def parse_assignment(text: str) -> Override:
@@ -75,7 +75,7 @@ def resolve_config(
         files: if the config has errors, also report those of the model folder and the datasets.
 
     Raises:
-        UsageError: something is wrong with the file or the overrides; the message names all of it.
+        UsageError: something is wrong with the file or the overrides; the message lists all errors.
         DataError: LLaMA Factory is not installed.
     """
     keys = training_keys()
@@ -83,7 +83,9 @@ def resolve_config(
     errors = _apply(values, sources, overrides, keys)
     overridden = {override.key: override.key in values for override in overrides}
     if values.get("trust_remote_code") and "trust_remote_code" not in overridden:
-        errors.append(error("trust_remote_code", "counts only on the command line", "Type it: trust_remote_code=true"))
+        errors.append(
+            error("trust_remote_code", "is only honoured on the command line", "Type it: trust_remote_code=true")
+        )
     changes = _fit_held_out(values, overridden)
     fitted = changes.applied_to(values)
     errors += check_known_keys(fitted)
@@ -92,7 +94,7 @@ def resolve_config(
     errors += [*check_conflicts(right), *check_owned_folders(right)]
     if errors:
         errors += _check_inputs(fitted, {each.name for each in errors}) if files else []
-        raise UsageError(_report(path, errors, sources))
+        raise UsageError(_format_errors(path, errors, sources))
     _fit_machine(fitted, machine or this_machine(), torchrun=torchrun, changes=changes)
     final = changes.applied_to(values)
     origins = {**sources, **{key: f"derived: {reason}" for key, (_, reason) in changes.derived.items()}}
@@ -100,16 +102,16 @@ def resolve_config(
 
 
 def typed_values(overrides: Sequence[Override]) -> dict[str, Any]:
-    """The values of overrides without a config file.
+    """Return the values of overrides without a config file.
 
     Raises:
-        UsageError: something is wrong with them; the message names all of it.
+        UsageError: something is wrong with them; the message lists all errors.
     """
     values: dict[str, Any] = {}
     errors = _apply(values, {}, overrides, training_keys())
     errors += [each for each in check_known_keys(values) if each.name in values]
     if errors:
-        raise UsageError("\n".join(_line(each.name, each) for each in errors))
+        raise UsageError("\n".join(_format_error(each.name, each) for each in errors))
     return values
 
 
@@ -123,20 +125,20 @@ def _check_inputs(values: Mapping[str, Any], wrong: set[str]) -> list[Check]:
     return [error(key, each.found, each.advice) for key, each in found.items() if each.status == "error"]
 
 
-def _report(path: Path, errors: Sequence[Check], sources: Mapping[str, str]) -> str:
-    """All errors of a config in one message; a key that is not from the file is shown as it was typed."""
+def _format_errors(path: Path, errors: Sequence[Check], sources: Mapping[str, str]) -> str:
+    """List all errors of a config in one message, with keys as typed if they are not from the file."""
     count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
     typed = {key: f"{key} ({source})" for key, source in sources.items() if source != str(path)}
-    lines = [f"  {_line(typed.get(each.name, each.name), each)}" for each in errors]
+    lines = [f"  {_format_error(typed.get(each.name, each.name), each)}" for each in errors]
     return "\n".join([f"{path}: {count} (LLaMA Factory {llamafactory_version()}).", *lines])
 
 
-def _line(name: str, check: Check) -> str:
+def _format_error(name: str, check: Check) -> str:
     return f"{name}: {check.found}. {check.advice}".rstrip()
 
 
 def render_yaml(values: Mapping[str, Any]) -> str:
-    """A YAML that LLaMA Factory reads back as exactly these values.
+    """Write a YAML that LLaMA Factory reads back as exactly these values.
 
     LLaMA Factory's own writer is used, because others leave a string such as `1e-4` unquoted, which it reads as a
     number.
@@ -189,9 +191,9 @@ def _apply(
 
 
 def _typed_value(key: ConfigKey | None, text: str) -> Any:
-    """The value of a string on the command line, with the type that LLaMA Factory gives its own `key=value`.
+    """Return the value of a string on the command line, with the type that LLaMA Factory gives its own `key=value`.
 
-    A key that holds a string gets it unchanged, unless it is a list: `run_name=123` is a name, and
+    A key that takes a string keeps the text as typed, unless it is a YAML list: `run_name=123` is the string "123", and
     `default_system="Judge: be strict"` is not a mapping.
 
     Raises:
@@ -214,7 +216,7 @@ def _with_no_as_word(key: ConfigKey | None, value: Any) -> Any:
     return "no" if value is False and key is not None and "no" in key.choices else value
 
 
-# --- fitting to the data and the machine --------------------------------------------------------------------------
+# --- values derived from the data and the machine -----------------------------------------------------------------
 
 NO_GPU = "this machine has no GPU"
 AMPERE = (8, 0)
@@ -227,15 +229,15 @@ EVALUATION_KEYS = (
 """Keys that are meaningless without rows to evaluate on."""
 
 BATCH_BYTES = 3_000_000
-"""Bytes of text in one preprocessing batch. 2,000 rows of 30,000 characters took 2.75 GB with 1,000 rows per batch and
+"""Bytes of text per preprocessing batch. 2,000 rows of 30,000 characters took 2.75 GB with 1,000 rows per batch and
 1.15 GB with 100, at the same speed."""
 ROWS_PER_WORKER = 500
-"""Fewer rows are tokenized faster than a worker process starts."""
+"""Rows per preprocessing worker: fewer rows are tokenized faster than a worker starts."""
 
 
 @dataclass
 class _Changes:
-    """Collects what fitting changes."""
+    """Changes made while deriving values."""
 
     derived: dict[str, tuple[Any, str]] = field(default_factory=dict)
     """Key -> new value and reason."""
@@ -243,45 +245,45 @@ class _Changes:
     """Key -> reason."""
 
     def drop(self, values: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
-        """Leave out those of `names` that are set to something."""
+        """Leave out those of `names` that have a value other than null and false."""
         self.dropped |= {name: reason for name in names if name in values and values[name] not in (None, False)}
 
     def applied_to(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values after fitting."""
+        """Return the values with these changes."""
         merged = {**values, **{name: value for name, (value, _) in self.derived.items()}}
         return {name: value for name, value in merged.items() if name not in self.dropped}
 
 
 def _fit_held_out(values: Mapping[str, Any], overridden: Mapping[str, bool]) -> _Changes:
-    """Let the held-out side follow the dataset, and leave evaluation out without held-out rows.
+    """Derive the held-out split from the dataset, and leave evaluation out if there are no held-out rows.
 
     Args:
         values: as the user set them, unchecked.
-        overridden: keys on the command line; False for those that it removes.
+        overridden: key on the command line -> whether it still has a value; False if it was removed.
     """
     changes = _Changes()
     if overridden.get("eval_dataset") is False:
         changes.drop(values, EVALUATION_KEYS, "eval_dataset was removed")
         return changes
-    names, asked = split_names(values.get("dataset")), split_names(values.get("eval_dataset"))
-    follows = "dataset" in overridden and asked and "eval_dataset" not in overridden
+    names, requested = split_names(values.get("dataset")), split_names(values.get("eval_dataset"))
+    follows = "dataset" in overridden and requested and "eval_dataset" not in overridden
     try:
         known = list(read_entries(Path(str(setting(values, "dataset_dir")))))
     except DataError:
         known = held_out_names(names, [name + HELD_OUT_SUFFIX for name in names])  # reported by the checks
-    sides = held_out_names(names, known)
-    if not follows and (not asked or asked != held_out_names(names, asked) or asked == sides):
+    splits = held_out_names(names, known)
+    if not follows and (not requested or requested != held_out_names(names, requested) or requested == splits):
         return changes
-    if not sides:
+    if not splits:
         changes.drop(values, EVALUATION_KEYS, f"{', '.join(names)} has no held-out rows")
-    elif sides != asked:
-        changes.derived["eval_dataset"] = (",".join(sides), "the held-out side of the dataset")
+    elif splits != requested:
+        changes.derived["eval_dataset"] = (",".join(splits), "the held-out split of the dataset")
     return changes
 
 
 def _fit_machine(values: Mapping[str, Any], machine: Machine, *, torchrun: bool, changes: _Changes) -> None:
     if "do_train" not in values:
-        changes.derived["do_train"] = (True, "without it LLaMA Factory trains nothing")
+        changes.derived["do_train"] = (True, "required for training")
     if values.get("use_cpu") or (not machine.gpus and "use_cpu" not in values):
         _fit_cpu(values, machine, changes)
     elif machine.gpus:
@@ -331,20 +333,20 @@ def _fit_gpus(values: Mapping[str, Any], machine: Machine, changes: _Changes) ->
 
 def _fit_preprocessing(values: Mapping[str, Any], machine: Machine, changes: _Changes) -> None:
     rows, size = _estimate_rows(values)
-    most = max(1, min(machine.cores, rows // ROWS_PER_WORKER if rows else 16))
-    asked = values.get("preprocessing_num_workers")
-    if asked is None or asked > most:
-        enough = f"{machine.cores} cores" if most == machine.cores else f"{rows} rows"
-        changes.derived["preprocessing_num_workers"] = (most, f"enough for {enough}")
+    maximum = max(1, min(machine.cores, rows // ROWS_PER_WORKER if rows else 16))
+    requested = values.get("preprocessing_num_workers")
+    if requested is None or requested > maximum:
+        reason = "one per core" if maximum == machine.cores else f"enough for {rows} rows"
+        changes.derived["preprocessing_num_workers"] = (maximum, reason)
     if "preprocessing_batch_size" not in values and rows:
         batch = max(16, BATCH_BYTES // max(1, size // rows))
         if batch < 1000:
-            reason = f"rows of {size // rows:,} bytes; more at once only take memory"
+            reason = f"rows of {size // rows:,} bytes; a larger batch only costs memory"
             changes.derived["preprocessing_batch_size"] = (batch, reason)
 
 
 def _estimate_rows(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and bytes of the dataset, estimated from the first megabyte of each file; zeros without local files."""
+    """Estimate rows and bytes of the dataset from the first megabyte of each file; zeros without local files."""
     try:
         entries = read_entries(Path(str(setting(values, "dataset_dir"))))
     except DataError:

@@ -1,6 +1,6 @@
-"""The datasets that a config names, and what is held out of training.
+"""Checks of the datasets in a config, and of what is held out of training.
 
-Read from the files alone, without LLaMA Factory; what would make it fail or silently drop rows is found here.
+They read only the files, without LLaMA Factory, and find what would make it fail or silently drop rows.
 """
 
 import difflib
@@ -23,7 +23,7 @@ FORMATS = ("alpaca", "sharegpt", "openai")
 RANKING_STAGES = ("rm", "dpo")
 FILE_TYPES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 SCANNED_BYTES = 256 << 20
-"""The most bytes of a file to read, which takes a second; errors are nearly always near the beginning."""
+"""The maximum number of bytes to read of a file, which takes a second; errors are nearly always near the beginning."""
 CHUNK_BYTES = 10 << 20
 """Arrow takes a column's type from the first 10 MB of a file."""
 
@@ -41,7 +41,7 @@ def check_datasets(values: Mapping[str, Any]) -> Check:
     problems = [problem for name in names for problem in _entry_problems(name, entries, stage)]
     problems += _report_problems(folder)
     if problems:
-        return error("datasets", "; ".join(problems), f"Convert the data again ({CONVERT}), or name another dataset.")
+        return error("datasets", "; ".join(problems), f"Convert the data again ({CONVERT}), or choose another dataset.")
     described = ", ".join(f"{name} ({_describe_rows(entries[name])})" for name in names)
     if not all(_is_one_file(entries[name]) for name in names):
         return warning("datasets", described, "Save it as one JSONL file, so that its rows are checked and recorded.")
@@ -60,7 +60,7 @@ def _describe_rows(entry: Entry) -> str:
 
 
 def _report_problems(folder: Path) -> Iterator[str]:
-    """Check that the conversion's report, which every run records, is readable."""
+    """Check that the conversion report, whose hash every training run records, is readable."""
     path = folder / REPORT
     try:
         report = read_json(path) if path.exists() else {}
@@ -80,14 +80,15 @@ def _entry_problems(name: str, entries: Mapping[str, Entry], stage: str) -> Iter
     elif entry.formatting not in FORMATS:
         yield f"{name}: formatting is {entry.formatting}, not {' or '.join(FORMATS)}"
     elif entry.ranking != (stage in RANKING_STAGES):
-        holds, wanted = ("pairs", "single answers") if entry.ranking else ("single answers", "pairs: chosen, rejected")
-        yield f"{name} contains {holds}, and stage: {stage} learns from {wanted}"
+        pairs, single = "preference pairs", "single answers"
+        actual, needed = (pairs, single) if entry.ranking else (single, f"{pairs} (chosen, rejected)")
+        yield f"{name} contains {actual}, but stage {stage} needs {needed}"
     elif stage == "kto" and "kto_tag" not in entry.columns:
-        yield f"{name} has no column kto_tag, which stage: kto learns from"
+        yield f"{name} has no column kto_tag, which stage kto needs"
     elif entry.file is not None and entry.file.is_dir():
         kinds = {path.suffix for path in entry.file.iterdir()}
         if len(kinds) != 1 or not kinds <= {*FILE_TYPES}:
-            yield f"{entry.file} must contain files of one kind ({', '.join(FILE_TYPES)}), and nothing else"
+            yield f"{entry.file} must contain files of one type ({', '.join(FILE_TYPES)}), and nothing else"
     elif entry.file is not None:
         yield from _file_problems(entry, entry.file)
 
@@ -104,7 +105,7 @@ def _file_problems(entry: Entry, file: Path) -> Iterator[str]:
 
 
 def _row_problems(entry: Entry, file: Path) -> Iterator[str]:
-    """The first thing in a JSONL file that would make LLaMA Factory fail, or silently drop a row."""
+    """Find the first row of a JSONL file that would make LLaMA Factory fail, or that it would silently drop."""
     wanted = _columns(entry)
     read = 0
     large = file.stat().st_size > CHUNK_BYTES
@@ -119,7 +120,7 @@ def _row_problems(entry: Entry, file: Path) -> Iterator[str]:
 
 
 def _columns(entry: Entry) -> dict[str, type]:
-    """The required columns and their types."""
+    """Return the required columns and their types."""
     if entry.formatting != "alpaca":
         return {entry.columns.get("messages", "messages"): list}
     return {entry.columns[key]: str for key in ("prompt", "response") if key in entry.columns}
@@ -138,7 +139,7 @@ def _row_problem(line: bytes, wanted: Mapping[str, type], *, others_must_be_stri
         if name not in row:
             return f"has no column {name}"
         if not isinstance(row[name], kind):
-            return f"{name} is not a {'string' if kind is str else 'list'}, and LLaMA Factory would drop the row"
+            return f"{name} is not a {'string' if kind is str else 'list'}; LLaMA Factory would silently drop the row"
     other = [name for name, value in row.items() if name not in wanted and not isinstance(value, str)]
     if other and others_must_be_strings:
         return f"column {other[0]} is not a string; if its type changes after 10 MB, loading fails. Leave it out"
@@ -157,7 +158,7 @@ def _answer_problem(entry: Entry, line: bytes) -> str | None:
 
 
 def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, evaluate: bool = False) -> Check:
-    """Check that there are held-out rows, and that the training rows have none of their tasks and prompts.
+    """Check that there are held-out rows, and that they share no task and no prompt with the training rows.
 
     Args:
         values: LLaMA Factory's keys.
@@ -167,7 +168,7 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, eva
     if values.get("val_size"):
         if problem := _nothing_left(values):
             return error("held-out", problem, "Write a smaller val_size, or use eval_dataset.")
-        found = "val_size holds out rows at random, so steps of one task end up on both sides"
+        found = "val_size holds out rows at random, so steps of one task end up in both splits"
         return warning("held-out", found, "Use eval_dataset: the conversion holds out whole tasks.")
     names, held_out = split_names(values.get("dataset")), split_names(values.get("eval_dataset"))
     if not held_out:
@@ -176,7 +177,7 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, eva
             return error("held-out", f"{found}, but --evaluate needs some", HOLD_OUT)
         return warning("held-out", f"{found}, so the judge cannot be measured", HOLD_OUT)
     if both := set(names) & set(held_out):
-        return error("held-out", f"{', '.join(sorted(both))} is trained on and held out", "Name its held-out side.")
+        return error("held-out", f"{', '.join(sorted(both))} is used for both training and evaluation", USE_EVAL)
     folder = Path(str(setting(values, "dataset_dir")))
     try:
         return _compare(folder, names, held_out)
@@ -184,14 +185,15 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, eva
         return error("held-out", f"could not be compared: {failure}", f"Convert the data again: {CONVERT}")
 
 
+USE_EVAL = "Use its _eval dataset as eval_dataset."
 HOLD_OUT = (
-    f"Convert again with more held out: {CONVERT} --eval-ratio 0.3, another --split-seed, or --eval-tasks with the "
-    "names of tasks."
+    f"Convert again with more held out: {CONVERT} --eval-ratio 0.3, another --split-seed, or --eval-tasks with "
+    "task ids."
 )
 
 
 def _nothing_left(values: Mapping[str, Any]) -> str | None:
-    """Why `val_size` would leave no row to train on; None if it leaves some, or if the rows cannot be counted."""
+    """Say why `val_size` would leave no training row; None if it leaves some, or if the rows cannot be counted."""
     if values.get("streaming") or setting(values, "mix_strategy") != "concat":
         return None
     try:
@@ -204,7 +206,7 @@ def _nothing_left(values: Mapping[str, Any]) -> str | None:
     taken = values["val_size"] if values["val_size"] >= 1 else math.ceil(values["val_size"] * rows)
     if None in counts or not rows or taken < rows:
         return None
-    return f"val_size: {values['val_size']} takes all {rows:,} rows, and none are left to train on"
+    return f"val_size: {values['val_size']} takes all {rows:,} rows, so no row is left to train on"
 
 
 _COMPARED = (".json", ".jsonl")
@@ -213,7 +215,7 @@ _COMPARED = (".json", ".jsonl")
 def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
     audit = _audit(folder)
     if audit is not None and audit.get("passed", True) is False:
-        found = f"the conversion found {audit.get('tasks_on_both_sides', '?')} tasks on both sides"
+        found = f"the conversion found {audit.get('tasks_on_both_sides', '?')} tasks in both splits"
         return error("held-out", found, f"Convert the data again: {CONVERT}")
     entries = read_entries(folder)
     sides = [[entries[name] for name in side if name in entries] for side in (names, held_out)]
@@ -225,7 +227,7 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
         shared = f"{_count(len(shared_tasks), 'task')} and {_count(len(shared_prompts), 'prompt')}"
         example = next(iter(shared_tasks or shared_prompts))
         return error(
-            "held-out", f"{shared} are also trained on, such as {example}", f"Convert both together: {CONVERT}"
+            "held-out", f"{shared} are also trained on, for example {example}", f"Convert both together: {CONVERT}"
         )
     if any(entry.sidecar is None for side in sides for entry in side):
         found = (

@@ -1,4 +1,4 @@
-"""This machine: GPUs, cores and packages, and whether it is ready to train. All of this takes milliseconds."""
+"""Find this machine's GPUs, cores and packages, and check that it is ready to train; takes milliseconds."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What training can use."""
+    """What training can use of a machine."""
 
     gpus: tuple[Gpu, ...]
     cores: int
@@ -44,7 +44,7 @@ class Machine:
 
     @property
     def memory_budget(self) -> int:
-        """Free bytes for each training process: of the GPU with the least free memory, or else of main memory."""
+        """Free bytes per training process: of the GPU with the least free memory or, without GPUs, of main memory."""
         return min((gpu.free for gpu in self.gpus), default=self.memory)
 
 
@@ -55,7 +55,7 @@ OPTIONAL_PACKAGES = (
 
 
 def this_machine() -> Machine:
-    """Look at this machine, without importing torch. A GPU that `CUDA_VISIBLE_DEVICES` hides does not count."""
+    """Describe this machine without importing torch. A GPU that `CUDA_VISIBLE_DEVICES` hides does not count."""
     installed = {name: version for name in OPTIONAL_PACKAGES if (version := installed_version(name))}
     return Machine(_visible_gpus(), len(os.sched_getaffinity(0)), installed, _available_memory())
 
@@ -98,7 +98,7 @@ def _gpu(handle: object) -> Gpu:
 
 
 def visible_indices(variable: str | None, identities: list[str]) -> list[int]:
-    """Which GPUs `CUDA_VISIBLE_DEVICES` shows, as CUDA reads it: numbers or UUIDs, up to the first invalid one.
+    """Return the GPUs that `CUDA_VISIBLE_DEVICES` shows, as CUDA reads it: numbers or UUIDs, up to an invalid one.
 
     Args:
         variable: its value; None shows all.
@@ -134,7 +134,7 @@ NEEDED_BY = {
     "predict_with_generate": "rouge_chinese",
 }
 LONGEST_NAME = 200
-"""The most bytes of a run's name. File systems allow 255, but logs and renamed folders get longer names."""
+"""The maximum number of bytes in a run's name. File systems allow 255, but logs and renamed folders need more."""
 TOO_LARGE_FOR_A_CPU = 500_000_000
 QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
 
@@ -193,16 +193,16 @@ def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, pa
         values: LLaMA Factory's keys.
         machine: what training can use.
         processes: the number of training processes on this machine.
-        parameters: of the model; 0 if unknown.
+        parameters: the number of parameters of the model; 0 if unknown.
     """
     if not machine.gpus:
         if parameters > TOO_LARGE_FOR_A_CPU:
-            found = f"none, and {parameters / 1e9:.1f} B parameters would train for weeks on a CPU"
-            return error("GPU", found, "Start where nvidia-smi shows a GPU.")
+            found = f"none; training {parameters / 1e9:.1f} B parameters on a CPU would take weeks"
+            return error("GPU", found, "Run on a machine where nvidia-smi lists a GPU.")
         if values.get("quantization_bit") or values.get("use_unsloth") or values.get("fp8"):
             return error("GPU", "none, but the config needs one (quantization, unsloth or fp8)", "Change these keys.")
-        advice = "Start where nvidia-smi shows a GPU; for other makers' GPUs set use_cpu=false."
-        return warning("GPU", "none: training on the CPU, for tiny models only", advice)
+        advice = "Run on a machine where nvidia-smi lists a GPU; for other makers' GPUs set use_cpu=false."
+        return warning("GPU", "none; trains on the CPU, which suits only tiny models", advice)
     names = ", ".join(
         f"{gpu.name} ({gpu.free / GIBIBYTE:.0f} of {gpu.total / GIBIBYTE:.0f} GiB free)" for gpu in machine.gpus
     )
@@ -215,7 +215,7 @@ def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, pa
 
 
 def check_precision(values: Mapping[str, Any], dropped: Mapping[str, str]) -> Check:
-    """The number format of the training, and the formats in the config that the machine does not support."""
+    """Report the number format of the training, and the formats in the config that the machine does not support."""
     chosen = [name for name in ("pure_bf16", "bf16", "fp16", "fp8", "tf32") if values.get(name)]
     found = ", ".join(chosen) or "float32"
     missed = [name for name in ("pure_bf16", "bf16", "fp16", "tf32") if name in dropped]
@@ -228,9 +228,9 @@ def check_precision(values: Mapping[str, Any], dropped: Mapping[str, str]) -> Ch
 
 
 def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
-    """Packages that the config needs but LLaMA Factory does not install.
+    """Check for packages that the config needs but LLaMA Factory does not install.
 
-    Those of `optim` and `report_to` are found by the check of the trainer.
+    Those that `optim` and `report_to` need are covered by the check of the trainer.
     """
     needed = {key: package for key, package in NEEDED_BY.items() if values.get(key)}
     quantizer = QUANTIZERS.get(str(setting(values, "quantization_method")))
@@ -239,12 +239,12 @@ def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
     missing = {package: key for key, package in needed.items() if package not in machine.packages}
     if not missing:
         return ok("packages", f"installed for {', '.join(needed)}" if needed else "none needed")
-    found = ", ".join(f"{package} is missing for {key}" for package, key in missing.items())
+    found = "; ".join(f"{key} needs {package}, which is not installed" for package, key in missing.items())
     return error("packages", found, f"pip install {' '.join(missing)}, or leave out: {', '.join(missing.values())}")
 
 
 def check_owned_folders(values: Mapping[str, Any]) -> Iterator[Check]:
-    """A run and an export own their whole folder: `--overwrite` renames it with everything in it."""
+    """Check the folders that `--overwrite` renames with everything in them: a training run's and an export's."""
     kept = {"dataset_dir": Path(str(setting(values, "dataset_dir")))}
     if "model_name_or_path" in values:
         kept["model_name_or_path"] = Path(str(values["model_name_or_path"]))
@@ -253,12 +253,12 @@ def check_owned_folders(values: Mapping[str, Any]) -> Iterator[Check]:
     for name, folder in runs.items():
         yield from _check_overlap(name, folder, kept)
     if export is not None:
-        # An export may be inside its run; it is then renamed with it.
+        # An export may be inside its run's folder; it is then renamed with it.
         yield from _check_overlap("export_dir", export, {**kept, **runs})
 
 
 def _owned_folders(values: Mapping[str, Any]) -> dict[str, Path]:
-    """The folders of a run and its export, by the keys that name them."""
+    """Return the folders of a training run and its export, by the keys that set them."""
     folders = {}
     if "output_dir" in values:
         folders["output_dir"] = Path(str(values["output_dir"]))
@@ -270,16 +270,16 @@ def _owned_folders(values: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def _check_overlap(name: str, folder: Path, others: Mapping[str, Path]) -> Iterator[Check]:
-    """The first problem with renaming or overwriting a folder: what else would be affected."""
-    hint, place = "Name another folder, such as saves/NAME.", folder.resolve()
-    if Path.cwd().is_relative_to(place):
+    """Find the first problem with renaming or overwriting a folder: what else would be affected."""
+    hint, resolved = "Choose another folder, for example saves/NAME.", folder.resolve()
+    if Path.cwd().is_relative_to(resolved):
         yield error(name, f"{folder} is the current folder, or one above it", hint)
         return
     for key, other in others.items():
-        if other.resolve() == place:
+        if other.resolve() == resolved:
             yield error(name, f"is the folder of {key}; its files would be overwritten", hint)
             return
-        if other.resolve().is_relative_to(place):
+        if other.resolve().is_relative_to(resolved):
             yield error(name, f"{folder} contains the folder of {key}, which would be renamed with it", hint)
             return
 
@@ -291,11 +291,11 @@ def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Che
         values: LLaMA Factory's keys.
         checkpoint_bytes: the size of one checkpoint; None if unknown.
     """
-    places = {key: folder.absolute() for key, folder in _owned_folders(values).items()}
-    problems = [f"{key}: {problem}" for key, place in places.items() if (problem := _why_not_writable(place))]
+    folders = {key: folder.absolute() for key, folder in _owned_folders(values).items()}
+    problems = [f"{key}: {problem}" for key, folder in folders.items() if (problem := _why_not_writable(folder))]
     if problems:
         return error("disk", "; ".join(problems), "Choose another folder.")
-    existing = _nearest_existing(places["output_dir"])
+    existing = _nearest_existing(folders["output_dir"])
     free = shutil.disk_usage(existing).free
     found = f"{free / GIBIBYTE:,.1f} GiB free in {existing}"
     if checkpoint_bytes is None:
@@ -304,9 +304,9 @@ def check_disk(values: Mapping[str, Any], checkpoint_bytes: float | None) -> Che
     kept = int(limit) if limit else _checkpoints(values)
     at_once = 2 if kept is None else kept + 1
     needed = checkpoint_bytes * (at_once + 0.5)
-    found += f"; keeps {at_once} checkpoint{'s' * (at_once != 1)} of {_size(checkpoint_bytes)}"
+    found += f"; will keep {at_once} checkpoint{'s' * (at_once != 1)} of {_size(checkpoint_bytes)}"
     if kept is None:
-        found += " or more: without save_total_limit all are kept"
+        found += " or more, because without save_total_limit all are kept"
     if needed > free:
         advice = "Free some space, set save_total_limit=1, or choose an output_dir on another disk."
         return error("disk", f"{found}: not enough", advice)
@@ -318,7 +318,7 @@ def _nearest_existing(folder: Path) -> Path:
 
 
 def _why_not_writable(folder: Path) -> str | None:
-    """Why no folder of this name can be created; None if it can."""
+    """Say why no folder of this name can be created; None if it can."""
     try:
         existing = _nearest_existing(folder)
     except OSError as failure:  # a name that is too long, or a folder without permission
@@ -335,7 +335,7 @@ def _size(count: float) -> str:
 
 
 def _checkpoints(values: Mapping[str, Any]) -> int | None:
-    """How many checkpoints a run without a limit keeps; None if it depends on the number of rows."""
+    """Count the checkpoints that a run without a limit keeps; None if that depends on the number of rows."""
     strategy, steps = setting(values, "save_strategy"), float(setting(values, "save_steps"))
     max_steps = max(int(values.get("max_steps") or 0), 0)
     if strategy == "no":

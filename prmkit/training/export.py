@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _PART = ".part"
 _LONGEST_ANSWER = 512  # tokens; room for the verdict in the exported model's context, unless the config says more
-# The training keys that, besides the paths, decide which model is merged.
+# The training keys that, apart from the paths, decide which model is merged.
 _KEPT_KEYS = (
     "template", "default_system", "enable_thinking", "finetuning_type", "trust_remote_code", "resize_vocab",
     "add_tokens", "add_special_tokens", "rope_scaling", "use_fast_tokenizer", "split_special_tokens", "model_revision",
@@ -36,20 +36,20 @@ _KEPT_KEYS = (
 
 
 EXPORT_KEYS = ("export_dir", "export_size", "export_device", "infer_dtype")
-"""The keys that may be set for an export; everything else is as in training."""
+"""The keys that may be set for an export; all others are as in training."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: the last adapter of a run, or one of its checkpoints."""
+    """What is exported: the last adapter of a training run, or one of its checkpoints."""
 
     folder: Path
     record: Mapping[str, Any]
-    """The run's `run.json`."""
+    """The content of `run.json`."""
 
     @property
     def run(self) -> Path:
-        """The run's folder."""
+        """The training run's folder."""
         record = record_of(self.folder)
         return record.parent if record else self.folder
 
@@ -61,7 +61,7 @@ def find_source(folder: Path) -> Source:
         DataError: it has no complete weights, or no `run.json` next to them.
     """
     if fault := weights_fault(folder):
-        raise DataError(f"{folder}: {fault}. Train first, or name a run or checkpoint folder.")
+        raise DataError(f"{folder}: {fault}. Train first, or pass a run or checkpoint folder.")
     file = record_of(folder)
     record = read_record(file.parent) if file else None
     if record is None:
@@ -70,7 +70,7 @@ def find_source(folder: Path) -> Source:
 
 
 def check_target(target: Path, source: Source | None = None, *, overwrite: bool) -> bool:
-    """Check that an export may be written to a folder; done before training, which would otherwise be wasted.
+    """Check that an export may be written to a folder; called before training, which would otherwise be wasted.
 
     Args:
         target: the export folder. An earlier export in it will be renamed.
@@ -78,20 +78,20 @@ def check_target(target: Path, source: Source | None = None, *, overwrite: bool)
         overwrite: rename the folder, whatever is in it.
 
     Returns:
-        Whether this same export is already there.
+        Whether the folder already contains this export.
 
     Raises:
         UsageError: the folder has something other than an export of prmkit, or is not a folder.
     """
     if target.exists() and not target.is_dir():
-        raise UsageError(f"{target}: is a file. Name a folder for the export with export_dir=FOLDER.")
+        raise UsageError(f"{target} is a file. Set a folder for the export with export_dir=FOLDER.")
     if Path.cwd().is_relative_to(target.resolve()):
-        raise UsageError(f"{target}: is the current folder. Name another one with export_dir=FOLDER.")
+        raise UsageError(f"{target} is the current folder. Set another one with export_dir=FOLDER.")
     if overwrite or not _contents(target):
         return False
     if not (target / EXPORT_NOTE).exists():
         raise UsageError(
-            f"{target}: has files that are not an export. Choose another folder with export_dir=FOLDER, "
+            f"{target} has files that are not an export. Choose another folder with export_dir=FOLDER, "
             "or rename it with --overwrite."
         )
     note = read_json(target / EXPORT_NOTE)
@@ -139,12 +139,12 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
         raise LlamaFactoryError(f"{target}: LLaMA Factory reported no error, but {fault}. Log: {log_path}")
     config = source.record["config"]
     encoding = _trained_encoding(part, config)
-    renders_alike = _fit_chat_template(part, encoding, config)
-    _fit_context(part / "Modelfile", config)
+    matches_training = _fix_chat_template(part, encoding, config)
+    _set_num_ctx(part / "Modelfile", config)
     # After all other files, because the tokenizer is saved again if its chat template is replaced.
     portable = make_portable(part, encoding.stop_ids, trust_remote_code=bool(config.get("trust_remote_code")))
-    write_json(part / EXPORT_NOTE, {**_note(source, renders_alike), "portable": portable})
-    # The note is moved last: a folder that has it is complete.
+    write_json(part / EXPORT_NOTE, {**_note(source, matches_training), "portable": portable})
+    # The export note (prmkit.json) is moved last, so a folder that has it is complete.
     for path in sorted(part.iterdir(), key=lambda path: path.name == EXPORT_NOTE):
         path.rename(target / path.name)
     part.rmdir()
@@ -152,7 +152,7 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
 
 
 def export_values(source: Source, target: Path) -> dict[str, Any]:
-    """The keys of the export YAML, built from scratch because LLaMA Factory rejects training keys in it."""
+    """Build the export YAML's keys from scratch, because LLaMA Factory rejects training keys in it."""
     config = source.record["config"]
     values: dict[str, Any] = {key: config[key] for key in _KEPT_KEYS if config.get(key) is not None}
     values["export_dir"] = str(target)
@@ -165,7 +165,7 @@ def export_values(source: Source, target: Path) -> dict[str, Any]:
 
 
 def export_dtype(config: Mapping[str, Any]) -> str:
-    """The number format of the exported weights: `infer_dtype` if it is set, else the format of the training.
+    """Return the number format of the exported weights: `infer_dtype` if set, otherwise the format of the training.
 
     By default, LLaMA Factory chooses bfloat16, float16 or float32 according to the machine it exports on.
     """
@@ -189,7 +189,7 @@ def _run_export(source: Source, part: Path, log_path: Path) -> None:
         raise LlamaFactoryError(diagnose(log_path, begin, code, values))
 
 
-def _note(source: Source, renders_alike: bool) -> dict[str, Any]:
+def _note(source: Source, matches_training: bool) -> dict[str, Any]:
     record = source.record
     return {
         "prmkit": __version__,
@@ -204,11 +204,11 @@ def _note(source: Source, renders_alike: bool) -> dict[str, Any]:
         "dtype": export_dtype(record["config"]),
         "rubrics": record.get("rubrics", []),
         "label_shapes": record.get("label_shapes"),
-        "chat_template_renders_as_trained": renders_alike,
+        "chat_template_renders_as_trained": matches_training,
     }
 
 
-def _fit_context(modelfile: Path, config: Mapping[str, Any]) -> None:
+def _set_num_ctx(modelfile: Path, config: Mapping[str, Any]) -> None:
     """Set `num_ctx`, at which Ollama cuts prompts, to the length of the training: LLaMA Factory always writes 4096."""
     context = int(setting(config, "cutoff_len")) + int(config.get("max_new_tokens", _LONGEST_ANSWER))
     text = modelfile.read_text(encoding="utf-8")
@@ -231,20 +231,20 @@ def _trained_encoding(folder: Path, config: Mapping[str, Any]) -> ChatEncoding:
     )
 
 
-def _fit_chat_template(folder: Path, encoding: ChatEncoding, config: Mapping[str, Any]) -> bool:
+def _fix_chat_template(folder: Path, encoding: ChatEncoding, config: Mapping[str, Any]) -> bool:
     """Make the exported tokenizer's chat template render a prompt exactly as training rendered it.
 
     LLaMA Factory exports the base model's chat template, whatever template it trained with.
 
     Returns:
-        Whether it does now. If not, a warning says how to prompt the model.
+        Whether it now does. If not, a warning says how to prompt the model.
     """
     from transformers import AutoTokenizer
 
     trust = bool(config.get("trust_remote_code"))
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust)
     for candidate in _candidates(tokenizer.chat_template, encoding):
-        if _renders_as_trained(tokenizer, candidate, encoding):
+        if _renders_as_in_training(tokenizer, candidate, encoding):
             if candidate != tokenizer.chat_template:
                 tokenizer.chat_template = candidate
                 tokenizer.save_pretrained(str(folder))
@@ -273,13 +273,13 @@ def _llamafactory_template(encoding: ChatEncoding) -> list[str]:
 
 
 def _one_turn_template(encoding: ChatEncoding) -> str:
-    """A chat template for one user turn, derived from a rendered prompt."""
+    """Make a chat template for one user turn from a rendered prompt."""
     sentinel = "Vq7mark"
     before, _, after = encoding.tokenizer.decode(encoding.prompt_ids(sentinel)).partition(sentinel)
     return f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(after)} }}}}"
 
 
-def _renders_as_trained(tokenizer: Any, chat_template: str, encoding: ChatEncoding) -> bool:
+def _renders_as_in_training(tokenizer: Any, chat_template: str, encoding: ChatEncoding) -> bool:
     from jinja2 import TemplateError
 
     try:

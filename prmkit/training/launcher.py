@@ -1,7 +1,7 @@
-"""The only module that starts LLaMA Factory: its command lines, the child process, how it is stopped, why it failed.
+"""Start and stop LLaMA Factory, and explain why it failed. No other module starts it.
 
-An exit code of 0 is not trusted: what LLaMA Factory left is checked in `prmkit.training.run` and
-`prmkit.training.export`.
+An exit code of 0 is not trusted: `prmkit.training.run` and `prmkit.training.export` check the files that LLaMA Factory
+wrote.
 """
 
 import logging
@@ -37,10 +37,10 @@ _SUPERVISOR_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes train, and where. The names and meanings are torchrun's."""
+    """The number of training processes, and where they run. Names and meanings are torchrun's."""
 
     nproc: int | None = None
-    """Processes on this node; None means one for each visible GPU."""
+    """Processes on this node; None means one per visible GPU."""
     nnodes: str = "1"
     """A number, or `MIN:MAX` for an elastic run."""
     node_rank: int = 0
@@ -54,12 +54,12 @@ class Launch:
 
     @property
     def is_first_node(self) -> bool:
-        """Whether this node writes the run folder and the record."""
+        """Whether this node writes the run folder and run.json."""
         return self.node_rank == 0
 
     @property
     def most_nodes(self) -> int:
-        """The number of nodes; for an elastic run, the largest number."""
+        """The number of nodes; for an elastic run, the maximum."""
         return int(self.nnodes.rpartition(":")[2])
 
 
@@ -97,7 +97,7 @@ def _wrong_flags(launch: Launch) -> Iterator[str]:
 
 
 def cli_command(name: str, config: Path) -> list[str]:
-    """`llamafactory-cli NAME CONFIG`, with the `llamafactory-cli` of this Python, whatever PATH says.
+    """Return `llamafactory-cli NAME CONFIG`, with the `llamafactory-cli` of this Python, whatever PATH says.
 
     Raises:
         DataError: LLaMA Factory is not installed for this Python.
@@ -109,7 +109,7 @@ def cli_command(name: str, config: Path) -> list[str]:
 
 
 def train_command(config: Path, launch: Launch, processes: int, *, torchrun: bool) -> list[str]:
-    """The command line that trains.
+    """Return the command line that trains.
 
     LLaMA Factory's own launcher is not used for several processes: it looks for `torchrun` on PATH, splits paths at
     spaces, and leaves the workers training when it is stopped.
@@ -117,7 +117,7 @@ def train_command(config: Path, launch: Launch, processes: int, *, torchrun: boo
     Args:
         config: the rendered YAML.
         launch: how many nodes, and where they meet.
-        processes: on this node.
+        processes: the number of processes on this node.
         torchrun: start through torchrun, which DeepSpeed and FSDP need even for one process.
 
     Raises:
@@ -151,12 +151,12 @@ _STRAY_VARIABLES = (
 
 
 def child_environment() -> dict[str, str]:
-    """LLaMA Factory's environment: ours, without stray variables, and with settings that make its log useful."""
+    """Return the environment for LLaMA Factory: ours without stray variables, plus settings for logs and speed."""
     environment = {name: value for name, value in os.environ.items() if name not in _STRAY_VARIABLES}
     here = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, here))  # torchrun's workers import prmkit from anywhere
     environment |= {"PYTHONUNBUFFERED": "1", "RECORD_VRAM": "1"}
-    # Otherwise FSDP2 saves only shards, and LLaMA Factory ends without having written an adapter.
+    # Otherwise FSDP2 saves only shards, and LLaMA Factory ends without writing an adapter.
     environment.setdefault("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     # On a shared CPU, threads that spin while they wait take time from the threads that they wait for: the demo's steps
     # took five times as long.
@@ -175,12 +175,12 @@ def child_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Child:
-    """A command that runs below the supervisor."""
+    """A command that runs as a child of the supervisor."""
 
     process: subprocess.Popen[bytes]
 
     def terminate(self) -> None:
-        """Ask it to save and stop; the second time, kill it with everything that it started."""
+        """Send SIGTERM: the first asks it to save and stop, the second kills it with everything that it started."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
@@ -191,7 +191,7 @@ class Child:
         try:
             self.process.wait(_SUPERVISOR_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()  # somebody has stopped it (SIGSTOP), so that it cannot kill anything itself
+            self.process.kill()  # it may be stopped (SIGSTOP), so that it cannot kill anything itself
             self.process.wait()
         # Something is left only if the supervisor itself was killed.
         supervisor.kill_descendants(os.getpid())
@@ -199,16 +199,16 @@ class Child:
 
 @contextmanager
 def started(
-    command: Sequence[str], log_path: Path, *, held: int | None = None, through_torchrun: bool = False
+    command: Sequence[str], log_path: Path, *, keep_open: int | None = None, through_torchrun: bool = False
 ) -> Iterator[Child]:
-    """Start a command; when the block ends, none of its processes are left, whatever happened.
+    """Start a command; when the block ends, for whatever reason, none of its processes are left.
 
     Args:
         command: the program and its arguments.
         log_path: its output is appended to this file.
-        held: a file descriptor that the supervisor keeps open as long as the command lives (a lock, so that it
-            outlasts a kill of this process).
-        through_torchrun: a request to stop is sent to torchrun's workers.
+        keep_open: a file descriptor that the supervisor keeps open as long as the command runs: a lock, which then
+            survives a kill of this process.
+        through_torchrun: whether a request to stop goes to torchrun's workers.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     supervisor.become_subreaper()
@@ -220,7 +220,7 @@ def started(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=child_environment(),
-            pass_fds=() if held is None else (held,),
+            pass_fds=() if keep_open is None else (keep_open,),
             start_new_session=True,
         )
     child = Child(process)
@@ -233,13 +233,13 @@ def started(
 def run_to_end(
     child: Child, on_poll: Callable[[], None], *, is_saved: Callable[[], bool], patience: Callable[[], float]
 ) -> int:
-    """Wait until a child ends, passing SIGINT, SIGTERM and SIGHUP on as a request to save and stop.
+    """Wait until a child ends; SIGINT, SIGTERM and SIGHUP ask it to save and stop.
 
     Args:
         child: from `started`.
-        on_poll: called five times a second.
-        is_saved: whether, after a request to stop, there is nothing left to wait for.
-        patience: how many seconds to wait for that.
+        on_poll: called five times per second.
+        is_saved: returns whether the child has saved after a request to stop, so that there is nothing to wait for.
+        patience: returns how many seconds to wait for that.
 
     Returns:
         The child's exit code; 128 plus the signal's number if a signal ended it.
@@ -317,7 +317,7 @@ _OUT_OF_MEMORY = re.compile(
     re.MULTILINE,
 )
 _NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
-# The last line of a traceback. torchrun and LLaMA Factory's launcher add their own tracebacks after the cause.
+# The last line of a traceback; torchrun and LLaMA Factory's launcher add their own tracebacks after the cause.
 _EXCEPTION = re.compile(
     r"^(?:\[rank\d+\]: ?)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Iteration)\b.*)$", re.MULTILINE
 )
@@ -327,7 +327,7 @@ _READ_BYTES = 400_000
 
 
 def log_tail(path: Path, begin: int) -> str:
-    """The end of a log after byte `begin`; of a progress bar only the last state."""
+    """Return the end of a log after byte `begin`, with only the last update of progress bars."""
     with path.open("rb") as stream:
         stream.seek(max(begin, path.stat().st_size - _READ_BYTES))
         text = stream.read().decode(errors="replace")
@@ -335,12 +335,12 @@ def log_tail(path: Path, begin: int) -> str:
 
 
 def diagnose(log: Path, begin: int, exit_code: int, values: Mapping[str, Any]) -> str:
-    """Why a child failed, according to its log after byte `begin`, and the log's path. See `explain`."""
+    """Explain why a child failed, from its log after byte `begin`, and add the log's path. See `explain`."""
     return f"{explain(log_tail(log, begin), exit_code, values)}\nThe complete log: {log}"
 
 
 def explain(tail: str, exit_code: int, values: Mapping[str, Any]) -> str:
-    """The cause in one line, the last lines, and advice if there is any.
+    """Return the cause in one line, the last lines of the log, and advice if there is any.
 
     Args:
         tail: from `log_tail`.
@@ -358,7 +358,7 @@ def _advice(tail: str, exit_code: int, values: Mapping[str, Any]) -> list[str]:
     if _OUT_OF_MEMORY.search(tail):
         return ["Out of memory. Try, in this order:", *_memory_advice(values)]
     if exit_code == 137:
-        killed = "It was killed from outside. If nobody did that, the machine ran out of memory (see dmesg):"
+        killed = "It was killed (SIGKILL), most likely by the out-of-memory killer (see dmesg). Try:"
         return [killed, *_memory_advice(values)]
     if _NO_SPACE.search(tail):
         return ["The disk is full. Free some space, or keep fewer checkpoints: save_total_limit=1"]

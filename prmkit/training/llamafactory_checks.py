@@ -1,7 +1,7 @@
-"""The checks that need LLaMA Factory itself: its template, its parser, its trainer.
+"""Checks that need LLaMA Factory itself: its template, its parser, its trainer.
 
-They run in `prmkit.training.preflight`, a separate process. Errors of other libraries are not caught: the parent
-process reports them.
+They run in a separate process (`prmkit.training.preflight`). Errors of other libraries are not caught here, because the
+parent process reports them.
 """
 
 import copy
@@ -19,7 +19,7 @@ from prmkit.training.checks import Check, error, ok, warning
 from prmkit.training.model_checks import TOKENIZER_FILES, is_hub_name
 
 HUB_SECONDS = 5.0
-TRAINER_ADVICE = "Change the keys that are named, or install what the messages name."
+TRAINER_ADVICE = "Change these keys, or install the packages that the messages mention."
 NEEDS_TORCHRUN = ("deepspeed", "fsdp", "fsdp_config", "ddp_backend")
 """Keys that LLaMA Factory's parser accepts only in a process that torchrun has started."""
 
@@ -28,10 +28,10 @@ NEEDS_TORCHRUN = ("deepspeed", "fsdp", "fsdp_config", "ddp_backend")
 
 
 def hub_answers(name: str) -> bool:
-    """Whether the hub can be reached for a model that would come from there; true if the hub is not needed.
+    """Whether the hub responds, if the model would come from there; true if the hub is not needed.
 
-    It is contacted once, for a few seconds: huggingface_hub itself tries each file six times, for most of a minute,
-    before it uses what was downloaded earlier.
+    It is contacted once, for a few seconds, because huggingface_hub tries each file six times, for most of a minute,
+    before it uses earlier downloads.
     """
     from urllib import error as failures
     from urllib import request
@@ -44,14 +44,14 @@ def hub_answers(name: str) -> bool:
     try:
         request.urlopen(request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()  # noqa: S310
     except failures.HTTPError:
-        return True  # it answers
+        return True  # it responds
     except OSError:
         return False
     return True
 
 
 def check_start(gpus: int) -> Check:
-    """Import nearly everything that a training imports, and check that torch sees the GPUs that the driver shows."""
+    """Import nearly everything that training imports, and check that torch sees the GPUs that the driver shows."""
     from importlib import metadata
 
     import llamafactory.data.template  # noqa: F401  with torch, torchvision, torchaudio, peft
@@ -67,13 +67,13 @@ def check_start(gpus: int) -> Check:
 # --- the template -------------------------------------------------------------------------------------------------
 
 _USER, _SYSTEM, _ANSWER = "How good is this step?", "You are a strict judge.", '{"score": 0.50}'
-WITHOUT_SYSTEM, WITH_SYSTEM, WITH_ANSWER = "a prompt", "a prompt with a system text", "an answer"
+WITHOUT_SYSTEM, WITH_SYSTEM, WITH_ANSWER = "a prompt", "a prompt with a system prompt", "an answer"
 
 
 def check_encoding(values: Mapping[str, Any]) -> tuple[list[Check], ChatEncoding | None]:
     """Load the tokenizer with the configured template, and compare the template with the model's own."""
     model = str(values["model_name_or_path"])
-    advice = "Look at the model folder's tokenizer files."
+    advice = "Check the tokenizer files in the model folder."
     try:
         if not Path(model).is_dir():
             advice = f"Download the model first: hf download {model} --local-dir model"
@@ -98,15 +98,15 @@ Rendering = Mapping[str, str | None]
 
 
 def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
-    """Compare the configured template with the model's own, and name a better template if there is one.
+    """Compare the configured template with the model's own, and suggest a better one if LLaMA Factory has one.
 
     Args:
-        encoding: of the model and the configured template.
+        encoding: the encoding of the model and the configured template.
         values: LLaMA Factory's keys.
     """
     name = values.get("template")
     if encoding.own_chat_template is None:
-        return ok("template", f"{name}; a base model: it has no chat template and will learn this one")
+        return ok("template", f"{name}; a base model without a chat template, which will be trained with this one")
     try:
         with limited("the model's chat template"):
             own = _own_rendering(encoding.tokenizer, encoding.own_chat_template, values)
@@ -116,19 +116,19 @@ def check_template(encoding: ChatEncoding, values: Mapping[str, Any]) -> Check:
     if name is None:
         return _parsed_from_tokenizer(differences)
     if not differences:
-        return ok("template", f"{name} renders every turn as the model's own chat template does")
+        return ok("template", f"{name} matches the model's own chat template")
     return _mismatch(encoding, values, own, differences)
 
 
 def _mismatch(encoding: ChatEncoding, values: Mapping[str, Any], own: Rendering, differences: list[str]) -> Check:
-    found = f"{values['template']} renders {' and '.join(differences)} differently from the model's chat template"
+    found = f"{values['template']} differs from the model's chat template for {' and '.join(differences)}"
     shown = _first_difference(encoding, own)
     model_type = _model_type(values)
     family = model_type.rstrip("0123456789_")
     fitting = _fitting_templates(encoding.tokenizer, values, own)
     system = _default_system(own) if differences == [WITHOUT_SYSTEM] else None
     if system and not any(name.startswith(family) for name in fitting):
-        return error("template", f"{found}: it adds a different system text. {shown}", f'default_system="{system}"')
+        return error("template", f"{found}: it adds a different system prompt. {shown}", f'default_system="{system}"')
     if fitting:
         nearest = sorted(
             fitting, key=lambda name: (name != _model_type(values), not name.startswith(family), len(name))
@@ -143,7 +143,7 @@ def _model_type(values: Mapping[str, Any]) -> str:
 
 
 def _default_system(own: Rendering) -> str | None:
-    """The system text that the model's own chat template adds to a prompt without one."""
+    """Return the system prompt that the model's own chat template adds to a prompt without one, or None."""
     alone, given = own[WITHOUT_SYSTEM], own[WITH_SYSTEM]
     if alone is None or given is None or _SYSTEM not in given:
         return None
@@ -155,8 +155,8 @@ def _default_system(own: Rendering) -> str | None:
 def _parsed_from_tokenizer(differences: list[str]) -> Check:
     if not differences:
         return ok("template", "read from the tokenizer's chat template")
-    found = f"LLaMA Factory's reading of the tokenizer's chat template gets {' and '.join(differences)} wrong"
-    return error("template", found, "Name a template: template=qwen, llama3, mistral …")
+    found = f"LLaMA Factory misreads the tokenizer's chat template for {' and '.join(differences)}"
+    return error("template", found, "Choose a template: template=qwen, llama3, mistral …")
 
 
 def _own_rendering(tokenizer: Any, chat_template: Any, values: Mapping[str, Any]) -> Rendering:
@@ -173,7 +173,7 @@ def _own_rendering(tokenizer: Any, chat_template: Any, values: Mapping[str, Any]
 
     user, system = {"role": "user", "content": _USER}, {"role": "system", "content": _SYSTEM}
     answer = {"role": "assistant", "content": _ANSWER}
-    # A system text from the config precedes every prompt; an empty one removes the template's own, on purpose.
+    # A system prompt in the config precedes every prompt; an empty one intentionally removes the template's own.
     chosen = values.get("default_system")
     before = [{"role": "system", "content": chosen}] if chosen else []
     alone = None if chosen == "" else applied(*before, user)
@@ -190,7 +190,7 @@ def _rendering(template: Any, tokenizer: Any) -> Rendering:
 
 
 def _differences(one: Rendering, other: Rendering) -> list[str]:
-    """The parts in which two renderings differ, among those that both have."""
+    """Return the parts in which two renderings differ, among those that both have."""
     both = [part for part in one if one[part] is not None and other[part] is not None]
     return [part for part in both if one[part] != other[part]]
 
@@ -202,7 +202,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int | None]) -> str:
 
 
 def _fitting_templates(tokenizer: Any, values: Mapping[str, Any], own: Rendering) -> list[str]:
-    """Every text-only template that renders like the model's own."""
+    """Return every text-only template that renders like the model's own."""
     from llamafactory.data.template import TEMPLATES
 
     fitting = []
@@ -217,10 +217,10 @@ def _fitting_templates(tokenizer: Any, values: Mapping[str, Any], own: Rendering
 
 
 def _first_difference(encoding: ChatEncoding, own: Rendering) -> str:
-    """Both renderings of the first part that differs."""
+    """Quote both renderings of the first part that differs."""
     ours = _rendering(encoding.template, encoding.tokenizer)
     part = _differences(ours, own)[0]
-    return f"It would be trained on {_shortened(ours[part])}, but expects {_shortened(own[part])}."
+    return f"Training would use {_shortened(ours[part])}, but the model expects {_shortened(own[part])}."
 
 
 def _shortened(text: str | None) -> str:
@@ -231,7 +231,7 @@ def _shortened(text: str | None) -> str:
 
 
 def check_parser(values: Mapping[str, Any]) -> tuple[Check, Any]:
-    """Let LLaMA Factory parse the config; also return the training arguments that it makes."""
+    """Let LLaMA Factory parse the config; also return its training arguments."""
     from llamafactory.hparams import get_train_args
 
     left_out = [key for key in NEEDS_TORCHRUN if key in values]
@@ -263,7 +263,7 @@ def _make_optimizer(arguments: Any) -> None:
     import torch
     from transformers import Trainer
 
-    # Those that need the names of the model's layers cannot be tried on another model.
+    # Optimizers that need the names of the model's layers cannot be tried on another model.
     if not arguments.optim_target_modules:
         Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
 

@@ -1,4 +1,4 @@
-"""What a model's files say about it without loading it, and how much memory its training takes on each GPU.
+"""Read a model's sizes from its files, without loading it, and estimate the memory that training takes on each GPU.
 
 The estimate's parts, all in bytes:
 
@@ -47,12 +47,12 @@ LOGIT_BYTES = 12
 
 @dataclass(frozen=True)
 class Model:
-    """What the estimate needs to know about a model. Sizes are counts of numbers."""
+    """The sizes of a model that the estimate needs, as counts of numbers."""
 
     layers: int
     hidden: int
     intermediate: int
-    """Width of the MLP; for a mixture of experts, of all experts that one token passes."""
+    """Width of the MLP; for a mixture of experts, of all experts that one token passes through."""
     query: int
     """Width of all query heads together."""
     key_value: int
@@ -60,10 +60,10 @@ class Model:
     heads: int
     vocabulary: int
     linear: tuple[tuple[int, int], ...]
-    """Outputs and inputs of every linear layer inside the blocks: what `lora_target: all` trains."""
+    """Outputs and inputs of every linear layer inside the blocks, which `lora_target: all` trains."""
     linear_names: tuple[str, ...]
     embedding: int
-    """The input embeddings and, if it is a separate tensor, the output layer."""
+    """Numbers in the input embeddings and, if it is a separate tensor, the output layer."""
     parameters: int
 
 
@@ -83,7 +83,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """The sum of all parts."""
         return self.weights + self.states + self.activations + self.logits + self.reserve
 
 
@@ -91,7 +91,7 @@ def read_model(folder: Path) -> Model:
     """Read a model's sizes from its config.json and the headers of its safetensors.
 
     Raises:
-        DataError: the files are missing, not JSON, or of a kind whose sizes are unknown.
+        DataError: the files are missing, not JSON, or of an architecture whose sizes are unknown.
     """
     config = read_json(folder / "config.json")
     weights = read_weights(folder)
@@ -137,7 +137,7 @@ def _is_embedding(name: str) -> bool:
 
 
 def lora_parameters(model: Model, values: Mapping[str, Any]) -> int:
-    """How many numbers LoRA trains: rank x (inputs + outputs) for each target (Hu et al. 2021, section 4.1)."""
+    """Count the numbers that LoRA trains: rank x (inputs + outputs) per target (Hu et al. 2021, section 4.1)."""
     rank = int(setting(values, "lora_rank"))
     wanted = split_names(setting(values, "lora_target"))
     pairs = zip(model.linear_names, model.linear, strict=True)
@@ -152,9 +152,9 @@ def estimate(model: Model, values: Mapping[str, Any], *, tokens: int, world_size
     """Estimate one GPU's memory at the peak of a training step.
 
     Args:
-        model: its sizes.
+        model: the model's sizes.
         values: LLaMA Factory's keys.
-        tokens: of the longest row, after cutting.
+        tokens: the tokens of the longest row, after truncation.
         world_size: the number of training processes, over all nodes.
     """
     in_batch = int(setting(values, "per_device_train_batch_size")) * tokens
@@ -163,7 +163,7 @@ def estimate(model: Model, values: Mapping[str, Any], *, tokens: int, world_size
 
 
 def _shards(values: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether states, and whether weights too, are divided over the processes."""
+    """Return whether optimizer states are sharded over the processes, and whether weights are."""
     if values.get("fsdp"):
         return True, True
     stage = zero_stage(values)
@@ -171,7 +171,7 @@ def _shards(values: Mapping[str, Any]) -> tuple[bool, bool]:
 
 
 def zero_stage(values: Mapping[str, Any]) -> int:
-    """The stage in the DeepSpeed file that a config names; 0 without one."""
+    """Return the ZeRO stage in the config's DeepSpeed file; 0 without one."""
     deepspeed = values.get("deepspeed")
     if not isinstance(deepspeed, str) or not Path(deepspeed).is_file():
         return 0
@@ -187,7 +187,7 @@ def _weights_and_states(model: Model, values: Mapping[str, Any], world_size: int
     per_state = PURE_BF16_STATE if values.get("pure_bf16") else ADAM_STATE
     trained = model.parameters if full else lora_parameters(model, values)
     if full and states_sharded and not values.get("fsdp"):
-        # DeepSpeed keeps bf16 weights besides its float32 masters: weights, gradients, masters and moments 2 + 2 + 12.
+        # DeepSpeed keeps bf16 weights in addition to float32 masters: weights 2, gradients 2, masters and moments 12.
         weights: float = half * model.parameters / (world_size if weights_sharded else 1)
         return weights, 14 * trained / world_size
     weights = 0 if full else _frozen_bytes(model, values, half) / (world_size if weights_sharded else 1)
@@ -204,7 +204,7 @@ def _frozen_bytes(model: Model, values: Mapping[str, Any], half: int) -> float:
 
 
 def saved_per_token(model: Model, values: Mapping[str, Any]) -> float:
-    """Bytes that one block keeps per token for its backward pass, without the attention matrix."""
+    """Return the bytes that one block keeps per token for its backward pass, without the attention matrix."""
     half, liger = _half(values), bool(values.get("enable_liger_kernel"))
     hidden, wide, query, key = model.hidden, model.intermediate, model.query, model.key_value
     inputs = 5 * hidden + query + wide  # of the linear layers: three at attention, its output, gate and up, down
@@ -212,7 +212,7 @@ def saved_per_token(model: Model, values: Mapping[str, Any]) -> float:
     # gate, its SiLU and up; Liger computes the SiLU again.
     mlp = half * wide * (2 if liger else 3)
     if _trains_base(values):
-        # Weights, and so the numbers between the blocks, are float32: a norm keeps its input and the normed numbers.
+        # Weights are float32, and so are the numbers between blocks: a norm keeps its input and the normed numbers.
         return 2 * hidden * (4 if liger else 8) + attention + mlp + half * inputs
     # A frozen norm keeps its input in float32, or with Liger in 16 bits. Every adapter keeps its own input, and a mask.
     norms = 2 * hidden * (half if liger else 4)
@@ -249,49 +249,49 @@ def _logits(model: Model, values: Mapping[str, Any], in_batch: int) -> float:
 
 
 def remedies(
-    model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int, room: float
+    model: Model, values: Mapping[str, Any], *, tokens: int, world_size: int, budget: float
 ) -> list[tuple[str, Memory]]:
-    """Flags to fit into `room` bytes, and the memory that a run then takes.
+    """Return the flags to fit into `budget` bytes, and the memory that training then takes.
 
-    The mildest come first; each includes those before it, until one fits.
+    The mildest come first. Each entry includes the flags before it, and the list ends with the first that fits.
     """
-    found: list[tuple[str, Memory]] = []
+    steps: list[tuple[str, Memory]] = []
     now, typed = dict(values), ""
     for saving in savings(values):
         now |= saving.changes
         typed = f"{typed} {saving.flags}".strip()
         memory = estimate(model, now, tokens=tokens, world_size=world_size)
-        found.append((typed, memory))
-        if memory.total <= room:
+        steps.append((typed, memory))
+        if memory.total <= budget:
             break
-    return found
+    return steps
 
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of the config that saves memory and does not cut rows."""
+    """A change of the config that saves memory without truncating rows."""
 
     changes: Mapping[str, Any]
     why: str
 
     @property
     def flags(self) -> str:
-        """The change as typed after train.py."""
+        """The change as arguments of train.py."""
         return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items())
 
 
 def savings(values: Mapping[str, Any]) -> list[Saving]:
-    """The memory-saving changes that this config has not made yet, the mildest first."""
+    """Return the memory-saving changes that this config does not have yet, the mildest first."""
     found = []
     batch = int(setting(values, "per_device_train_batch_size"))
     if batch > 1:
         accumulation = batch * int(setting(values, "gradient_accumulation_steps"))
         changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
-        found.append(Saving(changes, "the same rows per step, fewer at once"))
+        found.append(Saving(changes, "the same effective batch in smaller parts"))
     if values.get("disable_gradient_checkpointing"):
-        found.append(Saving({"disable_gradient_checkpointing": False}, "each layer keeps only its input; slower"))
+        found.append(Saving({"disable_gradient_checkpointing": False}, "gradient checkpointing; slower"))
     if not values.get("enable_liger_kernel"):
-        why = "after pip install liger-kernel; the logits are never complete in memory"
+        why = "after pip install liger-kernel; computes the logits in chunks"
         found.append(Saving({"enable_liger_kernel": True}, why))
     if setting(values, "finetuning_type") == "lora" and not values.get("quantization_bit"):
         why = "the base model in 4 bits; needs bitsandbytes; see configs/24gb_qlora.yaml"
@@ -300,7 +300,7 @@ def savings(values: Mapping[str, Any]) -> list[Saving]:
 
 
 def checkpoint_bytes(model: Model, values: Mapping[str, Any]) -> float:
-    """The size of one checkpoint on disk: the trained numbers and, unless it is left out, the optimizer's state."""
+    """Return the bytes of one checkpoint on disk: trained numbers and, unless it is left out, the optimizer's state."""
     weight, optimizer = 4, 8  # float32, and Adam's two moments
     if values.get("pure_bf16"):
         weight, optimizer = 2, 4
@@ -315,30 +315,30 @@ def checkpoint_bytes(model: Model, values: Mapping[str, Any]) -> float:
 SURE_TO_FAIL = 1.15
 """The estimate is accurate to about 15 %: a run that needs more than this times the free memory will not fit."""
 COMFORTABLE = 0.75
-"""Below this share of the free memory, memory can be traded for speed."""
+"""Below this fraction of the free memory, memory can be traded for speed."""
 
 
 def check_memory(
     model: Model | None, values: Any, machine: Machine, *, tokens: int, world_size: int
 ) -> Iterator[Check]:
-    room = machine.memory_budget
-    if not room:
+    budget = machine.memory_budget
+    if not budget:
         return
     if model is None:
         yield warning("memory", "not estimated: the model's sizes are unknown", "Watch nvidia-smi at the start.")
         return
     memory = estimate(model, values, tokens=tokens, world_size=world_size)
-    found = f"about {_parts(memory)} at {tokens:,} tokens per row; {room / GIBIBYTE:.0f} GiB free"
-    if memory.total <= room:
-        yield ok("memory", found, _faster(model, values, room=room, tokens=tokens, world_size=world_size))
+    found = f"about {_parts(memory)} at {tokens:,} tokens per row; {budget / GIBIBYTE:.0f} GiB free"
+    if memory.total <= budget:
+        yield ok("memory", found, _faster(model, values, budget=budget, tokens=tokens, world_size=world_size))
         return
-    smaller = remedies(model, values, tokens=tokens, world_size=world_size, room=room)
+    smaller = remedies(model, values, tokens=tokens, world_size=world_size, budget=budget)
     steps = [f"{flags} ({less.total / GIBIBYTE:.0f} GiB)" for flags, less in smaller]
-    fits = bool(smaller) and smaller[-1][1].total <= room
+    fits = bool(smaller) and smaller[-1][1].total <= budget
     last = "" if fits else "; then a shorter cutoff_len, or more GPUs with configs/multi_gpu_zero2.yaml"
     advice = "Try, in this order: " + "; ".join(steps) + last
-    sure = memory.total > SURE_TO_FAIL * room
-    yield error("memory", f"{found}: will not fit", advice) if sure else warning("memory", f"{found}: tight", advice)
+    sure = memory.total > SURE_TO_FAIL * budget
+    yield error("memory", f"{found}; will not fit", advice) if sure else warning("memory", f"{found}; tight", advice)
 
 
 def _parts(memory: Memory) -> str:
@@ -353,12 +353,12 @@ def _parts(memory: Memory) -> str:
     return f"{memory.total / GIBIBYTE:.1f} GiB ({listed})"
 
 
-def _faster(model: Model, values: Any, *, room: float, tokens: int, world_size: int) -> str:
+def _faster(model: Model, values: Any, *, budget: float, tokens: int, world_size: int) -> str:
     if values.get("disable_gradient_checkpointing") or values.get("use_cpu"):
         return ""
-    whole = {**values, "disable_gradient_checkpointing": True}
-    memory = estimate(model, whole, tokens=tokens, world_size=world_size)
-    if memory.total > COMFORTABLE * room:
+    faster_values = {**values, "disable_gradient_checkpointing": True}
+    memory = estimate(model, faster_values, tokens=tokens, world_size=world_size)
+    if memory.total > COMFORTABLE * budget:
         return ""
-    faster = f"disable_gradient_checkpointing=true would be faster and take {memory.total / GIBIBYTE:.0f} GiB"
-    return faster + ("." if values.get("neat_packing") else "; packed rows as well: see configs/80gb_lora.yaml.")
+    faster = f"disable_gradient_checkpointing=true would be faster and take {memory.total / GIBIBYTE:.0f} GiB."
+    return faster + ("" if values.get("neat_packing") else " So would packed rows: see configs/80gb_lora.yaml.")

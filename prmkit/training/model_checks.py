@@ -1,6 +1,6 @@
-"""Whether the files of a config's model, adapters and checkpoints are what the run needs.
+"""Checks of the model, adapters and checkpoints in a config.
 
-Read from the files alone, without LLaMA Factory; everything that would make it fail is found here.
+They read only the files, without LLaMA Factory, and find what would make it fail.
 """
 
 import difflib
@@ -25,7 +25,7 @@ DOWNLOAD = "Download one, for example: hf download Qwen/Qwen2.5-7B-Instruct --lo
 
 
 def check_model_folder(values: Mapping[str, Any]) -> Check:
-    """Check that configuration, tokenizer and every weight file are there and complete. Takes about 10 ms."""
+    """Check that configuration, tokenizer and every weight file exist and are complete. Takes about 10 ms."""
     name, named = "model folder", str(values["model_name_or_path"])
     folder = Path(named)
     if not folder.is_dir():
@@ -46,9 +46,9 @@ def check_model_folder(values: Mapping[str, Any]) -> Check:
 
 
 def is_hub_name(named: str) -> bool:
-    """Whether a name that is not a folder here is a name on the hub.
+    """Whether a name that is not a local folder is a name on the hub.
 
-    `models/Qwen2.5-7B` also looks like one; if there is a folder `models`, the model is missing from it.
+    `models/Qwen2.5-7B` looks like one, too; but if there is a folder `models`, the model is missing from it.
     """
     return bool(_HUB_NAME.fullmatch(named)) and not Path(named).parent.is_dir()
 
@@ -61,7 +61,7 @@ def _check_no_config(name: str, folder: Path) -> Check:
         return error(name, found, f"Move them up, or run with model_name_or_path={deeper[0]}")
     if (folder / "adapter_config.json").is_file():
         found = f"{folder} contains an adapter, not a model"
-        return error(name, found, "Name the base model here and the adapter in adapter_name_or_path.")
+        return error(name, found, "Set model_name_or_path to the base model and adapter_name_or_path to the adapter.")
     if any(folder.glob("*.gguf")):
         return error(name, f"{folder} contains GGUF files, which cannot be trained", "Download the original model.")
     content = "is empty" if all(path.name == ".gitkeep" for path in folder.iterdir()) else "has no config.json"
@@ -75,7 +75,7 @@ def _model_problems(folder: Path, *, trusts_code: bool) -> Iterator[str]:
         yield str(failure).rstrip(".")
         return
     if not isinstance(config, dict) or not config.get("model_type"):
-        yield "config.json names no model_type"
+        yield "config.json has no model_type"
         config = {}
     elif "auto_map" in config and not trusts_code and not config.get("architectures"):
         yield "the model comes with its own code, which needs trust_remote_code=true"
@@ -122,7 +122,7 @@ def _file_problem(path: Path) -> str | None:
 
 
 def _depth_problems(folder: Path, layers: Any) -> Iterator[str]:
-    """Reject a config.json with more layers than the weights: a billion layers would be built for hours."""
+    """Reject a config.json with more layers than the weights, because building a billion layers would take hours."""
     try:
         blocks = {int(found[1]) for name in read_weights(folder) if (found := _BLOCK.search(name))}
     except DataError:
@@ -131,11 +131,11 @@ def _depth_problems(folder: Path, layers: Any) -> Iterator[str]:
         yield f"config.json says {layers:,} layers, but the weights have {max(blocks) + 1:,}"
 
 
-# --- checkpoints, adapters and layers that the config names -------------------------------------------------------
+# --- checkpoints, adapters and layers in the config ---------------------------------------------------------------
 
 
 def check_named_files(values: Mapping[str, Any]) -> list[Check]:
-    """One check for each checkpoint, adapter, layer or saved dataset that does not fit the config."""
+    """Return one check per checkpoint, adapter, layer or saved dataset that does not fit the config."""
     rules = (_check_checkpoint, _check_adapters, _check_layers, _check_tokenized)
     return [check for rule in rules for check in rule(values)]
 
@@ -144,12 +144,16 @@ def _check_checkpoint(values: Mapping[str, Any]) -> Iterator[Check]:
     path = values.get("resume_from_checkpoint")
     if isinstance(path, str) and not (Path(path) / "trainer_state.json").is_file() and not _was_used(Path(path)):
         there = sorted(str(found.parent) for found in Path(path).parent.glob("checkpoint-*/trainer_state.json"))
-        advice = f"Available: {', '.join(there)}" if there else "Leave it out: the newest checkpoint is found."
+        advice = (
+            f"Available: {', '.join(there)}"
+            if there
+            else "Leave it out; the newest checkpoint is then found automatically."
+        )
         yield error("settings", f"resume_from_checkpoint: {path} is not a checkpoint", advice)
 
 
 def _was_used(checkpoint: Path) -> bool:
-    """Whether the run next to this checkpoint resumed from it, before LLaMA Factory deleted it as too old."""
+    """Whether this checkpoint, deleted since, was already used to resume the training run next to it."""
     record = read_record(checkpoint.parent)
     return record is not None and str(checkpoint) in record["resumed_from"]
 
@@ -163,41 +167,46 @@ def _check_adapters(values: Mapping[str, Any]) -> Iterator[Check]:
     for folder in _adapters(values):
         if not (folder / "adapter_config.json").is_file():
             found = f"adapter_name_or_path: no adapter in {folder}"
-            yield error("settings", found, "Name a folder with adapter_config.json.")
+            yield error("settings", found, "Set it to a folder with adapter_config.json.")
     if _adapters(values) and not values.get("create_new_adapter"):
-        yield from _check_shape(_adapters(values)[-1], values)
+        yield from _check_adapter_settings(_adapters(values)[-1], values)
 
 
-_SHAPE = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
-          "use_dora": "use_dora"}  # fmt: skip
+_ADAPTER_SETTINGS = {
+    "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}  # fmt: skip
 
 
-def _check_shape(folder: Path, values: Mapping[str, Any]) -> Iterator[Check]:
-    """Check an adapter that is trained further: it keeps its shape, whatever the config says."""
+def _check_adapter_settings(folder: Path, values: Mapping[str, Any]) -> Iterator[Check]:
+    """Check an adapter that is trained further, because it keeps its own settings, whatever the config says."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         return
     try:
-        has = read_json(path)
+        adapter = read_json(path)
     except DataError as failure:
-        yield error("settings", f"adapter_name_or_path: {failure}", "Name a complete adapter.")
+        yield error("settings", f"adapter_name_or_path: {failure}", "Set it to a complete adapter.")
         return
-    if not isinstance(has, dict):
-        yield error("settings", f"adapter_name_or_path: {path}: not an object", "Name a complete adapter.")
+    if not isinstance(adapter, dict):
+        yield error("settings", f"adapter_name_or_path: {path}: not a JSON object", "Set it to a complete adapter.")
         return
-    same = {key: (has.get(name, values[key]), values[key]) for key, name in _SHAPE.items() if key in values}
-    other = [f"{key}: {asked} (it has {actual})" for key, (actual, asked) in same.items() if actual != asked]
-    targets, wanted = has.get("target_modules"), _wanted_layers(values)
+    both = {
+        key: (adapter.get(name, values[key]), values[key]) for key, name in _ADAPTER_SETTINGS.items() if key in values
+    }
+    other = [f"{key}: {configured} (it has {actual})" for key, (actual, configured) in both.items()
+             if actual != configured]  # fmt: skip
+    targets, wanted = adapter.get("target_modules"), _wanted_layers(values)
     if isinstance(targets, list) and wanted and wanted != set(targets):
         other.append(f"lora_target: {values['lora_target']} (it has {','.join(sorted(targets))})")
     if other:
         found = f"adapter_name_or_path: {folder} keeps its own settings, not {', '.join(other)}"
-        advice = "Write what it has, or create_new_adapter: true to merge it and train a new one."
+        advice = "Write its own settings, or create_new_adapter: true to merge it and train a new one."
         yield warning("settings", found, advice)
 
 
 def _wanted_layers(values: Mapping[str, Any]) -> set[str]:
-    """The layers that `lora_target` names; empty when it is not set, or when the model's layers are unknown."""
+    """Return the layers in `lora_target`; empty if it is not set, or if the model's layers are unknown."""
     wanted = split_names(values.get("lora_target"))
     if wanted != ["all"]:
         return set(wanted)
@@ -209,7 +218,7 @@ def _wanted_layers(values: Mapping[str, Any]) -> set[str]:
 
 
 def _check_layers(values: Mapping[str, Any]) -> Iterator[Check]:
-    """Layers that the model does not have: if all are missing the run fails; single ones are silently skipped."""
+    """Find layers that the model does not have: the run fails if all are missing, and otherwise silently skips them."""
     if setting(values, "finetuning_type") not in ("lora", "oft") or values.get("use_llama_pro"):
         return
     try:
@@ -242,7 +251,7 @@ def _unknown_layer(key: str, name: str, layers: Iterable[str]) -> Check:
 
 
 def _check_tokenized(values: Mapping[str, Any]) -> Iterator[Check]:
-    """Check saved tokenized rows: they are used unchanged, whatever dataset and template say."""
+    """Check saved tokenized rows, because they are used unchanged, whatever dataset and template say."""
     if "tokenized_path" not in values:
         return
     path = Path(str(values["tokenized_path"]))
@@ -251,6 +260,6 @@ def _check_tokenized(values: Mapping[str, Any]) -> Iterator[Check]:
     names = ("state.json", "dataset_info.json")
     if (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in names):
         found = f"tokenized_path: the rows in {path} are used, whatever dataset and template say"
-        yield warning("settings", found, "Leave it out, or name a new folder.")
+        yield warning("settings", found, "Leave it out, or choose a new folder.")
     else:
-        yield error("settings", f"tokenized_path: no saved dataset in {path}", "Leave it out, or name a new folder.")
+        yield error("settings", f"tokenized_path: no saved dataset in {path}", "Leave it out, or choose a new folder.")

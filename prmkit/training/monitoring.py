@@ -1,4 +1,4 @@
-"""What a run has reached, and what is shown of it: progress, output, loss curves; and where SwanLab records it.
+"""Monitor a training run: trainer log, progress, output, loss curves, final measurements, SwanLab.
 
 Contacting SwanLab's server takes at most two seconds.
 """
@@ -29,19 +29,19 @@ log = logging.getLogger(__name__)
 QUIET_SECONDS = 30
 """Minimum seconds between progress lines when stderr is not a terminal."""
 SILENT_SECONDS = 60
-"""Seconds without a line after which a line says that the run is alive, when stderr is not a terminal."""
+"""Seconds without output after which a line says that the run is alive, when stderr is not a terminal."""
 
 
 @dataclass(frozen=True)
 class ResumedAt:
-    """The step at which a launch begins: 0, or that of the checkpoint it resumes from."""
+    """The step and tokens at which a launch begins: 0, or those of the checkpoint from which it resumes."""
 
     step: int = 0
     tokens: int = 0
 
 
 def corrected(entry: Mapping[str, Any], resumed_at: ResumedAt) -> dict[str, Any]:
-    """One entry of LLaMA Factory's trainer log, with time left and throughput corrected after a resume.
+    """Correct the time left and the throughput in an entry of LLaMA Factory's trainer log after a resume.
 
     LLaMA Factory divides the time of this launch by the steps and tokens of all launches. `remaining_time` and
     `throughput` (tokens per second, of this launch) are corrected.
@@ -58,7 +58,7 @@ def corrected(entry: Mapping[str, Any], resumed_at: ResumedAt) -> dict[str, Any]
 
 
 def _elapsed(entry: Mapping[str, Any]) -> float:
-    """Seconds since this launch began to train; to the hundredth if tokens are counted, else whole seconds."""
+    """Return the seconds since this launch began to train: hundredths if tokens are counted, otherwise full seconds."""
     if entry.get("throughput") and "total_tokens" in entry:
         return float(entry["total_tokens"] / entry["throughput"])
     days, _, clock = str(entry.get("elapsed_time", "0:00:00")).rpartition(" day")
@@ -70,26 +70,26 @@ def _elapsed(entry: Mapping[str, Any]) -> float:
 
 
 def seconds_a_step(entry: Mapping[str, Any], resumed_at: ResumedAt) -> float:
-    """How long a step has taken on average since this launch began; 0 before the first one ended."""
+    """Return the average seconds per step since this launch began; 0 before its first step ends."""
     done = entry["current_steps"] - resumed_at.step
     return _elapsed(entry) / done if done > 0 else 0.0
 
 
 @dataclass
 class Follower:
-    """Copies a run's trainer log, entry by entry, to a file that can be followed from before the first step."""
+    """Copies a run's trainer log, entry by entry, to a file that `tail -f` can follow from before the first step."""
 
     source: Path
     """LLaMA Factory's `trainer_log.jsonl` in the run folder."""
     target: IO[bytes] | None
     resumed_at: ResumedAt
     position: int = 0
-    """How many bytes of `source` have been read."""
+    """The number of bytes of `source` that have been read."""
     rest: bytes = field(default=b"")
     """The text so far of an incomplete line."""
 
     def new_entries(self) -> list[dict[str, Any]]:
-        """The entries since the last call, corrected, and copied to `target`; damaged lines are skipped."""
+        """Return the corrected entries since the last call, and copy them to `target`; damaged lines are skipped."""
         if not self.source.exists():
             return []
         if self.source.stat().st_size < self.position:
@@ -110,8 +110,8 @@ class Follower:
 def followed(source: Path, target: Path, resumed_at: ResumedAt) -> Iterator[Follower]:
     """Let `target` follow the trainer log of the run that starts now.
 
-    It begins with the entries of earlier launches of the same run, up to where this one resumes. The file stays the
-    same file, so that `tail -f` continues. While another run is followed there, `target` is not touched.
+    It begins with the entries of earlier launches of the same run, up to the step where this one resumes. The file is
+    emptied rather than replaced, so that `tail -f` continues. While `target` follows another run, it is not touched.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     position = source.stat().st_size if source.exists() else 0
@@ -137,7 +137,7 @@ def progress(name: str, resumed_at: ResumedAt) -> Iterator[Callable[[Mapping[str
     """Show a run's entries as they come: as a bar on a terminal, otherwise as occasional lines.
 
     Yields:
-        A function that is called with every entry, and regularly with None, so that a long silence is explained.
+        A function to call with every entry, and regularly with None, so that it can explain a long silence.
     """
     with cli.progress_bar() as bar:
         task = bar.add_task(f"{name}: starting LLaMA Factory", total=None, completed=resumed_at.step)
@@ -148,7 +148,7 @@ def progress(name: str, resumed_at: ResumedAt) -> Iterator[Callable[[Mapping[str
             if entry is None:
                 if bar.disable and time.monotonic() - max(last_line, last_sign) > SILENT_SECONDS:
                     last_sign = time.monotonic()
-                    log.info("%s: still running; nothing is logged until the next logging_steps are done", name)
+                    log.info("%s: still running; the next line comes when logging_steps more steps are done", name)
                 return
             total, step = entry.get("total_steps"), entry["current_steps"]
             if not {"loss", "eval_loss"} & entry.keys():
@@ -163,7 +163,7 @@ def progress(name: str, resumed_at: ResumedAt) -> Iterator[Callable[[Mapping[str
 
 
 def summary(entry: Mapping[str, Any]) -> str:
-    """Loss, learning rate, tokens per second and GPU memory, if an entry has them."""
+    """Format an entry's loss, learning rate, tokens per second and GPU memory, if it has them."""
     parts = [
         f"loss {entry['loss']:.4f}" if "loss" in entry else "",
         f"held-out loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else "",
@@ -176,7 +176,7 @@ def summary(entry: Mapping[str, Any]) -> str:
 
 @contextmanager
 def echoed(log_path: Path, begin: int) -> Iterator[Callable[[], None]]:
-    """Yield a function that prints to stderr what was added to a log since its last call, starting at byte `begin`."""
+    """Yield a function that prints to stderr what a log gained since the last call, starting at byte `begin`."""
     with log_path.open("rb") as stream:
         stream.seek(begin)
 
@@ -188,16 +188,17 @@ def echoed(log_path: Path, begin: int) -> Iterator[Callable[[], None]]:
         show()
 
 
-# --- what a run has reached ---------------------------------------------------------------------------------------
+# --- final measurements -------------------------------------------------------------------------------------------
 
 
 def reached(
     state: Mapping[str, Any], logged: Sequence[Mapping[str, Any]], final_loss: float | None
 ) -> dict[str, float | None]:
-    """The fields of run.json that are known at the end of a run: steps, tokens, losses, memory.
+    """Return the fields of run.json that are known at the end of a run: steps, tokens, losses, memory.
 
-    `train_loss` is the last one logged, a mean over `logging_steps` steps: LLaMA Factory's own `train_loss`, the mean
-    over the run, is wrong after every resume. `eval_loss` is that of the final weights, if they were evaluated.
+    `train_loss` is the last one logged, a mean over `logging_steps` steps, because LLaMA Factory's own `train_loss`
+    (the mean over the run) is wrong after every resume. `eval_loss` is that of the final weights, if they were
+    evaluated.
 
     Args:
         state: the newest `trainer_state.json`; empty for a run that has saved nothing.
@@ -223,19 +224,19 @@ def _finite(number: float | None) -> float | None:
 
 # --- curves -------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's blue and vermilion, which remain distinct under every kind of colour vision; the marks differ as well.
+# Okabe and Ito's blue and vermilion, which remain distinct under every kind of colour vision; the markers differ, too.
 _TRAIN_COLOUR, _HELD_OUT_COLOUR = "#0072B2", "#D55E00"
 
 
 def curves(history: list[dict[str, Any]]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """Training and held-out losses by step, from a trainer state's `log_history`."""
+    """Return training and held-out losses by step, from a trainer state's `log_history`."""
     train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     return train, list(dict(held_out).items())
 
 
 def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
-    """Plot both losses on a logarithmic axis, on which the later steps are not one flat line.
+    """Plot both losses on a logarithmic axis, so that later steps are not one flat line.
 
     Returns:
         Whether there was anything to plot.
@@ -250,12 +251,12 @@ def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
 
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for curve, colour, mark, label in (
+    for curve, colour, marker, label in (
         (train, _TRAIN_COLOUR, "o" if len(train) < 2 else None, "training"),
         (held_out, _HELD_OUT_COLOUR, "o", "held-out"),
     ):
         if curve:
-            axes.plot(*zip(*curve, strict=True), color=colour, marker=mark, markersize=5, linewidth=1.5, label=label)
+            axes.plot(*zip(*curve, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.5, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     axes.set_title(name, parse_math=False)  # a run may be called `$$`
     axes.set_xlim(left=0)
@@ -271,7 +272,7 @@ def draw_curves(history: list[dict[str, Any]], name: str, target: Path) -> bool:
 
 # --- where SwanLab can record a run -------------------------------------------------------------------------------
 
-# LLaMA Factory finds out only after the model has loaded, and then the run fails.
+# LLaMA Factory contacts SwanLab only after the model has loaded, and fails if it cannot.
 _SWANLAB_HOST = "https://api.swanlab.cn"
 _CONNECT_SECONDS = 2.0
 
@@ -290,15 +291,15 @@ def resolve_swanlab(
         A value of `swanlab_mode`, or None to turn SwanLab off; and why.
     """
     environment = os.environ if environment is None else environment
-    asked: str | None = values.get("swanlab_mode")
+    requested: str | None = values.get("swanlab_mode")
     if "swanlab" not in packages:
         return None, "swanlab is not installed"
-    if asked in ("offline", "disabled", "local") and (asked != "local" or "swanboard" in packages):
-        return asked, "as asked"
-    reason = "its dashboard is not installed" if asked == "local" else _why_not_cloud(environment)
+    if requested in ("offline", "disabled", "local") and (requested != "local" or "swanboard" in packages):
+        return requested, "as configured"
+    reason = "its dashboard is not installed" if requested == "local" else _why_not_cloud(environment)
     if reason is None:
         return "cloud", "logged in"
-    if asked != "local" and "swanboard" in packages:
+    if requested != "local" and "swanboard" in packages:
         return "local", f"{reason}; show the run with: swanlab watch"
     # A local run recorded without swanboard can never be shown, not even after it is installed.
     return None, f"{reason}; for local runs: pip install 'swanlab[dashboard]'"
@@ -318,7 +319,7 @@ def _why_not_cloud(environment: Mapping[str, str]) -> str | None:
 
 
 def _host_of_login(environment: Mapping[str, str]) -> str | None:
-    """The server of the current login: from the environment, this folder, or the home folder."""
+    """Return the server of the current login, from the environment, this folder or the home folder."""
     host = environment.get("SWANLAB_API_HOST")
     if environment.get("SWANLAB_API_KEY"):
         return host or _SWANLAB_HOST
@@ -335,7 +336,7 @@ def _host_of_login(environment: Mapping[str, str]) -> str | None:
 
 
 def check_swanlab(values: Mapping[str, Any], dropped: Mapping[str, str], sources: Mapping[str, str]) -> Check:
-    """Where SwanLab records the run; decided when the config was resolved."""
+    """Report where SwanLab records the run, which was decided when the config was resolved."""
     if "use_swanlab" in dropped:
         reason, _, advice = dropped["use_swanlab"].partition("; ")
         return warning("SwanLab", f"off: {reason}", advice.capitalize())

@@ -1,4 +1,4 @@
-"""The command line of train.py: its options, its outcome, and the commands to run next."""
+"""The options of train.py, the outcome of a command, and the commands to run next."""
 
 import difflib
 import os
@@ -47,7 +47,7 @@ class TrainOptions:
 
     @property
     def lacks_config(self) -> bool:
-        """Whether no config was named, and the current folder has none."""
+        """Whether no config was passed, and the current folder does not have the default one."""
         return self.config == DEFAULT_CONFIG and not self.config.exists()
 
 
@@ -57,17 +57,17 @@ class Outcome:
 
     code: ExitCode = ExitCode.DONE
     run: Path | None = None
-    """The folder of the run that is finished now."""
+    """The folder of the training run that is now finished."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """The record of that run."""
+    """The run.json of that training run."""
     exported: Path | None = None
     """The folder of the merged model."""
     was_finished: bool = False
-    """Whether the run was already finished before this command."""
+    """Whether the training run was already finished before this command."""
 
 
 def overrides_of(options: TrainOptions) -> list[Override]:
-    """All overrides on the command line, flags first.
+    """Return all overrides on the command line, flags first.
 
     Raises:
         UsageError: a string is not key=value.
@@ -83,10 +83,10 @@ def overrides_of(options: TrainOptions) -> list[Override]:
 
 
 def suggest_flag(message: str, flags: Sequence[str], typed: Sequence[str]) -> str:
-    """What to write instead of a flag that argparse does not know; empty if the message is about something else.
+    """Suggest what to write instead of a flag that argparse does not know; empty for other messages.
 
     Args:
-        message: argparse's, such as `unrecognized arguments: --lora-rank`.
+        message: argparse's message, for example `unrecognized arguments: --lora-rank`.
         flags: the existing flags.
         typed: the words of the command line.
     """
@@ -109,17 +109,17 @@ NEW_STEPS = "examples/new_steps.jsonl"
 
 
 def _next_to_train(name: str) -> str:
-    """A file next to the train.py that was started, so that commands work from this folder."""
+    """Return the path of a file next to the running train.py, as typed from the current folder."""
     script = Path(sys.argv[0])
     return shlex.quote(str(script.parent / name if script.name == "train.py" else Path(name)))
 
 
 def next_commands(options: TrainOptions, outcome: Outcome, *, evaluated: bool) -> list[str]:
-    """Commands to run next, without anything that was just done.
+    """Return the commands to run next, without those that were just carried out.
 
     Args:
         options: the command line.
-        outcome: its outcome.
+        outcome: the command's outcome.
         evaluated: whether the same command also measured the judge.
     """
     if outcome.run is None or options.json:
@@ -154,7 +154,7 @@ def base_command(options: TrainOptions) -> list[str]:
 
 
 def typed_command(options: TrainOptions, without: Collection[str] = ()) -> list[str]:
-    """The command line as typed, so that suggestions are about this run, without the words that set some keys."""
+    """Return the command line as typed, except for the words that set the keys in `without`."""
     words = base_command(options)
     for override in overrides_of(options):
         if override.key not in without:
@@ -167,7 +167,7 @@ def typed_command(options: TrainOptions, without: Collection[str] = ()) -> list[
 
 
 def _longer(options: TrainOptions, folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """The command that resumes from the last checkpoint of a finished run and trains for as long again."""
+    """Return the command that resumes from the last checkpoint of a finished run and trains for as long again."""
     folders = checkpoint_folders(folder)
     last = next((path for path in folders if checkpoint_fault(path, contents=False) is None), None)
     if last is None:

@@ -1,14 +1,14 @@
-"""Making the files of an export readable by every version of transformers.
+"""Make the files of an export readable by transformers 4 and 5.
 
 LLaMA Factory saves with transformers 5, but people also serve with transformers 4 (vLLM, TGI, other projects). Version
-4 either rejects what version 5 writes, or silently reads it as something else:
+4 either rejects what version 5 writes, or silently misreads it:
 
 - `extra_special_tokens` as a list, and the tokenizer class `TokenizersBackend`: it cannot load the tokenizer;
-- `rope_parameters`: it takes the default `rope_theta` of the architecture, 10,000 in place of Qwen2.5's 1,000,000, and
-  every number is wrong;
+- `rope_parameters`: it uses the architecture's default `rope_theta`, 10,000 instead of Qwen2.5's 1,000,000, and every
+  number is wrong;
 - `dtype`: it loads weights in float32.
 
-Each of these has an older spelling that both versions read; it is written next to the new spelling or instead of it.
+Each of these has an older spelling that both versions read, which is written next to or instead of the new one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ def make_portable(folder: Path, stop_ids: list[int], *, trust_remote_code: bool 
         trust_remote_code: run Python code that comes with the model.
 
     Returns:
-        What was corrected and what was checked, for the export's note.
+        What was corrected and what was checked, for the export note (prmkit.json).
 
     Raises:
         LlamaFactoryError: the tokenizer would encode the same text differently.
@@ -55,13 +55,16 @@ def make_portable(folder: Path, stop_ids: list[int], *, trust_remote_code: bool 
         *_correct(folder / "generation_config.json", lambda config: _without_sampling(config, stop_ids)),
     ]
     if _token_ids(folder, trust_remote_code) != before:
-        raise LlamaFactoryError(f"{folder}: its tokenizer_config.json could not be written for transformers 4.")
+        raise LlamaFactoryError(
+            f"{folder}: its tokenizer_config.json cannot be converted for transformers 4 without changing its token "
+            "ids, so the model was not exported."
+        )
     versions = f"transformers {transformers.__version__} with tokenizers {tokenizers.__version__}"
     return {"corrected": corrected, "checked_here": f"token ids, by {versions}", "format_tried_with": [*TRIED_WITH]}
 
 
 def _correct(path: Path, rewrite: Any) -> Iterator[str]:
-    """Rewrite a JSON file; yields the keys that changed."""
+    """Rewrite a JSON file; yield the keys that changed."""
     old = read_json(path) if path.is_file() else {}
     new = rewrite(old)
     if new != old:
@@ -87,8 +90,7 @@ def _portable_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_sampling(config: Mapping[str, Any], stop_ids: list[int]) -> dict[str, Any]:
-    """Remove sampling settings: servers use them as defaults, and the base model's repetition penalty changes the
-    digits of a verdict."""
+    """Remove sampling settings, which servers use as defaults: a repetition penalty changes the digits of a verdict."""
     kept = {key: config[key] for key in _NOT_SAMPLING if config.get(key) is not None}
     ends = kept.get("eos_token_id", [])
     ends = [ends] if isinstance(ends, int) else list(ends)
@@ -111,7 +113,7 @@ def _portable_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = portable.get("rope_parameters")
     if not isinstance(rope, dict):
         return portable
-    if isinstance(rope.get("full_attention"), dict):  # Gemma 3: one base for each kind of layer
+    if isinstance(rope.get("full_attention"), dict):  # Gemma 3: one base per type of layer
         if isinstance(local := rope.get("sliding_attention"), dict) and "rope_theta" in local:
             portable.setdefault("rope_local_base_freq", local["rope_theta"])
         rope = rope["full_attention"]
@@ -124,10 +126,10 @@ def _portable_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts_of_weights(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the weights say about the size of the vocabulary, and whether input and output embeddings are the same.
+    """Read from the weights the vocabulary's size, and whether input and output embeddings are tied.
 
-    The base model's config describes its own weights: training the embeddings separates tied ones, and new tokens make
-    them longer. A loader that believes the config would discard the trained output embedding.
+    The base model's config may no longer be true: training the embeddings separates tied ones, and new tokens add rows.
+    A loader that follows such a config would discard the trained output embedding.
     """
     tensors = _embeddings(folder)
     embedding, head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")

@@ -1,12 +1,12 @@
-"""Every check before a run, in a separate process: `python -m prmkit.training.preflight`.
+"""Run every check before training, in a separate process: `python -m prmkit.training.preflight`.
 
-This is a careful person's checklist, automated: each check says what it found and what to do. The checks run in a child
-of `train.py` (`run_checks`), because the last ones import LLaMA Factory, which takes 8 seconds, and run a model's own
-code and chat template, which may raise anything, or hang.
+Each check says what it found and what to do. They run in a child of `train.py` (`run_checks`), because the last ones
+import LLaMA Factory, which takes 8 seconds, and run a model's own code and chat template, which may raise anything, or
+hang.
 
 The request on standard input is a JSON object: `values`, `dropped`, `sources` (of the resolved config), `processes`,
-`world_size`, `evaluate`, `parent` (the process that asks). Standard output has one JSON object per line: `{"begin":
-NAME, "advice": what to do when the check dies, "note": what to show meanwhile}` or a check.
+`world_size`, `evaluate`, `parent` (the process id of `train.py`). Standard output has one JSON object per line:
+`{"begin": NAME, "advice": what to do if the check crashes, "note": what to show meanwhile}` or a check.
 """
 
 import contextlib
@@ -44,24 +44,24 @@ from prmkit.training.model_checks import check_model_folder, check_named_files
 from prmkit.training.monitoring import check_swanlab
 from prmkit.training.supervisor import die_with_parent
 
-# --- the process that asks ----------------------------------------------------------------------------------------
+# --- the parent ---------------------------------------------------------------------------------------------------
 
 CHECK_SECONDS = 120.0
-"""How long one check may take."""
+"""The maximum number of seconds for one check."""
 
 
 def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) -> list[Check]:
     """Run this module in a child process, because LLaMA Factory or a model's own code may crash it.
 
     Args:
-        request: see the top of this file; without `parent`.
+        request: as described at the top of this file, without `parent`.
         show: called with every check as it ends, and with a sentence before a check that takes seconds.
 
     Returns:
-        Every check. A check in which the child died, or which took too long, is an error.
+        Every check; one that took too long or in which the child died is an error.
     """
     checks: list[Check] = []
-    # A child that dies between two checks must not look like one that found nothing.
+    # If the child dies between two checks, there must still be an error.
     begun = {"all checks": "Install the versions that fit together: ./run_training.sh --install-deps"}
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
@@ -97,10 +97,10 @@ def run_checks(request: Mapping[str, Any], show: Callable[[Check | str], None]) 
 
 
 def _messages(child: subprocess.Popen[bytes], request: bytes) -> Iterator[dict[str, Any]]:
-    """The child's JSON lines, until it ends or is silent for too long."""
+    """Yield the child's JSON lines until it ends or is silent for too long."""
     if child.stdin is None or child.stdout is None:
         raise TypeError("the child needs two pipes")
-    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may die while starting: its standard error says why
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may die while starting; its standard error says why
         child.stdin.write(request)
     rest = b""
     while select.select([child.stdout], [], [], CHECK_SECONDS)[0]:
@@ -113,7 +113,7 @@ def _messages(child: subprocess.Popen[bytes], request: bytes) -> Iterator[dict[s
 
 
 def _raised(traceback: str) -> str:
-    """The first and the last error of a traceback: transformers hides a broken torchvision with another error."""
+    """Return a traceback's first and last error: transformers hides a broken torchvision behind another error."""
     raised = re.findall(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", traceback, re.MULTILINE)
     return "; then ".join(dict.fromkeys([*raised[:1], *raised[-1:]]))
 
@@ -122,7 +122,7 @@ def _raised(traceback: str) -> str:
 
 
 def main() -> None:
-    """Answer the request on standard input; see the top of this file."""
+    """Carry out the request on standard input, as described at the top of this file."""
     relax_collector()
     request = json.load(sys.stdin)
     die_with_parent(request["parent"])
@@ -189,15 +189,15 @@ def _check_llamafactory(
         os.environ["HF_HUB_OFFLINE"] = "1"
     done([llamafactory_checks.check_start(gpus)])
     try:
-        begin("template", "Look at the model folder's tokenizer files.")
+        begin("template", "Check the tokenizer files in the model folder.")
         found, encoding = llamafactory_checks.check_encoding(values)
         done(found)
-        begin("row lengths", "Look at the dataset's files; or convert again: python convert_dataset.py")
+        begin("row lengths", "Check the dataset's files, or convert again: python convert_dataset.py")
         check, longest = row_lengths.check_rows(encoding, values)
         done([check])
     finally:
         # A tokenizer that raises must not hide what the parser reports.
-        begin("LLaMA Factory's own parser", "Change the key that the message names.")
+        begin("LLaMA Factory's own parser", "Change the key in the message.")
         check, arguments = llamafactory_checks.check_parser(values)
         done([check])
         begin("trainer", llamafactory_checks.TRAINER_ADVICE)

@@ -1,4 +1,4 @@
-"""The record of a run, `saves/<run>/run.json`: its inputs, its results, and how to repeat it."""
+"""Write, read and compare `saves/<run>/run.json`: a training run's inputs, results, and how to repeat it."""
 
 import fcntl
 import hashlib
@@ -28,7 +28,7 @@ _RECORDED_VERSIONS = (
     "liger-kernel", "bitsandbytes", "swanlab",
 )  # fmt: skip
 
-# Keys about how a run is executed and watched, not about what it learns: they may change between two starts of a run.
+# Keys about how training is executed and monitored, not about what is learned: they may change between two starts.
 _NOT_ABOUT_LEARNING = {
     "output_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache", "plot_loss",
     "report_to",
@@ -45,7 +45,7 @@ _NOT_ABOUT_LEARNING = {
     "max_new_tokens", "max_length", "repetition_penalty",
 }  # fmt: skip
 _FOLDERS = {"model_name_or_path", "adapter_name_or_path", "dataset_dir", "tokenized_path", "cache_dir", "deepspeed"}
-# Together they give the rows of an optimizer step; only their product must stay the same.
+# Their product is the number of rows per optimizer step and device; only that must stay the same.
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
@@ -58,13 +58,13 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
 
 
 def log_path_of(run_folder: Path) -> Path:
-    """The path of a run's log: in `logs` next to the `saves` that contains the run, or else in `logs` here."""
+    """Return the path of a run's log: in `logs` next to the run's `saves`; without `saves`, in `logs` here."""
     saves = run_folder.parent
     return (saves.parent if saves.name == "saves" else Path()) / "logs" / f"{run_folder.name}.log"
 
 
 def now() -> str:
-    """The current time in UTC, to the second, as ISO 8601."""
+    """Return the current time in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -72,13 +72,13 @@ def now() -> str:
 
 
 def new_record(run_folder: Path, config: ResolvedConfig, processes: int) -> dict[str, Any]:
-    """The record of a run that is about to start for the first time. Hashes the dataset: seconds for gigabytes.
+    """Make the run.json of a training run that is about to start. Hashing the dataset takes a few seconds per gigabyte.
 
-    What a run has reached when it ends is in `reached`; here are the values before the first step.
+    The final measurements come from `reached`; here they have their values before the first step.
 
     Args:
-        run_folder: the folder of the run.
-        config: the config with which it is started.
+        run_folder: the folder of the training run.
+        config: the config with which the run is started.
         processes: the number of training processes, over all nodes.
     """
     values = config.values
@@ -117,11 +117,11 @@ def _held_out_hash(conversion: Path) -> Any:
     try:
         return read_json(conversion)["held_out"]["sha256"]
     except (DataError, LookupError, TypeError):
-        return None  # the checks report the damage
+        return None  # reported by the checks
 
 
 def _rubrics(conversion: Path) -> list[str]:
-    """Hashes of the rubrics of rows from raw runs; empty for other rows."""
+    """Return the hashes of the rubrics of rows from raw runs; empty for other rows."""
     try:
         return [str(rubric) for rubric in read_json(conversion)["rubrics"]]
     except (DataError, LookupError, TypeError):
@@ -129,10 +129,10 @@ def _rubrics(conversion: Path) -> list[str]:
 
 
 def describe_model(named: str, run_folder: Path) -> dict[str, Any]:
-    """Name, place and fingerprint of a base model.
+    """Return the name, path and fingerprint of a base model.
 
-    A folder is recorded twice, absolute and relative to the run, so that it is found from any working directory and
-    after the project was moved or copied.
+    A folder is recorded twice, absolute and relative to the run, so that it is found from any working directory, and
+    after the project has been moved or copied.
     """
     folder = Path(named)
     if not folder.is_dir():
@@ -144,10 +144,10 @@ def describe_model(named: str, run_folder: Path) -> dict[str, Any]:
 
 
 def describe_dataset(names: Any, folder: Path) -> dict[str, str | None] | None:
-    """Name, file and hashes of a dataset entry; for several, names and files separated by commas and one hash over all.
+    """Return name, file and hashes of a dataset entry; several are joined with commas and share one hash.
 
     Returns:
-        None if no name is given; file and hashes are None if a file is missing. `entry_sha256` covers how LLaMA Factory
+        None if there is no name; file and hashes are None if a file is missing. `entry_sha256` covers how LLaMA Factory
         reads the file: columns, tags, formatting, number of samples.
     """
     if not (wanted := list(filter(None, split_names(names)))):
@@ -162,23 +162,23 @@ def describe_dataset(names: Any, folder: Path) -> dict[str, str | None] | None:
     if len(found) == len(wanted):
         hashes = [sha256_of(path) for path in found]
         digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        how = [{key: value for key, value in raw[name].items() if key != "file_name"} for name in wanted]
-        entry = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+        formats = [{key: value for key, value in raw[name].items() if key != "file_name"} for name in wanted]
+        entry = hashlib.sha256(json.dumps(formats, sort_keys=True).encode()).hexdigest()
         described |= {"file": ",".join(map(str, found)), "sha256": digest, "entry_sha256": entry}
     return described
 
 
-_FINGERPRINT = "2:"  # the version of the method, so that fingerprints of another one are not compared
+_FINGERPRINT = "2:"  # the version of the method: fingerprints of different versions are not compared
 _SAMPLED_BLOCKS = 1024
 _MODEL_FILES = {".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 def model_fingerprint(folder: Path) -> str | None:
-    """A hash that distinguishes model folders within seconds.
+    """Return a hash that distinguishes model folders, within seconds.
 
-    Covers configuration, tokenizer, chat template and code completely. Of a weight file above 64 MiB it covers the
-    size and 1,024 blocks of 64 KiB, evenly spaced, the first and the last among them; smaller ones completely. A
-    model that was trained further differs everywhere, but a change of a few bytes in a large file can be missed.
+    It covers configuration, tokenizer, chat template, code and small weight files completely. Of a weight file above
+    64 MiB it covers the size and 1,024 evenly spaced blocks of 64 KiB, including the first and the last. A model that
+    was trained further differs everywhere, but a change of a few bytes in a large file can be missed.
 
     Returns:
         None if there is no such folder (a name on a hub).
@@ -203,10 +203,10 @@ def model_fingerprint(folder: Path) -> str | None:
 
 
 def differences(record: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:
-    """How a start differs from a run that has begun, each as `name: before -> now`; empty for the same run.
+    """List how a start differs from a run that has begun, each as `name: before -> now`; empty for the same run.
 
     Args:
-        record: of the run that has begun.
+        record: the run.json of the run that has begun.
         fresh: from `new_record`, for the requested start.
     """
     before, after = record["config"], fresh["config"]
@@ -245,13 +245,13 @@ def _has_changed(before: Any, after: Any) -> bool:
 
 
 def _comparable(key: str, value: Any) -> Any:
-    """A value as it is compared: `./model`, `model` and `/project/model` are one folder."""
+    """Return a value as it is compared: `./model`, `model` and `/project/model` are the same folder."""
     is_folder = isinstance(value, str) and (key != "model_name_or_path" or Path(value).exists())
     return Path(value).resolve() if key in _FOLDERS and is_folder else value
 
 
 def rows_a_step(record: Mapping[str, Any]) -> int:
-    """The number of rows per optimizer step, over all processes."""
+    """Return the number of rows per optimizer step, over all processes."""
     per_device, accumulated = (int(setting(record["config"], key)) for key in _BATCH)
     return per_device * accumulated * int(record["processes"])
 
@@ -260,10 +260,10 @@ def rows_a_step(record: Mapping[str, Any]) -> int:
 
 
 def read_record(run_folder: Path) -> dict[str, Any] | None:
-    """The record of a run; None if the folder has none.
+    """Read the run.json of a training run; None if the folder does not have one.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the file is damaged.
     """
     path = run_folder / RUN_RECORD
     if not path.exists():
@@ -280,12 +280,12 @@ def read_record(run_folder: Path) -> dict[str, Any] | None:
 
 
 def write_record(run_folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the record completely or not at all."""
+    """Write run.json completely or not at all."""
     write_json(run_folder / RUN_RECORD, record)
 
 
 def all_records(saves: Path) -> Iterator[dict[str, Any]]:
-    """The records below a folder, oldest start first; each with its actual status and its folder.
+    """Yield the run.json files below a folder, oldest start first; each with its actual status and its folder.
 
     A killed run could not record its end; it is recognised by its lock, which no process holds.
     """
@@ -314,7 +314,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _spearman(run_folder: Path) -> float | None:
-    """The agreement with the judges on held-out rows; None if it was not measured."""
+    """Return the agreement with the judges on held-out rows; None if it was not measured."""
     try:
         value = read_json(run_folder / EVALUATION / METRICS_FILE)["summary"]["spearman"]["value"]
     except (DataError, LookupError, TypeError):
@@ -327,7 +327,7 @@ NUMERIC_COLUMNS = ("steps", "last train loss", "held-out loss", "Spearman")
 
 
 def table_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The records as strings, in the order of `TABLE_COLUMNS`."""
+    """Format the records as strings, in the order of `TABLE_COLUMNS`."""
     differing = _differing_keys(records)
     return [
         [
@@ -344,13 +344,13 @@ def table_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _differing_keys(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys about learning whose values differ between records."""
+    """Return the keys that affect what is learned and whose values differ between records."""
     configs = [record["config"] for record in records if record["config"]]
     keys = dict.fromkeys(key for config in configs for key in config if key not in _NOT_ABOUT_LEARNING)
     return [key for key in keys if len({str(_comparable(key, config.get(key))) for config in configs}) > 1]
 
 
-# --- the surroundings ---------------------------------------------------------------------------------------------
+# --- software and hardware ----------------------------------------------------------------------------------------
 
 
 def _versions() -> dict[str, str]:
@@ -370,7 +370,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit of the checkout that prmkit runs from, and whether files in it were changed."""
+    """Return the commit of prmkit's checkout, and whether files in it were changed; None without Git."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:

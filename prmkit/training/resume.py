@@ -1,8 +1,8 @@
-"""What starting a run does in its folder: begin, resume from a checkpoint, finish what a kill interrupted, or nothing.
+"""Decide what a start does in the run's folder: begin, resume, finish after a kill, or nothing.
 
 LLaMA Factory itself resumes from the checkpoint with the highest number, even if a kill left it half written or it is
 from an earlier run. Some faults then cause a crash; a missing optimizer state goes unnoticed. So every file is checked
-here before a checkpoint is used, and its path is passed on explicitly.
+here before a checkpoint is used, and its path is passed to LLaMA Factory explicitly.
 """
 
 import logging
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _KEPT_BY_GIT = ".gitkeep"
 _RENEWED = ("config", "sources", "command", "processes", "base_model")
-"""What the record of a resumed run takes from the new start; everything else is of its first start."""
+"""The fields of run.json that a resume updates; all others are from the first start."""
 
 
 # --- which checkpoint? --------------------------------------------------------------------------------------------
@@ -45,13 +45,13 @@ class Checkpoint:
     folder: Path
     step: int
     tokens: int
-    """Input tokens seen so far; 0 if they were not counted."""
+    """The number of input tokens seen so far; 0 if they were not counted."""
     max_steps: int
-    """The last step of the run that wrote it."""
+    """The last step of the run that wrote this checkpoint."""
 
 
 def stale_reason(folder: Path, run_log: Path) -> str | None:
-    """Why a complete checkpoint is not from the run whose `trainer_log.jsonl` this is.
+    """Say why a complete checkpoint does not belong to the training run that wrote `run_log`; None if it does.
 
     The losses in the checkpoint's history must be those that this run logged. The last entry may be missing from the
     log, which is written a moment later.
@@ -72,16 +72,16 @@ def stale_reason(folder: Path, run_log: Path) -> str | None:
 
 
 def checkpoint_folders(run_folder: Path) -> list[Path]:
-    """The `checkpoint-N` folders of a run, highest N first."""
+    """List the `checkpoint-N` folders of a run, highest N first."""
     folders = [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
     return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def newest_checkpoint(run_folder: Path, *, rename: bool = False, contents: bool = True) -> Checkpoint | None:
-    """The newest checkpoint that is complete and from this run.
+    """Return the newest checkpoint that is complete and from this run; None if there is no such checkpoint.
 
     Args:
-        run_folder: contains `checkpoint-N` folders and the run's `trainer_log.jsonl`.
+        run_folder: a folder with `checkpoint-N` folders and the run's `trainer_log.jsonl`.
         rename: rename higher-numbered ones that cannot be used: `incomplete.checkpoint-N`, `stale.checkpoint-N`.
         contents: see `checkpoint_fault`.
     """
@@ -93,7 +93,7 @@ def newest_checkpoint(run_folder: Path, *, rename: bool = False, contents: bool 
             return _load_checkpoint(folder)
         if rename:
             moved = rename_with_prefix(folder, kind)
-            log.warning("%s cannot be used: %s. Renamed to %s.", folder, fault, moved.name)
+            log.warning("Skipping %s (%s); renamed to %s.", folder, fault, moved.name)
     return None
 
 
@@ -102,18 +102,18 @@ def _load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state["global_step"], state["num_input_tokens_seen"], state["max_steps"])
 
 
-def rename_with_prefix(path: Path, why: str) -> Path:
-    """Rename to `WHY.NAME`, or `WHY-2.NAME` and so on if that is taken; only one `incomplete` folder is kept.
+def rename_with_prefix(path: Path, prefix: str) -> Path:
+    """Rename to `PREFIX.NAME`, or `PREFIX-2.NAME` and so on if that is taken; only one `incomplete` folder is kept.
 
-    The word is a prefix because LLaMA Factory deletes old folders whose names begin with `checkpoint-`.
+    It is a prefix because LLaMA Factory deletes old folders whose names begin with `checkpoint-`.
     """
-    if why == "incomplete" and path.is_dir():
+    if prefix == "incomplete" and path.is_dir():
         for older in path.parent.glob("incomplete*.checkpoint-*"):
             shutil.rmtree(older, ignore_errors=True)
-    target, number = path.with_name(f"{why}.{path.name}"), 1
+    target, number = path.with_name(f"{prefix}.{path.name}"), 1
     while target.exists():
         number += 1
-        target = path.with_name(f"{why}-{number}.{path.name}")
+        target = path.with_name(f"{prefix}-{number}.{path.name}")
     path.rename(target)
     return target
 
@@ -122,7 +122,7 @@ def rename_with_prefix(path: Path, why: str) -> Path:
 
 
 def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path:
-    """The folder of a run: `output_dir`, or a folder next to it named `run_name`; the command line overrides the file.
+    """Return the run's folder: `output_dir`, or `run_name` next to it; the command line overrides the file.
 
     Raises:
         UsageError: `run_name` is not a plain folder name.
@@ -138,9 +138,9 @@ def run_folder_of(values: Mapping[str, Any], sources: Mapping[str, str]) -> Path
 
 
 def free_folder(folder: Path, fresh: Mapping[str, Any]) -> Path:
-    """`folder`, or the first of `folder-2`, `folder-3` … that does not contain a finished run of another config.
+    """Return the first of `folder`, `folder-2`, `folder-3` … without a finished training run of another config.
 
-    A run never overwrites another one, and the same command finds its run again, because its config is the same.
+    So no training run overwrites another, and the same command finds its run again, because its config is the same.
     """
     candidate, number = folder, 1
     while (record := read_record(candidate)) and record["status"] == "finished" and differences(record, fresh):
@@ -150,7 +150,7 @@ def free_folder(folder: Path, fresh: Mapping[str, Any]) -> Path:
 
 
 def back_up(folder: Path) -> Path | None:
-    """Rename a folder to `NAME.TIMESTAMP`; nothing is lost by `--overwrite`.
+    """Rename a folder to `NAME.TIMESTAMP`, so that `--overwrite` loses nothing.
 
     Raises:
         UsageError: it is the current folder, or above it.
@@ -158,7 +158,9 @@ def back_up(folder: Path) -> Path | None:
     if not folder.exists():
         return None
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise UsageError(f"{folder}: is the current folder and cannot be renamed. Name another.")
+        raise UsageError(
+            f"{folder} is the current folder and cannot be renamed. Choose another with output_dir=FOLDER."
+        )
     target = folder.with_name(f"{folder.name}.{datetime.now().strftime('%Y%m%d-%H%M%S')}")
     while target.exists():
         target = target.with_name(target.name + "+")
@@ -170,7 +172,7 @@ def back_up(folder: Path) -> Path | None:
     return target
 
 
-# --- what does a start do? ----------------------------------------------------------------------------------------
+# --- begin, resume, finish, or nothing? ---------------------------------------------------------------------------
 
 
 class Action(StrEnum):
@@ -179,13 +181,13 @@ class Action(StrEnum):
     BEGIN = "begin"
     RESUME = "resume"
     FINISH = "finish"
-    """All steps were trained; final files are checked, and missing ones copied from the last checkpoint."""
+    """All steps were trained: check the final files, and copy missing ones from the last checkpoint."""
     DONE = "done"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a start does, and the record that the run then has."""
+    """What a start does, and the content of run.json afterwards."""
 
     action: Action
     record: dict[str, Any]
@@ -196,8 +198,8 @@ def decide_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) ->
     """Decide what a start does.
 
     Args:
-        folder: the run folder; locked by this process if something is renamed.
-        fresh: the record of a run that would begin now.
+        folder: the run folder; locked by this process if something may be renamed.
+        fresh: the run.json of a training run that would begin now.
         rename: rename damaged and foreign checkpoints.
 
     Raises:
@@ -233,7 +235,7 @@ def _decide_with_other_config(
         _check_weights_only(folder)
     if newest_checkpoint(folder, rename=rename) is not None:
         raise UsageError(_other_config(folder, "an unfinished", changed))
-    log.info("%s: the config has changed and nothing was saved yet; it starts from the beginning.", folder)
+    log.info("%s: config changed and no checkpoint exists; starting over.", folder)
     return _begin_or_resume(explicit, fresh, folder)
 
 
@@ -249,7 +251,7 @@ def _decide_with_same_config(folder: Path, record: dict[str, Any], fresh: dict[s
         _check_weights_only(folder)
     newest = newest_checkpoint(folder, rename=rename)
     if newest is not None and fresh["config"].get("resume_from_checkpoint") is False:
-        raise UsageError(f"{newest.folder}: exists, but resume_from_checkpoint is false. Add --overwrite.")
+        raise UsageError(f"{newest.folder} exists, but resume_from_checkpoint is false. Add --overwrite.")
     record = {**record, **{key: fresh[key] for key in _RENEWED}}
     return _begin_or_resume(explicit or newest or _check_chosen(named), record, folder)
 
@@ -260,9 +262,10 @@ def _named_checkpoint(fresh: Mapping[str, Any]) -> Path | None:
 
 
 def _not_resumed_from(named: Path | None, record: Mapping[str, Any]) -> Checkpoint | None:
-    """The named checkpoint, unless the run has already resumed from it.
+    """Return the checkpoint that the user chose, unless the run has already resumed from it.
 
-    Then it continues from its own newest one; the named one may be gone, because LLaMA Factory keeps only the last few.
+    In that case, the run continues from its own newest checkpoint. The chosen one may have been deleted, because LLaMA
+    Factory keeps only the last few.
     """
     return None if str(named) in record["resumed_from"] else _check_chosen(named)
 
@@ -274,7 +277,7 @@ def _has_final_files(folder: Path) -> bool:
 
 
 def _check_chosen(folder: Path | None) -> Checkpoint | None:
-    """The checkpoint that the user named in `resume_from_checkpoint`, if any.
+    """Load the checkpoint that the user chose in `resume_from_checkpoint`, if any.
 
     Raises:
         DataError: it is not complete.
@@ -292,7 +295,7 @@ def _check_chosen(folder: Path | None) -> Checkpoint | None:
 def _check_unknown_content(folder: Path) -> None:
     if checkpoint_folders(folder) or (folder.exists() and weights_fault(folder) is None):
         raise UsageError(
-            f"{folder}: contains a model or checkpoints, but no run.json, so their data and settings are unknown.\n"
+            f"{folder} contains a model or checkpoints, but no run.json, so their data and settings are unknown.\n"
             f"  --overwrite             renames the folder\n"
             f"  run_name=NAME           trains in another folder\n"
             f"  resume_from_checkpoint={folder}/checkpoint-N   resumes from one of its checkpoints"
@@ -304,8 +307,8 @@ def _check_weights_only(folder: Path) -> None:
     faults = {path: checkpoint_fault(path, contents=False) for path in checkpoint_folders(folder)}
     if kept := [path for path, fault in faults.items() if fault == NO_OPTIMIZER]:
         raise UsageError(
-            f"{folder}: was saved with save_only_model, so training cannot be resumed from {kept[0].name}: it contains "
-            "the weights, not the optimizer state.\n"
+            f"{folder} was saved with save_only_model, so training cannot be resumed from {kept[0].name}, which "
+            "contains the weights, but not the optimizer state.\n"
             "  --overwrite renames the folder and starts from the beginning\n"
             f"  python evaluate_judge.py --run {shlex.quote(str(kept[0]))} measures this checkpoint"
         )
@@ -314,7 +317,7 @@ def _check_weights_only(folder: Path) -> None:
 def _other_config(folder: Path, state: str, changed: list[str]) -> str:
     shown = "\n".join(f"  {line}" for line in changed)
     return (
-        f"{folder}: contains {state} run of another config:\n{shown}\n"
+        f"{folder} holds {state} run with a different config:\n{shown}\n"
         "Add run_name=NAME to train in another folder, or --overwrite to rename this one."
     )
 
@@ -335,13 +338,15 @@ def _check_something_left(checkpoint: Checkpoint, record: Mapping[str, Any]) -> 
     config, state = record["config"], read_state(checkpoint.folder) or {}
     steps, epochs = int(config.get("max_steps") or -1), float(setting(config, "num_train_epochs"))
     if 0 < steps <= checkpoint.step:
-        raise UsageError(f"max_steps={steps}: {checkpoint.folder} has already trained {checkpoint.step}. Increase it.")
+        raise UsageError(
+            f"max_steps={steps}, but {checkpoint.folder} is already at step {checkpoint.step}. Increase max_steps."
+        )
     trained_on = (read_record(checkpoint.folder.parent) or {}).get("dataset") or {}
     same_rows = trained_on.get("sha256") == (record["dataset"] or {}).get("sha256")
     if steps < 0 and same_rows and epochs <= float(state.get("epoch") or 0.0):
         raise UsageError(
-            f"num_train_epochs={epochs:g}: {checkpoint.folder} has already trained {state['epoch']:g} on this dataset. "
-            "Set more with --epochs."
+            f"num_train_epochs={epochs:g}, but {checkpoint.folder} has already trained {state['epoch']:g} on this "
+            "dataset. Set more with --epochs."
         )
 
 
@@ -374,7 +379,7 @@ def restore_final_files(checkpoint: Checkpoint, folder: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(not_final):
             shutil.copy2(path, folder / path.name)
-    # Last: a folder with it counts as finished.
+    # This file is last, because a folder with it counts as finished.
     shutil.copy2(checkpoint.folder / "trainer_state.json", folder / "trainer_state.json")
     if fault := content_fault(folder):
         raise LlamaFactoryError(f"{folder}: {fault}, and {source.name} has no intact copy. Start with --overwrite.")

@@ -1,8 +1,8 @@
-"""The lengths of the rows in tokens, and whether LLaMA Factory will cut some of them.
+"""Measure the lengths of the rows in tokens, and check whether LLaMA Factory will truncate some of them.
 
-LLaMA Factory cuts a row that is too long at the end of its *prompt*, silently: the question and the beginning of the
-answer's turn are lost, the label stays. So the longest rows are measured first, and a random sample after them, until
-the time is up.
+LLaMA Factory silently truncates a row that is too long at the end of its *prompt*: the question and the beginning of
+the answer's turn are lost, and the label stays. So the longest rows are measured first, and then a random sample, until
+the time budget is spent.
 """
 
 import random
@@ -25,12 +25,13 @@ from prmkit.training.checks import Check, error, ok, warning
 BUDGET_SECONDS = 4.0
 SAMPLE = 400
 FEW = 0.01
-"""Up to this share of cut rows only a warning is given."""
-PADDING_WORTH_SAYING = 0.15
+"""Up to this fraction of truncated rows, there is only a warning."""
+MINIMUM_PADDING = 0.15
+"""Padding is mentioned if it is at least this fraction of a batch."""
 
 
 def check_rows(encoding: ChatEncoding | None, values: Mapping[str, Any]) -> tuple[Check, int | None]:
-    """Check whether rows are cut; also return the longest row in tokens, if it could be measured."""
+    """Check whether rows will be truncated; also return the longest row in tokens, if it could be measured."""
     if encoding is None:
         return warning("row lengths", "not measured (no tokenizer)", "Fix the model folder first."), None
     try:
@@ -46,7 +47,7 @@ class Lengths:
 
     rows: int
     longest_first: Sequence[int]
-    """Lengths of the rows with the most bytes, which come first."""
+    """Lengths of the rows with the most bytes, in descending order of bytes."""
     sample: Sequence[int]
     """Lengths of rows drawn at random, in random order."""
 
@@ -64,10 +65,10 @@ class Lengths:
 def measure_lengths(
     encoding: ChatEncoding, values: Mapping[str, Any], budget: float = BUDGET_SECONDS
 ) -> Lengths | None:
-    """Measure the rows of `dataset` and `eval_dataset`; None for kinds of files that are not read here.
+    """Measure the rows of `dataset` and `eval_dataset`; None for file types that are not read here.
 
     Args:
-        encoding: of the model and the configured template.
+        encoding: the encoding of the model and the configured template.
         values: LLaMA Factory's keys.
         budget: seconds.
     """
@@ -80,19 +81,19 @@ def measure_lengths(
     if converted := _converted_lengths(encoding, folder / REPORT, chosen, values):
         sample = random.Random(0).sample(converted, min(SAMPLE, len(converted)))  # noqa: S311
         return Lengths(len(converted), sorted(converted, reverse=True), sample)
-    places = [place for entry in chosen for place in _places(entry)]
-    drawn = random.Random(0).sample(places, min(SAMPLE, len(places)))  # noqa: S311
-    lengths = _in_time(encoding, sorted(places, key=lambda place: -place.size), budget * 0.6)
+    rows = [row for entry in chosen for row in _row_offsets(entry)]
+    sample_rows = random.Random(0).sample(rows, min(SAMPLE, len(rows)))  # noqa: S311
+    lengths = _measure_in_time(encoding, sorted(rows, key=lambda row: -row.size), budget * 0.6)
     longest_first = list(lengths.values())
-    if len(lengths) < len(places):
-        lengths |= _in_time(encoding, [place for place in drawn if place not in lengths], budget * 0.4)
-    return Lengths(len(places), longest_first, [lengths[place] for place in drawn if place in lengths])
+    if len(lengths) < len(rows):
+        lengths |= _measure_in_time(encoding, [row for row in sample_rows if row not in lengths], budget * 0.4)
+    return Lengths(len(rows), longest_first, [lengths[row] for row in sample_rows if row in lengths])
 
 
 def _converted_lengths(
     encoding: ChatEncoding, report: Path, entries: Sequence[Entry], values: Mapping[str, Any]
 ) -> list[int]:
-    """The lengths that the conversion measured, if it measured all rows with this tokenizer and template."""
+    """Return the lengths that the conversion measured, if it measured all rows with this tokenizer and template."""
     try:
         measured = read_json(report)["measured_with"]
         same = (
@@ -110,41 +111,41 @@ def _converted_lengths(
         return []
 
 
-class _Place(NamedTuple):
+class _RowOffset(NamedTuple):
     file: Path
     offset: int
     size: int
     entry: Entry
 
 
-def _places(entry: Entry) -> Iterator[_Place]:
+def _row_offsets(entry: Entry) -> Iterator[_RowOffset]:
     offset, file = 0, entry.file or Path()
     with file.open("rb") as stream:
         for line in stream:
             if line.strip():
-                yield _Place(file, offset, len(line), entry)
+                yield _RowOffset(file, offset, len(line), entry)
             offset += len(line)
 
 
-def _in_time(encoding: ChatEncoding, places: Sequence[_Place], budget: float) -> dict[_Place, int]:
-    lengths: dict[_Place, int] = {}
+def _measure_in_time(encoding: ChatEncoding, rows: Sequence[_RowOffset], budget: float) -> dict[_RowOffset, int]:
+    lengths: dict[_RowOffset, int] = {}
     end = time.monotonic() + budget
-    for place in places:
+    for row in rows:
         if time.monotonic() > end:
             break
-        with place.file.open("rb") as stream:
-            stream.seek(place.offset)
-            row = orjson.loads(stream.readline())
+        with row.file.open("rb") as stream:
+            stream.seek(row.offset)
+            content = orjson.loads(stream.readline())
         try:
-            system, prompt, answer = place.entry.read(row)
+            system, prompt, answer = row.entry.read(content)
         except ValueError as failure:
-            raise DataError(f"{place.file}: {failure}") from failure
-        lengths[place] = sum(map(len, encoding.pair_ids(prompt, answer, system)))
+            raise DataError(f"{row.file}: {failure}") from failure
+        lengths[row] = sum(map(len, encoding.pair_ids(prompt, answer, system)))
     return lengths
 
 
 def check_lengths(lengths: Lengths | None, values: Mapping[str, Any]) -> Check:
-    """Report whether rows are cut, and which `cutoff_len` would be long enough."""
+    """Report whether rows will be truncated, and which `cutoff_len` would be long enough."""
     if lengths is None:
         return warning(
             "row lengths", "not measured: the dataset is not a JSONL file", "Compare cutoff_len with your longest row."
@@ -155,25 +156,26 @@ def check_lengths(lengths: Lengths | None, values: Mapping[str, Any]) -> Check:
     measured = "" if lengths.measured_all else f", {len(lengths.longest_first):,} longest measured"
     size = f"{lengths.rows:,} rows{measured}, the longest of {lengths.longest:,} tokens"
     if lengths.longest <= cutoff:
-        return ok("row lengths", f"{size}; cutoff_len {cutoff:,} cuts none", _padding(lengths, values))
-    cut, share = _cut(lengths, cutoff)
-    found = f"{cut} cut at cutoff_len {cutoff:,}, at the end of the prompt, where the question is ({size})"
+        return ok("row lengths", f"{size}; cutoff_len {cutoff:,} truncates no row", _padding(lengths, values))
+    truncated, fraction = _truncated(lengths, cutoff)
+    loss = "losing the question at the end of the prompt"
+    found = f"{truncated} would be truncated at cutoff_len {cutoff:,}, {loss} ({size})"
     needed = -(-lengths.longest // 512) * 512
-    advice = f"cutoff_len={needed}, or shorten them in the conversion: --too-long trim"
-    return warning("row lengths", found, advice) if share <= FEW else error("row lengths", found, advice)
+    advice = f"cutoff_len={needed}, or shorten these rows in the conversion: --too-long trim"
+    return warning("row lengths", found, advice) if fraction <= FEW else error("row lengths", found, advice)
 
 
-def _cut(lengths: Lengths, cutoff: int) -> tuple[str, float]:
-    """How many rows are cut, in words, and their share."""
+def _truncated(lengths: Lengths, cutoff: int) -> tuple[str, float]:
+    """Return how many rows would be truncated, in words, and their fraction."""
     counted = sum(length > cutoff for length in lengths.longest_first)
-    share = sum(length > cutoff for length in lengths.sample) / max(1, len(lengths.sample))
+    fraction = sum(length > cutoff for length in lengths.sample) / max(1, len(lengths.sample))
     if lengths.measured_all or counted < len(lengths.longest_first):
-        return (f"{counted:,} of {lengths.rows:,} rows are" if counted != 1 else "1 row is"), counted / lengths.rows
-    return f"about {share:.0%} of {lengths.rows:,} rows are", share
+        return f"{counted:,} of {lengths.rows:,} rows" if counted != 1 else "1 row", counted / lengths.rows
+    return f"about {fraction:.0%} of {lengths.rows:,} rows", fraction
 
 
 def _padding(lengths: Lengths, values: Mapping[str, Any]) -> str:
-    """What batches of one row would save, if it is worth mentioning."""
+    """Say how much padding batches of one row would save; empty if it is little."""
     batch = int(setting(values, "per_device_train_batch_size"))
     accumulation = int(setting(values, "gradient_accumulation_steps"))
     sample = lengths.sample
@@ -182,7 +184,7 @@ def _padding(lengths: Lengths, values: Mapping[str, Any]) -> str:
     padded = sum(max(sample[start : start + batch]) * batch for start in range(0, len(sample) - batch + 1, batch))
     real = sum(sample[: len(sample) // batch * batch])
     wasted = 1 - real / padded
-    if wasted < PADDING_WORTH_SAYING:
+    if wasted < MINIMUM_PADDING:
         return ""
     flags = f"per_device_train_batch_size=1 gradient_accumulation_steps={batch * accumulation}"
-    return f"{wasted:.0%} of each batch is padding; {flags} trains the same without it."
+    return f"{wasted:.0%} of each batch is padding; {flags} gives the same training without it."

@@ -1,4 +1,4 @@
-"""One start of a run: do what was decided, follow LLaMA Factory, check its results, and write the record."""
+"""Execute one start of a training run: launch and follow LLaMA Factory, check its results, write run.json."""
 
 import logging
 import os
@@ -63,10 +63,10 @@ class Setup:
 
 
 def carry_out(setup: Setup, folder: Path, decision: Decision, lock: int) -> dict[str, Any]:
-    """Do what was decided for a start; return the run's record afterwards.
+    """Execute what was decided for a start; return the run.json afterwards.
 
     Raises:
-        LlamaFactoryError: it failed, or did not leave a complete run.
+        LlamaFactoryError: LLaMA Factory failed, or did not leave a complete run.
         Interrupted: a signal stopped it.
     """
     if decision.action is Action.DONE:
@@ -84,12 +84,12 @@ def carry_out(setup: Setup, folder: Path, decision: Decision, lock: int) -> dict
     return record
 
 
-# --- the record ---------------------------------------------------------------------------------------------------
+# --- run.json -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _recorded(folder: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Record how the block ended and what the run has reached; for a finished run, also write its model card."""
+    """Record how the block ended, with the final measurements; for a finished run, also write its model card."""
     status = "failed"
     try:
         yield
@@ -102,18 +102,18 @@ def _recorded(folder: Path, record: dict[str, Any]) -> Iterator[None]:
         record |= {"status": status, "ended": now(), **_reached_in(folder, finished=finished)}
         try:
             write_record(folder, record)
-            _draw(folder, finished=finished)
+            _plot_losses(folder, finished=finished)
             if finished:
                 write_card(folder, folder, record)
         except OSError as failure:
             if finished:
                 raise
-            # The reason why the run failed says more, and is most likely the same: a full disk.
+            # The error that made the run fail is more useful, and most likely has the same cause: a full disk.
             log.error("%s: the end of the run could not be recorded: %s.", failure.filename or folder, failure.strerror)
 
 
 def write_card(target: Path, run_folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the model card of a run or its export, with the run's measurements if there are any."""
+    """Write the model card of a training run or its export, with the judge's evaluation if there is one."""
     file = run_folder / EVALUATION / METRICS_FILE
     try:
         metrics = read_json(file) if file.exists() else None
@@ -143,20 +143,20 @@ def _final_loss(folder: Path) -> float | None:
     return float(loss) if isinstance(loss, int | float) else None
 
 
-def _draw(folder: Path, *, finished: bool) -> None:
+def _plot_losses(folder: Path, *, finished: bool) -> None:
     history = _latest_state(folder, finished=finished).get("log_history", [])
     if not draw_curves(history, folder.name, folder / "loss.png") and finished:
-        log.info("No loss.png: no loss was logged. A run shorter than logging_steps logs none. Set logging_steps=1")
+        log.info("No loss.png, because no loss was logged, as in runs shorter than logging_steps. Set logging_steps=1")
 
 
 # --- LLaMA Factory ------------------------------------------------------------------------------------------------
 
 
 def _train(setup: Setup, folder: Path, first: Checkpoint | None, lock: int, record: dict[str, Any]) -> None:
-    """Run LLaMA Factory to its end; if the checkpoint it resumes from makes it fail, use the previous one.
+    """Run LLaMA Factory to completion; if resuming from a checkpoint fails, retry with the previous one.
 
     Raises:
-        LlamaFactoryError: it failed.
+        LlamaFactoryError: LLaMA Factory failed.
         Interrupted: a signal stopped it.
     """
     try:
@@ -176,14 +176,14 @@ def _train(setup: Setup, folder: Path, first: Checkpoint | None, lock: int, reco
     try:
         _launch(setup, folder, older, lock)
     except _FailedBeforeFirstStep:
-        unusable.rename(first.folder)  # it was not the checkpoint's fault
+        unusable.rename(first.folder)  # the checkpoint was not the cause
         raise LlamaFactoryError(str(failure)) from None
     record["resumed_from"] = [*record["resumed_from"][:-1], str(older.folder)]
     log.warning("%s could not be used; it is kept as %s.", first.folder, unusable.name)
 
 
 class _FailedBeforeFirstStep(LlamaFactoryError):
-    """LLaMA Factory failed while it resumed; another checkpoint may help."""
+    """LLaMA Factory failed while resuming; another checkpoint may help."""
 
 
 def _launch(setup: Setup, folder: Path, checkpoint: Checkpoint | None, lock: int) -> None:
@@ -201,13 +201,13 @@ def _launch(setup: Setup, folder: Path, checkpoint: Checkpoint | None, lock: int
         followed(folder / TRAINER_LOG, log_path.parent / TRAINER_LOG, resumed_at) as follower,
         progress(folder.name, resumed_at) as show,
         echoed(log_path, begin) if setup.verbose else nullcontext(lambda: None) as echo,
-        launcher.started(command, log_path, held=lock, through_torchrun=setup.torchrun) as child,
+        launcher.started(command, log_path, keep_open=lock, through_torchrun=setup.torchrun) as child,
     ):
         stopping = _Stopping(folder, resumed_at)
 
         def on_poll() -> None:
             for entry in follower.new_entries():
-                stopping.see(entry)
+                stopping.observe(entry)
                 show(entry)
             show(None)
             echo()
@@ -218,7 +218,7 @@ def _launch(setup: Setup, folder: Path, checkpoint: Checkpoint | None, lock: int
             raise Interrupted(_how_to_resume(folder), stop.exit_code) from None
     if code != 0:
         message = f"{launcher.diagnose(log_path, begin, code, values)}\nOnce it is fixed, {_again('start')}"
-        # A signal or a full device is not the checkpoint's fault.
+        # The checkpoint does not cause a signal or a full device.
         may_be_checkpoint = checkpoint is not None and not stopping.has_stepped and code == 1
         raise (_FailedBeforeFirstStep if may_be_checkpoint else LlamaFactoryError)(message)
 
@@ -249,7 +249,7 @@ def _begin_log(log_path: Path, command: Sequence[str]) -> int:
 
 
 class _Stopping:
-    """Detects when a run that was asked to stop has saved, and how long that may take."""
+    """Detects that a run has saved after a request to stop, and knows how long that may take."""
 
     def __init__(self, folder: Path, resumed_at: ResumedAt) -> None:
         self.folder, self.resumed_at = folder, resumed_at
@@ -257,15 +257,15 @@ class _Stopping:
         self.seconds_a_step = 0.0
         self.has_stepped = False
 
-    def see(self, entry: Mapping[str, Any]) -> None:
+    def observe(self, entry: Mapping[str, Any]) -> None:
         self.seconds_a_step = seconds_a_step(entry, self.resumed_at)
         self.has_stepped = True
 
     def begin_waiting(self) -> float:
-        """Only checkpoints from now on count as saved.
+        """Count only checkpoints from now on as saved.
 
         Returns:
-            How many seconds that may take: two steps and the saving, because it happens between steps.
+            How many seconds to wait: for two steps and the saving, which happens between steps.
         """
         self.before = {path.name for path in self._complete()}
         return 40 + 2 * self.seconds_a_step
@@ -281,8 +281,8 @@ def _how_to_resume(folder: Path) -> str:
     newest = newest_checkpoint(folder, contents=False)
     if newest is None and checkpoint_folders(folder):
         return f"interrupted. {folder} cannot be resumed: its checkpoints have no optimizer state (save_only_model)."
-    kept = f"{newest.folder} is kept." if newest else "No checkpoint was written yet."
-    return f"interrupted. {kept} {_again('To resume, start')}"
+    state = f"{newest.folder} is kept." if newest else "No checkpoint was written yet."
+    return f"interrupted. {state} {_again('To resume, start')}"
 
 
 def _again(verb: str) -> str:
@@ -291,7 +291,7 @@ def _again(verb: str) -> str:
 
 
 def python() -> str:
-    """The command for this Python: `python` if the shell finds the same one, else its path."""
+    """Return the command for this Python: `python` if the shell finds the same one, otherwise its path."""
     if shutil.which("python") == sys.executable:
         return "python"
     here = Path.cwd()
@@ -299,28 +299,29 @@ def python() -> str:
 
 
 _IMPOSSIBLE_LOSS = 1e6
-"""In nats per token. A model that knows nothing has a loss of 12 or so; kernels that are wrong gave 1e30."""
+"""Nats per token. An untrained model has a loss of about 12; miscompiled kernels gave 1e30."""
 
 
 def verify_run(folder: Path, values: Mapping[str, Any]) -> None:
-    """Check LLaMA Factory's results; its exit code 0 is not trusted.
+    """Check LLaMA Factory's results, because its exit code 0 is not trusted.
 
     Raises:
         LlamaFactoryError: a file is not complete, not all steps were trained, or the loss is impossible.
     """
+    see_log = f"See its log: {log_path_of(folder)}"
     if fault := content_fault(folder):
-        raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but {fault}.")
+        raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but {fault}. {see_log}")
     state = read_state(folder)
     if state is None:
-        raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but left no trainer_state.json.")
+        missing = "trainer_state.json is missing"
+        raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but {missing}. {see_log}")
     if state["global_step"] < state["max_steps"] and not _stopped_early(state, values):
         steps = f"{state['global_step']} of {state['max_steps']} steps"
         raise LlamaFactoryError(f"{folder}: training stopped early, after {steps}. {_again('To resume, start')}")
     train, held_out = curves(state["log_history"])
     if impossible := [loss for _, loss in train[-1:] + held_out[-1:] if not abs(loss) < _IMPOSSIBLE_LOSS]:
         raise LlamaFactoryError(
-            f"{folder}: the last loss is {impossible[0]:g}, so the model learnt nothing of use. Try a lower learning "
-            "rate: -lr X"
+            f"{folder}: the last loss is {impossible[0]:g}, so the training diverged. Try a lower learning rate: -lr X"
         )
 
 
@@ -330,7 +331,7 @@ def _stopped_early(state: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
 
 
 def run_worker_node(setup: Setup, folder: Path) -> None:
-    """Take part in a run that another node leads: no lock, no record, and a separate log."""
+    """Take part in a run that another node leads, without a lock or run.json, and with a separate log."""
     launch = setup.launch
     name = f"{folder.name}.node{launch.node_rank}"
     log_path = log_path_of(folder.with_name(name))

@@ -1,16 +1,16 @@
-"""Run one command and leave none of its processes running. Linux only; imports nothing but the standard library.
+"""Run one command and leave none of its processes running. Linux only; needs only the standard library.
 
     python -I supervisor.py (child|grandchildren) COMMAND [ARGUMENT...]
 
 It runs between `train.py` and LLaMA Factory, because no process can clean up after its own `kill -9`. Its standard
-input is a pipe that `train.py` keeps open and never writes to; when the pipe ends, `train.py` is gone, for whatever
+input is a pipe that `train.py` keeps open and never writes to; when the pipe closes, `train.py` has ended, for whatever
 reason.
 
-- The pipe ends: every descendant is killed at once.
+- The pipe closes: every descendant is killed at once.
 - A first SIGTERM is passed on, so that the training can save a checkpoint. `child` passes it to the command,
   `grandchildren` past it: torchrun gives its workers 30 seconds after a SIGTERM, and a long training step takes more.
 - A second SIGTERM: every descendant is killed at once.
-- The command ends: what it left running is killed, and its exit code returned (128 plus the number of a signal).
+- The command ends: what it left running is killed, and its exit code is returned (128 plus the number of a signal).
 - The supervisor is killed: the kernel kills the command, so that there are never two trainers in one folder.
 
 A process group is not enough: torchrun starts each worker in a new session. So the supervisor is a subreaper: the
@@ -38,7 +38,7 @@ def die_with_parent(parent: int) -> None:
     """Let the kernel kill this process when its parent ends, for whatever reason; see prctl(2).
 
     Args:
-        parent: the process id that the parent had; it may have ended before the kernel is asked.
+        parent: the parent's process id, in case it ended before this call.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -46,12 +46,12 @@ def die_with_parent(parent: int) -> None:
 
 
 def children_of(parent: int) -> list[int]:
-    """The process ids of the direct children, without zombies."""
+    """Return the process ids of the direct children, without zombies."""
     return [pid for pid, (its_parent, state) in _processes().items() if its_parent == parent and state != "Z"]
 
 
 def descendants_of(ancestor: int) -> list[int]:
-    """The process ids of children, their children, and so on, without zombies."""
+    """Return the process ids of children, their children, and so on, without zombies."""
     processes = _processes()
     found = {ancestor}
     while more := {pid for pid, (parent, _) in processes.items() if parent in found} - found:
@@ -69,7 +69,7 @@ def kill_descendants(ancestor: int) -> None:
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Parent and state of every process."""
+    """Return the parent and state of every process."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -93,7 +93,7 @@ def _reap() -> dict[int, int]:
 
 
 def _send(pid: int, number: int) -> None:
-    # It may end between being found and being signalled.
+    # The process may have ended since it was listed.
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 

@@ -1,4 +1,4 @@
-"""What `train.py` does, one function per verb: check, train, export, list runs."""
+"""The commands of `train.py`, one function per command: check, train, export, list runs."""
 
 import logging
 import shlex
@@ -53,7 +53,7 @@ def execute(options: TrainOptions) -> Outcome:
         return list_runs(options)
     if options.export_only is not None:
         if options.validate_only:
-            raise UsageError("--export-only exports and --validate-only only checks. Give one of them.")
+            raise UsageError("--export-only and --validate-only are mutually exclusive. Leave one out.")
         return export_existing(options)
     request = _prepare(options)
     if options.validate_only:
@@ -70,27 +70,26 @@ def execute(options: TrainOptions) -> Outcome:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What the command line asks for: how to train, where, and the record of a run that would begin now."""
+class _TrainRequest:
+    """What the command line requests: how to train, where, and the run.json of a run that would begin now."""
 
     setup: Setup
     folder: Path
     fresh: dict[str, Any]
 
 
-def _prepare(options: TrainOptions) -> _Request:
+def _prepare(options: TrainOptions) -> _TrainRequest:
     if options.lacks_config:
         raise UsageError(
-            f"there is no {DEFAULT_CONFIG} in {Path.cwd()}. Start this in the project folder, or name a config: "
-            "--config FILE"
+            f"there is no {DEFAULT_CONFIG} in {Path.cwd()}. Run this from the project folder, or pass --config FILE"
         )
     setup = resolve(options)
     folder = run_folder_of(setup.config.values, setup.config.sources)
-    return _Request(setup, folder, new_record(folder, setup.config, setup.world_size))
+    return _TrainRequest(setup, folder, new_record(folder, setup.config, setup.world_size))
 
 
 def resolve(options: TrainOptions) -> Setup:
-    """Apply the command line to the config, and find out how many processes train.
+    """Apply the command line to the config, and determine the number of training processes.
 
     Raises:
         UsageError: something is wrong with the config or the overrides.
@@ -112,7 +111,7 @@ def resolve(options: TrainOptions) -> Setup:
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def validate(options: TrainOptions, request: _Request) -> Outcome:
+def validate(options: TrainOptions, request: _TrainRequest) -> Outcome:
     """Run every check and report the results, without changing anything."""
     checks = _check(options, request)
     errors = errors_in(checks)
@@ -126,15 +125,15 @@ def validate(options: TrainOptions, request: _Request) -> Outcome:
     return Outcome(ExitCode.USAGE if errors else ExitCode.DONE)
 
 
-def _check(options: TrainOptions, request: _Request) -> list[Check]:
+def _check(options: TrainOptions, request: _TrainRequest) -> list[Check]:
     _show_config(request.setup.config, options)
     log.info("Checks:")
     setup, config = request.setup, request.setup.config
-    asked = {
+    settings = {
         "values": dict(config.values), "dropped": dict(config.dropped), "sources": dict(config.sources),
         "processes": setup.processes, "world_size": setup.world_size, "evaluate": options.evaluate,
     }  # fmt: skip
-    checks = run_checks(asked, _show_check)
+    checks = run_checks(settings, _show_check)
     for check in _check_run_folder(options, request):
         _show_check(check)
         checks.append(check)
@@ -142,7 +141,7 @@ def _check(options: TrainOptions, request: _Request) -> list[Check]:
 
 
 def _show_config(config: ResolvedConfig, options: TrainOptions) -> None:
-    """What differs from the file; everything with `--verbose`."""
+    """Show the keys that differ from the file; with `--verbose`, all keys."""
     wanted = [key for key in config.values if options.verbose or config.sources[key] != str(options.config)]
     same = len(config.values) - len(wanted)
     shown = {key: f"{config.values[key]}  ({config.sources[key]})" for key in wanted}
@@ -167,35 +166,35 @@ def _list_errors(checks: Sequence[Check]) -> str:
     return "\n".join(map(_check_lines, errors_in(checks)))
 
 
-def _check_run_folder(options: TrainOptions, request: _Request) -> Iterator[Check]:
-    """Check whether the run may use its folder, without changing anything."""
+def _check_run_folder(options: TrainOptions, request: _TrainRequest) -> Iterator[Check]:
+    """Check that the run may use its folder, without changing anything."""
     if options.overwrite or not options.launch.is_first_node:
         return
     name = "run folder"
     try:
-        folder = _place(options, request)
+        folder = _choose_folder(options, request)
         decision = decide_start(folder, request.fresh, rename=False)
     except (DataError, UsageError) as failure:
         yield error(name, str(failure))
         return
     step = decision.checkpoint.step if decision.checkpoint else 0
-    what = {
+    descriptions = {
         Action.BEGIN: "a new run", Action.RESUME: f"the run resumes from step {step}",
         Action.FINISH: "the run has trained all its steps and gets its final files", Action.DONE: "the run is finished",
     }  # fmt: skip
-    yield ok(name, f"{folder}: {what[decision.action]}")
+    yield ok(name, f"{folder}: {descriptions[decision.action]}")
 
 
-def _is_finished(options: TrainOptions, request: _Request) -> bool:
-    """Whether there is nothing to train, so that no check is needed to say so."""
-    record = None if options.overwrite else read_record(_place(options, request))
+def _is_finished(options: TrainOptions, request: _TrainRequest) -> bool:
+    """Whether there is nothing to train, and so nothing to check."""
+    record = None if options.overwrite else read_record(_choose_folder(options, request))
     return record is not None and record["status"] == "finished" and not differences(record, request.fresh)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def train(options: TrainOptions, request: _Request) -> Outcome:
+def train(options: TrainOptions, request: _TrainRequest) -> Outcome:
     """Begin, resume, or finish the run of a config; then export it if requested.
 
     Raises:
@@ -222,30 +221,30 @@ def train(options: TrainOptions, request: _Request) -> Outcome:
     return Outcome(ExitCode.DONE, folder, record, exported, was_finished=done)
 
 
-def _claim(options: TrainOptions, request: _Request) -> Path:
-    """The folder for this run: a finished run of another config is never overwritten."""
+def _claim(options: TrainOptions, request: _TrainRequest) -> Path:
+    """Choose this run's folder, so that a finished run of another config is never overwritten."""
     if options.overwrite and request.folder.exists():
         with exclusive_lock(request.folder, "training", patience=_LOCK_PATIENCE):
             back_up(request.folder)
-    claimed = _place(options, request)
+    claimed = _choose_folder(options, request)
     if claimed != request.folder:
         _check_training_is_meant(options, request, claimed)
-        log.info("%s contains a finished run with other settings; this one is %s.", request.folder, claimed)
+        log.info("%s holds a finished run with different settings; using %s instead.", request.folder, claimed)
         request.fresh["run"], request.fresh["config"]["output_dir"] = claimed.name, str(claimed)
     return claimed
 
 
-def _place(options: TrainOptions, request: _Request) -> Path:
-    """The run's folder: as the user typed it, or a free one, because the folder in the file may contain another run."""
+def _choose_folder(options: TrainOptions, request: _TrainRequest) -> Path:
+    """Return the typed folder or, because the folder in the file may contain another run, the next free one."""
     typed = {override.key for override in overrides_of(options)}
     return request.folder if typed & {"output_dir", "run_name"} else free_run_folder(request.folder, request.fresh)
 
 
-def _check_training_is_meant(options: TrainOptions, request: _Request, claimed: Path) -> None:
-    """`--export` alone, after a run with other settings, most likely means that run, not hours of training.
+def _check_training_is_meant(options: TrainOptions, request: _TrainRequest, claimed: Path) -> None:
+    """Refuse `--export` alone after a run with other settings: it most likely means that run, not hours of training.
 
     Raises:
-        UsageError: nothing on the command line requests another training.
+        UsageError: nothing on the command line requests another training run.
     """
     typed = {override.key for override in overrides_of(options)} - set(EXPORT_KEYS)
     earlier = read_record(request.folder)
@@ -257,7 +256,7 @@ def _check_training_is_meant(options: TrainOptions, request: _Request, claimed: 
     changed = "\n".join(f"  {line}" for line in found)
     base = base_command(options)
     raise UsageError(
-        f"{request.folder} was trained with other settings than {options.config} has:\n{changed}\n"
+        f"{request.folder} was trained with settings that differ from {options.config}:\n{changed}\n"
         f"Nothing was trained. To export that run, or to train with the settings of {options.config}:\n"
         f"  {shlex.join([*base, '--export-only', str(request.folder)])}\n"
         f"  {shlex.join([*base, '--export', f'run_name={claimed.name}'])}"
@@ -279,10 +278,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def export_existing(options: TrainOptions) -> Outcome:
-    """Merge a run or checkpoint that has already been trained.
+    """Merge a training run or checkpoint that already exists.
 
     Raises:
-        UsageError: other keys than an export's were given; a run is exported as it was trained.
+        UsageError: a key was set that an export does not take; a run is exported as it was trained.
         PrmkitError: see the export.
     """
     finding: tuple[str, ...] = ()
@@ -311,7 +310,8 @@ def _typed_for_export(options: TrainOptions, finding: Sequence[str]) -> dict[str
     overrides = [override for override in overrides_of(options) if override.key not in finding]
     if strange := [override.key for override in overrides if override.key not in allowed]:
         raise UsageError(
-            f"{', '.join(strange)}: a run is exported as it was trained. An export only takes {', '.join(EXPORT_KEYS)}."
+            f"{', '.join(strange)} cannot be set for an export, because a run is exported as it was trained. "
+            f"Only {', '.join(EXPORT_KEYS)} can be set."
         )
     return typed_values(overrides)
 
@@ -328,7 +328,7 @@ def _export(options: TrainOptions, source: Source, target: Path) -> Path:
 
 
 def list_runs(options: TrainOptions) -> Outcome:
-    """Show the runs in the parent folder of the config's `output_dir`; works in any folder with a config.
+    """List the training runs in the parent folder of the config's `output_dir`; works in any folder with a config.
 
     Raises:
         UsageError: the config is missing, or not YAML.

@@ -1,9 +1,9 @@
-"""One of several processes that train together: LLaMA Factory, with a stop at the same step in all of them.
+"""Run LLaMA Factory as one of several training processes, with a stop that takes effect at the same step in all.
 
     torchrun … -m prmkit.training.worker CONFIG.yaml
 
 `enable_jit_checkpoint` saves on SIGTERM, but each process decides for itself at which step. If two decide differently,
-one waits while saving and the other in the next step, and neither ever ends.
+one waits while saving, the other waits in the next step, and neither ever ends.
 """
 
 import atexit
@@ -19,10 +19,10 @@ from prmkit.training.supervisor import die_with_parent
 
 
 def values_of(config: Path) -> dict[str, Any]:
-    """The config; for a worker that torchrun has restarted, with the newest complete checkpoint to resume from.
+    """Read the config; for a worker that torchrun has restarted, add the newest complete checkpoint to resume from.
 
-    LLaMA Factory would use the newest one, which the dying worker may have left half-written, and fail until no restart
-    is left.
+    LLaMA Factory would use the newest one even if the dying worker left it half-written, and fail until no restart is
+    left.
     """
     from prmkit.llamafactory_schema import read_yaml
     from prmkit.training.resume import newest_checkpoint
@@ -38,7 +38,7 @@ def announce_fsdp(values: Mapping[str, Any]) -> None:
     """Set the environment variables that accelerate's launcher sets for FSDP.
 
     LLaMA Factory and transformers read them while they load the model, long before the trainer reads `fsdp`. Without
-    them every process first loads the whole model onto its GPU.
+    them, every process first loads the complete model onto its GPU.
     """
     from prmkit.files import read_json
 
@@ -65,7 +65,7 @@ def let_numbered_cpus_load() -> None:
 
 
 def main() -> None:
-    """Train; SIGTERM to any process, on any node, makes all of them save after the current step and stop."""
+    """Train; a SIGTERM to any process on any node makes all processes save after the current step and stop."""
     die_with_parent(os.getppid())
     relax_collector()
     values = values_of(Path(sys.argv[1]))
@@ -75,7 +75,7 @@ def main() -> None:
     from transformers import TrainerCallback
 
     class StopTogether(TrainerCallback):  # type: ignore[misc]
-        """After every step, asks all processes whether one of them was asked to stop."""
+        """Checks after every step whether any process was asked to stop."""
 
         stop_requested = False
 

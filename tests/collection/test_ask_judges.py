@@ -142,7 +142,7 @@ def test_what_judges_do_wrong_is_asked_again_or_counted(tmp_path: Path, endpoint
     done = typed(tmp_path, "--yes")
     found = Counter((row["metadata"]["model_name"], score(row)) for row in rows(tmp_path))
     assert found == {("judge-a", 0.9): 43, ("judge-busy", 0.9): 43}  # and never a number for the other two
-    assert "unreadable" in done.stdout and "not the answer" in done.stdout
+    assert "unreadable" in done.stdout and "not the response" in done.stdout
     assert endpoint.most_at_once <= 4
     attempts = Counter(
         json.loads(line)["question"] for line in (tmp_path / "rows.answers.jsonl").read_text().splitlines()
@@ -182,7 +182,7 @@ def test_what_only_some_providers_answer(tmp_path: Path, endpoint: Endpoint) -> 
     write_judges(tmp_path, endpoint, "overloaded", "parts", "moved", "broke")
     done = typed(tmp_path, "--yes", code=1)
     assert [row["metadata"]["model_name"] for row in rows(tmp_path)] == ["judge-overloaded", "judge-parts"]
-    assert "307, a redirection" in done.stdout and "no credits" in done.stderr
+    assert "redirects (307)" in done.stdout and "no credits" in done.stderr
 
 
 def test_rows_are_a_function_of_runs_and_answers(tmp_path: Path, endpoint: Endpoint) -> None:
@@ -243,7 +243,9 @@ def test_a_key_that_cannot_be_sent_is_not_repeated(tmp_path: Path, endpoint: End
         command("--yes"), cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         env=os.environ | {"JUDGE_KEY": key},
     )  # fmt: skip
-    assert done.returncode == 2 and "JUDGE_KEY: has a character" in done.stderr and "cret" not in done.stderr
+    assert (
+        done.returncode == 2 and "JUDGE_KEY contains an invalid character" in done.stderr and "cret" not in done.stderr
+    )
 
 
 def test_runs_that_begin_alike_pay_once(tmp_path: Path, endpoint: Endpoint) -> None:
@@ -376,7 +378,7 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
         ("[]", "a list of judges"),
         ("- {name: a, base_url: 'http://x/v1'}", "model missing"),
         ("- {name: a, base_url: 'http://x/v1', model: m, concurency: 3}", "Did you mean concurrency?"),
-        ("- {name: a, base_url: 'ftp://x', model: m}", "judge 1: base_url ftp://x: not the address"),
+        ("- {name: a, base_url: 'ftp://x', model: m}", "judge 1: base_url ftp://x: not the URL"),
         ("- {name: a, base_url: 'http://u:p@x/v1', model: m}", "api_key_env"),
         ("- {name: a, base_url: 'http://x/v1', model: m, json: yaml}", "schema, object or prompt"),
         ("- {name: a, base_url: 'http://x/v1', model: m, price_in: 1}", "or neither"),

@@ -238,7 +238,7 @@ def test_other_held_out_rows_are_rejected(evaluated, tmp_path):
     ("name", "text", "message"),
     [
         ("metrics.json", "{}", r"metrics\.json: damaged: held_out is missing"),
-        ("metrics.json", "[]", r"metrics\.json: damaged: not an object"),
+        ("metrics.json", "[]", r"metrics\.json: damaged: not a JSON object"),
         ("metrics.json", '{"held_out": {"dataset": "x"}}', "sha256 is missing"),
         (
             "predictions.jsonl",

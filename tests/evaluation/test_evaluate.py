@@ -301,10 +301,10 @@ def test_every_gate_that_fails_is_named_after_the_metrics_and_the_exit_code_is_4
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--run", "/nowhere"), ExitCode.DATA, "not a run of train.py"),
-        (("--run", "a", "--model", "b"), ExitCode.USAGE, "two judges"),
+        (("--run", "/nowhere"), ExitCode.DATA, "not a training run"),
+        (("--run", "a", "--model", "b"), ExitCode.USAGE, "--run and --model are mutually exclusive"),
         (("--limit", "0"), ExitCode.USAGE, "--limit"),
-        (("--model", "nowhere"), ExitCode.DATA, "error: nowhere: no such folder."),
+        (("--model", "nowhere"), ExitCode.DATA, "error: nowhere: no such folder. Check --run or --model."),
         (("--min-spearman", "nan"), ExitCode.USAGE, "--min-spearman"),
         (("--parity", "--tolerance", "inf"), ExitCode.USAGE, "--tolerance"),
         (("--margin", "0.05"), ExitCode.USAGE, "Add --compare RUN"),

@@ -70,7 +70,7 @@ def test_conversion_evaluation_and_checks_see_one_task(tmp_path: Path, task: str
     assert {prompt.task for prompt in prompts} == {task}
     assert audit_folder(data)["held_out_tasks"] == 1
     found = check_held_out({"dataset": TRAINING, "eval_dataset": HELD_OUT, "dataset_dir": str(data)}, {})
-    assert found.status is Status.OK and "of 1 task, none trained on" in found.found
+    assert found.status is Status.OK and "from 1 task; no overlap with training" in found.found
 
 
 @pytest.mark.parametrize(("held_out", "trained"), [(7.0, 7), ("7", 7.0), (0, "0"), (0.0, 0)])

@@ -163,7 +163,7 @@ def test_a_server_that_dies_is_left_out_and_the_other_one_answers(server: str, j
     assert_same(list(judge.score(REQUESTS)), list(judges["qwen"].score(REQUESTS)), within=1e-5)
     assert list(judge._state.left_out_until) == [dead]
     neither = replace(judge, endpoint=Endpoint(dead, "tiny", others=("http://127.0.0.1:10/v1",), attempts=2))
-    with pytest.raises(DataError, match="no server answers"):
+    with pytest.raises(DataError, match="no server responds"):
         list(neither.score([FLAT_ONE]))
 
 
@@ -191,7 +191,7 @@ def test_a_model_that_would_write_anything_else_does_not_cost_thousands_of_reque
     before = answers_given(server)
     careful = remote(server, judges["qwen"], top_logprobs=1, unknown_share=1e-12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prmkit.judge.openai_judge._Walk._MOST_REQUESTS", 20)
+        patch.setattr("prmkit.judge.openai_judge._TrieSearch._MOST_REQUESTS", 20)
         (judged,) = careful.score([FLAT_ONE])
     assert judged.status == "failed" and "more than 20 requests for one score" in str(judged.reason)
     assert answers_given(server) - before < 60
@@ -218,7 +218,7 @@ def test_a_vllm_that_another_client_disturbs_is_asked_again(server: str, judges:
     busy = remote(server, judge, flavour="busy", attempts=20)
     assert_same(list(busy.score([FLAT_ONE])), list(judge.score([FLAT_ONE])))
     (judged,) = fails(server, judge, flavour="busy", attempts=1)
-    assert "of the 20 requested likeliest tokens, as vLLM answers" in judged.reason
+    assert "of 20 requested top logprobs were returned. vLLM does this" in judged.reason
 
 
 def fails(server: str, judge: LocalJudge, **changes: Any) -> list[Judgement]:
@@ -263,14 +263,14 @@ def test_lasting_trouble_fails_the_row_and_not_the_others(
     judged = list(judge.score([FLAT_ONE, REQUESTS[2]], Asking(batch_size=1, mode=mode, max_new_tokens=2)))
     assert judged[0].status == "failed"
     assert judged[1].status == "unparsed" if mode == "generate" else judged[1].scores
-    assert judged[0].reason.startswith("the server failed 3 times, the last time with: 500")
+    assert judged[0].reason.startswith("the request failed after 3 attempts; last error: 500")
 
 
 def test_a_prompt_that_the_server_refuses_fails_alone(server: str, judges: dict[str, LocalJudge]) -> None:
     long = prompt("again and " * 200, FLAT)
     judged = list(remote(server, judges["qwen"]).score([Request(long, asked_shape(long)), FLAT_ONE], QUICK))
     assert [judgement.status for judgement in judged] == ["failed", "unparsed"]
-    assert "answers 400" in judged[0].reason
+    assert "returns 400" in judged[0].reason
     assert "context" in judged[0].reason
 
 
@@ -289,14 +289,14 @@ def test_no_more_requests_at_once_than_allowed(server: str, judges: dict[str, Lo
         (
             {"flavour": "boolean"},
             DataError,
-            "first 4 prompts: .* answers 422: .*valid boolean, unable to interpret input",
+            "first 4 prompts: .* returns 422: .*valid boolean, unable to interpret input",
         ),
         (
             {"flavour": "textual"},
             DataError,
-            "first 4 prompts: .* answers 422: .*prompt: Input should be a valid string",
+            "first 4 prompts: .* returns 422: .*prompt: Input should be a valid string",
         ),
-        ({"base_url": "http://127.0.0.1:9/v1", "attempts": 1}, DataError, "no server answers"),
+        ({"base_url": "http://127.0.0.1:9/v1", "attempts": 1}, DataError, "no server responds"),
     ],
 )
 def test_what_would_fail_every_row_stops_at_once(server: str, judges, changes: dict, error: type, words: str) -> None:
@@ -319,7 +319,7 @@ def test_the_first_window_without_a_usable_answer_stops_the_job(server: str, jud
             asked.append(number)
             yield replace(FLAT_ONE, prompt=f"{number} {FLAT_ONE.prompt}")
 
-    with pytest.raises(DataError, match="no usable answer for the first 8 prompts"):
+    with pytest.raises(DataError, match="no usable response for the first 8 prompts"):
         list(remote(server, judges["qwen"], flavour="textual").score(counted(), Asking(batch_size=2)))
     assert len(asked) == 8
 
@@ -327,7 +327,7 @@ def test_the_first_window_without_a_usable_answer_stops_the_job(server: str, jud
 def test_servers_without_logprobs_differ_from_those_that_only_do_not_echo(server: str, judges) -> None:
     judge = judges["qwen"]
     wordless = remote(server, judge, flavour="wordless")
-    with pytest.raises(UsageError, match="gives no logprobs"):
+    with pytest.raises(UsageError, match="returns no logprobs"):
         list(wordless.score(REQUESTS))
     assert next(wordless.score([FLAT_ONE], QUICK)).status == "unparsed"
     (judged,) = remote(server, judge, flavour="echoless", top_logprobs=1).score([FLAT_ONE])
@@ -438,8 +438,8 @@ def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) ->
     with answering(answer) as url:
         (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True)
     assert (judged.status, judged.score) == ("failed", None)
-    expected = "requested likeliest tokens" if value < -9000 else "the model's probabilities are not numbers; "
-    assert expected in judged.reason
+    no_score = f"the server returned the logprob {value}, which is not the logarithm of a probability"
+    assert ("requested top logprobs" if value < -9000 else no_score) in judged.reason
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) ->
 def test_an_answer_that_cannot_be_unpacked_fails_its_row(judges, answer: Answer) -> None:
     with answering(lambda *_: answer) as url:
         (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True, timeout=2.0)
-    assert judged.status == "failed" and judged.reason.startswith("the server failed 2 times")
+    assert judged.status == "failed" and judged.reason.startswith("the request failed after 2 attempts")
 
 
 def test_a_refusal_that_only_mentions_logprobs_fails_its_row(judges) -> None:
@@ -464,7 +464,7 @@ def test_a_refusal_that_only_mentions_logprobs_fails_its_row(judges) -> None:
     with answering(lambda number, body: refusal if number == 1 else answered(good(body))) as url:
         first, second = asked_at(url, judges["qwen"], [FLAT_ONE, REQUESTS[2]], mode="generate")
     assert (first.status, second.status) == ("ok", "failed")
-    assert second.reason.endswith('answers 400: {"error": "prompt too long; you asked for logprobs"}')
+    assert second.reason.endswith('returns 400: {"error": "prompt too long; you asked for logprobs"}')
 
 
 @pytest.mark.parametrize("part", [b" ", b"HTTP/1.1 103 Early Hints\r\n\r\n"], ids=["bytes", "hints"])
@@ -473,7 +473,7 @@ def test_a_server_that_never_ends_is_not_waited_for_longer_than_asked(judges, pa
     with dripping(part) as url:
         (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True, timeout=0.3)
         assert time.monotonic() - before < 4
-    assert judged.reason.endswith("no complete answer within 0.3 s")
+    assert judged.reason.endswith("no complete response within 0.3 s")
 
 
 @contextmanager
@@ -506,7 +506,7 @@ def test_a_huge_answer_is_not_read_to_its_end(judges, headers: dict[str, str]) -
     body = gzip.compress(huge, 1) if headers else huge
     with answering(lambda *_: (200, body, headers)) as url:
         (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True, attempts=1)
-    assert judged.reason.endswith("an answer of more than 16 MiB")
+    assert judged.reason.endswith("a response of more than 16 MiB")
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])

@@ -144,7 +144,7 @@ def log(**shares: float) -> list[float]:
 def test_what_is_not_a_number_is_not_a_score(broken: list[float]) -> None:
     judgement = read([broken])
     assert (judgement.status, judgement.score) == ("error", None)
-    assert judgement.reason.startswith("the model's probabilities are not numbers. ")
+    assert judgement.reason.startswith("the model returned NaN, or zero probability for every score. ")
     assert read([log(s20=1.0)], [broken], keys=2).status == "error"
 
 
@@ -186,7 +186,9 @@ def test_no_beginning_is_followed_far_that_the_judge_would_not_write() -> None:
 def test_a_score_that_the_judge_would_hardly_write_is_unsure() -> None:
     thin = read([[each - 1 for each in log(s20=0.5, s90=0.5)]])
     assert (thin.status, thin.score) == ("unsure", pytest.approx(0.55))
-    assert thin.reason == "label_mass 0.368 is below 0.5: here the model rarely writes a score"
+    assert thin.reason == (
+        "label_mass 0.368 is below 0.5: the model puts most probability on something other than a score"
+    )
     assert read([[each - 1 for each in log(s20=0.5, s90=0.5)]], min_label_mass=0.3).status == "ok"
 
 

@@ -120,7 +120,7 @@ def test_a_judge_on_a_server_differs_from_one_that_is_loaded() -> None:
     assert remote["model"] == "exported_model"
     assert scorer_of(parsed("--model", "exported_model")).is_local and not scorer_of(parsed(*REMOTE)).is_local
     assert loaded != remote
-    with pytest.raises(UsageError, match="only with a local judge"):
+    with pytest.raises(UsageError, match="require a local judge in --mode expected"):
         abstention_of(scorer_of(parsed(*REMOTE)), 0.9, None)
     with pytest.raises(UsageError, match="--base-url and --model"):
         scorer_of(parsed("--backend", "openai", "--model", "exported_model"))
@@ -194,7 +194,7 @@ def test_another_tokenizer_is_another_judge_and_another_port_is_not() -> None:
     "url", ["localhost:8000/v1", "ftp://x/v1", "http://[::1/v1", "http://", "x", "http://a b/v1", "http://x:99999/v1"]
 )
 def test_an_address_of_no_server_is_rejected_before_anything_loads(url: str) -> None:
-    with pytest.raises(UsageError, match="not the address of a server"):
+    with pytest.raises(UsageError, match="not the URL of a server"):
         scorer_of(parsed(*REMOTE, "--base-url", url))
     scorer_of(parsed(*REMOTE, "--base-url", "https://[::1]:8000/v1"))
 
@@ -203,7 +203,7 @@ def test_an_address_of_no_server_is_rejected_before_anything_loads(url: str) -> 
 def test_a_key_that_cannot_be_one_is_rejected_and_never_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("sec\nret", "secrét", "sec\x01ret"):
         monkeypatch.setenv("MY_KEY", key)
-        with pytest.raises(UsageError, match=r"\$MY_KEY: has a character") as caught:
+        with pytest.raises(UsageError, match=r"\$MY_KEY contains an invalid character") as caught:
             scorer_of(parsed(*REMOTE, "--api-key-env", "MY_KEY"))
         assert "sec" not in str(caught.value)
     monkeypatch.setenv("MY_KEY", "secret\r\n")
@@ -236,7 +236,7 @@ def test_prompts_and_rows_are_scored_from_python(model_folders: dict[str, Path],
     assert plain.score == pytest.approx(named.score)
     assert plain.score != pytest.approx(with_system.score, abs=1e-6)
     assert list(plain.scores) == list(expected[0].scores)
-    assert "name them with --keys, or with keys in a request to a server" in unknown.reason and unknown.score is None
+    assert "pass --keys, or keys in a request to a server" in unknown.reason and unknown.score is None
     assert (empty.status, "conversations" in empty.reason) == ("error", True)
     (one,) = loaded.score(["Rate it."], keys=["a_score"])
     assert list(one.scores) == ["a_score"]

@@ -110,7 +110,7 @@ def test_code_of_a_model_is_not_run_unless_that_is_typed(model_folders: dict[str
 @pytest.mark.usefixtures("project")
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_internet(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in (JudgeSource(Path("nowhere")), JudgeSource(Path("model"), Path("nowhere"))):
-        with pytest.raises(DataError, match=r"^nowhere: no such folder\.$"):
+        with pytest.raises(DataError, match=r"^nowhere: no such folder\. Check --run or --model\.$"):
             check_folders(missing)
         with pytest.raises(DataError, match="no such folder"):
             fingerprint_of(missing)
@@ -122,7 +122,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_internet(monkeypatc
 @pytest.mark.parametrize(
     ("record", "fault"),
     [
-        ([], "not an object"),
+        ([], "not a JSON object"),
         ({}, "config is missing, expected an object"),
         ({"config": None}, "config is None"),
         ({"config": {}}, "model_name_or_path is missing, expected a string"),
@@ -140,7 +140,7 @@ def test_a_damaged_record_of_a_run_is_named(record: object, fault: str) -> None:
 
 @pytest.mark.usefixtures("project")
 def test_a_damaged_note_in_an_export_is_named() -> None:
-    for note, fault in (([], "not an object"), ({"cutoff_len": "512"}, "cutoff_len is '512'")):
+    for note, fault in (([], "not a JSON object"), ({"cutoff_len": "512"}, "cutoff_len is '512'")):
         write_json(Path("exported/prmkit.json"), note)
         with pytest.raises(DataError, match=rf"^exported/prmkit\.json: damaged: {fault}"):
             judge_source_of_export(Path("exported"))

@@ -35,7 +35,7 @@ FEW = 6
 @pytest.fixture
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few beginnings, and so few tokens a pass that a reading takes several."""
-    monkeypatch.setattr(score_trie_module, "_MOST_BEGINNINGS", FEW)
+    monkeypatch.setattr(score_trie_module, "_MOST_PREFIXES", FEW)
     monkeypatch.setattr(tree_attention_module, "_TOKENS_A_PASS", 100)
 
 
@@ -345,7 +345,7 @@ def test_long_prompts_are_trimmed_or_reported(judges: dict[str, LocalJudge]) -> 
     assert 1100 < trimmed.prompt_tokens < 1200
     (reported,) = narrow.score([request], Asking(trim=False))
     assert reported.status == "too_long"
-    assert "room for 1,1" in reported.reason
+    assert "leaves 1,1" in reported.reason
     tiny = replace(judge, source=replace(judge.source, cutoff_len=60))
     (hopeless,) = tiny.score([request])
     assert (hopeless.status, dict(hopeless.scores)) == ("too_long", {})
@@ -454,7 +454,9 @@ def test_models_without_keys_to_hide_are_refused() -> None:
         ]
     check_architecture(fine)
     for other in others:
-        with pytest.raises(UsageError, match=r"attention with a free mask.* --mode generate"):
+        with pytest.raises(
+            UsageError, match=r"full or sliding-window attention, but this model uses .* --mode generate"
+        ):
             check_architecture(other)
 
 
@@ -465,7 +467,7 @@ def test_a_model_with_code_that_computes_all_logits_is_refused() -> None:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids
 
-    with pytest.raises(UsageError, match="The code of Homemade does not take logits_to_keep"):
+    with pytest.raises(UsageError, match=r"Homemade\.forward\(\) does not accept logits_to_keep"):
         check_architecture(Homemade())
 
 
@@ -581,9 +583,9 @@ def test_an_export_says_all_about_its_judge(model_folders: dict[str, Path], tmp_
         ({"model": Path("nowhere")}, DataError, "^nowhere: no such folder"),
         ({"adapter": Path("/nowhere")}, DataError, "^/nowhere: no such folder"),
         ({"template": "qwem"}, UsageError, "Did you mean"),
-        ({"device": "gpu7"}, UsageError, "torch does not know 'gpu7'"),
-        ({"device": "cuda:77"}, UsageError, "torch cannot use cuda:77 on this machine"),
-        ({"device": "meta"}, UsageError, "torch cannot use meta"),
+        ({"device": "gpu7"}, UsageError, "--device gpu7 is not a torch device"),
+        ({"device": "cuda:77"}, UsageError, "torch cannot use --device cuda:77 on this machine"),
+        ({"device": "meta"}, UsageError, "torch cannot use --device meta"),
     ],
 )
 def test_judges_that_cannot_be_loaded_say_why(judges, change: dict, error: type, words: str) -> None:
@@ -601,7 +603,7 @@ def _cut_in_half(folder: Path, name: str) -> None:
     [
         ("model", lambda folder: _cut_in_half(folder, "model.safetensors"), "cannot be loaded"),
         ("model", lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
-        ("model", lambda folder: write_json(folder / "config.json", []), "config.json: damaged: not an object"),
+        ("model", lambda folder: write_json(folder / "config.json", []), "config.json: damaged: not a JSON object"),
         ("model", lambda folder: write_json(folder / "config.json", {}), "cannot be loaded"),
         ("model", lambda folder: _cut_in_half(folder, "tokenizer.json"), "no tokenizer that can be loaded"),
         ("adapter", lambda folder: _cut_in_half(folder, "adapter_model.safetensors"), "cannot be loaded"),

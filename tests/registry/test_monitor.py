@@ -161,7 +161,7 @@ def test_an_a_b_needs_two_judges_that_share_steps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two judges"):
         compare_judges(read_scored([one]), None)
     unsure = scored(tmp_path, "b", [0.5] * 4, status="unsure")
-    with pytest.raises(UsageError, match="share no step"):
+    with pytest.raises(UsageError, match="no step was scored reliably by both"):
         compare_judges(read_scored([one, unsure]), None)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('\n{"x": 1}\n')
@@ -282,7 +282,7 @@ def test_steps_are_compared_with_held_out_rows_of_the_same_score_keys(tmp_path: 
     steps = read_scored([scored(tmp_path, "steps", [0.2, 0.4] * 100)])
     mixed = [*held_out([0.2, 0.4] * 100), *held_out([0.9] * 200, "whole_run")]
     assert not drift_of(steps, mixed, 0.25)["findings"]
-    assert "never measured" in drift_of(steps, held_out([0.9] * 200, "whole_run"), 0.25)["findings"][0]
+    assert "never evaluated on" in drift_of(steps, held_out([0.9] * 200, "whole_run"), 0.25)["findings"][0]
 
 
 def _scored_lines(folder: Path, lines: list[dict[str, Any]]) -> Any:
@@ -308,7 +308,7 @@ def test_a_request_log_is_read_by_judge_and_by_day(tmp_path: Path) -> None:
     assert len(recent) == 61 and len(steps_of("judge@1", recent)) == 60
     assert drift_of(steps_of("judge@1", recent), held_out([0.2] * 100), 0.25)["findings"] == []
     assert drift_of(steps_of("judge@1", read_scored([log])), held_out([0.2] * 100), 0.25)["findings"]
-    with pytest.raises(DataError, match=r"has only judge@1, judge@2"):
+    with pytest.raises(DataError, match=r"has only steps from judge@1, judge@2"):
         steps_of("judge@3", recent)
     with pytest.raises(UsageError, match="Only request logs"):
         read_scored([scored(tmp_path, "scores", [0.5])], days=7)

@@ -34,7 +34,7 @@ from prmkit.registry.batch import (
     describe_batch,
     tasks_in,
 )
-from prmkit.registry.retrain import _contradiction, _drops, _key_of
+from prmkit.registry.retrain import _contradiction, _drops, _key_of, show_retraining
 from prmkit.registry.versions import Addition, add_version
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.run import Keys
@@ -79,7 +79,7 @@ def test_a_judge_that_agrees_less_with_new_labels_is_reported() -> None:
 
     parent = registered.VersionId("judge", 1)
     (said,) = _drops(metrics(0.8, 0.9, 0.95), metrics(0.1, 0.4, 0.7), parent)
-    assert "Spearman 0.40 [0.10, 0.70], 0.90 [0.80, 0.95] with the old ones" in said
+    assert "(Spearman 0.40 [0.10, 0.70]) than with the old ones (0.90 [0.80, 0.95])" in said
     assert not _drops(metrics(0.8, 0.9, 0.95), metrics(0.7, 0.85, 0.9), parent)
     assert not _drops(metrics(0.8, 0.9, 0.95), metrics(None, 0.4, None), parent)
     assert _contradiction(metrics(-0.9, -0.5, -0.1), parent) and not _contradiction(metrics(-0.9, -0.5, 0.1), parent)
@@ -102,7 +102,7 @@ def test_a_task_that_changes_its_side_is_a_leak(registry: Path, tmp_path: Path) 
     swapped.mkdir()
     full = "reward_model_full"
     (swapped / f"{full}_eval.meta.jsonl").write_bytes((data / f"{full}.meta.jsonl").read_bytes())
-    with pytest.raises(DataError, match="judge@1 has trained on"):
+    with pytest.raises(DataError, match="judge@1 was trained on"):
         check_sides(swapped, "judge", registry)
 
 
@@ -138,6 +138,14 @@ def test_only_the_command_that_made_a_version_gets_its_gate_again(
     for others in ([old], [old, week], [week, "--margin", "0.2"]):
         result = json.loads(script(*typed, *others).stdout)
         assert (result["gate"]["passed"], result["report"], result["promoted"]) == (None, None, False)
+
+
+@pytest.mark.parametrize(("reference", "tag"), [("1", "production"), ("judge@1", "production"), ("preview", "preview")])
+def test_the_tag_of_a_promoted_version_is_shown(reference: str, tag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    gate = {"passed": True, "reasons": []}
+    result = {"version": "judge@2", "parent": "judge@1", "promoted": True, "gate": gate, "report": None}
+    show_retraining(result, Retraining(reference, (), "base", 1.0, 0.0, (), promote=True, accept_contradiction=False))
+    assert f"judge@2 now has the tag {tag}.\n" in capsys.readouterr().out
 
 
 @pytest.mark.llamafactory

@@ -102,7 +102,7 @@ def test_trouble_that_stays_is_an_error_and_never_a_number() -> None:
         assert len(asked) == 3
     with answering((200, b"<html>hello</html>")) as (url, _), pytest.raises(JudgeUnavailable, match="not JSON"):
         Judge(url).reward("a", "b")
-    with pytest.raises(JudgeUnavailable, match="no answer"):
+    with pytest.raises(JudgeUnavailable, match="no response"):
         Judge("http://127.0.0.1:9", attempts=1).reward("a", "b")
 
 
@@ -157,7 +157,7 @@ def test_a_run_has_steps_with_scores_that_are_scores(body: bytes) -> None:
 def test_a_server_that_never_answers_ends_in_an_error_after_the_time_that_was_given() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
-        with pytest.raises(JudgeUnavailable, match="no answer"):
+        with pytest.raises(JudgeUnavailable, match="no response"):
             Judge(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.2, attempts=2).reward("a", "b")
         assert time.monotonic() - started < 5
 
@@ -192,7 +192,7 @@ def test_the_key_is_in_no_message_and_no_repr() -> None:
 
 @pytest.mark.parametrize("key", ["s3cret\nx", "s3cr\u20act", "s3cret\x00"])
 def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> None:
-    with pytest.raises(UsageError, match="has a character that no API key has") as caught:
+    with pytest.raises(UsageError, match="contains an invalid character, for example a line break") as caught:
         Judge("http://127.0.0.1:9", key=key)
     assert "s3cr" not in str(caught.value)
     assert Judge("http://127.0.0.1:9", key="s3cret\n").key == "s3cret"
@@ -200,7 +200,7 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> No
 
 def test_what_is_no_address_is_said_at_once() -> None:
     for url in ("localhost:8000", "http://[::1", "http://127.0.0.1:80000", "ftp://127.0.0.1", "http://", "http://a b"):
-        with pytest.raises(UsageError, match=r"the URL of a judge, .*: not the address of a server. Write it as http:"):
+        with pytest.raises(UsageError, match=r"the URL of a judge, .*: not the URL of a server. Example: http:"):
             Judge(url)
 
 

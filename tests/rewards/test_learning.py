@@ -45,7 +45,7 @@ STEPS, WINDOW = 60, 10
 
 def judged(rubric: Rubric, question: str, answer: str) -> str:
     """The judge's prompt for one answer, as the server builds it."""
-    run, _ = run_of_policy([{"role": "user", "content": question}], answer, whole=False)
+    run, _ = run_of_policy([{"role": "user", "content": question}], answer, includes_prompt=False)
     return next(step_prompts(run, rubric)).text
 
 

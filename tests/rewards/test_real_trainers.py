@@ -237,7 +237,7 @@ def test_verifiers_gets_a_reward_of_what_the_model_wrote_and_an_error_for_what_h
     assert good == [_near(GOOD), _near(2 * GOOD), [_near(GOOD)]]  # not of the message in its prompt
     assert poor == [_near(POOR), _near(2 * POOR), [_near(GOOD), _near(POOR)]]
     for message, reward, steps in unscored:
-        assert "no score" in message and reward is None  # and not 0
+        assert "no reliable score" in message and reward is None  # and not 0
         assert steps in ([_near(GOOD), None], [])
 
 

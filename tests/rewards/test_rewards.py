@@ -57,7 +57,7 @@ def test_a_policy_that_writes_nothing_gets_no_score_and_does_not_end_the_trainin
 def test_an_empty_step_never_gets_the_score_of_another(judge_url: str) -> None:
     judge, empty = Judge(judge_url), {"role": "assistant", "content": ""}
     (line,) = judge.score([{"task": "Do it.", "history": RUN["messages"][1:2], "step": empty}])
-    assert line["score"] is None and "says or does something" in line["reason"]
+    assert line["score"] is None and "must contain an assistant message with text or a tool call" in line["reason"]
     # And one in the prompt does not count as a step, so that the policy's first step would be taken for the prompt's.
     earlier = [*RUN["messages"][:1], empty, *RUN["messages"][:1]]
     assert judge.reward(earlier, "bad").steps == tuple(near(POOR))
@@ -80,7 +80,7 @@ def test_verl_gets_the_same_keys_from_every_sample(judge_url: str) -> None:
     good, unsure = score("good", prompt=RUN["messages"][:1]), score("mumble", question="What?")
     assert good.keys() == unsure.keys() and all(type(value) is float for value in [*good.values(), *unsure.values()])
     assert good["score"] == pytest.approx(GOOD, abs=CLOSE) and (unsure["score"], unsure["unscored"]) == (0.5, 1.0)
-    with pytest.raises(ValueError, match="extra_info has none of"):
+    with pytest.raises(ValueError, match="extra_info does not have the policy's prompt"):
         score("good", num_turns=2)
     with pytest.raises(JudgeUnavailable):
         asyncio.run(make_compute_score(judge_url)(solution_str="mumble", extra_info={"prompt": "What?"}))

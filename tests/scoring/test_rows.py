@@ -81,4 +81,4 @@ def test_a_trajectory_is_a_task_unless_it_says_otherwise() -> None:
 
 def test_keys_that_no_schema_shows_are_never_invented() -> None:
     (row,) = rows({"prompt": "Rate this step from 0 to 1."})
-    assert row.request is None and row.reason.endswith("name them with --keys, or with keys in a request to a server")
+    assert row.request is None and row.reason.endswith("pass --keys, or keys in a request to a server")

@@ -178,7 +178,9 @@ def test_scores_of_other_prompts_under_the_same_ids_are_not_continued(tmp_path: 
     run_job(job(source, output), scripted({"Step A": 0.1, "Step B": 0.2}), {})
     whole = output.read_bytes()
     source.write_text("\n".join(asking_for("Step A.", "Step C.")))
-    with pytest.raises(UsageError, match=r"scores\.jsonl:2: has the scores of 1, but for another prompt"):
+    with pytest.raises(
+        UsageError, match=r"scores\.jsonl: line 2 is about 1, but row 2 of the input has another prompt"
+    ):
         run_job(job(source, output), scripted({"Step": 0.9}), {})
     source.write_text("\n".join(asking_for("Step A.", "Step B.")))
     with pytest.raises(UsageError, match="or other score keys"):
@@ -203,7 +205,7 @@ def failing(*steps: str):
     def score(requests, _mode) -> Iterator[Judgement]:
         for request in requests:
             if any(step in request.prompt for step in steps):
-                yield Judgement("failed", reason="the server failed 6 times")
+                yield Judgement("failed", reason="the request failed after 6 attempts")
             else:
                 yield Judgement("ok", {"reasonableness_score": Distribution(0.5, 0.5, 0.5, 0.0, 1.0)})
 
@@ -295,8 +297,8 @@ def test_scores_to_ask_for(shape_of: ShapeOf, text: str, evaluation_type: str, e
 def test_scores_that_could_be_either_are_not_guessed() -> None:
     reason = ShapeOf(known={"clip": ["reasonableness_score", "correctness_score"]})("x", "clip")
     assert reason == (
-        "the prompt shows no score keys, and reasonableness_score or correctness_score would fit; "
-        "name them with --keys, or with keys in a request to a server"
+        "the prompt shows no score keys, and several keys are possible (reasonableness_score, correctness_score); "
+        "pass --keys, or keys in a request to a server"
     )
 
 
@@ -389,13 +391,13 @@ def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path,
     assert (gap["steps"], gap["missing"], gap["unscored"]) == (2, 1, 0)
     assert {gap[name] for name in ("min", "product", "mean", "last", "first_bad_step", "first_bad_clip")} == {None}
     assert two["mean"] == 0.7
-    assert "belong to no trajectory: 1 (" in narrated.text
+    assert "lines without a trajectory: 1 (" in narrated.text
 
 
 @pytest.mark.parametrize("line", ["{", '{"prompt": ""}', '{"id": "named", "prompt": ""}', '{"id": 0, "prompt": ""}'])
 def test_a_line_that_cannot_be_read_may_be_a_step_that_is_missing(tmp_path: Path, narrated, line: str) -> None:
     summed_up(tmp_path, [json.dumps(row(1)), line])
-    assert "belong to no trajectory: 1 (" in narrated.text
+    assert "lines without a trajectory: 1 (" in narrated.text
 
 
 @pytest.mark.parametrize("spelt", [float, str, lambda number: f" {number} "])
@@ -420,7 +422,9 @@ def test_runs_of_one_task_are_summed_up_apart(tmp_path: Path) -> None:
 
 def test_two_prompts_for_one_clip_ask_for_a_trajectory_id(tmp_path: Path) -> None:
     rows = [json.dumps(row(1)), json.dumps(row(1)), of("one", "", 1)]
-    with pytest.raises(DataError, match=r"line 3: clip 1 of one had another prompt before.*its own trajectory_id"):
+    with pytest.raises(
+        DataError, match=r"line 3: clip 1 of one already occurred with a different prompt.*its own trajectory_id"
+    ):
         summed_up(tmp_path, rows)
 
 

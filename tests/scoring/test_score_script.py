@@ -174,14 +174,14 @@ def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
     [
         (["-"], 1, "no run.json"),
         (["-", "--adapter", "x"], 2, "--adapter needs --model"),
-        (["-", "--run", "x", "--model", "y"], 2, "two judges"),
+        (["-", "--run", "x", "--model", "y"], 2, "--run and --model are mutually exclusive"),
         (["-", "--backend", "openai"], 2, "--base-url"),
         (["-", "--run", "x", "--base-url", "http://localhost:80/v1"], 2, "needs --model"),
         (["-", "--run", "x", "--timeout", "9"], 2, "only for a judge on a server"),
         (
             ["-", "--backend", "openai", "--model", ".", "--base-url", "localhost:80/v1"],
             2,
-            "not the address of a server",
+            "not the URL of a server",
         ),
         (["-", "--keys", "a_score,b_score, a_score"], 2, "lists a key twice"),
         (["-", "--batch-size", "0"], 2, "'0' is not a whole number above 0"),

@@ -26,11 +26,11 @@ def test_what_a_chat_template_writes_is_read_back(family: str, model_folders: di
     *before, last = [encoding.tokenizer.decode(ids) for turn in turns for ids in turn]
     prompt = "".join(before)
     whole = prompt + last
-    run, earlier = run_of_policy(prompt, whole, whole=True)
+    run, earlier = run_of_policy(prompt, whole, includes_prompt=True)
     assert earlier == 1
     assert [step.text for step in run.steps] == ["I look it up.", "It rains."]
     assert run.task == "What is the weather in Bern?" and run.steps[1].incoming[0].text == "Go ahead."
-    assert run_of_policy(prompt, whole[len(prompt) :], whole=False) == (run, earlier)
+    assert run_of_policy(prompt, whole[len(prompt) :], includes_prompt=False) == (run, earlier)
 
 
 def test_tool_calls_and_results_inside_a_response_belong_to_their_steps() -> None:
@@ -41,13 +41,13 @@ def test_tool_calls_and_results_inside_a_response_belong_to_their_steps() -> Non
         "<|im_start|>user\n<tool_response>\nrain\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\nIt rains.<|im_end|>"
     )
-    run, earlier = run_of_policy(prompt, prompt + response, whole=True)
+    run, earlier = run_of_policy(prompt, prompt + response, includes_prompt=True)
     assert (earlier, run.system, run.task) == (0, "Be brief.", "Weather?")
     first, second = run.steps
     assert first.thought == "I need a tool." and first.calls[0].name == "look_up"
     assert [result.text for result in first.results] == ["rain"] and second.text == "It rains."
-    assert run_of_policy(prompt, response, whole=False) == (run, 0)
-    after_messages, _ = run_of_policy(CHAT[:1], response, whole=False)
+    assert run_of_policy(prompt, response, includes_prompt=False) == (run, 0)
+    after_messages, _ = run_of_policy(CHAT[:1], response, includes_prompt=False)
     assert [(step.calls, step.results, step.text) for step in after_messages.steps] == [
         (step.calls, step.results, step.text) for step in run.steps
     ]
@@ -55,17 +55,17 @@ def test_tool_calls_and_results_inside_a_response_belong_to_their_steps() -> Non
 
 def test_an_answer_that_is_still_open_in_the_prompt_is_the_policys() -> None:
     prompt = "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    run, earlier = run_of_policy(prompt, f"{prompt}I guess.</think>\nRain.<|im_end|>", whole=True)
+    run, earlier = run_of_policy(prompt, f"{prompt}I guess.</think>\nRain.<|im_end|>", includes_prompt=True)
     assert (earlier, run.steps[0].thought, run.steps[0].text) == (0, "I guess.", "Rain.")
 
 
 def test_plain_text_is_a_task_and_one_answer_or_tagged_steps() -> None:
-    run, _ = run_of_policy("What is 2 + 2?", "What is 2 + 2?\n4</s>", whole=True)
+    run, _ = run_of_policy("What is 2 + 2?", "What is 2 + 2?\n4</s>", includes_prompt=True)
     assert (run.task, [step.text for step in run.steps]) == ("What is 2 + 2?", ["4"])
     tagged = (
         '<think>look</think><tool_call>{"name": "f", "arguments": {}}</tool_call><result>7</result><answer>7</answer>'
     )
-    run, _ = run_of_policy("How many?", tagged, whole=False)
+    run, _ = run_of_policy("How many?", tagged, includes_prompt=False)
     assert [step.calls[0].name if step.calls else step.text for step in run.steps] == ["f", "7"]
 
 
@@ -73,16 +73,16 @@ def test_plain_text_is_a_task_and_one_answer_or_tagged_steps() -> None:
     ("prompt", "written", "says"),
     [
         ("What is 2 + 2?", "4", "does not begin with its prompt"),
-        ("What?", "What?   ", "says and does nothing"),
-        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "", "wrote nothing"),
+        ("What?", "What?   ", "the run contains no agent step"),
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "", "the response is empty"),
     ],
 )
 def test_what_cannot_be_taken_apart_is_refused(prompt: str, written: str, says: str) -> None:
     whole = written if "assistant" not in prompt else prompt + written
     with pytest.raises(DataError, match=says):
-        run_of_policy(prompt, whole, whole=True)
-    with pytest.raises(DataError, match="neither a string"):
-        run_of_policy([1, 2], "x", whole=False)
+        run_of_policy(prompt, whole, includes_prompt=True)
+    with pytest.raises(DataError, match="prompt must be a string or a list of messages"):
+        run_of_policy([1, 2], "x", includes_prompt=False)
 
 
 def test_a_step_is_the_last_one_of_its_run_if_it_calls_no_tool() -> None:
@@ -111,14 +111,14 @@ def test_runs_come_in_every_form() -> None:
         runs, _ = runs_in(body, None)
         assert [[step.text for step in run.steps] for run in runs] == [["I look it up.", "It rains."]]
     for body in ({}, [], {"messages": CHAT[:1]}, "text", {"conversations": 7}):
-        with pytest.raises(DataError, match=r"^(?!.*/tmp)"):
+        with pytest.raises(DataError, match=r"^the request(?!.*(/tmp|--format))"):
             runs_in(body, None)
 
 
 def test_whether_a_step_is_the_last_is_true_or_false() -> None:
     step = {"task": "t", "step": {"role": "assistant", "content": "a"}}
     assert not run_of_step(step | {"last": False}).steps[-1].last
-    with pytest.raises(DataError, match="last: true or false"):
+    with pytest.raises(DataError, match="last must be true or false"):
         run_of_step(step | {"last": "false"})
 
 

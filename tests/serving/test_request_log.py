@@ -138,7 +138,7 @@ def test_a_full_disk_loses_whole_lines_counts_them_and_warns_once(tmp_path: Path
         log_each(range(5, 6))
     assert outcomes == {"written": 3, "lost": 3}
     assert [line["id"] for line in lines_of(file)] == ["run-1#0", "run-1#1", "run-1#5"]
-    assert narrated.text.count("Lines of the request log are lost") == 1
+    assert narrated.text.count("Request-log lines are being dropped") == 1
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:

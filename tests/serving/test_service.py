@@ -185,7 +185,7 @@ def test_a_query_in_which_nothing_is_written_gets_the_mean() -> None:
 
     first, second = answer(both, unscored="mean")
     assert second["rewards"] == first["rewards"] and second["judge"] == [None]
-    with pytest.raises(NoReward, match=r"the policy wrote nothing that can be judged\. --unscored"):
+    with pytest.raises(NoReward, match=r"the policy wrote nothing that can be judged \(serve_judge\.py --unscored"):
         answer(lambda service: service.rewards({"query": nothing, "prompts": nothing}))
     assert second["extra_logs"]["unscored"] == [1.0]
 
@@ -193,9 +193,9 @@ def test_a_query_in_which_nothing_is_written_gets_the_mean() -> None:
 @pytest.mark.parametrize("beyond", [math.nan, math.inf, -0.1, 1.1])
 def test_numbers_out_of_range_are_refused(beyond: float) -> None:
     messages = [{"role": "user", "content": "Do it."}, {"role": "assistant", "content": "good"}]
-    with pytest.raises(DataError, match="gamma: a number from 0 to 1"):
+    with pytest.raises(DataError, match="gamma must be a number from 0 to 1"):
         answer(lambda service: service.score_trajectory(messages, None, beyond, None))
-    with pytest.raises(DataError, match="bad_below: a number from 0 to 1"):
+    with pytest.raises(DataError, match="bad_below must be a number from 0 to 1"):
         answer(lambda service: service.score_trajectory(messages, None, 1.0, beyond))
 
 
@@ -292,7 +292,7 @@ def test_a_question_is_about_the_key_of_its_name_or_of_its_instructions() -> Non
 
 def test_keys_are_of_ready_prompts_and_refused_for_steps() -> None:
     step = {"task": "t", "step": {"role": "assistant", "content": "good"}}
-    with pytest.raises(DataError, match="keys: only for ready-made prompts"):
+    with pytest.raises(DataError, match="keys is only allowed with ready-made prompts"):
         answer(lambda service: service.score({"steps": [step], "keys": ["other"]}))
 
 
@@ -350,7 +350,7 @@ class Starting(StubScorer):
 
 
 def test_a_server_is_ready_when_what_it_asks_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmkit.serving.app._CANARY_PAUSE", 0.2)
+    monkeypatch.setattr("prmkit.serving.app._WARMUP_PAUSE", 0.2)
     with running_server(scorer=Starting()) as url:
         statuses: list[int] = []
         while 200 not in statuses:

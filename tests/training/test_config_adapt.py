@@ -45,7 +45,7 @@ def resolved(project: Path, *assignments: str, machine: Machine = NO_GPU, torchr
 def test_held_out_side_follows_the_dataset(project: Path) -> None:
     found = resolved(project, "dataset=more")
     assert found.values["eval_dataset"] == "more_eval"
-    assert found.sources["eval_dataset"] == "derived: the held-out side of the dataset"
+    assert found.sources["eval_dataset"] == "derived: the held-out split of the dataset"
 
 
 def test_held_out_sides_of_several_datasets(project: Path) -> None:

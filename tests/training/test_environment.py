@@ -118,7 +118,7 @@ def test_what_was_looked_for_is_said() -> None:
 
 def test_disk_space(tmp_path: Path) -> None:
     values = {"output_dir": str(tmp_path / "saves" / "run"), "save_total_limit": 3}
-    assert "keeps 4 checkpoints of 10 MiB" in checks.check_disk(values, 10 << 20).found
+    assert "will keep 4 checkpoints of 10 MiB" in checks.check_disk(values, 10 << 20).found
     full = checks.check_disk(values, float(shutil.disk_usage(tmp_path).free))
     assert (full.status, "save_total_limit=1" in full.advice) == (Status.ERROR, True)
     twenty = {**values, "save_total_limit": None, "save_strategy": "steps", "save_steps": 0.05}
@@ -132,7 +132,7 @@ def test_disk_space(tmp_path: Path) -> None:
         ({"save_strategy": "no"}, "1 checkpoint of"),
         ({"save_steps": 500, "max_steps": 20_000}, "41 checkpoints of 1 MiB"),
         ({"save_strategy": "epoch", "num_train_epochs": 2.5}, "4 checkpoints of"),
-        ({"save_steps": 500}, "2 checkpoints of 1 MiB or more: without save_total_limit all are kept"),
+        ({"save_steps": 500}, "2 checkpoints of 1 MiB or more, because without save_total_limit all are kept"),
     ],
 )
 def test_checkpoints_that_nobody_limits(tmp_path: Path, settings: dict[str, Any], reported: str) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from prmkit.errors import DataError, UsageError
 from prmkit.prompts.encoding import load_encoding
 from prmkit.training.export import (
-    _fit_chat_template,
+    _fix_chat_template,
     _trained_encoding,
     check_target,
     export_dtype,
@@ -52,7 +52,7 @@ def test_an_endless_chat_template_is_replaced(finished: Path, tmp_path: Path, mo
     (folder / "chat_template.jinja").write_text(endless)
     monkeypatch.setattr("prmkit.training.export._LONGEST_RENDERING", 0.5)
     settings = {"template": "qwen"}
-    assert _fit_chat_template(folder, _trained_encoding(folder, settings), settings)
+    assert _fix_chat_template(folder, _trained_encoding(folder, settings), settings)
     assert "99999" not in (folder / "chat_template.jinja").read_text()
 
 
@@ -71,7 +71,7 @@ def test_the_same_export_again_is_there_already_and_foreign_files_are_refused(
     assert not check_target(target, checkpoint, overwrite=False)  # it will be moved aside
     assert not check_target(target, overwrite=False)
     (target / "prmkit.json").unlink()
-    with pytest.raises(UsageError, match="exported_model: has files that are not an export"):
+    with pytest.raises(UsageError, match="exported_model has files that are not an export"):
         check_target(target, checkpoint, overwrite=False)
     shutil.rmtree(target)
     assert not check_target(target, overwrite=False)
@@ -157,7 +157,7 @@ def test_the_exported_chat_template_renders_what_was_trained(
     from transformers import AutoTokenizer
 
     folder = Path(shutil.copytree(finished / "exported_model", tmp_path / "export"))
-    assert _fit_chat_template(folder, _trained_encoding(folder, settings), settings)
+    assert _fix_chat_template(folder, _trained_encoding(folder, settings), settings)
     encoding = load_encoding(
         finished / "model", settings["template"], default_system=settings.get("default_system"),
         enable_thinking=settings.get("enable_thinking", True),

@@ -74,7 +74,7 @@ def headed(path: Path, header: Any) -> None:
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
-    "config of nothing": (lambda folder: (folder / "config.json").write_text("{}"), "names no model_type"),
+    "config of nothing": (lambda folder: (folder / "config.json").write_text("{}"), "has no model_type"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer.json")], "no tokenizer"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "an index of nothing": (lambda folder: index(folder, "{}"), "model.safetensors.index.json: not an index"),
@@ -236,7 +236,7 @@ def test_a_dataset_that_is_not_there(data: Path) -> None:
         ([GOOD, "{"], ":2: not JSON"),
         ([GOOD, "[]"], ":2: not an object"),
         ([GOOD, {"instruction": "x"}], ":2: has no column output"),
-        ([GOOD | {"output": {"a": 0.5}}], ":1: output is not a string, and LLaMA Factory would drop the row"),
+        ([GOOD | {"output": {"a": 0.5}}], ":1: output is not a string; LLaMA Factory would silently drop the row"),
         ([GOOD | {"output": None}], ":1: output is not a string"),
         ([GOOD | {"instruction": 5}], ":1: instruction is not a string"),
         ([], "is empty"),
@@ -286,7 +286,7 @@ def test_a_dataset_that_is_a_folder(data: Path) -> None:
     """LLaMA Factory takes it; nothing is claimed of rows that are not looked at."""
     write(data, "parts", [GOOD], file_name="parts")
     (data / "parts").mkdir()
-    assert "parts must contain files of one kind" in dataset_check(data, "parts").found
+    assert "parts must contain files of one type" in dataset_check(data, "parts").found
     (data / "parts" / "a.jsonl").write_text(json.dumps(GOOD))
     found = dataset_check(data, "parts")
     assert (found.status, "parts (a folder: its rows are not checked)" in found.found) == (Status.WARNING, True)
@@ -323,13 +323,13 @@ def test_a_report_of_the_conversion_that_is_damaged(data: Path, text: str) -> No
 def test_a_stage_that_learns_from_other_rows(data: Path, stage: str) -> None:
     values = {"dataset": "steps", "dataset_dir": str(data), "stage": stage}
     found = check_datasets(values)
-    assert (found.status, f"stage: {stage} learns from" in found.found) == (Status.ERROR, True)
+    assert (found.status, f"stage {stage} needs" in found.found) == (Status.ERROR, True)
 
 
 def test_pairs_are_for_other_stages(data: Path) -> None:
     columns = {"prompt": "instruction", "chosen": "good", "rejected": "bad"}
     write(data, "pairs", [{"instruction": "a", "good": "b", "bad": "c"}], ranking=True, columns=columns)
-    assert "pairs contains pairs" in dataset_check(data, "pairs", None).found
+    assert "pairs contains preference pairs" in dataset_check(data, "pairs", None).found
     assert check_datasets({"dataset": "pairs", "dataset_dir": str(data), "stage": "dpo"}).status is Status.OK
 
 
@@ -337,7 +337,7 @@ def test_held_out_rows_apart(data: Path) -> None:
     trace(data, "steps", ("task 1", "aa"), ("task 2", "bb"))
     trace(data, "steps_eval", ("task 3", "cc"))
     found = held_out(data)
-    assert (found.status, found.found) == (Status.OK, "1 prompt of 1 task, none trained on")
+    assert (found.status, found.found) == (Status.OK, "1 prompt from 1 task; no overlap with training")
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_what_the_conversion_found_is_believed(data: Path) -> None:
     audit = {"passed": False, "tasks_on_both_sides": 4}
     (data / "conversion_report.json").write_text(json.dumps({"leak_audit": audit}))
     found = held_out(data)
-    assert (found.status, "4 tasks on both sides" in found.found) == (Status.ERROR, True)
+    assert (found.status, "4 tasks in both splits" in found.found) == (Status.ERROR, True)
 
 
 def test_other_ways_to_have_no_honest_held_out_rows(data: Path) -> None:
@@ -406,7 +406,7 @@ def test_other_ways_to_have_no_honest_held_out_rows(data: Path) -> None:
 )
 def test_a_val_size_that_leaves_nothing(data: Path, values: dict[str, Any], status: Status) -> None:
     found = held_out(data, eval_dataset=None, **values)
-    assert (found.status, "none are left" in found.found) == (status, status is Status.ERROR)
+    assert (found.status, "no row is left to train on" in found.found) == (status, status is Status.ERROR)
 
 
 def test_a_sidecar_that_is_damaged_hides_what_leaks(data: Path) -> None:

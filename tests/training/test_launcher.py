@@ -201,7 +201,7 @@ def test_the_cause_is_reported_from_what_torchrun_adds() -> None:
 
 def test_a_full_disk_and_a_kill_are_recognised() -> None:
     assert "save_total_limit=1" in explain("OSError: [Errno 28] No space left on device", 1, CONFIG)
-    assert "killed from outside" in explain("Training", 137, CONFIG)
+    assert "killed (SIGKILL)" in explain("Training", 137, CONFIG)
     assert explain("", 7, CONFIG) == "LLaMA Factory failed: exit code 7"
 
 

@@ -123,7 +123,7 @@ def test_a_thinking_model_with_its_template(model_with: Any, thinking: bool) -> 
 def test_chatml_with_qwen_would_train_a_system_text(model_with: Any) -> None:
     found = template_check(model_with(CHATML), "qwen")
     assert found.status is Status.ERROR
-    assert "renders a prompt differently" in found.found
+    assert "differs from the model's chat template for a prompt" in found.found
 
 
 def test_a_template_that_refuses_system_texts(model_with: Any) -> None:
@@ -237,9 +237,9 @@ def test_other_files_are_not_measured(encoding: ChatEncoding, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("cutoff", "status", "reported"),
     [
-        (200, Status.OK, "cuts none"),
-        (150, Status.WARNING, "1 row is cut"),
-        (90, Status.ERROR, "100 of 200 rows are cut"),
+        (200, Status.OK, "truncates no row"),
+        (150, Status.WARNING, "1 row would be truncated"),
+        (90, Status.ERROR, "100 of 200 rows would be truncated"),
     ],
 )
 def test_cut_rows(cutoff: int, status: Status, reported: str) -> None:

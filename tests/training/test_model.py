@@ -169,12 +169,12 @@ def test_fsdp_divides_everything() -> None:
 
 
 def test_remedies_go_from_mild_to_strong_and_stop_when_it_fits() -> None:
-    found = remedies(QWEN_7B, SEED, tokens=4096, world_size=1, room=24 * GIBIBYTE)
+    found = remedies(QWEN_7B, SEED, tokens=4096, world_size=1, budget=24 * GIBIBYTE)
     (mildest, memory), (strongest, least) = found[0], found[-1]
     assert mildest == "per_device_train_batch_size=1 gradient_accumulation_steps=16"
     assert strongest.endswith("enable_liger_kernel=true")
     assert least.total < 24 * GIBIBYTE < memory.total
-    tight = remedies(QWEN_7B, SEED, tokens=4096, world_size=1, room=16 * GIBIBYTE)
+    tight = remedies(QWEN_7B, SEED, tokens=4096, world_size=1, budget=16 * GIBIBYTE)
     assert tight[-1][0].endswith("quantization_bit=4")
 
 

@@ -49,7 +49,7 @@ def test_a_project_that_is_ready(project: Path) -> None:
             "GPU", "precision", "memory", "disk", "packages", "SwanLab", "LLaMA Factory starts", "trainer",
             "LLaMA Factory's own parser"} <= found.keys()  # fmt: skip
     assert "accepts all" in found["LLaMA Factory's own parser"].found
-    assert "cuts none" in found["row lengths"].found
+    assert "truncates no row" in found["row lengths"].found
 
 
 def test_a_project_with_everything_wrong_gets_one_list(project: Path) -> None:

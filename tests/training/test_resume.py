@@ -259,8 +259,8 @@ def test_what_is_suggested_is_about_the_run_and_works(finished_copy: Path, capsy
 @pytest.mark.parametrize(
     ("assignments", "reported"),
     [
-        (["max_steps=80"], "has already trained 80"),
-        (["max_steps=8"], "Increase it"),
+        (["max_steps=80"], "is already at step 80"),
+        (["max_steps=8"], "Increase max_steps"),
         ([], "has already trained 8 on this dataset"),
     ],
 )
@@ -357,7 +357,9 @@ def test_what_llamafactory_left_is_checked_even_when_it_ended_well(
         with pytest.raises(LlamaFactoryError, match=re.escape(f"the last loss is {loss:g}")):
             verify_run(run, {})
     cut(run / "adapter_model.safetensors")
-    with pytest.raises(LlamaFactoryError, match=r"adapter_model\.safetensors is not complete"):
+    with pytest.raises(
+        LlamaFactoryError, match=r"adapter_model\.safetensors is not complete\. See its log: \S+run\.log$"
+    ):
         verify_run(run, {})
 
 
@@ -382,7 +384,7 @@ def test_an_unfinished_run_is_not_mixed_with_another_config(killed_copy: Path, m
     with pytest.raises(UsageError) as refused:
         start_again(killed_copy, monkeypatch, "lora_rank=16", "logging_steps=1")
     said = str(refused.value)
-    assert "contains an unfinished run of another config" in said and "lora_rank: 8 -> 16" in said
+    assert "holds an unfinished run with a different config" in said and "lora_rank: 8 -> 16" in said
     assert "logging_steps" not in said, "how often is logged changes nothing about what is learnt"
     assert "run_name=NAME" in said and "--overwrite" in said
 
@@ -473,7 +475,7 @@ def test_a_finished_run_of_another_config_is_left_alone(finished_copy: Path, mon
     Path("saves/run-2").mkdir()
     Path("saves/run-2/run.json").write_text(json.dumps(fresh))
     assert free_folder(Path("saves/run"), fresh) == Path("saves/run-2")
-    with pytest.raises(UsageError, match="contains a finished run of another config"):
+    with pytest.raises(UsageError, match="holds a finished run with a different config"):
         start_again(finished_copy, monkeypatch, "run_name=run", epochs="9")
 
 

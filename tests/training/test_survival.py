@@ -182,7 +182,7 @@ def test_when_a_part_is_killed_the_rest_goes_too(make_project: MakeProject, tmp_
             assert wait_for(lambda run=run: run.pid_of("llamafactory-cli train", without="supervisor.py"), 60)
             os.kill(run.pid_of(part, without), signal.SIGKILL)
             said = run.ends(3)
-        assert "killed from outside" in said and "logs/run.log" in said
+        assert "killed (SIGKILL)" in said and "logs/run.log" in said
     with start(project) as run:
         assert wait_for(lambda: run.pid_of("llamafactory-cli train", without="supervisor.py"), 60)
         run.process.send_signal(signal.SIGSTOP)

@@ -114,17 +114,17 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
         (["--nnodes", "2"], "need --master-addr"),
         (["--master-port", "999999"], "--master-port 999999"),
         (["--max-restarts", "-1"], "--max-restarts -1"),
-        (["--export-only", "--validate-only"], "Give one of them"),
+        (["--export-only", "--validate-only"], "--validate-only are mutually exclusive"),
         (["--export-only", "saves/run", "exprot_dir=x"], "exprot_dir"),
         (["--export-only", "saves/run", "-d", "steps", "lora_rank=8"], "dataset, lora_rank"),
-        (["--export-only", "lora_rank=8"], "lora_rank: a run is exported as it was trained"),
+        (["--export-only", "lora_rank=8"], "lora_rank cannot be set for an export"),
         (
             ["--export-only", "saves/run", "infer_dtype=flaot16"],
             "infer_dtype: 'flaot16' is not one of its choices. Did you mean float16?",
         ),
         (["--export-only", "saves/run", "export_size=[1"], "export_size: '[1' is not a YAML value"),
         (["--export-only", "saves/run", "export_size=0"], "export_size: is 0; it must be at least 1"),
-        (["--export-only", "saves/run", "export_dir=config.yaml"], "config.yaml: is a file"),
+        (["--export-only", "saves/run", "export_dir=config.yaml"], "config.yaml is a file"),
         (["--export-only", "saves/run", "export_dir=.", "--overwrite"], "is the current folder"),
         (["--runs", "--config", "missing.yaml"], "missing.yaml"),
         (["--config", "missing.yaml"], "missing.yaml"),
@@ -212,7 +212,7 @@ def test_the_checks_see_what_is_in_the_folder(killed_copy: Path, monkeypatch: py
     before = sorted(path.name for path in Path("saves").rglob("*"))
     other = TrainOptions(Path("config.yaml"), ["lora_rank=4"])
     (found,) = train._check_run_folder(other, train._prepare(other))
-    assert found.status is Status.ERROR and "contains an unfinished run of another config" in found.found
+    assert found.status is Status.ERROR and "holds an unfinished run with a different config" in found.found
     replaced = replace(other, overwrite=True)
     assert list(train._check_run_folder(replaced, train._prepare(replaced))) == []
     assert sorted(path.name for path in Path("saves").rglob("*")) == before, "looking changed something"
