@@ -73,7 +73,7 @@ class ShapeOf:
 
 
 def _ambiguous(keys: Iterable[str]) -> str:
-    return f"the prompt shows no score keys, and {' or '.join(keys)} would fit; {_NAME_THEM}"
+    return f"the prompt shows no score keys, and several are possible ({' or '.join(keys)}); {_NAME_THEM}"
 
 
 @dataclass(frozen=True)
@@ -281,10 +281,6 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="local folder with tokenizer and template (default: --model if it is a folder, otherwise --run)",
     )
-    where = "openai: ask a server (default with --base-url); transformers: load the model here (default without)"
-    add("--backend", choices=["transformers", "openai"], help=where)
-    folder = "the model's local folder, for its tokenizer and template (default: --model if it is a folder, else --run)"
-    add("--tokenizer", type=Path, metavar="FOLDER", help=folder)
     # Without defaults here, because one of these flags without a server is a mistake.
     add("--api-key-env", metavar="NAME", help=f"environment variable with the server's key (default: {KEY_VARIABLE})")
     at_once = f"requests at once (default: {Endpoint.concurrency})"
@@ -293,10 +289,10 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--logprobs",
         choices=["exact", "top"],
         help="exact (default): request each needed token by name, if the server can do so (vLLM, SGLang); this "
-        "disturbs other clients that request logprobs from the same vLLM. top: request only the likeliest tokens",
+        "disturbs other clients that request logprobs from the same vLLM. top: request only the top logprobs",
     )
-    likeliest = f"how many of the likeliest tokens to request (default: {Endpoint.top_logprobs})"
-    add("--top-logprobs", type=cli.positive, metavar="N", help=likeliest)
+    top = f"number of top logprobs to request (default: {Endpoint.top_logprobs})"
+    add("--top-logprobs", type=cli.positive, metavar="N", help=top)
     longest = f"longest wait for an answer, in each of {Endpoint.attempts} attempts (default: {Endpoint.timeout:g})"
     add("--timeout", type=cli.seconds, metavar="SECONDS", help=longest)
 

@@ -106,7 +106,7 @@ def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
     """
     task, history, step = _joined(item.get("task")), item.get("history") or [], item.get("step")
     if not isinstance(task, str) or not task.strip():
-        raise DataError("task: what the agent was asked, as a string or a list of text parts.")
+        raise DataError("task must be a string or a list of text parts: what the agent was asked.")
     step = [step] if isinstance(step, Mapping) else step
     for name, messages in (("history", history), ("step", step)):
         if messages != [] and not is_message_list(messages):
@@ -121,10 +121,10 @@ def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
     before, now = turns_of(history, lost), turns_of(step or [], lost)
     count = sum(map(_is_step, now))
     if not count:  # otherwise the previous step would be judged
-        raise DataError("step: has no message in which the agent says or does something.")
+        raise DataError("step must contain an assistant message with text or a tool call.")
     if count > 1 and not is_end:
         raise DataError(
-            f"step: has {count} messages in which the agent says or does something, and only one can be scored. Send "
+            f"step has {count} assistant messages with text or a tool call, and only one can be scored. Send "
             "each of them as a step, with those before it in history."
         )
     run = _run([*before, *now], task, lost, **names)
@@ -193,7 +193,7 @@ def run_of_policy(
     earlier = sum(map(_is_step, turns_of_chat(chat, prompt, Counter(), is_open=True)))
     turns = turns_of_chat(chat, prompt + _opening(chat, prompt, response) + response, lost)
     if not without_tokens(response) or sum(map(_is_step, turns)) <= earlier:
-        raise NothingWritten("the policy wrote nothing in it.")
+        raise NothingWritten("the response is empty.")
     return _run(turns, None, lost), earlier
 
 
@@ -227,7 +227,7 @@ def _turns_of_prompt(prompt: str | Sequence[Any], lost: Counter[str]) -> list[Tu
 def _turns_of_response(written: str | Sequence[Any], lost: Counter[str]) -> list[Turn]:
     if not isinstance(written, str):
         if not written:
-            raise NothingWritten("the policy wrote nothing in it.")
+            raise NothingWritten("the response is empty.")
         return _turns_of_messages("response", written, lost)
     if chat := chat_in(written):
         return turns_of_chat(chat, chat.answer + written, lost)
@@ -237,7 +237,7 @@ def _turns_of_response(written: str | Sequence[Any], lost: Counter[str]) -> list
 
 def _turns_of_messages(name: str, messages: Sequence[Any], lost: Counter[str]) -> list[Turn]:
     if not is_message_list(list(messages)):
-        raise DataError(f"{name}: neither a string nor a list of messages.")
+        raise DataError(f"{name} must be a string or a list of messages.")
     return turns_of(list(messages), lost)
 
 

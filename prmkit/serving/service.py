@@ -78,7 +78,9 @@ class Service:
         if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
             raise DataError("keys must be a list of score keys.")
         if keys and any(_is_step(step) for step in steps):
-            raise DataError("keys: only for ready-made prompts. For a step of a run, the judge's rubric sets the keys.")
+            raise DataError(
+                "keys is only allowed with ready-made prompts. For a step of a run, the judge's rubric sets the keys."
+            )
         shape_of = replace(self.shape_of, keys=tuple(keys)) if keys else self.shape_of
         read = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
         found = await self._lines([row for row, _ in read])

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prmkit.row_lines import Line
 from registry_fixtures import make_rows, make_run
 
 from prmkit import registered
 from prmkit.errors import DataError, UsageError
 from prmkit.intervals import confidence_sequence
 from prmkit.judge.scorer import ShapeOf
+from prmkit.layouts import Line
 from prmkit.registry.monitor import (
     LoggedStep,
     compare_judges,

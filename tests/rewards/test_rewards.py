@@ -203,9 +203,9 @@ def test_what_can_never_be_scored_is_an_exception_with_the_reason_and_never_a_nu
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
     for task in (image, [*PARTS, *image], ["Do it."], 7, ""):
         for unscored in (0.5, None):
-            with pytest.raises(RequestRefused, match="as a string or a list of text parts"):
+            with pytest.raises(RequestRefused, match="task must be a string or a list of text parts"):
                 score_step(judge, task, [], STEP, unscored)  # type: ignore[arg-type]
-            with pytest.raises(RequestRefused, match="as a string or a list of text parts"):
+            with pytest.raises(RequestRefused, match="task must be a string or a list of text parts"):
                 played(judge, [{"role": "user", "content": task}], "good", unscored_reward=unscored)
     with pytest.raises(RequestRefused, match="step: a list of messages"):
         score_step(judge, "Do it.", [], "good", 0.5)

@@ -297,7 +297,8 @@ def test_scores_to_ask_for(shape_of: ShapeOf, text: str, evaluation_type: str, e
 def test_scores_that_could_be_either_are_not_guessed() -> None:
     reason = ShapeOf(known={"clip": ["reasonableness_score", "correctness_score"]})("x", "clip")
     assert reason == (
-        "the prompt shows no score keys, and several keys are possible (reasonableness_score, correctness_score); "
+        "the prompt shows no score keys, and several are possible (reasonableness_score or "
+        "correctness_score); "
         "pass --keys, or keys in a request to a server"
     )
 
@@ -313,7 +314,7 @@ TWO = Shape(("safety", "quality"), nested=False)
         ({"": [FLAT_QUALITY]}, {"evaluation_type": None}, FLAT_QUALITY),
         ({"clip": [NESTED_QUALITY, FLAT_QUALITY]}, {}, NESTED_QUALITY),  # the more frequent one
         ({"clip": [TWO, FLAT_QUALITY]}, {}, TWO),
-        ({"clip": [FLAT_QUALITY, TWO]}, {}, "quality or safety, quality would fit"),
+        ({"clip": [FLAT_QUALITY, TWO]}, {}, "several are possible (quality or safety, quality)"),
         ({"final": [FLAT_QUALITY]}, {}, "none are known for its evaluation type"),
         ({"clip": [FLAT_QUALITY]}, {"keys": ("quality",)}, FLAT_QUALITY),
         ({"final": [FLAT_QUALITY]}, {"keys": ("quality",)}, FLAT_QUALITY),

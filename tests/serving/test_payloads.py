@@ -180,18 +180,18 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_results_and_system_texts_of_every_family_are_read(family: str) -> None:
     prompt, response = FAMILIES[family]
-    run, earlier = run_of_policy(prompt, response, whole=False)
+    run, earlier = run_of_policy(prompt, response, includes_prompt=False)
     assert (run.system, run.task, earlier, run.lost) == ("Be brief.", "Weather?", 0, {})
     first, second = run.steps
     assert [(call.name, call.arguments) for call in first.calls] == [("f", {"x": 1})]
     assert (first.text, [result.text for result in first.results], second.text) == ("", ["7"], "It rains.")
-    assert run_of_policy(prompt, prompt + response, whole=True) == (run, 0)
-    assert run_of_policy(prompt.removeprefix("<s>"), prompt + response, whole=True) == (run, 0)
+    assert run_of_policy(prompt, prompt + response, includes_prompt=True) == (run, 0)
+    assert run_of_policy(prompt.removeprefix("<s>"), prompt + response, includes_prompt=True) == (run, 0)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"Llama 3 without a tag", "GLM-4"}))
 def test_a_response_of_any_family_is_read_without_the_tokens_of_its_prompt(family: str) -> None:
-    run, _ = run_of_policy([{"role": "user", "content": "Weather?"}], FAMILIES[family][1], whole=False)
+    run, _ = run_of_policy([{"role": "user", "content": "Weather?"}], FAMILIES[family][1], includes_prompt=False)
     assert [[call.name for call in step.calls] for step in run.steps] == [["f"], []]
     assert run.steps[0].results[0].text == "7" and run.steps[1].text == "It rains."
 
@@ -228,11 +228,11 @@ COHERE = "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi<|END_OF_TURN_TOKEN|><|START_OF
 )
 def test_text_of_a_template_that_is_not_split_is_refused(prompt: Any, response: str, says: str) -> None:
     with pytest.raises(DataError, match=says) as caught:
-        run_of_policy(prompt, response, whole=False)
+        run_of_policy(prompt, response, includes_prompt=False)
     assert not isinstance(caught.value, NothingWritten)
     if isinstance(prompt, str):
         with pytest.raises(DataError, match=says):
-            run_of_policy(prompt, prompt + response, whole=True)
+            run_of_policy(prompt, prompt + response, includes_prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -247,32 +247,32 @@ def test_text_of_a_template_that_is_not_split_is_refused(prompt: Any, response: 
     ],
 )
 def test_text_that_mentions_a_token_is_plain(question: str, answer: str) -> None:
-    run, earlier = run_of_policy(question, answer, whole=False)
+    run, earlier = run_of_policy(question, answer, includes_prompt=False)
     assert (run.task, [step.text for step in run.steps], earlier) == (question, [answer], 0)
-    assert run_of_policy(question, question + answer, whole=True)[0] == run
+    assert run_of_policy(question, question + answer, includes_prompt=True)[0] == run
     chat = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    after, _ = run_of_policy(chat, answer + "<|im_end|>", whole=False)
+    after, _ = run_of_policy(chat, answer + "<|im_end|>", includes_prompt=False)
     assert (after.task, [step.text for step in after.steps]) == (question, [answer])
 
 
 def test_a_prompt_that_does_not_open_the_agents_message_is_followed_by_it() -> None:
     prompt = "<|im_start|>user\nWeather?<|im_end|>\n"
     for response in ("Rain.", "Rain.<|im_end|>", "<|im_start|>assistant\nRain.<|im_end|>"):
-        run, earlier = run_of_policy(prompt, response, whole=False)
+        run, earlier = run_of_policy(prompt, response, includes_prompt=False)
         assert (run.task, [step.text for step in run.steps], earlier) == ("Weather?", ["Rain."], 0)
     answered = f"{prompt}<|im_start|>assistant\n<|endoftext|><|im_end|>\n{prompt}<|im_start|>assistant\n"
-    run, earlier = run_of_policy(answered, "Rain.", whole=False)
+    run, earlier = run_of_policy(answered, "Rain.", includes_prompt=False)
     assert ([step.text for step in run.steps], earlier) == (["Rain."], 0)
     for nothing in ("", " \n", "<|im_end|>"):
         with pytest.raises(NothingWritten):
-            run_of_policy(f"{prompt}<|im_start|>assistant\n<think>\n", nothing, whole=False)
+            run_of_policy(f"{prompt}<|im_start|>assistant\n<think>\n", nothing, includes_prompt=False)
 
 
 def test_text_next_to_a_result_in_a_users_message_is_the_users() -> None:
     prompt = "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n"
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>\n'
     answered = "<|im_start|>user\nNote.<tool_response>7</tool_response>Hurry.<|im_end|>\n<|im_start|>assistant\nRain."
-    run, _ = run_of_policy(prompt, call + answered, whole=False)
+    run, _ = run_of_policy(prompt, call + answered, includes_prompt=False)
     assert [result.text for result in run.steps[0].results] == ["7"] and run.lost == {}
     assert [message.text for message in run.steps[1].incoming] == ["Note.\nHurry."]
 
@@ -281,5 +281,5 @@ def test_the_tools_of_mistral_are_part_of_its_system_text() -> None:
     prompt = (
         '<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][AVAILABLE_TOOLS][{"name": "f"}][/AVAILABLE_TOOLS][INST]Hi[/INST]'
     )
-    run, _ = run_of_policy(prompt, "Hello.</s>", whole=False)
+    run, _ = run_of_policy(prompt, "Hello.</s>", includes_prompt=False)
     assert (run.system, run.task) == ('Be brief.\n\n[{"name": "f"}]', "Hi")

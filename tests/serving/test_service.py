@@ -100,7 +100,7 @@ def test_what_is_dropped_from_a_step_is_counted_in_its_line() -> None:
 def test_a_step_is_one_message_of_the_agent() -> None:
     said = [{"role": "assistant", "content": text} for text in ("poor", "good")]
     (line,) = answer(lambda service: service.score({"steps": [{"task": "t", "step": said}]}))["results"]
-    assert line["status"] == "error" and "step: has 2 messages" in line["reason"]
+    assert line["status"] == "error" and "step has 2 assistant messages" in line["reason"]
     asked = {"state": {"task": "t", "output": said}, "questions": {"q": {"type": "noul"}}}
     assert answer(lambda service: service.systemone(asked))["answers"]["q"]["noul"] > 0.99  # about the end of a run
 
