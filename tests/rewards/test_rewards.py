@@ -207,7 +207,7 @@ def test_what_can_never_be_scored_is_an_exception_with_the_reason_and_never_a_nu
                 score_step(judge, task, [], STEP, unscored)  # type: ignore[arg-type]
             with pytest.raises(RequestRefused, match="task must be a string or a list of text parts"):
                 played(judge, [{"role": "user", "content": task}], "good", unscored_reward=unscored)
-    with pytest.raises(RequestRefused, match="step: a list of messages"):
+    with pytest.raises(RequestRefused, match="step must be a list of messages"):
         score_step(judge, "Do it.", [], "good", 0.5)
     with pytest.raises(RequestRefused, match="the probabilities are not numbers"):
         step_rewards(judge, {"messages": [RUN["messages"][0], {**STEP, "content": "NAN"}]}, unscored_reward=0.5)
