@@ -13,11 +13,11 @@ from prmkit import cli
 from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import numbered_jsonl
-from prmkit.judge.types import AGGREGATES
 from prmkit.registered import VersionId
 from prmkit.registry.describe import shown_estimate
 from prmkit.rows import name_at
 from prmkit.trajectory import log_id, outcome_number
+from prmkit.verdict import AGGREGATES
 
 _LEVEL = 0.95
 _CAP = 0.5

@@ -31,7 +31,7 @@ def make_compute_score(
         ValueError: from the returned function, if `extra_info` has the prompt under none of the usual names.
         JudgeUnavailable, RequestRefused: from the returned function.
     """
-    client = client_of(judge)
+    client = client_of(judge, aggregate)
 
     async def compute_score(
         data_source: Any = None,
