@@ -8,8 +8,9 @@ from prmkit import cli
 from prmkit.errors import ExitCode
 from prmkit.intervals import add_interval_arguments
 from prmkit.judge.scorer import add_backend_arguments, add_judge_arguments
-from prmkit.judge.types import AGGREGATES, BAD_BELOW, UNSCORED
+from prmkit.judge.types import BAD_BELOW, UNSCORED
 from prmkit.serving.engine import Engine
+from prmkit.verdict import AGGREGATES
 
 
 def main() -> int:

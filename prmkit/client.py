@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.http_client import T, check_url, checked_key
+from prmkit.verdict import AGGREGATES
 
 if TYPE_CHECKING:
     import httpx
@@ -83,13 +84,26 @@ class Judge:
     _local: threading.local = field(default_factory=threading.local, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the URL and the key.
+        """Check the settings.
 
         Raises:
-            UsageError: the URL is not that of a server, or the key cannot be sent in a header.
+            UsageError: the URL is not that of a server, the key cannot be sent in a header, or a number is below 1.
         """
+        for name in ("attempts", "concurrency"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: {getattr(self, name)}, but it must be at least 1.")
+        if not self.timeout > 0:
+            raise UsageError(f"timeout: {self.timeout}, but it must be more than 0 seconds.")
         check_url(self.url, "the URL of a judge,", "http://127.0.0.1:8000")
         self.key = checked_key(self.key or "", "the key of a judge")  # httpx's message would show it
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: connections are not copied, and the key is."""
+        return {name: value for name, value in vars(self).items() if name != "_local"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Make a copy without connections."""
+        vars(self).update(state, _local=threading.local())
 
     def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Score steps or ready-made prompts; return one line each, in order, as `POST /v1/score` does.
@@ -97,8 +111,11 @@ class Judge:
         A line with the status `failed` is requested again, and is returned if it fails in every attempt.
 
         Raises:
-            JudgeUnavailable, RequestRefused: the server does not respond, or refuses the request.
+            JudgeUnavailable, RequestRefused: see there.
+            UsageError: `steps` is no list.
         """
+        if isinstance(steps, str | Mapping):
+            raise UsageError("steps: a list of steps or prompts, not a single one.")
         more = {"keys": list(keys)} if keys else {}
         parts = [list(steps[first : first + 64]) for first in range(0, len(steps), 64)]
         answers = self._each([("/v1/score", {"steps": part, **more}) for part in parts])
@@ -199,8 +216,18 @@ class Judge:
         return {"base_url": self.url.rstrip("/"), "headers": headers, "timeout": self.timeout, "trust_env": False}
 
 
-def client_of(judge: str | Judge) -> Judge:
-    """Make a `Judge` for a URL; a `Judge` is returned unchanged."""
+def client_of(judge: str | Judge, aggregate: str = "min") -> Judge:
+    """A `Judge` for a URL; a `Judge` is returned as it is.
+
+    Args:
+        judge: the URL, or the client.
+        aggregate: how the caller makes one number of the steps' scores.
+
+    Raises:
+        UsageError: there is no such aggregate.
+    """
+    if aggregate not in AGGREGATES:
+        raise UsageError(f"aggregate: {aggregate!r:.40} is unknown. Use one of {', '.join(AGGREGATES)}.")
     return Judge(judge) if isinstance(judge, str) else judge
 
 

@@ -27,7 +27,6 @@ from prmkit.evaluation.exam_report import interval_cell, value_cell
 from prmkit.files import numbered_jsonl, read_jsonl, write_json
 from prmkit.judge.scorer import judge_source
 from prmkit.judge.sources import check_folders
-from prmkit.judge.types import AGGREGATES
 from prmkit.layouts import LINE_SUFFIXES, is_named
 from prmkit.prompts.step import load_rubric
 from prmkit.rows import name_at, whole_number
@@ -35,6 +34,7 @@ from prmkit.scoring.rows import check_rubric
 from prmkit.trajectories.importing import FileReport, read_runs, warn_of_losses
 from prmkit.trajectories.run_fields import OUTCOME_FIELDS
 from prmkit.trajectory import Result, Trajectory, is_share, outcome_number
+from prmkit.verdict import AGGREGATES
 
 log = logging.getLogger("prmkit")
 

@@ -41,8 +41,9 @@ from prmkit.evaluation.predictions import (
     suspicion,
     within_own_range,
 )
-from prmkit.judge.types import AGGREGATES, BAD_BELOW, LOW_LABEL_MASS, SAME_SCORE, SCORED, first_below
+from prmkit.judge.types import BAD_BELOW, LOW_LABEL_MASS, SAME_SCORE, SCORED, first_below
 from prmkit.rows import EVALUATION_TYPES, OUTCOME, SELECTED_BY, STEP_TYPES, weight_of, whole_number
+from prmkit.verdict import AGGREGATES
 
 Metrics = dict[str, Any]
 """Name -> `Estimate`, another such dictionary, or a plain number or string."""

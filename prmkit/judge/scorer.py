@@ -133,7 +133,12 @@ class Scorer:
         Returns:
             One judgement per prompt, in order: `score` and `std` of the verdict, `scores` by key, `status` and
             `reason`. A prompt that cannot be judged has the status `error`.
+
+        Raises:
+            UsageError: `prompts` is a single prompt: each of its characters would be one.
         """
+        if isinstance(prompts, str | Mapping):
+            raise UsageError("prompts: a list of prompts, not a single one.")
         shape_of = ShapeOf(tuple(keys or ()), trained=self.source.shapes)
         requests = [_request(prompt, shape_of) for prompt in prompts]
         judgements = self.judgements(each for each in requests if isinstance(each, Request))

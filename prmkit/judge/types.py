@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Literal
 
 from prmkit.verdict import Shape
@@ -130,14 +128,6 @@ class Judgement:
         """The lowest of the keys' reaches; None without any."""
         return min((each.reach for each in self.scores.values() if each.reach is not None), default=None)
 
-
-AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
-    "min": min,
-    "product": math.prod,
-    "mean": fmean,
-    "last": lambda scores: scores[-1],
-}
-"""Name -> how the scores of the steps become one score of the trajectory."""
 
 UNSCORED = ("error", "skip", "mean", "null")
 """What a reward endpoint returns for a step without a reliable score."""

@@ -15,11 +15,11 @@ from prmkit.drift import shift_of
 from prmkit.errors import DataError, UsageError
 from prmkit.files import numbered_jsonl
 from prmkit.intervals import confidence_sequence
-from prmkit.judge.types import AGGREGATES
 from prmkit.registered import VersionId
 from prmkit.registry.describe import shown_estimate
 from prmkit.rows import STEP_TYPES, name_at
 from prmkit.trajectory import is_share, log_id, outcome_number
+from prmkit.verdict import AGGREGATES
 
 _SHOWN = 5
 

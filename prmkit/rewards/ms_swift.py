@@ -27,7 +27,7 @@ def make_orm(judge: str | Judge, *, aggregate: str = "min") -> type:
     """
     from swift.rewards import ORM
 
-    client = client_of(judge)
+    client = client_of(judge, aggregate)
 
     class JudgeORM(ORM):  # type: ignore[misc]
         """The reward of a served judge."""

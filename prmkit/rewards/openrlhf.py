@@ -28,7 +28,7 @@ def make_reward_func(
     Raises:
         JudgeUnavailable, RequestRefused: raised by the returned function.
     """
-    client = client_of(judge)
+    client = client_of(judge, aggregate)
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Any = None, **_more: Any) -> dict[str, Any]:
         import torch

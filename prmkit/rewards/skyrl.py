@@ -7,7 +7,7 @@ register(id="judged-search", entry_point="my_module:JudgedSearch")
 
 from typing import Any
 
-from prmkit.client import Judge, client_of
+from prmkit.client import Judge, RequestRefused, client_of
 from prmkit.rewards.steps import reward_of_step
 
 
@@ -27,7 +27,7 @@ def make_env(
         unscored_reward: the score to use for a turn without a score; with None, such a turn is an error.
 
     Raises:
-        JudgeUnavailable, RequestRefused: raised by `step`.
+        JudgeUnavailable, RequestRefused: in `step`, and in `init` if the prompt has no message of the user.
     """
     client = client_of(judge)
 
@@ -37,6 +37,8 @@ def make_env(
         def init(self, prompt: list[dict[str, Any]]) -> Any:
             messages, info = super().init(prompt)
             self._judged = list(messages)
+            if not any(message["role"] == "user" for message in messages):
+                raise RequestRefused("the prompt has no message of role user, so the judge would not know the task.")
             return messages, info
 
         def step(self, action: str) -> Any:
@@ -51,13 +53,8 @@ def make_env(
         def _score(self, turn: dict[str, Any], answers: list[dict[str, Any]], *, is_last: bool) -> float:
             task = next(place for place, message in enumerate(self._judged) if message["role"] == "user")
             results = [message for message in answers if message["role"] == "tool"]
-            reward = reward_of_step(
-                client,
-                [turn, *results],
-                task=self._judged[task]["content"],
-                history=self._judged[:task] + self._judged[task + 1 :],
-                last=bool(is_last),
-            )
+            asked = {"task": self._judged[task]["content"], "history": self._judged[:task] + self._judged[task + 1 :]}
+            reward = reward_of_step(client, [turn, *results], **asked, last=bool(is_last))
             return reward.number(unscored_reward)
 
     return JudgedEnv

@@ -22,7 +22,7 @@ def make_custom_rm(
     Raises:
         JudgeUnavailable, RequestRefused: raised by the returned function.
     """
-    client = client_of(judge)
+    client = client_of(judge, aggregate)
 
     async def custom_rm(_args: Any, sample: Any, **_more: Any) -> dict[str, Any]:
         (reward,) = await client.arewards([(sample.prompt, sample.response)], aggregate=aggregate)

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from prmkit.client import Judge, Reward, client_of
+from prmkit.errors import UsageError
 
 WhenUnscored = Literal["none", "group_mean"]
 
@@ -26,8 +27,11 @@ def make_reward_func(
 
     Raises:
         JudgeUnavailable, RequestRefused: raised by the returned function, which stops the training.
+        UsageError: there is no such `aggregate` or `when_unscored`.
     """
-    client = client_of(judge)
+    client = client_of(judge, aggregate)
+    if when_unscored not in (None, *get_args(WhenUnscored)):
+        raise UsageError(f"when_unscored: {when_unscored!r:.40} is unknown. Use {' or '.join(get_args(WhenUnscored))}.")
     choice = when_unscored or _fitting_trl()
 
     def judge_reward(prompts: Sequence[Any], completions: Sequence[Any], **_columns: Any) -> list[float | None]:

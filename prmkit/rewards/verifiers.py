@@ -26,7 +26,7 @@ def make_reward(judge: str | Judge, *, aggregate: str = "min", weight: float = 1
     """
     import verifiers.v1 as vf
 
-    client = client_of(judge)
+    client = client_of(judge, aggregate)
 
     @vf.reward(weight=weight)  # type: ignore[untyped-decorator]
     async def judge_reward(*_task: Any, trace: Any) -> float:

@@ -31,7 +31,7 @@ def make_compute_score(
         ValueError: raised by the returned function if `extra_info` does not have the prompt under one of these names.
         JudgeUnavailable, RequestRefused: raised by the returned function.
     """
-    client = client_of(judge)
+    client = client_of(judge, aggregate)
 
     async def compute_score(
         data_source: Any = None,

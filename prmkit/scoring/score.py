@@ -16,10 +16,11 @@ from prmkit.files import exclusive_lock, write_text
 from prmkit.intervals import Abstention, load_abstention
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
-from prmkit.judge.types import AGGREGATES, Judgement, first_below, rounded
+from prmkit.judge.types import Judgement, first_below, rounded
 from prmkit.layouts import STDIN, open_lines
 from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
+from prmkit.verdict import AGGREGATES
 
 log = logging.getLogger("prmkit")
 

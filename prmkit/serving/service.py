@@ -11,7 +11,7 @@ from typing import Any
 
 from prmkit.errors import DataError, PrmkitError, UsageError
 from prmkit.judge.scorer import ShapeOf
-from prmkit.judge.types import AGGREGATES, BAD_BELOW, SAME_SCORE, UNSCORED, rounded
+from prmkit.judge.types import BAD_BELOW, SAME_SCORE, UNSCORED, rounded
 from prmkit.layouts import Rejected
 from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.rows import given_id, read_row
@@ -23,6 +23,7 @@ from prmkit.serving.payloads import NothingWritten, request_id, run_of_policy, r
 from prmkit.serving.request_log import JudgeRole, RequestLog
 from prmkit.serving.systemone import answer_to, check_question, key_of, run_of_state
 from prmkit.trajectory import Trajectory
+from prmkit.verdict import AGGREGATES
 
 _RECENT_REWARDS = 1000
 

@@ -2,6 +2,7 @@
 
 from prmkit.verdict.read import read_answer, read_verdict, score_answer
 from prmkit.verdict.types import (
+    AGGREGATES,
     Answer,
     Scale,
     Shape,
@@ -14,6 +15,7 @@ from prmkit.verdict.types import (
 )
 
 __all__ = [
+    "AGGREGATES",
     "Answer",
     "Scale",
     "Shape",

@@ -1,14 +1,23 @@
 """Verdicts: their types, the schema that a prompt requests, and the canonical JSON for training."""
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
 SCORE_ENDING = "score"
+
+AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "min": min,
+    "product": math.prod,
+    "mean": fmean,
+    "last": lambda scores: scores[-1],
+}
+"""How the scores of the steps become one score of the trajectory."""
 
 
 def is_score_key(key: str) -> bool:

@@ -3,7 +3,8 @@
 import pytest
 
 from prmkit.evaluation.metrics import trajectories_of
-from prmkit.judge.types import AGGREGATES, first_below
+from prmkit.judge.types import first_below
+from prmkit.verdict import AGGREGATES
 
 
 def clip(number: object, score: float = 0.7, task: str = "a", trajectory: str | None = None) -> dict:

@@ -1,7 +1,9 @@
 """The client against the real server, and against servers that are down, slow, or something else."""
 
 import asyncio
+import copy
 import http.server
+import pickle
 import socket
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import pytest
 
 from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward
 from prmkit.errors import UsageError
+from prmkit.judge.scorer import Scorer
+from prmkit.judge.sources import JudgeSource
 from prmkit.rewards.steps import step_rewards
 
 GOOD, POOR, CLOSE = 0.9, 0.2, 0.03
@@ -196,6 +200,31 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> No
         Judge("http://127.0.0.1:9", key=key)
     assert "s3cr" not in str(caught.value)
     assert Judge("http://127.0.0.1:9", key="s3cret\n").key == "s3cret"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"attempts": 0}, {"attempts": -1}, {"concurrency": 0}, {"timeout": 0}, {"timeout": float("nan")}]
+)
+def test_settings_with_which_nothing_could_be_asked_are_refused(setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(UsageError, match=f"{name}: "):
+        Judge("http://127.0.0.1:9", **setting)
+
+
+def test_a_copy_in_another_process_asks_as_well(judge_url: str) -> None:
+    judge = Judge(judge_url, key="s3cret", attempts=2)
+    assert judge.reward("What?", "good").value == pytest.approx(GOOD, abs=CLOSE)  # it holds a connection now
+    for other in (pickle.loads(pickle.dumps(judge)), copy.deepcopy(judge)):
+        assert (other.url, other.key, other.attempts) == (judge.url, "s3cret", 2)
+        assert other.reward("What?", "bad").value == pytest.approx(POOR, abs=CLOSE)
+
+
+def test_a_single_prompt_is_not_a_list_of_characters() -> None:
+    for one in ("good", {"prompt": "good"}):
+        with pytest.raises(UsageError, match="steps: a list"):
+            Judge("http://127.0.0.1:9").score(one)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="prompts: a list"):
+            Scorer(JudgeSource(Path("nowhere"))).score(one)  # type: ignore[arg-type]
 
 
 def test_what_is_no_address_is_said_at_once() -> None:

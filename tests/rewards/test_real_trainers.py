@@ -160,22 +160,30 @@ INSPECT = """
 import json, sys
 from inspect_ai import Task, eval
 from inspect_ai.dataset import Sample
-from inspect_ai.model import ChatMessageAssistant
+from inspect_ai.model import ChatMessageAssistant, ChatMessageUser
 from inspect_ai.solver import solver
 from prmkit.rewards.inspect_ai import judge_scorer
 
 @solver
 def replay():
     async def solve(state, generate):
-        state.messages.append(ChatMessageAssistant(content=state.metadata["said"]))
+        for said in state.metadata["said"]:
+            state.messages.append(ChatMessageAssistant(content=said, source="generate"))
         return state
     return solve
 
-samples = [Sample(input="Do it.", metadata={"said": said}) for said in ("good", "bad", "mumble", "")]
-task = Task(dataset=samples, solver=replay(), scorer=judge_scorer(sys.argv[1]))
+example = [ChatMessageUser(content="Do that."), ChatMessageAssistant(content="good"), ChatMessageUser(content="Do it.")]
+samples = [
+    Sample(input=given, metadata={"said": said.split(",")})
+    for said in ("good", "bad", "mumble", "", "good,bad")
+    for given in ("Do it.", example)
+]
+task = Task(dataset=samples, solver=replay(), scorer=judge_scorer(sys.argv[1], aggregate="mean"))
 (log,) = eval(task, model="mockllm/model", log_dir=sys.argv[2], display="none")
 (found,) = log.results.scores
-print(json.dumps({"status": log.status, "mean": found.metrics["mean"].value, "unscored": found.unscored_samples}))
+values = [each.scores["prmkit_judge"].value for each in log.samples]
+steps = [len((each.scores["prmkit_judge"].metadata or {}).get("steps", ())) for each in log.samples]
+print(json.dumps({"status": log.status, "values": values, "steps": steps, "unscored": found.unscored_samples}))
 """
 
 
@@ -185,7 +193,9 @@ def test_inspect_leaves_a_sample_without_a_score_out_of_its_mean(
 ) -> None:
     python = installed_alone("inspect-ai==0.3.285")  # its pins are not ours
     found = output_of(python, ROOT, INSPECT, judge_url, tmp_path / "logs")
-    assert found == {"status": "success", "mean": pytest.approx((GOOD + POOR) / 2, abs=CLOSE), "unscored": 2}
+    assert (found["status"], found["unscored"], found["steps"]) == ("success", 4, [1, 1, 1, 1, 0, 0, 0, 0, 2, 2])
+    scored = [*found["values"][:4], *found["values"][8:]]
+    assert scored == pytest.approx([GOOD, GOOD, POOR, POOR, *[(GOOD + POOR) / 2] * 2], abs=CLOSE)
 
 
 VERIFIERS = """

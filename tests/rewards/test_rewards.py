@@ -11,13 +11,15 @@ import pytest
 from serving_stub import StubScorer, running_server
 
 from prmkit.client import Judge, JudgeUnavailable, RequestRefused, Reward
-from prmkit.errors import DataError
+from prmkit.errors import DataError, UsageError
+from prmkit.rewards import openrlhf
 from prmkit.rewards.openrlhf import score_step
 from prmkit.rewards.skyrl import make_env
 from prmkit.rewards.slime import make_custom_rm
 from prmkit.rewards.steps import discounted_returns, evaluation_events, send_to_langfuse, step_rewards
 from prmkit.rewards.trl import make_reward_func, reward_values
 from prmkit.rewards.verl import make_compute_score
+from prmkit.verdict import AGGREGATES
 
 GOOD, POOR, CLOSE = 0.9, 0.2, 0.03
 RUN = {
@@ -229,3 +231,21 @@ def test_a_turn_in_which_the_policy_wrote_nothing_has_no_score(judge_url: str) -
     assert score_step(judge, "Do it.", [], {"role": "assistant", "content": None}, 0.5) == 0.5
     with pytest.raises(JudgeUnavailable, match="wrote nothing"):
         played(judge, RUN["messages"][:1], "")
+
+
+ADAPTERS: list[Callable[..., Any]] = [make_reward_func, make_compute_score, make_custom_rm, openrlhf.make_reward_func]
+
+
+@pytest.mark.parametrize("make", ADAPTERS)
+def test_settings_that_do_not_exist_are_refused_before_anything_is_judged(make: Callable[..., Any]) -> None:
+    for name in AGGREGATES:
+        make("http://127.0.0.1:9", aggregate=name)
+    with pytest.raises(UsageError, match=r"aggregate: 'sum' is unknown\. Use one of min, product, mean, last"):
+        make("http://127.0.0.1:9", aggregate="sum")
+    with pytest.raises(UsageError, match=r"when_unscored: 'zero' is unknown\. Use none or group_mean"):
+        make_reward_func("http://127.0.0.1:9", when_unscored="zero")  # type: ignore[arg-type]
+
+
+def test_a_skyrl_prompt_without_a_task_is_refused_before_the_first_turn(judge_url: str) -> None:
+    with pytest.raises(RequestRefused, match="no message of role user"):
+        played(Judge(judge_url), [{"role": "system", "content": "Do it."}], "good", unscored_reward=0.5)
