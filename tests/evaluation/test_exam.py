@@ -369,7 +369,7 @@ def test_a_model_takes_an_exam_and_continues_where_it_stopped(
     file.write_text("".join(lines[:7]) + lines[7][:20])  # as a killed command leaves it
     assert take(exam, "--model", export)["exported"] == found
     assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
-    with pytest.raises(GateError, match="It is unknown whether the judge was trained on tasks of the exam"):
+    with pytest.raises(GateError, match=f"It is unknown whether the judge was trained on tasks of {exam}"):
         take(exam, "--model", export, "--min-auroc", 0.0)
 
 
