@@ -17,7 +17,7 @@ from prmkit.intervals import Abstention, load_abstention
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
 from prmkit.judge.types import AGGREGATES, Judgement, first_below, rounded
-from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
+from prmkit.resumable import appending, check_outputs, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.row_lines import STDIN, open_rows
 from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
 
@@ -205,17 +205,16 @@ def trajectories_file(output: Path) -> Path:
 
 
 def _check_outputs(job: ScoringJob) -> None:
-    if job.output is None:
-        return
-    source = None if job.input == STDIN else Path(job.input)
-    check_output(job.output, source)
-    if job.bad_below is not None:
-        summaries = trajectories_file(job.output)
-        check_output(summaries, source)
-        if summaries.exists() and not fingerprint_file(job.output).is_file():
-            raise UsageError(
-                f"{summaries}: exists but does not belong to a scoring output. Choose another --output, or move it."
-            )
+    page = job.runs.page if job.runs else None
+    summaries = trajectories_file(job.output) if job.output and job.bad_below is not None else None
+    own = (job.output, job.output and fingerprint_file(job.output), summaries, page)
+    check_outputs(list(filter(None, own)), [None if job.input == STDIN else Path(job.input)])
+    if job.output and summaries and summaries.exists() and not fingerprint_file(job.output).is_file():
+        raise UsageError(
+            f"{summaries}: exists but does not belong to a scoring output. Choose another --output, or move it."
+        )
+    if page and page.is_file() and not page.read_bytes()[:20].lower().startswith((b"<!doctype html", b"<html")):
+        raise UsageError(f"--html {page}: exists and is not a page, so it would be lost. Name another file.")
 
 
 def _report_done(done: Sequence[ResultLine], output: Path) -> None:
