@@ -19,10 +19,10 @@ from typing import Any
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation.estimates import Estimate, mean
-from prmkit.evaluation.exam import ExamRun, ExamStep
+from prmkit.evaluation.exam import ExamRun, ExamStep, task_of_run
 from prmkit.evaluation.exam_answers import is_repeated, read_exam_answers, run_of
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
-from prmkit.evaluation.exam_command import folder_of
+from prmkit.evaluation.exam_command import check_training, folder_of
 from prmkit.evaluation.exam_report import interval_cell, value_cell
 from prmkit.files import numbered_jsonl, read_jsonl, write_json
 from prmkit.judge.scorer import judge_source
@@ -132,7 +132,7 @@ def pick_best_of_n(arguments: argparse.Namespace, of_judge: Sequence[str] = ()) 
 
     Raises:
         DataError: there are no outcomes, no task has two runs, or nothing was scored.
-        UsageError: the arguments contradict each other, or the judge was trained with another rubric.
+        UsageError: the arguments contradict each other, or the judge was trained with another rubric or on a task.
     """
     file = arguments.best_of_n
     ready = _outcome_lines(file)
@@ -276,6 +276,9 @@ def _with_judge(
 ) -> list[Attempt]:
     source = judge_source(arguments)
     check_folders(source)
+    tasks = list(map(task_of_run, runs))
+    if unchecked := check_training(arguments.best_of_n, tasks, source, arguments.data_dir):
+        log.warning("%s", unchecked)
     rubric = load_rubric(arguments.rubric)
     check_rubric(rubric, source.rubrics, str((source.adapter or source.model).name))
     asked = (step for run in runs for step in prompts_of_run(run, rubric))

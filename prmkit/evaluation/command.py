@@ -47,7 +47,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     if arguments.exam:
         return take_exam(arguments)
     if arguments.best_of_n:
-        of_judge = (name for name in (*_OF_JUDGES, "rubric") if _is_given(name, arguments))
+        of_judge = (name for name in (*_OF_JUDGES, "rubric", "data_dir") if _is_given(name, arguments))
         return pick_best_of_n(arguments, list(map(_flag, of_judge)))
     source = judge_source(arguments)
     check_folders(source)
@@ -114,7 +114,7 @@ _USED_BY: Mapping[str, tuple[str, ...]] = {
     "min_label_mass": (_HELD_OUT, "exam", "best_of_n"),
     "too_long": (_HELD_OUT, "exam", "best_of_n"),
     "dataset": (_HELD_OUT, "parity"),
-    "data_dir": (_HELD_OUT, "exam", "parity"),
+    "data_dir": (_HELD_OUT, "exam", "best_of_n", "parity"),
     "exported": ("parity",),
     "tolerance": ("parity",),
     "predictions": ("exam", "best_of_n"),

@@ -269,6 +269,11 @@ class Task(NamedTuple):
     """The hash of one prompt, if prompts are measured one by one."""
 
 
+def task_of_run(run: Trajectory) -> Task:
+    """The task of a whole run."""
+    return Task(str(run.source.get("format")), run.task_id, task_id_of(run.task) if run.task else None)
+
+
 def training_of(judge: Path) -> Mapping[str, Any]:
     """The record of a run or of an export; empty for another model."""
     file = record_of(judge) or judge / EXPORT_NOTE

@@ -98,7 +98,9 @@ def test_lines_with_scores_and_outcomes_need_nothing_else(tmp_path: Path) -> Non
     assert found["judge: last"]["2"]["value"] == 1 and found["random"]["2"]["value"] == 0.5
 
 
-@pytest.mark.parametrize("unused", ["--run saves/x", "--device cpu --rubric r.yaml", "--batch-size 9 --mode generate"])
+@pytest.mark.parametrize(
+    "unused", ["--run saves/x", "--device cpu --rubric r.yaml --data-dir d", "--batch-size 9 --mode generate"]
+)
 def test_options_about_a_judge_are_refused_where_none_is_asked(unused: str, tmp_path: Path) -> None:
     lines = [{"task_id": 1, "trial": trial, "reward": trial, "scores": [0.5]} for trial in range(2)]
     file = public.write_lines(tmp_path / "outcomes.jsonl", lines)
