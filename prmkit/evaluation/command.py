@@ -61,13 +61,12 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     settings = replace(_settings_of(arguments), unchecked=check_new_tasks(held_out, data_folder, source))
     _check_breakdown_keys(arguments.by or (), held_out)
     constants = heldout.training_constants(data_folder, name)
-    output = arguments.output
-    if output is None and arguments.run and is_registered(arguments.run):
-        output = results_folder(arguments.run)  # a registered version never changes
-    folder = output or (evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}"))
-    weights = None if output else _weights_folder(source)
-    metrics = evaluate(source, held_out, constants, folder, settings, weights)
-    if run and not output:
+    own = evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}")
+    folder = _results_folder(arguments, own)
+    metrics = evaluate(
+        source, held_out, constants, folder, settings, _weights_folder(source) if folder is own else None
+    )
+    if run and folder is own:
         _write_card(run, metrics)
     comparison = None
     if arguments.compare:
@@ -80,6 +79,15 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         _show(metrics, comparison, folder / REPORT_FILE)
     _check_gates(metrics, comparison, arguments, settings.unchecked)
     return ExitCode.DONE
+
+
+def _results_folder(arguments: argparse.Namespace, own: Path) -> Path:
+    """The judge's own folder, unless another was named, the judge is registered, or only a part is measured."""
+    if arguments.output:
+        return Path(arguments.output)
+    if arguments.run and is_registered(arguments.run):
+        own = results_folder(arguments.run)  # a registered version never changes
+    return own if arguments.limit is None else own.with_name(f"{own.name}_limit_{arguments.limit}")
 
 
 def _settings_of(arguments: argparse.Namespace) -> EvaluationSettings:

@@ -32,7 +32,7 @@ log = logging.getLogger("prmkit")
 
 _PATIENCE = 60.0
 """Seconds that a command waits for another command."""
-_LEFT_OUT = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
+_LEFT_OUT = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log", f"{EVALUATION}_limit_*")
 """Files of a run that are not copied: needed only to resume it, or written while it runs."""
 _PUBLIC = (
     "adapter_*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",

@@ -78,7 +78,7 @@ def test_a_run_is_measured_on_its_own_rows_from_any_folder(run, tmp_path, monkey
     monkeypatch.chdir(other)
     assert evaluate_judge("--run", moved, "--limit", 2) == ExitCode.DONE
     lines = (project / "data" / "reward_model_clip_eval.jsonl").read_text().splitlines()
-    metrics = json.loads((moved / "evaluation" / "metrics.json").read_text())
+    metrics = json.loads((moved / "evaluation_limit_2" / "metrics.json").read_text())
     assert metrics["held_out"]["prompts"] == len({json.loads(line)["instruction"] for line in lines})
 
 
@@ -225,6 +225,19 @@ def test_a_comparison_under_a_limit_is_of_the_prompts_under_it(run, tmp_path, ca
         evaluate_judge("--run", run, "--compare", run, "--limit", 9, "--json")
     printed = json.loads(capsys.readouterr().out)
     assert printed["comparison"]["groups"][0]["scores"] == printed["groups"][0]["scores"]
+
+
+def test_an_evaluation_under_a_limit_replaces_no_complete_one(run, tmp_path):
+    whole = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation*", "README.md", "cal*"))
+    evaluate_judge("--run", whole, "--limit", 2)
+    assert not any((whole / name).exists() for name in ("evaluation", "README.md", "calibration.json"))
+    evaluate_judge("--run", whole)
+    files = [whole / "README.md", whole / "calibration.json", *(whole / "evaluation").iterdir()]
+    before = {file: file.read_bytes() for file in files if file.is_file()}
+    evaluate_judge("--run", whole, "--limit", 2)
+    assert before == {file: file.read_bytes() for file in before}
+    metrics = json.loads((whole / "evaluation_limit_2" / "metrics.json").read_text())
+    assert metrics["held_out"]["prompts_evaluated"] == 2
 
 
 def test_code_that_models_bring_runs_only_where_that_was_typed(run, model_folders, tmp_path, monkeypatch):
