@@ -73,7 +73,7 @@ def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> 
         fingerprint: identifies comparable scores, kept next to the output; another judge's scores are moved away.
 
     Returns:
-        Whether every row got scores that the judge is sure of.
+        Whether everything was read, and every row got scores that the judge is sure of.
 
     Raises:
         UsageError: the output has scores of another input, is the input itself, or is not a writable file.
@@ -103,7 +103,7 @@ def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> 
             "write something other than a score, as a model that is untrained or has the wrong template does.",
             counts["unsure"],
         )
-    return counts.total() == counts["ok"]
+    return counts.total() == counts["ok"] and not (job.runs and job.runs.unread)
 
 
 @contextmanager

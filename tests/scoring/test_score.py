@@ -14,8 +14,9 @@ from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.judge.types import Asking, Distribution, Judgement, Mode
+from prmkit.prompts.step import load_rubric
 from prmkit.row_lines import read_lines
-from prmkit.scoring.rows import read_rows
+from prmkit.scoring.rows import RunsToScore, read_rows
 from prmkit.scoring.score import ScoringJob, run_job, score_rows, trajectories_file
 from prmkit.verdict import Shape
 
@@ -369,6 +370,15 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
     assert (two["steps"], two["min"], two["first_bad_step"]) == (1, 0.7, None)
     expected = {"trajectory_id": "three", "task_id": "three", "steps": 2, "missing": 0, "unscored": 1, "unsure": 0}
     assert three == expected | dict.fromkeys(["min", "product", "mean", "last", "first_bad_step", "first_bad_clip"])
+
+
+def test_a_run_that_cannot_be_read_is_no_success(tmp_path: Path) -> None:
+    runs = tmp_path / "runs.jsonl"
+    run = {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]}
+    for broken, is_whole in (("", True), (json.dumps(run)[:40] + "\n", False)):
+        runs.write_text(json.dumps(run) + "\n" + broken)
+        whole = job(runs, None, runs=RunsToScore(str(runs), load_rubric(), 0.5, "a judge"))
+        assert run_job(whole, scripted({"": 0.5}), {}) is is_whole
 
 
 def summed_up(tmp_path: Path, rows: list[str]) -> list[dict]:
