@@ -19,6 +19,7 @@ from prmkit.judge.sources import fingerprint_of
 from prmkit.judge.types import AGGREGATES, Judgement, first_below, rounded
 from prmkit.resumable import appending, check_outputs, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.row_lines import STDIN, open_rows
+from prmkit.rows import whole_number
 from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
 
 log = logging.getLogger("prmkit")
@@ -293,6 +294,15 @@ class _Step:
 class _Trajectory:
     task: str | None
     steps: list[_Step] = field(default_factory=list)
+    length: int = 0
+    """The number of steps that its rows name; 0 if they name none."""
+
+    @property
+    def missing(self) -> int:
+        """How many steps are missing: between the smallest and the greatest number, or of the number that is named."""
+        numbers = [step.number for step in self.steps if step.number is not None]
+        gaps = max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
+        return max(gaps, self.length - len(self.steps))
 
     def step_of(self, number: int | None, request_hash: str | None) -> _Step | None:
         """The step that a row repeats: the one with its clip number or, where one has no number, with its prompt."""
@@ -314,6 +324,8 @@ class Trajectories:
         self._trajectories: dict[str, _Trajectory] = {}
         self.unattributed = 0
         """Steps without a trajectory, and unreadable lines: each may be a step that a trajectory lacks."""
+        self.no_steps: Counter[str] = Counter()
+        """Evaluation type -> the number of rows that are not about one step."""
 
     def add(self, row: RowToScore, score: float | None, status: str) -> None:
         """Add the score of a row, if it is a step that belongs to a trajectory.
@@ -322,11 +334,13 @@ class Trajectories:
             DataError: the trajectory has another prompt with the same clip number.
         """
         if not row.is_step:
+            self.no_steps[str(row.metadata.get("evaluation_type"))] += 1
             return
         if row.trajectory is None:
             self.unattributed += 1
             return
         trajectory = self._trajectories.setdefault(row.trajectory, _Trajectory(row.task))
+        trajectory.length = max(trajectory.length, whole_number(row.metadata.get("steps")) or 0)
         request_hash = row.request_hash
         same = trajectory.step_of(row.clip_number, request_hash)
         if same and same.request_hash != request_hash:
@@ -344,28 +358,29 @@ class Trajectories:
         """One aggregate per trajectory, with steps by number; steps without a number come last, in input order."""
         for name, trajectory in self._trajectories.items():
             steps = sorted(trajectory.steps, key=lambda step: math.inf if step.number is None else step.number)
-            yield {"trajectory_id": name, "task_id": trajectory.task, "steps": len(steps)} | self._aggregates(steps)
+            about = {"trajectory_id": name, "task_id": trajectory.task, "steps": len(steps)}
+            yield about | self._aggregates(steps, trajectory.missing)
 
-    def _aggregates(self, steps: Sequence[_Step]) -> dict[str, Any]:
-        """The aggregates; all null if a step is missing, unsure or without a score: it could change any."""
+    def _aggregates(self, steps: Sequence[_Step], missing: int) -> dict[str, Any]:
+        """The aggregates; all null if a step is missing, unsure or without a score: it could change any.
+
+        Those that need the order of the steps are also null if it is unknown, because only some steps have a number.
+        """
+        unnumbered = sum(step.number is None for step in steps)
+        unordered = unnumbered if unnumbered < len(steps) else 0
         scores = [step.score for step in steps if step.score is not None]
         unsure = sum(step.is_unsure for step in steps)
-        faults = {"missing": _missing(steps), "unscored": len(steps) - len(scores) - unsure, "unsure": unsure}
+        faults = {"missing": missing, "unscored": len(steps) - len(scores) - unsure, "unsure": unsure}
+        counted = {**faults, "unnumbered": unordered}
         if any(faults.values()):
-            return {**faults, **dict.fromkeys([*AGGREGATES, "first_bad_step", "first_bad_clip"])}
+            return {**counted, **dict.fromkeys([*AGGREGATES, "first_bad_step", "first_bad_clip"])}
         bad = first_below(scores, self._bad_below)
-        return {
-            **faults,
+        found = {
             **{name: rounded(aggregate(scores)) for name, aggregate in AGGREGATES.items()},
             "first_bad_step": bad,
             "first_bad_clip": None if bad is None else steps[bad].number,
         }
-
-
-def _missing(steps: Sequence[_Step]) -> int:
-    """How many clip numbers are missing between the smallest and the greatest."""
-    numbers = [step.number for step in steps if step.number is not None]
-    return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
+        return counted | found | (dict.fromkeys(("last", "first_bad_step", "first_bad_clip")) if unordered else {})
 
 
 def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
@@ -375,6 +390,9 @@ def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
             "trajectory lacks; a missing last step cannot be detected.",
             trajectories.unattributed,
         )
+    if trajectories.no_steps:
+        types = ", ".join(f"{count} {name}" for name, count in trajectories.no_steps.items())
+        log.info("rows not about one step, which --aggregate leaves out, by evaluation type: %s", types)
     summaries = list(trajectories.summaries())
     if output is None:
         for summary in summaries:
