@@ -178,6 +178,11 @@ def _outcome_lines(file: Path) -> list[Attempt]:
             raise DataError(f"{place}: not a line with task_id and outcome, unlike the first line.")
         attempt, step, score = _outcome_line(value, place)
         name = attempt.trajectory_id
+        if name in runs and runs[name].task_id != attempt.task_id:
+            raise DataError(
+                f"{place}: trajectory_id {name} is of task {attempt.task_id}, and before of task {runs[name].task_id}. "
+                f"Make the ids different in the whole file, for example {attempt.task_id}.{name}."
+            )
         if name in runs and (step is None or step in steps[name] or runs[name].outcome != attempt.outcome):
             raise DataError(f"{place}: a second line for {name}. Give runs a trajectory_id, and steps a number.")
         runs[name] = attempt
@@ -203,7 +208,11 @@ def _about(value: Mapping[str, Any]) -> dict[str, Any]:
 def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | None, float | None]:
     """The run of a line; for a line about one step, also its number and score."""
     about = _about(value)
-    outcome = outcome_number(next((about[key] for key in _OUTCOMES if key in about), None))
+    given = {key: outcome_number(about[key]) for key in _OUTCOMES if key in about}
+    if {0.0, 1.0} <= set(given.values()):
+        named = ", ".join(f"{key} {value:g}" for key, value in given.items() if value is not None)
+        raise DataError(f"{place}: its outcomes contradict each other ({named}). Keep the one that counts.")
+    outcome = next(iter(given.values()), None)
     task, name = (name_at(place, about, key) for key in ("task_id", "trajectory_id"))
     if outcome is None or task is None:
         raise DataError(f"{place}: no task_id, or no outcome from 0 to 1 ({', '.join(_OUTCOMES)}).")
