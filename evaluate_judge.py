@@ -20,7 +20,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--data-dir", type=Path, metavar="FOLDER", help="the dataset's folder (default: the run's, or data)"
     )
-    what.add_argument("--limit", type=cli.positive, metavar="N", help="score at most N prompts (whole tasks first)")
+    limit = "score at most N prompts (whole tasks first); results go to evaluation_limit_N"
+    what.add_argument("--limit", type=cli.positive, metavar="N", help=limit)
     what.add_argument("--baseline", action="store_true", help="also evaluate the base model, without the adapter")
     what.add_argument(
         "--by", metavar="KEY", action="append", help="also break metrics down by a metadata key (repeatable)"

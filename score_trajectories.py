@@ -15,8 +15,9 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit code 1 if a row has no scores, or unsure ones; its line says why. Run the same command again to "
-        "continue where it stopped; rows with the status failed (server or memory errors) are retried.",
+        epilog="Exit code 1 if a run cannot be read, or a row has no scores or unsure ones; its line says why. Run the "
+        "same command again to continue where it stopped; rows with the status failed (server or memory errors) are "
+        "retried.",
     )
     inputs = (
         "runs in any format that import_trajectories.py reads (file or folder), or prompts: rows as in finetune.jsonl"

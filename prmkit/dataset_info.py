@@ -4,8 +4,9 @@ The conversion writes it; training, evaluation and the leak audit read it here, 
 (`llamafactory/data/parser.py`): an entry with `columns` or `tags` gets no defaults for those that it leaves out.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ from prmkit.files import numbered_jsonl, read_json, read_jsonl, sha256_of
 from prmkit.layouts import Rejected
 from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
 from prmkit.prompts.cleaning import restore
+from prmkit.registered import DATA, is_registered
 from prmkit.rows import prompt_hash, task_of, trajectory_of
 from prmkit.verdict import Shape, Unreadable, answer_prefix, read_answer
 
@@ -199,20 +201,34 @@ def data_folder_of(run: Path, record: Mapping[str, Any]) -> Path | None:
         record: the content of its `run.json`.
     """
     named = Path(record["config"].get("dataset_dir") or "data")
-    candidates = [above / named for above in (Path(), *run.resolve().parents[:4])]
-    folders = [folder for folder in candidates if (folder / INFO).is_file()]
-    return next((folder for folder in folders if _has_rows_of(record, folder)), folders[0] if folders else None)
-
-
-def _has_rows_of(record: Mapping[str, Any], folder: Path) -> bool:
+    places = [above / named for above in (Path(), *run.resolve().parents[:4])]
+    places += [run.parent / DATA] if is_registered(run) else []
+    folders = [place for place in places if (place / INFO).is_file()]
     described = record.get("dataset")
-    if not isinstance(described, dict):  # an older run.json
-        return False
+    return next((folder for folder in folders if has_rows(folder, described)), folders[0] if folders else None)
+
+
+def has_rows(folder: Path, described: Any) -> bool:
+    """Whether the datasets of a folder have the rows that a run's record names.
+
+    Args:
+        folder: a data folder; it may be missing.
+        described: `dataset` or `eval_dataset` of the record; older records have none.
+    """
+    wanted = described.get("sha256") if isinstance(described, dict) else None
+    return wanted is not None and rows_sha256(folder, split_names(described.get("name"))) == wanted
+
+
+def rows_sha256(folder: Path, names: Sequence[str]) -> str | None:
+    """The hash of a dataset's file, or one hash for the files of several; None if one of them is missing."""
     try:
-        entry = read_entries(folder).get(str(described.get("name")))
-        return entry is not None and entry.file is not None and sha256_of(entry.file) == described.get("sha256")
+        entries = read_entries(folder)
+        hashes = [sha256_of(file) for name in names if name in entries and (file := entries[name].file)]
     except (DataError, OSError):
-        return False
+        return None
+    if not names or len(hashes) < len(names):
+        return None
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def split_names(value: Any) -> list[str]:

@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,27 @@ def check_output(file: Path, source: Path | None) -> None:
     check_plain_name(file)
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise DataError(f"{file}: its parent {folder} is not a folder. Choose another --output.")
+        raise DataError(f"{file}: its parent {folder} is not a folder. Choose another output file.")
     if file.is_dir():
         raise DataError(f"{file} is a folder. Pass the name of a file.")
     if file.exists() and not file.is_file():
-        raise UsageError(f"{file} is not a regular file. Choose another --output, or leave it out for stdout.")
+        raise UsageError(f"{file} is not a regular file. Choose another output file.")
     if file.exists() and (file.samefile(source) if source and source.exists() else source is None and _is_stdin(file)):
-        raise UsageError(f"{file} is also the input. Choose another --output.")
+        raise UsageError(f"{file} is also the input. Choose another output file.")
+
+
+def check_outputs(files: Sequence[Path], sources: Sequence[Path | None]) -> None:
+    """Check all the files that a command writes, each as in `check_output`: no two of them may be the same file.
+
+    Raises:
+        UsageError, DataError: as `check_output`; or two files are one, also through a link.
+    """
+    for file in files:
+        for source in sources:
+            check_output(file, source)
+    for one, other in combinations(files, 2):
+        if one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other)):
+            raise UsageError(f"{other} is the same file as {one}, which is also written. Choose another output file.")
 
 
 def check_plain_name(file: Path) -> None:

@@ -20,7 +20,7 @@ from prmkit.collection.questions import Ask, Question, is_drawn, next_of, questi
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write, exclusive_lock
 from prmkit.prompts.step import Rubric, load_rubric
-from prmkit.resumable import check_output, companion_file
+from prmkit.resumable import check_outputs, companion_file
 from prmkit.rows import AUDIT
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 
@@ -110,12 +110,7 @@ def _check_files(arguments: argparse.Namespace, answers: Path) -> None:
                 "Choose another --output."
             )
     read = [*map(Path, arguments.inputs), arguments.judges, *filter(None, (arguments.first, arguments.rubric))]
-    for source in read:
-        check_output(arguments.output, source)
-        check_output(answers, source)
-    output = arguments.output
-    if output.absolute() == answers.absolute() or (answers.exists() and output.exists() and output.samefile(answers)):
-        raise UsageError(f"{answers} is also the --output. The answers need a separate file.")
+    check_outputs([arguments.output, answers], read)
 
 
 def _plan(arguments: argparse.Namespace) -> CollectionPlan:

@@ -19,10 +19,10 @@ from typing import Any
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation.estimates import Estimate, mean
-from prmkit.evaluation.exam import ExamRun, ExamStep
+from prmkit.evaluation.exam import ExamRun, ExamStep, task_of_run
 from prmkit.evaluation.exam_answers import is_repeated, read_exam_answers, run_of
 from prmkit.evaluation.exam_asking import prompts_of_run, score_steps
-from prmkit.evaluation.exam_command import folder_of
+from prmkit.evaluation.exam_command import check_training, folder_of
 from prmkit.evaluation.exam_report import interval_cell, value_cell
 from prmkit.files import numbered_jsonl, read_jsonl, write_json
 from prmkit.judge.scorer import judge_source
@@ -132,7 +132,7 @@ def pick_best_of_n(arguments: argparse.Namespace, of_judge: Sequence[str] = ()) 
 
     Raises:
         DataError: there are no outcomes, no task has two runs, or nothing was scored.
-        UsageError: the arguments contradict each other, or the judge was trained with another rubric.
+        UsageError: the arguments contradict each other, or the judge was trained with another rubric or on a task.
     """
     file = arguments.best_of_n
     ready = _outcome_lines(file)
@@ -178,6 +178,11 @@ def _outcome_lines(file: Path) -> list[Attempt]:
             raise DataError(f"{place}: not a line with task_id and outcome, unlike the first line.")
         attempt, step, score = _outcome_line(value, place)
         name = attempt.trajectory_id
+        if name in runs and runs[name].task_id != attempt.task_id:
+            raise DataError(
+                f"{place}: trajectory_id {name} is of task {attempt.task_id}, and before of task {runs[name].task_id}. "
+                f"Make the ids different in the whole file, for example {attempt.task_id}.{name}."
+            )
         if name in runs and (step is None or step in steps[name] or runs[name].outcome != attempt.outcome):
             raise DataError(f"{place}: a second line for {name}. Give runs a trajectory_id, and steps a number.")
         runs[name] = attempt
@@ -203,7 +208,11 @@ def _about(value: Mapping[str, Any]) -> dict[str, Any]:
 def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | None, float | None]:
     """The run of a line; for a line about one step, also its number and score."""
     about = _about(value)
-    outcome = outcome_number(next((about[key] for key in _OUTCOMES if key in about), None))
+    given = {key: outcome_number(about[key]) for key in _OUTCOMES if key in about}
+    if {0.0, 1.0} <= set(given.values()):
+        named = ", ".join(f"{key} {value:g}" for key, value in given.items() if value is not None)
+        raise DataError(f"{place}: its outcomes contradict each other ({named}). Keep the one that counts.")
+    outcome = next(iter(given.values()), None)
     task, name = (name_at(place, about, key) for key in ("task_id", "trajectory_id"))
     if outcome is None or task is None:
         raise DataError(f"{place}: no task_id, or no outcome from 0 to 1 ({', '.join(_OUTCOMES)}).")
@@ -276,6 +285,9 @@ def _with_judge(
 ) -> list[Attempt]:
     source = judge_source(arguments)
     check_folders(source)
+    tasks = list(map(task_of_run, runs))
+    if unchecked := check_training(arguments.best_of_n, tasks, source, arguments.data_dir):
+        log.warning("%s", unchecked)
     rubric = load_rubric(arguments.rubric)
     check_rubric(rubric, source.rubrics, str((source.adapter or source.model).name))
     asked = (step for run in runs for step in prompts_of_run(run, rubric))

@@ -12,6 +12,7 @@ from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import compare, heldout
 from prmkit.evaluation.best_of_n import pick_best_of_n
 from prmkit.evaluation.evaluate import REPORT_FILE, EvaluationSettings, evaluate
+from prmkit.evaluation.exam import check_new_tasks
 from prmkit.evaluation.exam_command import asks_judge, take_exam
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS, check_parity
 from prmkit.files import read_json, write_json
@@ -39,14 +40,14 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
     Raises:
         DataError: there is no judge, or nothing to measure it on.
-        UsageError: the arguments contradict each other.
+        UsageError: the arguments contradict each other, or the judge was trained on what it is to be measured on.
         GateError: a gate is not met, or cannot be decided.
     """
     _check_arguments(arguments)
     if arguments.exam:
         return take_exam(arguments)
     if arguments.best_of_n:
-        of_judge = (name for name in (*_OF_JUDGES, "rubric") if _is_given(name, arguments))
+        of_judge = (name for name in (*_OF_JUDGES, "rubric", "data_dir") if _is_given(name, arguments))
         return pick_best_of_n(arguments, list(map(_flag, of_judge)))
     source = judge_source(arguments)
     check_folders(source)
@@ -57,15 +58,15 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         return _parity(source, config, data, arguments)
     data_folder, name = heldout.place_of_held_out(config, data, arguments.dataset)
     held_out = heldout.read_held_out(data_folder, name)
+    settings = replace(_settings_of(arguments), unchecked=check_new_tasks(held_out, data_folder, source))
     _check_breakdown_keys(arguments.by or (), held_out)
     constants = heldout.training_constants(data_folder, name)
-    output = arguments.output
-    if output is None and arguments.run and is_registered(arguments.run):
-        output = results_folder(arguments.run)  # a registered version never changes
-    folder = output or (evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}"))
-    weights = None if output else _weights_folder(source)
-    metrics = evaluate(source, held_out, constants, folder, _settings_of(arguments), weights)
-    if run and not output:
+    own = evaluation_of(run) if run else Path("saves", f"evaluation_{source.model.name}")
+    folder = _results_folder(arguments, own)
+    metrics = evaluate(
+        source, held_out, constants, folder, settings, _weights_folder(source) if folder is own else None
+    )
+    if run and folder is own:
         _write_card(run, metrics)
     comparison = None
     if arguments.compare:
@@ -76,8 +77,17 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         cli.emit_json({**metrics, "comparison": comparison} if comparison else metrics)
     else:
         _show(metrics, comparison, folder / REPORT_FILE)
-    _check_gates(metrics, comparison, arguments)
+    _check_gates(metrics, comparison, arguments, settings.unchecked)
     return ExitCode.DONE
+
+
+def _results_folder(arguments: argparse.Namespace, own: Path) -> Path:
+    """The judge's own folder, unless another was named, the judge is registered, or only a part is measured."""
+    if arguments.output:
+        return Path(arguments.output)
+    if arguments.run and is_registered(arguments.run):
+        own = results_folder(arguments.run)  # a registered version never changes
+    return own if arguments.limit is None else own.with_name(f"{own.name}_limit_{arguments.limit}")
 
 
 def _settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
@@ -112,7 +122,7 @@ _USED_BY: Mapping[str, tuple[str, ...]] = {
     "min_label_mass": (_HELD_OUT, "exam", "best_of_n"),
     "too_long": (_HELD_OUT, "exam", "best_of_n"),
     "dataset": (_HELD_OUT, "parity"),
-    "data_dir": (_HELD_OUT, "exam", "parity"),
+    "data_dir": (_HELD_OUT, "exam", "best_of_n", "parity"),
     "exported": ("parity",),
     "tolerance": ("parity",),
     "predictions": ("exam", "best_of_n"),
@@ -190,7 +200,10 @@ def _check_breakdown_keys(keys: Sequence[str], held_out: heldout.HeldOut) -> Non
 
 
 def _check_gates(
-    metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, arguments: argparse.Namespace
+    metrics: Mapping[str, Any],
+    comparison: Mapping[str, Any] | None,
+    arguments: argparse.Namespace,
+    unchecked: str | None,
 ) -> None:
     """Check all requested gates, so that all failures are reported at once."""
     gates: dict[str, Callable[[], str | None]] = {}
@@ -202,7 +215,7 @@ def _check_gates(
         gates["--min-auroc"] = lambda: compare.check_min_auroc(metrics, arguments.min_auroc)
     if not gates:
         return
-    failed = []
+    failed = [f"{' and '.join(gates)}: {unchecked}"] if unchecked else []
     for check in (lambda: compare.check_enough_scores(metrics, " and ".join(gates)), *gates.values()):
         try:
             if shown := check():
@@ -221,12 +234,14 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        DataError: nothing was held out, or no prompt could be scored.
+        DataError: nothing was held out, no prompt could be scored, or the data was converted again since the training.
+        UsageError: the run was trained on tasks that are held out now.
     """
     data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
     held_out, constants = heldout.read_held_out(data_folder, name), heldout.training_constants(data_folder, name)
     source = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
-    metrics = evaluate(source, held_out, constants, evaluation_of(run), EvaluationSettings(), run)
+    settings = EvaluationSettings(unchecked=check_new_tasks(held_out, data_folder, source))
+    metrics = evaluate(source, held_out, constants, evaluation_of(run), settings, run)
     _write_card(run, metrics)
     _show(metrics, None, evaluation_of(run) / REPORT_FILE)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prmkit.errors import DataError, GateError
-from prmkit.evaluation import statistics
+from prmkit.evaluation import estimates, statistics
 from prmkit.evaluation.baselines import shared
 from prmkit.evaluation.estimates import LEVEL, MIN_TASKS, Floats, Sample, Statistic, as_json, measure, resampled
 from prmkit.evaluation.metrics import ALL, MIN_SCORES, ORDER, STRICT, Metrics
@@ -74,10 +74,11 @@ def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> 
     both, both_of_other = shared(mine, theirs)
     if not len(both):
         raise DataError(f"{this} and {other} share no score. Evaluate both without --limit.")
-    types = [ALL, *dict.fromkeys(both.evaluation_type)]
+    types = [ALL, *dict.fromkeys([*mine.evaluation_type, *theirs.evaluation_type])]
     masks = {name: np.full(len(both), True) if name == ALL else both.evaluation_type == name for name in types}
     groups = [
-        {"evaluation_type": name} | _differences(both.where(mask), both_of_other.where(mask))
+        {"evaluation_type": name}
+        | (_differences(both.where(mask), both_of_other.where(mask)) if mask.any() else _NOTHING_SHARED)
         for name, mask in masks.items()
     ]
     _decide(groups)
@@ -138,6 +139,13 @@ def _differences(mine: Scores, theirs: Scores) -> Metrics:
     return found
 
 
+_NO_TEST: Metrics = {"standard_error": None, "p_worse": None, "p_better": None}
+_NOTHING_SHARED: Metrics = {"scores": 0, "tasks": 0} | {
+    name: dict.fromkeys(("this", "other", "difference"), estimates.undefined("no score that both gave")) | _NO_TEST
+    for name in _BETTER
+}
+
+
 def _defined(statistic: Statistic, sample: Sample, name: str) -> Statistic:
     """The correlation of a constant judge is undefined; for a comparison it counts as 0, because it orders nothing."""
     if (
@@ -164,12 +172,12 @@ def _test(sample: Sample, difference: Statistic, better: int) -> Metrics:
     from scipy import stats
 
     if sample.tasks < MIN_TASKS or len(sample.reference) < MIN_SCORES:
-        return {"standard_error": None, "p_worse": None, "p_better": None}
+        return _NO_TEST
     value = float(difference(np.ones((1, sample.tasks)))[0])
     drawn = resampled(sample, difference)
     known = drawn[np.isfinite(drawn)]
     if not np.isfinite(value) or len(known) < 0.9 * len(drawn):
-        return {"standard_error": None, "p_worse": None, "p_better": None}
+        return _NO_TEST
     # With few tasks the bootstrap's variance is too small by (n - 1) / n.
     error = float(np.std(known)) * math.sqrt(sample.tasks / (sample.tasks - 1))
     if error < 1e-12:
@@ -282,7 +290,7 @@ def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) 
             )
     unseen = max(-_one_sided_end(group[ORDER], ORDER) for group in of_types)
     return (
-        f"Not shown to be worse on any type. A loss of up to {max(unseen, 0.0):.3f} in Spearman is not excluded; "
+        f"Not shown to be worse on any type. A loss of up to {max(0.0, unseen):.3f} in Spearman is not excluded; "
         "--margin X requires proof."
     )
 

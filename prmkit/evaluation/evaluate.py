@@ -71,6 +71,8 @@ class EvaluationSettings:
     """Metadata keys to break the metrics down by, besides those that divide the rows into a few groups."""
     robustness: bool = False
     """Also score changed prompts: see `prmkit.evaluation.robustness`."""
+    unchecked: str | None = None
+    """Why it is unknown whether the judge was trained on the held-out tasks; one of the warnings about the results."""
 
 
 def evaluate(
@@ -112,6 +114,7 @@ def evaluate(
             base_rows = predict(base, held_out, prompts, folder / BASE_PREDICTIONS_FILE, settings)
         about: dict[str, Any] = {"judge": described(source), "mode": settings.asking.mode}
         metrics = about | metrics_of(rows, base_rows, held_out, constants, settings.by)
+        metrics["summary"]["warnings"] += [settings.unchecked] if settings.unchecked else []
         if settings.robustness:
             _add_robustness(metrics, source, held_out, prompts, rows, folder, settings)
         write_json(folder / METRICS_FILE, metrics)

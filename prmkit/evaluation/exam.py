@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from prmkit.dataset_info import read_entries, read_sidecar, split_names
+from prmkit.dataset_info import has_rows, read_entries, read_sidecar, rows_sha256, split_names
 from prmkit.errors import DataError, UsageError
+from prmkit.evaluation.heldout import HeldOut
 from prmkit.files import numbered_jsonl, sha256_of, stored_form
+from prmkit.judge.sources import JudgeSource, data_of_run, read_object
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 from prmkit.layouts import Rejected
+from prmkit.paths import EXPORT_NOTE, INFO, record_of
 from prmkit.rows import WEIGHT, InputRow, is_weight, read_row, task_of, whole_number
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
@@ -77,6 +80,11 @@ class ExamRun:
     rubric: str | None = None
     """The hash of the rubric, for ready-made prompts."""
     record: Trajectory | None = None
+
+    @property
+    def identity(self) -> "Task":
+        """Its task."""
+        return Task(self.source, self.task_id, self.task_hash)
 
     @cached_property
     def numbers(self) -> Mapping[int, int]:
@@ -250,29 +258,58 @@ def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
 # --- what a judge was trained on --------------------------------------------------------------------------------------
 
 
-def check_not_trained_on(
-    exam: Exam, config: Mapping[str, Any], data_folder: Path, trained_on: Mapping[str, str] | None = None
-) -> None:
-    """Reject a judge that was trained on a task of the exam.
+class Task(NamedTuple):
+    """What identifies a task on which a judge is measured."""
+
+    source: str
+    """The set that it comes from."""
+    task_id: str
+    task_hash: str | None
+    """The hash of its text."""
+    prompt_sha256: str | None = None
+    """The hash of one prompt, if prompts are measured one by one."""
+
+
+def task_of_run(run: Trajectory) -> Task:
+    """The task of a whole run."""
+    return Task(str(run.source.get("format")), run.task_id, task_id_of(run.task) if run.task else None)
+
+
+def training_of(judge: Path) -> Mapping[str, Any]:
+    """The record of a run or of an export; empty for another model."""
+    file = record_of(judge) or judge / EXPORT_NOTE
+    return read_object(file) if file.is_file() else {}
+
+
+def data_of_judge(judge: Path) -> Path | None:
+    """Where the data of a run is now; None if it was not found, or for a model, which does not record its place."""
+    return data_of_run(judge) if record_of(judge) else None
+
+
+def check_not_trained_on(file: Path, tasks: Sequence[Task], record: Mapping[str, Any], data_folder: Path) -> None:
+    """Reject a judge that was trained on a task on which it is to be measured.
 
     Tasks are the same if their texts are, whatever their ids. Ids are compared if a text is unknown, and within a set:
     a simulated user may word a task in several ways.
 
     Args:
-        exam: the exam.
-        config: of the judge's run.
+        file: where the tasks are from.
+        tasks: the tasks.
+        record: of the judge; see `training_of`.
         data_folder: holds its training data.
-        trained_on: dataset -> SHA-256 of its training file, if the run's record has it.
 
     Raises:
-        UsageError: at least one task is in both.
+        UsageError: it was trained on at least one of the tasks.
         DataError: the training data is missing or has changed, so it cannot be checked.
     """
     hashes: set[str] = set()
+    prompts: set[str] = set()
     ids: set[tuple[str, str | None]] = set()
     unhashed: set[str | None] = set()
-    for metadata in _training_metadata(config, data_folder, trained_on or {}):
+    for row in _training_rows(record, data_folder):
+        metadata = row["metadata"]
         identity = task_of(metadata)
+        prompts.add(row["prompt_sha256"])
         ids.add((str(metadata.get("provider")), identity))
         if metadata.get("task_hash"):
             hashes.add(str(metadata["task_hash"]))
@@ -280,38 +317,79 @@ def check_not_trained_on(
             unhashed.add(identity)
     everywhere = {identity for _, identity in ids}
     shared = [
-        run
-        for run in exam.runs
-        if run.task_hash in hashes
-        or (run.source, run.task_id) in ids
-        or run.task_id in (unhashed if run.task_hash else everywhere)
+        task
+        for task in tasks
+        if task.task_hash in hashes
+        or task.prompt_sha256 in prompts
+        or (task.source, task.task_id) in ids
+        or task.task_id in (unhashed if task.task_hash else everywhere)
     ]
     if shared:
-        tasks = len({run.task_id for run in shared})
+        count = len({task.task_id for task in shared})
         raise UsageError(
-            f"{exam.file}: the judge was trained on {tasks} of these {len({run.task_id for run in exam.runs})} tasks, "
-            f"for example {shared[0].task_id}. Use an exam with other tasks, or train without them."
+            f"{file}: the judge was trained on {count} of these {len({task.task_id for task in tasks})} tasks, "
+            f"for example {shared[0].task_id}. Measure it on other tasks, or train without these."
         )
 
 
-def _training_metadata(
-    config: Mapping[str, Any], data_folder: Path, trained_on: Mapping[str, str]
-) -> Iterator[Mapping[str, Any]]:
-    names = split_names(config.get("dataset") or [])
-    entries = read_entries(data_folder) if data_folder.is_dir() else {}
-    for name in names:
-        entry = entries.get(name)
-        sidecar = entry.sidecar if entry else None
-        if sidecar is None:
-            raise DataError(
-                f"{data_folder}: the training data {name} or its sidecar is missing, so it cannot be checked whether "
-                "the judge was trained on the exam's tasks. Name its folder with --data-dir."
-            )
-        if name in trained_on and (not entry or not entry.file or sha256_of(entry.file) != trained_on[name]):
-            raise DataError(
-                f"{data_folder}: {name} is not what the judge was trained on; it was converted again. Name the folder "
-                "with the original training data with --data-dir."
-            )
-        yield from (row["metadata"] for row in read_sidecar(sidecar))
+def _training_rows(record: Mapping[str, Any], data_folder: Path) -> Iterator[Mapping[str, Any]]:
+    described = _described(record, "dataset")
+    names = list(filter(None, split_names(described.get("name"))))
     if not names:
         raise DataError("the training data of this judge is unknown. Name a run (--run) that has its resolved config.")
+    entries = read_entries(data_folder) if (data_folder / INFO).is_file() else {}
+    sidecars = [entries[name].sidecar if name in entries else None for name in names]
+    if None in sidecars:
+        raise DataError(
+            f"{data_folder}: the training data {', '.join(names)} or its sidecar is missing, so it cannot be checked "
+            "whether the judge was trained on these tasks. Name its folder with --data-dir."
+        )
+    if described.get("sha256") and not has_rows(data_folder, described):
+        raise DataError(
+            f"{data_folder}: {', '.join(names)} is not what the judge was trained on; it was converted again. Convert "
+            "the original rows again with the same options, or name the folder of the original data with --data-dir."
+        )
+    for sidecar in filter(None, sidecars):
+        yield from read_sidecar(sidecar)
+
+
+def _described(record: Mapping[str, Any], side: str) -> Mapping[str, Any]:
+    """Name and hash of a dataset in a record; older records have only its name, in their configuration."""
+    found = record.get(side)
+    return found if isinstance(found, dict) else {"name": (record.get("config") or {}).get(side)}
+
+
+def check_new_tasks(held_out: HeldOut, folder: Path, source: JudgeSource) -> str | None:
+    """Reject held-out rows of tasks that a judge was trained on.
+
+    One conversion never puts a task on both sides, so rows of the conversion that the judge was trained with need no
+    comparison; another conversion may hold out other tasks.
+
+    Args:
+        held_out: the rows.
+        folder: the data folder that they are from.
+        source: the judge.
+
+    Returns:
+        Why this is unknown; None if it was not trained on them, or is not a judge of this project.
+
+    Raises:
+        UsageError: it was trained on at least one of the tasks.
+        DataError: its training data was converted again.
+    """
+    judge = source.adapter or source.model
+    record, data_folder = training_of(judge), data_of_judge(judge)
+    trained, own = _described(record, "dataset"), _described(record, "eval_dataset")
+    if not record or has_rows(folder, trained) or own.get("sha256") == held_out.file_sha256:
+        return None
+    unknown = f"It is unknown whether the judge was trained on tasks of {held_out.file}: "
+    if not trained.get("sha256"):
+        return f"{unknown}{judge} does not record its training data."
+    if data_folder is None or rows_sha256(data_folder, split_names(trained.get("name"))) is None:
+        return f"{unknown}its training data was not found."
+    tasks = [
+        Task(str(each.metadata.get("provider")), each.task, each.metadata.get("task_hash"), each.prompt_sha256)
+        for each in held_out.prompts
+    ]
+    check_not_trained_on(held_out.file, tasks, record, data_folder)
+    return None

@@ -9,16 +9,15 @@ from pathlib import Path
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import exam_report
-from prmkit.evaluation.exam import Exam, check_not_trained_on, read_exam
+from prmkit.evaluation.exam import Exam, Task, check_not_trained_on, data_of_judge, read_exam, training_of
 from prmkit.evaluation.exam_answers import JudgeScores, read_exam_answers
 from prmkit.evaluation.exam_asking import ask_server, endpoint_of, prompts_of, score_steps
 from prmkit.evaluation.exam_metrics import Entrant, constants, examine
 from prmkit.evaluation.summary import MIN_SCORED
-from prmkit.files import read_json, write_json
+from prmkit.files import write_json
 from prmkit.judge.scorer import DEFAULT_RUN, judge_source
-from prmkit.judge.sources import JudgeSource, check_folders, config_of_run, data_of_run
+from prmkit.judge.sources import JudgeSource, check_folders
 from prmkit.layouts import bare_name
-from prmkit.paths import record_of
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.registered import results_folder
 from prmkit.scoring.rows import check_rubric
@@ -43,7 +42,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     if asks_judge(arguments):
         source = judge_source(arguments)
         check_folders(source)
-        unchecked = _check_training(exam, arguments)
+        unchecked = check_training(exam.file, [run.identity for run in exam.runs], source, arguments.data_dir)
         judges += _asked_judges(exam, source, folder, arguments)
     if arguments.predictions:
         others = read_exam_answers(arguments.predictions, exam.runs, exam.file)
@@ -75,25 +74,14 @@ def asks_judge(arguments: argparse.Namespace) -> bool:
     return bool(arguments.run or arguments.model or not (arguments.predictions or arguments.predict_with))
 
 
-def _check_training(exam: Exam, arguments: argparse.Namespace) -> str | None:
-    """Reject a judge that was trained on tasks of the exam. Returns a sentence if that cannot be checked."""
-    run = None if arguments.model else arguments.run or DEFAULT_RUN
-    config = config_of_run(run) if run else {}
-    found = arguments.data_dir or (data_of_run(run) if run else None)
-    folder = found or Path(config.get("dataset_dir") or "data")
+def check_training(file: Path, tasks: Sequence[Task], source: JudgeSource, data_dir: Path | None) -> str | None:
+    """Reject a judge that was trained on tasks of a file. Returns a sentence if that cannot be checked."""
+    judge = source.adapter or source.model
     try:
-        check_not_trained_on(exam, config, folder, _trained_on(run) if run else None)
+        check_not_trained_on(file, tasks, training_of(judge), data_dir or data_of_judge(judge) or Path("data"))
     except DataError as error:
-        return f"It is unknown whether the judge was trained on tasks of the exam: {error}"
+        return f"It is unknown whether the judge was trained on tasks of {file}: {error}"
     return None
-
-
-def _trained_on(run: Path) -> dict[str, str]:
-    """Dataset -> hash of its training file, from the run's record."""
-    record = record_of(run)
-    dataset = read_json(record).get("dataset") if record else None
-    known = dataset if isinstance(dataset, dict) else {}
-    return {str(known["name"]): str(known["sha256"])} if {"name", "sha256"} <= known.keys() else {}
 
 
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:

@@ -32,7 +32,7 @@ log = logging.getLogger("prmkit")
 
 _PATIENCE = 60.0
 """Seconds that a command waits for another command."""
-_NOT_COPIED = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log")
+_NOT_COPIED = ("checkpoint-*", "global_step*", "*.part", ".lock", "runs", "*.log", f"{EVALUATION}_limit_*")
 """Files of a run that are not copied: needed only to resume it, or written while it runs."""
 _ADDING = ".adding-"
 """With the number, the folder of a version that is being added."""

@@ -196,6 +196,8 @@ class RunsToScore:
     """The file to write the page to; None for no page."""
     format: str | None = None
     """The format of the runs; None to detect it."""
+    unread: int = 0
+    """How many runs, or lines of a file of runs, could not be read; counted when all rows have been read."""
     _first: dict[str, Trajectory] = field(default_factory=dict)
     _results: dict[str, list[Any]] = field(default_factory=dict)
     _runs: int = 0
@@ -211,6 +213,9 @@ class RunsToScore:
             for prompt in step_prompts(run, self.rubric):
                 number += 1
                 yield step_row(run, prompt, self.rubric, number)
+        # A file that is no file of runs costs nothing, but one that breaks off does.
+        cut_off = sum(each.passed_over is not None and each.format is not None for each in reports)
+        self.unread = sum(each.unreadable.total() for each in reports) + cut_off
         warn_of_losses(reports)
         for line in totals(reports):
             log.info(line)

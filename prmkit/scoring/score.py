@@ -18,7 +18,8 @@ from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
 from prmkit.judge.types import Judgement, first_below, rounded
 from prmkit.layouts import STDIN, open_lines
-from prmkit.resumable import appending, check_output, companion_file, fingerprint_file, reopen, replace_rows
+from prmkit.resumable import appending, check_outputs, companion_file, fingerprint_file, reopen, replace_rows
+from prmkit.rows import whole_number
 from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
 from prmkit.verdict import AGGREGATES
 
@@ -75,7 +76,7 @@ def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> 
             elsewhere.
 
     Returns:
-        Whether every row has scores that the judge is sure of.
+        Whether everything was read, and every row got scores that the judge is sure of.
 
     Raises:
         UsageError: the output has scores of another input, is the input itself, or is not a writable file.
@@ -105,7 +106,7 @@ def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> 
             "the wrong template.",
             counts["unsure"],
         )
-    return counts.total() == counts["ok"]
+    return counts.total() == counts["ok"] and not (job.runs and job.runs.unread)
 
 
 @contextmanager
@@ -207,17 +208,16 @@ def trajectories_file(output: Path) -> Path:
 
 
 def _check_outputs(job: ScoringJob) -> None:
-    if job.output is None:
-        return
-    source = None if job.input == STDIN else Path(job.input)
-    check_output(job.output, source)
-    if job.bad_below is not None:
-        summaries = trajectories_file(job.output)
-        check_output(summaries, source)
-        if summaries.exists() and not fingerprint_file(job.output).is_file():
-            raise UsageError(
-                f"{summaries} exists but does not belong to a scoring output. Choose another --output, or move it."
-            )
+    page = job.runs.page if job.runs else None
+    summaries = trajectories_file(job.output) if job.output and job.bad_below is not None else None
+    own = (job.output, job.output and fingerprint_file(job.output), summaries, page)
+    check_outputs(list(filter(None, own)), [None if job.input == STDIN else Path(job.input)])
+    if job.output and summaries and summaries.exists() and not fingerprint_file(job.output).is_file():
+        raise UsageError(
+            f"{summaries} exists but does not belong to a scoring output. Choose another --output, or move it."
+        )
+    if page and page.is_file() and not page.read_bytes()[:20].lower().startswith((b"<!doctype html", b"<html")):
+        raise UsageError(f"--html {page} exists and is not an HTML page, so it would be lost. Choose another file.")
 
 
 def _report_done(done: Sequence[ResultLine], output: Path) -> None:
@@ -296,6 +296,15 @@ class _Step:
 class _Trajectory:
     task: str | None
     steps: list[_Step] = field(default_factory=list)
+    length: int = 0
+    """The number of steps that its rows name; 0 if they name none."""
+
+    @property
+    def missing(self) -> int:
+        """How many steps are missing: between the smallest and the greatest number, or of the number that is named."""
+        numbers = [step.number for step in self.steps if step.number is not None]
+        gaps = max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
+        return max(gaps, self.length - len(self.steps))
 
     def step_of(self, number: int | None, request_hash: str | None) -> _Step | None:
         """Find the step with the row's clip number or, if either lacks a number, with the row's prompt."""
@@ -316,7 +325,9 @@ class Trajectories:
         self._bad_below = bad_below
         self._trajectories: dict[str, _Trajectory] = {}
         self.unattributed = 0
-        """The number of steps without a trajectory and of unreadable lines, which trajectories may lack."""
+        """Steps without a trajectory, and unreadable lines: each may be a step that a trajectory lacks."""
+        self.no_steps: Counter[str] = Counter()
+        """Evaluation type -> the number of rows that are not about one step."""
 
     def add(self, row: RowToScore, score: float | None, status: str) -> None:
         """Add the score of a row, if it is a step that belongs to a trajectory.
@@ -325,11 +336,13 @@ class Trajectories:
             DataError: the trajectory has another prompt with the same clip number.
         """
         if not row.is_step:
+            self.no_steps[str(row.metadata.get("evaluation_type"))] += 1
             return
         if row.trajectory is None:
             self.unattributed += 1
             return
         trajectory = self._trajectories.setdefault(row.trajectory, _Trajectory(row.task))
+        trajectory.length = max(trajectory.length, whole_number(row.metadata.get("steps")) or 0)
         request_hash = row.request_hash
         same = trajectory.step_of(row.clip_number, request_hash)
         if same and same.request_hash != request_hash:
@@ -347,28 +360,29 @@ class Trajectories:
         """Yield one aggregate per trajectory, with steps by number; steps without a number are last, in input order."""
         for name, trajectory in self._trajectories.items():
             steps = sorted(trajectory.steps, key=lambda step: math.inf if step.number is None else step.number)
-            yield {"trajectory_id": name, "task_id": trajectory.task, "steps": len(steps)} | self._aggregates(steps)
+            about = {"trajectory_id": name, "task_id": trajectory.task, "steps": len(steps)}
+            yield about | self._aggregates(steps, trajectory.missing)
 
-    def _aggregates(self, steps: Sequence[_Step]) -> dict[str, Any]:
-        """Return the aggregates; all null if a step is missing, unsure or unscored, because it could change any."""
+    def _aggregates(self, steps: Sequence[_Step], missing: int) -> dict[str, Any]:
+        """The aggregates; all null if a step is missing, unsure or without a score: it could change any.
+
+        Those that need the order of the steps are also null if it is unknown, because only some steps have a number.
+        """
+        unnumbered = sum(step.number is None for step in steps)
+        unordered = unnumbered if unnumbered < len(steps) else 0
         scores = [step.score for step in steps if step.score is not None]
         unsure = sum(step.is_unsure for step in steps)
-        faults = {"missing": _missing(steps), "unscored": len(steps) - len(scores) - unsure, "unsure": unsure}
+        faults = {"missing": missing, "unscored": len(steps) - len(scores) - unsure, "unsure": unsure}
+        counted = {**faults, "unnumbered": unordered}
         if any(faults.values()):
-            return {**faults, **dict.fromkeys([*AGGREGATES, "first_bad_step", "first_bad_clip"])}
+            return {**counted, **dict.fromkeys([*AGGREGATES, "first_bad_step", "first_bad_clip"])}
         bad = first_below(scores, self._bad_below)
-        return {
-            **faults,
+        found = {
             **{name: rounded(aggregate(scores)) for name, aggregate in AGGREGATES.items()},
             "first_bad_step": bad,
             "first_bad_clip": None if bad is None else steps[bad].number,
         }
-
-
-def _missing(steps: Sequence[_Step]) -> int:
-    """Count the clip numbers that are missing between the smallest and the largest."""
-    numbers = [step.number for step in steps if step.number is not None]
-    return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
+        return counted | found | (dict.fromkeys(("last", "first_bad_step", "first_bad_clip")) if unordered else {})
 
 
 def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
@@ -378,6 +392,9 @@ def _write_summaries(trajectories: Trajectories, output: Path | None) -> None:
             "missing last step cannot be detected.",
             trajectories.unattributed,
         )
+    if trajectories.no_steps:
+        types = ", ".join(f"{count} {name}" for name, count in trajectories.no_steps.items())
+        log.info("rows not about one step, which --aggregate leaves out, by evaluation type: %s", types)
     summaries = list(trajectories.summaries())
     if output is None:
         for summary in summaries:

@@ -204,6 +204,8 @@ def _note(source: Source, matches_training: bool) -> dict[str, Any]:
         "dtype": export_dtype(record["config"]),
         "rubrics": record.get("rubrics", []),
         "label_shapes": record.get("label_shapes"),
+        "dataset": record.get("dataset"),
+        "eval_dataset": record.get("eval_dataset"),
         "chat_template_renders_as_trained": matches_training,
     }
 

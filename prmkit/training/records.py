@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prmkit.dataset_info import label_shapes, read_entries, split_names
+from prmkit.dataset_info import label_shapes, read_entries, rows_sha256, split_names
 from prmkit.errors import DataError
 from prmkit.files import LARGE_FILE, read_json, sha256_of, spread_blocks, write_json
 from prmkit.llamafactory_schema import installed_version, setting
@@ -157,14 +157,14 @@ def describe_dataset(names: Any, folder: Path) -> dict[str, str | None] | None:
         entries, raw = read_entries(folder), read_json(folder / INFO)
     except DataError:
         return described
-    files = [entries[name].file if name in entries else None for name in wanted]
-    found = [path for path in files if path is not None and path.is_file()]
-    if len(found) == len(wanted):
-        hashes = [sha256_of(path) for path in found]
-        digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        formats = [{key: value for key, value in raw[name].items() if key != "file_name"} for name in wanted]
-        entry = hashlib.sha256(json.dumps(formats, sort_keys=True).encode()).hexdigest()
-        described |= {"file": ",".join(map(str, found)), "sha256": digest, "entry_sha256": entry}
+    if digest := rows_sha256(folder, wanted):
+        how = [{key: value for key, value in raw[name].items() if key != "file_name"} for name in wanted]
+        entry = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+        described |= {
+            "file": ",".join(str(entries[name].file) for name in wanted),
+            "sha256": digest,
+            "entry_sha256": entry,
+        }
     return described
 
 

@@ -98,7 +98,9 @@ def test_lines_with_scores_and_outcomes_need_nothing_else(tmp_path: Path) -> Non
     assert found["judge: last"]["2"]["value"] == 1 and found["random"]["2"]["value"] == 0.5
 
 
-@pytest.mark.parametrize("unused", ["--run saves/x", "--device cpu --rubric r.yaml", "--batch-size 9 --mode generate"])
+@pytest.mark.parametrize(
+    "unused", ["--run saves/x", "--device cpu --rubric r.yaml --data-dir d", "--batch-size 9 --mode generate"]
+)
 def test_options_about_a_judge_are_refused_where_none_is_asked(unused: str, tmp_path: Path) -> None:
     lines = [{"task_id": 1, "trial": trial, "reward": trial, "scores": [0.5]} for trial in range(2)]
     file = public.write_lines(tmp_path / "outcomes.jsonl", lines)
@@ -146,6 +148,11 @@ MESSAGES = [{"role": "user", "content": "Go."}, {"role": "assistant", "content":
         ([{"task_id": 1, "scores": [5], "reward": 1}], "not a list of numbers"),
         ([{"task_id": 1, "scores": [1], "reward": 1}], "no task has two runs"),
         ([{"task_id": 1, "trial": trial, "reward": 1} for trial in range(2)], "need --predictions"),
+        ([{"task_id": 1, "scores": [1], "outcome": 1, "reward": 0}], r":1: its outcomes contradict .*1.* 0"),
+        (
+            [{"task_id": task, "trajectory_id": "0", "outcome": 1, "step": task, "score": 1} for task in (1, 2)],
+            r":2: trajectory_id 0 is of task 2, and before of task 1\. .* for example 2\.0",
+        ),
         ([{"task_id": 1, "reward": reward, "messages": MESSAGES} for reward in (0, 100, 0)], "is 100, not from 0 to 1"),
     ],
 )

@@ -301,6 +301,33 @@ def test_a_comparison_that_cannot_see_does_not_pass(tmp_path):
         check_not_worse(compare(decent, decent))
 
 
+def test_a_type_without_scores_of_one_of_the_judges_is_not_passed_over(tmp_path):
+    """Every answer of one judge about whole runs was too long; the other types alone would pass."""
+    held_out = made_up(tasks=40)
+    whole = folder_of(tmp_path, "whole", held_out, noisy(0.1))
+    rows = predictions_of(held_out, noisy(0.1))
+    for row in rows:
+        if row["evaluation_type"] == "final":
+            row |= {"status": "too_long", "reason": "too long", "scores": {}}
+    partial = tmp_path / "partial"
+    shutil.copytree(whole, partial)
+    write_lines(partial / "predictions.jsonl", rows)
+    for one, other in ((whole, partial), (partial, whole)):
+        comparison = compare(one, other)
+        assert [(row[0], row[1], row[-1]) for row in comparison_table(comparison) if row[0] == "final"] == [
+            ("final", "0", "cannot decide")
+        ]
+        for margin in (None, 0.3):
+            with pytest.raises(GateError, match=r"cannot decide on final \(no score that both gave\)"):
+                check_not_worse(comparison, margin)
+
+
+def test_a_loss_below_zero_is_no_loss(evaluated):
+    comparison = compare(evaluated["fine"], evaluated["fine"])
+    comparison["groups"] = [group for group in comparison["groups"] if group["verdict"] != "cannot decide"]
+    assert "A loss of up to 0.000 in Spearman" in check_not_worse(comparison)
+
+
 def test_a_judge_that_praises_bad_clips_fails_although_the_rest_is_better(tmp_path):
     held_out = made_up(seed=4)
     praises = folder_of(tmp_path, "praises", held_out, praising)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -77,8 +78,79 @@ def test_a_run_is_measured_on_its_own_rows_from_any_folder(run, tmp_path, monkey
     monkeypatch.chdir(other)
     assert evaluate_judge("--run", moved, "--limit", 2) == ExitCode.DONE
     lines = (project / "data" / "reward_model_clip_eval.jsonl").read_text().splitlines()
-    metrics = json.loads((moved / "evaluation" / "metrics.json").read_text())
+    metrics = json.loads((moved / "evaluation_limit_2" / "metrics.json").read_text())
     assert metrics["held_out"]["prompts"] == len({json.loads(line)["instruction"] for line in lines})
+
+
+# --- tasks that the judge was trained on -----------------------------------------------------------------------------
+
+
+def data_folder(folder: Path, trained: int, held_out: int) -> Path:
+    """The two sides of a conversion: the tasks of one seed for training, those of another held out."""
+    sides = {"reward_model_clip": trained, "reward_model_clip_eval": held_out}
+    for name, seed in sides.items():
+        write_data_folder(folder, tasks=2, seed=seed, name=name)
+    write_json(folder / "dataset_info.json", {name: {"file_name": f"{name}.jsonl"} for name in sides})
+    return folder
+
+
+@pytest.fixture
+def trained(run: Path, tmp_path: Path) -> Path:
+    """A run that was trained on tmp_path/data, before that folder is converted again."""
+    data = data_folder(tmp_path / "data", trained=1, held_out=4)
+    copy = shutil.copytree(run, tmp_path / "saves" / "a_run")
+    shutil.rmtree(copy / "evaluation", ignore_errors=True)
+    config = json.loads((run / "run.json").read_text())["config"] | {"dataset_dir": str(data)}
+    sides = {
+        side: {"name": name, "sha256": sha256_of(data / f"{name}.jsonl")}
+        for side, name in (("dataset", "reward_model_clip"), ("eval_dataset", "reward_model_clip_eval"))
+    }
+    write_json(copy / "run.json", {"config": config | {"dataset": "reward_model_clip"}, **sides})
+    return copy
+
+
+def test_data_that_was_converted_again_since_the_training_is_refused(trained, tmp_path):
+    data = data_folder(tmp_path / "data", trained=4, held_out=1)
+    for measure in (lambda: evaluate_judge("--run", trained), lambda: evaluate_run(trained)):
+        with pytest.raises(DataError, match=r"data: reward_model_clip is not what the judge was trained on.*again"):
+            measure()
+    assert not (trained / "evaluation").exists()
+    # The held-out rows of the training are right wherever they are; so is the whole of the first conversion.
+    data_folder(data, trained=2, held_out=4)
+    assert evaluate_judge("--run", trained, "--limit", 2) == ExitCode.DONE
+    data_folder(tmp_path / "first", trained=1, held_out=7)
+    assert evaluate_judge("--run", trained, "--data-dir", tmp_path / "first", "--limit", 2) == ExitCode.DONE
+
+
+def test_tasks_of_another_conversion_that_were_trained_on_are_refused(trained, tmp_path, capsys):
+    other = data_folder(tmp_path / "other", trained=4, held_out=1)
+    with pytest.raises(UsageError, match=r"clip_eval.jsonl: the judge was trained on 2 of these 2 tasks, for example"):
+        evaluate_judge("--run", trained, "--data-dir", other)
+    data_folder(other, trained=4, held_out=7)
+    assert evaluate_judge("--run", trained, "--data-dir", other, "--limit", 2) == ExitCode.DONE
+    assert "unknown whether" not in capsys.readouterr().out
+
+
+def test_whether_it_was_trained_on_the_tasks_is_said_to_be_unknown_and_closes_the_gate(trained, tmp_path, capsys):
+    other = data_folder(tmp_path / "other", trained=4, held_out=7)
+    shutil.rmtree(tmp_path / "data")
+    unknown = "It is unknown whether the judge was trained on tasks of .*its training data was not found"
+    with pytest.raises(GateError, match=f"--min-spearman: {unknown}"):
+        evaluate_judge("--run", trained, "--data-dir", other, "--min-spearman", -1.1)
+    assert re.search(unknown, capsys.readouterr().out)
+    assert re.search(unknown, (trained / "README.md").read_text().replace("\\_", "_"))
+
+
+def test_an_export_knows_what_it_was_trained_on(trained, model_folders, tmp_path, capsys):
+    exported = shutil.copytree(model_folders["qwen"], tmp_path / "exported_model")
+    record = json.loads((trained / "run.json").read_text())
+    write_json(exported / "prmkit.json", {"template": "qwen", "cutoff_len": 2048, "dataset": record["dataset"]})
+    typed = ("--model", exported, "--dataset", "reward_model_clip_eval", "--output", tmp_path / "out", "--limit", 2)
+    assert evaluate_judge(*typed, "--data-dir", tmp_path / "data") == ExitCode.DONE
+    assert "unknown whether" not in capsys.readouterr().out
+    other = data_folder(tmp_path / "other", trained=4, held_out=1)
+    with pytest.raises(GateError, match="It is unknown whether"):
+        evaluate_judge(*typed, "--data-dir", other, "--min-spearman", -1.1)
 
 
 def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys, narrated):
@@ -153,6 +225,19 @@ def test_a_comparison_under_a_limit_is_of_the_prompts_under_it(run, tmp_path, ca
         evaluate_judge("--run", run, "--compare", run, "--limit", 9, "--json")
     printed = json.loads(capsys.readouterr().out)
     assert printed["comparison"]["groups"][0]["scores"] == printed["groups"][0]["scores"]
+
+
+def test_an_evaluation_under_a_limit_replaces_no_complete_one(run, tmp_path):
+    whole = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation*", "README.md", "cal*"))
+    evaluate_judge("--run", whole, "--limit", 2)
+    assert not any((whole / name).exists() for name in ("evaluation", "README.md", "calibration.json"))
+    evaluate_judge("--run", whole)
+    files = [whole / "README.md", whole / "calibration.json", *(whole / "evaluation").iterdir()]
+    before = {file: file.read_bytes() for file in files if file.is_file()}
+    evaluate_judge("--run", whole, "--limit", 2)
+    assert before == {file: file.read_bytes() for file in before}
+    metrics = json.loads((whole / "evaluation_limit_2" / "metrics.json").read_text())
+    assert metrics["held_out"]["prompts_evaluated"] == 2
 
 
 def test_code_that_models_bring_runs_only_where_that_was_typed(run, model_folders, tmp_path, monkeypatch):

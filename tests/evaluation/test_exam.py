@@ -306,7 +306,7 @@ UNUSED = "leave out {}, which it does not use."
         ((*PICKS, "--too-long", "report"), "--best-of-n with --predictions: " + UNUSED.format("--too-long")),
         ((*PICKS, "--min-label-mass", "0.1"), UNUSED.format("--min-label-mass")),
         ((*PICKS, "--server-model", "m"), UNUSED.format("--server-model")),
-        (("--best-of-n", "b", "--data-dir", "d"), "--best-of-n: " + UNUSED.format("--data-dir")),
+        ((*PICKS, "--data-dir", "d"), "--best-of-n with --predictions: " + UNUSED.format("--data-dir")),
         (("--parity", "--max-new-tokens", "9"), "--parity: " + UNUSED.format("--max-new-tokens")),
         (("--parity", "--min-label-mass", "0", "--too-long", "report"), UNUSED.format("--min-label-mass, --too-long")),
         (("--predict-with", "u", "--server-model", "m"), "--predict-with, --server-model: only used with --exam."),
@@ -369,7 +369,7 @@ def test_a_model_takes_an_exam_and_continues_where_it_stopped(
     file.write_text("".join(lines[:7]) + lines[7][:20])  # as a killed command leaves it
     assert take(exam, "--model", export)["exported"] == found
     assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
-    with pytest.raises(GateError, match="It is unknown whether the judge was trained on tasks of the exam"):
+    with pytest.raises(GateError, match=f"It is unknown whether the judge was trained on tasks of {exam}"):
         take(exam, "--model", export, "--min-auroc", 0.0)
 
 
@@ -402,12 +402,25 @@ def test_a_judge_that_was_trained_on_a_task_is_refused(tmp_path: Path, model_fol
     )
     with pytest.raises(UsageError, match="q1"):
         take(exam, "--run", run)
+    picks = ("--best-of-n", public.write_lines(tmp_path / "picks.jsonl", attempts("q1")))
+    typed = list(map(str, (*picks, "--output", tmp_path / "out", "--run", run)))
+    with pytest.raises(UsageError, match=r"picks.jsonl: the judge was trained on 1 of these 2 tasks, for example q1"):
+        execute(evaluate().parse_args(typed))
     # Rows that were converted again since then say nothing of the training.
     public.write_lines(data / "mine.meta.jsonl", [{"prompt_sha256": "p", "metadata": other}])
     record = {"config": config, "rubrics": [load_rubric().sha256], "dataset": {"name": "mine", "sha256": "0" * 64}}
     write_json(run / "run.json", record)
     with pytest.raises(GateError, match="converted again"):
         take(exam, "--run", run, "--min-auroc", 0)
+
+
+def attempts(task: str) -> list[dict[str, Any]]:
+    """Two runs of a task and of another one, with outcomes."""
+    return [
+        {"task_id": name, "trial": trial, "reward": float(trial), "info": {"task": {"actions": []}},
+         "traj": [{"role": "user", "content": f"Do {name}."}, {"role": "assistant", "content": f"Done, {trial}."}]}
+        for name in (task, "another") for trial in range(2)
+    ]  # fmt: skip
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -111,10 +111,11 @@ def test_an_exam_and_its_answers_name_the_same_runs(tmp_path: Path) -> None:
 def test_a_task_of_the_exam_that_was_trained_on_is_refused(tmp_path: Path, trained: Any, examined: Any) -> None:
     data = converted(tmp_path, rows(written=(trained, 8, 9)), ["9"])
     exam = read_exam(public.write_lines(tmp_path / "exam.jsonl", [labelled(examined)]))
+    record = {"config": {"dataset": TRAINING}}
     with pytest.raises(UsageError, match="trained on 1 of these 1 tasks"):
-        check_not_trained_on(exam, {"dataset": TRAINING}, data)
+        check_not_trained_on(exam.file, [run.identity for run in exam.runs], record, data)
     free = read_exam(public.write_lines(tmp_path / "exam.jsonl", [labelled(10.0), labelled("None")]))
-    check_not_trained_on(free, {"dataset": TRAINING}, data)
+    check_not_trained_on(free.file, [run.identity for run in free.runs], record, data)
 
 
 def test_the_best_of_runs_of_numbered_tasks(tmp_path: Path) -> None:

@@ -137,6 +137,31 @@ def test_flags_for_runs_need_runs(export: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "contains prompts" in done.stderr
 
 
+def test_the_page_replaces_neither_the_input_nor_another_output(tmp_path: Path, export: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    before = shutil.copy(RUNS, runs / "runs.jsonl").read_bytes()
+    (tmp_path / "link").symlink_to(runs / "runs.jsonl")
+    (tmp_path / "to_come").symlink_to(tmp_path / "z.jsonl")
+    (tmp_path / "notes.txt").write_text("mine")
+    scored = ("--output", "z.jsonl", "--aggregate", "trajectory")
+    for source, page, message in (
+        (runs / "runs.jsonl", runs / "runs.jsonl", "is also the input"),
+        (runs / "runs.jsonl", "link", "is also the input"),
+        (runs, runs / "runs.jsonl", "is not a page"),
+        (runs, "notes.txt", "is not a page"),
+        (runs, "z.jsonl", "is the same file as z.jsonl"),
+        (runs, "to_come", "is the same file as z.jsonl"),
+        (runs, "./z.trajectories.jsonl", "is the same file as z.trajectories.jsonl"),
+        (runs, "z.fingerprint.json", "is the same file as z.fingerprint.json"),
+    ):
+        done = typed(source, "--model", export, *scored, "--html", page, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (page, done.stderr)
+        assert (runs / "runs.jsonl").read_bytes() == before and not (tmp_path / "z.jsonl").exists()
+    done = typed(runs, "--model", export, "--html", "notes.txt", cwd=tmp_path)
+    assert done.returncode == 2 and (tmp_path / "notes.txt").read_text() == "mine"
+
+
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]
 PROMPT = 'Judge it. {"step_score": <score>}'
 

@@ -15,7 +15,8 @@ from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.judge.types import Asking, Distribution, Judgement, Mode
 from prmkit.layouts import read_lines
-from prmkit.scoring.rows import read_rows
+from prmkit.prompts.step import load_rubric
+from prmkit.scoring.rows import RunsToScore, read_rows
 from prmkit.scoring.score import ScoringJob, run_job, score_rows, trajectories_file
 from prmkit.verdict import Shape
 
@@ -362,6 +363,7 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
         "missing": 0,
         "unscored": 0,
         "unsure": 0,
+        "unnumbered": 0,
         "min": 0.4,
         "product": 0.288,
         "mean": 0.7,
@@ -371,7 +373,17 @@ def test_trajectories_are_summed_up(tmp_path: Path) -> None:
     }
     assert (two["steps"], two["min"], two["first_bad_step"]) == (1, 0.7, None)
     expected = {"trajectory_id": "three", "task_id": "three", "steps": 2, "missing": 0, "unscored": 1, "unsure": 0}
+    expected["unnumbered"] = 0
     assert three == expected | dict.fromkeys(["min", "product", "mean", "last", "first_bad_step", "first_bad_clip"])
+
+
+def test_a_run_that_cannot_be_read_is_no_success(tmp_path: Path) -> None:
+    runs = tmp_path / "runs.jsonl"
+    run = {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]}
+    for broken, is_whole in (("", True), (json.dumps(run)[:40] + "\n", False)):
+        runs.write_text(json.dumps(run) + "\n" + broken)
+        whole = job(runs, None, runs=RunsToScore(str(runs), load_rubric(), 0.5, "a judge"))
+        assert run_job(whole, scripted({"": 0.5}), {}) is is_whole
 
 
 def summed_up(tmp_path: Path, rows: list[str]) -> list[dict]:
@@ -393,6 +405,34 @@ def test_a_trajectory_with_a_gap_is_not_summed_up_as_a_whole_one(tmp_path: Path,
     assert {gap[name] for name in ("min", "product", "mean", "last", "first_bad_step", "first_bad_clip")} == {None}
     assert two["mean"] == 0.7
     assert "lines without a trajectory: 1 (" in narrated.text
+
+
+def test_a_first_step_that_is_missing_is_noticed_where_rows_name_the_length(tmp_path: Path) -> None:
+    tail, whole = row(2), [row(number, task="two") for number in (1, 2)]
+    for each in (tail, *whole):
+        each["metadata"]["steps"] = 2
+    one, two = summed_up(tmp_path, list(map(json.dumps, (tail, *whole))))
+    assert (one["missing"], one["min"], one["last"], two["missing"], two["min"]) == (1, None, None, 0, 0.7)
+
+
+def test_rows_that_are_no_steps_are_counted_with_their_type(tmp_path: Path, narrated) -> None:
+    other = row(1)
+    other["metadata"]["evaluation_type"] = "Clip"
+    narrated.set_level("INFO")
+    assert summed_up(tmp_path, [json.dumps(other)]) == []
+    assert "leaves out, by evaluation type: 1 Clip" in narrated.text
+
+
+def test_the_order_of_a_run_is_not_guessed_where_only_some_steps_have_a_number(tmp_path: Path) -> None:
+    late = row(3)
+    del late["metadata"]["clip_number"]
+    rows = list(map(json.dumps, (late, row(1), row(2))))
+    scores = {"Step 1": 0.9, "Step 2": 0.8, "Step 3": 0.3}
+    (tmp_path / "steps.jsonl").write_text("\n".join(rows))
+    run_job(job(tmp_path / "steps.jsonl", tmp_path / "sums.jsonl", bad_below=0.5), scripted(scores), {})
+    (one,) = lines_of(trajectories_file(tmp_path / "sums.jsonl"))
+    assert (one["unnumbered"], one["min"], one["mean"]) == (1, 0.3, pytest.approx(2 / 3, abs=1e-5))
+    assert (one["last"], one["first_bad_step"], one["first_bad_clip"]) == (None, None, None)
 
 
 @pytest.mark.parametrize("line", ["{", '{"prompt": ""}', '{"id": "named", "prompt": ""}', '{"id": 0, "prompt": ""}'])
