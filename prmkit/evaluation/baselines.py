@@ -70,7 +70,7 @@ def _ranking(scores: Scores, values: Floats) -> Metrics:
 
 
 def _or_zero(statistic: Statistic) -> Statistic:
-    """A ranking that is the same everywhere orders nothing."""
+    """Count the undefined correlation of a constant ranking as 0."""
     return lambda weights: np.nan_to_num(statistic(weights))
 
 
@@ -136,12 +136,12 @@ def self_agreement(entries: Sequence[Mapping[str, Any]], evaluation_type: str, k
     ]
     n = sum(pairs for pairs, _ in known)
     if n < MIN_SCORES:
-        return undefined(f"{n} of at least {MIN_SCORES} scores that a judge gave twice", n)
+        return undefined(f"at least {MIN_SCORES} scores that a judge gave twice are needed (here: {n})", n)
     return Estimate(sum(pairs * pearson for pairs, pearson in known) / n, None, None, n, 0)
 
 
 def against_each(scores: Scores, judges: Sequence[str]) -> Metrics:
-    """The judge compared with each single judge, instead of with their mean."""
+    """Compare this judge with each reference judge separately, instead of with their mean."""
     found = {}
     for column, judge in enumerate(judges):
         alone = scores.where(np.isfinite(scores.references[:, column]))
@@ -197,18 +197,18 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
 
 
 def _why_no_bound(scores: Scores, count: NDArray[np.int64]) -> str | None:
-    """Why a bound from the scores with two judges does not hold for all: they must be many, and like the rest."""
+    """Return why the bound may not hold for all scores: those of several judges are too few, or unlike the rest."""
     several = count > 1
     if not several.any():
-        return "no score has two judges"
+        return "no prompt was scored by several judges"
     if several.mean() < 0.5:
-        return f"only {several.mean():.0%} of the scores have two judges"
+        return f"only {several.mean():.0%} of the scores were given by several judges"
     if (~several).sum() < MIN_SCORES:
         return None
     single, double = (scores.references[mask][np.isfinite(scores.references[mask])] for mask in (~several, several))
     spread = max(float(np.std(single)), 1e-9)
     if abs(single.mean() - double.mean()) > 0.3 * spread or not 0.75 < np.std(double) / spread < 1.33:
-        return "the scores with two judges differ from the others"
+        return "the scores given by several judges differ from the others"
     return None
 
 
@@ -322,7 +322,7 @@ def breakdown(scores: Scores, rows: Sequence[Row], key: str) -> list[Metrics]:
 
 
 def halves(scores: Scores) -> list[Estimate]:
-    """The judge's rank correlation on two random halves of the tasks: what holds on only one half was not learnt."""
+    """Return the rank correlation on two random halves of the tasks: one that holds on only one half is spurious."""
     tasks = np.unique(scores.task)
     first = np.random.default_rng(0).permutation(tasks)[: len(tasks) // 2]
     in_first = np.isin(scores.task, first)

@@ -1,4 +1,4 @@
-"""An exam: runs whose steps people have labelled, and that no judge in the table was trained on.
+"""An exam: human-labelled runs whose tasks no trained judge in the table was trained on.
 
 It is read from the rows and whole runs that `import_trajectories.py --labels` writes, from run records with labels, or
 from the labels of `label_steps.py`. A step without a label is unknown, never good: a person who marks an error says
@@ -26,9 +26,9 @@ from prmkit.trajectory import Trajectory, holds_records, task_id_of
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict
 
 NO_ERROR = 0
-"""Used instead of a step number: the run has no bad step."""
+"""Value in place of a step number: the run has no bad step."""
 KINDS_OF_ERRORS = ("first_error", "failure")
-"""Labels from sets in which people marked errors rather than labelling every step."""
+"""Kinds of labels from sets in which people marked errors instead of labelling every step."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ExamStep:
     label: float | None = None
     """0 to 1; None if nobody labelled it."""
     kind: str | None = None
-    """Of the label; see `prmkit.trajectory.Label`."""
+    """Kind of the label; see `prmkit.trajectory.Label`."""
     weight: float = 1.0
     """How many steps it represents, if labelled steps were sampled unevenly."""
     prompt: str | None = None
@@ -57,7 +57,7 @@ class ExamStep:
 
     @property
     def place(self) -> int:
-        """The index that published results use: the message's position, or else the step's number."""
+        """The index that published results use: the message's position; if unknown, the step's number."""
         return self.n if self.index is None else self.index
 
 
@@ -136,7 +136,7 @@ def read_exam(file: Path) -> Exam:
 
 
 def bare_run(run: Trajectory) -> ExamRun:
-    """A run without labels, in which to find its steps."""
+    """Return an exam run without labels, which maps step numbers and message positions of the run."""
     steps = tuple(ExamStep(step.n, step.source_index, step.agent) for step in run.steps)
     return ExamRun(run.trajectory_id, run.task_id, None, str(run.source.get("format")), steps, is_whole=True)
 
@@ -169,7 +169,7 @@ def _runs_of_rows(file: Path) -> list[ExamRun]:
 
 
 def judged_row(value: Any, place: str, kind: str) -> tuple[InputRow, Verdict | None]:
-    """A row and its verdict; None if it has none that can be read.
+    """Return a row and its verdict; None in place of a verdict that is missing or cannot be read.
 
     Args:
         value: the row.
@@ -304,14 +304,16 @@ def _training_metadata(
         sidecar = entry.sidecar if entry else None
         if sidecar is None:
             raise DataError(
-                f"{data_folder}: the training data {name} or its sidecar is missing, so it cannot be checked whether "
-                "the judge was trained on the exam's tasks. Name its folder with --data-dir."
+                f"{data_folder}: the training data {name} or its sidecar is missing, so prmkit cannot check whether "
+                "the judge was trained on the exam's tasks. Pass its folder with --data-dir."
             )
         if name in trained_on and (not entry or not entry.file or sha256_of(entry.file) != trained_on[name]):
             raise DataError(
-                f"{data_folder}: {name} is not what the judge was trained on; it was converted again. Name the folder "
+                f"{data_folder}: {name} has been converted again since the judge was trained on it. Pass the folder "
                 "with the original training data with --data-dir."
             )
         yield from (row["metadata"] for row in read_sidecar(sidecar))
     if not names:
-        raise DataError("the training data of this judge is unknown. Name a run (--run) that has its resolved config.")
+        raise DataError(
+            "the training data of this judge is unknown. Pass a training run with its resolved config (--run)."
+        )

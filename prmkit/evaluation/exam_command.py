@@ -34,7 +34,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     Raises:
         DataError: there is no exam or no judge, or nothing was answered.
         UsageError: the judge was trained on a task of the exam, or the arguments contradict each other.
-        GateError: the lower end of AUROC is below the threshold or unknown.
+        GateError: the lower bound of AUROC is below the threshold or unknown.
     """
     exam = read_exam(arguments.exam)
     unchecked = None
@@ -136,7 +136,7 @@ def _check_asks_as_trained(exam: Exam, rubric: Rubric, source: JudgeSource, name
     ready = {run.rubric for run in exam.runs if run.record is None}
     if source.rubrics is not None and (other := ready - set(source.rubrics or [None])):
         raise UsageError(
-            f"{exam.file}: its prompts use a rubric ({str(next(iter(other)))[:12]}) that {name} was not trained "
+            f"{exam.file}: its prompts use a rubric (hash {str(next(iter(other)))[:12]}) that {name} was not trained "
             "with. Make the exam with import_trajectories.py --labels --rubric FILE."
         )
 
@@ -169,7 +169,7 @@ def _check_gate(entrants: Sequence[Entrant], least: float, unchecked: str | None
             failed.append(f"--min-auroc: {judge.name}: cannot be decided ({auroc.reason if auroc else 'no AUROC'}).")
         elif auroc.low < least:
             failed.append(
-                f"--min-auroc: {judge.name}: AUROC {auroc.value:.3f}; its lower end, {auroc.low:.3f}, is below "
+                f"--min-auroc: {judge.name}: AUROC {auroc.value:.3f}; its lower bound, {auroc.low:.3f}, is below "
                 f"{least:g}."
             )
     if failed:

@@ -2,7 +2,7 @@
 
 With s the score of a step and t a threshold, the first error is the first step with s < t, if any. AUROC and average
 precision need no threshold and come first. Where a threshold is needed, it is chosen on other tasks (five folds); a
-judge that gave verdicts needs none. Intervals are over tasks.
+judge that gave verdicts does not need a threshold. Intervals are over tasks.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ _GRID = np.arange(1, 102) / 100
 
 METRICS_OF_EXAMS: Mapping[str, tuple[str, str]] = {
     "auroc": ("AUROC", "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing"),
-    "average_precision": ("AP", "average precision for bad steps; guessing gives their share"),
+    "average_precision": ("AP", "average precision for bad steps; guessing gives their fraction"),
     "first_error": (
         "first error",
-        "runs whose first bad step is named exactly, or which are rightly said to have none (FirstErrAcc)",
+        "runs whose first bad step is located exactly, or that are rightly said to have no bad step (FirstErrAcc)",
     ),
     "processbench_f1": ("PB-F1", "harmonic mean of that accuracy on runs with a bad step and on runs without"),
-    "step_accuracy": ("StepAcc", "steps called wrong, neutral or right as people call them (StepAcc)"),
+    "step_accuracy": ("StepAcc", "steps called wrong, neutral or right as in the human labels (StepAcc)"),
     "located": ("step ±0", "runs with an error in which exactly that step is named"),
     "located_1": ("step ±1", "the same, but the message before or after it also counts as right"),
     "agent": ("agent", "runs with an error in which the agent of that step is named"),
-    "silent_recall": ("silent", "flagged share of the runs that went wrong but ended well"),
-    "loud_recall": ("loud", "flagged share of the runs that went wrong and ended badly"),
-    "false_alarms": ("alarms", "flagged share of the runs without an error; lower is better"),
+    "silent_recall": ("silent", "flagged fraction of the runs that went wrong but ended well"),
+    "loud_recall": ("loud", "flagged fraction of the runs that went wrong and ended badly"),
+    "false_alarms": ("alarms", "flagged fraction of the runs without an error; lower is better"),
     "f1_bad": ("F1 bad", "F1 of bad steps"),
     "f1_good": ("F1 good", "F1 of the others"),
 }
@@ -147,7 +147,7 @@ def _by_fold(fold: Array, worth: Callable[[Array], Array], apply: Callable[[int,
     for held_out in np.unique(fold):
         outside = fold == held_out
         values = np.nan_to_num(worth(~outside), nan=-1.0)
-        # The middle of equally good thresholds: at an end, the next task's scores could fall on the wrong side.
+        # Take the middle of equally good thresholds, because those at the ends generalise worse to other tasks.
         best = np.flatnonzero(values >= values.max() - 1e-12)
         said = apply(int(best[len(best) // 2]), outside)
         result = np.zeros(len(fold), np.asarray(said).dtype) if result is None else result
@@ -347,7 +347,7 @@ def _by_position(exam: Exam) -> JudgeScores:
             place = _position(run, step)
             own = counts[place].get(run.task_id, (0.0, 0.0)) if place in counts else (0.0, 0.0)
             good, size = totals.get(place, np.zeros(2)) - np.array(own)
-            scores[run.trajectory_id, step.n] = (good + prior) / (size + 1)  # one step's worth of the overall share
+            scores[run.trajectory_id, step.n] = (good + prior) / (size + 1)  # a pseudo-count of one step
     return JudgeScores("position alone", scores)
 
 

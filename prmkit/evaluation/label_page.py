@@ -1,8 +1,8 @@
 """The page of label_steps.py: a small server on 127.0.0.1 that shows one step at a time and writes labels.
 
-Other pages in the same browser can also send requests to 127.0.0.1. So the address holds a random token, a request must
-name exactly this host, and labels are accepted only from our own origin. The page gets no score, band, outcome,
-solution or earlier label: the person must not know a judge's opinion.
+Other pages in the same browser can also send requests to 127.0.0.1. So the address contains a random token, the
+Host header must match, and labels are accepted only from our own origin. The page gets no score, band, outcome,
+solution or earlier label, because the person must not know a judge's opinion.
 """
 
 import argparse
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             case None:
                 self._refuse(HTTPStatus.FORBIDDEN, "Open the address that the command printed, including its token.")
             case _:
-                self._refuse(HTTPStatus.NOT_FOUND, "There is nothing here.")
+                self._refuse(HTTPStatus.NOT_FOUND, "Not found.")
 
     def do_POST(self) -> None:
         path = self._path()
@@ -199,15 +199,15 @@ def _act(labels: Labels, path: str, value: Mapping[str, Any]) -> str | None:
         return None
     given, kind = value.get("value"), value.get("type")
     if type(given) is not int or given not in (-1, 0, 1):
-        return "A label is 1, 0 or -1."
+        return "The label must be 1, 0 or -1."
     if kind is not None and not (isinstance(kind, str) and len(kind) <= _LONGEST_TYPE):
-        return "The type of an error is a few words."
+        return f"The error type must be text of at most {_LONGEST_TYPE} characters."
     labels.add(drawn, given, kind or None)
     return None
 
 
 def page_state(labels: Labels) -> dict[str, Any]:
-    """What the page shows: the step with its history, and how many are left; nothing from a judge."""
+    """Return what the page shows: the step with its history, and how many are left; nothing from a judge."""
     drawn = labels.next
     counts = {"labelled": len(labels.done), "skipped": len(labels.skipped), "all": len(labels.sample)}
     return counts | {"step": None if drawn is None else _shown(labels, drawn), "types": list(labels.rubric.error_types)}

@@ -22,13 +22,13 @@ Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
 
 PRAISED_FROM = BAD_BELOW[-1]
-"""A bad step with at least this score is praised: an RL run will find and repeat it."""
+"""A judge praises a bad step if it gives the step at least this score; an RL run would repeat such steps."""
 ROW_FORMAT = 2
 """Part of the fingerprint of `predictions.jsonl`: lines of another format are moved away, not mixed in."""
 
 
 def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any]:
-    """The record of one judged prompt: everything that the metrics need, and what traces it back to the input."""
+    """Return the record of one judged prompt: what the metrics need, and what links it to the input."""
     leaked = leaked_scores(prompt.prompt)
     return {
         "id": prompt.id,
@@ -65,7 +65,7 @@ def _distribution_row(distribution: Distribution) -> dict[str, Any]:
 
 
 def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The predictions that an earlier, possibly killed, evaluation left in `file`, if they are of the same kind.
+    """Load the predictions that an earlier, possibly interrupted, evaluation with the same fingerprint left in `file`.
 
     Prompts that the judge could not answer then (memory, a server) are removed from the file, so that they are retried.
     For everything else see `prmkit.resumable.reopen`.
@@ -104,7 +104,7 @@ class Scores:
     reference: Floats
     """The mean of the judges."""
     references: Floats
-    """Each judge alone, shape (scores, judges); NaN where a judge gave none."""
+    """Each judge alone, shape (scores, judges); NaN where a judge gave no score."""
     constant_mean: Floats
     """Mean and median of the training labels; if these are unknown, of the held-out references."""
     constant_median: Floats
@@ -124,7 +124,7 @@ class Scores:
         return Scores(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     def predicting(self, predicted: Floats) -> "Scores":
-        """The same entries with another judge's scores, without probabilities."""
+        """Return the same entries with another judge's scores, without probabilities."""
         unknown = np.full_like(predicted, np.nan)
         return replace(self, predicted=predicted, median=predicted, std=unknown, below=np.full_like(self.below, np.nan))
 
@@ -243,7 +243,7 @@ def pairs(scores: Scores) -> Sample:
 
 
 def suspicion(scores: Scores, threshold: float) -> Sample:
-    """The suspicion of each step (higher for a lower score), against 1.0 for a bad step and 0.0 for a good one."""
+    """Minus the score of each step, so that bad steps rank high, against 1.0 for a bad step and 0.0 for a good one."""
     return _sample(scores, -scores.predicted, bad_steps(scores, threshold))
 
 

@@ -253,7 +253,7 @@ def test_the_agreement_of_many_judges_is_that_of_all_their_pairs(reported):
     assert mean["value"] == pytest.approx(0.5)
     assert mean["pairs"] == 2
     assert mean["low"] is None
-    assert "Two judges agree with each other at 0.50 on average over 2 pairs" in summary.ceiling_sentence(group)
+    assert "The Spearman correlation of two judges is 0.50 on average over 2 pairs" in summary.ceiling_sentence(group)
 
 
 def test_the_report_of_a_copier_says_so_at_the_top(held_out):

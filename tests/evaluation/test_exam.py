@@ -341,7 +341,7 @@ def test_the_gate_closes_on_a_low_interval_and_on_missing_answers(ternary: Path)
     with pytest.raises(GateError, match="labelled steps"):
         take(ternary, "--predictions", public.write_lines(answers, lines[: len(lines) // 2]), "--min-auroc", 0.5)
     constant = [line | {"score": 0.5} for line in lines]
-    with pytest.raises(GateError, match=r"lower end, 0\.500"):
+    with pytest.raises(GateError, match=r"lower bound, 0\.500"):
         take(ternary, "--predictions", public.write_lines(answers, constant), "--min-auroc", 0.6)
 
 
