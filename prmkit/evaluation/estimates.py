@@ -59,7 +59,7 @@ class Sample:
     baseline: Floats
     """The baseline's prediction, for statistics that compare with one; otherwise NaN."""
     weight: Floats
-    """How many pairs each one represents; 1 if all were equally likely to be in the sample."""
+    """Number of pairs that each one represents; 1 if all were equally likely to be in the sample."""
 
     @property
     def tasks(self) -> int:
@@ -67,7 +67,7 @@ class Sample:
         return int(self.task.max(initial=-1)) + 1
 
     def sums(self, values: Floats) -> Floats:
-        """The weighted sum of `values` in each task, shape (tasks,)."""
+        """Return the weighted sum of `values` in each task, shape (tasks,)."""
         sums: Floats = np.bincount(self.task, weights=values * self.weight, minlength=self.tasks).astype(np.float64)
         return sums
 
@@ -135,7 +135,7 @@ def make_pairs(sample: Sample) -> Sample:
 
 
 def _pairs_within(group: Integers) -> tuple[Integers, Integers, Integers]:
-    """The two scores of each pair, and a number for its group."""
+    """Return the two scores of each pair, and a number for its group."""
     generator = np.random.default_rng(SEED)
     by_group = np.argsort(group, kind="stable")
     firsts, seconds, numbers = [by_group[:0]], [by_group[:0]], [by_group[:0]]
@@ -167,13 +167,13 @@ class Estimate:
     """Why there is no value, or no interval."""
 
     def as_json(self) -> dict[str, Any]:
-        """The estimate as it is in `metrics.json`."""
+        """Return the estimate as it is in `metrics.json`."""
         shown = {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "tasks": self.tasks}
         return shown | ({"reason": self.reason} if self.reason else {})
 
 
 def undefined(reason: str, n: int = 0, tasks: int = 0) -> Estimate:
-    """An estimate without a value."""
+    """Return an estimate without a value."""
     return Estimate(None, None, None, n, tasks, reason)
 
 
@@ -232,7 +232,7 @@ def measure_binary(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> E
 
 
 def mean(values: Any, task: Any, weight: Any = None) -> Estimate:
-    """The mean of values and its interval.
+    """Return the mean of values and its interval.
 
     Args:
         values: numbers; for a fraction 1.0 for what is counted, 0.0 for the rest.
@@ -244,7 +244,7 @@ def mean(values: Any, task: Any, weight: Any = None) -> Estimate:
 
 
 def mean_of(sample: Sample, values: Floats) -> Statistic:
-    """The mean of one value per pair."""
+    """Return the mean of one value per pair."""
     sums, sizes = sample.sums(values), sample.sums(np.ones(len(values)))
     return lambda weights: ratio(weights @ sums, weights @ sizes)
 
@@ -258,7 +258,7 @@ def ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 
 def running_sums(values: Floats) -> Floats:
-    """The sum of the rows up to each one, as numpy's cumsum, which takes twice as long: it adds number by number.
+    """Return the cumulative sums of the rows, in half the time of numpy's cumsum, which adds number by number.
 
     Rows are added within stretches of neighbours, all stretches at once; then each stretch gets the sum before it.
     """
@@ -272,7 +272,7 @@ def running_sums(values: Floats) -> Floats:
 
 
 def resampled(sample: Sample, statistic: Statistic) -> Floats:
-    """The statistic in every resample, shape (resamples,)."""
+    """Return the statistic in every resample, shape (resamples,)."""
     np.empty(_KEPT, np.uint8)
     resamples = round(RESAMPLES * min(1.0, max(0.1, MANY / max(len(sample.reference), 1))))
     weights = draw_weights(sample.tasks, resamples)
@@ -281,7 +281,7 @@ def resampled(sample: Sample, statistic: Statistic) -> Floats:
 
 
 def expanded_percentiles(values: Floats, tasks: int) -> tuple[float, float] | tuple[None, None]:
-    """The expanded percentile interval of resampled values; none if more than a tenth of them are undefined."""
+    """Return the expanded percentile interval of resampled values; (None, None) if more than a tenth are undefined."""
     defined = np.sort(values[np.isfinite(values)])
     if len(defined) < _MIN_DEFINED_SHARE * len(values):
         return None, None
@@ -293,7 +293,7 @@ def expanded_percentiles(values: Floats, tasks: int) -> tuple[float, float] | tu
 
 @lru_cache
 def _share_outside(tasks: int) -> float:
-    """The share of resamples cut off at each end: norm.cdf(-t_{n-1} * sqrt(n / (n - 1))), Hesterberg 2015."""
+    """Return the fraction of resamples cut off at each end: norm.cdf(-t_{n-1} * sqrt(n / (n - 1))), Hesterberg 2015."""
     from scipy import stats
 
     quantile = stats.t.ppf((1 + LEVEL) / 2, tasks - 1) * np.sqrt(tasks / (tasks - 1))

@@ -36,7 +36,7 @@ class ExamStep:
     """One step, with or without a label."""
 
     n: int
-    """From 1."""
+    """Number of the step, from 1."""
     index: int | None = None
     """The position of the step's message in the source, from 0."""
     agent: str | None = None
@@ -47,7 +47,7 @@ class ExamStep:
     weight: float = 1.0
     """How many steps it represents, if labelled steps were sampled unevenly."""
     prompt: str | None = None
-    """None if the prompt is built from the whole run."""
+    """None if the prompt is built from the complete run."""
     system: str | None = None
 
     @property
@@ -69,7 +69,7 @@ class ExamRun:
     task_id: str
     task_hash: str | None
     source: str
-    """The form that it was read from, such as the name of a public set."""
+    """The format that it was read from, for example the name of a public set."""
     steps: tuple[ExamStep, ...]
     is_whole: bool
     """Whether every step of the run is here; only then is there a first error to find."""
@@ -80,7 +80,7 @@ class ExamRun:
 
     @cached_property
     def numbers(self) -> Mapping[int, int]:
-        """The number of the step at each place."""
+        """Index that published results use -> step number."""
         return {step.place: step.n for step in self.steps}
 
     @cached_property
@@ -206,7 +206,7 @@ def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, 
 
 
 def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[str, Any]]]]) -> ExamRun:
-    """A run that consists only of labelled steps. If several people labelled a step, their mean counts."""
+    """Return a run of labelled steps only. If several people labelled a step, its label is their mean."""
     merged = []
     for of_step in steps:
         labels = [step.label for step, _ in of_step if step.label is not None]
@@ -227,7 +227,7 @@ def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[st
 
 
 def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
-    """The labelled runs with their other steps; the labels come from the rows, which the user may have edited."""
+    """Return the labelled runs with their other steps; labels come from the rows, which the user may have edited."""
     whole = {run.trajectory_id: _run_of_record(run) for run in read_runs([file], Options(format=record.READER.name))}
     completed = []
     for run in runs:

@@ -100,7 +100,7 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
 
 
 def _by_name(runs: Sequence[ExamRun]) -> dict[str, ExamRun]:
-    """The runs by id; also by task id or file name if that names a single run."""
+    """Return the runs by id, and by task id and file name where these identify a single run."""
     named: dict[str, list[ExamRun]] = defaultdict(list)
     for run in runs:
         file = str(run.record.source.get("file")) if run.record else ""
@@ -135,7 +135,7 @@ def _weigh(judge: JudgeScores, step: StepId, value: Mapping[str, Any]) -> None:
 
 
 def is_repeated(value: Mapping[str, Any]) -> bool:
-    """Whether a row has the second answer of a judge that ask_judges.py asked again to measure its self-agreement."""
+    """Whether a row is a repeated answer, which ask_judges.py collects to measure a judge's self-agreement."""
     metadata = value.get("metadata")
     return isinstance(metadata, dict) and metadata.get("repeat") is True
 
@@ -146,7 +146,7 @@ def _counts_messages(value: Mapping[str, Any]) -> bool:
 
 
 def _is_row(value: Mapping[str, Any]) -> bool:
-    """Whether a line is a row of a strong judge, as those that are converted, and not a score."""
+    """Whether a line is a row of a strong judge, as in the input of the conversion, and not a score."""
     return "conversations" in value or ("messages" in value and "score" not in value)
 
 
@@ -157,7 +157,7 @@ def _judge_of(value: Mapping[str, Any]) -> str | None:
 
 
 def run_of(value: Mapping[str, Any], place: str) -> str:
-    """The id of the run that a line is about.
+    """Return the id of the run that a line is about.
 
     Raises:
         DataError: it is not a name; the message begins with `place`.
@@ -181,7 +181,7 @@ def _has_step_in_id(value: Mapping[str, Any]) -> bool:
 def _scores_in(
     value: Mapping[str, Any], numbers: Mapping[int, int], place: str
 ) -> Iterator[tuple[int | None, _Given | None]]:
-    """The step's number (None if the run has no such step) and its score; None for a step without a score."""
+    """Yield the step's number (None if the run has no such step) and its score; None for a step without a score."""
     labels = next((value[key] for key in value if key.endswith("step_labels") and isinstance(value[key], dict)), None)
     if labels is not None:
         for index, label in labels.items():
@@ -221,7 +221,7 @@ def _whole(value: Any, place: str) -> int:
 
 
 def _add_verdict(judge: JudgeScores, run: ExamRun, value: Mapping[str, Any], place: str) -> None:
-    """A verdict that names the first error of a run, by the position of its message."""
+    """Add a verdict on a run, which gives the first error as the position of its message."""
     faulty, index = value.get("faulty"), value.get("failure_step")
     if value.get("error") or (faulty is None and index is None):
         judge.unplaced["without a verdict"] += 1
@@ -238,7 +238,7 @@ def _add_verdict(judge: JudgeScores, run: ExamRun, value: Mapping[str, Any], pla
 
 
 def _add_scores(judges: Mapping[str, JudgeScores], given: Mapping[str, Mapping[StepId, _Given]], file: Path) -> None:
-    """Scores unchanged; verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
+    """Add scores unchanged, and verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
     is_ternary = any(number < 0 for found in given.values() for number, is_verdict in found.values() if not is_verdict)
     only_0_and_1 = {(0.0, False), (1.0, False)}
     if given and not is_ternary and all(set(found.values()) == only_0_and_1 for found in given.values()):

@@ -71,7 +71,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
 
 
 def asks_judge(arguments: argparse.Namespace) -> bool:
-    """Whether a judge is loaded and asked, and not only answers of others are read."""
+    """Whether a judge is loaded and asked, instead of only reading answers from a file."""
     return bool(arguments.run or arguments.model or not (arguments.predictions or arguments.predict_with))
 
 
@@ -97,7 +97,7 @@ def _trained_on(run: Path) -> dict[str, str]:
 
 
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
-    """The results folder: one for each input, so that answers to one exam never replace those to another."""
+    """Return the results folder: one per input, so that answers to one exam never replace those to another."""
     name = f"{what}_{bare_name(file)}"
     if not (arguments.run or arguments.model):
         if arguments.predictions:
@@ -156,7 +156,7 @@ def _show(exam: Exam, entrants: Sequence[Entrant], page: Path) -> None:
 
 
 def _check_gate(entrants: Sequence[Entrant], least: float, unchecked: str | None) -> None:
-    """Every judge must reach the threshold; an unknown AUROC counts as not reached."""
+    """Fail unless every judge reaches the threshold; an unknown AUROC counts as not reached."""
     failed = [f"--min-auroc {least:g}: {unchecked}"] if unchecked else []
     for judge in (each for each in entrants if each.kind == "judge"):
         auroc = judge.metrics.get("auroc")

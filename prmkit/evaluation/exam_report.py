@@ -49,13 +49,13 @@ def _listed(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, fl
 
 
 def shown_metrics(entrants: Sequence[Entrant]) -> list[str]:
-    """The metrics that the exam allows, in order."""
+    """Return the metrics that the exam allows, in order."""
     own = [each for each in entrants if each.kind != "published"]
     return [name for name in METRICS_OF_EXAMS if any(name in each.metrics for each in own)]
 
 
 def columns(entrants: Sequence[Entrant]) -> tuple[str, ...]:
-    """The header of the table."""
+    """Return the header of the table."""
     names = [METRICS_OF_EXAMS[name][0] for name in shown_metrics(entrants)]
     return ("who", "AUROC", "95 %", *(name for name in names if name != "AUROC"))
 
@@ -67,7 +67,7 @@ def optional(entrants: Sequence[Entrant]) -> tuple[str, ...]:
 
 
 def table(entrants: Sequence[Entrant]) -> list[tuple[str, ...]]:
-    """One row per entrant, with cells in the order of `columns`."""
+    """Return one row per entrant, with cells in the order of `columns`."""
     names = [name for name in shown_metrics(entrants) if name != "auroc"]
     rows = []
     for each in entrants:
@@ -81,17 +81,17 @@ _MARKS = {"published": " *", "people": " *"}
 
 
 def value_cell(estimate: Estimate | None) -> str:
-    """A value with three decimals: enough to recognise a published value."""
+    """Return a value with three decimals: enough to recognise a published value."""
     return shown(estimate.as_json() if estimate else None, ".3f", interval=False)
 
 
 def interval_cell(estimate: Estimate | None) -> str:
-    """The interval, if there is one."""
+    """Return the interval, if there is one."""
     return NONE if estimate is None or estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"
 
 
 def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
-    """The data that the table is based on."""
+    """Return the data that the table is based on."""
     labelled = list(exam.labelled)
     bad, tasks = sum(step.is_bad for _, step in labelled), len({run.task_id for run in exam.runs})
     lines = [
@@ -243,7 +243,7 @@ _LADDERS = {"auroc": 0.5, "step_accuracy": 0.0, "processbench_f1": 0.0, "located
 
 
 def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
-    """The entrants by one metric, the best first; None if fewer than two have it."""
+    """Return the entrants by one metric, the best first; None if fewer than two have it."""
     if name not in _LADDERS:
         return None
     known = [(each, each.metrics[name]) for each in entrants if name in each.metrics]

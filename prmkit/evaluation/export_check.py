@@ -1,4 +1,4 @@
-"""Does the exported model give the same scores as the trained adapter? If not, why?"""
+"""Check whether an exported model gives the same scores as the trained adapter, and look for causes if not."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ class Parity:
 
     prompts: int
     scores: int
-    """How many scores both gave."""
+    """Number of scores that both gave."""
     largest: float
     mean: float
     """Largest and mean absolute difference of these scores."""
@@ -49,12 +49,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class _Side:
-    """What one of the two answered, and the prompt that it saw."""
+    """The answers of one of the two models, and the prompts as token ids."""
 
     judgements: list[Judgement]
     prompt_ids: list[list[int]]
     chat_ids: list[list[int]] | None
-    """The prompts as the tokenizer's own chat template renders them; None if it has none."""
+    """The prompts as the tokenizer's own chat template renders them; None without one."""
 
 
 def check_parity(

@@ -1,4 +1,4 @@
-"""Is a judge useful? The five conditions, the grade and its reason, for each evaluation type.
+"""Grade a judge for each evaluation type: the five conditions for "Useful", the grade and its reason.
 
 The thresholds are the constants below; `summary.py` has those that other tables need too (MIN_SCORED, MIN_BAD).
 """

@@ -39,7 +39,7 @@ HOW_TO_HOLD_OUT = (
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """One prompt that never reached training, and every judge's scores for it."""
+    """A prompt that was not used in training, and every judge's scores for it."""
 
     id: str
     """The id of the prompt's first row in the dataset."""
@@ -82,7 +82,7 @@ class HeldOut:
     leniency: Leniency
     """Leniency of each judge on these prompts; the references are corrected for it."""
     self_agreement: Sequence[Mapping[str, Any]] = ()
-    """How well judges agree with themselves, from the conversion's report."""
+    """Self-agreement of the judges, from the conversion's report."""
 
     @property
     def judges(self) -> list[str]:
@@ -123,7 +123,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
 
 
 def _self_agreement(data_folder: Path) -> Sequence[Mapping[str, Any]]:
-    """From the conversion's report, which also counts equal repeated answers; the dataset keeps those once."""
+    """Read it from the conversion's report, which also counts equal repeated answers; the dataset keeps those once."""
     report = data_folder / REPORT
     found = read_json(report).get("self_agreement", []) if report.is_file() else []
     return [entry for entry in found if entry.keys() >= {"evaluation_type", "key", "pairs", "pearson"}]
@@ -182,7 +182,7 @@ def _other_weights(rows: Sequence[_LabelledRow], of_prompt: float) -> Mapping[st
 
 
 def _with_weight(of_rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The metadata of a prompt's first row.
+    """Return the metadata of a prompt's first row.
 
     A prompt that was selected both at random and with certainty gets the lowest weight, because its selection was
     certain.
@@ -235,7 +235,7 @@ def _reference_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
 
 
 def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name: str | None) -> tuple[Path, str]:
-    """The location of a run's held-out rows: its held-out dataset in its data folder, unless overridden.
+    """Return the data folder and dataset name of a training run's held-out rows, unless overridden.
 
     Args:
         config: the run's configuration; empty for a judge that no run of this project has trained.

@@ -29,7 +29,7 @@ log = logging.getLogger("prmkit")
 
 PAGE = Path(__file__).with_name("label_page.html")
 _MOST_BYTES = 10_000
-"""The most bytes of a request: a label is a few words."""
+"""The maximum number of bytes of a request."""
 _LONGEST_TYPE = 80
 
 
@@ -38,7 +38,7 @@ def label_steps(arguments: argparse.Namespace) -> ExitCode:
 
     Raises:
         DataError: there are no runs, the port is taken, or another process is writing to the same file.
-        UsageError: the output has labels of another sample.
+        UsageError: the output has labels for a different sample.
     """
     rubric = load_rubric(arguments.rubric)
     file = arguments.output
@@ -86,7 +86,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Of the page."""
+        """Address of the page, with its token."""
         return f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
 
@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Thread(target=self.server.shutdown).start()  # it waits for this request to end
 
     def _path(self) -> str | None:
-        """The requested path; None unless host and token are right."""
+        """Return the requested path; None unless host and token are right."""
         token, _, rest = self.path.partition("?")[0].removeprefix("/").partition("/")
         right = secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode())
         return rest if right and self.headers.get("Host") in self.server.hosts else None

@@ -154,11 +154,11 @@ def open_labels(
         scores: a judge's scores for bands; None to draw evenly.
         seed: of the draw.
         rubric: for the prompts of the rows.
-        form: of the runs; None to recognise it.
+        form: format of the runs; None to detect it.
 
     Raises:
         DataError: no runs, or a damaged file.
-        UsageError: the file holds labels of another sample.
+        UsageError: the file has labels for a different sample.
     """
     check_output(file, Path(source))
     if not name.strip():
@@ -183,7 +183,7 @@ def open_labels(
 
 
 def _scores(file: Path, runs: Mapping[str, Trajectory], source: Path) -> Mapping[tuple[str, int], float]:
-    """The scores of the only judge in a file; scores of unknown runs are skipped."""
+    """Return the scores of the only judge in a file; scores of unknown runs are skipped."""
     judges = read_exam_answers(file, [bare_run(run) for run in runs.values()], source)
     if len(judges) > 1:
         raise UsageError(f"{file}: {len(judges)} judges have scores in this file. Keep the scores of one.")
@@ -209,7 +209,7 @@ def _read_done(labels: Labels) -> None:
 
 
 def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """The lines of a file by run and step.
+    """Return the lines of a file by run and step.
 
     Raises:
         DataError: a line was not written by this command.
@@ -225,7 +225,7 @@ def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _whole_lines(file: Path) -> list[Any]:
-    """The lines of a file; a last line that a kill cut off is removed."""
+    """Return the lines of a file; a last line that a kill cut off is removed."""
     if not file.is_file():
         return []
     with file.open("r+b") as stream:

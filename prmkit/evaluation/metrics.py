@@ -64,7 +64,7 @@ STRICT = str(BAD_BELOW[0])
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that describes a judge."""
+    """A metric of a judge."""
 
     name: str
     """Key in `metrics.json`."""
@@ -87,7 +87,7 @@ class Metric:
     """Needs both classes: bad steps and others."""
 
     def estimate(self, sample: Sample) -> Estimate:
-        """The metric of a sample, with its interval."""
+        """Return the metric of a sample, with its interval."""
         measured = measure_binary if self.binary else measure
         return measured(sample, self.statistic(sample), min_n=self.min_n)
 
@@ -178,7 +178,7 @@ def _error_of_surest(scores: Scores, share: float) -> Estimate:
 
 
 def recommended_threshold(scores: Scores, folds: int = 5) -> Metrics | None:
-    """The score below which a step is best called bad: the threshold with the greatest F1 for bad below `STRICT`.
+    """Choose the score below which a step is called bad: the threshold with the greatest F1 for bad below `STRICT`.
 
     Precision and recall are measured on tasks on which the threshold was not chosen.
 
@@ -211,7 +211,7 @@ def _best_threshold(scores: Scores, bad: NDArray[np.bool_]) -> float:
 
 
 def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
-    """The weight of the values below each threshold."""
+    """Return the total weight of the values below each threshold."""
     rising = np.argsort(values, kind="stable")
     up_to = np.concatenate([[0.0], np.cumsum(weight[rising])])
     return up_to[np.searchsorted(values[rising], thresholds)]
@@ -221,7 +221,7 @@ def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
 
 
 def evaluation_types(rows: Sequence[Row]) -> list[str]:
-    """The evaluation types in the order of every table."""
+    """Return the evaluation types in the order of every table."""
     return sorted({row["evaluation_type"] for row in rows}, key=_type_order)
 
 
@@ -250,7 +250,7 @@ def groups(scores: Scores) -> Iterator[tuple[str, str, bool, NDArray[Any]]]:
 
 
 def validity(rows: Sequence[Row]) -> Metrics:
-    """How many prompts got scores, why the others got none, and how willing the judge was to answer with a score.
+    """Count the prompts with scores, the reasons why the others have no score, and the probability on scores.
 
     Prompts without a score enter no other metric, so this is shown next to the metrics.
     """
@@ -345,7 +345,7 @@ def _mean(values: Any) -> float:
 
 
 def trajectory_metrics(rows: Sequence[Row], incomplete: Collection[str] = ()) -> Metrics:
-    """How well step scores predict the answer's score, and ProcessBench F1; for the judges' steps and for this judge's.
+    """Measure how well step scores (this judge's, and the judges' means) predict the answer's score; ProcessBench F1.
 
     Against the outcome: Spearman, Pearson, and AUROC for a wrong answer (outcome below 0.5). Intervals are over tasks,
     of which each may have several trajectories. The arguments are those of `trajectories_of`.

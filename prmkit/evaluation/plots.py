@@ -40,7 +40,7 @@ _HEXBINS_A_ROW = 4
 
 
 def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, str]]:
-    """Every plot that the scores allow.
+    """Return every plot that the scores allow.
 
     Returns:
         Title, caption and SVG of each.

@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, for the person who must decide whether to use this judge."""
+"""The report: one self-contained HTML file for deciding whether to use this judge."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +73,7 @@ def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Map
 
 
 def judge_name(metrics: Mapping[str, Any]) -> str:
-    """The judge's name: the run's folder, or the model's."""
+    """Return the judge's name: the run's folder, or the model's."""
     judge = metrics["judge"]
     path = Path(str(judge.get("adapter") or judge.get("model") or "judge"))
     return path.parent.name + "/" + path.name if path.name.startswith("checkpoint-") else path.name or str(path)

@@ -63,7 +63,7 @@ class Change:
 
 
 def change_prompts(prompts: Sequence[HeldOutPrompt]) -> list[Change]:
-    """Every change of every prompt that has a place for it.
+    """Apply every probe to every prompt that it can change.
 
     A score can only be expected to fall if the judges called the step good.
     """
@@ -81,7 +81,7 @@ def change_prompts(prompts: Sequence[HeldOutPrompt]) -> list[Change]:
 def robustness_of(
     changes: Sequence[Change], rows: Sequence[Row], changed_rows: Sequence[Row], prompts: int | None = None
 ) -> Metrics:
-    """The entry of `metrics.json` for each change: how many scores move the wrong way, and by how much on average.
+    """Measure for each change how many scores move the wrong way, and the mean change; the content for `metrics.json`.
 
     Args:
         changes: the changed prompts.
@@ -124,7 +124,7 @@ def _not_comparable(before: Row, after: Row) -> str | None:
 
 
 def _measured(probe: Probe, pairs: Sequence[tuple[Row, Row]]) -> Metrics:
-    """Each prompt's mean score over its keys: a change need not move every key."""
+    """Return each prompt's mean score over its keys: a change need not move every key."""
     change = np.array([after["score"] - before["score"] for before, after in pairs])
     references = [fmean(before["reference"].values()) if before["reference"] else np.nan for before, _ in pairs]
     task = np.array([before["task_id"] for before, _ in pairs])
@@ -225,7 +225,7 @@ def _with_keys_reversed(prompt: HeldOutPrompt, _: FinalAnswers) -> str | None:
 
 
 def _reversed(text: str) -> str:
-    """The JSON with its keys in reverse order; unchanged if that would change anything else."""
+    """Return the JSON with its keys in reverse order; unchanged if that would change anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -284,7 +284,7 @@ _LAST_STEP = re.compile(r"^Judge step \d+ \(the last step of the run\)", re.MULT
 
 
 def answers_in(prompts: Sequence[HeldOutPrompt]) -> FinalAnswers:
-    """The distinct final answers that the prompts show, each with its task."""
+    """Return the distinct final answers that the prompts show, each with its task."""
     found = {(prompt.task, _plain(answer)): answer for prompt in prompts for answer in _answers(prompt)}
     return [(task, answer) for (task, _), answer in sorted(found.items())]
 
