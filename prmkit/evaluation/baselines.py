@@ -1,4 +1,4 @@
-"""What a judge has to beat (baselines), what it cannot beat (the judges' agreement), and where it fails (subgroups)."""
+"""Baselines that a judge has to beat, the upper bound set by the judges' agreement, and metrics of subgroups."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ COPY_WITHIN = 0.005
 
 
 def baselines(scores: Scores, base: Scores | None) -> Metrics:
-    """What can be reached without training, on the same scores.
+    """Measure on the same scores what is possible without training.
 
     `constant`: always the mean (for RMSE) or the median (for MAE) of the training labels. `length` and `position`:
     ranking by only the prompt's length or the clip's number. `copy`: repeating the scores of earlier clips that the
@@ -52,7 +52,7 @@ def baselines(scores: Scores, base: Scores | None) -> Metrics:
 
 
 def _ranking(scores: Scores, values: Floats) -> Metrics:
-    """How well a ranking by one number does, in the better direction for each key, and what the judge adds."""
+    """Measure a ranking by one number, in the better direction for each key, and what the judge adds to it."""
     directed = np.zeros(len(values))
     for kind in np.unique(scores.kind):
         chosen = scores.kind == kind
@@ -70,7 +70,7 @@ def _ranking(scores: Scores, values: Floats) -> Metrics:
 
 
 def _or_zero(statistic: Statistic) -> Statistic:
-    """A ranking that is the same everywhere orders nothing."""
+    """Count the undefined correlation of a constant ranking as 0."""
     return lambda weights: np.nan_to_num(statistic(weights))
 
 
@@ -107,7 +107,7 @@ def _distance(scores: Scores, copied: Floats, scored: Floats) -> Estimate:
 
 
 def shared(mine: Scores, theirs: Scores) -> tuple[Scores, Scores]:
-    """The scores of the same prompts and keys, in the same order."""
+    """Return the scores of the same prompts and keys, in the same order."""
     places = {entry: place for place, entry in enumerate(zip(theirs.prompt, theirs.key, strict=True))}
     pairs = [
         (place, places[entry]) for place, entry in enumerate(zip(mine.prompt, mine.key, strict=True)) if entry in places
@@ -120,7 +120,7 @@ def shared(mine: Scores, theirs: Scores) -> tuple[Scores, Scores]:
 
 
 def self_agreement(entries: Sequence[Mapping[str, Any]], evaluation_type: str, key: str) -> Estimate:
-    """How well judges agree with themselves on prompts that they have answered more than once.
+    """Measure how well judges agree with themselves on prompts that they have answered more than once.
 
     Args:
         entries: `self_agreement` of the conversion's report: judge, evaluation_type, key, pairs, pearson.
@@ -136,12 +136,12 @@ def self_agreement(entries: Sequence[Mapping[str, Any]], evaluation_type: str, k
     ]
     n = sum(pairs for pairs, _ in known)
     if n < MIN_SCORES:
-        return undefined(f"{n} of at least {MIN_SCORES} scores that a judge gave twice", n)
+        return undefined(f"at least {MIN_SCORES} scores that a judge gave twice are needed (here: {n})", n)
     return Estimate(sum(pairs * pearson for pairs, pearson in known) / n, None, None, n, 0)
 
 
 def against_each(scores: Scores, judges: Sequence[str]) -> Metrics:
-    """The judge compared with each single judge, instead of with their mean."""
+    """Compare this judge with each reference judge separately, instead of with their mean."""
     found = {}
     for column, judge in enumerate(judges):
         alone = scores.where(np.isfinite(scores.references[:, column]))
@@ -152,7 +152,7 @@ def against_each(scores: Scores, judges: Sequence[str]) -> Metrics:
 
 
 def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
-    """How well the judges agree with each other on the same prompts, and the bound that this puts on any prediction.
+    """Measure how well the judges agree on the same prompts, and the upper bound that follows for any prediction.
 
     If two judges differ only by independent noise of the same size, their Pearson correlation r is the reliability of
     one of them, and by the correction for attenuation (Spearman 1904, "The proof and measurement of association between
@@ -197,18 +197,18 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
 
 
 def _why_no_bound(scores: Scores, count: NDArray[np.int64]) -> str | None:
-    """Why a bound from the scores with two judges does not hold for all: they must be many, and like the rest."""
+    """Return why the bound may not hold for all scores: those of several judges are too few, or unlike the rest."""
     several = count > 1
     if not several.any():
-        return "no score has two judges"
+        return "no prompt was scored by several judges"
     if several.mean() < 0.5:
-        return f"only {several.mean():.0%} of the scores have two judges"
+        return f"only {several.mean():.0%} of the scores were given by several judges"
     if (~several).sum() < MIN_SCORES:
         return None
     single, double = (scores.references[mask][np.isfinite(scores.references[mask])] for mask in (~several, several))
     spread = max(float(np.std(single)), 1e-9)
     if abs(single.mean() - double.mean()) > 0.3 * spread or not 0.75 < np.std(double) / spread < 1.33:
-        return "the scores with two judges differ from the others"
+        return "the scores given by several judges differ from the others"
     return None
 
 
@@ -245,7 +245,7 @@ def _gap(scores: Scores) -> Estimate:
 
 
 def _bounds(correlations: Sequence[Estimate], judges: float, itself: Estimate, against: str | None) -> Metrics:
-    """The bounds of `ceiling`, from the mean correlation of all pairs of judges."""
+    """Return the bounds of `ceiling`, from the mean correlation of all pairs of judges."""
     known = [estimate for estimate in correlations if estimate.value is not None]
     if not known or against:
         reason = against or (correlations[0].reason if correlations else None) or "no prompt has two judges"
@@ -291,7 +291,7 @@ MAX_GROUPS = 30
 
 
 def group_values(rows: Sequence[Row], key: str) -> list[str | None]:
-    """The value of a metadata key for each prediction; None if it has none."""
+    """Return the value of a metadata key for each prediction; None if the prediction does not have the key."""
     if key == TASK_GROUP:
         return [re.sub(r"[\W_]*\d+$", "", str(row["task_id"])) or None for row in rows]
     values = (row["metadata"].get(key) for row in rows)
@@ -299,13 +299,13 @@ def group_values(rows: Sequence[Row], key: str) -> list[str | None]:
 
 
 def grouping_keys(rows: Sequence[Row]) -> list[str]:
-    """The metadata keys that divide the rows into a few groups."""
+    """Return the metadata keys that divide the rows into a few groups."""
     keys = dict.fromkeys(key for row in rows for key in row["metadata"] if key not in _NOT_GROUPS)
     return [key for key in (TASK_GROUP, *keys) if 2 <= len(set(group_values(rows, key)) - {None}) <= MAX_GROUPS]
 
 
 def breakdown(scores: Scores, rows: Sequence[Row], key: str) -> list[Metrics]:
-    """The judge on each group of scores that share a value of a metadata key, the largest group first."""
+    """Measure the judge on the scores of each value of a metadata key, the largest group first."""
     values = np.array(group_values(rows, key), dtype=object)[scores.row]
     found: list[Metrics] = []
     names, counts = np.unique([value for value in values if value is not None], return_counts=True)
@@ -322,7 +322,7 @@ def breakdown(scores: Scores, rows: Sequence[Row], key: str) -> list[Metrics]:
 
 
 def halves(scores: Scores) -> list[Estimate]:
-    """The judge's rank correlation on two random halves of the tasks: what holds on only one half was not learnt."""
+    """Return the rank correlation on two random halves of the tasks: one that holds on only one half is spurious."""
     tasks = np.unique(scores.task)
     first = np.random.default_rng(0).permutation(tasks)[: len(tasks) // 2]
     in_first = np.isin(scores.task, first)

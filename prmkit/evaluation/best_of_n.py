@@ -215,7 +215,7 @@ def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | 
     outcome = next(iter(given.values()), None)
     task, name = (name_at(place, about, key) for key in ("task_id", "trajectory_id"))
     if outcome is None or task is None:
-        raise DataError(f"{place}: no task_id, or no outcome from 0 to 1 ({', '.join(_OUTCOMES)}).")
+        raise DataError(f"{place}: task_id or an outcome from 0 to 1 ({', '.join(_OUTCOMES)}) is missing.")
     attempt = Attempt(name or f"{task}.{about.get('trial', place)}", task, outcome, 0)
     scores = value.get("scores")
     if isinstance(scores, list) or ("scores" in value and "score" not in value):
@@ -326,8 +326,8 @@ def _comparable(attempts: Sequence[Attempt]) -> tuple[list[Attempt], dict[str, i
     without = {each.task_id for each in attempts if each.scores is None}
     if len(without) == len(sizes):
         raise DataError(
-            "no task has scores for every step of all its runs. Runs are scored by a judge (--run); lines with "
-            "outcomes need --predictions. best_of_n_answers.jsonl in the output folder says why a judge gave no score."
+            "no task has scores for every step of all its runs. Score the runs with --run, or pass the scores with "
+            "--predictions. best_of_n_answers.jsonl in the output folder says why a judge gave no score."
         )
     kept = [each for each in attempts if sizes[each.task_id] > 1 and each.task_id not in without]
     single = sum(count == 1 for count in sizes.values())
@@ -368,7 +368,7 @@ def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Map
     cli.emit(f"{len(attempts):,} runs of {tasks:,} tasks; the mean over all subsets of N runs.")
     fewer = [f"N={n}: {each.n}" for n, each in enumerate(results["random"], start=1) if each.n < tasks]
     if fewer:
-        cli.emit(f"Some tasks have fewer runs, so the columns are not all about the same tasks ({', '.join(fewer)}).")
+        cli.emit(f"Tasks with fewer runs are missing from later columns (tasks left: {', '.join(fewer)}).")
     for what, count in left_out.items():
         if count:
             cli.emit(f"left out: {count:,} {what}")

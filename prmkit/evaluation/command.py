@@ -273,7 +273,7 @@ def _parity(
     other = replace(judge_source_of_export(exported), trust_remote_code=source.trust_remote_code)
     tolerance = DEFAULT_TOLERANCE if arguments.tolerance is None else arguments.tolerance
     parity = check_parity(source, other, requests, tolerance=tolerance, batch_size=arguments.batch_size)
-    cli.emit(f"{exported}: scores as {source.adapter or source.model} does ({parity}).")
+    cli.emit(f"{exported} gives the same scores as {source.adapter or source.model} ({parity}).")
     return ExitCode.DONE
 
 
@@ -292,12 +292,12 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) 
         held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
         trained = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
     except (DataError, UsageError) as error:
-        log.warning("Whether %s scores as %s was not checked: %s", exported, run, error)
+        log.warning("Could not check whether %s gives the same scores as %s: %s", exported, run, error)
         return
     other = replace(judge_source_of_export(exported), trust_remote_code=trust_remote_code)
     parity = check_parity(trained, other, _requests(held_out, PARITY_PROMPTS))
     _copy_measurements(run, trained, exported, other)
-    cli.emit(f"{exported}: scores as {run} does ({parity}).")
+    cli.emit(f"{exported} gives the same scores as {run} ({parity}).")
 
 
 def _copy_measurements(run: Path, trained: JudgeSource, exported: Path, other: JudgeSource) -> None:

@@ -253,7 +253,7 @@ def left_out(comparison: Mapping[str, Any]) -> str | None:
     if not mine and not theirs:
         return None
     both = comparison["groups"][0]["scores"]
-    return f"Compared on the {both} scores that both gave; {mine} of this judge and {theirs} of the other are left out."
+    return f"Compared on the {both} scores of both; {mine} of this judge's and {theirs} of the other's are left out."
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) 
             )
     unseen = max(-_one_sided_end(group[ORDER], ORDER) for group in of_types)
     return (
-        f"Not shown to be worse on any type. A loss of up to {max(0.0, unseen):.3f} in Spearman is not excluded; "
-        "--margin X requires proof."
+        f"Not significantly worse on any type. A Spearman loss of up to {max(0.0, unseen):.3f} cannot be excluded; "
+        "--margin X requires that it is."
     )
 
 
@@ -320,7 +320,7 @@ def _check_margin(comparison: Mapping[str, Any], margin: float) -> str:
     if unclear:
         tasks, what = max(unclear)
         raise GateError(f"--margin {margin:g}: cannot be decided; about {tasks} tasks are needed ({what}).")
-    return f"Worse by less than {margin:g} in Spearman and MAE on every evaluation type (one-sided 95 %)."
+    return f"Non-inferior within {margin:g} in Spearman and MAE on every evaluation type (one-sided 95 %)."
 
 
 def _one_sided_end(estimates: Mapping[str, Any], name: str) -> float:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Statistic = Callable[[Floats], Floats]
-"""Weights of the tasks, one resample a row, shape (resamples, tasks) -> the statistic of each resample; NaN where it
+"""Weights of the tasks, one resample per row, shape (resamples, tasks) -> the statistic of each resample; NaN where it
 is not defined."""
 
 SEED = 0
@@ -43,7 +43,7 @@ _MIN_DEFINED_SHARE = 0.9
 _KEPT = 31 << 20
 """glibc gives arrays of a few megabytes back to the kernel, and to get them again is two thirds of a statistic's time.
 Once this many bytes were taken and given back (32 MiB are too many), it keeps the memory of smaller arrays."""
-_BLOCK = 200_000  # weights a block: small enough for a processor's cache, four times as fast as all at once
+_BLOCK = 200_000  # weights per block: a block fits the CPU cache, which is four times as fast as one large block
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Sample:
     task: Integers
     """Numbers from 0 to `tasks - 1`, each of them present."""
     group: Integers
-    """The group of each pair, for statistics within groups; else 0."""
+    """The group of each pair, for statistics within groups; otherwise 0."""
     baseline: Floats
-    """The baseline's prediction, for statistics that compare with one; else NaN."""
+    """The baseline's prediction, for statistics that compare with one; otherwise NaN."""
     weight: Floats
-    """How many pairs each one represents; 1 if all were equally likely to be in the sample."""
+    """Number of pairs that each one represents; 1 if all were equally likely to be in the sample."""
 
     @property
     def tasks(self) -> int:
@@ -67,7 +67,7 @@ class Sample:
         return int(self.task.max(initial=-1)) + 1
 
     def sums(self, values: Floats) -> Floats:
-        """The weighted sum of `values` in each task, shape (tasks,)."""
+        """Return the weighted sum of `values` in each task, shape (tasks,)."""
         sums: Floats = np.bincount(self.task, weights=values * self.weight, minlength=self.tasks).astype(np.float64)
         return sums
 
@@ -95,7 +95,7 @@ def make_sample(
 
 
 def on_part(sample: Sample, chosen: NDArray[Any], make: Callable[[Sample], Statistic]) -> Statistic:
-    """A statistic of some of the pairs that takes weights for all tasks of the sample.
+    """Make a statistic of some of the pairs that takes weights for all tasks of the sample.
 
     This way several statistics, each on its own rows, can be resampled together.
     """
@@ -135,7 +135,7 @@ def make_pairs(sample: Sample) -> Sample:
 
 
 def _pairs_within(group: Integers) -> tuple[Integers, Integers, Integers]:
-    """The two scores of each pair, and a number for its group."""
+    """Return the two scores of each pair, and a number for its group."""
     generator = np.random.default_rng(SEED)
     by_group = np.argsort(group, kind="stable")
     firsts, seconds, numbers = [by_group[:0]], [by_group[:0]], [by_group[:0]]
@@ -167,13 +167,13 @@ class Estimate:
     """Why there is no value, or no interval."""
 
     def as_json(self) -> dict[str, Any]:
-        """The estimate as it is in `metrics.json`."""
+        """Return the estimate as it is in `metrics.json`."""
         shown = {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "tasks": self.tasks}
         return shown | ({"reason": self.reason} if self.reason else {})
 
 
 def undefined(reason: str, n: int = 0, tasks: int = 0) -> Estimate:
-    """An estimate without a value."""
+    """Return an estimate without a value."""
     return Estimate(None, None, None, n, tasks, reason)
 
 
@@ -190,7 +190,7 @@ def as_json(value: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def draw_weights(tasks: int, resamples: int = RESAMPLES) -> Floats:
-    """How often each task is in each resample, shape (resamples, tasks); the same for the same number of tasks."""
+    """Draw how often each task is in each resample, shape (resamples, tasks); the same for the same number of tasks."""
     generator = np.random.default_rng(SEED)
     drawn = generator.integers(tasks, size=(resamples, tasks)) + tasks * np.arange(resamples)[:, None]
     weights = np.bincount(drawn.ravel(), minlength=resamples * tasks).astype(np.float64)
@@ -208,20 +208,22 @@ def measure(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> Estimate
     """
     count, tasks = len(sample.reference), sample.tasks
     if count < max(min_n, 1):
-        few = f"{count} of at least {min_n} needed" if count else "nothing to measure"
+        few = f"at least {min_n} values are needed (here: {count})" if count else "nothing to measure"
         return undefined(few, count, tasks)
     value = float(statistic(np.ones((1, tasks)))[0])
     if not np.isfinite(value):
         return undefined(_why_undefined(sample), count, tasks)
     if tasks < MIN_TASKS:
-        return Estimate(value, None, None, count, tasks, f"no interval: {tasks} of at least {MIN_TASKS} tasks")
+        return Estimate(
+            value, None, None, count, tasks, f"no interval: at least {MIN_TASKS} tasks are needed (here: {tasks})"
+        )
     low, high = expanded_percentiles(resampled(sample, statistic), tasks)
-    reason = None if low is not None else "no interval: it is not defined in too many resamples"
+    reason = None if low is not None else "no interval: undefined in too many resamples"
     return Estimate(value, low, high, count, tasks, reason)
 
 
 def measure_binary(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> Estimate:
-    """As `measure`, for a statistic that needs both kinds: `reference` is 1.0 for bad steps and 0.0 for the others."""
+    """As `measure`, for a statistic that needs both classes: `reference` is 1.0 for bad steps, otherwise 0.0."""
     count = len(sample.reference)
     one_kind = {0.0: "no step is bad", 1.0: "every step is bad"}
     if count >= max(min_n, 1) and (reason := one_kind.get(float(sample.reference.mean()))):
@@ -230,10 +232,10 @@ def measure_binary(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> E
 
 
 def mean(values: Any, task: Any, weight: Any = None) -> Estimate:
-    """The mean of values and its interval.
+    """Return the mean of values and its interval.
 
     Args:
-        values: numbers; for a share 1.0 for what is counted, 0.0 for the rest.
+        values: numbers; for a fraction 1.0 for what is counted, 0.0 for the rest.
         task: the task of each value.
         weight: how many values each one represents; None if all were equally likely to be in the sample.
     """
@@ -242,7 +244,7 @@ def mean(values: Any, task: Any, weight: Any = None) -> Estimate:
 
 
 def mean_of(sample: Sample, values: Floats) -> Statistic:
-    """The mean of one value per pair."""
+    """Return the mean of one value per pair."""
     sums, sizes = sample.sums(values), sample.sums(np.ones(len(values)))
     return lambda weights: ratio(weights @ sums, weights @ sizes)
 
@@ -256,7 +258,7 @@ def ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 
 def running_sums(values: Floats) -> Floats:
-    """The sum of the rows up to each one, as numpy's cumsum, which takes twice as long: it adds number by number.
+    """Return the cumulative sums of the rows, in half the time of numpy's cumsum, which adds number by number.
 
     Rows are added within stretches of neighbours, all stretches at once; then each stretch gets the sum before it.
     """
@@ -270,7 +272,7 @@ def running_sums(values: Floats) -> Floats:
 
 
 def resampled(sample: Sample, statistic: Statistic) -> Floats:
-    """The statistic in every resample, shape (resamples,)."""
+    """Return the statistic in every resample, shape (resamples,)."""
     np.empty(_KEPT, np.uint8)
     resamples = round(RESAMPLES * min(1.0, max(0.1, MANY / max(len(sample.reference), 1))))
     weights = draw_weights(sample.tasks, resamples)
@@ -279,7 +281,7 @@ def resampled(sample: Sample, statistic: Statistic) -> Floats:
 
 
 def expanded_percentiles(values: Floats, tasks: int) -> tuple[float, float] | tuple[None, None]:
-    """The expanded percentile interval of resampled values; none if more than a tenth of them are undefined."""
+    """Return the expanded percentile interval of resampled values; (None, None) if more than a tenth are undefined."""
     defined = np.sort(values[np.isfinite(values)])
     if len(defined) < _MIN_DEFINED_SHARE * len(values):
         return None, None
@@ -291,7 +293,7 @@ def expanded_percentiles(values: Floats, tasks: int) -> tuple[float, float] | tu
 
 @lru_cache
 def _share_outside(tasks: int) -> float:
-    """The share of resamples cut off at each end: norm.cdf(-t_{n-1} * sqrt(n / (n - 1))), Hesterberg 2015."""
+    """Return the fraction of resamples cut off at each end: norm.cdf(-t_{n-1} * sqrt(n / (n - 1))), Hesterberg 2015."""
     from scipy import stats
 
     quantile = stats.t.ppf((1 + LEVEL) / 2, tasks - 1) * np.sqrt(tasks / (tasks - 1))

@@ -103,7 +103,7 @@ def evaluate(
     from prmkit.evaluation.report import write_report
 
     if settings.with_base and source.adapter is None:
-        raise UsageError("--baseline asks the base model of an adapter, and this judge has no adapter.")
+        raise UsageError("--baseline needs a judge with an adapter. Leave it out, or use --run.")
     _make(folder)
     with exclusive_lock(folder, "evaluating"):
         prompts = list(sampled(held_out.prompts, settings.limit))
@@ -148,7 +148,7 @@ def _make(folder: Path) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{folder}: is a file, but the results need a folder. Name another one.") from error
     except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error.strerror}). Name another one with --output.") from error
+        raise DataError(f"{folder}: cannot be created ({error.strerror}). Choose another one with --output.") from error
 
 
 def calibrate(rows: Sequence[Row], folder: Path, judge: Mapping[str, Any]) -> None:
@@ -240,7 +240,7 @@ def metrics_of(
     scores = table_of_scores(rows, judges, constants)
     base = None if base_rows is None else table_of_scores(base_rows, judges, constants)
     if not len(scores):
-        raise DataError(f"{held_out.file}: none of the scores that the prompts ask for has a number and a reference.")
+        raise DataError(f"{held_out.file}: no prompt has a predicted and a reference score for the same key.")
     metrics: dict[str, Any] = as_json(
         {
             "held_out": _described(held_out, rows, scores),

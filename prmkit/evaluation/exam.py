@@ -1,4 +1,4 @@
-"""An exam: runs whose steps people have labelled, and that no judge in the table was trained on.
+"""An exam: human-labelled runs whose tasks no trained judge in the table was trained on.
 
 It is read from the rows and whole runs that `import_trajectories.py --labels` writes, from run records with labels, or
 from the labels of `label_steps.py`. A step without a label is unknown, never good: a person who marks an error says
@@ -29,9 +29,9 @@ from prmkit.trajectory import Trajectory, holds_records, task_id_of
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict
 
 NO_ERROR = 0
-"""Used instead of a step number: the run has no bad step."""
+"""Value in place of a step number: the run has no bad step."""
 KINDS_OF_ERRORS = ("first_error", "failure")
-"""Labels from sets in which people marked errors rather than labelling every step."""
+"""Kinds of labels from sets in which people marked errors instead of labelling every step."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class ExamStep:
     """One step, with or without a label."""
 
     n: int
-    """From 1."""
+    """Number of the step, from 1."""
     index: int | None = None
     """The position of the step's message in the source, from 0."""
     agent: str | None = None
     label: float | None = None
     """0 to 1; None if nobody labelled it."""
     kind: str | None = None
-    """Of the label; see `prmkit.trajectory.Label`."""
+    """Kind of the label; see `prmkit.trajectory.Label`."""
     weight: float = 1.0
     """How many steps it represents, if labelled steps were sampled unevenly."""
     prompt: str | None = None
-    """None if the prompt is built from the whole run."""
+    """None if the prompt is built from the complete run."""
     system: str | None = None
 
     @property
@@ -60,7 +60,7 @@ class ExamStep:
 
     @property
     def place(self) -> int:
-        """The index that published results use: the message's position, or else the step's number."""
+        """The index that published results use: the message's position; if unknown, the step's number."""
         return self.n if self.index is None else self.index
 
 
@@ -72,7 +72,7 @@ class ExamRun:
     task_id: str
     task_hash: str | None
     source: str
-    """The form that it was read from, such as the name of a public set."""
+    """The format that it was read from, for example the name of a public set."""
     steps: tuple[ExamStep, ...]
     is_whole: bool
     """Whether every step of the run is here; only then is there a first error to find."""
@@ -88,7 +88,7 @@ class ExamRun:
 
     @cached_property
     def numbers(self) -> Mapping[int, int]:
-        """The number of the step at each place."""
+        """Index that published results use -> step number."""
         return {step.place: step.n for step in self.steps}
 
     @cached_property
@@ -144,7 +144,7 @@ def read_exam(file: Path) -> Exam:
 
 
 def bare_run(run: Trajectory) -> ExamRun:
-    """A run without labels, in which to find its steps."""
+    """Return an exam run without labels, which maps step numbers and message positions of the run."""
     steps = tuple(ExamStep(step.n, step.source_index, step.agent) for step in run.steps)
     return ExamRun(run.trajectory_id, run.task_id, None, str(run.source.get("format")), steps, is_whole=True)
 
@@ -177,7 +177,7 @@ def _runs_of_rows(file: Path) -> list[ExamRun]:
 
 
 def judged_row(value: Any, place: str, kind: str) -> tuple[InputRow, Verdict | None]:
-    """A row and its verdict; None if it has none that can be read.
+    """Return a row and its verdict; None in place of a verdict that is missing or cannot be read.
 
     Args:
         value: the row.
@@ -214,7 +214,7 @@ def _labelled_step(value: Any, place: str) -> tuple[str, ExamStep, Mapping[str, 
 
 
 def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[str, Any]]]]) -> ExamRun:
-    """A run that consists only of labelled steps. If several people labelled a step, their mean counts."""
+    """Return a run of labelled steps only. If several people labelled a step, its label is their mean."""
     merged = []
     for of_step in steps:
         labels = [step.label for step, _ in of_step if step.label is not None]
@@ -235,7 +235,7 @@ def _run_of_steps(name: str, steps: Sequence[Sequence[tuple[ExamStep, Mapping[st
 
 
 def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
-    """The labelled runs with their other steps; the labels come from the rows, which the user may have edited."""
+    """Return the labelled runs with their other steps; labels come from the rows, which the user may have edited."""
     whole = {run.trajectory_id: _run_of_record(run) for run in read_runs([file], Options(format=record.READER.name))}
     completed = []
     for run in runs:

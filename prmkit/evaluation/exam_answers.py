@@ -1,6 +1,6 @@
-"""Judges' answers in an exam: scores of steps, or raw verdicts from a file.
+"""Read judges' answers to an exam from a file: scores of steps, or verdicts on runs.
 
-A line of a file of answers is one of these, with the judge's name in `judge`, `judge_id`, `model` or `model_name`:
+Each line is one of these, with the judge's name in `judge`, `judge_id`, `model` or `model_name`:
 
 - `{"id": run, "step": 3, "score": 0.4}`; `step` counts from 1, `source_index` instead counts messages from 0;
 - a line of score_trajectories.py, or a judged row as in finetune.jsonl;
@@ -27,10 +27,10 @@ log = logging.getLogger("prmkit")
 StepId = tuple[str, int]
 """The run's id and the step's number."""
 NOWHERE = -1
-"""Used instead of a step number: the run has an error, and the judge did not say where."""
+"""Value in place of a step number: the run has an error, and the judge did not say where."""
 
 _ELSEWHERE = -2
-"""Likewise: the error is at a step that has no label in this exam. All labelled steps are called good."""
+"""Value in place of a step number: the error is at an unlabelled step, so all labelled steps count as called good."""
 
 _TERNARY = {-1: BAD, 0: NEUTRAL, 1: GOOD}
 _JUDGES = ("judge", "judge_id", "model", "model_name")
@@ -64,7 +64,7 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
     """Read the answers of all judges in a file.
 
     Args:
-        file: one answer a line.
+        file: one answer per line.
         runs: what the answers are about.
         source: where the runs were read from, for messages.
 
@@ -94,13 +94,13 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
         unplaced = sum((judge.unplaced for judge in judges.values()), Counter[str]())
         why = "".join(f"; {count} lines {reason}" for reason, count in unplaced.items())
         raise DataError(
-            f"{file}: has no score of a step of {source}, whose first run has the id {runs[0].trajectory_id}{why}."
+            f"{file}: no line scores a step of {source}, whose first run has the id {runs[0].trajectory_id}{why}."
         )
     return list(judges.values())
 
 
 def _by_name(runs: Sequence[ExamRun]) -> dict[str, ExamRun]:
-    """The runs by id; also by task id or file name if that names a single run."""
+    """Return the runs by id, and by task id and file name where these identify a single run."""
     named: dict[str, list[ExamRun]] = defaultdict(list)
     for run in runs:
         file = str(run.record.source.get("file")) if run.record else ""
@@ -117,7 +117,7 @@ def _add_steps(
         if step is None and run.is_whole and not _counts_messages(value):
             raise DataError(
                 f"{place}: the run {run.trajectory_id} has no such step; it has steps 1 to {len(run.steps)}. "
-                "If you count messages (from 0), call the field source_index."
+                "If you count messages (from 0), use the field source_index instead."
             )
         if score is None or step is None:
             judge.unplaced["without a score" if step is not None else "about steps not in the exam"] += 1
@@ -135,7 +135,7 @@ def _weigh(judge: JudgeScores, step: StepId, value: Mapping[str, Any]) -> None:
 
 
 def is_repeated(value: Mapping[str, Any]) -> bool:
-    """Whether a row has the second answer of a judge that ask_judges.py asked again to measure its self-agreement."""
+    """Whether a row is a repeated answer, which ask_judges.py collects to measure a judge's self-agreement."""
     metadata = value.get("metadata")
     return isinstance(metadata, dict) and metadata.get("repeat") is True
 
@@ -146,7 +146,7 @@ def _counts_messages(value: Mapping[str, Any]) -> bool:
 
 
 def _is_row(value: Mapping[str, Any]) -> bool:
-    """Whether a line is a row of a strong judge, as those that are converted, and not a score."""
+    """Whether a line is a row of a strong judge, as in the input of the conversion, and not a score."""
     return "conversations" in value or ("messages" in value and "score" not in value)
 
 
@@ -157,7 +157,7 @@ def _judge_of(value: Mapping[str, Any]) -> str | None:
 
 
 def run_of(value: Mapping[str, Any], place: str) -> str:
-    """The id of the run that a line is about.
+    """Return the id of the run that a line is about.
 
     Raises:
         DataError: it is not a name; the message begins with `place`.
@@ -181,7 +181,7 @@ def _has_step_in_id(value: Mapping[str, Any]) -> bool:
 def _scores_in(
     value: Mapping[str, Any], numbers: Mapping[int, int], place: str
 ) -> Iterator[tuple[int | None, _Given | None]]:
-    """The step's number (None if the run has no such step) and its score; None for a step without a score."""
+    """Yield the step's number (None if the run has no such step) and its score; None for a step without a score."""
     labels = next((value[key] for key in value if key.endswith("step_labels") and isinstance(value[key], dict)), None)
     if labels is not None:
         for index, label in labels.items():
@@ -208,7 +208,7 @@ def _scores_in(
     if score is None:
         yield step, None
     elif type(score) not in (int, float) or not -1 <= score <= 1:
-        raise DataError(f"{place}: score {score!r:.30} is not from 0 to 1, and not -1, 0 or 1.")
+        raise DataError(f"{place}: score {score!r:.30} must be from 0 to 1, or one of -1, 0 and 1.")
     else:
         yield step, (float(score), False)
 
@@ -221,7 +221,7 @@ def _whole(value: Any, place: str) -> int:
 
 
 def _add_verdict(judge: JudgeScores, run: ExamRun, value: Mapping[str, Any], place: str) -> None:
-    """A verdict that names the first error of a run, by the position of its message."""
+    """Add a verdict on a run, which gives the first error as the position of its message."""
     faulty, index = value.get("faulty"), value.get("failure_step")
     if value.get("error") or (faulty is None and index is None):
         judge.unplaced["without a verdict"] += 1
@@ -238,18 +238,21 @@ def _add_verdict(judge: JudgeScores, run: ExamRun, value: Mapping[str, Any], pla
 
 
 def _add_scores(judges: Mapping[str, JudgeScores], given: Mapping[str, Mapping[StepId, _Given]], file: Path) -> None:
-    """Scores unchanged; verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
+    """Add scores unchanged, and verdicts of -1, 0 and 1 as the three labels, with the first -1 as the first error."""
     is_ternary = any(number < 0 for found in given.values() for number, is_verdict in found.values() if not is_verdict)
     only_0_and_1 = {(0.0, False), (1.0, False)}
     if given and not is_ternary and all(set(found.values()) == only_0_and_1 for found in given.values()):
-        log.warning("%s: all scores are 0 or 1 and none is -1; 0 is read as bad, 1 as good", file)
+        log.warning("%s: all scores are 0 or 1 and none is -1; interpreting 0 as bad and 1 as good", file)
     for name, found in given.items():
         numbers = {step: number for step, (number, _) in found.items()}
         if not is_ternary and not any(is_verdict for _, is_verdict in found.values()):
             judges[name].scores |= numbers
             continue
         if not set(numbers.values()) <= _TERNARY.keys():
-            raise DataError(f"{file}: {name} has scores below 0, and not only -1, 0 and 1. Rescale to 0 to 1.")
+            raise DataError(
+                f"{file}: next to step_labels or scores below 0, every score must be -1, 0 or 1, but {name} has "
+                "others. Rescale to 0 to 1."
+            )
         judges[name].scores |= {step: _TERNARY[int(number)] for step, number in numbers.items()}
         firsts = {run: NO_ERROR for run, _ in numbers}
         for (run, step), number in sorted(numbers.items()):

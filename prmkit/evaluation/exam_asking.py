@@ -31,7 +31,7 @@ Asked = tuple[StepKey, Request]
 
 
 def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
-    """The request for every step; None for a prompt that asks for no score."""
+    """Yield the request for every step; None for a prompt that asks for no score."""
     for run in exam.runs:
         if run.record is not None:
             yield from prompts_of_run(run.record, rubric)
@@ -42,7 +42,7 @@ def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | N
 
 
 def prompts_of_run(run: Trajectory, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
-    """The request for every step of one run."""
+    """Yield the request for every step of one run."""
     for prompt in step_prompts(run, rubric):
         shape = asked_shape(prompt.text)
         yield (run.trajectory_id, prompt.step.n), Request(prompt.text, shape) if shape else None
@@ -135,7 +135,7 @@ _WINDOW = 64
 
 
 def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
-    """The server of `--predict-with`.
+    """Return the server of `--predict-with`.
 
     Raises:
         UsageError: the address is not a URL, the model's name is missing, or the key cannot be sent.
@@ -212,7 +212,7 @@ def _server_line(score: float | None, status: str = "ok", reason: str | None = N
 
 
 def _typed_question(run: Trajectory, n: int, rubric: Rubric) -> dict[str, Any]:
-    """The state up to a step, and one question about it, with the levels of the rubric."""
+    """Return the state up to a step, and one question about it, with the levels of the rubric."""
     history = [{"role": "assistant", "content": step_text(step)} for step in run.steps[: n - 1]]
     question = {
         "type": "score",
@@ -228,7 +228,7 @@ def _levels(rubric: Rubric) -> list[str]:
 
 
 def _read_typed(answer: Mapping[str, Any], rubric: Rubric) -> float | str:
-    """The score of an answer: its levels stand for the numbers of the rubric's anchors."""
+    """Return the score of an answer, whose levels are the numbers of the rubric's anchors."""
     answers = answer.get("answers")
     found = answers.get(rubric.keys[0]) if isinstance(answers, dict) else None
     if not isinstance(found, dict):

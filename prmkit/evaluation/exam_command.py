@@ -33,7 +33,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     Raises:
         DataError: there is no exam or no judge, or nothing was answered.
         UsageError: the judge was trained on a task of the exam, or the arguments contradict each other.
-        GateError: the lower end of AUROC is below the threshold or unknown.
+        GateError: the lower bound of AUROC is below the threshold or unknown.
     """
     exam = read_exam(arguments.exam)
     unchecked = None
@@ -70,7 +70,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
 
 
 def asks_judge(arguments: argparse.Namespace) -> bool:
-    """Whether a judge is loaded and asked, and not only answers of others are read."""
+    """Whether a judge is loaded and asked, instead of only reading answers from a file."""
     return bool(arguments.run or arguments.model or not (arguments.predictions or arguments.predict_with))
 
 
@@ -85,7 +85,7 @@ def check_training(file: Path, tasks: Sequence[Task], source: JudgeSource, data_
 
 
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
-    """The results folder: one for each input, so that answers to one exam never replace those to another."""
+    """Return the results folder: one per input, so that answers to one exam never replace those to another."""
     name = f"{what}_{bare_name(file)}"
     if not (arguments.run or arguments.model):
         if arguments.predictions:
@@ -124,7 +124,7 @@ def _check_asks_as_trained(exam: Exam, rubric: Rubric, source: JudgeSource, name
     ready = {run.rubric for run in exam.runs if run.record is None}
     if source.rubrics is not None and (other := ready - set(source.rubrics or [None])):
         raise UsageError(
-            f"{exam.file}: its prompts use a rubric ({str(next(iter(other)))[:12]}) that {name} was not trained "
+            f"{exam.file}: its prompts use a rubric (hash {str(next(iter(other)))[:12]}) that {name} was not trained "
             "with. Make the exam with import_trajectories.py --labels --rubric FILE."
         )
 
@@ -144,7 +144,7 @@ def _show(exam: Exam, entrants: Sequence[Entrant], page: Path) -> None:
 
 
 def _check_gate(entrants: Sequence[Entrant], least: float, unchecked: str | None) -> None:
-    """Every judge must reach the threshold; an unknown AUROC counts as not reached."""
+    """Fail unless every judge reaches the threshold; an unknown AUROC counts as not reached."""
     failed = [f"--min-auroc {least:g}: {unchecked}"] if unchecked else []
     for judge in (each for each in entrants if each.kind == "judge"):
         auroc = judge.metrics.get("auroc")
@@ -157,7 +157,7 @@ def _check_gate(entrants: Sequence[Entrant], least: float, unchecked: str | None
             failed.append(f"--min-auroc: {judge.name}: cannot be decided ({auroc.reason if auroc else 'no AUROC'}).")
         elif auroc.low < least:
             failed.append(
-                f"--min-auroc: {judge.name}: AUROC {auroc.value:.3f}; its lower end, {auroc.low:.3f}, is below "
+                f"--min-auroc: {judge.name}: AUROC {auroc.value:.3f}; its lower bound, {auroc.low:.3f}, is below "
                 f"{least:g}."
             )
     if failed:

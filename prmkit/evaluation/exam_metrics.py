@@ -1,8 +1,8 @@
-"""The metrics of an exam, as each public set defines its own, for judges and for constants alike.
+"""The metrics of an exam, as the public sets define them, for judges and constants.
 
 With s the score of a step and t a threshold, the first error is the first step with s < t, if any. AUROC and average
 precision need no threshold and come first. Where a threshold is needed, it is chosen on other tasks (five folds); a
-judge that gave verdicts needs none. Intervals are over tasks.
+judge that gave verdicts does not need a threshold. Intervals are over tasks.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ _GRID = np.arange(1, 102) / 100
 
 METRICS_OF_EXAMS: Mapping[str, tuple[str, str]] = {
     "auroc": ("AUROC", "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing"),
-    "average_precision": ("AP", "average precision for bad steps; guessing gives their share"),
+    "average_precision": ("AP", "average precision for bad steps; guessing gives their fraction"),
     "first_error": (
         "first error",
-        "runs whose first bad step is named exactly, or which are rightly said to have none (FirstErrAcc)",
+        "runs whose first bad step is located exactly, or that are rightly said to have no bad step (FirstErrAcc)",
     ),
     "processbench_f1": ("PB-F1", "harmonic mean of that accuracy on runs with a bad step and on runs without"),
-    "step_accuracy": ("StepAcc", "steps called wrong, neutral or right as people call them (StepAcc)"),
+    "step_accuracy": ("StepAcc", "steps called wrong, neutral or right as in the human labels (StepAcc)"),
     "located": ("step ±0", "runs with an error in which exactly that step is named"),
     "located_1": ("step ±1", "the same, but the message before or after it also counts as right"),
     "agent": ("agent", "runs with an error in which the agent of that step is named"),
-    "silent_recall": ("silent", "flagged share of the runs that went wrong but ended well"),
-    "loud_recall": ("loud", "flagged share of the runs that went wrong and ended badly"),
-    "false_alarms": ("alarms", "flagged share of the runs without an error; lower is better"),
+    "silent_recall": ("silent", "flagged fraction of the runs that went wrong but ended well"),
+    "loud_recall": ("loud", "flagged fraction of the runs that went wrong and ended badly"),
+    "false_alarms": ("alarms", "flagged fraction of the runs without an error; lower is better"),
     "f1_bad": ("F1 bad", "F1 of bad steps"),
     "f1_good": ("F1 good", "F1 of the others"),
 }
@@ -66,7 +66,7 @@ class Entrant:
 
 
 def examine(exam: Exam, answers: JudgeScores, kind: str = "judge") -> Entrant:
-    """Every metric that the exam's labels allow.
+    """Return every metric that the exam's labels allow.
 
     Args:
         exam: the exam.
@@ -88,7 +88,7 @@ def examine(exam: Exam, answers: JudgeScores, kind: str = "judge") -> Entrant:
 
 
 def _folds(exam: Exam) -> dict[str, int]:
-    """A fold for each task, by the hash of its name: the same for every judge."""
+    """Assign each task to a fold by the hash of its name, so that folds are the same for every judge."""
     tasks = sorted(
         {run.task_id for run in exam.runs}, key=lambda task: hashlib.sha256(task.encode(errors="replace")).digest()
     )
@@ -140,14 +140,14 @@ def _flagged(answers: JudgeScores, scores: Floats, bad: Floats, weight: Floats, 
 
 
 def _by_fold(fold: Array, worth: Callable[[Array], Array], apply: Callable[[int, Array], Array]) -> Array | None:
-    """The result in each fold of the threshold that is best on the other folds."""
+    """Return the result in each fold of the threshold that is best on the other folds."""
     if len(np.unique(fold)) < 2:
         return None
     result = None
     for held_out in np.unique(fold):
         outside = fold == held_out
         values = np.nan_to_num(worth(~outside), nan=-1.0)
-        # The middle of equally good thresholds: at an end, the next task's scores could fall on the wrong side.
+        # Take the middle of equally good thresholds, because those at the ends generalise worse to other tasks.
         best = np.flatnonzero(values >= values.max() - 1e-12)
         said = apply(int(best[len(best) // 2]), outside)
         result = np.zeros(len(fold), np.asarray(said).dtype) if result is None else result
@@ -222,7 +222,7 @@ def _is_answered(run: ExamRun, answers: JudgeScores) -> bool:
 
 
 def _first_errors(runs: Sequence[ExamRun], answers: JudgeScores, folds: Mapping[str, int]) -> list[int] | None:
-    """The first error that the judge names in each run; None if there is no other task for a threshold."""
+    """Return the first error that the judge names in each run; None if there is no other task for a threshold."""
     if answers.firsts is not None:
         return [answers.firsts[run.trajectory_id] for run in runs]
     if not runs:
@@ -241,7 +241,7 @@ def _first_errors(runs: Sequence[ExamRun], answers: JudgeScores, folds: Mapping[
 
 
 def _first_below(run: ExamRun, answers: JudgeScores) -> Array:
-    """The first step below each threshold of the grid; `NO_ERROR` if no step is below it."""
+    """Return the first step below each threshold of the grid; `NO_ERROR` if no step is below it."""
     scores = np.array([answers.scores[run.trajectory_id, step.n] for step in run.steps])
     place = (np.minimum.accumulate(scores)[:, None] >= _GRID - SAME_SCORE).sum(axis=0)
     return np.where(place < len(scores), place + 1, NO_ERROR)
@@ -332,7 +332,7 @@ def constants(exam: Exam) -> list[Entrant]:
 
 
 def _by_position(exam: Exam) -> JudgeScores:
-    """The share of good steps in other tasks at the same position, separately for the last step of a run."""
+    """Score a step by the fraction of good steps at its position in other tasks; a run's last step is separate."""
     counts: dict[tuple[int, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     for run, step in exam.labelled:
         cell = counts[_position(run, step)][run.task_id]
@@ -347,7 +347,7 @@ def _by_position(exam: Exam) -> JudgeScores:
             place = _position(run, step)
             own = counts[place].get(run.task_id, (0.0, 0.0)) if place in counts else (0.0, 0.0)
             good, size = totals.get(place, np.zeros(2)) - np.array(own)
-            scores[run.trajectory_id, step.n] = (good + prior) / (size + 1)  # one step's worth of the overall share
+            scores[run.trajectory_id, step.n] = (good + prior) / (size + 1)  # a pseudo-count of one step
     return JudgeScores("position alone", scores)
 
 
@@ -356,7 +356,7 @@ def _position(run: ExamRun, step: ExamStep) -> tuple[int, bool]:
 
 
 def _commonest_place(exam: Exam) -> JudgeScores:
-    """The message at which runs of other tasks go wrong most often."""
+    """Predict the message at which runs of other tasks go wrong most often."""
     places = Counter[int]()
     of_task: dict[str, Counter[int]] = defaultdict(Counter)
     for run in exam.runs:
@@ -376,7 +376,7 @@ def _commonest_place(exam: Exam) -> JudgeScores:
 
 
 def _commonest_agent(exam: Exam) -> Entrant:
-    """The agent that goes wrong most often in other tasks."""
+    """Predict the agent that goes wrong most often in other tasks."""
     runs = [run for run in exam.runs if run.first_error]
     agents = {run.trajectory_id: run.steps[(run.first_error or 1) - 1].agent for run in runs}
     hits = []

@@ -14,7 +14,7 @@ from prmkit.intervals import NONE, shown
 TEMPLATE = Path(__file__).with_name("exam.html.j2")
 PUBLISHED = Path(__file__).with_name("published_judges.yaml")
 TRUSTED_FROM = 0.7
-"""A judge is trusted if the lower end of its AUROC is at least this, and above every constant's AUROC."""
+"""A judge is trusted if the lower bound of its AUROC is at least this, and above every constant's AUROC."""
 EXAMINED = ("judge", "base", "other")
 """Kinds of entrants, other than constants, that answered this exam."""
 
@@ -49,13 +49,13 @@ def _listed(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, fl
 
 
 def shown_metrics(entrants: Sequence[Entrant]) -> list[str]:
-    """The metrics that the exam allows, in order."""
+    """Return the metrics that the exam allows, in order."""
     own = [each for each in entrants if each.kind != "published"]
     return [name for name in METRICS_OF_EXAMS if any(name in each.metrics for each in own)]
 
 
 def columns(entrants: Sequence[Entrant]) -> tuple[str, ...]:
-    """The header of the table."""
+    """Return the header of the table."""
     names = [METRICS_OF_EXAMS[name][0] for name in shown_metrics(entrants)]
     return ("who", "AUROC", "95 %", *(name for name in names if name != "AUROC"))
 
@@ -67,7 +67,7 @@ def optional(entrants: Sequence[Entrant]) -> tuple[str, ...]:
 
 
 def table(entrants: Sequence[Entrant]) -> list[tuple[str, ...]]:
-    """One row per entrant, with cells in the order of `columns`."""
+    """Return one row per entrant, with cells in the order of `columns`."""
     names = [name for name in shown_metrics(entrants) if name != "auroc"]
     rows = []
     for each in entrants:
@@ -81,17 +81,17 @@ _MARKS = {"published": " *", "people": " *"}
 
 
 def value_cell(estimate: Estimate | None) -> str:
-    """A value with three decimals: enough to recognise a published value."""
+    """Return a value with three decimals: enough to recognise a published value."""
     return shown(estimate.as_json() if estimate else None, ".3f", interval=False)
 
 
 def interval_cell(estimate: Estimate | None) -> str:
-    """The interval, if there is one."""
+    """Return the interval, if there is one."""
     return NONE if estimate is None or estimate.low is None else f"{estimate.low:.2f}–{estimate.high:.2f}"
 
 
 def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
-    """The data that the table is based on."""
+    """Return the data that the table is based on."""
     labelled = list(exam.labelled)
     bad, tasks = sum(step.is_bad for _, step in labelled), len({run.task_id for run in exam.runs})
     lines = [
@@ -118,7 +118,7 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
     lines += [f"* {source}" for source in dict.fromkeys(each.source for each in entrants if each.source)]
     if any(step.kind in KINDS_OF_ERRORS for _, step in labelled) and any(run.first_error for run in exam.runs):
         lines.append(
-            "In this set no step after an error is labelled good, so bad steps come last: compare with position alone."
+            'This set labels no step after an error as good, so bad steps come last: compare with "position alone".'
         )
     return lines
 
@@ -127,7 +127,7 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
 
 
 def best_constant(entrants: Sequence[Entrant], metric: str = "auroc") -> tuple[str, float] | None:
-    """The constant with the highest value of a metric."""
+    """Return the constant with the highest value of a metric, and that value."""
     found = [
         (each.name, value)
         for each in entrants
@@ -137,9 +137,9 @@ def best_constant(entrants: Sequence[Entrant], metric: str = "auroc") -> tuple[s
 
 
 def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
-    """`trust`, `use with care`, `do not rely` or `cannot say`, and a sentence that gives the reason.
+    """Return the conclusion (`trust`, `use with care`, `do not rely` or `cannot say`) and a sentence with the reason.
 
-    A judge that flags nearly every run can have a high AUROC; so if first errors are known, it must also name them
+    A judge that flags nearly every run can have a high AUROC; so if first errors are known, it must also locate them
     better than every constant.
     """
     auroc = judge.metrics.get("auroc")
@@ -164,7 +164,7 @@ def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
 
 
 def _reservation(judge: Entrant, entrants: Sequence[Entrant]) -> str:
-    """Why a judge with a high AUROC is still not trusted; empty if there is no reason."""
+    """Return why a judge with a high AUROC is still not trusted; empty if there is no reason."""
     if judge.answered < MIN_SCORED * judge.asked:
         return f"; it scored {judge.answered / judge.asked:.1%} of the labelled steps"
     found, constant = judge.metrics.get("processbench_f1"), best_constant(entrants, "processbench_f1")
@@ -177,7 +177,7 @@ def _reservation(judge: Entrant, entrants: Sequence[Entrant]) -> str:
 
 
 def exam_as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
-    """The content of `exam.json`."""
+    """Return the content of `exam.json`."""
     tasks = {run.task_id for run in exam.runs}
     return {
         "exam": {
@@ -219,7 +219,7 @@ def write_exam_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None
         TEMPLATE,
         title=exam.file.name,
         sets=exam.sources,
-        verdicts=[verdict(each, entrants) for each in entrants if each.kind in EXAMINED],
+        conclusions=[verdict(each, entrants) for each in entrants if each.kind in EXAMINED],
         ladders=[ladder for name in names if (ladder := _ladder(name, entrants))],
         columns=columns(entrants),
         rows=list(zip(entrants, table(entrants), strict=True)),
@@ -243,7 +243,7 @@ _LADDERS = {"auroc": 0.5, "step_accuracy": 0.0, "processbench_f1": 0.0, "located
 
 
 def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
-    """The entrants by one metric, the best first; None if fewer than two have it."""
+    """Return the entrants by one metric, the best first; None if fewer than two have it."""
     if name not in _LADDERS:
         return None
     known = [(each, each.metrics[name]) for each in entrants if name in each.metrics]

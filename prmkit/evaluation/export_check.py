@@ -1,4 +1,4 @@
-"""Does the exported model give the same scores as the trained adapter? If not, why?"""
+"""Check whether an exported model gives the same scores as the trained adapter, and look for causes if not."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,28 +31,30 @@ class Parity:
 
     prompts: int
     scores: int
-    """How many scores both gave."""
+    """Number of scores that both gave."""
     largest: float
     mean: float
     """Largest and mean absolute difference of these scores."""
     unequal: int
     """Prompts that only one of the two could score."""
     causes: tuple[str, ...]
-    """Known causes of such differences that were found here, the likeliest first."""
+    """Known causes of such differences that were found here, the most likely first."""
 
     def __str__(self) -> str:
         counts = f"{self.scores} scores of {self.prompts} prompts: largest difference {self.largest:.4f}, "
-        return f"{counts}mean {self.mean:.4f}" + (f"; {self.unequal} prompts scored by only one" * bool(self.unequal))
+        return f"{counts}mean {self.mean:.4f}" + (
+            f"; {self.unequal} prompts got a score from only one of the two" * bool(self.unequal)
+        )
 
 
 @dataclass(frozen=True)
 class _Side:
-    """What one of the two answered, and the prompt that it saw."""
+    """The answers of one of the two models, and the prompts as token ids."""
 
     judgements: list[Judgement]
     prompt_ids: list[list[int]]
     chat_ids: list[list[int]] | None
-    """The prompts as the tokenizer's own chat template renders them; None if it has none."""
+    """The prompts as the tokenizer's own chat template renders them; None without one."""
 
 
 def check_parity(
@@ -145,7 +147,7 @@ def _causes(trained: JudgeSource, exported: JudgeSource, one: _Side, other: _Sid
 
 
 def _causes_of_other_ids(trained: JudgeSource, exported: JudgeSource) -> Iterator[str]:
-    names = {"template": "template", "default_system": "system text", "enable_thinking": "thinking mode"}
+    names = {"template": "template", "default_system": "system prompt", "enable_thinking": "thinking mode"}
     differing = [key for key in names if getattr(trained, key) != getattr(exported, key)]
     for key in differing:
         yield f"{names[key]}: trained with {getattr(trained, key)!r}, exported with {getattr(exported, key)!r}."
@@ -157,9 +159,9 @@ def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[
     base, export = _config_of(trained.model), _config_of(exported.model)
     sizes = [key for key in _SIZES if base.get(key) != export.get(key)]
     if sizes:
-        yield f"wrong base: {', '.join(f'{key} {base.get(key)} became {export.get(key)}' for key in sizes)}."
+        yield f"wrong base model: {', '.join(f'{key} {base.get(key)} became {export.get(key)}' for key in sizes)}."
     elif _norms_differ(trained.model, exported.model):
-        yield f"wrong base: layers that no adapter changes differ from those of {trained.model}."
+        yield f"wrong base model: layers that adapters do not change differ from those of {trained.model}."
     if trained.adapter is None:
         return
     note = read_object(exported.model / EXPORT_NOTE) if (exported.model / EXPORT_NOTE).is_file() else {}

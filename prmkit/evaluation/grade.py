@@ -1,4 +1,4 @@
-"""Is a judge useful? The five conditions, the grade and its reason, for each evaluation type.
+"""Grade a judge for each evaluation type: the five conditions for "Useful", the grade and its reason.
 
 The thresholds are the constants below; `summary.py` has those that other tables need too (MIN_SCORED, MIN_BAD).
 """
@@ -25,15 +25,15 @@ from prmkit.intervals import percent, shown
 from prmkit.judge.types import LOW_LABEL_MASS
 
 MIN_ORDER = 0.3
-"""With a lower end of Spearman's correlation below this, a judge's order is too weak to act on."""
+"""The lower bound of Spearman's correlation that a ranking needs to be useful."""
 MIN_RECALL = 0.5
-"""The share of bad steps that the judge must score below the threshold; with less, most are missed."""
+"""The fraction of bad steps that the judge must score below the threshold; with less, most are missed."""
 MAX_PRAISED = 0.1
 SAME_AS_A_JUDGE = -0.05
-"""A gap to another judge is negligible if its lower end is above this."""
-_COPIES_FROM = 0.5  # a judge copies if a larger share of its scores equals the prompt's,
-_HUGS_WITHIN = 0.5  # or if its distance to the prompt's score is below this part of the judges' distance
-_MUCH_OF_ALL = 0.3  # the largest share of the scores that one task should have
+"""A gap to another judge is negligible if its lower bound is above this."""
+_COPIES_FROM = 0.5  # a judge copies if a larger fraction of its scores equals the prompt's,
+_NEAR_COPY = 0.5  # or if its distance to the prompt's score is below this fraction of the judges' distance
+_MUCH_OF_ALL = 0.3  # the largest fraction of the scores that one task should have
 
 # --- the five conditions ----------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ ConditionState = Literal["met", "failed", "unknown", "not applicable"]
 
 @dataclass(frozen=True)
 class Condition:
-    """One of the conditions that a useful judge must meet."""
+    """A condition that a useful judge must meet, and whether this judge meets it."""
 
     name: str
     state: ConditionState
@@ -50,7 +50,7 @@ class Condition:
 
 
 def conditions(group: Group, validity: Mapping[str, Any]) -> list[Condition]:
-    """The five conditions for "Useful", each with its metric.
+    """Check the five conditions for "Useful".
 
     Args:
         group: of one evaluation type.
@@ -62,25 +62,25 @@ def conditions(group: Group, validity: Mapping[str, Any]) -> list[Condition]:
 def _order(group: Group) -> Condition:
     order = group["judge"][ORDER]
     if order["low"] is None:
-        return Condition("order", "unknown", f"Order: not known ({order.get('reason')}).")
-    text = f"Spearman with the judges' mean is {shown(order)}; the lower end must be above {MIN_ORDER}."
-    return Condition("order", "met" if order["low"] > MIN_ORDER else "failed", f"Order: {text}")
+        return Condition("order", "unknown", f"Ranking: not known ({order.get('reason')}).")
+    text = f"Spearman with the judges' mean is {shown(order)}; the lower bound must be above {MIN_ORDER}."
+    return Condition("order", "met" if order["low"] > MIN_ORDER else "failed", f"Ranking: {text}")
 
 
 def _order_within(group: Group) -> Condition:
     name, pairs, tied = "order within runs", group["judge"]["pairwise_accuracy"], group["judge"]["pairwise_always_tied"]
     if group["trajectories_with_pairs"] < 0.5 * group["trajectories"]:
-        text = f"most runs have one score of this kind ({pairs['n']} pairs), so this is not required."
-        return Condition(name, "not applicable", f"Order within runs: {text}")
+        text = f"most runs have only one score of this kind ({pairs['n']} pairs), so this does not apply."
+        return Condition(name, "not applicable", f"Ranking within runs: {text}")
     if pairs["n"] < MIN_PAIRS:
         text = f"not known: {pairs['n']} pairs of scores of the same run, but at least {MIN_PAIRS} are needed."
-        return Condition(name, "unknown", f"Order within runs: {text}")
+        return Condition(name, "unknown", f"Ranking within runs: {text}")
     if pairs["low"] is None:
-        return Condition(name, "unknown", f"Order within runs: not known ({pairs.get('reason')}).")
+        return Condition(name, "unknown", f"Ranking within runs: not known ({pairs.get('reason')}).")
     least = max(0.5, tied["value"])
-    text = f"{shown(pairs)} of {pairs['n']} pairs are right; the lower end must be above {least:.2f}, the result of "
-    text += "calling every pair a tie." if least > 0.5 else "guessing reaches."
-    return Condition(name, "met" if pairs["low"] > least else "failed", f"Order within runs: {text}")
+    text = f"{shown(pairs)} of {pairs['n']} pairs are right; the lower bound must be above {least:.2f}, "
+    text += f"the result of {'calling every pair a tie' if least > 0.5 else 'guessing'}."
+    return Condition(name, "met" if pairs["low"] > least else "failed", f"Ranking within runs: {text}")
 
 
 def _bad_steps(group: Group) -> Condition:
@@ -94,14 +94,14 @@ def _bad_steps(group: Group) -> Condition:
         return Condition("bad steps", "unknown", f"Bad steps: not known ({auroc.get('reason')}).")
     failed = []
     if auroc["low"] <= 0.5:
-        failed.append("AUROC's lower end is not above 0.5")
+        failed.append("AUROC's lower bound is not above 0.5")
     if recall["value"] < MIN_RECALL:
         failed.append(f"at least {MIN_RECALL:.0%} of them must be below {STRICT}")
     if praised["value"] > MAX_PRAISED:
         failed.append(f"at most {MAX_PRAISED:.0%} may be praised")
     text = (
-        f"AUROC is {shown(auroc)}; of the {bad} scores that the judges put below {STRICT}, it puts {percent(recall)} "
-        f"below {STRICT} too and praises {percent(praised)} with {PRAISED_FROM} or more"
+        f"AUROC is {shown(auroc)}; of the {bad} scores with a judges' mean below {STRICT}, this judge also puts "
+        f"{percent(recall)} below {STRICT} and praises {percent(praised)} (a score of {PRAISED_FROM} or more)"
     )
     text += f" ({'; '.join(failed)})." if failed else "."
     return Condition("bad steps", "failed" if failed else "met", f"Bad steps: {text}")
@@ -122,7 +122,7 @@ def _skill(group: Group) -> Condition:
     constant = group["baselines"]["constant"]["rmse"]
     text = (
         f"Skill: its root mean square error is {shown(rmse, interval=False)}, that of a constant "
-        f"{shown(constant, interval=False)}, so its skill is {shown(skill)}; the lower end must be above 0."
+        f"{shown(constant, interval=False)}, so its skill is {shown(skill)}; the lower bound must be above 0."
     )
     return Condition("skill", "met" if skill["low"] > 0 else "failed", text)
 
@@ -133,14 +133,14 @@ Grade = Literal["useful", "weak", "not_useful", "unknown"]
 _IN_WORDS: Mapping[Grade, str] = {
     "useful": "useful on",
     "weak": "weak on",
-    "not_useful": "not to be used on",
+    "not_useful": "not useful on",
     "unknown": "not enough data on",
 }
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What one evaluation type's metrics mean for the person who must decide."""
+    """The grade of one evaluation type, and the reasons for it."""
 
     evaluation_type: str
     grade: Grade
@@ -150,7 +150,7 @@ class Conclusion:
 
 
 def conclusions(metrics: Mapping[str, Any]) -> list[Conclusion]:
-    """One conclusion for each evaluation type."""
+    """Return one conclusion per evaluation type."""
     found = []
     for group in groups_of_types(metrics):
         evaluation_type = group["evaluation_type"]
@@ -164,7 +164,7 @@ def conclusions(metrics: Mapping[str, Any]) -> list[Conclusion]:
 
 
 def summarize(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The conclusions in the form of `metrics.json`, for `train.py --runs`, the model card and other programs."""
+    """Return the conclusions as `metrics.json` stores them for `train.py --runs`, the model card and other programs."""
     found, groups = conclusions(metrics), groups_of_types(metrics)
     return {
         "headline": in_short(found),
@@ -186,7 +186,7 @@ def summarize(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_short(found: Sequence[Conclusion]) -> str:
-    """`Useful on clip; weak on category and final.`"""
+    """Summarize the grades in one line: `Useful on clip; weak on category and final.`"""
     by_grade: dict[str, list[str]] = {}
     for each in found:
         by_grade.setdefault(each.grade, []).append(each.evaluation_type)
@@ -206,46 +206,45 @@ def _grade(
     label_mass: Mapping[str, Any] | None,
     weak_subgroups: Sequence[str],
 ) -> tuple[Grade, str]:
-    """The first reason that applies. The order matters: what makes a judge useless comes before what makes it weak."""
+    """Return the first grade that applies, and its reason. Reasons for "not useful" come before those for "weak"."""
     order = group["judge"][ORDER]
     if order.get("reason") == SAME_REFERENCE:
-        return "unknown", "The judges gave everything the same score, so there is no order to learn or to check."
+        return "unknown", "The judges gave everything the same score, so there is no ranking to learn or check."
     if order.get("reason") == SAME_PREDICTION:
         return "not_useful", "It is constant: it gives everything the same score."
     if label_mass and label_mass["value"] is not None and label_mass["value"] < LOW_LABEL_MASS:
-        wanted = f"only {percent(label_mass)} of its probability is on scores"
-        return "not_useful", f"It rarely wants to answer with a score: {wanted}."
+        return "not_useful", f"It puts only {percent(label_mass)} of its probability on scores."
     if order["low"] is None:
         return "unknown", f"Too little held-out data to say ({order.get('reason')})."
     if order["high"] < 0:
         return "not_useful", f"It is inverted: it ranks good steps below bad ones (Spearman {shown(order)})."
     if order["low"] <= 0:
-        return "not_useful", f"Nothing shows that its order is better than chance (Spearman {shown(order)})."
+        return "not_useful", f"Its ranking is not shown to be better than chance (Spearman {shown(order)})."
     if (copying := group["baselines"].get("copy")) and _copies(copying):
         return "not_useful", "It repeats the scores that the prompt shows."
     if weaknesses := [*_weaknesses(group, of_type, five), *weak_subgroups]:
         return "weak", f"{weaknesses[0]}{_but_within_runs(five)}"
     if missing := [condition.sentence for condition in five if condition.state == "unknown"]:
-        return "unknown", f"What was measured is good, but not enough could be measured. {missing[0]}"
+        return "unknown", f"The conditions that could be measured are met, but some could not be measured. {missing[0]}"
     return "useful", _useful_headline(group, five)
 
 
 def _but_within_runs(five: Sequence[Condition]) -> str:
     states = {condition.name: condition.state for condition in five}
     if states["order within runs"] == "met" and "failed" in (states["order"], states["skill"]):
-        return " It does order the scores within a run: use it to rank steps of a run, but not to compare runs."
+        return " Its ranking within runs is good: use it to rank the steps within a run, but not to compare runs."
     return ""
 
 
 def weak_subgroups(metrics: Mapping[str, Any], group: Group) -> Iterator[str]:
-    """A group in which the order is shown not to be useful, although it is useful overall."""
+    """Yield a sentence for every subgroup with a significantly poor ranking, if the ranking is good overall."""
     if (group["judge"][ORDER]["low"] or 0) <= 0:
         return
     for key, values in metrics["breakdowns"].items():
         for value in values:
             order = value["order_by_type"].get(group["evaluation_type"])
             if order and order["high"] is not None and order["high"] < MIN_ORDER:
-                yield f"Where {key} is {value['value']} its order is not useful (Spearman {shown(order)})."
+                yield f"Where {key} is {value['value']}, its ranking is not useful (Spearman {shown(order)})."
 
 
 def _weaknesses(group: Group, of_type: Sequence[Group], five: Sequence[Condition]) -> Iterator[str]:
@@ -258,12 +257,12 @@ def _weaknesses(group: Group, of_type: Sequence[Group], five: Sequence[Condition
         if ranking and (ranking[ORDER]["low"] or 0) > 0 and (ranking["gain"]["low"] or 0) <= 0:
             yield f"Ranking by {words} alone does as well (Spearman {shown(ranking[ORDER])})."
     if any(half["value"] is not None and half["value"] <= 0 for half in group["halves"]):
-        yield "Its order holds on one half of the tasks but not on the other."
+        yield "Its ranking holds on one half of the tasks but not on the other."
     yield from (sentence for sentence in map(_bad_key, of_type) if sentence)
 
 
 def _bad_key(group: Group) -> str | None:
-    """What is wrong with a key that is shown to be worse than its type is required to be."""
+    """Describe a key whose ranking is significantly worse than its evaluation type requires; None if it is not."""
     order = group["judge"][ORDER]
     if group["key"] == ALL or group["only_key"]:
         return None
@@ -272,11 +271,11 @@ def _bad_key(group: Group) -> str | None:
     if order["high"] is None or order["high"] >= MIN_ORDER:
         return None
     inverted = "is reversed" if order["high"] < 0 else "is not useful"
-    return f"On {group['key']} its order {inverted} (Spearman {shown(order)})."
+    return f"On {group['key']} its ranking {inverted} (Spearman {shown(order)})."
 
 
 def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
-    only = " Whether it orders scores within a run is unknown." * any(
+    only = " Whether it ranks the steps within a run correctly is unknown." * any(
         condition.state == "not applicable" for condition in five
     )
     return f"All conditions are met. {_against_judges(group['ceiling']['gap'])}{only}"
@@ -284,14 +283,15 @@ def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
 
 def _against_judges(gap: Mapping[str, Any]) -> str:
     if gap["low"] is None:
-        return "How well judges agree with each other is unknown."
+        return "How well the judges agree with each other is unknown."
     difference = f"difference in Spearman {shown(gap, '+.2f')}"
     if gap["high"] < 0:
-        return f"It agrees with a judge less than another judge does ({difference})."
+        return f"It agrees with a single judge less than the judges agree with each other ({difference})."
     if gap["low"] > SAME_AS_A_JUDGE:
-        return f"It agrees with a judge as well as another judge does ({difference})."
+        return f"It agrees with a single judge as well as the judges agree with each other ({difference})."
     return (
-        f"It is not shown to be worse than another judge, but may be worse by up to {-gap['low']:.2f} ({difference})."
+        "It is not shown to agree with a single judge less than the judges agree with each other, but the loss may be "
+        f"up to {-gap['low']:.2f} ({difference})."
     )
 
 
@@ -300,7 +300,7 @@ def _copies(copying: Mapping[str, Any]) -> bool:
     near, near_of_reference = copying["distance_of_judge"]["value"], copying["distance_of_reference"]["value"]
     if None in (equal, of_reference, near, near_of_reference):
         return False
-    return bool(equal > max(_COPIES_FROM, of_reference) or near < _HUGS_WITHIN * near_of_reference)
+    return bool(equal > max(_COPIES_FROM, of_reference) or near < _NEAR_COPY * near_of_reference)
 
 
 def _notes(group: Group, of_type: Sequence[Group]) -> Iterator[str]:
@@ -335,15 +335,16 @@ def _selection_sentence(selection: Mapping[str, Any], prompts: int) -> str:
 
 
 def warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Warnings that matter whatever the grade: unscored rows, one dominant task, leniency, subgroups."""
+    """Yield the warnings that matter for every grade: unscored rows, one dominant task, leniency, subgroups."""
     every = metrics["validity"][ALL]
     if every["scores_made"] < MIN_SCORED * every["scores_asked"]:
-        yield f"Only {every['scores_made']} of {every['scores_asked']} scores were given; the rest is about these."
+        made = f"{every['scores_made']} of {every['scores_asked']}"
+        yield f"Only {made} scores are available; everything below is based on these."
     if selection := metrics["held_out"].get("selection"):
         yield _selection_sentence(selection, metrics["held_out"]["prompts_evaluated"])
     largest = metrics["held_out"]["largest_task"]
     if largest["share"] > _MUCH_OF_ALL and metrics["held_out"]["tasks_evaluated"] >= MIN_TASKS:
-        yield f"One task ({largest['task']}) has {largest['share']:.0%} of the scores, so the other tasks hardly count."
+        yield f"One task ({largest['task']}) has {largest['share']:.0%} of the scores, so it dominates the results."
     for group in groups_of_types(metrics):
         if (group["judge"][ORDER]["low"] or 0) > 0:
             sentences = [bias_sentence(group), overconfidence_sentence(group), *weak_subgroups(metrics, group)]

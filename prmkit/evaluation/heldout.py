@@ -39,7 +39,7 @@ HOW_TO_HOLD_OUT = (
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """One prompt that never reached training, and every judge's scores for it."""
+    """A prompt that was not used in training, and every judge's scores for it."""
 
     id: str
     """The id of the prompt's first row in the dataset."""
@@ -51,21 +51,20 @@ class HeldOutPrompt:
     task: str
     """`task_id`; a prompt without one counts as a separate task, named after its hash."""
     trajectory: str
-    """`trajectory_id` in the row's metadata, else the task."""
+    """`trajectory_id` in the row's metadata; without one, the task."""
     evaluation_type: str
     clip_number: int | None
     metadata: Mapping[str, Any]
-    """From its first row; the weight is the lowest of all its rows."""
+    """Metadata of its first row; the weight is the lowest of all its rows."""
     references: References
     reference: Mapping[str, float]
     """Key -> the mean score of the judges that scored it, corrected for their leniency."""
     answers: Mapping[str, str]
     """Judge -> its (first) answer, as it is in the dataset."""
     system: str | None = None
-    """The system text of the row; None for the judge's default."""
+    """The system prompt of the row; None for the judge's default."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Judge -> its weight here, where that is not the prompt's: it was asked only about selected prompts, others not.
-    """
+    """Judge -> its own weight, if only some of the judges were asked only about selected prompts."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,9 @@ class HeldOut:
     file_sha256: str
     """Hash of the dataset file: the prompts as they are scored, after any truncation by the conversion."""
     leniency: Leniency
-    """Of the judges, on these prompts; the references are corrected for it."""
+    """Leniency of each judge on these prompts; the references are corrected for it."""
     self_agreement: Sequence[Mapping[str, Any]] = ()
-    """How well judges agree with themselves, from the conversion's report."""
+    """Self-agreement of the judges, from the conversion's report."""
 
     @property
     def judges(self) -> list[str]:
@@ -124,7 +123,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
 
 
 def _self_agreement(data_folder: Path) -> Sequence[Mapping[str, Any]]:
-    """From the conversion's report, which also counts equal repeated answers; the dataset keeps those once."""
+    """Read it from the conversion's report, which also counts equal repeated answers; the dataset keeps those once."""
     report = data_folder / REPORT
     found = read_json(report).get("self_agreement", []) if report.is_file() else []
     return [entry for entry in found if entry.keys() >= {"evaluation_type", "key", "pairs", "pearson"}]
@@ -183,10 +182,10 @@ def _other_weights(rows: Sequence[_LabelledRow], of_prompt: float) -> Mapping[st
 
 
 def _with_weight(of_rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The metadata of a prompt's first row.
+    """Return the metadata of a prompt's first row.
 
-    A prompt that was selected at random once and for certain another time was certain to be selected: it gets the
-    lowest weight.
+    A prompt that was selected both at random and with certainty gets the lowest weight, because its selection was
+    certain.
 
     Raises:
         DataError: a weight is not a positive number.
@@ -204,7 +203,7 @@ def _judge_of(meta: Mapping[str, Any]) -> str:
 
 
 def _mean_scores_by_judge(rows: list[_LabelledRow]) -> References:
-    """A judge that answered a prompt more than once counts once."""
+    """Return the mean scores of each judge, so that a judge with several answers counts once."""
     by_judge: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for _, meta in rows:
         for key, score in meta["scores"].items():
@@ -236,7 +235,7 @@ def _reference_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
 
 
 def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name: str | None) -> tuple[Path, str]:
-    """The location of a run's held-out rows: its held-out dataset in its data folder, unless overridden.
+    """Return the data folder and dataset name of a training run's held-out rows, unless overridden.
 
     Args:
         config: the run's configuration; empty for a judge that no run of this project has trained.
@@ -248,21 +247,23 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
     """
     names = split_names(config.get("eval_dataset") or FULL + HELD_OUT_SUFFIX)
     if name is None and len(names) > 1:
-        raise UsageError(f"this run has {len(names)} held-out datasets. Name one: --dataset {names[0]}")
+        raise UsageError(f"this run has {len(names)} held-out datasets. Choose one: --dataset {names[0]}")
     chosen = name or names[0]
     if chosen in split_names(config.get("dataset") or []):
-        held_out = "Name another one." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_side_of(chosen)
-        raise UsageError(f"{chosen}: the run was trained on it, so it says nothing about new steps. {held_out}")
+        held_out = "Choose another one." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_side_of(chosen)
+        raise UsageError(
+            f"{chosen}: the run was trained on it, so it cannot show how well new steps are scored. {held_out}"
+        )
     return data_folder or Path(config.get("dataset_dir") or "data"), chosen
 
 
-# --- what the baselines know ------------------------------------------------------------------------------------------
+# --- baseline constants -----------------------------------------------------------------------------------------------
 
 
 def training_constants(data_folder: Path, held_out_name: str) -> Constants:
     """Mean and median of the training labels by evaluation type and key: the constants that a judge has to beat.
 
-    Empty if the training side of this held-out dataset is not in `data_folder`.
+    Empty if the training split of this held-out dataset is not in `data_folder`.
     """
     name = held_out_name.removesuffix(HELD_OUT_SUFFIX)
     entry = read_entries(data_folder).get(name)
@@ -285,12 +286,12 @@ def _middles(values: Floats, weight: Floats) -> tuple[float, float]:
 
 
 def by_task(prompts: Iterable[HeldOutPrompt]) -> list[HeldOutPrompt]:
-    """The prompts task by task, in an order that depends only on the tasks' names."""
+    """Sort the prompts task by task, in an order that depends only on the tasks' names."""
     return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.task.encode(errors="surrogatepass")).digest())
 
 
 def sampled(prompts: Iterable[HeldOutPrompt], limit: int | None) -> Iterator[HeldOutPrompt]:
-    """At most `limit` prompts of whole tasks, in the order of `by_task`; if the first task has more, a part of it.
+    """Yield at most `limit` prompts of complete tasks, in the order of `by_task`; if the first has more, a part of it.
 
     A larger limit takes the same prompts and more, so a short evaluation can be extended later.
     """

@@ -1,8 +1,8 @@
 """The page of label_steps.py: a small server on 127.0.0.1 that shows one step at a time and writes labels.
 
-Other pages in the same browser can also send requests to 127.0.0.1. So the address holds a random token, a request must
-name exactly this host, and labels are accepted only from our own origin. The page gets no score, band, outcome,
-solution or earlier label: the person must not know a judge's opinion.
+Other pages in the same browser can also send requests to 127.0.0.1. So the address contains a random token, the
+Host header must match, and labels are accepted only from our own origin. The page gets no score, band, outcome,
+solution or earlier label, because the person must not know a judge's opinion.
 """
 
 import argparse
@@ -29,7 +29,7 @@ log = logging.getLogger("prmkit")
 
 PAGE = Path(__file__).with_name("label_page.html")
 _MOST_BYTES = 10_000
-"""The most bytes of a request: a label is a few words."""
+"""The maximum number of bytes of a request."""
 _LONGEST_TYPE = 80
 
 
@@ -38,7 +38,7 @@ def label_steps(arguments: argparse.Namespace) -> ExitCode:
 
     Raises:
         DataError: there are no runs, the port is taken, or another process is writing to the same file.
-        UsageError: the output has labels of another sample.
+        UsageError: the output has labels for a different sample.
     """
     rubric = load_rubric(arguments.rubric)
     file = arguments.output
@@ -86,7 +86,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Of the page."""
+        """Address of the page, with its token."""
         return f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
 
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             case None:
                 self._refuse(HTTPStatus.FORBIDDEN, "Open the address that the command printed, including its token.")
             case _:
-                self._refuse(HTTPStatus.NOT_FOUND, "There is nothing here.")
+                self._refuse(HTTPStatus.NOT_FOUND, "Not found.")
 
     def do_POST(self) -> None:
         path = self._path()
@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Thread(target=self.server.shutdown).start()  # it waits for this request to end
 
     def _path(self) -> str | None:
-        """The requested path; None unless host and token are right."""
+        """Return the requested path; None unless host and token are right."""
         token, _, rest = self.path.partition("?")[0].removeprefix("/").partition("/")
         right = secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode())
         return rest if right and self.headers.get("Host") in self.server.hosts else None
@@ -199,15 +199,15 @@ def _act(labels: Labels, path: str, value: Mapping[str, Any]) -> str | None:
         return None
     given, kind = value.get("value"), value.get("type")
     if type(given) is not int or given not in (-1, 0, 1):
-        return "A label is 1, 0 or -1."
+        return "The label must be 1, 0 or -1."
     if kind is not None and not (isinstance(kind, str) and len(kind) <= _LONGEST_TYPE):
-        return "The type of an error is a few words."
+        return f"The error type must be text of at most {_LONGEST_TYPE} characters."
     labels.add(drawn, given, kind or None)
     return None
 
 
 def page_state(labels: Labels) -> dict[str, Any]:
-    """What the page shows: the step with its history, and how many are left; nothing from a judge."""
+    """Return what the page shows: the step with its history, and how many are left; nothing from a judge."""
     drawn = labels.next
     counts = {"labelled": len(labels.done), "skipped": len(labels.skipped), "all": len(labels.sample)}
     return counts | {"step": None if drawn is None else _shown(labels, drawn), "types": list(labels.rubric.error_types)}

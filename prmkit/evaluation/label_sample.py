@@ -58,12 +58,12 @@ def draw(
     for step in steps:
         bands[_band(scores, step)].append(step)
     if n < len(bands):
-        raise UsageError(f"--n {n}: the steps have scores in {len(bands)} bands, so draw at least {len(bands)}.")
+        raise UsageError(f"--n {n} is too small. Draw at least {len(bands)} steps, one for each band of scores.")
     chance = random.Random(seed)  # noqa: S311 - a sample, not a secret
     drawn = []
     left, rest = min(n, len(steps)), len(bands)
     for band, members in sorted(bands.items(), key=lambda item: (len(item[1]), item[0])):
-        # The smallest band first: the larger bands make up for what it lacks.
+        # The smallest band first, so that larger ones make up for the steps that it lacks.
         size = min(len(members), -(-left // rest))
         left, rest = left - size, rest - 1
         drawn += [Drawn(*step, len(members) / size, band) for step in chance.sample(members, size)]
@@ -154,11 +154,11 @@ def open_labels(
         scores: a judge's scores for bands; None to draw evenly.
         seed: of the draw.
         rubric: for the prompts of the rows.
-        form: of the runs; None to recognise it.
+        form: format of the runs; None to detect it.
 
     Raises:
         DataError: no runs, or a damaged file.
-        UsageError: the file holds labels of another sample.
+        UsageError: the file has labels for a different sample.
     """
     check_output(file, Path(source))
     if not name.strip():
@@ -166,7 +166,7 @@ def open_labels(
     runs = {run.trajectory_id: run for run in read_runs([source], Options(form))}
     steps = [(run.trajectory_id, step.n) for run in runs.values() for step in run.steps]
     if not steps:
-        raise DataError(f"{source}: no run was read.")
+        raise DataError(f"{source}: no run with a step was found. Check the path, or pass the format with --format.")
     known = None if scores is None else _scores(scores, runs, Path(source))
     wanted = {
         "seed": seed,
@@ -183,10 +183,10 @@ def open_labels(
 
 
 def _scores(file: Path, runs: Mapping[str, Trajectory], source: Path) -> Mapping[tuple[str, int], float]:
-    """The scores of the only judge in a file; scores of unknown runs are skipped."""
+    """Return the scores of the only judge in a file; scores of unknown runs are skipped."""
     judges = read_exam_answers(file, [bare_run(run) for run in runs.values()], source)
     if len(judges) > 1:
-        raise UsageError(f"{file}: has scores of {len(judges)} judges. Keep those of one.")
+        raise UsageError(f"{file}: {len(judges)} judges have scores in this file. Keep the scores of one.")
     return judges[0].scores
 
 
@@ -194,13 +194,11 @@ def _check_sample(file: Path, wanted: dict[str, Any]) -> None:
     marker = _sample_file(file)
     has_labels = file.is_file() and file.stat().st_size > 0
     if has_labels and not marker.is_file():
-        raise UsageError(
-            f"{file}: exists, and label_steps.py did not write it (no {marker.name}). Choose another --output."
-        )
+        raise UsageError(f"{file}: label_steps.py did not write this file (no {marker.name}). Choose another --output.")
     if (has_labels or _skipped_file(file).is_file()) and read_json(marker) != wanted:
         raise UsageError(
-            f"{file}: has labels of another sample (other runs, --n, --seed, --scores or --rubric). Repeat the "
-            "first command exactly, or choose another --output."
+            f"{file}: these labels are for a different sample (other runs, --n, --seed, --scores or --rubric). Repeat "
+            "the first command exactly, or choose another --output."
         )
     write_json(marker, wanted)
 
@@ -211,7 +209,7 @@ def _read_done(labels: Labels) -> None:
 
 
 def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """The lines of a file by run and step.
+    """Return the lines of a file by run and step.
 
     Raises:
         DataError: a line was not written by this command.
@@ -227,7 +225,7 @@ def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _whole_lines(file: Path) -> list[Any]:
-    """The lines of a file; a last line that a kill cut off is removed."""
+    """Return the lines of a file; a last line that a kill cut off is removed."""
     if not file.is_file():
         return []
     with file.open("r+b") as stream:

@@ -51,10 +51,10 @@ Metrics = dict[str, Any]
 ALL = "all"
 """In `metrics.json`: every evaluation type, or every key."""
 ORDER = "spearman_within_keys"
-"""The correlation that is shown and graded. Pooled over keys, even a judge that gives each key its usual score has some
-correlation; this one does not reward that."""
+"""The correlation that is shown and graded. Pooled over keys, even a judge that predicts the mean of each key has some
+correlation; within keys it has none."""
 MIN_SCORES = 10
-"""No correlation, kappa or ranking is reported for fewer scores than this: three points are soon in order."""
+"""No correlation, kappa or ranking is reported for fewer scores: three points are easily in order by chance."""
 MIN_PAIRS = 30
 STRICT = str(BAD_BELOW[0])
 """The threshold in `metrics["bad_step"]` that conclusions and gates use."""
@@ -65,30 +65,30 @@ STRICT = str(BAD_BELOW[0])
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that describes a judge."""
+    """A metric of a judge."""
 
     name: str
-    """In `metrics.json`."""
+    """Key in `metrics.json`."""
     statistic: Callable[[Sample], Statistic]
     min_n: int
     """With fewer entries in the sample than this there is no value."""
     sample: Callable[..., Sample]
     """Makes the sample from the scores; for a metric `at_thresholds` from the scores and a threshold."""
     header: str = ""
-    """Of its column on the terminal and in the report; empty if it is only in `metrics.json`."""
+    """Header of its column on the terminal and in the report; empty if it is only in `metrics.json`."""
     meaning: str = ""
-    """For the legend of that column."""
+    """Explanation of that column in the legend."""
     importance: int = 0
-    """Of that column: where there is no room for all, those of least importance are left out first."""
+    """Importance of that column: where space is short, the least important columns are dropped first."""
     brief: bool = False
     """Also computed for baselines, against single judges, and in breakdowns."""
     at_thresholds: bool = False
     """Computed once for each threshold of `BAD_BELOW`, under `bad_step`."""
     binary: bool = False
-    """Not defined unless some steps are bad and some are not."""
+    """Needs both classes: bad steps and others."""
 
     def estimate(self, sample: Sample) -> Estimate:
-        """The metric of a sample, with its interval."""
+        """Return the metric of a sample, with its interval."""
         measured = measure_binary if self.binary else measure
         return measured(sample, self.statistic(sample), min_n=self.min_n)
 
@@ -100,8 +100,8 @@ METRICS = (
     Metric("pearson", statistics.pearson, MIN_SCORES, by_mean, brief=True),
     Metric("rmse", statistics.root_mean_square_error, 1, by_mean, "RMSE", "root mean square error of the score (the "
            "mean of the judge's distribution)", importance=6, brief=True),
-    Metric("skill", statistics.skill_by_rmse, 1, by_mean, "skill", "the part of the RMSE of a constant (the training "
-           "mean) that the judge avoids; 0 is no better", importance=8),
+    Metric("skill", statistics.skill_by_rmse, 1, by_mean, "skill", "1 - RMSE / RMSE of a constant (the training mean); "
+           "0 is no better than the constant", importance=8),
     Metric("mae", statistics.mean_absolute_error, 1, by_median, "MAE", "mean absolute error of the median of the "
            "judge's distribution", importance=3, brief=True),
     Metric("skill_mae", statistics.skill_by_mae, 1, by_median),
@@ -114,8 +114,8 @@ METRICS = (
     Metric("praised_share", statistics.share_predicted, 1, praised_of_bad),
     Metric("own_range_share", statistics.share_predicted, MIN_SCORES, within_own_range),
     Metric("bad_share", statistics.share_of_reference, 1, suspicion, at_thresholds=True),
-    Metric("auroc", statistics.roc_area, MIN_SCORES, suspicion, "AUROC", f"telling steps below {STRICT} from the "
-           "others; 0.5 is chance", importance=10, brief=True, at_thresholds=True, binary=True),
+    Metric("auroc", statistics.roc_area, MIN_SCORES, suspicion, "AUROC", f"separating steps below {STRICT} from "
+           "the rest; 0.5 is chance", importance=10, brief=True, at_thresholds=True, binary=True),
     Metric("average_precision", statistics.average_precision, MIN_SCORES, suspicion, at_thresholds=True,
            binary=True),
     Metric("recall", statistics.share_predicted, 1, flagged_of_bad, at_thresholds=True),
@@ -130,7 +130,7 @@ METRICS = (
 
 
 def agreement(scores: Scores, *, brief: bool = False) -> Metrics:
-    """How well the predicted scores agree with the reference.
+    """Measure how well the predicted scores agree with the reference.
 
     The judge, every baseline and every other judge are measured by this function, so their metrics are comparable.
 
@@ -170,7 +170,7 @@ def _kendall(scores: Scores) -> Estimate:
 
 
 def _error_of_surest(scores: Scores, share: float) -> Estimate:
-    """The mean absolute error of that share of the scores that the judge is surest of."""
+    """Return the mean absolute error of the given fraction of the scores of which the judge is most certain."""
     known = scores.where(np.isfinite(scores.std))
     by_confidence = known.where(np.argsort(known.std, kind="stable"))
     kept = np.cumsum(by_confidence.weight) <= share * by_confidence.weight.sum() + 1e-9
@@ -179,7 +179,7 @@ def _error_of_surest(scores: Scores, share: float) -> Estimate:
 
 
 def recommended_threshold(scores: Scores, folds: int = 5) -> Metrics | None:
-    """The score below which a step is best called bad: the threshold with the greatest F1 for bad below `STRICT`.
+    """Choose the score below which a step is called bad: the threshold with the greatest F1 for bad below `STRICT`.
 
     Precision and recall are measured on tasks on which the threshold was not chosen.
 
@@ -212,7 +212,7 @@ def _best_threshold(scores: Scores, bad: NDArray[np.bool_]) -> float:
 
 
 def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
-    """The weight of the values below each threshold."""
+    """Return the total weight of the values below each threshold."""
     rising = np.argsort(values, kind="stable")
     up_to = np.concatenate([[0.0], np.cumsum(weight[rising])])
     return up_to[np.searchsorted(values[rising], thresholds)]
@@ -222,7 +222,7 @@ def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
 
 
 def evaluation_types(rows: Sequence[Row]) -> list[str]:
-    """The evaluation types in the order of every table."""
+    """Return the evaluation types in the order of every table."""
     return sorted({row["evaluation_type"] for row in rows}, key=_type_order)
 
 
@@ -251,7 +251,7 @@ def groups(scores: Scores) -> Iterator[tuple[str, str, bool, NDArray[Any]]]:
 
 
 def validity(rows: Sequence[Row]) -> Metrics:
-    """How many prompts got scores, why the others got none, and how willing the judge was to answer with a score.
+    """Count the prompts with scores, the reasons why the others have no score, and the probability on scores.
 
     Prompts without a score enter no other metric, so this is shown next to the metrics.
     """
@@ -346,7 +346,7 @@ def _mean(values: Any) -> float:
 
 
 def trajectory_metrics(rows: Sequence[Row], incomplete: Collection[str] = ()) -> Metrics:
-    """How well step scores predict the answer's score, and ProcessBench F1; for the judges' steps and for this judge's.
+    """Measure how well step scores (this judge's, and the judges' means) predict the answer's score; ProcessBench F1.
 
     Against the outcome: Spearman, Pearson, and AUROC for a wrong answer (outcome below 0.5). Intervals are over tasks,
     of which each may have several trajectories. The arguments are those of `trajectories_of`.

@@ -40,7 +40,7 @@ _HEXBINS_A_ROW = 4
 
 
 def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, str]]:
-    """Every plot that the scores allow.
+    """Return every plot that the scores allow.
 
     Returns:
         Title, caption and SVG of each.
@@ -54,7 +54,7 @@ def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, st
     ]
     with_spread = scores.where(np.isfinite(scores.std))
     if len(with_spread):
-        made.append(("Error of its surest scores", _COVERAGE_CAPTION, _risk_coverage(with_spread)))
+        made.append(("Risk-coverage curve", _COVERAGE_CAPTION, _risk_coverage(with_spread)))
     clips = scores.where(np.isin(scores.evaluation_type, STEP_TYPES) & np.isfinite(scores.clip_number))
     if len(clips):
         made.append(("Score by clip number", _CLIP_CAPTION, _score_by_clip(clips)))
@@ -67,7 +67,7 @@ def _drawn(width: float, height: float, draw: Any, name: str) -> str:
     from matplotlib.figure import Figure
 
     # The salt keeps the ids of different plots in the same page distinct. Names may be in any script: text
-    # is kept as text, so a letter that the font lacks here is drawn by the reader's browser.
+    # is kept as text, so the browser renders glyphs that the font lacks here.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -85,8 +85,8 @@ def _types(scores: Scores) -> list[str]:
 # --- predicted against reference --------------------------------------------------------------------------------------
 
 _HEXBIN_CAPTION = (
-    "Each hexagon counts scores: darker means more. On the line, the judge agrees with the judges' mean; above it, the "
-    "judge is too lenient."
+    "Each hexagon counts scores: darker means more. On the diagonal, this judge equals the judges' mean; above "
+    "it, this judge is too lenient."
 )
 
 
@@ -232,8 +232,8 @@ def _equal_bins(values: Floats, most: int) -> list[Any]:
 # --- distributions ----------------------------------------------------------------------------------------------------
 
 _DISTRIBUTION_CAPTION = (
-    "How often each score is given, in steps of 0.05; dotted: the mean. A judge that has learnt to be cautious crowds "
-    "the middle; one that has learnt a constant shows a single peak."
+    "How often each score is given, in steps of 0.05; dotted: the mean. The scores of a cautious judge cluster in "
+    "the middle; a judge that has learned a constant shows a single peak."
 )
 
 
@@ -304,7 +304,7 @@ def _error_by_length(scores: Scores) -> str:
 
 _COVERAGE_CAPTION = (
     "Mean error when only the scores with the smallest spread are kept. The further the line is below the grey one, "
-    "the better the judge's own uncertainty shows where it is wrong; the dotted line is the best possible."
+    "the better the judge's own uncertainty predicts its errors; the dotted line is the best possible."
 )
 
 

@@ -22,13 +22,13 @@ Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
 
 PRAISED_FROM = BAD_BELOW[-1]
-"""A bad step with at least this score is praised: an RL run will find and repeat it."""
+"""A judge praises a bad step if it gives the step at least this score; an RL run would repeat such steps."""
 ROW_FORMAT = 2
 """Part of the fingerprint of `predictions.jsonl`: lines of another format are moved away, not mixed in."""
 
 
 def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any]:
-    """The record of one judged prompt: everything that the metrics need, and what traces it back to the input."""
+    """Return the record of one judged prompt: what the metrics need, and what links it to the input."""
     leaked = leaked_scores(prompt.prompt)
     return {
         "id": prompt.id,
@@ -65,7 +65,7 @@ def _distribution_row(distribution: Distribution) -> dict[str, Any]:
 
 
 def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The predictions that an earlier, possibly killed, evaluation left in `file`, if they are of the same kind.
+    """Load the predictions that an earlier, possibly interrupted, evaluation with the same fingerprint left in `file`.
 
     Prompts that the judge could not answer then (memory, a server) are removed from the file, so that they are retried.
     For everything else see `prmkit.resumable.reopen`.
@@ -89,7 +89,7 @@ class Scores:
     evaluation_type: Strings
     key: Strings
     task: Integers
-    """A number for each task; likewise for each trajectory, and each pair of evaluation type and key."""
+    """Integer codes of the tasks, of the trajectories (`trajectory`), and of evaluation type and key (`kind`)."""
     trajectory: Integers
     kind: Integers
     clip_number: Floats
@@ -102,29 +102,29 @@ class Scores:
     below: Floats
     """Probability that the score is below each of `BAD_BELOW`, shape (scores, 2); NaN in generate mode."""
     reference: Floats
-    """The mean of the judges."""
+    """The mean of the reference judges' scores."""
     references: Floats
-    """Each judge alone, shape (scores, judges); NaN where a judge gave none."""
+    """The scores of each reference judge, shape (scores, judges); NaN where a judge gave no score."""
     constant_mean: Floats
     """Mean and median of the training labels; if these are unknown, of the held-out references."""
     constant_median: Floats
     leaked_mean: Floats
-    """The mean of the scores that the prompt shows; NaN if it shows none."""
+    """The mean of the scores that the prompt shows; NaN if it does not show any."""
     leaked_last: Floats
     weight: Floats
     """How many prompts its prompt represents: see `prmkit.rows.WEIGHT`."""
     judge_weights: Floats
-    """Likewise among the prompts of each judge, shape (scores, judges)."""
+    """The same weight among the prompts of each judge, shape (scores, judges)."""
 
     def __len__(self) -> int:
         return len(self.predicted)
 
     def where(self, chosen: NDArray[Any]) -> "Scores":
-        """The entries selected by a mask or a list of positions."""
+        """Return the entries selected by a mask or a list of positions."""
         return Scores(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     def predicting(self, predicted: Floats) -> "Scores":
-        """The same entries with another judge's scores, without probabilities."""
+        """Return the same entries with another judge's scores, without probabilities."""
         unknown = np.full_like(predicted, np.nan)
         return replace(self, predicted=predicted, median=predicted, std=unknown, below=np.full_like(self.below, np.nan))
 
@@ -136,7 +136,7 @@ def has_score(row: Row, key: str) -> bool:
 
 
 def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Constants) -> Scores:
-    """Every score that both the judge and at least one reference gave.
+    """Return every score that both the judge and at least one reference gave.
 
     Args:
         rows: predictions; those without scores are skipped.
@@ -194,7 +194,7 @@ _COPIED = (
 
 
 def _weights_of(row: Row, judges: Sequence[str]) -> list[float]:
-    """The weight of each judge: the prompt's, unless the row has another."""
+    """Return the weight of each judge: the prompt's, unless the row has another."""
     of_prompt = weight_of(row["metadata"])
     return [row.get("weights", {}).get(judge, of_prompt) for judge in judges]
 
@@ -204,7 +204,7 @@ def _numbers(values: Iterable[float | None]) -> Floats:
 
 
 def _numbered(values: Iterable[Any]) -> Integers:
-    """A number for each distinct value, in order of appearance."""
+    """Number the distinct values in order of appearance."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
 
@@ -227,12 +227,12 @@ def _filled(
 
 
 def by_mean(scores: Scores) -> Sample:
-    """The means of the judge's distributions against the reference, with the constant mean as baseline."""
+    """Return the means of the judge's distributions against the reference, with the constant mean as baseline."""
     return _sample(scores, scores.predicted, scores.reference, baseline=scores.constant_mean)
 
 
 def by_median(scores: Scores) -> Sample:
-    """The medians of the judge's distributions against the reference, with the constant median as baseline."""
+    """Return the medians of the judge's distributions against the reference, with the constant median as baseline."""
     return _sample(scores, scores.median, scores.reference, baseline=scores.constant_median)
 
 
@@ -243,7 +243,7 @@ def pairs(scores: Scores) -> Sample:
 
 
 def suspicion(scores: Scores, threshold: float) -> Sample:
-    """The suspicion of each step (higher for a lower score), against 1.0 for a bad step and 0.0 for a good one."""
+    """Minus the score of each step, so that bad steps rank high, against 1.0 for a bad step and 0.0 for a good one."""
     return _sample(scores, -scores.predicted, bad_steps(scores, threshold))
 
 
@@ -266,7 +266,7 @@ def praised_of_bad(scores: Scores) -> Sample:
 
 
 def probability_of_bad(scores: Scores, threshold: float) -> Sample:
-    """The judge's probability that a score is below the threshold, against 1.0 for a bad step."""
+    """Return the judge's probability that a score is below the threshold, against 1.0 for a bad step."""
     probability = scores.below[:, BAD_BELOW.index(threshold)]
     known = scores.where(np.isfinite(probability))
     return _sample(known, probability[np.isfinite(probability)], bad_steps(known, threshold))

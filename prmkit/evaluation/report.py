@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, for the person who must decide whether to use this judge."""
+"""The report: one self-contained HTML file for deciding whether to use this judge."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ def write_report(
 
 
 def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Mapping[str, Any]]) -> str:
-    """The report as HTML. Prompts, names and reasons may hold anything, so they are escaped."""
+    """Return the report as HTML. Prompts, names and reasons are escaped, because they can contain HTML."""
     return render_page(
         TEMPLATE,
         name=judge_name(metrics),
@@ -73,7 +73,7 @@ def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Map
 
 
 def judge_name(metrics: Mapping[str, Any]) -> str:
-    """The judge's name: the run's folder, or the model's."""
+    """Return the judge's name: the run's folder, or the model's."""
     judge = metrics["judge"]
     path = Path(str(judge.get("adapter") or judge.get("model") or "judge"))
     return path.parent.name + "/" + path.name if path.name.startswith("checkpoint-") else path.name or str(path)
@@ -83,7 +83,7 @@ def judge_name(metrics: Mapping[str, Any]) -> str:
 
 
 def next_steps(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """What to do with this judge, each item with its command or None."""
+    """Yield what to do with this judge, each item with its command or None."""
     types = metrics["summary"]["types"]
     grades = {each["grade"] for each in types.values()}
     judge = metrics["judge"]
@@ -101,7 +101,10 @@ def next_steps(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
             "python convert_dataset.py --eval-ratio 0.3",
         )
     if grades & {"weak", "not_useful"}:
-        yield "Read the worst errors below: some are the judges'. Fix or drop such rows, and train again.", None
+        yield (
+            "Read the worst errors below: some are errors of the judges. Fix or drop such rows, and train again.",
+            None,
+        )
         yield (
             "Train longer, on more tasks, or with a larger base model; then compare:",
             (f"python evaluate_judge.py --run saves/NEW --compare {judge.get('adapter') or 'saves/OLD'} --margin 0.05"),
@@ -165,7 +168,7 @@ def _abstention(metrics: Mapping[str, Any]) -> Table | None:
         for group in _main_groups(metrics)
         if (judge := group["judge"])["aurc"]["value"] is not None
     ]
-    columns = ("scores of", "all", "surest 90 %", "surest 75 %", "surest 50 %", "AURC", "closed")
+    columns = ("scores of", "all", "most certain 90 %", "most certain 75 %", "most certain 50 %", "AURC", "gap closed")
     return _table(columns, rows) if rows else None
 
 
@@ -253,7 +256,7 @@ def _trajectories(trajectory: Mapping[str, Any]) -> Table | None:
         for name, of in trajectory["aggregates"].items()
         for who, side in (("this judge", "judge"), ("judges' mean", "reference"))
     ]
-    columns = ("steps combined by", "whose steps", "Spearman", "Pearson", "AUROC, wrong answer")
+    columns = ("steps combined by", "step scores by", "Spearman", "Pearson", "AUROC, wrong answer")
     return _table(columns, rows, words=2) if trajectory["with_outcome"] else None
 
 
@@ -267,7 +270,7 @@ def _first_errors(trajectory: Mapping[str, Any]) -> Table | None:
         ]
         for threshold, of in trajectory["first_bad_step"].items()
     ]
-    columns = ("bad is below", "ProcessBench F1", "first one found", "flawless cleared")
+    columns = ("bad is below", "ProcessBench F1", "first bad step found", "error-free recognised")
     return _table(columns, rows) if trajectory["trajectories"] else None
 
 
@@ -275,7 +278,7 @@ def _first_errors(trajectory: Mapping[str, Any]) -> Table | None:
 
 
 def worst_errors(scores: Scores, rows: Sequence[Row], held_out: HeldOut) -> list[dict[str, Any]]:
-    """The largest errors with the judged text and the judges' answers, one entry per prompt."""
+    """Return the largest errors with the judged text and the judges' answers, one entry per prompt."""
     prompts = {prompt.prompt_sha256: prompt for prompt in held_out.prompts}
     worst = np.argsort(-np.abs(scores.predicted - scores.reference), kind="stable")
     found: dict[str, dict[str, Any]] = {}
@@ -306,7 +309,7 @@ def _clip(number: int | None) -> str | None:
 
 
 def _step_of(prompt: str) -> str:
-    """The part of the prompt that shows the step: everything from its heading on, or else what precedes the schema."""
+    """Return the part of the prompt with the step: from its heading on; without one, what precedes the schema."""
     shown = prompt[: prompt.rfind("\n", 0, asked[-1].start())] if (asked := list(_SCHEMA.finditer(prompt))) else prompt
     if headings := list(_STEP.finditer(shown)):
         return _shortened(shown[headings[-1].start() :], _EXCERPT)
@@ -332,10 +335,10 @@ def _method(metrics: Mapping[str, Any]) -> dict[str, str]:
         "Correlations": f"none with fewer than {method['min_scores']} scores, or if all values are equal",
         "Pairs": "accuracy with ties and tie calibration, by run (Deutsch, Foster and Freitag 2023), from 30 pairs",
         "Noise bound": "square root of the reliability of the reference (Spearman 1904; Spearman 1910, Brown 1910)",
-        "ECE": "ten bins of equal width (Guo et al. 2017); by chance: what a perfectly calibrated judge would show",
-        "AURC": "area under the risk-coverage curve (Geifman et al. 2019); closed: the share of the way from random "
-        "abstention to abstention by the true error",
-        "Kappa": "quadratic weights (Cohen 1968), bands meeting at 0.2, 0.4, 0.6, 0.8",
+        "ECE": "ten bins of equal width (Guo et al. 2017); by chance: the expected ECE of a perfectly calibrated judge",
+        "AURC": "area under the risk-coverage curve (Geifman et al. 2019); gap closed: the fraction of the gap "
+        "between random abstention and abstention by the true error",
+        "Kappa": "quadratic weights (Cohen 1968), band edges 0.2, 0.4, 0.6, 0.8",
         "First bad step": "harmonic mean of the two accuracies (ProcessBench, Zheng et al. 2024)",
         "Smallest visible loss": "one-sided 5 %, power 80 %, for two judges whose errors correlate by one half",
         "Held-out data": f"{held_out['rows']} rows, {held_out['prompts']} prompts, hash {held_out['sha256'][:16]}",

@@ -183,7 +183,7 @@ def average_precision(sample: Sample) -> Statistic:
 
     def statistic(task_weights: Floats) -> Floats:
         found, taken = found_of(task_weights), taken_of(task_weights)
-        # A resample may lack the highest scores: there, nothing is retrieved, and nothing found.
+        # A resample may lack the highest scores; precision is then 0 / 0, and counts as 0.
         precision = ratio(running_sums(found), running_sums(taken))
         gained = np.where(found > 0, found * precision, 0.0).sum(axis=0)
         return ratio(gained, found.sum(axis=0))
@@ -314,7 +314,7 @@ def _tied(pairs: Sample) -> NDArray[np.bool_]:
 def _best_epsilon(distance: Floats, tied: Floats, right_order: Floats) -> float:
     """The observed distance (or zero) that gets the most pairs right when used as epsilon."""
     widths, place = np.unique(np.concatenate([[0.0], distance]), return_inverse=True)
-    # Calling a pair a tie gains it if it is one, and loses it if it was in the right order.
+    # Calling a pair a tie adds a hit if the reference ties it, and removes one if it was in the right order.
     gained = np.bincount(place[1:], weights=tied - right_order, minlength=len(widths))
     return float(widths[np.argmax(np.round(np.cumsum(gained), 12))])
 
@@ -323,7 +323,7 @@ def _best_epsilon(distance: Floats, tied: Floats, right_order: Floats) -> float:
 
 
 def area_under_risk_coverage(sample: Sample) -> Statistic:
-    """AURC (Geifman, Uziel and El-Yaniv 2019): the mean error of the surest scores, averaged over every share kept.
+    """AURC (Geifman, Uziel and El-Yaniv 2019): the mean error of the most certain scores, averaged over coverage.
 
     Args:
         sample: `predicted` is the confidence, `reference` the error.
@@ -334,7 +334,7 @@ def area_under_risk_coverage(sample: Sample) -> Statistic:
     def statistic(weights: Floats) -> Floats:
         drawn = np.ascontiguousarray(weights.T)[task] * weight[:, None]
         kept, risk = running_sums(drawn), running_sums(drawn * error[:, None])
-        np.divide(risk, kept, out=risk, where=kept > 0)  # a resample may lack the surest scores
+        np.divide(risk, kept, out=risk, where=kept > 0)  # a resample may lack the most certain scores
         return ratio(np.einsum("nr,nr->r", risk, drawn), kept[-1])
 
     return statistic

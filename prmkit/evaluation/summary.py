@@ -12,15 +12,15 @@ Group = Mapping[str, Any]
 """One entry of `groups` in `metrics.json`."""
 
 MIN_SCORED = 0.95
-"""The share of requested scores that a judge must give: one that gives fewer may leave out just those that matter."""
+"""The fraction of requested scores that a judge must give: one that gives fewer may leave out those that matter."""
 MIN_BAD = 10
-"""With fewer bad (or good) scores than this, finding them is not graded."""
-_BIAS_HELPS = 0.05  # the bias is worth reporting if subtracting it lowers the RMSE by at least this share
+"""The number of bad (and of good) scores needed to grade how well the judge finds bad steps."""
+_BIAS_HELPS = 0.05  # the bias is worth reporting if subtracting it lowers the RMSE by at least this fraction
 _SMALLEST_BIAS = 0.01
 
 
 def groups_of_types(metrics: Mapping[str, Any]) -> list[Group]:
-    """For each evaluation type the group with all of its scores, in the order of `metrics.json`."""
+    """Return the group with all scores of each evaluation type, in the order of `metrics.json`."""
     types: dict[str, Group] = {}
     for group in metrics["groups"]:
         if group["evaluation_type"] != ALL:
@@ -37,19 +37,19 @@ _IMPORTANCE = {metric.header: metric.importance for metric in _SHOWN} | {
     "constant": 2, "judges": 4, "tasks": 5, "n": 9,
 }  # fmt: skip
 OPTIONAL = tuple(sorted(_IMPORTANCE, key=lambda header: _IMPORTANCE[header]))[:-1]
-"""Columns that a narrow terminal leaves out, in the order in which they are dropped: all but the most important one."""
+"""Columns that a narrow terminal drops, the first to be dropped first: all but the most important one."""
 LEGEND = (
     "; ".join(f"{metric.header}: {metric.meaning}" for metric in _SHOWN)
-    + "; constant: the RMSE of always answering the training mean; judges: Spearman of two judges, on average."
+    + "; constant: the RMSE of always answering the training mean; judges: mean Spearman of two judges."
 )
 
 
 def main_table(metrics: Mapping[str, Any], *, intervals: bool = False) -> list[list[str]]:
-    """One row per group, with cells in the order of `COLUMNS`.
+    """Return one row per group, with cells in the order of `COLUMNS`.
 
     Args:
         metrics: the content of `metrics.json`.
-        intervals: show every estimate's interval; else only Spearman's.
+        intervals: show every estimate's interval, not only Spearman's.
     """
     return [_table_row(group, intervals) for group in metrics["groups"]]
 
@@ -77,7 +77,7 @@ BREAKDOWN_COLUMNS = ("value", "n", "tasks", "Spearman", "RMSE", "bias", "AUROC")
 
 
 def breakdown_table(values: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """One row per value of a metadata key, with cells in the order of `BREAKDOWN_COLUMNS`."""
+    """Return one row per value of a metadata key, with cells in the order of `BREAKDOWN_COLUMNS`."""
     return [
         [
             value["value"],
@@ -97,7 +97,7 @@ def _table_name(group: Group) -> str:
 
 
 def group_name(group: Group) -> str:
-    """`clip`, `final · answer_correctness`, or `everything`."""
+    """Return the name of a group: `clip`, `final · answer_correctness`, or `everything`."""
     evaluation_type, key = group["evaluation_type"], group["key"]
     if evaluation_type == ALL:
         return "everything"
@@ -105,7 +105,7 @@ def group_name(group: Group) -> str:
 
 
 def judges_agreement(group: Group, name: str = ORDER) -> Mapping[str, Any] | None:
-    """How well two judges agree: a pair's estimate, or the mean over all pairs without an interval; or None."""
+    """Return the agreement of the only pair of judges, or the mean over all pairs (without an interval), or None."""
     pairs: list[Mapping[str, Any]] = [pair[name] for pair in group["ceiling"]["pairs"]]
     known = [estimate for estimate in pairs if estimate["value"] is not None]
     if len(known) < 2:
@@ -119,7 +119,7 @@ def judges_agreement(group: Group, name: str = ORDER) -> Mapping[str, Any] | Non
 
 
 def bias_sentence(group: Group) -> str | None:
-    """A sentence about the bias, if its interval excludes 0 and subtracting it would help."""
+    """Describe the bias, if its interval excludes 0 and subtracting it would lower the RMSE."""
     bias, rmse = group["judge"]["bias"], group["judge"]["rmse"]
     if bias["low"] is None or bias["low"] <= 0 <= bias["high"] or not rmse["value"]:
         return None
@@ -128,36 +128,36 @@ def bias_sentence(group: Group) -> str | None:
     without = max(0.0, rmse["value"] ** 2 - bias["value"] ** 2) ** 0.5
     if without > (1 - _BIAS_HELPS) * rmse["value"]:
         return None
-    kinder = "more lenient" if bias["value"] > 0 else "stricter"
+    direction = "more lenient" if bias["value"] > 0 else "stricter"
     return (
-        f"It is {kinder} than the judges' mean: its bias is {shown(bias)}. If this bias is subtracted from its scores, "
+        f"It is {direction} than the judges' mean: its bias is {shown(bias)}. If this is subtracted from its scores, "
         f"the RMSE falls from {rmse['value']:.2f} to {without:.2f}."
     )
 
 
 def overconfidence_sentence(group: Group) -> str | None:
-    """A warning if the judge's own ranges contain far fewer references than they should."""
+    """Warn if the judge's own 90 % ranges contain far fewer references than they should."""
     inside = group["judge"]["own_range_share"]
     if inside["high"] is None or inside["high"] >= 0.8:
         return None
     return (
-        f"It is overconfident: its own 90 % ranges hold {percent(inside)} of the references. Use calibrated intervals "
-        "(score_trajectories.py --interval 0.9)."
+        f"It is overconfident: its own 90 % ranges contain only {percent(inside)} of the references. Use calibrated "
+        "intervals (score_trajectories.py --interval 0.9)."
     )
 
 
 def ceiling_sentence(group: Group) -> str | None:
-    """How well judges agree, and what that does and does not limit; None if it is unknown."""
+    """Describe how well judges agree, and the upper bound that follows from that; None if it is unknown."""
     other = judges_agreement(group)
     if other is None or other["value"] is None:
         return None
     pairs = f" on average over {other['pairs']} pairs" if "pairs" in other else ""
-    text = f"Two judges agree with each other at {shown(other)}{pairs}."
+    text = f"The Spearman correlation of two judges is {shown(other)}{pairs}."
     bounds = group["ceiling"]["bounds"][ORDER]
     bound, by_self = bounds["mean_judge"]["value"], bounds["mean_judge_by_self"]["value"]
     if bound is None:
         reason = group["ceiling"]["no_bound_because"]
-        return f"{text} What limit follows from that is unknown: {reason}." if reason else text
+        return f"{text} The resulting upper bound is unknown: {reason}." if reason else text
     if by_self is not None:
         text += (
             f" Their agreement with themselves on repeated prompts limits the correlation of any prediction with their "
@@ -171,20 +171,20 @@ def ceiling_sentence(group: Group) -> str | None:
 
 
 def copy_sentence(copying: Mapping[str, Any]) -> str:
-    """How well copying the scores in the prompt would do, next to the judge."""
+    """Compare the judge with copying the scores that the prompt shows."""
     what = "their mean" if copying["copied"] == "mean" else "the last of them"
     errors = {who: shown(copying[who]["mae"], interval=False) for who in ("copy", "judge")}
     orders = {who: shown(copying[who][ORDER], interval=False) for who in ("copy", "judge")}
     return (
         f"For {copying['judge']['mae']['n']} scores, the prompt shows earlier scores. Copying {what} has an MAE of "
-        f"{errors['copy']} and a Spearman of {orders['copy']}, the judge {errors['judge']} and {orders['judge']}; "
-        f"{percent(copying['judge_equals_copy'])} of the judge's scores equal the copied one, "
-        f"{percent(copying['reference_equals_copy'])} of the judges' means do."
+        f"{errors['copy']} and a Spearman of {orders['copy']}, this judge {errors['judge']} and {orders['judge']}. The "
+        f"copied score is equal to {percent(copying['judge_equals_copy'])} of this judge's scores and to "
+        f"{percent(copying['reference_equals_copy'])} of the reference scores (the judges' means)."
     )
 
 
 def floor_sentence(group: Group) -> str:
-    """How well the simplest rankings do, and the smallest loss that these tasks can show."""
+    """Describe how well the simplest rankings do, and the smallest loss that these tasks can show."""
     parts = [
         f"ranking by {words} alone reaches a Spearman of {shown(group['baselines'][name][ORDER], interval=False)}"
         for name, words in (("length", "the prompt's length"), ("position", "the step's number"))
@@ -202,9 +202,9 @@ def floor_sentence(group: Group) -> str:
 
 
 def smallest_visible_difference(order: Mapping[str, Any]) -> float | None:
-    """The loss that a comparison of two judges on these tasks shows with 80 % probability (one-sided, 5 %).
+    """Return the loss that a comparison of two judges on these tasks detects with 80 % power (one-sided, 5 %).
 
-    Two judges whose errors correlate by one half have a difference with the standard error of one of them.
+    If the errors of the two correlate by 0.5, the standard error of their difference is that of one of them.
     """
     if order["low"] is None:
         return None
@@ -213,19 +213,19 @@ def smallest_visible_difference(order: Mapping[str, Any]) -> float | None:
 
 
 def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """The verdict as a terminal shows it."""
+    """Return the conclusions as the terminal shows them."""
     summary = metrics["summary"]
     lines = [f"{name}: {each['headline']}" for name, each in summary["types"].items()]
     return [summary["headline"], *lines, *summary["warnings"], validity_sentence(metrics)]
 
 
 def validity_sentence(metrics: Mapping[str, Any]) -> str:
-    """How many prompts have scores, why the others have none, and how willing the model was to answer with a score."""
+    """Describe how many prompts have scores, why the others do not, and how much probability was on scores."""
     every = metrics["validity"][ALL]
     scored, prompts = sum(every["statuses"].get(status, 0) for status in SCORED), every["prompts"]
     text = f"All {prompts} prompts got scores" if scored == prompts else f"{scored} of {prompts} prompts got scores"
     if every["reasons"]:
-        text += "; the others got none: " + ", ".join(f"{n} {reason}" for reason, n in every["reasons"].items())
+        text += "; the others did not: " + ", ".join(f"{n} {reason}" for reason, n in every["reasons"].items())
     if unsure := every["statuses"].get("unsure"):
         text += f"; {unsure} of them are unsure (low label mass)"
     if every["trimmed"]:
@@ -242,7 +242,7 @@ def validity_sentence(metrics: Mapping[str, Any]) -> str:
 
 
 def missing_reasons(metrics: Mapping[str, Any]) -> list[str]:
-    """Why cells of the table are empty, each reason once."""
+    """Return why cells of the table are empty, each reason once."""
     found: dict[str, None] = {}
     for group in metrics["groups"]:
         for estimate in (_estimate(group, metric) for metric in _SHOWN):

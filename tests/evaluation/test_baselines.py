@@ -88,7 +88,7 @@ def test_one_judge_alone_has_no_ceiling_and_says_so(held_out):
     found = ceiling(alone, held_out.judges[:1], UNKNOWN)
     assert found["pairs"] == []
     assert found["gap"].value is None and found["gap"].reason
-    assert found["bounds"]["pearson"]["mean_judge"].reason == "no score has two judges"
+    assert found["bounds"]["pearson"]["mean_judge"].reason == "no prompt was scored by several judges"
 
 
 def test_copying_is_measured_only_where_there_is_something_to_copy(held_out):

@@ -144,10 +144,10 @@ MESSAGES = [{"role": "user", "content": "Go."}, {"role": "assistant", "content":
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"task_id": 1, "scores": [0.5], "reward": 7}], "no outcome from 0 to 1"),
+        ([{"task_id": 1, "scores": [0.5], "reward": 7}], "an outcome from 0 to 1 .* is missing"),
         ([{"task_id": 1, "scores": [5], "reward": 1}], "not a list of numbers"),
         ([{"task_id": 1, "scores": [1], "reward": 1}], "no task has two runs"),
-        ([{"task_id": 1, "trial": trial, "reward": 1} for trial in range(2)], "need --predictions"),
+        ([{"task_id": 1, "trial": trial, "reward": 1} for trial in range(2)], "or pass the scores with --predictions"),
         ([{"task_id": 1, "scores": [1], "outcome": 1, "reward": 0}], r":1: its outcomes contradict .*1.* 0"),
         (
             [{"task_id": task, "trajectory_id": "0", "outcome": 1, "step": task, "score": 1} for task in (1, 2)],
@@ -176,4 +176,4 @@ def test_columns_about_fewer_tasks_say_so(tmp_path: Path, capsys: pytest.Capture
     lines = [{"task_id": task, "trajectory_id": f"{task}.{trial}", "outcome": trial % 2, "scores": [0.5]}
              for task in range(5) for trial in range(2 + task // 3)]  # fmt: skip
     pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))
-    assert "(N=3: 2)" in capsys.readouterr().out
+    assert "(tasks left: N=3: 2)" in capsys.readouterr().out

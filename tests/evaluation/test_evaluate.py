@@ -127,7 +127,7 @@ def test_predictions_of_another_kind_are_kept_aside_not_mixed(tmp_path):
 
 
 def test_the_base_model_is_asked_beside_an_adapter_only(data, source, tmp_path):
-    with pytest.raises(UsageError, match="has no adapter"):
+    with pytest.raises(UsageError, match="needs a judge with an adapter"):
         evaluate.evaluate(
             source, read_held_out(data, NAME), CONSTANTS, tmp_path, EvaluationSettings(with_base=True), None
         )

@@ -186,7 +186,10 @@ def test_without_a_judged_outcome_the_report_says_which_score_is_missing(held_ou
         row["reference"] = {key.replace(OUTCOME, "another_key"): value for key, value in row["reference"].items()}
     text = " ".join(" ".join(read(report_of(held_out, rows)[0]).texts).split())
     assert f"0 with a judged {OUTCOME}" in text
-    assert "So how well step scores predict the outcome is unknown" in text
+    assert (
+        f"How well step scores predict the outcome is unknown, because none of these runs has a judged {OUTCOME}"
+        in text
+    )
 
 
 def test_every_empty_cell_of_the_table_has_a_reason(held_out):
@@ -253,7 +256,7 @@ def test_the_agreement_of_many_judges_is_that_of_all_their_pairs(reported):
     assert mean["value"] == pytest.approx(0.5)
     assert mean["pairs"] == 2
     assert mean["low"] is None
-    assert "Two judges agree with each other at 0.50 on average over 2 pairs" in summary.ceiling_sentence(group)
+    assert "The Spearman correlation of two judges is 0.50 on average over 2 pairs" in summary.ceiling_sentence(group)
 
 
 def test_the_report_of_a_copier_says_so_at_the_top(held_out):

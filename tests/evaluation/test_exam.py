@@ -232,13 +232,13 @@ def test_strong_judges_that_first_asked_are_weighed(ternary: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"id": "quiz_0.0", "step": 1, "score": 4}, "not from 0 to 1"),
+        ({"id": "quiz_0.0", "step": 1, "score": 4}, "must be from 0 to 1"),
         ({"id": "quiz_0.0", "step": "first", "score": 1}, "not a whole number"),
         ({"id": "quiz_0.0", "step": 1}, "no score"),
         ({"id": "quiz_0.0", "step": 6, "score": 1}, "source_index"),
         ({"id": "quiz_0.0", "step": 0, "score": 1}, "source_index"),
-        ({"id": "quiz_0.0", "source_index": 3, "score": 1}, "no score of a step"),
-        ({"id": "another run", "step": 1, "score": 1}, "no score of a step"),
+        ({"id": "quiz_0.0", "source_index": 3, "score": 1}, "no line scores a step"),
+        ({"id": "another run", "step": 1, "score": 1}, "no line scores a step"),
         ({"id": "quiz_0.0", "step": 1, "score": None}, "1 lines without a score"),
         ({"trajectory_id": "quiz_0.0", "step_labels": {"2": 5}}, "not -1, 0 or 1"),
         ([1, 2], "not an object"),
@@ -270,7 +270,7 @@ def test_two_scores_for_one_step_are_refused_unless_equal(ternary: Path) -> None
 
 def test_scores_below_zero_beside_others_than_verdicts_are_refused(ternary: Path) -> None:
     lines = [{"id": "quiz_0.0", "step": n, "score": score} for n, score in ((1, -1), (2, 0.5))]
-    with pytest.raises(DataError, match="not only -1, 0 and 1"):
+    with pytest.raises(DataError, match="every score must be -1, 0 or 1, but mixed has others"):
         take(ternary, "--predictions", public.write_lines(ternary.parent / "mixed.jsonl", lines))
 
 
@@ -341,7 +341,7 @@ def test_the_gate_closes_on_a_low_interval_and_on_missing_answers(ternary: Path)
     with pytest.raises(GateError, match="labelled steps"):
         take(ternary, "--predictions", public.write_lines(answers, lines[: len(lines) // 2]), "--min-auroc", 0.5)
     constant = [line | {"score": 0.5} for line in lines]
-    with pytest.raises(GateError, match=r"lower end, 0\.500"):
+    with pytest.raises(GateError, match=r"lower bound, 0\.500"):
         take(ternary, "--predictions", public.write_lines(answers, constant), "--min-auroc", 0.6)
 
 

@@ -161,7 +161,7 @@ def test_an_answer_that_means_no_score_gives_none(exam: Path, given: Any, reason
 def test_a_refused_key_and_a_server_that_is_not_there_stop_at_once(exam: Path) -> None:
     with serving(lambda _path, _body: (401, {})) as (url, _), pytest.raises(DataError, match="API key"):
         take(exam, url)
-    with pytest.raises(UsageError, match="address"):
+    with pytest.raises(UsageError, match="not the URL of a server"):
         take(exam, "localhost 8000")
 
 

@@ -100,8 +100,8 @@ def _base_alone(trained: JudgeSource, exported: JudgeSource) -> JudgeSource:
     ("break_it", "cause"),
     [
         (lambda trained, exported: replace(exported, template="chatml"), "template: trained with 'qwen'"),
-        (lambda trained, exported: replace(exported, default_system="Be harsh."), "system text: trained with None"),
-        (_other_base, "wrong base: layers that no adapter changes"),
+        (lambda trained, exported: replace(exported, default_system="Be harsh."), "system prompt: trained with None"),
+        (_other_base, "wrong base model: layers that adapters do not change"),
         (_base_alone, "wrong adapter: exported from saves/another_run"),
     ],
 )

@@ -37,7 +37,7 @@ def test_bands_are_drawn_evenly_and_weighted_back() -> None:
     assert sum(each.weight for each in drawn) == 100
     assert draw(steps, scores, 30, 0) == drawn != draw(steps, scores, 30, 1)
     assert len({(each.trajectory_id, each.n) for each in drawn}) == 30
-    with pytest.raises(UsageError, match="draw at least"):
+    with pytest.raises(UsageError, match="Draw at least 3 steps"):
         draw(steps, scores, len({step.band for step in drawn}) - 1, 0)
     assert len(draw(steps, None, 1000, 0)) == 100
 
@@ -147,10 +147,10 @@ def test_labels_of_another_sample_are_not_continued(runs: Path, tmp_path: Path) 
     assert drawn is not None
     labels.add(drawn, 1, None)
     assert open_labels(str(runs), file, 4, "kim", None, 0, rubric).done.keys() == {(drawn.trajectory_id, drawn.n)}
-    with pytest.raises(UsageError, match="another sample"):
+    with pytest.raises(UsageError, match="a different sample"):
         open_labels(str(runs), file, 5, "kim", None, 0, rubric)
     (tmp_path / "labels.sample.json").unlink()
-    with pytest.raises(UsageError, match=r"label_steps\.py did not write it"):
+    with pytest.raises(UsageError, match=r"label_steps\.py did not write this file"):
         open_labels(str(runs), file, 4, "kim", None, 0, rubric)
 
 

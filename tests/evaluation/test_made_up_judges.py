@@ -50,27 +50,27 @@ JUDGES: dict[str, tuple[Callable, str, str, str]] = {
     "inverted and noisy": (lambda r, p, die: 1.2 - r + die.normal(0, 0.1), "not_useful", "not_useful", "inverted"),
     "too strict by 0.2": (lambda r, p, die: r - 0.2, "weak", "weak", "its bias is -0.2"),
     "too kind by 0.2, noisy": (lambda r, p, die: r + 0.2 + die.normal(0, 0.05), "weak", "weak", "its bias is 0."),
-    "squeezed": (lambda r, p, die: 0.6 + 0.1 * r, "weak", "weak", "it puts 0% below 0.5"),
+    "squeezed": (lambda r, p, die: 0.6 + 0.1 * r, "weak", "weak", "this judge also puts 0% below 0.5"),
     "noise on clip": (lambda r, p, die: die.uniform() if is_clip(p) else r, "not_useful", "useful", "than chance"),
     "noise on final": (lambda r, p, die: r if is_clip(p) else die.uniform(), "useful", "not_useful", "than chance"),
-    "random within runs": (lambda r, p, die: of_task(p) + die.normal(0, 0.05), "weak", "useful", "Order within runs"),
+    "random within runs": (lambda r, p, die: of_task(p) + die.normal(0, 0.05), "weak", "useful", "Ranking within runs"),
     "random between runs": (
         lambda r, p, die: r - of_task(p) + np.random.default_rng(len(p.task) * 7 + sum(map(ord, p.task))).uniform(),
-        "weak", "not_useful", "It does order the scores within a run",
+        "weak", "not_useful", "Its ranking within runs is good",
     ),
-    "weak order": (lambda r, p, die: 0.62 + 0.08 * (r - 0.62) / 0.2 + die.normal(0, 0.15), "weak", "weak", "Order"),
+    "weak order": (lambda r, p, die: 0.62 + 0.08 * (r - 0.62) / 0.2 + die.normal(0, 0.15), "weak", "weak", "Ranking: "),
     "worst steps praised": (lambda r, p, die: 0.9 if r < 0.4 else noisy(r, p, die), "weak", "weak", "praise"),
     "lenient on bad steps": (lambda r, p, die: max(r, 0.55) + die.normal(0, 0.03), "weak", "weak", "below 0.5"),
-    "only two values": (lambda r, p, die: 0.3 if r < 0.5 else 0.75, "weak", "weak", "Order within runs"),
-    "ties everywhere": (lambda r, p, die: 0.65 if die.uniform() < 0.9 else r, "weak", "weak", "Order"),
+    "only two values": (lambda r, p, die: 0.3 if r < 0.5 else 0.75, "weak", "weak", "Ranking within runs"),
+    "ties everywhere": (lambda r, p, die: 0.65 if die.uniform() < 0.9 else r, "weak", "weak", "Ranking: "),
     "length alone": (lambda r, p, die: len(p.prompt) / OFTEN, "not_useful", "not_useful", "better than chance"),
     "right on one agent": (
         lambda r, p, die: r if p.metadata["agent"] == "alpha" else die.uniform(),
-        "weak", "weak", "Where agent is beta its order is not useful",
+        "weak", "weak", "Where agent is beta, its ranking is not useful",
     ),
     "right on one task group": (
         lambda r, p, die: r if p.task.startswith("web") else 0.62 + die.normal(0, 0.1),
-        "weak", "weak", "Where task_group is code its order is not useful",
+        "weak", "weak", "Where task_group is code, its ranking is not useful",
     ),
 }  # fmt: skip
 
@@ -220,7 +220,7 @@ def test_three_judges_of_whom_two_score_a_step_can_be_compared() -> None:
 def test_no_bound_is_printed_where_few_scores_have_two_judges_or_other_ones() -> None:
     few = ceiling_of(made_up(asked=lambda item, judge: judge == "judge_a" or item % 4 == 0, final=False))
     assert few["bounds"]["pearson"]["mean_judge"]["value"] is None
-    assert "What limit follows from that is unknown: only 2" in few["said"]
+    assert "The resulting upper bound is unknown: only 2" in few["said"]
     held_out = made_up(final=False)
     easy = tuple(
         prompt
@@ -229,7 +229,7 @@ def test_no_bound_is_printed_where_few_scores_have_two_judges_or_other_ones() ->
         for prompt in held_out.prompts
     )
     differing = ceiling_of(type(held_out)(**{**vars(held_out), "prompts": easy}))
-    assert "the scores with two judges differ from the others" in differing["said"]
+    assert "the scores given by several judges differ from the others" in differing["said"]
 
 
 def test_judges_who_agree_with_themselves_raise_the_bound() -> None:

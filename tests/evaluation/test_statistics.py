@@ -186,7 +186,7 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_an_estimate_says_why_it_has_no_value():
     few = make_sample([0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0, 1, 2])
-    assert measure(few, statistics.spearman(few), min_n=10).reason == "3 of at least 10 needed"
+    assert measure(few, statistics.spearman(few), min_n=10).reason == "at least 10 values are needed (here: 3)"
     constant = make_sample(np.full(20, 0.7), np.linspace(0, 1, 20), range(20))
     assert measure(constant, statistics.spearman(constant)) == Estimate(
         None, None, None, 20, 20, "the prediction is always the same"

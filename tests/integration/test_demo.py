@@ -37,7 +37,7 @@ def test_the_demo_trains_measures_and_exports_below_its_own_folder(project: Path
         "demo/run.html",
     } <= made
     assert "Spearman" in done.stdout
-    assert "scores as demo/saves/reward_model_demo does" in done.stdout + done.stderr
+    assert "gives the same scores as demo/saves/reward_model_demo" in done.stdout + done.stderr
     assert len(re.findall("^next:", done.stdout, re.IGNORECASE | re.MULTILINE)) == 1
     *shown, last = done.stdout.splitlines()
     assert "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only" in shown
