@@ -1,8 +1,8 @@
 """An exam: human-labelled runs whose tasks no trained judge in the table was trained on.
 
-It is read from the rows and whole runs that `import_trajectories.py --labels` writes, from run records with labels, or
-from the labels of `label_steps.py`. A step without a label is unknown, never good: a person who marks an error says
-nothing about what follows it.
+It is read from the rows and complete runs that `import_trajectories.py --labels` writes, from run records with labels,
+or from the labels of `label_steps.py`. A step without a label is unknown, never good, because a person who marks an
+error says nothing about the steps after it.
 """
 
 from collections import defaultdict
@@ -127,7 +127,7 @@ def read_exam(file: Path) -> Exam:
     """Read an exam.
 
     Raises:
-        DataError: the file is missing or damaged, has no labelled step, or does not match the whole runs next to it.
+        DataError: the file is missing or damaged, has no labelled step, or does not match the complete runs next to it.
     """
     if not file.is_file():
         raise DataError(f"{file}: no such file. Make an exam with import_trajectories.py --labels, or label_steps.py.")

@@ -148,7 +148,7 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
 
 
 def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> dict[StepId, float]:
-    """Let a server score every step: by typed questions if the address ends in /systemone, else as a chat model.
+    """Let a server score every step: by typed questions if the address ends in /systemone, otherwise as a chat model.
 
     A chat model gets the prompt that a trained judge gets, and its verdict is read like any judge's.
 
@@ -165,8 +165,8 @@ def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> di
     is_typed = endpoint.base_url.endswith(_SYSTEMONE)
     if is_typed and (len(rubric.keys) > 1 or len(rubric.anchors) < 2 or any(run.record is None for run in exam.runs)):
         raise UsageError(
-            f"{endpoint.name}: typed questions need whole runs, and a rubric of one key and two or more anchors. Make "
-            "the exam again with import_trajectories.py --labels, and keep both of its files."
+            f"{endpoint.name}: typed questions need complete runs, and a rubric of one key and two or more anchors. "
+            "Make the exam again with import_trajectories.py --labels, and keep both of its files."
         )
 
     records = {run.trajectory_id: run.record for run in exam.runs if run.record is not None}

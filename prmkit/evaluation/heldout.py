@@ -103,7 +103,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
         raise DataError(f"{data_folder}: the file of dataset '{name}' is missing. Convert again.")
     sidecar = sidecar_of(file)
     if sidecar.is_file() and not name.endswith(HELD_OUT_SUFFIX):
-        raise UsageError(f"{file}: these rows are for training. {_held_out_side_of(name)}")
+        raise UsageError(f"{file}: these rows are for training. {_held_out_split_of(name)}")
     groups: dict[str, list[_LabelledRow]] = defaultdict(list)
     rows = 0
     try:
@@ -140,8 +140,8 @@ def _held_out_entry(data_folder: Path, name: str) -> Entry:
     raise UsageError(f"{data_folder}: no dataset '{name}', and no held-out one. {HOW_TO_HOLD_OUT}")
 
 
-def _held_out_side_of(name: str) -> str:
-    return f"The held-out side is --dataset {name}{HELD_OUT_SUFFIX}"
+def _held_out_split_of(name: str) -> str:
+    return f"The held-out split is --dataset {name}{HELD_OUT_SUFFIX}"
 
 
 def _held_out_prompt(
@@ -250,7 +250,7 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
         raise UsageError(f"this run has {len(names)} held-out datasets. Choose one: --dataset {names[0]}")
     chosen = name or names[0]
     if chosen in split_names(config.get("dataset") or []):
-        held_out = "Choose another one." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_side_of(chosen)
+        held_out = "Choose another one." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_split_of(chosen)
         raise UsageError(
             f"{chosen}: the run was trained on it, so it cannot show how well new steps are scored. {held_out}"
         )

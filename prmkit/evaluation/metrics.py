@@ -52,7 +52,7 @@ ALL = "all"
 """In `metrics.json`: every evaluation type, or every key."""
 ORDER = "spearman_within_keys"
 """The correlation that is shown and graded. Pooled over keys, even a judge that predicts the mean of each key has some
-correlation; within keys it has none."""
+correlation; within keys, it does not."""
 MIN_SCORES = 10
 """No correlation, kappa or ranking is reported for fewer scores: three points are easily in order by chance."""
 MIN_PAIRS = 30
@@ -285,7 +285,7 @@ def _share(rows: Sequence[Row], values: Any) -> Estimate:
     return mean(values, [row["task_id"] for row in rows], weight)
 
 
-# --- whole trajectories -----------------------------------------------------------------------------------------------
+# --- complete trajectories --------------------------------------------------------------------------------------------
 
 NO_BAD_STEP = -1
 
@@ -309,7 +309,7 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
         incomplete: tasks of which not every prompt was scored, because of `--limit`.
 
     Returns:
-        The whole trajectories, and how many were left out for which reason: a step that is missing, without a score
+        The complete trajectories, and how many were left out for which reason: a step that is missing, without a score
         or of unknown place would change every aggregate; two prompts for one clip number are of different runs.
     """
     clips: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))

@@ -333,7 +333,7 @@ def _risk_coverage(scores: Scores) -> str:
 
 _CLIP_CAPTION = (
     "Mean score of the first clip, the second, and so on, with n below each. Where the lines diverge, this judge "
-    "treats early or late steps differently from the judges it learnt from."
+    "treats early or late steps differently from the judges that it learned from."
 )
 
 

@@ -120,10 +120,10 @@ def spearman(sample: Sample) -> Statistic:
 def spearman_within(sample: Sample) -> Statistic:
     """The mean over groups of Spearman's rho within each, weighted by the pairs in it.
 
-    If several score keys are pooled, a judge that only gives each key its usual score has some pooled correlation,
-    because one key is scored lower than another. Here it has none. A group in which the judge does not vary counts as
-    0; a group with fewer than `MIN_GROUP` pairs, or in which the reference does not vary, is left out. NaN if the judge
-    varies in no group.
+    If several score keys are pooled, a judge that predicts the mean of each key has some pooled correlation,
+    because one key is scored lower than another. Within groups, it does not. A group in which the judge does not vary
+    counts as 0; a group with fewer than `MIN_GROUP` pairs, or in which the reference does not vary, is left out. NaN if
+    the judge varies in no group.
     """
     parts, varied = [], False
     for number in np.unique(sample.group):
