@@ -1,5 +1,7 @@
 """What trainers and clients send, taken apart into runs."""
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +285,23 @@ def test_the_tools_of_mistral_are_part_of_its_system_text() -> None:
     )
     run, _ = run_of_policy(prompt, "Hello.</s>", includes_prompt=False)
     assert (run.system, run.task) == ('Be brief.\n\n[{"name": "f"}]', "Hi")
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        "[SYSTEM_PROMPT]",
+        "[INST] <<SYS>>",
+        "[TOOL_RESULTS]",
+        "[TOOL_CALLS]",
+        "<tool_call>",
+        "<｜tool▁call▁begin｜>",
+        " ",
+    ],
+)
+def test_text_that_repeats_a_token_without_end_costs_no_time(repeated: str) -> None:
+    began = time.monotonic()
+    for prompt in ("[INST]Hi[/INST]", "<｜User｜>Hi<｜Assistant｜>", f"[INST]Hi[/INST]{repeated * 9999}"):
+        with suppress(DataError):
+            run_of_policy(prompt, repeated * 9999, whole=False)
+    assert time.monotonic() - began < 5

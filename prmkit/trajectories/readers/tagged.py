@@ -222,9 +222,12 @@ def _deepseek(text: str) -> str:
 
 
 _MISTRAL = (
-    (re.compile(r"\[(SYSTEM_PROMPT|AVAILABLE_TOOLS)\](.*?)\[/\1\]", re.DOTALL), r"<|im_start|>system\n\2<|im_end|>\n"),
     (
-        re.compile(r"\[INST\]\s*<<SYS>>(.*?)<</SYS>>\s*", re.DOTALL),
+        re.compile(r"\[(SYSTEM_PROMPT|AVAILABLE_TOOLS)\]((?:(?!\[\1\]).)*?)\[/\1\]", re.DOTALL),
+        r"<|im_start|>system\n\2<|im_end|>\n",
+    ),
+    (
+        re.compile(r"\[INST\]\s*<<SYS>>((?:(?!\[INST\]).)*?)<</SYS>>\s*", re.DOTALL),
         r"<|im_start|>system\n\1<|im_end|>\n<|im_start|>user\n",
     ),
     (re.compile(r"\[INST\]\s*"), "<|im_start|>user\n"),
