@@ -1,4 +1,4 @@
-"""Ask strong judges about every step of agent runs, and write their verdicts as finetune.jsonl."""
+"""Ask strong judges about every step of agent runs, and write their verdicts as rows for convert_dataset.py."""
 
 import argparse
 import sys
@@ -16,27 +16,27 @@ def main() -> int:
         "again: no answer is paid for twice. Exit code 1: more than 5 % of the verdicts are missing.",
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="RUNS", help="files or folders in any form that import_trajectories.py reads")
+    add("inputs", nargs="+", metavar="RUNS", help="files or folders in any format that import_trajectories.py reads")
     add("--judges", type=Path, required=True, metavar="FILE", help="the judges to ask; see examples/judges.yaml")
     add("--output", type=Path, required=True, metavar="FILE", help="the rows, for convert_dataset.py")
     add("--answers", type=Path, metavar="FILE", help="all answers (default: OUTPUT.answers.jsonl)")
-    add("--dry-run", action="store_true", help="show prompts, tokens, price and hosts; ask nothing")
+    add("--dry-run", action="store_true", help="show prompts, tokens, price and hosts; send nothing")
     add("--yes", action="store_true", help="do not ask for confirmation of the price")
     add("--max-cost", type=cli.amount, metavar="X", help="send no request that could exceed this cost")
     add("--no-asking", action="store_true", help="only rebuild the rows from the answers, offline")
     add("--json", action="store_true", help="print the result as JSON")
-    asking = parser.add_argument_group("what is asked").add_argument
+    asking = parser.add_argument_group("requests").add_argument
     asking("--per", choices=["step", "run"], default="step", help="one call per step (default), or per run: cheaper")
-    asking("--teacher-sees", choices=["reference"], help="also send a run's solution, if it has one; not in rows")
-    twice = "ask twice about this share of steps (default %(default)g)"
+    asking("--teacher-sees", choices=["reference"], help="also show the judges a run's solution, if any; not in rows")
+    twice = "ask twice about this fraction of the steps, to measure self-agreement (default: %(default)g)"
     asking("--repeat", type=cli.share, default=0.0, metavar="X", help=twice)
     asking("--rubric", type=Path, metavar="FILE", help="the rubric (default: prmkit's own)")
-    asking("--format", metavar="NAME", help="the form of the runs, if it is not recognised")
+    asking("--format", metavar="NAME", help="input format (default: detected; a wrong name lists all formats)")
     first = parser.add_argument_group("ask only about steps that your own judge is unsure of").add_argument
     first("--first", type=Path, metavar="SCORES", help="output of score_trajectories.py for the same runs")
-    wide = "unsure: the interval (or else two standard deviations) is wider than this (default %(default)s)"
+    wide = "unsure: the interval, or without one two standard deviations, is wider than this (default: %(default)s)"
     first("--unsure-above", type=cli.share, default=0.4, metavar="X", help=wide)
-    audit = "also ask about this share of the other steps (default %(default)s)"
+    audit = "also ask about this fraction of the other steps, drawn at random (default: %(default)s)"
     first("--audit", type=cli.share, default=0.1, metavar="X", help=audit)
     return cli.run(_command, parser)
 

@@ -1,4 +1,4 @@
-"""finetune.jsonl -> data/: judged trajectories in, training and held-out datasets for LLaMA Factory out."""
+"""Judged trajectories in, training and held-out datasets for LLaMA Factory out."""
 
 import sys
 

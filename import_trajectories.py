@@ -1,4 +1,4 @@
-"""Agent runs in any common form -> trajectories.jsonl: one run per line, for scoring, labelling and training."""
+"""Import agent runs from any common format into trajectories.jsonl, one per line, to score, label and train."""
 
 import argparse
 import sys
@@ -9,10 +9,12 @@ from prmkit.errors import ExitCode
 from prmkit.trajectories.labels import SETS
 
 _EPILOG = """\
-The form of each file is recognised by its structure. Known forms: messages of OpenAI, Anthropic, ShareGPT, LangChain,
-verifiers and ART, results of tau-bench and tau2, SWE-agent, mini-swe-agent, Inspect (as JSON), ATIF, sessions of
-Claude Code and Codex, tagged text, and spans of OpenTelemetry (GenAI, OpenInference), LangSmith and Langfuse.
-What has no place in the record is counted in the field `lost` of each run, and in the summary.
+The format of each file is detected from its structure. Known formats: OpenAI,
+Anthropic, ShareGPT, LangChain, verifiers and ART messages; tau-bench and tau2
+results; SWE-agent; mini-swe-agent; Inspect (as JSON); ATIF; Claude Code and
+Codex sessions; tagged text; OpenTelemetry (GenAI, OpenInference), LangSmith and
+Langfuse spans. Content for which the record has no field is dropped, and
+counted in each run's field `lost` and in the summary.
 """
 
 
@@ -21,26 +23,22 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    inputs = "files (.json, .jsonl, .ndjson, .traj; packed: .gz, .bz2, .zst) or folders of them"
+    inputs = "files (.json, .jsonl, .ndjson, .traj; also compressed: .gz, .bz2, .zst) or folders of them"
     add("inputs", nargs="+", metavar="PATH", help=inputs)
     add("--output", type=Path, required=True, metavar="FILE", help="JSONL to write")
-    add("--format", metavar="NAME", help="form of the runs (default: recognised; a wrong name lists the valid ones)")
+    add("--format", metavar="NAME", help="input format (default: detected; a wrong name lists all formats)")
     add("--keep-secrets", action="store_true", help="do not mask keys and passwords")
     add("--json", action="store_true", help="print the report on every file as JSON instead of the summary")
 
     fields = parser.add_argument_group("field names, if yours are unusual").add_argument
-    fields("--list-key", metavar="NAME", help="of the list of messages")
-    fields(
-        "--task-key", metavar="NAME", help="of the task's id (default: task_id and similar, else a hash of the task)"
-    )
-    fields("--outcome-key", metavar="NAME", help="of the reward or the success of a run")
+    fields("--list-key", metavar="NAME", help="key of the list of messages")
+    fields("--task-key", metavar="NAME", help="key of the task's id (default: task_id and similar, otherwise a hash)")
+    fields("--outcome-key", metavar="NAME", help="key of a run's reward or success")
 
-    labels = parser.add_argument_group(
-        "labels that people gave: write rows for convert_dataset.py instead"
-    ).add_argument
+    labels = parser.add_argument_group("human labels: write rows for convert_dataset.py instead of runs").add_argument
     sets = f"steps (of imported runs), column, or a public set: {', '.join(SETS)}"
     labels("--labels", metavar="NAME", help=sets)
-    labels("--label-key", metavar="NAME", help="the column: one label per step, or {position of the message: label}")
+    labels("--label-key", metavar="NAME", help="the column: one label per step, or {message position: label}")
     scale = "unit: 0 to 1 (default); ternary: -1 wrong, 0 neutral, 1 right"
     labels("--label-scale", choices=["unit", "ternary"], default="unit", help=scale)
     labels(

@@ -15,15 +15,15 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate_judge.py --run saves/RUN --exam labels.jsonl",
     )
     add = parser.add_argument
-    add("input", help="runs in any form that import_trajectories.py reads (file or folder)")
-    add("--n", type=cli.positive, default=50, metavar="N", help="steps to label (default %(default)s)")
-    add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="rows (default %(default)s)")
-    add("--name", default="human", help="your name, written into every row (default %(default)s)")
-    add("--scores", type=Path, metavar="FILE", help="by score_trajectories.py: draw evenly from all score bands")
-    add("--seed", type=int, default=0, metavar="N", help="another seed draws different steps (default %(default)s)")
+    add("input", help="runs in any format that import_trajectories.py reads (file or folder)")
+    add("--n", type=cli.positive, default=50, metavar="N", help="steps to label (default: %(default)s)")
+    add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="output rows (default: %(default)s)")
+    add("--name", default="human", help="your name, written into every row (default: %(default)s)")
+    add("--scores", type=Path, metavar="FILE", help="from score_trajectories.py: draw evenly across score bands")
+    add("--seed", type=int, default=0, metavar="N", help="another seed draws different steps (default: %(default)s)")
     add("--rubric", type=Path, metavar="FILE", help="the judge's training rubric, if not prmkit's own")
-    add("--format", metavar="NAME", help="form of the runs (default: recognised)")
-    add("--port", type=int, default=0, metavar="N", help="on 127.0.0.1 (default: a free one)")
+    add("--format", metavar="NAME", help="input format (default: detected; a wrong name lists all formats)")
+    add("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Versions of judges: add, list, compare, tag, roll back, retrain, and watch them in production."""
+"""Keep versions of judges: compare, tag, roll back, retrain, and watch them."""
 
 import argparse
 import sys

@@ -6,18 +6,18 @@ usage() {
     cat <<'USAGE'
 Usage: ./run_training.sh [options] [key=value ...]
 
-  -i,  --input FILE           your rows, a file or a folder; may be repeated (default: finetune.jsonl, the sample)
+  -i,  --input FILE           your rows, a file or a folder; can be repeated (default: finetune.jsonl, the sample)
   -c,  --config FILE          the configuration (default: training_config.yaml)
   -d,  --dataset NAME         the variant to train on, such as reward_model_full
   -e,  --epochs N             passes over the data
-  -lr, --learning-rate X
+  -lr, --learning-rate X      the peak learning rate
   -bs, --batch-size N         rows per device and step
        key=value              any key of LLaMA Factory, such as lora_rank=32
        --evaluate             after training, measure the judge on held-out rows
        --export               after training, merge the adapter into the base model
        --validate-only        convert and check everything, but do not train
-       --no-convert           use the data of an earlier conversion
-       --overwrite            rename an earlier run of the same name and start again
+       --no-convert           use the data from an earlier conversion
+       --overwrite            rename an earlier training run of the same name and start again
        --force                train even if the checks found errors
        --verbose              show everything that LLaMA Factory prints
        --install-deps         install the pinned dependencies; with no other option, stop there
@@ -25,11 +25,11 @@ Usage: ./run_training.sh [options] [key=value ...]
        --model smollm2        with --demo: a real small model instead (downloads 93 MB)
   -h,  --help                 show this text
 
-Several processes and nodes, see python train.py --help:
+For several processes and nodes (see python train.py --help):
        --nproc, --nnodes, --node-rank, --master-addr, --master-port, --rdzv-id, --max-restarts
 
-Exit codes: 0 done, 1 data or environment wrong, 2 command or configuration wrong, 3 LLaMA Factory failed, 4 a threshold
-not met, 130 or 143 interrupted. Run the same command again to continue where it stopped.
+Exit codes: 0 done, 1 bad data or environment, 2 bad command or configuration, 3 LLaMA Factory failed, 4 a gate was not
+met, 130 or 143 interrupted. Run the same command again to continue where it stopped.
 USAGE
 }
 
@@ -39,7 +39,7 @@ valued=(--dataset --epochs --learning-rate --batch-size
     --nproc --nnodes --node-rank --master-addr --master-port --rdzv-id --max-restarts) # the same, with a value
 converting=(--rubric --format --labels --mask-leaked-scores --max-rejected --no-task-variants
     --evaluation-types --model-names --task-ids --name --eval-ratio --split-seed --eval-tasks --near-duplicates
-    --scale --map --aggregate --no-leniency-correction --max-disagreement --too-long) # refused, with what to do
+    --scale --map --aggregate --no-leniency-correction --max-disagreement --too-long) # refused, with advice
 options=(--input --config --model --no-convert --install-deps --demo --help "${switches[@]}" "${valued[@]}")
 
 fail() {
@@ -54,7 +54,7 @@ is_one_of() {
     return 1
 }
 
-# The whole name of an option: short names and unique beginnings (--epoch) are accepted, as train.py does.
+# Print the full name of an option: short names and unique beginnings (--epoch) are accepted, as train.py does.
 full_name() {
     local short=(-i --input -c --config -d --dataset -e --epochs -lr --learning-rate -bs --batch-size -h --help) i each
     local matches=()
@@ -66,17 +66,17 @@ full_name() {
         [[ $1 == --?* && $each == "$1"* ]] && matches+=("$each")
     done
     ((${#matches[@]} == 1)) && printf '%s' "${matches[0]}" && return
-    ((${#matches[@]} == 0)) || fail "$1 could be ${matches[*]}. Write the whole option."
+    ((${#matches[@]} == 0)) || fail "$1 could be ${matches[*]}. Write the full option."
     if is_one_of "$1" "${converting[@]}"; then
         fail "$1 is an option of convert_dataset.py. Convert with it, then run ./run_training.sh --no-convert"
     fi
     case $1 in
-        --output-dir) fail "$1 is written dataset_dir=FOLDER here, because the training reads the same folder." ;;
-        --tokenizer) fail "$1 is written model_name_or_path=FOLDER here, because it is the model that is trained." ;;
-        --template) fail "$1 is written template=NAME here, because the training needs it as well." ;;
-        --cutoff-len) fail "$1 is written cutoff_len=N here, because the training needs it as well." ;;
+        --output-dir) fail "Write dataset_dir=FOLDER instead of $1 here, because the training reads the same folder." ;;
+        --tokenizer) fail "Write model_name_or_path=FOLDER instead of $1 here, because that model is trained." ;;
+        --template) fail "Write template=NAME instead of $1 here, because the training needs it as well." ;;
+        --cutoff-len) fail "Write cutoff_len=N instead of $1 here, because the training needs it as well." ;;
         --audit) fail "$1 is an option of convert_dataset.py alone: python convert_dataset.py $1 FOLDER" ;;
-        --json) fail "$1 is an option of convert_dataset.py and of train.py. Run the two one by one, each with $1." ;;
+        --json) fail "$1 is an option of convert_dataset.py and of train.py. Run the two separately, each with $1." ;;
         --runs | --export-only | --judge) fail "$1 is an option of train.py alone: python train.py $1" ;;
     esac
     fail "'$1' is not an option.$(suggest "$1") See ./run_training.sh --help"
@@ -127,7 +127,7 @@ while (($#)); do
     case $option in
         --input)
             if [[ $value != - ]]; then
-                [[ -e $value ]] || fail "$value: no such file. Name the file with your rows, one JSON object per line." 1
+                [[ -e $value ]] || fail "$value: no such file. Pass a file with your rows, one JSON object per line." 1
                 value=$(realpath -- "$value")
             fi
             inputs+=("$value")
@@ -155,8 +155,8 @@ done
 ((${#inputs[@]})) || inputs=(finetune.jsonl)
 cd "$here"
 
-# Each step runs in the background so that a signal reaches this shell at once; it is passed on as SIGTERM, because a
-# background job of a script ignores SIGINT.
+# Each step runs in the background so that a signal reaches this shell at once. The signal is passed on as SIGTERM,
+# because a background job of a script ignores SIGINT.
 child=
 stop() {
     if [[ -n $child ]]; then
@@ -204,15 +204,15 @@ step "$python" train.py --config "$config" "${training[@]}" "${assignments[@]}"
 if [[ -n $demo && -z $validate ]]; then
     echo "  use your rows:    ./run_training.sh --input my_rows.jsonl --validate-only"
 fi
-if [[ -n $raw_runs && -z $validate ]]; then # the judge above learnt from prompts that raw runs lack
-    printf '\nNext, a judge of raw runs. It learns from labelled ones:\n\n'
+if [[ -n $raw_runs && -z $validate ]]; then # raw runs lack the prompts that the judge above was trained on
+    printf '\nNext, a judge of raw runs, trained on labelled ones:\n\n'
     step "$python" import_trajectories.py examples/labelled_runs.jsonl --labels column --label-key labels \
         --output demo/labelled_steps.jsonl
     step "$python" convert_dataset.py --no-next --input demo/labelled_steps.jsonl --config "$config" \
         "${assignments[@]}" --output-dir demo/step_data >/dev/null
     step "$python" train.py --config "$config" "${assignments[@]}" \
         dataset_dir=demo/step_data output_dir=demo/saves/step_judge >/dev/null
-    printf '\nA run that it has not seen, examples/trace.json, scored step by step:\n\n'
+    printf '\nAn unseen run, examples/trace.json, scored step by step:\n\n'
     step "$python" score_trajectories.py --run demo/saves/step_judge examples/trace.json \
         --output demo/scores.jsonl --html demo/run.html || (($? == 1)) # 1: the judge is unsure of a step
     echo "  look at it:       demo/run.html in a browser"

@@ -6,11 +6,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 usage() {
     cat <<'USAGE'
 Usage: ./setup_environment.sh [requirements-dev.txt]
-       ./setup_environment.sh --python      install nothing, only print which Python is used
+       ./setup_environment.sh --python      install nothing, only print the Python that is used
 
-Installs the pinned dependencies of requirements.txt (about 6 GB), and of the file that is named, into the active virtual
-or conda environment, else into .venv, which is made if it is missing. Prints the path of that Python on stdout and the
-progress on stderr. A second run changes nothing. Exit codes: 0 done, 1 the installation failed, 2 command wrong.
+Installs the pinned dependencies of requirements.txt (about 6 GB) and, if given, of a second file into the active
+virtual or conda environment or, without one, into .venv (created if missing). Prints the path of that Python on stdout
+and progress on stderr. A second run changes nothing. Exit codes: 0 done, 1 the installation failed, 2 usage error.
 USAGE
 }
 
@@ -42,7 +42,7 @@ case ${1:-} in
         ;;
     *)
         if [[ ! -f ${1:-$here/requirements.txt} ]]; then
-            say "error: $1: no such file. Name a requirements file, or nothing for requirements.txt alone."
+            say "error: $1: no such file. Pass a requirements file, or nothing for requirements.txt alone."
             exit 2
         fi
         ;;
@@ -60,14 +60,14 @@ else
     fi
     if [[ ! -x $environment/bin/python ]]; then
         python=$(find_python)
-        say "Making a virtual environment in .venv with $("$python" --version)."
+        say "Creating a virtual environment in .venv with $("$python" --version)."
         "$python" -m venv "$environment" >&2
     fi
 fi
 python=$environment/bin/python
 if ! is_new_enough "$python"; then
-    say "error: $python is not Python 3.11 or newer. Make an environment with Python 3.11, or deactivate this one and" \
-        "run this again."
+    say "error: $python is not Python 3.11 or newer. Create an environment with Python 3.11, or deactivate this one" \
+        "and run this again."
     exit 1
 fi
 if [[ ${1:-} == --python ]]; then
@@ -75,7 +75,7 @@ if [[ ${1:-} == --python ]]; then
     exit 0
 fi
 
-# The stamp holds a checksum of what was installed, so a changed pin is noticed and an unchanged one costs nothing.
+# The stamp has a checksum of what was installed, so a changed pin is noticed and an unchanged one costs nothing.
 files=("$here/requirements.txt")
 [[ $# == 0 || $1 -ef ${files[0]} ]] || files+=("$1")
 stamp=$environment/.prmkit-$(basename "${files[-1]}")
@@ -83,7 +83,7 @@ wanted=$(cat "$here"/requirements*.txt | cksum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     say "Dependencies are already installed ($environment)."
 else
-    say "Installing the pinned dependencies into $environment: about 6 GB, some minutes the first time."
+    say "Installing the pinned dependencies into $environment: about 6 GB, a few minutes the first time."
     # One line for each download, with its size, instead of several hundred from pip.
     "$python" -m pip install --disable-pip-version-check "${files[@]/#/--requirement=}" 2>&1 |
         awk '/^ *Downloading / || /^ERROR|^error/ { sub(/^ */, ""); print; fflush() }

@@ -1,4 +1,4 @@
-"""Fine-tune a judge: config and data in, a checked adapter in saves/ out, and on request a merged model."""
+"""Fine-tune a judge: config and data in, a verified adapter in saves/ out, and on request a merged model."""
 
 import argparse
 import sys
@@ -22,30 +22,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description=__doc__, epilog="Run the same command again to resume a run that was stopped.")
     add = parser.add_argument
     add("assignments", nargs="*", metavar="key=value", help="any key of LLaMA Factory, such as lora_rank=32")
-    add("-c", "--config", type=Path, default=Path("training_config.yaml"), metavar="FILE")
+    add("-c", "--config", type=Path, default=Path("training_config.yaml"), metavar="FILE", help="default: %(default)s")
     add("-d", "--dataset", metavar="NAME", help="the variant to train on, such as reward_model_full")
     add("-e", "--epochs", metavar="N", help="passes over the data")
-    add("-lr", "--learning-rate", metavar="X")
+    add("-lr", "--learning-rate", metavar="X", help="the peak learning rate")
     add("-bs", "--batch-size", metavar="N", help="rows per device and step")
     add("--export", action="store_true", help="merge the adapter into the base model after training")
-    add("--export-only", nargs="?", const="", metavar="FOLDER", help="merge an existing run or checkpoint")
+    add("--export-only", nargs="?", const="", metavar="FOLDER", help="merge an existing training run or checkpoint")
     judge = "merge a registered version: production, NAME@NUMBER; instead of --export-only FOLDER"
     add("--judge", dest="export_only", action=UseRegistered, default=argparse.SUPPRESS, metavar="VERSION", help=judge)
     add("--evaluate", action="store_true", help="measure the judge on held-out rows after training")
-    check = "check the config, this machine, the model and the data, and stop"
-    add("--validate-only", "--doctor", action="store_true", help=check)
+    add("--validate-only", "--doctor", action="store_true", help="check configuration, machine, model and data; stop")
     add("--force", action="store_true", help="train even if the checks found errors")
     add("--overwrite", action="store_true", help="rename an earlier run or export of the same name")
-    add("--runs", action="store_true", help="list the runs with their state, losses and agreement")
+    add("--runs", action="store_true", help="list all training runs with their state, losses and agreement")
     add("--verbose", action="store_true", help="show the complete config and everything that LLaMA Factory prints")
     add("--json", action="store_true", help="print the result as JSON")
     several = parser.add_argument_group("several processes and nodes, with torchrun's names").add_argument
     several("--nproc", type=int, metavar="N", help="processes on this node (default: one for each visible GPU)")
     several("--nnodes", default="1", metavar="N", help="nodes, or MIN:MAX for an elastic run")
-    several("--node-rank", type=int, default=0, metavar="N")
+    several("--node-rank", type=int, default=0, metavar="N", help="this node's number, from 0 (default: %(default)s)")
     several("--master-addr", metavar="HOST", help="address of the first node, needed for several nodes")
-    several("--master-port", type=int, metavar="PORT")
-    several("--rdzv-id", metavar="NAME", help="name of an elastic run, the same on every node")
+    several("--master-port", type=int, metavar="PORT", help="the first node's port (for several nodes: 29500)")
+    several("--rdzv-id", metavar="NAME", help="id of an elastic run, the same on every node")
     several("--max-restarts", type=int, default=0, metavar="N", help="restarts of an elastic run")
     return parser
 

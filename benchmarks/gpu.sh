@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# Measure on a GPU, in about 8 minutes: training against the guide's settings, memory against the estimate, scoring
-# against generating, agreement in bf16, and the demo's real model. No network: what is missing comes as wheels.
+# Measure on a GPU, in about 8 minutes: training against the settings that prmkit began with, memory against the
+# estimate, scoring against generating, agreement in bf16, and the demo's real model. Needs no network: missing packages
+# are installed from wheels.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 Usage: benchmarks/gpu.sh [options]
 
-  --dry-run          small sizes on the CPU: is everything there, does every part run
-  --wheels FOLDER    install these into a new environment over the packages of python3, without a network
-  --smollm2 FOLDER   a model folder made by python -m tools.demo.smollm2; without it the last two parts are left out
-  --scratch FOLDER   for the 15 GB of the random model (default: benchmarks/scratch); memory is fastest: /dev/shm/prmkit
+  --dry-run          small sizes on the CPU, to check that everything is there and every part runs
+  --wheels FOLDER    install these into a new environment on top of python3's packages, without a network
+  --smollm2 FOLDER   a model folder from python -m tools.demo.smollm2; without it, the last two parts are left out
+  --scratch FOLDER   for the random model of 15 GB (default: benchmarks/scratch); fastest in memory: /dev/shm/prmkit
   --output FOLDER    where results.jsonl and the logs go (default: gpu in the scratch folder)
   --parts "A B …"    only these (default: check prepare guide packed batched fastest scoring serving smollm2;
                      there are also prmkit single unchecked compiled parity)
   -h, --help         this text
 
-Each part runs alone and has a time limit; one that fails or overruns leaves the others' results as they are. Exit code:
-0 when every part succeeded, else 1.
+Each part runs alone and has a time limit; one that fails or overruns does not affect the results of the others. Exit
+code: 0 if every part succeeded, otherwise 1.
 EOF
 }
 
@@ -55,7 +56,7 @@ if [[ -n $wheels ]]; then
     environment=$scratch/environment
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$python" -m venv --without-pip "$environment"
-    # What python3 has already comes after what the wheels bring.
+    # The packages of python3 come after those of the wheels on the path.
     echo "$packages" >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
     "$python" -m pip --python "$environment/bin/python" install -q --no-index --no-deps --no-compile --no-cache-dir \
         "$wheels"/*.whl

@@ -4,6 +4,7 @@ The conversion writes it; training, evaluation and the leak audit read it here, 
 (`llamafactory/data/parser.py`): an entry with `columns` or `tags` gets no defaults for those that it leaves out.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from prmkit.errors import DataError
-from prmkit.files import read_json, read_jsonl, sha256_of
+from prmkit.files import numbered_jsonl, read_json, read_jsonl, sha256_of
 from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
-from prmkit.rows import Rejected, task_of, trajectory_of
+from prmkit.prompts.cleaning import restore
+from prmkit.rows import Rejected, prompt_hash, task_of, trajectory_of
+from prmkit.verdict import Shape, Unreadable, answer_prefix, read_answer
 
 Format = Literal["alpaca", "sharegpt"]
 
@@ -143,9 +146,45 @@ def read_sidecar(file: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def identities(file: Path) -> Iterator[tuple[str, str | None]]:
-    """The SHA-256 of the prompt (as the user wrote it) and the task of each row of a sidecar."""
-    return ((row["prompt_sha256"], task_of(row["metadata"])) for row in read_sidecar(file))
+def identities(entry: Entry) -> Iterator[tuple[str, str | None]]:
+    """The SHA-256 of each row's prompt (as the user wrote it, if there is a sidecar) and its task, if it is known.
+
+    Raises:
+        DataError: a file is damaged, or rows were added or removed after the conversion.
+    """
+    if entry.sidecar is None:
+        yield from ((prompt_hash(texts.prompt, texts.system), None) for _, texts in texts_of(entry) if texts)
+        return
+    traced = 0
+    for row in read_sidecar(entry.sidecar):
+        traced += 1
+        yield row["prompt_sha256"], task_of(row["metadata"])
+    if traced != (rows := number_of_rows(entry)):
+        raise DataError(
+            f"{entry.file} has {rows:,} rows, but its conversion wrote {traced:,} ({entry.sidecar}). Convert again."
+        )
+
+
+def texts_of(entry: Entry) -> Iterator[tuple[int, RowTexts | None]]:
+    """The line and the texts of each row of a dataset; no texts if the row has other columns or an empty prompt."""
+    if entry.file is None:
+        return
+    rows = enumerate(read_json(entry.file), 1) if entry.file.suffix == ".json" else numbered_jsonl(entry.file)
+    for number, row in rows:
+        try:
+            texts = entry.read(row)
+        except ValueError:
+            yield number, None
+        else:
+            yield number, texts if texts.prompt else None
+
+
+def number_of_rows(entry: Entry) -> int | None:
+    """The number of rows of a dataset; None if it is not one JSONL file."""
+    if entry.file is None or entry.file.suffix != ".jsonl" or not entry.file.is_file():
+        return None
+    with entry.file.open("rb") as stream:
+        return sum(1 for line in stream if line.strip())
 
 
 def data_folder_of(run: Path, record: Mapping[str, Any]) -> Path | None:
@@ -185,6 +224,43 @@ def held_out_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """The held-out sides of some datasets, where they exist."""
     known = set(known)
     return [side for name in names if (side := name + HELD_OUT_SUFFIX) in known]
+
+
+def label_shape(label: str, scores: Mapping[str, float]) -> Shape:
+    """The shape of a label.
+
+    Args:
+        label: as it is in the dataset.
+        scores: from its line of the sidecar.
+    """
+    keys = tuple(scores)
+    for nested in (False, True):  # a canonical label begins so; others are read
+        if label.startswith(answer_prefix(shape := Shape(keys, nested), {})):
+            return shape
+    answer = read_answer(restore(label, answer=True))
+    return Shape(keys, len(keys) > 1 if isinstance(answer, Unreadable) else answer.nested)
+
+
+def label_shapes(folder: Path, names: Iterable[str]) -> dict[str, list[dict[str, Any]]] | None:
+    """Evaluation type (empty for rows without one) -> the shapes of the labels of some datasets, most frequent first.
+
+    Takes seconds for gigabytes. None if a dataset has no sidecar, or its rows do not match it.
+    """
+    rows: Counter[tuple[str, Shape]] = Counter()
+    try:
+        entries = read_entries(folder)
+        for entry in [entries[name] for name in names]:
+            if entry.file is None or entry.sidecar is None:
+                return None
+            for row, meta in zip(read_jsonl(entry.file), read_sidecar(entry.sidecar), strict=True):
+                evaluation_type = str(meta["metadata"].get("evaluation_type") or "")
+                rows[evaluation_type, label_shape(entry.read(row).answer, meta["scores"])] += 1
+    except (DataError, ValueError, LookupError, TypeError):
+        return None  # the checks report what is damaged
+    shapes: dict[str, list[dict[str, Any]]] = {}
+    for (evaluation_type, shape), count in rows.most_common():
+        shapes.setdefault(evaluation_type, []).append({"keys": list(shape.keys), "nested": shape.nested, "rows": count})
+    return shapes
 
 
 # --- what a conversion writes -------------------------------------------------------------------------------------

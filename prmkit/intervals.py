@@ -122,8 +122,10 @@ def load_abstention(
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags --interval and --abstain-above, which `load_abstention` takes."""
     group = parser.add_argument_group("calibrated intervals (of a judge that was evaluated)")
-    group.add_argument("--interval", type=cli.level, metavar="LEVEL", help="add low and high; 0.9: right 9 times in 10")
-    group.add_argument("--abstain-above", type=cli.level, metavar="WIDTH", help="status unsure where that is wider")
+    ends = "add low and high, which include the strong judges' score with this probability, such as 0.9"
+    group.add_argument("--interval", type=cli.level, metavar="LEVEL", help=ends)
+    wide = f"mark scores whose interval is wider as unsure (without --interval: at level {DEFAULT_LEVEL})"
+    group.add_argument("--abstain-above", type=cli.level, metavar="WIDTH", help=wide)
 
 
 def calibrated_judge(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ read rows here, so a prompt has the same system text and the same hash in both. 
 
 import hashlib
 import json
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -155,25 +156,38 @@ def given_id(value: Any) -> str | int | None:
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:
-    """The SHA-256 that identifies a prompt; the same prompt with another system text is another prompt."""
+    """The SHA-256 that identifies a prompt; the same prompt with another system text is another prompt.
+
+    Copies that differ only in line breaks (CRLF) or in how Unicode composes a character (NFD) are one prompt.
+    """
     whole = f"{system}\0{prompt}" if system else prompt
+    if "\r" in whole:
+        whole = whole.replace("\r\n", "\n")
+    if not whole.isascii():
+        whole = unicodedata.normalize("NFC", whole)
     return hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()
 
 
 def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
-    """A name in the metadata, which pipelines write as "7", 7 or 7.0; None if it is missing.
+    """A name in the metadata, which pipelines write as "7", 7, 7.0 or " 7"; None if it is missing or empty.
 
     Raises:
         Rejected: it is a list, an object, a boolean or a fraction.
     """
     value = metadata.get(key)
-    if value is None or value == "":
+    if value is None:
         return None
     if isinstance(value, str):
-        return value
+        return as_name(value) or None
     if type(value) is int or (type(value) is float and value.is_integer()):
         return str(int(value))
     raise Rejected(f"metadata.{key} is not a string")
+
+
+def as_name(text: str) -> str:
+    """A name without spaces around it, and with its characters composed in one way: "Café" has two spellings."""
+    text = text.strip().strip("\u200b\ufeff")
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def task_of(metadata: Mapping[str, Any]) -> str | None:
@@ -268,6 +282,7 @@ def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return metadata
 
 
+_ANSWERS = ("output", "response", "completion")
 _ROLES = {
     "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system", "developer": "system",
 }  # fmt: skip
@@ -281,22 +296,32 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise Rejected("system is not a string")
-    turns = row.get("conversations", row.get("messages"))
+    turns = _one_of(row, ("conversations", "messages"), "turns")
     if turns is None and isinstance(row.get("prompt"), list):
         completion = row.get("completion") or []
         turns = [*row["prompt"], *(completion if isinstance(completion, list) else [_turn("gpt", completion)])]
     if turns is not None:
-        return _from_turns(turns, system)
+        said = _from_turns(turns, system)
+        for column, text in (("prompt", said[1]), ("instruction", said[1]), *((name, said[2]) for name in _ANSWERS)):
+            if isinstance(row.get(column), str) and row[column].strip() and row[column] != text:
+                raise Rejected(f"{column} is not what the turns say; leave one of them out", "two texts that differ")
+        return said
     if isinstance(row.get("instruction"), str):
         prompt = "\n".join(filter(None, (row["instruction"], _string(row.get("input"), "input"))))
     elif isinstance(row.get("prompt"), str):
         prompt = row["prompt"]
     else:
         raise Rejected(_unknown_form(row), "neither conversations nor a prompt")
-    answers = [row[key] for key in ("output", "response", "completion") if row.get(key) is not None]
-    if len(answers) > 1:
-        raise Rejected("several answers: output, response or completion")
-    return system, prompt, _string(answers[0], "the answer") if answers else None
+    answer = _one_of(row, _ANSWERS, "answers")
+    return system, prompt, None if answer is None else _string(answer, "the answer")
+
+
+def _one_of(row: Mapping[str, Any], columns: Sequence[str], what: str) -> Any:
+    """The only one of some columns that is not null; None if all are."""
+    given = [row[column] for column in columns if row.get(column) is not None]
+    if len(given) > 1:
+        raise Rejected(f"several {what}: {' or '.join(column for column in columns if row.get(column) is not None)}")
+    return given[0] if given else None
 
 
 def _turn(role: str, text: Any) -> dict[str, Any]:

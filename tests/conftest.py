@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from narrated import Narrated
@@ -20,7 +21,9 @@ pytest_plugins = ["judge_fixtures"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # glibc gives freed memory back at once; to get it again takes half of the time of statistics on a few hundred scores.
-os.environ.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
+# With a larger pad alone, arrays are mapped one by one again as soon as something small lies at the end of the heap.
+for setting, size in {"MMAP_THRESHOLD": 1 << 30, "TRIM_THRESHOLD": 1 << 30, "TOP_PAD": 16 << 20}.items():
+    os.environ.setdefault(f"MALLOC_{setting}_", str(size))
 # Nothing in the tests may reach for a hub or a cloud.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
 # The environment of the tests is the active one: run_training.sh uses it, and commands are suggested with `python`.
@@ -46,8 +49,43 @@ def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
         return (yield)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start LLaMA Factory come first, so that no worker has a long one left when the others are done."""
+LOADING_MODELS = {
+    f"tests/{name}.py"
+    for name in (
+        *("judge/test_transformers_judge", "judge/test_batching", "judge/test_score_trie", "judge/test_scorer"),
+        *("judge/test_sources", "evaluation/test_evaluate", "evaluation/test_exam", "evaluation/test_export_check"),
+        *("scoring/test_runs", "scoring/test_score", "serving/test_payloads", "dataset/test_lengths"),
+        *("prompts/test_cleaning", "prompts/test_encoding", "training/test_input_checks", "training/test_model"),
+        *("training/test_llamafactory_checks", "training/test_portable", "training/test_resume", "training/test_train"),
+        *("tools/test_tiny_model", "test_dataset_info"),
+    )
+}
+"""Files whose tests import transformers themselves, also with `--fast`."""
+
+
+def _without_llamafactory(config: pytest.Config) -> bool:
+    return "not llamafactory" in config.option.markexpr
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--fast`, one worker gets the files that load models: to import transformers takes six seconds in each."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ModelsTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "files that load models" if file in LOADING_MODELS else file
+
+    together = config.option.dist == "loadfile" and _without_llamafactory(config)
+    return ModelsTogether(config, log) if together else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no worker has a long file left when the others are done."""
+    if _without_llamafactory(config):
+        items.sort(key=lambda item: item.nodeid.partition("::")[0] not in LOADING_MODELS)
+        return
     first = {item.path for item in items if item.get_closest_marker("llamafactory")}
     items.sort(key=lambda item: (item.path not in first, "integration" not in item.path.parts))
 

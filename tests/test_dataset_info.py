@@ -6,18 +6,22 @@ from typing import Any
 
 import pytest
 
+from prmkit.dataset.conversion import convert
+from prmkit.dataset.settings import Settings, Split
 from prmkit.dataset_info import (
     Format,
     RowTexts,
     data_folder_of,
     dataset_entry,
     held_out_names,
+    label_shapes,
     read_entries,
     split_names,
     training_row,
 )
 from prmkit.errors import DataError
 from prmkit.files import sha256_of
+from prmkit.verdict import Scale
 
 
 def entries_of(folder: Path, info: Any) -> Any:
@@ -36,6 +40,33 @@ def test_what_is_written_is_read_back(tmp_path: Path, form: Format, system: str 
     assert entry.sidecar is None
     (tmp_path / "steps.meta.jsonl").touch()
     assert entry.sidecar == tmp_path / "steps.meta.jsonl"
+
+
+@pytest.mark.parametrize("labels", ["canonical", "verbatim"])
+def test_the_shapes_of_labels_are_counted_by_evaluation_type(tmp_path: Path, labels: Any) -> None:
+    answers = [
+        *[("clip", '{"quality": 7, "why": "x"}')] * 3,
+        *[("clip", '{"scores": {"quality": 7}, "why": "x"}')] * 2,
+        ("final", '```json\n{"why": "x", "scores": {"b": 7, "a": 1}}\n```'),
+        (None, '{"a_score": 3}'),
+    ]
+    rows = [
+        {"prompt": f"Judge step {n}.", "response": answer, "metadata": {"evaluation_type": kind, "task_id": n}}
+        for n, (kind, answer) in enumerate(answers)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "data"
+    convert(Settings((str(tmp_path / "rows.jsonl"),), data, labels=labels, scales={None: Scale(0, 10)}, split=Split(0)))
+    shapes = label_shapes(data, ["reward_model_full"])
+    assert shapes == {
+        "clip": [{"keys": ["quality"], "nested": False, "rows": 3}, {"keys": ["quality"], "nested": True, "rows": 2}],
+        "final": [{"keys": ["b", "a"], "nested": True, "rows": 1}],
+        "": [{"keys": ["a_score"], "nested": False, "rows": 1}],
+    }
+    assert label_shapes(data, ["reward_model_clip", "reward_model_final"]) == {t: shapes[t] for t in ("clip", "final")}
+    assert label_shapes(data, ["none"]) is label_shapes(tmp_path, ["steps"]) is None
+    (data / "reward_model_full.meta.jsonl").unlink()
+    assert label_shapes(data, ["reward_model_full"]) is None
 
 
 @pytest.mark.parametrize(

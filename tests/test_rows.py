@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -201,6 +202,25 @@ def test_system_texts_are_carried_and_part_of_the_hash() -> None:
     assert "two system prompts" in reason({"messages": [turn, {"role": "user", "content": "x"}], "system": "Be kind."})
 
 
+def test_copies_that_look_the_same_are_one_prompt() -> None:
+    """Windows writes CRLF, and macOS takes `é` apart; both would be on two sides of the split."""
+    assert prompt_hash("Café\nBar") == prompt_hash("Cafe\u0301\r\nBar") != prompt_hash("Cafe\nBar")
+    assert prompt_hash("plain") == hashlib.sha256(b"plain").hexdigest()
+
+
+@pytest.mark.parametrize("task", ["Café", "Cafe\u0301", " Café ", "Café\u200b", "\ufeffCafé\n"])
+def test_a_name_has_one_spelling(task: str) -> None:
+    assert read(changed(lambda row: row["metadata"].update(task_id=task))).task == "Café"
+    assert read(changed(lambda row: row["metadata"].update(task_id=" \u200b"))).task is None
+
+
+def test_a_column_that_is_null_is_not_there() -> None:
+    """A table has all columns in every row."""
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]
+    row = read({"conversations": None, "messages": turns, "prompt": PROMPT, "completion": None})
+    assert (row.prompt, row.answer) == (PROMPT, ANSWER)
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -220,6 +240,9 @@ def test_system_texts_are_carried_and_part_of_the_hash() -> None:
         (changed(lambda row: row.pop("conversations")), 'expected {"conversations": [{"from": "human"'),
         ({"data": [ROW, ROW]}, """jq -c '.["data"][]' FILE > rows.jsonl"""),
         ({"prompt": PROMPT, "response": ANSWER, "output": ANSWER}, "several answers"),
+        (ROW | {"messages": ROW["conversations"]}, "several turns: conversations or messages"),
+        (ROW | {"prompt": "Another one."}, "prompt is not what the turns say"),
+        (ROW | {"response": '{"score": 0.1}'}, "response is not what the turns say"),
         ({"instruction": PROMPT, "output": {"score": 1}}, "the answer is not a string"),
         (changed(lambda row: row.update(metadata=[])), "metadata is not an object"),
         (changed(lambda row: row.update(metadata="{oops")), "metadata is not an object"),

@@ -38,7 +38,10 @@ def test_help_names_every_option(script: Script, root: Path) -> None:
         (["--lora-rank=8"], "'--lora-rank' is not an option. A key of LLaMA Factory is written lora_rank=VALUE."),
         (["--scale", "1", "5"], "--scale is an option of convert_dataset.py. Convert with it, then run"),
         (["--too-long", "drop"], "--too-long is an option of convert_dataset.py. Convert with it, then run"),
-        (["--cutoff-len=8192"], "--cutoff-len is written cutoff_len=N here, because the training needs it as well."),
+        (
+            ["--cutoff-len=8192"],
+            "Write cutoff_len=N instead of --cutoff-len here, because the training needs it as well.",
+        ),
         (["--runs"], "--runs is an option of train.py alone: python train.py --runs"),
         (["--judge", "production"], "--judge is an option of train.py alone: python train.py --judge"),
         (["-x"], "'-x' is not an option."),
@@ -74,7 +77,7 @@ def test_every_option_of_the_conversion_is_taken_or_refused_with_what_to_type_in
         said = script("run_training.sh", option, code=2).stderr
         if said == f"error: {option} needs a value.\n":
             taken.append(option)
-        elif written := re.match(rf"error: {option} is written (\w+)=[A-Z]+ here, because ", said):
+        elif written := re.match(rf"error: Write (\w+)=[A-Z]+ instead of {option} here, because ", said):
             assert written[1] in training_keys()
         else:
             assert said.startswith(f"error: {option} is an option of convert_dataset.py"), said

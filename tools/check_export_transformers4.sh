@@ -3,7 +3,7 @@
 #
 #   tools/check_export_transformers4.sh [exported_model] [environment folder]
 #
-# Makes a virtual environment with transformers 4 that shares torch with this one. Needs a package index.
+# Creates a virtual environment with transformers 4 that shares torch with this one. Needs a package index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-exported_model}

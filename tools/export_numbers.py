@@ -1,4 +1,4 @@
-"""Compare environments: the token ids and log probabilities of a model folder in this one, and how two differ.
+"""Compare two environments by the token ids and log probabilities that a model folder gives in each.
 
     python tools/export_numbers.py MODEL NUMBERS.json
     python tools/export_numbers.py --compare NUMBERS.json OTHER.json
@@ -16,12 +16,12 @@ TEXTS = (
     "<|im_start|>user\nJudge.<|im_end|></s><eos>",
     "  leading\t\n",
 )
-LARGEST = 1e-4
+MAX_DIFFERENCE = 1e-4
 """The largest difference allowed between two log probabilities, for weights in float32."""
 
 
 def numbers_of(model: str) -> dict[str, Any]:
-    """Token ids of texts and of a rendered prompt, and the log probabilities after each of its tokens."""
+    """Return token ids of texts and of a rendered prompt, and the top log probabilities after each of its tokens."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,8 +33,8 @@ def numbers_of(model: str) -> dict[str, Any]:
     ids = {"texts": [tokenizer(text)["input_ids"] for text in TEXTS], "prompt": prompt}
     network = AutoModelForCausalLM.from_pretrained(model).float().eval()
     with torch.no_grad():
-        likely = network(torch.tensor([prompt or ids["texts"][0]])).logits[0].log_softmax(-1)
-    top = likely.topk(5)
+        log_probabilities = network(torch.tensor([prompt or ids["texts"][0]])).logits[0].log_softmax(-1)
+    top = log_probabilities.topk(5)
     return {
         "transformers": transformers.__version__,
         "ids": {**ids, "special": sorted(tokenizer.all_special_ids)},
@@ -45,15 +45,16 @@ def numbers_of(model: str) -> dict[str, Any]:
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, bool]:
-    """How two environments differ, and whether they agree."""
+    """Describe how two environments differ, and return whether they agree."""
     names = f"transformers {one['transformers']} and {other['transformers']}"
     if one["ids"] != other["ids"]:
         return f"{names}: different token ids.", False
     rows = zip(one["log_probabilities"], other["log_probabilities"], strict=True)
     largest = max(abs(a - b) for left, right in rows for a, b in zip(left, right, strict=True))
-    places = len(one["tokens"])
-    alike = largest <= LARGEST and one["tokens"] == other["tokens"] and one["sampling"] == other["sampling"]
-    return f"{names}: same token ids; {places} places, largest difference of a log probability {largest:.1e}.", alike
+    positions = len(one["tokens"])
+    alike = largest <= MAX_DIFFERENCE and one["tokens"] == other["tokens"] and one["sampling"] == other["sampling"]
+    message = f"{names}: same token ids; {positions} positions, largest difference of a log probability {largest:.1e}."
+    return message, alike
 
 
 if __name__ == "__main__":

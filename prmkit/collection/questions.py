@@ -16,6 +16,7 @@ from prmkit.collection.judges import StrongJudge
 from prmkit.prompts.step import Rubric, run_prompt, step_prompts, tokens
 from prmkit.trajectory import Trajectory
 from prmkit.verdict import Shape, Unreadable, Verdict, asked_shape, read_verdict
+from prmkit.verdict.repair import Refusal, unique_members
 
 _ASKED_AGAIN = 2
 _TOKENS_A_STEP = 100
@@ -177,11 +178,14 @@ def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Map
     """Every step of a run from one answer. It must have exactly these steps: shifted numbers make all wrong."""
     body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
-        given = json.loads(body)
+        given = json.loads(body, object_pairs_hook=unique_members)
         entries = {entry.pop("step"): entry for entry in given["steps"]}
+    except Refusal as refusal:
+        return refusal.reason
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 'not {"steps": [{"step": 1, …}, …]}'
-    if entries.keys() != prompts.keys() or len(given["steps"]) != len(entries):
+    numbered = all(type(step) is int for step in entries)  # True would be taken for 1
+    if not numbered or entries.keys() != prompts.keys() or len(given["steps"]) != len(entries):
         return f"steps {sorted(map(str, entries))[:9]} instead of 1 to {len(prompts)}, each once"
     verdicts: dict[int, Verdict] = {}
     for step, entry in entries.items():

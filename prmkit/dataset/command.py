@@ -41,22 +41,25 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     inputs += "(import_trajectories.py), folders of both, - for stdin (default: finetune.jsonl)"
     add("--input", nargs="+", default=["finetune.jsonl"], metavar="PATH", help=inputs)
     add("--rubric", type=Path, metavar="FILE", help="the rubric for labelled runs (default: prmkit's own)")
-    add("--output-dir", type=Path, metavar="FOLDER", help="(default: dataset_dir of --config, or data)")
-    form = "of the training files (default: %(default)s)"
+    folder = "folder to write to (default: dataset_dir of --config, or data)"
+    add("--output-dir", type=Path, metavar="FOLDER", help=folder)
+    form = "form of the training files (default: %(default)s)"
     add("--format", choices=["alpaca", "sharegpt"], default=Settings.form, help=form)
     labels = "train on verdicts in one form, or as judges wrote them (default: %(default)s)"
     add("--labels", choices=["canonical", "verbatim"], default=Settings.labels, help=labels)
-    add("--mask-leaked-scores", action="store_true", help="hide earlier scores in prompts: (Score: 0.93)")
-    add("--max-rejected", metavar="N", help="fail if more rows are rejected: a share or a number (default: 50%%)")
+    masked = "hide the scores of earlier evaluations in prompts, such as (Score: 0.93)"
+    add("--mask-leaked-scores", action="store_true", help=masked)
+    most = "fail if more rows than this are rejected: a number, or a share such as 5%% (default: 50%%)"
+    add("--max-rejected", metavar="N", help=most)
     add("--no-task-variants", dest="task_variants", action="store_false", help="write no variant for each task")
     add("--json", action="store_true", help="print the report instead of the summary")
     add("--no-next", action="store_true", help=argparse.SUPPRESS)  # run_training.sh does the next step itself
-    add("--audit", type=Path, metavar="FOLDER", help="only check the datasets of a folder, any folder, for leaks")
+    add("--audit", type=Path, metavar="FOLDER", help="convert nothing; check the datasets of any folder for leaks")
 
     filters = parser.add_argument_group("filters (combined with AND)").add_argument
-    filters("--evaluation-types", nargs="+", metavar="TYPE", help="such as clip, category, final")
+    filters("--evaluation-types", nargs="+", metavar="TYPE", help="types, such as clip, category, final")
     filters("--model-names", nargs="+", metavar="JUDGE", help="judges, such as deepseek-chat")
-    filters("--task-ids", nargs="+", metavar="TASK")
+    filters("--task-ids", nargs="+", metavar="TASK", help="tasks, by task_id")
     filters("--name", metavar="NAME", help=f"name of the variant (default: {CUSTOM})")
 
     split = parser.add_argument_group("held-out tasks").add_argument
@@ -65,7 +68,8 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     seed = f"another seed holds out different tasks (default: {Split.seed})"
     split("--split-seed", type=int, metavar="N", help=seed)
     split("--eval-tasks", type=Path, metavar="FILE", help="your list of held-out tasks, one per line")
-    near = "training prompts that repeat a held-out one, a few words changed; they are counted (default: %(default)s)"
+    near = "whether to train on prompts that differ from a held-out one in a few words only; they are counted in any "
+    near += "case (default: %(default)s)"
     split("--near-duplicates", choices=["keep", "drop"], default=Settings.near_duplicates, help=near)
 
     _add_judges_and_lengths(parser)
@@ -74,22 +78,24 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def _add_judges_and_lengths(parser: argparse.ArgumentParser) -> None:
     judges = parser.add_argument_group("judges").add_argument
-    scale = "the range of all judges (1 5), or of single judges (JUDGE=1:10 …); repeatable"
+    scale = "the range of scores: of all judges (1 5), or of single judges (JUDGE=1:10 …); repeatable; 0 1 if not given"
     judges("--scale", nargs="+", action="append", default=[], metavar="RANGE", help=scale)
-    judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help="scores of words: pass=1 fail=0")
-    consensus = "also write reward_model_consensus, with one row per prompt (default: %(default)s)"
+    judges("--map", nargs="+", default=[], metavar="WORD=SCORE", help="scores from 0 to 1 for words: pass=1 fail=0")
+    consensus = "also write reward_model_consensus: one row per prompt, with the mean or median of its judges "
+    consensus += "(default: %(default)s)"
     judges("--aggregate", choices=["none", "mean", "median"], default=Settings.aggregate, help=consensus)
     judges("--no-leniency-correction", dest="leniency_correction", action="store_false",
-           help="aggregate scores without correcting for each judge's leniency")  # fmt: skip
-    judges("--max-disagreement", type=float, metavar="X", help="reject prompts on which judges differ by more (0 to 1)")
+           help="with --aggregate: do not correct for the leniency of each judge")  # fmt: skip
+    apart = "reject prompts on which the scores of judges differ by more than this (0 to 1)"
+    judges("--max-disagreement", type=float, metavar="X", help=apart)
 
     lengths = parser.add_argument_group("length guard").add_argument
     lengths("--config", type=Path, metavar="FILE", help="training_config.yaml with the defaults for this group")
     lengths("assignments", nargs="*", metavar="key=value", help="overrides --config: cutoff_len=8192")
-    lengths("--tokenizer", type=Path, metavar="FOLDER", help="the model's folder")
+    lengths("--tokenizer", type=Path, metavar="FOLDER", help="folder of the model whose tokenizer measures the rows")
     lengths("--template", metavar="NAME", help="LLaMA Factory's template, such as qwen")
-    lengths("--cutoff-len", type=int, metavar="N", help="most tokens of prompt and label")
-    cut = "rows that LLaMA Factory would cut: shorten the middle of the prompt, reject, fail, keep "
+    lengths("--cutoff-len", type=int, metavar="TOKENS", help="longest prompt and label together")
+    cut = "rows that LLaMA Factory would cut off: shorten the middle of their prompt, reject them, fail, or keep them "
     cut += "(default: %(default)s)"
     lengths("--too-long", choices=["trim", "drop", "error", "keep"], default=LengthSettings.too_long, help=cut)
 
@@ -203,7 +209,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 def _scales(arguments: argparse.Namespace) -> dict[str | None, Scale]:
     """Judge -> scale; None applies to every other judge."""
-    words = dict(_word(text) for text in arguments.map)
+    words: dict[str, float] = {}
+    for word, score in map(_word, arguments.map):
+        if words.setdefault(word, score) != score:
+            raise UsageError(f"--map: two scores for {word}. Give one; upper and lower case are the same.")
     ranges: dict[str | None, tuple[float, float]] = {}
     for given in arguments.scale:
         if len(given) == 2 and not any("=" in text for text in given):
@@ -242,7 +251,9 @@ def _word(text: str) -> tuple[str, float]:
 
 
 def _values(values: list[str] | None) -> frozenset[str] | None:
-    return None if values is None else frozenset(values)
+    from prmkit.rows import as_name
+
+    return None if values is None else frozenset(map(as_name, values))
 
 
 def _check(arguments: argparse.Namespace, filters: Filters) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from prmkit.dataset_info import Entry, RowTexts, identities, read_entries, read_sidecar
+from prmkit.dataset_info import Entry, identities, read_entries, read_sidecar, texts_of
 from prmkit.errors import DataError
-from prmkit.files import numbered_jsonl, read_json
 from prmkit.paths import HELD_OUT_SUFFIX, INFO
 from prmkit.rows import prompt_hash, task_of
 
@@ -64,7 +63,7 @@ def audit(entries: Sequence[Entry]) -> dict[str, Any]:
     training = [entry for entry in entries if not is_held_out(entry)]
     rows, nameless, tasks = 0, 0, set()
     for entry in held_out:
-        for _, task in _identities(entry):
+        for _, task in identities(entry):
             rows += 1
             nameless += task is None
             tasks.add(task)
@@ -91,11 +90,11 @@ def _shared(
     shared: dict[tuple[str, str], str] = {}
     nameless = trained = 0
     for number in range(passes):
-        prompts = {prompt for entry in held_out for prompt, _ in _identities(entry)
+        prompts = {prompt for entry in held_out for prompt, _ in identities(entry)
                    if int(prompt[:8], 16) % passes == number}  # fmt: skip
         nameless = trained = 0
         for entry in training:
-            for prompt, task in _identities(entry):
+            for prompt, task in identities(entry):
                 trained += 1
                 nameless += task is None
                 if task is not None and task in tasks:
@@ -103,27 +102,6 @@ def _shared(
                 if prompt in prompts:
                     shared.setdefault(("prompt_sha256", prompt), entry.name)
     return shared, nameless, trained
-
-
-def _identities(entry: Entry) -> Iterator[tuple[str, str | None]]:
-    """The SHA-256 of each row's prompt (as the user wrote it, if known) and its task, if known."""
-    if entry.sidecar:
-        return identities(entry.sidecar)
-    return ((prompt_hash(asked.prompt, asked.system), None) for _, asked in _asked(entry) if asked)
-
-
-def _asked(entry: Entry) -> Iterator[tuple[int, RowTexts | None]]:
-    """The line and the texts of each row of a dataset; no texts if the row has another form or an empty prompt."""
-    if entry.file is None:
-        return
-    rows = enumerate(read_json(entry.file), 1) if entry.file.suffix == ".json" else numbered_jsonl(entry.file)
-    for number, row in rows:
-        try:
-            asked = entry.read(row)
-        except ValueError:
-            yield number, None
-        else:
-            yield number, asked if asked.prompt else None
 
 
 def describe_leaks(found: dict[str, Any]) -> str:
@@ -145,7 +123,7 @@ def _prompts_of(entries: Iterable[Entry], *, held_out: bool) -> Iterator["Prompt
         if is_held_out(entry) != held_out:
             continue
         metadata = (row["metadata"] for row in read_sidecar(entry.sidecar)) if entry.sidecar else repeat({})
-        for (number, asked), traced in zip(_asked(entry), metadata, strict=False):
+        for (number, asked), traced in zip(texts_of(entry), metadata, strict=False):
             if asked and (digest := bytes.fromhex(prompt_hash(asked.prompt, asked.system)[:24])) not in seen:
                 seen.add(digest)
                 unit = task_of(traced) or digest.hex()

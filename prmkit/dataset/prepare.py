@@ -212,6 +212,8 @@ class ValuesOfKey:
     """The number of answers with a number."""
     outside: int = 0
     """The number of answers with a number that is not on the judge's scale."""
+    fractions: int = 0
+    """The number of answers strictly between 0 and 1: a judge on another scale has none."""
     low: float = float("inf")
     high: float = float("-inf")
     numbers: list[str] = field(default_factory=list)
@@ -294,6 +296,7 @@ class Preparer:
                 known, examples = scale.low <= value <= scale.high, counted.numbers
                 counted.rows += 1
                 counted.outside += not known
+                counted.fractions += 0 < value < 1
                 counted.low, counted.high = min(counted.low, value), max(counted.high, value)
             if not known and len(examples) < _VALUES_SHOWN and (shown := str(value)[:20]) not in examples:
                 examples.append(shown)
@@ -316,8 +319,7 @@ def _clean(prompt: str, system: str | None, mask: bool) -> CleanPrompt:
     if system:
         system, more = neutralise(system)
         markers += more
-    asked = asked_shape(prompt) or (asked_shape(system) if system else None)
-    return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked)
+    return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked_shape(prompt, system))
 
 
 # The rows of several judges on one prompt usually follow each other.
@@ -348,17 +350,28 @@ def find_scale_problems(
     """Judges and keys with values off the judge's scale in more than a few rows, each with what to do.
 
     A judge on 1 to 10 gives 2 to 10, which are out of range, and 1, which is not: its worst score would become the best
-    label. So none of its rows is used until its scale is named.
+    label. So none of its rows is used until its scale is named. That it is on another scale is known from many values
+    that are out of range, or from a single one if it never gives a fraction, for this key or another one.
     """
+    beyond = {
+        judge for (judge, _), found in values.items() if _are_many(found) or (found.outside and not found.fractions)
+    }
     for (judge, key), found in values.items():
-        name, scale = judge or "a judge without a name", settings.scale_of(judge) or Scale()
-        if found.outside >= _FEWEST_OUTSIDE and found.outside >= _SHARE_OUTSIDE * found.rows:
+        name, scale = judge or "a judge without a name", settings.scale_of(judge)
+        only_whole = found.rows and not found.fractions
+        if _are_many(found) or (scale is None and judge in beyond and only_whole):
+            scale = scale or Scale()
+            of_judge = [each for (name_of, _), each in values.items() if name_of == judge and each.rows]
             flag = f"--scale {shlex.quote(f'{judge}=')}" if judge else "--scale "
-            numbers = ", ".join(found.numbers)
+            where = (
+                f"values from {found.low:g} to {found.high:g} (such as {', '.join(found.numbers)}), outside of "
+                f"{scale.low:g} to {scale.high:g} in {found.outside:,} of {found.rows:,} rows"
+                if found.outside
+                else f"whole numbers ({found.low:g} to {found.high:g}), and another key with numbers out of range"
+            )
             yield ScaleProblem(judge, key, True, (
-                f"{name} answers {key} with values from {found.low:g} to {found.high:g} (such as {numbers}), outside "
-                f"of {scale.low:g} to {scale.high:g} in {found.outside:,} of {found.rows:,} rows, so none of its rows "
-                f"with {key} is used. Name its scale, such as {flag}{_guess(found, between=':' if judge else ' ')}"
+                f"{name} answers {key} with {where}, so none of its rows "
+                f"with {key} is used. Name its scale, such as {flag}{_guess(of_judge, between=':' if judge else ' ')}"
             ))  # fmt: skip
         elif found.words >= _FEWEST_OUTSIDE:
             words = ", ".join(found.unknown)
@@ -368,13 +381,18 @@ def find_scale_problems(
             ))  # fmt: skip
 
 
+def _are_many(found: ValuesOfKey) -> bool:
+    return found.outside >= _FEWEST_OUTSIDE and found.outside >= _SHARE_OUTSIDE * found.rows
+
+
 _FEWEST_OUTSIDE = 3  # rows; if fewer are off the scale, or a smaller share,
 _SHARE_OUTSIDE = 0.02  # each of them is rejected by itself
 
 
-def _guess(found: ValuesOfKey, *, between: str) -> str:
-    low = 1 if found.low >= 1 else min(found.low, 0)
-    high = next((str(end) for end in (1, 5, 10, 100) if found.high <= end), "HIGHEST")
+def _guess(of_judge: Sequence[ValuesOfKey], *, between: str) -> str:
+    low, highest = min(found.low for found in of_judge), max(found.high for found in of_judge)
+    low = 1 if low >= 1 else min(low, 0)
+    high = next((str(end) for end in (1, 5, 10, 100) if highest <= end), "HIGHEST")
     return f"{low:g}{between}{high}"
 
 

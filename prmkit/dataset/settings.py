@@ -70,8 +70,10 @@ def read_tasks(path: Path) -> frozenset[str]:
     Raises:
         DataError: the file cannot be read, or lists no task.
     """
+    from prmkit.rows import as_name  # it imports orjson, and --help does without
+
     try:
-        tasks = frozenset(filter(None, map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())))
+        tasks = frozenset(filter(None, map(as_name, path.read_text(encoding="utf-8-sig").splitlines())))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

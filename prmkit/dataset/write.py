@@ -234,7 +234,7 @@ def _consensus_row(
     None if it must be left out.
     """
     sidecar = orjson.loads(row.sidecar)
-    asked = asked_shape(restore(row.prompt)) or (asked_shape(restore(row.system)) if row.system else None)
+    asked = asked_shape(restore(row.prompt), restore(row.system) if row.system else None)
     answer = read_answer(restore(row.label, answer=True), asked)
     if isinstance(answer, Unreadable):
         _warn_of_left_out(sidecar, answer.reason)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmkit.evaluation import statistics
-from prmkit.evaluation.estimates import Estimate, Floats, Sample, Statistic, mean, measure, on_part, undefined
+from prmkit.evaluation.estimates import Estimate, Floats, Statistic, mean, measure, on_part, undefined
 from prmkit.evaluation.metrics import ALL, METRICS, MIN_SCORES, ORDER, Metrics, agreement
 from prmkit.evaluation.predictions import Row, Scores, by_mean, by_median
 from prmkit.evaluation.statistics import weighted_mean
@@ -146,14 +146,9 @@ def against_each(scores: Scores, judges: Sequence[str]) -> Metrics:
     for column, judge in enumerate(judges):
         alone = scores.where(np.isfinite(scores.references[:, column]))
         if len(alone):
-            weight = alone.judge_weights[:, column]
-            found[judge] = _brief(replace(by_mean(alone), reference=alone.references[:, column], weight=weight))
+            reference, weight = alone.references[:, column], alone.judge_weights[:, column]
+            found[judge] = agreement(replace(alone, reference=reference, weight=weight), brief=True)
     return found
-
-
-def _brief(sample: Sample) -> Metrics:
-    wanted = (ORDER, "pearson", "rmse", "mae", "bias")
-    return {metric.name: metric.estimate(sample) for metric in METRICS if metric.name in wanted}
 
 
 def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
@@ -185,7 +180,9 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
                 reference=both.references[:, other],
                 weight=both.judge_weights[:, [one, other]].max(axis=1),
             )
-            found.append({"judges": [judges[one], judges[other]]} | _brief(sample))
+            # Without the ranking of bad steps, for which it matters which of the two is right.
+            metrics = {each.name: each.estimate(sample) for each in METRICS if each.brief and not each.at_thresholds}
+            found.append({"judges": [judges[one], judges[other]]} | metrics)
     count = np.isfinite(scores.references).sum(axis=1)
     against = _why_no_bound(scores, count)
     return {
@@ -320,13 +317,8 @@ def breakdown(scores: Scores, rows: Sequence[Row], key: str) -> list[Metrics]:
             for evaluation_type in dict.fromkeys(some.evaluation_type)
         }
         about: Metrics = {"value": str(name), "scores": len(some), "tasks": tasks, "order_by_type": by_type}
-        found.append(about | _of_group(some))
+        found.append(about | agreement(some, brief=True))
     return found
-
-
-def _of_group(scores: Scores) -> Metrics:
-    whole = agreement(scores, brief=True)
-    return {name: whole[name] for name in (ORDER, "rmse", "mae", "bias")} | {"bad_step": whole["bad_step"]}
 
 
 def halves(scores: Scores) -> list[Estimate]:

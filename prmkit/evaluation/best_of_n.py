@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import cli
-from prmkit.errors import DataError, ExitCode
+from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation.estimates import Estimate, mean
 from prmkit.evaluation.exam import ExamRun, ExamStep
 from prmkit.evaluation.exam_answers import is_repeated, read_exam_answers, run_of
@@ -123,8 +123,12 @@ def _success(by_task: Mapping[str, Sequence[Attempt]], pick: Pick, n: int) -> Es
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def pick_best_of_n(arguments: argparse.Namespace) -> ExitCode:
+def pick_best_of_n(arguments: argparse.Namespace, of_judge: Sequence[str] = ()) -> ExitCode:
     """Read runs with outcomes, score them, and show how often each way to pick succeeds.
+
+    Args:
+        arguments: of evaluate_judge.py.
+        of_judge: the given flags that only a judge uses.
 
     Raises:
         DataError: there are no outcomes, no task has two runs, or nothing was scored.
@@ -132,6 +136,8 @@ def pick_best_of_n(arguments: argparse.Namespace) -> ExitCode:
     """
     file = arguments.best_of_n
     ready = _outcome_lines(file)
+    if ready and of_judge:
+        raise UsageError(f"{file}: has outcomes but no runs, so no judge is asked. Leave out {', '.join(of_judge)}.")
     runs = [] if ready else runs_with_outcome(file)
     attempts = ready or [attempt_of(run) for run in runs]
     folder = arguments.output or folder_of(arguments, "best_of_n", file)

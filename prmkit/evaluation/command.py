@@ -46,7 +46,8 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     if arguments.exam:
         return take_exam(arguments)
     if arguments.best_of_n:
-        return pick_best_of_n(arguments)
+        of_judge = (name for name in (*_OF_JUDGES, "rubric") if _is_given(name, arguments))
+        return pick_best_of_n(arguments, list(map(_flag, of_judge)))
     source = judge_source(arguments)
     check_folders(source)
     run = None if arguments.model else arguments.run or DEFAULT_RUN

@@ -10,6 +10,7 @@ A resample is just a whole-number weight for each task, so a statistic is writte
 block of resamples at a time.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -39,6 +40,9 @@ SAME_PREDICTION = "the prediction is always the same"
 SAME_REFERENCE = "the reference is the same everywhere"
 
 _MIN_DEFINED_SHARE = 0.9
+_KEPT = 31 << 20
+"""glibc gives arrays of a few megabytes back to the kernel, and to get them again is two thirds of a statistic's time.
+Once this many bytes were taken and given back (32 MiB are too many), it keeps the memory of smaller arrays."""
 _BLOCK = 200_000  # weights a block: small enough for a processor's cache, four times as fast as all at once
 
 
@@ -251,8 +255,23 @@ def ratio(numerator: Floats, denominator: Floats) -> Floats:
     return quotient
 
 
+def running_sums(values: Floats) -> Floats:
+    """The sum of the rows up to each one, as numpy's cumsum, which takes twice as long: it adds number by number.
+
+    Rows are added within stretches of neighbours, all stretches at once; then each stretch gets the sum before it.
+    """
+    sums, stretch = values.copy(), max(1, math.isqrt(len(values)))
+    for place in range(1, stretch):
+        rows = sums[place::stretch]
+        rows += sums[place - 1 :: stretch][: len(rows)]
+    for start in range(stretch, len(sums), stretch):
+        sums[start : start + stretch] += sums[start - 1]
+    return sums
+
+
 def resampled(sample: Sample, statistic: Statistic) -> Floats:
     """The statistic in every resample, shape (resamples,)."""
+    np.empty(_KEPT, np.uint8)
     resamples = round(RESAMPLES * min(1.0, max(0.1, MANY / max(len(sample.reference), 1))))
     weights = draw_weights(sample.tasks, resamples)
     blocks = np.array_split(weights, max(1, len(weights) * len(sample.reference) // _BLOCK))

@@ -251,19 +251,27 @@ def metrics_of(
                 name: validity([row for row in rows if name in (ALL, row["evaluation_type"])])
                 for name in (ALL, *evaluation_types(rows))
             },
-            "groups": [
-                {"evaluation_type": evaluation_type, "key": key, "only_key": only}
-                | _group(
-                    scores.where(chosen), base, judges, self_agreement(held_out.self_agreement, evaluation_type, key)
-                )
-                for evaluation_type, key, only, chosen in groups(scores)
-            ],
+            "groups": list(_groups(scores, base, judges, held_out.self_agreement)),
             "breakdowns": {key: breakdown(scores, rows, key) for key in dict.fromkeys((*by, *grouping_keys(rows)))},
             "asked_breakdowns": list(by),
             "trajectory": trajectory_metrics(rows, _incomplete_tasks(rows, held_out)),
         }
     )
     return metrics | {"summary": summarize(metrics)}
+
+
+def _groups(
+    scores: Scores, base: Scores | None, judges: Sequence[str], itself: Sequence[Mapping[str, Any]]
+) -> Iterator[Metrics]:
+    """The metrics of each group; a group of the same scores as an earlier one (a single type with a single key) has the
+    same ones, which are computed once."""
+    made: dict[tuple[bytes, Estimate], Metrics] = {}
+    for evaluation_type, key, only, chosen in groups(scores):
+        of_judges = self_agreement(itself, evaluation_type, key)
+        same = (chosen.tobytes(), of_judges)
+        if same not in made:
+            made[same] = _group(scores.where(chosen), base, judges, of_judges)
+        yield {"evaluation_type": evaluation_type, "key": key, "only_key": only} | made[same]
 
 
 def _group(scores: Scores, base: Scores | None, judges: Sequence[str], itself: Estimate) -> Metrics:

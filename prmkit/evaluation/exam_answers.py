@@ -167,10 +167,10 @@ def run_of(value: Mapping[str, Any], place: str) -> str:
             return name
     if "query_index" in value:
         # The form in which the reader of AgentProcessBench names its runs.
-        parts = (value.get("data_source") or value.get("dataset"), value["query_index"])
-        task = "_".join(str(part) for part in parts if part is not None)
-        return f"{task}.{value['sample_index']}" if value.get("sample_index") is not None else task
-    name = str(value.get("id"))
+        query, sample = (name_at(place, value, key) for key in ("query_index", "sample_index"))
+        task = "_".join(str(part) for part in (value.get("data_source") or value.get("dataset"), query) if part)
+        return task if sample is None else f"{task}.{sample}"
+    name = str(name_at(place, value, "id"))
     return name.rpartition("#")[0] if _has_step_in_id(value) else name
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from prmkit.dataset_info import Entry, RowTexts, read_entries, read_sidecar, split_names
+from prmkit.dataset_info import Entry, RowTexts, label_shape, read_entries, read_sidecar, split_names
 from prmkit.errors import DataError, UsageError
 from prmkit.evaluation.estimates import Floats
 from prmkit.evaluation.statistics import weighted_mean, weighted_median
@@ -21,7 +21,7 @@ from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, sidecar_of
 from prmkit.prompts.cleaning import restore
 from prmkit.rows import SELECTED_BY, WEIGHT, task_of, trajectory_of, weight_of, whole_number, without_selection
-from prmkit.verdict import Shape, Unreadable, asked_shape, read_verdict
+from prmkit.verdict import Shape, asked_shape
 
 References = Mapping[str, Mapping[str, float]]
 """Judge -> score key -> score."""
@@ -150,6 +150,7 @@ def _held_out_prompt(
 ) -> HeldOutPrompt:
     texts, first = rows[0]
     prompt, metadata = restore(texts.prompt), _with_weight([meta["metadata"] for _, meta in rows])
+    system = restore(texts.system) if texts.system else None
     task = task_of(metadata) or f"prompt {sha256[:12]}"
     answers: dict[str, str] = {}
     for row, meta in rows:
@@ -158,7 +159,8 @@ def _held_out_prompt(
         id=first["id"],
         prompt=prompt,
         prompt_sha256=sha256,
-        shape=asked_shape(prompt) or _shape_of(texts.answer, first["scores"]),
+        # A prompt without a schema is asked for the keys (not the values) of its judge's answer.
+        shape=asked_shape(prompt, system) or label_shape(texts.answer, first["scores"]),
         task=task,
         trajectory=trajectory_of(metadata) or task,
         evaluation_type=str(metadata.get("evaluation_type")),
@@ -167,7 +169,7 @@ def _held_out_prompt(
         references=references,
         reference={key: corrected_mean(scores, leniency) for key, scores in _by_key(references).items()},
         answers=answers,
-        system=restore(texts.system) if texts.system else None,
+        system=system,
         weights=_other_weights(rows, weight_of(metadata)),
     )
 
@@ -199,12 +201,6 @@ def _with_weight(of_rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _judge_of(meta: Mapping[str, Any]) -> str:
     return str(meta["metadata"].get("model_name"))
-
-
-def _shape_of(label: str, scores: Mapping[str, float]) -> Shape:
-    # A prompt without a schema is asked for the keys (not the values) of its judge's answer.
-    verdict = read_verdict(restore(label, answer=True))
-    return Shape(tuple(scores), nested=len(scores) > 1) if isinstance(verdict, Unreadable) else verdict.shape
 
 
 def _mean_scores_by_judge(rows: list[_LabelledRow]) -> References:

@@ -1,7 +1,6 @@
 """Every metric, in one table, and the content of `metrics.json` that is made with it.
 
-To add a metric, add an entry to `METRICS`: it is then computed for the judge, written to `metrics.json`, and, if it has
-a header, shown on the terminal and in the report. No other module has to know it.
+An entry of `METRICS` is computed for the judge, written to `metrics.json`, and, if it has a header, shown everywhere.
 """
 
 from collections import Counter, defaultdict
@@ -81,7 +80,7 @@ class Metric:
     importance: int = 0
     """Of that column: where there is no room for all, those of least importance are left out first."""
     brief: bool = False
-    """Also computed for baselines and single judges."""
+    """Also computed for baselines, against single judges, and in breakdowns."""
     at_thresholds: bool = False
     """Computed once for each threshold of `BAD_BELOW`, under `bad_step`."""
     binary: bool = False
@@ -309,16 +308,16 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
         incomplete: tasks of which not every prompt was scored, because of `--limit`.
 
     Returns:
-        The whole trajectories, and how many were left out for which reason: a step without a score, like a missing
-        step, would change every aggregate, and two prompts for one clip number mean that several runs share an id.
+        The whole trajectories, and how many were left out for which reason: a step that is missing, without a score
+        or of unknown place would change every aggregate; two prompts for one clip number are of different runs.
     """
-    clips: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    clips: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     outcomes: dict[tuple[str, str], float] = {}
     chosen = {(row["task_id"], row["trajectory_id"]) for row in rows if SELECTED_BY in row["metadata"]}
     for row in rows:
         number, name = whole_number(row["clip_number"]), (row["task_id"], row["trajectory_id"])
-        if row["evaluation_type"] in STEP_TYPES and number is not None:
-            clips[name][number].append(row)
+        if row["evaluation_type"] in STEP_TYPES:
+            clips[name][np.inf if number is None else number].append(row)
         if row["evaluation_type"] == "final" and OUTCOME in row["reference"]:
             outcomes[name] = row["reference"][OUTCOME]
     whole, left_out = [], Counter[str]()
@@ -326,6 +325,8 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
         steps = [by_number[number] for number in sorted(by_number)]
         if name in chosen:
             left_out["steps that ask_judges.py --first selected"] += 1
+        elif np.inf in by_number:
+            left_out["a step without a clip number"] += 1
         elif any(len(same) > 1 for same in steps):
             left_out["two prompts for one clip number (give each run a trajectory_id)"] += 1
         elif name[0] in incomplete or max(by_number) - min(by_number) >= len(by_number):
@@ -381,8 +382,7 @@ def _against_outcome(scores: Sequence[float], trajectories: Sequence[JudgedRun])
 
 def _first_errors(trajectories: Sequence[JudgedRun], threshold: float) -> Metrics:
     def first(steps: list[float]) -> int:
-        found = first_below(steps, threshold)
-        return NO_BAD_STEP if found is None else found
+        return NO_BAD_STEP if (found := first_below(steps, threshold)) is None else found
 
     predicted = np.array([first(each.predicted) for each in trajectories], np.int64)
     reference = np.array([first(each.reference) for each in trajectories], np.int64)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from prmkit.evaluation.estimates import Floats, Integers, Sample, Statistic, mean_of, on_part, ratio
+from prmkit.evaluation.estimates import Floats, Integers, Sample, Statistic, mean_of, on_part, ratio, running_sums
 from prmkit.judge.types import SAME_SCORE
 
 BANDS = (0.2, 0.4, 0.6, 0.8)
@@ -95,8 +95,8 @@ def pearson(sample: Sample) -> Statistic:
 def spearman(sample: Sample) -> Statistic:
     """Spearman's rho: Pearson's correlation of the midranks, ranked again in every resample.
 
-    The mean of n midranks is (n + 1) / 2 whatever the ties, and their squares can be summed value by value, so only the
-    sum of products needs all pairs.
+    A rank is the number of pairs below, ties counting half. The mean of n such ranks is n / 2, and the sum of squares
+    around it is n³ minus the cubes of the ties, divided by 12, so only the sum of products needs all pairs.
     """
     predicted, reference = _Values(sample, sample.predicted), _Values(sample, sample.reference)
     sizes_of, other_sizes_of = predicted.counted(sample.weight), reference.counted(sample.weight)
@@ -104,13 +104,15 @@ def spearman(sample: Sample) -> Statistic:
 
     def statistic(task_weights: Floats) -> Floats:
         sizes, other_sizes = sizes_of(task_weights), other_sizes_of(task_weights)
-        ranks, other_ranks = _midranks(sizes), _midranks(other_sizes)
+        ranks, other_ranks = _below(sizes), _below(other_sizes)
         n = sizes.sum(axis=0)
-        expected = n * (n + 1) ** 2 / 4
-        drawn = task_weights.T[sample.task] * (sample.weight[:, None] if weighted else 1.0)
+        drawn = np.ascontiguousarray(task_weights.T)[sample.task]
+        if weighted:
+            drawn *= sample.weight[:, None]
         products = np.einsum("nr,nr,nr->r", drawn, ranks[predicted.place], other_ranks[reference.place])
-        squares, other_squares = (sizes * ranks**2).sum(axis=0), (other_sizes * other_ranks**2).sum(axis=0)
-        return _correlation(squares - expected, other_squares - expected, products - expected, n)
+        cubes, other_cubes = (np.einsum("vr,vr,vr->r", tied, tied, tied) for tied in (sizes, other_sizes))
+        cube = n * n * n  # rounded as those are, so that a constant has no variance
+        return _correlation((cube - cubes) / 12, (cube - other_cubes) / 12, products - cube / 4, n)
 
     return statistic
 
@@ -164,8 +166,8 @@ def roc_area(sample: Sample) -> Statistic:
     def statistic(task_weights: Floats) -> Floats:
         sizes, bad_sizes = sizes_of(task_weights), bad_sizes_of(task_weights)
         bad, total = bad_sizes.sum(axis=0), sizes.sum(axis=0)
-        rank_sum = (bad_sizes * _midranks(sizes)).sum(axis=0)
-        return ratio(rank_sum - bad * (bad + 1) / 2, bad * (total - bad))
+        below = np.einsum("vr,vr->r", bad_sizes, _below(sizes))
+        return ratio(below - bad**2 / 2, bad * (total - bad))
 
     return statistic
 
@@ -182,7 +184,7 @@ def average_precision(sample: Sample) -> Statistic:
     def statistic(task_weights: Floats) -> Floats:
         found, taken = found_of(task_weights), taken_of(task_weights)
         # A resample may lack the highest scores: there, nothing is retrieved, and nothing found.
-        precision = ratio(np.cumsum(found, axis=0), np.cumsum(taken, axis=0))
+        precision = ratio(running_sums(found), running_sums(taken))
         gained = np.where(found > 0, found * precision, 0.0).sum(axis=0)
         return ratio(gained, found.sum(axis=0))
 
@@ -330,10 +332,10 @@ def area_under_risk_coverage(sample: Sample) -> Statistic:
     task, error, weight = sample.task[by_confidence], sample.reference[by_confidence], sample.weight[by_confidence]
 
     def statistic(weights: Floats) -> Floats:
-        drawn = weights[:, task] * weight
-        kept = np.cumsum(drawn, axis=1)
-        risk = ratio(np.cumsum(drawn * error, axis=1), kept)
-        return ratio(np.nansum(risk * drawn, axis=1), kept[:, -1])
+        drawn = np.ascontiguousarray(weights.T)[task] * weight[:, None]
+        kept, risk = running_sums(drawn), running_sums(drawn * error[:, None])
+        np.divide(risk, kept, out=risk, where=kept > 0)  # a resample may lack the surest scores
+        return ratio(np.einsum("nr,nr->r", risk, drawn), kept[-1])
 
     return statistic
 
@@ -387,7 +389,8 @@ class _Values:
         return lambda task_weights: by_task @ np.ascontiguousarray(task_weights.T)
 
 
-def _midranks(sizes: Floats) -> Floats:
-    """The rank of each value if each occurs `sizes` times; equal values share the middle rank."""
-    ranks: Floats = np.cumsum(sizes, axis=0) - (sizes - 1) / 2
-    return ranks
+def _below(sizes: Floats) -> Floats:
+    """How many have a smaller value, equal values counting half, if each value occurs `sizes` times."""
+    below = running_sums(sizes)
+    below -= sizes / 2
+    return below

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -39,27 +39,41 @@ class ShapeOf:
 
     keys: tuple[str, ...] = ()
     """The keys that the user chose; if empty, the prompt's schema decides, then the evaluation type."""
-    known: Mapping[str, Sequence[str]] | None = None
-    """Evaluation type -> keys in the training data."""
+    known: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Evaluation type -> keys in converted data, which override those of `trained`."""
+    trained: Mapping[str, Sequence[Shape]] | None = None
+    """Evaluation type -> shapes of the judge's training labels, most frequent first."""
 
-    def __call__(self, prompt: str, evaluation_type: object) -> Shape | str:
+    def __call__(self, prompt: str, evaluation_type: str | None, system: str | None = None) -> Shape | str:
         """Return the shape, or the reason why it is not known, as a string."""
-        asked = asked_shape(prompt)
+        asked = asked_shape(prompt, system)
+        learned = (self.trained or {}).get(evaluation_type or "", ())
         if self.keys:
-            return Shape(self.keys, asked.nested if asked and asked.keys == self.keys else _is_nested(self.keys))
+            return asked if asked and asked.keys == self.keys else self._as_learned(self.keys, learned)
         if asked:
             return asked
-        known = tuple((self.known or {}).get(str(evaluation_type), ()))
-        if not known:
+        if known := tuple(self.known.get(evaluation_type or "", ())):
+            shape = self._as_learned(known, learned)
+            return shape if shape.nested or len(known) == 1 or shape in learned else _ambiguous(known)
+        if not learned:
             return f"the prompt shows no score keys, and none are known for its evaluation type; {_NAME_THEM}"
-        if len(known) > 1 and not _is_nested(known):
-            return f"the prompt shows no score keys, and several keys are possible ({', '.join(known)}); {_NAME_THEM}"
-        return Shape(known, _is_nested(known))
+        if any(set(shape.keys) - set(learned[0].keys) for shape in learned):
+            return _ambiguous(dict.fromkeys(", ".join(shape.keys) for shape in learned))
+        return learned[0]
+
+    def _as_learned(self, keys: tuple[str, ...], learned: Sequence[Shape]) -> Shape:
+        """Return the shape of training labels with these keys, preferring those of the same evaluation type.
+
+        Without such labels, a single score is at the top level (`reasonableness_score`), and several are in a `scores`
+        object, as judges write them.
+        """
+        shapes = [*learned, *chain.from_iterable((self.trained or {}).values())]
+        nested = (shape.nested for shape in shapes if set(shape.keys) == set(keys))
+        return Shape(keys, next(nested, not all(map(is_score_key, keys))))
 
 
-def _is_nested(keys: Sequence[str]) -> bool:
-    """Judges write a single score at the top level (`reasonableness_score`), and several in a `scores` object."""
-    return not all(map(is_score_key, keys))
+def _ambiguous(keys: Iterable[str]) -> str:
+    return f"the prompt shows no score keys, and several keys are possible ({' or '.join(keys)}); {_NAME_THEM}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class Scorer:
             One judgement per prompt, in order: `score` and `std` of the verdict, `scores` by key, `status` and
             `reason`. A prompt that cannot be judged has the status `error`.
         """
-        shape_of = ShapeOf(tuple(keys or ()))
+        shape_of = ShapeOf(tuple(keys or ()), trained=self.source.shapes)
         requests = [_request(prompt, shape_of) for prompt in prompts]
         judgements = self.judgements(each for each in requests if isinstance(each, Request))
         return [next(judgements) if isinstance(each, Request) else Judgement("error", reason=each) for each in requests]
@@ -152,7 +166,7 @@ def _request(prompt: str | Mapping[str, Any], shape_of: ShapeOf) -> Request | st
         row = read_row({"prompt": prompt} if isinstance(prompt, str) else dict(prompt))
     except Rejected as rejected:
         return rejected.reason
-    shape = shape_of(row.prompt, row.evaluation_type)
+    shape = shape_of(row.prompt, row.evaluation_type, row.system)
     return shape if isinstance(shape, str) else Request(row.prompt, shape, row.system)
 
 
@@ -206,7 +220,7 @@ def judge_source_in(folder: Path) -> JudgeSource:
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `judge_source` and `scorer_of` read, except those for a server."""
     group = parser.add_argument_group("the judge")
-    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a training run (default {DEFAULT_RUN})")
+    group.add_argument("--run", type=Path, metavar="FOLDER", help=f"a training run (default: {DEFAULT_RUN})")
     group.add_argument(
         "--judge",
         dest="run",
@@ -217,55 +231,31 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model", metavar="FOLDER", help="an exported model, or a base model; instead of --run")
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA weights for --model")
-    group.add_argument("--template", help="LLaMA Factory's template (default: as in training)")
+    group.add_argument("--template", metavar="NAME", help="LLaMA Factory's template (default: as in training)")
     group.add_argument("--default-system", metavar="TEXT", help="system prompt (default: as in training)")
-    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="for reasoning templates")
-    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help="maximum tokens of prompt plus answer")
-    group.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: the training's dtype on a GPU, float32 on a CPU",
-    )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    thinking = "thinking mode of a reasoning template (default: as in training)"
+    group.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
+    length = "maximum tokens of prompt plus answer (default: as in training)"
+    group.add_argument("--cutoff-len", type=cli.positive, metavar="TOKENS", help=length)
+    precision = "auto (default): the training's dtype on a GPU, float32 on a CPU"
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help=precision)
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run the model's own code")
     _add_asking_arguments(parser)
 
 
 def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    asking = parser.add_argument_group("inference")
-    asking.add_argument(
-        "--batch-size",
-        type=cli.positive,
-        default=DEFAULT_ASKING.batch_size,
-        metavar="N",
-        help="batch size (default %(default)s)",
-    )
-    asking.add_argument(
-        "--mode",
-        choices=["expected", "generate"],
-        default=DEFAULT_ASKING.mode,
-        help="read the probability of every score (default), or generate the verdict",
-    )
-    asking.add_argument(
-        "--max-new-tokens",
-        type=cli.positive,
-        default=DEFAULT_ASKING.max_new_tokens,
-        metavar="N",
-        help="maximum tokens of a generated verdict (default %(default)s)",
-    )
-    asking.add_argument(
-        "--min-label-mass",
-        type=cli.share,
-        default=DEFAULT_ASKING.min_label_mass,
-        metavar="P",
-        help="mark a score unsure if the total probability of all 101 scores is below this (default %(default)s)",
-    )
-    asking.add_argument(
-        "--too-long",
-        choices=["trim", "report"],
-        default="trim",
-        help="cut the middle of prompts that do not fit, as in training (default), or give them no score",
-    )
+    add, default = parser.add_argument_group("inference").add_argument, DEFAULT_ASKING
+    at_once = "batch size (default: %(default)s)"
+    add("--batch-size", type=cli.positive, default=default.batch_size, metavar="N", help=at_once)
+    how = "read the probability of every score (default), or generate the verdict"
+    add("--mode", choices=["expected", "generate"], default=default.mode, help=how)
+    longest = "maximum tokens of a generated verdict (default: %(default)s)"
+    add("--max-new-tokens", type=cli.positive, default=default.max_new_tokens, metavar="N", help=longest)
+    mass = "mark a score unsure if the total probability of all 101 scores is below this (default: %(default)s)"
+    add("--min-label-mass", type=cli.share, default=default.min_label_mass, metavar="P", help=mass)
+    cut = "cut the middle of prompts that do not fit, as in training (default), or give them no score"
+    add("--too-long", choices=["trim", "report"], default="trim", help=cut)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -291,22 +281,19 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         help="local folder with tokenizer and template (default: --model if it is a folder, otherwise --run)",
     )
     # Without defaults here, because one of these flags without a server is a mistake.
-    add("--api-key-env", metavar="NAME", help=f"environment variable with the key (default {KEY_VARIABLE})")
-    add("--concurrency", type=cli.positive, metavar="N", help=f"requests at once (default {Endpoint.concurrency})")
+    add("--api-key-env", metavar="NAME", help=f"environment variable with the server's key (default: {KEY_VARIABLE})")
+    at_once = f"requests at once (default: {Endpoint.concurrency})"
+    add("--concurrency", type=cli.positive, metavar="N", help=at_once)
     add(
         "--logprobs",
         choices=["exact", "top"],
-        help="exact (default): request the logprobs of specific tokens if the server supports it (vLLM, SGLang). It "
-        "corrupts ordinary logprobs of other clients of the same vLLM; top does not",
+        help="exact (default): request the logprobs of specific tokens, if the server supports it (vLLM, SGLang); this "
+        "corrupts ordinary logprobs of other clients of the same vLLM. top: request only top logprobs",
     )
-    top_logprobs = f"number of top logprobs to request (default {Endpoint.top_logprobs})"
+    top_logprobs = f"number of top logprobs to request (default: {Endpoint.top_logprobs})"
     add("--top-logprobs", type=cli.positive, metavar="N", help=top_logprobs)
-    add(
-        "--timeout",
-        type=cli.seconds,
-        metavar="SECONDS",
-        help=f"timeout per attempt, of {Endpoint.attempts} attempts (default {Endpoint.timeout:g})",
-    )
+    timeout = f"timeout per attempt, of {Endpoint.attempts} attempts (default: {Endpoint.timeout:g})"
+    add("--timeout", type=cli.seconds, metavar="SECONDS", help=timeout)
 
 
 def scorer_of(arguments: argparse.Namespace) -> Scorer:
@@ -378,16 +365,23 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
         raise UsageError("--backend transformers loads the model here, but --base-url is a server. Leave one out.")
     if not arguments.model:
         raise UsageError("--base-url needs --model, the model's name on the server.")
+    # A challenger is always loaded here, on the same device.
+    loading = ("adapter", *(() if getattr(arguments, "challenger", None) else ("device", "dtype")))
+    if given := _given(arguments, loading):
+        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url is a server. Leave it out.")
     for url in arguments.base_url:
         check_url(url)
     first, *others = arguments.base_url
-    given = {name: value for name in _SERVER_SETTINGS if (value := getattr(arguments, name)) is not None}
-    return Endpoint(first, arguments.model, key_from(arguments.api_key_env), others=tuple(others), **given)
+    settings = {name: value for name in _SERVER_SETTINGS if (value := getattr(arguments, name)) is not None}
+    return Endpoint(first, arguments.model, key_from(arguments.api_key_env), others=tuple(others), **settings)
 
 
 def _check_no_server(arguments: argparse.Namespace) -> None:
     if arguments.backend == "openai":
         raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
-    flags = ("tokenizer", "api_key_env", *_SERVER_SETTINGS)
-    if given := [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]:
-        raise UsageError(f"{', '.join(given)}: only for a judge on a server. Pass its address with --base-url.")
+    if given := _given(arguments, ("tokenizer", "api_key_env", *_SERVER_SETTINGS)):
+        raise UsageError(f"{given}: only for a judge on a server. Pass its address with --base-url.")
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None)

@@ -1,7 +1,7 @@
 """Where a judge comes from: a training run, an exported model, or folders on the command line."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from prmkit.files import LARGE_FILE, read_json, sha256_of, spread_blocks
 from prmkit.llamafactory_schema import default_of, setting, trained_dtype
 from prmkit.paths import EXPORT_NOTE, RUN_RECORD, base_model_of, export_folder, record_of
 from prmkit.prompts.encoding import ChatEncoding, load_encoding
+from prmkit.verdict.types import Shape
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class JudgeSource:
     rubrics: tuple[str, ...] | None = field(default=None, compare=False)
     """Hashes of the rubrics in the training rows; empty for a judge trained on other prompts, None if its training is
     unknown."""
+    shapes: Mapping[str, Sequence[Shape]] | None = field(default=None, compare=False)
+    """Evaluation type -> the shapes of the labels in the training rows, most frequent first; None if not recorded."""
 
 
 # These keys change the base model while LLaMA Factory loads it; plain transformers would load a different model.
@@ -83,6 +86,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
         **_asked_with(record, config),
         trained_dtype=trained_dtype(config) or "float32",
         rubrics=_rubrics_in(record, content),
+        shapes=_shapes_in(record, content),
     )
 
 
@@ -137,6 +141,7 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
         **_asked_with(folder / EXPORT_NOTE, settings),
         trained_dtype=settings.get("dtype") or "float32",
         rubrics=_rubrics_in(folder / EXPORT_NOTE, settings),
+        shapes=_shapes_in(folder / EXPORT_NOTE, settings),
     )
 
 
@@ -146,6 +151,19 @@ def _rubrics_in(file: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(rubrics, list):
         raise DataError(f"{file}: damaged: rubrics is not a list.")
     return tuple(map(str, rubrics))
+
+
+def _shapes_in(file: Path, record: Mapping[str, Any]) -> Mapping[str, Sequence[Shape]] | None:
+    """Return the shapes of the training labels in a record; None for an older record without them."""
+    if record.get("label_shapes") is None:
+        return None
+    try:
+        return {
+            str(evaluation_type): tuple(Shape(tuple(map(str, each["keys"])), bool(each["nested"])) for each in shapes)
+            for evaluation_type, shapes in record["label_shapes"].items()
+        }
+    except (AttributeError, LookupError, TypeError) as error:
+        raise DataError(f"{file}: damaged: label_shapes. Create it again, or restore a backup.") from error
 
 
 def encoding_of(source: JudgeSource) -> ChatEncoding:

@@ -25,7 +25,7 @@ from typing import Any
 from prmkit.errors import UsageError
 from prmkit.files import read_plain_yaml
 from prmkit.trajectory import Step, Trajectory
-from prmkit.verdict.types import SCORE_ENDING, is_score_key
+from prmkit.verdict.types import is_score_key
 
 DEFAULT_RUBRIC = Path(__file__).with_name("step_score.yaml")
 BUILDER_VERSION = 1
@@ -40,7 +40,7 @@ class Rubric:
     """One way to judge steps."""
 
     keys: tuple[str, ...]
-    """Score keys, in order. A single key must end in `score`; several are in a `scores` object."""
+    """Score keys, in order."""
     instructions: str
     """What to judge, and by which rules. Every prompt begins with it."""
     anchors: tuple[str, ...]
@@ -67,7 +67,8 @@ class Rubric:
     def schema(self) -> str:
         """The form of the requested verdict: scores first, and no numbers that a judge could copy."""
         scores = ", ".join(f'"{key}": <score>' for key in self.keys)
-        first = scores if len(self.keys) == 1 else f'"scores": {{{scores}}}'
+        is_alone = len(self.keys) == 1 and is_score_key(self.keys[0])  # its name says that it is a score
+        first = scores if is_alone else f'"scores": {{{scores}}}'
         middle = ', "error_type": "<type>"' if self.error_types else ""
         return f'{{{first}{middle}, "reasoning": "<one or two sentences>"}}'
 
@@ -101,8 +102,6 @@ def _checked(content: Any, path: Path) -> Rubric:
         or not all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys)
     ):
         raise UsageError(f"{path}: keys must be different names in lower case, such as step_score.")
-    if len(keys) == 1 and not is_score_key(keys[0]):
-        raise UsageError(f"{path}: a single key must end in {SCORE_ENDING}, such as {keys[0]}_{SCORE_ENDING}.")
     anchors = tuple(f"{_anchor(score, path)}: {meaning}" for score, meaning in content["anchors"].items())
     types = tuple(map(str, content.get("error_types") or ()))
     rubric = Rubric(tuple(keys), content["instructions"].strip(), anchors, types, content["context_tokens"])

@@ -7,13 +7,13 @@ from typing import Any
 from prmkit import cli
 
 SHIFT_LIMIT = 0.25
-"""A population stability index above this is a shift: of the scores of new rows, or in production."""
+"""The population stability index above which scores have shifted, in new rows or in production."""
 REPLAY = {"base": 1.0, "adapter": 0.3}
-"""What a retraining starts from -> the share of the old training tasks that it trains on again."""
+"""What a retraining starts from -> the fraction of the old training tasks that it trains on again."""
 
 _EPILOG = """\
 VERSION is a tag (production), a number, NAME@TAG or NAME@NUMBER. The judges
-are in judges/, or in the folder that the variable PRMKIT_JUDGES names.
+are in judges/, or in the folder in the environment variable PRMKIT_JUDGES.
 evaluate_judge.py, score_trajectories.py, serve_judge.py and train.py
 --export-only also take --judge VERSION.
 """
@@ -21,13 +21,13 @@ evaluate_judge.py, score_trajectories.py, serve_judge.py and train.py
 
 class _Parser(argparse.ArgumentParser):
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """argparse cannot mix options and positional arguments if there are subcommands."""
+        """Parse without intermixing, because argparse cannot mix options and positionals if there are subcommands."""
         parsed: argparse.Namespace = self.parse_args(args, namespace)
         return parsed
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of manage_judges.py."""
+    """Make the parser of manage_judges.py."""
     parser = _Parser(description=description, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_versions(commands)
@@ -39,18 +39,20 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
     logs = "request logs of serve_judge.py, or outputs of score_trajectories.py"
     ab = commands.add_parser("ab", help="how two judges differ, and which one predicts success better")
-    drift = commands.add_parser("drift", help="whether scores have drifted from the held-out rows; exit code 4 if so")
-    drift.add_argument("judge", metavar="VERSION")
+    drift = commands.add_parser("drift", help="whether scores have drifted from the held-out scores; exit code 4 if so")
+    drift.add_argument("judge", metavar="VERSION", help="the version whose held-out scores are the reference")
     page = commands.add_parser("page", help="one HTML page about all versions")
-    page.add_argument("--logs", type=Path, nargs="+", default=(), metavar="LOG", help=f"{logs}: for A/B and drift")
-    page.add_argument("--output", type=Path, default=Path("judges.html"), metavar="FILE")
+    page.add_argument("--logs", type=Path, nargs="+", default=(), metavar="LOG", help=f"for A/B and drift: {logs}")
+    page.add_argument(
+        "--output", type=Path, default=Path("judges.html"), metavar="FILE", help="page to write (default: %(default)s)"
+    )
     ab.add_argument("--outcomes", type=Path, metavar="FILE", help="lines with trajectory_id and outcome, 0 to 1")
     for command in (ab, drift):
         command.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=logs)
         command.add_argument("--days", type=cli.seconds, metavar="N", help="only steps logged in the last N days")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (drift, page):
-        limit = "a population stability index above this is drift (default %(default)s)"
+        limit = "population stability index (PSI) above which it is drift (default: %(default)s)"
         command.add_argument("--limit", type=cli.share, default=SHIFT_LIMIT, metavar="X", help=limit)
 
 
@@ -62,7 +64,7 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "command again.",
     )
     add = retrain.add_argument
-    add("version", help="such as production")
+    add("version", metavar="VERSION", help="the version to start from, such as production")
     add("--new", type=Path, nargs="+", required=True, metavar="FILE", help="new rows")
     add(
         "--from",
@@ -72,14 +74,14 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="what training starts from (default: %(default)s)",
     )
     shares = ", ".join(f"{share:g} from {start}" for start, share in REPLAY.items())
-    replay = f"share of the old training tasks to train on again (default: {shares})"
+    replay = f"fraction of the old training tasks to train on again (default: {shares})"
     add("--replay", type=cli.share, metavar="X", help=replay)
     add(
         "--margin",
         type=cli.share,
         default=0.05,
         metavar="X",
-        help="allowed loss on each evaluation type (default %(default)s)",
+        help="non-inferiority margin per evaluation type (default: %(default)s)",
     )
     add("--set", nargs="+", default=[], metavar="key=value", help="a key of LLaMA Factory, such as learning_rate=1e-5")
     add("--promote-if-better", action="store_true", help="tag the new version if the gate is met")
@@ -90,33 +92,34 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 
 def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    add = commands.add_parser("add", help="copy a finished run into the registry, with its data and its rows")
-    add.add_argument("run", type=Path, help="folder of a finished run of train.py")
+    which = "a tag, a number, NAME@TAG or NAME@NUMBER"
+    add = commands.add_parser("add", help="copy a finished training run into the registry, with its data and its rows")
+    add.add_argument("run", metavar="RUN", type=Path, help="folder of a finished training run")
     add.add_argument("--name", default="judge", help="the judge's name (default: %(default)s)")
     add.add_argument("--parent", metavar="VERSION", help="the version that it was made from")
-    add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the conversion's input")
-    add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: the run's)")
+    add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the rows that were converted")
+    add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: the training run's)")
     listing = commands.add_parser("list", help="all versions, with their agreement with the judges")
     show = commands.add_parser("show", help="one version, and whether its files are unchanged")
-    show.add_argument("version")
+    show.add_argument("version", metavar="VERSION", help=which)
     diff = commands.add_parser("diff", help="differences between two versions: settings, data, agreement")
-    diff.add_argument("version")
-    diff.add_argument("other")
+    diff.add_argument("version", metavar="VERSION", help=which)
+    diff.add_argument("other", metavar="OTHER", help="the version to compare it with")
     tag = commands.add_parser("tag", help="point a tag, such as production, to a version")
-    tag.add_argument("version")
-    tag.add_argument("tag")
+    tag.add_argument("version", metavar="VERSION", help=which)
+    tag.add_argument("tag", metavar="TAG", help="any word, such as production")
     back = commands.add_parser("rollback", help="point a tag to the version that had it before")
-    back.add_argument("version", metavar="TAG")
+    back.add_argument("version", metavar="TAG", help="the tag to move, such as production")
     remove = commands.add_parser("remove", help="delete a version that no tag points to")
-    remove.add_argument("version")
+    remove.add_argument("version", metavar="VERSION", help=which)
     export = commands.add_parser("export", help="a folder with weights and model card, ready for a hub")
-    export.add_argument("version")
-    export.add_argument("--push-ready", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument("version", metavar="VERSION", help=which)
+    export.add_argument("--push-ready", type=Path, required=True, metavar="FOLDER", help="the folder to create")
     history = commands.add_parser("history", help="who did what, when and why")
     for command in (listing, show, diff, history):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     mlflow = commands.add_parser("mlflow", help="log a version to the MLflow server of MLFLOW_TRACKING_URI")
-    mlflow.add_argument("version")
+    mlflow.add_argument("version", metavar="VERSION", help=which)
     add.add_argument("--mlflow", action="store_true", help="also log it to MLflow, if mlflow is installed")
     for command in (add, tag, back, remove):
         command.add_argument("--why", metavar="TEXT", help="the reason, for the history")

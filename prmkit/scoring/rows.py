@@ -12,6 +12,7 @@ from prmkit import cli
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json
 from prmkit.judge.scorer import DEFAULT_RUN, ShapeOf
+from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import Request
 from prmkit.paths import REPORT
 from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
@@ -59,6 +60,18 @@ def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:
     return dict(read_json(report).get("score_keys", {})) if report.is_file() else {}
 
 
+def shapes_for(source: JudgeSource, data: Path | None, keys: tuple[str, ...] = ()) -> ShapeOf:
+    """Return the rule for which scores to request from a judge.
+
+    Args:
+        source: the judge; the shapes of its training labels decide, if they are recorded.
+        data: converted data that the user passed, whose keys override these.
+        keys: the keys that the user chose.
+    """
+    asks_data = data is not None or source.shapes is None
+    return ShapeOf(keys, known_keys(data or Path("data")) if asks_data else {}, source.shapes)
+
+
 def read_rows(lines: Iterable[Line], shape_of: ShapeOf) -> Iterator[RowToScore]:
     """Read rows as in `finetune.jsonl`, with or without the judge's turn, or as `{"id", "prompt"}`."""
     for line in lines:
@@ -79,7 +92,7 @@ def _unreadable(number: int, identity: str | int | None, rejected: Rejected) -> 
 
 def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> RowToScore:
     """Turn a prompt into a row to score; if its score keys are unknown, `reason` says so."""
-    shape = shape_of(row.prompt, row.evaluation_type)
+    shape = shape_of(row.prompt, row.evaluation_type, row.system)
     return RowToScore(
         number,
         row.sha256[:16] if row.id is None else row.id,

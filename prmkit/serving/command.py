@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
-from prmkit.judge.scorer import DEFAULT_RUN, Scorer, ShapeOf, asking_of, judge_source_in, scorer_of
+from prmkit.judge.scorer import DEFAULT_RUN, Scorer, asking_of, judge_source_in, scorer_of
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.registered import is_registered, registered_run
-from prmkit.scoring.rows import check_rubric, known_keys
+from prmkit.scoring.rows import check_rubric, shapes_for
 from prmkit.scoring.score import abstention_of
 from prmkit.serving.app import Limits, make_app
 from prmkit.serving.engine import Engine
@@ -80,7 +80,7 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
     return Service(
         judge=judge,
         metrics=metrics,
-        shape_of=ShapeOf((), known_keys(arguments.data)),
+        shape_of=shapes_for(scorer.source, arguments.data),
         rubric=rubric,
         why_no_rubric=why_not,
         trial=_trial(arguments, has_rubric=rubric is not None),

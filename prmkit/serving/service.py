@@ -80,7 +80,7 @@ class Service:
             raise DataError(
                 "keys is only allowed with ready-made prompts. For steps of a run, the judge's rubric sets the keys."
             )
-        shape_of = ShapeOf(tuple(keys), self.shape_of.known) if keys else self.shape_of
+        shape_of = replace(self.shape_of, keys=tuple(keys)) if keys else self.shape_of
         rows = [self._row(step, number, shape_of) for number, step in enumerate(steps, start=1)]
         lines = [line for line, _ in await self._lines(rows)]
         return {"judge": judge_of(lines) if lines else self.judge.name, "results": lines}

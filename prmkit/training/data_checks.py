@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from prmkit.dataset_info import Entry, identities, read_entries, split_names
+from prmkit.dataset_info import Entry, identities, number_of_rows, read_entries, split_names
 from prmkit.errors import DataError
 from prmkit.files import read_json
 from prmkit.llamafactory_schema import setting
@@ -55,16 +55,8 @@ def _is_one_file(entry: Entry) -> bool:
 def _describe_rows(entry: Entry) -> str:
     if not _is_one_file(entry):
         return "a folder: its rows are not checked" if entry.file else "from a hub or a script: not checked"
-    rows = _rows_of(entry)
+    rows = number_of_rows(entry)
     return "loadable" if rows is None else f"{rows:,} row{'s' * (rows != 1)}"
-
-
-def _rows_of(entry: Entry) -> int | None:
-    """Count the rows of a dataset; None for file types that are not read here."""
-    if entry.file is None or entry.file.suffix != ".jsonl" or not entry.file.is_file():
-        return None
-    with entry.file.open("rb") as stream:
-        return sum(1 for line in stream if line.strip())
 
 
 def _report_problems(folder: Path) -> Iterator[str]:
@@ -122,7 +114,7 @@ def _row_problems(entry: Entry, file: Path) -> Iterator[str]:
             read += len(line)
             if read > SCANNED_BYTES:
                 return
-            if problem := _row_problem(line, wanted, others_must_be_strings=large):
+            if problem := _row_problem(line, wanted, others_must_be_strings=large) or _answer_problem(entry, line):
                 yield f"{file}:{number}: {problem}"
                 return
 
@@ -154,6 +146,17 @@ def _row_problem(line: bytes, wanted: Mapping[str, type], *, others_must_be_stri
     return None
 
 
+def _answer_problem(entry: Entry, line: bytes) -> str | None:
+    """Report an empty answer in a row with one question and one answer, which would teach a judge to write nothing."""
+    if entry.ranking or not {"response", "messages"} & entry.columns.keys() or not line.strip():
+        return None
+    try:
+        answer = entry.read(orjson.loads(line)).answer
+    except ValueError:
+        return None  # several turns, which LLaMA Factory reads, too
+    return None if answer.strip() else "the answer is empty, so there is nothing to learn"
+
+
 def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, evaluate: bool = False) -> Check:
     """Check that there are held-out rows, and that they share no task and no prompt with the training rows.
 
@@ -179,7 +182,7 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, eva
     try:
         return _compare(folder, names, held_out)
     except (DataError, AttributeError, KeyError, TypeError) as failure:
-        return warning("held-out", f"could not be compared: {failure}", f"Convert the data again: {CONVERT}")
+        return error("held-out", f"could not be compared: {failure}", f"Convert the data again: {CONVERT}")
 
 
 USE_EVAL = "Use its _eval dataset as eval_dataset."
@@ -198,12 +201,15 @@ def _nothing_left(values: Mapping[str, Any]) -> str | None:
     except DataError:
         return None  # reported by the check of the datasets
     chosen = [entries[name] for name in split_names(values.get("dataset")) if name in entries]
-    counts = [entry.num_samples or _rows_of(entry) for entry in chosen]
+    counts = [entry.num_samples or number_of_rows(entry) for entry in chosen]
     rows = sum(min(count, values.get("max_samples") or count) for count in counts if count)
     taken = values["val_size"] if values["val_size"] >= 1 else math.ceil(values["val_size"] * rows)
     if None in counts or not rows or taken < rows:
         return None
     return f"val_size: {values['val_size']} takes all {rows:,} rows, so no row is left to train on"
+
+
+_COMPARED = (".json", ".jsonl")
 
 
 def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
@@ -212,10 +218,10 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
         found = f"the conversion found {audit.get('tasks_on_both_sides', '?')} tasks in both splits"
         return error("held-out", found, f"Convert the data again: {CONVERT}")
     entries = read_entries(folder)
-    splits = [[entries[name].sidecar for name in split if name in entries] for split in (names, held_out)]
-    if None in (*splits[0], *splits[1]):
-        return ok("held-out", f"{', '.join(held_out)}; not compared, because these rows have no record of their tasks")
-    trained, held = (_tasks_and_prompts(filter(None, split)) for split in splits)
+    splits = [[entries[name] for name in split if name in entries] for split in (names, held_out)]
+    if any(entry.file is None or entry.file.suffix not in _COMPARED for split in splits for entry in split):
+        return ok("held-out", f"{', '.join(held_out)}; not compared, because only JSON files are read here")
+    trained, held = map(_tasks_and_prompts, splits)
     shared_tasks, shared_prompts = trained[0] & held[0], trained[1] & held[1]
     if shared_tasks or shared_prompts:
         shared = f"{_count(len(shared_tasks), 'task')} and {_count(len(shared_prompts), 'prompt')}"
@@ -223,6 +229,9 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
         return error(
             "held-out", f"{shared} are also trained on, for example {example}", f"Convert both together: {CONVERT}"
         )
+    if any(entry.sidecar is None for split in splits for entry in split):
+        prompts = f"{_count(len(held[1]), 'prompt')}; no overlap with training"
+        return ok("held-out", f"{prompts}; tasks are not compared, because no sidecar has them")
     found = f"{_count(len(held[1]), 'prompt')} from {_count(len(held[0]), 'task')}; no overlap with training"
     if not held[0]:
         advice = "Rows without task_id cannot be held out by task, so steps of one task may be in both splits."
@@ -241,6 +250,6 @@ def _audit(folder: Path) -> Mapping[str, Any] | None:
     return audit if isinstance(audit, dict) else None
 
 
-def _tasks_and_prompts(sidecars: Iterable[Path]) -> tuple[set[str], set[str]]:
-    found = {each for path in sidecars for each in identities(path)}
+def _tasks_and_prompts(entries: Iterable[Entry]) -> tuple[set[str], set[str]]:
+    found = {each for entry in entries for each in identities(entry)}
     return {task for _, task in found if task is not None}, {prompt for prompt, _ in found}

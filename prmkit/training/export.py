@@ -203,6 +203,7 @@ def _note(source: Source, matches_training: bool) -> dict[str, Any]:
         "cutoff_len": record["cutoff_len"],
         "dtype": export_dtype(record["config"]),
         "rubrics": record.get("rubrics", []),
+        "label_shapes": record.get("label_shapes"),
         "chat_template_renders_as_trained": matches_training,
     }
 

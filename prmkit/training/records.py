@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prmkit.dataset_info import read_entries, split_names
+from prmkit.dataset_info import label_shapes, read_entries, split_names
 from prmkit.errors import DataError
 from prmkit.files import LARGE_FILE, read_json, sha256_of, spread_blocks, write_json
 from prmkit.llamafactory_schema import installed_version, setting
@@ -99,6 +99,7 @@ def new_record(run_folder: Path, config: ResolvedConfig, processes: int) -> dict
         "held_out_sha256": _held_out_hash(conversion),
         "conversion_report_sha256": sha256_of(conversion) if conversion.exists() else None,
         "rubrics": _rubrics(conversion),
+        "label_shapes": label_shapes(data, filter(None, split_names(values.get("dataset")))),
         "base_model": describe_model(str(values["model_name_or_path"]), run_folder),
         "template": values.get("template"),
         "default_system": values.get("default_system"),

@@ -275,8 +275,3 @@ def as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def as_name(value: Any) -> str:
-    """An id as text; 7.0, as tables write a number, is 7."""
-    return as_text(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -1,12 +1,13 @@
 """The fields next to the messages of a run: ids, task, tools, outcome, solution, people's labels."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from prmkit.errors import UsageError
-from prmkit.trajectories.content import as_name, as_text
+from prmkit.rows import Rejected, name_in
+from prmkit.trajectories.content import as_text
 from prmkit.trajectories.run import Keys, Run, Turn, UnreadableValue
 from prmkit.trajectory import Label
 
@@ -33,11 +34,13 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
     """
     metadata = value.get("metadata")
     flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
-    run.task_id = _named(flat, keys.task) if keys.task else run.task_id or first_of(flat, _TASK_IDS, as_name)
-    run.trajectory_id = run.trajectory_id or first_of(flat, _RUN_IDS, as_name)
+    if keys.task:
+        _check_has(flat, keys.task)
+    run.task_id = id_of(flat, keys.task) if keys.task else run.task_id or id_of(flat, *_TASK_IDS)
+    run.trajectory_id = run.trajectory_id or id_of(flat, *_RUN_IDS)
     run.reference = run.reference or first_of(flat, _SOLUTIONS)
     if keys.outcome:
-        _named(flat, keys.outcome)
+        _check_has(flat, keys.outcome)
     run.outcome = run.outcome or outcome_of(flat, keys.outcome)
     run.tools = run.tools or tools_of(value.get("tools") or value.get("functions"))
     if keys.labels:
@@ -48,15 +51,32 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
         run.lost[f"field {name[:40]}"] += 1
 
 
-def _named(value: Mapping[str, Any], key: str) -> str:
+def _check_has(value: Mapping[str, Any], key: str) -> None:
     if value.get(key) in (None, ""):
         raise UnreadableValue(f"no field {key}")
-    return as_name(value[key])
 
 
-def first_of(value: Mapping[str, Any], names: Sequence[str], text: Callable[[Any], str] = as_text) -> str | None:
+def id_of(value: Mapping[str, Any], *names: str) -> str | None:
+    """The first of some fields that is not empty, as an id: 7, 7.0 and "7" are one id, as in rows.
+
+    Raises:
+        UnreadableValue: it is something else than text or a whole number.
+    """
+    name = _first(value, names)
+    try:
+        return name and name_in(value, name)
+    except Rejected as rejected:
+        raise UnreadableValue(f"{name} is neither text nor a whole number") from rejected
+
+
+def first_of(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """The first of some fields that is not empty, as text."""
-    return next((text(value[name]) for name in names if value.get(name) not in (None, "", [], {})), None)
+    name = _first(value, names)
+    return name and as_text(value[name])
+
+
+def _first(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if value.get(name) not in (None, "", [], {})), None)
 
 
 def outcome_of(value: Mapping[str, Any], key: str | None = None) -> dict[str, Any] | None:

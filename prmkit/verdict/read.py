@@ -72,6 +72,8 @@ def _answer(text: str, asked: Shape) -> Answer:
         _check_scores_come_first(found, reading, known=bool(asked.keys))
         texts, repairs = {}, (*repairs, "texts left out")
     nested = asked.nested if asked.keys else reading.nested
+    if not nested and (twice := values.keys() & texts.keys()):  # a label with such a key twice could not be read
+        raise _two_scores(min(twice))
     return Answer(values, nested, _as_json(values, texts), repairs)
 
 
@@ -127,6 +129,17 @@ _DEEPEST = 3
 _OTHER_NAME = "score under another name"
 # What judges call the score and the key in an object for each criterion: {"name": "quality", "rating": 0.9}.
 _SCORE_NAMES, _KEY_NAMES = ("score", "rating", "value"), ("name", "criterion", "metric", "dimension", "key")
+# Members, without case and dashes, that hold the answer itself: {"evaluation": {"score": 0.9}}.
+_AROUND_ANSWERS = {
+    "answer", "assessment", "clip", "evaluation", "feedback", "final", "grade", "judgement", "judgment", "output",
+    "rating", "response", "result", "results", "review", "score", "scores", "step", "stepevaluation", "verdict",
+}  # fmt: skip
+# Numbers that are not scores: {"step": 3, "rating": 0.4, "confidence": 0.9}.
+_NO_SCORES = {
+    "clip", "clipnumber", "confidence", "count", "id", "index", "max", "maximum", "min", "minimum", "n", "number",
+    "outof", "round", "seed", "step", "stepnumber", "threshold", "timestamp", "tokens", "tokensused", "total", "turn",
+    "version", "weight",
+}  # fmt: skip
 # The objects around a place, each with the name of the member that leads to it.
 _Path = tuple[tuple[dict[str, Any], str], ...]
 
@@ -144,6 +157,7 @@ def _read_object(value: Any, asked: tuple[str, ...], *, alone: bool) -> _Reading
     if reading or asked or not alone or not isinstance(value, dict) or {"error", "scores"} & {*value}:
         return reading
     numbers = {name: name for name, number in value.items() if type(number) in (int, float, bool)}
+    numbers = {name: name for name in numbers if bare(name) not in _NO_SCORES}
     return _reading(value, numbers, (), nested=False) if numbers else None
 
 
@@ -153,7 +167,11 @@ def _readings(value: Any, asked: tuple[str, ...], path: _Path = (), *, nested: b
         value = value[0]
     members, nested = _members(value), nested or isinstance(value, list)
     in_scores = bool(_members(members.get("scores")))
-    spelt = {} if in_scores else _as_asked(members, asked) if asked else _as_named(members, nested=nested)
+    is_answer = all(bare(name) in _AROUND_ANSWERS for _, name in path)
+    if in_scores:
+        spelt = {}
+    else:
+        spelt = _as_asked(members, asked, is_answer=is_answer) if asked else _as_named(members, nested=nested)
     if spelt and len(spelt) >= len(asked):
         other_name = [*spelt.values()] == ["score"] and asked not in ((), ("score",))
         yield _reading(members, spelt, path, nested=nested)._replace(repairs=(_OTHER_NAME,) if other_name else ())
@@ -168,6 +186,7 @@ def _reading(members: dict[str, Any], spelt: dict[str, str], path: _Path, *, nes
     texts = [(name, text) for name, text in members.items() if name not in spelt.values()]
     for around, inner in path:
         texts += [(name, text) for name, text in around.items() if name != inner]
+    texts = [(name, text) for name, text in texts if not _repeats_score(name, text, given)]
     if reasons := {key: reason for key, (_, reason) in given.items() if reason}:
         texts.append(("reasons" if "reasoning" in dict(texts) else "reasoning", reasons))
     return _Reading({key: score for key, (score, _) in given.items()}, spelt, nested, unique_members(texts), ())
@@ -197,26 +216,48 @@ def _without_reason(value: Any) -> tuple[Any, Any]:
     if not _is_criterion(value):
         return value, None
     others = dict(value)
-    score = others.pop(next(name for name in _SCORE_NAMES if name in value))
+    named = next(name for name in _SCORE_NAMES if name in value)
+    score = others.pop(named)
+    for name in _SCORE_NAMES:
+        if (number := number_of(others.get(name))) is not None and number != number_of(score):
+            raise _two_scores(f"{named} and {name}")
     return score, next(iter(others.values())) if len(others) == 1 else others
+
+
+def _repeats_score(name: str, text: Any, given: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether another member only repeats a score: `{"scores": {"quality": 0.7}, "quality": 0.7}`.
+
+    Raises:
+        Refusal: it has the name of a score, and another number.
+    """
+    key = next((key for key in given if bare(name) in (bare(key), bare(key) + SCORE_ENDING)), None)
+    if key is None or not _is_plain(text):
+        return False
+    number, score = number_of(_without_reason(text)[0]), number_of(given[key][0])
+    if number is None and isinstance(text, str):
+        return False
+    if number is None or number != score:
+        raise _two_scores(key)
+    return True
 
 
 def _is_plain(value: Any) -> bool:
     return not isinstance(_without_reason(value)[0], dict | list)
 
 
-def _as_asked(members: Mapping[str, Any], asked: tuple[str, ...]) -> dict[str, str]:
+def _as_asked(members: Mapping[str, Any], asked: tuple[str, ...], *, is_answer: bool) -> dict[str, str]:
     """The prompt's key -> the judge's name for it.
 
     Judges change case, spaces and the ending `_score`, and call a single score `score`; with any other difference, it
-    is a key that was not requested.
+    is a key that was not requested. The `score` of an object that is not the answer itself belongs to something else,
+    such as a quoted search result.
     """
     names: dict[str, list[str]] = {}
     for name, value in members.items():
         if _is_plain(value):
             names.setdefault(bare(name), []).append(name)
     spelt = {key: found for key in asked if (found := names.get(bare(key)) or names.get(_short(key)))}
-    if len(asked) == 1 and not spelt and "score" in names:
+    if len(asked) == 1 and not spelt and is_answer and "score" in names:
         spelt = {asked[0]: names["score"]}
     for key, found in spelt.items():
         if len(found) > 1 or [*spelt.values()].count(found) > 1:
@@ -362,10 +403,15 @@ def _check_scores_come_first(found: Found, reading: _Reading, *, known: bool) ->
 _NUMBER_AROUND = re.compile(
     r"(?<![\w.,])(?<!to )(?:0?\.\d++|1\.0++|\d{1,3} ?%)(?!\d|\s*+(?:to|-|–)\s*+1)|(?<=[:：=])[\"'“*` ]{0,4}\d[\d.]*+"
 )
-# Words of a judge that calls its answer a draft, or changes its mind without giving another number.
+# Words of a judge that calls its answer a draft or an example, refuses to judge, or changes its mind without giving
+# another number.
 _DRAFT = re.compile(
     r"\b(?:wait|actually|correct(?:ion|ed)|reconsider|revis|mistake|instead|draft|guess|perhaps|maybe|tentative|initial"
-    r"|let me|should (?:be|have)|too (?:low|high|harsh|lenient|generous|strict))|等等|更正|修正|改为|不对",
+    r"|let me|should (?:be|have)|too (?:low|high|harsh|lenient|generous|strict)|second thought|hypothetical|template"
+    r"|placeholder|swapped|refuse to|(?:ignore|disregard) (?:the|my|this|that)|examples? (?:of|for|only|answer|output)"
+    r"|I(?: am|['’]m) (?:unable|not able)|(?:I|we) (?:can ?not|can['’]t|could not|won['’]t|will not|do not|don['’]t)"
+    r" (?:\w+ )?(?:judge|evaluate|assess|rate|score|grade|determine|know))"
+    r"|等等|更正|修正|改为|不对|无法|不能评|示例|模板|Korrektur|correcci|无效",
     re.IGNORECASE,
 )
 

@@ -111,20 +111,27 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def asked_shape(prompt: str) -> Shape | None:
-    """The shape of the verdict that a prompt asks for; None if the prompt shows none.
+def asked_shape(prompt: str, system: str | None = None) -> Shape | None:
+    """The shape of the verdict that a prompt, or else its system text, asks for; None if neither shows one.
 
     Reads the last object in the prompt that has scores: a trajectory may itself contain JSON with scores, and the
     schema comes after it. Only its keys are read, never its example numbers, so it may have comments, placeholders and
     ellipses. Its scores are in a `scores` object, in an object for each criterion, under keys that end in `score`, or
     properties of a JSON schema.
+
+    If the last such object is not announced as JSON or a format, and an earlier one with other scores is, either may be
+    the schema, so none is taken: then the judge's answers decide.
     """
+    last: Shape | None = None
     for start, end in _objects_from_the_end(prompt):
         schema = prompt[start:end]
         shape = _shape_of(schema) if SCORE_ENDING in schema.lower() else None
         if shape and ([key.lower() for key in shape.keys] != [SCORE_ENDING] or _is_introduced(prompt, start)):
-            return shape
-    return None
+            if _ANNOUNCED.search(prompt, max(start - 80, 0), start):
+                return shape if last in (None, shape) else None
+            last = last or shape
+    of_system = asked_shape(system) if system else None
+    return last or of_system if of_system in (None, last) or last is None else None
 
 
 def _is_introduced(prompt: str, start: int) -> bool:
@@ -137,6 +144,10 @@ def _is_introduced(prompt: str, start: int) -> bool:
 _INTRODUCED = re.compile(
     r"json|format|schema|answer|respon|return|output|provide|格式|输出|[{｛]\s*+[\"“']score", re.IGNORECASE
 )
+
+
+# `Answer with JSON: {`, also with a fence in between
+_ANNOUNCED = re.compile(r"(?:\b(?:json|format|schema)\b|格式)[^\n{}]{0,40}[:：]?\s*(?:```\w*\s*)?\Z", re.IGNORECASE)
 
 
 # --- objects ------------------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
         (["--scale", "judge-a=10"], 2, "--scale judge-a=10"),
         (["--scale", "1", "5", "--scale", "0", "9"], 2, "two ranges"),
         (["--map", "pass=2"], 2, "--map pass=2"),
+        (["--map", "good=1", "Good=0"], 2, "--map: two scores for good"),
         (["--tokenizer", "x"], 2, "--cutoff-len"),
         (["--template", "qwen"], 2, "--tokenizer"),
         (["--config", "gone.yaml"], 2, "gone.yaml"),

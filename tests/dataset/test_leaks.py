@@ -11,7 +11,7 @@ import pytest
 
 from prmkit.dataset.leaks import _prompts_of, audit_folder
 from prmkit.dataset.settings import Split
-from prmkit.dataset_info import identities, read_entries
+from prmkit.dataset_info import Entry, identities, read_entries
 from prmkit.errors import DataError
 from tests.dataset.conftest import Convert, many_rows, prompt_of, read_lines, row_of
 
@@ -39,6 +39,9 @@ def test_a_clean_conversion_passes_and_a_doctored_one_does_not(
     convert_rows(many_rows(tasks=40))
     assert "no leak" in script("convert_dataset.py", "--audit", data).stdout
     held_out = read_lines(data / "reward_model_full_eval.meta.jsonl")
+    with (data / "reward_model_clip.jsonl").open("a") as stream:
+        stream.write((data / "reward_model_full_eval.jsonl").read_text().splitlines()[0] + "\n")
+    assert "but its conversion wrote" in script("convert_dataset.py", "--audit", data, code=1).stderr
     with (data / "reward_model_clip.meta.jsonl").open("a") as stream:
         stream.write(json.dumps(held_out[0]) + "\n")
     done = script("convert_dataset.py", "--audit", data, "--json", code=1)
@@ -106,10 +109,10 @@ def test_a_damaged_folder_is_named(tmp_path: Path, script: Script, info: str, me
 @pytest.mark.parametrize("metadata", [{"task_id": 1.5}, {"task_id": ["a"], "trajectory_id": "r"}, None])
 def test_a_sidecar_that_names_no_task_that_can_be_read_is_a_sentence(tmp_path: Path, metadata: Any) -> None:
     line = {"prompt_sha256": "0" * 64, "metadata": metadata}
-    file = tmp_path / "a.meta.jsonl"
-    file.write_text(json.dumps(line) + "\n")
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "a.meta.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError, match="not written by a conversion"):
-        list(identities(file))
+        list(identities(Entry("a", tmp_path / "a.jsonl")))
 
 
 def test_a_folder_without_datasets(tmp_path: Path, script: Script) -> None:

@@ -38,6 +38,31 @@ def test_none_of_its_rows_is_a_label(convert_rows: Convert, data: Path) -> None:
     assert report["judges_with_losses"][0]["judge"] == "judge-ten"
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [[1] * 150 + [7, 8, 10], [1] * 6 + [5], [0, 1, 1, 0, 2]],
+    ids=["mostly the worst", "once above", "0, 1 and 2"],
+)
+def test_a_judge_that_never_gives_a_fraction_is_on_another_scale_after_one_number(
+    convert_rows: Convert, scores: list[int]
+) -> None:
+    """Else its worst score, 1, would be the best label."""
+    with pytest.raises(DataError, match="none of its rows with reasonableness_score is used"):
+        convert_rows(judged(scores))
+    kept = convert_rows([*judged(scores), *judged([0, 0.5, 1] * 3, judge="judge-a")], max_rejected="100%")
+    assert kept["judges"] == {"judge-a": 9}
+
+
+def test_a_scale_is_that_of_a_judge_and_not_of_one_key(convert_rows: Convert, data: Path) -> None:
+    """A judge on 1 to 5 gave one key only the worst score, while another judge gives it only 0 and 1."""
+    fives = judged([3, 5, 2, 4], key="correctness_score")
+    ones = [{**row, "metadata": row["metadata"] | {"task_id": "other"}} for row in judged([1, 1, 1])]
+    others = [*judged([1, 0, 1], judge="judge-b"), *judged([1, 0.4, 1.7], judge="judge-c")]
+    report = convert_rows([*fives, *ones, *others], max_rejected="100%")
+    assert report["judges"] == {"judge-b": 3, "judge-c": 2}
+    assert set(labels(data)) == {0.0, 0.4, 1.0}
+
+
 def test_a_named_scale_maps_the_worst_to_0_and_the_best_to_1(convert_rows: Convert, data: Path) -> None:
     report = convert_rows(judged(TEN), scales={"judge-ten": Scale(1, 10)})
     assert labels(data) == [0.0, 0.0, 0.11, 0.67, 1.0, 0.89, 0.0, 0.33]

@@ -10,6 +10,7 @@ from synthetic import CONSTANTS, copier, made_up, noisy, predictions_of, write_d
 from prmkit.evaluation.baselines import against_each, baselines, breakdown, ceiling, grouping_keys, halves, shared
 from prmkit.evaluation.estimates import undefined
 from prmkit.evaluation.heldout import HeldOut, read_held_out
+from prmkit.evaluation.metrics import METRICS, agreement
 from prmkit.evaluation.predictions import Scores, table_of_scores
 
 UNKNOWN = undefined("no judge answered twice")
@@ -43,6 +44,19 @@ def test_a_judge_that_is_one_of_the_judges_agrees_with_itself(held_out):
     assert against[held_out.judges[0]]["spearman_within_keys"].value == pytest.approx(1.0)
     assert against[held_out.judges[0]]["mae"].value == 0.0
     assert ceiling(twin, held_out.judges, UNKNOWN)["gap"].value == pytest.approx((1 + rho) / 2 - rho)
+
+
+def test_against_one_judge_each_metric_is_what_it_is_against_their_mean(held_out):
+    """The absolute error is that of the median, everywhere in the report's table."""
+    scores = clips(held_out, predictions_of(held_out, noisy(0.1)))
+    scores = replace(scores, median=np.round(scores.median, 1))
+    given = np.isfinite(scores.references[:, 0])
+    errors = np.abs(scores.median - scores.references[:, 0])[given]
+    found = against_each(scores, held_out.judges)[held_out.judges[0]]
+    assert found["mae"].value == pytest.approx(errors.mean())
+    brief = agreement(scores, brief=True)
+    assert found.keys() == brief.keys() and found["bad_step"].keys() == brief["bad_step"].keys()
+    assert {metric.name for metric in METRICS if metric.brief and not metric.at_thresholds} < found.keys()
 
 
 def test_a_judge_that_was_asked_only_about_selected_prompts_is_weighed_where_it_is_compared(held_out):
@@ -119,4 +133,5 @@ def test_groups_are_found_in_the_metadata_and_measured_apart():
     assert found["alpha"]["spearman_within_keys"].value == pytest.approx(1.0)
     assert found["beta"]["spearman_within_keys"].value is None
     assert found["alpha"]["scores"] + found["beta"]["scores"] == len(scores)
+    assert found["alpha"].keys() >= agreement(scores, brief=True).keys()
     assert breakdown(scores, rows, "language") == []

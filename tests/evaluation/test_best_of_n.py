@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmkit.errors import DataError, ExitCode
+from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.evaluation.best_of_n import expected_pick
 from prmkit.evaluation.command import execute
 from prmkit.trajectories.run_fields import OUTCOME_FIELDS
@@ -95,6 +96,16 @@ def test_lines_with_scores_and_outcomes_need_nothing_else(tmp_path: Path) -> Non
     ]  # fmt: skip
     found = pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))["picks"]
     assert found["judge: last"]["2"]["value"] == 1 and found["random"]["2"]["value"] == 0.5
+
+
+@pytest.mark.parametrize("unused", ["--run saves/x", "--device cpu --rubric r.yaml", "--batch-size 9 --mode generate"])
+def test_options_about_a_judge_are_refused_where_none_is_asked(unused: str, tmp_path: Path) -> None:
+    lines = [{"task_id": 1, "trial": trial, "reward": trial, "scores": [0.5]} for trial in range(2)]
+    file = public.write_lines(tmp_path / "outcomes.jsonl", lines)
+    named = ", ".join(re.findall(r"--mode generate|--[a-z-]+", unused))
+    with pytest.raises(UsageError, match=f"has outcomes but no runs, so no judge is asked. Leave out {named}[.]$"):
+        pick(file, *unused.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from synthetic import write_data_folder
 
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
@@ -24,6 +23,7 @@ parser = importlib.import_module("evaluate_judge")._parser
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> Path:
     """What train.py leaves, as far as a judge looks at it: an adapter and run.json."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from families import prompts
 
 from prmkit.errors import GateError
@@ -29,6 +28,7 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> JudgeSource:
     """A base model with an adapter."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -75,6 +75,7 @@ def test_no_difference_is_too_small_for_a_tolerance_of_nothing(trained: JudgeSou
 
 
 def _other_base(trained: JudgeSource, exported: JudgeSource) -> JudgeSource:
+    import torch
     from transformers import AutoModelForCausalLM
 
     other = exported.model.parent / "other_base"

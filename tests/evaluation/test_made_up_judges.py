@@ -254,6 +254,21 @@ def test_the_agreement_with_themselves_is_always_there_and_says_why_it_is_unknow
     assert unknown["pearson"]["self_agreement"]["value"] is None and unknown["pearson"]["self_agreement"]["reason"]
 
 
+def test_groups_of_the_same_scores_differ_by_what_is_known_of_their_judges() -> None:
+    """With one evaluation type and key, all scores are that key's; judges may have repeated others too."""
+    held_out = made_up(tasks=12, final=False)
+    entry = {"judge": "judge_a", "key": "quality", "pairs": 40}
+    entries = [
+        entry | {"evaluation_type": "clip", "pearson": 0.8},
+        entry | {"evaluation_type": "final", "pearson": 0.4},
+    ]
+    known = type(held_out)(**{**vars(held_out), "self_agreement": entries})
+    every, clip = measured(predictions_of(known, lambda prompt, key: prompt.reference[key]), known)["groups"]
+    assert every["judge"] == clip["judge"]
+    itself = [each["ceiling"]["bounds"]["pearson"]["self_agreement"]["value"] for each in (every, clip)]
+    assert itself == pytest.approx([0.6, 0.8])
+
+
 def test_leniency_is_taken_off_the_reference_or_said_to_be_unknown() -> None:
     held_out = made_up(kinder=0.25, asked=lambda item, judge: judge == "judge_a" or item % 2 == 0, final=False)
     metrics = measured(predictions_of(held_out, lambda prompt, key: prompt.reference[key]), held_out)

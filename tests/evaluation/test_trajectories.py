@@ -31,6 +31,14 @@ def test_a_task_without_a_clip_in_the_middle_is_not_whole(numbers):
     assert trajectories_of([clip(number) for number in numbers]) == ([], {"a missing clip": 1})
 
 
+@pytest.mark.parametrize("numbers", [[1, 2, None], [None, 1], [None], [1, "second", 3], [1, 2.5]])
+def test_a_trajectory_with_a_step_of_unknown_place_is_not_whole(numbers):
+    """Its aggregates and its first bad step would be those of its other steps."""
+    rows = [clip(number) for number in numbers]
+    assert trajectories_of([*rows, clip(1, task="b")])[1] == {"a step without a clip number": 1}
+    assert [each.task for each in trajectories_of([*rows, clip(1, task="b")])[0]] == ["b"]
+
+
 def test_a_task_that_was_not_asked_to_its_end_is_not_whole():
     rows = [clip(1), clip(2), clip(1, task="b")]
     whole, left_out = trajectories_of(rows, incomplete={"a"})

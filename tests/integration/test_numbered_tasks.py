@@ -34,7 +34,7 @@ from prmkit.registry.monitor import read_outcomes, read_scored
 from prmkit.registry.versions import Addition, add_version
 from prmkit.training.checks import Status
 from prmkit.training.data_checks import check_held_out
-from prmkit.trajectories.importing import read_runs
+from prmkit.trajectories.importing import FileReport, read_runs
 from tests.dataset.conftest import prompt_of, read_lines, row_of
 
 evaluate_parser = importlib.import_module("evaluate_judge")._parser
@@ -135,6 +135,38 @@ def test_imported_runs_name_their_tasks_as_rows_do(tmp_path: Path) -> None:
     runs = list(read_runs([public.write_lines(tmp_path / "runs.jsonl", values)]))
     assert [run.task_id for run in runs] == ["0", "7", "7", "7", "8", "9"]
     assert [run.task_id for run in read_runs([public.write_lines(tmp_path / "tau.jsonl", [tau])])] == ["7"]
+
+
+def test_imported_runs_are_numbered_from_0(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]
+    atif = {"schema_version": "ATIF-v1.4", "session_id": "s", "agent": {"name": "x"},
+            "steps": [{"step_id": 1, "source": "agent", "message": "Done."}]}  # fmt: skip
+    for place, values in enumerate((
+        [{"trajectory_id": number, "messages": messages} for number in (0, 1.0, "2")],
+        [{"task_id": 7, "id": number, "reward_info": {}, "messages": messages} for number in (0, 1.0, "2")],
+        [atif | {"trajectory_id": number} for number in (0, 1.0, "2")],
+    )):  # fmt: skip
+        runs = read_runs([public.write_lines(tmp_path / f"{place}.jsonl", values)])
+        assert [run.trajectory_id for run in runs] == ["0", "1", "2"], values[0]
+
+
+@pytest.mark.parametrize("name", [True, 7.5, ["7"], {"$oid": "7"}])
+def test_a_run_is_not_named_by_what_is_neither_text_nor_a_whole_number(name: Any, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]
+    values = [{"task_id": task, "messages": messages} for task in (name, "good")]
+    reports: list[FileReport] = []
+    runs = list(read_runs([public.write_lines(tmp_path / "runs.jsonl", values)], None, reports))
+    assert [run.task_id for run in runs] == ["good"]
+    assert dict(reports[0].unreadable) == {"task_id is neither text nor a whole number": 1}
+
+
+def test_answers_about_runs_by_number(tmp_path: Path) -> None:
+    exam = read_exam(public.write_lines(tmp_path / "exam.jsonl", [labelled(0), labelled(7.0)]))
+    for written in ({"id": 7.0}, {"id": "7"}, {"trajectory_id": 7}, {"query_index": 7.0}):
+        answers = [written | {"step": 1, "score": 0.25}, {"trajectory_id": 0, "step": 1, "score": 0.5}]
+        file = public.write_lines(tmp_path / "answers.jsonl", answers)
+        (judge,) = read_exam_answers(file, exam.runs, exam.file)
+        assert sorted(judge.scores.values()) == [0.25, 0.5], written
 
 
 # --- retraining and monitoring ----------------------------------------------------------------------------------------

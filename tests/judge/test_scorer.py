@@ -104,6 +104,16 @@ REMOTE = ("--backend", "openai", "--base-url", "http://x/v1", "--model", "export
 
 
 @pytest.mark.usefixtures("project")
+def test_a_challenger_is_loaded_here_next_to_a_judge_on_a_server() -> None:
+    local = parsed(*REMOTE, "--device", "cpu")
+    local.challenger = "exported_model"
+    assert not scorer_of(local).is_local
+    local.adapter = Path("saves/reward_model_training")
+    with pytest.raises(UsageError, match="--adapter: only for a judge that is loaded here"):
+        scorer_of(local)
+
+
+@pytest.mark.usefixtures("project")
 def test_a_judge_on_a_server_differs_from_one_that_is_loaded() -> None:
     loaded = fingerprint(parsed("--model", "exported_model"))
     remote = fingerprint(parsed(*REMOTE))
@@ -135,10 +145,15 @@ def test_the_address_of_a_server_is_enough() -> None:
             "--top-logprobs 20", "--timeout 300",
         )),
         ("--backend transformers --timeout 9 --logprobs top", "--logprobs, --timeout: only for"),
+        *((f"--base-url http://x/v1 --model x {flags}", f"^{given}: only for a judge that is loaded here")
+          for flags, given in (
+            ("--device cpu", "--device"), ("--dtype auto", "--dtype"), ("--adapter saves/x", "--adapter"),
+            ("--tokenizer exported_model --device cuda:1 --dtype float16", "--device, --dtype"),
+        )),
     ],
 )  # fmt: skip
-def test_no_flag_of_a_server_is_ignored(arguments: str, message: str) -> None:
-    """Not even with the value that is the default with a server."""
+def test_no_flag_is_ignored_because_the_judge_is_elsewhere(arguments: str, message: str) -> None:
+    """Not even with the value that is the default."""
     with pytest.raises(UsageError, match=message):
         scorer_of(parsed(*arguments.split()))
 

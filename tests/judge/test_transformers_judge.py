@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from families import FLAT, STEPS, prompt, prompts
 
 import prmkit.judge.score_trie as score_trie_module
@@ -45,15 +44,21 @@ def requests() -> list[Request]:
 
 
 def log_probabilities(judge: LocalJudge, sequences: list[list[int]], start: int) -> list[float]:
-    """Of the tokens from `start` on, by one forward pass over everything: no cache and no mask."""
-    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
+    """Of the tokens from `start` on, by one forward pass over everything: no cache and no mask.
+
+    Sequences that differ in their last token alone share a row, because that one is predicted and not read.
+    """
+    import torch
+
+    rows = {context: row for row, context in enumerate(dict.fromkeys(tuple(ids[:-1]) for ids in sequences))}
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    for context, row in rows.items():
+        ids[row, : len(context)] = torch.tensor(context)
     with torch.inference_mode():
         logits = judge.model(input_ids=ids, use_cache=False).logits[:, start - 1 :].double().log_softmax(-1)
     return [
-        sum(logits[row, place, token].item() for place, token in enumerate(sequence[start:]))
-        for row, sequence in enumerate(sequences)
+        sum(logits[rows[tuple(ids[:-1])], place, token].item() for place, token in enumerate(ids[start:]))
+        for ids in sequences
     ]
 
 
@@ -346,16 +351,19 @@ def test_long_prompts_are_trimmed_or_reported(judges: dict[str, LocalJudge]) -> 
     assert (hopeless.status, dict(hopeless.scores)) == ("too_long", {})
 
 
-class Parrot(torch.nn.Module):
+def parrot(judge: LocalJudge, answer: str) -> Any:
     """A model that writes given tokens, whatever it is asked."""
+    import torch
 
-    def __init__(self, judge: LocalJudge, answer: str) -> None:
-        super().__init__()
-        self.ids = [*judge.encoding.tokenizer.encode(answer, add_special_tokens=False), judge.encoding.stop_ids[0]]
-        self.device = torch.device("cpu")
+    ids = [*judge.encoding.tokenizer.encode(answer, add_special_tokens=False), judge.encoding.stop_ids[0]]
 
-    def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.cat([input_ids, torch.tensor([[*self.ids, 5, 5]] * len(input_ids))], dim=1)
+    class Parrot(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.cat([input_ids, torch.tensor([[*ids, 5, 5]] * len(input_ids))], dim=1)
+
+    return Parrot()
 
 
 @pytest.mark.parametrize(
@@ -381,7 +389,7 @@ class Parrot(torch.nn.Module):
 def test_written_verdicts_are_read_and_never_made_up(judges, answer: str, status: str, scores: dict, reason) -> None:
     judge = judges["qwen"]
     request = Request(prompts()[1], Shape(("relevance", "progress"), nested=True))
-    (judgement,) = replace(judge, model=Parrot(judge, answer)).score([request], Asking(mode="generate"))
+    (judgement,) = replace(judge, model=parrot(judge, answer)).score([request], Asking(mode="generate"))
     assert (judgement.status, judgement.reason, judgement.text) == (status, reason, answer)
     assert {key: distribution.mean for key, distribution in judgement.scores.items()} == scores
     assert judgement.repaired == answer.startswith("```")
@@ -389,6 +397,8 @@ def test_written_verdicts_are_read_and_never_made_up(judges, answer: str, status
 
 
 def test_generation_is_greedy_and_the_same_in_every_batch(judge: LocalJudge) -> None:
+    import torch
+
     asked = requests()[:4]
     together = list(judge.score(asked, Asking(mode="generate", batch_size=4, max_new_tokens=12)))
     for request, judgement in zip(asked, together, strict=True):
@@ -404,6 +414,8 @@ def test_generation_is_greedy_and_the_same_in_every_batch(judge: LocalJudge) -> 
 
 
 def test_running_out_of_memory_halves_the_batch() -> None:
+    import torch
+
     seen = []
 
     def answer(chains):
@@ -432,6 +444,7 @@ def test_logits_are_never_made_for_a_whole_prompt(judges: dict[str, LocalJudge])
 
 
 def test_models_without_keys_to_hide_are_refused() -> None:
+    import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3NextConfig
 
     with torch.device("meta"):
@@ -448,6 +461,8 @@ def test_models_without_keys_to_hide_are_refused() -> None:
 
 
 def test_a_model_with_code_that_computes_all_logits_is_refused() -> None:
+    import torch
+
     class Homemade(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids
@@ -462,6 +477,7 @@ def test_a_model_with_code_that_computes_all_logits_is_refused() -> None:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, model_folders: dict[str, Path]) -> Path:
     """A finished LoRA run as `train.py` leaves it."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -486,6 +502,8 @@ def run_folder(tmp_path_factory, model_folders: dict[str, Path]) -> Path:
 
 
 def test_a_run_says_all_about_its_judge(run_folder: Path, model_folders: dict[str, Path]) -> None:
+    import torch
+
     source = judge_source_of_run(run_folder)
     assert source == JudgeSource(
         model=model_folders["qwen"],

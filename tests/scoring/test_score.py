@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import FLAT, NESTED, prompt
@@ -296,9 +297,38 @@ def test_scores_to_ask_for(shape_of: ShapeOf, text: str, evaluation_type: str, e
 def test_scores_that_could_be_either_are_not_guessed() -> None:
     reason = ShapeOf(known={"clip": ["reasonableness_score", "correctness_score"]})("x", "clip")
     assert reason == (
-        "the prompt shows no score keys, and several keys are possible (reasonableness_score, correctness_score); "
+        "the prompt shows no score keys, and several keys are possible (reasonableness_score or correctness_score); "
         "pass --keys, or keys in a request to a server"
     )
+
+
+FLAT_QUALITY, NESTED_QUALITY = Shape(("quality",), nested=False), Shape(("quality",), nested=True)
+TWO = Shape(("safety", "quality"), nested=False)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "given", "expected"),
+    [
+        ({"clip": [FLAT_QUALITY]}, {}, FLAT_QUALITY),
+        ({"": [FLAT_QUALITY]}, {"evaluation_type": None}, FLAT_QUALITY),
+        ({"clip": [NESTED_QUALITY, FLAT_QUALITY]}, {}, NESTED_QUALITY),  # the more frequent one
+        ({"clip": [TWO, FLAT_QUALITY]}, {}, TWO),
+        ({"clip": [FLAT_QUALITY, TWO]}, {}, "several keys are possible (quality or safety, quality)"),
+        ({"final": [FLAT_QUALITY]}, {}, "none are known for its evaluation type"),
+        ({"clip": [FLAT_QUALITY]}, {"keys": ("quality",)}, FLAT_QUALITY),
+        ({"final": [FLAT_QUALITY]}, {"keys": ("quality",)}, FLAT_QUALITY),
+        ({"clip": [NESTED_QUALITY], "final": [FLAT_QUALITY]}, {"keys": ("quality",)}, NESTED_QUALITY),
+        ({"clip": [TWO]}, {"keys": ("quality", "safety")}, Shape(("quality", "safety"), nested=False)),
+        ({"clip": [TWO]}, {"keys": ("quality",)}, NESTED_QUALITY),  # not learnt: the rule for all judges
+        ({"clip": [FLAT_QUALITY]}, {"known": {"clip": ["safety"]}}, Shape(("safety",), nested=True)),
+        ({"clip": [FLAT_QUALITY]}, {"known": {"clip": ["quality"]}}, FLAT_QUALITY),
+        ({"clip": [FLAT_QUALITY]}, {"system": 'Answer in JSON: {"a_score": 0.5}'}, Shape(("a_score",), nested=False)),
+    ],
+)
+def test_a_judge_is_asked_for_what_it_learnt(learnt: Any, given: dict[str, Any], expected: Shape | str) -> None:
+    given = {"keys": (), "known": {}, "evaluation_type": "clip", "system": None} | given
+    shape = ShapeOf(given["keys"], given["known"], learnt)("x", given["evaluation_type"], given["system"])
+    assert shape == expected if isinstance(expected, Shape) else expected in shape
 
 
 def scripted(scores: dict[str, float | None]):

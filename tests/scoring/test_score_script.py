@@ -183,7 +183,7 @@ def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
             2,
             "not the URL of a server",
         ),
-        (["-", "--keys", "a_score,b_score, a_score"], 2, "names a key twice"),
+        (["-", "--keys", "a_score,b_score, a_score"], 2, "lists a key twice"),
         (["-", "--batch-size", "0"], 2, "'0' is not a whole number above 0"),
         (["nowhere.jsonl", "--model", "."], 1, "nowhere.jsonl"),
     ],

@@ -197,9 +197,11 @@ def write(folder: Path, name: str, rows: list[Any], **entry: Any) -> None:
 
 
 def trace(folder: Path, name: str, *rows: tuple[str, str]) -> None:
-    """Write the sidecar that names the task and the prompt of every row."""
+    """Write rows, and the sidecar that names the task and the prompt of each."""
     lines = [json.dumps({"prompt_sha256": prompt, "metadata": {"task_id": task}}) for task, prompt in rows]
     (folder / f"{name}.meta.jsonl").write_text("\n".join(lines) + "\n")
+    texts = [json.dumps({"instruction": prompt, "output": "x"}) for _, prompt in rows]
+    (folder / f"{name}.jsonl").write_text("\n".join(texts) + "\n")
 
 
 def dataset_check(folder: Path, dataset: str = "steps", eval_dataset: str | None = "steps_eval") -> Check:
@@ -348,6 +350,30 @@ def test_held_out_rows_that_leak(data: Path, leaked: tuple[str, str], reported: 
     assert (found.status, reported in found.found) == (Status.ERROR, True)
 
 
+def test_rows_that_no_sidecar_describes(data: Path) -> None:
+    """Rows that somebody appended after the conversion cannot be compared by their tasks."""
+    trace(data, "steps", ("task 1", "aa"), ("task 2", "bb"))
+    trace(data, "steps_eval", ("task 3", "cc"))
+    with (data / "steps.jsonl").open("a") as stream:
+        stream.write(json.dumps({"instruction": "cc", "output": "x"}) + "\n")
+    found = held_out(data)
+    assert (found.status, "has 3 rows, but its conversion wrote 2" in found.found) == (Status.ERROR, True)
+    (data / "steps.meta.jsonl").unlink()
+    (data / "steps_eval.meta.jsonl").unlink()
+    assert (held_out(data).status, "1 prompt are also trained on" in held_out(data).found) == (Status.ERROR, True)
+    write(data, "steps", [{"instruction": "aa", "output": "x"}])
+    assert (held_out(data).status, "1 prompt; no overlap with training" in held_out(data).found) == (Status.OK, True)
+
+
+@pytest.mark.parametrize("answer", ["", "  \n"])
+def test_an_empty_answer_is_nothing_to_learn(data: Path, answer: str) -> None:
+    write(data, "steps", [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": answer}])
+    assert "steps.jsonl:2: the answer is empty" in dataset_check(data).found
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": answer}]
+    write(data, "steps", [{"conversations": turns}], formatting="sharegpt")
+    assert "steps.jsonl:1: the answer is empty" in dataset_check(data).found
+
+
 def test_what_the_conversion_found_is_believed(data: Path) -> None:
     audit = {"passed": False, "tasks_on_both_sides": 4}
     (data / "conversion_report.json").write_text(json.dumps({"leak_audit": audit}))
@@ -383,10 +409,10 @@ def test_a_val_size_that_leaves_nothing(data: Path, values: dict[str, Any], stat
     assert (found.status, "no row is left to train on" in found.found) == (status, status is Status.ERROR)
 
 
-def test_a_sidecar_that_is_damaged_stops_nothing(data: Path) -> None:
+def test_a_sidecar_that_is_damaged_hides_what_leaks(data: Path) -> None:
     trace(data, "steps", ("task 1", "aa"))
     (data / "steps_eval.meta.jsonl").write_text('{"no": "prompt"}\n')
-    assert held_out(data).status is Status.WARNING
+    assert held_out(data).status is Status.ERROR
 
 
 # --- what the config names ----------------------------------------------------------------------------------------

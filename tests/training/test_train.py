@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from layout import STEPS, MakeProject, Script, write_config
+from layout import ROWS, STEPS, MakeProject, Script, row, write_config
 from processes import start
 
 from prmkit.evaluation import command
+from prmkit.judge.scorer import Scorer, judge_source_in
+from prmkit.judge.types import Request
 from prmkit.training import train
 from prmkit.training.checks import Status
 from prmkit.training.options import Outcome, TrainOptions
 from prmkit.training.records import all_records
+from prmkit.verdict import Shape
 
 
 @pytest.fixture
@@ -37,6 +40,35 @@ def test_the_complete_way_from_any_folder(script: Script, project: Path) -> None
     config = json.loads((project / "saves" / "run" / "run.json").read_text())["config"]
     assert (config["num_train_epochs"], config["per_device_train_batch_size"]) == (1, 8)
     assert (config["lora_rank"], config["lora_alpha"]) == (4, 8), "key=value may come before and after flags"
+
+
+@pytest.mark.llamafactory
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_judge_is_asked_for_verdicts_of_the_shape_that_it_learnt(nested: bool, script: Script, project: Path) -> None:
+    """No prompt shows which scores it asks for, and a key without `score` says nothing about its place."""
+    rows = []
+    for number in range(ROWS):
+        scores = {"quality": 2.5 * (number % 4)}
+        answer = json.dumps(({"scores": scores} if nested else scores) | {"reasoning": "It is so."})
+        metadata = {"task_id": number // 2, "evaluation_type": "clip", "model_name": "anna", "clip_number": number}
+        rows.append({"prompt": row(number)["instruction"], "response": answer, "metadata": metadata})
+    (project / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    names = {"dataset": "reward_model_clip", "eval_dataset": "reward_model_clip_eval"}
+    write_config(project / "config.yaml", **names, learning_rate=1e-2)
+    script("convert_dataset.py", "--input", "rows.jsonl", "--scale", "0", "10", "--config", "config.yaml", cwd=project)
+    script("train.py", "--config", "config.yaml", "--export", cwd=project)
+    (project / "new.jsonl").write_text(json.dumps({key: rows[0][key] for key in ("prompt", "metadata")}) + "\n")
+    shutil.rmtree(project / "data")  # the judge itself knows what it learnt
+
+    shape = Shape(("quality",), nested)
+    for judge in (("--run", "saves/run"), ("--model", "exported_model")):
+        done = script("score_trajectories.py", "new.jsonl", *judge, cwd=project)
+        (line,) = map(json.loads, done.stdout.splitlines())
+        assert line["status"] == "ok" and line["request_hash"] == Request(rows[0]["prompt"], shape).digest.hex()
+        asked_otherwise = replace(shape, nested=not nested)
+        source = judge_source_in(project / judge[1])
+        (unsure,) = Scorer(source).judgements([Request(rows[0]["prompt"], asked_otherwise)])
+        assert unsure.status == "unsure", "it was asked in a form that it has never seen"
 
 
 @pytest.mark.llamafactory

@@ -394,6 +394,13 @@ def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
         ('{"scores": {"a": 0.9}\n},\n"summary": "s"}', "repairing it would lose text"),
         ('```json\n{"a_score": 0.8}5,\n"summary": "s"}\n```', "the scores share a line with other text"),
         (f"{DRAFT}\n<think>Hm.", "the text around the answer may change it"),
+        (f"I cannot evaluate this step. A template:\n{DRAFT}", "the text around the answer may change it"),
+        (f"{DRAFT}\nI'm unable to see the page.", "the text around the answer may change it"),
+        (f"Example of the format:\n{DRAFT}", "the text around the answer may change it"),
+        (f"{PLAIN}\nPlease ignore the above.", "the text around the answer may change it"),
+        ('{"step": 1, "rating": "good"}', "no score"),
+        ('{"id": 0, "verdict": "bad"}', "no score"),
+        ('{"a_score": {"score": 0.9, "rating": 0.2}}', "two different scores for score and rating"),
         ('{"qua/lity_score": 0.5}', "a score is named qua/lity_score"),
         ('{"a_score": 0.5, " b_score": 0.5}', "a score is named  b_score"),
         ('{"a_score": "8.5%"}', "score 8.5% of a_score is not a number"),
@@ -407,6 +414,17 @@ def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
 )  # fmt: skip
 def test_every_refusal_has_its_reason(text: str, expected: str) -> None:
     assert reason(text) == expected
+
+
+def test_a_score_that_is_given_twice_has_one_value() -> None:
+    twice = "two different scores for quality"
+    assert asked_for('{"scores": {"quality": 0.7}, "quality": 0.2}', "quality", nested=True) == twice
+    assert asked_for('{"quality_score": 0.9, "quality": 0.1}', "quality", nested=True) == twice
+    assert asked_for('{"scores": {"quality": 0.7}, "quality": "Good."}', "quality") == twice  # flat, it has one place
+    verdict = read_verdict('{"scores": {"quality": 0.7}, "quality": 0.70, "step": 2}', Shape(("quality",), nested=True))
+    assert isinstance(verdict, Verdict) and verdict.texts == {"step": 2}
+    explained = '{"scores": {"quality": 0.7}, "quality": "Good."}'
+    assert asked_for(explained, "quality", nested=True) == {"quality": 0.7}
 
 
 def test_a_misspelt_key_is_refused() -> None:
@@ -432,6 +450,12 @@ def test_what_was_asked_for_distinguishes_scores_from_other_numbers() -> None:
     assert asked_for(quoted, "correctness_score") == "the scores share a line with other text"
     found = 'It found:\n{"title": "x", "score": 0.93}\nA good page.'
     assert asked_for(found, "correctness_score") == "other scores than were asked for"
+    for other in ("confidence", "tool_result", "error"):
+        quoted = f'{{"{other}": {{"score": 0.95}}, "summary": "A bad step."}}'
+        assert asked_for(quoted, "correctness_score") == "correctness_score is missing"
+    assert asked_for('{"evaluation": {"score": 0.9}, "summary": "s"}', "correctness_score") == {
+        "correctness_score": 0.9
+    }
     assert asked_for('{"a_score": 0.9, "summary": "cut', "a_score", "b_score") == "cut off inside the scores"
     assert asked_for('{"scores": {"a": 0.9}, "b": 0.8}', "a", "b", nested=True) == (
         "the scores are not together in one object"

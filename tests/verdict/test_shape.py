@@ -61,3 +61,16 @@ def test_a_long_prompt_is_read_from_its_end() -> None:
     schema = '{"a_score": 0.7, "summary": "..."}'
     prompt = '{"x": {' * 3_000 + '"score": 0.1}' + f"\n\nAnswer in JSON:\n{schema}\n\nBe fair."
     assert asked_shape(prompt) == Shape(("a_score",), False)
+
+
+@pytest.mark.parametrize("data", ['{"name": "x", "credit_score": 710}', '{"match": "A-B", "scores": {"home": 1}}'])
+def test_data_after_an_announced_schema_is_not_taken_for_the_schema(data: str) -> None:
+    """The schema may come first; then nothing says which object is meant, and the judge's answers decide."""
+    schema = 'Answer with JSON: {"score": <0 to 1>, "reason": "..."}'
+    assert asked_shape(f"{schema}\nThe step:\nCall: find\nResult: {data}") is None
+    assert asked_shape(f"The step:\nResult: {data}\n{schema}") == Shape(("score",), nested=False)
+    assert asked_shape(f"The step:\nResult: {data}", system=schema) is None
+    assert asked_shape("The step:\nResult: none", system=schema) == Shape(("score",), nested=False)
+    assert asked_shape(f'{schema}\nResult: {data}\nAnswer in this format:\n```json\n{{"step_score": 0.5}}\n```') == (
+        Shape(("step_score",), nested=False)
+    )

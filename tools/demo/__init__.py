@@ -1,1 +1,1 @@
-"""The demo's base models, built without a download. The demo's data is written by `tools/make_sample/`."""
+"""The demo's base models, built without a download. `tools/make_sample/` writes the demo's data."""

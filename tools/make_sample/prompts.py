@@ -1,4 +1,4 @@
-"""The prompts that the judges are given, built like the prompts of real judged trajectories, in our own words.
+"""The prompts for the judges, built like the prompts of real judged trajectories, but in our own words.
 
 The numbers in the output schemas are examples, the same in every prompt, and never the answer.
 """
@@ -99,7 +99,7 @@ Answer in this JSON format:
 
 
 def clip_prompt(question: str, history: str, clip: Clip) -> str:
-    """The prompt of an ordinary clip; its verdict has `reasonableness_score`."""
+    """Render the prompt of an ordinary clip; its verdict has `reasonableness_score`."""
     tool = TOOLS.get(clip.category)
     exchange = "(no call)"
     if tool:
@@ -118,7 +118,7 @@ def clip_prompt(question: str, history: str, clip: Clip) -> str:
 
 
 def answer_prompt(question: str, history: str, answer: Answer) -> str:
-    """The prompt of the last clip; its verdict has `correctness_score`."""
+    """Render the prompt of the last clip; its verdict has `correctness_score`."""
     return _ANSWER.format(
         question=question,
         history=history,
@@ -130,7 +130,7 @@ def answer_prompt(question: str, history: str, answer: Answer) -> str:
 
 
 def category_prompt(question: str, category: str, judged_clips: Sequence[str]) -> str:
-    """The prompt of one tool category; its verdict has the tool's metrics in `scores`."""
+    """Render the prompt of one tool category; its verdict has the tool's metrics in `scores`."""
     metrics = TOOLS[category].metrics
     return _CATEGORY.format(
         category=category,
@@ -142,7 +142,7 @@ def category_prompt(question: str, category: str, judged_clips: Sequence[str]) -
 
 
 def final_prompt(question: str, judged_clips: Sequence[str], answer: Answer) -> str:
-    """The prompt of the whole trajectory; its verdict has `FINAL_METRICS` in `scores`."""
+    """Render the prompt of the whole trajectory; its verdict has `FINAL_METRICS` in `scores`."""
     return _FINAL.format(
         question=question,
         clips="\n".join(judged_clips),

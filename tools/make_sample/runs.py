@@ -1,11 +1,11 @@
-"""Make raw agent runs of the sample's kind, in three forms, the same bytes for the same seed.
+"""Make raw agent runs like those of the sample, in three formats, the same bytes for the same seed.
 
     python -m tools.make_sample.runs --examples examples                        every file that ships
     python -m tools.make_sample.runs --labelled more_runs.jsonl --tasks 240     only labelled runs, another number
 
 `runs.jsonl` has OpenAI messages, two attempts at each task; `session.jsonl` is a session of Claude Code, `trace.json`
 an OTLP trace with GenAI attributes. Labelled runs have the quality of every step, which the generator knows, in the
-column `labels`: the demo's judge of raw runs learns from `labelled_runs.jsonl`.
+column `labels`. The demo's judge of raw runs is trained on `labelled_runs.jsonl`.
 """
 
 import argparse
@@ -27,14 +27,14 @@ EXAMPLE_TASKS = 3
 ATTEMPTS = 2
 LABELLED_SEED = 0
 LABELLED_TASKS = 120
-"""Of `labelled_runs.jsonl`, from which the demo's second judge learns: with more of them, the demo takes longer."""
+"""Number of tasks in `labelled_runs.jsonl`, on which the demo's second judge is trained; more make the demo slower."""
 SYSTEM = "You answer questions with the tools that you have. Say so when you do not know."
 
 Message = dict[str, Any]
 
 
 def draw_run(seed: int, task: int, attempt: int) -> Trajectory:
-    """An attempt at a task; attempts at one task differ in what the agent does."""
+    """Draw an attempt at a task; attempts at one task differ in what the agent does."""
     return draw_trajectory(random.Random(f"{seed}:run:{task}"), random.Random(f"{seed}:run:{task}:{attempt}"))
 
 
@@ -55,7 +55,7 @@ def message_runs(seed: int, tasks: int, *, labelled: bool = False) -> Iterator[d
 
 
 def messages_of(run: Trajectory) -> list[Message]:
-    """A run as OpenAI messages: the clips are calls with results, the answer is the last message."""
+    """Convert a run to OpenAI messages: the clips are calls with results, the answer is the last message."""
     messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": run.question}]
     for clip in run.clips:
         message: Message = {"role": "assistant", "content": None, "reasoning_content": clip.thought}
@@ -70,7 +70,7 @@ def messages_of(run: Trajectory) -> list[Message]:
 
 
 def session_lines(run: Trajectory) -> Iterator[dict[str, Any]]:
-    """The run as a session of Claude Code: thought and call of one answer are on separate lines."""
+    """Yield the lines of a run as a Claude Code session: thought and call of one response are on separate lines."""
     parent = None
     count = 0
 
@@ -95,16 +95,16 @@ def session_lines(run: Trajectory) -> Iterator[dict[str, Any]]:
 
 
 def trace(run: Trajectory) -> dict[str, Any]:
-    """The run as an OTLP trace: one `chat` span for each answer of the model, with all messages before it."""
-    opening, *said = messages_of(run)[1:]
-    messages = [{"role": "user", "parts": [{"type": "text", "content": opening["content"]}]}, *map(_in_parts, said)]
+    """Convert a run to an OTLP trace: one `chat` span per response of the model, with all messages before it."""
+    opening, *others = messages_of(run)[1:]
+    messages = [{"role": "user", "parts": [{"type": "text", "content": opening["content"]}]}, *map(_in_parts, others)]
     spans: list[dict[str, Any]] = []
-    for place, message in enumerate(messages):
+    for position, message in enumerate(messages):
         if message["role"] == "assistant":
             attributes = {
                 "gen_ai.operation.name": "chat",
                 "gen_ai.system_instructions": json.dumps([{"type": "text", "content": SYSTEM}]),
-                "gen_ai.input.messages": json.dumps(messages[:place], ensure_ascii=False),
+                "gen_ai.input.messages": json.dumps(messages[:position], ensure_ascii=False),
                 "gen_ai.output.messages": json.dumps([message], ensure_ascii=False),
             }
             pairs = [{"key": key, "value": {"stringValue": value}} for key, value in attributes.items()]
@@ -150,10 +150,14 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
 def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the examples here")
-    parser.add_argument("--labelled", type=Path, metavar="FILE", help="write labelled runs as messages")
-    parser.add_argument("--seed", type=int, default=LABELLED_SEED, help="other tasks (default: %(default)s)")
-    parser.add_argument("--tasks", type=int, default=LABELLED_TASKS, help="of --labelled (default: %(default)s)")
+    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the examples to this folder")
+    parser.add_argument("--labelled", type=Path, metavar="FILE", help="write labelled runs as messages to this file")
+    parser.add_argument(
+        "--seed", type=int, default=LABELLED_SEED, help="another seed gives other tasks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tasks", type=int, default=LABELLED_TASKS, help="number of tasks for --labelled (default: %(default)s)"
+    )
     return cli.run(_command, parser)
 
 

@@ -4,11 +4,11 @@
 
     python -m tools.make_sample --new-steps examples/new_steps.jsonl     three steps without answers, to be scored
 
-No real agent or judge wrote any of it. It has the schema and the quirks of real data: two judges of different
+No real agent or judge wrote any of it. It has the format and the quirks of real data: two judges of different
 strictness and noise answer the same prompts; every trajectory has ordinary clips, a last clip with the answer, one
-evaluation for each tool category and one for the whole; category and final prompts show the mean clip scores; about one
-task in seven is not in English. 8 % of the answers are broken: 3 % are fenced, 1.5 % have a bare newline and 1 % bare
-quotes inside a string, 1 % are truncated, 1 % are empty, 0.5 % are prose without a score.
+evaluation for each tool category and one for the whole trajectory; category and final prompts show the mean clip
+scores; about one task in seven is not in English. 8 % of the answers are corrupted: 3 % are fenced, 1.5 % have a bare
+newline and 1 % bare quotes inside a string, 1 % are truncated, 1 % are empty, 0.5 % are prose without a score.
 The score follows from what the prompt shows, so that a model can learn it: see `tools.make_sample.trajectories`.
 """
 
@@ -33,7 +33,7 @@ from tools.make_sample.scenes import TOOLS
 from tools.make_sample.trajectories import Answer, Clip, Trajectory, draw_trajectory
 
 DEFAULT_TASKS = 240
-"""Of `finetune.jsonl`. The demo's judge of raw runs learns from other tasks: `LABELLED_TASKS` in `runs.py`."""
+"""Number of tasks in `finetune.jsonl`. The demo's judge of raw runs has other tasks: `LABELLED_TASKS` in `runs.py`."""
 NEW_SEED = 29
 """The seed of a task that is not in the sample and has a fair step, a wasted one and a good one."""
 FIRST_TIMESTAMP = datetime(2025, 1, 6, 9, 0, 0)
@@ -65,7 +65,7 @@ def sample_rows(seed: int = 0, tasks: int = DEFAULT_TASKS) -> Iterator[dict[str,
 
 
 def _evaluations(rng: random.Random, trajectory: Trajectory) -> Iterator[Evaluation]:
-    """Judge a trajectory: its clips, its tool categories, its answer, and the whole of it."""
+    """Judge a trajectory: its clips, its tool categories, its answer, and the trajectory as a whole."""
     question, clips, answer = trajectory.question, trajectory.clips, trajectory.answer
     verdicts = [_clip_verdicts(rng, clip) for clip in clips]
     judged = [_judged_clip(clip.number, clip.category, both) for clip, both in zip(clips, verdicts, strict=True)]
@@ -128,7 +128,7 @@ def _answer_verdicts(rng: random.Random, answer: Answer) -> list[Verdict]:
 
 
 def _overall_verdicts(rng: random.Random, qualities: Mapping[str, float]) -> list[Verdict]:
-    """The judges' verdicts on a category or a trajectory, given the true quality for each score key."""
+    """Draw the judges' verdicts on a category or a trajectory, given the true quality for each score key."""
     verdicts = []
     for judge in JUDGES:
         scores = {key: judges.score(judge, rng, quality) for key, quality in qualities.items()}
@@ -138,7 +138,7 @@ def _overall_verdicts(rng: random.Random, qualities: Mapping[str, float]) -> lis
 
 
 def _category_qualities(category: str, clip_qualities: Sequence[float]) -> dict[str, float]:
-    """Every metric is the mean over the clips, except goal_achievement, which is that of the best clip."""
+    """Average the clips for every metric, except goal_achievement, which is that of the best clip."""
     qualities = dict.fromkeys(TOOLS[category].metrics, fmean(clip_qualities))
     return qualities | {"goal_achievement": max(clip_qualities)}
 
@@ -154,13 +154,13 @@ def _final_qualities(trajectory: Trajectory) -> dict[str, float]:
 
 
 def _history(verdicts: Sequence[Sequence[Verdict]]) -> str:
-    """What a later prompt says about the clips before it: the first judge's sentences."""
+    """Summarise the earlier clips for a later prompt, with the first judge's sentences."""
     sentences = (f"Clip {number}: {first['summary']}" for number, (first, *_) in enumerate(verdicts, start=1))
     return " ".join(sentences) or "none, the agent starts here."
 
 
 def _judged_clip(number: int, category: str, verdicts: Sequence[Verdict]) -> str:
-    """A judged clip as category and final prompts show it: every judge's sentence, and the mean score."""
+    """Render a judged clip for category and final prompts: every judge's sentence, and the mean score."""
     sentences = " | ".join(
         f"{PROVIDER}_{judge.name}: {verdict['summary']}" for judge, verdict in zip(JUDGES, verdicts, strict=True)
     )
@@ -180,7 +180,7 @@ def new_steps() -> Iterator[dict[str, Any]]:
 
 
 def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as JSONL, completely or not at all, and return how many there were."""
+    """Write rows as JSONL, completely or not at all, and return their number."""
     count = 0
     with atomic_write(output) as stream:
         for row in rows:
@@ -203,9 +203,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.make_sample", description="Make a synthetic finetune.jsonl of judged trajectories."
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the sample there")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the sample to this file")
     seed = "another seed gives other trajectories (default %(default)s)"
     parser.add_argument("--seed", type=int, default=0, help=seed)
-    parser.add_argument("--tasks", type=int, default=DEFAULT_TASKS, help="how many (default %(default)s)")
-    parser.add_argument("--new-steps", type=Path, metavar="FILE", help="write three steps without answers there")
+    parser.add_argument("--tasks", type=int, default=DEFAULT_TASKS, help="number of tasks (default %(default)s)")
+    parser.add_argument("--new-steps", type=Path, metavar="FILE", help="write three steps without answers to this file")
     return cli.run(_command, parser)

@@ -45,7 +45,7 @@ class Phrasebook:
     places: Strings
     irrelevant: Strings
     thoughts: Mapping[str, Strings]
-    """Manner of the thought -> phrases. `again` goes with a repeated call, `assume` with none."""
+    """Manner of the thought -> phrases. `again` goes with a repeated call, `assume` with no call."""
     closing: Mapping[str, Strings]
     """Standing of the final answer -> the last thought."""
     answers: Mapping[str, str]

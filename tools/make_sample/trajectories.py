@@ -23,7 +23,7 @@ OUTCOME_QUALITY = {
     "again": 0.17,
     "assume": 0.07,
 }
-"""What a call found -> the quality of the clip. `again` repeats the previous call, `assume` makes no call."""
+"""Outcome of a call -> the quality of the clip. `again` repeats the previous call, `assume` makes no call."""
 
 OUTCOME_SHARES = {
     "found": 0.36,
@@ -36,7 +36,7 @@ OUTCOME_SHARES = {
 }
 
 MANNER_BONUS = {"planned": 0.06, "plain": 0.0, "vague": -0.14}
-"""How clear the thought before the call is -> what it adds to the quality."""
+"""Clarity of the thought before the call -> what it adds to the quality."""
 
 STANDING_QUALITY = {"right": 0.97, "unchecked": 0.80, "rough": 0.50, "slip": 0.15, "guess": 0.10, "unknown": 0.03}
 """Standing of the final answer -> its correctness. A `slip` is wrong but looks right."""
@@ -46,7 +46,7 @@ STANDING_SHARES = {
     "partial": {"unchecked": 0.15, "rough": 0.65, "guess": 0.20},
     "other": {"rough": 0.10, "guess": 0.55, "unknown": 0.35},
 }
-"""The best outcome of the clips -> how likely each standing of the final answer is."""
+"""Best outcome of the clips -> the probability of each standing of the final answer."""
 
 
 @dataclass(frozen=True)

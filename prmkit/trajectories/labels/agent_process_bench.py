@@ -10,7 +10,7 @@ from typing import Any
 
 from prmkit.trajectories.content import as_text, is_message_list, turns_of
 from prmkit.trajectories.run import Keys, Reader, Run
-from prmkit.trajectories.run_fields import label_of, outcome_of, tools_of
+from prmkit.trajectories.run_fields import id_of, label_of, outcome_of, tools_of
 
 
 def recognises(value: Any) -> bool:
@@ -27,8 +27,8 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
     """The run of one line."""
     lost: Counter[str] = Counter()
     source = as_text(value.get("data_source") or value.get("dataset"))
-    task = "_".join(filter(None, (source, as_text(value["query_index"]))))
-    sample = as_text(value.get("sample_index"))
+    task = "_".join(filter(None, (source, id_of(value, "query_index"))))
+    sample = id_of(value, "sample_index")
     truth = value.get("ground_truth")
     yield Run(
         turns_of(value["messages"], lost),

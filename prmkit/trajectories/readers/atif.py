@@ -9,7 +9,7 @@ from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, mapping, read_call
 from prmkit.trajectories.run import Keys, Reader, Run, Turn
-from prmkit.trajectories.run_fields import tools_of
+from prmkit.trajectories.run_fields import id_of, tools_of
 from prmkit.trajectory import Call, Result
 
 
@@ -33,9 +33,8 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
             lost["steps copied from another run"] += 1
         else:
             turns += _turns(step, index, lost)
-    identity = value.get("trajectory_id") or value.get("session_id")
     tools = tools_of(mapping(value.get("agent")).get("tool_definitions"))
-    yield Run(turns, lost, trajectory_id=as_text(identity) or None, tools=tools)
+    yield Run(turns, lost, trajectory_id=id_of(value, "trajectory_id", "session_id"), tools=tools)
     for called in value.get("subagent_trajectories") or ():
         if isinstance(called, dict) and isinstance(called.get("steps"), list):
             yield from read(called, _keys)

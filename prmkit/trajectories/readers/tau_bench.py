@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.content import as_name, as_text, is_message_list, mapping, turns_of
+from prmkit.trajectories.content import as_text, is_message_list, mapping, turns_of
 from prmkit.trajectories.run import Keys, Reader, Run, Turn
-from prmkit.trajectories.run_fields import outcome_of
+from prmkit.trajectories.run_fields import id_of, outcome_of
 
 
 def recognises(value: Any) -> bool:
@@ -35,12 +35,12 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
         solution = mapping(value["info"].get("task")).get("actions")
         yield _run(value, value["traj"], value.get("reward"), solution)
         return
-    tasks = {str(task.get("id")): task for task in value.get("tasks") or () if isinstance(task, dict)}
+    tasks = {id_of(task, "id"): task for task in value.get("tasks") or () if isinstance(task, dict)}
     policy = as_text(mapping(mapping(value.get("info")).get("environment_info")).get("policy"))
     for simulation in value.get("simulations", [value]):
         if isinstance(simulation, dict) and is_message_list(simulation.get("messages")):
             reward = mapping(simulation.get("reward_info")).get("reward")
-            solution = tasks.get(str(simulation.get("task_id")), {}).get("evaluation_criteria")
+            solution = tasks.get(id_of(simulation, "task_id"), {}).get("evaluation_criteria")
             run = _run(simulation, simulation["messages"], reward, solution)
             if policy and not any(turn.role == "system" for turn in run.turns):
                 run.turns.insert(0, Turn("system", policy))
@@ -54,8 +54,8 @@ def _run(value: Mapping[str, Any], messages: list[Any], reward: Any, solution: A
     return Run(
         turns_of(messages, lost),
         lost,
-        task_id=as_name(value.get("task_id")) or None,
-        trajectory_id=as_name(value.get("id")) or None,
+        task_id=id_of(value, "task_id"),
+        trajectory_id=id_of(value, "id"),
         outcome=outcome_of({"reward": reward}),
         reference=as_text(solution) or None,
     )
