@@ -40,32 +40,32 @@ class ShapeOf:
     keys: tuple[str, ...] = ()
     """The keys that the user named; if empty, the prompt's schema decides, then the evaluation type."""
     known: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Evaluation type -> keys in converted data. They come before those of `trained`."""
+    """Evaluation type -> keys in converted data, which override those of `trained`."""
     trained: Mapping[str, Sequence[Shape]] | None = None
-    """Evaluation type -> shapes of the labels that the judge learnt, most frequent first."""
+    """Evaluation type -> shapes of the judge's training labels, most frequent first."""
 
     def __call__(self, prompt: str, evaluation_type: str | None, system: str | None = None) -> Shape | str:
         """The shape, or why it is not known."""
         asked = asked_shape(prompt, system)
         learnt = (self.trained or {}).get(evaluation_type or "", ())
         if self.keys:
-            return asked if asked and asked.keys == self.keys else self._as_learnt(self.keys, learnt)
+            return asked if asked and asked.keys == self.keys else self._as_learned(self.keys, learned)
         if asked:
             return asked
         if known := tuple(self.known.get(evaluation_type or "", ())):
-            shape = self._as_learnt(known, learnt)
-            return shape if shape.nested or len(known) == 1 or shape in learnt else _ambiguous(known)
-        if not learnt:
+            shape = self._as_learned(known, learned)
+            return shape if shape.nested or len(known) == 1 or shape in learned else _ambiguous(known)
+        if not learned:
             return f"the prompt shows no score keys, and none are known for its evaluation type; {_NAME_THEM}"
         if any(set(shape.keys) - set(learnt[0].keys) for shape in learnt):
             return _ambiguous(dict.fromkeys(", ".join(shape.keys) for shape in learnt))
         return learnt[0]
 
-    def _as_learnt(self, keys: tuple[str, ...], learnt: Sequence[Shape]) -> Shape:
-        """Keys in the place of the labels with the same keys, first of the same evaluation type.
+    def _as_learned(self, keys: tuple[str, ...], learned: Sequence[Shape]) -> Shape:
+        """Return the shape of training labels with these keys, preferring those of the same evaluation type.
 
-        Without such labels: judges write a single score at the top level (`reasonableness_score`), and several in a
-        `scores` object.
+        Without such labels, a single score is at the top level (`reasonableness_score`), and several are in a `scores`
+        object, as judges write them.
         """
         shapes = [*learnt, *chain.from_iterable((self.trained or {}).values())]
         places = (shape.nested for shape in shapes if set(shape.keys) == set(keys))
@@ -374,7 +374,7 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
     # A challenger is always loaded here, on the same device.
     loading = ("adapter", *(() if getattr(arguments, "challenger", None) else ("device", "dtype")))
     if given := _given(arguments, loading):
-        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url names a server. Leave it out.")
+        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url is a server. Leave it out.")
     for url in arguments.base_url:
         check_url(url)
     first, *others = arguments.base_url
@@ -386,7 +386,7 @@ def _check_no_server(arguments: argparse.Namespace) -> None:
     if arguments.backend == "openai":
         raise UsageError("--backend openai needs --base-url and --model, the model's name on the server.")
     if given := _given(arguments, ("tokenizer", "api_key_env", *_SERVER_SETTINGS)):
-        raise UsageError(f"{given}: only for a judge on a server. Name the server with --base-url.")
+        raise UsageError(f"{given}: only for a judge on a server. Pass its address with --base-url.")
 
 
 def _given(arguments: argparse.Namespace, names: Iterable[str]) -> str:

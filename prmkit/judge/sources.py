@@ -154,7 +154,7 @@ def _rubrics_in(file: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _shapes_in(file: Path, record: Mapping[str, Any]) -> Mapping[str, Sequence[Shape]] | None:
-    """The shapes of the training labels in a record; older records have none."""
+    """Return the shapes of the training labels in a record; None for an older record without them."""
     if record.get("label_shapes") is None:
         return None
     try:
@@ -163,7 +163,7 @@ def _shapes_in(file: Path, record: Mapping[str, Any]) -> Mapping[str, Sequence[S
             for evaluation_type, shapes in record["label_shapes"].items()
         }
     except (AttributeError, LookupError, TypeError) as error:
-        raise DataError(f"{file}: damaged: label_shapes. Create it again, or restore it.") from error
+        raise DataError(f"{file}: damaged: label_shapes. Create it again, or restore a backup.") from error
 
 
 def encoding_of(source: JudgeSource) -> ChatEncoding:

@@ -60,12 +60,12 @@ def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:
 
 
 def shapes_for(source: JudgeSource, data: Path | None, keys: tuple[str, ...] = ()) -> ShapeOf:
-    """Which scores to ask a judge for.
+    """Return the rule for which scores to request from a judge.
 
     Args:
-        source: the judge; what its training labels looked like decides, if that is recorded.
-        data: converted data that the user named, whose keys come first.
-        keys: the keys that the user named.
+        source: the judge; the shapes of its training labels decide, if they are recorded.
+        data: converted data that the user passed, whose keys override these.
+        keys: the keys that the user chose.
     """
     asks_data = data is not None or source.shapes is None
     return ShapeOf(keys, known_keys(data or Path("data")) if asks_data else {}, source.shapes)

@@ -147,13 +147,13 @@ def _row_problem(line: bytes, wanted: Mapping[str, type], *, others_must_be_stri
 
 
 def _answer_problem(entry: Entry, line: bytes) -> str | None:
-    """Whether a row with one question and one answer has an empty answer, from which a judge learns to say nothing."""
+    """Report an empty answer in a row with one question and one answer, which would teach a judge to write nothing."""
     if entry.ranking or not {"response", "messages"} & entry.columns.keys() or not line.strip():
         return None
     try:
         answer = entry.read(orjson.loads(line)).answer
     except ValueError:
-        return None  # several turns, which LLaMA Factory reads as well
+        return None  # several turns, which LLaMA Factory reads, too
     return None if answer.strip() else "the answer is empty, so there is nothing to learn"
 
 

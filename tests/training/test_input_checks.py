@@ -362,7 +362,7 @@ def test_rows_that_no_sidecar_describes(data: Path) -> None:
     (data / "steps_eval.meta.jsonl").unlink()
     assert (held_out(data).status, "1 prompt are also trained on" in held_out(data).found) == (Status.ERROR, True)
     write(data, "steps", [{"instruction": "aa", "output": "x"}])
-    assert (held_out(data).status, "1 prompt, none trained on" in held_out(data).found) == (Status.OK, True)
+    assert (held_out(data).status, "1 prompt; no overlap with training" in held_out(data).found) == (Status.OK, True)
 
 
 @pytest.mark.parametrize("answer", ["", "  \n"])
