@@ -47,7 +47,7 @@ class ShapeOf:
     def __call__(self, prompt: str, evaluation_type: str | None, system: str | None = None) -> Shape | str:
         """The shape, or why it is not known."""
         asked = asked_shape(prompt, system)
-        learnt = (self.trained or {}).get(evaluation_type or "", ())
+        learned = (self.trained or {}).get(evaluation_type or "", ())
         if self.keys:
             return asked if asked and asked.keys == self.keys else self._as_learned(self.keys, learned)
         if asked:
@@ -57,9 +57,9 @@ class ShapeOf:
             return shape if shape.nested or len(known) == 1 or shape in learned else _ambiguous(known)
         if not learned:
             return f"the prompt shows no score keys, and none are known for its evaluation type; {_NAME_THEM}"
-        if any(set(shape.keys) - set(learnt[0].keys) for shape in learnt):
-            return _ambiguous(dict.fromkeys(", ".join(shape.keys) for shape in learnt))
-        return learnt[0]
+        if any(set(shape.keys) - set(learned[0].keys) for shape in learned):
+            return _ambiguous(dict.fromkeys(", ".join(shape.keys) for shape in learned))
+        return learned[0]
 
     def _as_learned(self, keys: tuple[str, ...], learned: Sequence[Shape]) -> Shape:
         """Return the shape of training labels with these keys, preferring those of the same evaluation type.
@@ -67,7 +67,7 @@ class ShapeOf:
         Without such labels, a single score is at the top level (`reasonableness_score`), and several are in a `scores`
         object, as judges write them.
         """
-        shapes = [*learnt, *chain.from_iterable((self.trained or {}).values())]
+        shapes = [*learned, *chain.from_iterable((self.trained or {}).values())]
         places = (shape.nested for shape in shapes if set(shape.keys) == set(keys))
         return Shape(keys, next(places, not all(map(is_score_key, keys))))
 
