@@ -230,11 +230,9 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
             "held-out", f"{shared} are also trained on, for example {example}", f"Convert both together: {CONVERT}"
         )
     if any(entry.sidecar is None for side in sides for entry in side):
-        found = (
-            f"{_count(len(kept[1]), 'prompt')}, none trained on; tasks are not compared, because no sidecar has them"
-        )
+        found = f"{_count(len(kept[1]), 'prompt')}; no overlap with training; tasks are not compared, because no sidecar has them"
         return ok("held-out", found)
-    found = f"{_count(len(kept[1]), 'prompt')} of {_count(len(kept[0]), 'task')}, none trained on"
+    found = f"{_count(len(kept[1]), 'prompt')} from {_count(len(kept[0]), 'task')}; no overlap with training"
     if not kept[0]:
         advice = "Rows without task_id cannot be held out by task: steps of one task may be on both sides."
         return warning("held-out", f"{found}; no row names its task", advice)
