@@ -230,7 +230,7 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
             "held-out", f"{shared} are also trained on, for example {example}", f"Convert both together: {CONVERT}"
         )
     if any(entry.sidecar is None for side in sides for entry in side):
-        found = f"{_count(len(kept[1]), 'prompt')}; no overlap with training; tasks are not compared, because no sidecar has them"
+        found = f"{_count(len(kept[1]), 'prompt')}; no overlap with training; tasks are unknown (no sidecar)"
         return ok("held-out", found)
     found = f"{_count(len(kept[1]), 'prompt')} from {_count(len(kept[0]), 'task')}; no overlap with training"
     if not kept[0]:
