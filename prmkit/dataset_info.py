@@ -17,7 +17,7 @@ from prmkit.errors import DataError
 from prmkit.files import numbered_jsonl, read_json, read_jsonl, sha256_of
 from prmkit.layouts import Rejected
 from prmkit.paths import HELD_OUT_SUFFIX, INFO, sidecar_of
-from prmkit.prompts.cleaning import restore
+from prmkit.prompts.cleaning import unescape
 from prmkit.registered import DATA, is_registered
 from prmkit.rows import prompt_hash, task_of, trajectory_of
 from prmkit.verdict import Shape, Unreadable, answer_prefix, read_answer
@@ -254,7 +254,7 @@ def label_shape(label: str, scores: Mapping[str, float]) -> Shape:
     for nested in (False, True):  # a canonical label has this prefix; others must be parsed
         if label.startswith(answer_prefix(shape := Shape(keys, nested), {})):
             return shape
-    answer = read_answer(restore(label, answer=True))
+    answer = read_answer(unescape(label, answer=True))
     return Shape(keys, len(keys) > 1 if isinstance(answer, Unreadable) else answer.nested)
 
 

@@ -136,7 +136,7 @@ def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 @contextmanager
 def open_input(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file of lines for reading bytes; a compressed file (see `PACKINGS`) is decompressed while reading.
+    """Open a file of lines for reading bytes; a compressed file (see `COMPRESSIONS`) is decompressed while reading.
 
     Only read errors become a `DataError`; other errors raised while the file is open, for example write errors, are
     passed on unchanged.
@@ -149,7 +149,7 @@ def open_input(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}. Check the path.") from error
     with raw:
-        packing = packing_of(path)
+        packing = compression_of(path)
         content = packing.unpack(raw) if packing else raw
         with io.BufferedReader(_NamedStream(content, str(path)), _READ_AHEAD) as lines:
             yield lines
@@ -229,7 +229,7 @@ class _ZstandardReader(io.RawIOBase):
         self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
 
 
-class Packing(NamedTuple):
+class Compression(NamedTuple):
     """A compression format."""
 
     name: str
@@ -239,27 +239,27 @@ class Packing(NamedTuple):
     """Function that opens a compressed stream for reading."""
 
 
-PACKINGS: Mapping[str, Packing] = {
-    ".gz": Packing("gzip", b"\x1f\x8b", lambda raw: gzip.GzipFile(fileobj=raw)),
-    ".bz2": Packing("bzip2", b"BZh", bz2.BZ2File),
-    ".zst": Packing("Zstandard", b"\x28\xb5\x2f\xfd", _ZstandardReader),
+COMPRESSIONS: Mapping[str, Compression] = {
+    ".gz": Compression("gzip", b"\x1f\x8b", lambda raw: gzip.GzipFile(fileobj=raw)),
+    ".bz2": Compression("bzip2", b"BZh", bz2.BZ2File),
+    ".zst": Compression("Zstandard", b"\x28\xb5\x2f\xfd", _ZstandardReader),
 }
 """File suffix -> compression format."""
 
 
-def packing_of(path: Path) -> Packing | None:
+def compression_of(path: Path) -> Compression | None:
     """Return the compression format of a file, by its suffix; None if it is not compressed."""
-    return PACKINGS.get(path.suffix.lower())
+    return COMPRESSIONS.get(path.suffix.lower())
 
 
-def unpacked_name(path: Path) -> str:
+def uncompressed_name(path: Path) -> str:
     """Return the name of a file without its compression suffix: `rows.jsonl` for `rows.jsonl.gz` and `rows.jsonl`."""
-    return path.stem if packing_of(path) else path.name
+    return path.stem if compression_of(path) else path.name
 
 
 def stored_form(path: Path) -> Path | None:
     """Return the file or, if it does not exist, a compressed version of it; None if neither exists."""
-    versions = (path.with_name(path.name + suffix) for suffix in ("", *PACKINGS))
+    versions = (path.with_name(path.name + suffix) for suffix in ("", *COMPRESSIONS))
     return next((version for version in versions if version.is_file()), None)
 
 

@@ -1,7 +1,7 @@
 """The JSON values of an input file, whatever its layout: what conversion, scoring and import read, one at a time.
 
-A file holds one value per line, or one array, or objects one after another; it may be packed. `rows` says what a row
-means, `trajectories.readers` what a run means.
+A file holds one value per line, or one array, or objects one after another; it may be compressed. `rows` says what a
+row means, `trajectories.readers` what a run means.
 """
 
 import codecs
@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from prmkit.errors import DataError
-from prmkit.files import PACKINGS, open_input, open_stdin, packing_of, unpacked_name
+from prmkit.files import COMPRESSIONS, compression_of, open_input, open_stdin, uncompressed_name
 
 STDIN = "-"
 LONGEST_LINE = 4 << 20
@@ -25,21 +25,21 @@ ANY_LENGTH = 1 << 60
 """Bytes. A run may have any size that fits in memory."""
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-"""How the names of files with one value a line end, packed or not."""
+"""How the names of files with one value a line end, compressed or not."""
 ROW_SUFFIXES = (*LINE_SUFFIXES, ".json")
-"""How the names of files of rows end, packed or not."""
+"""How the names of files of rows end, compressed or not."""
 SUFFIXES = (*ROW_SUFFIXES, ".traj")
-"""How the names of files of JSON end, packed or not. In a file of another name, anything else is refused at once."""
+"""How the names of files of JSON end, compressed or not. In other files, anything else is refused at once."""
 
 
 def is_named(path: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file's name ends in one of the suffixes, packed or not."""
-    return unpacked_name(path).lower().endswith(suffixes)
+    """Whether a file's name ends in one of the suffixes, compressed or not."""
+    return uncompressed_name(path).lower().endswith(suffixes)
 
 
 def bare_name(path: Path) -> str:
     """The name of a file of rows without its suffixes: `rows` for `rows.jsonl.gz`."""
-    name = unpacked_name(path)
+    name = uncompressed_name(path)
     return Path(name).stem if is_named(path, ROW_SUFFIXES) else name
 
 
@@ -188,13 +188,13 @@ _OTHER_FILES = {
 
 
 def _check_kind_of_file(start: bytes, name: str) -> None:
-    """Reject a file that is packed, a table, or binary. `start` is its first line that is not empty."""
-    for suffix, packing in PACKINGS.items():
+    """Reject a file that is compressed, a table, or binary. `start` is its first line that is not empty."""
+    for suffix, packing in COMPRESSIONS.items():
         if start.startswith(packing.magic):
-            if packing_of(Path(name)):
-                raise DataError(f"{name}: packed twice. Unpack it once.")
-            advice = "Unpack it first" if name == "stdin" else f"Give it a name that ends in {suffix}"
-            raise DataError(f"{name}: packed with {packing.name}. {advice}.")
+            if compression_of(Path(name)):
+                raise DataError(f"{name}: compressed twice. Decompress it once.")
+            advice = "Decompress it first" if name == "stdin" else f"Give it a name that ends in {suffix}"
+            raise DataError(f"{name}: compressed with {packing.name}. {advice}.")
     for mark, encoding in _ENCODINGS.items():
         if start.startswith(mark):
             command = f"iconv -f {encoding} -t UTF-8 {name} > lines.jsonl"

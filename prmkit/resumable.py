@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from prmkit.errors import DataError, UsageError
-from prmkit.files import atomic_write, read_json, unpacked_name, write_all, write_json
+from prmkit.files import atomic_write, read_json, uncompressed_name, write_all, write_json
 
 log = logging.getLogger("prmkit")
 
@@ -23,7 +23,7 @@ def companion_file(file: Path, what: str) -> Path:
 
     An output that was compressed later keeps its companion: that of `scores.jsonl.gz` is `scores.what`, too.
     """
-    return file.with_name(f"{unpacked_name(file).removesuffix('.jsonl')}.{what}")
+    return file.with_name(f"{uncompressed_name(file).removesuffix('.jsonl')}.{what}")
 
 
 def fingerprint_file(file: Path) -> Path:
@@ -74,7 +74,7 @@ def check_plain_name(file: Path) -> None:
     Raises:
         UsageError: the name ends in .gz or another such suffix.
     """
-    if (name := unpacked_name(file)) != file.name:
+    if (name := uncompressed_name(file)) != file.name:
         raise UsageError(f"{file}: the output is never compressed. Write to {name}, and compress it afterwards.")
 
 

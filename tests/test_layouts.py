@@ -212,7 +212,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "Arrow": (lambda all: b"ARROW1\0\0", "an Arrow file"),
     "zip": (lambda all: b"PK\x03\x04\0", "a zip archive or a spreadsheet.*inspect log convert"),
     "SQLite": (lambda all: b"SQLite format 3\0", "an SQLite database"),
-    "gzip": (lambda all: gzip.compress(b"{}", mtime=0), r"packed with gzip. Give it a name that ends in \.gz"),
+    "gzip": (lambda all: gzip.compress(b"{}", mtime=0), r"compressed with gzip. Give it a name that ends in \.gz"),
     "nested too deeply": (
         lambda all: spread(all[:1]) + '{"a":\n' * 99_000 + "1" + "}" * 99_000, "nested too deeply, after item 1"
     ),

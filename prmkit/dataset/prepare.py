@@ -20,9 +20,9 @@ import orjson
 
 from prmkit.dataset.settings import Settings
 from prmkit.errors import DataError
-from prmkit.files import PACKINGS, hash_content, open_input, open_stdin
+from prmkit.files import COMPRESSIONS, hash_content, open_input, open_stdin
 from prmkit.layouts import ROW_SUFFIXES, STDIN, Line, Rejected, is_named, parse_line, read_lines
-from prmkit.prompts.cleaning import count_leaked_scores, mask_leaked_scores, neutralise
+from prmkit.prompts.cleaning import count_leaked_scores, escape, mask_leaked_scores
 from prmkit.prompts.step import load_rubric
 from prmkit.rows import EXPECTED, WEIGHT, InputRow, is_weight, prompt_hash, read_row
 from prmkit.trajectories.rows import labelled_rows
@@ -78,7 +78,7 @@ def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
             (row_files if readable else others).append(str(path))
     if not row_files:
         raise DataError(
-            f"{folder} has no row files ({', '.join(ROW_SUFFIXES)}, optionally {', '.join(PACKINGS)}). Check the path."
+            f"{folder} has no row files ({', '.join(ROW_SUFFIXES)}, also {', '.join(COMPRESSIONS)}). Check the path."
         )
     return row_files, others
 
@@ -281,7 +281,7 @@ class Preparer:
         if _repeats_example(verdict.texts.get("summary"), row.prompt):
             raise Rejected("copies the example in the prompt's schema")
         canonical = render_verdict(verdict)
-        label, markers = neutralise(canonical if self._settings.labels == "canonical" else row.answer, answer=True)
+        label, markers = escape(canonical if self._settings.labels == "canonical" else row.answer, answer=True)
         return PreparedRow(
             line.number, row, wanted, prompt, label, canonical, dict(verdict.scores), verdict.repairs, markers
         )
@@ -316,9 +316,9 @@ def _clean(prompt: str, system: str | None, mask: bool) -> CleanPrompt:
     masked, leaked_scores = mask_leaked_scores(prompt) if mask else (prompt, count_leaked_scores(prompt))
     if masked != prompt:
         digest = prompt_hash(masked, system)
-    text, markers = neutralise(masked)
+    text, markers = escape(masked)
     if system:
-        system, more = neutralise(system)
+        system, more = escape(system)
         markers += more
     return CleanPrompt(system, text, sha256, digest, markers, leaked_scores, asked_shape(prompt, system))
 

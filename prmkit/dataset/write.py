@@ -18,7 +18,7 @@ from prmkit.dataset.stage import DUPLICATE, Stage
 from prmkit.dataset_info import dataset_entry, training_row
 from prmkit.files import write_all
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, SIDECAR_SUFFIX, TASKS
-from prmkit.prompts.cleaning import neutralise, restore
+from prmkit.prompts.cleaning import escape, unescape
 from prmkit.rows import EVALUATION_TYPES, SELECTED_BY, WEIGHT, without_selection
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_answer, render_verdict
 
@@ -234,13 +234,13 @@ def _consensus_row(
     Returns None for a row that must be left out.
     """
     sidecar = orjson.loads(row.sidecar)
-    asked = asked_shape(restore(row.prompt), restore(row.system) if row.system else None)
-    answer = read_answer(restore(row.label, answer=True), asked)
+    asked = asked_shape(unescape(row.prompt), unescape(row.system) if row.system else None)
+    answer = read_answer(unescape(row.label, answer=True), asked)
     if isinstance(answer, Unreadable):
         _warn_of_left_out(sidecar, answer.reason)
         return None
     scores = {key: score / 100 for key, score in orjson.loads(row.consensus or b"{}").items()}
-    label, _ = neutralise(render_verdict(Verdict(scores, answer.nested, answer.texts)), answer=True)
+    label, _ = escape(render_verdict(Verdict(scores, answer.nested, answer.texts)), answer=True)
     prompt = row.prompt
     if guard:
         (measured,) = guard.fit([(row.system, prompt, label)])

@@ -256,7 +256,7 @@ def runs_with_outcome(file: Path) -> list[Trajectory]:
     known = [run for run in runs if outcome_number(run.outcome) is not None]
     if not known:
         raise DataError(
-            f"{file}: no run has an outcome from 0 to 1. Name its field when importing: import_trajectories.py "
+            f"{file}: no run has an outcome from 0 to 1. Pass its field when importing: import_trajectories.py "
             "--outcome-key NAME."
         )
     if len(known) < len(runs):

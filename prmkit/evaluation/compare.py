@@ -370,7 +370,7 @@ def check_enough_scores(metrics: Mapping[str, Any], gates: str) -> None:
 
 
 def check_min_spearman(metrics: Mapping[str, Any], least: float) -> None:
-    """Fail if the lower end of a type's Spearman correlation is below a threshold or unknown.
+    """Fail if the lower bound of a type's Spearman correlation is below a threshold or unknown.
 
     Raises:
         GateError: this holds for at least one evaluation type.
@@ -382,7 +382,7 @@ def check_min_auroc(metrics: Mapping[str, Any], least: float) -> None:
     """The same for AUROC: bad steps (below 0.5) must be distinguished from good ones on every evaluation type.
 
     Raises:
-        GateError: the lower end is below the threshold or unknown.
+        GateError: the lower bound is below the threshold or unknown.
     """
     _check_lower_end(
         metrics, f"--min-auroc {least:g}", least, lambda group: group["judge"]["bad_step"][STRICT]["auroc"]
@@ -398,7 +398,7 @@ def _check_lower_end(
             if estimate["low"] is None:
                 yield f"{name}: cannot be decided ({estimate['reason']})"
             elif estimate["low"] < least:
-                yield f"{name}: {shown(estimate, '.3f')}, so the lower end is below {least:g}"
+                yield f"{name}: {shown(estimate, '.3f')}, so the lower bound is below {least:g}"
 
     if found := list(failures()):
         raise GateError(f"{gate}: {'; '.join(found)}.")

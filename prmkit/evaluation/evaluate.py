@@ -146,7 +146,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{folder}: is a file, but the results need a folder. Name another one.") from error
+        raise UsageError(f"{folder} is a file, but the results need a folder. Choose another --output.") from error
     except OSError as error:
         raise DataError(f"{folder}: cannot be created ({error.strerror}). Choose another one with --output.") from error
 

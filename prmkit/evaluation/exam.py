@@ -342,7 +342,7 @@ def _training_rows(record: Mapping[str, Any], data_folder: Path) -> Iterator[Map
     if None in sidecars:
         raise DataError(
             f"{data_folder}: the training data {', '.join(names)} or its sidecar is missing, so it cannot be checked "
-            "whether the judge was trained on these tasks. Name its folder with --data-dir."
+            "whether the judge was trained on these tasks. Pass its folder with --data-dir."
         )
     if described.get("sha256") and not has_rows(data_folder, described):
         raise DataError(

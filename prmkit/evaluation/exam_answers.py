@@ -17,7 +17,7 @@ from typing import Any
 
 from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
-from prmkit.files import numbered_jsonl, unpacked_name
+from prmkit.files import numbered_jsonl, uncompressed_name
 from prmkit.layouts import bare_name
 from prmkit.rows import SELECTED_BY, name_at, weight_of, whole_number
 from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
@@ -104,7 +104,13 @@ def _by_name(runs: Sequence[ExamRun]) -> dict[str, ExamRun]:
     named: dict[str, list[ExamRun]] = defaultdict(list)
     for run in runs:
         file = str(run.record.source.get("file")) if run.record else ""
-        for name in {run.task_id, file, file.removesuffix(".json"), unpacked_name(Path(file)), bare_name(Path(file))}:
+        for name in {
+            run.task_id,
+            file,
+            file.removesuffix(".json"),
+            uncompressed_name(Path(file)),
+            bare_name(Path(file)),
+        }:
             named[name].append(run)
     single = {name: found[0] for name, found in named.items() if len(found) == 1 and name}
     return single | {run.trajectory_id: run for run in runs}

@@ -11,7 +11,7 @@ from prmkit.files import read_json
 from prmkit.judge.sources import JudgeSource, read_object
 from prmkit.judge.types import Asking, Judgement, Request
 from prmkit.paths import EXPORT_NOTE
-from prmkit.prompts.cleaning import neutralise
+from prmkit.prompts.cleaning import escape
 
 log = logging.getLogger("prmkit")
 
@@ -109,7 +109,7 @@ def _ask(source: JudgeSource, requests: Sequence[Request], batch_size: int) -> _
     from prmkit.judge.transformers_judge import load_model
 
     judge = load_model(source)
-    prompts = [neutralise(request.prompt)[0] for request in requests]
+    prompts = [escape(request.prompt)[0] for request in requests]
     tokenizer = judge.encoding.tokenizer
     chat_ids = None
     if tokenizer.chat_template:

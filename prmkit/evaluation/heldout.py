@@ -19,7 +19,7 @@ from prmkit.evaluation.statistics import weighted_mean, weighted_median
 from prmkit.files import read_json, read_jsonl, sha256_of
 from prmkit.leniency import Leniency, corrected_mean, estimate_leniency
 from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT, sidecar_of
-from prmkit.prompts.cleaning import restore
+from prmkit.prompts.cleaning import unescape
 from prmkit.rows import SELECTED_BY, WEIGHT, task_of, trajectory_of, weight_of, whole_number, without_selection
 from prmkit.verdict import Shape, asked_shape
 
@@ -148,12 +148,12 @@ def _held_out_prompt(
     sha256: str, rows: list[_LabelledRow], references: References, leniency: Leniency
 ) -> HeldOutPrompt:
     texts, first = rows[0]
-    prompt, metadata = restore(texts.prompt), _with_weight([meta["metadata"] for _, meta in rows])
-    system = restore(texts.system) if texts.system else None
+    prompt, metadata = unescape(texts.prompt), _with_weight([meta["metadata"] for _, meta in rows])
+    system = unescape(texts.system) if texts.system else None
     task = task_of(metadata) or f"prompt {sha256[:12]}"
     answers: dict[str, str] = {}
     for row, meta in rows:
-        answers.setdefault(_judge_of(meta), restore(row.answer, answer=True))
+        answers.setdefault(_judge_of(meta), unescape(row.answer, answer=True))
     return HeldOutPrompt(
         id=first["id"],
         prompt=prompt,

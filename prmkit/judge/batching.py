@@ -7,7 +7,7 @@ from itertools import islice
 
 from prmkit.judge.score_trie import answer_ids, label_beginning
 from prmkit.judge.types import Distribution, Judgement, Request
-from prmkit.prompts.cleaning import neutralise, restore
+from prmkit.prompts.cleaning import escape, unescape
 from prmkit.prompts.encoding import ChatEncoding
 from prmkit.prompts.truncation import trim_prompt
 from prmkit.verdict import Shape, Unreadable, read_verdict
@@ -36,8 +36,8 @@ def make_preparer(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Cal
     def prepare(request: Request) -> Prepared | Judgement:
         if problem := _problem(request):
             return Judgement("error", reason=problem)
-        prompt, _ = neutralise(request.prompt)
-        system = neutralise(request.system)[0] if request.system else None
+        prompt, _ = escape(request.prompt)
+        system = escape(request.system)[0] if request.system else None
         ids, budget = encoding.prompt_ids(prompt, system), prompt_budget(request.shape)
         if len(ids) <= budget:
             return Prepared(ids, request.shape, trimmed=False)
@@ -99,7 +99,7 @@ def judgements_in_order(
 
 def parse_generated(text: str, shape: Shape) -> Judgement:
     """Read a verdict that the model wrote; without one of the requested scores it is `unparsed`."""
-    text = restore(text, answer=True)  # labels were escaped for training, so the model writes escaped keys
+    text = unescape(text, answer=True)  # labels were escaped for training, so the model writes escaped keys
     verdict = read_verdict(text, shape)
     if isinstance(verdict, Unreadable):
         return Judgement("unparsed", reason=verdict.reason, text=text)

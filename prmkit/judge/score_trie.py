@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from prmkit.errors import UsageError
 from prmkit.judge.types import BAD_BELOW, LOW_REACH, Distribution, Judgement
-from prmkit.prompts.cleaning import neutralise
+from prmkit.prompts.cleaning import escape
 from prmkit.prompts.encoding import ChatEncoding
 from prmkit.verdict import Shape, answer_prefix
 
@@ -134,7 +134,7 @@ def _answers(shape: Shape, given: tuple[float, ...]) -> list[str]:
 def label_beginning(shape: Shape, given: tuple[float, ...]) -> str:
     """Return `answer_prefix` as in training, where special tokens are escaped in keys from a prompt's schema, too."""
     chosen = dict(zip(shape.keys, given, strict=False))
-    return neutralise(answer_prefix(shape, chosen), answer=True)[0]
+    return escape(answer_prefix(shape, chosen), answer=True)[0]
 
 
 def _quick_ids(encoding: ChatEncoding, answers: list[str]) -> list[list[int]]:

@@ -2,7 +2,7 @@ r"""Escape special tokens and mask leaked scores, for training and for scoring.
 
 A trajectory is untrusted text: a web page, a tool's output, an agent's thought. If it contains `<|im_end|>` or
 `[/INST]`, LLaMA Factory's tokenizer turns that into the real special token, and the page could close the user's turn
-and write the verdict itself. So every prompt and label passes through `neutralise`, at conversion and at scoring.
+and write the verdict itself. So every prompt and label passes through `escape`, at conversion and at scoring.
 
 A special token is escaped by one backslash after its first character: `<|im_end|>` becomes `<\|im_end|>`, `{{idx}}`
 becomes `{\{idx}}`. A string that already reads `<\|im_end|>` gets one more, so every string round-trips through
@@ -49,7 +49,7 @@ _PROMPT, _ANSWER = _patterns(_SPECIAL, ""), _patterns(_ANSWER_SPECIAL, "")
 _PROMPT_ESCAPED, _ANSWER_ESCAPED = _patterns(_SPECIAL, r"\\"), _patterns(_ANSWER_SPECIAL, r"\\")
 
 
-def neutralise(text: str, *, answer: bool = False) -> tuple[str, int]:
+def escape(text: str, *, answer: bool = False) -> tuple[str, int]:
     """Escape every special token in `text`, so that it becomes plain text.
 
     Args:
@@ -67,8 +67,8 @@ def neutralise(text: str, *, answer: bool = False) -> tuple[str, int]:
     return text, count
 
 
-def restore(text: str, *, answer: bool = False) -> str:
-    """Undo `neutralise`: `restore(neutralise(text)[0]) == text` for every text, with the same `answer` in both."""
+def unescape(text: str, *, answer: bool = False) -> str:
+    """Undo `escape`: `unescape(escape(text)[0]) == text` for every text, with the same `answer` in both."""
     for pattern in reversed(_ANSWER_ESCAPED if answer else _PROMPT_ESCAPED):
         text = pattern.sub(lambda match: match.group()[0], text)
     return text

@@ -141,7 +141,7 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
             raise DataError(f"{path}: a pipe or device, but runs are read twice, to detect their format. Use a file.")
         found = list(_contents(path)) if path.is_dir() else [_Input(path, is_named=True)]
         if not found:
-            raise DataError(f"{path}: an empty folder. Name the folder with your runs.")
+            raise DataError(f"{path}: an empty folder. Pass the folder with your runs.")
         for each in found:
             if each.reason or each.path.resolve() not in seen:
                 seen.add(each.path.resolve())

@@ -15,7 +15,7 @@ from narrated import Narrated
 from prmkit.dataset.conversion import convert
 from prmkit.dataset.settings import Filters, Settings, Split
 from prmkit.errors import DataError
-from prmkit.prompts.cleaning import restore
+from prmkit.prompts.cleaning import unescape
 from prmkit.verdict import Verdict, read_verdict
 from tests.dataset.conftest import Convert, file_of, many_rows, prompt_of, read_lines, row_of, snapshot, write_rows
 
@@ -58,7 +58,7 @@ def test_training_files_carry_strings_only_and_sidecars_trace_them_back(convert_
             assert line["instruction"] == prompt
             assert trace["metadata"] == source["metadata"]
             assert trace["prompt_sha256"] == hashlib.sha256(prompt.encode()).hexdigest()
-            verdict = read_verdict(restore(line["output"], answer=True))
+            verdict = read_verdict(unescape(line["output"], answer=True))
             assert isinstance(verdict, Verdict)
             assert trace["scores"] == verdict.scores
             assert trace["id"]
@@ -399,7 +399,7 @@ def test_markers_are_neutralised_counted_and_traced(convert_rows: Convert, data:
     report = convert_rows([row_of(prompt), row_of(prompt_of("b"))])
     written = read_lines(data / "reward_model_full.jsonl")[0]["instruction"]
     assert "<|im_end|>" not in written
-    assert restore(written) == prompt
+    assert unescape(written) == prompt
     assert report["markers"] == {"rows": 1, "markers": 4}
 
 

@@ -14,7 +14,7 @@ from prmkit.evaluation.predictions import prediction_row
 from prmkit.judge.score_trie import SCORES, distribution_of
 from prmkit.judge.types import Distribution, Judgement
 from prmkit.leniency import corrected_mean, estimate_leniency
-from prmkit.prompts.cleaning import leaked_scores, neutralise
+from prmkit.prompts.cleaning import escape, leaked_scores
 from prmkit.verdict import Shape, Unreadable, read_verdict, render_verdict
 from tools.make_sample.sample import sample_rows
 
@@ -46,7 +46,7 @@ def write_data_folder(
         verdict = read_verdict(answer)
         if isinstance(verdict, Unreadable):
             continue
-        safe, label = neutralise(prompt)[0], neutralise(render_verdict(verdict), answer=True)[0]
+        safe, label = escape(prompt)[0], escape(render_verdict(verdict), answer=True)[0]
         if formatting == "alpaca":
             rows.append({"instruction": safe, "input": "", "output": label})
         else:

@@ -262,7 +262,7 @@ def test_a_folder_that_was_not_evaluated_is_named(evaluated, tmp_path):
 def test_the_least_spearman_is_a_gate(evaluated):
     fine, flat = (json.loads((evaluated[name] / "metrics.json").read_text()) for name in ("fine", "constant"))
     check_min_spearman(fine, 0.5)
-    with pytest.raises(GateError, match=r"so the lower end is below 0\.999"):
+    with pytest.raises(GateError, match=r"so the lower bound is below 0\.999"):
         check_min_spearman(fine, 0.999)
     with pytest.raises(GateError, match="cannot be decided"):
         check_min_spearman(flat, 0.0)

@@ -68,7 +68,7 @@ def test_runs_are_imported_and_scored(tmp_path: Path, suffix: str, packing: str)
 @pytest.mark.parametrize("packing", PACKED)
 @pytest.mark.parametrize(("inside", "why"), [
     (b"# Notes", "not JSON"), (b"PK\x03\x04...", "a zip archive"), (b"\x7fELF\0", "a binary file"),
-    (gzip.compress(b"{}"), "packed twice"), (bz2.compress(b"{}"), "packed twice"),
+    (gzip.compress(b"{}"), "compressed twice"), (bz2.compress(b"{}"), "compressed twice"),
 ], ids=["text", "zip", "binary", "gzip", "bzip2"])  # fmt: skip
 def test_what_is_in_a_packed_file_is_why_it_is_refused(tmp_path: Path, inside: bytes, why: str, packing: str) -> None:
     file = tmp_path / f"r.eval{packing}"
@@ -88,7 +88,7 @@ def test_a_packed_file_with_a_wrong_name_is_refused(tmp_path: Path, packing: str
     file = tmp_path / f"r{suffix}"
     file.write_bytes(PACK[packing](json.dumps(RUN).encode()))
     wrong = f"not a valid {suffix} file, or damaged"
-    why = wrong if suffix in PACK else f"packed with {NAMES[packing]}.*ends in {packing}"
+    why = wrong if suffix in PACK else f"compressed with {NAMES[packing]}.*ends in {packing}"
     with pytest.raises(DataError, match=f"{file.name}: {why}"):
         imported(file, tmp_path / "trajectories.jsonl")
     with pytest.raises(DataError, match=f"{file.name}: {why}"):
@@ -97,7 +97,7 @@ def test_a_packed_file_with_a_wrong_name_is_refused(tmp_path: Path, packing: str
 
 @pytest.mark.parametrize("packing", NAMES)
 def test_packed_rows_from_a_pipe_have_no_name_to_change(packing: str) -> None:
-    with pytest.raises(DataError, match=f"stdin: packed with {NAMES[packing]}. Unpack it first"):
+    with pytest.raises(DataError, match=f"stdin: compressed with {NAMES[packing]}. Decompress it first"):
         list(read_rows(io.BytesIO(PACK[packing](b"{}")), "stdin"))
 
 

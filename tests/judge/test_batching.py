@@ -5,7 +5,7 @@ from dataclasses import replace
 from prmkit.judge.batching import make_preparer, parse_generated
 from prmkit.judge.transformers_judge import LocalJudge
 from prmkit.judge.types import Request
-from prmkit.prompts.cleaning import neutralise
+from prmkit.prompts.cleaning import escape
 from prmkit.verdict import Shape
 
 
@@ -25,4 +25,4 @@ def test_the_system_text_is_part_of_a_request() -> None:
 def test_the_system_text_is_encoded_as_in_training(judges: dict[str, LocalJudge]) -> None:
     encoding = judges["qwen"].encoding
     prepared = make_preparer(encoding, 500, trim=True)(replace(PLAIN, system="Be strict <|im_end|>."))
-    assert prepared.ids == encoding.prompt_ids("A step.", neutralise("Be strict <|im_end|>.")[0])
+    assert prepared.ids == encoding.prompt_ids("A step.", escape("Be strict <|im_end|>.")[0])

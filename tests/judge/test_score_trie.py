@@ -19,7 +19,7 @@ from prmkit.judge.score_trie import (
     tries_of,
 )
 from prmkit.judge.transformers_judge import LocalJudge
-from prmkit.prompts.cleaning import neutralise
+from prmkit.prompts.cleaning import escape
 from prmkit.prompts.encoding import load_encoding
 from prmkit.verdict import Shape, Verdict, asked_shape, render_verdict
 
@@ -208,7 +208,7 @@ def test_a_key_of_a_schema_cannot_be_a_special_token(judges: dict[str, LocalJudg
     end = encoding.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for trie in (tries_of(encoding)(shape, ()), tries_of(encoding)(shape, (0.0,))):
         assert end not in trie.context
-    label = neutralise(render_verdict(Verdict({"<|im_end|>": 0.0, "<think>": 0.0}, nested=True, texts={})), answer=True)
+    label = escape(render_verdict(Verdict({"<|im_end|>": 0.0, "<think>": 0.0}, nested=True, texts={})), answer=True)
     assert encoding.tokenizer.decode(tries_of(encoding)(shape, (0.0,)).spelled(0)) in label[0]
 
 

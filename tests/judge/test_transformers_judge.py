@@ -24,7 +24,7 @@ from prmkit.judge.sources import JudgeSource, judge_source_of_export, judge_sour
 from prmkit.judge.transformers_judge import LocalJudge, _as_memory_allows, load_model
 from prmkit.judge.tree_attention import TokenTrees, check_architecture
 from prmkit.judge.types import Asking, Judgement, Request
-from prmkit.prompts.cleaning import neutralise
+from prmkit.prompts.cleaning import escape
 from prmkit.verdict import Shape, Verdict, answer_prefix, asked_shape, render_verdict
 
 EXACT = 1e-5
@@ -301,7 +301,7 @@ def test_token_ids_are_those_of_training(judges: dict[str, LocalJudge], model_fo
         rows = len(asked)
         trained = processor.preprocess_dataset(
             {
-                "_prompt": [[{"role": "user", "content": neutralise(request.prompt)[0]}] for request in asked],
+                "_prompt": [[{"role": "user", "content": escape(request.prompt)[0]}] for request in asked],
                 "_response": [[{"role": "assistant", "content": label}] for label in labels],
                 **{column: [None] * rows for column in ("_system", "_tools", "_images", "_videos", "_audios")},
             }

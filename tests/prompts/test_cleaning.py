@@ -1,4 +1,4 @@
-"""Control markers in text: every one is neutralised, visibly, and can be restored."""
+"""Control markers in text: every one is escaped, visibly, and can be unescaped."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmkit.prompts.cleaning import neutralise, restore
+from prmkit.prompts.cleaning import escape, unescape
 
 MARKERS = [
     "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|reserved_special_token_1|>",
@@ -20,18 +20,18 @@ MARKERS = [
 @pytest.mark.parametrize("marker", MARKERS)
 def test_a_marker_becomes_plain_text_and_back(marker: str) -> None:
     text = f"page {marker}{marker} end"
-    neutral, found = neutralise(text)
+    neutral, found = escape(text)
     assert found == 2
     assert marker not in neutral
-    assert restore(neutral) == text
+    assert unescape(neutral) == text
 
 
 def test_thoughts_are_control_in_answers_only() -> None:
-    assert neutralise("<think>x</think>") == ("<think>x</think>", 0)
-    neutral, found = neutralise("<think>x</think>", answer=True)
+    assert escape("<think>x</think>") == ("<think>x</think>", 0)
+    neutral, found = escape("<think>x</think>", answer=True)
     assert found == 2
     assert "<think>" not in neutral
-    assert restore(neutral, answer=True) == "<think>x</think>"
+    assert unescape(neutral, answer=True) == "<think>x</think>"
 
 
 NO_CONTROL = {"<tool_response>", "</tool_response>", "<response>", "</response>", "</answer>", "###"}
@@ -57,7 +57,7 @@ def test_no_template_of_llama_factory_has_a_marker_that_stays() -> None:
         if "{{" not in marker
     }
     assert len(markers) > 50
-    plain = {marker for marker in markers if not neutralise(marker, answer=True)[1] and re.search(r"\W", marker)}
+    plain = {marker for marker in markers if not escape(marker, answer=True)[1] and re.search(r"\W", marker)}
     assert plain <= NO_CONTROL
 
 
@@ -66,12 +66,12 @@ pieces = st.lists(st.sampled_from([*MARKERS, "\\", "<", "|", ">", "{", "[", "im_
 
 @given(pieces.map("".join), st.booleans())
 def test_neutralising_is_reversible_for_every_text(text: str, answer: bool) -> None:
-    neutral, _ = neutralise(text, answer=answer)
-    assert restore(neutral, answer=answer) == text
+    neutral, _ = escape(text, answer=answer)
+    assert unescape(neutral, answer=answer) == text
     assert not [marker for marker in MARKERS if marker in neutral]
 
 
 @given(pieces.map("".join))
 def test_neutralising_twice_is_undone_by_restoring_twice(text: str) -> None:
-    twice, _ = neutralise(neutralise(text)[0])
-    assert restore(restore(twice)) == text
+    twice, _ = escape(escape(text)[0])
+    assert unescape(unescape(twice)) == text

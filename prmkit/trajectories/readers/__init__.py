@@ -1,7 +1,7 @@
 """The readers of all formats of runs, one module per format; the readers of traces share `traces`.
 
 A new form is a module here, and its name in `_SPECIFIC`. If its files have a suffix of their own, add that to
-`SUFFIXES` in `prmkit/layouts.py`; how packed files are opened (`.gz`) is in `prmkit/files.py`.
+`SUFFIXES` in `prmkit/layouts.py`; how compressed files are opened (`.gz`) is in `prmkit/files.py`.
 """
 
 from collections.abc import Iterable

@@ -114,7 +114,7 @@ class _Said:
         self._known: dict[int, tuple[bool, int | None]] = {}
 
     def opening(self, call: ModelCall) -> int:
-        """The system text and the first other message: the same in all calls of a conversation."""
+        """The system prompt and the first other message: the same in all calls of a conversation."""
         found = []
         for message in call.given:
             is_system, said = self._of(message)
@@ -124,7 +124,7 @@ class _Said:
         return hash(tuple(found))
 
     def beginnings(self, *lists: list[Any]) -> list[int]:
-        """The hashes of all beginnings of a conversation; a changed system text does not make it another one."""
+        """The hashes of all beginnings of a conversation; a changed system prompt does not make it another one."""
         found = [hash(())]
         for message in chain(*lists):
             is_system, said = self._of(message)
@@ -133,7 +133,7 @@ class _Said:
         return found
 
     def _of(self, message: Any) -> tuple[bool, int | None]:
-        """Whether it is a system text, and the hash of what it says; None if that is nothing."""
+        """Whether it is a system prompt, and the hash of what it says; None if that is nothing."""
         try:
             key = hash(orjson.dumps(message))
         except TypeError:  # nested deeply, or with a number of more than 64 bits
