@@ -303,5 +303,5 @@ def test_text_that_repeats_a_token_without_end_costs_no_time(repeated: str) -> N
     began = time.monotonic()
     for prompt in ("[INST]Hi[/INST]", "<｜User｜>Hi<｜Assistant｜>", f"[INST]Hi[/INST]{repeated * 9999}"):
         with suppress(DataError):
-            run_of_policy(prompt, repeated * 9999, whole=False)
+            run_of_policy(prompt, repeated * 9999, includes_prompt=False)
     assert time.monotonic() - began < 5
