@@ -214,6 +214,8 @@ _CONTENT = {
     "output", "system", "tools",
 }  # fmt: skip
 """The columns that are not metadata. Also list every column here that `_texts` reads."""
+PROMPT_COLUMNS = ("conversations", "messages", "prompt", "instruction")
+"""The columns of which a row has one, with its prompt."""
 _IDENTITY = ("task_id", "trajectory_id", "model_name", "evaluation_type", "clip_number")
 
 

@@ -19,7 +19,7 @@ from prmkit.errors import DataError
 from prmkit.evaluation.exam import NO_ERROR, ExamRun, judged_row
 from prmkit.files import numbered_jsonl, uncompressed_name
 from prmkit.layouts import bare_name
-from prmkit.rows import SELECTED_BY, name_at, weight_of, whole_number
+from prmkit.rows import PROMPT_COLUMNS, SELECTED_BY, name_at, weight_of, whole_number
 from prmkit.trajectories.run_fields import BAD, GOOD, NEUTRAL
 
 log = logging.getLogger("prmkit")
@@ -153,7 +153,7 @@ def _counts_messages(value: Mapping[str, Any]) -> bool:
 
 def _is_row(value: Mapping[str, Any]) -> bool:
     """Whether a line is a row of a strong judge, as in the input of the conversion, and not a score."""
-    return "conversations" in value or ("messages" in value and "score" not in value)
+    return "conversations" in value or ("score" not in value and not value.keys().isdisjoint(PROMPT_COLUMNS))
 
 
 def _judge_of(value: Mapping[str, Any]) -> str | None:

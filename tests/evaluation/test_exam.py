@@ -221,7 +221,11 @@ def test_strong_judges_that_first_asked_are_weighed(ternary: Path, capsys: pytes
     as_chat = [{"messages": [{"role": "user", "content": row["conversations"][0]["value"]},
                              {"role": "assistant", "content": row["conversations"][1]["value"]}],
                 "metadata": row["metadata"]} for row in kept]  # fmt: skip
-    assert take(ternary, "--predictions", public.write_lines(ternary.parent / "chat.jsonl", as_chat))["strong"] == found
+    as_columns = [{"instruction": row["conversations"][0]["value"], "output": row["conversations"][1]["value"],
+                   "metadata": row["metadata"]} for row in kept]  # fmt: skip
+    for other in (as_chat, as_columns):
+        path = public.write_lines(ternary.parent / "other.jsonl", other)
+        assert take(ternary, "--predictions", path)["strong"] == found
     both = take(ternary, "--predictions", public.write_lines(ternary.parent / "both.jsonl", kept + asked_anyway))
     assert value(both["strong"], "auroc") == pytest.approx(roc_auc_score(bad, suspicion))
 
