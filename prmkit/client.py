@@ -71,7 +71,7 @@ class Reward:
 
 @dataclass
 class Judge:
-    """A judge behind a URL. Safe to use from several threads."""
+    """A judge at a URL. Safe to use from several threads."""
 
     url: str
     key: str | None = field(default=None, repr=False)

@@ -336,7 +336,7 @@ def _training_rows(record: Mapping[str, Any], data_folder: Path) -> Iterator[Map
     described = _described(record, "dataset")
     names = list(filter(None, split_names(described.get("name"))))
     if not names:
-        raise DataError("the training data of this judge is unknown. Name a run (--run) that has its resolved config.")
+        raise DataError("the training data of this judge is unknown. Pass a training run with --run.")
     entries = read_entries(data_folder) if (data_folder / INFO).is_file() else {}
     sidecars = [entries[name].sidecar if name in entries else None for name in names]
     if None in sidecars:
@@ -347,7 +347,7 @@ def _training_rows(record: Mapping[str, Any], data_folder: Path) -> Iterator[Map
     if described.get("sha256") and not has_rows(data_folder, described):
         raise DataError(
             f"{data_folder}: {', '.join(names)} is not what the judge was trained on; it was converted again. Convert "
-            "the original rows again with the same options, or name the folder of the original data with --data-dir."
+            "the original rows again with the same options, or pass the folder of the original data with --data-dir."
         )
     for sidecar in filter(None, sidecars):
         yield from read_sidecar(sidecar)
@@ -362,7 +362,7 @@ def _described(record: Mapping[str, Any], side: str) -> Mapping[str, Any]:
 def check_new_tasks(held_out: HeldOut, folder: Path, source: JudgeSource) -> str | None:
     """Reject held-out rows of tasks that a judge was trained on.
 
-    One conversion never puts a task on both sides, so rows of the conversion that the judge was trained with need no
+    One conversion never puts a task in both splits, so rows of the conversion that the judge was trained with need no
     comparison; another conversion may hold out other tasks.
 
     Args:

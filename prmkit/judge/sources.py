@@ -146,7 +146,7 @@ def judge_source_of_export(folder: Path) -> JudgeSource:
 
 
 def _rubrics_in(file: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the rubrics in a record; a record without the key is from before rubrics: its judge knows no rubric."""
+    """Return the rubrics in a record; a record without the key is older than rubrics: the list is empty."""
     rubrics = record.get("rubrics", [])
     if not isinstance(rubrics, list):
         raise DataError(f"{file}: damaged: rubrics is not a list.")

@@ -170,7 +170,7 @@ class _Routes:
             self._warmup = await self._first_line(service.judge)
             if self._warmup["status"] != "failed":
                 break
-            await asyncio.sleep(_WARMUP_PAUSE)  # the server behind the judge may still be starting
+            await asyncio.sleep(_WARMUP_PAUSE)  # the judge's server may still be starting
         if service.trial:  # if the challenger fails, the production judge answers instead
             self._warmup["challenger"] = await self._first_line(service.trial.challenger)
 

@@ -1,6 +1,6 @@
 """The readers of all formats of runs, one module per format; the readers of traces share `traces`.
 
-A new form is a module here, and its name in `_SPECIFIC`. If its files have a suffix of their own, add that to
+To add a format, write a module here and add its name to `_SPECIFIC`. If its files have a new suffix, add that to
 `SUFFIXES` in `prmkit/layouts.py`; how compressed files are opened (`.gz`) is in `prmkit/files.py`.
 """
 
