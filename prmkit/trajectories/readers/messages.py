@@ -8,7 +8,7 @@ from typing import Any
 
 from prmkit.trajectories.content import is_message_list, parsed, turns_of
 from prmkit.trajectories.readers import codex
-from prmkit.trajectories.run import Keys, Reader, Run, UnreadableValue
+from prmkit.trajectories.run import FieldNames, Reader, Run, UnreadableValue
 from prmkit.trajectories.run_fields import SOLUTIONS, TASK_IDS, describe
 
 LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog",
@@ -33,7 +33,7 @@ def is_judged_row(value: Any) -> bool:
     )
 
 
-def read(value: Any, keys: Keys) -> Iterator[Run]:
+def read(value: Any, keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one value, or the runs of a group.
 
     Raises:
@@ -67,7 +67,7 @@ def _group(value: Mapping[str, Any]) -> list[Any]:
     return group if is_group and group else []
 
 
-def _messages(value: Mapping[str, Any], keys: Keys) -> tuple[str, list[Any]]:
+def _messages(value: Mapping[str, Any], keys: FieldNames) -> tuple[str, list[Any]]:
     if keys.messages:
         if (named := _list(value.get(keys.messages))) is None:
             raise UnreadableValue(f"no list of messages under {keys.messages}: each entry needs a role and content")
