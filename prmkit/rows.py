@@ -137,8 +137,14 @@ def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
     if isinstance(value, str):
         return as_name(value) or None
     if type(value) is int or (type(value) is float and value.is_integer()):
+        if abs(value) > _LARGEST_EXACT and type(value) is float:
+            raise Rejected(f"metadata.{key} is a number that parsers round; write it as a string")
         return str(int(value))
     raise Rejected(f"metadata.{key} is not a string")
+
+
+_LARGEST_EXACT = 2**53
+"""Above this, different integers are one floating point number, and two tasks would become one."""
 
 
 def as_name(text: str) -> str:

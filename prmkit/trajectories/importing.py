@@ -10,7 +10,7 @@ from typing import Any
 from prmkit.errors import DataError, UsageError
 from prmkit.layouts import ANY_LENGTH, Rejected, open_lines, read_values, value_or_rejected
 from prmkit.trajectories.content import mapping
-from prmkit.trajectories.readers import READERS, messages, reader_for, record
+from prmkit.trajectories.readers import READERS, is_other_run, messages, reader_for, record
 from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import FieldNames, Ids, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
 from prmkit.trajectories.run_fields import first_error, read_named
@@ -255,7 +255,7 @@ def _values(path: Path, report: FileReport) -> Iterator[tuple[int, Any]]:
             yield line.number, value_or_rejected(line)
 
 
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError)
 """Errors that readers raise: a format is detected by its structure, but the content may still be malformed."""
 
 
@@ -263,7 +263,7 @@ def _read_together(
     reader: Reader, path: Path, keys: FieldNames, report: FileReport
 ) -> Iterator[tuple[int, Run | Trajectory]]:
     try:
-        for run in reader.every(_ValidValues(path, report), keys) if reader.every else ():
+        for run in reader.every(_ValidValues(path, report, reader), keys) if reader.every else ():
             yield run.line or 1 if isinstance(run, Run) else 1, run
     except UnreadableValue as error:
         raise DataError(f"{path}: {error}.") from None
@@ -272,14 +272,16 @@ def _read_together(
 
 
 class _ValidValues:
-    """The values of a file, for a reader that needs all of them; broken lines are counted in the first iteration."""
+    """The values of a file, for a reader that needs all of them; what it cannot read is counted in the first pass."""
 
-    def __init__(self, path: Path, report: FileReport) -> None:
-        self._path, self._report, self._counted = path, report, False
+    def __init__(self, path: Path, report: FileReport, reader: Reader) -> None:
+        self._path, self._report, self._reader, self._counted = path, report, reader, False
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for line, value in _values(self._path, self._report):
             if not isinstance(value, Rejected):
+                if not self._counted and not self._reader.recognises(value) and is_other_run(value, self._reader):
+                    self._report.reject(f"does not match the format {self._reader.name}", line)
                 yield line, value
             elif not self._counted:
                 self._report.reject(value.reason, line)
