@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prmkit import cli
-from prmkit.dataset.settings import CONSENSUS, CUSTOM, Filters, LengthSettings, Settings, Split, read_tasks
+from prmkit.dataset.settings import CUSTOM, PREFIX, Filters, LengthSettings, Settings, Split, read_tasks
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import read_json
 from prmkit.llamafactory_schema import read_yaml, setting, split_assignment, value_of
-from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT
+from prmkit.paths import HELD_OUT_SUFFIX, REPORT
 from prmkit.verdict import Scale
 
 log = logging.getLogger(__name__)
@@ -277,6 +277,8 @@ def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:
         yield "--max-disagreement must be a difference of scores, 0 to 1"
     if given.max_rejected is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", given.max_rejected):
         yield "--max-rejected must be a percentage such as 5%, or a number of rows"
+    if given.labels == "verbatim" and (given.scale or given.map):
+        yield "--labels verbatim keeps the judges' own numbers and words, so leave out --scale and --map"
     yield from _problems_of_name(given.name, filters)
     if given.assignments and given.config is None:
         yield "key=value overrides --config; pass a --config, too"
@@ -296,8 +298,10 @@ def _problems_of_name(name: str | None, filters: Filters) -> Iterator[str]:
         yield "--name requires a filter: --evaluation-types, --model-names or --task-ids"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX):
         yield f"--name may have letters, digits, '_', '-' and '.', and must not end in {HELD_OUT_SUFFIX}"
-    if name in (FULL, CONSENSUS):
-        yield f"--name {name} is a variant of the main conversion; choose another name"
+    if (name.startswith(PREFIX) and name != CUSTOM) or name == "rejected":
+        yield f"--name {name} may be a file of the main conversion; choose another name"
+    if name.endswith((".meta", ".rejected", "_consensus")):
+        yield f"--name {name} may be a file of another variant; choose another name"
 
 
 def _split(arguments: argparse.Namespace, filters: Filters, output: Path) -> Split:

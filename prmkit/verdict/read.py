@@ -316,6 +316,10 @@ def _score(key: str, value: float | bool | str, scale: Scale) -> float:
         if str(value).lower() not in scale.words:
             raise _unusable(key, value, "is not a number")
         return round(scale.words[str(value).lower()], 2) + 0.0
+    if isinstance(value, Percentage) and (scale.low, scale.high) != (0, 1):
+        if scale.low != 0 or value > 1:  # of 1 to 5, 50% may be 2.5 or 3
+            raise _unusable(key, f"{100 * value:g}%", f"is a percentage on a scale of {scale.low:g} to {scale.high:g}")
+        return round(value, 2) + 0.0
     if not scale.low <= value <= scale.high:
         raise _unusable(key, value, "is out of range")
     return round((value - scale.low) / (scale.high - scale.low), 2) + 0.0
@@ -332,6 +336,10 @@ _STRICT_NUMBER = re.compile(r"(?:[-+]?(0|[1-9]\d*)(\.\d+)?|\.\d+)([eE][-+]?\d{1,
 _DECIMAL_COMMA = re.compile(r"-?\d{1,3},\d{1,2}|-?0,\d+")
 
 
+class Percentage(float):
+    """A number that the judge wrote as a percentage: on a scale of 0 to 100, `85%` is 85 and not 0.85."""
+
+
 def number_of(value: Any) -> float | None:
     """Return a number, also from a string with only a number or a percentage; None for everything else."""
     if type(value) in (int, float):
@@ -345,7 +353,7 @@ def number_of(value: Any) -> float | None:
     # `1%` and `0.95%` may mean 1 and 0.95, or hundredths; `8.5%` may be a faulty `85%`.
     if not _STRICT_NUMBER.fullmatch(digits) or (percent and (digits == "1" or not digits.isdecimal())):
         return None
-    return float(digits) / 100 if percent else float(digits)
+    return Percentage(float(digits) / 100) if percent else float(digits)
 
 
 # --- guard: reject ambiguous scores -------------------------------------------------------------------------------
