@@ -242,7 +242,7 @@ def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
         for key in _IDENTITY:
             if row.get(key) is not None and metadata.get(key) in (None, ""):
                 metadata = {**metadata, key: row[key]}
-            elif row.get(key) is not None and row[key] != metadata[key]:
+            elif row.get(key) is not None and row[key] != metadata[key] and name_in(row, key) != name_in(metadata, key):
                 raise Rejected(f"{key} differs between the row and its metadata")
     return metadata
 

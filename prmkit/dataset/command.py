@@ -125,6 +125,8 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         DataError: see `convert` and `audit`.
     """
     if arguments.audit is not None:
+        if arguments != arguments_of({"audit": arguments.audit, "json": arguments.json}):
+            raise UsageError("--audit converts nothing and takes no other option than --json. Leave the others out.")
         return _audit(arguments.audit, as_json=arguments.json)
     from prmkit.dataset.conversion import convert
     from prmkit.dataset.report import show_summary
@@ -287,6 +289,8 @@ def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:
     sets_length = given.cutoff_len is not None or given.template is not None
     if sets_length and given.tokenizer is None and given.config is None:
         yield "--cutoff-len and --template need --tokenizer, or a --config with model_name_or_path"
+    if given.too_long != LengthSettings.too_long and given.tokenizer is None and given.config is None:
+        yield "--too-long needs --tokenizer and --cutoff-len, or a --config: without them, no lengths are measured"
     if given.cutoff_len is not None and given.cutoff_len < 1:
         yield "--cutoff-len must be a number above 0"
 

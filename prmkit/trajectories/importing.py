@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import FieldNames, Ids, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
 from prmkit.trajectories.run_fields import first_error, read_named
 from prmkit.trajectories.secrets import mask, may_hold_secrets
-from prmkit.trajectory import Trajectory, dump, with_labels
+from prmkit.trajectory import Trajectory, dump, task_id_of, with_labels
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
             continue
         try:
             if may_hold_secrets(dump(run)) and not options.keep_secrets:
-                run = mask(run, report.secrets)
+                run = _masked(run, report)
         except RecursionError:
             report.reject("arguments that are nested too deeply to be written", line)
             continue
@@ -189,6 +189,13 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         yield run
     if not (report.runs or report.unreadable or reader.marks):
         raise DataError(f"{path}: no run in it, although it has the format {reader.name}.")
+
+
+def _masked(run: Trajectory, report: FileReport) -> Trajectory:
+    masked: Trajectory = mask(run, report.secrets)
+    if masked.task_id != run.task_id:  # several tasks would get one id
+        masked = replace(masked, task_id=task_id_of(run.task_id))
+    return masked
 
 
 def _check_keys(reader: Reader, keys: FieldNames, path: Path) -> None:
@@ -337,8 +344,9 @@ def _error_labels(files: Sequence[_Input], options: Options) -> dict[str, dict[i
 
 def _with_error_labels(run: Trajectory, errors: dict[str, dict[int, str | None]]) -> Trajectory:
     """Label the known errors of a run. Ids may be prefixed with the name of a part of the set."""
-    names = {name for given in (run.trajectory_id, run.task_id) for name in (given, given.rsplit("_", 1)[-1])}
-    for name in names & errors.keys():
-        turns = [Turn("agent", index=step.source_index) for step in run.steps]
-        return with_labels(run, first_error(turns, errors[name], "failure"))
-    return run
+    ids = (run.trajectory_id, run.task_id)
+    name = next((name for name in (*ids, *(each.rsplit("_", 1)[-1] for each in ids)) if name in errors), None)
+    if name is None:
+        return run
+    turns = [Turn("agent", index=step.source_index) for step in run.steps]
+    return with_labels(run, first_error(turns, errors[name], "failure"))

@@ -115,6 +115,8 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
         (["--labels", "verbatim", "--scale", "1", "5"], 2, "leave out --scale and --map"),
         (["--labels", "verbatim", "--map", "pass=1"], 2, "leave out --scale and --map"),
         (["--input", "blank.jsonl"], 1, "blank.jsonl: no rows"),
+        (["--audit", "data", "--near-duplicates", "drop"], 2, "--audit converts nothing"),
+        (["--too-long", "error"], 2, "--too-long needs --tokenizer"),
         (["--scale", "5", "1"], 2, "--scale 5 1"),
         (["--scale", "judge-a=10"], 2, "--scale judge-a=10"),
         (["--scale", "1", "5", "--scale", "0", "9"], 2, "two ranges"),

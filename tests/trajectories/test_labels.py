@@ -321,3 +321,13 @@ def test_a_label_of_400_digits_is_no_traceback(tmp_path: Path) -> None:
     reports: list[FileReport] = []
     assert not list(read_runs([tmp_path / "runs.jsonl"], Options(keys=FieldNames(labels="marks")), reports))
     assert reports[0].unreadable.total() == 1
+
+
+def test_the_errors_of_a_runs_own_id_come_before_those_of_another(read: Read) -> None:
+    """Ids may have a prefix, so "airline_7" has the errors of "7"; but not a run that has its own."""
+    steps = [{"index": index, "substeps": [{"role": "agent", "content": f"Step {index}."}]} for index in (1, 2)]
+    own = [f"{name}_7" for name in "abcdefgh"]
+    runs = [{"trajectory_id": name, "instruction": name, "steps": steps} for name in ("7", "airline_7", *own)]
+    failures = [{"trajectory_id": name, "failures": [{"step_number": 2 if name in own else 1}]} for name in ("7", *own)]
+    first = [run.steps[0].label for run in read(*runs, *failures, labels="agentrx")]
+    assert [label and label.value for label in first] == [BAD, BAD, *[GOOD] * len(own)]

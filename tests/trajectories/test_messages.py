@@ -574,3 +574,12 @@ def test_the_error_of_a_tool_is_kept_with_what_it_returned(read: Read, content: 
                    {"role": "user", "content": in_list}):  # fmt: skip
         (run,) = read([{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [call]}, result])
         assert [(each.text, each.error) for each in run.steps[0].results] == [(text, True)]
+
+
+def test_a_dumped_list_of_langchain_is_a_run(read: Read) -> None:
+    """As `json.dump(messages_to_dict(…))` writes it."""
+    (run,) = read([
+        {"type": "human", "data": {"content": "Go.", "type": "human"}},
+        {"type": "ai", "data": {"content": "Gone.", "type": "ai"}},
+    ])  # fmt: skip
+    assert run.source["format"] == "message-lines" and outline(run) == [("", "Gone.", [], [])]
