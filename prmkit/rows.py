@@ -255,6 +255,8 @@ _ROLES = {
 
 def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
     """Return system prompt, prompt and answer. A new column that is read here also belongs in `_CONTENT`."""
+    if {"trajectory_id", "steps"} <= row.keys() and not row.keys() & {*PROMPT_COLUMNS}:
+        raise Rejected("a run among rows; runs are read from a file of their own, not from stdin", "a run among rows")
     for column in ("tools", "images", "videos", "audios", "history"):
         if row.get(column) not in (None, "", "[]", []):
             raise Rejected(f"has `{column}`, which is not supported; put its content into the prompt text")

@@ -55,7 +55,7 @@ class CollectionPlan:
         Args:
             reports: receives a report on each file.
         """
-        for run in read_runs(list(self.inputs), Options(self.form), reports):
+        for run in read_runs(list(self.inputs), Options(self.form), [] if reports is None else reports):
             for judge in self.judges:
                 for question in questions_of(
                     run, judge, self.rubric, per_run=self.per_run, with_reference=self.with_reference

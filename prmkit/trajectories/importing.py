@@ -68,9 +68,13 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
     for report in reports:
         if report.passed_over:
             log.warning("skipped %s: %s", report.file, report.passed_over)
-        for reason, count in report.unreadable.items():
-            lines = ", ".join(map(str, report.examples[reason]))
-            log.warning("%s: not read: %d x %s (%s %s)", report.file, count, reason, report.unit, lines)
+        for reason in report.unreadable:
+            log.warning("%s", _not_read(report, reason))
+
+
+def _not_read(report: FileReport, reason: str) -> str:
+    lines = ", ".join(map(str, report.examples[reason]))
+    return f"{report.file}: not read: {report.unreadable[reason]} x {reason} ({report.unit} {lines})"
 
 
 def totals(reports: Sequence[FileReport]) -> Iterator[str]:
@@ -90,7 +94,8 @@ def read_runs(
         inputs: files and folders. Files in a folder that are not runs are skipped; a file that the user passes must be
             readable.
         options: the options for reading.
-        reports: receives one report per file, complete once its last run was yielded.
+        reports: receives one report per file, complete once its last run was yielded. Without it, every run must be
+            readable, because nobody would learn of the others.
 
     Raises:
         DataError: an input is missing, or a file that the user passed cannot be read.
@@ -115,6 +120,9 @@ def read_runs(
                 report.labels += sum(step.label is not None for step in run.steps)
                 report.lost.update(run.lost)
                 yield run
+            if reports is None and report.unreadable:
+                reason = next(iter(report.unreadable))
+                raise DataError(f"{_not_read(report, reason)}. Repair these runs or leave them out.")
         except DataError as error:
             if given.is_named:
                 raise
