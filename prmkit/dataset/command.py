@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from prmkit import cli
 from prmkit.dataset.settings import CUSTOM, PREFIX, Filters, LengthSettings, Settings, Split, read_tasks
@@ -15,6 +16,7 @@ from prmkit.files import read_json
 from prmkit.llamafactory_schema import read_yaml, setting, split_assignment, value_of
 from prmkit.paths import HELD_OUT_SUFFIX, REPORT
 from prmkit.verdict import Scale
+from prmkit.verdict.read import WORD
 
 log = logging.getLogger(__name__)
 
@@ -244,13 +246,15 @@ def _range(span: str, given: str) -> tuple[float, float]:
 
 
 def _word(text: str) -> tuple[str, float]:
-    word, _, score = text.rpartition("=")
+    word, _, score = normalize("NFC", text).rpartition("=")
     try:
         value = float(score)
     except ValueError:
         value = -1.0
     if not word or not 0 <= value <= 1:
         raise UsageError(f"--map {text}: expected a word and its score from 0 to 1, as in --map pass=1 fail=0.")
+    if not WORD.fullmatch(word):
+        raise UsageError(f"--map {text}: only one to three words of letters can be mapped. For numbers use --scale.")
     return word.lower(), value
 
 

@@ -303,7 +303,7 @@ def _value(key: str, value: Any) -> float | bool | str:
     number = number_of(value)
     if number is not None and math.isinf(number):
         raise _unusable(key, value, "is out of range")
-    if number is None and isinstance(value, str) and _WORD.fullmatch(value.strip()):
+    if number is None and isinstance(value, str) and WORD.fullmatch(value.strip()):
         return value.strip()
     if number is None and not isinstance(value, bool):
         raise _unusable(key, value, "is not a number")
@@ -329,7 +329,7 @@ def _unusable(key: str, value: Any, why: str) -> Refusal:
     return Refusal(f"score {shorten(value)} of {shorten(key)} {why}", f"a score {why}")
 
 
-_WORD = re.compile(r"[^\W\d_]+([ _-][^\W\d_]+){0,2}")  # pass, partly met, not_met
+WORD = re.compile(r"[^\W\d_]+([ _-][^\W\d_]+){0,2}")  # pass, partly met, not_met
 # 0.85, .9, -0.1, 9e-1; not 01 and not 1_000
 _STRICT_NUMBER = re.compile(r"(?:[-+]?(0|[1-9]\d*)(\.\d+)?|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
 # 0,85 and 7,5; not 12,000: a comma before three digits may group them, except after a zero.

@@ -121,6 +121,8 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
         (["--scale", "judge-a=10"], 2, "--scale judge-a=10"),
         (["--scale", "1", "5", "--scale", "0", "9"], 2, "two ranges"),
         (["--map", "pass=2"], 2, "--map pass=2"),
+        (["--map", "3=0.5"], 2, "For numbers use --scale"),
+        (["--map", "A+=1"], 2, "words of letters"),
         (["--map", "good=1", "Good=0"], 2, "--map: two scores for good"),
         (["--tokenizer", "x"], 2, "--cutoff-len"),
         (["--template", "qwen"], 2, "--tokenizer"),

@@ -153,3 +153,8 @@ def test_a_judge_of_a_scale_that_no_row_has_is_named(convert_rows: Convert, narr
 def test_words_with_spaces_are_suggested_as_they_are_typed(convert_rows: Convert) -> None:
     with pytest.raises(DataError, match="--map 'partly met=0' pass=1"):
         convert_rows(judged(["partly met", "pass", "pass", "partly met"]))
+
+
+def test_a_word_is_one_however_unicode_composes_it() -> None:
+    (scale,) = settings_of(arguments_of({"map": ["genu\u0308gend=0.5"], "output_dir": Path("x")})).scales.values()
+    assert scale.words == {"gen\u00fcgend": 0.5}
