@@ -9,9 +9,9 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.layouts import ANY_LENGTH, Rejected, open_lines, read_values, value_or_rejected
+from prmkit.rows import is_judged_row
 from prmkit.trajectories.content import mapping
 from prmkit.trajectories.readers import READERS, messages, reader_for, record
-from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.run import FieldNames, Ids, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
 from prmkit.trajectories.run_fields import first_error, read_named
 from prmkit.trajectories.secrets import mask, may_hold_secrets

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prmkit.rows import is_judged_row
 from prmkit.trajectories.content import is_message_list, parsed, turns_of
 from prmkit.trajectories.readers import codex
 from prmkit.trajectories.run import FieldNames, Reader, Run, UnreadableValue
@@ -13,7 +14,6 @@ from prmkit.trajectories.run_fields import SOLUTIONS, TASK_IDS, describe
 
 LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog",
              "contents", "events")  # fmt: skip
-_JUDGED = {"evaluation_type", "clip_number"}
 
 
 def recognises(value: Any) -> bool:
@@ -23,14 +23,6 @@ def recognises(value: Any) -> bool:
     if not isinstance(value, dict) or is_judged_row(value):
         return False
     return bool(_lists(value) or _is_completion(value) or _group(value))
-
-
-def is_judged_row(value: Any) -> bool:
-    """Whether a value is a judged row (as in `finetune.jsonl`), which convert_dataset.py reads."""
-    metadata = value.get("metadata") if isinstance(value, dict) else None
-    return isinstance(value, dict) and bool(
-        _JUDGED & value.keys() or (isinstance(metadata, dict) and _JUDGED & metadata.keys())
-    )
 
 
 def read(value: Any, keys: FieldNames) -> Iterator[Run]:
