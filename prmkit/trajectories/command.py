@@ -27,7 +27,7 @@ def import_runs(arguments: argparse.Namespace) -> ExitCode:
     """Read runs and write them as trajectory records, or their labelled steps as rows.
 
     Raises:
-        DataError: an input cannot be read, or no run or labelled step was found.
+        DataError: an input cannot be read, or contains no run or no labelled step.
         UsageError: a format is ambiguous, or the arguments contradict each other.
     """
     options = _options(arguments)
@@ -59,7 +59,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     if arguments.label_scale != FieldNames.label_scale and name != "column":
         raise UsageError("--label-scale is for --labels column; the labels of all others have a known scale.")
     if arguments.rubric and not name:
-        raise UsageError("--rubric is for the prompts, which only --labels writes. Leave it out, or add --labels.")
+        raise UsageError("--rubric is only used with --labels, which writes prompts. Remove --rubric, or add --labels.")
     keys = FieldNames(
         arguments.task_key, arguments.outcome_key, arguments.list_key, arguments.label_key, arguments.label_scale
     )
@@ -92,7 +92,7 @@ def _check_written(written: int, reports: list[FileReport], arguments: argparse.
         return
     warn_of_losses(reports)
     if any(report.runs for report in reports):
-        raise DataError("no step of these runs has a label. Leave out --labels to import only the runs.")
+        raise DataError("no step of these runs has a label. Remove --labels to import only the runs.")
     raise DataError(f"{', '.join(arguments.inputs)}: no run could be read; see the warnings above.")
 
 
