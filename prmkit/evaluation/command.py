@@ -240,7 +240,7 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False, show: bool = Tru
         DataError: nothing was held out, no prompt could be scored, or the data was converted again since the training.
         UsageError: the run was trained on tasks that are held out now.
     """
-    data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
+    data_folder, name = heldout.place_of_held_out(config_of_run(run), data_of_run(run), None)
     held_out, constants = heldout.read_held_out(data_folder, name), heldout.training_constants(data_folder, name)
     source = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
     settings = EvaluationSettings(unchecked=check_new_tasks(held_out, data_folder, source))
@@ -294,7 +294,7 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False, 
         GateError: it does not; the message names the likely causes.
     """
     try:
-        held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
+        held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), data_of_run(run), None))
         trained = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
     except (DataError, UsageError) as error:
         log.warning("Could not check whether %s gives the same scores as %s: %s", exported, run, error)
