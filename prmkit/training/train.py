@@ -53,7 +53,7 @@ def execute(options: TrainOptions) -> Outcome:
         return list_runs(options)
     if options.export_only is not None:
         if options.validate_only:
-            raise UsageError("--export-only and --validate-only are mutually exclusive. Leave one out.")
+            raise UsageError("--export-only and --validate-only are mutually exclusive. Use only one.")
         return export_existing(options)
     request = _prepare(options)
     if options.validate_only:
@@ -121,7 +121,8 @@ def validate(options: TrainOptions, request: _TrainRequest) -> Outcome:
     elif errors:
         cli.emit(f"{found}: not ready to train\n{_list_errors(checks)}")
     else:
-        cli.emit(f"{found}: ready to train\nNext:\n  train:  {shlex.join(typed_command(options))}")
+        command = typed_command(options) + ["--overwrite"] * options.overwrite
+        cli.emit(f"{found}: ready to train\nNext:\n  train:  {shlex.join(command)}")
     return Outcome(ExitCode.USAGE if errors else ExitCode.DONE)
 
 
@@ -229,7 +230,7 @@ def _claim(options: TrainOptions, request: _TrainRequest) -> Path:
     claimed = _choose_folder(options, request)
     if claimed != request.folder:
         _check_training_is_meant(options, request, claimed)
-        log.info("%s holds a finished run with different settings; using %s instead.", request.folder, claimed)
+        log.info("%s contains a finished run with different settings; using %s instead.", request.folder, claimed)
         request.fresh["run"], request.fresh["config"]["output_dir"] = claimed.name, str(claimed)
     return claimed
 
