@@ -7,6 +7,7 @@ judge.reward("What is 2 + 2?", "4")
 """
 
 import asyncio
+import os
 import random
 import threading
 import time
@@ -203,11 +204,15 @@ class Judge:
 
     @contextmanager
     def _client(self) -> "Iterator[httpx.Client]":
-        """This thread's client, which keeps its connection open."""
+        """This thread's client, which keeps its connection open.
+
+        A forked process inherits the connection but must not use it: it could read a response to its parent's request,
+        and so another sample's reward.
+        """
         import httpx
 
-        if not hasattr(self._local, "client"):
-            self._local.client = httpx.Client(**self._settings())
+        if getattr(self._local, "process", None) != os.getpid():
+            self._local.client, self._local.process = httpx.Client(**self._settings()), os.getpid()
         yield self._local.client
 
     def _settings(self) -> dict[str, Any]:
