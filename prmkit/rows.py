@@ -129,15 +129,18 @@ def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
     """Return an id or a name in the metadata, which pipelines write as "7", 7, 7.0 or " 7"; None if missing or empty.
 
     Raises:
-        Rejected: it is a list, an object, a boolean or a number with a fraction.
+        Rejected: it is a list, an object, a boolean, a number with a fraction, or an integer of more than 64 bits, of
+            which the JSON parser has kept only the first 16 digits, so that different ids would be one.
     """
     value = metadata.get(key)
     if value is None:
         return None
     if isinstance(value, str):
         return as_name(value) or None
-    if type(value) is int or (type(value) is float and value.is_integer()):
+    if type(value) is int or (type(value) is float and value.is_integer() and abs(value) < 2**53):
         return str(int(value))
+    if type(value) is float and value.is_integer():
+        raise Rejected(f"metadata.{key} is too large for a number; write it as a string")
     raise Rejected(f"metadata.{key} is not a string")
 
 

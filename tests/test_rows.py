@@ -140,6 +140,10 @@ def test_a_column_that_is_null_is_not_there() -> None:
         (changed(lambda row: row.update(metadata="{oops")), "metadata is not an object"),
         (changed(lambda row: row.update(task_id="other")), "task_id differs"),
         (changed(lambda row: row["metadata"].update(task_id=["x"])), "metadata.task_id is not a string"),
+        (
+            changed(lambda row: row["metadata"].update(task_id=float(2**70))),
+            "metadata.task_id is too large for a number",
+        ),
         (changed(lambda row: row["metadata"].update(model_name=True)), "metadata.model_name is not a string"),
         ([1], "not a JSON object"),
         (b"null", "not a JSON object"),

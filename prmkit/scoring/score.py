@@ -21,6 +21,7 @@ from prmkit.layouts import STDIN, open_lines
 from prmkit.resumable import appending, check_outputs, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.rows import whole_number
 from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
+from prmkit.trajectory import is_share
 from prmkit.verdict import AGGREGATES
 
 log = logging.getLogger("prmkit")
@@ -132,11 +133,14 @@ def _results(
         if job.abstention:
             settings["interval"] = [job.abstention.level, job.abstention.max_width]
         done = reopen(job.output, dict(fingerprint) | settings)
+        _check_lines(done, job.output)
         _report_done(done, job.output)
         scored = score_rows(_with_results(rows, done, job.output), scorer, job)
-        yield from _update_lines(done, scored, job.output)
+        yield from _update_lines(done, scored, job)
         with appending(job.output) as append:
-            for row, result in scored:
+            for number, (row, result) in enumerate(scored):
+                if not number:
+                    _remove_stale_summaries(job)
                 append(result)
                 yield row, result
 
@@ -220,6 +224,31 @@ def _check_outputs(job: ScoringJob) -> None:
         raise UsageError(f"--html {page} exists and is not an HTML page, so it would be lost. Choose another file.")
 
 
+def _check_lines(done: Sequence[ResultLine], output: Path) -> None:
+    """Check that earlier lines are results.
+
+    Raises:
+        DataError: a line is not one; somebody has changed it.
+    """
+    for number, line in enumerate(done, start=1):
+        score = line.get("score")
+        is_score = score is None or is_share(score)
+        if not is_score or not {"id", "score", "status", "request_hash", "metadata"} <= line.keys():
+            raise DataError(
+                f"{output}:{number}: not a line of scores. Delete this line and all after it, or start again with "
+                "another --output."
+            )
+
+
+def _remove_stale_summaries(job: ScoringJob) -> None:
+    """Remove aggregates of an earlier command before the scores change: they may be another judge's, or lack rows."""
+    if job.output is None or not (file := trajectories_file(job.output)).is_file():
+        return
+    file.unlink()
+    if job.bad_below is None:
+        log.warning("%s: removed, because it was about earlier scores. --aggregate trajectory writes it again.", file)
+
+
 def _report_done(done: Sequence[ResultLine], output: Path) -> None:
     failed = sum(result["status"] == "failed" for result in done)
     if done:
@@ -257,7 +286,7 @@ def _other_input(difference: str) -> UsageError:
 
 
 def _update_lines(
-    done: Sequence[ResultLine], scored: Iterator[tuple[RowToScore, ResultLine]], output: Path
+    done: Sequence[ResultLine], scored: Iterator[tuple[RowToScore, ResultLine]], job: ScoringJob
 ) -> Iterator[tuple[RowToScore, ResultLine]]:
     """Yield the results for the output's lines; new ones are written even if the command is stopped."""
     lines, changed = list(done), False
@@ -267,8 +296,9 @@ def _update_lines(
             lines[position] = result
             yield row, result
     finally:
-        if changed:
-            replace_rows(output, lines)
+        if changed and job.output:
+            _remove_stale_summaries(job)
+            replace_rows(job.output, lines)
 
 
 def _json(line: ResultLine) -> str:
