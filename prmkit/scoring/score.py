@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from prmkit.files import exclusive_lock, write_text
 from prmkit.intervals import Abstention, load_abstention
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
-from prmkit.judge.types import Judgement, first_below, rounded
+from prmkit.judge.types import Judgement, Request, first_below, rounded
 from prmkit.layouts import STDIN, open_lines
 from prmkit.resumable import appending, check_outputs, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.rows import whole_number
@@ -28,6 +28,11 @@ log = logging.getLogger("prmkit")
 
 WINDOW = 64
 """The number of rows that are read before they are scored together, so that prompts can share a common prefix."""
+
+_CHECKED = 4
+"""The number of rows that a server scores again before scores are continued."""
+_SAME_SCORE = 0.03
+"""How far two scores of one prompt by one model on a server may be apart, because of half precision and batching."""
 
 ResultLine = Mapping[str, Any]
 """One line of the output."""
@@ -159,13 +164,20 @@ def score_rows(
         The rows in their order, each with its line of the output.
     """
     known: dict[str, tuple[Judgement, str | None]] = {}
+    recent: deque[tuple[Request, float]] = deque(maxlen=_CHECKED)
     rows = iter(rows)
     while window := list(islice(rows, WINDOW)):
+        recent += [
+            (row.request, line["score"]) for row, line in window if row.request and line and line["score"] is not None
+        ]
         new = {
             row.request_hash: row.request
             for row, earlier in window
             if row.request and row.request_hash and earlier is None and row.request_hash not in known
         }
+        if new and recent:
+            _check_same_judge(recent, scorer)
+            recent.clear()
         judgements = list(scorer.judgements(new.values()))
         texts = [each.text for each in judgements]
         if job.summaries and scorer.options.mode == "expected":
@@ -181,6 +193,25 @@ def score_rows(
             else:
                 line = result_line(row, Judgement("error", reason=row.reason))
                 yield row, job.abstention.add_interval(line, None) if job.abstention else line
+
+
+def _check_same_judge(scored: Iterable[tuple[Request, float]], scorer: Scorer) -> None:
+    """Check, before scores are continued, that a server still has the model that gave the last ones.
+
+    A local judge is recognised by its files. A generated verdict may change with the batch, so it proves nothing.
+
+    Raises:
+        DataError: it scores one of the prompts differently.
+    """
+    if scorer.endpoint is None or scorer.options.mode != "expected":
+        return
+    requests, scores = zip(*scored, strict=True)
+    for judgement, score in zip(scorer.judgements(requests), scores, strict=True):
+        if judgement.score is not None and abs(judgement.score - score) > _SAME_SCORE:
+            raise DataError(
+                f"{scorer.endpoint.name} gives {judgement.score:.3f} to a prompt for which the output has {score:.3f}, "
+                "so it now serves other weights. Serve the earlier model again, or choose another --output."
+            )
 
 
 def result_line(
