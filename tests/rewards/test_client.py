@@ -227,7 +227,16 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> No
 
 
 @pytest.mark.parametrize(
-    "setting", [{"attempts": 0}, {"attempts": -1}, {"concurrency": 0}, {"timeout": 0}, {"timeout": float("nan")}]
+    "setting",
+    [
+        {"attempts": 0},
+        {"attempts": -1},
+        {"concurrency": 0},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"timeout": None},
+        {"attempts": 1.5},
+    ],
 )
 def test_settings_with_which_nothing_could_be_asked_are_refused(setting: dict[str, Any]) -> None:
     (name,) = setting
