@@ -323,6 +323,19 @@ def test_questions_that_do_not_fit_a_judge_of_steps_are_refused(state: Any, ques
         answer(lambda service: service.systemone({"state": state, "questions": {"q": question}}))
 
 
+def test_attempts_at_one_task_in_several_requests_are_several_runs() -> None:
+    """Best of N: an A/B comparison would otherwise take the lowest score of all of them for that of one run."""
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "good"}]
+    with running_server() as url:
+
+        def named(**more: Any) -> str:
+            found = httpx.post(f"{url}/v1/score_trajectory", json={"messages": messages, "task_id": "t", **more}).json()
+            return str(found["runs"][0]["trajectory_id"])
+
+        assert len({named() for _ in range(3)}) == 3
+        assert {named(trajectory_id="t.1") for _ in range(3)} == {"t.1"}
+
+
 def test_drift_is_near_zero_for_the_same_scores_and_large_for_others() -> None:
     def drift(scores: list[float], recent: list[float]) -> float:
         metrics = ServerMetrics(lambda: 0, scores)
