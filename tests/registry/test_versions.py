@@ -132,6 +132,19 @@ def test_a_version_whose_files_changed_is_not_used(judges: Path, manage: Manage,
     manage("rollback", "production")  # which leads away from it
 
 
+def test_a_rollback_never_goes_to_the_version_that_it_leaves() -> None:
+    """After a removal between them, the same version would be the earlier one, too."""
+
+    def line(action: str, version: int, **more: object) -> dict[str, object]:
+        return {"time": "", "who": "", "action": action, "judge": "j", "version": version, "tag": "production", **more}
+
+    history = [line("add", 1), line("add", 2), line("add", 3), *(line("tag", number) for number in (3, 1, 2, 1))]
+    removed = [*history, line("remove", 2)]
+    assert state_of(removed).tags["j", "production"] == [3, 1]
+    nothing = [*removed, line("rollback", 1, was=1)]  # as earlier releases wrote it
+    assert state_of([*nothing, line("rollback", 3, was=1)]).tags["j", "production"] == [3]
+
+
 @pytest.mark.usefixtures("two")
 def test_an_export_names_no_folder_of_this_machine(tmp_path: Path, manage: Manage) -> None:
     manage("export", "production", "--push-ready", tmp_path / "hub")
