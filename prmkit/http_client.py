@@ -360,7 +360,7 @@ class Connection:
         if not is_list or len(choices) < count:
             raise self.misfit(self._excerpt(content))
         if count > 1:  # in vLLM, `index` is the prompt's index
-            choices = {choice.get("index"): choice for choice in choices}
+            choices = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
             if not all(index in choices for index in range(count)):
                 raise self.misfit(self._excerpt(content))
         return [choices[index] for index in range(count)]

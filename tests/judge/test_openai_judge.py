@@ -473,6 +473,32 @@ def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) ->
     assert ("requested top logprobs" if value < -9000 else no_score) in judged.reason
 
 
+@pytest.mark.parametrize("way", ["exact", "top"])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_probabilities_that_add_up_to_more_than_one_are_no_score(judges, way: str, value: float) -> None:
+    """Zeros of a proxy, or the logits of vLLM's --logprobs-mode, would be a score with a label mass of 1."""
+
+    def answer(_: int, body: dict[str, Any]) -> Answer:
+        tokens = body.get("logprob_token_ids") or range(body["logprobs"])
+        shown = {"logprobs": {TOP: [{f"token_id:{token}": value for token in tokens}]}}
+        count = len(body["prompt"]) if isinstance(body["prompt"][0], list) else 1
+        return 200, json.dumps({"choices": [{"index": place, **shown} for place in range(count)]}).encode(), {}
+
+    with answering(answer) as url, pytest.raises(DataError, match="does not return log-probabilities"):
+        asked_at(url, judges["qwen"], [FLAT_ONE], logprobs=way)
+
+
+def test_an_index_that_is_no_number_fails_its_row(judges) -> None:
+    def answer(_: int, body: dict[str, Any]) -> Answer:
+        shown = {"logprobs": {TOP: [{f"token_id:{token}": -9.0 for token in body["logprob_token_ids"]}]}}
+        count = len(body["prompt"]) if isinstance(body["prompt"][0], list) else 1
+        return 200, json.dumps({"choices": [{"index": [place], **shown} for place in range(count)]}).encode(), {}
+
+    with answering(answer) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True)
+    assert judged.status == "failed" and "not the response of a completions endpoint" in judged.reason
+
+
 @pytest.mark.parametrize(
     "answer",
     [
