@@ -198,6 +198,18 @@ def test_servers_without_logprobs_share_generated_verdicts_unchecked(
         list(replace(both).score(REQUESTS))
 
 
+def test_a_proxy_in_the_environment_is_named_where_nothing_responds(
+    judges: dict[str, LocalJudge], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    nowhere = remote("http://127.0.0.1:9", judges["qwen"], attempts=1)
+    with pytest.raises(DataError, match="no server responds .* through the proxy in the environment"):
+        list(nowhere.score([FLAT_ONE]))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(DataError, match=r"or correct --base-url\.$"):
+        list(nowhere.score([FLAT_ONE]))
+
+
 def test_requests_go_to_the_server_with_the_fewest_under_way(
     server: str, judges: dict[str, LocalJudge], monkeypatch: Any
 ) -> None:
