@@ -203,7 +203,7 @@ def test_a_proxy_in_the_environment_is_named_where_nothing_responds(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     nowhere = remote("http://127.0.0.1:9", judges["qwen"], attempts=1)
-    with pytest.raises(DataError, match="no server responds .* through the proxy in the environment"):
+    with pytest.raises(DataError, match=r"no server responds .* through the proxy in the environment"):
         list(nowhere.score([FLAT_ONE]))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(DataError, match=r"or correct --base-url\.$"):

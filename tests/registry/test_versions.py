@@ -97,6 +97,7 @@ def test_rollback_and_the_history(manage: Manage, judges: Path) -> None:
     assert "judge@1" in manage("rollback", "production", "--why", "worse in production")
     assert registered.find_version("production") == VersionId("judge", 1)
     assert "no earlier version to roll back to" in manage("rollback", "production", code=2)
+    assert "is a version, not a tag" in manage("rollback", "judge@1", code=2)
     actions = [line["action"] for line in read_history(judges)]
     assert actions == ["add", "tag", "add", "tag", "rollback"]
     last = json.loads(manage("history", "--json"))[-1]

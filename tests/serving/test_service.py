@@ -208,6 +208,12 @@ def test_what_trainers_send_wrongly_is_refused() -> None:
             answer(lambda service, body=body: service.reward(body))
 
 
+@pytest.mark.parametrize("keys", ["a", {}, "", 0, [""], [" "], ["a", "a"], [1]])
+def test_keys_that_are_no_list_of_names_are_refused(keys: Any) -> None:
+    with pytest.raises(DataError, match=r"^keys "):
+        answer(lambda service: service.score({"steps": ["good"], "keys": keys}))
+
+
 def test_a_judge_of_ready_prompts_scores_no_runs() -> None:
     without = {"rubric": None, "why_no_rubric": "stub: needs ready prompts"}
     asks: list[Callable[[Service], Any]] = [
