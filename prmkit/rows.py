@@ -106,6 +106,17 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
     )
 
 
+_JUDGED = {"evaluation_type", "clip_number"}
+
+
+def is_judged_row(value: Any) -> bool:
+    """Whether a value is a judged row (as in `finetune.jsonl`), which convert_dataset.py reads."""
+    metadata = value.get("metadata") if isinstance(value, dict) else None
+    return isinstance(value, dict) and bool(
+        _JUDGED & value.keys() or (isinstance(metadata, dict) and _JUDGED & metadata.keys())
+    )
+
+
 def given_id(value: Any) -> str | int | None:
     """Return a row's `id`, which may be 0 or empty; None if it is missing or neither a string nor an integer."""
     identity = value.get("id") if isinstance(value, Mapping) else None
@@ -113,7 +124,7 @@ def given_id(value: Any) -> str | int | None:
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:
-    """Return the SHA-256 that identifies a prompt; with another system prompt, it is another prompt.
+    """Return the SHA-256 that identifies a prompt; with a different system prompt, it is a different prompt.
 
     Copies that differ only in line breaks (CRLF) or in Unicode normalisation (NFD) are one prompt.
     """
@@ -223,7 +234,7 @@ _IDENTITY = ("task_id", "trajectory_id", "model_name", "evaluation_type", "clip_
 
 
 def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the metadata or, without it, the row's other top-level keys; the fields of `_IDENTITY` may be in both."""
+    """Return the metadata or, if it is missing, the row's other top-level keys; `_IDENTITY` may be in both."""
     metadata = row.get("metadata")
     if isinstance(metadata, str):  # tables keep objects as strings
         try:
