@@ -147,7 +147,7 @@ class CompletionsJudge:
             raise DataError(
                 f"{name} gives {key} {answer.scores[key].mean:.3f} to a prompt to which {Endpoint(first, '').name} "
                 f"gives {expected.scores[key].mean:.3f} (their distributions differ by {difference:.0%}), so it "
-                f"serves other weights as {self.endpoint.model}. Serve the same model everywhere, or leave one out."
+                f"serves other weights as {self.endpoint.model}. Serve the same model on all of them, or remove one."
             )
 
     async def _judge(

@@ -189,7 +189,9 @@ def _key(name: str | None) -> str | None:
 
 def _bind(host: str, port: int) -> socket.socket:
     if not host:  # the system would listen on all addresses
-        raise UsageError("--host is empty. Leave it out for this machine only; 0.0.0.0 is every network.")
+        raise UsageError(
+            "--host is empty. Omit it to listen only on this machine, or use 0.0.0.0 to listen on all networks."
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With protocol 0, asyncio does not recognise TCP and keeps Nagle's algorithm, which costs 40 ms per response.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
