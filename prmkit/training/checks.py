@@ -148,7 +148,7 @@ def _errors_of(name: str, value: Any, values: Values, keys: Mapping[str, ConfigK
 
 def unknown_key(name: str, keys: Iterable[str]) -> Check:
     """Return the error for a key that the installed LLaMA Factory does not accept."""
-    message = f"LLaMA Factory {llamafactory_version()} does not know this key"
+    message = f"LLaMA Factory {llamafactory_version()} has no such key"
     if name in REPLACEMENTS:
         return error(name, message, REPLACEMENTS[name])
     nearest = difflib.get_close_matches(name.replace("-", "_"), keys, n=1)
@@ -178,7 +178,7 @@ def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
         allowed = _QUANTIZATION_BITS.get(method, (value,))
         if value not in allowed:
             hint = f"Write {' or '.join(map(str, allowed))}, or remove the key for no quantization."
-            yield error(name, f"{method} has no {value}-bit quantization", hint)
+            yield error(name, f"{method} does not support {value}-bit quantization", hint)
     elif name == "template" and isinstance(value, str) and value not in template_names():
         nearest = " or ".join(difflib.get_close_matches(value, template_names(), n=3))
         hint = f"Did you mean {nearest}?" if nearest else "For example qwen, qwen3, llama3, mistral, chatglm3."
@@ -285,7 +285,7 @@ def check_conflicts(values: Values) -> list[Check]:
 def _check_rows(config: Values, given: Values) -> Iterator[Check]:
     val_size = config["val_size"]
     if isinstance(val_size, float) and val_size >= 1:
-        hint = f"For a number of rows write {val_size:.0f}."
+        hint = f"To hold out a number of rows, write {val_size:.0f}."
         yield error("val_size", f"is {val_size}; a fraction must be below 1", hint)
     if config["streaming"] and config["dataloader_num_workers"] < 1:
         message = "needs a data-loader worker; otherwise reading a local file ends in StopIteration"

@@ -91,9 +91,7 @@ def resolve_config(
     errors = _apply(values, sources, overrides, keys)
     overridden = {override.key: override.key in values for override in overrides}
     if values.get("trust_remote_code") and "trust_remote_code" not in overridden:
-        errors.append(
-            error("trust_remote_code", "is only honoured on the command line", "Type it: trust_remote_code=true")
-        )
+        errors.append(error("trust_remote_code", "only works on the command line", "Add trust_remote_code=true there."))
     changes = _fit_held_out(values, overridden)
     fitted = changes.applied_to(values)
     errors += check_known_keys(fitted)

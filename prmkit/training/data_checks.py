@@ -231,21 +231,20 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
     entries = read_entries(folder)
     sides = [[entries[name] for name in side if name in entries] for side in (names, held_out)]
     if any(entry.file is None or entry.file.suffix not in _COMPARED for side in sides for entry in side):
-        return ok("held-out", f"{', '.join(held_out)}; not compared, because only JSON files are read here")
+        return ok("held-out", f"{', '.join(held_out)}; not compared with training rows: only JSON files can be")
     trained, kept = map(_tasks_and_prompts, sides)
     shared_tasks, shared_prompts = trained[0] & kept[0], trained[1] & kept[1]
     if shared_tasks or shared_prompts:
         shared = f"{_count(len(shared_tasks), 'task')} and {_count(len(shared_prompts), 'prompt')}"
         example = next(iter(shared_tasks or shared_prompts))
-        return error(
-            "held-out", f"{shared} are also trained on, for example {example}", f"Convert both together: {CONVERT}"
-        )
+        found = f"{shared} are also in training rows, for example {example}"
+        return error("held-out", found, f"Convert both together: {CONVERT}")
     if any(entry.sidecar is None for side in sides for entry in side):
         found = f"{_count(len(kept[1]), 'prompt')}; no overlap with training; tasks are unknown (no sidecar)"
         return ok("held-out", found)
     found = f"{_count(len(kept[1]), 'prompt')} from {_count(len(kept[0]), 'task')}; no overlap with training"
     if not kept[0]:
-        advice = "Rows without task_id cannot be held out by task: steps of one task may be on both sides."
+        advice = "Rows without task_id cannot be held out by task: steps of one task may be in both splits."
         return warning("held-out", f"{found}; no row has a task", advice)
     return ok("held-out", found)
 

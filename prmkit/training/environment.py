@@ -154,7 +154,7 @@ def check_versions() -> Check:
     torch, audio = installed_version("torch"), installed_version("torchaudio")
     # torchaudio's metadata does not require a torch version, but it fails to load with another one.
     if torch and audio and torch.split("+")[0].split(".")[:2] != audio.split("+")[0].split(".")[:2]:
-        problems.append(f"torchaudio {audio} is for another torch than {torch}")
+        problems.append(f"torchaudio {audio} does not match torch {torch}")
     if problems:
         return error("versions", "; ".join(problems), f"Install the set that was tested together: {INSTALL}")
     shown = ", ".join(f"{name} {installed_version(name)}" for name in ("llamafactory", "transformers", "torch"))
@@ -201,8 +201,8 @@ def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, pa
             return error("GPU", found, "Run on a machine where nvidia-smi lists a GPU.")
         if values.get("quantization_bit") or values.get("use_unsloth") or values.get("fp8"):
             return error("GPU", "none, but the config needs one (quantization, unsloth or fp8)", "Change these keys.")
-        advice = "Run on a machine where nvidia-smi lists a GPU; for other makers' GPUs set use_cpu=false."
-        return warning("GPU", "none; trains on the CPU, which suits only tiny models", advice)
+        advice = "Run on a machine where nvidia-smi lists a GPU; for GPUs of other vendors, set use_cpu=false."
+        return warning("GPU", "none; training will run on the CPU, which is only fast enough for tiny models", advice)
     names = ", ".join(
         f"{gpu.name} ({gpu.free / GIBIBYTE:.0f} of {gpu.total / GIBIBYTE:.0f} GiB free)" for gpu in machine.gpus
     )
@@ -210,7 +210,8 @@ def check_gpu(values: Mapping[str, Any], machine: Machine, *, processes: int, pa
         return error("GPU", f"{names}; {processes} processes requested", f"--nproc {len(machine.gpus)}")
     busy = [gpu for gpu in machine.gpus[:processes] if gpu.free < 0.9 * gpu.total]
     if busy:
-        return warning("GPU", f"{names}: in use by another process", "See nvidia-smi, and stop it if it is yours.")
+        advice = "Find the process with nvidia-smi, and stop it if it is yours."
+        return warning("GPU", f"{names}: in use by another process", advice)
     return ok("GPU", names)
 
 
@@ -240,7 +241,7 @@ def check_packages(values: Mapping[str, Any], machine: Machine) -> Check:
     if not missing:
         return ok("packages", f"installed for {', '.join(needed)}" if needed else "none needed")
     found = "; ".join(f"{key} needs {package}, which is not installed" for package, key in missing.items())
-    return error("packages", found, f"pip install {' '.join(missing)}, or leave out: {', '.join(missing.values())}")
+    return error("packages", found, f"pip install {' '.join(missing)}, or remove {', '.join(missing.values())}")
 
 
 def check_owned_folders(values: Mapping[str, Any]) -> Iterator[Check]:

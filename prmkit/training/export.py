@@ -84,7 +84,7 @@ def check_target(target: Path, source: Source | None = None, *, overwrite: bool)
         Whether the folder already contains this export.
 
     Raises:
-        UsageError: the folder has something other than an export of prmkit, or is not a folder.
+        UsageError: the folder contains something other than a prmkit export, or is not a folder.
     """
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file. Set a folder for the export with export_dir=FOLDER.")
@@ -125,7 +125,7 @@ def export_run(source: Source, target: Path, *, log_path: Path, overwrite: bool 
         The export folder.
 
     Raises:
-        UsageError: the folder has something other than an export of prmkit.
+        UsageError: the folder contains something other than a prmkit export.
         LlamaFactoryError: the export failed, or left no complete model.
         Interrupted: a signal stopped it.
     """
@@ -214,7 +214,7 @@ def _note(source: Source, matches_training: bool) -> dict[str, Any]:
 
 
 def _set_num_ctx(modelfile: Path, config: Mapping[str, Any]) -> None:
-    """Set `num_ctx`, at which Ollama cuts prompts, to the length of the training: LLaMA Factory always writes 4096."""
+    """Set `num_ctx`, at which Ollama cuts prompts, to what the training allows: LLaMA Factory always writes 4096."""
     context = int(setting(config, "cutoff_len")) + int(config.get("max_new_tokens", _LONGEST_ANSWER))
     text = modelfile.read_text(encoding="utf-8")
     write_text(modelfile, re.sub(r"PARAMETER num_ctx \d+", f"PARAMETER num_ctx {context}", text))

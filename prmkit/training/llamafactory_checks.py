@@ -51,7 +51,7 @@ def hub_answers(name: str) -> bool:
 
 
 def check_start(gpus: int) -> Check:
-    """Import nearly everything that training imports, and check that torch sees the GPUs that the driver shows."""
+    """Import nearly everything that training imports, and check that torch sees the GPUs that the driver reports."""
     from importlib import metadata
 
     import llamafactory.data.template  # noqa: F401  with torch, torchvision, torchaudio, peft
@@ -59,7 +59,7 @@ def check_start(gpus: int) -> Check:
 
     name = "LLaMA Factory starts"
     if gpus and not torch.cuda.is_available():
-        found = f"torch {torch.__version__} cannot use the GPU that the driver shows (CUDA {torch.version.cuda})"
+        found = f"torch {torch.__version__} cannot use the GPU that the driver reports (CUDA {torch.version.cuda})"
         return error(name, found, "Update the NVIDIA driver, or install the torch build for your CUDA version.")
     return ok(name, f"LLaMA Factory {metadata.version('llamafactory')}, torch {torch.__version__}")
 

@@ -2,16 +2,16 @@
 
 The estimate's parts, all in bytes:
 
-weights      frozen numbers as stored in memory: 2 bytes in bf16; 0.5 in 4 bit plus quantization constants, which are
+weights      frozen numbers as stored in memory: 2 bytes in bf16; 0.5 in 4-bit plus quantization constants, which are
              one float32 per block of 64, or 0.127 bit per number with double quantization (Dettmers et al. 2023, QLoRA,
              section 3).
 states       trained numbers: float32 weight, gradient and Adam's two moments, 16 bytes (Rajbhandari et al. 2020, ZeRO,
              section 3.1, with the float32 weights that LLaMA Factory upcasts to), and the bf16 copy that autocast
              keeps, 2. ZeRO and FSDP divide what they shard by the number of processes (the same paper, section 5).
-activations  what the backward pass needs of the forward pass: the counting of Korthikanti et al. 2022 (Reducing
-             Activation Recomputation, section 4), repeated for a block of RMSNorm, grouped-query attention and gated
+activations  what the backward pass needs from the forward pass, counted as by Korthikanti et al. 2022 (Reducing
+             Activation Recomputation, section 4), but for a block of RMSNorm, grouped-query attention and gated
              MLP, with LoRA, and without the attention matrix, which FlashAttention and SDPA never store. With gradient
-             checkpointing each layer keeps only its input, and one layer at a time is complete.
+             checkpointing each layer keeps only its input, and one layer at a time is recomputed in full.
 logits       vocabulary x tokens, three times in float32: log-softmax, its gradient, and the logits' gradient. Liger
              computes them in chunks that take about as much memory as the hidden states (Hsu et al. 2024, section 3.2).
 reserve      the CUDA context, and a share for fragmentation.
@@ -209,7 +209,7 @@ def saved_per_token(model: Model, values: Mapping[str, Any]) -> float:
     hidden, wide, query, key = model.hidden, model.intermediate, model.query, model.key_value
     inputs = 5 * hidden + query + wide  # of the linear layers: three at attention, its output, gate and up, down
     attention = half * (2 * query + 2 * key)
-    # gate, its SiLU and up; Liger computes the SiLU again.
+    # gate, its SiLU and up; Liger recomputes the SiLU.
     mlp = half * wide * (2 if liger else 3)
     if _trains_base(values):
         # Weights are float32, and so are the numbers between blocks: a norm keeps its input and the normed numbers.
@@ -294,7 +294,7 @@ def savings(values: Mapping[str, Any]) -> list[Saving]:
         why = "after pip install liger-kernel; computes the logits in chunks"
         found.append(Saving({"enable_liger_kernel": True}, why))
     if setting(values, "finetuning_type") == "lora" and not values.get("quantization_bit"):
-        why = "the base model in 4 bits; needs bitsandbytes; see configs/24gb_qlora.yaml"
+        why = "the base model in 4-bit; needs bitsandbytes; see configs/24gb_qlora.yaml"
         found.append(Saving({"quantization_bit": 4}, why))
     return found
 

@@ -86,7 +86,7 @@ class Follower:
     position: int = 0
     """The number of bytes of `source` that have been read."""
     rest: bytes = field(default=b"")
-    """The text so far of an incomplete line."""
+    """The beginning of an incomplete line."""
 
     def new_entries(self) -> list[dict[str, Any]]:
         """Return the corrected entries since the last call, and copy them to `target`; damaged lines are skipped."""
@@ -148,7 +148,7 @@ def progress(name: str, resumed_at: ResumedAt) -> Iterator[Callable[[Mapping[str
             if entry is None:
                 if bar.disable and time.monotonic() - max(last_line, last_sign) > SILENT_SECONDS:
                     last_sign = time.monotonic()
-                    log.info("%s: still running; the next line comes when logging_steps more steps are done", name)
+                    log.info("%s: still running; progress is reported every logging_steps steps", name)
                 return
             total, step = entry.get("total_steps"), entry["current_steps"]
             if not {"loss", "eval_loss"} & entry.keys():
@@ -176,7 +176,7 @@ def summary(entry: Mapping[str, Any]) -> str:
 
 @contextmanager
 def echoed(log_path: Path, begin: int) -> Iterator[Callable[[], None]]:
-    """Yield a function that prints to stderr what a log gained since the last call, starting at byte `begin`."""
+    """Yield a function that prints to stderr what was added to a log since the last call, starting at byte `begin`."""
     with log_path.open("rb") as stream:
         stream.seek(begin)
 

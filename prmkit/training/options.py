@@ -83,7 +83,7 @@ def overrides_of(options: TrainOptions) -> list[Override]:
 
 
 def suggest_flag(message: str, flags: Sequence[str], typed: Sequence[str]) -> str:
-    """Suggest what to write instead of a flag that argparse does not know; empty for other messages.
+    """Suggest what to write instead of an unknown flag; empty for other messages.
 
     Args:
         message: argparse's message, for example `unrecognized arguments: --lora-rank`.

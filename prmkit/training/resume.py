@@ -203,7 +203,7 @@ def decide_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) ->
         rename: rename damaged and foreign checkpoints.
 
     Raises:
-        UsageError: the folder has something other than this run, or there is nothing left to train.
+        UsageError: the folder contains something other than this run, or there is nothing left to train.
         DataError: the checkpoint that the user chose is not complete.
     """
     record = read_record(folder)

@@ -154,7 +154,7 @@ def check_lengths(lengths: Lengths | None, values: Mapping[str, Any]) -> Check:
         return error("row lengths", "the dataset has no rows", "Convert the data again: python convert_dataset.py")
     cutoff = int(setting(values, "cutoff_len")) - (1 if values.get("packing") or values.get("neat_packing") else 0)
     measured = "" if lengths.measured_all else f", {len(lengths.longest_first):,} longest measured"
-    size = f"{lengths.rows:,} rows{measured}, the longest of {lengths.longest:,} tokens"
+    size = f"{lengths.rows:,} rows{measured}, the longest has {lengths.longest:,} tokens"
     if lengths.longest <= cutoff:
         return ok("row lengths", f"{size}; cutoff_len {cutoff:,} truncates no row", _padding(lengths, values))
     truncated, fraction = _truncated(lengths, cutoff)

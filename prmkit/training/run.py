@@ -196,7 +196,7 @@ def _launch(setup: Setup, folder: Path, checkpoint: Checkpoint | None, lock: int
     begin = _begin_log(log_path, command)
     log.info("Run %s %s; log: %s", folder, f"resumes from step {resumed_at.step}" if checkpoint else "begins", log_path)
     if launch.most_nodes > 1:
-        log.info("Waiting for the other nodes: start the same command there, with --node-rank 1 and so on.")
+        log.info("Waiting for the other nodes: run the same command there, with --node-rank 1 and so on.")
     with (
         followed(folder / TRAINER_LOG, log_path.parent / TRAINER_LOG, resumed_at) as follower,
         progress(folder.name, resumed_at) as show,
@@ -217,7 +217,7 @@ def _launch(setup: Setup, folder: Path, checkpoint: Checkpoint | None, lock: int
         except Interrupted as stop:
             raise Interrupted(_how_to_resume(folder), stop.exit_code) from None
     if code != 0:
-        message = f"{launcher.diagnose(log_path, begin, code, values)}\nOnce it is fixed, {_again('start')}"
+        message = f"{launcher.diagnose(log_path, begin, code, values)}\nOnce it is fixed, {_again('run')}"
         # The checkpoint does not cause a signal or a full device.
         may_be_checkpoint = checkpoint is not None and not stopping.has_stepped and code == 1
         raise (_FailedBeforeFirstStep if may_be_checkpoint else LlamaFactoryError)(message)
@@ -282,7 +282,7 @@ def _how_to_resume(folder: Path) -> str:
     if newest is None and checkpoint_folders(folder):
         return f"interrupted. {folder} cannot be resumed: its checkpoints have no optimizer state (save_only_model)."
     state = f"{newest.folder} is kept." if newest else "No checkpoint was written yet."
-    return f"interrupted. {state} {_again('To resume, start')}"
+    return f"interrupted. {state} {_again('To resume, run')}"
 
 
 def _again(verb: str) -> str:
@@ -317,7 +317,7 @@ def verify_run(folder: Path, values: Mapping[str, Any]) -> None:
         raise LlamaFactoryError(f"{folder}: LLaMA Factory ended without an error, but {missing}. {see_log}")
     if state["global_step"] < state["max_steps"] and not _stopped_early(state, values):
         steps = f"{state['global_step']} of {state['max_steps']} steps"
-        raise LlamaFactoryError(f"{folder}: training stopped early, after {steps}. {_again('To resume, start')}")
+        raise LlamaFactoryError(f"{folder}: training stopped early, after {steps}. {_again('To resume, run')}")
     train, held_out = curves(state["log_history"])
     if impossible := [loss for _, loss in train[-1:] + held_out[-1:] if not abs(loss) < _IMPOSSIBLE_LOSS]:
         raise LlamaFactoryError(

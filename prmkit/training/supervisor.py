@@ -7,8 +7,9 @@ input is a pipe that `train.py` keeps open and never writes to; when the pipe cl
 reason.
 
 - The pipe closes: every descendant is killed immediately.
-- A first SIGTERM is passed on, so that the training can save a checkpoint. `child` passes it to the command,
-  `grandchildren` past it: torchrun gives its workers 30 seconds after a SIGTERM, and a long training step takes more.
+- A first SIGTERM is passed on, so that the training can save a checkpoint: with `child` to the command, with
+  `grandchildren` to the command's children. The latter is for torchrun: if it got the signal itself, it would give its
+  workers only 30 seconds, and a long training step takes more.
 - A second SIGTERM: every descendant is killed immediately.
 - The command ends: what it left running is killed, and its exit code is returned (128 plus the number of a signal).
 - The supervisor is killed: the kernel kills the command, so that there are never two trainers in one folder.

@@ -47,7 +47,7 @@ def execute(options: TrainOptions) -> Outcome:
     """
     folder = options.export_only
     if folder and "=" in folder and not Path(folder).exists():
-        # `--export-only export_dir=x`: the folder was left out, and the next word was read as the folder.
+        # `--export-only export_dir=x`: the folder was omitted, so the next word was read as the folder.
         options = replace(options, export_only="", assignments=[*options.assignments, folder])
     if options.runs:
         return list_runs(options)

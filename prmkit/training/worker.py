@@ -54,7 +54,7 @@ def announce_fsdp(values: Mapping[str, Any]) -> None:
 def let_numbered_cpus_load() -> None:
     """Let `torch.load` load to `cpu:0`, where transformers puts the optimizer of several processes on a CPU.
 
-    torch knows only `cpu`, so without this no such run could be resumed.
+    torch accepts only `cpu`, so without this no such run could be resumed.
     """
     import torch
 

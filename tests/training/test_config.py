@@ -126,7 +126,7 @@ TRAPS = {
     # names that were mistyped
     "learnig_rate=1e-4": "Did you mean learning_rate?",
     "lora-rank=8": "Did you mean lora_rank?",
-    "zzz=1": "does not know this key",
+    "zzz=1": "has no such key",
     # wrong types
     "learning_rate='1e-4'": "Write learning_rate: 1e-4 without quotes",
     "lora_rank='8'": "Write lora_rank: 8 without quotes",
@@ -162,7 +162,7 @@ TRAPS = {
     "export_hub_model_id=https://me:s3cr3t@host/x": "secrets are not allowed",
     "adapter_name_or_path=[a,b]": "Write one string: a,b",
     "flash_attn=fa3": "NotImplementedError",
-    "quantization_bit=0": "has no 0-bit quantization",
+    "quantization_bit=0": "does not support 0-bit quantization",
     "quantization_bit=5": "Write 4 or 8",
     "report_to=none,wandb": "report_to: [none, wandb]",
     "report_to=wandbb": "no logger 'wandbb'",

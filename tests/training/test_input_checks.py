@@ -369,7 +369,7 @@ def test_rows_that_no_sidecar_describes(data: Path) -> None:
     assert (found.status, "has 3 rows, but its conversion wrote 2" in found.found) == (Status.ERROR, True)
     (data / "steps.meta.jsonl").unlink()
     (data / "steps_eval.meta.jsonl").unlink()
-    assert (held_out(data).status, "1 prompt are also trained on" in held_out(data).found) == (Status.ERROR, True)
+    assert (held_out(data).status, "1 prompt are also in training rows" in held_out(data).found) == (Status.ERROR, True)
     write(data, "steps", [{"instruction": "aa", "output": "x"}])
     assert (held_out(data).status, "1 prompt; no overlap with training" in held_out(data).found) == (Status.OK, True)
 

@@ -149,7 +149,7 @@ def test_a_template_read_from_the_tokenizer(micro_model: Path) -> None:
 def test_a_gpu_that_torch_does_not_see() -> None:
     """The driver is reported to show a GPU: what an old driver looks like."""
     found = check_start(gpus=1)
-    assert (found.status, "cannot use the GPU that the driver shows" in found.found) == (Status.ERROR, True)
+    assert (found.status, "cannot use the GPU that the driver reports" in found.found) == (Status.ERROR, True)
 
 
 # --- row lengths --------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(interrupted: tuple[Path,
     said = run.ends(130)
     newest = newest_checkpoint(project / "saves" / "run")
     assert newest is not None
-    assert f"saves/run/{newest.folder.name} is kept. To resume, start the same command again: " in said
+    assert f"saves/run/{newest.folder.name} is kept. To resume, run the same command again: " in said
     assert json.loads((project / "saves" / "run" / "run.json").read_text())["status"] == "interrupted"
 
 
@@ -168,7 +168,7 @@ def test_sigterm_makes_two_processes_save_at_the_same_step(make_project: MakePro
     with start(project, "--nproc", "2") as run:
         assert wait_for(lambda: begun(project), 300)
         run.process.send_signal(signal.SIGTERM)
-        assert "is kept. To resume, start the same command again" in run.ends(143)
+        assert "is kept. To resume, run the same command again" in run.ends(143)
     newest = newest_checkpoint(project / "saves" / "run")
     assert newest is not None and len(list(newest.folder.glob("rng_state_*.pth"))) == 2
 

@@ -80,7 +80,7 @@ def test_llamafactorys_failure_is_reported_with_its_last_lines(project: Path) ->
     _, said = failed.process.communicate(timeout=300)
     assert failed.process.returncode == 3
     assert "error: LLaMA Factory failed: RuntimeError: Cannot find valid samples" in said
-    assert "The complete log: logs/run.log" in said and "start the same command again: " in said
+    assert "The complete log: logs/run.log" in said and "run the same command again: " in said
     assert "Running tokenizer on dataset" in said, "--verbose shows everything"
     (listed,) = all_records(project / "saves")
     assert listed["status"] == "failed"
