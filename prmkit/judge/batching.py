@@ -1,4 +1,4 @@
-"""Shared by both backends: prepare prompts as in training, judge equal prompts once, keep the order, read verdicts."""
+"""Shared by both backends: prepare prompts as in training, judge identical ones once, keep the order, read verdicts."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +57,7 @@ def _problem(request: Request) -> str | None:
     if not request.prompt.strip():
         return "the prompt is empty"
     if not request.shape.keys:
-        return "the prompt asks for no score key"
+        return "the prompt asks for no scores"
     try:
         f"{request.system}{request.prompt}".encode()
     except UnicodeEncodeError as error:
@@ -71,7 +71,7 @@ def judgements_in_order(
     judge_all: Callable[[Sequence[EncodedPrompt]], Sequence[Judgement]],
     window: int,
 ) -> Iterator[Judgement]:
-    """Judge a stream, one window at a time; equal requests are judged once, wherever they are in the stream.
+    """Judge a stream, one window at a time; identical requests are judged once, wherever they are in the stream.
 
     Args:
         requests: any number.
@@ -100,7 +100,7 @@ def judgements_in_order(
 
 
 def parse_generated(text: str, shape: Shape) -> Judgement:
-    """Read a verdict that the model wrote; without one of the requested scores it is `unparsed`."""
+    """Read a verdict that the model wrote; if a requested score is missing, the verdict is `unparsed`."""
     text = unescape(text, answer=True)  # labels were escaped for training, so the model writes escaped keys
     verdict = read_verdict(text, shape)
     if isinstance(verdict, Unreadable):

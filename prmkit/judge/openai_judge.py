@@ -72,7 +72,7 @@ class CompletionsJudge:
                 responses can be used; or several servers have different weights.
             UsageError: none of its first responses can be used, but another option would help.
 
-        Once a response could be used, a later unusable response fails only its own row.
+        After the first usable response, an unusable one fails only its own row.
         """
         return judgements_in_order(
             requests,
@@ -268,7 +268,7 @@ def _exact_reading(question: TrieQuery, logprobs: Iterator[Mapping[int, float]])
 
 
 async def _exact_way(completions: Completions, context: list[int], tokens: list[int]) -> ExactBy:
-    """Find out with one prompt, because servers refuse a parameter that they do not know, or silently ignore it."""
+    """Find out with one prompt, because servers reject an unknown parameter, or silently ignore it."""
     try:
         if await completions.exact([context], tokens) is not None:
             return "logprob_token_ids"

@@ -135,10 +135,10 @@ class Scorer:
             `reason`. A prompt that cannot be judged has the status `error`.
 
         Raises:
-            UsageError: `prompts` is a single prompt: each of its characters would be one.
+            UsageError: `prompts` is a single string, each character of which would be read as a prompt.
         """
         if isinstance(prompts, str | Mapping):
-            raise UsageError("prompts: a list of prompts, not a single one.")
+            raise UsageError("prompts: expected a list of prompts, not a single one.")
         shape_of = ShapeOf(tuple(keys or ()), trained=self.source.shapes)
         requests = [_request(prompt, shape_of) for prompt in prompts]
         judgements = self.judgements(each for each in requests if isinstance(each, Request))
@@ -286,7 +286,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="local folder with tokenizer and template (default: --model if it is a folder, otherwise --run)",
     )
-    # Without defaults here, because one of these flags without a server is a mistake.
+    # No defaults here, so that a flag without a server can be reported as a mistake.
     add("--api-key-env", metavar="NAME", help=f"environment variable with the server's key (default: {KEY_VARIABLE})")
     at_once = f"maximum concurrent requests (default: {Endpoint.concurrency})"
     add("--concurrency", type=cli.positive, metavar="N", help=at_once)
@@ -306,7 +306,7 @@ def scorer_of(arguments: argparse.Namespace) -> Scorer:
     """Return the judge on the command line, with its settings; nothing is loaded yet.
 
     Raises:
-        DataError: no judge is there.
+        DataError: there is no such judge.
         UsageError: the arguments contradict each other.
     """
     endpoint = _endpoint(arguments)
@@ -331,7 +331,7 @@ def judge_source(arguments: argparse.Namespace) -> JudgeSource:
     """Return the judge's source: the training run or model on the command line, modified by all other flags.
 
     Raises:
-        DataError: no judge is there.
+        DataError: there is no such judge.
         UsageError: the arguments contradict each other.
     """
     source = _named_source(arguments)
@@ -374,7 +374,7 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
     # A challenger is always loaded here, on the same device.
     loading = ("adapter", *(() if getattr(arguments, "challenger", None) else ("device", "dtype")))
     if given := _given(arguments, loading):
-        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url is a server. Drop one.")
+        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url is a server. Remove one.")
     for url in arguments.base_url:
         check_url(url)
     first, *others = arguments.base_url

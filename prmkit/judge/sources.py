@@ -35,7 +35,7 @@ class JudgeSource:
     device: str = "auto"
     """A torch device, or `auto` for a GPU if there is one."""
     trust_remote_code: bool = False
-    """Whether to run Python code that comes with the model. Only the user decides: files may be a stranger's."""
+    """Whether to run Python code that comes with the model. Only the user decides: files may be from a stranger."""
     rubrics: tuple[str, ...] | None = field(default=None, compare=False)
     """Hashes of the rubrics in its training rows; empty for a judge trained on other prompts, None if nothing is known
     about its training."""
@@ -91,7 +91,7 @@ def judge_source_of_run(run_folder: Path) -> JudgeSource:
 
 
 def config_of_run(folder: Path) -> dict[str, Any]:
-    """Read the resolved config of a training run from its folder or, for a checkpoint, from the folder above.
+    """Read the resolved config of a training run from its folder or, for a checkpoint, from the parent folder.
 
     Raises:
         DataError: the folder is not a training run, or its run.json is damaged.

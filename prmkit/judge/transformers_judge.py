@@ -38,11 +38,11 @@ class LocalJudge:
     """A `transformers` or `peft` causal language model in evaluation mode."""
 
     def score(self, requests: Iterable[Request], options: ScoringOptions = DEFAULT_OPTIONS) -> Iterator[Judgement]:
-        """Judge any number of requests; equal ones are judged once.
+        """Judge any number of requests; identical ones are judged once.
 
         Args:
             requests: read as needed, some dozens ahead.
-            asking: inference settings; the batch size is reduced if the GPU's memory is too small.
+            options: inference settings; the batch size is reduced if the GPU's memory is too small.
 
         Yields:
             One judgement per request, in order.

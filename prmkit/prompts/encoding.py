@@ -119,7 +119,7 @@ def load_encoding(
 
     Args:
         model_folder: the folder with the tokenizer's files.
-        template: a name that LLaMA Factory knows (`qwen`, `llama3`, …); None parses the tokenizer's chat template.
+        template: a name from LLaMA Factory's list (`qwen`, `llama3`, …); None parses the tokenizer's chat template.
         default_system: LLaMA Factory's key of this name; None keeps the template's default, "" removes it.
         enable_thinking: LLaMA Factory's key of this name; only reasoning templates (`qwen3`, …) use it.
         trust_remote_code: run Python code that comes with the model.
@@ -136,7 +136,7 @@ def load_encoding(
     from transformers import AutoTokenizer
 
     if template is not None and template not in TEMPLATES:
-        raise UsageError(f"template: LLaMA Factory has no '{template}'.{_nearest(template, TEMPLATES)}")
+        raise UsageError(f"LLaMA Factory has no template '{template}'.{_nearest(template, TEMPLATES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(model_folder), trust_remote_code=trust_remote_code, local_files_only=local_files_only

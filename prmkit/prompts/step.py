@@ -29,7 +29,7 @@ from prmkit.verdict.types import is_score_key
 
 DEFAULT_RUBRIC = Path(__file__).with_name("step_score.yaml")
 BUILDER_VERSION = 1
-"""The version of the prompts' format, incremented with every change, so that a judge gets only prompts in its own."""
+"""The version of the prompts' format, incremented with every change: a judge gets only prompts of its own version."""
 _KEY = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _LARGEST_SHARE = 0.2
 """The maximum fraction of the context for the rubric; the rest is for the run."""
@@ -74,7 +74,7 @@ class Rubric:
 
 
 def tokens(text: str) -> int:
-    """Return the length of a text in pseudo-tokens of 3 bytes: too high for English, about right for code."""
+    """Return the length of a text in pseudo-tokens of 3 bytes: too many for English, about right for code."""
     return -(-len(text.encode("utf-8", "surrogatepass")) // 3)
 
 

@@ -30,8 +30,8 @@ def read_answer(text: str, asked: Shape | None = None) -> Answer | Unreadable:
 
     Args:
         text: the answer.
-        asked: the shape that the prompt requests, if known (`asked_shape`). All its keys must be there, and only they
-            are scores; without it, the keys are those in a `scores` object, those that end in `score`, or all that
+        asked: the shape that the prompt requests, if known (`asked_shape`). All its keys must be present, and only they
+            count as scores; without it, the keys are those in a `scores` object, those that end in `score`, or all that
             have numbers.
     """
     try:
@@ -87,13 +87,13 @@ def _choose(objects: list[Found], asked: tuple[str, ...]) -> tuple[Found, "_Obje
         elif _is_inside_a_line(found):
             reason = Refusal("the scores share a line with other text")
         elif _OTHER_NAME in reading.repairs and "prose around the answer" in found.repairs:
-            reason = Refusal("other scores than were asked for")
+            reason = Refusal("scores other than those requested")
         else:
             chosen.append((found, reading))
     if not chosen:
         raise reason
     if any(other.values != chosen[0][1].values for _, other in chosen):
-        raise Refusal("two verdicts that differ")
+        raise Refusal("two different verdicts")
     return chosen[0]
 
 
@@ -350,7 +350,7 @@ def number_of(value: Any) -> float | None:
     percent, digits = digits.endswith("%"), digits.removesuffix("%").strip(" ")
     if _DECIMAL_COMMA.fullmatch(digits):
         digits = digits.replace(",", ".")
-    # `1%` and `0.95%` may mean 1 and 0.95, or hundredths; `8.5%` may be a faulty `85%`.
+    # `1%` and `0.95%` may mean 1 and 0.95, or hundredths; `8.5%` may be a typo for `85%`.
     if not _STRICT_NUMBER.fullmatch(digits) or (percent and (digits == "1" or not digits.isdecimal())):
         return None
     return Percentage(float(digits) / 100) if percent else float(digits)
@@ -400,7 +400,7 @@ def _check_evidence(found: Found, reading: _ObjectContent, values: Mapping[str, 
 
 
 def _check_scores_come_first(found: Found, reading: _ObjectContent, *, known: bool) -> None:
-    """Check, after a repair lost the end of a string, that no string precedes a score: it may quote a score.
+    """If a repair lost the end of a string, check that no string precedes a score, because it may quote one.
 
     `{"a_score": 0.8, "summary": "It sent {"x": 1}."}` keeps its score and loses its summary. If the keys are unknown, a
     score may have been lost with the string.

@@ -128,8 +128,8 @@ def asked_shape(prompt: str, system: str | None = None) -> Shape | None:
     ellipses. Its scores are in a `scores` object, in one object per criterion, under keys that end in `score`, or
     properties of a JSON schema.
 
-    If the last such object is not announced as JSON or a format, and an earlier one with other scores is, either may be
-    the schema, so none is taken: then the judge's answers decide.
+    If the last such object is not announced as JSON or as a format, but an earlier one with other scores is, either may
+    be the schema. Then neither is used, and the judge's answers decide.
     """
     last: Shape | None = None
     for start, end in _objects_from_the_end(prompt):

@@ -331,7 +331,7 @@ def test_prompts_that_cannot_be_judged_say_why(judges: dict[str, LocalJudge]) ->
         "the prompt is empty",
         "the prompt is not valid Unicode (surrogates not allowed)",
         judgements[3].reason,
-        "the prompt asks for no score key",
+        "the prompt asks for no scores",
     ]
 
 

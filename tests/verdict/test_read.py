@@ -360,8 +360,8 @@ def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
         ('{"scores": {"a": 0.5, "b": 0.8', "cut off inside the scores"),
         ('{"scores": {"a": 0.5, ', "cut off inside the scores"),
         (PLAIN + PLAIN.replace("0.9", "0.3"), "the scores share a line with other text"),
-        (f"{PLAIN}\n{PLAIN.replace('0.9', '0.3')}", "two verdicts that differ"),
-        ('{"a_score": 0.1}\n{"b_score": 0.2}', "two verdicts that differ"),
+        (f"{PLAIN}\n{PLAIN.replace('0.9', '0.3')}", "two different verdicts"),
+        ('{"a_score": 0.1}\n{"b_score": 0.2}', "two different verdicts"),
         ('{"scores": {"a": 0.1}, "scores": {"b": 0.2}}', "two different values for scores"),
         ('{"a_score": 0.1, "a_score": 0.2}', "two different values for a_score"),
         ('{"a_score": 0.1, "summary": "s", "summary": "t"}', "two different values for summary"),
@@ -371,11 +371,11 @@ def test_a_scale_is_a_range(value: str, expected: float | None) -> None:
         ('{"reasonableness_score": "0.95%"}', "score 0.95% of reasonableness_score is not a number"),
         ("{'reasonableness_score': 01}", "score 1 of reasonableness_score is unclear"),
         (f"Clip 1 got {UNQUOTED}. Clip 2:\n{PLAIN}", "the scores share a line with other text"),
-        (f"{PLAIN}\nWait:\n{UNQUOTED}", "two verdicts that differ"),
-        (f"```json\n{DRAFT}\n```\nWait. Corrected:\n{PLAIN}", "two verdicts that differ"),
-        (f"{DRAFT}\nIn the end:\n```json\n{PLAIN}\n```", "two verdicts that differ"),
+        (f"{PLAIN}\nWait:\n{UNQUOTED}", "two different verdicts"),
+        (f"```json\n{DRAFT}\n```\nWait. Corrected:\n{PLAIN}", "two different verdicts"),
+        (f"{DRAFT}\nIn the end:\n```json\n{PLAIN}\n```", "two different verdicts"),
         (f'{PLAIN}\n\nCorrection: "reasonableness_score": 0.35', "the text around the answer may change it"),
-        (f'{PLAIN}\n{{"correctness_score": 0.1, "summary": "a "b" c"}}', "two verdicts that differ"),
+        (f'{PLAIN}\n{{"correctness_score": 0.1, "summary": "a "b" c"}}', "two different verdicts"),
         ("[{'a_score': 0.9}, {'a_score': 0.3}]", "a list that is not one verdict"),
         ('{"clip_1": {"a_score": 0.9}, "clip_2": {"a_score": 0.3}}', "several objects with scores"),
         ('{"error": "rate limit exceeded", "retry_after": 1}', "no score"),
@@ -449,7 +449,7 @@ def test_what_was_asked_for_distinguishes_scores_from_other_numbers() -> None:
     quoted = 'It found {"title": "x", "score": 0.93, ...}.'
     assert asked_for(quoted, "correctness_score") == "the scores share a line with other text"
     found = 'It found:\n{"title": "x", "score": 0.93}\nA good page.'
-    assert asked_for(found, "correctness_score") == "other scores than were asked for"
+    assert asked_for(found, "correctness_score") == "scores other than those requested"
     for other in ("confidence", "tool_result", "error"):
         quoted = f'{{"{other}": {{"score": 0.95}}, "summary": "A bad step."}}'
         assert asked_for(quoted, "correctness_score") == "correctness_score is missing"
