@@ -128,7 +128,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
     """
     if arguments.audit is not None:
         if arguments != arguments_of({"audit": arguments.audit, "json": arguments.json}):
-            raise UsageError("--audit converts nothing and takes no other option than --json. Leave the others out.")
+            raise UsageError("--audit converts nothing and takes no option other than --json. Remove the others.")
         return _audit(arguments.audit, as_json=arguments.json)
     from prmkit.dataset.conversion import convert
     from prmkit.dataset.report import show_summary
@@ -227,7 +227,7 @@ def _scales(arguments: argparse.Namespace) -> dict[str | None, Scale]:
             pairs = [(judge or None, span) for judge, _, span in (text.rpartition("=") for text in given)]
         for judge, span in pairs:
             if judge in ranges:
-                raise UsageError(f"--scale: two ranges for {judge or 'all judges'}. Give one.")
+                raise UsageError(f"--scale: two ranges for {judge or 'all judges'}. Pass one.")
             ranges[judge] = _range(span, shlex.join(given))
     if words:
         ranges.setdefault(None, (0.0, 1.0))
@@ -284,10 +284,10 @@ def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:
     if given.max_rejected is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", given.max_rejected):
         yield "--max-rejected must be a percentage such as 5%, or a number of rows"
     if given.labels == "verbatim" and (given.scale or given.map):
-        yield "--labels verbatim keeps the judges' own numbers and words, so leave out --scale and --map"
+        yield "--labels verbatim keeps the judges' own numbers and words; remove --scale and --map"
     yield from _problems_of_name(given.name, filters)
     if given.assignments and given.config is None:
-        yield "key=value overrides --config; pass a --config, too"
+        yield "key=value overrides --config; pass --config as well"
     if given.tokenizer is not None and given.cutoff_len is None and given.config is None:
         yield "--tokenizer needs --cutoff-len, or a --config with cutoff_len"
     sets_length = given.cutoff_len is not None or given.template is not None
@@ -307,9 +307,9 @@ def _problems_of_name(name: str | None, filters: Filters) -> Iterator[str]:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX):
         yield f"--name may have letters, digits, '_', '-' and '.', and must not end in {HELD_OUT_SUFFIX}"
     if (name.startswith(PREFIX) and name != CUSTOM) or name == "rejected":
-        yield f"--name {name} may be a file of the main conversion; choose another name"
+        yield f"--name {name} may clash with a file of the main conversion; choose another name"
     if name.endswith((".meta", ".rejected", "_consensus")):
-        yield f"--name {name} may be a file of another variant; choose another name"
+        yield f"--name {name} may clash with a file of another variant; choose another name"
 
 
 def _split(arguments: argparse.Namespace, filters: Filters, output: Path) -> Split:

@@ -64,7 +64,7 @@ def convert(settings: Settings) -> dict[str, Any]:
             conversion is running in the folder, or the disk is full.
     """
     names, skipped = find_inputs(settings)
-    _warn_of_files(skipped, "skipped, because they are hidden, symlinks, or have no suffix of a row file")
+    _warn_of_files(skipped, "skipped, because they are hidden or symlinks, or do not have the suffix of a row file")
     try:
         with exclusive_lock(settings.output, "converting", patience=1.0):
             recover(settings.output)
@@ -242,7 +242,7 @@ def _check_judges(settings: Settings, stage: Stage) -> None:
     judges = {judge for (judge,) in stage.rows.execute("SELECT judge FROM row UNION SELECT judge FROM rejected")}
     if unknown := settings.scales.keys() - judges - {None}:
         shown = ", ".join(f"{judge:.80}" for judge in sorted(map(str, unknown))[:5])
-        log.warning("warning: no row is from a judge of --scale: %s", shown)
+        log.warning("warning: --scale names judges that have no rows: %s", shown)
 
 
 def _prompts(stage: Stage, *, held_out: bool) -> Iterator[Prompt]:
@@ -296,7 +296,7 @@ def _check_enough_rows(settings: Settings, stage: Stage, problems: Sequence[Scal
     # Rows that would leak were readable, so they do not count here.
     unread = rejected - sum(counts["rejected"].get(kind, 0) for kind in (BOTH_SIDES, NEAR_DUPLICATE))
     if unread > limit:
-        allowed = f"--max-rejected {limit_text} allows {limit:,}"
+        allowed = f"but --max-rejected {limit_text} allows only {limit:,}"
         if settings.max_rejected is None:
             allowed = "more than half. If that is correct, allow it with --max-rejected 100%"
         raise DataError(f"{unread:,} rows are rejected, {allowed}.{reasons}")
@@ -351,7 +351,7 @@ def _finish(settings: Settings, report: dict[str, Any], written: Written, new: P
     }
     write_json(new / report_file, report)
     write_json(new / INFO, {**kept, **written.entries})
-    written_before = {*earlier.get("files", []), INFO}  # others' entries in INFO are kept
+    written_before = {*earlier.get("files", []), INFO}  # entries of INFO that prmkit did not write are kept
     foreign = sorted(name for name in set(files) - written_before if (output / name).exists())
     _warn_of_files(foreign, "overwritten, although no earlier conversion created them")
     sync_files(new)

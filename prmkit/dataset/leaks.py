@@ -88,7 +88,7 @@ def audit(entries: Sequence[Entry]) -> dict[str, Any]:
 def _shared(
     training: Iterable[Entry], held_out: Sequence[Entry], tasks: set[str | None], *, passes: int
 ) -> tuple[dict[tuple[str, str], str], int, int]:
-    """Return what is in both splits (-> training dataset), the number of training rows without a task, and of all."""
+    """Return what is in both splits (-> training dataset), the training rows without a task, and all training rows."""
     shared: dict[tuple[str, str], str] = {}
     nameless = trained = 0
     for number in range(passes):
@@ -336,7 +336,7 @@ class _Index:
 
 
 def _covered(starts: Any) -> int:
-    """Count the words in the grams that begin at `starts`, which is in rising order."""
+    """Count the words in the grams that begin at `starts`, which is in ascending order."""
     import numpy as np
 
     return int(np.minimum(np.diff(starts), _WORDS).sum()) + _WORDS if len(starts) else 0

@@ -52,7 +52,7 @@ def recover(folder: Path) -> None:
 
 
 def _is_ours(current: Path) -> bool:
-    """Whether `.current` points into a conversion's working folder right here, which we own."""
+    """Whether `.current` points into a conversion's working folder next to it, which we own."""
     if not current.is_symlink() or not _OURS.fullmatch(target := os.readlink(current)):  # noqa: PTH115
         return False
     work, files = current.parent / Path(target).parent, current.parent / target

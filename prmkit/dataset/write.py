@@ -260,7 +260,7 @@ def _consensus_row(
 
 
 def _selected_as(metadata: Mapping[str, Any], lightest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata with the selection of the lightest row; with none if a judge got the prompt anyway."""
+    """Return the metadata with the selection of the lightest row, or without one if that row was not selected."""
     return without_selection(metadata) | {
         name: lightest["metadata"][name] for name in (SELECTED_BY, WEIGHT) if name in lightest["metadata"]
     }

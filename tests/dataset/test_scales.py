@@ -147,7 +147,7 @@ def test_a_judge_from_0_to_1_under_a_larger_scale_gives_no_labels(convert_rows: 
 
 def test_a_judge_of_a_scale_that_no_row_has_is_named(convert_rows: Convert, narrated: Narrated) -> None:
     convert_rows(judged([0.5, 0.2, 0.1]), scales={"jugde-ten": Scale(1, 10)})
-    assert "no row is from a judge of --scale: jugde-ten" in narrated.text
+    assert "--scale names judges that have no rows: jugde-ten" in narrated.text
 
 
 def test_words_with_spaces_are_suggested_as_they_are_typed(convert_rows: Convert) -> None:
