@@ -1,12 +1,12 @@
-"""Best of N on tau-bench's own results, for any judge, next to picks that read nothing.
+"""Best of N on tau-bench's own results, for any judge, compared with picks that do not read the runs.
 
     python benchmarks/best_of_n.py FOLDER/gpt-4o-airline.json                               what a judge has to beat
     python benchmarks/best_of_n.py FOLDER/gpt-4o-airline.json --run saves/reward_model_training
-    python benchmarks/best_of_n.py FOLDER/gpt-4o-airline.json --predictions scores.jsonl    scores out of a file
+    python benchmarks/best_of_n.py FOLDER/gpt-4o-airline.json --predictions scores.jsonl    scores from a file
 
 The file is historical_trajectories/gpt-4o-airline.json of sierra-research/tau-bench (59a200c, MIT): 50 tasks, four
-trials each, with the reward and the messages. Other files of runs with outcomes do as well. What is typed after the
-file goes to evaluate_judge.py; scoring continues where it was stopped.
+trials each, with the reward and the messages. Any other file of runs with outcomes works, too. Arguments after the file
+are passed to evaluate_judge.py; scoring resumes where it was stopped.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def table(picks: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The picks as lines of Markdown, with the interval at the greatest N."""
+    """Format the picks as a Markdown table, with the interval at the largest N."""
     sizes = list(next(iter(picks.values())))
     yield f"| pick | {' | '.join(f'N={n}' for n in sizes)} | 95 % at N={sizes[-1]} |"
     yield f"|---|{'---:|' * len(sizes)}---|"

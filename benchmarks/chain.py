@@ -5,16 +5,16 @@
 
 | stage | the usual tool |
 |---|---|
-| convert: made-up rows, with the length guard | `tokenizers`' encode_batch on the distinct texts, and nothing else; |
-| | its encode_batch_fast, which leaves out where in the text a token is |
+| convert: synthetic rows, with the length guard | only `tokenizers`' encode_batch on the distinct texts; |
+| | its encode_batch_fast, which does not compute the tokens' offsets in the text |
 | check: train.py --validate-only | none |
 | train, start and step | `llamafactory-cli train` on a hand-written YAML with the same model, rows and batch |
 | evaluate: held-out prompts | `transformers` generates a verdict for the same prompts, in batches of 8 |
 | export | `llamafactory-cli export` |
 | score: new prompts | `transformers` generates; with --vllm, vLLM does |
 
-Seconds, CPU seconds with children, and the sum of the processes' memory (PSS). On a machine with other work compare the
-CPU seconds. Training is measured to the first logged step (start) and between logged steps (step).
+Reports seconds, CPU seconds including children, and the processes' total memory (PSS). On a busy machine, compare the
+CPU seconds. Training is measured up to the first logged step (start) and between logged steps (step).
 """
 
 import argparse
@@ -40,18 +40,18 @@ PYTHON = sys.executable
 FACTORY = Path(sys.executable).with_name("llamafactory-cli")
 CUTOFF = 4096
 VERDICT_TOKENS = 120
-"""As long as the sample's verdicts; what is generated is not read."""
+"""About the length of the sample's verdicts; the generated text is not read."""
 
 
 def main() -> None:
-    """Measure all stages; with --run, be the usual tool of one of them."""
+    """Measure all stages; with --run, act as the usual tool of one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder with a real vocabulary")
-    parser.add_argument("--template", help="LLaMA Factory's template of it")
-    parser.add_argument("--megabytes", type=int, default=50, help="of the conversion's input (default 50)")
-    parser.add_argument("--steps", type=int, default=6, help="of the training (default 6)")
-    parser.add_argument("--prompts", type=int, default=24, help="that are evaluated and scored (default 24)")
-    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="a Python with vLLM")
+    parser.add_argument("--template", help="LLaMA Factory's template for the model")
+    parser.add_argument("--megabytes", type=int, default=50, help="size of the conversion's input (default 50)")
+    parser.add_argument("--steps", type=int, default=6, help="number of training steps (default 6)")
+    parser.add_argument("--prompts", type=int, default=24, help="number of prompts to evaluate and score (default 24)")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="the Python of an environment with vLLM")
     parser.add_argument("--run", nargs=4, metavar="X", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
@@ -59,7 +59,7 @@ def main() -> None:
         PLAIN[way](*values)
         return
     if not (arguments.model and arguments.template):
-        parser.error("--model and --template are needed")
+        parser.error("--model and --template are required")
     arguments.model = arguments.model.resolve()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
@@ -70,14 +70,14 @@ def main() -> None:
 
 
 def stages(arguments: argparse.Namespace) -> Iterator[tuple[str, Measured, str, Measured | None]]:
-    """Stage, what it takes here, the name of the usual tool, and what that takes."""
+    """Yield each stage, our measurement, the name of the usual tool, and its measurement."""
     model, template = arguments.model, arguments.template
     source = WORK / "rows.jsonl"
     write_input(source, arguments.megabytes)
     guard = ["--tokenizer", model, "--template", template, "--cutoff-len", CUTOFF]
     typed = ["--input", source, "--output-dir", WORK / "large", "--no-task-variants", *guard]
     size, floor = f"{arguments.megabytes} MB", _plain("encode", model, source, "encode_batch")
-    # Without a cache, so that the first conversion asks LLaMA Factory for the template.
+    # An empty cache, so that the first conversion has to load the template from LLaMA Factory.
     os.environ["XDG_CACHE_HOME"] = str(WORK / "cache")
     yield f"convert {size}, the first time", _ours("convert_dataset.py", *typed), "encode_batch", floor
     converted, fast = _ours("convert_dataset.py", *typed), _plain("encode", model, source, "encode_batch_fast")
@@ -87,7 +87,7 @@ def stages(arguments: argparse.Namespace) -> Iterator[tuple[str, Measured, str, 
     config = _config(arguments)
     sample = ROOT / "finetune.jsonl"
     typed = ["--input", sample, "--output-dir", WORK / "data", "--config", config, "--no-task-variants"]
-    _ours("convert_dataset.py", *typed)  # another system text, so the first time once more
+    _ours("convert_dataset.py", *typed)  # warm-up: a different system prompt means a different cache entry
     converted, floor = _ours("convert_dataset.py", *typed), _plain("encode", model, sample, "encode_batch")
     yield "convert the sample", converted, "encode_batch", floor
     yield "check", _ours("train.py", "--config", config, "--validate-only"), "–", None
@@ -115,7 +115,7 @@ def stages(arguments: argparse.Namespace) -> Iterator[tuple[str, Measured, str, 
 
 
 def _config(arguments: argparse.Namespace) -> Path:
-    """The demo's configuration of a real model, for a few steps in the scratch folder."""
+    """Write the demo's configuration for a real model, for a few steps in the scratch folder."""
     config = yaml.safe_load((ROOT / "configs" / "cpu_smollm2.yaml").read_text(encoding="utf-8"))
     config.pop("save_steps")
     if arguments.template != config["template"]:
@@ -143,7 +143,7 @@ def _measured(command: list[Any], accepted: tuple[int, ...] = (0,)) -> Measured:
 
 
 def _training(command: list[Any], run: Path) -> tuple[Measured, Measured]:
-    """What it takes until the first step is logged, and for each step after it."""
+    """Measure the time until the first step is logged, and for each step after it."""
     logged: list[tuple[float, float]] = []
     file, began, before = run / "trainer_log.jsonl", time.perf_counter(), _cpu()
 
@@ -157,7 +157,7 @@ def _training(command: list[Any], run: Path) -> tuple[Measured, Measured]:
     if code or len(logged) < 2:
         raise SystemExit(f"{' '.join(map(str, command))}\nexit code {code}; see {WORK / 'log'}")
     seconds = (logged[-1][0] - logged[0][0]) / (len(logged) - 1)
-    # The CPU seconds of a child are known when it has ended: shared out as the seconds are.
+    # The CPU seconds of a child are known only after it has ended, so they are split in proportion to the seconds.
     rate = whole.cpu / whole.seconds
     return (
         Measured(logged[0][0] - seconds, (logged[0][0] - seconds) * rate, whole.peak_mb),
@@ -201,7 +201,7 @@ def _export(arguments: argparse.Namespace) -> Measured:
 
 
 def _held_out_prompts(count: int) -> Path:
-    """Distinct held-out prompts of steps as new rows."""
+    """Write distinct held-out prompts of steps as new rows."""
     source = WORK / "data" / "reward_model_clip_eval.jsonl"
     lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     prompts = list(dict.fromkeys(line["instruction"] for line in lines))[:count]
@@ -223,7 +223,7 @@ def encode(model: str, source: str, method: str) -> None:
                 turns = json.loads(line)["conversations"]
                 texts |= dict.fromkeys(turn["value"] for turn in turns)
             except (ValueError, TypeError, KeyError):
-                continue  # the sample has rows that are damaged on purpose
+                continue  # the sample has rows that are intentionally damaged
     names = [text for text in texts if isinstance(text, str)]
     for start in range(0, len(names), 2000):
         for encoded in getattr(tokenizer, method)(names[start : start + 2000], add_special_tokens=False):
@@ -257,7 +257,7 @@ def generate(model: str, file: str, output: str) -> None:
 
 def vllm(model: str, file: str, output: str) -> None:
     """Generate the same verdicts with vLLM."""
-    # Its CPU build takes 40 % of the memory for its cache, and binds itself to cores, if nothing else is set.
+    # Its CPU build takes 40 % of the memory for its cache, and binds itself to cores by default.
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 

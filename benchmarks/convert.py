@@ -2,26 +2,26 @@
 
     python benchmarks/convert.py --megabytes 200 1000
 
-Each way reads the same synthetic input (3 evaluation types, 4 judges, 2 a prompt, 2,000 tasks; 4 in 10 answers are not
-valid JSON) and writes reward_model_full and one variant for each evaluation type, judge and task:
+Each way reads the same synthetic input (3 evaluation types, 4 judges, 2 per prompt, 2,000 tasks; 4 in 10 answers are
+not valid JSON) and writes reward_model_full and one variant for each evaluation type, judge and task:
 
-- prmkit: this converter, with everything it checks: verdicts, canonical labels, markers, duplicates, split, audit;
+- prmkit: this converter, with all its checks: verdicts, canonical labels, markers, duplicates, split, audit;
 - usual: load all rows, filter the list for each variant, json.dump(indent=2);
 - polars: read_ndjson, filter, write_ndjson;
 - duckdb: read_json, COPY ... TO for each variant;
-- copy: a plain copy of the tree that prmkit wrote, for what the disk allows.
+- copy: a plain copy of the tree that prmkit wrote, which shows the speed of the disk.
 
-Only prmkit reads the verdicts; the others write what they find. Each runs in a separate process. Peak memory is the
-sum of the proportional set sizes (PSS) of the process and its children, sampled ten times a second; CPU seconds
-include the children. prmkit waits until its files are on the disk, the others leave them in the page cache: the
-second column of seconds has the wait for the disk for all of them.
+Only prmkit reads the verdicts; the others copy them unread. Each way runs in a separate process. Peak memory is the
+sum of the proportional set sizes (PSS) of the process and its children, sampled ten times per second; CPU seconds
+include the children. prmkit waits until its files are on the disk, while the others leave them in the page cache:
+the second column of seconds includes the wait for the disk for all of them.
 
-The disk needs room for about 25 times the input, of all sizes together: each of the five ways writes about four times
-the input, and nothing is deleted before all of them are done. For an ext4 without a journal gives no inode out again
-for one to six minutes after its file was deleted, and each new file of that block group looks at all of those first
-(recently_deleted() in fs/ext4/ialloc.c of the kernel). Creating 1,000 files took 0.7 to 0.9 seconds after thousands of
-deletions instead of 0.05, so a way that follows the deletion of another's tree would take seconds longer. Leave six
-minutes between two runs for the same reason.
+The disk needs space for about 25 times the input, added up over all sizes: each of the five ways writes about four
+times the input, and nothing is deleted until all of them are done. The reason: ext4 without a journal does not reuse an
+inode for one to six minutes after its file was deleted, and every new file in that block group has to skip all of those
+first (recently_deleted() in fs/ext4/ialloc.c of the kernel). Creating 1,000 files took 0.7 to 0.9 seconds after
+thousands of deletions instead of 0.05, so a way that ran after the deletion of another's tree would take seconds
+longer. For the same reason, wait six minutes between two runs.
 """
 
 import argparse
@@ -101,7 +101,7 @@ Please provide your evaluation in the following JSON format:
 
 
 def write_input(path: Path, megabytes: int) -> None:
-    """Write about as many megabytes; the same ones every time. The file is there when it is whole, and not before."""
+    """Write about `megabytes` MB, the same every time. The file appears only when it is complete."""
     choose = random.Random(0)
     words = _WORDS.split()
     sentences = [" ".join(choose.choices(words, k=choose.randint(6, 18))) + "." for _ in range(4_000)]
@@ -130,7 +130,7 @@ def write_input(path: Path, megabytes: int) -> None:
 
 
 def _prompts(choose: random.Random, prose: Callable[[int], str], task: str) -> Iterator[tuple[str, int | None, str]]:
-    """Evaluation type, clip number and prompt of everything that is judged in one run."""
+    """Yield evaluation type, clip number and prompt of everything that is judged in one run."""
     for number in range(1, 8):
         yield (
             "clip",
@@ -173,7 +173,7 @@ def _row(choose: random.Random, prose: Callable[[int], str], prompt: str, about:
 
 
 def _as_judges_write(choose: random.Random, verdict: dict[str, Any]) -> str:
-    """The verdict as text; 4 in 10 are not valid JSON, in about the proportions in which judges fail."""
+    """Return the verdict as text; 4 in 10 are not valid JSON, with faults about as frequent as real judges' faults."""
     text = json.dumps(verdict, indent=4, ensure_ascii=False)
     fault = choose.random()
     if fault < 0.20:
@@ -195,13 +195,13 @@ def _as_judges_write(choose: random.Random, verdict: dict[str, Any]) -> str:
 
 
 def prmkit_way(source: Path, output: Path) -> None:
-    """This converter, as a user starts it."""
+    """Run prmkit's converter as a user would."""
     command = [sys.executable, str(ROOT / "convert_dataset.py"), "--input", str(source), "--output-dir", str(output)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def usual_way(source: Path, output: Path) -> None:
-    """Everything in one list, and a pass over it for each variant."""
+    """Load everything into one list, and filter it for each variant."""
     with source.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
 
@@ -225,7 +225,7 @@ def usual_way(source: Path, output: Path) -> None:
 
 
 def polars_way(source: Path, output: Path) -> None:
-    """Columns, grouped once for each kind of variant."""
+    """Load columns, and group them once for each kind of variant."""
     import polars
 
     rows = polars.read_ndjson(source)
@@ -243,7 +243,7 @@ def polars_way(source: Path, output: Path) -> None:
 
 
 def duckdb_way(source: Path, output: Path) -> None:
-    """A table, and a query for each variant."""
+    """Load a table, and run a query for each variant."""
     import duckdb
 
     connection = duckdb.connect()
@@ -263,7 +263,7 @@ def duckdb_way(source: Path, output: Path) -> None:
 
 
 def copy_way(source: Path, output: Path) -> None:
-    """The tree that prmkit wrote in the same run, file by file."""
+    """Copy the tree that prmkit wrote in the same run, file by file."""
     shutil.copytree(output.parent / "prmkit", output, dirs_exist_ok=True)
 
 
@@ -277,7 +277,7 @@ WAYS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def label(way: str) -> str:
-    """The name of a way in the tables of RESULTS.md."""
+    """Return the name of a way in the tables of RESULTS.md."""
     if way in ("polars", "duckdb"):
         return f"{way} {version(way)}"
     return "copy of the tree" if way == "copy" else way
@@ -292,7 +292,7 @@ def measure(way: str, source: Path, output: Path) -> dict[str, float]:
     Args:
         way: one of `WAYS`.
         source: the input.
-        output: a folder that is not there yet; what it gets stays there.
+        output: a folder that does not exist yet; its content is kept.
     """
     output.mkdir()
     os.sync()
@@ -310,10 +310,10 @@ def measure(way: str, source: Path, output: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the command line; with --run, be the process that is measured."""
+    """Run the command line; with --run, act as the process that is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[200], help="of input (default 200)")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="in this order")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[200], help="sizes of the input (default 200)")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="ways, in this order")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
@@ -321,10 +321,10 @@ def main() -> None:
         WAYS[way](Path(source), Path(output))
         return
     if "copy" in arguments.ways and "prmkit" not in arguments.ways[: arguments.ways.index("copy")]:
-        parser.error("copy copies the tree that prmkit writes. Name prmkit before it: --ways prmkit copy")
+        parser.error("copy needs the tree that prmkit writes. List prmkit before it: --ways prmkit copy")
     if len(set(arguments.ways)) < len(arguments.ways):
-        parser.error("a way is named twice. Run the benchmark again to measure it again.")
-    # One stack for all sizes: what is deleted after the first would slow down the second.
+        parser.error("a way is listed twice. To measure it again, run the benchmark again.")
+    # One stack for all sizes: deleting the files of the first size would slow down the second.
     with ExitStack() as kept:
         for megabytes in arguments.megabytes:
             compare(megabytes, arguments.ways, kept)
@@ -334,9 +334,9 @@ def compare(megabytes: int, ways: Sequence[str], kept: ExitStack) -> None:
     """Measure each way on an input of one size and print the table.
 
     Args:
-        megabytes: of the input.
-        ways: of `WAYS`, in the order in which they are measured.
-        kept: removes what they wrote, in the end.
+        megabytes: the size of the input.
+        ways: keys of `WAYS`, in the order in which to measure them.
+        kept: removes their files at the end.
     """
     folder = WORK / str(megabytes)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""A judge from people's labels alone: trained on some public sets, examined on another one that it has never seen.
+"""Train a judge on people's labels alone: on some public sets, then examine it on another set that it has never seen.
 
     python benchmarks/exam.py --model demo/smollm2/model --template smollm2 \\
         who-and-when=FOLDER trajectory-judge=FOLDER
 
 Each set in turn is the exam, and the others are the training data. The table has the trained judge, the model before
-training, the constants, and the published judges of the set. Everything is typed as a user types it: import, convert,
-train, examine. A command that was stopped continues: runs that are trained and steps that are scored are kept.
+training, the constants, and the published results on the set. All commands are those of a user: import, convert, train,
+examine. An interrupted command can be run again: finished training runs and scored steps are kept.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHOWN = ("auroc", "average_precision", "first_error", "processbench_f1", "locate
 
 
 def main() -> None:
-    """Train and examine each way, and print a table for each."""
+    """Examine a judge on each set, and print a table for each."""
     arguments = _arguments()
     sets = dict(pair.split("=", 1) for pair in arguments.sets)
     for name, folder in sets.items():
@@ -36,18 +36,18 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="+", metavar="SET=FOLDER", help="as import_trajectories.py --labels names them")
+    parser.add_argument("sets", nargs="+", metavar="SET=FOLDER", help="named as in import_trajectories.py --labels")
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the base model")
-    parser.add_argument("--template", required=True, help="LLaMA Factory's template of it")
+    parser.add_argument("--template", required=True, help="LLaMA Factory's template for the model")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "cpu_smollm2.yaml", metavar="FILE")
-    parser.add_argument("--steps", type=int, default=380, metavar="N", help="of the optimizer (default 380)")
+    parser.add_argument("--steps", type=int, default=380, metavar="N", help="number of optimizer steps (default 380)")
     parser.add_argument("--runs", type=int, metavar="N", help="at most N runs of each exam (default: all)")
-    parser.add_argument("--rubric", type=Path, default=RUBRIC, metavar="FILE", help="(default: a short one)")
+    parser.add_argument("--rubric", type=Path, default=RUBRIC, metavar="FILE", help="the rubric (default: a short one)")
     return parser.parse_args()
 
 
 def _import(name: str, folder: Path, arguments: argparse.Namespace) -> None:
-    """Rows to train on, and an exam of the first runs by the hash of their ids."""
+    """Write the rows to train on, and an exam of the first runs, ordered by the hash of their ids."""
     rows = WORK / f"{name}.jsonl"
     _run("import_trajectories.py", "--labels", name, folder, "--output", rows, "--rubric", arguments.rubric)
     runs = list(_lines(rows.with_suffix(".runs.jsonl")))
@@ -77,7 +77,7 @@ def _examine(name: str, others: list[str], arguments: argparse.Namespace) -> Non
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """The entrants of an exam as lines of Markdown, with the interval of AUROC."""
+    """Format the entrants of an exam as a Markdown table, with the interval of AUROC."""
     exam = result["exam"]
     yield (
         f"{exam['labelled_steps']:,} labelled steps ({exam['bad_steps']:,} bad), {exam['runs']} runs, "
@@ -96,7 +96,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _run(script: str, *arguments: object) -> str:
-    """What a script writes to stdout; its narration goes to the terminal."""
+    """Run a script and return its stdout; its stderr goes to the terminal."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if done.returncode:

@@ -1,13 +1,13 @@
 """The parts of benchmarks/gpu.sh; each runs in a separate process and adds its lines to results.jsonl.
 
-python benchmarks/gpu.py check                what is installed, against requirements.txt, and what is missing
+python benchmarks/gpu.py check                what is installed, compared with requirements.txt, and what is missing
 python benchmarks/gpu.py prepare              the random model and its rows
 python benchmarks/gpu.py training --way guide one way of benchmarks/train.py, with estimated and measured memory
-python benchmarks/gpu.py scoring              reading scores against generating verdicts, at batch 1 and 8
-python benchmarks/gpu.py parity               adapter against merged model, batch 1 against 8, in bf16
+python benchmarks/gpu.py scoring              reading scores compared with generating verdicts, at batch sizes 1 and 8
+python benchmarks/gpu.py parity               adapter compared with merged model, batch size 1 with 8, in bf16
 python benchmarks/gpu.py smollm2              the demo's real model: train, measure, export
-python benchmarks/gpu.py serving              the same model as a server: one client against 32
-python benchmarks/gpu.py table                everything that was measured so far
+python benchmarks/gpu.py serving              the same model as a server: one client, then 32
+python benchmarks/gpu.py table                everything measured so far
 """
 
 import argparse
@@ -32,7 +32,7 @@ from prmkit.judge.transformers_judge import LocalJudge  # noqa: E402
 from prmkit.judge.types import Mode, Request, ScoringOptions  # noqa: E402
 
 SIZES: dict[str, dict[str, int]] = {
-    # The public rows of this kind have 900 to 1,500 tokens; prompts of 30,000 characters about 7,500.
+    # Public rows of this kind have 900 to 1,500 tokens; prompts of 30,000 characters have about 7,500.
     "7b": {
         "steps": 4, "rows": 96, "words": 1400, "cutoff": 4096, "prompt": 1200, "verdict": 200, "read": 32, "written": 4,
         "served": 600,
@@ -42,13 +42,13 @@ SIZES: dict[str, dict[str, int]] = {
         "served": 8,
     },
 }  # fmt: skip
-"""What is trained on and scored: `read` and `written` prompts at batch 1, four times as many written at batch 8, and
-`served` steps."""
+"""The amounts of training and scoring. In scoring: `read` and `written` prompts at batch size 1, and four times as many
+written ones at batch size 8; in serving: `served` steps."""
 
 IMPORTED = ("llamafactory", "transformers", "peft", "trl", "datasets", "accelerate", "torch", "orjson", "liger-kernel")
-"""Distributions that the parts need. On a CPU liger-kernel may be missing: it is not used there."""
+"""Distributions that the parts need. On a CPU, liger-kernel may be missing, because it is not used there."""
 SERVING = ("fastapi", "uvicorn", "httpx", "prometheus-client")
-"""What the part `serving` needs besides, with all that these need: some of it is imported by the first request only."""
+"""What the part `serving` needs in addition, dependencies included: some are imported only by the first request."""
 
 
 def check(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -63,18 +63,18 @@ def check(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         wanted = pinned.get(name)
         yield {"package": name, "found": found, "pinned": wanted}
         if found == "missing" and not (name == "liger-kernel" and not torch.cuda.is_available()):
-            sys.exit(f"{name}: not installed. Give its wheel with --wheels.")
+            sys.exit(f"{name}: not installed. Pass its wheel with --wheels.")
     from llamafactory.hparams import get_train_args  # noqa: F401
 
     for name in SERVING if given.smollm2 else ():
         for needed in (Requirement(line) for line in requires(name) or ()):
             if (needed.marker is None or needed.marker.evaluate({"extra": ""})) and not is_installed(needed.name):
-                sys.exit(f"{needed.name}: not installed, and {name} needs it. Give its wheel with --wheels.")
+                sys.exit(f"{needed.name}: not installed, and {name} needs it. Pass its wheel with --wheels.")
     for file in ("configs/cpu_smollm2.yaml", "training_config.yaml", "finetune.jsonl"):
         if not (ROOT / file).is_file():
             sys.exit(f"{file}: missing.")
     if given.smollm2 and not (given.smollm2 / "config.json").is_file():
-        sys.exit(f"{given.smollm2}: no model folder.")
+        sys.exit(f"{given.smollm2}: not a model folder.")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield {"gpu": gpu, "python": sys.version.split()[0], "cores": os.cpu_count()}
 
@@ -104,7 +104,7 @@ def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def scoring(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Score in both modes at both batch sizes, with one model: what is compared differs in nothing else."""
+    """Score in both modes and at both batch sizes, with one model, so that nothing else differs."""
     size = SIZES[given.size]
     judge = random_judge(given.size, given.device)
     counts: tuple[tuple[Mode, int], ...] = (("expected", size["read"]), ("generate", size["written"]))
@@ -121,7 +121,7 @@ def scoring(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def reset_peak() -> None:
-    """Forget the GPU's peak memory so far."""
+    """Reset the GPU's peak memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -129,7 +129,7 @@ def reset_peak() -> None:
 
 
 def peak() -> float:
-    """The GPU's peak memory in GiB; 0 without one."""
+    """Return the GPU's peak memory in GiB; 0 without a GPU."""
     import torch
 
     return torch.cuda.max_memory_allocated() / (1 << 30) if torch.cuda.is_available() else 0.0
@@ -138,7 +138,7 @@ def peak() -> float:
 def parity(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Compare scores of an adapter at batch 1 with batch 8, and with those of the merged model.
 
-    The adapter has LoRA's usual A and a random B, so it changes what the model says, as a trained one does.
+    The adapter has LoRA's usual A and a random B, so it changes the model's output, as a trained one does.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -162,7 +162,7 @@ def parity(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def scores(judge: LocalJudge, rows: list[Request], batch_size: int) -> list[float]:
-    """The expected scores; every row must get one."""
+    """Return the expected scores; every row must get one."""
     found = [judgement.score for judgement in judge.score(rows, ScoringOptions(batch_size=batch_size))]
     known = [score for score in found if score is not None]
     if len(known) < len(found):
@@ -171,7 +171,7 @@ def scores(judge: LocalJudge, rows: list[Request], batch_size: int) -> list[floa
 
 
 def smollm2(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Run the chain of `--demo --model smollm2` with a model folder that is there already."""
+    """Run the chain of `--demo --model smollm2` with an existing model folder."""
     folder = train.WORK.parent / "smollm2"
     run = folder / "saves" / "judge"
     convert = ["--input", str(ROOT / "finetune.jsonl"), "--output-dir", str(folder / "data"), "--no-task-variants"]
@@ -189,7 +189,7 @@ def smollm2(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def smollm2_settings(given: argparse.Namespace) -> list[str]:
-    """Arguments of train.py that fit the demo's configuration to the model's folder and to the device."""
+    """Return arguments of train.py that adapt the demo's configuration to the model folder and the device."""
     settings = ["--config", str(ROOT / "configs" / "cpu_smollm2.yaml"), f"model_name_or_path={given.smollm2}"]
     settings += ["use_cpu="] if given.device == "cuda" else []
     return settings + ([f"max_steps={given.max_steps}"] if given.max_steps else [])
@@ -203,7 +203,7 @@ def seconds_of(program: str, *arguments: str) -> float:
 
 
 def serving(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Train the demo's real model on steps of runs, serve it, and load it with single steps."""
+    """Train the demo's real model on steps of runs, serve it, and put it under load with single steps."""
     folder = train.WORK.parent / "serving"
     folder.mkdir(parents=True, exist_ok=True)
     steps, data, run = folder / "steps.jsonl", folder / "data", folder / "saves" / "judge"
@@ -252,8 +252,8 @@ def main() -> None:
     parser.add_argument("--way", choices=["guide", *train.CHANGES], default="guide")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smollm2", type=Path, help="the model folder of python -m tools.demo.smollm2")
-    parser.add_argument("--max-steps", type=int, default=0, help="of the smollm2 part")
-    parser.add_argument("--output", type=Path, default=train.WORK.parent / "gpu", help="where results.jsonl grows")
+    parser.add_argument("--max-steps", type=int, default=0, help="maximum training steps in the smollm2 part")
+    parser.add_argument("--output", type=Path, default=train.WORK.parent / "gpu", help="the folder of results.jsonl")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How a command is measured: seconds, CPU seconds with children, and the memory of all of its processes."""
+"""Measure a command: seconds, CPU seconds including children, and the memory of all its processes."""
 
 import os
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 INTERVAL = 0.1
-"""Seconds between two looks at the memory."""
+"""Seconds between two measurements of the memory."""
 
 
 class Measured(NamedTuple):
-    """What a command took."""
+    """The resources that a command used."""
 
     seconds: float
     cpu: float
@@ -28,11 +28,11 @@ def run_measured(
 
     Args:
         command: the program and its arguments.
-        watch: called with every look at the memory.
-        options: of `subprocess.Popen`.
+        watch: called with every measurement of the memory.
+        options: passed to `subprocess.Popen`.
 
     Returns:
-        What it took, and its exit code.
+        The resources that it used, and its exit code.
     """
     before = os.times()
     started = time.perf_counter()

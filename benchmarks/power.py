@@ -1,7 +1,7 @@
-"""What a held-out set of a given size can see: how often each gate of evaluate_judge.py opens and closes.
+"""The statistical power of a held-out set of a given size: how often each gate of evaluate_judge.py is met or fails.
 
-Judges are made up, so the truth is known: `reference + error`, where half of the variance of two judges' errors is the
-same error. Each gate is run as the command runs it, on the scores of one evaluation type, four a task.
+The judges are simulated, so the truth is known: a score is `reference + error`, and two judges share half of their
+error variance. Each gate is run as the command runs it, on the scores of one evaluation type, four per task.
 
     python benchmarks/power.py --repeat 200
 """
@@ -24,12 +24,12 @@ from prmkit.evaluation.predictions import Scores, by_mean
 SIZES = (10, 20, 60, 200)
 STEPS = 4
 ERROR = 0.11
-"""Standard deviation of the reference judge's error: its Spearman correlation is about 0.85."""
+"""Standard deviation of the reference judge's error, which gives a Spearman correlation of about 0.85."""
 MARGIN = 0.05
 
 
 def made_up(tasks: int, noise: float, generator: np.random.Generator) -> tuple[Scores, Scores]:
-    """A judge whose errors are `noise` large, and one whose errors are `ERROR` large, on the same steps."""
+    """Simulate two judges on the same steps, whose errors have the standard deviations `noise` and `ERROR`."""
     task = np.repeat(np.arange(tasks), STEPS)
     n = len(task)
     quality = np.clip(generator.normal(0.62, 0.13, tasks)[task] + generator.normal(0, 0.17, n), 0, 1)
@@ -55,7 +55,7 @@ def _scores(predicted: Any, reference: Any, task: Any) -> Scores:
 
 
 def outcomes(one: Scores, other: Scores) -> dict[str, bool]:
-    """Whether each gate closes (or, for the margin, opens)."""
+    """Return whether each gate fails or, for the margin and for 0.6, is met."""
     groups = [{"evaluation_type": name} | compare._differences(one, other) for name in (ALL, "clip")]
     compare._decide(groups)
     comparison = {"this": "this", "other": "other", "groups": as_json(groups)}
@@ -77,7 +77,7 @@ def _fails(comparison: dict[str, Any], margin: float | None) -> bool:
 
 
 def true_loss(noise: float) -> float:
-    """How much lower the Spearman correlation of a judge with this error is."""
+    """Return how much lower the Spearman correlation of a judge with this error is."""
     one, other = made_up(20_000, noise, np.random.default_rng(0))
     orders = [
         statistics.spearman_within(sample)(np.ones((1, sample.tasks)))[0] for sample in map(by_mean, (one, other))
@@ -88,7 +88,7 @@ def true_loss(noise: float) -> float:
 def main() -> int:
     """Print the table for the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=200, metavar="N", help="simulations a cell (default 200)")
+    parser.add_argument("--repeat", type=int, default=200, metavar="N", help="simulations per cell (default 200)")
     arguments = parser.parse_args()
     header = " | ".join(f"{tasks} tasks" for tasks in SIZES)
     rows: dict[str, list[str]] = {}

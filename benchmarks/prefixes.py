@@ -1,10 +1,9 @@
-"""What prompts that begin alike cost: the steps of one growing run, each by itself and all together.
+"""The cost of prompts with a common prefix: the steps of one growing run, scored one at a time and all together.
 
     python benchmarks/prefixes.py --model demo/smollm2/model      the demo's real model, untrained; minutes on a CPU
     python benchmarks/prefixes.py --model demo/exported_model     the demo's tiny judge
 
-The run has 20 steps of about 60 tokens. By itself means that the judge sees one prompt at a time, so nothing can be
-shared between them.
+The run has 20 steps of about 60 tokens. When prompts are scored one at a time, they cannot share any computation.
 """
 
 import argparse
@@ -28,7 +27,7 @@ STEPS = 20
 
 
 def growing_run() -> Trajectory:
-    """A run whose earlier steps all stay in the prompts."""
+    """Return a run short enough for all earlier steps to stay in the prompts."""
     steps = tuple(
         Step(
             number,
@@ -43,7 +42,7 @@ def growing_run() -> Trajectory:
 
 
 def timed(ask: Callable[[], list[Judgement]]) -> tuple[float, list[Judgement]]:
-    """Seconds, and what was judged."""
+    """Return the seconds that `ask` takes, and its judgements."""
     started = time.perf_counter()
     judged = ask()
     return time.perf_counter() - started, judged
@@ -53,7 +52,7 @@ def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS, help="the first so many of them")
+    parser.add_argument("--steps", type=int, default=STEPS, help="score only the first N steps")
     arguments = parser.parse_args()
     scorer = Scorer(replace(judge_source_in(arguments.model), cutoff_len=8192))
     prompts = [prompt.text for prompt in step_prompts(growing_run(), load_rubric())][: arguments.steps]

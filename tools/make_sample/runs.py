@@ -1,7 +1,7 @@
 """Make raw agent runs like those of the sample, in three formats, the same bytes for the same seed.
 
     python -m tools.make_sample.runs --examples examples                        every file that ships
-    python -m tools.make_sample.runs --labelled more_runs.jsonl --tasks 240     only labelled runs, another number
+    python -m tools.make_sample.runs --labelled more_runs.jsonl --tasks 240     only labelled runs, of more tasks
 
 `runs.jsonl` has OpenAI messages, two attempts at each task; `session.jsonl` is a session of Claude Code, `trace.json`
 an OTLP trace with GenAI attributes. Labelled runs have the quality of every step, which the generator knows, in the
