@@ -101,11 +101,11 @@ class Judge:
                 raise UsageError(f"{name}: {getattr(self, name)}, but it must be an integer of at least 1.")
         if not (is_number(self.timeout) and 0 < self.timeout <= _LONGEST_TIMEOUT):
             raise UsageError(f"timeout: {self.timeout}, but it must be more than 0 seconds, and at most a day.")
-        check_url(self.url, "the URL of a judge,", "http://127.0.0.1:8000")
-        self.key = checked_key(self.key or "", "the key of a judge")  # httpx's message would show it
+        check_url(self.url, "the judge's URL", "http://127.0.0.1:8000")
+        self.key = checked_key(self.key or "", "the judge's key")  # httpx's message would show it
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs: connections are not copied, and the key is."""
+        """What another process needs: connections are not copied, but the key is."""
         return {name: value for name, value in vars(self).items() if name != "_local"}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -119,12 +119,12 @@ class Judge:
 
         Raises:
             JudgeUnavailable, RequestRefused: see there.
-            UsageError: `steps` or `keys` is no list.
+            UsageError: `steps` or `keys` is not a list.
         """
         if isinstance(steps, str | Mapping):
-            raise UsageError("steps: a list of steps or prompts, not a single one.")
+            raise UsageError("steps: expected a list of steps or prompts, not a single one.")
         if isinstance(keys, str):
-            raise UsageError("keys: a list of score keys, not a single one.")
+            raise UsageError("keys: expected a list of score keys, not a single one.")
         more = {"keys": list(keys)} if keys else {}
         parts = [list(steps[first : first + 64]) for first in range(0, len(steps), 64)]
         answers = self._each([("/v1/score", {"steps": part, **more}) for part in parts])
@@ -236,7 +236,7 @@ def client_of(judge: str | Judge, aggregate: str = "min") -> Judge:
 
     Args:
         judge: the URL, or the client.
-        aggregate: how the caller makes one number of the steps' scores.
+        aggregate: how the caller combines the steps' scores into one number.
 
     Raises:
         UsageError: there is no such aggregate.
@@ -348,7 +348,7 @@ def _pause(outcome: Any, attempt: int, attempts: int) -> float | None:
 
 
 def _has_failed_line(response: "httpx.Response") -> bool:
-    """Whether the judge could not score a step because a server or a lack of memory is to blame."""
+    """Whether the judge failed to score a step because of a server or a lack of memory."""
     if b'"failed"' not in response.content:
         return False
     try:

@@ -32,7 +32,7 @@ _TAGS = {
 
 
 class RowTexts(NamedTuple):
-    """The texts of a dataset row."""
+    """The system prompt, the prompt and the answer of a dataset row."""
 
     system: str | None
     prompt: str
@@ -169,7 +169,7 @@ def identities(entry: Entry) -> Iterator[tuple[str, str | None]]:
 
 
 def texts_of(entry: Entry) -> Iterator[tuple[int, RowTexts | None]]:
-    """Yield the line and the texts of each row of a dataset; no texts if it has other columns or an empty prompt."""
+    """Yield line number and content of each row of a dataset; None for other columns or an empty prompt."""
     if entry.file is None:
         return
     rows = enumerate(read_json(entry.file), 1) if entry.file.suffix == ".json" else numbered_jsonl(entry.file)

@@ -30,7 +30,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     After an error inside the block, `path` is unchanged.
 
     Raises:
-        OSError: `path` is a folder or a device; root could replace /dev/null by a file.
+        OSError: `path` is a folder or a device; root could replace /dev/null with a file.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "a folder" if path.is_dir() else "not a regular file", str(path))

@@ -243,7 +243,7 @@ class Connection:
         trouble = PassingTrouble("no request was sent")
         for attempt in range(self.endpoint.attempts):
             if attempt:
-                log.info("%s: trying again (%s)", self.endpoint.name, trouble)
+                log.info("%s: retrying (%s)", self.endpoint.name, trouble)
                 # Half of the pause is random, so that many clients do not retry at the same time.
                 own = min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311
                 await asyncio.sleep(max(own, trouble.pause) if self._all_cooling_down() else 0)
@@ -310,7 +310,7 @@ class Connection:
             raise PassingTrouble(self.endpoint.without_secrets(str(error)), is_unreachable=True) from None
         except TimeoutError:
             raise PassingTrouble(f"no complete response within {self.endpoint.timeout:g} s") from None
-        except (httpx.RequestError, httpx.InvalidURL) as error:  # the latter: of a redirection
+        except (httpx.RequestError, httpx.InvalidURL) as error:  # the latter comes from a redirect
             what = self.endpoint.without_secrets(f"{type(error).__name__} {error}".strip())
             raise PassingTrouble(what) from None
         self._check_status(response.status_code, response.headers.get("Retry-After"), bytes(content))
@@ -325,7 +325,7 @@ class Connection:
             raise DataError(f"{url}: the server refuses the API key ({status}). {advice}")
         if status == 404:
             raise DataError(
-                f"{url}: the server has no model '{self.endpoint.model}' there ({text}). "
+                f"{url}: the server has no model '{self.endpoint.model}' ({text}). "
                 "The URL usually ends in /v1, and /v1/models lists the names."
             )
         if 300 <= status < 400:
@@ -345,7 +345,7 @@ class Connection:
         return " Requests go through the proxy in the environment, unless NO_PROXY names the host."
 
     def _advice_on_logprobs(self, refusal: str) -> str:
-        """Return advice if the server's message has a limit that was exceeded; otherwise an empty string."""
+        """Return advice if the server's message names a limit that was exceeded; otherwise an empty string."""
         limits = [int(number) for number in re.findall(r"\b\d{1,4}\b", refusal)]
         requested = self.endpoint.top_logprobs
         if "logprobs" not in refusal or not any(limit < requested for limit in limits):

@@ -24,7 +24,7 @@ CALIBRATION_FILE = "calibration.json"
 """The file with the calibration, next to a training run's weights and next to a verified export."""
 DEFAULT_LEVEL = 0.9
 MIN_STD = 0.01
-"""Floor for std: even a certain judge's score is rounded to hundredths, and a std of 0 would give an infinite ratio."""
+"""Floor for std: even a confident judge's score is rounded to hundredths, and a std of 0 gives an infinite ratio."""
 MIN_RATIOS = 30
 """An evaluation type with fewer held-out scores than this uses the errors of all types together."""
 ALL_TYPES = "all"
@@ -36,7 +36,7 @@ class Calibration:
     """The held-out errors of one judge in units of its own standard deviation."""
 
     ratios: Mapping[str, Sequence[float]]
-    """Evaluation type (and `ALL_TYPES`) -> |score - reference| / std, in rising order."""
+    """Evaluation type (and `ALL_TYPES`) -> |score - reference| / std, in ascending order."""
     counts: Mapping[str, int]
     """Evaluation type -> number of held-out scores; for weighted scores, the effective sample size."""
     judge: Mapping[str, Any]
@@ -122,8 +122,8 @@ def load_abstention(
 
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags --interval and --abstain-above, which `load_abstention` takes."""
-    group = parser.add_argument_group("calibrated intervals (of a judge that was evaluated)")
-    ends = "add low and high, which contain the strong judges' mean with this probability, for example 0.9"
+    group = parser.add_argument_group("calibrated intervals (for an evaluated judge)")
+    ends = "add low and high, between which the strong judges' mean lies with this probability, such as 0.9"
     group.add_argument("--interval", type=cli.level, metavar="LEVEL", help=ends)
     width = f"mark scores with a wider interval as unsure (without --interval: at level {DEFAULT_LEVEL})"
     group.add_argument("--abstain-above", type=cli.level, metavar="WIDTH", help=width)

@@ -25,9 +25,9 @@ ANY_LENGTH = 1 << 60
 """Bytes. A run may have any size that fits in memory."""
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-"""How the names of files with one value a line end, compressed or not."""
+"""The suffixes of files with one value per line, compressed or not."""
 ROW_SUFFIXES = (*LINE_SUFFIXES, ".json")
-"""How the names of files of rows end, compressed or not."""
+"""The suffixes of row files, compressed or not."""
 SUFFIXES = (*ROW_SUFFIXES, ".traj")
 """The suffixes of JSON files, compressed or not. In other files, anything that is not JSON is refused immediately."""
 
@@ -38,7 +38,7 @@ def is_named(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def bare_name(path: Path) -> str:
-    """The name of a file of rows without its suffixes: `rows` for `rows.jsonl.gz`."""
+    """The name of a row file without its suffixes: `rows` for `rows.jsonl.gz`."""
     name = uncompressed_name(path)
     return Path(name).stem if is_named(path, ROW_SUFFIXES) else name
 
@@ -50,10 +50,10 @@ class Line(NamedTuple):
     """One value as it is in the file."""
 
     number: int
-    """Of the line, from 1; of the item in an array or where objects follow each other in another way."""
+    """The number of the line, from 1; in an array or a sequence of objects, of the item."""
     text: bytes
     size: int
-    """In bytes; more than `len(text)` if the value is too long and only its beginning is kept."""
+    """The size in bytes; more than `len(text)` if the value is too long and only its beginning is kept."""
     unit: str = "line"
     """What `number` counts: `line` or `item`."""
 
@@ -138,7 +138,7 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def value_or_rejected(line: Line) -> Any:
-    """What one line of a file of runs says; a `Rejected` if it cannot be read."""
+    """Return the value of a line of a run file, or a `Rejected` if it cannot be read."""
     try:
         return parse_line(line, lenient=True)
     except Rejected as rejected:
@@ -150,7 +150,7 @@ def value_or_rejected(line: Line) -> Any:
 
 @contextmanager
 def open_lines(name: str, longest: int | None = None) -> Iterator[Iterator[Line]]:
-    """Open a file, compressed or not, as by `read_lines`; `-` is stdin.
+    """Open a file, compressed or not, and read it with `read_lines`; `-` is stdin.
 
     Raises:
         DataError: the file cannot be read or decompressed, or holds something other than JSON.
@@ -174,7 +174,7 @@ def read_lines(stream: IO[bytes], name: str, longest: int | None = None) -> Iter
         longest: bytes; of a longer line only the beginning is kept. None is `LONGEST_LINE`.
 
     Raises:
-        DataError: the file is a table or archive of another kind; or a document is damaged, or not UTF-8 throughout.
+        DataError: the file is not JSON but, for example, a table or an archive; or a document is damaged or not UTF-8.
     """
     longest = longest or LONGEST_LINE
     number, first = 1, stream.readline(LONGEST_LINE + 1)
@@ -199,7 +199,7 @@ _ENCODINGS = {
 _OTHER_FILES = {
     b"PAR1": "a Parquet file. Write its rows as lines: "
     "python -c \"import pandas; pandas.read_parquet('{name}').to_json('rows.jsonl', orient='records', lines=True)\"",
-    b"ARROW1": "an Arrow file. Write its rows as lines of JSON, such as with datasets.Dataset.to_json.",
+    b"ARROW1": "an Arrow file. Write its rows as lines of JSON, for example with datasets.Dataset.to_json.",
     b"PK\x03\x04": "a zip archive or a spreadsheet. Unpack it, and write its rows as lines of JSON; "
     "an Inspect log: inspect log convert --to json",
     b"SQLite format 3": "an SQLite database. Write its rows as lines of JSON.",

@@ -1,4 +1,4 @@
-"""Read the configuration keys of the installed LLaMA Factory, and YAML files of them.
+"""Read the configuration keys of the installed LLaMA Factory, and YAML files that use them.
 
 The keys, their types, choices and defaults are read from the source of its dataclasses with `ast`, because importing
 them takes 7 seconds, and reading them a tenth of a second. No other module repeats a default of LLaMA Factory, so no
@@ -168,7 +168,7 @@ REPLACEMENTS = {
     "learning-rate": "Write learning_rate.",
 }
 """Replacements for keys of older versions and similar tools. Used only for keys that the installed LLaMA Factory does
-not know."""
+not have."""
 
 
 def _package_folder(package: str) -> Path:

@@ -107,7 +107,7 @@ def _replay(state: RegistryState, line: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: the action is unknown, or impossible in this state.
-        KeyError, TypeError: it is no action.
+        KeyError, TypeError: it is not an action.
     """
     action, version = line["action"], VersionId(line["judge"], line["version"])
     texts = (version.name, line["time"], line.get("tag", ""))

@@ -109,7 +109,7 @@ def reopen(file: Path, fingerprint: Mapping[str, Any], *, retry: Collection[str]
         if not marker.is_file():
             raise UsageError(
                 f"{file} exists and is not a scoring output (no {marker.name} next to it). "
-                "Choose another --output, or move it away."
+                "Choose another --output, or move it elsewhere."
             )
         if read_json(marker) != fingerprint:
             backup = _free_name(file)

@@ -267,7 +267,7 @@ _ROLES = {
 def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
     """Return system prompt, prompt and answer. A new column that is read here also belongs in `_CONTENT`."""
     if {"trajectory_id", "steps"} <= row.keys() and not row.keys() & {*PROMPT_COLUMNS}:
-        raise Rejected("a run among rows; runs are read from a file of their own, not from stdin", "a run among rows")
+        raise Rejected("a run among rows; runs must be in a separate file, not on stdin", "a run among rows")
     for column in ("tools", "images", "videos", "audios", "history"):
         if row.get(column) not in (None, "", "[]", []):
             raise Rejected(f"has `{column}`, which is not supported; put its content into the prompt text")
@@ -282,7 +282,7 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
         texts = _from_turns(turns, system)
         for column, text in (("prompt", texts[1]), ("instruction", texts[1]), *((name, texts[2]) for name in _ANSWERS)):
             if isinstance(row.get(column), str) and row[column].strip() and row[column] != text:
-                raise Rejected(f"{column} differs from the turns; leave one of them out", "two texts that differ")
+                raise Rejected(f"{column} differs from the turns; remove one of them", "two texts that differ")
         return texts
     if isinstance(row.get("instruction"), str):
         prompt = "\n".join(filter(None, (row["instruction"], _string(row.get("input"), "input"))))

@@ -105,9 +105,9 @@ class Trajectory:
 
 
 def results_by_call(step: Step) -> tuple[list[list[Result]], list[Result]]:
-    """The results of each call of a step, in the order of the calls, and the results that belong to none.
+    """The results of each call of a step, in the order of the calls, and the results that belong to no call.
 
-    Some servers give parallel calls one id: then their results are paired in order. A call that returned several
+    Some servers give parallel calls the same id: then their results are paired in order. A call that returned several
     times has all its results.
     """
     found: list[list[Result]] = [[] for _ in step.calls]
@@ -190,7 +190,7 @@ def holds_records(path: Path) -> bool:
 
 
 def load(value: Mapping[str, Any], location: str) -> Trajectory:
-    """Read a run back: the inverse of `dump`. Unknown fields are left out.
+    """Read a run back: the inverse of `dump`. Unknown fields are ignored.
 
     Args:
         value: the record.

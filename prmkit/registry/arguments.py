@@ -46,7 +46,7 @@ def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
     page.add_argument(
         "--output", type=Path, default=Path("judges.html"), metavar="FILE", help="page to write (default: %(default)s)"
     )
-    ab.add_argument("--outcomes", type=Path, metavar="FILE", help="lines with trajectory_id and outcome, 0 to 1")
+    ab.add_argument("--outcomes", type=Path, metavar="FILE", help="JSON lines with trajectory_id and outcome (0 to 1)")
     for command in (ab, drift):
         command.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=logs)
         command.add_argument("--days", type=cli.seconds, metavar="N", help="only steps logged in the last N days")

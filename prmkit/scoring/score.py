@@ -153,7 +153,7 @@ def _results(
 def score_rows(
     rows: Iterable[tuple[RowToScore, ResultLine | None]], scorer: Scorer, job: ScoringJob
 ) -> Iterator[tuple[RowToScore, ResultLine]]:
-    """Score rows, a window at a time; equal rows are scored once.
+    """Score rows, one window at a time; identical rows are scored once.
 
     Args:
         rows: the rows, each with its result from an earlier command or None.

@@ -69,7 +69,7 @@ class ScoredRun:
 
 
 def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below: float) -> ScoredRun:
-    """Match the lines of `score_trajectories.py` to their steps, by `metadata.clip_number`."""
+    """Match the output lines of `score_trajectories.py` to their steps, by `metadata.clip_number`."""
     by_step = {result["metadata"]["clip_number"]: result for result in results}
     steps = []
     for step in run.steps:

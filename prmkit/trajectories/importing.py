@@ -124,7 +124,7 @@ def read_runs(
                 yield run
             if reports is None and report.unreadable:
                 reason = next(iter(report.unreadable))
-                raise DataError(f"{_not_read(report, reason)}. Repair these runs or leave them out.")
+                raise DataError(f"{_not_read(report, reason)}. Repair or remove these runs.")
         except DataError as error:
             if given.is_named:
                 raise

@@ -157,7 +157,9 @@ def _check_scale(labels: Any, scale: str) -> None:
                 "Convert all labels first; 1 to 5, for example, with (label - 1) / 4."
             )
         if scale == "ternary" and value not in (-1, 0, 1):
-            raise UsageError(f"a label is {value:g}, but --label-scale ternary is for -1, 0 and 1. Convert them first.")
+            raise UsageError(
+                f"a label is {value:g}, but --label-scale ternary takes only -1, 0 and 1. Convert the labels first."
+            )
 
 
 def label_of(value: Any, scale: str) -> Label:

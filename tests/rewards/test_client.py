@@ -254,15 +254,15 @@ def test_a_copy_in_another_process_asks_as_well(judge_url: str) -> None:
 
 def test_a_single_prompt_is_not_a_list_of_characters() -> None:
     for one in ("good", {"prompt": "good"}):
-        with pytest.raises(UsageError, match="steps: a list"):
+        with pytest.raises(UsageError, match="steps: expected a list"):
             Judge("http://127.0.0.1:9").score(one)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match="prompts: a list"):
+        with pytest.raises(UsageError, match="prompts: expected a list"):
             Scorer(JudgeSource(Path("nowhere"))).score(one)  # type: ignore[arg-type]
 
 
 def test_what_is_no_address_is_said_at_once() -> None:
     for url in ("localhost:8000", "http://[::1", "http://127.0.0.1:80000", "ftp://127.0.0.1", "http://", "http://a b"):
-        with pytest.raises(UsageError, match=r"the URL of a judge, .*: not the URL of a server. Example: http:"):
+        with pytest.raises(UsageError, match=r"the judge's URL .*: not the URL of a server. Example: http:"):
             Judge(url)
 
 
