@@ -240,15 +240,19 @@ def _public_names(path: Path) -> set[str]:
 PRIVATE_WORDS = re.compile(
     r"(?i:\b(mend(s|ed|ing)?|anew|beside|in silence|for ever|set aside|stands|told|tells|all the same|kin|goes on)\b)"
     r"|\bis none\b(?! (else|%))"  # `is None` is code, and so is `is none` in a template
-    r"|\bsystem text|(?i:\blearnt\b|\bthe guide\b|\blower ends?\b|\b(tokens|rows|GB) a (second|step|file)\b)"
+    r"|\bsystem text|(?i:\blearnt\b|\bthe guide\b|\blower ends?\b|\b(tokens|rows|GB) a (second|step|file)\b(?!\"))"
     r"|\bName (it|another|its|the folder)\b"  # pass, choose, set
     r"|(?i:\brightly\b|\b(a|the|no) kill\b|: likewise\b|\bleave (it|one|the key) out\b)"  # remove
     r"|\b(None|empty|zero) without (it|one|any|them|either)\b|\busual forms?\b|\btries a second\b"
+    r"|(?i:\brising order\b|\bis no (list|action|object)\b|\bequal (ones|rows|prompts) are\b|\bno other \w+ than\b)"
+    r"|(?i:\bdoes not know this\b|\bknows only\b|\bas a user (types|starts)\b|\bleave (them|the others) out\b)"
+    r"|\b(Give|Drop) one\.|\bare also trained on\b"  # pass, remove
 )
 WRITTEN = [
     *MODULES, *(ROOT / name for name in SCRIPTS),
     *(path for pattern in ("*.sh", "*.md", "*.yaml", "docs/*.md", "configs/*.yaml", "examples/*.yaml", "prmkit/**/*.j2",
-                           "prmkit/**/*.html", "prmkit/**/*.yaml") for path in ROOT.glob(pattern)),
+                           "prmkit/**/*.html", "prmkit/**/*.yaml", "tools/**/*.py", "benchmarks/*.py")
+      for path in ROOT.glob(pattern)),
 ]  # fmt: skip
 
 
