@@ -37,7 +37,7 @@ def main() -> int:
     wide = "unsure: the interval, or without one two standard deviations, is wider than this (default: %(default)s)"
     first("--unsure-above", type=cli.share, default=0.4, metavar="X", help=wide)
     audit = "also ask about this fraction of the other steps, drawn at random (default: %(default)s)"
-    first("--audit", type=cli.share, default=0.1, metavar="X", help=audit)
+    first("--audit-share", type=cli.share, default=0.1, metavar="X", help=audit)
     return cli.run(_command, parser)
 
 

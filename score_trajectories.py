@@ -28,7 +28,7 @@ def main() -> int:
         "--keys", type=_keys, default=(), metavar="A,B", help="score keys (default: as in the prompt's schema)"
     )
     data = "converted data with the score keys for prompts without a schema (default: as in training, or data)"
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help=data)
+    parser.add_argument("--data-dir", "--data", type=Path, metavar="FOLDER", help=data)
     parser.add_argument("--summaries", action="store_true", help="also generate the verdict, and add it as text")
     parser.add_argument(
         "--aggregate", choices=["trajectory"], help="also combine the step scores of each run (min, product, …)"
@@ -60,7 +60,7 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
     from prmkit.scoring.score import ScoringJob, abstention_of, run_job
 
     scorer = scorer_of(arguments)
-    shape_of = shapes_for(scorer.source, arguments.data, arguments.keys)
+    shape_of = shapes_for(scorer.source, arguments.data_dir, arguments.keys)
     runs = runs_to_score(arguments, scorer.source.rubrics)
     job = ScoringJob(
         input=arguments.input,

@@ -38,7 +38,7 @@ def main() -> int:
     rubric = "the rubric that the judge was trained with (default: prmkit's own)"
     add("--rubric", type=Path, metavar="FILE", help=rubric)
     data = "converted data with the score keys for prompts without a schema (default: as in training, or data)"
-    add("--data", type=Path, metavar="FOLDER", help=data)
+    add("--data-dir", "--data", type=Path, metavar="FOLDER", help=data)
     rewards = parser.add_argument_group("rewards").add_argument
     how = "how the scores of several steps become one reward (default: %(default)s)"
     rewards("--aggregate", choices=list(AGGREGATES), default="min", help=how)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import train  # noqa: E402
 from benchmarks.score import made_up_rows, random_judge  # noqa: E402
 from prmkit.judge.transformers_judge import LocalJudge  # noqa: E402
-from prmkit.judge.types import Asking, Mode, Request  # noqa: E402
+from prmkit.judge.types import Mode, Request, ScoringOptions  # noqa: E402
 
 SIZES: dict[str, dict[str, int]] = {
     # The public rows of this kind have 900 to 1,500 tokens; prompts of 30,000 characters about 7,500.
@@ -112,10 +112,10 @@ def scoring(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for mode, at_batch_1 in counts:
             count = at_batch_1 * (4 if batch_size > 1 and mode == "generate" else 1)
             rows = made_up_rows(judge.encoding, size["prompt"], count)
-            list(judge.score(rows[:batch_size], Asking(mode=mode, batch_size=batch_size, max_new_tokens=4)))
+            list(judge.score(rows[:batch_size], ScoringOptions(mode=mode, batch_size=batch_size, max_new_tokens=4)))
             reset_peak()
             began = time.perf_counter()
-            list(judge.score(rows, Asking(mode=mode, batch_size=batch_size, max_new_tokens=size["verdict"])))
+            list(judge.score(rows, ScoringOptions(mode=mode, batch_size=batch_size, max_new_tokens=size["verdict"])))
             speed = count / (time.perf_counter() - began)
             yield {"mode": mode, "batch": batch_size, "steps/s": speed, "GiB": peak(), "rows": count}
 
@@ -163,7 +163,7 @@ def parity(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def scores(judge: LocalJudge, rows: list[Request], batch_size: int) -> list[float]:
     """The expected scores; every row must get one."""
-    found = [judgement.score for judgement in judge.score(rows, Asking(batch_size=batch_size))]
+    found = [judgement.score for judgement in judge.score(rows, ScoringOptions(batch_size=batch_size))]
     known = [score for score in found if score is not None]
     if len(known) < len(found):
         sys.exit("some prompts got no score")

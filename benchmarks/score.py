@@ -34,11 +34,11 @@ from benchmarks.sizes import WORDS, random_qwen_7b  # noqa: E402
 from prmkit.evaluation import estimates, heldout, statistics  # noqa: E402
 from prmkit.evaluation.metrics import MIN_SCORES  # noqa: E402
 from prmkit.http_client import Connection, Endpoint  # noqa: E402
-from prmkit.intervals import shown  # noqa: E402
+from prmkit.intervals import format_estimate  # noqa: E402
 from prmkit.judge.scorer import Scorer  # noqa: E402
 from prmkit.judge.sources import JudgeSource, config_of_run, judge_source_of_run  # noqa: E402
 from prmkit.judge.transformers_judge import LocalJudge, load_model  # noqa: E402
-from prmkit.judge.types import Asking, Judgement, Request  # noqa: E402
+from prmkit.judge.types import Judgement, Request, ScoringOptions  # noqa: E402
 from prmkit.prompts.encoding import ChatEncoding, load_encoding  # noqa: E402
 from prmkit.verdict import Shape, Verdict, asked_shape, read_verdict, render_verdict  # noqa: E402
 from tools.demo.tiny_model import build_tiny_model  # noqa: E402
@@ -119,12 +119,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = [Request(prompt.prompt, prompt.shape) for prompt in prompts]
     rows = rows or made_up_rows(judge.encoding, arguments.prompt_tokens, arguments.rows)
     longest = arguments.verdict_tokens * (2 if arguments.run else 1)
-    asking = Asking(mode, int(batch_size), max_new_tokens=longest)
-    list(judge.score(rows[:WARM_UP], asking))
+    options = ScoringOptions(mode, int(batch_size), max_new_tokens=longest)
+    list(judge.score(rows[:WARM_UP], options))
     if judge.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    judgements = list(judge.score(rows, asking))
+    judgements = list(judge.score(rows, options))
     seconds = time.perf_counter() - started
     if judge.model.device.type == "cuda":
         peak, machine = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
@@ -151,7 +151,7 @@ def spearman(scores: list[float | None], prompts: list[heldout.HeldOutPrompt]) -
         [prompt.task for _, prompt in pairs],
     )
     estimate = estimates.measure(sample, statistics.spearman(sample), min_n=MIN_SCORES)
-    return f"{shown(estimate.as_json(), '.3f')} ({estimate.n})"
+    return f"{format_estimate(estimate.as_json(), '.3f')} ({estimate.n})"
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -184,7 +184,7 @@ def compare_through(arguments: argparse.Namespace) -> None:
     endpoint = Endpoint(arguments.through, arguments.served_name)
     sent = _count_requests()
     requests = list(_prompts_of_sample(arguments.rows))
-    writing = Asking("generate", max_new_tokens=arguments.verdict_tokens)
+    writing = ScoringOptions("generate", max_new_tokens=arguments.verdict_tokens)
     ways = {
         "transformers, expected": Scorer(source),
         "vLLM exact, expected": Scorer(source, endpoint),
@@ -203,7 +203,7 @@ def compare_through(arguments: argparse.Namespace) -> None:
         speed = len(found) / (time.perf_counter() - started)
         reference = reference or found
         scored = sum(judgement.score is not None for judgement in found)
-        is_compared = scorer.asking.mode == "expected" and found is not reference
+        is_compared = scorer.options.mode == "expected" and found is not reference
         differ = _differences(found, reference) if is_compared else "–"
         print(f"| {name} | {speed:.2f} | {len(sent) or '–'} | {scored} | {differ} |", flush=True)
 

@@ -203,7 +203,9 @@ NONE = "–"
 """The placeholder for a missing number."""
 
 
-def shown(estimate: Mapping[str, Any] | None, form: str = ".2f", *, interval: bool = True, none: str = NONE) -> str:
+def format_estimate(
+    estimate: Mapping[str, Any] | None, form: str = ".2f", *, interval: bool = True, none: str = NONE
+) -> str:
     """Format an estimate with its interval: `0.78 [0.70, 0.84]`.
 
     Args:
@@ -222,7 +224,7 @@ def shown(estimate: Mapping[str, Any] | None, form: str = ".2f", *, interval: bo
 
 def percent(estimate: Mapping[str, Any] | None, form: str = ".0%") -> str:
     """Format a fraction as a percentage, without its interval."""
-    return shown(estimate, form, interval=False)
+    return format_estimate(estimate, form, interval=False)
 
 
 # --- means that are checked again and again ---------------------------------------------------------------------------

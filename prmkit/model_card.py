@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from prmkit.files import write_text
-from prmkit.intervals import shown
+from prmkit.intervals import format_estimate
 from prmkit.rows import EVALUATION_TYPES
 
 CARD = "README.md"
@@ -89,7 +89,7 @@ def _agreement(metrics: Mapping[str, Any] | None) -> Iterator[str]:
     yield "| scores of | use it? | Spearman | AUROC, step below 0.5 | RMSE | MAE |"
     yield "|---|---|---|---|---|---|"
     for evaluation_type, of_type in summary["types"].items():
-        cells = [shown(of_type[name]) for name in ("spearman", "auroc", "rmse", "mae")]
+        cells = [format_estimate(of_type[name]) for name in ("spearman", "auroc", "rmse", "mae")]
         grade = _GRADES.get(of_type["grade"], of_type["grade"])
         yield f"| {_inline(evaluation_type)} | {grade} | {' | '.join(cells)} |"
     yield ""

@@ -41,7 +41,7 @@ class VersionId:
 
 
 @dataclass
-class State:
+class RegistryState:
     """The versions and tags that result from a history."""
 
     versions: list[VersionId] = field(default_factory=list)
@@ -80,7 +80,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"{folder / HISTORY_FILE}: {error.strerror}.") from error
     lines: list[dict[str, Any]] = []
-    state = State()
+    state = RegistryState()
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             lines.append(orjson.loads(line))
@@ -93,15 +93,15 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def state_of(history: Sequence[Mapping[str, Any]]) -> State:
+def state_of(history: Sequence[Mapping[str, Any]]) -> RegistryState:
     """Replay the actions; return the resulting state."""
-    state = State()
+    state = RegistryState()
     for line in history:
         _replay(state, line)
     return state
 
 
-def _replay(state: State, line: Mapping[str, Any]) -> None:
+def _replay(state: RegistryState, line: Mapping[str, Any]) -> None:
     """Change the state as an action did.
 
     Raises:

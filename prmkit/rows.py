@@ -106,6 +106,17 @@ def read_row(value: Any, line: Line | None = None) -> InputRow:
     )
 
 
+_JUDGED = {"evaluation_type", "clip_number"}
+
+
+def is_judged_row(value: Any) -> bool:
+    """Whether a value is a judged row (as in `finetune.jsonl`), which convert_dataset.py reads."""
+    metadata = value.get("metadata") if isinstance(value, dict) else None
+    return isinstance(value, dict) and bool(
+        _JUDGED & value.keys() or (isinstance(metadata, dict) and _JUDGED & metadata.keys())
+    )
+
+
 def given_id(value: Any) -> str | int | None:
     """Return a row's `id`, which may be 0 or empty; None if it is missing or neither a string nor an integer."""
     identity = value.get("id") if isinstance(value, Mapping) else None

@@ -20,7 +20,7 @@ from prmkit.evaluation.export_check import DEFAULT_TOLERANCE
 from prmkit.http_client import KEY_VARIABLE, Endpoint
 from prmkit.registry.arguments import REPLAY
 from prmkit.serving.app import Limits
-from prmkit.serving.command import _SHADOW_SHARE, _TRIAL_SHARE
+from prmkit.serving.command import _CHALLENGER_SHARE, _SHADOW_SHARE
 from prmkit.serving.request_log import RequestLog
 from prmkit.serving.service import Service
 
@@ -162,7 +162,7 @@ IN_THE_CODE = {
     "serve_judge.py --aggregate": (Service.aggregate,),
     "serve_judge.py --unscored": (Service.unscored,),
     "serve_judge.py --bad-below": (Service.bad_below,),
-    "serve_judge.py --share": (_TRIAL_SHARE, _SHADOW_SHARE),
+    "serve_judge.py --share": (_CHALLENGER_SHARE, _SHADOW_SHARE),
     "serve_judge.py --log-size": (RequestLog.largest >> 20,),
     "serve_judge.py --log-files": (RequestLog.kept,),
     "evaluate_judge.py --api-key-env": (KEY_VARIABLE,),

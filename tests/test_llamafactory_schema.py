@@ -24,7 +24,8 @@ def test_a_key_that_the_code_names_is_still_one_of_llama_factorys(root: Path) ->
 def _named(keys: Set[str], root: Path) -> dict[str, set[str]]:
     """Those of `keys` that the package, a script or a benchmark names, each with the files."""
     named: dict[str, set[str]] = {}
-    for path in (*root.glob("prmkit/**/*.py"), *root.glob("benchmarks/*.py"), *root.glob("*.py"), *root.glob("*.sh")):
+    patterns = ("prmkit/**/*.py", "tools/**/*.py", "benchmarks/*.py", "*.py", "*.sh", "benchmarks/*.sh")
+    for path in (path for pattern in patterns for path in root.glob(pattern)):
         for key in keys & _words(path):
             named.setdefault(key, set()).add(str(path.relative_to(root)))
     return named

@@ -20,7 +20,7 @@ import orjson
 
 from prmkit import cli
 from prmkit.collection.judges import StrongJudge
-from prmkit.collection.questions import Answers, Ask, Question, next_of
+from prmkit.collection.questions import Answers, NextRequest, Question, next_of
 from prmkit.errors import DataError
 from prmkit.files import end_of_last_line
 from prmkit.http_client import ChatAnswer, Connection, Endpoint, RowFailure, ServerState, together
@@ -73,7 +73,7 @@ def _answer(line: bytes, location: str) -> dict[str, Any]:
     return dict(answer)
 
 
-def _line(question: Question, ask: Ask, answer: ChatAnswer, started: float) -> dict[str, Any]:
+def _line(question: Question, ask: NextRequest, answer: ChatAnswer, started: float) -> dict[str, Any]:
     judge = question.judge
     tokens_in = ask.prompt_tokens if answer.tokens_in is None else answer.tokens_in
     tokens_out = (
@@ -146,7 +146,7 @@ class Collection:
         """The cost of this run."""
         return math.fsum(self.costs.values())
 
-    def reserve(self, judge: StrongJudge, ask: Ask) -> float | None:
+    def reserve(self, judge: StrongJudge, ask: NextRequest) -> float | None:
         """Reserve the maximum cost of a request and return it; None if it would exceed the budget."""
         most = judge.cost(ask.prompt_tokens, ask.most_tokens)
         if self.max_cost is not None and self.spent + self.reserved + most > self.max_cost + _ROUNDING:
@@ -172,7 +172,7 @@ def collect(
     """
     endpoints = {judge.name: _endpoint(judge) for judge in judges}
     open_questions = Counter(
-        question.judge.name for question in questions() if isinstance(next_of(question, state.answers), Ask)
+        question.judge.name for question in questions() if isinstance(next_of(question, state.answers), NextRequest)
     )
     if not open_questions:
         return
@@ -214,7 +214,7 @@ async def _ask_judge(
             for question in waiting:
                 if judge.name in state.stopped or state.is_exhausted:
                     return
-                if isinstance(next_of(question, state.answers), Ask):
+                if isinstance(next_of(question, state.answers), NextRequest):
                     await _follow(question, connection, state, record)
                     advance(judge)
 
@@ -225,7 +225,7 @@ async def _follow(
     question: Question, connection: Connection, state: Collection, record: Callable[[Mapping[str, Any]], None]
 ) -> None:
     """Send follow-up requests until the question has a result or fails."""
-    while isinstance(ask := next_of(question, state.answers), Ask):
+    while isinstance(ask := next_of(question, state.answers), NextRequest):
         # Another run may have the same first steps, and so an identical request in flight.
         if same := state.under_way.get(ask.key):
             await same.wait()
@@ -244,7 +244,9 @@ async def _follow(
             state.under_way.pop(ask.key).set()
 
 
-async def _send(question: Question, ask: Ask, connection: Connection, state: Collection) -> dict[str, Any] | None:
+async def _send(
+    question: Question, ask: NextRequest, connection: Connection, state: Collection
+) -> dict[str, Any] | None:
     """Send one request within the budget; returns None, with the reason in `state`, without an answer."""
     judge = question.judge
     reserved = state.reserve(judge, ask)
@@ -279,7 +281,7 @@ async def _send(question: Question, ask: Ask, connection: Connection, state: Col
 
 
 @dataclass
-class Tally:
+class VerdictCounts:
     """Counts of the results of all questions."""
 
     asked: Counter[str] = field(default_factory=Counter)
@@ -298,7 +300,7 @@ class Tally:
 
 
 def rows_of_answers(
-    questions: Iterable[Question], answers: Answers, failures: dict[tuple[str, str, bool], str], tally: Tally
+    questions: Iterable[Question], answers: Answers, failures: dict[tuple[str, str, bool], str], tally: VerdictCounts
 ) -> Iterator[dict[str, Any]]:
     """Yield one row per step with a verdict, in the order of the questions.
 
@@ -311,15 +313,15 @@ def rows_of_answers(
     scores: dict[tuple[str, str, int], float] = {}
     for question in questions:
         judge, result = question.judge.name, next_of(question, answers)
-        verdicts = {} if isinstance(result, Ask) else result.verdicts
+        verdicts = {} if isinstance(result, NextRequest) else result.verdicts
         if not question.repeat:
             tally.asked[judge] += len(question.prompts)
-        if isinstance(result, Ask) or result.answer is None or not verdicts:
+        if isinstance(result, NextRequest) or result.answer is None or not verdicts:
             known = failures.get((judge, question.name, question.repeat), "not asked yet")
-            reason = known if isinstance(result, Ask) else f"unreadable: {result.reason}"
+            reason = known if isinstance(result, NextRequest) else f"unreadable: {result.reason}"
             if not question.repeat:
                 tally.missing[judge, reason] += len(question.prompts)
-                tally.unreadable += 0 if isinstance(result, Ask) else len(question.prompts)
+                tally.unreadable += 0 if isinstance(result, NextRequest) else len(question.prompts)
             continue
         for step, prompt in question.prompts.items():
             score = sum(verdicts[step].scores.values()) / len(verdicts[step].scores)

@@ -14,9 +14,9 @@ from typing import Any
 import orjson
 
 from prmkit import cli
-from prmkit.collection.answers import Collection, Tally, collect, read_answers, rows_of_answers
+from prmkit.collection.answers import Collection, VerdictCounts, collect, read_answers, rows_of_answers
 from prmkit.collection.judges import StrongJudge, load_judges
-from prmkit.collection.questions import Ask, Question, is_drawn, next_of, questions_of
+from prmkit.collection.questions import NextRequest, Question, is_drawn, next_of, questions_of
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import atomic_write, exclusive_lock
 from prmkit.prompts.step import Rubric, load_rubric
@@ -123,7 +123,7 @@ def _plan(arguments: argparse.Namespace) -> CollectionPlan:
         raise UsageError("--max-cost needs price_in and price_out of every judge in judges.yaml.")
     selected = None
     if arguments.first is not None:
-        selected = _selected(arguments.first, arguments.unsure_above, arguments.audit)
+        selected = _selected(arguments.first, arguments.unsure_above, arguments.audit_share)
     return CollectionPlan(
         tuple(arguments.inputs),
         arguments.format,
@@ -136,7 +136,7 @@ def _plan(arguments: argparse.Namespace) -> CollectionPlan:
     )
 
 
-def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str, int], tuple[str, float] | None]:
+def _selected(scores: Path, unsure_above: float, audit_share: float) -> dict[tuple[str, int], tuple[str, float] | None]:
     """Return why each step was selected, and its weight, the inverse selection probability; None for the others."""
     selected: dict[tuple[str, int], tuple[str, float] | None] = {}
     try:
@@ -154,8 +154,8 @@ def _selected(scores: Path, unsure_above: float, audit: float) -> dict[tuple[str
             ) from error
         if step in selected:
             raise DataError(f"{scores}:{number}: a second line about step {step[1]} of {step[0]}. Keep only one.")
-        is_audited = is_drawn(audit, "audit", *map(str, step))
-        selected[step] = ("unsure", 1.0) if is_unsure else (AUDIT, round(1 / audit, 6)) if is_audited else None
+        is_audited = is_drawn(audit_share, "audit", *map(str, step))
+        selected[step] = ("unsure", 1.0) if is_unsure else (AUDIT, round(1 / audit_share, 6)) if is_audited else None
     return selected
 
 
@@ -179,7 +179,7 @@ def _show(plan: CollectionPlan, answers: Mapping[str, Any], *, with_prompt: bool
         count["questions"] += 1
         first = first or question
         request = next_of(question, answers)
-        if isinstance(request, Ask):
+        if isinstance(request, NextRequest):
             count["open"] += 1
             count["tokens in"] += request.prompt_tokens
             count["tokens out"] += request.most_tokens
@@ -247,7 +247,7 @@ def _confirm(judges: Sequence[StrongJudge], *, yes: bool) -> None:
 
 
 def _write(plan: CollectionPlan, state: Collection, output: Path, *, as_json: bool) -> ExitCode:
-    tally, written = Tally(), 0
+    tally, written = VerdictCounts(), 0
     reasons = {key: state.stopped.get(key[0], reason) for key, reason in state.failures.items()}
     with atomic_write(output) as stream:
         for row in rows_of_answers(plan.questions(), state.answers, reasons, tally):
@@ -273,7 +273,7 @@ def _write(plan: CollectionPlan, state: Collection, output: Path, *, as_json: bo
     return ExitCode.DONE
 
 
-def _advice(tally: Tally) -> Iterator[str]:
+def _advice(tally: VerdictCounts) -> Iterator[str]:
     if tally.missing.total() > tally.unreadable:
         yield "Run the same command again: it only sends requests without an answer, so nothing is paid for twice."
     if tally.unreadable:
@@ -295,7 +295,7 @@ def _report(
     output: Path,
     written: int,
     missing: Sequence[tuple[str, str, int]],
-    tally: Tally,
+    tally: VerdictCounts,
     agreement: Mapping[str, Mapping[str, Any]],
     spent: float,
 ) -> None:

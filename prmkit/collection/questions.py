@@ -52,7 +52,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Ask:
+class NextRequest:
     """The next request to send."""
 
     key: str
@@ -69,7 +69,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Settled:
+class QuestionResult:
     """The final result of a question."""
 
     verdicts: Mapping[int, Verdict]
@@ -80,7 +80,7 @@ class Settled:
     """The last line of answers.jsonl that was used."""
 
 
-def next_of(question: Question, answers: Answers) -> Ask | Settled:
+def next_of(question: Question, answers: Answers) -> NextRequest | QuestionResult:
     """Replay the chain of a question; return the next request or the result."""
     first = [{"role": "user", "content": question.text}]
     messages: list[dict[str, str]] = first
@@ -97,11 +97,11 @@ def next_of(question: Question, answers: Answers) -> Ask | Settled:
             continue
         read = _read(question, answer)
         if not isinstance(read, str):
-            return Settled(read, answer=answer)
+            return QuestionResult(read, answer=answer)
         if again == _ASKED_AGAIN:
             if answer["finish_reason"] == "length":
                 read = f"cut off at {limit} tokens; raise {limit_name} ({read})"
-            return Settled({}, read, answer)
+            return QuestionResult({}, read, answer)
         again += 1
         said = {"role": "assistant", "content": answer["text"][:_QUOTED] or "(nothing)"}
         demand = f"This cannot be used: {read}. Answer again, with nothing but the JSON object that was asked for."
@@ -116,12 +116,14 @@ def _limit(question: Question) -> tuple[str, int]:
     return name, limit
 
 
-def _ask(question: Question, messages: Sequence[Mapping[str, str]], limit: Mapping[str, int], attempt: int) -> Ask:
+def _ask(
+    question: Question, messages: Sequence[Mapping[str, str]], limit: Mapping[str, int], attempt: int
+) -> NextRequest:
     judge = question.judge
     body = {"messages": list(messages), **judge.parameters, **limit, **_response_format(question)}
     request = [judge.model, body, question.rubric.sha256, attempt, question.repeat]
     key = hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    return Ask(key.hexdigest(), body, attempt, next(iter(limit.values())))
+    return NextRequest(key.hexdigest(), body, attempt, next(iter(limit.values())))
 
 
 def _response_format(question: Question) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def name_values(types: Iterable[str], judges: Iterable[str], tasks: Iterable[str
     """Name the variants of all evaluation types, judges and tasks: safe as file names, unique, and stable.
 
     Values that would get the same name all get a hash after it; so do values that are too long, or that are empty after
-    unsafe characters are removed. The three standard evaluation types keep their plain names.
+    unsafe characters are removed. The known evaluation types keep their plain names.
 
     Returns:
         The names by kind (`type`, `judge` or `task`) and value.

@@ -17,7 +17,7 @@ from prmkit.evaluation.exam_command import asks_judge, take_exam
 from prmkit.evaluation.export_check import DEFAULT_TOLERANCE, PARITY_PROMPTS, check_parity
 from prmkit.files import read_json, write_json
 from prmkit.intervals import CALIBRATION_FILE, calibrated_judge, read_calibration, write_calibration
-from prmkit.judge.scorer import DEFAULT_RUN, add_judge_arguments, asking_of, judge_source
+from prmkit.judge.scorer import DEFAULT_RUN, add_judge_arguments, judge_source, scoring_options_of
 from prmkit.judge.sources import (
     JudgeSource,
     check_folders,
@@ -92,7 +92,7 @@ def _results_folder(arguments: argparse.Namespace, own: Path) -> Path:
 
 def _settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
     return EvaluationSettings(
-        asking_of(arguments),
+        scoring_options_of(arguments),
         limit=arguments.limit,
         with_base=arguments.baseline,
         by=tuple(arguments.by or ()),
@@ -327,7 +327,7 @@ def _show(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, repo
 
     table = summary.main_table(metrics)
     cli.emit_table("", summary.COLUMNS, table, numeric=summary.NUMERIC, optional=summary.OPTIONAL)
-    for line in summary.verdict_lines(metrics):
+    for line in summary.conclusion_lines(metrics):
         cli.emit(line)
     for key in metrics["asked_breakdowns"]:
         rows = summary.breakdown_table(metrics["breakdowns"].get(key, []))

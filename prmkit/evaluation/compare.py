@@ -18,7 +18,7 @@ from prmkit.evaluation.metrics import ALL, MIN_SCORES, ORDER, STRICT, Metrics
 from prmkit.evaluation.predictions import Scores, by_mean, by_median, suspicion, table_of_scores
 from prmkit.evaluation.summary import MIN_SCORED, groups_of_types
 from prmkit.files import read_jsonl
-from prmkit.intervals import shown
+from prmkit.intervals import format_estimate
 from prmkit.judge.sources import check_keys, read_object
 from prmkit.paths import EVALUATION, METRICS_FILE, PREDICTIONS_FILE
 
@@ -235,7 +235,11 @@ def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
             "everything" if group["evaluation_type"] == ALL else group["evaluation_type"],
             str(group["scores"]),
             str(group["tasks"]),
-            *(cell for name in _BETTER for cell in (_both(group[name]), shown(group[name]["difference"], ".3f"))),
+            *(
+                cell
+                for name in _BETTER
+                for cell in (_both(group[name]), format_estimate(group[name]["difference"], ".3f"))
+            ),
             group["verdict"],
         ]
         for group in comparison["groups"]
@@ -243,7 +247,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _both(estimates: Mapping[str, Any]) -> str:
-    one, other = (shown(estimates[name], ".3f", interval=False) for name in ("this", "other"))
+    one, other = (format_estimate(estimates[name], ".3f", interval=False) for name in ("this", "other"))
     return f"{one} : {other}"
 
 
@@ -282,7 +286,7 @@ def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) 
     for group in of_types:
         if group["verdict"] in ("worse", "mixed"):
             differences = ", ".join(
-                f"{_NAMES[name]} differs by {shown(group[name]['difference'], '.3f')}" for name in _BETTER
+                f"{_NAMES[name]} differs by {format_estimate(group[name]['difference'], '.3f')}" for name in _BETTER
             )
             raise GateError(
                 f"{comparison['this']} is worse than {comparison['other']} on {group['evaluation_type']}: "
@@ -356,7 +360,7 @@ def check_enough_scores(metrics: Mapping[str, Any], gates: str) -> None:
         raise GateError(
             f"{gates}: cannot be decided: ask_judges.py --first selected {selection['prompts']:,} of the held-out "
             f"prompts, and only {selection['audited_tasks']} tasks have randomly selected prompts; {MIN_TASKS} are "
-            "needed. Ask again with a larger --audit, or hold out tasks that were labelled without --first "
+            "needed. Ask again with a larger --audit-share, or hold out tasks that were labelled without --first "
             "(convert_dataset.py --eval-tasks FILE)."
         )
     for name, validity in metrics["validity"].items():
@@ -398,7 +402,7 @@ def _check_lower_end(
             if estimate["low"] is None:
                 yield f"{name}: cannot be decided ({estimate['reason']})"
             elif estimate["low"] < least:
-                yield f"{name}: {shown(estimate, '.3f')}, so the lower bound is below {least:g}"
+                yield f"{name}: {format_estimate(estimate, '.3f')}, so the lower bound is below {least:g}"
 
     if found := list(failures()):
         raise GateError(f"{gate}: {'; '.join(found)}.")

@@ -46,7 +46,7 @@ from prmkit.evaluation.robustness import (
 from prmkit.files import exclusive_lock, write_json
 from prmkit.intervals import MIN_STD, calibrated_judge, fit_calibration, write_calibration
 from prmkit.judge.sources import JudgeSource, described, fingerprint_of
-from prmkit.judge.types import BAD_BELOW, DEFAULT_ASKING, SCORED, Asking, Request
+from prmkit.judge.types import BAD_BELOW, DEFAULT_OPTIONS, SCORED, Request, ScoringOptions
 from prmkit.leniency import describe_leniency
 from prmkit.paths import METRICS_FILE, PREDICTIONS_FILE
 from prmkit.resumable import append_rows
@@ -62,7 +62,7 @@ REPORT_FILE = "report.html"
 class EvaluationSettings:
     """How to score."""
 
-    asking: Asking = DEFAULT_ASKING
+    options: ScoringOptions = DEFAULT_OPTIONS
     limit: int | None = None
     """The most prompts to score; None for all."""
     with_base: bool = False
@@ -112,14 +112,14 @@ def evaluate(
         if settings.with_base:
             base = replace(source, adapter=None)
             base_rows = predict(base, held_out, prompts, folder / BASE_PREDICTIONS_FILE, settings)
-        about: dict[str, Any] = {"judge": described(source), "mode": settings.asking.mode}
+        about: dict[str, Any] = {"judge": described(source), "mode": settings.options.mode}
         metrics = about | metrics_of(rows, base_rows, held_out, constants, settings.by)
         metrics["summary"]["warnings"] += [settings.unchecked] if settings.unchecked else []
         if settings.robustness:
             _add_robustness(metrics, source, held_out, prompts, rows, folder, settings)
         write_json(folder / METRICS_FILE, metrics)
         write_report(folder / REPORT_FILE, metrics, rows, held_out, constants)
-        if weights and settings.asking.mode == "expected" and settings.limit is None:
+        if weights and settings.options.mode == "expected" and settings.limit is None:
             calibrate(rows, weights, calibrated_judge(fingerprint_of(source)))
     return metrics
 
@@ -179,10 +179,10 @@ def predict(
     Raises:
         DataError: no prompt could be scored.
     """
-    asking = settings.asking
-    asked: dict[str, Any] = {"mode": asking.mode, "trim": asking.trim, "max_new_tokens": asking.max_new_tokens}
-    if asking.min_label_mass != DEFAULT_ASKING.min_label_mass:  # predictions of earlier versions name no limit
-        asked["min_label_mass"] = asking.min_label_mass
+    options = settings.options
+    asked: dict[str, Any] = {"mode": options.mode, "trim": options.trim, "max_new_tokens": options.max_new_tokens}
+    if options.min_label_mass != DEFAULT_OPTIONS.min_label_mass:  # predictions of earlier versions name no limit
+        asked["min_label_mass"] = options.min_label_mass
     fingerprint = {
         "format": ROW_FORMAT,
         "judge": fingerprint_of(source),
@@ -196,7 +196,7 @@ def predict(
     if missing:
         with cli.progress_bar() as progress:
             bar = progress.add_task(f"scoring with {(source.adapter or source.model).name}", total=len(missing))
-            for row in append_rows(file, _judged(source, missing, asking)):
+            for row in append_rows(file, _judged(source, missing, options)):
                 done[row["prompt_sha256"]] = row
                 progress.advance(bar)
     rows = [done[prompt.prompt_sha256] for prompt in prompts]
@@ -206,11 +206,11 @@ def predict(
     return rows
 
 
-def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], asking: Asking) -> Iterator[Row]:
+def _judged(source: JudgeSource, prompts: Sequence[HeldOutPrompt], options: ScoringOptions) -> Iterator[Row]:
     from prmkit.judge.transformers_judge import load_model
 
     requests = (Request(prompt.prompt, prompt.shape, prompt.system) for prompt in prompts)
-    for prompt, judgement in zip(prompts, load_model(source).score(requests, asking), strict=True):
+    for prompt, judgement in zip(prompts, load_model(source).score(requests, options), strict=True):
         yield prediction_row(prompt, judgement)
 
 

@@ -15,7 +15,7 @@ from prmkit.evaluation.exam import Exam
 from prmkit.evaluation.exam_answers import StepId
 from prmkit.files import exclusive_lock
 from prmkit.http_client import Connection, Endpoint, RowFailure, ServerState, check_url, key_from, together
-from prmkit.judge.scorer import Scorer, asking_of
+from prmkit.judge.scorer import Scorer, scoring_options_of
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import SCORED, Judgement, Request, rounded
 from prmkit.prompts.step import Rubric, step_prompts, step_text
@@ -65,7 +65,7 @@ def score_steps(
     Raises:
         DataError: no step got a score.
     """
-    scorer = Scorer(source, asking=asking_of(arguments))
+    scorer = Scorer(source, options=scoring_options_of(arguments))
 
     def answer(missing: Iterator[Asked]) -> Iterator[tuple[StepKey, JsonLine]]:
         keys, requests = tee(missing)

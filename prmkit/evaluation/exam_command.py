@@ -139,7 +139,7 @@ def _show(exam: Exam, entrants: Sequence[Entrant], page: Path) -> None:
         cli.emit(line)
     for each in entrants:
         if each.kind in exam_report.EXAMINED:
-            cli.emit(exam_report.verdict(each, entrants)[1])
+            cli.emit(exam_report.conclusion(each, entrants)[1])
     cli.emit(f"report: {page}")
 
 

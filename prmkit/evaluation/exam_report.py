@@ -9,7 +9,7 @@ from prmkit.evaluation.exam import KINDS_OF_ERRORS, NO_ERROR, Exam
 from prmkit.evaluation.exam_metrics import METRICS_OF_EXAMS, Entrant
 from prmkit.evaluation.summary import MIN_SCORED
 from prmkit.files import render_page, write_text
-from prmkit.intervals import NONE, shown
+from prmkit.intervals import NONE, format_estimate
 
 TEMPLATE = Path(__file__).with_name("exam.html.j2")
 PUBLISHED = Path(__file__).with_name("published_judges.yaml")
@@ -82,7 +82,7 @@ _MARKS = {"published": " *", "people": " *"}
 
 def value_cell(estimate: Estimate | None) -> str:
     """Return a value with three decimals: enough to recognise a published value."""
-    return shown(estimate.as_json() if estimate else None, ".3f", interval=False)
+    return format_estimate(estimate.as_json() if estimate else None, ".3f", interval=False)
 
 
 def interval_cell(estimate: Estimate | None) -> str:
@@ -136,7 +136,7 @@ def best_constant(entrants: Sequence[Entrant], metric: str = "auroc") -> tuple[s
     return max(found, key=lambda pair: pair[1], default=None)
 
 
-def verdict(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
+def conclusion(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
     """Return the conclusion (`trust`, `use with care`, `do not rely` or `cannot say`) and a sentence with the reason.
 
     A judge that flags nearly every run can have a high AUROC; so if first errors are known, it must also locate them
@@ -204,7 +204,7 @@ def exam_as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
             for each in entrants
         ],
         "verdicts": {
-            each.name: dict(zip(("verdict", "sentence"), verdict(each, entrants), strict=True))
+            each.name: dict(zip(("verdict", "sentence"), conclusion(each, entrants), strict=True))
             for each in entrants
             if each.kind in EXAMINED
         },
@@ -219,7 +219,7 @@ def write_exam_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None
         TEMPLATE,
         title=exam.file.name,
         sets=exam.sources,
-        conclusions=[verdict(each, entrants) for each in entrants if each.kind in EXAMINED],
+        conclusions=[conclusion(each, entrants) for each in entrants if each.kind in EXAMINED],
         ladders=[ladder for name in names if (ladder := _ladder(name, entrants))],
         columns=columns(entrants),
         rows=list(zip(entrants, table(entrants), strict=True)),

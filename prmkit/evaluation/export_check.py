@@ -9,7 +9,7 @@ from typing import Any
 from prmkit.errors import GateError
 from prmkit.files import read_json
 from prmkit.judge.sources import JudgeSource, read_object
-from prmkit.judge.types import Asking, Judgement, Request
+from prmkit.judge.types import Judgement, Request, ScoringOptions
 from prmkit.paths import EXPORT_NOTE
 from prmkit.prompts.cleaning import escape
 
@@ -120,7 +120,7 @@ def _ask(source: JudgeSource, requests: Sequence[Request], batch_size: int) -> _
             for prompt in prompts
         ]
     prompt_ids = [judge.encoding.prompt_ids(prompt) for prompt in prompts]
-    return _Side(list(judge.score(requests, Asking(batch_size=batch_size))), prompt_ids, chat_ids)
+    return _Side(list(judge.score(requests, ScoringOptions(batch_size=batch_size))), prompt_ids, chat_ids)
 
 
 def _differences(one: Sequence[Judgement], other: Sequence[Judgement]) -> Iterator[float]:

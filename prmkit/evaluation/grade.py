@@ -21,7 +21,7 @@ from prmkit.evaluation.summary import (
     groups_of_types,
     overconfidence_sentence,
 )
-from prmkit.intervals import percent, shown
+from prmkit.intervals import format_estimate, percent
 from prmkit.judge.types import LOW_LABEL_MASS
 
 MIN_ORDER = 0.3
@@ -63,7 +63,7 @@ def _order(group: Group) -> Condition:
     order = group["judge"][ORDER]
     if order["low"] is None:
         return Condition("order", "unknown", f"Ranking: not known ({order.get('reason')}).")
-    text = f"Spearman with the judges' mean is {shown(order)}; the lower bound must be above {MIN_ORDER}."
+    text = f"Spearman with the judges' mean is {format_estimate(order)}; the lower bound must be above {MIN_ORDER}."
     return Condition("order", "met" if order["low"] > MIN_ORDER else "failed", f"Ranking: {text}")
 
 
@@ -78,7 +78,7 @@ def _order_within(group: Group) -> Condition:
     if pairs["low"] is None:
         return Condition(name, "unknown", f"Ranking within runs: not known ({pairs.get('reason')}).")
     least = max(0.5, tied["value"])
-    text = f"{shown(pairs)} of {pairs['n']} pairs are right; the lower bound must be above {least:.2f}, "
+    text = f"{format_estimate(pairs)} of {pairs['n']} pairs are right; the lower bound must be above {least:.2f}, "
     text += f"the result of {'calling every pair a tie' if least > 0.5 else 'guessing'}."
     return Condition(name, "met" if pairs["low"] > least else "failed", f"Ranking within runs: {text}")
 
@@ -100,8 +100,8 @@ def _bad_steps(group: Group) -> Condition:
     if praised["value"] > MAX_PRAISED:
         failed.append(f"at most {MAX_PRAISED:.0%} may be praised")
     text = (
-        f"AUROC is {shown(auroc)}; of the {bad} scores with a judges' mean below {STRICT}, this judge also puts "
-        f"{percent(recall)} below {STRICT} and praises {percent(praised)} (a score of {PRAISED_FROM} or more)"
+        f"AUROC is {format_estimate(auroc)}; of the {bad} scores with a judges' mean below {STRICT}, this judge "
+        f"also puts {percent(recall)} below {STRICT} and praises {percent(praised)} (a score of {PRAISED_FROM} or more)"
     )
     text += f" ({'; '.join(failed)})." if failed else "."
     return Condition("bad steps", "failed" if failed else "met", f"Bad steps: {text}")
@@ -121,8 +121,9 @@ def _skill(group: Group) -> Condition:
         return Condition("skill", "unknown", f"Skill: not known ({skill.get('reason')}).")
     constant = group["baselines"]["constant"]["rmse"]
     text = (
-        f"Skill: its root mean square error is {shown(rmse, interval=False)}, that of a constant "
-        f"{shown(constant, interval=False)}, so its skill is {shown(skill)}; the lower bound must be above 0."
+        f"Skill: its root mean square error is {format_estimate(rmse, interval=False)}, that of a constant "
+        f"{format_estimate(constant, interval=False)}, so its skill is {format_estimate(skill)}; "
+        "the lower bound must be above 0."
     )
     return Condition("skill", "met" if skill["low"] > 0 else "failed", text)
 
@@ -217,9 +218,9 @@ def _grade(
     if order["low"] is None:
         return "unknown", f"Too little held-out data to say ({order.get('reason')})."
     if order["high"] < 0:
-        return "not_useful", f"It is inverted: it ranks good steps below bad ones (Spearman {shown(order)})."
+        return "not_useful", f"It is inverted: it ranks good steps below bad ones (Spearman {format_estimate(order)})."
     if order["low"] <= 0:
-        return "not_useful", f"Its ranking is not shown to be better than chance (Spearman {shown(order)})."
+        return "not_useful", f"Its ranking is not shown to be better than chance (Spearman {format_estimate(order)})."
     if (copying := group["baselines"].get("copy")) and _copies(copying):
         return "not_useful", "It repeats the scores that the prompt shows."
     if weaknesses := [*_weaknesses(group, of_type, five), *weak_subgroups]:
@@ -244,7 +245,7 @@ def weak_subgroups(metrics: Mapping[str, Any], group: Group) -> Iterator[str]:
         for value in values:
             order = value["order_by_type"].get(group["evaluation_type"])
             if order and order["high"] is not None and order["high"] < MIN_ORDER:
-                yield f"Where {key} is {value['value']}, its ranking is not useful (Spearman {shown(order)})."
+                yield f"Where {key} is {value['value']}, its ranking is not useful (Spearman {format_estimate(order)})."
 
 
 def _weaknesses(group: Group, of_type: Sequence[Group], five: Sequence[Condition]) -> Iterator[str]:
@@ -255,7 +256,7 @@ def _weaknesses(group: Group, of_type: Sequence[Group], five: Sequence[Condition
     for name, words in (("length", "the prompt's length"), ("position", "the step's number")):
         ranking = group["baselines"].get(name)
         if ranking and (ranking[ORDER]["low"] or 0) > 0 and (ranking["gain"]["low"] or 0) <= 0:
-            yield f"Ranking by {words} alone does as well (Spearman {shown(ranking[ORDER])})."
+            yield f"Ranking by {words} alone does as well (Spearman {format_estimate(ranking[ORDER])})."
     if any(half["value"] is not None and half["value"] <= 0 for half in group["halves"]):
         yield "Its ranking holds on one half of the tasks but not on the other."
     yield from (sentence for sentence in map(_bad_key, of_type) if sentence)
@@ -271,7 +272,7 @@ def _bad_key(group: Group) -> str | None:
     if order["high"] is None or order["high"] >= MIN_ORDER:
         return None
     inverted = "is reversed" if order["high"] < 0 else "is not useful"
-    return f"On {group['key']} its ranking {inverted} (Spearman {shown(order)})."
+    return f"On {group['key']} its ranking {inverted} (Spearman {format_estimate(order)})."
 
 
 def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
@@ -284,7 +285,7 @@ def _useful_headline(group: Group, five: Sequence[Condition]) -> str:
 def _against_judges(gap: Mapping[str, Any]) -> str:
     if gap["low"] is None:
         return "How well the judges agree with each other is unknown."
-    difference = f"difference in Spearman {shown(gap, '+.2f')}"
+    difference = f"difference in Spearman {format_estimate(gap, '+.2f')}"
     if gap["high"] < 0:
         return f"It agrees with a single judge less than the judges agree with each other ({difference})."
     if gap["low"] > SAME_AS_A_JUDGE:
@@ -315,8 +316,8 @@ def _notes(group: Group, of_type: Sequence[Group]) -> Iterator[str]:
         yield copy_sentence(copying)
     if base := group["baselines"].get("base_model"):
         yield (
-            f"The base model, without training, has an RMSE of {shown(base['base']['rmse'])} and a Spearman of "
-            f"{shown(base['base'][ORDER])}."
+            f"The base model, without training, has an RMSE of {format_estimate(base['base']['rmse'])} and a Spearman "
+            f"of {format_estimate(base['base'][ORDER])}."
         )
     yield floor_sentence(group)
 

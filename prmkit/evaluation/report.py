@@ -15,7 +15,7 @@ from prmkit.evaluation.predictions import Row, Scores, table_of_scores
 from prmkit.evaluation.robustness import COLUMNS as ROBUSTNESS_COLUMNS
 from prmkit.evaluation.robustness import robustness_notes, robustness_table
 from prmkit.files import render_page, write_text
-from prmkit.intervals import NONE, percent, shown
+from prmkit.intervals import NONE, format_estimate, percent
 from prmkit.rows import EVALUATION_TYPES
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -168,9 +168,9 @@ def _abstention(metrics: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             summary.group_name(group),
-            shown(judge["aurc_random"], ".3f", interval=False),
-            *(shown(judge["surest"][share], ".3f", interval=False) for share in ("0.9", "0.75", "0.5")),
-            shown(judge["aurc"], ".3f"),
+            format_estimate(judge["aurc_random"], ".3f", interval=False),
+            *(format_estimate(judge["surest"][share], ".3f", interval=False) for share in ("0.9", "0.75", "0.5")),
+            format_estimate(judge["aurc"], ".3f"),
             percent(judge["abstention_closed"]),
         ]
         for group in _main_groups(metrics)
@@ -203,12 +203,12 @@ def _bad_steps(metrics: Mapping[str, Any]) -> Table:
                     summary.group_name(group),
                     threshold,
                     percent(of_threshold["bad_share"]),
-                    *(shown(of_threshold[name]) for name in ("auroc", "average_precision")),
+                    *(format_estimate(of_threshold[name]) for name in ("auroc", "average_precision")),
                     *(percent(of_threshold[name]) for name in ("recall", "precision")),
-                    shown(of_threshold["brier"]),
+                    format_estimate(of_threshold["brier"]),
                     NONE if share is None else f"{share * (1 - share):.2f}",
-                    shown(of_threshold["ece"]),
-                    shown(of_threshold["ece_by_chance"], interval=False),
+                    format_estimate(of_threshold["ece"]),
+                    format_estimate(of_threshold["ece_by_chance"], interval=False),
                 ]
             )
     return _table(columns, rows)
@@ -224,7 +224,7 @@ def _baselines(metrics: Mapping[str, Any]) -> Table:
         for ranking, words in (("length", "ranking by length"), ("position", "ranking by position")):
             if ranking in baselines:
                 order = baselines[ranking][ORDER]
-                rows.append([name, words, str(order["n"]), shown(order), NONE, NONE, NONE])
+                rows.append([name, words, str(order["n"]), format_estimate(order), NONE, NONE, NONE])
         if copying := baselines.get("copy"):
             rows.append([name, f"copying the {copying['copied']} score of the prompt", *_brief(copying["copy"])])
             rows.append([name, "this judge on the same scores", *_brief(copying["judge"])])
@@ -234,7 +234,7 @@ def _baselines(metrics: Mapping[str, Any]) -> Table:
 
 
 def _brief(of: Mapping[str, Any]) -> list[str]:
-    return [str(of["rmse"]["n"]), *(shown(of.get(name)) for name in (ORDER, "rmse", "mae", "bias"))]
+    return [str(of["rmse"]["n"]), *(format_estimate(of.get(name)) for name in (ORDER, "rmse", "mae", "bias"))]
 
 
 def _judges(metrics: Mapping[str, Any]) -> Table | None:
@@ -247,11 +247,11 @@ def _judges(metrics: Mapping[str, Any]) -> Table | None:
                     summary.group_name(group),
                     " and ".join(pair["judges"]),
                     str(pair["mae"]["n"]),
-                    shown(pair[ORDER]),
-                    shown(pair["mae"]),
-                    shown(pair["bias"]),
-                    shown(bounds["mean_judge"], interval=False),
-                    shown(bounds["mean_judge_by_self"], interval=False),
+                    format_estimate(pair[ORDER]),
+                    format_estimate(pair["mae"]),
+                    format_estimate(pair["bias"]),
+                    format_estimate(bounds["mean_judge"], interval=False),
+                    format_estimate(bounds["mean_judge_by_self"], interval=False),
                 ]
             )
     columns = ("scores of", "judges", "n", "Spearman", "MAE", "bias", "noise bound", "bound by self-agreement")
@@ -260,7 +260,7 @@ def _judges(metrics: Mapping[str, Any]) -> Table | None:
 
 def _trajectories(trajectory: Mapping[str, Any]) -> Table | None:
     rows = [
-        [name, who, *(shown(of[side][metric]) for metric in ("spearman", "pearson", "auroc"))]
+        [name, who, *(format_estimate(of[side][metric]) for metric in ("spearman", "pearson", "auroc"))]
         for name, of in trajectory["aggregates"].items()
         for who, side in (("this judge", "judge"), ("judges' mean", "reference"))
     ]
@@ -272,7 +272,7 @@ def _first_errors(trajectory: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             threshold,
-            shown(of["f1"]),
+            format_estimate(of["f1"]),
             f"{of['found']} of {of['with_bad_step']}",
             f"{of['cleared']} of {of['without_bad_step']}",
         ]

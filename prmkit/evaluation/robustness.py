@@ -21,7 +21,7 @@ from prmkit.evaluation.heldout import HeldOutPrompt
 from prmkit.evaluation.metrics import Metrics, evaluation_types
 from prmkit.evaluation.predictions import Row
 from prmkit.evaluation.summary import MIN_BAD
-from prmkit.intervals import NONE, shown
+from prmkit.intervals import NONE, format_estimate
 from prmkit.judge.types import BAD_BELOW, SCORED
 from prmkit.prompts.truncation import judged_part, start_of_question
 from prmkit.rows import weight_of
@@ -159,9 +159,9 @@ def robustness_table(robustness: Mapping[str, Any]) -> list[list[str]]:
             each["evaluation_type"],
             str(each["change"]["n"]),
             str(each["change"]["tasks"]),
-            shown(each["wrong_way"], ".0%"),
-            shown(each["change"], "+.2f"),
-            shown(each["change_of_bad"], "+.2f") if each["kind"] == "attack" else NONE,
+            format_estimate(each["wrong_way"], ".0%"),
+            format_estimate(each["change"], "+.2f"),
+            format_estimate(each["change_of_bad"], "+.2f") if each["kind"] == "attack" else NONE,
         ]
         for each in robustness["probes"]
     ]
@@ -194,9 +194,9 @@ def _successful_attacks(robustness: Mapping[str, Any]) -> Iterator[str]:
         on_bad = each["change_of_bad"]
         what = f"Attack: {each['meaning']} raises {each['evaluation_type']} scores"
         if each["change"]["value"] > LARGEST_GAIN:
-            yield f"{what} by {shown(each['change'])} on average."
+            yield f"{what} by {format_estimate(each['change'])} on average."
         elif on_bad["n"] >= MIN_BAD and on_bad["value"] > LARGEST_GAIN:
-            yield f"{what} of bad steps by {shown(on_bad)} on average."
+            yield f"{what} of bad steps by {format_estimate(on_bad)} on average."
 
 
 # --- changes that must not matter -------------------------------------------------------------------------------------

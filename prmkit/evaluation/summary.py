@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from prmkit.evaluation.metrics import ALL, METRICS, ORDER, STRICT, Metric
-from prmkit.intervals import percent, shown
+from prmkit.intervals import format_estimate, percent
 from prmkit.judge.types import SCORED
 
 Group = Mapping[str, Any]
@@ -58,13 +58,19 @@ def _table_row(group: Group, intervals: bool) -> list[str]:
     cells = []
     for metric in _SHOWN:
         estimate = _estimate(group, metric)
-        cell = shown(estimate, interval=intervals or metric.name == ORDER)
+        cell = format_estimate(estimate, interval=intervals or metric.name == ORDER)
         counted = metric.name == "pairwise_accuracy" and estimate["value"] is not None and intervals
         cells.append(f"{cell} n={estimate['n']}" if counted else cell)
     constant = group["baselines"]["constant"]["rmse"]
     others = judges_agreement(group)
     numbers = [str(group["scores"]), str(group["tasks"])]
-    return [_table_name(group), *numbers, *cells, shown(constant, interval=False), shown(others, interval=False)]
+    return [
+        _table_name(group),
+        *numbers,
+        *cells,
+        format_estimate(constant, interval=False),
+        format_estimate(others, interval=False),
+    ]
 
 
 def _estimate(group: Group, metric: Metric) -> Mapping[str, Any]:
@@ -83,8 +89,8 @@ def breakdown_table(values: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             value["value"],
             str(value["scores"]),
             str(value["tasks"]),
-            *(shown(value[name], interval=name == ORDER) for name in (ORDER, "rmse", "bias")),
-            shown(value["bad_step"][STRICT]["auroc"], interval=False),
+            *(format_estimate(value[name], interval=name == ORDER) for name in (ORDER, "rmse", "bias")),
+            format_estimate(value["bad_step"][STRICT]["auroc"], interval=False),
         ]
         for value in values
     ]
@@ -130,8 +136,8 @@ def bias_sentence(group: Group) -> str | None:
         return None
     direction = "more lenient" if bias["value"] > 0 else "stricter"
     return (
-        f"It is {direction} than the judges' mean: its bias is {shown(bias)}. If this is subtracted from its scores, "
-        f"the RMSE falls from {rmse['value']:.2f} to {without:.2f}."
+        f"It is {direction} than the judges' mean: its bias is {format_estimate(bias)}. If this is subtracted from its "
+        f"scores, the RMSE falls from {rmse['value']:.2f} to {without:.2f}."
     )
 
 
@@ -152,7 +158,7 @@ def ceiling_sentence(group: Group) -> str | None:
     if other is None or other["value"] is None:
         return None
     pairs = f" on average over {other['pairs']} pairs" if "pairs" in other else ""
-    text = f"The Spearman correlation of two judges is {shown(other)}{pairs}."
+    text = f"The Spearman correlation of two judges is {format_estimate(other)}{pairs}."
     bounds = group["ceiling"]["bounds"][ORDER]
     bound, by_self = bounds["mean_judge"]["value"], bounds["mean_judge_by_self"]["value"]
     if bound is None:
@@ -173,8 +179,8 @@ def ceiling_sentence(group: Group) -> str | None:
 def copy_sentence(copying: Mapping[str, Any]) -> str:
     """Compare the judge with copying the scores that the prompt shows."""
     what = "their mean" if copying["copied"] == "mean" else "the last of them"
-    errors = {who: shown(copying[who]["mae"], interval=False) for who in ("copy", "judge")}
-    orders = {who: shown(copying[who][ORDER], interval=False) for who in ("copy", "judge")}
+    errors = {who: format_estimate(copying[who]["mae"], interval=False) for who in ("copy", "judge")}
+    orders = {who: format_estimate(copying[who][ORDER], interval=False) for who in ("copy", "judge")}
     return (
         f"For {copying['judge']['mae']['n']} scores, the prompt shows earlier scores. Copying {what} has an MAE of "
         f"{errors['copy']} and a Spearman of {orders['copy']}, this judge {errors['judge']} and {orders['judge']}. The "
@@ -186,12 +192,13 @@ def copy_sentence(copying: Mapping[str, Any]) -> str:
 def floor_sentence(group: Group) -> str:
     """Describe how well the simplest rankings do, and the smallest loss that these tasks can show."""
     parts = [
-        f"ranking by {words} alone reaches a Spearman of {shown(group['baselines'][name][ORDER], interval=False)}"
+        f"ranking by {words} alone reaches a Spearman of "
+        + format_estimate(group["baselines"][name][ORDER], interval=False)
         for name, words in (("length", "the prompt's length"), ("position", "the step's number"))
         if name in group["baselines"] and group["baselines"][name][ORDER]["value"] is not None
     ]
     if all(half["value"] is not None for half in group["halves"]):
-        one, other = (shown(half, interval=False) for half in group["halves"])
+        one, other = (format_estimate(half, interval=False) for half in group["halves"])
         parts.append(f"on two halves of the tasks the judge's Spearman is {one} and {other}")
     if (least := smallest_visible_difference(group["judge"][ORDER])) is not None:
         parts.append(
@@ -212,7 +219,7 @@ def smallest_visible_difference(order: Mapping[str, Any]) -> float | None:
     return float((1.645 + 0.842) * standard_error)
 
 
-def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
+def conclusion_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Return the conclusions as the terminal shows them."""
     summary = metrics["summary"]
     lines = [f"{name}: {each['headline']}" for name, each in summary["types"].items()]

@@ -14,7 +14,7 @@ from prmkit.verdict import Shape, Unreadable, read_verdict
 
 
 @dataclass(frozen=True)
-class Prepared:
+class EncodedPrompt:
     """A prompt that is ready for the model."""
 
     ids: list[int]
@@ -23,7 +23,9 @@ class Prepared:
     trimmed: bool
 
 
-def make_preparer(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Callable[[Request], Prepared | Judgement]:
+def make_preparer(
+    encoding: ChatEncoding, cutoff_len: int, *, trim: bool
+) -> Callable[[Request], EncodedPrompt | Judgement]:
     """Return a function that escapes, trims if needed and encodes a prompt, or returns a judgement with the reason.
 
     Both modes reserve the same number of tokens for the answer (up to its last score), so both get the same prompt.
@@ -33,20 +35,20 @@ def make_preparer(encoding: ChatEncoding, cutoff_len: int, *, trim: bool) -> Cal
     def prompt_budget(shape: Shape) -> int:
         return cutoff_len - len(answer_ids(encoding, label_beginning(shape, (0.0,) * len(shape.keys))))
 
-    def prepare(request: Request) -> Prepared | Judgement:
+    def prepare(request: Request) -> EncodedPrompt | Judgement:
         if problem := _problem(request):
             return Judgement("error", reason=problem)
         prompt, _ = escape(request.prompt)
         system = escape(request.system)[0] if request.system else None
         ids, budget = encoding.prompt_ids(prompt, system), prompt_budget(request.shape)
         if len(ids) <= budget:
-            return Prepared(ids, request.shape, trimmed=False)
+            return EncodedPrompt(ids, request.shape, trimmed=False)
         trimmed = trim_prompt(prompt, encoding, budget, system) if trim else None
         if trimmed is None:
             fits = f"cutoff_len {cutoff_len:,} leaves {max(budget, 0):,} for the prompt"
             reason = f"{len(ids):,} prompt tokens; {fits}"
             return Judgement("too_long", reason=reason, prompt_tokens=len(ids))
-        return Prepared(encoding.prompt_ids(trimmed.text, system), request.shape, trimmed=True)
+        return EncodedPrompt(encoding.prompt_ids(trimmed.text, system), request.shape, trimmed=True)
 
     return prepare
 
@@ -65,8 +67,8 @@ def _problem(request: Request) -> str | None:
 
 def judgements_in_order(
     requests: Iterable[Request],
-    prepare_one: Callable[[Request], Prepared | Judgement],
-    judge_all: Callable[[Sequence[Prepared]], Sequence[Judgement]],
+    prepare_one: Callable[[Request], EncodedPrompt | Judgement],
+    judge_all: Callable[[Sequence[EncodedPrompt]], Sequence[Judgement]],
     window: int,
 ) -> Iterator[Judgement]:
     """Judge a stream, one window at a time; equal requests are judged once, wherever they are in the stream.
@@ -85,10 +87,10 @@ def judgements_in_order(
     while group := list(islice(requests, window)):
         keys = [request.digest for request in group]
         new = {key: request for key, request in zip(keys, group, strict=True) if key not in known}
-        ready: dict[bytes, Prepared] = {}
+        ready: dict[bytes, EncodedPrompt] = {}
         for key, request in new.items():
             prepared = prepare_one(request)
-            if isinstance(prepared, Prepared):
+            if isinstance(prepared, EncodedPrompt):
                 ready[key] = prepared
             else:
                 known[key] = prepared

@@ -44,7 +44,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenLogprobs:
     """The log-probabilities that a server returned for the tokens at one position."""
 
     known: Mapping[int, float]
@@ -55,7 +55,7 @@ class Place:
     """The log-probability of the most likely token, which is the one that the model writes."""
 
 
-Likeliest = Mapping[int | str, float]
+TopLogprobs = Mapping[int | str, float]
 """Top logprobs at one position: by token id, or by text if the server returns no ids."""
 
 
@@ -76,7 +76,7 @@ class Completions:
         """Return what the model writes after `ids`, greedily."""
         return await self._ask(ids, self._text, max_tokens=max_tokens, stop_token_ids=list(stop_ids))
 
-    async def likeliest(self, ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Place]:
+    async def top_logprobs(self, ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[TokenLogprobs]:
         """Return top logprobs of some tokens after `ids`, and at later positions while the model writes greedily.
 
         Args:
@@ -87,9 +87,9 @@ class Completions:
             At least one position, at most as many as requested.
         """
 
-        def read(choice: Mapping[str, Any]) -> list[Place]:
-            shown = self._likeliest_of(choice)
-            return [self._place(each, wanted) for each, wanted in zip(shown, tokens, strict=False)]
+        def read(choice: Mapping[str, Any]) -> list[TokenLogprobs]:
+            shown = self._top_logprobs_of(choice)
+            return [self._token_logprobs(each, wanted) for each, wanted in zip(shown, tokens, strict=False)]
 
         return await self._ask(
             ids, read, max_tokens=len(tokens), logprobs=self.endpoint.top_logprobs, return_tokens_as_token_ids=True
@@ -107,7 +107,7 @@ class Completions:
         """
 
         def read(choices: Sequence[Mapping[str, Any]]) -> list[dict[int, float]] | None:
-            shown = [self._likeliest_of(choice)[0] for choice in choices]
+            shown = [self._top_logprobs_of(choice)[0] for choice in choices]
             if not all(token in each for each in shown for token in tokens):
                 return None
             found = [{token: each[token] for token in tokens} for each in shown]
@@ -156,7 +156,7 @@ class Completions:
         Another server's `/v1/score` may mean something else. SGLang itself, if started with
         `--multi-item-scoring-delimiter`, puts another token before the scored ones, and so scores another prompt.
         """
-        (place,) = await self.likeliest(ids, [range(self._vocabulary.size)])
+        (place,) = await self.top_logprobs(ids, [range(self._vocabulary.size)])
         shown = dict(place.known)
         scored = await self.scored([ids], list(shown)) if shown else None
         return scored is not None and all(abs(scored[0][token] - value) < _SAME for token, value in shown.items())
@@ -224,7 +224,7 @@ class Completions:
             )
         return logprobs
 
-    def _likeliest_of(self, choice: Mapping[str, Any]) -> list[Likeliest]:
+    def _top_logprobs_of(self, choice: Mapping[str, Any]) -> list[TopLogprobs]:
         """Read the log-probabilities at every generated position, in either of the two formats that servers use.
 
         vLLM, SGLang: `{"top_logprobs": [{"token_id:5" or "text": -0.1, …}, …]}`, an object per position.
@@ -240,7 +240,7 @@ class Completions:
             raise self.connection.misfit(f"top_logprobs are {shown!r}")
         return [read(each) for each in shown]
 
-    def _from_object(self, shown: object) -> Likeliest:
+    def _from_object(self, shown: object) -> TopLogprobs:
         if not isinstance(shown, dict):
             raise self.connection.misfit(f"top_logprobs begin with {shown!r}")
         values: dict[Any, float] = {str(name): self._number(value) for name, value in shown.items()}
@@ -251,7 +251,7 @@ class Completions:
         except ValueError as error:
             raise self.connection.misfit(f"a token is {error}") from None
 
-    def _from_list(self, shown: object) -> Likeliest:
+    def _from_list(self, shown: object) -> TopLogprobs:
         if not isinstance(shown, list) or not all(isinstance(each, dict) for each in shown):
             raise self.connection.misfit(f"top_logprobs begin with {shown!r}")
         names: list[Any] = [each.get("id") for each in shown]
@@ -259,11 +259,11 @@ class Completions:
             names = [str(each.get("token")) for each in shown]
         return dict(zip(names, (self._number(each.get("logprob")) for each in shown), strict=True))
 
-    def _place(self, shown: Likeliest, wanted: Sequence[int]) -> Place:
+    def _token_logprobs(self, shown: TopLogprobs, wanted: Sequence[int]) -> TokenLogprobs:
         least, highest = min(shown.values()), max(shown.values())
         if all(isinstance(name, int) for name in shown):
             self._check_count(shown, may_be_fewer=False)
-            return Place(
+            return TokenLogprobs(
                 {token: shown[token] for token in wanted if token in shown},
                 {token: least for token in wanted if token not in shown},
                 highest,
@@ -274,13 +274,13 @@ class Completions:
         by_id = {by_text.get(str(text)): value for text, value in shown.items()}
         # A token that shares its text with others may be the returned one; if a text is unknown, any token may be.
         hidden = set(wanted) & set(by_text.values()) if all(str(text) in by_text for text in shown) else set()
-        return Place(
+        return TokenLogprobs(
             {token: by_id[token] for token in wanted if token in by_id},
             {token: least if token in hidden else 0.0 for token in wanted if token not in by_id},
             highest,
         )
 
-    def _check_count(self, shown: Likeliest, *, may_be_fewer: bool) -> None:
+    def _check_count(self, shown: TopLogprobs, *, may_be_fewer: bool) -> None:
         """Reject a response with fewer tokens than requested.
 
         While another client uses `logprob_token_ids`, vLLM returns only one or two tokens for ordinary requests, one of

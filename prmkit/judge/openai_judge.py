@@ -21,10 +21,10 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, ServerState, together
-from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
+from prmkit.judge.batching import EncodedPrompt, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.completions import MOST_EXACT, Completions, Vocabulary
 from prmkit.judge.score_trie import Reading, ScoreTrie, TrieOf, TrieQuery, VerdictReader, tries_of
-from prmkit.judge.types import DEFAULT_ASKING, LOW_REACH, Asking, Judgement, Request
+from prmkit.judge.types import DEFAULT_OPTIONS, LOW_REACH, Judgement, Request, ScoringOptions
 from prmkit.prompts.encoding import ChatEncoding
 
 _LOW_LOG_REACH = math.log(LOW_REACH)
@@ -40,7 +40,7 @@ class CompletionsJudge:
     cutoff_len: int
     _state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
-    def score(self, requests: Iterable[Request], asking: Asking = DEFAULT_ASKING) -> Iterator[Judgement]:
+    def score(self, requests: Iterable[Request], options: ScoringOptions = DEFAULT_OPTIONS) -> Iterator[Judgement]:
         """Judge like `LocalJudge.score`, with `batch_size` prompts at once, within the endpoint's concurrency.
 
         Raises:
@@ -52,27 +52,27 @@ class CompletionsJudge:
         """
         return judgements_in_order(
             requests,
-            make_preparer(self.encoding, self.cutoff_len, trim=asking.trim),
-            lambda ready: asyncio.run(self._judge_all(ready, asking)),
-            window=4 * asking.batch_size,
+            make_preparer(self.encoding, self.cutoff_len, trim=options.trim),
+            lambda ready: asyncio.run(self._judge_all(ready, options)),
+            window=4 * options.batch_size,
         )
 
-    async def _judge_all(self, ready: Sequence[Prepared], asking: Asking) -> list[Judgement]:
-        gate = asyncio.Semaphore(asking.batch_size)
+    async def _judge_all(self, ready: Sequence[EncodedPrompt], options: ScoringOptions) -> list[Judgement]:
+        gate = asyncio.Semaphore(options.batch_size)
         async with Connection(self.endpoint, self._state) as connection:
             completions = Completions(connection, self._vocabulary)
-            found = await together(self._judge(completions, gate, prepared, asking) for prepared in ready)
+            found = await together(self._judge(completions, gate, prepared, options) for prepared in ready)
         self._stop_if_useless(found)
         return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
 
     async def _judge(
-        self, completions: Completions, gate: asyncio.Semaphore, prepared: Prepared, asking: Asking
+        self, completions: Completions, gate: asyncio.Semaphore, prepared: EncodedPrompt, options: ScoringOptions
     ) -> Judgement | RowFailure:
         try:
             async with gate:
-                if asking.mode == "expected":
-                    return await self._expected(completions, prepared, asking.min_label_mass)
-                text = await completions.written(prepared.ids, asking.max_new_tokens, self.encoding.stop_ids)
+                if options.mode == "expected":
+                    return await self._expected(completions, prepared, options.min_label_mass)
+                text = await completions.written(prepared.ids, options.max_new_tokens, self.encoding.stop_ids)
         except RowFailure as failure:
             return failure
         return parse_generated(text, prepared.shape)
@@ -85,7 +85,7 @@ class CompletionsJudge:
         error = UsageError if failure.is_usage else DataError
         raise error(f"{self.endpoint.name}: no usable response for the first {len(found)} prompts: {failure}.")
 
-    async def _expected(self, completions: Completions, prepared: Prepared, min_label_mass: float) -> Judgement:
+    async def _expected(self, completions: Completions, prepared: EncodedPrompt, min_label_mass: float) -> Judgement:
         reader = VerdictReader(prepared.shape, self._trie_of, min_label_mass)
         while questions := reader.questions():
             reader.read(await _readings(completions, prepared.ids, questions))
@@ -199,7 +199,7 @@ async def _log_reach(completions: Completions, ids: list[int], forced: list[int]
     """
     log_reach, done = 0.0, 0
     while done < len(forced) and log_reach > _LOW_LOG_REACH:
-        for place in await completions.likeliest([*ids, *forced[:done]], [[token] for token in forced[done:]]):
+        for place in await completions.top_logprobs([*ids, *forced[:done]], [[token] for token in forced[done:]]):
             token = forced[done]
             done += 1
             if token in place.known:
@@ -298,7 +298,7 @@ class _TrieSearch:
 
     async def _ask_after(self, node: int) -> None:
         tokens = [self._trie.edges[edge][1] for edge in self._edges_of[node]]
-        (place,) = await self._completions.likeliest(self._ids(node), [tokens])
+        (place,) = await self._completions.top_logprobs(self._ids(node), [tokens])
         for edge, token in zip(self._edges_of[node], tokens, strict=True):
             if token in place.known:
                 self._known[edge] = place.known[token]

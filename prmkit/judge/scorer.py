@@ -20,7 +20,7 @@ from prmkit.judge.sources import (
     judge_source_of_export,
     judge_source_of_run,
 )
-from prmkit.judge.types import DEFAULT_ASKING, Asking, Judgement, Mode, Request
+from prmkit.judge.types import DEFAULT_OPTIONS, Judgement, Mode, Request, ScoringOptions
 from prmkit.paths import EXPORT_NOTE
 from prmkit.registered import UseRegistered
 from prmkit.verdict import Shape, asked_shape, is_score_key
@@ -84,7 +84,7 @@ class Scorer:
     """The model; for a model on a server, its tokenizer and template."""
     endpoint: Endpoint | None = None
     """The server that runs the model; None if it runs here."""
-    asking: Asking = DEFAULT_ASKING
+    options: ScoringOptions = DEFAULT_OPTIONS
 
     @property
     def is_local(self) -> bool:
@@ -114,13 +114,13 @@ class Scorer:
 
         Args:
             requests: read as needed.
-            mode: overrides the mode of `asking`.
+            mode: overrides the mode of `options`.
         """
         requests = iter(requests)
         first = next(requests, None)
         if first is not None:
-            asking = replace(self.asking, mode=mode) if mode else self.asking
-            yield from self.backend.score(chain([first], requests), asking)
+            options = replace(self.options, mode=mode) if mode else self.options
+            yield from self.backend.score(chain([first], requests), options)
 
     def score(self, prompts: Iterable[str | Mapping[str, Any]], keys: Sequence[str] | None = None) -> list[Judgement]:
         """Score prompts.
@@ -153,9 +153,9 @@ class Scorer:
             DataError: there is no such judge.
         """
         settings = {
-            "trim": self.asking.trim,
-            "max_new_tokens": self.asking.max_new_tokens,
-            "min_label_mass": self.asking.min_label_mass,
+            "trim": self.options.trim,
+            "max_new_tokens": self.options.max_new_tokens,
+            "min_label_mass": self.options.min_label_mass,
         }
         if self.endpoint:
             served = {"model": self.endpoint.model, "top_logprobs": self.endpoint.top_logprobs}
@@ -185,8 +185,8 @@ def load_judge(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    batch_size: int = DEFAULT_ASKING.batch_size,
-    min_label_mass: float = DEFAULT_ASKING.min_label_mass,
+    batch_size: int = DEFAULT_OPTIONS.batch_size,
+    min_label_mass: float = DEFAULT_OPTIONS.min_label_mass,
 ) -> Scorer:
     """Load a judge, ready to score.
 
@@ -204,7 +204,7 @@ def load_judge(
     """
     source = judge_source_in(Path(folder))
     source = replace(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    scorer = Scorer(source, asking=Asking(batch_size=batch_size, min_label_mass=min_label_mass))
+    scorer = Scorer(source, options=ScoringOptions(batch_size=batch_size, min_label_mass=min_label_mass))
     _ = scorer.backend
     return scorer
 
@@ -251,7 +251,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    add, default = parser.add_argument_group("inference").add_argument, DEFAULT_ASKING
+    add, default = parser.add_argument_group("inference").add_argument, DEFAULT_OPTIONS
     at_once = "batch size (default: %(default)s)"
     add("--batch-size", type=cli.positive, default=default.batch_size, metavar="N", help=at_once)
     how = "read the probability of every score (default), or generate the verdict"
@@ -313,12 +313,12 @@ def scorer_of(arguments: argparse.Namespace) -> Scorer:
     if endpoint:
         folder = arguments.tokenizer or (Path(arguments.model) if Path(arguments.model).is_dir() else None)
         arguments = argparse.Namespace(**vars(arguments) | {"model": folder and str(folder)})
-    return Scorer(judge_source(arguments), endpoint, asking_of(arguments))
+    return Scorer(judge_source(arguments), endpoint, scoring_options_of(arguments))
 
 
-def asking_of(arguments: argparse.Namespace) -> Asking:
+def scoring_options_of(arguments: argparse.Namespace) -> ScoringOptions:
     """Return the inference settings from the flags of `add_judge_arguments`."""
-    return Asking(
+    return ScoringOptions(
         mode=arguments.mode,
         batch_size=arguments.batch_size,
         trim=arguments.too_long == "trim",

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.judge.batching import Prepared, judgements_in_order, make_preparer, parse_generated
+from prmkit.judge.batching import EncodedPrompt, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.score_trie import TrieOf, VerdictReader, common_length, tries_of
 from prmkit.judge.sources import JudgeSource, check_folders, encoding_of, needs_trust, read_object
 from prmkit.judge.tree_attention import TokenTrees, check_architecture
-from prmkit.judge.types import DEFAULT_ASKING, Asking, Judgement, Request
+from prmkit.judge.types import DEFAULT_OPTIONS, Judgement, Request, ScoringOptions
 from prmkit.prompts.encoding import ChatEncoding
 
 log = logging.getLogger("prmkit")
@@ -24,7 +24,7 @@ _READ_AHEAD = 64
 next to each other."""
 _BATCHES_READ_AHEAD = 8
 
-Chain = Sequence[Prepared]
+Chain = Sequence[EncodedPrompt]
 """Prompts that are run one after another in one row of a batch, because each shares a prefix with the previous one."""
 
 
@@ -37,7 +37,7 @@ class LocalJudge:
     model: Any
     """A `transformers` or `peft` causal language model in evaluation mode."""
 
-    def score(self, requests: Iterable[Request], asking: Asking = DEFAULT_ASKING) -> Iterator[Judgement]:
+    def score(self, requests: Iterable[Request], options: ScoringOptions = DEFAULT_OPTIONS) -> Iterator[Judgement]:
         """Judge any number of requests; equal ones are judged once.
 
         Args:
@@ -50,18 +50,18 @@ class LocalJudge:
         Raises:
             UsageError: expected scores cannot be read from this tokenizer, template or architecture.
         """
-        chains_of: Callable[[Sequence[Prepared]], list[list[int]]]
-        if asking.mode == "expected":
+        chains_of: Callable[[Sequence[EncodedPrompt]], list[list[int]]]
+        if options.mode == "expected":
             check_architecture(self.model)
             chains_of = partial(_chains, side_by_side=self.model.device.type != "cpu")
-            answer = partial(self._expected, min_label_mass=asking.min_label_mass)
+            answer = partial(self._expected, min_label_mass=options.min_label_mass)
         else:
-            chains_of, answer = _single_chains, partial(self._generated, max_new_tokens=asking.max_new_tokens)
+            chains_of, answer = _single_chains, partial(self._generated, max_new_tokens=options.max_new_tokens)
         return judgements_in_order(
             requests,
-            make_preparer(self.encoding, self.source.cutoff_len, trim=asking.trim),
-            lambda ready: _in_batches(ready, chains_of(ready), asking.batch_size, answer),
-            window=max(_READ_AHEAD, asking.batch_size * _BATCHES_READ_AHEAD),
+            make_preparer(self.encoding, self.source.cutoff_len, trim=options.trim),
+            lambda ready: _in_batches(ready, chains_of(ready), options.batch_size, answer),
+            window=max(_READ_AHEAD, options.batch_size * _BATCHES_READ_AHEAD),
         )
 
     def _expected(self, chains: Sequence[Chain], min_label_mass: float) -> list[list[Judgement]]:
@@ -115,7 +115,7 @@ class LocalJudge:
 BatchFunction = Callable[[Sequence[Chain]], list[list[Judgement]]]
 
 
-def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]:
+def _chains(ready: Sequence[EncodedPrompt], *, side_by_side: bool) -> list[list[int]]:
     """Sort prompts by their tokens, split them where one shares little with the previous one, and return indices.
 
     In this order, no earlier prompt shares more with a prompt than its predecessor. The steps of a trajectory share
@@ -141,12 +141,12 @@ def _chains(ready: Sequence[Prepared], *, side_by_side: bool) -> list[list[int]]
     return chains
 
 
-def _single_chains(ready: Sequence[Prepared]) -> list[list[int]]:
+def _single_chains(ready: Sequence[EncodedPrompt]) -> list[list[int]]:
     return [[index] for index in range(len(ready))]
 
 
 def _in_batches(
-    ready: Sequence[Prepared], chains: Sequence[list[int]], batch_size: int, answer: BatchFunction
+    ready: Sequence[EncodedPrompt], chains: Sequence[list[int]], batch_size: int, answer: BatchFunction
 ) -> list[Judgement]:
     """Judge in batches of chains with equally many keys, longest first, so that running out of memory occurs first."""
 

@@ -53,7 +53,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Asking:
+class ScoringOptions:
     """Inference settings."""
 
     mode: Mode = "expected"
@@ -67,7 +67,7 @@ class Asking:
     """Scores with less label mass are `unsure`."""
 
 
-DEFAULT_ASKING = Asking()
+DEFAULT_OPTIONS = ScoringOptions()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ A trajectory is untrusted text: a web page, a tool's output, an agent's thought.
 and write the verdict itself. So every prompt and label passes through `escape`, at conversion and at scoring.
 
 A special token is escaped by one backslash after its first character: `<|im_end|>` becomes `<\|im_end|>`, `{{idx}}`
-becomes `{\{idx}}`. A string that already reads `<\|im_end|>` gets one more, so every string round-trips through
-`restore`.
+becomes `{\{idx}}`. A string that already reads `<\|im_end|>` gets one more, so `unescape` restores every string.
 In prompts `<think>` and `<tool_call>` stay unchanged: transcripts are full of them, and they do not end a turn.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 from prmkit import cli, registered
 from prmkit.errors import DataError, UsageError
 from prmkit.files import read_json, read_jsonl
-from prmkit.intervals import shown
+from prmkit.intervals import format_estimate
 from prmkit.paths import PREDICTIONS_FILE, REPORT, RUN_RECORD
 from prmkit.registered import DATA, RUN, VersionId
 
@@ -84,7 +84,7 @@ def held_out_of(version: VersionId, folder: Path) -> list[dict[str, Any]]:
 
 def shown_estimate(estimate: Mapping[str, Any] | None) -> str:
     """Format an estimate as `0.84 [0.72, 0.90]`; a question mark if it was not measured."""
-    return shown(estimate, none="?")
+    return format_estimate(estimate, none="?")
 
 
 def _changed(record: Mapping[str, Any], parent: Mapping[str, Any] | None, folder: Path) -> str:

@@ -69,7 +69,7 @@ def _ab(steps: Sequence[monitor.LoggedStep]) -> Mapping[str, Any] | None:
 
 
 def _drifts(
-    folder: Path, state: registered.State, steps: Sequence[monitor.LoggedStep], limit: float
+    folder: Path, state: registered.RegistryState, steps: Sequence[monitor.LoggedStep], limit: float
 ) -> list[dict[str, Any]]:
     """Return the drift of every registered version in the logs."""
     found = []

@@ -26,7 +26,7 @@ from prmkit.files import (
     write_json,
 )
 from prmkit.paths import EVALUATION, INFO, METRICS_FILE, REPORT, RUN_RECORD, sidecar_of
-from prmkit.registered import DATA, ROWS, RUN, SAFE_NAME, State, VersionId
+from prmkit.registered import DATA, ROWS, RUN, SAFE_NAME, RegistryState, VersionId
 
 log = logging.getLogger("prmkit")
 
@@ -45,7 +45,7 @@ _PUBLIC = (
 
 
 @contextmanager
-def changing(folder: Path) -> Iterator[State]:
+def changing(folder: Path) -> Iterator[RegistryState]:
     """Lock the registry against other commands, and remove leftovers of a killed command."""
     with exclusive_lock(folder, "changing versions", lock=".registry.lock", patience=_PATIENCE):
         state = registered.state_of(registered.read_history(folder))
@@ -53,7 +53,7 @@ def changing(folder: Path) -> Iterator[State]:
         yield state
 
 
-def _remove_leftovers(folder: Path, state: State) -> None:
+def _remove_leftovers(folder: Path, state: RegistryState) -> None:
     """Remove what a killed command left; never a version that the history merely does not mention.
 
     Raises:

@@ -17,11 +17,10 @@ from prmkit.judge.types import Request
 from prmkit.layouts import STDIN, Line, Rejected, parse_line, read_values
 from prmkit.paths import REPORT
 from prmkit.prompts.step import Rubric, StepPrompt, load_rubric, step_prompts
-from prmkit.rows import STEP_TYPES, InputRow, given_id, read_row
+from prmkit.rows import STEP_TYPES, InputRow, given_id, is_judged_row, read_row
 from prmkit.trajectories.drawing import MOST_RUNS_ON_A_PAGE, emit_scored, scored_run, write_run_page
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.readers import reader_for
-from prmkit.trajectories.readers.messages import is_judged_row
 from prmkit.trajectories.rows import step_metadata
 from prmkit.trajectory import Trajectory
 from prmkit.verdict import asked_shape

@@ -60,7 +60,7 @@ def abstention_of(scorer: Scorer, level: float | None, max_width: float | None) 
     """
     if level is None and max_width is None:
         return None
-    if not scorer.is_local or scorer.asking.mode != "expected":
+    if not scorer.is_local or scorer.options.mode != "expected":
         raise UsageError("--interval and --abstain-above require a local judge in --mode expected.")
     weights = scorer.source.adapter or scorer.source.model
     return load_abstention(weights, fingerprint_of(scorer.source), level, max_width)
@@ -128,7 +128,7 @@ def _results(
             yield row, result
         return
     with exclusive_lock(job.output.parent, f"writing {job.output.name}", lock=f".{job.output.name}.lock"):
-        settings: dict[str, Any] = {"mode": scorer.asking.mode, "summaries": job.summaries}
+        settings: dict[str, Any] = {"mode": scorer.options.mode, "summaries": job.summaries}
         if job.abstention:
             settings["interval"] = [job.abstention.level, job.abstention.max_width]
         done = reopen(job.output, dict(fingerprint) | settings)
@@ -164,7 +164,7 @@ def score_rows(
         }
         judgements = list(scorer.judgements(new.values()))
         texts = [each.text for each in judgements]
-        if job.summaries and scorer.asking.mode == "expected":
+        if job.summaries and scorer.options.mode == "expected":
             texts = [each.text for each in scorer.judgements(new.values(), "generate")]
         known |= dict(zip(new, zip(judgements, texts, strict=True), strict=True))
         for row, earlier in window:

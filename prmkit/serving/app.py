@@ -171,8 +171,8 @@ class _Routes:
             if self._warmup["status"] != "failed":
                 break
             await asyncio.sleep(_WARMUP_PAUSE)  # the judge's server may still be starting
-        if service.trial:  # if the challenger fails, the production judge answers instead
-            self._warmup["challenger"] = await self._first_line(service.trial.challenger)
+        if service.challenger:  # if the challenger fails, the production judge answers instead
+            self._warmup["challenger"] = await self._first_line(service.challenger.judge)
 
     async def _first_line(self, judge: ServedJudge) -> dict[str, Any]:
         while True:

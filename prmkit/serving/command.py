@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
-from prmkit.judge.scorer import DEFAULT_RUN, Scorer, asking_of, judge_source_in, scorer_of
+from prmkit.judge.scorer import DEFAULT_RUN, Scorer, judge_source_in, scorer_of, scoring_options_of
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.registered import is_registered, registered_run
 from prmkit.scoring.rows import check_rubric, shapes_for
 from prmkit.scoring.score import abstention_of
 from prmkit.serving.app import Limits, make_app
 from prmkit.serving.engine import Engine
-from prmkit.serving.judges import ServedJudge, Trial
+from prmkit.serving.judges import Challenger, ServedJudge
 from prmkit.serving.metrics import ServerMetrics, held_out_scores
 from prmkit.serving.request_log import RequestLog
 from prmkit.serving.service import Service
@@ -29,7 +29,7 @@ _KEEP_ALIVE = 75
 """Seconds that a connection may be idle, or may take to send a request's headers."""
 _SHADOW_PATIENCE = 0.01
 """Seconds that the challenger's prompts wait for the queue, because no client needs them and they must not pile up."""
-_TRIAL_SHARE, _SHADOW_SHARE = 0.1, 1.0
+_CHALLENGER_SHARE, _SHADOW_SHARE = 0.1, 1.0
 """The default fraction of tasks that a challenger scores, without and with --shadow."""
 
 
@@ -63,9 +63,9 @@ def _serve(service: Service, limits: Limits, arguments: argparse.Namespace) -> E
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         log.info("%s on http://%s:%d (stop with Ctrl-C)", service.judge.name, shown, port)
-        if trial := service.trial:
-            verb = "shadows" if trial.is_shadow else "serves"
-            log.info("%s %s %g %% of the tasks", trial.challenger.name, verb, 100 * trial.share)
+        if challenger := service.challenger:
+            verb = "shadows" if challenger.is_shadow else "serves"
+            log.info("%s %s %g %% of the tasks", challenger.judge.name, verb, 100 * challenger.share)
         return _run(service, limits, listening)
 
 
@@ -80,10 +80,10 @@ def _service(arguments: argparse.Namespace, scorer: Scorer) -> Service:
     return Service(
         judge=judge,
         metrics=metrics,
-        shape_of=shapes_for(scorer.source, arguments.data),
+        shape_of=shapes_for(scorer.source, arguments.data_dir),
         rubric=rubric,
         why_no_rubric=why_not,
-        trial=_trial(arguments, has_rubric=rubric is not None),
+        challenger=_challenger(arguments, has_rubric=rubric is not None),
         bad_below=arguments.bad_below,
         aggregate=arguments.aggregate,
         unscored=arguments.unscored,
@@ -101,26 +101,26 @@ def _served(arguments: argparse.Namespace, scorer: Scorer, name: str) -> ServedJ
     return ServedJudge(name, engine, abstention_of(scorer, arguments.interval, arguments.abstain_above))
 
 
-def _trial(arguments: argparse.Namespace, *, has_rubric: bool) -> Trial | None:
+def _challenger(arguments: argparse.Namespace, *, has_rubric: bool) -> Challenger | None:
     if arguments.challenger is None:
         if arguments.share is not None or arguments.shadow:
             raise UsageError("--share and --shadow require --challenger (a second judge).")
         return None
-    scorer = _challenger(arguments, arguments.challenger)
-    challenger = _served(arguments, scorer, _name_of(str(scorer.source.adapter or scorer.source.model)))
-    rubric, _ = _rubric(arguments.rubric, scorer, challenger.name)
+    scorer = _second_scorer(arguments, arguments.challenger)
+    judge = _served(arguments, scorer, _name_of(str(scorer.source.adapter or scorer.source.model)))
+    rubric, _ = _rubric(arguments.rubric, scorer, judge.name)
     if (rubric is not None) != has_rubric:
         raise UsageError(
-            f"{challenger.name} scores {'only ready-made prompts' if rubric is None else 'steps of runs'}, unlike the "
+            f"{judge.name} scores {'only ready-made prompts' if rubric is None else 'steps of runs'}, unlike the "
             "production judge. Choose a challenger trained on the same kind of prompts."
         )
     if arguments.shadow:
-        challenger.engine.patience = _SHADOW_PATIENCE
-    default = _SHADOW_SHARE if arguments.shadow else _TRIAL_SHARE
-    return Trial(challenger, default if arguments.share is None else arguments.share, arguments.shadow)
+        judge.engine.patience = _SHADOW_PATIENCE
+    default = _SHADOW_SHARE if arguments.shadow else _CHALLENGER_SHARE
+    return Challenger(judge, default if arguments.share is None else arguments.share, arguments.shadow)
 
 
-def _challenger(arguments: argparse.Namespace, name: str) -> Scorer:
+def _second_scorer(arguments: argparse.Namespace, name: str) -> Scorer:
     """Return a second judge, loaded here and used with the same settings.
 
     Args:
@@ -139,7 +139,7 @@ def _challenger(arguments: argparse.Namespace, name: str) -> Scorer:
     source = judge_source_in(folder)
     given = {each: getattr(arguments, each) for each in ("device", "dtype", "trust_remote_code")}
     source = replace(source, **{each: value for each, value in given.items() if value is not None})
-    return Scorer(source, None, asking_of(arguments))
+    return Scorer(source, None, scoring_options_of(arguments))
 
 
 def _name_of(judge: str) -> str:

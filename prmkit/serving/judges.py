@@ -16,7 +16,7 @@ from prmkit.serving.engine import Busy, Engine, Stopping
 from prmkit.serving.request_log import JudgeRole
 
 
-class Scored(NamedTuple):
+class ScoredRow(NamedTuple):
     """A judge's result for one row."""
 
     line: dict[str, Any]
@@ -33,7 +33,7 @@ class ServedJudge:
     engine: Engine
     abstention: Abstention | None = None
 
-    async def score(self, rows: Sequence[RowToScore]) -> list[Scored]:
+    async def score(self, rows: Sequence[RowToScore]) -> list[ScoredRow]:
         """Score rows, together with those of all other clients.
 
         Raises:
@@ -42,30 +42,30 @@ class ServedJudge:
         judged = iter(await self.engine.judge([row.request for row in rows if row.request]))
         return [self._scored(row, next(judged) if row.request else None) for row in rows]
 
-    async def try_to_score(self, rows: Sequence[RowToScore]) -> list[Scored]:
+    async def try_to_score(self, rows: Sequence[RowToScore]) -> list[ScoredRow]:
         """Score like `score`, but return the status `failed` if the queue is full."""
         try:
             return await self.score(rows)
         except Busy:
             return [self._scored(row, Judgement("failed", reason="the queue is full")) for row in rows]
 
-    def _scored(self, row: RowToScore, judgement: Judgement | None) -> Scored:
+    def _scored(self, row: RowToScore, judgement: Judgement | None) -> ScoredRow:
         judgement = judgement or Judgement("error", reason=row.reason)
         line = dict(result_line(row, judgement))
         evaluation_type = row.metadata.get("evaluation_type", STEP_TYPE if row.is_step else None)
         if self.abstention:
             line = dict(self.abstention.add_interval(line, evaluation_type))
-        return Scored(line | {"judge": self.name}, judgement)
+        return ScoredRow(line | {"judge": self.name}, judgement)
 
 
-Count = Callable[[RowToScore, Scored, JudgeRole], None]
+Count = Callable[[RowToScore, ScoredRow, JudgeRole], None]
 
 
 @dataclass
-class Trial:
-    """A challenger next to the production judge."""
+class Challenger:
+    """A second judge next to the production judge, and the tasks that it gets."""
 
-    challenger: ServedJudge
+    judge: ServedJudge
     share: float
     """The fraction of tasks that the challenger scores, 0 to 1."""
     is_shadow: bool
@@ -81,7 +81,7 @@ class Trial:
         number = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return row.request is not None and int.from_bytes(number) < self.share * 2**64
 
-    async def answer(self, production: ServedJudge, rows: Sequence[RowToScore], count: Count) -> list[Scored]:
+    async def answer(self, production: ServedJudge, rows: Sequence[RowToScore], count: Count) -> list[ScoredRow]:
         """Score each row with the judge that is responsible for it.
 
         Args:
@@ -100,7 +100,7 @@ class Trial:
         taken = [not self.is_shadow and self.takes(row) for row in rows]
         mine = [row for row, is_taken in zip(rows, taken, strict=True) if is_taken]
         others = [row for row, is_taken in zip(rows, taken, strict=True) if not is_taken]
-        challenged, answered = await asyncio.gather(self.challenger.try_to_score(mine), production.score(others))
+        challenged, answered = await asyncio.gather(self.judge.try_to_score(mine), production.score(others))
         # Rows on which the challenger failed are answered as if there were no challenger.
         failed = [row for row, scored in zip(mine, challenged, strict=True) if scored.judgement.status == "failed"]
         of_challenger, of_production, instead = map(iter, (challenged, answered, await production.score(failed)))
@@ -124,7 +124,7 @@ class Trial:
     async def finish(self, seconds: float) -> None:
         """Wait up to `seconds` for the challenger to finish what it has begun, and count its answers."""
         deadline = time.monotonic() + seconds
-        await self.challenger.engine.stop(seconds)
+        await self.judge.engine.stop(seconds)
         if self._shadows:
             await asyncio.wait(self._shadows, timeout=max(0.1, deadline - time.monotonic()))
         for task in list(self._shadows):
@@ -132,7 +132,7 @@ class Trial:
 
     async def _shadow(self, rows: Sequence[RowToScore], count: Count) -> None:
         try:
-            for row, scored in zip(rows, await self.challenger.try_to_score(rows), strict=True):
+            for row, scored in zip(rows, await self.judge.try_to_score(rows), strict=True):
                 count(row, scored, "shadow")
         except Stopping:
             return

@@ -17,7 +17,7 @@ from prmkit.prompts.step import Rubric, step_prompts
 from prmkit.rows import given_id, read_row
 from prmkit.scoring.rows import RowToScore, prompt_row, step_row
 from prmkit.scoring.score import Trajectories
-from prmkit.serving.judges import Scored, ServedJudge, Trial
+from prmkit.serving.judges import Challenger, ScoredRow, ServedJudge
 from prmkit.serving.metrics import ServerMetrics
 from prmkit.serving.payloads import NothingWritten, request_id, run_of_policy, run_of_step, runs_in
 from prmkit.serving.request_log import JudgeRole, RequestLog
@@ -45,7 +45,7 @@ class Service:
     rubric: Rubric | None
     """The rubric for steps of runs; None if the judge can only score ready-made prompts."""
     why_no_rubric: str = ""
-    trial: Trial | None = None
+    challenger: Challenger | None = None
     bad_below: float = BAD_BELOW[0]
     aggregate: str = "min"
     """How the scores of several steps become one reward."""
@@ -56,14 +56,14 @@ class Service:
     @property
     def judges(self) -> list[ServedJudge]:
         """The loaded judges: the production judge, and the challenger if there is one."""
-        return [self.judge, self.trial.challenger] if self.trial else [self.judge]
+        return [self.judge, self.challenger.judge] if self.challenger else [self.judge]
 
     async def stop(self, seconds: float) -> None:
         """Stop accepting requests, finish the accepted ones, and refuse those left after `seconds`."""
         deadline = time.monotonic() + seconds
         await self.judge.engine.stop(seconds)
-        if self.trial:
-            await self.trial.finish(max(0.0, deadline - time.monotonic()))
+        if self.challenger:
+            await self.challenger.finish(max(0.0, deadline - time.monotonic()))
 
     # --- /v1/score
 
@@ -114,15 +114,15 @@ class Service:
             reason = str(error)
         return RowToScore(number, known, reason=reason), {}
 
-    async def _lines(self, rows: Sequence[RowToScore]) -> list[Scored]:
-        if self.trial:
-            return await self.trial.answer(self.judge, rows, self._count)
+    async def _lines(self, rows: Sequence[RowToScore]) -> list[ScoredRow]:
+        if self.challenger:
+            return await self.challenger.answer(self.judge, rows, self._count)
         answers = await self.judge.score(rows)
         for row, scored in zip(rows, answers, strict=True):
             self._count(row, scored, "production")
         return answers
 
-    def _count(self, row: RowToScore, scored: Scored, role: JudgeRole) -> None:
+    def _count(self, row: RowToScore, scored: ScoredRow, role: JudgeRole) -> None:
         self.metrics.count(scored.judgement, role)
         if self.request_log:
             self.request_log.add(row, scored.line, scored.line["judge"], role)

@@ -17,7 +17,7 @@ from prmkit.resumable import check_plain_name
 from prmkit.trajectories.importing import FileReport, Options, read_runs, totals, warn_of_losses
 from prmkit.trajectories.labels import SETS, set_named
 from prmkit.trajectories.rows import rows_of, runs_beside
-from prmkit.trajectories.run import Keys
+from prmkit.trajectories.run import FieldNames
 from prmkit.trajectory import Trajectory, dump
 
 _OTHER_LABELS = ("steps", "column")
@@ -58,7 +58,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         raise UsageError("--labels column requires --label-key NAME, and --label-key requires --labels column.")
     if arguments.rubric and not name:
         raise UsageError("--rubric is for the prompts, which only --labels writes. Leave it out, or add --labels.")
-    keys = Keys(
+    keys = FieldNames(
         arguments.task_key, arguments.outcome_key, arguments.list_key, arguments.label_key, arguments.label_scale
     )
     return Options(arguments.format, keys, arguments.keep_secrets, public)

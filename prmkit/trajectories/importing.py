@@ -9,10 +9,10 @@ from typing import Any
 
 from prmkit.errors import DataError, UsageError
 from prmkit.layouts import ANY_LENGTH, Rejected, open_lines, read_values, value_or_rejected
+from prmkit.rows import is_judged_row
 from prmkit.trajectories.content import mapping
 from prmkit.trajectories.readers import READERS, messages, reader_for, record
-from prmkit.trajectories.readers.messages import is_judged_row
-from prmkit.trajectories.run import Ids, Keys, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
+from prmkit.trajectories.run import FieldNames, Ids, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
 from prmkit.trajectories.run_fields import first_error, read_named
 from prmkit.trajectories.secrets import mask, may_hold_secrets
 from prmkit.trajectory import Trajectory, dump, with_labels
@@ -29,7 +29,7 @@ class Options:
 
     format: str | None = None
     """The name of a reader; None detects the format by its structure."""
-    keys: Keys = field(default_factory=Keys)
+    keys: FieldNames = field(default_factory=FieldNames)
     keep_secrets: bool = False
     labels: str | None = None
     """The name of a public set with its labels in files next to the runs; None to read only runs."""
@@ -191,7 +191,7 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         raise DataError(f"{path}: no run in it, although it has the format {reader.name}.")
 
 
-def _check_keys(reader: Reader, keys: Keys, path: Path) -> None:
+def _check_keys(reader: Reader, keys: FieldNames, path: Path) -> None:
     """Refuse field names that a format cannot use: ignoring one would give runs other ids, outcomes or labels."""
     given = {"--list-key": keys.messages, "--task-key": keys.task, "--outcome-key": keys.outcome,
              "--label-key": keys.labels}  # fmt: skip
@@ -206,7 +206,9 @@ def _check_keys(reader: Reader, keys: Keys, path: Path) -> None:
         )
 
 
-def _with_keys(found: Iterator[Run | Trajectory], value: Any, reader: Reader, keys: Keys) -> Iterator[Run | Trajectory]:
+def _with_keys(
+    found: Iterator[Run | Trajectory], value: Any, reader: Reader, keys: FieldNames
+) -> Iterator[Run | Trajectory]:
     """The runs of a value, with the fields whose names the user gave."""
     if reader.own_keys or not (keys.task or keys.outcome or keys.labels):
         yield from found
@@ -224,7 +226,7 @@ def _assembled(found: Run, reader: Reader, path: Path, line: int) -> Trajectory 
     return assemble(found, {"format": reader.name, "file": path.name, "line": found.line or line})
 
 
-def _read(reader: Reader, path: Path, keys: Keys, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
+def _read(reader: Reader, path: Path, keys: FieldNames, report: FileReport) -> Iterator[tuple[int, Run | Trajectory]]:
     read = reader.one
     if read is None:
         yield from _read_together(reader, path, keys, report)
@@ -258,7 +260,7 @@ _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, Recur
 
 
 def _read_together(
-    reader: Reader, path: Path, keys: Keys, report: FileReport
+    reader: Reader, path: Path, keys: FieldNames, report: FileReport
 ) -> Iterator[tuple[int, Run | Trajectory]]:
     try:
         for run in reader.every(_ValidValues(path, report), keys) if reader.every else ():

@@ -57,7 +57,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Keys:
+class FieldNames:
     """Field names of custom files; None for the usual names."""
 
     task: str | None = None
@@ -85,12 +85,12 @@ class Reader:
     name: str
     recognises: Callable[[Any], bool]
     """Whether a value of a file has this format, by its structure alone."""
-    one: Callable[[Any, Keys], Iterator[Run | Trajectory]] | None = None
+    one: Callable[[Any, FieldNames], Iterator[Run | Trajectory]] | None = None
     """Function that reads one value at a time, so files of any size can be streamed."""
-    every: Callable[[NumberedValues, Keys], Iterator[Run | Trajectory]] | None = None
+    every: Callable[[NumberedValues, FieldNames], Iterator[Run | Trajectory]] | None = None
     """Reads all values of a file together, if one run consists of several."""
     own_keys: bool = False
-    """Whether it reads `Keys` itself; otherwise they are read from the value around the one run in it."""
+    """Whether it reads `FieldNames` itself; otherwise they are read from the value around the one run in it."""
     marks: Callable[[Any], tuple[str, dict[int, str | None]] | None] | None = None
     """Function for sets with labels in separate files: returns a run's id, and message index -> type of the error."""
 

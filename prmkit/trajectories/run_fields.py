@@ -9,7 +9,7 @@ from prmkit.errors import UsageError
 from prmkit.layouts import Rejected
 from prmkit.rows import name_in
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Run, Turn, UnreadableValue
+from prmkit.trajectories.run import FieldNames, Run, Turn, UnreadableValue
 from prmkit.trajectory import Label
 
 TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
@@ -22,7 +22,7 @@ GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
 """Scores for steps that are labelled right, neutral and wrong: the corresponding anchors of the default rubric."""
 
 
-def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection[str] = ()) -> None:
+def describe(run: Run, value: Mapping[str, Any], keys: FieldNames, *, read: Collection[str] = ()) -> None:
     """Fill in the fields next to the messages: ids, task, tools, outcome, solution, labels; count the other fields.
 
     Solutions go only to `reference`, because a judge does not get a solution when it scores.
@@ -47,7 +47,7 @@ def describe(run: Run, value: Mapping[str, Any], keys: Keys, *, read: Collection
         run.lost[f"field {name[:40]}"] += 1
 
 
-def read_named(run: Run, value: Mapping[str, Any], keys: Keys) -> None:
+def read_named(run: Run, value: Mapping[str, Any], keys: FieldNames) -> None:
     """Fill in the fields whose names the user gave, from the object around a run or its `metadata`.
 
     Raises:

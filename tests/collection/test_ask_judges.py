@@ -359,7 +359,7 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
         for n in range(60)
     ]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    typed(tmp_path, "--yes", "--first", "scores.jsonl", "--audit", "0.2")
+    typed(tmp_path, "--yes", "--first", "scores.jsonl", "--audit-share", "0.2")
     chosen = Counter(row["metadata"]["selected_by"] for row in rows(tmp_path))
     assert chosen["unsure"] == 4 and 4 <= chosen["audit"] <= 20
     weights = {row["metadata"]["selected_by"]: row["metadata"]["selection_weight"] for row in rows(tmp_path)}

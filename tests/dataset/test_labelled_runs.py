@@ -17,7 +17,7 @@ from prmkit.files import sha256_of
 from prmkit.prompts.step import DEFAULT_RUBRIC, load_rubric
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.rows import labelled_rows
-from prmkit.trajectories.run import Keys
+from prmkit.trajectories.run import FieldNames
 from prmkit.trajectory import dump
 from tools.make_sample.runs import message_runs
 from tools.make_sample.sample import write_rows
@@ -30,7 +30,7 @@ def records(tmp_path: Path) -> Path:
     """Twenty tasks with two runs each, every step labelled."""
     raw, path = tmp_path / "raw.jsonl", tmp_path / "trajectories.jsonl"
     write_rows(raw, message_runs(0, 20, labelled=True))
-    path.write_bytes(b"".join(map(dump, read_runs([raw], Options(keys=Keys(labels="labels"))))))
+    path.write_bytes(b"".join(map(dump, read_runs([raw], Options(keys=FieldNames(labels="labels"))))))
     return path
 
 

@@ -22,7 +22,7 @@ from prmkit.evaluation.evaluate import EvaluationSettings
 from prmkit.evaluation.heldout import HeldOutPrompt, place_of_held_out, read_held_out, sampled, training_constants
 from prmkit.evaluation.predictions import resume
 from prmkit.judge.sources import JudgeSource
-from prmkit.judge.types import Asking, Request
+from prmkit.judge.types import Request, ScoringOptions
 from prmkit.rows import SELECTED_BY, WEIGHT, weight_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_metrics_and_report_are_written_with_the_predictions(evaluation):
 def test_a_limit_for_the_label_mass_is_used_and_is_another_evaluation(evaluation, data, source, tmp_path):
     assert "ok" in {row["status"] for row in rows_of(evaluation)}
     shutil.copytree(evaluation, tmp_path / "strict")
-    settings = EvaluationSettings(Asking(min_label_mass=1.0), limit=3)
+    settings = EvaluationSettings(ScoringOptions(min_label_mass=1.0), limit=3)
     evaluate.evaluate(source, read_held_out(data, NAME), CONSTANTS, tmp_path / "strict", settings, None)
     rows = rows_of(tmp_path / "strict")
     assert len(rows) == 3 and all("label_mass" in row["reason"] for row in rows)
@@ -147,7 +147,7 @@ def test_a_judge_that_can_score_nothing_is_an_error_with_the_reason(data, source
     tight = replace(source, cutoff_len=40)
     with pytest.raises(DataError, match=r"none of \d+ prompts got a score. .* tokens"):
         evaluate.evaluate(
-            tight, read_held_out(data, NAME), CONSTANTS, tmp_path, EvaluationSettings(Asking(trim=False)), None
+            tight, read_held_out(data, NAME), CONSTANTS, tmp_path, EvaluationSettings(ScoringOptions(trim=False)), None
         )
 
 

@@ -19,7 +19,7 @@ from prmkit.evaluation.metrics import METRICS, Metric
 from prmkit.evaluation.plots import _distributions, _means, plots
 from prmkit.evaluation.predictions import by_mean, table_of_scores
 from prmkit.evaluation.report import report_html, worst_errors, write_report
-from prmkit.intervals import shown
+from prmkit.intervals import format_estimate
 from prmkit.rows import OUTCOME
 
 JUDGE = {"model": "model", "adapter": "saves/a_run", "template": "qwen"}
@@ -117,7 +117,7 @@ def test_the_verdict_comes_before_the_numbers_and_says_what_they_say(reported):
     html, metrics = reported
     text = " ".join(read(html).texts)
     spearman = next(g for g in metrics["groups"] if g["evaluation_type"] == "clip")["judge"][summary.ORDER]
-    assert shown(spearman) in text[: text.index("The numbers")]
+    assert format_estimate(spearman) in text[: text.index("The numbers")]
     assert metrics["summary"]["headline"] in text
     for conclusion in grade.conclusions(metrics):
         assert conclusion.headline in text

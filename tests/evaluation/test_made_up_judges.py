@@ -80,7 +80,7 @@ def said(metrics: dict) -> str:
     sentences = [
         condition["sentence"] for each in metrics["summary"]["types"].values() for condition in each["conditions"]
     ]
-    return " ".join([*summary.verdict_lines(metrics), *notes, *sentences])
+    return " ".join([*summary.conclusion_lines(metrics), *notes, *sentences])
 
 
 def grades(metrics: dict) -> tuple[str, ...]:

@@ -327,7 +327,7 @@ def test_scores_that_are_not_numbers_are_counted_and_enter_no_metric(held_out, n
     every = metrics["validity"]["all"]
     assert 0 < group(metrics, "all")["scores"] == every["scores_made"] < every["scores_asked"]
     assert metrics["trajectory"]["left_out"]["a step without a score"]
-    assert "nan" not in " ".join([*summary.verdict_lines(metrics), str(summary.main_table(metrics))])
+    assert "nan" not in " ".join([*summary.conclusion_lines(metrics), str(summary.main_table(metrics))])
     json.dumps(metrics, allow_nan=False)
 
 
@@ -336,7 +336,7 @@ def test_undefined_metrics_are_reported_without_a_number(metrics):
     for each in walk_estimates(undefined):
         each |= {"value": None, "low": None, "high": None, "reason": "not defined for these scores"}
     assert {each.grade for each in grade.conclusions(undefined)} == {"unknown"}
-    assert "label mass is – on average" in summary.verdict_lines(undefined)[-1]
+    assert "label mass is – on average" in summary.conclusion_lines(undefined)[-1]
     assert summary.main_table(undefined, intervals=True)
 
 

@@ -20,7 +20,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.http_client import Endpoint, pause_asked_for
 from prmkit.judge.openai_judge import CompletionsJudge
 from prmkit.judge.transformers_judge import LocalJudge
-from prmkit.judge.types import LOW_REACH, Asking, Judgement, Request
+from prmkit.judge.types import LOW_REACH, Judgement, Request, ScoringOptions
 from prmkit.verdict import asked_shape
 
 pytestmark = pytest.mark.slow
@@ -240,11 +240,11 @@ def test_tokens_named_by_their_texts_give_the_same_scores(
 
 def test_written_verdicts_are_those_of_the_loaded_model(server: str, judges: dict[str, LocalJudge]) -> None:
     judge = judges["qwen"]
-    asked = Asking("generate", max_new_tokens=32)
+    asked = ScoringOptions("generate", max_new_tokens=32)
     assert list(remote(server, judge).score(REQUESTS[:2], asked)) == list(judge.score(REQUESTS[:2], asked))
 
 
-QUICK = Asking("generate", max_new_tokens=2)
+QUICK = ScoringOptions("generate", max_new_tokens=2)
 
 
 def test_passing_trouble_is_waited_out(untroubled: str, judges: dict[str, LocalJudge]) -> None:
@@ -260,7 +260,7 @@ def test_lasting_trouble_fails_the_row_and_not_the_others(
 ) -> None:
     httpx.post(f"{untroubled}/trouble", json={"status": 500, "times": 3})
     judge = remote(untroubled, judges["qwen"], concurrency=1)
-    judged = list(judge.score([FLAT_ONE, REQUESTS[2]], Asking(batch_size=1, mode=mode, max_new_tokens=2)))
+    judged = list(judge.score([FLAT_ONE, REQUESTS[2]], ScoringOptions(batch_size=1, mode=mode, max_new_tokens=2)))
     assert judged[0].status == "failed"
     assert judged[1].status == "unparsed" if mode == "generate" else judged[1].scores
     assert judged[0].reason.startswith("the request failed after 3 attempts; last error: 500")
@@ -320,7 +320,7 @@ def test_the_first_window_without_a_usable_answer_stops_the_job(server: str, jud
             yield replace(FLAT_ONE, prompt=f"{number} {FLAT_ONE.prompt}")
 
     with pytest.raises(DataError, match="no usable response for the first 8 prompts"):
-        list(remote(server, judges["qwen"], flavour="textual").score(counted(), Asking(batch_size=2)))
+        list(remote(server, judges["qwen"], flavour="textual").score(counted(), ScoringOptions(batch_size=2)))
     assert len(asked) == 8
 
 
@@ -387,7 +387,7 @@ def asked_at(
     endpoint = replace(Endpoint(url, "tiny", attempts=2, concurrency=1), **changes)
     on_server = CompletionsJudge(endpoint, judge.encoding, judge.source.cutoff_len)
     on_server._state.is_usable = usable
-    return list(on_server.score(requests, Asking(mode=mode, batch_size=1)))
+    return list(on_server.score(requests, ScoringOptions(mode=mode, batch_size=1)))
 
 
 TOP = "top_logprobs"

@@ -23,7 +23,7 @@ from prmkit.judge.score_trie import SCORES, common_length, score_trie
 from prmkit.judge.sources import JudgeSource, judge_source_of_export, judge_source_of_run
 from prmkit.judge.transformers_judge import LocalJudge, _as_memory_allows, load_model
 from prmkit.judge.tree_attention import TokenTrees, check_architecture
-from prmkit.judge.types import Asking, Judgement, Request
+from prmkit.judge.types import Judgement, Request, ScoringOptions
 from prmkit.prompts.cleaning import escape
 from prmkit.verdict import Shape, Verdict, answer_prefix, asked_shape, render_verdict
 
@@ -153,22 +153,22 @@ TWO_KEYS = Shape(("relevance", "progress"), nested=True)
 def test_every_probability_equals_brute_force(judge: LocalJudge) -> None:
     """Of one key and of two that depend on each other, in a batch with longer and shorter neighbours."""
     asked = [replace(each, shape=TWO_KEYS) if len(each.shape.keys) > 1 else each for each in requests()]
-    judgements = list(judge.score(asked, Asking(batch_size=4, min_label_mass=0.0)))
+    judgements = list(judge.score(asked, ScoringOptions(batch_size=4, min_label_mass=0.0)))
     for index in (1, 3):
         assert_equals_brute_force(judge, asked[index], judgements[index])
 
 
 @pytest.mark.usefixtures("few_at_once")
 def test_three_keys_equal_brute_force(judges: dict[str, LocalJudge]) -> None:
-    (judgement,) = judges["qwen"].score([requests()[1]], Asking(min_label_mass=0.0))
+    (judgement,) = judges["qwen"].score([requests()[1]], ScoringOptions(min_label_mass=0.0))
     assert_equals_brute_force(judges["qwen"], requests()[1], judgement)
 
 
 def test_batches_change_nothing(judge: LocalJudge) -> None:
     asked = requests()
-    alone = list(judge.score(asked, Asking(batch_size=1)))
+    alone = list(judge.score(asked, ScoringOptions(batch_size=1)))
     for batch_size in (2, 8):
-        together = list(judge.score(asked, Asking(batch_size=batch_size)))
+        together = list(judge.score(asked, ScoringOptions(batch_size=batch_size)))
         for one, other in zip(alone, together, strict=True):
             assert list(one.scores) == list(other.scores)
             for key in one.scores:
@@ -194,9 +194,9 @@ def counted_tokens(judge: LocalJudge, monkeypatch: pytest.MonkeyPatch) -> list[i
 def test_order_is_kept_and_equal_requests_are_run_once(judges: dict[str, LocalJudge], monkeypatch) -> None:
     judge, asked = judges["qwen"], requests()
     counts = counted_tokens(judge, monkeypatch)
-    once = list(judge.score(asked, Asking(batch_size=3)))
+    once = list(judge.score(asked, ScoringOptions(batch_size=3)))
     run_once = sum(counts)
-    twice = list(judge.score([*asked, *reversed(asked)], Asking(batch_size=3)))
+    twice = list(judge.score([*asked, *reversed(asked)], ScoringOptions(batch_size=3)))
     assert sum(counts) == 2 * run_once
     assert twice == [*once, *reversed(once)]
     assert [judgement.prompt_tokens for judgement in once] == [
@@ -223,7 +223,7 @@ def test_prompts_that_grow_are_run_once_and_score_as_if_alone(judge: LocalJudge,
     shuffled = [asked[place * 7 % 20] for place in range(20)]
     alone = [next(judge.score([request])) for request in shuffled]
     counts = counted_tokens(judge, monkeypatch)
-    together = list(judge.score(shuffled, Asking(min_label_mass=0.0)))
+    together = list(judge.score(shuffled, ScoringOptions(min_label_mass=0.0)))
     for one, other in zip(alone, together, strict=True):
         assert other.score == pytest.approx(one.score, abs=EXACT)
         assert other.reach == pytest.approx(one.reach, rel=1e-3)
@@ -248,7 +248,7 @@ def test_rows_of_unequal_trajectories_do_not_mix(judge: LocalJudge) -> None:
     asked += [replace(each, prompt=each.prompt.replace("Task: ", "The other task, longer: ")) for each in asked[:5]]
     alone = [next(judge.score([request])).score for request in asked]
     for batch_size in (2, 8):
-        together = [judgement.score for judgement in judge.score(asked, Asking(batch_size=batch_size))]
+        together = [judgement.score for judgement in judge.score(asked, ScoringOptions(batch_size=batch_size))]
         assert together == pytest.approx(alone, abs=EXACT)
 
 
@@ -274,7 +274,7 @@ def test_requests_are_read_as_they_are_needed(judges: dict[str, LocalJudge]) -> 
         while True:
             yield from requests()
 
-    judgements = judges["llama3"].score(endless(), Asking(batch_size=2))
+    judgements = judges["llama3"].score(endless(), ScoringOptions(batch_size=2))
     assert all(next(judgements).scores for _ in range(3))
 
 
@@ -343,7 +343,7 @@ def test_long_prompts_are_trimmed_or_reported(judges: dict[str, LocalJudge]) -> 
     (trimmed,) = narrow.score([request])
     assert (trimmed.status, trimmed.trimmed) == ("unsure", True)
     assert 1100 < trimmed.prompt_tokens < 1200
-    (reported,) = narrow.score([request], Asking(trim=False))
+    (reported,) = narrow.score([request], ScoringOptions(trim=False))
     assert reported.status == "too_long"
     assert "leaves 1,1" in reported.reason
     tiny = replace(judge, source=replace(judge.source, cutoff_len=60))
@@ -389,7 +389,7 @@ def parrot(judge: LocalJudge, answer: str) -> Any:
 def test_written_verdicts_are_read_and_never_made_up(judges, answer: str, status: str, scores: dict, reason) -> None:
     judge = judges["qwen"]
     request = Request(prompts()[1], Shape(("relevance", "progress"), nested=True))
-    (judgement,) = replace(judge, model=parrot(judge, answer)).score([request], Asking(mode="generate"))
+    (judgement,) = replace(judge, model=parrot(judge, answer)).score([request], ScoringOptions(mode="generate"))
     assert (judgement.status, judgement.reason, judgement.text) == (status, reason, answer)
     assert {key: distribution.mean for key, distribution in judgement.scores.items()} == scores
     assert judgement.repaired == answer.startswith("```")
@@ -400,7 +400,7 @@ def test_generation_is_greedy_and_the_same_in_every_batch(judge: LocalJudge) -> 
     import torch
 
     asked = requests()[:4]
-    together = list(judge.score(asked, Asking(mode="generate", batch_size=4, max_new_tokens=12)))
+    together = list(judge.score(asked, ScoringOptions(mode="generate", batch_size=4, max_new_tokens=12)))
     for request, judgement in zip(asked, together, strict=True):
         ids = list(judge.encoding.prompt_ids(request.prompt))
         start = len(ids)

@@ -37,7 +37,7 @@ from prmkit.registry.batch import (
 from prmkit.registry.retrain import _contradiction, _drops, _key_of, show_retraining
 from prmkit.registry.versions import Addition, add_version
 from prmkit.trajectories.importing import Options, read_runs
-from prmkit.trajectories.run import Keys
+from prmkit.trajectories.run import FieldNames
 from prmkit.trajectory import dump
 from tools.make_sample.runs import message_runs
 from tools.make_sample.sample import write_rows
@@ -179,7 +179,7 @@ def test_lengths_are_measured_with_what_will_be_trained(
 def labelled_runs(file: Path) -> None:
     raw = file.with_name("raw.jsonl")
     write_rows(raw, message_runs(0, 30, labelled=True))
-    file.write_bytes(b"".join(map(dump, read_runs([raw], Options(keys=Keys(labels="labels"))))))
+    file.write_bytes(b"".join(map(dump, read_runs([raw], Options(keys=FieldNames(labels="labels"))))))
     raw.unlink()
 
 

@@ -21,7 +21,7 @@ from prmkit.files import sha256_of, write_json
 from prmkit.paths import REPORT
 from prmkit.registered import VersionId, read_history, state_of
 from prmkit.trajectories.importing import Options, read_runs
-from prmkit.trajectories.run import Keys
+from prmkit.trajectories.run import FieldNames
 from prmkit.trajectory import dump
 from tools.make_sample.runs import message_runs
 from tools.make_sample.sample import write_rows
@@ -163,7 +163,7 @@ def test_packed_rows_are_kept_for_a_retraining(tmp_path: Path, judges: Path, man
     if what == "runs":
         raw = tmp_path / "raw.jsonl"
         write_rows(raw, message_runs(0, 20, labelled=True))
-        runs = read_runs([raw], Options(keys=Keys(labels="labels")))
+        runs = read_runs([raw], Options(keys=FieldNames(labels="labels")))
         (tmp_path / "rows.jsonl").write_bytes(b"".join(map(dump, runs)))
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))

@@ -228,7 +228,7 @@ def test_labelled_converted_trained_and_scored(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole way of one file of runs: what is scored has the token ids of what was trained on."""
-    from prmkit.judge.batching import Prepared, make_preparer
+    from prmkit.judge.batching import EncodedPrompt, make_preparer
     from prmkit.judge.sources import encoding_of, judge_source_of_run
     from tools.make_sample.runs import message_runs
     from tools.make_sample.sample import write_rows
@@ -251,7 +251,7 @@ def test_labelled_converted_trained_and_scored(
     prepare = make_preparer(encoding_of(source), config["cutoff_len"], trim=True)
     rows = list(rows_of(tmp_path / "runs.jsonl").rows())
     scored = [prepare(row.request) for row in rows if row.request]
-    assert {tuple(each.ids) for each in scored if isinstance(each, Prepared)} == set(trained_prompts(config))
+    assert {tuple(each.ids) for each in scored if isinstance(each, EncodedPrompt)} == set(trained_prompts(config))
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [line["request_hash"] for line in lines] == [row.request_hash for row in rows]
     assert all(line["score"] is not None for line in lines)

@@ -13,7 +13,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.transformers_judge import LocalJudge
-from prmkit.judge.types import Asking, Distribution, Judgement, Mode
+from prmkit.judge.types import Distribution, Judgement, Mode, ScoringOptions
 from prmkit.layouts import read_lines
 from prmkit.prompts.step import load_rubric
 from prmkit.scoring.rows import RunsToScore, read_rows
@@ -45,11 +45,11 @@ class Scripted(Scorer):
     """A scorer that judges with a function."""
 
     def judgements(self, requests, mode=None):
-        return self.function(requests, mode or self.asking.mode)
+        return self.function(requests, mode or self.options.mode)
 
 
 def scorer(function, mode: Mode = "expected") -> Scripted:
-    made = Scripted(JudgeSource(Path("nowhere")), asking=Asking(mode))
+    made = Scripted(JudgeSource(Path("nowhere")), options=ScoringOptions(mode))
     object.__setattr__(made, "function", function)
     return made
 
@@ -60,7 +60,9 @@ def score(judges: dict[str, LocalJudge], monkeypatch: pytest.MonkeyPatch):
     judge = judges["llama3"]
     monkeypatch.setattr("prmkit.judge.score_trie.LOW_REACH", 0.0)
     return scorer(
-        lambda requests, mode: judge.score(requests, Asking(mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0))
+        lambda requests, mode: judge.score(
+            requests, ScoringOptions(mode, batch_size=2, max_new_tokens=6, min_label_mass=0.0)
+        )
     )
 
 
@@ -101,7 +103,7 @@ def test_every_line_gets_one_in_its_place(source: Path, tmp_path: Path, score) -
 
 def test_a_judge_that_does_not_want_to_score_is_reported(source: Path, tmp_path: Path, judges, narrated) -> None:
     narrated.set_level("INFO")
-    wild = scorer(lambda requests, mode: judges["llama3"].score(requests, Asking(mode=mode)))
+    wild = scorer(lambda requests, mode: judges["llama3"].score(requests, ScoringOptions(mode=mode)))
     assert run_job(job(source, tmp_path / "wild.jsonl"), wild, {}) is False
     assert all(result["scores"] for result in lines_of(tmp_path / "wild.jsonl") if result["status"] == "unsure")
     assert "8 rows: 4 unsure, 4 error" in narrated.text

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prmkit.trajectories.importing import Options, read_runs
-from prmkit.trajectories.run import Keys
+from prmkit.trajectories.run import FieldNames
 from tools.make_sample.runs import ATTEMPTS, EXAMPLE_TASKS, LABELLED_TASKS, message_runs, write_examples
 from tools.make_sample.runs import main as runs_command
 from tools.make_sample.sample import write_rows
@@ -43,7 +43,7 @@ def test_attempts_at_a_task_share_the_task_alone(root: Path) -> None:
 def test_labelled_runs_have_a_label_for_every_step(tmp_path: Path) -> None:
     path = tmp_path / "labelled.jsonl"
     write_rows(path, message_runs(0, 20, labelled=True))
-    runs = list(read_runs([path], Options(keys=Keys(labels="labels"))))
+    runs = list(read_runs([path], Options(keys=FieldNames(labels="labels"))))
     assert len(runs) == 20 * ATTEMPTS
     assert all(step.label is not None for run in runs for step in run.steps)
     given = [label for line in path.read_text().splitlines() for label in json.loads(line)["labels"]]
@@ -51,7 +51,7 @@ def test_labelled_runs_have_a_label_for_every_step(tmp_path: Path) -> None:
 
 
 def test_the_demo_draws_a_run_that_it_was_not_trained_on(root: Path) -> None:
-    labelled = list(read_runs([root / "examples" / "labelled_runs.jsonl"], Options(keys=Keys(labels="labels"))))
+    labelled = list(read_runs([root / "examples" / "labelled_runs.jsonl"], Options(keys=FieldNames(labels="labels"))))
     drawn = list(read_runs([root / "examples" / name for name in EXAMPLES]))
     assert len(labelled) == LABELLED_TASKS * ATTEMPTS
     assert {run.task_id for run in drawn}.isdisjoint(run.task_id for run in labelled)

@@ -13,8 +13,8 @@ import pytest
 from prmkit.errors import DataError, UsageError
 from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport, Options, read_runs
-from prmkit.trajectories.readers import READERS, forms_of, record
-from prmkit.trajectories.run import Keys
+from prmkit.trajectories.readers import READERS, formats_of, record
+from prmkit.trajectories.run import FieldNames
 from prmkit.trajectory import Trajectory, dump, load
 from tests.trajectories import (
     test_atif_and_tagged,
@@ -43,7 +43,7 @@ EXAMPLES: dict[str, list[Any]] = {
 
 
 def test_every_form_has_an_example() -> None:
-    found = {form for values in EXAMPLES.values() for value in values for form in forms_of(value)}
+    found = {form for values in EXAMPLES.values() for value in values for form in formats_of(value)}
     assert found == READERS.keys() - {record.READER.name}  # the project's own form
 
 
@@ -132,7 +132,7 @@ ONE_RUN = {
 def test_named_fields_are_read_next_to_a_run_of_any_form(read: Read, form: str) -> None:
     beside = {"case": "c-9", "won": False, "marks": [0.5]}
     (run,) = read(
-        ONE_RUN[form] | beside, keys=Keys(task="case", outcome="won", labels=None if "swe" in form else "marks")
+        ONE_RUN[form] | beside, keys=FieldNames(task="case", outcome="won", labels=None if "swe" in form else "marks")
     )
     assert run.source["format"] == form
     assert (run.task_id, run.outcome) == ("c-9", {"success": False, "score": None})
@@ -142,7 +142,7 @@ def test_named_fields_are_read_next_to_a_run_of_any_form(read: Read, form: str) 
 
 @pytest.mark.parametrize("form", ONE_RUN)
 def test_a_named_field_that_is_missing_costs_the_run(read: Read, reports: list[FileReport], form: str) -> None:
-    for keys in (Keys(task="nosuch"), Keys(outcome="nosuch"), Keys(labels="nosuch")):
+    for keys in (FieldNames(task="nosuch"), FieldNames(outcome="nosuch"), FieldNames(labels="nosuch")):
         assert read(ONE_RUN[form], keys=keys) == []
         assert reports[-1].unreadable.total() == 1
 
@@ -150,21 +150,24 @@ def test_a_named_field_that_is_missing_costs_the_run(read: Read, reports: list[F
 @pytest.mark.parametrize(
     ("name", "flag", "keys"),
     [
-        *((form, "--task-key", Keys(task="x")) for form in ("otel", "langsmith", "langfuse", "claude-code", "codex")),
-        ("swe-agent", "--list-key", Keys(messages="history")),
-        ("tau-bench", "--list-key", Keys(messages="messages")),
-        ("otel", "--list-key and --outcome-key", Keys(messages="x", outcome="y")),
+        *(
+            (form, "--task-key", FieldNames(task="x"))
+            for form in ("otel", "langsmith", "langfuse", "claude-code", "codex")
+        ),
+        ("swe-agent", "--list-key", FieldNames(messages="history")),
+        ("tau-bench", "--list-key", FieldNames(messages="messages")),
+        ("otel", "--list-key and --outcome-key", FieldNames(messages="x", outcome="y")),
     ],
 )
-def test_field_names_that_a_form_cannot_use_are_refused(read: Read, name: str, flag: str, keys: Keys) -> None:
-    values = next(values for values in EXAMPLES.values() if forms_of(values[0]) == [name])
+def test_field_names_that_a_form_cannot_use_are_refused(read: Read, name: str, flag: str, keys: FieldNames) -> None:
+    values = next(values for values in EXAMPLES.values() if formats_of(values[0]) == [name])
     with pytest.raises(DataError, match=rf"{flag} cannot be used with runs of the format {name}"):
         read(*values, keys=keys)
 
 
 def test_field_names_for_several_runs_in_one_value_are_refused(read: Read, reports: list[FileReport]) -> None:
     simulations = [{"task_id": number, "messages": messages()["messages"]} for number in (1, 2)]
-    assert read({"simulations": simulations, "case": "c"}, keys=Keys(task="case")) == []
+    assert read({"simulations": simulations, "case": "c"}, keys=FieldNames(task="case")) == []
     assert "several runs" in next(iter(reports[0].unreadable))
 
 

@@ -16,7 +16,7 @@ from prmkit.trajectories.importing import FileReport, Options, read_runs
 from prmkit.trajectories.labels import SETS
 from prmkit.trajectories.readers import READERS
 from prmkit.trajectories.rows import labelled_rows, rows_of
-from prmkit.trajectories.run import Keys
+from prmkit.trajectories.run import FieldNames
 from prmkit.trajectory import Trajectory, dump, holds_records
 from prmkit.verdict import Verdict, asked_shape, read_verdict
 from tests.trajectories.conftest import Read
@@ -181,7 +181,7 @@ COLUMN = {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant",
     ],
 )
 def test_a_column_of_labels(read: Read, given: Any, scale: str, expected: list[float | None]) -> None:
-    (run,) = read(COLUMN | {"marks": given}, keys=Keys(labels="marks", label_scale=scale))
+    (run,) = read(COLUMN | {"marks": given}, keys=FieldNames(labels="marks", label_scale=scale))
     assert labels(run) == expected
 
 
@@ -190,7 +190,7 @@ def test_a_zero_beside_minus_one_is_not_read_as_wrong(tmp_path: Path) -> None:
     runs = [COLUMN | {"marks": marks} for marks in ([1, 0], [1, -1])]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     with pytest.raises(UsageError, match="--label-scale ternary"):
-        list(read_runs([tmp_path / "runs.jsonl"], Options(keys=Keys(labels="marks"))))
+        list(read_runs([tmp_path / "runs.jsonl"], Options(keys=FieldNames(labels="marks"))))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_label_off_the_scale_stops_the_import(tmp_path: Path, marks: Any, scal
     runs = [COLUMN | {"marks": given} for given in ([1, 1], marks)]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     with pytest.raises(UsageError, match=message):
-        list(read_runs([tmp_path / "runs.jsonl"], Options(keys=Keys(labels="marks", label_scale=scale))))
+        list(read_runs([tmp_path / "runs.jsonl"], Options(keys=FieldNames(labels="marks", label_scale=scale))))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_label_off_the_scale_stops_the_import(tmp_path: Path, marks: Any, scal
 def test_an_outcome_on_another_scale_is_unknown_in_rows_too(
     read: Read, outcome: dict[str, Any], expected: bool | None
 ) -> None:
-    (run,) = read(COLUMN | {"marks": [1, 1]} | outcome, keys=Keys(labels="marks"))
+    (run,) = read(COLUMN | {"marks": [1, 1]} | outcome, keys=FieldNames(labels="marks"))
     rows = list(rows_of(run, load_rubric()))
     assert [row["metadata"]["succeeded"] for row in rows] == [expected] * 2
 
@@ -239,7 +239,7 @@ def test_an_outcome_is_read_under_its_own_name_or_counted(read: Read) -> None:
 
 @pytest.mark.parametrize("given", [[1], [1, 1, 1], None, ["1", "5"], ["good", "bad"], 3])
 def test_a_column_that_does_not_fit_is_counted(read: Read, reports: list[FileReport], given: Any) -> None:
-    assert read(COLUMN | {"marks": given}, keys=Keys(labels="marks")) == []
+    assert read(COLUMN | {"marks": given}, keys=FieldNames(labels="marks")) == []
     assert reports[0].unreadable.total() == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 from prmkit.errors import DataError
 from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport
-from prmkit.trajectories.run import Keys
+from prmkit.trajectories.run import FieldNames
 from tests.trajectories.conftest import Read, outline
 
 CALL = {"city": "Oslo"}
@@ -199,14 +199,16 @@ def test_what_stands_beside_the_messages(read: Read) -> None:
 
 def test_keys_of_home_made_files(read: Read) -> None:
     value = {"dialogue": DIALECTS["openai"]["messages"], "case": "c-9", "won": True}
-    (run,) = read(value, format="messages", keys=Keys(task="case", outcome="won", messages="dialogue"))
+    (run,) = read(value, format="messages", keys=FieldNames(task="case", outcome="won", messages="dialogue"))
     assert (run.task_id, run.outcome, run.lost) == ("c-9", {"success": True, "score": None}, {})
 
 
 def test_a_list_of_messages_as_json_in_a_string(read: Read) -> None:
     messages = json.dumps(DIALECTS["openai"]["messages"])
     for name in ("messages", "dialogue"):
-        (run,) = read({"instance_id": "i", name: messages}, keys=Keys(messages=None if name == "messages" else name))
+        (run,) = read(
+            {"instance_id": "i", name: messages}, keys=FieldNames(messages=None if name == "messages" else name)
+        )
         assert (outline(run), run.task_id, run.lost) == (STEPS, "i", {})
 
 
@@ -219,7 +221,7 @@ def test_a_list_without_roles_says_what_is_missing(read: Read, reports: list[Fil
     value = {"dialogue": [{"speaker": "a", "words": "b"}]}
     with pytest.raises(DataError, match=r"has dialogue.*role \(or from\) and content"):
         read(value)
-    assert read(value, keys=Keys(messages="dialogue")) == []
+    assert read(value, keys=FieldNames(messages="dialogue")) == []
     assert "each entry needs a role" in next(iter(reports[-1].unreadable))
 
 
@@ -227,7 +229,7 @@ def test_two_lists_of_messages_are_not_chosen_between(read: Read, reports: list[
     both = DIALECTS["openai"] | {"conversations": DIALECTS["sharegpt"]["conversations"]}
     assert read(both) == []
     assert "messages and conversations" in next(iter(reports[0].unreadable))
-    (run,) = read(both, keys=Keys(messages="messages"))
+    (run,) = read(both, keys=FieldNames(messages="messages"))
     assert outline(run) == STEPS
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import as_text, is_message_list, turns_of
-from prmkit.trajectories.run import Keys, Reader, Run
+from prmkit.trajectories.run import FieldNames, Reader, Run
 from prmkit.trajectories.run_fields import id_of, label_of, outcome_of, tools_of
 
 
@@ -23,7 +23,7 @@ def recognises(value: Any) -> bool:
     )
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one line."""
     lost: Counter[str] = Counter()
     source = as_text(value.get("data_source") or value.get("dataset"))

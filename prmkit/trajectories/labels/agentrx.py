@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import ROLES, as_text
-from prmkit.trajectories.run import Keys, Reader, Role, Run, Turn, UnreadableValue
+from prmkit.trajectories.run import FieldNames, Reader, Role, Run, Turn, UnreadableValue
 from prmkit.trajectory import Result
 
 _TYPES = {
@@ -57,7 +57,7 @@ def _type(name: Any) -> str | None:
     return _TYPES.get(plain, plain or None)
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one value; nothing for the failures of a run."""
     if _is_failures(value):
         return

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectories.run import FieldNames, Reader, Run, Turn
 from prmkit.trajectories.run_fields import first_error
 
 
@@ -14,7 +14,7 @@ def recognises(value: Any) -> bool:
     return isinstance(value, dict) and {"modified_process", "error_steps", "idx"} <= value.keys()
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the chain of one line."""
     turns = [Turn("agent", as_text(step), index=index) for index, step in enumerate(value["modified_process"])]
     kind = as_text(value.get("classification")) or None

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectories.run import FieldNames, Reader, Run, Turn
 from prmkit.trajectories.run_fields import first_error, outcome_of
 from prmkit.trajectory import Call, Result
 
@@ -20,7 +20,7 @@ def recognises(value: Any) -> bool:
     )
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one line."""
     label = value["label"]
     turns = [_turn(step) for step in value["steps"]]

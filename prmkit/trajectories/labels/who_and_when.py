@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
+from prmkit.trajectories.run import FieldNames, Reader, Run, Turn, UnreadableValue
 from prmkit.trajectories.run_fields import first_error, outcome_of
 
 
@@ -18,7 +18,7 @@ def recognises(value: Any) -> bool:
     return isinstance(value, dict) and {"history", "mistake_step", "mistake_agent", "question"} <= value.keys()
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one file."""
     turns = [_turn(message, index) for index, message in enumerate(value["history"]) if isinstance(message, dict)]
     mistake = as_text(value["mistake_step"]).strip()

@@ -50,7 +50,7 @@ def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
     """
     matching: dict[str, int] = {}
     for count, (line, value) in enumerate(values, start=1):
-        formats = [] if isinstance(value, Rejected) else forms_of(value)
+        formats = [] if isinstance(value, Rejected) else formats_of(value)
         matching |= {format: line for format in formats if format not in matching}
         if specific := {format: line for format, line in matching.items() if not _is_plain(format)}:
             matching = specific  # events of a session may look like plain messages
@@ -66,7 +66,7 @@ def _is_plain(format: str) -> bool:
     return any(module.READER.name == format for module in _PLAIN)
 
 
-def forms_of(value: Any) -> list[str]:
+def formats_of(value: Any) -> list[str]:
     """Return the names of the formats that match a value."""
     specific = [module.READER.name for module in _SPECIFIC if module.READER.recognises(value)]
     return specific or [module.READER.name for module in _PLAIN if module.READER.recognises(value)][:1]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, mapping, read_call
-from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectories.run import FieldNames, Reader, Run, Turn
 from prmkit.trajectories.run_fields import describe, id_of, tools_of
 from prmkit.trajectory import Call, Result
 
@@ -26,7 +26,7 @@ _READ = ("schema_version", "session_id", "agent", "steps", "final_metrics", "sub
          "continued_trajectory_ref")  # fmt: skip
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one value, and a run per agent that it called."""
     lost: Counter[str] = Counter()
     turns: list[Turn] = []
@@ -41,7 +41,7 @@ def read(value: Any, _keys: Keys) -> Iterator[Run]:
     continues = bool(value.get("continued_trajectory_ref"))
     identity = id_of(value, "trajectory_id", "session_id")
     run = Run(turns, lost, trajectory_id=identity, tools=tools, continues=continues)
-    describe(run, value, Keys(), read=_READ)
+    describe(run, value, FieldNames(), read=_READ)
     yield run
     for called in value.get("subagent_trajectories") or ():
         if isinstance(called, dict) and isinstance(called.get("steps"), list):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from prmkit.trajectories.content import read_message
-from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run, Turn, joined
+from prmkit.trajectories.run import FieldNames, NumberedValues, Reader, Run, Turn, joined
 
 _INJECTED = re.compile(
     r"\s*<(?:command-(?:name|message|args)|local-command-\w+|bash-std\w+|task-notification)>|\s*Caveat: "
@@ -34,7 +34,7 @@ def recognises(value: Any) -> bool:
     )
 
 
-def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
+def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
     """Yield one run per session of a file, in the order of their first lines."""
     sessions: dict[str, list[tuple[int, Event]]] = {}
     queued: dict[str, list[str]] = {}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, mapping, read_call, read_message, turns_of
-from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run, Turn, joined
+from prmkit.trajectories.run import FieldNames, NumberedValues, Reader, Run, Turn, joined
 from prmkit.trajectory import Call, Result
 
 _INJECTED = re.compile(
@@ -36,7 +36,7 @@ def recognises(value: Any) -> bool:
     return str(value.get("type")) in _CALLS | _OUTPUTS and "call_id" in value
 
 
-def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
+def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
     """Yield the only run of a file."""
     lost: Counter[str] = Counter()
     run = Run([], lost)

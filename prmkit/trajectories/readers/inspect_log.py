@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, is_message_list, turns_of
-from prmkit.trajectories.run import Keys, Reader, Run
+from prmkit.trajectories.run import FieldNames, Reader, Run
 from prmkit.trajectories.run_fields import outcome_of
 from prmkit.trajectory import outcome_number
 
@@ -31,7 +31,7 @@ def _is_sample(value: Any) -> bool:
     )
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the runs of one log: one per sample and epoch."""
     name = as_text((value.get("eval") or {}).get("task")) if "samples" in value else ""
     for sample in (value["samples"] or ()) if "samples" in value else (value,):

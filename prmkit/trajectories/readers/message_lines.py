@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import role_name, turns_of
-from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
+from prmkit.trajectories.run import FieldNames, NumberedValues, Reader, Run
 
 _CONTENT = {"content", "value", "tool_calls", "parts"}
 
@@ -15,7 +15,7 @@ def recognises(value: Any) -> bool:
     return isinstance(value, dict) and bool(role_name(value)) and bool(_CONTENT & value.keys() or "kwargs" in value)
 
 
-def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
+def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
     """Yield the only run of a file."""
     lost: Counter[str] = Counter()
     yield Run(turns_of([value for _, value in values], lost), lost)

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prmkit.rows import is_judged_row
 from prmkit.trajectories.content import is_message_list, parsed, turns_of
 from prmkit.trajectories.readers import codex
-from prmkit.trajectories.run import Keys, Reader, Run, UnreadableValue
+from prmkit.trajectories.run import FieldNames, Reader, Run, UnreadableValue
 from prmkit.trajectories.run_fields import SOLUTIONS, TASK_IDS, describe
 
 LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices", "traj", "history", "chat", "dialog",
              "contents", "events")  # fmt: skip
-_JUDGED = {"evaluation_type", "clip_number"}
 
 
 def recognises(value: Any) -> bool:
@@ -25,15 +25,7 @@ def recognises(value: Any) -> bool:
     return bool(_lists(value) or _is_completion(value) or _group(value))
 
 
-def is_judged_row(value: Any) -> bool:
-    """Whether a value is a judged row (as in `finetune.jsonl`), which convert_dataset.py reads."""
-    metadata = value.get("metadata") if isinstance(value, dict) else None
-    return isinstance(value, dict) and bool(
-        _JUDGED & value.keys() or (isinstance(metadata, dict) and _JUDGED & metadata.keys())
-    )
-
-
-def read(value: Any, keys: Keys) -> Iterator[Run]:
+def read(value: Any, keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one value, or the runs of a group.
 
     Raises:
@@ -67,7 +59,7 @@ def _group(value: Mapping[str, Any]) -> list[Any]:
     return group if is_group and group else []
 
 
-def _messages(value: Mapping[str, Any], keys: Keys) -> tuple[str, list[Any]]:
+def _messages(value: Mapping[str, Any], keys: FieldNames) -> tuple[str, list[Any]]:
     if keys.messages:
         if (named := _list(value.get(keys.messages))) is None:
             raise UnreadableValue(f"no list of messages under {keys.messages}: each entry needs a role and content")

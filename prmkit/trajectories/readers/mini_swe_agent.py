@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from prmkit.trajectories.content import as_text, is_message_list, mapping, turns_of
-from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectories.run import FieldNames, Reader, Run, Turn
 from prmkit.trajectory import Call, Result
 
 
@@ -24,7 +24,7 @@ def recognises(value: Any) -> bool:
     )
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one file."""
     lost: Counter[str] = Counter()
     messages = [message for message in value["messages"] if _role(message) != "exit"]

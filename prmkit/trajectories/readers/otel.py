@@ -11,7 +11,7 @@ from typing import Any
 
 from prmkit.trajectories.content import as_text, mapping, parsed
 from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations
-from prmkit.trajectories.run import Keys, NumberedValues, Reader, Run
+from prmkit.trajectories.run import FieldNames, NumberedValues, Reader, Run
 from prmkit.trajectories.run_fields import tools_of
 
 Span = Mapping[str, Any]
@@ -42,7 +42,7 @@ _NOTHING = (
 )
 
 
-def read(values: NumberedValues, _keys: Keys) -> Iterator[Run]:
+def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
     """A run for each trace."""
     for call, run in longest_conversations(values, _calls, _NOTHING):
         run.tools = tools_of(call.tools)

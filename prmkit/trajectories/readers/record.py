@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prmkit.trajectories.run import Keys, Reader
+from prmkit.trajectories.run import FieldNames, Reader
 from prmkit.trajectory import Trajectory, is_record, load
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Trajectory]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Trajectory]:
     """Yield the run of one line."""
     yield load(value, "")
 

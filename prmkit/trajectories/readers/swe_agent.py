@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, mapping
-from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectories.run import FieldNames, Reader, Run, Turn
 from prmkit.trajectory import Call, Result
 
 
@@ -22,7 +22,7 @@ def _is_step(value: Any) -> bool:
     return isinstance(value, dict) and {"action", "observation"} <= value.keys()
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one file."""
     lost: Counter[str] = Counter()
     turns = [*_opening(value.get("history"), lost)]

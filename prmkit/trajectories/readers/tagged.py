@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from prmkit.trajectories.content import ROLES, mapping, read_call, turns_of
-from prmkit.trajectories.run import Keys, Reader, Run, Turn, UnreadableValue
+from prmkit.trajectories.run import FieldNames, Reader, Run, Turn, UnreadableValue
 from prmkit.trajectories.run_fields import describe, first_of
 from prmkit.trajectory import Call, Result
 
@@ -37,7 +37,7 @@ def _texts(value: Any) -> tuple[str, str] | None:
     return (task, text) if isinstance(task, str) and isinstance(text, str) else None
 
 
-def read(value: Any, keys: Keys) -> Iterator[Run]:
+def read(value: Any, keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one value."""
     if not (texts := _texts(value)):
         raise UnreadableValue("no tagged text")

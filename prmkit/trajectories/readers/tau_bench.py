@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prmkit.trajectories.content import as_text, is_message_list, mapping, turns_of
-from prmkit.trajectories.run import Keys, Reader, Run, Turn
+from prmkit.trajectories.run import FieldNames, Reader, Run, Turn
 from prmkit.trajectories.run_fields import id_of, outcome_of
 
 
@@ -29,7 +29,7 @@ def _is_simulation(value: Mapping[str, Any]) -> bool:
     return is_message_list(value.get("messages")) and "task_id" in value and "reward_info" in value
 
 
-def read(value: Any, _keys: Keys) -> Iterator[Run]:
+def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
     """Yield the runs of one value."""
     if _is_tau_bench(value):
         solution = mapping(value["info"].get("task")).get("actions")

@@ -15,7 +15,7 @@ from prmkit.judge.types import Judgement, Request
 from prmkit.prompts.step import load_rubric
 from prmkit.scoring.rows import RowToScore
 from prmkit.serving.engine import Engine
-from prmkit.serving.judges import ServedJudge, Trial
+from prmkit.serving.judges import Challenger, ServedJudge
 from prmkit.serving.metrics import ServerMetrics
 from prmkit.serving.request_log import RequestLog
 from prmkit.serving.service import Service
@@ -50,12 +50,12 @@ def answer(ask: Callable[[Service], Any], log: Path, challenger: StubScorer, **s
             ServedJudge("new", Engine(challenger, limit=limit, patience=0.01)),  # type: ignore[arg-type]
         ]
         workers = [asyncio.create_task(judge.engine.run()) for judge in judges]
-        trial = Trial(judges[1], **{"share": 1.0, "is_shadow": False, **settings})
+        second = Challenger(judges[1], **{"share": 1.0, "is_shadow": False, **settings})
         metrics = ServerMetrics(lambda: 0, ())
-        service = Service(judges[0], metrics, ShapeOf(), load_rubric(), trial=trial, request_log=request_log)
+        service = Service(judges[0], metrics, ShapeOf(), load_rubric(), challenger=second, request_log=request_log)
         try:
             found = await ask(service)
-            await trial.finish(10)
+            await second.finish(10)
             return found
         finally:
             for worker in workers:
@@ -151,18 +151,18 @@ def row(task: str | None, prompt: str = "p") -> RowToScore:
 
 def test_the_share_is_stable_and_grows_by_whole_tasks() -> None:
     judge = ServedJudge("new", Engine(StubScorer()))  # type: ignore[arg-type]
-    small, large = (Trial(judge, share, is_shadow=False) for share in (0.1, 0.4))
+    small, large = (Challenger(judge, share, is_shadow=False) for share in (0.1, 0.4))
     assert [small.takes(row(task)) for task in TASKS[:12]] == [
-        Trial(judge, 0.1, is_shadow=True).takes(row(task, f"another prompt {task}")) for task in TASKS[:12]
+        Challenger(judge, 0.1, is_shadow=True).takes(row(task, f"another prompt {task}")) for task in TASKS[:12]
     ]
     assert all(large.takes(row(task)) for task in TASKS if small.takes(row(task)))
     assert {large.takes(row(None, prompt)) for prompt in TASKS} == {True, False}  # without a task, its prompt decides
-    assert not Trial(judge, 1.0, is_shadow=False).takes(RowToScore(1, reason="not asked"))
+    assert not Challenger(judge, 1.0, is_shadow=False).takes(RowToScore(1, reason="not asked"))
 
 
 def test_the_hash_of_a_task_is_the_same_in_every_version_of_this_program() -> None:
     judge = ServedJudge("new", Engine(StubScorer()))  # type: ignore[arg-type]
-    assert [n for n in range(40) if Trial(judge, 0.1, is_shadow=False).takes(row(f"task-{n}"))] == [13, 27, 29]
+    assert [n for n in range(40) if Challenger(judge, 0.1, is_shadow=False).takes(row(f"task-{n}"))] == [13, 27, 29]
 
 
 def test_drift_is_that_of_the_production_judge() -> None:
