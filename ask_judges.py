@@ -12,7 +12,7 @@ def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Every answer is written to OUTPUT.answers.jsonl at once. After an interruption, run the same command "
+        epilog="Every answer is written to OUTPUT.answers.jsonl immediately. To continue later, run the same command "
         "again: no answer is paid for twice. Exit code 1: more than 5 % of the verdicts are missing.",
     )
     add = parser.add_argument

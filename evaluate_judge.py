@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     auroc = f"fail if the lower bound of AUROC (steps below {BAD_BELOW[0]}) is below X"
     gates.add_argument("--min-auroc", type=cli.number, metavar="X", help=auroc)
     exam = parser.add_argument_group("instead: a human-labelled exam, or best of N")
-    exam.add_argument("--exam", type=Path, metavar="FILE", help="runs with human labels, also for --min-auroc")
+    exam.add_argument("--exam", type=Path, metavar="FILE", help="runs with human labels; --min-auroc can be added")
     exam.add_argument("--best-of-n", type=Path, metavar="FILE", help="runs with outcomes: how well the judge picks")
     exam.add_argument(
         "--predictions", type=Path, metavar="FILE", help="read answers (id, step, score) from a file, not a judge"

@@ -155,7 +155,7 @@ done
 ((${#inputs[@]})) || inputs=(finetune.jsonl)
 cd "$here"
 
-# Each step runs in the background so that a signal reaches this shell at once. The signal is passed on as SIGTERM,
+# Each step runs in the background so that a signal reaches this shell immediately. The signal is passed on as SIGTERM,
 # because a background job of a script ignores SIGINT.
 child=
 stop() {

@@ -80,7 +80,7 @@ class Judge:
     """Seconds until a response must be complete."""
     attempts: int = 6
     concurrency: int = 32
-    """The maximum number of requests at once; the server judges them together."""
+    """The maximum number of concurrent requests; the server judges them together."""
     _local: threading.local = field(default_factory=threading.local, repr=False)
 
     def __post_init__(self) -> None:

@@ -314,7 +314,7 @@ def write_all(write: Callable[[memoryview], int | None], data: bytes) -> None:
 
 
 def end_of_last_line(descriptor: int) -> int:
-    """Return the position after the last line break of an open file, or 0; a line after it was cut off by a kill."""
+    """Return the position after the last line break of an open file, or 0; what follows is incomplete."""
     with open(descriptor, "rb", closefd=False) as stream:
         end = stream.seek(0, os.SEEK_END)
         while end:

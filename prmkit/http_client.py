@@ -44,7 +44,7 @@ _LARGEST_RESPONSE = 16 << 20
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run all at once and return the results in order; if one fails, wait for the others before raising its error.
+    """Run all concurrently and return the results in order; if one fails, wait for the others before raising its error.
 
     With `asyncio.gather`, the others would keep sending until the event loop closes.
     """
@@ -66,7 +66,7 @@ class Endpoint:
     """The name that the server gives the model."""
     api_key: str | None = None
     concurrency: int = 16
-    """The maximum number of requests at once."""
+    """The maximum number of concurrent requests."""
     top_logprobs: int = 20
     """The number of top logprobs to request. vLLM returns up to 20 unless it is started with --max-logprobs."""
     attempts: int = 6
@@ -316,7 +316,7 @@ class Connection:
                     if len(content) > _LARGEST_RESPONSE:
                         raise PassingTrouble(f"a response of more than {_LARGEST_RESPONSE >> 20} MiB")
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
-            # The error's text may hold the headers, and so the key.
+            # The error's text may contain the headers, and so the key.
             what = type(error).__name__
             raise DataError(f"{self.endpoint.name}: the request could not be sent ({what}).") from None
         except httpx.ConnectError as error:
@@ -411,7 +411,7 @@ class Connection:
 
 
 def pause_asked_for(header: str | None) -> float:
-    """Return the seconds of a `Retry-After` header, a number or a date; zero without one, or if it cannot be read."""
+    """Return the seconds of a `Retry-After` header, a number or a date; 0 if it is missing or cannot be read."""
     try:
         seconds = float(header or 0)
     except ValueError:

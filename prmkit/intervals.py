@@ -94,7 +94,7 @@ class Abstention:
         if line["status"] != "ok" or self.max_width is None:
             return added
         if low is None or high is None or high - low > self.max_width:
-            width = "is not known" if low is None or high is None else f"has a width of {high - low:.2f}"
+            width = "is unknown" if low is None or high is None else f"has a width of {high - low:.2f}"
             reason = f"its {self.level:.0%} interval {width} (at most {self.max_width:g})"
             return added | {"status": "unsure", "reason": reason}
         return added
@@ -103,7 +103,7 @@ class Abstention:
 def load_abstention(
     folder: Path, fingerprint: Mapping[str, Any], level: float | None, max_width: float | None
 ) -> Abstention | None:
-    """Turn the flags --interval and --abstain-above into settings; None without either flag.
+    """Turn the flags --interval and --abstain-above into settings; None if neither was passed.
 
     Args:
         folder: the folder of the judge's weights.

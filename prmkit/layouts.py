@@ -29,7 +29,7 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 ROW_SUFFIXES = (*LINE_SUFFIXES, ".json")
 """How the names of files of rows end, compressed or not."""
 SUFFIXES = (*ROW_SUFFIXES, ".traj")
-"""How the names of files of JSON end, compressed or not. In other files, anything else is refused at once."""
+"""The suffixes of JSON files, compressed or not. In other files, anything that is not JSON is refused immediately."""
 
 
 def is_named(path: Path, suffixes: tuple[str, ...]) -> bool:

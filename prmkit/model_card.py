@@ -11,7 +11,7 @@ from prmkit.intervals import format_estimate
 from prmkit.rows import EVALUATION_TYPES
 
 CARD = "README.md"
-_GRADES = {"useful": "yes", "weak": "with care", "not_useful": "no", "unknown": "not known"}
+_GRADES = {"useful": "yes", "weak": "with care", "not_useful": "no", "unknown": "unknown"}
 _SETTINGS = (
     "finetuning_type", "lora_rank", "lora_alpha", "lora_target", "learning_rate", "num_train_epochs", "max_steps",
     "cutoff_len", "template", "seed",
@@ -35,7 +35,7 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, 
     Args:
         record: see `write_model_card`.
         metrics: see `write_model_card`.
-        merged: whether the folder holds a complete model, not an adapter.
+        merged: whether the folder contains a complete model, not an adapter.
     """
     sections = [
         _header(record, merged),

@@ -54,7 +54,7 @@ class RegistryState:
     """(judge, tag) -> the versions that have had it, the current one last."""
 
     def tagged(self, name: str, tag: str) -> int | None:
-        """Return the number of the version to which a tag points now; None without one."""
+        """Return the number of the version to which a tag points now; None if no version has the tag."""
         versions = self.tags.get((name, tag))
         return versions[-1] if versions else None
 
@@ -256,6 +256,6 @@ class UseRegistered(argparse.Action):
             UsageError: both flags were passed, or there is no such version.
         """
         if getattr(namespace, self.dest, None):
-            raise UsageError(f"{option_string} and a folder are mutually exclusive. Leave one out.")
+            raise UsageError(f"{option_string} and a folder are mutually exclusive. Use only one.")
         run = registered_run(str(values))
         setattr(namespace, self.dest, str(run) if self.dest == "export_only" else run)

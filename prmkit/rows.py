@@ -124,7 +124,7 @@ def given_id(value: Any) -> str | int | None:
 
 
 def prompt_hash(prompt: str, system: str | None = None) -> str:
-    """Return the SHA-256 that identifies a prompt; with another system prompt, it is another prompt.
+    """Return the SHA-256 that identifies a prompt; with a different system prompt, it is a different prompt.
 
     Copies that differ only in line breaks (CRLF) or in Unicode normalisation (NFD) are one prompt.
     """
@@ -231,7 +231,7 @@ _IDENTITY = ("task_id", "trajectory_id", "model_name", "evaluation_type", "clip_
 
 
 def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the metadata or, without it, the row's other top-level keys; the fields of `_IDENTITY` may be in both."""
+    """Return the metadata or, if it is missing, the row's other top-level keys; `_IDENTITY` may be in both."""
     metadata = row.get("metadata")
     if isinstance(metadata, str):  # tables keep objects as strings
         try:

@@ -242,6 +242,8 @@ PRIVATE_WORDS = re.compile(
     r"|\bis none\b(?! (else|%))"  # `is None` is code, and so is `is none` in a template
     r"|\bsystem text|(?i:\blearnt\b|\bthe guide\b|\blower ends?\b|\b(tokens|rows|GB) a (second|step|file)\b)"
     r"|\bName (it|another|its|the folder)\b"  # pass, choose, set
+    r"|(?i:\brightly\b|\b(a|the|no) kill\b|: likewise\b|\bleave (it|one|the key) out\b)"  # remove
+    r"|\b(None|empty|zero) without (it|one|any|them|either)\b|\busual forms?\b|\btries a second\b"
 )
 WRITTEN = [
     *MODULES, *(ROOT / name for name in SCRIPTS),

@@ -38,7 +38,8 @@ _LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the answers by key; of duplicates, the first counts. A last line that was cut off by a kill is ignored.
+    """Return the answers by key, the first of duplicates. An incomplete last line, left by a killed command, is
+    ignored.
 
     Raises:
         DataError: a line is damaged.
@@ -100,7 +101,7 @@ def recording(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield a function that appends an answer to the file; when it returns, the answer is on the disk.
 
     Raises:
-        OSError: the file cannot be written; the error has its name.
+        OSError: the file cannot be written; the error contains its path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as stream:
@@ -135,9 +136,9 @@ class Collection:
     is_exhausted: bool = False
     """Whether the budget is exhausted."""
     failures: dict[tuple[str, str, bool], str] = field(default_factory=dict)
-    """(judge, question, whether it is a repetition) -> reason why it got no answer in this run."""
+    """(judge, question, whether it is a repetition) -> why it got no answer in this run."""
     stopped: dict[str, str] = field(default_factory=dict)
-    """Judge -> reason why it gets no more requests."""
+    """Judge -> why it gets no more requests."""
     under_way: dict[str, asyncio.Event] = field(default_factory=dict)
     """Key of a request in flight -> event that is set when the request ends."""
 
@@ -158,7 +159,7 @@ class Collection:
 def collect(
     questions: Callable[[], Iterator[Question]], judges: Sequence[StrongJudge], answers_file: Path, state: Collection
 ) -> None:
-    """Send all requests without an answer.
+    """Send all requests that have no answer yet.
 
     Args:
         questions: the questions to all judges, always in the same order.
@@ -247,7 +248,7 @@ async def _follow(
 async def _send(
     question: Question, ask: NextRequest, connection: Connection, state: Collection
 ) -> dict[str, Any] | None:
-    """Send one request within the budget; returns None, with the reason in `state`, without an answer."""
+    """Send one request within the budget; if there is no answer, return None and keep the reason in `state`."""
     judge = question.judge
     reserved = state.reserve(judge, ask)
     while reserved is None and state.reserved > 0:  # requests in flight usually cost less than was reserved
@@ -308,7 +309,7 @@ def rows_of_answers(
         questions: the questions to all judges.
         answers: the answers so far.
         failures: the reasons why questions have no answer, if known.
-        tally: it is updated.
+        tally: the counts, which are updated.
     """
     scores: dict[tuple[str, str, int], float] = {}
     for question in questions:

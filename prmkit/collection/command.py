@@ -52,7 +52,7 @@ class CollectionPlan:
         """Yield every question, run by run and judge by judge: always in the same order, with one run in memory.
 
         Args:
-            reports: receives a report on each file.
+            reports: a list to which a report on each file is appended.
         """
         for run in read_runs(list(self.inputs), Options(self.form), reports):
             for judge in self.judges:
@@ -66,7 +66,7 @@ class CollectionPlan:
             step = (question.run.trajectory_id, next(iter(question.prompts)))
             if step not in self.selected:
                 raise DataError(
-                    f"--first has no score of step {question.name}. Score all these runs first: score_trajectories.py "
+                    f"--first has no score for step {question.name}. Score all runs first: score_trajectories.py "
                     f"{' '.join(self.inputs)} --run saves/RUN --output FILE"
                 )
             selection = self.selected[step]
@@ -116,11 +116,11 @@ def _check_files(arguments: argparse.Namespace, answers: Path) -> None:
 def _plan(arguments: argparse.Namespace) -> CollectionPlan:
     judges = load_judges(arguments.judges)
     if arguments.per == "run" and arguments.first is not None:
-        raise UsageError("--first selects single steps, and --per run asks about complete runs. Leave one of them out.")
+        raise UsageError("--first selects single steps, but --per run asks about complete runs. Use only one of them.")
     if arguments.max_cost is not None and not 0 <= arguments.max_cost < math.inf:
         raise UsageError(f"--max-cost {arguments.max_cost}: the amount must be at least zero.")
     if arguments.max_cost is not None and any(judge.price_in is None for judge in judges):
-        raise UsageError("--max-cost needs price_in and price_out of every judge in judges.yaml.")
+        raise UsageError("--max-cost needs price_in and price_out for every judge in judges.yaml.")
     selected = None
     if arguments.first is not None:
         selected = _selected(arguments.first, arguments.unsure_above, arguments.audit_share)
@@ -150,10 +150,10 @@ def _selected(scores: Path, unsure_above: float, audit_share: float) -> dict[tup
             is_unsure = line["status"] != "ok" or _width(line) > unsure_above
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{scores}:{number}: not a line that score_trajectories.py writes for runs ({error!r})."
+                f"{scores}:{number}: not a line that score_trajectories.py wrote for runs ({error!r})."
             ) from error
         if step in selected:
-            raise DataError(f"{scores}:{number}: a second line about step {step[1]} of {step[0]}. Keep only one.")
+            raise DataError(f"{scores}:{number}: a second line for step {step[1]} of {step[0]}. Keep only one.")
         is_audited = is_drawn(audit_share, "audit", *map(str, step))
         selected[step] = ("unsure", 1.0) if is_unsure else (AUDIT, round(1 / audit_share, 6)) if is_audited else None
     return selected
@@ -170,7 +170,7 @@ def _width(line: Mapping[str, Any]) -> float:
 
 
 def _show(plan: CollectionPlan, answers: Mapping[str, Any], *, with_prompt: bool, as_json: bool) -> int:
-    """Report the requests without an answer, and return their number."""
+    """Report the requests that have no answer yet, and return their number."""
     counts: dict[str, Counter[str]] = {judge.name: Counter() for judge in plan.judges}
     first: Question | None = None
     reports: list[FileReport] = []
@@ -275,7 +275,7 @@ def _write(plan: CollectionPlan, state: Collection, output: Path, *, as_json: bo
 
 def _advice(tally: VerdictCounts) -> Iterator[str]:
     if tally.missing.total() > tally.unreadable:
-        yield "Run the same command again: it only sends requests without an answer, so nothing is paid for twice."
+        yield "Run the same command again: it only sends requests that have no answer, so nothing is paid for twice."
     if tally.unreadable:
         yield (
             f"Unreadable answers (of {tally.unreadable:,} steps) are not requested again. Remove that judge, or change "
@@ -303,7 +303,7 @@ def _report(
         _report_missing(missing)
     for judge, repeated in agreement.items():
         cli.emit(
-            f"{judge}, asked again about {repeated['pairs']} steps: mean difference "
+            f"{judge}, asked twice about {repeated['pairs']} steps: mean difference "
             f"{repeated['mean_difference']:.2f}, {repeated['equal']:.0%} identical"
         )
     cost = f", {spent:.2f} spent" if spent else ""

@@ -35,7 +35,7 @@ class StrongJudge:
     parameters: dict[str, Any] = field(default_factory=dict)
     """Parameters that are sent unchanged: temperature, max_tokens, reasoning_effort, …"""
     price_in: float | None = None
-    """Price per million tokens of the prompt, in the user's currency; None without a price."""
+    """Price per million prompt tokens, in the user's currency; None if it is unknown."""
     price_out: float | None = None
     """Price per million tokens of the answer."""
     timeout: float = 300.0
@@ -47,7 +47,7 @@ class StrongJudge:
 
     @property
     def limit(self) -> tuple[str, int]:
-        """The parameter that limits the length of an answer, and its number of tokens."""
+        """The parameter that limits the length of an answer, and its value in tokens."""
         name = next((name for name in _LIMITS if name in self.parameters), _LIMITS[0])
         return name, int(self.parameters.get(name, _DEFAULT_LIMIT))
 
@@ -55,17 +55,17 @@ class StrongJudge:
         """Return the API key.
 
         Raises:
-            UsageError: its variable is empty, or the key cannot be sent.
+            UsageError: the key's environment variable is empty, or the key cannot be sent.
         """
         if self.api_key_env is None:
             return None
         key = key_from(self.api_key_env)
         if key is None:
-            raise UsageError(f"{self.name}: the variable {self.api_key_env} is empty. Set it to the API key.")
+            raise UsageError(f"{self.name}: the variable {self.api_key_env} is not set. Set it to the API key.")
         return key
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
-        """Return the cost of a request and its answer; 0 without a price."""
+        """Return the cost of a request and its answer; 0 if the prices are unknown."""
         return (tokens_in * (self.price_in or 0.0) + tokens_out * (self.price_out or 0.0)) / 1e6
 
 
@@ -122,7 +122,7 @@ def _judge(content: Any, location: str) -> StrongJudge:
         if name not in _SETTING_TYPES:
             near = difflib.get_close_matches(str(name), _SETTING_TYPES, n=1)
             advice = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_SETTING_TYPES)}."
-            raise UsageError(f"{location}: there is no setting {name}. {advice}")
+            raise UsageError(f"{location}: unknown setting {name}. {advice}")
         if not isinstance(value, _SETTING_TYPES[name]) or isinstance(value, bool):
             raise UsageError(f"{location}: {name} is {value!r:.40}, but must be {_SETTING_TYPES[name][0].__name__}.")
     if missing := [name for name in ("name", "base_url", "model") if not str(content.get(name, "")).strip()]:
@@ -145,7 +145,7 @@ def _check(judge: StrongJudge, location: str) -> None:
         raise UsageError(f"{location}: give both price_in and price_out, or neither.")
     _check_parameters(judge, location)
     if judge.api_key_env and not judge.api_key_env.isidentifier():
-        raise UsageError(f"{location}: api_key_env must be the name of a variable, not the key itself.")
+        raise UsageError(f"{location}: api_key_env must be the name of an environment variable, not the key itself.")
 
 
 def _check_address(url: str, location: str) -> None:
@@ -156,12 +156,12 @@ def _check_address(url: str, location: str) -> None:
     if "@" in url:
         raise UsageError(f"{location}: base_url contains a password. Use api_key_env instead.")
     if "?" in url or "#" in url:  # it may contain a key, and requests go to a path below this address
-        raise UsageError(f"{location}: base_url must not contain ? or #. End it before that character.")
+        raise UsageError(f"{location}: base_url must not contain ? or #. Remove that character and what follows.")
 
 
 def _check_parameters(judge: StrongJudge, location: str) -> None:
     if fixed := sorted(_OURS & judge.parameters.keys()):
-        raise UsageError(f"{location}: parameters: {fixed[0]} is set by each request. Leave it out.")
+        raise UsageError(f"{location}: parameters: {fixed[0]} is set by each request. Remove it.")
     for name in _LIMITS:
         tokens = judge.parameters.get(name, 1)
         if type(tokens) is not int or tokens < 1:

@@ -43,7 +43,7 @@ class Question:
     """Whether the judge is asked a second time, to measure its self-agreement."""
     reference_shown: bool = False
     selection: tuple[str, float] | None = None
-    """Why the step was selected, and the inverse of the selection probability; None if every step is asked about."""
+    """Why the step was selected, and the inverse of its selection probability; None if all steps are asked about."""
 
     @property
     def name(self) -> str:
@@ -221,6 +221,6 @@ def _reference(run: Trajectory) -> str:
 
 
 def is_drawn(share: float, *names: str) -> bool:
-    """Whether something is in a random sample with this fraction; deterministic, by a hash of its names."""
+    """Whether something is in a random sample of this fraction; deterministic, by a hash of its names."""
     position = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
     return position < share * 2**64

@@ -214,7 +214,7 @@ def _scales(arguments: argparse.Namespace) -> dict[str | None, Scale]:
     words: dict[str, float] = {}
     for word, score in map(_word, arguments.map):
         if words.setdefault(word, score) != score:
-            raise UsageError(f"--map: two scores for {word}. Give one; upper and lower case are the same.")
+            raise UsageError(f"--map: {word} has two scores. Pass one; upper and lower case are the same.")
     ranges: dict[str | None, tuple[float, float]] = {}
     for given in arguments.scale:
         if len(given) == 2 and not any("=" in text for text in given):
@@ -259,7 +259,7 @@ def _values(values: list[str] | None) -> frozenset[str] | None:
 
 
 def _check(arguments: argparse.Namespace, filters: Filters) -> None:
-    """Report all invalid or contradictory arguments at once.
+    """Report all invalid or contradictory arguments together.
 
     Raises:
         UsageError: with one line per problem.
@@ -272,7 +272,7 @@ def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:
     if given.eval_ratio is not None and not 0 <= given.eval_ratio < 1:
         yield "--eval-ratio must be a fraction of the tasks, at least 0 and below 1"
     if given.eval_tasks is not None and (given.eval_ratio is not None or given.split_seed is not None):
-        yield "--eval-tasks replaces --eval-ratio and --split-seed; leave these out"
+        yield "--eval-tasks replaces --eval-ratio and --split-seed; remove these"
     if given.max_disagreement is not None and not 0 <= given.max_disagreement <= 1:
         yield "--max-disagreement must be a difference of scores, 0 to 1"
     if given.max_rejected is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", given.max_rejected):

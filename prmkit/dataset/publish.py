@@ -1,13 +1,14 @@
 """Publish the files of a conversion atomically.
 
-Renaming file after file would, for a moment or permanently after a kill, leave some files of the new conversion among
+Renaming file after file would, for a moment, or permanently if killed, leave some files of the new conversion among
 those of the old one: with another split that is a leak. So during the change each name becomes a symbolic link through
 `.current`, which points to the folder of the old files. Replacing `.current` is one atomic step, after which every name
 points to the new file. Then the files themselves replace their links.
 
-Outside of a publish, the folder has plain files and no links of prmkit. A kill leaves links, always all old or all new,
-that can be read like the files; `recover` turns them into plain files. (A relative link that the user created in place
-of a file is broken from a kill until `recover`.) Needs a file system with hard and symbolic links.
+Except during a publish, the folder has plain files and no links of prmkit. A killed process leaves links, always all
+old or all new, that can be read like the files; `recover` turns them into plain files. (A relative link that the user
+created in place of a file is broken after a killed conversion, until `recover`.) Needs a file system with hard and
+symbolic links.
 """
 
 import os

@@ -231,7 +231,7 @@ def _consensus_row(
 ) -> tuple[bytes, bytes] | None:
     """Return the consensus row, with the combined scores of all judges, as its line and its sidecar's line.
 
-    Returns None for a row that must be left out.
+    Returns None for a row that must be dropped.
     """
     sidecar = orjson.loads(row.sidecar)
     asked = asked_shape(unescape(row.prompt), unescape(row.system) if row.system else None)
@@ -260,14 +260,14 @@ def _consensus_row(
 
 
 def _selected_as(metadata: Mapping[str, Any], lightest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata with the selection of the lightest row: without one, if a judge got the prompt anyway."""
+    """Return the metadata with the selection of the lightest row; with none if a judge got the prompt anyway."""
     return without_selection(metadata) | {
         name: lightest["metadata"][name] for name in (SELECTED_BY, WEIGHT) if name in lightest["metadata"]
     }
 
 
 def _warn_of_left_out(sidecar: Mapping[str, Any], reason: str) -> None:
-    log.warning("%s:%d: left out of the consensus: %s", sidecar["source"], sidecar["line"], reason)
+    log.warning("%s:%d: not used in the consensus: %s", sidecar["source"], sidecar["line"], reason)
 
 
 def both_sides(rows: Mapping[str, int]) -> dict[str, dict[str, int]]:

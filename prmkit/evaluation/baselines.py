@@ -23,10 +23,10 @@ COPY_WITHIN = 0.005
 
 
 def baselines(scores: Scores, base: Scores | None) -> Metrics:
-    """Measure on the same scores what is possible without training.
+    """Measure, on the same scores, what is possible without training.
 
     `constant`: always the mean (for RMSE) or the median (for MAE) of the training labels. `length` and `position`:
-    ranking by only the prompt's length or the clip's number. `copy`: repeating the scores of earlier clips that the
+    ranking by the prompt's length or the clip's number alone. `copy`: repeating the scores of earlier clips that the
     prompt shows (their mean or the last, whichever has the smaller error), next to the judge on the same rows, because
     a judge that copies looks good exactly there. `base_model`: the model without its adapter, if it was asked, next to
     the judge on the rows that both scored.
@@ -52,7 +52,7 @@ def baselines(scores: Scores, base: Scores | None) -> Metrics:
 
 
 def _ranking(scores: Scores, values: Floats) -> Metrics:
-    """Measure a ranking by one number, in the better direction for each key, and what the judge adds to it."""
+    """Measure a ranking by one number, in the better direction per key, and what the judge adds to it."""
     directed = np.zeros(len(values))
     for kind in np.unique(scores.kind):
         chosen = scores.kind == kind
@@ -125,7 +125,7 @@ def self_agreement(entries: Sequence[Mapping[str, Any]], evaluation_type: str, k
     Args:
         entries: `self_agreement` of the conversion's report: judge, evaluation_type, key, pairs, pearson.
         evaluation_type: use only entries of this type; `ALL` for every type.
-        key: likewise.
+        key: use only entries of this key; `ALL` for every key.
     """
     known = [
         (entry["pairs"], entry["pearson"])
@@ -166,7 +166,7 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
     with the judges' rho as r, all bounds are approximate.
 
     Args:
-        scores: of one evaluation type and key, or of several together.
+        scores: the scores of one evaluation type and key, or of several together.
         judges: the columns of `Scores.references`.
         itself: see `self_agreement`.
     """
@@ -197,7 +197,7 @@ def ceiling(scores: Scores, judges: Sequence[str], itself: Estimate) -> Metrics:
 
 
 def _why_no_bound(scores: Scores, count: NDArray[np.int64]) -> str | None:
-    """Return why the bound may not hold for all scores: those of several judges are too few, or unlike the rest."""
+    """Return why the bound may not apply to all scores: those of several judges are too few, or are different."""
     several = count > 1
     if not several.any():
         return "no prompt was scored by several judges"
@@ -299,7 +299,7 @@ def group_values(rows: Sequence[Row], key: str) -> list[str | None]:
 
 
 def grouping_keys(rows: Sequence[Row]) -> list[str]:
-    """Return the metadata keys that divide the rows into a few groups."""
+    """Return the metadata keys that divide the rows into a small number of groups."""
     keys = dict.fromkeys(key for row in rows for key in row["metadata"] if key not in _NOT_GROUPS)
     return [key for key in (TASK_GROUP, *keys) if 2 <= len(set(group_values(rows, key)) - {None}) <= MAX_GROUPS]
 
@@ -322,7 +322,7 @@ def breakdown(scores: Scores, rows: Sequence[Row], key: str) -> list[Metrics]:
 
 
 def halves(scores: Scores) -> list[Estimate]:
-    """Return the rank correlation on two random halves of the tasks: one that holds on only one half is spurious."""
+    """Return the rank correlation on two random halves of the tasks; if only one half has it, it is spurious."""
     tasks = np.unique(scores.task)
     first = np.random.default_rng(0).permutation(tasks)[: len(tasks) // 2]
     in_first = np.isin(scores.task, first)

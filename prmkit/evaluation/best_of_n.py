@@ -2,7 +2,7 @@
 
 For every task with several runs and every N, the result is the exact mean over all subsets of N runs. Among runs with
 equal scores the pick is random. The judge is compared with a random pick, the best possible pick, and picks that use
-only outward features of a run, such as its length.
+only superficial features of a run, such as its length.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def expected_pick(scores: Sequence[float], outcomes: Sequence[float], n: int) ->
     C(at most s, n) - C(below s, n) of all C(m, n) subsets. Tied runs are picked equally often.
 
     Args:
-        scores: one per run.
-        outcomes: likewise.
-        n: 1 to the number of runs.
+        scores: one score per run.
+        outcomes: one outcome per run.
+        n: the size of the subsets, from 1 to the number of runs.
     """
     by_score: dict[float, list[float]] = defaultdict(list)
     for score, outcome in zip(scores, outcomes, strict=True):
@@ -83,7 +83,7 @@ Pick = Callable[[Attempt], float]
 
 
 def picks(attempts: Sequence[Attempt]) -> dict[str, Pick]:
-    """Every way to pick that the runs allow: first the judge's aggregates, then what a judge has to beat."""
+    """Return every way to pick that the runs allow: first the judge's aggregates, then those that a judge must beat."""
     found: dict[str, Pick] = {}
     if all(each.scores for each in attempts):
         found |= {f"judge: {name}": _by(aggregate) for name, aggregate in AGGREGATES.items()}
@@ -98,12 +98,12 @@ def picks(attempts: Sequence[Attempt]) -> dict[str, Pick]:
 
 
 def _by(aggregate: Callable[[Sequence[float]], float]) -> Pick:
-    """Rounded to twelve digits: a product's last digit depends on the order of its factors, and would break ties."""
+    """Pick by an aggregate, rounded to twelve digits: a product's last digit depends on the order of its factors."""
     return lambda each: float(f"{aggregate(each.scores or ()):.12g}")
 
 
 def measure_picks(attempts: Sequence[Attempt]) -> dict[str, list[Estimate]]:
-    """For each way to pick, the success for N = 1 to the most runs of a task; tasks with fewer than N runs drop out."""
+    """Return each pick's success for N = 1 up to the largest number of runs of a task; smaller tasks drop out."""
     by_task: dict[str, list[Attempt]] = defaultdict(list)
     for each in attempts:
         by_task[each.task_id].append(each)
@@ -127,17 +127,17 @@ def pick_best_of_n(arguments: argparse.Namespace, of_judge: Sequence[str] = ()) 
     """Read runs with outcomes, score them, and show how often each way to pick succeeds.
 
     Args:
-        arguments: of evaluate_judge.py.
-        of_judge: the given flags that only a judge uses.
+        arguments: the arguments of evaluate_judge.py.
+        of_judge: the flags on the command line that only a judge uses.
 
     Raises:
         DataError: there are no outcomes, no task has two runs, or nothing was scored.
-        UsageError: the arguments contradict each other, or the judge was trained with another rubric or on a task.
+        UsageError: the arguments contradict each other, or the judge was trained with a different rubric or on a task.
     """
     file = arguments.best_of_n
     ready = _outcome_lines(file)
     if ready and of_judge:
-        raise UsageError(f"{file}: has outcomes but no runs, so no judge is asked. Leave out {', '.join(of_judge)}.")
+        raise UsageError(f"{file}: has outcomes but no runs, so no judge is used. Remove {', '.join(of_judge)}.")
     runs = [] if ready else runs_with_outcome(file)
     attempts = ready or [attempt_of(run) for run in runs]
     folder = arguments.output or folder_of(arguments, "best_of_n", file)
@@ -157,11 +157,11 @@ def pick_best_of_n(arguments: argparse.Namespace, of_judge: Sequence[str] = ()) 
 
 
 _OUTCOMES = tuple(name for name in OUTCOME_FIELDS if name != "score")
-"""Without `score`, which is the judge's score of a step here."""
+"""`score` is not one of them, because here it is the judge's score of a step."""
 
 
 def _outcome_lines(file: Path) -> list[Attempt]:
-    """Lines that have an outcome but contain no run; empty for a file of runs.
+    """Read lines that have an outcome but contain no run; empty for a file of runs.
 
     A line is a run with its `scores`, a step with its `score` (from score_trajectories.py, with the outcome added), or
     a run whose scores are in the file of `--predictions`.
@@ -175,16 +175,16 @@ def _outcome_lines(file: Path) -> list[Attempt]:
     for number, value in numbered_jsonl(file):
         place = f"{file}:{number}"
         if not _is_outcome_line(value):
-            raise DataError(f"{place}: not a line with task_id and outcome, unlike the first line.")
+            raise DataError(f"{place}: unlike the first line, this one has no task_id and outcome.")
         attempt, step, score = _outcome_line(value, place)
         name = attempt.trajectory_id
         if name in runs and runs[name].task_id != attempt.task_id:
             raise DataError(
-                f"{place}: trajectory_id {name} is of task {attempt.task_id}, and before of task {runs[name].task_id}. "
-                f"Make the ids different in the whole file, for example {attempt.task_id}.{name}."
+                f"{place}: trajectory_id {name} is in task {attempt.task_id} and in task {runs[name].task_id}. "
+                f"Make the ids unique in the whole file, for example {attempt.task_id}.{name}."
             )
         if name in runs and (step is None or step in steps[name] or runs[name].outcome != attempt.outcome):
-            raise DataError(f"{place}: a second line for {name}. Give runs a trajectory_id, and steps a number.")
+            raise DataError(f"{place}: a second line for {name}. Give each run a trajectory_id, each step a number.")
         runs[name] = attempt
         if step is not None:
             steps[name][step] = score
@@ -192,7 +192,7 @@ def _outcome_lines(file: Path) -> list[Attempt]:
 
 
 def _is_outcome_line(value: Any) -> bool:
-    """Whether a value has an outcome and is not a run in one of the forms of import_trajectories.py."""
+    """Whether a value has an outcome but is not a run in any format of import_trajectories.py."""
     if not isinstance(value, dict):
         return False
     nested = {key for key, item in value.items() if isinstance(item, list | dict)}
@@ -206,16 +206,16 @@ def _about(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | None, float | None]:
-    """The run of a line; for a line about one step, also its number and score."""
+    """Return the run of a line; for a line about one step, also the step's number and score."""
     about = _about(value)
     given = {key: outcome_number(about[key]) for key in _OUTCOMES if key in about}
     if {0.0, 1.0} <= set(given.values()):
         named = ", ".join(f"{key} {value:g}" for key, value in given.items() if value is not None)
-        raise DataError(f"{place}: its outcomes contradict each other ({named}). Keep the one that counts.")
+        raise DataError(f"{place}: its outcomes contradict each other ({named}). Keep only the right one.")
     outcome = next(iter(given.values()), None)
     task, name = (name_at(place, about, key) for key in ("task_id", "trajectory_id"))
     if outcome is None or task is None:
-        raise DataError(f"{place}: task_id or an outcome from 0 to 1 ({', '.join(_OUTCOMES)}) is missing.")
+        raise DataError(f"{place}: task_id, or an outcome from 0 to 1 ({', '.join(_OUTCOMES)}), is missing.")
     attempt = Attempt(name or f"{task}.{about.get('trial', place)}", task, outcome, 0)
     scores = value.get("scores")
     if isinstance(scores, list) or ("scores" in value and "score" not in value):
@@ -226,12 +226,12 @@ def _outcome_line(value: Mapping[str, Any], place: str) -> tuple[Attempt, int | 
         return attempt, None, None
     step, score = whole_number(about.get("step", about.get("clip_number"))), value["score"]
     if step is None or not (score is None or is_share(score)):
-        raise DataError(f"{place}: a step has a number (step) and a score from 0 to 1.")
+        raise DataError(f"{place}: a step needs a number (step) and a score from 0 to 1.")
     return attempt, step, score
 
 
 def _of_steps(run: Attempt, steps: Mapping[int, float | None]) -> Attempt:
-    """The run that lines about steps make up; without scores if a step is missing or has none."""
+    """Return the run of some lines about steps; it has no scores if a step is missing or unscored."""
     found = [steps[number] for number in sorted(steps)]
     known = tuple(score for score in found if score is not None)
     is_whole = len(known) == len(found) and sorted(steps) == list(range(1, len(steps) + 1))
@@ -239,10 +239,10 @@ def _of_steps(run: Attempt, steps: Mapping[int, float | None]) -> Attempt:
 
 
 def runs_with_outcome(file: Path) -> list[Trajectory]:
-    """The runs of a file whose outcome is known.
+    """Return the runs in a file that have a known outcome.
 
     Raises:
-        DataError: no run has an outcome, or one is not from 0 to 1; dropping it would leave only one end of the scale.
+        DataError: no run has an outcome, or one is not from 0 to 1: dropping it would bias the outcomes.
     """
     reports: list[FileReport] = []
     runs = list(read_runs([file], None, reports))
@@ -251,16 +251,16 @@ def runs_with_outcome(file: Path) -> list[Trajectory]:
         given = run.outcome and run.outcome.get("score")
         if given is not None and outcome_number(run.outcome) is None:
             raise DataError(
-                f"{file}: the outcome of {run.trajectory_id} is {given:g}, not from 0 to 1. Rescale them all."
+                f"{file}: the outcome of {run.trajectory_id} is {given:g}, not from 0 to 1. Rescale all outcomes."
             )
     known = [run for run in runs if outcome_number(run.outcome) is not None]
     if not known:
         raise DataError(
-            f"{file}: no run has an outcome from 0 to 1. Pass its field when importing: import_trajectories.py "
+            f"{file}: no run has an outcome from 0 to 1. Pass the field's name when importing: import_trajectories.py "
             "--outcome-key NAME."
         )
     if len(known) < len(runs):
-        log.warning("%s: %d of %d runs left out: no outcome", file, len(runs) - len(known), len(runs))
+        log.warning("%s: %d of %d runs have no outcome and are skipped", file, len(runs) - len(known), len(runs))
     return known
 
 
@@ -276,7 +276,7 @@ def attempt_of(run: Trajectory) -> Attempt:
 
 
 def _is_error(result: Result) -> bool:
-    """Whether a result is marked as an error, or begins with the word, as tools without such a mark write it."""
+    """Whether a result is marked as an error or, as some tools write it, begins with that word."""
     return result.error or result.text.lstrip().lower().startswith("error")
 
 
@@ -308,20 +308,20 @@ def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -
     judges = read_exam_answers(file, runs, outcomes)
     if len(judges) > 1:
         raise DataError(
-            f"{file}: {len(judges)} judges ({', '.join(each.name for each in judges)}). Keep the answers of one."
+            f"{file}: has {len(judges)} judges ({', '.join(each.name for each in judges)}). Keep the answers of one."
         )
     return [_scored(each, judges[0].scores) for each in attempts]
 
 
 def _scored(attempt: Attempt, scores: Mapping[tuple[str, int], float]) -> Attempt:
-    """The run with its scores; without any if a step has none, because that would change every aggregate."""
+    """Return the run with its scores; with no scores if one is missing, because that would change every aggregate."""
     found = [scores.get((attempt.trajectory_id, n)) for n in range(1, attempt.steps + 1)]
     known = tuple(score for score in found if score is not None)
     return replace(attempt, scores=known if len(known) == len(found) else None)
 
 
 def _comparable(attempts: Sequence[Attempt]) -> tuple[list[Attempt], dict[str, int]]:
-    """The tasks on which every way to pick can be measured, and how many others there are."""
+    """Return the runs of tasks on which every way to pick can be measured, and the counts of other tasks."""
     sizes = Counter(each.task_id for each in attempts)
     without = {each.task_id for each in attempts if each.scores is None}
     if len(without) == len(sizes):
@@ -365,10 +365,10 @@ def _show(attempts: Sequence[Attempt], left_out: Mapping[str, int], results: Map
     ]
     cli.emit_table("", ("pick", *names, last), rows, numeric=(*names, last))
     tasks = len({each.task_id for each in attempts})
-    cli.emit(f"{len(attempts):,} runs of {tasks:,} tasks; the mean over all subsets of N runs.")
+    cli.emit(f"{len(attempts):,} runs of {tasks:,} tasks; means over all subsets of N runs.")
     fewer = [f"N={n}: {each.n}" for n, each in enumerate(results["random"], start=1) if each.n < tasks]
     if fewer:
-        cli.emit(f"Tasks with fewer runs are missing from later columns (tasks left: {', '.join(fewer)}).")
+        cli.emit(f"Tasks with fewer runs are missing from later columns (remaining tasks: {', '.join(fewer)}).")
     for what, count in left_out.items():
         if count:
             cli.emit(f"left out: {count:,} {what}")

@@ -1,4 +1,4 @@
-"""What `evaluate_judge.py` does, and the evaluation of a run that has just been trained."""
+"""The command `evaluate_judge.py`, and the evaluation of a run that has just been trained."""
 
 import argparse
 import logging
@@ -40,7 +40,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
     Raises:
         DataError: there is no judge, or nothing to measure it on.
-        UsageError: the arguments contradict each other, or the judge was trained on what it is to be measured on.
+        UsageError: the arguments contradict each other, or the judge was trained on the data that would measure it.
         GateError: a gate is not met, or cannot be decided.
     """
     _check_arguments(arguments)
@@ -82,7 +82,7 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
 
 
 def _results_folder(arguments: argparse.Namespace, own: Path) -> Path:
-    """The judge's own folder, unless another was named, the judge is registered, or only a part is measured."""
+    """The judge's own folder, unless --output or --limit was given or the judge is registered."""
     if arguments.output:
         return Path(arguments.output)
     if arguments.run and is_registered(arguments.run):
@@ -101,7 +101,7 @@ def _settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
 
 
 _KINDS = ("exam", "best_of_n", "parity")
-"""Flags that ask for something other than measuring a judge on held-out rows; the first one given counts."""
+"""Flags that ask for something other than measuring a judge on held-out rows; the first one given decides."""
 _HELD_OUT = "held-out rows"
 _USED_BY: Mapping[str, tuple[str, ...]] = {
     "exam": ("exam",),
@@ -131,32 +131,32 @@ _USED_BY: Mapping[str, tuple[str, ...]] = {
     "api_key_env": ("exam",),
     "rubric": ("exam", "best_of_n"),
 }
-"""Flag -> the kinds of evaluation that use it; flags that are not here are used by all that ask a judge."""
+"""Flag -> the kinds of evaluation that use it; flags that are not listed are used by all kinds that load a judge."""
 _PARTNERS = {
     "max_new_tokens": "--mode generate",
     "min_label_mass": "--mode expected",
 }
-"""Flag -> what it is used with."""
+"""Flag -> the setting that it requires."""
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Reject arguments that only another kind of evaluation uses."""
+    """Reject arguments that the requested kind of evaluation does not use."""
     kind = next((kind for kind in _KINDS if getattr(arguments, kind)), _HELD_OUT)
     of_server = [_flag(name) for name in ("server_model", "api_key_env") if _is_given(name, arguments)]
     if of_server and kind in (_HELD_OUT, "exam") and not arguments.predict_with:
-        raise UsageError(f"{', '.join(of_server)}: only used with --predict-with. Add that, or leave it out.")
+        raise UsageError(f"{', '.join(of_server)}: only used with --predict-with. Add that flag, or drop this one.")
     given = [name for name in dict.fromkeys(_unused_by(kind, arguments)) if _is_given(name, arguments)]
     if given and kind == _HELD_OUT:
         users = _USED_BY[given[0]]
         same = ", ".join(_flag(name) for name in given if _USED_BY.get(name) == users)
-        raise UsageError(f"{same}: only used with {' or '.join(map(_flag, users))}. Add that, or leave it out.")
+        raise UsageError(f"{same}: only used with {' or '.join(map(_flag, users))}. Add that flag, or drop this one.")
     if given:
         sources = [name for name in ("predictions", "predict_with") if getattr(arguments, name) and name not in given]
         what = " with ".join(map(_flag, [kind, *sources]))
-        raise UsageError(f"{what}: leave out {', '.join(map(_flag, given))}, which it does not use.")
+        raise UsageError(f"{what}: remove {', '.join(map(_flag, given))}, which it does not use.")
     for name, partner in _PARTNERS.items():
         if _is_given(name, arguments) and partner != f"--mode {arguments.mode}":
-            raise UsageError(f"{_flag(name)}: only used with {partner}. Add that, or leave it out.")
+            raise UsageError(f"{_flag(name)}: only used with {partner}. Add that flag, or drop this one.")
     if arguments.margin is not None and arguments.compare is None:
         raise UsageError("--margin limits how much worse than --compare RUN the judge may be. Add --compare RUN.")
     if arguments.margin is not None and arguments.margin <= 0:
@@ -178,7 +178,7 @@ def _defaults_of_judges() -> dict[str, Any]:
 
 
 _OF_JUDGES = _defaults_of_judges()
-"""Flag about a judge that is asked -> its default; those of all other flags are None or False."""
+"""Flag about a loaded judge -> its default; the defaults of all other flags are None or False."""
 
 
 def _is_given(name: str, arguments: argparse.Namespace) -> bool:
@@ -227,15 +227,15 @@ def _check_gates(
 
 
 def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
-    """Measure a run's judge on the rows held out from its training, and show the table.
+    """Measure a run's judge on its held-out rows, and show the table.
 
     Args:
-        run: its folder.
+        run: the training run's folder.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
         DataError: nothing was held out, no prompt could be scored, or the data was converted again since the training.
-        UsageError: the run was trained on tasks that are held out now.
+        UsageError: the run was trained on tasks that are now held out.
     """
     data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
     held_out, constants = heldout.read_held_out(data_folder, name), heldout.training_constants(data_folder, name)
@@ -247,7 +247,7 @@ def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def _weights_folder(source: JudgeSource) -> Path | None:
-    """Where a calibration is kept: next to an adapter or an export of this project, never in a base model's folder."""
+    """The folder for a calibration: that of an adapter or an export of this project, never a base model's."""
     return source.adapter or (source.model if (source.model / EXPORT_NOTE).is_file() else None)
 
 
@@ -278,15 +278,15 @@ def _parity(
 
 
 def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) -> None:
-    """Check on a few held-out prompts that an exported model scores as the run that it was made from.
+    """Check on a few held-out prompts that an exported model gives the same scores as the run that was exported.
 
     Args:
-        run: its folder.
+        run: the training run's folder.
         exported: the folder of the exported model.
         trust_remote_code: run Python code that comes with the models.
 
     Raises:
-        GateError: it does not; the message names the likely causes.
+        GateError: the scores differ; the message lists the likely causes.
     """
     try:
         held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
@@ -301,7 +301,7 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) 
 
 
 def _copy_measurements(run: Path, trained: JudgeSource, exported: Path, other: JudgeSource) -> None:
-    """Copy the run's calibration to an export that was shown to score as the run does."""
+    """Copy the run's calibration to an export that was shown to give the same scores."""
     metrics_file = evaluation_of(run) / METRICS_FILE
     metrics = read_json(metrics_file) if metrics_file.is_file() else None
     write_model_card(exported, read_json(run / RUN_RECORD), metrics if metrics and "summary" in metrics else None)

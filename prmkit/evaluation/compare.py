@@ -1,4 +1,4 @@
-"""Comparing two evaluations of the same held-out prompts: is one judge better, by more than chance? Also all gates.
+"""Compare two evaluations of the same held-out prompts: is one judge better, by more than chance? Also all gates.
 
 Gates fail closed: a gate that cannot be decided is not met.
 """
@@ -41,7 +41,7 @@ NUMERIC = COLUMNS[1:-1]
 OPTIONAL = ("AUROC", "MAE", "Δ AUROC", "tasks", "n", "Spearman", "Δ MAE")
 
 POWER = 0.8
-"""The number of tasks recommended lets an equally good judge pass with this probability."""
+"""With the recommended number of tasks, an equally good judge passes with this probability."""
 
 # A larger value is better for Spearman and AUROC, a smaller one for the error.
 _BETTER = {ORDER: 1, "mae": -1, "auroc": 1}
@@ -52,8 +52,8 @@ _WITH_MARGIN = (ORDER, "mae")
 def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> dict[str, Any]:
     """Compare two judges on the scores that both gave, by evaluation type.
 
-    Differences are this judge's metric minus the other's. For their intervals both are resampled together, task by
-    task, so prompts that are hard for both do not blur the difference.
+    Differences are this judge's metric minus the other's. For the intervals, both judges are resampled together, task
+    by task, so prompts that are hard for both do not blur the difference.
 
     Args:
         this: a folder with `metrics.json` and `predictions.jsonl`.
@@ -61,7 +61,7 @@ def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> 
         prompts: the SHA-256 of the prompts to compare on; None for all that both have.
 
     Raises:
-        DataError: one has not been evaluated, or the two were measured on different held-out rows or share no score.
+        DataError: one was not evaluated, or the two have different held-out rows or no scores in common.
     """
     other = other if (other / METRICS_FILE).is_file() or not (other / EVALUATION).is_dir() else other / EVALUATION
     one, another = _described(this), _described(other)
@@ -73,7 +73,7 @@ def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> 
     mine, theirs = _scores(this, prompts), _scores(other, prompts)
     both, both_of_other = shared(mine, theirs)
     if not len(both):
-        raise DataError(f"{this} and {other} share no score. Evaluate both without --limit.")
+        raise DataError(f"{this} and {other} have no scores in common. Evaluate both without --limit.")
     types = [ALL, *dict.fromkeys([*mine.evaluation_type, *theirs.evaluation_type])]
     masks = {name: np.full(len(both), True) if name == ALL else both.evaluation_type == name for name in types}
     groups = [
@@ -147,7 +147,7 @@ _NOTHING_SHARED: Metrics = {"scores": 0, "tasks": 0} | {
 
 
 def _defined(statistic: Statistic, sample: Sample, name: str) -> Statistic:
-    """The correlation of a constant judge is undefined; for a comparison it counts as 0, because it orders nothing."""
+    """Replace the undefined correlation of a constant judge by 0, because such a judge ranks nothing."""
     if (
         name == ORDER
         and np.ptp(sample.reference) > 0
@@ -165,9 +165,9 @@ def _minus(one: Statistic, other: Statistic) -> Statistic:
 
 
 def _test(sample: Sample, difference: Statistic, better: int) -> Metrics:
-    """The standard error of a difference, and the one-sided p-values for this judge being worse, and better.
+    """Return the standard error of a difference, and the one-sided p-values for this judge being worse and better.
 
-    By Student's t with the bootstrap's standard error: percentiles of 1000 resamples are too coarse for Holm.
+    Uses Student's t with the bootstrap's standard error: percentiles of 1000 resamples are too coarse for Holm.
     """
     from scipy import stats
 
@@ -178,7 +178,7 @@ def _test(sample: Sample, difference: Statistic, better: int) -> Metrics:
     known = drawn[np.isfinite(drawn)]
     if not np.isfinite(value) or len(known) < 0.9 * len(drawn):
         return _NO_TEST
-    # With few tasks the bootstrap's variance is too small by (n - 1) / n.
+    # With few tasks, the bootstrap's variance is too small by a factor of (n - 1) / n.
     error = float(np.std(known)) * math.sqrt(sample.tasks / (sample.tasks - 1))
     if error < 1e-12:
         sure = 0.0 if abs(value) > 1e-9 else 1.0
@@ -190,7 +190,7 @@ def _test(sample: Sample, difference: Statistic, better: int) -> Metrics:
 
 
 def _decide(groups: Sequence[Metrics]) -> None:
-    """Add a verdict to each group. Worse and better by Holm (1979) over all types and metrics, 2.5 % on each side."""
+    """Add a verdict to each group: worse or better by Holm (1979) over all types and metrics, 2.5 % on each side."""
     of_types = groups[1:]
     rejected = {
         side: _holm({(i, name): group[name][side] for i, group in enumerate(of_types) for name in _BETTER})
@@ -218,7 +218,7 @@ def _decidable(group: Metrics) -> bool:
 
 
 def _holm(p_values: Mapping[Any, float | None], level: float = (1 - LEVEL) / 2) -> set[Any]:
-    """The hypotheses that Holm's step-down procedure rejects at `level`; undefined p-values are left out."""
+    """Return the hypotheses that Holm's step-down procedure rejects at `level`; undefined p-values are ignored."""
     known = sorted((p, name) for name, p in p_values.items() if p is not None)
     rejected = set()
     for place, (p, name) in enumerate(known):
@@ -252,12 +252,12 @@ def _both(estimates: Mapping[str, Any]) -> str:
 
 
 def left_out(comparison: Mapping[str, Any]) -> str | None:
-    """The scores left out of the comparison; None if both judges have every score."""
+    """Describe the scores excluded from the comparison; None if both judges have every score."""
     mine, theirs = comparison["scores_of_this_alone"], comparison["scores_of_other_alone"]
     if not mine and not theirs:
         return None
     both = comparison["groups"][0]["scores"]
-    return f"Compared on the {both} scores of both; {mine} of this judge's and {theirs} of the other's are left out."
+    return f"Compared on the {both} scores that both gave; {mine} of this judge and {theirs} of the other are ignored."
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
@@ -294,8 +294,8 @@ def check_not_worse(comparison: Mapping[str, Any], margin: float | None = None) 
             )
     unseen = max(-_one_sided_end(group[ORDER], ORDER) for group in of_types)
     return (
-        f"Not significantly worse on any type. A Spearman loss of up to {max(0.0, unseen):.3f} cannot be excluded; "
-        "--margin X requires that it is."
+        f"Not significantly worse on any type. A Spearman loss of up to {max(0.0, unseen):.3f} cannot be ruled out; "
+        "use --margin X to require that it is."
     )
 
 
@@ -328,7 +328,7 @@ def _check_margin(comparison: Mapping[str, Any], margin: float) -> str:
 
 
 def _one_sided_end(estimates: Mapping[str, Any], name: str) -> float:
-    """The lower bound of the difference (as "larger is better") with 95 % confidence."""
+    """Return the lower bound of the difference (with the sign so that larger is better), at 95 % confidence."""
     from scipy import stats
 
     difference = _BETTER[name] * estimates["difference"]["value"]
@@ -337,7 +337,7 @@ def _one_sided_end(estimates: Mapping[str, Any], name: str) -> float:
 
 
 def tasks_needed(standard_error: float, tasks: int, margin: float) -> int:
-    """How many tasks show, with probability `POWER`, that an equally good judge is not worse by `margin`."""
+    """Return how many tasks show, with probability `POWER`, that an equally good judge is not worse by `margin`."""
     from scipy import stats
 
     quantiles = float(stats.norm.ppf(LEVEL) + stats.norm.ppf(POWER))
@@ -345,15 +345,15 @@ def tasks_needed(standard_error: float, tasks: int, margin: float) -> int:
 
 
 def check_enough_scores(metrics: Mapping[str, Any], gates: str) -> None:
-    """Fail if the scores do not represent all steps: the judge gave too few, or `--first` audited too few.
+    """Fail if the scores do not represent all steps: the judge gave too few, or `--first` selected too few at random.
 
     Args:
         metrics: the content of `metrics.json`.
         gates: the flags that need this check, for the message.
 
     Raises:
-        GateError: on some evaluation type, fewer than `MIN_SCORED` of the scores were given; or prompts were selected,
-            and the randomly selected ones are from fewer tasks than an interval needs.
+        GateError: for some evaluation type, the judge gave less than `MIN_SCORED` of the scores; or prompts were
+            selected, and the randomly selected ones come from fewer tasks than an interval needs.
     """
     selection = metrics["held_out"].get("selection")
     if selection and selection["audited_tasks"] < MIN_TASKS:
@@ -377,16 +377,16 @@ def check_min_spearman(metrics: Mapping[str, Any], least: float) -> None:
     """Fail if the lower bound of a type's Spearman correlation is below a threshold or unknown.
 
     Raises:
-        GateError: this holds for at least one evaluation type.
+        GateError: that is so for at least one evaluation type.
     """
     _check_lower_end(metrics, f"--min-spearman {least:g}", least, lambda group: group["judge"][ORDER])
 
 
 def check_min_auroc(metrics: Mapping[str, Any], least: float) -> None:
-    """The same for AUROC: bad steps (below 0.5) must be distinguished from good ones on every evaluation type.
+    """Fail if the lower bound of a type's AUROC (for steps below 0.5) is below a threshold or unknown.
 
     Raises:
-        GateError: the lower bound is below the threshold or unknown.
+        GateError: that is so for at least one evaluation type.
     """
     _check_lower_end(
         metrics, f"--min-auroc {least:g}", least, lambda group: group["judge"]["bad_step"][STRICT]["auroc"]

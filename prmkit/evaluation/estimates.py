@@ -4,7 +4,7 @@ The steps of one task resemble each other, so rows are not independent and a row
 interval is the bootstrap over whole tasks (Field and Welsh 2007, "Bootstrapping clustered data"): tasks are drawn with
 replacement, each with all of its rows. Its ends are expanded percentiles (Hesterberg 2015, "What teachers should know
 about the bootstrap", section 4.3), because plain percentiles are too narrow for few tasks: of the 95 % intervals of a
-mean absolute error over 10 tasks, only 88 % held the true value.
+mean absolute error over 10 tasks, only 88 % contained the true value.
 
 A resample is just a whole-number weight for each task, so a statistic is written once, for weights, and computed for a
 block of resamples at a time.
@@ -32,17 +32,17 @@ MANY = 10_000
 """Above this many pairs fewer resamples are drawn, down to a tenth at ten times as many: the time stays the same, and
 the intervals are then so narrow that the error of their ends does not show in two decimals."""
 MAX_PAIRED = 40
-"""In a group with more scores than this, only as many random pairs are used as this many scores have; all pairs would
-grow with the square."""
+"""A larger group of scores uses only as many pairs, chosen at random, as a group of this size has, because the number
+of pairs grows quadratically."""
 MIN_TASKS = 10
-"""With fewer tasks than this there is no interval: resampling few clusters gives intervals that are too narrow."""
+"""With fewer tasks than this, there is no interval: resampling few clusters gives intervals that are too narrow."""
 SAME_PREDICTION = "the prediction is always the same"
 SAME_REFERENCE = "the reference is the same everywhere"
 
 _MIN_DEFINED_SHARE = 0.9
 _KEPT = 31 << 20
-"""glibc gives arrays of a few megabytes back to the kernel, and to get them again is two thirds of a statistic's time.
-Once this many bytes were taken and given back (32 MiB are too many), it keeps the memory of smaller arrays."""
+"""glibc returns arrays of a few megabytes to the kernel, and getting them again takes two thirds of a statistic's time.
+Once an array of this size was allocated and freed (32 MiB is too much), it keeps the memory of smaller arrays."""
 _BLOCK = 200_000  # weights per block: a block fits the CPU cache, which is four times as fast as one large block
 
 
@@ -53,17 +53,17 @@ class Sample:
     predicted: Floats
     reference: Floats
     task: Integers
-    """Numbers from 0 to `tasks - 1`, each of them present."""
+    """Numbers from 0 to `tasks - 1`, each of which occurs."""
     group: Integers
     """The group of each pair, for statistics within groups; otherwise 0."""
     baseline: Floats
-    """The baseline's prediction, for statistics that compare with one; otherwise NaN."""
+    """The baseline's prediction, for statistics that compare with a baseline; otherwise NaN."""
     weight: Floats
-    """Number of pairs that each one represents; 1 if all were equally likely to be in the sample."""
+    """The number of pairs that each pair represents; 1 if all were equally likely to be in the sample."""
 
     @property
     def tasks(self) -> int:
-        """How many tasks there are."""
+        """The number of tasks."""
         return int(self.task.max(initial=-1)) + 1
 
     def sums(self, values: Floats) -> Floats:
@@ -81,7 +81,7 @@ def make_sample(
     baseline: Floats | None = None,
     weight: Any = None,
 ) -> Sample:
-    """Make a sample of sequences of one length; `task` may hold anything that `numpy.unique` can sort."""
+    """Make a sample from sequences of equal length; `task` may contain anything that `numpy.unique` can sort."""
     _, numbers = np.unique(np.asarray(task), return_inverse=True)
     tasks = numbers.astype(np.int64).reshape(-1)
     return Sample(
@@ -95,7 +95,7 @@ def make_sample(
 
 
 def on_part(sample: Sample, chosen: NDArray[Any], make: Callable[[Sample], Statistic]) -> Statistic:
-    """Make a statistic of some of the pairs that takes weights for all tasks of the sample.
+    """Make a statistic of some of the pairs that accepts weights for all tasks of the sample.
 
     This way several statistics, each on its own rows, can be resampled together.
     """
@@ -178,7 +178,7 @@ def undefined(reason: str, n: int = 0, tasks: int = 0) -> Estimate:
 
 
 def as_json(value: Any) -> Any:
-    """Estimates, and whatever contains them, as JSON has them."""
+    """Convert estimates, and whatever contains them, to what JSON can represent."""
     if isinstance(value, Estimate):
         return value.as_json()
     if isinstance(value, Mapping):
@@ -190,7 +190,7 @@ def as_json(value: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def draw_weights(tasks: int, resamples: int = RESAMPLES) -> Floats:
-    """Draw how often each task is in each resample, shape (resamples, tasks); the same for the same number of tasks."""
+    """Draw how often each task is in each resample, shape (resamples, tasks), with a fixed seed."""
     generator = np.random.default_rng(SEED)
     drawn = generator.integers(tasks, size=(resamples, tasks)) + tasks * np.arange(resamples)[:, None]
     weights = np.bincount(drawn.ravel(), minlength=resamples * tasks).astype(np.float64)
@@ -202,9 +202,9 @@ def measure(sample: Sample, statistic: Statistic, *, min_n: int = 1) -> Estimate
     """Compute a statistic and its interval.
 
     Args:
-        sample: what the statistic was made from.
+        sample: the sample from which the statistic was made.
         statistic: one of `prmkit.evaluation.statistics`, applied to `sample`.
-        min_n: with fewer pairs than this there is no value.
+        min_n: with fewer pairs than this, there is no value.
     """
     count, tasks = len(sample.reference), sample.tasks
     if count < max(min_n, 1):
@@ -235,9 +235,9 @@ def mean(values: Any, task: Any, weight: Any = None) -> Estimate:
     """Return the mean of values and its interval.
 
     Args:
-        values: numbers; for a fraction 1.0 for what is counted, 0.0 for the rest.
+        values: numbers; for a fraction, 1.0 for what is counted and 0.0 for the rest.
         task: the task of each value.
-        weight: how many values each one represents; None if all were equally likely to be in the sample.
+        weight: how many values each value represents; None if all were equally likely to be in the sample.
     """
     sample = make_sample(values, np.zeros(len(values)), task, weight=weight)
     return measure(sample, mean_of(sample, sample.predicted))
@@ -260,7 +260,7 @@ def ratio(numerator: Floats, denominator: Floats) -> Floats:
 def running_sums(values: Floats) -> Floats:
     """Return the cumulative sums of the rows, in half the time of numpy's cumsum, which adds number by number.
 
-    Rows are added within stretches of neighbours, all stretches at once; then each stretch gets the sum before it.
+    Rows are added within blocks of neighbours, all blocks together; then each block gets the sum before it.
     """
     sums, stretch = values.copy(), max(1, math.isqrt(len(values)))
     for place in range(1, stretch):

@@ -64,15 +64,15 @@ class EvaluationSettings:
 
     options: ScoringOptions = DEFAULT_OPTIONS
     limit: int | None = None
-    """The most prompts to score; None for all."""
+    """The maximum number of prompts to score; None for all."""
     with_base: bool = False
     """Also ask the base model, without its adapter."""
     by: tuple[str, ...] = ()
-    """Metadata keys to break the metrics down by, besides those that divide the rows into a few groups."""
+    """Metadata keys to break the metrics down by, besides those that divide the rows into a small number of groups."""
     robustness: bool = False
     """Also score changed prompts: see `prmkit.evaluation.robustness`."""
     unchecked: str | None = None
-    """Why it is unknown whether the judge was trained on the held-out tasks; one of the warnings about the results."""
+    """Why it is unknown whether the judge was trained on the held-out tasks; shown as a warning with the results."""
 
 
 def evaluate(
@@ -87,23 +87,23 @@ def evaluate(
 
     Args:
         source: the judge.
-        held_out: what to score.
-        constants: the training labels' constants.
-        folder: for the results.
-        settings: how to score.
-        weights: the folder of the judge's weights, where its calibration is kept; None keeps none.
+        held_out: the rows to score.
+        constants: the mean and median of the training labels.
+        folder: the folder for the results.
+        settings: the settings of the evaluation.
+        weights: the folder of the judge's weights, where its calibration is stored; None to store none.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
-        DataError: no prompt could be scored; the message names the most common reason.
-        UsageError: the base model was requested, but the judge has no adapter to leave out; or `folder` is a file.
+        DataError: no prompt could be scored; the message gives the most common reason.
+        UsageError: the base model was requested, but the judge has no adapter; or `folder` is a file.
     """
     from prmkit.evaluation.report import write_report
 
     if settings.with_base and source.adapter is None:
-        raise UsageError("--baseline needs a judge with an adapter. Leave it out, or use --run.")
+        raise UsageError("--baseline needs a judge with an adapter. Use --run, or remove --baseline.")
     _make(folder)
     with exclusive_lock(folder, "evaluating"):
         prompts = list(sampled(held_out.prompts, settings.limit))
@@ -171,7 +171,7 @@ def calibrate(rows: Sequence[Row], folder: Path, judge: Mapping[str, Any]) -> No
 def predict(
     source: JudgeSource, held_out: HeldOut, prompts: Sequence[HeldOutPrompt], file: Path, settings: EvaluationSettings
 ) -> list[Row]:
-    """The predictions for `prompts`, in order; prompts that are already in `file` are not scored again.
+    """Return the predictions for `prompts`, in order; prompts that are already in `file` are not scored again.
 
     The judge is loaded only if something is missing, and each prediction is written before the next one is made, so
     the next call continues where a killed evaluation stopped.
@@ -181,7 +181,7 @@ def predict(
     """
     options = settings.options
     asked: dict[str, Any] = {"mode": options.mode, "trim": options.trim, "max_new_tokens": options.max_new_tokens}
-    if options.min_label_mass != DEFAULT_OPTIONS.min_label_mass:  # predictions of earlier versions name no limit
+    if options.min_label_mass != DEFAULT_OPTIONS.min_label_mass:  # predictions of earlier versions do not have it
         asked["min_label_mass"] = options.min_label_mass
     fingerprint = {
         "format": ROW_FORMAT,
@@ -224,14 +224,15 @@ def metrics_of(
     constants: Constants,
     by: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All metrics, in the form of `metrics.json`: a value with its interval, n and tasks, or null with the reason.
+    """Return all metrics as in `metrics.json`: a value with its interval, n and tasks, or null with the reason.
 
     Args:
         rows: the judge's predictions.
-        base_rows: the base model's, or None.
+        base_rows: the base model's predictions, or None.
         held_out: the rows that were judged.
-        constants: the training labels' constants, for the baseline.
-        by: metadata keys to break down by, besides those that divide the rows into a few groups.
+        constants: the mean and median of the training labels, for the baseline.
+        by: metadata keys to break the metrics down by, besides those that divide the rows into a small number of
+            groups.
 
     Raises:
         DataError: nothing can be measured.
@@ -266,8 +267,8 @@ def metrics_of(
 def _groups(
     scores: Scores, base: Scores | None, judges: Sequence[str], itself: Sequence[Mapping[str, Any]]
 ) -> Iterator[Metrics]:
-    """The metrics of each group; a group of the same scores as an earlier one (a single type with a single key) has the
-    same ones, which are computed once."""
+    """Return the metrics of each group. Groups with the same scores (a single type with a single key) share them, and
+    they are computed once."""
     made: dict[tuple[bytes, Estimate], Metrics] = {}
     for evaluation_type, key, only, chosen in groups(scores):
         of_judges = self_agreement(itself, evaluation_type, key)
@@ -294,7 +295,7 @@ def _group(scores: Scores, base: Scores | None, judges: Sequence[str], itself: E
 
 
 def _with_pairs(scores: Scores) -> int:
-    """How many trajectories have two scores of one key."""
+    """Return how many trajectories have two scores of the same key."""
     entries, counts = np.unique(np.stack([scores.trajectory, scores.kind]), axis=1, return_counts=True)
     return len(np.unique(entries[0][counts > 1]))
 
@@ -326,7 +327,7 @@ def _described(held_out: HeldOut, rows: Sequence[Row], scores: Scores) -> Metric
 
 
 def _selection(rows: Sequence[Row]) -> Metrics | None:
-    """How well the prompts selected by `ask_judges.py --first` represent all; None if it selected none."""
+    """Describe how well the prompts selected by `ask_judges.py --first` represent all; None if none were selected."""
     chosen = [row for row in rows if SELECTED_BY in row["metadata"]]
     if not chosen:
         return None

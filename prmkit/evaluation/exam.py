@@ -1,8 +1,8 @@
-"""An exam: human-labelled runs whose tasks no trained judge in the table was trained on.
+"""An exam: human-labelled runs of tasks on which the examined judges were not trained.
 
-It is read from the rows and complete runs that `import_trajectories.py --labels` writes, from run records with labels,
-or from the labels of `label_steps.py`. A step without a label is unknown, never good, because a person who marks an
-error says nothing about the steps after it.
+It is read from the rows and complete runs that `import_trajectories.py --labels` writes, from trajectory records with
+labels, or from the labels of `label_steps.py`. A step without a label is unknown, never good, because marking an error
+says nothing about the steps after it.
 """
 
 from collections import defaultdict
@@ -29,9 +29,9 @@ from prmkit.trajectory import Trajectory, holds_records, task_id_of
 from prmkit.verdict import Unreadable, Verdict, asked_shape, read_verdict
 
 NO_ERROR = 0
-"""Value in place of a step number: the run has no bad step."""
+"""Replaces a step number if the run has no bad step."""
 KINDS_OF_ERRORS = ("first_error", "failure")
-"""Kinds of labels from sets in which people marked errors instead of labelling every step."""
+"""The kinds of labels in sets whose annotators marked errors instead of labelling every step."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,28 @@ class ExamStep:
     """One step, with or without a label."""
 
     n: int
-    """Number of the step, from 1."""
+    """The number of the step, from 1."""
     index: int | None = None
     """The position of the step's message in the source, from 0."""
     agent: str | None = None
     label: float | None = None
-    """0 to 1; None if nobody labelled it."""
+    """From 0 to 1; None if nobody labelled the step."""
     kind: str | None = None
-    """Kind of the label; see `prmkit.trajectory.Label`."""
+    """The kind of label; see `prmkit.trajectory.Label`."""
     weight: float = 1.0
-    """How many steps it represents, if labelled steps were sampled unevenly."""
+    """The number of steps that it represents, if the labelled steps were sampled unevenly."""
     prompt: str | None = None
     """None if the prompt is built from the complete run."""
     system: str | None = None
 
     @property
     def is_bad(self) -> bool:
-        """Whether its label is below 0.5."""
+        """Whether the label is below 0.5."""
         return self.label is not None and self.label < BAD_BELOW[0] - SAME_SCORE
 
     @property
     def place(self) -> int:
-        """The index that published results use: the message's position; if unknown, the step's number."""
+        """The step's index in published results: the message's position or, if it is unknown, the step's number."""
         return self.n if self.index is None else self.index
 
 
@@ -72,13 +72,13 @@ class ExamRun:
     task_id: str
     task_hash: str | None
     source: str
-    """The format that it was read from, for example the name of a public set."""
+    """The format of its file, for example the name of a public set."""
     steps: tuple[ExamStep, ...]
     is_whole: bool
-    """Whether every step of the run is here; only then is there a first error to find."""
+    """Whether all steps of the run are known; only then can its first error be found."""
     succeeded: bool | None = None
     rubric: str | None = None
-    """The hash of the rubric, for ready-made prompts."""
+    """The hash of the rubric, if the prompts are ready-made."""
     record: Trajectory | None = None
 
     @property
@@ -93,7 +93,7 @@ class ExamRun:
 
     @cached_property
     def first_error(self) -> int | None:
-        """The number of the first bad step, `NO_ERROR` without one, None if the labels do not say."""
+        """The number of the first bad step; `NO_ERROR` if no step is bad, None if the labels do not say."""
         if not self.is_whole:
             return None
         for step in self.steps:
@@ -119,7 +119,7 @@ class Exam:
 
     @property
     def sources(self) -> list[str]:
-        """The sets that the runs come from."""
+        """The sets from which the runs come."""
         return sorted({run.source for run in self.runs})
 
 
@@ -130,7 +130,7 @@ def read_exam(file: Path) -> Exam:
         DataError: the file is missing or damaged, has no labelled step, or does not match the complete runs next to it.
     """
     if not file.is_file():
-        raise DataError(f"{file}: no such file. Make an exam with import_trajectories.py --labels, or label_steps.py.")
+        raise DataError(f"{file}: no such file. Create an exam with import_trajectories.py --labels or label_steps.py.")
     if holds_records(file):
         runs = [_run_of_record(run) for run in read_runs([file], Options(format=record.READER.name))]
     else:
@@ -139,7 +139,7 @@ def read_exam(file: Path) -> Exam:
             runs = _completed(runs, whole)
     runs = [run for run in runs if any(step.label is not None for step in run.steps)]
     if not runs:
-        raise DataError(f"{file}: no step has a label. Make an exam with import_trajectories.py --labels.")
+        raise DataError(f"{file}: no step has a label. Create an exam with import_trajectories.py --labels.")
     return Exam(file, sha256_of(file), tuple(runs))
 
 
@@ -177,11 +177,11 @@ def _runs_of_rows(file: Path) -> list[ExamRun]:
 
 
 def judged_row(value: Any, place: str, kind: str) -> tuple[InputRow, Verdict | None]:
-    """Return a row and its verdict; None in place of a verdict that is missing or cannot be read.
+    """Return a row and its verdict; the verdict is None if it is missing or cannot be read.
 
     Args:
-        value: the row.
-        place: for messages.
+        value: the row as JSON.
+        place: the file and line, for messages.
         kind: what the row should be, for messages.
 
     Raises:
@@ -242,7 +242,7 @@ def _completed(runs: Sequence[ExamRun], file: Path) -> list[ExamRun]:
         found = whole.get(run.trajectory_id)
         if found is None or not {step.n for step in run.steps} <= {step.n for step in found.steps}:
             raise DataError(
-                f"{file}: the run {run.trajectory_id} is missing, but has rows. Import both again, or remove this file."
+                f"{file}: run {run.trajectory_id} has rows but is missing here. Import both again, or remove this file."
             )
         labels = {step.n: step for step in run.steps}
         steps = tuple(
@@ -262,12 +262,12 @@ class Task(NamedTuple):
     """What identifies a task on which a judge is measured."""
 
     source: str
-    """The set that it comes from."""
+    """The set from which it comes."""
     task_id: str
     task_hash: str | None
     """The hash of its text."""
     prompt_sha256: str | None = None
-    """The hash of one prompt, if prompts are measured one by one."""
+    """The hash of the prompt, if single prompts are measured."""
 
 
 def task_of_run(run: Trajectory) -> Task:
@@ -276,27 +276,27 @@ def task_of_run(run: Trajectory) -> Task:
 
 
 def training_of(judge: Path) -> Mapping[str, Any]:
-    """The record of a run or of an export; empty for another model."""
+    """Return the record of a run or an export; empty for any other model."""
     file = record_of(judge) or judge / EXPORT_NOTE
     return read_object(file) if file.is_file() else {}
 
 
 def data_of_judge(judge: Path) -> Path | None:
-    """Where the data of a run is now; None if it was not found, or for a model, which does not record its place."""
+    """Return the current folder of a run's data; None if it was not found, or for a model, which does not record it."""
     return data_of_run(judge) if record_of(judge) else None
 
 
 def check_not_trained_on(file: Path, tasks: Sequence[Task], record: Mapping[str, Any], data_folder: Path) -> None:
-    """Reject a judge that was trained on a task on which it is to be measured.
+    """Reject a judge that was trained on one of the tasks on which it will be measured.
 
-    Tasks are the same if their texts are, whatever their ids. Ids are compared if a text is unknown, and within a set:
-    a simulated user may word a task in several ways.
+    Tasks with the same text are the same, whatever their ids. Ids are compared if a text is unknown, and within a set,
+    where a simulated user may phrase a task in several ways.
 
     Args:
-        file: where the tasks are from.
+        file: the file with the tasks, for messages.
         tasks: the tasks.
-        record: of the judge; see `training_of`.
-        data_folder: holds its training data.
+        record: the judge's record; see `training_of`.
+        data_folder: the folder with its training data.
 
     Raises:
         UsageError: it was trained on at least one of the tasks.
@@ -328,7 +328,7 @@ def check_not_trained_on(file: Path, tasks: Sequence[Task], record: Mapping[str,
         count = len({task.task_id for task in shared})
         raise UsageError(
             f"{file}: the judge was trained on {count} of these {len({task.task_id for task in tasks})} tasks, "
-            f"for example {shared[0].task_id}. Measure it on other tasks, or train without these."
+            f"for example {shared[0].task_id}. Measure it on other tasks, or train without these tasks."
         )
 
 
@@ -341,7 +341,7 @@ def _training_rows(record: Mapping[str, Any], data_folder: Path) -> Iterator[Map
     sidecars = [entries[name].sidecar if name in entries else None for name in names]
     if None in sidecars:
         raise DataError(
-            f"{data_folder}: the training data {', '.join(names)} or its sidecar is missing, so it cannot be checked "
+            f"{data_folder}: the training data {', '.join(names)} or its sidecar is missing, so prmkit cannot check "
             "whether the judge was trained on these tasks. Pass its folder with --data-dir."
         )
     if described.get("sha256") and not has_rows(data_folder, described):
@@ -354,24 +354,24 @@ def _training_rows(record: Mapping[str, Any], data_folder: Path) -> Iterator[Map
 
 
 def _described(record: Mapping[str, Any], side: str) -> Mapping[str, Any]:
-    """Name and hash of a dataset in a record; older records have only its name, in their configuration."""
+    """Return a dataset's name and hash in a record; older records have only its name, in their configuration."""
     found = record.get(side)
     return found if isinstance(found, dict) else {"name": (record.get("config") or {}).get(side)}
 
 
 def check_new_tasks(held_out: HeldOut, folder: Path, source: JudgeSource) -> str | None:
-    """Reject held-out rows of tasks that a judge was trained on.
+    """Reject held-out rows of tasks on which a judge was trained.
 
-    One conversion never puts a task in both splits, so rows of the conversion that the judge was trained with need no
-    comparison; another conversion may hold out other tasks.
+    One conversion never puts a task in both splits, so rows from the judge's own conversion need no comparison; a
+    different conversion may hold out different tasks.
 
     Args:
         held_out: the rows.
-        folder: the data folder that they are from.
+        folder: their data folder.
         source: the judge.
 
     Returns:
-        Why this is unknown; None if it was not trained on them, or is not a judge of this project.
+        Why this is unknown; None if the judge was not trained on them, or is not a judge of this project.
 
     Raises:
         UsageError: it was trained on at least one of the tasks.

@@ -27,17 +27,17 @@ log = logging.getLogger("prmkit")
 StepId = tuple[str, int]
 """The run's id and the step's number."""
 NOWHERE = -1
-"""Value in place of a step number: the run has an error, and the judge did not say where."""
+"""Replaces a step number if the run has an error, but the judge did not say where."""
 
 _ELSEWHERE = -2
-"""Value in place of a step number: the error is at an unlabelled step, so all labelled steps count as called good."""
+"""Replaces a step number if the error is at an unlabelled step: then all labelled steps count as judged good."""
 
 _TERNARY = {-1: BAD, 0: NEUTRAL, 1: GOOD}
 _JUDGES = ("judge", "judge_id", "model", "model_name")
 
 
 _Given = tuple[float, bool]
-"""A number in a file, and whether it is certainly a verdict of -1, 0 or 1 rather than a score."""
+"""A number in a file, and whether it is known to be a verdict of -1, 0 or 1 instead of a score."""
 
 
 @dataclass
@@ -52,11 +52,11 @@ class JudgeScores:
     unplaced: Counter[str] = field(default_factory=Counter)
     """Reason -> number of lines that are not about a step of this exam."""
     weights: dict[StepId, float] = field(default_factory=dict)
-    """`prmkit.rows.WEIGHT` of each step that `ask_judges.py --first` selected; 0 for one that was asked anyway."""
+    """`prmkit.rows.WEIGHT` of each step that `ask_judges.py --first` selected; 0 if it was asked about anyway."""
 
     @property
     def selected_runs(self) -> set[str]:
-        """Runs of which only selected steps were asked about."""
+        """The runs in which judges were asked only about selected steps."""
         return {run for (run, _), weight in self.weights.items() if weight}
 
 
@@ -64,12 +64,12 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
     """Read the answers of all judges in a file.
 
     Args:
-        file: one answer per line.
-        runs: what the answers are about.
-        source: where the runs were read from, for messages.
+        file: the file with one answer per line.
+        runs: the runs that the answers are about.
+        source: the file of the runs, for messages.
 
     Raises:
-        DataError: a line cannot be read, has an unknown scale or contradicts another, or no line is about these runs.
+        DataError: a line cannot be read, has an unknown scale or contradicts another; or none is about these runs.
     """
     known = _by_name(runs)
     judges: dict[str, JudgeScores] = {}
@@ -100,7 +100,7 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
 
 
 def _by_name(runs: Sequence[ExamRun]) -> dict[str, ExamRun]:
-    """Return the runs by id, and by task id and file name where these identify a single run."""
+    """Return the runs by id, and by task id and file name if these identify a single run."""
     named: dict[str, list[ExamRun]] = defaultdict(list)
     for run in runs:
         file = str(run.record.source.get("file")) if run.record else ""
@@ -128,13 +128,13 @@ def _add_steps(
         if score is None or step is None:
             judge.unplaced["without a score" if step is not None else "about steps not in the exam"] += 1
         elif given.setdefault(judge.name, {}).setdefault((run.trajectory_id, step), score) != score:
-            raise DataError(f"{place}: {judge.name} scores this step a second time, differently. Keep one line.")
+            raise DataError(f"{place}: {judge.name} has already scored this step, differently. Keep one line.")
         else:
             _weigh(judge, (run.trajectory_id, step), value)
 
 
 def _weigh(judge: JudgeScores, step: StepId, value: Mapping[str, Any]) -> None:
-    """Keep the lowest weight of a step that several lines are about."""
+    """Keep the lowest weight if several lines are about a step."""
     metadata = value.get("metadata")
     weight = weight_of(metadata) if isinstance(metadata, dict) and SELECTED_BY in metadata else 0.0
     judge.weights[step] = min(weight, judge.weights.get(step, weight))
@@ -172,7 +172,7 @@ def run_of(value: Mapping[str, Any], place: str) -> str:
         if isinstance(about, dict) and (name := name_at(place, about, "trajectory_id")):
             return name
     if "query_index" in value:
-        # The form in which the reader of AgentProcessBench names its runs.
+        # The format of the run ids from the reader of AgentProcessBench.
         query, sample = (name_at(place, value, key) for key in ("query_index", "sample_index"))
         task = "_".join(str(part) for part in (value.get("data_source") or value.get("dataset"), query) if part)
         return task if sample is None else f"{task}.{sample}"
@@ -209,7 +209,7 @@ def _scores_in(
         step = _whole(str(value.get("id")).rpartition("#")[2] if given is None else given, place)
         step = step if step in numbers.values() else None
     if "score" not in value:
-        raise DataError(f"{place}: no score. A line has id, step and score.")
+        raise DataError(f"{place}: no score. Each line needs id, step and score.")
     score = value["score"]
     if score is None:
         yield step, None
@@ -238,7 +238,7 @@ def _add_verdict(judge: JudgeScores, run: ExamRun, value: Mapping[str, Any], pla
         first = next((step.n for step in run.steps if step.place == at), NOWHERE if run.is_whole else _ELSEWHERE)
     judge.firsts = judge.firsts or {}
     if judge.firsts.setdefault(run.trajectory_id, first) != first:
-        raise DataError(f"{place}: a second, different verdict of {judge.name} on this run. Keep one line.")
+        raise DataError(f"{place}: a second, different verdict by {judge.name} on this run. Keep one line.")
     if first != NOWHERE:
         judge.scores |= {(run.trajectory_id, step.n): BAD if step.n == first else GOOD for step in run.steps}
 

@@ -1,4 +1,4 @@
-"""Asking a judge about every step of an exam: a local model, or a server. Answered steps are never asked again."""
+"""Ask a judge, a local model or a server, about every step of an exam. Answered steps are never asked about again."""
 
 import argparse
 import asyncio
@@ -31,7 +31,7 @@ Asked = tuple[StepKey, Request]
 
 
 def prompts_of(exam: Exam, rubric: Rubric) -> Iterator[tuple[StepId, Request | None]]:
-    """Yield the request for every step; None for a prompt that asks for no score."""
+    """Yield the request for every step; None if the prompt does not ask for a score."""
     for run in exam.runs:
         if run.record is not None:
             yield from prompts_of_run(run.record, rubric)
@@ -55,12 +55,12 @@ def score_steps(
 
     Args:
         source: the judge.
-        asked: steps and the request for each; iterated once, and not kept.
+        asked: steps and the request for each; iterated over once, and not kept in memory.
         file: one line per step.
-        arguments: batch_size, mode, too_long, max_new_tokens and min_label_mass.
+        arguments: the arguments batch_size, mode, too_long, max_new_tokens and min_label_mass.
 
     Returns:
-        The scores of the steps that got one.
+        The scores of the steps that got a score.
 
     Raises:
         DataError: no step got a score.
@@ -131,7 +131,7 @@ _SYSTEMONE = "/systemone"
 _LONGEST_VERDICT = 1024
 """Tokens."""
 _WINDOW = 64
-"""Steps that are asked before their lines are written."""
+"""The number of steps that are asked about before their lines are written."""
 
 
 def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
@@ -148,25 +148,25 @@ def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
 
 
 def ask_server(exam: Exam, endpoint: Endpoint, rubric: Rubric, file: Path) -> dict[StepId, float]:
-    """Let a server score every step: by typed questions if the address ends in /systemone, otherwise as a chat model.
+    """Let a server score every step: with typed questions if the URL ends in /systemone, otherwise as a chat model.
 
     A chat model gets the prompt that a trained judge gets, and its verdict is read like any judge's.
 
     Args:
         exam: the exam.
         endpoint: the server.
-        rubric: for the prompts.
+        rubric: the rubric for the prompts.
         file: one line per step.
 
     Raises:
         DataError: the server cannot be reached, or no step got a score.
-        UsageError: the exam or the rubric does not suit typed questions.
+        UsageError: typed questions cannot be used with this exam or rubric.
     """
     is_typed = endpoint.base_url.endswith(_SYSTEMONE)
     if is_typed and (len(rubric.keys) > 1 or len(rubric.anchors) < 2 or any(run.record is None for run in exam.runs)):
         raise UsageError(
-            f"{endpoint.name}: typed questions need complete runs, and a rubric of one key and two or more anchors. "
-            "Make the exam again with import_trajectories.py --labels, and keep both of its files."
+            f"{endpoint.name}: typed questions need complete runs, and a rubric with one key and two or more anchors. "
+            "Create the exam again with import_trajectories.py --labels, and keep both of its files."
         )
 
     records = {run.trajectory_id: run.record for run in exam.runs if run.record is not None}
@@ -228,7 +228,7 @@ def _levels(rubric: Rubric) -> list[str]:
 
 
 def _read_typed(answer: Mapping[str, Any], rubric: Rubric) -> float | str:
-    """Return the score of an answer, whose levels are the numbers of the rubric's anchors."""
+    """Return the score of an answer, or what is wrong with it. Levels are the numbers of the rubric's anchors."""
     answers = answer.get("answers")
     found = answers.get(rubric.keys[0]) if isinstance(answers, dict) else None
     if not isinstance(found, dict):

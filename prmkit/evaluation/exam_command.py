@@ -1,4 +1,4 @@
-"""`evaluate_judge.py --exam`: a judge, or answers from a file, next to constants, published judges and people."""
+"""`evaluate_judge.py --exam`: a judge, or answers from a file, compared with constants, published judges and people."""
 
 import argparse
 import logging
@@ -31,7 +31,7 @@ def take_exam(arguments: argparse.Namespace) -> ExitCode:
     """Examine a judge, show the table, and check `--min-auroc`.
 
     Raises:
-        DataError: there is no exam or no judge, or nothing was answered.
+        DataError: there is no exam or no judge, or there are no answers.
         UsageError: the judge was trained on a task of the exam, or the arguments contradict each other.
         GateError: the lower bound of AUROC is below the threshold or unknown.
     """
@@ -85,7 +85,7 @@ def check_training(file: Path, tasks: Sequence[Task], source: JudgeSource, data_
 
 
 def folder_of(arguments: argparse.Namespace, what: str, file: Path) -> Path:
-    """Return the results folder: one per input, so that answers to one exam never replace those to another."""
+    """Return the results folder: one per input, so that answers to one exam never replace those to another one."""
     name = f"{what}_{bare_name(file)}"
     if not (arguments.run or arguments.model):
         if arguments.predictions:
@@ -110,7 +110,7 @@ def _asked_judges(
     asked = [("judge", name, source)]
     if arguments.baseline:
         if source.adapter is None:
-            raise UsageError("--baseline asks the base model without the adapter, but this judge has no adapter.")
+            raise UsageError("--baseline needs a judge with an adapter, and this one has none.")
         asked.append(("base", f"{source.model.name} (untrained)", replace(source, adapter=None)))
     for kind, judge, of_judge in asked:
         file = folder / ("exam_answers.jsonl" if kind == "judge" else "exam_answers_base.jsonl")
@@ -125,7 +125,7 @@ def _check_asks_as_trained(exam: Exam, rubric: Rubric, source: JudgeSource, name
     if source.rubrics is not None and (other := ready - set(source.rubrics or [None])):
         raise UsageError(
             f"{exam.file}: its prompts use a rubric (hash {str(next(iter(other)))[:12]}) that {name} was not trained "
-            "with. Make the exam with import_trajectories.py --labels --rubric FILE."
+            "with. Create the exam with import_trajectories.py --labels --rubric FILE."
         )
 
 
@@ -144,7 +144,7 @@ def _show(exam: Exam, entrants: Sequence[Entrant], page: Path) -> None:
 
 
 def _check_gate(entrants: Sequence[Entrant], least: float, unchecked: str | None) -> None:
-    """Fail unless every judge reaches the threshold; an unknown AUROC counts as not reached."""
+    """Fail unless every judge reaches the threshold; an unknown AUROC does not reach it."""
     failed = [f"--min-auroc {least:g}: {unchecked}"] if unchecked else []
     for judge in (each for each in entrants if each.kind == "judge"):
         auroc = judge.metrics.get("auroc")

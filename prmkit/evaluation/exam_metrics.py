@@ -1,7 +1,7 @@
 """The metrics of an exam, as the public sets define them, for judges and constants.
 
 With s the score of a step and t a threshold, the first error is the first step with s < t, if any. AUROC and average
-precision need no threshold and come first. Where a threshold is needed, it is chosen on other tasks (five folds); a
+precision need no threshold and come first. If a threshold is needed, it is chosen on other tasks (five folds); a
 judge that gave verdicts does not need a threshold. Intervals are over tasks.
 """
 
@@ -25,27 +25,27 @@ Array = NDArray[Any]
 
 FOLDS = 5
 _GRID = np.arange(1, 102) / 100
-"""Thresholds: from the lowest that calls 0.00 bad to one that calls everything bad."""
+"""The thresholds, from the lowest one that makes 0.00 bad to one that makes every score bad."""
 
 METRICS_OF_EXAMS: Mapping[str, tuple[str, str]] = {
-    "auroc": ("AUROC", "the chance that a bad step gets a lower score than one that is not bad; 0.5 is guessing"),
+    "auroc": ("AUROC", "probability that a bad step gets a lower score than one that is not bad; guessing gives 0.5"),
     "average_precision": ("AP", "average precision for bad steps; guessing gives their fraction"),
     "first_error": (
         "first error",
-        "runs whose first bad step is located exactly, or that are rightly said to have no bad step (FirstErrAcc)",
+        "runs whose first bad step is found exactly, or that are correctly called free of bad steps (FirstErrAcc)",
     ),
     "processbench_f1": ("PB-F1", "harmonic mean of that accuracy on runs with a bad step and on runs without"),
-    "step_accuracy": ("StepAcc", "steps called wrong, neutral or right as in the human labels (StepAcc)"),
-    "located": ("step ±0", "runs with an error in which exactly that step is named"),
-    "located_1": ("step ±1", "the same, but the message before or after it also counts as right"),
-    "agent": ("agent", "runs with an error in which the agent of that step is named"),
-    "silent_recall": ("silent", "flagged fraction of the runs that went wrong but ended well"),
-    "loud_recall": ("loud", "flagged fraction of the runs that went wrong and ended badly"),
+    "step_accuracy": ("StepAcc", "steps judged wrong, neutral or right as in the human labels (StepAcc)"),
+    "located": ("step ±0", "runs with an error in which exactly that step is found"),
+    "located_1": ("step ±1", "the same, but the message before or after it is also accepted"),
+    "agent": ("agent", "runs with an error in which that step's agent is found"),
+    "silent_recall": ("silent", "flagged fraction of the runs with an error but a good outcome"),
+    "loud_recall": ("loud", "flagged fraction of the runs with an error and a bad outcome"),
     "false_alarms": ("alarms", "flagged fraction of the runs without an error; lower is better"),
     "f1_bad": ("F1 bad", "F1 of bad steps"),
     "f1_good": ("F1 good", "F1 of the others"),
 }
-"""In the order of the table: name -> header of its column, and what it means."""
+"""Metric -> its column's header and its meaning, in the order of the table."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Entrant:
     """`judge`, `base`, `constant`, `published` or `people`."""
     metrics: Mapping[str, Estimate]
     answered: int = 0
-    """Labelled steps with a score."""
+    """The number of labelled steps with a score."""
     asked: int = 0
     source: str | None = None
     """The source of published numbers."""
     selected: int = 0
-    """How many of the answered steps were selected by `ask_judges.py --first`, and are weighted."""
+    """The number of answered steps that `ask_judges.py --first` selected, which are weighted."""
 
 
 def examine(exam: Exam, answers: JudgeScores, kind: str = "judge") -> Entrant:
@@ -70,8 +70,8 @@ def examine(exam: Exam, answers: JudgeScores, kind: str = "judge") -> Entrant:
 
     Args:
         exam: the exam.
-        answers: of a judge or a constant.
-        kind: of the entrant.
+        answers: the answers of a judge or a constant.
+        kind: the kind of entrant.
     """
     folds = _folds(exam)
     metrics = _of_steps(exam, answers, folds) | _of_runs(exam, answers, folds)
@@ -127,7 +127,7 @@ def _of_steps(exam: Exam, answers: JudgeScores, folds: Mapping[str, int]) -> dic
 
 
 def _flagged(answers: JudgeScores, scores: Floats, bad: Floats, weight: Floats, fold: Array) -> Array | None:
-    """Which steps are called bad; None if there is no other task on which to choose a threshold."""
+    """Return which steps are judged bad; None if there is no other task on which to choose a threshold."""
     if answers.firsts is not None:
         return scores < NEUTRAL - SAME_SCORE
     below = scores[:, None] < _GRID - SAME_SCORE
@@ -140,14 +140,14 @@ def _flagged(answers: JudgeScores, scores: Floats, bad: Floats, weight: Floats, 
 
 
 def _by_fold(fold: Array, worth: Callable[[Array], Array], apply: Callable[[int, Array], Array]) -> Array | None:
-    """Return the result in each fold of the threshold that is best on the other folds."""
+    """Apply to each fold the threshold that is best on the other folds, and return the results."""
     if len(np.unique(fold)) < 2:
         return None
     result = None
     for held_out in np.unique(fold):
         outside = fold == held_out
         values = np.nan_to_num(worth(~outside), nan=-1.0)
-        # Take the middle of equally good thresholds, because those at the ends generalise worse to other tasks.
+        # Take the middle of equally good thresholds, because the extreme ones generalise worse to other tasks.
         best = np.flatnonzero(values >= values.max() - 1e-12)
         said = apply(int(best[len(best) // 2]), outside)
         result = np.zeros(len(fold), np.asarray(said).dtype) if result is None else result
@@ -222,7 +222,7 @@ def _is_answered(run: ExamRun, answers: JudgeScores) -> bool:
 
 
 def _first_errors(runs: Sequence[ExamRun], answers: JudgeScores, folds: Mapping[str, int]) -> list[int] | None:
-    """Return the first error that the judge names in each run; None if there is no other task for a threshold."""
+    """Return the first error that the judge sees in each run; None if no other task could give a threshold."""
     if answers.firsts is not None:
         return [answers.firsts[run.trajectory_id] for run in runs]
     if not runs:
@@ -274,7 +274,7 @@ def _processbench(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> Esti
 
 
 def _located(exam: Exam, runs: Sequence[ExamRun], answers: JudgeScores) -> dict[str, Estimate]:
-    """If every run has an error, the judge's answer is the step with the lowest score, the first in a tie."""
+    """Return the location metrics. The judge's answer is the step with the lowest score, the first one in a tie."""
     said = [_lowest(run, answers) for run in runs]
     true = [run.steps[(run.first_error or 1) - 1] for run in runs]
     pairs = list(zip(said, true, strict=True))
@@ -297,7 +297,7 @@ def _lowest(run: ExamRun, answers: JudgeScores) -> ExamStep | None:
 
 
 def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str, Estimate]:
-    """Shares of flagged runs, among runs whose outcome is known."""
+    """Return the fractions of flagged runs, among runs whose outcome is known."""
     groups: dict[str, Callable[[ExamRun], bool]] = {
         "silent_recall": lambda run: run.first_error != NO_ERROR and run.succeeded is True,
         "loud_recall": lambda run: run.first_error != NO_ERROR and run.succeeded is False,
@@ -317,7 +317,7 @@ def _recalls(runs: Sequence[ExamRun], firsts: Sequence[int] | None) -> dict[str,
 
 
 def constants(exam: Exam) -> list[Entrant]:
-    """Answers that need no reading of a run; those that use labels use only labels of other tasks."""
+    """Return baselines that do not read the runs; those that use labels use only labels of other tasks."""
     steps = [(run.trajectory_id, step.n) for run in exam.runs for step in run.steps]
     every_run = [run.trajectory_id for run in exam.runs]
     all_good = JudgeScores("every step good", dict.fromkeys(steps, GOOD), dict.fromkeys(every_run, NO_ERROR))

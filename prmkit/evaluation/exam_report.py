@@ -1,4 +1,4 @@
-"""The results of an exam: a table with judges, constants, published judges and people, a sentence per judge, a page."""
+"""The results of an exam: a table of judges, constants, published judges and people; a sentence per judge; a page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ EXAMINED = ("judge", "base", "other")
 
 
 def published(exam: Exam) -> list[Entrant]:
-    """Published results of judges and people on the set; none if the exam mixes sets or has only parts of runs."""
+    """Return published results of judges and people on the set; none if the exam mixes sets or has incomplete runs."""
     import yaml
 
     if len(exam.sources) != 1 or not all(run.is_whole for run in exam.runs):
-        return []  # your own labels on some steps make it a different exam
+        return []  # with your own labels on some steps, it is a different exam
     parts = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).get(exam.sources[0], [])
     return [
         Entrant(
@@ -61,7 +61,7 @@ def columns(entrants: Sequence[Entrant]) -> tuple[str, ...]:
 
 
 def optional(entrants: Sequence[Entrant]) -> tuple[str, ...]:
-    """Columns that a narrow terminal leaves out, in the order in which they are dropped."""
+    """Return the columns that a narrow terminal drops, in that order."""
     kept = {"who", "AUROC", "95 %", "AP", "first error"}
     return tuple(name for name in reversed(columns(entrants)) if name not in kept)
 
@@ -81,7 +81,7 @@ _MARKS = {"published": " *", "people": " *"}
 
 
 def value_cell(estimate: Estimate | None) -> str:
-    """Return a value with three decimals: enough to recognise a published value."""
+    """Format a value with three decimals, enough to recognise a published value."""
     return format_estimate(estimate.as_json() if estimate else None, ".3f", interval=False)
 
 
@@ -91,7 +91,7 @@ def interval_cell(estimate: Estimate | None) -> str:
 
 
 def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
-    """Return the data that the table is based on."""
+    """Describe the data on which the table is based."""
     labelled = list(exam.labelled)
     bad, tasks = sum(step.is_bad for _, step in labelled), len({run.task_id for run in exam.runs})
     lines = [
@@ -103,9 +103,9 @@ def notes(exam: Exam, entrants: Sequence[Entrant]) -> list[str]:
     if partial:
         lines.append(f"{partial:,} runs are incomplete, so their first errors are not evaluated.")
     if unknown:
-        lines.append(f"{unknown:,} runs have unlabelled steps before any bad one: their first error is not known.")
+        lines.append(f"{unknown:,} runs have unlabelled steps before any bad one, so their first error is unknown.")
     lines += [
-        f"{each.name}: {each.answered:,} of {each.asked:,} labelled steps have a score; the others are not counted."
+        f"{each.name}: {each.answered:,} of {each.asked:,} labelled steps have a score; the others are ignored."
         for each in entrants
         if each.kind in EXAMINED and each.answered < each.asked
     ]
@@ -150,7 +150,7 @@ def conclusion(judge: Entrant, entrants: Sequence[Entrant]) -> tuple[str, str]:
         reason = (auroc.reason or "").removeprefix("no interval: ")
         return (
             "cannot say",
-            f"{judge.name}: cannot say from {basis}: AUROC {auroc.value:.2f} without an interval ({reason}).",
+            f"{judge.name}: cannot say from {basis}: AUROC {auroc.value:.2f}, but no interval ({reason}).",
         )
     constant = best_constant(entrants)
     bar, by = (max(0.5, constant[1]), constant[0]) if constant else (0.5, "guessing")
@@ -213,7 +213,7 @@ def exam_as_json(exam: Exam, entrants: Sequence[Entrant]) -> dict[str, Any]:
 
 
 def write_exam_page(file: Path, exam: Exam, entrants: Sequence[Entrant]) -> None:
-    """Write the page; it loads nothing from outside, and everything that comes from data is escaped."""
+    """Write the page; it loads no other files, and everything from the data is escaped."""
     names = shown_metrics(entrants)
     page = render_page(
         TEMPLATE,
@@ -239,11 +239,11 @@ _KINDS = {
     "people": "people",
 }
 _LADDERS = {"auroc": 0.5, "step_accuracy": 0.0, "processbench_f1": 0.0, "located": 0.0, "first_error": 0.0}
-"""Metrics that get a ladder plot, and where its scale begins."""
+"""The metrics with a ladder plot, and the beginning of its scale."""
 
 
 def _ladder(name: str, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
-    """Return the entrants by one metric, the best first; None if fewer than two have it."""
+    """Return the entrants ranked by one metric, the best first; None if fewer than two have it."""
     if name not in _LADDERS:
         return None
     known = [(each, each.metrics[name]) for each in entrants if name in each.metrics]

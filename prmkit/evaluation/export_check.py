@@ -16,9 +16,9 @@ from prmkit.prompts.cleaning import escape
 log = logging.getLogger("prmkit")
 
 PARITY_PROMPTS = 8
-"""How many prompts are compared: a wrong template or dtype shows on every prompt, so a few are enough."""
+"""The number of prompts to compare: a wrong template or dtype affects every prompt, so a few are enough."""
 DEFAULT_TOLERANCE = 0.02
-"""More than rounding to bfloat16 changes a score, far less than a wrong template does."""
+"""Larger than the effect of rounding to bfloat16 on a score, and far smaller than that of a wrong template."""
 
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _ROUNDING = 0.02
@@ -31,14 +31,14 @@ class Parity:
 
     prompts: int
     scores: int
-    """Number of scores that both gave."""
+    """The number of scores that both gave."""
     largest: float
     mean: float
     """Largest and mean absolute difference of these scores."""
     unequal: int
     """Prompts that only one of the two could score."""
     causes: tuple[str, ...]
-    """Known causes of such differences that were found here, the most likely first."""
+    """The known causes of such differences that were found, the most likely first."""
 
     def __str__(self) -> str:
         counts = f"{self.scores} scores of {self.prompts} prompts: largest difference {self.largest:.4f}, "
@@ -49,12 +49,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class _Side:
-    """The answers of one of the two models, and the prompts as token ids."""
+    """One model's answers, and the prompts as token ids."""
 
     judgements: list[Judgement]
     prompt_ids: list[list[int]]
     chat_ids: list[list[int]] | None
-    """The prompts as the tokenizer's own chat template renders them; None without one."""
+    """The prompts as rendered by the tokenizer's own chat template; None if it has none."""
 
 
 def check_parity(
@@ -65,20 +65,20 @@ def check_parity(
     tolerance: float = DEFAULT_TOLERANCE,
     batch_size: int = 8,
 ) -> Parity:
-    """Score the same prompts with base and adapter and with the exported model.
+    """Score the same prompts with the adapter on its base model and with the exported model.
 
     Args:
-        trained: the run's judge.
-        exported: the exported model's.
+        trained: the training run's judge.
+        exported: the exported judge.
         requests: held-out prompts; a few are enough.
-        tolerance: how much two scores may differ.
-        batch_size: prompts at once.
+        tolerance: the largest allowed difference between two scores.
+        batch_size: prompts per batch.
 
     Returns:
-        How much they differ, if that is within the tolerance.
+        The differences, if they are within the tolerance.
 
     Raises:
-        GateError: they differ by more; the message names the likely causes.
+        GateError: they are larger; the message lists the likely causes.
         DataError: one of the two cannot be loaded.
     """
     one, other = _ask(trained, requests, batch_size), _ask(exported, requests, batch_size)
@@ -105,7 +105,7 @@ def check_parity(
 
 
 def _ask(source: JudgeSource, requests: Sequence[Request], batch_size: int) -> _Side:
-    """Load a judge, ask it, and release it: both models together may not fit into memory."""
+    """Load a judge, score with it, and release it: both models together may not fit into memory."""
     from prmkit.judge.transformers_judge import load_model
 
     judge = load_model(source)
@@ -142,7 +142,7 @@ def _causes(trained: JudgeSource, exported: JudgeSource, one: _Side, other: _Sid
     if other.chat_ids is not None and other.chat_ids != one.prompt_ids:
         yield (
             "chat template: the export's own template renders prompts differently from training, so chat endpoints "
-            "and apply_chat_template give other scores. Use the completions endpoint with the training template."
+            "and apply_chat_template give different scores. Use the completions endpoint with the training template."
         )
 
 
@@ -152,7 +152,7 @@ def _causes_of_other_ids(trained: JudgeSource, exported: JudgeSource) -> Iterato
     for key in differing:
         yield f"{names[key]}: trained with {getattr(trained, key)!r}, exported with {getattr(exported, key)!r}."
     if not differing:
-        yield "tokenizer: the export's tokenizer splits text into different tokens than the base model's."
+        yield "tokenizer: the export's tokenizer produces different tokens than the base model's."
 
 
 def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[str]:
@@ -161,14 +161,14 @@ def _causes_in_weights(trained: JudgeSource, exported: JudgeSource) -> Iterator[
     if sizes:
         yield f"wrong base model: {', '.join(f'{key} {base.get(key)} became {export.get(key)}' for key in sizes)}."
     elif _norms_differ(trained.model, exported.model):
-        yield f"wrong base model: layers that adapters do not change differ from those of {trained.model}."
+        yield f"wrong base model: layers that adapters never change differ from those of {trained.model}."
     if trained.adapter is None:
         return
     note = read_object(exported.model / EXPORT_NOTE) if (exported.model / EXPORT_NOTE).is_file() else {}
     if note.get("adapter") and Path(note["adapter"]).resolve() != trained.adapter.resolve():
         yield f"wrong adapter: exported from {note['adapter']}, compared with {trained.adapter}."
     elif _newest(trained.adapter, "adapter_model") > _newest(exported.model, "") > 0:
-        yield f"old export: {trained.adapter} was trained further after it. Export again."
+        yield f"old export: {trained.adapter} was trained further afterwards. Export again."
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:

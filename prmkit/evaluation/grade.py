@@ -1,6 +1,6 @@
 """Grade a judge for each evaluation type: the five conditions for "Useful", the grade and its reason.
 
-The thresholds are the constants below; `summary.py` has those that other tables need too (MIN_SCORED, MIN_BAD).
+The thresholds are the constants below; `summary.py` has those that other tables also need (MIN_SCORED, MIN_BAD).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from prmkit.judge.types import LOW_LABEL_MASS
 MIN_ORDER = 0.3
 """The lower bound of Spearman's correlation that a ranking needs to be useful."""
 MIN_RECALL = 0.5
-"""The fraction of bad steps that the judge must score below the threshold; with less, most are missed."""
+"""The fraction of bad steps that the judge must score below the threshold; below it, most are missed."""
 MAX_PRAISED = 0.1
 SAME_AS_A_JUDGE = -0.05
 """A gap to another judge is negligible if its lower bound is above this."""
@@ -53,8 +53,8 @@ def conditions(group: Group, validity: Mapping[str, Any]) -> list[Condition]:
     """Check the five conditions for "Useful".
 
     Args:
-        group: of one evaluation type.
-        validity: of the same type.
+        group: the metrics of one evaluation type.
+        validity: the validity of the same type.
     """
     return [_order(group), _order_within(group), _bad_steps(group), _scored(validity), _skill(group)]
 
@@ -62,7 +62,7 @@ def conditions(group: Group, validity: Mapping[str, Any]) -> list[Condition]:
 def _order(group: Group) -> Condition:
     order = group["judge"][ORDER]
     if order["low"] is None:
-        return Condition("order", "unknown", f"Ranking: not known ({order.get('reason')}).")
+        return Condition("order", "unknown", f"Ranking: unknown ({order.get('reason')}).")
     text = f"Spearman with the judges' mean is {format_estimate(order)}; the lower bound must be above {MIN_ORDER}."
     return Condition("order", "met" if order["low"] > MIN_ORDER else "failed", f"Ranking: {text}")
 
@@ -73,10 +73,10 @@ def _order_within(group: Group) -> Condition:
         text = f"most runs have only one score of this kind ({pairs['n']} pairs), so this does not apply."
         return Condition(name, "not applicable", f"Ranking within runs: {text}")
     if pairs["n"] < MIN_PAIRS:
-        text = f"not known: {pairs['n']} pairs of scores of the same run, but at least {MIN_PAIRS} are needed."
+        text = f"unknown: {pairs['n']} pairs of scores in the same run, but at least {MIN_PAIRS} are needed."
         return Condition(name, "unknown", f"Ranking within runs: {text}")
     if pairs["low"] is None:
-        return Condition(name, "unknown", f"Ranking within runs: not known ({pairs.get('reason')}).")
+        return Condition(name, "unknown", f"Ranking within runs: unknown ({pairs.get('reason')}).")
     least = max(0.5, tied["value"])
     text = f"{format_estimate(pairs)} of {pairs['n']} pairs are right; the lower bound must be above {least:.2f}, "
     text += f"the result of {'calling every pair a tie' if least > 0.5 else 'guessing'}."
@@ -88,10 +88,10 @@ def _bad_steps(group: Group) -> Condition:
     auroc, recall, share = of_threshold["auroc"], of_threshold["recall"], of_threshold["bad_share"]
     bad, good = recall["n"], share["n"] - recall["n"]
     if min(bad, good) < MIN_BAD:
-        text = f"not known: {bad} bad and {good} good scores, but at least {MIN_BAD} of each are needed."
+        text = f"unknown: {bad} bad and {good} good scores, but at least {MIN_BAD} of each are needed."
         return Condition("bad steps", "unknown", f"Bad steps: {text}")
     if auroc["low"] is None:
-        return Condition("bad steps", "unknown", f"Bad steps: not known ({auroc.get('reason')}).")
+        return Condition("bad steps", "unknown", f"Bad steps: unknown ({auroc.get('reason')}).")
     failed = []
     if auroc["low"] <= 0.5:
         failed.append("AUROC's lower bound is not above 0.5")
@@ -118,10 +118,10 @@ def _scored(validity: Mapping[str, Any]) -> Condition:
 def _skill(group: Group) -> Condition:
     skill, rmse = group["judge"]["skill"], group["judge"]["rmse"]
     if skill["low"] is None:
-        return Condition("skill", "unknown", f"Skill: not known ({skill.get('reason')}).")
+        return Condition("skill", "unknown", f"Skill: unknown ({skill.get('reason')}).")
     constant = group["baselines"]["constant"]["rmse"]
     text = (
-        f"Skill: its root mean square error is {format_estimate(rmse, interval=False)}, that of a constant "
+        f"Skill: its root mean square error is {format_estimate(rmse, interval=False)}, a constant's is "
         f"{format_estimate(constant, interval=False)}, so its skill is {format_estimate(skill)}; "
         "the lower bound must be above 0."
     )
@@ -291,7 +291,7 @@ def _against_judges(gap: Mapping[str, Any]) -> str:
     if gap["low"] > SAME_AS_A_JUDGE:
         return f"It agrees with a single judge as well as the judges agree with each other ({difference})."
     return (
-        "It is not shown to agree with a single judge less than the judges agree with each other, but the loss may be "
+        "It is not shown to agree with a single judge less than the judges agree with each other, but the gap may be "
         f"up to {-gap['low']:.2f} ({difference})."
     )
 

@@ -47,24 +47,24 @@ class HeldOutPrompt:
     """The prompt as the user wrote it."""
     prompt_sha256: str
     shape: Shape
-    """The score keys that it asks for."""
+    """The score keys that the prompt asks for."""
     task: str
-    """`task_id`; a prompt without one counts as a separate task, named after its hash."""
+    """`task_id`; a prompt without a task counts as a separate task, named after its hash."""
     trajectory: str
-    """`trajectory_id` in the row's metadata; without one, the task."""
+    """`trajectory_id` in the row's metadata; if it is missing, the task."""
     evaluation_type: str
     clip_number: int | None
     metadata: Mapping[str, Any]
-    """Metadata of its first row; the weight is the lowest of all its rows."""
+    """The metadata of its first row, with the lowest weight of all its rows."""
     references: References
     reference: Mapping[str, float]
     """Key -> the mean score of the judges that scored it, corrected for their leniency."""
     answers: Mapping[str, str]
-    """Judge -> its (first) answer, as it is in the dataset."""
+    """Judge -> its (first) answer, as in the dataset."""
     system: str | None = None
     """The system prompt of the row; None for the judge's default."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Judge -> its own weight, if only some of the judges were asked only about selected prompts."""
+    """Judge -> its own weight, if some judges, but not all, were asked only about selected prompts."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class HeldOut:
     rows: int
     prompts: tuple[HeldOutPrompt, ...]
     sha256: str
-    """Hash of the prompts and the judges' scores: equal for two evaluations with the same reference."""
+    """The hash of the prompts and the judges' scores: two evaluations with the same reference have the same hash."""
     file_sha256: str
-    """Hash of the dataset file: the prompts as they are scored, after any truncation by the conversion."""
+    """The hash of the dataset file: the prompts as they are scored, after any truncation by the conversion."""
     leniency: Leniency
     """Leniency of each judge on these prompts; the references are corrected for it."""
     self_agreement: Sequence[Mapping[str, Any]] = ()
-    """Self-agreement of the judges, from the conversion's report."""
+    """The self-agreement of the judges, from the conversion's report."""
 
     @property
     def judges(self) -> list[str]:
@@ -91,7 +91,7 @@ class HeldOut:
 
 
 def read_held_out(data_folder: Path, name: str) -> HeldOut:
-    """Read a dataset of `convert_dataset.py` with its sidecar; rows of one prompt become one held-out prompt.
+    """Read a dataset of `convert_dataset.py` with its sidecar; rows with the same prompt become one held-out prompt.
 
     Raises:
         UsageError: the folder has no such dataset, or its rows are for training.
@@ -111,7 +111,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
             groups[meta["prompt_sha256"]].append((entry.read(row), meta))
             rows += 1
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: its rows and those of {sidecar.name} do not match. Convert again.") from error
+        raise DataError(f"{file}: its rows do not match those of {sidecar.name}. Convert again.") from error
     if not rows:
         raise DataError(f"{file}: no rows, so there is nothing to evaluate on. {HOW_TO_HOLD_OUT}")
     references = {sha256: _mean_scores_by_judge(group) for sha256, group in groups.items()}
@@ -123,7 +123,7 @@ def read_held_out(data_folder: Path, name: str) -> HeldOut:
 
 
 def _self_agreement(data_folder: Path) -> Sequence[Mapping[str, Any]]:
-    """Read it from the conversion's report, which also counts equal repeated answers; the dataset keeps those once."""
+    """Read it from the conversion's report, which also counts identical repeated answers."""
     report = data_folder / REPORT
     found = read_json(report).get("self_agreement", []) if report.is_file() else []
     return [entry for entry in found if entry.keys() >= {"evaluation_type", "key", "pairs", "pearson"}]
@@ -137,7 +137,7 @@ def _held_out_entry(data_folder: Path, name: str) -> Entry:
     if held_out:
         shown = ", ".join(held_out[:6]) + (", …" if len(held_out) > 6 else "")
         raise UsageError(f"{data_folder}: no dataset '{name}'. The held-out datasets are {shown}.")
-    raise UsageError(f"{data_folder}: no dataset '{name}', and no held-out one. {HOW_TO_HOLD_OUT}")
+    raise UsageError(f"{data_folder}: no dataset '{name}', and no held-out dataset. {HOW_TO_HOLD_OUT}")
 
 
 def _held_out_split_of(name: str) -> str:
@@ -158,7 +158,7 @@ def _held_out_prompt(
         id=first["id"],
         prompt=prompt,
         prompt_sha256=sha256,
-        # A prompt without a schema is asked for the keys (not the values) of its judge's answer.
+        # If a prompt has no schema, the keys (not the values) of its judge's answer are scored.
         shape=asked_shape(prompt, system) or label_shape(texts.answer, first["scores"]),
         task=task,
         trajectory=trajectory_of(metadata) or task,
@@ -223,7 +223,7 @@ def _by_key(references: References) -> dict[str, dict[str, float]]:
 
 def _reference_hash(prompts: tuple[HeldOutPrompt, ...]) -> str:
     references: list[Any] = sorted((prompt.prompt_sha256, sorted(prompt.references.items())) for prompt in prompts)
-    # Weights are part of the reference, too; without any, the hash is that of earlier versions.
+    # Weights are also part of the reference; without weights, the hash is that of earlier versions.
     if weights := sorted(
         (prompt.prompt_sha256, prompt.metadata[WEIGHT]) for prompt in prompts if WEIGHT in prompt.metadata
     ):
@@ -238,12 +238,12 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
     """Return the data folder and dataset name of a training run's held-out rows, unless overridden.
 
     Args:
-        config: the run's configuration; empty for a judge that no run of this project has trained.
+        config: the run's configuration; empty for a judge that was not trained by this project.
         data_folder: overrides the configuration's `dataset_dir`.
         name: overrides its `eval_dataset`.
 
     Raises:
-        UsageError: the run has several held-out datasets, so one must be named; or it was trained on this one.
+        UsageError: the run has several held-out datasets, so one must be chosen; or it was trained on this dataset.
     """
     names = split_names(config.get("eval_dataset") or FULL + HELD_OUT_SUFFIX)
     if name is None and len(names) > 1:
@@ -252,7 +252,7 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
     if chosen in split_names(config.get("dataset") or []):
         held_out = "Choose another one." if chosen.endswith(HELD_OUT_SUFFIX) else _held_out_split_of(chosen)
         raise UsageError(
-            f"{chosen}: the run was trained on it, so it cannot show how well new steps are scored. {held_out}"
+            f"{chosen}: the run was trained on it, so it does not show how well new steps are scored. {held_out}"
         )
     return data_folder or Path(config.get("dataset_dir") or "data"), chosen
 
@@ -261,7 +261,7 @@ def place_of_held_out(config: Mapping[str, Any], data_folder: Path | None, name:
 
 
 def training_constants(data_folder: Path, held_out_name: str) -> Constants:
-    """Mean and median of the training labels by evaluation type and key: the constants that a judge has to beat.
+    """Return the mean and median of the training labels by type and key: the constants that a judge must beat.
 
     Empty if the training split of this held-out dataset is not in `data_folder`.
     """
@@ -291,9 +291,9 @@ def by_task(prompts: Iterable[HeldOutPrompt]) -> list[HeldOutPrompt]:
 
 
 def sampled(prompts: Iterable[HeldOutPrompt], limit: int | None) -> Iterator[HeldOutPrompt]:
-    """Yield at most `limit` prompts of complete tasks, in the order of `by_task`; if the first has more, a part of it.
+    """Yield at most `limit` prompts of complete tasks, in the order of `by_task`, or a part of the first one.
 
-    A larger limit takes the same prompts and more, so a short evaluation can be extended later.
+    A larger limit yields the same prompts and more, so a short evaluation can be extended later.
     """
     taken = 0
     for _, of_task in groupby(by_task(prompts), key=lambda prompt: prompt.task):

@@ -81,12 +81,12 @@ class Server(ThreadingHTTPServer):
 
     @property
     def hosts(self) -> set[str]:
-        """The hosts that a request may name; any other name comes from somebody else's page."""
+        """The allowed values of the Host header; any other value comes from somebody else's page."""
         return {f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"}
 
     @property
     def address(self) -> str:
-        """Address of the page, with its token."""
+        """The URL of the page, with its token."""
         return f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
 
@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Thread(target=self.server.shutdown).start()  # it waits for this request to end
 
     def _path(self) -> str | None:
-        """Return the requested path; None unless host and token are right."""
+        """Return the requested path; None unless host and token are correct."""
         token, _, rest = self.path.partition("?")[0].removeprefix("/").partition("/")
         right = secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode())
         return rest if right and self.headers.get("Host") in self.server.hosts else None
@@ -146,14 +146,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> dict[str, Any] | None:
         length = self.headers.get("Content-Length", "")
         if not length.isdigit() or int(length) > _MOST_BYTES:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Too long for a label.")
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too long for a label.")
             return None
         try:
             value = orjson.loads(self.rfile.read(int(length)))
         except orjson.JSONDecodeError:
             value = None
         if not isinstance(value, dict):
-            self._refuse(HTTPStatus.BAD_REQUEST, "Not a JSON object.")
+            self._refuse(HTTPStatus.BAD_REQUEST, "The request is not a JSON object.")
             return None
         return value
 
@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, orjson.dumps(value, default=str), "application/json")
 
     def _refuse(self, status: HTTPStatus, why: str) -> None:
-        self.close_connection = True  # the unread rest of the body must not be read as the next request
+        self.close_connection = True  # the unread rest of the body must not be parsed as the next request
         self._send(status, orjson.dumps({"error": why}), "application/json")
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
@@ -180,11 +180,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: request paths hold the token."""
+        """Log nothing: request paths contain the token."""
 
 
 def _act(labels: Labels, path: str, value: Mapping[str, Any]) -> str | None:
-    """Do what was requested; returns the reason if that is not possible."""
+    """Carry out a request; return the reason if that is impossible."""
     if path == "finish":
         return None
     if path == "undo":

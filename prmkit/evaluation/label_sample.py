@@ -1,8 +1,8 @@
-"""Which steps a person labels, and the file that the labels go to.
+"""The sample of steps that a person labels, and the file for the labels.
 
-Equally many steps are drawn from each band of a judge's scores, because bad steps are rare and an even draw would find
-few. A step's weight is the size of its band divided by the number drawn from it; the weight is in its row, and every
-metric of an exam uses it. The labels are rows of judged steps, so they can also be trained on.
+The same number of steps is drawn from each band of a judge's scores, because bad steps are rare and a uniform sample
+would contain few. A step's weight is the size of its band divided by the number drawn from it; the weight is in its
+row, and every metric of an exam uses it. The labels are rows of judged steps, so they can also be trained on.
 """
 
 import random
@@ -36,23 +36,23 @@ class Drawn:
     trajectory_id: str
     n: int
     weight: float
-    """How many steps it represents."""
+    """The number of steps that it represents."""
     band: str
 
 
 def draw(
     steps: Sequence[tuple[str, int]], scores: Mapping[tuple[str, int], float] | None, n: int, seed: int
 ) -> list[Drawn]:
-    """Draw steps in random order, so that those labelled first are also a sample.
+    """Draw steps in random order, so that the first labels are also a sample.
 
     Args:
-        steps: all steps: the run's id and the step's number.
-        scores: of a judge; None to draw evenly.
-        n: how many; all if there are fewer.
+        steps: the run's id and the step's number, for all steps.
+        scores: a judge's scores; None to sample uniformly.
+        n: how many steps to draw; all if there are fewer.
         seed: of the draw.
 
     Raises:
-        UsageError: fewer than there are bands, so that some would be represented by no step.
+        UsageError: `n` is smaller than the number of bands, so some bands would be empty.
     """
     bands: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for step in steps:
@@ -63,7 +63,7 @@ def draw(
     drawn = []
     left, rest = min(n, len(steps)), len(bands)
     for band, members in sorted(bands.items(), key=lambda item: (len(item[1]), item[0])):
-        # The smallest band first, so that larger ones make up for the steps that it lacks.
+        # The smallest band first, so that larger ones can make up for what it lacks.
         size = min(len(members), -(-left // rest))
         left, rest = left - size, rest - 1
         drawn += [Drawn(*step, len(members) / size, band) for step in chance.sample(members, size)]
@@ -144,20 +144,20 @@ def _sample_file(file: Path) -> Path:
 def open_labels(
     source: str, file: Path, n: int, name: str, scores: Path | None, seed: int, rubric: Rubric, form: str | None = None
 ) -> Labels:
-    """Read the runs, and draw the steps or find those that were drawn before.
+    """Read the runs, and draw the steps or find those that were drawn earlier.
 
     Args:
-        source: file or folder of runs.
-        file: for the labels; continued if it exists.
+        source: the file or folder with the runs.
+        file: the file for the labels; it is continued if it exists.
         n: how many steps.
-        name: who labels.
-        scores: a judge's scores for bands; None to draw evenly.
+        name: the name of the person who labels.
+        scores: the file with a judge's scores; None to sample uniformly.
         seed: of the draw.
-        rubric: for the prompts of the rows.
-        form: format of the runs; None to detect it.
+        rubric: the rubric for the prompts of the rows.
+        form: the format of the runs; None to detect it.
 
     Raises:
-        DataError: no runs, or a damaged file.
+        DataError: there are no runs, or a file is damaged.
         UsageError: the file has labels for a different sample.
     """
     check_output(file, Path(source))
@@ -186,7 +186,7 @@ def _scores(file: Path, runs: Mapping[str, Trajectory], source: Path) -> Mapping
     """Return the scores of the only judge in a file; scores of unknown runs are skipped."""
     judges = read_exam_answers(file, [bare_run(run) for run in runs.values()], source)
     if len(judges) > 1:
-        raise UsageError(f"{file}: {len(judges)} judges have scores in this file. Keep the scores of one.")
+        raise UsageError(f"{file}: has scores of {len(judges)} judges. Keep the scores of one.")
     return judges[0].scores
 
 
@@ -225,7 +225,7 @@ def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _whole_lines(file: Path) -> list[Any]:
-    """Return the lines of a file; a last line that a kill cut off is removed."""
+    """Return the lines of a file; an incomplete last line, left by a killed command, is removed."""
     if not file.is_file():
         return []
     with file.open("r+b") as stream:

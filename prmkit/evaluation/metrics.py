@@ -1,4 +1,4 @@
-"""Every metric, in one table, and the content of `metrics.json` that is made with it.
+"""All metrics, in one table, and the parts of `metrics.json` that are computed from it.
 
 An entry of `METRICS` is computed for the judge, written to `metrics.json`, and, if it has a header, shown everywhere.
 """
@@ -46,10 +46,10 @@ from prmkit.rows import EVALUATION_TYPES, OUTCOME, SELECTED_BY, STEP_TYPES, weig
 from prmkit.verdict import AGGREGATES
 
 Metrics = dict[str, Any]
-"""Name -> `Estimate`, another such dictionary, or a plain number or string."""
+"""Name -> `Estimate`, a nested dictionary of this kind, or a plain number or string."""
 
 ALL = "all"
-"""In `metrics.json`: every evaluation type, or every key."""
+"""Means all evaluation types, or all keys, in `metrics.json`."""
 ORDER = "spearman_within_keys"
 """The correlation that is shown and graded. Pooled over keys, even a judge that predicts the mean of each key has some
 correlation; within keys, it does not."""
@@ -68,24 +68,24 @@ class Metric:
     """A metric of a judge."""
 
     name: str
-    """Key in `metrics.json`."""
+    """The key in `metrics.json`."""
     statistic: Callable[[Sample], Statistic]
     min_n: int
-    """With fewer entries in the sample than this there is no value."""
+    """With fewer entries in the sample than this, there is no value."""
     sample: Callable[..., Sample]
     """Makes the sample from the scores; for a metric `at_thresholds` from the scores and a threshold."""
     header: str = ""
-    """Header of its column on the terminal and in the report; empty if it is only in `metrics.json`."""
+    """The header of its column on the terminal and in the report; empty for a metric only in `metrics.json`."""
     meaning: str = ""
-    """Explanation of that column in the legend."""
+    """The explanation of that column in the legend."""
     importance: int = 0
-    """Importance of that column: where space is short, the least important columns are dropped first."""
+    """The importance of that column: on narrow terminals, the least important columns are dropped first."""
     brief: bool = False
-    """Also computed for baselines, against single judges, and in breakdowns."""
+    """Whether it is also computed for baselines, against single judges, and in breakdowns."""
     at_thresholds: bool = False
-    """Computed once for each threshold of `BAD_BELOW`, under `bad_step`."""
+    """Whether it is computed once per threshold of `BAD_BELOW`, under `bad_step`."""
     binary: bool = False
-    """Needs both classes: bad steps and others."""
+    """Whether it needs both classes: bad steps and others."""
 
     def estimate(self, sample: Sample) -> Estimate:
         """Return the metric of a sample, with its interval."""
@@ -107,7 +107,7 @@ METRICS = (
     Metric("skill_mae", statistics.skill_by_mae, 1, by_median),
     Metric("bias", statistics.bias, 1, by_mean, brief=True),
     Metric("pairwise_accuracy", statistics.pairwise_accuracy, MIN_PAIRS, pairs, "pairs", "pairs of scores of one run "
-           "in the right order or rightly tied", importance=7),
+           "in the right order or correctly tied", importance=7),
     Metric("pairwise_always_tied", statistics.always_tied, MIN_PAIRS, pairs),
     Metric("kappa", statistics.kappa, MIN_SCORES, by_mean, "kappa", "on the five bands, quadratic "
            "weights", importance=1),
@@ -135,7 +135,7 @@ def agreement(scores: Scores, *, brief: bool = False) -> Metrics:
     The judge, every baseline and every other judge are measured by this function, so their metrics are comparable.
 
     Args:
-        scores: of one evaluation type and key, or of several together.
+        scores: the scores of one evaluation type and key, or of several together.
         brief: compute only the metrics on which baselines are compared.
     """
     metrics: Metrics = {"bad_step": {str(threshold): {} for threshold in (BAD_BELOW[:1] if brief else BAD_BELOW)}}
@@ -170,7 +170,7 @@ def _kendall(scores: Scores) -> Estimate:
 
 
 def _error_of_surest(scores: Scores, share: float) -> Estimate:
-    """Return the mean absolute error of the given fraction of the scores of which the judge is most certain."""
+    """Return the mean absolute error of that fraction of the scores of which the judge is most certain."""
     known = scores.where(np.isfinite(scores.std))
     by_confidence = known.where(np.argsort(known.std, kind="stable"))
     kept = np.cumsum(by_confidence.weight) <= share * by_confidence.weight.sum() + 1e-9
@@ -181,10 +181,11 @@ def _error_of_surest(scores: Scores, share: float) -> Estimate:
 def recommended_threshold(scores: Scores, folds: int = 5) -> Metrics | None:
     """Choose the score below which a step is called bad: the threshold with the greatest F1 for bad below `STRICT`.
 
-    Precision and recall are measured on tasks on which the threshold was not chosen.
+    Precision and recall are measured on tasks that were not used to choose the threshold.
 
     Returns:
-        None with fewer than `MIN_SCORES` bad or good steps, or too few tasks to hold some out.
+        The threshold with its precision and recall; None with fewer than `MIN_SCORES` bad or good steps, or too few
+        tasks.
     """
     bad, weight = bad_steps(scores, BAD_BELOW[0]) > 0, scores.weight
     fold = np.random.default_rng(0).permutation(int(scores.task.max(initial=-1)) + 1)[scores.task] % folds
@@ -222,7 +223,7 @@ def _weight_below(thresholds: Floats, values: Floats, weight: Floats) -> Floats:
 
 
 def evaluation_types(rows: Sequence[Row]) -> list[str]:
-    """Return the evaluation types in the order of every table."""
+    """Return the evaluation types in the order of all tables."""
     return sorted({row["evaluation_type"] for row in rows}, key=_type_order)
 
 
@@ -232,7 +233,7 @@ def _type_order(evaluation_type: str) -> tuple[int, str]:
 
 
 def groups(scores: Scores) -> Iterator[tuple[str, str, bool, NDArray[Any]]]:
-    """All scores, then all of each evaluation type with more than one key, then each key.
+    """Yield all scores, then those of each evaluation type with more than one key, then those of each key.
 
     Yields:
         Evaluation type, key, whether the type has no other key, and the mask of the scores.
@@ -251,9 +252,9 @@ def groups(scores: Scores) -> Iterator[tuple[str, str, bool, NDArray[Any]]]:
 
 
 def validity(rows: Sequence[Row]) -> Metrics:
-    """Count the prompts with scores, the reasons why the others have no score, and the probability on scores.
+    """Count the prompts with scores and the reasons why others have none, and measure the probability on scores.
 
-    Prompts without a score enter no other metric, so this is shown next to the metrics.
+    Prompts without a score are in no other metric, so this is shown together with the metrics.
     """
     scored = [row for row in rows if row["status"] in SCORED]
     reasons = Counter(row["reason"] or row["status"] for row in rows if row["status"] not in SCORED)
@@ -292,7 +293,7 @@ NO_BAD_STEP = -1
 
 @dataclass(frozen=True)
 class JudgedRun:
-    """The clips of one trajectory in order, and the judges' score of its answer."""
+    """The clips of one trajectory in order, and the judges' score for its answer."""
 
     task: str
     predicted: list[float]
@@ -305,12 +306,12 @@ def trajectories_of(rows: Sequence[Row], incomplete: Collection[str] = ()) -> tu
     """Group clips by trajectory.
 
     Args:
-        rows: predictions.
-        incomplete: tasks of which not every prompt was scored, because of `--limit`.
+        rows: the predictions.
+        incomplete: the tasks of which, because of `--limit`, not every prompt was scored.
 
     Returns:
-        The complete trajectories, and how many were left out for which reason: a step that is missing, without a score
-        or of unknown place would change every aggregate; two prompts for one clip number are of different runs.
+        The complete trajectories, and the number of excluded ones by reason. A missing or unscored step, or one without
+        a clip number, would change every aggregate; two prompts with one clip number belong to different runs.
     """
     clips: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     outcomes: dict[tuple[str, str], float] = {}
@@ -346,10 +347,10 @@ def _mean(values: Any) -> float:
 
 
 def trajectory_metrics(rows: Sequence[Row], incomplete: Collection[str] = ()) -> Metrics:
-    """Measure how well step scores (this judge's, and the judges' means) predict the answer's score; ProcessBench F1.
+    """Measure how well step scores (this judge's, and the judges' means) predict the answer's score.
 
-    Against the outcome: Spearman, Pearson, and AUROC for a wrong answer (outcome below 0.5). Intervals are over tasks,
-    of which each may have several trajectories. The arguments are those of `trajectories_of`.
+    Against the outcome: Spearman, Pearson, and AUROC for a wrong answer (outcome below 0.5). Also ProcessBench F1.
+    Intervals are over tasks, each of which may have several trajectories. For the arguments see `trajectories_of`.
     """
     trajectories, left_out = trajectories_of(rows, incomplete)
     ended = [each for each in trajectories if each.outcome is not None]

@@ -1,6 +1,6 @@
 """The plots of the report, as SVG: readable on paper and without colour vision.
 
-Colours are those of Okabe and Ito (2008), which are distinct in every common kind of colour vision; what they
+The colours are those of Okabe and Ito (2008), which are distinct in every common kind of colour vision; what they
 distinguish also differs in shape or line.
 """
 
@@ -40,10 +40,10 @@ _HEXBINS_A_ROW = 4
 
 
 def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, str]]:
-    """Return every plot that the scores allow.
+    """Return all plots that the scores allow.
 
     Returns:
-        Title, caption and SVG of each.
+        The title, caption and SVG of each plot.
     """
     made = [
         ("Judge against the judges' mean", _HEXBIN_CAPTION, _predicted_against_reference(scores)),
@@ -73,7 +73,7 @@ def _drawn(width: float, height: float, draw: Any, name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # The salt keeps the ids of different plots in the same page distinct. Names may be in any script: text
+    # The salt keeps the ids of different plots on the same page distinct. Names may be in any script: text
     # is kept as text, so the browser renders glyphs that the font lacks here.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -106,7 +106,7 @@ def _predicted_against_reference(scores: Scores) -> str:
     from matplotlib.ticker import MaxNLocator
 
     types = _types(scores)
-    visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest colours vanish on paper
+    visible = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1.0, 256)))  # the lightest are invisible on paper
 
     columns = min(len(types), _HEXBINS_A_ROW)
     rows = -(-len(types) // columns)
@@ -230,7 +230,7 @@ def _binned_line(axis: Any, scores: Scores, said: Floats, true: Floats, number: 
 
 
 def _equal_bins(values: Floats, most: int) -> list[Any]:
-    """Positions of the values in groups of equal size, in order of the values; groups of one value are merged."""
+    """Return the positions of sorted values in groups of equal size; groups with the same value are merged."""
     count = max(1, min(most, len(values) // _FEWEST_IN_BIN))
     edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)))
     if len(edges) == 1:

@@ -1,4 +1,4 @@
-"""The predictions of an evaluation: one line per prompt, written as they come, and read back as scores and samples."""
+"""The predictions of an evaluation: one line per prompt, written immediately, and read back as scores and samples."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,13 +22,13 @@ Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
 
 PRAISED_FROM = BAD_BELOW[-1]
-"""A judge praises a bad step if it gives the step at least this score; an RL run would repeat such steps."""
+"""A judge praises a bad step if it gives the step at least this score; RL would reinforce such steps."""
 ROW_FORMAT = 2
-"""Part of the fingerprint of `predictions.jsonl`: lines of another format are moved away, not mixed in."""
+"""Part of the fingerprint of `predictions.jsonl`: a file in another format is renamed, not continued."""
 
 
 def prediction_row(prompt: HeldOutPrompt, judgement: Judgement) -> dict[str, Any]:
-    """Return the record of one judged prompt: what the metrics need, and what links it to the input."""
+    """Return the record of one judged prompt: what the metrics need, and what identifies it in the input."""
     leaked = leaked_scores(prompt.prompt)
     return {
         "id": prompt.id,
@@ -65,10 +65,10 @@ def _distribution_row(distribution: Distribution) -> dict[str, Any]:
 
 
 def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Load the predictions that an earlier, possibly interrupted, evaluation with the same fingerprint left in `file`.
+    """Load the predictions in `file` from an earlier, possibly interrupted, evaluation with the same fingerprint.
 
-    Prompts that the judge could not answer then (memory, a server) are removed from the file, so that they are retried.
-    For everything else see `prmkit.resumable.reopen`.
+    Prompts that failed (out of memory, server errors) are removed from the file, so that they are retried. For
+    everything else see `prmkit.resumable.reopen`.
     """
     return reopen(file, fingerprint, retry=("failed",))
 
@@ -80,10 +80,10 @@ Strings = NDArray[np.object_]
 
 @dataclass(frozen=True)
 class Scores:
-    """One entry for every score of every judged prompt that has a reference; all arrays have one length."""
+    """One entry for every score of every judged prompt that has a reference; all arrays have the same length."""
 
     row: Integers
-    """The index of its prediction in the rows from which the table was made."""
+    """The index of the prediction in the rows from which the table was made."""
     prompt: Strings
     """SHA-256 of the prompt."""
     evaluation_type: Strings
@@ -106,13 +106,13 @@ class Scores:
     references: Floats
     """The scores of each reference judge, shape (scores, judges); NaN where a judge gave no score."""
     constant_mean: Floats
-    """Mean and median of the training labels; if these are unknown, of the held-out references."""
+    """The mean and median of the training labels; if these are unknown, of the held-out references."""
     constant_median: Floats
     leaked_mean: Floats
     """The mean of the scores that the prompt shows; NaN if it does not show any."""
     leaked_last: Floats
     weight: Floats
-    """How many prompts its prompt represents: see `prmkit.rows.WEIGHT`."""
+    """The number of prompts that the prompt represents: see `prmkit.rows.WEIGHT`."""
     judge_weights: Floats
     """The same weight among the prompts of each judge, shape (scores, judges)."""
 
@@ -136,7 +136,7 @@ def has_score(row: Row, key: str) -> bool:
 
 
 def table_of_scores(rows: Sequence[Row], judges: Sequence[str], constants: Constants) -> Scores:
-    """Return every score that both the judge and at least one reference gave.
+    """Return every score that both the judge and at least one reference judge gave.
 
     Args:
         rows: predictions; those without scores are skipped.
@@ -243,7 +243,7 @@ def pairs(scores: Scores) -> Sample:
 
 
 def suspicion(scores: Scores, threshold: float) -> Sample:
-    """Minus the score of each step, so that bad steps rank high, against 1.0 for a bad step and 0.0 for a good one."""
+    """The negative score of each step, so that bad steps rank high, against 1.0 for a bad step, otherwise 0.0."""
     return _sample(scores, -scores.predicted, bad_steps(scores, threshold))
 
 
@@ -273,7 +273,7 @@ def probability_of_bad(scores: Scores, threshold: float) -> Sample:
 
 
 def confidence(scores: Scores) -> Sample:
-    """Minus the standard deviation of each score, against its error."""
+    """The negative standard deviation of each score, against its error."""
     known = scores.where(np.isfinite(scores.std))
     return _sample(known, -known.std, np.abs(known.predicted - known.reference))
 

@@ -30,7 +30,7 @@ _TABLES_OF_GROUPS = 4
 def write_report(
     file: Path, metrics: Mapping[str, Any], rows: Sequence[Row], held_out: HeldOut, constants: Constants
 ) -> None:
-    """Write the report; it loads nothing from outside.
+    """Write the report, which loads no other files.
 
     Args:
         file: the HTML file.
@@ -91,7 +91,7 @@ def judge_name(metrics: Mapping[str, Any]) -> str:
 
 
 def next_steps(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """Yield what to do with this judge, each item with its command or None."""
+    """Yield suggestions for what to do with this judge, each with its command or None."""
     types = metrics["summary"]["types"]
     grades = {each["grade"] for each in types.values()}
     judge = metrics["judge"]
@@ -105,7 +105,7 @@ def next_steps(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
             yield f"{group['evaluation_type']}: {sentence}", None
     if "unknown" in grades:
         yield (
-            "Hold out more tasks, train and measure again.",
+            "Hold out more tasks, then train and measure again.",
             "python convert_dataset.py --eval-ratio 0.3",
         )
     if grades & {"weak", "not_useful"}:
@@ -317,7 +317,7 @@ def _clip(number: int | None) -> str | None:
 
 
 def _step_of(prompt: str) -> str:
-    """Return the part of the prompt with the step: from its heading on; without one, what precedes the schema."""
+    """Return the part of the prompt with the step: from its heading on; without a heading, all before the schema."""
     shown = prompt[: prompt.rfind("\n", 0, asked[-1].start())] if (asked := list(_SCHEMA.finditer(prompt))) else prompt
     if headings := list(_STEP.finditer(shown)):
         return _shortened(shown[headings[-1].start() :], _EXCERPT)

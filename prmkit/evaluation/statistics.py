@@ -1,9 +1,9 @@
 """The statistics of agreement, written for weighted tasks (see `prmkit.evaluation.estimates`).
 
-Every function takes a sample and returns its `Statistic`. With weight one for every task the values equal those of
+Every function takes a sample and returns its `Statistic`. With weight 1 for every task, the values equal those of
 scipy and scikit-learn; with whole-number weights of tasks or pairs (`Sample.weight`) they equal those of the rows
-repeated that often. The tests check both. An undefined value (nothing varies, nothing to count) is NaN here, and
-`null` with its reason in `metrics.json`.
+repeated that often. The tests check both. An undefined value (nothing varies, nothing to count) is NaN here, and `null`
+with its reason in `metrics.json`.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from prmkit.evaluation.estimates import Floats, Integers, Sample, Statistic, mea
 from prmkit.judge.types import SAME_SCORE
 
 BANDS = (0.2, 0.4, 0.6, 0.8)
-"""Where the five bands of the rubric meet; a score on a border belongs to the band above."""
+"""The borders between the five bands of the rubric; a score on a border belongs to the upper band."""
 CALIBRATION_BINS = 10
 MIN_GROUP = 5
 """A key with fewer scores than this has no rank correlation."""
@@ -61,7 +61,7 @@ def _baseline_of(sample: Sample) -> Sample:
 
 
 def share_predicted(sample: Sample) -> Statistic:
-    """The mean of `predicted`, for shares: 1.0 for what is counted, 0.0 for the rest."""
+    """The mean of `predicted`, for fractions: 1.0 for what is counted, 0.0 for the rest."""
     return mean_of(sample, sample.predicted)
 
 
@@ -77,7 +77,7 @@ def pearson(sample: Sample) -> Statistic:
     """Pearson's product-moment correlation."""
     if not len(sample.task):
         return lambda weights: np.full(len(weights), np.nan)
-    # Centred first, or the differences of large sums below would lose precision.
+    # Centred first; otherwise the differences of large sums below would lose precision.
     predicted, reference = (
         values - weighted_mean(values, sample.weight) for values in (sample.predicted, sample.reference)
     )
@@ -86,7 +86,7 @@ def pearson(sample: Sample) -> Statistic:
 
     def statistic(weights: Floats) -> Floats:
         n, x, y, xx, yy, xy = (weights @ sums).T
-        drawn = np.where(n > 0, n, 1.0)  # a resample may hold no pair at all of what this was made from
+        drawn = np.where(n > 0, n, 1.0)  # a resample may contain none of these pairs
         return _correlation(xx - x * x / drawn, yy - y * y / drawn, xy - x * y / drawn, n)
 
     return statistic
@@ -95,8 +95,8 @@ def pearson(sample: Sample) -> Statistic:
 def spearman(sample: Sample) -> Statistic:
     """Spearman's rho: Pearson's correlation of the midranks, ranked again in every resample.
 
-    A rank is the number of pairs below, ties counting half. The mean of n such ranks is n / 2, and the sum of squares
-    around it is n³ minus the cubes of the ties, divided by 12, so only the sum of products needs all pairs.
+    A rank is the number of pairs below, with ties counted as one half. The mean of n such ranks is n / 2, and the sum
+    of squares around it is n³ minus the cubes of the ties, divided by 12, so only the sum of products needs all pairs.
     """
     predicted, reference = _Values(sample, sample.predicted), _Values(sample, sample.reference)
     sizes_of, other_sizes_of = predicted.counted(sample.weight), reference.counted(sample.weight)
@@ -111,7 +111,7 @@ def spearman(sample: Sample) -> Statistic:
             drawn *= sample.weight[:, None]
         products = np.einsum("nr,nr,nr->r", drawn, ranks[predicted.place], other_ranks[reference.place])
         cubes, other_cubes = (np.einsum("vr,vr,vr->r", tied, tied, tied) for tied in (sizes, other_sizes))
-        cube = n * n * n  # rounded as those are, so that a constant has no variance
+        cube = n * n * n  # rounded in the same way, so that a constant has no variance
         return _correlation((cube - cubes) / 12, (cube - other_cubes) / 12, products - cube / 4, n)
 
     return statistic
@@ -155,7 +155,7 @@ def kendall(sample: Sample) -> float:
 
 
 def roc_area(sample: Sample) -> Statistic:
-    """AUROC: the probability that a bad step is suspected more than a good one, ties counting half (Mann-Whitney).
+    """AUROC: the probability that a bad step is suspected more than a good one, with ties as one half (Mann-Whitney).
 
     Args:
         sample: `predicted` is the suspicion, `reference` 1.0 for a bad step and 0.0 for a good one.
@@ -258,11 +258,11 @@ def band(scores: Floats) -> Integers:
 def first_error_f1(sample: Sample) -> Statistic:
     """ProcessBench F1 (Zheng et al. 2024, arXiv 2412.06559).
 
-    The harmonic mean of two accuracies: among trajectories with a bad step, how often exactly the first one is named;
-    among those without, how often no step is named.
+    The harmonic mean of two accuracies: among trajectories with a bad step, how often exactly the first one is found;
+    among those without, how often no step is flagged.
 
     Args:
-        sample: one trajectory each; the index of its first bad step, -1 for none.
+        sample: the index of the first bad step of each trajectory; -1 if it has none.
     """
     wrong = sample.reference >= 0
     hit = (sample.predicted == sample.reference).astype(np.float64)
@@ -287,15 +287,15 @@ def pairwise_accuracy(pairs: Sample) -> Statistic:
     acc_eq = (C + T_hm) / (C + D + T_h + T_m + T_hm): pairs in the right order, or tied in both, among all pairs (h the
     reference, m the judge). It is computed in each group and averaged over the groups (the paper's group-by-item).
     Two scores of the judge tie if they are at most epsilon apart; epsilon is the single value that maximises the
-    average. It is chosen on these same pairs and kept in the resamples, so compare with `always_tied`, which a constant
-    judge reaches.
+    average. Epsilon is chosen on the same pairs and is not chosen again in the resamples, which favours the judge:
+    compare with `always_tied`, the value of a constant judge.
 
     Args:
         pairs: see `prmkit.evaluation.estimates.make_pairs`.
     """
     distance, tied = np.abs(pairs.predicted), _tied(pairs)
     if tied.all():
-        return lambda weights: np.full(len(weights), np.nan)  # there is no order that could be right
+        return lambda weights: np.full(len(weights), np.nan)  # no order could be right
     right_order = ~tied & (np.sign(pairs.predicted) == np.sign(pairs.reference))
     epsilon = _best_epsilon(distance, tied * pairs.weight, right_order * pairs.weight)
     return mean_of(pairs, np.where(distance <= epsilon, tied, right_order).astype(np.float64))
@@ -373,7 +373,7 @@ def weighted_median(values: Floats, weight: Floats) -> float:
 
 
 class _Values:
-    """The distinct values of a sample in rising order, and how often each occurs in a resample."""
+    """The distinct values of a sample in ascending order, and how often each occurs in a resample."""
 
     def __init__(self, sample: Sample, values: Floats) -> None:
         distinct, self.place = np.unique(values, return_inverse=True)
@@ -390,7 +390,7 @@ class _Values:
 
 
 def _below(sizes: Floats) -> Floats:
-    """How many have a smaller value, equal values counting half, if each value occurs `sizes` times."""
+    """How many have a smaller value (equal values count as one half), if each value occurs `sizes` times."""
     below = running_sums(sizes)
     below -= sizes / 2
     return below

@@ -12,7 +12,7 @@ Group = Mapping[str, Any]
 """One entry of `groups` in `metrics.json`."""
 
 MIN_SCORED = 0.95
-"""The fraction of requested scores that a judge must give: one that gives fewer may leave out those that matter."""
+"""The fraction of requested scores that a judge must give, because the missing ones may be those that matter."""
 MIN_BAD = 10
 """The number of bad (and of good) scores needed to grade how well the judge finds bad steps."""
 _BIAS_HELPS = 0.05  # the bias is worth reporting if subtracting it lowers the RMSE by at least this fraction
@@ -37,7 +37,7 @@ _IMPORTANCE = {metric.header: metric.importance for metric in _SHOWN} | {
     "constant": 2, "judges": 4, "tasks": 5, "n": 9,
 }  # fmt: skip
 OPTIONAL = tuple(sorted(_IMPORTANCE, key=lambda header: _IMPORTANCE[header]))[:-1]
-"""Columns that a narrow terminal drops, the first to be dropped first: all but the most important one."""
+"""The columns that a narrow terminal drops, in that order: all except the most important one."""
 LEGEND = (
     "; ".join(f"{metric.header}: {metric.meaning}" for metric in _SHOWN)
     + "; constant: the RMSE of always answering the training mean; judges: mean Spearman of two judges."
@@ -153,7 +153,7 @@ def overconfidence_sentence(group: Group) -> str | None:
 
 
 def ceiling_sentence(group: Group) -> str | None:
-    """Describe how well judges agree, and the upper bound that follows from that; None if it is unknown."""
+    """Describe how well judges agree, and the resulting upper bound; None if their agreement is unknown."""
     other = judges_agreement(group)
     if other is None or other["value"] is None:
         return None

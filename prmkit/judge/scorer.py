@@ -45,7 +45,7 @@ class ShapeOf:
     """Evaluation type -> shapes of the judge's training labels, most frequent first."""
 
     def __call__(self, prompt: str, evaluation_type: str | None, system: str | None = None) -> Shape | str:
-        """The shape, or why it is not known."""
+        """The shape, or why it is unknown."""
         asked = asked_shape(prompt, system)
         learned = (self.trained or {}).get(evaluation_type or "", ())
         if self.keys:
@@ -288,7 +288,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # Without defaults here, because one of these flags without a server is a mistake.
     add("--api-key-env", metavar="NAME", help=f"environment variable with the server's key (default: {KEY_VARIABLE})")
-    at_once = f"requests at once (default: {Endpoint.concurrency})"
+    at_once = f"maximum concurrent requests (default: {Endpoint.concurrency})"
     add("--concurrency", type=cli.positive, metavar="N", help=at_once)
     add(
         "--logprobs",
@@ -349,7 +349,7 @@ def _named_source(arguments: argparse.Namespace) -> JudgeSource:
             raise UsageError("--adapter needs --model, its base model. For a complete training run, pass only --run.")
         return judge_source_of_run(arguments.run or DEFAULT_RUN)
     if arguments.run is not None:
-        raise UsageError("--run and --model are mutually exclusive. Leave one out.")
+        raise UsageError("--run and --model are mutually exclusive. Use only one.")
     model = Path(arguments.model)
     if arguments.adapter is None:
         return judge_source_of_export(model) if (model / EXPORT_NOTE).is_file() else JudgeSource(model)
@@ -363,18 +363,18 @@ _SERVER_SETTINGS = ("concurrency", "logprobs", "top_logprobs", "timeout")
 
 
 def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
-    """Return the server of --base-url; None without it."""
+    """Return the server of --base-url; None if that was not passed."""
     if arguments.base_url is None:
         _check_no_server(arguments)
         return None
     if arguments.backend == "transformers":
-        raise UsageError("--backend transformers loads the model here, but --base-url is a server. Leave one out.")
+        raise UsageError("--backend transformers loads the model here, but --base-url is a server. Use only one.")
     if not arguments.model:
         raise UsageError("--base-url needs --model, the model's name on the server.")
     # A challenger is always loaded here, on the same device.
     loading = ("adapter", *(() if getattr(arguments, "challenger", None) else ("device", "dtype")))
     if given := _given(arguments, loading):
-        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url is a server. Leave it out.")
+        raise UsageError(f"{given}: only for a judge that is loaded here, but --base-url is a server. Drop one.")
     for url in arguments.base_url:
         check_url(url)
     first, *others = arguments.base_url

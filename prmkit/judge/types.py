@@ -111,21 +111,21 @@ class Judgement:
     trimmed: bool = False
     """Whether the middle of the prompt was cut to fit the context."""
     std: float | None = None
-    """The standard deviation of `score`, including the correlation between the keys; None without a spread."""
+    """The standard deviation of `score`, including the correlation between the keys; None if there is no spread."""
 
     @property
     def score(self) -> float | None:
-        """The mean of the keys' scores; None without scores."""
+        """The mean of the keys' scores; None if there are no scores."""
         return sum(each.mean for each in self.scores.values()) / len(self.scores) if self.scores else None
 
     @property
     def label_mass(self) -> float | None:
-        """The lowest of the keys' label masses: a score is only as reliable as its worst part; None without scores."""
+        """The lowest of the keys' label masses: a score is only as reliable as its worst part; None if unscored."""
         return min((each.label_mass for each in self.scores.values() if each.label_mass is not None), default=None)
 
     @property
     def reach(self) -> float | None:
-        """The lowest of the keys' reaches; None without any."""
+        """The lowest reach of all keys; None if there is no reach."""
         return min((each.reach for each in self.scores.values() if each.reach is not None), default=None)
 
 

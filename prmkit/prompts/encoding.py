@@ -61,16 +61,17 @@ class ChatEncoding:
         return self.pair_ids(prompt, "", system)[0]
 
     def opened_ids(self, prompt: str, answer_so_far: str, system: str | None = None) -> list[int]:
-        """Return the token ids of the prompt and an unfinished answer, as in training but without the end of turn.
+        """Return the token ids of the prompt and an unfinished answer, as in training but without the end-of-turn
+        token.
 
         Raises:
-            UsageError: this template's end of turn merges with the answer's last token, so it cannot be removed.
+            UsageError: this template's end-of-turn token merges with the answer's last token, so it cannot be removed.
         """
         prompt_ids, answer_ids = self.pair_ids(prompt, answer_so_far, system)
         end = self._end_of_turn_ids
         if end and answer_ids[-len(end) :] != end:
             raise UsageError(
-                "this template's end of turn cannot be separated from the answer; score with --mode generate."
+                "this template's end-of-turn token cannot be separated from the answer. Use --mode generate."
             )
         return prompt_ids + answer_ids[: len(answer_ids) - len(end)]
 

@@ -106,7 +106,7 @@ def _trimmable_spans(prompt: str) -> list[range]:
 
 
 def judged_part(prompt: str) -> range | None:
-    """Return the span of the step that a prompt asks about; None without a step, or in an unknown format."""
+    """Return the span of the step that a prompt asks about; None if there is no step or the format is unknown."""
     end = start_of_question(prompt)
     if steps := list(_STEP.finditer(prompt, 0, end)):
         closing = prompt.rfind("\n</step>", steps[-1].end() - 1, end)

@@ -13,7 +13,7 @@ REPLAY = {"base": 1.0, "adapter": 0.3}
 
 _EPILOG = """\
 VERSION is a tag (production), a number, NAME@TAG or NAME@NUMBER. The judges
-are in judges/, or in the folder in the environment variable PRMKIT_JUDGES.
+are in judges/; the environment variable PRMKIT_JUDGES sets another folder.
 evaluate_judge.py, score_trajectories.py, serve_judge.py and train.py
 --export-only also take --judge VERSION.
 """
@@ -52,7 +52,7 @@ def _add_monitoring(commands: "argparse._SubParsersAction[_Parser]") -> None:
         command.add_argument("--days", type=cli.seconds, metavar="N", help="only steps logged in the last N days")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (drift, page):
-        limit = "population stability index (PSI) above which it is drift (default: %(default)s)"
+        limit = "a larger population stability index (PSI) counts as drift (default: %(default)s)"
         command.add_argument("--limit", type=cli.share, default=SHIFT_LIMIT, metavar="X", help=limit)
 
 
@@ -60,8 +60,8 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     retrain = commands.add_parser(
         "retrain",
         help="train a new version from an old one and new rows, and compare the two",
-        epilog="Exit code 0: the gate is met, or no row is new; 4: it is not met, or is undecided. To continue after a "
-        "kill, run the same command again.",
+        epilog="Exit code 0: the gate is met, or no row is new; 4: it is not met, or is undecided. If a retraining was "
+        "killed, run the same command again to continue.",
     )
     add = retrain.add_argument
     add("version", metavar="VERSION", help="the version to start from, such as production")
@@ -85,7 +85,7 @@ def _add_retraining(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     add("--set", nargs="+", default=[], metavar="key=value", help="a key of LLaMA Factory, such as learning_rate=1e-5")
     add("--promote-if-better", action="store_true", help="tag the new version if the gate is met")
-    add("--accept-contradiction", action="store_true", help="also train on labels that contradict the judge")
+    add("--accept-contradiction", action="store_true", help="train even if the labels contradict the judge")
     add("--why", metavar="TEXT", help="the reason, for the history")
     add("--mlflow", action="store_true", help="also log the new version to MLflow")
     add("--json", action="store_true", help="print the result as JSON")
@@ -96,7 +96,7 @@ def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add = commands.add_parser("add", help="copy a finished training run into the registry, with its data and its rows")
     add.add_argument("run", metavar="RUN", type=Path, help="folder of a finished training run")
     add.add_argument("--name", default="judge", help="the judge's name (default: %(default)s)")
-    add.add_argument("--parent", metavar="VERSION", help="the version that it was made from")
+    add.add_argument("--parent", metavar="VERSION", help="the version that this one was trained from")
     add.add_argument("--rows", type=Path, nargs="+", default=(), metavar="FILE", help="the rows that were converted")
     add.add_argument("--data-dir", type=Path, metavar="FOLDER", help="the converted data (default: the training run's)")
     listing = commands.add_parser("list", help="all versions, with their agreement with the judges")
@@ -105,12 +105,12 @@ def _add_versions(commands: "argparse._SubParsersAction[_Parser]") -> None:
     diff = commands.add_parser("diff", help="differences between two versions: settings, data, agreement")
     diff.add_argument("version", metavar="VERSION", help=which)
     diff.add_argument("other", metavar="OTHER", help="the version to compare it with")
-    tag = commands.add_parser("tag", help="point a tag, such as production, to a version")
+    tag = commands.add_parser("tag", help="point a tag, such as production, at a version")
     tag.add_argument("version", metavar="VERSION", help=which)
     tag.add_argument("tag", metavar="TAG", help="any word, such as production")
-    back = commands.add_parser("rollback", help="point a tag to the version that had it before")
+    back = commands.add_parser("rollback", help="move a tag back to the version that had it before")
     back.add_argument("version", metavar="TAG", help="the tag to move, such as production")
-    remove = commands.add_parser("remove", help="delete a version that no tag points to")
+    remove = commands.add_parser("remove", help="delete an untagged version")
     remove.add_argument("version", metavar="VERSION", help=which)
     export = commands.add_parser("export", help="a folder with weights and model card, ready for a hub")
     export.add_argument("version", metavar="VERSION", help=which)

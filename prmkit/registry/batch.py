@@ -115,7 +115,7 @@ def kept_rows(job: Job) -> list[Path]:
     rows = sorted((job.parent_folder / ROWS).glob("*"))
     if not rows:
         raise UsageError(
-            f"{job.parent} was registered without its rows, so it cannot be retrained. Add one with --rows."
+            f"{job.parent} was registered without its rows, so it cannot be retrained. Add a version with --rows."
         )
     return rows
 
@@ -165,7 +165,7 @@ def _convert(job: Job, name: str, inputs: Sequence[Path], flags: Sequence[Any]) 
 
 
 def _replayed(job: Job, old: Sequence[Path], held_out: set[str], rubric: str | None) -> Path | None:
-    """Write the old rows to use again: those of all held-out tasks and of a fraction of the others, by hash.
+    """Write the old rows to use again: those of all held-out tasks, and of a fraction of the others, chosen by hash.
 
     Lines are numbered as in the conversion: in a file of labelled runs, each labelled step is one line.
     """
@@ -200,7 +200,7 @@ def write_config(job: Job) -> Path:
     """Write the training config: the parent's, with the folders of this retraining.
 
     Raises:
-        UsageError: there is no adapter to start from.
+        UsageError: the parent has no adapter to start from.
     """
     config = dict(read_json(job.parent_folder / RUN / RUN_RECORD)["config"])
     for key in ("adapter_name_or_path", "export_dir", "resume_from_checkpoint", "eval_on_start"):
@@ -220,7 +220,7 @@ def write_config(job: Job) -> Path:
 
 
 def run_script(script: str, arguments: Sequence[Any], *, check: bool = True) -> int:
-    """Run one of the scripts, whose results are files; it is killed if this process is killed."""
+    """Run one of the scripts, whose results are files; if this process is killed, so is the script."""
     command = [sys.executable, str(_SCRIPTS / script), *map(str, arguments)]
     log.info("$ python %s %s", script, shlex.join(command[2:]))
     parent = os.getpid()
@@ -331,7 +331,7 @@ def _findings(report: Mapping[str, Any], shifted: Mapping[str, bool]) -> Iterato
 
 
 def check_sides(data: Path, name: str, folder: Path) -> int:
-    """Check that no version was trained on rows that are now held out, or held out rows that are now trained on.
+    """Check that no version was trained on rows that are now held out, or measured on rows that are now for training.
 
     Returns:
         The number of versions that were compared.

@@ -114,7 +114,7 @@ def show_version(folder: Path, reference: str, *, as_json: bool) -> None:
         ("parent", record["parent"] or "none"),
         ("trained in", record["run"]),
         ("base model", record["base_model"]),
-        ("training rows", "not known" if record["training_rows"] is None else f"{record['training_rows']:,}"),
+        ("training rows", "unknown" if record["training_rows"] is None else f"{record['training_rows']:,}"),
         ("Spearman", shown_estimate(record["spearman"])),
         *((f"  {name}", shown_estimate(estimate)) for name, estimate in record["types"].items()),
         *((f"exam {exam['name']}", exam["sentence"]) for exam in exams_of(version, folder)),
@@ -159,7 +159,7 @@ def _config(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _data(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     file = registered.folder_of_version(_id(record), folder) / DATA / REPORT
     if not file.is_file():
-        return {"conversion": "not known"}
+        return {"conversion": "unknown"}
     report = read_json(file)
     return {
         "input": ", ".join(source["sha256"][:12] for source in report["inputs"]),
@@ -252,7 +252,7 @@ def log_version(version: VersionId, folder: Path) -> str:
         mlflow.set_experiment("prmkit")
         with mlflow.start_run(run_name=str(version)) as run:
             mlflow.set_tags({"prmkit.version": str(version), "prmkit.parent": record["parent"] or "none",
-                             "prmkit.data": record["conversion_report_sha256"] or "not known"})  # fmt: skip
+                             "prmkit.data": record["conversion_report_sha256"] or "unknown"})  # fmt: skip
             mlflow.log_params({key: value for key, value in config.items() if key not in PLACES})
             mlflow.log_metrics(_mlflow_metrics(version, record, folder))
     except mlflow.exceptions.MlflowException as error:

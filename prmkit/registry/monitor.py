@@ -60,7 +60,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
         days: only steps logged in the last `days` days; None for all.
 
     Raises:
-        DataError: a file is missing, a line is of neither kind or has a wrong value, or nothing is left.
+        DataError: a file is missing, a line is of neither kind or has an invalid value, or no steps are left.
         UsageError: `days` is given for a file without times.
     """
     found = []
@@ -233,7 +233,7 @@ def _runs(steps: Iterable[LoggedStep]) -> dict[str, list[LoggedStep]]:
 
 
 def _are_complete(run: Sequence[LoggedStep], other: Sequence[LoggedStep]) -> bool:
-    """Whether two judges scored the same steps of a run. If they are asked in different words, ids identify steps."""
+    """Whether two judges scored the same steps of a run. If their prompts differ, steps are identified by their ids."""
     same = any(Counter(map(what, run)) == Counter(map(what, other)) for what in map(attrgetter, ("prompt", "id")))
     return same and all(map(_is_sure, [*run, *other]))
 
@@ -285,7 +285,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
             undecided[name] = len(now)
             continue
         if keys not in references:
-            findings.append(f"{name}: {len(now):,} steps with score keys that the judge was never evaluated on")
+            findings.append(f"{name}: {len(now):,} steps with score keys on which the judge was never evaluated")
             continue
         groups[name] = group = _compared(references[keys], now, limit)
         findings += [f"{name}: {what} (PSI {each['psi']:.2f}, KS {each['ks']:.2f})"
@@ -297,8 +297,8 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
         "now": sum(step.status != "ok" for step in steps) / len(steps),
     }
     if unsure["now"] - unsure["then"] > limit:
-        findings.append(f"unsure or unscored: {unsure['now']:.0%}, {unsure['then']:.0%} on the held-out rows")
-    # A few rare score keys may stay undecided; not most of them, and not everything.
+        findings.append(f"unsure or unscored: {unsure['now']:.0%}, but {unsure['then']:.0%} on the held-out rows")
+    # A few rare score keys may stay undecided, but not most of them and not all.
     is_decided = len(undecided.keys() & groups.keys()) < len(groups) and sum(undecided.values()) < len(steps) / 10
     undecided_names = [] if is_decided else list(undecided) or ([] if findings else ["all steps"])
     return {"groups": groups, "unsure": unsure, "statuses": dict(Counter(step.status for step in steps)),
@@ -306,7 +306,7 @@ def drift_of(steps: Sequence[LoggedStep], held_out: Sequence[Mapping[str, Any]],
 
 
 def _compared(then: Sequence[Mapping[str, Any]], now: Sequence[LoggedStep], limit: float) -> dict[str, dict[str, Any]]:
-    """Compare the quantities in one group of score keys, if both the held-out rows and the log have them."""
+    """Compare those quantities of one group of score keys that both the held-out rows and the log have."""
     masses = [[each["label_mass"] for each in line["scores"].values()] for line in then]
     pairs: dict[str, tuple[Sequence[float | None], Sequence[float | None]]] = {
         "score": ([line["score"] for line in then], [step.score for step in now]),
@@ -330,7 +330,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
     """Read trajectory -> outcome from lines with `trajectory_id` and `outcome` (a number, true or false, or an object).
 
     Raises:
-        DataError: a line has no outcome from 0 to 1, or two lines have different ones for one run.
+        DataError: a line has no outcome from 0 to 1, or two lines have different outcomes for the same run.
     """
     found: dict[str, float] = {}
     for number, line in numbered_jsonl(path):
@@ -339,7 +339,7 @@ def read_outcomes(path: Path) -> dict[str, float]:
         if outcome is None or name is None:
             raise DataError(f"{path}:{number}: needs trajectory_id, and an outcome from 0 to 1.")
         if found.get(name, outcome) != outcome:
-            raise DataError(f"{path}:{number}: {name} has another outcome in an earlier line. Keep the right one.")
+            raise DataError(f"{path}:{number}: {name} has a different outcome on an earlier line. Keep the right one.")
         found[name] = found[str(log_id(name))] = outcome  # a log has only the hash of an id that may be text
     return found
 

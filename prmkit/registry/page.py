@@ -64,7 +64,7 @@ def _ab(steps: Sequence[monitor.LoggedStep]) -> Mapping[str, Any] | None:
         return None
     try:
         return monitor.compare_judges(steps, None)
-    except UsageError as error:  # one judge, or three: nothing to compare, and the page says so
+    except UsageError as error:  # one judge, or three: there is nothing to compare, and the page says so
         return {"reason": str(error)}
 
 

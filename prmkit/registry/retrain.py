@@ -44,7 +44,7 @@ def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
 
     Raises:
         DataError: another retraining is running, the rows cannot be read, or held-out rows would leak.
-        UsageError: the version was registered without its rows, or trained on filtered data.
+        UsageError: the version was registered without its rows, or was trained on filtered data.
         LlamaFactoryError: the training failed.
     """
     parent = registered.find_version(asked.reference, registry)
@@ -63,13 +63,13 @@ def retrain(registry: Path, asked: Retraining) -> dict[str, Any]:
 
 
 def _key_of(asked: Retraining, parent: VersionId | str, hashes: Sequence[str]) -> str:
-    """What makes two retrainings the same one."""
+    """Identifies a retraining: the same command has the same key."""
     what = [str(parent), hashes, asked.start, asked.replay, asked.margin, asked.settings, asked.accept_contradiction]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def _already_in(version: VersionId, registry: Path, asked: Retraining, hashes: Sequence[str]) -> dict[str, Any]:
-    """The answer if the version was trained on the rows: its own result to the command that made it, else none."""
+    """The result if the version was already trained on these rows: its own for the command that made it, else empty."""
     details = registered.read_version(version, registry)["details"]
     log.info("%s was already trained on these rows; nothing to do.", version)
     result = {"version": str(version), "parent": details.get("parent"), "promoted": False, "report": None,
@@ -114,7 +114,7 @@ def _promote(job: Job, result: dict[str, Any]) -> dict[str, Any]:
     version = registered.find_version(result["version"], job.registry)
     rolled_back = {"action": "rollback", "judge": job.parent.name, "tag": tag, "was": version.number}
     if any(rolled_back.items() <= line.items() for line in registered.read_history(job.registry)):
-        log.warning("warning: %s was rolled back earlier; not promoting it automatically. Tag it manually.", version)
+        log.warning("warning: %s was rolled back earlier, so it was not promoted. Tag it manually.", version)
         return result
     why = job.asked.why or f"better than {job.parent} by the gate of its retraining"
     versions.tag_version(job.registry, result["version"], tag, why, expected=job.parent)
@@ -149,7 +149,7 @@ def _report(job: Job) -> dict[str, Any]:
 
 
 def _drops(known: Mapping[str, Any], metrics: Mapping[str, Any], parent: VersionId) -> list[str]:
-    """Describe evaluation types on which the judge agrees significantly less with the new labels than with the old."""
+    """Describe evaluation types for which the judge agrees significantly less with the new labels than with the old."""
     found = []
     for name, summary in metrics["summary"]["types"].items():
         before = (known["summary"]["types"].get(name) or {}).get("spearman") or {}
@@ -164,7 +164,7 @@ def _drops(known: Mapping[str, Any], metrics: Mapping[str, Any], parent: Version
 
 
 def _contradiction(metrics: Mapping[str, Any], parent: VersionId) -> str | None:
-    """Report that the judge ranks the new rows in reverse: it or the labels are wrong, and a person must decide."""
+    """Describe a reversed ranking of the new rows: the judge or the labels are wrong, and a person must decide."""
     for name, summary in metrics["summary"]["types"].items():
         estimate = summary["spearman"]
         if estimate.get("high") is not None and estimate["high"] < 0:
@@ -187,7 +187,7 @@ def _train(job: Job) -> Path:
     code = run_script("train.py", ["--config", write_config(job), *job.asked.settings], check=False)
     if code or read_json(record).get("status") != "finished":
         raise LlamaFactoryError(
-            f"{run}: training failed (exit code {code}), for the reason above. Run the same command again to continue."
+            f"{run}: training failed (exit code {code}); see above. Run the same command again to continue."
         )
     return run
 

@@ -62,7 +62,7 @@ def _remove_leftovers(folder: Path, state: RegistryState) -> None:
     removed = [registered.folder_of_version(version, folder) for version in state.removed]
     known = {registered.folder_of_version(version, folder) for version in state.versions}
     unfinished = [place for place in folder.glob(f"*/{_ADDING}[0-9]*") if _final_place(place).name.isdecimal()]
-    # One that was renamed, but whose line was not written. Its .adding folder goes last: a sweep can be killed, too.
+    # Renamed versions whose line was not written. The .adding folder is removed last, because this, too, can be killed.
     removed += [final for final in map(_final_place, unfinished) if final not in known]
     for place in [*removed, *unfinished]:
         if place.is_dir():
@@ -70,13 +70,13 @@ def _remove_leftovers(folder: Path, state: RegistryState) -> None:
     for file in sorted(folder.glob(f"*/*/{registered.VERSION_FILE}")):
         if file.parent.name.isdecimal() and file.parent not in known:
             raise DataError(
-                f"{file.parent}: {folder / registered.HISTORY_FILE} has no line that adds this version, so lines of it "
+                f"{file.parent}: {folder / registered.HISTORY_FILE} has no line for this version, so lines of it "
                 "are lost. Restore the file from a backup, or remove the folder by hand."
             )
 
 
 def _final_place(adding: Path) -> Path:
-    """Where the version goes that is first copied to `.adding-NUMBER/NUMBER`."""
+    """The final folder of a version that is first copied to `.adding-NUMBER/NUMBER`."""
     return adding.with_name(adding.name.removeprefix(_ADDING))
 
 
@@ -161,7 +161,7 @@ def add_version(folder: Path, addition: Addition) -> VersionId:
         version = VersionId(addition.name, state.last_number.get(addition.name, 0) + 1)
         for other in state.versions:
             if other.name == addition.name and registered.read_version(other, folder)["run_id"] == record["id"]:
-                raise UsageError(f"{addition.run} is already registered, as {other}.")
+                raise UsageError(f"{addition.run} is already registered as {other}.")
         final = registered.folder_of_version(version, folder)
         # The outer folder remains until the line is written: a version that has neither a line nor this folder is not
         # a remnant of a killed command, so the history has lost its line.
@@ -188,7 +188,7 @@ def _finished(run: Path) -> dict[str, Any]:
     record = read_json(file)
     if record.get("status") != "finished":
         raise DataError(
-            f"{run}: its training is {record.get('status')}, not finished. Run the same training command again."
+            f"{run}: the training is {record.get('status')}, not finished. Run the same training command again."
         )
     return dict(record)
 
@@ -256,7 +256,7 @@ def _copy_rows(addition: Addition, report: Mapping[str, Any], data: Path, target
         for number, file in enumerate(addition.keep_rows):
             shutil.copy2(file, target / f"{number:03d}_{file.name.lstrip('0123456789_') or 'rows.jsonl'}")
         return
-    # Inputs are relative to the working directory of the conversion, or to where the project is now.
+    # Input paths are relative to the conversion's working directory, or to the project's current folder.
     folders = [Path(), *data.resolve().parents[:4]]
     reported = [folder / source["source"] for source in report["inputs"] for folder in folders]
     files = [*addition.rows] or reported
@@ -321,14 +321,14 @@ def _make_read_only(folder: Path) -> None:
 def tag_version(
     folder: Path, reference: str, tag: str, why: str | None, *, expected: VersionId | None = None
 ) -> VersionId:
-    """Point a tag to a version.
+    """Point a tag at a version.
 
     Args:
         folder: the registry.
         reference: the version.
         tag: the tag.
         why: the reason, for the history.
-        expected: the version that must have the tag now, if any version has it, because of rollbacks in the meantime.
+        expected: the version that must have the tag, if any has it; otherwise the tag was moved in the meantime.
 
     Raises:
         UsageError: there is no such version, or the tag could be mistaken for a version.
@@ -353,10 +353,10 @@ def tag_version(
 
 
 def roll_back(folder: Path, reference: str, why: str | None) -> tuple[VersionId, VersionId]:
-    """Point a tag to the version that had it before.
+    """Move a tag back to the version that had it before.
 
     Returns:
-        The version to which the tag pointed, and the one to which it points now.
+        The version that the tag pointed to, and the one that it points to now.
 
     Raises:
         UsageError: no version has this tag, or no version had it before.
@@ -367,7 +367,7 @@ def roll_back(folder: Path, reference: str, why: str | None) -> tuple[VersionId,
         tag = reference.rpartition("@")[2]
         held = state.tags.get((version.name, tag), [])
         if len(held) < 2:
-            raise UsageError(f"{reference} has no earlier version to roll back to; {version} is its first.")
+            raise UsageError(f"{reference} has no earlier version to roll back to; {version} is the first.")
         earlier = VersionId(version.name, held[-2])
         registered.check_files(earlier, folder)
         write_history(folder, "rollback", why, judge=version.name, version=earlier.number, tag=tag, was=version.number)
@@ -378,7 +378,7 @@ def remove_version(folder: Path, reference: str, why: str | None) -> VersionId:
     """Delete a version that no tag points to.
 
     Raises:
-        UsageError: a tag points to it.
+        UsageError: the version has a tag.
     """
     with changing(folder) as state:
         version = registered.find_version(reference, folder)
@@ -407,7 +407,7 @@ def export_version(folder: Path, reference: str, target: Path) -> VersionId:
     for file in sorted({file for pattern in _PUBLIC for file in run.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, building / file.name)  # without the file mode: the registry's files are read-only
     adapter = building / "adapter_config.json"
-    if adapter.is_file():  # it contains the path of a folder that only this machine has
+    if adapter.is_file():  # it contains a path that exists only on this machine
         base = registered.read_version(version, folder)["base_model"]
         write_json(adapter, {**read_json(adapter), "base_model_name_or_path": base})
     building.rename(target)

@@ -31,20 +31,20 @@ class RowToScore:
     """One row of the input."""
 
     number: int
-    """The number of its line, from 1."""
+    """The line number, from 1."""
     id: str | int | None = None
-    """The row's `id` or, without one, the beginning of the prompt's hash; None for a line that cannot be read."""
+    """The row's `id` or, if it has none, the beginning of the prompt's hash; None for a line that cannot be read."""
     request: Request | None = None
     reason: str | None = None
-    """Why the row cannot be judged, in which case it has no request."""
+    """Why the row cannot be judged; then it has no request."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     trajectory: str | None = None
-    """`trajectory_id` or, without one, the task."""
+    """`trajectory_id` or, if it is missing, the task."""
     clip_number: int | None = None
     is_step: bool = False
-    """Whether it is one step of a trajectory, not a complete trajectory or a category of tools; a line that cannot be
-    read may be one."""
+    """Whether it is one step of a trajectory, not a complete trajectory or a category of tools. True for a line that
+    cannot be read, because it may be a step."""
 
     @property
     def request_hash(self) -> str | None:
@@ -53,18 +53,18 @@ class RowToScore:
 
 
 def known_keys(data_folder: Path) -> Mapping[str, Sequence[str]]:
-    """Return evaluation type -> the score keys that the conversion found; empty without a conversion."""
+    """Return evaluation type -> the score keys that the conversion found; empty if nothing was converted."""
     report = data_folder / REPORT
     return dict(read_json(report).get("score_keys", {})) if report.is_file() else {}
 
 
 def shapes_for(source: JudgeSource, data: Path | None, keys: tuple[str, ...] = ()) -> ShapeOf:
-    """Return the rule for which scores to request from a judge.
+    """Return the function that decides which scores to request from a judge.
 
     Args:
         source: the judge; the shapes of its training labels decide, if they are recorded.
-        data: converted data that the user passed, whose keys override these.
-        keys: the keys that the user chose.
+        data: converted data that the user passed, whose keys override those shapes.
+        keys: the keys that the user passed, which override both.
     """
     asks_data = data is not None or source.shapes is None
     return ShapeOf(keys, known_keys(data or Path("data")) if asks_data else {}, source.shapes)
@@ -89,7 +89,7 @@ def _unreadable(line: Line, identity: str | int | None, rejected: Rejected) -> R
 
 
 def prompt_row(row: InputRow, number: int, shape_of: ShapeOf) -> RowToScore:
-    """A prompt as a row to score; if it is unknown which scores it asks for, `reason` says so."""
+    """Return a prompt as a row to score; if it is unknown which scores it asks for, `reason` says so."""
     shape = shape_of(row.prompt, row.evaluation_type, row.system)
     return RowToScore(
         number,
@@ -120,7 +120,7 @@ def holds_runs(name: str) -> bool:
     if name == STDIN or not path.exists():
         return False
     if not path.is_file():
-        return path.is_dir()  # a look into a pipe would lose what it saw
+        return path.is_dir()  # what is read from a pipe here would be lost
     try:
         first = [value for _, value in islice(read_values(path), _SAMPLE) if not isinstance(value, Rejected)]
         return not any(map(_is_prompt, first)) and reader_for(read_values(path), name) is not None
@@ -196,7 +196,7 @@ class RunsToScore:
     format: str | None = None
     """The format of the runs; None to detect it."""
     unread: int = 0
-    """How many runs, or lines of a file of runs, could not be read; counted when all rows have been read."""
+    """How many runs, or lines of a file with runs, could not be read; known when all rows have been read."""
     _first: dict[str, Trajectory] = field(default_factory=dict)
     _results: dict[str, list[Any]] = field(default_factory=dict)
     _runs: int = 0
@@ -212,14 +212,14 @@ class RunsToScore:
             for prompt in step_prompts(run, self.rubric):
                 number += 1
                 yield step_row(run, prompt, self.rubric, number)
-        # A file that is no file of runs costs nothing, but one that breaks off does.
+        # A file that contains no runs is fine, but a truncated one is an error.
         cut_off = sum(each.passed_over is not None and each.format is not None for each in reports)
         self.unread = sum(each.unreadable.total() for each in reports) + cut_off
         warn_of_losses(reports)
         for line in totals(reports):
             log.info(line)
         if not number:
-            raise DataError(f"{self.name}: no runs found. See the warnings above, or choose the format with --format.")
+            raise DataError(f"{self.name}: no run found. See the warnings above, or choose the format with --format.")
 
     def add(self, row: RowToScore, result: Any) -> None:
         """Keep the result of a row, if its run is one of the first."""
@@ -239,7 +239,7 @@ class RunsToScore:
 
 
 def runs_to_score(arguments: argparse.Namespace, trained: Sequence[str] | None) -> RunsToScore | None:
-    """Return the input as runs; None if it contains prompts, which --keys always implies.
+    """Return the input as runs; None if it contains prompts, as it always does with --keys.
 
     Args:
         arguments: the arguments of score_trajectories.py.
@@ -251,7 +251,7 @@ def runs_to_score(arguments: argparse.Namespace, trained: Sequence[str] | None) 
     if arguments.keys or not (arguments.format or holds_runs(arguments.input)):
         given = [flag for flag in ("rubric", "html", "format") if getattr(arguments, flag)]
         if given:
-            raise UsageError(f"--{given[0]} is for raw runs, but {arguments.input} contains prompts. Leave it out.")
+            raise UsageError(f"--{given[0]} is for raw runs, but {arguments.input} contains prompts. Remove the flag.")
         return None
     judge = str(arguments.run or arguments.model or DEFAULT_RUN)
     rubric = load_rubric(arguments.rubric)

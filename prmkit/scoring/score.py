@@ -1,4 +1,4 @@
-"""Score steps in bulk: rows in, one JSON line out per row, even for rows that cannot be scored."""
+"""Score many steps: rows in, one JSON line per row out, even for rows that cannot be scored."""
 
 import logging
 import math
@@ -72,14 +72,14 @@ def run_job(job: ScoringJob, scorer: Scorer, fingerprint: Mapping[str, Any]) -> 
     Args:
         job: what to do.
         scorer: the judge, loaded only if there is something to score.
-        fingerprint: identifies comparable scores and is written next to the output; another judge's scores are moved
-            elsewhere.
+        fingerprint: identifies comparable scores and is written next to the output; an output with another judge's
+            scores is renamed.
 
     Returns:
         Whether everything was read, and every row got scores that the judge is sure of.
 
     Raises:
-        UsageError: the output has scores of another input, is the input itself, or is not a writable file.
+        UsageError: the output has scores of a different input, is the input itself, or is not a writable file.
         DataError: the input cannot be read, another process is writing the same output, or a trajectory has two
             different prompts for one clip.
     """
@@ -121,7 +121,7 @@ def _open_input(job: ScoringJob) -> Iterator[Iterator[RowToScore]]:
 def _results(
     job: ScoringJob, rows: Iterator[RowToScore], scorer: Scorer, fingerprint: Mapping[str, Any]
 ) -> Iterator[tuple[RowToScore, ResultLine]]:
-    """Yield every row with its line, after the line was written."""
+    """Yield every row with its line, once the line is written."""
     if job.output is None:
         for row, result in score_rows(((row, None) for row in rows), scorer, job):
             cli.emit_json_line(_json(result))
@@ -147,12 +147,12 @@ def score_rows(
     """Score rows, a window at a time; equal rows are scored once.
 
     Args:
-        rows: each with its result from an earlier command, or None.
+        rows: the rows, each with its result from an earlier command or None.
         scorer: the judge.
-        job: how to score.
+        job: the settings.
 
     Yields:
-        The rows in their order, each with its line of the output.
+        The rows in order, each with its output line.
     """
     known: dict[str, tuple[Judgement, str | None]] = {}
     rows = iter(rows)
@@ -231,7 +231,7 @@ def _report_done(done: Sequence[ResultLine], output: Path) -> None:
 def _with_results(
     rows: Iterator[RowToScore], done: Sequence[ResultLine], output: Path
 ) -> Iterator[tuple[RowToScore, ResultLine | None]]:
-    """Yield the rows, the first ones with their results from an earlier command.
+    """Yield the rows with their results from an earlier command; rows after those have none.
 
     Raises:
         UsageError: the output has results of other rows.
@@ -247,13 +247,13 @@ def _with_results(
         if row.id != result["id"]:
             raise _other_input(f"{about} row {number} of the input is {row.id}")
         if row.request_hash != result["request_hash"]:
-            raise _other_input(f"{about} row {number} of the input has another prompt or other score keys")
+            raise _other_input(f"{about} row {number} of the input has a different prompt or different score keys")
         yield row, None if result["status"] == "failed" else result
     yield from ((row, None) for row in rows)
 
 
 def _other_input(difference: str) -> UsageError:
-    return UsageError(f"{difference}. Choose another --output for another input.")
+    return UsageError(f"{difference}. Choose another --output for a different input.")
 
 
 def _update_lines(
@@ -297,17 +297,17 @@ class _Trajectory:
     task: str | None
     steps: list[_Step] = field(default_factory=list)
     length: int = 0
-    """The number of steps that its rows name; 0 if they name none."""
+    """The number of steps according to the metadata; 0 if it is unknown."""
 
     @property
     def missing(self) -> int:
-        """How many steps are missing: between the smallest and the greatest number, or of the number that is named."""
+        """How many steps are missing: between the lowest and the highest number, or according to the metadata."""
         numbers = [step.number for step in self.steps if step.number is not None]
         gaps = max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
         return max(gaps, self.length - len(self.steps))
 
     def step_of(self, number: int | None, request_hash: str | None) -> _Step | None:
-        """Find the step with the row's clip number or, if either lacks a number, with the row's prompt."""
+        """Find the step with the row's clip number or, if the row or the step has no number, with the row's prompt."""
         for step in self.steps:
             if step.number == number is not None:
                 return step
@@ -333,7 +333,7 @@ class Trajectories:
         """Add the score of a row, if it is a step that belongs to a trajectory.
 
         Raises:
-            DataError: the trajectory has another prompt with the same clip number.
+            DataError: the trajectory already has a different prompt with this clip number.
         """
         if not row.is_step:
             self.no_steps[str(row.metadata.get("evaluation_type"))] += 1
@@ -364,7 +364,7 @@ class Trajectories:
             yield about | self._aggregates(steps, trajectory.missing)
 
     def _aggregates(self, steps: Sequence[_Step], missing: int) -> dict[str, Any]:
-        """The aggregates; all null if a step is missing, unsure or without a score: it could change any.
+        """Return the aggregates; all are null if a step is missing, unsure or unscored: it could change any of them.
 
         Those that need the order of the steps are also null if it is unknown, because only some steps have a number.
         """

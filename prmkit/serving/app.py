@@ -52,9 +52,9 @@ class Limits:
     key: str | None = None
     """The bearer token that clients must send; None if no token is needed."""
     drain: float = 30.0
-    """Seconds to respond to accepted requests when the server is stopped."""
+    """Seconds to finish accepted requests when the server is stopped."""
     body_patience: float = 30.0
-    """Seconds for a body to arrive; more for a large body."""
+    """Seconds for a body to arrive; a large body gets more."""
 
 
 def make_app(service: Service, limits: Limits) -> Any:
@@ -94,9 +94,9 @@ def _lifespan(service: Service, routes: "_Routes", limits: Limits) -> Callable[[
 
 
 def _strict_route() -> Any:
-    """Return a route class that reads JSON strictly: no NaN, no lone surrogate, no endless nesting.
+    """Return a route class that reads JSON strictly: no NaN, no lone surrogates, no unlimited nesting.
 
-    Python's own parser accepts these, but writing them later (to a response, a file, a log) fails.
+    Python's own parser accepts these, but they cannot be written later (to a response, a file, a log).
     """
     from fastapi import Request
     from fastapi.routing import APIRoute
@@ -176,7 +176,7 @@ class _Routes:
 
     async def _first_line(self, judge: ServedJudge) -> dict[str, Any]:
         while True:
-            with suppress(Busy):  # clients were faster, so the prompt waits for its turn, as long as it takes
+            with suppress(Busy):  # clients were faster, so the warm-up prompt waits for its turn
                 line = await self._service.first_line(judge)
                 break
         level = logging.INFO if line["status"] in SCORED else logging.WARNING
@@ -194,7 +194,7 @@ class _Routes:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def page(self) -> Any:
-        """Return a page to paste a run into."""
+        """Return a page for pasting a run."""
         from fastapi.responses import HTMLResponse
 
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
@@ -263,7 +263,7 @@ async def _handle(request: Any, error: Exception) -> Any:
 
 
 async def _handle_bug(_request: Any, _error: Exception) -> Any:
-    """Hide the traceback from clients; it goes to the server's stderr."""
+    """Hide the traceback from clients, but write it to the server's stderr."""
     from fastapi.responses import JSONResponse
 
     return JSONResponse({"error": "internal server error; the server's log has the details"}, 500)
@@ -316,7 +316,7 @@ class Guard:
         return None
 
     def _limited(self, receive: Receive) -> Receive:
-        """Limit the size of a body, whether announced or not, and the time it may take to arrive."""
+        """Limit a body's size, whether declared in the headers or not, and the time that it may take to arrive."""
         from starlette.exceptions import HTTPException
 
         began, received, is_complete = time.monotonic(), 0, False
@@ -332,7 +332,7 @@ class Guard:
                     is_complete = not message.get("more_body", False)
                 if received > self._limits.body:
                     raise HTTPException(413, f"the body is larger than {self._limits.body:,} bytes")
-                # HTTPException, because FastAPI lets no other exception through while it reads a body.
+                # HTTPException, because FastAPI passes on no other exception while it reads a body.
                 if not is_complete and self._service.judge.engine.is_stopping:
                     raise HTTPException(503, _SHUTTING_DOWN)
                 allowed = self._limits.body_patience + received / _SLOWEST

@@ -28,13 +28,13 @@ log = logging.getLogger("prmkit")
 _KEEP_ALIVE = 75
 """Seconds that a connection may be idle, or may take to send a request's headers."""
 _SHADOW_PATIENCE = 0.01
-"""Seconds that the challenger's prompts wait for the queue, because no client needs them and they must not pile up."""
+"""Seconds that the challenger's prompts wait for the queue; no client needs them, and they must not pile up."""
 _CHALLENGER_SHARE, _SHADOW_SHARE = 0.1, 1.0
 """The default fraction of tasks that a challenger scores, without and with --shadow."""
 
 
 def serve(arguments: argparse.Namespace) -> ExitCode:
-    """Serve until a signal arrives; requests accepted by then still get a response.
+    """Serve until a signal arrives; requests that were already accepted still get a response.
 
     Raises:
         DataError: there is no such judge, or the port is in use.
@@ -49,7 +49,7 @@ def serve(arguments: argparse.Namespace) -> ExitCode:
             return _serve(service, limits, arguments)
     except Interrupted as stopped:
         if refused := sum(judge.engine.refused for judge in service.judges):
-            # The judge's thread may hang on them for minutes, and Python would wait for it to end.
+            # The judge's thread may hang on these prompts for minutes, and Python would wait for it to end.
             log.error("Stopped; %d prompts did not finish in time and got 503.", refused)
             os._exit(stopped.exit_code)
         raise
@@ -163,14 +163,14 @@ def _request_log(arguments: argparse.Namespace, metrics: ServerMetrics) -> Reque
 
 
 def _rubric(path: Path | None, scorer: Scorer, judge: str) -> tuple[Rubric | None, str]:
-    """Return the rubric for steps; or None and the reason if the judge can only score ready-made prompts."""
+    """Return the rubric for steps, or None and the reason if the judge can only score ready-made prompts."""
     rubric = load_rubric(path)
     try:
         check_rubric(rubric, scorer.source.rubrics, judge)
     except UsageError as error:
         if path is not None or scorer.source.rubrics:
             raise  # the rubric differs from the training rubric
-        log.warning("%s Until then, only ready-made prompts can be scored, at /v1/score.", error)
+        log.warning("%s Until then, only ready-made prompts can be scored (/v1/score).", error)
         return None, str(error)
     return rubric, ""
 
@@ -201,7 +201,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _listen(listening: socket.socket, host: str) -> None:
     try:
-        listening.listen(2048)  # only now, so that clients and load balancers are refused until the judge is loaded
+        listening.listen(2048)  # not earlier, so that clients and load balancers are refused until the judge is loaded
     except OSError as error:  # another process bound the same port at the same time
         raise _cannot_listen(host, listening.getsockname()[1], error) from error
 
@@ -216,7 +216,7 @@ def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # uvicorn stops the application after its requests, which wait for the judge, so it would never stop.
+            # uvicorn stops the application after its requests, but these wait for the judge, so it would never stop.
             stopping = asyncio.create_task(service.stop(limits.drain))
             await super().shutdown(sockets)
             await stopping
@@ -238,7 +238,7 @@ def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode
 
 
 def _patient_protocol() -> Any:
-    """Return uvicorn's protocol with a time limit for headers, because uvicorn's own timer ends with the first byte."""
+    """Return uvicorn's protocol with a time limit for headers, because uvicorn's own timer stops at the first byte."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):

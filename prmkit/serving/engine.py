@@ -1,6 +1,6 @@
-"""Judge the prompts of many clients in batches, and equal prompts only once.
+"""Judge the prompts of many clients in batches, and identical prompts only once.
 
-Everything here runs in one event loop, so nothing needs a lock; the judge runs in a separate thread, and only this
+Everything here runs in one event loop, so no locks are needed; the judge runs in a separate thread, and only this
 thread uses the model.
 """
 
@@ -27,11 +27,11 @@ _MODEL_ERRORS = (
     RuntimeError, MemoryError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
     OSError,
 )  # fmt: skip
-"""Errors that libraries raise inside a model: out of memory, or a bug that one unusual prompt triggers."""
+"""Errors that libraries raise inside a model: out of memory, or a bug that an unusual prompt triggers."""
 
 
 class Busy(Exception):
-    """The queue was full for as long as a client should wait."""
+    """The queue was full for longer than a client should wait."""
 
 
 class Stopping(Exception):
@@ -54,7 +54,7 @@ class Engine:
     on_cache_hit: Callable[[], None] = lambda: None
     _waiting: "OrderedDict[bytes, Request]" = field(default_factory=OrderedDict)
     _answers: dict[bytes, "asyncio.Future[Judgement]"] = field(default_factory=dict)
-    """Hash of a prompt that waits or is being judged -> its future judgement."""
+    """Hash of a prompt that waits or is being judged -> the future of its judgement."""
     _known: "OrderedDict[bytes, Judgement]" = field(default_factory=OrderedDict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _left: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -66,7 +66,8 @@ class Engine:
     """The number of prompts that were not judged before the server stopped; the judge's thread may hang on them."""
 
     def load(self) -> None:
-        """Load the judge now, in the thread that will use it, because a second pool of compute threads would be slower.
+        """Load the judge now, in the thread that will use it, because a second pool of compute threads would slow it
+        down.
 
         Raises:
             DataError, UsageError: the judge cannot be loaded.
@@ -108,7 +109,7 @@ class Engine:
         return True
 
     async def _wait_for_room(self, count: int) -> None:
-        """Wait for room in the queue; a request with more prompts than fit is accepted when the queue is empty."""
+        """Wait for room in the queue; a request with more prompts than the queue holds is accepted when it is empty."""
         if self.is_stopping:
             raise Stopping
         async with self._left:
@@ -165,7 +166,7 @@ class Engine:
         return [Judgement("failed", reason=str(problem) or type(problem).__name__)] * len(batch)
 
     async def stop(self, seconds: float) -> int:
-        """Stop accepting prompts, finish the accepted ones, and refuse those that do not finish in time.
+        """Stop accepting prompts, finish the accepted ones, and refuse those that are not finished in time.
 
         Returns:
             The number of refused prompts.

@@ -63,13 +63,13 @@ Count = Callable[[RowToScore, ScoredRow, JudgeRole], None]
 
 @dataclass
 class Challenger:
-    """A second judge next to the production judge, and the tasks that it gets."""
+    """A second judge alongside the production judge, and the tasks that it gets."""
 
     judge: ServedJudge
     share: float
     """The fraction of tasks that the challenger scores, 0 to 1."""
     is_shadow: bool
-    """Whether both judges score these tasks and the production judge answers; otherwise the challenger does both."""
+    """Whether both judges score these tasks and clients get the production judge's scores, not the challenger's."""
     _shadows: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def takes(self, row: RowToScore) -> bool:
@@ -85,9 +85,9 @@ class Challenger:
         """Score each row with the judge that is responsible for it.
 
         Args:
-            production: the judge that answers for all rows without an answer from the challenger.
+            production: the judge for all rows that the challenger does not answer.
             rows: the rows to score.
-            count: called with every judge's answers, even those that clients do not get.
+            count: called with each judge's answers, even those that clients do not get.
 
         Returns:
             One answer per row, in order.

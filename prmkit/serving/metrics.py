@@ -25,7 +25,7 @@ class ServerMetrics:
     """Counters and histograms of one server."""
 
     def __init__(self, depth: Callable[[], int], reference: Sequence[float]) -> None:
-        """Start all counts at zero.
+        """Start with all counts at zero.
 
         Args:
             depth: returns the number of prompts that wait or are being judged.
@@ -78,7 +78,7 @@ class ServerMetrics:
         return math.nan if psi is None else psi
 
     def count(self, judgement: Judgement, role: JudgeRole) -> None:
-        """Count one judged prompt. Only the production judge's scores count for drift."""
+        """Count one judged prompt. Drift is computed from the production judge's scores only."""
         self.steps.labels(judgement.status, role).inc()
         if judgement.score is not None:
             self.score.labels(role).observe(judgement.score)

@@ -38,11 +38,11 @@ from prmkit.trajectory import Trajectory, task_id_of
 _SOURCE = {"format": "http"}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="request")
-"""The id of the current HTTP request, which is the name of a run without another name."""
+"""The id of the current HTTP request, which identifies a run that has no other id."""
 
 
 class NothingWritten(DataError):
-    """A policy's response has no step, because the policy ended it at once, as policies sometimes do."""
+    """A policy's response has no step: the policy ended it immediately, as sometimes happens."""
 
 
 def runs_in(body: Any, format: str | None) -> tuple[list[Trajectory], list[FileReport]]:
@@ -80,10 +80,10 @@ def _written(body: Any) -> bytes:
 
 
 def _with_request_id(run: Trajectory) -> Trajectory:
-    """Put the request's id into the run's name, if the client sent no name for the run or the task.
+    """Put the request's id into the run's id, if the client sent no id for the run or the task.
 
     The importer numbers the runs of a task within a file. Here, every request would start with the same number, and
-    runs of different requests would share a name.
+    runs of different requests would share an id.
     """
     default = task_id_of(run.task)
     if run.task_id != default or not run.trajectory_id.startswith(f"{default}."):
@@ -92,13 +92,13 @@ def _with_request_id(run: Trajectory) -> Trajectory:
 
 
 def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
-    """The run up to one step, from `task`, `history` and `step`; the last two are lists of messages.
+    """Return the run up to one step, from `task`, `history` and `step`; the last two are lists of messages.
 
     By default, the step counts as the last of its run if it calls no tool; `last` overrides this. `task_id` and
     `trajectory_id`, here or in `metadata`, are kept.
 
     Args:
-        item: these parts.
+        item: the object with these parts.
         is_end: `step` may be the end of a run, with several steps of the agent.
 
     Raises:
@@ -136,7 +136,7 @@ def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:
 
 
 def _joined(content: Any) -> Any:
-    """The text of a list of text parts, as chat models take them; anything else unchanged."""
+    """The text of a list of text parts, as in chat messages; anything else is returned unchanged."""
     if not isinstance(content, list):
         return content
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
@@ -166,7 +166,7 @@ _TAGS = re.compile(r"<(?:think|tool_call|result|answer)>")
 def run_of_policy(
     prompt: str | Sequence[Any], text: str | Sequence[Any], *, includes_prompt: bool
 ) -> tuple[Trajectory, int]:
-    """Convert a policy's prompt and response to a run; also return how many of its steps were already in the prompt.
+    """Convert a policy's prompt and response to a run, and return how many of its steps were already in the prompt.
 
     Args:
         prompt: the policy's prompt: a string with or without the tokens of a chat template, or messages.
@@ -186,7 +186,7 @@ def run_of_policy(
     if includes_prompt:
         prompt, text = (LEADING.sub("", each) for each in (prompt, text))
         if not text.startswith(prompt):
-            raise DataError("the query does not begin with its prompt, so what the policy wrote is unknown.")
+            raise DataError("the query does not begin with its prompt, so it is unknown what the policy wrote.")
         response = text[len(prompt) :]
     if chat is None:
         return _run(_turns_of_response(response, lost), without_tokens(prompt), lost), 0
@@ -198,10 +198,10 @@ def run_of_policy(
 
 
 def _opening(chat: Chat, prompt: str, response: str) -> str:
-    """What is missing between a prompt and an answer: nothing, or the beginning of a message of the agent."""
+    """The text missing between a prompt and an answer: none, or the beginning of an agent message."""
     last = next(reversed([*chat.message.finditer(chat.rewritten(prompt))]), None)
     if last is None:
-        raise DataError("prompt: has special tokens of a chat template, but no complete message. Send all of it.")
+        raise DataError("prompt: has special tokens of a chat template, but no complete message. Send it completely.")
     if (
         (is_agent(last["role"]) and not last["end"])
         or chat.message.match(without_tokens(response))
@@ -242,7 +242,7 @@ def _turns_of_messages(name: str, messages: Sequence[Any], lost: Counter[str]) -
 
 
 def _chat_of_prompt(prompt: str) -> Chat | None:
-    """The format of a prompt; None if it is plain text, which may mention a token.
+    """Return the format of a prompt; None if it is plain text, which may mention a token.
 
     Raises:
         DataError: it is neither.
@@ -252,8 +252,8 @@ def _chat_of_prompt(prompt: str) -> Chat | None:
     _check_is_plain("prompt", prompt)
     if is_special(without_tokens(prompt)) or chat_in(prompt):
         raise DataError(
-            "prompt: has special tokens of a chat template, but does not begin with one of its messages. Send all of "
-            "it, or a list of messages."
+            "prompt: has special tokens of a chat template, but does not begin with a message. Send it completely, or "
+            "send a list of messages."
         )
     return None
 
@@ -272,7 +272,7 @@ def _is_step(turn: Turn) -> bool:
 
 
 def _turns_of_plain(response: str, lost: Counter[str]) -> list[Turn]:
-    """The turns of text without a chat template: the tags of agents, or one answer."""
+    """The turns of text without a chat template: tagged text, or one answer."""
     if _TAGS.search(response):
         return turns_of_tags(response, lost)
     return turns_of([{"role": "assistant", "content": response}], lost)

@@ -30,7 +30,7 @@ JudgeRole = Literal["production", "challenger", "shadow"]
 """`production` and `challenger` answers went to the client; a `shadow` answer was never returned."""
 
 _MOST_WAITING = 64 << 20
-"""The maximum number of bytes that wait for the disk; beyond it, lines are dropped, so that memory does not fill up."""
+"""The maximum number of bytes waiting for the disk; further lines are dropped, so that memory does not fill up."""
 _AT_ONCE = 1 << 20
 """The maximum number of bytes that are written together."""
 _PATIENCE = 5.0
@@ -60,7 +60,7 @@ class RequestLog:
     """The descriptor of the open file; None before the first line. Only the writing thread uses it."""
 
     def add(self, row: RowToScore, line: ResultLine, judge: str, role: JudgeRole) -> None:
-        """Log one judged step. Returns at once, whatever the disk does.
+        """Log one judged step. Returns immediately, whatever the disk does.
 
         Args:
             row: the row that was scored.
@@ -93,7 +93,7 @@ class RequestLog:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Write lines while the block runs, so that no other server can write to the same file.
+        """Write lines while the block runs, with a lock that keeps other servers from writing to the same file.
 
         Raises:
             DataError: the file cannot be written, or another server is writing to it.
@@ -151,7 +151,7 @@ class RequestLog:
             return lines
 
     def _append(self, text: bytes) -> None:
-        """Write complete lines or nothing, because half a line would damage the next line, too."""
+        """Write complete lines or nothing, because an incomplete line would also damage the next one."""
         descriptor = self._open()
         size = os.fstat(descriptor).st_size
         if size and size + len(text) > self.largest:
@@ -198,18 +198,18 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _open_file(file: Path) -> int:
-    # Private, because it may contain prompts; and without following a planted link into another file.
+    # Readable only by its owner, because it may contain prompts; a planted link into another file is not followed.
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return os.open(file, flags, 0o600)
 
 
 def _valid(text: str) -> str:
-    """Make text writable: a lone surrogate, which JSON allows, becomes a question mark."""
+    """Make text encodable: a lone surrogate, which JSON allows, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _check_file(file: Path) -> None:
-    """Check that lines can be appended, and remove a last line that a killed server did not finish."""
+    """Check that lines can be appended, and remove an incomplete last line that a killed server left."""
     try:
         descriptor = _open_file(file)
     except OSError as error:

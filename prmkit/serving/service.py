@@ -89,7 +89,7 @@ class Service:
         return {"judge": judge_of(lines) if lines else self.judge.name, "results": lines}
 
     def _row(self, item: Any, number: int, shape_of: ShapeOf) -> tuple[RowToScore, dict[str, int]]:
-        """The row to score, and what was dropped from its step, counted by kind."""
+        """Return the row to score, and the counts of what was dropped from its step, by kind."""
         item = {"prompt": item} if isinstance(item, str) else item
         known = given_id(item)
         try:
@@ -177,7 +177,7 @@ class Service:
     # --- rewards
 
     async def rewards(self, body: Body) -> dict[str, Any]:
-        """Follow OpenRLHF's contract: lists of `query` and `prompts` in, equally long lists of finite numbers out.
+        """Implement OpenRLHF's API: lists of `query` and `prompts` in, lists of finite numbers of the same length out.
 
         Raises:
             DataError: the lists do not match, or a query cannot be split into messages.
@@ -198,7 +198,7 @@ class Service:
         return {"rewards": values, "scores": values, "extra_logs": logs, "judge": judges}
 
     async def reward(self, body: Body) -> dict[str, Any]:
-        """Follow slime's and prmkit.rewards' contract: one sample's `prompt` and `response` in, an object out.
+        """Implement the API of slime and prmkit.rewards: one sample's `prompt` and `response` in, an object out.
 
         `aggregate` and `unscored` in the body override the server's.
 
@@ -260,7 +260,7 @@ class Service:
         }
 
     def _check_answered(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Neither null nor another number may stand for a judge that cannot work: it would be a constant reward."""
+        """Raise an error if the judge cannot work: null or any other substitute would be a constant reward."""
         for status, kind in (("failed", NoReward), ("error", DataError)):  # a retry helps only after `failed`
             for line in lines:
                 if line["status"] == status:
@@ -268,7 +268,7 @@ class Service:
                     raise kind(f"the judge could not score a step: {line['reason']}")
 
     def _number(self, score: float | None, reason: str | None, *, can_be_null: bool) -> float | None:
-        """Return the reward; never a silent zero, from which the policy would learn."""
+        """Return the reward, but never silently 0 in place of a missing score: the policy would learn from it."""
         if score is not None:
             self._rewards.append(score)
             return score
@@ -299,7 +299,7 @@ class Service:
         keys = {name: key_of(name, question, rubric.keys) for name, question in questions.items()}
         run, unused = run_of_state(body.get("state"))
         ((line, judgement),) = await self._lines(self._step_rows(run)[-1:])
-        if line["status"] != "ok":  # a retry only helps after a failure of the machine
+        if line["status"] != "ok":  # a retry only helps if a server or the memory failed
             kind = NoReward if line["status"] == "failed" else DataError
             raise kind(f"no reliable score: {line['reason']}")
         threshold = self.bad_below
@@ -358,5 +358,5 @@ def _discounted(scores: Sequence[float | None], gamma: float) -> list[float | No
 
 
 def _finite(value: float | None) -> float:
-    """Return a number for a log, because trainers put these into tensors, where null and NaN stop the training."""
+    """Return a number for a log: trainers put these into tensors, where null and NaN would stop the training."""
     return -1.0 if value is None or not math.isfinite(value) else float(value)

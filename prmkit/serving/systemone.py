@@ -1,4 +1,4 @@
-"""Answer typed questions about a state with probabilities: the wire format `/v1/systemone` of decision-model servers.
+"""Answer typed questions about a state with probabilities: the `/v1/systemone` API of decision-model servers.
 
 The state is the end of a run: the agent's task, and its output.
 
@@ -197,7 +197,7 @@ _ANSWERS = {"score": _score, "choice": _choice, "noul": _noul}
 
 
 def _by_level(shares: Sequence[float], scores: Sequence[float]) -> list[float]:
-    """Return the probability of each level; every score counts for its nearest level, the lower one in a tie."""
+    """Return the probability of each level; each score belongs to the nearest level, in a tie to the lower one."""
     order = sorted(range(len(scores)), key=scores.__getitem__)
     chances = [0.0] * len(scores)
     for hundredth, share in enumerate(shares):

@@ -16,7 +16,7 @@ from prmkit.errors import DataError
 from prmkit.files import read_json
 
 NO_OPTIMIZER = "the optimizer state is missing or damaged"
-"""What is wrong with a checkpoint that `save_only_model` wrote, or that was interrupted by a kill."""
+"""What is wrong with a checkpoint that `save_only_model` wrote, or whose writer was killed."""
 
 
 # --- safetensors --------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ TRAINER_LOG = "trainer_log.jsonl"
 
 
 def parse_log_line(line: bytes) -> dict[str, Any] | None:
-    """Parse one line of `trainer_log.jsonl`; None for a line that was damaged by a kill or a full disk."""
+    """Parse one line of `trainer_log.jsonl`; None for a damaged line (killed process, full disk)."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

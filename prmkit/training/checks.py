@@ -94,7 +94,7 @@ _AT_LEAST = {
 }  # fmt: skip
 _MORE_THAN = {"learning_rate": 0, "num_train_epochs": 0, "logging_steps": 0, "save_steps": 0, "max_grad_norm": 0}
 _LESS_THAN = {"lora_dropout": 1, "learning_rate": 1, "weight_decay": 1}
-_RANGE_HINTS = {"max_samples": "Leave the key out to use every row."}
+_RANGE_HINTS = {"max_samples": "Remove the key to use every row."}
 
 _REQUIRED = {
     "model_name_or_path": "Write model_name_or_path: ./model.",
@@ -108,7 +108,7 @@ _PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 
 
 def is_secret(key: str) -> bool:
-    """Whether a key holds a secret, whose value must not be printed or recorded."""
+    """Whether a key contains a secret, whose value must not be printed or recorded."""
     return bool(_SECRET.search(key))
 
 
@@ -133,7 +133,7 @@ def _errors_of(name: str, value: Any, values: Values, keys: Mapping[str, ConfigK
     if value is None:
         if "None" not in key.types:
             default = f" for LLaMA Factory's default, {key.default}" if isinstance(key.default, str | int) else ""
-            yield error(name, "null is not allowed", f"Leave the key out{default}.")
+            yield error(name, "null is not allowed", f"Remove the key{default}.")
         return
     yield from _check_type(key, value)
     yield from _check_choice(key, value)
@@ -146,7 +146,7 @@ def unknown_key(name: str, keys: Iterable[str]) -> Check:
     if name in REPLACEMENTS:
         return error(name, message, REPLACEMENTS[name])
     nearest = difflib.get_close_matches(name.replace("-", "_"), keys, n=1)
-    return error(name, message, f"Did you mean {nearest[0]}?" if nearest else "Leave it out.")
+    return error(name, message, f"Did you mean {nearest[0]}?" if nearest else "Remove it.")
 
 
 def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
@@ -155,9 +155,9 @@ def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
         hint = "Log in once (hf auth login, swanlab login), or set HF_TOKEN or SWANLAB_API_KEY in the environment."
         yield error(name, "secrets are not allowed in a config or on the command line", hint)
     elif value == "" and name not in _EMPTY_IS_A_VALUE:
-        yield error(name, "is an empty string, which LLaMA Factory treats as a value", "Leave the key out.")
+        yield error(name, "is an empty string, which LLaMA Factory treats as a value", "Remove the key.")
     elif value == [] and name in _EMPTY_LIST_FAILS:
-        yield error(name, "is an empty list", "Leave the key out.")
+        yield error(name, "is an empty list", "Remove the key.")
     elif name == "adapter_name_or_path" and isinstance(value, list):
         joined = ",".join(map(str, value))
         yield error(name, "LLaMA Factory cannot read a list here", f"Write one string: {joined}")
@@ -171,7 +171,7 @@ def _check_trap(name: str, value: Any, values: Values) -> Iterator[Check]:
         method = str(setting(values, "quantization_method"))
         allowed = _QUANTIZATION_BITS.get(method, (value,))
         if value not in allowed:
-            hint = f"Write {' or '.join(map(str, allowed))}, or leave the key out for no quantization."
+            hint = f"Write {' or '.join(map(str, allowed))}, or remove the key for no quantization."
             yield error(name, f"{method} has no {value}-bit quantization", hint)
     elif name == "template" and isinstance(value, str) and value not in template_names():
         nearest = " or ".join(difflib.get_close_matches(value, template_names(), n=3))
@@ -241,8 +241,8 @@ def _check_choice(key: ConfigKey, value: Any) -> Iterator[Check]:
     choices = (*key.choices, *_ACCEPTED_ANYWAY.get(key.name, ()))
     if key.choices and isinstance(value, str) and value not in choices:
         nearest = difflib.get_close_matches(value, choices, n=1)
-        hint = f"Did you mean {nearest[0]}?" if nearest else f"Write one of: {', '.join(choices)}."
-        yield error(key.name, f"'{value}' is not one of its choices", hint)
+        hint = f"Did you mean {nearest[0]}?" if nearest else f"Use one of: {', '.join(choices)}."
+        yield error(key.name, f"'{value}' is not a valid value", hint)
 
 
 def _check_range(name: str, value: Any) -> Iterator[Check]:
@@ -250,7 +250,7 @@ def _check_range(name: str, value: Any) -> Iterator[Check]:
         return
     hint = _RANGE_HINTS.get(name, "")
     if not math.isfinite(value):
-        yield error(name, f"is {value}", "Write a number.")
+        yield error(name, f"is {value}", "Use a number.")
     elif name in _AT_LEAST and value < _AT_LEAST[name]:
         yield error(name, f"is {value}; it must be at least {_AT_LEAST[name]}", hint)
     elif name in _MORE_THAN and value <= _MORE_THAN[name]:
@@ -282,17 +282,17 @@ def _check_rows(config: Values, given: Values) -> Iterator[Check]:
         hint = f"For a number of rows write {val_size:.0f}."
         yield error("val_size", f"is {val_size}; a fraction must be below 1", hint)
     if config["streaming"] and config["dataloader_num_workers"] < 1:
-        message = "needs a data-loader worker; without one, a local file ends in StopIteration"
+        message = "needs a data-loader worker; otherwise reading a local file ends in StopIteration"
         yield error("streaming", message, "Set dataloader_num_workers: 1.")
     if config["packing"] and not config["neat_packing"]:
         message = "without neat_packing, packed rows attend to the rows before them"
-        yield error("packing", message, "Write neat_packing: true, or leave packing out.")
+        yield error("packing", message, "Set neat_packing: true, or remove packing.")
     if config["neat_packing"] and config["flash_attn"] == "fa2" and config["per_device_train_batch_size"] > 1:
         hint = "Write per_device_train_batch_size: 1 and multiply gradient_accumulation_steps."
         yield error("neat_packing", "supports only batch size 1 with flash_attn: fa2", hint)
     if config["torch_compile"] and config["enable_liger_kernel"]:
         message = "miscompiles the kernels of enable_liger_kernel: the loss is then 1e30, or negative"
-        yield error("torch_compile", message, "Leave torch_compile out.")
+        yield error("torch_compile", message, "Remove torch_compile.")
     if config["dataloader_num_workers"] < 1 and given.get("dataloader_persistent_workers"):
         hint = "Set dataloader_num_workers: 2."
         yield error("dataloader_persistent_workers", "has no effect without data-loader workers", hint)
@@ -370,22 +370,22 @@ _RARELY_MEANT = {
     "logging_dir": ("logging_dir has no effect", "TensorBoard's folder is set by TENSORBOARD_LOGGING_DIR."),
     "overwrite_cache": (
         "overwrite_cache tokenizes everything again at every start, although changed files are noticed without it",
-        "Leave it out.",
+        "Remove it.",
     ),
     "overwrite_output_dir": (
         "overwrite_output_dir keeps the old run's checkpoints, and a later resume may pick one of them",
-        "Leave it out; train.py --overwrite renames the old run.",
+        "Remove it; train.py --overwrite renames the old run.",
     ),
-    "torch_compile": ("torch_compile compiles again for every row length", "Leave it out."),
+    "torch_compile": ("torch_compile compiles again for every row length", "Remove it."),
     "max_samples": (
         "max_samples: only the first {} rows of each dataset are used, held-out rows too",
-        "Leave it out for a real run.",
+        "Remove it for a real run.",
     ),
-    "neftune_noise_alpha": ("neftune_noise_alpha adds noise that helps chat models, not scoring", "Leave it out."),
-    "train_on_prompt": ("train_on_prompt trains on the prompts as well as the verdicts", "Leave it out."),
+    "neftune_noise_alpha": ("neftune_noise_alpha adds noise that helps chat models, not scoring", "Remove it."),
+    "train_on_prompt": ("train_on_prompt trains on the prompts as well as the verdicts", "Remove it."),
     "save_only_model": (
         "save_only_model saves no optimizer state, so an interrupted run cannot be resumed",
-        "Leave it out; save_total_limit: 1 saves disk space as well.",
+        "Remove it; save_total_limit: 1 saves disk space as well.",
     ),
 }
 """Key -> what was found and what to do; `{}` is the value."""

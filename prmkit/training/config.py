@@ -1,7 +1,7 @@
 """Resolve a YAML config plus overrides, and remember where each value came from.
 
 Values are read as LLaMA Factory would read them and overridden from the command line. Everything is checked, and all
-errors are reported at once. Then unset keys are derived from the data and the machine. Nothing here imports LLaMA
+errors are reported together. Then unset keys are derived from the data and the machine. Nothing here imports LLaMA
 Factory, and derived values never change what is learned from a row, only what can run and how fast.
 """
 
@@ -295,7 +295,7 @@ def _fit_machine(values: Mapping[str, Any], machine: Machine, *, torchrun: bool,
     _fit_preprocessing(values, machine, changes)
     if "per_device_eval_batch_size" not in values and (values.get("eval_dataset") or values.get("val_size")):
         rows = default_of("per_device_eval_batch_size")
-        reason = f"LLaMA Factory's default of {rows} holds the logits of {rows} rows at once, tens of GB on long rows"
+        reason = f"LLaMA Factory's default of {rows} keeps the logits of {rows} rows in memory, tens of GB on long rows"
         changes.derived["per_device_eval_batch_size"] = (1, reason)
     if values.get("neat_packing") and values.get("include_num_input_tokens_seen") == "non_padding":
         reason = "the Trainer miscounts in packed rows, whose attention masks are not ones and zeros"

@@ -142,7 +142,7 @@ def _row_problem(line: bytes, wanted: Mapping[str, type], *, others_must_be_stri
             return f"{name} is not a {'string' if kind is str else 'list'}; LLaMA Factory would silently drop the row"
     other = [name for name, value in row.items() if name not in wanted and not isinstance(value, str)]
     if other and others_must_be_strings:
-        return f"column {other[0]} is not a string; if its type changes after 10 MB, loading fails. Leave it out"
+        return f"column {other[0]} is not a string; if its type changes after 10 MB, loading fails. Remove it"
     return None
 
 
@@ -167,7 +167,7 @@ def check_held_out(values: Mapping[str, Any], dropped: Mapping[str, str], *, eva
     """
     if values.get("val_size"):
         if problem := _nothing_left(values):
-            return error("held-out", problem, "Write a smaller val_size, or use eval_dataset.")
+            return error("held-out", problem, "Use a smaller val_size, or set eval_dataset.")
         found = "val_size holds out rows at random, so steps of one task end up in both splits"
         return warning("held-out", found, "Use eval_dataset: the conversion holds out whole tasks.")
     names, held_out = split_names(values.get("dataset")), split_names(values.get("eval_dataset"))
@@ -235,7 +235,7 @@ def _compare(folder: Path, names: list[str], held_out: list[str]) -> Check:
     found = f"{_count(len(kept[1]), 'prompt')} from {_count(len(kept[0]), 'task')}; no overlap with training"
     if not kept[0]:
         advice = "Rows without task_id cannot be held out by task: steps of one task may be on both sides."
-        return warning("held-out", f"{found}; no row names its task", advice)
+        return warning("held-out", f"{found}; no row has a task", advice)
     return ok("held-out", found)
 
 

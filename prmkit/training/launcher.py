@@ -207,7 +207,7 @@ def started(
         command: the program and its arguments.
         log_path: its output is appended to this file.
         keep_open: a file descriptor that the supervisor keeps open as long as the command runs: a lock, which then
-            survives a kill of this process.
+            survives if this process is killed.
         through_torchrun: whether a request to stop goes to torchrun's workers.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)

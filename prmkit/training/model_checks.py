@@ -147,7 +147,7 @@ def _check_checkpoint(values: Mapping[str, Any]) -> Iterator[Check]:
         advice = (
             f"Available: {', '.join(there)}"
             if there
-            else "Leave it out; the newest checkpoint is then found automatically."
+            else "Remove it; the newest checkpoint is then found automatically."
         )
         yield error("settings", f"resume_from_checkpoint: {path} is not a checkpoint", advice)
 
@@ -260,6 +260,6 @@ def _check_tokenized(values: Mapping[str, Any]) -> Iterator[Check]:
     names = ("state.json", "dataset_info.json")
     if (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in names):
         found = f"tokenized_path: the rows in {path} are used, whatever dataset and template say"
-        yield warning("settings", found, "Leave it out, or choose a new folder.")
+        yield warning("settings", found, "Remove it, or choose a new folder.")
     else:
-        yield error("settings", f"tokenized_path: no saved dataset in {path}", "Leave it out, or choose a new folder.")
+        yield error("settings", f"tokenized_path: no saved dataset in {path}", "Remove it, or choose a new folder.")

@@ -58,7 +58,7 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
 
 
 def log_path_of(run_folder: Path) -> Path:
-    """Return the path of a run's log: in `logs` next to the run's `saves`; without `saves`, in `logs` here."""
+    """Return the path of a run's log: in `logs` next to the run's `saves` or, without such a folder, in `logs` here."""
     saves = run_folder.parent
     return (saves.parent if saves.name == "saves" else Path()) / "logs" / f"{run_folder.name}.log"
 
@@ -370,7 +370,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Return the commit of prmkit's checkout, and whether files in it were changed; None without Git."""
+    """Return the commit of prmkit's checkout, and whether files in it were changed; None outside of Git."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:

@@ -1,8 +1,8 @@
-"""Decide what a start does in the run's folder: begin, resume, finish after a kill, or nothing.
+"""Decide what a start does in the run's folder: begin, resume, finish what a killed process left, or nothing.
 
-LLaMA Factory itself resumes from the checkpoint with the highest number, even if a kill left it half written or it is
-from an earlier run. Some faults then cause a crash; a missing optimizer state goes unnoticed. So every file is checked
-here before a checkpoint is used, and its path is passed to LLaMA Factory explicitly.
+LLaMA Factory itself resumes from the checkpoint with the highest number, even if a killed process left it half written
+or it is from an earlier run. Some faults then cause a crash; a missing optimizer state goes unnoticed. So every file is
+checked here before a checkpoint is used, and its path is passed to LLaMA Factory explicitly.
 """
 
 import logging
@@ -317,7 +317,7 @@ def _check_weights_only(folder: Path) -> None:
 def _other_config(folder: Path, state: str, changed: list[str]) -> str:
     shown = "\n".join(f"  {line}" for line in changed)
     return (
-        f"{folder} holds {state} run with a different config:\n{shown}\n"
+        f"{folder} contains {state} run with a different config:\n{shown}\n"
         "Add run_name=NAME to train in another folder, or --overwrite to rename this one."
     )
 

@@ -6,10 +6,10 @@ It runs between `train.py` and LLaMA Factory, because no process can clean up af
 input is a pipe that `train.py` keeps open and never writes to; when the pipe closes, `train.py` has ended, for whatever
 reason.
 
-- The pipe closes: every descendant is killed at once.
+- The pipe closes: every descendant is killed immediately.
 - A first SIGTERM is passed on, so that the training can save a checkpoint. `child` passes it to the command,
   `grandchildren` past it: torchrun gives its workers 30 seconds after a SIGTERM, and a long training step takes more.
-- A second SIGTERM: every descendant is killed at once.
+- A second SIGTERM: every descendant is killed immediately.
 - The command ends: what it left running is killed, and its exit code is returned (128 plus the number of a signal).
 - The supervisor is killed: the kernel kills the command, so that there are never two trainers in one folder.
 

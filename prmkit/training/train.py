@@ -53,7 +53,7 @@ def execute(options: TrainOptions) -> Outcome:
         return list_runs(options)
     if options.export_only is not None:
         if options.validate_only:
-            raise UsageError("--export-only and --validate-only are mutually exclusive. Leave one out.")
+            raise UsageError("--export-only and --validate-only are mutually exclusive. Use only one.")
         return export_existing(options)
     request = _prepare(options)
     if options.validate_only:
@@ -229,7 +229,7 @@ def _claim(options: TrainOptions, request: _TrainRequest) -> Path:
     claimed = _choose_folder(options, request)
     if claimed != request.folder:
         _check_training_is_meant(options, request, claimed)
-        log.info("%s holds a finished run with different settings; using %s instead.", request.folder, claimed)
+        log.info("%s contains a finished run with different settings; using %s instead.", request.folder, claimed)
         request.fresh["run"], request.fresh["config"]["output_dir"] = claimed.name, str(claimed)
     return claimed
 

@@ -27,7 +27,7 @@ def import_runs(arguments: argparse.Namespace) -> ExitCode:
     """Read runs and write them as trajectory records, or their labelled steps as rows.
 
     Raises:
-        DataError: an input cannot be read, or no run or labelled step was found.
+        DataError: an input cannot be read, or contains no run or no labelled step.
         UsageError: a format is ambiguous, or the arguments contradict each other.
     """
     options = _options(arguments)
@@ -57,7 +57,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     if (name == "column") != (arguments.label_key is not None):
         raise UsageError("--labels column requires --label-key NAME, and --label-key requires --labels column.")
     if arguments.rubric and not name:
-        raise UsageError("--rubric is for the prompts, which only --labels writes. Leave it out, or add --labels.")
+        raise UsageError("--rubric is only used with --labels, which writes prompts. Remove --rubric, or add --labels.")
     keys = FieldNames(
         arguments.task_key, arguments.outcome_key, arguments.list_key, arguments.label_key, arguments.label_scale
     )
@@ -90,7 +90,7 @@ def _check_written(written: int, reports: list[FileReport], arguments: argparse.
         return
     warn_of_losses(reports)
     if any(report.runs for report in reports):
-        raise DataError("no step of these runs has a label. Leave out --labels to import only the runs.")
+        raise DataError("no step of these runs has a label. Remove --labels to import only the runs.")
     raise DataError(f"{', '.join(arguments.inputs)}: no run could be read; see the warnings above.")
 
 

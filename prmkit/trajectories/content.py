@@ -29,7 +29,7 @@ _TEXT_PARTS = {"text", "input_text", "output_text", "summary_text", "refusal"}
 _TEXT_KEYS = {"type", "text", "content", "refusal", "id", "index", "annotations", "citations", "logprobs", "extras",
               "cache_control", "thought", "thoughtSignature", "thought_signature", "signature", "state",
               "providerOptions", "providerMetadata", "experimental_providerMetadata", "_meta"}  # fmt: skip
-"""An object with other keys next to its text is data that a tool returned."""
+"""An object with other keys besides its text is data that a tool returned."""
 _THOUGHT_PARTS = {"thinking", "reasoning", "thought", "reasoning_text", "redacted_thinking",
                   "reasoning.text", "reasoning.summary", "reasoning.encrypted"}  # fmt: skip
 _KEYED_PARTS = {"toolUse": "tool_use", "toolResult": "tool_result", "functionCall": "function_call",
@@ -37,7 +37,7 @@ _KEYED_PARTS = {"toolUse": "tool_use", "toolResult": "tool_result", "functionCal
                 "function_response": "tool_result", "reasoningContent": "thinking", "cachePoint": "cache_point",
                 "inlineData": "inline_data", "inline_data": "inline_data", "fileData": "file_data",
                 "file_data": "file_data", "image": "image", "document": "document", "video": "video"}  # fmt: skip
-"""Key of a part of Bedrock or Gemini -> its type in the words of the others."""
+"""Key of a Bedrock or Gemini part -> the name of its type in the other formats."""
 _RETURNED = ("response", "result", "output")
 _AI_SDK_OUTPUTS = {"text", "json", "content", "error-text", "error-json", "execution-denied"}
 _MEDIA = re.compile(
@@ -47,7 +47,7 @@ _MEDIA_KEYS = {"source", "data", "url", "uri", "file", "file_id", "file_data", "
                "image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url", "document", "base64",
                "mime_type", "mimeType", "media_type", "mediaType"}  # fmt: skip
 _MEDIA_LISTS = ("images", "image", "videos", "audios", "audio", "attachments", "experimental_attachments")
-"""Fields of a message with media next to its text."""
+"""Fields of a message that have media besides its text."""
 _MARKS = {"step_start", "cache_point"}
 """Types of parts without content."""
 _THINK = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
@@ -64,7 +64,7 @@ def parsed(value: Any) -> Any:
 
 
 def role_name(message: Any) -> str | None:
-    """Return the role of a message as the source writes it, in lower case; None for a value that is not a message."""
+    """Return a message's role as in the source, in lower case; None for a value that is not a message."""
     if not isinstance(message, dict):
         return None
     message = unwrapped(message)
@@ -81,7 +81,7 @@ def _adk_role(event: Mapping[str, Any]) -> Any:
 
 
 def is_message_list(value: Any) -> bool:
-    """Whether a value is a list of messages, by its first and its last element."""
+    """Whether a value is a list of messages, judging by its first and last elements."""
     return isinstance(value, list) and bool(value) and bool(role_name(value[0])) and bool(role_name(value[-1]))
 
 
@@ -110,7 +110,7 @@ def turns_of(messages: Sequence[Any], lost: Counter[str]) -> list[Turn]:
 
 
 def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
-    """Return the turns of one message: several if a user's message also has tool results.
+    """Return the turns of one message: several if a user message also has tool results.
 
     Args:
         message: a message in which `role_name` finds a role.
@@ -155,7 +155,7 @@ def _agent_turn(message: Mapping[str, Any], parts: "Parts", named: str | None, l
         thoughts.append(match.group(1).strip())
         text = text[match.end() :]
     speaker = named or message.get("name") or message.get("agent") or message.get("author")
-    # Results inside an agent's message: tools that ran on the model's side.
+    # Results inside an agent's message: tools that the provider ran.
     return Turn(
         "agent",
         text,
@@ -184,7 +184,7 @@ def _add_content(message: Mapping[str, Any], parts: "Parts") -> None:
 
 
 def _calls(message: Mapping[str, Any], in_content: Sequence[Call], lost: Counter[str]) -> list[Call]:
-    """The calls in the content of a message and next to it; LangChain lists some of them in several places."""
+    """The calls in a message's content and in its other fields; LangChain lists some of them in several places."""
     listed = parsed(message.get("tool_calls"))  # some tables store it as JSON
     listed = listed or mapping(message.get("additional_kwargs")).get("tool_calls")
     found = list(in_content)
@@ -195,10 +195,10 @@ def _calls(message: Mapping[str, Any], in_content: Sequence[Call], lost: Counter
 
 
 def _united(calls: Sequence[Call], more: Sequence[Call]) -> list[Call]:
-    """Two lists of calls, one after the other, with every call that is in both only once.
+    """Concatenate two lists of calls; a call that is in both appears once.
 
-    Calls in one list stay apart even if they have one id: DeepSeek, GLM and others give it to all parallel calls. A
-    repeated call may have arguments that its first mention lacks: those of streamed blocks are not in the content.
+    Calls within a list stay separate even if they share an id: DeepSeek, GLM and others use one id for parallel calls.
+    A repeated call may have arguments that its first occurrence lacks: those of streamed blocks are not in the content.
     """
     found, waiting = list(calls), list(range(len(calls)))
     for call in more:
@@ -212,7 +212,7 @@ def _united(calls: Sequence[Call], more: Sequence[Call]) -> list[Call]:
 
 
 def read_call(value: Any, lost: Counter[str]) -> Call | None:
-    """Return a tool call of any framework; None, and counted in `lost`, if it has no name."""
+    """Return a tool call of any framework; a call without a name gives None and is counted in `lost`."""
     value = mapping(parsed(value))  # verifiers writes calls as JSON strings
     function = value.get("function")
     body = function if isinstance(function, dict) else value
@@ -233,7 +233,7 @@ def _arguments(given: Any, lost: Counter[str]) -> Any:
     try:
         return orjson.loads(given) if given.strip() else {}
     except orjson.JSONDecodeError:
-        lost["arguments that are not JSON"] += 1  # kept as the agent wrote them: a judge should see that
+        lost["arguments that are not JSON"] += 1  # kept as the agent wrote them, because a judge should see this error
         return given
 
 
@@ -314,7 +314,7 @@ class Parts:
         elif kind == "step_start" and self._of == "message":  # the AI SDK joins all answers of its loop in one message
             self.lost["answers of the agent joined in one step"] += bool(self._texts or self.calls)
         elif kind not in _MARKS:
-            if isinstance(given.get("encrypted_content"), str):  # of a search; only the provider can read it
+            if isinstance(given.get("encrypted_content"), str):  # from a search; only the provider can read it
                 given = {key: value for key, value in given.items() if key != "encrypted_content"}
                 self.lost["encrypted contents"] += 1
             self._texts.append(as_text(part["json"] if part.keys() == {"json"} else given))
@@ -334,8 +334,8 @@ def _typed(part: Mapping[str, Any], *, is_data: bool) -> dict[str, Any]:
     """A part with its `type`: Bedrock's and Gemini's have a key instead, and the AI SDK's may contain a tool's name.
 
     Args:
-        part: as it is in the source.
-        is_data: whether it may also be an object that a tool returned.
+        part: the part as in the source.
+        is_data: whether the part may also be an object that a tool returned.
     """
     found = {key: value for key, value in part.items() if value is not None}
     kind = found.get("type")

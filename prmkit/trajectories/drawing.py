@@ -47,7 +47,7 @@ class ScoredRun:
 
     @property
     def worst(self) -> ScoredStep | None:
-        """The step with the lowest score, the first in a tie; None without scores."""
+        """The step with the lowest score, the first one in a tie; None if no step has a score."""
         scored = [step for step in self.steps if step.score is not None]
         return min(scored, key=lambda each: each.score if each.score is not None else 1.0, default=None)
 
@@ -86,7 +86,7 @@ def scored_run(run: Trajectory, results: Iterable[Mapping[str, Any]], bad_below:
 
 
 def emit_scored(runs: Sequence[ScoredRun]) -> None:
-    """Write a table of the steps of one run, or a table of several runs, those with the worst steps first."""
+    """Show a table of the steps of one run, or a table of several runs, those with the worst steps first."""
     if len(runs) == 1:
         _emit_steps(runs[0])
         return
@@ -105,7 +105,7 @@ def emit_scored(runs: Sequence[ScoredRun]) -> None:
     columns = ("run", "steps", "worst", "mean", "first bad", "task")
     cli.emit_table("", columns, rows, numeric=columns[1:5], optional=("task", "mean"))
     if len(ordered) > _MOST_RUNS_IN_A_TABLE:
-        cli.emit(f"and {len(ordered) - _MOST_RUNS_IN_A_TABLE} more runs, with better worst steps")
+        cli.emit(f"and {len(ordered) - _MOST_RUNS_IN_A_TABLE} more runs, whose worst steps are better")
 
 
 def _emit_steps(scored: ScoredRun) -> None:
@@ -146,7 +146,7 @@ def _bar(score: float | None) -> str:
 
 
 def write_run_page(path: Path, runs: Sequence[ScoredRun], judge: str, left_out: int = 0) -> None:
-    """Write one page with each run's scores as bars, and its steps, with the worst one open.
+    """Write a page with each run's scores as bars and its steps, of which the worst is expanded.
 
     Args:
         path: the path of the HTML file.

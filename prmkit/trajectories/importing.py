@@ -50,7 +50,7 @@ class FileReport:
     examples: dict[str, list[int]] = field(default_factory=dict)
     """Reason in `unreadable` -> numbers of lines, or of items."""
     unit: str = "line"
-    """What the numbers count: `line`, or in an array and the like `item`."""
+    """What the numbers count: `line`, or `item` in arrays and similar."""
     secrets: Counter[str] = field(default_factory=Counter)
     passed_over: str | None = None
     """The reason why the file was skipped."""
@@ -74,7 +74,7 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
 
 
 def totals(reports: Sequence[FileReport]) -> Iterator[str]:
-    """Yield a line on dropped and irregular content, and a line on masked secrets, over all files."""
+    """Yield a line about dropped and irregular content, and a line about masked secrets, for all files together."""
     for title, name in (("dropped or irregular", "lost"), ("masked", "secrets")):
         counts = sum((getattr(report, name) for report in reports), Counter[str]())
         if counts:
@@ -125,9 +125,9 @@ def read_runs(
 class _Input:
     path: Path
     is_named: bool
-    """Whether the user passed it; otherwise it is in a folder."""
+    """Whether the user passed the file itself; otherwise it is in a folder."""
     reason: str | None = None
-    """The reason why it is skipped without opening it."""
+    """The reason why the file is skipped without being opened."""
 
 
 def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
@@ -138,7 +138,7 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder.")
         if not (path.is_dir() or path.is_file()):
-            raise DataError(f"{path}: a pipe or device, but runs are read twice, to detect their format. Use a file.")
+            raise DataError(f"{path}: a pipe or device, but runs are read twice to detect their format. Use a file.")
         found = list(_contents(path)) if path.is_dir() else [_Input(path, is_named=True)]
         if not found:
             raise DataError(f"{path}: an empty folder. Pass the folder with your runs.")
@@ -149,7 +149,7 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
 
 
 def _contents(folder: Path) -> Iterator[_Input]:
-    """Yield the files in a folder. Hidden files and links out of it are only reported; a hidden folder counts once."""
+    """Yield the files in a folder. Hidden ones, and links that leave it, are only reported; a hidden folder once."""
     hidden: set[Path] = set()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -188,7 +188,7 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         report.steps += len(run.steps)
         yield run
     if not (report.runs or report.unreadable or reader.marks):
-        raise DataError(f"{path}: no run in it, although it has the format {reader.name}.")
+        raise DataError(f"{path}: contains no run, although it has the format {reader.name}.")
 
 
 def _check_keys(reader: Reader, keys: FieldNames, path: Path) -> None:
@@ -209,13 +209,13 @@ def _check_keys(reader: Reader, keys: FieldNames, path: Path) -> None:
 def _with_keys(
     found: Iterator[Run | Trajectory], value: Any, reader: Reader, keys: FieldNames
 ) -> Iterator[Run | Trajectory]:
-    """The runs of a value, with the fields whose names the user gave."""
+    """The runs of a value, with the fields whose names the user passed."""
     if reader.own_keys or not (keys.task or keys.outcome or keys.labels):
         yield from found
         return
     runs = list(found)
     if len(runs) > 1:
-        raise UnreadableValue("several runs, so that field names such as --task-key name none of them; leave them out")
+        raise UnreadableValue("several runs in one value, so --task-key and similar flags cannot be used; remove them")
     for run in runs:
         if isinstance(run, Run):
             read_named(run, mapping(value), keys)
@@ -256,7 +256,7 @@ def _values(path: Path, report: FileReport) -> Iterator[tuple[int, Any]]:
 
 
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
-"""Errors that readers raise: a format is detected by its structure, but the content may still be malformed."""
+"""Errors that readers raise: a format is detected by its structure, but its content may be malformed."""
 
 
 def _read_together(
@@ -291,12 +291,12 @@ def _why_not(path: Path, report: FileReport) -> str:
     rest = iter(_values(path, report))
     number, first = next(rest, (0, None))
     if not number:
-        return "no JSON in it."
+        return "contains no JSON."
     if isinstance(first, Rejected):
         reason = first.reason
         first = next((value for _, value in rest if not isinstance(value, Rejected)), first)
     if isinstance(first, Rejected):
-        return f"no JSON in it; {report.unit} {number}: {reason}."
+        return f"contains no JSON; {report.unit} {number}: {reason}."
     if is_judged_row(first):
         return "has prompts about steps, not runs. Use convert_dataset.py or, without answers, score_trajectories.py."
     fields = ", ".join(map(str, list(_first_object(read_values(path)))[:6]))
@@ -316,7 +316,7 @@ def _first_object(values: NumberedValues) -> Mapping[str, Any]:
 
 
 def _error_labels(files: Sequence[_Input], options: Options) -> dict[str, dict[int, str | None]]:
-    """Read the labelled errors in the files of a set, by run. They are small; the runs themselves are not kept."""
+    """Read the labelled errors in the files of a set, by run. Only these are kept in memory, not the runs."""
     reader = READERS.get(options.labels or "")
     errors: dict[str, dict[int, str | None]] = {}
     if reader is None or reader.marks is None:
@@ -327,14 +327,14 @@ def _error_labels(files: Sequence[_Input], options: Options) -> dict[str, dict[i
                 if mark := reader.marks(value):
                     errors[mark[0]] = mark[1]
         except DataError:
-            continue  # the file is reported when it is read for runs
+            continue  # the file is reported when its runs are read
     if not errors:
         raise DataError(f"no input file has the labels of {options.labels}. Pass the folder with runs and labels.")
     return errors
 
 
 def _with_error_labels(run: Trajectory, errors: dict[str, dict[int, str | None]]) -> Trajectory:
-    """Label the known errors of a run. Ids may be prefixed with the name of a part of the set."""
+    """Label the known errors of a run. Ids may have the name of a subset as a prefix."""
     names = {name for given in (run.trajectory_id, run.task_id) for name in (given, given.rsplit("_", 1)[-1])}
     for name in names & errors.keys():
         turns = [Turn("agent", index=step.source_index) for step in run.steps]

@@ -15,7 +15,7 @@ from prmkit.verdict import Verdict, render_verdict
 
 
 def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
-    """The rows of a run's labelled steps; steps without a label give none.
+    """Yield a row for each labelled step of a run.
 
     The prompt is the one that `score_trajectories.py` builds for the same step.
 
@@ -24,7 +24,7 @@ def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
     """
     if len(rubric.keys) > 1:
         raise UsageError(
-            f"a step's label is one number, but the rubric asks for {', '.join(rubric.keys)}. Use another rubric."
+            f"a step's label is one number, but the rubric asks for {', '.join(rubric.keys)}. Use a different rubric."
         )
     for prompt in step_prompts(run, rubric):
         if (label := prompt.step.label) is not None:
@@ -39,9 +39,9 @@ def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
 
 
 def runs_beside(rows: Path) -> Path:
-    """The file with the whole runs of labelled rows: `exam.runs.jsonl` for `exam.jsonl`.
+    """The file with the complete runs for labelled rows: `exam.runs.jsonl` for `exam.jsonl`.
 
-    Finding a run's first error also needs the steps after it, which have no label and so no row.
+    To find a run's first error, the later steps are also needed; they have no label and therefore no row.
     """
     return companion_file(rows, "runs.jsonl")
 
@@ -59,13 +59,13 @@ def _exam_metadata(run: Trajectory, step: Step, label: Label) -> dict[str, Any]:
 
 
 def succeeded(run: Trajectory) -> bool | None:
-    """Whether a run reached its goal (a score of 1 counts as reached); None if unknown, or on another scale."""
+    """Whether a run reached its goal (a score of 1 counts as reached); None if unknown or on a different scale."""
     reached = outcome_number(run.outcome)
     return None if reached is None else reached == 1
 
 
 def labelled_rows(path: Path, rubric: Rubric) -> Iterator[dict[str, Any]]:
-    """The rows of all labelled steps in a file of records.
+    """Yield the rows of all labelled steps in a file of trajectory records.
 
     Raises:
         DataError: no step has a label, or the file cannot be read.
@@ -101,7 +101,7 @@ def judged_metadata(
     run: Trajectory, number: int, rubric: Rubric, judge: str, provider: str | None, timestamp: str | None = None
 ) -> dict[str, Any]:
     """The metadata of a row of a judged step, with the keys of all rows of judges."""
-    # The order of the keys is that of rows which exist: the same answers give the same bytes.
+    # The order of the keys is that of existing rows: the same answers give the same bytes.
     who = {"model_name": judge, "provider": provider, "evaluation_type": STEP_TYPE, "category": None,
            "timestamp": timestamp}  # fmt: skip
     return who | step_metadata(run, number, rubric)
@@ -115,4 +115,4 @@ def _answer(label: Label, rubric: Rubric) -> str:
 
 
 _NO_ERROR = 0.5
-"""A label of at least this much without a type means that there is no error."""
+"""A label of at least this much without an error type means that there is no error."""

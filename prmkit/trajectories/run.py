@@ -86,13 +86,13 @@ class Reader:
     recognises: Callable[[Any], bool]
     """Whether a value of a file has this format, by its structure alone."""
     one: Callable[[Any, FieldNames], Iterator[Run | Trajectory]] | None = None
-    """Function that reads one value at a time, so files of any size can be streamed."""
+    """Reads one value at a time, so files of any size can be streamed."""
     every: Callable[[NumberedValues, FieldNames], Iterator[Run | Trajectory]] | None = None
     """Reads all values of a file together, if one run consists of several."""
     own_keys: bool = False
-    """Whether it reads `FieldNames` itself; otherwise they are read from the value around the one run in it."""
+    """Whether the reader uses `FieldNames` itself; otherwise they are read from the value around its only run."""
     marks: Callable[[Any], tuple[str, dict[int, str | None]] | None] | None = None
-    """Function for sets with labels in separate files: returns a run's id, and message index -> type of the error."""
+    """For sets with labels in separate files: returns a run's id, and message index -> type of error."""
 
 
 def assemble(run: Run, source: Mapping[str, Any]) -> Trajectory | None:
@@ -181,7 +181,7 @@ def _attach(result: Result, steps: list[Step], lost: Counter[str]) -> None:
     if result.call_id is None and waiting:
         result = replace(result, call_id=waiting[0])
     else:
-        lost["results without a call"] += 1  # kept with the step that precedes them
+        lost["results without a call"] += 1  # kept with the previous step
     steps[-1] = replace(last, results=(*last.results, result))
 
 

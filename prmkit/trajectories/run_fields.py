@@ -1,4 +1,4 @@
-"""The fields next to the messages of a run: ids, task, tools, outcome, solution, human labels."""
+"""The fields of a run besides its messages: ids, task, tools, outcome, solution, human labels."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,14 +16,14 @@ TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
 _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "uid", "uuid")
 SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
 OUTCOME_FIELDS = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
-"""Names of the field with the outcome of a run; the first one that a run has counts."""
+"""Names of the field with a run's outcome; the first one that a run has is used."""
 
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
 """Scores for steps that are labelled right, neutral and wrong: the corresponding anchors of the default rubric."""
 
 
 def describe(run: Run, value: Mapping[str, Any], keys: FieldNames, *, read: Collection[str] = ()) -> None:
-    """Fill in the fields next to the messages: ids, task, tools, outcome, solution, labels; count the other fields.
+    """Fill in the fields besides the messages: ids, task, tools, outcome, solution, labels; count the other fields.
 
     Solutions go only to `reference`, because a judge does not get a solution when it scores.
 
@@ -48,7 +48,7 @@ def describe(run: Run, value: Mapping[str, Any], keys: FieldNames, *, read: Coll
 
 
 def read_named(run: Run, value: Mapping[str, Any], keys: FieldNames) -> None:
-    """Fill in the fields whose names the user gave, from the object around a run or its `metadata`.
+    """Fill in the fields whose names the user passed, from the object around a run or its `metadata`.
 
     Raises:
         UnreadableValue: a field is missing.
@@ -143,7 +143,7 @@ def labels_by_index(labels: Any, run: Run, scale: str) -> dict[int, Label]:
 
 
 def _check_scale(labels: Any, scale: str) -> None:
-    """Stop if a number is not on the scale: then the other labels of the column, such as 1, mean something else too."""
+    """Stop if a number is not on the scale: the column's other labels, such as 1, then also mean something else."""
     values = labels.values() if isinstance(labels, dict) else labels if isinstance(labels, list) else ()
     for value in values:
         if not isinstance(value, int | float) or isinstance(value, bool):

@@ -1,7 +1,7 @@
 """Mask keys and passwords in runs before anything is written: sessions of coding agents contain many of them.
 
-The patterns are those that issuers publish for their tokens, plus the usual ways to write a secret next to its name. A
-pattern finds strings that look like secrets, not every secret.
+The patterns are those that issuers publish for their tokens, plus the usual ways to write a secret next to its name.
+The patterns find strings that look like secrets, but cannot find every secret.
 """
 
 import re

@@ -365,7 +365,7 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
     weights = {row["metadata"]["selected_by"]: row["metadata"]["selection_weight"] for row in rows(tmp_path)}
     assert weights == {"unsure": 1.0, "audit": 5.0}
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
-    assert "no score of step t0.1#60" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
+    assert "no score for step t0.1#60" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
     assert "scores.jsonl:61: a second line" in typed(tmp_path, "--yes", "--first", "scores.jsonl", code=1).stderr
     (tmp_path / "scores.jsonl").write_text("{}\n")
@@ -383,7 +383,7 @@ def test_only_what_the_own_judge_is_unsure_of_and_an_audit(tmp_path: Path, endpo
         ("- {name: a, base_url: 'http://x/v1', model: m, json: yaml}", "schema, object or prompt"),
         ("- {name: a, base_url: 'http://x/v1', model: m, price_in: 1}", "or neither"),
         ("- {name: a, base_url: 'http://x/v1', model: m, parameters: {stream: true}}", "stream is set"),
-        ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: 'sk-abc-def'}", "name of a variable"),
+        ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: 'sk-abc-def'}", "environment variable"),
         ("- {name: a, base_url: 'http://x/v1', model: m, api_key_env: NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
         ("- &a {name: a, base_url: 'http://x/v1', model: m}\n- *a", "two judges have the name a"),
         ("- {name: a, base_url: 'http://x/v1?key=abc', model: m}", "base_url must not contain ? or #"),

@@ -105,7 +105,7 @@ def test_options_about_a_judge_are_refused_where_none_is_asked(unused: str, tmp_
     lines = [{"task_id": 1, "trial": trial, "reward": trial, "scores": [0.5]} for trial in range(2)]
     file = public.write_lines(tmp_path / "outcomes.jsonl", lines)
     named = ", ".join(re.findall(r"--mode generate|--[a-z-]+", unused))
-    with pytest.raises(UsageError, match=f"has outcomes but no runs, so no judge is asked. Leave out {named}[.]$"):
+    with pytest.raises(UsageError, match=f"has outcomes but no runs, so no judge is used. Remove {named}[.]$"):
         pick(file, *unused.split())
     assert not (tmp_path / "out").exists()
 
@@ -134,7 +134,7 @@ def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(tmp_path: Path)
 
 def test_a_line_after_an_empty_one_has_its_own_number(tmp_path: Path) -> None:
     (tmp_path / "outcomes.jsonl").write_text('{"task_id": 1, "outcome": 1}\n\n{"x": 1}\n')
-    with pytest.raises(DataError, match=r"outcomes\.jsonl:3: not a line"):
+    with pytest.raises(DataError, match=r"outcomes\.jsonl:3: unlike the first line"):
         pick(tmp_path / "outcomes.jsonl")
 
 
@@ -151,7 +151,7 @@ MESSAGES = [{"role": "user", "content": "Go."}, {"role": "assistant", "content":
         ([{"task_id": 1, "scores": [1], "outcome": 1, "reward": 0}], r":1: its outcomes contradict .*1.* 0"),
         (
             [{"task_id": task, "trajectory_id": "0", "outcome": 1, "step": task, "score": 1} for task in (1, 2)],
-            r":2: trajectory_id 0 is of task 2, and before of task 1\. .* for example 2\.0",
+            r":2: trajectory_id 0 is in task 2 and in task 1\. .* for example 2\.0",
         ),
         ([{"task_id": 1, "reward": reward, "messages": MESSAGES} for reward in (0, 100, 0)], "is 100, not from 0 to 1"),
     ],
@@ -176,4 +176,4 @@ def test_columns_about_fewer_tasks_say_so(tmp_path: Path, capsys: pytest.Capture
     lines = [{"task_id": task, "trajectory_id": f"{task}.{trial}", "outcome": trial % 2, "scores": [0.5]}
              for task in range(5) for trial in range(2 + task // 3)]  # fmt: skip
     pick(public.write_lines(tmp_path / "outcomes.jsonl", lines))
-    assert "(tasks left: N=3: 2)" in capsys.readouterr().out
+    assert "(remaining tasks: N=3: 2)" in capsys.readouterr().out

@@ -229,7 +229,7 @@ def test_only_scores_of_both_are_compared_and_the_rest_is_counted(evaluated, hel
     half = write_evaluation(tmp_path / "half", held_out, noisy(0.08), slice(0, 40))
     comparison = compare(half, evaluated["fine"])
     assert comparison["scores_of_this_alone"] == 0
-    assert f"; 0 of this judge's and {comparison['scores_of_other_alone']} of the other's are left out" in left_out(
+    assert f"; 0 of this judge and {comparison['scores_of_other_alone']} of the other are ignored" in left_out(
         comparison
     )
     whole = compare(evaluated["fine"], evaluated["fine"])["groups"][0]["scores"]
@@ -380,7 +380,7 @@ def test_a_margin_asks_for_proof_and_says_how_many_tasks_it_takes(tmp_path):
     one = write_evaluation(tmp_path / "one", held_out, noisy(0.1))
     twin = write_evaluation(tmp_path / "twin", held_out, noisy(0.1, seed=9))
     comparison = compare(one, twin)
-    assert "cannot be excluded; --margin X requires that it is" in check_not_worse(comparison)
+    assert "cannot be ruled out; use --margin X to require that it is" in check_not_worse(comparison)
     assert "Non-inferior within 0.3" in check_not_worse(comparison, 0.3)
     with pytest.raises(GateError, match=r"--margin 0.01: cannot be decided; about \d+ tasks are needed"):
         check_not_worse(comparison, 0.01)

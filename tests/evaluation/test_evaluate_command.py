@@ -196,8 +196,8 @@ def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(r
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--parity", "2", "--min-spearman", "0.5", "--compare", "saves/a"), "leave out --min-spearman, --compare"),
-        (("--parity", "--limit", "5", "--mode", "generate"), "leave out --limit, --mode generate"),
+        (("--parity", "2", "--min-spearman", "0.5", "--compare", "saves/a"), "remove --min-spearman, --compare"),
+        (("--parity", "--limit", "5", "--mode", "generate"), "remove --limit, --mode generate"),
         (("--exported", "somewhere", "--tolerance", "0"), "--exported, --tolerance: only used with --parity"),
         (("--predictions", "answers.jsonl"), "--predictions: only used with --exam or --best-of-n"),
         (("--server-model", "m"), "--server-model: only used with --predict-with"),
@@ -205,8 +205,8 @@ def test_generated_verdicts_are_measured_too_and_what_is_unreadable_is_counted(r
             ("--exam", "e", "--server-model", "m", "--api-key-env", "OPENAI_API_KEY"),
             "--server-model, --api-key-env: only",
         ),
-        (("--exam", "e", "--min-spearman", "0", "--best-of-n", "b"), "--exam: leave out --best-of-n, --min-spearman,"),
-        (("--best-of-n", "b", "--predictions", "p"), "--best-of-n with --predictions: leave out --run,"),
+        (("--exam", "e", "--min-spearman", "0", "--best-of-n", "b"), "--exam: remove --best-of-n, --min-spearman,"),
+        (("--best-of-n", "b", "--predictions", "p"), "--best-of-n with --predictions: remove --run,"),
     ],
 )
 def test_what_another_kind_of_evaluation_uses_is_not_ignored(run, arguments, message):

@@ -266,7 +266,7 @@ def test_a_line_after_an_empty_one_has_its_own_number(ternary: Path) -> None:
 def test_two_scores_for_one_step_are_refused_unless_equal(ternary: Path) -> None:
     line = {"id": "quiz_0.0", "step": 1, "score": 0.5}
     take(ternary, "--predictions", public.write_lines(ternary.parent / "twice.jsonl", [line, line]))
-    with pytest.raises(DataError, match="second time"):
+    with pytest.raises(DataError, match="already scored this step"):
         take(
             ternary, "--predictions", public.write_lines(ternary.parent / "twice.jsonl", [line, line | {"score": 0.6}])
         )
@@ -295,7 +295,7 @@ def test_arguments_that_an_exam_does_not_use_are_refused(ternary: Path, more: li
 ANSWERS = ("--exam", "e", "--predictions", "p")
 SERVER = ("--exam", "e", "--predict-with", "u", "--server-model", "m")
 PICKS = ("--best-of-n", "b", "--predictions", "p")
-UNUSED = "leave out {}, which it does not use."
+UNUSED = "remove {}, which it does not use."
 
 
 @pytest.mark.parametrize(
@@ -315,8 +315,8 @@ UNUSED = "leave out {}, which it does not use."
         (("--parity", "--min-label-mass", "0", "--too-long", "report"), UNUSED.format("--min-label-mass, --too-long")),
         (("--predict-with", "u", "--server-model", "m"), "--predict-with, --server-model: only used with --exam."),
         (("--api-key-env", "KEY"), "--api-key-env: only used with --predict-with."),
-        ((*ANSWERS, "--server-model", "m"), "--server-model: only used with --predict-with. Add that, or leave it"),
-        (("--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate. Add that, or leave it out."),
+        ((*ANSWERS, "--server-model", "m"), "--server-model: only used with --predict-with. Add that flag, or drop"),
+        (("--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate. Add that flag, or drop this"),
         (("--mode", "generate", "--min-label-mass", "0"), "--min-label-mass: only used with --mode expected."),
         (("--exam", "e", "--run", "r", "--max-new-tokens", "9"), "--max-new-tokens: only used with --mode generate."),
     ],

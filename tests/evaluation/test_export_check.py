@@ -101,7 +101,7 @@ def _base_alone(trained: JudgeSource, exported: JudgeSource) -> JudgeSource:
     [
         (lambda trained, exported: replace(exported, template="chatml"), "template: trained with 'qwen'"),
         (lambda trained, exported: replace(exported, default_system="Be harsh."), "system prompt: trained with None"),
-        (_other_base, "wrong base model: layers that adapters do not change"),
+        (_other_base, "wrong base model: layers that adapters never change"),
         (_base_alone, "wrong adapter: exported from saves/another_run"),
     ],
 )

@@ -205,7 +205,7 @@ def test_two_outcomes_of_one_run_are_rejected(tmp_path: Path) -> None:
     file.write_text(same)
     assert read_outcomes(file)["my run"] == 1.0
     file.write_text(same + '{"trajectory_id": "my run", "outcome": 0}\n')
-    with pytest.raises(DataError, match=r"outcomes\.jsonl:3: my run has another outcome"):
+    with pytest.raises(DataError, match=r"outcomes\.jsonl:3: my run has a different outcome"):
         read_outcomes(file)
 
 
@@ -282,7 +282,7 @@ def test_steps_are_compared_with_held_out_rows_of_the_same_score_keys(tmp_path: 
     steps = read_scored([scored(tmp_path, "steps", [0.2, 0.4] * 100)])
     mixed = [*held_out([0.2, 0.4] * 100), *held_out([0.9] * 200, "whole_run")]
     assert not drift_of(steps, mixed, 0.25)["findings"]
-    assert "never evaluated on" in drift_of(steps, held_out([0.9] * 200, "whole_run"), 0.25)["findings"][0]
+    assert "never evaluated" in drift_of(steps, held_out([0.9] * 200, "whole_run"), 0.25)["findings"][0]
 
 
 def _scored_lines(folder: Path, lines: list[dict[str, Any]]) -> Any:

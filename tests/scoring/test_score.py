@@ -182,11 +182,11 @@ def test_scores_of_other_prompts_under_the_same_ids_are_not_continued(tmp_path: 
     whole = output.read_bytes()
     source.write_text("\n".join(asking_for("Step A.", "Step C.")))
     with pytest.raises(
-        UsageError, match=r"scores\.jsonl: line 2 is about 1, but row 2 of the input has another prompt"
+        UsageError, match=r"scores\.jsonl: line 2 is about 1, but row 2 of the input has a different prompt"
     ):
         run_job(job(source, output), scripted({"Step": 0.9}), {})
     source.write_text("\n".join(asking_for("Step A.", "Step B.")))
-    with pytest.raises(UsageError, match="or other score keys"):
+    with pytest.raises(UsageError, match="or different score keys"):
         run_job(job(source, output, shape_of=ShapeOf(("correctness_score",))), scripted({"Step": 0.9}), {})
     assert output.read_bytes() == whole
     assert lines_of(output)[0]["request_hash"] != lines_of(output)[1]["request_hash"]

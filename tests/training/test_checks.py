@@ -17,7 +17,7 @@ CONTRADICTIONS = {
     "eval_dataset= val_size=1.0": "must be below 1",
     "streaming=true max_steps=5": "Set dataloader_num_workers: 1",
     "neat_packing=true flash_attn=fa2": "per_device_train_batch_size: 1",
-    "torch_compile=true enable_liger_kernel=true": "Leave torch_compile out",
+    "torch_compile=true enable_liger_kernel=true": "Remove torch_compile",
     "deepspeed=nowhere.json": "no file nowhere.json",
     "dataloader_persistent_workers=true": "dataloader_num_workers",
     "early_stopping_steps=3": "metric_for_best_model",

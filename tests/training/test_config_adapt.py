@@ -171,7 +171,7 @@ def test_batches_of_long_rows_are_small(project: Path) -> None:
 def test_held_out_rows_are_evaluated_one_by_one(project: Path) -> None:
     found = resolved(project, "per_device_eval_batch_size=")
     assert found.values["per_device_eval_batch_size"] == 1
-    assert "8 rows at once" in found.sources["per_device_eval_batch_size"]
+    assert "8 rows in memory" in found.sources["per_device_eval_batch_size"]
     assert "per_device_eval_batch_size" not in resolved(project, "dataset=odd", "per_device_eval_batch_size=").values
 
 

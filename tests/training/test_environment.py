@@ -175,16 +175,16 @@ def test_swanlab_is_reported() -> None:
     [
         ({"warmup_ratio": 0.1}, "warmup_steps: 0.1"),
         ({"logging_dir": "logs"}, "TENSORBOARD_LOGGING_DIR"),
-        ({"overwrite_cache": True}, "Leave it out"),
+        ({"overwrite_cache": True}, "Remove it"),
         ({"overwrite_output_dir": True}, "--overwrite"),
         ({"learning_rate": 0.1}, "0.0001 is usual"),
         ({"learning_rate": 1e-3, "finetuning_type": "full"}, "1e-05 is usual"),
         ({"max_samples": 100}, "real run"),
-        ({"torch_compile": True}, "Leave it out"),
+        ({"torch_compile": True}, "Remove it"),
         ({"stage": "dpo"}, "stage: sft"),
-        ({"train_on_prompt": True}, "Leave it out"),
-        ({"neftune_noise_alpha": 5}, "Leave it out"),
-        ({"save_only_model": True}, "Leave it out"),
+        ({"train_on_prompt": True}, "Remove it"),
+        ({"neftune_noise_alpha": 5}, "Remove it"),
+        ({"save_only_model": True}, "Remove it"),
     ],
 )
 def test_settings_that_deserve_a_word(values: dict[str, Any], reported: str) -> None:

@@ -476,7 +476,7 @@ def test_a_finished_run_of_another_config_is_left_alone(finished_copy: Path, mon
     Path("saves/run-2").mkdir()
     Path("saves/run-2/run.json").write_text(json.dumps(fresh))
     assert free_folder(Path("saves/run"), fresh) == Path("saves/run-2")
-    with pytest.raises(UsageError, match="holds a finished run with a different config"):
+    with pytest.raises(UsageError, match="contains a finished run with a different config"):
         start_again(finished_copy, monkeypatch, "run_name=run", epochs="9")
 
 

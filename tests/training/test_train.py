@@ -120,7 +120,7 @@ def test_validating_checks_everything_and_starts_nothing(script: Script, project
         (["--export-only", "lora_rank=8"], "lora_rank cannot be set for an export"),
         (
             ["--export-only", "saves/run", "infer_dtype=flaot16"],
-            "infer_dtype: 'flaot16' is not one of its choices. Did you mean float16?",
+            "infer_dtype: 'flaot16' is not a valid value. Did you mean float16?",
         ),
         (["--export-only", "saves/run", "export_size=[1"], "export_size: '[1' is not a YAML value"),
         (["--export-only", "saves/run", "export_size=0"], "export_size: is 0; it must be at least 1"),

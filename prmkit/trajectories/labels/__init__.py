@@ -4,7 +4,7 @@ A labelled error says nothing about the steps after it (`run_fields.first_error`
 """
 
 SETS = ("agentprocessbench", "agentrx", "prmbench", "trajectory-judge", "who-and-when")
-"""The names of the formats with labels, to be written with or without hyphens."""
+"""The names of the formats with labels; hyphens are optional on the command line."""
 
 
 def set_named(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""AgentRx: failed runs, and files next to them with every failure of a run. Failures count its messages from 1.
+"""AgentRx: failed runs, and separate files with every failure of a run. Failures count its messages from 1.
 
 The published data set has runs as `instruction` and steps of `substeps`; the repository has tau-bench's own files,
 which the tau-bench reader reads. Some failures are on messages that are not the agent's; these label no step.
@@ -45,7 +45,7 @@ def _is_failures(value: Any) -> bool:
 
 
 def marks(value: Any) -> tuple[str, dict[int, str | None]] | None:
-    """Return a run's id, and message index, from 0 -> type of the failure; None for a value without failures."""
+    """Return a run's id, and message index (from 0) -> type of failure; None for a value without failures."""
     if not _is_failures(value):
         return None
     failures = {int(each["step_number"]) - 1: _type(each.get("failure_category")) for each in value["failures"]}

@@ -1,4 +1,4 @@
-"""Who&When: failed runs of several agents, with the first decisive mistake.
+"""Who&When: failed runs with several agents, and the first decisive mistake.
 
 `mistake_step` counts the messages of `history` from 0. Every message is a step of the agent in `name`, or in `role`
 if there is no name; a message of role `human` is the task.

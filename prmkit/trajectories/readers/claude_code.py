@@ -1,6 +1,6 @@
 """Sessions of Claude Code: one event per line, `message` in Anthropic's format, linked by `parentUuid`.
 
-The format is undocumented, and three of its properties break a reader that takes the lines in order: one answer of the
+The format is undocumented, and three of its properties break a reader that reads the lines in order: one answer of the
 model is split over several lines with one `message.id`; a rewound session keeps every branch; and the results of
 parallel calls are not on the path that leads back from the last line.
 """
@@ -18,7 +18,7 @@ _INJECTED = re.compile(
     r"\s*<(?:command-(?:name|message|args)|local-command-\w+|bash-std\w+|task-notification)>|\s*Caveat: "
 )
 _BOOKKEEPING = {"progress", "system", "summary"}
-"""Types of lines that the model never got."""
+"""Types of lines that the model never received."""
 
 Event = Mapping[str, Any]
 
@@ -53,7 +53,7 @@ def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
 
 
 def _queued(event: Any) -> str | None:
-    """What the user typed while the agent worked; most of it is also a message of the user further down."""
+    """What the user typed while the agent worked; most of it also appears later as a user message."""
     if not isinstance(event, dict) or event.get("operation") != "enqueue":
         return None
     text = event.get("content")
@@ -91,7 +91,7 @@ def _active(events: Sequence[Event], lost: Counter[str]) -> set[str]:
     while event_id is not None and event_id not in path:
         path.add(event_id)
         parent = parents[event_id]
-        if parent is not None and parent not in parents:  # its parent is in another file: continue with the line above
+        if parent is not None and parent not in parents:  # in another file: use the line above
             lost["messages whose parent is not in the file"] += 1
             parent = before[event_id]
         event_id = parent

@@ -1,8 +1,8 @@
 """Rollouts of Codex: `{timestamp, type, payload}` per line, or only the payload in older files.
 
-Thought, text and calls of one answer are separate lines; an answer ends at a result or another message. The payloads
-are items of OpenAI's Responses API, which are also read without the lines around them. Text that Codex injects as
-user messages (`<environment_context>` and similar) is not treated as user input.
+The thought, text and calls of one answer are separate lines; an answer ends at a result or another message. The
+payloads are items of OpenAI's Responses API, which are also read without the lines around them. Text that Codex injects
+as user messages (`<environment_context>` and similar) is not treated as user input.
 """
 
 import re
@@ -124,7 +124,7 @@ def _add(run: Run, item: Mapping[str, Any], index: int) -> None:
 
 
 def _undo(run: Run, turns: Any) -> None:
-    """Leave out the last messages of the user, and everything after them: the session continued before them."""
+    """Drop the last user messages and everything after them: the session continued from the point before them."""
     places = [place for place, turn in enumerate(run.turns) if turn.role == "user"]
     if isinstance(turns, int) and turns > 0 and places:
         begin = places[max(len(places) - turns, 0)]

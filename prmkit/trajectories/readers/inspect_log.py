@@ -76,7 +76,7 @@ def _resolved(value: Any, attachments: Mapping[str, Any], lost: Counter[str]) ->
 
 
 def _outcome(scores: Any, lost: Counter[str]) -> dict[str, Any] | None:
-    """The outcome on which all scorers agree: a log does not say which of them measures success."""
+    """The outcome, if all scorers agree on it: a log does not say which of them measures success."""
     found = []
     for score in scores.values() if isinstance(scores, dict) else ():
         value = score.get("value") if isinstance(score, dict) else None

@@ -19,12 +19,12 @@ def recognises(value: Any) -> bool:
 
 
 _NOTHING = (
-    "no observation of type GENERATION with input or output. Export the observations of the traces, not only traces"
+    "no observation of type GENERATION with input or output. Export the traces' observations, not only the traces"
 )
 
 
 def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
-    """A run for each trace."""
+    """Yield one run per trace."""
     for call, run in longest_conversations(values, _calls, _NOTHING):
         run.tools = tools_of(call.tools)
         yield run

@@ -1,4 +1,4 @@
-"""Exports of LangSmith: one run (their word for a span) per line, with `run_type: llm` for model calls."""
+"""Exports of LangSmith: one run (LangSmith's term for a span) per line, with `run_type: llm` for model calls."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +14,11 @@ def recognises(value: Any) -> bool:
     return isinstance(value, dict) and {"run_type", "inputs"} <= value.keys() and ("trace_id" in value or "id" in value)
 
 
-_NOTHING = "no span of run_type llm, only what encloses model calls. Export the child runs too (list_runs by trace_id)"
+_NOTHING = "no span of run_type llm, only their parents. Export the child runs, too (list_runs by trace_id)"
 
 
 def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
-    """A run for each trace."""
+    """Yield one run per trace."""
     for call, run in longest_conversations(values, _calls, _NOTHING):
         run.tools = tools_of(call.tools)
         yield run

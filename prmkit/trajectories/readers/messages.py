@@ -1,4 +1,4 @@
-"""Plain lists of messages, and the usual fields next to them. Covers OpenAI chat, ShareGPT, Anthropic, LangChain,
+"""Plain lists of messages, with the usual fields around them. Covers OpenAI chat, ShareGPT, Anthropic, LangChain,
 verifiers (`prompt`, `completion`) and ART (`messages_and_choices`, groups in `trajectories`), and items of OpenAI's
 Responses API; `content` reads the messages themselves."""
 
@@ -17,7 +17,7 @@ LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices"
 
 
 def recognises(value: Any) -> bool:
-    """A list of messages, or an object with exactly one such list under a usual name; judged rows are not runs."""
+    """Whether a value is a list of messages, or has exactly one under a usual name; judged rows are not runs."""
     if isinstance(value, list):
         return _list(value) is not None
     if not isinstance(value, dict) or is_judged_row(value):
@@ -29,7 +29,7 @@ def read(value: Any, keys: FieldNames) -> Iterator[Run]:
     """Yield the run of one value, or the runs of a group.
 
     Raises:
-        UnreadableValue: it has two lists of messages, or no list under the name that the user passed.
+        UnreadableValue: the value has two lists of messages, or none under the name that the user passed.
     """
     lost: Counter[str] = Counter()
     if isinstance(value, list):
@@ -45,7 +45,7 @@ def read(value: Any, keys: FieldNames) -> Iterator[Run]:
         return
     name, messages = _messages(value, keys)
     run = Run(codex.turns_of_list(messages, lost), lost)
-    if value.get("system"):  # Anthropic and ShareGPT keep it next to the messages
+    if value.get("system"):  # Anthropic and ShareGPT have it outside of the messages
         run.turns[:0] = turns_of([{"role": "system", "content": value["system"]}], Counter())
     known = {"prompt", "completion"} if name == "completion" else {name}
     describe(run, value, keys, read={*known, "system"})
@@ -70,7 +70,7 @@ def _messages(value: Mapping[str, Any], keys: FieldNames) -> tuple[str, list[Any
     if names:
         return names[0], _list(value[names[0]]) or []
     if not _is_completion(value):
-        raise UnreadableValue("no list of messages; name its key with --list-key")
+        raise UnreadableValue("no list of messages; pass its key with --list-key")
     prompt = _list(value["prompt"]) or [{"role": "user", "content": value["prompt"]}]
     return "completion", [*prompt, *(_list(value["completion"]) or [])]
 
@@ -80,7 +80,7 @@ def _lists(value: Mapping[str, Any]) -> list[str]:
 
 
 def _list(value: Any) -> list[Any] | None:
-    """A list of messages or of items of the Responses API; many tables on Hugging Face have it as JSON in a string."""
+    """A list of messages or Responses API items; many datasets on Hugging Face have it as a JSON string."""
     value = parsed(value)
     return value if is_message_list(value) or codex.is_item_list(value) else None
 

@@ -1,6 +1,6 @@
 """mini-swe-agent's `.traj.json`: messages, `info`, and `trajectory_format`.
 
-With text models an observation is a *user* message: there is no human after the task, so every later user message is
+With text models, an observation is a *user* message: no human speaks after the task, so every later user message is
 the result of the agent's command. `role: exit` closes a run.
 """
 

@@ -36,14 +36,14 @@ def recognises(value: Any) -> bool:
 
 
 _NOTHING = (
-    "no span has the messages of a model call. Switch on the capture of message content and record the runs again: "
+    "no span has the messages of a model call. Enable the capture of message content and record the runs again: "
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=SPAN_ONLY (true in older versions), "
     "recordInputs and recordOutputs in the AI SDK. Messages in log records are not read"
 )
 
 
 def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
-    """A run for each trace."""
+    """Yield one run per trace."""
     for call, run in longest_conversations(values, _calls, _NOTHING):
         run.tools = tools_of(call.tools)
         yield run
@@ -93,7 +93,7 @@ def _genai(attributes: Mapping[str, Any], span: Span) -> tuple[list[Any], list[A
 
 
 def _events(span: Span) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The older version: one event of the span for each message, and whether it is the output."""
+    """The older version: one event of the span per message; yields each message, and whether it is the output."""
     for event in span.get("events") or ():
         if isinstance(event, dict) and (role := _EVENT_ROLES.get(str(event.get("name")))):
             body = attributes_of(event) | mapping(event.get("body"))
@@ -107,7 +107,7 @@ def _events(span: Span) -> Iterator[tuple[dict[str, Any], bool]]:
 
 
 def _details(span: Span) -> Iterator[dict[str, Any]]:
-    """The attributes of the event that holds the messages if they are not attributes of the span."""
+    """The attributes of the event that has the messages, if the span's own attributes do not."""
     for event in span.get("events") or ():
         if isinstance(event, dict) and event.get("name") == "gen_ai.client.inference.operation.details":
             yield attributes_of(event)

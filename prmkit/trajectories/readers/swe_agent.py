@@ -1,4 +1,4 @@
-"""SWE-agent's `.traj`: `trajectory` holds the steps, `history` the messages that the model got.
+"""SWE-agent's `.traj`: `trajectory` has the steps, `history` the messages that the model received.
 
 Demonstrations in `history` are not part of the run; the task is its first user message that is not a demonstration.
 """
@@ -50,7 +50,7 @@ def _opening(history: Any, lost: Counter[str]) -> Iterator[Turn]:
 
 def _turn(step: Mapping[str, Any], index: int) -> Turn:
     action, thought, response = (as_text(step.get(key)).strip() for key in ("action", "thought", "response"))
-    # The response is usually thought and action as the model wrote them; otherwise it is the text of the step.
+    # The response usually consists of the thought and the action; otherwise it is the text of the step.
     text = "" if not response or (thought in response and (action or thought)) else response
     calls = (Call("action", action),) if action else ()
     results = (Result(as_text(step["observation"])),) if calls or step["observation"] else ()

@@ -1,7 +1,7 @@
 """Runs as one tagged string: `<think>`, `<tool_call>`, `<result>`, `<answer>`, in `sft_data.output` or `raw_response`.
 
 A step begins with a thought, or with a call or an answer that follows a result; text outside the tags counts as the
-agent's text. The second half reads text that a chat template wrote, with its special tokens.
+agent's text. The second half of this module reads text rendered by a chat template, with its special tokens.
 """
 
 import json
@@ -29,7 +29,7 @@ def recognises(value: Any) -> bool:
 
 
 def _texts(value: Any) -> tuple[str, str] | None:
-    """Return the task and the tagged text; None without them."""
+    """Return the task and the tagged text; None if the value does not have them."""
     data, names = mapping(mapping(value).get("sft_data")), ("instruction", "output")
     if not data:
         data, names = mapping(value), ("task_description", "raw_response")
@@ -131,13 +131,13 @@ class Chat:
     message: re.Pattern[str]
     """One message: `role`, `text`, and `end`, which is empty if the message is still open."""
     begins: re.Pattern[str]
-    """What a prompt begins with."""
+    """Matches the beginning of a prompt."""
     occurs: re.Pattern[str]
-    """What text has in it only if it is written in this format: a mention of a token is not enough."""
+    """Matches what only text in this format contains: a mere mention of a token is not enough."""
     answer: str
-    """What an answer of the agent begins with."""
+    """The beginning of an answer of the agent."""
     rewritten: Callable[[str], str]
-    """Rewrites tool calls, and what else is not in messages."""
+    """Rewrites tool calls and everything else that is outside of messages."""
 
 
 def _chat(
@@ -169,7 +169,7 @@ def _tagged_call(name: str, arguments: str) -> str:
 
 
 def _tagged_calls(body: str) -> str:
-    """Calls that are JSON, one or a list, in the tags of Qwen and Hermes; anything else in one such tag."""
+    """JSON calls, one or a list, each in the tags of Qwen and Hermes; anything else in a single such tag."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -217,7 +217,7 @@ def _deepseek(text: str) -> str:
     text = _DEEPSEEK_RESULT.sub(lambda found: f"{end}<｜Tool｜>{found[1]}{end}<｜Assistant｜>", text)
     text = _DEEPSEEK_LISTS.sub("", text).replace("<｜Assistant｜></think>", "<｜Assistant｜>")
     first = _DEEPSEEK_ROLE.search(text)
-    system = without_tokens(text[: first.start()]) if first else ""  # its template marks every role but this one
+    system = without_tokens(text[: first.start()]) if first else ""  # its template marks every role except this one
     return f"<｜System｜>{system}{end}{text[first.start() :]}" if first and system else text
 
 
@@ -238,7 +238,7 @@ _MISTRAL = (
     (re.compile(r"\[/THINK\]"), "</think>"),
     (re.compile(r"</s>"), "<|im_end|>\n"),
 )
-"""Mistral marks only the user's turns; rewritten as ChatML, answers have an end, too."""
+"""Mistral marks only the user's turns; rewritten as ChatML, answers also have an end."""
 _MISTRAL_CALL = re.compile(r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|\[TOOL_RESULTS\]|</s>|\[INST\]|\Z)", re.DOTALL)
 _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?\s*(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
 
@@ -289,7 +289,7 @@ CHATS = (
 _SPECIAL = re.compile(
     r"<\|[\w.-]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|\[\|\w{1,40}\|\]|<\|turn>|<turn\|>|<extra_id_\d+>|<seed:\w+>|\]~b\]"
 )
-"""What looks like a special token, of any family."""
+"""Matches what looks like a special token of any model family."""
 _KNOWN = re.compile(
     rf"{_NOT_TEXT}|<\|(?:im_start|im_sep|start_header_id|end_header_id|python_tag|{_ANY}|fim_\w+|repo_name|file_sep|"
     r"(?:vision|image|video|box|quad|object_ref)_\w+|reserved_special_token_\d+)\|>|<｜(?:System|User|Assistant|Tool)｜>|"
@@ -301,23 +301,23 @@ _ANSWER = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
 
 
 def chat_at_beginning(prompt: str) -> Chat | None:
-    """The format in which a prompt is written; None if it does not begin as one."""
+    """The format of a prompt; None if it does not begin like one of the formats."""
     leading = _BEFORE.match(prompt)
     return next((chat for chat in CHATS if chat.begins.match(prompt, leading.end() if leading else 0)), None)
 
 
 def chat_in(text: str) -> Chat | None:
-    """The format of which there are messages in a text, wherever they begin; None if there are none."""
+    """The format of the messages in a text, wherever they begin; None if it contains no messages."""
     return next((chat for chat in CHATS if chat.occurs.search(text)), None)
 
 
 def is_special(text: str) -> bool:
-    """Whether a text begins with a special token, of any family."""
+    """Whether a text begins with a special token of any model family."""
     return _SPECIAL.match(text) is not None
 
 
 def unread_token(text: str) -> str | None:
-    """The first special token of a family that is not in `CHATS`."""
+    """The first special token of a model family that is not in `CHATS`."""
     return next((found[0] for found in _SPECIAL.finditer(text) if not _KNOWN.fullmatch(found[0])), None)
 
 
@@ -340,8 +340,8 @@ def turns_of_chat(chat: Chat, text: str, lost: Counter[str], *, is_open: bool = 
     Args:
         chat: the format.
         text: the messages.
-        lost: counts text that is in no message.
-        is_open: leave out a last message without an end.
+        lost: counts text outside of messages.
+        is_open: drop a last message that has no end.
     """
     text, end = chat.rewritten(text), 0
     messages: list[dict[str, Any]] = []

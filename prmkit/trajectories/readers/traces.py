@@ -1,8 +1,9 @@
-"""Shared code of the trace readers: find the model call of a trace that has the complete conversation.
+"""Shared code of the trace readers: find the model call that has the complete conversation of a trace.
 
-A model call has every message so far, so the longest call of a trace is the run; most others repeat its beginning. The
-rest are counted: calls that begin differently (a title, a guardrail, another agent), and calls of the same conversation
-that the longest one does not contain (another sample of an answer, or what follows after the history was shortened).
+A model call contains all messages so far, so the longest call of a trace is the run; most others repeat its beginning.
+The rest are counted: calls that begin differently (a title, a guardrail, another agent), and calls of the same
+conversation that the longest one does not contain (another sample of an answer, or what follows after the history was
+shortened).
 """
 
 from collections import Counter
@@ -77,12 +78,12 @@ def longest_conversations(
     Reads the file twice, so that only one conversation is in memory at a time.
 
     Args:
-        values: of the file.
+        values: the values of the file.
         calls_of: the model calls in a value.
-        nothing: why a file of this form may have no model call with messages, and what to do.
+        nothing: why a file of this format may have no model call with messages, and what to do.
 
     Raises:
-        UnreadableValue: it has none.
+        UnreadableValue: no model call has messages.
     """
     traces: dict[str | int, _Trace] = {}
     said = _Said()
@@ -105,9 +106,9 @@ def longest_conversations(
 
 
 class _Said:
-    """Hashes of what messages say, without what calls of one conversation may write differently.
+    """Hashes of the content of messages, without what may differ between the calls of one conversation.
 
-    Calls repeat their messages, so each is read once; a hash is all that is kept of it.
+    Calls repeat their messages, so each message is read once, and only its hash is kept.
     """
 
     def __init__(self) -> None:
@@ -124,7 +125,7 @@ class _Said:
         return hash(tuple(found))
 
     def beginnings(self, *lists: list[Any]) -> list[int]:
-        """The hashes of all beginnings of a conversation; a changed system prompt does not make it another one."""
+        """The hashes of all beginnings of a conversation; it remains the same if only the system prompt changes."""
         found = [hash(())]
         for message in chain(*lists):
             is_system, said = self._of(message)
@@ -133,7 +134,7 @@ class _Said:
         return found
 
     def _of(self, message: Any) -> tuple[bool, int | None]:
-        """Whether it is a system prompt, and the hash of what it says; None if that is nothing."""
+        """Whether a message is a system prompt, and the hash of its content; None if it is empty."""
         try:
             key = hash(orjson.dumps(message))
         except TypeError:  # nested deeply, or with a number of more than 64 bits
@@ -156,7 +157,7 @@ def _words(turn: Turn) -> tuple[Any, ...]:
 
 
 def conversation(given: Any, answer: Any) -> tuple[list[Any], list[Any]]:
-    """The input messages and the output of a model call, in any of the forms that tracers write.
+    """The input messages and the output of a model call, in any format that tracers write.
 
     Args:
         prompt: messages, an object with `messages`, a list of lists (LangChain), any of these as JSON, or a prompt.
