@@ -66,7 +66,7 @@ def _drawn(width: float, height: float, draw: Any, name: str) -> str:
 
     Args:
         width: of all axes, in inches; labels, titles and legends outside of them are added to it.
-        height: likewise.
+        height: of all axes, in inches.
         draw: adds axes to a figure.
         name: distinct from those of the other plots of a page.
     """
