@@ -67,9 +67,9 @@ def _command(arguments: argparse.Namespace) -> ExitCode:
         # A model's own code ran in the training or the export only because this command line allows it.
         trust = bool(outcome.record["config"].get("trust_remote_code"))
         if options.evaluate:
-            evaluate_run(outcome.run, trust_remote_code=trust)
+            evaluate_run(outcome.run, trust_remote_code=trust, show=not options.json)
         if outcome.exported is not None:
-            prove_export(outcome.run, outcome.exported, trust_remote_code=trust)
+            prove_export(outcome.run, outcome.exported, trust_remote_code=trust, show=not options.json)
     for line in next_commands(options, outcome, evaluated=options.evaluate and outcome.run is not None):
         cli.emit(line)
     return outcome.code

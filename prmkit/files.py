@@ -28,7 +28,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     The bytes go to a temporary file in the same folder, which is synced and renamed to `path` when the block ends.
     After an error inside the block, `path` is unchanged.
+
+    Raises:
+        OSError: `path` is a folder or a device; root could replace /dev/null by a file.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a folder" if path.is_dir() else "not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

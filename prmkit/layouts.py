@@ -86,7 +86,7 @@ def parse_line(line: Line, *, lenient: bool = False) -> Any:
     if line.size > len(line.text):
         raise Rejected(f"row of {line.size:,} bytes; the limit is {LONGEST_LINE:,}", "row too long")
     try:
-        return orjson.loads(line.text)
+        return exact_loads(line.text) if lenient else orjson.loads(line.text)
     except orjson.JSONDecodeError as error:
         try:
             text = line.text.decode()
@@ -102,9 +102,28 @@ def parse_line(line: Line, *, lenient: bool = False) -> Any:
 def _parse_again(text: str, *, lenient: bool) -> Any:
     value = json.loads(text, strict=not lenient, parse_constant=lambda _: None)
     if lenient:
-        return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        text = json.dumps(value, ensure_ascii=False)  # `Infinity` for 1e999
+        return json.loads(text.encode("utf-8", "replace"), parse_constant=lambda _: None)
     orjson.dumps(value)  # Python's parser accepts characters that cannot be written
     return value
+
+
+_LONG_NUMBER = re.compile(r"[0-9]{20}")
+
+
+def exact_loads(text: str | bytes) -> Any:
+    """Parse JSON of a run: orjson alone would round integers of more than 64 bits, such as amounts in wei.
+
+    Raises:
+        orjson.JSONDecodeError: it is not JSON.
+    """
+    value = orjson.loads(text)
+    if not _LONG_NUMBER.search(text if isinstance(text, str) else text.decode()):
+        return value
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # an integer of 5,000 digits, or nested deeply
+        return value
 
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:

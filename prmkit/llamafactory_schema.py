@@ -297,6 +297,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror or 'not a mapping of keys to values'}. Check the path.") from error
     if not isinstance(loaded, dict):
         raise UsageError(f"{path}: not a mapping of keys to values.")
+    if nul := [str(key) for key, value in loaded.items() if isinstance(value, str) and "\0" in value]:
+        raise UsageError(f"{path}: {', '.join(nul)}: a NUL character (\\0) is not allowed. Remove it.")
     return {str(key): value for key, value in loaded.items()}
 
 

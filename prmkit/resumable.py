@@ -22,7 +22,12 @@ def companion_file(file: Path, what: str) -> Path:
     """Name a file that belongs to an output: `scores.what` for `scores.jsonl`, `scores.a.what` for `scores.a`.
 
     An output that was compressed later keeps its companion: that of `scores.jsonl.gz` is `scores.what`, too.
+
+    Raises:
+        UsageError: the output has no name.
     """
+    if not file.name:
+        raise UsageError("the name of the output is empty. Pass the name of a file.")
     return file.with_name(f"{uncompressed_name(file).removesuffix('.jsonl')}.{what}")
 
 

@@ -148,8 +148,14 @@ def name_in(metadata: Mapping[str, Any], key: str) -> str | None:
     if isinstance(value, str):
         return as_name(value) or None
     if type(value) is int or (type(value) is float and value.is_integer()):
+        if abs(value) > _LARGEST_EXACT and type(value) is float:
+            raise Rejected(f"metadata.{key} is a number that parsers round; write it as a string")
         return str(int(value))
     raise Rejected(f"metadata.{key} is not a string")
+
+
+_LARGEST_EXACT = 2**53
+"""Above this, different integers are one floating point number, and two tasks would become one."""
 
 
 def as_name(text: str) -> str:
@@ -247,7 +253,7 @@ def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
         for key in _IDENTITY:
             if row.get(key) is not None and metadata.get(key) in (None, ""):
                 metadata = {**metadata, key: row[key]}
-            elif row.get(key) is not None and row[key] != metadata[key]:
+            elif row.get(key) is not None and row[key] != metadata[key] and name_in(row, key) != name_in(metadata, key):
                 raise Rejected(f"{key} differs between the row and its metadata")
     return metadata
 
@@ -260,6 +266,8 @@ _ROLES = {
 
 def _texts(row: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
     """Return system prompt, prompt and answer. A new column that is read here also belongs in `_CONTENT`."""
+    if {"trajectory_id", "steps"} <= row.keys() and not row.keys() & {*PROMPT_COLUMNS}:
+        raise Rejected("a run among rows; runs are read from a file of their own, not from stdin", "a run among rows")
     for column in ("tools", "images", "videos", "audios", "history"):
         if row.get(column) not in (None, "", "[]", []):
             raise Rejected(f"has `{column}`, which is not supported; put its content into the prompt text")

@@ -79,6 +79,7 @@ def test_the_places_that_name_a_key_are_found(root: Path) -> None:
         ("- a\n- b", "not a mapping"),
         ("\tseed: 1", "line 1"),
         ("seed: \xff", "not YAML"),
+        ('run_name: "a\\0b"', "run_name: a NUL character"),
         ("{a: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
         ("\n".join(" " * depth + "-" for depth in range(1200)), "nested too deeply"),
         ("seed: " + "9" * 5000, "not YAML"),

@@ -186,3 +186,15 @@ def test_deep_rows_are_read_or_rejected(depth: int, place: str) -> None:
 @pytest.mark.parametrize(("value", "number"), [(1, 1), (1.0, 1), ("1", 1), (1.5, None), ("a", None), (None, None)])
 def test_whole_numbers(value: Any, number: int | None) -> None:
     assert whole_number(value) == number
+
+
+@pytest.mark.parametrize("number", ["123456789012345678901", "9007199254740994.0", "1e300"])
+def test_an_id_that_parsers_round_is_rejected(number: str) -> None:
+    """Else 123456789012345678901 and 123456789012345678902 would be one task."""
+    text = json.dumps(ROW | {"metadata": {"task_id": 0}}).replace('"task_id": 0', f'"task_id": {number}')
+    assert "write it as a string" in reason(text.encode())
+
+
+@pytest.mark.parametrize(("beside", "inside"), [(7, "7"), ("7", 7.0), (" a", "a")])
+def test_one_id_in_two_places_may_be_written_in_two_ways(beside: Any, inside: Any) -> None:
+    assert read(ROW | {"task_id": beside, "metadata": {"task_id": inside}}).task == str(inside).removesuffix(".0")

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,7 +55,7 @@ class CollectionPlan:
         Args:
             reports: a list to which a report on each file is appended.
         """
-        for run in read_runs(list(self.inputs), Options(self.form), reports):
+        for run in read_runs(list(self.inputs), Options(self.form), [] if reports is None else reports):
             for judge in self.judges:
                 for question in questions_of(
                     run, judge, self.rubric, per_run=self.per_run, with_reference=self.with_reference
@@ -249,10 +250,12 @@ def _confirm(judges: Sequence[StrongJudge], *, yes: bool) -> None:
 def _write(plan: CollectionPlan, state: Collection, output: Path, *, as_json: bool) -> ExitCode:
     tally, written = VerdictCounts(), 0
     reasons = {key: state.stopped.get(key[0], reason) for key, reason in state.failures.items()}
-    with atomic_write(output) as stream:
-        for row in rows_of_answers(plan.questions(), state.answers, reasons, tally):
-            stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-            written += 1
+    rows = rows_of_answers(plan.questions(), state.answers, reasons, tally)
+    if first := next(rows, None):  # without one, rows of an earlier call stay
+        with atomic_write(output) as stream:
+            for row in chain((first,), rows):
+                stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+                written += 1
     missing = [(judge, _why(state, judge, reason), count) for (judge, reason), count in tally.missing.items()]
     agreement = {judge: {"pairs": len(gaps), "mean_difference": round(fmean(gaps), 4),
                          "equal": round(sum(gap < 0.005 for gap in gaps) / len(gaps), 4)}

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from prmkit.errors import UsageError
 from prmkit.files import read_plain_yaml
 from prmkit.http_client import check_url, key_from
+from prmkit.rows import as_name
 
 JsonMode = Literal["schema", "object", "prompt"]
 _LIMITS = ("max_tokens", "max_completion_tokens")
@@ -127,7 +128,7 @@ def _judge(content: Any, location: str) -> StrongJudge:
             raise UsageError(f"{location}: {name} is {value!r:.40}, but must be {_SETTING_TYPES[name][0].__name__}.")
     if missing := [name for name in ("name", "base_url", "model") if not str(content.get(name, "")).strip()]:
         raise UsageError(f"{location}: {' and '.join(missing)} missing.")
-    judge = StrongJudge(**content)
+    judge = StrongJudge(**content | {"name": as_name(content["name"])})  # as rows are read
     _check(judge, location)
     return judge
 

@@ -7,14 +7,16 @@ import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from prmkit import cli
-from prmkit.dataset.settings import CONSENSUS, CUSTOM, Filters, LengthSettings, Settings, Split, read_tasks
+from prmkit.dataset.settings import CUSTOM, PREFIX, Filters, LengthSettings, Settings, Split, read_tasks
 from prmkit.errors import DataError, ExitCode, UsageError
 from prmkit.files import read_json
 from prmkit.llamafactory_schema import read_yaml, setting, split_assignment, value_of
-from prmkit.paths import FULL, HELD_OUT_SUFFIX, REPORT
+from prmkit.paths import HELD_OUT_SUFFIX, REPORT
 from prmkit.verdict import Scale
+from prmkit.verdict.read import WORD
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +127,8 @@ def execute(arguments: argparse.Namespace) -> ExitCode:
         DataError: see `convert` and `audit`.
     """
     if arguments.audit is not None:
+        if arguments != arguments_of({"audit": arguments.audit, "json": arguments.json}):
+            raise UsageError("--audit converts nothing and takes no other option than --json. Leave the others out.")
         return _audit(arguments.audit, as_json=arguments.json)
     from prmkit.dataset.conversion import convert
     from prmkit.dataset.report import show_summary
@@ -242,13 +246,15 @@ def _range(span: str, given: str) -> tuple[float, float]:
 
 
 def _word(text: str) -> tuple[str, float]:
-    word, _, score = text.rpartition("=")
+    word, _, score = normalize("NFC", text).rpartition("=")
     try:
         value = float(score)
     except ValueError:
         value = -1.0
     if not word or not 0 <= value <= 1:
         raise UsageError(f"--map {text}: expected a word and its score from 0 to 1, as in --map pass=1 fail=0.")
+    if not WORD.fullmatch(word):
+        raise UsageError(f"--map {text}: only one to three words of letters can be mapped. For numbers use --scale.")
     return word.lower(), value
 
 
@@ -277,6 +283,8 @@ def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:
         yield "--max-disagreement must be a difference of scores, 0 to 1"
     if given.max_rejected is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", given.max_rejected):
         yield "--max-rejected must be a percentage such as 5%, or a number of rows"
+    if given.labels == "verbatim" and (given.scale or given.map):
+        yield "--labels verbatim keeps the judges' own numbers and words, so leave out --scale and --map"
     yield from _problems_of_name(given.name, filters)
     if given.assignments and given.config is None:
         yield "key=value overrides --config; pass a --config, too"
@@ -285,6 +293,8 @@ def _problems(given: argparse.Namespace, filters: Filters) -> Iterator[str]:
     sets_length = given.cutoff_len is not None or given.template is not None
     if sets_length and given.tokenizer is None and given.config is None:
         yield "--cutoff-len and --template need --tokenizer, or a --config with model_name_or_path"
+    if given.too_long != LengthSettings.too_long and given.tokenizer is None and given.config is None:
+        yield "--too-long needs --tokenizer and --cutoff-len, or a --config: without them, no lengths are measured"
     if given.cutoff_len is not None and given.cutoff_len < 1:
         yield "--cutoff-len must be a number above 0"
 
@@ -296,8 +306,10 @@ def _problems_of_name(name: str | None, filters: Filters) -> Iterator[str]:
         yield "--name requires a filter: --evaluation-types, --model-names or --task-ids"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,100}", name, re.ASCII) or name.endswith(HELD_OUT_SUFFIX):
         yield f"--name may have letters, digits, '_', '-' and '.', and must not end in {HELD_OUT_SUFFIX}"
-    if name in (FULL, CONSENSUS):
-        yield f"--name {name} is a variant of the main conversion; choose another name"
+    if (name.startswith(PREFIX) and name != CUSTOM) or name == "rejected":
+        yield f"--name {name} may be a file of the main conversion; choose another name"
+    if name.endswith((".meta", ".rejected", "_consensus")):
+        yield f"--name {name} may be a file of another variant; choose another name"
 
 
 def _split(arguments: argparse.Namespace, filters: Filters, output: Path) -> Split:

@@ -124,7 +124,7 @@ def _read(
                 while batch := list(islice(lines, _ROWS_AT_ONCE)):
                     _stage_rows(preparer, batch, guard, stage, number)
                     progress.advance(bar, sum(line.size for line in batch))
-    if not sum(source.bytes for source in sources):
+    if not preparer.lines:
         raise DataError(f"{', '.join(source.name for source in sources)}: no rows. Pass your rows with --input.")
     stage.index()
     return sources, preparer
@@ -193,6 +193,7 @@ def _decide(settings: Settings, stage: Stage, preparer: Preparer, problems: Sequ
         raise DataError(_nothing_matched(settings, stage))
     stage.reject_other_scales(problems)
     _check_tasks(settings, stage.assign_sides(settings.split))
+    _check_judges(settings, stage)
     stage.check_trajectories()
     stage.reject_prompts_on_both_sides()
     near = find_near_duplicates(lambda held_out: _prompts(stage, held_out=held_out))
@@ -235,6 +236,13 @@ def _check_tasks(settings: Settings, unknown: set[str]) -> None:
     if unknown == tasks:
         raise DataError(f"--eval-tasks: no row has one of these tasks ({shown}), so nothing would be held out.")
     log.warning("warning: %d tasks of --eval-tasks are not in the input: %s", len(unknown), shown)
+
+
+def _check_judges(settings: Settings, stage: Stage) -> None:
+    judges = {judge for (judge,) in stage.rows.execute("SELECT judge FROM row UNION SELECT judge FROM rejected")}
+    if unknown := settings.scales.keys() - judges - {None}:
+        shown = ", ".join(f"{judge:.80}" for judge in sorted(map(str, unknown))[:5])
+        log.warning("warning: no row is from a judge of --scale: %s", shown)
 
 
 def _prompts(stage: Stage, *, held_out: bool) -> Iterator[Prompt]:
@@ -343,7 +351,8 @@ def _finish(settings: Settings, report: dict[str, Any], written: Written, new: P
     }
     write_json(new / report_file, report)
     write_json(new / INFO, {**kept, **written.entries})
-    foreign = sorted(name for name in set(files) - set(earlier.get("files", [])) if (output / name).exists())
+    written_before = {*earlier.get("files", []), INFO}  # others' entries in INFO are kept
+    foreign = sorted(name for name in set(files) - written_before if (output / name).exists())
     _warn_of_files(foreign, "overwritten, although no earlier conversion created them")
     sync_files(new)
     publish(output, new.parent, new, [name for name in earlier.get("files", []) if name not in files])

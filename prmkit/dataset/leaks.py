@@ -38,9 +38,11 @@ def audit_folder(folder: Path) -> dict[str, Any]:
     """Audit the datasets that a folder's dataset_info.json lists, near duplicates included.
 
     Raises:
-        DataError: there is no dataset_info.json, or it is damaged, or it lists a file that is missing.
+        DataError: there is no dataset_info.json, it is damaged, or it lists no file or one that is missing.
     """
     entries = [entry for entry in read_entries(folder).values() if entry.file is not None]
+    if not entries:
+        raise DataError(f"{folder / INFO} lists no files, so there is nothing to check. Convert the data first.")
     for entry in entries:
         if entry.file is not None and not entry.file.is_file():
             raise DataError(f"{entry.file}: missing, though {folder / INFO} lists it as {entry.name}. Convert again.")

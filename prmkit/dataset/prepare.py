@@ -28,12 +28,13 @@ from prmkit.rows import EXPECTED, WEIGHT, InputRow, is_weight, prompt_hash, read
 from prmkit.trajectories.rows import labelled_rows
 from prmkit.trajectory import holds_records
 from prmkit.verdict import Answer, Scale, Shape, Unreadable, asked_shape, read_answer, render_verdict, score_answer
+from prmkit.verdict.read import Percentage
 
 _TEXT_SHOWN = 10_000
 """The maximum number of characters of a row that is not JSON to keep in rejected.jsonl."""
 _LONGEST_REMEMBERED = 100_000
 """The maximum length of a cached prompt, in characters: rows of several judges on one prompt are usually adjacent."""
-_VALUES_SHOWN = 8  # in a message about a scale
+_VALUES_SHOWN, _LONGEST_VALUE = 8, 20  # in a message about a scale
 
 
 # --- input files --------------------------------------------------------------------------------------------------
@@ -293,13 +294,15 @@ class Preparer:
             if isinstance(value, bool | str):
                 known, examples = str(value).lower() in scale.words, counted.unknown
                 counted.words += not known
+            elif isinstance(value, Percentage) and scale != Scale(words=scale.words):
+                continue  # it says nothing about the judge's scale
             else:
                 known, examples = scale.low <= value <= scale.high, counted.numbers
                 counted.rows += 1
                 counted.outside += not known
                 counted.fractions += 0 < value < 1
                 counted.low, counted.high = min(counted.low, value), max(counted.high, value)
-            if not known and len(examples) < _VALUES_SHOWN and (shown := str(value)[:20]) not in examples:
+            if not known and len(examples) < _VALUES_SHOWN and (shown := str(value)[:_LONGEST_VALUE]) not in examples:
                 examples.append(shown)
 
 
@@ -374,6 +377,12 @@ def find_scale_problems(
                 f"{key} of {name} ranges from {stats.low:g} to {stats.high:g} {why}, so all its rows with {key} are "
                 f"rejected. Set its scale, for example {flag}{_guess(of_judge, between=':' if judge else ' ')}"
             ))  # fmt: skip
+        elif scale and scale.high >= _RARELY_BELOW_1 and stats.high <= 1 and stats.fractions >= _FEWEST_OUTSIDE:
+            own = shlex.quote(f"{judge}=0:1") if judge else "JUDGE=0:1, and its name to the rows"
+            yield ScaleProblem(judge, key, True, (
+                f"{key} of {name} ranges from {stats.low:g} to {stats.high:g}, but --scale says {scale.low:g} to "
+                f"{scale.high:g}, so all its rows with {key} are rejected. If it scores from 0 to 1, add --scale {own}"
+            ))  # fmt: skip
         elif stats.words >= _FEWEST_OUTSIDE:
             words = ", ".join(stats.unknown)
             yield ScaleProblem(judge, key, False, (
@@ -388,6 +397,8 @@ def _are_many(stats: ValuesOfKey) -> bool:
 
 # With fewer rows outside of the scale, or a smaller fraction, only these rows are rejected.
 _FEWEST_OUTSIDE, _SHARE_OUTSIDE = 3, 0.02
+_RARELY_BELOW_1 = 5.0
+"""A judge on a scale that ends here or above does not give several fractions below 1 and nothing above 1."""
 
 
 def _guess(of_judge: Sequence[ValuesOfKey], *, between: str) -> str:
@@ -401,8 +412,8 @@ _GOOD = {"pass", "passed", "true", "yes", "good", "correct", "success"}
 
 
 def _words(examples: Sequence[str]) -> str:
-    words = [word.lower() for word in examples if word.isalpha()] or ["pass", "fail"]
-    return " ".join(f"{word}={int(word in _GOOD)}" for word in words)
+    words = [word.lower() for word in examples if len(word) < _LONGEST_VALUE] or ["pass", "fail"]
+    return " ".join(shlex.quote(f"{word}={int(word in _GOOD)}") for word in words)
 
 
 def rejected_entry(source: str, line: int, reason: str, content: Any) -> bytes:

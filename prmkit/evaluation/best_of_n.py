@@ -310,6 +310,8 @@ def _with_predictions(attempts: Sequence[Attempt], file: Path, outcomes: Path) -
         raise DataError(
             f"{file}: has {len(judges)} judges ({', '.join(each.name for each in judges)}). Keep the answers of one."
         )
+    for reason, count in judges[0].unplaced.items():
+        log.warning("%s: %d lines %s", file, count, reason)
     return [_scored(each, judges[0].scores) for each in attempts]
 
 
@@ -327,7 +329,7 @@ def _comparable(attempts: Sequence[Attempt]) -> tuple[list[Attempt], dict[str, i
     if len(without) == len(sizes):
         raise DataError(
             "no task has scores for every step of all its runs. Score the runs with --run, or pass the scores with "
-            "--predictions. best_of_n_answers.jsonl in the output folder says why a judge gave no score."
+            "--predictions. If a judge was asked, best_of_n_answers.jsonl in the output folder says why it gave none."
         )
     kept = [each for each in attempts if sizes[each.task_id] > 1 and each.task_id not in without]
     single = sum(count == 1 for count in sizes.values())

@@ -10,6 +10,7 @@ from typing import Any
 from prmkit import cli
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import compare, heldout
+from prmkit.evaluation.baselines import group_values
 from prmkit.evaluation.best_of_n import pick_best_of_n
 from prmkit.evaluation.evaluate import REPORT_FILE, EvaluationSettings, evaluate
 from prmkit.evaluation.exam import check_new_tasks
@@ -191,10 +192,11 @@ def _flag(name: str) -> str:
 
 
 def _check_breakdown_keys(keys: Sequence[str], held_out: heldout.HeldOut) -> None:
-    known = {key for prompt in held_out.prompts for key, value in prompt.metadata.items() if value is not None}
+    rows = [{"metadata": prompt.metadata, "task_id": prompt.task} for prompt in held_out.prompts]
+    known = {key for key in {key for row in rows for key in row["metadata"]} if any(group_values(rows, key))}
     if unknown := [key for key in keys if key not in known]:
         raise UsageError(
-            f"--by {' '.join(unknown)}: not in the metadata of any row of {held_out.name}. "
+            f"--by {' '.join(unknown)}: no row of {held_out.name} has a name or a number for it in its metadata. "
             f"It has {', '.join(sorted(known)) or 'no keys'}."
         )
 
@@ -226,24 +228,26 @@ def _check_gates(
         raise GateError("\n".join(failed))
 
 
-def evaluate_run(run: Path, *, trust_remote_code: bool = False) -> None:
+def evaluate_run(run: Path, *, trust_remote_code: bool = False, show: bool = True) -> None:
     """Measure a run's judge on its held-out rows, and show the table.
 
     Args:
         run: the training run's folder.
         trust_remote_code: run Python code that comes with the model.
+        show: False to write only the files, because the output is JSON.
 
     Raises:
         DataError: nothing was held out, no prompt could be scored, or the data was converted again since the training.
         UsageError: the run was trained on tasks that are now held out.
     """
-    data_folder, name = heldout.place_of_held_out(config_of_run(run), None, None)
+    data_folder, name = heldout.place_of_held_out(config_of_run(run), data_of_run(run), None)
     held_out, constants = heldout.read_held_out(data_folder, name), heldout.training_constants(data_folder, name)
     source = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
     settings = EvaluationSettings(unchecked=check_new_tasks(held_out, data_folder, source))
     metrics = evaluate(source, held_out, constants, evaluation_of(run), settings, run)
     _write_card(run, metrics)
-    _show(metrics, None, evaluation_of(run) / REPORT_FILE)
+    if show:
+        _show(metrics, None, evaluation_of(run) / REPORT_FILE)
 
 
 def _weights_folder(source: JudgeSource) -> Path | None:
@@ -277,19 +281,20 @@ def _parity(
     return ExitCode.DONE
 
 
-def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) -> None:
+def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False, show: bool = True) -> None:
     """Check on a few held-out prompts that an exported model gives the same scores as the run that was exported.
 
     Args:
         run: the training run's folder.
         exported: the folder of the exported model.
         trust_remote_code: run Python code that comes with the models.
+        show: False to print nothing if it does, because the output is JSON.
 
     Raises:
         GateError: the scores differ; the message lists the likely causes.
     """
     try:
-        held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), None, None))
+        held_out = heldout.read_held_out(*heldout.place_of_held_out(config_of_run(run), data_of_run(run), None))
         trained = replace(judge_source_of_run(run), trust_remote_code=trust_remote_code)
     except (DataError, UsageError) as error:
         log.warning("Could not check whether %s gives the same scores as %s: %s", exported, run, error)
@@ -297,7 +302,8 @@ def prove_export(run: Path, exported: Path, *, trust_remote_code: bool = False) 
     other = replace(judge_source_of_export(exported), trust_remote_code=trust_remote_code)
     parity = check_parity(trained, other, _requests(held_out, PARITY_PROMPTS))
     _copy_measurements(run, trained, exported, other)
-    cli.emit(f"{exported} gives the same scores as {run} ({parity}).")
+    if show:
+        cli.emit(f"{exported} gives the same scores as {run} ({parity}).")
 
 
 def _copy_measurements(run: Path, trained: JudgeSource, exported: Path, other: JudgeSource) -> None:
@@ -332,6 +338,8 @@ def _show(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, repo
     for key in metrics["asked_breakdowns"]:
         rows = summary.breakdown_table(metrics["breakdowns"].get(key, []))
         cli.emit_table(f"By {key}", summary.BREAKDOWN_COLUMNS, rows, numeric=summary.BREAKDOWN_COLUMNS[1:])
+        if left_out := summary.left_out_of_breakdown(metrics, key):
+            cli.emit(left_out)
     if probed := metrics.get("robustness"):
         rows, optional = robustness.robustness_table(probed), robustness.OPTIONAL
         cli.emit_table("Changed prompts", robustness.COLUMNS, rows, numeric=robustness.NUMERIC, optional=optional)

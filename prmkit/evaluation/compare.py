@@ -15,7 +15,7 @@ from prmkit.evaluation import estimates, statistics
 from prmkit.evaluation.baselines import shared
 from prmkit.evaluation.estimates import LEVEL, MIN_TASKS, Floats, Sample, Statistic, as_json, measure, resampled
 from prmkit.evaluation.metrics import ALL, MIN_SCORES, ORDER, STRICT, Metrics
-from prmkit.evaluation.predictions import Scores, by_mean, by_median, suspicion, table_of_scores
+from prmkit.evaluation.predictions import Scores, by_mean, by_median, check_predictions, suspicion, table_of_scores
 from prmkit.evaluation.summary import MIN_SCORED, groups_of_types
 from prmkit.files import read_jsonl
 from prmkit.intervals import format_estimate
@@ -70,7 +70,7 @@ def compare(this: Path, other: Path, prompts: Collection[str] | None = None) -> 
             f"{this} and {other} were measured on different held-out rows ({one['held_out']['dataset']}, "
             f"{another['held_out']['dataset']}). Evaluate one of them again, with the other's --data-dir and --dataset."
         )
-    mine, theirs = _scores(this, prompts), _scores(other, prompts)
+    mine, theirs = (_scores(folder, described, prompts) for folder, described in ((this, one), (other, another)))
     both, both_of_other = shared(mine, theirs)
     if not len(both):
         raise DataError(f"{this} and {other} have no scores in common. Evaluate both without --limit.")
@@ -103,16 +103,16 @@ def _described(folder: Path) -> Mapping[str, Any]:
     return metrics
 
 
-def _scores(folder: Path, prompts: Collection[str] | None) -> Scores:
+def _scores(folder: Path, described: Mapping[str, Any], prompts: Collection[str] | None) -> Scores:
     file = folder / PREDICTIONS_FILE
-    try:
-        rows = [row for row in read_jsonl(file) if prompts is None or row["prompt_sha256"] in prompts]
-        return table_of_scores(rows, judges=(), constants={})
-    except (KeyError, TypeError, AttributeError) as error:
+    rows = list(read_jsonl(file))
+    check_predictions(file, rows)
+    measured = described["held_out"].get("prompts_evaluated")
+    if measured is not None and len({row["prompt_sha256"] for row in rows}) < measured:
         raise DataError(
-            f"{file}: damaged, or from an earlier version: a line is not a prediction ({error!r}). "
-            "Evaluate the judge again."
-        ) from error
+            f"{file}: {len(rows)} of {measured} predictions; an evaluation was interrupted. Evaluate the judge again."
+        )
+    return table_of_scores([row for row in rows if prompts is None or row["prompt_sha256"] in prompts], (), {})
 
 
 # --- differences ------------------------------------------------------------------------------------------------------

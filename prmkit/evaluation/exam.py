@@ -20,7 +20,7 @@ from prmkit.files import numbered_jsonl, sha256_of, stored_form
 from prmkit.judge.sources import JudgeSource, data_of_run, read_object
 from prmkit.judge.types import BAD_BELOW, SAME_SCORE
 from prmkit.layouts import Rejected
-from prmkit.paths import EXPORT_NOTE, INFO, record_of
+from prmkit.paths import EXPORT_NOTE, HELD_OUT_SUFFIX, INFO, record_of
 from prmkit.rows import WEIGHT, InputRow, is_weight, read_row, task_of, whole_number
 from prmkit.trajectories.importing import Options, read_runs
 from prmkit.trajectories.readers import record
@@ -170,8 +170,13 @@ def _run_of_record(run: Trajectory) -> ExamRun:
 
 def _runs_of_rows(file: Path) -> list[ExamRun]:
     grouped: dict[str, dict[int, list[tuple[ExamStep, Mapping[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
+    seen: dict[tuple[str, int | None], str | None] = {}
     for number, value in numbered_jsonl(file):
         name, step, metadata = _labelled_step(value, f"{file}:{number}")
+        for part, content in ((None, task_of(metadata)), (step.n, step.prompt)):
+            if seen.setdefault((name, part), content) != content:
+                advice = "has another task or prompt than an earlier line. Give every run its own trajectory_id."
+                raise DataError(f"{file}:{number}: step {step.n} of run {name} {advice}")
         grouped[name][step.n].append((step, metadata))
     return [_run_of_steps(name, [of_step[n] for n in sorted(of_step)]) for name, of_step in grouped.items()]
 
@@ -362,8 +367,8 @@ def _described(record: Mapping[str, Any], side: str) -> Mapping[str, Any]:
 def check_new_tasks(held_out: HeldOut, folder: Path, source: JudgeSource) -> str | None:
     """Reject held-out rows of tasks on which a judge was trained.
 
-    One conversion never puts a task in both splits, so rows from the judge's own conversion need no comparison; a
-    different conversion may hold out different tasks.
+    One conversion never puts a task in both splits, so rows from the judge's own conversion need no comparison, unless
+    it was trained on a held-out split; a different conversion may hold out different tasks.
 
     Args:
         held_out: the rows.
@@ -378,14 +383,17 @@ def check_new_tasks(held_out: HeldOut, folder: Path, source: JudgeSource) -> str
         DataError: its training data was converted again.
     """
     judge = source.adapter or source.model
-    record, data_folder = training_of(judge), data_of_judge(judge)
+    record = training_of(judge)
     trained, own = _described(record, "dataset"), _described(record, "eval_dataset")
-    if not record or has_rows(folder, trained) or own.get("sha256") == held_out.file_sha256:
+    is_here, names = has_rows(folder, trained), split_names(trained.get("name"))
+    is_held_out = is_here or own.get("sha256") == held_out.file_sha256
+    if not record or (is_held_out and not any(name.endswith(HELD_OUT_SUFFIX) for name in names)):
         return None
+    data_folder = folder if is_here else data_of_judge(judge)
     unknown = f"It is unknown whether the judge was trained on tasks of {held_out.file}: "
     if not trained.get("sha256"):
         return f"{unknown}{judge} does not record its training data."
-    if data_folder is None or rows_sha256(data_folder, split_names(trained.get("name"))) is None:
+    if data_folder is None or rows_sha256(data_folder, names) is None:
         return f"{unknown}its training data was not found."
     tasks = [
         Task(str(each.metadata.get("provider")), each.task, each.metadata.get("task_hash"), each.prompt_sha256)

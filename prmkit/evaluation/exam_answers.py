@@ -82,9 +82,9 @@ def read_exam_answers(file: Path, runs: Sequence[ExamRun], source: Path) -> list
         judge = judges.setdefault(name, JudgeScores(name))
         run = known.get(run_of(value, place))
         if run is None:
-            judge.unplaced["about runs not in the exam"] += 1
+            judge.unplaced["about other runs"] += 1
         elif is_repeated(value):
-            judge.unplaced["with second answers (--repeat), which are not part of the exam"] += 1
+            judge.unplaced["with second answers (--repeat), which are not used"] += 1
         elif "faulty" in value or "failure_step" in value:
             _add_verdict(judge, run, value, place)
         else:
@@ -126,7 +126,7 @@ def _add_steps(
                 "If you count messages (from 0), use the field source_index instead."
             )
         if score is None or step is None:
-            judge.unplaced["without a score" if step is not None else "about steps not in the exam"] += 1
+            judge.unplaced["without a score" if step is not None else "about other steps"] += 1
         elif given.setdefault(judge.name, {}).setdefault((run.trajectory_id, step), score) != score:
             raise DataError(f"{place}: {judge.name} has already scored this step, differently. Keep one line.")
         else:

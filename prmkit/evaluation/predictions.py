@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prmkit.errors import DataError
 from prmkit.evaluation.estimates import Floats, Integers, Sample, make_pairs, make_sample
 from prmkit.evaluation.heldout import Constants, HeldOutPrompt
 from prmkit.evaluation.statistics import weighted_mean, weighted_median
@@ -17,6 +18,7 @@ from prmkit.judge.types import BAD_BELOW, SAME_SCORE, Distribution, Judgement, r
 from prmkit.prompts.cleaning import leaked_scores
 from prmkit.resumable import reopen
 from prmkit.rows import weight_of
+from prmkit.trajectory import is_share
 
 Row = Mapping[str, Any]
 """One line of `predictions.jsonl`."""
@@ -69,8 +71,42 @@ def resume(file: Path, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Prompts that failed (out of memory, server errors) are removed from the file, so that they are retried. For
     everything else see `prmkit.resumable.reopen`.
+
+    Raises:
+        DataError: a line is not a prediction.
     """
-    return reopen(file, fingerprint, retry=("failed",))
+    rows = reopen(file, fingerprint, retry=("failed",))
+    check_predictions(file, rows)
+    return rows
+
+
+def check_predictions(file: Path, rows: Iterable[Any]) -> None:
+    """Reject lines that no evaluation has written, or that were edited since.
+
+    Raises:
+        DataError: a line is not a prediction.
+    """
+    for number, row in enumerate(rows, start=1):
+        if not _is_prediction(row):
+            raise DataError(
+                f"{file}:{number}: edited, damaged, or from an earlier version. Delete this file, and evaluate the "
+                "judge again."
+            )
+
+
+def _is_prediction(row: Any) -> bool:
+    if not isinstance(row, dict) or not {*_COPIED, *_ALSO_READ} <= row.keys():
+        return False
+    parts = [row.get(name) for name in ("scores", "reference", "references", "metadata")]
+    return all(isinstance(part, dict) for part in parts) and all(map(_is_distribution, row["scores"].values()))
+
+
+def _is_distribution(score: Any) -> bool:
+    if not isinstance(score, dict) or not {"mean", "median", "std", "label_mass", "below"} <= score.keys():
+        return False
+    return all(score[name] is None or is_share(score[name]) for name in ("mean", "median")) and all(
+        isinstance(score[name], int | float | None) for name in ("std", "label_mass")
+    )
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -191,6 +227,9 @@ _COPIED = (
     *("prompt_sha256", "task_id", "trajectory_id", "evaluation_type", "clip_number"),
     *("prompt_characters", "leaked_score", "leaked_last"),
 )
+
+
+_ALSO_READ = ("id", "status", "reason", "score", "std", "text", "prompt_tokens", "repaired", "trimmed")
 
 
 def _weights_of(row: Row, judges: Sequence[str]) -> list[float]:

@@ -69,7 +69,10 @@ def report_html(
         plots=drawn,
         errors=errors,
         robustness=_robustness(metrics.get("robustness")),
-        breakdowns=[(key, _table(summary.BREAKDOWN_COLUMNS, rows)) for key, rows in _breakdowns(metrics)],
+        breakdowns=[
+            (key, _table(summary.BREAKDOWN_COLUMNS, rows), summary.left_out_of_breakdown(metrics, key))
+            for key, rows in _breakdowns(metrics)
+        ],
         abstention=_abstention(metrics),
         bad_steps=_bad_steps(metrics),
         baselines=_baselines(metrics),

@@ -6,6 +6,7 @@ repeated that often. The tests check both. An undefined value (nothing varies, n
 with its reason in `metrics.json`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -46,14 +47,22 @@ def skill_by_rmse(sample: Sample) -> Statistic:
 
     The mean of a distribution minimises the squared error, so it is compared with a constant mean.
     """
-    errors, baseline_errors = root_mean_square_error(sample), root_mean_square_error(_baseline_of(sample))
-    return lambda weights: 1 - ratio(errors(weights), baseline_errors(weights))
+    return _skill(root_mean_square_error, sample)
 
 
 def skill_by_mae(sample: Sample) -> Statistic:
     """1 - MAE / MAE of the baseline; the median minimises the absolute error, so it is compared with a median."""
-    errors, baseline_errors = mean_absolute_error(sample), mean_absolute_error(_baseline_of(sample))
-    return lambda weights: 1 - ratio(errors(weights), baseline_errors(weights))
+    return _skill(mean_absolute_error, sample)
+
+
+def _skill(error_of: Callable[[Sample], Statistic], sample: Sample) -> Statistic:
+    errors, baseline_errors = error_of(sample), error_of(_baseline_of(sample))
+
+    def statistic(weights: Floats) -> Floats:
+        of_baseline = baseline_errors(weights)  # a baseline that is always right errs by a rounding error, not by 0
+        return 1 - ratio(errors(weights), np.where(of_baseline < SAME_SCORE, 0.0, of_baseline))
+
+    return statistic
 
 
 def _baseline_of(sample: Sample) -> Sample:

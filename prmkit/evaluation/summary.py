@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from prmkit.evaluation.baselines import MAX_GROUPS
 from prmkit.evaluation.metrics import ALL, METRICS, ORDER, STRICT, Metric
 from prmkit.intervals import format_estimate, percent
 from prmkit.judge.types import SCORED
@@ -94,6 +95,17 @@ def breakdown_table(values: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for value in values
     ]
+
+
+def left_out_of_breakdown(metrics: Mapping[str, Any], key: str) -> str | None:
+    """Return how many scores the table of a metadata key does not show; None if it shows all."""
+    values, everything = metrics["breakdowns"].get(key, []), metrics["groups"][0]["scores"]
+    if not (left_out := everything - sum(value["scores"] for value in values)):
+        return None
+    return (
+        f"{left_out:,} of {everything:,} scores are not in this table: it has at most {MAX_GROUPS} values, and rows "
+        f"without a value of {key} are left out."
+    )
 
 
 def _table_name(group: Group) -> str:

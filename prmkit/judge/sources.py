@@ -204,6 +204,8 @@ def check_folders(source: JudgeSource) -> None:
     """
     for folder in (source.model, source.adapter):
         if folder is not None and not folder.is_dir() and not (folder == source.model and _in_cache(str(folder))):
+            if source.adapter is not None and folder == source.model:
+                raise DataError(f"{folder}: no such folder, but {source.adapter} needs this base model. Move it back.")
             raise DataError(f"{folder}: no such folder. Check --run or --model.")
 
 

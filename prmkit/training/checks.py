@@ -80,6 +80,12 @@ _ACCEPTED_ANYWAY: dict[str, tuple[Any, ...]] = {
 }
 """Values outside a key's own types and choices that nevertheless work."""
 
+
+def is_accepted_anyway(name: str, value: Any) -> bool:
+    """Whether a key may have a value that is outside its own types and choices."""
+    return value in _ACCEPTED_ANYWAY.get(name, ())
+
+
 _EMPTY_IS_A_VALUE = {"default_system", "debug"}
 """Keys that may be an empty string: `default_system: ""` removes the system prompt that the template would add."""
 

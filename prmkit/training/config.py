@@ -23,7 +23,15 @@ from prmkit.llamafactory_schema import (
     value_of,
 )
 from prmkit.paths import HELD_OUT_SUFFIX
-from prmkit.training.checks import Check, check_conflicts, check_known_keys, error, is_secret, unknown_key
+from prmkit.training.checks import (
+    Check,
+    check_conflicts,
+    check_known_keys,
+    error,
+    is_accepted_anyway,
+    is_secret,
+    unknown_key,
+)
 from prmkit.training.environment import Machine, check_owned_folders, this_machine
 from prmkit.training.monitoring import resolve_swanlab
 
@@ -206,6 +214,8 @@ def _typed_value(key: ConfigKey | None, text: str) -> Any:
         if takes_string:
             return text
         raise
+    if key is not None and is_accepted_anyway(key.name, value):
+        return value
     if key is not None and takes_string and type(value).__name__ not in key.types | {"NoneType", "list"}:
         return text
     return value

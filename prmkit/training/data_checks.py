@@ -38,14 +38,25 @@ def check_datasets(values: Mapping[str, Any]) -> Check:
         return error("datasets", found, advice)
     names = [*split_names(values.get("dataset")), *split_names(values.get("eval_dataset"))]
     stage = str(setting(values, "stage"))
-    problems = [problem for name in names for problem in _entry_problems(name, entries, stage)]
+    problems = [problem for name in names if name for problem in _entry_problems(name, entries, stage)]
+    problems += _list_problems(values)
     problems += _report_problems(folder)
     if problems:
-        return error("datasets", "; ".join(problems), f"Convert the data again ({CONVERT}), or choose another dataset.")
+        return error("datasets", "; ".join(problems), f"Convert the data again ({CONVERT}), or choose other datasets.")
     described = ", ".join(f"{name} ({_describe_rows(entries[name])})" for name in names)
     if not all(_is_one_file(entries[name]) for name in names):
         return warning("datasets", described, "Save it as one JSONL file, so that its rows are checked and recorded.")
     return ok("datasets", described)
+
+
+def _list_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Find names in a list of datasets that are empty, or whose rows LLaMA Factory would use more than once."""
+    for key in ("dataset", "eval_dataset"):
+        names = split_names(values.get(key))
+        if "" in names:
+            yield f"{key} has a comma too many"
+        if repeated := sorted({name for name in names if name and names.count(name) > 1}):
+            yield f"{key} names {', '.join(repeated)} more than once, so its rows would count more than once"
 
 
 def _is_one_file(entry: Entry) -> bool:

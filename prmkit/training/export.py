@@ -13,7 +13,7 @@ from prmkit import __version__
 from prmkit.errors import DataError, LlamaFactoryError, UsageError
 from prmkit.files import read_json, write_json, write_text
 from prmkit.llamafactory_schema import setting, trained_dtype
-from prmkit.paths import EXPORT_NOTE, RUN_RECORD, record_of
+from prmkit.paths import EXPORT_NOTE, RUN_RECORD, base_model_of, record_of
 from prmkit.prompts.encoding import ChatEncoding, limited, load_encoding
 from prmkit.training import launcher
 from prmkit.training.checkpoints import weights_fault
@@ -55,18 +55,21 @@ class Source:
 
 
 def find_source(folder: Path) -> Source:
-    """Find the adapter of a run folder or checkpoint folder.
+    """Find the adapter of a run folder or checkpoint folder, and its base model, wherever the project is now.
 
     Raises:
-        DataError: it has no complete weights, or no `run.json` next to them.
+        DataError: it has no complete weights, or no `run.json` next to them; or its base model is missing.
     """
     if fault := weights_fault(folder):
         raise DataError(f"{folder}: {fault}. Train first, or pass a run or checkpoint folder.")
     file = record_of(folder)
     record = read_record(file.parent) if file else None
-    if record is None:
+    if file is None or record is None:
         raise DataError(f"{folder}: no {RUN_RECORD}, so its base model and template are unknown.")
-    return Source(folder, record)
+    base = base_model_of(file.parent, record)
+    if record["base_model"].get("relative") and not base.is_dir():
+        raise DataError(f"{base}: no such folder, but {folder} needs this base model. Move it back.")
+    return Source(folder, {**record, "config": {**record["config"], "model_name_or_path": str(base)}})
 
 
 def check_target(target: Path, source: Source | None = None, *, overwrite: bool) -> bool:

@@ -121,7 +121,8 @@ def validate(options: TrainOptions, request: _TrainRequest) -> Outcome:
     elif errors:
         cli.emit(f"{found}: not ready to train\n{_list_errors(checks)}")
     else:
-        cli.emit(f"{found}: ready to train\nNext:\n  train:  {shlex.join(typed_command(options))}")
+        command = typed_command(options) + ["--overwrite"] * options.overwrite
+        cli.emit(f"{found}: ready to train\nNext:\n  train:  {shlex.join(command)}")
     return Outcome(ExitCode.USAGE if errors else ExitCode.DONE)
 
 

@@ -56,6 +56,8 @@ def _options(arguments: argparse.Namespace) -> Options:
             raise UsageError(f"--labels {name}: unknown. Known: {', '.join((*_OTHER_LABELS, *SETS))}.")
     if (name == "column") != (arguments.label_key is not None):
         raise UsageError("--labels column requires --label-key NAME, and --label-key requires --labels column.")
+    if arguments.label_scale != FieldNames.label_scale and name != "column":
+        raise UsageError("--label-scale is for --labels column; the labels of all others have a known scale.")
     if arguments.rubric and not name:
         raise UsageError("--rubric is only used with --labels, which writes prompts. Remove --rubric, or add --labels.")
     keys = FieldNames(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import orjson
 
+from prmkit.layouts import exact_loads
 from prmkit.trajectories.run import Role, Turn
 from prmkit.trajectory import Call, Result
 
@@ -57,7 +58,7 @@ def parsed(value: Any) -> Any:
     """Decode a value that may be a JSON string."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return orjson.loads(value)
+            return exact_loads(value)
         except orjson.JSONDecodeError:
             return value
     return value
@@ -178,9 +179,8 @@ def _add_content(message: Mapping[str, Any], parts: "Parts") -> None:
         if message.get(key):
             parts.lost[f"content of type {key}"] += len(message[key]) if isinstance(message[key], list) else 1
     if not parts.text():
-        parts.add(
-            next((message[key] for key in ("content", "value", "text", "output") if message.get(key) is not None), None)
-        )
+        texts = (message.get(key) for key in ("content", "value", "text", "output"))
+        parts.add(next((text for text in texts if text not in (None, "", [])), None))
 
 
 def _calls(message: Mapping[str, Any], in_content: Sequence[Call], lost: Counter[str]) -> list[Call]:
@@ -231,7 +231,7 @@ def _arguments(given: Any, lost: Counter[str]) -> Any:
     if not isinstance(given, str):
         return given
     try:
-        return orjson.loads(given) if given.strip() else {}
+        return exact_loads(given) if given.strip() else {}
     except orjson.JSONDecodeError:
         lost["arguments that are not JSON"] += 1  # kept as the agent wrote them, because a judge should see this error
         return given
@@ -243,9 +243,14 @@ def _results(message: Mapping[str, Any], parts: "Parts") -> list[Result]:
         return []
     identity = message.get("tool_call_id") or message.get("tool_use_id") or message.get("id")
     error = message.get("error") or message.get("is_error") or message.get("status") == "error"
-    if error and not text:
-        text = as_text(mapping(error).get("message") or error) if error is not True else ""
+    text = _with_error(text, message.get("error"))
     return [Result(text, str(identity) if identity else None, bool(error))]
+
+
+def _with_error(text: str, error: Any) -> str:
+    """Return what a tool returned, and then why it failed, unless the text says that already."""
+    said = as_text(mapping(error).get("message") or error) if isinstance(error, str | dict | list) else ""
+    return text if said in text else f"{text}\n{said}".strip("\n")
 
 
 def _sharegpt_call(message: Mapping[str, Any], lost: Counter[str]) -> Turn:
@@ -254,7 +259,7 @@ def _sharegpt_call(message: Mapping[str, Any], lost: Counter[str]) -> Turn:
     if match := _THINK.match(text):
         thought, text = match.group(1).strip(), text[match.end() :]
     try:
-        value = orjson.loads(text)
+        value = exact_loads(text)
     except orjson.JSONDecodeError:
         lost["calls that are not JSON"] += 1
         return Turn("agent", text, thought)
@@ -361,8 +366,8 @@ def _typed(part: Mapping[str, Any], *, is_data: bool) -> dict[str, Any]:
 def _part_result(part: Mapping[str, Any], lost: Counter[str]) -> Result:
     given = next((part[key] for key in ("content", *_RETURNED) if key in part), None)
     failed = any(part.get(key) is True for key in ("is_error", "isError")) or part.get("status") == "error"
-    if error := part.get("errorText") or part.get("error"):
-        failed, given = True, given or mapping(error).get("message") or error
+    error = part.get("errorText") or part.get("error")
+    failed = failed or bool(error)
     kind = as_text(mapping(given).get("type"))
     if kind in _AI_SDK_OUTPUTS and mapping(given).keys() <= {"type", "value", "reason", "providerOptions"}:
         failed = failed or kind not in ("text", "json", "content")
@@ -372,7 +377,7 @@ def _part_result(part: Mapping[str, Any], lost: Counter[str]) -> Result:
     inner.add(given)
     identity = next((part[key] for key in ("tool_use_id", "call_id", "toolCallId", "toolUseId", "id") if part.get(key)),
                     None)  # fmt: skip
-    return Result(inner.text(), str(identity) if identity else None, failed)
+    return Result(_with_error(inner.text(), error), str(identity) if identity else None, failed)
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from prmkit.errors import DataError, UsageError
 from prmkit.layouts import ANY_LENGTH, Rejected, open_lines, read_values, value_or_rejected
 from prmkit.rows import is_judged_row
 from prmkit.trajectories.content import mapping
-from prmkit.trajectories.readers import READERS, messages, reader_for, record
+from prmkit.trajectories.readers import READERS, is_other_run, messages, reader_for, record
 from prmkit.trajectories.run import FieldNames, Ids, NumberedValues, Reader, Run, Turn, UnreadableValue, assemble
 from prmkit.trajectories.run_fields import first_error, read_named
 from prmkit.trajectories.secrets import mask, may_hold_secrets
-from prmkit.trajectory import Trajectory, dump, with_labels
+from prmkit.trajectory import Trajectory, dump, task_id_of, with_labels
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,13 @@ def warn_of_losses(reports: Sequence[FileReport]) -> None:
     for report in reports:
         if report.passed_over:
             log.warning("skipped %s: %s", report.file, report.passed_over)
-        for reason, count in report.unreadable.items():
-            lines = ", ".join(map(str, report.examples[reason]))
-            log.warning("%s: not read: %d x %s (%s %s)", report.file, count, reason, report.unit, lines)
+        for reason in report.unreadable:
+            log.warning("%s", _not_read(report, reason))
+
+
+def _not_read(report: FileReport, reason: str) -> str:
+    lines = ", ".join(map(str, report.examples[reason]))
+    return f"{report.file}: not read: {report.unreadable[reason]} x {reason} ({report.unit} {lines})"
 
 
 def totals(reports: Sequence[FileReport]) -> Iterator[str]:
@@ -90,7 +94,8 @@ def read_runs(
         inputs: files and folders. Files in a folder that are not runs are skipped; a file that the user passes must be
             readable.
         options: the options for reading.
-        reports: receives one report per file, complete once its last run was yielded.
+        reports: receives one report per file, complete once its last run was yielded. Without it, every run must be
+            readable, because nobody would learn of the others.
 
     Raises:
         DataError: an input is missing, or a file that the user passed cannot be read.
@@ -115,6 +120,9 @@ def read_runs(
                 report.labels += sum(step.label is not None for step in run.steps)
                 report.lost.update(run.lost)
                 yield run
+            if reports is None and report.unreadable:
+                reason = next(iter(report.unreadable))
+                raise DataError(f"{_not_read(report, reason)}. Repair these runs or leave them out.")
         except DataError as error:
             if given.is_named:
                 raise
@@ -180,7 +188,7 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
             continue
         try:
             if may_hold_secrets(dump(run)) and not options.keep_secrets:
-                run = mask(run, report.secrets)
+                run = _masked(run, report)
         except RecursionError:
             report.reject("arguments that are nested too deeply to be written", line)
             continue
@@ -189,6 +197,13 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
         yield run
     if not (report.runs or report.unreadable or reader.marks):
         raise DataError(f"{path}: contains no run, although it has the format {reader.name}.")
+
+
+def _masked(run: Trajectory, report: FileReport) -> Trajectory:
+    masked: Trajectory = mask(run, report.secrets)
+    if masked.task_id != run.task_id:  # several tasks would get one id
+        masked = replace(masked, task_id=task_id_of(run.task_id))
+    return masked
 
 
 def _check_keys(reader: Reader, keys: FieldNames, path: Path) -> None:
@@ -255,7 +270,7 @@ def _values(path: Path, report: FileReport) -> Iterator[tuple[int, Any]]:
             yield line.number, value_or_rejected(line)
 
 
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError)
 """Errors that readers raise: a format is detected by its structure, but its content may be malformed."""
 
 
@@ -263,7 +278,7 @@ def _read_together(
     reader: Reader, path: Path, keys: FieldNames, report: FileReport
 ) -> Iterator[tuple[int, Run | Trajectory]]:
     try:
-        for run in reader.every(_ValidValues(path, report), keys) if reader.every else ():
+        for run in reader.every(_ValidValues(path, report, reader), keys) if reader.every else ():
             yield run.line or 1 if isinstance(run, Run) else 1, run
     except UnreadableValue as error:
         raise DataError(f"{path}: {error}.") from None
@@ -272,14 +287,16 @@ def _read_together(
 
 
 class _ValidValues:
-    """The values of a file, for a reader that needs all of them; broken lines are counted in the first iteration."""
+    """The values of a file, for a reader that needs all of them; what it cannot read is counted in the first pass."""
 
-    def __init__(self, path: Path, report: FileReport) -> None:
-        self._path, self._report, self._counted = path, report, False
+    def __init__(self, path: Path, report: FileReport, reader: Reader) -> None:
+        self._path, self._report, self._reader, self._counted = path, report, reader, False
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for line, value in _values(self._path, self._report):
             if not isinstance(value, Rejected):
+                if not self._counted and not self._reader.recognises(value) and is_other_run(value, self._reader):
+                    self._report.reject(f"does not match the format {self._reader.name}", line)
                 yield line, value
             elif not self._counted:
                 self._report.reject(value.reason, line)
@@ -335,8 +352,9 @@ def _error_labels(files: Sequence[_Input], options: Options) -> dict[str, dict[i
 
 def _with_error_labels(run: Trajectory, errors: dict[str, dict[int, str | None]]) -> Trajectory:
     """Label the known errors of a run. Ids may have the name of a subset as a prefix."""
-    names = {name for given in (run.trajectory_id, run.task_id) for name in (given, given.rsplit("_", 1)[-1])}
-    for name in names & errors.keys():
-        turns = [Turn("agent", index=step.source_index) for step in run.steps]
-        return with_labels(run, first_error(turns, errors[name], "failure"))
-    return run
+    ids = (run.trajectory_id, run.task_id)
+    name = next((name for name in (*ids, *(each.rsplit("_", 1)[-1] for each in ids)) if name in errors), None)
+    if name is None:
+        return run
+    turns = [Turn("agent", index=step.source_index) for step in run.steps]
+    return with_labels(run, first_error(turns, errors[name], "failure"))

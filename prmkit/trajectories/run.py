@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from prmkit.rows import as_name
 from prmkit.trajectory import Call, Label, Message, Result, Step, Trajectory, results_by_call, task_id_of, with_labels
 
 Role = Literal["system", "user", "agent", "tool"]
@@ -194,7 +195,7 @@ class Ids:
 
     def named(self, run: Trajectory) -> Trajectory:
         """Return the run with the source's id, otherwise the task's id with a number; a repeated id gets a number."""
-        name = run.trajectory_id
+        name = as_name(run.trajectory_id)  # as the run is called in rows
         if not name:
             self._runs_of[hash(run.task_id)] += 1
             name = f"{run.task_id}.{self._runs_of[hash(run.task_id)]}"

@@ -8,7 +8,7 @@ import orjson
 from prmkit.errors import UsageError
 from prmkit.layouts import Rejected
 from prmkit.rows import name_in
-from prmkit.trajectories.content import as_text
+from prmkit.trajectories.content import as_text, mapping, parsed
 from prmkit.trajectories.run import FieldNames, Run, Turn, UnreadableValue
 from prmkit.trajectory import Label
 
@@ -16,7 +16,7 @@ TASK_IDS = ("task_id", "instance_id", "question_id", "problem_id", "example_id")
 _RUN_IDS = ("trajectory_id", "run_id", "session_id", "conversation_id", "id", "uid", "uuid")
 SOLUTIONS = ("reference", "ground_truth", "answer", "target", "solution", "expected_answer", "expected", "gold")
 OUTCOME_FIELDS = ("outcome", "reward", "score", "success", "succeeded", "resolved", "is_correct", "passed")
-"""Names of the field with a run's outcome; the first one that a run has is used."""
+"""Names of the field with a run's outcome; the first with a boolean and the first with a number are used."""
 
 GOOD, NEUTRAL, BAD = 1.0, 0.6, 0.2
 """Scores for steps that are labelled right, neutral and wrong: the corresponding anchors of the default rubric."""
@@ -33,15 +33,15 @@ def describe(run: Run, value: Mapping[str, Any], keys: FieldNames, *, read: Coll
         keys: the field names that the user passed.
         read: the fields that the reader has already read.
     """
-    metadata = value.get("metadata")
-    flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
+    flat = {**mapping(parsed(value.get("metadata"))), **value}
     run.task_id = run.task_id or id_of(flat, *TASK_IDS)
     run.trajectory_id = run.trajectory_id or id_of(flat, *_RUN_IDS)
     run.reference = run.reference or first_of(flat, SOLUTIONS)
     run.outcome = run.outcome or outcome_of(flat)
     run.tools = run.tools or tools_of(value.get("tools") or value.get("functions"))
     read_named(run, value, keys)
-    outcomes = {name for name in OUTCOME_FIELDS if isinstance(flat.get(name), int | float | None)}
+    kept = (None, *(run.outcome or {}).values())
+    outcomes = {name for name in OUTCOME_FIELDS if flat.get(name) in kept}
     known = {*read, *TASK_IDS, *_RUN_IDS, *SOLUTIONS, *outcomes, "tools", "functions", "metadata", "name"}
     for name in value.keys() - known - {keys.task, keys.outcome, keys.labels}:
         run.lost[f"field {name[:40]}"] += 1
@@ -54,14 +54,14 @@ def read_named(run: Run, value: Mapping[str, Any], keys: FieldNames) -> None:
         UnreadableValue: a field is missing.
         UsageError: a label is not on the scale.
     """
-    metadata = value.get("metadata")
-    flat = {**(metadata if isinstance(metadata, dict) else {}), **value}
+    flat = {**mapping(parsed(value.get("metadata"))), **value}
     if keys.task:
         _check_has(flat, keys.task)
         run.task_id = id_of(flat, keys.task)
     if keys.outcome:
         _check_has(flat, keys.outcome)
         run.outcome = outcome_of(flat, keys.outcome)
+        run.lost[f"field {keys.outcome[:40]}"] += run.outcome is None
     if keys.labels:
         run.labels = labels_by_index(flat.get(keys.labels), run, keys.label_scale)
 
@@ -95,14 +95,15 @@ def _first(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def outcome_of(value: Mapping[str, Any], key: str | None = None) -> dict[str, Any] | None:
-    """Return the outcome of a run: a boolean is `success`, a number is `score`."""
-    for name in (key,) if key else OUTCOME_FIELDS:
-        outcome = value.get(name) if name else None
-        if isinstance(outcome, bool):
-            return {"success": outcome, "score": None}
-        if isinstance(outcome, int | float):
-            return {"success": None, "score": float(outcome)}
-    return None
+    """Return the outcome of a run: the first boolean is `success`, the first number is `score`."""
+    given = [value[name] for name in ((key,) if key else OUTCOME_FIELDS) if name in value]
+    success = next((each for each in given if isinstance(each, bool)), None)
+    score = next((float(each) for each in given if type(each) in (int, float) and abs(each) < _LARGEST), None)
+    return None if success is None and score is None else {"success": success, "score": score}
+
+
+_LARGEST = 1e300
+"""Larger integers cannot be converted to floating point numbers."""
 
 
 def tools_of(value: Any) -> tuple[dict[str, str], ...]:

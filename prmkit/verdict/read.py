@@ -303,7 +303,7 @@ def _value(key: str, value: Any) -> float | bool | str:
     number = number_of(value)
     if number is not None and math.isinf(number):
         raise _unusable(key, value, "is out of range")
-    if number is None and isinstance(value, str) and _WORD.fullmatch(value.strip()):
+    if number is None and isinstance(value, str) and WORD.fullmatch(value.strip()):
         return value.strip()
     if number is None and not isinstance(value, bool):
         raise _unusable(key, value, "is not a number")
@@ -316,6 +316,10 @@ def _score(key: str, value: float | bool | str, scale: Scale) -> float:
         if str(value).lower() not in scale.words:
             raise _unusable(key, value, "is not a number")
         return round(scale.words[str(value).lower()], 2) + 0.0
+    if isinstance(value, Percentage) and (scale.low, scale.high) != (0, 1):
+        if scale.low != 0 or value > 1:  # of 1 to 5, 50% may be 2.5 or 3
+            raise _unusable(key, f"{100 * value:g}%", f"is a percentage on a scale of {scale.low:g} to {scale.high:g}")
+        return round(value, 2) + 0.0
     if not scale.low <= value <= scale.high:
         raise _unusable(key, value, "is out of range")
     return round((value - scale.low) / (scale.high - scale.low), 2) + 0.0
@@ -325,11 +329,15 @@ def _unusable(key: str, value: Any, why: str) -> Refusal:
     return Refusal(f"score {shorten(value)} of {shorten(key)} {why}", f"a score {why}")
 
 
-_WORD = re.compile(r"[^\W\d_]+([ _-][^\W\d_]+){0,2}")  # pass, partly met, not_met
+WORD = re.compile(r"[^\W\d_]+([ _-][^\W\d_]+){0,2}")  # pass, partly met, not_met
 # 0.85, .9, -0.1, 9e-1; not 01 and not 1_000
 _STRICT_NUMBER = re.compile(r"(?:[-+]?(0|[1-9]\d*)(\.\d+)?|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
 # 0,85 and 7,5; not 12,000: a comma before three digits may group them, except after a zero.
 _DECIMAL_COMMA = re.compile(r"-?\d{1,3},\d{1,2}|-?0,\d+")
+
+
+class Percentage(float):
+    """A number that the judge wrote as a percentage: on a scale of 0 to 100, `85%` is 85 and not 0.85."""
 
 
 def number_of(value: Any) -> float | None:
@@ -345,7 +353,7 @@ def number_of(value: Any) -> float | None:
     # `1%` and `0.95%` may mean 1 and 0.95, or hundredths; `8.5%` may be a faulty `85%`.
     if not _STRICT_NUMBER.fullmatch(digits) or (percent and (digits == "1" or not digits.isdecimal())):
         return None
-    return float(digits) / 100 if percent else float(digits)
+    return Percentage(float(digits) / 100) if percent else float(digits)
 
 
 # --- guard: reject ambiguous scores -------------------------------------------------------------------------------

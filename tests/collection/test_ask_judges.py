@@ -414,3 +414,21 @@ def test_a_wrong_judges_yaml_is_one_sentence(tmp_path: Path, content: str, says:
     (tmp_path / "judges.yaml").write_text(content)
     done = typed(tmp_path, "--yes", code=2)
     assert says in done.stderr
+
+
+def test_rows_stay_if_a_later_call_has_no_verdict(tmp_path: Path, endpoint: Endpoint) -> None:
+    write_runs(tmp_path, ["good", "bad"])
+    write_judges(tmp_path, endpoint, price_in=1, price_out=2)
+    typed(tmp_path, "--yes")
+    before = rows(tmp_path)
+    write_judges(tmp_path, endpoint, "b", price_in=1, price_out=2)
+    done = typed(tmp_path, "--yes", "--max-cost", "0", code=1)
+    assert "no rows were written" in done.stderr and rows(tmp_path) == before
+
+
+def test_judges_whose_names_look_the_same_are_refused(tmp_path: Path) -> None:
+    """In rows, spaces around a name do not count: both would become one judge."""
+    write_runs(tmp_path, ["good"])
+    judge = "- {name: '%s', base_url: 'http://x/v1', model: '%s'}\n"
+    (tmp_path / "judges.yaml").write_text(judge % ("a", "m") + judge % ("a ", "n"))
+    assert "two judges have the name a" in typed(tmp_path, "--yes", code=2).stderr

@@ -106,11 +106,23 @@ def test_a_list_of_held_out_tasks(source: Path, data: Path, tmp_path: Path, scri
         (["--max-disagreement", "30"], 2, "--max-disagreement"),
         (["--name", "x"], 2, "--name requires a filter"),
         (["--name", "../x", "--task-ids", "task_1"], 2, "--name may have letters"),
-        (["--name", "reward_model_full", "--task-ids", "task_1"], 2, "is a variant of the main conversion"),
+        (["--name", "reward_model_full", "--task-ids", "task_1"], 2, "a file of the main conversion"),
+        (["--name", "reward_model_clip", "--task-ids", "task_1"], 2, "a file of the main conversion"),
+        (["--name", "rejected", "--task-ids", "task_1"], 2, "a file of the main conversion"),
+        (["--name", "x.rejected", "--task-ids", "task_1"], 2, "a file of another variant"),
+        (["--name", "x.meta", "--task-ids", "task_1"], 2, "a file of another variant"),
+        (["--name", "x_consensus", "--task-ids", "task_1"], 2, "a file of another variant"),
+        (["--labels", "verbatim", "--scale", "1", "5"], 2, "leave out --scale and --map"),
+        (["--labels", "verbatim", "--map", "pass=1"], 2, "leave out --scale and --map"),
+        (["--input", "blank.jsonl"], 1, "blank.jsonl: no rows"),
+        (["--audit", "data", "--near-duplicates", "drop"], 2, "--audit converts nothing"),
+        (["--too-long", "error"], 2, "--too-long needs --tokenizer"),
         (["--scale", "5", "1"], 2, "--scale 5 1"),
         (["--scale", "judge-a=10"], 2, "--scale judge-a=10"),
         (["--scale", "1", "5", "--scale", "0", "9"], 2, "two ranges"),
         (["--map", "pass=2"], 2, "--map pass=2"),
+        (["--map", "3=0.5"], 2, "For numbers use --scale"),
+        (["--map", "A+=1"], 2, "words of letters"),
         (["--map", "good=1", "Good=0"], 2, "--map: good has two scores"),
         (["--tokenizer", "x"], 2, "--cutoff-len"),
         (["--template", "qwen"], 2, "--tokenizer"),
@@ -126,6 +138,7 @@ def test_what_cannot_be_meant_is_said(
     source: Path, script: Script, arguments: list[str], code: int, message: str
 ) -> None:
     (source.parent / "empty").mkdir()
+    (source.parent / "blank.jsonl").write_text("\n\n")
     done = script("convert_dataset.py", *arguments, cwd=source.parent, code=code)
     assert message in done.stderr
     assert not (source.parent / "data" / "dataset_info.json").exists()

@@ -261,7 +261,7 @@ def test_stdin(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("content", "message"),
     [
         (b"", "no rows"),
-        (b"\n \n", "No row can be used"),
+        (b"\n \n", "no rows"),
         ('{"a": 1}'.encode("utf-16"), "UTF-16"),
         (b"oops\n" * 3, "3 x not JSON"),
         ("{'ä': 1}\n".encode("latin-1"), "not UTF-8"),

@@ -100,3 +100,31 @@ def test_as_it_is_typed(records: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rubrics"] == [load_rubric().sha256]
+
+
+@pytest.mark.parametrize(
+    "other", ['{"trajectory_id": 1}', '{"conversations": []}', "{"], ids=["damaged", "row", "cut off"]
+)
+def test_runs_that_cannot_be_read_are_not_left_out_silently(records: Path, tmp_path: Path, other: str) -> None:
+    damaged = json.loads(records.read_bytes().splitlines()[0]) | json.loads(other if other != "{" else "{}")
+    text = json.dumps(damaged) if "trajectory_id" in other else other
+    records.write_text(f"{records.read_text()}{text}\n")
+    with pytest.raises(DataError, match=r"trajectories.jsonl: not read: 1 x .* \(line 41\)"):
+        convert(Settings((str(records),), tmp_path / "data"))
+
+
+def test_runs_among_rows_are_called_runs(records: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, labelled_rows(records, load_rubric()))
+    rows.write_text(rows.read_text() + records.read_text())
+    report = convert(Settings((str(rows),), tmp_path / "data"))
+    assert report["rejected"] == {"a run among rows": 40}
+
+
+def test_runs_whose_ids_look_the_same_stay_apart(tmp_path: Path) -> None:
+    """In rows, spaces around an id do not count."""
+    said = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Gone."}]
+    given = [{"sessionId": name, "type": message["role"], "uuid": f"{name}{number}", "message": message}
+             for name in ("s", "s ") for number, message in enumerate(said)]  # fmt: skip
+    (tmp_path / "session.jsonl").write_text("".join(json.dumps(line) + "\n" for line in given))
+    assert [run.trajectory_id for run in read_runs([tmp_path / "session.jsonl"])] == ["s", "s~2"]

@@ -117,6 +117,8 @@ def test_a_sidecar_that_names_no_task_that_can_be_read_is_a_sentence(tmp_path: P
 
 def test_a_folder_without_datasets(tmp_path: Path, script: Script) -> None:
     assert "dataset_info.json is missing" in script("convert_dataset.py", "--audit", tmp_path, code=1).stderr
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert "nothing to check" in script("convert_dataset.py", "--audit", tmp_path, code=1).stderr
 
 
 # --- nearly the same ----------------------------------------------------------------------------------------------

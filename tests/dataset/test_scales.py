@@ -4,10 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from narrated import Narrated
 
 from prmkit.dataset.command import arguments_of, settings_of
 from prmkit.errors import DataError
-from prmkit.verdict import Scale
+from prmkit.verdict import Scale, Unreadable, read_verdict
 from tests.dataset.conftest import Convert, Path, prompt_of, read_lines, row_of
 
 TEN = [1, 1, 2, 7, 10, 9, 1, 4]
@@ -115,3 +116,45 @@ def test_the_flags() -> None:
     }  # fmt: skip
     assert settings.scale_of("judge-ten") == Scale(1, 10, words)
     assert settings.scale_of("another") == settings.scale_of(None) == Scale(1, 5, words)
+
+
+@pytest.mark.parametrize(
+    ("scale", "given", "label"),
+    [
+        (Scale(0, 100), "85%", 0.85), (Scale(0, 100), 85, 0.85), (Scale(0, 10), "90%", 0.9), (Scale(0, 1), "85%", 0.85),
+        (Scale(0, 100), "150%", None), (Scale(1, 5), "50%", None), (Scale(-1, 1), "50%", None),
+    ],
+)  # fmt: skip
+def test_a_percentage_is_never_a_number_of_the_scale(scale: Scale, given: Any, label: float | None) -> None:
+    """On a scale of 0 to 100, 85% would be 0.85 of 100, nearly the worst score."""
+    verdict = read_verdict(json.dumps({"score": given}), None, scale)
+    assert (None if isinstance(verdict, Unreadable) else verdict.scores["score"]) == label
+
+
+def test_percentages_say_nothing_about_the_scale(convert_rows: Convert, data: Path) -> None:
+    convert_rows(judged(["85%", "20%", "40%", "60%", 90]), scales={None: Scale(0, 100)})
+    assert labels(data) == [0.85, 0.2, 0.4, 0.6, 0.9]
+
+
+def test_a_judge_from_0_to_1_under_a_larger_scale_gives_no_labels(convert_rows: Convert, data: Path) -> None:
+    """Its 0.8 would become 0.01."""
+    rows = [*judged([80, 20, 55]), *judged([0.8, 0.2, 1, 0.4], judge="judge-a")]
+    report = convert_rows(rows, scales={None: Scale(0, 100)}, max_rejected="100%")
+    assert report["judges"] == {"judge-ten": 3} and set(labels(data)) == {0.8, 0.2, 0.55}
+    assert "--scale judge-a=0:1" in report["scale_problems"][0]
+    assert convert_rows(rows, scales={None: Scale(0, 100), "judge-a": Scale(0, 1)})["rejected"] == {}
+
+
+def test_a_judge_of_a_scale_that_no_row_has_is_named(convert_rows: Convert, narrated: Narrated) -> None:
+    convert_rows(judged([0.5, 0.2, 0.1]), scales={"jugde-ten": Scale(1, 10)})
+    assert "no row is from a judge of --scale: jugde-ten" in narrated.text
+
+
+def test_words_with_spaces_are_suggested_as_they_are_typed(convert_rows: Convert) -> None:
+    with pytest.raises(DataError, match="--map 'partly met=0' pass=1"):
+        convert_rows(judged(["partly met", "pass", "pass", "partly met"]))
+
+
+def test_a_word_is_one_however_unicode_composes_it() -> None:
+    (scale,) = settings_of(arguments_of({"map": ["genu\u0308gend=0.5"], "output_dir": Path("x")})).scales.values()
+    assert scale.words == {"gen\u00fcgend": 0.5}

@@ -110,7 +110,9 @@ def test_options_about_a_judge_are_refused_where_none_is_asked(unused: str, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(tmp_path: Path) -> None:
+def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(
+    tmp_path: Path, narrated: pytest.LogCaptureFixture
+) -> None:
     """As score_trajectories.py writes them, with the outcome of the run added; and both in files of their own."""
     steps = [
         {"id": f"{task}.{trial}#{step}", "scores": {"step_score": 0.5}, "score": (trial + step) / 10,
@@ -126,6 +128,9 @@ def test_scored_lines_with_an_outcome_and_outcomes_beside_scores(tmp_path: Path)
     twice = public.write_lines(tmp_path / "scores_twice.jsonl", [*steps, steps[0]])
     assert pick(tmp_path / "outcomes.jsonl", "--predictions", twice)["picks"] == two["picks"]
     assert one["picks"] == two["picks"] and one["picks"]["judge: last"]["2"]["value"] == 1
+    more = public.write_lines(tmp_path / "more.jsonl", [*steps, {"id": "other", "step": 1, "score": 1}])
+    assert pick(tmp_path / "outcomes.jsonl", "--predictions", more)["picks"] == two["picks"]
+    assert "more.jsonl: 1 lines about other runs" in narrated.text
     with pytest.raises(DataError, match="second line"):
         pick(public.write_lines(tmp_path / "twice.jsonl", [*lines, lines[0]]))
     found = pick(public.write_lines(tmp_path / "gap.jsonl", [lines[0], *lines[2:]]))  # the first step of a run

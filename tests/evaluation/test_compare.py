@@ -252,7 +252,7 @@ def test_other_held_out_rows_are_rejected(evaluated, tmp_path):
         (
             "predictions.jsonl",
             "{}\n",
-            r"predictions\.jsonl: damaged, or from an earlier version",
+            r"predictions\.jsonl:1: edited, damaged, or from an earlier version",
         ),
     ],
 )
@@ -261,6 +261,14 @@ def test_a_damaged_evaluation_is_named(evaluated, tmp_path, name, text, message)
     (damaged / name).write_text(text)
     with pytest.raises(DataError, match=message):
         compare(evaluated["fine"], damaged)
+
+
+def test_an_evaluation_that_was_interrupted_later_is_not_compared(evaluated, tmp_path):
+    cut = shutil.copytree(evaluated["poor"], tmp_path / "cut")
+    lines = (cut / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (cut / "predictions.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(DataError, match=rf"{len(lines) - 1} of {len(lines)} predictions; .* was interrupted"):
+        compare(evaluated["fine"], cut)
 
 
 def test_a_folder_that_was_not_evaluated_is_named(evaluated, tmp_path):

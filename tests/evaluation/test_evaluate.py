@@ -23,6 +23,7 @@ from prmkit.evaluation.heldout import HeldOutPrompt, place_of_held_out, read_hel
 from prmkit.evaluation.predictions import resume
 from prmkit.judge.sources import JudgeSource
 from prmkit.judge.types import Request, ScoringOptions
+from prmkit.resumable import reopen
 from prmkit.rows import SELECTED_BY, WEIGHT, weight_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -118,10 +119,10 @@ def test_a_killed_evaluation_continues_where_it_stopped(data, source, tmp_path):
 
 def test_predictions_of_another_kind_are_kept_aside_not_mixed(tmp_path):
     file = tmp_path / "predictions.jsonl"
-    assert resume(file, {"judge": "one"}) == []
+    assert reopen(file, {"judge": "one"}) == []
     write_lines(file, [{"prompt_sha256": "a"}])
-    assert resume(file, {"judge": "one"}) == [{"prompt_sha256": "a"}]
-    assert resume(file, {"judge": "two"}) == []
+    assert reopen(file, {"judge": "one"}) == [{"prompt_sha256": "a"}]
+    assert reopen(file, {"judge": "two"}) == []
     assert not file.exists()
     assert json.loads((tmp_path / "predictions.old1.jsonl").read_text()) == {"prompt_sha256": "a"}
 

@@ -12,6 +12,7 @@ from synthetic import write_data_folder
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import command
 from prmkit.evaluation.command import evaluate_run, execute, prove_export
+from prmkit.evaluation.summary import left_out_of_breakdown
 from prmkit.files import sha256_of, write_json
 from prmkit.intervals import calibrated_judge, read_calibration
 from prmkit.judge.sources import fingerprint_of, judge_source_of_run
@@ -131,6 +132,19 @@ def test_tasks_of_another_conversion_that_were_trained_on_are_refused(trained, t
     assert "unknown whether" not in capsys.readouterr().out
 
 
+def test_a_judge_of_a_held_out_split_is_not_measured_on_its_tasks(trained, tmp_path):
+    data, names = tmp_path / "data", ("reward_model_clip_eval", "reward_model_other_eval")
+    info = json.loads((data / "dataset_info.json").read_text())
+    info[names[1]] = info[names[0]] | {"file_name": f"{names[1]}.jsonl"}
+    write_json(data / "dataset_info.json", info)
+    for suffix in (".jsonl", ".meta.jsonl"):
+        shutil.copy(data / f"{names[0]}{suffix}", data / f"{names[1]}{suffix}")
+    record = json.loads((trained / "run.json").read_text())
+    write_json(trained / "run.json", record | {"dataset": record["eval_dataset"], "eval_dataset": None})
+    with pytest.raises(UsageError, match="the judge was trained on 2 of these 2 tasks"):
+        evaluate_judge("--run", trained, "--dataset", names[1])
+
+
 def test_whether_it_was_trained_on_the_tasks_is_said_to_be_unknown_and_closes_the_gate(trained, tmp_path, capsys):
     other = data_folder(tmp_path / "other", trained=4, held_out=7)
     shutil.rmtree(tmp_path / "data")
@@ -162,6 +176,8 @@ def test_what_train_calls_gives_the_same_files_without_scoring_again(run, capsys
     assert "prompts are already scored" in narrated.text
     assert (run / "evaluation" / "predictions.jsonl").read_bytes() == before
     assert "everything" in capsys.readouterr().out
+    evaluate_run(run, show=False)
+    assert not capsys.readouterr().out
 
 
 def test_a_measured_run_has_a_model_card_and_intervals_for_its_scores(run):
@@ -176,11 +192,17 @@ def test_a_measured_run_has_a_model_card_and_intervals_for_its_scores(run):
 
 def test_a_breakdown_by_a_metadata_key_is_printed(run, capsys):
     assert evaluate_judge("--run", run, "--by", "provider") == ExitCode.DONE
-    assert "By provider" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "By provider" in shown and "not in this table" not in shown
+
+
+def test_a_breakdown_counts_what_it_leaves_out():
+    metrics = {"groups": [{"scores": 1200}], "breakdowns": {"agent": [{"scores": 700}, {"scores": 300}]}}
+    assert "200 of 1,200 scores are not in this table" in left_out_of_breakdown(metrics, "agent")
 
 
 def test_a_breakdown_by_a_key_that_no_row_has_names_those_there_are(run):
-    with pytest.raises(UsageError, match=r"--by agent: not in the metadata .* It has .*provider"):
+    with pytest.raises(UsageError, match=r"--by agent: no row of .* has a name or a number .* It has .*provider"):
         evaluate_judge("--run", run, "--by", "agent")
 
 

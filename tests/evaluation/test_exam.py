@@ -233,6 +233,23 @@ def test_strong_judges_that_first_asked_are_weighed(ternary: Path, capsys: pytes
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("changed", [{"task_id": "other"}, {"task_id": "other", "clip_number": 9}, {}])
+def test_two_runs_with_one_id_are_refused_and_two_people_who_label_one_step_are_not(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    def row(prompt: str, score: float, **metadata: Any) -> dict[str, Any]:
+        said = [{"from": "human", "value": prompt}, {"from": "gpt", "value": json.dumps({"step_score": score})}]
+        about = {"model_name": "kim", "task_id": "t", "trajectory_id": "0", "clip_number": 1}
+        return {"conversations": said, "metadata": {**about, **metadata}}
+
+    people = [row("A", 1.0), row("A", 0.0, model_name="lee")]
+    (run,) = read_exam(public.write_lines(tmp_path / "two.jsonl", people)).runs
+    assert [step.label for step in run.steps] == [0.5]
+    file = public.write_lines(tmp_path / "same.jsonl", [*people, row("B", 0.0, **changed)])
+    with pytest.raises(DataError, match=r"same\.jsonl:3: step \d of run 0 .* own trajectory_id"):
+        read_exam(file)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

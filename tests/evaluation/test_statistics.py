@@ -164,6 +164,12 @@ def test_skill_is_zero_for_the_baseline_itself_and_one_for_the_truth():
         assert skill(perfect)(once)[0] == pytest.approx(1.0)
 
 
+def test_skill_is_undefined_where_the_constant_is_right_but_for_rounding():
+    sample = make_sample([0.5, 0.6], [0.7, 0.7], [0, 1], baseline=np.full(2, np.nextafter(0.7, 1)))
+    for skill in (statistics.skill_by_rmse, statistics.skill_by_mae):
+        assert np.isnan(skill(sample)(np.ones((1, 2)))[0])
+
+
 def test_the_first_bad_step_counts_only_when_exactly_that_one_is_named():
     # Of three bad trajectories one is found, of two good ones one is cleared: 2 · 1/3 · 1/2 / (1/3 + 1/2) = 0.4.
     sample = make_sample([0, 1, -1, -1, 2], [0, 2, 1, -1, -1], range(5))

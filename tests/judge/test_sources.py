@@ -114,6 +114,8 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_internet(monkeypatc
             check_folders(missing)
         with pytest.raises(DataError, match="no such folder"):
             fingerprint_of(missing)
+    with pytest.raises(DataError, match=r"^nowhere: no such folder, but run needs this base model\. Move it back\.$"):
+        check_folders(JudgeSource(Path("nowhere"), Path("run")))
     monkeypatch.setattr(sources, "_in_cache", lambda name: name == "Qwen/Qwen2.5-7B")
     check_folders(JudgeSource(Path("Qwen/Qwen2.5-7B"), Path("run")))
 

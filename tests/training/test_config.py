@@ -35,6 +35,7 @@ def config(tmp_path: Path) -> Path:
         ("run_name=123", "123"),
         ("run_name=1e-4", "1e-4"),
         ("run_name=yes", "yes"),
+        ("resume_from_checkpoint=false", False),
         ("run_name=a=b", "a=b"),
         ("default_system=Judge: be strict", "Judge: be strict"),
         ("default_system={unclosed", "{unclosed"),

@@ -61,6 +61,24 @@ def test_ollama_gets_a_context_that_holds_a_row_and_its_answer(finished: Path) -
     assert f"PARAMETER num_ctx {256 + 512}\n" in (finished / "exported_model" / "Modelfile").read_text()
 
 
+def test_a_run_is_merged_into_its_own_base_model_from_any_folder(
+    finished_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = finished_copy.rename(tmp_path / "moved")
+    other = tmp_path / "other"
+    shutil.copytree(moved / "model", other / "model")
+    monkeypatch.chdir(other)
+    values = export_values(find_source(moved / "saves" / "run"), Path("out"))
+    assert Path(values["model_name_or_path"]).samefile(moved / "model")
+    shutil.rmtree(moved / "model")
+    file = moved / "saves" / "run" / "run.json"
+    record = json.loads(file.read_text())
+    record["base_model"]["path"] = str(moved / "model")  # where it was trained, if that was here
+    file.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"model: no such folder, but .*run needs this base model\. Move it back"):
+        find_source(moved / "saves" / "run")
+
+
 def test_the_same_export_again_is_there_already_and_foreign_files_are_refused(
     finished_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,6 +225,15 @@ def test_before_the_conversion(tmp_path: Path) -> None:
     assert "python convert_dataset.py" in found.advice
 
 
+@pytest.mark.parametrize(
+    ("names", "reported"),
+    [("steps,", "dataset has a comma too many"), ("steps, steps", "names steps more than once")],
+)
+def test_a_list_of_datasets_with_a_slip(data: Path, names: str, reported: str) -> None:
+    found = dataset_check(data, names)
+    assert (found.status, reported in found.found) == (Status.ERROR, True)
+
+
 def test_a_dataset_that_is_not_there(data: Path) -> None:
     assert "dataset not found: stepz (did you mean steps?)" in dataset_check(data, "stepz").found
     assert "known: steps, steps_eval" in dataset_check(data, "zzz").found

@@ -88,8 +88,8 @@ def test_llamafactorys_failure_is_reported_with_its_last_lines(project: Path) ->
 
 @pytest.mark.llamafactory
 def test_validating_checks_everything_and_starts_nothing(script: Script, project: Path) -> None:
-    done = script("train.py", "--config", "config.yaml", "--validate-only", cwd=project)
-    assert "ready to train" in done.stdout
+    done = script("train.py", "--config", "config.yaml", "--validate-only", "--overwrite", cwd=project)
+    assert "ready to train" in done.stdout and done.stdout.endswith("train.py --config config.yaml --overwrite\n")
     assert not (project / "saves").exists() and not (project / "logs").exists()
     shutil.rmtree(project / "model")
     place = "output_dir=config.yaml/x"
@@ -225,17 +225,19 @@ def test_the_shared_run_said_what_it_made_and_what_comes_next(finished: Path) ->
 
 
 @pytest.mark.parametrize("trusts", [True, False])
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
 def test_a_model_with_its_own_code_is_also_measured_and_compared_with_its_export(
-    trusts: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trusts: bool, json_flag: list[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever typed `trust_remote_code=true` for the training has allowed it for the rest of the command, too."""
+    """Whoever typed `trust_remote_code=true` for the training has allowed it for the rest of the command, too; and with
+    `--json` the rest of the command prints nothing."""
     record = {"config": {"trust_remote_code": trusts}}
     outcome = Outcome(run=tmp_path / "run", record=record, exported=tmp_path / "exported")
-    allowed: list[bool] = []
+    passed: list[tuple[bool, bool]] = []
     for name in ("evaluate_run", "prove_export"):
-        monkeypatch.setattr(command, name, lambda *_, trust_remote_code: allowed.append(trust_remote_code))
+        monkeypatch.setattr(command, name, lambda *_, trust_remote_code, show: passed.append((trust_remote_code, show)))
     monkeypatch.setattr(train, "execute", lambda options: outcome)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--evaluate", "--export"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--evaluate", "--export", *json_flag])
     with pytest.raises(SystemExit):
         runpy.run_path(str(root / "train.py"), run_name="__main__")
-    assert allowed == [trusts, trusts]
+    assert passed == [(trusts, not json_flag)] * 2

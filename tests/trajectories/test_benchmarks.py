@@ -208,3 +208,9 @@ def test_inspect(read: Read) -> None:
     assert first.lost == {"attachments that are missing": 1}
     assert (first.trajectory_id, second.trajectory_id) == ("sums/q1.1", "sums/q1.2")
     assert all(not step.incoming for step in first.steps)
+
+
+@pytest.mark.parametrize("value", [SWE_AGENT, MINI, _SAMPLE], ids=["swe-agent", "mini-swe-agent", "inspect"])
+def test_a_whole_number_is_one_task_however_it_is_written(read: Read, value: dict[str, Any]) -> None:
+    runs = read(*(value | {"id": given, "instance_id": given} for given in (7, 7.0, "7")))
+    assert [run.task_id for run in runs] == ["7"] * 3

@@ -1,6 +1,7 @@
 """`import_trajectories.py` as it is typed."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,19 @@ def test_the_account_as_json(folder: Path) -> None:
         (["runs", "--output", "t.jsonl", "--labels", "column"], 2, "--label-key"),
         (["runs", "--output", "t.jsonl", "--labels", "steps"], 1, "no step of these runs has a label"),
         (["runs", "--output", "t.jsonl", "--rubric", "r.yaml"], 2, "--labels"),
+        (["runs", "--output", "t.jsonl", "--label-scale", "ternary"], 2, "--labels column"),
+        (["runs", "--output", ""], 2, "the name of the output is empty"),
+        (["runs", "--output", "pipe"], 1, "pipe: not a regular file"),
+        (["runs", "--output", "other"], 1, "other: a folder"),
         (["runs"], 2, "--output"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(folder: Path, arguments: list[str], code: int, words: str) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "other").mkdir()
     done = typed(folder, *arguments)
     assert done.returncode == code and words in done.stderr
+    assert (folder / "pipe").is_fifo()
     assert "Traceback" not in done.stderr and not (folder / "t.jsonl").exists()
 
 

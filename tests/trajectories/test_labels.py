@@ -294,3 +294,40 @@ def test_records_without_a_label_are_an_error(read: Read, tmp_path: Path) -> Non
     path.write_bytes(dump(run))
     with pytest.raises(DataError, match="no step of these runs has a label"):
         list(labelled_rows(path, load_rubric()))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "lost"),
+    [
+        ({"success": False, "score": 0.9}, {"success": False, "score": 0.9}, {}),
+        ({"reward": 1.0, "score": 0.9}, {"success": None, "score": 1.0}, {"field score": 1}),
+        ({"metadata": '{"reward": 1}'}, {"success": None, "score": 1.0}, {}),
+        ({"reward": 10**400}, None, {"field reward": 1}),
+    ],
+)
+def test_no_outcome_is_dropped_without_a_count(read: Read, given: Any, expected: Any, lost: dict[str, int]) -> None:
+    (run,) = read(COLUMN | {"marks": [1, 1]} | given, keys=FieldNames(labels="marks"))
+    assert run.outcome == expected and run.lost == lost
+
+
+@pytest.mark.parametrize("given", ["yes", [1], {"score": 1}])
+def test_an_outcome_key_with_something_else_is_counted(read: Read, given: Any) -> None:
+    (run,) = read(COLUMN | {"marks": [1, 1], "won": given}, keys=FieldNames(labels="marks", outcome="won"))
+    assert run.outcome is None and run.lost == {"field won": 1}
+
+
+def test_a_label_of_400_digits_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text(json.dumps(COLUMN | {"marks": [1, 10**400]}) + "\n")
+    reports: list[FileReport] = []
+    assert not list(read_runs([tmp_path / "runs.jsonl"], Options(keys=FieldNames(labels="marks")), reports))
+    assert reports[0].unreadable.total() == 1
+
+
+def test_the_errors_of_a_runs_own_id_come_before_those_of_another(read: Read) -> None:
+    """Ids may have a prefix, so "airline_7" has the errors of "7"; but not a run that has its own."""
+    steps = [{"index": index, "substeps": [{"role": "agent", "content": f"Step {index}."}]} for index in (1, 2)]
+    own = [f"{name}_7" for name in "abcdefgh"]
+    runs = [{"trajectory_id": name, "instruction": name, "steps": steps} for name in ("7", "airline_7", *own)]
+    failures = [{"trajectory_id": name, "failures": [{"step_number": 2 if name in own else 1}]} for name in ("7", *own)]
+    first = [run.steps[0].label for run in read(*runs, *failures, labels="agentrx")]
+    assert [label and label.value for label in first] == [BAD, BAD, *[GOOD] * len(own)]

@@ -9,6 +9,7 @@ from prmkit.errors import DataError
 from prmkit.prompts.step import load_rubric, step_prompts
 from prmkit.trajectories.importing import FileReport
 from prmkit.trajectories.run import FieldNames
+from prmkit.trajectory import dump
 from tests.trajectories.conftest import Read, outline
 
 CALL = {"city": "Oslo"}
@@ -513,3 +514,72 @@ def test_what_a_group_says_of_its_runs(read: Read) -> None:
     )
     assert [(run.task_id, run.reference, run.outcome) for run in runs] == [("g", "4", None), ("own", "4", None)]
     assert [run.lost for run in runs] == [{"field reward of a group": 1, "field marks of a group": 1}, {}]
+
+
+WEI = 1_000_000_000_000_000_000_001
+"""An integer of more than 64 bits, which most parsers round."""
+
+
+@pytest.mark.parametrize("given", [{"wei": WEI}, json.dumps({"wei": WEI})], ids=["object", "text"])
+def test_long_integers_in_arguments_are_exact(read: Read, given: Any) -> None:
+    call = {"id": "c1", "function": {"name": "pay", "arguments": given}}
+    (run,) = read([{"role": "user", "content": "Pay."}, {"role": "assistant", "tool_calls": [call]}])
+    assert run.steps[0].calls[0].arguments == {"wei": WEI}
+    assert next(step_prompts(run, load_rubric())).text.count(str(WEI)) == 1
+
+
+def test_long_integers_as_ids_are_two_tasks(read: Read) -> None:
+    runs = read(*({"task_id": WEI + number} | DIALECTS["openai"] for number in range(2)))
+    assert [run.task_id for run in runs] == [str(WEI), str(WEI + 1)]
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e999", "-1e999"])
+def test_numbers_beyond_floating_point_are_no_traceback(read: Read, number: str) -> None:
+    call = f'{{"name": "f", "arguments": {{"a": {number}, "b": 1e999, "c": {WEI}}}}}'
+    (run,) = read(
+        f'{{"messages": [{{"role": "user", "content": "Go."}}, {{"role": "assistant", "tool_calls": [{call}]}}], '
+        f'"reward": {number}}}'
+    )
+    assert run.outcome is None and json.loads(dump(run))["steps"][0]["calls"][0]["arguments"]["b"] is None
+
+
+@pytest.mark.parametrize("empty", ["", [], None])
+def test_an_empty_content_does_not_hide_a_text_beside_it(read: Read, empty: Any) -> None:
+    (run,) = read([{"role": "user", "content": "Go."}, {"role": "assistant", "content": empty, "text": "Gone."}])
+    assert run.steps[0].text == "Gone."
+
+
+def test_content_that_is_zero_is_content(read: Read) -> None:
+    call = {"id": "c1", "function": {"name": "count", "arguments": "{}"}}
+    (run,) = read([
+        {"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": 0},
+    ])  # fmt: skip
+    assert run.steps[0].results[0].text == "0"
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "text"),
+    [
+        ("3 lines", {"type": "timeout", "message": "Stopped after 5 s."}, "3 lines\nStopped after 5 s."),
+        ("", "Stopped.", "Stopped."),
+        ("It was Stopped.", "Stopped.", "It was Stopped."),
+        ("3 lines", True, "3 lines"),
+    ],
+)
+def test_the_error_of_a_tool_is_kept_with_what_it_returned(read: Read, content: Any, error: Any, text: str) -> None:
+    call = {"id": "c1", "function": {"name": "run", "arguments": "{}"}}
+    in_list = [{"type": "tool_result", "tool_use_id": "c1", "content": content, "error": error}]
+    for result in ({"role": "tool", "tool_call_id": "c1", "content": content, "error": error},
+                   {"role": "user", "content": in_list}):  # fmt: skip
+        (run,) = read([{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [call]}, result])
+        assert [(each.text, each.error) for each in run.steps[0].results] == [(text, True)]
+
+
+def test_a_dumped_list_of_langchain_is_a_run(read: Read) -> None:
+    """As `json.dump(messages_to_dict(…))` writes it."""
+    (run,) = read([
+        {"type": "human", "data": {"content": "Go.", "type": "human"}},
+        {"type": "ai", "data": {"content": "Gone.", "type": "ai"}},
+    ])  # fmt: skip
+    assert run.source["format"] == "message-lines" and outline(run) == [("", "Gone.", [], [])]

@@ -70,3 +70,10 @@ def test_secrets_are_found_everywhere_in_a_run_and_kept_on_request(read: Read, r
     assert reports[0].secrets == {"github token": 5, "named secret": 1}
     (kept,) = read(value, keep_secrets=True)
     assert key in kept.task
+
+
+def test_tasks_whose_ids_look_like_secrets_stay_apart(read: Read) -> None:
+    ids = [f"sk-{'abcdefghij' * 3}{number}" for number in range(2)]
+    said = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Gone."}]
+    tasks = [run.task_id for run in read(*({"task_id": each, "messages": said} for each in ids for _ in range(2)))]
+    assert tasks[0] == tasks[1] != tasks[2] == tasks[3] and not any("sk-abc" in task for task in tasks)

@@ -223,3 +223,22 @@ def test_codex_lines_that_are_not_objects_are_counted(read: Read) -> None:
     ]
     (run,) = read({"type": "session_meta", "payload": {"id": "s"}}, 7, None, *items)
     assert len(run.steps) == 1 and run.lost["lines that are not objects"] == 2
+
+
+def test_repeated_lines_of_claude_code_count_once(read: Read) -> None:
+    """A resumed session may copy the lines that it continues."""
+    lines = [
+        event("user", "u1", None, "Go."),
+        event("assistant", "a1", "u1", "Gone."),
+        event("user", "u2", "a1", "On."),
+    ]
+    (once,), (twice,) = read(*lines), read(*lines, *lines)
+    assert twice.steps == once.steps
+    assert twice.lost["repeated lines"] == 3
+
+
+def test_runs_of_another_format_in_a_session_are_counted(read: Read, reports: list[FileReport]) -> None:
+    other = {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Gone."}]}
+    (run,) = read(other, *EXAMPLES["codex"])
+    assert run.source["format"] == "codex"
+    assert reports[0].unreadable == {"does not match the format codex": 1}

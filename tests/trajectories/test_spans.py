@@ -266,3 +266,25 @@ def test_tools_that_openinference_lists(read: Read) -> None:
     schema = json.dumps({"type": "function", "function": {"name": "get_weather", "description": "of a city"}})
     (run,) = read(span(OPENINFERENCE | {"llm.tools.0.tool.json_schema": schema}))
     assert run.tools == ({"name": "get_weather", "description": "of a city"},)
+
+
+ASKED = [{"role": "user", "content": "How warm?"}]
+CHOICES = {"choices": [{"message": ANSWER}, {"message": {"role": "assistant", "content": "It is warm."}}]}
+TWO_SAMPLES: dict[str, dict[str, Any]] = {
+    "langfuse": {"traceId": "t", "type": "GENERATION", "startTime": "1", "input": ASKED, "output": CHOICES},
+    "langsmith": {"id": "r", "trace_id": "t", "run_type": "llm", "inputs": {"messages": ASKED}, "outputs": {
+        "generations": [[{"text": "It is 4 degrees."}, {"text": "It is warm."}]]}},
+    "otel": span(GENAI | {"gen_ai.input.messages": json.dumps(ASKED), "gen_ai.output.messages": json.dumps(
+        [ANSWER, {"role": "assistant", "content": "It is warm."}])}),
+    "otel, events": span({"gen_ai.system": "x"}, events=[
+        {"name": "gen_ai.user.message", "attributes": {"content": "How warm?"}},
+        {"name": "gen_ai.choice", "attributes": {"index": 0, "message": json.dumps(ANSWER)}},
+        {"name": "gen_ai.choice", "attributes": {"index": 1, "message": '{"content": "It is warm."}'}}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", TWO_SAMPLES)
+def test_other_samples_of_an_answer_are_no_steps_and_are_counted(read: Read, form: str) -> None:
+    (run,) = read(TWO_SAMPLES[form])
+    assert outline(run) == [("", "It is 4 degrees.", [], [])]
+    assert run.lost == {"other samples of an answer": 1}

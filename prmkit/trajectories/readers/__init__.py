@@ -62,6 +62,11 @@ def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
     return READERS[next(iter(matching))] if matching else None
 
 
+def is_other_run(value: Any, reader: Reader) -> bool:
+    """Whether a value is a run of another format; a single message may belong to any."""
+    return bool({*formats_of(value)} - {reader.name, message_lines.READER.name})
+
+
 def _is_plain(format: str) -> bool:
     return any(module.READER.name == format for module in _PLAIN)
 

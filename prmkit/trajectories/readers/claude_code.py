@@ -37,18 +37,23 @@ def recognises(value: Any) -> bool:
 def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
     """Yield one run per session of a file, in the order of their first lines."""
     sessions: dict[str, list[tuple[int, Event]]] = {}
+    seen: Counter[tuple[str, str]] = Counter()  # copies of a line: a resumed session may repeat what it continues
     queued: dict[str, list[str]] = {}
     for line, value in values:
         if text := _queued(value):
             queued.setdefault(str(value.get("sessionId")), []).append(text)
         if isinstance(value, dict) and isinstance(value.get("uuid"), str):
-            sessions.setdefault(str(value.get("sessionId")), []).append((line, value))
+            session = str(value.get("sessionId"))
+            seen[session, value["uuid"]] += 1
+            if seen[session, value["uuid"]] == 1:
+                sessions.setdefault(session, []).append((line, value))
     for name, events in sessions.items():
         if any(recognises(event) for _, event in events):
             run = _session(name, events)
             said = [turn.text for turn in run.turns if turn.role == "user"]
             lost = sum(not any(text in each for each in said) for text in queued.get(name, ()))
             run.lost["messages that the user typed while the agent worked"] += lost
+            run.lost["repeated lines"] += sum(count - 1 for (session, _), count in seen.items() if session == name)
             yield run
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, is_message_list, turns_of
 from prmkit.trajectories.run import FieldNames, Reader, Run
-from prmkit.trajectories.run_fields import outcome_of
+from prmkit.trajectories.run_fields import id_of, outcome_of
 from prmkit.trajectory import outcome_number
 
 _REFERENCE = "attachment://"
@@ -42,7 +42,7 @@ def _run(sample: Mapping[str, Any], name: str) -> Run:
     lost: Counter[str] = Counter()
     attachments = sample.get("attachments")
     messages = _resolved(sample["messages"], attachments if isinstance(attachments, dict) else {}, lost)
-    identity = as_text(sample.get("id"))
+    identity = id_of(sample, "id") or ""
     return Run(
         turns_of(messages, lost),
         lost,

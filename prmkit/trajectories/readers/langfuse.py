@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import as_text, mapping, parsed
-from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations
+from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations, other_samples
 from prmkit.trajectories.run import FieldNames, NumberedValues, Reader, Run
 from prmkit.trajectories.run_fields import tools_of
 
@@ -38,7 +38,7 @@ def _calls(value: Any) -> Iterator[ModelCall]:
             trace = as_text(each.get("traceId") or value.get("id"))
             tools = mapping(parsed(each.get("input"))).get("tools")
             messages = conversation(each.get("input"), each.get("output"))
-            yield ModelCall(trace, as_text(each.get("startTime")), *messages, tools)
+            yield ModelCall(trace, as_text(each.get("startTime")), *messages, tools, other_samples(each.get("output")))
 
 
 READER = Reader("langfuse", recognises, every=read)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prmkit.trajectories.content import as_text
-from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations
+from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations, other_samples
 from prmkit.trajectories.run import FieldNames, NumberedValues, Reader, Run
 from prmkit.trajectories.run_fields import tools_of
 
@@ -33,7 +33,8 @@ def _calls(value: Any) -> Iterator[ModelCall]:
         tools = parameters.get("tools") if isinstance(parameters, dict) else None
         time = as_text(value.get("dotted_order") or value.get("start_time"))
         trace = as_text(value.get("trace_id") or value.get("id"))
-        yield ModelCall(trace, time, *conversation(value["inputs"], value.get("outputs")), tools)
+        outputs = value.get("outputs")
+        yield ModelCall(trace, time, *conversation(value["inputs"], outputs), tools, other_samples(outputs))
     for child in value.get("child_runs") or ():
         if isinstance(child, dict):
             yield from _calls({"trace_id": value.get("trace_id") or value.get("id")} | child)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from prmkit.trajectories.content import role_name, turns_of
+from prmkit.trajectories.content import role_name, turns_of, unwrapped
 from prmkit.trajectories.run import FieldNames, NumberedValues, Reader, Run
 
 _CONTENT = {"content", "value", "tool_calls", "parts"}
@@ -12,7 +12,7 @@ _CONTENT = {"content", "value", "tool_calls", "parts"}
 
 def recognises(value: Any) -> bool:
     """Whether a value is a single message."""
-    return isinstance(value, dict) and bool(role_name(value)) and bool(_CONTENT & value.keys() or "kwargs" in value)
+    return isinstance(value, dict) and bool(role_name(value)) and bool(_CONTENT & unwrapped(value).keys())
 
 
 def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:

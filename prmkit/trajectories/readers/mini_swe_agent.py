@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from prmkit.trajectories.content import as_text, is_message_list, mapping, turns_of
+from prmkit.trajectories.content import is_message_list, mapping, turns_of
 from prmkit.trajectories.run import FieldNames, Reader, Run, Turn
+from prmkit.trajectories.run_fields import id_of
 from prmkit.trajectory import Call, Result
 
 
@@ -38,7 +39,7 @@ def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
             turns.append(Turn("tool", results=(Result(turn.text, error=failed),), index=turn.index))
         else:
             turns.append(_with_actions(turn, messages))
-    yield Run(turns, lost, task_id=as_text(value.get("instance_id")) or None)
+    yield Run(turns, lost, task_id=id_of(value, "instance_id"))
 
 
 def _role(message: Any) -> Any:

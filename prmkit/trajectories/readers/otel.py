@@ -9,7 +9,7 @@ Vercel's AI SDK has its own attributes, `ai.prompt.messages` and `ai.response.â€
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmkit.trajectories.content import as_text, mapping, parsed
+from prmkit.trajectories.content import as_text, mapping, parsed, role_name
 from prmkit.trajectories.readers.traces import ModelCall, conversation, longest_conversations
 from prmkit.trajectories.run import FieldNames, NumberedValues, Reader, Run
 from prmkit.trajectories.run_fields import tools_of
@@ -52,14 +52,21 @@ def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
 def _calls(value: Any) -> Iterator[ModelCall]:
     for span in _spans(value):
         attributes = attributes_of(span)
-        given, answer = _genai(attributes, span) or _ai_sdk(attributes) or _openinference(attributes)
+        genai = _genai(attributes, span)
+        given, answer = genai or _ai_sdk(attributes) or _openinference(attributes)
         if given or answer:
             context = mapping(span.get("context"))
             trace = span.get("traceId") or span.get("trace_id") or context.get("trace_id")
             time = span.get("startTimeUnixNano") or span.get("start_time") or span.get("startTime")
             tools = at(attributes, "gen_ai", "tool", "definitions") or offered(attributes)
             tools = tools or list(map(parsed, at(attributes, "ai", "prompt", "tools") or ()))
-            yield ModelCall(as_text(trace), as_text(time), given, answer, tools)
+            first = answer[:1] if genai and _are_samples(answer) else answer
+            yield ModelCall(as_text(trace), as_text(time), given, first, tools, len(answer) - len(first))
+
+
+def _are_samples(answer: list[Any]) -> bool:
+    """Whether output messages are samples of one answer, as GenAI defines, and not a conversation of several roles."""
+    return all(role_name(message) == "assistant" for message in answer)
 
 
 def _spans(value: Any) -> Iterator[Span]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from prmkit.trajectories.content import Parts, as_text, mapping
 from prmkit.trajectories.run import FieldNames, Reader, Run, Turn
+from prmkit.trajectories.run_fields import id_of
 from prmkit.trajectory import Call, Result
 
 
@@ -32,7 +33,7 @@ def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
         else:
             lost["entries that are not steps"] += 1
     lost["submissions"] += bool(mapping(value.get("info")).get("submission"))  # the patch; the steps contain it
-    yield Run(turns, lost, task_id=as_text(value.get("instance_id")) or None)
+    yield Run(turns, lost, task_id=id_of(value, "instance_id"))
 
 
 def _opening(history: Any, lost: Counter[str]) -> Iterator[Turn]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from prmkit.layouts import exact_loads
 from prmkit.trajectories.content import ROLES, mapping, read_call, turns_of
 from prmkit.trajectories.run import FieldNames, Reader, Run, Turn, UnreadableValue
 from prmkit.trajectories.run_fields import describe, first_of
@@ -96,7 +97,7 @@ def _add(step: dict[str, Any], tag: str, body: str, lost: Counter[str]) -> None:
 
 def _call(body: str, lost: Counter[str]) -> Call:
     try:
-        call = read_call(orjson.loads(body), lost)
+        call = read_call(exact_loads(body), lost)
     except orjson.JSONDecodeError:
         lost["calls that are not JSON"] += 1
         call = None

@@ -31,6 +31,8 @@ class ModelCall:
     answer: list[Any]
     """The output messages."""
     tools: Any = None
+    others: int = 0
+    """The number of other samples of the answer, which are left out."""
 
 
 @dataclass
@@ -40,6 +42,8 @@ class _Trace:
     opening: int = 0
     prefixes: frozenset[int] = frozenset()
     """Hashes of all beginnings of the longest call."""
+    samples: int = 0
+    """Other samples of the answers."""
     calls: Counter[tuple[int, str, int, int]] = field(default_factory=Counter)
     """Opening, time, hash of the input, hash of the whole call."""
 
@@ -49,13 +53,14 @@ class _Trace:
             said.beginnings(call.given),
             said.beginnings(call.given, call.answer),
         )
+        self.samples += call.others
         self.calls[opening, call.time, given[-1], whole[-1]] += 1
         if (size := (len(call.given) + len(call.answer), call.time)) > self.longest:
             self.longest, self.place, self.opening, self.prefixes = size, place, opening, frozenset(whole)
 
     def others(self) -> Counter[str]:
-        """The calls that the longest one does not contain."""
-        lost: Counter[str] = Counter()
+        """The calls that the longest one does not contain, and other samples of an answer."""
+        lost = Counter({"other samples of an answer": self.samples})
         for (opening, _, _, whole), count in self.calls.items():
             if whole not in self.prefixes:
                 same = "model calls that the longest one does not contain"
@@ -164,6 +169,14 @@ def conversation(given: Any, answer: Any) -> tuple[list[Any], list[Any]]:
         answer: a message, an object with `choices`, `generations` or `messages`, any of these as JSON, or text.
     """
     return _messages(given, "user"), _messages(_answer(parsed(answer)), "assistant")
+
+
+def other_samples(answer: Any) -> int:
+    """The number of samples in the output of a model call (`n` above 1) of which `conversation` reads the first."""
+    answer = parsed(answer)
+    listed = (answer.get("choices") or answer.get("generations")) if isinstance(answer, dict) else None
+    size = sum(len(each) if isinstance(each, list) else 1 for each in listed) if isinstance(listed, list) else 0
+    return max(size - 1, 0)
 
 
 def _messages(value: Any, role: str) -> list[Any]:
