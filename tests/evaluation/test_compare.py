@@ -58,9 +58,8 @@ def write_evaluation(
     predictions = predictions_of(held_out, judge)[rows]
     folder.mkdir(parents=True)
     write_lines(folder / "predictions.jsonl", predictions)
-    metrics = {"held_out": {"dataset": held_out.name, "sha256": held_out.sha256}}
-    if measured:
-        metrics = metrics_of(predictions, None, held_out, CONSTANTS)
+    about = {"dataset": held_out.name, "sha256": held_out.sha256, "prompts_evaluated": len(predictions)}
+    metrics = metrics_of(predictions, None, held_out, CONSTANTS) if measured else {"held_out": about}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
