@@ -7,6 +7,9 @@ judge.reward("What is 2 + 2?", "4")
 """
 
 import asyncio
+import json
+import math
+import os
 import random
 import threading
 import time
@@ -28,6 +31,7 @@ Messages = Sequence[Mapping[str, Any]]
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
 """Seconds between two attempts."""
+_LONGEST_TIMEOUT = 86_400.0
 _LINE = {"score", "status", "label_mass"}
 _PARTS = {"results": _LINE, "steps": _LINE, "runs": {"steps", "aggregates", "first_bad"}}
 """List in a response -> the keys that each of its lines has."""
@@ -59,8 +63,11 @@ class Reward:
 
         Raises:
             JudgeUnavailable: there is no value and the caller chose no such reward.
+            UsageError: the chosen reward is not a number.
         """
         value = unscored_reward if self.value is None else self.value
+        if value is not None and not is_number(value):  # NaN would silently spoil the policy
+            raise UsageError(f"unscored_reward: {value!r:.40}, but it must be a number.")
         if value is None:
             why = f" ({self.reason})" if self.reason else ""
             raise JudgeUnavailable(
@@ -90,10 +97,10 @@ class Judge:
             UsageError: the URL is not that of a server, the key cannot be sent in a header, or a number is below 1.
         """
         for name in ("attempts", "concurrency"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: {getattr(self, name)}, but it must be at least 1.")
-        if not self.timeout > 0:
-            raise UsageError(f"timeout: {self.timeout}, but it must be more than 0 seconds.")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise UsageError(f"{name}: {getattr(self, name)}, but it must be an integer of at least 1.")
+        if not (is_number(self.timeout) and 0 < self.timeout <= _LONGEST_TIMEOUT):
+            raise UsageError(f"timeout: {self.timeout}, but it must be more than 0 seconds, and at most a day.")
         check_url(self.url, "the URL of a judge,", "http://127.0.0.1:8000")
         self.key = checked_key(self.key or "", "the key of a judge")  # httpx's message would show it
 
@@ -112,10 +119,12 @@ class Judge:
 
         Raises:
             JudgeUnavailable, RequestRefused: see there.
-            UsageError: `steps` is no list.
+            UsageError: `steps` or `keys` is no list.
         """
         if isinstance(steps, str | Mapping):
             raise UsageError("steps: a list of steps or prompts, not a single one.")
+        if isinstance(keys, str):
+            raise UsageError("keys: a list of score keys, not a single one.")
         more = {"keys": list(keys)} if keys else {}
         parts = [list(steps[first : first + 64]) for first in range(0, len(steps), 64)]
         answers = self._each([("/v1/score", {"steps": part, **more}) for part in parts])
@@ -174,9 +183,10 @@ class Judge:
         async with httpx.AsyncClient(**self._settings()) as client:
 
             async def ask(path: str, body: Any) -> Any:
+                content = _json_of(body)
                 async with limit:
                     for attempt in range(self.attempts):
-                        outcome = await _acaught(client.post(path, json=body), self.timeout)
+                        outcome = await _acaught(client.post(path, content=content), self.timeout)
                         if (pause := _pause(outcome, attempt, self.attempts)) is None:
                             break
                         await asyncio.sleep(pause)
@@ -193,9 +203,10 @@ class Judge:
             return list(pool.map(lambda request: self._ask(*request), requests))
 
     def _ask(self, path: str, body: Any) -> Any:
+        content = _json_of(body)
         with self._client() as client:
             for attempt in range(self.attempts):
-                outcome = _caught(lambda: _post(client, path, body, self.timeout))
+                outcome = _caught(lambda: _post(client, path, content, self.timeout))
                 if (pause := _pause(outcome, attempt, self.attempts)) is None:
                     break
                 time.sleep(pause)
@@ -203,15 +214,19 @@ class Judge:
 
     @contextmanager
     def _client(self) -> "Iterator[httpx.Client]":
-        """This thread's client, which keeps its connection open."""
+        """This thread's client, which keeps its connection open.
+
+        A forked process inherits the connection but must not use it: it could read a response to its parent's request,
+        and so another sample's reward.
+        """
         import httpx
 
-        if not hasattr(self._local, "client"):
-            self._local.client = httpx.Client(**self._settings())
+        if getattr(self._local, "process", None) != os.getpid():
+            self._local.client, self._local.process = httpx.Client(**self._settings()), os.getpid()
         yield self._local.client
 
     def _settings(self) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         # Ignore proxies from the environment, to which the address of an internal judge would leak.
         return {
             "base_url": self.url.rstrip("/"),
@@ -269,9 +284,14 @@ def _part(answer: Any, name: str, url: str) -> Any:
     return answer[name]
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; booleans are not numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_share(number: Any, url: str) -> None:
     """Reject a reward that is NaN or out of range, because it would silently train the policy on nonsense."""
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1):
+    if number is not None and (not is_number(number) or not 0 <= number <= 1):
         raise JudgeUnavailable(f"{url}: {number!r:.40} is not a score from 0 to 1.")
 
 
@@ -296,12 +316,25 @@ async def _acaught(ask: Any, timeout: float) -> Any:
         return error
 
 
-def _post(client: "httpx.Client", path: str, body: Any, timeout: float) -> "httpx.Response":
+def _json_of(body: Any) -> bytes:
+    """Return a request's body. A lone surrogate, where an agent cut an emoji, is a question mark, as in an import.
+
+    Raises:
+        RequestRefused: it contains something that JSON cannot express, for example NaN.
+    """
+    try:
+        text = json.dumps(body, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestRefused(f"the messages cannot be sent as JSON ({error}). Convert them to plain values.") from error
+    return text.encode("utf-8", "replace")
+
+
+def _post(client: "httpx.Client", path: str, body: bytes, timeout: float) -> "httpx.Response":
     """Return a response, complete within `timeout` seconds; httpx's own limit is for the time between two bytes."""
     import httpx
 
     deadline, content = time.monotonic() + timeout, bytearray()
-    with client.stream("POST", path, json=body) as response:
+    with client.stream("POST", path, content=body) as response:
         for part in response.iter_bytes():
             content += part
             if time.monotonic() > deadline:

@@ -136,7 +136,7 @@ def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 try:
                     yield number, orjson.loads(line)
                 except orjson.JSONDecodeError as error:
-                    raise DataError(f"{path}:{number}: not JSON ({error}).") from error
+                    raise DataError(f"{path}:{number}: not JSON ({error}). Correct or remove this line.") from error
 
 
 @contextmanager

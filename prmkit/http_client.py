@@ -269,7 +269,8 @@ class Connection:
                 self.state.is_usable = self.state.is_usable or value is not None
                 return value
         if trouble.is_unreachable:
-            raise DataError(f"{self.endpoint.name}: no server responds ({trouble}). Start it, or correct --base-url.")
+            advice = f"Start it, or correct --base-url.{self._proxy_advice()}"
+            raise DataError(f"{self.endpoint.name}: no server responds ({trouble}). {advice}")
         raise RowFailure(f"the request failed after {self.endpoint.attempts} attempts; last error: {trouble}")
 
     async def _post_once(self, path: str, body: Mapping[str, Any]) -> bytes:
@@ -334,7 +335,8 @@ class Connection:
         if status in _PASSING_STATUSES:
             raise PassingTrouble(f"{status} {text}", pause=pause_asked_for(retry_after))
         if status in (401, 403):
-            raise DataError(f"{url}: the server refuses the API key ({status}). Check --api-key-env.")
+            advice = f"Check --api-key-env.{self._proxy_advice()}"
+            raise DataError(f"{url}: the server refuses the API key ({status}). {advice}")
         if status == 404:
             raise DataError(
                 f"{url}: the server has no model '{self.endpoint.model}' there ({text}). "
@@ -345,6 +347,16 @@ class Connection:
         if status >= 400:
             advice = self._advice_on_logprobs(text)
             raise RowFailure(f"{url} returns {status}: {text}{advice}", is_usage=bool(advice), is_refusal=True)
+
+    def _proxy_advice(self) -> str:
+        """Return advice if a proxy in the environment may be what responds, or fails to; otherwise an empty string."""
+        from urllib.request import getproxies, proxy_bypass
+
+        scheme, _, rest = self.endpoint.base_url.partition("://")
+        host = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+        if not {scheme.lower(), "all"} & getproxies().keys() or proxy_bypass(host):
+            return ""
+        return " Requests go through the proxy in the environment, unless NO_PROXY names the host."
 
     def _advice_on_logprobs(self, refusal: str) -> str:
         """Return advice if the server's message has a limit that was exceeded; otherwise an empty string."""
@@ -374,7 +386,7 @@ class Connection:
         if not is_list or len(choices) < count:
             raise self.misfit(self._excerpt(content))
         if count > 1:  # in vLLM, `index` is the prompt's index
-            choices = {choice.get("index"): choice for choice in choices}
+            choices = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
             if not all(index in choices for index in range(count)):
                 raise self.misfit(self._excerpt(content))
         return [choices[index] for index in range(count)]

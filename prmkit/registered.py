@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,12 @@ def _replay(state: RegistryState, line: Mapping[str, Any]) -> None:
         state.versions.remove(version)
         state.removed.append(version)
         for (judge, _), held in state.tags.items():
-            held[:] = [each for each in held if (judge, each) != (version.name, version.number)]
+            left = [each for each in held if (judge, each) != (version.name, version.number)]
+            # Of 1, 2, 1, only 1 is left, or a rollback from 1 would go to 1.
+            held[:] = [each for each, later in pairwise([*left, None]) if each is not None and each != later]
     elif action == "tag":
         state.tags.setdefault((version.name, line["tag"]), []).append(version.number)
-    elif action == "rollback":
+    elif action == "rollback" and version.number != line["was"]:  # an equal one, of earlier releases, changed nothing
         held = state.tags.get((version.name, line["tag"]), [])
         if held[-2:] != [version.number, line["was"]]:
             raise ValueError(f"{line['tag']} cannot go from {version.name}@{line['was']} to {version}")

@@ -1,5 +1,6 @@
 """Tiny judges, built once a session."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,10 +46,23 @@ def judge(request: pytest.FixtureRequest, judges: dict[str, LocalJudge]) -> Loca
 
 
 @pytest.fixture(scope="session")
-def server(model_folders: dict[str, Path]) -> Iterator[str]:
-    """The address of a real HTTP server with every family's model, in a separate process."""
+def retrained(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model like qwen's, with other weights."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("retrained")
+    shutil.copytree(model_folders["qwen"], folder, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data.mul_(0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(model_folders: dict[str, Path], retrained: Path) -> Iterator[str]:
+    """The address of a real HTTP server with every family's model and another one, in a separate process."""
     script = Path(__file__).with_name("completions_server.py")
-    models = [f"{name}={folder}" for name, folder in model_folders.items()]
+    models = [f"{name}={folder}" for name, folder in {**model_folders, "other": retrained}.items()]
     with subprocess.Popen([sys.executable, str(script), *models], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

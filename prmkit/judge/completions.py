@@ -6,7 +6,7 @@ A server's response is untrusted data: it is converted here to numbers and strin
 import asyncio
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ _NOT_COMPUTED = -9000.0
 """vLLM writes -9999.0 for tokens whose probability it did not compute. The logarithm of a float is never that low."""
 _SAME = 0.05
 """Two log-probabilities of the same token may differ by this much, because of half precision and batching."""
+_MOST_TOGETHER = 1.1
+"""The probabilities of different tokens at one position may add up to this much, because of half precision."""
 _NEUTRAL = {
     "temperature": 0,
     "top_p": 1,
@@ -111,13 +113,26 @@ class Completions:
             if not all(token in each for each in shown for token in tokens):
                 return None
             found = [{token: each[token] for token in tokens} for each in shown]
-            if any(value < _NOT_COMPUTED for each in found for value in each.values()):
-                raise PassingTrouble("the server returned no logprob for a requested token")
-            return found
+            return [self._distribution(each) for each in found]
 
         return await self._ask_all(
             prompts, read, max_tokens=1, logprobs=1, logprob_token_ids=list(tokens), return_tokens_as_token_ids=True
         )
+
+    def _distribution(self, found: dict[int, float]) -> dict[int, float]:
+        """Return log-probabilities of requested tokens at one position, after checking that they can be."""
+        if any(value < _NOT_COMPUTED for value in found.values()):
+            raise PassingTrouble("the server returned no logprob for a requested token")
+        self._check_sum(found.values())
+        return found
+
+    def _check_sum(self, values: Collection[float]) -> None:
+        """Reject logits and made-up numbers, which would give a score that looks certain."""
+        if (total := math.fsum(map(math.exp, values))) > _MOST_TOGETHER:
+            raise RowFailure(
+                f"the probabilities of {len(values)} tokens add up to {total:.3g}, so the server does not return "
+                "log-probabilities (vLLM: start it without --logprobs-mode)"
+            )
 
     async def scored(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[dict[int, float]] | None:
         """Do the same as `exact` with SGLang's `/v1/score`; None if the server returns something else.
@@ -144,9 +159,7 @@ class Completions:
             if not fits:
                 return None
             found = [dict(zip(tokens, map(self._number, row), strict=True)) for row in rows]
-            if any(value < _NOT_COMPUTED for each in found for value in each.values()):
-                raise PassingTrouble("the server returned no logprob for a requested token")
-            return found
+            return [self._distribution(each) for each in found]
 
         return await self.connection.post("score", body, read)
 
@@ -261,6 +274,7 @@ class Completions:
 
     def _token_logprobs(self, shown: TopLogprobs, wanted: Sequence[int]) -> TokenLogprobs:
         least, highest = min(shown.values()), max(shown.values())
+        self._check_sum(shown.values())
         if all(isinstance(name, int) for name in shown):
             self._check_count(shown, may_be_fewer=False)
             return TokenLogprobs(

@@ -13,9 +13,11 @@ the top logprobs of requests that are computed in the same batch.
 """
 
 import asyncio
+import logging
 import math
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,28 +26,50 @@ from prmkit.http_client import Connection, Endpoint, ExactBy, RowFailure, Server
 from prmkit.judge.batching import EncodedPrompt, judgements_in_order, make_preparer, parse_generated
 from prmkit.judge.completions import MOST_EXACT, Completions, Vocabulary
 from prmkit.judge.score_trie import Reading, ScoreTrie, TrieOf, TrieQuery, VerdictReader, tries_of
-from prmkit.judge.types import DEFAULT_OPTIONS, LOW_REACH, Judgement, Request, ScoringOptions
+from prmkit.judge.types import DEFAULT_OPTIONS, LOW_REACH, Judgement, Mode, Request, ScoringOptions
 from prmkit.prompts.encoding import ChatEncoding
+
+log = logging.getLogger("prmkit")
 
 _LOW_LOG_REACH = math.log(LOW_REACH)
 """Stop measuring a forced prefix below this probability, because its scores are unsure anyway."""
+_SAME_MODEL = 0.1
+"""Total variation distance of two score distributions up to which two servers have the same model: half precision and
+batching move it by a few hundredths."""
+_CHECK_PAUSE = 60.0
+"""Seconds until a server that did not answer its first prompt is tried again."""
+_CHECK_PATIENCE = 30.0
+"""Seconds to wait for that answer while another server responds."""
+
+
+@dataclass
+class _Pool:
+    """What is known about several servers: they must all score one prompt alike before they score others."""
+
+    canary: EncodedPrompt | None = None
+    reference: tuple[str, Judgement] | None = None
+    """The first server that answered the canary, and its answer."""
+    checked: set[str] = field(default_factory=set)
+    next_try: dict[str, float] = field(default_factory=dict)
+    """Server that did not answer -> time of its next attempt, on the clock of `time.monotonic`."""
 
 
 @dataclass(frozen=True)
 class CompletionsJudge:
-    """A judge whose model runs on a server."""
+    """A judge whose model runs on a server, or on several with the same weights."""
 
     endpoint: Endpoint
     encoding: ChatEncoding
     cutoff_len: int
     _state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
+    _pool: _Pool = field(default_factory=_Pool, init=False, repr=False, compare=False)
 
     def score(self, requests: Iterable[Request], options: ScoringOptions = DEFAULT_OPTIONS) -> Iterator[Judgement]:
         """Judge like `LocalJudge.score`, with `batch_size` prompts at once, within the endpoint's concurrency.
 
         Raises:
             DataError: the server cannot be reached, refuses the key, does not have the model, or none of its first
-                responses can be used.
+                responses can be used; or several servers have different weights.
             UsageError: none of its first responses can be used, but another option would help.
 
         Once a response could be used, a later unusable response fails only its own row.
@@ -58,12 +82,73 @@ class CompletionsJudge:
         )
 
     async def _judge_all(self, ready: Sequence[EncodedPrompt], options: ScoringOptions) -> list[Judgement]:
+        if not ready:
+            return []
         gate = asyncio.Semaphore(options.batch_size)
-        async with Connection(self.endpoint, self._state) as connection:
+        endpoint = await self._checked_servers(ready, options.mode) if self.endpoint.others else self.endpoint
+        async with Connection(endpoint, self._state) as connection:
             completions = Completions(connection, self._vocabulary)
             found = await together(self._judge(completions, gate, prepared, options) for prepared in ready)
         self._stop_if_useless(found)
         return [Judgement("failed", reason=str(one)) if isinstance(one, RowFailure) else one for one in found]
+
+    async def _checked_servers(self, ready: Sequence[EncodedPrompt], mode: Mode) -> Endpoint:
+        """Return the servers that score the canary, which is the shortest of the first prompts, like the first of them.
+
+        A server that failed may have been restarted with other weights, so it is checked again.
+
+        Raises:
+            DataError: one gives other scores, or none can be used.
+            UsageError: none can be used, but another option would help.
+        """
+        pool, urls = self._pool, dict.fromkeys((self.endpoint.base_url, *self.endpoint.others))
+        pool.canary = pool.canary or min(ready, key=lambda prompt: len(prompt.ids))
+        pool.checked.difference_update(self._state.left_out_until)
+        quick = replace(self.endpoint, attempts=1, timeout=min(self.endpoint.timeout, _CHECK_PATIENCE))
+        for way in (quick, self.endpoint):
+            new = [url for url in urls if url not in pool.checked and pool.next_try.get(url, 0.0) <= time.monotonic()]
+            answers = await together(
+                self._canary_answer(replace(way, base_url=url, others=()), pool.canary) for url in new
+            )
+            for url, answer in zip(new, answers, strict=True):
+                self._check_server(url, answer, mode)
+            if pool.checked:
+                first, *others = (url for url in urls if url in pool.checked)
+                return replace(self.endpoint, base_url=first, others=tuple(others))
+            pool.next_try.clear()
+        failure = next(each for each in answers if isinstance(each, Exception))
+        raise failure if isinstance(failure, DataError) else self._useless(failure, 1)
+
+    async def _canary_answer(self, endpoint: Endpoint, canary: EncodedPrompt) -> Judgement | RowFailure | DataError:
+        """Return one server's scores of the canary, or why there are none."""
+        try:
+            async with Connection(endpoint, ServerState()) as connection:
+                return await self._expected(Completions(connection, self._vocabulary), canary, 0.0)
+        except (RowFailure, DataError) as failure:
+            return failure
+
+    def _check_server(self, url: str, answer: Judgement | RowFailure | DataError, mode: Mode) -> None:
+        pool, name = self._pool, Endpoint(url, "").name
+        if mode == "generate" and isinstance(answer, RowFailure) and answer.is_usage:
+            log.warning("%s: whether it serves the same model as the others is not checked (%s)", name, answer)
+        elif not isinstance(answer, Judgement):
+            pool.next_try[url] = time.monotonic() + _CHECK_PAUSE
+            log.warning("%s is left out for now: %s", name, answer)
+            return
+        else:
+            pool.reference = pool.reference or (url, answer)
+            self._check_same_model(name, answer, *pool.reference)
+        pool.checked.add(url)
+        self._state.left_out_until.pop(url, None)
+
+    def _check_same_model(self, name: str, answer: Judgement, first: str, expected: Judgement) -> None:
+        key, difference = _largest_difference(answer, expected)
+        if difference > _SAME_MODEL:
+            raise DataError(
+                f"{name} gives {key} {answer.scores[key].mean:.3f} to a prompt to which {Endpoint(first, '').name} "
+                f"gives {expected.scores[key].mean:.3f} (their distributions differ by {difference:.0%}), so it "
+                f"serves other weights as {self.endpoint.model}. Serve the same model on all of them, or remove one."
+            )
 
     async def _judge(
         self, completions: Completions, gate: asyncio.Semaphore, prepared: EncodedPrompt, options: ScoringOptions
@@ -82,8 +167,11 @@ class CompletionsJudge:
         failure = next((each for each in found if isinstance(each, RowFailure)), None)
         if failure is None or self._state.is_usable:
             return
+        raise self._useless(failure, len(found))
+
+    def _useless(self, failure: RowFailure, count: int) -> UsageError | DataError:
         error = UsageError if failure.is_usage else DataError
-        raise error(f"{self.endpoint.name}: no usable response for the first {len(found)} prompts: {failure}.")
+        return error(f"{self.endpoint.name}: no usable response for the first {count} prompts: {failure}.")
 
     async def _expected(self, completions: Completions, prepared: EncodedPrompt, min_label_mass: float) -> Judgement:
         reader = VerdictReader(prepared.shape, self._trie_of, min_label_mass)
@@ -106,6 +194,16 @@ class CompletionsJudge:
         for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(len(tokenizer))])):
             ids[text] = None if text in ids else token
         return ids
+
+
+def _largest_difference(one: Judgement, other: Judgement) -> tuple[str, float]:
+    """Return the key whose distributions differ most, and their total variation distance, 0 to 1."""
+
+    def distance(key: str) -> float:
+        pairs = zip(one.scores[key].shares or (), other.scores[key].shares or (), strict=True)
+        return sum(abs(mine - theirs) for mine, theirs in pairs) / 2
+
+    return max(((key, distance(key)) for key in other.scores), key=lambda each: each[1])
 
 
 async def _readings(

@@ -22,6 +22,8 @@ from prmkit.trajectory import is_share, log_id, outcome_number
 from prmkit.verdict import AGGREGATES
 
 _SHOWN = 5
+_ALL_DAYS = 36_500.0
+"""More days than any log has, and fewer than the calendar."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def read_scored(paths: Sequence[Path], days: float | None = None) -> list[Logged
         UsageError: `days` is given for a file without times.
     """
     found = []
-    since = None if days is None else datetime.now(UTC) - timedelta(days=days)
+    since = None if days is None else datetime.now(UTC) - timedelta(days=min(days, _ALL_DAYS))
     for path in paths:
         for number, line in numbered_jsonl(path):
             if not isinstance(line, dict) or not {"score", "status", "request_hash"} <= line.keys():
@@ -157,7 +159,10 @@ def compare_judges(steps: Iterable[LoggedStep], outcomes: Mapping[str, float] | 
     for step in steps:
         by_judge[step.judge].append(step)
     if len(by_judge) != 2:
-        raise UsageError(f"an A/B comparison needs two judges, but there are {len(by_judge)} ({', '.join(by_judge)}).")
+        raise UsageError(
+            f"an A/B comparison needs two judges, but there are {len(by_judge)} ({', '.join(by_judge)}). Pass the logs "
+            "of two, or only recent steps with --days."
+        )
     # The production judge is a, whichever was logged first.
     (first, all_ones), (second, all_others) = sorted(by_judge.items(), key=lambda each: each[1][0].role != "production")
     ones, others = _by_prompt(all_ones), _by_prompt(all_others)

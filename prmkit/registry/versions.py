@@ -366,6 +366,8 @@ def roll_back(folder: Path, reference: str, why: str | None) -> tuple[VersionId,
         version = registered.find_version(reference, folder)
         tag = reference.rpartition("@")[2]
         held = state.tags.get((version.name, tag), [])
+        if not held:
+            raise UsageError(f"{reference} is a version, not a tag. Name the tag to move, for example production.")
         if len(held) < 2:
             raise UsageError(f"{reference} has no earlier version to roll back to; {version} is the first.")
         earlier = VersionId(version.name, held[-2])

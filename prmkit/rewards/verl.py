@@ -5,7 +5,7 @@ from prmkit.rewards.verl import make_compute_score
 compute_score = make_compute_score("http://127.0.0.1:8000")
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from prmkit.client import Judge, client_of
@@ -41,7 +41,7 @@ def make_compute_score(
         **_more: Any,
     ) -> dict[str, float]:
         prompts = [extra_info.get(name) for name in _PROMPTS] if extra_info else []
-        prompt = next((each for each in prompts if each is not None and len(each)), None)  # may be an array of messages
+        prompt = next((each for each in prompts if isinstance(each, Collection) and len(each)), None)  # arrays, NaN
         if prompt is None:
             raise ValueError(f"extra_info does not have the policy's prompt. Add it as one of {', '.join(_PROMPTS)}.")
         prompt = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]

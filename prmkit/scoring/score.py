@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,17 +16,23 @@ from prmkit.files import exclusive_lock, write_text
 from prmkit.intervals import Abstention, load_abstention
 from prmkit.judge.scorer import Scorer, ShapeOf
 from prmkit.judge.sources import fingerprint_of
-from prmkit.judge.types import Judgement, first_below, rounded
+from prmkit.judge.types import Judgement, Request, first_below, rounded
 from prmkit.layouts import STDIN, open_lines
 from prmkit.resumable import appending, check_outputs, companion_file, fingerprint_file, reopen, replace_rows
 from prmkit.rows import whole_number
 from prmkit.scoring.rows import RowToScore, RunsToScore, read_rows
+from prmkit.trajectory import is_share
 from prmkit.verdict import AGGREGATES
 
 log = logging.getLogger("prmkit")
 
 WINDOW = 64
 """The number of rows that are read before they are scored together, so that prompts can share a common prefix."""
+
+_CHECKED = 4
+"""The number of rows that a server scores again before scores are continued."""
+_SAME_SCORE = 0.03
+"""How far two scores of one prompt by one model on a server may be apart, because of half precision and batching."""
 
 ResultLine = Mapping[str, Any]
 """One line of the output."""
@@ -132,11 +138,14 @@ def _results(
         if job.abstention:
             settings["interval"] = [job.abstention.level, job.abstention.max_width]
         done = reopen(job.output, dict(fingerprint) | settings)
+        _check_lines(done, job.output)
         _report_done(done, job.output)
         scored = score_rows(_with_results(rows, done, job.output), scorer, job)
-        yield from _update_lines(done, scored, job.output)
+        yield from _update_lines(done, scored, job)
         with appending(job.output) as append:
-            for row, result in scored:
+            for number, (row, result) in enumerate(scored):
+                if not number:
+                    _remove_stale_summaries(job)
                 append(result)
                 yield row, result
 
@@ -155,13 +164,20 @@ def score_rows(
         The rows in order, each with its output line.
     """
     known: dict[str, tuple[Judgement, str | None]] = {}
+    recent: deque[tuple[Request, float]] = deque(maxlen=_CHECKED)
     rows = iter(rows)
     while window := list(islice(rows, WINDOW)):
+        recent += [
+            (row.request, line["score"]) for row, line in window if row.request and line and line["score"] is not None
+        ]
         new = {
             row.request_hash: row.request
             for row, earlier in window
             if row.request and row.request_hash and earlier is None and row.request_hash not in known
         }
+        if new and recent:
+            _check_same_judge(recent, scorer)
+            recent.clear()
         judgements = list(scorer.judgements(new.values()))
         texts = [each.text for each in judgements]
         if job.summaries and scorer.options.mode == "expected":
@@ -177,6 +193,25 @@ def score_rows(
             else:
                 line = result_line(row, Judgement("error", reason=row.reason))
                 yield row, job.abstention.add_interval(line, None) if job.abstention else line
+
+
+def _check_same_judge(scored: Iterable[tuple[Request, float]], scorer: Scorer) -> None:
+    """Check, before scores are continued, that a server still has the model that gave the last ones.
+
+    A local judge is recognised by its files. A generated verdict may change with the batch, so it proves nothing.
+
+    Raises:
+        DataError: it scores one of the prompts differently.
+    """
+    if scorer.endpoint is None or scorer.options.mode != "expected":
+        return
+    requests, scores = zip(*scored, strict=True)
+    for judgement, score in zip(scorer.judgements(requests), scores, strict=True):
+        if judgement.score is not None and abs(judgement.score - score) > _SAME_SCORE:
+            raise DataError(
+                f"{scorer.endpoint.name} gives {judgement.score:.3f} to a prompt for which the output has {score:.3f}, "
+                "so it now serves other weights. Serve the earlier model again, or choose another --output."
+            )
 
 
 def result_line(
@@ -220,6 +255,31 @@ def _check_outputs(job: ScoringJob) -> None:
         raise UsageError(f"--html {page} exists and is not an HTML page, so it would be lost. Choose another file.")
 
 
+def _check_lines(done: Sequence[ResultLine], output: Path) -> None:
+    """Check that earlier lines are results.
+
+    Raises:
+        DataError: a line is not one; somebody has changed it.
+    """
+    for number, line in enumerate(done, start=1):
+        score = line.get("score")
+        is_score = score is None or is_share(score)
+        if not is_score or not {"id", "score", "status", "request_hash", "metadata"} <= line.keys():
+            raise DataError(
+                f"{output}:{number}: not a line of scores. Delete this line and all after it, or start again with "
+                "another --output."
+            )
+
+
+def _remove_stale_summaries(job: ScoringJob) -> None:
+    """Remove aggregates of an earlier command before the scores change: they may be another judge's, or lack rows."""
+    if job.output is None or not (file := trajectories_file(job.output)).is_file():
+        return
+    file.unlink()
+    if job.bad_below is None:
+        log.warning("%s: removed, because it was about earlier scores. --aggregate trajectory writes it again.", file)
+
+
 def _report_done(done: Sequence[ResultLine], output: Path) -> None:
     failed = sum(result["status"] == "failed" for result in done)
     if done:
@@ -257,7 +317,7 @@ def _other_input(difference: str) -> UsageError:
 
 
 def _update_lines(
-    done: Sequence[ResultLine], scored: Iterator[tuple[RowToScore, ResultLine]], output: Path
+    done: Sequence[ResultLine], scored: Iterator[tuple[RowToScore, ResultLine]], job: ScoringJob
 ) -> Iterator[tuple[RowToScore, ResultLine]]:
     """Yield the results for the output's lines; new ones are written even if the command is stopped."""
     lines, changed = list(done), False
@@ -267,8 +327,9 @@ def _update_lines(
             lines[position] = result
             yield row, result
     finally:
-        if changed:
-            replace_rows(output, lines)
+        if changed and job.output:
+            _remove_stale_summaries(job)
+            replace_rows(job.output, lines)
 
 
 def _json(line: ResultLine) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prmkit.errors import DataError, ExitCode, Interrupted, UsageError
+from prmkit.http_client import checked_key
 from prmkit.judge.scorer import DEFAULT_RUN, Scorer, judge_source_in, scorer_of, scoring_options_of
 from prmkit.prompts.step import Rubric, load_rubric
 from prmkit.registered import is_registered, registered_run
@@ -178,8 +179,8 @@ def _rubric(path: Path | None, scorer: Scorer, judge: str) -> tuple[Rubric | Non
 def _key(name: str | None) -> str | None:
     if name is None:
         return None
-    key = os.environ.get(name, "").strip()
-    if not key:
+    key = checked_key(os.environ.get(name, ""), f"--key-env {name}:")
+    if key is None:
         raise UsageError(
             f"--key-env {name}: this environment variable is empty. Set it to the key that clients must send."
         )
@@ -187,6 +188,10 @@ def _key(name: str | None) -> str | None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    if not host:  # the system would listen on all addresses
+        raise UsageError(
+            "--host is empty. Omit it to listen only on this machine, or use 0.0.0.0 to listen on all networks."
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With protocol 0, asyncio does not recognise TCP and keeps Nagle's algorithm, which costs 40 ms per response.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -208,7 +213,7 @@ def _listen(listening: socket.socket, host: str) -> None:
 
 def _cannot_listen(host: str, port: int, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or str(error)
-    return DataError(f"{host}:{port}: {reason}. Choose another --port or --host.")
+    return DataError(f"{host}:{port}: {reason.rstrip('.')}. Choose another --port or --host.")
 
 
 def _run(service: Service, limits: Limits, listening: socket.socket) -> ExitCode:

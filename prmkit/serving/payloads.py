@@ -33,7 +33,7 @@ from prmkit.trajectories.readers.tagged import (
     without_tokens,
 )
 from prmkit.trajectories.run import Run, Turn, assemble
-from prmkit.trajectory import Trajectory, task_id_of
+from prmkit.trajectory import Trajectory
 
 _SOURCE = {"format": "http"}
 
@@ -57,15 +57,16 @@ def runs_in(body: Any, format: str | None) -> tuple[list[Trajectory], list[FileR
         UsageError: several formats match, or there is no format of that name.
     """
     reports: list[FileReport] = []
+    # Numbered within a task, as in a file, the only run of every request would have the same name.
+    options = Options(format, unnamed=request_id.get())
     with tempfile.TemporaryDirectory(prefix="prmkit-") as folder:
         file = Path(folder) / "request.json"
         file.write_bytes(_written(body))
         try:
-            runs = list(read_runs([file], Options(format), reports))
+            runs = list(read_runs([file], options, reports))
         except DataError as error:
             message = str(error).replace(str(file), "the request")
             raise DataError(re.sub(r" [^.]*--format\b.*", "", message)) from None
-    runs = [_with_request_id(run) for run in runs]
     if not runs:
         reasons = [reason for report in reports for reason in report.unreadable]
         raise DataError(f"the request contains no run{': ' if reasons else '.'}{'; '.join(reasons)}")
@@ -77,18 +78,6 @@ def _written(body: Any) -> bytes:
         return orjson.dumps([body] if is_message_list(body) else body)
     except TypeError:  # orjson writes fewer levels than it reads, and raises this
         raise DataError("the request is nested too deeply.") from None
-
-
-def _with_request_id(run: Trajectory) -> Trajectory:
-    """Put the request's id into the run's id, if the client sent no id for the run or the task.
-
-    The importer numbers the runs of a task within a file. Here, every request would start with the same number, and
-    runs of different requests would share an id.
-    """
-    default = task_id_of(run.task)
-    if run.task_id != default or not run.trajectory_id.startswith(f"{default}."):
-        return run
-    return replace(run, trajectory_id=f"{request_id.get()}.{run.trajectory_id.removeprefix(f'{default}.')}")
 
 
 def run_of_step(item: Mapping[str, Any], *, is_end: bool = False) -> Trajectory:

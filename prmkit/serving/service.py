@@ -73,11 +73,13 @@ class Service:
         Raises:
             DataError: the body is malformed.
         """
-        steps, keys = body.get("steps"), body.get("keys") or ()
+        steps, keys = body.get("steps"), () if body.get("keys") is None else body["keys"]
         if not isinstance(steps, list) or not all(isinstance(step, dict | str) for step in steps):
             raise DataError('steps must be a list of {"prompt"}, or of {"task", "history", "step"}.')
-        if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
+        if not isinstance(keys, list | tuple) or not all(isinstance(key, str) and key.strip() for key in keys):
             raise DataError("keys must be a list of score keys.")
+        if len(set(keys)) < len(keys):
+            raise DataError("keys lists a key twice.")
         if keys and any(_is_step(step) for step in steps):
             raise DataError(
                 "keys is only allowed with ready-made prompts. For a step of a run, the judge's rubric sets the keys."

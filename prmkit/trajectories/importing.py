@@ -33,6 +33,8 @@ class Options:
     keep_secrets: bool = False
     labels: str | None = None
     """The name of a public set with its labels in files next to the runs; None to read only runs."""
+    unnamed: str | None = None
+    """The name, with a number, of runs without an id; None for the id of their task."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ def read_runs(
         raise UsageError(f"--format {options.format}: unknown format. Known: {', '.join(READERS)}.")
     files = list(_files(inputs))
     error_labels = _error_labels(files, options)
-    ids = Ids()
+    ids = Ids(options.unnamed)
     for given in files:
         report = FileReport(str(given.path), passed_over=given.reason)
         if reports is not None:

@@ -189,7 +189,9 @@ def _attach(result: Result, steps: list[Step], lost: Counter[str]) -> None:
 class Ids:
     """Assigns a unique id to every run of an import. Takes about 100 bytes per run."""
 
-    def __init__(self) -> None:
+    def __init__(self, unnamed: str | None = None) -> None:
+        """Start; `unnamed` is the name, with a number, of runs without an id, by default that of their task."""
+        self._unnamed = unnamed
         self._runs_of: Counter[int] = Counter()
         self._taken: set[int] = set()
 
@@ -197,8 +199,9 @@ class Ids:
         """Return the run with the source's id, otherwise the task's id with a number; a repeated id gets a number."""
         name = as_name(run.trajectory_id)  # as the run is called in rows
         if not name:
-            self._runs_of[hash(run.task_id)] += 1
-            name = f"{run.task_id}.{self._runs_of[hash(run.task_id)]}"
+            named = self._unnamed or run.task_id
+            self._runs_of[hash(named)] += 1
+            name = f"{named}.{self._runs_of[hash(named)]}"
         unique, number = name, 1
         while hash(unique) in self._taken:
             number += 1

@@ -161,10 +161,53 @@ def test_a_server_that_dies_is_left_out_and_the_other_one_answers(server: str, j
         Endpoint(dead, "tiny", others=(alive,), attempts=2), judges["qwen"].encoding, judges["qwen"].source.cutoff_len
     )
     assert_same(list(judge.score(REQUESTS)), list(judges["qwen"].score(REQUESTS)), within=1e-5)
-    assert list(judge._state.left_out_until) == [dead]
+    assert judge._pool.checked == {alive} and list(judge._pool.next_try) == [dead]
     neither = replace(judge, endpoint=Endpoint(dead, "tiny", others=("http://127.0.0.1:10/v1",), attempts=2))
     with pytest.raises(DataError, match="no server responds"):
         list(neither.score([FLAT_ONE]))
+
+
+def test_a_server_with_other_weights_is_refused_before_it_scores_anything(
+    server: str, judges: dict[str, LocalJudge]
+) -> None:
+    """Under the same model name, at the beginning, and when it comes back after a failure."""
+    judge = judges["qwen"]
+    right, dead = f"{server}/qwen/exact/v1", "http://127.0.0.1:9/v1"
+    for flavour, mode in (("exact", "expected"), ("vllm", "expected"), ("vllm", "generate")):
+        wrong = f"{server}/other/{flavour}/v1"
+        both = remote(server, judge, flavour=flavour, others=(wrong,))
+        with pytest.raises(DataError, match=f"{wrong} gives .* to which {both.endpoint.name} gives .* other weights"):
+            list(both.score(REQUESTS, ScoringOptions(mode=mode)))
+    later = CompletionsJudge(Endpoint(right, "tiny", others=(dead,), attempts=1), judge.encoding, 2048)
+    list(later.score([FLAT_ONE]))
+    assert later._pool.checked == {right}
+    object.__setattr__(later, "endpoint", replace(later.endpoint, others=(wrong,)))  # the same place, another server
+    with pytest.raises(DataError, match="other weights"):
+        list(later.score([FLAT_ONE]))
+
+
+def test_servers_without_logprobs_share_generated_verdicts_unchecked(
+    server: str, judges: dict[str, LocalJudge], narrated: Any
+) -> None:
+    wordless = remote(server, judges["qwen"], flavour="wordless")
+    again = wordless.endpoint.base_url.replace("127.0.0.1", "localhost")
+    both = replace(wordless, endpoint=replace(wordless.endpoint, others=(again,)))
+    assert len(list(both.score(REQUESTS, ScoringOptions(mode="generate", max_new_tokens=5)))) == len(REQUESTS)
+    assert "is not checked" in narrated.text
+    with pytest.raises(UsageError, match="no logprobs"):
+        list(replace(both).score(REQUESTS))
+
+
+def test_a_proxy_in_the_environment_is_named_where_nothing_responds(
+    judges: dict[str, LocalJudge], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    nowhere = remote("http://127.0.0.1:9", judges["qwen"], attempts=1)
+    with pytest.raises(DataError, match=r"no server responds .* through the proxy in the environment"):
+        list(nowhere.score([FLAT_ONE]))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(DataError, match=r"or correct --base-url\.$"):
+        list(nowhere.score([FLAT_ONE]))
 
 
 def test_requests_go_to_the_server_with_the_fewest_under_way(
@@ -440,6 +483,32 @@ def test_probabilities_that_are_no_numbers_are_no_score(judges, value: float) ->
     assert (judged.status, judged.score) == ("failed", None)
     no_score = f"the server returned the logprob {value}, which is not the logarithm of a probability"
     assert ("requested top logprobs" if value < -9000 else no_score) in judged.reason
+
+
+@pytest.mark.parametrize("way", ["exact", "top"])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_probabilities_that_add_up_to_more_than_one_are_no_score(judges, way: str, value: float) -> None:
+    """Zeros of a proxy, or the logits of vLLM's --logprobs-mode, would be a score with a label mass of 1."""
+
+    def answer(_: int, body: dict[str, Any]) -> Answer:
+        tokens = body.get("logprob_token_ids") or range(body["logprobs"])
+        shown = {"logprobs": {TOP: [{f"token_id:{token}": value for token in tokens}]}}
+        count = len(body["prompt"]) if isinstance(body["prompt"][0], list) else 1
+        return 200, json.dumps({"choices": [{"index": place, **shown} for place in range(count)]}).encode(), {}
+
+    with answering(answer) as url, pytest.raises(DataError, match="does not return log-probabilities"):
+        asked_at(url, judges["qwen"], [FLAT_ONE], logprobs=way)
+
+
+def test_an_index_that_is_no_number_fails_its_row(judges) -> None:
+    def answer(_: int, body: dict[str, Any]) -> Answer:
+        shown = {"logprobs": {TOP: [{f"token_id:{token}": -9.0 for token in body["logprob_token_ids"]}]}}
+        count = len(body["prompt"]) if isinstance(body["prompt"][0], list) else 1
+        return 200, json.dumps({"choices": [{"index": [place], **shown} for place in range(count)]}).encode(), {}
+
+    with answering(answer) as url:
+        (judged,) = asked_at(url, judges["qwen"], [FLAT_ONE], usable=True)
+    assert judged.status == "failed" and "not the response of a completions endpoint" in judged.reason
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,7 @@ def test_a_request_log_is_read_by_judge_and_by_day(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     old = [log_line(n, "judge@1", 0.9, days_ago=30) for n in range(100)]
     log.write_text("".join([*old, *(log_line(100 + n, "judge@1", 0.2) for n in range(60)), log_line(0, "judge@2", 0)]))
+    assert len(read_scored([log], days=1e12)) == 161
     recent = read_scored([log], days=7)
     assert len(recent) == 61 and len(steps_of("judge@1", recent)) == 60
     assert drift_of(steps_of("judge@1", recent), held_out([0.2] * 100), 0.25)["findings"] == []

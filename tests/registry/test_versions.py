@@ -97,6 +97,7 @@ def test_rollback_and_the_history(manage: Manage, judges: Path) -> None:
     assert "judge@1" in manage("rollback", "production", "--why", "worse in production")
     assert registered.find_version("production") == VersionId("judge", 1)
     assert "no earlier version to roll back to" in manage("rollback", "production", code=2)
+    assert "is a version, not a tag" in manage("rollback", "judge@1", code=2)
     actions = [line["action"] for line in read_history(judges)]
     assert actions == ["add", "tag", "add", "tag", "rollback"]
     last = json.loads(manage("history", "--json"))[-1]
@@ -130,6 +131,19 @@ def test_a_version_whose_files_changed_is_not_used(judges: Path, manage: Manage,
     assert harm in manage("show", "production", code=1)
     assert harm in manage("tag", 2, "preview", code=1)
     manage("rollback", "production")  # which leads away from it
+
+
+def test_a_rollback_never_goes_to_the_version_that_it_leaves() -> None:
+    """After a removal between them, the same version would be the earlier one, too."""
+
+    def line(action: str, version: int, **more: object) -> dict[str, object]:
+        return {"time": "", "who": "", "action": action, "judge": "j", "version": version, "tag": "production", **more}
+
+    history = [line("add", 1), line("add", 2), line("add", 3), *(line("tag", number) for number in (3, 1, 2, 1))]
+    removed = [*history, line("remove", 2)]
+    assert state_of(removed).tags["j", "production"] == [3, 1]
+    nothing = [*removed, line("rollback", 1, was=1)]  # as earlier releases wrote it
+    assert state_of([*nothing, line("rollback", 3, was=1)]).tags["j", "production"] == [3]
 
 
 @pytest.mark.usefixtures("two")

@@ -52,6 +52,30 @@ def test_many_requests_at_once_keep_their_order(judge_url: str) -> None:
     assert [each.value for each in found] == pytest.approx(expected, abs=CLOSE)
 
 
+_FORKING = """
+import os, sys
+from prmkit.client import Judge
+
+judge, wrong = Judge(sys.argv[1]), 0
+for turn in range(20):
+    judge.reward("What?", f"good {turn}")
+    children = []
+    for said, expected in (("good", 0.9), ("bad", 0.2)):
+        if not (child := os.fork()):
+            values = [judge.reward("What?", f"{said} {turn} {number}").value for number in range(3)]
+            os._exit(any(abs(value - expected) > 0.1 for value in values))
+        children.append(child)
+    wrong += sum(os.waitpid(child, 0)[1] != 0 for child in children)
+sys.exit(bool(wrong))
+"""
+
+
+def test_forked_processes_never_read_each_others_rewards(judge_url: str) -> None:
+    """A trainer's workers inherit the connection of the process that forked them."""
+    done = subprocess.run([sys.executable, "-c", _FORKING, judge_url], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_can_never_be_answered_is_said_at_once(judge_url: str) -> None:
     judge = Judge(judge_url)
     with pytest.raises(RequestRefused, match="unknown format of runs"):
@@ -203,7 +227,16 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key: str) -> No
 
 
 @pytest.mark.parametrize(
-    "setting", [{"attempts": 0}, {"attempts": -1}, {"concurrency": 0}, {"timeout": 0}, {"timeout": float("nan")}]
+    "setting",
+    [
+        {"attempts": 0},
+        {"attempts": -1},
+        {"concurrency": 0},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"timeout": None},
+        {"attempts": 1.5},
+    ],
 )
 def test_settings_with_which_nothing_could_be_asked_are_refused(setting: dict[str, Any]) -> None:
     (name,) = setting

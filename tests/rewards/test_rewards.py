@@ -88,6 +88,20 @@ def test_verl_gets_the_same_keys_from_every_sample(judge_url: str) -> None:
         asyncio.run(make_compute_score(judge_url)(solution_str="mumble", extra_info={"prompt": "What?"}))
 
 
+def test_what_a_policy_or_a_data_set_leaves_in_messages_does_not_end_the_training(judge_url: str) -> None:
+    """An emoji that was cut, a column without a value; NaN as a reward would reach every weight."""
+    judge = Judge(judge_url)
+    assert make_reward_func(judge)(["What?"], ["good \ud83d"]) == near(GOOD)
+    extra = {"messages": float("nan"), "question": "What?"}
+    found = asyncio.run(make_compute_score(judge)(solution_str="good \udca9", extra_info=extra))
+    assert found["score"] == pytest.approx(GOOD, abs=CLOSE)
+    with pytest.raises(RequestRefused, match="cannot be sent as JSON"):
+        judge.reward([{"role": "user", "content": "What?", "weight": float("nan")}], "good")
+    for odd in (float("nan"), "0"):
+        with pytest.raises(UsageError, match="but it must be a number"):
+            asyncio.run(make_compute_score(judge, unscored_reward=odd)(solution_str="", extra_info=extra))
+
+
 def test_slime_gets_an_object(judge_url: str) -> None:
     def reward(response: str, **settings: Any) -> dict[str, Any]:
         sample = SimpleNamespace(prompt="What?", response=response, label=None, metadata={})

@@ -264,6 +264,33 @@ def results(source: bytes, score: Scorer, **changes) -> list[dict]:
     return [result for _, result in score_rows(((row, None) for row in rows), score, job(Path(), None, **changes))]
 
 
+def test_aggregates_of_earlier_scores_do_not_stay_next_to_new_ones(
+    source: Path, tmp_path: Path, score, narrated
+) -> None:
+    output = tmp_path / "scores.jsonl"
+    aggregates = trajectories_file(output)
+    run_job(job(source, output, bad_below=0.5), score, {"judge": "A"})
+    run_job(job(source, output), score, {"judge": "A"})  # nothing is new
+    assert aggregates.is_file() and "removed" not in narrated.text
+    for fingerprint, more in (("B", ""), ("B", json.dumps(row(3)) + "\n")):
+        source.write_text(source.read_text().rstrip("\n") + "\n" + more)
+        run_job(job(source, output), score, {"judge": fingerprint})
+        assert not aggregates.exists() and "removed, because it was about earlier scores" in narrated.text
+        run_job(job(source, output, bad_below=0.5), score, {"judge": fingerprint})
+        assert aggregates.is_file()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"a": 1}', '{"id": 1, "score": "0.5", "status": "ok", "request_hash": "x", "metadata": {}}']
+)
+def test_a_line_that_was_replaced_is_named(source: Path, tmp_path: Path, score, line: str) -> None:
+    output = tmp_path / "scores.jsonl"
+    run_job(job(source, output), score, {})
+    output.write_text("\n".join([line, *output.read_text().splitlines()[1:]]) + "\n")
+    with pytest.raises(DataError, match=r"scores\.jsonl:1: not a line of scores"):
+        run_job(job(source, output, bad_below=0.5), score, {})
+
+
 def test_no_judge_is_loaded_for_nothing() -> None:
     (result,) = results(b"{\n", Scorer(JudgeSource(Path("nowhere"))))
     assert result["status"] == "error"

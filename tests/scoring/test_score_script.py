@@ -51,6 +51,25 @@ def test_a_file_is_continued_and_bad_rows_end_in_exit_1(steps, model_folders, tm
     assert (tmp_path / "scores.jsonl").read_text() == whole
 
 
+def test_scores_are_not_continued_by_a_server_with_other_weights(
+    steps: str, server: str, model_folders, tmp_path: Path
+) -> None:
+    source = tmp_path / "steps.jsonl"
+    source.write_text(steps)
+
+    def score(model: str) -> subprocess.CompletedProcess[str]:
+        url = ("--base-url", f"{server}/{model}/exact/v1", "--model", "tiny")
+        template = ("--tokenizer", model_folders["qwen"], "--template", "qwen")
+        return type_in(source, *url, *template, "--output", "scores.jsonl", "--min-label-mass", "0", cwd=tmp_path)
+
+    assert "3 rows:" in score("qwen").stderr
+    source.write_text(steps + json.dumps({"id": 3, "prompt": prompt("It asked.", FLAT)}) + "\n")
+    refused = score("other")
+    assert refused.returncode == 1 and "so it now serves other weights" in refused.stderr, refused.stderr
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 3
+    assert "4 rows:" in score("qwen").stderr
+
+
 def test_a_server_gives_the_same_scores(steps: str, server: str, model_folders, judges, tmp_path: Path) -> None:
     backend = ("--backend", "openai", "--base-url", f"{server}/qwen/vllm/v1", "--model", "tiny")
     template = ("--tokenizer", model_folders["qwen"], "--template", "qwen")

@@ -310,7 +310,9 @@ def test_a_challenger_answers_its_share_and_the_log_says_so(
     ("arguments", "code", "says"),
     [
         (("--port", "99999"), 1, "--port"),
+        (("--host", ""), 2, "--host is empty"),
         (("--key-env", "NO_SUCH_VARIABLE"), 2, "NO_SUCH_VARIABLE"),
+        (("--key-env", "TWO_LINES"), 2, "--key-env TWO_LINES: contains an invalid character"),
         (("--model", "nowhere"), 1, "nowhere"),
         (("--rubric", "nowhere.yaml"), 2, "nowhere.yaml"),
         (("--challenger", "nowhere"), 2, "nowhere"),
@@ -325,6 +327,7 @@ def test_what_cannot_be_served_is_one_sentence(
 ) -> None:
     (tmp_path / "notes.md").write_text("# Notes\n")
     command = [sys.executable, str(ROOT / "serve_judge.py"), "--model", str(export), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    environment = {**os.environ, "TWO_LINES": "one\ntwo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
     assert done.returncode == code and says in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr

@@ -208,6 +208,12 @@ def test_what_trainers_send_wrongly_is_refused() -> None:
             answer(lambda service, body=body: service.reward(body))
 
 
+@pytest.mark.parametrize("keys", ["a", {}, "", 0, [""], [" "], ["a", "a"], [1]])
+def test_keys_that_are_no_list_of_names_are_refused(keys: Any) -> None:
+    with pytest.raises(DataError, match=r"^keys "):
+        answer(lambda service: service.score({"steps": ["good"], "keys": keys}))
+
+
 def test_a_judge_of_ready_prompts_scores_no_runs() -> None:
     without = {"rubric": None, "why_no_rubric": "stub: needs ready prompts"}
     asks: list[Callable[[Service], Any]] = [
@@ -321,6 +327,19 @@ def test_questions_about_a_step_that_the_judge_is_not_sure_of_are_not_asked_agai
 def test_questions_that_do_not_fit_a_judge_of_steps_are_refused(state: Any, question: Any) -> None:
     with pytest.raises(DataError):
         answer(lambda service: service.systemone({"state": state, "questions": {"q": question}}))
+
+
+def test_attempts_at_one_task_in_several_requests_are_several_runs() -> None:
+    """Best of N: an A/B comparison would otherwise take the lowest score of all of them for that of one run."""
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "good"}]
+    with running_server() as url:
+
+        def named(**more: Any) -> str:
+            found = httpx.post(f"{url}/v1/score_trajectory", json={"messages": messages, "task_id": "t", **more}).json()
+            return str(found["runs"][0]["trajectory_id"])
+
+        assert len({named() for _ in range(3)}) == 3
+        assert {named(trajectory_id="t.1") for _ in range(3)} == {"t.1"}
 
 
 def test_drift_is_near_zero_for_the_same_scores_and_large_for_others() -> None:
