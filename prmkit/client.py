@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prmkit.errors import DataError, UsageError
-from prmkit.http_client import T, check_url, checked_key
+from prmkit.http_client import T, check_url, checked_key, trusted_certificates
 from prmkit.verdict import AGGREGATES
 
 if TYPE_CHECKING:
@@ -228,7 +228,13 @@ class Judge:
     def _settings(self) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         # Ignore proxies from the environment, to which the address of an internal judge would leak.
-        return {"base_url": self.url.rstrip("/"), "headers": headers, "timeout": self.timeout, "trust_env": False}
+        return {
+            "base_url": self.url.rstrip("/"),
+            "headers": headers,
+            "timeout": self.timeout,
+            "trust_env": False,
+            "verify": trusted_certificates(trust_env=False),
+        }
 
 
 def client_of(judge: str | Judge, aggregate: str = "min") -> Judge:

@@ -14,9 +14,13 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from prmkit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger("prmkit")
 
@@ -113,6 +117,14 @@ def check_url(url: str, called: str = "--base-url", example: str = "http://local
         raise UsageError(f"{called} {Endpoint(url, '').name}: not the URL of a server. Example: {example}")
 
 
+@cache
+def trusted_certificates(*, trust_env: bool) -> "ssl.SSLContext":
+    """Load the certificates that httpx trusts; once for all clients, because it takes longer than most requests."""
+    import httpx
+
+    return httpx.create_ssl_context(trust_env=trust_env)
+
+
 def key_from(variable: str | None) -> str | None:
     """Read the API key from an environment variable, by default `KEY_VARIABLE`; None if it is empty.
 
@@ -196,7 +208,9 @@ class Connection:
         headers = {"Accept-Encoding": "identity"}
         if endpoint.api_key:
             headers["Authorization"] = f"Bearer {endpoint.api_key}"
-        self._client = httpx.AsyncClient(timeout=endpoint.timeout, headers=headers)
+        self._client = httpx.AsyncClient(
+            timeout=endpoint.timeout, headers=headers, verify=trusted_certificates(trust_env=True)
+        )
 
     async def __aenter__(self) -> "Connection":
         return self

@@ -309,9 +309,9 @@ def test_a_number_says_whether_it_is_of_a_line_or_of_an_item(tmp_path: Path, nar
 def test_a_file_without_runs_says_what_is_wrong_with_its_first_line(tmp_path: Path) -> None:
     path = tmp_path / "input.jsonl"
     for content, message in (
-        ("", r"no JSON in it\."), ("[]\n", r"no JSON in it\."), ("[\n\n]\n", r"no JSON in it\."),
-        ("{'a': 1}\n{'a': 2}\n", r"no JSON in it; line 1: not JSON \(unexpected"),
-        (text(a_run("t"))[:-9], "no JSON in it; line 1: not JSON"), ("null\n", "unknown format of runs"),
+        ("", r"contains no JSON\."), ("[]\n", r"contains no JSON\."), ("[\n\n]\n", r"contains no JSON\."),
+        ("{'a': 1}\n{'a': 2}\n", r"contains no JSON; line 1: not JSON \(unexpected"),
+        (text(a_run("t"))[:-9], "contains no JSON; line 1: not JSON"), ("null\n", "unknown format of runs"),
         ("oops\nnull\n", "unknown format of runs"),
     ):  # fmt: skip
         path.write_text(content)

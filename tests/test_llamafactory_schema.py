@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Set
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,18 @@ def _named(keys: Set[str], root: Path) -> dict[str, set[str]]:
     named: dict[str, set[str]] = {}
     patterns = ("prmkit/**/*.py", "tools/**/*.py", "benchmarks/*.py", "*.py", "*.sh", "benchmarks/*.sh")
     for path in (path for pattern in patterns for path in root.glob(pattern)):
-        text = path.read_text(encoding="utf-8")
-        nodes = ast.walk(ast.parse(text)) if path.suffix == ".py" else [ast.Constant(text)]
-        strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        for key in keys & {name for string in strings for name in (string, *_keys_in_a_sentence(string))}:
+        for key in keys & _words(path):
             named.setdefault(key, set()).add(str(path.relative_to(root)))
     return named
+
+
+@cache
+def _words(path: Path) -> set[str]:
+    """What a file may name a key by: its strings, and words of sentences in them."""
+    text = path.read_text(encoding="utf-8")
+    nodes = ast.walk(ast.parse(text)) if path.suffix == ".py" else [ast.Constant(text)]
+    strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {name for string in strings for name in (string, *_keys_in_a_sentence(string))}
 
 
 def _keys_in_a_sentence(text: str) -> set[str]:

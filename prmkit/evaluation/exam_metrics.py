@@ -332,22 +332,28 @@ def constants(exam: Exam) -> list[Entrant]:
 
 
 def _by_position(exam: Exam) -> JudgeScores:
-    """Score a step by the fraction of good steps at its position in other tasks; a run's last step is separate."""
-    counts: dict[tuple[int, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    """Score a step by the fraction of good steps at its position in the other half of the tasks.
+
+    Excluding only a step's own task would give an AUROC below 0.5 where positions mean nothing, because a good step
+    would lower the fraction that scores it. For the same reason each half's fractions are relative to its own mean. A
+    run's last step is a position of its own.
+    """
+    half_of = {task: place % 2 for place, task in enumerate(sorted({run.task_id for run in exam.runs}))}
+    counts: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for run, step in exam.labelled:
-        cell = counts[_position(run, step)][run.task_id]
-        cell[0] += step.weight * (not step.is_bad)
-        cell[1] += step.weight
-    totals = {place: np.sum(list(by_task.values()), axis=0) for place, by_task in counts.items()}
-    overall = np.sum(list(totals.values()), axis=0)
-    prior = overall[0] / overall[1]
+        half = half_of[run.task_id]
+        for key in ((half, _position(run, step)), half, None):
+            counts[key][0] += step.weight * (not step.is_bad)
+            counts[key][1] += step.weight
+    mean = {key: good / size for key, (good, size) in counts.items()}
     scores = {}
     for run in exam.runs:
+        other = 1 - half_of[run.task_id]
+        usual = mean.get(other, mean[None])
         for step in run.steps:
-            place = _position(run, step)
-            own = counts[place].get(run.task_id, (0.0, 0.0)) if place in counts else (0.0, 0.0)
-            good, size = totals.get(place, np.zeros(2)) - np.array(own)
-            scores[run.trajectory_id, step.n] = (good + prior) / (size + 1)  # a pseudo-count of one step
+            good, size = counts.get((other, _position(run, step)), (0.0, 0.0))
+            fraction = (good + usual) / (size + 1)  # a pseudo-count of one step
+            scores[run.trajectory_id, step.n] = min(max(fraction - usual + mean[None], 0.0), 1.0)
     return JudgeScores("position alone", scores)
 
 

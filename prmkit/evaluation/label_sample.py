@@ -1,12 +1,13 @@
 """The sample of steps that a person labels, and the file for the labels.
 
 The same number of steps is drawn from each band of a judge's scores, because bad steps are rare and a uniform sample
-would contain few. A step's weight is the size of its band divided by the number drawn from it; the weight is in its
-row, and every metric of an exam uses it. The labels are rows of judged steps, so they can also be trained on.
+would contain few. A step's weight is the size of its band divided by the number drawn from it and not skipped; the
+weight is in its row, and every metric of an exam uses it. The labels are rows of judged steps, so they can also be
+trained on.
 """
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -36,7 +37,7 @@ class Drawn:
     trajectory_id: str
     n: int
     weight: float
-    """The number of steps that it represents."""
+    """The number of steps that it represents, if none of its band is skipped."""
     band: str
 
 
@@ -113,7 +114,7 @@ class Labels:
         steps = tuple(replace(step, label=label if step.n == drawn.n else None) for step in run.steps)
         (row,) = rows_of(replace(run, steps=steps), self.rubric)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        row["metadata"] |= {"timestamp": now, "weight": round(drawn.weight, 6), "band": drawn.band}
+        row["metadata"] |= {"timestamp": now, "weight": self._weights()[drawn], "band": drawn.band}
         with appending(self.file) as append:
             append(row)
         self.done[drawn.trajectory_id, drawn.n] = row
@@ -123,6 +124,22 @@ class Labels:
         with appending(_skipped_file(self.file)) as append:
             append({"trajectory_id": drawn.trajectory_id, "step": drawn.n, "by": self.name})
         self.skipped.add((drawn.trajectory_id, drawn.n))
+        self.update_weights()
+
+    def update_weights(self) -> None:
+        """Let the labelled steps of each band also represent its skipped ones; rows on disk are corrected."""
+        changed = False
+        for drawn, weight in self._weights().items():
+            row = self.done.get((drawn.trajectory_id, drawn.n))
+            if row and row["metadata"].get("weight") != weight:
+                row["metadata"]["weight"], changed = weight, True
+        if changed:
+            replace_rows(self.file, self.done.values())
+
+    def _weights(self) -> dict[Drawn, float]:
+        size = Counter(each.band for each in self.sample)
+        kept = Counter(each.band for each in self.sample if (each.trajectory_id, each.n) not in self.skipped)
+        return {each: round(each.weight * size[each.band] / max(kept[each.band], 1), 6) for each in self.sample}
 
     def undo(self) -> bool:
         """Remove the last label; returns whether there was one."""
@@ -206,6 +223,7 @@ def _check_sample(file: Path, wanted: dict[str, Any]) -> None:
 def _read_done(labels: Labels) -> None:
     labels.done |= _steps_in(labels.file, "clip_number")
     labels.skipped |= _steps_in(_skipped_file(labels.file), "step").keys()
+    labels.update_weights()
 
 
 def _steps_in(file: Path, number: str) -> dict[tuple[str, int], dict[str, Any]]:

@@ -62,7 +62,14 @@ def plots(metrics: Mapping[str, Any], scores: Scores) -> list[tuple[str, str, st
 
 
 def _drawn(width: float, height: float, draw: Any, name: str) -> str:
-    """Make a matplotlib figure, let `draw` fill it, and return its SVG element."""
+    """Make a matplotlib figure, let `draw` fill it, and return its SVG element.
+
+    Args:
+        width: of all axes, in inches; labels, titles and legends outside of them are added to it.
+        height: of all axes, in inches.
+        draw: adds axes to a figure.
+        name: distinct from those of the other plots of a page.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -70,10 +77,13 @@ def _drawn(width: float, height: float, draw: Any, name: str) -> str:
     # is kept as text, so the browser renders glyphs that the font lacks here.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height))
+        figure.subplots_adjust(left=0, bottom=0, right=1, top=1)
         draw(figure)
         written = io.StringIO()
-        figure.savefig(written, format="svg", dpi=200, bbox_inches="tight", pad_inches=0.08, metadata={"Date": None})
+        # Neither a layout engine nor bbox_inches="tight": each of them draws the figure once more to measure it.
+        whole = figure.get_tightbbox().padded(0.08)
+        figure.savefig(written, format="svg", dpi=200, bbox_inches=whole, metadata={"Date": None})
     svg = written.getvalue()
     return svg[svg.index("<svg") :]
 
@@ -102,7 +112,7 @@ def _predicted_against_reference(scores: Scores) -> str:
     rows = -(-len(types) // columns)
 
     def draw(figure: Any) -> None:
-        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True, gridspec_kw={"wspace": 0.1, "hspace": 0.35})
         for spare in grid.flat[len(types) :]:
             spare.set_visible(False)
         for place, (axis, evaluation_type) in enumerate(zip(grid.flat, types, strict=False), start=1):
@@ -123,7 +133,7 @@ def _predicted_against_reference(scores: Scores) -> str:
         for axis in grid[:, 0]:
             axis.set_ylabel("this judge")
 
-    return _drawn(3.1 * columns + 0.4, 3.0 * rows, draw, "hexbin")
+    return _drawn(3.2 * columns - 0.4, 3.1 * rows - 0.8, draw, "hexbin")
 
 
 # --- forest -----------------------------------------------------------------------------------------------------------
@@ -148,7 +158,7 @@ def _forest(groups: Sequence[Group]) -> str:
         axis.set_axisbelow(True)
         _legend_outside(axis)
 
-    return _drawn(7.6, 1.3 + 0.3 * len(groups), draw, "forest")
+    return _drawn(5.6, 0.6 + 0.3 * len(groups), draw, "forest")
 
 
 def _forest_row(axis: Any, y: float, group: Group) -> None:
@@ -189,7 +199,7 @@ def _calibration(scores: Scores) -> str:
     with_probability = bool(np.isfinite(scores.below).all()) and len(scores) > 0
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(1, 2 if with_probability else 1, squeeze=False)[0]
+        axes = figure.subplots(1, 2 if with_probability else 1, squeeze=False, gridspec_kw={"wspace": 0.25})[0]
         for number, evaluation_type in enumerate(_types(scores)):
             some = scores.where(scores.evaluation_type == evaluation_type)
             _binned_line(axes[0], some, some.predicted, some.reference, number, _in_legend(evaluation_type))
@@ -204,7 +214,7 @@ def _calibration(scores: Scores) -> str:
             axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
             axis.legend(loc="upper left")
 
-    return _drawn(7.2 if with_probability else 3.8, 3.6, draw, "calibration")
+    return _drawn(6.5 if with_probability else 2.9, 2.9, draw, "calibration")
 
 
 def _binned_line(axis: Any, scores: Scores, said: Floats, true: Floats, number: int, label: str) -> None:
@@ -247,7 +257,7 @@ def _distributions(scores: Scores, judges: Sequence[str]) -> str:
         rows.append((judge, alone[np.isfinite(alone)], scores.judge_weights[np.isfinite(alone), column], GREY))
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+        axes = figure.subplots(len(rows), squeeze=False, sharex=True, sharey=True, gridspec_kw={"hspace": 0.6})[:, 0]
         for axis, (name, values, weight, colour) in zip(axes, rows, strict=True):
             share = weight / max(weight.sum(), 1e-9)
             axis.hist(values, bins=np.arange(-0.025, 1.05, 0.05), weights=share, color=colour, edgecolor="white")
@@ -257,7 +267,7 @@ def _distributions(scores: Scores, judges: Sequence[str]) -> str:
             axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes[-1].set(xlabel="score", xlim=(-0.03, 1.03))
 
-    return _drawn(6.4, 0.6 + 1.15 * len(rows), draw, "distribution")
+    return _drawn(5.8, 1.15 * len(rows) - 0.4, draw, "distribution")
 
 
 def _mean_and_deviation(values: Floats, weight: Floats) -> tuple[float, float]:
@@ -273,7 +283,7 @@ def _short(name: str, most: int = 50) -> str:
 
 def _in_legend(name: str) -> str:
     # matplotlib leaves a name that begins with an underscore out of the legend, so a space is put before it.
-    return f" {_short(name)}" if name.startswith("_") else _short(name)
+    return f" {_short(name, 30)}" if name.startswith("_") else _short(name, 30)
 
 
 # --- error by length, score by clip -----------------------------------------------------------------------------------
@@ -299,7 +309,7 @@ def _error_by_length(scores: Scores) -> str:
         axis.set(xlabel="prompt, in characters", ylabel="|this judge - judges' mean|", ylim=(-0.02, None))
         axis.legend(loc="upper right")
 
-    return _drawn(6.4, 3.0, draw, "length")
+    return _drawn(5.8, 2.5, draw, "length")
 
 
 _COVERAGE_CAPTION = (
@@ -328,7 +338,7 @@ def _risk_coverage(scores: Scores) -> str:
         axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.legend(loc="lower right")
 
-    return _drawn(6.4, 3.0, draw, "coverage")
+    return _drawn(5.8, 2.5, draw, "coverage")
 
 
 _CLIP_CAPTION = (
@@ -354,7 +364,7 @@ def _score_by_clip(clips: Scores) -> str:
         axis.set(xlabel="clip", ylabel="mean score, ± 1.96 standard errors", ylim=(-0.03, 1.03))
         axis.legend(loc="lower right")
 
-    return _drawn(6.4, 3.0, draw, "clip")
+    return _drawn(5.8, 2.5, draw, "clip")
 
 
 def _means(values: Sequence[tuple[Floats, Floats]]) -> tuple[list[float], list[float]]:

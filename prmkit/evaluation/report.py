@@ -40,11 +40,19 @@ def write_report(
         constants: as for `metrics_of`.
     """
     scores = table_of_scores(rows, held_out.judges, constants)
-    write_text(file, report_html(metrics, scores, worst_errors(scores, rows, held_out)))
+    write_text(file, report_html(metrics, plots(metrics, scores), worst_errors(scores, rows, held_out)))
 
 
-def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Mapping[str, Any]]) -> str:
-    """Return the report as HTML. Prompts, names and reasons are escaped, because they can contain HTML."""
+def report_html(
+    metrics: Mapping[str, Any], drawn: Sequence[tuple[str, str, str]], errors: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the report as HTML. Prompts, names and reasons are escaped, because they can contain HTML.
+
+    Args:
+        metrics: the content of `metrics.json`.
+        drawn: what `plots` returns.
+        errors: what `worst_errors` returns.
+    """
     return render_page(
         TEMPLATE,
         name=judge_name(metrics),
@@ -58,7 +66,7 @@ def report_html(metrics: Mapping[str, Any], scores: Scores, errors: Sequence[Map
         legend=summary.LEGEND,
         missing=summary.missing_reasons(metrics),
         validity=summary.validity_sentence(metrics),
-        plots=plots(metrics, scores),
+        plots=drawn,
         errors=errors,
         robustness=_robustness(metrics.get("robustness")),
         breakdowns=[

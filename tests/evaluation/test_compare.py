@@ -45,14 +45,22 @@ def evaluated(held_out: HeldOut, tmp_path_factory: pytest.TempPathFactory) -> di
     """The evaluation folders of four judges."""
     judges = {"fine": noisy(0.08), "twin": noisy(0.08, seed=1), "poor": noisy(0.35), "constant": constant()}
     folder = tmp_path_factory.mktemp("evaluated")
-    return {name: write_evaluation(folder / name / "evaluation", held_out, judge) for name, judge in judges.items()}
+    return {
+        name: write_evaluation(folder / name / "evaluation", held_out, judge, measured=name in ("fine", "constant"))
+        for name, judge in judges.items()
+    }
 
 
-def write_evaluation(folder: Path, held_out: HeldOut, judge: Judge, rows: slice = slice(None)) -> Path:
+def write_evaluation(
+    folder: Path, held_out: HeldOut, judge: Judge, rows: slice = slice(None), *, measured: bool = False
+) -> Path:
+    """The folder of an evaluation; unless `measured`, its metrics.json has only what a comparison reads from it."""
     predictions = predictions_of(held_out, judge)[rows]
     folder.mkdir(parents=True)
     write_lines(folder / "predictions.jsonl", predictions)
-    (folder / "metrics.json").write_text(json.dumps(metrics_of(predictions, None, held_out, CONSTANTS)))
+    about = {"dataset": held_out.name, "sha256": held_out.sha256, "prompts_evaluated": len(predictions)}
+    metrics = metrics_of(predictions, None, held_out, CONSTANTS) if measured else {"held_out": about}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
 
@@ -279,15 +287,6 @@ def test_the_least_spearman_is_a_gate(evaluated):
 # --- gates fail closed ------------------------------------------------------------------------------------------------
 
 
-def folder_of(tmp_path: Path, name: str, held_out: HeldOut, judge: Judge) -> Path:
-    rows = predictions_of(held_out, judge)
-    folder = tmp_path / name
-    folder.mkdir(parents=True)
-    write_lines(folder / "predictions.jsonl", rows)
-    (folder / "metrics.json").write_text(json.dumps(metrics_of(rows, None, held_out, {})))
-    return folder
-
-
 def metrics_in(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
@@ -300,8 +299,8 @@ def praising(prompt, key) -> float:
 
 def test_a_comparison_that_cannot_see_does_not_pass(tmp_path):
     few = made_up(tasks=9)
-    inverted = folder_of(tmp_path, "inverted", few, lambda prompt, key: 1 - prompt.reference[key])
-    decent = folder_of(tmp_path, "decent", few, noisy(0.1))
+    inverted = write_evaluation(tmp_path / "inverted", few, lambda prompt, key: 1 - prompt.reference[key])
+    decent = write_evaluation(tmp_path / "decent", few, noisy(0.1))
     for margin in (None, 0.05):
         with pytest.raises(GateError, match=r"cannot decide on clip \(.*at least 10 tasks are needed \(here: 9\)"):
             check_not_worse(compare(inverted, decent), margin)
@@ -312,7 +311,7 @@ def test_a_comparison_that_cannot_see_does_not_pass(tmp_path):
 def test_a_type_without_scores_of_one_of_the_judges_is_not_passed_over(tmp_path):
     """Every answer of one judge about whole runs was too long; the other types alone would pass."""
     held_out = made_up(tasks=40)
-    whole = folder_of(tmp_path, "whole", held_out, noisy(0.1))
+    whole = write_evaluation(tmp_path / "whole", held_out, noisy(0.1))
     rows = predictions_of(held_out, noisy(0.1))
     for row in rows:
         if row["evaluation_type"] == "final":
@@ -338,8 +337,8 @@ def test_a_loss_below_zero_is_no_loss(evaluated):
 
 def test_a_judge_that_praises_bad_clips_fails_although_the_rest_is_better(tmp_path):
     held_out = made_up(seed=4)
-    praises = folder_of(tmp_path, "praises", held_out, praising)
-    decent = folder_of(tmp_path, "decent", held_out, noisy(0.06))
+    praises = write_evaluation(tmp_path / "praises", held_out, praising, measured=True)
+    decent = write_evaluation(tmp_path / "decent", held_out, noisy(0.06))
     comparison = compare(praises, decent)
     assert {group["evaluation_type"]: group["verdict"] for group in comparison["groups"][1:]}["final"] != "worse"
     with pytest.raises(GateError, match=r"is worse than .* on clip"):
@@ -353,8 +352,11 @@ def test_a_judge_that_praises_bad_clips_fails_although_the_rest_is_better(tmp_pa
 def test_noise_on_one_type_fails_the_gates_of_order_and_of_bad_steps(tmp_path):
     held_out = made_up()
     die = np.random.default_rng(1)
-    folder = folder_of(
-        tmp_path, "half", held_out, lambda p, k: p.reference[k] if p.evaluation_type == "clip" else die.uniform()
+    folder = write_evaluation(
+        tmp_path / "half",
+        held_out,
+        lambda p, k: p.reference[k] if p.evaluation_type == "clip" else die.uniform(),
+        measured=True,
     )
     with pytest.raises(GateError, match=r"--min-spearman 0\.6: final"):
         check_min_spearman(metrics_in(folder), 0.6)
@@ -363,7 +365,9 @@ def test_noise_on_one_type_fails_the_gates_of_order_and_of_bad_steps(tmp_path):
 
 
 def test_two_tasks_pass_no_gate_of_order(tmp_path):
-    folder = folder_of(tmp_path, "two", made_up(tasks=2, clips=8), lambda prompt, key: prompt.reference[key])
+    folder = write_evaluation(
+        tmp_path / "two", made_up(tasks=2, clips=8), lambda prompt, key: prompt.reference[key], measured=True
+    )
     for check in (check_min_spearman, check_min_auroc):
         with pytest.raises(GateError, match="cannot be decided"):
             check(metrics_in(folder), 0.1)
@@ -380,14 +384,14 @@ def test_scores_that_are_missing_on_one_type_close_every_gate(tmp_path):
 
 def test_a_margin_asks_for_proof_and_says_how_many_tasks_it_takes(tmp_path):
     held_out = made_up(tasks=60)
-    one = folder_of(tmp_path, "one", held_out, noisy(0.1))
-    twin = folder_of(tmp_path, "twin", held_out, noisy(0.1, seed=9))
+    one = write_evaluation(tmp_path / "one", held_out, noisy(0.1))
+    twin = write_evaluation(tmp_path / "twin", held_out, noisy(0.1, seed=9))
     comparison = compare(one, twin)
     assert "cannot be ruled out; use --margin X to require that it is" in check_not_worse(comparison)
     assert "Non-inferior within 0.3" in check_not_worse(comparison, 0.3)
     with pytest.raises(GateError, match=r"--margin 0.01: cannot be decided; about \d+ tasks are needed"):
         check_not_worse(comparison, 0.01)
-    poor = folder_of(tmp_path, "poor", held_out, noisy(0.5))
+    poor = write_evaluation(tmp_path / "poor", held_out, noisy(0.5))
     with pytest.raises(GateError, match=r"--margin 0.05: .* is worse by 0.\d+"):
         check_not_worse(compare(poor, one), 0.05)
 

@@ -16,7 +16,7 @@ from prmkit.evaluation import grade, statistics, summary
 from prmkit.evaluation.evaluate import metrics_of
 from prmkit.evaluation.heldout import HeldOut, read_held_out
 from prmkit.evaluation.metrics import METRICS, Metric
-from prmkit.evaluation.plots import _distributions, _means
+from prmkit.evaluation.plots import _distributions, _means, plots
 from prmkit.evaluation.predictions import by_mean, table_of_scores
 from prmkit.evaluation.report import report_html, worst_errors, write_report
 from prmkit.intervals import format_estimate
@@ -31,10 +31,19 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
     return read_held_out(write_data_folder(tmp_path_factory.mktemp("data"), tasks=14), "reward_model_full_eval")
 
 
+def measured(held_out: HeldOut, rows: list[dict]) -> dict:
+    return {"judge": JUDGE, "mode": "expected"} | metrics_of(rows, None, held_out, CONSTANTS)
+
+
 def report_of(held_out: HeldOut, rows: list[dict], judges: list[str] | None = None) -> tuple[str, dict]:
-    metrics = {"judge": JUDGE, "mode": "expected"} | metrics_of(rows, None, held_out, CONSTANTS)
+    metrics = measured(held_out, rows)
     scores = table_of_scores(rows, judges or held_out.judges, CONSTANTS)
-    return report_html(metrics, scores, worst_errors(scores, rows, held_out)), metrics
+    return report_html(metrics, plots(metrics, scores), worst_errors(scores, rows, held_out)), metrics
+
+
+def without_plots(metrics: dict) -> str:
+    """The report's words and tables: to draw the plots takes nearly all of its time."""
+    return report_html(metrics, [], [])
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +84,13 @@ def test_it_refers_to_nothing_outside_of_itself(reported):
 
 def test_every_plot_is_whole_and_their_ids_do_not_clash(reported):
     html, _ = reported
-    plots = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(plots) == 7
+    drawn = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(drawn) == 7
     referred: list[set[str]] = []
-    for plot in plots:
+    for plot in drawn:
         ElementTree.fromstring(plot)
         referred.append(set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", plot)))
-    ids = [set(re.findall(r'\bid="([^"]+)"', plot)) for plot in plots]
+    ids = [set(re.findall(r'\bid="([^"]+)"', plot)) for plot in drawn]
     for number, needed in enumerate(referred):
         assert needed <= ids[number]
         assert not any(needed & others for other, others in enumerate(ids) if other != number)
@@ -161,7 +170,8 @@ def test_one_entry_in_the_table_of_metrics_is_enough(held_out, monkeypatch, caps
         with monkeypatch.context() as patch:
             patch.setattr("prmkit.evaluation.metrics.METRICS", (*METRICS, made_up, nowhere))
             importlib.reload(summary)
-            html, metrics = report_of(held_out, predictions_of(held_out, noisy(0.1)))
+            metrics = measured(held_out, predictions_of(held_out, noisy(0.1)))
+            html = without_plots(metrics)
             assert {"largest_error", "hidden_error"} <= json.loads(json.dumps(metrics))["groups"][0]["judge"].keys()
             main = html[html.index("The numbers") :]
             assert '<th class="roomy">made up</th>' in main and "what a stranger adds" in main
@@ -184,7 +194,7 @@ def test_without_a_judged_outcome_the_report_says_which_score_is_missing(held_ou
     rows = predictions_of(held_out, noisy(0.1))
     for row in rows:
         row["reference"] = {key.replace(OUTCOME, "another_key"): value for key, value in row["reference"].items()}
-    text = " ".join(" ".join(read(report_of(held_out, rows)[0]).texts).split())
+    text = " ".join(" ".join(read(without_plots(measured(held_out, rows))).texts).split())
     assert f"0 with a judged {OUTCOME}" in text
     assert (
         f"How well step scores predict the outcome is unknown, because none of these runs has a judged {OUTCOME}"
@@ -194,7 +204,7 @@ def test_without_a_judged_outcome_the_report_says_which_score_is_missing(held_ou
 
 def test_every_empty_cell_of_the_table_has_a_reason(held_out):
     rows = [row for row in predictions_of(held_out, noisy(0.1)) if row["evaluation_type"] == "category"][:12]
-    _, metrics = report_of(held_out, rows)
+    metrics = measured(held_out, rows)
     of_pairs = metrics["groups"][0]["judge"]["pairwise_accuracy"]
     assert of_pairs["value"] is None
     assert f"everything: {of_pairs['reason']}" in summary.missing_reasons(metrics)
@@ -260,14 +270,14 @@ def test_the_agreement_of_many_judges_is_that_of_all_their_pairs(reported):
 
 
 def test_the_report_of_a_copier_says_so_at_the_top(held_out):
-    html, _ = report_of(held_out, predictions_of(held_out, copier()))
+    html = without_plots(measured(held_out, predictions_of(held_out, copier())))
     assert "repeats the scores that the prompt shows" in html[: html.index("<h2>")]
 
 
 @pytest.mark.slow
 def test_the_same_evaluation_gives_the_same_file(held_out, tmp_path):
     rows = predictions_of(held_out, noisy(0.1))[:30]
-    metrics = {"judge": JUDGE, "mode": "expected"} | metrics_of(rows, None, held_out, CONSTANTS)
+    metrics = measured(held_out, rows)
     for name in ("one.html", "two.html"):
         write_report(tmp_path / name, metrics, rows, held_out, CONSTANTS)
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()

@@ -8,16 +8,18 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import exam_fixtures as public
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from prmkit.errors import DataError, ExitCode, GateError, UsageError
 from prmkit.evaluation import command
 from prmkit.evaluation.command import execute
-from prmkit.evaluation.exam import read_exam
-from prmkit.evaluation.exam_metrics import constants
+from prmkit.evaluation.exam import Exam, ExamRun, ExamStep, read_exam
+from prmkit.evaluation.exam_metrics import _by_position, constants
 from prmkit.files import write_json
 from prmkit.paths import EXPORT_NOTE
 from prmkit.prompts.step import load_rubric
@@ -160,6 +162,25 @@ def test_the_commonest_place_and_agent_come_from_other_tasks(tmp_path: Path) -> 
     assert found["commonest step elsewhere"]["located"].value == pytest.approx(share_guessed(mistakes)) != 0
     assert found["commonest agent elsewhere"]["agent"].value == pytest.approx(share_guessed(agents)) != 0
     assert found["every step good"]["located"].value == 0
+
+
+def test_positions_that_mean_nothing_reach_an_auroc_of_one_half() -> None:
+    """Excluding only a step's own task gives 0.42, because each good step lowers the fraction that scores it."""
+
+    def auroc(seed: int, worse_at_end: float) -> float:
+        chance = random.Random(seed)
+        labels = {(str(task), n): 0.2 if chance.random() < 0.3 + worse_at_end * (n == 6) else 1.0
+                  for task in range(30) for n in range(1, 7)}  # fmt: skip
+        runs = [
+            ExamRun(str(task), str(task), None, "", tuple(ExamStep(n, label=labels[str(task), n]) for n in range(1, 7)),
+                    is_whole=True)
+            for task in range(30)
+        ]  # fmt: skip
+        scores = _by_position(Exam(Path("exam"), "", tuple(runs))).scores
+        return float(roc_auc_score([label > 0.5 for label in labels.values()], [scores[step] for step in labels]))
+
+    assert mean(auroc(seed, 0.0) for seed in range(60)) == pytest.approx(0.5, abs=0.025)
+    assert mean(auroc(seed, 0.6) for seed in range(20)) > 0.65
 
 
 def test_steps_after_an_error_are_unknown_and_still_part_of_the_search(tmp_path: Path) -> None:

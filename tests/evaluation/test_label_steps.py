@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from prmkit.errors import DataError, UsageError
 from prmkit.evaluation.exam import read_exam
 from prmkit.evaluation.label_sample import draw, open_labels
 from prmkit.prompts.step import load_rubric
+from prmkit.trajectories.importing import Options, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +108,9 @@ def test_steps_are_labelled_and_the_command_continues_after_a_kill(runs: Path, t
     rows = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
     assert [row["metadata"]["model_name"] for row in rows] == ["kim", "lee", "lee"]
     assert [json.loads(row["conversations"][1]["value"])["step_score"] for row in rows] == [0.2, 0.6, 1.0]
-    assert all(row["metadata"]["timestamp"] and row["metadata"]["weight"] == 12 for row in rows)
+    assert all(
+        row["metadata"]["timestamp"] and row["metadata"]["weight"] == 16 for row in rows
+    )  # 48 steps, of which 3 are labelled
     exam = read_exam(tmp_path / "labels.jsonl")
     assert sorted(step.label for _, step in exam.labelled if step.label is not None) == [0.2, 0.6, 1.0]
 
@@ -166,6 +169,33 @@ def test_a_damaged_line_is_named(runs: Path, tmp_path: Path, name: str, line: st
         stream.write(line + "\n")
     with pytest.raises(DataError, match=rf"{name}:2: not a line of label_steps"):
         open_labels(str(runs), file, 4, "kim", None, 0, rubric)
+
+
+def test_skipped_steps_are_represented_by_the_others_of_their_band(runs: Path, tmp_path: Path) -> None:
+    file, rubric, names = tmp_path / "labels.jsonl", load_rubric(), []
+    steps = [(run.trajectory_id, step.n) for run in read_runs([str(runs)], Options()) for step in run.steps]
+    scores = public.write_lines(
+        tmp_path / "scores.jsonl",
+        [{"id": run, "step": n, "score": 0.1 if place < 8 else 0.9} for place, (run, n) in enumerate(steps)],
+    )
+    labels = open_labels(str(runs), file, 8, "kim", scores, 0, rubric)
+    while drawn := labels.next:  # of the bad ones, only the last is labelled
+        if drawn.band == "0 to 0.2" and len([name for name in names if name == drawn.band]) < 3:
+            labels.skip(drawn)
+        else:
+            labels.add(drawn, 1, None)
+        names.append(drawn.band)
+    assert _weights_in(file) == {"0 to 0.2": [8.0], "0.8 to 1": [(len(steps) - 8) / 4] * 4}
+    file.write_text(file.read_text().replace('"weight":8.0', '"weight":2.0'))  # killed before the rows were corrected
+    open_labels(str(runs), file, 8, "kim", scores, 0, rubric)
+    assert sum(map(sum, _weights_in(file).values())) == len(steps)
+
+
+def _weights_in(file: Path) -> dict[str, list[float]]:
+    found = defaultdict(list)
+    for row in map(json.loads, file.read_text().splitlines()):
+        found[row["metadata"]["band"]].append(row["metadata"]["weight"])
+    return dict(found)
 
 
 def test_a_person_has_a_name(runs: Path, tmp_path: Path) -> None:

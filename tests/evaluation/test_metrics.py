@@ -27,6 +27,12 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
+    """A quarter of it, for what does not depend on how much there is."""
+    return read_held_out(write_data_folder(tmp_path_factory.mktemp("small"), tasks=10), NAME)
+
+
+@pytest.fixture(scope="module")
 def rows(held_out: HeldOut) -> list[dict]:
     # Through JSON, as they come back from the disk.
     return json.loads(json.dumps(predictions_of(held_out, noisy(0.15))))
@@ -305,11 +311,11 @@ def test_generated_scores_have_no_probability_and_say_so(held_out):
     assert decision["brier"]["value"] is None and decision["brier"]["reason"] == "nothing to measure"
 
 
-def test_prompts_without_scores_are_counted_and_enter_no_metric(held_out):
-    rows = predictions_of(held_out, noisy(0.1))
+def test_prompts_without_scores_are_counted_and_enter_no_metric(small):
+    rows = predictions_of(small, noisy(0.1))
     lost = rows[0]["scores"]
     rows[0] |= {"status": "too_long", "reason": "9,000 tokens", "scores": {}}
-    metrics = metrics_of(rows, None, held_out, CONSTANTS)
+    metrics = metrics_of(rows, None, small, CONSTANTS)
     assert metrics["validity"]["all"]["statuses"] == {"too_long": 1, "ok": len(rows) - 1}
     assert metrics["validity"]["all"]["reasons"] == {"9,000 tokens": 1}
     assert group(metrics, "all")["scores"] == sum(len(row["scores"]) for row in rows) > 0 < len(lost)
@@ -318,12 +324,12 @@ def test_prompts_without_scores_are_counted_and_enter_no_metric(held_out):
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan])
-def test_scores_that_are_not_numbers_are_counted_and_enter_no_metric(held_out, nothing):
-    rows = predictions_of(held_out, noisy(0.1))
+def test_scores_that_are_not_numbers_are_counted_and_enter_no_metric(small, nothing):
+    rows = predictions_of(small, noisy(0.1))
     for row in rows[::3]:
         for score in row["scores"].values():
             score |= dict.fromkeys(score, nothing) | {"below": None}
-    metrics = metrics_of(rows, None, held_out, CONSTANTS)
+    metrics = metrics_of(rows, None, small, CONSTANTS)
     every = metrics["validity"]["all"]
     assert 0 < group(metrics, "all")["scores"] == every["scores_made"] < every["scores_asked"]
     assert metrics["trajectory"]["left_out"]["a step without a score"]

@@ -310,15 +310,14 @@ def test_what_was_shortened_or_has_no_score_is_counted_and_not_compared():
     assert robustness_table(result)[0][:5] == ["filler", "not rise", "clip", "10", "10"]
 
 
-def test_the_report_has_a_table_of_changed_prompts_only_if_they_were_scored(held_out, tmp_path):
+def test_the_report_has_a_table_of_changed_prompts_only_if_they_were_scored(held_out):
     from prmkit.evaluation.evaluate import metrics_of
-    from prmkit.evaluation.report import write_report
+    from prmkit.evaluation.report import report_html
 
     rows = predictions_of(held_out, noisy(0.1))
     metrics = {"judge": {"model": "model"}, "mode": "expected"} | metrics_of(rows, None, held_out, CONSTANTS)
-    write_report(tmp_path / "without.html", metrics, rows, held_out, CONSTANTS)
+    without = report_html(metrics, [], [])
     metrics["robustness"] = probed(held_out, lambda probe, prompt: 0.2)
-    write_report(tmp_path / "with.html", metrics, rows, held_out, CONSTANTS)
-    without, with_it = ((tmp_path / name).read_text() for name in ("without.html", "with.html"))
+    with_it = report_html(metrics, [], [])
     assert "Robustness to changed prompts" in with_it and "an injected verdict with full marks" in with_it
     assert "Robustness to changed prompts" not in without
