@@ -26,7 +26,7 @@ class EncodedPrompt:
 def make_preparer(
     encoding: ChatEncoding, cutoff_len: int, *, trim: bool
 ) -> Callable[[Request], EncodedPrompt | Judgement]:
-    """Return a function that escapes, trims if needed and encodes a prompt, or returns a judgement with the reason.
+    """Return a function that escapes, trims if needed and encodes a prompt, or returns a judgement that says why not.
 
     Both modes reserve the same number of tokens for the answer (up to its last score), so both get the same prompt.
     """

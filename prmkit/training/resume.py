@@ -1,4 +1,4 @@
-"""Decide what a start does in the run's folder: begin, resume, finish what a killed process left, or nothing.
+"""Decide what to do in a run's folder: begin, resume, finish what a killed process left, or nothing.
 
 LLaMA Factory itself resumes from the checkpoint with the highest number, even if a killed process left it half written
 or it is from an earlier run. Some faults then cause a crash; a missing optimizer state goes unnoticed. So every file is
@@ -176,7 +176,7 @@ def back_up(folder: Path) -> Path | None:
 
 
 class Action(StrEnum):
-    """What a start does."""
+    """What to do in the run's folder."""
 
     BEGIN = "begin"
     RESUME = "resume"
@@ -187,7 +187,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a start does, and the content of run.json afterwards."""
+    """What to do in the run's folder, and the content of run.json afterwards."""
 
     action: Action
     record: dict[str, Any]
@@ -195,7 +195,7 @@ class Decision:
 
 
 def decide_start(folder: Path, fresh: dict[str, Any], *, rename: bool = True) -> Decision:
-    """Decide what a start does.
+    """Decide what to do in a run's folder.
 
     Args:
         folder: the run folder; locked by this process if something may be renamed.

@@ -63,7 +63,7 @@ class Setup:
 
 
 def carry_out(setup: Setup, folder: Path, decision: Decision, lock: int) -> dict[str, Any]:
-    """Execute what was decided for a start; return the run.json afterwards.
+    """Carry out a decision of `decide_start`; return the run.json afterwards.
 
     Raises:
         LlamaFactoryError: LLaMA Factory failed, or did not leave a complete run.
