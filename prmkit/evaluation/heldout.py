@@ -162,7 +162,7 @@ def _held_out_prompt(
         shape=asked_shape(prompt, system) or label_shape(texts.answer, first["scores"]),
         task=task,
         trajectory=trajectory_of(metadata) or task,
-        evaluation_type=str(metadata.get("evaluation_type")),
+        evaluation_type=_type_of(metadata),
         clip_number=whole_number(metadata.get("clip_number")),
         metadata=metadata,
         references=references,
@@ -274,11 +274,15 @@ def training_constants(data_folder: Path, held_out_name: str) -> Constants:
     scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in read_sidecar(sidecar):
         for key, score in row["scores"].items():
-            scores[str(row["metadata"].get("evaluation_type"))][key].append((score, weight_of(row["metadata"])))
+            scores[_type_of(row["metadata"])][key].append((score, weight_of(row["metadata"])))
     return {
         evaluation_type: {key: _middles(*np.array(pairs).T) for key, pairs in keys.items()}
         for evaluation_type, keys in scores.items()
     }
+
+
+def _type_of(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("evaluation_type") or "no type")
 
 
 def _middles(values: Floats, weight: Floats) -> tuple[float, float]:

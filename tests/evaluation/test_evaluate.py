@@ -257,6 +257,18 @@ def test_a_prompt_weighs_as_its_most_certain_row_and_a_bad_weight_is_an_error(tm
             weight_of({"task_id": "t", WEIGHT: wrong})
 
 
+def test_rows_without_an_evaluation_type_are_a_group_of_that_name(tmp_path):
+    folder = write_data_folder(tmp_path, tasks=2)
+    sidecar = folder / f"{NAME}.meta.jsonl"
+    metas = [json.loads(line) for line in sidecar.read_text().splitlines()]
+    for meta in metas:
+        meta["metadata"].pop("evaluation_type", None)
+    for file in (sidecar, folder / "reward_model_full.meta.jsonl"):
+        write_lines(file, metas)
+    assert {prompt.evaluation_type for prompt in read_held_out(folder, NAME).prompts} == {"no type"}
+    assert training_constants(folder, NAME).keys() == {"no type"}
+
+
 def test_a_task_called_nought_is_a_task_and_clip_numbers_are_read_as_they_come(tmp_path):
     folder = write_data_folder(tmp_path, tasks=1)
     sidecar = folder / f"{NAME}.meta.jsonl"
