@@ -42,7 +42,7 @@ class JudgeUnavailable(DataError):
 
 
 class RequestRefused(UsageError):
-    """The server refuses this request, so that a retry cannot help; the message says why."""
+    """The server refused this request, and a retry would not help; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Reward:
     """The judge's scores of a policy's response."""
 
     value: float | None
-    """The aggregate of the steps, 0 to 1; None if a step has no reliable score."""
+    """The aggregate of the step scores, from 0 to 1; None if a step has no reliable score."""
     steps: tuple[float | None, ...]
     """The score of every step that the policy wrote."""
     label_mass: float | None
-    """The lowest of the steps."""
+    """The lowest label mass of the steps."""
     reason: str | None = field(default=None, compare=False)
     """Why there is no value."""
 
@@ -62,11 +62,11 @@ class Reward:
         """Return the value, or the reward that the caller chose for samples without a value.
 
         Raises:
-            JudgeUnavailable: there is no value and the caller chose no such reward.
+            JudgeUnavailable: there is no value, and the caller chose no reward for this case.
             UsageError: the chosen reward is not a number.
         """
         value = unscored_reward if self.value is None else self.value
-        if value is not None and not is_number(value):  # NaN would silently spoil the policy
+        if value is not None and not is_number(value):  # NaN would silently ruin the policy
             raise UsageError(f"unscored_reward: {value!r:.40}, but it must be a number.")
         if value is None:
             why = f" ({self.reason})" if self.reason else ""
@@ -102,14 +102,14 @@ class Judge:
         if not (is_number(self.timeout) and 0 < self.timeout <= _LONGEST_TIMEOUT):
             raise UsageError(f"timeout: {self.timeout}, but it must be more than 0 seconds, and at most a day.")
         check_url(self.url, "the judge's URL", "http://127.0.0.1:8000")
-        self.key = checked_key(self.key or "", "the judge's key")  # httpx's message would show it
+        self.key = checked_key(self.key or "", "the judge's key")  # httpx's error message would show the key
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs: connections are not copied, but the key is."""
+        """Return the state to pickle for another process: the settings and the key, but no connections."""
         return {name: value for name, value in vars(self).items() if name != "_local"}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Make a copy without connections."""
+        """Restore a pickled client; it opens its own connections."""
         vars(self).update(state, _local=threading.local())
 
     def score(self, steps: Sequence[Any], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -238,7 +238,7 @@ class Judge:
 
 
 def client_of(judge: str | Judge, aggregate: str = "min") -> Judge:
-    """A `Judge` for a URL; a `Judge` is returned as it is.
+    """Return a `Judge` for a URL; return a `Judge` unchanged.
 
     Args:
         judge: the URL, or the client.
@@ -285,7 +285,7 @@ def _part(answer: Any, name: str, url: str) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; booleans are not numbers."""
+    """Return whether a value is a finite number; booleans are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -317,7 +317,7 @@ async def _acaught(ask: Any, timeout: float) -> Any:
 
 
 def _json_of(body: Any) -> bytes:
-    """Return a request's body. A lone surrogate, where an agent cut an emoji, is a question mark, as in an import.
+    """Return a request's body. As in an import, half of a truncated emoji (a lone surrogate) becomes a question mark.
 
     Raises:
         RequestRefused: it contains something that JSON cannot express, for example NaN.
@@ -325,12 +325,12 @@ def _json_of(body: Any) -> bytes:
     try:
         text = json.dumps(body, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestRefused(f"the messages cannot be sent as JSON ({error}). Convert them to plain values.") from error
+        raise RequestRefused(f"the messages cannot be sent as JSON ({error}). Use only JSON types.") from error
     return text.encode("utf-8", "replace")
 
 
 def _post(client: "httpx.Client", path: str, body: bytes, timeout: float) -> "httpx.Response":
-    """Return a response, complete within `timeout` seconds; httpx's own limit is for the time between two bytes."""
+    """Return a response that is complete within `timeout` seconds; httpx only limits the wait for each byte."""
     import httpx
 
     deadline, content = time.monotonic() + timeout, bytearray()
@@ -344,7 +344,7 @@ def _post(client: "httpx.Client", path: str, body: bytes, timeout: float) -> "ht
 
 
 def _pause(outcome: Any, attempt: int, attempts: int) -> float | None:
-    """Seconds until the next attempt; None if there is an answer, or no attempt is left."""
+    """Return the seconds until the next attempt; None if there is an answer or no attempts are left."""
     is_passing = getattr(outcome, "status_code", 503) in _PASSING or _has_failed_line(outcome)
     if attempt + 1 >= attempts or not is_passing:
         return None
@@ -354,14 +354,14 @@ def _pause(outcome: Any, attempt: int, attempts: int) -> float | None:
 
 
 def _has_failed_line(response: "httpx.Response") -> bool:
-    """Whether the judge failed to score a step because of a server or a lack of memory."""
+    """Return whether the judge failed to score a step because a server failed or memory ran out."""
     if b'"failed"' not in response.content:
         return False
     try:
         answer = response.json()
         lines = [*answer.get("results", ()), *(line for run in answer.get("runs", ()) for line in run["steps"])]
         return any(line["status"] == "failed" for line in lines)
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not an answer of serve_judge.py
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not from serve_judge.py
         return False
 
 

@@ -38,8 +38,7 @@ _LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the answers by key, the first of duplicates. An incomplete last line, left by a killed command, is
-    ignored.
+    """Return the answers by key; of duplicates, the first. Ignore an incomplete last line, left by a killed command.
 
     Raises:
         DataError: a line is damaged.
@@ -56,7 +55,7 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_complete(line: bytes) -> bool:
-    """Whether the last line is complete except for its line break, which an editor may have removed."""
+    """Return whether the last line is complete except for its line break, which an editor may have removed."""
     try:
         return isinstance(orjson.loads(line), dict)
     except orjson.JSONDecodeError:
@@ -70,7 +69,7 @@ def _answer(line: bytes, location: str) -> dict[str, Any]:
     except (orjson.JSONDecodeError, KeyError):
         is_valid = False
     if not is_valid or "finish_reason" not in answer or not 0 <= answer["time"] < _LATEST:
-        raise DataError(f"{location}: damaged. The other answers were paid for: repair or delete only this line.")
+        raise DataError(f"{location}: damaged line. Repair or delete only this line: the other answers were paid for.")
     return dict(answer)
 
 
@@ -109,7 +108,7 @@ def recording(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         stream.seek(end)
         if _is_complete(stream.read()):
             stream.write(b"\n")
-        else:  # an incomplete line would corrupt the next one
+        else:  # otherwise the next answer would be appended to an incomplete line
             stream.truncate(end)
     with appending(path, synced=True) as record:
         yield record
@@ -124,7 +123,7 @@ _ATTEMPTS = 10
 
 @dataclass
 class Collection:
-    """The state of a collection."""
+    """The progress of a collection: answers, costs and failures so far."""
 
     answers: dict[str, dict[str, Any]]
     """Key -> answer; grows during the run."""
@@ -132,7 +131,7 @@ class Collection:
     costs: Counter[str] = field(default_factory=Counter)
     """Judge -> its cost in this run, at the user's prices."""
     reserved: float = 0.0
-    """The upper bound of the cost of the requests in flight."""
+    """The maximum cost of the requests in flight."""
     is_exhausted: bool = False
     """Whether the budget is exhausted."""
     failures: dict[tuple[str, str, bool], str] = field(default_factory=dict)
@@ -251,7 +250,7 @@ async def _send(
     """Send one request within the budget; if there is no answer, return None and keep the reason in `state`."""
     judge = question.judge
     reserved = state.reserve(judge, ask)
-    while reserved is None and state.reserved > 0:  # requests in flight usually cost less than was reserved
+    while reserved is None and state.reserved > 0:  # requests in flight usually cost less than reserved
         await asyncio.sleep(0.02)
         reserved = state.reserve(judge, ask)
     if reserved is None:
@@ -263,7 +262,7 @@ async def _send(
     try:
         return _line(question, ask, await connection.chat(ask.body), started)
     except RowFailure as failure:
-        reason = str(failure).removeprefix(judge.base_url).lstrip(": ")  # the report has the judge's name anyway
+        reason = str(failure).removeprefix(judge.base_url).lstrip(": ")  # the report already names the judge
         state.failures[judge.name, question.name, question.repeat] = reason
     except DataError as error:  # the server refuses the key, does not have the model, or cannot be reached
         # The client's advice mentions flags of other commands.

@@ -46,8 +46,8 @@ class CollectionPlan:
     repeat: float
     """The fraction of steps about which every judge is asked twice."""
     selected: Mapping[tuple[str, int], tuple[str, float] | None] | None
-    """None to ask about all steps. Otherwise (trajectory, step) -> why it was selected, and its weight; None if it was
-    not selected."""
+    """(trajectory, step) -> the reason for its selection, and its weight; None for a step that was not selected. The
+    field itself is None if all steps are asked about."""
 
     def questions(self, reports: list[FileReport] | None = None) -> Iterator[Question]:
         """Yield every question, run by run and judge by judge: always in the same order, with one run in memory.
@@ -138,7 +138,7 @@ def _plan(arguments: argparse.Namespace) -> CollectionPlan:
 
 
 def _selected(scores: Path, unsure_above: float, audit_share: float) -> dict[tuple[str, int], tuple[str, float] | None]:
-    """Return why each step was selected, and its weight, the inverse selection probability; None for the others."""
+    """Return the reason for each step's selection, and its weight (the inverse selection probability), or None."""
     selected: dict[tuple[str, int], tuple[str, float] | None] = {}
     try:
         lines = scores.read_bytes().splitlines()
@@ -161,7 +161,7 @@ def _selected(scores: Path, unsure_above: float, audit_share: float) -> dict[tup
 
 
 def _width(line: Mapping[str, Any]) -> float:
-    """Return the width of the interval, otherwise two standard deviations; infinite if the judge gave neither."""
+    """Return the width of a score's interval or else two standard deviations; infinity if there are neither."""
     if line.get("high") is not None:
         return float(line["high"] - line["low"])
     return math.inf if line["std"] is None else 2 * float(line["std"])
@@ -188,7 +188,7 @@ def _show(plan: CollectionPlan, answers: Mapping[str, Any], *, with_prompt: bool
     for line in totals(reports):
         log.info(line)
     if first is None:
-        raise DataError(f"{', '.join(plan.inputs)}: there is no step to ask about. Check the runs, and --first.")
+        raise DataError(f"{', '.join(plan.inputs)}: there are no steps to ask about. Check the runs and --first.")
     if as_json:
         _show_as_json(plan, counts, first if with_prompt else None)
     else:
@@ -251,7 +251,7 @@ def _write(plan: CollectionPlan, state: Collection, output: Path, *, as_json: bo
     tally, written = VerdictCounts(), 0
     reasons = {key: state.stopped.get(key[0], reason) for key, reason in state.failures.items()}
     rows = rows_of_answers(plan.questions(), state.answers, reasons, tally)
-    if first := next(rows, None):  # without one, rows of an earlier call stay
+    if first := next(rows, None):  # without new rows, keep those of an earlier call
         with atomic_write(output) as stream:
             for row in chain((first,), rows):
                 stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
@@ -281,8 +281,8 @@ def _advice(tally: VerdictCounts) -> Iterator[str]:
         yield "Run the same command again: it only sends requests that have no answer, so nothing is paid for twice."
     if tally.unreadable:
         yield (
-            f"Unreadable answers (of {tally.unreadable:,} steps) are not requested again. Remove that judge, or change "
-            "its json or parameters, which repeats all of its requests."
+            f"Answers about {tally.unreadable:,} steps stayed unreadable after retries and are not requested again. "
+            "Remove the judge from judges.yaml, or change its json or parameters, which repeats all of its requests."
         )
 
 

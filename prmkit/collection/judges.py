@@ -83,7 +83,7 @@ _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     "timeout": (int, float),
 }
 _OURS = {"model", "messages", "response_format", "stream", "n"}
-"""Parameters that the requests set themselves."""
+"""Parameters that each request sets, so judges.yaml must not."""
 
 
 def load_judges(path: Path) -> list[StrongJudge]:
@@ -128,7 +128,7 @@ def _judge(content: Any, location: str) -> StrongJudge:
             raise UsageError(f"{location}: {name} is {value!r:.40}, but must be {_SETTING_TYPES[name][0].__name__}.")
     if missing := [name for name in ("name", "base_url", "model") if not str(content.get(name, "")).strip()]:
         raise UsageError(f"{location}: {' and '.join(missing)} missing.")
-    judge = StrongJudge(**content | {"name": as_name(content["name"])})  # as rows are read
+    judge = StrongJudge(**content | {"name": as_name(content["name"])})  # the same conversion as when rows are read
     _check(judge, location)
     return judge
 
@@ -141,7 +141,7 @@ def _check(judge: StrongJudge, location: str) -> None:
         raise UsageError(f"{location}: concurrency and timeout must be above zero.")
     # Comparisons with NaN are always false, so a price of NaN would never exceed a budget.
     if not all(0 <= (price or 0.0) < math.inf for price in (judge.price_in, judge.price_out)):
-        raise UsageError(f"{location}: price_in and price_out must be numbers of at least zero.")
+        raise UsageError(f"{location}: price_in and price_out must be zero or more.")
     if (judge.price_in is None) != (judge.price_out is None):
         raise UsageError(f"{location}: give both price_in and price_out, or neither.")
     _check_parameters(judge, location)
@@ -156,8 +156,10 @@ def _check_address(url: str, location: str) -> None:
         raise UsageError(f"{location}: {str(error).replace('--base-url', 'base_url')}") from error
     if "@" in url:
         raise UsageError(f"{location}: base_url contains a password. Use api_key_env instead.")
-    if "?" in url or "#" in url:  # it may contain a key, and requests go to a path below this address
-        raise UsageError(f"{location}: base_url must not contain ? or #. Remove that character and what follows.")
+    if "?" in url or "#" in url:  # a query may contain a key, and would break the request paths
+        raise UsageError(
+            f"{location}: base_url must not contain ? or #. Remove that character and everything after it."
+        )
 
 
 def _check_parameters(judge: StrongJudge, location: str) -> None:

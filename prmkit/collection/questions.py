@@ -81,7 +81,7 @@ class QuestionResult:
 
 
 def next_of(question: Question, answers: Answers) -> NextRequest | QuestionResult:
-    """Replay the chain of a question; return the next request or the result."""
+    """Replay a question's chain of requests; return the next request or the result."""
     first = [{"role": "user", "content": question.text}]
     messages: list[dict[str, str]] = first
     limit_name, limit = _limit(question)
@@ -109,7 +109,7 @@ def next_of(question: Question, answers: Answers) -> NextRequest | QuestionResul
 
 
 def _limit(question: Question) -> tuple[str, int]:
-    """Return the parameter that limits an answer, and its tokens: more for a long run, unless judges.yaml sets it."""
+    """Return the parameter that limits an answer's tokens, and its value: judges.yaml's, or enough for a long run."""
     name, limit = question.judge.limit
     if question.per_run and name not in question.judge.parameters:
         limit = max(limit, _TOKENS_PER_STEP * len(question.prompts))
@@ -176,7 +176,7 @@ def _read(question: Question, answer: Mapping[str, Any]) -> Mapping[int, Verdict
 
 
 def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Mapping[int, Verdict] | str:
-    """Read the verdicts of all steps. The answer must have exactly these steps: shifted numbers make all wrong."""
+    """Read the verdicts of all steps. Missing or extra steps are refused: later numbers may be shifted."""
     body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
         given = json.loads(body, object_pairs_hook=unique_members)
@@ -185,7 +185,7 @@ def _read_run(text: str, prompts: Mapping[int, str], shape: Shape | None) -> Map
         return refusal.reason
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 'not {"steps": [{"step": 1, …}, …]}'
-    numbered = all(type(step) is int for step in entries)  # True would be taken for 1
+    numbered = all(type(step) is int for step in entries)  # otherwise True would count as 1
     if not numbered or entries.keys() != prompts.keys() or len(given["steps"]) != len(entries):
         return f"steps {sorted(map(str, entries))[:9]} instead of 1 to {len(prompts)}, each once"
     verdicts: dict[int, Verdict] = {}
@@ -221,6 +221,6 @@ def _reference(run: Trajectory) -> str:
 
 
 def is_drawn(share: float, *names: str) -> bool:
-    """Whether something is in a random sample of this fraction; deterministic, by a hash of its names."""
+    """Return whether an item is in a random sample of this fraction; a hash of its names decides, so repeats agree."""
     position = int.from_bytes(hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()[:8])
     return position < share * 2**64

@@ -164,7 +164,7 @@ def test_more_than_a_twentieth_missing_is_an_error_and_one_judge_does_not_stop_t
 
 
 def test_what_helps_depends_on_what_is_missing(tmp_path: Path, endpoint: Endpoint) -> None:
-    again, final = "Run the same command again", "Unreadable answers (of 1 steps) are not requested again"
+    again, final = "Run the same command again", "Answers about 1 steps stayed unreadable"
     write_runs(tmp_path, ["good", "bad stubborn"])
     write_judges(tmp_path, endpoint, "a")
     said = typed(tmp_path, "--yes", code=1).stderr
@@ -306,7 +306,7 @@ def test_an_answer_without_its_time_is_damaged(tmp_path: Path, endpoint: Endpoin
     typed(tmp_path, "--yes")
     answers = tmp_path / "rows.answers.jsonl"
     answers.write_text(json.dumps(json.loads(answers.read_text()) | {"time": moment}) + "\n")
-    assert "rows.answers.jsonl:1: damaged" in typed(tmp_path, "--no-asking", code=1).stderr
+    assert "rows.answers.jsonl:1: damaged line" in typed(tmp_path, "--no-asking", code=1).stderr
 
 
 def test_the_budget_is_never_overrun(tmp_path: Path, endpoint: Endpoint) -> None:
