@@ -57,7 +57,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     if (name == "column") != (arguments.label_key is not None):
         raise UsageError("--labels column requires --label-key NAME, and --label-key requires --labels column.")
     if arguments.label_scale != FieldNames.label_scale and name != "column":
-        raise UsageError("--label-scale is for --labels column; the labels of all others have a known scale.")
+        raise UsageError("--label-scale is only for --labels column: the scale of all other labels is known.")
     if arguments.rubric and not name:
         raise UsageError("--rubric is only used with --labels, which writes prompts. Remove --rubric, or add --labels.")
     keys = FieldNames(

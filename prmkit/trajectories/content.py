@@ -1,4 +1,4 @@
-"""Normalise a message of any framework into turns.
+"""Convert a message of any framework into turns.
 
 OpenAI chat (`tool_calls`, the older `function_call`), ShareGPT (`from`, `value`), Anthropic blocks, LangChain (`type`,
 or serialised with `lc`), tau2 (`requestor`), OTel GenAI (`parts`), parts of Vercel's AI SDK, of Bedrock's Converse
@@ -30,7 +30,7 @@ _TEXT_PARTS = {"text", "input_text", "output_text", "summary_text", "refusal"}
 _TEXT_KEYS = {"type", "text", "content", "refusal", "id", "index", "annotations", "citations", "logprobs", "extras",
               "cache_control", "thought", "thoughtSignature", "thought_signature", "signature", "state",
               "providerOptions", "providerMetadata", "experimental_providerMetadata", "_meta"}  # fmt: skip
-"""An object with other keys besides its text is data that a tool returned."""
+"""Keys of a text part. An object with any other key is data that a tool returned."""
 _THOUGHT_PARTS = {"thinking", "reasoning", "thought", "reasoning_text", "redacted_thinking",
                   "reasoning.text", "reasoning.summary", "reasoning.encrypted"}  # fmt: skip
 _KEYED_PARTS = {"toolUse": "tool_use", "toolResult": "tool_result", "functionCall": "function_call",
@@ -48,14 +48,14 @@ _MEDIA_KEYS = {"source", "data", "url", "uri", "file", "file_id", "file_data", "
                "image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url", "document", "base64",
                "mime_type", "mimeType", "media_type", "mediaType"}  # fmt: skip
 _MEDIA_LISTS = ("images", "image", "videos", "audios", "audio", "attachments", "experimental_attachments")
-"""Fields of a message that have media besides its text."""
+"""Fields of a message that contain media."""
 _MARKS = {"step_start", "cache_point"}
 """Types of parts without content."""
 _THINK = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
 
 
 def parsed(value: Any) -> Any:
-    """Decode a value that may be a JSON string."""
+    """Return a value, decoded if it is a JSON string."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return exact_loads(value)
@@ -82,7 +82,7 @@ def _adk_role(event: Mapping[str, Any]) -> Any:
 
 
 def is_message_list(value: Any) -> bool:
-    """Whether a value is a list of messages, judging by its first and last elements."""
+    """Return whether a value is a list of messages, judging by its first and last elements."""
     return isinstance(value, list) and bool(value) and bool(role_name(value[0])) and bool(role_name(value[-1]))
 
 
@@ -143,7 +143,7 @@ def read_message(message: Mapping[str, Any], lost: Counter[str]) -> list[Turn]:
 
 
 def _agent_turn(message: Mapping[str, Any], parts: "Parts", named: str | None, lost: Counter[str]) -> Turn:
-    if not parts.thoughts and not isinstance(message.get("reasoning"), str):  # OpenRouter repeats them there
+    if not parts.thoughts and not isinstance(message.get("reasoning"), str):  # OpenRouter repeats the thoughts there
         parts.add(message.get("reasoning_details"))
     thoughts = [*parts.thoughts]
     for key in ("reasoning_content", "reasoning", "thinking", "thought"):
@@ -184,8 +184,8 @@ def _add_content(message: Mapping[str, Any], parts: "Parts") -> None:
 
 
 def _calls(message: Mapping[str, Any], in_content: Sequence[Call], lost: Counter[str]) -> list[Call]:
-    """The calls in a message's content and in its other fields; LangChain lists some of them in several places."""
-    listed = parsed(message.get("tool_calls"))  # some tables store it as JSON
+    """Return the calls in a message's content and other fields; LangChain lists some of them in several places."""
+    listed = parsed(message.get("tool_calls"))  # some tables store the list as JSON
     listed = listed or mapping(message.get("additional_kwargs")).get("tool_calls")
     found = list(in_content)
     for each in (listed, message.get("invalid_tool_calls"), message.get("function_call")):
@@ -248,7 +248,7 @@ def _results(message: Mapping[str, Any], parts: "Parts") -> list[Result]:
 
 
 def _with_error(text: str, error: Any) -> str:
-    """Return what a tool returned, and then why it failed, unless the text says that already."""
+    """Return a tool's result, followed by its error unless the result already contains it."""
     said = as_text(mapping(error).get("message") or error) if isinstance(error, str | dict | list) else ""
     return text if said in text else f"{text}\n{said}".strip("\n")
 
@@ -273,8 +273,8 @@ class Parts:
     def __init__(self, lost: Counter[str], of: Literal["message", "tool", "result"] = "message") -> None:
         """
         Args:
-            of: `tool` for a tool's message, which has no thoughts or calls; `result` for what a tool returned: other
-                objects than texts and media are data there, whatever their `type`.
+            of: `tool` for a tool's message, which has no thoughts or calls; `result` for what a tool returned, where
+                all objects except text and media are data, whatever their `type`.
         """
         self.lost = lost
         self._of = of
@@ -336,7 +336,7 @@ class Parts:
 
 
 def _typed(part: Mapping[str, Any], *, is_data: bool) -> dict[str, Any]:
-    """A part with its `type`: Bedrock's and Gemini's have a key instead, and the AI SDK's may contain a tool's name.
+    """Return a part with its `type`; Bedrock and Gemini use a key instead, and the AI SDK's may contain a tool's name.
 
     Args:
         part: the part as in the source.

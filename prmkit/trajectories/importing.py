@@ -20,7 +20,7 @@ from prmkit.trajectory import Trajectory, dump, task_id_of, with_labels
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 3
-"""The maximum number of line numbers per reason why something was not read; the rest are counted."""
+"""The maximum number of line numbers to list per reason for not reading lines; the others are only counted."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Options:
     """The options for reading runs."""
 
     format: str | None = None
-    """The name of a reader; None detects the format by its structure."""
+    """The name of a reader; None to detect the format from the structure of the file."""
     keys: FieldNames = field(default_factory=FieldNames)
     keep_secrets: bool = False
     labels: str | None = None
     """The name of a public set with its labels in files next to the runs; None to read only runs."""
     unnamed: str | None = None
-    """The name, with a number, of runs without an id; None for the id of their task."""
+    """The name for runs without an id, to which a number is added; None to use the id of their task."""
 
 
 @dataclass
@@ -96,8 +96,8 @@ def read_runs(
         inputs: files and folders. Files in a folder that are not runs are skipped; a file that the user passes must be
             readable.
         options: the options for reading.
-        reports: receives one report per file, complete once its last run was yielded. Without it, every run must be
-            readable, because nobody would learn of the others.
+        reports: receives one report per file, complete once its last run was yielded. Without it, an unreadable run is
+            an error, because nothing would report it.
 
     Raises:
         DataError: an input is missing, or a file that the user passed cannot be read.
@@ -141,7 +141,7 @@ class _Input:
 
 
 def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
-    """Yield every file; those in folders in the order of their names."""
+    """Yield every file; files in a folder are sorted by name."""
     seen: set[Path] = set()
     for given in inputs:
         path = Path(given)
@@ -159,7 +159,7 @@ def _files(inputs: Sequence[str | Path]) -> Iterator[_Input]:
 
 
 def _contents(folder: Path) -> Iterator[_Input]:
-    """Yield the files in a folder. Hidden ones, and links that leave it, are only reported; a hidden folder once."""
+    """Yield the files in a folder; only report hidden files and folders, and links that lead outside the folder."""
     hidden: set[Path] = set()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -203,13 +203,13 @@ def _runs_of(path: Path, options: Options, report: FileReport) -> Iterator[Traje
 
 def _masked(run: Trajectory, report: FileReport) -> Trajectory:
     masked: Trajectory = mask(run, report.secrets)
-    if masked.task_id != run.task_id:  # several tasks would get one id
+    if masked.task_id != run.task_id:  # otherwise several tasks would get the same id
         masked = replace(masked, task_id=task_id_of(run.task_id))
     return masked
 
 
 def _check_keys(reader: Reader, keys: FieldNames, path: Path) -> None:
-    """Refuse field names that a format cannot use: ignoring one would give runs other ids, outcomes or labels."""
+    """Refuse field names that a format cannot use: ignoring one would give runs wrong ids, outcomes or labels."""
     given = {"--list-key": keys.messages, "--task-key": keys.task, "--outcome-key": keys.outcome,
              "--label-key": keys.labels}  # fmt: skip
     if reader.one is None or reader.name == record.READER.name:
@@ -219,14 +219,14 @@ def _check_keys(reader: Reader, keys: FieldNames, path: Path) -> None:
     if unused:
         raise DataError(
             f"{path}: {' and '.join(unused)} cannot be used with runs of the format {reader.name}. Import such files "
-            "separately without it, or choose another format with --format."
+            "separately, or choose another format with --format."
         )
 
 
 def _with_keys(
     found: Iterator[Run | Trajectory], value: Any, reader: Reader, keys: FieldNames
 ) -> Iterator[Run | Trajectory]:
-    """The runs of a value, with the fields whose names the user passed."""
+    """Yield the runs in a value, with the fields whose names the user passed."""
     if reader.own_keys or not (keys.task or keys.outcome or keys.labels):
         yield from found
         return
@@ -289,7 +289,7 @@ def _read_together(
 
 
 class _ValidValues:
-    """The values of a file, for a reader that needs all of them; what it cannot read is counted in the first pass."""
+    """The values of a file, for a reader that needs all of them; the first pass counts those that it cannot read."""
 
     def __init__(self, path: Path, report: FileReport, reader: Reader) -> None:
         self._path, self._report, self._reader, self._counted = path, report, reader, False
@@ -321,7 +321,7 @@ def _why_not(path: Path, report: FileReport) -> str:
     fields = ", ".join(map(str, list(_first_object(read_values(path)))[:6]))
     has = f" Its first object has {fields:.100}." if fields else ""
     return (
-        f"unknown format of runs.{has} --list-key NAME reads the list of messages under NAME, if each of them has a "
+        f"unknown format of runs.{has} --list-key NAME reads the list of messages under NAME, if each message has a "
         "role (or from) and content; --help lists all formats."
     )
 
@@ -348,12 +348,14 @@ def _error_labels(files: Sequence[_Input], options: Options) -> dict[str, dict[i
         except DataError:
             continue  # the file is reported when its runs are read
     if not errors:
-        raise DataError(f"no input file has the labels of {options.labels}. Pass the folder with runs and labels.")
+        raise DataError(
+            f"no input file has the labels of {options.labels}. Pass the folder with the runs and their labels."
+        )
     return errors
 
 
 def _with_error_labels(run: Trajectory, errors: dict[str, dict[int, str | None]]) -> Trajectory:
-    """Label the known errors of a run. Ids may have the name of a subset as a prefix."""
+    """Label the known errors of a run. In the label files, run ids may have the name of a subset as a prefix."""
     ids = (run.trajectory_id, run.task_id)
     name = next((name for name in (*ids, *(each.rsplit("_", 1)[-1] for each in ids)) if name in errors), None)
     if name is None:

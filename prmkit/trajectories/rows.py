@@ -39,7 +39,7 @@ def rows_of(run: Trajectory, rubric: Rubric) -> Iterator[dict[str, Any]]:
 
 
 def runs_beside(rows: Path) -> Path:
-    """The file with the complete runs for labelled rows: `exam.runs.jsonl` for `exam.jsonl`.
+    """Return the file with the complete runs for labelled rows: `exam.runs.jsonl` for `exam.jsonl`.
 
     To find a run's first error, the later steps are also needed; they have no label and therefore no row.
     """
@@ -47,7 +47,7 @@ def runs_beside(rows: Path) -> Path:
 
 
 def _exam_metadata(run: Trajectory, step: Step, label: Label) -> dict[str, Any]:
-    """The metadata that an exam needs besides prompt and label. None of it is in the prompt."""
+    """Return the metadata that an exam needs besides prompt and label. None of it is in the prompt."""
     return {
         "agent": step.agent,
         "steps": len(run.steps),
@@ -59,7 +59,7 @@ def _exam_metadata(run: Trajectory, step: Step, label: Label) -> dict[str, Any]:
 
 
 def succeeded(run: Trajectory) -> bool | None:
-    """Whether a run reached its goal (a score of 1 counts as reached); None if unknown or on a different scale."""
+    """Return whether a run reached its goal (a score of 1); None if unknown or on a different scale."""
     reached = outcome_number(run.outcome)
     return None if reached is None else reached == 1
 
@@ -83,7 +83,7 @@ def labelled_rows(path: Path, rubric: Rubric) -> Iterator[dict[str, Any]]:
 
 
 def step_metadata(run: Trajectory, number: int, rubric: Rubric) -> dict[str, Any]:
-    """The metadata that identifies a step in rows and scores. Clips are numbered from 1, however the source counts."""
+    """Return the metadata that identifies a step in rows and scores. Clips are always numbered from 1."""
     step = run.steps[number - 1]
     return {
         "evaluation_type": STEP_TYPE,
@@ -100,7 +100,7 @@ def step_metadata(run: Trajectory, number: int, rubric: Rubric) -> dict[str, Any
 def judged_metadata(
     run: Trajectory, number: int, rubric: Rubric, judge: str, provider: str | None, timestamp: str | None = None
 ) -> dict[str, Any]:
-    """The metadata of a row of a judged step, with the keys of all rows of judges."""
+    """Return the metadata of a row of a judged step, with the keys of all rows of judges."""
     # The order of the keys is that of existing rows: the same answers give the same bytes.
     who = {"model_name": judge, "provider": provider, "evaluation_type": STEP_TYPE, "category": None,
            "timestamp": timestamp}  # fmt: skip
@@ -108,11 +108,11 @@ def judged_metadata(
 
 
 def _answer(label: Label, rubric: Rubric) -> str:
-    """A label's verdict. An error whose type is not in the rubric gets no `error_type`: none is invented."""
+    """Return a label's verdict. An error whose type is not in the rubric gets no `error_type`."""
     named = label.type or ("none" if label.value >= _NO_ERROR else None)
     texts = {"error_type": named} if named in rubric.error_types else {}
     return render_verdict(Verdict({rubric.keys[0]: round(label.value, 2)}, nested=False, texts=texts))
 
 
 _NO_ERROR = 0.5
-"""A label of at least this much without an error type means that there is no error."""
+"""A step whose label has no error type and is at least this high has no error."""

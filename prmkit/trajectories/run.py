@@ -39,7 +39,7 @@ def joined(first: Turn, more: Turn) -> Turn:
 
 @dataclass
 class Run:
-    """The output of a reader: the messages of a run, and the fields next to them."""
+    """The output of a reader: the messages of a run, and the run's other fields."""
 
     turns: list[Turn]
     lost: Counter[str] = field(default_factory=Counter)
@@ -54,7 +54,7 @@ class Run:
     """Index of the message in the source -> label."""
     line: int | None = None
     continues: bool = False
-    """Whether further steps followed that are not here."""
+    """Whether the run had further steps, which are missing here."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,14 @@ class Ids:
     """Assigns a unique id to every run of an import. Takes about 100 bytes per run."""
 
     def __init__(self, unnamed: str | None = None) -> None:
-        """Start; `unnamed` is the name, with a number, of runs without an id, by default that of their task."""
+        """Start; runs without an id are named `unnamed`, by default their task's id, with a number."""
         self._unnamed = unnamed
         self._runs_of: Counter[int] = Counter()
         self._taken: set[int] = set()
 
     def named(self, run: Trajectory) -> Trajectory:
         """Return the run with the source's id, otherwise the task's id with a number; a repeated id gets a number."""
-        name = as_name(run.trajectory_id)  # as the run is called in rows
+        name = as_name(run.trajectory_id)  # the same conversion as for names in rows
         if not name:
             named = self._unnamed or run.task_id
             self._runs_of[hash(named)] += 1

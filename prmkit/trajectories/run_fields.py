@@ -128,7 +128,7 @@ def labels_by_index(labels: Any, run: Run, scale: str) -> dict[int, Label]:
 
     Raises:
         UnreadableValue: the column is missing, its length is not the number of steps, or a label is out of range.
-        UsageError: a number is not on the scale, so the labels of other runs, such as 0 or 1, mean something else.
+        UsageError: a number is not on the scale, so labels such as 0 or 1 may also have another meaning.
     """
     _check_scale(labels, scale)
     if isinstance(labels, dict):
@@ -144,17 +144,19 @@ def labels_by_index(labels: Any, run: Run, scale: str) -> dict[int, Label]:
 
 
 def _check_scale(labels: Any, scale: str) -> None:
-    """Stop if a number is not on the scale: the column's other labels, such as 1, then also mean something else."""
+    """Stop if a number is not on the scale, because the column's other labels may then have another meaning, too."""
     values = labels.values() if isinstance(labels, dict) else labels if isinstance(labels, list) else ()
     for value in values:
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         if scale == "unit" and value == -1:
-            raise UsageError("a label is -1, so 0 is not the worst label. For -1, 0 and 1 use --label-scale ternary.")
+            raise UsageError(
+                "a label is -1, but labels must be from 0 to 1. For labels of -1, 0 and 1 use --label-scale ternary."
+            )
         if scale == "unit" and not 0 <= value <= 1:
             raise UsageError(
-                f"a label is {value:g}, but they must be from 0 to 1: in this column a 1 may mean something else. "
-                "Convert all labels first; 1 to 5, for example, with (label - 1) / 4."
+                f"a label is {value:g}, but labels must be from 0 to 1, so a 1 in this column may not mean the best. "
+                "Convert all labels first, for example labels from 1 to 5 with (label - 1) / 4."
             )
         if scale == "ternary" and value not in (-1, 0, 1):
             raise UsageError(

@@ -1,7 +1,7 @@
 """Mask keys and passwords in runs before anything is written: sessions of coding agents contain many of them.
 
 The patterns are those that issuers publish for their tokens, plus the usual ways to write a secret next to its name.
-The patterns find strings that look like secrets, but cannot find every secret.
+They find strings that look like secrets, but cannot find every secret.
 """
 
 import re
@@ -39,14 +39,14 @@ _PATTERNS: dict[str, tuple[tuple[str, ...], str]] = {
         r"(?<=uthorization: )(?i:bearer|basic) +[\w.~+/=-]{12,}",
     ),
 }
-"""Kind -> substrings of which a match must contain one, and the pattern. Searching for a substring is a hundred times
-faster, and most strings do not contain a secret."""
+"""Kind -> substrings, at least one of which a match contains, and the pattern. Searching for a substring is a hundred
+times faster, and most strings do not contain a secret."""
 _COMPILED = {kind: (needles, re.compile(pattern, re.DOTALL)) for kind, (needles, pattern) in _PATTERNS.items()}
 _HINTS = (
     "secret", "passw", "apikey", "api-key", "api_key", "accesstoken", "access-token", "access_token", "authtoken",
     "auth-token", "auth_token",
 )  # fmt: skip
-"""Words, in lower case, of which every named secret contains one."""
+"""Lower-case words; the name of every named secret contains one of them."""
 _NEEDLES = tuple(needle.encode() for needles, _ in _PATTERNS.values() for needle in needles)
 _NAMED = re.compile(
     # NAME=value, "name": "value". Without quotes the value has a digit: `password = ask()` is code, not a secret, and
@@ -60,8 +60,8 @@ _NAMED = re.compile(
 
 
 def may_hold_secrets(text: bytes) -> bool:
-    """Whether the full search is worthwhile; this check is a hundred times faster."""
-    text = text.replace(b"task-", b"")  # otherwise every task id would look like a key that begins with sk-
+    """Return whether the full search is worthwhile; this check is a hundred times faster."""
+    text = text.replace(b"task-", b"")  # otherwise an id such as task-1 would look like a key that begins with sk-
     lowered = text.lower()
     return any(needle in text for needle in _NEEDLES) or any(hint.encode() in lowered for hint in _HINTS)
 

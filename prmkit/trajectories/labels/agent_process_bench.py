@@ -14,7 +14,7 @@ from prmkit.trajectories.run_fields import id_of, label_of, outcome_of, tools_of
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value has messages, `step_labels` and `query_index`."""
+    """Return whether a value has messages, `step_labels` and `query_index`."""
     return (
         isinstance(value, dict)
         and {"step_labels", "query_index"} <= value.keys()

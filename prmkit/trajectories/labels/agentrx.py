@@ -1,7 +1,7 @@
-"""AgentRx: failed runs, and separate files with every failure of a run. Failures count its messages from 1.
+"""AgentRx: failed runs, and separate files with every failure of a run. Failures refer to messages by number, from 1.
 
 The published data set has runs as `instruction` and steps of `substeps`; the repository has tau-bench's own files,
-which the tau-bench reader reads. Some failures are on messages that are not the agent's; these label no step.
+which the tau-bench reader reads. A failure at the message of another speaker labels no step.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ _TYPES = {
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is a run with `substeps`, or the failures of a run."""
+    """Return whether a value is a run with `substeps`, or the failures of a run."""
     return _is_run(value) or _is_failures(value)
 
 
@@ -45,7 +45,7 @@ def _is_failures(value: Any) -> bool:
 
 
 def marks(value: Any) -> tuple[str, dict[int, str | None]] | None:
-    """Return a run's id, and message index (from 0) -> type of failure; None for a value without failures."""
+    """Return a run's id, and a dict of message index (from 0) -> type of failure; None for a value without failures."""
     if not _is_failures(value):
         return None
     failures = {int(each["step_number"]) - 1: _type(each.get("failure_category")) for each in value["failures"]}
@@ -58,7 +58,7 @@ def _type(name: Any) -> str | None:
 
 
 def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
-    """Yield the run of one value; nothing for the failures of a run."""
+    """Yield the run of one value; yield nothing if the value is a list of failures."""
     if _is_failures(value):
         return
     if not _is_run(value):

@@ -1,4 +1,4 @@
-"""PRMBench: chains of mathematical steps. `error_steps` counts the steps of `modified_process` from 1."""
+"""PRMBench: chains of mathematical steps. `error_steps` has numbers of `modified_process` steps, from 1."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from prmkit.trajectories.run_fields import first_error
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value has `modified_process` and `error_steps`."""
+    """Return whether a value has `modified_process` and `error_steps`."""
     return isinstance(value, dict) and {"modified_process", "error_steps", "idx"} <= value.keys()
 
 

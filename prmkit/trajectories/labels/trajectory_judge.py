@@ -1,4 +1,4 @@
-"""trajectory-judge: runs with at most one injected fault. `failure_step` counts the steps from 0."""
+"""trajectory-judge: runs with at most one injected fault. `failure_step` is the faulty step's index, from 0."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from prmkit.trajectory import Call, Result
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value has `goal`, steps with `thought`, `call` and `observation`, and a label with `faulty`."""
+    """Return whether a value has `goal`, steps with `thought`, `call` and `observation`, and a label with `faulty`."""
     return (
         isinstance(value, dict)
         and {"goal", "instance_id", "steps", "label"} <= value.keys()

@@ -1,6 +1,6 @@
 """Who&When: failed runs with several agents, and the first decisive mistake.
 
-`mistake_step` counts the messages of `history` from 0. Every message is a step of the agent in `name`, or in `role`
+`mistake_step` is an index into `history`, from 0. Every message is a step of the agent in `name`, or in `role`
 if there is no name; a message of role `human` is the task.
 """
 
@@ -14,7 +14,7 @@ from prmkit.trajectories.run_fields import first_error, outcome_of
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value has `history`, `mistake_step` and `mistake_agent`."""
+    """Return whether a value has `history`, `mistake_step` and `mistake_agent`."""
     return isinstance(value, dict) and {"history", "mistake_step", "mistake_agent", "question"} <= value.keys()
 
 

@@ -63,7 +63,7 @@ def reader_for(values: Iterable[tuple[int, Any]], name: str) -> Reader | None:
 
 
 def is_other_run(value: Any, reader: Reader) -> bool:
-    """Whether a value is a run of another format; a single message may belong to any."""
+    """Return whether a value is a run of another format; a single message may belong to any format."""
     return bool({*formats_of(value)} - {reader.name, message_lines.READER.name})
 
 

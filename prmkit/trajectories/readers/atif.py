@@ -14,7 +14,7 @@ from prmkit.trajectory import Call, Result
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value has `schema_version: ATIF-v…` and steps."""
+    """Return whether a value has `schema_version: ATIF-v…` and steps."""
     return (
         isinstance(value, dict)
         and str(value.get("schema_version", "")).upper().startswith("ATIF")
@@ -27,7 +27,7 @@ _READ = ("schema_version", "session_id", "agent", "steps", "final_metrics", "sub
 
 
 def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
-    """Yield the run of one value, and a run per agent that it called."""
+    """Yield the run of one value, and one run for each agent that it called."""
     lost: Counter[str] = Counter()
     turns: list[Turn] = []
     for index, step in enumerate(value["steps"]):

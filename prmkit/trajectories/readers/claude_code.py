@@ -24,7 +24,7 @@ Event = Mapping[str, Any]
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is an event with `sessionId` and a message of `type` user or assistant."""
+    """Return whether a value is an event with `sessionId` and a message of `type` user or assistant."""
     return (
         isinstance(value, dict)
         and value.get("type") in ("user", "assistant")
@@ -37,7 +37,7 @@ def recognises(value: Any) -> bool:
 def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
     """Yield one run per session of a file, in the order of their first lines."""
     sessions: dict[str, list[tuple[int, Event]]] = {}
-    seen: Counter[tuple[str, str]] = Counter()  # copies of a line: a resumed session may repeat what it continues
+    seen: Counter[tuple[str, str]] = Counter()  # a resumed session may repeat lines of the session that it continues
     queued: dict[str, list[str]] = {}
     for line, value in values:
         if text := _queued(value):
@@ -58,7 +58,7 @@ def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
 
 
 def _queued(event: Any) -> str | None:
-    """What the user typed while the agent worked; most of it also appears later as a user message."""
+    """Return what the user typed while the agent worked; most of it also appears later as a user message."""
     if not isinstance(event, dict) or event.get("operation") != "enqueue":
         return None
     text = event.get("content")
@@ -96,7 +96,7 @@ def _active(events: Sequence[Event], lost: Counter[str]) -> set[str]:
     while event_id is not None and event_id not in path:
         path.add(event_id)
         parent = parents[event_id]
-        if parent is not None and parent not in parents:  # in another file: use the line above
+        if parent is not None and parent not in parents:  # the parent is in another file: use the previous line instead
             lost["messages whose parent is not in the file"] += 1
             parent = before[event_id]
         event_id = parent

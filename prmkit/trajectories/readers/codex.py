@@ -22,13 +22,13 @@ _INJECTED = re.compile(
 _CALLS = {"function_call", "custom_tool_call", "local_shell_call", "tool_search_call", "web_search_call",
           "shell_call", "apply_patch_call"}  # fmt: skip
 _REPEATED = {"event_msg", "turn_context", "None"}
-"""Lines that only repeat the items for display; lines without a kind open and close older files."""
+"""Types of lines that only repeat the items for display; `None` is for lines without a type in older files."""
 _OUTPUTS = {"function_call_output", "custom_tool_call_output", "tool_search_output", "mcp_tool_call_output",
             "local_shell_call_output", "shell_call_output", "apply_patch_call_output"}  # fmt: skip
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is a `session_meta` or `response_item` with a payload; in older files an item such as a call."""
+    """Return whether a value is a `session_meta` or `response_item` with a payload or (older) a call or output."""
     if not isinstance(value, dict):
         return False
     if value.get("type") in ("session_meta", "response_item") and isinstance(value.get("payload"), dict):
@@ -62,7 +62,7 @@ def read(values: NumberedValues, _keys: FieldNames) -> Iterator[Run]:
 
 
 def is_item_list(value: Any) -> bool:
-    """Whether a value is a list of items of the Responses API: messages, and at least one call, result or thought."""
+    """Return whether a value is a list of Responses API items: messages, and at least one call, result or thought."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return False
     return any(map(_is_item, value)) and all(item.get("role") or _is_item(item) for item in value)
@@ -73,7 +73,7 @@ def _is_item(item: Mapping[str, Any]) -> bool:
 
 
 def turns_of_list(items: Sequence[Any], lost: Counter[str]) -> list[Turn]:
-    """The turns of a list of messages, or of items of the Responses API."""
+    """Return the turns of a list of messages, or of items of the Responses API."""
     if not any(isinstance(item, dict) and _is_item(item) for item in items):
         return turns_of(items, lost)
     run = Run([], lost)
@@ -133,7 +133,7 @@ def _undo(run: Run, turns: Any) -> None:
 
 
 def _open(run: Run) -> bool:
-    """Whether the last turn is an answer that may continue."""
+    """Return whether the last turn is an answer that may continue."""
     return bool(run.turns) and run.turns[-1].role == "agent"
 
 

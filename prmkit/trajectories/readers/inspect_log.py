@@ -1,6 +1,6 @@
 """Inspect AI's logs as JSON (`inspect log convert --to json`): `samples` with messages, scores and a target.
 
-The target is the answer and goes to `reference`. Text that Inspect moved to `attachments` is restored.
+The target is the correct answer and is stored as `reference`. Text that Inspect moved to `attachments` is restored.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ _GRADES: Mapping[Any, float] = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is a log with `eval` and `samples`, or one sample with `input`, `target` and messages."""
+    """Return whether a value is a log with `eval` and `samples`, or one sample with `input`, `target` and messages."""
     if not isinstance(value, dict):
         return False
     return (isinstance(value.get("eval"), dict) and "samples" in value) or _is_sample(value)
@@ -76,7 +76,7 @@ def _resolved(value: Any, attachments: Mapping[str, Any], lost: Counter[str]) ->
 
 
 def _outcome(scores: Any, lost: Counter[str]) -> dict[str, Any] | None:
-    """The outcome, if all scorers agree on it: a log does not say which of them measures success."""
+    """Return the outcome, if all scorers agree on it: a log does not say which of them measures success."""
     found = []
     for score in scores.values() if isinstance(scores, dict) else ():
         value = score.get("value") if isinstance(score, dict) else None

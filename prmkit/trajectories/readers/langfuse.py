@@ -10,7 +10,7 @@ from prmkit.trajectories.run_fields import tools_of
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is an observation with `traceId` and `type`, or a trace with `observations`."""
+    """Return whether a value is an observation with `traceId` and `type`, or a trace with `observations`."""
     if not isinstance(value, dict):
         return False
     if isinstance(value.get("observations"), list):

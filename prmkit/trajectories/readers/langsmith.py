@@ -10,7 +10,7 @@ from prmkit.trajectories.run_fields import tools_of
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is a span with `run_type`, `inputs`, and `trace_id` or `id`."""
+    """Return whether a value is a span with `run_type`, `inputs`, and `trace_id` or `id`."""
     return isinstance(value, dict) and {"run_type", "inputs"} <= value.keys() and ("trace_id" in value or "id" in value)
 
 

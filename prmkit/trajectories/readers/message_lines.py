@@ -11,7 +11,7 @@ _CONTENT = {"content", "value", "tool_calls", "parts"}
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is a single message."""
+    """Return whether a value is a single message."""
     return isinstance(value, dict) and bool(role_name(value)) and bool(_CONTENT & unwrapped(value).keys())
 
 

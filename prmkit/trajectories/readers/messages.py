@@ -17,7 +17,7 @@ LIST_KEYS = ("messages", "conversations", "conversation", "messages_and_choices"
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is a list of messages, or has exactly one under a usual name; judged rows are not runs."""
+    """Return whether a value is a list of messages, or has exactly one under a usual name; judged rows are not runs."""
     if isinstance(value, list):
         return _list(value) is not None
     if not isinstance(value, dict) or is_judged_row(value):
@@ -45,7 +45,7 @@ def read(value: Any, keys: FieldNames) -> Iterator[Run]:
         return
     name, messages = _messages(value, keys)
     run = Run(codex.turns_of_list(messages, lost), lost)
-    if value.get("system"):  # Anthropic and ShareGPT have it outside of the messages
+    if value.get("system"):  # Anthropic and ShareGPT store the system prompt outside of the messages
         run.turns[:0] = turns_of([{"role": "system", "content": value["system"]}], Counter())
     known = {"prompt", "completion"} if name == "completion" else {name}
     describe(run, value, keys, read={*known, "system"})
@@ -80,7 +80,7 @@ def _lists(value: Mapping[str, Any]) -> list[str]:
 
 
 def _list(value: Any) -> list[Any] | None:
-    """A list of messages or Responses API items; many datasets on Hugging Face have it as a JSON string."""
+    """Return a list of messages or Responses API items, which many datasets on Hugging Face store as a JSON string."""
     value = parsed(value)
     return value if is_message_list(value) or codex.is_item_list(value) else None
 

@@ -1,7 +1,7 @@
 """mini-swe-agent's `.traj.json`: messages, `info`, and `trajectory_format`.
 
 With text models, an observation is a *user* message: no human speaks after the task, so every later user message is
-the result of the agent's command. `role: exit` closes a run.
+the result of the agent's command. `role: exit` ends a run.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from prmkit.trajectory import Call, Result
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value has messages and `trajectory_format: mini-swe-agent-…`; in older files, `info.mini_version`."""
+    """Return whether a value has messages and `trajectory_format: mini-swe-agent-…` or (older) `info.mini_version`."""
     if not isinstance(value, dict) or not is_message_list(value.get("messages")):
         return False
     info = value.get("info")

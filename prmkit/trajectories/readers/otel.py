@@ -21,7 +21,7 @@ _EVENT_ROLES = {"gen_ai.system.message": "system", "gen_ai.user.message": "user"
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is OTLP JSON, or a span with attributes of GenAI or OpenInference."""
+    """Return whether a value is OTLP JSON, or a span with attributes of GenAI or OpenInference."""
     if not isinstance(value, dict):
         return False
     if isinstance(value.get("resourceSpans") or value.get("resource_spans"), list):
@@ -65,7 +65,7 @@ def _calls(value: Any) -> Iterator[ModelCall]:
 
 
 def _are_samples(answer: list[Any]) -> bool:
-    """Whether output messages are samples of one answer, as GenAI defines, and not a conversation of several roles."""
+    """Return whether output messages are samples of one answer (as GenAI defines), not a conversation."""
     return all(role_name(message) == "assistant" for message in answer)
 
 
@@ -81,7 +81,7 @@ def _spans(value: Any) -> Iterator[Span]:
 
 
 def _genai(attributes: Mapping[str, Any], span: Span) -> tuple[list[Any], list[Any]] | None:
-    """The messages of a `chat` span; agents' and tools' spans repeat parts of them."""
+    """Return the messages of a `chat` span; agents' and tools' spans repeat parts of them."""
     if at(attributes, "gen_ai", "operation", "name") in ("invoke_agent", "execute_tool", "create_agent", "embeddings"):
         return None
     attributes = next((found for found in (attributes, *_details(span)) if at(found, "gen_ai", "input", "messages")),
@@ -100,7 +100,7 @@ def _genai(attributes: Mapping[str, Any], span: Span) -> tuple[list[Any], list[A
 
 
 def _events(span: Span) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The older version: one event of the span per message; yields each message, and whether it is the output."""
+    """Yield each message of the older version (one span event per message), and whether it is an output."""
     for event in span.get("events") or ():
         if isinstance(event, dict) and (role := _EVENT_ROLES.get(str(event.get("name")))):
             body = attributes_of(event) | mapping(event.get("body"))
@@ -114,14 +114,14 @@ def _events(span: Span) -> Iterator[tuple[dict[str, Any], bool]]:
 
 
 def _details(span: Span) -> Iterator[dict[str, Any]]:
-    """The attributes of the event that has the messages, if the span's own attributes do not."""
+    """Yield the attributes of events with messages, for spans whose own attributes have none."""
     for event in span.get("events") or ():
         if isinstance(event, dict) and event.get("name") == "gen_ai.client.inference.operation.details":
             yield attributes_of(event)
 
 
 def _ai_sdk(attributes: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
-    """The messages of a model call of Vercel's AI SDK (`ai.generateText.doGenerate` and similar)."""
+    """Return the messages of a model call of Vercel's AI SDK (`ai.generateText.doGenerate` and similar)."""
     given = at(attributes, "ai", "prompt", "messages")
     if given is None:
         return None

@@ -1,4 +1,4 @@
-"""Imported runs: trajectory records."""
+"""Trajectory records: runs that were imported before."""
 
 from collections.abc import Iterator
 from typing import Any

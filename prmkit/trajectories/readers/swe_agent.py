@@ -14,7 +14,7 @@ from prmkit.trajectory import Call, Result
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value has a list of steps with `action` and `observation` as `trajectory`."""
+    """Return whether a value has a list of steps with `action` and `observation` as `trajectory`."""
     steps = value.get("trajectory") if isinstance(value, dict) else None
     return isinstance(steps, list) and bool(steps) and _is_step(steps[0]) and _is_step(steps[-1])
 
@@ -32,7 +32,7 @@ def read(value: Any, _keys: FieldNames) -> Iterator[Run]:
             turns.append(_turn(step, index))
         else:
             lost["entries that are not steps"] += 1
-    lost["submissions"] += bool(mapping(value.get("info")).get("submission"))  # the patch; the steps contain it
+    lost["submissions"] += bool(mapping(value.get("info")).get("submission"))  # the patch, which the steps contain
     yield Run(turns, lost, task_id=id_of(value, "instance_id"))
 
 

@@ -24,7 +24,7 @@ _BROKEN = re.compile(r"</?(?:think|sub_task_think|tool_call|result|answer)>")
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value has `sft_data.instruction` and `.output`, or `task_description` and `raw_response`, with tags."""
+    """Return whether a value has tagged `sft_data.output` or `raw_response`, and the task."""
     texts = _texts(value)
     return texts is not None and _TAG.search(texts[1]) is not None
 
@@ -119,7 +119,7 @@ _NOT_TEXT = (
     r"<eos>|<pad>|<end_of_turn>|<｜(?:begin▁of▁sentence|end▁of▁sentence|▁pad▁)｜>|\[gMASK\]|<sop>"
 )
 LEADING = re.compile(rf"\A(?:{_NOT_TEXT})+")
-"""A decoded query may begin with a token that its prompt does not have."""
+"""Special tokens at the beginning of a text: a decoded query may have one that its prompt does not."""
 _BEFORE = re.compile(rf"\A(?:\s|{_NOT_TEXT})+")
 _AFTER = re.compile(rf"(?:{_NOT_TEXT})\Z")
 _LONGEST_TOKEN = 40
@@ -164,13 +164,13 @@ def _chat(
 
 
 def _tagged_call(name: str, arguments: str) -> str:
-    """A call as Qwen and Hermes write it, which `_agent_message` reads."""
+    """Return a call in the format of Qwen and Hermes, which `_agent_message` reads."""
     body = json.dumps({"name": name.strip(), "arguments": arguments}, ensure_ascii=False).replace("<", "\\u003c")
     return f"<tool_call>{body}</tool_call>"
 
 
 def _tagged_calls(body: str) -> str:
-    """JSON calls, one or a list, each in the tags of Qwen and Hermes; anything else in a single such tag."""
+    """Put one JSON call, or each of a list, into the tags of Qwen and Hermes; anything else into a single such tag."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -302,28 +302,28 @@ _ANSWER = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
 
 
 def chat_at_beginning(prompt: str) -> Chat | None:
-    """The format of a prompt; None if it does not begin like one of the formats."""
+    """Return the format of a prompt; None if it does not begin like one of the formats."""
     leading = _BEFORE.match(prompt)
     return next((chat for chat in CHATS if chat.begins.match(prompt, leading.end() if leading else 0)), None)
 
 
 def chat_in(text: str) -> Chat | None:
-    """The format of the messages in a text, wherever they begin; None if it contains no messages."""
+    """Return the format of the messages in a text, wherever they begin; None if it contains no messages."""
     return next((chat for chat in CHATS if chat.occurs.search(text)), None)
 
 
 def is_special(text: str) -> bool:
-    """Whether a text begins with a special token of any model family."""
+    """Return whether a text begins with a special token of any model family."""
     return _SPECIAL.match(text) is not None
 
 
 def unread_token(text: str) -> str | None:
-    """The first special token of a model family that is not in `CHATS`."""
+    """Return the first special token of a model family that is not in `CHATS`."""
     return next((found[0] for found in _SPECIAL.finditer(text) if not _KNOWN.fullmatch(found[0])), None)
 
 
 def without_tokens(text: str) -> str:
-    """Text without the special tokens and the space around it."""
+    """Return text without the special tokens and the whitespace around it."""
     text = _BEFORE.sub("", text).rstrip()
     while found := _AFTER.search(text, max(0, len(text) - _LONGEST_TOKEN)):
         text = text[: found.start()].rstrip()
@@ -331,18 +331,18 @@ def without_tokens(text: str) -> str:
 
 
 def is_agent(role: str) -> bool:
-    """Whether a message of this role is the agent's."""
+    """Return whether a message of this role is the agent's."""
     return ROLES.get(role.lower()) == "agent"
 
 
 def turns_of_chat(chat: Chat, text: str, lost: Counter[str], *, is_open: bool = False) -> list[Turn]:
-    """The turns of a text in the format of a chat template.
+    """Return the turns of a text in the format of a chat template.
 
     Args:
         chat: the format.
         text: the messages.
         lost: counts text outside of messages.
-        is_open: drop a last message that has no end.
+        is_open: drop the last message if it has no end token.
     """
     text, end = chat.rewritten(text), 0
     messages: list[dict[str, Any]] = []

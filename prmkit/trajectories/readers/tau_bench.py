@@ -15,7 +15,7 @@ from prmkit.trajectories.run_fields import id_of, outcome_of
 
 
 def recognises(value: Any) -> bool:
-    """Whether a value is a run of tau-bench, a results file of tau2, or one of its simulations."""
+    """Return whether a value is a run of tau-bench, a results file of tau2, or one of its simulations."""
     if not isinstance(value, dict):
         return False
     return _is_tau_bench(value) or isinstance(value.get("simulations"), list) or _is_simulation(value)

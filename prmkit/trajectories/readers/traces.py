@@ -25,7 +25,7 @@ class ModelCall:
 
     trace: str
     time: str
-    """Sorts in the order of the calls."""
+    """A string that sorts the calls of a trace in their order."""
     given: list[Any]
     """The input messages."""
     answer: list[Any]
@@ -45,7 +45,7 @@ class _Trace:
     samples: int = 0
     """Other samples of the answers."""
     calls: Counter[tuple[int, str, int, int]] = field(default_factory=Counter)
-    """Opening, time, hash of the input, hash of the whole call."""
+    """Counts by opening, time, hash of the input and hash of the whole call."""
 
     def add(self, call: ModelCall, said: "_Said", place: tuple[int, int]) -> None:
         opening, given, whole = (
@@ -59,7 +59,7 @@ class _Trace:
             self.longest, self.place, self.opening, self.prefixes = size, place, opening, frozenset(whole)
 
     def others(self) -> Counter[str]:
-        """The calls that the longest one does not contain, and other samples of an answer."""
+        """Return the calls that the longest one does not contain, and other samples of an answer."""
         lost = Counter({"other samples of an answer": self.samples})
         for (opening, _, _, whole), count in self.calls.items():
             if whole not in self.prefixes:
@@ -68,7 +68,7 @@ class _Trace:
         return lost
 
     def continues(self) -> bool:
-        """Whether later calls continue from a shortened history, so that the longest call lacks the last steps."""
+        """Return whether later calls continue from a shortened history, so the longest call lacks the last steps."""
         return any(
             opening == self.opening and time > self.longest[1] and given not in self.prefixes
             for opening, time, given, _ in self.calls
@@ -120,7 +120,7 @@ class _Said:
         self._known: dict[int, tuple[bool, int | None]] = {}
 
     def opening(self, call: ModelCall) -> int:
-        """The system prompt and the first other message: the same in all calls of a conversation."""
+        """Return the system prompt and the first other message: the same in all calls of a conversation."""
         found = []
         for message in call.given:
             is_system, said = self._of(message)
@@ -130,7 +130,7 @@ class _Said:
         return hash(tuple(found))
 
     def beginnings(self, *lists: list[Any]) -> list[int]:
-        """The hashes of all beginnings of a conversation; it remains the same if only the system prompt changes."""
+        """Return the hashes of all beginnings of a conversation; a changed system prompt alone does not change them."""
         found = [hash(())]
         for message in chain(*lists):
             is_system, said = self._of(message)
@@ -139,7 +139,7 @@ class _Said:
         return found
 
     def _of(self, message: Any) -> tuple[bool, int | None]:
-        """Whether a message is a system prompt, and the hash of its content; None if it is empty."""
+        """Return whether a message is a system prompt, and the hash of its content; None if it is empty."""
         try:
             key = hash(orjson.dumps(message))
         except TypeError:  # nested deeply, or with a number of more than 64 bits
@@ -162,7 +162,7 @@ def _words(turn: Turn) -> tuple[Any, ...]:
 
 
 def conversation(given: Any, answer: Any) -> tuple[list[Any], list[Any]]:
-    """The input messages and the output of a model call, in any format that tracers write.
+    """Return the input messages and the output of a model call, in any format that tracers write.
 
     Args:
         prompt: messages, an object with `messages`, a list of lists (LangChain), any of these as JSON, or a prompt.
@@ -172,7 +172,7 @@ def conversation(given: Any, answer: Any) -> tuple[list[Any], list[Any]]:
 
 
 def other_samples(answer: Any) -> int:
-    """The number of samples in the output of a model call (`n` above 1) of which `conversation` reads the first."""
+    """Return the number of samples in the output of a model call (`n`); `conversation` reads only the first."""
     answer = parsed(answer)
     listed = (answer.get("choices") or answer.get("generations")) if isinstance(answer, dict) else None
     size = sum(len(each) if isinstance(each, list) else 1 for each in listed) if isinstance(listed, list) else 0
